@@ -1,0 +1,23 @@
+"""The errors a user can mend: one sentence that says what is wrong, where, and what to do."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave: shown as one sentence, without a traceback."""
+
+
+class MissingExtra(UserError):
+    """An optional dependency is not installed."""
+
+
+def missing_extra(package: str, extra: str) -> MissingExtra:
+    """Say which package is missing and the command that installs it.
+
+    Args:
+        package: The import's package name, as a user would search for it.
+        extra: The extra of `lighten` that brings it.
+    """
+    return MissingExtra(
+        f"{package} is not installed; install it with: pip install 'lighten[{extra}]'"
+    )
