@@ -1,0 +1,158 @@
+"""The cohort: one or more adapters attached to one frozen base, trained and used together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from lighten.adapters.layers import CohortCopies, CohortLinear, Routing, Share
+from lighten.adapters.spec import AdapterSpec
+from lighten.adapters.targets import low_rank_paths, saved_paths
+from lighten.errors import UserError
+
+
+class Cohort:
+    """Adapters on a frozen base, and the say over which row of a batch takes which of them.
+
+    Attributes:
+        model: The base with the cohort's layers in place. It stays a plain transformers model:
+            its forward and `generate` work inside `using` or `sharing`.
+        specs: The adapters by name, in order.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.specs: dict[str, AdapterSpec] = {}
+        self.routing = Routing()
+        self.linears: dict[str, CohortLinear] = {}
+        self.copies: dict[str, CohortCopies] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters' names, in order."""
+        return tuple(self.specs)
+
+    def add(self, spec: AdapterSpec) -> None:
+        """Attach one more adapter.
+
+        Raises:
+            UserError: The name is taken, or targets match nothing.
+        """
+        if spec.name in self.specs:
+            raise UserError(f"two adapters are called {spec.name!r}; give each its own name")
+        with self._detached():
+            paths, whole = low_rank_paths(self.model, spec), saved_paths(self.model, spec)
+        # Experts gather tokens by themselves: only a lone adapter can follow them there.
+        hidden = [path for path in paths if ".experts." in path]
+        if hidden and self.specs:
+            raise UserError(
+                f"adapter {spec.name!r} targets {hidden[0]}, inside a mixture of experts, where "
+                "rows of several adapters cannot be told apart; train it alone or drop the target"
+            )
+        generator = torch.Generator().manual_seed(spec.seed)
+        for path in paths:
+            if path not in self.linears:
+                self.linears[path] = CohortLinear(
+                    self.model.get_submodule(path), path, self.routing
+                )
+                self.model.set_submodule(path, self.linears[path])
+            self.linears[path].add(spec, generator)
+        for path in whole:
+            if path not in self.copies:
+                self.copies[path] = CohortCopies(self.model.get_submodule(path), path, self.routing)
+                self.model.set_submodule(path, self.copies[path])
+            self.copies[path].add(spec.name)
+        self.specs[spec.name] = spec
+
+    def parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """The adapter's trainable parameters by their key in PEFT's file format."""
+        found: dict[str, nn.Parameter] = {}
+        for path, linear in self.linears.items():
+            if name in linear.specs:
+                found[f"base_model.model.{path}.lora_A.weight"] = linear.lora_A[name]
+                found[f"base_model.model.{path}.lora_B.weight"] = linear.lora_B[name]
+        for path, copies in self.copies.items():
+            if name in copies.copies:
+                for key, value in copies.copies[name].named_parameters():
+                    found[f"base_model.model.{path}.{key}"] = value
+        return found
+
+    @contextmanager
+    def using(self, name: str | None) -> Iterator[PreTrainedModel]:
+        """Every row takes this adapter (None: the base alone), without dropout.
+
+        Raises:
+            UserError: No adapter has that name.
+        """
+        if name is not None and name not in self.specs:
+            raise UserError(f"no adapter is called {name!r}; there are {', '.join(self.names)}")
+        before = self.routing.shares, self.routing.everyone
+        self.routing.shares, self.routing.everyone = (), name
+        try:
+            yield self.model
+        finally:
+            self.routing.shares, self.routing.everyone = before
+
+    @contextmanager
+    def sharing(self, shares: Sequence[Share]) -> Iterator[PreTrainedModel]:
+        """The batch's rows take the adapters that the shares say; they cover it from row 0 on."""
+        assert shares[0].start == 0
+        assert all(a.stop == b.start for a, b in pairwise(shares))
+        before = self.routing.shares, self.routing.everyone
+        self.routing.shares, self.routing.everyone = tuple(shares), None
+        try:
+            yield self.model
+        finally:
+            self.routing.shares, self.routing.everyone = before
+
+    @contextmanager
+    def _detached(self) -> Iterator[None]:
+        """The base's own modules back in place for a moment, so that paths read as in the base."""
+        self._place(lambda layer: layer.base)
+        try:
+            yield
+        finally:
+            self._place(lambda layer: layer)
+
+    def _place(self, chosen: object) -> None:
+        assert callable(chosen)
+        for path, layer in (*self.linears.items(), *self.copies.items()):
+            self.model.set_submodule(path, chosen(layer))
+
+    def detach(self) -> PreTrainedModel:
+        """Take the cohort off and give the untouched base back."""
+        self._place(lambda layer: layer.base)
+        return self.model
+
+    @torch.no_grad()
+    def fuse(self, name: str) -> PreTrainedModel:
+        """Merge one adapter into the base's weights and take the cohort off.
+
+        A tied head is untied when the embedding or the head was trained: one of the two has
+        changed (trap 29).
+        """
+        with self.using(name):
+            pass  # says so if there is no such adapter
+        self._place(lambda layer: layer.fused(name))
+        embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        if head is not None and head.weight is not embedding.weight:
+            self.model.config.tie_word_embeddings = False
+        return self.model
+
+
+def attach(model: PreTrainedModel, specs: Sequence[AdapterSpec]) -> Cohort:
+    """Freeze the base and attach a cohort of adapters to it.
+
+    Raises:
+        UserError: Two adapters share a name, or an adapter's targets match nothing.
+    """
+    model.requires_grad_(False)
+    cohort = Cohort(model)
+    for spec in specs:
+        cohort.add(spec)
+    return cohort

@@ -1,0 +1,211 @@
+"""Adapters in PEFT's file format: `adapter_config.json` and `adapter_model.safetensors`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lighten.adapters.cohort import Cohort, attach
+from lighten.adapters.spec import AdapterSpec
+from lighten.adapters.targets import shortest_names
+from lighten.errors import UserError
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def contents(
+    cohort: Cohort, name: str, *, base_model: str | None = None, revision: str | None = None
+) -> dict[str, bytes]:
+    """The adapter's files as bytes by file name, for whoever writes them safely.
+
+    Args:
+        cohort: Where the adapter lives.
+        name: Which one.
+        base_model: What `base_model_name_or_path` says.
+        revision: The base's revision.
+    """
+    weights = {
+        key: value.detach().to("cpu", copy=True).contiguous()
+        for key, value in cohort.parameters(name).items()
+    }
+    config = peft_config(cohort, name, base_model=base_model, revision=revision)
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    return {CONFIG: text.encode(), WEIGHTS: to_bytes(weights, metadata={"format": "pt"})}
+
+
+def peft_config(
+    cohort: Cohort, name: str, *, base_model: str | None = None, revision: str | None = None
+) -> dict[str, Any]:
+    """What PEFT's own `LoraConfig` would write for this adapter."""
+    spec = cohort.specs[name]
+    linears = {p: layer for p, layer in cohort.linears.items() if name in layer.specs}
+    with cohort._detached():
+        targets = shortest_names(cohort.model, linears)
+    config = LoraConfig(
+        r=spec.r,
+        lora_alpha=spec.alpha,  # type: ignore[arg-type]  # PEFT computes with floats too
+        lora_dropout=spec.dropout,
+        target_modules=targets,
+        use_rslora=spec.use_rslora,
+        init_lora_weights=spec.init_lora_weights,  # type: ignore[arg-type]  # checked by the recipe
+        modules_to_save=list(spec.modules_to_save) or None,
+        rank_pattern=dict(spec.rank_pattern),
+        alpha_pattern=dict(spec.alpha_pattern),
+        fan_in_fan_out=any(isinstance(layer.base, Conv1D) for layer in linears.values()),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base_model,
+        revision=revision,
+        inference_mode=True,
+    )
+    return {
+        key: sorted(value) if isinstance(value, set) else value
+        for key, value in config.to_dict().items()
+    }
+
+
+def verify(folder: str | os.PathLike[str], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Reopen a saved adapter: every key there with its shape, nothing empty, not all zeros.
+
+    Args:
+        folder: The adapter's folder.
+        expected: Shape by key, from the live adapter.
+
+    Raises:
+        UserError: The files are not whole; says which key.
+    """
+    path = Path(folder) / WEIGHTS
+    saved = _read_weights(path)
+    for key, shape in expected.items():
+        if key not in saved:
+            raise UserError(f"{path}: {key} is missing, the adapter was not saved whole")
+        if tuple(saved[key].shape) != tuple(shape) or saved[key].numel() == 0:
+            raise UserError(
+                f"{path}: {key} has shape {tuple(saved[key].shape)}, not {tuple(shape)}"
+            )
+    if extra := sorted(set(saved) - set(expected)):
+        raise UserError(f"{path}: {extra[0]} does not belong to the adapter")
+    factors = [value for key, value in saved.items() if ".lora_A." in key]
+    if factors and not any(bool(value.any()) for value in factors):
+        raise UserError(f"{path}: every lora_A is zero; the adapter would do nothing")
+    if not all(bool(value.isfinite().all()) for value in saved.values()):
+        raise UserError(f"{path}: holds values that are not finite")
+
+
+def load(model: PreTrainedModel, folders: Mapping[str, str | os.PathLike[str]]) -> Cohort:
+    """Attach saved adapters (ours or PEFT's) to a base, frozen.
+
+    Args:
+        model: The base.
+        folders: Adapter folder by the name it shall have.
+
+    Raises:
+        UserError: A folder is not a LoRA adapter, or does not fit the base.
+    """
+    cohort = attach(model, [])
+    for name, folder in folders.items():
+        config = read_config(folder)
+        weights = _read_weights(Path(folder) / WEIGHTS)
+        vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
+        for key, value in weights.items():
+            # An adapter that brought its own tokens has a taller embedding than the base.
+            if key.endswith("embed_tokens.weight") and value.shape[0] > vocabulary:
+                model.resize_token_embeddings(value.shape[0], mean_resizing=False)
+                model.requires_grad_(False)
+        cohort.add(spec_from_peft(name, config, folder))
+        restore(cohort, name, weights, where=str(folder))
+        for parameter in cohort.parameters(name).values():
+            parameter.requires_grad_(False)
+    return cohort
+
+
+@torch.no_grad()
+def restore(cohort: Cohort, name: str, weights: Mapping[str, Tensor], *, where: str) -> None:
+    """Copy saved weights into a live adapter.
+
+    Raises:
+        UserError: A key is missing, left over, or has another shape (trap 27).
+    """
+    own = cohort.parameters(name)
+    wrong = sorted(set(own) ^ set(weights))
+    if wrong:
+        side = "lacks" if wrong[0] in own else "has an unknown"
+        raise UserError(
+            f"{where} {side} {wrong[0]} ({len(wrong)} keys differ); it does not fit this base model"
+        )
+    for key, parameter in own.items():
+        if parameter.shape != weights[key].shape:
+            raise UserError(
+                f"{where}: {key} has shape {tuple(weights[key].shape)}, the base wants "
+                f"{tuple(parameter.shape)}; the adapter was trained on another model"
+            )
+        parameter.copy_(weights[key])
+
+
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The adapter's configuration.
+
+    Raises:
+        UserError: No such file, or not a LoRA adapter.
+    """
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        raise UserError(f"{folder} is not an adapter: it has no {CONFIG}")
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{path}: peft_type is {config.get('peft_type')!r}, only LORA loads here")
+    unsupported = [
+        key
+        for key in ("use_dora", "lora_bias", "target_parameters", "trainable_token_indices")
+        if config.get(key)
+    ]
+    if unsupported:
+        raise UserError(f"{path}: {unsupported[0]} is not supported here; load it with peft")
+    return config
+
+
+def spec_from_peft(
+    name: str, config: Mapping[str, Any], where: str | os.PathLike[str]
+) -> AdapterSpec:
+    """The adapter that a PEFT configuration describes."""
+    targets = config.get("target_modules")
+    if not targets:
+        raise UserError(f"{where}: {CONFIG} names no target_modules")
+    return AdapterSpec(
+        name=name,
+        r=config["r"],
+        alpha=config["lora_alpha"],
+        dropout=config.get("lora_dropout", 0.0),
+        target_modules=targets if isinstance(targets, str) else tuple(targets),
+        use_rslora=config.get("use_rslora", False),
+        modules_to_save=tuple(config.get("modules_to_save") or ()),
+        rank_pattern=dict(config.get("rank_pattern") or {}),
+        alpha_pattern=dict(config.get("alpha_pattern") or {}),
+    )
+
+
+def shapes(cohort: Cohort, name: str) -> dict[str, tuple[int, ...]]:
+    """Shape by PEFT key of a live adapter, what `verify` compares with."""
+    return {key: tuple(value.shape) for key, value in cohort.parameters(name).items()}
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        beside = path.with_name("adapter_model.bin")
+        hint = "; only safetensors are read, never pickle" if beside.exists() else ""
+        raise UserError(f"{path} does not exist{hint}")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a whole safetensors file: {error}") from error

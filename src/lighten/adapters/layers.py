@@ -1,0 +1,241 @@
+"""The modules that stand in a base's place while a cohort is attached.
+
+`CohortLinear` adds low-rank updates to a frozen linear layer; `CohortCopies` holds whole trained
+copies of any module (`modules_to_save`). Both ask the shared `Routing` which rows of the batch
+belong to which adapter, and both can be fused back into a plain module.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lighten.adapters.ops import Dropout, Segment, low_rank_linear, weight_of
+from lighten.adapters.spec import AdapterSpec
+
+
+@dataclass(frozen=True)
+class Share:
+    """The rows [start, stop) of a batch that take one adapter, or the base alone (None).
+
+    Attributes:
+        member: Name of the adapter, or None for the base.
+        start: First row of the batch.
+        stop: One past the last row.
+        dropout_keys: One number per row that names its example and step; None turns dropout off.
+        lengths: Real tokens per row, wanted with `dropout_keys`.
+    """
+
+    member: str | None
+    start: int
+    stop: int
+    dropout_keys: tuple[int, ...] | None = None
+    lengths: tuple[int, ...] | None = None
+
+
+class Routing:
+    """Which rows of the batch take which adapter: one object, shared by a cohort's layers."""
+
+    def __init__(self) -> None:
+        self.shares: tuple[Share, ...] = ()
+        self.everyone: str | None = None
+
+    @property
+    def batch_rows(self) -> int | None:
+        """Rows of the batch that the shares describe; None when one member takes every row."""
+        return self.shares[-1].stop if self.shares else None
+
+    def rows_per_batch_row(self, leading: Sequence[int], path: str) -> int:
+        """How many flattened rows of x one row of the batch has there.
+
+        Some layers see [B, T, ·], others [B·T, ·]; both are whole multiples of the batch.
+        """
+        rows = math.prod(leading)
+        assert self.batch_rows is not None
+        if leading[0] != self.batch_rows and (len(leading) > 1 or rows % self.batch_rows):
+            raise RuntimeError(
+                f"{path} was given {tuple(leading)} rows, which the batch of {self.batch_rows} "
+                "rows does not divide: adapters cannot be told apart there"
+            )
+        return rows // self.batch_rows
+
+
+class CohortLinear(nn.Module):
+    """A frozen linear layer with one low-rank update per adapter that targets it.
+
+    A [r, I] and B [O, r] are float32 parameters under `lora_A[name]` and `lora_B[name]`.
+    """
+
+    def __init__(self, base: nn.Module, path: str, routing: Routing) -> None:
+        super().__init__()
+        self.base = base
+        self.path = path
+        # Plain dicts: the base's own parameters stay the only ones that its module tree lists, and
+        # adapter names may hold dots.
+        self.lora_A: dict[str, nn.Parameter] = {}
+        self.lora_B: dict[str, nn.Parameter] = {}
+        self.specs: dict[str, AdapterSpec] = {}
+        self._routing = routing
+        # Stable over processes and library versions, unlike hash(): dropout must repeat on resume.
+        self._salt = zlib.crc32(path.encode())
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight, for code that looks at a layer's format or device."""
+        weight: Tensor = self.base.weight  # type: ignore[assignment]
+        return weight
+
+    def add(self, spec: AdapterSpec, generator: torch.Generator) -> None:
+        """Add an adapter; at the start its update is zero unless the spec says otherwise."""
+        weight = weight_of(self.base)
+        rank = spec.rank_at(self.path)
+        A = torch.empty(rank, weight.shape[1])
+        B = torch.zeros(weight.shape[0], rank)
+        if spec.init_lora_weights == "gaussian":
+            A.normal_(std=1 / rank, generator=generator)
+        else:
+            bound = 1 / math.sqrt(A.shape[1])  # Kaiming-uniform with a = √5, PEFT's default
+            A.uniform_(-bound, bound, generator=generator)
+        if spec.init_lora_weights is False:
+            bound = 1 / math.sqrt(rank)
+            B.uniform_(-bound, bound, generator=generator)
+        self.lora_A[spec.name] = nn.Parameter(A.to(weight.device))
+        self.lora_B[spec.name] = nn.Parameter(B.to(weight.device))
+        self.specs[spec.name] = spec
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., I] → [..., O], each row with its own adapter's update."""
+        segments, factors = [], []
+        for member, segment in self._segments(x):
+            segments.append(segment)
+            factors += [self.lora_A[member], self.lora_B[member]]
+        return low_rank_linear(x, self.base, segments, factors)
+
+    def _segments(self, x: Tensor) -> list[tuple[str, Segment]]:
+        routing = self._routing
+        if not routing.shares:
+            name = routing.everyone
+            if name is None or name not in self.specs:
+                return []
+            rows = math.prod(x.shape[:-1])
+            return [(name, Segment(0, rows, self.specs[name].scale_at(self.path)))]
+        width = routing.rows_per_batch_row(x.shape[:-1], self.path)
+        return [
+            (
+                share.member,
+                Segment(
+                    share.start * width,
+                    share.stop * width,
+                    self.specs[share.member].scale_at(self.path),
+                    self._dropout(share, width),
+                ),
+            )
+            for share in routing.shares
+            if share.member in self.specs
+        ]
+
+    def _dropout(self, share: Share, width: int) -> Dropout | None:
+        assert share.member is not None
+        spec = self.specs[share.member]
+        if spec.dropout == 0.0 or share.dropout_keys is None or share.lengths is None:
+            return None
+        seeds = tuple(_mix(spec.seed, self._salt, key) for key in share.dropout_keys)
+        return Dropout(spec.dropout, seeds, share.lengths, width)
+
+    def delta(self, name: str) -> Tensor:
+        """The adapter's update of the weight, scale · B A: [O, I] in float32."""
+        scale = self.specs[name].scale_at(self.path)
+        return scale * (self.lora_B[name] @ self.lora_A[name])
+
+    @torch.no_grad()
+    def fused(self, name: str | None) -> nn.Module:
+        """The plain layer with one adapter's update added to its weight (None: as it was).
+
+        The sum is formed in float32 and rounded once to the base's format.
+        """
+        if name is None or name not in self.specs:
+            return self.base
+        base = copy.deepcopy(self.base)
+        weight: Tensor = base.weight  # type: ignore[assignment]
+        delta = self.delta(name)
+        delta = delta.T if isinstance(base, Conv1D) else delta
+        weight.copy_((weight.float() + delta).to(weight.dtype))
+        return base
+
+
+class CohortCopies(nn.Module):
+    """A module of the base with one whole trained copy per adapter (`modules_to_save`).
+
+    Copies are float32; they compute in the base's format. Rows without a copy take the base's.
+    """
+
+    def __init__(self, base: nn.Module, path: str, routing: Routing) -> None:
+        super().__init__()
+        self.base = base
+        self.path = path
+        self.copies: dict[str, nn.Module] = {}
+        self._routing = routing
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight, for code that looks at a layer's format or device."""
+        weight: Tensor = self.base.weight  # type: ignore[assignment]
+        return weight
+
+    def add(self, name: str) -> None:
+        """Add a trainable copy, equal to the base's module at the start."""
+        made = copy.deepcopy(self.base).float()
+        made.requires_grad_(True)
+        self.copies[name] = made
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base's module, or each adapter's copy on its own rows."""
+        routing = self._routing
+        if not routing.shares:
+            return self._one(routing.everyone, x, args, kwargs)
+        # Token ids come as [B, T]; hidden vectors as [B, T, ·] or [B·T, ·].
+        leading = x.shape if not x.is_floating_point() else x.shape[:-1]
+        width = x.shape[0] // routing.shares[-1].stop
+        routing.rows_per_batch_row(leading, self.path)
+        parts = [
+            self._one(share.member, x[share.start * width : share.stop * width], args, kwargs)
+            for share in routing.shares
+        ]
+        return torch.cat(parts)
+
+    def _one(self, name: str | None, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+        if name is None or name not in self.copies:
+            return self.base(x, *args, **kwargs)
+        made = self.copies[name]
+        own = dict(self.base.named_parameters())
+        cast = {key: value.to(own[key].dtype) for key, value in made.named_parameters()}
+        return torch.func.functional_call(made, cast, (x, *args), kwargs)
+
+    @torch.no_grad()
+    def fused(self, name: str | None) -> nn.Module:
+        """The plain module with one adapter's copy in its place (None: as it was)."""
+        if name is None or name not in self.copies:
+            return self.base
+        own = dict(self.base.named_parameters())
+        made = copy.deepcopy(self.copies[name])
+        for key, value in made.named_parameters():
+            value.data = value.data.to(own[key].dtype)
+            value.requires_grad_(False)
+        return made
+
+
+def _mix(*numbers: int) -> int:
+    """One 63-bit seed from several numbers (FNV-1a over their 64-bit words)."""
+    state = 0xCBF29CE484222325
+    for number in numbers:
+        state = ((state ^ (number & 0xFFFFFFFFFFFFFFFF)) * 0x100000001B3) & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 29
+    return state >> 1

@@ -1,0 +1,187 @@
+"""The language-model loss of a micro-batch: logits only where a token is supervised.
+
+Dimensions: B rows, T padded tokens, S supervised positions of the micro-batch, H hidden size,
+V vocabulary. The backbone runs without its head; the head's logits [S, V] are formed chunk by
+chunk, and the gradient of the hidden states in the same pass, so that no more than one chunk of
+logits ever exists. The idea is that of Cut Cross-Entropy (arXiv 2411.09009) and of Liger's fused
+linear cross-entropy (arXiv 2410.10989), here in plain PyTorch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from lighten.adapters.cohort import Cohort
+from lighten.adapters.layers import CohortCopies, CohortLinear, Share
+from lighten.data.batches import MicroBatch
+
+# One chunk of float32 logits takes about this much: large enough to fill a matrix product.
+LOGIT_CHUNK_BYTES = 64 * 2**20
+# How far the fast path may be from the model's own loss on the first batch, relative.
+AGREEMENT = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
+
+
+@dataclass(frozen=True)
+class HeadRule:
+    """What an architecture does to its logits after the head.
+
+    Attributes:
+        scale: Factor on the logits (Cohere's `logit_scale`, Granite's 1 / `logits_scaling`).
+        softcap: c in c · tanh(logits / c) (Gemma 2), or None.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> HeadRule:
+        """Read the rule from the model's configuration."""
+        config = model.config
+        scale = float(getattr(config, "logit_scale", None) or 1.0)
+        scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+        return cls(scale, getattr(config, "final_logit_softcapping", None))
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """[S, V] raw logits → [S, V] final ones."""
+        logits = logits * self.scale if self.scale != 1.0 else logits
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Weighted sum of the cross-entropies over a frozen head, chunk by chunk."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, labels: Tensor, weights: Tensor, head: nn.Linear, rule: HeadRule
+    ) -> tuple[Tensor, Tensor]:
+        nll = hidden.new_empty(labels.shape, dtype=torch.float32)
+        grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for rows in _chunks(len(labels), head.weight.shape[0]):
+            raw = F.linear(hidden[rows], head.weight, head.bias).float()
+            logits = rule.apply(raw)
+            own = logits.gather(1, labels[rows, None])[:, 0]
+            normaliser = logits.logsumexp(1)
+            nll[rows] = normaliser - own
+            if grad is None:
+                continue
+            slope = (logits - normaliser[:, None]).exp_()
+            slope[torch.arange(len(own), device=own.device), labels[rows]] -= 1.0
+            if rule.softcap is not None:
+                slope *= 1.0 - (logits / rule.softcap).square_()
+            slope *= (weights[rows] * rule.scale)[:, None]
+            grad[rows] = slope.to(head.weight.dtype) @ head.weight
+        if grad is not None:
+            ctx.save_for_backward(grad)
+        ctx.mark_non_differentiable(nll)
+        return (nll * weights).sum(), nll
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = ctx.saved_tensors
+        return grad * grad_total.to(grad.dtype), None, None, None, None
+
+
+def _chunks(positions: int, vocabulary: int) -> list[slice]:
+    size = max(1, LOGIT_CHUNK_BYTES // (4 * vocabulary))
+    return [slice(start, min(start + size, positions)) for start in range(0, positions, size)]
+
+
+class Objective:
+    """The loss of micro-batches under a cohort, by the fast path or by the model's own forward.
+
+    Attributes:
+        fast: Whether logits are formed at supervised positions only.
+        reason: Why, in words for the user.
+    """
+
+    def __init__(self, model: PreTrainedModel, cohort: Cohort, *, fast: bool = True) -> None:
+        self.model, self.cohort = model, cohort
+        self.rule = HeadRule.of(model)
+        self.fast, self.reason = fast, "logits at supervised positions only"
+        self._head = model.get_output_embeddings()
+        self._backbone = model.base_model
+        if self._head is None or self._backbone is model:
+            self.fast, self.reason = False, f"{type(model).__name__} has no separate head"
+
+    def __call__(
+        self, batch: MicroBatch, shares: tuple[Share, ...], weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The weighted loss of a micro-batch, and what each supervised position lost.
+
+        Args:
+            batch: The micro-batch.
+            shares: Which rows take which adapter.
+            weights: [S] float32; the loss is the weighted sum over supervised positions.
+
+        Returns:
+            The scalar loss and the negative log-likelihoods [S], float32, without gradient.
+        """
+        hidden_or_logits = self._positions(batch, shares)
+        if not self.fast:
+            nll = F.cross_entropy(hidden_or_logits.float(), batch.labels, reduction="none")
+            return (nll * weights).sum(), nll.detach()
+        if isinstance(self._head, CohortLinear | CohortCopies):
+            return self._through_adapted_head(hidden_or_logits, batch, shares, weights)
+        return _ChunkedCrossEntropy.apply(
+            hidden_or_logits, batch.labels, weights, self._head, self.rule
+        )
+
+    def _positions(self, batch: MicroBatch, shares: tuple[Share, ...]) -> Tensor:
+        """Hidden states [S, H] (fast) or logits [S, V] at the supervised positions."""
+        with self.cohort.sharing(shares):
+            if self.fast:
+                out = self._backbone(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+            else:
+                out = self.model(input_ids=batch.input_ids, use_cache=False).logits
+        return out.flatten(0, 1)[batch.positions]
+
+    def _through_adapted_head(
+        self, hidden: Tensor, batch: MicroBatch, shares: tuple[Share, ...], weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Chunks through a head that learns: each is recomputed in the backward pass (trap 8)."""
+
+        def chunk(member: str | None, hidden: Tensor, labels: Tensor) -> Tensor:
+            with self.cohort.using(member):
+                logits = self.rule.apply(self._head(hidden).float())
+            return F.cross_entropy(logits, labels, reduction="none")
+
+        parts = []
+        for share in shares:
+            start, stop = batch.supervised_before[share.start], batch.supervised_before[share.stop]
+            for rows in _chunks(stop - start, self._head.weight.shape[0]):
+                own = slice(start + rows.start, start + rows.stop)
+                args = (share.member, hidden[own], batch.labels[own])
+                parts.append(checkpoint(chunk, *args, use_reentrant=False))
+        nll = torch.cat(parts)
+        return (nll * weights).sum(), nll.detach()
+
+    @torch.no_grad()
+    def verify(self, batch: MicroBatch, shares: tuple[Share, ...]) -> None:
+        """Compare the fast path with the model's own forward and fall back if they differ."""
+        if not self.fast:
+            return
+        weights = torch.full_like(batch.labels, 1.0 / len(batch.labels), dtype=torch.float32)
+        quick, _ = self(batch, shares, weights)
+        own, _ = Objective(self.model, self.cohort, fast=False)(batch, shares, weights)
+        apart = float((quick - own).abs() / own.abs().clamp_min(1e-6))
+        if apart > AGREEMENT.get(self.model.dtype, 2e-2):
+            self.fast = False
+            self.reason = (
+                f"the loss at supervised positions was {float(quick):.4f} and the model's own "
+                f"{float(own):.4f}: {type(self.model).__name__} does something to its logits that "
+                "the fast path does not know"
+            )
+        else:
+            self.reason = (
+                f"logits at supervised positions only; {apart:.1e} from the model's own loss on "
+                "the first batch"
+            )
