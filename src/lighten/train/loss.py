@@ -117,6 +117,9 @@ class Objective:
     ) -> tuple[Tensor, Tensor]:
         """The weighted loss of a micro-batch, and what each supervised position lost.
 
+        Call it, and the backward pass after it, inside `cohort.sharing(shares)`: layers that are
+        recomputed in the backward pass ask again which rows are whose.
+
         Args:
             batch: The micro-batch.
             shares: Which rows take which adapter.
@@ -125,7 +128,7 @@ class Objective:
         Returns:
             The scalar loss and the negative log-likelihoods [S], float32, without gradient.
         """
-        hidden_or_logits = self._positions(batch, shares)
+        hidden_or_logits = self._positions(batch)
         if not self.fast:
             nll = F.cross_entropy(hidden_or_logits.float(), batch.labels, reduction="none")
             return (nll * weights).sum(), nll.detach()
@@ -135,13 +138,12 @@ class Objective:
             hidden_or_logits, batch.labels, weights, self._head, self.rule
         )
 
-    def _positions(self, batch: MicroBatch, shares: tuple[Share, ...]) -> Tensor:
+    def _positions(self, batch: MicroBatch) -> Tensor:
         """Hidden states [S, H] (fast) or logits [S, V] at the supervised positions."""
-        with self.cohort.sharing(shares):
-            if self.fast:
-                out = self._backbone(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-            else:
-                out = self.model(input_ids=batch.input_ids, use_cache=False).logits
+        if self.fast:
+            out = self._backbone(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        else:
+            out = self.model(input_ids=batch.input_ids, use_cache=False).logits
         return out.flatten(0, 1)[batch.positions]
 
     def _through_adapted_head(
@@ -170,8 +172,9 @@ class Objective:
         if not self.fast:
             return
         weights = torch.full_like(batch.labels, 1.0 / len(batch.labels), dtype=torch.float32)
-        quick, _ = self(batch, shares, weights)
-        own, _ = Objective(self.model, self.cohort, fast=False)(batch, shares, weights)
+        with self.cohort.sharing(shares):
+            quick, _ = self(batch, shares, weights)
+            own, _ = Objective(self.model, self.cohort, fast=False)(batch, shares, weights)
         apart = float((quick - own).abs() / own.abs().clamp_min(1e-6))
         if apart > AGREEMENT.get(self.model.dtype, 2e-2):
             self.fast = False

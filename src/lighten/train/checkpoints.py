@@ -1,0 +1,177 @@
+"""Resumable states of a run: `checkpoints/checkpoint-<step>/`, whole or not there.
+
+A checkpoint is written under a hidden name and renamed when every file is on disk, with the
+checksum of each file in `trainer_state.json`, so that a kill at any moment, a full disk or a
+truncated file never costs more than the newest state. Random numbers need no saving: order and
+dropout are functions of seed, epoch and step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as from_bytes
+from safetensors.torch import save as to_bytes
+
+from lighten.adapters import Cohort, files
+from lighten.errors import UserError
+from lighten.runs import write_bytes, write_json
+from lighten.train.member import Member, MemberProgress
+
+STATE, OPTIMIZER = "trainer_state.json", "optimizer.safetensors"
+
+
+@dataclass
+class TrainerState:
+    """Where a run stands.
+
+    Attributes:
+        step: Optimiser steps of the run made.
+        tokens: Real tokens trained on, all adapters.
+        supervised_tokens: Those whose loss counted.
+        seconds: Time spent in steps.
+        members: Progress of each adapter by name.
+        scaler: State of the float16 gradient scaler, empty without one.
+        global_step: The step again under transformers' name, for tools that read it.
+        files: SHA-256 of the checkpoint's other files by relative path.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    seconds: float = 0.0
+    members: dict[str, MemberProgress] = field(default_factory=dict)
+    scaler: dict[str, Any] = field(default_factory=dict)
+    global_step: int = 0
+    files: dict[str, str] = field(default_factory=dict)
+
+
+def save(
+    folder: Path,
+    state: TrainerState,
+    cohort: Cohort,
+    members: Sequence[Member],
+    *,
+    base_model: str,
+    revision: str | None,
+) -> Path:
+    """Write `checkpoint-<step>` under the folder and return its path.
+
+    Raises:
+        UserError: The disk is full; older checkpoints are untouched.
+    """
+    final = folder / f"checkpoint-{state.step}"
+    partial = folder / f".checkpoint-{state.step}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    tensors = {
+        f"{member.name}/{key}": value.cpu().contiguous()
+        for member in members
+        for key, value in member.optimizer_tensors().items()
+    }
+    parts = {OPTIMIZER: to_bytes(tensors)}
+    for member in members:
+        saved = files.contents(cohort, member.name, base_model=base_model, revision=revision)
+        parts |= {f"adapters/{member.name}/{name}": data for name, data in saved.items()}
+    state.global_step = state.step
+    state.files = {name: hashlib.sha256(data).hexdigest() for name, data in parts.items()}
+    try:
+        for name, data in parts.items():
+            write_bytes(partial / name, data)
+        for member in members:
+            files.verify(partial / "adapters" / member.name, files.shapes(cohort, member.name))
+        write_json(partial / STATE, asdict(state))
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return final
+
+
+def newest_complete(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose files are all whole, and a sentence per newer one that is not."""
+    broken: list[str] = []
+    for checkpoint in reversed(listing(folder)):
+        fault = _fault(checkpoint)
+        if fault is None:
+            return checkpoint, broken
+        broken.append(f"{checkpoint.name} is not whole ({fault}); using an older one")
+    return None, broken
+
+
+def listing(folder: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    found = folder.glob("checkpoint-*") if folder.is_dir() else []
+    return sorted(
+        (path for path in found if path.name.partition("-")[2].isdigit()),
+        key=lambda path: int(path.name.partition("-")[2]),
+    )
+
+
+def restore(
+    checkpoint: Path, cohort: Cohort, members: Sequence[Member], device: torch.device
+) -> TrainerState:
+    """Put adapters and optimisers back as they were.
+
+    Raises:
+        UserError: The checkpoint is of another cohort.
+    """
+    state = read_state(checkpoint)
+    if set(state.members) != {member.name for member in members}:
+        raise UserError(
+            f"{checkpoint} holds the adapters {sorted(state.members)}, the recipe has "
+            f"{sorted(member.name for member in members)}"
+        )
+    optimizer = from_bytes((checkpoint / OPTIMIZER).read_bytes())
+    for member in members:
+        folder = checkpoint / "adapters" / member.name
+        weights = from_bytes((folder / files.WEIGHTS).read_bytes())
+        files.restore(cohort, member.name, weights, where=str(folder))
+        prefix = f"{member.name}/"
+        member.restore_optimizer(
+            {
+                key.removeprefix(prefix): value.to(device)
+                for key, value in optimizer.items()
+                if key.startswith(prefix)
+            }
+        )
+        member.progress = state.members[member.name]
+    return state
+
+
+def read_state(checkpoint: Path) -> TrainerState:
+    """The `trainer_state.json` of a checkpoint."""
+    raw = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    raw["members"] = {name: MemberProgress(**own) for name, own in raw["members"].items()}
+    return TrainerState(**raw)
+
+
+def prune(folder: Path, limit: int, keep: Sequence[int | None]) -> None:
+    """Delete the oldest checkpoints beyond the limit, never one of the steps to keep (trap 40)."""
+    checkpoints = listing(folder)
+    kept = {f"checkpoint-{step}" for step in keep if step is not None}
+    for checkpoint in checkpoints[: max(0, len(checkpoints) - limit)]:
+        if checkpoint.name not in kept:
+            shutil.rmtree(checkpoint)
+
+
+def _fault(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None."""
+    try:
+        state = read_state(checkpoint)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return f"{STATE} is missing or cut off"
+    for name, digest in state.files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+            return f"{name} has changed or was cut off"
+    return None

@@ -1,0 +1,82 @@
+"""The held-out loss during training: over all supervised tokens, with its standard error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from lighten.data.batches import Item, TokenRow, collate, layout
+from lighten.train.loss import Objective
+from lighten.train.step import shares_of
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Losses of one adapter on held-out rows.
+
+    Attributes:
+        nll: Summed negative log-likelihood of each row's supervised tokens, in nats.
+        tokens: Supervised tokens of each row.
+    """
+
+    nll: tuple[float, ...]
+    tokens: tuple[int, ...]
+
+    @property
+    def loss(self) -> float:
+        """Total loss over total tokens (trap 44), nats per token."""
+        return sum(self.nll) / sum(self.tokens)
+
+    @property
+    def standard_error(self) -> float:
+        """Of the loss as a ratio of two sums over rows: a row's tokens are not independent.
+
+        Linearised ratio estimator (Cochran, Sampling Techniques, 1977, section 6.4).
+        """
+        rows, total, loss = len(self.nll), sum(self.tokens), self.loss
+        if rows < 2:
+            return math.nan
+        residual = sum((n - loss * t) ** 2 for n, t in zip(self.nll, self.tokens, strict=True))
+        return math.sqrt(rows / (rows - 1) * residual) / total
+
+
+@torch.no_grad()
+def held_out(
+    objective: Objective,
+    rows: Sequence[TokenRow],
+    member: str | None,
+    *,
+    max_rows: int,
+    max_tokens: int | None = None,
+    pad_id: int = 0,
+    device: torch.device | str = "cpu",
+) -> HeldOut:
+    """Loss of one adapter (None: the base) on encoded rows; no logits are kept (trap 43).
+
+    Args:
+        objective: The loss, with the cohort it runs under.
+        rows: Encoded rows; those without a supervised token are passed over.
+        member: The adapter's name.
+        max_rows: Rows per batch at most.
+        max_tokens: Padded tokens per batch at most.
+        pad_id: Padding.
+        device: Where the model is.
+    """
+    lengths = [len(row.input_ids) for row in rows]
+    items = [Item(member, i, 0) for i, row in enumerate(rows) if any(row.supervised[1:])]
+    nll, tokens = [0.0] * len(rows), [0] * len(rows)
+    for part in layout(items, lengths, max_rows=max_rows, max_tokens=max_tokens):
+        batch = collate(part, rows, [member], pad_id=pad_id, device=device)
+        shares = tuple(replace(share, dropout_keys=None) for share in shares_of(batch))
+        weights = torch.ones(len(batch.labels), device=batch.labels.device)
+        with objective.cohort.sharing(shares):
+            _, each = objective(batch, shares, weights)
+        for place, item in enumerate(batch.items):
+            own = slice(batch.supervised_before[place], batch.supervised_before[place + 1])
+            nll[item.row] = float(each[own].double().sum())
+            tokens[item.row] = own.stop - own.start
+    kept = [item.row for item in items]
+    return HeldOut(tuple(nll[i] for i in kept), tuple(tokens[i] for i in kept))

@@ -1,0 +1,220 @@
+"""The training loop: steps, evaluations and checkpoints of a cohort, from any step to the last."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lighten import runs
+from lighten.data.batches import Item, MicroBatch, collate, layout, steps_of_epoch
+from lighten.hardware import PeakMemory
+from lighten.train import checkpoints
+from lighten.train.checkpoints import TrainerState
+from lighten.train.heldout import held_out
+from lighten.train.interrupt import Interrupted, StopSignals
+from lighten.train.member import Member
+from lighten.train.prepare import Setup
+from lighten.train.progress import TrainingProgress
+from lighten.train.step import MemberStep, shares_of, train_step
+
+
+class Loop:
+    """A run's steps over its setup.
+
+    Args:
+        setup: What to train.
+        folder: The run folder.
+        state: Where the run stands.
+        progress: Where to show it.
+        memory: Started before the base was loaded.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        folder: Path,
+        state: TrainerState,
+        progress: TrainingProgress,
+        memory: PeakMemory,
+    ) -> None:
+        self.setup, self.folder, self.state = setup, folder, state
+        self.progress, self.memory = progress, memory
+        self.main = setup.accelerator.is_main_process
+        self._lengths = [len(row.input_ids) for row in setup.rows.train.rows]
+        self._epochs: dict[tuple[int, int], list[list[int]]] = {}
+
+    def run(self) -> None:
+        """Train from the state's step to the end.
+
+        Raises:
+            Interrupted: SIGINT or SIGTERM came; the state is saved.
+            UserError: A loss is not finite, or the disk is full.
+        """
+        setup, state, recipe = self.setup, self.state, self.setup.recipe
+        self.progress.begin(setup.total_steps, state.step)
+        with StopSignals() as signals:
+            while state.step < setup.total_steps and self._active():
+                began = time.perf_counter()
+                members = self._active()
+                batches = list(self._micro_batches(state.step, members))
+                if state.step == 0 and batches:
+                    setup.objective.verify(batches[0], shares_of(batches[0]))
+                report = train_step(
+                    batches, members, setup.objective, setup.accelerator, setup.scaler
+                )
+                state.step += 1
+                self._record(report, time.perf_counter() - began)
+
+                last = state.step == setup.total_steps
+                best = False
+                if setup.rows.held_out and (last or self._due(recipe.eval_steps)):
+                    best = self._evaluate(members) and recipe.load_best_model_at_end
+                done = last or not self._active()
+                stop = signals.received is not None
+                if done or best or stop or self._due(recipe.save_steps):
+                    self._save()
+                if signals.received is not None and not done:
+                    raise Interrupted(
+                        f"stopped by {signals.received.name} after step {state.step}; the state is "
+                        f"saved, go on with --resume",
+                        signals.received,
+                    )
+
+    def _active(self) -> list[Member]:
+        return [member for member in self.setup.members if not member.progress.stopped]
+
+    def _due(self, every: int | None) -> bool:
+        return self.state.step % (every or self.setup.steps_per_epoch) == 0
+
+    def _micro_batches(self, step: int, members: list[Member]) -> Iterator[MicroBatch]:
+        """This rank's micro-batches of a step, every adapter with its own order of examples."""
+        setup, recipe = self.setup, self.setup.recipe
+        accelerator = setup.accelerator
+        epoch, place = divmod(step, setup.steps_per_epoch)
+        items = []
+        for member in members:
+            rows = self._epoch(member.settings.seed, epoch)[place]
+            own = rows[accelerator.process_index :: accelerator.num_processes]
+            items += [Item(member.name, row, step * len(self._lengths) + row) for row in own]
+        names = [member.name for member in members]
+        for part in layout(
+            items,
+            self._lengths,
+            max_rows=recipe.per_device_train_batch_size,
+            max_tokens=recipe.tokens_per_microbatch,
+        ):
+            yield collate(part, setup.rows.train.rows, names, device=accelerator.device)
+
+    def _epoch(self, seed: int, epoch: int) -> list[list[int]]:
+        if (seed, epoch) not in self._epochs:
+            self._epochs = {key: value for key, value in self._epochs.items() if key[1] == epoch}
+            recipe = self.setup.recipe
+            self._epochs[seed, epoch] = steps_of_epoch(
+                self._lengths,
+                recipe.per_device_train_batch_size
+                * recipe.gradient_accumulation_steps
+                * self.setup.accelerator.num_processes,
+                seed=seed,
+                epoch=epoch,
+                group_by_length=recipe.group_by_length,
+            )
+        return self._epochs[seed, epoch]
+
+    def _record(self, report: dict[str, MemberStep], seconds: float) -> None:
+        """Append a line per adapter to metrics.jsonl and move the bar."""
+        state, recipe = self.state, self.setup.recipe
+        state.seconds += seconds
+        peak = self.memory.read()["peak_bytes"]
+        tokens = sum(own.tokens for own in report.values())
+        state.tokens += tokens
+        state.supervised_tokens += sum(own.supervised_tokens for own in report.values())
+        for name, own in report.items():
+            self._line(
+                {
+                    "kind": "train",
+                    "step": state.step,
+                    "epoch": round(state.step / self.setup.steps_per_epoch, 6),
+                    "adapter": name,
+                    "loss": own.loss,
+                    "learning_rate": own.learning_rate,
+                    "grad_norm": own.grad_norm,
+                    "examples": own.examples,
+                    "supervised_tokens": own.supervised_tokens,
+                    "tokens": own.tokens,
+                    "seconds": seconds,
+                    "peak_bytes": peak,
+                    "skipped": own.skipped,
+                },
+                track=state.step % recipe.logging_steps == 0,
+            )
+        mean = sum(own.loss for own in report.values()) / len(report)
+        self.progress.step(state.step, mean, tokens / seconds, peak)
+
+    def _evaluate(self, members: list[Member]) -> bool:
+        """Held-out loss of each adapter; whether one of them is the best so far."""
+        setup, state = self.setup, self.state
+        any_best = False
+        assert setup.rows.held_out is not None
+        for member in members:
+            began = time.perf_counter()
+            found = held_out(
+                setup.objective,
+                setup.rows.held_out.rows,
+                member.name,
+                max_rows=setup.recipe.per_device_eval_batch_size,
+                max_tokens=setup.recipe.tokens_per_microbatch,
+                device=setup.accelerator.device,
+            )
+            any_best |= member.note_evaluation(found.loss, state.step)
+            self._line(
+                {
+                    "kind": "eval",
+                    "step": state.step,
+                    "epoch": round(state.step / setup.steps_per_epoch, 6),
+                    "adapter": member.name,
+                    "loss": found.loss,
+                    "loss_se": found.standard_error,
+                    "supervised_tokens": sum(found.tokens),
+                    "seconds": time.perf_counter() - began,
+                },
+                track=True,
+            )
+            ends = ", which stops it early" if member.progress.stopped else ""
+            self.progress.note(
+                f"step {state.step}: {member.name} held-out loss {found.loss:.4f} "
+                f"± {found.standard_error:.4f}{ends}"
+            )
+        return any_best
+
+    def _line(self, line: dict[str, Any], *, track: bool) -> None:
+        if not self.main:
+            return
+        runs.append_line(self.folder / "metrics.jsonl", line)
+        if track and self.setup.accelerator.log_with:
+            keys = ("loss", "loss_se", "learning_rate", "grad_norm", "tokens", "peak_bytes")
+            values = {
+                f"{line['kind']}/{line['adapter']}/{key}": line[key] for key in keys if key in line
+            }
+            self.setup.accelerator.log(values, step=line["step"])
+
+    def _save(self) -> None:
+        setup, state = self.setup, self.state
+        if self.main:
+            state.members = {member.name: member.progress for member in setup.members}
+            state.scaler = dict(setup.scaler.state_dict())
+            checkpoints.save(
+                self.folder / "checkpoints",
+                state,
+                setup.cohort,
+                setup.members,
+                base_model=setup.base.name,
+                revision=setup.base.revision,
+            )
+            best = [m.progress.best_step for m in setup.members]
+            keep = best if setup.recipe.load_best_model_at_end else []
+            checkpoints.prune(
+                self.folder / "checkpoints", setup.recipe.save_total_limit, keep
+            )
+        setup.accelerator.wait_for_everyone()

@@ -1,0 +1,220 @@
+"""Everything a run needs before its first step: base, rows, cohort, members, loss."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lighten import data, hardware, models
+from lighten.adapters import AdapterSpec, Cohort, attach
+from lighten.data import Encoded, TemplateChoice
+from lighten.errors import UserError
+from lighten.hardware import Choice
+from lighten.recipe import AdapterOptions, Recipe
+from lighten.train.loss import Objective
+from lighten.train.member import Member, MemberSettings
+from lighten.train.memory import checkpoint_layers
+from lighten.train.schedule import warmup_length
+
+
+@dataclass
+class Rows:
+    """The encoded data of a run.
+
+    Attributes:
+        train: What is trained on.
+        held_out: What the loss is watched on, or None.
+        template: The chat template and why it was taken.
+        facts: What `run.json` keeps of the data.
+    """
+
+    train: Encoded
+    held_out: Encoded | None
+    template: TemplateChoice
+    facts: dict[str, Any]
+
+
+@dataclass
+class Setup:
+    """A run ready for its first step.
+
+    Attributes:
+        recipe: What is wanted.
+        base: The loaded base.
+        rows: The encoded data.
+        cohort: The adapters on the base.
+        members: The adapters with their optimisers.
+        objective: The loss.
+        accelerator: Device and ranks.
+        scaler: For float16; does nothing otherwise.
+        steps_per_epoch: Optimiser steps of one pass over the data.
+        total_steps: Of the whole run.
+        choices: What was chosen for this machine, with reasons.
+    """
+
+    recipe: Recipe
+    base: models.Base
+    rows: Rows
+    cohort: Cohort
+    members: list[Member]
+    objective: Objective
+    accelerator: Accelerator
+    scaler: torch.amp.GradScaler
+    steps_per_epoch: int
+    total_steps: int
+    choices: dict[str, Choice] = field(default_factory=dict)
+
+
+def prepare(recipe: Recipe, accelerator: Accelerator, base: models.Base, rows: Rows) -> Setup:
+    """Attach the cohort and make optimisers and loss.
+
+    Raises:
+        UserError: The recipe does not fit the model.
+    """
+    options = recipe.cohort()
+    cohort = attach(base.model, [_spec(own) for own in options])
+    choices = {
+        "dtype": base.dtype,
+        "attention": Choice(base.attention, "attn_implementation of the recipe"),
+        "template": Choice(rows.template.name, rows.template.reason),
+    }
+    if recipe.gradient_checkpointing:
+        layers = checkpoint_layers(base.model)
+        choices["checkpointing"] = Choice(f"{layers} layers", "gradient_checkpointing")
+    per_step = (
+        recipe.per_device_train_batch_size
+        * recipe.gradient_accumulation_steps
+        * accelerator.num_processes
+    )
+    steps_per_epoch = math.ceil(len(rows.train.rows) / per_step)
+    total = recipe.max_steps or math.ceil(recipe.num_train_epochs * steps_per_epoch)
+    members = [_member(own, recipe, cohort, total) for own in options]
+    device = accelerator.device.type
+    scaler = torch.amp.GradScaler(device, enabled=base.model.dtype == torch.float16)
+    objective = Objective(base.model, cohort)
+    return Setup(
+        recipe, base, rows, cohort, members, objective, accelerator, scaler,
+        steps_per_epoch, total, choices,
+    )  # fmt: skip
+
+
+def add_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]
+) -> None:
+    """Give the base new special tokens; they start as the mean of the embeddings."""
+    if tokens:
+        tokenizer.add_special_tokens(  # type: ignore[attr-defined]
+            {"additional_special_tokens": list(tokens)}, replace_extra_special_tokens=False
+        )
+    size = model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
+    if len(tokenizer) > size:  # type: ignore[arg-type]
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # type: ignore[arg-type]
+        with torch.no_grad():
+            for layer in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:
+                weight: torch.Tensor = layer.weight  # type: ignore[union-attr, assignment]
+                weight[size:] = weight[:size].float().mean(0).to(weight.dtype)
+        model.requires_grad_(False)
+
+
+def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows:
+    """Read, split and encode the recipe's data.
+
+    Raises:
+        UserError: The data is broken, or holds nothing to learn from.
+    """
+    template = data.choose_template(tokenizer, recipe.chat_template)
+    found = data.read(
+        recipe.dataset, limit=recipe.max_train_samples, skip_bad_rows=recipe.skip_bad_rows
+    )
+    train, held_out = found.examples, _held_out(recipe)
+    if held_out is None and recipe.val_size:
+        train, held_out = data.split(train, recipe.val_size, seed=0)
+    if recipe.max_eval_samples is not None and held_out is not None:
+        held_out = held_out[: recipe.max_eval_samples]
+    how: dict[str, Any] = {
+        "max_length": recipe.max_length,
+        "truncation_strategy": recipe.truncation_strategy,
+        "assistant_only_loss": recipe.assistant_only_loss,
+        "completion_only_loss": recipe.completion_only_loss,
+    }
+    encoded = data.encode(train, tokenizer, **how)
+    watched = data.encode(held_out, tokenizer, **how) if held_out else None
+    facts = {
+        "path": str(found.path),
+        "sha256": found.sha256,
+        "format": found.format,
+        "train_rows": len(encoded.rows),
+        "eval_rows": len(watched.rows) if watched else 0,
+        "tokens": encoded.counts.tokens,
+        "supervised_tokens": encoded.counts.supervised_tokens,
+        "eval_supervised_tokens": watched.counts.supervised_tokens if watched else 0,
+        "truncated": encoded.counts.truncated,
+        "dropped": encoded.counts.dropped,
+        "lost_supervised_tokens": encoded.counts.lost_supervised_tokens,
+        "bad_rows": len(found.bad_rows),
+        "template": {"name": template.name, "reason": template.reason},
+    }
+    return Rows(encoded, watched, template, facts)
+
+
+def check_added_tokens(recipe: Recipe, members: Sequence[AdapterOptions]) -> None:
+    """Warn where an adapter cannot learn the tokens that the recipe adds (trap 19)."""
+    for own in members:
+        if recipe.added_tokens and not own.modules_to_save:
+            warnings.warn(
+                f"adapter {own.name!r}: added_tokens are new to the model, but modules_to_save "
+                "does not name the embedding, so they stay at their starting value",
+                stacklevel=2,
+            )
+
+
+def device_of(recipe_device: Choice) -> torch.device:
+    """The torch device of a hardware choice."""
+    return torch.device(recipe_device.value)
+
+
+def _held_out(recipe: Recipe) -> list[data.Example] | None:
+    if recipe.eval_dataset is not None:
+        return data.read(recipe.eval_dataset, split="valid").examples
+    return data.read_split_if_there(recipe.dataset, "valid")
+
+
+def _spec(own: AdapterOptions) -> AdapterSpec:
+    targets = own.lora_target_modules
+    return AdapterSpec(
+        name=own.name,
+        r=own.lora_r,
+        alpha=own.lora_alpha,
+        dropout=own.lora_dropout,
+        target_modules=targets if isinstance(targets, str) else tuple(targets),
+        use_rslora=own.use_rslora,
+        init_lora_weights=own.init_lora_weights,
+        modules_to_save=tuple(own.modules_to_save or ()),
+        rank_pattern=dict(own.rank_pattern),
+        alpha_pattern=dict(own.alpha_pattern),
+        seed=own.seed,
+    )
+
+
+def _member(own: AdapterOptions, recipe: Recipe, cohort: Cohort, total_steps: int) -> Member:
+    settings = MemberSettings(
+        learning_rate=own.learning_rate,
+        lr_scheduler_type=recipe.lr_scheduler_type,
+        warmup=warmup_length(total_steps, recipe.warmup_ratio, recipe.warmup_steps),
+        total_steps=total_steps,
+        weight_decay=recipe.weight_decay,
+        betas=(recipe.adam_beta1, recipe.adam_beta2),
+        epsilon=recipe.adam_epsilon,
+        max_grad_norm=recipe.max_grad_norm,
+        seed=own.seed,
+        early_stopping_patience=recipe.early_stopping_patience,
+        early_stopping_threshold=recipe.early_stopping_threshold,
+    )
+    return Member(own.name, cohort.parameters(own.name), settings)

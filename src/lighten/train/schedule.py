@@ -1,0 +1,34 @@
+"""The learning rate at each step, as pure functions of the step."""
+
+from __future__ import annotations
+
+import math
+
+
+def warmup_length(total_steps: int, warmup_ratio: float, warmup_steps: int | None) -> int:
+    """Steps of warm-up: as given, or the ratio of all steps rounded up."""
+    if warmup_steps is not None:
+        return warmup_steps
+    return math.ceil(total_steps * warmup_ratio)
+
+
+def learning_rate_factor(step: int, total_steps: int, warmup: int, kind: str) -> float:
+    """What the learning rate is multiplied with at a step.
+
+    Args:
+        step: Optimiser steps already made, from 0. The first step of a warm-up is not zero: a
+            step that changes nothing is a step wasted.
+        total_steps: Steps of the whole run.
+        warmup: Steps of warm-up.
+        kind: `linear`, `cosine`, `constant` or `constant_with_warmup`, as in transformers.
+    """
+    if kind != "constant" and step < warmup:
+        return (step + 1) / warmup
+    if kind in ("constant", "constant_with_warmup"):
+        return 1.0
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    if kind == "linear":
+        return max(0.0, 1.0 - progress)
+    if kind == "cosine":
+        return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+    raise ValueError(f"lr_scheduler_type {kind!r} is not known")

@@ -1,0 +1,154 @@
+"""One optimiser step of a cohort, top to bottom."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+
+from lighten.adapters.layers import Share
+from lighten.data.batches import MicroBatch
+from lighten.errors import UserError
+from lighten.train.loss import Objective
+from lighten.train.member import Member
+
+
+class TrainingDiverged(UserError):
+    """A loss or gradient is not a number: the run stops before the optimiser moves."""
+
+
+@dataclass
+class MemberStep:
+    """What one step was for one adapter, over all ranks.
+
+    Attributes:
+        loss: Sum of the supervised tokens' losses divided by their count, in nats.
+        grad_norm: Before clipping.
+        learning_rate: The rate used.
+        examples: Rows.
+        tokens: Real tokens, prompt included, padding not.
+        supervised_tokens: Tokens whose loss counted.
+        skipped: A non-finite float16 gradient: the optimiser did not move.
+    """
+
+    loss: float = 0.0
+    grad_norm: float = 0.0
+    learning_rate: float = 0.0
+    examples: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    skipped: bool = False
+
+
+def train_step(
+    batches: Sequence[MicroBatch],
+    members: Sequence[Member],
+    objective: Objective,
+    accelerator: Accelerator,
+    scaler: torch.amp.GradScaler,
+) -> dict[str, MemberStep]:
+    """Forward, backward and update of every adapter on one step's micro-batches of this rank.
+
+    Raises:
+        TrainingDiverged: A loss is not finite, or a gradient without a float16 scaler.
+        UserError: An adapter has no supervised token in this step, or no gradient at all.
+    """
+    order = {member.name: place for place, member in enumerate(members)}
+    counted = torch.zeros(len(members), 4, dtype=torch.float64)  # nll, supervised, tokens, rows
+    for batch in batches:
+        for share in shares_of(batch):
+            rows = slice(share.start, share.stop)
+            counted[order[str(share.member)], 1:] += torch.tensor(
+                [batch.supervised_in(share.start, share.stop), sum(batch.lengths[rows]),
+                 share.stop - share.start]
+            )  # fmt: skip
+    # The loss is a mean over the supervised tokens of the whole step: all micro-batches and all
+    # ranks (traps 1 to 3). So the counts have to be known before the first backward pass.
+    totals = accelerator.reduce(counted.to(accelerator.device), "sum").cpu()
+    for member, supervised in zip(members, totals[:, 1].tolist(), strict=True):
+        if supervised == 0:
+            raise UserError(
+                f"adapter {member.name!r}: a step without one supervised token; every answer in "
+                "it was cut off or empty (raise max_length, or see: lighten data check)"
+            )
+
+    for batch in batches:
+        shares = shares_of(batch)
+        weights = torch.empty(len(batch.labels), dtype=torch.float32, device=batch.labels.device)
+        spans = [slice(batch.supervised_before[s.start], batch.supervised_before[s.stop])
+                 for s in shares]  # fmt: skip
+        for share, span in zip(shares, spans, strict=True):
+            weights[span] = 1.0 / float(totals[order[str(share.member)], 1])
+        with objective.cohort.sharing(shares):
+            loss, nll = objective(batch, shares, weights)
+            scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        for share, span in zip(shares, spans, strict=True):
+            counted[order[str(share.member)], 0] += float(nll[span].double().sum())
+
+    totals[:, 0] = accelerator.reduce(counted[:, 0].to(accelerator.device), "sum").cpu()
+    report = {
+        member.name: MemberStep(
+            loss=nll / supervised,
+            learning_rate=member.learning_rate,
+            examples=int(rows),
+            tokens=int(tokens),
+            supervised_tokens=int(supervised),
+        )
+        for member, (nll, supervised, tokens, rows) in zip(members, totals.tolist(), strict=True)
+    }
+    # Adapters are small: one flat sum per step, whatever each rank's micro-batches were, costs
+    # less than hooks that fire per backward pass.
+    if accelerator.num_processes > 1:
+        gradients = [gradient for member in members for gradient in member.gradients()]
+        flat = accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "sum")
+        for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]),
+                                    strict=True):  # fmt: skip
+            gradient.copy_(summed.view_as(gradient))
+
+    for member in members:
+        own = report[member.name]
+        scaler.unscale_(member.optimizer)
+        own.grad_norm = member.gradient_norm()
+        _check(member, own, scaler)
+    for member in members:
+        own = report[member.name]
+        for group in member.optimizer.param_groups:
+            group["lr"] = own.learning_rate
+        scaler.step(member.optimizer)  # it skips by itself what `_check` let through as skipped
+        member.optimizer.zero_grad(set_to_none=True)
+        member.progress.steps += not own.skipped
+    scaler.update()
+    return report
+
+
+def shares_of(batch: MicroBatch) -> tuple[Share, ...]:
+    """Runs of rows that belong to one adapter, with what dropout needs to know of them."""
+    shares: list[Share] = []
+    start = 0
+    for stop in range(1, len(batch.items) + 1):
+        ends = stop == len(batch.items) or batch.items[stop].member != batch.items[start].member
+        if ends:
+            keys = tuple(item.key for item in batch.items[start:stop])
+            member = batch.items[start].member
+            shares.append(Share(member, start, stop, keys, batch.lengths[start:stop]))
+            start = stop
+    return tuple(shares)
+
+
+def _check(member: Member, own: MemberStep, scaler: torch.amp.GradScaler) -> None:
+    finite = math.isfinite(own.grad_norm)
+    if not math.isfinite(own.loss) or (not finite and not scaler.is_enabled()):
+        raise TrainingDiverged(
+            f"adapter {member.name!r}: loss {own.loss} and gradient norm {own.grad_norm} at its "
+            f"step {member.progress.steps + 1}; the weights were not changed (a lower "
+            f"learning_rate than {member.settings.learning_rate:g} may help)"
+        )
+    own.skipped = not finite
+    if own.grad_norm == 0.0 and member.progress.steps == 0:
+        raise UserError(
+            f"adapter {member.name!r} has no gradient at its first step: nothing it changes "
+            "reaches the loss (check lora_target_modules)"
+        )

@@ -1,0 +1,46 @@
+"""Experiment trackers (W&B, TensorBoard, Trackio), through accelerate."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from lighten.errors import missing_extra
+
+PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard", "trackio": "trackio"}
+
+
+def check_installed(names: Sequence[str]) -> None:
+    """Say which tracker is missing before anything is loaded.
+
+    Raises:
+        MissingExtra: A package is not installed.
+    """
+    for name in names:
+        if importlib.util.find_spec(PACKAGES[name]) is None:
+            raise missing_extra(PACKAGES[name], "track")
+
+
+def start(accelerator: Accelerator, run_folder: Path, settings: Mapping[str, Any]) -> None:
+    """Open the trackers that the accelerator was made with; settings are shown beside the run."""
+    if not accelerator.log_with:
+        return
+    # Never stop for a login prompt: without a key W&B writes into the run folder only.
+    if "WANDB_API_KEY" not in os.environ:
+        os.environ.setdefault("WANDB_MODE", "offline")
+    os.environ.setdefault("WANDB_SILENT", "true")
+    shown = {
+        key: value if isinstance(value, int | float | str | bool) else str(value)
+        for key, value in settings.items()
+        if value is not None
+    }
+    accelerator.init_trackers(
+        os.environ.get("WANDB_PROJECT", "lighten"),
+        config=shown,
+        init_kwargs={"wandb": {"name": run_folder.name, "dir": str(run_folder)}},
+    )
