@@ -214,7 +214,5 @@ class Loop:
             )
             best = [m.progress.best_step for m in setup.members]
             keep = best if setup.recipe.load_best_model_at_end else []
-            checkpoints.prune(
-                self.folder / "checkpoints", setup.recipe.save_total_limit, keep
-            )
+            checkpoints.prune(self.folder / "checkpoints", setup.recipe.save_total_limit, keep)
         setup.accelerator.wait_for_everyone()

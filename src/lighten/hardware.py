@@ -1,0 +1,285 @@
+"""Which machine this is, what it computes in, and how much memory a process really took."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import subprocess
+import threading
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+# Extra of the package by the module that it brings.
+EXTRAS = {
+    "bitsandbytes": "quant", "torchao": "quant", "gguf": "gguf", "llama_cpp": "gguf",
+    "pyarrow": "parquet", "deepspeed": "deepspeed", "vllm": "serve", "liger_kernel": "gpu",
+    "wandb": "track", "tensorboard": "track", "trackio": "track", "lm_eval": "eval",
+    "rouge_score": "eval", "openai": "generate", "gradio": "ui",
+}  # fmt: skip
+CORE = (
+    "lighten", "torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers",
+    "pydantic", "sacrebleu", "numpy",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Something chosen for the machine, and why."""
+
+    value: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One accelerator."""
+
+    name: str
+    memory_bytes: int
+    capability: str
+
+
+@dataclass(frozen=True)
+class Machine:
+    """This computer.
+
+    Attributes:
+        processor: Its name as the system gives it.
+        cores: Processor cores this process may use.
+        memory_bytes: Main memory.
+        gpus: CUDA devices.
+        system: Operating system and Python.
+    """
+
+    processor: str
+    cores: int
+    memory_bytes: int
+    gpus: tuple[Gpu, ...]
+    system: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+def machine() -> Machine:
+    """Look at this computer (imports torch, to see the GPUs)."""
+    import torch
+
+    gpus = []
+    for index in range(torch.cuda.device_count()):
+        own = torch.cuda.get_device_properties(index)
+        gpus.append(Gpu(own.name, own.total_memory, f"{own.major}.{own.minor}"))
+    return Machine(
+        processor=_processor_name(),
+        cores=len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count() or 1,
+        memory_bytes=psutil.virtual_memory().total,
+        gpus=tuple(gpus),
+        system=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+    )
+
+
+def choose_device() -> Choice:
+    """The device to compute on; `LIGHTEN_DEVICE` overrides."""
+    import torch
+
+    if named := os.environ.get("LIGHTEN_DEVICE"):
+        return Choice(named, "LIGHTEN_DEVICE says so")
+    if torch.cuda.is_available():
+        return Choice("cuda", f"{torch.cuda.get_device_name()} is there")
+    return Choice("cpu", "no CUDA device")
+
+
+def choose_dtype(requested: str, device: str) -> Choice:
+    """The format of the frozen base, with the reason.
+
+    Args:
+        requested: `auto`, or the format by name.
+        device: `cpu` or a CUDA device.
+    """
+    if requested != "auto":
+        return Choice(requested, "dtype of the recipe")
+    if device.startswith("cuda"):
+        import torch
+
+        major, minor = torch.cuda.get_device_capability()
+        if major >= 8:
+            return Choice("bfloat16", f"compute capability {major}.{minor} has bfloat16 units")
+        return Choice("float16", f"compute capability {major}.{minor} has no bfloat16 units")
+    flags = processor_flags()
+    for flag in ("amx_bf16", "avx512_bf16"):
+        if flag in flags:
+            return Choice("bfloat16", f"the processor computes in bfloat16 ({flag})")
+    return Choice("float32", "the processor has no bfloat16 arithmetic")
+
+
+def processor_flags() -> frozenset[str]:
+    """Instruction sets of the processor, as Linux lists them; empty elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return frozenset()
+    for line in lines:
+        if line.startswith("flags"):
+            return frozenset(line.partition(":")[2].split())
+    return frozenset()
+
+
+def _processor_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Version of each core package."""
+    return {name: version for name in CORE if (version := _version(name)) is not None}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name.replace("_", "-"))
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def commit(folder: Path | None = None) -> tuple[str | None, bool | None]:
+    """Commit of the checkout that this package runs from, and whether its tree is clean."""
+    where = folder or Path(__file__).parent
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(where), "status", "--porcelain", "--branch", "--untracked-files=no"],
+            capture_output=True, text=True, check=True, timeout=10,
+        ).stdout.splitlines()  # fmt: skip
+        head = subprocess.run(
+            ["git", "-C", str(where), "rev-parse", "HEAD"],
+            capture_output=True, text=True, check=True, timeout=10,
+        ).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+    return head, len(found) <= 1
+
+
+def doctor() -> dict[str, Any]:
+    """What `lighten doctor` shows: machine, formats, versions, extras and how to get the rest."""
+    device = choose_device()
+    dtype = choose_dtype("auto", device.value)
+    extras: dict[str, dict[str, Any]] = {}
+    for module, extra in EXTRAS.items():
+        own = extras.setdefault(
+            extra, {"installed": {}, "missing": [], "install": f"pip install 'lighten[{extra}]'"}
+        )
+        if importlib.util.find_spec(module) is None:
+            own["missing"].append(module)
+        else:
+            own["installed"][module] = _version(module)
+    return {
+        "machine": machine().to_dict(),
+        "device": asdict(device),
+        "dtype": asdict(dtype),
+        "free_memory_bytes": psutil.virtual_memory().available,
+        "free_disk_bytes": psutil.disk_usage(".").free,
+        "formats": formats(device.value),
+        "versions": versions(),
+        "extras": extras,
+    }
+
+
+def formats(device: str) -> Mapping[str, str]:
+    """Which number formats the device computes in, each with a word on how well."""
+    if device.startswith("cuda"):
+        import torch
+
+        major = torch.cuda.get_device_capability()[0]
+        return {
+            "float32": "yes",
+            "float16": "yes",
+            "bfloat16": "yes" if major >= 8 else "emulated, slow",
+            "float8": "yes" if torch.cuda.get_device_capability() >= (8, 9) else "no",
+        }
+    flags = processor_flags()
+    native = bool(flags & {"avx512_bf16", "amx_bf16"})
+    return {
+        "float32": "yes",
+        "bfloat16": "yes" if native else "emulated, slow",
+        "float16": "yes" if "avx512_fp16" in flags else "emulated, slow",
+        "int8": "yes" if flags & {"avx512_vnni", "avx_vnni", "amx_int8"} else "emulated, slow",
+    }
+
+
+class PeakMemory:
+    """Peak memory above what the process held when this was made.
+
+    On a CPU it is the resident set: the kernel's own high-water mark where it can be reset
+    (Linux, `/proc/self/clear_refs`), else samples every few milliseconds, which may miss a short
+    peak. On a GPU it is the allocator's `max_memory_allocated` and `max_memory_reserved`.
+
+    Args:
+        device: `cpu` or a CUDA device.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+        self._highest = 0
+        self._sampler: threading.Thread | None = None
+        if device.startswith("cuda"):
+            import torch
+
+            torch.cuda.reset_peak_memory_stats()
+            self._base, self.method = 0, "cuda allocator"
+        else:
+            self.method = "kernel high-water mark" if _reset_high_water() else "samples of 5 ms"
+            self._base = psutil.Process().memory_info().rss
+            if self.method.startswith("samples"):
+                self._sampler = threading.Thread(target=self._sample, daemon=True)
+                self._sampler.start()
+
+    def read(self) -> dict[str, Any]:
+        """`peak_bytes` since the start and how it was measured; on a GPU `reserved_bytes` too."""
+        if self.device.startswith("cuda"):
+            import torch
+
+            return {
+                "peak_bytes": torch.cuda.max_memory_allocated(),
+                "reserved_bytes": torch.cuda.max_memory_reserved(),
+                "method": self.method,
+            }
+        highest = self._highest if self._sampler else _high_water()
+        return {"peak_bytes": max(0, highest - self._base), "method": self.method}
+
+    def _sample(self) -> None:
+        own, pause = psutil.Process(), threading.Event()
+        while True:
+            self._highest = max(self._highest, own.memory_info().rss)
+            pause.wait(0.005)
+
+
+def _reset_high_water() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return _high_water() > 0
+
+
+def _high_water() -> int:
+    """Linux's VmHWM in bytes, 0 where there is none."""
+    try:
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0

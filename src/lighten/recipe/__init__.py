@@ -1,0 +1,278 @@
+"""What the user asks for: a typed recipe, read from YAML and overrides, checked as a whole."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import PrivateAttr, ValidationError
+
+from lighten.errors import UserError
+from lighten.recipe import aliases, yaml_lines
+from lighten.recipe.fields import (
+    AdapterEntry,
+    AdapterFields,
+    AdapterOptions,
+    EvaluateOptions,
+    RecipeFields,
+)
+
+__all__ = ["AdapterEntry", "AdapterOptions", "EvaluateOptions", "Recipe", "RecipeError"]
+
+# A list in one of these makes a cohort, one adapter per entry.
+COHORT_LISTS = ("lora_r", "lora_alpha", "lora_dropout", "learning_rate", "seed")
+_PATHS = ("dataset", "eval_dataset", "model_name_or_path", "chat_template")
+
+
+class RecipeError(UserError):
+    """All problems of a recipe, told together."""
+
+
+class Recipe(RecipeFields):
+    """A complete recipe. Make one with `from_file` or `from_values`."""
+
+    _notices: list[str] = PrivateAttr(default_factory=list)
+    _name: str | None = PrivateAttr(default=None)
+
+    @property
+    def notices(self) -> list[str]:
+        """A sentence for each alias that was translated."""
+        return self._notices
+
+    @property
+    def name(self) -> str:
+        """What to call a run of this recipe."""
+        if self._name:
+            return self._name
+        model = Path(self.model_name_or_path).name.removesuffix(".gguf")
+        return f"{model}-{Path(self.dataset.partition('#')[0]).stem}"
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the run goes."""
+        return Path(self.output_dir) if self.output_dir else Path("runs") / self.name
+
+    @classmethod
+    def from_file(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+        """Read a recipe file; overrides may be dotted (`evaluate.max_examples`).
+
+        Relative paths of data and models mean the recipe's folder if they exist there, else the
+        working directory.
+
+        Raises:
+            RecipeError: Every problem found, each with key, value, line and what to change.
+        """
+        path = Path(path)
+        values, lines = yaml_lines.read(path)
+        for name in _PATHS:
+            for key in (
+                name,
+                *(a for a, canonical in aliases.RENAMED.items() if canonical == name),
+            ):
+                if isinstance(values.get(key), str):
+                    values[key] = _beside(path.parent, values[key])
+        recipe = cls._build(values, overrides, str(path), lines)
+        recipe._name = path.parent.name if path.stem == "recipe" else path.stem
+        return recipe
+
+    @classmethod
+    def from_values(
+        cls, values: Mapping[str, Any], overrides: Mapping[str, Any] | None = None
+    ) -> Recipe:
+        """Make a recipe from settings by name.
+
+        Raises:
+            RecipeError: Every problem found.
+        """
+        return cls._build(values, overrides, "recipe", {})
+
+    @classmethod
+    def _build(
+        cls,
+        values: Mapping[str, Any],
+        overrides: Mapping[str, Any] | None,
+        where: str,
+        lines: Mapping[str, int],
+    ) -> Recipe:
+        settings, notices, problems = aliases.translate(values)
+        over, more_notices, more_problems = aliases.translate(overrides or {})
+        for key, value in over.items():
+            section, _, name = key.partition(".")
+            if name and isinstance(settings.get(section, {}), Mapping):
+                settings[section] = {**settings.get(section, {}), name: value}
+            else:
+                settings[key] = value
+        problems = [f"{where}: {problem}" for problem in problems + more_problems]
+        try:
+            recipe = cls.model_validate(settings)
+        except ValidationError as error:
+            given = set(over)
+            problems += [
+                _sentence(item, "command line" if str(item["loc"][0]) in given else where, lines)
+                for item in _merged(error)
+            ]
+        else:
+            problems += [f"{where}: {problem}" for problem in _contradictions(recipe, settings)]
+        if problems:
+            raise RecipeError("\n".join(problems))
+        recipe._notices = [*notices, *more_notices, *recipe._notices]
+        return recipe
+
+    def cohort(self) -> list[AdapterOptions]:
+        """The adapters to train, every setting filled in."""
+        if self.adapters is not None:
+            given = [entry.model_dump(exclude_none=True) for entry in self.adapters]
+        else:
+            size = max((len(v) for v in map(self._list, COHORT_LISTS) if v), default=1)
+            given = [
+                {key: values[i] for key in COHORT_LISTS if (values := self._list(key))}
+                for i in range(size)
+            ]
+            for name, own in zip(_names(given), given, strict=True):
+                own["name"] = name
+        return [self._filled(own) for own in given]
+
+    def _list(self, key: str) -> list[Any] | None:
+        value = getattr(self, key)
+        return value if isinstance(value, list) else None
+
+    def _filled(self, own: dict[str, Any]) -> AdapterOptions:
+        flat = {
+            key: getattr(self, key) for key in AdapterFields.model_fields if self._list_free(key)
+        }
+        filled = {**flat, **own}
+        if filled.get("lora_alpha") is None:
+            filled["lora_alpha"] = 2 * filled["lora_r"]
+        return AdapterOptions.model_validate(filled)
+
+    def _list_free(self, key: str) -> bool:
+        return key not in COHORT_LISTS or self._list(key) is None
+
+    def completed(self) -> dict[str, Any]:
+        """Every setting with its value, defaults written out."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        """The completed recipe as YAML."""
+        text: str = yaml.safe_dump(self.completed(), sort_keys=False, allow_unicode=True)
+        return text
+
+    @classmethod
+    def json_schema(cls) -> dict[str, Any]:
+        """JSON schema of a recipe file."""
+        return cls.model_json_schema()
+
+
+def _beside(folder: Path, value: str) -> str:
+    """The path as seen from the recipe's folder if something is there."""
+    name, mark, limit = value.partition("#")
+    there = folder / name
+    return f"{there}{mark}{limit}" if not Path(name).is_absolute() and there.exists() else value
+
+
+def _names(given: list[dict[str, Any]]) -> list[str]:
+    """A name per adapter that says what differs."""
+    if len(given) == 1:
+        return ["default"]
+    short = {
+        "lora_r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout", "learning_rate": "lr",
+        "seed": "seed",
+    }  # fmt: skip
+    differing = [key for key in given[0] if len({str(own[key]) for own in given}) > 1]
+    names = ["-".join(f"{short[key]}{own[key]:g}" for key in differing) for own in given]
+    if len(set(names)) < len(names):
+        names = [f"{name or 'adapter'}-{i + 1}" for i, name in enumerate(names)]
+    return names
+
+
+def _contradictions(recipe: Recipe, given: Mapping[str, Any]) -> list[str]:
+    """Settings that cannot hold together, or that have no effect in the chosen mode."""
+    problems: list[str] = []
+    sizes = {key: len(v) for key in COHORT_LISTS if (v := recipe._list(key)) is not None}
+    if any(size == 0 for size in sizes.values()):
+        problems.append(f"{next(k for k, s in sizes.items() if s == 0)} is an empty list")
+    elif len(set(sizes.values())) > 1:
+        said = ", ".join(f"{key} has {size}" for key, size in sizes.items())
+        problems.append(f"lists that make a cohort must be of one length, but {said}")
+    if recipe.adapters is not None:
+        problems += [
+            f"{key} is a list, but adapters: spells the cohort out already; keep one of the two"
+            for key in sizes
+        ]
+        names = [entry.name for entry in recipe.adapters]
+        if not names:
+            problems.append("adapters is empty; leave it out for a single adapter")
+        problems += [
+            f"adapters: two are called {name!r}; give each its own name"
+            for name in sorted({n for n in names if names.count(n) > 1})
+        ]
+    if "warmup_ratio" in given and recipe.warmup_steps is not None:
+        problems.append("warmup_ratio has no effect beside warmup_steps; keep one")
+    if recipe.lr_scheduler_type == "constant":
+        problems += [
+            f"{key} has no effect with lr_scheduler_type: constant; use constant_with_warmup"
+            for key in ("warmup_ratio", "warmup_steps")
+            if given.get(key)
+        ]
+    if "num_train_epochs" in given and "max_steps" in given and recipe.max_steps is not None:
+        # transformers lets max_steps win silently; many recipes carry both, so it is no error.
+        recipe._notices.append("max_steps is set, so num_train_epochs has no effect")
+    if recipe.eval_dataset is not None and "val_size" in given:
+        problems.append("val_size has no effect beside eval_dataset; remove one")
+    if not _has_held_out(recipe):
+        problems += [
+            f"{key} needs held-out data: set eval_dataset, or val_size above 0"
+            for key in ("eval_steps", "early_stopping_patience", "load_best_model_at_end",
+                        "max_eval_samples")
+            if getattr(recipe, key)
+        ]  # fmt: skip
+    if "early_stopping_threshold" in given and recipe.early_stopping_patience is None:
+        problems.append("early_stopping_threshold has no effect without early_stopping_patience")
+    return problems
+
+
+def _has_held_out(recipe: Recipe) -> bool:
+    folder = Path(recipe.dataset.partition("#")[0])
+    return bool(recipe.eval_dataset or recipe.val_size or folder.is_dir())
+
+
+def _merged(error: ValidationError) -> list[dict[str, Any]]:
+    """One problem per setting: pydantic tells a union's every branch."""
+    seen: dict[str, dict[str, Any]] = {}
+    for item in error.errors():
+        loc = item["loc"]
+        names = [str(part) for part in loc if str(part) in _known() or isinstance(part, int)]
+        key = str(loc[0]) if not names else ".".join(names)
+        if item["type"] == "extra_forbidden":
+            key = ".".join(str(part) for part in loc)
+        seen.setdefault(key, {**item, "key": key})
+    return list(seen.values())
+
+
+def _known() -> set[str]:
+    return (
+        set(RecipeFields.model_fields)
+        | set(EvaluateOptions.model_fields)
+        | set(AdapterEntry.model_fields)
+    )
+
+
+def _sentence(item: Mapping[str, Any], where: str, lines: Mapping[str, int]) -> str:
+    key: str = item["key"]
+    at = f"{where}:{lines[key]}" if key in lines and where != "command line" else where
+    if item["type"] == "extra_forbidden":
+        pool = [*RecipeFields.model_fields, *aliases.RENAMED, *aliases.SPECIAL]
+        if "." in key:
+            pool = [*EvaluateOptions.model_fields, *AdapterEntry.model_fields]
+        near = difflib.get_close_matches(key.rpartition(".")[2], pool, n=1, cutoff=0.55)
+        mend = f"did you mean {near[0]}?" if near else "see: lighten schema"
+        return f"{at}: {key} is not a setting; {mend}"
+    if item["type"] == "missing":
+        return f"{at}: {key} is missing; add it"
+    reason = str(item["msg"])
+    choices = item.get("ctx", {}).get("expected")
+    mend = f"use {choices}" if choices else reason[0].lower() + reason[1:]
+    return f"{at}: {key}: {item['input']!r} does not do; {mend}"

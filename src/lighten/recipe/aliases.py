@@ -1,0 +1,95 @@
+"""Names that other tools use for our settings, translated with a one-line notice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+RENAMED = {
+    "base_model": "model_name_or_path",
+    "model": "model_name_or_path",
+    "base": "model_name_or_path",
+    "train_file": "dataset",
+    "dataset_name": "dataset",
+    "local_dataset": "dataset",
+    "data": "dataset",
+    "validation_file": "eval_dataset",
+    "max_seq_length": "max_length",
+    "cutoff_len": "max_length",
+    "sequence_len": "max_length",
+    "micro_batch_size": "per_device_train_batch_size",
+    "batch_size": "per_device_train_batch_size",
+    "num_epochs": "num_train_epochs",
+    "epochs": "num_train_epochs",
+    "lr": "learning_rate",
+    "lr_scheduler": "lr_scheduler_type",
+    "optimizer": "optim",
+    "lora_rank": "lora_r",
+    "lora_target": "lora_target_modules",
+    "target_modules": "lora_target_modules",
+    "torch_dtype": "dtype",
+    "val_set_size": "val_size",
+    "val_split": "val_size",
+}
+# Shown to a user who mistypes one of them; each is handled in `translate`.
+SPECIAL = ("datasets", "train_on_inputs", "lora_target_linear", "bf16", "fp16", "flash_attn")
+_FLASH = {
+    "fa2": "flash_attention_2", "fa3": "flash_attention_3", "sdpa": "sdpa", "disabled": "eager",
+    "true": "flash_attention_2", "auto": "sdpa",
+}  # fmt: skip
+
+
+def translate(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], list[str]]:
+    """Canonical names for aliased ones.
+
+    Returns:
+        The settings, a notice per alias used, and a sentence per problem.
+    """
+    out: dict[str, Any] = {}
+    notices: list[str] = []
+    problems: list[str] = []
+
+    def put(alias: str, name: str, value: Any) -> None:
+        if name in values and name != alias:
+            problems.append(f"{alias} and {name} both set the same thing; keep {name}")
+        out[name] = value
+        if alias != name:
+            notices.append(f"{alias} is called {name} here; read as {name}: {value}")
+
+    for key, value in values.items():
+        if key in RENAMED and not (key == "data" and isinstance(value, Mapping)):
+            put(key, RENAMED[key], value)
+        elif key == "data":
+            unknown = sorted(set(value) - {"train", "valid", "validation", "eval"})
+            if unknown:
+                problems.append(f"data.{unknown[0]} is not a setting; use dataset, eval_dataset")
+            for part in set(value) - set(unknown):
+                name = "dataset" if part == "train" else "eval_dataset"
+                put(f"data.{part}", name, value[part])
+        elif key == "datasets":
+            paths = [v.get("path") if isinstance(v, Mapping) else v for v in value or []]
+            if len(paths) == 1 and isinstance(paths[0], str):
+                put("datasets", "dataset", paths[0])
+            else:
+                problems.append("datasets must hold one entry with a path; use dataset: FILE")
+        elif key == "train_on_inputs":
+            put(key, "assistant_only_loss", not value)
+            put(key, "completion_only_loss", not value)
+        elif key == "lora_target_linear":
+            if value:
+                put(key, "lora_target_modules", "all-linear")
+        elif key in ("bf16", "fp16"):
+            full = {"bf16": "bfloat16", "fp16": "float16"}[key]
+            if value == "auto":
+                put(key, "dtype", "auto")
+            elif value:
+                put(key, "dtype", full)
+        elif key == "flash_attn":
+            name = _FLASH.get(str(value).lower())
+            if name is None:
+                problems.append(f"flash_attn: {value!r} is not one of {', '.join(_FLASH)}")
+            else:
+                put(key, "attn_implementation", name)
+        else:
+            out[key] = value
+    return out, notices, problems

@@ -1,0 +1,196 @@
+"""The settings of a recipe, each declared once: name, type, default, bounds and help.
+
+Names and meanings are those of transformers, TRL and PEFT. Flags, `--help`, the JSON schema and
+the saved `recipe.yaml` all come from here.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+Rate = Annotated[float, Field(gt=0.0)]
+AdapterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._=-]*$", max_length=80)]
+Tracker = Literal["wandb", "tensorboard", "trackio"]
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys are errors, numbers written as text are numbers."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+
+
+class EvaluateOptions(Section):
+    """What `lighten evaluate` measures."""
+
+    max_examples: Positive | None = Field(200, description="held-out examples answered at most")
+    max_new_tokens: Positive = Field(64, description="longest answer, in tokens")
+    batch_size: Positive = Field(16, description="examples answered together")
+    bootstrap_samples: Positive = Field(1000, description="resamples behind each interval")
+    seed: int = Field(0, description="seed of the resampling")
+
+
+class AdapterFields(Section):
+    """The settings that may differ between the adapters of one cohort, all optional."""
+
+    lora_r: Positive | None = Field(None, description="rank")
+    lora_alpha: Rate | None = Field(None, description="scale numerator; default 2 x rank")
+    lora_dropout: Share | None = Field(None, description="dropout before A")
+    lora_target_modules: str | list[str] | None = Field(None, description="modules to adapt")
+    use_rslora: bool | None = Field(None, description="scale by alpha / sqrt(r)")
+    init_lora_weights: bool | Literal["gaussian"] | None = Field(None, description="start")
+    modules_to_save: list[str] | None = Field(None, description="modules trained whole")
+    rank_pattern: dict[str, Positive] | None = Field(None, description="rank by module pattern")
+    alpha_pattern: dict[str, Rate] | None = Field(None, description="alpha by module pattern")
+    learning_rate: Rate | None = Field(None, description="peak learning rate")
+    seed: int | None = Field(None, description="seed of order, weights and dropout")
+
+
+class AdapterEntry(AdapterFields):
+    """One entry of `adapters:`; what it leaves out comes from the recipe's own fields."""
+
+    name: AdapterName = Field(description="folder name of the adapter")
+
+
+class AdapterOptions(Section):
+    """One adapter of the cohort with every setting filled in."""
+
+    name: str
+    lora_r: int
+    lora_alpha: float
+    lora_dropout: float
+    lora_target_modules: str | list[str]
+    use_rslora: bool
+    init_lora_weights: bool | str
+    modules_to_save: list[str] | None
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
+    learning_rate: float
+    seed: int
+
+
+def _field(default: Any, section: str, text: str, **bounds: Any) -> Any:
+    return Field(default, description=text, json_schema_extra={"section": section}, **bounds)
+
+
+class RecipeFields(Section):
+    """Every setting of a recipe with its default."""
+
+    model_name_or_path: str = _field(
+        ..., "model", "hub id, local folder, GGUF file or packaged model (see: lighten models)"
+    )
+    revision: str | None = _field(None, "model", "branch, tag or commit of a hub model")
+    trust_remote_code: bool = _field(False, "model", "run Python code that comes with the model")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _field(
+        "auto", "model", "format of the frozen base; auto asks the machine"
+    )
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = (
+        _field("sdpa", "model", "attention kernel")
+    )
+    chat_template: str | None = _field(
+        None, "model", "chatml, alpaca, plain or a .jinja file; default: the model's own"
+    )
+    added_tokens: list[str] = _field(
+        [], "model", "new special tokens (name the embedding in modules_to_save to train them)"
+    )
+
+    dataset: str = _field(..., "data", "file or folder of training examples; name#500 takes 500")
+    eval_dataset: str | None = _field(None, "data", "held-out examples")
+    val_size: Annotated[float, Field(ge=0.0)] = _field(
+        0.05,
+        "data",
+        "share (below 1) or number of examples held out where none are given; 0 for none",
+    )
+    max_length: Annotated[int, Field(ge=2)] = _field(1024, "data", "longest example, in tokens")
+    truncation_strategy: Literal["truncate", "drop", "raise"] = _field(
+        "truncate", "data", "what happens to a longer one"
+    )
+    assistant_only_loss: bool = _field(
+        True, "data", "in conversations, learn the assistant's turns only"
+    )
+    completion_only_loss: bool = _field(
+        True, "data", "in prompt-completion pairs, learn the completion only"
+    )
+    skip_bad_rows: bool = _field(False, "data", "go on without broken rows, and count them")
+    max_train_samples: Positive | None = _field(None, "data", "training examples at most")
+    max_eval_samples: Positive | None = _field(None, "data", "held-out examples at most")
+
+    num_train_epochs: Rate = _field(1.0, "training", "passes over the data")
+    max_steps: Positive | None = _field(None, "training", "optimiser steps, instead of epochs")
+    per_device_train_batch_size: Positive = _field(8, "training", "examples per micro-batch")
+    gradient_accumulation_steps: Positive = _field(1, "training", "micro-batches per step")
+    per_device_eval_batch_size: Positive = _field(8, "training", "held-out examples together")
+    tokens_per_microbatch: Positive | None = _field(
+        None, "training", "cut micro-batches so that their padded tokens stay within this"
+    )
+    group_by_length: bool = _field(True, "training", "bring examples of like length together")
+    learning_rate: Rate | list[Rate] = _field(2e-4, "training", "peak learning rate")
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = _field(
+        "linear", "training", "course of the learning rate"
+    )
+    warmup_ratio: Share = _field(0.03, "training", "share of the steps that warm up")
+    warmup_steps: Annotated[int, Field(ge=0)] | None = _field(
+        None, "training", "steps that warm up, instead of a share"
+    )
+    weight_decay: Annotated[float, Field(ge=0.0)] = _field(0.0, "training", "AdamW weight decay")
+    optim: Literal["adamw_torch"] = _field("adamw_torch", "training", "optimiser")
+    adam_beta1: Share = _field(0.9, "training", "AdamW's first decay")
+    adam_beta2: Share = _field(0.999, "training", "AdamW's second decay")
+    adam_epsilon: Rate = _field(1e-8, "training", "AdamW's epsilon")
+    max_grad_norm: Rate | None = _field(1.0, "training", "clip each adapter's gradient; null: off")
+    gradient_checkpointing: bool = _field(
+        False, "training", "recompute layers in the backward pass: less memory, more time"
+    )
+    seed: int | list[int] = _field(42, "training", "seed of order, weights and dropout")
+
+    logging_steps: Positive = _field(1, "run", "steps between lines to the trackers")
+    eval_steps: Positive | None = _field(None, "run", "steps between evaluations; null: an epoch")
+    save_steps: Positive | None = _field(None, "run", "steps between checkpoints; null: an epoch")
+    save_total_limit: Positive = _field(2, "run", "checkpoints kept")
+    early_stopping_patience: Positive | None = _field(
+        None, "run", "evaluations in a row without gain that stop an adapter"
+    )
+    early_stopping_threshold: Annotated[float, Field(ge=0.0)] = _field(
+        0.0, "run", "held-out loss that counts as gain"
+    )
+    load_best_model_at_end: bool = _field(
+        False, "run", "end with the adapter of the lowest held-out loss"
+    )
+    report_to: list[Tracker] = _field([], "run", "none, wandb, tensorboard, trackio")
+    output_dir: str | None = _field(None, "run", "the run's folder; default runs/<name>")
+
+    lora_r: Positive | list[Positive] = _field(8, "lora", "rank; a list trains a cohort")
+    lora_alpha: Rate | list[Rate] | None = _field(None, "lora", "scale numerator; default 2 x rank")
+    lora_dropout: Share | list[Share] = _field(0.0, "lora", "dropout before A")
+    lora_target_modules: str | list[str] = _field(
+        "all-linear", "lora", "module names, a regular expression, or all-linear"
+    )
+    use_rslora: bool = _field(False, "lora", "scale by alpha / sqrt(r)")
+    init_lora_weights: bool | Literal["gaussian"] = _field(
+        True, "lora", "true: PEFT's default; gaussian; false: random, for tests"
+    )
+    modules_to_save: list[str] | None = _field(None, "lora", "modules trained as whole copies")
+    rank_pattern: dict[str, Positive] = _field({}, "lora", "rank by module-name pattern")
+    alpha_pattern: dict[str, Rate] = _field({}, "lora", "alpha by module-name pattern")
+    adapters: list[AdapterEntry] | None = _field(
+        None, "lora", "a cohort spelled out: a name and what differs, per adapter"
+    )
+
+    evaluate: EvaluateOptions = _field(
+        EvaluateOptions(), "evaluate", "what lighten evaluate measures"
+    )
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _trackers(cls, value: Any) -> Any:
+        """`none` and a lone name are as good as a list."""
+        named = [value] if isinstance(value, str) else list(value or [])
+        return [name for name in named if name != "none"]
+
+    @field_validator("lora_target_modules", mode="before")
+    @classmethod
+    def _all(cls, value: Any) -> Any:
+        return "all-linear" if value == "all" else value

@@ -1,0 +1,92 @@
+"""Steps, micro-batches and padding: what is in them, never what order they happen to have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lighten.data.batches import Item, collate, layout, steps_of_epoch
+
+
+@dataclass
+class Row:
+    input_ids: list[int]
+    supervised: list[bool]
+
+
+lengths = st.lists(st.integers(1, 60), min_size=1, max_size=80)
+
+
+@given(lengths, st.integers(1, 16), st.integers(0, 3), st.booleans())
+@settings(deadline=None)
+def test_an_epoch_holds_every_row_once_and_only_its_last_step_is_partial(
+    lengths: list[int], per_step: int, epoch: int, grouped: bool
+) -> None:
+    steps = steps_of_epoch(lengths, per_step, seed=1, epoch=epoch, group_by_length=grouped)
+    assert sorted(row for step in steps for row in step) == list(range(len(lengths)))
+    assert all(len(step) == per_step for step in steps[:-1])
+
+
+def test_the_order_depends_on_seed_and_epoch_alone() -> None:
+    def order(seed: int, epoch: int) -> list[list[int]]:
+        return steps_of_epoch(list(range(1, 65)), 4, seed=seed, epoch=epoch)
+
+    assert order(1, 0) == order(1, 0)
+    assert order(1, 0) != order(2, 0)
+    assert order(1, 0) != order(1, 1)
+
+
+def test_grouping_by_length_saves_padding() -> None:
+    lengths = [(7 * i) % 101 + 1 for i in range(256)]
+
+    def padding(grouped: bool) -> int:
+        steps = steps_of_epoch(lengths, 8, seed=0, epoch=0, group_by_length=grouped)
+        return sum(len(s) * max(lengths[r] for r in s) - sum(lengths[r] for r in s) for s in steps)
+
+    assert padding(True) < padding(False) / 3
+
+
+@given(lengths, st.integers(1, 9), st.one_of(st.none(), st.integers(1, 200)))
+@settings(deadline=None)
+def test_a_layout_keeps_every_row_within_its_budgets(
+    lengths: list[int], max_rows: int, max_tokens: int | None
+) -> None:
+    items = [Item("a", row, 0) for row in range(len(lengths))]
+    parts = layout(items, lengths, max_rows=max_rows, max_tokens=max_tokens)
+    assert sorted(item.row for part in parts for item in part) == list(range(len(lengths)))
+    for part in parts:
+        padded = len(part) * max(lengths[item.row] for item in part)
+        assert len(part) <= max_rows
+        assert max_tokens is None or padded <= max_tokens or len(part) == 1
+
+
+def test_collate_pads_right_orders_by_adapter_and_points_at_the_token_before() -> None:
+    rows = [Row([5, 6, 7], [False, False, True]), Row([1, 2, 3, 4], [False, True, False, True])]
+    batch = collate([Item("b", 1, 0), Item("a", 0, 0)], rows, ["a", "b"], pad_id=9)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 9], [1, 2, 3, 4]]
+    assert batch.lengths == (3, 4)
+    assert batch.labels.tolist() == [7, 2, 4]
+    assert batch.positions.tolist() == [1, 4, 6]
+    assert batch.supervised_before == (0, 1, 3)
+    assert (batch.tokens, batch.supervised_in(1, 2)) == (7, 2)
+
+
+def test_trap11_a_pad_token_equal_to_eos_is_supervised_where_it_ends_the_answer() -> None:
+    eos = 2
+    rows = [Row([5, 6, eos], [False, True, True]), Row([5, 6, 7, 8, eos], [False] * 4 + [True])]
+    batch = collate([Item("a", 0, 0), Item("a", 1, 0)], rows, ["a"], pad_id=eos)
+    assert batch.labels.tolist() == [6, eos, eos]
+    assert batch.input_ids[0].tolist() == [5, 6, eos, eos, eos]
+
+
+def test_the_first_token_is_never_a_target() -> None:
+    batch = collate([Item("a", 0, 0)], [Row([3, 4], [True, True])], ["a"])
+    assert batch.labels.tolist() == [4]
+
+
+@pytest.mark.parametrize("per_step", [1, 3])
+def test_more_steps_than_rows_is_no_error(per_step: int) -> None:
+    assert steps_of_epoch([4], per_step, seed=0, epoch=0) == [[0]]
