@@ -17,7 +17,7 @@ import psutil
 
 # Extra of the package by the module that it brings.
 EXTRAS = {
-    "bitsandbytes": "quant", "torchao": "quant", "gguf": "gguf", "llama_cpp": "gguf",
+    "bitsandbytes": "quant", "torchao": "quant", "gguf": "gguf", "llama_cpp": "llama-cpp",
     "pyarrow": "parquet", "deepspeed": "deepspeed", "vllm": "serve", "liger_kernel": "gpu",
     "wandb": "track", "tensorboard": "track", "trackio": "track", "lm_eval": "eval",
     "rouge_score": "eval", "openai": "generate", "gradio": "ui",

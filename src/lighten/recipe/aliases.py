@@ -85,11 +85,11 @@ def translate(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], lis
             elif value:
                 put(key, "dtype", full)
         elif key == "flash_attn":
-            name = _FLASH.get(str(value).lower())
-            if name is None:
+            flash = _FLASH.get(str(value).lower())
+            if flash is None:
                 problems.append(f"flash_attn: {value!r} is not one of {', '.join(_FLASH)}")
             else:
-                put(key, "attn_implementation", name)
+                put(key, "attn_implementation", flash)
         else:
             out[key] = value
     return out, notices, problems

@@ -1,0 +1,115 @@
+"""What a model is, from its configuration alone: parameters by part, shape, context."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from lighten.errors import UserError
+from lighten.models.load import locate
+
+
+@dataclass(frozen=True)
+class Description:
+    """A model without its weights.
+
+    Attributes:
+        name: As asked for.
+        architecture: The transformers class.
+        parameters: Parameters by part: embedding, attention, mlp, norm, head, other.
+        layers: Transformer layers.
+        heads: Attention heads.
+        kv_heads: Key-value heads; fewer than heads with grouped-query attention.
+        hidden_size: Width of the hidden states.
+        vocab_size: Rows of the embedding.
+        tied_embeddings: Whether head and embedding are one matrix (counted once, as embedding).
+        context_length: Positions it was made for, None if the configuration does not say.
+    """
+
+    name: str
+    architecture: str
+    parameters: dict[str, int]
+    layers: int
+    heads: int
+    kv_heads: int
+    hidden_size: int
+    vocab_size: int
+    tied_embeddings: bool
+    context_length: int | None
+
+    @property
+    def total_parameters(self) -> int:
+        """All parameters, a tied head once."""
+        return sum(self.parameters.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {**asdict(self), "total_parameters": self.total_parameters}
+
+
+def describe(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Description:
+    """Describe a model; of a hub model only `config.json` is fetched.
+
+    Raises:
+        UserError: No such model, or transformers does not know its architecture.
+    """
+    source, path = locate(name, revision=revision, weights=False)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    if source == "gguf":
+        options["gguf_file"] = path.name
+        path = path.parent
+    try:
+        config = AutoConfig.from_pretrained(path, **options)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(f"{name} cannot be described: {error}") from error
+    return of_model(name, model)
+
+
+def of_model(name: str, model: PreTrainedModel) -> Description:
+    """Describe a built model (its weights may be on the meta device)."""
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    return Description(
+        name=name,
+        architecture=type(model).__name__,
+        parameters=parameters_by_part(model),
+        layers=config.num_hidden_layers,
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        hidden_size=config.hidden_size,
+        vocab_size=embedding.weight.shape[0],  # type: ignore[index]
+        tied_embeddings=head is not None and head.weight is embedding.weight,
+        context_length=getattr(config, "max_position_embeddings", None),
+    )
+
+
+def parameters_by_part(model: PreTrainedModel) -> dict[str, int]:
+    """Parameters by the part of the model they belong to, tied ones once."""
+    counts = dict.fromkeys(("embedding", "attention", "mlp", "norm", "head", "other"), 0)
+    for name, parameter in model.named_parameters():
+        counts[_part(name.lower())] += parameter.numel()
+    return counts
+
+
+def _part(name: str) -> str:
+    words = name.split(".")
+    if any("norm" in word or word.startswith("ln_") for word in words):
+        return "norm"
+    if "lm_head" in words:
+        return "head"
+    if any("embed" in word or word in ("wte", "wpe", "project_in") for word in words):
+        return "embedding"
+    if any("attn" in word or "attention" in word for word in words):
+        return "attention"
+    if any(word in ("mlp", "feed_forward", "fc1", "fc2", "experts") or "moe" in word
+           for word in words):  # fmt: skip
+        return "mlp"
+    return "other"

