@@ -85,7 +85,7 @@ def of_model(name: str, model: PreTrainedModel) -> Description:
         heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         hidden_size=config.hidden_size,
-        vocab_size=embedding.weight.shape[0],  # type: ignore[index]
+        vocab_size=int(embedding.weight.shape[0]),  # type: ignore[index, arg-type]
         tied_embeddings=head is not None and head.weight is embedding.weight,
         context_length=getattr(config, "max_position_embeddings", None),
     )

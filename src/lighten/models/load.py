@@ -100,7 +100,7 @@ def load(
     model.requires_grad_(False)
     weights = weight_files(path)
     return Base(
-        model=model.to(device).eval(),
+        model=model.to(device).eval(),  # type: ignore[arg-type]  # transformers wraps Module.to
         tokenizer=tokenizer,
         name=name,
         source=source,

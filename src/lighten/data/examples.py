@@ -1,0 +1,110 @@
+"""What one example is, whatever file it came from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation.
+
+    Attributes:
+        role: `system`, `user`, `assistant` or `tool`.
+        content: Its text.
+        train: False leaves an assistant's turn unsupervised; None follows the recipe.
+        extra: Other keys that templates know, such as `tool_calls`.
+    """
+
+    role: str
+    content: str
+    train: bool | None = None
+    extra: tuple[tuple[str, Any], ...] = ()
+
+    def for_template(self) -> dict[str, Any]:
+        """The message as chat templates want it."""
+        return {"role": self.role, "content": self.content, **dict(self.extra)}
+
+
+@dataclass(frozen=True)
+class Example:
+    """One example: a conversation, a plain text, or tokens made elsewhere.
+
+    Attributes:
+        file: Where it stood.
+        line: Its line there, or its row number from 1 where a file has no lines.
+        messages: The conversation.
+        text: Plain text, supervised whole.
+        input_ids: Ready token ids.
+        labels: Their labels, -100 where a token is not supervised.
+        single_turn: One prompt and one completion (`completion_only_loss` speaks of it).
+        tools: Tool descriptions for the template.
+    """
+
+    file: str
+    line: int
+    messages: tuple[Message, ...] = ()
+    text: str | None = None
+    input_ids: tuple[int, ...] | None = None
+    labels: tuple[int, ...] | None = None
+    single_turn: bool = False
+    tools: Any = None
+
+    @property
+    def where(self) -> str:
+        """File and line, for messages."""
+        return f"{self.file}:{self.line}"
+
+    @property
+    def prompt_key(self) -> str:
+        """A fingerprint of what is asked: two examples with the same one are the same question."""
+        if self.messages:
+            asked = [
+                (m.role, " ".join(m.content.split()).casefold())
+                for m in self.messages
+                if m.role != "assistant"
+            ]
+        else:
+            asked = [("text", self.text if self.text is not None else str(self.input_ids))]
+        return hashlib.sha256(json.dumps(asked, ensure_ascii=False).encode()).hexdigest()
+
+    @property
+    def reference(self) -> str | None:
+        """The last answer, if the example ends with one."""
+        if self.messages and self.messages[-1].role == "assistant":
+            return self.messages[-1].content
+        return None
+
+
+def split(
+    examples: Sequence[Example], size: float, seed: int = 0
+) -> tuple[list[Example], list[Example]]:
+    """Set examples aside so that no prompt stands on both sides (trap 47).
+
+    Prompts are ranked by a hash, so adding rows to a file moves few others.
+
+    Args:
+        examples: All of them.
+        size: Below 1 the share to set aside, else their number.
+        seed: Another seed gives another split.
+
+    Returns:
+        The training examples and those set aside, each in file order. At least one prompt stays
+        for training.
+    """
+    keys = [example.prompt_key for example in examples]
+    ranked = sorted(set(keys), key=lambda key: hashlib.sha256(f"{seed}/{key}".encode()).digest())
+    wanted = round(size * len(examples)) if size < 1 else int(size)
+    aside: set[str] = set()
+    count = 0
+    for key in ranked[:-1]:
+        if count >= wanted:
+            break
+        aside.add(key)
+        count += keys.count(key)
+    pairs = list(zip(keys, examples, strict=True))
+    return [e for k, e in pairs if k not in aside], [e for k, e in pairs if k in aside]

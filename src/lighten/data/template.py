@@ -1,0 +1,76 @@
+"""Which chat template a run uses: the model's own, or a named one for a base model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lighten.errors import UserError
+
+NAMED = {
+    "chatml": (
+        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n'"
+        " + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+    "alpaca": (
+        "{{ bos_token if bos_token else '' }}{% for message in messages %}"
+        "{% if message['role'] == 'system' %}{{ message['content'] + '\n\n' }}"
+        "{% elif message['role'] == 'user' %}{{ '### Instruction:\n' + message['content'] + '\n\n' }}"
+        "{% else %}{{ '### Response:\n' + message['content'] + eos_token + '\n\n' }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
+    ),
+    "plain": (
+        "{{ bos_token if bos_token else '' }}{% for message in messages %}"
+        "{% if message['role'] == 'assistant' %}{{ message['content'] + eos_token }}"
+        "{% else %}{{ message['content'] + '\n' }}{% endif %}{% endfor %}"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class TemplateChoice:
+    """The template of a run.
+
+    Attributes:
+        name: `model`, one of the named ones, or a file's name.
+        text: The Jinja text, now set on the tokenizer.
+        reason: Why this one.
+    """
+
+    name: str
+    text: str
+    reason: str
+
+
+def choose_template(tokenizer: Any, requested: str | None) -> TemplateChoice:
+    """Choose the chat template and set it on the tokenizer.
+
+    Args:
+        tokenizer: Its own template is taken unless another is asked for.
+        requested: A named template, a `.jinja` file, or None.
+
+    Raises:
+        UserError: The file does not exist, or the name is unknown.
+    """
+    own = tokenizer.chat_template
+    own = own.get("default") if isinstance(own, dict) else own
+    if requested is None and own:
+        choice = TemplateChoice("model", own, "the model's own chat template")
+    elif requested is None:
+        choice = TemplateChoice(
+            "chatml", NAMED["chatml"], "the model has no chat template; chatml is the usual one"
+        )
+    elif requested in NAMED:
+        instead = " in place of the model's own" if own else ""
+        choice = TemplateChoice(requested, NAMED[requested], f"the recipe asks for it{instead}")
+    elif Path(requested).is_file():
+        text = Path(requested).read_text(encoding="utf-8")
+        choice = TemplateChoice(Path(requested).name, text, "the recipe names this file")
+    else:
+        raise UserError(
+            f"chat_template: {requested!r} is neither one of {', '.join(NAMED)} nor a file"
+        )
+    tokenizer.chat_template = choice.text
+    return choice
