@@ -1,3 +1,40 @@
-"""lighten: make a large language model lighter, faster and cheaper, and prove it."""
+"""lighten: make a large language model lighter, faster and cheaper, and prove it.
+
+    import lighten
+
+    run = lighten.train("recipe.yaml", learning_rate=1e-4)
+    lighten.evaluate(run)
+    lighten.report(run)
+
+Importing this loads nothing heavy: each verb loads what it needs when it is called.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from lighten.api import evaluate, report, run, train
+    from lighten.errors import UserError
+    from lighten.recipe import Recipe
+    from lighten.runs import Run
+
+__all__ = ["Recipe", "Run", "UserError", "evaluate", "report", "run", "train"]
+
+_ROOMS = ("evaluate", "report", "train")
+_HOME = {
+    "Recipe": "lighten.recipe",
+    "Run": "lighten.runs",
+    "UserError": "lighten.errors",
+    "run": "lighten.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a verb or class when it is first asked for."""
+    if name in _ROOMS:
+        return importlib.import_module(f"lighten.{name}")
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'lighten' has no attribute {name!r}")

@@ -153,6 +153,15 @@ def restore(cohort: Cohort, name: str, weights: Mapping[str, Tensor], *, where: 
         parameter.copy_(weights[key])
 
 
+def restore_from(cohort: Cohort, name: str, folder: str | os.PathLike[str]) -> None:
+    """Copy an adapter's saved files into the live adapter of that name.
+
+    Raises:
+        UserError: The files are not whole or do not fit.
+    """
+    restore(cohort, name, _read_weights(Path(folder) / WEIGHTS), where=str(folder))
+
+
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """The adapter's configuration.
 

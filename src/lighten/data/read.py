@@ -21,9 +21,7 @@ from lighten.errors import UserError, missing_extra
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val", "dev", "eval"),
           "test": ("test",)}  # fmt: skip
-SHAPES = (
-    "instruction/output, messages, conversations, prompt/completion, text, or input_ids/labels"
-)
+SHAPES = "instruction/output, messages, conversations, prompt/completion, text, or input_ids/labels"
 _ROLES = {"human": "user", "gpt": "assistant", "bard": "assistant", "model": "assistant",
           "chatgpt": "assistant", "function_call": "assistant", "observation": "tool",
           "function": "tool"}  # fmt: skip
@@ -63,7 +61,7 @@ class Dataset:
     sha256: str
 
 
-class _Bad(ValueError):
+class _BadRowError(ValueError):
     """A row is broken: the reason."""
 
 
@@ -94,10 +92,10 @@ def read(
         if limit is not None and len(examples) >= limit:
             break
         try:
-            if isinstance(row, _Bad):
+            if isinstance(row, _BadRowError):
                 raise row
             shape, example = _example(row, str(file), line)
-        except _Bad as error:
+        except _BadRowError as error:
             bad.append(BadRow(str(file), line, str(error)))
             continue
         shapes[shape] = shapes.get(shape, 0) + 1
@@ -141,7 +139,7 @@ def _split_file(folder: Path, split: str) -> Path | None:
 
 
 def _rows(file: Path) -> Iterator[tuple[int, Any]]:
-    """Line (or row) number and value; a broken line's value is a `_Bad`."""
+    """Line (or row) number and value; a broken line's value is a `_BadRowError`."""
     if file.suffix == ".parquet":
         yield from enumerate(_parquet(file), 1)
         return
@@ -171,7 +169,7 @@ def _json_lines(text: str) -> Iterator[tuple[int, Any]]:
         try:
             yield number, json.loads(line)
         except ValueError as error:
-            yield number, _Bad(f"not valid JSON ({error})")
+            yield number, _BadRowError(f"not valid JSON ({error})")
 
 
 def _parquet(file: Path) -> Iterable[Any]:
@@ -186,7 +184,7 @@ def _parquet(file: Path) -> Iterable[Any]:
 def _example(row: Any, file: str, line: int) -> tuple[str, Example]:
     """Shape and example of a row."""
     if not isinstance(row, Mapping):
-        raise _Bad(f"a row must be an object, not {type(row).__name__}")
+        raise _BadRowError(f"a row must be an object, not {type(row).__name__}")
     if "input_ids" in row:
         return "tokens", _tokens(row, file, line)
     if "messages" in row or "conversations" in row:
@@ -202,22 +200,24 @@ def _example(row: Any, file: str, line: int) -> tuple[str, Example]:
     if "text" in row:
         text = _text(row["text"], "text")
         if not text.strip():
-            raise _Bad("text is empty")
+            raise _BadRowError("text is empty")
         return "text", Example(file, line, text=text)
-    raise _Bad(f"unknown shape, its columns are {', '.join(map(str, row))}; a row needs {SHAPES}")
+    raise _BadRowError(
+        f"unknown shape, its columns are {', '.join(map(str, row))}; a row needs {SHAPES}"
+    )
 
 
 def _alpaca(row: Mapping[str, Any]) -> tuple[Message, ...]:
     for key in ("instruction", "output"):
         if key not in row:
-            raise _Bad(f"{key} is missing beside {', '.join(map(str, row))}")
+            raise _BadRowError(f"{key} is missing beside {', '.join(map(str, row))}")
     asked = [_text(row["instruction"], "instruction"), _text(row.get("input") or "", "input")]
     messages: list[Message] = []
     if row.get("system"):
         messages.append(Message("system", _text(row["system"], "system")))
     for pair in row.get("history") or []:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise _Bad("history must hold [question, answer] pairs")
+            raise _BadRowError("history must hold [question, answer] pairs")
         messages += [
             Message("user", _text(pair[0], "history")),
             Message("assistant", _text(pair[1], "history")),
@@ -247,15 +247,17 @@ def _prompt_completion(row: Mapping[str, Any], file: str, line: int) -> Example:
 
 def _messages(value: Any, name: str) -> tuple[Message, ...]:
     if not isinstance(value, list) or not value:
-        raise _Bad(f"{name} must be a list of at least one message")
+        raise _BadRowError(f"{name} must be a list of at least one message")
     messages = []
     for place, raw in enumerate(value, 1):
         if not isinstance(raw, Mapping):
-            raise _Bad(f"{name}: message {place} must be an object")
+            raise _BadRowError(f"{name}: message {place} must be an object")
         role = raw.get("role", raw.get("from"))
         role = _ROLES.get(str(role), role)
         if role not in KNOWN_ROLES:
-            raise _Bad(f"{name}: message {place} has the role {role!r}, not one of {KNOWN_ROLES}")
+            raise _BadRowError(
+                f"{name}: message {place} has the role {role!r}, not one of {KNOWN_ROLES}"
+            )
         content = raw.get("content", raw.get("value"))
         if content is None and raw.get("tool_calls"):
             content = ""
@@ -277,17 +279,21 @@ def _text(value: Any, name: str) -> str:
     if isinstance(value, list) and value and all(isinstance(part, Mapping) for part in value):
         other = [part.get("type") for part in value if part.get("type", "text") != "text"]
         if other:
-            raise _Bad(f"{name} holds a part of type {other[0]!r}; only text can be trained here")
+            raise _BadRowError(
+                f"{name} holds a part of type {other[0]!r}; only text can be trained here"
+            )
         return "".join(str(part.get("text", "")) for part in value)
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
-    raise _Bad(f"{name} must be text, not {'nothing' if value is None else type(value).__name__}")
+    raise _BadRowError(
+        f"{name} must be text, not {'nothing' if value is None else type(value).__name__}"
+    )
 
 
 def _tokens(row: Mapping[str, Any], file: str, line: int) -> Example:
     ids, labels = row["input_ids"], row.get("labels", row["input_ids"])
     if not isinstance(ids, list) or not all(isinstance(i, int) and i >= 0 for i in ids):
-        raise _Bad("input_ids must be a list of token ids")
+        raise _BadRowError("input_ids must be a list of token ids")
     if not isinstance(labels, list) or len(labels) != len(ids):
-        raise _Bad(f"labels must be as long as input_ids ({len(ids)})")
+        raise _BadRowError(f"labels must be as long as input_ids ({len(ids)})")
     return Example(file, line, input_ids=tuple(ids), labels=tuple(labels))

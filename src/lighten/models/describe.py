@@ -85,7 +85,7 @@ def of_model(name: str, model: PreTrainedModel) -> Description:
         heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         hidden_size=config.hidden_size,
-        vocab_size=int(embedding.weight.shape[0]),  # type: ignore[index, arg-type]
+        vocab_size=int(embedding.weight.shape[0]),  # type: ignore[index]
         tied_embeddings=head is not None and head.weight is embedding.weight,
         context_length=getattr(config, "max_position_embeddings", None),
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,10 +11,9 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lighten import data, hardware, models
+from lighten import data, models
 from lighten.adapters import AdapterSpec, Cohort, attach
 from lighten.data import Encoded, TemplateChoice
-from lighten.errors import UserError
 from lighten.hardware import Choice
 from lighten.recipe import AdapterOptions, Recipe
 from lighten.train.loss import Objective
@@ -85,6 +83,10 @@ def prepare(recipe: Recipe, accelerator: Accelerator, base: models.Base, rows: R
         "attention": Choice(base.attention, "attn_implementation of the recipe"),
         "template": Choice(rows.template.name, rows.template.reason),
     }
+    if recipe.added_tokens and not all(own.modules_to_save for own in options):
+        choices["added_tokens"] = Choice(
+            "untrained", "modules_to_save does not name the embedding, so they stay as they began"
+        )
     if recipe.gradient_checkpointing:
         layers = checkpoint_layers(base.model)
         choices["checkpointing"] = Choice(f"{layers} layers", "gradient_checkpointing")
@@ -110,15 +112,15 @@ def add_tokens(
 ) -> None:
     """Give the base new special tokens; they start as the mean of the embeddings."""
     if tokens:
-        tokenizer.add_special_tokens(  # type: ignore[attr-defined]
+        tokenizer.add_special_tokens(
             {"additional_special_tokens": list(tokens)}, replace_extra_special_tokens=False
         )
-    size = model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
-    if len(tokenizer) > size:  # type: ignore[arg-type]
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # type: ignore[arg-type]
+    size = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > size:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         with torch.no_grad():
             for layer in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:
-                weight: torch.Tensor = layer.weight  # type: ignore[union-attr, assignment]
+                weight: torch.Tensor = layer.weight
                 weight[size:] = weight[:size].float().mean(0).to(weight.dtype)
         model.requires_grad_(False)
 
@@ -134,8 +136,8 @@ def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows:
         recipe.dataset, limit=recipe.max_train_samples, skip_bad_rows=recipe.skip_bad_rows
     )
     train, held_out = found.examples, _held_out(recipe)
-    if held_out is None and recipe.val_size:
-        train, held_out = data.split(train, recipe.val_size, seed=0)
+    if held_out is None and recipe.val_size and len(train) > 1:
+        train, held_out = data.split(train, recipe.val_size)
     if recipe.max_eval_samples is not None and held_out is not None:
         held_out = held_out[: recipe.max_eval_samples]
     how: dict[str, Any] = {
@@ -164,26 +166,12 @@ def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows:
     return Rows(encoded, watched, template, facts)
 
 
-def check_added_tokens(recipe: Recipe, members: Sequence[AdapterOptions]) -> None:
-    """Warn where an adapter cannot learn the tokens that the recipe adds (trap 19)."""
-    for own in members:
-        if recipe.added_tokens and not own.modules_to_save:
-            warnings.warn(
-                f"adapter {own.name!r}: added_tokens are new to the model, but modules_to_save "
-                "does not name the embedding, so they stay at their starting value",
-                stacklevel=2,
-            )
-
-
-def device_of(recipe_device: Choice) -> torch.device:
-    """The torch device of a hardware choice."""
-    return torch.device(recipe_device.value)
-
-
 def _held_out(recipe: Recipe) -> list[data.Example] | None:
     if recipe.eval_dataset is not None:
         return data.read(recipe.eval_dataset, split="valid").examples
-    return data.read_split_if_there(recipe.dataset, "valid")
+    if data.has_split(recipe.dataset, "valid"):
+        return data.read(recipe.dataset, split="valid").examples
+    return None
 
 
 def _spec(own: AdapterOptions) -> AdapterSpec:

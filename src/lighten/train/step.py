@@ -84,7 +84,7 @@ def train_step(
             weights[span] = 1.0 / float(totals[order[str(share.member)], 1])
         with objective.cohort.sharing(shares):
             loss, nll = objective(batch, shares, weights)
-            scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            scaler.scale(loss).backward()
         for share, span in zip(shares, spans, strict=True):
             counted[order[str(share.member)], 0] += float(nll[span].double().sum())
 

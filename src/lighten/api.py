@@ -1,0 +1,123 @@
+"""The verbs, as Python functions with the command line's names and meaning."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lighten.errors import UserError
+from lighten.recipe import Recipe
+from lighten.runs import Run
+
+if TYPE_CHECKING:
+    from lighten.evaluate.evaluation import Evaluation
+
+RecipeLike = Recipe | str | os.PathLike[str]
+RunLike = Run | str | os.PathLike[str]
+Progress = Callable[[str, int, int], None]
+
+
+def recipe_of(recipe: RecipeLike | None = None, **overrides: Any) -> Recipe:
+    """A recipe from a file or from settings alone; overrides win.
+
+    Raises:
+        RecipeError: Every problem found.
+    """
+    if isinstance(recipe, Recipe):
+        if not overrides:
+            return recipe
+        made = Recipe.from_values(recipe.completed(), overrides)
+        return made
+    if recipe is None:
+        return Recipe.from_values({}, overrides)
+    return Recipe.from_file(os.fspath(recipe), overrides)
+
+
+def run_of(run: RunLike) -> Run:
+    """A run from its folder, or from its name under `runs/`.
+
+    Raises:
+        UserError: There is no such run.
+    """
+    if isinstance(run, Run):
+        return run
+    named = Path("runs") / os.fspath(run)
+    return Run(named if not Path(run).exists() and named.exists() else run)
+
+
+def train(
+    recipe: RecipeLike | None = None,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    **overrides: Any,
+) -> Run:
+    """Train: `train("recipe.yaml", learning_rate=1e-4)` or `train(model=…, dataset=…)`.
+
+    Args:
+        recipe: A recipe, its file, or None to take settings from the overrides alone.
+        resume: Go on from the newest whole checkpoint of the run folder.
+        progress: Show what happens on standard error.
+        overrides: Settings by name.
+
+    Raises:
+        UserError: Something the user can mend.
+    """
+    chosen = recipe_of(recipe, **overrides)
+    from lighten.train.run import train as run_training
+
+    return run_training(chosen, resume=resume, progress=progress)
+
+
+def evaluate(run: RunLike, *, progress: Progress | None = None, **options: Any) -> Evaluation:
+    """Measure base and adapters on the same held-out examples; writes `evaluation.json`.
+
+    Args:
+        run: The run.
+        progress: Told what is being done, how far it is, and of how much.
+        options: Settings of the recipe's `evaluate` section.
+
+    Raises:
+        UserError: No held-out examples, or no adapter in the run.
+    """
+    from lighten.evaluate.evaluation import evaluate_run
+
+    return evaluate_run(run_of(run), progress=progress, **options)
+
+
+def report(*runs: RunLike, output: str | os.PathLike[str] | None = None) -> Path:
+    """Write the HTML page of one run or several, and return its path.
+
+    Args:
+        runs: One or more.
+        output: Where; default `report.html` in the (first) run's folder.
+
+    Raises:
+        UserError: No run, or one that does not exist.
+    """
+    if not runs:
+        raise UserError("report needs at least one run (see: lighten runs list)")
+    from lighten.report.page import write_page
+
+    return write_page([run_of(run) for run in runs], None if output is None else Path(output))
+
+
+def run(
+    recipe: RecipeLike | None = None,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    evaluation_progress: Progress | None = None,
+    **overrides: Any,
+) -> Run:
+    """Train, evaluate and report, one after another.
+
+    Raises:
+        UserError: Something the user can mend.
+    """
+    done = train(recipe, resume=resume, progress=progress, **overrides)
+    evaluate(done, progress=evaluation_progress)
+    report(done)
+    return done

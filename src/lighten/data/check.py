@@ -1,0 +1,124 @@
+"""`lighten data check`: what a data file would be to a training run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from lighten.data.encode import Encoded, encode
+from lighten.data.examples import Example
+from lighten.data.read import Dataset
+
+# Upper ends of the histogram's bins, in tokens.
+BINS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What was found.
+
+    Attributes:
+        format: Shape of the rows.
+        rows: Whole rows.
+        bad_rows: A sentence per broken row.
+        lengths: Tokens per row: min, median, mean, p95, max.
+        histogram: Rows by length, `(upper end, rows)`; the last has no end.
+        counts: What encoding at `max_length` keeps and loses.
+        problems: A sentence per kind of loss.
+        duplicates: Rows whose prompt stood before.
+        overlap: Rows whose prompt stands in the evaluation data too, None without any.
+        sample: `(token, supervised)` of one row.
+        max_length: Tokens a row may have.
+        template: Name of the chat template and why.
+    """
+
+    format: str
+    rows: int
+    bad_rows: list[str]
+    lengths: dict[str, float]
+    histogram: list[tuple[int | None, int]]
+    counts: dict[str, int]
+    problems: list[str]
+    duplicates: int
+    overlap: int | None
+    sample: list[tuple[str, bool]]
+    max_length: int
+    template: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+def check(
+    found: Dataset,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    template: str,
+    evaluation: Sequence[Example] | None = None,
+    sample: int = 0,
+    **options: Any,
+) -> CheckReport:
+    """Look at a data set as a run would see it.
+
+    Args:
+        found: The data set.
+        tokenizer: With its chat template chosen.
+        max_length: Tokens a row may have.
+        template: What to say of the chat template.
+        evaluation: Examples to look for overlap with.
+        sample: Which row to show token by token.
+        options: As for `encode`.
+    """
+    whole = encode(found.examples, tokenizer, max_length=2**31, **options)
+    kept = encode(found.examples, tokenizer, max_length=max_length, **options)
+    lengths = np.asarray([len(row.input_ids) for row in whole.rows])
+    keys = Counter(example.prompt_key for example in found.examples)
+    overlap = None
+    if evaluation is not None:
+        other = {example.prompt_key for example in evaluation}
+        overlap = sum(count for key, count in keys.items() if key in other)
+    return CheckReport(
+        format=found.format,
+        rows=len(found.examples),
+        bad_rows=[str(row) for row in found.bad_rows],
+        lengths={
+            "min": int(lengths.min()),
+            "median": float(np.median(lengths)),
+            "mean": float(lengths.mean()),
+            "p95": float(np.percentile(lengths, 95)),
+            "max": int(lengths.max()),
+        },
+        histogram=_histogram(lengths),
+        counts=asdict(kept.counts),
+        problems=kept.problems,
+        duplicates=sum(count - 1 for count in keys.values()),
+        overlap=overlap,
+        sample=_tokens(whole, min(sample, len(whole.rows) - 1), tokenizer),
+        max_length=max_length,
+        template=template,
+    )
+
+
+def _histogram(lengths: np.ndarray[Any, Any]) -> list[tuple[int | None, int]]:
+    edges: list[int | None] = [*BINS, None]
+    before, rows = 0, []
+    for edge in edges:
+        upto = int((lengths <= edge).sum()) if edge is not None else len(lengths)
+        rows.append((edge, upto - before))
+        before = upto
+    while rows and rows[-1][1] == 0:
+        rows.pop()
+    return rows
+
+
+def _tokens(encoded: Encoded, place: int, tokenizer: Any) -> list[tuple[str, bool]]:
+    """Each token's text with its mask; bytes of a character that is split show as such."""
+    row = encoded.rows[place]
+    shown = [tokenizer.decode([token]) for token in row.input_ids]
+    return list(zip(shown, row.supervised, strict=True))

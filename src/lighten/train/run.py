@@ -1,0 +1,263 @@
+"""The verb `train`: a recipe in, a run folder out."""
+
+from __future__ import annotations
+
+import datetime
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from transformers.utils import logging as transformers_logging
+
+from lighten import hardware, models, runs
+from lighten.adapters import files
+from lighten.recipe import Recipe
+from lighten.runs import Run
+from lighten.train import checkpoints, trackers
+from lighten.train.checkpoints import TrainerState
+from lighten.train.loop import Loop
+from lighten.train.prepare import Setup, add_tokens, load_rows, prepare
+from lighten.train.progress import TrainingProgress
+
+
+def train(recipe: Recipe, *, resume: bool = False, progress: bool = True) -> Run:
+    """Train the recipe's cohort.
+
+    Args:
+        recipe: What to train.
+        resume: Go on from the newest whole checkpoint of the recipe's run folder.
+        progress: Show what happens on standard error.
+
+    Returns:
+        The run, with its adapters under `adapters/`.
+
+    Raises:
+        UserError: Something the user can mend; the run is marked failed.
+        Interrupted: SIGINT or SIGTERM; the state is saved and the run is marked interrupted.
+    """
+    trackers.check_installed(recipe.report_to)
+    device = hardware.choose_device()
+    accelerator = Accelerator(
+        cpu=device.value == "cpu",
+        log_with=list(recipe.report_to) or None,
+        project_dir=str(recipe.run_folder),
+    )
+    run = _open(recipe, accelerator, resume=resume)
+    with TrainingProgress(enabled=progress and accelerator.is_main_process) as shown:
+        for notice in recipe.notices:
+            shown.note(notice)
+        try:
+            _train(run, recipe, accelerator, shown, resume=resume)
+        except BaseException as error:
+            # Whatever ended the run is told truthfully in run.json, and then goes its way.
+            ended = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            if accelerator.is_main_process:
+                with suppress(OSError, ValueError):
+                    run.update(status=ended, error=str(error) or type(error).__name__, ended=_now())
+            raise
+        finally:
+            with suppress(Exception):
+                accelerator.end_training()
+    return run
+
+
+def _open(recipe: Recipe, accelerator: Accelerator, *, resume: bool) -> Run:
+    if accelerator.is_main_process:
+        run = Run.create(recipe, resume=resume)
+        commit, clean = hardware.commit()
+        run.update(
+            version=1, name=run.name, status="running", error=None, ended=None,
+            started=(run.info().get("started") if resume else None) or _now(),
+            commit=commit, tree_clean=clean,
+            machine=hardware.machine().to_dict(), versions=hardware.versions(),
+        )  # fmt: skip
+    accelerator.wait_for_everyone()
+    return Run(recipe.run_folder)
+
+
+def _train(
+    run: Run, recipe: Recipe, accelerator: Accelerator, shown: TrainingProgress, *, resume: bool
+) -> None:
+    transformers_logging.disable_progress_bar()
+    set_seed(0)  # nothing below draws from the global generators; a model's own code might
+    memory = hardware.PeakMemory(accelerator.device.type)
+    base = models.load(
+        recipe.model_name_or_path,
+        revision=recipe.revision,
+        dtype=recipe.dtype,
+        attn_implementation=recipe.attn_implementation,
+        trust_remote_code=recipe.trust_remote_code,
+        device=str(accelerator.device),
+    )
+    add_tokens(base.model, base.tokenizer, recipe.added_tokens)
+    rows = load_rows(recipe, base.tokenizer)
+    setup = prepare(recipe, accelerator, base, rows)
+    _tell(setup, shown)
+    state = _resume(run, setup, shown) if resume else TrainerState()
+    if accelerator.is_main_process:
+        run.truncate_metrics(state.step)
+        run.update(
+            base=_base_facts(base),
+            data=rows.facts,
+            choices=[
+                {"what": what, "value": choice.value, "reason": choice.reason}
+                for what, choice in setup.choices.items()
+            ],
+        )
+    accelerator.wait_for_everyone()
+    trackers.start(accelerator, run.folder, recipe.completed())
+    Loop(setup, run.folder, state, shown, memory).run()
+    if accelerator.is_main_process:
+        _finish(run, setup, state, memory.read())
+    accelerator.wait_for_everyone()
+
+
+def _resume(run: Run, setup: Setup, shown: TrainingProgress) -> TrainerState:
+    """Put the newest whole checkpoint back, or begin anew where there is none."""
+    newest, broken = checkpoints.newest_complete(run.folder / "checkpoints")
+    for sentence in broken:
+        shown.note(sentence)
+    if newest is None:
+        shown.note(f"{run.folder} has no whole checkpoint; starting from the first step")
+        return TrainerState()
+    state = checkpoints.restore(newest, setup.cohort, setup.members, setup.accelerator.device)
+    if state.scaler:
+        setup.scaler.load_state_dict(state.scaler)
+    shown.note(f"going on after step {state.step} ({newest.name})")
+    return state
+
+
+def _tell(setup: Setup, shown: TrainingProgress) -> None:
+    """What a user wants to know before the first step."""
+    base, rows = setup.base, setup.rows
+    shown.note(f"{base.name}: {base.dtype.value}, because {base.dtype.reason}")
+    shown.note(f"chat template: {rows.template.name}, {rows.template.reason}")
+    counts = rows.train.counts
+    held_out = rows.facts["eval_rows"]
+    shown.note(
+        f"{counts.rows} examples, {counts.tokens} tokens, {counts.supervised_tokens} of them "
+        f"supervised; {held_out} examples held out"
+    )
+    for problem in rows.train.problems:
+        shown.note(f"note: {problem}")
+    if counts.lost_supervised_tokens:
+        shown.note(
+            f"note: {counts.lost_supervised_tokens} supervised tokens are lost to max_length "
+            f"{setup.recipe.max_length} ({counts.truncated} rows cut, {counts.dropped} left out)"
+        )
+    for member in setup.members:
+        spec = setup.cohort.specs[member.name]
+        size = sum(parameter.numel() for parameter in member.parameters.values())
+        shown.note(f"adapter {member.name}: r {spec.r}, alpha {spec.alpha:g}, {size:,} parameters")
+
+
+def _finish(run: Run, setup: Setup, state: TrainerState, memory: dict[str, Any]) -> None:
+    """Write the adapters and what was measured."""
+    if setup.recipe.load_best_model_at_end:
+        _put_best_back(run, setup)
+    adapters = []
+    for member in setup.members:
+        folder = run.folder / "adapters" / member.name
+        export_adapter(setup, member.name, folder)
+        adapters.append(
+            {
+                "name": member.name,
+                "r": setup.cohort.specs[member.name].r,
+                "alpha": setup.cohort.specs[member.name].alpha,
+                "trainable_parameters": sum(p.numel() for p in member.parameters.values()),
+                "file_bytes": (folder / files.WEIGHTS).stat().st_size,
+                "steps": member.progress.steps,
+                "best_step": member.progress.best_step,
+                "eval_loss": _last_held_out(run, member.name, setup, member.progress.best_step),
+            }
+        )
+    run.update(
+        status="finished",
+        ended=_now(),
+        adapters=adapters,
+        choices=[
+            *run.info()["choices"],
+            {
+                "what": "loss",
+                "value": "supervised positions" if setup.objective.fast else "whole forward",
+                "reason": setup.objective.reason,
+            },
+        ],
+        training={
+            "steps": state.step,
+            "seconds": state.seconds,
+            "tokens": state.tokens,
+            "supervised_tokens": state.supervised_tokens,
+            "tokens_per_second": state.tokens / state.seconds if state.seconds else None,
+            **memory,
+        },
+    )
+
+
+def _put_best_back(run: Run, setup: Setup) -> None:
+    """Each adapter as it was at its lowest held-out loss."""
+    for member in setup.members:
+        step = member.progress.best_step
+        folder = run.folder / "checkpoints" / f"checkpoint-{step}" / "adapters" / member.name
+        files.restore_from(setup.cohort, member.name, folder)
+
+
+def _last_held_out(run: Run, name: str, setup: Setup, best: int | None) -> float | None:
+    """The held-out loss of the adapter as it was saved."""
+    lines = [m for m in run.metrics() if m["kind"] == "eval" and m["adapter"] == name]
+    if setup.recipe.load_best_model_at_end:
+        lines = [line for line in lines if line["step"] == best]
+    return lines[-1]["loss"] if lines else None
+
+
+def export_adapter(setup: Setup, name: str, folder: Path) -> None:
+    """Write an adapter with all it needs to be used: tokenizer, chat template, card.
+
+    The files are verified after they are written.
+    """
+    parts = files.contents(
+        setup.cohort, name, base_model=setup.base.name, revision=setup.base.revision
+    )
+    with TemporaryDirectory() as scratch:
+        setup.base.tokenizer.save_pretrained(scratch)
+        setup.base.model.generation_config.save_pretrained(scratch)
+        for path in sorted(Path(scratch).iterdir()):
+            parts[path.name] = path.read_bytes()
+    parts["README.md"] = _card(setup, name).encode()
+    for file_name, data in parts.items():
+        runs.write_bytes(folder / file_name, data)
+    files.verify(folder, files.shapes(setup.cohort, name))
+
+
+def _card(setup: Setup, name: str) -> str:
+    spec, base = setup.cohort.specs[name], setup.base
+    return (
+        f"---\nbase_model: {base.name}\nlibrary_name: peft\ntags: [lora, lighten]\n---\n\n"
+        f"# {name}\n\nA LoRA adapter of rank {spec.r} (alpha {spec.alpha:g}) for `{base.name}`, "
+        f"trained with lighten {hardware.versions().get('lighten', '')} on "
+        f"`{Path(setup.recipe.dataset).name}` with the chat template "
+        f"`{setup.rows.template.name}`.\n\n```python\nfrom peft import PeftModel\n"
+        f"from transformers import AutoModelForCausalLM\n\n"
+        f'base = AutoModelForCausalLM.from_pretrained("{base.name}")\n'
+        'model = PeftModel.from_pretrained(base, "path/to/this/folder")\n```\n'
+    )
+
+
+def _base_facts(base: models.Base) -> dict[str, Any]:
+    parameters = list(base.model.parameters())
+    return {
+        "name": base.name,
+        "source": base.source,
+        "revision": base.revision,
+        "checksum": base.checksum,
+        "parameters": sum(p.numel() for p in parameters),
+        "weights_bytes": sum(p.numel() * p.element_size() for p in parameters),
+        "file_bytes": base.file_bytes,
+    }
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -1,0 +1,25 @@
+"""Rooms that are verbs: `lighten.train` is a package, and calling it trains.
+
+`import lighten` loads none of them. Whichever way a room is imported first, `lighten.train` is
+the same object, and `lighten.train(...)` calls `lighten.api.train`.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+
+class _Verb(ModuleType):
+    """A package that can be called."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        from lighten import api
+
+        return getattr(api, self.__name__.rpartition(".")[2])(*args, **kwargs)
+
+
+def make_callable(name: str) -> None:
+    """Let calls of the package go to the function of its name in `lighten.api`."""
+    sys.modules[name].__class__ = _Verb
