@@ -28,8 +28,7 @@ def recipe_of(recipe: RecipeLike | None = None, **overrides: Any) -> Recipe:
     if isinstance(recipe, Recipe):
         if not overrides:
             return recipe
-        made = Recipe.from_values(recipe.completed(), overrides)
-        return made
+        return Recipe.from_values(recipe.completed(), overrides)
     if recipe is None:
         return Recipe.from_values({}, overrides)
     return Recipe.from_file(os.fspath(recipe), overrides)

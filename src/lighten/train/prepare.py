@@ -115,7 +115,7 @@ def add_tokens(
         tokenizer.add_special_tokens(
             {"additional_special_tokens": list(tokens)}, replace_extra_special_tokens=False
         )
-    size = model.get_input_embeddings().weight.shape[0]
+    size = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
     if len(tokenizer) > size:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         with torch.no_grad():

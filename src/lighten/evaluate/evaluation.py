@@ -1,0 +1,272 @@
+"""The verb `evaluate`: what the adapters changed, on held-out examples, with intervals."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging as transformers_logging
+
+from lighten import adapters, data, hardware, models, runs
+from lighten.adapters import Cohort
+from lighten.data import Example
+from lighten.errors import UserError
+from lighten.evaluate import metrics
+from lighten.evaluate.bootstrap import Array, Estimate, FromSums, Resamples
+from lighten.evaluate.generate import Answers, generate
+from lighten.recipe import EvaluateOptions, Recipe
+from lighten.runs import Run
+from lighten.train.heldout import held_out
+from lighten.train.loss import Objective
+from lighten.train.prepare import add_tokens
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class Measured:
+    """One model's raw results on the examples.
+
+    Attributes:
+        name: `base` or the adapter's name.
+        adapter: None for the base.
+        statistics: Per-example statistics [examples, K] by metric.
+        answers: What it said.
+        memory: Peak memory while it was measured.
+    """
+
+    name: str
+    adapter: str | None
+    statistics: dict[str, Array]
+    answers: Answers
+    memory: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Evaluation:
+    """What `evaluation.json` holds.
+
+    Attributes:
+        settings: How it was measured.
+        dataset: On what.
+        models: Metrics per model with standard error and 95 % interval.
+        differences: Each adapter minus the base, paired, with a verdict.
+        examples: Prompt, reference and every model's answer.
+    """
+
+    settings: dict[str, Any]
+    dataset: dict[str, Any]
+    models: list[dict[str, Any]]
+    differences: list[dict[str, Any]]
+    examples: list[dict[str, Any]]
+    version: int = 1
+    created: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    def metric(self, model: str, name: str) -> dict[str, float]:
+        """Value, standard error and interval of one metric of one model."""
+        for own in self.models:
+            if own["name"] == model:
+                found: dict[str, float] = own["metrics"][name]
+                return found
+        raise KeyError(model)
+
+
+def evaluate_run(run: Run, *, progress: Progress | None = None, **options: Any) -> Evaluation:
+    """Measure the base and every adapter of a run, and write `evaluation.json`.
+
+    Args:
+        run: The run.
+        progress: Told what is being done, how far it is, and of how much.
+        options: Settings of the recipe's `evaluate` section.
+
+    Raises:
+        UserError: No adapter in the run, or no held-out example.
+    """
+    recipe = run.recipe()
+    settings = EvaluateOptions.model_validate({**recipe.evaluate.model_dump(), **options})
+    folders = run.adapters()
+    if not folders:
+        raise UserError(f"{run.folder} has no trained adapter yet; train it first")
+    transformers_logging.disable_progress_bar()
+    device = hardware.choose_device().value
+    base = models.load(
+        recipe.model_name_or_path,
+        revision=recipe.revision,
+        dtype=recipe.dtype,
+        attn_implementation=recipe.attn_implementation,
+        trust_remote_code=recipe.trust_remote_code,
+        device=device,
+    )
+    add_tokens(base.model, base.tokenizer, recipe.added_tokens)
+    template = data.choose_template(base.tokenizer, recipe.chat_template)
+    found, name = held_out_examples(recipe)
+    answered = [example for example in found if example.reference]
+    if settings.max_examples is not None:
+        found, answered = found[: settings.max_examples], answered[: settings.max_examples]
+    cohort = adapters.load(base.model, folders)
+    results = [
+        measure(base, cohort, adapter, found, answered, recipe, settings, progress)
+        for adapter in (None, *cohort.names)
+    ]
+    evaluation = summarise(results, answered, settings)
+    evaluation.settings["chat_template"] = template.name
+    evaluation.dataset = {"path": name, "rows": len(found), "answered": len(answered)}
+    runs.write_json(run.folder / runs.EVALUATION, evaluation.to_dict())
+    return evaluation
+
+
+def held_out_examples(recipe: Recipe) -> tuple[list[Example], str]:
+    """Examples that the recipe's training never saw: the best set there is, and its name.
+
+    Raises:
+        UserError: There is none.
+    """
+    if data.has_split(recipe.dataset, "test"):
+        found = data.read(recipe.dataset, split="test")
+    elif recipe.eval_dataset is not None:
+        found = data.read(recipe.eval_dataset, split="valid")
+    elif data.has_split(recipe.dataset, "valid"):
+        found = data.read(recipe.dataset, split="valid")
+    elif recipe.val_size:
+        whole = data.read(
+            recipe.dataset, limit=recipe.max_train_samples, skip_bad_rows=recipe.skip_bad_rows
+        )
+        return data.split(whole.examples, recipe.val_size)[1], f"held out of {whole.path}"
+    else:
+        raise UserError(
+            "the run has no held-out examples to evaluate on; set eval_dataset, or val_size above 0"
+        )
+    return found.examples, str(found.path)
+
+
+def measure(
+    base: models.Base,
+    cohort: Cohort,
+    adapter: str | None,
+    scored: Sequence[Example],
+    answered: Sequence[Example],
+    recipe: Recipe,
+    settings: EvaluateOptions,
+    progress: Progress | None = None,
+) -> Measured:
+    """Likelihood and answers of one model (adapter None: the base alone)."""
+    name = adapter or "base"
+    memory = hardware.PeakMemory(base.model.device.type)
+    rows = data.encode(
+        scored,
+        base.tokenizer,
+        max_length=recipe.max_length,
+        truncation_strategy=recipe.truncation_strategy,
+        assistant_only_loss=recipe.assistant_only_loss,
+        completion_only_loss=recipe.completion_only_loss,
+    ).rows
+    if progress is not None:
+        progress(f"{name}: loss", 0, len(rows))
+    losses = held_out(
+        Objective(base.model, cohort),
+        rows,
+        adapter,
+        max_rows=recipe.per_device_eval_batch_size,
+        max_tokens=recipe.tokens_per_microbatch,
+        device=base.model.device,
+    )
+    statistics = {"loss": metrics.likelihood_statistics(losses.nll, losses.tokens)}
+    statistics["perplexity"] = statistics["loss"]
+    prompts, references = [], []
+    for example in answered:
+        prompt, reference = data.prompt_of(example, base.tokenizer)
+        prompts.append(prompt)
+        references.append(reference)
+
+    def tell(done: int, total: int) -> None:
+        if progress is not None:
+            progress(f"{name}: answers", done, total)
+
+    with cohort.using(adapter):
+        answers = generate(
+            base.model, base.tokenizer, prompts,
+            max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size, progress=tell,
+        )  # fmt: skip
+    if answered:
+        statistics["bleu"] = metrics.bleu().statistics(answers.texts, references)
+        statistics["chrf"] = metrics.chrf().statistics(answers.texts, references)
+        statistics["exact_match"] = metrics.exact_match_statistics(answers.texts, references)
+    return Measured(name, adapter, statistics, answers, memory.read())
+
+
+def summarise(
+    results: Sequence[Measured], answered: Sequence[Example], settings: EvaluateOptions
+) -> Evaluation:
+    """Metrics with intervals, and each adapter's paired difference from the base."""
+    text = {"bleu": metrics.bleu(), "chrf": metrics.chrf()}
+    formulas: dict[str, FromSums] = {**metrics.FROM_SUMS, **text}
+    base = results[0]
+    draws = {
+        len(own): Resamples(len(own), settings.bootstrap_samples, settings.seed)
+        for own in base.statistics.values()
+    }
+    summaries, differences = [], []
+    for result in results:
+        own: dict[str, Any] = {}
+        for metric in metrics.METRICS:
+            if metric.name not in result.statistics:
+                continue
+            counts, formula = result.statistics[metric.name], formulas[metric.name]
+            own[metric.name] = draws[len(counts)].estimate(counts, formula).to_dict()
+            if result is not base:
+                found = draws[len(counts)].difference(counts, base.statistics[metric.name], formula)
+                differences.append(
+                    {
+                        "adapter": result.name,
+                        "metric": metric.name,
+                        "difference": found.value,
+                        "low": found.low,
+                        "high": found.high,
+                        "verdict": verdict(found, lower_is_better=metric.lower_is_better),
+                    }
+                )
+        speed = result.answers.tokens / result.answers.seconds if result.answers.tokens else None
+        summaries.append(
+            {
+                "name": result.name,
+                "adapter": result.adapter,
+                "metrics": own,
+                "seconds": result.answers.seconds,
+                "generated_tokens": result.answers.tokens,
+                "generated_tokens_per_second": speed,
+                **result.memory,
+            }
+        )
+    examples = [
+        {
+            "file": Path(example.file).name,
+            "line": example.line,
+            "prompt": example.messages[-2].content if len(example.messages) > 1 else "",
+            "reference": example.reference,
+            "answers": {result.name: result.answers.texts[place] for result in results},
+        }
+        for place, example in enumerate(answered)
+    ]
+    how = {
+        **settings.model_dump(),
+        "interval": "95 % percentile bootstrap over examples, paired for differences",
+        "signatures": {name: own.signature for name, own in text.items() if answered},
+    }
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return Evaluation(how, {}, summaries, differences, examples, created=now)
+
+
+def verdict(difference: Estimate, *, lower_is_better: bool) -> str:
+    """In words: `better` or `worse` only where the whole interval says so."""
+    if difference.low > 0:
+        return "worse" if lower_is_better else "better"
+    if difference.high < 0:
+        return "better" if lower_is_better else "worse"
+    return "no difference found"
