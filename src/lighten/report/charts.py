@@ -1,0 +1,200 @@
+"""Line charts as inline SVG: axes, grid, direct labels, error bars; light, dark and print.
+
+Colours are CSS variables of the page (`--series-1` …), so one drawing serves every theme.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from html import escape
+
+# Series are told apart by dash as well as by colour.
+DASHES = ("", "7 4", "2 3", "9 3 2 3", "1 4", "12 4")
+# More points than this are thinned: the mean of each of so many equal stretches is drawn.
+MOST_POINTS = 400
+
+WIDTH, HEIGHT = 640, 300
+LEFT, RIGHT, TOP, BOTTOM = 56, 16, 14, 40
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a chart.
+
+    Attributes:
+        label: Its name in the legend.
+        x: Places.
+        y: Values; None where there is none.
+        errors: Standard errors, drawn as bars, if known.
+        faint: Drawn thin and pale, for raw values behind a smoothed line.
+        markers: Drawn with a dot at each value.
+        colour: Number of its colour.
+    """
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float | None]
+    errors: Sequence[float | None] = field(default_factory=list)
+    faint: bool = False
+    markers: bool = False
+    colour: int = 0
+
+    def points(self) -> list[tuple[float, float, float | None]]:
+        """Place, value and error where there is a finite value."""
+        errors = [*self.errors, *[None] * (len(self.x) - len(self.errors))]
+        return [
+            (x, y, e)
+            for x, y, e in zip(self.x, self.y, errors, strict=True)
+            if y is not None and math.isfinite(y)
+        ]
+
+
+def line_chart(series: Sequence[Series], *, title: str, x_label: str, y_label: str) -> str:
+    """An SVG of the series, or a sentence if there is nothing to draw.
+
+    Args:
+        series: The lines.
+        title: What a screen reader says.
+        x_label: What runs to the right, with its unit.
+        y_label: What runs upwards, with its unit.
+    """
+    drawn = [(one, _thinned(one.points())) for one in series if one.points()]
+    if not drawn:
+        return f'<p class="absent">{escape(title)}: nothing was recorded.</p>'
+    xs = [x for _, points in drawn for x, _, _ in points]
+    lows = [y - (e or 0) for _, points in drawn for _, y, e in points]
+    highs = [y + (e or 0) for _, points in drawn for _, y, e in points]
+    x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(lows), max(highs))
+    across = _Scale(min(xs), max(xs), LEFT, WIDTH - RIGHT)
+    up = _Scale(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, TOP)
+    parts = [
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
+        f"<title>{escape(title)}</title>"
+    ]
+    for tick in y_ticks:
+        y = up(tick)
+        parts.append(
+            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">'
+            f"{number(tick)}</text>"
+        )
+    for tick in x_ticks:
+        if min(xs) <= tick <= max(xs):
+            parts.append(
+                f'<text class="tick" x="{across(tick):.1f}" y="{HEIGHT - BOTTOM + 18}" '
+                f'text-anchor="middle">{number(tick)}</text>'
+            )
+    parts.append(
+        f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" '
+        f'y2="{HEIGHT - BOTTOM}"/>'
+        f'<text class="axis-label" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" '
+        f'text-anchor="middle">{escape(x_label)}</text>'
+        f'<text class="axis-label" transform="translate(13 {(TOP + HEIGHT - BOTTOM) / 2}) '
+        f'rotate(-90)" text-anchor="middle">{escape(y_label)}</text>'
+    )
+    for one, points in drawn:
+        parts.append(_line(one, points, across, up))
+    return "".join(parts) + "</svg>" + _legend([one for one, _ in drawn if not one.faint])
+
+
+class _Scale:
+    """From values to places on the drawing."""
+
+    def __init__(self, low: float, high: float, start: float, stop: float) -> None:
+        self._low, self._start = low, start
+        self._factor = (stop - start) / (high - low) if high > low else 0.0
+        self._middle = None if high > low else (start + stop) / 2
+
+    def __call__(self, value: float) -> float:
+        if self._middle is not None:
+            return self._middle
+        return self._start + (value - self._low) * self._factor
+
+
+def _line(
+    one: Series, points: Sequence[tuple[float, float, float | None]], across: _Scale, up: _Scale
+) -> str:
+    style = f"--ink: var(--series-{one.colour % len(DASHES) + 1})"
+    path = " ".join(
+        f"{'M' if place == 0 else 'L'}{across(x):.1f} {up(y):.1f}"
+        for place, (x, y, _) in enumerate(points)
+    )
+    dash = DASHES[one.colour % len(DASHES)]
+    parts = [
+        f'<g class="series{" faint" if one.faint else ""}" style="{style}">'
+        f'<path d="{path}"{f""" stroke-dasharray="{dash}" """ if dash else ""}/>'
+    ]
+    for x, y, error in points if one.markers or len(points) == 1 else []:
+        px, py = across(x), up(y)
+        told = f"{escape(one.label)}, {number(x)}: {number(y)}"
+        if error:
+            parts.append(
+                f'<line class="error" x1="{px:.1f}" x2="{px:.1f}" y1="{up(y - error):.1f}" '
+                f'y2="{up(y + error):.1f}"/>'
+            )
+            told += f" ± {number(error)}"
+        parts.append(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="3.5"><title>{told}</title></circle>')
+    return "".join(parts) + "</g>"
+
+
+def _legend(series: Sequence[Series]) -> str:
+    if len(series) < 2:
+        return ""
+    items = []
+    for one in series:
+        dash = DASHES[one.colour % len(DASHES)]
+        items.append(
+            f'<li style="--ink: var(--series-{one.colour % len(DASHES) + 1})">'
+            f'<svg viewBox="0 0 28 8" aria-hidden="true"><line x1="1" x2="27" y1="4" y2="4" '
+            f'stroke-dasharray="{dash}"/></svg>{escape(one.label)}</li>'
+        )
+    return f'<ul class="legend">{"".join(items)}</ul>'
+
+
+def _thinned(
+    points: list[tuple[float, float, float | None]],
+) -> list[tuple[float, float, float | None]]:
+    if len(points) <= MOST_POINTS:
+        return points
+    size = len(points) / MOST_POINTS
+    bins = [points[int(i * size) : int((i + 1) * size)] for i in range(MOST_POINTS)]
+    return [
+        (sum(p[0] for p in own) / len(own), sum(p[1] for p in own) / len(own), None) for own in bins
+    ]
+
+
+def smoothed(values: Sequence[float | None], weight: float = 0.9) -> list[float | None]:
+    """Exponential moving average, corrected for its start as in Adam (arXiv 1412.6980)."""
+    out: list[float | None] = []
+    total, seen = 0.0, 0
+    for value in values:
+        if value is None or not math.isfinite(value):
+            out.append(None)
+            continue
+        total, seen = weight * total + (1 - weight) * value, seen + 1
+        out.append(total / (1 - weight**seen))
+    return out
+
+
+def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
+    """Round numbers that enclose the range; their steps are 1, 2 or 5 times a power of ten."""
+    if not high > low:
+        pad = abs(low) * 0.1 or 1.0
+        low, high = low - pad, high + pad
+    rough = (high - low) / wanted
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
+    first = math.floor(low / step + 1e-9)
+    last = math.ceil(high / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def number(value: float) -> str:
+    """A number as people write it: three significant digits, thousands with commas."""
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    if value == int(value):
+        return str(int(value))
+    return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"

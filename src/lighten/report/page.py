@@ -1,0 +1,251 @@
+"""The verb `report`: runs as one self-contained HTML page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from lighten import runs as run_files
+from lighten.evaluate.metrics import METRICS
+from lighten.report import words
+from lighten.report.charts import Series, line_chart, number, smoothed
+from lighten.runs import Run
+
+# Answers shown side by side; all of them are in evaluation.json.
+SHOWN_EXAMPLES = 24
+
+
+def write_page(runs: Sequence[Run], output: Path | None = None) -> Path:
+    """Write the page of one run or several.
+
+    Args:
+        runs: At least one.
+        output: Where; default `report.html` in the first run's folder.
+
+    Returns:
+        Where it was written.
+    """
+    target = output or runs[0].folder / "report.html"
+    run_files.write_text(target, page(runs))
+    return target
+
+
+def page(runs: Sequence[Run]) -> str:
+    """The page as HTML text."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("lighten.report", "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {
+        "mb": words.size, "gib": words.gib, "duration": words.duration, "number": number,
+    }  # fmt: skip
+    return environment.get_template("page.html.j2").render(
+        title=" · ".join(run.name for run in runs),
+        runs=[_run(run) for run in runs],
+        comparison=_comparison(runs) if len(runs) > 1 else None,
+        marked=words.marked,
+        metric_labels={metric.name: metric.label for metric in METRICS},
+    )
+
+
+def _run(run: Run) -> dict[str, Any]:
+    """What the template shows of one run."""
+    info, evaluation, lines = run.info(), run.evaluation(), run.metrics()
+    return {
+        "name": run.name,
+        "info": info,
+        "headline": words.headline(info, evaluation),
+        "tiles": _tiles(info, evaluation),
+        "loss": _loss_chart([(run.name, lines)], named=False),
+        "speed": _speed_chart(lines),
+        "memory": _memory_chart(lines),
+        "table": _table(evaluation),
+        "differences": {
+            (d["adapter"], d["metric"]): d for d in (evaluation or {}).get("differences", [])
+        },
+        "examples": (evaluation or {}).get("examples", [])[:SHOWN_EXAMPLES],
+        "example_count": len((evaluation or {}).get("examples", [])),
+        "evaluation": evaluation,
+        "sizes": _sizes(info),
+        "recipe": (run.folder / run_files.RECIPE).read_text(encoding="utf-8"),
+    }
+
+
+def _tiles(info: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> list[dict[str, str]]:
+    """The figures a reader wants first."""
+    tiles = []
+    if evaluation is not None and len(evaluation["models"]) > 1:
+        base, tuned = evaluation["models"][0], evaluation["models"][1]
+        for name, label in (("perplexity", "Perplexity"), ("chrf", "chrF"), ("bleu", "BLEU")):
+            if name in base["metrics"]:
+                verdict = words.verdict_of(evaluation["differences"], tuned["name"], name)
+                tiles.append(
+                    {
+                        "label": label,
+                        "before": number(base["metrics"][name]["value"]),
+                        "after": number(tuned["metrics"][name]["value"]),
+                        "note": verdict,
+                    }
+                )
+    training = info.get("training")
+    if training:
+        speed = training.get("tokens_per_second")
+        tiles.append(
+            {
+                "label": "Training",
+                "before": "",
+                "after": words.duration(training["seconds"]),
+                "note": f"{speed:,.0f} real tokens/s" if speed else "",
+            }
+        )
+        tiles.append(
+            {
+                "label": "Peak memory",
+                "before": "",
+                "after": words.gib(training["peak_bytes"]),
+                "note": training.get("method", ""),
+            }
+        )
+    if info.get("adapters"):
+        own, base = info["adapters"][0], info["base"]
+        tiles.append(
+            {
+                "label": "To ship",
+                "before": words.size(base["weights_bytes"]),
+                "after": words.size(own["file_bytes"]),
+                "note": "the adapter in place of the model",
+            }
+        )
+    return tiles
+
+
+def _adapters(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(str(line["adapter"]) for line in lines))
+
+
+def _loss_chart(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], *, named: bool) -> str:
+    """Training loss, raw and smoothed, and held-out loss with its standard error."""
+    series: list[Series] = []
+    colour = 0
+    for run, lines in runs:
+        for adapter in _adapters(lines):
+            label = " ".join(
+                part for part in (run if named else "", "" if adapter == "default" else adapter)
+                if part
+            )  # fmt: skip
+            train = [m for m in lines if m["adapter"] == adapter and m["kind"] == "train"]
+            watched = [m for m in lines if m["adapter"] == adapter and m["kind"] == "eval"]
+            steps, losses = [m["step"] for m in train], [m["loss"] for m in train]
+            if not named:
+                series.append(Series(f"{label} train", steps, losses, faint=True, colour=colour))
+                series.append(
+                    Series(f"{label} train, smoothed".strip(), steps, smoothed(losses),
+                           colour=colour)
+                )  # fmt: skip
+                colour += 1
+            series.append(
+                Series(
+                    f"{label} held-out".strip(),
+                    [m["step"] for m in watched],
+                    [m["loss"] for m in watched],
+                    [m.get("loss_se") for m in watched],
+                    markers=True,
+                    colour=colour,
+                )
+            )
+            colour += 1
+    return line_chart(
+        series, title="Loss over steps", x_label="optimiser step", y_label="loss, nats per token"
+    )
+
+
+def _per_step(lines: Sequence[Mapping[str, Any]], key: str) -> dict[int, float]:
+    """A figure of each step, summed over its adapters."""
+    found: dict[int, float] = {}
+    for line in lines:
+        if line["kind"] == "train":
+            found[line["step"]] = found.get(line["step"], 0.0) + line[key]
+    return found
+
+
+def _speed_chart(lines: Sequence[Mapping[str, Any]]) -> str:
+    tokens = _per_step(lines, "tokens")
+    seconds = {line["step"]: line["seconds"] for line in lines if line["kind"] == "train"}
+    speed = [tokens[step] / seconds[step] if seconds[step] else None for step in tokens]
+    return line_chart(
+        [
+            Series("per step", list(tokens), speed, faint=True),
+            Series("smoothed", list(tokens), smoothed(speed)),
+        ],
+        title="Speed over steps",
+        x_label="optimiser step",
+        y_label="real tokens per second",
+    )
+
+
+def _memory_chart(lines: Sequence[Mapping[str, Any]]) -> str:
+    train = [line for line in lines if line["kind"] == "train"]
+    peaks = {line["step"]: line["peak_bytes"] / 2**30 for line in train if line.get("peak_bytes")}
+    return line_chart(
+        [Series("peak so far", list(peaks), list(peaks.values()))],
+        title="Peak memory over steps",
+        x_label="optimiser step",
+        y_label="GiB",
+    )
+
+
+def _table(evaluation: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Rows of the before-and-after table: a metric and each model's estimate of it."""
+    if evaluation is None:
+        return []
+    return [
+        {
+            "name": metric.name,
+            "label": metric.label,
+            "better": "lower is better" if metric.lower_is_better else "higher is better",
+            "cells": [
+                {"model": model["name"], **model["metrics"][metric.name]}
+                for model in evaluation["models"]
+            ],
+        }
+        for metric in METRICS
+        if all(metric.name in model["metrics"] for model in evaluation["models"])
+    ]
+
+
+def _sizes(info: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Bars to scale: the model and what an adapter adds to ship."""
+    if "base" not in info:
+        return []
+    bars = [{"label": "base model, as loaded", "bytes": info["base"]["weights_bytes"]}]
+    bars += [
+        {"label": f"adapter {own['name']}", "bytes": own["file_bytes"]}
+        for own in info.get("adapters", [])
+    ]
+    longest = max(bar["bytes"] for bar in bars)
+    return [{**bar, "share": 100 * bar["bytes"] / longest} for bar in bars]
+
+
+def _comparison(runs: Sequence[Run]) -> dict[str, Any]:
+    return {
+        "rows": [
+            {**row, "values": [_shown(value) for value in row["values"]]}
+            for row in run_files.compare(runs)
+        ],
+        "loss": _loss_chart([(run.name, run.metrics()) for run in runs], named=True),
+    }
+
+
+def _shown(value: Any) -> str:
+    """A cell of the comparison."""
+    if value is None:
+        return "–"
+    if isinstance(value, Mapping):
+        return f"{number(value['value'])} [{number(value['low'])}, {number(value['high'])}]"
+    return number(value) if isinstance(value, float) else str(value)
