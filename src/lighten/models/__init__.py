@@ -2,6 +2,6 @@
 
 from lighten.models.catalogue import ModelEntry, available
 from lighten.models.describe import Description, describe
-from lighten.models.load import Base, load
+from lighten.models.load import Base, load, load_tokenizer
 
-__all__ = ["Base", "Description", "ModelEntry", "available", "describe", "load"]
+__all__ = ["Base", "Description", "ModelEntry", "available", "describe", "load", "load_tokenizer"]

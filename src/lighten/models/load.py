@@ -113,6 +113,25 @@ def load(
     )
 
 
+def load_tokenizer(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """A model's tokenizer without its weights in memory.
+
+    Raises:
+        UserError: No such model, or it has no tokenizer.
+    """
+    source, path = locate(name, revision=revision)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    if source == "gguf":
+        options["gguf_file"] = path.name
+        path = path.parent
+    try:
+        return AutoTokenizer.from_pretrained(path, **options)
+    except (ValueError, OSError, ImportError) as error:
+        raise UserError(f"{name} has no usable tokenizer: {_first_line(error)}") from error
+
+
 def locate(name: str, *, revision: str | None = None, weights: bool = True) -> tuple[Source, Path]:
     """Folder or file of a model, fetched if it is not on this machine.
 

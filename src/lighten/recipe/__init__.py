@@ -191,6 +191,11 @@ def _names(given: list[dict[str, Any]]) -> list[str]:
 def _contradictions(recipe: Recipe, given: Mapping[str, Any]) -> list[str]:
     """Settings that cannot hold together, or that have no effect in the chosen mode."""
     problems: list[str] = []
+    problems += [
+        f"{key}: {value!r} does not exist; give a file or folder"
+        for key in ("dataset", "eval_dataset")
+        if (value := getattr(recipe, key)) and not Path(value.partition("#")[0]).exists()
+    ]
     sizes = {key: len(v) for key in COHORT_LISTS if (v := recipe._list(key)) is not None}
     if any(size == 0 for size in sizes.values()):
         problems.append(f"{next(k for k, s in sizes.items() if s == 0)} is an empty list")

@@ -1,0 +1,5 @@
+"""`python -m lighten` is the command line."""
+
+from lighten.cli import main
+
+main()

@@ -1,0 +1,399 @@
+"""The command line: parse, call the API, print."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+app = typer.Typer(
+    name="lighten",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Make a large language model lighter, faster and cheaper, and prove it.",
+)
+runs_app = typer.Typer(no_args_is_help=True, help="List runs, or compare them side by side.")
+data_app = typer.Typer(no_args_is_help=True, help="Look at data before training on it.")
+app.add_typer(runs_app, name="runs")
+app.add_typer(data_app, name="data")
+
+OPEN = {"allow_extra_args": True, "ignore_unknown_options": True}
+Settings = "Any setting of the recipe: --learning_rate 1e-4 or learning_rate=1e-4 (lighten schema)."
+
+
+def main() -> None:
+    """Run the command line and turn a user's mistake into one clean line."""
+    import logging
+
+    from lighten.errors import UserError
+
+    # It says at import that an optional kernel is missing, which no user can use here.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201  # before rich is worth loading
+        sys.exit(2)
+    except KeyboardInterrupt as error:
+        print(f"\n{error or 'stopped'}", file=sys.stderr)  # noqa: T201
+        sys.exit(getattr(error, "exit_code", 130))
+
+
+def overrides(words: Sequence[str]) -> dict[str, Any]:
+    """Settings from `--key value`, `--key=value`, `key=value` and lone `--flag` words.
+
+    Raises:
+        UserError: A word that is none of these.
+    """
+    from lighten.errors import UserError
+    from lighten.recipe.yaml_lines import parse
+
+    found: dict[str, Any] = {}
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        key, equals, value = word.lstrip("-").partition("=")
+        if not word.startswith("--") and not equals:
+            raise UserError(f"{word!r} is not a setting; write --name value or name=value")
+        if not equals:
+            lone = not rest or rest[0].startswith("--") or _is_assignment(rest[0])
+            value = "true" if lone else rest.pop(0)
+        listed = "," in value and not value.startswith(("[", "{", '"', "'"))
+        head, dot, tail = key.partition(".")
+        name = f"{head.replace('-', '_')}{dot}{tail.replace('-', '_')}"
+        found[name] = parse(f"[{value}]" if listed else value)
+    return found
+
+
+def _is_assignment(word: str) -> bool:
+    name, equals, _ = word.partition("=")
+    return bool(equals) and name.replace(".", "_").isidentifier()
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console()
+
+
+def _recipe_arguments(words: list[str]) -> tuple[str | None, dict[str, Any]]:
+    """A recipe file, or MODEL DATA, and the settings after them."""
+    from lighten.errors import UserError
+
+    named: list[str] = []
+    while words and not words[0].startswith("--") and not _is_assignment(words[0]):
+        named.append(words.pop(0))
+    settings = overrides(words)
+    if len(named) == 1 and named[0].endswith((".yaml", ".yml")):
+        return named[0], settings
+    if len(named) == 2:
+        return None, {"model_name_or_path": named[0], "dataset": named[1], **settings}
+    if not named and settings:
+        return None, settings
+    raise UserError("give a recipe (recipe.yaml), or a model and a data set: lighten train M DATA")
+
+
+@contextlib.contextmanager
+def _bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress callback that draws a bar in a terminal and nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        tasks: dict[str, Any] = {}
+
+        def tell(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=total)
+            progress.update(tasks[what], completed=done, total=total)
+
+        yield tell
+
+
+_Words = Annotated[list[str] | None, typer.Argument(metavar="RECIPE | MODEL DATA", help=Settings)]
+_Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command(context_settings=OPEN)
+def run(ctx: typer.Context, words: _Words = None, resume: _Resume = False) -> None:
+    """Train, evaluate and report, one after another."""
+    from lighten import api
+
+    recipe, settings = _recipe_arguments([*(words or []), *ctx.args])
+    done = api.train(recipe, resume=resume, **settings)
+    with _bar() as progress:
+        evaluation = api.evaluate(done, progress=progress)
+    _print_evaluation(evaluation.to_dict())
+    _console().print(f"report: {api.report(done)}", soft_wrap=True, highlight=False)
+
+
+@app.command(context_settings=OPEN)
+def train(ctx: typer.Context, words: _Words = None, resume: _Resume = False) -> None:
+    """Train adapters from a recipe, or from a model and a data set."""
+    from lighten import api
+
+    recipe, settings = _recipe_arguments([*(words or []), *ctx.args])
+    done = api.train(recipe, resume=resume, **settings)
+    _console().print(f"run: {done.folder}", soft_wrap=True, highlight=False)
+
+
+app.command("sft", context_settings=OPEN, hidden=True)(train)
+
+
+@app.command(context_settings=OPEN)
+def evaluate(ctx: typer.Context, run: str, as_json: _Json = False) -> None:
+    """Measure base and adapters of a run on the same held-out examples."""
+    from lighten import api
+
+    with _bar() as progress:
+        found = api.evaluate(run, progress=progress, **overrides(ctx.args)).to_dict()
+    if as_json:
+        typer.echo(json.dumps(found, ensure_ascii=False))
+    else:
+        _print_evaluation(found)
+
+
+app.command("eval", context_settings=OPEN, hidden=True)(evaluate)
+
+
+@app.command()
+def report(
+    runs: list[str],
+    output: Annotated[Path | None, typer.Option(help="Where to write the page.")] = None,
+) -> None:
+    """Write the HTML page of one run, or of several side by side."""
+    from lighten import api
+
+    _console().print(f"report: {api.report(*runs, output=output)}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def chat(
+    target: Annotated[str, typer.Argument(metavar="RUN | MODEL")],
+    adapter: Annotated[str | None, typer.Option(help="Which adapter of the run.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Answer with base too.")] = False,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 answers greedily.")] = 0.0,
+) -> None:
+    """Talk to a base or an adapter in the terminal."""
+    from lighten.evaluate.chat import chat as talk
+
+    talk(
+        target, adapter=adapter, compare=compare, system=system,
+        max_new_tokens=max_new_tokens, temperature=temperature,
+    )  # fmt: skip
+
+
+@app.command()
+def models(as_json: _Json = False) -> None:
+    """Which models can be loaded by name, and which are on this machine."""
+    from lighten.models import available
+
+    found = available()
+    if as_json:
+        typer.echo(json.dumps([{**vars(e), "path": e.path and str(e.path)} for e in found]))
+        return
+    rows = [
+        [e.name, e.source, f"{(e.size_bytes or 0) / 1e6:,.0f} MB" if e.cached else "no", e.note]
+        for e in found
+    ]
+    _print_table(["model", "source", "on this machine", "what it is"], rows)
+    _console().print("Any hub id, model folder or GGUF file loads too, by its name or path.")
+
+
+@app.command()
+def doctor(as_json: _Json = False) -> None:
+    """What this machine has, what it computes in, and which extras are installed."""
+    from lighten.hardware import doctor as examine
+
+    found = examine()
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    machine = found["machine"]
+    gpus = [f"{g['name']}, {g['memory_bytes'] / 2**30:.0f} GiB" for g in machine["gpus"]]
+    rows = [
+        ["processor", f"{machine['processor']}, {machine['cores']} cores"],
+        ["memory", f"{machine['memory_bytes'] / 2**30:.1f} GiB, "
+                   f"{found['free_memory_bytes'] / 2**30:.1f} free"],
+        ["disk", f"{found['free_disk_bytes'] / 2**30:.0f} GiB free"],
+        ["GPUs", "; ".join(gpus) or "none"],
+        ["device", f"{found['device']['value']}: {found['device']['reason']}"],
+        ["base format", f"{found['dtype']['value']}: {found['dtype']['reason']}"],
+        ["computes in", ", ".join(f"{k}: {v}" for k, v in found["formats"].items())],
+        ["versions", ", ".join(f"{k} {v}" for k, v in found["versions"].items())],
+    ]  # fmt: skip
+    _print_table(["this machine", ""], rows)
+    extras = [
+        [name, ", ".join(f"{k} {v}" for k, v in own["installed"].items()) or "–",
+         own["install"] if own["missing"] else "complete"]
+        for name, own in found["extras"].items()
+    ]  # fmt: skip
+    _print_table(["extra", "installed", "to get the rest"], extras)
+
+
+app.command("env", hidden=True)(doctor)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a recipe."""
+    from lighten.recipe import Recipe
+
+    typer.echo(json.dumps(Recipe.json_schema(), indent=2))
+
+
+app.command("config-schema", hidden=True)(schema)
+
+
+@runs_app.command("list")
+def runs_list(
+    folder: Annotated[Path, typer.Argument(help="Where the runs are.")] = Path("runs"),
+    as_json: _Json = False,
+) -> None:
+    """List the runs of a folder, oldest first."""
+    from lighten import runs
+
+    found = [(run, run.info()) for run in runs.find(folder)]
+    if as_json:
+        typer.echo(json.dumps([{"folder": str(r.folder), **info} for r, info in found]))
+        return
+    rows = []
+    for run, info in found:
+        losses = [f"{own['eval_loss']:.3f}" for own in info.get("adapters", [])
+                  if own.get("eval_loss") is not None]  # fmt: skip
+        base, steps = info.get("base", {}), info.get("training", {}).get("steps")
+        rows.append([str(run.folder), info.get("status", "?"), base.get("name", "?"),
+                     "–" if steps is None else str(steps), ", ".join(losses) or "–",
+                     info.get("started", "?")])  # fmt: skip
+    _print_table(["run", "status", "base", "steps", "held-out loss", "started"], rows)
+
+
+@runs_app.command("compare")
+def runs_compare(names: list[str], as_json: _Json = False) -> None:
+    """Compare two or more runs: settings that differ, then measurements."""
+    from lighten import api, runs
+
+    chosen = [api.run_of(name) for name in names]
+    rows = runs.compare(chosen)
+    if as_json:
+        typer.echo(json.dumps(rows))
+        return
+    _print_table(
+        ["", *(run.name for run in chosen)],
+        [[row["what"], *(_cell(value) for value in row["values"])] for row in rows],
+    )
+
+
+@data_app.command("check")
+def data_check(
+    file: str,
+    model: Annotated[str, typer.Option("--model", help="Whose tokenizer and template to use.")],
+    eval_dataset: Annotated[str | None, typer.Option(help="Look for overlap with this.")] = None,
+    max_length: Annotated[int, typer.Option(help="Tokens a row may have.")] = 1024,
+    chat_template: Annotated[str | None, typer.Option(help="As in the recipe.")] = None,
+    skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows")] = False,
+    row: Annotated[int, typer.Option(help="Which example to show token by token.")] = 0,
+    as_json: _Json = False,
+) -> None:
+    """Lengths, truncation, supervised tokens, duplicates, overlap, and one example's mask."""
+    from lighten import data
+    from lighten.models import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    template = data.choose_template(tokenizer, chat_template)
+    found = data.read(file, skip_bad_rows=skip_bad_rows)
+    other = None
+    if eval_dataset is not None or data.has_split(file, "valid"):
+        other = data.read(eval_dataset or file, split="valid").examples
+    checked = data.check(
+        found, tokenizer, max_length=max_length, evaluation=other, sample=row,
+        template=f"{template.name}: {template.reason}",
+    )  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps(checked.to_dict(), ensure_ascii=False))
+    else:
+        _print_check(checked.to_dict())
+
+
+def _print_check(found: dict[str, Any]) -> None:
+    from rich.text import Text
+
+    counts, lengths = found["counts"], found["lengths"]
+    overlap = found["overlap"]
+    rows = [
+        ["rows", f"{found['rows']} ({found['format']}), {len(found['bad_rows'])} broken"],
+        ["chat template", found["template"]],
+        ["tokens per row", ", ".join(f"{k} {v:,.0f}" for k, v in lengths.items())],
+        ["supervised", f"{counts['supervised_tokens']:,} of {counts['tokens']:,} tokens"],
+        [f"over {found['max_length']}", f"{counts['truncated']} rows cut, {counts['dropped']} left "
+                                        f"out, {counts['lost_supervised_tokens']:,} supervised "
+                                        "tokens lost"],
+        ["duplicates", f"{found['duplicates']} rows ask what an earlier row asked"],
+        ["overlap", "no evaluation data given" if overlap is None else
+                    f"{overlap} rows stand in the evaluation data too"],
+    ]  # fmt: skip
+    _print_table(["data", ""], rows)
+    most = max((rows for _, rows in found["histogram"]), default=1)
+    bars = [
+        [f"up to {edge}" if edge else "longer", str(count), "█" * round(30 * count / most)]
+        for edge, count in found["histogram"]
+    ]
+    _print_table(["tokens", "rows", ""], bars)
+    console = _console()
+    for sentence in (*found["bad_rows"], *found["problems"]):
+        console.print(sentence, highlight=False, markup=False)
+    shown = Text("one example, supervised tokens in ⟦brackets⟧:\n")
+    inside = False
+    for token, supervised in found["sample"]:
+        if supervised != inside:
+            shown.append("⟦" if supervised else "⟧", style="bold green")
+        shown.append(token, style="green" if supervised else "dim")
+        inside = supervised
+    shown.append("⟧" if inside else "", style="bold green")
+    console.print(shown)
+
+
+def _print_evaluation(found: dict[str, Any]) -> None:
+    differences = {(d["adapter"], d["metric"]): d for d in found["differences"]}
+    names = [model["name"] for model in found["models"]]
+    rows = []
+    for metric in found["models"][0]["metrics"]:
+        cells = []
+        for model in found["models"]:
+            change = differences.get((model["name"], metric))
+            said = f" {change['verdict']}" if change else ""
+            cells.append(_cell(model["metrics"][metric]) + said)
+        rows.append([metric, *cells])
+    _print_table(["metric", *names], rows)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, dict):
+        return f"{value['value']:.4g} [{value['low']:.4g}, {value['high']:.4g}]"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.box import SIMPLE
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(*columns, box=SIMPLE, pad_edge=False)
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    _console().print(table)

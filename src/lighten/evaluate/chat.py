@@ -1,0 +1,197 @@
+"""The verb `chat`: talk to a base or an adapter in the terminal, or through a pipe."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from threading import Thread
+from typing import Any, TextIO
+
+from transformers import GenerationConfig, TextIteratorStreamer
+from transformers.utils import logging as transformers_logging
+
+from lighten import adapters, data, hardware, models
+from lighten.adapters import Cohort
+from lighten.errors import UserError
+from lighten.evaluate.generate import stop_tokens
+from lighten.runs import Run
+from lighten.train.prepare import add_tokens
+
+HELP = "/reset forgets the conversation, /system TEXT sets a system message, /adapter NAME, /exit"
+
+
+class Conversation:
+    """A base with its adapters, and the words said so far.
+
+    Args:
+        target: A run folder, a run's name under `runs/`, or a model.
+        system: System message.
+    """
+
+    def __init__(self, target: str, *, system: str | None = None) -> None:
+        transformers_logging.disable_progress_bar()
+        device = hardware.choose_device().value
+        run = _run_of(target)
+        self.cohort: Cohort
+        if run is None:
+            self.base = models.load(target, device=device)
+            data.choose_template(self.base.tokenizer, None)
+            self.cohort = adapters.attach(self.base.model, [])
+        else:
+            recipe = run.recipe()
+            self.base = models.load(
+                recipe.model_name_or_path,
+                revision=recipe.revision,
+                dtype=recipe.dtype,
+                attn_implementation=recipe.attn_implementation,
+                trust_remote_code=recipe.trust_remote_code,
+                device=device,
+            )
+            add_tokens(self.base.model, self.base.tokenizer, recipe.added_tokens)
+            data.choose_template(self.base.tokenizer, recipe.chat_template)
+            self.cohort = adapters.load(self.base.model, run.adapters())
+        self.system = system
+        self.messages: list[dict[str, str]] = []
+
+    def prompt(self, question: str) -> Any:
+        """Token ids [1, T] of the conversation with one more question, one BOS at most (trap 9)."""
+        start = [{"role": "system", "content": self.system}] if self.system else []
+        messages = [*start, *self.messages, {"role": "user", "content": question}]
+        tokenizer = self.base.tokenizer
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        return ids.to(self.base.model.device)
+
+    def answer(
+        self, question: str, adapter: str | None, *, max_new_tokens: int, temperature: float
+    ) -> Iterator[str]:
+        """The answer piece by piece, as it is made."""
+        tokenizer = self.base.tokenizer
+        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
+        settings = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            eos_token_id=stop_tokens(self.base.model, tokenizer),
+            pad_token_id=tokenizer.pad_token_id,
+            **{"do_sample": False, **sampling},
+        )
+        ids = self.prompt(question)
+        failed: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                self.base.model.generate(  # type: ignore[operator]
+                    input_ids=ids, attention_mask=ids.new_ones(ids.shape),
+                    generation_config=settings, streamer=streamer,
+                )  # fmt: skip
+            except BaseException as error:
+                failed.append(error)
+                streamer.end()
+
+        with ExitStack() as stack:
+            stack.enter_context(self.cohort.using(adapter))
+            thread = Thread(target=work, daemon=True)
+            thread.start()
+            yield from streamer
+            thread.join()
+        if failed:
+            raise failed[0]
+
+    def remember(self, question: str, answer: str) -> None:
+        """Make a question and its answer part of the conversation."""
+        self.messages += [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+
+
+def chat(
+    target: str,
+    *,
+    adapter: str | None = None,
+    compare: bool = False,
+    system: str | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    lines: TextIO | None = None,
+    out: TextIO | None = None,
+) -> None:
+    """Converse until `/exit` or the end of the input.
+
+    Args:
+        target: A run or a model.
+        adapter: Which adapter of a run; default its first.
+        compare: Answer with the base too.
+        system: System message.
+        max_new_tokens: Longest answer.
+        temperature: 0 answers greedily.
+        lines: Where questions come from, standard input by default.
+        out: Where answers go, standard output by default.
+
+    Raises:
+        UserError: No such run, model or adapter.
+    """
+    source, sink = lines or sys.stdin, out or sys.stdout
+    talk = Conversation(target, system=system)
+    adapter = _known(talk, adapter)
+    asked = source.isatty()
+    if asked:
+        sink.write(f"{HELP}\n")
+    while True:
+        if asked:
+            sink.write("\n> ")
+            sink.flush()
+        line = source.readline()
+        if not line or line.strip() in ("/exit", "/quit"):
+            return
+        question = line.strip()
+        word, _, rest = question.partition(" ")
+        if not question:
+            continue
+        if word == "/reset":
+            talk.messages.clear()
+        elif word == "/system":
+            talk.system = rest or None
+        elif word == "/adapter":
+            adapter = _known(talk, rest)
+        elif word.startswith("/"):
+            sink.write(f"{HELP}\n")
+        else:
+            last = ""
+            for name in (None, adapter) if compare and adapter else (adapter,):
+                if compare:
+                    sink.write(f"[{name or 'base'}] ")
+                last = ""
+                for piece in talk.answer(
+                    question, name, max_new_tokens=max_new_tokens, temperature=temperature
+                ):
+                    last += piece
+                    sink.write(piece)
+                    sink.flush()
+                sink.write("\n")
+            talk.remember(question, last)
+        sink.flush()
+
+
+def _known(talk: Conversation, adapter: str | None) -> str | None:
+    """The adapter asked for, or the run's first; None talks to the base."""
+    names = talk.cohort.names
+    if adapter in (None, ""):
+        return names[0] if names else None
+    if adapter == "base":
+        return None
+    if adapter not in names:
+        there = ", ".join(names) or "none"
+        raise UserError(f"no adapter is called {adapter!r}; there are: {there}, and base")
+    return adapter
+
+
+def _run_of(target: str) -> Run | None:
+    for folder in (Path(target), Path("runs") / target):
+        if (folder / "recipe.yaml").is_file():
+            return Run(folder)
+    return None
