@@ -53,6 +53,7 @@ def peft_config(
     linears = {p: layer for p, layer in cohort.linears.items() if name in layer.specs}
     with cohort._detached():
         targets = shortest_names(cohort.model, linears)
+        whole = _saved_names(cohort, name)
     config = LoraConfig(
         r=spec.r,
         lora_alpha=spec.alpha,  # type: ignore[arg-type]  # PEFT computes with floats too
@@ -60,7 +61,7 @@ def peft_config(
         target_modules=targets,
         use_rslora=spec.use_rslora,
         init_lora_weights=spec.init_lora_weights,  # type: ignore[arg-type]  # checked by the recipe
-        modules_to_save=list(spec.modules_to_save) or None,
+        modules_to_save=whole or None,
         rank_pattern=dict(spec.rank_pattern),
         alpha_pattern=dict(spec.alpha_pattern),
         fan_in_fan_out=any(isinstance(layer.base, Conv1D) for layer in linears.values()),
@@ -73,6 +74,14 @@ def peft_config(
         key: sorted(value) if isinstance(value, set) else value
         for key, value in config.to_dict().items()
     }
+
+
+def _saved_names(cohort: Cohort, name: str) -> list[str]:
+    """The modules saved whole as PEFT finds them again: it matches ends of paths, dots or not."""
+    paths = {path for path, copies in cohort.copies.items() if name in copies.copies}
+    short = sorted({path.rpartition(".")[2] for path in paths})
+    found = {path for path, _ in cohort.model.named_modules() if path.endswith(tuple(short))}
+    return short if found == paths else sorted(paths)
 
 
 def verify(folder: str | os.PathLike[str], expected: Mapping[str, tuple[int, ...]]) -> None:

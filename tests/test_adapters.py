@@ -1,0 +1,335 @@
+"""The cohort against PEFT: losses, gradients, files, merging, over every architecture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lighten.adapters import AdapterSpec, Cohort, Share, attach, files, load
+from lighten.adapters.ops import Dropout, Segment, low_rank_linear, reference
+from lighten.errors import UserError
+from tests.tiny import ARCHITECTURES, VOCAB, save_tiny, tiny_model
+
+IDS = torch.randint(3, VOCAB, (4, 11), generator=torch.Generator().manual_seed(0))
+# Relative, in float32: the bar that the project sets itself.
+CLOSE = 1e-5
+
+
+def apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Largest difference relative to the largest value."""
+    ours, theirs = ours.detach(), theirs.detach()
+    return float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-12))
+
+
+def spec(name: str = "default", r: int = 4, **own: object) -> AdapterSpec:
+    """An adapter whose update is not zero."""
+    return AdapterSpec(name, r=r, alpha=2 * r, init_lora_weights=False, **own)  # type: ignore[arg-type]
+
+
+def in_peft(arch: str, cohort: Cohort, name: str) -> PreTrainedModel:
+    """PEFT's own model of the same base with the same adapter weights."""
+    config = files.peft_config(cohort, name)
+    peft_model = get_peft_model(
+        tiny_model(arch),
+        LoraConfig(
+            **{
+                key: config[key]
+                for key in ("r", "lora_alpha", "target_modules", "use_rslora", "fan_in_fan_out",
+                            "rank_pattern", "alpha_pattern", "task_type")
+            }
+        ),
+    )  # fmt: skip
+    own = dict(peft_model.named_parameters())
+    with torch.no_grad():
+        for key, value in cohort.parameters(name).items():
+            own[key.replace(".weight", ".default.weight")].copy_(value)
+    peft_model.eval()
+    return peft_model  # type: ignore[return-value]
+
+
+def loss_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    logits = model(input_ids=ids).logits[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_loss_and_gradients_equal_peft_alone_and_in_a_cohort(arch: str) -> None:
+    cohort = attach(tiny_model(arch), [spec("a", 4, seed=1), spec("b", 8, seed=2)])
+    shares = [Share("a", 0, 1), Share("b", 1, 4)]
+    with cohort.sharing(shares):
+        logits = cohort.model(input_ids=IDS).logits[:, :-1]
+    for share in shares:
+        rows = slice(share.start, share.stop)
+        ours = F.cross_entropy(logits[rows].flatten(0, 1), IDS[rows, 1:].flatten())
+        theirs_model = in_peft(arch, cohort, str(share.member))
+        theirs = loss_of(theirs_model, IDS[rows])
+        assert apart(ours, theirs) < CLOSE
+        ours.backward(retain_graph=True)
+        theirs.backward()
+        wanted = {
+            key.replace(".default", ""): p.grad
+            for key, p in theirs_model.named_parameters()
+            if p.grad is not None
+        }
+        found = cohort.parameters(str(share.member))
+        assert set(found) == set(wanted)
+        for key, parameter in found.items():
+            assert parameter.grad is not None
+            assert apart(parameter.grad, wanted[key]) < CLOSE, key
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_saved_adapter_gives_the_same_logits_in_plain_peft(arch: str, tmp_path: Path) -> None:
+    cohort = attach(tiny_model(arch), [spec(use_rslora=True)])
+    for name, data in files.contents(cohort, "default", base_model="x").items():
+        (tmp_path / name).write_bytes(data)
+    files.verify(tmp_path, files.shapes(cohort, "default"))
+    theirs = PeftModel.from_pretrained(tiny_model(arch), str(tmp_path)).eval()
+    again = load(tiny_model(arch), {"default": tmp_path})
+    with torch.no_grad(), cohort.using("default"), again.using("default"):
+        ours = cohort.model(input_ids=IDS).logits
+        assert apart(ours, theirs(input_ids=IDS).logits) < CLOSE
+        assert torch.equal(ours, again.model(input_ids=IDS).logits)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_fused_at_the_start_is_the_base_and_later_equals_the_adapter(arch: str) -> None:
+    base = tiny_model(arch)(input_ids=IDS).logits
+    fresh = attach(tiny_model(arch), [AdapterSpec("fresh")]).fuse("fresh")
+    assert torch.equal(fresh(input_ids=IDS).logits, base)
+    cohort = attach(tiny_model(arch), [spec()])
+    with torch.no_grad(), cohort.using("default"):
+        tuned = cohort.model(input_ids=IDS).logits
+    assert apart(tuned, base) > 1e-2
+    assert apart(cohort.fuse("default")(input_ids=IDS).logits, tuned) < 1e-4
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_trap33_a_mixed_batch_leaks_nothing(arch: str) -> None:
+    cohort = attach(tiny_model(arch), [spec("a", 4, seed=1), spec("b", 8, seed=2)])
+    members = ["a", "b", "b", None]
+    shares = [Share("a", 0, 1), Share("b", 1, 3), Share(None, 3, 4)]
+    with torch.no_grad(), cohort.sharing(shares):
+        mixed = cohort.model(input_ids=IDS).logits
+    for row, member in enumerate(members):
+        with torch.no_grad(), cohort.using(member):
+            alone = cohort.model(input_ids=IDS[row : row + 1]).logits
+        assert apart(mixed[row : row + 1], alone) < CLOSE
+
+
+def test_trap28_without_an_adapter_the_base_answers_bitwise() -> None:
+    plain = tiny_model("llama")(input_ids=IDS).logits
+    cohort = attach(tiny_model("llama"), [spec()])
+    with torch.no_grad(), cohort.using(None):
+        assert torch.equal(cohort.model(input_ids=IDS).logits, plain)
+    assert torch.equal(cohort.detach()(input_ids=IDS).logits, plain)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_trap24_the_merged_delta_is_scale_times_B_A(rslora: bool) -> None:
+    cohort = attach(tiny_model("llama"), [spec(r=4, use_rslora=rslora)])
+    path, layer = next(iter(cohort.linears.items()))
+    scale = 8 / 4**0.5 if rslora else 8 / 4
+    wanted = scale * layer.lora_B["default"] @ layer.lora_A["default"]
+    before = layer.base.weight.clone()  # type: ignore[operator]
+    merged = cohort.fuse("default").get_submodule(path).weight
+    assert apart(merged - before, wanted) < 1e-5
+
+
+def test_rank_and_alpha_patterns_reach_their_modules_and_peft_agrees() -> None:
+    own = spec(rank_pattern={"q_proj": 2, "layers.1.mlp.down_proj": 6}, alpha_pattern={"q_proj": 3})
+    cohort = attach(tiny_model("llama"), [own])
+    sizes = {path: layer.lora_A["default"].shape[0] for path, layer in cohort.linears.items()}
+    assert sizes["model.layers.0.self_attn.q_proj"] == 2
+    assert sizes["model.layers.1.mlp.down_proj"] == 6
+    assert sizes["model.layers.0.mlp.down_proj"] == 4
+    with torch.no_grad(), cohort.using("default"):
+        ours = cohort.model(input_ids=IDS).logits
+    assert apart(ours, in_peft("llama", cohort, "default")(input_ids=IDS).logits) < CLOSE
+
+
+def test_trap27_targets_that_match_nothing_are_an_error_that_names_the_layers() -> None:
+    with pytest.raises(UserError, match=r"matches no module.*q_proj"):
+        attach(tiny_model("llama"), [spec(target_modules=("query",))])
+
+
+def test_trap27_a_reloaded_adapter_is_not_inert(tmp_path: Path) -> None:
+    cohort = attach(tiny_model("llama"), [spec()])
+    for name, data in files.contents(cohort, "default").items():
+        (tmp_path / name).write_bytes(data)
+    again = load(tiny_model("llama"), {"mine": tmp_path})
+    with torch.no_grad(), again.using("mine"):
+        tuned = again.model(input_ids=IDS).logits
+    with torch.no_grad(), again.using(None):
+        base = again.model(input_ids=IDS).logits
+    assert apart(tuned, base) > 1e-2
+
+
+def test_targets_by_name_by_regex_and_by_default_are_what_peft_takes() -> None:
+    for targets in (("q_proj", "v_proj"), r".*layers\.1\..*_proj", "all-linear"):
+        cohort = attach(tiny_model("llama"), [spec(target_modules=targets)])
+        wanted = get_peft_model(
+            tiny_model("llama"),
+            LoraConfig(
+                target_modules=targets if isinstance(targets, str) else list(targets),
+                task_type="CAUSAL_LM",
+            ),
+        )
+        paths = {
+            key.removeprefix("base_model.model.").partition(".lora_A")[0]
+            for key, _ in wanted.named_parameters()
+            if ".lora_A." in key
+        }
+        assert set(cohort.linears) == paths
+
+
+def test_a_target_that_is_no_linear_layer_is_refused() -> None:
+    with pytest.raises(UserError, match="low-rank updates go on linear layers"):
+        attach(tiny_model("llama"), [spec(target_modules=("embed_tokens",))])
+
+
+def test_two_adapters_of_one_name_are_refused() -> None:
+    with pytest.raises(UserError, match="two adapters are called 'a'"):
+        attach(tiny_model("llama"), [spec("a"), spec("a")])
+
+
+def test_trap26_adapter_weights_are_float32_on_every_base() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        cohort = attach(tiny_model("llama", dtype=dtype), [spec(modules_to_save=("norm",))])
+        assert {p.dtype for p in cohort.parameters("default").values()} == {torch.float32}
+        assert {p.dtype for p in cohort.model.parameters()} == {dtype}
+        assert not any(p.requires_grad for p in cohort.detach().parameters())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
+def test_trap29_a_trained_head_or_embedding_survives_merging_and_reloading(
+    tied: bool, module: str, tmp_path: Path
+) -> None:
+    cohort = attach(
+        tiny_model("llama", tie_word_embeddings=tied), [spec(modules_to_save=(module,))]
+    )
+    with torch.no_grad():
+        for key, value in cohort.parameters("default").items():
+            if module in key:
+                value.add_(torch.randn(value.shape, generator=torch.Generator().manual_seed(5)))
+    with torch.no_grad(), cohort.using("default"):
+        tuned = cohort.model(input_ids=IDS).logits
+    for name, data in files.contents(cohort, "default").items():
+        (tmp_path / name).write_bytes(data)
+    again = load(tiny_model("llama", tie_word_embeddings=tied), {"a": tmp_path})
+    with torch.no_grad(), again.using("a"):
+        assert torch.equal(again.model(input_ids=IDS).logits, tuned)
+    cohort.fuse("default").save_pretrained(tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.config.tie_word_embeddings is False
+    assert apart(merged(input_ids=IDS).logits, tuned) < 1e-4
+
+
+def test_saved_modules_load_in_plain_peft(tmp_path: Path) -> None:
+    cohort = attach(tiny_model("llama"), [spec(modules_to_save=("lm_head", "norm"))])
+    with torch.no_grad():
+        for key, value in cohort.parameters("default").items():
+            if "lora" not in key:
+                value.mul_(1.5)
+    for name, data in files.contents(cohort, "default").items():
+        (tmp_path / name).write_bytes(data)
+    theirs = PeftModel.from_pretrained(tiny_model("llama"), str(tmp_path)).eval()
+    with torch.no_grad(), cohort.using("default"):
+        ours = cohort.model(input_ids=IDS).logits
+    assert apart(ours, theirs(input_ids=IDS).logits) < CLOSE
+
+
+def test_verify_notices_every_kind_of_damage(tmp_path: Path) -> None:
+    cohort = attach(tiny_model("llama"), [spec()])
+    expected = files.shapes(cohort, "default")
+    whole = files.contents(cohort, "default")[files.WEIGHTS]
+    path = tmp_path / files.WEIGHTS
+    with pytest.raises(UserError, match="does not exist"):
+        files.verify(tmp_path, expected)
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        files.verify(tmp_path, expected)
+    path.write_bytes(whole)
+    with pytest.raises(UserError, match="is missing"):
+        files.verify(tmp_path, {**expected, "another": (1,)})
+    with torch.no_grad():
+        for layer in cohort.linears.values():
+            layer.lora_A["default"].zero_()
+    path.write_bytes(files.contents(cohort, "default")[files.WEIGHTS])
+    with pytest.raises(UserError, match="every lora_A is zero"):
+        files.verify(tmp_path, expected)
+
+
+def test_an_adapter_of_another_model_is_refused_with_the_shape(tmp_path: Path) -> None:
+    cohort = attach(tiny_model("llama"), [spec()])
+    for name, data in files.contents(cohort, "default").items():
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match="was trained on another model"):
+        load(tiny_model("llama", hidden_size=64), {"a": tmp_path})
+    (tmp_path / files.WEIGHTS).rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(UserError, match="never pickle"):
+        load(tiny_model("llama"), {"a": tmp_path})
+    (tmp_path / files.CONFIG).write_text(json.dumps({"peft_type": "IA3"}))
+    with pytest.raises(UserError, match="only LORA"):
+        load(tiny_model("llama"), {"a": tmp_path})
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_the_fused_form_equals_the_plain_reference(kind: str, bias: bool, dropout: float) -> None:
+    torch.manual_seed(0)
+    base: nn.Module = nn.Linear(6, 5, bias=bias) if kind == "linear" else Conv1D(5, 6)
+    base = base.double().requires_grad_(False)
+    x = torch.randn(6, 6, dtype=torch.double, requires_grad=True)
+    drop = Dropout(dropout, (11, 12), (2, 1), 2) if dropout else None
+    segments = [Segment(0, 4, 0.7, drop), Segment(4, 5, 1.3)]
+    factors = [torch.randn(s, dtype=torch.double, requires_grad=True)
+               for s in ((2, 6), (5, 2), (3, 6), (5, 3))]  # fmt: skip
+    upstream = torch.randn(6, 5, dtype=torch.double)
+    results = []
+    for form in (reference, low_rank_linear):
+        out = form(x, base, segments, factors)
+        results.append((out, *torch.autograd.grad(out, [x, *factors], upstream)))
+    for ours, plain in zip(results[1], results[0], strict=True):
+        assert apart(ours, plain) < 1e-12
+    assert torch.autograd.gradcheck(
+        lambda x, *f: low_rank_linear(x, base, segments, f), (x, *factors)
+    )
+
+
+def test_dropout_drops_its_share_keeps_the_mean_and_does_not_depend_on_neighbours() -> None:
+    whole = Dropout(0.25, (1, 2), (50, 30), 50).factors(200, torch.ones(1))
+    assert abs(float((whole[:50] == 0).float().mean()) - 0.25) < 0.02
+    assert abs(float(whole[:50].mean()) - 1.0) < 0.03
+    assert bool((whole[80:] == 1).all())
+    alone = Dropout(0.25, (2,), (30,), 30).factors(200, torch.ones(1))
+    assert torch.equal(alone, whole[50:80])
+
+
+def test_a_bfloat16_base_computes_its_products_in_bfloat16() -> None:
+    cohort = attach(tiny_model("llama", dtype=torch.bfloat16), [spec()])
+    with cohort.using("default"):
+        out = cohort.model(input_ids=IDS).logits
+    assert out.dtype == torch.bfloat16
+    exact = attach(tiny_model("llama"), [spec()])
+    with torch.no_grad(), exact.using("default"):
+        assert apart(out.float(), exact.model(input_ids=IDS).logits) < 0.05
+
+
+def test_adapters_keep_apart_from_the_base_on_disk(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    names = {name for name, _ in model.named_parameters()}
+    cohort = attach(model, [spec("a"), spec("b")])
+    cohort.detach()
+    assert {name for name, _ in model.named_parameters()} == names
