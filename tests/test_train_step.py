@@ -1,0 +1,344 @@
+"""One optimiser step against plain autograd: normalisation, masks, heads, scalers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from lighten.adapters import AdapterSpec, Cohort, attach
+from lighten.data.batches import Item, MicroBatch, collate, layout
+from lighten.errors import UserError
+from lighten.train.heldout import held_out
+from lighten.train.loss import Objective
+from lighten.train.member import Member, MemberSettings
+from lighten.train.memory import checkpoint_layers
+from lighten.train.step import MemberStep, TrainingDiverged, shares_of, train_step
+from tests.tiny import ARCHITECTURES, VOCAB, tiny_model
+
+
+@dataclass
+class Row:
+    input_ids: list[int]
+    supervised: list[bool]
+
+
+def row(length: int, supervised: int, seed: int = 0) -> Row:
+    generator = torch.Generator().manual_seed(seed * 1000 + length)
+    ids = torch.randint(3, VOCAB, (length,), generator=generator).tolist()
+    return Row(ids, [place >= length - supervised for place in range(length)])
+
+
+UNEVEN = [row(8, 3), row(40, 30), row(15, 7), row(22, 1), row(9, 8), row(31, 12)]
+
+
+def settings(seed: int = 0, **changes: object) -> MemberSettings:
+    values: dict[str, object] = {
+        "learning_rate": 1e-2, "lr_scheduler_type": "constant", "warmup": 0, "total_steps": 10,
+        "weight_decay": 0.0, "betas": (0.9, 0.999), "epsilon": 1e-8, "max_grad_norm": None,
+        "seed": seed,
+    }  # fmt: skip
+    return MemberSettings(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def cohort_of(*specs: AdapterSpec, arch: str = "llama", **changes: object) -> Cohort:
+    return attach(tiny_model(arch, **changes), list(specs))  # type: ignore[arg-type]
+
+
+def random_spec(name: str = "a", r: int = 4, **own: object) -> AdapterSpec:
+    return AdapterSpec(name, r=r, init_lora_weights=False, **own)  # type: ignore[arg-type]
+
+
+def micro_batches(rows: list[Row], members: list[str], max_rows: int) -> list[MicroBatch]:
+    lengths = [len(r.input_ids) for r in rows]
+    items = [Item(member, i, i) for member in members for i in range(len(rows))]
+    return [collate(part, rows, members) for part in layout(items, lengths, max_rows=max_rows)]
+
+
+def one_step(
+    cohort: Cohort,
+    rows: list[Row],
+    max_rows: int,
+    *,
+    scaler: torch.amp.GradScaler | None = None,
+    objective: Objective | None = None,
+    **changes: object,
+) -> tuple[dict[str, MemberStep], dict[str, Member]]:
+    members = [Member(name, cohort.parameters(name), settings(**changes)) for name in cohort.names]
+    report = train_step(
+        micro_batches(rows, list(cohort.names), max_rows),
+        members,
+        objective or Objective(cohort.model, cohort),
+        Accelerator(cpu=True),
+        scaler or torch.amp.GradScaler("cpu", enabled=False),
+    )
+    return report, {member.name: member for member in members}
+
+
+def gradients(member: Member) -> dict[str, torch.Tensor]:
+    """AdamW's first moment after one step is a tenth of the gradient it saw."""
+    return {key: member.optimizer.state[p]["exp_avg"] / 0.1 for key, p in member.parameters.items()}
+
+
+def full_batch(cohort: Cohort, name: str, rows: list[Row]) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients by the model's own forward, row by row, token-mean over all rows."""
+    total = torch.zeros(())
+    count = 0
+    parameters = cohort.parameters(name)
+    with cohort.using(name):
+        for r in rows:
+            ids = torch.tensor([r.input_ids])
+            labels = torch.where(torch.tensor([r.supervised]), ids, -100)
+            logits = cohort.model(input_ids=ids).logits[0, :-1].float()
+            total = total + F.cross_entropy(logits, labels[0, 1:], reduction="sum")
+            count += int((labels[0, 1:] != -100).sum())
+        loss = total / count
+        found = torch.autograd.grad(loss, list(parameters.values()))
+    return float(loss.detach()), dict(zip(parameters, found, strict=True))
+
+
+def assert_close(
+    ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float = 1e-5
+) -> None:
+    assert set(ours) == set(theirs)
+    for key, value in theirs.items():
+        apart = float((ours[key] - value).abs().max() / value.abs().max().clamp_min(1e-9))
+        assert apart < tolerance, (key, apart)
+
+
+@pytest.mark.parametrize("max_rows", [1, 2, 6])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_trap1_splitting_a_step_changes_neither_loss_nor_gradients(
+    arch: str, max_rows: int
+) -> None:
+    cohort = cohort_of(random_spec(), arch=arch)
+    wanted_loss, wanted = full_batch(cohort, "a", UNEVEN)
+    report, members = one_step(cohort, UNEVEN, max_rows)
+    assert report["a"].loss == pytest.approx(wanted_loss, rel=1e-5)
+    assert_close(gradients(members["a"]), wanted)
+
+
+def test_trap2_a_last_partial_window_is_divided_by_its_own_count() -> None:
+    cohort = cohort_of(random_spec())
+    wanted_loss, wanted = full_batch(cohort, "a", UNEVEN[4:])
+    report, members = one_step(cohort, UNEVEN[4:], 4)
+    assert report["a"].loss == pytest.approx(wanted_loss, rel=1e-5)
+    assert_close(gradients(members["a"]), wanted)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("arch", ["llama", "gemma2"])
+def test_trap4_every_kind_of_loss_is_normalised_alike(arch: str, fast: bool) -> None:
+    cohort = cohort_of(random_spec(), arch=arch)
+    _, wanted = full_batch(cohort, "a", UNEVEN)
+    objective = Objective(cohort.model, cohort, fast=fast)
+    _, members = one_step(cohort, UNEVEN, 2, objective=objective)
+    assert_close(gradients(members["a"]), wanted)
+
+
+@pytest.mark.parametrize("max_rows", [6, 3, 2])
+def test_trap5_the_logged_loss_is_the_token_mean(max_rows: int) -> None:
+    cohort = cohort_of(random_spec())
+    wanted, _ = full_batch(cohort, "a", UNEVEN)
+    report, _ = one_step(cohort, UNEVEN, max_rows)
+    assert report["a"].loss == pytest.approx(wanted, rel=1e-5)
+    assert report["a"].supervised_tokens == sum(sum(r.supervised[1:]) for r in UNEVEN)
+    assert report["a"].tokens == sum(len(r.input_ids) for r in UNEVEN)
+
+
+def test_trap6_a_step_without_supervised_tokens_stops_with_the_reason() -> None:
+    cohort = cohort_of(random_spec())
+    before = {k: v.clone() for k, v in cohort.parameters("a").items()}
+    with pytest.raises(UserError, match="without one supervised token"):
+        one_step(cohort, [Row([5, 6, 7], [False] * 3)], 1)
+    assert all(torch.equal(before[k], v) for k, v in cohort.parameters("a").items())
+
+
+def test_trap7_labels_are_shifted_once() -> None:
+    """A model that always says the next token is its input plus one has no loss on such rows."""
+    cohort = cohort_of(random_spec(), tie_word_embeddings=False, num_hidden_layers=1)
+    model: PreTrainedModel = cohort.model
+    with torch.no_grad():
+        model.base_model.norm.weight.fill_(1.0)
+        eye = torch.nn.functional.one_hot(torch.arange(VOCAB) % 32, 32).float()
+        model.get_input_embeddings().weight.copy_(eye * 100)  # drowns what the layer adds
+        model.get_output_embeddings().weight.zero_()
+        model.get_output_embeddings().weight[1:32] = eye[:31] * 10
+    ids = list(range(4, 30))
+    found = held_out(Objective(model, cohort), [Row(ids, [True] * len(ids))], None, max_rows=1)
+    assert found.loss < 1e-3
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("how", ["lora", "copy"])
+def test_trap8_an_adapted_head_learns_through_the_chunked_loss(tied: bool, how: str) -> None:
+    own = (
+        random_spec(target_modules=("q_proj", "lm_head"))
+        if how == "lora"
+        else random_spec(modules_to_save=("lm_head",))
+    )
+    cohort = cohort_of(own, tie_word_embeddings=tied)
+    _, wanted = full_batch(cohort, "a", UNEVEN)
+    _, members = one_step(cohort, UNEVEN, 2)
+    found = gradients(members["a"])
+    assert any("lm_head" in key and bool(value.any()) for key, value in found.items())
+    assert_close(found, wanted, 2e-5)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_an_adapter_in_a_cohort_learns_as_it_does_alone(arch: str) -> None:
+    specs = [random_spec("a", 4, seed=1), random_spec("b", 8, seed=2)]
+    together = cohort_of(*specs, arch=arch)
+    report, _ = one_step(together, UNEVEN, 4)
+    for own in specs:
+        alone = cohort_of(own, arch=arch)
+        single, _ = one_step(alone, UNEVEN, 4)
+        assert report[own.name].loss == pytest.approx(single[own.name].loss, rel=1e-5)
+        assert report[own.name].grad_norm == pytest.approx(single[own.name].grad_norm, rel=1e-4)
+
+
+def test_dropout_in_a_cohort_is_the_dropout_alone() -> None:
+    specs = [random_spec("a", 4, seed=1, dropout=0.3), random_spec("b", 8, seed=2, dropout=0.1)]
+    report, _ = one_step(cohort_of(*specs), UNEVEN, 5)
+    for own in specs:
+        single, _ = one_step(cohort_of(own), UNEVEN, 2)
+        assert report[own.name].loss == pytest.approx(single[own.name].loss, rel=1e-5)
+    without, _ = one_step(cohort_of(random_spec("a", 4, seed=1)), UNEVEN, 2)
+    assert abs(without["a"].loss - report["a"].loss) > 1e-3
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_trap35_recomputed_layers_give_the_same_gradients_and_none_is_zero(arch: str) -> None:
+    specs = [random_spec("a", 4, seed=1, dropout=0.2), random_spec("b", 8, seed=2)]
+    plain, plain_members = one_step(cohort_of(*specs, arch=arch), UNEVEN, 3)
+    cohort = cohort_of(*specs, arch=arch)
+    assert checkpoint_layers(cohort.model) == 2
+    saved, members = one_step(cohort, UNEVEN, 3)
+    for name in ("a", "b"):
+        assert saved[name].loss == plain[name].loss
+        assert saved[name].grad_norm > 0
+        ours, theirs = gradients(members[name]), gradients(plain_members[name])
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_trap35_an_adapter_without_a_gradient_stops_the_run() -> None:
+    cohort = cohort_of(AdapterSpec("a", init_lora_weights=True))
+    with torch.no_grad():
+        for layer in cohort.linears.values():
+            layer.lora_A["a"].zero_()
+    with pytest.raises(UserError, match="has no gradient at its first step"):
+        one_step(cohort, UNEVEN, 2)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_loss_or_gradient_that_is_no_number_stops_before_the_optimiser_moves(where: str) -> None:
+    cohort = cohort_of(random_spec())
+    with torch.no_grad():
+        if where == "loss":
+            next(iter(cohort.parameters("a").values()))[0, 0] = float("nan")
+    if where == "gradient":
+        parameter = next(iter(cohort.parameters("a").values()))
+        parameter.register_hook(lambda grad: grad * float("inf"))
+    before = {k: v.clone() for k, v in cohort.parameters("a").items()}
+    with pytest.raises(TrainingDiverged, match="the weights were not changed"):
+        one_step(cohort, UNEVEN, 2)
+    after = cohort.parameters("a")
+    assert all(torch.equal(before[k].nan_to_num(), after[k].nan_to_num()) for k in before)
+
+
+def test_trap42_a_skipped_float16_step_moves_neither_weights_nor_schedule() -> None:
+    cohort = cohort_of(random_spec(), dtype=torch.float16)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    before = {k: v.clone() for k, v in cohort.parameters("a").items()}
+    report, members = one_step(
+        cohort, UNEVEN, 3, scaler=scaler, lr_scheduler_type="linear", total_steps=4
+    )
+    assert report["a"].skipped
+    assert members["a"].progress.steps == 0
+    assert members["a"].learning_rate == pytest.approx(1e-2)
+    assert all(torch.equal(before[k], v) for k, v in cohort.parameters("a").items())
+    assert scaler.get_scale() < 2.0**40
+
+
+def test_float16_with_a_scaler_learns_what_float32_learns() -> None:
+    plain, _ = one_step(cohort_of(random_spec()), UNEVEN, 3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    half, members = one_step(cohort_of(random_spec(), dtype=torch.float16), UNEVEN, 3,
+                             scaler=scaler)  # fmt: skip
+    assert not half["a"].skipped
+    assert members["a"].progress.steps == 1
+    assert half["a"].loss == pytest.approx(plain["a"].loss, rel=5e-3)
+    assert half["a"].grad_norm == pytest.approx(plain["a"].grad_norm, rel=2e-2)
+
+
+def test_clipping_is_per_adapter() -> None:
+    specs = [random_spec("a", 4, seed=1), random_spec("b", 8, seed=2)]
+    free, members = one_step(cohort_of(*specs), UNEVEN, 6)
+    clipped, clipped_members = one_step(cohort_of(*specs), UNEVEN, 6, max_grad_norm=0.5)
+    for name in ("a", "b"):
+        assert clipped[name].grad_norm == pytest.approx(free[name].grad_norm)
+        scale = 0.5 / free[name].grad_norm
+        assert scale < 1
+        wanted = {key: value * scale for key, value in gradients(members[name]).items()}
+        assert_close(gradients(clipped_members[name]), wanted, 1e-4)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_fast_loss_agrees_with_every_architecture(arch: str) -> None:
+    cohort = cohort_of(random_spec(), arch=arch)
+    objective = Objective(cohort.model, cohort)
+    batch = micro_batches(UNEVEN, ["a"], 6)[0]
+    objective.verify(batch, shares_of(batch))
+    assert objective.fast, objective.reason
+    assert "from the model's own loss" in objective.reason
+
+
+def test_an_unknown_treatment_of_logits_falls_back_to_the_models_own_and_says_so() -> None:
+    cohort = cohort_of(random_spec(), arch="gemma2")
+    objective = Objective(cohort.model, cohort)
+    objective.rule = type(objective.rule)()  # as if the soft cap were not known
+    batch = micro_batches(UNEVEN, ["a"], 6)[0]
+    objective.verify(batch, shares_of(batch))
+    assert not objective.fast
+    assert "does something to its logits" in objective.reason
+    _, wanted = full_batch(cohort, "a", UNEVEN)
+    _, members = one_step(cohort, UNEVEN, 6, objective=objective)
+    assert_close(gradients(members["a"]), wanted)
+
+
+def test_trap44_held_out_loss_is_total_over_total_with_its_standard_error() -> None:
+    cohort = cohort_of(random_spec())
+    wanted, _ = full_batch(cohort, "a", UNEVEN)
+    found = held_out(Objective(cohort.model, cohort), UNEVEN, "a", max_rows=2)
+    assert found.loss == pytest.approx(wanted, rel=1e-5)
+    assert found.tokens == tuple(sum(r.supervised[1:]) for r in UNEVEN)
+    # The spread of the ratio over many resamples of whole rows is what the error estimates.
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randint(0, 6, (20000, 6), generator=generator)
+    nll, tokens = torch.tensor(found.nll), torch.tensor(found.tokens)
+    spread = float((nll[draws].sum(1) / tokens[draws].sum(1)).std())
+    assert found.standard_error == pytest.approx(spread, rel=0.35)
+
+
+def test_trap28_two_evaluations_are_identical_with_dropout_set() -> None:
+    cohort = cohort_of(random_spec(dropout=0.5))
+    objective = Objective(cohort.model, cohort)
+    first = held_out(objective, UNEVEN, "a", max_rows=2)
+    assert first == held_out(objective, UNEVEN, "a", max_rows=2)
+    assert first.loss != held_out(objective, UNEVEN, None, max_rows=2).loss
+
+
+def test_trap37_no_key_value_cache_is_kept_while_training() -> None:
+    cohort = cohort_of(random_spec())
+    seen = []
+    cohort.model.base_model.register_forward_hook(
+        lambda module, args, out: seen.append(out.past_key_values)
+    )
+    used_before = cohort.model.config.use_cache
+    one_step(cohort, UNEVEN, 6)
+    assert seen == [None]
+    assert cohort.model.config.use_cache == used_before
