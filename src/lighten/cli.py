@@ -14,6 +14,8 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from lighten.runs import Run
+
 app = typer.Typer(
     name="lighten",
     no_args_is_help=True,
@@ -44,9 +46,6 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201  # before rich is worth loading
         sys.exit(2)
-    except KeyboardInterrupt as error:
-        print(f"\n{error or 'stopped'}", file=sys.stderr)  # noqa: T201
-        sys.exit(getattr(error, "exit_code", 130))
 
 
 def overrides(words: Sequence[str]) -> dict[str, Any]:
@@ -103,6 +102,19 @@ def _recipe_arguments(words: list[str]) -> tuple[str | None, dict[str, Any]]:
     raise UserError("give a recipe (recipe.yaml), or a model and a data set: lighten train M DATA")
 
 
+def _trained(words: list[str], *, resume: bool) -> Run:
+    """Train what the words say; a run that was told to stop ends with its own words and code."""
+    from lighten import api
+    from lighten.train.interrupt import Interrupted
+
+    recipe, settings = _recipe_arguments(words)
+    try:
+        return api.train(recipe, resume=resume, **settings)
+    except Interrupted as stopped:
+        typer.echo(str(stopped), err=True)
+        raise typer.Exit(stopped.exit_code) from None
+
+
 @contextlib.contextmanager
 def _bar() -> Iterator[Callable[[str, int, int], None]]:
     """A progress callback that draws a bar in a terminal and nothing elsewhere."""
@@ -130,8 +142,7 @@ def run(ctx: typer.Context, words: _Words = None, resume: _Resume = False) -> No
     """Train, evaluate and report, one after another."""
     from lighten import api
 
-    recipe, settings = _recipe_arguments([*(words or []), *ctx.args])
-    done = api.train(recipe, resume=resume, **settings)
+    done = _trained([*(words or []), *ctx.args], resume=resume)
     with _bar() as progress:
         evaluation = api.evaluate(done, progress=progress)
     _print_evaluation(evaluation.to_dict())
@@ -141,10 +152,7 @@ def run(ctx: typer.Context, words: _Words = None, resume: _Resume = False) -> No
 @app.command(context_settings=OPEN)
 def train(ctx: typer.Context, words: _Words = None, resume: _Resume = False) -> None:
     """Train adapters from a recipe, or from a model and a data set."""
-    from lighten import api
-
-    recipe, settings = _recipe_arguments([*(words or []), *ctx.args])
-    done = api.train(recipe, resume=resume, **settings)
+    done = _trained([*(words or []), *ctx.args], resume=resume)
     _console().print(f"run: {done.folder}", soft_wrap=True, highlight=False)
 
 

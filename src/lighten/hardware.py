@@ -22,6 +22,8 @@ EXTRAS = {
     "wandb": "track", "tensorboard": "track", "trackio": "track", "lm_eval": "eval",
     "rouge_score": "eval", "openai": "generate", "gradio": "ui",
 }  # fmt: skip
+# Where the distribution is not called like its module.
+DISTRIBUTIONS = {"llama_cpp": "llama-cpp-python", "lm_eval": "lm_eval"}
 CORE = (
     "lighten", "torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers",
     "pydantic", "sacrebleu", "numpy",
@@ -110,7 +112,7 @@ def choose_dtype(requested: str, device: str) -> Choice:
     if device.startswith("cuda"):
         import torch
 
-        major, minor = torch.cuda.get_device_capability()
+        major, minor = torch.cuda.get_device_capability(torch.device(device))
         if major >= 8:
             return Choice("bfloat16", f"compute capability {major}.{minor} has bfloat16 units")
         return Choice("float16", f"compute capability {major}.{minor} has no bfloat16 units")
@@ -150,7 +152,7 @@ def versions() -> dict[str, str]:
 
 def _version(name: str) -> str | None:
     try:
-        return importlib.metadata.version(name.replace("_", "-"))
+        return importlib.metadata.version(DISTRIBUTIONS.get(name, name.replace("_", "-")))
     except importlib.metadata.PackageNotFoundError:
         return None
 
@@ -158,6 +160,8 @@ def _version(name: str) -> str | None:
 def commit(folder: Path | None = None) -> tuple[str | None, bool | None]:
     """Commit of the checkout that this package runs from, and whether its tree is clean."""
     where = folder or Path(__file__).parent
+    if not any((parent / "pyproject.toml").is_file() for parent in where.parents[:2]):
+        return None, None  # installed into an environment that lies in somebody else's checkout
     try:
         found = subprocess.run(
             ["git", "-C", str(where), "status", "--porcelain", "--branch", "--untracked-files=no"],

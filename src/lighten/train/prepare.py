@@ -80,7 +80,7 @@ def prepare(recipe: Recipe, accelerator: Accelerator, base: models.Base, rows: R
     cohort = attach(base.model, [_spec(own) for own in options])
     choices = {
         "dtype": base.dtype,
-        "attention": Choice(base.attention, "attn_implementation of the recipe"),
+        "attention": base.attention,
         "template": Choice(rows.template.name, rows.template.reason),
     }
     if recipe.added_tokens and not all(own.modules_to_save for own in options):

@@ -1,0 +1,407 @@
+"""Whole runs on a tiny model: resume, kill, disk, early stop, ranks, trackers, new tokens."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import lighten
+from lighten import adapters, models
+from lighten.errors import UserError
+from lighten.recipe import Recipe
+from lighten.runs import Run
+from lighten.train import checkpoints
+from lighten.train.interrupt import Interrupted
+
+
+@pytest.fixture
+def settings(tiny_folder: Path, chat_file: Path, tmp_path: Path) -> dict[str, Any]:
+    """A run of eight steps in three epochs with two adapters and dropout."""
+    return {
+        "model_name_or_path": str(tiny_folder), "dataset": str(chat_file), "dtype": "float32",
+        "output_dir": str(tmp_path / "run"), "lora_r": [2, 4], "lora_dropout": 0.1,
+        "learning_rate": 1e-2, "per_device_train_batch_size": 6, "gradient_accumulation_steps": 2,
+        "max_steps": 8, "save_steps": 2, "eval_steps": 4, "val_size": 0.2, "save_total_limit": 10,
+    }  # fmt: skip
+
+
+def train(settings: dict[str, Any], *, resume: bool = False, **changes: Any) -> Run:
+    return lighten.train(resume=resume, progress=False, **{**settings, **changes})
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}/{key}": value
+        for name, folder in run.adapters().items()
+        for key, value in load_file(folder / "adapter_model.safetensors").items()
+    }
+
+
+def losses(run: Run) -> list[tuple[Any, ...]]:
+    return [(m["kind"], m["step"], m["adapter"], m["loss"]) for m in run.metrics()]
+
+
+def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+    return set(ours) == set(theirs) and all(torch.equal(ours[k], theirs[k]) for k in theirs)
+
+
+def start(settings: dict[str, Any], *words: str, **environment: str) -> subprocess.Popen[str]:
+    """The command line in its own process."""
+    flags = [f"{k}={json.dumps(v) if isinstance(v, list) else v}" for k, v in settings.items()]
+    return subprocess.Popen(
+        [sys.executable, "-m", "lighten", "train", *flags, *words],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )  # fmt: skip
+
+
+def wait_for(path: Path, seconds: float = 60) -> None:
+    until = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < until, f"{path} never came"
+        time.sleep(0.01)
+
+
+def test_a_run_leaves_what_the_design_promises(settings: dict[str, Any]) -> None:
+    run = train(settings)
+    info = run.info()
+    assert info["status"] == "finished"
+    assert info["data"]["supervised_tokens"] > 0
+    assert [own["name"] for own in info["adapters"]] == ["r2", "r4"]
+    assert {line["kind"] for line in run.metrics()} == {"train", "eval"}
+    assert len([m for m in run.metrics() if m["kind"] == "train"]) == 16
+    assert info["training"]["tokens"] == sum(m.get("tokens", 0) for m in run.metrics())
+    first, last = run.metrics()[0]["loss"], [m for m in run.metrics() if m["kind"] == "train"][-1]
+    assert last["loss"] < first - 0.3
+    for folder in run.adapters().values():
+        there = {path.name for path in folder.iterdir()}
+        assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "README.md",
+                "chat_template.jinja", "generation_config.json"} <= there  # fmt: skip
+    assert run.recipe().completed() == Recipe.from_values(settings).completed()
+
+
+def test_trap38_a_resumed_run_ends_bitwise_as_an_uninterrupted_one(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    whole = train(settings)
+    for step in (2, 4, 6):  # 4 is in the middle of the second epoch's window of batches
+        folder = tmp_path / f"cut-{step}"
+        shutil.copytree(whole.folder, folder)
+        for checkpoint in checkpoints.listing(folder / "checkpoints"):
+            if int(checkpoint.name.partition("-")[2]) > step:
+                shutil.rmtree(checkpoint)
+        shutil.rmtree(folder / "adapters")
+        again = train(settings, resume=True, output_dir=str(folder))
+        assert losses(again) == losses(whole)
+        assert same(weights(again), weights(whole))
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_moment_resumes_and_ends_bitwise_the_same(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    settings |= {"max_steps": 40, "save_steps": 1, "eval_steps": 10}
+    whole = train(settings, output_dir=str(tmp_path / "whole"))
+    folder = Path(settings["output_dir"])
+    for kill_at in ("checkpoint-1", "checkpoint-9", "checkpoint-23"):
+        process = start(settings, "--resume")
+        wait_for(folder / "checkpoints" / kill_at)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        assert Run(folder).info()["status"] == "running"
+    again = train(settings, resume=True)
+    assert losses(again) == losses(whole)
+    assert same(weights(again), weights(whole))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_saves_says_so_and_resumes(
+    settings: dict[str, Any], number: signal.Signals
+) -> None:
+    settings |= {"max_steps": 5000, "save_steps": 5000, "eval_steps": 5000}
+    process = start(settings)
+    folder = Path(settings["output_dir"])
+    wait_for(folder / "metrics.jsonl")
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "the state is saved, go on with --resume" in said.replace("\n", " ")
+    assert "Traceback" not in said
+    run = Run(folder)
+    assert run.info()["status"] == "interrupted"
+    newest, broken = checkpoints.newest_complete(folder / "checkpoints")
+    assert newest is not None
+    assert not broken
+    assert checkpoints.read_state(newest).step == run.metrics()[-1]["step"]
+    with pytest.raises(UserError, match="unfinished run"):
+        train(settings)
+
+
+def test_an_interrupt_in_the_same_process_raises_interrupted(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lighten.train import loop
+
+    plain = loop.train_step
+
+    def interrupting(*args: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return plain(*args)
+
+    monkeypatch.setattr(loop, "train_step", interrupting)
+    with pytest.raises(Interrupted, match="stopped by SIGINT after step 1"):
+        train(settings)
+    monkeypatch.undo()
+    run = train(settings, resume=True)
+    assert run.info()["status"] == "finished"
+
+
+@pytest.mark.parametrize("damage", ["truncate weights", "truncate state", "remove optimizer"])
+def test_trap39_a_torn_checkpoint_is_passed_over_and_said(
+    settings: dict[str, Any], damage: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    whole = train(settings)
+    wanted = (losses(whole), weights(whole))
+    newest = checkpoints.listing(whole.folder / "checkpoints")[-1]
+    if damage == "truncate weights":
+        path = newest / "adapters" / "r4" / "adapter_model.safetensors"
+        path.write_bytes(path.read_bytes()[:-100])
+    elif damage == "truncate state":
+        path = newest / "trainer_state.json"
+        path.write_bytes(path.read_bytes()[:-30])
+    else:
+        (newest / "optimizer.safetensors").unlink()
+    again = lighten.train(resume=True, **settings)
+    told = " ".join(capfd.readouterr().err.split())
+    assert "checkpoint-8 is not whole" in told
+    assert "going on after step 6" in told
+    assert losses(again) == wanted[0]
+    assert same(weights(again), wanted[1])
+
+
+def test_trap39_a_full_disk_leaves_the_older_checkpoint_and_names_the_file(
+    settings: dict[str, Any],
+) -> None:
+    run = train(settings, max_steps=2)
+    before, _ = checkpoints.newest_complete(run.folder / "checkpoints")
+    code = (
+        "import lighten, json, sys, resource\n"
+        "from lighten.train import checkpoints\n"
+        "plain = checkpoints.save\n"
+        "def full(*a, **k):\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, resource.RLIM_INFINITY))\n"
+        "    return plain(*a, **k)\n"
+        "checkpoints.save = full\n"
+        "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "lighten.train(progress=False, **json.loads(sys.argv[1]))\n"
+    )
+    # The limit on a file's size ends a write in the middle, as a full disk does.
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
+    other = Path(settings["output_dir"]).with_name("full")
+    shutil.copytree(run.folder / "checkpoints", other / "checkpoints")
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps({**settings, "output_dir": str(other)})],
+        capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "the disk is full" in done.stderr
+    assert "optimizer.safetensors could not be written" in done.stderr
+    assert "bytes were missing" in done.stderr
+    assert before is not None
+    newest, broken = checkpoints.newest_complete(other / "checkpoints")
+    assert newest is not None
+    assert newest.name == before.name
+    assert not broken
+    assert not list((other / "checkpoints").glob(".*"))
+
+
+def test_trap40_the_limit_deletes_the_oldest_but_never_the_best(settings: dict[str, Any]) -> None:
+    run = train(
+        settings, save_steps=1, eval_steps=1, save_total_limit=2, load_best_model_at_end=True,
+        learning_rate=3.0, lr_scheduler_type="constant",
+    )  # fmt: skip
+    best = {own["name"]: own["best_step"] for own in run.info()["adapters"]}
+    kept = {int(p.name.partition("-")[2]) for p in checkpoints.listing(run.folder / "checkpoints")}
+    assert {7, 8} <= kept
+    assert set(best.values()) <= kept
+    assert len(kept) <= 4
+    for name, step in best.items():
+        evals = {m["step"]: m["loss"] for m in run.metrics()
+                 if m["kind"] == "eval" and m["adapter"] == name}  # fmt: skip
+        assert evals[step] == min(evals.values())
+        saved = run.folder / "checkpoints" / f"checkpoint-{step}" / "adapters" / name
+        ours = load_file(run.adapters()[name] / "adapter_model.safetensors")
+        assert same(ours, load_file(saved / "adapter_model.safetensors"))
+
+
+def test_trap45_early_stopping_takes_an_adapter_out_when_its_loss_stops_falling(
+    settings: dict[str, Any],
+) -> None:
+    run = train(
+        settings, eval_steps=1, early_stopping_patience=1, learning_rate=[1e-3, 5.0],
+        lr_scheduler_type="constant", max_steps=12,
+    )  # fmt: skip
+    names = [own["name"] for own in run.info()["adapters"]]
+    steps = {own["name"]: own["steps"] for own in run.info()["adapters"]}
+    assert steps[names[0]] == 12
+    assert steps[names[1]] < 12
+    evals = [m["loss"] for m in run.metrics() if m["kind"] == "eval" and m["adapter"] == names[1]]
+    assert evals[-1] >= min(evals)
+
+
+def test_a_cohort_ends_with_the_weights_that_each_adapter_gets_alone(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    together = weights(train(settings, seed=[1, 2]))
+    for r, seed in ((2, 1), (4, 2)):
+        alone = train(settings, lora_r=r, seed=seed, output_dir=str(tmp_path / f"alone{r}"))
+        for key, value in weights(alone).items():
+            ours = together[key.replace("default", f"r{r}-seed{seed}")]
+            assert float((ours - value).abs().max()) < 2e-5, key
+
+
+def test_gradient_checkpointing_and_token_budgets_change_no_result(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    plain = train(settings, max_steps=3, max_grad_norm=None)
+    for number, change in enumerate(
+        [{"gradient_checkpointing": True}, {"tokens_per_microbatch": 150},
+         {"attn_implementation": "eager"}]
+    ):  # fmt: skip
+        other = train(
+            settings, max_steps=3, max_grad_norm=None, output_dir=str(tmp_path / f"{number}"),
+            **change,
+        )  # fmt: skip
+        for ours, theirs in zip(other.metrics(), plain.metrics(), strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_trap3_two_ranks_train_as_one_process_and_trap41_an_odd_last_batch_ends(
+    settings: dict[str, Any], tmp_path: Path, checkpointing: bool
+) -> None:
+    settings |= {"max_train_samples": 13, "val_size": 0, "max_steps": 6, "eval_steps": None,
+                 "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1,
+                 "gradient_checkpointing": checkpointing}  # fmt: skip
+    # Thirteen rows in steps of four: the last step of an epoch has one row, none for rank 1.
+    one = train(settings, gradient_accumulation_steps=2, output_dir=str(tmp_path / "one"))
+    flags = [f"{k}={json.dumps(v)}" for k, v in settings.items()]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
+         "-m", "lighten", "train", *flags],
+        capture_output=True, text=True, timeout=180, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "LIGHTEN_DEVICE": "cpu"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = Run(settings["output_dir"])
+    assert two.info()["status"] == "finished"
+    assert len(two.metrics()) == len(one.metrics())
+    for ours, theirs in zip(two.metrics(), one.metrics(), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+        assert ours["supervised_tokens"] == theirs["supervised_tokens"]
+    theirs_weights = weights(one)
+    for key, value in weights(two).items():
+        assert float((value - theirs_weights[key]).abs().max()) < 2e-5
+
+
+def test_trap19_a_new_token_is_trained_saved_and_reloaded(
+    settings: dict[str, Any], tmp_path: Path, tiny_folder: Path
+) -> None:
+    data = tmp_path / "new.jsonl"
+    lines = [{"prompt": f"say {i}", "completion": f"<|new|> {i}"} for i in range(12)]
+    data.write_text("\n".join(map(json.dumps, lines)))
+    base = models.load(str(tiny_folder), dtype="float32")
+    rows = base.model.get_input_embeddings().weight.shape[0]
+    # More tokens than the embedding has spare rows, so that it has to grow.
+    tokens = ["<|new|>", *(f"<|extra{i}|>" for i in range(rows - len(base.tokenizer) + 3))]
+    run = train(
+        settings, dataset=str(data), added_tokens=tokens, lora_r=2,
+        modules_to_save=["embed_tokens", "lm_head"],
+    )  # fmt: skip
+    folder = run.adapters()["default"]
+    saved = load_file(folder / "adapter_model.safetensors")
+    embedding = saved["base_model.model.model.embed_tokens.weight"]
+    tokenizer = models.load_tokenizer(str(tiny_folder))
+    tokenizer = type(tokenizer).from_pretrained(folder)
+    new = tokenizer.convert_tokens_to_ids("<|new|>")
+    assert embedding.shape[0] == len(tokenizer)
+    mean = base.model.get_input_embeddings().weight.mean(0)
+    if new >= rows:
+        assert float((embedding[new] - mean).abs().max()) > 1e-4
+    else:
+        assert float((embedding[new] - base.model.get_input_embeddings().weight[new]).abs().max())
+    cohort = adapters.load(models.load(str(tiny_folder), dtype="float32").model, {"a": folder})
+    ids = torch.tensor([[5, new, 7]])
+    with torch.no_grad(), cohort.using("a"):
+        assert cohort.model(input_ids=ids).logits.shape[-1] == len(tokenizer)
+
+
+def test_trap19_a_new_token_that_cannot_learn_is_said(settings: dict[str, Any]) -> None:
+    run = train(settings, added_tokens=["<|new|>"], max_steps=1)
+    said = {choice["what"]: choice for choice in run.info()["choices"]}
+    assert said["added_tokens"]["value"] == "untrained"
+
+
+def test_a_diverging_run_fails_truthfully(settings: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="lower learning_rate"):
+        train(settings, learning_rate=1e30, max_grad_norm=None, lr_scheduler_type="constant")
+    info = Run(settings["output_dir"]).info()
+    assert info["status"] == "failed"
+    assert "learning_rate" in info["error"]
+
+
+def test_resuming_with_another_recipe_is_refused_with_the_key(settings: dict[str, Any]) -> None:
+    train(settings, max_steps=2)
+    with pytest.raises(UserError, match=r"learning_rate was 0\.01 and is now 0\.02"):
+        train(settings, max_steps=2, learning_rate=0.02, resume=True)
+
+
+def test_trackers_get_every_adapter_and_wandb_stays_offline(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    pytest.importorskip("tensorboard")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    run = train(settings, report_to=["wandb", "tensorboard"], max_steps=2, eval_steps=1)
+    assert list(run.folder.glob("wandb/offline-run-*/*.wandb"))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    scalars: dict[str, list[float]] = {}
+    for events in {path.parent for path in run.folder.rglob("events.out*")}:
+        found = EventAccumulator(str(events))
+        found.Reload()
+        scalars |= {
+            tag: [event.value for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]
+        }
+    wanted = [m["loss"] for m in run.metrics() if m["adapter"] == "r4" and m["kind"] == "train"]
+    assert scalars["train/r4/loss"] == pytest.approx(wanted)
+    assert "eval/r2/loss" in scalars
+
+
+def test_a_missing_tracker_is_named_with_its_install_command(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib.util
+
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "trackio" else real(name, *a)
+    )
+    with pytest.raises(UserError, match=r"pip install 'lighten\[track\]'"):
+        train(settings, report_to="trackio")
