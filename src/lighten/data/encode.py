@@ -260,7 +260,6 @@ def _answers(example: Example, text: str, tokenizer: Any) -> list[Span | None]:
     if _GENERATION.search(tokenizer.chat_template or ""):
         return _tagged(example, tokenizer)
     found: list[Span | None] = []
-    after = 0
     for place, message in enumerate(example.messages):
         if message.role != "assistant" or message.train is False:
             continue
@@ -268,14 +267,12 @@ def _answers(example: Example, text: str, tokenizer: Any) -> list[Span | None]:
             example.messages[:place], tokenizer, example.where,
             tools=example.tools, add_generation_prompt=True,
         ) if place else ""  # fmt: skip
-        span = _answer(example.messages[: place + 1], prompt, text, tokenizer, example, after)
-        found.append(span)
-        after = span[1] if span else after
+        found.append(_answer(example.messages[: place + 1], prompt, text, tokenizer, example))
     return found
 
 
 def _answer(
-    upto: Sequence[Message], prompt: str, text: str, tokenizer: Any, example: Example, after: int
+    upto: Sequence[Message], prompt: str, text: str, tokenizer: Any, example: Example
 ) -> Span | None:
     """One answer's span: what follows its prompt, verified to be there (trap 13)."""
     content = upto[-1].content
@@ -284,10 +281,10 @@ def _answer(
         begin, end = len(prompt), len(shown)
     else:
         # The template writes the last turn otherwise than earlier ones: look for the words.
-        at = text.find(content.strip(), after) if content.strip() else -1
-        if at < 0:
+        found = _words_after(prompt, content, text)
+        if found is None:
             return None
-        begin, end = at, at + len(content.strip())
+        begin, end = found
         tail = text[end:].lstrip()
         for token in tokenizer.all_special_tokens:
             if tail.startswith(token):
@@ -300,6 +297,15 @@ def _answer(
         return begin, begin  # an empty answer teaches nothing but silence
     stripped = text[begin:end].rstrip()
     return begin, begin + len(stripped) if _ends(stripped, tokenizer) else end
+
+
+def _words_after(prompt: str, content: str, text: str) -> Span | None:
+    """Where the answer's words stand right after its prompt, its thought kept or cut out."""
+    for words in (content.strip(), content.rpartition("</think>")[2].strip()):
+        at = text.find(words, len(prompt)) if words and text.startswith(prompt) else -1
+        if at >= 0 and re.fullmatch(r"\s*(<think>\s*</think>)?\s*", text[len(prompt) : at]):
+            return at, at + len(words)
+    return None
 
 
 def _tagged(example: Example, tokenizer: Any) -> list[Span | None]:

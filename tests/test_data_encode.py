@@ -1,0 +1,282 @@
+"""Templates and masks: what is supervised, token by token (traps 9 to 18 of TRAPS.md)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from lighten.data import Example, Message, Row, choose_template, encode, prompt_of
+from lighten.data.template import NAMED
+from lighten.errors import UserError
+from lighten.models import Base
+from tests.tiny import CHATML, tiny_tokenizer
+
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n\n{{ m['content'] | trim }}"
+    "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n\n{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} "
+    "[/INST]{% else %} {{ m['content'] | trim }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+GEMMA = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}{{ bos_token }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{{ m['content'] | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# As Qwen3's: thoughts are cut out of earlier turns, and the last turn gets an empty one.
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' %}{% set said = m['content'].split('</think>')[-1].lstrip() %}"
+    "{% if loop.last %}{% if '<think>' in m['content'] %}{{ m['content'] }}"
+    "{% else %}<think>\n\n</think>\n\n{{ said }}{% endif %}{% else %}{{ said }}{% endif %}"
+    "{% else %}{{ m['content'] }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TAGGED = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}{{ '\n' }}"
+    "{% else %}{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+REWRITING = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }} {{ m['content'] | upper }}<|im_end|>"
+    "{% if add_generation_prompt %}?{% endif %}{% endfor %}"
+)
+TEMPLATES = {"chatml": CHATML, "llama3": LLAMA3, "mistral": MISTRAL, "gemma": GEMMA,
+             "thinking": THINKING, "tagged": TAGGED, "alpaca": NAMED["alpaca"],
+             "plain": NAMED["plain"]}  # fmt: skip
+
+
+def tokenizer_for(template: str, **options: Any) -> PreTrainedTokenizerFast:
+    tokenizer = tiny_tokenizer(**options)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def chat(*turns: str, system: str | None = None) -> Example:
+    start = [Message("system", system)] if system else []
+    roles = ("user", "assistant")
+    said = [Message(roles[i % 2], text) for i, text in enumerate(turns)]
+    return Example("f.jsonl", 1, (*start, *said))
+
+
+def one(example: Example, tokenizer: Any, **options: Any) -> Row:
+    return encode([example], tokenizer, **{"max_length": 10_000, **options}).rows[0]
+
+
+def supervised_text(row: Row, tokenizer: Any) -> str:
+    kept = [i for i, s in zip(row.input_ids, row.supervised, strict=True) if s]
+    return str(tokenizer.decode(kept))
+
+
+words = st.text(
+    st.characters(codec="utf-8", exclude_categories=("Cs", "Cc", "Cn", "Co")), min_size=1,
+    max_size=30,
+).filter(lambda text: text.strip() == text and "<" not in text and "[" not in text)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@given(question=words, answer=words, more=words, last=words)
+@settings(deadline=None, max_examples=25)
+def test_the_supervised_text_is_each_answer_and_its_end(
+    name: str, question: str, answer: str, more: str, last: str
+) -> None:
+    tokenizer = tokenizer_for(TEMPLATES[name])
+    row = one(chat(question, answer, more, last), tokenizer)
+    end = "<|im_end|>"
+    found = supervised_text(row, tokenizer)
+    assert "".join(found.split()) == "".join(f"{answer}{end}{last}{end}".split())
+    assert not row.supervised[0]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_trap10_the_last_target_of_each_turn_is_the_terminator(name: str) -> None:
+    tokenizer = tokenizer_for(TEMPLATES[name])
+    row = one(chat("What?", "That.", "And?", "Done 안녕 🎉"), tokenizer)
+    ends = [
+        row.input_ids[i]
+        for i, on in enumerate(row.supervised)
+        if on and (i + 1 == len(row.supervised) or not row.supervised[i + 1])
+    ]
+    assert ends == [tokenizer.convert_tokens_to_ids("<|im_end|>")] * 2
+
+
+@pytest.mark.parametrize("name", ["llama3", "mistral", "gemma", "alpaca", "plain"])
+@pytest.mark.parametrize("add_bos", [True, False])
+def test_trap9_there_is_exactly_one_bos(name: str, add_bos: bool) -> None:
+    tokenizer = tokenizer_for(TEMPLATES[name], add_bos=add_bos)
+    row = one(chat("hi", "hello"), tokenizer)
+    prompt, _ = prompt_of(chat("hi", "hello"), tokenizer)
+    for ids in (row.input_ids, prompt):
+        assert ids.count(tokenizer.bos_token_id) == 1
+        assert ids[0] == tokenizer.bos_token_id
+
+
+def test_trap9_plain_text_has_the_tokenizers_own_bos_and_one_eos() -> None:
+    tokenizer = tokenizer_for(CHATML, add_bos=True)
+    row = one(Example("f", 1, text="some text"), tokenizer)
+    assert row.input_ids.count(tokenizer.bos_token_id) == 1
+    assert row.input_ids[-1] == tokenizer.eos_token_id
+    assert row.supervised == [False] + [True] * (len(row.input_ids) - 1)
+
+
+def test_trap11_a_pad_token_that_is_eos_leaves_the_end_supervised() -> None:
+    tokenizer = tokenizer_for(CHATML, pad_is_eos=True)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    row = one(chat("hi", "hello"), tokenizer)
+    last = max(i for i, on in enumerate(row.supervised) if on)
+    assert row.input_ids[last] == tokenizer.eos_token_id
+
+
+def test_trap12_a_template_without_generation_tags_masks_by_prefix() -> None:
+    tagged, plain = tokenizer_for(TAGGED), tokenizer_for(CHATML)
+    example = chat("one", "two", "three", "four", system="be brief")
+    assert one(example, tagged).supervised == one(example, plain).supervised
+    assert one(example, tagged).input_ids == one(example, plain).input_ids
+
+
+def test_trap13_a_template_that_rewrites_history_still_finds_each_answer() -> None:
+    tokenizer = tokenizer_for(THINKING)
+    row = one(chat("a", "first", "b", "<think>\nhm\n</think>\n\nsecond"), tokenizer)
+    found = supervised_text(row, tokenizer)
+    assert found == "first<|im_end|><think>\nhm\n</think>\n\nsecond<|im_end|>"
+
+
+def test_trap13_an_answer_that_cannot_be_found_is_reported_with_its_row() -> None:
+    good, bad = tokenizer_for(CHATML), tokenizer_for(REWRITING)
+    encode([chat("hi", "hello")], good, max_length=99)
+    with pytest.raises(UserError, match=r"f\.jsonl:1: an answer cannot be found"):
+        encode([chat("hi", "hello")], bad, max_length=99)
+
+
+def test_trap14_an_empty_thought_of_the_template_is_not_learnt() -> None:
+    tokenizer = tokenizer_for(THINKING)
+    row = one(chat("q", "plain answer"), tokenizer)
+    assert "<think>" in tokenizer.decode(row.input_ids)
+    assert supervised_text(row, tokenizer) == "plain answer<|im_end|>"
+
+
+@pytest.mark.parametrize(("question", "answer"), [("foo ", " bar"), ("the answ", "er is the")])
+def test_trap15_merges_across_the_border_follow_the_offsets(question: str, answer: str) -> None:
+    border = (
+        "{% for m in messages %}{{ m['content'] }}"
+        "{% if m['role'] == 'assistant' %}<|im_end|>{% endif %}{% endfor %}"
+    )
+    tokenizer = tokenizer_for(border)
+    row = one(chat(question, answer), tokenizer)
+    offsets = tokenizer(question + answer + "<|im_end|>", add_special_tokens=False,
+                        return_offsets_mapping=True)["offset_mapping"]  # fmt: skip
+    start = len(question)
+    assert row.supervised == [a >= start and i > 0 for i, (a, b) in enumerate(offsets)]
+
+
+def test_trap16_what_truncation_costs_is_counted_and_the_choice_is_honoured() -> None:
+    tokenizer = tokenizer_for(CHATML)
+    rows = [chat("q " * 40, "an answer that is cut"), chat("hi", "short")]
+    whole = encode(rows, tokenizer, max_length=10_000)
+    full = [row.supervised_tokens for row in whole.rows]
+    length = len(whole.rows[0].input_ids)
+
+    cut = encode(rows, tokenizer, max_length=length - 4)
+    assert cut.counts.truncated == 1
+    assert cut.counts.lost_supervised_tokens == full[0] - cut.rows[0].supervised_tokens > 0
+    assert "supervised tokens are lost" in cut.problems[0]
+
+    gone = encode(rows, tokenizer, max_length=40)
+    assert (gone.counts.dropped, gone.counts.lost_supervised_tokens) == (1, full[0])
+
+    dropped = encode(rows, tokenizer, max_length=length - 4, truncation_strategy="drop")
+    assert (dropped.counts.rows, dropped.counts.lost_supervised_tokens) == (1, full[0])
+
+    with pytest.raises(UserError, match=rf"f\.jsonl:1 has {length} tokens, over max_length"):
+        encode(rows, tokenizer, max_length=length - 4, truncation_strategy="raise")
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_trap18_the_prompt_of_an_answer_is_what_training_saw(name: str) -> None:
+    tokenizer = tokenizer_for(TEMPLATES[name])
+    example = chat("one", "two", "three", "four")
+    row = one(example, tokenizer)
+    prompt, reference = prompt_of(example, tokenizer)
+    assert reference == "four"
+    assert row.input_ids[: len(prompt)] == prompt
+    assert row.supervised[len(prompt)]
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3", "gemma", "alpaca"])
+def test_trap18_chat_asks_as_training_did(name: str) -> None:
+    tokenizer = tokenizer_for(TEMPLATES[name])
+    prompt, _ = prompt_of(chat("one", "two"), tokenizer)
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "one"}], tokenize=False, add_generation_prompt=True
+    )
+    assert tokenizer(asked, add_special_tokens=False)["input_ids"] == prompt
+
+
+@pytest.mark.parametrize(
+    ("example", "reason"),
+    [
+        (chat("hi", ""), "has no answer to learn from"),
+        (Example("f.jsonl", 7, (Message("user", "hi"),)), r"f\.jsonl:7 has no answer"),
+        (chat("long question " * 20, "x"), "supervised tokens are lost"),
+    ],
+)
+def test_trap6_nothing_to_learn_is_an_error_with_the_real_reason(
+    example: Example, reason: str
+) -> None:
+    with pytest.raises(UserError, match=reason):
+        encode([example], tokenizer_for(CHATML), max_length=30)
+
+
+def test_a_template_that_refuses_names_the_row() -> None:
+    with pytest.raises(UserError, match=r"f\.jsonl:1: the chat template refuses.*System role"):
+        encode([chat("hi", "ho", system="s")], tokenizer_for(GEMMA), max_length=99)
+
+
+def test_a_turn_marked_not_to_train_is_not_and_the_loss_options_widen_it() -> None:
+    tokenizer = tokenizer_for(CHATML)
+    turns = (Message("user", "a"), Message("assistant", "wrong", train=False),
+             Message("user", "b"), Message("assistant", "right"))  # fmt: skip
+    row = one(Example("f", 1, turns), tokenizer)
+    assert supervised_text(row, tokenizer) == "right<|im_end|>"
+    wide = one(chat("a", "b"), tokenizer, assistant_only_loss=False)
+    assert wide.supervised == [False] + [True] * (len(wide.input_ids) - 1)
+    pair = Example("f", 1, (Message("user", "a"), Message("assistant", "b")), single_turn=True)
+    assert one(pair, tokenizer, assistant_only_loss=False).supervised != wide.supervised
+    assert one(pair, tokenizer, completion_only_loss=False).supervised == wide.supervised
+
+
+def test_ready_tokens_keep_their_labels() -> None:
+    row = one(Example("f", 1, input_ids=(5, 6, 7), labels=(-100, 6, -100)), tokenizer_for(CHATML))
+    assert row.supervised == [False, True, False]
+
+
+def test_encoding_is_deterministic_and_fingerprinted() -> None:
+    tokenizer = tokenizer_for(CHATML)
+    rows = [chat("a", "b"), chat("c", "d")]
+    first = encode(rows, tokenizer, max_length=99)
+    assert first.sha256 == encode(rows, tokenizer, max_length=99).sha256
+    assert first.sha256 != encode(rows[:1], tokenizer, max_length=99).sha256
+
+
+def test_the_choice_of_template_is_said() -> None:
+    own = tiny_tokenizer()
+    assert choose_template(own, None).name == "model"
+    bare = tiny_tokenizer(template=None)
+    choice = choose_template(bare, None)
+    assert (choice.name, bare.chat_template) == ("chatml", NAMED["chatml"])
+    assert "no chat template" in choice.reason
+    assert "in place of the model's own" in choose_template(own, "plain").reason
+    with pytest.raises(UserError, match="neither one of chatml"):
+        choose_template(own, "chatlm")
+
+
+def test_the_real_model_learns_answers_only(smollm2: Base) -> None:
+    row = one(chat("Wie geht's?", "Gut. 좋아요!"), smollm2.tokenizer)
+    assert supervised_text(row, smollm2.tokenizer) == "Gut. 좋아요!<|im_end|>"

@@ -1,0 +1,180 @@
+"""Every shape and file that people have, and what broken ones say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lighten import data
+from lighten.data import Example, Message
+from lighten.errors import UserError
+from tests.tiny import tiny_tokenizer
+
+
+def write(path: Path, rows: list[Any]) -> str:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return str(path)
+
+
+def said(example: Example) -> list[tuple[str, str]]:
+    return [(m.role, m.content) for m in example.messages]
+
+
+SHAPES: dict[str, tuple[dict[str, Any], list[tuple[str, str]]]] = {
+    "alpaca": (
+        {"instruction": "추천해 주세요", "input": "비 오는 날", "output": "『소나기』"},
+        [("user", "추천해 주세요\n비 오는 날"), ("assistant", "『소나기』")],
+    ),
+    "alpaca with history": (
+        {"instruction": "c", "output": "d", "system": "s", "history": [["a", "b"]]},
+        [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")],
+    ),
+    "messages": (
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        [("user", "a"), ("assistant", "b")],
+    ),
+    "parts": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]},
+                      {"role": "assistant", "content": "b"}]},
+        [("user", "a"), ("assistant", "b")],
+    ),
+    "conversations": (
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}],
+         "system": "s"},
+        [("system", "s"), ("user", "a"), ("assistant", "b")],
+    ),
+    "prompt-completion": (
+        {"prompt": "a", "completion": "b"}, [("user", "a"), ("assistant", "b")],
+    ),
+    "prompt-completion as messages": (
+        {"prompt": [{"role": "user", "content": "a"}],
+         "completion": [{"role": "assistant", "content": "b"}]},
+        [("user", "a"), ("assistant", "b")],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_shape_is_recognised(name: str, tmp_path: Path) -> None:
+    row, wanted = SHAPES[name]
+    found = data.read(write(tmp_path / "d.jsonl", [row]))
+    assert said(found.examples[0]) == wanted
+    assert found.format == name.split(" ")[0].replace("parts", "messages")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
+def test_every_file_type_gives_the_same_examples(suffix: str, tmp_path: Path) -> None:
+    rows = [{"instruction": f'질문 {i}, "quoted"\nline', "output": f"답 {i}"} for i in range(3)]
+    path = tmp_path / f"d.{suffix}"
+    if suffix == "jsonl":
+        write(path, rows)
+    elif suffix == "json":
+        path.write_text(json.dumps(rows, ensure_ascii=False))
+    elif suffix == "csv":
+        import csv
+
+        with path.open("w", encoding="utf-8-sig", newline="") as file:
+            writer = csv.DictWriter(file, ["instruction", "output"])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    found = data.read(str(path))
+    assert [said(e)[0][1] for e in found.examples] == [row["instruction"] for row in rows]
+    assert [e.reference for e in found.examples] == [row["output"] for row in rows]
+
+
+def test_a_folder_holds_its_splits_and_a_limit_follows_the_name(tmp_path: Path) -> None:
+    for split, count in (("train", 5), ("valid", 2), ("test", 3)):
+        write(tmp_path / f"{split}.jsonl", [{"text": f"{split} {i}"} for i in range(count)])
+    assert len(data.read(str(tmp_path)).examples) == 5
+    assert len(data.read(f"{tmp_path}#2").examples) == 2
+    assert len(data.read(str(tmp_path), split="test").examples) == 3
+    assert data.has_split(str(tmp_path), "valid")
+    (tmp_path / "valid.jsonl").unlink()
+    assert not data.has_split(str(tmp_path), "valid")
+    with pytest.raises(UserError, match="has no valid file"):
+        data.read(str(tmp_path), split="valid")
+
+
+def test_broken_lines_are_told_together_with_their_places(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text(
+        '{"text": "fine"}\n{"text": \n\n[1]\n{"foo": 1, "bar": 2}\n{"messages": []}\n'
+        '{"messages": [{"role": "robot", "content": "x"}]}\n{"instruction": "x"}\n'
+        '{"prompt": "a", "completion": null}\n'
+        '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}\n'
+    )
+    with pytest.raises(UserError) as error:
+        data.read(str(path))
+    told = str(error.value)
+    for line, why in (
+        (2, "not valid JSON"), (4, "a row must be an object"), (5, "its columns are foo, bar"),
+        (6, "at least one message"), (7, "the role 'robot'"), (8, "output is missing"),
+        (9, "completion must be text, not nothing"), (10, "only text can be trained"),
+    ):  # fmt: skip
+        assert any(f"{path}:{line}: " in row and why in row for row in told.splitlines()), why
+    assert "--skip-bad-rows" in told
+    found = data.read(str(path), skip_bad_rows=True)
+    assert (len(found.examples), len(found.bad_rows)) == (1, 8)
+
+
+def test_a_file_that_is_not_there_not_text_or_empty_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        data.read(str(tmp_path / "no.jsonl"))
+    (tmp_path / "d.txt").write_text("x")
+    with pytest.raises(UserError, match=r"not one of \.jsonl"):
+        data.read(str(tmp_path / "d.txt"))
+    (tmp_path / "latin.jsonl").write_bytes('{"text": "a"}\n{"text": "é"}'.encode("latin-1"))
+    with pytest.raises(UserError, match=r"latin\.jsonl:2 is not UTF-8"):
+        data.read(str(tmp_path / "latin.jsonl"))
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(UserError, match="holds no example"):
+        data.read(str(tmp_path / "empty.jsonl"))
+
+
+def test_unusual_line_separators_inside_strings_do_not_split_rows(tmp_path: Path) -> None:
+    found = data.read(write(tmp_path / "d.jsonl", [{"text": "a\u2028b\u0085c"}]))
+    assert found.examples[0].text == "a\u2028b\u0085c"
+
+
+prompts = st.lists(st.text("ab ", max_size=4), min_size=2, max_size=40)
+
+
+@given(prompts, st.one_of(st.floats(0.05, 0.9), st.integers(1, 10)), st.integers(0, 3))
+@settings(deadline=None)
+def test_trap47_a_split_never_puts_a_prompt_on_both_sides(
+    prompts: list[str], size: float, seed: int
+) -> None:
+    rows = [
+        Example("f", i, (Message("user", p), Message("assistant", str(i))))
+        for i, p in enumerate(prompts)
+    ]
+    train, held_out = data.split(rows, size, seed)
+    assert {e.prompt_key for e in train}.isdisjoint(e.prompt_key for e in held_out)
+    assert sorted(e.line for e in train + held_out) == list(range(len(rows)))
+    assert train
+    assert data.split(rows, size, seed) == (train, held_out)
+
+
+def test_trap47_overlap_and_duplicates_are_reported(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", [{"prompt": p, "completion": "x"} for p in "aabc"])
+    write(tmp_path / "valid.jsonl", [{"prompt": p, "completion": "y"} for p in ("A ", "z")])
+    found = data.check(
+        data.read(str(tmp_path)), tiny_tokenizer(), max_length=25, template="t",
+        evaluation=data.read(str(tmp_path), split="valid").examples,
+    )  # fmt: skip
+    assert (found.duplicates, found.overlap) == (1, 2)
+    assert found.counts["supervised_tokens"] > 0
+    assert sum(rows for _, rows in found.histogram) == 4
+    shown = "".join(token for token, supervised in found.sample if supervised)
+    assert shown == "x<|im_end|>"
+    assert json.loads(json.dumps(found.to_dict()))["rows"] == 4

@@ -1,0 +1,76 @@
+"""What the machine is said to be, and memory that is really measured."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from lighten import hardware
+
+MIB = 2**20
+
+
+def measured(mib: int) -> dict[str, float]:
+    """Peak memory of a fresh process that takes and frees so much."""
+    code = (
+        "import json, numpy\n"
+        "from lighten.hardware import PeakMemory\n"
+        "peak = PeakMemory()\n"
+        f"block = numpy.ones({mib} * 2**20, dtype=numpy.uint8) if {mib} else None\n"
+        "del block\n"
+        "print(json.dumps(peak.read()))\n"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found: dict[str, float] = json.loads(out.stdout)
+    return found
+
+
+def test_trap50_a_known_allocation_is_reported_within_one_percent() -> None:
+    for mib in (200, 800):
+        assert measured(mib)["peak_bytes"] == pytest.approx(mib * MIB, rel=0.01)
+    assert measured(0)["peak_bytes"] < 2 * MIB
+
+
+def test_trap50_the_measure_starts_anew() -> None:
+    import numpy as np
+
+    block = np.ones(300 * MIB, dtype=np.uint8)
+    del block
+    peak = hardware.PeakMemory()
+    assert peak.read()["peak_bytes"] < 20 * MIB
+
+
+def test_doctor_is_json_and_names_what_is_missing() -> None:
+    found = json.loads(json.dumps(hardware.doctor()))
+    assert found["machine"]["cores"] >= 1
+    assert found["machine"]["memory_bytes"] > 2**30
+    assert found["versions"]["torch"]
+    for name, extra in found["extras"].items():
+        assert extra["install"] == f"pip install 'lighten[{name}]'"
+        assert extra["missing"] or extra["installed"]
+
+
+def test_a_choice_comes_with_its_reason() -> None:
+    auto = hardware.choose_dtype("auto", "cpu")
+    assert auto.value in ("bfloat16", "float32")
+    assert ("bf16" in auto.reason) == (auto.value == "bfloat16")
+    assert hardware.choose_dtype("float16", "cpu").reason == "dtype of the recipe"
+
+
+def test_the_device_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTEN_DEVICE", "cpu")
+    assert hardware.choose_device().reason == "LIGHTEN_DEVICE says so"
+
+
+@pytest.mark.gpu
+def test_trap50_gpu_memory_is_the_allocators() -> None:
+    import torch
+
+    peak = hardware.PeakMemory("cuda")
+    block = torch.ones(256 * MIB, dtype=torch.uint8, device="cuda")
+    assert peak.read()["peak_bytes"] == pytest.approx(256 * MIB, rel=0.01)
+    assert peak.read()["reserved_bytes"] >= peak.read()["peak_bytes"]
+    del block
