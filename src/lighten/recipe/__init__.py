@@ -190,8 +190,13 @@ def _names(given: list[dict[str, Any]]) -> list[str]:
 
 def _contradictions(recipe: Recipe, given: Mapping[str, Any]) -> list[str]:
     """Settings that cannot hold together, or that have no effect in the chosen mode."""
-    problems: list[str] = []
-    problems += [
+    # A completed recipe writes every default out; those contradict nothing.
+    given = {
+        key: value
+        for key, value in given.items()
+        if value != RecipeFields.model_fields[key].default
+    }
+    problems = [
         f"{key}: {value!r} does not exist; give a file or folder"
         for key in ("dataset", "eval_dataset")
         if (value := getattr(recipe, key)) and not Path(value.partition("#")[0]).exists()
@@ -222,7 +227,7 @@ def _contradictions(recipe: Recipe, given: Mapping[str, Any]) -> list[str]:
             for key in ("warmup_ratio", "warmup_steps")
             if given.get(key)
         ]
-    if "num_train_epochs" in given and "max_steps" in given and recipe.max_steps is not None:
+    if "num_train_epochs" in given and "max_steps" in given:
         # transformers lets max_steps win silently; many recipes carry both, so it is no error.
         recipe._notices.append("max_steps is set, so num_train_epochs has no effect")
     if recipe.eval_dataset is not None and "val_size" in given:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Rate = Annotated[float, Field(gt=0.0)]
-AdapterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._=-]*$", max_length=80)]
+AdapterName = Annotated[str, Field(pattern=r"^\w[\w.=-]*$", max_length=80)]
 Tracker = Literal["wandb", "tensorboard", "trackio"]
 
 

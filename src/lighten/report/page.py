@@ -56,7 +56,10 @@ def page(runs: Sequence[Run]) -> str:
 
 def _run(run: Run) -> dict[str, Any]:
     """What the template shows of one run."""
-    info, evaluation, lines = run.info(), run.evaluation(), run.metrics()
+    parts = ("base", "data", "machine", "adapters", "choices", "status", "error", "started",
+             "ended", "commit")  # fmt: skip
+    info = {**dict.fromkeys(parts), **run.info()}  # a run that failed early lacks some
+    evaluation, lines = run.evaluation(), run.metrics()
     return {
         "name": run.name,
         "info": info,
@@ -221,12 +224,12 @@ def _table(evaluation: Mapping[str, Any] | None) -> list[dict[str, Any]]:
 
 def _sizes(info: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Bars to scale: the model and what an adapter adds to ship."""
-    if "base" not in info:
+    if not info.get("base"):
         return []
     bars = [{"label": "base model, as loaded", "bytes": info["base"]["weights_bytes"]}]
     bars += [
         {"label": f"adapter {own['name']}", "bytes": own["file_bytes"]}
-        for own in info.get("adapters", [])
+        for own in info.get("adapters") or []
     ]
     longest = max(bar["bytes"] for bar in bars)
     return [{**bar, "share": 100 * bar["bytes"] / longest} for bar in bars]

@@ -1,0 +1,207 @@
+"""The recipe: names people know, every problem told at once, every setting read by something."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lighten.recipe import Recipe, RecipeError
+from lighten.recipe.fields import EvaluateOptions, RecipeFields
+
+SOURCE = Path(__file__).parents[1] / "src" / "lighten"
+
+
+@pytest.fixture
+def values(chat_file: Path) -> dict[str, Any]:
+    return {"model_name_or_path": "m", "dataset": str(chat_file)}
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_recipe_file_reads_numbers_as_people_write_them(tmp_path: Path, chat_file: Path) -> None:
+    path = written(
+        tmp_path,
+        f"model_name_or_path: m\ndataset: {chat_file}\nlearning_rate: 1e-4\nlora_alpha: 32\n"
+        "adam_epsilon: 1E-8\nlora_dropout: .1\n",
+    )
+    recipe = Recipe.from_file(path, {"lora_r": 4, "evaluate.max_examples": 7})
+    assert (recipe.learning_rate, recipe.lora_alpha, recipe.lora_dropout) == (1e-4, 32, 0.1)
+    assert (recipe.lora_r, recipe.evaluate.max_examples) == (4, 7)
+    assert recipe.evaluate.batch_size == EvaluateOptions().batch_size
+
+
+def test_paths_mean_the_recipes_folder_if_they_are_there(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    path = written(tmp_path, "model_name_or_path: smollm2-135m\ndataset: data\n")
+    recipe = Recipe.from_file(path)
+    assert recipe.dataset == str(tmp_path / "data")
+    assert recipe.model_name_or_path == "smollm2-135m"
+    assert recipe.name == tmp_path.name
+    assert recipe.run_folder == Path("runs") / tmp_path.name
+
+
+def test_every_problem_is_told_at_once_with_key_value_line_and_mend(tmp_path: Path) -> None:
+    path = written(
+        tmp_path,
+        "model_name_or_path: m\ndataset: nowhere.jsonl\nlora_rr: 3\nmax_length: long\ndtype: int3\n"
+        "evaluate:\n  max_exampels: 3\nlora_r: 0\n",
+    )
+    with pytest.raises(RecipeError) as error:
+        Recipe.from_file(path, {"learning_rate": -1})
+    told = str(error.value).splitlines()
+    assert f"{path}:3: lora_rr is not a setting; did you mean lora_r?" in told
+    assert any(row.startswith(f"{path}:4: max_length: 'long' does not do") for row in told)
+    assert f"{path}:5: dtype: 'int3' does not do; use 'auto', 'float32', 'bfloat16' or 'float16'" \
+        in told  # fmt: skip
+    assert any("evaluate.max_exampels is not a setting; did you mean max_examples" in r
+               for r in told)  # fmt: skip
+    assert any(row.startswith(f"{path}:8: lora_r: 0") for row in told)
+    assert any(row.startswith("command line: learning_rate: -1") for row in told)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("lora_r: 8\nlora_r: 9\n", r":2: lora_r stands twice, first on line 1"),
+        ("a: [1\n", r"recipe\.yaml:2 is not valid YAML"),
+        ("- 1\n", "it must hold settings"),
+    ],
+)
+def test_a_file_that_is_no_recipe_says_why(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        Recipe.from_file(written(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {"warmup_ratio": 0.1, "warmup_steps": 3},
+            "warmup_ratio has no effect beside warmup_steps",
+        ),
+        ({"lr_scheduler_type": "constant", "warmup_steps": 3}, "use constant_with_warmup"),
+        ({"val_size": 0, "eval_steps": 3}, "eval_steps needs held-out data"),
+        ({"val_size": 0, "load_best_model_at_end": True}, "load_best_model_at_end needs held-out"),
+        ({"early_stopping_threshold": 0.1}, "without early_stopping_patience"),
+        ({"lora_r": [1, 2], "seed": [1, 2, 3]}, "lora_r has 2, seed has 3"),
+        ({"lora_r": []}, "is an empty list"),
+        ({"adapters": [{"name": "a"}], "lora_r": [1, 2]}, "adapters: spells the cohort out"),
+        ({"adapters": [{"name": "a"}, {"name": "a"}]}, "two are called 'a'"),
+        ({"adapters": [{"name": "../a"}]}, "adapters.0.name"),
+        ({"dataset": "nowhere.jsonl"}, "'nowhere.jsonl' does not exist"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_errors(
+    values: dict[str, Any], changes: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(RecipeError, match=says):
+        Recipe.from_values({**values, **changes})
+
+
+ALIASES: list[tuple[dict[str, Any], str, Any]] = [
+    ({"max_seq_length": 5}, "max_length", 5),
+    ({"cutoff_len": 5}, "max_length", 5),
+    ({"sequence_len": 5}, "max_length", 5),
+    ({"micro_batch_size": 3}, "per_device_train_batch_size", 3),
+    ({"num_epochs": 2}, "num_train_epochs", 2),
+    ({"lr": 1e-3}, "learning_rate", 1e-3),
+    ({"lr_scheduler": "cosine"}, "lr_scheduler_type", "cosine"),
+    ({"lora_rank": 4}, "lora_r", 4),
+    ({"lora_target": "all"}, "lora_target_modules", "all-linear"),
+    ({"lora_target_linear": True}, "lora_target_modules", "all-linear"),
+    ({"torch_dtype": "float32"}, "dtype", "float32"),
+    ({"bf16": True}, "dtype", "bfloat16"),
+    ({"bf16": "auto"}, "dtype", "auto"),
+    ({"fp16": True}, "dtype", "float16"),
+    ({"flash_attn": "fa2"}, "attn_implementation", "flash_attention_2"),
+    ({"val_set_size": 0.2}, "val_size", 0.2),
+    ({"train_on_inputs": True}, "completion_only_loss", False),
+    ({"train_on_inputs": True}, "assistant_only_loss", False),
+]
+
+
+@pytest.mark.parametrize(("given", "name", "wanted"), ALIASES)
+def test_aliases_are_translated_with_a_notice(
+    values: dict[str, Any], given: dict[str, Any], name: str, wanted: Any
+) -> None:
+    recipe = Recipe.from_values({**values, **given})
+    assert getattr(recipe, name) == wanted
+    assert any(next(iter(given)) in notice and name in notice for notice in recipe.notices)
+
+
+def test_model_and_data_have_aliases_too(chat_file: Path) -> None:
+    recipe = Recipe.from_values({"base_model": "m", "datasets": [{"path": str(chat_file)}]})
+    assert (recipe.model_name_or_path, recipe.dataset) == ("m", str(chat_file))
+    recipe = Recipe.from_values({"model": "m", "data": {"train": str(chat_file)}})
+    assert recipe.dataset == str(chat_file)
+
+
+def test_an_alias_beside_its_canonical_name_is_an_error(values: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match="lr and learning_rate both set the same thing"):
+        Recipe.from_values({**values, "lr": 1e-3, "learning_rate": 1e-4})
+
+
+def test_trap25_a_rank_sweep_keeps_alpha_over_rank(values: dict[str, Any]) -> None:
+    cohort = Recipe.from_values({**values, "lora_r": [4, 8, 64]}).cohort()
+    assert [own.name for own in cohort] == ["r4", "r8", "r64"]
+    assert {own.lora_alpha / own.lora_r for own in cohort} == {2.0}
+
+
+def test_a_cohort_is_named_for_what_differs(values: dict[str, Any]) -> None:
+    def names(**changes: Any) -> list[str]:
+        return [own.name for own in Recipe.from_values({**values, **changes}).cohort()]
+
+    assert names() == ["default"]
+    assert names(lora_r=[8, 8], seed=[1, 2]) == ["seed1", "seed2"]
+    assert names(learning_rate=[1e-4, 3e-4]) == ["lr0.0001", "lr0.0003"]
+    assert names(lora_r=[8, 8]) == ["adapter-1", "adapter-2"]
+    spelled = [{"name": "small", "lora_r": 2}, {"name": "big", "learning_rate": 1e-3}]
+    cohort = Recipe.from_values({**values, "adapters": spelled}).cohort()
+    assert [(own.name, own.lora_r, own.learning_rate) for own in cohort] == [
+        ("small", 2, 2e-4), ("big", 8, 1e-3),
+    ]  # fmt: skip
+
+
+def test_the_completed_recipe_reads_back_the_same(values: dict[str, Any], tmp_path: Path) -> None:
+    recipe = Recipe.from_values({**values, "lora_r": [4, 8], "report_to": "none"})
+    again = Recipe.from_file(written(tmp_path, recipe.to_yaml()))
+    assert again.completed() == recipe.completed()
+
+
+def test_the_schema_has_every_field_with_its_help() -> None:
+    schema = json.loads(json.dumps(Recipe.json_schema()))
+    assert set(schema["properties"]) == set(RecipeFields.model_fields)
+    assert all(field.get("description") for field in schema["properties"].values())
+
+
+def test_reading_a_recipe_does_not_load_torch(values: dict[str, Any]) -> None:
+    code = (
+        "import sys, json; from lighten.recipe import Recipe\n"
+        f"Recipe.from_values({values!r}); Recipe.json_schema()\n"
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_trap52_every_setting_is_read_by_something() -> None:
+    read: set[str] = set()
+    for path in SOURCE.rglob("*.py"):
+        if path.parent.name == "recipe":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute):
+                read.add(node.attr)
+    unread = (set(RecipeFields.model_fields) | set(EvaluateOptions.model_fields)) - read
+    # `adapters` is read through Recipe.cohort(); output_dir through Recipe.run_folder; optim has
+    # one value so far, AdamW, which Member makes.
+    assert unread <= {"output_dir", "optim"}, unread

@@ -1,0 +1,197 @@
+"""The page: what it says, and how it looks and behaves in a real browser without a network."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lighten
+from lighten.report import charts, words
+from lighten.report.page import page
+from tests.report_fixture import write_run
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+         "--disable-background-networking", "--disable-component-update",
+         "--disable-sync"]  # fmt: skip
+
+
+def test_the_page_says_what_changed_and_escapes_what_came_from_data(tmp_path: Path) -> None:
+    text = page([write_run(tmp_path / "r")])
+    assert "perplexity 39.3 → 12.2 (better, outside the 95 % interval)" in text
+    assert "<script>alert(1)</script>" not in text
+    assert "&lt;script&gt;" in text
+    for part in ("Loss", "Before and after", "Answers", "Speed and memory", "Size to ship",
+                 "How it was made", "The completed recipe", "model_name_or_path: smollm2-135m",
+                 "Some Processor", "269.0 MB", "9.8 MB", "with local changes"):  # fmt: skip
+        assert part in text, part
+    assert len(text.encode()) < 1_000_000
+
+
+def test_the_page_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
+    text = page([write_run(tmp_path / "r")])
+    assert not re.findall(r"""(?:src|href)\s*=|@import|url\(|https?://(?!www\.w3\.org)""", text)
+
+
+@pytest.mark.parametrize("status", ["running", "interrupted", "failed"])
+def test_a_run_that_did_not_end_well_says_so(tmp_path: Path, status: str) -> None:
+    text = page([write_run(tmp_path / "r", status=status, evaluated=False, steps=1)])
+    assert 'role="alert"' in text
+    assert "not been evaluated yet" in text
+
+
+def test_a_run_without_a_step_makes_a_page(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "r", steps=0, evaluated=False, status="failed")
+    (run.folder / "run.json").write_text('{"status": "failed", "error": "no data"}')
+    text = page([run])
+    assert "nothing was recorded" in text
+    assert "no data" in text
+
+
+def test_no_difference_is_said_as_such() -> None:
+    metrics = {"perplexity": {"value": 10.0}, "chrf": {"value": 20.0}}
+    found = {
+        "models": [{"name": "base", "metrics": metrics}, {"name": "r8", "metrics": metrics}],
+        "differences": [{"adapter": "r8", "metric": m, "verdict": "no difference found"}
+                        for m in ("perplexity", "chrf")],
+    }  # fmt: skip
+    (said,) = words.headline({}, found)
+    assert said.count("no difference found") == 2
+    assert said.startswith("r8: held-out perplexity 10 → 10")
+
+
+def test_shared_words_are_marked_and_the_rest_is_escaped() -> None:
+    found = str(words.marked("Compare <b> two files!", "compare two files"))
+    assert found == "<mark>Compare</mark> &lt;b&gt;<mark> two files</mark>!"
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 1), (2.13, 3.97), (-5, 12345), (3, 3), (0, 0), (1e-5, 3e-5)]
+)
+def test_ticks_are_round_and_enclose_the_values(low: float, high: float) -> None:
+    found = charts.ticks(low, high)
+    assert found[0] <= low
+    assert found[-1] >= high
+    assert 2 <= len(found) <= 12
+    steps = {round(b - a, 9) for a, b in pairwise(found)}
+    assert len(steps) == 1
+
+
+def test_smoothing_starts_at_the_first_value_and_keeps_gaps() -> None:
+    assert charts.smoothed([3.0, 3.0, None, 3.0]) == pytest.approx([3.0, 3.0, None, 3.0])
+
+
+def test_a_long_curve_is_thinned_to_its_means() -> None:
+    text = charts.line_chart(
+        [charts.Series("a", list(range(10_000)), [1.0] * 5000 + [3.0] * 5000)],
+        title="t", x_label="x", y_label="y",
+    )  # fmt: skip
+    assert text.count(" L") == charts.MOST_POINTS - 1
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("Chromium is not installed (Debian: apt-get install chromium)")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("report")
+    one = write_run(folder / "one")
+    two = write_run(folder / "two", adapters=("small", "중간", "large"), learning_rate=1e-4)
+    return {
+        "one": lighten.report(one),
+        "many": lighten.report(one, two, output=folder / "many.html"),
+    }
+
+
+def opened(browser: Any, path: Path, **options: Any) -> Any:
+    """The page in a fresh offline context; any request or console error fails the test."""
+    context = browser.new_context(offline=True, **options)
+    tab = context.new_page()
+    troubles: list[str] = []
+    tab.on("console", lambda m: troubles.append(m.text) if m.type == "error" else None)
+    tab.on("pageerror", lambda error: troubles.append(str(error)))
+    tab.on("request", lambda r: None if r.url.startswith("file:") else troubles.append(r.url))
+    tab.goto(path.as_uri())
+    assert troubles == []
+    return tab
+
+
+@pytest.mark.parametrize("name", ["one", "many"])
+@pytest.mark.parametrize("width", [360, 768, 1280])
+def test_nothing_overflows_on_a_phone_or_a_desktop(
+    browser: Any, pages: dict[str, Path], name: str, width: int
+) -> None:
+    tab = opened(browser, pages[name], viewport={"width": width, "height": 800})
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    assert tab.locator("svg[role=img]").count() >= 3
+    assert tab.locator("mark").count() > 10
+
+
+CONTRAST = """() => {
+  const lum = c => { const v = c.match(/[\\d.]+/g).slice(0, 3).map(x => x / 255)
+    .map(x => x <= 0.03928 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * v[0] + 0.7152 * v[1] + 0.0722 * v[2]; };
+  const back = e => { for (; e; e = e.parentElement) {
+    const b = getComputedStyle(e).backgroundColor;
+    if (!/, 0\\)$/.test(b) && b !== 'transparent') return b; } return 'rgb(255,255,255)'; };
+  let worst = 99;
+  const all = 'h1,h2,p,dt,dd,th,td,small,mark,summary,figcaption,.verdict';
+  for (const e of document.querySelectorAll(all)) {
+    if (!e.innerText.trim() || !e.offsetParent) continue;
+    const a = lum(getComputedStyle(e).color), b = lum(back(e));
+    worst = Math.min(worst, (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05));
+  } return worst; }"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_is_legible_in_light_and_dark(
+    browser: Any, pages: dict[str, Path], scheme: str
+) -> None:
+    tab = opened(browser, pages["one"], color_scheme=scheme)
+    assert tab.evaluate(CONTRAST) >= 4.5
+    dark = tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(19, 20, 23)"
+    assert dark == (scheme == "dark")
+
+
+def test_the_button_switches_and_the_choice_is_kept(browser: Any, pages: dict[str, Path]) -> None:
+    tab = opened(browser, pages["one"], color_scheme="light")
+    before = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+    tab.click("#theme")
+    after = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert before != after
+    tab.reload()
+    assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == after
+
+
+def test_everything_is_readable_without_javascript(browser: Any, pages: dict[str, Path]) -> None:
+    tab = opened(browser, pages["one"], java_script_enabled=False)
+    assert "Held-out perplexity" in tab.inner_text("h1")
+    assert tab.locator("section").count() >= 6
+
+
+def test_print_is_light_and_clips_no_table(browser: Any, pages: dict[str, Path]) -> None:
+    tab = opened(
+        browser, pages["many"], color_scheme="dark", viewport={"width": 720, "height": 900}
+    )
+    tab.emulate_media(media="print")
+    background = "getComputedStyle(document.body).backgroundColor"
+    assert tab.evaluate(background) == "rgb(255, 255, 255)"
+    assert not tab.is_visible("#theme")
+    tables = "[...document.querySelectorAll('.scroll')]"
+    overflow = f"Math.max(...{tables}.map(e => e.scrollWidth - e.clientWidth))"
+    assert tab.evaluate(overflow) <= 1

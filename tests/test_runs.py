@@ -1,0 +1,106 @@
+"""The run folder: whole files, torn lines, and what a comparison shows."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lighten import runs
+from lighten.errors import UserError
+from lighten.recipe import Recipe
+from lighten.runs import Run
+from tests.report_fixture import write_run
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "sub" / "f.json"
+    runs.write_json(path, {"a": 1, "nan": math.nan})
+    assert json.loads(path.read_text()) == {"a": 1, "nan": None}
+    runs.write_bytes(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_full_disk_keeps_the_old_file_and_says_what_was_missing(tmp_path: Path) -> None:
+    path = tmp_path / "f.bin"
+    path.write_bytes(b"old")
+    code = (
+        "import resource, signal, sys; from pathlib import Path\n"
+        "from lighten import runs\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))\n"
+        "try: runs.write_bytes(Path(sys.argv[1]), b'x' * 5000)\n"
+        "except ValueError as error: print(error)\n"
+    )
+    out = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
+    assert f"the disk is full: {path} could not be written, 4000 bytes were missing" in out.stdout
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_file_system_that_is_really_full(tmp_path: Path) -> None:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this system does not let root mount a tmpfs")
+    try:
+        runs.write_bytes(tmp_path / "f", b"old")
+        with pytest.raises(UserError, match=r"the disk is full: .*/f could not be written"):
+            runs.write_bytes(tmp_path / "f", b"x" * 200_000)
+        assert (tmp_path / "f").read_bytes() == b"old"
+        with pytest.raises(UserError, match="the disk is full"):
+            runs.append_line(tmp_path / "lines", {"x": "y" * 200_000})
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_torn_last_line_is_passed_over_and_cut_off_on_resume(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "r")
+    path = run.folder / "metrics.jsonl"
+    whole = run.metrics()
+    with path.open("a") as file:
+        file.write('{"kind": "train", "step": 99')
+    assert run.metrics() == whole
+    run.truncate_metrics(10)
+    assert run.metrics() == [line for line in whole if line["step"] <= 10]
+    runs.append_line(path, {"kind": "train", "step": 11})
+    assert run.metrics()[-1] == {"kind": "train", "step": 11}
+
+
+def test_runs_are_found_and_compared(tmp_path: Path) -> None:
+    first = write_run(tmp_path / "a", learning_rate=1e-4, started="2026-01-02")
+    second = write_run(tmp_path / "b", learning_rate=2e-4, started="2026-01-01")
+    (tmp_path / "no-run").mkdir()
+    assert [run.name for run in runs.find(tmp_path)] == ["b", "a"]
+    rows = {row["what"]: row for row in runs.compare([first, second])}
+    assert rows["learning_rate"] == {
+        "what": "learning_rate", "kind": "setting", "values": [1e-4, 2e-4],
+    }  # fmt: skip
+    assert "lora_r" not in rows
+    assert rows["default: chrf"]["values"][0]["value"] > 0
+
+
+def test_a_folder_that_is_no_run_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is not a run: it has no recipe\.yaml"):
+        Run(tmp_path)
+
+
+def test_a_finished_run_is_replaced_whole_and_an_unfinished_one_is_not(
+    tmp_path: Path, chat_file: Path
+) -> None:
+    recipe = Recipe.from_values(
+        {"model_name_or_path": "m", "dataset": str(chat_file), "output_dir": str(tmp_path / "r")}
+    )
+    run = Run.create(recipe)
+    run.update(status="running")
+    runs.append_line(run.folder / "metrics.jsonl", {"step": 1})
+    with pytest.raises(UserError, match="unfinished run; go on with --resume"):
+        Run.create(recipe)
+    run.update(status="finished")
+    assert Run.create(recipe).metrics() == []
