@@ -1,0 +1,92 @@
+"""Who may import whom, as DESIGN lays it down; and that looking costs nothing."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lighten.hardware import EXTRAS
+
+SOURCE = Path(__file__).parents[1] / "src" / "lighten"
+MODULES = {
+    ".".join(path.relative_to(SOURCE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in SOURCE.rglob("*.py")
+}
+# Rooms that a room may import; `errors` is everybody's, and so is the room itself.
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "verbs": {"api"},
+    "recipe": set(),
+    "hardware": set(),
+    "runs": {"recipe"},
+    "models": {"hardware"},
+    "data": set(),
+    "adapters": set(),
+    "train": {"adapters", "data", "models", "recipe", "hardware", "runs", "verbs"},
+    "evaluate": {"adapters", "data", "models", "recipe", "hardware", "runs", "train", "verbs"},
+    "report": {"evaluate", "runs", "verbs"},
+    "api": {"recipe", "runs", "train", "evaluate", "report"},
+    "cli": {"api", "data", "models", "recipe", "hardware", "runs", "train", "evaluate"},
+    "__main__": {"cli"},
+}
+LIGHT = ("lighten", "lighten.api", "lighten.cli", "lighten.errors", "lighten.hardware",
+         "lighten.recipe", "lighten.runs", "lighten.report.charts",
+         "lighten.data.read", "lighten.train", "lighten.evaluate", "lighten.report")  # fmt: skip
+HEAVY = {"torch", "transformers", "peft", "accelerate"}
+
+
+def room(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+def imports(path: Path) -> set[str]:
+    """Rooms of the project that a file imports, inside functions too."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {room(alias.name) for alias in node.names if alias.name.startswith("lighten.")}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "lighten":
+            module = str(node.module)
+            if module == "lighten":
+                found |= {alias.name for alias in node.names}
+            else:
+                found.add(room(module))
+    return found
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - {"lighten"}))
+def test_a_room_imports_only_what_it_may(module: str) -> None:
+    own = room(module)
+    allowed = ALLOWED[own] | {own, "errors"}
+    assert imports(MODULES[module]) <= allowed
+
+
+def test_nobody_imports_the_command_line() -> None:
+    assert [m for m, path in MODULES.items() if "cli" in imports(path)] == ["lighten.__main__"]
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_a_light_module_loads_without_torch(module: str) -> None:
+    code = f"import sys, {module}; assert not {HEAVY!r} & set(sys.modules), set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_extras_are_imported_only_where_they_are_used(module: str) -> None:
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    at_the_top = {
+        (node.module or "") if isinstance(node, ast.ImportFrom) else alias.name
+        for node in tree.body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    }
+    assert not {name.split(".")[0] for name in at_the_top} & set(EXTRAS)
+
+
+def test_no_file_is_two_things() -> None:
+    sizes = {m: len(path.read_text(encoding="utf-8").splitlines()) for m, path in MODULES.items()}
+    assert max(sizes.values()) <= 480, max(sizes, key=lambda m: sizes[m])

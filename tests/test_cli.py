@@ -1,0 +1,155 @@
+"""The command line as a user meets it: real processes, exit codes, clean errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lighten
+from lighten.cli import overrides
+from lighten.errors import UserError
+from lighten.runs import Run
+
+
+def call(*words: str, cwd: Path | None = None, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "lighten", *words], capture_output=True, text=True, cwd=cwd,
+        input=stdin, check=False, env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+    )  # fmt: skip
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys\nsys.argv = ['lighten', '--help']\n"
+        "from lighten.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'pydantic', 'peft', 'matplotlib', 'jinja2'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for verb in ("run", "train", "evaluate", "report", "chat", "doctor", "models", "runs", "data"):
+        assert f"\n  {verb}" in done.stdout
+
+
+def test_settings_come_in_every_usual_form() -> None:
+    words = ["--learning_rate", "1e-4", "--lora_r=8,16", "max_steps=3", "--skip-bad-rows",
+             "--evaluate.max-examples", "5", "--lora_target_modules", "[q_proj, v_proj]",
+             "gradient_checkpointing=true", "--eval_dataset", "null"]  # fmt: skip
+    assert overrides(words) == {
+        "learning_rate": 1e-4, "lora_r": [8, 16], "max_steps": 3, "skip_bad_rows": True,
+        "evaluate.max_examples": 5, "lora_target_modules": ["q_proj", "v_proj"],
+        "gradient_checkpointing": True, "eval_dataset": None,
+    }  # fmt: skip
+    with pytest.raises(UserError, match="'stray' is not a setting"):
+        overrides(["stray"])
+
+
+def test_the_whole_way_from_a_recipe_to_a_report(
+    tiny_folder: Path, chat_file: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text(
+        f"base_model: {tiny_folder}\ndataset: {chat_file}\nmax_steps: 3\nval_size: 0.2\n"
+        "evaluate:\n  max_new_tokens: 4\n"
+    )
+    done = call("run", str(recipe), "--lora_r", "2,4", "output_dir=out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "base_model is called model_name_or_path here" in done.stderr
+    assert "step 3/3" in done.stderr
+    assert "perplexity" in done.stdout
+    run = Run(tmp_path / "out")
+    assert run.info()["status"] == "finished"
+    assert list(run.adapters()) == ["r2", "r4"]
+    assert "<svg" in (run.folder / "report.html").read_text()
+
+    again = call("evaluate", "out", "--max_new_tokens", "2", "--json", cwd=tmp_path)
+    assert json.loads(again.stdout)["settings"]["max_new_tokens"] == 2
+    chatted = call("chat", "out", "--adapter", "r4", "--max-new-tokens", "3", cwd=tmp_path,
+                   stdin="hello\n")  # fmt: skip
+    assert chatted.returncode == 0, chatted.stderr
+    assert "Traceback" not in chatted.stderr
+    assert call("runs", "list", ".", cwd=tmp_path).stdout.count("finished") == 1
+    compared = call("runs", "compare", "out", "out", "--json", cwd=tmp_path)
+    assert {row["what"] for row in json.loads(compared.stdout)} >= {"tokens/s", "r2: chrf"}
+    assert call("report", "out", "out", "--output", "two.html", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "two.html").exists()
+
+
+def test_training_needs_no_recipe(tiny_folder: Path, chat_file: Path, tmp_path: Path) -> None:
+    done = call("train", str(tiny_folder), str(chat_file), "--max_steps", "1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert Run(tmp_path / "runs" / "llama-chat").info()["status"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("train", "m", "nowhere.jsonl"), "error: recipe: dataset: 'nowhere.jsonl' does not exist"),
+        (("train", "missing.yaml"), "error: cannot read the recipe missing.yaml"),
+        (("train", "a", "b", "c"), "error: give a recipe"),
+        (("evaluate", "nothing"), "error: nothing is not a run"),
+        (("report", "nothing"), "error: nothing is not a run"),
+        (("chat", "./nothing"), "error: the model ./nothing does not exist"),
+        (("data", "check", "x.jsonl", "--model", "./no"), "error: the model ./no does not exist"),
+        (("runs", "compare", "a", "b"), "error: a is not a run"),
+    ],
+)
+def test_a_mistake_is_one_clean_line_and_exit_code_2(
+    words: tuple[str, ...], says: str, tmp_path: Path
+) -> None:
+    done = call(*words, cwd=tmp_path)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_doctor_models_and_schema_print_json() -> None:
+    assert json.loads(call("doctor", "--json").stdout)["machine"]["cores"] >= 1
+    assert json.loads(call("models", "--json").stdout)[0]["name"] == "smollm2-135m"
+    assert "lora_r" in json.loads(call("schema").stdout)["properties"]
+    assert "base format" in call("doctor").stdout
+
+
+def test_data_check_shows_the_mask(tiny_folder: Path, chat_file: Path) -> None:
+    done = call("data", "check", str(chat_file), "--model", str(tiny_folder), "--max-length", "60")
+    assert done.returncode == 0, done.stderr
+    assert "⟦The answer is 0.<|im_end|>⟧" in done.stdout
+    assert "rows cut" in done.stdout
+    found = json.loads(
+        call("data", "check", str(chat_file), "--model", str(tiny_folder), "--json").stdout
+    )
+    assert found["counts"]["supervised_tokens"] > 0
+
+
+def test_a_broken_data_file_names_its_line(tiny_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n')
+    done = call("train", str(tiny_folder), str(path), cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"{path}:2: not valid JSON" in done.stderr.replace("\n", " ")
+    fine = call("train", str(tiny_folder), str(path), "--skip-bad-rows", "max_steps=1",
+                "val_size=0", "output_dir=out", cwd=tmp_path)  # fmt: skip
+    assert fine.returncode == 0, fine.stderr
+    assert Run(tmp_path / "out").info()["data"]["bad_rows"] == 1
+
+
+def test_a_verb_is_a_package_that_can_be_called() -> None:
+    code = (
+        "import lighten\n"
+        "import lighten.train.schedule, lighten.report.charts\n"
+        "assert all(map(callable, (lighten.train, lighten.evaluate, lighten.report)))\n"
+        "assert lighten.train.schedule.warmup_length(100, 0.03, None) == 3\n"
+        "from lighten import Recipe, Run, UserError, train\n"
+        "try: train(model='m', dataset='nowhere')\n"
+        "except UserError as error: assert 'does not exist' in str(error)\n"
+        "else: raise AssertionError\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert set(lighten.__all__) >= {"train", "evaluate", "report", "run"}

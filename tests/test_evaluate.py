@@ -1,0 +1,247 @@
+"""Metrics against their sources, intervals against theory, and whole evaluations."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sacrebleu
+import torch
+
+import lighten
+from lighten import data, hardware, models
+from lighten.adapters import AdapterSpec, attach
+from lighten.errors import UserError
+from lighten.evaluate import metrics
+from lighten.evaluate.bootstrap import Estimate, Resamples
+from lighten.evaluate.chat import Conversation, chat
+from lighten.evaluate.evaluation import verdict
+from lighten.evaluate.generate import generate, stop_tokens
+from lighten.models import Base
+from lighten.runs import Run
+from lighten.train.heldout import held_out
+from lighten.train.loss import Objective
+from tests.test_train_step import row
+from tests.tiny import ARCHITECTURES, save_tiny, tiny_model, tiny_tokenizer
+
+ANSWERS = ["the cat sat on the mat", "a dog", "나는 학교에 간다", "one two three four five", ""]
+REFERENCES = ["the cat sat on a mat", "the dog ran", "나는 학교에 갔다", "one two three four five",
+              "nothing"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tiny_folder: Path, chat_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return lighten.train(
+        model=str(tiny_folder), dataset=str(chat_file), dtype="float32", lora_r=[2, 8],
+        output_dir=str(tmp_path_factory.mktemp("runs") / "run"), max_steps=25, val_size=0.25,
+        learning_rate=2e-2, progress=False,
+    )  # fmt: skip
+
+
+def test_bleu_and_chrf_from_summed_counts_are_sacrebleus_own() -> None:
+    for ours, own in (
+        (metrics.bleu(), sacrebleu.corpus_bleu), (metrics.chrf(), sacrebleu.corpus_chrf),
+    ):  # fmt: skip
+        counts = ours.statistics(ANSWERS, REFERENCES)
+        whole, part = float(ours(counts.sum(0))), float(ours(counts[:2].sum(0)))
+        assert whole == pytest.approx(own(ANSWERS, [REFERENCES]).score, rel=1e-9)
+        assert part == pytest.approx(own(ANSWERS[:2], [REFERENCES[:2]]).score, rel=1e-9)
+        assert "nrefs:1" in ours.signature
+
+
+def test_exact_match_ignores_outer_space_only() -> None:
+    counts = metrics.exact_match_statistics([" a ", "B", "c"], ["a", "b", "c"])
+    assert float(metrics.percent(counts.sum(0))) == pytest.approx(200 / 3)
+
+
+def test_trap44_perplexity_is_of_all_tokens_not_of_rows() -> None:
+    counts = metrics.likelihood_statistics([1.0, 30.0], [1, 10])
+    assert float(metrics.perplexity(counts.sum(0))) == pytest.approx(math.exp(31 / 11))
+
+
+def test_the_interval_of_a_mean_is_the_textbook_one() -> None:
+    values = np.random.default_rng(1).normal(5, 2, 400)
+    counts = np.stack([values, np.ones(400)], axis=1)
+    found = Resamples(400, 4000, seed=3).estimate(counts, lambda s: s[..., 0] / s[..., 1])
+    error = values.std() / 20
+    assert found.value == pytest.approx(values.mean())
+    assert found.se == pytest.approx(error, rel=0.05)
+    assert found.low == pytest.approx(values.mean() - 1.96 * error, abs=0.1 * error)
+    assert found.high == pytest.approx(values.mean() + 1.96 * error, abs=0.1 * error)
+
+
+def test_a_paired_difference_is_narrower_than_two_separate_intervals() -> None:
+    rng = np.random.default_rng(0)
+    base = rng.normal(10, 5, 200)
+    ours = base - 0.3 + rng.normal(0, 0.1, 200)
+    one = np.ones(200)
+    draws = Resamples(200, 2000)
+    found = draws.difference(
+        np.stack([ours, one], 1), np.stack([base, one], 1), lambda s: s[..., 0] / s[..., 1]
+    )
+    assert (found.low, found.high) == pytest.approx((-0.3, -0.3), abs=0.05)
+    assert verdict(found, lower_is_better=True) == "better"
+    assert verdict(found, lower_is_better=False) == "worse"
+
+
+def test_trap45_a_verdict_knows_its_direction_and_its_doubt() -> None:
+    assert verdict(Estimate(1, 1, 0.5, 1.5), lower_is_better=True) == "worse"
+    assert verdict(Estimate(1, 1, 0.5, 1.5), lower_is_better=False) == "better"
+    assert verdict(Estimate(1, 1, -0.5, 1.5), lower_is_better=False) == "no difference found"
+    assert {m.name for m in metrics.METRICS if m.lower_is_better} == {"loss", "perplexity"}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_trap17_an_answer_in_a_padded_batch_is_the_answer_alone(arch: str) -> None:
+    model, tokenizer = tiny_model(arch), tiny_tokenizer()
+    prompts = [row(length, 0, seed=length).input_ids for length in (3, 17, 9, 26)]
+    together = generate(model, tokenizer, prompts, max_new_tokens=6, batch_size=4)
+    for prompt, answer in zip(prompts, together.texts, strict=True):
+        alone = generate(model, tokenizer, [prompt], max_new_tokens=6, batch_size=1)
+        assert alone.texts == [answer]
+    assert together.tokens <= 24
+
+
+def test_an_answer_ends_at_any_stop_token_and_counts_it() -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    prompt = [5, 6, 7]
+    free = model.generate(torch.tensor([prompt]), max_new_tokens=5, do_sample=False)[0, 3:].tolist()
+    model.generation_config.eos_token_id = [free[2]]
+    assert free[2] in stop_tokens(model, tokenizer)
+    found = generate(model, tokenizer, [prompt], max_new_tokens=5, batch_size=1)
+    first = min(i for i, token in enumerate(free) if token in stop_tokens(model, tokenizer))
+    assert found.tokens == first + 1
+    assert found.texts == [tokenizer.decode(free[:first], skip_special_tokens=True)]
+
+
+def test_trap43_memory_does_not_grow_with_the_evaluation_set() -> None:
+    model = tiny_model("llama", vocab_size=30_000)
+    objective = Objective(model, attach(model, [AdapterSpec("a")]))
+    peaks = []
+    for count in (8, 8, 160):  # the first one also warms the allocator up
+        rows = [row(60, 50, seed=i) for i in range(count)]
+        peak = hardware.PeakMemory()
+        held_out(objective, rows, "a", max_rows=8)
+        peaks.append(peak.read()["peak_bytes"])
+    logits_of_all = 160 * 50 * 30_000 * 4
+    assert peaks[2] - peaks[1] < logits_of_all / 50
+
+
+def test_an_evaluation_measures_base_and_every_adapter_on_the_same_examples(run: Run) -> None:
+    found = lighten.evaluate(run, max_new_tokens=8)
+    stored = run.evaluation()
+    assert stored is not None
+    assert [model["name"] for model in stored["models"]] == ["base", "r2", "r8"]
+    assert found.metric("r8", "loss")["value"] < found.metric("base", "loss")["value"] - 1
+    verdicts = {(d["adapter"], d["metric"]): d["verdict"] for d in stored["differences"]}
+    assert verdicts["r8", "perplexity"] == "better"
+    for model in stored["models"]:
+        for figures in model["metrics"].values():
+            assert figures["low"] <= figures["value"] <= figures["high"]
+    assert (
+        len(stored["examples"]) == stored["dataset"]["answered"] == run.info()["data"]["eval_rows"]
+    )
+    assert set(stored["examples"][0]["answers"]) == {"base", "r2", "r8"}
+    # What training said of its last held-out loss, evaluation finds again.
+    last = run.info()["adapters"][1]["eval_loss"]
+    assert found.metric("r8", "loss")["value"] == pytest.approx(last, rel=1e-5)
+
+
+def test_evaluating_twice_gives_the_same_figures(run: Run) -> None:
+    first = lighten.evaluate(run, max_new_tokens=4).models
+    again = lighten.evaluate(run, max_new_tokens=4).models
+    assert [m["metrics"] for m in first] == [m["metrics"] for m in again]
+
+
+def test_nothing_to_evaluate_on_is_one_clear_sentence(
+    tiny_folder: Path, chat_file: Path, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {
+        "model": str(tiny_folder), "dataset": str(chat_file), "val_size": 0, "max_steps": 1,
+        "output_dir": str(tmp_path / "r"), "progress": False,
+    }  # fmt: skip
+    run = lighten.train(**settings)
+    with pytest.raises(UserError, match="has no held-out examples"):
+        lighten.evaluate(run)
+    for path in run.adapters().values():
+        (path / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match="no trained adapter yet"):
+        lighten.evaluate(run)
+
+
+def test_a_test_file_is_taken_before_the_held_out_one(tiny_folder: Path, tmp_path: Path) -> None:
+    for split, count in (("train", 12), ("valid", 3), ("test", 5)):
+        lines = [{"prompt": f"{split} {i}", "completion": f"{i}"} for i in range(count)]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    run = lighten.train(
+        model=str(tiny_folder), dataset=str(tmp_path), max_steps=1, progress=False,
+        output_dir=str(tmp_path / "r"),
+    )  # fmt: skip
+    assert run.info()["data"]["eval_rows"] == 3
+    found = lighten.evaluate(run, max_new_tokens=2)
+    assert found.dataset["rows"] == 5
+    assert found.dataset["path"].endswith("test.jsonl")
+
+
+def test_chat_answers_through_a_pipe_and_compares(run: Run) -> None:
+    out = io.StringIO()
+    asked = "What is 1 plus 1?\n\n/adapter r2\nAnd?\n/reset\n/help\n/exit\nno\n"
+    chat(str(run.folder), compare=True, max_new_tokens=5, out=out, lines=io.StringIO(asked))
+    said = out.getvalue()
+    assert said.count("[base]") == 2
+    assert said.count("[r8]") == 0  # the run's first adapter is r2
+    assert said.count("[r2]") == 2
+    assert "/adapter NAME" in said
+    with pytest.raises(UserError, match="no adapter is called 'r9'; there are: r2, r8"):
+        chat(str(run.folder), adapter="r9", lines=io.StringIO(), out=out)
+
+
+def test_trap9_and_18_chat_asks_with_the_ids_that_training_saw(run: Run, tmp_path: Path) -> None:
+    talk = Conversation(str(run.folder))
+    question = "What is 3 plus 3? please please please "
+    example = data.Example("f", 1, (data.Message("user", question), data.Message("assistant", "x")))
+    prompt, _ = data.prompt_of(example, talk.base.tokenizer)
+    assert talk.prompt(question)[0].tolist() == prompt
+    folder = save_tiny(tmp_path / "m", template=None)
+    bos = tiny_tokenizer(template="{{ bos_token }}" + data.choose_template(
+        tiny_tokenizer(template=None), "chatml").text, add_bos=True)  # fmt: skip
+    bos.save_pretrained(folder)
+    ids = Conversation(str(folder)).prompt("hi")[0].tolist()
+    assert ids.count(bos.bos_token_id) == 1
+
+
+def test_chat_greedily_says_what_generate_says(run: Run) -> None:
+    talk = Conversation(str(run.folder))
+    said = "".join(talk.answer("hello", "r8", max_new_tokens=6, temperature=0.0))
+    with talk.cohort.using("r8"):
+        answers = generate(
+            talk.base.model, talk.base.tokenizer, talk.prompt("hello").tolist(),
+            max_new_tokens=6, batch_size=1,
+        )  # fmt: skip
+    assert said == answers.texts[0]
+
+
+def test_the_real_model_answers_and_is_scored_as_transformers_scores_it(smollm2: Base) -> None:
+    model = models.load("smollm2-135m", dtype="float32").model
+    tokenizer = smollm2.tokenizer
+    example = data.Example(
+        "f", 1,
+        (data.Message("user", "What is the capital of France?"),
+         data.Message("assistant", "The capital of France is Paris.")),
+    )  # fmt: skip
+    encoded = data.encode([example], tokenizer, max_length=200).rows[0]
+    cohort = attach(model, [AdapterSpec("a")])
+    found = held_out(Objective(model, cohort), [encoded], None, max_rows=1)
+    ids = torch.tensor([encoded.input_ids])
+    labels = torch.where(torch.tensor([encoded.supervised]), ids, -100)
+    with torch.no_grad():
+        # float32 logits of about 20 carry some 2e-6 of rounding each.
+        assert found.loss == pytest.approx(float(model(ids, labels=labels).loss), abs=1e-5)
+    prompt, _ = data.prompt_of(example, tokenizer)
+    answers = generate(model, tokenizer, [prompt], max_new_tokens=12, batch_size=1)
+    assert "Paris" in answers.texts[0]

@@ -1,0 +1,30 @@
+"""The learning rate, against transformers' own schedules."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import get_scheduler
+
+from lighten.train.schedule import learning_rate_factor, warmup_length
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "constant", "constant_with_warmup"])
+def test_after_the_warm_up_it_is_transformers_own(kind: str) -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    theirs = get_scheduler(kind, optimizer, num_warmup_steps=5, num_training_steps=40)
+    for step in range(40):
+        if step >= 5 or kind == "constant":
+            ours = learning_rate_factor(step, 40, 5, kind)
+            assert ours == pytest.approx(theirs.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        theirs.step()
+
+
+def test_a_warm_up_rises_evenly_and_never_wastes_its_first_step() -> None:
+    assert [learning_rate_factor(s, 40, 4, "linear") for s in range(4)] == [0.25, 0.5, 0.75, 1.0]
+
+
+def test_its_length_is_a_share_rounded_up_or_as_given() -> None:
+    assert warmup_length(101, 0.03, None) == 4
+    assert warmup_length(101, 0.03, 0) == 0
