@@ -1,0 +1,65 @@
+"""Every command that the documents show runs, in the order they show it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# Enough to see that a command works; the figures are the demo's business.
+SHORT = ["--max_steps", "2", "--max_eval_samples", "8", "--evaluate.max_examples", "4",
+         "--evaluate.max_new_tokens", "4"]  # fmt: skip
+
+
+def commands(page: Path) -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S)
+    lines = [line.partition("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line.startswith("lighten ")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_of_a_page_runs(page: Path, tmp_path: Path, smollm2_folder: Path) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    for command in commands(page):
+        words = shlex.split(command)[1:]
+        short = SHORT if words[0] in ("run", "train") else []
+        done = subprocess.run(
+            [sys.executable, "-m", "lighten", *words, *short], cwd=tmp_path, check=False,
+            capture_output=True, text=True, input="hello\n/exit\n" if words[0] == "chat" else "",
+            env=os.environ,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
+
+
+def test_the_python_of_the_readme_runs(tmp_path: Path, smollm2_folder: Path) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    short = code.replace(
+        "learning_rate=1e-3", "learning_rate=1e-3, max_steps=1, max_eval_samples=4, "
+        "**{'evaluate.max_examples': 2, 'evaluate.max_new_tokens': 2}",
+    )  # fmt: skip
+    assert short != code
+    subprocess.run([sys.executable, "-c", short], cwd=tmp_path, check=True)
+    assert (tmp_path / "runs" / "docstrings" / "report.html").is_file()
+
+
+def test_make_targets_that_the_readme_promises_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"^make (\w+)", (ROOT / "README.md").read_text(), flags=re.M):
+        assert f"\n{target}:" in makefile
+
+
+def test_every_link_in_the_documents_leads_somewhere() -> None:
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            if not link.startswith("http"):
+                assert (page.parent / link).exists(), f"{page.name}: {link}"
