@@ -17,6 +17,7 @@ import json
 import re
 import sys
 import sysconfig
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +31,8 @@ SKIPPED = {
 }  # fmt: skip
 # Bounds of a useful line, in characters.
 SHORTEST, LONGEST, LONGEST_SIGNATURE = 16, 110, 220
+# A few modules document hundreds of functions alike; no module gives more than this.
+MOST_PER_MODULE = 40
 WORTHLESS = re.compile(
     r"(?i)deprecated|see (also|help|the)\b|^(todo|fixme|xxx|return self|override|internal|"
     r"same as|like |private|helper|initialize self|constructor)|:(param|return)|>>>|\bpep \d+"
@@ -67,6 +70,8 @@ def first_line(docstring: str) -> str | None:
         return None
     if not line[0].isupper() or not line.isascii() or len(line.split()) < 3:
         return None
+    if line.endswith((":", "..", ",", ":.")):
+        return None
     return line if line[-1] in ".!" else f"{line}."
 
 
@@ -94,6 +99,7 @@ def collect(library: Path) -> list[dict[str, str]]:
     found: list[dict[str, str]] = []
     prompts: set[str] = set()
     answers: set[str] = set()
+    counts: Counter[str] = Counter()
     for path in sorted(library.rglob("*.py")):
         relative = path.relative_to(library)
         if SKIPPED & set(relative.parts) or path.name.startswith("_"):
@@ -103,10 +109,37 @@ def collect(library: Path) -> list[dict[str, str]]:
             answer = re.sub(r"\W+", " ", example["completion"]).casefold()
             if example["prompt"] in prompts or answer in answers:
                 continue
+            if counts[module] == MOST_PER_MODULE:
+                continue
+            counts[module] += 1
             prompts.add(example["prompt"])
             answers.add(answer)
             found.append(example)
-    return found
+    return without_twins(found)
+
+
+def without_twins(examples: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Training examples without those whose signature is asked for in another split.
+
+    `threading` and `asyncio`, or `posixpath` and `ntpath`, document the same functions alike.
+    """
+    asked = {signature_of(e) for e in examples if split_of(e["module"]) != "train"}
+    seen: set[str] = set()
+    kept = []
+    for example in examples:
+        signature = signature_of(example)
+        if split_of(example["module"]) == "train":
+            if signature not in asked:
+                kept.append(example)
+        elif signature not in seen:
+            seen.add(signature)
+            kept.append(example)
+    return kept
+
+
+def signature_of(example: dict[str, str]) -> str:
+    """The prompt without its module."""
+    return example["prompt"].partition("# ")[2].partition("\n")[2]
 
 
 def split_of(module: str) -> str:

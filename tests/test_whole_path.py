@@ -1,0 +1,233 @@
+"""Every architecture through the whole path, and every setting felt somewhere in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import lighten
+from lighten import adapters, models
+from lighten.recipe.fields import EvaluateOptions, RecipeFields
+from lighten.runs import Run
+from tests.tiny import ARCHITECTURES, CHATML, save_tiny
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_architecture_trains_evaluates_reports_and_loads_in_peft(
+    arch: str, chat_file: Path, tmp_path: Path
+) -> None:
+    folder = save_tiny(tmp_path / "model", arch)
+    run = lighten.train(
+        model=str(folder), dataset=str(chat_file), output_dir=str(tmp_path / "run"), max_steps=4,
+        lora_r=[2, 4], learning_rate=1e-2, val_size=0.2, progress=False,
+        gradient_checkpointing=True,
+    )  # fmt: skip
+    losses = [m["loss"] for m in run.metrics() if m["kind"] == "train" and m["adapter"] == "r4"]
+    assert losses[-1] < losses[0]
+    found = lighten.evaluate(run, max_examples=4, max_new_tokens=3)
+    assert found.metric("r4", "loss")["value"] < found.metric("base", "loss")["value"]
+    assert lighten.report(run).stat().st_size > 10_000
+
+    ids = torch.tensor([[5, 9, 14, 200, 31]])
+    base = models.load(str(folder), dtype="float32")
+    cohort = adapters.load(base.model, run.adapters())
+    with torch.no_grad(), cohort.using("r4"):
+        ours = cohort.model(input_ids=ids).logits
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    theirs = PeftModel.from_pretrained(plain, str(run.adapters()["r4"])).eval()
+    with torch.no_grad():
+        assert torch.allclose(ours, theirs(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, chat_file: Path) -> dict[str, Any]:
+    """A model, data of both kinds with one long and one broken row, and a recipe that feels all."""
+    folder = tmp_path_factory.mktemp("world")
+    save_tiny(folder / "model")
+    save_tiny(folder / "other", seed=1)
+    rows = [json.loads(line) for line in chat_file.read_text().splitlines()]
+    rows += [{"prompt": f"q {i} " * 4, "completion": f"a {i}"} for i in range(8)]
+    rows.append({"prompt": "long", "completion": "answer " * 60})
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "broken.jsonl").write_text("\n".join([*map(json.dumps, rows), "{"]))
+    (folder / "eval.jsonl").write_text(json.dumps({"prompt": "x", "completion": "y"}))
+    (folder / "plain.jinja").write_text(CHATML.replace("<|im_start|>", "<|im_start|>> "))
+    return {
+        "folder": folder,
+        "settings": {
+            "model_name_or_path": str(folder / "model"), "dataset": str(folder / "data.jsonl"),
+            "dtype": "float32", "max_length": 150, "max_steps": 4, "eval_steps": 2,
+            "save_steps": 2, "save_total_limit": 5, "per_device_train_batch_size": 3,
+            "gradient_accumulation_steps": 2, "learning_rate": 3e-2, "weight_decay": 0.01,
+            "lora_r": 4, "lora_dropout": 0.05, "val_size": 0.2, "max_grad_norm": 0.8,
+            "evaluate": {"max_examples": 6, "max_new_tokens": 3},
+        },
+    }  # fmt: skip
+
+
+def fingerprint(settings: dict[str, Any], output: Path) -> dict[str, Any]:
+    """All that a run and its evaluation left, but for times, sizes of memory and places."""
+    run: Run = lighten.train(**{"progress": False, "output_dir": str(output), **settings})
+    folder = run.folder
+    lighten.evaluate(run)
+    info, evaluation = run.info(), run.evaluation()
+    assert evaluation is not None
+    timed = {"seconds", "peak_bytes"}
+    return {
+        "metrics": [{k: v for k, v in m.items() if k not in timed} for m in run.metrics()],
+        "data": info["data"],
+        "choices": info["choices"],
+        "base": info["base"],
+        "adapters": info["adapters"],
+        "weights": {
+            name: hashlib.sha256(
+                b"".join(v.numpy().tobytes() for v in load_file(
+                    path / "adapter_model.safetensors").values())
+            ).hexdigest()
+            for name, path in run.adapters().items()
+        },
+        "config": [(p / "adapter_config.json").read_text() for p in run.adapters().values()],
+        "checkpoints": sorted(p.name for p in (folder / "checkpoints").iterdir()),
+        "trackers": len(list(folder.rglob("events.out*"))),
+        "scalars": sum(p.stat().st_size for p in folder.rglob("events.out*")),
+        "folder": str(folder),
+        "evaluation": [evaluation["settings"], evaluation["dataset"]["rows"],
+                       [(m["metrics"], m["generated_tokens"]) for m in evaluation["models"]]],
+    }  # fmt: skip
+
+
+# A value that must be felt; a dict changes more than the field, where the field needs company.
+MUTATIONS: dict[str, Any] = {
+    "dtype": "bfloat16", "attn_implementation": "eager", "chat_template": "plain",
+    "added_tokens": ["<|new|>"], "val_size": 0.4, "max_length": 60,
+    "truncation_strategy": "drop", "assistant_only_loss": False, "completion_only_loss": False,
+    "max_train_samples": 20, "max_eval_samples": 2, "num_train_epochs": 2.0, "max_steps": 3,
+    "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "group_by_length": False,
+    "learning_rate": 1e-3, "lr_scheduler_type": "constant", "warmup_ratio": 0.5,
+    "warmup_steps": 3, "weight_decay": 0.5, "adam_beta1": 0.5, "adam_beta2": 0.9,
+    "adam_epsilon": 1e-2, "max_grad_norm": 0.1, "gradient_checkpointing": True, "seed": 7,
+    "eval_steps": 1, "save_steps": 1, "save_total_limit": 1, "lora_r": 2, "lora_alpha": 1.0,
+    "lora_dropout": 0.5, "lora_target_modules": ["q_proj"], "use_rslora": True,
+    "init_lora_weights": "gaussian", "modules_to_save": ["norm"], "rank_pattern": {"q_proj": 1},
+    "alpha_pattern": {"q_proj": 1.0}, "adapters": [{"name": "a"}, {"name": "b", "lora_r": 1}],
+    "early_stopping_patience": {"early_stopping_patience": 1, "learning_rate": 5.0,
+                                "eval_steps": 1},
+    "early_stopping_threshold": {"early_stopping_patience": 1, "early_stopping_threshold": 100.0,
+                                 "eval_steps": 1},
+    "load_best_model_at_end": {"load_best_model_at_end": True, "learning_rate": 9.0, "eval_steps": 1,
+                               "lr_scheduler_type": "constant"},
+    "report_to": ["tensorboard"],
+    "evaluate.max_examples": 2, "evaluate.max_new_tokens": 1, "evaluate.bootstrap_samples": 10,
+    "evaluate.seed": 5,
+}  # fmt: skip
+# Felt by other means than the result, each with the test that shows it.
+ELSEWHERE = {
+    "model_name_or_path": "every test", "dataset": "every test", "evaluate": "its own fields",
+    "output_dir": "every test", "revision": "test_models, hub",
+    "trust_remote_code": "test_models, code", "skip_bad_rows": "below",
+    "eval_dataset": "below", "logging_steps": "below", "optim": "one value so far",
+    "tokens_per_microbatch": "below: the layout changes, the result must not",
+    "per_device_eval_batch_size": "below: the layout changes, the result must not",
+    "evaluate.batch_size": "test_evaluate, trap 17: the result must not change",
+}  # fmt: skip
+
+
+def test_trap52_the_table_below_names_every_setting() -> None:
+    named = {name for name in MUTATIONS | ELSEWHERE if "." not in name}
+    assert named == set(RecipeFields.model_fields)
+    nested = {name.partition(".")[2] for name in MUTATIONS | ELSEWHERE if "." in name}
+    assert nested == set(EvaluateOptions.model_fields)
+
+
+@pytest.fixture(scope="module")
+def before(world: dict[str, Any]) -> dict[str, Any]:
+    return fingerprint(world["settings"], world["folder"] / "same")
+
+
+@pytest.mark.parametrize("field", sorted(MUTATIONS))
+def test_trap52_every_setting_is_felt(
+    field: str, world: dict[str, Any], before: dict[str, Any], tmp_path: Path
+) -> None:
+    change = MUTATIONS[field]
+    alone = not (isinstance(change, dict) and field in change)
+    changes = {field: change} if alone else change
+    settings = {**world["settings"], **changes}
+    if field == "num_train_epochs":
+        del settings["max_steps"]
+    if field == "truncation_strategy":
+        settings["max_length"] = 100
+    reference = before
+    if not alone or field == "truncation_strategy":
+        others = {key: value for key, value in settings.items() if key != field}
+        reference = fingerprint(others, tmp_path / "others")
+    found = fingerprint(settings, tmp_path / "changed")
+    parts = [key for key in found if key != "folder" and found[key] != reference[key]]
+    assert parts, f"{field} changed nothing"
+
+
+def test_the_same_recipe_leaves_the_same(
+    world: dict[str, Any], before: dict[str, Any], tmp_path: Path
+) -> None:
+    again = fingerprint(world["settings"], tmp_path / "again")
+    assert {**again, "folder": ""} == {**before, "folder": ""}
+
+
+def test_layout_settings_change_batches_but_no_result(
+    world: dict[str, Any], before: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lighten.train import heldout, loop
+
+    sizes: list[int] = []
+    for module in (loop, heldout):
+        plain = module.collate
+
+        def noting(items: Any, *rest: Any, _plain: Any = plain, **options: Any) -> Any:
+            sizes.append(len(items))
+            return _plain(items, *rest, **options)
+
+        monkeypatch.setattr(module, "collate", noting)
+    seen = {}
+    for name, change in (
+        ("plain", {}), ("tokens_per_microbatch", {"tokens_per_microbatch": 130}),
+        ("per_device_eval_batch_size", {"per_device_eval_batch_size": 2}),
+    ):  # fmt: skip
+        sizes.clear()
+        found = fingerprint({**world["settings"], **change}, tmp_path / name)
+        seen[name] = list(sizes)
+        for ours, theirs in zip(found["metrics"], before["metrics"], strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+    assert seen["tokens_per_microbatch"] != seen["plain"] != seen["per_device_eval_batch_size"]
+
+
+def test_other_files_of_data_are_felt(world: dict[str, Any], tmp_path: Path) -> None:
+    folder, settings = world["folder"], dict(world["settings"])
+    del settings["val_size"]
+    found = fingerprint({**settings, "eval_dataset": str(folder / "eval.jsonl")}, tmp_path / "e")
+    assert found["data"]["eval_rows"] == 1
+    broken = {**settings, "dataset": str(folder / "broken.jsonl")}
+    with pytest.raises(lighten.UserError, match="not valid JSON"):
+        lighten.train(**broken, output_dir=str(tmp_path / "x"), progress=False)
+    run = lighten.train(
+        **broken, skip_bad_rows=True, output_dir=str(tmp_path / "b"), progress=False
+    )
+    assert run.info()["data"]["bad_rows"] == 1
+    jinja = fingerprint({**settings, "chat_template": str(folder / "plain.jinja")}, tmp_path / "j")
+    assert jinja["data"]["template"]["name"] == "plain.jinja"
+    other = fingerprint({**settings, "model_name_or_path": str(folder / "other")}, tmp_path / "o")
+    assert other["base"]["checksum"] != found["base"]["checksum"]
+
+
+def test_trackers_hear_every_so_many_steps(world: dict[str, Any], tmp_path: Path) -> None:
+    settings = {**world["settings"], "report_to": ["tensorboard"]}
+    often = fingerprint(settings, tmp_path / "often")
+    seldom = fingerprint({**settings, "logging_steps": 4}, tmp_path / "seldom")
+    assert seldom["scalars"] < often["scalars"]
+    assert seldom["metrics"] == often["metrics"]
