@@ -17,7 +17,7 @@ from lighten.adapters import Cohort
 from lighten.errors import UserError
 from lighten.evaluate.generate import stop_tokens
 from lighten.runs import Run
-from lighten.train.prepare import add_tokens
+from lighten.train.prepare import load_base
 
 HELP = "/reset forgets the conversation, /system TEXT sets a system message, /adapter NAME, /exit"
 
@@ -41,15 +41,7 @@ class Conversation:
             self.cohort = adapters.attach(self.base.model, [])
         else:
             recipe = run.recipe()
-            self.base = models.load(
-                recipe.model_name_or_path,
-                revision=recipe.revision,
-                dtype=recipe.dtype,
-                attn_implementation=recipe.attn_implementation,
-                trust_remote_code=recipe.trust_remote_code,
-                device=device,
-            )
-            add_tokens(self.base.model, self.base.tokenizer, recipe.added_tokens)
+            self.base = load_base(recipe, device)
             data.choose_template(self.base.tokenizer, recipe.chat_template)
             self.cohort = adapters.load(self.base.model, run.adapters())
         self.system = system

@@ -21,7 +21,7 @@ from lighten.recipe import EvaluateOptions, Recipe
 from lighten.runs import Run
 from lighten.train.heldout import held_out
 from lighten.train.loss import Objective
-from lighten.train.prepare import add_tokens
+from lighten.train.prepare import load_base
 
 Progress = Callable[[str, int, int], None]
 
@@ -95,16 +95,7 @@ def evaluate_run(run: Run, *, progress: Progress | None = None, **options: Any) 
     if not folders:
         raise UserError(f"{run.folder} has no trained adapter yet; train it first")
     transformers_logging.disable_progress_bar()
-    device = hardware.choose_device().value
-    base = models.load(
-        recipe.model_name_or_path,
-        revision=recipe.revision,
-        dtype=recipe.dtype,
-        attn_implementation=recipe.attn_implementation,
-        trust_remote_code=recipe.trust_remote_code,
-        device=device,
-    )
-    add_tokens(base.model, base.tokenizer, recipe.added_tokens)
+    base = load_base(recipe, hardware.choose_device().value)
     template = data.choose_template(base.tokenizer, recipe.chat_template)
     found, name = held_out_examples(recipe)
     answered = [example for example in found if example.reference]

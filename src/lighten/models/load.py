@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from lighten.errors import UserError
 from lighten.hardware import Choice, choose_dtype
+from lighten.models import attention as blocks
 from lighten.models import gguf, packaged
 from lighten.models.names import PACKAGED, Source, resolve
 
@@ -88,12 +89,12 @@ def load(
     source, path = locate(name, revision=revision, code=trust_remote_code)
     if source == "gguf":
         model, tokenizer = gguf.read(path, torch_dtype)
-        attention = _set_attention(model, attn_implementation)
+        attention = _set_attention(model, attn_implementation, device)
     else:
         _require_safetensors(path)
         tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
         model = _pretrained(name, path, torch_dtype, trust_remote_code)
-        attention = _set_attention(model, attn_implementation)
+        attention = _set_attention(model, attn_implementation, device)
     if tokenizer.pad_token_id is None:
         # Padding is never attended to and never supervised, so any token serves (trap 11).
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
@@ -141,7 +142,7 @@ def _pretrained(
     return model
 
 
-def _set_attention(model: PreTrainedModel, wanted: str) -> Choice:
+def _set_attention(model: PreTrainedModel, wanted: str, device: str) -> Choice:
     """Set the attention implementation; plain attention where the architecture has no other."""
     try:
         model.set_attn_implementation(wanted)
@@ -150,6 +151,10 @@ def _set_attention(model: PreTrainedModel, wanted: str) -> Choice:
             raise UserError(f"attn_implementation: {wanted}: {_first_line(error)}") from error
         model.set_attn_implementation("eager")
     in_use = str(model.config._attn_implementation)
+    if in_use == wanted == "sdpa" and device == "cpu":
+        blocks.register()
+        model.set_attn_implementation(blocks.NAME)
+        return Choice("sdpa in blocks", "on a processor plain products beat PyTorch's flash kernel")
     if in_use == wanted:
         return Choice(wanted, "attn_implementation of the recipe")
     return Choice(in_use, f"{type(model).__name__} has no {wanted} attention")

@@ -107,6 +107,24 @@ def prepare(recipe: Recipe, accelerator: Accelerator, base: models.Base, rows: R
     )  # fmt: skip
 
 
+def load_base(recipe: Recipe, device: str) -> models.Base:
+    """The recipe's base with its new tokens, as training, evaluation and chat all see it.
+
+    Raises:
+        UserError: The base cannot be had.
+    """
+    base = models.load(
+        recipe.model_name_or_path,
+        revision=recipe.revision,
+        dtype=recipe.dtype,
+        attn_implementation=recipe.attn_implementation,
+        trust_remote_code=recipe.trust_remote_code,
+        device=device,
+    )
+    add_tokens(base.model, base.tokenizer, recipe.added_tokens)
+    return base
+
+
 def add_tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]
 ) -> None:

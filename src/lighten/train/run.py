@@ -19,7 +19,7 @@ from lighten.runs import Run
 from lighten.train import checkpoints, trackers
 from lighten.train.checkpoints import TrainerState
 from lighten.train.loop import Loop
-from lighten.train.prepare import Setup, add_tokens, load_rows, prepare
+from lighten.train.prepare import Setup, load_base, load_rows, prepare
 from lighten.train.progress import TrainingProgress
 
 
@@ -84,15 +84,7 @@ def _train(
     transformers_logging.disable_progress_bar()
     set_seed(0)  # nothing below draws from the global generators; a model's own code might
     memory = hardware.PeakMemory(accelerator.device.type)
-    base = models.load(
-        recipe.model_name_or_path,
-        revision=recipe.revision,
-        dtype=recipe.dtype,
-        attn_implementation=recipe.attn_implementation,
-        trust_remote_code=recipe.trust_remote_code,
-        device=str(accelerator.device),
-    )
-    add_tokens(base.model, base.tokenizer, recipe.added_tokens)
+    base = load_base(recipe, str(accelerator.device))
     rows = load_rows(recipe, base.tokenizer)
     setup = prepare(recipe, accelerator, base, rows)
     _tell(setup, shown)
