@@ -257,6 +257,24 @@ def test_ready_tokens_keep_their_labels() -> None:
     assert row.supervised == [False, True, False]
 
 
+def test_trap20_a_tokenizer_that_gives_a_plain_dict_is_masked_alike() -> None:
+    class Plain:
+        """The same tokenizer, whose calls give a dict in place of a BatchEncoding."""
+
+        def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+            self._own = tokenizer
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._own, name)
+
+        def __call__(self, *args: Any, **options: Any) -> dict[str, Any]:
+            return dict(self._own(*args, **options))
+
+    tokenizer = tokenizer_for(CHATML)
+    example = chat("one", "two", "three", "four")
+    assert one(example, Plain(tokenizer)) == one(example, tokenizer)
+
+
 def test_encoding_is_deterministic_and_fingerprinted() -> None:
     tokenizer = tokenizer_for(CHATML)
     rows = [chat("a", "b"), chat("c", "d")]

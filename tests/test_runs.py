@@ -91,7 +91,7 @@ def test_a_folder_that_is_no_run_says_so(tmp_path: Path) -> None:
         Run(tmp_path)
 
 
-def test_a_finished_run_is_replaced_whole_and_an_unfinished_one_is_not(
+def test_an_ended_run_is_moved_aside_and_an_unfinished_one_is_kept(
     tmp_path: Path, chat_file: Path
 ) -> None:
     recipe = Recipe.from_values(
@@ -102,5 +102,9 @@ def test_a_finished_run_is_replaced_whole_and_an_unfinished_one_is_not(
     runs.append_line(run.folder / "metrics.jsonl", {"step": 1})
     with pytest.raises(UserError, match="unfinished run; go on with --resume"):
         Run.create(recipe)
-    run.update(status="finished")
-    assert Run.create(recipe).metrics() == []
+    for number in (1, 2):
+        run.update(status="finished")
+        assert Run.create(recipe).metrics() == []
+        assert Run(tmp_path / f"r-{number}").metrics() == [{"step": 1}]
+        assert f"which is now {tmp_path / f'r-{number}'}" in recipe.notices[-1]
+        runs.append_line(run.folder / "metrics.jsonl", {"step": 1})

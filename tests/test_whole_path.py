@@ -59,6 +59,8 @@ def world(tmp_path_factory: pytest.TempPathFactory, chat_file: Path) -> dict[str
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "broken.jsonl").write_text("\n".join([*map(json.dumps, rows), "{"]))
     (folder / "eval.jsonl").write_text(json.dumps({"prompt": "x", "completion": "y"}))
+    foreign = {"prompt": "x", "completion": "ZQ#XJ%K&" * 12}
+    (folder / "foreign.jsonl").write_text(json.dumps(foreign))
     (folder / "plain.jinja").write_text(CHATML.replace("<|im_start|>", "<|im_start|>> "))
     return {
         "folder": folder,
@@ -122,8 +124,9 @@ MUTATIONS: dict[str, Any] = {
                                 "eval_steps": 1},
     "early_stopping_threshold": {"early_stopping_patience": 1, "early_stopping_threshold": 100.0,
                                  "eval_steps": 1},
-    "load_best_model_at_end": {"load_best_model_at_end": True, "learning_rate": 4.0,
-                               "eval_steps": 1, "lr_scheduler_type": "constant"},
+    # What the training teaches makes the held-out answers less likely from the first step on.
+    "load_best_model_at_end": {"load_best_model_at_end": True, "eval_steps": 1, "val_size": 0.05,
+                               "eval_dataset": "foreign.jsonl"},
     "report_to": ["tensorboard"],
     "evaluate.max_examples": 2, "evaluate.max_new_tokens": 1, "evaluate.bootstrap_samples": 10,
     "evaluate.seed": 5,
@@ -162,6 +165,8 @@ def test_trap52_every_setting_is_felt(
     settings = {**world["settings"], **changes}
     if field == "num_train_epochs":
         del settings["max_steps"]
+    if "eval_dataset" in settings:
+        settings["eval_dataset"] = str(world["folder"] / settings["eval_dataset"])
     if field == "truncation_strategy":
         settings["max_length"] = 60
     reference = before

@@ -6,7 +6,6 @@ import errno
 import json
 import math
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -131,7 +130,7 @@ class Run:
 
     @classmethod
     def create(cls, recipe: Recipe, *, resume: bool = False) -> Run:
-        """Make the recipe's run folder, or take it up again.
+        """Make the recipe's run folder, or take it up again; an ended run is moved aside, not lost.
 
         Raises:
             UserError: A run is there already and not to be resumed, or it has another recipe.
@@ -148,10 +147,9 @@ class Run:
                     f"{folder} holds an unfinished run; go on with --resume, or choose another "
                     "--output_dir"
                 )
-            for part in ("checkpoints", "adapters", "exports"):
-                shutil.rmtree(folder / part, ignore_errors=True)
-            for name in (METRICS, EVALUATION, "report.html"):
-                (folder / name).unlink(missing_ok=True)
+            aside = _free_name(folder)
+            os.replace(folder, aside)
+            recipe.notices.append(f"{folder} held an ended run, which is now {aside}")
         write_text(folder / RECIPE, recipe.to_yaml())
         return cls(folder)
 
@@ -224,6 +222,14 @@ class Run:
         except ValueError as error:
             raise UserError(f"{path} is not valid JSON: {error}") from error
         return value
+
+
+def _free_name(folder: Path) -> Path:
+    """The folder's name with the first number that is not taken."""
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}-{number}")).exists():
+        number += 1
+    return aside
 
 
 def find(folder: str | os.PathLike[str] = "runs") -> list[Run]:

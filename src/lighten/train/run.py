@@ -14,12 +14,13 @@ from transformers.utils import logging as transformers_logging
 
 from lighten import hardware, models, runs
 from lighten.adapters import files
+from lighten.errors import UserError
 from lighten.recipe import Recipe
 from lighten.runs import Run
 from lighten.train import checkpoints, trackers
 from lighten.train.checkpoints import TrainerState
 from lighten.train.loop import Loop
-from lighten.train.prepare import Setup, load_base, load_rows, prepare
+from lighten.train.prepare import Rows, Setup, load_base, load_rows, prepare
 from lighten.train.progress import TrainingProgress
 
 
@@ -88,6 +89,8 @@ def _train(
     rows = load_rows(recipe, base.tokenizer)
     setup = prepare(recipe, accelerator, base, rows)
     _tell(setup, shown)
+    if resume:
+        _require_same_inputs(run, base, rows)
     state = _resume(run, setup, shown) if resume else TrainerState()
     if accelerator.is_main_process:
         run.truncate_metrics(state.step)
@@ -105,6 +108,25 @@ def _train(
     if accelerator.is_main_process:
         _finish(run, setup, state, memory.read())
     accelerator.wait_for_everyone()
+
+
+def _require_same_inputs(run: Run, base: models.Base, rows: Rows) -> None:
+    """A resumed run must see the model and data that it began with.
+
+    Raises:
+        UserError: A file has changed since.
+    """
+    info = run.info()
+    before = (info.get("base", {}).get("checksum"), info.get("data", {}).get("sha256"))
+    for what, old, new in zip(
+        (f"the model {base.name}", f"the dataset {rows.facts['path']}"),
+        before, (base.checksum, rows.facts["sha256"]), strict=True,
+    ):  # fmt: skip
+        if old is not None and old != new:
+            raise UserError(
+                f"cannot resume {run.folder}: {what} has changed since the run began; put it back, "
+                "or choose another --output_dir"
+            )
 
 
 def _resume(run: Run, setup: Setup, shown: TrainingProgress) -> TrainerState:
