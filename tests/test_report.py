@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -54,6 +55,31 @@ def test_a_run_without_a_step_makes_a_page(tmp_path: Path) -> None:
     assert "no data" in text
 
 
+def test_figures_that_are_missing_leave_a_note_not_a_crash(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "r", adapters=("small", "large"))
+    found = json.loads((run.folder / "evaluation.json").read_text())
+    found["models"][1]["metrics"]["perplexity"] = dict.fromkeys(("value", "se", "low", "high"))
+    found["models"][2]["metrics"]["loss"]["value"] = 1.0
+    found["differences"] = found["differences"][3:]
+    found["examples"][0]["answers"]["small"] = None
+    (run.folder / "evaluation.json").write_text(json.dumps(found))
+    text = page([run])
+    assert "not compared" in text
+    assert "Perplexity, large" in text
+    assert "(no answer)" in text
+    del found["differences"], found["models"][0]
+    (run.folder / "evaluation.json").write_text(json.dumps(found))
+    assert "without a base to compare with" in page([run])
+
+
+def test_ticks_of_a_narrow_range_read_differently() -> None:
+    text = charts.line_chart(
+        [charts.Series("a", [1, 2], [3.5, 3.512])], title="t", x_label="x", y_label="y"
+    )
+    labels = re.findall(r'text-anchor="end">([\d.,]+)<', text)
+    assert len(set(labels)) == len(labels) >= 3
+
+
 def test_no_difference_is_said_as_such() -> None:
     metrics = {"perplexity": {"value": 10.0}, "chrf": {"value": 20.0}}
     found = {
@@ -63,7 +89,7 @@ def test_no_difference_is_said_as_such() -> None:
     }  # fmt: skip
     (said,) = words.headline({}, found)
     assert said.count("no difference found") == 2
-    assert said.startswith("r8: held-out perplexity 10 → 10")
+    assert said.startswith("r8: held-out perplexity 10.0 → 10.0 (no difference")
 
 
 def test_shared_words_are_marked_and_the_rest_is_escaped() -> None:

@@ -1,4 +1,4 @@
-"""Line charts as inline SVG: axes, grid, direct labels, error bars; light, dark and print.
+"""Line charts as inline SVG: axes, grid, legend, error bars; light, dark and print.
 
 Colours are CSS variables of the page (`--series-1` …), so one drawing serves every theme.
 """
@@ -43,7 +43,8 @@ class Series:
 
     def points(self) -> list[tuple[float, float, float | None]]:
         """Place, value and error where there is a finite value."""
-        errors = [*self.errors, *[None] * (len(self.x) - len(self.errors))]
+        errors = [e if e is not None and math.isfinite(e) else None for e in self.errors]
+        errors += [None] * (len(self.x) - len(errors))
         return [
             (x, y, e)
             for x, y, e in zip(self.x, self.y, errors, strict=True)
@@ -73,18 +74,18 @@ def line_chart(series: Sequence[Series], *, title: str, x_label: str, y_label: s
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
         f"<title>{escape(title)}</title>"
     ]
-    for tick in y_ticks:
+    for tick, label in zip(y_ticks, _tick_labels(y_ticks), strict=True):
         y = up(tick)
         parts.append(
             f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
             f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">'
-            f"{number(tick)}</text>"
+            f"{label}</text>"
         )
-    for tick in x_ticks:
+    for tick, label in zip(x_ticks, _tick_labels(x_ticks), strict=True):
         if min(xs) <= tick <= max(xs):
             parts.append(
                 f'<text class="tick" x="{across(tick):.1f}" y="{HEIGHT - BOTTOM + 18}" '
-                f'text-anchor="middle">{number(tick)}</text>'
+                f'text-anchor="middle">{label}</text>'
             )
     parts.append(
         f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" '
@@ -191,10 +192,19 @@ def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     return [round(i * step, 12) for i in range(first, last + 1)]
 
 
-def number(value: float) -> str:
+def _tick_labels(values: Sequence[float]) -> list[str]:
+    """Every tick with the decimals that its step needs, so that no two read alike."""
+    step = values[1] - values[0] if len(values) > 1 else 1.0
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+    return [f"{value:,.{decimals}f}" for value in values]
+
+
+def number(value: float | None) -> str:
     """A number as people write it: three significant digits, thousands with commas."""
-    if abs(value) >= 1000:
+    if value is None or not math.isfinite(value):
+        return "–"
+    if abs(value) >= 999.5:
         return f"{value:,.0f}"
-    if value == int(value):
+    if isinstance(value, int) or value == 0:
         return str(int(value))
-    return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+    return f"{value:#.3g}" if 1e-4 <= abs(value) < 100 else f"{value:.3g}"

@@ -83,17 +83,20 @@ def _run(run: Run) -> dict[str, Any]:
 def _tiles(info: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> list[dict[str, str]]:
     """The figures a reader wants first."""
     tiles = []
-    if evaluation is not None and len(evaluation["models"]) > 1:
-        base, tuned = evaluation["models"][0], evaluation["models"][1]
+    models = (evaluation or {}).get("models", [])
+    if len(models) > 1:
+        base, tuned = models[0], min(models[1:], key=_held_out_loss)
+        # Of several adapters the tiles show the one with the lowest held-out loss, by name.
+        whose = f", {tuned['name']}" if len(models) > 2 else ""
         for name, label in (("perplexity", "Perplexity"), ("chrf", "chrF"), ("bleu", "BLEU")):
-            if name in base["metrics"]:
-                verdict = words.verdict_of(evaluation["differences"], tuned["name"], name)
+            if name in base["metrics"] and name in tuned["metrics"]:
+                differences = (evaluation or {}).get("differences", [])
                 tiles.append(
                     {
-                        "label": label,
+                        "label": f"{label}{whose}",
                         "before": number(base["metrics"][name]["value"]),
                         "after": number(tuned["metrics"][name]["value"]),
-                        "note": verdict,
+                        "note": words.verdict_of(differences, tuned["name"], name),
                     }
                 )
     training = info.get("training")
@@ -116,16 +119,21 @@ def _tiles(info: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> lis
             }
         )
     if info.get("adapters"):
-        own, base = info["adapters"][0], info["base"]
+        own = info["adapters"][0]
         tiles.append(
             {
-                "label": "To ship",
-                "before": words.size(base["weights_bytes"]),
+                "label": "Adapter file" if len(info["adapters"]) == 1 else f"File of {own['name']}",
+                "before": "",
                 "after": words.size(own["file_bytes"]),
-                "note": "the adapter in place of the model",
+                "note": f"beside the base's {words.size(info['base']['weights_bytes'])}",
             }
         )
     return tiles
+
+
+def _held_out_loss(model: Mapping[str, Any]) -> float:
+    value = model["metrics"].get("loss", {}).get("value")
+    return float("inf") if value is None else float(value)
 
 
 def _adapters(lines: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -230,6 +238,7 @@ def _sizes(info: Mapping[str, Any]) -> list[dict[str, Any]]:
     bars += [
         {"label": f"adapter {own['name']}", "bytes": own["file_bytes"]}
         for own in info.get("adapters") or []
+        if own.get("file_bytes")
     ]
     longest = max(bar["bytes"] for bar in bars)
     return [{**bar, "share": 100 * bar["bytes"] / longest} for bar in bars]

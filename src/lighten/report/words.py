@@ -26,13 +26,15 @@ def headline(info: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> l
         if name == "base":
             continue
         told = [
-            _change(label, values["base"], own, evaluation["differences"], name, metric)
+            _change(label, values["base"], own, evaluation.get("differences", []), name, metric)
             for metric, label in (("perplexity", "perplexity"), ("chrf", "chrF"))
-            if metric in own and metric in values["base"]
+            if metric in own and metric in values.get("base", {})
         ]
+        if not told:
+            continue
         lead = "Held-out " if name == "default" else f"{name}: held-out "
         sentences.append(f"{lead}{' and '.join(told)}.")
-    return sentences
+    return sentences or ["Evaluated, without a base to compare with."]
 
 
 def _change(
@@ -47,7 +49,8 @@ def _change(
     said = {
         "better": "better, outside the 95 % interval",
         "worse": "worse, outside the 95 % interval",
-    }.get(verdict, "no difference found")
+        "": "not compared",
+    }.get(verdict, verdict)
     return f"{label} {number(base[metric]['value'])} → {number(own[metric]['value'])} ({said})"
 
 
