@@ -58,12 +58,12 @@ def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool
 
 
 def start(settings: dict[str, Any], *words: str, **environment: str) -> subprocess.Popen[str]:
-    """The command line in its own process."""
+    """The command line in its own process, with as many threads as here: sums depend on them."""
     flags = [f"{k}={json.dumps(v) if isinstance(v, list) else v}" for k, v in settings.items()]
     return subprocess.Popen(
         [sys.executable, "-m", "lighten", "train", *flags, *words],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), **environment},
     )  # fmt: skip
 
 
