@@ -1,7 +1,7 @@
 """Compose the Korean book recommendations from hand-written pieces.
 
     python examples/korean-books/make.py            # write data/*.jsonl
-    python examples/korean-books/make.py --check    # are the frozen files what it makes?
+    python examples/korean-books/make.py --check    # frozen files as made, nothing twice?
 
 `catalogue.tsv` holds real books (key, title, author, what the book gives a reader), `moments.tsv` a
 feeling and situation, an opening sentence for it and the two books chosen for it. Both were written
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -25,15 +26,21 @@ INSTRUCTIONS = (
     "오늘 같은 날 읽을 책을 추천해 줄래요?",
     "지금 저에게 필요한 책을 골라 주세요.",
     "다음 마음에 어울리는 책을 소개해 주세요.",
+    "제 이야기를 듣고 책 두 권만 권해 주세요.",
+    "이 기분에 곁에 두면 좋을 책이 있을까요?",
+    "이런 날에는 무슨 책이 어울릴까요?",
+    "제 상황에 맞는 책과 그 까닭을 알려 주세요.",
 )
 ENDINGS = (
     "마음 가는 책부터 천천히 펼쳐 보세요.",
     "부담 없이 몇 쪽만 읽어도 좋아요.",
-    "읽고 나면 마음이 한결 나아지길 바라요.",
+    "읽는 동안 좋은 시간 보내시길 바라요.",
     "오늘은 이 두 권이 곁에 있기를 바라요.",
+    "끌리는 쪽을 먼저 골라 보세요.",
 )
-# One row in this many is kept for testing.
-TEST_EVERY = 11
+# Of this many rows the first is kept for testing and the one in the middle watched in training.
+CYCLE = 11
+MIDDLE = 5
 
 
 def rows() -> list[dict[str, str]]:
@@ -57,9 +64,42 @@ def splits() -> dict[str, list[dict[str, str]]]:
     """The rows by the file they go to."""
     made = rows()
     return {
-        "train": [row for i, row in enumerate(made) if i % TEST_EVERY],
-        "test": [row for i, row in enumerate(made) if i % TEST_EVERY == 0],
+        "train": [row for i, row in enumerate(made) if i % CYCLE not in (0, MIDDLE)],
+        "valid": [row for i, row in enumerate(made) if i % CYCLE == MIDDLE],
+        "test": [row for i, row in enumerate(made) if i % CYCLE == 0],
     }
+
+
+def problems() -> list[str]:
+    """What is wrong with the pieces or the frozen files; nothing, if all is well."""
+    found = []
+    books, moments = _table("catalogue.tsv"), _table("moments.tsv")
+    columns = {
+        "book key": [book[0] for book in books],
+        "title": [book[1] for book in books],
+        "moment": [moment for moment, _, _ in moments],
+        "output": [row["output"] for row in rows()],
+    }
+    for name, values in columns.items():
+        found += [f"{name} twice: {v}" for v, times in Counter(values).items() if times > 1]
+    used = [chosen.split(",") for _, _, chosen in moments]
+    found += [f"not two books: {pair}" for pair in used if len(set(pair)) != 2]
+    unused = {book[0] for book in books} - {key for pair in used for key in pair}
+    found += [f"never recommended: {key}" for key in sorted(unused)]
+    # What lies in the files, not what would be written: the same input may stand in one only.
+    frozen = {
+        split: (HERE / "data" / f"{split}.jsonl").read_text(encoding="utf-8") for split in splits()
+    }
+    for split, own in splits().items():
+        if frozen[split] != _lines(own):
+            found.append(f"{split}.jsonl is not what this makes")
+    inputs = [json.loads(line)["input"] for text in frozen.values() for line in text.splitlines()]
+    found += [f"input twice: {v}" for v, times in Counter(inputs).items() if times > 1]
+    return found
+
+
+def _lines(made: list[dict[str, str]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made)
 
 
 def _told(book: list[str]) -> str:
@@ -88,19 +128,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="verify the frozen files")
     check = parser.parse_args().check
-    same = True
-    for split, own in splits().items():
-        path = HERE / "data" / f"{split}.jsonl"
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in own)
-        if check:
-            same &= path.read_text(encoding="utf-8") == text
-        else:
+    if not check:
+        for split, own in splits().items():
+            path = HERE / "data" / f"{split}.jsonl"
             path.parent.mkdir(exist_ok=True)
-            path.write_text(text, encoding="utf-8")
+            path.write_text(_lines(own), encoding="utf-8")
             print(f"{split}: {len(own)} rows")
-    if check:
-        print("the frozen files are what this makes" if same else "the frozen files differ")
-    return 0 if same else 1
+    found = problems()
+    for problem in found:
+        print(problem, file=sys.stderr)
+    if check and not found:
+        print("the frozen files are what this makes; nothing stands twice")
+    return 1 if found else 0
 
 
 if __name__ == "__main__":
