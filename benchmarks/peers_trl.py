@@ -8,6 +8,7 @@ their mask), the adapter to start from and the settings; the last line printed i
 
 from __future__ import annotations
 
+import importlib.metadata
 import itertools
 import json
 import sys
@@ -23,16 +24,21 @@ from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
+
 
 class Clock(TrainerCallback):
-    """When each step ended."""
+    """When each step ended, on the machine's clock."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
+        self.device = device
         self.ends: list[float] = []
 
     def on_step_end(self, *_args: Any, **_kwargs: Any) -> None:
         """Note the time."""
-        self.ends.append(time.perf_counter())
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+        self.ends.append(time.time())
 
 
 class InOrder(SFTTrainer):
@@ -44,57 +50,72 @@ class InOrder(SFTTrainer):
 
 def high_water() -> int:
     """Linux's VmHWM in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith("VmHWM"):
             return int(line.split()[1]) * 1024
-    raise OSError("no VmHWM")
+    raise OSError("no VmHWM in /proc/self/status")
+
+
+def dataset(steps: list[list[tuple[list[int], list[bool]]]]) -> Dataset:
+    """The rows as the trainer wants prepared ones: what is not supervised is labelled -100."""
+    rows = [row for step in steps for row in step]
+    return Dataset.from_list(
+        [
+            {
+                "input_ids": ids,
+                "labels": [i if on else -100 for i, on in zip(ids, mask, strict=True)],
+            }
+            for ids, mask in rows
+        ]
+    )
 
 
 def main() -> None:
     """Train and print what was measured."""
-    job = json.loads(Path(sys.argv[1]).read_text())
-    Path("/proc/self/clear_refs").write_text("5")
-    empty = psutil.Process().memory_info().rss
-    began = time.perf_counter()
+    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    on_cpu = job["device"] == "cpu"
+    if on_cpu:  # what lighten.hardware.PeakMemory does, in short
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        held = psutil.Process().memory_info().rss
+    else:
+        torch.cuda.reset_peak_memory_stats()
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
-    dtype = getattr(torch, job["dtype"])
-    base = AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype)
-    model = PeftModel.from_pretrained(base, job["adapter"], is_trainable=True)
-    rows = [row for step in job["steps"] for row in step]
-    data = Dataset.from_list(
-        [{"input_ids": ids, "completion_mask": [int(on) for on in mask]} for ids, mask in rows]
+    base = AutoModelForCausalLM.from_pretrained(
+        job["model"], dtype=job["dtype"], **job.get("model_options", {})
     )
-    clock = Clock()
+    model = PeftModel.from_pretrained(base, job["adapter"], is_trainable=True)
     config = SFTConfig(
         output_dir=job["scratch"],
         per_device_train_batch_size=len(job["steps"][0]),
         max_steps=len(job["steps"]),
-        learning_rate=job["learning_rate"],
         lr_scheduler_type="constant",
-        logging_steps=1,
+        logging_steps=1,  # the losses have to be compared step by step
         save_strategy="no",
         report_to=[],
-        use_cpu=job["device"] == "cpu",
+        use_cpu=on_cpu,
         max_length=None,
         disable_tqdm=True,
         dataset_kwargs={"skip_prepare_dataset": True},
+        **job["optimiser"],
         **job["options"],
     )
+    clock = Clock(job["device"])
     trainer = InOrder(
-        model=model, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[clock]
-    )
-    start = time.perf_counter()
+        model=model, args=config, train_dataset=dataset(job["steps"]), processing_class=tokenizer,
+        callbacks=[clock],
+    )  # fmt: skip
+    start = time.time()
     trainer.train()
     ends = [start, *clock.ends]
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     print(
         json.dumps(
             {
-                "losses": losses,
+                "losses": [line["loss"] for line in trainer.state.log_history if "loss" in line],
                 "step_seconds": [b - a for a, b in itertools.pairwise(ends)],
-                "first_step_s": clock.ends[0] - began,
-                "wall_s": time.perf_counter() - began,
-                "peak_bytes": high_water() - empty,
+                "first_step_s": clock.ends[0] - job["began"],
+                "peak_bytes": high_water() - held if on_cpu else torch.cuda.max_memory_allocated(),
+                "dtype": str(base.dtype).removeprefix("torch."),
+                "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
             }
         )
     )
