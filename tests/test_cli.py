@@ -47,6 +47,9 @@ def test_settings_come_in_every_usual_form() -> None:
         "evaluate.max_examples": 5, "lora_target_modules": ["q_proj", "v_proj"],
         "gradient_checkpointing": True, "eval_dataset": None,
     }  # fmt: skip
+    assert overrides(["--revision", "12e4567", "output_dir=[abc", "--dataset", "a,b.jsonl"]) == {
+        "revision": "12e4567", "output_dir": "[abc", "dataset": "a,b.jsonl",
+    }  # fmt: skip
     with pytest.raises(UserError, match="'stray' is not a setting"):
         overrides(["stray"])
 

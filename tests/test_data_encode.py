@@ -173,7 +173,9 @@ def test_trap15_merges_across_the_border_follow_the_offsets(question: str, answe
     offsets = tokenizer(question + answer + "<|im_end|>", add_special_tokens=False,
                         return_offsets_mapping=True)["offset_mapping"]  # fmt: skip
     start = len(question)
-    assert row.supervised == [a >= start and i > 0 for i, (a, b) in enumerate(offsets)]
+    assert row.supervised == [b > start and i > 0 for i, (_, b) in enumerate(offsets)]
+    prompt, _ = prompt_of(chat(question, answer), tokenizer)
+    assert question.startswith(tokenizer.decode(prompt))
 
 
 def test_trap16_what_truncation_costs_is_counted_and_the_choice_is_honoured() -> None:
@@ -234,6 +236,55 @@ def test_trap6_nothing_to_learn_is_an_error_with_the_real_reason(
         encode([example], tokenizer_for(CHATML), max_length=30)
 
 
+def test_trap6_the_reason_is_what_befell_most_rows() -> None:
+    endless = tokenizer_for(
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    )
+    rows = [chat("q " * 60, "cut off"), chat("q " * 70, "cut off"), chat("hi", "")]
+    with pytest.raises(UserError, match=r"over max_length 30: .* supervised tokens are lost"):
+        encode(rows, endless, max_length=30)
+    with pytest.raises(UserError, match="there are no examples"):
+        encode([], endless, max_length=30)
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3", "mistral", "tagged", "alpaca"])
+def test_a_conversation_that_the_assistant_begins_supervises_no_header(name: str) -> None:
+    tokenizer = tokenizer_for(TEMPLATES[name])
+    turns = (Message("assistant", "Welcome!"), Message("user", "hi"), Message("assistant", "ho"))
+    row = one(Example("f", 1, turns), tokenizer)
+    found = supervised_text(row, tokenizer)
+    assert "".join(found.split()) == "Welcome!<|im_end|>ho<|im_end|>"
+
+
+def test_a_template_that_ignores_the_generation_prompt_supervises_no_header() -> None:
+    tokenizer = tokenizer_for(CHATML.partition("{% if add_generation_prompt")[0])
+    assert supervised_text(one(chat("hi", "ho"), tokenizer), tokenizer) == "ho<|im_end|>"
+
+
+def test_trap14_tags_round_an_empty_thought_or_answer_do_not_teach_it() -> None:
+    said = "{{ m['content'] }}<|im_end|>{% endgen"
+    thinking = TAGGED.replace(said, "<think>\n\n</think>\n\n" + said)
+    tokenizer = tokenizer_for(thinking)
+    assert supervised_text(one(chat("q", "plain"), tokenizer), tokenizer) == "plain<|im_end|>"
+    with pytest.raises(UserError, match="no answer to learn from"):
+        encode([chat("q", "")], tokenizer_for(TAGGED), max_length=99)
+
+
+def test_trap9_a_text_that_brings_its_bos_does_not_get_another() -> None:
+    tokenizer = tokenizer_for(CHATML, add_bos=True)
+    row = one(Example("f", 1, text="<s>some text"), tokenizer)
+    assert row.input_ids.count(tokenizer.bos_token_id) == 1
+
+
+def test_a_base_model_without_chatml_tokens_gets_a_template_that_ends_with_eos() -> None:
+    tokenizer = tiny_tokenizer(template=None)
+    tokenizer.eos_token = "</s>"
+    assert "<|im_end|>" not in tokenizer.all_special_tokens
+    assert choose_template(tokenizer, None).name == "alpaca"
+    row = one(chat("hi", "ho"), tokenizer)
+    assert supervised_text(row, tokenizer) == "ho</s>"
+
+
 def test_a_template_that_refuses_names_the_row() -> None:
     with pytest.raises(UserError, match=r"f\.jsonl:1: the chat template refuses.*System role"):
         encode([chat("hi", "ho", system="s")], tokenizer_for(GEMMA), max_length=99)
@@ -287,6 +338,7 @@ def test_the_choice_of_template_is_said() -> None:
     own = tiny_tokenizer()
     assert choose_template(own, None).name == "model"
     bare = tiny_tokenizer(template=None)
+    bare.eos_token = "<|im_end|>"
     choice = choose_template(bare, None)
     assert (choice.name, bare.chat_template) == ("chatml", NAMED["chatml"])
     assert "no chat template" in choice.reason

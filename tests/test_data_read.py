@@ -127,6 +127,40 @@ def test_broken_lines_are_told_together_with_their_places(tmp_path: Path) -> Non
     assert (len(found.examples), len(found.bad_rows)) == (1, 8)
 
 
+def test_a_csv_record_with_stray_cells_or_long_ones_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "d.csv"
+    path.write_text('prompt,completion\n"a\nb",c\nhi,hello, world\nx,' + "y" * 200_000 + "\n")
+    with pytest.raises(UserError, match=r"d\.csv:4: has more cells than the header"):
+        data.read(str(path))
+    found = data.read(str(path), skip_bad_rows=True)
+    assert [len(str(e.reference)) for e in found.examples] == [1, 200_000]
+    assert [e.line for e in found.examples] == [2, 5]
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        ('{"text": "\\ud83d"}', "half of a surrogate pair"),
+        ('{"input_ids": [1, 2], "labels": [1, "x"]}', "labels must be token ids"),
+        ('{"messages": [{"role": "assistant", "content": "x", "train": "false"}]}',
+         "train must be true or false"),
+        ('{"messages": [{"role": "assistant", "content": "x", "weight": 0.5}]}', "0 or 1"),
+    ],
+)  # fmt: skip
+def test_values_that_mean_nothing_are_broken_rows(tmp_path: Path, row: str, why: str) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text(row)
+    with pytest.raises(UserError, match=why):
+        data.read(str(path))
+
+
+def test_a_message_of_no_weight_is_not_trained(tmp_path: Path) -> None:
+    turns = [{"role": "assistant", "content": "x", "train": None, "weight": 0},
+             {"role": "assistant", "content": "y", "weight": 1}]  # fmt: skip
+    (example,) = data.read(write(tmp_path / "d.jsonl", [{"messages": turns}])).examples
+    assert [m.train for m in example.messages] == [False, True]
+
+
 def test_a_file_that_is_not_there_not_text_or_empty_says_so(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         data.read(str(tmp_path / "no.jsonl"))

@@ -38,7 +38,7 @@ REFERENCES = ["the cat sat on a mat", "the dog ran", "나는 학교에 갔다", 
 def run(tiny_folder: Path, chat_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return lighten.train(
         model=str(tiny_folder), dataset=str(chat_file), dtype="float32", lora_r=[2, 8],
-        output_dir=str(tmp_path_factory.mktemp("runs") / "run"), max_steps=25, val_size=0.25,
+        output_dir=str(tmp_path_factory.mktemp("runs") / "run"), max_steps=25, val_size=0.5,
         learning_rate=2e-2, progress=False,
     )  # fmt: skip
 
@@ -85,14 +85,15 @@ def test_a_paired_difference_is_narrower_than_two_separate_intervals() -> None:
         np.stack([ours, one], 1), np.stack([base, one], 1), lambda s: s[..., 0] / s[..., 1]
     )
     assert (found.low, found.high) == pytest.approx((-0.3, -0.3), abs=0.05)
-    assert verdict(found, lower_is_better=True) == "better"
-    assert verdict(found, lower_is_better=False) == "worse"
+    assert verdict(found, 200, lower_is_better=True) == "better"
+    assert verdict(found, 200, lower_is_better=False) == "worse"
 
 
 def test_trap45_a_verdict_knows_its_direction_and_its_doubt() -> None:
-    assert verdict(Estimate(1, 1, 0.5, 1.5), lower_is_better=True) == "worse"
-    assert verdict(Estimate(1, 1, 0.5, 1.5), lower_is_better=False) == "better"
-    assert verdict(Estimate(1, 1, -0.5, 1.5), lower_is_better=False) == "no difference found"
+    assert verdict(Estimate(1, 1, 0.5, 1.5), 20, lower_is_better=True) == "worse"
+    assert verdict(Estimate(1, 1, 0.5, 1.5), 20, lower_is_better=False) == "better"
+    assert verdict(Estimate(1, 1, -0.5, 1.5), 20, lower_is_better=False) == "no difference found"
+    assert verdict(Estimate(1, 1, 0.5, 1.5), 19, lower_is_better=True) == "too few examples"
     assert {m.name for m in metrics.METRICS if m.lower_is_better} == {"loss", "perplexity"}
 
 
@@ -105,6 +106,50 @@ def test_trap17_an_answer_in_a_padded_batch_is_the_answer_alone(arch: str) -> No
         alone = generate(model, tokenizer, [prompt], max_new_tokens=6, batch_size=1)
         assert alone.texts == [answer]
     assert together.tokens <= 24
+
+
+def test_greedy_is_greedy_whatever_came_with_the_model() -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    prompts = [row(9, 0, seed=i).input_ids for i in range(4)]
+    plain = generate(model, tokenizer, prompts, max_new_tokens=12, batch_size=2)
+    model.generation_config.repetition_penalty = 5.0
+    model.generation_config.num_beams = 3
+    assert generate(model, tokenizer, prompts, max_new_tokens=12, batch_size=2).texts == plain.texts
+    assert model.generation_config.num_beams == 3
+
+
+def test_an_evaluation_falls_back_to_the_models_own_logits_too() -> None:
+    model = tiny_model("gemma2")
+    objective = Objective(model, attach(model, [AdapterSpec("a")]))
+    objective.rule = type(objective.rule)()  # as if the soft cap were not known
+    rows = [row(20, 12, seed=1)]
+    ids = torch.tensor([rows[0].input_ids])
+    labels = torch.where(torch.tensor([rows[0].supervised]), ids, -100)
+    with torch.no_grad():
+        wanted = float(model(ids, labels=labels).loss)
+    assert held_out(objective, rows, None, max_rows=1).loss == pytest.approx(wanted, rel=1e-5)
+    assert not objective.fast
+
+
+def test_a_split_of_changed_data_is_refused(
+    tiny_folder: Path, chat_file: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "data.jsonl"
+    copy.write_bytes(chat_file.read_bytes())
+    run = lighten.train(
+        model=str(tiny_folder), dataset=str(copy), max_steps=1, progress=False,
+        output_dir=str(tmp_path / "r"),
+    )  # fmt: skip
+    copy.write_text("".join(chat_file.read_text().splitlines(keepends=True)[10:]))
+    with pytest.raises(UserError, match="has changed since the run was trained"):
+        lighten.evaluate(run)
+
+
+def test_a_wrong_setting_of_an_evaluation_is_told_like_any_other(run: Run) -> None:
+    with pytest.raises(UserError, match=r"evaluate\.max_exampels is not a setting; did you mean"):
+        lighten.evaluate(run, max_exampels=5)
+    with pytest.raises(UserError, match=r"evaluate\.max_examples: 0 does not do"):
+        lighten.evaluate(run, **{"evaluate.max_examples": 0})
 
 
 def test_an_answer_ends_at_any_stop_token_and_counts_it() -> None:

@@ -73,6 +73,10 @@ def test_every_problem_is_told_at_once_with_key_value_line_and_mend(tmp_path: Pa
     ("text", "says"),
     [
         ("lora_r: 8\nlora_r: 9\n", r":2: lora_r stands twice, first on line 1"),
+        (
+            "adapters:\n- name: a\n  lora_r: 8\n  lora_r: 9\n",
+            r":4: adapters\.0\.lora_r stands twice",
+        ),
         ("a: [1\n", r"recipe\.yaml:2 is not valid YAML"),
         ("- 1\n", "it must hold settings"),
     ],
@@ -99,6 +103,9 @@ def test_a_file_that_is_no_recipe_says_why(tmp_path: Path, text: str, says: str)
         ({"adapters": [{"name": "a"}, {"name": "a"}]}, "two are called 'a'"),
         ({"adapters": [{"name": "../a"}]}, "adapters.0.name"),
         ({"dataset": "nowhere.jsonl"}, "'nowhere.jsonl' does not exist"),
+        ({"lora_r": True}, "lora_r: True does not do.*it needs a value"),
+        ({"learning_rate": float("inf")}, "learning_rate: inf does not do"),
+        ({"num_epochs": 1, "epochs": 5}, "epochs and num_epochs both set the same thing"),
     ],
 )
 def test_settings_that_contradict_each_other_are_errors(
@@ -121,6 +128,7 @@ ALIASES: list[tuple[dict[str, Any], str, Any]] = [
     ({"lora_target_linear": True}, "lora_target_modules", "all-linear"),
     ({"torch_dtype": "float32"}, "dtype", "float32"),
     ({"bf16": True}, "dtype", "bfloat16"),
+    ({"train_on_inputs": "false"}, "completion_only_loss", True),
     ({"bf16": "auto"}, "dtype", "auto"),
     ({"fp16": True}, "dtype", "float16"),
     ({"flash_attn": "fa2"}, "attn_implementation", "flash_attention_2"),
@@ -155,6 +163,14 @@ def test_trap25_a_rank_sweep_keeps_alpha_over_rank(values: dict[str, Any]) -> No
     cohort = Recipe.from_values({**values, "lora_r": [4, 8, 64]}).cohort()
     assert [own.name for own in cohort] == ["r4", "r8", "r64"]
     assert {own.lora_alpha / own.lora_r for own in cohort} == {2.0}
+
+
+def test_a_changed_recipe_keeps_its_name(tmp_path: Path, chat_file: Path) -> None:
+    path = written(tmp_path, f"model: m\ndataset: {chat_file}\n")
+    recipe = Recipe.from_file(path)
+    changed = recipe.changed({"learning_rate": 1e-3})
+    assert (changed.name, changed.learning_rate) == (recipe.name, 1e-3)
+    assert changed.notices == recipe.notices
 
 
 def test_a_cohort_is_named_for_what_differs(values: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ def recipe_of(recipe: RecipeLike | None = None, **overrides: Any) -> Recipe:
     if isinstance(recipe, Recipe):
         if not overrides:
             return recipe
-        return Recipe.from_values(recipe.completed(), overrides)
+        return recipe.changed(overrides)
     if recipe is None:
         return Recipe.from_values({}, overrides)
     return Recipe.from_file(os.fspath(recipe), overrides)

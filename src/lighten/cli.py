@@ -30,6 +30,8 @@ app.add_typer(runs_app, name="runs")
 app.add_typer(data_app, name="data")
 
 OPEN = {"allow_extra_args": True, "ignore_unknown_options": True}
+# Settings whose value is taken to the letter.
+TEXTS = ("model_name_or_path", "revision", "dataset", "eval_dataset", "chat_template", "output_dir")
 Settings = "Any setting of the recipe: --learning_rate 1e-4 or learning_rate=1e-4 (lighten schema)."
 
 
@@ -54,6 +56,8 @@ def overrides(words: Sequence[str]) -> dict[str, Any]:
     Raises:
         UserError: A word that is none of these.
     """
+    import yaml
+
     from lighten.errors import UserError
     from lighten.recipe.yaml_lines import parse
 
@@ -70,7 +74,12 @@ def overrides(words: Sequence[str]) -> dict[str, Any]:
         listed = "," in value and not value.startswith(("[", "{", '"', "'"))
         head, dot, tail = key.partition(".")
         name = f"{head.replace('-', '_')}{dot}{tail.replace('-', '_')}"
-        found[name] = parse(f"[{value}]" if listed else value)
+        try:
+            found[name] = parse(f"[{value}]" if listed and name not in TEXTS else value)
+        except yaml.YAMLError:
+            found[name] = value
+        if name in TEXTS and found[name] is not None:
+            found[name] = value  # a path or a commit is never a number or a list
     return found
 
 

@@ -250,6 +250,17 @@ class PeakMemory:
                 self._sampler = threading.Thread(target=self._sample, daemon=True)
                 self._sampler.start()
 
+    def restart(self) -> None:
+        """Forget the peak so far; what the process held at first stays the baseline."""
+        if self.device.startswith("cuda"):
+            import torch
+
+            torch.cuda.reset_peak_memory_stats()
+        elif self._sampler is None:
+            _reset_high_water()
+        else:
+            self._highest = 0
+
     def read(self) -> dict[str, Any]:
         """`peak_bytes` since the start and how it was measured; on a GPU `reserved_bytes` too."""
         if self.device.startswith("cuda"):

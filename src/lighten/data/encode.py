@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,8 @@ from lighten.errors import UserError
 
 _GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")
 _EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>\s*")
+# Stands for an answer while its place is looked for.
+_MARKER = "\u2060lighten\u2060answer\u2060"
 Span = tuple[int, int]
 
 
@@ -121,6 +124,7 @@ def encode(
     """
     counts = EncodingCounts(examples=len(examples))
     problems: dict[str, str] = {}
+    causes: Counter[str] = Counter()
     rows: list[Row] = []
     whole = [
         not (completion_only_loss if example.single_turn else assistant_only_loss)
@@ -130,7 +134,11 @@ def encode(
         before = row.supervised_tokens
         if before == 0:
             counts.dropped += 1
-            problems.setdefault("empty", f"{row.example.where} has no answer to learn from")
+            where = row.example.where
+            cause = "unaligned" if where in problems.get("unaligned", "") else "empty"
+            causes[cause] += 1
+            if cause == "empty":
+                problems.setdefault("empty", f"{where} has no answer to learn from")
             continue
         if len(row.input_ids) > max_length:
             if truncation_strategy == "raise":
@@ -148,6 +156,7 @@ def encode(
             )
             if kept == 0:
                 counts.dropped += 1
+                causes["long"] += 1
                 continue
             counts.truncated += 1
             row = cut
@@ -156,7 +165,8 @@ def encode(
     counts.tokens = sum(len(row.input_ids) for row in rows)
     counts.supervised_tokens = sum(row.supervised_tokens for row in rows)
     if not rows:
-        reason = next(iter(problems.values()), "there are no examples")
+        worst = causes.most_common(1)
+        reason = problems[worst[0][0]] if worst else "there are no examples"
         raise UserError(f"nothing to learn from: no row has a supervised token, because {reason}")
     return Encoded(rows, counts, list(problems.values()))
 
@@ -222,6 +232,8 @@ def _tokenised(
                 problems.setdefault("endless", _endless(example))
         texts.append(text)
         spans.append([span for span in own if span is not None])
+    if not texts:
+        return
     encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
     for place, example in enumerate(examples):
         if example.input_ids is not None and example.labels is not None:
@@ -241,47 +253,51 @@ def _tokenised(
 def _plain_text(text: str, tokenizer: Any) -> list[int]:
     """A text's ids with the tokenizer's own start and one end token."""
     ids: list[int] = tokenizer(text)["input_ids"]
-    eos = tokenizer.eos_token_id
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if bos is not None and ids[:2] == [bos, bos]:
+        ids = ids[1:]  # the text brought its own (trap 9)
     return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
 
 
 def _mask(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
-    """A token is supervised if it starts inside an answer."""
-    starts = np.asarray([start for start, _ in offsets], dtype=np.int64)
-    mask = np.zeros(len(starts), dtype=np.bool_)
+    """A token is supervised if any of it is answer: what stands before is then pure prompt."""
+    places = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
+    mask = np.zeros(len(places), dtype=np.bool_)
     for begin, end in spans:
-        mask |= (starts >= begin) & (starts < end)
+        mask |= (places[:, 1] > begin) & (places[:, 0] < end)
     found: list[bool] = mask.tolist()
     return found
 
 
 def _answers(example: Example, text: str, tokenizer: Any) -> list[Span | None]:
     """Where in the rendered text each answer to learn stands; None for one not found."""
+    wanted = [
+        place
+        for place, message in enumerate(example.messages)
+        if message.role == "assistant" and message.train is not False
+    ]
     if _GENERATION.search(tokenizer.chat_template or ""):
-        return _tagged(example, tokenizer)
-    found: list[Span | None] = []
-    for place, message in enumerate(example.messages):
-        if message.role != "assistant" or message.train is False:
-            continue
-        prompt = render(
-            example.messages[:place], tokenizer, example.where,
-            tools=example.tools, add_generation_prompt=True,
-        ) if place else ""  # fmt: skip
-        found.append(_answer(example.messages[: place + 1], prompt, text, tokenizer, example))
-    return found
+        tagged = _tagged(example, tokenizer)
+        answers = [p for p, m in enumerate(example.messages) if m.role == "assistant"]
+        if len(tagged) != len(answers):
+            return [None]
+        at = dict(zip(answers, tagged, strict=True))
+        return [_trimmed(at[place], example.messages[place], text, tokenizer) for place in wanted]
+    return [_answer(example, place, text, tokenizer) for place in wanted]
 
 
-def _answer(
-    upto: Sequence[Message], prompt: str, text: str, tokenizer: Any, example: Example
-) -> Span | None:
+def _answer(example: Example, place: int, text: str, tokenizer: Any) -> Span | None:
     """One answer's span: what follows its prompt, verified to be there (trap 13)."""
-    content = upto[-1].content
+    upto = example.messages[: place + 1]
+    prompt = _prompt_before(example, place, text, tokenizer)
+    if prompt is None:
+        return None
     shown = render(upto, tokenizer, example.where, tools=example.tools)
-    if text.startswith(prompt) and text.startswith(shown) and len(shown) > len(prompt):
-        begin, end = len(prompt), len(shown)
+    if text.startswith(shown) and len(shown) > len(prompt):
+        span = len(prompt), len(shown)
     else:
         # The template writes the last turn otherwise than earlier ones: look for the words.
-        found = _words_after(prompt, content, text)
+        found = _words_after(prompt, upto[-1].content, text)
         if found is None:
             return None
         begin, end = found
@@ -290,10 +306,38 @@ def _answer(
             if tail.startswith(token):
                 end = text.index(token, end) + len(token)
                 break
+        span = begin, end
+    return _trimmed(span, upto[-1], text, tokenizer)
+
+
+def _prompt_before(example: Example, place: int, text: str, tokenizer: Any) -> str | None:
+    """The text before an answer, header included; None if the template rewrites it.
+
+    A word that no text holds is put in the answer's place: what the template writes before it is
+    the prompt. Where the answer itself changes what stands before it (a thought), the template's
+    own generation prompt is.
+    """
+    before = example.messages[:place]
+    marker = Message("assistant", _MARKER, extra=example.messages[place].extra)
+    shown = render((*before, marker), tokenizer, example.where, tools=example.tools)
+    prompt = shown[: shown.find(_MARKER)] if _MARKER in shown else ""
+    if prompt and text.startswith(prompt):
+        return prompt
+    if not place:
+        return None
+    prompt = render(
+        before, tokenizer, example.where, tools=example.tools, add_generation_prompt=True
+    )
+    return prompt if text.startswith(prompt) else None
+
+
+def _trimmed(span: Span, message: Message, text: str, tokenizer: Any) -> Span:
+    """The span without a template's empty thought (trap 14) and without white space at its end."""
+    begin, end = span
     empty = _EMPTY_THOUGHT.match(text, begin, end)
-    if empty and not _EMPTY_THOUGHT.match(content):
-        begin = empty.end()  # the template's empty thought is no part of the answer (trap 14)
-    if not content.strip() and not dict(upto[-1].extra).get("tool_calls"):
+    if empty and not _EMPTY_THOUGHT.match(message.content):
+        begin = empty.end()
+    if not message.content.strip() and not dict(message.extra).get("tool_calls"):
         return begin, begin  # an empty answer teaches nothing but silence
     stripped = text[begin:end].rstrip()
     return begin, begin + len(stripped) if _ends(stripped, tokenizer) else end
@@ -308,8 +352,8 @@ def _words_after(prompt: str, content: str, text: str) -> Span | None:
     return None
 
 
-def _tagged(example: Example, tokenizer: Any) -> list[Span | None]:
-    """Spans that the template itself marks with {% generation %}."""
+def _tagged(example: Example, tokenizer: Any) -> list[Span]:
+    """Spans that the template itself marks with {% generation %}, one per assistant turn."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     marked: list[list[Span]]
@@ -320,11 +364,7 @@ def _tagged(example: Example, tokenizer: Any) -> list[Span | None]:
         return_assistant_tokens_mask=True,
         **tokenizer.special_tokens_map,
     )
-    answers = [message for message in example.messages if message.role == "assistant"]
-    spans: list[Span | None] = [(int(begin), int(end)) for begin, end in marked[0]]
-    if len(spans) != len(answers):
-        return [None]
-    return [s for s, message in zip(spans, answers, strict=True) if message.train is not False]
+    return [(int(begin), int(end)) for begin, end in marked[0]]
 
 
 def _ends(answer: str, tokenizer: Any) -> bool:

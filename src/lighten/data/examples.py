@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -99,12 +100,13 @@ def split(
     keys = [example.prompt_key for example in examples]
     ranked = sorted(set(keys), key=lambda key: hashlib.sha256(f"{seed}/{key}".encode()).digest())
     wanted = round(size * len(examples)) if size < 1 else int(size)
+    times = Counter(keys)
     aside: set[str] = set()
     count = 0
     for key in ranked[:-1]:
         if count >= wanted:
             break
         aside.add(key)
-        count += keys.count(key)
+        count += times[key]
     pairs = list(zip(keys, examples, strict=True))
     return [e for k, e in pairs if k not in aside], [e for k, e in pairs if k in aside]

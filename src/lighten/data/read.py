@@ -149,9 +149,7 @@ def _rows(file: Path) -> Iterator[tuple[int, Any]]:
         line = file.read_bytes()[: error.start].count(b"\n") + 1
         raise UserError(f"{file}:{line} is not UTF-8 text; save the file as UTF-8") from error
     if file.suffix == ".csv":
-        reader = csv.DictReader(text.splitlines(keepends=True))
-        for row in reader:
-            yield reader.line_num, {k: v for k, v in row.items() if k is not None and v}
+        yield from _csv(text, file)
     elif file.suffix == ".json" and text.lstrip().startswith("["):
         try:
             yield from enumerate(json.loads(text), 1)
@@ -159,6 +157,22 @@ def _rows(file: Path) -> Iterator[tuple[int, Any]]:
             raise UserError(f"{file} is not valid JSON: {error}") from error
     else:
         yield from _json_lines(text)
+
+
+def _csv(text: str, file: Path) -> Iterator[tuple[int, Any]]:
+    """Records with the line each begins on; a cell may hold any amount of text."""
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.DictReader(text.splitlines(keepends=True))
+    line = 2
+    try:
+        for row in reader:
+            if None in row:
+                yield line, _BadRowError("has more cells than the header has columns; quote commas")
+            else:
+                yield line, {key: value for key, value in row.items() if value}
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"{file}:{line} is not valid CSV: {error}") from error
 
 
 def _json_lines(text: str) -> Iterator[tuple[int, Any]]:
@@ -261,20 +275,36 @@ def _messages(value: Any, name: str) -> tuple[Message, ...]:
         content = raw.get("content", raw.get("value"))
         if content is None and raw.get("tool_calls"):
             content = ""
-        wanted = raw.get("train", None if raw.get("weight") is None else bool(raw["weight"]))
+        wanted = _trained(raw, f"{name}: message {place}")
         extra = tuple(
             (key, raw[key])
             for key in ("tool_calls", "tool_call_id", "name", "reasoning_content")
             if raw.get(key) is not None
         )
         text = _text(content, f"{name}: message {place}")
-        messages.append(Message(str(role), text, None if wanted is None else bool(wanted), extra))
+        messages.append(Message(str(role), text, wanted, extra))
     return tuple(messages)
+
+
+def _trained(raw: Mapping[str, Any], name: str) -> bool | None:
+    """What `train: false` or `weight: 0` say of a message."""
+    train, weight = raw.get("train"), raw.get("weight")
+    if train is not None and not isinstance(train, bool):
+        raise _BadRowError(f"{name}: train must be true or false, not {train!r}")
+    if weight is not None and weight not in (0, 1):
+        raise _BadRowError(f"{name}: weight must be 0 or 1, not {weight!r}")
+    if train is None and weight is not None:
+        return bool(weight)
+    return train
 
 
 def _text(value: Any, name: str) -> str:
     """Text, or the text parts of a list of parts."""
     if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise _BadRowError(f"{name} holds half of a surrogate pair, no character") from None
         return value
     if isinstance(value, list) and value and all(isinstance(part, Mapping) for part in value):
         other = [part.get("type") for part in value if part.get("type", "text") != "text"]
@@ -296,4 +326,6 @@ def _tokens(row: Mapping[str, Any], file: str, line: int) -> Example:
         raise _BadRowError("input_ids must be a list of token ids")
     if not isinstance(labels, list) or len(labels) != len(ids):
         raise _BadRowError(f"labels must be as long as input_ids ({len(ids)})")
+    if not all(isinstance(label, int) for label in labels):
+        raise _BadRowError("labels must be token ids, or -100 where a token is not supervised")
     return Example(file, line, input_ids=tuple(ids), labels=tuple(labels))

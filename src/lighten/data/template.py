@@ -60,9 +60,11 @@ def choose_template(tokenizer: Any, requested: str | None) -> TemplateChoice:
     if requested is None and own:
         choice = TemplateChoice("model", own, "the model's own chat template")
     elif requested is None:
-        choice = TemplateChoice(
-            "chatml", NAMED["chatml"], "the model has no chat template; chatml is the usual one"
-        )
+        # chatml ends a turn with a token of its own; without it the model could not learn to stop.
+        name = "chatml" if "<|im_end|>" in tokenizer.all_special_tokens else "alpaca"
+        why = "the model has no chat template; "
+        why += "it has chatml's tokens" if name == "chatml" else "alpaca needs no special tokens"
+        choice = TemplateChoice(name, NAMED[name], why)
     elif requested in NAMED:
         instead = " in place of the model's own" if own else ""
         choice = TemplateChoice(requested, NAMED[requested], f"the recipe asks for it{instead}")

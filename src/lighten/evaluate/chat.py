@@ -14,8 +14,10 @@ from transformers.utils import logging as transformers_logging
 
 from lighten import adapters, data, hardware, models
 from lighten.adapters import Cohort
+from lighten.data import Message
+from lighten.data.encode import render
 from lighten.errors import UserError
-from lighten.evaluate.generate import stop_tokens
+from lighten.evaluate.generate import settings_alone, stop_tokens
 from lighten.runs import Run
 from lighten.train.prepare import load_base
 
@@ -45,15 +47,15 @@ class Conversation:
             data.choose_template(self.base.tokenizer, recipe.chat_template)
             self.cohort = adapters.load(self.base.model, run.adapters())
         self.system = system
-        self.messages: list[dict[str, str]] = []
+        self.messages: list[Message] = []
 
     def prompt(self, question: str) -> Any:
         """Token ids [1, T] of the conversation with one more question, one BOS at most (trap 9)."""
-        start = [{"role": "system", "content": self.system}] if self.system else []
-        messages = [*start, *self.messages, {"role": "user", "content": question}]
+        start = [Message("system", self.system)] if self.system else []
+        messages = [*start, *self.messages, Message("user", question)]
         tokenizer = self.base.tokenizer
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        text = render(
+            messages, tokenizer, "chat", add_generation_prompt=True, enable_thinking=False
         )
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
         return ids.to(self.base.model.device)
@@ -86,6 +88,7 @@ class Conversation:
 
         with ExitStack() as stack:
             stack.enter_context(self.cohort.using(adapter))
+            stack.enter_context(settings_alone(self.base.model))
             thread = Thread(target=work, daemon=True)
             thread.start()
             yield from streamer
@@ -95,10 +98,7 @@ class Conversation:
 
     def remember(self, question: str, answer: str) -> None:
         """Make a question and its answer part of the conversation."""
-        self.messages += [
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": answer},
-        ]
+        self.messages += [Message("user", question), Message("assistant", answer)]
 
 
 def chat(
@@ -149,7 +149,10 @@ def chat(
         elif word == "/system":
             talk.system = rest or None
         elif word == "/adapter":
-            adapter = _known(talk, rest)
+            try:
+                adapter = _known(talk, rest)
+            except UserError as error:
+                sink.write(f"{error}\n")
         elif word.startswith("/"):
             sink.write(f"{HELP}\n")
         else:

@@ -7,7 +7,8 @@ stands right before its answer (trap 17).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,21 @@ def stop_tokens(model: PreTrainedModel, tokenizer: Any) -> list[int]:
         if token is not None and token != tokenizer.unk_token_id:
             found.append(token)
     return sorted({int(token) for token in found if token is not None})
+
+
+@contextmanager
+def settings_alone(model: PreTrainedModel) -> Iterator[None]:
+    """Let `generate` follow the settings it is given and nothing that came with the model.
+
+    transformers fills what they leave open from the model's own (a repetition penalty, beams), so
+    that "greedy" would not be.
+    """
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 @torch.inference_mode()
@@ -77,11 +93,12 @@ def generate(
         for row, i in enumerate(batch):
             ids[row, width - len(prompts[i]) :] = torch.tensor(list(prompts[i]))
             mask[row, width - len(prompts[i]) :] = 1
-        out = model.generate(  # type: ignore[operator]  # typed as a tensor by nn.Module
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            generation_config=settings,
-        )
+        with settings_alone(model):
+            out = model.generate(  # type: ignore[operator]  # typed as a tensor by nn.Module
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                generation_config=settings,
+            )
         for i, answer in zip(batch, out[:, width:].tolist(), strict=True):
             kept = _until_stop(answer, set(stops))
             tokens += len(kept) + (len(kept) < len(answer))

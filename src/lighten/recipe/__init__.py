@@ -151,6 +151,33 @@ class Recipe(RecipeFields):
     def _list_free(self, key: str) -> bool:
         return key not in COHORT_LISTS or self._list(key) is None
 
+    def changed(self, overrides: Mapping[str, Any]) -> Recipe:
+        """This recipe with some settings changed, under the same name.
+
+        Raises:
+            RecipeError: Every problem found.
+        """
+        made = Recipe.from_values(self.completed(), overrides)
+        made._name = self._name
+        made._notices = [*self._notices, *made._notices]
+        return made
+
+    def with_evaluate(self, options: Mapping[str, Any]) -> EvaluateOptions:
+        """The `evaluate` section with other settings, given as `name` or `evaluate.name`.
+
+        Raises:
+            RecipeError: Every problem found.
+        """
+        named = {key.removeprefix("evaluate."): value for key, value in options.items()}
+        try:
+            return EvaluateOptions.model_validate({**self.evaluate.model_dump(), **named})
+        except ValidationError as error:
+            told = [
+                _sentence({**item, "key": f"evaluate.{item['loc'][0]}"}, "command line", {})
+                for item in error.errors()
+            ]
+            raise RecipeError("\n".join(told)) from error
+
     def completed(self) -> dict[str, Any]:
         """Every setting with its value, defaults written out."""
         return self.model_dump(mode="json")

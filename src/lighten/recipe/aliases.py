@@ -48,15 +48,21 @@ def translate(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], lis
     out: dict[str, Any] = {}
     notices: list[str] = []
     problems: list[str] = []
+    came_from: dict[str, str] = {}
 
     def put(alias: str, name: str, value: Any) -> None:
-        if name in values and name != alias:
-            problems.append(f"{alias} and {name} both set the same thing; keep {name}")
+        if name != alias and (name in values or name in out):
+            problems.append(f"{alias} and {came_from.get(name, name)} both set the same thing; "
+                            f"keep one, {name} by its own name")  # fmt: skip
+        came_from[name] = alias
         out[name] = value
         if alias != name:
             notices.append(f"{alias} is called {name} here; read as {name}: {value}")
 
-    for key, value in values.items():
+    for key, given in values.items():
+        # Switches of other tools are often quoted.
+        quoted = isinstance(given, str) and key in SPECIAL
+        value = {"true": True, "false": False}.get(given.lower(), given) if quoted else given
         if key in RENAMED and not (key == "data" and isinstance(value, Mapping)):
             put(key, RENAMED[key], value)
         elif key == "data":

@@ -72,3 +72,7 @@ def _collect(node: yaml.MappingNode, prefix: str, lines: dict[str, int], path: P
         lines[name] = key.start_mark.line + 1
         if isinstance(value, yaml.MappingNode):
             _collect(value, f"{name}.", lines, path)
+        elif isinstance(value, yaml.SequenceNode):
+            for place, entry in enumerate(value.value):
+                if isinstance(entry, yaml.MappingNode):
+                    _collect(entry, f"{name}.{place}.", lines, path)

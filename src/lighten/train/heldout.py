@@ -72,6 +72,7 @@ def held_out(
         batch = collate(part, rows, [member], pad_id=pad_id, device=device)
         shares = tuple(replace(share, dropout_keys=None) for share in shares_of(batch))
         weights = torch.ones(len(batch.labels), device=batch.labels.device)
+        objective.verify(batch, shares)
         with objective.cohort.sharing(shares):
             _, each = objective(batch, shares, weights)
         for place, item in enumerate(batch.items):

@@ -54,13 +54,12 @@ class Loop:
         """
         setup, state, recipe = self.setup, self.state, self.setup.recipe
         self.progress.begin(setup.total_steps, state.step)
-        first = state.step
         with StopSignals() as signals:
             while state.step < setup.total_steps and self._active():
                 began = time.perf_counter()
                 members = self._active()
                 batches = list(self._micro_batches(state.step, members))
-                if state.step == first and batches:
+                if batches:
                     setup.objective.verify(batches[0], shares_of(batches[0]))
                 report = train_step(
                     batches, members, setup.objective, setup.accelerator, setup.scaler

@@ -107,6 +107,7 @@ class Objective:
         self.model, self.cohort = model, cohort
         self.rule = HeadRule.of(model)
         self.fast, self.reason = fast, "logits at supervised positions only"
+        self._verified = not fast
         self._head = model.get_output_embeddings()
         self._backbone = model.base_model
         if self._head is None or self._backbone is model:
@@ -168,9 +169,13 @@ class Objective:
 
     @torch.no_grad()
     def verify(self, batch: MicroBatch, shares: tuple[Share, ...]) -> None:
-        """Compare the fast path with the model's own forward and fall back if they differ."""
-        if not self.fast:
+        """Compare the fast path with the model's own forward and fall back if they differ.
+
+        The first call does so; later ones return at once.
+        """
+        if self._verified or not self.fast:
             return
+        self._verified = True
         weights = torch.full_like(batch.labels, 1.0 / len(batch.labels), dtype=torch.float32)
         with self.cohort.sharing(shares):
             quick, _ = self(batch, shares, weights)

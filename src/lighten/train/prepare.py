@@ -186,10 +186,12 @@ def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows:
 
 def _held_out(recipe: Recipe) -> list[data.Example] | None:
     if recipe.eval_dataset is not None:
-        return data.read(recipe.eval_dataset, split="valid").examples
-    if data.has_split(recipe.dataset, "valid"):
-        return data.read(recipe.dataset, split="valid").examples
-    return None
+        source = recipe.eval_dataset
+    elif data.has_split(recipe.dataset, "valid"):
+        source = recipe.dataset
+    else:
+        return None
+    return data.read(source, split="valid", skip_bad_rows=recipe.skip_bad_rows).examples
 
 
 def _spec(own: AdapterOptions) -> AdapterSpec:
