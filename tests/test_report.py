@@ -98,7 +98,8 @@ def test_shared_words_are_marked_and_the_rest_is_escaped() -> None:
 
 
 @pytest.mark.parametrize(
-    ("low", "high"), [(0, 1), (2.13, 3.97), (-5, 12345), (3, 3), (0, 0), (1e-5, 3e-5)]
+    ("low", "high"),
+    [(0, 1), (2.13, 3.97), (-5, 12345), (3, 3), (0, 0), (1e-5, 3e-5), (341.0, 341.0 + 1e-10)],
 )
 def test_ticks_are_round_and_enclose_the_values(low: float, high: float) -> None:
     found = charts.ticks(low, high)
@@ -107,6 +108,16 @@ def test_ticks_are_round_and_enclose_the_values(low: float, high: float) -> None
     assert 2 <= len(found) <= 12
     steps = {round(b - a, 9) for a, b in pairwise(found)}
     assert len(steps) == 1
+
+
+def test_a_single_step_and_its_average_make_a_chart(tmp_path: Path) -> None:
+    assert page([write_run(tmp_path / "r", steps=1)]).count("<svg") > 3
+    speed = 341.0 + 1e-10
+    text = charts.line_chart(
+        [charts.Series("a", [1], [341.0]), charts.Series("b", [1], [speed])],
+        title="t", x_label="x", y_label="y",
+    )  # fmt: skip
+    assert text.count("<circle") == 2
 
 
 def test_smoothing_starts_at_the_first_value_and_keeps_gaps() -> None:

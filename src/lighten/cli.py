@@ -78,7 +78,7 @@ def overrides(words: Sequence[str]) -> dict[str, Any]:
             found[name] = parse(f"[{value}]" if listed and name not in TEXTS else value)
         except yaml.YAMLError:
             found[name] = value
-        if name in TEXTS and found[name] is not None:
+        if name in TEXTS and not isinstance(found[name], str | None):
             found[name] = value  # a path or a commit is never a number or a list
     return found
 

@@ -181,7 +181,7 @@ def smoothed(values: Sequence[float | None], weight: float = 0.9) -> list[float 
 
 def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     """Round numbers that enclose the range; their steps are 1, 2 or 5 times a power of ten."""
-    if not high > low:
+    if high - low <= 1e-6 * max(abs(low), abs(high)):  # flat, but for rounding
         pad = abs(low) * 0.1 or 1.0
         low, high = low - pad, high + pad
     rough = (high - low) / wanted
