@@ -155,6 +155,12 @@ def test_trap13_an_answer_that_cannot_be_found_is_reported_with_its_row() -> Non
         encode([chat("hi", "hello")], bad, max_length=99)
 
 
+def test_trap13_every_row_that_cannot_be_aligned_counts_as_such() -> None:
+    rows = [Example("f.jsonl", i, chat("hi", "hello").messages) for i in (5, 1, 2)]
+    with pytest.raises(UserError, match=r"f\.jsonl:5: an answer cannot be found"):
+        encode(rows, tokenizer_for(REWRITING), max_length=99)
+
+
 def test_trap14_an_empty_thought_of_the_template_is_not_learnt() -> None:
     tokenizer = tokenizer_for(THINKING)
     row = one(chat("q", "plain answer"), tokenizer)

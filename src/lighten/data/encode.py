@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -130,15 +130,13 @@ def encode(
         not (completion_only_loss if example.single_turn else assistant_only_loss)
         for example in examples
     ]
-    for row in _tokenised(examples, tokenizer, whole, counts, problems):
+    for row, aligned in _tokenised(examples, tokenizer, whole, counts, problems):
         before = row.supervised_tokens
         if before == 0:
             counts.dropped += 1
-            where = row.example.where
-            cause = "unaligned" if where in problems.get("unaligned", "") else "empty"
-            causes[cause] += 1
-            if cause == "empty":
-                problems.setdefault("empty", f"{where} has no answer to learn from")
+            causes["empty" if aligned else "unaligned"] += 1
+            if aligned:
+                problems.setdefault("empty", f"{row.example.where} has no answer to learn from")
             continue
         if len(row.input_ids) > max_length:
             if truncation_strategy == "raise":
@@ -184,7 +182,7 @@ def prompt_of(example: Example, tokenizer: Any) -> tuple[list[int], str]:
     last = Message("assistant", reference, True, example.messages[-1].extra)
     asked = Example(example.file, example.line, (*only_last, last), tools=example.tools)
     problems: dict[str, str] = {}
-    row = next(_tokenised([asked], tokenizer, [False], EncodingCounts(), problems))
+    row, _ = next(_tokenised([asked], tokenizer, [False], EncodingCounts(), problems))
     if not any(row.supervised):
         raise UserError(next(iter(problems.values()), f"{example.where} has an empty answer"))
     return row.input_ids[: row.supervised.index(True)], reference
@@ -211,12 +209,13 @@ def _tokenised(
     whole: Sequence[bool],
     counts: EncodingCounts,
     problems: dict[str, str],
-) -> Any:
-    """A row per example, before any length is looked at."""
+) -> Iterator[tuple[Row, bool]]:
+    """A row per example, before any length is looked at, and whether each answer was found."""
     if not tokenizer.is_fast:
         raise UserError(f"{type(tokenizer).__name__} gives no offsets; a fast tokenizer is needed")
     texts: list[str] = []
     spans: list[list[Span]] = []
+    aligned: list[bool] = []
     for example, everything in zip(examples, whole, strict=True):
         text = ""
         own: list[Span | None] = []
@@ -232,6 +231,7 @@ def _tokenised(
                 problems.setdefault("endless", _endless(example))
         texts.append(text)
         spans.append([span for span in own if span is not None])
+        aligned.append(None not in own)
     if not texts:
         return
     encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
@@ -247,7 +247,7 @@ def _tokenised(
             mask = _mask(encoded["offset_mapping"][place], spans[place])
         if mask:
             mask[0] = False  # nothing stands before the first token to predict it from
-        yield Row(ids, mask, example)
+        yield Row(ids, mask, example), aligned[place]
 
 
 def _plain_text(text: str, tokenizer: Any) -> list[int]:

@@ -110,15 +110,12 @@ class Loop:
     def _epoch(self, seed: int, epoch: int) -> list[list[int]]:
         if (seed, epoch) not in self._epochs:
             self._epochs = {key: value for key, value in self._epochs.items() if key[1] == epoch}
-            recipe = self.setup.recipe
             self._epochs[seed, epoch] = steps_of_epoch(
                 self._lengths,
-                recipe.per_device_train_batch_size
-                * recipe.gradient_accumulation_steps
-                * self.setup.accelerator.num_processes,
+                self.setup.examples_per_step,
                 seed=seed,
                 epoch=epoch,
-                group_by_length=recipe.group_by_length,
+                group_by_length=self.setup.recipe.group_by_length,
             )
         return self._epochs[seed, epoch]
 

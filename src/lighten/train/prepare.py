@@ -52,6 +52,7 @@ class Setup:
         objective: The loss.
         accelerator: Device and ranks.
         scaler: For float16; does nothing otherwise.
+        examples_per_step: Rows of one optimiser step, over all ranks.
         steps_per_epoch: Optimiser steps of one pass over the data.
         total_steps: Of the whole run.
         choices: What was chosen for this machine, with reasons.
@@ -65,6 +66,7 @@ class Setup:
     objective: Objective
     accelerator: Accelerator
     scaler: torch.amp.GradScaler
+    examples_per_step: int
     steps_per_epoch: int
     total_steps: int
     choices: dict[str, Choice] = field(default_factory=dict)
@@ -103,7 +105,7 @@ def prepare(recipe: Recipe, accelerator: Accelerator, base: models.Base, rows: R
     objective = Objective(base.model, cohort)
     return Setup(
         recipe, base, rows, cohort, members, objective, accelerator, scaler,
-        steps_per_epoch, total, choices,
+        per_step, steps_per_epoch, total, choices,
     )  # fmt: skip
 
 
