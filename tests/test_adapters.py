@@ -291,7 +291,7 @@ def test_the_fused_form_equals_the_plain_reference(kind: str, bias: bool, dropou
     base: nn.Module = nn.Linear(6, 5, bias=bias) if kind == "linear" else Conv1D(5, 6)
     base = base.double().requires_grad_(False)
     x = torch.randn(6, 6, dtype=torch.double, requires_grad=True)
-    drop = Dropout(dropout, (11, 12), (2, 1), 2) if dropout else None
+    drop = Dropout(dropout, (11, 12), (2, 1), (2, 2)) if dropout else None
     segments = [Segment(0, 4, 0.7, drop), Segment(4, 5, 1.3)]
     factors = [torch.randn(s, dtype=torch.double, requires_grad=True)
                for s in ((2, 6), (5, 2), (3, 6), (5, 3))]  # fmt: skip
@@ -308,11 +308,11 @@ def test_the_fused_form_equals_the_plain_reference(kind: str, bias: bool, dropou
 
 
 def test_dropout_drops_its_share_keeps_the_mean_and_does_not_depend_on_neighbours() -> None:
-    whole = Dropout(0.25, (1, 2), (50, 30), 50).factors(200, torch.ones(1))
+    whole = Dropout(0.25, (1, 2), (50, 30), (50, 50)).factors(200, torch.ones(1))
     assert abs(float((whole[:50] == 0).float().mean()) - 0.25) < 0.02
     assert abs(float(whole[:50].mean()) - 1.0) < 0.03
     assert bool((whole[80:] == 1).all())
-    alone = Dropout(0.25, (2,), (30,), 30).factors(200, torch.ones(1))
+    alone = Dropout(0.25, (2,), (30,), (30,)).factors(200, torch.ones(1))
     assert torch.equal(alone, whole[50:80])
 
 

@@ -279,6 +279,7 @@ def test_gradient_checkpointing_and_token_budgets_change_no_result(
     plain = train(settings, max_steps=3, max_grad_norm=None)
     for number, change in enumerate(
         [{"gradient_checkpointing": True}, {"tokens_per_microbatch": 150},
+         {"packing": False}, {"packing": False, "tokens_per_microbatch": None},
          {"attn_implementation": "eager"}]
     ):  # fmt: skip
         other = train(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from lighten.adapters import AdapterSpec, Cohort, attach
 from lighten.data.batches import Item, MicroBatch, collate, layout
 from lighten.errors import UserError
+from lighten.models import attention
 from lighten.train.heldout import held_out
 from lighten.train.loss import Objective
 from lighten.train.member import Member, MemberSettings
@@ -53,10 +54,15 @@ def random_spec(name: str = "a", r: int = 4, **own: object) -> AdapterSpec:
     return AdapterSpec(name, r=r, init_lora_weights=False, **own)  # type: ignore[arg-type]
 
 
-def micro_batches(rows: list[Row], members: list[str], max_rows: int) -> list[MicroBatch]:
+def micro_batches(
+    rows: list[Row], members: list[str], max_rows: int, *, packed: bool = False
+) -> list[MicroBatch]:
     lengths = [len(r.input_ids) for r in rows]
     items = [Item(member, i, i) for member in members for i in range(len(rows))]
-    return [collate(part, rows, members) for part in layout(items, lengths, max_rows=max_rows)]
+    return [
+        collate(part, rows, members, packed=packed)
+        for part in layout(items, lengths, max_rows=max_rows, packed=packed)
+    ]
 
 
 def one_step(
@@ -66,11 +72,12 @@ def one_step(
     *,
     scaler: torch.amp.GradScaler | None = None,
     objective: Objective | None = None,
+    packed: bool = False,
     **changes: object,
 ) -> tuple[dict[str, MemberStep], dict[str, Member]]:
     members = [Member(name, cohort.parameters(name), settings(**changes)) for name in cohort.names]
     report = train_step(
-        micro_batches(rows, list(cohort.names), max_rows),
+        micro_batches(rows, list(cohort.names), max_rows, packed=packed),
         members,
         objective or Objective(cohort.model, cohort),
         Accelerator(cpu=True),
@@ -120,6 +127,78 @@ def test_trap1_splitting_a_step_changes_neither_loss_nor_gradients(
     report, members = one_step(cohort, UNEVEN, max_rows)
     assert report["a"].loss == pytest.approx(wanted_loss, rel=1e-5)
     assert_close(gradients(members["a"]), wanted)
+
+
+def in_blocks(cohort: Cohort) -> Cohort:
+    """The attention that keeps packed rows apart, where the architecture can have it."""
+    if cohort.model.config.model_type == "gemma2":
+        pytest.skip("its soft cap has no place in sdpa")
+    attention.register()
+    cohort.model.set_attn_implementation(attention.NAME)
+    return cohort
+
+
+@pytest.mark.parametrize("max_rows", [1, 4, 6])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_trap21_a_packed_row_learns_as_it_does_alone(arch: str, max_rows: int) -> None:
+    # Longer than the sliding windows and, together, than a block of attention.
+    cohort = in_blocks(cohort_of(random_spec(), random_spec("b", 3, seed=1), arch=arch))
+    rows = [*UNEVEN, row(70, 20), row(33, 9)]
+    report, members = one_step(cohort, rows, max_rows, packed=True)
+    for name in cohort.names:
+        wanted_loss, wanted = full_batch(cohort_at_start(cohort, arch), name, rows)
+        assert report[name].loss == pytest.approx(wanted_loss, rel=1e-5)
+        assert_close(gradients(members[name]), wanted, 3e-5)
+
+
+def cohort_at_start(cohort: Cohort, arch: str) -> Cohort:
+    """The same adapters before their first step, on the plain attention."""
+    return cohort_of(*cohort.specs.values(), arch=arch)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_trap21_logits_of_a_packed_row_are_its_own(arch: str) -> None:
+    cohort = in_blocks(cohort_of(random_spec(), arch=arch))
+    plain = cohort_of(random_spec(), arch=arch)
+    (batch,) = micro_batches(UNEVEN, ["a"], 9, packed=True)
+    objective = Objective(cohort.model, cohort, fast=False, packs=True)
+    assert batch.starts is not None
+    with torch.no_grad(), objective.at(batch, shares_of(batch)):
+        logits = cohort.model(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
+        ).logits[0]
+    for item, start, length in zip(batch.items, batch.starts, batch.lengths, strict=False):
+        ids = torch.tensor([UNEVEN[item.row].input_ids])
+        with torch.no_grad(), plain.using("a"):
+            alone = plain.model(input_ids=ids).logits[0]
+        assert float((logits[start : start + length] - alone).abs().max()) < 2e-5
+
+
+def test_trap22_and_trap23_no_label_crosses_a_boundary_and_none_is_lost() -> None:
+    rows = [Row(r.input_ids, [True] * len(r.input_ids)) for r in UNEVEN]
+    (batch,) = micro_batches(rows, ["a"], 9, packed=True)
+    apart = micro_batches(rows, ["a"], 1)
+    assert batch.starts is not None
+    # The token that predicts stands in the row of the one predicted.
+    row_of = torch.bucketize(batch.positions, torch.tensor(batch.starts), right=True)
+    label_row = torch.bucketize(batch.positions + 1, torch.tensor(batch.starts), right=True)
+    assert torch.equal(row_of, label_row)
+    assert len(batch.labels) == sum(len(one.labels) for one in apart)
+    assert batch.tokens == sum(one.tokens for one in apart)
+
+
+def test_packing_is_left_where_attention_looks_across_rows_and_that_is_said() -> None:
+    cohort = cohort_of(random_spec())  # PyTorch's own attention knows nothing of packed rows
+    objective = Objective(cohort.model, cohort, packs=True)
+    (batch,) = micro_batches(UNEVEN, ["a"], 9, packed=True)
+    with_none = batch.position_ids
+    assert with_none is not None
+    # From 0 to N, as if the rows were one: transformers would tell rows apart by their positions.
+    batch = replace(batch, position_ids=torch.arange(with_none.shape[1])[None])
+    assert objective.verify(batch, shares_of(batch))
+    assert not objective.packs
+    assert "looks across rows" in objective.packing_reason
+    assert objective.fast, objective.reason
 
 
 def test_trap2_a_last_partial_window_is_divided_by_its_own_count() -> None:

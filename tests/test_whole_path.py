@@ -139,6 +139,7 @@ ELSEWHERE = {
     "eval_dataset": "below", "logging_steps": "below", "optim": "one value so far",
     "tokens_per_microbatch": "below: the layout changes, the result must not",
     "per_device_eval_batch_size": "below: the layout changes, the result must not",
+    "packing": "below: the layout changes, the result must not",
     "evaluate.batch_size": "test_evaluate, trap 17: the result must not change",
 }  # fmt: skip
 
@@ -190,26 +191,28 @@ def test_layout_settings_change_batches_but_no_result(
 ) -> None:
     from lighten.train import heldout, loop
 
-    sizes: list[int] = []
+    sizes: list[tuple[int, bool]] = []
     for module in (loop, heldout):
         plain = module.collate
 
         def noting(items: Any, *rest: Any, _plain: Any = plain, **options: Any) -> Any:
-            sizes.append(len(items))
-            return _plain(items, *rest, **options)
+            made = _plain(items, *rest, **options)
+            sizes.append((len(items), made.starts is None))
+            return made
 
         monkeypatch.setattr(module, "collate", noting)
     seen = {}
     for name, change in (
         ("plain", {}), ("tokens_per_microbatch", {"tokens_per_microbatch": 130}),
         ("per_device_eval_batch_size", {"per_device_eval_batch_size": 2}),
+        ("packing", {"packing": False}),
     ):  # fmt: skip
         sizes.clear()
         found = fingerprint({**world["settings"], **change}, tmp_path / name)
         seen[name] = list(sizes)
         for ours, theirs in zip(found["metrics"], before["metrics"], strict=True):
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
-    assert seen["tokens_per_microbatch"] != seen["plain"] != seen["per_device_eval_batch_size"]
+    assert all(seen[name] != seen["plain"] for name in seen if name != "plain")
 
 
 def test_other_files_of_data_are_felt(world: dict[str, Any], tmp_path: Path) -> None:

@@ -91,24 +91,34 @@ class Cohort:
         """
         if name is not None and name not in self.specs:
             raise UserError(f"no adapter is called {name!r}; there are {', '.join(self.names)}")
-        before = self.routing.shares, self.routing.everyone
-        self.routing.shares, self.routing.everyone = (), name
+        routing = self.routing
+        before = routing.shares, routing.everyone
+        routing.shares, routing.everyone = (), name
         try:
             yield self.model
         finally:
-            self.routing.shares, self.routing.everyone = before
+            routing.shares, routing.everyone = before
 
     @contextmanager
-    def sharing(self, shares: Sequence[Share]) -> Iterator[PreTrainedModel]:
-        """The batch's rows take the adapters that the shares say; they cover it from row 0 on."""
+    def sharing(
+        self, shares: Sequence[Share], starts: Sequence[int] | None = None
+    ) -> Iterator[PreTrainedModel]:
+        """The batch's rows take the adapters that the shares say; they cover it from row 0 on.
+
+        Args:
+            shares: Runs of rows by adapter.
+            starts: Where each row begins in a packed batch, and its whole length at the end.
+        """
         assert shares[0].start == 0
         assert all(a.stop == b.start for a, b in pairwise(shares))
-        before = self.routing.shares, self.routing.everyone
-        self.routing.shares, self.routing.everyone = tuple(shares), None
+        routing = self.routing
+        before = routing.shares, routing.everyone, routing.starts
+        routing.shares, routing.everyone = tuple(shares), None
+        routing.starts = None if starts is None else tuple(starts)
         try:
             yield self.model
         finally:
-            self.routing.shares, self.routing.everyone = before
+            routing.shares, routing.everyone, routing.starts = before
 
     @contextmanager
     def _detached(self) -> Iterator[None]:

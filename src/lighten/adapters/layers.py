@@ -12,13 +12,15 @@ import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lighten.adapters.ops import Dropout, Segment, low_rank_linear, weight_of
+from lighten.adapters.frozen import weight_of
+from lighten.adapters.ops import Dropout, Segment, low_rank_linear
 from lighten.adapters.spec import AdapterSpec
 
 
@@ -42,30 +44,41 @@ class Share:
 
 
 class Routing:
-    """Which rows of the batch take which adapter: one object, shared by a cohort's layers."""
+    """Which rows of the batch take which adapter: one object, shared by a cohort's layers.
+
+    Attributes:
+        shares: The adapters' runs of rows, in order; rows behind the last take the base alone.
+        everyone: Without shares, the one adapter that every row takes, or None.
+        starts: In a packed batch [1, N], where each row begins, and N at the end.
+    """
 
     def __init__(self) -> None:
         self.shares: tuple[Share, ...] = ()
         self.everyone: str | None = None
+        self.starts: tuple[int, ...] | None = None
 
-    @property
-    def batch_rows(self) -> int | None:
-        """Rows of the batch that the shares describe; None when one member takes every row."""
-        return self.shares[-1].stop if self.shares else None
-
-    def rows_per_batch_row(self, leading: Sequence[int], path: str) -> int:
-        """How many flattened rows of x one row of the batch has there.
+    def widths(self, leading: Sequence[int], path: str) -> tuple[int, ...]:
+        """How many flattened rows of x each row of the batch has there.
 
         Some layers see [B, T, ·], others [B·T, ·]; both are whole multiples of the batch.
+
+        Args:
+            leading: Shape of x without its features.
+            path: The asking module, for the error.
         """
-        rows = math.prod(leading)
-        assert self.batch_rows is not None
-        if leading[0] != self.batch_rows and (len(leading) > 1 or rows % self.batch_rows):
+        rows, batch_rows = math.prod(leading), self.shares[-1].stop
+        if self.starts is not None:
+            fits = rows == self.starts[-1]
+            widths = tuple(b - a for a, b in pairwise(self.starts))
+        else:
+            fits = leading[0] == batch_rows or (len(leading) == 1 and rows % batch_rows == 0)
+            widths = (rows // batch_rows,) * batch_rows
+        if not fits:
             raise RuntimeError(
-                f"{path} was given {tuple(leading)} rows, which the batch of {self.batch_rows} "
+                f"{path} was given {tuple(leading)} rows, which the batch of {batch_rows} "
                 "rows does not divide: adapters cannot be told apart there"
             )
-        return rows // self.batch_rows
+        return widths
 
 
 class CohortLinear(nn.Module):
@@ -127,28 +140,29 @@ class CohortLinear(nn.Module):
                 return []
             rows = math.prod(x.shape[:-1])
             return [(name, Segment(0, rows, self.specs[name].scale_at(self.path)))]
-        width = routing.rows_per_batch_row(x.shape[:-1], self.path)
+        widths = routing.widths(x.shape[:-1], self.path)
+        starts = (0, *accumulate(widths))
         return [
             (
                 share.member,
                 Segment(
-                    share.start * width,
-                    share.stop * width,
+                    starts[share.start],
+                    starts[share.stop],
                     self.specs[share.member].scale_at(self.path),
-                    self._dropout(share, width),
+                    self._dropout(share, widths[share.start : share.stop]),
                 ),
             )
             for share in routing.shares
             if share.member in self.specs
         ]
 
-    def _dropout(self, share: Share, width: int) -> Dropout | None:
+    def _dropout(self, share: Share, widths: tuple[int, ...]) -> Dropout | None:
         assert share.member is not None
         spec = self.specs[share.member]
         if spec.dropout == 0.0 or share.dropout_keys is None or share.lengths is None:
             return None
         seeds = tuple(_mix(spec.seed, self._salt, key) for key in share.dropout_keys)
-        return Dropout(spec.dropout, seeds, share.lengths, width)
+        return Dropout(spec.dropout, seeds, share.lengths, widths)
 
     def delta(self, name: str) -> Tensor:
         """The adapter's update of the weight, scale · B A: [O, I] in float32."""
@@ -203,13 +217,15 @@ class CohortCopies(nn.Module):
             return self._one(routing.everyone, x, args, kwargs)
         # Token ids come as [B, T]; hidden vectors as [B, T, ·] or [B·T, ·].
         leading = x.shape if not x.is_floating_point() else x.shape[:-1]
-        width = x.shape[0] // routing.shares[-1].stop
-        routing.rows_per_batch_row(leading, self.path)
-        parts = [
-            self._one(share.member, x[share.start * width : share.stop * width], args, kwargs)
-            for share in routing.shares
-        ]
-        return torch.cat(parts)
+        starts = (0, *accumulate(routing.widths(leading, self.path)))
+        spans = [(s.member, starts[s.start], starts[s.stop]) for s in routing.shares]
+        if spans[-1][2] < starts[-1]:
+            spans.append((None, spans[-1][2], starts[-1]))  # filler behind packed rows
+        if len(spans) == 1:
+            return self._one(spans[0][0], x, args, kwargs)
+        flat = x.flatten(0, len(leading) - 1)
+        parts = [self._one(name, flat[start:stop], args, kwargs) for name, start, stop in spans]
+        return torch.cat(parts).unflatten(0, leading)
 
     def _one(self, name: str | None, x: Tensor, args: Any, kwargs: Any) -> Tensor:
         if name is None or name not in self.copies:

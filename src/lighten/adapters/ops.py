@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
+
+from lighten.adapters.frozen import product, weight_of
 
 
 @dataclass(frozen=True)
@@ -31,24 +32,26 @@ class Dropout:
         seeds: One seed per example of the segment, so that an example's mask does not depend on
             which others share its micro-batch.
         lengths: Real tokens of each example; padding beyond is left as it is.
-        padded: Rows that each example takes in x, at least its length.
+        widths: Rows that each example takes in x, at least its length.
     """
 
     probability: float
     seeds: tuple[int, ...]
     lengths: tuple[int, ...]
-    padded: int
+    widths: tuple[int, ...]
 
     def factors(self, features: int, like: Tensor) -> Tensor:
-        """What x is multiplied with, [len(seeds) · padded, features]: 0 or 1 / (1 − p)."""
+        """What x is multiplied with, [sum of widths, features]: 0 or 1 / (1 − p)."""
         keep = 1.0 - self.probability
-        out = torch.ones(len(self.seeds), self.padded, features, dtype=like.dtype)
+        out = torch.ones(sum(self.widths), features, dtype=like.dtype)
         generator = torch.Generator()
-        for row, (seed, length) in enumerate(zip(self.seeds, self.lengths, strict=True)):
+        start = 0
+        for seed, length, width in zip(self.seeds, self.lengths, self.widths, strict=True):
             generator.manual_seed(seed)
             kept = torch.rand(length, features, generator=generator) < keep
-            out[row, :length] = kept.to(like.dtype) / keep
-        return out.reshape(-1, features).to(like.device)
+            out[start : start + length] = kept.to(like.dtype) / keep
+            start += width
+        return out.to(like.device)
 
 
 @dataclass(frozen=True)
@@ -59,12 +62,6 @@ class Segment:
     stop: int
     scale: float
     dropout: Dropout | None = None
-
-
-def weight_of(base: nn.Module) -> Tensor:
-    """The layer's weight as [O, I], fetched anew: a gathered or streamed weight may come late."""
-    weight: Tensor = base.weight  # type: ignore[assignment]
-    return weight.T if isinstance(base, Conv1D) else weight
 
 
 def reference(
@@ -82,7 +79,7 @@ def reference(
         [..., O] in x's format.
     """
     flat = x.reshape(-1, x.shape[-1])
-    out = F.linear(flat, weight_of(base), base.bias)  # type: ignore[arg-type]
+    out = product(base, flat)
     delta = torch.zeros_like(out)
     for segment, A, B in zip(segments, factors[::2], factors[1::2], strict=True):
         rows = flat[segment.start : segment.stop]
@@ -106,7 +103,7 @@ class _LowRankLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, base: nn.Module, segments: Sequence[Segment], *factors: Tensor
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        out = F.linear(flat, weight_of(base), base.bias)  # type: ignore[arg-type]
+        out = product(base, flat)
         inner = []
         for segment, A, B in zip(segments, factors[::2], factors[1::2], strict=True):
             rows = _dropped(flat[segment.start : segment.stop], segment)

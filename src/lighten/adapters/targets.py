@@ -5,19 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from lighten.adapters.frozen import is_linear
 from lighten.adapters.spec import AdapterSpec
 from lighten.errors import UserError
 
 ALL_LINEAR = "all-linear"
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a low-rank update can be added to the module (`nn.Linear` or GPT-2's `Conv1D`)."""
-    return isinstance(module, nn.Linear | Conv1D)
 
 
 def low_rank_paths(model: PreTrainedModel, spec: AdapterSpec) -> list[str]:

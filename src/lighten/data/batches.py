@@ -1,15 +1,15 @@
 """From encoded rows to optimiser steps and micro-batches.
 
-Dimensions: B rows, T tokens of the longest row, S supervised positions. Which examples make a
-step is a pure function of the seed and the epoch, so a resumed run needs no saved sampler. How a
-step is cut into micro-batches changes memory and speed, never the result: the loss is normalised
-over the whole step.
+Dimensions: B rows, T tokens of the longest row, N tokens of a packed micro-batch, S supervised
+positions. Which examples make a step is a pure function of the seed and the epoch, so a resumed run
+needs no saved sampler. How a step is cut into micro-batches, padded or packed, changes memory and
+speed, never the result: the loss is normalised over the whole step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -19,6 +19,9 @@ from torch import Tensor
 # Rows are sorted by length within this many steps' worth of shuffled rows: enough to pair rows
 # of like length, few enough that the order stays random.
 WINDOW_STEPS = 16
+# Packed micro-batches are filled up to a multiple of this many tokens: few sizes mean that kernels
+# and memory blocks made for one micro-batch serve the next.
+PACKED_MULTIPLE = 64
 
 
 class TokenRow(Protocol):
@@ -43,15 +46,19 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows that go through the model together, right-padded, ordered by adapter.
+    """Rows that go through the model together, ordered by adapter.
+
+    They stand under each other, right-padded, or behind each other, packed.
 
     Attributes:
         items: The rows, in the batch's order.
-        input_ids: [B, T] int64.
+        input_ids: [B, T] int64; packed [1, N].
         lengths: Real tokens per row.
-        positions: [S] where, in the flattened [B · T], a supervised token is predicted.
+        positions: [S] where, in the flattened ids, a supervised token is predicted.
         labels: [S] the supervised tokens themselves.
         supervised_before: B + 1 numbers: supervised positions before each row, then all.
+        starts: Packed: where each row begins, where the last one ends, and N if filler follows.
+        position_ids: Packed: [1, N], from 0 in every row.
     """
 
     items: tuple[Item, ...]
@@ -60,6 +67,8 @@ class MicroBatch:
     positions: Tensor
     labels: Tensor
     supervised_before: tuple[int, ...]
+    starts: tuple[int, ...] | None = None
+    position_ids: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -69,6 +78,20 @@ class MicroBatch:
     def supervised_in(self, start: int, stop: int) -> int:
         """Supervised positions in the rows [start, stop)."""
         return self.supervised_before[stop] - self.supervised_before[start]
+
+    def padded(self) -> MicroBatch:
+        """The same rows under each other."""
+        if self.starts is None:
+            return self
+        rows = len(self.lengths)
+        width = max(self.lengths)
+        ids = self.input_ids.new_zeros(rows, width)
+        positions = self.positions.clone()
+        for row, (start, length) in enumerate(zip(self.starts, self.lengths, strict=False)):
+            ids[row, :length] = self.input_ids[0, start : start + length]
+            own = slice(self.supervised_before[row], self.supervised_before[row + 1])
+            positions[own] += row * width - start
+        return replace(self, input_ids=ids, positions=positions, starts=None, position_ids=None)
 
 
 def steps_of_epoch(
@@ -108,20 +131,25 @@ def layout(
     *,
     max_rows: int,
     max_tokens: int | None = None,
+    packed: bool = False,
 ) -> list[list[Item]]:
-    """Cut a step's rows into micro-batches of like length, longest first.
+    """Cut a step's rows into micro-batches: padded ones of like length, packed ones of like size.
 
-    Longest first, so that memory peaks in the first micro-batch and not at a later one.
+    Largest first, so that memory peaks in the first micro-batch and not at a later one.
 
     Args:
         items: The step's rows, of all adapters.
         lengths: Tokens of each row of the data.
         max_rows: Rows per micro-batch at most.
-        max_tokens: Padded tokens per micro-batch at most; a longer row goes alone.
+        max_tokens: Tokens per micro-batch at most, padding included; a longer row goes alone.
+        packed: Rows will stand behind each other, without padding.
     """
+    longest_first = sorted(items, key=lambda item: -lengths[item.row])
+    if packed:
+        return _even(longest_first, lengths, max_rows, max_tokens)
     batches: list[list[Item]] = []
     longest = 0
-    for item in sorted(items, key=lambda item: -lengths[item.row]):
+    for item in longest_first:
         rows = len(batches[-1]) + 1 if batches else 1
         over = max_tokens is not None and rows * longest > max_tokens
         if not batches or rows > max_rows or over:
@@ -131,39 +159,83 @@ def layout(
     return batches
 
 
+def _even(
+    longest_first: Sequence[Item], lengths: Sequence[int], max_rows: int, max_tokens: int | None
+) -> list[list[Item]]:
+    """As few micro-batches as hold the rows, each with about as many tokens.
+
+    Each row goes where the fewest tokens are (the LPT rule of scheduling, Graham 1969).
+    """
+    total = sum(lengths[item.row] for item in longest_first)
+    room = total if max_tokens is None else max_tokens
+    count = max(1, -(-len(longest_first) // max_rows), -(-total // room))
+    while True:
+        parts: list[list[Item]] = [[] for _ in range(count)]
+        filled = [0] * count
+        fits = True
+        for item in longest_first:
+            open_parts = [i for i in range(count) if len(parts[i]) < max_rows]
+            place = min(open_parts, key=lambda i: filled[i])
+            fits &= not parts[place] or filled[place] + lengths[item.row] <= room
+            parts[place].append(item)
+            filled[place] += lengths[item.row]
+        if fits:
+            order = sorted(range(count), key=lambda i: -filled[i])
+            return [parts[i] for i in order if parts[i]]
+        count += 1
+
+
 def collate(
     items: Sequence[Item],
     rows: Sequence[TokenRow],
     members: Sequence[str | None],
     *,
     pad_id: int = 0,
+    packed: bool = False,
     device: torch.device | str = "cpu",
 ) -> MicroBatch:
-    """Pad a micro-batch to its longest row; rows of one adapter stand together.
+    """Make a micro-batch; rows of one adapter stand together.
 
     Args:
         items: The rows and their adapters.
         rows: The encoded data that `Item.row` counts in.
         members: The adapters in their order.
-        pad_id: What stands right of a row; it is never attended to and never supervised.
+        pad_id: What stands right of a row, or behind the last packed one; it is never attended to
+            and never supervised.
+        packed: Rows behind each other in place of under each other.
         device: Where the tensors go.
     """
     rank = {member: place for place, member in enumerate(members)}
     items = sorted(items, key=lambda item: rank[item.member])
     lengths = [len(rows[item.row].input_ids) for item in items]
-    width = max(lengths)
-    ids = np.full((len(items), width), pad_id, dtype=np.int64)
-    wanted = np.zeros((len(items), width), dtype=bool)
-    for place, (item, length) in enumerate(zip(items, lengths, strict=True)):
-        ids[place, :length] = rows[item.row].input_ids
-        wanted[place, :length] = rows[item.row].supervised
-    wanted[:, 0] = False  # nothing stands before the first token to predict it from
+    if packed:
+        starts = [0, *np.cumsum(lengths).tolist()]
+        size = -(-starts[-1] // PACKED_MULTIPLE) * PACKED_MULTIPLE
+    else:
+        starts = [place * max(lengths) for place in range(len(items) + 1)]
+        size = starts[-1]
+    ids = np.full(size, pad_id, dtype=np.int64)
+    wanted = np.zeros(size, dtype=bool)
+    position = np.arange(size, dtype=np.int64)
+    supervised_before = [0]
+    for item, start, length in zip(items, starts, lengths, strict=False):
+        ids[start : start + length] = rows[item.row].input_ids
+        # Nothing stands before a row's first token to predict it from (trap 22).
+        wanted[start + 1 : start + length] = rows[item.row].supervised[1:]
+        position[start:] = np.arange(size - start)
+        supervised_before.append(supervised_before[-1] + int(wanted[start : start + length].sum()))
+    position[starts[-1] :] = np.arange(size - starts[-1])
     where = np.flatnonzero(wanted)
+    shape = (1, size) if packed else (len(items), max(lengths))
+    if size > starts[-1]:
+        starts.append(size)
     return MicroBatch(
         items=tuple(items),
-        input_ids=torch.from_numpy(ids).to(device),
+        input_ids=torch.from_numpy(ids.reshape(shape)).to(device),
         lengths=tuple(lengths),
         positions=torch.from_numpy(where - 1).to(device),
-        labels=torch.from_numpy(ids.reshape(-1)[where]).to(device),
-        supervised_before=(0, *np.cumsum(wanted.sum(1)).tolist()),
+        labels=torch.from_numpy(ids[where]).to(device),
+        supervised_before=tuple(supervised_before),
+        starts=tuple(starts) if packed else None,
+        position_ids=torch.from_numpy(position[None]).to(device) if packed else None,
     )

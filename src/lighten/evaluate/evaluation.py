@@ -21,7 +21,7 @@ from lighten.recipe import EvaluateOptions, Recipe
 from lighten.runs import Run
 from lighten.train.heldout import held_out
 from lighten.train.loss import Objective
-from lighten.train.prepare import load_base
+from lighten.train.prepare import choose_tokens, load_base
 
 Progress = Callable[[str, int, int], None]
 # Fewer examples than this give no verdict.
@@ -178,7 +178,7 @@ def measure(
         rows,
         adapter,
         max_rows=recipe.per_device_eval_batch_size,
-        max_tokens=recipe.tokens_per_microbatch,
+        max_tokens=choose_tokens(recipe.tokens_per_microbatch, base.model.device.type)[0],
         device=base.model.device,
     )
     statistics = {"loss": metrics.likelihood_statistics(losses.nll, losses.tokens)}

@@ -144,6 +144,9 @@ def _pretrained(
 
 def _set_attention(model: PreTrainedModel, wanted: str, device: str) -> Choice:
     """Set the attention implementation; plain attention where the architecture has no other."""
+    if wanted == "sdpa" and getattr(model.config, "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")
+        return Choice("eager", f"{type(model).__name__} caps its scores, which sdpa leaves out")
     try:
         model.set_attn_implementation(wanted)
     except (ValueError, ImportError) as error:

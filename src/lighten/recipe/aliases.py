@@ -28,6 +28,9 @@ RENAMED = {
     "lora_target": "lora_target_modules",
     "target_modules": "lora_target_modules",
     "torch_dtype": "dtype",
+    "sample_packing": "packing",
+    "neat_packing": "packing",
+    "padding_free": "packing",
     "val_set_size": "val_size",
     "val_split": "val_size",
 }

@@ -132,8 +132,16 @@ class RecipeFields(Section):
     per_device_train_batch_size: Positive = _field(8, "training", "examples per micro-batch")
     gradient_accumulation_steps: Positive = _field(1, "training", "micro-batches per step")
     per_device_eval_batch_size: Positive = _field(8, "training", "held-out examples together")
-    tokens_per_microbatch: Positive | None = _field(
-        None, "training", "cut micro-batches so that their padded tokens stay within this"
+    tokens_per_microbatch: Positive | Literal["auto"] | None = _field(
+        "auto",
+        "training",
+        "cut micro-batches so that their tokens stay within this; auto: 1024 on a processor",
+    )
+    packing: bool | Literal["auto"] = _field(
+        "auto",
+        "training",
+        "rows behind each other without padding, each attending to itself alone; auto: where the "
+        "attention can",
     )
     group_by_length: bool = _field(True, "training", "bring examples of like length together")
     learning_rate: Rate | list[Rate] = _field(2e-4, "training", "peak learning rate")

@@ -68,12 +68,14 @@ def held_out(
     lengths = [len(row.input_ids) for row in rows]
     items = [Item(member, i, 0) for i, row in enumerate(rows) if any(row.supervised[1:])]
     nll, tokens = [0.0] * len(rows), [0] * len(rows)
-    for part in layout(items, lengths, max_rows=max_rows, max_tokens=max_tokens):
-        batch = collate(part, rows, [member], pad_id=pad_id, device=device)
+    packed = objective.packs
+    for part in layout(items, lengths, max_rows=max_rows, max_tokens=max_tokens, packed=packed):
+        batch = collate(part, rows, [member], pad_id=pad_id, packed=packed, device=device)
         shares = tuple(replace(share, dropout_keys=None) for share in shares_of(batch))
         weights = torch.ones(len(batch.labels), device=batch.labels.device)
         objective.verify(batch, shares)
-        with objective.cohort.sharing(shares):
+        batch = batch if objective.packs else batch.padded()
+        with objective.at(batch, shares):
             _, each = objective(batch, shares, weights)
         for place, item in enumerate(batch.items):
             own = slice(batch.supervised_before[place], batch.supervised_before[place + 1])

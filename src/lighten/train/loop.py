@@ -59,8 +59,8 @@ class Loop:
                 began = time.perf_counter()
                 members = self._active()
                 batches = list(self._micro_batches(state.step, members))
-                if batches:
-                    setup.objective.verify(batches[0], shares_of(batches[0]))
+                if batches and setup.objective.verify(batches[0], shares_of(batches[0])):
+                    batches = list(self._micro_batches(state.step, members))
                 report = train_step(
                     batches, members, setup.objective, setup.accelerator, setup.scaler
                 )
@@ -99,13 +99,17 @@ class Loop:
             own = rows[accelerator.process_index :: accelerator.num_processes]
             items += [Item(member.name, row, step * len(self._lengths) + row) for row in own]
         names = [member.name for member in members]
+        packed = setup.objective.packs
         for part in layout(
             items,
             self._lengths,
             max_rows=recipe.per_device_train_batch_size,
-            max_tokens=recipe.tokens_per_microbatch,
+            max_tokens=setup.tokens_per_microbatch,
+            packed=packed,
         ):
-            yield collate(part, setup.rows.train.rows, names, device=accelerator.device)
+            yield collate(
+                part, setup.rows.train.rows, names, packed=packed, device=accelerator.device
+            )
 
     def _epoch(self, seed: int, epoch: int) -> list[list[int]]:
         if (seed, epoch) not in self._epochs:
@@ -161,7 +165,7 @@ class Loop:
                 setup.rows.held_out.rows,
                 member.name,
                 max_rows=setup.recipe.per_device_eval_batch_size,
-                max_tokens=setup.recipe.tokens_per_microbatch,
+                max_tokens=setup.tokens_per_microbatch,
                 device=setup.accelerator.device,
             )
             any_best |= member.note_evaluation(found.loss, state.step)

@@ -9,6 +9,8 @@ linear cross-entropy (arXiv 2410.10989), here in plain PyTorch.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +23,7 @@ from transformers import PreTrainedModel
 from lighten.adapters.cohort import Cohort
 from lighten.adapters.layers import CohortCopies, CohortLinear, Share
 from lighten.data.batches import MicroBatch
+from lighten.models import attention
 
 # One chunk of float32 logits takes about this much: large enough to fill a matrix product.
 LOGIT_CHUNK_BYTES = 64 * 2**20
@@ -101,10 +104,15 @@ class Objective:
     Attributes:
         fast: Whether logits are formed at supervised positions only.
         reason: Why, in words for the user.
+        packs: Whether rows may stand behind each other in one.
+        packing_reason: Why, in words for the user.
     """
 
-    def __init__(self, model: PreTrainedModel, cohort: Cohort, *, fast: bool = True) -> None:
+    def __init__(
+        self, model: PreTrainedModel, cohort: Cohort, *, fast: bool = True, packs: bool = False
+    ) -> None:
         self.model, self.cohort = model, cohort
+        self.packs, self.packing_reason = packs, "rows under each other, right-padded"
         self.rule = HeadRule.of(model)
         self.fast, self.reason = fast, "logits at supervised positions only"
         self._verified = not fast
@@ -118,7 +126,7 @@ class Objective:
     ) -> tuple[Tensor, Tensor]:
         """The weighted loss of a micro-batch, and what each supervised position lost.
 
-        Call it, and the backward pass after it, inside `cohort.sharing(shares)`: layers that are
+        Call it, and the backward pass after it, inside `at(batch, shares)`: layers that are
         recomputed in the backward pass ask again which rows are whose.
 
         Args:
@@ -139,13 +147,21 @@ class Objective:
             hidden_or_logits, batch.labels, weights, self._head, self.rule
         )
 
+    @contextmanager
+    def at(self, batch: MicroBatch, shares: tuple[Share, ...]) -> Iterator[None]:
+        """The model knows which of the batch's rows are whose, and where packed ones begin."""
+        with self.cohort.sharing(shares, batch.starts), attention.packed(batch.starts):
+            yield
+
     def _positions(self, batch: MicroBatch) -> Tensor:
         """Hidden states [S, H] (fast) or logits [S, V] at the supervised positions."""
-        if self.fast:
-            out = self._backbone(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-        else:
-            out = self.model(input_ids=batch.input_ids, use_cache=False).logits
-        return out.flatten(0, 1)[batch.positions]
+        given: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
+        if batch.position_ids is not None:
+            given["position_ids"] = batch.position_ids
+        run = self._backbone if self.fast else self.model
+        out = run(**given)
+        states = out.last_hidden_state if self.fast else out.logits
+        return states.flatten(0, 1)[batch.positions]
 
     def _through_adapted_head(
         self, hidden: Tensor, batch: MicroBatch, shares: tuple[Share, ...], weights: Tensor
@@ -168,28 +184,51 @@ class Objective:
         return (nll * weights).sum(), nll.detach()
 
     @torch.no_grad()
-    def verify(self, batch: MicroBatch, shares: tuple[Share, ...]) -> None:
-        """Compare the fast path with the model's own forward and fall back if they differ.
+    def verify(self, batch: MicroBatch, shares: tuple[Share, ...]) -> bool:
+        """Compare what is quick with the model's own forward, and leave it where they differ.
 
         The first call does so; later ones return at once.
+
+        Returns:
+            Whether `packs` has become false, so that the batch has to be laid out anew.
         """
-        if self._verified or not self.fast:
-            return
+        if self._verified or not (self.fast or batch.starts):
+            return False
+        packed = self.packs
         self._verified = True
         weights = torch.full_like(batch.labels, 1.0 / len(batch.labels), dtype=torch.float32)
-        with self.cohort.sharing(shares):
-            quick, _ = self(batch, shares, weights)
-            own, _ = Objective(self.model, self.cohort, fast=False)(batch, shares, weights)
-        apart = float((quick - own).abs() / own.abs().clamp_min(1e-6))
-        if apart > AGREEMENT.get(self.model.dtype, 2e-2):
+
+        def loss(objective: Objective, batch: MicroBatch) -> float:
+            with objective.at(batch, shares):
+                return float(objective(batch, shares, weights)[0])
+
+        own = loss(Objective(self.model, self.cohort, fast=False), batch.padded())
+
+        def apart(value: float) -> float:
+            return abs(value - own) / max(abs(own), 1e-6)
+
+        allowed = AGREEMENT.get(self.model.dtype, 2e-2)
+        quick = loss(self, batch)
+        if batch.starts is not None:
+            self.packing_reason = f"rows packed without padding; {apart(quick):.1e} from apart"
+            if apart(quick) > allowed:
+                self.packs = False
+                self.packing_reason = (
+                    f"the loss of packed rows was {quick:.4f} and that of the rows apart {own:.4f}:"
+                    f" {type(self.model).__name__} looks across rows that stand behind each other"
+                )
+                quick = loss(self, batch.padded())
+        if not self.fast:
+            return packed != self.packs
+        self.reason = (
+            f"logits at supervised positions only; {apart(quick):.1e} from the model's own loss on "
+            "the first batch"
+        )
+        if apart(quick) > allowed:
             self.fast = False
             self.reason = (
-                f"the loss at supervised positions was {float(quick):.4f} and the model's own "
-                f"{float(own):.4f}: {type(self.model).__name__} does something to its logits that "
+                f"the loss at supervised positions was {quick:.4f} and the model's own "
+                f"{own:.4f}: {type(self.model).__name__} does something to its logits that "
                 "the fast path does not know"
             )
-        else:
-            self.reason = (
-                f"logits at supervised positions only; {apart:.1e} from the model's own loss on "
-                "the first batch"
-            )
+        return packed != self.packs

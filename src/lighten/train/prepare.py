@@ -14,12 +14,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lighten import data, models
 from lighten.adapters import AdapterSpec, Cohort, attach
 from lighten.data import Encoded, TemplateChoice
+from lighten.errors import UserError
 from lighten.hardware import Choice
+from lighten.models import attention
 from lighten.recipe import AdapterOptions, Recipe
 from lighten.train.loss import Objective
 from lighten.train.member import Member, MemberSettings
 from lighten.train.memory import checkpoint_layers
 from lighten.train.schedule import warmup_length
+
+# Matrix products of this many rows reach a processor's full rate (benchmarks/limit.py).
+CPU_TOKENS = 1024
 
 
 @dataclass
@@ -55,6 +60,7 @@ class Setup:
         examples_per_step: Rows of one optimiser step, over all ranks.
         steps_per_epoch: Optimiser steps of one pass over the data.
         total_steps: Of the whole run.
+        tokens_per_microbatch: Tokens of one micro-batch at most, padding included.
         choices: What was chosen for this machine, with reasons.
     """
 
@@ -69,6 +75,7 @@ class Setup:
     examples_per_step: int
     steps_per_epoch: int
     total_steps: int
+    tokens_per_microbatch: int | None = None
     choices: dict[str, Choice] = field(default_factory=dict)
 
 
@@ -102,11 +109,42 @@ def prepare(recipe: Recipe, accelerator: Accelerator, base: models.Base, rows: R
     members = [_member(own, recipe, cohort, total) for own in options]
     device = accelerator.device.type
     scaler = torch.amp.GradScaler(device, enabled=base.model.dtype == torch.float16)
-    objective = Objective(base.model, cohort)
+    choices["packing"] = packing = choose_packing(recipe.packing, base.model)
+    tokens, why = choose_tokens(recipe.tokens_per_microbatch, device)
+    choices["micro-batch"] = Choice(f"{tokens} tokens" if tokens else "rows", why)
+    objective = Objective(base.model, cohort, packs=packing.value == "on")
     return Setup(
         recipe, base, rows, cohort, members, objective, accelerator, scaler,
-        per_step, steps_per_epoch, total, choices,
+        per_step, steps_per_epoch, total, tokens, choices,
     )  # fmt: skip
+
+
+def choose_packing(wanted: bool | str, model: PreTrainedModel) -> Choice:
+    """Whether rows stand behind each other in a micro-batch, and why.
+
+    Raises:
+        UserError: It is wanted and the attention would look across rows.
+    """
+    name = str(model.config._attn_implementation)
+    if wanted is False:
+        return Choice("off", "packing of the recipe")
+    if name in attention.PACKS:
+        return Choice("on", f"{name} attention keeps packed rows apart")
+    if wanted is True:
+        raise UserError(
+            f"packing: {name} attention would let rows look at each other; set packing to false, "
+            f"or attn_implementation to one of {', '.join(sorted(attention.PACKS))}"
+        )
+    return Choice("off", f"{name} attention does not keep packed rows apart")
+
+
+def choose_tokens(wanted: int | str | None, device: str) -> tuple[int | None, str]:
+    """Tokens of one micro-batch at most (None: as many as its rows have), and why."""
+    if isinstance(wanted, int):
+        return wanted, "tokens_per_microbatch of the recipe"
+    if wanted is None or device != "cpu":
+        return None, "per_device_train_batch_size alone decides"
+    return CPU_TOKENS, "it fills a processor's matrix products; more would only cost memory"
 
 
 def load_base(recipe: Recipe, device: str) -> models.Base:

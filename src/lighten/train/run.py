@@ -193,11 +193,16 @@ def _finish(run: Run, setup: Setup, state: TrainerState, memory: dict[str, Any])
         ended=_now(),
         adapters=adapters,
         choices=[
-            *run.info()["choices"],
+            *(own for own in run.info()["choices"] if own["what"] != "packing"),
             {
                 "what": "loss",
                 "value": "supervised positions" if setup.objective.fast else "whole forward",
                 "reason": setup.objective.reason,
+            },
+            {
+                "what": "packing",
+                "value": "on" if setup.objective.packs else "off",
+                "reason": setup.objective.packing_reason,
             },
         ],
         training={

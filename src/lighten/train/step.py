@@ -82,7 +82,7 @@ def train_step(
                  for s in shares]  # fmt: skip
         for share, span in zip(shares, spans, strict=True):
             weights[span] = 1.0 / float(totals[order[str(share.member)], 1])
-        with objective.cohort.sharing(shares):
+        with objective.at(batch, shares):
             loss, nll = objective(batch, shares, weights)
             scaler.scale(loss).backward()
         for share, span in zip(shares, spans, strict=True):
