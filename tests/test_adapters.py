@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lighten.adapters import AdapterSpec, Cohort, Share, attach, files, load
-from lighten.adapters.ops import Dropout, Segment, low_rank_linear, reference
+from lighten.adapters import AdapterSpec, Cohort, Share, attach, files, layers, load, ops
+from lighten.adapters.ops import Dropout, Part, low_rank_linears, reference
 from lighten.errors import UserError
 from tests.tiny import ARCHITECTURES, VOCAB, save_tiny, tiny_model
 
@@ -283,28 +284,76 @@ def test_an_adapter_of_another_model_is_refused_with_the_shape(tmp_path: Path) -
         load(tiny_model("llama"), {"a": tmp_path})
 
 
+@pytest.mark.parametrize("merge", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_the_fused_form_equals_the_plain_reference(kind: str, bias: bool, dropout: float) -> None:
+def test_the_fused_form_equals_the_plain_reference(
+    kind: str, bias: bool, dropout: float, merge: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = ops._blocks  # a GPU merges; here both ways are taken
+    monkeypatch.setattr(ops, "_blocks", lambda parts, ranks, **_: blocks(parts, ranks, merge=merge))
     torch.manual_seed(0)
-    base: nn.Module = nn.Linear(6, 5, bias=bias) if kind == "linear" else Conv1D(5, 6)
-    base = base.double().requires_grad_(False)
-    x = torch.randn(6, 6, dtype=torch.double, requires_grad=True)
+    bases: list[nn.Module] = [
+        nn.Linear(6, out, bias=bias) if kind == "linear" else Conv1D(out, 6) for out in (5, 4, 3)
+    ]
+    bases = [base.double().requires_grad_(False) for base in bases]
+    x = torch.randn(7, 6, dtype=torch.double, requires_grad=True)
     drop = Dropout(dropout, (11, 12), (2, 1), (2, 2)) if dropout else None
-    segments = [Segment(0, 4, 0.7, drop), Segment(4, 5, 1.3)]
-    factors = [torch.randn(s, dtype=torch.double, requires_grad=True)
-               for s in ((2, 6), (5, 2), (3, 6), (5, 3))]  # fmt: skip
-    upstream = torch.randn(6, 5, dtype=torch.double)
+    # Two adapters on three layers: the first changes all, the second two of them; row 6 is bare.
+    parts = [Part(0, 4, 0.7, drop, layer) for layer in range(3)]
+    parts += [Part(4, 6, 1.3, None, layer) for layer in (2, 0)]
+    shapes = [(2, 6), (5, 2), (1, 6), (4, 1), (2, 6), (3, 2), (3, 6), (3, 3), (2, 6), (5, 2)]
+    factors = [torch.randn(s, dtype=torch.double, requires_grad=True) for s in shapes]
+    upstream = [torch.randn(7, out, dtype=torch.double) for out in (5, 4, 3)]
     results = []
-    for form in (reference, low_rank_linear):
-        out = form(x, base, segments, factors)
-        results.append((out, *torch.autograd.grad(out, [x, *factors], upstream)))
+    for form in (reference, low_rank_linears):
+        outs = form(x, bases, parts, factors)
+        results.append((*outs, *torch.autograd.grad(outs, [x, *factors], upstream)))
     for ours, plain in zip(results[1], results[0], strict=True):
         assert apart(ours, plain) < 1e-12
     assert torch.autograd.gradcheck(
-        lambda x, *f: low_rank_linear(x, base, segments, f), (x, *factors)
+        lambda x, *f: low_rank_linears(x, bases, parts, f), (x, *factors)
     )
+
+
+def test_an_output_that_nobody_uses_leaves_its_adapter_without_gradient() -> None:
+    bases = [nn.Linear(6, 5).requires_grad_(False), nn.Linear(6, 4).requires_grad_(False)]
+    x = torch.randn(3, 6, requires_grad=True)
+    parts = [Part(0, 3, 1.0), Part(0, 3, 1.0, None, 1)]
+    factors = [torch.randn(s, requires_grad=True) for s in ((2, 6), (5, 2), (2, 6), (4, 2))]
+    used = low_rank_linears(x, bases, parts, factors)[1]
+    plain = reference(x, bases, parts, factors)[1]
+    ours = torch.autograd.grad(used.sum(), [x, *factors[2:]], retain_graph=True)
+    for a, b in zip(ours, torch.autograd.grad(plain.sum(), [x, *factors[2:]]), strict=True):
+        assert apart(a, b) < 1e-6
+    assert torch.autograd.grad(used.sum(), factors[0], allow_unused=True) == (None,)
+
+
+def test_layers_that_read_the_same_tensor_are_computed_together_and_others_are_not() -> None:
+    cohort = attach(tiny_model("llama"), [spec()])
+    attention = cohort.model.get_submodule("model.layers.0.self_attn")
+    calls: list[int] = []
+    joint = layers.joint_outputs
+
+    def counting(own: Any, x: torch.Tensor) -> Any:
+        calls.append(len(own))
+        return joint(own, x)
+
+    x, other = torch.randn(1, 3, 32), torch.randn(1, 3, 32)
+    with pytest.MonkeyPatch.context() as patch, cohort.using("default"), torch.no_grad():
+        patch.setattr(layers, "joint_outputs", counting)
+        wanted = [joint([attention.get_submodule(n)], x)[0] for n in ("q_proj", "k_proj")]
+        together = [attention.q_proj(x), attention.k_proj(x)]
+        attention.v_proj(x)
+        assert calls == [3]
+        assert all(torch.equal(a, b) for a, b in zip(together, wanted, strict=True))
+        # A cross attention reads two tensors: from the second such pass on each goes alone.
+        attention.q_proj(x)
+        assert torch.equal(attention.k_proj(other), joint([attention.k_proj], other)[0])
+        calls.clear()
+        attention.q_proj(x), attention.k_proj(other), attention.v_proj(other)
+        assert calls == [1, 1, 1]
 
 
 def test_dropout_drops_its_share_keeps_the_mean_and_does_not_depend_on_neighbours() -> None:

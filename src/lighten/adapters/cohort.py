@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lighten.adapters.layers import CohortCopies, CohortLinear, Routing, Share
+from lighten.adapters.layers import CohortCopies, CohortLinear, Routing, Share, Siblings
 from lighten.adapters.spec import AdapterSpec
-from lighten.adapters.targets import low_rank_paths, saved_paths
+from lighten.adapters.targets import low_rank_paths, saved_paths, sibling_paths
 from lighten.errors import UserError
 
 
@@ -62,6 +62,10 @@ class Cohort:
                 )
                 self.model.set_submodule(path, self.linears[path])
             self.linears[path].add(spec, generator)
+        for group in sibling_paths(self.linears):
+            together = Siblings([self.linears[path] for path in group])
+            for path in group:
+                self.linears[path].siblings = together
         for path in whole:
             if path not in self.copies:
                 self.copies[path] = CohortCopies(self.model.get_submodule(path), path, self.routing)

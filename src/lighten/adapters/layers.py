@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lighten.adapters.frozen import weight_of
-from lighten.adapters.ops import Dropout, Segment, low_rank_linear
+from lighten.adapters.ops import Dropout, Part, low_rank_linears
 from lighten.adapters.spec import AdapterSpec
 
 
@@ -56,6 +56,11 @@ class Routing:
         self.shares: tuple[Share, ...] = ()
         self.everyone: str | None = None
         self.starts: tuple[int, ...] | None = None
+
+    @property
+    def drops(self) -> bool:
+        """Whether the batch may have dropout, which is each layer's own."""
+        return any(share.dropout_keys is not None for share in self.shares)
 
     def widths(self, leading: Sequence[int], path: str) -> tuple[int, ...]:
         """How many flattened rows of x each row of the batch has there.
@@ -96,6 +101,8 @@ class CohortLinear(nn.Module):
         self.lora_A: dict[str, nn.Parameter] = {}
         self.lora_B: dict[str, nn.Parameter] = {}
         self.specs: dict[str, AdapterSpec] = {}
+        self.scales: dict[str, float] = {}
+        self.siblings: Siblings | None = None
         self._routing = routing
         # Stable over processes and library versions, unlike hash(): dropout must repeat on resume.
         self._salt = zlib.crc32(path.encode())
@@ -123,38 +130,48 @@ class CohortLinear(nn.Module):
         self.lora_A[spec.name] = nn.Parameter(A.to(weight.device))
         self.lora_B[spec.name] = nn.Parameter(B.to(weight.device))
         self.specs[spec.name] = spec
+        self.scales[spec.name] = spec.scale_at(self.path)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] → [..., O], each row with its own adapter's update."""
-        segments, factors = [], []
-        for member, segment in self._segments(x):
-            segments.append(segment)
-            factors += [self.lora_A[member], self.lora_B[member]]
-        return low_rank_linear(x, self.base, segments, factors)
+        if self.siblings is not None:
+            return self.siblings.output(self, x)
+        return joint_outputs([self], x)[0]
 
-    def _segments(self, x: Tensor) -> list[tuple[str, Segment]]:
+    def parts(self, x: Tensor, layer: int) -> list[tuple[str, Part]]:
+        """What the adapters add to this layer on x, as the given one of several layers."""
         routing = self._routing
         if not routing.shares:
             name = routing.everyone
             if name is None or name not in self.specs:
                 return []
             rows = math.prod(x.shape[:-1])
-            return [(name, Segment(0, rows, self.specs[name].scale_at(self.path)))]
+            return [(name, Part(0, rows, self.scales[name], layer=layer))]
         widths = routing.widths(x.shape[:-1], self.path)
         starts = (0, *accumulate(widths))
         return [
             (
                 share.member,
-                Segment(
+                Part(
                     starts[share.start],
                     starts[share.stop],
-                    self.specs[share.member].scale_at(self.path),
+                    self.scales[share.member],
                     self._dropout(share, widths[share.start : share.stop]),
+                    layer,
                 ),
             )
             for share in routing.shares
             if share.member in self.specs
         ]
+
+    @property
+    def drops(self) -> bool:
+        """Whether an adapter of this layer drops inputs of the batch."""
+        return self._routing.drops and any(spec.dropout for spec in self.specs.values())
+
+    def route(self) -> tuple[object, ...]:
+        """Which rows take which adapter, to be compared by identity."""
+        return self._routing.shares, self._routing.everyone
 
     def _dropout(self, share: Share, widths: tuple[int, ...]) -> Dropout | None:
         assert share.member is not None
@@ -166,7 +183,7 @@ class CohortLinear(nn.Module):
 
     def delta(self, name: str) -> Tensor:
         """The adapter's update of the weight, scale · B A: [O, I] in float32."""
-        scale = self.specs[name].scale_at(self.path)
+        scale = self.scales[name]
         return scale * (self.lora_B[name] @ self.lora_A[name])
 
     @torch.no_grad()
@@ -183,6 +200,55 @@ class CohortLinear(nn.Module):
         delta = delta.T if isinstance(base, Conv1D) else delta
         weight.copy_((weight.float() + delta).to(weight.dtype))
         return base
+
+
+def joint_outputs(layers: Sequence[CohortLinear], x: Tensor) -> tuple[Tensor, ...]:
+    """The outputs of layers that read the same x."""
+    parts, factors = [], []
+    for place, layer in enumerate(layers):
+        for member, part in layer.parts(x, place):
+            parts.append(part)
+            factors += [layer.lora_A[member], layer.lora_B[member]]
+    return low_rank_linears(x, [layer.base for layer in layers], parts, factors)
+
+
+class Siblings:
+    """Layers of one module that read the same tensor, computed together when the first is called.
+
+    The others' outputs wait for their calls. That they really are called with the same tensor is
+    seen each time by identity; where once they were not, they go apart for good.
+
+    Args:
+        layers: Such as q_proj, k_proj and v_proj of one attention.
+    """
+
+    def __init__(self, layers: Sequence[CohortLinear]) -> None:
+        self.layers = tuple(layers)
+        self._together = True
+        self._waiting: dict[str, Tensor] = {}
+        self._read: tuple[object, ...] = ()
+
+    def output(self, layer: CohortLinear, x: Tensor) -> Tensor:
+        """The output of the layer on x."""
+        now = (x, *layer.route())
+        if self._waiting and all(a is b for a, b in zip(self._read, now, strict=True)):
+            if layer.path in self._waiting:
+                return self._taken(layer.path)
+        elif self._waiting:
+            self._together = False
+        self._waiting.clear()
+        if not self._together or any(own.drops for own in self.layers):
+            return joint_outputs([layer], x)[0]
+        outputs = joint_outputs(self.layers, x)
+        self._waiting = {own.path: out for own, out in zip(self.layers, outputs, strict=True)}
+        self._read = now
+        return self._taken(layer.path)
+
+    def _taken(self, path: str) -> Tensor:
+        output = self._waiting.pop(path)
+        if not self._waiting:
+            self._read = ()  # or x would live until the next pass
+        return output
 
 
 class CohortCopies(nn.Module):

@@ -1,7 +1,8 @@
-"""The low-rank product of a cohort on one frozen linear layer: plain reference and fused form.
+"""The low-rank products of a cohort on frozen linear layers: plain reference and fused form.
 
 Dimensions: N rows of hidden vectors (batch × time, flattened), I input features, O output
-features, r rank. A segment is the run of rows [start, stop) that belongs to one adapter:
+features, r rank, R ranks of several factors side by side. A part is what one adapter adds to one
+layer on its run of rows [start, stop):
 
     y[start:stop] = x[start:stop] Wᵀ + b + scale · drop(x[start:stop]) Aᵀ Bᵀ
 
@@ -21,6 +22,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lighten.adapters.frozen import product, weight_of
+
+# On a GPU a product costs its launch: up to this many ranks side by side, the parts of several
+# adapters become one product over all rows in which a row's foreign ranks are zeroed.
+MERGED_RANKS = 256
 
 
 @dataclass(frozen=True)
@@ -55,102 +60,224 @@ class Dropout:
 
 
 @dataclass(frozen=True)
-class Segment:
-    """Rows [start, stop) of the flattened input, the scale of their adapter and its dropout."""
+class Part:
+    """What one adapter adds to one layer: its rows of the flattened input, scale and dropout.
+
+    Attributes:
+        start: First row.
+        stop: One past the last row.
+        scale: Factor before B A.
+        dropout: Of these rows, or None.
+        layer: Which of the layers that share the input.
+    """
 
     start: int
     stop: int
     scale: float
     dropout: Dropout | None = None
+    layer: int = 0
 
 
 def reference(
-    x: Tensor, base: nn.Module, segments: Sequence[Segment], factors: Sequence[Tensor]
-) -> Tensor:
-    """The same value as `low_rank_linear`, left to autograd: what the fused form is tested against.
+    x: Tensor, bases: Sequence[nn.Module], parts: Sequence[Part], factors: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """The values of `low_rank_linears`, left to autograd: what the fused form is tested against.
 
     Args:
         x: [..., I].
-        base: The frozen `nn.Linear` or `Conv1D`.
-        segments: Rows of the flattened x by adapter; rows in none take the base alone.
-        factors: A and B of each segment, in turn.
+        bases: The frozen layers that read x.
+        parts: What the adapters add; rows in none take the base alone.
+        factors: A and B of each part, in turn.
 
     Returns:
-        [..., O] in x's format.
+        [..., O] of each layer, in x's format.
     """
     flat = x.reshape(-1, x.shape[-1])
-    out = product(base, flat)
-    delta = torch.zeros_like(out)
-    for segment, A, B in zip(segments, factors[::2], factors[1::2], strict=True):
-        rows = flat[segment.start : segment.stop]
-        if segment.dropout is not None:
-            rows = rows * segment.dropout.factors(rows.shape[-1], rows)
-        update = F.linear(F.linear(rows, A.to(x.dtype)), B.to(x.dtype)) * segment.scale
-        delta = torch.cat([delta[: segment.start], update, delta[segment.stop :]])
-    return (out + delta).view(*x.shape[:-1], out.shape[-1])
+    outs = [product(base, flat) for base in bases]
+    for part, A, B in zip(parts, factors[::2], factors[1::2], strict=True):
+        rows = _dropped(flat[part.start : part.stop], part)
+        update = F.linear(F.linear(rows, A.to(x.dtype)), B.to(x.dtype)) * part.scale
+        above, below = part.start, len(flat) - part.stop
+        outs[part.layer] = outs[part.layer] + F.pad(update, (0, 0, above, below))
+    return tuple(out.view(*x.shape[:-1], out.shape[-1]) for out in outs)
 
 
-class _LowRankLinear(torch.autograd.Function):
+@dataclass(frozen=True)
+class _Block:
+    """Parts whose products are formed together, in the order of their layers.
+
+    Attributes:
+        start: First row of any of them.
+        stop: One past the last.
+        order: Which of all parts these are.
+        parts: They themselves.
+    """
+
+    start: int
+    stop: int
+    order: tuple[int, ...]
+    parts: tuple[Part, ...]
+
+    def inner(self, factors: Sequence[Tensor], like: Tensor) -> Tensor:
+        """Every A under each other, [R, I]."""
+        return torch.cat([factors[2 * i] for i in self.order]).to(like.dtype)
+
+    def outer(self, factors: Sequence[Tensor], like: Tensor) -> list[tuple[int, slice, Tensor]]:
+        """For each layer: which of the R ranks are its own, and its B side by side, [O, own]."""
+        found = []
+        rank = 0
+        for layer in sorted({part.layer for part in self.parts}):
+            own = [factors[2 * i + 1] for i, part in self._counted() if part.layer == layer]
+            whole = torch.cat(own, 1) if len(own) > 1 else own[0]
+            found.append((layer, slice(rank, rank + whole.shape[1]), whole.to(like.dtype)))
+            rank += whole.shape[1]
+        return found
+
+    def scaled(self, low: Tensor, factors: Sequence[Tensor]) -> Tensor:
+        """Each rank times its scale, and zero on rows of other adapters; in place, [n, R]."""
+        if all(part.scale == self.parts[0].scale for part in self.parts) and self._alike():
+            return low.mul_(self.parts[0].scale)
+        ranks = [factors[2 * i].shape[0] for i in self.order]
+        if self._alike():
+            scales = [part.scale for part, rank in zip(self.parts, ranks, strict=True)
+                      for _ in range(rank)]  # fmt: skip
+            return low.mul_(torch.tensor(scales, dtype=low.dtype, device=low.device))
+        mask = low.new_zeros(low.shape)
+        column = 0
+        for part, rank in zip(self.parts, ranks, strict=True):
+            rows = slice(part.start - self.start, part.stop - self.start)
+            mask[rows, column : column + rank] = part.scale
+            column += rank
+        return low.mul_(mask)
+
+    def _alike(self) -> bool:
+        return all((p.start, p.stop) == (self.start, self.stop) for p in self.parts)
+
+    def _counted(self) -> list[tuple[int, Part]]:
+        return list(zip(self.order, self.parts, strict=True))
+
+
+def _blocks(parts: Sequence[Part], ranks: Sequence[int], *, merge: bool) -> list[_Block]:
+    """Parts on the same rows together; with `merge` all of them, while they are few ranks."""
+    groups: dict[Any, list[int]] = {}
+    merge = merge and sum(ranks) <= MERGED_RANKS
+    for i, part in enumerate(parts):
+        # A dropped input is a layer's own, so its product is too.
+        key = i if part.dropout else ("all" if merge else (part.start, part.stop))
+        groups.setdefault(key, []).append(i)
+    found = []
+    for group in groups.values():
+        order = tuple(sorted(group, key=lambda i: parts[i].layer))
+        own = tuple(parts[i] for i in order)
+        start, stop = min(part.start for part in own), max(part.stop for part in own)
+        found.append(_Block(start, stop, order, own))
+    return found
+
+
+class _LowRankLinears(torch.autograd.Function):
     """`reference` with a hand-written backward.
 
-    It keeps x once (layers that read the same x share that storage), the small products x Aᵀ and
-    nothing else; the gradient of the frozen weight is never formed, and updates are added in
-    place to the base's output.
+    It keeps x once for all layers that read it, the small products x Aᵀ and nothing else; the
+    gradient of a frozen weight is never formed, and updates are added in place to the base's
+    output.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, base: nn.Module, segments: Sequence[Segment], *factors: Tensor
-    ) -> Tensor:
+        ctx: Any, x: Tensor, bases: Sequence[nn.Module], parts: Sequence[Part], *factors: Tensor
+    ) -> tuple[Tensor, ...]:
         flat = x.reshape(-1, x.shape[-1])
-        out = product(base, flat)
-        inner = []
-        for segment, A, B in zip(segments, factors[::2], factors[1::2], strict=True):
-            rows = _dropped(flat[segment.start : segment.stop], segment)
-            low = rows @ A.to(x.dtype).T
-            out[segment.start : segment.stop].addmm_(low, B.to(x.dtype).T, alpha=segment.scale)
-            inner.append(low)
-        ctx.base, ctx.segments = base, segments
-        ctx.save_for_backward(x, *factors, *inner)
-        return out.view(*x.shape[:-1], out.shape[-1])
+        outs = [product(base, flat) for base in bases]
+        blocks = _blocks(parts, [A.shape[0] for A in factors[::2]], merge=x.is_cuda)
+        lows = []
+        for block in blocks:
+            rows = _dropped(flat[block.start : block.stop], block.parts[0])
+            low = block.scaled(rows @ block.inner(factors, x).T, factors)
+            for layer, own, B in block.outer(factors, x):
+                outs[layer][block.start : block.stop].addmm_(low[:, own], B.T)
+            lows.append(low)
+        ctx.bases, ctx.blocks = bases, blocks
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, *factors, *lows)
+        return tuple(out.view(*x.shape[:-1], out.shape[-1]) for out in outs)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        segments: Sequence[Segment] = ctx.segments
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        blocks: list[_Block] = ctx.blocks
         x, *saved = ctx.saved_tensors
-        factors, inner = saved[: 2 * len(segments)], saved[2 * len(segments) :]
+        factors, lows = saved[: len(saved) - len(blocks)], saved[len(saved) - len(blocks) :]
         flat = x.reshape(-1, x.shape[-1])
-        grad = grad.reshape(-1, grad.shape[-1])
-        grad_x = grad @ weight_of(ctx.base) if ctx.needs_input_grad[0] else None
-        grad_factors: list[Tensor | None] = []
-        for segment, A, B, low in zip(segments, factors[::2], factors[1::2], inner, strict=True):
-            rows = slice(segment.start, segment.stop)
-            scaled = grad[rows] @ B.to(x.dtype) * segment.scale  # [n, r]
-            dropped = _dropped(flat[rows], segment)
-            grad_B = (grad[rows].T @ low * segment.scale).to(B.dtype)
-            grad_factors += [(scaled.T @ dropped).to(A.dtype), grad_B]
-            if grad_x is not None and segment.dropout is None:
-                grad_x[rows].addmm_(scaled, A.to(x.dtype))
-            elif grad_x is not None and segment.dropout is not None:
-                through = scaled @ A.to(x.dtype)
-                grad_x[rows] += through * segment.dropout.factors(through.shape[-1], through)
+        given = {
+            layer: grad.reshape(-1, grad.shape[-1])
+            for layer, grad in enumerate(grads)
+            if grad is not None
+        }
+        grad_x: Tensor | None = None
+        if ctx.needs_input_grad[0]:
+            for layer, grad in given.items():
+                weight = weight_of(ctx.bases[layer])
+                grad_x = grad @ weight if grad_x is None else grad_x.addmm_(grad, weight)
+        found: list[Tensor | None] = [None] * len(factors)
+        for block, low in zip(blocks, lows, strict=True):
+            span = slice(block.start, block.stop)
+            slopes = torch.zeros_like(low)  # of x Aᵀ, [n, R]
+            grads_B: dict[int, Tensor] = {}
+            for layer, own, B in block.outer(factors, x):
+                if layer in given:
+                    torch.mm(given[layer][span], B, out=slopes[:, own])
+                    # [own, O]: reading the gradient row by row is twice as fast as its transpose.
+                    grads_B[layer] = low[:, own].T @ given[layer][span]
+            slopes = block.scaled(slopes, factors)
+            A = block.inner(factors, x)
+            dropped = _dropped(flat[span], block.parts[0])
+            grad_A = slopes.T @ dropped
+            _hand_out(block, grad_A, grads_B, factors, found)
+            if grad_x is None:
+                continue
+            if (dropout := block.parts[0].dropout) is None:
+                grad_x[span].addmm_(slopes, A)
+            else:
+                through = slopes @ A
+                grad_x[span] += through * dropout.factors(through.shape[-1], through)
         grad_x = None if grad_x is None else grad_x.view(x.shape)
-        return (grad_x, None, None, *grad_factors)
+        return (grad_x, None, None, *found)
 
 
-def _dropped(rows: Tensor, segment: Segment) -> Tensor:
-    if segment.dropout is None:
+def _hand_out(
+    block: _Block,
+    grad_A: Tensor,
+    grads_B: dict[int, Tensor],
+    factors: Sequence[Tensor],
+    found: list[Tensor | None],
+) -> None:
+    """Cut the block's gradients, [R, I] and [own, O] by layer, into those of its parts."""
+    column, last, within = 0, None, 0
+    for i, part in zip(block.order, block.parts, strict=True):
+        rank = factors[2 * i].shape[0]
+        within = 0 if part.layer != last else within
+        last = part.layer
+        if part.layer in grads_B:
+            found[2 * i] = grad_A[column : column + rank].to(factors[2 * i].dtype)
+            own = grads_B[part.layer][within : within + rank]
+            found[2 * i + 1] = own.T.to(factors[2 * i + 1].dtype)
+        column += rank
+        within += rank
+
+
+def _dropped(rows: Tensor, part: Part) -> Tensor:
+    if part.dropout is None:
         return rows
-    return rows * segment.dropout.factors(rows.shape[-1], rows)
+    return rows * part.dropout.factors(rows.shape[-1], rows)
 
 
-def low_rank_linear(
-    x: Tensor, base: nn.Module, segments: Sequence[Segment], factors: Sequence[Tensor]
-) -> Tensor:
-    """The frozen layer plus the low-rank update of each segment's adapter, fused.
+def low_rank_linears(
+    x: Tensor, bases: Sequence[nn.Module], parts: Sequence[Part], factors: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """Frozen layers that read the same x, plus the low-rank updates of the adapters, fused.
 
-    Args, shapes and value are those of `reference`.
+    Args, shapes and values are those of `reference`.
     """
-    if not segments:
-        return base(x)
-    return _LowRankLinear.apply(x, base, segments, *factors)
+    if not parts:
+        return tuple(base(x) for base in bases)
+    out: tuple[Tensor, ...] = _LowRankLinears.apply(x, bases, parts, *factors)
+    return out

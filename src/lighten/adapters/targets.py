@@ -12,6 +12,13 @@ from lighten.adapters.spec import AdapterSpec
 from lighten.errors import UserError
 
 ALL_LINEAR = "all-linear"
+# Names of layers that read the same tensor in the architectures at hand.
+TOGETHER = (
+    frozenset({"q_proj", "k_proj", "v_proj"}),
+    frozenset({"gate_proj", "up_proj"}),
+    frozenset({"w1", "w3"}),
+    frozenset({"query", "key", "value"}),
+)
 
 
 def low_rank_paths(model: PreTrainedModel, spec: AdapterSpec) -> list[str]:
@@ -43,6 +50,17 @@ def low_rank_paths(model: PreTrainedModel, spec: AdapterSpec) -> list[str]:
                 f"modules_to_save to train it whole"
             )
     return found
+
+
+def sibling_paths(paths: Iterable[str]) -> list[list[str]]:
+    """Of the given modules, those that read the same tensor, together; lone ones are left out."""
+    groups: dict[tuple[str, int], list[str]] = {}
+    for path in paths:
+        parent, _, name = path.rpartition(".")
+        for number, names in enumerate(TOGETHER):
+            if name in names:
+                groups.setdefault((parent, number), []).append(path)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def saved_paths(model: PreTrainedModel, spec: AdapterSpec) -> list[str]:

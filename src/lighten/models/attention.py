@@ -69,16 +69,13 @@ def blocks_of(starts: tuple[int, ...]) -> tuple[Block, ...]:
     Args:
         starts: Where each row begins, and the end of the last.
     """
-    row_of = torch.cat([torch.full((b - a,), a) for a, b in pairwise(starts)])
     found = []
-    for start in range(0, starts[-1], BLOCK):
-        stop = min(start + BLOCK, starts[-1])
-        first = int(row_of[start])
-        # Within one row, only keys among the block's own tokens can come too late.
-        from_key = start if int(row_of[stop - 1]) == first else first
-        query, key = torch.arange(start, stop)[:, None], torch.arange(from_key, stop)
-        hidden = (key > query) | (key < row_of[start:stop, None])
-        found.append(Block(start, stop, first, hidden, from_key))
+    for first, end in pairwise(starts):
+        count = -(-(end - first) // BLOCK)
+        edges = [first + (end - first) * i // count for i in range(count + 1)]
+        for start, stop in pairwise(edges):
+            query, key = torch.arange(start, stop)[:, None], torch.arange(start, stop)
+            found.append(Block(start, stop, first, key > query, start))
     return tuple(found)
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -25,8 +25,9 @@ from lighten.adapters.layers import CohortCopies, CohortLinear, Share
 from lighten.data.batches import MicroBatch
 from lighten.models import attention
 
-# One chunk of float32 logits takes about this much: large enough to fill a matrix product.
-LOGIT_CHUNK_BYTES = 64 * 2**20
+# One chunk of float32 logits takes about this much: large enough to fill a matrix product
+# (benchmarks/limit.py; 256 rows of a 49k vocabulary).
+LOGIT_CHUNK_BYTES = 48 * 2**20
 # How far the fast path may be from the model's own loss on the first batch, relative.
 AGREEMENT = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
 
@@ -60,37 +61,64 @@ class HeadRule:
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Weighted sum of the cross-entropies over a frozen head, chunk by chunk."""
+    """Weighted sum of the cross-entropies over a head, chunk by chunk.
+
+    Kept for the backward pass: the slope of each position's own loss by its hidden state, without
+    the weight, so that float16 does not underflow; and the head's gradient if it learns.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, labels: Tensor, weights: Tensor, head: nn.Linear, rule: HeadRule
+        ctx: Any,
+        hidden: Tensor,
+        labels: Tensor,
+        weights: Tensor,
+        head_weight: Tensor,
+        head_bias: Tensor | None,
+        rule: HeadRule,
     ) -> tuple[Tensor, Tensor]:
+        W = head_weight.to(hidden.dtype)  # a head that learns may be float32 over bfloat16 states
+        bias = None if head_bias is None else head_bias.to(hidden.dtype)
         nll = hidden.new_empty(labels.shape, dtype=torch.float32)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for rows in _chunks(len(labels), head.weight.shape[0]):
-            raw = F.linear(hidden[rows], head.weight, head.bias).float()
-            logits = rule.apply(raw)
-            own = logits.gather(1, labels[rows, None])[:, 0]
-            normaliser = logits.logsumexp(1)
-            nll[rows] = normaliser - own
-            if grad is None:
+        grad_W = torch.zeros_like(W, dtype=torch.float32) if ctx.needs_input_grad[3] else None
+        grad_bias = nll.new_zeros(W.shape[0]) if ctx.needs_input_grad[4] else None
+        for rows in _chunks(len(labels), W.shape[0]):
+            own = labels[rows, None]
+            logits = rule.apply(F.linear(hidden[rows], W, bias))
+            slope = torch.softmax(logits, -1, dtype=torch.float32)
+            # log Σ exp from the largest: exact in float32 without another pass over exponentials.
+            normaliser = logits.amax(1).float() - slope.amax(1).log()
+            nll[rows] = normaliser - logits.gather(1, own)[:, 0].float()
+            if grad is None and grad_W is None:
                 continue
-            slope = (logits - normaliser[:, None]).exp_()
-            slope[torch.arange(len(own), device=own.device), labels[rows]] -= 1.0
+            slope.scatter_add_(1, own, slope.new_full(own.shape, -1.0))
             if rule.softcap is not None:
-                slope *= 1.0 - (logits / rule.softcap).square_()
-            slope *= (weights[rows] * rule.scale)[:, None]
-            grad[rows] = slope.to(head.weight.dtype) @ head.weight
-        if grad is not None:
-            ctx.save_for_backward(grad)
+                slope *= 1.0 - (logits.float() / rule.softcap).square_()
+            if rule.scale != 1.0:
+                slope *= rule.scale
+            low = slope.to(W.dtype)
+            if grad is not None:
+                torch.mm(low, W, out=grad[rows])
+            if grad_W is not None:
+                grad_W += (low * weights[rows, None].to(low.dtype)).T @ hidden[rows]
+            if grad_bias is not None:
+                grad_bias += (slope * weights[rows, None]).sum(0)
+        ctx.formats = head_weight.dtype, None if head_bias is None else head_bias.dtype
+        ctx.save_for_backward(grad, grad_W, grad_bias, weights)
         ctx.mark_non_differentiable(nll)
         return (nll * weights).sum(), nll
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = ctx.saved_tensors
-        return grad * grad_total.to(grad.dtype), None, None, None, None
+        grad, grad_W, grad_bias, weights = ctx.saved_tensors
+        if grad is not None:
+            grad = (grad * (weights * grad_total)[:, None]).to(grad.dtype)
+        if grad_W is not None:
+            grad_W = (grad_W * grad_total).to(ctx.formats[0])
+        if grad_bias is not None:
+            grad_bias = (grad_bias * grad_total).to(ctx.formats[1])
+        return grad, None, None, grad_W, grad_bias, None
 
 
 def _chunks(positions: int, vocabulary: int) -> list[slice]:
@@ -144,7 +172,7 @@ class Objective:
         if isinstance(self._head, CohortLinear | CohortCopies):
             return self._through_adapted_head(hidden_or_logits, batch, shares, weights)
         return _ChunkedCrossEntropy.apply(
-            hidden_or_logits, batch.labels, weights, self._head, self.rule
+            hidden_or_logits, batch.labels, weights, self._head.weight, self._head.bias, self.rule
         )
 
     @contextmanager
