@@ -63,9 +63,7 @@ class Cohort:
                 self.model.set_submodule(path, self.linears[path])
             self.linears[path].add(spec, generator)
         for group in sibling_paths(self.linears):
-            together = Siblings([self.linears[path] for path in group])
-            for path in group:
-                self.linears[path].siblings = together
+            Siblings([self.linears[path] for path in group])
         for path in whole:
             if path not in self.copies:
                 self.copies[path] = CohortCopies(self.model.get_submodule(path), path, self.routing)
@@ -95,13 +93,8 @@ class Cohort:
         """
         if name is not None and name not in self.specs:
             raise UserError(f"no adapter is called {name!r}; there are {', '.join(self.names)}")
-        routing = self.routing
-        before = routing.shares, routing.everyone
-        routing.shares, routing.everyone = (), name
-        try:
+        with self._following((), name, None):
             yield self.model
-        finally:
-            routing.shares, routing.everyone = before
 
     @contextmanager
     def sharing(
@@ -115,14 +108,20 @@ class Cohort:
         """
         assert shares[0].start == 0
         assert all(a.stop == b.start for a, b in pairwise(shares))
+        with self._following(shares, None, starts):
+            yield self.model
+
+    @contextmanager
+    def _following(
+        self, shares: Sequence[Share], everyone: str | None, starts: Sequence[int] | None
+    ) -> Iterator[None]:
         routing = self.routing
         before = routing.shares, routing.everyone, routing.starts
-        routing.shares, routing.everyone = tuple(shares), None
-        routing.starts = None if starts is None else tuple(starts)
+        routing.follow(shares, everyone, starts)
         try:
-            yield self.model
+            yield
         finally:
-            routing.shares, routing.everyone, routing.starts = before
+            routing.follow(*before)
 
     @contextmanager
     def _detached(self) -> Iterator[None]:

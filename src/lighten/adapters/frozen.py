@@ -15,6 +15,11 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
+def is_dense(module: nn.Module) -> bool:
+    """Whether the module holds its weights as they are used: nothing to dequantise."""
+    return all(p.is_floating_point() for p in module.parameters(recurse=False))
+
+
 def weight_of(base: nn.Module) -> Tensor:
     """The layer's weight as [O, I], fetched anew: a gathered or streamed weight may come late."""
     weight: Tensor = base.weight  # type: ignore[assignment]

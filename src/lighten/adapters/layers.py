@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lighten.adapters.frozen import weight_of
-from lighten.adapters.ops import Dropout, Part, low_rank_linears
+from lighten.adapters.ops import Dropout, Part, lone_linears, low_rank_linears
 from lighten.adapters.spec import AdapterSpec
 
 
@@ -50,6 +50,8 @@ class Routing:
         shares: The adapters' runs of rows, in order; rows behind the last take the base alone.
         everyone: Without shares, the one adapter that every row takes, or None.
         starts: In a packed batch [1, N], where each row begins, and N at the end.
+        lone: The adapter that every row takes, if it is one.
+        token: Another object whenever any of this has changed.
     """
 
     def __init__(self) -> None:
@@ -57,10 +59,22 @@ class Routing:
         self.everyone: str | None = None
         self.starts: tuple[int, ...] | None = None
 
-    @property
-    def drops(self) -> bool:
-        """Whether the batch may have dropout, which is each layer's own."""
-        return any(share.dropout_keys is not None for share in self.shares)
+        self.lone: str | None = None
+        self.token = object()
+
+    def follow(
+        self,
+        shares: Sequence[Share] = (),
+        everyone: str | None = None,
+        starts: Sequence[int] | None = None,
+    ) -> None:
+        """From now on rows are whose these say; see the attributes."""
+        self.shares, self.everyone = tuple(shares), everyone
+        self.starts = None if starts is None else tuple(starts)
+        self.lone = everyone
+        if len(self.shares) == 1:
+            self.lone = self.shares[0].member
+        self.token = object()
 
     def widths(self, leading: Sequence[int], path: str) -> tuple[int, ...]:
         """How many flattened rows of x each row of the batch has there.
@@ -103,6 +117,7 @@ class CohortLinear(nn.Module):
         self.specs: dict[str, AdapterSpec] = {}
         self.scales: dict[str, float] = {}
         self.siblings: Siblings | None = None
+        self.place = 0  # among them
         self._routing = routing
         # Stable over processes and library versions, unlike hash(): dropout must repeat on resume.
         self._salt = zlib.crc32(path.encode())
@@ -166,12 +181,18 @@ class CohortLinear(nn.Module):
 
     @property
     def drops(self) -> bool:
-        """Whether an adapter of this layer drops inputs of the batch."""
-        return self._routing.drops and any(spec.dropout for spec in self.specs.values())
+        """Whether inputs of the batch may be dropped, which each layer does by itself."""
+        return any(spec.dropout for spec in self.specs.values())
 
-    def route(self) -> tuple[object, ...]:
-        """Which rows take which adapter, to be compared by identity."""
-        return self._routing.shares, self._routing.everyone
+    @property
+    def route(self) -> object:
+        """Another object whenever rows take other adapters."""
+        return self._routing.token
+
+    @property
+    def lone(self) -> str | None:
+        """The adapter that changes this layer on every row, if it is one."""
+        return self._routing.lone
 
     def _dropout(self, share: Share, widths: tuple[int, ...]) -> Dropout | None:
         assert share.member is not None
@@ -204,12 +225,27 @@ class CohortLinear(nn.Module):
 
 def joint_outputs(layers: Sequence[CohortLinear], x: Tensor) -> tuple[Tensor, ...]:
     """The outputs of layers that read the same x."""
+    if torch.compiler.is_compiling():
+        return _lone_outputs(layers, x)
     parts, factors = [], []
     for place, layer in enumerate(layers):
         for member, part in layer.parts(x, place):
             parts.append(part)
             factors += [layer.lora_A[member], layer.lora_B[member]]
     return low_rank_linears(x, [layer.base for layer in layers], parts, factors)
+
+
+def _lone_outputs(layers: Sequence[CohortLinear], x: Tensor) -> tuple[Tensor, ...]:
+    """`joint_outputs` for one adapter on every row, in what a compiler can follow."""
+    name = layers[0].lone
+    assert name is not None
+    return lone_linears(
+        x,
+        [layer.base for layer in layers],
+        [layer.scales[name] for layer in layers],
+        [layer.lora_A[name] for layer in layers],
+        [layer.lora_B[name] for layer in layers],
+    )
 
 
 class Siblings:
@@ -224,30 +260,37 @@ class Siblings:
 
     def __init__(self, layers: Sequence[CohortLinear]) -> None:
         self.layers = tuple(layers)
+        for place, layer in enumerate(layers):
+            layer.siblings, layer.place = self, place
         self._together = True
-        self._waiting: dict[str, Tensor] = {}
-        self._read: tuple[object, ...] = ()
+        self._waiting: dict[int, Tensor] = {}
+        self._read: Tensor | None = None
+        self._route: object = None
 
     def output(self, layer: CohortLinear, x: Tensor) -> Tensor:
         """The output of the layer on x."""
-        now = (x, *layer.route())
-        if self._waiting and all(a is b for a, b in zip(self._read, now, strict=True)):
-            if layer.path in self._waiting:
-                return self._taken(layer.path)
-        elif self._waiting:
-            self._together = False
-        self._waiting.clear()
-        if not self._together or any(own.drops for own in self.layers):
+        if self._waiting:
+            if x is self._read and layer.place in self._waiting and self._routed(layer):
+                return self._taken(layer.place)
+            self._together = self._together and x is self._read
+            self._waiting = {}
+        if not self._together or layer.drops:
             return joint_outputs([layer], x)[0]
         outputs = joint_outputs(self.layers, x)
-        self._waiting = {own.path: out for own, out in zip(self.layers, outputs, strict=True)}
-        self._read = now
-        return self._taken(layer.path)
+        self._waiting = dict(enumerate(outputs))
+        self._read = x
+        if not torch.compiler.is_compiling():
+            self._route = layer.route
+        return self._taken(layer.place)
 
-    def _taken(self, path: str) -> Tensor:
-        output = self._waiting.pop(path)
+    def _routed(self, layer: CohortLinear) -> bool:
+        """Whether the rows still are whose they were; a compiled layer runs within one routing."""
+        return torch.compiler.is_compiling() or self._route is layer.route
+
+    def _taken(self, place: int) -> Tensor:
+        output = self._waiting.pop(place)
         if not self._waiting:
-            self._read = ()  # or x would live until the next pass
+            self._read = None  # or x would live until the next pass
         return output
 
 

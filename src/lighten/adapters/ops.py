@@ -243,6 +243,65 @@ class _LowRankLinears(torch.autograd.Function):
         return (grad_x, None, None, *found)
 
 
+class _LoneLinears(torch.autograd.Function):
+    """`_LowRankLinears` for one adapter on every row, in operations that a compiler can follow.
+
+    It gets the weights as they are, dense, in place of the modules.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, count: int, scales: tuple[float, ...], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        weights, biases, As, Bs = (tensors[i * count : (i + 1) * count] for i in range(4))
+        A = torch.cat(As).to(x.dtype)
+        low = x @ A.T
+        outs = []
+        column = 0
+        for weight, bias, B, scale in zip(weights, biases, Bs, scales, strict=True):
+            own = low[:, column : column + B.shape[1]]
+            column += B.shape[1]
+            outs.append(torch.addmm(F.linear(x, weight, bias), own, B.to(x.dtype).T, alpha=scale))
+        ctx.save_for_backward(x, low, A, *weights, *Bs)
+        ctx.scales = scales
+        return tuple(outs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, low, A, *tensors = ctx.saved_tensors
+        count = len(ctx.scales)
+        weights, Bs = tensors[:count], tensors[count:]
+        grad_x = grads[0] @ weights[0]
+        for grad, weight in zip(grads[1:], weights[1:], strict=True):
+            grad_x = torch.addmm(grad_x, grad, weight)
+        slopes, grads_B = [], []
+        column = 0
+        for grad, B, scale in zip(grads, Bs, ctx.scales, strict=True):
+            own = low[:, column : column + B.shape[1]]
+            column += B.shape[1]
+            slopes.append((grad @ B.to(x.dtype)) * scale)
+            grads_B.append(((own.T @ grad) * scale).T.to(B.dtype))
+        slope = torch.cat(slopes, 1)
+        grad_A = (slope.T @ x).to(Bs[0].dtype).split([B.shape[1] for B in Bs])
+        grad_x = torch.addmm(grad_x, slope, A)
+        return (grad_x, None, None, *[None] * (2 * count), *grad_A, *grads_B)
+
+
+def lone_linears(
+    x: Tensor,
+    bases: Sequence[nn.Module],
+    scales: Sequence[float],
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
+    """Dense frozen layers plus one adapter on every row: `low_rank_linears` under a compiler."""
+    flat = x.reshape(-1, x.shape[-1])
+    weights = [weight_of(base) for base in bases]
+    biases = [base.bias for base in bases]
+    outs = _LoneLinears.apply(flat, len(bases), tuple(scales), *weights, *biases, *As, *Bs)
+    return tuple(out.view(*x.shape[:-1], out.shape[-1]) for out in outs)
+
+
 def _hand_out(
     block: _Block,
     grad_A: Tensor,

@@ -213,5 +213,6 @@ def _mask(*args: Any, **options: Any) -> Tensor | None:
 
 def register() -> None:
     """Make the attention known to transformers under `NAME`."""
-    AttentionInterface.register(NAME, _forward)
+    # Compiled layers leave it as it is: its blocks differ from batch to batch.
+    AttentionInterface.register(NAME, torch.compiler.disable(_forward))
     AttentionMaskInterface.register(NAME, _mask)

@@ -1,0 +1,111 @@
+"""Regional compilation: one decoder layer is compiled and its code serves all of them.
+
+A whole model takes minutes to compile and again for each change of shape; its layers are alike, so
+one of them is enough. What a layer does between its matrix products (norms, rotary positions,
+gates, residual sums) becomes a few fused loops, and less is kept for the backward pass. Source:
+PyTorch's recipe on regional compilation.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from lighten.adapters import AdapterSpec
+from lighten.adapters.frozen import is_dense
+from lighten.hardware import Choice
+
+# A decoder layer takes about half a minute to compile on two cores and saves a tenth of each step:
+# a run that computes for less than this many seconds would lose (docs/lab-notes.md).
+PAYS_AFTER_S = 900.0
+# What a processor with bfloat16 arithmetic computes per second and core, for that estimate alone:
+# it has to be the same whenever a run is resumed, so it is not measured.
+NOMINAL_FLOPS_PER_CORE = 2e11
+
+
+def choose(
+    wanted: bool | str,
+    model: PreTrainedModel,
+    specs: list[AdapterSpec],
+    *,
+    tokens: int,
+    device: str,
+    cores: int,
+) -> Choice:
+    """Whether layers are compiled, and why.
+
+    Args:
+        wanted: `auto`, or what the recipe says.
+        model: With its cohort in place.
+        specs: The adapters.
+        tokens: That the whole run will train on.
+        device: `cpu` or `cuda`.
+        cores: Of the processor.
+    """
+    if wanted is False:
+        return Choice("off", "torch_compile of the recipe")
+    if (obstacle := _obstacle(model, specs)) is not None:
+        return Choice("off", obstacle)
+    if wanted is True:
+        return Choice("on", "torch_compile of the recipe")
+    if device != "cpu":
+        return Choice("off", "its gain on a GPU has not been measured; torch_compile: true for it")
+    parameters = sum(p.numel() for p in model.parameters())
+    seconds = 4.0 * parameters * tokens / (NOMINAL_FLOPS_PER_CORE * cores)
+    if seconds < PAYS_AFTER_S:
+        return Choice("off", f"a run of about {seconds / 60:.0f} min would not pay it back")
+    return Choice("on", f"a run of about {seconds / 60:.0f} min pays the compilation back")
+
+
+def _obstacle(model: PreTrainedModel, specs: list[AdapterSpec]) -> str | None:
+    if len(specs) != 1:
+        return "layers are compiled for one adapter, and the cohort has another number"
+    if specs[0].dropout:
+        return "lora_dropout forms its masks outside of compiled code"
+    if not all(is_dense(module) for module in model.modules()):
+        return "a quantised base is dequantised outside of compiled code"
+    if not layers_of(model):
+        return f"{type(model).__name__} does not say which of its layers are alike"
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None and shutil.which("clang++") is None:
+        return f"there is no C++ compiler ({compiler})"
+    return None
+
+
+def layers_of(model: PreTrainedModel) -> list[nn.Module]:
+    """The decoder layers."""
+    return [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """Compile the decoder layers for passes that learn; others run as they did.
+
+    The first call of each takes its time. The embedding's output wants a gradient from now on, or
+    the first layer would need code of its own, for twice the time.
+    """
+
+    def wants_gradient(_module: nn.Module, _args: Any, output: torch.Tensor) -> None:
+        if torch.is_grad_enabled():
+            output.requires_grad_(True)
+
+    model.get_input_embeddings().register_forward_hook(wants_gradient)
+    for layer in layers_of(model):
+        layer.forward = _compiled(layer)
+
+
+def _compiled(layer: nn.Module) -> Any:
+    plain = layer.forward
+    quick = torch.compile(plain, dynamic=True)
+
+    @functools.wraps(plain)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return (quick if torch.is_grad_enabled() else plain)(*args, **kwargs)
+
+    return run
