@@ -328,8 +328,6 @@ class CohortCopies(nn.Module):
         leading = x.shape if not x.is_floating_point() else x.shape[:-1]
         starts = (0, *accumulate(routing.widths(leading, self.path)))
         spans = [(s.member, starts[s.start], starts[s.stop]) for s in routing.shares]
-        if spans[-1][2] < starts[-1]:
-            spans.append((None, spans[-1][2], starts[-1]))  # filler behind packed rows
         if len(spans) == 1:
             return self._one(spans[0][0], x, args, kwargs)
         flat = x.flatten(0, len(leading) - 1)

@@ -19,9 +19,6 @@ from torch import Tensor
 # Rows are sorted by length within this many steps' worth of shuffled rows: enough to pair rows
 # of like length, few enough that the order stays random.
 WINDOW_STEPS = 16
-# Packed micro-batches are filled up to a multiple of this many tokens: few sizes mean that kernels
-# and memory blocks made for one micro-batch serve the next.
-PACKED_MULTIPLE = 64
 
 
 class TokenRow(Protocol):
@@ -57,7 +54,7 @@ class MicroBatch:
         positions: [S] where, in the flattened ids, a supervised token is predicted.
         labels: [S] the supervised tokens themselves.
         supervised_before: B + 1 numbers: supervised positions before each row, then all.
-        starts: Packed: where each row begins, where the last one ends, and N if filler follows.
+        starts: Packed: where each row begins, and where the last one ends.
         position_ids: Packed: [1, N], from 0 in every row.
     """
 
@@ -200,8 +197,7 @@ def collate(
         items: The rows and their adapters.
         rows: The encoded data that `Item.row` counts in.
         members: The adapters in their order.
-        pad_id: What stands right of a row, or behind the last packed one; it is never attended to
-            and never supervised.
+        pad_id: What stands right of a row; it is never attended to and never supervised.
         packed: Rows behind each other in place of under each other.
         device: Where the tensors go.
     """
@@ -210,10 +206,9 @@ def collate(
     lengths = [len(rows[item.row].input_ids) for item in items]
     if packed:
         starts = [0, *np.cumsum(lengths).tolist()]
-        size = -(-starts[-1] // PACKED_MULTIPLE) * PACKED_MULTIPLE
     else:
         starts = [place * max(lengths) for place in range(len(items) + 1)]
-        size = starts[-1]
+    size = starts[-1]
     ids = np.full(size, pad_id, dtype=np.int64)
     wanted = np.zeros(size, dtype=bool)
     position = np.arange(size, dtype=np.int64)
@@ -224,11 +219,8 @@ def collate(
         wanted[start + 1 : start + length] = rows[item.row].supervised[1:]
         position[start:] = np.arange(size - start)
         supervised_before.append(supervised_before[-1] + int(wanted[start : start + length].sum()))
-    position[starts[-1] :] = np.arange(size - starts[-1])
     where = np.flatnonzero(wanted)
     shape = (1, size) if packed else (len(items), max(lengths))
-    if size > starts[-1]:
-        starts.append(size)
     return MicroBatch(
         items=tuple(items),
         input_ids=torch.from_numpy(ids.reshape(shape)).to(device),

@@ -3,11 +3,15 @@
 PyTorch's flash kernel for CPUs is slower than plain matrix products at the lengths people
 fine-tune with, its backward pass above all; plain attention computes the upper half of the scores
 for nothing, repeats the keys of grouped queries, and keeps float32 scores. Here each block of
-queries meets only the keys from its first row's beginning up to its own end, heads that share keys
-share a product, and the backward pass keeps the probabilities alone, in the base's format. Rows may
-stand behind each other in one packed row (`packed`): no padding is computed.
+queries meets only the keys up to its own end, heads that share keys share a product, and the
+backward pass keeps the probabilities alone, in the base's format.
 
-Dimensions: B rows, K key-value heads, G query heads per key-value head, T tokens, D features.
+Rows may stand behind each other in one packed row (`packed`). Only the attention needs them under
+each other: rows of like length are gathered, attended to together and put back, so that no other
+layer computes padding.
+
+Dimensions: B rows, K key-value heads, G query heads per key-value head, T tokens, D features, N
+tokens of a packed row, Z = B · K.
 """
 
 from __future__ import annotations
@@ -27,63 +31,85 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 NAME = "lighten_blocks"
-# Queries per block: large enough to fill a matrix product, small enough to skip the upper half.
-BLOCK = 128
 # Attention implementations that keep rows apart which stand behind each other in one.
 PACKS = frozenset({NAME, "flash_attention_2", "flash_attention_3"})
+# Queries per block: large enough to fill a matrix product, small enough to skip the upper half.
+BLOCK = 128
+# A packed row this much shorter than the longest of its group starts another group.
+ALIKE = 0.8
 
 
 @dataclass(frozen=True)
-class Block:
-    """Queries [start, stop) and the keys [first, stop) that they may see some of.
+class Group:
+    """Packed rows of like length, to be laid under each other.
 
     Attributes:
-        start: First query.
-        stop: One past the last query and the last key.
-        first: First key.
-        hidden: [stop − start, stop − from_key] bool, true where a query may not see a key.
-        from_key: The first key for which `hidden` speaks; those before it are seen by all.
+        rows: How many.
+        tokens: Of the longest.
+        index: [rows · tokens] where each token stands in the packed row; padding repeats a row's
+            last token.
+        real: [real tokens] which of them are no padding.
     """
 
-    start: int
-    stop: int
-    first: int
-    hidden: Tensor
-    from_key: int
+    rows: int
+    tokens: int
+    index: Tensor
+    real: Tensor
 
-    @property
-    def rows(self) -> slice:
-        """The queries."""
-        return slice(self.start, self.stop)
+    def gathered(self, x: Tensor) -> Tensor:
+        """[1, heads, N, D] → [heads, rows, tokens, D]."""
+        return x[0].index_select(1, self.index).unflatten(1, (self.rows, self.tokens))
 
-    @property
-    def keys(self) -> slice:
-        """The keys."""
-        return slice(self.first, self.stop)
+    def put_back(self, x: Tensor, out: Tensor) -> None:
+        """[heads, rows, tokens, D] → its places in [1, heads, N, D]."""
+        flat = x.flatten(1, 2)
+        if len(self.real) < len(self.index):
+            flat = flat.index_select(1, self.real)
+        out[0].index_copy_(1, self.index[self.real], flat)
+
+    def without_padding(self, x: Tensor) -> Tensor:
+        """[heads, rows, tokens, D] with zeros where it is padding."""
+        if len(self.real) == len(self.index):
+            return x
+        kept = x.new_zeros(self.rows * self.tokens, 1)
+        kept[self.real] = 1.0
+        return x * kept.view(self.rows, self.tokens, 1)
 
 
 @functools.lru_cache(maxsize=16)
-def blocks_of(starts: tuple[int, ...]) -> tuple[Block, ...]:
-    """The blocks of queries of rows that stand behind each other.
+def groups_of(starts: tuple[int, ...], device: torch.device | str = "cpu") -> tuple[Group, ...]:
+    """Groups of rows of like length.
 
     Args:
-        starts: Where each row begins, and the end of the last.
+        starts: Where each packed row begins, and the end of the last.
+        device: Where the indices go.
     """
+    rows = sorted(pairwise(starts), key=lambda row: row[0] - row[1])
+    groups: list[list[tuple[int, int]]] = []
+    for row in rows:
+        longest = groups[-1][0][1] - groups[-1][0][0] if groups else 0
+        if row[1] - row[0] < ALIKE * longest or not groups:
+            groups.append([])
+        groups[-1].append(row)
     found = []
-    for first, end in pairwise(starts):
-        count = -(-(end - first) // BLOCK)
-        edges = [first + (end - first) * i // count for i in range(count + 1)]
-        for start, stop in pairwise(edges):
-            query, key = torch.arange(start, stop)[:, None], torch.arange(start, stop)
-            found.append(Block(start, stop, first, key > query, start))
+    for group in groups:
+        tokens = group[0][1] - group[0][0]
+        places = torch.arange(tokens)
+        index = torch.stack([(places + a).clamp_max(b - 1) for a, b in group])
+        real = torch.stack([places < b - a for a, b in group]).flatten().nonzero()[:, 0]
+        index, real = index.flatten().to(device), real.to(device)
+        found.append(Group(len(group), tokens, index, real))
     return tuple(found)
 
 
 @dataclass(frozen=True)
 class _Packed:
     longest: int
-    tokens: int
-    blocks: tuple[Block, ...]
+    starts: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        return self.starts[-1]
 
 
 _packed: ContextVar[_Packed | None] = ContextVar("packed", default=None)
@@ -96,59 +122,141 @@ def packed(starts: Sequence[int] | None) -> Iterator[None]:
     Args:
         starts: Where each row begins, and the end of the last; None: rows are not packed.
     """
-    lengths = [b - a for a, b in pairwise(starts or ())]
-    own = _Packed(max(lengths), starts[-1], blocks_of(tuple(starts))) if starts else None
-    before = _packed.set(own)
+    longest = max((b - a for a, b in pairwise(starts or ())), default=0)
+    before = _packed.set(_Packed(longest, tuple(starts)) if starts else None)
     try:
         yield
     finally:
         _packed.reset(before)
 
 
+def _attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """softmax(Q Kᵀ + causal) V and, by block, the probabilities: the scale is in Q already.
+
+    Args:
+        query: [Z, G, T, D].
+        key: [Z, T, D].
+        value: [Z, T, D].
+    """
+    out = query.new_empty(*query.shape[:-1], value.shape[-1])
+    kept = []
+    for block in _blocks(query.shape[2]):
+        scores = _stacked(query, block) @ key[:, : block.stop].mT
+        size = block.stop - block.start
+        later = torch.ones(size, size, dtype=torch.bool, device=scores.device).triu_(1)
+        _unstacked(scores, block)[..., block.start :].masked_fill_(later, float("-inf"))
+        weights = scores.softmax(-1)  # float32 inside, rounded once
+        out[:, :, block] = _unstacked(weights @ value[:, : block.stop], block)
+        kept.append(weights)
+    return out, kept
+
+
+def _attend_backward(
+    query: Tensor, key: Tensor, value: Tensor, kept: Sequence[Tensor], grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the three inputs of `_attend`."""
+    grad_query, grad_key = torch.empty_like(query), torch.zeros_like(key)
+    grad_value = torch.zeros_like(value)
+    for block, weights in zip(_blocks(query.shape[2]), kept, strict=True):
+        upstream = _stacked(grad, block)
+        grad_value[:, : block.stop].baddbmm_(weights.mT, upstream)
+        slope = upstream @ value[:, : block.stop].mT
+        slope = torch._softmax_backward_data(slope, weights, -1, weights.dtype)
+        grad_query[:, :, block] = _unstacked(slope @ key[:, : block.stop], block)
+        grad_key[:, : block.stop].baddbmm_(slope.mT, _stacked(query, block))
+    return grad_query, grad_key, grad_value
+
+
+def _blocks(tokens: int) -> list[slice]:
+    """Equal blocks of queries, none longer than BLOCK."""
+    count = -(-tokens // BLOCK)
+    edges = [tokens * i // count for i in range(count + 1)]
+    return [slice(a, b) for a, b in pairwise(edges)]
+
+
+def _stacked(x: Tensor, block: slice) -> Tensor:
+    """[Z, G, T, ·] → [Z, G · block, ·]: the heads that share keys stand under each other."""
+    return x[:, :, block].flatten(1, 2)
+
+
+def _unstacked(x: Tensor, block: slice) -> Tensor:
+    """The reverse of `_stacked`."""
+    return x.unflatten(1, (-1, block.stop - block.start))
+
+
 class _BlockAttention(torch.autograd.Function):
-    """softmax(scale · Q Kᵀ + causal) V without the scores above the diagonal."""
+    """Causal attention of rows under each other, or packed into one."""
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, blocks: Sequence[Block]
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        groups: tuple[Group, ...] | None,
     ) -> Tensor:
+        ctx.scale, ctx.groups, ctx.shapes = scale, groups, (query.shape, key.shape, value.shape)
+        if groups is None:
+            parts = [(_by_key(query, key.shape[1]), key.flatten(0, 1), value.flatten(0, 1))]
+        else:
+            parts = [
+                (_by_key_packed(group.gathered(query), key.shape[1]),
+                 group.gathered(key).flatten(0, 1), group.gathered(value).flatten(0, 1))
+                for group in groups
+            ]  # fmt: skip
         out = query.new_empty(*query.shape[:-1], value.shape[-1])
-        query = query * scale
-        kept = []
-        for block in blocks:
-            scores = _grouped(query, block) @ key[:, block.keys].mT
-            later = _ungrouped(scores, block)[..., block.from_key - block.first :]
-            later.masked_fill_(block.hidden.to(scores.device), float("-inf"))
-            weights = scores.softmax(-1)  # float32 inside, rounded once
-            out[:, :, block.rows] = _ungrouped(weights @ value[:, block.keys], block)
-            kept.append(weights)
-        ctx.scale, ctx.blocks = scale, blocks
-        ctx.save_for_backward(query, key, value, *kept)
+        saved: list[Tensor] = []
+        ctx.kept = []
+        for number, (q, k, v) in enumerate(parts):
+            q = q * scale
+            own, kept = _attend(q, k, v)
+            saved += [q, k, v, *kept]
+            ctx.kept.append(len(kept))
+            if groups is None:
+                out = own.view(out.shape)
+            else:
+                groups[number].put_back(_by_head(own, groups[number].rows), out)
+        ctx.save_for_backward(*saved)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, *kept = ctx.saved_tensors
-        grad_query, grad_key = torch.empty_like(query), torch.zeros_like(key)
-        grad_value = torch.zeros_like(value)
-        for block, weights in zip(ctx.blocks, kept, strict=True):
-            upstream = _grouped(grad, block)
-            grad_value[:, block.keys].baddbmm_(weights.mT, upstream)
-            slope = upstream @ value[:, block.keys].mT
-            slope = torch._softmax_backward_data(slope, weights, -1, weights.dtype)
-            grad_query[:, :, block.rows] = _ungrouped(slope @ key[:, block.keys], block)
-            grad_key[:, block.keys].baddbmm_(slope.mT, _grouped(query, block))
-        return grad_query.mul_(ctx.scale), grad_key, grad_value, None, None
+        saved = list(ctx.saved_tensors)
+        keys = ctx.shapes[1][1]
+        outs = [grad.new_empty(shape) for shape in ctx.shapes]
+        for number, kept in enumerate(ctx.kept):
+            (q, k, v, *weights), saved = saved[: 3 + kept], saved[3 + kept :]
+            if ctx.groups is None:
+                upstream = _by_key(grad, keys)
+            else:
+                group = ctx.groups[number]
+                gathered = group.without_padding(group.gathered(grad))
+                upstream = _by_key_packed(gathered, keys)
+            found = _attend_backward(q, k, v, weights, upstream)
+            found[0].mul_(ctx.scale)
+            if ctx.groups is None:
+                outs = [own.view(out.shape) for own, out in zip(found, outs, strict=True)]
+                continue
+            group.put_back(_by_head(found[0], group.rows), outs[0])
+            for own, out in zip(found[1:], outs[1:], strict=True):
+                group.put_back(own.unflatten(0, (keys, group.rows)), out)
+        return *outs, None, None
 
 
-def _grouped(x: Tensor, block: Block) -> Tensor:
-    """[B·K, G, T, ·] → [B·K, G · rows, ·]: the heads that share keys stand under each other."""
-    return x[:, :, block.rows].flatten(1, 2)
+def _by_key(x: Tensor, keys: int) -> Tensor:
+    """[B, K · G, T, D] → [Z, G, T, D]."""
+    return x.reshape(x.shape[0] * keys, -1, *x.shape[2:])
 
 
-def _ungrouped(x: Tensor, block: Block) -> Tensor:
-    """The reverse of `_grouped` for one block."""
-    return x.unflatten(1, (-1, block.stop - block.start))
+def _by_key_packed(x: Tensor, keys: int) -> Tensor:
+    """[K · G, rows, T, D] → [K · rows, G, T, D]."""
+    return x.unflatten(0, (keys, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def _by_head(x: Tensor, rows: int) -> Tensor:
+    """The reverse of `_by_key_packed`."""
+    return x.unflatten(0, (-1, rows)).transpose(1, 2).flatten(0, 1)
 
 
 def block_attention(
@@ -156,7 +264,7 @@ def block_attention(
     key: Tensor,
     value: Tensor,
     scale: float,
-    blocks: Sequence[Block] | None = None,
+    starts: tuple[int, ...] | None = None,
 ) -> Tensor:
     """Causal attention of rows without padding to their left.
 
@@ -165,17 +273,14 @@ def block_attention(
         key: [B, K, T, D].
         value: [B, K, T, D].
         scale: Factor on the scores.
-        blocks: Of the packed rows that the T tokens are; None: each is one row.
+        starts: Where each of the packed rows begins that the T tokens are (B is 1), and T.
 
     Returns:
         [B, K · G, T, D].
     """
-    rows, heads, tokens, features = query.shape
-    groups = heads // key.shape[1]
-    q = query.reshape(rows * key.shape[1], groups, tokens, features)
-    k, v = (x.reshape(-1, tokens, x.shape[-1]) for x in (key, value))
-    blocks = blocks_of((0, tokens)) if blocks is None else blocks
-    return _BlockAttention.apply(q, k, v, scale, blocks).view(rows, heads, tokens, v.shape[-1])
+    groups = None if starts is None else groups_of(starts, query.device)
+    out: Tensor = _BlockAttention.apply(query, key, value, scale, groups)
+    return out
 
 
 def _forward(
@@ -192,8 +297,8 @@ def _forward(
     scale = options.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     own = _packed.get()
-    blocks = own.blocks if own is not None and query.shape[::2] == (1, own.tokens) else None
-    out = block_attention(query, key, value, scale, blocks)
+    fits = own is not None and (query.shape[0], query.shape[2]) == (1, own.tokens)
+    out = block_attention(query, key, value, scale, own.starts if own and fits else None)
     return out.transpose(1, 2).contiguous(), None
 
 
