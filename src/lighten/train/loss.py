@@ -60,6 +60,27 @@ class HeadRule:
         return logits
 
 
+class Workspace:
+    """Memory for one chunk of logits, made once: fresh blocks of this size cost page faults."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    def take(self, name: str, rows: int, like: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+        """[rows, columns] of what is in it; the values are whatever they were."""
+        held = self._held.get(name)
+        wanted = rows * columns
+        if (
+            held is None
+            or held.numel() < wanted
+            or held.dtype != dtype
+            or (held.device != like.device)
+        ):
+            held = torch.empty(wanted, dtype=dtype, device=like.device)
+            self._held[name] = held
+        return held[:wanted].view(rows, columns)
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Weighted sum of the cross-entropies over a head, chunk by chunk.
 
@@ -76,6 +97,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         head_weight: Tensor,
         head_bias: Tensor | None,
         rule: HeadRule,
+        space: Workspace,
     ) -> tuple[Tensor, Tensor]:
         W = head_weight.to(hidden.dtype)  # a head that learns may be float32 over bfloat16 states
         bias = None if head_bias is None else head_bias.to(hidden.dtype)
@@ -85,8 +107,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_bias = nll.new_zeros(W.shape[0]) if ctx.needs_input_grad[4] else None
         for rows in _chunks(len(labels), W.shape[0]):
             own = labels[rows, None]
-            logits = rule.apply(F.linear(hidden[rows], W, bias))
-            slope = torch.softmax(logits, -1, dtype=torch.float32)
+            shape = (rows.stop - rows.start, hidden, W.shape[0])
+            raw = space.take("logits", *shape, W.dtype)
+            torch.mm(hidden[rows], W.T, out=raw)
+            logits = rule.apply(raw if bias is None else raw.add_(bias))
+            slope = space.take("slope", *shape, torch.float32).copy_(logits)
+            torch.softmax(slope, -1, out=slope)
             # log Σ exp from the largest: exact in float32 without another pass over exponentials.
             normaliser = logits.amax(1).float() - slope.amax(1).log()
             nll[rows] = normaliser - logits.gather(1, own)[:, 0].float()
@@ -97,7 +123,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 slope *= 1.0 - (logits.float() / rule.softcap).square_()
             if rule.scale != 1.0:
                 slope *= rule.scale
-            low = slope.to(W.dtype)
+            low = raw.copy_(slope)  # the logits are done with
             if grad is not None:
                 torch.mm(low, W, out=grad[rows])
             if grad_W is not None:
@@ -118,7 +144,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             grad_W = (grad_W * grad_total).to(ctx.formats[0])
         if grad_bias is not None:
             grad_bias = (grad_bias * grad_total).to(ctx.formats[1])
-        return grad, None, None, grad_W, grad_bias, None
+        return grad, None, None, grad_W, grad_bias, None, None
 
 
 def _chunks(positions: int, vocabulary: int) -> list[slice]:
@@ -144,6 +170,7 @@ class Objective:
         self.rule = HeadRule.of(model)
         self.fast, self.reason = fast, "logits at supervised positions only"
         self._verified = not fast
+        self._space = Workspace()
         self._head = model.get_output_embeddings()
         self._backbone = model.base_model
         if self._head is None or self._backbone is model:
@@ -172,7 +199,13 @@ class Objective:
         if isinstance(self._head, CohortLinear | CohortCopies):
             return self._through_adapted_head(hidden_or_logits, batch, shares, weights)
         return _ChunkedCrossEntropy.apply(
-            hidden_or_logits, batch.labels, weights, self._head.weight, self._head.bias, self.rule
+            hidden_or_logits,
+            batch.labels,
+            weights,
+            self._head.weight,
+            self._head.bias,
+            self.rule,
+            self._space,
         )
 
     @contextmanager
