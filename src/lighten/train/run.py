@@ -17,7 +17,7 @@ from lighten.adapters import files
 from lighten.errors import UserError
 from lighten.recipe import Recipe
 from lighten.runs import Run
-from lighten.train import checkpoints, trackers
+from lighten.train import allocator, checkpoints, trackers
 from lighten.train.checkpoints import TrainerState
 from lighten.train.loop import Loop
 from lighten.train.prepare import Rows, Setup, load_base, load_rows, prepare
@@ -84,10 +84,12 @@ def _train(
 ) -> None:
     transformers_logging.disable_progress_bar()
     set_seed(0)  # nothing below draws from the global generators; a model's own code might
+    pages = allocator.keep_pages(accelerator.device.type)
     memory = hardware.PeakMemory(accelerator.device.type)
     base = load_base(recipe, str(accelerator.device))
     rows = load_rows(recipe, base.tokenizer)
     setup = prepare(recipe, accelerator, base, rows)
+    setup.choices["memory"] = pages
     _tell(setup, shown)
     if resume:
         _require_same_inputs(run, base, rows)

@@ -1,0 +1,87 @@
+"""How the C library hands out memory while training on a processor.
+
+glibc gives a block above its threshold (32 MiB at most) back to the system as soon as it is free,
+and the top of its heap with it, so every micro-batch pays for its activations' pages anew. Blocks
+kept in the heap are paid for once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from typing import Any
+
+from lighten.hardware import Choice
+
+# mallopt's parameters, from glibc's malloc.h.
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+# Larger than any activation; before glibc 2.35 no threshold above half a heap is taken.
+LARGE_BYTES, OLD_LARGE_BYTES = 2**30, 32 * 2**20
+NEVER_BYTES = 2**31 - 1  # the largest int: the heap's top is not given back by itself
+# The heap grows by this much at once, so that its top seldom has to move.
+GROWTH_BYTES = 64 * 2**20
+OTHER_ALLOCATORS = ("jemalloc", "tcmalloc", "mimalloc")
+SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_")
+# oneDNN keeps a kernel per shape it has seen, 1024 of them by default; training rarely sees a
+# shape again after its micro-batch, in which every layer uses it.
+ONEDNN_CACHE, ONEDNN_KERNELS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", 128
+
+
+def keep_pages(device: str) -> Choice:
+    """Let freed activations stay with the process, to be written again without page faults.
+
+    For the whole process, and without effect on any result. Call it before the model loads.
+
+    Args:
+        device: `cpu` or a CUDA device.
+
+    Returns:
+        `glibc, pages kept`, or `as it is` with the reason.
+    """
+    if device != "cpu":
+        return Choice("as it is", "activations are on the GPU")
+    os.environ.setdefault(ONEDNN_CACHE, str(ONEDNN_KERNELS))  # read at oneDNN's first use
+    libc = _glibc()
+    if libc is None:
+        return Choice("as it is", "the C library is not glibc")
+    if (named := _chosen_by_user()) is not None:
+        return Choice("as it is", f"{named} is set")
+    taken = libc.mallopt(M_MMAP_THRESHOLD, LARGE_BYTES) or libc.mallopt(
+        M_MMAP_THRESHOLD, OLD_LARGE_BYTES
+    )
+    taken = taken and libc.mallopt(M_TRIM_THRESHOLD, NEVER_BYTES)
+    if not (taken and libc.mallopt(M_TOP_PAD, GROWTH_BYTES)):
+        return Choice("as it is", "glibc did not take the thresholds")
+    return Choice("glibc, pages kept", "fresh pages for every micro-batch's activations cost time")
+
+
+def trim() -> bool:
+    """Give free memory back to the system; say whether there was any (glibc only).
+
+    What is written next pays for its pages again: for use between phases, not between steps.
+    """
+    libc = _glibc()
+    return bool(libc is not None and libc.malloc_trim(0))
+
+
+def _glibc() -> Any:
+    """The C library if it is glibc, else None."""
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        libc = ctypes.CDLL(None)
+    except OSError:
+        return None
+    return libc if hasattr(libc, "gnu_get_libc_version") else None
+
+
+def _chosen_by_user() -> str | None:
+    """The environment variable by which someone has arranged the allocator already."""
+    for name in SETTINGS:
+        if name in os.environ:
+            return name
+    if "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", ""):
+        return "GLIBC_TUNABLES"
+    preloaded = os.environ.get("LD_PRELOAD", "")
+    return "LD_PRELOAD" if any(name in preloaded for name in OTHER_ALLOCATORS) else None
