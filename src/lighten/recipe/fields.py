@@ -168,6 +168,20 @@ class RecipeFields(Section):
     gradient_checkpointing: bool = _field(
         False, "training", "recompute layers in the backward pass: less memory, more time"
     )
+    gradient_checkpointing_layers: Positive = _field(
+        1, "training", "recompute every so many-th layer only; 1: each"
+    )
+    gradient_checkpointing_part: Literal["layer", "attention", "mlp"] = _field(
+        "layer", "training", "what of a layer is recomputed"
+    )
+    gradient_checkpointing_kwargs: dict[str, Any] = _field(
+        {}, "training", "use_reentrant (false only), preserve_rng_state, determinism_check"
+    )
+    activation_offload: bool = _field(
+        False,
+        "training",
+        "activations wait in pinned main memory (GPU) or in a scratch file (processor)",
+    )
     seed: int | list[int] = _field(42, "training", "seed of order, weights and dropout")
 
     logging_steps: Positive = _field(1, "run", "steps between lines to the trackers")
@@ -216,6 +230,25 @@ class RecipeFields(Section):
         """`none` and a lone name are as good as a list."""
         named = [value] if isinstance(value, str) else list(value or [])
         return [name for name in named if name != "none"]
+
+    @field_validator("gradient_checkpointing_kwargs")
+    @classmethod
+    def _never_reentrant(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if value.get("use_reentrant"):
+            raise ValueError(
+                "use use_reentrant: false; the reentrant form gives adapters on a frozen base no "
+                "gradient, and fails under DDP"
+            )
+        allowed = {
+            "use_reentrant": (False,), "preserve_rng_state": (True, False),
+            "determinism_check": ("default", "none"),
+        }  # fmt: skip
+        for name, own in value.items():
+            if name not in allowed:
+                raise ValueError(f"{name} is not one of {', '.join(allowed)}")
+            if own not in allowed[name]:
+                raise ValueError(f"{name} must be {' or '.join(map(str, allowed[name]))}")
+        return value
 
     @field_validator("lora_target_modules", mode="before")
     @classmethod

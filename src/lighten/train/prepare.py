@@ -22,6 +22,7 @@ from lighten.train import optimizers
 from lighten.train.loss import Objective
 from lighten.train.member import Member, MemberSettings
 from lighten.train.memory import checkpoint_layers
+from lighten.train.offload import offload_activations
 from lighten.train.schedule import warmup_length
 
 # Matrix products of this many rows reach a processor's full rate (benchmarks/limit.py).
@@ -98,8 +99,19 @@ def prepare(recipe: Recipe, accelerator: Accelerator, base: models.Base, rows: R
             "untrained", "modules_to_save does not name the embedding, so they stay as they began"
         )
     if recipe.gradient_checkpointing:
-        layers = checkpoint_layers(base.model)
-        choices["checkpointing"] = Choice(f"{layers} layers", "gradient_checkpointing")
+        part = recipe.gradient_checkpointing_part
+        count = checkpoint_layers(
+            base.model,
+            every=recipe.gradient_checkpointing_layers,
+            part=part,
+            options=recipe.gradient_checkpointing_kwargs,
+        )
+        what = "layers" if part == "layer" else f"layers' {part}"
+        choices["checkpointing"] = Choice(f"{count} {what}", "gradient_checkpointing")
+    if recipe.activation_offload:
+        _, choices["activations"] = offload_activations(
+            base.model, accelerator.device, recipe.run_folder
+        )
     per_step = (
         recipe.per_device_train_batch_size
         * recipe.gradient_accumulation_steps
