@@ -2,12 +2,39 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import transformers.cache_utils
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from lighten.train import allocator
+import lighten
+from lighten import hardware
+from lighten.adapters import Cohort
+from lighten.errors import UserError
+from lighten.recipe import Recipe, RecipeError
+from lighten.train import allocator, offload
+from lighten.train.loss import Objective
+from lighten.train.memory import checkpoint_layers
+from lighten.train.offload import Offload, PinnedMemory, ScratchFile, wrap
+from lighten.train.step import shares_of
+from tests.test_train_step import (
+    UNEVEN,
+    cohort_of,
+    gradients,
+    in_blocks,
+    micro_batches,
+    one_step,
+    random_spec,
+)
+from tests.tiny import ARCHITECTURES
 
 GLIBC = allocator._glibc() is not None
 # Blocks of growing size, written and freed as activations are: how many pages had to be fetched?
@@ -68,3 +95,246 @@ def test_other_systems_and_gpus_are_left_alone(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(sys, "platform", "darwin")
     assert "not glibc" in allocator.keep_pages("cpu").reason
     assert allocator.trim() is False
+
+
+def offloaded(cohort: Cohort, folder: Path) -> Offload:
+    made = Offload(cohort.model, ScratchFile(folder), smallest_bytes=1)
+    wrap(cohort.model, made)
+    return made
+
+
+Saver = Callable[[Cohort, Path], Any]
+SAVERS: dict[str, Saver] = {
+    "each layer": lambda cohort, _: checkpoint_layers(cohort.model),
+    "every second layer": lambda cohort, _: checkpoint_layers(cohort.model, every=2),
+    "attention": lambda cohort, _: checkpoint_layers(cohort.model, part="attention"),
+    "mlp": lambda cohort, _: checkpoint_layers(cohort.model, part="mlp"),
+    "offload": offloaded,
+    "offload of what is not recomputed": lambda cohort, folder: (
+        checkpoint_layers(cohort.model, part="attention"),
+        offloaded(cohort, folder),
+    ),
+}
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_saver_is_bitwise_the_run_without_it(arch: str, packed: bool, tmp_path: Path) -> None:
+    def run(saver: Saver | None) -> tuple[Any, dict[str, dict[str, Tensor]]]:
+        specs = [random_spec("a", 4, seed=1, dropout=0.2), random_spec("b", 8, seed=2)]
+        cohort = cohort_of(*specs, arch=arch)
+        if packed:
+            in_blocks(cohort)
+        if saver is not None:
+            saver(cohort, tmp_path)
+        objective = Objective(cohort.model, cohort, packs=packed)
+        report, members = one_step(cohort, UNEVEN, 3, packed=packed, objective=objective)
+        return report, {name: gradients(member) for name, member in members.items()}
+
+    report, wanted = run(None)
+    for name, saver in SAVERS.items():
+        if arch == "opt" and name == "mlp":  # its layers hold the two products themselves
+            with pytest.raises(UserError, match="have no mlp of their own; use layer"):
+                run(saver)
+            continue
+        own, found = run(saver)
+        for member in ("a", "b"):
+            assert own[member].loss == report[member].loss, name
+            for key, value in wanted[member].items():
+                assert torch.equal(found[member][key], value), (name, key)
+
+
+def kept_bytes(saver: Saver | None, folder: Path) -> int:
+    """What autograd holds between forward and backward, weights apart, each storage once."""
+    cohort = cohort_of(random_spec(), num_hidden_layers=4)
+    if saver is not None:
+        saver(cohort, folder)
+    staying = {p.untyped_storage()._cdata for p in cohort.model.parameters()}
+    held: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in staying:
+            held[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return tensor
+
+    (batch,) = micro_batches(UNEVEN, ["a"], 6)
+    objective = Objective(cohort.model, cohort)
+    weights = torch.ones(len(batch.labels))
+    shares = shares_of(batch)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), objective.at(batch, shares):
+        loss, _ = objective(batch, shares, weights)
+    found = sum(size for ref, size in held.values() if not ref.expired())
+    assert loss.requires_grad
+    return found
+
+
+def test_recomputed_layers_keep_less() -> None:
+    whole = kept_bytes(None, Path())
+    kept = {name: kept_bytes(SAVERS[name], Path())
+            for name in ("each layer", "every second layer", "attention", "mlp")}  # fmt: skip
+    assert kept["each layer"] < 0.35 * whole
+    assert kept["each layer"] < kept["every second layer"] < 0.75 * whole
+    assert kept["attention"] < 0.9 * whole
+    assert kept["mlp"] < 0.9 * whole
+
+
+def test_offloaded_activations_leave_memory_and_weights_stay(tmp_path: Path) -> None:
+    cohort = cohort_of(random_spec(), num_hidden_layers=4)
+    made = offloaded(cohort, tmp_path)
+    store = made.store
+    assert isinstance(store, ScratchFile)
+    refs: list[tuple[StorageWeakRef, int]] = []
+    plain = store.put
+
+    def put(flat: Tensor) -> Any:
+        storage = flat.untyped_storage()
+        refs.append((StorageWeakRef(storage), storage.nbytes()))
+        assert storage._cdata not in weights
+        return plain(flat)
+
+    weights = {p.untyped_storage()._cdata for p in cohort.model.parameters()}
+    weights |= {p.untyped_storage()._cdata for p in cohort.parameters("a").values()}
+    store.put = put  # type: ignore[method-assign]
+    (batch,) = micro_batches(UNEVEN, ["a"], 6)
+    objective, shares = Objective(cohort.model, cohort), shares_of(batch)
+    with objective.at(batch, shares):
+        loss, _ = objective(batch, shares, torch.ones(len(batch.labels)))
+        gone = sum(size for ref, size in refs if ref.expired())
+        assert made.moved_bytes == sum(size for _, size in refs) > 0
+        assert gone > 0.95 * made.moved_bytes
+        assert made.moved_bytes > 0.8 * kept_bytes(None, tmp_path)
+        loss.backward()
+    del loss
+    gc.collect()
+    assert store.waiting == 0  # the file is written from its start again
+    assert store.end == 0
+    assert not list(tmp_path.iterdir())  # it has no name that could be left behind
+
+
+def test_small_activations_stay(tmp_path: Path) -> None:
+    cohort = cohort_of(random_spec())
+    made = Offload(cohort.model, ScratchFile(tmp_path), smallest_bytes=2**20)
+    wrap(cohort.model, made)
+    one_step(cohort, UNEVEN, 3)
+    assert made.moved_bytes == 0
+
+
+def test_a_full_disk_and_a_folder_in_memory_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = ScratchFile(tmp_path)
+
+    class Full:
+        def seek(self, place: int) -> None:
+            assert place == 0
+
+        def write(self, view: memoryview) -> int:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store, "file", Full())
+    with pytest.raises(UserError, match=r"activation_offload: cannot write 8 bytes: No space left"):
+        store.put(torch.zeros(8, dtype=torch.uint8))
+    monkeypatch.setattr(offload, "_file_system", lambda folder: "tmpfs")
+    with pytest.raises(UserError, match="is in memory"):
+        ScratchFile(tmp_path)
+
+
+def test_trap37_no_cache_while_training_and_the_setting_is_untouched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cohort = cohort_of(random_spec())
+    checkpoint_layers(cohort.model)
+    before = cohort.model.config.to_dict()
+    assert cohort.model.config.use_cache
+
+    def refuse(self: Any, *args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a cache was made")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(transformers.cache_utils.DynamicCache, "__init__", refuse)
+        one_step(cohort, UNEVEN, 3)
+        with pytest.raises(AssertionError, match="a cache was made"), torch.no_grad():
+            cohort.model(input_ids=torch.tensor([[5, 6]]))  # it would have been seen
+    assert cohort.model.config.to_dict() == before
+    with cohort.using("a"), torch.no_grad():
+        ids = torch.tensor([[5, 9, 14]])
+        made = cohort.model.generate(input_ids=ids, max_new_tokens=4, do_sample=False)
+        plain = cohort.model.generate(
+            input_ids=ids, max_new_tokens=4, do_sample=False, use_cache=False
+        )
+    assert torch.equal(made, plain)
+
+
+def test_trap34_the_reentrant_form_is_refused_and_other_arguments_are_handed_on(
+    chat_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = {"model": "m", "dataset": str(chat_file), "gradient_checkpointing": True}
+    with pytest.raises(RecipeError, match="adapters on a frozen base no gradient"):
+        Recipe.from_values({**own, "gradient_checkpointing_kwargs": {"use_reentrant": True}})
+    with pytest.raises(RecipeError, match="debug is not one of use_reentrant"):
+        Recipe.from_values({**own, "gradient_checkpointing_kwargs": {"debug": True}})
+    options = {"use_reentrant": False, "determinism_check": "none"}
+    recipe = Recipe.from_values({**own, "gradient_checkpointing_kwargs": options})
+    seen: list[dict[str, Any]] = []
+
+    def noting(forward: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append({key: kwargs.pop(key) for key in options})
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr("lighten.train.memory.checkpoint", noting)
+    cohort = cohort_of(random_spec())
+    checkpoint_layers(cohort.model, options=recipe.gradient_checkpointing_kwargs)
+    one_step(cohort, UNEVEN, 6)
+    assert seen == [options] * 2
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("gradient_checkpointing_layers", 2), ("gradient_checkpointing_part", "mlp"),
+     ("gradient_checkpointing_kwargs", {"use_reentrant": False})],
+)  # fmt: skip
+def test_selectivity_without_checkpointing_is_refused(
+    field: str, value: Any, chat_file: Path
+) -> None:
+    with pytest.raises(RecipeError, match=f"{field} has no effect without gradient_checkpointing"):
+        Recipe.from_values({"model": "m", "dataset": str(chat_file), field: value})
+
+
+def test_a_run_says_what_it_recomputes_and_where_activations_wait(
+    tiny_folder: Path, chat_file: Path, tmp_path: Path
+) -> None:
+    run = lighten.train(
+        model=str(tiny_folder), dataset=str(chat_file), output_dir=str(tmp_path / "run"),
+        max_steps=1, val_size=0, progress=False, gradient_checkpointing=True,
+        gradient_checkpointing_layers=2, gradient_checkpointing_part="mlp",
+        activation_offload=True,
+    )  # fmt: skip
+    choices = {own["what"]: own["value"] for own in run.info()["choices"]}
+    assert choices["checkpointing"] == "1 layers' mlp"
+    assert choices["activations"] == "scratch file"
+
+
+@pytest.mark.gpu
+def test_gpu_offload_is_bitwise_and_frees_memory() -> None:
+    def run(moved: bool) -> tuple[list[Tensor], int]:
+        cohort = cohort_of(random_spec(), num_hidden_layers=8, hidden_size=256)
+        cohort.model.cuda()
+        for own in cohort.parameters("a").values():
+            own.data = own.data.cuda()
+        if moved:
+            made = Offload(cohort.model, PinnedMemory(torch.device("cuda")), smallest_bytes=1)
+            wrap(cohort.model, made)
+        ids = torch.randint(3, 300, (8, 200), generator=torch.Generator().manual_seed(0)).cuda()
+        peak = hardware.PeakMemory("cuda")
+        with cohort.using("a"):
+            states = cohort.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            torch.cuda.synchronize()
+            states.square().mean().backward()
+        grads = [p.grad for p in cohort.parameters("a").values() if p.grad is not None]
+        return grads, int(peak.read()["peak_bytes"])
+
+    (plain, high), (ours, low) = run(False), run(True)
+    assert len(plain) > 10
+    assert all(torch.equal(a, b) for a, b in zip(plain, ours, strict=True))
+    assert low < 0.7 * high

@@ -254,6 +254,18 @@ def _contradictions(recipe: Recipe, given: Mapping[str, Any]) -> list[str]:
             for key in ("warmup_ratio", "warmup_steps")
             if given.get(key)
         ]
+    if not recipe.gradient_checkpointing:
+        problems += [
+            f"{key} has no effect without gradient_checkpointing: true"
+            for key in given
+            if key.startswith("gradient_checkpointing_")
+        ]
+    unread = {"sgd": 3, "adafactor": 3}.get(recipe.optim, 1 if "lion" in recipe.optim else 0)
+    problems += [
+        f"{key} has no effect with optim: {recipe.optim}; remove it"
+        for key in ("adam_epsilon", "adam_beta1", "adam_beta2")[:unread]
+        if key in given
+    ]
     if "num_train_epochs" in given and "max_steps" in given:
         # transformers lets max_steps win silently; many recipes carry both, so it is no error.
         recipe._notices.append("max_steps is set, so num_train_epochs has no effect")

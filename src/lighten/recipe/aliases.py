@@ -24,6 +24,7 @@ RENAMED = {
     "lr": "learning_rate",
     "lr_scheduler": "lr_scheduler_type",
     "optimizer": "optim",
+    "lorap_lr_ratio": "loraplus_lr_ratio",
     "lora_rank": "lora_r",
     "lora_target": "lora_target_modules",
     "target_modules": "lora_target_modules",

@@ -15,6 +15,11 @@ Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Rate = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 AdapterName = Annotated[str, Field(pattern=r"^\w[\w.=-]*$", max_length=80)]
 Tracker = Literal["wandb", "tensorboard", "trackio"]
+Optimizer = Literal[
+    "adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit",
+    "paged_adamw_32bit", "lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit", "sgd",
+    "adafactor",
+]  # fmt: skip
 
 
 class Section(BaseModel):
@@ -55,6 +60,7 @@ class AdapterFields(Section):
     rank_pattern: dict[str, Positive] | None = Field(None, description="rank by module pattern")
     alpha_pattern: dict[str, Rate] | None = Field(None, description="alpha by module pattern")
     learning_rate: Rate | None = Field(None, description="peak learning rate")
+    loraplus_lr_ratio: Rate | None = Field(None, description="LoRA+: rate of B over rate of A")
     seed: int | None = Field(None, description="seed of order, weights and dropout")
 
 
@@ -78,6 +84,7 @@ class AdapterOptions(Section):
     rank_pattern: dict[str, int]
     alpha_pattern: dict[str, float]
     learning_rate: float
+    loraplus_lr_ratio: float | None
     seed: int
 
 
@@ -152,14 +159,28 @@ class RecipeFields(Section):
     warmup_steps: Annotated[int, Field(ge=0)] | None = _field(
         None, "training", "steps that warm up, instead of a share"
     )
-    weight_decay: Annotated[float, Field(ge=0.0)] = _field(0.0, "training", "AdamW weight decay")
-    optim: Literal["adamw_torch"] = _field("adamw_torch", "training", "optimiser")
-    adam_beta1: Share = _field(0.9, "training", "AdamW's first decay")
-    adam_beta2: Share = _field(0.999, "training", "AdamW's second decay")
+    weight_decay: Annotated[float, Field(ge=0.0)] = _field(0.0, "training", "weight decay")
+    optim: Optimizer = _field("adamw_torch", "training", "optimiser, by transformers' name")
+    adam_beta1: Share = _field(0.9, "training", "first decay of AdamW and Lion")
+    adam_beta2: Share = _field(0.999, "training", "second decay of AdamW and Lion")
     adam_epsilon: Rate = _field(1e-8, "training", "AdamW's epsilon")
     max_grad_norm: Rate | None = _field(1.0, "training", "clip each adapter's gradient; null: off")
     gradient_checkpointing: bool = _field(
         False, "training", "recompute layers in the backward pass: less memory, more time"
+    )
+    gradient_checkpointing_layers: Positive = _field(
+        1, "training", "recompute every so many-th layer only; 1: each"
+    )
+    gradient_checkpointing_part: Literal["layer", "attention", "mlp"] = _field(
+        "layer", "training", "what of a layer is recomputed"
+    )
+    gradient_checkpointing_kwargs: dict[str, Any] = _field(
+        {}, "training", "use_reentrant (false only), preserve_rng_state, determinism_check"
+    )
+    activation_offload: bool = _field(
+        False,
+        "training",
+        "activations wait in pinned main memory (GPU) or in a scratch file (processor)",
     )
     seed: int | list[int] = _field(42, "training", "seed of order, weights and dropout")
 
@@ -185,6 +206,9 @@ class RecipeFields(Section):
     lora_target_modules: str | list[str] = _field(
         "all-linear", "lora", "module names, a regular expression, or all-linear"
     )
+    loraplus_lr_ratio: Rate | None = _field(
+        None, "lora", "LoRA+: B learns at this many times the learning rate (the paper: 16)"
+    )
     use_rslora: bool = _field(False, "lora", "scale by alpha / sqrt(r)")
     init_lora_weights: bool | Literal["gaussian"] = _field(
         True, "lora", "true: PEFT's default; gaussian; false: random, for tests"
@@ -206,6 +230,25 @@ class RecipeFields(Section):
         """`none` and a lone name are as good as a list."""
         named = [value] if isinstance(value, str) else list(value or [])
         return [name for name in named if name != "none"]
+
+    @field_validator("gradient_checkpointing_kwargs")
+    @classmethod
+    def _never_reentrant(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if value.get("use_reentrant"):
+            raise ValueError(
+                "use use_reentrant: false; the reentrant form gives adapters on a frozen base no "
+                "gradient, and fails under DDP"
+            )
+        allowed = {
+            "use_reentrant": (False,), "preserve_rng_state": (True, False),
+            "determinism_check": ("default", "none"),
+        }  # fmt: skip
+        for name, own in value.items():
+            if name not in allowed:
+                raise ValueError(f"{name} is not one of {', '.join(allowed)}")
+            if own not in allowed[name]:
+                raise ValueError(f"{name} must be {' or '.join(map(str, allowed[name]))}")
+        return value
 
     @field_validator("lora_target_modules", mode="before")
     @classmethod

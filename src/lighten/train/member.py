@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lighten.train import optimizers
 from lighten.train.schedule import learning_rate_factor
 
 
@@ -27,6 +27,8 @@ class MemberSettings:
     seed: int
     early_stopping_patience: int | None = None
     early_stopping_threshold: float = 0.0
+    optim: str = "adamw_torch"
+    loraplus_lr_ratio: float | None = None
 
 
 @dataclass
@@ -65,18 +67,20 @@ class Member:
     progress: MemberProgress = field(default_factory=MemberProgress)
 
     def __post_init__(self) -> None:
-        self.optimizer = torch.optim.AdamW(
-            list(self.parameters.values()),
-            lr=self.settings.learning_rate,
-            betas=self.settings.betas,
-            eps=self.settings.epsilon,
-            weight_decay=self.settings.weight_decay,
-            fused=True,  # one kernel for hundreds of small factors, on CPU and GPU alike
+        own = self.settings
+        self.optimizer = optimizers.make(
+            own.optim,
+            self.parameters,
+            learning_rate=own.learning_rate,
+            weight_decay=own.weight_decay,
+            betas=own.betas,
+            epsilon=own.epsilon,
+            loraplus_lr_ratio=own.loraplus_lr_ratio,
         )
 
     @property
     def learning_rate(self) -> float:
-        """The rate of the next step."""
+        """The rate of the next step, before a group's own factor."""
         own = self.settings
         factor = learning_rate_factor(
             self.progress.steps, own.total_steps, own.warmup, own.lr_scheduler_type
@@ -117,21 +121,19 @@ class Member:
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """The optimiser's state as tensors by parameter key."""
-        found: dict[str, Tensor] = {}
-        for key, parameter in self.parameters.items():
-            for part, value in self.optimizer.state.get(parameter, {}).items():
-                found[f"{key}:{part}"] = torch.as_tensor(value)
-        return found
+        return {
+            f"{key}:{part}": value
+            for key, parameter in self.parameters.items()
+            for part, value in optimizers.state_tensors(self.optimizer, parameter).items()
+        }
 
     def restore_optimizer(self, tensors: dict[str, Tensor]) -> None:
         """Put back what `optimizer_tensors` gave."""
         for key, parameter in self.parameters.items():
-            state: dict[str, Any] = {
-                name.rpartition(":")[2]: value.clone()
+            saved = {
+                name.rpartition(":")[2]: value
                 for name, value in tensors.items()
                 if name.rpartition(":")[0] == key
             }
-            if state:
-                self.optimizer.state[parameter] = {
-                    part: value.to(parameter.device) for part, value in state.items()
-                }
+            if saved:
+                optimizers.restore_state(self.optimizer, parameter, saved)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -12,36 +13,70 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lighten.errors import UserError
 
+# What architectures call the parts of a layer.
+PARTS = {
+    "attention": ("self_attn", "attn", "attention"),
+    "mlp": ("mlp", "block_sparse_moe", "feed_forward"),
+}
 
-def checkpoint_layers(model: PreTrainedModel) -> int:
-    """Recompute each transformer layer in the backward pass instead of keeping its activations.
+
+def checkpoint_layers(
+    model: PreTrainedModel,
+    *,
+    every: int = 1,
+    part: str = "layer",
+    options: Mapping[str, Any] | None = None,
+) -> int:
+    """Recompute transformer layers in the backward pass instead of keeping their activations.
 
     transformers' own switch works only in train mode, which would turn the base's dropout on
     too; here the frozen base stays in eval mode. Never reentrant: with frozen inputs the
     reentrant form gives no gradients (traps 34 and 35).
 
+    Args:
+        model: The base, with its cohort or without.
+        every: The first layer, and then every so many-th; the others keep their activations.
+        part: `layer`, or only its `attention` or its `mlp`.
+        options: More arguments of `torch.utils.checkpoint.checkpoint`.
+
     Returns:
         How many layers were wrapped.
 
     Raises:
-        UserError: The architecture has no layers that can be recomputed.
+        UserError: The architecture has no layers, or no such part, that can be recomputed.
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    layers: list[nn.Module] = [
+        layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)
+    ]
     if not layers:
         raise UserError(
             f"gradient_checkpointing: {type(model).__name__} does not say which of its layers can "
             "be recomputed; set it to false"
         )
-    for layer in layers:
-        layer.forward = _recomputed(layer)
-    return len(layers)
+    chosen = layers[::every]
+    if part != "layer":
+        chosen = [_part(layer, part, model) for layer in chosen]
+    for module in chosen:
+        module.forward = _recomputed(module, dict(options or {}))
+    return len(chosen)
 
 
-def _recomputed(layer: nn.Module) -> Any:
+def _part(layer: nn.Module, part: str, model: PreTrainedModel) -> nn.Module:
+    for name in PARTS[part]:
+        if isinstance(own := getattr(layer, name, None), nn.Module):
+            return own
+    raise UserError(
+        f"gradient_checkpointing_part: the layers of {type(model).__name__} have no {part} of "
+        "their own; use layer"
+    )
+
+
+def _recomputed(layer: nn.Module, options: dict[str, Any]) -> Any:
     forward = layer.forward
+    options = {**options, "use_reentrant": False}
 
     @functools.wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        return checkpoint(forward, *args, **options, **kwargs)
 
     return run

@@ -18,9 +18,11 @@ from lighten.errors import UserError
 from lighten.hardware import Choice
 from lighten.models import attention
 from lighten.recipe import AdapterOptions, Recipe
+from lighten.train import optimizers
 from lighten.train.loss import Objective
 from lighten.train.member import Member, MemberSettings
 from lighten.train.memory import checkpoint_layers
+from lighten.train.offload import offload_activations
 from lighten.train.schedule import warmup_length
 
 # Matrix products of this many rows reach a processor's full rate (benchmarks/limit.py).
@@ -97,8 +99,19 @@ def prepare(recipe: Recipe, accelerator: Accelerator, base: models.Base, rows: R
             "untrained", "modules_to_save does not name the embedding, so they stay as they began"
         )
     if recipe.gradient_checkpointing:
-        layers = checkpoint_layers(base.model)
-        choices["checkpointing"] = Choice(f"{layers} layers", "gradient_checkpointing")
+        part = recipe.gradient_checkpointing_part
+        count = checkpoint_layers(
+            base.model,
+            every=recipe.gradient_checkpointing_layers,
+            part=part,
+            options=recipe.gradient_checkpointing_kwargs,
+        )
+        what = "layers" if part == "layer" else f"layers' {part}"
+        choices["checkpointing"] = Choice(f"{count} {what}", "gradient_checkpointing")
+    if recipe.activation_offload:
+        _, choices["activations"] = offload_activations(
+            base.model, accelerator.device, recipe.run_folder
+        )
     per_step = (
         recipe.per_device_train_batch_size
         * recipe.gradient_accumulation_steps
@@ -106,8 +119,9 @@ def prepare(recipe: Recipe, accelerator: Accelerator, base: models.Base, rows: R
     )
     steps_per_epoch = math.ceil(len(rows.train.rows) / per_step)
     total = recipe.max_steps or math.ceil(recipe.num_train_epochs * steps_per_epoch)
-    members = [_member(own, recipe, cohort, total) for own in options]
     device = accelerator.device.type
+    choices["optimizer"] = optimizer = optimizers.choose(recipe.optim, device)
+    members = [_member(own, recipe, cohort, total, optimizer.value) for own in options]
     scaler = torch.amp.GradScaler(device, enabled=base.model.dtype == torch.float16)
     choices["packing"] = packing = choose_packing(recipe.packing, base.model)
     tokens, why = choose_tokens(recipe.tokens_per_microbatch, device)
@@ -251,7 +265,9 @@ def _spec(own: AdapterOptions) -> AdapterSpec:
     )
 
 
-def _member(own: AdapterOptions, recipe: Recipe, cohort: Cohort, total_steps: int) -> Member:
+def _member(
+    own: AdapterOptions, recipe: Recipe, cohort: Cohort, total_steps: int, optim: str
+) -> Member:
     settings = MemberSettings(
         learning_rate=own.learning_rate,
         lr_scheduler_type=recipe.lr_scheduler_type,
@@ -264,5 +280,7 @@ def _member(own: AdapterOptions, recipe: Recipe, cohort: Cohort, total_steps: in
         seed=own.seed,
         early_stopping_patience=recipe.early_stopping_patience,
         early_stopping_threshold=recipe.early_stopping_threshold,
+        optim=optim,
+        loraplus_lr_ratio=own.loraplus_lr_ratio,
     )
     return Member(own.name, cohort.parameters(own.name), settings)

@@ -17,7 +17,7 @@ from lighten.adapters import files
 from lighten.errors import UserError
 from lighten.recipe import Recipe
 from lighten.runs import Run
-from lighten.train import allocator, checkpoints, trackers
+from lighten.train import allocator, checkpoints, optimizers, trackers
 from lighten.train.checkpoints import TrainerState
 from lighten.train.loop import Loop
 from lighten.train.prepare import Rows, Setup, load_base, load_rows, prepare
@@ -41,6 +41,7 @@ def train(recipe: Recipe, *, resume: bool = False, progress: bool = True) -> Run
     """
     trackers.check_installed(recipe.report_to)
     device = hardware.choose_device()
+    optimizers.choose(recipe.optim, device.value)  # a missing package is told before anything loads
     accelerator = Accelerator(
         cpu=device.value == "cpu",
         log_with=list(recipe.report_to) or None,

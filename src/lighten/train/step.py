@@ -116,7 +116,7 @@ def train_step(
     for member in members:
         own = report[member.name]
         for group in member.optimizer.param_groups:
-            group["lr"] = own.learning_rate
+            group["lr"] = own.learning_rate * group["lr_factor"]
         scaler.step(member.optimizer)  # it skips by itself what `_check` let through as skipped
         member.optimizer.zero_grad(set_to_none=True)
         member.progress.steps += not own.skipped

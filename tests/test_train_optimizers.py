@@ -1,0 +1,311 @@
+"""Optimisers against their formulas, their resume, LoRA+, and what gets a state at all."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
+from safetensors.torch import load, load_file, save
+from torch import nn
+
+import lighten
+from lighten.adapters import Cohort
+from lighten.errors import MissingExtra
+from lighten.recipe import Recipe, RecipeError
+from lighten.recipe.fields import Optimizer
+from lighten.train import checkpoints, optimizers
+from lighten.train.loss import Objective
+from lighten.train.member import Member
+from lighten.train.step import train_step
+from tests.test_train_step import UNEVEN, cohort_of, micro_batches, random_spec, settings
+from tests.tiny import tiny_model
+
+NAMES = get_args(Optimizer)
+CPU = sorted({optimizers.choose(name, "cpu").value for name in NAMES})
+A, B = "m.q.lora_A.weight", "m.q.lora_B.weight"
+
+
+def member_of(optim: str, start: dict[str, nn.Parameter] | None = None, **changes: Any) -> Member:
+    """Large enough for 8-bit states in A and too small for them in B; not whole blocks of 256."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {A: (8, 650), B: (40, 8)}
+    values = {k: torch.randn(shape, generator=generator) * 0.1 for k, shape in shapes.items()}
+    made = start or {key: nn.Parameter(value) for key, value in values.items()}
+    return Member("a", made, settings(optim=optim, weight_decay=0.01, **changes))
+
+
+def move(member: Member, steps: range, device: str = "cpu") -> list[dict[str, torch.Tensor]]:
+    """Steps under gradients of fixed seeds, and those gradients."""
+    seen = []
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        for p in member.parameters.values():
+            p.grad = torch.randn(p.shape, generator=generator).to(device)
+        seen.append({k: p.grad.clone() for k, p in member.parameters.items() if p.grad is not None})
+        member.optimizer.step()
+    return seen
+
+
+@pytest.mark.parametrize("optim", CPU)
+def test_trap38_every_optimiser_resumes_bitwise(optim: str) -> None:
+    whole = member_of(optim)
+    move(whole, range(3))
+    parameters = {k: nn.Parameter(v.detach().clone()) for k, v in whole.parameters.items()}
+    saved = save({k: v.contiguous() for k, v in whole.optimizer_tensors().items()})
+    move(whole, range(3, 6))
+
+    again = member_of(optim, parameters)
+    again.restore_optimizer(load(saved))
+    move(again, range(3, 6))
+    for key, value in whole.parameters.items():
+        assert torch.equal(again.parameters[key], value)
+
+    if optim != "sgd":  # it remembers nothing
+        forgetful = member_of(optim, {k: nn.Parameter(load(save({"p": v.detach()}))["p"])
+                                      for k, v in parameters.items()})  # fmt: skip
+        move(forgetful, range(3, 6))
+        move(again, range(6, 7))
+        assert not torch.equal(forgetful.parameters[A], whole.parameters[A])
+
+
+def adamw(p: torch.Tensor, grads: list[torch.Tensor]) -> torch.Tensor:
+    first, second = torch.zeros_like(p), torch.zeros_like(p)
+    for step, grad in enumerate(grads, 1):
+        first, second = 0.9 * first + 0.1 * grad, 0.999 * second + 0.001 * grad**2
+        unbiased = first / (1 - 0.9**step), second / (1 - 0.999**step)
+        p = p * (1 - 1e-2 * 0.01) - 1e-2 * unbiased[0] / (unbiased[1].sqrt() + 1e-8)
+    return p
+
+
+def lion(p: torch.Tensor, grads: list[torch.Tensor]) -> torch.Tensor:
+    first = torch.zeros_like(p)
+    for grad in grads:
+        p = p * (1 - 1e-2 * 0.01) - 1e-2 * (0.9 * first + 0.1 * grad).sign()
+        first = 0.999 * first + 0.001 * grad
+    return p
+
+
+def sgd(p: torch.Tensor, grads: list[torch.Tensor]) -> torch.Tensor:
+    for grad in grads:
+        p = p - 1e-2 * (grad + 0.01 * p)
+    return p
+
+
+def adafactor(p: torch.Tensor, grads: list[torch.Tensor]) -> torch.Tensor:
+    rows, columns = torch.zeros(p.shape[0]), torch.zeros(p.shape[1])
+    for step, grad in enumerate(grads, 1):
+        keep = 1 - step**-0.8
+        square = grad**2 + 1e-30
+        rows = keep * rows + (1 - keep) * square.mean(1)
+        columns = keep * columns + (1 - keep) * square.mean(0)
+        update = grad / (rows[:, None] * columns[None] / rows.mean()).sqrt()
+        update = update / max(1.0, float(update.square().mean().sqrt()))
+        p = p * (1 - 1e-2 * 0.01) - 1e-2 * update
+    return p
+
+
+@pytest.mark.parametrize(
+    ("optim", "formula", "apart"),
+    [("adamw_torch", adamw, 1e-6), ("lion_32bit", lion, 1e-6), ("sgd", sgd, 1e-6),
+     ("adafactor", adafactor, 1e-6),
+     # Moments of 256 levels per block move each number a little differently, by far less than
+     # the three steps of 0.01 themselves. Lion's sign may turn where the sum is nearly zero.
+     ("adamw_8bit", adamw, 2e-3), ("lion_8bit", lion, 2.1e-2)],
+)  # fmt: skip
+def test_every_optimiser_is_its_formula(optim: str, formula: Any, apart: float) -> None:
+    member = member_of(optim)
+    starts = {key: value.detach().clone() for key, value in member.parameters.items()}
+    grads = move(member, range(3))
+    for key, start in starts.items():
+        wanted = formula(start, [one[key] for one in grads])
+        off = (member.parameters[key].detach() - wanted).abs()
+        assert float((wanted - start).abs().max()) > 1e-2
+        assert float(off.max()) < apart
+        assert float(off.mean()) < 5e-4
+
+
+def test_an_8bit_state_is_a_quarter_of_the_32bit_one() -> None:
+    def held(optim: str) -> int:
+        member = member_of(optim)
+        move(member, range(1))
+        state = optimizers.state_tensors(member.optimizer, member.parameters[A])
+        return sum(v.nbytes for v in state.values() if v.dim() > 0)
+
+    assert held("adamw_8bit") < 0.27 * held("adamw_torch")
+    assert held("lion_8bit") < 0.14 * held("adamw_torch")
+    assert held("adafactor") < 0.08 * held("adamw_torch")
+
+
+def test_names_that_mean_the_same_and_paging_without_a_gpu_are_said() -> None:
+    assert optimizers.choose("adamw_bnb_8bit", "cpu").value == "adamw_8bit"
+    assert optimizers.choose("adamw_torch_fused", "cpu").value == "adamw_torch"
+    for name in (n for n in NAMES if n.startswith("paged_")):
+        choice = optimizers.choose(name, "cpu")
+        assert "paged" not in choice.value
+        assert "there is no GPU" in choice.reason
+        assert optimizers.choose(name, "cuda").value == name
+
+
+def test_a_missing_package_is_named_with_its_extra(
+    monkeypatch: pytest.MonkeyPatch, chat_file: Path, tmp_path: Path
+) -> None:
+    plain = importlib.util.find_spec
+
+    def without(name: str, *rest: Any) -> Any:
+        return None if name == "bitsandbytes" else plain(name, *rest)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without)
+    with pytest.raises(MissingExtra, match=r"bitsandbytes.*lighten\[quant\]"):
+        lighten.train(  # told before the model is looked for
+            model="nowhere", dataset=str(chat_file), optim="adamw_8bit", progress=False,
+            output_dir=str(tmp_path / "run"),
+        )  # fmt: skip
+    assert not (tmp_path / "run").exists()
+    assert optimizers.choose("paged_adamw_32bit", "cpu").value == "adamw_torch"
+
+
+@pytest.mark.parametrize(
+    ("optim", "unread"),
+    [("sgd", "adam_beta1"), ("adafactor", "adam_epsilon"), ("lion_8bit", "adam_epsilon")],
+)
+def test_settings_that_an_optimiser_does_not_read_are_refused(
+    optim: str, unread: str, chat_file: Path
+) -> None:
+    own = {"model": "m", "dataset": str(chat_file), "optim": optim}
+    with pytest.raises(RecipeError, match=f"{unread} has no effect with optim: {optim}"):
+        Recipe.from_values({**own, unread: 0.5})
+    Recipe.from_values({**own, "weight_decay": 0.1})
+
+
+def test_a_whole_run_with_8bit_states_resumes_bitwise(
+    tiny_folder: Path, chat_file: Path, tmp_path: Path
+) -> None:
+    def train(folder: Path, **more: Any) -> dict[str, torch.Tensor]:
+        run = lighten.train(
+            model=str(tiny_folder), dataset=str(chat_file), output_dir=str(folder), max_steps=4,
+            save_steps=2, lora_r=[2, 96], optim="adamw_8bit", loraplus_lr_ratio=4.0, val_size=0,
+            progress=False, **more,
+        )  # fmt: skip
+        choices = {own["what"]: own["value"] for own in run.info()["choices"]}
+        assert choices["optimizer"] == "adamw_8bit"
+        return load_file(run.adapters()["r96"] / "adapter_model.safetensors")
+
+    whole = train(tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    (newest := checkpoints.listing(tmp_path / "cut" / "checkpoints")[-1]).rename(tmp_path / "off")
+    assert newest.name == "checkpoint-4"
+    shutil.rmtree(tmp_path / "cut" / "adapters")
+    again = train(tmp_path / "cut", resume=True)
+    assert all(torch.equal(again[key], whole[key]) for key in whole)
+
+
+def steps_of(cohort: Cohort, count: int, **changes: Any) -> Member:
+    member = Member("a", cohort.parameters("a"), settings(**changes))
+    for _ in range(count):
+        train_step(
+            micro_batches(UNEVEN, ["a"], 6), [member], Objective(cohort.model, cohort),
+            Accelerator(cpu=True), torch.amp.GradScaler("cpu", enabled=False),
+        )  # fmt: skip
+    return member
+
+
+def test_loraplus_is_plain_adamw_over_two_groups_with_the_schedule_on_both() -> None:
+    course: dict[str, Any] = {"lr_scheduler_type": "linear", "warmup": 1, "total_steps": 4}
+    course["learning_rate"] = 1e-3
+    own = steps_of(cohort_of(random_spec()), 3, loraplus_lr_ratio=16.0, **course)
+
+    cohort = cohort_of(random_spec())
+    parameters = cohort.parameters("a")
+    plain = torch.optim.AdamW(
+        [{"params": [p for k, p in parameters.items() if "lora_A" in k], "lr": 1e-3},
+         {"params": [p for k, p in parameters.items() if "lora_B" in k], "lr": 16e-3}],
+        weight_decay=0.0,
+    )  # fmt: skip
+    schedule = torch.optim.lr_scheduler.LambdaLR(plain, lambda s: min(1.0, (4 - s) / 3))
+    for _ in range(3):
+        (batch,) = micro_batches(UNEVEN, ["a"], 6)
+        with cohort.using("a"):
+            logits = cohort.model(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.positions]
+        nn.functional.cross_entropy(logits, batch.labels).backward()
+        plain.step()
+        plain.zero_grad()
+        schedule.step()
+    for key, value in own.parameters.items():
+        assert torch.allclose(value, parameters[key], atol=5e-5), key
+
+
+def test_loraplus_groups_are_pefts() -> None:
+    config = LoraConfig(r=4, target_modules="all-linear")
+    theirs = get_peft_model(tiny_model("llama"), config)
+    made = create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=8.0)  # type: ignore[arg-type]
+    names = {id(p): n.replace(".default", "") for n, p in theirs.named_parameters()}
+    wanted = {names[id(p)]: g["lr"] for g in made.param_groups for p in g["params"]}
+
+    member = Member(
+        "a", cohort_of(random_spec()).parameters("a"),
+        settings(learning_rate=1e-3, loraplus_lr_ratio=8.0),
+    )  # fmt: skip
+    ours = {id(p): key for key, p in member.parameters.items()}
+    found = {ours[id(p)]: g["lr"] for g in member.optimizer.param_groups for p in g["params"]}
+    assert found == pytest.approx(wanted)
+    assert set(found.values()) == {1e-3, 8e-3}
+
+
+def test_loraplus_differs_per_adapter_and_has_its_other_name(chat_file: Path) -> None:
+    recipe = Recipe.from_values(
+        {"model": "m", "dataset": str(chat_file), "lorap_lr_ratio": 4.0,
+         "adapters": [{"name": "a"}, {"name": "b", "loraplus_lr_ratio": 16.0}]}
+    )  # fmt: skip
+    assert [own.loraplus_lr_ratio for own in recipe.cohort()] == [4.0, 16.0]
+
+
+def test_only_adapters_have_gradients_and_optimiser_state() -> None:
+    cohort = cohort_of(random_spec("a"), random_spec("b", modules_to_save=("lm_head",)))
+    members = [Member(name, cohort.parameters(name), settings()) for name in cohort.names]
+    own = {id(p) for member in members for p in member.parameters.values()}
+    at_step: set[int] = set()
+
+    def note(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        assert not [n for n, p in cohort.model.named_parameters() if p.grad is not None]
+        at_step.update(id(p) for g in optimizer.param_groups for p in g["params"]
+                       if p.grad is not None)  # fmt: skip
+
+    for member in members:
+        member.optimizer.register_step_pre_hook(note)
+    train_step(
+        micro_batches(UNEVEN, list(cohort.names), 3), members, Objective(cohort.model, cohort),
+        Accelerator(cpu=True), torch.amp.GradScaler("cpu", enabled=False),
+    )  # fmt: skip
+    assert at_step == own
+    assert {id(p) for member in members for p in member.optimizer.state} == own
+    frozen = list(cohort.model.named_parameters())
+    assert len(frozen) > 10
+    assert not any(p.requires_grad or id(p) in own for _, p in frozen)
+    assert all(p.grad is None for member in members for p in member.parameters.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optim", NAMES)
+def test_gpu_every_optimiser_resumes_bitwise(optim: str) -> None:
+    def there(values: dict[str, Any]) -> dict[str, nn.Parameter]:
+        # Large enough to be paged.
+        return {k: nn.Parameter(v.detach().clone().cuda()) for k, v in values.items()}
+
+    start = {A: torch.randn(64, 4000), B: torch.randn(40, 8)}
+    name = optimizers.choose(optim, "cuda").value
+    whole = member_of(name, there(start))
+    move(whole, range(3), "cuda")
+    again = member_of(name, there(whole.parameters))
+    saved = save({k: v.cpu().contiguous() for k, v in whole.optimizer_tensors().items()})
+    again.restore_optimizer({k: v.cuda() for k, v in load(saved).items()})
+    for member in (whole, again):
+        move(member, range(3, 6), "cuda")
+    for key, value in whole.parameters.items():
+        assert torch.equal(again.parameters[key], value)
