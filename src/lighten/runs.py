@@ -300,7 +300,7 @@ def _measured(run: Run) -> dict[str, Any]:
     found: dict[str, Any] = {"status": info.get("status")}
     for own in info.get("adapters", []):
         found[f"{own['name']}: held-out loss"] = own.get("eval_loss")
-        found[f"{own['name']}: adapter MB"] = round(own["file_bytes"] / 1e6, 2)
+        found[f"{own['name']}: {own.get('kind', 'adapter')} MB"] = round(own["file_bytes"] / 1e6, 2)
     for model in (evaluation or {}).get("models", []):
         for metric, value in model["metrics"].items():
             found[f"{model['name']}: {metric}"] = value

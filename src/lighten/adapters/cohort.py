@@ -136,7 +136,7 @@ class Cohort(Trained):
 
     def facts(self, name: str) -> dict[str, Any]:
         """What `run.json` keeps of an adapter."""
-        return {"r": self.specs[name].r, "alpha": self.specs[name].alpha}
+        return {"kind": "adapter", "r": self.specs[name].r, "alpha": self.specs[name].alpha}
 
     @contextmanager
     def _detached(self) -> Iterator[None]:

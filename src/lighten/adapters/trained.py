@@ -66,7 +66,10 @@ class Trained(ABC):
 
     @abstractmethod
     def facts(self, name: str) -> dict[str, Any]:
-        """What `run.json` keeps of a name: rank `r` and `alpha`, None where there are none."""
+        """What `run.json` keeps of a name.
+
+        Its `kind` (adapter or model), rank `r` and `alpha`, None where there are none.
+        """
 
     def shapes(self, name: str) -> dict[str, tuple[int, ...]]:
         """Shape by key of the live weights, what `verify` compares with."""

@@ -126,7 +126,7 @@ class WholeBase(Trained):
     def facts(self, name: str) -> dict[str, Any]:
         """What `run.json` keeps: a base that learns has neither rank nor alpha."""
         assert name == self._name
-        return {"r": None, "alpha": None}
+        return {"kind": "model", "r": None, "alpha": None}
 
     def detach(self) -> PreTrainedModel:
         """The plain model with its weights as they are."""
