@@ -172,7 +172,7 @@ def work_lighten(job: dict[str, Any]) -> dict[str, Any]:
     memory = PeakMemory(job["device"])
     base = models.load(job["model"], device=job["device"])
     cohort = adapters.attach(base.model, [AdapterSpec("default", r=RANK, alpha=2.0 * RANK)])
-    adapters.files.restore_from(cohort, "default", job["adapter"])
+    cohort.restore("default", job["adapter"])
     if job["checkpointing"]:
         checkpoint_layers(base.model)
     own = job["optimiser"]
@@ -265,7 +265,7 @@ def first_adapter(model: str, scratch: Path) -> tuple[str, int]:
     spec = AdapterSpec("default", r=RANK, alpha=2.0 * RANK, seed=0)
     cohort = adapters.attach(base.model, [spec])
     (scratch / "adapter").mkdir()
-    for file, content in adapters.files.contents(cohort, "default").items():
+    for file, content in cohort.contents("default").items():
         (scratch / "adapter" / file).write_bytes(content)
     return str(base.path), sum(p.numel() for p in cohort.parameters("default").values())
 

@@ -92,7 +92,7 @@ def test_a_saved_adapter_gives_the_same_logits_in_plain_peft(arch: str, tmp_path
     cohort = attach(tiny_model(arch), [spec(use_rslora=True)])
     for name, data in files.contents(cohort, "default", base_model="x").items():
         (tmp_path / name).write_bytes(data)
-    files.verify(tmp_path, files.shapes(cohort, "default"))
+    files.verify(tmp_path, cohort.shapes("default"))
     theirs = PeftModel.from_pretrained(tiny_model(arch), str(tmp_path)).eval()
     again = load(tiny_model(arch), {"default": tmp_path})
     with torch.no_grad(), cohort.using("default"), again.using("default"):
@@ -251,7 +251,7 @@ def test_saved_modules_load_in_plain_peft(tmp_path: Path) -> None:
 
 def test_verify_notices_every_kind_of_damage(tmp_path: Path) -> None:
     cohort = attach(tiny_model("llama"), [spec()])
-    expected = files.shapes(cohort, "default")
+    expected = cohort.shapes("default")
     whole = files.contents(cohort, "default")[files.WEIGHTS]
     path = tmp_path / files.WEIGHTS
     with pytest.raises(UserError, match="does not exist"):

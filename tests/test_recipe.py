@@ -218,6 +218,7 @@ def test_trap52_every_setting_is_read_by_something() -> None:
             if isinstance(node, ast.Attribute):
                 read.add(node.attr)
     unread = (set(RecipeFields.model_fields) | set(EvaluateOptions.model_fields)) - read
-    # `adapters` is read through Recipe.cohort(); output_dir through Recipe.run_folder; optim has
-    # one value so far, AdamW, which Member makes.
-    assert unread <= {"output_dir", "optim"}, unread
+    # `adapters` is read through Recipe.cohort(); output_dir through Recipe.run_folder;
+    # trainable_layers through Recipe.last_layers; optim has one value so far, AdamW, which Member
+    # makes.
+    assert unread <= {"output_dir", "trainable_layers", "optim"}, unread

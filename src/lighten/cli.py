@@ -160,7 +160,7 @@ def run(ctx: typer.Context, words: _Words = None, resume: _Resume = False) -> No
 
 @app.command(context_settings=OPEN)
 def train(ctx: typer.Context, words: _Words = None, resume: _Resume = False) -> None:
-    """Train adapters from a recipe, or from a model and a data set."""
+    """Train adapters, or a base's own weights, from a recipe or from a model and a data set."""
     done = _trained([*(words or []), *ctx.args], resume=resume)
     _console().print(f"run: {done.folder}", soft_wrap=True, highlight=False)
 
@@ -170,7 +170,7 @@ app.command("sft", context_settings=OPEN, hidden=True)(train)
 
 @app.command(context_settings=OPEN)
 def evaluate(ctx: typer.Context, run: str, as_json: _Json = False) -> None:
-    """Measure base and adapters of a run on the same held-out examples."""
+    """Measure the base and what a run trained on the same held-out examples."""
     from lighten import api
 
     with _bar() as progress:

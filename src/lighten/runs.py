@@ -6,7 +6,9 @@ import errno
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from lighten.errors import UserError
 from lighten.recipe import Recipe, yaml_lines
 
 RECIPE, INFO, METRICS, EVALUATION = "recipe.yaml", "run.json", "metrics.jsonl", "evaluation.json"
+MODEL = "model"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -36,6 +39,31 @@ def write_bytes(path: Path, data: bytes) -> None:
         written = temporary.stat().st_size if temporary.exists() else 0
         temporary.unlink(missing_ok=True)
         raise _told(error, path, len(data) - written) from error
+
+
+@contextmanager
+def whole_folder(final: Path) -> Iterator[Path]:
+    """A folder to fill, put in the place of an older one when all of it is on disk.
+
+    Raises:
+        UserError: The disk is full; an older folder stays.
+    """
+    partial = final.with_name(f".{final.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for path in partial.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+        _sync_folder(final.parent)
+    except OSError as error:
+        raise _told(error, final, 1) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -213,6 +241,11 @@ class Run:
             if (path / "adapter_model.safetensors").is_file()
         }
 
+    def model(self) -> Path | None:
+        """Folder of the base that this run trained whole, once it is there."""
+        path = self.folder / MODEL
+        return path if (path / "config.json").is_file() else None
+
     def _json(self, name: str) -> dict[str, Any] | None:
         path = self.folder / name
         if not path.is_file():
@@ -267,7 +300,7 @@ def _measured(run: Run) -> dict[str, Any]:
     found: dict[str, Any] = {"status": info.get("status")}
     for own in info.get("adapters", []):
         found[f"{own['name']}: held-out loss"] = own.get("eval_loss")
-        found[f"{own['name']}: adapter MB"] = round(own["file_bytes"] / 1e6, 2)
+        found[f"{own['name']}: {own.get('kind', 'adapter')} MB"] = round(own["file_bytes"] / 1e6, 2)
     for model in (evaluation or {}).get("models", []):
         for metric, value in model["metrics"].items():
             found[f"{model['name']}: {metric}"] = value

@@ -4,5 +4,7 @@ from lighten.adapters.cohort import Cohort, attach
 from lighten.adapters.files import load
 from lighten.adapters.layers import Share
 from lighten.adapters.spec import AdapterSpec
+from lighten.adapters.trained import Trained
+from lighten.adapters.whole import WholeBase
 
-__all__ = ["AdapterSpec", "Cohort", "Share", "attach", "load"]
+__all__ = ["AdapterSpec", "Cohort", "Share", "Trained", "WholeBase", "attach", "load"]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,10 +14,11 @@ from transformers import PreTrainedModel
 from lighten.adapters.layers import CohortCopies, CohortLinear, Routing, Share, Siblings
 from lighten.adapters.spec import AdapterSpec
 from lighten.adapters.targets import low_rank_paths, saved_paths, sibling_paths
+from lighten.adapters.trained import Trained
 from lighten.errors import UserError
 
 
-class Cohort:
+class Cohort(Trained):
     """Adapters on a frozen base, and the say over which row of a batch takes which of them.
 
     Attributes:
@@ -122,6 +124,22 @@ class Cohort:
             yield
         finally:
             routing.follow(*before)
+
+    def contents(
+        self, name: str, *, base_model: str | None = None, revision: str | None = None
+    ) -> Mapping[str, bytes]:
+        """The adapter's files in PEFT's format."""
+        from lighten.adapters import files  # which knows this module
+
+        return files.contents(self, name, base_model=base_model, revision=revision)
+
+    def describe(self, name: str) -> str:
+        """In words for the user."""
+        return f"adapter {name}: r {self.specs[name].r}, alpha {self.specs[name].alpha:g}"
+
+    def facts(self, name: str) -> dict[str, Any]:
+        """What `run.json` keeps of an adapter."""
+        return {"kind": "adapter", "r": self.specs[name].r, "alpha": self.specs[name].alpha}
 
     @contextmanager
     def _detached(self) -> Iterator[None]:

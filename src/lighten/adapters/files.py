@@ -17,9 +17,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lighten.adapters import shards
 from lighten.adapters.cohort import Cohort, attach
 from lighten.adapters.spec import AdapterSpec
 from lighten.adapters.targets import shortest_names
+from lighten.adapters.trained import Trained
+from lighten.adapters.whole import STEM
 from lighten.errors import UserError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -85,26 +88,26 @@ def _saved_names(cohort: Cohort, name: str) -> list[str]:
 
 
 def verify(folder: str | os.PathLike[str], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Reopen a saved adapter: every key there with its shape, nothing empty, not all zeros.
+    """Reopen saved weights: every key there with its shape, nothing empty, not all zeros.
 
     Args:
-        folder: The adapter's folder.
-        expected: Shape by key, from the live adapter.
+        folder: Theirs.
+        expected: Shape by key, from the live ones.
 
     Raises:
         UserError: The files are not whole; says which key.
     """
-    path = Path(folder) / WEIGHTS
-    saved = _read_weights(path)
+    path = Path(folder)
+    saved = read_weights(path)
     for key, shape in expected.items():
         if key not in saved:
-            raise UserError(f"{path}: {key} is missing, the adapter was not saved whole")
+            raise UserError(f"{path}: {key} is missing, it was not saved whole")
         if tuple(saved[key].shape) != tuple(shape) or saved[key].numel() == 0:
             raise UserError(
                 f"{path}: {key} has shape {tuple(saved[key].shape)}, not {tuple(shape)}"
             )
     if extra := sorted(set(saved) - set(expected)):
-        raise UserError(f"{path}: {extra[0]} does not belong to the adapter")
+        raise UserError(f"{path}: {extra[0]} does not belong there")
     factors = [value for key, value in saved.items() if ".lora_A." in key]
     if factors and not any(bool(value.any()) for value in factors):
         raise UserError(f"{path}: every lora_A is zero; the adapter would do nothing")
@@ -125,7 +128,7 @@ def load(model: PreTrainedModel, folders: Mapping[str, str | os.PathLike[str]]) 
     cohort = attach(model, [])
     for name, folder in folders.items():
         config = read_config(folder)
-        weights = _read_weights(Path(folder) / WEIGHTS)
+        weights = read_weights(Path(folder))
         vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
         for key, value in weights.items():
             # An adapter that brought its own tokens has a taller embedding than the base.
@@ -140,13 +143,29 @@ def load(model: PreTrainedModel, folders: Mapping[str, str | os.PathLike[str]]) 
 
 
 @torch.no_grad()
-def restore(cohort: Cohort, name: str, weights: Mapping[str, Tensor], *, where: str) -> None:
-    """Copy saved weights into a live adapter.
+def restore(
+    trained: Trained,
+    name: str,
+    source: str | os.PathLike[str] | Mapping[str, Tensor],
+    *,
+    where: str | None = None,
+) -> None:
+    """Copy saved weights into the live ones.
+
+    Args:
+        trained: Where they live.
+        name: Whose.
+        source: The weights by key, or the folder that holds them.
+        where: What an error calls the source.
 
     Raises:
         UserError: A key is missing, left over, or has another shape (trap 27).
     """
-    own = cohort.parameters(name)
+    if isinstance(source, Mapping):
+        weights, where = source, where or "what is to be restored"
+    else:
+        weights, where = read_weights(Path(source)), str(source)
+    own = trained.parameters(name)
     wrong = sorted(set(own) ^ set(weights))
     if wrong:
         side = "lacks" if wrong[0] in own else "has an unknown"
@@ -157,18 +176,9 @@ def restore(cohort: Cohort, name: str, weights: Mapping[str, Tensor], *, where: 
         if parameter.shape != weights[key].shape:
             raise UserError(
                 f"{where}: {key} has shape {tuple(weights[key].shape)}, the base wants "
-                f"{tuple(parameter.shape)}; the adapter was trained on another model"
+                f"{tuple(parameter.shape)}; it was trained on another model"
             )
         parameter.copy_(weights[key])
-
-
-def restore_from(cohort: Cohort, name: str, folder: str | os.PathLike[str]) -> None:
-    """Copy an adapter's saved files into the live adapter of that name.
-
-    Raises:
-        UserError: The files are not whole or do not fit.
-    """
-    restore(cohort, name, _read_weights(Path(folder) / WEIGHTS), where=str(folder))
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -213,17 +223,18 @@ def spec_from_peft(
     )
 
 
-def shapes(cohort: Cohort, name: str) -> dict[str, tuple[int, ...]]:
-    """Shape by PEFT key of a live adapter, what `verify` compares with."""
-    return {key: tuple(value.shape) for key, value in cohort.parameters(name).items()}
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter's folder, or of the trained part of a base.
 
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
+    Raises:
+        UserError: There are none, or a file is broken.
+    """
+    path = folder / WEIGHTS
+    if not path.is_file() and not shards.listing(folder, STEM):
         beside = path.with_name("adapter_model.bin")
         hint = "; only safetensors are read, never pickle" if beside.exists() else ""
         raise UserError(f"{path} does not exist{hint}")
     try:
-        return load_file(path)
+        return load_file(path) if path.is_file() else shards.load(folder, STEM)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a whole safetensors file: {error}") from error

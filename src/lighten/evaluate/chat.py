@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from threading import Thread
@@ -13,19 +13,18 @@ from transformers import GenerationConfig, TextIteratorStreamer
 from transformers.utils import logging as transformers_logging
 
 from lighten import adapters, data, hardware, models
-from lighten.adapters import Cohort
 from lighten.data import Message
 from lighten.data.encode import render
 from lighten.errors import UserError
 from lighten.evaluate.generate import settings_alone, stop_tokens
+from lighten.evaluate.opened import Models, Opened
 from lighten.runs import Run
-from lighten.train.prepare import load_base
 
 HELP = "/reset forgets the conversation, /system TEXT sets a system message, /adapter NAME, /exit"
 
 
 class Conversation:
-    """A base with its adapters, and the words said so far.
+    """A base with what was trained on it, and the words said so far.
 
     Args:
         target: A run folder, a run's name under `runs/`, or a model.
@@ -36,16 +35,17 @@ class Conversation:
         transformers_logging.disable_progress_bar()
         device = hardware.choose_device().value
         run = _run_of(target)
-        self.cohort: Cohort
+        self.names: tuple[str, ...] = ()
         if run is None:
-            self.base = models.load(target, device=device)
-            data.choose_template(self.base.tokenizer, None)
-            self.cohort = adapters.attach(self.base.model, [])
+            base = models.load(target, device=device)
+            template = data.choose_template(base.tokenizer, None).name
+            first = Opened(base, adapters.attach(base.model, []), template)
+            self._open: Callable[[str | None], Opened] = lambda _: first
         else:
-            recipe = run.recipe()
-            self.base = load_base(recipe, device)
-            data.choose_template(self.base.tokenizer, recipe.chat_template)
-            self.cohort = adapters.load(self.base.model, run.adapters())
+            there = Models(run, device, keep=True)
+            self.names, self._open = there.names, there.open
+            first = there.open(there.names[0] if there.names else None)
+        self.base, self.cohort = first.base, first.trained
         self.system = system
         self.messages: list[Message] = []
 
@@ -64,12 +64,13 @@ class Conversation:
         self, question: str, adapter: str | None, *, max_new_tokens: int, temperature: float
     ) -> Iterator[str]:
         """The answer piece by piece, as it is made."""
-        tokenizer = self.base.tokenizer
+        opened = self._open(adapter)
+        model, tokenizer = opened.base.model, opened.base.tokenizer
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
         settings = GenerationConfig(
             max_new_tokens=max_new_tokens,
-            eos_token_id=stop_tokens(self.base.model, tokenizer),
+            eos_token_id=stop_tokens(model, tokenizer),
             pad_token_id=tokenizer.pad_token_id,
             **{"do_sample": False, **sampling},
         )
@@ -78,7 +79,7 @@ class Conversation:
 
         def work() -> None:
             try:
-                self.base.model.generate(  # type: ignore[operator]
+                model.generate(  # type: ignore[operator]
                     input_ids=ids, attention_mask=ids.new_ones(ids.shape),
                     generation_config=settings, streamer=streamer,
                 )  # fmt: skip
@@ -87,8 +88,8 @@ class Conversation:
                 streamer.end()
 
         with ExitStack() as stack:
-            stack.enter_context(self.cohort.using(adapter))
-            stack.enter_context(settings_alone(self.base.model))
+            stack.enter_context(opened.trained.using(opened.adapter))
+            stack.enter_context(settings_alone(model))
             thread = Thread(target=work, daemon=True)
             thread.start()
             yield from streamer
@@ -174,7 +175,7 @@ def chat(
 
 def _known(talk: Conversation, adapter: str | None) -> str | None:
     """The adapter asked for, or the run's first; None talks to the base."""
-    names = talk.cohort.names
+    names = talk.names
     if adapter in (None, ""):
         return names[0] if names else None
     if adapter == "base":

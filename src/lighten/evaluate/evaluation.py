@@ -1,4 +1,4 @@
-"""The verb `evaluate`: what the adapters changed, on held-out examples, with intervals."""
+"""The verb `evaluate`: what training changed, on held-out examples, with intervals."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
-from lighten import adapters, data, hardware, models, runs
-from lighten.adapters import Cohort
+from lighten import data, hardware, runs
 from lighten.data import Example
 from lighten.errors import UserError
 from lighten.evaluate import metrics
 from lighten.evaluate.bootstrap import Array, Estimate, FromSums, Resamples
 from lighten.evaluate.generate import Answers, generate
+from lighten.evaluate.opened import Models
 from lighten.recipe import EvaluateOptions, Recipe
 from lighten.runs import Run
 from lighten.train.heldout import held_out
 from lighten.train.loss import Objective
-from lighten.train.prepare import choose_tokens, load_base
+from lighten.train.prepare import choose_tokens
 
 Progress = Callable[[str, int, int], None]
 # Fewer examples than this give no verdict.
@@ -33,8 +33,8 @@ class Measured:
     """One model's raw results on the examples.
 
     Attributes:
-        name: `base` or the adapter's name.
-        adapter: None for the base.
+        name: `base`, or what was trained.
+        adapter: The same name, None for the base.
         statistics: Per-example statistics [examples, K] by metric.
         answers: What it said.
         memory: Peak memory while it was measured.
@@ -81,7 +81,7 @@ class Evaluation:
 
 
 def evaluate_run(run: Run, *, progress: Progress | None = None, **options: Any) -> Evaluation:
-    """Measure the base and every adapter of a run, and write `evaluation.json`.
+    """Measure the base and what a run trained, and write `evaluation.json`.
 
     Args:
         run: The run.
@@ -89,29 +89,28 @@ def evaluate_run(run: Run, *, progress: Progress | None = None, **options: Any) 
         options: Settings of the recipe's `evaluate` section.
 
     Raises:
-        UserError: No adapter in the run, or no held-out example.
+        UserError: Nothing trained in the run, or no held-out example.
     """
     recipe = run.recipe()
     settings = recipe.with_evaluate(options)
-    folders = run.adapters()
-    if not folders:
-        raise UserError(f"{run.folder} has no trained adapter yet; train it first")
     transformers_logging.disable_progress_bar()
     device = hardware.choose_device().value
     memory = hardware.PeakMemory(device)
-    base = load_base(recipe, device)
-    template = data.choose_template(base.tokenizer, recipe.chat_template)
+    models = Models(run, device, keep=False)
+    if not models.names:
+        what = "model" if recipe.method == "full" else "adapter"
+        raise UserError(f"{run.folder} has no trained {what} yet; train it first")
+    template = models.open(None).template
     found, name = held_out_examples(recipe, run.info().get("data", {}).get("sha256"))
     answered = [example for example in found if example.reference]
     if settings.max_examples is not None:
         found, answered = found[: settings.max_examples], answered[: settings.max_examples]
-    cohort = adapters.load(base.model, folders)
     results = [
-        measure(base, cohort, adapter, found, answered, recipe, settings, memory, progress)
-        for adapter in (None, *cohort.names)
+        measure(models, own, found, answered, recipe, settings, memory, progress)
+        for own in (None, *models.names)
     ]
     evaluation = summarise(results, answered, settings)
-    evaluation.settings["chat_template"] = template.name
+    evaluation.settings["chat_template"] = template
     evaluation.dataset = {"path": name, "rows": len(found), "answered": len(answered)}
     runs.write_json(run.folder / runs.EVALUATION, evaluation.to_dict())
     return evaluation
@@ -150,9 +149,8 @@ def held_out_examples(recipe: Recipe, trained_on: str | None) -> tuple[list[Exam
 
 
 def measure(
-    base: models.Base,
-    cohort: Cohort,
-    adapter: str | None,
+    models: Models,
+    own: str | None,
     scored: Sequence[Example],
     answered: Sequence[Example],
     recipe: Recipe,
@@ -160,8 +158,9 @@ def measure(
     memory: hardware.PeakMemory,
     progress: Progress | None = None,
 ) -> Measured:
-    """Likelihood and answers of one model (adapter None: the base alone)."""
-    name = adapter or "base"
+    """Likelihood and answers of one model (own None: the untouched base)."""
+    name, opened = own or "base", models.open(own)
+    base, trained, adapter = opened.base, opened.trained, opened.adapter
     memory.restart()
     rows = data.encode(
         scored,
@@ -174,7 +173,7 @@ def measure(
     if progress is not None:
         progress(f"{name}: loss", 0, len(rows))
     losses = held_out(
-        Objective(base.model, cohort),
+        Objective(base.model, trained),
         rows,
         adapter,
         max_rows=recipe.per_device_eval_batch_size,
@@ -193,7 +192,7 @@ def measure(
         if progress is not None:
             progress(f"{name}: answers", done, total)
 
-    with cohort.using(adapter):
+    with trained.using(adapter):
         answers = generate(
             base.model, base.tokenizer, prompts,
             max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size, progress=tell,
@@ -202,7 +201,7 @@ def measure(
         statistics["bleu"] = metrics.bleu().statistics(answers.texts, references)
         statistics["chrf"] = metrics.chrf().statistics(answers.texts, references)
         statistics["exact_match"] = metrics.exact_match_statistics(answers.texts, references)
-    return Measured(name, adapter, statistics, answers, memory.read())
+    return Measured(name, own, statistics, answers, memory.read())
 
 
 def summarise(

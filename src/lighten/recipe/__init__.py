@@ -24,6 +24,8 @@ __all__ = ["AdapterEntry", "AdapterOptions", "EvaluateOptions", "Recipe", "Recip
 
 # A list in one of these makes a cohort, one adapter per entry.
 COHORT_LISTS = ("lora_r", "lora_alpha", "lora_dropout", "learning_rate", "seed")
+# What a full fine-tuning learns at where nothing is said; the default suits adapters.
+FULL_LEARNING_RATE = 2e-5
 _PATHS = ("dataset", "eval_dataset", "model_name_or_path", "chat_template")
 
 
@@ -106,6 +108,10 @@ class Recipe(RecipeFields):
             else:
                 settings[key] = value
         problems = [f"{where}: {problem}" for problem in problems + more_problems]
+        if settings.get("trainable_layers") is not None:
+            settings.setdefault("method", "full")
+        if settings.get("method") == "full":
+            settings.setdefault("learning_rate", FULL_LEARNING_RATE)
         try:
             recipe = cls.model_validate(settings)
         except ValidationError as error:
@@ -121,8 +127,15 @@ class Recipe(RecipeFields):
         recipe._notices = [*notices, *more_notices, *recipe._notices]
         return recipe
 
+    @property
+    def last_layers(self) -> int | None:
+        """How many of the last decoder layers `trainable_layers` names; None: it names none."""
+        if self.trainable_layers is None:
+            return None
+        return int(self.trainable_layers.partition("_")[2])
+
     def cohort(self) -> list[AdapterOptions]:
-        """The adapters to train, every setting filled in."""
+        """The adapters to train, every setting filled in; one entry for a base that learns."""
         if self.adapters is not None:
             given = [entry.model_dump(exclude_none=True) for entry in self.adapters]
         else:
@@ -246,6 +259,7 @@ def _contradictions(recipe: Recipe, given: Mapping[str, Any]) -> list[str]:
             f"adapters: two are called {name!r}; give each its own name"
             for name in sorted({n for n in names if names.count(n) > 1})
         ]
+    problems += _method_problems(recipe, given)
     if "warmup_ratio" in given and recipe.warmup_steps is not None:
         problems.append("warmup_ratio has no effect beside warmup_steps; keep one")
     if recipe.lr_scheduler_type == "constant":
@@ -281,6 +295,31 @@ def _contradictions(recipe: Recipe, given: Mapping[str, Any]) -> list[str]:
     if "early_stopping_threshold" in given and recipe.early_stopping_patience is None:
         problems.append("early_stopping_threshold has no effect without early_stopping_patience")
     return problems
+
+
+def _method_problems(recipe: Recipe, given: Mapping[str, Any]) -> list[str]:
+    """Settings that the method does not know."""
+    if recipe.method != "full":
+        return [
+            "trainable_layers trains layers of the base, which method: lora keeps frozen; remove "
+            "one of the two"
+        ] * (recipe.trainable_layers is not None)
+    adapters_only = [
+        key
+        for key, field in RecipeFields.model_fields.items()
+        if isinstance(field.json_schema_extra, dict)
+        and field.json_schema_extra["section"] == "lora"
+        and key in given
+    ]
+    return [
+        f"{key} has no effect with method: full, which trains the base's own weights; leave it out"
+        for key in adapters_only
+    ] + [
+        f"{key} is a list, which makes several adapters, but method: full trains one set of "
+        "weights; give one value"
+        for key in COHORT_LISTS
+        if recipe._list(key) is not None and key not in adapters_only
+    ]
 
 
 def _has_held_out(recipe: Recipe) -> bool:

@@ -25,6 +25,7 @@ RENAMED = {
     "lr_scheduler": "lr_scheduler_type",
     "optimizer": "optim",
     "lorap_lr_ratio": "loraplus_lr_ratio",
+    "fine_tune_type": "method",
     "lora_rank": "lora_r",
     "lora_target": "lora_target_modules",
     "target_modules": "lora_target_modules",
@@ -36,7 +37,10 @@ RENAMED = {
     "val_split": "val_size",
 }
 # Shown to a user who mistypes one of them; each is handled in `translate`.
-SPECIAL = ("datasets", "train_on_inputs", "lora_target_linear", "bf16", "fp16", "flash_attn")
+SPECIAL = ("datasets", "train_on_inputs", "lora_target_linear", "bf16", "fp16", "flash_attn",
+           "finetuning_type", "freeze_trainable_layers")  # fmt: skip
+# LLaMA-Factory's, for `finetuning_type: freeze`.
+FROZEN_BELOW = 2
 _FLASH = {
     "fa2": "flash_attention_2", "fa3": "flash_attention_3", "sdpa": "sdpa", "disabled": "eager",
     "true": "flash_attention_2", "auto": "sdpa",
@@ -88,6 +92,17 @@ def translate(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], lis
         elif key == "lora_target_linear":
             if value:
                 put(key, "lora_target_modules", "all-linear")
+        elif key == "finetuning_type":
+            if value != "freeze":
+                put(key, "method", value)
+            elif "freeze_trainable_layers" not in values:
+                put(key, "trainable_layers", f"last_{FROZEN_BELOW}")
+        elif key == "freeze_trainable_layers":
+            if isinstance(value, int) and value > 0:
+                put(key, "trainable_layers", f"last_{value}")
+            else:
+                problems.append(f"freeze_trainable_layers: {value!r} does not do; only the last "
+                                "layers can be trained, use trainable_layers: last_N")  # fmt: skip
         elif key in ("bf16", "fp16"):
             full = {"bf16": "bfloat16", "fp16": "float16"}[key]
             if value == "auto":

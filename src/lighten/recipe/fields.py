@@ -134,6 +134,14 @@ class RecipeFields(Section):
     max_train_samples: Positive | None = _field(None, "data", "training examples at most")
     max_eval_samples: Positive | None = _field(None, "data", "held-out examples at most")
 
+    method: Literal["lora", "full"] = _field(
+        "lora", "training", "lora: adapters on a frozen base; full: the base's own weights"
+    )
+    trainable_layers: Annotated[str, Field(pattern=r"^last_[1-9][0-9]*$")] | None = _field(
+        None,
+        "training",
+        "last_N: train the last N decoder layers whole and nothing else (method: full)",
+    )
     num_train_epochs: Rate = _field(1.0, "training", "passes over the data")
     max_steps: Positive | None = _field(None, "training", "optimiser steps, instead of epochs")
     per_device_train_batch_size: Positive = _field(8, "training", "examples per micro-batch")
@@ -151,7 +159,9 @@ class RecipeFields(Section):
         "attention can",
     )
     group_by_length: bool = _field(True, "training", "bring examples of like length together")
-    learning_rate: Rate | list[Rate] = _field(2e-4, "training", "peak learning rate")
+    learning_rate: Rate | list[Rate] = _field(
+        2e-4, "training", "peak learning rate; with method: full 2e-5 unless given"
+    )
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = _field(
         "linear", "training", "course of the learning rate"
     )

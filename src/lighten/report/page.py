@@ -120,9 +120,10 @@ def _tiles(info: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> lis
         )
     if info.get("adapters"):
         own = info["adapters"][0]
+        kind = str(own.get("kind", "adapter")).capitalize()
         tiles.append(
             {
-                "label": "Adapter file" if len(info["adapters"]) == 1 else f"File of {own['name']}",
+                "label": f"{kind} file" if len(info["adapters"]) == 1 else f"File of {own['name']}",
                 "before": "",
                 "after": words.size(own["file_bytes"]),
                 "note": f"beside the base's {words.size(info['base']['weights_bytes'])}",
@@ -231,12 +232,12 @@ def _table(evaluation: Mapping[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def _sizes(info: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Bars to scale: the model and what an adapter adds to ship."""
+    """Bars to scale: the model and what training adds to ship."""
     if not info.get("base"):
         return []
     bars = [{"label": "base model, as loaded", "bytes": info["base"]["weights_bytes"]}]
     bars += [
-        {"label": f"adapter {own['name']}", "bytes": own["file_bytes"]}
+        {"label": f"{own.get('kind', 'adapter')} {own['name']}", "bytes": own["file_bytes"]}
         for own in info.get("adapters") or []
         if own.get("file_bytes")
     ]

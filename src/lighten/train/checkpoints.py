@@ -12,21 +12,19 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load as from_bytes
-from safetensors.torch import save as to_bytes
 
-from lighten.adapters import Cohort, files
+from lighten.adapters import Trained, shards
 from lighten.errors import UserError
 from lighten.runs import write_bytes, write_json
 from lighten.train.member import Member, MemberProgress
 
-STATE, OPTIMIZER = "trainer_state.json", "optimizer.safetensors"
+STATE, OPTIMIZER = "trainer_state.json", "optimizer"
 
 
 @dataclass
@@ -57,7 +55,7 @@ class TrainerState:
 def save(
     folder: Path,
     state: TrainerState,
-    cohort: Cohort,
+    trained: Trained,
     members: Sequence[Member],
     *,
     base_model: str,
@@ -72,27 +70,36 @@ def save(
     partial = folder / f".checkpoint-{state.step}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     tensors = {
-        f"{member.name}/{key}": value.cpu().contiguous()
+        f"{member.name}/{key}": value
         for member in members
         for key, value in member.optimizer_tensors().items()
     }
-    parts = {OPTIMIZER: to_bytes(tensors)}
+    parts: dict[str, Mapping[str, bytes]] = {"": shards.Shards(tensors, OPTIMIZER)}
     for member in members:
-        saved = files.contents(cohort, member.name, base_model=base_model, revision=revision)
-        parts |= {f"adapters/{member.name}/{name}": data for name, data in saved.items()}
-    state.global_step = state.step
-    state.files = {name: hashlib.sha256(data).hexdigest() for name, data in parts.items()}
+        parts[f"{trained.folder}/{member.name}/"] = trained.contents(
+            member.name, base_model=base_model, revision=revision
+        )
+    state.global_step, state.files = state.step, {}
     try:
-        for name, data in parts.items():
-            write_bytes(partial / name, data)
+        for prefix, files in parts.items():
+            for name in files:
+                # A base that learns is large: one file at a time is in memory.
+                data = files[name]
+                state.files[prefix + name] = hashlib.sha256(data).hexdigest()
+                write_bytes(partial / prefix / name, data)
         for member in members:
-            files.verify(partial / "adapters" / member.name, files.shapes(cohort, member.name))
+            trained.verify(member.name, weights_of(partial, trained, member.name))
         write_json(partial / STATE, asdict(state))
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return final
+
+
+def weights_of(checkpoint: Path, trained: Trained, name: str) -> Path:
+    """The folder of a checkpoint that holds what was trained under a name."""
+    return checkpoint / trained.folder / name
 
 
 def newest_complete(folder: Path) -> tuple[Path | None, list[str]]:
@@ -116,9 +123,9 @@ def listing(folder: Path) -> list[Path]:
 
 
 def restore(
-    checkpoint: Path, cohort: Cohort, members: Sequence[Member], device: torch.device
+    checkpoint: Path, trained: Trained, members: Sequence[Member], device: torch.device
 ) -> TrainerState:
-    """Put adapters and optimisers back as they were.
+    """Put weights and optimisers back as they were.
 
     Raises:
         UserError: The checkpoint is of another cohort.
@@ -129,11 +136,9 @@ def restore(
             f"{checkpoint} holds the adapters {sorted(state.members)}, the recipe has "
             f"{sorted(member.name for member in members)}"
         )
-    optimizer = from_bytes((checkpoint / OPTIMIZER).read_bytes())
+    optimizer = shards.load(checkpoint, OPTIMIZER)
     for member in members:
-        folder = checkpoint / "adapters" / member.name
-        weights = from_bytes((folder / files.WEIGHTS).read_bytes())
-        files.restore(cohort, member.name, weights, where=str(folder))
+        trained.restore(member.name, weights_of(checkpoint, trained, member.name))
         prefix = f"{member.name}/"
         member.restore_optimizer(
             {
@@ -172,6 +177,8 @@ def _fault(checkpoint: Path) -> str | None:
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
-        if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != digest:
             return f"{name} has changed or was cut off"
     return None

@@ -208,7 +208,7 @@ class Loop:
             checkpoints.save(
                 self.folder / "checkpoints",
                 state,
-                setup.cohort,
+                setup.trained,
                 setup.members,
                 base_model=setup.base.name,
                 revision=setup.base.revision,

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from lighten.adapters.cohort import Cohort
 from lighten.adapters.layers import CohortCopies, CohortLinear, Share
+from lighten.adapters.trained import Trained
 from lighten.data.batches import MicroBatch
 from lighten.models import attention
 
@@ -163,7 +163,7 @@ class Objective:
     """
 
     def __init__(
-        self, model: PreTrainedModel, cohort: Cohort, *, fast: bool = True, packs: bool = False
+        self, model: PreTrainedModel, cohort: Trained, *, fast: bool = True, packs: bool = False
     ) -> None:
         self.model, self.cohort = model, cohort
         self.packs, self.packing_reason = packs, "rows under each other, right-padded"
@@ -268,7 +268,7 @@ class Objective:
         def apart(value: float) -> float:
             return abs(value - own) / max(abs(own), 1e-6)
 
-        allowed = AGREEMENT.get(self.model.dtype, 2e-2)
+        allowed = AGREEMENT.get(self.cohort.dtype, 2e-2)
         quick = loss(self, batch)
         if batch.starts is not None:
             self.packing_reason = f"rows packed without padding; {apart(quick):.1e} from apart"

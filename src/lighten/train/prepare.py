@@ -1,10 +1,10 @@
-"""Everything a run needs before its first step: base, rows, cohort, members, loss."""
+"""Everything a run needs before its first step: base, rows, what learns, members, loss."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,10 +12,10 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lighten import data, models
-from lighten.adapters import AdapterSpec, Cohort, attach
+from lighten.adapters import AdapterSpec, Trained, WholeBase, attach
 from lighten.data import Encoded, TemplateChoice
 from lighten.errors import UserError
-from lighten.hardware import Choice
+from lighten.hardware import Choice, choose_dtype
 from lighten.models import attention
 from lighten.recipe import AdapterOptions, Recipe
 from lighten.train import optimizers
@@ -54,8 +54,8 @@ class Setup:
         recipe: What is wanted.
         base: The loaded base.
         rows: The encoded data.
-        cohort: The adapters on the base.
-        members: The adapters with their optimisers.
+        trained: What learns: the adapters on the base, or the base itself.
+        members: Its names with their optimisers.
         objective: The loss.
         accelerator: Device and ranks.
         scaler: For float16; does nothing otherwise.
@@ -69,7 +69,7 @@ class Setup:
     recipe: Recipe
     base: models.Base
     rows: Rows
-    cohort: Cohort
+    trained: Trained
     members: list[Member]
     objective: Objective
     accelerator: Accelerator
@@ -82,22 +82,23 @@ class Setup:
 
 
 def prepare(recipe: Recipe, accelerator: Accelerator, base: models.Base, rows: Rows) -> Setup:
-    """Attach the cohort and make optimisers and loss.
+    """Make what learns, its optimisers and the loss.
 
     Raises:
         UserError: The recipe does not fit the model.
     """
     options = recipe.cohort()
-    cohort = attach(base.model, [_spec(own) for own in options])
+    trained = what_learns(recipe, base)
     choices = {
+        "method": Choice(recipe.method, "; ".join(map(trained.describe, trained.names))),
         "dtype": base.dtype,
         "attention": base.attention,
         "template": Choice(rows.template.name, rows.template.reason),
     }
-    if recipe.added_tokens and not all(own.modules_to_save for own in options):
-        choices["added_tokens"] = Choice(
-            "untrained", "modules_to_save does not name the embedding, so they stay as they began"
-        )
+    if isinstance(trained, WholeBase):
+        choices["precision"] = _precision(trained)
+    if untrained := _untrained_tokens(recipe, options):
+        choices["added_tokens"] = Choice("untrained", untrained)
     if recipe.gradient_checkpointing:
         part = recipe.gradient_checkpointing_part
         count = checkpoint_layers(
@@ -121,16 +122,53 @@ def prepare(recipe: Recipe, accelerator: Accelerator, base: models.Base, rows: R
     total = recipe.max_steps or math.ceil(recipe.num_train_epochs * steps_per_epoch)
     device = accelerator.device.type
     choices["optimizer"] = optimizer = optimizers.choose(recipe.optim, device)
-    members = [_member(own, recipe, cohort, total, optimizer.value) for own in options]
-    scaler = torch.amp.GradScaler(device, enabled=base.model.dtype == torch.float16)
+    members = [_member(own, recipe, trained, total, optimizer.value) for own in options]
+    scaler = torch.amp.GradScaler(device, enabled=trained.dtype == torch.float16)
     choices["packing"] = packing = choose_packing(recipe.packing, base.model)
     tokens, why = choose_tokens(recipe.tokens_per_microbatch, device)
     choices["micro-batch"] = Choice(f"{tokens} tokens" if tokens else "rows", why)
-    objective = Objective(base.model, cohort, packs=packing.value == "on")
+    objective = Objective(base.model, trained, packs=packing.value == "on")
     return Setup(
-        recipe, base, rows, cohort, members, objective, accelerator, scaler,
+        recipe, base, rows, trained, members, objective, accelerator, scaler,
         per_step, steps_per_epoch, total, tokens, choices,
     )  # fmt: skip
+
+
+def what_learns(recipe: Recipe, base: models.Base) -> Trained:
+    """What the recipe's method trains on this base.
+
+    Raises:
+        UserError: The recipe does not fit the model.
+    """
+    if recipe.method == "full":
+        return WholeBase(
+            base.model, dtype=getattr(torch, base.dtype.value), last=recipe.last_layers
+        )
+    return attach(base.model, [_spec(own) for own in recipe.cohort()])
+
+
+def _precision(trained: WholeBase) -> Choice:
+    if trained.dtype == torch.float32:
+        return Choice("float32", "weights, optimiser and products alike")
+    products = str(trained.dtype).removeprefix("torch.")
+    scaled = ", its gradients scaled" if trained.dtype == torch.float16 else ""
+    return Choice(
+        f"mixed: float32 and {products}",
+        f"weights that learn and AdamW's state in float32, products in {products} "
+        f"(autocast{scaled})",
+    )
+
+
+def _untrained_tokens(recipe: Recipe, options: Sequence[AdapterOptions]) -> str | None:
+    """Why new tokens stay as they began, if they do."""
+    if not recipe.added_tokens:
+        return None
+    if recipe.method == "full":
+        frozen = recipe.last_layers is not None
+        return "the embedding is below the layers that learn" if frozen else None
+    if all(own.modules_to_save for own in options):
+        return None
+    return "modules_to_save does not name the embedding, so they stay as they began"
 
 
 def choose_packing(wanted: bool | str, model: PreTrainedModel) -> Choice:
@@ -161,20 +199,29 @@ def choose_tokens(wanted: int | str | None, device: str) -> tuple[int | None, st
     return CPU_TOKENS, "it fills a processor's matrix products; more would only cost memory"
 
 
-def load_base(recipe: Recipe, device: str) -> models.Base:
+def load_base(recipe: Recipe, device: str, *, learns: bool = False) -> models.Base:
     """The recipe's base with its new tokens, as training, evaluation and chat all see it.
+
+    Args:
+        recipe: Which.
+        device: Where it goes.
+        learns: It is about to be trained: a base that learns whole comes in float32 from its
+            files, and `dtype` of the result is still the format of the products.
 
     Raises:
         UserError: The base cannot be had.
     """
+    whole = learns and recipe.method == "full" and recipe.last_layers is None
     base = models.load(
         recipe.model_name_or_path,
         revision=recipe.revision,
-        dtype=recipe.dtype,
+        dtype="float32" if whole else recipe.dtype,
         attn_implementation=recipe.attn_implementation,
         trust_remote_code=recipe.trust_remote_code,
         device=device,
     )
+    if whole:
+        base = replace(base, dtype=choose_dtype(recipe.dtype, device))
     add_tokens(base.model, base.tokenizer, recipe.added_tokens)
     return base
 
@@ -266,7 +313,7 @@ def _spec(own: AdapterOptions) -> AdapterSpec:
 
 
 def _member(
-    own: AdapterOptions, recipe: Recipe, cohort: Cohort, total_steps: int, optim: str
+    own: AdapterOptions, recipe: Recipe, trained: Trained, total_steps: int, optim: str
 ) -> Member:
     settings = MemberSettings(
         learning_rate=own.learning_rate,
@@ -283,4 +330,4 @@ def _member(
         optim=optim,
         loraplus_lr_ratio=own.loraplus_lr_ratio,
     )
-    return Member(own.name, cohort.parameters(own.name), settings)
+    return Member(own.name, trained.parameters(own.name), settings)

@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import datetime
 from contextlib import suppress
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers.utils import logging as transformers_logging
 
-from lighten import hardware, models, runs
-from lighten.adapters import files
+from lighten import hardware, models
 from lighten.errors import UserError
 from lighten.recipe import Recipe
 from lighten.runs import Run
 from lighten.train import allocator, checkpoints, optimizers, trackers
-from lighten.train.checkpoints import TrainerState
+from lighten.train.checkpoints import TrainerState, weights_of
+from lighten.train.export import export
 from lighten.train.loop import Loop
 from lighten.train.prepare import Rows, Setup, load_base, load_rows, prepare
 from lighten.train.progress import TrainingProgress
 
 
 def train(recipe: Recipe, *, resume: bool = False, progress: bool = True) -> Run:
-    """Train the recipe's cohort.
+    """Train what the recipe says.
 
     Args:
         recipe: What to train.
@@ -33,7 +31,7 @@ def train(recipe: Recipe, *, resume: bool = False, progress: bool = True) -> Run
         progress: Show what happens on standard error.
 
     Returns:
-        The run, with its adapters under `adapters/`.
+        The run, with its adapters under `adapters/`, or the whole model under `model/`.
 
     Raises:
         UserError: Something the user can mend; the run is marked failed.
@@ -87,7 +85,7 @@ def _train(
     set_seed(0)  # nothing below draws from the global generators; a model's own code might
     pages = allocator.keep_pages(accelerator.device.type)
     memory = hardware.PeakMemory(accelerator.device.type)
-    base = load_base(recipe, str(accelerator.device))
+    base = load_base(recipe, str(accelerator.device), learns=True)
     rows = load_rows(recipe, base.tokenizer)
     setup = prepare(recipe, accelerator, base, rows)
     setup.choices["memory"] = pages
@@ -140,7 +138,7 @@ def _resume(run: Run, setup: Setup, shown: TrainingProgress) -> TrainerState:
     if newest is None:
         shown.note(f"{run.folder} has no whole checkpoint; starting from the first step")
         return TrainerState()
-    state = checkpoints.restore(newest, setup.cohort, setup.members, setup.accelerator.device)
+    state = checkpoints.restore(newest, setup.trained, setup.members, setup.accelerator.device)
     if state.scaler:
         setup.scaler.load_state_dict(state.scaler)
     shown.note(f"going on after step {state.step} ({newest.name})")
@@ -166,26 +164,22 @@ def _tell(setup: Setup, shown: TrainingProgress) -> None:
             f"{setup.recipe.max_length} ({counts.truncated} rows cut, {counts.dropped} left out)"
         )
     for member in setup.members:
-        spec = setup.cohort.specs[member.name]
         size = sum(parameter.numel() for parameter in member.parameters.values())
-        shown.note(f"adapter {member.name}: r {spec.r}, alpha {spec.alpha:g}, {size:,} parameters")
+        shown.note(f"{setup.trained.describe(member.name)}, {size:,} parameters")
 
 
 def _finish(run: Run, setup: Setup, state: TrainerState, memory: dict[str, Any]) -> None:
-    """Write the adapters and what was measured."""
+    """Write what was trained and what was measured."""
     if setup.recipe.load_best_model_at_end:
         _put_best_back(run, setup)
     adapters = []
     for member in setup.members:
-        folder = run.folder / "adapters" / member.name
-        export_adapter(setup, member.name, folder)
         adapters.append(
             {
                 "name": member.name,
-                "r": setup.cohort.specs[member.name].r,
-                "alpha": setup.cohort.specs[member.name].alpha,
+                **setup.trained.facts(member.name),
                 "trainable_parameters": sum(p.numel() for p in member.parameters.values()),
-                "file_bytes": (folder / files.WEIGHTS).stat().st_size,
+                "file_bytes": export(setup, member.name, run),
                 "steps": member.progress.steps,
                 "best_step": member.progress.best_step,
                 "eval_loss": _last_held_out(run, member.name, setup, member.progress.best_step),
@@ -223,8 +217,8 @@ def _put_best_back(run: Run, setup: Setup) -> None:
     """Each adapter as it was at its lowest held-out loss."""
     for member in setup.members:
         step = member.progress.best_step
-        folder = run.folder / "checkpoints" / f"checkpoint-{step}" / "adapters" / member.name
-        files.restore_from(setup.cohort, member.name, folder)
+        checkpoint = run.folder / "checkpoints" / f"checkpoint-{step}"
+        setup.trained.restore(member.name, weights_of(checkpoint, setup.trained, member.name))
 
 
 def _last_held_out(run: Run, name: str, setup: Setup, best: int | None) -> float | None:
@@ -233,39 +227,6 @@ def _last_held_out(run: Run, name: str, setup: Setup, best: int | None) -> float
     if setup.recipe.load_best_model_at_end:
         lines = [line for line in lines if line["step"] == best]
     return lines[-1]["loss"] if lines else None
-
-
-def export_adapter(setup: Setup, name: str, folder: Path) -> None:
-    """Write an adapter with all it needs to be used: tokenizer, chat template, card.
-
-    The files are verified after they are written.
-    """
-    parts = files.contents(
-        setup.cohort, name, base_model=setup.base.name, revision=setup.base.revision
-    )
-    with TemporaryDirectory() as scratch:
-        setup.base.tokenizer.save_pretrained(scratch)
-        setup.base.model.generation_config.save_pretrained(scratch)
-        for path in sorted(Path(scratch).iterdir()):
-            parts[path.name] = path.read_bytes()
-    parts["README.md"] = _card(setup, name).encode()
-    for file_name, data in parts.items():
-        runs.write_bytes(folder / file_name, data)
-    files.verify(folder, files.shapes(setup.cohort, name))
-
-
-def _card(setup: Setup, name: str) -> str:
-    spec, base = setup.cohort.specs[name], setup.base
-    return (
-        f"---\nbase_model: {base.name}\nlibrary_name: peft\ntags: [lora, lighten]\n---\n\n"
-        f"# {name}\n\nA LoRA adapter of rank {spec.r} (alpha {spec.alpha:g}) for `{base.name}`, "
-        f"trained with lighten {hardware.versions().get('lighten', '')} on "
-        f"`{Path(setup.recipe.dataset).name}` with the chat template "
-        f"`{setup.rows.template.name}`.\n\n```python\nfrom peft import PeftModel\n"
-        f"from transformers import AutoModelForCausalLM\n\n"
-        f'base = AutoModelForCausalLM.from_pretrained("{base.name}")\n'
-        'model = PeftModel.from_pretrained(base, "path/to/this/folder")\n```\n'
-    )
 
 
 def _base_facts(base: models.Base) -> dict[str, Any]:

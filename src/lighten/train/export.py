@@ -1,0 +1,98 @@
+"""What a finished run ships: an adapter in PEFT's format, or the base that learnt as a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from safetensors import SafetensorError
+
+from lighten import hardware, runs
+from lighten.adapters import WholeBase
+from lighten.errors import UserError
+from lighten.train.prepare import Setup
+
+# What other tools and the hub's web pages can fetch without trouble.
+SHARD_SIZE = "5GB"
+
+
+def export(setup: Setup, name: str, run: runs.Run) -> int:
+    """Write what was trained under a name into the run; the last thing that happens to a setup.
+
+    Returns:
+        Bytes of its weight files.
+
+    Raises:
+        UserError: The disk is full; an older result stays.
+    """
+    if isinstance(setup.trained, WholeBase):
+        folder = run.folder / runs.MODEL
+        export_model(setup, setup.trained, folder)
+    else:
+        folder = run.folder / "adapters" / name
+        export_adapter(setup, name, folder)
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def export_adapter(setup: Setup, name: str, folder: Path) -> None:
+    """Write an adapter with all it needs to be used: tokenizer, chat template, card.
+
+    The files are verified after they are written.
+    """
+    parts = dict(
+        setup.trained.contents(name, base_model=setup.base.name, revision=setup.base.revision)
+    )
+    with TemporaryDirectory() as scratch:
+        setup.base.tokenizer.save_pretrained(scratch)
+        setup.base.model.generation_config.save_pretrained(scratch)
+        for path in sorted(Path(scratch).iterdir()):
+            parts[path.name] = path.read_bytes()
+    parts["README.md"] = _adapter_card(setup, name).encode()
+    for file_name, data in parts.items():
+        runs.write_bytes(folder / file_name, data)
+    setup.trained.verify(name, folder)
+
+
+def export_model(setup: Setup, trained: WholeBase, folder: Path) -> None:
+    """Write the base that learnt as transformers writes a model, in the base's format."""
+    learnt = trained.describe(trained.names[0])
+    model = trained.fuse(trained.names[0])
+    with runs.whole_folder(folder) as partial:
+        try:
+            model.save_pretrained(partial, max_shard_size=SHARD_SIZE)
+        except SafetensorError as error:  # how its files tell of a full disk
+            raise UserError(
+                f"{folder} could not be written ({error}); the checkpoints are intact: free some "
+                "space, then go on with --resume"
+            ) from error
+        setup.base.tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(_model_card(setup, learnt), encoding="utf-8")
+
+
+def _adapter_card(setup: Setup, name: str) -> str:
+    base = setup.base
+    return (
+        f"---\nbase_model: {base.name}\nlibrary_name: peft\ntags: [lora, lighten]\n---\n\n"
+        f"# {name}\n\nA LoRA adapter ({setup.trained.describe(name)}) for `{base.name}`, "
+        f"{_how(setup)}.\n\n```python\nfrom peft import PeftModel\n"
+        f"from transformers import AutoModelForCausalLM\n\n"
+        f'base = AutoModelForCausalLM.from_pretrained("{base.name}")\n'
+        'model = PeftModel.from_pretrained(base, "path/to/this/folder")\n```\n'
+    )
+
+
+def _model_card(setup: Setup, learnt: str) -> str:
+    base = setup.base
+    return (
+        f"---\nbase_model: {base.name}\nlibrary_name: transformers\ntags: [lighten]\n---\n\n"
+        f"# {setup.recipe.name}\n\n`{base.name}` with {learnt} {_how(setup)}.\n\n"
+        "```python\nfrom transformers import AutoModelForCausalLM\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n```\n'
+    )
+
+
+def _how(setup: Setup) -> str:
+    return (
+        f"trained with lighten {hardware.versions().get('lighten', '')} on "
+        f"`{Path(setup.recipe.dataset).name}` with the chat template `{setup.rows.template.name}`"
+    )

@@ -1,0 +1,429 @@
+"""Training the base's own weights, all or the last layers, against plain autograd."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
+
+import lighten
+from lighten import models, runs
+from lighten.adapters import WholeBase, shards
+from lighten.errors import UserError
+from lighten.evaluate.chat import chat
+from lighten.models import attention
+from lighten.recipe import Recipe
+from lighten.runs import Run
+from lighten.train import checkpoints
+from lighten.train.loss import Objective
+from lighten.train.member import Member
+from lighten.train.memory import checkpoint_layers
+from lighten.train.step import MemberStep, shares_of
+from tests.test_train_step import (
+    UNEVEN,
+    Row,
+    gradients,
+    micro_batches,
+    one_step,
+)
+from tests.tiny import ARCHITECTURES, save_tiny, tiny_model
+
+IDS = torch.tensor([[5, 9, 14, 200, 31, 77, 8]])
+
+
+def whole(
+    arch: str, *, last: int | None = None, dtype: torch.dtype = torch.float32, **changes: Any
+) -> WholeBase:
+    """As a run makes it: frozen weights in the base's format, those that learn in float32."""
+    loaded = torch.float32 if last is None else dtype
+    return WholeBase(tiny_model(arch, dtype=loaded, **changes), dtype=dtype, last=last)
+
+
+def of_the_last_layer(arch: str) -> set[str]:
+    """Names of the weights of the second of two layers."""
+    return {key for key, _ in tiny_model(arch).named_parameters() if "s.1." in key or "h.1." in key}
+
+
+def plain(arch: str, rows: list[Row]) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of every weight by the model's own forward, row by row."""
+    model = tiny_model(arch).requires_grad_(True)
+    total, count = torch.zeros(()), 0
+    for row in rows:
+        ids = torch.tensor([row.input_ids])
+        labels = torch.where(torch.tensor([row.supervised]), ids, -100)
+        logits = model(input_ids=ids).logits[0, :-1].float()
+        total = total + F.cross_entropy(logits, labels[0, 1:], reduction="sum")
+        count += int((labels[0, 1:] != -100).sum())
+    (total / count).backward()  # type: ignore[no-untyped-call]
+    return float(total.detach()) / count, {
+        key: p.grad for key, p in model.named_parameters() if p.grad is not None
+    }
+
+
+def close(
+    ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float = 1e-5
+) -> None:
+    """Each gradient by its own size; one that is zero but for rounding by the largest's."""
+    assert set(ours) == set(theirs)
+    largest = max(float(value.abs().max()) for value in theirs.values())
+    for key, value in theirs.items():
+        apart = float((ours[key] - value).abs().max())
+        assert apart < tolerance * max(float(value.abs().max()), 1e-2 * largest), (key, apart)
+
+
+def step(trained: WholeBase, **options: Any) -> tuple[MemberStep, Member]:
+    report, members = one_step(trained, UNEVEN, 2, **options)  # type: ignore[arg-type]
+    return report["default"], members["default"]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_step_of_the_whole_base_is_that_of_plain_autograd(arch: str) -> None:
+    wanted_loss, wanted = plain(arch, UNEVEN)
+    report, member = step(whole(arch))
+    assert report.loss == pytest.approx(wanted_loss, rel=1e-5)
+    close(gradients(member), wanted)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_last_layers_learn_as_in_plain_autograd_and_nothing_else_moves(arch: str) -> None:
+    before = {k: v.clone() for k, v in tiny_model(arch).named_parameters()}
+    own = of_the_last_layer(arch)
+    assert 0 < len(own) < len(before)
+    trained = whole(arch, last=1)
+    _, wanted = plain(arch, UNEVEN)
+    _, member = step(trained)
+    close(gradients(member), {key: wanted[key] for key in own})
+    for key, value in trained.model.named_parameters():
+        assert torch.equal(value, before[key]) == (key not in own), key
+        assert key in own or value.grad is None
+
+
+def test_nothing_is_kept_for_the_backward_pass_below_the_first_layer_that_learns() -> None:
+    trained = whole("llama", last=1)
+    (batch,) = micro_batches(UNEVEN, ["default"], 6)
+    kept: list[int] = []
+    below: list[int] = []
+    layers = trained.model.base_model.layers
+    layers[0].register_forward_hook(lambda *call: below.append(len(kept)))
+    objective = Objective(trained.model, trained)
+    weights = torch.ones(len(batch.labels))
+    with (
+        torch.autograd.graph.saved_tensors_hooks(
+            lambda value: kept.append(1) or value, lambda value: value
+        ),
+        objective.at(batch, shares_of(batch)),
+    ):
+        objective(batch, shares_of(batch), weights)
+    assert below == [0]
+    assert kept
+
+
+@pytest.mark.parametrize("last", [None, 1])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_mixed_precision_keeps_float32_weights_and_comes_near_float32(
+    arch: str, last: int | None
+) -> None:
+    exact, exact_member = step(whole(arch, last=last))
+    trained = whole(arch, last=last, dtype=torch.bfloat16)
+    if arch != "gemma2":  # attention whose queries, keys and values must be of one format
+        attention.register()
+        trained.model.set_attn_implementation(attention.NAME)
+    seen: set[torch.dtype] = set()
+    for module in trained.model.modules():
+        if isinstance(module, torch.nn.Linear | Conv1D):
+            module.register_forward_hook(lambda *call: seen.add(call[-1].dtype))
+    objective = Objective(trained.model, trained)
+    report, member = step(trained, objective=objective)
+    assert seen == {torch.bfloat16}
+    for key, value in trained.model.named_parameters():
+        frozen = last is not None and key not in of_the_last_layer(arch)
+        assert value.dtype == (torch.bfloat16 if frozen else torch.float32), key
+    for value in member.optimizer_tensors().values():
+        assert value.dtype == torch.float32
+    assert report.loss == pytest.approx(exact.loss, rel=2e-2)
+    if arch != "mixtral":  # rounding sends some tokens to another expert
+        ours, theirs = gradients(member), gradients(exact_member)
+        flat = [torch.cat([g[key].flatten() for key in theirs]) for g in (ours, theirs)]
+        assert float(F.cosine_similarity(*flat, dim=0)) > 0.99
+
+
+def test_float16_products_go_with_a_scaler_that_leaves_true_gradients() -> None:
+    exact, exact_member = step(whole("llama"))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    report, member = step(whole("llama", dtype=torch.float16), scaler=scaler)
+    assert report.loss == pytest.approx(exact.loss, rel=1e-2)
+    assert report.grad_norm == pytest.approx(exact.grad_norm, rel=2e-2)
+    close(gradients(member), gradients(exact_member), 3e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("last", [None, 1])
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "mixtral"])
+def test_recomputed_layers_give_the_same_gradients(
+    arch: str, last: int | None, dtype: torch.dtype
+) -> None:
+    report, member = step(whole(arch, last=last, dtype=dtype))
+    saving = whole(arch, last=last, dtype=dtype)
+    assert checkpoint_layers(saving.model) == 2
+    saved, saved_member = step(saving)
+    assert saved.loss == report.loss
+    ours, theirs = gradients(saved_member), gradients(member)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+@pytest.mark.parametrize("arch", ["qwen2", "gemma3_text", "gpt2"])
+def test_trap29_a_tied_head_stays_tied_while_it_learns(arch: str) -> None:
+    trained = whole(arch, dtype=torch.bfloat16, tie_word_embeddings=True)
+    step(trained)
+    model = trained.fuse("default")
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert head.weight is embedding.weight
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_more_layers_than_there_are_is_said() -> None:
+    with pytest.raises(UserError, match="last_3 is more than the 2 decoder layers of Llama"):
+        whole("llama", last=3)
+
+
+def test_the_untouched_base_is_not_to_be_had_from_weights_that_learnt() -> None:
+    with pytest.raises(UserError, match="has to be loaded anew"), whole("llama").using(None):
+        pass
+
+
+@pytest.fixture
+def settings(tiny_folder: Path, chat_file: Path, tmp_path: Path) -> dict[str, Any]:
+    return {
+        "model_name_or_path": str(tiny_folder), "dataset": str(chat_file), "dtype": "float32",
+        "output_dir": str(tmp_path / "run"), "method": "full", "learning_rate": 3e-3,
+        "per_device_train_batch_size": 8, "max_steps": 4, "save_steps": 2, "eval_steps": 2,
+        "val_size": 0.5, "save_total_limit": 10,
+    }  # fmt: skip
+
+
+def train(settings: dict[str, Any], *, resume: bool = False, **changes: Any) -> Run:
+    return lighten.train(resume=resume, progress=False, **{**settings, **changes})
+
+
+def logits(folder: Path) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        out: torch.Tensor = model(input_ids=IDS).logits
+    return out
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_architecture_trains_whole_and_reloads_with_transformers(
+    arch: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = save_tiny(tmp_path / "base", arch)
+    run = train(settings, model_name_or_path=str(folder), max_steps=2)
+    assert run.info()["status"] == "finished"
+    newest = checkpoints.listing(run.folder / "checkpoints")[-1]
+    learnt = load_file(newest / "weights" / "default" / "trained.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    parameters = dict(model.named_parameters())
+    assert set(parameters) == set(learnt)
+    with torch.no_grad():
+        for key, value in learnt.items():
+            assert not torch.equal(parameters[key], value)
+            parameters[key].copy_(value)
+        wanted = model(input_ids=IDS).logits
+    assert torch.equal(logits(run.folder / "model"), wanted)
+    lighten.report(run)
+
+
+def test_trap29_the_saved_model_holds_a_tied_head_once_and_reads_as_tied(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = save_tiny(tmp_path / "base", "qwen2")
+    run = train(settings, model_name_or_path=str(folder), max_steps=2)
+    there = run.folder / "model"
+    assert "lm_head.weight" not in load_file(there / "model.safetensors")
+    assert json.loads((there / "config.json").read_text())["tie_word_embeddings"]
+    model = AutoModelForCausalLM.from_pretrained(there)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert not torch.equal(logits(there), logits(folder))
+
+
+def test_the_model_folder_is_whole_in_the_bases_format(
+    settings: dict[str, Any], tiny_folder: Path
+) -> None:
+    run = train(settings, dtype="bfloat16", trainable_layers="last_1")
+    there = run.folder / "model"
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+            "chat_template.jinja", "README.md"} == {p.name for p in there.iterdir()} - {
+                "tokenizer_config.json", "special_tokens_map.json"}  # fmt: skip
+    saved, base = (load_file(folder / "model.safetensors") for folder in (there, tiny_folder))
+    assert {value.dtype for value in saved.values()} == {torch.bfloat16}
+    own = of_the_last_layer("llama")
+    for key, value in saved.items():
+        assert torch.equal(value, base[key].bfloat16()) == (key not in own), key
+    assert json.loads((there / "config.json").read_text())["dtype"] == "bfloat16"
+    tokenizer = AutoTokenizer.from_pretrained(there)
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(tiny_folder).chat_template
+    own_lines = {choice["what"]: choice for choice in run.info()["choices"]}
+    assert own_lines["method"]["reason"] == "the base's last 1 of 2 decoder layers"
+    assert own_lines["precision"]["value"] == "mixed: float32 and bfloat16"
+    (entry,) = run.info()["adapters"]
+    assert entry["kind"] == "model"
+    assert entry["trainable_parameters"] == sum(base[key].numel() for key in own)
+    assert entry["file_bytes"] == (there / "model.safetensors").stat().st_size
+    assert not run.adapters()
+
+
+@pytest.mark.parametrize("change", [
+    {}, {"trainable_layers": "last_1", "dtype": "bfloat16"}, {"dtype": "float16"},
+])  # fmt: skip
+def test_trap38_a_resumed_run_ends_bitwise_as_an_uninterrupted_one(
+    change: dict[str, Any], settings: dict[str, Any], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(shards, "SHARD_BYTES", 60_000)
+    run = train(settings, **change)
+    folder = tmp_path / "cut"
+    shutil.copytree(run.folder, folder)
+    shutil.rmtree(folder / "checkpoints" / "checkpoint-4")
+    shutil.rmtree(folder / "model")
+    kept = list((folder / "checkpoints" / "checkpoint-2" / "weights" / "default").iterdir())
+    assert len(kept) > 1 or "trainable_layers" in change
+    again = train(settings, resume=True, output_dir=str(folder), **change)
+    ours, theirs = (load_file(r.folder / "model" / "model.safetensors") for r in (again, run))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert [m["loss"] for m in again.metrics()] == [m["loss"] for m in run.metrics()]
+
+
+def test_trap40_the_best_state_is_what_is_saved(settings: dict[str, Any]) -> None:
+    run = train(settings, load_best_model_at_end=True, learning_rate=0.3, eval_steps=1,
+                lr_scheduler_type="constant")  # fmt: skip
+    (own,) = run.info()["adapters"]
+    assert own["best_step"] < 4
+    best = run.folder / "checkpoints" / f"checkpoint-{own['best_step']}"
+    learnt = load_file(best / "weights" / "default" / "trained.safetensors")
+    saved = load_file(run.folder / "model" / "model.safetensors")
+    assert all(torch.equal(saved[key], value) for key, value in learnt.items())
+
+
+@pytest.mark.parametrize("change", [{}, {"trainable_layers": "last_1"}])
+def test_evaluate_and_chat_set_the_trained_model_against_the_untouched_base(
+    change: dict[str, Any], settings: dict[str, Any], tmp_path: Path
+) -> None:
+    run = train(settings, **change)
+    found = lighten.evaluate(run, max_new_tokens=4)
+    assert [model["name"] for model in found.models] == ["base", "default"]
+    last = run.info()["adapters"][0]["eval_loss"]
+    assert found.metric("default", "loss")["value"] == pytest.approx(last, rel=1e-5)
+    adapter = train({k: v for k, v in settings.items() if k != "method"}, max_steps=1,
+                    output_dir=str(tmp_path / "lora"))  # fmt: skip
+    other = lighten.evaluate(adapter, max_new_tokens=4)
+    assert found.metric("base", "loss") == other.metric("base", "loss")
+    assert found.examples[0]["answers"]["base"] == other.examples[0]["answers"]["base"]
+    assert last < found.metric("base", "loss")["value"]
+
+    out = io.StringIO()
+    chat(str(run.folder), compare=True, max_new_tokens=5, out=out, lines=io.StringIO("hello\n"))
+    alone: dict[str, str] = {}
+    for name, folder in (("base", settings["model_name_or_path"]), ("default", run.model())):
+        said = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(models, "load", _in_float32(models.load))
+            chat(str(folder), max_new_tokens=5, out=said, lines=io.StringIO("hello\n"))
+        alone[name] = said.getvalue()
+    assert out.getvalue() == f"[base] {alone['base']}[default] {alone['default']}"
+
+
+def _in_float32(load: Any) -> Any:
+    return lambda name, **options: load(name, **{**options, "dtype": "float32"})
+
+
+def test_nothing_trained_yet_is_one_clear_sentence(settings: dict[str, Any]) -> None:
+    run = train(settings, max_steps=1)
+    shutil.rmtree(run.folder / "model")
+    with pytest.raises(UserError, match="has no trained model yet; train it first"):
+        lighten.evaluate(run)
+
+
+def test_new_tokens_learn_with_the_whole_base_and_not_with_its_last_layers(
+    settings: dict[str, Any],
+) -> None:
+    told = []
+    for place, change in enumerate(({}, {"trainable_layers": "last_1"})):
+        run = train(settings, added_tokens=["<|new|>"], max_steps=1,
+                    output_dir=f"{settings['output_dir']}{place}", **change)  # fmt: skip
+        told.append({c["what"]: c["reason"] for c in run.info()["choices"]}.get("added_tokens"))
+    assert told == [None, "the embedding is below the layers that learn"]
+
+
+def test_a_folder_that_cannot_be_written_leaves_the_older_one(tmp_path: Path) -> None:
+    final = tmp_path / "model"
+    with runs.whole_folder(final) as partial:
+        (partial / "a").write_text("old")
+
+    def fail() -> None:
+        with runs.whole_folder(final) as partial:
+            (partial / "a").write_text("new")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(UserError, match="the disk is full"):
+        fail()
+    assert (final / "a").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def recipe(chat_file: Path, **given: Any) -> Recipe:
+    return Recipe.from_values({"model": "m", "dataset": str(chat_file), **given})
+
+
+def test_layers_imply_the_method_and_the_method_its_learning_rate(chat_file: Path) -> None:
+    assert recipe(chat_file).method == "lora"
+    assert recipe(chat_file).learning_rate == 2e-4
+    layers = recipe(chat_file, trainable_layers="last_2")
+    assert (layers.method, layers.last_layers, layers.learning_rate) == ("full", 2, 2e-5)
+    assert recipe(chat_file, method="full", lr=1e-3).learning_rate == 1e-3
+    again = Recipe.from_values(layers.completed())
+    assert again.completed() == layers.completed()
+
+
+@pytest.mark.parametrize(("given", "wanted"), [
+    ({"finetuning_type": "full"}, ("full", None)),
+    ({"fine_tune_type": "full"}, ("full", None)),
+    ({"fine_tune_type": "lora"}, ("lora", None)),
+    ({"finetuning_type": "freeze"}, ("full", "last_2")),
+    ({"finetuning_type": "freeze", "freeze_trainable_layers": 5}, ("full", "last_5")),
+])  # fmt: skip
+def test_other_tools_names_are_read(
+    given: dict[str, Any], wanted: tuple[str, str | None], chat_file: Path
+) -> None:
+    made = recipe(chat_file, **given)
+    assert (made.method, made.trainable_layers) == wanted
+    assert made.notices
+
+
+@pytest.mark.parametrize(("given", "told"), [
+    ({"method": "full", "lora_r": 4}, "lora_r has no effect with method: full"),
+    ({"method": "full", "modules_to_save": ["norm"]}, "modules_to_save has no effect"),
+    ({"method": "full", "adapters": [{"name": "a"}]}, "adapters has no effect"),
+    ({"trainable_layers": "last_1", "learning_rate": [1e-5, 1e-4]}, "learning_rate is a list"),
+    ({"method": "full", "seed": [1]}, "seed is a list"),
+    ({"method": "lora", "trainable_layers": "last_1"}, "which method: lora keeps frozen"),
+    ({"trainable_layers": "first_2"}, "trainable_layers: 'first_2' does not do"),
+    ({"trainable_layers": "last_0"}, "trainable_layers: 'last_0' does not do"),
+    ({"method": "fuller"}, "method: 'fuller' does not do"),
+    ({"finetuning_type": "freeze", "freeze_trainable_layers": -2}, "use trainable_layers: last_N"),
+])  # fmt: skip
+def test_what_contradicts_the_method_is_told(
+    given: dict[str, Any], told: str, chat_file: Path
+) -> None:
+    with pytest.raises(UserError, match=told):
+        recipe(chat_file, **given)
