@@ -92,6 +92,8 @@ def prepare(recipe: Recipe, accelerator: Accelerator, base: models.Base, rows: R
         "attention": base.attention,
         "template": Choice(rows.template.name, rows.template.reason),
     }
+    if base.quantization is not None:
+        choices["quantization"] = base.quantization
     if recipe.added_tokens and not all(own.modules_to_save for own in options):
         choices["added_tokens"] = Choice(
             "untrained", "modules_to_save does not name the embedding, so they stay as they began"
@@ -156,10 +158,14 @@ def load_base(recipe: Recipe, device: str) -> models.Base:
     base = models.load(
         recipe.model_name_or_path,
         revision=recipe.revision,
-        dtype=recipe.dtype,
+        dtype=recipe.compute_dtype,
         attn_implementation=recipe.attn_implementation,
         trust_remote_code=recipe.trust_remote_code,
         device=device,
+        load_in_4bit=recipe.load_in_4bit,
+        load_in_8bit=recipe.load_in_8bit,
+        bnb_4bit_quant_type=recipe.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=recipe.bnb_4bit_use_double_quant,
     )
     add_tokens(base.model, base.tokenizer, recipe.added_tokens)
     return base
