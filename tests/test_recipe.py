@@ -106,6 +106,20 @@ def test_a_file_that_is_no_recipe_says_why(tmp_path: Path, text: str, says: str)
         ({"lora_r": True}, "lora_r: True does not do.*it needs a value"),
         ({"learning_rate": float("inf")}, "learning_rate: inf does not do"),
         ({"num_epochs": 1, "epochs": 5}, "epochs and num_epochs both set the same thing"),
+        ({"load_in_4bit": True, "load_in_8bit": True}, "cannot both be true"),
+        ({"quantization_bit": 4, "load_in_8bit": True}, "cannot both be true"),
+        ({"bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type has no effect without load_in_4bit"),
+        ({"load_in_8bit": True, "use_bnb_nested_quant": True}, "has no effect without load_in_4"),
+        ({"bnb_4bit_compute_dtype": "float32"}, "has no effect without load_in_4bit"),
+        (
+            {"load_in_4bit": True, "bnb_4bit_compute_dtype": "float16", "dtype": "bfloat16"},
+            "the whole base computes in one format",
+        ),
+        ({"quantization_bit": 5}, "quantization_bit: 5 does not do; use 4 or 8"),
+        ({"adapter": "ia3"}, "adapter: 'ia3' does not do; use lora or qlora"),
+        ({"adapter": "qlora", "load_in_4bit": False}, "adapter and load_in_4bit both set"),
+        ({"quant_method": "hqq", "quantization_bit": 4}, "only bitsandbytes is there"),
+        ({"quant_method": "bnb"}, "set load_in_4bit or load_in_8bit"),
     ],
 )
 def test_settings_that_contradict_each_other_are_errors(
@@ -135,7 +149,52 @@ ALIASES: list[tuple[dict[str, Any], str, Any]] = [
     ({"val_set_size": 0.2}, "val_size", 0.2),
     ({"train_on_inputs": True}, "completion_only_loss", False),
     ({"train_on_inputs": True}, "assistant_only_loss", False),
+    ({"quantization_bit": 4}, "load_in_4bit", True),
+    ({"quantization_bit": "8"}, "load_in_8bit", True),
+    ({"quant_bits": 4, "quant_method": "bnb"}, "load_in_4bit", True),
+    ({"quantization": "4bit"}, "load_in_4bit", True),
+    ({"quantization": "8-bit", "quantization_method": "bitsandbytes"}, "load_in_8bit", True),
+    ({"adapter": "qlora"}, "load_in_4bit", True),
+    ({"use_bnb_nested_quant": True, "load_in_4bit": True}, "bnb_4bit_use_double_quant", True),
+    ({"double_quantization": True, "load_in_4bit": True}, "bnb_4bit_use_double_quant", True),
+    ({"quantization_type": "fp4", "load_in_4bit": True}, "bnb_4bit_quant_type", "fp4"),
 ]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"adapter": "lora"}, {"quantization": "none"}, {"adapter": "lora", "load_in_8bit": True},
+     {"adapter": "qlora", "load_in_4bit": True}],
+)  # fmt: skip
+def test_what_says_nothing_new_changes_nothing(
+    values: dict[str, Any], given: dict[str, Any]
+) -> None:
+    own = {key: value for key, value in given.items() if key.startswith("load_in")}
+    changed = Recipe.from_values({**values, **given}).completed()
+    assert changed == Recipe.from_values({**values, **own}).completed()
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({}, "auto"),
+        ({"load_in_4bit": True, "bnb_4bit_compute_dtype": "float16"}, "float16"),
+        ({"load_in_4bit": True, "dtype": "float32"}, "float32"),
+        ({"load_in_4bit": True, "dtype": "float32", "bnb_4bit_compute_dtype": "float32"},
+         "float32"),
+    ],
+)  # fmt: skip
+def test_the_base_computes_in_one_format(
+    values: dict[str, Any], given: dict[str, Any], wanted: str
+) -> None:
+    assert Recipe.from_values({**values, **given}).compute_dtype == wanted
+
+
+def test_a_completed_quantised_recipe_reads_again(values: dict[str, Any]) -> None:
+    recipe = Recipe.from_values({**values, "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"})
+    assert Recipe.from_values(recipe.completed()).completed() == recipe.completed()
+    plain = Recipe.from_values(Recipe.from_values(values).completed())
+    assert not plain.load_in_4bit
 
 
 @pytest.mark.parametrize(("given", "name", "wanted"), ALIASES)
@@ -218,7 +277,6 @@ def test_trap52_every_setting_is_read_by_something() -> None:
             if isinstance(node, ast.Attribute):
                 read.add(node.attr)
     unread = (set(RecipeFields.model_fields) | set(EvaluateOptions.model_fields)) - read
-    # `adapters` is read through Recipe.cohort(); output_dir through Recipe.run_folder;
-    # trainable_layers through Recipe.last_layers; optim has one value so far, AdamW, which Member
-    # makes.
-    assert unread <= {"output_dir", "trainable_layers", "optim"}, unread
+    # `adapters` is read through Recipe.cohort(), output_dir through Recipe.run_folder,
+    # trainable_layers through Recipe.last_layers, the last through Recipe.compute_dtype.
+    assert unread <= {"output_dir", "trainable_layers", "bnb_4bit_compute_dtype"}, unread

@@ -134,6 +134,11 @@ MUTATIONS: dict[str, Any] = {
     "load_best_model_at_end": {"load_best_model_at_end": True, "eval_steps": 1, "val_size": 0.05,
                                "eval_dataset": "foreign.jsonl"},
     "report_to": ["tensorboard"],
+    "load_in_4bit": True, "load_in_8bit": True,
+    "bnb_4bit_quant_type": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+    "bnb_4bit_use_double_quant": {"load_in_4bit": True, "bnb_4bit_use_double_quant": True},
+    "bnb_4bit_compute_dtype": {"load_in_4bit": True, "dtype": "auto",
+                               "bnb_4bit_compute_dtype": "float32"},
     "evaluate.max_examples": 2, "evaluate.max_new_tokens": 1, "evaluate.bootstrap_samples": 10,
     "evaluate.seed": 5,
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -11,11 +12,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from lighten.adapters.frozen import make_dense
 from lighten.adapters.layers import CohortCopies, CohortLinear, Routing, Share, Siblings
 from lighten.adapters.spec import AdapterSpec
 from lighten.adapters.targets import low_rank_paths, saved_paths, sibling_paths
 from lighten.adapters.trained import Trained
 from lighten.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 class Cohort(Trained):
@@ -165,11 +169,16 @@ class Cohort(Trained):
         """Merge one adapter into the base's weights and take the cohort off.
 
         A tied head is untied when the embedding or the head was trained: one of the two has
-        changed (trap 29).
+        changed (trap 29). A quantised base becomes dense, and its configuration says so under
+        `merged_base`: the update belongs to the dequantised weights that it learned on (trap 30).
         """
         with self.using(name):
             pass  # says so if there is no such adapter
         self._place(lambda layer: layer.fused(name))
+        said = make_dense(self.model)
+        if said is not None:
+            self.model.config.merged_base = said
+            log.warning("adapter %s is merged into %s", name, said)
         embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
         if head is not None and head.weight is not embedding.weight:
             self.model.config.tie_word_embeddings = False

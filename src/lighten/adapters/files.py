@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from lighten.adapters import shards
 from lighten.adapters.cohort import Cohort, attach
+from lighten.adapters.frozen import is_conv1d
 from lighten.adapters.spec import AdapterSpec
 from lighten.adapters.targets import shortest_names
 from lighten.adapters.trained import Trained
@@ -67,7 +67,7 @@ def peft_config(
         modules_to_save=whole or None,
         rank_pattern=dict(spec.rank_pattern),
         alpha_pattern=dict(spec.alpha_pattern),
-        fan_in_fan_out=any(isinstance(layer.base, Conv1D) for layer in linears.values()),
+        fan_in_fan_out=any(is_conv1d(layer.base) for layer in linears.values()),
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_model,
         revision=revision,

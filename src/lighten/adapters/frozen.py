@@ -1,12 +1,22 @@
 """A frozen linear layer of the base, whatever its format: its weight and its product.
 
+A layer whose weight is stored in fewer bits (`models/quantized.py` makes them) has a method
+`dense_weight` that gives it as [O, I] in the layer's `compute_dtype`; the room of the models is not
+imported here. Its product is that of the dense weight, so a cohort's rows, the base's own rows and
+the backward pass all see the same numbers.
+
 Dimensions: N rows, I input features, O output features.
 """
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 
@@ -15,13 +25,32 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
-def is_dense(module: nn.Module) -> bool:
-    """Whether the module holds its weights as they are used: nothing to dequantise."""
-    return all(p.is_floating_point() for p in module.parameters(recurse=False))
+def is_quantized(module: nn.Module) -> bool:
+    """Whether the module is a linear layer whose weight must be dequantised."""
+    return hasattr(module, "dense_weight")
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether the layer is GPT-2's `Conv1D`, or was before it was quantised."""
+    return isinstance(module, Conv1D) or getattr(module, "source_cls", None) is Conv1D
+
+
+def out_in_features(base: nn.Module) -> tuple[int, int]:
+    """(O, I), without touching the weight's values."""
+    if isinstance(base, Conv1D):
+        return base.nf, base.nx
+    return int(base.out_features), int(base.in_features)  # type: ignore[arg-type]
 
 
 def weight_of(base: nn.Module) -> Tensor:
-    """The layer's weight as [O, I], fetched anew: a gathered or streamed weight may come late."""
+    """The layer's weight as [O, I], fetched anew: a gathered or streamed weight may come late.
+
+    A quantised one is dequantised at each call, into the format of the layer's products.
+    """
+    dense: Any = getattr(base, "dense_weight", None)
+    if dense is not None:
+        found: Tensor = dense()
+        return found
     weight: Tensor = base.weight  # type: ignore[assignment]
     return weight.T if isinstance(base, Conv1D) else weight
 
@@ -29,3 +58,59 @@ def weight_of(base: nn.Module) -> Tensor:
 def product(base: nn.Module, x: Tensor) -> Tensor:
     """The layer's own x Wᵀ + b: [N, I] → [N, O]."""
     return F.linear(x, weight_of(base), base.bias)  # type: ignore[arg-type]
+
+
+def formats(module: nn.Module) -> dict[str, torch.dtype]:
+    """The format in which each parameter of the module takes part in products, by its name."""
+    found = {name: parameter.dtype for name, parameter in module.named_parameters()}
+    for path, layer in module.named_modules():
+        if is_quantized(layer):
+            found[f"{path}.weight" if path else "weight"] = layer.compute_dtype
+    return found
+
+
+def dense_copy(module: nn.Module) -> nn.Module:
+    """A deep copy in which quantised layers are plain ones, in the format of their products."""
+    # What stands in deepcopy's memo counts as copied already.
+    memo: dict[int, Any] = {
+        id(layer): _dense(layer) for layer in module.modules() if is_quantized(layer)
+    }
+    return copy.deepcopy(module, memo)
+
+
+def _dense(layer: nn.Module) -> nn.Module:
+    outputs, inputs = out_in_features(layer)
+    weight, bias = weight_of(layer), layer.bias
+    made: nn.Module
+    with torch.device("meta"):
+        if is_conv1d(layer):
+            made = Conv1D(outputs, inputs)
+        else:
+            made = nn.Linear(inputs, outputs, bias=bias is not None)
+    if is_conv1d(layer):
+        weight = weight.T.contiguous()
+    made.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        made.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)  # type: ignore[operator]
+    return made.eval()
+
+
+def make_dense(model: PreTrainedModel) -> str | None:
+    """Replace every quantised layer of the model by a plain one, layer by layer.
+
+    Returns:
+        What was dequantised to what, or None if nothing was quantised.
+    """
+    found = [(path, layer) for path, layer in model.named_modules() if is_quantized(layer)]
+    said = None
+    for path, layer in found:
+        said = f"{layer.storage} weights dequantised to {str(layer.compute_dtype)[6:]}"
+        model.set_submodule(path, dense_copy(layer))
+    if found and hasattr(model.config, "quantization_config"):
+        # transformers would save the plain weights as if they were quantised.
+        del model.config.quantization_config
+    for mark, value in (("is_loaded_in_4bit", False), ("is_loaded_in_8bit", False),
+                        ("is_quantized", False), ("hf_quantizer", None)):  # fmt: skip
+        if hasattr(model, mark):
+            setattr(model, mark, value)
+    return said

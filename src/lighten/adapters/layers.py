@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lighten.adapters.frozen import weight_of
+from lighten.adapters.frozen import dense_copy, formats, out_in_features
 from lighten.adapters.ops import Dropout, Part, lone_linears, low_rank_linears
 from lighten.adapters.spec import AdapterSpec
 
@@ -130,10 +130,10 @@ class CohortLinear(nn.Module):
 
     def add(self, spec: AdapterSpec, generator: torch.Generator) -> None:
         """Add an adapter; at the start its update is zero unless the spec says otherwise."""
-        weight = weight_of(self.base)
+        outputs, inputs = out_in_features(self.base)
         rank = spec.rank_at(self.path)
-        A = torch.empty(rank, weight.shape[1])
-        B = torch.zeros(weight.shape[0], rank)
+        A = torch.empty(rank, inputs)
+        B = torch.zeros(outputs, rank)
         if spec.init_lora_weights == "gaussian":
             A.normal_(std=1 / rank, generator=generator)
         else:
@@ -142,8 +142,8 @@ class CohortLinear(nn.Module):
         if spec.init_lora_weights is False:
             bound = 1 / math.sqrt(rank)
             B.uniform_(-bound, bound, generator=generator)
-        self.lora_A[spec.name] = nn.Parameter(A.to(weight.device))
-        self.lora_B[spec.name] = nn.Parameter(B.to(weight.device))
+        self.lora_A[spec.name] = nn.Parameter(A.to(self.weight.device))
+        self.lora_B[spec.name] = nn.Parameter(B.to(self.weight.device))
         self.specs[spec.name] = spec
         self.scales[spec.name] = spec.scale_at(self.path)
 
@@ -211,11 +211,12 @@ class CohortLinear(nn.Module):
     def fused(self, name: str | None) -> nn.Module:
         """The plain layer with one adapter's update added to its weight (None: as it was).
 
-        The sum is formed in float32 and rounded once to the base's format.
+        The sum is formed in float32 and rounded once to the base's format. A quantised layer
+        becomes a dense one: quantised again, the sum would lose much of the update (trap 30).
         """
         if name is None or name not in self.specs:
             return self.base
-        base = copy.deepcopy(self.base)
+        base = dense_copy(self.base)
         weight: Tensor = base.weight  # type: ignore[assignment]
         delta = self.delta(name)
         delta = delta.T if isinstance(base, Conv1D) else delta
@@ -314,8 +315,8 @@ class CohortCopies(nn.Module):
         return weight
 
     def add(self, name: str) -> None:
-        """Add a trainable copy, equal to the base's module at the start."""
-        made = copy.deepcopy(self.base).float()
+        """Add a trainable copy, equal to the base's module at the start, dense if that is not."""
+        made = dense_copy(self.base).float()
         made.requires_grad_(True)
         self.copies[name] = made
 
@@ -338,8 +339,8 @@ class CohortCopies(nn.Module):
         if name is None or name not in self.copies:
             return self.base(x, *args, **kwargs)
         made = self.copies[name]
-        own = dict(self.base.named_parameters())
-        cast = {key: value.to(own[key].dtype) for key, value in made.named_parameters()}
+        own = formats(self.base)
+        cast = {key: value.to(own[key]) for key, value in made.named_parameters()}
         return torch.func.functional_call(made, cast, (x, *args), kwargs)
 
     @torch.no_grad()
@@ -347,10 +348,10 @@ class CohortCopies(nn.Module):
         """The plain module with one adapter's copy in its place (None: as it was)."""
         if name is None or name not in self.copies:
             return self.base
-        own = dict(self.base.named_parameters())
+        own = formats(self.base)
         made = copy.deepcopy(self.copies[name])
         for key, value in made.named_parameters():
-            value.data = value.data.to(own[key].dtype)
+            value.data = value.data.to(own[key])
             value.requires_grad_(False)
         return made
 

@@ -3,5 +3,9 @@
 from lighten.models.catalogue import ModelEntry, available
 from lighten.models.describe import Description, describe
 from lighten.models.load import Base, load, load_tokenizer
+from lighten.models.quantized import Census, census
 
-__all__ = ["Base", "Description", "ModelEntry", "available", "describe", "load", "load_tokenizer"]
+__all__ = [
+    "Base", "Census", "Description", "ModelEntry", "available", "census", "describe", "load",
+    "load_tokenizer",
+]  # fmt: skip

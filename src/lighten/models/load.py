@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from lighten.errors import UserError
 from lighten.hardware import Choice, choose_dtype
 from lighten.models import attention as blocks
-from lighten.models import gguf, packaged
+from lighten.models import gguf, packaged, quantized
 from lighten.models.names import PACKAGED, Source, resolve
 
 # What of a hub repository is fetched: never pickle.
@@ -47,6 +48,7 @@ class Base:
         file_bytes: Size of those files.
         dtype: The format and why.
         attention: The attention implementation in use and why.
+        quantization: How its linear layers are stored and why; None: in `dtype`, like the rest.
     """
 
     model: PreTrainedModel
@@ -59,6 +61,7 @@ class Base:
     file_bytes: int | None
     dtype: Choice
     attention: Choice
+    quantization: Choice | None = None
 
 
 def load(
@@ -69,6 +72,10 @@ def load(
     attn_implementation: str = "sdpa",
     trust_remote_code: bool = False,
     device: str = "cpu",
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
+    bnb_4bit_quant_type: str = "nf4",
+    bnb_4bit_use_double_quant: bool = False,
 ) -> Base:
     """Find a base by name and load it.
 
@@ -79,22 +86,35 @@ def load(
         attn_implementation: transformers' name of the attention kernel.
         trust_remote_code: Run Python code that comes with the model.
         device: Where it goes.
+        load_in_4bit: Store the linear layers, all but the head, in 4 bits; `dtype` is what they
+            and the rest compute in.
+        load_in_8bit: The same in 8 bits.
+        bnb_4bit_quant_type: `nf4` or `fp4`.
+        bnb_4bit_use_double_quant: Quantise the scales of the 4 bits too.
 
     Raises:
-        UserError: No such model, no safetensors in it, or an attention that is not installed.
+        UserError: No such model, no safetensors in it, an attention that is not installed, or both
+            4 and 8 bits.
+        MissingExtra: bitsandbytes is wanted and not installed.
     """
+    storage = quantized.choose(
+        load_in_4bit, load_in_8bit, bnb_4bit_quant_type, bnb_4bit_use_double_quant
+    )
     chosen = choose_dtype(dtype, device)
     torch_dtype: torch.dtype = getattr(torch, chosen.value)
     _check_attention(attn_implementation)
     source, path = locate(name, revision=revision, code=trust_remote_code)
-    if source == "gguf":
-        model, tokenizer = gguf.read(path, torch_dtype)
-        attention = _set_attention(model, attn_implementation, device)
-    else:
-        _require_safetensors(path)
-        tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
-        model = _pretrained(name, path, torch_dtype, trust_remote_code)
-        attention = _set_attention(model, attn_implementation, device)
+    left = storage
+    with quantized.temporaries_given_back() if storage else nullcontext():
+        if source == "gguf":
+            model, tokenizer = gguf.read(path, torch_dtype)
+        else:
+            _require_safetensors(path)
+            tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
+            left = quantized.left_to_do(name, path, storage)
+            model = _pretrained(name, path, torch_dtype, trust_remote_code, left, device)
+        quantized.finish(model, left, torch_dtype, device)
+    attention = _set_attention(model, attn_implementation, device)
     if tokenizer.pad_token_id is None:
         # Padding is never attended to and never supervised, so any token serves (trap 11).
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
@@ -112,13 +132,21 @@ def load(
         file_bytes=sum(file.stat().st_size for file in published) if published else None,
         dtype=chosen,
         attention=attention,
+        quantization=quantized.explain(model, storage),
     )
 
 
 def _pretrained(
-    name: str, path: Path, dtype: torch.dtype, trust_remote_code: bool
-) -> PreTrainedModel:
-    """The model of a folder; every one of its weights must be in the files."""
+    name: str, path: Path, dtype: torch.dtype, trust_remote_code: bool,
+    storage: quantized.Storage | None, device: str,
+) -> PreTrainedModel:  # fmt: skip
+    """The model of a folder; every one of its weights must be in the files.
+
+    What shall be quantised is so as each weight is read: the model is never dense as a whole.
+    """
+    own: dict[str, Any] = {}
+    if storage is not None:
+        own = {"quantization_config": storage.config(dtype), "device_map": {"": device}}
     try:
         # With `output_loading_info` it gives a pair, which its annotation does not know.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -128,6 +156,7 @@ def _pretrained(
             output_loading_info=True,
             trust_remote_code=trust_remote_code,
             local_files_only=True,
+            **own,
         )
     except (ValueError, OSError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{name} cannot be loaded: {_first_line(error)}") from error

@@ -53,6 +53,11 @@ class Recipe(RecipeFields):
         return f"{model}-{Path(self.dataset.partition('#')[0]).stem}"
 
     @property
+    def compute_dtype(self) -> str:
+        """What the base computes in, under either of its two names."""
+        return self.bnb_4bit_compute_dtype if self.dtype == "auto" else self.dtype
+
+    @property
     def run_folder(self) -> Path:
         """Where the run goes."""
         return Path(self.output_dir) if self.output_dir else Path("runs") / self.name
@@ -292,6 +297,7 @@ def _contradictions(recipe: Recipe, given: Mapping[str, Any]) -> list[str]:
                         "max_eval_samples")
             if getattr(recipe, key)
         ]  # fmt: skip
+    problems += _about_bits(recipe, given)
     if "early_stopping_threshold" in given and recipe.early_stopping_patience is None:
         problems.append("early_stopping_threshold has no effect without early_stopping_patience")
     return problems
@@ -311,7 +317,12 @@ def _method_problems(recipe: Recipe, given: Mapping[str, Any]) -> list[str]:
         and field.json_schema_extra["section"] == "lora"
         and key in given
     ]
-    return [
+    quantised = [
+        f"{key}: weights in so few bits cannot learn; with method: full leave it out, or use lora"
+        for key in ("load_in_4bit", "load_in_8bit")
+        if getattr(recipe, key)
+    ]
+    return quantised + [
         f"{key} has no effect with method: full, which trains the base's own weights; leave it out"
         for key in adapters_only
     ] + [
@@ -320,6 +331,23 @@ def _method_problems(recipe: Recipe, given: Mapping[str, Any]) -> list[str]:
         for key in COHORT_LISTS
         if recipe._list(key) is not None and key not in adapters_only
     ]
+
+
+def _about_bits(recipe: Recipe, given: Mapping[str, Any]) -> list[str]:
+    """What the settings of a quantised base get wrong."""
+    if recipe.load_in_4bit and recipe.load_in_8bit:
+        return ["load_in_4bit and load_in_8bit cannot both be true; keep one"]
+    own = [key for key in given if key.startswith("bnb_4bit_")]
+    if not recipe.load_in_4bit:
+        return [f"{key} has no effect without load_in_4bit: true; set it or remove {key}"
+                for key in own]  # fmt: skip
+    compute = recipe.bnb_4bit_compute_dtype
+    if "auto" not in (compute, recipe.dtype) and compute != recipe.dtype:
+        return [
+            f"bnb_4bit_compute_dtype is {compute} and dtype {recipe.dtype}, but the whole base "
+            "computes in one format here; keep one of the two"
+        ]
+    return []
 
 
 def _has_held_out(recipe: Recipe) -> bool:

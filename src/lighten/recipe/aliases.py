@@ -33,14 +33,21 @@ RENAMED = {
     "sample_packing": "packing",
     "neat_packing": "packing",
     "padding_free": "packing",
+    "use_bnb_nested_quant": "bnb_4bit_use_double_quant",
+    "double_quantization": "bnb_4bit_use_double_quant",
+    "quantization_type": "bnb_4bit_quant_type",
     "val_set_size": "val_size",
     "val_split": "val_size",
 }
 # Shown to a user who mistypes one of them; each is handled in `translate`.
-SPECIAL = ("datasets", "train_on_inputs", "lora_target_linear", "bf16", "fp16", "flash_attn",
-           "finetuning_type", "freeze_trainable_layers")  # fmt: skip
 # LLaMA-Factory's, for `finetuning_type: freeze`.
 FROZEN_BELOW = 2
+_BITS = ("quantization_bit", "quant_bits", "quantization")
+_BACKENDS = ("quant_method", "quantization_method")
+SPECIAL = (
+    "datasets", "train_on_inputs", "lora_target_linear", "bf16", "fp16", "flash_attn",
+    "adapter", "finetuning_type", "freeze_trainable_layers", *_BITS, *_BACKENDS,
+)  # fmt: skip
 _FLASH = {
     "fa2": "flash_attention_2", "fa3": "flash_attention_3", "sdpa": "sdpa", "disabled": "eager",
     "true": "flash_attention_2", "auto": "sdpa",
@@ -115,6 +122,24 @@ def translate(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], lis
                 problems.append(f"flash_attn: {value!r} is not one of {', '.join(_FLASH)}")
             else:
                 put(key, "attn_implementation", flash)
+        elif key in _BITS:
+            said = str(value).lower().removesuffix("bit").rstrip("-")
+            bits = {"4": "load_in_4bit", "8": "load_in_8bit"}.get(said)
+            if bits is not None:
+                put(key, bits, True)
+            elif value not in (None, "none", False):
+                problems.append(f"{key}: {value!r} does not do; use 4 or 8")
+        elif key == "adapter":
+            # Axolotl writes load_in_4bit beside it.
+            if value == "qlora" and values.get("load_in_4bit") is not True:
+                put(key, "load_in_4bit", True)
+            elif value not in ("lora", "qlora", None):
+                problems.append(f"adapter: {value!r} does not do; use lora or qlora")
+        elif key in _BACKENDS:
+            if value not in ("bnb", "bitsandbytes"):
+                problems.append(f"{key}: {value!r} does not do; only bitsandbytes is there")
+            elif not {"load_in_4bit", "load_in_8bit", "adapter", *_BITS} & set(values):
+                problems.append(f"{key} says not how many bits; set load_in_4bit or load_in_8bit")
         else:
             out[key] = value
     return out, notices, problems

@@ -103,6 +103,15 @@ class RecipeFields(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _field(
         "auto", "model", "format of the frozen base; auto asks the machine"
     )
+    load_in_4bit: bool = _field(False, "model", "store the base's linear layers in 4 bits (QLoRA)")
+    load_in_8bit: bool = _field(False, "model", "store the base's linear layers in 8 bits")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = _field("nf4", "model", "which 4 bits")
+    bnb_4bit_use_double_quant: bool = _field(
+        False, "model", "quantise the scales of the 4 bits too"
+    )
+    bnb_4bit_compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _field(
+        "auto", "model", "dtype by the name that QLoRA recipes use"
+    )
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = (
         _field("sdpa", "model", "attention kernel")
     )

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lighten.adapters import AdapterSpec
-from lighten.adapters.frozen import is_dense
+from lighten.adapters.frozen import is_quantized
 from lighten.hardware import Choice
 
 # A decoder layer takes about half a minute to compile on two cores and saves a tenth of each step:
@@ -69,7 +69,7 @@ def _obstacle(model: PreTrainedModel, specs: list[AdapterSpec]) -> str | None:
         return "layers are compiled for one adapter, and the cohort has another number"
     if specs[0].dropout:
         return "lora_dropout forms its masks outside of compiled code"
-    if not all(is_dense(module) for module in model.modules()):
+    if any(is_quantized(module) for module in model.modules()):
         return "a quantised base is dequantised outside of compiled code"
     if not layers_of(model):
         return f"{type(model).__name__} does not say which of its layers are alike"

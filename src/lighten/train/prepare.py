@@ -99,6 +99,8 @@ def prepare(recipe: Recipe, accelerator: Accelerator, base: models.Base, rows: R
         choices["precision"] = _precision(trained)
     if untrained := _untrained_tokens(recipe, options):
         choices["added_tokens"] = Choice("untrained", untrained)
+    if base.quantization is not None:
+        choices["quantization"] = base.quantization
     if recipe.gradient_checkpointing:
         part = recipe.gradient_checkpointing_part
         count = checkpoint_layers(
@@ -215,10 +217,14 @@ def load_base(recipe: Recipe, device: str, *, learns: bool = False) -> models.Ba
     base = models.load(
         recipe.model_name_or_path,
         revision=recipe.revision,
-        dtype="float32" if whole else recipe.dtype,
+        dtype="float32" if whole else recipe.compute_dtype,
         attn_implementation=recipe.attn_implementation,
         trust_remote_code=recipe.trust_remote_code,
         device=device,
+        load_in_4bit=recipe.load_in_4bit,
+        load_in_8bit=recipe.load_in_8bit,
+        bnb_4bit_quant_type=recipe.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=recipe.bnb_4bit_use_double_quant,
     )
     if whole:
         base = replace(base, dtype=choose_dtype(recipe.dtype, device))

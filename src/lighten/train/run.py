@@ -149,6 +149,8 @@ def _tell(setup: Setup, shown: TrainingProgress) -> None:
     """What a user wants to know before the first step."""
     base, rows = setup.base, setup.rows
     shown.note(f"{base.name}: {base.dtype.value}, because {base.dtype.reason}")
+    if base.quantization is not None:
+        shown.note(f"linear layers: {base.quantization.value}, {base.quantization.reason}")
     shown.note(f"chat template: {rows.template.name}, {rows.template.reason}")
     counts = rows.train.counts
     held_out = rows.facts["eval_rows"]
@@ -230,14 +232,16 @@ def _last_held_out(run: Run, name: str, setup: Setup, best: int | None) -> float
 
 
 def _base_facts(base: models.Base) -> dict[str, Any]:
-    parameters = list(base.model.parameters())
+    found = models.census(base.model)
     return {
         "name": base.name,
         "source": base.source,
         "revision": base.revision,
         "checksum": base.checksum,
-        "parameters": sum(p.numel() for p in parameters),
-        "weights_bytes": sum(p.numel() * p.element_size() for p in parameters),
+        "parameters": found.parameters,
+        "weights_bytes": found.weight_bytes,
+        "quantization": None if found.storage is None else str(found.storage),
+        "quantized_parameters": found.quantized,
         "file_bytes": base.file_bytes,
     }
 

@@ -1,0 +1,335 @@
+"""Linear layers of a frozen base kept in NF4, FP4 or INT8 by bitsandbytes.
+
+The layers are bitsandbytes' own with two differences, on any device:
+
+- Their product is x Wᵀ with W dequantised, forward and backward; the dense weight lives for the
+  length of the product and is never kept for the backward pass. For INT8 that is more exact than
+  LLM.int8 (arXiv 2208.07339), which rounds the activations to 8 bits as well.
+- A 4-bit weight is dequantised as one long row. bitsandbytes' kernel for processors begins a new
+  block with each row, so that rows whose length is no multiple of the block came out wrong.
+
+NF4 and double quantisation: QLoRA, arXiv 2305.14314, section 3. Embeddings, norms and the head stay
+as they are, in the format that the products are computed in.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lighten.errors import UserError, missing_extra
+from lighten.hardware import Choice
+
+# On import bitsandbytes complains of lacking a kernel that is not used here; peft imports it too.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How frozen linear weights are stored.
+
+    Attributes:
+        kind: `nf4`, `fp4` or `int8`.
+        double: Whether the blocks' scales are quantised too (4 bits only).
+    """
+
+    kind: str
+    double: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.kind}, scales quantised too" if self.double else self.kind
+
+    def config(self, compute: torch.dtype) -> BitsAndBytesConfig:
+        """The same for transformers, which then quantises each weight as it is read."""
+        if self.kind == "int8":
+            return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=self.kind,
+            bnb_4bit_use_double_quant=self.double,
+            bnb_4bit_compute_dtype=compute,
+        )
+
+
+@dataclass(frozen=True)
+class Census:
+    """What a model's weights are.
+
+    Attributes:
+        parameters: All of them, tied ones once.
+        quantized: Those in quantised layers.
+        weight_bytes: What they take, scales and tables included.
+        storage: How the quantised ones are stored; None if there are none.
+    """
+
+    parameters: int
+    quantized: int
+    weight_bytes: int
+    storage: Storage | None
+
+
+class _Product(torch.autograd.Function):
+    """x Wᵀ + b with W dequantised for the product alone, once more in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Any) -> Tensor:
+        ctx.layer = layer
+        return F.linear(x, layer.dense_weight(), layer.bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ ctx.layer.dense_weight(), None
+
+
+def require_bitsandbytes() -> None:
+    """Say so if bitsandbytes is missing.
+
+    Raises:
+        MissingExtra: It is not installed.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise missing_extra("bitsandbytes", "quant")
+
+
+@functools.cache
+def layer_types() -> tuple[type[nn.Linear], type[nn.Linear]]:
+    """The layer for 4 bits and the one for 8, made when first used: bitsandbytes is an extra."""
+    require_bitsandbytes()
+    import bitsandbytes as bnb
+    from bitsandbytes.functional import QuantState, dequantize_4bit
+
+    class Linear4bit(bnb.nn.Linear4bit):
+        """A frozen linear layer in 4 bits."""
+
+        @property
+        def storage(self) -> Storage:
+            """How its weight is stored."""
+            state = self.weight.quant_state
+            return Storage(state.quant_type, state.nested)
+
+        def dense_weight(self) -> Tensor:
+            """The weight [O, I] in the format of the products."""
+            state, packed = self.weight.quant_state, self.weight.data
+            row = QuantState(
+                absmax=state.absmax,
+                shape=torch.Size((1, 2 * packed.numel() * packed.element_size())),
+                code=state.code,
+                blocksize=state.blocksize,
+                quant_type=state.quant_type,
+                dtype=self.compute_dtype,
+                offset=state.offset,
+                state2=state.state2,
+            )
+            found: Tensor = dequantize_4bit(packed, row)
+            return found.reshape(-1)[: state.shape.numel()].view(state.shape)
+
+        def forward(self, x: Tensor) -> Tensor:
+            """The product, x Wᵀ + b."""
+            return _Product.apply(x, self)
+
+    class Linear8bit(bnb.nn.Linear8bitLt):
+        """A frozen linear layer in 8 bits, one scale per output."""
+
+        compute_dtype: torch.dtype
+        storage = Storage("int8")
+
+        def dense_weight(self) -> Tensor:
+            """The weight [O, I] in the format of the products."""
+            # As int8_vectorwise_dequant does it, but rounded on the way: no float32 copy is made.
+            made = torch.empty_like(self.weight.data, dtype=self.compute_dtype)
+            return torch.mul(self.weight.data, self.weight.SCB[:, None] / 127, out=made)
+
+        def forward(self, x: Tensor) -> Tensor:
+            """The product, x Wᵀ + b; the activations are not quantised."""
+            return _Product.apply(x, self)
+
+    return Linear4bit, Linear8bit
+
+
+def choose(four: bool, eight: bool, kind: str, double: bool) -> Storage | None:
+    """The storage that the settings ask for, None if they ask for none.
+
+    Raises:
+        UserError: Both 4 and 8 bits are asked for.
+        MissingExtra: bitsandbytes is not installed.
+    """
+    if four and eight:
+        raise UserError("load_in_4bit and load_in_8bit cannot both be true; keep one")
+    if not (four or eight):
+        return None
+    require_bitsandbytes()
+    return Storage(kind, double) if four else Storage("int8")
+
+
+def stored_as(folder: Path) -> dict[str, Any] | None:
+    """What a model folder's configuration says of weights that are quantised already."""
+    try:
+        said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    found: dict[str, Any] | None = said.get("quantization_config")
+    return found
+
+
+@contextmanager
+def temporaries_given_back() -> Iterator[None]:
+    """Quantising inside returns its temporaries to the system at once.
+
+    glibc keeps freed pieces of some megabytes and lays the small quantised weights between them,
+    so that memory would grow to several times the model. Elsewhere this does nothing. Afterwards
+    the thresholds are as high as glibc's own adaptation lets them become: training frees and
+    takes the same large pieces at each step.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    # M_MMAP_THRESHOLD is -3 and M_TRIM_THRESHOLD -1 in malloc.h.
+    if mallopt is not None:
+        mallopt(-3, 256 * 1024)
+    try:
+        yield
+    finally:
+        if mallopt is not None:
+            mallopt(-3, 32 * 1024**2)
+            mallopt(-1, 64 * 1024**2)
+
+
+def left_to_do(name: str, folder: Path, wanted: Storage | None) -> Storage | None:
+    """What is left to quantise of a folder's model: nothing if its files are so already.
+
+    Raises:
+        UserError: They are quantised in another way.
+        MissingExtra: bitsandbytes wrote them and is not installed.
+    """
+    said = stored_as(folder)
+    if said is None:
+        return wanted
+    if said.get("quant_method") == "bitsandbytes":
+        require_bitsandbytes()
+        eight = bool(said.get("load_in_8bit"))
+        if wanted is None or eight == (wanted.kind == "int8"):
+            return None
+    elif wanted is None:
+        return None
+    raise UserError(
+        f"{name} is quantised already ({said.get('quant_method', 'unknown method')}) and cannot be "
+        f"stored as {wanted.kind}; remove load_in_4bit and load_in_8bit, or take the model it was "
+        "made from"
+    )
+
+
+def finish(
+    model: PreTrainedModel, wanted: Storage | None, compute: torch.dtype, device: str
+) -> None:
+    """Bring a model's linear layers into our form, one by one: no more than one is dense twice.
+
+    Args:
+        model: Its layers are dense, or bitsandbytes' own.
+        wanted: What becomes of dense layers other than the head; None leaves them as they are.
+        compute: The format that products are computed in.
+        device: Where quantised layers go.
+    """
+    head = model.get_output_embeddings()
+    for path, module in list(model.named_modules()):
+        if type(module).__name__ in ("Linear4bit", "Linear8bitLt"):
+            made = _adopted(module, compute)
+        elif wanted is not None and module is not head and type(module) in (nn.Linear, Conv1D):
+            made = _quantised(module, wanted, compute, device)
+        else:
+            continue
+        model.set_submodule(path, made)
+
+
+def _quantised(module: nn.Module, wanted: Storage, compute: torch.dtype, device: str) -> nn.Module:
+    layer_types()  # says so if bitsandbytes is missing
+    import bitsandbytes as bnb
+
+    weight: Tensor = module.weight.data  # type: ignore[assignment]
+    dense = weight.T.contiguous() if isinstance(module, Conv1D) else weight
+    made: Any
+    if wanted.kind == "int8":
+        made = bnb.nn.Int8Params(dense.cpu(), requires_grad=False).to(device)
+    else:
+        made = bnb.nn.Params4bit(
+            dense, quant_type=wanted.kind, compress_statistics=wanted.double
+        ).to(device)
+    return _layer(made, module.bias, dense.shape, compute, type(module))
+
+
+def _adopted(module: nn.Module, compute: torch.dtype) -> nn.Module:
+    shape = torch.Size((int(module.out_features), int(module.in_features)))  # type: ignore[arg-type]
+    source = getattr(module, "source_cls", nn.Linear)
+    return _layer(module.weight, module.bias, shape, compute, source)
+
+
+def _layer(
+    weight: Any, bias: Any, shape: torch.Size, compute: torch.dtype, source: type[nn.Module]
+) -> nn.Module:
+    four, eight = layer_types()
+    made: Any
+    with torch.device("meta"):  # nothing is drawn at random only to be thrown away
+        if weight.dtype == torch.int8:
+            made = eight(shape[1], shape[0], bias is not None, has_fp16_weights=False)  # type: ignore[call-arg]
+        else:
+            made = four(shape[1], shape[0], bias is not None, compute_dtype=compute)  # type: ignore[call-arg]
+    made.weight, made.bias = weight, bias
+    made.compute_dtype = compute
+    # GPT-2's Conv1D keeps its weight as [I, O]; a dense copy must become one again.
+    made.source_cls = source
+    if weight.dtype != torch.int8:
+        weight.module, made.quant_state = made, weight.quant_state
+    return made.requires_grad_(False).eval()
+
+
+def census(model: nn.Module) -> Census:
+    """Count a model's weights as they are stored."""
+    layers = [m for m in model.modules() if hasattr(m, "dense_weight")]
+    held = {id(layer.weight): layer for layer in layers}
+    parameters = quantized = weight_bytes = 0
+    seen: set[int] = set()
+    for parameter in model.parameters():
+        layer: Any = held.get(id(parameter))
+        numbers = parameter.numel() if layer is None else layer.in_features * layer.out_features
+        parameters += numbers
+        quantized += numbers if layer is not None else 0
+        for part in (parameter, *(_scales(parameter) if layer is not None else ())):
+            if part.data_ptr() not in seen:  # layers share tables
+                seen.add(part.data_ptr())
+                weight_bytes += part.numel() * part.element_size()
+    storage: Any = layers[0].storage if layers else None
+    return Census(parameters, quantized, weight_bytes, storage)
+
+
+def explain(model: PreTrainedModel, wanted: Storage | None) -> Choice | None:
+    """How a model's linear layers are stored, and why; None if in no special way."""
+    found = census(model)
+    if found.storage is None:
+        return None
+    setting = "load_in_8bit" if found.storage.kind == "int8" else "load_in_4bit"
+    why = f"{setting} of the recipe" if wanted is not None else "the model's files hold them so"
+    share = found.quantized / found.parameters
+    return Choice(str(found.storage), f"{why}; {share:.0%} of the parameters, the rest is dense")
+
+
+def _scales(weight: Any) -> Iterator[Tensor]:
+    """Whatever it takes to dequantise a weight, beside the weight."""
+    if weight.dtype == torch.int8:
+        yield weight.SCB
+        return
+    state = weight.quant_state
+    yield from (state.absmax, state.code)
+    if state.nested:
+        yield from (state.offset, state.state2.absmax, state.state2.code)

@@ -1,0 +1,232 @@
+"""Bases in NF4, FP4 and INT8 from every source: formats, bytes, memory, and what is refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from lighten import models
+from lighten.errors import MissingExtra, UserError
+from lighten.models import gguf
+from lighten.models.quantized import Storage, finish
+from tests.tiny import ARCHITECTURES, save_tiny, tiny_model, tiny_tokenizer
+
+FORMATS: dict[str, dict[str, Any]] = {
+    "nf4": {"load_in_4bit": True},
+    "nf4, scales quantised too": {"load_in_4bit": True, "bnb_4bit_use_double_quant": True},
+    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+    "int8": {"load_in_8bit": True},
+}
+IDS = torch.tensor([[5, 9, 14, 200, 31, 7]])
+
+
+def linear_paths(model: torch.nn.Module) -> set[str]:
+    """Layers that hold a quantised weight."""
+    return {path for path, module in model.named_modules() if hasattr(module, "dense_weight")}
+
+
+@pytest.mark.parametrize("said", FORMATS)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_trap32_the_census_is_what_we_say(arch: str, said: str, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / arch, arch)
+    base = models.load(str(folder), dtype="bfloat16", **FORMATS[said])
+    plain = models.load(str(folder), dtype="bfloat16")
+    assert base.quantization is not None
+    assert base.quantization.value == said
+    assert plain.quantization is None
+    packed = torch.int8 if said == "int8" else torch.uint8
+    found = linear_paths(base.model)
+    head = base.model.get_output_embeddings()
+    like = dict(plain.model.named_parameters())
+    for name, parameter in base.model.named_parameters():
+        if name.removesuffix(".weight") in found:
+            assert parameter.dtype == packed
+        else:  # norms, embeddings, biases and head: not one of them in float32
+            assert parameter.dtype == torch.bfloat16
+            assert torch.equal(parameter, like[name]), name
+        assert not parameter.requires_grad
+    # Every linear layer but the head is quantised.
+    wanted = {
+        path
+        for path, module in plain.model.named_modules()
+        if type(module).__name__ in ("Linear", "Conv1D")
+        and module is not plain.model.get_output_embeddings()
+    }
+    assert found == wanted
+    assert not hasattr(head, "dense_weight")
+    census = models.census(base.model)
+    assert census.parameters == sum(p.numel() for p in like.values())
+    assert census.quantized == sum(like[f"{path}.weight"].numel() for path in found)
+    assert f"{census.quantized / census.parameters:.0%}" in base.quantization.reason
+    assert not base.model.training
+
+
+@pytest.mark.parametrize("said", FORMATS)
+def test_bytes_are_those_of_the_tensors(said: str, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "m", "llama")
+    base = models.load(str(folder), dtype="float32", **FORMATS[said])
+    held: dict[int, int] = {}
+    for key, value in base.model.state_dict().items():
+        if not key.endswith((".weight_format", "quant_state.bitsandbytes__nf4",
+                             "quant_state.bitsandbytes__fp4")):  # fmt: skip
+            held[value.data_ptr()] = value.numel() * value.element_size()
+    offsets = 4 * len(linear_paths(base.model)) if "scales" in said else 0
+    assert models.census(base.model).weight_bytes == sum(held.values()) + offsets
+    numbers = models.census(base.model).quantized
+    small = numbers if said == "int8" else numbers // 2
+    dense = 4 * (models.census(base.model).parameters - numbers)
+    assert models.census(base.model).weight_bytes > dense + small
+
+
+@pytest.mark.parametrize("said", FORMATS)
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "opt"])
+def test_reading_layer_by_layer_equals_quantising_what_is_loaded(
+    arch: str, said: str, tmp_path: Path
+) -> None:
+    folder = save_tiny(tmp_path / arch, arch)
+    read = models.load(str(folder), dtype="float32", **FORMATS[said]).model
+    made = models.load(str(folder), dtype="float32").model
+    kind, _, double = said.partition(",")
+    finish(made, Storage(kind, bool(double)), torch.float32, "cpu")
+    assert linear_paths(read) == linear_paths(made)
+    state = read.state_dict()
+    for key, value in made.state_dict().items():
+        assert torch.equal(value, state[key]), key
+    assert torch.equal(read(IDS).logits, made(IDS).logits)
+
+
+@pytest.mark.parametrize("said", ["nf4", "int8"])
+def test_a_gguf_file_is_quantised_too(
+    said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "some.gguf"
+    path.write_bytes(b"")
+    monkeypatch.setattr(
+        gguf, "read", lambda _, dtype: (tiny_model("llama", dtype=dtype), tiny_tokenizer())
+    )
+    base = models.load(str(path), dtype="float32", **FORMATS[said])
+    assert base.source == "gguf"
+    assert base.quantization is not None
+    assert base.quantization.value == said
+    assert len(linear_paths(base.model)) == 14
+
+
+def test_a_hub_model_is_quantised_too(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repo = tmp_path / "hub" / "models--someone--tiny"
+    shutil.copytree(tiny_folder, repo / "snapshots" / commit)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    base = models.load("someone/tiny", load_in_4bit=True)
+    assert base.source == "hub"
+    assert len(linear_paths(base.model)) == 14
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Path:
+    """A folder whose files hold 4 bits already, as many on the hub do."""
+    folder = save_tiny(tmp_path / "dense", "llama")
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=config, dtype=torch.float32
+    )
+    model.save_pretrained(tmp_path / "stored")
+    tiny_tokenizer().save_pretrained(tmp_path / "stored")
+    return tmp_path / "stored"
+
+
+def test_files_that_hold_four_bits_already_load_as_they_are(stored: Path) -> None:
+    dense = models.load(
+        str(stored.parent / "dense"), dtype="float32", load_in_4bit=True,
+        bnb_4bit_use_double_quant=True,
+    )  # fmt: skip
+    for options in ({}, {"load_in_4bit": True}):
+        base = models.load(str(stored), dtype="float32", **options)
+        assert base.quantization is not None
+        assert base.quantization.value == "nf4, scales quantised too"
+        assert len(linear_paths(base.model)) == 14
+        assert torch.equal(base.model(IDS).logits, dense.model(IDS).logits)
+    with pytest.raises(UserError, match="is quantised already"):
+        models.load(str(stored), load_in_8bit=True)
+
+
+def test_both_widths_at_once_are_refused(tiny_folder: Path) -> None:
+    with pytest.raises(UserError, match="cannot both be true"):
+        models.load(str(tiny_folder), load_in_4bit=True, load_in_8bit=True)
+
+
+@pytest.mark.parametrize("setting", ["load_in_4bit", "load_in_8bit", None])
+def test_a_missing_bitsandbytes_names_the_extra(
+    setting: str | None, stored: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec",
+        lambda name, *rest: None if name == "bitsandbytes" else plain(name, *rest),
+    )  # fmt: skip
+    folder = stored if setting is None else tiny_folder  # stored files ask for it themselves
+    options: dict[str, Any] = {} if setting is None else {setting: True}
+    with pytest.raises(MissingExtra, match=r"bitsandbytes is not installed.*lighten\[quant\]"):
+        models.load(str(folder), **options)
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that no file backs."""
+    found = re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text(encoding="ascii"))
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_the_real_model_in_nf4_is_small_while_it_loads_and_reads_as_well(
+    smollm2_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (
+        "The Moon is the only natural satellite of the Earth. In 1969, people walked on it for "
+        "the first time, and twelve of them have been there since."
+    )
+
+    def loss(base: models.Base) -> float:
+        ids = base.tokenizer(text, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            return float(base.model(input_ids=ids, labels=ids).loss)
+
+    dense = models.load("smollm2-135m", dtype="bfloat16")
+    wanted = loss(dense)
+    del dense
+    models.load_tokenizer("smollm2-135m")
+    highest, before = 0, anonymous_bytes()
+    plain = bnb.nn.Params4bit.to
+
+    def noting(self: Any, *args: Any, **options: Any) -> Any:
+        nonlocal highest
+        made = plain(self, *args, **options)
+        highest = max(highest, anonymous_bytes() - before)
+        return made
+
+    monkeypatch.setattr(bnb.nn.Params4bit, "to", noting)
+    base = models.load("smollm2-135m", dtype="bfloat16", load_in_4bit=True)
+    census = models.census(base.model)
+    assert (census.parameters, census.quantized) == (134_515_008, 106_168_320)
+    # Half a byte a number, a float32 per 64 of them, a table of 16 in each of 210 layers; the rest
+    # in bfloat16.
+    four = census.quantized // 2 + census.quantized // 64 * 4
+    rest = 2 * (census.parameters - census.quantized)
+    assert four + rest <= census.weight_bytes <= four + rest + 210 * 64
+    # Dense it would be 269 MB in bfloat16 and 538 MB in the file's float32.
+    assert highest < census.weight_bytes + 40e6
+    assert abs(loss(base) - wanted) < 0.3

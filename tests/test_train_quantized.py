@@ -1,0 +1,111 @@
+"""QLoRA from the recipe to the answers: facts, resuming, evaluation and chat on the same base."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import lighten
+from lighten import models
+from lighten.errors import UserError
+from lighten.evaluate.chat import Conversation
+from lighten.runs import Run
+from lighten.train import checkpoints
+
+HOW: dict[str, dict[str, Any]] = {
+    "nf4, scales quantised too": {"load_in_4bit": True, "bnb_4bit_use_double_quant": True},
+    "int8": {"load_in_8bit": True},
+}
+
+
+@pytest.fixture
+def settings(tiny_folder: Path, chat_file: Path, tmp_path: Path) -> dict[str, Any]:
+    return {
+        "model_name_or_path": str(tiny_folder), "dataset": str(chat_file), "dtype": "float32",
+        "output_dir": str(tmp_path / "run"), "lora_r": [2, 4], "learning_rate": 1e-2,
+        "per_device_train_batch_size": 6, "max_steps": 6, "save_steps": 2, "val_size": 0.2,
+        "save_total_limit": 10, "gradient_checkpointing": True,
+    }  # fmt: skip
+
+
+def losses(run: Run) -> list[tuple[Any, ...]]:
+    return [(m["kind"], m["step"], m["adapter"], m["loss"]) for m in run.metrics()]
+
+
+@pytest.mark.parametrize("said", HOW)
+def test_a_quantised_base_trains_resumes_evaluates_and_talks(
+    said: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    run = lighten.train(**settings, **HOW[said], progress=False)
+    trained = [m["loss"] for m in run.metrics() if m["kind"] == "train" and m["adapter"] == "r4"]
+    assert trained[-1] < trained[0]
+
+    facts = run.info()["base"]
+    assert facts["quantization"] == said
+    census = models.census(models.load(settings["model_name_or_path"], dtype="float32",
+                                       **HOW[said]).model)  # fmt: skip
+    plain = models.load(settings["model_name_or_path"], dtype="float32").model
+    assert facts["parameters"] == sum(p.numel() for p in plain.parameters())
+    assert facts["weights_bytes"] == census.weight_bytes < 4 * facts["parameters"]
+    assert facts["quantized_parameters"] == census.quantized == 15_360
+    (choice,) = (own for own in run.info()["choices"] if own["what"] == "quantization")
+    assert choice["value"] == said
+    assert "of the recipe" in choice["reason"]
+    (loss,) = (own for own in run.info()["choices"] if own["what"] == "loss")
+    assert loss["value"] == "supervised positions"
+
+    folder = tmp_path / "cut"
+    shutil.copytree(run.folder, folder)
+    for checkpoint in checkpoints.listing(folder / "checkpoints"):
+        if int(checkpoint.name.partition("-")[2]) > 2:
+            shutil.rmtree(checkpoint)
+    shutil.rmtree(folder / "adapters")
+    again = lighten.train(
+        **{**settings, "output_dir": str(folder)}, **HOW[said], resume=True, progress=False
+    )
+    assert losses(again) == losses(run)
+    for name, there in run.adapters().items():
+        ours = load_file(again.adapters()[name] / "adapter_model.safetensors")
+        for key, value in load_file(there / "adapter_model.safetensors").items():
+            assert torch.equal(ours[key], value), key
+
+    found = lighten.evaluate(run, max_new_tokens=2)
+    last = [m["loss"] for m in run.metrics() if m["kind"] == "eval" and m["adapter"] == "r4"][-1]
+    # Evaluation sees the base that training saw: the dense one gives another loss.
+    assert found.metric("r4", "loss")["value"] == pytest.approx(last, rel=1e-4)
+    talk = Conversation(str(run.folder))
+    assert talk.base.quantization is not None
+    assert talk.base.quantization.value == said
+    assert isinstance("".join(talk.answer("hi", "r4", max_new_tokens=3, temperature=0.0)), str)
+    assert lighten.report(run).stat().st_size > 10_000
+
+
+def test_a_run_on_a_dense_base_says_so(settings: dict[str, Any]) -> None:
+    info = lighten.train(**{**settings, "max_steps": 1}, progress=False).info()
+    assert info["base"]["quantization"] is None
+    assert info["base"]["quantized_parameters"] == 0
+    assert info["base"]["weights_bytes"] == 4 * info["base"]["parameters"]
+    assert "quantization" not in {own["what"] for own in info["choices"]}
+
+
+def test_new_tokens_fit_a_quantised_base(settings: dict[str, Any]) -> None:
+    settings |= {"added_tokens": ["<|new|>"], "modules_to_save": ["embed_tokens"], "lora_r": 2}
+    run = lighten.train(**{**settings, "max_steps": 2}, load_in_4bit=True, progress=False)
+    (folder,) = run.adapters().values()
+    saved = load_file(folder / "adapter_model.safetensors")
+    assert any("embed_tokens" in key for key in saved)
+
+
+def test_the_format_of_the_products_goes_by_both_names(settings: dict[str, Any]) -> None:
+    del settings["dtype"]
+    changed = {**settings, "max_steps": 1, "load_in_4bit": True}
+    run = lighten.train(**changed, bnb_4bit_compute_dtype="float32", progress=False)
+    (choice,) = (own for own in run.info()["choices"] if own["what"] == "dtype")
+    assert choice["value"] == "float32"
+    with pytest.raises(UserError, match="computes in one format"):
+        lighten.train(**changed, bnb_4bit_compute_dtype="float32", dtype="bfloat16")
