@@ -172,7 +172,7 @@ def work_lighten(job: dict[str, Any]) -> dict[str, Any]:
     memory = PeakMemory(job["device"])
     base = models.load(job["model"], device=job["device"])
     cohort = adapters.attach(base.model, [AdapterSpec("default", r=RANK, alpha=2.0 * RANK)])
-    adapters.files.restore_from(cohort, "default", job["adapter"])
+    cohort.restore("default", job["adapter"])
     if job["checkpointing"]:
         checkpoint_layers(base.model)
     own = job["optimiser"]

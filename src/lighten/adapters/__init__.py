@@ -4,5 +4,6 @@ from lighten.adapters.cohort import Cohort, attach
 from lighten.adapters.files import load
 from lighten.adapters.layers import Share
 from lighten.adapters.spec import AdapterSpec
+from lighten.adapters.trained import Trained
 
-__all__ = ["AdapterSpec", "Cohort", "Share", "attach", "load"]
+__all__ = ["AdapterSpec", "Cohort", "Share", "Trained", "attach", "load"]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,10 +14,11 @@ from transformers import PreTrainedModel
 from lighten.adapters.layers import CohortCopies, CohortLinear, Routing, Share
 from lighten.adapters.spec import AdapterSpec
 from lighten.adapters.targets import low_rank_paths, saved_paths
+from lighten.adapters.trained import Trained
 from lighten.errors import UserError
 
 
-class Cohort:
+class Cohort(Trained):
     """Adapters on a frozen base, and the say over which row of a batch takes which of them.
 
     Attributes:
@@ -120,6 +122,22 @@ class Cohort:
         finally:
             routing.shares, routing.everyone, routing.starts = before
 
+    def contents(
+        self, name: str, *, base_model: str | None = None, revision: str | None = None
+    ) -> Mapping[str, bytes]:
+        """The adapter's files in PEFT's format."""
+        from lighten.adapters import files  # which knows this module
+
+        return files.contents(self, name, base_model=base_model, revision=revision)
+
+    def describe(self, name: str) -> str:
+        """In words for the user."""
+        return f"adapter {name}: r {self.specs[name].r}, alpha {self.specs[name].alpha:g}"
+
+    def facts(self, name: str) -> dict[str, Any]:
+        """What `run.json` keeps of an adapter."""
+        return {"r": self.specs[name].r, "alpha": self.specs[name].alpha}
+
     @contextmanager
     def _detached(self) -> Iterator[None]:
         """The base's own modules back in place for a moment, so that paths read as in the base."""
@@ -159,9 +177,19 @@ def attach(model: PreTrainedModel, specs: Sequence[AdapterSpec]) -> Cohort:
     """Freeze the base and attach a cohort of adapters to it.
 
     Raises:
-        UserError: Two adapters share a name, or an adapter's targets match nothing.
+        UserError: Two adapters share a name, an adapter's targets match nothing, or one of several
+            needs PEFT's own modules.
     """
     model.requires_grad_(False)
+    if needy := [spec for spec in specs if spec.needs_peft]:
+        from lighten.adapters.peft_backed import PeftBacked  # which knows the cohort
+
+        if len(specs) > 1:
+            raise UserError(
+                f"adapter {needy[0].name!r} is trained by PEFT's own modules, which cannot tell "
+                f"the rows of {len(specs)} adapters in one batch apart; train it alone"
+            )
+        return PeftBacked(model, needy[0])
     cohort = Cohort(model)
     for spec in specs:
         cohort.add(spec)

@@ -20,8 +20,17 @@ from transformers.pytorch_utils import Conv1D
 from lighten.adapters.cohort import Cohort, attach
 from lighten.adapters.spec import AdapterSpec
 from lighten.adapters.targets import shortest_names
+from lighten.adapters.trained import Trained
 from lighten.errors import UserError
 
+# Settings of a LoRA adapter that PEFT's own modules carry out.
+PEFT_ONLY = (
+    "alora_invocation_tokens", "exclude_modules", "layer_replication", "layers_to_transform",
+    "lora_bias", "target_parameters", "trainable_token_indices", "use_bdlora", "use_dora",
+    "use_qalora",
+)  # fmt: skip
+# Initial weights that PEFT takes out of the base's own.
+CHANGED_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -94,8 +103,8 @@ def verify(folder: str | os.PathLike[str], expected: Mapping[str, tuple[int, ...
     Raises:
         UserError: The files are not whole; says which key.
     """
-    path = Path(folder) / WEIGHTS
-    saved = _read_weights(path)
+    path = Path(folder)
+    saved = read_weights(path)
     for key, shape in expected.items():
         if key not in saved:
             raise UserError(f"{path}: {key} is missing, the adapter was not saved whole")
@@ -120,18 +129,27 @@ def load(model: PreTrainedModel, folders: Mapping[str, str | os.PathLike[str]]) 
         folders: Adapter folder by the name it shall have.
 
     Raises:
-        UserError: A folder is not a LoRA adapter, or does not fit the base.
+        UserError: A folder is not an adapter, or does not fit the base or the others.
     """
     cohort = attach(model, [])
     for name, folder in folders.items():
         config = read_config(folder)
-        weights = _read_weights(Path(folder) / WEIGHTS)
+        weights = read_weights(Path(folder))
         vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
         for key, value in weights.items():
             # An adapter that brought its own tokens has a taller embedding than the base.
             if key.endswith("embed_tokens.weight") and value.shape[0] > vocabulary:
                 model.resize_token_embeddings(value.shape[0], mean_resizing=False)
                 model.requires_grad_(False)
+        if needs_peft(config):
+            if len(folders) > 1:
+                raise UserError(
+                    f"{folder} is run by PEFT's own modules, which cannot tell the rows of "
+                    f"{len(folders)} adapters in one batch apart; load it alone"
+                )
+            from lighten.adapters import peft_backed  # which knows the cohort
+
+            return peft_backed.load(model, name, folder)
         cohort.add(spec_from_peft(name, config, folder))
         restore(cohort, name, weights, where=str(folder))
         for parameter in cohort.parameters(name).values():
@@ -140,13 +158,29 @@ def load(model: PreTrainedModel, folders: Mapping[str, str | os.PathLike[str]]) 
 
 
 @torch.no_grad()
-def restore(cohort: Cohort, name: str, weights: Mapping[str, Tensor], *, where: str) -> None:
-    """Copy saved weights into a live adapter.
+def restore(
+    trained: Trained,
+    name: str,
+    source: str | os.PathLike[str] | Mapping[str, Tensor],
+    *,
+    where: str | None = None,
+) -> None:
+    """Copy saved weights into the live ones.
+
+    Args:
+        trained: Where they live.
+        name: Whose.
+        source: The weights by key, or the folder that holds them.
+        where: What an error calls the source.
 
     Raises:
         UserError: A key is missing, left over, or has another shape (trap 27).
     """
-    own = cohort.parameters(name)
+    if isinstance(source, Mapping):
+        weights, where = source, where or "what is to be restored"
+    else:
+        weights, where = read_weights(Path(source)), str(source)
+    own = trained.parameters(name)
     wrong = sorted(set(own) ^ set(weights))
     if wrong:
         side = "lacks" if wrong[0] in own else "has an unknown"
@@ -162,35 +196,33 @@ def restore(cohort: Cohort, name: str, weights: Mapping[str, Tensor], *, where: 
         parameter.copy_(weights[key])
 
 
-def restore_from(cohort: Cohort, name: str, folder: str | os.PathLike[str]) -> None:
-    """Copy an adapter's saved files into the live adapter of that name.
-
-    Raises:
-        UserError: The files are not whole or do not fit.
-    """
-    restore(cohort, name, _read_weights(Path(folder) / WEIGHTS), where=str(folder))
-
-
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """The adapter's configuration.
 
     Raises:
-        UserError: No such file, or not a LoRA adapter.
+        UserError: No such file, or an adapter of a changed base.
     """
     path = Path(folder) / CONFIG
     if not path.is_file():
         raise UserError(f"{folder} is not an adapter: it has no {CONFIG}")
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"{path}: peft_type is {config.get('peft_type')!r}, only LORA loads here")
-    unsupported = [
-        key
-        for key in ("use_dora", "lora_bias", "target_parameters", "trainable_token_indices")
-        if config.get(key)
-    ]
-    if unsupported:
-        raise UserError(f"{path}: {unsupported[0]} is not supported here; load it with peft")
+    if not config.get("peft_type"):
+        raise UserError(f"{path} names no peft_type; it is not a PEFT adapter")
+    start = str(config.get("init_lora_weights", True)).lower()
+    if start.startswith(CHANGED_BASE):
+        raise UserError(
+            f"{path}: init_lora_weights is {start!r}, so it belongs to a base that it changed; "
+            "save it again with save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        )
     return config
+
+
+def needs_peft(config: Mapping[str, Any]) -> bool:
+    """Whether a saved adapter does what only PEFT's own modules can."""
+    if config.get("peft_type") != "LORA":
+        return True
+    # A layer's number may be 0.
+    return any(type(config.get(key)) is int or config.get(key) for key in PEFT_ONLY)
 
 
 def spec_from_peft(
@@ -213,12 +245,13 @@ def spec_from_peft(
     )
 
 
-def shapes(cohort: Cohort, name: str) -> dict[str, tuple[int, ...]]:
-    """Shape by PEFT key of a live adapter, what `verify` compares with."""
-    return {key: tuple(value.shape) for key, value in cohort.parameters(name).items()}
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter's folder.
 
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
+    Raises:
+        UserError: There are none, or the file is broken.
+    """
+    path = folder / WEIGHTS
     if not path.is_file():
         beside = path.with_name("adapter_model.bin")
         hint = "; only safetensors are read, never pickle" if beside.exists() else ""

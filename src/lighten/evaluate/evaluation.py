@@ -174,7 +174,7 @@ def measure(
     if progress is not None:
         progress(f"{name}: loss", 0, len(rows))
     losses = held_out(
-        Objective(base.model, cohort),
+        Objective(base.model, cohort, fast=cohort.supports_fast_loss),
         rows,
         adapter,
         max_rows=recipe.per_device_eval_batch_size,

@@ -146,6 +146,7 @@ class Recipe(RecipeFields):
         filled = {**flat, **own}
         if filled.get("lora_alpha") is None:
             filled["lora_alpha"] = 2 * filled["lora_r"]
+        filled["peft"] = self.peft
         return AdapterOptions.model_validate(filled)
 
     def _list_free(self, key: str) -> bool:
@@ -246,6 +247,8 @@ def _contradictions(recipe: Recipe, given: Mapping[str, Any]) -> list[str]:
             f"adapters: two are called {name!r}; give each its own name"
             for name in sorted({n for n in names if names.count(n) > 1})
         ]
+    if not problems:
+        problems += _peft_problems(recipe, given)
     if "warmup_ratio" in given and recipe.warmup_steps is not None:
         problems.append("warmup_ratio has no effect beside warmup_steps; keep one")
     if recipe.lr_scheduler_type == "constant":
@@ -268,6 +271,44 @@ def _contradictions(recipe: Recipe, given: Mapping[str, Any]) -> list[str]:
         ]  # fmt: skip
     if "early_stopping_threshold" in given and recipe.early_stopping_patience is None:
         problems.append("early_stopping_threshold has no effect without early_stopping_patience")
+    return problems
+
+
+def _peft_problems(recipe: Recipe, given: Mapping[str, Any]) -> list[str]:
+    """What cannot hold where PEFT's own modules train the adapter."""
+    options = recipe.cohort()
+    problems = []
+    own_starts = (True, False, "gaussian", "orthogonal")
+    for own in options:
+        taken = own.init_lora_weights not in own_starts
+        if len(options) > 1 and (own.use_dora or taken or own.peft is not None):
+            what = "peft" if own.peft is not None else "use_dora" if own.use_dora else "init"
+            said = {"init": f"init_lora_weights: {own.init_lora_weights}"}.get(what, what)
+            problems.append(
+                f"{said} trains one adapter at a time: PEFT's own modules cannot tell the rows of "
+                f"a cohort's {len(options)} adapters apart; train them in runs of their own"
+            )
+            break
+        if own.use_dora and taken:
+            problems.append(
+                f"use_dora and init_lora_weights: {own.init_lora_weights} exclude each other: what "
+                "they train could not be used on the untouched base; keep one"
+            )
+    if recipe.peft is None:
+        return problems
+    if not recipe.peft.get("peft_type"):
+        problems.append("peft names no peft_type; add one (IA3, PREFIX_TUNING, VERA, ...)")
+    set_too = [
+        key
+        for key, field in RecipeFields.model_fields.items()
+        if dict(field.json_schema_extra or {}).get("section") == "lora"  # type: ignore[arg-type]
+        and key not in ("peft", "adapters")
+        and (key in given or any(getattr(e, key, None) for e in recipe.adapters or ()))
+    ]
+    problems += [
+        f"{key} has no effect beside peft: put what the method needs into the peft section"
+        for key in set_too
+    ]
     return problems
 
 

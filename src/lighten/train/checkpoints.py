@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 
-from lighten.adapters import Cohort, files
+from lighten.adapters import Cohort
 from lighten.errors import UserError
 from lighten.runs import write_bytes, write_json
 from lighten.train.member import Member, MemberProgress
@@ -78,7 +78,7 @@ def save(
     }
     parts = {OPTIMIZER: to_bytes(tensors)}
     for member in members:
-        saved = files.contents(cohort, member.name, base_model=base_model, revision=revision)
+        saved = cohort.contents(member.name, base_model=base_model, revision=revision)
         parts |= {f"adapters/{member.name}/{name}": data for name, data in saved.items()}
     state.global_step = state.step
     state.files = {name: hashlib.sha256(data).hexdigest() for name, data in parts.items()}
@@ -86,7 +86,7 @@ def save(
         for name, data in parts.items():
             write_bytes(partial / name, data)
         for member in members:
-            files.verify(partial / "adapters" / member.name, files.shapes(cohort, member.name))
+            cohort.verify(member.name, partial / "adapters" / member.name)
         write_json(partial / STATE, asdict(state))
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
@@ -132,8 +132,7 @@ def restore(
     optimizer = from_bytes((checkpoint / OPTIMIZER).read_bytes())
     for member in members:
         folder = checkpoint / "adapters" / member.name
-        weights = from_bytes((folder / files.WEIGHTS).read_bytes())
-        files.restore(cohort, member.name, weights, where=str(folder))
+        cohort.restore(member.name, folder)
         prefix = f"{member.name}/"
         member.restore_optimizer(
             {

@@ -87,12 +87,14 @@ def prepare(recipe: Recipe, accelerator: Accelerator, base: models.Base, rows: R
     """
     options = recipe.cohort()
     cohort = attach(base.model, [_spec(own) for own in options])
+    if recipe.gradient_checkpointing and cohort.no_checkpointing is not None:
+        raise UserError(f"gradient_checkpointing: {cohort.no_checkpointing}; set it to false")
     choices = {
         "dtype": base.dtype,
         "attention": base.attention,
         "template": Choice(rows.template.name, rows.template.reason),
     }
-    if recipe.added_tokens and not all(own.modules_to_save for own in options):
+    if recipe.added_tokens and not all(_whole(own) for own in options):
         choices["added_tokens"] = Choice(
             "untrained", "modules_to_save does not name the embedding, so they stay as they began"
         )
@@ -108,19 +110,31 @@ def prepare(recipe: Recipe, accelerator: Accelerator, base: models.Base, rows: R
     total = recipe.max_steps or math.ceil(recipe.num_train_epochs * steps_per_epoch)
     members = [_member(own, recipe, cohort, total) for own in options]
     device = accelerator.device.type
-    scaler = torch.amp.GradScaler(device, enabled=base.model.dtype == torch.float16)
-    choices["packing"] = packing = choose_packing(recipe.packing, base.model)
+    scaler = torch.amp.GradScaler(device, enabled=cohort.dtype == torch.float16)
+    choices["packing"] = packing = choose_packing(recipe.packing, base.model, cohort.no_packing)
     tokens, why = choose_tokens(recipe.tokens_per_microbatch, device)
     choices["micro-batch"] = Choice(f"{tokens} tokens" if tokens else "rows", why)
-    objective = Objective(base.model, cohort, packs=packing.value == "on")
+    objective = Objective(
+        base.model, cohort, fast=cohort.supports_fast_loss, packs=packing.value == "on"
+    )
+    if not cohort.supports_fast_loss:
+        objective.reason = "the head learns inside PEFT's own module"
+    objective.packing_reason = cohort.no_packing or objective.packing_reason
     return Setup(
         recipe, base, rows, cohort, members, objective, accelerator, scaler,
         per_step, steps_per_epoch, total, tokens, choices,
     )  # fmt: skip
 
 
-def choose_packing(wanted: bool | str, model: PreTrainedModel) -> Choice:
+def choose_packing(
+    wanted: bool | str, model: PreTrainedModel, hindered: str | None = None
+) -> Choice:
     """Whether rows stand behind each other in a micro-batch, and why.
+
+    Args:
+        wanted: The recipe's `packing`.
+        model: The base.
+        hindered: Why what learns cannot be packed, or None.
 
     Raises:
         UserError: It is wanted and the attention would look across rows.
@@ -128,6 +142,10 @@ def choose_packing(wanted: bool | str, model: PreTrainedModel) -> Choice:
     name = str(model.config._attn_implementation)
     if wanted is False:
         return Choice("off", "packing of the recipe")
+    if hindered is not None:
+        if wanted is True:
+            raise UserError(f"packing: {hindered}; set it to false or auto")
+        return Choice("off", hindered)
     if name in attention.PACKS:
         return Choice("on", f"{name} attention keeps packed rows apart")
     if wanted is True:
@@ -248,6 +266,19 @@ def _spec(own: AdapterOptions) -> AdapterSpec:
         rank_pattern=dict(own.rank_pattern),
         alpha_pattern=dict(own.alpha_pattern),
         seed=own.seed,
+        use_dora=own.use_dora,
+        peft=own.peft,
+    )
+
+
+def _whole(own: AdapterOptions) -> bool:
+    """Whether the adapter trains anything that might be the embedding."""
+    inside = own.peft or {}
+    return bool(
+        own.modules_to_save
+        or inside.get("modules_to_save")
+        or inside.get("peft_type") == "TRAINABLE_TOKENS"
+        or inside.get("trainable_token_indices")
     )
 
 

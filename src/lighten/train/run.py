@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from lighten import hardware, models, runs
 from lighten.adapters import files
+from lighten.adapters.peft_methods import method_of
 from lighten.errors import UserError
 from lighten.recipe import Recipe
 from lighten.runs import Run
@@ -40,6 +41,8 @@ def train(recipe: Recipe, *, resume: bool = False, progress: bool = True) -> Run
         Interrupted: SIGINT or SIGTERM; the state is saved and the run is marked interrupted.
     """
     trackers.check_installed(recipe.report_to)
+    if recipe.peft is not None:
+        method_of(recipe.peft)  # says what is wrong with it before anything is loaded
     device = hardware.choose_device()
     accelerator = Accelerator(
         cpu=device.value == "cpu",
@@ -87,6 +90,7 @@ def _train(
     memory = hardware.PeakMemory(accelerator.device.type)
     base = load_base(recipe, str(accelerator.device))
     rows = load_rows(recipe, base.tokenizer)
+    facts = _base_facts(base)  # of the base alone: PEFT puts its parameters into the model
     setup = prepare(recipe, accelerator, base, rows)
     _tell(setup, shown)
     if resume:
@@ -95,7 +99,7 @@ def _train(
     if accelerator.is_main_process:
         run.truncate_metrics(state.step)
         run.update(
-            base=_base_facts(base),
+            base=facts,
             data=rows.facts,
             choices=[
                 {"what": what, "value": choice.value, "reason": choice.reason}
@@ -163,9 +167,8 @@ def _tell(setup: Setup, shown: TrainingProgress) -> None:
             f"{setup.recipe.max_length} ({counts.truncated} rows cut, {counts.dropped} left out)"
         )
     for member in setup.members:
-        spec = setup.cohort.specs[member.name]
         size = sum(parameter.numel() for parameter in member.parameters.values())
-        shown.note(f"adapter {member.name}: r {spec.r}, alpha {spec.alpha:g}, {size:,} parameters")
+        shown.note(f"{setup.cohort.describe(member.name)}, {size:,} parameters")
 
 
 def _finish(run: Run, setup: Setup, state: TrainerState, memory: dict[str, Any]) -> None:
@@ -179,8 +182,7 @@ def _finish(run: Run, setup: Setup, state: TrainerState, memory: dict[str, Any])
         adapters.append(
             {
                 "name": member.name,
-                "r": setup.cohort.specs[member.name].r,
-                "alpha": setup.cohort.specs[member.name].alpha,
+                **setup.cohort.facts(member.name),
                 "trainable_parameters": sum(p.numel() for p in member.parameters.values()),
                 "file_bytes": (folder / files.WEIGHTS).stat().st_size,
                 "steps": member.progress.steps,
@@ -221,7 +223,7 @@ def _put_best_back(run: Run, setup: Setup) -> None:
     for member in setup.members:
         step = member.progress.best_step
         folder = run.folder / "checkpoints" / f"checkpoint-{step}" / "adapters" / member.name
-        files.restore_from(setup.cohort, member.name, folder)
+        setup.cohort.restore(member.name, folder)
 
 
 def _last_held_out(run: Run, name: str, setup: Setup, best: int | None) -> float | None:
@@ -237,8 +239,8 @@ def export_adapter(setup: Setup, name: str, folder: Path) -> None:
 
     The files are verified after they are written.
     """
-    parts = files.contents(
-        setup.cohort, name, base_model=setup.base.name, revision=setup.base.revision
+    parts = dict(
+        setup.cohort.contents(name, base_model=setup.base.name, revision=setup.base.revision)
     )
     with TemporaryDirectory() as scratch:
         setup.base.tokenizer.save_pretrained(scratch)
@@ -248,17 +250,20 @@ def export_adapter(setup: Setup, name: str, folder: Path) -> None:
     parts["README.md"] = _card(setup, name).encode()
     for file_name, data in parts.items():
         runs.write_bytes(folder / file_name, data)
-    files.verify(folder, files.shapes(setup.cohort, name))
+    setup.cohort.verify(name, folder)
 
 
 def _card(setup: Setup, name: str) -> str:
-    spec, base = setup.cohort.specs[name], setup.base
+    facts, base = setup.cohort.facts(name), setup.base
+    method = facts.get("method", "LoRA")
+    rank = f" of rank {facts['r']} (alpha {facts['alpha']:g})" if facts["alpha"] else ""
+    serving = f"Serving: {facts['serving']}.\n\n" if "serving" in facts else ""
     return (
         f"---\nbase_model: {base.name}\nlibrary_name: peft\ntags: [lora, lighten]\n---\n\n"
-        f"# {name}\n\nA LoRA adapter of rank {spec.r} (alpha {spec.alpha:g}) for `{base.name}`, "
+        f"# {name}\n\nA {method} adapter{rank} for `{base.name}`, "
         f"trained with lighten {hardware.versions().get('lighten', '')} on "
         f"`{Path(setup.recipe.dataset).name}` with the chat template "
-        f"`{setup.rows.template.name}`.\n\n```python\nfrom peft import PeftModel\n"
+        f"`{setup.rows.template.name}`.\n\n{serving}```python\nfrom peft import PeftModel\n"
         f"from transformers import AutoModelForCausalLM\n\n"
         f'base = AutoModelForCausalLM.from_pretrained("{base.name}")\n'
         'model = PeftModel.from_pretrained(base, "path/to/this/folder")\n```\n'

@@ -1,0 +1,108 @@
+"""What every kind of training offers the rooms that train, save and evaluate it."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lighten.adapters.layers import Share
+
+
+class Trained(ABC):
+    """Weights that learn, by the names of their owners: adapters on a base, or the base itself.
+
+    Attributes:
+        model: A plain transformers model; its forward works inside `using` or `sharing`.
+        folder: Where a checkpoint keeps the weights of each name.
+    """
+
+    model: PreTrainedModel
+    folder: ClassVar[str] = "adapters"
+
+    @property
+    def supports_fast_loss(self) -> bool:
+        """Whether the head is a layer whose product can be formed in chunks."""
+        return True
+
+    @property
+    def no_packing(self) -> str | None:
+        """Why rows must not stand behind each other, or None."""
+        return None
+
+    @property
+    def no_checkpointing(self) -> str | None:
+        """Why layers cannot be recomputed in the backward pass, or None."""
+        return None
+
+    @property
+    @abstractmethod
+    def names(self) -> tuple[str, ...]:
+        """The names, in order."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The format that products are computed in."""
+        return self.model.dtype
+
+    @abstractmethod
+    def parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """The trainable parameters of a name by their key in its files."""
+
+    @abstractmethod
+    def using(self, name: str | None) -> AbstractContextManager[PreTrainedModel]:
+        """Every row takes what was trained under this name (None: the untouched base).
+
+        Raises:
+            UserError: There is no such name.
+        """
+
+    @abstractmethod
+    def sharing(
+        self, shares: Sequence[Share], starts: Sequence[int] | None = None
+    ) -> AbstractContextManager[PreTrainedModel]:
+        """The batch's rows take what the shares say; they cover it from row 0 on."""
+
+    @abstractmethod
+    def contents(
+        self, name: str, *, base_model: str | None = None, revision: str | None = None
+    ) -> Mapping[str, bytes]:
+        """The files of a name as bytes by file name, for whoever writes them safely."""
+
+    @abstractmethod
+    def describe(self, name: str) -> str:
+        """In words for the user."""
+
+    @abstractmethod
+    def facts(self, name: str) -> dict[str, Any]:
+        """What `run.json` keeps of a name: rank `r` and `alpha`, None where there are none."""
+
+    def shapes(self, name: str) -> dict[str, tuple[int, ...]]:
+        """Shape by key of the live weights, what `verify` compares with."""
+        return {key: tuple(value.shape) for key, value in self.parameters(name).items()}
+
+    def restore(self, name: str, source: str | os.PathLike[str] | Mapping[str, Tensor]) -> None:
+        """Copy saved weights, or those of a folder, into the live ones.
+
+        Raises:
+            UserError: They are not whole or do not fit.
+        """
+        from lighten.adapters import files  # which knows the cohort, and that knows this
+
+        files.restore(self, name, source)
+
+    def verify(self, name: str, folder: str | os.PathLike[str]) -> None:
+        """Reopen saved files: every key there with its shape, nothing empty or not finite.
+
+        Raises:
+            UserError: They are not whole; says which key.
+        """
+        from lighten.adapters import files  # which knows the cohort, and that knows this
+
+        files.verify(folder, self.shapes(name))
