@@ -118,7 +118,8 @@ MUTATIONS: dict[str, Any] = {
     "adam_epsilon": 1e-2, "max_grad_norm": 0.1, "gradient_checkpointing": True, "seed": 7,
     "eval_steps": 1, "save_steps": 1, "save_total_limit": 1, "lora_r": 2, "lora_alpha": 1.0,
     "lora_dropout": 0.5, "lora_target_modules": ["q_proj"], "use_rslora": True,
-    "init_lora_weights": "gaussian", "modules_to_save": ["norm"], "rank_pattern": {"q_proj": 1},
+    "use_dora": True, "init_lora_weights": "gaussian", "modules_to_save": ["norm"],
+    "rank_pattern": {"q_proj": 1},
     "alpha_pattern": {"q_proj": 1.0}, "adapters": [{"name": "a"}, {"name": "b", "lora_r": 1}],
     "optim": "adamw_8bit", "loraplus_lr_ratio": 8.0,
     "gradient_checkpointing_layers": {"gradient_checkpointing": True,
@@ -126,6 +127,7 @@ MUTATIONS: dict[str, Any] = {
     "gradient_checkpointing_part": {"gradient_checkpointing": True,
                                     "gradient_checkpointing_part": "mlp"},
     "activation_offload": True,
+    "peft": {"peft": {"peft_type": "IA3"}, "lora_r": 8, "lora_dropout": 0.0},
     "early_stopping_patience": {"early_stopping_patience": 1, "learning_rate": 5.0,
                                 "eval_steps": 1},
     "early_stopping_threshold": {"early_stopping_patience": 1, "early_stopping_threshold": 100.0,
@@ -153,6 +155,7 @@ ELSEWHERE = {
     "per_device_eval_batch_size": "below: the layout changes, the result must not",
     "gradient_checkpointing_kwargs": "test_train_memory: handed on, or refused",
     "packing": "below: the layout changes, the result must not",
+    "torch_compile": "test_train_compiled: code changes, the result must not",
     "evaluate.batch_size": "test_evaluate, trap 17: the result must not change",
 }  # fmt: skip
 

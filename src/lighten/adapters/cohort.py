@@ -189,9 +189,19 @@ def attach(model: PreTrainedModel, specs: Sequence[AdapterSpec]) -> Cohort:
     """Freeze the base and attach a cohort of adapters to it.
 
     Raises:
-        UserError: Two adapters share a name, or an adapter's targets match nothing.
+        UserError: Two adapters share a name, an adapter's targets match nothing, or one of several
+            needs PEFT's own modules.
     """
     model.requires_grad_(False)
+    if needy := [spec for spec in specs if spec.needs_peft]:
+        from lighten.adapters.peft_backed import PeftBacked  # which knows the cohort
+
+        if len(specs) > 1:
+            raise UserError(
+                f"adapter {needy[0].name!r} is trained by PEFT's own modules, which cannot tell "
+                f"the rows of {len(specs)} adapters in one batch apart; train it alone"
+            )
+        return PeftBacked(model, needy[0])
     cohort = Cohort(model)
     for spec in specs:
         cohort.add(spec)

@@ -25,6 +25,14 @@ from lighten.adapters.trained import Trained
 from lighten.adapters.whole import STEM
 from lighten.errors import UserError
 
+# Settings of a LoRA adapter that PEFT's own modules carry out.
+PEFT_ONLY = (
+    "alora_invocation_tokens", "exclude_modules", "layer_replication", "layers_to_transform",
+    "lora_bias", "target_parameters", "trainable_token_indices", "use_bdlora", "use_dora",
+    "use_qalora",
+)  # fmt: skip
+# Initial weights that PEFT takes out of the base's own.
+CHANGED_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -123,7 +131,7 @@ def load(model: PreTrainedModel, folders: Mapping[str, str | os.PathLike[str]]) 
         folders: Adapter folder by the name it shall have.
 
     Raises:
-        UserError: A folder is not a LoRA adapter, or does not fit the base.
+        UserError: A folder is not an adapter, or does not fit the base or the others.
     """
     cohort = attach(model, [])
     for name, folder in folders.items():
@@ -135,6 +143,15 @@ def load(model: PreTrainedModel, folders: Mapping[str, str | os.PathLike[str]]) 
             if key.endswith("embed_tokens.weight") and value.shape[0] > vocabulary:
                 model.resize_token_embeddings(value.shape[0], mean_resizing=False)
                 model.requires_grad_(False)
+        if needs_peft(config):
+            if len(folders) > 1:
+                raise UserError(
+                    f"{folder} is run by PEFT's own modules, which cannot tell the rows of "
+                    f"{len(folders)} adapters in one batch apart; load it alone"
+                )
+            from lighten.adapters import peft_backed  # which knows the cohort
+
+            return peft_backed.load(model, name, folder)
         cohort.add(spec_from_peft(name, config, folder))
         restore(cohort, name, weights, where=str(folder))
         for parameter in cohort.parameters(name).values():
@@ -185,22 +202,29 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """The adapter's configuration.
 
     Raises:
-        UserError: No such file, or not a LoRA adapter.
+        UserError: No such file, or an adapter of a changed base.
     """
     path = Path(folder) / CONFIG
     if not path.is_file():
         raise UserError(f"{folder} is not an adapter: it has no {CONFIG}")
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"{path}: peft_type is {config.get('peft_type')!r}, only LORA loads here")
-    unsupported = [
-        key
-        for key in ("use_dora", "lora_bias", "target_parameters", "trainable_token_indices")
-        if config.get(key)
-    ]
-    if unsupported:
-        raise UserError(f"{path}: {unsupported[0]} is not supported here; load it with peft")
+    if not config.get("peft_type"):
+        raise UserError(f"{path} names no peft_type; it is not a PEFT adapter")
+    start = str(config.get("init_lora_weights", True)).lower()
+    if start.startswith(CHANGED_BASE):
+        raise UserError(
+            f"{path}: init_lora_weights is {start!r}, so it belongs to a base that it changed; "
+            "save it again with save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        )
     return config
+
+
+def needs_peft(config: Mapping[str, Any]) -> bool:
+    """Whether a saved adapter does what only PEFT's own modules can."""
+    if config.get("peft_type") != "LORA":
+        return True
+    # A layer's number may be 0.
+    return any(type(config.get(key)) is int or config.get(key) for key in PEFT_ONLY)
 
 
 def spec_from_peft(

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from lighten.adapters.frozen import dense_copy, formats, out_in_features
 from lighten.adapters.ops import Dropout, Part, lone_linears, low_rank_linears
 from lighten.adapters.spec import AdapterSpec
+from lighten.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,8 @@ class CohortLinear(nn.Module):
         B = torch.zeros(outputs, rank)
         if spec.init_lora_weights == "gaussian":
             A.normal_(std=1 / rank, generator=generator)
+        elif spec.init_lora_weights == "orthogonal":
+            A, B = _orthogonal(rank, inputs, outputs, generator)
         else:
             bound = 1 / math.sqrt(A.shape[1])  # Kaiming-uniform with a = √5, PEFT's default
             A.uniform_(-bound, bound, generator=generator)
@@ -354,6 +357,22 @@ class CohortCopies(nn.Module):
             value.data = value.data.to(own[key])
             value.requires_grad_(False)
         return made
+
+
+def _orthogonal(
+    rank: int, features: int, out: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Random A and B on orthogonal halves of the rank's space, so that B A is zero, as PEFT does.
+
+    Raises:
+        UserError: The rank is odd.
+    """
+    if rank % 2:
+        raise UserError(f"init_lora_weights: orthogonal halves the rank, but {rank} is odd")
+    basis = torch.linalg.qr(torch.randn(rank, rank, generator=generator))[0]
+    A = torch.randn(features, rank // 2, generator=generator) @ basis[0::2] / 10.0
+    B = torch.randn(out, rank // 2, generator=generator) @ basis[1::2] / 10.0
+    return A.T.contiguous(), B
 
 
 def _mix(*numbers: int) -> int:

@@ -6,6 +6,10 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
+
+# Initial weights that the cohort's own layers know; PEFT makes the others.
+OWN_INITS = (True, False, "gaussian", "orthogonal")
 
 
 @dataclass(frozen=True)
@@ -17,15 +21,21 @@ class AdapterSpec:
         r: Rank of the update.
         alpha: Numerator of the scale, `lora_alpha` in PEFT.
         dropout: Probability of dropping an input feature before `A`.
-        target_modules: `"all-linear"`, a regular expression matched against whole module paths,
-            or module names matched at the end of the path.
+        target_modules: `"all-linear"`, `"attention"` or `"mlp"` for the linear layers of those
+            blocks, a regular expression matched against whole module paths, or module names
+            matched at the end of the path.
         use_rslora: Scale by alpha / sqrt(r) (arXiv 2312.03732) in place of alpha / r.
         init_lora_weights: True for PEFT's default (A Kaiming-uniform, B zero), "gaussian" for
-            A normal with deviation 1/r and B zero, False for both random (for tests).
+            A normal with deviation 1/r and B zero, "orthogonal" for factors whose product is
+            zero though none of them is, False for both random (for tests); "pissa",
+            "pissa_niter_N" and "olora" are made by PEFT from the base's own weight.
         modules_to_save: Modules trained as whole copies beside the low-rank layers.
         rank_pattern: Rank by module-name pattern where it differs from `r`.
         alpha_pattern: Alpha by module-name pattern where it differs from `alpha`.
         seed: Seed of the initial weights and of the dropout.
+        use_dora: Learn a magnitude per output feature beside the update (arXiv 2402.09353).
+        peft: Settings of another PEFT method, `peft_type` among them; the fields above, but for
+            name and seed, mean nothing then.
     """
 
     name: str = "default"
@@ -39,6 +49,14 @@ class AdapterSpec:
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     seed: int = 42
+    use_dora: bool = False
+    peft: dict[str, Any] | None = None
+
+    @property
+    def needs_peft(self) -> bool:
+        """Whether PEFT's own modules train it, one adapter at a time."""
+        own = self.init_lora_weights in OWN_INITS
+        return self.use_dora or self.peft is not None or not own
 
     def rank_at(self, path: str) -> int:
         """Rank at the module path, `rank_pattern` honoured."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from lighten.adapters.frozen import is_linear
@@ -19,6 +20,8 @@ TOGETHER = (
     frozenset({"w1", "w3"}),
     frozenset({"query", "key", "value"}),
 )
+# Linear layers of a decoder layer: those under its attention, and the rest.
+GROUPS = ("attention", "mlp")
 
 
 def low_rank_paths(model: PreTrainedModel, spec: AdapterSpec) -> list[str]:
@@ -32,7 +35,8 @@ def low_rank_paths(model: PreTrainedModel, spec: AdapterSpec) -> list[str]:
     if spec.target_modules == ALL_LINEAR:
         found = [path for path in linear if model.get_submodule(path) is not head]
     else:
-        found = [path for path, _ in model.named_modules() if _matches(path, spec.target_modules)]
+        targets = without_groups(model, spec.target_modules)
+        found = [path for path, _ in model.named_modules() if _matches(path, targets)]
     whole = saved_paths(model, spec)
     found = [p for p in found if not any(p == w or p.startswith(f"{w}.") for w in whole)]
     if not found:
@@ -61,6 +65,68 @@ def sibling_paths(paths: Iterable[str]) -> list[list[str]]:
             if name in names:
                 groups.setdefault((parent, number), []).append(path)
     return [group for group in groups.values() if len(group) > 1]
+
+
+def without_groups(model: PreTrainedModel, targets: str | Iterable[str]) -> str | tuple[str, ...]:
+    """The targets with `attention` and `mlp` replaced by the paths they mean.
+
+    A linear layer that is itself called so is meant before the group.
+
+    Raises:
+        UserError: A group has no linear layer in this model.
+    """
+    linear = [path for path, module in model.named_modules() if is_linear(module)]
+    groups = [name for name in GROUPS if not any(_ends_with_any(p, (name,)) for p in linear)]
+    if isinstance(targets, str):
+        return tuple(group_paths(model, targets)) if targets in groups else targets
+    found: list[str] = []
+    for target in targets:
+        found += group_paths(model, target) if target in groups else [target]
+    return tuple(found)
+
+
+def group_paths(model: PreTrainedModel, group: str) -> list[str]:
+    """Paths of the linear layers under the decoder layers' attention, or of the others there.
+
+    Raises:
+        UserError: There is none.
+    """
+    found = []
+    for layers in model.modules():
+        wanted = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+        if isinstance(layers, nn.ModuleList) and len(layers) == wanted:
+            found = [
+                path
+                for path, module in model.named_modules()
+                if is_linear(module)
+                and (parents := _parents_within(model, path, layers)) is not None
+                and any(map(_is_attention, parents)) == (group == "attention")
+            ]
+            break
+    if not found:
+        raise UserError(
+            f"lora_target_modules: {group}: the decoder layers of {type(model).__name__} have no "
+            "such linear layers; fused experts are reached through peft: {peft_type: LORA, "
+            "target_parameters: [...]}"
+        )
+    return found
+
+
+def _parents_within(
+    model: PreTrainedModel, path: str, layers: nn.ModuleList
+) -> list[tuple[str, nn.Module]] | None:
+    """Names and modules above a path inside its decoder layer; None outside of all of them."""
+    parts = path.split(".")
+    chain = [(part, model.get_submodule(".".join(parts[: i + 1]))) for i, part in enumerate(parts)]
+    for place, (_, module) in enumerate(chain):
+        if any(module is layer for layer in layers):
+            return chain[place + 1 : -1]
+    return None
+
+
+def _is_attention(named: tuple[str, nn.Module]) -> bool:
+    name, module = named
+    return "attn" in name.lower() or "attention" in type(module).__name__.lower()
 
 
 def saved_paths(model: PreTrainedModel, spec: AdapterSpec) -> list[str]:

@@ -27,6 +27,21 @@ class Trained(ABC):
     folder: ClassVar[str] = "adapters"
 
     @property
+    def supports_fast_loss(self) -> bool:
+        """Whether the head is a layer whose product can be formed in chunks."""
+        return True
+
+    @property
+    def no_packing(self) -> str | None:
+        """Why rows must not stand behind each other, or None."""
+        return None
+
+    @property
+    def no_checkpointing(self) -> str | None:
+        """Why layers cannot be recomputed in the backward pass, or None."""
+        return None
+
+    @property
     @abstractmethod
     def names(self) -> tuple[str, ...]:
         """The names, in order."""

@@ -173,7 +173,7 @@ def measure(
     if progress is not None:
         progress(f"{name}: loss", 0, len(rows))
     losses = held_out(
-        Objective(base.model, trained),
+        Objective(base.model, trained, fast=trained.supports_fast_loss),
         rows,
         adapter,
         max_rows=recipe.per_device_eval_batch_size,

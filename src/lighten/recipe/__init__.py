@@ -164,6 +164,7 @@ class Recipe(RecipeFields):
         filled = {**flat, **own}
         if filled.get("lora_alpha") is None:
             filled["lora_alpha"] = 2 * filled["lora_r"]
+        filled["peft"] = self.peft
         return AdapterOptions.model_validate(filled)
 
     def _list_free(self, key: str) -> bool:
@@ -265,6 +266,8 @@ def _contradictions(recipe: Recipe, given: Mapping[str, Any]) -> list[str]:
             for name in sorted({n for n in names if names.count(n) > 1})
         ]
     problems += _method_problems(recipe, given)
+    if not problems:
+        problems += _peft_problems(recipe, given)
     if "warmup_ratio" in given and recipe.warmup_steps is not None:
         problems.append("warmup_ratio has no effect beside warmup_steps; keep one")
     if recipe.lr_scheduler_type == "constant":
@@ -322,15 +325,19 @@ def _method_problems(recipe: Recipe, given: Mapping[str, Any]) -> list[str]:
         for key in ("load_in_4bit", "load_in_8bit")
         if getattr(recipe, key)
     ]
-    return quantised + [
-        f"{key} has no effect with method: full, which trains the base's own weights; leave it out"
-        for key in adapters_only
-    ] + [
-        f"{key} is a list, which makes several adapters, but method: full trains one set of "
-        "weights; give one value"
-        for key in COHORT_LISTS
-        if recipe._list(key) is not None and key not in adapters_only
-    ]
+    return (
+        quantised
+        + [
+            f"{key} has no effect with method: full, which trains the base's own weights; remove it"
+            for key in adapters_only
+        ]
+        + [
+            f"{key} is a list, which makes several adapters, but method: full trains one set of "
+            "weights; give one value"
+            for key in COHORT_LISTS
+            if recipe._list(key) is not None and key not in adapters_only
+        ]
+    )
 
 
 def _about_bits(recipe: Recipe, given: Mapping[str, Any]) -> list[str]:
@@ -348,6 +355,44 @@ def _about_bits(recipe: Recipe, given: Mapping[str, Any]) -> list[str]:
             "computes in one format here; keep one of the two"
         ]
     return []
+
+
+def _peft_problems(recipe: Recipe, given: Mapping[str, Any]) -> list[str]:
+    """What cannot hold where PEFT's own modules train the adapter."""
+    options = recipe.cohort()
+    problems = []
+    own_starts = (True, False, "gaussian", "orthogonal")
+    for own in options:
+        taken = own.init_lora_weights not in own_starts
+        if len(options) > 1 and (own.use_dora or taken or own.peft is not None):
+            what = "peft" if own.peft is not None else "use_dora" if own.use_dora else "init"
+            said = {"init": f"init_lora_weights: {own.init_lora_weights}"}.get(what, what)
+            problems.append(
+                f"{said} trains one adapter at a time: PEFT's own modules cannot tell the rows of "
+                f"a cohort's {len(options)} adapters apart; train them in runs of their own"
+            )
+            break
+        if own.use_dora and taken:
+            problems.append(
+                f"use_dora and init_lora_weights: {own.init_lora_weights} exclude each other: what "
+                "they train could not be used on the untouched base; keep one"
+            )
+    if recipe.peft is None:
+        return problems
+    if not recipe.peft.get("peft_type"):
+        problems.append("peft names no peft_type; add one (IA3, PREFIX_TUNING, VERA, ...)")
+    set_too = [
+        key
+        for key, field in RecipeFields.model_fields.items()
+        if dict(field.json_schema_extra or {}).get("section") == "lora"  # type: ignore[arg-type]
+        and key not in ("peft", "adapters")
+        and (key in given or any(getattr(e, key, None) for e in recipe.adapters or ()))
+    ]
+    problems += [
+        f"{key} has no effect beside peft: put what the method needs into the peft section"
+        for key in set_too
+    ]
+    return problems
 
 
 def _has_held_out(recipe: Recipe) -> bool:

@@ -14,6 +14,11 @@ Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Rate = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 AdapterName = Annotated[str, Field(pattern=r"^\w[\w.=-]*$", max_length=80)]
+# Initial weights that need no steps over the data; names of PEFT.
+Init = (
+    bool
+    | Annotated[str, Field(pattern=r"^(gaussian|orthogonal|olora|pissa(_niter_[1-9][0-9]*)?)$")]
+)
 Tracker = Literal["wandb", "tensorboard", "trackio"]
 Optimizer = Literal[
     "adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit",
@@ -55,7 +60,8 @@ class AdapterFields(Section):
     lora_dropout: Share | None = Field(None, description="dropout before A")
     lora_target_modules: str | list[str] | None = Field(None, description="modules to adapt")
     use_rslora: bool | None = Field(None, description="scale by alpha / sqrt(r)")
-    init_lora_weights: bool | Literal["gaussian"] | None = Field(None, description="start")
+    use_dora: bool | None = Field(None, description="learn magnitudes too")
+    init_lora_weights: Init | None = Field(None, description="start")
     modules_to_save: list[str] | None = Field(None, description="modules trained whole")
     rank_pattern: dict[str, Positive] | None = Field(None, description="rank by module pattern")
     alpha_pattern: dict[str, Rate] | None = Field(None, description="alpha by module pattern")
@@ -79,6 +85,7 @@ class AdapterOptions(Section):
     lora_dropout: float
     lora_target_modules: str | list[str]
     use_rslora: bool
+    use_dora: bool
     init_lora_weights: bool | str
     modules_to_save: list[str] | None
     rank_pattern: dict[str, int]
@@ -86,6 +93,7 @@ class AdapterOptions(Section):
     learning_rate: float
     loraplus_lr_ratio: float | None
     seed: int
+    peft: dict[str, Any] | None = None
 
 
 def _field(default: Any, section: str, text: str, **bounds: Any) -> Any:
@@ -201,6 +209,11 @@ class RecipeFields(Section):
         "training",
         "activations wait in pinned main memory (GPU) or in a scratch file (processor)",
     )
+    torch_compile: bool | Literal["auto"] = _field(
+        "auto",
+        "training",
+        "compile one decoder layer for all of them; auto: where the run is long enough to gain",
+    )
     seed: int | list[int] = _field(42, "training", "seed of order, weights and dropout")
 
     logging_steps: Positive = _field(1, "run", "steps between lines to the trackers")
@@ -223,20 +236,31 @@ class RecipeFields(Section):
     lora_alpha: Rate | list[Rate] | None = _field(None, "lora", "scale numerator; default 2 x rank")
     lora_dropout: Share | list[Share] = _field(0.0, "lora", "dropout before A")
     lora_target_modules: str | list[str] = _field(
-        "all-linear", "lora", "module names, a regular expression, or all-linear"
+        "all-linear", "lora", "all-linear, attention, mlp, module names or a regular expression"
     )
     loraplus_lr_ratio: Rate | None = _field(
         None, "lora", "LoRA+: B learns at this many times the learning rate (the paper: 16)"
     )
     use_rslora: bool = _field(False, "lora", "scale by alpha / sqrt(r)")
-    init_lora_weights: bool | Literal["gaussian"] = _field(
-        True, "lora", "true: PEFT's default; gaussian; false: random, for tests"
+    use_dora: bool = _field(False, "lora", "DoRA: learn magnitudes too, with PEFT's own modules")
+    init_lora_weights: Init = _field(
+        True,
+        "lora",
+        "true: PEFT's default; gaussian, orthogonal, pissa, pissa_niter_N, olora; false: random, "
+        "for tests",
     )
     modules_to_save: list[str] | None = _field(None, "lora", "modules trained as whole copies")
     rank_pattern: dict[str, Positive] = _field({}, "lora", "rank by module-name pattern")
     alpha_pattern: dict[str, Rate] = _field({}, "lora", "alpha by module-name pattern")
     adapters: list[AdapterEntry] | None = _field(
         None, "lora", "a cohort spelled out: a name and what differs, per adapter"
+    )
+
+    peft: dict[str, Any] | None = _field(
+        None,
+        "lora",
+        "another PEFT method in place of LoRA: its peft_type (IA3, PREFIX_TUNING, VERA, ...) and "
+        "settings, by PEFT's names",
     )
 
     evaluate: EvaluateOptions = _field(

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lighten.adapters import AdapterSpec
+from lighten.adapters import Cohort, Trained
 from lighten.adapters.frozen import is_quantized
 from lighten.hardware import Choice
 
@@ -32,8 +32,7 @@ NOMINAL_FLOPS_PER_CORE = 2e11
 
 def choose(
     wanted: bool | str,
-    model: PreTrainedModel,
-    specs: list[AdapterSpec],
+    trained: Trained,
     *,
     tokens: int,
     device: str,
@@ -43,15 +42,15 @@ def choose(
 
     Args:
         wanted: `auto`, or what the recipe says.
-        model: With its cohort in place.
-        specs: The adapters.
+        trained: What learns.
         tokens: That the whole run will train on.
         device: `cpu` or `cuda`.
         cores: Of the processor.
     """
     if wanted is False:
         return Choice("off", "torch_compile of the recipe")
-    if (obstacle := _obstacle(model, specs)) is not None:
+    model = trained.model
+    if (obstacle := _obstacle(trained)) is not None:
         return Choice("off", obstacle)
     if wanted is True:
         return Choice("on", "torch_compile of the recipe")
@@ -64,10 +63,13 @@ def choose(
     return Choice("on", f"a run of about {seconds / 60:.0f} min pays the compilation back")
 
 
-def _obstacle(model: PreTrainedModel, specs: list[AdapterSpec]) -> str | None:
-    if len(specs) != 1:
-        return "layers are compiled for one adapter, and the cohort has another number"
-    if specs[0].dropout:
+def _obstacle(trained: Trained) -> str | None:
+    model = trained.model
+    if not isinstance(trained, Cohort) or trained.copies:
+        return "layers are compiled for low-rank adapters alone"
+    if len(trained.specs) != 1:
+        return "layers are compiled for one adapter, and the cohort has several"
+    if any(spec.dropout for spec in trained.specs.values()):
         return "lora_dropout forms its masks outside of compiled code"
     if any(is_quantized(module) for module in model.modules()):
         return "a quantised base is dequantised outside of compiled code"

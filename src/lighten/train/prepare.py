@@ -11,14 +11,14 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lighten import data, models
+from lighten import data, hardware, models
 from lighten.adapters import AdapterSpec, Trained, WholeBase, attach
 from lighten.data import Encoded, TemplateChoice
 from lighten.errors import UserError
 from lighten.hardware import Choice, choose_dtype
 from lighten.models import attention
 from lighten.recipe import AdapterOptions, Recipe
-from lighten.train import optimizers
+from lighten.train import compiled, optimizers
 from lighten.train.loss import Objective
 from lighten.train.member import Member, MemberSettings
 from lighten.train.memory import checkpoint_layers
@@ -89,6 +89,8 @@ def prepare(recipe: Recipe, accelerator: Accelerator, base: models.Base, rows: R
     """
     options = recipe.cohort()
     trained = what_learns(recipe, base)
+    if recipe.gradient_checkpointing and trained.no_checkpointing is not None:
+        raise UserError(f"gradient_checkpointing: {trained.no_checkpointing}; set it to false")
     choices = {
         "method": Choice(recipe.method, "; ".join(map(trained.describe, trained.names))),
         "dtype": base.dtype,
@@ -101,6 +103,23 @@ def prepare(recipe: Recipe, accelerator: Accelerator, base: models.Base, rows: R
         choices["added_tokens"] = Choice("untrained", untrained)
     if base.quantization is not None:
         choices["quantization"] = base.quantization
+    per_step = (
+        recipe.per_device_train_batch_size
+        * recipe.gradient_accumulation_steps
+        * accelerator.num_processes
+    )
+    steps_per_epoch = math.ceil(len(rows.train.rows) / per_step)
+    total = recipe.max_steps or math.ceil(recipe.num_train_epochs * steps_per_epoch)
+    device = accelerator.device.type
+    choices["compilation"] = compiled.choose(
+        recipe.torch_compile,
+        trained,
+        tokens=total * per_step * rows.train.counts.tokens // max(1, len(rows.train.rows)),
+        device=device,
+        cores=hardware.machine().cores,
+    )
+    if choices["compilation"].value == "on":
+        compiled.compile_layers(base.model)  # before layers are recomputed: what is, is compiled
     if recipe.gradient_checkpointing:
         part = recipe.gradient_checkpointing_part
         count = checkpoint_layers(
@@ -115,21 +134,18 @@ def prepare(recipe: Recipe, accelerator: Accelerator, base: models.Base, rows: R
         _, choices["activations"] = offload_activations(
             base.model, accelerator.device, recipe.run_folder
         )
-    per_step = (
-        recipe.per_device_train_batch_size
-        * recipe.gradient_accumulation_steps
-        * accelerator.num_processes
-    )
-    steps_per_epoch = math.ceil(len(rows.train.rows) / per_step)
-    total = recipe.max_steps or math.ceil(recipe.num_train_epochs * steps_per_epoch)
-    device = accelerator.device.type
     choices["optimizer"] = optimizer = optimizers.choose(recipe.optim, device)
     members = [_member(own, recipe, trained, total, optimizer.value) for own in options]
     scaler = torch.amp.GradScaler(device, enabled=trained.dtype == torch.float16)
-    choices["packing"] = packing = choose_packing(recipe.packing, base.model)
+    choices["packing"] = packing = choose_packing(recipe.packing, base.model, trained.no_packing)
     tokens, why = choose_tokens(recipe.tokens_per_microbatch, device)
     choices["micro-batch"] = Choice(f"{tokens} tokens" if tokens else "rows", why)
-    objective = Objective(base.model, trained, packs=packing.value == "on")
+    objective = Objective(
+        base.model, trained, fast=trained.supports_fast_loss, packs=packing.value == "on"
+    )
+    if not trained.supports_fast_loss:
+        objective.reason = "the head learns inside PEFT's own module"
+    objective.packing_reason = trained.no_packing or objective.packing_reason
     return Setup(
         recipe, base, rows, trained, members, objective, accelerator, scaler,
         per_step, steps_per_epoch, total, tokens, choices,
@@ -168,13 +184,20 @@ def _untrained_tokens(recipe: Recipe, options: Sequence[AdapterOptions]) -> str 
     if recipe.method == "full":
         frozen = recipe.last_layers is not None
         return "the embedding is below the layers that learn" if frozen else None
-    if all(own.modules_to_save for own in options):
+    if all(_whole(own) for own in options):
         return None
     return "modules_to_save does not name the embedding, so they stay as they began"
 
 
-def choose_packing(wanted: bool | str, model: PreTrainedModel) -> Choice:
+def choose_packing(
+    wanted: bool | str, model: PreTrainedModel, hindered: str | None = None
+) -> Choice:
     """Whether rows stand behind each other in a micro-batch, and why.
+
+    Args:
+        wanted: The recipe's `packing`.
+        model: The base.
+        hindered: Why what learns cannot be packed, or None.
 
     Raises:
         UserError: It is wanted and the attention would look across rows.
@@ -182,6 +205,10 @@ def choose_packing(wanted: bool | str, model: PreTrainedModel) -> Choice:
     name = str(model.config._attn_implementation)
     if wanted is False:
         return Choice("off", "packing of the recipe")
+    if hindered is not None:
+        if wanted is True:
+            raise UserError(f"packing: {hindered}; set it to false or auto")
+        return Choice("off", hindered)
     if name in attention.PACKS:
         return Choice("on", f"{name} attention keeps packed rows apart")
     if wanted is True:
@@ -315,6 +342,19 @@ def _spec(own: AdapterOptions) -> AdapterSpec:
         rank_pattern=dict(own.rank_pattern),
         alpha_pattern=dict(own.alpha_pattern),
         seed=own.seed,
+        use_dora=own.use_dora,
+        peft=own.peft,
+    )
+
+
+def _whole(own: AdapterOptions) -> bool:
+    """Whether the adapter trains anything that might be the embedding."""
+    inside = own.peft or {}
+    return bool(
+        own.modules_to_save
+        or inside.get("modules_to_save")
+        or inside.get("peft_type") == "TRAINABLE_TOKENS"
+        or inside.get("trainable_token_indices")
     )
 
 

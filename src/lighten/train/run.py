@@ -11,6 +11,7 @@ from accelerate.utils import set_seed
 from transformers.utils import logging as transformers_logging
 
 from lighten import hardware, models
+from lighten.adapters.peft_methods import method_of
 from lighten.errors import UserError
 from lighten.recipe import Recipe
 from lighten.runs import Run
@@ -38,6 +39,8 @@ def train(recipe: Recipe, *, resume: bool = False, progress: bool = True) -> Run
         Interrupted: SIGINT or SIGTERM; the state is saved and the run is marked interrupted.
     """
     trackers.check_installed(recipe.report_to)
+    if recipe.peft is not None:
+        method_of(recipe.peft)  # says what is wrong with it before anything is loaded
     device = hardware.choose_device()
     optimizers.choose(recipe.optim, device.value)  # a missing package is told before anything loads
     accelerator = Accelerator(
@@ -87,6 +90,7 @@ def _train(
     memory = hardware.PeakMemory(accelerator.device.type)
     base = load_base(recipe, str(accelerator.device), learns=True)
     rows = load_rows(recipe, base.tokenizer)
+    facts = _base_facts(base)  # of the base alone: PEFT puts its parameters into the model
     setup = prepare(recipe, accelerator, base, rows)
     setup.choices["memory"] = pages
     _tell(setup, shown)
@@ -96,7 +100,7 @@ def _train(
     if accelerator.is_main_process:
         run.truncate_metrics(state.step)
         run.update(
-            base=_base_facts(base),
+            base=facts,
             data=rows.facts,
             choices=[
                 {"what": what, "value": choice.value, "reason": choice.reason}

@@ -1,0 +1,51 @@
+"""Compiled decoder layers against the same layers as they are."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from lighten.adapters import AdapterSpec, attach
+from lighten.train import compiled
+from lighten.train.memory import checkpoint_layers
+from tests.test_train_step import UNEVEN, assert_close, cohort_of, gradients, in_blocks, one_step
+from tests.test_train_step import random_spec as spec
+from tests.tiny import tiny_model
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler"
+)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "checkpointing"), [("llama", True), ("gpt2", False)])
+def test_compiled_layers_learn_what_plain_ones_learn(arch: str, checkpointing: bool) -> None:
+    plain, plain_members = one_step(in_blocks(cohort_of(spec(), arch=arch)), UNEVEN, 3, packed=True)
+    cohort = in_blocks(cohort_of(spec(), arch=arch))
+    compiled.compile_layers(cohort.model)
+    torch._dynamo.utils.counters.clear()
+    if checkpointing:
+        assert checkpoint_layers(cohort.model) == 2
+    report, members = one_step(cohort, UNEVEN, 3, packed=True)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert report["a"].loss == pytest.approx(plain["a"].loss, rel=1e-5)
+    assert_close(gradients(members["a"]), gradients(plain_members["a"]))
+
+
+def test_short_runs_cohorts_and_dropout_are_not_compiled_and_the_reason_is_said() -> None:
+    def choice(*specs: AdapterSpec, wanted: bool | str = "auto", tokens: int = 10**12) -> str:
+        cohort = attach(tiny_model("llama"), list(specs))
+        found = compiled.choose(wanted, cohort, tokens=tokens, device="cpu", cores=2)
+        return f"{found.value}: {found.reason}"
+
+    if shutil.which("g++"):
+        assert choice(spec()).startswith("on: a run of about")
+        assert choice(spec(), wanted=True) == "on: torch_compile of the recipe"
+    assert "would not pay it back" in choice(spec(), tokens=1000) or not shutil.which("g++")
+    assert choice(spec(), wanted=False) == "off: torch_compile of the recipe"
+    assert "the cohort has several" in choice(spec("a"), spec("b"), wanted=True)
+    assert "lora_dropout" in choice(spec(dropout=0.1), wanted=True)
+    assert "low-rank adapters alone" in choice(spec(modules_to_save=("norm",)), wanted=True)
