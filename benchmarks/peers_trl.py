@@ -13,6 +13,7 @@ import itertools
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,20 @@ def dataset(steps: list[list[tuple[list[int], list[bool]]]]) -> Dataset:
     )
 
 
-def main() -> None:
-    """Train and print what was measured."""
+def load(job: dict[str, Any]) -> Any:
+    """The model with the adapter that all start from."""
+    base = AutoModelForCausalLM.from_pretrained(
+        job["model"], dtype=job["dtype"], **job["model_options"]
+    )
+    return PeftModel.from_pretrained(base, job["adapter"], is_trainable=True)
+
+
+def main(loaded: Callable[[dict[str, Any]], Any] = load) -> None:
+    """Train and print what was measured.
+
+    Args:
+        loaded: Gives the model to train; what else uses TRL has its own.
+    """
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     on_cpu = job["device"] == "cpu"
     if on_cpu:  # what lighten.hardware.PeakMemory does, in short
@@ -80,13 +93,13 @@ def main() -> None:
     else:
         torch.cuda.reset_peak_memory_stats()
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
-    base = AutoModelForCausalLM.from_pretrained(
-        job["model"], dtype=job["dtype"], **job.get("model_options", {})
-    )
-    model = PeftModel.from_pretrained(base, job["adapter"], is_trainable=True)
+    model = loaded(job)
+    trained = {key: value for key, value in model.named_parameters() if value.requires_grad}
+    before = {key: value.detach().to("cpu", copy=True) for key, value in trained.items()}
     config = SFTConfig(
         output_dir=job["scratch"],
-        per_device_train_batch_size=len(job["steps"][0]),
+        per_device_train_batch_size=len(job["steps"][0]) // job["accumulate"],
+        gradient_accumulation_steps=job["accumulate"],
         max_steps=len(job["steps"]),
         lr_scheduler_type="constant",
         logging_steps=1,  # the losses have to be compared step by step
@@ -107,14 +120,18 @@ def main() -> None:
     start = time.time()
     trainer.train()
     ends = [start, *clock.ends]
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    moved = [float((trained[key].detach().cpu() - was).abs().max()) for key, was in before.items()]
     print(
         json.dumps(
             {
-                "losses": [line["loss"] for line in trainer.state.log_history if "loss" in line],
+                "losses": [line["loss"] for line in lines],
+                "grad_norms": [line["grad_norm"] for line in lines],
+                "moved": max(moved),
                 "step_seconds": [b - a for a, b in itertools.pairwise(ends)],
                 "first_step_s": clock.ends[0] - job["began"],
                 "peak_bytes": high_water() - held if on_cpu else torch.cuda.max_memory_allocated(),
-                "dtype": str(base.dtype).removeprefix("torch."),
+                "dtype": str(model.get_input_embeddings().weight.dtype).removeprefix("torch."),
                 "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
             }
         )

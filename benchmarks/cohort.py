@@ -1,0 +1,225 @@
+"""N adapters in one pass against N runs one after another, lighten's and PEFT's.
+
+    python benchmarks/cohort.py        # the table; the last line is JSON
+
+Each adapter has rows of its own; all have as many tokens per step. Runs one after another and
+cohorts follow each other in one fresh process per base, tokens and repeat, so that a machine that
+changes its speed changes both. A cohort counts only if each of its adapters has the losses that it
+has alone. PEFT trains one adapter after another in a plain loop, from the same start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+
+from benchmarks import machine
+from benchmarks.comparison import AGREEMENT
+from benchmarks.steps import Row, Steps, encoded, slices
+
+SIZES = (1, 2, 4, 8)
+TOKENS = (64, 512)
+# Steps per run, the first not counted: many where they are short.
+STEPS = {64: 5, 512: 2}
+LONGEST_ROW = 128
+BASES: dict[str, dict[str, Any]] = {
+    "bfloat16": {"dtype": "bfloat16"},
+    "nf4": {"dtype": "bfloat16", "load_in_4bit": True},
+}
+# Tokens of a micro-batch where memory is compared, whatever the device would choose.
+MEMORY_TOKENS = 1024
+
+Result = dict[str, Any]
+
+
+def lessons(rows: list[Row], names: Sequence[str], tokens: int, steps: int) -> dict[str, Steps]:
+    """Rows of its own for each adapter, `tokens` of them in every step."""
+    length = min(tokens, LONGEST_ROW)
+    each = tokens // length
+    cut = iter(slices(rows, length, each * steps * len(names)))
+    return {name: [[next(cut) for _ in range(each)] for _ in range(steps)] for name in names}
+
+
+def starts(model: str, names: Sequence[str], scratch: Path) -> dict[str, str]:
+    """A first adapter for each name, as a folder that PEFT reads too."""
+    from benchmarks.engine import RANK
+    from lighten import adapters, models
+    from lighten.adapters import AdapterSpec
+
+    base = models.load(model)
+    specs = [AdapterSpec(n, r=RANK, alpha=2.0 * RANK, seed=i) for i, n in enumerate(names)]
+    cohort = adapters.attach(base.model, specs)
+    folders = {}
+    for name in names:
+        folder = scratch / "start" / name
+        folder.mkdir(parents=True)
+        for file, content in adapters.files.contents(cohort, name).items():
+            (folder / file).write_bytes(content)
+        folders[name] = str(folder)
+    return folders
+
+
+def measure(arguments: argparse.Namespace) -> Result:
+    """Run everything, each in a process of its own."""
+    rows = encoded(arguments.model)
+    sizes = [size for size in SIZES if size <= arguments.largest]
+    names = [f"a{i}" for i in range(sizes[-1])]
+    results: dict[str, dict[int, dict[str, list[Result]]]] = {}
+    memory: dict[int, list[Result]] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        scratch = Path(temporary)
+        shared = {
+            "model": arguments.model, "device": arguments.device, "sizes": sizes,
+            "start": starts(arguments.model, names, scratch),
+        }  # fmt: skip
+
+        def run(label: str, job: Mapping[str, Any]) -> Result:
+            found = machine.in_fresh_process("cohort_worker.py", {**shared, **job}, scratch)
+            said = found["error"].strip().splitlines()[-1] if "error" in found else "done"
+            print(f"{label}: {said}, {found.get('wall_s', 0.0):.0f} s", flush=True)
+            return found
+
+        for repeat in range(arguments.repeats):
+            for base in arguments.bases:
+                for tokens in arguments.tokens:
+                    own = lessons(rows, names, tokens, STEPS.get(tokens, 2))
+                    kept = results.setdefault(base, {}).setdefault(tokens, {})
+                    for engine in ("lighten", "peft"):
+                        job = {"engine": engine, "settings": BASES[base], "lessons": own}
+                        label = f"repeat {repeat + 1}, {base}, {tokens} tokens, {engine}"
+                        kept.setdefault(engine, []).append(run(label, job))
+            for size in (1, 4):
+                own = lessons(rows, names[:size], 2 * MEMORY_TOKENS // size, 2)
+                settings = {**BASES["bfloat16"], "tokens_per_microbatch": MEMORY_TOKENS}
+                job = {"engine": "memory", "settings": settings, "lessons": own}
+                label = f"repeat {repeat + 1}, memory of {size}"
+                memory.setdefault(size, []).append(run(label, job))
+    table = [
+        row
+        for base, by_tokens in results.items()
+        for tokens, engines in by_tokens.items()
+        for row in tabulate(base, tokens, sizes, engines["lighten"], engines["peft"])
+    ]
+    return {**ratios(table, memory), "table": table, "memory": memory, "runs": results}
+
+
+def tabulate(
+    base: str, tokens: int, sizes: Sequence[int], ours: Sequence[Result], peft: Sequence[Result]
+) -> list[Result]:
+    """A row per size of cohort: seconds per step and ratios, medians over the repeats."""
+    rows: list[Result] = []
+    for size in sizes:
+        row: Result = {"base": base, "tokens": tokens, "adapters": size,
+                       "why_not": why_not(ours, size), "why_not_peft": _trained(peft),
+                       "time": None, "time_vs_peft": None}  # fmt: skip
+        rows.append(row)
+        if any("error" in run for run in ours):
+            continue
+        timed = max(1, STEPS.get(tokens, 2) - 1)
+        alone = [sum(run["alone_s"][:size]) for run in ours]
+        # JSON has made the sizes text; an adapter by itself is its own cohort.
+        together = [run["cohort_s"].get(str(size), run["alone_s"][0]) for run in ours]
+        row["alone_s_per_step"] = statistics.median(alone) / timed
+        row["cohort_s_per_step"] = statistics.median(together) / timed
+        if row["why_not"]:
+            continue
+        each = [a / b for a, b in zip(together, alone, strict=True)]
+        row["time"], row["time_spread"] = statistics.median(each), [min(each), max(each)]
+        if row["why_not_peft"] is None:
+            theirs = size * statistics.median(statistics.mean(run["alone_s"]) for run in peft)
+            row["peft_s_per_step"] = theirs / timed
+            row["time_vs_peft"] = statistics.median(together) / theirs
+    return rows
+
+
+def why_not(ours: Sequence[Result], size: int) -> str | None:
+    """Why a cohort does not count, or None if it does."""
+    if reason := _trained(ours):
+        return reason
+    apart = np.max([run["largest_loss_difference"].get(str(size), 0.0) for run in ours])
+    if not apart <= AGREEMENT["bfloat16"]:
+        return f"an adapter's losses are up to {apart:.1e} from those that it has alone"
+    return None
+
+
+def _trained(runs: Sequence[Result]) -> str | None:
+    for run in runs:
+        if "error" in run:
+            return str(run["error"]).strip().splitlines()[-1]
+        if run["idle"]:
+            return "an adapter has not trained at all"
+    return None
+
+
+def ratios(table: Sequence[Result], memory: Mapping[int, Sequence[Result]]) -> Result:
+    """What the issue's table asks for; null where a row does not count or was not measured."""
+    found: Result = {"memory_4": None}
+    if all(memory.get(size) and _trained(memory[size]) is None for size in (1, 4)):
+        one, four = (
+            statistics.median(run["peak_bytes"] for run in memory[size]) for size in (1, 4)
+        )
+        found["memory_4"] = four / one
+    for base, prefix in (("bfloat16", ""), ("nf4", "nf4_")):
+        for tokens in TOKENS:
+            key = f"{prefix}time_8_at_{tokens}"
+            row = next(
+                (r for r in table
+                 if (r["base"], r["tokens"], r["adapters"]) == (base, tokens, 8)), None
+            )  # fmt: skip
+            found[key] = row and row["time"]
+            found[f"{key}_vs_peft"] = row and row["time_vs_peft"]
+    return found
+
+
+def show(found: Mapping[str, Any]) -> None:
+    """Print the table."""
+    print("seconds per step: N runs one after another, one cohort of N, PEFT one after another")
+    for row in found["table"]:
+        said = f"{row['base']:9} {row['tokens']:4} tokens per adapter, N = {row['adapters']}: "
+        if row["time"] is None:
+            print(said + f"DOES NOT COUNT: {row['why_not']}")
+            continue
+        said += f"{row['alone_s_per_step']:7.3f} {row['cohort_s_per_step']:7.3f} "
+        if row["time_vs_peft"] is None:
+            print(f"{said} ratio {row['time']:.2f}, PEFT failed: {row['why_not_peft']}")
+        else:
+            print(f"{said}{row['peft_s_per_step']:7.3f}  ratio {row['time']:.2f}, "
+                  f"against PEFT {row['time_vs_peft']:.2f}")  # fmt: skip
+
+
+def main() -> None:
+    """Parse, measure, print, store."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--bases", nargs="+", choices=list(BASES), default=list(BASES))
+    parser.add_argument("--tokens", nargs="+", type=int, choices=TOKENS, default=list(TOKENS))
+    parser.add_argument("--largest", type=int, choices=SIZES, default=SIZES[-1])
+    arguments = parser.parse_args()
+    before = machine.before_start()
+    found = measure(arguments)
+    show(found)
+    why = {
+        "fewer than 3 repeats": arguments.repeats < 3,
+        "parts were left out": len(found["table"]) < len(BASES) * len(TOKENS) * len(SIZES),
+        "a row does not count": any(row["why_not"] for row in found["table"]),
+    }
+    name = f"cohort-{Path(arguments.model).name}-{arguments.device}"
+    machine.store(name, {**vars(arguments), **found}, before, why)
+    skip = ("table", "memory", "runs")
+    print(json.dumps({key: value for key, value in found.items() if key not in skip}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""One process of `cohort.py`: runs one after another and cohorts, back to back on one base.
+
+    python benchmarks/cohort_worker.py JOB.json
+
+The last line printed is JSON. A run's first step does not count: it checks the loss and meets new
+shapes.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from benchmarks import engine, plain_peft
+from benchmarks.comparison import loss_difference
+from benchmarks.steps import Steps
+from lighten import models
+from lighten.hardware import PeakMemory
+from lighten.train.prepare import load_base
+
+# Rows of a micro-batch never decide in a cohort: its tokens do.
+MANY_ROWS = 4096
+# PEFT's runs are alike in length, so that few of them tell the time of all.
+PEFT_RUNS = 2
+
+Lessons = Mapping[str, Steps]
+
+
+def timed(seconds: Sequence[float]) -> float:
+    """Seconds of the steps that count."""
+    return sum(seconds[1:])
+
+
+def run_ours(
+    base: models.Base,
+    lessons: Lessons,
+    job: Mapping[str, Any],
+    start: Mapping[str, str] | None,
+) -> dict[str, Any]:
+    """A cohort of the lessons' adapters on a base that is left as it was."""
+    settings = {"per_device_train_batch_size": MANY_ROWS, **job["settings"]}
+    steps = len(next(iter(lessons.values())))
+    recipe = engine.recipe_of(job["model"], list(lessons), steps, settings=settings)
+    memory = PeakMemory(job["device"])
+    setup = engine.set_up(recipe, lessons, job["device"], base)
+    try:
+        return engine.train(setup, lessons, Path(job["scratch"]), memory, start=start)
+    finally:
+        setup.cohort.detach()
+
+
+def ours(job: Mapping[str, Any], base: models.Base) -> dict[str, Any]:
+    """Every adapter alone, then the first N of them together."""
+    lessons, start = job["lessons"], job["start"]
+    names = list(lessons)
+
+    def of(chosen: Sequence[str]) -> dict[str, Any]:
+        return run_ours(
+            base, {name: lessons[name] for name in chosen}, job, {n: start[n] for n in chosen}
+        )
+
+    alone = {name: of([name]) for name in names}
+    together = {size: of(names[:size]) for size in job["sizes"] if size > 1}
+    losses_alone = {name: run["losses"][name] for name, run in alone.items()}
+    return {
+        "alone_s": [timed(run["step_seconds"]) for run in alone.values()],
+        "cohort_s": {size: timed(run["step_seconds"]) for size, run in together.items()},
+        "largest_loss_difference": {
+            size: largest_difference(run["losses"], losses_alone)
+            for size, run in together.items()
+        },
+        "idle": any(idle(run) for run in (*alone.values(), *together.values())),
+        "choices": alone[names[0]]["choices"],
+    }  # fmt: skip
+
+
+def peft(job: Mapping[str, Any], load: Callable[[], Any]) -> dict[str, Any]:
+    """PEFT's adapters one after another in a plain loop."""
+    chosen = list(job["lessons"])[:PEFT_RUNS]
+    model = PeftModel.from_pretrained(
+        load(), job["start"][chosen[0]], adapter_name=chosen[0], is_trainable=True
+    )
+    for name in chosen[1:]:
+        model.load_adapter(job["start"][name], adapter_name=name, is_trainable=True)
+    own = {name: job["lessons"][name] for name in chosen}
+    run = plain_peft.train(model, own, job["device"], engine.OPTIMISER)
+    return {
+        "alone_s": [timed(seconds) for seconds in run["step_seconds"].values()],
+        "losses": run["losses"],
+        "idle": idle(run),
+    }
+
+
+def largest_difference(
+    own: Mapping[str, Sequence[float]], other: Mapping[str, Sequence[float]]
+) -> float:
+    """Largest relative difference of any adapter's loss at any step; of no number, no number."""
+    return float(np.max([loss_difference(own[name], other[name]) for name in own]))
+
+
+def idle(run: Mapping[str, Any]) -> bool:
+    """Whether an adapter has not trained at all (trap 51)."""
+    still = any(not moved > 0.0 for moved in run["moved"].values())
+    return still or not all(norm > 0.0 for norms in run["grad_norms"].values() for norm in norms)
+
+
+def _peft_base(job: Mapping[str, Any]) -> Any:
+    """As PEFT's documentation loads it, with the attention that is quickest on short rows here."""
+    options: dict[str, Any] = {}
+    if job["settings"].get("load_in_4bit"):
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )  # fmt: skip
+    attention = "eager" if job["device"] == "cpu" else "sdpa"
+    model = AutoModelForCausalLM.from_pretrained(
+        job["model"], dtype=torch.bfloat16, attn_implementation=attention,
+        device_map=job["device"], **options,
+    )  # fmt: skip
+    model.requires_grad_(False)
+    return model
+
+
+def main() -> None:
+    """Do what the job says and print what was measured."""
+    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    engine.before_loading()
+    if job["engine"] == "peft":
+        print(json.dumps(peft(job, lambda: _peft_base(job))))
+        return
+    memory = PeakMemory(job["device"])
+    recipe = engine.recipe_of(job["model"], list(job["lessons"]), 1, settings=job["settings"])
+    base = load_base(recipe, job["device"])
+    if job["engine"] == "memory":
+        found = run_ours(base, job["lessons"], job, None)
+        print(json.dumps({**memory.read(), "idle": idle(found)}))
+    else:
+        print(json.dumps(ours(job, base)))
+
+
+if __name__ == "__main__":
+    main()

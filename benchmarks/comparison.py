@@ -1,0 +1,203 @@
+"""From runs to a table and ratios, and which of them count."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.contenders import (
+    BEST,
+    BEST_SAVING,
+    DEFAULTS,
+    FLOAT32,
+    OURS,
+    OURS_SAVING,
+    OURS_SHUFFLED,
+    REFERENCES,
+    Contender,
+)
+from benchmarks.steps import Steps, tokens_of
+
+# Largest relative difference of a step's loss from TRL's in float32, by the format of the weights
+# or, with autocast, of the products. A bfloat16 value is off by up to 2**-9, and so is the loss.
+AGREEMENT = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 1e-2}
+
+Run = dict[str, Any]
+Table = dict[str, dict[str, Any]]
+
+
+def speed(run: Run, steps: Steps, warmup: int) -> float:
+    """Real tokens per second: the median over the steps after warm-up."""
+    pairs = list(zip(tokens_of(steps), run["step_seconds"], strict=True))[warmup:]
+    return statistics.median(own / seconds for own, seconds in pairs)
+
+
+def loss_difference(losses: Sequence[float], reference: Sequence[float]) -> float:
+    """Largest relative difference of a step's loss; the reference may go on longer.
+
+    A loss that is no number makes the difference none either, which Python's `max` would hide.
+    """
+    own, other = np.asarray(losses), np.asarray(reference[: len(losses)])
+    return float(np.max(np.abs(own - other) / np.abs(other)))
+
+
+def idle(run: Run) -> str | None:
+    """Why a run did not train at all (trap 51), or None if it did."""
+    if not run["moved"] > 0.0:
+        return "no weight has changed"
+    if not all(norm > 0.0 for norm in run["grad_norms"]):
+        return "a step had no gradient"
+    return None
+
+
+def why_not(run: Run, contender: Contender, reference: Run | None) -> str | None:
+    """Why a run does not count, or None if it does."""
+    if "error" in run:
+        return str(run["error"])
+    if reason := idle(run):
+        return reason
+    if reference is None or "error" in reference:
+        return "there is no reference for its losses"
+    apart, allowed = loss_difference(run["losses"], reference["losses"]), tolerance(contender, run)
+    if not apart <= allowed:
+        return f"its losses are up to {apart:.1e} from the reference's, over {allowed:g}"
+    return None
+
+
+def tolerance(contender: Contender, run: Run) -> float:
+    """How far a run's losses may be from the reference's."""
+    return AGREEMENT[contender.rounding or run["dtype"]]
+
+
+def tabulate(
+    results: Mapping[str, Sequence[Run]],
+    contenders: Mapping[str, Contender],
+    steps: Mapping[str, Steps],
+    warmup: int,
+) -> Table:
+    """A row per contender: medians, spread, and whether every repeat counts.
+
+    Args:
+        results: Runs by contender.
+        contenders: What they are.
+        steps: The steps by name of the set; a run may have made only the first of them.
+        warmup: First steps of a run that do not count.
+    """
+    table: Table = {}
+    for name, runs in results.items():
+        own = contenders[name]
+        reference = next(iter(results.get(REFERENCES[own.data], [])), None)
+        reasons = [why_not(run, own, reference) for run in runs]
+        row: dict[str, Any] = {
+            "valid": not any(reasons), "why_not": next(filter(None, reasons), None),
+            "steps": own.data, "repeats": len(runs),
+        }  # fmt: skip
+        table[name] = row
+        if any("error" in run for run in runs):
+            continue
+        speeds = [speed(run, steps[own.data][: len(run["losses"])], warmup) for run in runs]
+        row |= {
+            "largest_loss_difference": None
+            if reference is None or "error" in reference
+            else float(
+                np.max([loss_difference(run["losses"], reference["losses"]) for run in runs])
+            ),
+            "tolerance": tolerance(own, runs[0]),
+            "tokens_per_s": statistics.median(speeds),
+            "tokens_per_s_spread": [min(speeds), max(speeds)],
+            "peak_bytes": statistics.median(run["peak_bytes"] for run in runs),
+            "first_step_s": statistics.median(run["first_step_s"] for run in runs),
+            "wall_s": statistics.median(run["wall_s"] for run in runs),
+        }
+    return table
+
+
+def over(table: Table, figure: str, own: str, other: str) -> float | None:
+    """A figure of one row over that of another; null where one is missing or does not count."""
+    rows = [table.get(own), table.get(other)]
+    if any(row is None or not row["valid"] for row in rows):
+        return None
+    return float(table[own][figure] / table[other][figure])
+
+
+def wall_ratio(walls: Mapping[str, Sequence[Run]]) -> float | None:
+    """Whole wall time of ours over TRL's best; null unless all trained, and to the same losses."""
+    ours, theirs = walls.get(OURS, []), walls.get(BEST, [])
+    if not ours or len(ours) != len(theirs):
+        return None
+    if any("error" in run or idle(run) for run in (*ours, *theirs)):
+        return None
+    apart = np.max(
+        [loss_difference(a["losses"], b["losses"]) for a, b in zip(ours, theirs, strict=True)]
+    )
+    if not apart <= 2 * AGREEMENT["bfloat16"]:  # both are rounded
+        return None
+    own, other = ([run["wall_s"] for run in runs] for runs in (ours, theirs))
+    return statistics.median(own) / statistics.median(other)
+
+
+def ratios(
+    table: Table,
+    walls: Mapping[str, Sequence[Run]],
+    wall_steps: int,
+    tried: Mapping[str, Mapping[str, Any]],
+) -> dict[str, float | None]:
+    """Ours over theirs; null where a row does not count or was not measured.
+
+    Args:
+        table: Of `tabulate`.
+        walls: The long runs.
+        wall_steps: Their steps.
+        tried: What the search for TRL's best found, by candidate.
+    """
+    own = table.get(OURS)
+
+    def memory_over(accumulate: int) -> float | None:
+        """Against the fastest candidate that cuts a step so: one short run."""
+        those = [t for t in tried.values() if t["accumulate"] == accumulate and not t["why_not"]]
+        if own is None or not own["valid"] or not those:
+            return None
+        fastest = max(those, key=lambda t: float(t["tokens_per_s"]))
+        return float(own["peak_bytes"] / fastest["peak_bytes"])
+
+    cuts = {t["accumulate"] for t in tried.values()}
+    return {
+        "speed_vs_best": over(table, "tokens_per_s", OURS, BEST),
+        "speed_vs_defaults": over(table, "tokens_per_s", OURS_SHUFFLED, DEFAULTS),
+        "speed_vs_float32_defaults": over(table, "tokens_per_s", OURS_SHUFFLED, FLOAT32),
+        "memory_vs_best": over(table, "peak_bytes", OURS, BEST),
+        "memory_vs_checkpointed": over(table, "peak_bytes", OURS_SAVING, BEST_SAVING),
+        "memory_vs_defaults": over(table, "peak_bytes", OURS_SHUFFLED, DEFAULTS),
+        "memory_vs_fastest_of_whole_steps": memory_over(1),
+        "memory_vs_fastest_of_small_microbatches": memory_over(max(cuts)) if len(cuts) > 1
+        else None,
+        "wall_60_steps_vs_best": wall_ratio(walls) if wall_steps == 60 else None,
+    }  # fmt: skip
+
+
+def show(found: Mapping[str, Any]) -> None:
+    """Print the table."""
+    print(f"TRL's best settings here: {found['best_settings']}")
+    print(f"largest loss difference of a control that never learns: "
+          f"{found['control_loss_difference']}")  # fmt: skip
+    for name, row in found["table"].items():
+        if "tokens_per_s" not in row:
+            print(f"{name:26} failed: {str(row['why_not']).strip().splitlines()[-1]}")
+            continue
+        low, high = row["tokens_per_s_spread"]
+        apart = row["largest_loss_difference"]
+        print(
+            f"{name:26} {row['tokens_per_s']:6.0f} ({low:.0f} to {high:.0f}) tokens/s  "
+            f"{row['peak_bytes'] / 2**30:5.2f} GiB  first step after {row['first_step_s']:4.0f} s  "
+            + ("no reference" if apart is None else f"loss within {apart:.1e}")
+            + ("" if row["valid"] else f"  DOES NOT COUNT: {row['why_not']}")
+        )
+    for name, reason in found["absent"].items():
+        print(f"{name:26} {reason}")
+    print(
+        "TRL's defaults are bfloat16 autocast, gradient checkpointing, the loss in chunks and "
+        "rows of any length; float32 is the same with bf16=False, measured once."
+    )

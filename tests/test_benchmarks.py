@@ -1,0 +1,357 @@
+"""The benchmarks: what makes a row count, and that each runs at tiny size."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import arithmetic, cohort, cohort_worker, comparison, engine, gpu_suite, limit
+from benchmarks import contenders as who
+from benchmarks import plain_peft as peers
+from benchmarks.arithmetic import Work
+from benchmarks.steps import Steps, facts, largest_first, slices, steps_of
+from lighten.errors import UserError
+from lighten.hardware import PeakMemory
+from lighten.models.describe import of_model
+from lighten.recipe import Recipe
+from tests.tiny import VOCAB, tiny_model
+
+
+def lesson(steps: int = 3, rows: int = 4, longest: int = 24, seed: int = 0) -> Steps:
+    generator = torch.Generator().manual_seed(seed)
+
+    def row(place: int) -> tuple[list[int], list[bool]]:
+        length = longest - 3 * place
+        ids = torch.randint(3, VOCAB, (length,), generator=generator).tolist()
+        return ids, [i >= length // 3 for i in range(length)]
+
+    return [[row(place) for place in range(rows)] for _ in range(steps)]
+
+
+def ours(
+    lessons: dict[str, Steps], folder: Path, *, learns: bool = True, **settings: Any
+) -> dict[str, Any]:
+    steps = len(next(iter(lessons.values())))
+    own = {"per_device_train_batch_size": 64, "dtype": "float32", **settings}
+    recipe = engine.recipe_of("tiny", list(lessons), steps, settings=own)
+    base = engine.base_in_memory(tiny_model("llama"), "float32")
+    setup = engine.set_up(recipe, lessons, "cpu", base)
+    return engine.train(setup, lessons, folder, PeakMemory(), learns=learns)
+
+
+def peft(lessons: dict[str, Steps], **options: Any) -> dict[str, Any]:
+    """PEFT from the same start: a recipe's adapters have their places as seeds."""
+    from lighten.adapters import AdapterSpec, attach
+
+    specs = [AdapterSpec(name, r=engine.RANK, seed=place) for place, name in enumerate(lessons)]
+    cohort = attach(tiny_model("llama"), specs)
+    config = LoraConfig(r=engine.RANK, lora_alpha=2 * engine.RANK, target_modules="all-linear",
+                        task_type="CAUSAL_LM")  # fmt: skip
+    first, *more = lessons
+    model = get_peft_model(tiny_model("llama"), config, adapter_name=first)
+    for name in more:
+        model.add_adapter(name, config)
+    for name in lessons:
+        set_peft_model_state_dict(model, cohort.parameters(name), adapter_name=name)
+    return peers.train(model, lessons, "cpu", engine.OPTIMISER, **options)
+
+
+def alone(run: dict[str, Any], name: str = "a") -> dict[str, Any]:
+    """The run as a row of `train_vs_peers` has it."""
+    return {**run, **{key: run[key][name] for key in ("losses", "grad_norms", "moved")},
+            "first_step_s": 1.0, "wall_s": 2.0}  # fmt: skip
+
+
+def test_given_steps_are_trained_as_given_by_both_engines(tmp_path: Path) -> None:
+    lessons = {"one": lesson(), "two": lesson(seed=1)}
+    own, theirs = ours(lessons, tmp_path), peft(lessons, micro_rows=2)
+    assert cohort_worker.largest_difference(own["losses"], theirs["losses"]) < 1e-5
+    for name in lessons:
+        assert own["grad_norms"][name] == pytest.approx(theirs["grad_norms"][name], rel=1e-4)
+        assert own["moved"][name] == pytest.approx(theirs["moved"][name], rel=1e-3)
+    assert len(own["step_seconds"]) == 3
+    assert own["choices"]["micro-batch"] == "1024 tokens"  # the training loop's own choice
+
+
+def test_the_worker_packs_where_the_recipe_does(tmp_path: Path) -> None:
+    from lighten.models import attention
+
+    attention.register()
+    lessons = {"one": lesson()}
+    recipe = engine.recipe_of("tiny", ["one"], 3, settings={"dtype": "float32"})
+    model = tiny_model("llama")
+    model.set_attn_implementation(attention.NAME)
+    setup = engine.set_up(recipe, lessons, "cpu", engine.base_in_memory(model, "float32"))
+    found = engine.train(setup, lessons, tmp_path, PeakMemory())
+    assert found["packing"].startswith("rows packed without padding")
+    theirs = peft(lessons)
+    assert cohort_worker.largest_difference(found["losses"], theirs["losses"]) < 1e-5
+
+
+def test_trap51_a_row_that_does_not_learn_does_not_count(tmp_path: Path) -> None:
+    learnt = alone(ours({"a": lesson()}, tmp_path))
+    control = alone(ours({"a": lesson()}, tmp_path, learns=False))
+    own = who.Contender("lighten")
+    reference = {**learnt}
+    assert comparison.why_not(learnt, own, reference) is None
+    assert control["moved"] == 0.0
+    # Even where its losses pass: they are the reference here.
+    assert comparison.why_not(control, own, control) == "no weight has changed"
+    without = {**learnt, "grad_norms": [1.0, 0.0, 1.0]}
+    assert comparison.why_not(without, own, reference) == "a step had no gradient"
+    unknown = {**learnt, "grad_norms": [1.0, float("nan"), 1.0]}
+    assert comparison.why_not(unknown, own, reference) == "a step had no gradient"
+    assert cohort_worker.idle(ours({"a": lesson()}, tmp_path, learns=False))
+    assert not cohort_worker.idle(ours({"a": lesson()}, tmp_path))
+
+
+def test_trap51_peft_without_a_gradient_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(engine.OPTIMISER, "learning_rate", 0.0)
+    assert cohort_worker.idle(peft({"one": lesson()}))
+
+
+def run(speed: float, losses: list[float], peak: float = 8.0, **own: Any) -> dict[str, Any]:
+    """A run over steps of 10 tokens each."""
+    return {"losses": losses, "grad_norms": [1.0] * len(losses), "moved": 1e-4,
+            "step_seconds": [10.0 / speed] * len(losses), "peak_bytes": peak, "dtype": "bfloat16",
+            "first_step_s": 1.0, "wall_s": 100.0 / speed, **own}  # fmt: skip
+
+
+STEPS = {data: [[([1] * 10, [True] * 10)]] * 3 for data in (who.GROUPED, who.SHUFFLED)}
+REFERENCE = run(1.0, [3.0, 2.0, 1.0], dtype="float32")
+
+
+def table_of(**changes: dict[str, Any]) -> comparison.Table:
+    rows = {
+        who.REFERENCE: REFERENCE, who.FLOAT32: REFERENCE,
+        who.OURS: run(9.0, [3.0, 2.0, 1.0], 2.0), who.OURS_SHUFFLED: run(8.0, [3.0, 2.0, 1.0], 2.0),
+        who.OURS_SAVING: run(7.0, [3.0, 2.0], 1.0), who.DEFAULTS: run(2.0, [3.0, 2.01, 1.0]),
+        who.BEST: run(3.0, [3.0, 2.0, 1.005]), who.BEST_SAVING: run(2.5, [3.0, 2.0], 5.0),
+        **changes,
+    }  # fmt: skip
+    best = who.CANDIDATES["eager, no autocast"]
+    contenders = {**who.CONTENDERS, who.BEST: best, who.BEST_SAVING: best.checkpointed()}
+    return comparison.tabulate({k: [v] for k, v in rows.items()}, contenders, STEPS, warmup=1)
+
+
+def test_ratios_are_ours_over_theirs_on_the_same_steps() -> None:
+    tried = {
+        "a": {"accumulate": 1, "why_not": None, "tokens_per_s": 3.0, "peak_bytes": 8.0},
+        "b": {"accumulate": 1, "why_not": None, "tokens_per_s": 2.0, "peak_bytes": 1.0},
+        "c": {"accumulate": 4, "why_not": None, "tokens_per_s": 1.0, "peak_bytes": 4.0},
+        "d": {"accumulate": 4, "why_not": "an error", "tokens_per_s": None, "peak_bytes": None},
+    }
+    walls = {who.OURS: [run(9.0, [3.0, 2.0])], who.BEST: [run(3.0, [3.0, 2.0])]}
+    found = comparison.ratios(table_of(), walls, 60, tried)
+    assert found == pytest.approx(
+        {
+            "speed_vs_best": 3.0, "speed_vs_defaults": 4.0, "speed_vs_float32_defaults": 8.0,
+            "memory_vs_best": 0.25, "memory_vs_checkpointed": 0.2, "memory_vs_defaults": 0.25,
+            "memory_vs_fastest_of_whole_steps": 0.25,
+            "memory_vs_fastest_of_small_microbatches": 0.5, "wall_60_steps_vs_best": 1 / 3,
+        }
+    )  # fmt: skip
+    assert comparison.ratios(table_of(), walls, 20, {})["wall_60_steps_vs_best"] is None
+    walls[who.BEST] = [run(3.0, [3.0, 2.5])]
+    assert comparison.ratios(table_of(), walls, 60, {})["wall_60_steps_vs_best"] is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "null"),
+    [
+        ({who.OURS: run(9.0, [3.0, 2.0, 1.2])}, {"speed_vs_best", "memory_vs_best"}),
+        ({who.OURS: run(9.0, [3.0, 2.0, float("nan")])}, {"speed_vs_best", "memory_vs_best"}),
+        ({who.BEST: run(9.0, [3.0, 2.0, 1.0], moved=0.0)}, {"speed_vs_best", "memory_vs_best"}),
+        ({who.BEST: {"error": "killed"}}, {"speed_vs_best", "memory_vs_best"}),
+        ({who.FLOAT32: {"error": "killed"}},
+         {"speed_vs_defaults", "speed_vs_float32_defaults", "memory_vs_defaults"}),
+        ({who.OURS_SAVING: run(9.0, [3.0, 2.5])}, {"memory_vs_checkpointed"}),
+    ],
+)  # fmt: skip
+def test_a_row_that_does_not_count_has_no_ratio(changes: dict[str, Any], null: set[str]) -> None:
+    table = table_of(**changes)
+    found = comparison.ratios(table, {}, 0, {})
+    always = {key for key in found if key.startswith(("wall", "memory_vs_fastest"))}
+    assert {key for key, value in found.items() if value is None} == null | always
+    assert not all(row["valid"] for row in table.values())
+
+
+def test_speed_counts_real_tokens_after_the_warmup() -> None:
+    steps: Steps = [[([1] * 5, []), ([1] * 3, [])], [([1] * 4, [])], [([1] * 6, [])]]
+    seconds = [100.0, 2.0, 1.0]
+    assert comparison.speed({"step_seconds": seconds}, steps, 1) == pytest.approx((2.0 + 6.0) / 2)
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}])
+def test_step_flops_are_those_that_pytorch_counts(changes: dict[str, Any]) -> None:
+    """Counted on PEFT's plain layers: PyTorch's counter passes over products made in place."""
+    # As wide in its keys as in its queries, for the counter sees the repeated keys.
+    model = tiny_model("llama", num_key_value_heads=4, **changes)
+    model.set_attn_implementation("eager")
+    description = of_model("tiny", model)
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, config)
+    count = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    ids = torch.randint(3, VOCAB, (1, 32))
+    # The first layer's input gradient, which the formula counts too.
+    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()  # type: ignore[operator]
+    with FlopCounterMode(display=False) as counter:
+        logits = adapted(inputs_embeds=embedded, use_cache=False).logits[:, :-1]
+        nn.functional.cross_entropy(logits[0].float(), ids[0, 1:]).backward()
+    wanted = arithmetic.step_flops(description, count, [[(ids[0].tolist(), [True] * 32)]])
+    # Plain attention computes the other half too, and transformers the last position's logits.
+    square = 6.0 * 32**2 * description.hidden_size * description.layers
+    last = 4.0 * VOCAB * 32
+    assert counter.get_total_flops() == pytest.approx(wanted + square + last, rel=1e-6)
+
+
+def test_the_work_of_parts_sums_to_that_of_the_step(tmp_path: Path) -> None:
+    from lighten.models import attention
+
+    attention.register()
+    model = tiny_model("llama")
+    model.set_attn_implementation(attention.NAME)
+    description = of_model("tiny", model)
+    lessons = {"a": lesson(steps=1)}
+    recipe = engine.recipe_of("tiny", ["a"], 1, settings={"dtype": "float32"})
+    setup = engine.set_up(recipe, lessons, "cpu", engine.base_in_memory(model, "float32"))
+    batch = limit.first_micro_batch(setup, lessons, tmp_path)
+    parts = limit.Parts(setup, batch)
+    assert batch.tokens == sum(len(ids) for ids, _ in lessons["a"][0])
+    total = Work()
+    for part in limit.PARTS:
+        assert part == "low-rank" or parts.run(part) > 0.0
+        work = parts.work(part)
+        assert work.bytes > 0.0
+        total += work
+    count = sum(p.numel() for p in setup.members[0].parameters.values())
+    whole = arithmetic.step_flops(description, count, lessons["a"])
+    # The step's formula knows no filler behind packed rows, and takes a first layer's gradient in.
+    filler = batch.input_ids.numel() / batch.tokens
+    assert 0.8 * whole < total.flops < 1.05 * filler * whole
+    seconds = limit.whole_step(setup, lessons, 1, tmp_path)
+    assert len(seconds) == 1
+    assert seconds[0] > 0.0
+
+
+def test_a_limit_is_the_longer_of_arithmetic_and_memory() -> None:
+    assert Work(10.0, 4.0).least_seconds(5.0, 1.0) == 4.0
+    assert Work(10.0, 1.0).least_seconds(5.0, 1.0) == 2.0
+
+
+def test_both_sets_of_steps_hold_whole_steps_of_the_same_rows() -> None:
+    rows = [([7] * (10 + place), [True] * (10 + place)) for place in range(37)]
+    grouped, shuffled = (steps_of(rows, 6, grouped=own) for own in (True, False))
+    for steps in (grouped, shuffled):
+        assert [len(step) for step in steps] == [8] * 6
+    assert facts(grouped)["padded_tokens_per_step"] < facts(shuffled)["padded_tokens_per_step"]
+    first = largest_first(shuffled)
+    assert max(len(ids) for ids, _ in first[0]) == max(
+        len(ids) for step in shuffled for ids, _ in step
+    )
+    assert sorted(map(str, first)) == sorted(map(str, shuffled))
+    assert all(len(ids) == 6 and sum(mask) == 5 for ids, mask in slices(rows, 6, 50))
+
+
+def test_a_cohort_counts_only_with_the_losses_of_its_adapters_alone(tmp_path: Path) -> None:
+    def ran(apart: float) -> dict[str, Any]:
+        return {"alone_s": [1.0, 1.0], "cohort_s": {"2": 1.0}, "idle": False,
+                "largest_loss_difference": {"2": apart}}  # fmt: skip
+
+    theirs = {"alone_s": [2.0, 2.0], "idle": False}
+    good = cohort.tabulate("nf4", 64, (1, 2), [ran(1e-3)] * 3, [theirs] * 3)
+    assert [row["time"] for row in good] == [1.0, 0.5]
+    assert [row["time_vs_peft"] for row in good] == [0.5, 0.25]
+    assert cohort.tabulate("nf4", 64, (2,), [ran(0.1)], [theirs])[0]["time"] is None
+    still = {**ran(0.0), "idle": True}
+    assert cohort.tabulate("nf4", 64, (2,), [still], [theirs])[0]["time"] is None
+    failed = cohort.tabulate("nf4", 64, (2,), [ran(0.0)], [{"error": "no NF4 here"}])[0]
+    assert (failed["time"], failed["time_vs_peft"]) == (0.5, None)
+
+    names = ["a0", "a1"]
+    rows = lesson(steps=4, rows=8)
+    lessons = cohort.lessons([row for step in rows for row in step], names, 64, 2)
+    job = {"model": "tiny", "device": "cpu", "settings": {"dtype": "float32"}, "lessons": lessons,
+           "start": start(tmp_path, names), "sizes": (1, 2), "scratch": str(tmp_path)}  # fmt: skip
+    found = cohort_worker.ours(job, engine.base_in_memory(tiny_model("llama"), "float32"))
+    assert found["largest_loss_difference"][2] < 1e-5
+    assert not found["idle"]
+    assert len(found["alone_s"]) == 2
+    base = tiny_model("llama")
+    assert not cohort_worker.peft(job, lambda: base)["idle"]
+
+
+def start(folder: Path, names: list[str]) -> dict[str, str]:
+    from lighten import adapters
+    from lighten.adapters import AdapterSpec
+
+    specs = [AdapterSpec(name, r=engine.RANK, seed=place) for place, name in enumerate(names)]
+    made = adapters.attach(tiny_model("llama"), specs)
+    for name in names:
+        (folder / name).mkdir()
+        for file, content in adapters.files.contents(made, name).items():
+            (folder / name / file).write_bytes(content)
+    return {name: str(folder / name) for name in names}
+
+
+def test_memory_of_a_cohort_is_a_ratio_of_runs_that_trained() -> None:
+    def ran(peak: float, *, idle: bool = False) -> dict[str, Any]:
+        return {"peak_bytes": peak, "idle": idle}
+
+    found = cohort.ratios([], {1: [ran(4.0)], 4: [ran(4.4)]})
+    assert found["memory_4"] == pytest.approx(1.1)
+    assert {"time_8_at_64", "time_8_at_512", "nf4_time_8_at_64", "nf4_time_8_at_512"} <= set(found)
+    assert cohort.ratios([], {1: [ran(4.0)], 4: [ran(4.4, idle=True)]})["memory_4"] is None
+    assert cohort.ratios([], {1: [ran(4.0)], 4: [{"error": "killed"}]})["memory_4"] is None
+
+
+def test_nf4_of_a_version_that_has_none_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = {k: v for k, v in Recipe.model_fields.items() if k != "load_in_4bit"}
+    monkeypatch.setattr(Recipe, "__pydantic_fields__", fields)
+    with pytest.raises(UserError, match="load_in_4bit"):
+        engine.recipe_of("tiny", ["a"], 1, settings={"load_in_4bit": True})
+
+
+def test_the_gpu_suite_runs_on_a_tiny_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["gpu_suite.py", "--out", str(tmp_path), "--device", "cpu", "--tiny", "--steps", "1"]
+    monkeypatch.setattr(sys, "argv", command)
+    gpu_suite.main()
+    stored = json.loads((tmp_path / "gpu_suite.json").read_text(encoding="utf-8"))
+    own = stored["models"]["tiny"]
+    assert not [row["error"] for row in own["rows"].values() if "error" in row]
+    assert not any(row["idle"] for row in own["rows"].values())
+    assert stored["left_out"] == []
+    # Same start, same rows: PEFT's losses are ours, or there would be no ratio.
+    assert own["ratios"]["speed_vs_peft_float32"] is not None
+    assert own["ratios"]["time_8, 16 tokens each"] is not None
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"tiny": own["ratios"]}
+
+
+def test_the_gpu_suite_keeps_rows_that_failed() -> None:
+    def full() -> dict[str, Any]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    rows = {"speed, lighten": gpu_suite.attempt(full)}
+    assert rows == {"speed, lighten": {"error": "out of memory"}}
+    assert gpu_suite.ratios(rows, 1e-2)["speed_vs_peft_float32"] is None
+
+
+def test_the_gpu_suite_needs_no_installed_package() -> None:
+    source = Path(gpu_suite.__file__)
+    before = list(sys.path)
+    try:
+        runpy.run_path(str(source), run_name="looked at")
+        assert str(source.parents[1] / "src") in sys.path
+    finally:
+        sys.path[:] = before
