@@ -197,6 +197,14 @@ def test_more_layers_than_there_are_is_said() -> None:
         whole("llama", last=3)
 
 
+def test_quantised_weights_are_refused() -> None:
+    model = tiny_model("llama")
+    layer = model.base_model.layers[1].mlp.up_proj
+    layer.weight = torch.nn.Parameter(torch.zeros(4, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(UserError, match=r"quantised weights \(torch.uint8\)"):
+        WholeBase(model, dtype=torch.float32, last=1)
+
+
 def test_the_untouched_base_is_not_to_be_had_from_weights_that_learnt() -> None:
     with pytest.raises(UserError, match="has to be loaded anew"), whole("llama").using(None):
         pass
