@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +200,14 @@ def test_more_layers_than_there_are_is_said() -> None:
         whole("llama", last=3)
 
 
+def test_quantised_weights_are_refused() -> None:
+    model = tiny_model("llama")
+    layer = model.base_model.layers[1].mlp.up_proj
+    layer.weight = torch.nn.Parameter(torch.zeros(4, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(UserError, match=r"quantised weights \(torch.uint8\)"):
+        WholeBase(model, dtype=torch.float32, last=1)
+
+
 def test_the_untouched_base_is_not_to_be_had_from_weights_that_learnt() -> None:
     with pytest.raises(UserError, match="has to be loaded anew"), whole("llama").using(None):
         pass
@@ -302,6 +313,28 @@ def test_trap38_a_resumed_run_ends_bitwise_as_an_uninterrupted_one(
     ours, theirs = (load_file(r.folder / "model" / "model.safetensors") for r in (again, run))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     assert [m["loss"] for m in again.metrics()] == [m["loss"] for m in run.metrics()]
+
+
+@pytest.mark.slow
+def test_trap3_two_ranks_train_the_whole_base_as_one_process(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    settings |= {"max_train_samples": 13, "val_size": 0, "per_device_train_batch_size": 2}
+    del settings["eval_steps"]
+    one = train(settings, gradient_accumulation_steps=2, output_dir=str(tmp_path / "one"))
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
+         "-m", "lighten", "train", *(f"{key}={value}" for key, value in settings.items())],
+        capture_output=True, text=True, timeout=180, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "LIGHTEN_DEVICE": "cpu"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = Run(settings["output_dir"])
+    for ours, theirs in zip(two.metrics(), one.metrics(), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    ours, theirs = (load_file(r.folder / "model" / "model.safetensors") for r in (two, one))
+    for key, value in theirs.items():
+        assert float((ours[key] - value).abs().max()) < 2e-5, key
 
 
 def test_trap40_the_best_state_is_what_is_saved(settings: dict[str, Any]) -> None:

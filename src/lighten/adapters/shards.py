@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-SHARD_BYTES = 2**30
+# A file is twice in memory while it is made.
+SHARD_BYTES = 2**28
 
 
 class Shards(Mapping[str, bytes]):

@@ -35,7 +35,7 @@ class WholeBase(Trained):
         name: What the one member is called.
 
     Raises:
-        UserError: The base has fewer layers, or does not say which they are.
+        UserError: The base has fewer layers, does not say which they are, or is quantised.
     """
 
     folder: ClassVar[str] = "weights"
@@ -60,10 +60,14 @@ class WholeBase(Trained):
         learning = layers[-last:] if last is not None else [model]
         model.requires_grad_(False)
         for parameter in (p for module in learning for p in module.parameters()):
-            if parameter.is_floating_point():
-                # The same object in another format: a tied head stays tied (trap 29).
-                parameter.data = parameter.data.float()
-                parameter.requires_grad_(True)
+            if not parameter.is_floating_point():
+                raise UserError(
+                    f"method: full cannot train {type(model).__name__}'s quantised weights "
+                    f"({parameter.dtype}); load the base unquantised, or train adapters"
+                )
+            # The same object in another format: a tied head stays tied (trap 29).
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
         self._hooks: list[RemovableHandle] = []
         self._wrapped: list[nn.Module] = []
         if dtype != torch.float32:
