@@ -56,7 +56,7 @@ def run_ours(
     try:
         return engine.train(setup, lessons, Path(job["scratch"]), memory, start=start)
     finally:
-        setup.cohort.detach()
+        setup.trained.detach()
 
 
 def ours(job: Mapping[str, Any], base: models.Base) -> dict[str, Any]:

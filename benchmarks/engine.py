@@ -22,13 +22,14 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.machine import synchronize
 from benchmarks.steps import Steps
-from lighten import adapters, models
+from lighten import models
 from lighten.data import Encoded, Example, TemplateChoice
 from lighten.data import Row as EncodedRow
 from lighten.data.encode import EncodingCounts
 from lighten.errors import UserError
 from lighten.hardware import Choice, PeakMemory
 from lighten.recipe import Recipe
+from lighten.train import allocator
 from lighten.train.checkpoints import TrainerState
 from lighten.train.loop import Loop
 from lighten.train.prepare import Rows, Setup, load_base, prepare
@@ -47,6 +48,7 @@ def before_loading() -> None:
     """What `lighten.train` does in its process before a base is loaded: keep it the same here."""
     transformers_logging.disable_progress_bar()
     set_seed(0)
+    allocator.keep_pages("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def recipe_of(
@@ -174,7 +176,7 @@ def train(
         learns: False is the control: its optimiser runs at rate 0.
     """
     for name, own in (start or {}).items():
-        adapters.files.restore_from(setup.cohort, name, own)
+        setup.trained.restore(name, own)
     for member in setup.members:
         if not learns:
             member.settings = replace(member.settings, learning_rate=0.0)

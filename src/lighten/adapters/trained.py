@@ -76,6 +76,10 @@ class Trained(ABC):
         """The files of a name as bytes by file name, for whoever writes them safely."""
 
     @abstractmethod
+    def detach(self) -> PreTrainedModel:
+        """The plain model without whatever makes it learn."""
+
+    @abstractmethod
     def describe(self, name: str) -> str:
         """In words for the user."""
 
