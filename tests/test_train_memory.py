@@ -110,6 +110,10 @@ SAVERS: dict[str, Saver] = {
     "attention": lambda cohort, _: checkpoint_layers(cohort.model, part="attention"),
     "mlp": lambda cohort, _: checkpoint_layers(cohort.model, part="mlp"),
     "offload": offloaded,
+    "offload of layer inputs": lambda cohort, folder: (
+        checkpoint_layers(cohort.model),
+        offloaded(cohort, folder),
+    ),
     "offload of what is not recomputed": lambda cohort, folder: (
         checkpoint_layers(cohort.model, part="attention"),
         offloaded(cohort, folder),
