@@ -260,10 +260,20 @@ def _card(setup: Setup, name: str) -> str:
         f"# {name}\n\nA LoRA adapter of rank {spec.r} (alpha {spec.alpha:g}) for `{base.name}`, "
         f"trained with lighten {hardware.versions().get('lighten', '')} on "
         f"`{Path(setup.recipe.dataset).name}` with the chat template "
-        f"`{setup.rows.template.name}`.\n\n```python\nfrom peft import PeftModel\n"
-        f"from transformers import AutoModelForCausalLM\n\n"
+        f"`{setup.rows.template.name}`.{_learned_on(base)}\n\n"
+        "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
         f'base = AutoModelForCausalLM.from_pretrained("{base.name}")\n'
         'model = PeftModel.from_pretrained(base, "path/to/this/folder")\n```\n'
+    )
+
+
+def _learned_on(base: models.Base) -> str:
+    """The weights that an adapter corrects, where they are not those that its base loads with."""
+    if base.quantization is None:
+        return ""
+    return (
+        f" Its base was stored as {base.quantization.value}: merge it into those weights "
+        "dequantised, not into the original ones."
     )
 
 
