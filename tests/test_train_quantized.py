@@ -59,6 +59,9 @@ def test_a_quantised_base_trains_resumes_evaluates_and_talks(
     (loss,) = (own for own in run.info()["choices"] if own["what"] == "loss")
     assert loss["value"] == "supervised positions"
 
+    card = (run.adapters()["r4"] / "README.md").read_text(encoding="utf-8")
+    assert f"stored as {said}" in card
+
     folder = tmp_path / "cut"
     shutil.copytree(run.folder, folder)
     for checkpoint in checkpoints.listing(folder / "checkpoints"):
@@ -86,10 +89,12 @@ def test_a_quantised_base_trains_resumes_evaluates_and_talks(
 
 
 def test_a_run_on_a_dense_base_says_so(settings: dict[str, Any]) -> None:
-    info = lighten.train(**{**settings, "max_steps": 1}, progress=False).info()
+    run = lighten.train(**{**settings, "max_steps": 1}, progress=False)
+    info = run.info()
     assert info["base"]["quantization"] is None
     assert info["base"]["quantized_parameters"] == 0
     assert info["base"]["weights_bytes"] == 4 * info["base"]["parameters"]
+    assert "stored as" not in (run.adapters()["r2"] / "README.md").read_text(encoding="utf-8")
     assert "quantization" not in {own["what"] for own in info["choices"]}
 
 

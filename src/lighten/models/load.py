@@ -146,7 +146,9 @@ def _pretrained(
     """
     own: dict[str, Any] = {}
     if storage is not None:
-        own = {"quantization_config": storage.config(dtype), "device_map": {"": device}}
+        own["quantization_config"] = storage.config(dtype)
+    if storage is not None or quantized.stored_as(path):
+        own["device_map"] = {"": device}  # else transformers takes a GPU where there is one
     try:
         # With `output_loading_info` it gives a pair, which its annotation does not know.
         loaded: Any = AutoModelForCausalLM.from_pretrained(

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from lighten import hardware, runs
 from lighten.adapters import WholeBase
 from lighten.errors import UserError
+from lighten.models import Base
 from lighten.train.prepare import Setup
 
 # What other tools and the hub's web pages can fetch without trouble.
@@ -70,14 +71,26 @@ def export_model(setup: Setup, trained: WholeBase, folder: Path) -> None:
 
 
 def _adapter_card(setup: Setup, name: str) -> str:
-    base = setup.base
+    facts, base = setup.trained.facts(name), setup.base
+    method = facts.get("method", "LoRA")
+    serving = f"Serving: {facts['serving']}.\n\n" if "serving" in facts else ""
     return (
         f"---\nbase_model: {base.name}\nlibrary_name: peft\ntags: [lora, lighten]\n---\n\n"
-        f"# {name}\n\nA LoRA adapter ({setup.trained.describe(name)}) for `{base.name}`, "
-        f"{_how(setup)}.\n\n```python\nfrom peft import PeftModel\n"
+        f"# {name}\n\nA {method} adapter ({setup.trained.describe(name)}) for `{base.name}`, "
+        f"{_how(setup)}.{_learned_on(base)}\n\n{serving}```python\nfrom peft import PeftModel\n"
         f"from transformers import AutoModelForCausalLM\n\n"
         f'base = AutoModelForCausalLM.from_pretrained("{base.name}")\n'
         'model = PeftModel.from_pretrained(base, "path/to/this/folder")\n```\n'
+    )
+
+
+def _learned_on(base: Base) -> str:
+    """The weights that an adapter corrects, where they are not those that its base loads with."""
+    if base.quantization is None:
+        return ""
+    return (
+        f" Its base was stored as {base.quantization.value}: merge it into those weights "
+        "dequantised, not into the original ones."
     )
 
 
