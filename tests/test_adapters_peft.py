@@ -51,7 +51,7 @@ PROMPTS = ("CARTRIDGE", "P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING")
 
 
 # Their layers say so when PEFT is asked to merge them.
-UNMERGED = ("BEFT", "LILY", "PEANUT")
+UNMERGED = ("BEFT", "LILY")
 
 
 def apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -432,7 +432,10 @@ RUNS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True, "lora_r": 4, "lora_dropout": 0.1, "gradient_checkpointing": True},
     "pissa": {"init_lora_weights": "pissa", "lora_r": 4},
     "ia3": {"peft": {"peft_type": "ia3"}, "learning_rate": 0.2},
-    "prefix": {"peft": {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4}},
+    "prefix": {
+        "peft": {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4},
+        "learning_rate": 0.3,
+    },
     "p-tuning": {"peft": {"peft_type": "p-tuning", "num_virtual_tokens": 4}},
 }
 
@@ -457,6 +460,7 @@ def test_a_run_trains_resumes_bitwise_evaluates_chats_and_loads_in_peft(
     found = lighten.evaluate(run, max_examples=3, max_new_tokens=3)
     if method not in ("prefix", "p-tuning"):  # they begin far above the base
         assert found.metric("default", "loss")["value"] < found.metric("base", "loss")["value"]
+    assert own["method"] in lighten.report(run).read_text(encoding="utf-8")
     said = io.StringIO()
     chat(str(run.folder), max_new_tokens=3, lines=io.StringIO("hello\n/exit\n"), out=said)
     assert said.getvalue()
