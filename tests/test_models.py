@@ -37,10 +37,10 @@ def test_every_architecture_loads_frozen_and_describes_itself(arch: str, tmp_pat
     assert json.loads(json.dumps(said.to_dict()))["total_parameters"] == real
 
 
-def test_gemma2_has_no_sdpa_attention_and_falls_back_with_the_reason(tmp_path: Path) -> None:
+def test_gemma2_caps_its_scores_and_falls_back_from_sdpa_with_the_reason(tmp_path: Path) -> None:
     base = models.load(str(save_tiny(tmp_path / "g", "gemma2")))
     assert base.attention.value == "eager"
-    assert "no sdpa attention" in base.attention.reason
+    assert "caps its scores, which sdpa leaves out" in base.attention.reason
 
 
 def test_a_hub_model_comes_from_the_cache_with_its_revision(
