@@ -50,8 +50,8 @@ def lessons(rows: list[Row], names: Sequence[str], tokens: int, steps: int) -> d
     return {name: [[next(cut) for _ in range(each)] for _ in range(steps)] for name in names}
 
 
-def starts(model: str, names: Sequence[str], scratch: Path) -> dict[str, str]:
-    """A first adapter for each name, as a folder that PEFT reads too."""
+def starts(model: str, names: Sequence[str], scratch: Path) -> tuple[str, dict[str, str]]:
+    """The model's folder, and a first adapter for each name as a folder: PEFT reads both too."""
     from benchmarks.engine import RANK
     from lighten import adapters, models
     from lighten.adapters import AdapterSpec
@@ -66,7 +66,7 @@ def starts(model: str, names: Sequence[str], scratch: Path) -> dict[str, str]:
         for file, content in adapters.files.contents(cohort, name).items():
             (folder / file).write_bytes(content)
         folders[name] = str(folder)
-    return folders
+    return str(base.path), folders
 
 
 def measure(arguments: argparse.Namespace) -> Result:
@@ -78,9 +78,9 @@ def measure(arguments: argparse.Namespace) -> Result:
     memory: dict[int, list[Result]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         scratch = Path(temporary)
+        folder, start = starts(arguments.model, names, scratch)
         shared = {
-            "model": arguments.model, "device": arguments.device, "sizes": sizes,
-            "start": starts(arguments.model, names, scratch),
+            "model": folder, "device": arguments.device, "sizes": sizes, "start": start,
         }  # fmt: skip
 
         def run(label: str, job: Mapping[str, Any]) -> Result:
