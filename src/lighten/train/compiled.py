@@ -22,8 +22,8 @@ from lighten.adapters import Cohort, Trained
 from lighten.adapters.frozen import is_quantized
 from lighten.hardware import Choice
 
-# A decoder layer takes about half a minute to compile on two cores, for a fifth less memory and a few
-# percent of each step at best: shorter runs would lose by it (docs/lab-notes.md).
+# A decoder layer takes about half a minute to compile on two cores, for a fifth less memory and a
+# few percent of each step at best: shorter runs would lose by it (docs/lab-notes.md).
 PAYS_AFTER_S = 900.0
 # What a processor with bfloat16 arithmetic computes per second and core, for that estimate alone:
 # it has to be the same whenever a run is resumed, so it is not measured.
