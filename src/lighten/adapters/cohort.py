@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lighten.adapters.frozen import make_dense
-from lighten.adapters.layers import CohortCopies, CohortLinear, Routing, Share, Siblings
+from lighten.adapters.layers import CohortCopies, CohortLinear, Route, Routing, Share, Siblings
 from lighten.adapters.spec import AdapterSpec
 from lighten.adapters.targets import low_rank_paths, saved_paths, sibling_paths
 from lighten.adapters.trained import Trained
@@ -34,7 +34,7 @@ class Cohort(Trained):
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.specs: dict[str, AdapterSpec] = {}
-        self.routing = Routing()
+        self.routing = Routing.new()
         self.linears: dict[str, CohortLinear] = {}
         self.copies: dict[str, CohortCopies] = {}
 
@@ -77,6 +77,13 @@ class Cohort(Trained):
             self.copies[path].add(spec.name)
         self.specs[spec.name] = spec
 
+    @property
+    def no_lanes(self) -> str | None:
+        """Why threads cannot each train on a micro-batch of their own, or None."""
+        if self.copies:
+            return "modules_to_save take their module's place while they compute"
+        return None
+
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         """The adapter's trainable parameters by their key in PEFT's file format."""
         found: dict[str, nn.Parameter] = {}
@@ -99,7 +106,7 @@ class Cohort(Trained):
         """
         if name is not None and name not in self.specs:
             raise UserError(f"no adapter is called {name!r}; there are {', '.join(self.names)}")
-        with self._following((), name, None):
+        with self.routing.following(Route(everyone=name)):
             yield self.model
 
     @contextmanager
@@ -114,20 +121,9 @@ class Cohort(Trained):
         """
         assert shares[0].start == 0
         assert all(a.stop == b.start for a, b in pairwise(shares))
-        with self._following(shares, None, starts):
+        route = Route(tuple(shares), starts=None if starts is None else tuple(starts))
+        with self.routing.following(route):
             yield self.model
-
-    @contextmanager
-    def _following(
-        self, shares: Sequence[Share], everyone: str | None, starts: Sequence[int] | None
-    ) -> Iterator[None]:
-        routing = self.routing
-        before = routing.shares, routing.everyone, routing.starts
-        routing.follow(shares, everyone, starts)
-        try:
-            yield
-        finally:
-            routing.follow(*before)
 
     def contents(
         self, name: str, *, base_model: str | None = None, revision: str | None = None

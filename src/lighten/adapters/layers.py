@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
@@ -44,38 +46,24 @@ class Share:
     lengths: tuple[int, ...] | None = None
 
 
-class Routing:
-    """Which rows of the batch take which adapter: one object, shared by a cohort's layers.
+@dataclass(frozen=True)
+class Route:
+    """Which rows of a batch take which adapter.
 
     Attributes:
         shares: The adapters' runs of rows, in order; rows behind the last take the base alone.
         everyone: Without shares, the one adapter that every row takes, or None.
         starts: In a packed batch [1, N], where each row begins, and N at the end.
-        lone: The adapter that every row takes, if it is one.
-        token: Another object whenever any of this has changed.
     """
 
-    def __init__(self) -> None:
-        self.shares: tuple[Share, ...] = ()
-        self.everyone: str | None = None
-        self.starts: tuple[int, ...] | None = None
+    shares: tuple[Share, ...] = ()
+    everyone: str | None = None
+    starts: tuple[int, ...] | None = None
 
-        self.lone: str | None = None
-        self.token = object()
-
-    def follow(
-        self,
-        shares: Sequence[Share] = (),
-        everyone: str | None = None,
-        starts: Sequence[int] | None = None,
-    ) -> None:
-        """From now on rows are whose these say; see the attributes."""
-        self.shares, self.everyone = tuple(shares), everyone
-        self.starts = None if starts is None else tuple(starts)
-        self.lone = everyone
-        if len(self.shares) == 1:
-            self.lone = self.shares[0].member
-        self.token = object()
+    @property
+    def lone(self) -> str | None:
+        """The adapter that every row takes, if it is one."""
+        return self.shares[0].member if len(self.shares) == 1 else self.everyone
 
     def widths(self, leading: Sequence[int], path: str) -> tuple[int, ...]:
         """How many flattened rows of x each row of the batch has there.
@@ -99,6 +87,54 @@ class Routing:
                 "rows does not divide: adapters cannot be told apart there"
             )
         return widths
+
+
+class _Everywhere:
+    """The route of every thread that has none of its own."""
+
+    def __init__(self) -> None:
+        self.route = Route()
+
+
+class Routing(threading.local):
+    """The route that a cohort's layers follow now.
+
+    A route for every row holds in all threads, for whoever generates in another. One of a batch's
+    rows holds in the thread that runs the batch, so that several may each run their own.
+
+    Args:
+        everywhere: Shared by the threads: this method runs anew in each.
+    """
+
+    def __init__(self, everywhere: _Everywhere) -> None:
+        self._everywhere = everywhere
+        self._own: Route | None = None
+
+    @classmethod
+    def new(cls) -> Routing:
+        """One that leads to the base alone."""
+        return cls(_Everywhere())
+
+    @property
+    def now(self) -> Route:
+        """The route; another object whenever it has changed."""
+        return self._everywhere.route if self._own is None else self._own
+
+    @contextmanager
+    def following(self, route: Route) -> Iterator[None]:
+        """Layers follow this route until the end of the block."""
+        if route.shares or self._own is not None:
+            before_own, self._own = self._own, route
+            try:
+                yield
+            finally:
+                self._own = before_own
+        else:
+            before, self._everywhere.route = self._everywhere.route, route
+            try:
+                yield
+            finally:
+                self._everywhere.route = before
 
 
 class CohortLinear(nn.Module):
@@ -158,14 +194,14 @@ class CohortLinear(nn.Module):
 
     def parts(self, x: Tensor, layer: int) -> list[tuple[str, Part]]:
         """What the adapters add to this layer on x, as the given one of several layers."""
-        routing = self._routing
-        if not routing.shares:
-            name = routing.everyone
+        route = self.route
+        if not route.shares:
+            name = route.everyone
             if name is None or name not in self.specs:
                 return []
             rows = math.prod(x.shape[:-1])
             return [(name, Part(0, rows, self.scales[name], layer=layer))]
-        widths = routing.widths(x.shape[:-1], self.path)
+        widths = route.widths(x.shape[:-1], self.path)
         starts = (0, *accumulate(widths))
         return [
             (
@@ -178,7 +214,7 @@ class CohortLinear(nn.Module):
                     layer,
                 ),
             )
-            for share in routing.shares
+            for share in route.shares
             if share.member in self.specs
         ]
 
@@ -188,14 +224,14 @@ class CohortLinear(nn.Module):
         return any(spec.dropout for spec in self.specs.values())
 
     @property
-    def route(self) -> object:
-        """Another object whenever rows take other adapters."""
-        return self._routing.token
+    def route(self) -> Route:
+        """Which rows take which adapter now."""
+        return self._routing.now
 
     @property
     def lone(self) -> str | None:
         """The adapter that changes this layer on every row, if it is one."""
-        return self._routing.lone
+        return self._routing.now.lone
 
     def _dropout(self, share: Share, widths: tuple[int, ...]) -> Dropout | None:
         assert share.member is not None
@@ -267,35 +303,44 @@ class Siblings:
         for place, layer in enumerate(layers):
             layer.siblings, layer.place = self, place
         self._together = True
-        self._waiting: dict[int, Tensor] = {}
-        self._read: Tensor | None = None
-        self._route: object = None
+        self._pass = _Pass()
 
     def output(self, layer: CohortLinear, x: Tensor) -> Tensor:
         """The output of the layer on x."""
-        if self._waiting:
-            if x is self._read and layer.place in self._waiting and self._routed(layer):
+        own = self._pass
+        if own.waiting:
+            if x is own.read and layer.place in own.waiting and self._routed(layer):
                 return self._taken(layer.place)
-            self._together = self._together and x is self._read
-            self._waiting = {}
+            self._together = self._together and x is own.read
+            own.waiting = {}
         if not self._together or layer.drops:
             return joint_outputs([layer], x)[0]
         outputs = joint_outputs(self.layers, x)
-        self._waiting = dict(enumerate(outputs))
-        self._read = x
+        own.waiting = dict(enumerate(outputs))
+        own.read = x
         if not torch.compiler.is_compiling():
-            self._route = layer.route
+            own.route = layer.route
         return self._taken(layer.place)
 
     def _routed(self, layer: CohortLinear) -> bool:
         """Whether the rows still are whose they were; a compiled layer runs within one routing."""
-        return torch.compiler.is_compiling() or self._route is layer.route
+        return torch.compiler.is_compiling() or self._pass.route is layer.route
 
     def _taken(self, place: int) -> Tensor:
-        output = self._waiting.pop(place)
-        if not self._waiting:
-            self._read = None  # or x would live until the next pass
+        own = self._pass
+        output = own.waiting.pop(place)
+        if not own.waiting:
+            own.read = None  # or x would live until the next pass
         return output
+
+
+class _Pass(threading.local):
+    """Where one thread stands among siblings: outputs not yet called for, and what was read."""
+
+    def __init__(self) -> None:
+        self.waiting: dict[int, Tensor] = {}
+        self.read: Tensor | None = None
+        self.route: Route | None = None
 
 
 class CohortCopies(nn.Module):
@@ -325,13 +370,13 @@ class CohortCopies(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base's module, or each adapter's copy on its own rows."""
-        routing = self._routing
-        if not routing.shares:
-            return self._one(routing.everyone, x, args, kwargs)
+        route = self._routing.now
+        if not route.shares:
+            return self._one(route.everyone, x, args, kwargs)
         # Token ids come as [B, T]; hidden vectors as [B, T, ·] or [B·T, ·].
         leading = x.shape if not x.is_floating_point() else x.shape[:-1]
-        starts = (0, *accumulate(routing.widths(leading, self.path)))
-        spans = [(s.member, starts[s.start], starts[s.stop]) for s in routing.shares]
+        starts = (0, *accumulate(route.widths(leading, self.path)))
+        spans = [(s.member, starts[s.start], starts[s.stop]) for s in route.shares]
         if len(spans) == 1:
             return self._one(spans[0][0], x, args, kwargs)
         flat = x.flatten(0, len(leading) - 1)

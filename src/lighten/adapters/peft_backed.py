@@ -101,6 +101,11 @@ class PeftBacked(Cohort):
         return None
 
     @property
+    def no_lanes(self) -> str | None:
+        """Why threads cannot each train on a micro-batch of their own, or None."""
+        return f"{self.method} is computed by PEFT's own modules, one micro-batch at a time"
+
+    @property
     def no_checkpointing(self) -> str | None:
         """Why layers cannot be recomputed in the backward pass, or None."""
         if self._config.peft_type in virtual_tokens.PREFIXES:

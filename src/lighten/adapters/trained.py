@@ -42,6 +42,11 @@ class Trained(ABC):
         return None
 
     @property
+    def no_lanes(self) -> str | None:
+        """Why threads cannot each train on a micro-batch of their own, or None."""
+        return "micro-batches train side by side for low-rank adapters alone"
+
+    @property
     @abstractmethod
     def names(self) -> tuple[str, ...]:
         """The names, in order."""

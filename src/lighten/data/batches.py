@@ -129,6 +129,7 @@ def layout(
     max_rows: int,
     max_tokens: int | None = None,
     packed: bool = False,
+    lanes: int = 1,
 ) -> list[list[Item]]:
     """Cut a step's rows into micro-batches: padded ones of like length, packed ones of like size.
 
@@ -140,10 +141,14 @@ def layout(
         max_rows: Rows per micro-batch at most.
         max_tokens: Tokens per micro-batch at most, padding included; a longer row goes alone.
         packed: Rows will stand behind each other, without padding.
+        lanes: As many micro-batches will be trained side by side.
     """
     longest_first = sorted(items, key=lambda item: -lengths[item.row])
     if packed:
-        return _even(longest_first, lengths, max_rows, max_tokens)
+        return _even(longest_first, lengths, max_rows, max_tokens, lanes)
+    if lanes > 1:
+        share = -(-sum(lengths[item.row] for item in items) // lanes)
+        max_tokens = share if max_tokens is None else min(share, max_tokens)
     batches: list[list[Item]] = []
     longest = 0
     for item in longest_first:
@@ -157,9 +162,13 @@ def layout(
 
 
 def _even(
-    longest_first: Sequence[Item], lengths: Sequence[int], max_rows: int, max_tokens: int | None
+    longest_first: Sequence[Item],
+    lengths: Sequence[int],
+    max_rows: int,
+    max_tokens: int | None,
+    lanes: int,
 ) -> list[list[Item]]:
-    """As few micro-batches as hold the rows, each with about as many tokens.
+    """As few micro-batches as hold the rows and fill the lanes, each with about as many tokens.
 
     Each row goes where the fewest tokens are (the LPT rule of scheduling, Graham 1969).
     """
@@ -167,6 +176,7 @@ def _even(
     room = total if max_tokens is None else max_tokens
     count = max(1, -(-len(longest_first) // max_rows), -(-total // room))
     while True:
+        count += -count % lanes
         parts: list[list[Item]] = [[] for _ in range(count)]
         filled = [0] * count
         fits = True

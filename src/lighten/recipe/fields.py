@@ -169,6 +169,12 @@ class RecipeFields(Section):
         "training",
         "cut micro-batches so that their tokens stay within this; auto: 1024 on a processor",
     )
+    lanes: Positive | Literal["auto"] = _field(
+        "auto",
+        "training",
+        "micro-batches that a processor trains side by side, each on its own cores; auto: as many "
+        "as a step's tokens fill",
+    )
     packing: bool | Literal["auto"] = _field(
         "auto",
         "training",

@@ -15,7 +15,7 @@ from typing import Any
 from lighten.hardware import Choice
 
 # mallopt's parameters, from glibc's malloc.h.
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8
 # Larger than any activation; before glibc 2.35 no threshold above half a heap is taken.
 LARGE_BYTES, OLD_LARGE_BYTES = 2**30, 32 * 2**20
 NEVER_BYTES = 2**31 - 1  # the largest int: the heap's top is not given back by itself
@@ -51,6 +51,9 @@ def keep_pages(device: str) -> Choice:
         M_MMAP_THRESHOLD, OLD_LARGE_BYTES
     )
     taken = taken and libc.mallopt(M_TRIM_THRESHOLD, NEVER_BYTES)
+    # Lanes share the one heap whose top is kept: a thread's own arena gives its pages back, and
+    # takes no block above 64 MiB.
+    taken = taken and libc.mallopt(M_ARENA_MAX, 1)
     if not (taken and libc.mallopt(M_TOP_PAD, GROWTH_BYTES)):
         return Choice("as it is", "glibc did not take the thresholds")
     return Choice("glibc, pages kept", "fresh pages for every micro-batch's activations cost time")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
-from lighten.data.batches import Item, TokenRow, collate, layout
+from lighten.data.batches import Item, MicroBatch, TokenRow, collate, layout
+from lighten.train.lanes import Lanes
 from lighten.train.loss import Objective
-from lighten.train.step import shares_of
+from lighten.train.step import undropped
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,6 @@ class HeldOut:
         return math.sqrt(rows / (rows - 1) * residual) / total
 
 
-@torch.no_grad()
 def held_out(
     objective: Objective,
     rows: Sequence[TokenRow],
@@ -53,6 +53,7 @@ def held_out(
     max_tokens: int | None = None,
     pad_id: int = 0,
     device: torch.device | str = "cpu",
+    lanes: Lanes | None = None,
 ) -> HeldOut:
     """Loss of one adapter (None: the base) on encoded rows; no logits are kept (trap 43).
 
@@ -64,22 +65,38 @@ def held_out(
         max_tokens: Padded tokens per batch at most.
         pad_id: Padding.
         device: Where the model is.
+        lanes: Take batches side by side; None: one after another.
     """
     lengths = [len(row.input_ids) for row in rows]
     items = [Item(member, i, 0) for i, row in enumerate(rows) if any(row.supervised[1:])]
     nll, tokens = [0.0] * len(rows), [0] * len(rows)
-    packed = objective.packs
-    for part in layout(items, lengths, max_rows=max_rows, max_tokens=max_tokens, packed=packed):
-        batch = collate(part, rows, [member], pad_id=pad_id, packed=packed, device=device)
-        shares = tuple(replace(share, dropout_keys=None) for share in shares_of(batch))
-        weights = torch.ones(len(batch.labels), device=batch.labels.device)
-        objective.verify(batch, shares)
-        batch = batch if objective.packs else batch.padded()
-        with objective.at(batch, shares):
-            _, each = objective(batch, shares, weights)
-        for place, item in enumerate(batch.items):
-            own = slice(batch.supervised_before[place], batch.supervised_before[place + 1])
-            nll[item.row] = float(each[own].double().sum())
-            tokens[item.row] = own.stop - own.start
+    parts = layout(
+        items, lengths, max_rows=max_rows, max_tokens=max_tokens, packed=objective.packs,
+        lanes=lanes.count if lanes else 1,
+    )  # fmt: skip
+    batches = [
+        collate(part, rows, [member], pad_id=pad_id, packed=objective.packs, device=device)
+        for part in parts
+    ]
+    if batches:
+        objective.verify(batches[0], undropped(batches[0]))
+
+    @torch.no_grad()
+    def measure(own: Sequence[MicroBatch]) -> None:
+        for laid_out in own:
+            batch = laid_out if objective.packs else laid_out.padded()
+            shares = undropped(batch)
+            with objective.at(batch, shares):
+                weights = torch.ones(len(batch.labels), device=batch.labels.device)
+                _, each = objective(batch, shares, weights)
+            for place, item in enumerate(batch.items):
+                span = slice(batch.supervised_before[place], batch.supervised_before[place + 1])
+                nll[item.row] = float(each[span].double().sum())
+                tokens[item.row] = span.stop - span.start
+
+    if lanes is None:
+        measure(batches)
+    else:
+        lanes.each(measure, batches)
     kept = [item.row for item in items]
     return HeldOut(tuple(nll[i] for i in kept), tuple(tokens[i] for i in kept))

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lighten import runs
-from lighten.adapters import Share
 from lighten.data.batches import Item, MicroBatch, collate, layout, steps_of_epoch
 from lighten.hardware import PeakMemory
 from lighten.train import checkpoints
 from lighten.train.checkpoints import TrainerState
 from lighten.train.heldout import held_out
 from lighten.train.interrupt import Interrupted, StopSignals
+from lighten.train.lanes import Lanes
 from lighten.train.member import Member
 from lighten.train.prepare import Setup
 from lighten.train.progress import TrainingProgress
-from lighten.train.step import MemberStep, shares_of, train_step
+from lighten.train.step import MemberStep, train_step, undropped
 
 
 class Loop:
@@ -46,6 +47,7 @@ class Loop:
         self.main = setup.accelerator.is_main_process
         self._lengths = [len(row.input_ids) for row in setup.rows.train.rows]
         self._epochs: dict[tuple[int, int], list[list[int]]] = {}
+        self._lanes = Lanes(setup.lanes, torch.get_num_threads()) if setup.lanes > 1 else None
 
     def run(self) -> None:
         """Train from the state's step to the end.
@@ -61,10 +63,10 @@ class Loop:
                 began = time.perf_counter()
                 members = self._active()
                 batches = list(self._micro_batches(state.step, members))
-                if batches and setup.objective.verify(batches[0], _undropped(batches[0])):
+                if batches and setup.objective.verify(batches[0], undropped(batches[0])):
                     batches = list(self._micro_batches(state.step, members))
                 report = train_step(
-                    batches, members, setup.objective, setup.accelerator, setup.scaler
+                    batches, members, setup.objective, setup.accelerator, setup.scaler, self._lanes
                 )
                 state.step += 1
                 self._record(report, time.perf_counter() - began)
@@ -108,6 +110,7 @@ class Loop:
             max_rows=recipe.per_device_train_batch_size,
             max_tokens=setup.tokens_per_microbatch,
             packed=packed,
+            lanes=setup.lanes,
         ):
             yield collate(
                 part, setup.rows.train.rows, names, packed=packed, device=accelerator.device
@@ -169,6 +172,7 @@ class Loop:
                 max_rows=setup.recipe.per_device_eval_batch_size,
                 max_tokens=setup.tokens_per_microbatch,
                 device=setup.accelerator.device,
+                lanes=self._lanes,
             )
             any_best |= member.note_evaluation(found.loss, state.step)
             self._line(
@@ -219,8 +223,3 @@ class Loop:
             keep = best if setup.recipe.load_best_model_at_end else []
             checkpoints.prune(self.folder / "checkpoints", setup.recipe.save_total_limit, keep)
         setup.accelerator.wait_for_everyone()
-
-
-def _undropped(batch: MicroBatch) -> tuple[Share, ...]:
-    """Whose rows are whose, without dropout: PEFT's draws differ with how rows are laid out."""
-    return tuple(replace(share, dropout_keys=None) for share in shares_of(batch))

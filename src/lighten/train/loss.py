@@ -9,6 +9,7 @@ linear cross-entropy (arXiv 2410.10989), here in plain PyTorch.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,8 +61,8 @@ class HeadRule:
         return logits
 
 
-class Workspace:
-    """Memory for one chunk of logits, made once: fresh blocks of this size cost page faults."""
+class Workspace(threading.local):
+    """A thread's memory for one chunk of logits: fresh blocks of this size cost page faults."""
 
     def __init__(self) -> None:
         self._held: dict[str, Tensor] = {}

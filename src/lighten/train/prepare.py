@@ -18,7 +18,7 @@ from lighten.errors import UserError
 from lighten.hardware import Choice, choose_dtype
 from lighten.models import attention
 from lighten.recipe import AdapterOptions, Recipe
-from lighten.train import compiled, optimizers
+from lighten.train import compiled, lanes, optimizers
 from lighten.train.loss import Objective
 from lighten.train.member import Member, MemberSettings
 from lighten.train.memory import checkpoint_layers
@@ -63,6 +63,7 @@ class Setup:
         steps_per_epoch: Optimiser steps of one pass over the data.
         total_steps: Of the whole run.
         tokens_per_microbatch: Tokens of one micro-batch at most, padding included.
+        lanes: Micro-batches that train side by side.
         choices: What was chosen for this machine, with reasons.
     """
 
@@ -78,6 +79,7 @@ class Setup:
     steps_per_epoch: int
     total_steps: int
     tokens_per_microbatch: int | None = None
+    lanes: int = 1
     choices: dict[str, Choice] = field(default_factory=dict)
 
 
@@ -140,6 +142,7 @@ def prepare(recipe: Recipe, accelerator: Accelerator, base: models.Base, rows: R
     choices["packing"] = packing = choose_packing(recipe.packing, base.model, trained.no_packing)
     tokens, why = choose_tokens(recipe.tokens_per_microbatch, device)
     choices["micro-batch"] = Choice(f"{tokens} tokens" if tokens else "rows", why)
+    choices["lanes"] = _choose_lanes(recipe, trained, rows, per_step, accelerator)
     objective = Objective(
         base.model, trained, fast=trained.supports_fast_loss, packs=packing.value == "on"
     )
@@ -148,7 +151,7 @@ def prepare(recipe: Recipe, accelerator: Accelerator, base: models.Base, rows: R
     objective.packing_reason = trained.no_packing or objective.packing_reason
     return Setup(
         recipe, base, rows, trained, members, objective, accelerator, scaler,
-        per_step, steps_per_epoch, total, tokens, choices,
+        per_step, steps_per_epoch, total, tokens, int(choices["lanes"].value), choices,
     )  # fmt: skip
 
 
@@ -226,6 +229,22 @@ def choose_tokens(wanted: int | str | None, device: str) -> tuple[int | None, st
     if wanted is None or device != "cpu":
         return None, "per_device_train_batch_size alone decides"
     return CPU_TOKENS, "it fills a processor's matrix products; more would only cost memory"
+
+
+def _choose_lanes(
+    recipe: Recipe, trained: Trained, rows: Rows, per_step: int, accelerator: Accelerator
+) -> Choice:
+    if recipe.activation_offload:
+        return Choice("1", "activation_offload follows one micro-batch at a time")
+    own = len(trained.names) * per_step // accelerator.num_processes
+    return lanes.choose(
+        recipe.lanes,
+        trained,
+        rows=own,
+        tokens=own * rows.train.counts.tokens // max(1, len(rows.train.rows)),
+        device=accelerator.device.type,
+        threads=torch.get_num_threads(),
+    )
 
 
 def load_base(recipe: Recipe, device: str, *, learns: bool = False) -> models.Base:

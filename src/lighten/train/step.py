@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from lighten.adapters.layers import Share
 from lighten.data.batches import MicroBatch
 from lighten.errors import UserError
+from lighten.train.lanes import Lanes, Slopes
 from lighten.train.loss import Objective
 from lighten.train.member import Member
 
@@ -49,8 +51,17 @@ def train_step(
     objective: Objective,
     accelerator: Accelerator,
     scaler: torch.amp.GradScaler,
+    lanes: Lanes | None = None,
 ) -> dict[str, MemberStep]:
     """Forward, backward and update of every adapter on one step's micro-batches of this rank.
+
+    Args:
+        batches: The micro-batches.
+        members: The adapters that they hold.
+        objective: The loss.
+        accelerator: The ranks.
+        scaler: For float16.
+        lanes: Train micro-batches side by side; None: one after another.
 
     Raises:
         TrainingDiverged: A loss is not finite, or a gradient without a float16 scaler.
@@ -75,19 +86,12 @@ def train_step(
                 "it was cut off or empty (raise max_length, or see: lighten data check)"
             )
 
-    for batch in batches:
-        shares = shares_of(batch)
-        weights = torch.empty(len(batch.labels), dtype=torch.float32, device=batch.labels.device)
-        spans = [slice(batch.supervised_before[s.start], batch.supervised_before[s.stop])
-                 for s in shares]  # fmt: skip
-        for share, span in zip(shares, spans, strict=True):
-            weights[span] = 1.0 / float(totals[order[str(share.member)], 1])
-        with objective.at(batch, shares):
-            loss, nll = objective(batch, shares, weights)
-            scaler.scale(loss).backward()
-        for share, span in zip(shares, spans, strict=True):
-            counted[order[str(share.member)], 0] += float(nll[span].double().sum())
-
+    per_token = {
+        member.name: 1.0 / supervised
+        for member, supervised in zip(members, totals[:, 1].tolist(), strict=True)
+    }
+    lost = _backward(batches, members, objective, per_token, scaler, lanes)
+    counted[:, 0] = torch.tensor([lost[member.name] for member in members], dtype=torch.float64)
     totals[:, 0] = accelerator.reduce(counted[:, 0].to(accelerator.device), "sum").cpu()
     report = {
         member.name: MemberStep(
@@ -124,6 +128,46 @@ def train_step(
     return report
 
 
+def _backward(
+    batches: Sequence[MicroBatch],
+    members: Sequence[Member],
+    objective: Objective,
+    per_token: Mapping[str, float],
+    scaler: torch.amp.GradScaler,
+    lanes: Lanes | None,
+) -> dict[str, float]:
+    """Gradients of all micro-batches into the parameters; each adapter's summed token losses."""
+
+    def losses(batch: MicroBatch, backward: Callable[[Tensor], None]) -> dict[str, float]:
+        shares = shares_of(batch)
+        weights = torch.empty(len(batch.labels), dtype=torch.float32, device=batch.labels.device)
+        spans = {str(s.member): slice(batch.supervised_before[s.start],
+                                      batch.supervised_before[s.stop]) for s in shares}  # fmt: skip
+        for name, span in spans.items():
+            weights[span] = per_token[name]
+        with objective.at(batch, shares):
+            loss, nll = objective(batch, shares, weights)
+            backward(scaler.scale(loss))
+        return {name: float(nll[span].double().sum()) for name, span in spans.items()}
+
+    found: list[dict[str, float]] = []
+    if lanes is None:
+        found = [losses(batch, lambda loss: loss.backward()) for batch in batches]
+    else:
+        parameters = [p for member in members for p in member.parameters.values()]
+
+        def lane(own: list[MicroBatch]) -> tuple[Slopes, list[dict[str, float]]]:
+            slopes = Slopes(parameters)
+            return slopes, [losses(batch, slopes.backward) for batch in own]
+
+        for slopes, own in lanes.each(lane, batches):
+            slopes.give()
+            found += own
+    return {
+        member.name: math.fsum(own.get(member.name, 0.0) for own in found) for member in members
+    }
+
+
 def shares_of(batch: MicroBatch) -> tuple[Share, ...]:
     """Runs of rows that belong to one adapter, with what dropout needs to know of them."""
     shares: list[Share] = []
@@ -136,6 +180,11 @@ def shares_of(batch: MicroBatch) -> tuple[Share, ...]:
             shares.append(Share(member, start, stop, keys, batch.lengths[start:stop]))
             start = stop
     return tuple(shares)
+
+
+def undropped(batch: MicroBatch) -> tuple[Share, ...]:
+    """`shares_of` without dropout: measured, or compared with rows that are laid out otherwise."""
+    return tuple(replace(share, dropout_keys=None) for share in shares_of(batch))
 
 
 def _check(member: Member, own: MemberStep, scaler: torch.amp.GradScaler) -> None:

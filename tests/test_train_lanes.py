@@ -1,0 +1,179 @@
+"""Lanes: micro-batches side by side give what they give one after another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+import lighten
+from lighten.adapters import AdapterSpec, Cohort
+from lighten.data.batches import Item, MicroBatch, layout
+from lighten.train.lanes import Lanes, choose, shared_out
+from lighten.train.loss import Objective
+from lighten.train.member import Member
+from lighten.train.memory import checkpoint_layers
+from lighten.train.step import MemberStep, TrainingDiverged, train_step
+from tests.test_train_step import (
+    UNEVEN,
+    assert_close,
+    cohort_of,
+    gradients,
+    in_blocks,
+    micro_batches,
+    random_spec,
+    settings,
+)
+from tests.tiny import ARCHITECTURES
+
+
+def step_in(
+    lanes: Lanes | None, cohort: Cohort, *, packed: bool = False, max_rows: int = 2
+) -> tuple[dict[str, MemberStep], list[Member]]:
+    members = [Member(name, cohort.parameters(name), settings()) for name in cohort.names]
+    report = train_step(
+        micro_batches(UNEVEN, list(cohort.names), max_rows, packed=packed),
+        members,
+        Objective(cohort.model, cohort, packs=packed),
+        Accelerator(cpu=True),
+        torch.amp.GradScaler("cpu", enabled=False),
+        lanes,
+    )
+    return report, members
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_lanes_change_neither_loss_nor_gradients(arch: str, count: int) -> None:
+    spec = AdapterSpec("a", r=4, dropout=0.2, init_lora_weights=False, seed=3)
+    wanted, alone = step_in(None, cohort_of(spec, arch=arch))
+    report, members = step_in(Lanes(count, 2), cohort_of(spec, arch=arch))
+    assert report["a"].loss == pytest.approx(wanted["a"].loss, rel=1e-6)
+    assert report["a"].grad_norm == pytest.approx(wanted["a"].grad_norm, rel=1e-5)
+    assert_close(gradients(members[0]), gradients(alone[0]))
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_lanes_of_packed_rows_of_several_adapters(recomputed: bool) -> None:
+    def cohort() -> Cohort:
+        made = in_blocks(cohort_of(random_spec("a"), random_spec("b", r=8), arch="llama"))
+        if recomputed:
+            checkpoint_layers(made.model)
+        return made
+
+    wanted, alone = step_in(None, cohort(), packed=True, max_rows=3)
+    report, members = step_in(Lanes(2, 2), cohort(), packed=True, max_rows=3)
+    for name, own, other in zip("ab", members, alone, strict=True):
+        assert report[name].loss == pytest.approx(wanted[name].loss, rel=1e-6)
+        assert_close(gradients(own), gradients(other))
+
+
+def test_lanes_give_the_same_bits_however_fast_each_thread_is() -> None:
+    found = []
+    for _ in range(4):
+        _, members = step_in(Lanes(3, 3), cohort_of(random_spec(), arch="qwen2"), max_rows=1)
+        found.append(gradients(members[0]))
+    for other in found[1:]:
+        assert all(torch.equal(found[0][key], other[key]) for key in found[0])
+
+
+def test_gradients_lie_in_memory_as_their_parameters_do() -> None:
+    """A fused optimiser reads both in the order of memory; a product's may be transposed."""
+    cohort = cohort_of(random_spec())
+    seen: list[bool] = []
+    members = [Member("a", cohort.parameters("a"), settings())]
+    step = members[0].optimizer.step
+
+    def watched(*args: object) -> object:
+        for parameter in members[0].parameters.values():
+            assert parameter.grad is not None
+            seen.append(parameter.grad.stride() == parameter.stride())
+        return step()
+
+    members[0].optimizer.step = watched  # type: ignore[method-assign,assignment]
+    train_step(
+        micro_batches(UNEVEN, ["a"], 2), members, Objective(cohort.model, cohort),
+        Accelerator(cpu=True), torch.amp.GradScaler("cpu", enabled=False), Lanes(2, 2),
+    )  # fmt: skip
+    assert seen
+    assert all(seen)
+
+
+def test_an_error_in_a_lane_is_raised_where_the_step_was_called() -> None:
+    cohort = cohort_of(random_spec())
+    for parameter in cohort.parameters("a").values():
+        parameter.data.fill_(float("nan"))
+    with pytest.raises(TrainingDiverged, match="adapter 'a'"):
+        step_in(Lanes(2, 2), cohort)
+
+    def broken(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("in the middle of a layer")
+
+    cohort.model.register_forward_pre_hook(broken)
+    cohort.model.base_model.register_forward_pre_hook(broken)
+    with pytest.raises(RuntimeError, match="in the middle of a layer"):
+        step_in(Lanes(2, 2), cohort)
+
+
+def test_every_micro_batch_goes_to_the_lane_with_the_fewest_tokens() -> None:
+    def batch(tokens: int) -> MicroBatch:
+        empty = torch.zeros(0, dtype=torch.long)
+        ids = torch.zeros(1, tokens, dtype=torch.long)
+        return MicroBatch((Item("a", 0, 0),), ids, (tokens,), empty, empty, (0, 0))
+
+    lanes = shared_out([batch(n) for n in (3, 9, 5, 4)], 2)
+    assert [[b.tokens for b in lane] for lane in lanes] == [[9, 3], [5, 4]]
+    assert [len(lane) for lane in shared_out([batch(3)], 2)] == [1]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_step_is_cut_for_its_lanes(packed: bool) -> None:
+    lengths = [100, 90, 80, 70, 60, 50, 40, 30]
+    items = [Item("a", i, i) for i in range(8)]
+    parts = layout(items, lengths, max_rows=8, packed=packed, lanes=2)
+    sizes = [sum(lengths[item.row] for item in part) for part in parts]
+    assert sorted(item.row for part in parts for item in part) == list(range(8))
+    assert len(parts) >= 2
+    if packed:
+        assert len(parts) == 2
+        assert max(sizes) - min(sizes) <= 20
+        assert len(layout(items, lengths, max_rows=8, max_tokens=200, packed=True, lanes=2)) == 4
+
+
+def test_auto_gives_a_lane_enough_tokens_to_fill_its_products() -> None:
+    cohort = cohort_of(random_spec())
+
+    def chosen(wanted: int | str = "auto", **changes: object) -> tuple[str, str]:
+        given: dict[str, object] = {"rows": 8, "tokens": 2300, "device": "cpu", "threads": 2}
+        choice = choose(wanted, cohort, **{**given, **changes})  # type: ignore[arg-type]
+        return choice.value, choice.reason
+
+    assert chosen()[0] == "2"
+    assert chosen(threads=8)[0] == "4"
+    assert chosen(threads=6)[0] == "3"
+    assert chosen(threads=1)[0] == "1"
+    assert chosen(tokens=700) == ("1", "2 threads share a step of about 700 tokens")
+    assert chosen(3)[0] == "3"
+    assert chosen(3, rows=2)[0] == "2"
+    assert chosen(device="cuda")[0] == "1"
+    saved = cohort_of(AdapterSpec("a", r=4, modules_to_save=("lm_head",)))
+    choice = choose("auto", saved, rows=8, tokens=9000, device="cpu", threads=2)
+    assert choice.value == "1"
+    assert "modules_to_save" in choice.reason
+
+
+def test_a_run_in_lanes_trains_and_says_so(
+    tmp_path: Path, tiny_folder: Path, chat_file: Path
+) -> None:
+    def losses(lanes: int) -> list[float]:
+        run = lighten.train(
+            model_name_or_path=str(tiny_folder), dataset=str(chat_file), max_steps=3,
+            dtype="float32", output_dir=str(tmp_path / str(lanes)), lanes=lanes, progress=False,
+        )  # fmt: skip
+        choices = {choice["what"]: choice["value"] for choice in run.info()["choices"]}
+        assert choices["lanes"] == str(lanes)
+        return [line["loss"] for line in run.metrics()]
+
+    assert losses(2) == pytest.approx(losses(1), rel=1e-5)
