@@ -277,8 +277,8 @@ def joint_outputs(layers: Sequence[CohortLinear], x: Tensor) -> tuple[Tensor, ..
 
 def _lone_outputs(layers: Sequence[CohortLinear], x: Tensor) -> tuple[Tensor, ...]:
     """`joint_outputs` for one adapter on every row, in what a compiler can follow."""
-    name = layers[0].lone
-    assert name is not None
+    # Not asked of the routing, which is each thread's own: all threads run the same code.
+    (name,) = layers[0].specs
     return lone_linears(
         x,
         [layer.base for layer in layers],
@@ -303,14 +303,15 @@ class Siblings:
         for place, layer in enumerate(layers):
             layer.siblings, layer.place = self, place
         self._together = True
-        self._pass = _Pass()
+        self._passes = _Passes()
+        self._traced = _Pass()  # the compiler's own: in compiled code nothing is left waiting
 
     def output(self, layer: CohortLinear, x: Tensor) -> Tensor:
         """The output of the layer on x."""
-        own = self._pass
+        own = self._traced if torch.compiler.is_compiling() else self._passes.own
         if own.waiting:
-            if x is own.read and layer.place in own.waiting and self._routed(layer):
-                return self._taken(layer.place)
+            if x is own.read and layer.place in own.waiting and own.holds_for(layer):
+                return own.taken(layer.place)
             self._together = self._together and x is own.read
             own.waiting = {}
         if not self._together or layer.drops:
@@ -320,27 +321,34 @@ class Siblings:
         own.read = x
         if not torch.compiler.is_compiling():
             own.route = layer.route
-        return self._taken(layer.place)
-
-    def _routed(self, layer: CohortLinear) -> bool:
-        """Whether the rows still are whose they were; a compiled layer runs within one routing."""
-        return torch.compiler.is_compiling() or self._pass.route is layer.route
-
-    def _taken(self, place: int) -> Tensor:
-        own = self._pass
-        output = own.waiting.pop(place)
-        if not own.waiting:
-            own.read = None  # or x would live until the next pass
-        return output
+        return own.taken(layer.place)
 
 
-class _Pass(threading.local):
-    """Where one thread stands among siblings: outputs not yet called for, and what was read."""
+class _Pass:
+    """Where a thread stands among siblings: outputs not yet called for, and what was read."""
 
     def __init__(self) -> None:
         self.waiting: dict[int, Tensor] = {}
         self.read: Tensor | None = None
         self.route: Route | None = None
+
+    def holds_for(self, layer: CohortLinear) -> bool:
+        """Whether the rows still are whose they were; a compiled layer runs within one route."""
+        return torch.compiler.is_compiling() or self.route is layer.route
+
+    def taken(self, place: int) -> Tensor:
+        """The output that waits at this place, for good."""
+        output = self.waiting.pop(place)
+        if not self.waiting:
+            self.read = None  # or x would live until the next pass
+        return output
+
+
+class _Passes(threading.local):
+    """A `_Pass` per thread."""
+
+    def __init__(self) -> None:
+        self.own = _Pass()
 
 
 class CohortCopies(nn.Module):
