@@ -152,7 +152,8 @@ def set_up(
     accelerator = Accelerator(cpu=device == "cpu")
     base = base or load_base(recipe, str(accelerator.device))
     rows = [row for own in lessons.values() for step in own for row in step]
-    encoded = Encoded([EncodedRow(*row, Example("", 0)) for row in rows], EncodingCounts())
+    counts = EncodingCounts(rows=len(rows), tokens=sum(len(ids) for ids, _ in rows))
+    encoded = Encoded([EncodedRow(*row, Example("", 0)) for row in rows], counts)
     data = Rows(encoded, None, TemplateChoice("given", "", "the rows are encoded"), {})
     return prepare(recipe, accelerator, base, data)
 
