@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lighten.adapters.decoder import decoder_layers
 from lighten.errors import UserError
 
 # What architectures call the parts of a layer.
@@ -45,9 +45,7 @@ def checkpoint_layers(
     Raises:
         UserError: The architecture has no layers, or no such part, that can be recomputed.
     """
-    layers: list[nn.Module] = [
-        layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)
-    ]
+    layers = decoder_layers(model)
     if not layers:
         raise UserError(
             f"gradient_checkpointing: {type(model).__name__} does not say which of its layers can "
