@@ -136,6 +136,11 @@ class PeftBacked(Cohort):
             if p.requires_grad
         }
 
+    def _modules(self, name: str) -> Iterator[nn.Module]:
+        """The base with PEFT's modules in it, and the learnt prompt."""
+        assert name in self.specs
+        return self._peft.modules()
+
     def contents(
         self, name: str, *, base_model: str | None = None, revision: str | None = None
     ) -> Mapping[str, bytes]:

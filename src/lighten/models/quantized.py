@@ -326,9 +326,7 @@ def explain(model: PreTrainedModel, wanted: Storage | None) -> Choice | None:
     share = found.quantized / found.parameters
     dense = "the rest is dense"
     if found.stacked:
-        dense += (
-            f", {found.stacked:,} of fused experts, whose weights no layer of bitsandbytes holds"
-        )
+        dense += f", {found.stacked:,} of fused experts, which bitsandbytes has no layer for"
     return Choice(str(found.storage), f"{why}; {share:.0%} of the parameters, {dense}")
 
 
