@@ -16,6 +16,8 @@ import torch
 if TYPE_CHECKING:
     from lighten.models import Base
 
+HUB_COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """GPU tests say why they did not run."""
@@ -46,6 +48,19 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import save_tiny
 
     return save_tiny(tmp_path_factory.mktemp("tiny") / "llama")
+
+
+@pytest.fixture
+def hub_model(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The id of a model that the hub's cache holds, at the commit `HUB_COMMIT`."""
+    import shutil
+
+    repo = tmp_path / "hub" / "models--someone--tiny"
+    shutil.copytree(tiny_folder, repo / "snapshots" / HUB_COMMIT)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(HUB_COMMIT)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return "someone/tiny"
 
 
 @pytest.fixture(scope="session")

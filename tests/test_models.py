@@ -16,6 +16,7 @@ from lighten.models import gguf
 from lighten.models.describe import parameters_by_part
 from lighten.models.names import PACKAGED, resolve
 from lighten.models.packaged import folder_of
+from tests.conftest import HUB_COMMIT
 from tests.tiny import ARCHITECTURES, save_tiny, tiny_model
 
 
@@ -43,19 +44,11 @@ def test_gemma2_caps_its_scores_and_falls_back_from_sdpa_with_the_reason(tmp_pat
     assert "caps its scores, which sdpa leaves out" in base.attention.reason
 
 
-def test_a_hub_model_comes_from_the_cache_with_its_revision(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    repo = tmp_path / "hub" / "models--someone--tiny"
-    shutil.copytree(tiny_folder, repo / "snapshots" / commit)
-    (repo / "refs").mkdir()
-    (repo / "refs" / "main").write_text(commit)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    for revision in (None, commit):
-        base = models.load("someone/tiny", revision=revision)
-        assert (base.source, base.revision) == ("hub", commit)
-    assert models.describe("someone/tiny").layers == 2
+def test_a_hub_model_comes_from_the_cache_with_its_revision(hub_model: str) -> None:
+    for revision in (None, HUB_COMMIT):
+        base = models.load(hub_model, revision=revision)
+        assert (base.source, base.revision) == ("hub", HUB_COMMIT)
+    assert models.describe(hub_model).layers == 2
 
 
 def test_the_packaged_model_is_the_published_one(smollm2: models.Base) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +64,13 @@ def test_trap32_the_census_is_what_we_say(arch: str, said: str, tmp_path: Path) 
     census = models.census(base.model)
     assert census.parameters == sum(p.numel() for p in like.values())
     assert census.quantized == sum(like[f"{path}.weight"].numel() for path in found)
-    assert f"{census.quantized / census.parameters:.0%}" in base.quantization.reason
+    reason = base.quantization.reason
+    assert f"{census.quantized / census.parameters:.0%}" in reason
+    stacked = sum(p.numel() for name, p in like.items() if ".experts." in name)
+    assert (stacked > 0) == (arch == "mixtral")
+    assert census.stacked == stacked
+    told = f", {stacked:,} of fused experts, which bitsandbytes has no layer for" if stacked else ""
+    assert reason.endswith(f"the rest is dense{told}")
     assert not base.model.training
 
 
@@ -119,16 +124,8 @@ def test_a_gguf_file_is_quantised_too(
     assert len(linear_paths(base.model)) == 14
 
 
-def test_a_hub_model_is_quantised_too(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    repo = tmp_path / "hub" / "models--someone--tiny"
-    shutil.copytree(tiny_folder, repo / "snapshots" / commit)
-    (repo / "refs").mkdir()
-    (repo / "refs" / "main").write_text(commit)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    base = models.load("someone/tiny", load_in_4bit=True)
+def test_a_hub_model_is_quantised_too(hub_model: str) -> None:
+    base = models.load(hub_model, load_in_4bit=True)
     assert base.source == "hub"
     assert len(linear_paths(base.model)) == 14
 

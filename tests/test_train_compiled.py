@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from lighten.adapters import AdapterSpec, attach
 from lighten.train import compiled
 from lighten.train.memory import checkpoint_layers
+from lighten.train.offload import Offload, ScratchFile, wrap
 from tests.test_train_step import UNEVEN, assert_close, cohort_of, gradients, in_blocks, one_step
 from tests.test_train_step import random_spec as spec
 from tests.tiny import tiny_model
@@ -35,6 +37,29 @@ def test_compiled_layers_learn_what_plain_ones_learn(arch: str, checkpointing: b
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     assert report["a"].loss == pytest.approx(plain["a"].loss, rel=1e-5)
     assert_close(gradients(members["a"]), gradients(plain_members["a"]))
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_compiled_layers_keep_can_wait_elsewhere(checkpointing: bool, tmp_path: Path) -> None:
+    def run(moved: bool) -> tuple[float, dict[str, torch.Tensor]]:
+        torch._dynamo.reset()
+        cohort = in_blocks(cohort_of(spec()))
+        compiled.compile_layers(cohort.model)
+        if checkpointing:
+            checkpoint_layers(cohort.model)
+        made = Offload(cohort.model, ScratchFile(tmp_path), smallest_bytes=1)
+        if moved:
+            wrap(cohort.model, made)
+        report, members = one_step(cohort, UNEVEN, 3, packed=True)
+        assert (made.moved_bytes > 0) == moved
+        return report["a"].loss, gradients(members["a"])
+
+    (loss, wanted), (moved_loss, found) = run(False), run(True)
+    assert moved_loss == loss
+    assert all(torch.equal(found[key], value) for key, value in wanted.items())
 
 
 def test_short_runs_cohorts_and_dropout_are_not_compiled_and_the_reason_is_said() -> None:

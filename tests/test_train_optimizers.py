@@ -14,9 +14,11 @@ from peft import LoraConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load, load_file, save
 from torch import nn
+from transformers import Trainer
 
 import lighten
-from lighten.adapters import Cohort
+from lighten.adapters import Cohort, WholeBase, attach
+from lighten.adapters.peft_backed import PeftBacked
 from lighten.errors import MissingExtra
 from lighten.recipe import Recipe, RecipeError
 from lighten.recipe.fields import Optimizer
@@ -24,8 +26,9 @@ from lighten.train import checkpoints, optimizers
 from lighten.train.loss import Objective
 from lighten.train.member import Member
 from lighten.train.step import train_step
+from tests.test_adapters_peft import METHODS, lora_spec, peft_spec
 from tests.test_train_step import UNEVEN, cohort_of, micro_batches, random_spec, settings
-from tests.tiny import tiny_model
+from tests.tiny import ARCHITECTURES, tiny_model
 
 NAMES = get_args(Optimizer)
 CPU = sorted({optimizers.choose(name, "cpu").value for name in NAMES})
@@ -264,6 +267,91 @@ def test_loraplus_differs_per_adapter_and_has_its_other_name(chat_file: Path) ->
          "adapters": [{"name": "a"}, {"name": "b", "loraplus_lr_ratio": 16.0}]}
     )  # fmt: skip
     assert [own.loraplus_lr_ratio for own in recipe.cohort()] == [4.0, 16.0]
+
+
+def trainers_own(model: nn.Module) -> set[int]:
+    """Which parameters transformers' Trainer lets decay, by id: it may name a tied one twice."""
+    names = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
+    return {id(p) for n, p in model.named_parameters(remove_duplicate=False) if n in names}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_norms_and_biases_of_the_whole_base_do_not_decay_as_transformers_has_it(arch: str) -> None:
+    base = WholeBase(tiny_model(arch), dtype=torch.float32)
+    decay = trainers_own(base.model)
+    parameters = base.parameters("default")
+    found = base.undecayed("default")
+    assert found == {key for key, p in parameters.items() if id(p) not in decay}
+    assert 0 < len(found) < len(parameters)
+
+
+@pytest.mark.parametrize(
+    ("arch", "whole", "undecayed"),
+    [("llama", ("model.norm", "lm_head"), 1), ("gpt2", ("ln_f", "c_proj"), 6),
+     ("opt", ("final_layer_norm", "embed_tokens"), 6), ("qwen3", ("q_norm",), 2)],
+)  # fmt: skip
+def test_weight_decay_of_an_adapter_falls_where_trainer_lets_it_fall_in_peft(
+    arch: str, whole: tuple[str, ...], undecayed: int
+) -> None:
+    targets = ("c_attn",) if arch == "gpt2" else ("q_proj", "v_proj")
+    theirs = get_peft_model(
+        tiny_model(arch),
+        LoraConfig(target_modules=list(targets), modules_to_save=list(whole), r=4),
+    )
+    decay = trainers_own(theirs)
+    wanted = {
+        name.replace(".modules_to_save", "").replace(".default", "")
+        for name, p in theirs.named_parameters()
+        if p.requires_grad and id(p) not in decay
+    }
+    cohort = cohort_of(random_spec(target_modules=targets, modules_to_save=whole), arch=arch)
+    assert cohort.undecayed("a") == wanted
+    assert len(wanted) == undecayed
+    assert not any("lora_" in key for key in wanted)
+
+
+@pytest.mark.parametrize("method", [*sorted(METHODS), None])
+def test_weight_decay_of_pefts_methods_falls_where_trainer_lets_it_fall(method: str | None) -> None:
+    dora = lora_spec(use_dora=True, modules_to_save=("norm",))
+    cohort = attach(tiny_model("llama"), [dora if method is None else peft_spec(method)])
+    assert isinstance(cohort, PeftBacked)
+    decay = trainers_own(cohort._peft)
+    parameters = cohort.parameters("a")
+    wanted = {key for key, p in parameters.items() if id(p) not in decay}
+    assert cohort.undecayed("a") == wanted
+    if method in (None, "LN_TUNING", "P_TUNING"):
+        assert wanted
+
+
+@pytest.mark.parametrize("optim", CPU)
+def test_what_does_not_decay_stays_where_there_is_no_gradient(optim: str) -> None:
+    member = member_of(optim, loraplus_lr_ratio=2.0)
+    before = {key: p.detach().clone() for key, p in member.parameters.items()}
+    member.undecayed = frozenset({B})
+    member.__post_init__()
+    for p in member.parameters.values():
+        p.grad = torch.zeros_like(p)
+    member.optimizer.step()
+    after = member.parameters
+    assert torch.equal(after[B], before[B])
+    assert torch.allclose(after[A], before[A] * (1 - 1e-2 * 0.01), rtol=1e-6)
+    assert not torch.equal(after[A], before[A])
+
+
+def test_a_run_of_the_whole_base_decays_its_matrices_alone(
+    tiny_folder: Path, chat_file: Path, tmp_path: Path
+) -> None:
+    def train(weight_decay: float) -> dict[str, torch.Tensor]:
+        run = lighten.train(
+            model=str(tiny_folder), dataset=str(chat_file), max_steps=1, val_size=0, method="full",
+            weight_decay=weight_decay, output_dir=str(tmp_path / str(weight_decay)),
+            dtype="float32", progress=False,
+        )  # fmt: skip
+        return load_file(run.folder / "model" / "model.safetensors")
+
+    without, decayed = train(0.0), train(10.0)
+    for key, value in without.items():
+        assert torch.equal(value, decayed[key]) == ("norm" in key), key
 
 
 def test_only_adapters_have_gradients_and_optimiser_state() -> None:

@@ -177,7 +177,7 @@ def test_recomputed_layers_give_the_same_gradients(
 ) -> None:
     report, member = step(whole(arch, last=last, dtype=dtype))
     saving = whole(arch, last=last, dtype=dtype)
-    assert checkpoint_layers(saving.model) == 2
+    assert checkpoint_layers(saving.model) == (last or 2)  # a frozen layer has nothing to recompute
     saved, saved_member = step(saving)
     assert saved.loss == report.loss
     ours, theirs = gradients(saved_member), gradients(member)

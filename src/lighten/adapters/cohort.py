@@ -97,6 +97,12 @@ class Cohort(Trained):
                     found[f"base_model.model.{path}.{key}"] = value
         return found
 
+    def _modules(self, name: str) -> Iterator[nn.Module]:
+        """The copies trained whole; the factors of low-rank layers are no modules."""
+        for copies in self.copies.values():
+            if name in copies.copies:
+                yield from copies.copies[name].modules()
+
     @contextmanager
     def using(self, name: str | None) -> Iterator[PreTrainedModel]:
         """Every row takes this adapter (None: the base alone), without dropout.

@@ -182,20 +182,35 @@ def restore(
         weights, where = source, where or "what is to be restored"
     else:
         weights, where = read_weights(Path(source)), str(source)
-    own = trained.parameters(name)
-    wrong = sorted(set(own) ^ set(weights))
-    if wrong:
-        side = "lacks" if wrong[0] in own else "has an unknown"
+    check_fit(weights, trained.shapes(name), where)
+    for key, parameter in trained.parameters(name).items():
+        parameter.copy_(weights[key])
+
+
+def check_fit(
+    weights: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]], where: str
+) -> None:
+    """Every key must be there with its shape, and no other (trap 27).
+
+    Args:
+        weights: Saved ones by key.
+        wanted: Shape by key, from the live ones.
+        where: What an error calls the source.
+
+    Raises:
+        UserError: One is missing, left over, or has another shape.
+    """
+    if wrong := sorted(set(wanted) ^ set(weights)):
+        side = "lacks" if wrong[0] in wanted else "has an unknown"
         raise UserError(
             f"{where} {side} {wrong[0]} ({len(wrong)} keys differ); it does not fit this base model"
         )
-    for key, parameter in own.items():
-        if parameter.shape != weights[key].shape:
+    for key, shape in wanted.items():
+        if tuple(weights[key].shape) != shape:
             raise UserError(
-                f"{where}: {key} has shape {tuple(weights[key].shape)}, the base wants "
-                f"{tuple(parameter.shape)}; it was trained on another model"
+                f"{where}: {key} has shape {tuple(weights[key].shape)}, the base wants {shape}; "
+                "it was trained on another model"
             )
-        parameter.copy_(weights[key])
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:

@@ -141,6 +141,11 @@ class PeftBacked(Cohort):
             if p.requires_grad
         }
 
+    def _modules(self, name: str) -> Iterator[nn.Module]:
+        """The base with PEFT's modules in it, and the learnt prompt."""
+        assert name in self.specs
+        return self._peft.modules()
+
     def contents(
         self, name: str, *, base_model: str | None = None, revision: str | None = None
     ) -> Mapping[str, bytes]:
@@ -177,7 +182,7 @@ class PeftBacked(Cohort):
         assert name in self.specs
         folder = None if isinstance(source, Mapping) else Path(source)
         weights = dict(source) if isinstance(source, Mapping) else files.read_weights(Path(source))
-        self._check_fit(weights, str(folder or "what is to be restored"))
+        files.check_fit(weights, self.shapes(name), str(folder or "what is to be restored"))
         weights = self._starts.parted(weights)
         device = {key: value.to(self.model.device) for key, value in weights.items()}
         set_state(self._peft, device, KEY)
@@ -334,21 +339,6 @@ class PeftBacked(Cohort):
     def _saved(self) -> dict[str, Tensor]:
         """What goes into the adapter's file: with a start from the base, twice the rank."""
         return self._starts.joined(self._state())
-
-    def _check_fit(self, weights: Mapping[str, Tensor], where: str) -> None:
-        """Every key there with its shape, and no other (trap 27)."""
-        own = self._saved()
-        if wrong := sorted(set(own) ^ set(weights)):
-            side = "lacks" if wrong[0] in own else "has an unknown"
-            raise UserError(
-                f"{where} {side} {wrong[0]} ({len(wrong)} keys differ); it does not fit this base"
-            )
-        for key, value in own.items():
-            if value.shape != weights[key].shape:
-                raise UserError(
-                    f"{where}: {key} has shape {tuple(weights[key].shape)}, the base wants "
-                    f"{tuple(value.shape)}; it was trained on another model"
-                )
 
     def _encoder(self) -> dict[str, Tensor]:
         """Parameters that train a prompt but are not what is saved of it."""

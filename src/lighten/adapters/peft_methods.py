@@ -50,19 +50,22 @@ def method_of(settings: Mapping[str, Any]) -> str:
     if method in REFUSED:
         raise UserError(f"peft: {method} does not train here: {REFUSED[method]}")
     if method not in known:
-        near = difflib.get_close_matches(method, offered, n=1)
-        mend = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(offered))}"
+        mend = _mend(method, offered, "there are")
         raise UserError(f"peft: peft_type {settings.get('peft_type')!r} does not exist; {mend}")
     keys = [own.name for own in dataclasses.fields(known[method]) if own.init]
     for key in settings:
         if key in _OURS:
             raise UserError(f"peft: {key} is set by lighten itself; leave it out")
         if key not in keys:
-            near = difflib.get_close_matches(key, keys, n=1)
-            mend = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(keys))}"
-            raise UserError(f"peft: {method} has no setting {key}; {mend}")
+            raise UserError(f"peft: {method} has no setting {key}; {_mend(key, keys, 'it has')}")
     _check_values(method, settings)
     return method
+
+
+def _mend(wrong: str, names: list[str], otherwise: str) -> str:
+    """The name that was meant, or all there are."""
+    near = difflib.get_close_matches(wrong, names, n=1)
+    return f"did you mean {near[0]}?" if near else f"{otherwise} {', '.join(sorted(names))}"
 
 
 def _check_values(method: str, settings: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from torch import nn
 from transformers import PreTrainedModel
 
+from lighten.adapters.decoder import decoder_layers
 from lighten.adapters.frozen import is_linear
 from lighten.adapters.spec import AdapterSpec
 from lighten.errors import UserError
@@ -91,18 +92,14 @@ def group_paths(model: PreTrainedModel, group: str) -> list[str]:
     Raises:
         UserError: There is none.
     """
-    found = []
-    for layers in model.modules():
-        wanted = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-        if isinstance(layers, nn.ModuleList) and len(layers) == wanted:
-            found = [
-                path
-                for path, module in model.named_modules()
-                if is_linear(module)
-                and (parents := _parents_within(model, path, layers)) is not None
-                and any(map(_is_attention, parents)) == (group == "attention")
-            ]
-            break
+    layers = decoder_layers(model)
+    found = [
+        path
+        for path, module in model.named_modules()
+        if is_linear(module)
+        and (parents := _parents_within(model, path, layers)) is not None
+        and any(map(_is_attention, parents)) == (group == "attention")
+    ]
     if not found:
         raise UserError(
             f"lora_target_modules: {group}: the decoder layers of {type(model).__name__} have no "
@@ -113,7 +110,7 @@ def group_paths(model: PreTrainedModel, group: str) -> list[str]:
 
 
 def _parents_within(
-    model: PreTrainedModel, path: str, layers: nn.ModuleList
+    model: PreTrainedModel, path: str, layers: Iterable[nn.Module]
 ) -> list[tuple[str, nn.Module]] | None:
     """Names and modules above a path inside its decoder layer; None outside of all of them."""
     parts = path.split(".")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lighten.adapters.layers import Share
+
+# Biases and norms by their names, as transformers' `Trainer.get_decay_parameter_names` knows them.
+UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|[._])norm(?:$|\.)")
 
 
 class Trained(ABC):
@@ -59,6 +63,29 @@ class Trained(ABC):
     @abstractmethod
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         """The trainable parameters of a name by their key in its files."""
+
+    def undecayed(self, name: str) -> frozenset[str]:
+        """Keys of the parameters that weight decay leaves alone: those of biases and norms.
+
+        What transformers' Trainer leaves alone on PEFT's model or the plain one: whatever is called
+        like a bias or a norm, or belongs to a LayerNorm.
+        """
+        norms = {
+            id(parameter)
+            for module in self._modules(name)
+            if isinstance(module, nn.LayerNorm)
+            for parameter in module.parameters()
+        }
+        return frozenset(
+            key
+            for key, parameter in self.parameters(name).items()
+            if id(parameter) in norms or UNDECAYED.search(key.lower())
+        )
+
+    def _modules(self, name: str) -> Iterable[nn.Module]:
+        """Modules that hold the parameters of a name, perhaps others too."""
+        del name
+        return self.model.modules()
 
     @abstractmethod
     def using(self, name: str | None) -> AbstractContextManager[PreTrainedModel]:

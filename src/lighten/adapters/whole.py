@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from lighten.adapters.decoder import decoder_layers
 from lighten.adapters.layers import Share
 from lighten.adapters.shards import Shards
 from lighten.adapters.trained import Trained
@@ -51,6 +52,11 @@ class WholeBase(Trained):
         self.model, self.last = model, last
         self._name, self._dtype = name, dtype
         layers = decoder_layers(model) if last is not None else []
+        if last is not None and not layers:
+            raise UserError(
+                f"trainable_layers: {type(model).__name__} does not say which its decoder layers "
+                "are; use method: full, or adapters"
+            )
         if last is not None and last > len(layers):
             raise UserError(
                 f"trainable_layers: last_{last} is more than the {len(layers)} decoder layers of "
@@ -169,22 +175,6 @@ class WholeBase(Trained):
         out = call[-1]
         floating = isinstance(out, Tensor) and out.is_floating_point()
         return out.to(self._dtype) if floating else out
-
-
-def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The decoder layers of a base, first to last.
-
-    Raises:
-        UserError: The architecture does not say which they are.
-    """
-    wanted = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    for module in model.base_model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == wanted:
-            return list(module)
-    raise UserError(
-        f"trainable_layers: {type(model).__name__} does not say which its decoder layers are; use "
-        "method: full, or adapters"
-    )
 
 
 def _autocast(forward: Any, device: str, dtype: torch.dtype) -> Any:

@@ -73,12 +73,14 @@ class Census:
     Attributes:
         parameters: All of them, tied ones once.
         quantized: Those in quantised layers.
+        stacked: Those of fused experts, whose weights [E, O, I] no quantised layer can hold.
         weight_bytes: What they take, scales and tables included.
         storage: How the quantised ones are stored; None if there are none.
     """
 
     parameters: int
     quantized: int
+    stacked: int
     weight_bytes: int
     storage: Storage | None
 
@@ -298,19 +300,20 @@ def census(model: nn.Module) -> Census:
     """Count a model's weights as they are stored."""
     layers = [m for m in model.modules() if hasattr(m, "dense_weight")]
     held = {id(layer.weight): layer for layer in layers}
-    parameters = quantized = weight_bytes = 0
+    parameters = quantized = stacked = weight_bytes = 0
     seen: set[int] = set()
     for parameter in model.parameters():
         layer: Any = held.get(id(parameter))
         numbers = parameter.numel() if layer is None else layer.in_features * layer.out_features
         parameters += numbers
         quantized += numbers if layer is not None else 0
+        stacked += numbers if layer is None and parameter.dim() == 3 else 0
         for part in (parameter, *(_scales(parameter) if layer is not None else ())):
             if part.data_ptr() not in seen:  # layers share tables
                 seen.add(part.data_ptr())
                 weight_bytes += part.numel() * part.element_size()
     storage: Any = layers[0].storage if layers else None
-    return Census(parameters, quantized, weight_bytes, storage)
+    return Census(parameters, quantized, stacked, weight_bytes, storage)
 
 
 def explain(model: PreTrainedModel, wanted: Storage | None) -> Choice | None:
@@ -321,7 +324,10 @@ def explain(model: PreTrainedModel, wanted: Storage | None) -> Choice | None:
     setting = "load_in_8bit" if found.storage.kind == "int8" else "load_in_4bit"
     why = f"{setting} of the recipe" if wanted is not None else "the model's files hold them so"
     share = found.quantized / found.parameters
-    return Choice(str(found.storage), f"{why}; {share:.0%} of the parameters, the rest is dense")
+    dense = "the rest is dense"
+    if found.stacked:
+        dense += f", {found.stacked:,} of fused experts, which bitsandbytes has no layer for"
+    return Choice(str(found.storage), f"{why}; {share:.0%} of the parameters, {dense}")
 
 
 def _scales(weight: Any) -> Iterator[Tensor]:

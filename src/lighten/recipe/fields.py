@@ -192,7 +192,9 @@ class RecipeFields(Section):
     warmup_steps: Annotated[int, Field(ge=0)] | None = _field(
         None, "training", "steps that warm up, instead of a share"
     )
-    weight_decay: Annotated[float, Field(ge=0.0)] = _field(0.0, "training", "weight decay")
+    weight_decay: Annotated[float, Field(ge=0.0)] = _field(
+        0.0, "training", "weight decay; biases and norms have none"
+    )
     optim: Optimizer = _field("adamw_torch", "training", "optimiser, by transformers' name")
     adam_beta1: Share = _field(0.9, "training", "first decay of AdamW and Lion")
     adam_beta2: Share = _field(0.999, "training", "second decay of AdamW and Lion")

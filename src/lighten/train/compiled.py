@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lighten.adapters import Cohort, Trained
+from lighten.adapters.decoder import decoder_layers
 from lighten.adapters.frozen import is_quantized
 from lighten.hardware import Choice
 
@@ -73,17 +73,12 @@ def _obstacle(trained: Trained) -> str | None:
         return "lora_dropout forms its masks outside of compiled code"
     if any(is_quantized(module) for module in model.modules()):
         return "a quantised base is dequantised outside of compiled code"
-    if not layers_of(model):
+    if not decoder_layers(model):
         return f"{type(model).__name__} does not say which of its layers are alike"
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None and shutil.which("clang++") is None:
         return f"there is no C++ compiler ({compiler})"
     return None
-
-
-def layers_of(model: PreTrainedModel) -> list[nn.Module]:
-    """The decoder layers."""
-    return [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
 
 
 def compile_layers(model: PreTrainedModel) -> None:
@@ -98,7 +93,7 @@ def compile_layers(model: PreTrainedModel) -> None:
             output.requires_grad_(True)
 
     model.get_input_embeddings().register_forward_hook(wants_gradient)
-    for layer in layers_of(model):
+    for layer in decoder_layers(model):
         layer.forward = _compiled(layer)
 
 

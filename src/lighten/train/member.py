@@ -59,12 +59,14 @@ class Member:
         parameters: Trainable parameters by PEFT key, float32.
         settings: How it learns.
         progress: How far it is.
+        undecayed: Keys of the parameters that weight decay leaves alone.
     """
 
     name: str
     parameters: dict[str, nn.Parameter]
     settings: MemberSettings
     progress: MemberProgress = field(default_factory=MemberProgress)
+    undecayed: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         own = self.settings
@@ -76,6 +78,7 @@ class Member:
             betas=own.betas,
             epsilon=own.epsilon,
             loraplus_lr_ratio=own.loraplus_lr_ratio,
+            undecayed=self.undecayed,
         )
 
     @property

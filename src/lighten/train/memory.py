@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lighten.adapters.decoder import decoder_layers
 from lighten.errors import UserError
 
 # What architectures call the parts of a layer.
@@ -36,6 +36,7 @@ def checkpoint_layers(
     Args:
         model: The base, with its cohort or without.
         every: The first layer, and then every so many-th; the others keep their activations.
+            Frozen layers below the first that learns keep nothing and are not counted.
         part: `layer`, or only its `attention` or its `mlp`.
         options: More arguments of `torch.utils.checkpoint.checkpoint`.
 
@@ -45,20 +46,31 @@ def checkpoint_layers(
     Raises:
         UserError: The architecture has no layers, or no such part, that can be recomputed.
     """
-    layers: list[nn.Module] = [
-        layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)
-    ]
+    layers = decoder_layers(model)
     if not layers:
         raise UserError(
             f"gradient_checkpointing: {type(model).__name__} does not say which of its layers can "
             "be recomputed; set it to false"
         )
-    chosen = layers[::every]
+    chosen = layers[_first_that_learns(model, layers) :: every]
     if part != "layer":
         chosen = [_part(layer, part, model) for layer in chosen]
     for module in chosen:
         module.forward = _recomputed(module, dict(options or {}))
     return len(chosen)
+
+
+def _first_that_learns(model: PreTrainedModel, layers: list[nn.Module]) -> int:
+    """Place of the first layer that keeps anything for the backward pass.
+
+    Only the last layers may learn. It is the first of all where anything outside of the layers
+    learns, an embedding perhaps, or where the model's own parameters do not say what learns: those
+    of a cohort are not the model's.
+    """
+    learn = [any(p.requires_grad for p in layer.parameters()) for layer in layers]
+    inside = {id(p) for layer in layers for p in layer.parameters()}
+    beside = any(p.requires_grad and id(p) not in inside for p in model.parameters())
+    return 0 if beside or not any(learn) else learn.index(True)
 
 
 def _part(layer: nn.Module, part: str, model: PreTrainedModel) -> nn.Module:

@@ -7,7 +7,7 @@ times the learning rate. Only they do; PEFT speeds up biases and norms trained w
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -64,6 +64,7 @@ def make(
     betas: tuple[float, float],
     epsilon: float,
     loraplus_lr_ratio: float | None = None,
+    undecayed: Collection[str] = (),
 ) -> torch.optim.Optimizer:
     """An optimiser over the parameters.
 
@@ -77,10 +78,18 @@ def make(
         betas: Decay rates of AdamW and Lion.
         epsilon: AdamW's.
         loraplus_lr_ratio: Factor of the B factors' rate, or None.
+        undecayed: Keys of the parameters that do not decay.
     """
     groups = [
-        {"params": own, "lr_factor": factor, "lr": learning_rate * factor}
-        for factor, own in _by_factor(parameters, loraplus_lr_ratio or 1.0).items()
+        {
+            "params": own,
+            "lr_factor": factor,
+            "lr": learning_rate * factor,
+            "weight_decay": weight_decay if decays else 0.0,
+        }
+        for (factor, decays), own in _groups(
+            parameters, loraplus_lr_ratio or 1.0, undecayed
+        ).items()
     ]
     common: dict[str, Any] = {"lr": learning_rate, "weight_decay": weight_decay}
     if name == "adamw_torch":
@@ -103,14 +112,14 @@ def make(
     return made
 
 
-def _by_factor(
-    parameters: Mapping[str, nn.Parameter], ratio: float
-) -> dict[float, list[nn.Parameter]]:
-    """Parameters by the factor of their learning rate, each list in the given order."""
-    found: dict[float, list[nn.Parameter]] = {}
+def _groups(
+    parameters: Mapping[str, nn.Parameter], ratio: float, undecayed: Collection[str]
+) -> dict[tuple[float, bool], list[nn.Parameter]]:
+    """Parameters by the factor of their learning rate and whether they decay, in order."""
+    found: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for key, parameter in parameters.items():
         factor = ratio if key.endswith("lora_B.weight") else 1.0
-        found.setdefault(factor, []).append(parameter)
+        found.setdefault((factor, key not in undecayed), []).append(parameter)
     return found
 
 

@@ -395,4 +395,5 @@ def _member(
         optim=optim,
         loraplus_lr_ratio=own.loraplus_lr_ratio,
     )
-    return Member(own.name, trained.parameters(own.name), settings)
+    undecayed = trained.undecayed(own.name)
+    return Member(own.name, trained.parameters(own.name), settings, undecayed=undecayed)
