@@ -107,7 +107,7 @@ def turn(model: PreTrainedModel) -> None:
         if getattr(plain, "turns", False):
             with torch.device("meta"):
                 made = Conv1D(plain.out_features, plain.in_features)
-            weight: Tensor = plain.weight.detach()  # type: ignore[operator]
+            weight: Tensor = plain.weight.detach()
             made.weight = nn.Parameter(weight.T.contiguous(), requires_grad=False)
-            made.bias = plain.bias  # type: ignore[assignment]
+            made.bias = plain.bias
             model.set_submodule(path, made.eval())
