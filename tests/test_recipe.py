@@ -222,6 +222,8 @@ def test_trap25_a_rank_sweep_keeps_alpha_over_rank(values: dict[str, Any]) -> No
     cohort = Recipe.from_values({**values, "lora_r": [4, 8, 64]}).cohort()
     assert [own.name for own in cohort] == ["r4", "r8", "r64"]
     assert {own.lora_alpha / own.lora_r for own in cohort} == {2.0}
+    told = Recipe.from_values({**values, "lora_r": [4, 8], "lora_alpha": 16}).cohort()
+    assert [own.lora_alpha for own in told] == [16, 16]
 
 
 def test_a_changed_recipe_keeps_its_name(tmp_path: Path, chat_file: Path) -> None:

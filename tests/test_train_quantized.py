@@ -12,10 +12,14 @@ from safetensors.torch import load_file
 
 import lighten
 from lighten import models
+from lighten.adapters import attach
 from lighten.errors import UserError
 from lighten.evaluate.chat import Conversation
 from lighten.runs import Run
 from lighten.train import checkpoints
+from lighten.train.memory import checkpoint_layers
+from tests.test_train_step import UNEVEN, one_step, random_spec
+from tests.tiny import ARCHITECTURES, save_tiny
 
 HOW: dict[str, dict[str, Any]] = {
     "nf4, scales quantised too": {"load_in_4bit": True, "bnb_4bit_use_double_quant": True},
@@ -86,6 +90,39 @@ def test_a_quantised_base_trains_resumes_evaluates_and_talks(
     assert talk.base.quantization.value == said
     assert isinstance("".join(talk.answer("hi", "r4", max_new_tokens=3, temperature=0.0)), str)
     assert lighten.report(run).stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("said", HOW)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_architecture_trains_on_a_quantised_base(
+    arch: str, said: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = save_tiny(tmp_path / "base", arch)
+    changed = {**settings, "model_name_or_path": str(folder), "max_steps": 4}
+    run = lighten.train(**changed, **HOW[said], progress=False)
+    found = lighten.evaluate(run, max_examples=8, max_new_tokens=1)
+    last = [m["loss"] for m in run.metrics() if m["kind"] == "eval" and m["adapter"] == "r4"][-1]
+    loss = found.metric("r4", "loss")["value"]
+    assert loss == pytest.approx(last, rel=1e-4)
+    assert loss < found.metric("base", "loss")["value"]
+    (choice,) = (own for own in run.info()["choices"] if own["what"] == "quantization")
+    assert ("of fused experts, which bitsandbytes" in choice["reason"]) == (arch == "mixtral")
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "opt"])
+def test_trap32_training_changes_no_format_of_the_base(arch: str, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "base", arch)
+    model = models.load(str(folder), dtype="bfloat16", load_in_4bit=True).model
+    before = {key: (p.dtype, p.shape) for key, p in model.named_parameters()}
+    values = {key: p.clone() for key, p in model.named_parameters()}
+    assert {dtype for dtype, _ in before.values()} == {torch.uint8, torch.bfloat16}
+    cohort = attach(model, [random_spec()])
+    checkpoint_layers(model)
+    report, _ = one_step(cohort, UNEVEN, 3)
+    assert report["a"].grad_norm > 0
+    after = dict(cohort.detach().named_parameters())
+    assert {key: (p.dtype, p.shape) for key, p in after.items()} == before
+    assert all(torch.equal(value, after[key]) for key, value in values.items())
 
 
 def test_a_run_on_a_dense_base_says_so(settings: dict[str, Any]) -> None:

@@ -177,14 +177,17 @@ class Cohort(Trained):
         with self.using(name):
             pass  # says so if there is no such adapter
         self._place(lambda layer: layer.fused(name))
-        said = make_dense(self.model)
-        if said is not None:
-            self.model.config.merged_base = said
-            log.warning("adapter %s is merged into %s", name, said)
+        self._note_dense(name, make_dense(self.model))
         embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
         if head is not None and head.weight is not embedding.weight:
             self.model.config.tie_word_embeddings = False
         return self.model
+
+    def _note_dense(self, name: str, said: str | None) -> None:
+        """Write down what a quantised base became when the adapter was merged (trap 30)."""
+        if said is not None:
+            self.model.config.merged_base = said
+            log.warning("adapter %s is merged into %s", name, said)
 
 
 def attach(model: PreTrainedModel, specs: Sequence[AdapterSpec]) -> Cohort:

@@ -104,13 +104,23 @@ def make_dense(model: PreTrainedModel) -> str | None:
     found = [(path, layer) for path, layer in model.named_modules() if is_quantized(layer)]
     said = None
     for path, layer in found:
-        said = f"{layer.storage} weights dequantised to {str(layer.compute_dtype)[6:]}"
+        said = said_of(layer)
         model.set_submodule(path, dense_copy(layer))
-    if found and hasattr(model.config, "quantization_config"):
-        # transformers would save the plain weights as if they were quantised.
+    if found:
+        forget_quantization(model)
+    return said
+
+
+def said_of(layer: nn.Module) -> str:
+    """What becomes of a quantised layer when it is made dense, in words."""
+    return f"{layer.storage} weights dequantised to {str(layer.compute_dtype)[6:]}"
+
+
+def forget_quantization(model: PreTrainedModel) -> None:
+    """The model is dense: transformers would save its weights as if they were quantised."""
+    if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     for mark, value in (("is_loaded_in_4bit", False), ("is_loaded_in_8bit", False),
                         ("is_quantized", False), ("hf_quantizer", None)):  # fmt: skip
         if hasattr(model, mark):
             setattr(model, mark, value)
-    return said

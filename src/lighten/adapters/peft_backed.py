@@ -2,7 +2,7 @@
 
 PEFT replaces modules for the whole batch at once, so one adapter is all that fits. What it trains
 is float32; on a base of another format its modules run under autocast, so that products are in the
-base's format and what they hand on is too.
+base's format and what they hand on is too. Quantised layers are shown to it as plain ones.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lighten.adapters import virtual_tokens
+from lighten.adapters import dense_view, virtual_tokens
 from lighten.adapters.cohort import Cohort
+from lighten.adapters.frozen import formats
 from lighten.adapters.layers import Share, _mix
 from lighten.adapters.peft_methods import configured
 from lighten.adapters.peft_starts import Starts
@@ -58,12 +59,13 @@ class PeftBacked(Cohort):
         super().__init__(model)
         self.specs = {spec.name: spec}
         self._format = model.dtype
-        self._formats = {key: value.dtype for key, value in model.named_parameters()}
+        self._formats = formats(model)
         self._on, self._learns = True, True
         self._wants: dict[str, bool] = {}
         self._config = configured(spec, model) if config is None else config
         self.method = str(self._config.peft_type.value)  # type: ignore[union-attr]
         base = {id(parameter) for parameter in model.parameters()}
+        dense_view.put_on(model)
         with _seeded(model, spec.seed):
             try:
                 self._peft = get_peft_model(model, self._config, KEY)
@@ -248,12 +250,13 @@ class PeftBacked(Cohort):
             self._prompted = None
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
+        dense_view.take_off(self.model)
         self._parts = {}
         return self.model.requires_grad_(False)
 
     @torch.no_grad()
     def fuse(self, name: str) -> PreTrainedModel:
-        """Merge the adapter into the base's weights through PEFT.
+        """Merge the adapter into the base's weights through PEFT; a quantised base becomes dense.
 
         Raises:
             UserError: The method cannot be merged, or no adapter has that name.
@@ -264,11 +267,14 @@ class PeftBacked(Cohort):
         if self._config.is_prompt_learning or not hasattr(tuner, "merge_and_unload"):
             raise UserError(f"{self.method} is no change of weights, so it cannot be merged")
         self._untie()
+        said = dense_view.settle(self.model)
         self._starts.merge()
         try:
             tuner.merge_and_unload(safe_merge=True)  # type: ignore[operator]
         except (ValueError, NotImplementedError, AttributeError, TypeError) as error:
             raise UserError(f"{self.method} cannot be merged: {error}") from error
+        dense_view.turn(self.model)
+        self._note_dense(name, said)
         for key, parameter in self.model.named_parameters():
             parameter.data = parameter.data.to(self._formats.get(key, self._format))
         self._parts = {}

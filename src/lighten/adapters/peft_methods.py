@@ -12,6 +12,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lighten.adapters.frozen import out_in_features
 from lighten.adapters.spec import OWN_INITS, AdapterSpec
 from lighten.adapters.targets import (
     ALL_LINEAR,
@@ -94,7 +95,7 @@ def configured(spec: AdapterSpec, model: PreTrainedModel) -> PeftConfig:
     if spec.peft is not None:
         return _verbatim(spec.peft, model)
     paths, _ = low_rank_paths(model, spec), saved_paths(model, spec)
-    smallest = {path: min(model.get_submodule(path).weight.shape) for path in paths}  # type: ignore[arg-type]
+    smallest = {path: min(out_in_features(model.get_submodule(path))) for path in paths}
     for path, features in smallest.items():
         if spec.init_lora_weights not in OWN_INITS and spec.rank_at(path) > features:
             raise UserError(

@@ -122,20 +122,7 @@ def prepare(recipe: Recipe, accelerator: Accelerator, base: models.Base, rows: R
     )
     if choices["compilation"].value == "on":
         compiled.compile_layers(base.model)  # before layers are recomputed: what is, is compiled
-    if recipe.gradient_checkpointing:
-        part = recipe.gradient_checkpointing_part
-        count = checkpoint_layers(
-            base.model,
-            every=recipe.gradient_checkpointing_layers,
-            part=part,
-            options=recipe.gradient_checkpointing_kwargs,
-        )
-        what = "layers" if part == "layer" else f"layers' {part}"
-        choices["checkpointing"] = Choice(f"{count} {what}", "gradient_checkpointing")
-    if recipe.activation_offload:
-        _, choices["activations"] = offload_activations(
-            base.model, accelerator.device, recipe.run_folder
-        )
+    choices |= _save_memory(recipe, base.model, accelerator.device)
     choices["optimizer"] = optimizer = optimizers.choose(recipe.optim, device)
     members = [_member(own, recipe, trained, total, optimizer.value) for own in options]
     scaler = torch.amp.GradScaler(device, enabled=trained.dtype == torch.float16)
@@ -153,6 +140,24 @@ def prepare(recipe: Recipe, accelerator: Accelerator, base: models.Base, rows: R
         recipe, base, rows, trained, members, objective, accelerator, scaler,
         per_step, steps_per_epoch, total, tokens, int(choices["lanes"].value), choices,
     )  # fmt: skip
+
+
+def _save_memory(recipe: Recipe, model: PreTrainedModel, device: torch.device) -> dict[str, Choice]:
+    """Wrap what shall be recomputed or wait elsewhere, and say what was wrapped."""
+    choices = {}
+    if recipe.gradient_checkpointing:
+        part = recipe.gradient_checkpointing_part
+        count = checkpoint_layers(
+            model,
+            every=recipe.gradient_checkpointing_layers,
+            part=part,
+            options=recipe.gradient_checkpointing_kwargs,
+        )
+        what = "layers" if part == "layer" else f"layers' {part}"
+        choices["checkpointing"] = Choice(f"{count} {what}", "gradient_checkpointing")
+    if recipe.activation_offload:
+        _, choices["activations"] = offload_activations(model, device, recipe.run_folder)
+    return choices
 
 
 def what_learns(recipe: Recipe, base: models.Base) -> Trained:

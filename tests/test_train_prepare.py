@@ -1,0 +1,54 @@
+"""What is chosen before the first step: packing, and what it leaves as it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import lighten
+from lighten.errors import UserError
+from lighten.models import attention
+from lighten.train.prepare import choose_packing
+from tests.tiny import tiny_model
+
+
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
+def test_trap21_attention_that_looks_across_rows_is_never_packed(name: str) -> None:
+    model = tiny_model("llama")
+    model.set_attn_implementation(name)
+    assert name not in attention.PACKS
+    for wanted in ("auto", False):
+        assert choose_packing(wanted, model).value == "off"
+    with pytest.raises(UserError, match=f"packing: {name} attention would let rows look"):
+        choose_packing(True, model)
+
+
+def test_trap21_our_own_attention_is_packed_unless_something_hinders_it() -> None:
+    attention.register()
+    model = tiny_model("llama")
+    model.set_attn_implementation(attention.NAME)
+    assert choose_packing("auto", model).value == "on"
+    assert choose_packing(False, model).value == "off"
+    assert choose_packing("auto", model, "a prompt stands in front").value == "off"
+    with pytest.raises(UserError, match="packing: a prompt stands in front"):
+        choose_packing(True, model, "a prompt stands in front")
+
+
+def test_trap23_a_packed_run_has_the_same_steps_of_the_same_tokens(
+    tiny_folder: Path, chat_file: Path, tmp_path: Path
+) -> None:
+    def steps(packing: bool) -> list[tuple[int, int, int]]:
+        run = lighten.train(
+            model=str(tiny_folder), dataset=str(chat_file), output_dir=str(tmp_path / str(packing)),
+            packing=packing, per_device_train_batch_size=3, gradient_accumulation_steps=2,
+            val_size=0, dtype="float32", progress=False,
+        )  # fmt: skip
+        choices = {own["what"]: own["value"] for own in run.info()["choices"]}
+        assert choices["packing"] == ("on" if packing else "off")
+        return [(m["step"], m["tokens"], m["supervised_tokens"]) for m in run.metrics()]
+
+    packed = steps(True)
+    assert packed == steps(False)
+    assert len(packed) == 7  # 40 rows, six a step
+    assert all(tokens > supervised > 0 for _, tokens, supervised in packed)
