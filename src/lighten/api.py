@@ -13,6 +13,7 @@ from lighten.runs import Run
 
 if TYPE_CHECKING:
     from lighten.evaluate.evaluation import Evaluation
+    from lighten.plan.result import Plan
 
 RecipeLike = Recipe | str | os.PathLike[str]
 RunLike = Run | str | os.PathLike[str]
@@ -51,6 +52,8 @@ def train(
     *,
     resume: bool = False,
     progress: bool = True,
+    planned: bool = True,
+    force: bool = False,
     **overrides: Any,
 ) -> Run:
     """Train: `train("recipe.yaml", learning_rate=1e-4)` or `train(model=…, dataset=…)`.
@@ -59,15 +62,61 @@ def train(
         recipe: A recipe, its file, or None to take settings from the overrides alone.
         resume: Go on from the newest whole checkpoint of the run folder.
         progress: Show what happens on standard error.
+        planned: Predict memory and time first, and compare at the end.
+        force: Train although the plan says that it does not fit.
+        overrides: Settings by name.
+
+    Raises:
+        UserError: Something the user can mend; the plan says that it surely does not fit.
+    """
+    chosen = recipe_of(recipe, **overrides)
+    from lighten.train.run import train as run_training
+
+    if not planned:
+        return run_training(chosen, resume=resume, progress=progress)
+    from lighten.plan.before_training import predict, remember
+
+    prediction = predict(chosen, force=force)
+    done = run_training(chosen, resume=resume, progress=progress, prediction=prediction)
+    remember(done)
+    return done
+
+
+def plan(
+    recipe: RecipeLike | None = None,
+    *,
+    device: str | None = None,
+    changes: bool = True,
+    **overrides: Any,
+) -> Plan:
+    """Predict memory and time: `plan("recipe.yaml")` or `plan(model=…, device="t4")`.
+
+    Args:
+        recipe: A recipe, its file, or None to take settings from the overrides alone; they need
+            no `dataset` then.
+        device: By name (`t4`, `a100-80`, `cpu`, …); default this machine.
+        changes: Where it does not surely fit, look for what would.
         overrides: Settings by name.
 
     Raises:
         UserError: Something the user can mend.
     """
-    chosen = recipe_of(recipe, **overrides)
-    from lighten.train.run import train as run_training
+    from lighten import devices
+    from lighten.plan.asked import plan as predict
 
-    return run_training(chosen, resume=resume, progress=progress)
+    chosen = plannable(recipe, **overrides)
+    return predict(chosen, devices.named(device), changes=changes)
+
+
+def plannable(recipe: RecipeLike | None = None, **overrides: Any) -> Recipe:
+    """A recipe to plan: like `recipe_of`, but settings alone need no data.
+
+    Raises:
+        RecipeError: Every problem found.
+    """
+    if recipe is None:
+        return Recipe.from_values({"dataset": ""}, overrides)
+    return recipe_of(recipe, **overrides)
 
 
 def evaluate(run: RunLike, *, progress: Progress | None = None, **options: Any) -> Evaluation:
@@ -109,6 +158,8 @@ def run(
     resume: bool = False,
     progress: bool = True,
     evaluation_progress: Progress | None = None,
+    planned: bool = True,
+    force: bool = False,
     **overrides: Any,
 ) -> Run:
     """Train, evaluate and report, one after another.
@@ -116,7 +167,9 @@ def run(
     Raises:
         UserError: Something the user can mend.
     """
-    done = train(recipe, resume=resume, progress=progress, **overrides)
+    done = train(
+        recipe, resume=resume, progress=progress, planned=planned, force=force, **overrides
+    )
     evaluate(done, progress=evaluation_progress)
     report(done)
     return done

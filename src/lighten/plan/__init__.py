@@ -1,5 +1,11 @@
-"""Say what fits before anything is downloaded: the engine's own step, traced without data."""
+"""Say what fits before anything is downloaded: the engine's own step, traced without data.
 
-from lighten.plan.result import PARTS, Memory, MemoryPart, Plan, Shape, StepTime
+The package is also the verb: `lighten.plan("recipe.yaml", device="t4")` calls `lighten.api.plan`.
+"""
 
-__all__ = ["PARTS", "Memory", "MemoryPart", "Plan", "Shape", "StepTime"]
+from lighten.plan.result import PARTS, Change, Memory, MemoryPart, Plan, Shape, StepTime
+from lighten.verbs import make_callable
+
+__all__ = ["PARTS", "Change", "Memory", "MemoryPart", "Plan", "Shape", "StepTime"]
+
+make_callable(__name__)

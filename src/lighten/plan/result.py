@@ -87,6 +87,26 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class Change:
+    """One way to need less memory, planned like the rest.
+
+    Attributes:
+        what: In words.
+        settings: The recipe's settings that make it.
+        saves_bytes: Of the expected peak; negative where it needs more.
+        slowdown: Seconds per step over those of the plan, 1 being equal; None where time is not
+            known.
+        fits: Whether it would fit.
+    """
+
+    what: str
+    settings: dict[str, Any]
+    saves_bytes: int
+    slowdown: float | None
+    fits: bool | None
+
+
+@dataclass(frozen=True)
 class Plan:
     """The prediction for a recipe on a device.
 
@@ -103,6 +123,11 @@ class Plan:
         download_bytes: What would be downloaded; None where that is not known.
         choices: What was chosen and why.
         outside: In what way the question is outside the tested domain.
+        steps: Optimiser steps of the run; None where the data is not known.
+        notes: What a reader should know: assumptions, and corrections by runs on this machine.
+        changes: What would need less memory, the cheapest first; empty where none was looked for.
+        traced: `expected` bytes and `seconds` before runs on this machine corrected them; None
+            where nothing did.
     """
 
     model: str
@@ -117,6 +142,10 @@ class Plan:
     download_bytes: int | None
     choices: dict[str, str]
     outside: tuple[str, ...]
+    steps: int | None = None
+    notes: tuple[str, ...] = ()
+    changes: tuple[Change, ...] = ()
+    traced: dict[str, float] | None = None
 
     def fits(self) -> bool | None:
         """Whether the device is large enough; None where the prediction cannot tell."""
@@ -127,3 +156,9 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON, with `fits` among them."""
         return {**asdict(self), "fits": self.fits()}
+
+    def _repr_html_(self) -> str:
+        """The stacked bar, for notebooks."""
+        from lighten.report.planned import figure
+
+        return figure(self.to_dict(), styled=True)
