@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,10 @@ import torch
 
 if TYPE_CHECKING:
     from lighten.models import Base
+
+
+# What tests measure is no experience that this machine's plans should learn from.
+os.environ["LIGHTEN_CALIBRATION"] = str(Path(tempfile.mkdtemp()) / "calibration.json")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -222,8 +223,12 @@ def here(kind: str) -> Device:
 
 
 def _known(driver_name: str) -> str | None:
+    # Whole words, and no relative of the card: an L40S is no L4, a 3060 Ti no 3060.
     said = driver_name.lower()
-    return next((name for words, name in _DRIVER_NAMES.items() if words in said), None)
+    for words, name in _DRIVER_NAMES.items():
+        if re.search(rf"\b{re.escape(words)}\b(?! (ti|super|laptop|d)\b)", said):
+            return name
+    return None
 
 
 def usable_memory_bytes() -> int:

@@ -12,6 +12,7 @@ import torch
 from lighten.devices import Device
 from lighten.errors import UserError
 from lighten.hardware import processor_name
+from lighten.models import describe
 from lighten.models.load import load_tokenizer, locate
 from lighten.plan import calibration
 from lighten.plan.changes import Planner, cheapest
@@ -105,6 +106,30 @@ def steps_of(recipe: Recipe, lengths: Sequence[int] | None) -> int | None:
         return None
     per_step = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
     return math.ceil(recipe.num_train_epochs * math.ceil(len(lengths) / per_step))
+
+
+def layers_of(recipe: Recipe) -> int:
+    """Decoder layers of a recipe's base."""
+    return describe(
+        recipe.model_name_or_path, revision=recipe.revision,
+        trust_remote_code=recipe.trust_remote_code,
+    ).layers  # fmt: skip
+
+
+def positions_of(recipe: Recipe) -> int | None:
+    """Positions that a recipe's base was made for, if it says so."""
+    return describe(
+        recipe.model_name_or_path, revision=recipe.revision,
+        trust_remote_code=recipe.trust_remote_code,
+    ).context_length  # fmt: skip
+
+
+def parameters_of(model: str) -> int | None:
+    """Parameters of a model by its name; None where it cannot be described."""
+    try:
+        return describe(model).total_parameters
+    except UserError:
+        return None
 
 
 def here(device: Device) -> str | None:

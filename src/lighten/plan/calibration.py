@@ -8,6 +8,7 @@ knows nothing of it: `plan.trace.plan_recipe`, which the accuracy table measures
 from __future__ import annotations
 
 import json
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -29,8 +30,9 @@ OVERHEAD = "allocator overhead"
 
 
 def path() -> Path:
-    """Where the pairs are kept."""
-    return cache_folder() / FILE
+    """Where the pairs are kept: `LIGHTEN_CALIBRATION`, else in the cache folder."""
+    named = os.environ.get("LIGHTEN_CALIBRATION")
+    return Path(named) if named else cache_folder() / FILE
 
 
 def pairs() -> list[dict[str, Any]]:

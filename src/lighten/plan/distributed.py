@@ -275,11 +275,13 @@ def spread(
     parts = {part.name: float(part.bytes) for part in plan.memory.parts}
     adapters, base = parts.get("adapters", 0.0), parts.get("base weights", 0.0)
     base += parts.get("quantisation constants", 0.0)
-    whole = plan.method == "full"
+    gradients = parts.get("gradients", 0.0)
+    # Weights of the base that learn are float32, as their gradients are.
+    learning = min(base, gradients) if plan.method in ("full", "last_layers") else 0.0
     states = States(
-        frozen=0.0 if whole else base,
-        trained=base + adapters if whole else adapters,
-        gradients=parts.get("gradients", 0.0),
+        frozen=base - learning,
+        trained=learning + adapters,
+        gradients=gradients,
         optimiser=parts.get("optimiser", 0.0),
     )
     own = states_per_rank(states, strategy, ranks, ranks_per_node=gpus)

@@ -22,6 +22,7 @@ from lighten.train.loop import Loop
 from lighten.train.prediction import Prediction, beside
 from lighten.train.prepare import Rows, Setup, load_base, load_rows, prepare
 from lighten.train.progress import TrainingProgress
+from lighten.train.short_memory import OutOfMemory, ran_out
 
 
 def train(
@@ -62,17 +63,35 @@ def train(
             shown.note(notice)
         try:
             _train(run, recipe, accelerator, shown, prediction, resume=resume)
-        except BaseException as error:
+        except BaseException as caught:
+            error = _explained(caught, prediction)
             # Whatever ended the run is told truthfully in run.json, and then goes its way.
             ended = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             if accelerator.is_main_process:
                 with suppress(OSError, ValueError):
                     run.update(status=ended, error=str(error) or type(error).__name__, ended=_now())
+            if error is not caught:
+                raise error from caught
             raise
         finally:
             with suppress(Exception):
                 accelerator.end_training()
     return run
+
+
+def _explained(error: BaseException, prediction: Prediction | None) -> BaseException:
+    """An error that means too little memory, with the cheapest ways to need less."""
+    if not (isinstance(error, OutOfMemory) or ran_out(error)):
+        return error
+    told = str(error) if isinstance(error, OutOfMemory) else f"memory ran out: {_line(error)}"
+    advice = prediction.advice() if prediction is not None else []
+    return OutOfMemory("\n  - ".join([f"{told}{'; cheapest ways to need less:' if advice else ''}",
+                                      *advice]))  # fmt: skip
+
+
+def _line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def _open(recipe: Recipe, accelerator: Accelerator, *, resume: bool) -> Run:
@@ -120,7 +139,7 @@ def _train(
         )
     accelerator.wait_for_everyone()
     trackers.start(accelerator, run.folder, recipe.completed())
-    Loop(setup, run.folder, state, shown, memory).run()
+    Loop(setup, run.folder, state, shown, memory, prediction).run()
     if accelerator.is_main_process:
         _finish(run, setup, state, memory.read())
         _beside_the_plan(run, shown)
