@@ -38,9 +38,9 @@ def test_a_t4_has_no_bfloat16_and_an_l4_has() -> None:
 
 
 def test_names_are_taken_as_people_write_them() -> None:
-    for said, name in (("T4", "t4"), ("RTX 4090", "rtx4090"), ("rtx_3090", "rtx3090"),
-                       ("A100-80GB", "a100-80"), ("a100", "a100-80"), ("H100", "h100")):  # fmt: skip
-        assert named(said).name == name
+    names = {"T4": "t4", "RTX 4090": "rtx4090", "rtx_3090": "rtx3090", "A100-80GB": "a100-80",
+             "a100": "a100-80", "H100": "h100"}  # fmt: skip
+    assert {said: named(said).name for said in names} == names
     with pytest.raises(UserError, match="did you mean rtx4090"):
         named("rtx5090")
     with pytest.raises(UserError, match="known"):
@@ -48,11 +48,13 @@ def test_names_are_taken_as_people_write_them() -> None:
 
 
 def test_the_driver_s_names_lead_to_the_listed_cards() -> None:
-    for said, name in (("Tesla T4", "t4"), ("NVIDIA L4", "l4"), ("NVIDIA A10G", "a10"),
-                       ("NVIDIA A100-SXM4-80GB", "a100-80"), ("NVIDIA H100 80GB HBM3", "h100"),
-                       ("NVIDIA GeForce RTX 4090", "rtx4090"), ("NVIDIA H200", "h200"),
-                       ("NVIDIA L40S", None), ("NVIDIA GeForce RTX 3060 Ti", None), ("NVIDIA RTX A1000", None)):  # fmt: skip
-        assert devices._known(said) == name, said
+    names = {
+        "Tesla T4": "t4", "NVIDIA L4": "l4", "NVIDIA A10G": "a10", "NVIDIA H200": "h200",
+        "NVIDIA A100-SXM4-80GB": "a100-80", "NVIDIA H100 80GB HBM3": "h100",
+        "NVIDIA GeForce RTX 4090": "rtx4090", "NVIDIA L40S": None, "NVIDIA RTX A1000": None,
+        "NVIDIA GeForce RTX 3060 Ti": None,
+    }  # fmt: skip
+    assert {said: devices._known(said) for said in names} == names
 
 
 def test_this_machine_offers_what_is_free() -> None:
