@@ -31,7 +31,7 @@ def test_a_model_that_fits(tiny_folder: Path) -> None:
     done = call("plan", str(tiny_folder), "--device", "t4", "--max_length", "256")
     assert done.returncode == 0, done.stderr
     for said in ("on t4", "which fits", "base weights", "peak (", "low ", "high ", "micro-batch",
-                 "time per step", "download", "no data set is given"):  # fmt: skip
+                 "time of the largest step", "download", "no data set is given"):  # fmt: skip
         assert said in done.stdout, said
     assert "what would need less" not in done.stdout
 

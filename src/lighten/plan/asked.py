@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from lighten.models.load import load_tokenizer, locate
 from lighten.plan import calibration
 from lighten.plan.changes import Planner, cheapest
 from lighten.plan.result import Change, Plan
-from lighten.plan.trace import plan_recipe
+from lighten.plan.trace import largest_step, plan_recipe
 from lighten.recipe import Recipe
 from lighten.train.prepare import Rows, load_rows, new_tokens
 
@@ -54,7 +55,11 @@ def plan(
     lengths = lengths_of(rows)
     planner = planner_for(device, lengths, calibrate=calibrate)
     made = planner(recipe)
-    made = replace(made, steps=steps_of(recipe, lengths), notes=(*made.notes, *notes))
+    steps = steps_of(recipe, lengths)
+    made = replace(
+        made, steps=steps, run_seconds=run_seconds(recipe, made, steps, lengths),
+        notes=(*made.notes, *notes),
+    )  # fmt: skip
     if changes and made.capacity is not None and made.fits() is not True:
         made = replace(made, changes=cheapest(recipe, made, planner))
     return made
@@ -76,6 +81,7 @@ def planner_for(
     def planner(recipe: Recipe) -> Plan:
         cut = None if lengths is None else [min(own, recipe.max_length) for own in lengths]
         made = plan_recipe(recipe, device, rows_tokens=cut)
+        made = replace(made, step_tokens=tokens_of_largest_step(recipe, cut))
         return calibration.corrected(made, machine, known) if machine else made
 
     return planner
@@ -104,8 +110,34 @@ def steps_of(recipe: Recipe, lengths: Sequence[int] | None) -> int | None:
         return recipe.max_steps
     if lengths is None:
         return None
-    per_step = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
-    return math.ceil(recipe.num_train_epochs * math.ceil(len(lengths) / per_step))
+    return math.ceil(recipe.num_train_epochs * math.ceil(len(lengths) / _rows_per_step(recipe)))
+
+
+def _rows_per_step(recipe: Recipe) -> int:
+    """Of one adapter, over all ranks of the launch that this process belongs to."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    return recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps * ranks
+
+
+def tokens_of_largest_step(recipe: Recipe, lengths: Sequence[int] | None) -> int:
+    """Real tokens of the step that the plan is of."""
+    names = [own.name for own in recipe.cohort()]
+    items, of_rows = largest_step(recipe, names, lengths)
+    return sum(of_rows[item.row] for item in items)
+
+
+def run_seconds(
+    recipe: Recipe, made: Plan, steps: int | None, lengths: Sequence[int] | None
+) -> float | None:
+    """Seconds of all steps: the planned step is the largest, others take less by their tokens."""
+    if made.time is None or steps is None or not made.step_tokens:
+        return None
+    per_token = made.time.seconds / made.step_tokens
+    if lengths is None:
+        return made.time.seconds * steps
+    mean = sum(min(own, recipe.max_length) for own in lengths) / len(lengths)
+    rows = min(_rows_per_step(recipe), len(lengths)) * len(recipe.cohort())
+    return per_token * mean * rows * steps
 
 
 def layers_of(recipe: Recipe) -> int:

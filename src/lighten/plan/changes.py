@@ -157,8 +157,7 @@ def _slowdown(plan: Plan, changed: Plan) -> float | None:
 
 
 def _tokens(plan: Plan) -> int:
-    shape = plan.shape
-    return max(1, shape.rows * shape.tokens_per_row * shape.micro_batches)
+    return max(1, plan.step_tokens or 1)
 
 
 def _rank(idea: Idea, change: Change) -> tuple[int, float, int, int]:

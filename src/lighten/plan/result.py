@@ -123,7 +123,9 @@ class Plan:
         download_bytes: What would be downloaded; None where that is not known.
         choices: What was chosen and why.
         outside: In what way the question is outside the tested domain.
+        step_tokens: Real tokens of the planned step, which is the largest of the run.
         steps: Optimiser steps of the run; None where the data is not known.
+        run_seconds: Of all steps, each with its own tokens; None where time or data is not known.
         notes: What a reader should know: assumptions, and corrections by runs on this machine.
         changes: What would need less memory, the cheapest first; empty where none was looked for.
         traced: `expected` bytes and `seconds` before runs on this machine corrected them; None
@@ -142,7 +144,9 @@ class Plan:
     download_bytes: int | None
     choices: dict[str, str]
     outside: tuple[str, ...]
+    step_tokens: int | None = None
     steps: int | None = None
+    run_seconds: float | None = None
     notes: tuple[str, ...] = ()
     changes: tuple[Change, ...] = ()
     traced: dict[str, float] | None = None

@@ -49,11 +49,11 @@ class Candidate:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Tokens per second, padding included."""
-        if self.plan is None or self.plan.time is None or not self.plan.time.seconds:
+        """Real tokens per second."""
+        plan = self.plan
+        if plan is None or plan.time is None or not plan.time.seconds or not plan.step_tokens:
             return None
-        shape = self.plan.shape
-        return shape.rows * shape.tokens_per_row * shape.micro_batches / self.plan.time.seconds
+        return plan.step_tokens / plan.time.seconds
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -35,8 +35,8 @@ def lines(plan: Plan) -> list[str]:
     told += f" ({', '.join(f'{part.name} {gib(part.bytes)}' for part in largest)})"
     if plan.time is not None:
         told += f", {seconds(plan.time.seconds)} per step"
-        if plan.steps is not None:
-            told += f", {duration(plan.time.seconds * plan.steps)} in all"
+        if plan.run_seconds is not None:
+            told += f", {duration(plan.run_seconds)} in all"
     found = [told]
     if plan.fits() is None and plan.capacity is not None:
         found.append(
@@ -81,13 +81,12 @@ def fact_rows(plan: Plan) -> list[list[str]]:
         rows.append(["time", f"not known: no rates of {plan.device} are"])
     else:
         rows.append(
-            ["time per step", f"{seconds(time.seconds)} (low {seconds(time.low)}, high "
+            ["time of the largest step", f"{seconds(time.seconds)} (low {seconds(time.low)}, high "
                               f"{seconds(time.high)}); {time.rates}"]
         )  # fmt: skip
-        total = None if plan.steps is None else time.seconds * plan.steps
         told = "not known without data or max_steps"
-        if total is not None:
-            told = f"{duration(total)} for {plan.steps:,} steps"
+        if plan.run_seconds is not None:
+            told = f"{duration(plan.run_seconds)} for {plan.steps:,} steps"
         rows.append(["time of the run", told])
     return rows + [[what, choice] for what, choice in plan.choices.items()]
 

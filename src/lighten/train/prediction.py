@@ -59,12 +59,11 @@ def beside(
             "predicted": record["memory"]["allocated"], "measured": memory["peak_bytes"],
         }  # fmt: skip
     per_token = _seconds_per_token(metrics)
-    if record.get("time") and per_token is not None:
-        shape = record["shape"]
-        tokens = shape["rows"] * shape["tokens_per_row"] * shape["micro_batches"]
+    if record.get("time") and record.get("step_tokens") and per_token is not None:
         found["step_seconds"] = {
-            "predicted": record["time"]["seconds"], "measured": per_token * tokens,
-        }  # fmt: skip
+            "predicted": record["time"]["seconds"],
+            "measured": per_token * record["step_tokens"],
+        }
     return found
 
 
