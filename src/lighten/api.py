@@ -128,7 +128,7 @@ def plan_probe(
     chosen, where = plannable(recipe, **overrides), devices.named(device)
     rows = asked.read_rows(chosen, [])
     made = asked.plan(chosen, where, rows=rows, read_data=False)
-    return made, probe(chosen, made, where, asked.lengths_of(rows))
+    return made, probe(chosen, made, where, rows)
 
 
 def plan_search(
@@ -156,7 +156,7 @@ def plan_search(
 
     chosen = plannable(recipe, **overrides)
     rows = asked.read_rows(chosen, [])
-    planner = asked.planner_for(devices.named(device), asked.lengths_of(rows))
+    planner = asked.planner_for(devices.named(device), rows)
     found = search.fastest(chosen, planner, fixed=fixed_by(overrides), told=told)
     best = found.best
     return found, None if best is None else chosen.changed(best.settings)

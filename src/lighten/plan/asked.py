@@ -18,7 +18,8 @@ from lighten.models.load import load_tokenizer, locate
 from lighten.plan import calibration
 from lighten.plan.changes import Planner, cheapest
 from lighten.plan.result import Change, Plan
-from lighten.plan.trace import largest_step, plan_recipe
+from lighten.plan.steps import largest_step
+from lighten.plan.trace import plan_recipe
 from lighten.recipe import Recipe
 from lighten.train.prepare import Rows, load_rows, new_tokens
 
@@ -53,7 +54,7 @@ def plan(
     if rows is None and read_data:
         rows = read_rows(recipe, notes)
     lengths = lengths_of(rows)
-    planner = planner_for(device, lengths, calibrate=calibrate)
+    planner = planner_for(device, rows, calibrate=calibrate)
     made = planner(recipe)
     steps = steps_of(recipe, lengths)
     made = replace(
@@ -65,22 +66,23 @@ def plan(
     return made
 
 
-def planner_for(
-    device: Device, lengths: Sequence[int] | None = None, *, calibrate: bool = True
-) -> Planner:
+def planner_for(device: Device, rows: Rows | None = None, *, calibrate: bool = True) -> Planner:
     """What plans recipes for one device and data.
 
     Args:
         device: Where.
-        lengths: Tokens of each row of the data, before a recipe's `max_length` cuts them.
+        rows: The encoded data; a recipe's own `max_length` cuts its rows further. Without it rows
+            have `max_length` tokens, all of them supervised, which is the most.
         calibrate: Correct by what earlier runs on this machine measured.
     """
+    lengths = lengths_of(rows)
+    supervised = supervised_share(rows)
     machine = here(device) if calibrate else None
     known = calibration.pairs() if machine else []
 
     def planner(recipe: Recipe) -> Plan:
         cut = None if lengths is None else [min(own, recipe.max_length) for own in lengths]
-        made = plan_recipe(recipe, device, rows_tokens=cut)
+        made = plan_recipe(recipe, device, rows_tokens=cut, supervised=supervised)
         made = replace(made, step_tokens=tokens_of_largest_step(recipe, cut))
         return calibration.corrected(made, machine, known) if machine else made
 
@@ -91,12 +93,19 @@ def changes_of(
     recipe: Recipe, device: Device, made: Plan, rows: Rows | None = None
 ) -> tuple[Change, ...]:
     """What would need less than a plan that is made already, the cheapest first."""
-    return cheapest(recipe, made, planner_for(device, lengths_of(rows)))
+    return cheapest(recipe, made, planner_for(device, rows))
 
 
 def lengths_of(rows: Rows | None) -> list[int] | None:
     """Tokens of each row; None where there is no data."""
     return None if rows is None else [len(row.input_ids) for row in rows.train.rows]
+
+
+def supervised_share(rows: Rows | None) -> float:
+    """Share of the data's tokens that are supervised; all of them where there is no data."""
+    if rows is None or not rows.train.counts.tokens:
+        return 1.0
+    return rows.train.counts.supervised_tokens / rows.train.counts.tokens
 
 
 def steps_of(recipe: Recipe, lengths: Sequence[int] | None) -> int | None:

@@ -67,8 +67,6 @@ def ideas(recipe: Recipe, plan: Plan) -> Iterator[Idea]:
             "gradient checkpointing of every layer",
             {"gradient_checkpointing_layers": 1, "gradient_checkpointing_part": "layer"}, True,
         )  # fmt: skip
-    if not recipe.activation_offload:
-        yield Idea("activations offloaded", {"activation_offload": True}, True)
     if recipe.method == "lora" and recipe.peft is None:
         if not recipe.load_in_4bit:
             settings = {"load_in_4bit": True, "load_in_8bit": False}

@@ -19,12 +19,15 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lighten.devices import Device
 from lighten.errors import UserError
 from lighten.plan.result import Plan
 from lighten.recipe import Recipe
+
+if TYPE_CHECKING:
+    from lighten.train.prepare import Rows
 
 # Steps: the first one warms up, the last one is timed.
 STEPS = 3
@@ -55,24 +58,28 @@ class Probed:
         return asdict(self)
 
 
-def probe(recipe: Recipe, plan: Plan, device: Device, lengths: Sequence[int] | None) -> Probed:
+def probe(recipe: Recipe, plan: Plan, device: Device, rows: Rows | None = None) -> Probed:
     """Make the planned step in a process of its own.
 
     Args:
         recipe: As planned.
         plan: Its plan.
         device: This machine's.
-        lengths: Tokens of each row of the data, as the plan took them.
+        rows: The encoded data that the plan took, for its lengths.
 
     Raises:
         UserError: The device is not of this machine, or the process failed in another way.
     """
+    from lighten.plan.asked import lengths_of, supervised_share
+
     if device.name not in ("cpu", "cuda"):
         raise UserError(
             f"--probe runs the step here, and {device.name} is elsewhere; leave --device out"
         )
-    asked = {"recipe": recipe.completed(), "kind": device.kind,
-             "lengths": None if lengths is None else list(lengths)}  # fmt: skip
+    asked = {
+        "recipe": recipe.completed(), "kind": device.kind, "lengths": lengths_of(rows),
+        "supervised": supervised_share(rows),
+    }  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "lighten.plan.probe"], input=json.dumps(asked),
         capture_output=True, text=True, check=False,
@@ -107,19 +114,22 @@ def _last_line(text: str) -> str:
     return lines[-1] if lines else ""
 
 
-def measure(recipe: Recipe, kind: str, lengths: Sequence[int] | None) -> dict[str, Any]:
+def measure(
+    recipe: Recipe, kind: str, lengths: Sequence[int] | None, supervised: float = 1.0
+) -> dict[str, Any]:
     """Make the step here and now: peak memory, and seconds of the last of a few steps.
 
     Args:
         recipe: Any; its data is not read.
         kind: `cpu` or `cuda`.
         lengths: Tokens of each row; None: all have `max_length`.
+        supervised: Share of each row's tokens that are supervised.
     """
     from accelerate import Accelerator
 
     from lighten.data.batches import collate, layout
     from lighten.hardware import PeakMemory
-    from lighten.plan.trace import largest_step
+    from lighten.plan.steps import largest_step
     from lighten.train import allocator
     from lighten.train.prepare import prepare
     from lighten.train.step import shares_of, train_step
@@ -128,7 +138,7 @@ def measure(recipe: Recipe, kind: str, lengths: Sequence[int] | None) -> dict[st
     accelerator = Accelerator(cpu=kind == "cpu")
     memory = PeakMemory(kind)
     items, of_rows = largest_step(recipe, [own.name for own in recipe.cohort()], lengths)
-    rows = _rows(of_rows)
+    rows = _rows(of_rows, supervised)
     setup = prepare(recipe, accelerator, random_base(recipe, str(accelerator.device)), rows)
     names = [member.name for member in setup.members]
     packed = setup.objective.packs
@@ -209,15 +219,15 @@ def random_base(recipe: Recipe, device: str) -> Any:
     )  # fmt: skip
 
 
-def _rows(lengths: Sequence[int]) -> Any:
-    """Rows of the given lengths, all but the first token supervised: the most that can be asked."""
+def _rows(lengths: Sequence[int], supervised: float) -> Rows:
+    """Rows of the given lengths, with that share of their tokens supervised."""
     from lighten.data import Encoded, TemplateChoice
     from lighten.data.encode import EncodingCounts
-    from lighten.plan.trace import _row
+    from lighten.plan.steps import _row
     from lighten.train.prepare import Rows
 
     counts = EncodingCounts(rows=len(lengths), tokens=sum(lengths))
-    rows: Any = [_row(length, 1.0) for length in lengths]
+    rows: Any = [_row(length, supervised) for length in lengths]
     return Rows(Encoded(rows, counts), None, TemplateChoice("", "", ""), {})
 
 
@@ -227,8 +237,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="lighten-probe-") as scratch:
         # Offloaded activations would go into the run's folder, and compiling takes longer than all.
         own = {"output_dir": scratch, "torch_compile": False}
-        recipe = Recipe.model_validate({**asked["recipe"], **own})
-        print(json.dumps(measure(recipe, asked["kind"], asked["lengths"])))  # noqa: T201
+        recipe = Recipe.model_validate({**asked.pop("recipe"), **own})
+        print(json.dumps(measure(recipe, **asked)))  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def fastest(
 ) -> Found:
     """The configuration with the most tokens per second among those that fit.
 
-    Over method, checkpointing, offload and micro-batch, the rows per step staying as they are; and
+    Over method, checkpointing and micro-batch, the rows per step staying as they are; and
     over shorter contexts where nothing fits at the recipe's. A configuration that another one
     surely beats is not planned, which its reason says.
 
@@ -141,8 +141,6 @@ def _at_one_length(
                 if candidate.plan.shape.micro_batches == 1:
                     whole_step |= name == "LoRA"
                     break  # what saves memory from here on only costs time
-                if "offloaded activations" in saver:
-                    break
     return tried
 
 
@@ -163,18 +161,20 @@ def as_method(recipe: Recipe, name: str) -> dict[str, Any]:
 
 
 def _savers(recipe: Recipe, fixed: Sequence[str]) -> Iterator[tuple[list[str], dict[str, Any]]]:
-    """Memory savers, the cheapest in time first."""
-    if "gradient_checkpointing" in fixed or "activation_offload" in fixed:
+    """Memory savers, the cheapest in time first.
+
+    Offloaded activations are not among them: the trace does not follow them off the device yet.
+    """
+    if "gradient_checkpointing" in fixed:
         yield [], {}
         return
-    off = {"gradient_checkpointing": False, "activation_offload": False}
-    if not recipe.gradient_checkpointing_kwargs:
-        yield [], off
-    yield ["checkpointing"], {**off, "gradient_checkpointing": True}
-    yield (
-        ["checkpointing", "offloaded activations"],
-        {"gradient_checkpointing": True, "activation_offload": True},
-    )
+    details = {
+        key: field_default(key)
+        for key in ("gradient_checkpointing_layers", "gradient_checkpointing_part",
+                    "gradient_checkpointing_kwargs")
+    }  # fmt: skip
+    yield [], {"gradient_checkpointing": False, **details}
+    yield ["checkpointing"], {"gradient_checkpointing": True, **details}
 
 
 def _allowed(recipe: Recipe, settings: Mapping[str, Any], fixed: Sequence[str]) -> bool:
