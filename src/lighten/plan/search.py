@@ -130,17 +130,17 @@ def _at_one_length(
         if name == "QLoRA" and whole_step:
             tried.append(Candidate("QLoRA", settings, None, "LoRA fits whole and is faster"))
             continue
-        for saver, own in _savers(recipe, fixed):
+        for saver, own in _savers(fixed):
             what = ", ".join([name, *saver, f"{recipe.max_length} tokens"])
             if told is not None:
                 told(what)
             asked = {**as_method(recipe, name), **own}
             candidate = largest_micro_batch(recipe, asked, planner, what)
             tried.append(candidate)
-            if candidate.plan is not None and candidate.plan.fits():
-                if candidate.plan.shape.micro_batches == 1:
-                    whole_step |= name == "LoRA"
-                    break  # what saves memory from here on only costs time
+            plan = candidate.plan
+            if plan is not None and plan.fits() and plan.shape.micro_batches == 1:
+                whole_step |= name == "LoRA"
+                break  # what saves memory from here on only costs time
     return tried
 
 
@@ -160,7 +160,7 @@ def as_method(recipe: Recipe, name: str) -> dict[str, Any]:
     return {**settings, "trainable_layers": None, "learning_rate": LORA_LEARNING_RATE}
 
 
-def _savers(recipe: Recipe, fixed: Sequence[str]) -> Iterator[tuple[list[str], dict[str, Any]]]:
+def _savers(fixed: Sequence[str]) -> Iterator[tuple[list[str], dict[str, Any]]]:
     """Memory savers, the cheapest in time first.
 
     Offloaded activations are not among them: the trace does not follow them off the device yet.
