@@ -28,6 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "adapters": set(),
     "train": {"adapters", "data", "models", "recipe", "hardware", "runs", "verbs"},
     "evaluate": {"adapters", "data", "models", "recipe", "hardware", "runs", "train", "verbs"},
+    "plan": {"adapters", "data", "models", "recipe", "hardware", "runs", "train"},
     "report": {"evaluate", "runs", "verbs"},
     "api": {"recipe", "runs", "train", "evaluate", "report"},
     "cli": {"api", "data", "models", "recipe", "hardware", "runs", "train", "evaluate"},

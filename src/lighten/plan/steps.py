@@ -46,15 +46,14 @@ class _Row:
     supervised: list[bool]
 
 
-class _OneRank:
+class OneRank:
     """What `prepare` and `train_step` ask of an accelerator, for one rank."""
 
     num_processes, process_index = 1, 0
     is_main_process = True
 
-    def __init__(self, kind: str) -> None:
-        self.device = torch.device("cpu")
-        self.kind = kind
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")  # fake tensors are a processor's, whatever is planned
 
     def reduce(self, tensor: Tensor, reduction: str = "sum") -> Tensor:
         """Of one rank: the tensor."""
@@ -187,7 +186,7 @@ def follow_recipe(
         base = fake_base(recipe, config, dtype, kind, follow)
         sizes = _sizes(base)
         rows = Rows(Encoded([], EncodingCounts()), None, TemplateChoice("", "", ""), {})
-        setup = prepare(quiet, _OneRank(kind), base, rows)  # type: ignore[arg-type]
+        setup = prepare(quiet, OneRank(), base, rows)  # type: ignore[arg-type]
         layers, repetition = _layers(base.model, whole)
         _mark_learning(setup, layers, repetition, follow)
         units = _shrink(base.model, layers, repetition)
@@ -197,7 +196,7 @@ def follow_recipe(
         items, lengths, max_rows=recipe.per_device_train_batch_size,
         max_tokens=setup.tokens_per_microbatch, packed=setup.objective.packs,
     )  # fmt: skip
-    data = [_row(length, supervised) for length in lengths]
+    data = [row_of(length, supervised) for length in lengths]
     batches = [
         collate(part, data, names, packed=setup.objective.packs) for part in cut[:MICRO_BATCHES]
     ]
@@ -316,7 +315,8 @@ def _mark_state(setup: Setup, follow: Follow) -> None:
                     follow.mark(value, "optimiser", follow.layer_of(parameter))
 
 
-def _row(length: int, supervised: float) -> _Row:
+def row_of(length: int, supervised: float) -> _Row:
+    """A row of so many tokens of which the last share is supervised."""
     wanted = max(1, min(length - 1, round(length * supervised)))
     return _Row([0] * length, [False] * (length - wanted) + [True] * wanted)
 
