@@ -264,9 +264,7 @@ class Held:
     most_allocated: int
 
 
-def replay(
-    allocator: Allocator, events: Iterable[tuple[int, bool, int]]
-) -> tuple[Held, list[int]]:
+def replay(allocator: Allocator, events: Iterable[tuple[int, bool, int]]) -> tuple[Held, list[int]]:
     """Feed an allocator births and deaths.
 
     Args:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
@@ -20,7 +21,7 @@ from lighten import models
 from lighten.errors import UserError
 from lighten.hardware import Choice
 from lighten.models import quantized
-from lighten.models.load import _set_attention, locate
+from lighten.models.load import locate, set_attention
 from lighten.plan.follow import Follow
 from lighten.recipe import Recipe
 
@@ -72,25 +73,23 @@ def fake_base(
         )
     model.tie_weights()
     if storage is not None:
-        _quantise(model, storage, compute, follow)
+        _quantise(model, storage, compute)
     model.requires_grad_(False)
     for tensor in (*model.parameters(), *model.buffers()):
         follow.mark(tensor, "base weights")
     for layer in model.modules():
         if hasattr(layer, "dense_weight"):
-            for tensor in quantized._scales(layer.weight):
+            for tensor in quantized.scales_of(layer.weight):
                 follow.mark(tensor, "quantisation constants")
     return models.Base(
         model=model.eval(), tokenizer=None, name=recipe.model_name_or_path, source="folder",
         path=Path(), revision=None, checksum=None, file_bytes=None, dtype=dtype,
-        attention=_set_attention(model, recipe.attn_implementation, device),
+        attention=set_attention(model, recipe.attn_implementation, device),
         quantization=None if storage is None else Choice(str(storage), "of the recipe"),
     )  # fmt: skip
 
 
-def _quantise(
-    model: PreTrainedModel, storage: quantized.Storage, compute: torch.dtype, follow: Follow
-) -> None:
+def _quantise(model: PreTrainedModel, storage: quantized.Storage, compute: torch.dtype) -> None:
     """As `quantized.finish` does it, with bytes that are fake."""
     head = model.get_output_embeddings()
     shared: dict[str, Tensor] = {}
@@ -100,23 +99,25 @@ def _quantise(
         weight: Tensor = module.weight.data  # type: ignore[assignment]
         shape = weight.T.shape if isinstance(module, Conv1D) else weight.shape
         made = _packed(shape, storage, compute, shared)
-        layer = quantized._layer(made, module.bias, torch.Size(shape), compute, type(module))
+        with _disable_current_modes():  # a layer makes a parameter of its own first
+            layer = quantized.packed_layer(
+                made, module.bias, torch.Size(shape), compute, type(module)
+            )
         model.set_submodule(path, layer)
-    del follow
 
 
 def _packed(
     shape: torch.Size, storage: quantized.Storage, compute: torch.dtype, shared: dict[str, Tensor]
 ) -> Any:
-    """A quantised weight of bitsandbytes without values: [O, I] in `storage`."""
-    import bitsandbytes as bnb
+    """What bitsandbytes makes of a weight [O, I], without values.
+
+    A plain parameter: its own classes cannot be made of fake tensors, and nothing here needs them.
+    """
     from bitsandbytes.functional import QuantState
 
     numbers = shape[0] * shape[1]
     if storage.kind == "int8":
-        made = bnb.nn.Int8Params(
-            torch.empty(shape, dtype=torch.int8), requires_grad=False, has_fp16_weights=False
-        )
+        made: Any = nn.Parameter(torch.empty(shape, dtype=torch.int8), requires_grad=False)
         made.SCB = torch.empty(shape[0])
         return made
     code = shared.setdefault("code", torch.empty(16))
@@ -129,12 +130,9 @@ def _packed(
             blocksize=BLOCK_OF_SCALES, dtype=torch.float32,
         )  # fmt: skip
         absmax, offset = torch.empty(scales, dtype=torch.uint8), torch.empty(())
-    state = QuantState(
+    made = nn.Parameter(torch.empty((numbers + 1) // 2, 1, dtype=torch.uint8), requires_grad=False)
+    made.quant_state = QuantState(
         absmax=absmax, shape=shape, code=code, blocksize=BLOCK_OF_FOUR_BITS,
         quant_type=storage.kind, dtype=compute, offset=offset, state2=nested,
     )  # fmt: skip
-    return bnb.nn.Params4bit(
-        torch.empty((numbers + 1) // 2, 1, dtype=torch.uint8), requires_grad=False,
-        quant_state=state, bnb_quantized=True, quant_type=storage.kind,
-        blocksize=BLOCK_OF_FOUR_BITS, compress_statistics=storage.double,
-    )  # fmt: skip
+    return made

@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lighten.plan.work import Work, scratch_bytes, work_of
+from lighten.plan.work import Work, work_of
 
 OUTSIDE = -1  # the layer of what belongs to none
 ATTENTION = re.compile(r"attn|attention")
@@ -58,13 +58,21 @@ class Event:
         block: Of which storage.
         born: Whether it is a birth.
         run: Number of the pass in which it happens.
-        layer: In which unit of decoder layers, or `OUTSIDE`.
+        place: The unit of decoder layers that runs at that moment, or `OUTSIDE`.
     """
 
     block: Block
     born: bool
     run: int
-    layer: int
+    place: int
+
+    @property
+    def layer(self) -> int:
+        """The unit of decoder layers it counts to.
+
+        Outside of layers (the optimiser, the end of a backward pass) that is the block's own.
+        """
+        return self.place if self.place != OUTSIDE else self.block.layer
 
 
 @dataclass(frozen=True)
@@ -118,13 +126,11 @@ class Follow(TorchDispatchMode):
 
     Attributes:
         timeline: So far.
-        device: `cpu` or `cuda`: what kernels take for themselves differs.
     """
 
-    def __init__(self, device: str = "cpu") -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.timeline = Timeline(runs=[Pass("loading")])
-        self.device = device
         self._seen: dict[int, tuple[weakref.ref[Any], Block]] = {}
         self._names: dict[int, str] = {}
         self._units: dict[int, int] = {}
@@ -153,9 +159,6 @@ class Follow(TorchDispatchMode):
         if work is not None:
             self.timeline.work.append((run, self._layer, work))
         fresh = [x for x in tensors if id(x.untyped_storage()) not in self._seen]
-        if fresh and (inside := scratch_bytes(func, args, tensors, self.device)):
-            block = self._born(inside, "temporary buffers", self._layer)
-            self._event(block, False)
         given = [x for x in tree_leaves(args) if isinstance(x, Tensor)] if fresh else []
         for place, tensor in enumerate(fresh):
             # A result of a list (one norm per gradient) belongs where its own input does.
@@ -183,17 +186,18 @@ class Follow(TorchDispatchMode):
 
     def _born(self, size: int, part: str, layer: int) -> Block:
         run = len(self.timeline.runs) - 1
-        ordinal = self._counts.get((run, layer), 0)
-        self._counts[run, layer] = ordinal + 1
-        block = Block(size, part, layer, run, ordinal)
+        block = Block(size, part, layer, run, self._next(run, layer))
         self._event(block, True)
         return block
 
+    def _next(self, run: int, layer: int) -> int:
+        ordinal = self._counts.get((run, layer), 0)
+        self._counts[run, layer] = ordinal + 1
+        return ordinal
+
     def _event(self, block: Block, born: bool) -> None:
-        # Outside of layers (zero_grad, the end of a backward pass) it counts whose block it is.
-        layer = self._layer if self._layer != OUTSIDE else block.layer
         run = len(self.timeline.runs) - 1
-        self.timeline.events.append(Event(block, born, run, layer))
+        self.timeline.events.append(Event(block, born, run, self._layer))
 
     def _part(self) -> str:
         phase = self.timeline.runs[-1].phase
@@ -229,8 +233,13 @@ class Follow(TorchDispatchMode):
         """Say what a storage is; one that was there before is born now."""
         block = self._birth(tensor, [])
         block.part = part
-        if layer is not None:
-            block.layer = layer
+        if layer is not None and layer != block.layer:
+            block.layer, block.ordinal = layer, self._next(block.run, layer)
+
+    def layer_of(self, tensor: Tensor) -> int:
+        """The unit of decoder layers that a storage belongs to."""
+        known = self._seen.get(id(tensor.untyped_storage()))
+        return OUTSIDE if known is None else known[1].layer
 
     def settle(self, first_run: int) -> None:
         """Call what did not outlive the pass that made it temporary, from a pass on.
@@ -243,9 +252,9 @@ class Follow(TorchDispatchMode):
                 died[event.block] = event.run
         for block, run in died.items():
             phase = self.timeline.runs[block.run].phase
-            if block.part.startswith("activations") and phase in ("forward", "check"):
-                if run == block.run:
-                    block.part = "temporary buffers"
+            early = run == block.run and phase in ("forward", "check")
+            if early and block.part.startswith("activations"):
+                block.part = "temporary buffers"
 
     @contextmanager
     def modules(self, model: nn.Module, units: Mapping[int, int]) -> Iterator[None]:

@@ -158,7 +158,7 @@ class _Names:
         if made is None:
             made = Block(block.bytes, block.part, layer, block.run, block.ordinal)
             self._made[key] = made
-        return Event(made, event.born, event.run, self._moved(event.layer, shift))
+        return Event(made, event.born, event.run, self._moved(event.place, shift))
 
     def _moved(self, layer: int, shift: dict[int, int]) -> int:
         if layer in shift:

@@ -1,41 +1,30 @@
-"""Plan a recipe: trace the engine's own step on fake tensors and ask what memory it takes.
-
-What runs here is what trains: `prepare` attaches what learns and makes the optimisers, the loss is
-first compared with the model's own, `train_step` makes two steps of up to two micro-batches (the
-second step has gradients, optimiser state and activations together). Only the weights are fake and
-the decoder layers that repeat are traced once (`repeat`).
-"""
+"""Plan a recipe: what its own steps, traced without data, take on a device."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-
-from lighten import models
-from lighten.adapters.whole import decoder_layers
-from lighten.data import Encoded, TemplateChoice
-from lighten.data.batches import Item, MicroBatch, collate, layout, steps_of_epoch
-from lighten.data.encode import EncodingCounts
 from lighten.errors import UserError
 from lighten.hardware import Choice
-from lighten.models import attention
-from lighten.plan import repeat
-from lighten.plan.build import config_of, fake_base
-from lighten.plan.follow import Follow, Timeline
-from lighten.plan.result import Plan, Shape
+from lighten.models.load import weight_files
+from lighten.models.quantized import stored_as
+from lighten.plan import memory, rates
+from lighten.plan.build import config_of
+from lighten.plan.result import Plan, StepTime
+from lighten.plan.steps import STEPS, Traced, follow_recipe
+from lighten.plan.work import Work
 from lighten.recipe import Recipe
-from lighten.train.prepare import Rows, Setup, prepare
-from lighten.train.step import shares_of, train_step
+from lighten.train import allocator
 
-STEPS = 2
-MICRO_BATCHES = 2  # of each step; further ones find what the second found
+# What a process that trains on a GPU holds in main memory beside the base: the interpreter, PyTorch
+# and CUDA's libraries. Taken to be so, not measured.
+HOST_OF_CUDA_BYTES = 3 * 2**30
+# Architectures, and what of them, benchmarks/plan_accuracy.py has compared with measurements.
+TESTED = ("llama", "qwen2", "gemma2", "gemma3_text")
+TESTED_TOKENS = 2048
+STATE_TENSORS = {"sgd": 0, "adafactor": 1, "lion_8bit": 1, "lion_32bit": 1}
 
 
 class Device(Protocol):
@@ -65,268 +54,151 @@ class Device(Protocol):
         """The format of the base on it, and why."""
 
 
-@dataclass(frozen=True)
-class _Row:
-    """An example that is all answer but its first token and the prompt."""
-
-    input_ids: list[int]
-    supervised: list[bool]
-
-
-class _OneRank:
-    """What `prepare` and `train_step` ask of an accelerator, for one rank."""
-
-    num_processes, process_index = 1, 0
-    is_main_process = True
-
-    def __init__(self, kind: str) -> None:
-        self.device = torch.device("cpu")
-        self.kind = kind
-
-    def reduce(self, tensor: Tensor, reduction: str = "sum") -> Tensor:
-        """Of one rank: the tensor."""
-        del reduction
-        return tensor
-
-
-class _Marking(torch.amp.GradScaler):
-    """Tells the trace where the backward pass and the optimiser begin; scales nothing."""
-
-    def __init__(self, follow: Follow) -> None:
-        super().__init__("cpu", enabled=False)
-        self.follow, self.step_number, self.micro_batch = follow, 0, -1
-
-    def scale(self, outputs: Any) -> Any:
-        """The loss is there; the backward pass begins."""
-        self.follow.begin("backward", self.micro_batch, self.step_number)
-        return outputs
-
-    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
-        """All gradients are there."""
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self.follow.mark(parameter.grad, "gradients")
-        if self.follow.timeline.runs[-1].phase != "optimiser step":
-            self.follow.begin("optimiser step", self.micro_batch, self.step_number)
-
-    def next_batch(self, _module: nn.Module, _args: Any) -> None:
-        """A forward pre-hook of the backbone."""
-        if torch.is_grad_enabled():
-            self.micro_batch += 1
-            self.follow.begin("forward", self.micro_batch, self.step_number)
-
-    def backbone_done(self, _module: nn.Module, _args: Any, _out: Any) -> None:
-        """A forward hook of the backbone."""
-        if torch.is_grad_enabled():
-            self.follow.begin("loss", self.micro_batch, self.step_number)
-
-
-@dataclass
-class Traced:
-    """A step that was followed.
-
-    Attributes:
-        timeline: Of the whole model.
-        setup: What was prepared.
-        batches: All micro-batches of the step, of which the first were traced.
-        weights: Bytes of the base's weights and constants.
-        learning: Numbers that learn.
-    """
-
-    timeline: Timeline
-    setup: Setup
-    batches: list[list[Item]]
-    lengths: list[int]
-    first_run: int
-
-
-def largest_step(
-    recipe: Recipe, names: Sequence[str], given: tuple[int, int] | Sequence[int] | None
-) -> tuple[list[Item], list[int]]:
-    """The step that decides the peak, and the lengths that its items count in.
-
-    Args:
-        recipe: Batch, accumulation, length, seeds.
-        names: The adapters.
-        given: (examples of each adapter in a step, tokens of each), or the lengths of the data's
-            rows in a list, or None: every example is `max_length` long.
-    """
-    per_step = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
-    if given is None or isinstance(given, tuple):
-        rows, tokens = given or (per_step, recipe.max_length)
-        return [Item(name, 0, row) for name in names for row in range(rows)], [tokens]
-    lengths = [min(own, recipe.max_length) for own in given]
-    orders = [
-        steps_of_epoch(
-            lengths, per_step, seed=own.seed, epoch=0, group_by_length=recipe.group_by_length
-        )
-        for own in recipe.cohort()
-    ]
-    steps = [
-        [Item(name, row, row) for name, own in zip(names, rows, strict=True) for row in own]
-        for rows in zip(*orders, strict=True)
-    ]
-    return max(steps, key=lambda items: sum(lengths[item.row] for item in items)), lengths
-
-
-def follow_recipe(
+def plan_recipe(
     recipe: Recipe,
-    config: Any,
-    dtype: Choice,
-    kind: str,
+    device: Device,
     *,
-    given: tuple[int, int] | Sequence[int] | None = None,
+    rows_tokens: tuple[int, int] | Sequence[int] | None = None,
     supervised: float = 1.0,
-    whole: bool = False,
-) -> Traced:
-    """Trace a recipe's steps on fake tensors.
+) -> Plan:
+    """Predict the peak memory and the time of a step, from the base's configuration alone.
 
     Args:
         recipe: What would be trained.
-        config: The base's configuration.
-        dtype: The format of the products.
-        kind: `cpu` or `cuda`.
-        given: As `largest_step` takes it.
-        supervised: Share of each row's tokens that are supervised, at its end.
-        whole: Trace every layer, alike or not.
+        device: Where; `lighten.devices` knows some by name.
+        rows_tokens: (examples of each adapter in a step, tokens of each), or the lengths of the
+            data's rows in a list; None: batch size and `max_length` of the recipe.
+        supervised: Share of the rows' tokens that are supervised; all of them is the worst case.
+
+    Raises:
+        UserError: No such model, or it cannot be traced.
     """
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    follow = Follow(kind)
-    quiet = recipe.model_copy(update={"torch_compile": False, "activation_offload": False})
-    with ExitStack() as stack:
-        stack.enter_context(fake)
-        stack.enter_context(follow)
-        base = fake_base(recipe, config, dtype, kind, follow)
-        rows = Rows(Encoded([], EncodingCounts()), None, TemplateChoice("", "", ""), {})
-        setup = prepare(quiet, _OneRank(kind), base, rows)  # type: ignore[arg-type]
-        layers, repetition = _layers(base.model, whole)
-        _mark_learning(setup, layers, repetition, follow)
-        units = _shrink(base.model, layers, repetition)
-    names = [member.name for member in setup.members]
-    items, lengths = largest_step(recipe, names, given)
-    cut = layout(
-        items, lengths, max_rows=recipe.per_device_train_batch_size,
-        max_tokens=setup.tokens_per_microbatch, packed=setup.objective.packs,
-    )  # fmt: skip
-    data = [_row(length, supervised) for length in lengths]
-    batches = [
-        collate(part, data, names, packed=setup.objective.packs) for part in cut[:MICRO_BATCHES]
-    ]
-    with fake, follow:
-        first_run = len(follow.timeline.runs)
-        run_steps(setup, [_fake(batch, fake) for batch in batches], follow, units)
-    timeline = follow.timeline
-    follow.settle(first_run)
-    if repetition.units > repeat.TRACED:
-        try:
-            timeline = repeat.unrolled(timeline, repetition.units, first_run)
-        except repeat.NotAlike:
-            return follow_recipe(
-                recipe, config, dtype, kind, given=given, supervised=supervised, whole=True
-            )
-    return Traced(timeline, setup, cut, lengths, first_run)
-
-
-def run_steps(
-    setup: Setup, batches: list[MicroBatch], follow: Follow, units: Mapping[int, int]
-) -> None:
-    """The check of the loss and the steps, as the training loop makes them.
-
-    Args:
-        setup: What was prepared; its scaler is not used.
-        batches: Micro-batches of each step.
-        follow: Already entered.
-        units: Unit of each decoder layer by its id.
-    """
-    model = setup.base.model
-    scaler = _Marking(follow)
-    hooks = [
-        model.base_model.register_forward_pre_hook(scaler.next_batch),
-        model.base_model.register_forward_hook(scaler.backbone_done),
-    ]
-    for batch in batches:
-        if batch.starts is not None:  # where rows begin decides shapes: real indices
-            with torch._C._DisableTorchDispatch():
-                attention.groups_of(batch.starts, batch.labels.device)
+    config, source, path = config_of(recipe)
+    dtype = device.dtype(recipe.compute_dtype)
     try:
-        with follow.modules(model, units):
-            follow.begin("check")
-            setup.objective.verify(
-                batches[0], tuple(replace(s, dropout_keys=None) for s in shares_of(batches[0]))
-            )
-            for step in range(STEPS):
-                scaler.step_number, scaler.micro_batch = step, -1
-                train_step(batches, setup.members, setup.objective, setup.accelerator, scaler)
-                _mark_state(setup, follow)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        follow.close()
-
-
-def _layers(
-    model: nn.Module, whole: bool
-) -> tuple[list[nn.Module], repeat.Repetition]:
-    try:
-        layers = decoder_layers(model)  # type: ignore[arg-type]
+        traced = follow_recipe(
+            recipe, config, dtype, device.kind, given=rows_tokens, supervised=supervised
+        )
     except UserError:
-        return [], repeat.Repetition(1, 1)
-    if whole:
-        return layers, repeat.Repetition(len(layers), 1)
-    return layers, repeat.repetition([repeat.kind_of(layer) for layer in layers])
-
-
-def _shrink(
-    model: nn.Module, layers: list[nn.Module], repetition: repeat.Repetition
-) -> dict[int, int]:
-    """Leave the layers that are traced in the model; unit by the id of each."""
-    kept = [layers[i] for i in repetition.kept] if layers else []
-    if len(kept) < len(layers):
-        for module in model.modules():
-            for name, child in module.named_children():
-                if isinstance(child, nn.ModuleList) and list(child) == layers:
-                    setattr(module, name, nn.ModuleList(kept))
-    return {id(layer): repetition.unit(place) for place, layer in enumerate(kept)}
-
-
-def _mark_learning(
-    setup: Setup, layers: list[nn.Module], repetition: repeat.Repetition, follow: Follow
-) -> None:
-    """Adapters are adapters, and each of a traced layer belongs to its unit."""
-    places = {layer: place for place, layer in enumerate(repetition.kept)}
-    whole = setup.recipe.method == "full"
-    listed = next(
-        (name for name, child in setup.base.model.named_modules()
-         if isinstance(child, nn.ModuleList) and list(child) == layers), "",
-    )  # fmt: skip
-    pattern = re.compile(rf"{re.escape(listed)}\.(\d+)\.") if listed else None
-    for member in setup.members:
-        for key, parameter in member.parameters.items():
-            found = pattern.search(key) if pattern else None
-            place = places.get(int(found[1])) if found else None
-            unit = None if place is None else repetition.unit(place)
-            follow.mark(parameter, "base weights" if whole else "adapters", unit)
-
-
-def _mark_state(setup: Setup, follow: Follow) -> None:
-    for member in setup.members:
-        for state in member.optimizer.state.values():
-            for value in state.values():
-                if isinstance(value, Tensor):
-                    follow.mark(value, "optimiser")
-
-
-def _row(length: int, supervised: float) -> _Row:
-    wanted = max(1, min(length - 1, round(length * supervised)))
-    return _Row([0] * length, [False] * (length - wanted) + [True] * wanted)
-
-
-def _fake(batch: MicroBatch, mode: FakeTensorMode) -> MicroBatch:
-    return replace(
-        batch,
-        input_ids=mode.from_tensor(batch.input_ids),
-        positions=mode.from_tensor(batch.positions),
-        labels=mode.from_tensor(batch.labels),
-        position_ids=None if batch.position_ids is None else mode.from_tensor(batch.position_ids),
+        raise
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
+        name = recipe.model_name_or_path
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{name} cannot be planned: its step cannot be traced ({first})") from error
+    outside = tuple(_outside(recipe, config, device))
+    margin = memory.BEYOND if outside else memory.WITHIN
+    converts = _converts(recipe, config, path, dtype)
+    loading = memory.loading_of(source, path, traced.weights, traced.largest, converts)
+    lanes = int(getattr(traced.setup, "lanes", 1))
+    if device.kind == "cpu":
+        peak = memory.processor_memory(
+            traced.timeline, loading, quantized=recipe.load_in_4bit or recipe.load_in_8bit,
+            lanes=lanes, margin=margin,
+        )  # fmt: skip
+        host = peak.expected
+    else:
+        peak = memory.cuda_memory(
+            traced.timeline, capability=getattr(device, "capability", None), margin=margin
+        )
+        host = HOST_OF_CUDA_BYTES + loading.files + traced.weights
+    files = sum(file.stat().st_size for file in weight_files(path))
+    download = 0 if files or source != "hub" else traced.weights
+    allocator.trim()  # what the trace took must not look like room for whoever trains next
+    return Plan(
+        model=recipe.model_name_or_path,
+        device=device.name,
+        method=_method(recipe),
+        shape=traced.shape(lanes),
+        memory=peak,
+        time=_time(traced, device),
+        capacity=device.memory_bytes,
+        host_bytes=host,
+        disk_bytes=download + _written(traced, recipe),
+        download_bytes=download,
+        choices=_choices(traced, dtype, loading),
+        outside=outside,
     )
+
+
+def _time(traced: Traced, device: Device) -> StepTime | None:
+    """The time of a step: the traced micro-batches, further ones by their tokens, the optimiser."""
+    if device.kind == "cpu":
+        known: rates.Rates = rates.Measured.cached()
+    elif device.flops and device.bandwidth:
+        known = rates.Datasheet(device.name, device.flops, device.bandwidth)
+    else:
+        return None
+    last = STEPS - 1
+    passes: dict[int, list[Work]] = {}
+    for run, _, work in traced.timeline.work:
+        own = traced.timeline.runs[run]
+        if own.step == last and own.phase != "loading" and own.phase != "check":
+            place = -1 if own.phase == "optimiser step" else own.micro_batch
+            passes.setdefault(place, []).append(work)
+    seconds = flops = moved = 0.0
+    traced_batches = max(passes) + 1
+    for place, works in passes.items():
+        times = 1.0
+        if place == traced_batches - 1:  # it stands for those after it
+            tokens = [traced.tokens(i) for i in range(place, len(traced.batches))]
+            times = sum(tokens) / tokens[0]
+        seconds += times * known.seconds(works)
+        flops += times * sum(work.flops for work in works)
+        moved += times * sum(work.bytes for work in works)
+    low, high = seconds / known.spread, seconds * known.spread
+    return StepTime(seconds, low, high, flops, moved, known.source)
+
+
+def _method(recipe: Recipe) -> str:
+    if recipe.method == "full":
+        return "full" if recipe.last_layers is None else "last_layers"
+    return "qlora" if recipe.load_in_4bit or recipe.load_in_8bit else "lora"
+
+
+def _converts(recipe: Recipe, config: Any, path: Path, dtype: Choice) -> bool:
+    """Whether weights change their format when they are read."""
+    whole = recipe.method == "full" and recipe.last_layers is None
+    wanted = "float32" if whole else dtype.value
+    if recipe.load_in_4bit or recipe.load_in_8bit:
+        return path.is_dir() and stored_as(path) is None
+    stored = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    return stored != wanted
+
+
+def _written(traced: Traced, recipe: Recipe) -> int:
+    """Bytes of the run's files: checkpoints with weights and optimiser state, and the result."""
+    numbers = sum(p.numel() for m in traced.setup.members for p in m.parameters.values())
+    states = STATE_TENSORS.get(traced.setup.choices["optimizer"].value, 2)
+    return numbers * 4 * ((1 + states) * (recipe.save_total_limit + 1) + 1)
+
+
+def _choices(traced: Traced, dtype: Choice, loading: memory.Loading) -> dict[str, str]:
+    found = {name: f"{own.value}: {own.reason}" for name, own in traced.setup.choices.items()
+             if name != "template"}  # fmt: skip
+    found["dtype"] = f"{dtype.value}: {dtype.reason}"
+    if loading.files:
+        found["loading"] = (
+            f"{loading.files} bytes of weight files are mapped while they are converted; the "
+            "system takes these pages back where memory is short"
+        )
+    return found
+
+
+def _outside(recipe: Recipe, config: Any, device: Device) -> Iterator[str]:
+    """In what way a question is outside of what was compared with measurements."""
+    if device.kind != "cpu":
+        yield "no prediction for a GPU has been compared with a measurement yet"
+    if (kind := getattr(config, "model_type", "")) not in TESTED:
+        yield f"architecture {kind} has not been compared; {', '.join(TESTED)} have"
+    if recipe.torch_compile is True:
+        yield "layers are traced as they are, but torch_compile fuses what they do"
+    if recipe.activation_offload:
+        yield "activation_offload is not traced: activations are counted as if they stayed"
+    if recipe.peft is not None or any(own.use_dora for own in recipe.cohort()):
+        yield "PEFT's own modules have not been compared"
+    if recipe.optim not in ("adamw_torch", "adamw_torch_fused"):
+        yield f"optim {recipe.optim} has not been compared"
+    if device.kind == "cpu" and recipe.attn_implementation != "sdpa":
+        yield f"attention {recipe.attn_implementation} has not been compared"
+    if recipe.max_length > TESTED_TOKENS:
+        yield f"rows of more than {TESTED_TOKENS} tokens have not been compared"

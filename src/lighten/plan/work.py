@@ -1,23 +1,44 @@
-"""What an operation costs: floating-point operations, bytes moved, and memory of its kernel's own.
+"""What an operation costs, counted from shapes alone, and the call to repeat it with real numbers.
 
-Counted from shapes alone. A product of [m, k] and [k, n] takes 2 m k n operations; anything else is
-counted by the bytes it reads and writes, each operand once.
+A product of [m, k] and [k, n] takes 2 m k n operations; anything else is counted by the bytes it
+reads and writes, each operand once.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
+
+# They take memory or look at it, and move nothing.
+FREE = ("aten::empty", "aten::new_empty", "aten::detach", "aten::_unsafe_view", "aten::_local")
 
 
 @dataclass(frozen=True)
+class Shaped:
+    """A tensor without its numbers."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Shaped:
+        """What is left of a tensor."""
+        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+    def made(self) -> Tensor:
+        """A real tensor of this shape; its numbers mean nothing, as indices they are valid."""
+        made = torch.empty_strided(self.shape, self.stride, dtype=self.dtype)
+        return made.fill_(0.5 if self.dtype.is_floating_point else 0)
+
+
+@dataclass(frozen=True, eq=False)
 class Work:
     """One operation.
 
@@ -26,14 +47,24 @@ class Work:
         flops: Floating-point operations of a matrix product or attention; 0 for any other.
         bytes: Read and written, each operand once.
         dtype: Of its result.
-        shape: (m, k, n) of a product, batches counted into m.
+        func: The operation itself.
+        args: What it was given, tensors as `Shaped`.
+        kwargs: The same by name.
     """
 
     name: str
     flops: int
     bytes: int
     dtype: torch.dtype
-    shape: tuple[int, int, int] | None = None
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    @property
+    def sizes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the tensors it was given."""
+        return tuple(x.shape for x in tree_leaves((self.args, self.kwargs))
+                     if isinstance(x, Shaped))  # fmt: skip
 
 
 def work_of(
@@ -47,46 +78,19 @@ def work_of(
         kwargs: What it was given by name.
         outs: The tensors of its result.
     """
-    if not outs or getattr(func, "is_view", False):
+    name = func.name() if hasattr(func, "name") else str(func)
+    if getattr(func, "is_view", False) or name.startswith(FREE):
         return None
     given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-    name = func.name() if hasattr(func, "name") else str(func)
-    packet = getattr(func, "overloadpacket", func)
-    seen: set[int] = set()
-    moved = 0
-    for tensor in (*given, *outs):
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            moved += tensor.numel() * tensor.element_size()
-    if name.startswith(("aten::empty", "aten::new_empty", "aten::detach", "aten::_unsafe_view")):
+    everything = {id(x): x for x in (*given, *outs)}.values()
+    if not everything:
         return None
+    moved = sum(x.numel() * x.element_size() for x in everything)
     flops = 0
-    if packet in flop_registry:
+    packet = getattr(func, "overloadpacket", func)
+    if packet in flop_registry and outs:
         out = outs[0] if len(outs) == 1 else tuple(outs)
         flops = int(flop_registry[packet](*args, **kwargs, out_val=out))
-    return Work(name, flops, moved, outs[0].dtype, _product_shape(packet, args))
-
-
-def _product_shape(packet: Any, args: tuple[Any, ...]) -> tuple[int, int, int] | None:
-    aten = torch.ops.aten
-    place = {aten.mm: 0, aten.bmm: 0, aten.addmm: 1, aten.addmm_: 1,
-             aten.baddbmm: 1, aten.baddbmm_: 1}.get(packet)  # fmt: skip
-    if place is None:
-        return None
-    left, right = args[place], args[place + 1]
-    return math.prod(left.shape[:-1]), left.shape[-1], right.shape[-1]
-
-
-def scratch_bytes(
-    func: Any, args: tuple[Any, ...], outs: Sequence[Tensor], device: str
-) -> int:
-    """Memory that a kernel takes and gives back inside, which no dispatcher sees.
-
-    Args:
-        func: The operation.
-        args: What it was given.
-        outs: Its results.
-        device: `cpu` or `cuda`.
-    """
-    del func, args, outs, device
-    return 0
+    kept, named = tree_map_only(Tensor, Shaped.of, (tuple(args), dict(kwargs)))
+    dtype = outs[0].dtype if outs else given[0].dtype
+    return Work(name, flops, moved, dtype, func, kept, named)
