@@ -85,7 +85,7 @@ def test_a_plan_in_words() -> None:
     assert "plan: 4.00 GiB at the peak of 8.00 GiB (base weights 3.00 GiB" in line
     assert "2.00 s per step, 3 min 0 s in all" in line
     assert len(words.lines(a_plan(4 * GIB))) == 2
-    rows = dict((row[0], row[1]) for row in words.fact_rows(plan))
+    rows = {row[0]: row[1] for row in words.fact_rows(plan)}
     assert rows["micro-batch"] == "4 rows of 512 tokens, 2 per step"
     assert rows["download"] == "not known"
     change = Change("QLoRA", {"load_in_4bit": True}, GIB, 1.25, True)

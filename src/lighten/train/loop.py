@@ -33,6 +33,8 @@ class Loop:
         progress: Where to show it.
         memory: Started before the base was loaded.
         prediction: What was planned, to say what took more if memory runs out.
+        retries: Make a step for which memory runs out again with smaller micro-batches. A benchmark
+            leaves it off: it would measure something else than it says.
     """
 
     def __init__(
@@ -43,10 +45,12 @@ class Loop:
         progress: TrainingProgress,
         memory: PeakMemory,
         prediction: Prediction | None = None,
+        *,
+        retries: bool = False,
     ) -> None:
         self.setup, self.folder, self.state = setup, folder, state
         self.progress, self.memory, self.prediction = progress, memory, prediction
-        self._watch = short_memory.Watch(setup.members)
+        self._retries, self._watch = retries, short_memory.Watch(setup.members)
         self.main = setup.accelerator.is_main_process
         self._lengths = [len(row.input_ids) for row in setup.rows.train.rows]
         self._epochs: dict[tuple[int, int], list[list[int]]] = {}
@@ -97,7 +101,7 @@ class Loop:
                     batches, members, setup.objective, setup.accelerator, setup.scaler
                 )
             except (MemoryError, RuntimeError) as error:
-                if not short_memory.ran_out(error):
+                if not (self._retries and short_memory.ran_out(error)):
                     raise
                 self._shrink(batches, error)
             # Only here, with the exception and the step that it holds gone, is there memory again.

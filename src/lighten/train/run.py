@@ -139,7 +139,7 @@ def _train(
         )
     accelerator.wait_for_everyone()
     trackers.start(accelerator, run.folder, recipe.completed())
-    Loop(setup, run.folder, state, shown, memory, prediction).run()
+    Loop(setup, run.folder, state, shown, memory, prediction, retries=True).run()
     if accelerator.is_main_process:
         _finish(run, setup, state, memory.read())
         _beside_the_plan(run, shown)
