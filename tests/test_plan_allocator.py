@@ -7,6 +7,7 @@ import json
 import random
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -104,14 +105,14 @@ def test_allocators_hold_at_least_what_is_in_use_and_lose_nothing(
 
 def test_blocks_of_the_heap_never_overlap() -> None:
     own, chance = Heap(), random.Random(0)
-    live: dict[int, tuple[int, int, int]] = {}
+    live: dict[int, tuple[int, int, int, Any]] = {}
     for number in range(3000):
         block = own.take(int(2 ** chance.uniform(3, 22)))
         assert (block[0] + 16) % 64 == 0, "PyTorch's alignment"
         live[number] = block
         while len(live) > 80 or (live and chance.random() < 0.4):
             own.give(live.pop(chance.choice(list(live))))
-        spans = sorted((start, start + chunk) for start, chunk, _ in live.values())
+        spans = sorted((start, start + chunk) for start, chunk, *_ in live.values())
         assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
 
 
@@ -132,22 +133,39 @@ print(memory.read()["peak_bytes"])
 """
 
 
+def step_like(seed: int, layers: int = 24) -> list[tuple[int, bool, int]]:
+    """Passes as training makes them: some blocks of each layer wait for the way back."""
+    chance = random.Random(seed)
+    kinds = [(int(2 ** chance.uniform(16, 22)), chance.random() < 0.5) for _ in range(12)]
+    events: list[tuple[int, bool, int]] = []
+    number = 0
+    for _ in range(3):
+        waiting: list[list[tuple[int, int]]] = []
+        for _ in range(layers):
+            kept = []
+            for size, waits in kinds:
+                events.append((number, True, size))
+                if waits:
+                    kept.append((number, size))
+                else:
+                    events.append((number, False, size))
+                number += 1
+            waiting.append(kept)
+        for kept in reversed(waiting):
+            for size, _ in kinds[:4]:
+                events += [(number, True, size), (number, False, size)]
+                number += 1
+            events += [(own, False, size) for own, size in kept]
+    return events
+
+
 @pytest.mark.skipif(not GLIBC, reason="the C library is not glibc")
 @pytest.mark.parametrize("seed", range(3))
 def test_the_heap_takes_what_glibc_takes(seed: int) -> None:
-    chance = random.Random(seed)
-    events: list[tuple[int, bool, int]] = []
-    live: dict[int, int] = {}
-    for number in range(1500):
-        size = int(2 ** chance.uniform(12, 24))
-        events.append((number, True, size))
-        live[number] = size
-        while live and (len(live) > 60 or chance.random() < 0.45):
-            gone = chance.choice(list(live))
-            events.append((gone, False, live.pop(gone)))
+    events = step_like(seed)
     found = subprocess.run(
         [sys.executable, "-c", REAL], input=json.dumps(events), capture_output=True, text=True,
         check=True,
     )  # fmt: skip
     held, _ = replay(Heap(), events)
-    assert int(found.stdout) == pytest.approx(held.peak, rel=0.03)
+    assert int(found.stdout) == pytest.approx(held.peak, rel=0.05)

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from lighten import models
 from lighten.adapters.whole import decoder_layers
 from lighten.data import Encoded, TemplateChoice
-from lighten.data.batches import collate, layout
 from lighten.data.encode import EncodingCounts
 from lighten.hardware import Choice
 from lighten.models import quantized
@@ -22,7 +21,7 @@ from lighten.plan import repeat
 from lighten.plan.build import config_of
 from lighten.plan.follow import Follow, Timeline
 from lighten.plan.result import PARTS, Plan
-from lighten.plan.steps import OneRank, Traced, follow_recipe, largest_step, row_of, run_steps
+from lighten.plan.steps import OneRank, Traced, collated, follow_recipe, largest_step, run_steps
 from lighten.plan.trace import plan_recipe
 from lighten.recipe import Recipe
 from lighten.train.prepare import Rows, prepare
@@ -96,12 +95,7 @@ def really(recipe: Recipe, given: tuple[int, int], arch: str, layers: int) -> Ti
             own.mark(tensor, "base weights")
         rows = Rows(Encoded([], EncodingCounts()), None, TemplateChoice("", "", ""), {})
         setup = prepare(recipe, OneRank(), base, rows)
-    names = [member.name for member in setup.members]
-    items, lengths = largest_step(recipe, names, given)
-    cut = layout(items, lengths, max_rows=recipe.per_device_train_batch_size,
-                 max_tokens=setup.tokens_per_microbatch, packed=setup.objective.packs)  # fmt: skip
-    data = [row_of(length, 1.0) for length in lengths]
-    batches = [collate(part, data, names, packed=setup.objective.packs) for part in cut[:2]]
+    batches = collated(setup, *largest_step(setup, given), 1.0)
     with own:
         run_steps(setup, batches, own, {id(x): i for i, x in enumerate(decoder_layers(model))})
     return own.timeline

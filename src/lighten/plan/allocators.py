@@ -142,7 +142,10 @@ def segment_size(size: int) -> int:
 
 PAGE = 4096
 ALIGNMENT, HEADER, LEAST = 64, 16, 32  # PyTorch's alignment; malloc's granule; its least chunk
-TCACHED = 1032  # chunks up to this are kept apart, seven of each size, and never joined
+# Free chunks up to this size are set aside, seven of each, and not joined with their neighbours.
+SET_ASIDE, OF_EACH = 1040, 7
+# What PyTorch's own objects for a new tensor take beside its numbers: its storage, the tensor.
+OBJECTS = (112, 208)
 
 
 @dataclass
@@ -164,6 +167,7 @@ class Heap:
     mmap_bytes: int = 2**30
     trim_bytes: int = 2**31 - 1
     pad_bytes: int = 64 * MIB
+    objects: tuple[int, ...] = OBJECTS
     allocated: int = 0
     held: int = 0
     highest: int = 0
@@ -174,58 +178,89 @@ class Heap:
     _sizes: list[tuple[int, int]] = field(default_factory=list)
     _starts: dict[int, int] = field(default_factory=dict)
     _ends: dict[int, int] = field(default_factory=dict)
+    _aside: dict[int, list[int]] = field(default_factory=dict)
 
-    def take(self, size: int) -> tuple[int, int, int]:
-        """(start, chunk, size) of a block; a mapped one starts at -1."""
+    def take(self, size: int) -> tuple[int, int, int, tuple[tuple[int, int], ...]]:
+        """(start, chunk, size, its objects) of a block; a mapped one starts at -1."""
         self.allocated += size
-        if size + ALIGNMENT + LEAST >= self.mmap_bytes:
-            chunk = -(-(size + HEADER + ALIGNMENT) // PAGE) * PAGE
-            self._mapped += chunk
-            self._count()
-            return -1, chunk, size
-        chunk = max(LEAST, -(-(size + 8) // HEADER) * HEADER)
-        # Room for the alignment is asked for as well; what it does not need is free again.
-        wanted = chunk + ALIGNMENT + LEAST
-        place = bisect.bisect_left(self._sizes, (wanted,))
-        if place < len(self._sizes):
-            whole, start = self._sizes[place]
-            self._drop(start, whole)
-        else:
-            start, whole = self._top, wanted
-            self._top += wanted
-            if self._top > self._end:
-                self._end = self._top + self.pad_bytes
-        aligned = -(-(start + HEADER) // ALIGNMENT) * ALIGNMENT - HEADER
-        if aligned != start and aligned - start < LEAST:
-            aligned += ALIGNMENT
-        if aligned > start:
-            self._put(start, aligned - start)
-        rest = start + whole - aligned - chunk
-        if rest >= LEAST:
-            self._put(aligned + chunk, rest)
-        else:
-            chunk += rest
-        self._touched = max(self._touched, aligned + chunk)
+        start, chunk = self._aligned(size)
+        objects = tuple(self._plain(own) for own in self.objects)
         self._count()
-        return aligned, chunk, size
+        return start, chunk, size, objects
 
     def give(self, block: object) -> None:
         """Free a block."""
         assert isinstance(block, tuple)
-        start, chunk, size = block
+        start, chunk, size, objects = block
         self.allocated -= size
         if start < 0:
             self._mapped -= chunk
         else:
-            self._put(start, chunk)
-            if self._end - self._top > self.trim_bytes:
-                self._end = -(-(self._top + self.pad_bytes) // PAGE) * PAGE
-                self._touched = min(self._touched, self._end)
+            self._free(start, chunk)
+        for own in objects:
+            self._free(*own)
+        if self._end - self._top > self.trim_bytes:
+            self._end = -(-(self._top + self.pad_bytes) // PAGE) * PAGE
+            self._touched = min(self._touched, self._end)
         self._count()
+
+    def _aligned(self, size: int) -> tuple[int, int]:
+        """As `posix_memalign` takes it."""
+        chunk = _chunk(size)
+        # Room for the alignment is asked for as well; what it does not need is free again.
+        wanted = _chunk(chunk + ALIGNMENT + LEAST)
+        if wanted >= self.mmap_bytes:
+            chunk = -(-(size + HEADER + ALIGNMENT) // PAGE) * PAGE
+            self._mapped += chunk
+            return -1, chunk
+        start, whole = self._found(wanted)
+        aligned = -(-(start + HEADER) // ALIGNMENT) * ALIGNMENT - HEADER
+        if aligned != start and aligned - start < LEAST:
+            aligned += ALIGNMENT
+        if aligned > start:
+            self._free(start, aligned - start)
+        rest = start + whole - aligned - chunk
+        if rest >= LEAST:
+            self._free(aligned + chunk, rest)
+        else:
+            chunk += rest
+        return aligned, chunk
+
+    def _plain(self, chunk: int) -> tuple[int, int]:
+        """As `malloc` takes a small chunk."""
+        if own := self._aside.get(chunk):
+            return own.pop(), chunk
+        start, whole = self._found(chunk)
+        if whole - chunk >= LEAST:
+            self._put(start + chunk, whole - chunk)
+            whole = chunk
+        return start, whole
+
+    def _found(self, wanted: int) -> tuple[int, int]:
+        """The smallest free chunk that holds so much, or a piece of the top."""
+        place = bisect.bisect_left(self._sizes, (wanted,))
+        if place < len(self._sizes):
+            whole, start = self._sizes[place]
+            self._drop(start, whole)
+            return start, whole
+        start = self._top
+        self._top += wanted
+        self._touched = max(self._touched, self._top)
+        if self._top > self._end:
+            self._end = self._top + self.pad_bytes
+        return start, wanted
 
     def _count(self) -> None:
         self.held = self._touched + self._mapped
         self.highest = max(self.highest, self.held)
+
+    def _free(self, start: int, size: int) -> None:
+        if size <= SET_ASIDE:
+            own = self._aside.setdefault(size, [])
+            if len(own) < OF_EACH:
+                own.append(start)
+                return
+        self._put(start, size)
 
     def _put(self, start: int, size: int) -> None:
         """A free chunk, joined with free neighbours and with the top."""
@@ -245,6 +280,11 @@ class Heap:
     def _drop(self, start: int, size: int) -> None:
         del self._starts[start], self._ends[start + size]
         del self._sizes[bisect.bisect_left(self._sizes, (size, start))]
+
+
+def _chunk(size: int) -> int:
+    """Bytes of malloc's chunk for a request."""
+    return max(LEAST, -(-(size + 8) // HEADER) * HEADER)
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,8 @@ CUBLAS_BYTES, CUBLAS_BYTES_90 = 2 * 4096 * 1024 + 8 * 16 * 1024, 32 * MIB
 QUANTIZED_HEAP = {"mmap_bytes": 32 * MIB, "trim_bytes": 64 * MIB}
 # How far predictions were from measurements at most, and what is allowed beyond that domain.
 WITHIN, BEYOND = 0.08, 0.25
-LOWEST = 0.9
 
+LASTING = PARTS[:5]
 PHASES = {"check": "forward"}
 
 
@@ -105,7 +105,7 @@ def processor_memory(
             "loading",
         )
     parts = {**parts, "allocator overhead": overhead, "device context": context}
-    return _memory(parts, PHASES.get(when, when), margin, None)
+    return _memory(timeline, parts, PHASES.get(when, when), margin, None)
 
 
 def cuda_memory(timeline: Timeline, *, capability: tuple[int, int] | None, margin: float) -> Memory:
@@ -130,7 +130,7 @@ def cuda_memory(timeline: Timeline, *, capability: tuple[int, int] | None, margi
         "device context": CUDA_CONTEXT_BYTES,
     }
     when = timeline.runs[timeline.events[at].run].phase
-    return _memory(parts, PHASES.get(when, when), margin, held.most_allocated)
+    return _memory(timeline, parts, PHASES.get(when, when), margin, held.most_allocated)
 
 
 def numbered(timeline: Timeline) -> list[tuple[int, bool, int]]:
@@ -144,10 +144,21 @@ def _in_lanes(parts: Mapping[str, int], lanes: int) -> dict[str, int]:
     return {name: size * lanes if name.startswith(each) else size for name, size in parts.items()}
 
 
-def _memory(parts: Mapping[str, int], when: str, margin: float, allocated: int | None) -> Memory:
+def lasting_bytes(timeline: Timeline) -> int:
+    """The most that weights, adapters, gradients and optimiser state take together."""
+    now = most = 0
+    for event in timeline.events:
+        if event.block.part in LASTING:
+            now += event.block.bytes if event.born else -event.block.bytes
+            most = max(most, now)
+    return most
+
+
+def _memory(
+    timeline: Timeline, parts: Mapping[str, int], when: str, margin: float, allocated: int | None
+) -> Memory:
     made = tuple(MemoryPart(name, max(0, parts.get(name, 0))) for name in PARTS)
     expected = sum(part.bytes for part in made)
     # What is there in any case is no matter of prediction.
-    sure = sum(part.bytes for part in made if part.name in PARTS[:5])
-    low = max(sure, int(expected * (1 - margin)))
+    low = max(lasting_bytes(timeline), int(expected * (1 - margin)))
     return Memory(made, min(low, expected), expected, int(expected * (1 + margin)), when, allocated)

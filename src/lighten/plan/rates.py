@@ -113,8 +113,7 @@ class Measured:
             large = own.flops > MOST_FLOPS or own.bytes > MOST_BYTES
             found = self._largest(own) if large else None
             if found is None:
-                smaller = _smaller(own) if large else own
-                found = timed(smaller) / max(1, smaller.flops or smaller.bytes)
+                found = _rate(_smaller(own) if large else own)
                 self._fresh = True
             self._known[key] = found
         return self._known[key] * amount
@@ -155,6 +154,21 @@ def _size_in(key: str) -> int:
     return int(key.rpartition("|")[2])
 
 
+def _rate(own: Work) -> float:
+    """Seconds per operation, or per byte where there are none."""
+    try:
+        return timed(own) / max(1, own.flops or own.bytes)
+    except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError):
+        # It does not work on numbers that mean nothing: taken to cost what a copy does.
+        return timed(_copy()) / MOST_BYTES
+
+
+def _copy() -> Work:
+    flat = Shaped((MOST_BYTES // 2,), (1,), torch.uint8)
+    clone = torch.ops.aten.clone.default
+    return Work("aten::clone", 0, MOST_BYTES, torch.uint8, clone, (flat,), {})
+
+
 def _smaller(own: Work) -> Work:
     """A large operation with fewer rows: of a product its m, of any other a copy of its size."""
     sizes = own.sizes[-2:]
@@ -168,8 +182,7 @@ def _smaller(own: Work) -> Work:
     if own.flops:
         a = Shaped((1024, 1024), (1024, 1), own.dtype)
         return Work("aten::mm", 2 * 1024**3, 0, own.dtype, aten.mm.default, (a, a), {})
-    flat = Shaped((MOST_BYTES // 2,), (1,), torch.uint8)
-    return Work("aten::clone", 0, MOST_BYTES, torch.uint8, aten.clone.default, (flat,), {})
+    return _copy()
 
 
 @torch.no_grad()

@@ -35,6 +35,8 @@ from lighten.train.prepare import Rows, Setup, prepare
 from lighten.train.step import shares_of, train_step
 
 STEPS = 2
+# Tokens of a row at which its attention takes about as much memory as the rest of its layers.
+ATTENTION_IS_HALF = 2048
 MICRO_BATCHES = 2  # of each step; further ones find what the second found
 
 
@@ -52,8 +54,8 @@ class OneRank:
     num_processes, process_index = 1, 0
     is_main_process = True
 
-    def __init__(self) -> None:
-        self.device = torch.device("cpu")  # fake tensors are a processor's, whatever is planned
+    def __init__(self, kind: str = "cpu") -> None:
+        self.device = torch.device(kind)
 
     def reduce(self, tensor: Tensor, reduction: str = "sum") -> Tensor:
         """Of one rank: the tensor."""
@@ -121,6 +123,11 @@ class Traced:
         lengths = [self.lengths[item.row] for item in self.batches[place]]
         return sum(lengths) if self.setup.objective.packs else len(lengths) * max(lengths)
 
+    @property
+    def step_tokens(self) -> int:
+        """Real tokens of the whole step."""
+        return sum(self.lengths[item.row] for part in self.batches for item in part)
+
     def shape(self, lanes: int = 1) -> Shape:
         """Of the largest micro-batch."""
         longest = max(self.lengths[item.row] for item in self.batches[0])
@@ -128,32 +135,54 @@ class Traced:
 
 
 def largest_step(
-    recipe: Recipe, names: Sequence[str], given: tuple[int, int] | Sequence[int] | None
-) -> tuple[list[Item], list[int]]:
-    """The step that decides the peak, and the lengths that its items count in.
+    setup: Setup, given: tuple[int, int] | Sequence[int] | None
+) -> tuple[list[list[Item]], list[int]]:
+    """The micro-batches of the step that decides the peak, and the lengths their items count in.
 
     Args:
-        recipe: Batch, accumulation, length, seeds.
-        names: The adapters.
+        setup: Batch, accumulation, length, seeds, packing.
         given: (examples of each adapter in a step, tokens of each), or the lengths of the data's
             rows in a list, or None: every example is `max_length` long.
     """
-    per_step = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
+    recipe, packed = setup.recipe, setup.objective.packs
+    names = [member.name for member in setup.members]
+
+    def cut(items: list[Item], lengths: Sequence[int]) -> list[list[Item]]:
+        return layout(
+            items, lengths, max_rows=recipe.per_device_train_batch_size,
+            max_tokens=setup.tokens_per_microbatch, packed=packed,
+        )  # fmt: skip
+
     if given is None or isinstance(given, tuple):
-        rows, tokens = given or (per_step, recipe.max_length)
-        return [Item(name, 0, row) for name in names for row in range(rows)], [tokens]
+        rows, tokens = given or (setup.examples_per_step, recipe.max_length)
+        return cut([Item(name, 0, row) for name in names for row in range(rows)], [tokens]), [
+            tokens
+        ]
     lengths = [min(own, recipe.max_length) for own in given]
     orders = [
         steps_of_epoch(
-            lengths, per_step, seed=own.seed, epoch=0, group_by_length=recipe.group_by_length
+            lengths, setup.examples_per_step, seed=own.seed, epoch=0,
+            group_by_length=recipe.group_by_length,
         )
         for own in recipe.cohort()
-    ]
+    ]  # fmt: skip
     steps = [
-        [Item(name, row, row) for name, own in zip(names, rows, strict=True) for row in own]
+        cut([Item(name, row, row) for name, own in zip(names, rows, strict=True) for row in own],
+            lengths)
         for rows in zip(*orders, strict=True)
-    ]
-    return max(steps, key=lambda items: sum(lengths[item.row] for item in items)), lengths
+    ]  # fmt: skip
+
+    def weight(step: list[list[Item]]) -> float:
+        return max(_weight([lengths[item.row] for item in part], packed) for part in step)
+
+    return max(steps, key=weight), lengths
+
+
+def _weight(lengths: Sequence[int], packed: bool) -> float:
+    """What a micro-batch needs, in arbitrary units: to tell which of many is the largest."""
+    if not packed:
+        lengths = [max(lengths)] * len(lengths)
+    return sum(own * (1 + own / ATTENTION_IS_HALF) for own in lengths)
 
 
 def follow_recipe(
@@ -186,20 +215,14 @@ def follow_recipe(
         base = fake_base(recipe, config, dtype, kind, follow)
         sizes = _sizes(base)
         rows = Rows(Encoded([], EncodingCounts()), None, TemplateChoice("", "", ""), {})
-        setup = prepare(quiet, OneRank(), base, rows)  # type: ignore[arg-type]
+        rank = OneRank(kind)
+        setup = prepare(quiet, rank, base, rows)  # type: ignore[arg-type]
+        rank.device = torch.device("cpu")  # where fake tensors are, whatever is planned
         layers, repetition = _layers(base.model, whole)
         _mark_learning(setup, layers, repetition, follow)
         units = _shrink(base.model, layers, repetition)
-    names = [member.name for member in setup.members]
-    items, lengths = largest_step(recipe, names, given)
-    cut = layout(
-        items, lengths, max_rows=recipe.per_device_train_batch_size,
-        max_tokens=setup.tokens_per_microbatch, packed=setup.objective.packs,
-    )  # fmt: skip
-    data = [row_of(length, supervised) for length in lengths]
-    batches = [
-        collate(part, data, names, packed=setup.objective.packs) for part in cut[:MICRO_BATCHES]
-    ]
+    cut, lengths = largest_step(setup, given)
+    batches = collated(setup, cut, lengths, supervised)
     with fake, follow:
         first_run = len(follow.timeline.runs)
         run_steps(setup, [_fake(batch, fake) for batch in batches], follow, units)
@@ -213,6 +236,24 @@ def follow_recipe(
                 recipe, config, dtype, kind, given=given, supervised=supervised, whole=True
             )
     return Traced(timeline, setup, cut, lengths, first_run, sum(sizes), max(sizes))
+
+
+def collated(
+    setup: Setup, cut: list[list[Item]], lengths: Sequence[int], supervised: float
+) -> list[MicroBatch]:
+    """The first micro-batches of a step, of rows without meaning.
+
+    Args:
+        setup: Names and packing.
+        cut: The step's micro-batches.
+        lengths: Tokens of the rows that they count in.
+        supervised: Share of each row's tokens that are supervised, at its end.
+    """
+    wanted = {item.row for part in cut[:MICRO_BATCHES] for item in part}
+    data = [row_of(own if row in wanted else 1, supervised) for row, own in enumerate(lengths)]
+    names = [member.name for member in setup.members]
+    packed = setup.objective.packs
+    return [collate(part, data, names, packed=packed) for part in cut[:MICRO_BATCHES]]
 
 
 def run_steps(

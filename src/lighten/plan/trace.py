@@ -174,7 +174,7 @@ def _written(traced: Traced, recipe: Recipe) -> int:
 
 def _choices(traced: Traced, dtype: Choice, loading: memory.Loading) -> dict[str, str]:
     found = {name: f"{own.value}: {own.reason}" for name, own in traced.setup.choices.items()
-             if name != "template"}  # fmt: skip
+             if name not in ("template", "compilation")}  # fmt: skip
     found["dtype"] = f"{dtype.value}: {dtype.reason}"
     if loading.files:
         found["loading"] = (

@@ -34,8 +34,12 @@ class Shaped:
 
     def made(self) -> Tensor:
         """A real tensor of this shape; its numbers mean nothing, as indices they are valid."""
-        made = torch.empty_strided(self.shape, self.stride, dtype=self.dtype)
-        return made.fill_(0.5 if self.dtype.is_floating_point else 0)
+        # What was expanded is one number along that dimension.
+        shape = [
+            1 if stride == 0 else size for size, stride in zip(self.shape, self.stride, strict=True)
+        ]
+        made = torch.empty_strided(shape, self.stride, dtype=self.dtype)
+        return made.fill_(0.5 if self.dtype.is_floating_point else 0).expand(self.shape)
 
 
 @dataclass(frozen=True, eq=False)
