@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 # What tests measure is no experience that this machine's plans should learn from.
 os.environ["LIGHTEN_CALIBRATION"] = str(Path(tempfile.mkdtemp()) / "calibration.json")
 
+# A plan takes longer than most of the tests' runs; tests/test_plan_training.py turns it on.
+os.environ["LIGHTEN_PLAN"] = "off"
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """GPU tests say why they did not run."""

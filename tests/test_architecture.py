@@ -35,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
              "train", "verbs"},
     "api": {"devices", "plan", "recipe", "runs", "train", "evaluate", "report"},
     "console": {"recipe"},
-    "cli_plan": {"api", "console", "plan"},
+    "cli_plan": {"api", "console", "plan", "runs"},
     "cli": {"api", "cli_plan", "console", "data", "models", "recipe", "hardware", "runs", "train",
             "evaluate"},
     "__main__": {"cli"},

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import lighten
+from lighten import models
 from lighten.plan import PARTS
 from lighten.plan.result import Plan
 from tests.test_cli import call
@@ -99,20 +100,25 @@ def test_mistakes_are_one_sentence_and_exit_with_2(tiny_folder: Path) -> None:
         assert "Traceback" not in done.stderr
 
 
-def test_many_gpus(big_folder: Path) -> None:
-    words = ["plan", str(big_folder), "--device", "h100", "--method", "full", "--gpus", "8",
+def test_many_gpus(tmp_path: Path) -> None:
+    tiny_config("llama", hidden_size=4096, intermediate_size=16384, num_hidden_layers=8,
+                num_attention_heads=32, num_key_value_heads=8, vocab_size=128256,
+                architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)  # fmt: skip
+    numbers = models.describe(str(tmp_path)).total_parameters
+    words = ["plan", str(tmp_path), "--device", "h100", "--method", "full", "--gpus", "8",
              "--nodes", "4", "--max_length", "1024", "--gradient_checkpointing",
              "per_device_train_batch_size=1", "--json"]  # fmt: skip
     found = json.loads(call(*words, "--zero", "3").stdout)
     ddp = json.loads(call(*words).stdout)
     assert (found["strategy"], found["ranks"]) == ("zero3", 32)
-    assert found["device_bytes"] < ddp["device_bytes"] / 8
-    assert ddp["fits"] is False
+    assert found["device_bytes"] < ddp["device_bytes"] / 3
     assert found["communication_s"] > 0
     moved = json.loads(call(*words, "--zero", "3", "--offload", "optimizer:cpu").stdout)
-    # AdamW's two float32 moments of 70 billion weights, over 32 ranks, and the gradients.
-    assert moved["host_bytes"] == pytest.approx(70.6e9 * 12 / 32, rel=0.02)
-    assert found["device_bytes"] - moved["device_bytes"] == pytest.approx(70.6e9 * 8 / 32, rel=0.02)
+    # AdamW's two float32 moments of every weight, over 32 ranks, and the gradients.
+    assert moved["host_bytes"] == pytest.approx(numbers * 12 / 32, rel=0.02)
+    assert found["device_bytes"] - moved["device_bytes"] == pytest.approx(
+        numbers * 8 / 32, rel=0.02
+    )
     table = call(*words[:-1], "--fsdp", "full")
     assert "links busy per step" in table.stdout
 

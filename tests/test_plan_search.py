@@ -106,7 +106,7 @@ def test_the_written_recipe_is_one_that_train_takes(
 ) -> None:
     found, best = api.plan_search(
         model_name_or_path=str(tiny_folder), dataset=str(chat_file), device="t4",
-        per_device_train_batch_size=4, lora_r=4, tokens_per_microbatch=512,
+        per_device_train_batch_size=4, lora_r=4, method="lora",
     )  # fmt: skip
     assert best is not None
     assert found.best is not None

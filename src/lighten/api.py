@@ -67,7 +67,8 @@ def train(
         recipe: A recipe, its file, or None to take settings from the overrides alone.
         resume: Go on from the newest whole checkpoint of the run folder.
         progress: Show what happens on standard error.
-        planned: Predict memory and time first, and compare at the end.
+        planned: Predict memory and time first, and compare at the end; `LIGHTEN_PLAN=off` in the
+            environment turns it off for all runs.
         force: Train although the plan says that it does not fit.
         overrides: Settings by name.
 
@@ -77,7 +78,7 @@ def train(
     chosen = recipe_of(recipe, **overrides)
     from lighten.train.run import train as run_training
 
-    if not planned:
+    if not planned or os.environ.get("LIGHTEN_PLAN") == "off":
         return run_training(chosen, resume=resume, progress=progress)
     from lighten.plan.before_training import predict, remember
 

@@ -191,7 +191,7 @@ def named(name: str | None = None) -> Device:
     for alias in (wanted, wanted.replace("-", ""), wanted.removesuffix("gb"), f"{wanted}-80"):
         if alias in DEVICES:
             return DEVICES[alias]
-    near = difflib.get_close_matches(wanted, DEVICES, n=1)
+    near = difflib.get_close_matches(wanted, DEVICES, n=1, cutoff=0.5)
     mend = f"did you mean {near[0]}?" if near else "known"
     raise UserError(f"device: {name!r} is not known; {mend} (this, cpu, {', '.join(DEVICES)})")
 

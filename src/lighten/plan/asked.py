@@ -18,7 +18,6 @@ from lighten.models.load import load_tokenizer, locate
 from lighten.plan import calibration
 from lighten.plan.changes import Planner, cheapest
 from lighten.plan.result import Change, Plan
-from lighten.plan.steps import largest_step
 from lighten.plan.trace import plan_recipe
 from lighten.recipe import Recipe
 from lighten.train.prepare import Rows, load_rows, new_tokens
@@ -83,7 +82,6 @@ def planner_for(device: Device, rows: Rows | None = None, *, calibrate: bool = T
     def planner(recipe: Recipe) -> Plan:
         cut = None if lengths is None else [min(own, recipe.max_length) for own in lengths]
         made = plan_recipe(recipe, device, rows_tokens=cut, supervised=supervised)
-        made = replace(made, step_tokens=tokens_of_largest_step(recipe, cut))
         return calibration.corrected(made, machine, known) if machine else made
 
     return planner
@@ -126,13 +124,6 @@ def _rows_per_step(recipe: Recipe) -> int:
     """Of one adapter, over all ranks of the launch that this process belongs to."""
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     return recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps * ranks
-
-
-def tokens_of_largest_step(recipe: Recipe, lengths: Sequence[int] | None) -> int:
-    """Real tokens of the step that the plan is of."""
-    names = [own.name for own in recipe.cohort()]
-    items, of_rows = largest_step(recipe, names, lengths)
-    return sum(of_rows[item.row] for item in items)
 
 
 def run_seconds(

@@ -127,7 +127,7 @@ def measure(
     """
     from accelerate import Accelerator
 
-    from lighten.data.batches import collate, layout
+    from lighten.data.batches import collate
     from lighten.hardware import PeakMemory
     from lighten.plan.steps import largest_step
     from lighten.train import allocator
@@ -137,19 +137,16 @@ def measure(
     allocator.keep_pages(kind)
     accelerator = Accelerator(cpu=kind == "cpu")
     memory = PeakMemory(kind)
-    items, of_rows = largest_step(recipe, [own.name for own in recipe.cohort()], lengths)
-    rows = _rows(of_rows, supervised)
-    setup = prepare(recipe, accelerator, random_base(recipe, str(accelerator.device)), rows)
+    base = random_base(recipe, str(accelerator.device))
+    # How many rows there are decides nothing here but the number of steps, which are not made.
+    setup = prepare(recipe, accelerator, base, _rows(lengths or [recipe.max_length], supervised))
+    cut, of_rows = largest_step(setup, lengths)
+    rows = _rows(of_rows, supervised).train.rows
     names = [member.name for member in setup.members]
-    packed = setup.objective.packs
-    cut = layout(
-        items, of_rows, max_rows=recipe.per_device_train_batch_size,
-        max_tokens=setup.tokens_per_microbatch, packed=packed,
-    )  # fmt: skip
 
     def batches() -> list[Any]:
         return [
-            collate(part, rows.train.rows, names, packed=setup.objective.packs,
+            collate(part, rows, names, packed=setup.objective.packs,
                     device=accelerator.device)
             for part in cut
         ]  # fmt: skip
@@ -184,7 +181,7 @@ def random_base(recipe: Recipe, device: str) -> Any:
     from lighten import models
     from lighten.hardware import choose_dtype
     from lighten.models import quantized
-    from lighten.models.load import _set_attention
+    from lighten.models.load import set_attention
     from lighten.plan.build import config_of
 
     config = config_of(recipe)[0]
@@ -214,7 +211,7 @@ def random_base(recipe: Recipe, device: str) -> Any:
     return models.Base(
         model=model.to(device).eval(), tokenizer=None, name=recipe.model_name_or_path,
         source="folder", path=Path(), revision=None, checksum=None, file_bytes=None, dtype=dtype,
-        attention=_set_attention(model, recipe.attn_implementation, device),
+        attention=set_attention(model, recipe.attn_implementation, device),
         quantization=quantized.explain(model, storage),
     )  # fmt: skip
 
@@ -223,11 +220,11 @@ def _rows(lengths: Sequence[int], supervised: float) -> Rows:
     """Rows of the given lengths, with that share of their tokens supervised."""
     from lighten.data import Encoded, TemplateChoice
     from lighten.data.encode import EncodingCounts
-    from lighten.plan.steps import _row
+    from lighten.plan.steps import row_of
     from lighten.train.prepare import Rows
 
     counts = EncodingCounts(rows=len(lengths), tokens=sum(lengths))
-    rows: Any = [_row(length, supervised) for length in lengths]
+    rows: Any = [row_of(length, supervised) for length in lengths]
     return Rows(Encoded(rows, counts), None, TemplateChoice("", "", ""), {})
 
 

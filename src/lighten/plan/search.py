@@ -15,7 +15,8 @@ from typing import Any
 from lighten.errors import UserError
 from lighten.plan.changes import SHORTEST, Planner
 from lighten.plan.result import Plan
-from lighten.recipe import Recipe, RecipeFields
+from lighten.recipe import Recipe
+from lighten.recipe.fields import RecipeFields
 
 # How a base may be trained, by name; what is not named stays as the recipe has it.
 METHODS: dict[str, dict[str, Any]] = {

@@ -117,6 +117,7 @@ def plan_recipe(
         download_bytes=download,
         choices=_choices(traced, dtype, loading),
         outside=outside,
+        step_tokens=sum(traced.lengths[item.row] for part in traced.batches for item in part),
     )
 
 
