@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,13 @@ if TYPE_CHECKING:
     from lighten.models import Base
 
 HUB_COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+# What tests measure is no experience that this machine's plans should learn from.
+os.environ["LIGHTEN_CALIBRATION"] = str(Path(tempfile.mkdtemp()) / "calibration.json")
+
+# A plan takes longer than most of the tests' runs; tests/test_plan_training.py turns it on.
+os.environ["LIGHTEN_PLAN"] = "off"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

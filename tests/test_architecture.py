@@ -28,13 +28,21 @@ ALLOWED: dict[str, set[str]] = {
     "adapters": set(),
     "train": {"adapters", "data", "models", "recipe", "hardware", "runs", "verbs"},
     "evaluate": {"adapters", "data", "models", "recipe", "hardware", "runs", "train", "verbs"},
+    "devices": {"hardware"},
     "report": {"evaluate", "runs", "verbs"},
-    "api": {"recipe", "runs", "train", "evaluate", "report"},
-    "cli": {"api", "data", "models", "recipe", "hardware", "runs", "train", "evaluate"},
+    # It traces the step of `train`, and draws its picture with `report`'s figures.
+    "plan": {"adapters", "data", "devices", "models", "recipe", "hardware", "report", "runs",
+             "train", "verbs"},
+    "api": {"devices", "plan", "recipe", "runs", "train", "evaluate", "report"},
+    "console": {"recipe"},
+    "cli_plan": {"api", "console", "plan", "runs"},
+    "cli": {"api", "cli_plan", "console", "data", "models", "recipe", "hardware", "runs", "train",
+            "evaluate"},
     "__main__": {"cli"},
-}
+}  # fmt: skip
 LIGHT = ("lighten", "lighten.api", "lighten.cli", "lighten.errors", "lighten.hardware",
-         "lighten.recipe", "lighten.runs", "lighten.report.charts",
+         "lighten.recipe", "lighten.runs", "lighten.report.charts", "lighten.devices",
+         "lighten.console", "lighten.plan", "lighten.plan.words", "lighten.report.planned",
          "lighten.data.read", "lighten.train", "lighten.evaluate", "lighten.report")  # fmt: skip
 HEAVY = {"torch", "transformers", "peft", "accelerate"}
 

@@ -34,7 +34,8 @@ def test_help_loads_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for verb in ("run", "train", "evaluate", "report", "chat", "doctor", "models", "runs", "data"):
+    for verb in ("run", "train", "plan", "evaluate", "report", "chat", "doctor", "models", "runs",
+                 "data"):  # fmt: skip
         assert f"\n  {verb}" in done.stdout
 
 

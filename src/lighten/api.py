@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,12 @@ from lighten.runs import Run
 
 if TYPE_CHECKING:
     from lighten.evaluate.evaluation import Evaluation
+    from lighten.plan.distributed import Distributed, Strategy
+    from lighten.plan.probe import Probed
+    from lighten.plan.result import Plan
+    from lighten.plan.search import Found, Limits, Sized
+    from lighten.plan.serve import Quantizing
+    from lighten.plan.serving import Serving
 
 RecipeLike = Recipe | str | os.PathLike[str]
 RunLike = Run | str | os.PathLike[str]
@@ -51,6 +57,8 @@ def train(
     *,
     resume: bool = False,
     progress: bool = True,
+    planned: bool = True,
+    force: bool = False,
     **overrides: Any,
 ) -> Run:
     """Train: `train("recipe.yaml", learning_rate=1e-4)` or `train(model=…, dataset=…)`.
@@ -59,15 +67,224 @@ def train(
         recipe: A recipe, its file, or None to take settings from the overrides alone.
         resume: Go on from the newest whole checkpoint of the run folder.
         progress: Show what happens on standard error.
+        planned: Predict memory and time first, and compare at the end; `LIGHTEN_PLAN=off` in the
+            environment turns it off for all runs.
+        force: Train although the plan says that it does not fit.
+        overrides: Settings by name.
+
+    Raises:
+        UserError: Something the user can mend; the plan says that it surely does not fit.
+    """
+    chosen = recipe_of(recipe, **overrides)
+    from lighten.train.run import train as run_training
+
+    if not planned or os.environ.get("LIGHTEN_PLAN") == "off":
+        return run_training(chosen, resume=resume, progress=progress)
+    from lighten.plan.before_training import predict, remember
+
+    prediction = predict(chosen, force=force)
+    done = run_training(chosen, resume=resume, progress=progress, prediction=prediction)
+    remember(done)
+    return done
+
+
+def plan(
+    recipe: RecipeLike | None = None,
+    *,
+    device: str | None = None,
+    changes: bool = True,
+    **overrides: Any,
+) -> Plan:
+    """Predict memory and time: `plan("recipe.yaml")` or `plan(model=…, device="t4")`.
+
+    Args:
+        recipe: A recipe, its file, or None to take settings from the overrides alone; they need
+            no `dataset` then.
+        device: By name (`t4`, `a100-80`, `cpu`, …); default this machine.
+        changes: Where it does not surely fit, look for what would.
         overrides: Settings by name.
 
     Raises:
         UserError: Something the user can mend.
     """
-    chosen = recipe_of(recipe, **overrides)
-    from lighten.train.run import train as run_training
+    from lighten import devices
+    from lighten.plan.asked import plan as predict
 
-    return run_training(chosen, resume=resume, progress=progress)
+    chosen = plannable(recipe, **overrides)
+    return predict(chosen, devices.named(device), changes=changes)
+
+
+def plan_probe(
+    recipe: RecipeLike | None = None, *, device: str | None = None, **overrides: Any
+) -> tuple[Plan, Probed]:
+    """Plan, then make one true step of the planned shape with random weights, and compare.
+
+    Raises:
+        UserError: Something the user can mend; the device is not of this machine.
+    """
+    from lighten import devices
+    from lighten.plan import asked
+    from lighten.plan.probe import probe
+
+    chosen, where = plannable(recipe, **overrides), devices.named(device)
+    rows = asked.read_rows(chosen, [])
+    made = asked.plan(chosen, where, rows=rows, read_data=False)
+    return made, probe(chosen, made, where, rows)
+
+
+def plan_search(
+    recipe: RecipeLike | None = None,
+    *,
+    device: str | None = None,
+    told: Callable[[str], None] | None = None,
+    **overrides: Any,
+) -> tuple[Found, Recipe | None]:
+    """The fastest configuration that fits a device, and its recipe.
+
+    Settings that are given as overrides stay as they are given.
+
+    Args:
+        recipe: As for `plan`.
+        device: As for `plan`.
+        told: Told what is being looked at.
+        overrides: Settings by name.
+
+    Raises:
+        UserError: Something the user can mend.
+    """
+    from lighten import devices
+    from lighten.plan import asked, search
+
+    chosen = plannable(recipe, **overrides)
+    rows = asked.read_rows(chosen, [])
+    planner = asked.planner_for(devices.named(device), rows)
+    found = search.fastest(chosen, planner, fixed=fixed_by(overrides), told=told)
+    best = found.best
+    return found, None if best is None else chosen.changed(best.settings)
+
+
+def plan_largest(
+    models: Sequence[str],
+    *,
+    device: str | None = None,
+    told: Callable[[str], None] | None = None,
+    **overrides: Any,
+) -> list[Sized]:
+    """Which of several models is the largest that a device can train.
+
+    Args:
+        models: By name; of hub models only the configuration is read.
+        device: As for `plan`.
+        told: Told what is being looked at.
+        overrides: Settings by name, for all of them.
+
+    Raises:
+        UserError: Something the user can mend.
+    """
+    from lighten import devices
+    from lighten.plan import asked, search
+
+    return search.largest(
+        [(name, asked.parameters_of(name)) for name in models],
+        lambda name: plannable(model_name_or_path=name, **overrides),
+        asked.planner_for(devices.named(device)),
+        fixed=fixed_by(overrides),
+        told=told,
+    )
+
+
+def plan_limits(
+    recipe: RecipeLike | None = None, *, device: str | None = None, **overrides: Any
+) -> Limits:
+    """The longest context and the most rows that fit a device.
+
+    Raises:
+        UserError: Something the user can mend.
+    """
+    from lighten import devices
+    from lighten.plan import asked, search
+
+    chosen = plannable(recipe, **overrides)
+    planner = asked.planner_for(devices.named(device))
+    return search.limits(chosen, planner, longest=asked.positions_of(chosen))
+
+
+def plan_spread(
+    recipe: RecipeLike | None = None,
+    *,
+    device: str | None = None,
+    strategy: Strategy = "ddp",
+    gpus: int = 1,
+    nodes: int = 1,
+    offload: Sequence[str] = (),
+    **overrides: Any,
+) -> Distributed:
+    """Memory, communication and time per rank on many GPUs, from published formulas.
+
+    Args:
+        recipe: As for `plan`; its micro-batch is that of each rank.
+        device: The GPU, by name.
+        strategy: `ddp`, `zero1`, `zero2`, `zero3`, `fsdp` or `fsdp_hybrid`.
+        gpus: Per node.
+        nodes: Machines.
+        offload: `optimizer`, `param`, or both, to main memory.
+        overrides: Settings by name.
+
+    Raises:
+        UserError: Something the user can mend.
+    """
+    from lighten import devices
+    from lighten.plan import asked
+    from lighten.plan.distributed import spread
+
+    chosen, where = plannable(recipe, **overrides), devices.named(device)
+    alone = asked.plan(chosen, where, changes=False)
+    layers = asked.layers_of(chosen)
+    return spread(
+        alone, where, strategy, gpus=gpus, nodes=nodes, layers=layers, offload=tuple(offload)
+    )
+
+
+def plan_serve(model: str, *, device: str | None = None, **options: Any) -> Serving:
+    """Memory of a server with one base and many adapters (options: see `plan.serve.serve`).
+
+    Raises:
+        UserError: Something the user can mend.
+    """
+    from lighten import devices
+    from lighten.plan.serve import serve
+
+    return serve(model, devices.named(device), **options)
+
+
+def plan_quantize(model: str, **options: Any) -> Quantizing:
+    """Main memory and time to quantise a base (options: see `plan.serve.quantize`).
+
+    Raises:
+        UserError: Something the user can mend.
+    """
+    from lighten import devices
+    from lighten.plan.serve import quantize
+
+    return quantize(model, capacity=devices.named("cpu").memory_bytes, **options)
+
+
+def fixed_by(overrides: Mapping[str, Any]) -> tuple[str, ...]:
+    """The settings that overrides name, by their own names: a search leaves them alone."""
+    from lighten.recipe import aliases
+
+    return tuple(aliases.translate(overrides)[0])
+
+
+def plannable(recipe: RecipeLike | None = None, **overrides: Any) -> Recipe:
+    """A recipe to plan: like `recipe_of`, but settings alone need no data.
+
+    Raises:
+        RecipeError: Every problem found.
+    """
+    if recipe is None:
+        return Recipe.from_values({"dataset": ""}, overrides)
+    return recipe_of(recipe, **overrides)
 
 
 def evaluate(run: RunLike, *, progress: Progress | None = None, **options: Any) -> Evaluation:
@@ -109,6 +326,8 @@ def run(
     resume: bool = False,
     progress: bool = True,
     evaluation_progress: Progress | None = None,
+    planned: bool = True,
+    force: bool = False,
     **overrides: Any,
 ) -> Run:
     """Train, evaluate and report, one after another.
@@ -116,7 +335,9 @@ def run(
     Raises:
         UserError: Something the user can mend.
     """
-    done = train(recipe, resume=resume, progress=progress, **overrides)
+    done = train(
+        recipe, resume=resume, progress=progress, planned=planned, force=force, **overrides
+    )
     evaluate(done, progress=evaluation_progress)
     report(done)
     return done

@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from rich.console import Console
+from lighten import cli_plan
+from lighten.console import OPEN, Json, Settings, console, is_assignment, overrides, print_table
 
+if TYPE_CHECKING:
     from lighten.runs import Run
 
 app = typer.Typer(
@@ -28,11 +29,6 @@ runs_app = typer.Typer(no_args_is_help=True, help="List runs, or compare them si
 data_app = typer.Typer(no_args_is_help=True, help="Look at data before training on it.")
 app.add_typer(runs_app, name="runs")
 app.add_typer(data_app, name="data")
-
-OPEN = {"allow_extra_args": True, "ignore_unknown_options": True}
-# Settings whose value is taken to the letter.
-TEXTS = ("model_name_or_path", "revision", "dataset", "eval_dataset", "chat_template", "output_dir")
-Settings = "Any setting of the recipe: --learning_rate 1e-4 or learning_rate=1e-4 (lighten schema)."
 
 
 def main() -> None:
@@ -50,56 +46,12 @@ def main() -> None:
         sys.exit(2)
 
 
-def overrides(words: Sequence[str]) -> dict[str, Any]:
-    """Settings from `--key value`, `--key=value`, `key=value` and lone `--flag` words.
-
-    Raises:
-        UserError: A word that is none of these.
-    """
-    import yaml
-
-    from lighten.errors import UserError
-    from lighten.recipe.yaml_lines import parse
-
-    found: dict[str, Any] = {}
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        key, equals, value = word.lstrip("-").partition("=")
-        if not word.startswith("--") and not equals:
-            raise UserError(f"{word!r} is not a setting; write --name value or name=value")
-        if not equals:
-            lone = not rest or rest[0].startswith("--") or _is_assignment(rest[0])
-            value = "true" if lone else rest.pop(0)
-        listed = "," in value and not value.startswith(("[", "{", '"', "'"))
-        head, dot, tail = key.partition(".")
-        name = f"{head.replace('-', '_')}{dot}{tail.replace('-', '_')}"
-        try:
-            found[name] = parse(f"[{value}]" if listed and name not in TEXTS else value)
-        except yaml.YAMLError:
-            found[name] = value
-        if name in TEXTS and not isinstance(found[name], str | None):
-            found[name] = value  # a path or a commit is never a number or a list
-    return found
-
-
-def _is_assignment(word: str) -> bool:
-    name, equals, _ = word.partition("=")
-    return bool(equals) and name.replace(".", "_").isidentifier()
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console()
-
-
 def _recipe_arguments(words: list[str]) -> tuple[str | None, dict[str, Any]]:
     """A recipe file, or MODEL DATA, and the settings after them."""
     from lighten.errors import UserError
 
     named: list[str] = []
-    while words and not words[0].startswith("--") and not _is_assignment(words[0]):
+    while words and not words[0].startswith("--") and not is_assignment(words[0]):
         named.append(words.pop(0))
     settings = overrides(words)
     if len(named) == 1 and named[0].endswith((".yaml", ".yml")):
@@ -111,14 +63,14 @@ def _recipe_arguments(words: list[str]) -> tuple[str | None, dict[str, Any]]:
     raise UserError("give a recipe (recipe.yaml), or a model and a data set: lighten train M DATA")
 
 
-def _trained(words: list[str], *, resume: bool) -> Run:
+def _trained(words: list[str], **how: bool) -> Run:
     """Train what the words say; a run that was told to stop ends with its own words and code."""
     from lighten import api
     from lighten.train.interrupt import Interrupted
 
     recipe, settings = _recipe_arguments(words)
     try:
-        return api.train(recipe, resume=resume, **settings)
+        return api.train(recipe, **how, **settings)
     except Interrupted as stopped:
         typer.echo(str(stopped), err=True)
         raise typer.Exit(stopped.exit_code) from None
@@ -143,33 +95,41 @@ def _bar() -> Iterator[Callable[[str, int, int], None]]:
 
 _Words = Annotated[list[str] | None, typer.Argument(metavar="RECIPE | MODEL DATA", help=Settings)]
 _Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")]
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+_Force = Annotated[bool, typer.Option("--force", help="Train although the plan says no.")]
+_NoPlan = Annotated[bool, typer.Option("--no-plan", help="Do not predict memory and time first.")]
 
 
 @app.command(context_settings=OPEN)
-def run(ctx: typer.Context, words: _Words = None, resume: _Resume = False) -> None:
+def run(
+    ctx: typer.Context, words: _Words = None, resume: _Resume = False, force: _Force = False,
+    no_plan: _NoPlan = False,
+) -> None:  # fmt: skip
     """Train, evaluate and report, one after another."""
     from lighten import api
 
-    done = _trained([*(words or []), *ctx.args], resume=resume)
+    done = _trained([*(words or []), *ctx.args], resume=resume, force=force, planned=not no_plan)
     with _bar() as progress:
         evaluation = api.evaluate(done, progress=progress)
     _print_evaluation(evaluation.to_dict())
-    _console().print(f"report: {api.report(done)}", soft_wrap=True, highlight=False)
+    console().print(f"report: {api.report(done)}", soft_wrap=True, highlight=False)
 
 
 @app.command(context_settings=OPEN)
-def train(ctx: typer.Context, words: _Words = None, resume: _Resume = False) -> None:
+def train(
+    ctx: typer.Context, words: _Words = None, resume: _Resume = False, force: _Force = False,
+    no_plan: _NoPlan = False,
+) -> None:  # fmt: skip
     """Train adapters, or a base's own weights, from a recipe or from a model and a data set."""
-    done = _trained([*(words or []), *ctx.args], resume=resume)
-    _console().print(f"run: {done.folder}", soft_wrap=True, highlight=False)
+    done = _trained([*(words or []), *ctx.args], resume=resume, force=force, planned=not no_plan)
+    console().print(f"run: {done.folder}", soft_wrap=True, highlight=False)
 
 
 app.command("sft", context_settings=OPEN, hidden=True)(train)
+cli_plan.register(app)
 
 
 @app.command(context_settings=OPEN)
-def evaluate(ctx: typer.Context, run: str, as_json: _Json = False) -> None:
+def evaluate(ctx: typer.Context, run: str, as_json: Json = False) -> None:
     """Measure the base and what a run trained on the same held-out examples."""
     from lighten import api
 
@@ -192,7 +152,7 @@ def report(
     """Write the HTML page of one run, or of several side by side."""
     from lighten import api
 
-    _console().print(f"report: {api.report(*runs, output=output)}", soft_wrap=True, highlight=False)
+    console().print(f"report: {api.report(*runs, output=output)}", soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -214,7 +174,7 @@ def chat(
 
 
 @app.command()
-def models(as_json: _Json = False) -> None:
+def models(as_json: Json = False) -> None:
     """Which models can be loaded by name, and which are on this machine."""
     from lighten.models import available
 
@@ -226,12 +186,12 @@ def models(as_json: _Json = False) -> None:
         [e.name, e.source, f"{(e.size_bytes or 0) / 1e6:,.0f} MB" if e.cached else "no", e.note]
         for e in found
     ]
-    _print_table(["model", "source", "on this machine", "what it is"], rows)
-    _console().print("Any hub id, model folder or GGUF file loads too, by its name or path.")
+    print_table(["model", "source", "on this machine", "what it is"], rows)
+    console().print("Any hub id, model folder or GGUF file loads too, by its name or path.")
 
 
 @app.command()
-def doctor(as_json: _Json = False) -> None:
+def doctor(as_json: Json = False) -> None:
     """What this machine has, what it computes in, and which extras are installed."""
     from lighten.hardware import doctor as examine
 
@@ -252,13 +212,13 @@ def doctor(as_json: _Json = False) -> None:
         ["computes in", ", ".join(f"{k}: {v}" for k, v in found["formats"].items())],
         ["versions", ", ".join(f"{k} {v}" for k, v in found["versions"].items())],
     ]  # fmt: skip
-    _print_table(["this machine", ""], rows)
+    print_table(["this machine", ""], rows)
     extras = [
         [name, ", ".join(f"{k} {v}" for k, v in own["installed"].items()) or "–",
          own["install"] if own["missing"] else "complete"]
         for name, own in found["extras"].items()
     ]  # fmt: skip
-    _print_table(["extra", "installed", "to get the rest"], extras)
+    print_table(["extra", "installed", "to get the rest"], extras)
 
 
 app.command("env", hidden=True)(doctor)
@@ -278,7 +238,7 @@ app.command("config-schema", hidden=True)(schema)
 @runs_app.command("list")
 def runs_list(
     folder: Annotated[Path, typer.Argument(help="Where the runs are.")] = Path("runs"),
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """List the runs of a folder, oldest first."""
     from lighten import runs
@@ -295,11 +255,11 @@ def runs_list(
         rows.append([str(run.folder), info.get("status", "?"), base.get("name", "?"),
                      "–" if steps is None else str(steps), ", ".join(losses) or "–",
                      info.get("started", "?")])  # fmt: skip
-    _print_table(["run", "status", "base", "steps", "held-out loss", "started"], rows)
+    print_table(["run", "status", "base", "steps", "held-out loss", "started"], rows)
 
 
 @runs_app.command("compare")
-def runs_compare(names: list[str], as_json: _Json = False) -> None:
+def runs_compare(names: list[str], as_json: Json = False) -> None:
     """Compare two or more runs: settings that differ, then measurements."""
     from lighten import api, runs
 
@@ -308,7 +268,7 @@ def runs_compare(names: list[str], as_json: _Json = False) -> None:
     if as_json:
         typer.echo(json.dumps(rows))
         return
-    _print_table(
+    print_table(
         ["", *(run.name for run in chosen)],
         [[row["what"], *(_cell(value) for value in row["values"])] for row in rows],
     )
@@ -323,7 +283,7 @@ def data_check(
     chat_template: Annotated[str | None, typer.Option(help="As in the recipe.")] = None,
     skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows")] = False,
     row: Annotated[int, typer.Option(help="Which example to show token by token.")] = 0,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Lengths, truncation, supervised tokens, duplicates, overlap, and one example's mask."""
     from lighten import data
@@ -362,16 +322,16 @@ def _print_check(found: dict[str, Any]) -> None:
         ["overlap", "no evaluation data given" if overlap is None else
                     f"{overlap} rows stand in the evaluation data too"],
     ]  # fmt: skip
-    _print_table(["data", ""], rows)
+    print_table(["data", ""], rows)
     most = max((rows for _, rows in found["histogram"]), default=1)
     bars = [
         [f"up to {edge}" if edge else "longer", str(count), "█" * round(30 * count / most)]
         for edge, count in found["histogram"]
     ]
-    _print_table(["tokens", "rows", ""], bars)
-    console = _console()
+    print_table(["tokens", "rows", ""], bars)
+    screen = console()
     for sentence in (*found["bad_rows"], *found["problems"]):
-        console.print(sentence, highlight=False, markup=False)
+        screen.print(sentence, highlight=False, markup=False)
     shown = Text("one example, supervised tokens in ⟦brackets⟧:\n")
     inside = False
     for token, supervised in found["sample"]:
@@ -380,7 +340,7 @@ def _print_check(found: dict[str, Any]) -> None:
         shown.append(token, style="green" if supervised else "dim")
         inside = supervised
     shown.append("⟧" if inside else "", style="bold green")
-    console.print(shown)
+    screen.print(shown)
 
 
 def _print_evaluation(found: dict[str, Any]) -> None:
@@ -394,7 +354,7 @@ def _print_evaluation(found: dict[str, Any]) -> None:
             said = f" {change['verdict']}" if change else ""
             cells.append(_cell(model["metrics"][metric]) + said)
         rows.append([metric, *cells])
-    _print_table(["metric", *names], rows)
+    print_table(["metric", *names], rows)
 
 
 def _cell(value: Any) -> str:
@@ -403,14 +363,3 @@ def _cell(value: Any) -> str:
     if isinstance(value, dict):
         return f"{value['value']:.4g} [{value['low']:.4g}, {value['high']:.4g}]"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.box import SIMPLE
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(*columns, box=SIMPLE, pad_edge=False)
-    for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
-    _console().print(table)

@@ -79,7 +79,7 @@ def machine() -> Machine:
         own = torch.cuda.get_device_properties(index)
         gpus.append(Gpu(own.name, own.total_memory, f"{own.major}.{own.minor}"))
     return Machine(
-        processor=_processor_name(),
+        processor=processor_name(),
         cores=len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count() or 1,
@@ -135,7 +135,8 @@ def processor_flags() -> frozenset[str]:
     return frozenset()
 
 
-def _processor_name() -> str:
+def processor_name() -> str:
+    """The processor's name as the system gives it."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

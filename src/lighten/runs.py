@@ -16,7 +16,7 @@ from lighten.errors import UserError
 from lighten.recipe import Recipe, yaml_lines
 
 RECIPE, INFO, METRICS, EVALUATION = "recipe.yaml", "run.json", "metrics.jsonl", "evaluation.json"
-MODEL = "model"
+PLAN, MODEL = "plan.json", "model"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -230,6 +230,10 @@ class Run:
     def evaluation(self) -> dict[str, Any] | None:
         """`evaluation.json`, or None before `lighten evaluate`."""
         return self._json(EVALUATION)
+
+    def plan(self) -> dict[str, Any] | None:
+        """`plan.json`: what was predicted before the first step; None where it was not."""
+        return self._json(PLAN)
 
     def adapters(self) -> dict[str, Path]:
         """Folder of each saved adapter by name, in the recipe's order."""

@@ -58,6 +58,17 @@ def describe(
     Raises:
         UserError: No such model, or transformers does not know its architecture.
     """
+    return of_model(name, skeleton(name, revision=revision, trust_remote_code=trust_remote_code))
+
+
+def skeleton(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A model whose weights are shapes alone (on the meta device).
+
+    Raises:
+        UserError: No such model, or transformers does not know its architecture.
+    """
     source, path = locate(name, revision=revision, weights=False, code=trust_remote_code)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     if source == "gguf":
@@ -66,10 +77,12 @@ def describe(
     try:
         config = AutoConfig.from_pretrained(path, **options)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=trust_remote_code
+            )
     except (ValueError, KeyError, OSError) as error:
         raise UserError(f"{name} cannot be described: {error}") from error
-    return of_model(name, model)
+    return model
 
 
 def of_model(name: str, model: PreTrainedModel) -> Description:

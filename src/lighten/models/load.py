@@ -114,7 +114,7 @@ def load(
             left = quantized.left_to_do(name, path, storage)
             model = _pretrained(name, path, torch_dtype, trust_remote_code, left, device)
         quantized.finish(model, left, torch_dtype, device)
-    attention = _set_attention(model, attn_implementation, device)
+    attention = set_attention(model, attn_implementation, device)
     if tokenizer.pad_token_id is None:
         # Padding is never attended to and never supervised, so any token serves (trap 11).
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
@@ -173,7 +173,7 @@ def _pretrained(
     return model
 
 
-def _set_attention(model: PreTrainedModel, wanted: str, device: str) -> Choice:
+def set_attention(model: PreTrainedModel, wanted: str, device: str) -> Choice:
     """Set the attention implementation; plain attention where the architecture has no other."""
     if wanted == "sdpa" and getattr(model.config, "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")

@@ -268,18 +268,27 @@ def _quantised(module: nn.Module, wanted: Storage, compute: torch.dtype, device:
         made = bnb.nn.Params4bit(
             dense, quant_type=wanted.kind, compress_statistics=wanted.double
         ).to(device)
-    return _layer(made, module.bias, dense.shape, compute, type(module))
+    return packed_layer(made, module.bias, dense.shape, compute, type(module))
 
 
 def _adopted(module: nn.Module, compute: torch.dtype) -> nn.Module:
     shape = torch.Size((int(module.out_features), int(module.in_features)))  # type: ignore[arg-type]
     source = getattr(module, "source_cls", nn.Linear)
-    return _layer(module.weight, module.bias, shape, compute, source)
+    return packed_layer(module.weight, module.bias, shape, compute, source)
 
 
-def _layer(
+def packed_layer(
     weight: Any, bias: Any, shape: torch.Size, compute: torch.dtype, source: type[nn.Module]
 ) -> nn.Module:
+    """Our layer over a quantised weight.
+
+    Args:
+        weight: Packed 4 bits with a `quant_state`, or int8 with its scales as `SCB`.
+        bias: Of the layer, or None.
+        shape: [O, I].
+        compute: The format of the products.
+        source: What the layer was.
+    """
     four, eight = layer_types()
     made: Any
     with torch.device("meta"):  # nothing is drawn at random only to be thrown away
@@ -308,7 +317,7 @@ def census(model: nn.Module) -> Census:
         parameters += numbers
         quantized += numbers if layer is not None else 0
         stacked += numbers if layer is None and parameter.dim() == 3 else 0
-        for part in (parameter, *(_scales(parameter) if layer is not None else ())):
+        for part in (parameter, *(scales_of(parameter) if layer is not None else ())):
             if part.data_ptr() not in seen:  # layers share tables
                 seen.add(part.data_ptr())
                 weight_bytes += part.numel() * part.element_size()
@@ -330,7 +339,7 @@ def explain(model: PreTrainedModel, wanted: Storage | None) -> Choice | None:
     return Choice(str(found.storage), f"{why}; {share:.0%} of the parameters, {dense}")
 
 
-def _scales(weight: Any) -> Iterator[Tensor]:
+def scales_of(weight: Any) -> Iterator[Tensor]:
     """Whatever it takes to dequantise a weight, beside the weight."""
     if weight.dtype == torch.int8:
         yield weight.SCB

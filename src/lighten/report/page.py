@@ -10,7 +10,7 @@ import jinja2
 
 from lighten import runs as run_files
 from lighten.evaluate.metrics import METRICS
-from lighten.report import words
+from lighten.report import planned, words
 from lighten.report.charts import Series, line_chart, number, smoothed
 from lighten.runs import Run
 
@@ -68,6 +68,7 @@ def _run(run: Run) -> dict[str, Any]:
         "loss": _loss_chart([(run.name, lines)], named=False),
         "speed": _speed_chart(lines),
         "memory": _memory_chart(lines),
+        "plan": planned.section(run.plan(), info),
         "table": _table(evaluation),
         "differences": {
             (d["adapter"], d["metric"]): d for d in (evaluation or {}).get("differences", [])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ import torch
 from lighten import runs
 from lighten.data.batches import Item, MicroBatch, collate, layout, steps_of_epoch
 from lighten.hardware import PeakMemory
-from lighten.train import checkpoints
+from lighten.train import checkpoints, short_memory
 from lighten.train.checkpoints import TrainerState
 from lighten.train.heldout import held_out
 from lighten.train.interrupt import Interrupted, StopSignals
 from lighten.train.lanes import Lanes
 from lighten.train.member import Member
+from lighten.train.prediction import Prediction
 from lighten.train.prepare import Setup
 from lighten.train.progress import TrainingProgress
 from lighten.train.step import MemberStep, train_step, undropped
@@ -32,6 +34,9 @@ class Loop:
         state: Where the run stands.
         progress: Where to show it.
         memory: Started before the base was loaded.
+        prediction: What was planned, to say what took more if memory runs out.
+        retries: Make a step for which memory runs out again with smaller micro-batches. A benchmark
+            leaves it off: it would measure something else than it says.
     """
 
     def __init__(
@@ -41,9 +46,13 @@ class Loop:
         state: TrainerState,
         progress: TrainingProgress,
         memory: PeakMemory,
+        prediction: Prediction | None = None,
+        *,
+        retries: bool = False,
     ) -> None:
         self.setup, self.folder, self.state = setup, folder, state
-        self.progress, self.memory = progress, memory
+        self.progress, self.memory, self.prediction = progress, memory, prediction
+        self._retries, self._watch = retries, short_memory.Watch(setup.members)
         self.main = setup.accelerator.is_main_process
         self._lengths = [len(row.input_ids) for row in setup.rows.train.rows]
         self._epochs: dict[tuple[int, int], list[list[int]]] = {}
@@ -62,12 +71,7 @@ class Loop:
             while state.step < setup.total_steps and self._active():
                 began = time.perf_counter()
                 members = self._active()
-                batches = list(self._micro_batches(state.step, members))
-                if batches and setup.objective.verify(batches[0], undropped(batches[0])):
-                    batches = list(self._micro_batches(state.step, members))
-                report = train_step(
-                    batches, members, setup.objective, setup.accelerator, setup.scaler, self._lanes
-                )
+                report = self._step(members)
                 state.step += 1
                 self._record(report, time.perf_counter() - began)
 
@@ -85,6 +89,41 @@ class Loop:
                         f"saved, go on with --resume",
                         signals.received,
                     )
+
+    def _step(self, members: list[Member]) -> dict[str, MemberStep]:
+        """One step; where memory runs out, the same step with smaller micro-batches."""
+        setup, step = self.setup, self.state.step
+        while True:
+            self._watch.moved = False
+            batches: list[MicroBatch] = []
+            try:
+                batches = list(self._micro_batches(step, members))
+                if batches and setup.objective.verify(batches[0], undropped(batches[0])):
+                    batches = list(self._micro_batches(step, members))
+                return train_step(
+                    batches, members, setup.objective, setup.accelerator, setup.scaler, self._lanes
+                )
+            except (MemoryError, RuntimeError) as error:
+                if not (self._retries and short_memory.ran_out(error)):
+                    raise
+                self._shrink(batches, error)
+            # Only here, with the exception and the step that it holds gone, is there memory again.
+            batches.clear()
+            short_memory.clear(setup)
+
+    def _shrink(self, batches: list[MicroBatch], error: BaseException) -> None:
+        """Halve the micro-batches from now on, and say why; raises where that is no way on."""
+        setup, step = self.setup, self.state.step + 1
+        tokens, fewer = short_memory.smaller(setup, batches, self._watch, error, step)
+        why = short_memory.blame(self.prediction, setup, self.memory.read()["peak_bytes"], error)
+        setup.tokens_per_microbatch = fewer
+        run = runs.Run(self.folder)
+        retry = short_memory.Retry(step, tokens, fewer, why)
+        run.update(retries=[*run.info().get("retries", []), asdict(retry)])
+        self.progress.note(
+            f"memory ran out in step {step} ({why}); again with micro-batches of {fewer} tokens at "
+            f"most in place of {tokens}, which gives the same result"
+        )
 
     def _active(self) -> list[Member]:
         return [member for member in self.setup.members if not member.progress.stopped]

@@ -257,7 +257,6 @@ class Objective:
         if self._verified or not (self.fast or batch.starts):
             return False
         packed = self.packs
-        self._verified = True
         weights = torch.full_like(batch.labels, 1.0 / len(batch.labels), dtype=torch.float32)
 
         def loss(objective: Objective, batch: MicroBatch) -> float:
@@ -271,6 +270,7 @@ class Objective:
 
         allowed = AGREEMENT.get(self.cohort.dtype, 2e-2)
         quick = loss(self, batch)
+        self._verified = True  # not before: where memory ran out above, it is asked again
         if batch.starts is not None:
             self.packing_reason = f"rows packed without padding; {apart(quick):.1e} from apart"
             if apart(quick) > allowed:

@@ -287,10 +287,7 @@ def add_tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]
 ) -> None:
     """Give the base new special tokens; they start as the mean of the embeddings."""
-    if tokens:
-        tokenizer.add_special_tokens(
-            {"additional_special_tokens": list(tokens)}, replace_extra_special_tokens=False
-        )
+    new_tokens(tokenizer, tokens)
     size = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
     if len(tokenizer) > size:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -299,6 +296,14 @@ def add_tokens(
                 weight: torch.Tensor = layer.weight
                 weight[size:] = weight[:size].float().mean(0).to(weight.dtype)
         model.requires_grad_(False)
+
+
+def new_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> None:
+    """Give the tokenizer alone new special tokens."""
+    if tokens:
+        tokenizer.add_special_tokens(
+            {"additional_special_tokens": list(tokens)}, replace_extra_special_tokens=False
+        )
 
 
 def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows:

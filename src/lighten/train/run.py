@@ -14,22 +14,31 @@ from lighten import hardware, models
 from lighten.adapters.peft_methods import method_of
 from lighten.errors import UserError
 from lighten.recipe import Recipe
-from lighten.runs import Run
+from lighten.runs import PLAN, Run, write_json
 from lighten.train import allocator, checkpoints, optimizers, trackers
 from lighten.train.checkpoints import TrainerState, weights_of
 from lighten.train.export import export
 from lighten.train.loop import Loop
+from lighten.train.prediction import Prediction, beside
 from lighten.train.prepare import Rows, Setup, load_base, load_rows, prepare
 from lighten.train.progress import TrainingProgress
+from lighten.train.short_memory import OutOfMemory, ran_out
 
 
-def train(recipe: Recipe, *, resume: bool = False, progress: bool = True) -> Run:
+def train(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    prediction: Prediction | None = None,
+) -> Run:
     """Train what the recipe says.
 
     Args:
         recipe: What to train.
         resume: Go on from the newest whole checkpoint of the recipe's run folder.
         progress: Show what happens on standard error.
+        prediction: What was planned.
 
     Returns:
         The run, with its adapters under `adapters/`, or the whole model under `model/`.
@@ -53,18 +62,36 @@ def train(recipe: Recipe, *, resume: bool = False, progress: bool = True) -> Run
         for notice in recipe.notices:
             shown.note(notice)
         try:
-            _train(run, recipe, accelerator, shown, resume=resume)
-        except BaseException as error:
+            _train(run, recipe, accelerator, shown, prediction, resume=resume)
+        except BaseException as caught:
+            error = _explained(caught, prediction)
             # Whatever ended the run is told truthfully in run.json, and then goes its way.
             ended = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             if accelerator.is_main_process:
                 with suppress(OSError, ValueError):
                     run.update(status=ended, error=str(error) or type(error).__name__, ended=_now())
+            if error is not caught:
+                raise error from caught
             raise
         finally:
             with suppress(Exception):
                 accelerator.end_training()
     return run
+
+
+def _explained(error: BaseException, prediction: Prediction | None) -> BaseException:
+    """An error that means too little memory, with the cheapest ways to need less."""
+    if not (isinstance(error, OutOfMemory) or ran_out(error)):
+        return error
+    told = str(error) if isinstance(error, OutOfMemory) else f"memory ran out: {_line(error)}"
+    advice = prediction.advice() if prediction is not None else []
+    return OutOfMemory("\n  - ".join([f"{told}{'; cheapest ways to need less:' if advice else ''}",
+                                      *advice]))  # fmt: skip
+
+
+def _line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def _open(recipe: Recipe, accelerator: Accelerator, *, resume: bool) -> Run:
@@ -82,14 +109,17 @@ def _open(recipe: Recipe, accelerator: Accelerator, *, resume: bool) -> Run:
 
 
 def _train(
-    run: Run, recipe: Recipe, accelerator: Accelerator, shown: TrainingProgress, *, resume: bool
-) -> None:
+    run: Run, recipe: Recipe, accelerator: Accelerator, shown: TrainingProgress,
+    prediction: Prediction | None, *, resume: bool,
+) -> None:  # fmt: skip
     transformers_logging.disable_progress_bar()
+    _plan_said(run, accelerator, shown, prediction)
     set_seed(0)  # nothing below draws from the global generators; a model's own code might
     pages = allocator.keep_pages(accelerator.device.type)
     memory = hardware.PeakMemory(accelerator.device.type)
     base = load_base(recipe, str(accelerator.device), learns=True)
-    rows = load_rows(recipe, base.tokenizer)
+    rows = prediction.rows if prediction is not None else None
+    rows = rows or load_rows(recipe, base.tokenizer)
     facts = _base_facts(base)  # of the base alone: PEFT puts its parameters into the model
     setup = prepare(recipe, accelerator, base, rows)
     setup.choices["memory"] = pages
@@ -109,10 +139,44 @@ def _train(
         )
     accelerator.wait_for_everyone()
     trackers.start(accelerator, run.folder, recipe.completed())
-    Loop(setup, run.folder, state, shown, memory).run()
+    Loop(setup, run.folder, state, shown, memory, prediction, retries=True).run()
     if accelerator.is_main_process:
         _finish(run, setup, state, memory.read())
+        _beside_the_plan(run, shown)
     accelerator.wait_for_everyone()
+
+
+def _plan_said(
+    run: Run, accelerator: Accelerator, shown: TrainingProgress, prediction: Prediction | None
+) -> None:
+    """Tell the plan and write it into the run folder; a plan of an earlier run goes."""
+    if not accelerator.is_main_process:
+        return
+    if prediction is None or prediction.record is None:
+        (run.folder / PLAN).unlink(missing_ok=True)
+    else:
+        write_json(run.folder / PLAN, prediction.record)
+    for line in prediction.lines if prediction is not None else ():
+        shown.note(line)
+
+
+def _beside_the_plan(run: Run, shown: TrainingProgress) -> None:
+    """Put what was measured beside what was predicted."""
+    plan, info = run.plan(), run.info()
+    if plan is None:
+        return
+    pair = beside(plan, info["training"], run.metrics())
+    run.update(prediction=pair)
+    said = [
+        f"{what} {show(own['measured'])}, {show(own['predicted'])} predicted "
+        f"({100 * (own['predicted'] / own['measured'] - 1):+.0f} %)"
+        for what, own, show in (
+            ("peak memory", pair["memory"], lambda value: f"{value / 2**30:.2f} GiB"),
+            ("a step of the planned size", pair["step_seconds"], lambda value: f"{value:.2f} s"),
+        )
+        if own is not None and own["measured"]
+    ]
+    shown.note("; ".join(said))
 
 
 def _require_same_inputs(run: Run, base: models.Base, rows: Rows) -> None:

@@ -1,0 +1,248 @@
+"""What `lighten plan` predicts against what a training really takes, on this processor.
+
+Each configuration is planned from its `config.json`, then trained for three steps in a process of
+its own; the peak is the kernel's high-water mark above what the process held before the model was
+loaded, as every run reports it, and the time is the median of the steps after the first. Beside it
+stands what the estimators say that install (`--peers` makes their environment).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks import plan_peers
+from benchmarks.machine import before_start, in_fresh_process, store
+
+SUPERVISED = 0.5
+FOLDER = "plan-models"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A configuration.
+
+    Attributes:
+        model: `grouped`, `large-vocabulary` (made here, random) or `smollm2-135m`.
+        rows: Examples of each adapter in a step.
+        tokens: Of each.
+        settings: What differs from the recipe's defaults.
+    """
+
+    model: str
+    rows: int
+    tokens: int
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        said = [f"{key}={value}" for key, value in self.settings.items()]
+        return " ".join([self.model, f"{self.rows}x{self.tokens}", *said])
+
+    def recipe(self, folder: Path) -> dict[str, Any]:
+        """The recipe's values."""
+        made = self.model in ARCHITECTURES
+        return {
+            "model_name_or_path": str(folder / self.model) if made else self.model,
+            "dataset": __file__,  # a file that exists: the rows are given otherwise
+            "val_size": 0, "max_steps": 3, "lr_scheduler_type": "constant",
+            "per_device_train_batch_size": self.rows, "max_length": self.tokens,
+            **self.settings,
+        }  # fmt: skip
+
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    # Grouped queries, a head of its own.
+    "grouped": {
+        "model_type": "llama", "hidden_size": 768, "intermediate_size": 2048,
+        "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 4,
+        "vocab_size": 32000, "tie_word_embeddings": False, "max_position_embeddings": 4096,
+    },
+    # Gemma 3's shape: most of the parameters are a tied vocabulary of 256k.
+    "large-vocabulary": {
+        "model_type": "gemma3_text", "hidden_size": 320, "intermediate_size": 1280,
+        "num_hidden_layers": 12, "num_attention_heads": 4, "num_key_value_heads": 1,
+        "head_dim": 128, "vocab_size": 262144, "sliding_window": 512,
+        "max_position_embeddings": 4096,
+    },
+}  # fmt: skip
+FREE = {"tokens_per_microbatch": None}
+SAVING = {"gradient_checkpointing": True}
+NF4 = {"load_in_4bit": True}
+DOUBLE = {**NF4, "bnb_4bit_use_double_quant": True}
+FULL = {"method": "full"}
+FOUR = {"lora_r": [8, 8, 8, 8], "seed": [0, 1, 2, 3]}
+CASES = (
+    Case("grouped", 4, 256), Case("grouped", 8, 256, FREE), Case("grouped", 16, 256, FREE),
+    Case("grouped", 4, 512, FREE), Case("grouped", 2, 1024, FREE), Case("grouped", 1, 2048, FREE),
+    Case("grouped", 8, 256), Case("grouped", 4, 256, {"lora_r": 64}),
+    Case("grouped", 8, 256, {**FREE, **SAVING}), Case("grouped", 2, 1024, {**FREE, **SAVING}),
+    Case("grouped", 4, 256, NF4), Case("grouped", 4, 512, {**FREE, **DOUBLE, **SAVING}),
+    Case("grouped", 4, 256, FULL), Case("grouped", 4, 512, {**FREE, **FULL, **SAVING}),
+    Case("grouped", 1, 256, FOUR), Case("grouped", 2, 512, {**FREE, **FOUR, **SAVING}),
+    Case("grouped", 4, 256, {"dtype": "float32"}),
+    Case("smollm2-135m", 4, 256), Case("smollm2-135m", 8, 256, FREE),
+    Case("smollm2-135m", 4, 512, FREE), Case("smollm2-135m", 4, 512, {**FREE, **SAVING}),
+    Case("smollm2-135m", 4, 256, NF4), Case("smollm2-135m", 4, 256, FULL),
+    Case("smollm2-135m", 1, 256, FOUR),
+    Case("large-vocabulary", 2, 256), Case("large-vocabulary", 4, 256),
+    Case("large-vocabulary", 2, 512), Case("large-vocabulary", 4, 256, SAVING),
+    Case("large-vocabulary", 2, 256, NF4), Case("large-vocabulary", 2, 256, FULL),
+    Case("large-vocabulary", 1, 128, FOUR),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Processor:
+    """This machine's processor as a plan wants its device."""
+
+    name: str = "cpu"
+    kind: str = "cpu"
+    memory_bytes: int | None = None
+    bandwidth: float | None = None
+    flops: Mapping[str, float] = field(default_factory=dict)
+
+    def dtype(self, requested: str) -> Any:
+        """The format that a run would choose."""
+        from lighten.hardware import choose_dtype
+
+        return choose_dtype(requested, "cpu")
+
+
+def make_models(folder: Path) -> None:
+    """Random models in bfloat16, as a hub would hold them; made once."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from lighten.models import load_tokenizer
+
+    for name, values in ARCHITECTURES.items():
+        if (folder / name / "config.json").is_file():
+            continue
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(**values)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model.save_pretrained(folder / name)
+        load_tokenizer("smollm2-135m").save_pretrained(folder / name)
+
+
+def planned(case: Case, folder: Path, capacity: int) -> dict[str, Any]:
+    """What the plan says of a case."""
+    import time
+
+    from lighten.plan.trace import plan_recipe
+    from lighten.recipe import Recipe
+
+    began = time.perf_counter()
+    plan = plan_recipe(
+        Recipe.from_values(case.recipe(folder)), Processor(memory_bytes=capacity),
+        rows_tokens=(case.rows, case.tokens), supervised=SUPERVISED,
+    )  # fmt: skip
+    return {**plan.to_dict(), "seconds_to_plan": time.perf_counter() - began}
+
+
+def measured(case: Case, folder: Path, scratch: Path) -> dict[str, Any]:
+    """What the case really takes; `error` where it fails."""
+    job = {"recipe": case.recipe(folder), "rows": case.rows, "tokens": case.tokens,
+           "supervised": SUPERVISED}  # fmt: skip
+    return in_fresh_process("plan_worker.py", job, scratch)
+
+
+def row_of(case: Case, plan: Mapping[str, Any], real: Mapping[str, Any]) -> dict[str, Any]:
+    """Predicted beside measured."""
+    row: dict[str, Any] = {"case": case.name, "plan": plan, "measured": real}
+    if "error" in real:
+        return {**row, "error": None, "time_error": None}
+    seconds = statistics.median(real["step_seconds"][1:])
+    return {
+        **row,
+        "error": plan["memory"]["expected"] / real["peak_bytes"] - 1.0,
+        "step_seconds": seconds,
+        "time_error": plan["time"]["seconds"] / seconds - 1.0 if plan["time"] else None,
+    }
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The figures of the last line."""
+    errors = [abs(row["error"]) for row in rows if row["error"] is not None]
+    times = [abs(row["time_error"]) for row in rows if row["time_error"] is not None]
+    lost = [row for row in rows if row["error"] is None]
+    return {
+        "configurations": len(errors),
+        "max_error": max(errors, default=None),
+        "mean_error": statistics.mean(errors) if errors else None,
+        "outside_low_high": sum(
+            not row["plan"]["memory"]["low"] <= row["measured"]["peak_bytes"]
+            <= row["plan"]["memory"]["high"] for row in rows if row["error"] is not None
+        ),
+        "ran_out_though_fitting": sum(row["plan"]["fits"] is True for row in lost),
+        "failed": len(lost),
+        "time_max_error": max(times, default=None),
+        "time_mean_error": statistics.mean(times) if times else None,
+        "peers": plan_peers.summary(rows),
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Plan, measure, print the table and one line of JSON."""
+    asked = argparse.ArgumentParser(description=__doc__)
+    asked.add_argument("--peers", action="store_true", help="make the estimators' environment")
+    asked.add_argument("--only", help="cases whose name holds this text")
+    options = asked.parse_args()
+    if options.peers:
+        plan_peers.install()
+        return
+    import psutil
+
+    from lighten.models.names import cache_folder
+
+    before = before_start()
+    folder = cache_folder() / FOLDER
+    make_models(folder)
+    capacity = psutil.virtual_memory().available
+    rows = []
+    cases = [case for case in CASES if not options.only or options.only in case.name]
+    with tempfile.TemporaryDirectory() as scratch:
+        for case in cases:
+            real = measured(case, folder, Path(scratch))
+            row = row_of(case, planned(case, folder, capacity), real)
+            row["peers"] = plan_peers.estimates(case, folder)
+            rows.append(row)
+            show(row)
+    found = {"supervised": SUPERVISED, "table": rows, **summary(rows)}
+    partly = len(cases) < len(CASES)
+    store("plan_accuracy", found, before, {"cases were left out": partly})
+    print(json.dumps(summary(rows)))
+
+
+def show(row: Mapping[str, Any]) -> None:
+    """One line of the table."""
+    if row["error"] is None:
+        print(f"{row['case']:75} failed: {row['measured']['error'].strip().splitlines()[-1]}")
+        return
+    plan, real = row["plan"], row["measured"]
+    stages = real["stages"]
+    print(
+        f"{row['case']:75} {real['peak_bytes'] / 2**20:7.0f} MiB, predicted "
+        f"{plan['memory']['expected'] / 2**20:7.0f} ({row['error']:+.1%}, {plan['memory']['when']})"
+        f"  {row['step_seconds']:5.2f} s, predicted {plan['time']['seconds']:5.2f}"
+        f" ({row['time_error']:+.0%})  planned in {plan['seconds_to_plan']:.1f} s"
+        f"  loading {stages['loading'] / 2**20:.0f}, steps "
+        + " ".join(f"{peak / 2**20:.0f}" for peak in stages["steps"])
+        + "".join(f"  {name} {own:+.0%}" for name, own in plan_peers.errors(row).items()),
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,355 @@
+"""The command `lighten plan`: parse, call the API, print."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lighten.console import OPEN, Json, Settings, console, is_assignment, overrides, print_table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lighten.plan.result import Plan
+    from lighten.plan.search import Candidate
+
+FITS, DOES_NOT, CANNOT_TELL = 0, 1, 2
+_Words = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="RECIPE | MODEL [DATA] | serve BASE | quantize BASE", help=Settings),
+]
+_Device = Annotated[
+    str | None,
+    typer.Option(
+        help="t4, l4, a10, rtx3060, rtx3090, rtx4090, a100-40, a100-80, h100, h200, cpu; default "
+        "this machine."
+    ),
+]
+_Probe = Annotated[
+    bool, typer.Option("--probe", help="Make one true step of the planned shape, and compare.")
+]
+_Search = Annotated[bool, typer.Option("--search", help="The fastest configuration that fits.")]
+_Largest = Annotated[
+    bool, typer.Option("--largest", help="Which of the models given is the largest that fits.")
+]
+_Limits = Annotated[bool, typer.Option("--limits", help="The longest context, the most rows.")]
+_Write = Annotated[Path | None, typer.Option(help="Write what --search found as a recipe.")]
+_Gpus = Annotated[int | None, typer.Option(help="GPUs per node.")]
+_Nodes = Annotated[int, typer.Option(help="Nodes.")]
+_Zero = Annotated[int | None, typer.Option(help="ZeRO stage, 1 to 3; without it: DDP.")]
+_Fsdp = Annotated[
+    str | None, typer.Option(help="full (as ZeRO 3) or hybrid (sharded within each node).")
+]
+_Offload = Annotated[str | None, typer.Option(help="optimizer:cpu, param:cpu, or both.")]
+
+
+def plan(
+    ctx: typer.Context,
+    words: _Words = None,
+    device: _Device = None,
+    probe: _Probe = False,
+    search: _Search = False,
+    largest: _Largest = False,
+    limits: _Limits = False,
+    write: _Write = None,
+    gpus: _Gpus = None,
+    nodes: _Nodes = 1,
+    zero: _Zero = None,
+    fsdp: _Fsdp = None,
+    offload: _Offload = None,
+    as_json: Json = False,
+) -> None:
+    """Predict memory and time before anything is downloaded: exit 0 fits, 1 does not, 2 unsure."""
+    rest = [*(words or []), *ctx.args]
+    if rest[:1] in (["serve"], ["quantize"]):
+        fits = (_serve if rest[0] == "serve" else _quantize)(rest[1:], device, as_json)
+    elif largest:
+        fits = _largest(rest, device, as_json)
+    else:
+        recipe, settings = _what(rest)
+        if search or write is not None:
+            fits = _search(recipe, settings, device, write, as_json)
+        elif limits:
+            fits = _limits(recipe, settings, device, as_json)
+        elif gpus is not None or nodes > 1 or zero is not None or fsdp is not None:
+            how = {"strategy": _strategy(zero, fsdp), "gpus": gpus or 1, "nodes": nodes,
+                   "offload": _places(offload)}  # fmt: skip
+            fits = _spread(recipe, settings, device, how, as_json)
+        else:
+            fits = _plan(recipe, settings, device, as_json, probe=probe)
+    raise typer.Exit(exit_code(fits))
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command(context_settings=OPEN)(plan)
+
+
+def exit_code(fits: bool | None) -> int:
+    """0 fits, 1 does not, 2 cannot tell: it can guard a job."""
+    return CANNOT_TELL if fits is None else FITS if fits else DOES_NOT
+
+
+def _named(words: list[str]) -> list[str]:
+    """Take the words before the first setting off the list."""
+    named: list[str] = []
+    while words and not words[0].startswith("--") and not is_assignment(words[0]):
+        named.append(words.pop(0))
+    return named
+
+
+def _what(words: list[str]) -> tuple[str | None, dict[str, Any]]:
+    """A recipe file, or a model and perhaps its data, and the settings after them."""
+    from lighten.errors import UserError
+
+    named, settings = _named(words), overrides(words)
+    if len(named) == 1 and named[0].endswith((".yaml", ".yml")):
+        return named[0], settings
+    if len(named) > 2 or not (named or settings):
+        raise UserError("give a recipe (recipe.yaml) or a model: lighten plan MODEL --device t4")
+    given = dict(zip(("model_name_or_path", "dataset"), named, strict=False))
+    return None, {**given, **settings}
+
+
+def _plan(
+    recipe: str | None, settings: dict[str, Any], device: str | None, as_json: bool, *, probe: bool
+) -> bool | None:
+    from lighten import api
+    from lighten.plan import words
+
+    probed = None
+    if probe:
+        made, probed = api.plan_probe(recipe, device=device, **settings)
+    else:
+        made = api.plan(recipe, device=device, **settings)
+    if as_json:
+        more = {} if probed is None else {"probe": probed.to_dict()}
+        typer.echo(json.dumps({**made.to_dict(), **more}))
+        return made.fits()
+    print_plan(made)
+    if probed is not None:
+        print_table(["a true step", "predicted", "measured", "error"], words.probe_rows(probed))
+        if probed.error is not None:
+            _headline(f"memory ran out: {probed.error}", False)
+    return made.fits()
+
+
+def print_plan(made: Plan) -> None:
+    """The plan as tables: by part, what else is needed, what would need less."""
+    from lighten.plan import words
+
+    _headline(words.verdict(made), made.fits())
+    print_table(["peak memory by part", "GiB", ""], words.part_rows(made))
+    print_table(["", ""], words.fact_rows(made))
+    if made.changes:
+        print_table(
+            ["what would need less", "saves", "time", "fits", "settings"], words.change_rows(made)
+        )
+    for note in (*made.notes, *made.outside):
+        console().print(f"note: {note}", highlight=False, markup=False)
+
+
+def _search(
+    recipe: str | None,
+    settings: dict[str, Any],
+    device: str | None,
+    write: Path | None,
+    as_json: bool,
+) -> bool | None:
+    from lighten import api, runs
+    from lighten.plan import words
+    from lighten.plan.search import recipe_text
+
+    with _told() as told:
+        found, best = api.plan_search(recipe, device=device, told=told, **settings)
+    if write is not None and best is not None and found.best is not None:
+        why = f"the fastest that fits: {found.best.what}, on {device or 'this machine'}"
+        runs.write_text(write, recipe_text(best, f"lighten plan --search found {why}"))
+    if as_json:
+        typer.echo(json.dumps({**found.to_dict(), "recipe": best and best.completed()}))
+    else:
+        print_table(
+            ["configuration", "micro-batch", "peak", "tokens/s", "why"],
+            [words.candidate_row(own, own is found.best) for own in found.tried],
+        )
+        if found.best is None:
+            _headline("nothing fits", False)
+        else:
+            _headline(f"the fastest that fits: {found.best.what}", True)
+            _settings(found.best)
+            if write is not None:
+                console().print(f"recipe: {write}", soft_wrap=True, highlight=False)
+    return found.best is not None
+
+
+def _settings(best: Candidate) -> None:
+    from lighten.plan import words
+
+    console().print(words.flags(best.settings), highlight=False, markup=False, soft_wrap=True)
+
+
+def _largest(words: list[str], device: str | None, as_json: bool) -> bool:
+    from lighten import api
+    from lighten.errors import UserError
+    from lighten.plan.words import sized_row
+
+    models = _named(words)
+    if not models:
+        raise UserError("name the models: lighten plan --largest MODEL MODEL … --device t4")
+    with _told() as told:
+        found = api.plan_largest(models, device=device, told=told, **overrides(words))
+    if as_json:
+        typer.echo(json.dumps([own.to_dict() for own in found]))
+    else:
+        print_table(
+            ["model", "parameters", "fastest that fits", "peak", "tokens/s", ""],
+            [sized_row(own) for own in found],
+        )
+    return any(own.best is not None for own in found)
+
+
+def _limits(
+    recipe: str | None, settings: dict[str, Any], device: str | None, as_json: bool
+) -> bool:
+    from lighten import api
+
+    found = api.plan_limits(recipe, device=device, **settings)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict()))
+    else:
+        rows = [
+            ["longest context, one row", _tokens(found.context), found.context_limited_by],
+            ["most rows in a micro-batch", _none(found.rows), found.rows_limited_by],
+        ]
+        print_table(["", "", "limited by"], rows)
+    return found.context is not None
+
+
+def _spread(
+    recipe: str | None,
+    settings: dict[str, Any],
+    device: str | None,
+    how: dict[str, Any],
+    as_json: bool,
+) -> bool | None:
+    from lighten import api
+    from lighten.plan import words
+
+    found = api.plan_spread(recipe, device=device, **how, **settings)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict()))
+    else:
+        _headline(words.spread_verdict(found), found.fits())
+        print_table(["", "per rank"], words.spread_rows(found))
+    return found.fits()
+
+
+def _serve(words: list[str], device: str | None, as_json: bool) -> bool | None:
+    from lighten import api
+    from lighten.plan import words as said
+
+    model, options = _base(words, "serve")
+    found = api.plan_serve(model, device=device, **options)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict()))
+    else:
+        _headline(said.serving_verdict(found), found.fits())
+        print_table(["memory by part", "GiB", ""], said.serving_rows(found))
+    return found.fits()
+
+
+def _quantize(words: list[str], device: str | None, as_json: bool) -> bool | None:
+    from lighten import api
+    from lighten.errors import UserError
+    from lighten.plan.words import quantizing_rows
+
+    if device not in (None, "cpu", "this"):
+        raise UserError("plan quantize is of this machine's main memory; leave --device out")
+    model, options = _base(words, "quantize")
+    found = api.plan_quantize(model, **options)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict()))
+    else:
+        print_table([found.model, found.storage], quantizing_rows(found))
+    return found.fits()
+
+
+_OPTIONS = {
+    "serve": ("adapters", "rank", "context", "concurrency", "storage", "cache_bytes", "revision"),
+    "quantize": ("storage", "double", "revision"),
+}
+
+
+def _base(words: list[str], verb: str) -> tuple[str, dict[str, Any]]:
+    from lighten.errors import UserError
+
+    named, options = _named(words), overrides(words)
+    if len(named) != 1:
+        raise UserError(f"give one base: lighten plan {verb} MODEL")
+    if unknown := sorted(options.keys() - set(_OPTIONS[verb])):
+        raise UserError(
+            f"plan {verb} has no --{unknown[0]}; it has --{', --'.join(_OPTIONS[verb])}"
+        )
+    return named[0], options
+
+
+def _strategy(zero: int | None, fsdp: str | None) -> str:
+    from lighten.errors import UserError
+
+    if zero is not None and fsdp is not None:
+        raise UserError("--zero and --fsdp exclude each other; keep one")
+    if zero is not None:
+        if zero not in (1, 2, 3):
+            raise UserError(f"--zero: {zero} is no stage; use 1, 2 or 3")
+        return f"zero{zero}"
+    if fsdp is None:
+        return "ddp"
+    if fsdp not in ("full", "hybrid"):
+        raise UserError(f"--fsdp: {fsdp!r} is not known; use full or hybrid")
+    return "fsdp" if fsdp == "full" else "fsdp_hybrid"
+
+
+def _places(offload: str | None) -> tuple[str, ...]:
+    """What is offloaded: `optimizer:cpu,param:cpu` gives both names."""
+    from lighten.errors import UserError
+
+    found = []
+    for word in (offload or "").split(","):
+        name, _, place = word.strip().partition(":")
+        if not name:
+            continue
+        if name not in ("optimizer", "param") or place not in ("", "cpu"):
+            raise UserError(f"--offload: {word!r} is not known; use optimizer:cpu or param:cpu")
+        found.append(name)
+    return tuple(found)
+
+
+def _headline(text: str, fits: bool | None) -> None:
+    style = {True: "bold green", False: "bold red", None: "bold yellow"}[fits]
+    console().print(text, style=style, highlight=False, markup=False)
+
+
+@contextmanager
+def _told() -> Iterator[Callable[[str], None] | None]:
+    """Says on a terminal what is being planned."""
+    from rich.console import Console
+
+    screen = Console(stderr=True)
+    if not screen.is_terminal:
+        yield None
+        return
+    with screen.status("planning") as status:
+        yield lambda what: status.update(f"planning {what}")
+
+
+def _tokens(value: int | None) -> str:
+    return "none" if value is None else f"{value:,} tokens"
+
+
+def _none(value: int | None) -> str:
+    return "none" if value is None else f"{value:,}"

@@ -1,0 +1,75 @@
+"""What the commands share: settings from words, and tables on the screen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+OPEN = {"allow_extra_args": True, "ignore_unknown_options": True}
+# Settings whose value is taken to the letter.
+TEXTS = ("model_name_or_path", "revision", "dataset", "eval_dataset", "chat_template", "output_dir")
+Settings = "Any setting of the recipe: --learning_rate 1e-4 or learning_rate=1e-4 (lighten schema)."
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def overrides(words: Sequence[str]) -> dict[str, Any]:
+    """Settings from `--key value`, `--key=value`, `key=value` and lone `--flag` words.
+
+    Raises:
+        UserError: A word that is none of these.
+    """
+    import yaml
+
+    from lighten.errors import UserError
+    from lighten.recipe.yaml_lines import parse
+
+    found: dict[str, Any] = {}
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        key, equals, value = word.lstrip("-").partition("=")
+        if not word.startswith("--") and not equals:
+            raise UserError(f"{word!r} is not a setting; write --name value or name=value")
+        if not equals:
+            lone = not rest or rest[0].startswith("--") or is_assignment(rest[0])
+            value = "true" if lone else rest.pop(0)
+        listed = "," in value and not value.startswith(("[", "{", '"', "'"))
+        head, dot, tail = key.partition(".")
+        name = f"{head.replace('-', '_')}{dot}{tail.replace('-', '_')}"
+        try:
+            found[name] = parse(f"[{value}]" if listed and name not in TEXTS else value)
+        except yaml.YAMLError:
+            found[name] = value
+        if name in TEXTS and not isinstance(found[name], str | None):
+            found[name] = value  # a path or a commit is never a number or a list
+    return found
+
+
+def is_assignment(word: str) -> bool:
+    """Whether a word reads `name=value`."""
+    name, equals, _ = word.partition("=")
+    return bool(equals) and name.replace(".", "_").isidentifier()
+
+
+def console() -> Console:
+    """Standard output."""
+    from rich.console import Console
+
+    return Console()
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print rows under their columns."""
+    from rich.box import SIMPLE
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(*columns, box=SIMPLE, pad_edge=False)
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    console().print(table)

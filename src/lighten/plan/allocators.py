@@ -1,0 +1,329 @@
+"""What an allocator takes from the system for a timeline of blocks.
+
+`CachingAllocator` is PyTorch's for CUDA devices, `Heap` is glibc's malloc as training sets it up
+(`train/allocator.py`). Both are fed births and deaths in order; what they hold at most is what the
+device must offer, and what of it no block uses is the allocator's overhead.
+
+Sources: pytorch/c10/cuda/CUDACachingAllocator.cpp and c10/core/AllocatorConfig.h;
+glibc/malloc/malloc.c (2.36), `_int_memalign`, `_int_malloc`, `sysmalloc`, `systrim`.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+MIB = 2**20
+
+# CUDACachingAllocator: every size is a multiple of 512 bytes; blocks up to 1 MiB come out of
+# segments of 2 MiB, larger ones up to 10 MiB out of segments of 20 MiB, others out of their own,
+# rounded to 2 MiB. What remains of a segment is split off if it is 512 bytes at least (small) or
+# more than 1 MiB (large).
+MIN_BLOCK, SMALL_SIZE = 512, MIB
+SMALL_SEGMENT, LARGE_SEGMENT = 2 * MIB, 20 * MIB
+MIN_LARGE, ROUND_LARGE = 10 * MIB, 2 * MIB
+
+
+class Allocator(Protocol):
+    """What hands out memory."""
+
+    allocated: int
+    held: int
+    highest: int
+
+    def take(self, size: int) -> object:
+        """A block of so many bytes; the answer is what `give` wants back."""
+
+    def give(self, block: object) -> None:
+        """The block is free."""
+
+
+@dataclass(eq=False)
+class _Piece:
+    """A stretch of a segment."""
+
+    start: int
+    size: int
+    segment: int
+    small: bool
+    used: bool = False
+    before: _Piece | None = None
+    after: _Piece | None = None
+
+
+class CachingAllocator:
+    """PyTorch's allocator of CUDA memory, for one stream.
+
+    Attributes:
+        allocated: Bytes of blocks in use, rounded.
+        held: Bytes of all segments.
+        highest: The most that `held` was.
+        most_allocated: The most that `allocated` was.
+    """
+
+    def __init__(self) -> None:
+        self.allocated = self.held = self.highest = self.most_allocated = 0
+        self._free: dict[bool, list[tuple[int, int, int, _Piece]]] = {True: [], False: []}
+        self._segments = 0
+
+    def take(self, size: int) -> _Piece | None:
+        """The smallest free piece that holds the size, or one of a new segment."""
+        if size == 0:
+            return None
+        size = rounded(size)
+        small = size <= SMALL_SIZE
+        free = self._free[small]
+        place = bisect.bisect_left(free, (size,))
+        if place < len(free):
+            piece = free.pop(place)[-1]
+        else:
+            whole = segment_size(size)
+            piece = _Piece(0, whole, self._segments, small)
+            self._segments += 1
+            self.held += whole
+            self.highest = max(self.highest, self.held)
+        left = piece.size - size
+        if left >= MIN_BLOCK if small else left > SMALL_SIZE:
+            rest = _Piece(piece.start + size, left, piece.segment, small, False, piece, piece.after)
+            if piece.after is not None:
+                piece.after.before = rest
+            piece.after, piece.size = rest, size
+            self._put(rest)
+        piece.used = True
+        self.allocated += piece.size
+        self.most_allocated = max(self.most_allocated, self.allocated)
+        return piece
+
+    def give(self, block: object) -> None:
+        """Free a piece and join it with free neighbours."""
+        if block is None:
+            return
+        assert isinstance(block, _Piece)
+        self.allocated -= block.size
+        block.used = False
+        for other, first in ((block.before, True), (block.after, False)):
+            if other is None or other.used:
+                continue
+            self._drop(other)
+            block.size += other.size
+            if first:
+                block.start, block.before = other.start, other.before
+                if block.before is not None:
+                    block.before.after = block
+            else:
+                block.after = other.after
+                if block.after is not None:
+                    block.after.before = block
+        self._put(block)
+
+    def _put(self, piece: _Piece) -> None:
+        bisect.insort(self._free[piece.small], (piece.size, piece.segment, piece.start, piece))
+
+    def _drop(self, piece: _Piece) -> None:
+        free = self._free[piece.small]
+        del free[bisect.bisect_left(free, (piece.size, piece.segment, piece.start))]
+
+
+def rounded(size: int) -> int:
+    """Bytes of the block that PyTorch makes of a request on a CUDA device."""
+    return max(MIN_BLOCK, -(-size // MIN_BLOCK) * MIN_BLOCK)
+
+
+def segment_size(size: int) -> int:
+    """Bytes that PyTorch asks CUDA for where a block of a rounded size finds no room."""
+    if size <= SMALL_SIZE:
+        return SMALL_SEGMENT
+    if size < MIN_LARGE:
+        return LARGE_SEGMENT
+    return -(-size // ROUND_LARGE) * ROUND_LARGE
+
+
+PAGE = 4096
+ALIGNMENT, HEADER, LEAST = 64, 16, 32  # PyTorch's alignment; malloc's granule; its least chunk
+# Free chunks up to this size are set aside, seven of each, and not joined with their neighbours.
+SET_ASIDE, OF_EACH = 1040, 7
+# What PyTorch's own objects for a new tensor take beside its numbers: its storage, the tensor.
+OBJECTS = (112, 208)
+
+
+@dataclass
+class Heap:
+    """glibc's main heap: best fit, neighbours joined at once, pages kept once they are written.
+
+    A page counts from the first block that covers it; the growth of the heap's top beyond its
+    blocks is address space, not memory.
+
+    Attributes:
+        mmap_bytes: Blocks of this size get a mapping of their own, given back with the block.
+        trim_bytes: A free top larger than this is given back, all but `pad_bytes` of it.
+        pad_bytes: What the heap grows by beyond a request.
+        allocated: Bytes of blocks in use.
+        held: Bytes resident now.
+        highest: The most that `held` was.
+    """
+
+    mmap_bytes: int = 2**30
+    trim_bytes: int = 2**31 - 1
+    pad_bytes: int = 64 * MIB
+    objects: tuple[int, ...] = OBJECTS
+    allocated: int = 0
+    held: int = 0
+    highest: int = 0
+    _mapped: int = 0
+    _top: int = 0  # where the top chunk begins
+    _touched: int = 0  # up to where pages were written
+    _end: int = 0  # of the heap's address space
+    _sizes: list[tuple[int, int]] = field(default_factory=list)
+    _starts: dict[int, int] = field(default_factory=dict)
+    _ends: dict[int, int] = field(default_factory=dict)
+    _aside: dict[int, list[int]] = field(default_factory=dict)
+
+    def take(self, size: int) -> tuple[int, int, int, tuple[tuple[int, int], ...]]:
+        """(start, chunk, size, its objects) of a block; a mapped one starts at -1."""
+        self.allocated += size
+        start, chunk = self._aligned(size)
+        objects = tuple(self._plain(own) for own in self.objects)
+        self._count()
+        return start, chunk, size, objects
+
+    def give(self, block: object) -> None:
+        """Free a block."""
+        assert isinstance(block, tuple)
+        start, chunk, size, objects = block
+        self.allocated -= size
+        if start < 0:
+            self._mapped -= chunk
+        else:
+            self._free(start, chunk)
+        for own in objects:
+            self._free(*own)
+        if self._end - self._top > self.trim_bytes:
+            self._end = -(-(self._top + self.pad_bytes) // PAGE) * PAGE
+            self._touched = min(self._touched, self._end)
+        self._count()
+
+    def _aligned(self, size: int) -> tuple[int, int]:
+        """As `posix_memalign` takes it."""
+        chunk = _chunk(size)
+        # Room for the alignment is asked for as well; what it does not need is free again.
+        wanted = _chunk(chunk + ALIGNMENT + LEAST)
+        if wanted >= self.mmap_bytes:
+            chunk = -(-(size + HEADER + ALIGNMENT) // PAGE) * PAGE
+            self._mapped += chunk
+            return -1, chunk
+        start, whole = self._found(wanted)
+        aligned = -(-(start + HEADER) // ALIGNMENT) * ALIGNMENT - HEADER
+        if aligned != start and aligned - start < LEAST:
+            aligned += ALIGNMENT
+        if aligned > start:
+            self._free(start, aligned - start)
+        rest = start + whole - aligned - chunk
+        if rest >= LEAST:
+            self._free(aligned + chunk, rest)
+        else:
+            chunk += rest
+        return aligned, chunk
+
+    def _plain(self, chunk: int) -> tuple[int, int]:
+        """As `malloc` takes a small chunk."""
+        if own := self._aside.get(chunk):
+            return own.pop(), chunk
+        start, whole = self._found(chunk)
+        if whole - chunk >= LEAST:
+            self._put(start + chunk, whole - chunk)
+            whole = chunk
+        return start, whole
+
+    def _found(self, wanted: int) -> tuple[int, int]:
+        """The smallest free chunk that holds so much, or a piece of the top."""
+        place = bisect.bisect_left(self._sizes, (wanted,))
+        if place < len(self._sizes):
+            whole, start = self._sizes[place]
+            self._drop(start, whole)
+            return start, whole
+        start = self._top
+        self._top += wanted
+        self._touched = max(self._touched, self._top)
+        if self._top > self._end:
+            self._end = self._top + self.pad_bytes
+        return start, wanted
+
+    def _count(self) -> None:
+        self.held = self._touched + self._mapped
+        self.highest = max(self.highest, self.held)
+
+    def _free(self, start: int, size: int) -> None:
+        if size <= SET_ASIDE:
+            own = self._aside.setdefault(size, [])
+            if len(own) < OF_EACH:
+                own.append(start)
+                return
+        self._put(start, size)
+
+    def _put(self, start: int, size: int) -> None:
+        """A free chunk, joined with free neighbours and with the top."""
+        if (before := self._ends.get(start)) is not None:
+            own = self._starts[before]
+            self._drop(before, own)
+            start, size = before, size + own
+        if (own := self._starts.get(start + size, 0)) > 0:
+            self._drop(start + size, own)
+            size += own
+        if start + size == self._top:
+            self._top = start
+            return
+        self._starts[start], self._ends[start + size] = size, start
+        bisect.insort(self._sizes, (size, start))
+
+    def _drop(self, start: int, size: int) -> None:
+        del self._starts[start], self._ends[start + size]
+        del self._sizes[bisect.bisect_left(self._sizes, (size, start))]
+
+
+def _chunk(size: int) -> int:
+    """Bytes of malloc's chunk for a request."""
+    return max(LEAST, -(-(size + 8) // HEADER) * HEADER)
+
+
+@dataclass(frozen=True)
+class Held:
+    """What an allocator held over a timeline.
+
+    Attributes:
+        peak: The most.
+        at: Index of the event where that was first.
+        allocated: Bytes in use then.
+        most_allocated: The most in use at any time.
+    """
+
+    peak: int
+    at: int
+    allocated: int
+    most_allocated: int
+
+
+def replay(allocator: Allocator, events: Iterable[tuple[int, bool, int]]) -> tuple[Held, list[int]]:
+    """Feed an allocator births and deaths.
+
+    Args:
+        allocator: New, or after what came before.
+        events: (number of the block, whether it is born, bytes), in order.
+
+    Returns:
+        The peak, and what was held after each event.
+    """
+    blocks: dict[int, object] = {}
+    course: list[int] = []
+    peak, at, there, most = -1, 0, 0, 0
+    for place, (number, born, size) in enumerate(events):
+        if born:
+            blocks[number] = allocator.take(size)
+        else:
+            allocator.give(blocks.pop(number))
+        course.append(allocator.held)
+        most = max(most, allocator.allocated)
+        if allocator.held > peak:
+            peak, at, there = allocator.held, place, allocator.allocated
+    return Held(peak, at, there, most), course

@@ -1,0 +1,204 @@
+"""The verb `plan`: a recipe and a device in, the prediction out, with what would make it fit."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from lighten.devices import Device
+from lighten.errors import UserError
+from lighten.hardware import processor_name
+from lighten.models import describe
+from lighten.models.load import load_tokenizer, locate
+from lighten.plan import calibration
+from lighten.plan.changes import Planner, cheapest
+from lighten.plan.result import Change, Plan
+from lighten.plan.trace import plan_recipe
+from lighten.recipe import Recipe
+from lighten.train.prepare import Rows, load_rows, new_tokens
+
+# A larger data file is not read for a plan alone; its rows are then taken to be max_length long.
+LARGEST_DATA_BYTES = 32 * 2**20
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+
+
+def plan(
+    recipe: Recipe,
+    device: Device,
+    *,
+    rows: Rows | None = None,
+    read_data: bool = True,
+    calibrate: bool = True,
+    changes: bool = True,
+) -> Plan:
+    """Predict memory and time of a recipe on a device.
+
+    Args:
+        recipe: What would be trained; without a dataset its rows are taken to be `max_length` long.
+        device: Where.
+        rows: The encoded data, if it is at hand.
+        read_data: Read and encode the recipe's data where that is quick.
+        calibrate: Correct by what earlier runs on this machine measured.
+        changes: Where it does not surely fit, look for what would.
+
+    Raises:
+        UserError: The model cannot be described, or the recipe does not fit it.
+    """
+    notes: list[str] = []
+    if rows is None and read_data:
+        rows = read_rows(recipe, notes)
+    lengths = lengths_of(rows)
+    planner = planner_for(device, rows, calibrate=calibrate)
+    made = planner(recipe)
+    steps = steps_of(recipe, lengths)
+    made = replace(
+        made, steps=steps, run_seconds=run_seconds(recipe, made, steps, lengths),
+        notes=(*made.notes, *notes),
+    )  # fmt: skip
+    if changes and made.capacity is not None and made.fits() is not True:
+        made = replace(made, changes=cheapest(recipe, made, planner))
+    return made
+
+
+def planner_for(device: Device, rows: Rows | None = None, *, calibrate: bool = True) -> Planner:
+    """What plans recipes for one device and data.
+
+    Args:
+        device: Where.
+        rows: The encoded data; a recipe's own `max_length` cuts its rows further. Without it rows
+            have `max_length` tokens, all of them supervised, which is the most.
+        calibrate: Correct by what earlier runs on this machine measured.
+    """
+    lengths = lengths_of(rows)
+    supervised = supervised_share(rows)
+    machine = here(device) if calibrate else None
+    known = calibration.pairs() if machine else []
+
+    def planner(recipe: Recipe) -> Plan:
+        cut = None if lengths is None else [min(own, recipe.max_length) for own in lengths]
+        made = plan_recipe(recipe, device, rows_tokens=cut, supervised=supervised)
+        return calibration.corrected(made, machine, known) if machine else made
+
+    return planner
+
+
+def changes_of(
+    recipe: Recipe, device: Device, made: Plan, rows: Rows | None = None
+) -> tuple[Change, ...]:
+    """What would need less than a plan that is made already, the cheapest first."""
+    return cheapest(recipe, made, planner_for(device, rows))
+
+
+def lengths_of(rows: Rows | None) -> list[int] | None:
+    """Tokens of each row; None where there is no data."""
+    return None if rows is None else [len(row.input_ids) for row in rows.train.rows]
+
+
+def supervised_share(rows: Rows | None) -> float:
+    """Share of the data's tokens that are supervised; all of them where there is no data."""
+    if rows is None or not rows.train.counts.tokens:
+        return 1.0
+    return rows.train.counts.supervised_tokens / rows.train.counts.tokens
+
+
+def steps_of(recipe: Recipe, lengths: Sequence[int] | None) -> int | None:
+    """Optimiser steps of the run; None where neither data nor recipe says.
+
+    Args:
+        recipe: What would be trained.
+        lengths: Tokens of each row of the data.
+    """
+    if recipe.max_steps is not None:
+        return recipe.max_steps
+    if lengths is None:
+        return None
+    return math.ceil(recipe.num_train_epochs * math.ceil(len(lengths) / _rows_per_step(recipe)))
+
+
+def _rows_per_step(recipe: Recipe) -> int:
+    """Of one adapter, over all ranks of the launch that this process belongs to."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    return recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps * ranks
+
+
+def run_seconds(
+    recipe: Recipe, made: Plan, steps: int | None, lengths: Sequence[int] | None
+) -> float | None:
+    """Seconds of all steps: the planned step is the largest, others take less by their tokens."""
+    if made.time is None or steps is None or not made.step_tokens:
+        return None
+    per_token = made.time.seconds / made.step_tokens
+    if lengths is None:
+        return made.time.seconds * steps
+    mean = sum(min(own, recipe.max_length) for own in lengths) / len(lengths)
+    rows = min(_rows_per_step(recipe), len(lengths)) * len(recipe.cohort())
+    return per_token * mean * rows * steps
+
+
+def layers_of(recipe: Recipe) -> int:
+    """Decoder layers of a recipe's base."""
+    return describe(
+        recipe.model_name_or_path, revision=recipe.revision,
+        trust_remote_code=recipe.trust_remote_code,
+    ).layers  # fmt: skip
+
+
+def positions_of(recipe: Recipe) -> int | None:
+    """Positions that a recipe's base was made for, if it says so."""
+    return describe(
+        recipe.model_name_or_path, revision=recipe.revision,
+        trust_remote_code=recipe.trust_remote_code,
+    ).context_length  # fmt: skip
+
+
+def parameters_of(model: str) -> int | None:
+    """Parameters of a model by its name; None where it cannot be described."""
+    try:
+        return describe(model).total_parameters
+    except UserError:
+        return None
+
+
+def here(device: Device) -> str | None:
+    """This machine's name in the calibration file; None for a device that is elsewhere."""
+    if device.name == "cpu":
+        return f"cpu: {processor_name()}, {torch.get_num_threads()} threads"
+    return f"cuda: {device.label}" if device.name == "cuda" else None
+
+
+def read_rows(recipe: Recipe, notes: list[str]) -> Rows | None:
+    """The recipe's data, encoded, where that is quick and downloads nothing."""
+    longest = f"every row is taken to have max_length, {recipe.max_length} tokens"
+    if not recipe.dataset:
+        notes.append(f"no data set is given: {longest}")
+        return None
+    if (size := _size(Path(recipe.dataset.partition("#")[0]))) > LARGEST_DATA_BYTES:
+        notes.append(f"the data's {size / 1e6:,.0f} MB are not read for a plan: {longest}")
+        return None
+    source, path = locate(
+        recipe.model_name_or_path, revision=recipe.revision, weights=False,
+        code=recipe.trust_remote_code,
+    )  # fmt: skip
+    if source == "hub" and not any((path / name).is_file() for name in TOKENIZERS):
+        notes.append(f"the model's tokenizer is not on this machine: {longest}")
+        return None
+    try:
+        tokenizer = load_tokenizer(
+            recipe.model_name_or_path, revision=recipe.revision,
+            trust_remote_code=recipe.trust_remote_code,
+        )  # fmt: skip
+        new_tokens(tokenizer, recipe.added_tokens)
+        return load_rows(recipe, tokenizer)
+    except UserError as error:
+        notes.append(f"the data cannot be encoded ({error}): {longest}")
+        return None
+
+
+def _size(path: Path) -> int:
+    files = [path] if path.is_file() else [own for own in path.rglob("*") if own.is_file()]
+    return sum(own.stat().st_size for own in files)

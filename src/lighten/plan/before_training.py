@@ -1,0 +1,110 @@
+"""The plan that every training makes first, and what it leaves for later plans.
+
+A plan never breaks a run: whatever goes wrong with it is one line, and the run goes on. Only where
+it surely does not fit is the run refused.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Callable, Sequence
+
+from lighten import devices
+from lighten.devices import Device
+from lighten.errors import UserError
+from lighten.plan import asked, calibration, words
+from lighten.plan.result import Plan
+from lighten.recipe import Recipe
+from lighten.runs import Run
+from lighten.train.prediction import Prediction
+from lighten.train.prepare import Rows
+
+MOST_ADVICE = 3
+
+
+def predict(recipe: Recipe, *, force: bool = False) -> Prediction | None:
+    """Plan a run on this machine's device.
+
+    Args:
+        recipe: What will be trained.
+        force: Say that it does not fit, and go on.
+
+    Returns:
+        The plan as training takes it; None on a rank that is not the first.
+
+    Raises:
+        UserError: It surely does not fit.
+    """
+    if int(os.environ.get("RANK", "0")) > 0:
+        return None
+    try:
+        device = devices.named()
+        notes: list[str] = []
+        rows = asked.read_rows(recipe, notes)
+        plan = asked.plan(recipe, device, rows=rows, read_data=False, changes=False)
+    except Exception as error:  # whatever it is: the run does not depend on its plan
+        return Prediction([f"no plan: {_first_line(error)}"])
+    lines = words.lines(plan)
+    if plan.fits() is False:
+        if not force:
+            raise UserError(_refusal(plan, _advice(recipe, device, plan, rows)()))
+        lines.append("it does not fit by this plan; going on, as --force says")
+    return Prediction(lines, plan.to_dict(), rows, _advice(recipe, device, plan, rows))
+
+
+def remember(run: Run) -> None:
+    """Add what was predicted and measured to this machine's calibration file, quietly."""
+    info, plan = run.info(), run.plan()
+    pair = info.get("prediction")
+    if plan is None or pair is None or info.get("status") != "finished" or info.get("retries"):
+        return  # a run that went on with smaller micro-batches is not what was planned
+    try:
+        machine = asked.here(devices.named())
+        uncorrected = plan.get("traced") or {}
+        calibration.add(
+            {
+                "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                "device": machine,
+                "model": plan["model"],
+                "method": plan["method"],
+                "shape": plan["shape"],
+                "memory": _against(uncorrected.get("expected"), pair.get("memory")),
+                "step_seconds": _against(uncorrected.get("seconds"), pair.get("step_seconds")),
+            }
+        )
+    except (UserError, OSError, KeyError) as error:
+        run.update(calibration=f"not kept: {_first_line(error)}")
+
+
+def _against(traced: float | None, pair: dict[str, float] | None) -> dict[str, float] | None:
+    """Measured beside what the trace alone said: a correction must not feed on itself."""
+    if pair is None:
+        return None
+    return {"predicted": pair["predicted"] if traced is None else traced,
+            "measured": pair["measured"]}  # fmt: skip
+
+
+def _advice(
+    recipe: Recipe, device: Device, plan: Plan, rows: Rows | None
+) -> Callable[[], Sequence[str]]:
+    def told() -> list[str]:
+        try:
+            found = asked.changes_of(recipe, device, plan, rows)
+        except Exception as error:  # memory may be short just now
+            return [f"what would need less cannot be planned here: {_first_line(error)}"]
+        return [words.change(own) for own in found[:MOST_ADVICE]]
+
+    return told
+
+
+def _refusal(plan: Plan, advice: Sequence[str]) -> str:
+    mend = "".join(f"\n  - {line}" for line in advice)
+    return f"{words.verdict(plan)}; --force trains all the same" + (
+        f", and these would need less:{mend}" if advice else ""
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

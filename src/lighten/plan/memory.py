@@ -1,0 +1,164 @@
+"""From the traced timeline to what a device must offer: the peak by part.
+
+On a processor that is the resident set above what the process held before the model was loaded: the
+timeline through glibc's heap, with the code and tables that load beside the weights. On a CUDA
+device it is what PyTorch's caching allocator reserves, and the driver's own context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lighten.models.load import weight_files
+from lighten.plan.allocators import CachingAllocator, Heap, replay
+from lighten.plan.follow import Timeline
+from lighten.plan.result import PARTS, Memory, MemoryPart
+
+MIB = 2**20
+# What loads with a model and stays, beside its weights: the architecture's module, tokenizers,
+# kernels that oneDNN compiles, the interpreter's and autograd's own objects. Measured with a model
+# of next to no weights (benchmarks/plan_accuracy.py, torch 2.13, x86-64).
+CONTEXT_BYTES = 45 * MIB
+# A tokenizer in memory, by its file: vocabulary and merges as hash tables.
+TOKENIZER_FACTOR = 4.0
+# The driver's context and kernels of a CUDA process with lazy loading: 426 MiB on an RTX 6000 Ada
+# with PyTorch 2.10 (github.com/unslothai/unsloth-zoo/pull/1053), "around 400MB" in general
+# (github.com/pytorch/pytorch/issues/109888).
+CUDA_CONTEXT_BYTES = 426 * MIB
+# cuBLAS's workspace, taken from the caching allocator at the first product: `:4096:2:16:8`, and
+# 32 MiB from compute capability 9.0 on (aten/src/ATen/cuda/CublasHandlePool.cpp).
+CUBLAS_BYTES, CUBLAS_BYTES_90 = 2 * 4096 * 1024 + 8 * 16 * 1024, 32 * MIB
+# After a quantised base was loaded, glibc's thresholds are lower (models/quantized.py).
+QUANTIZED_HEAP = {"mmap_bytes": 32 * MIB, "trim_bytes": 64 * MIB}
+# How far predictions were from measurements at most, and what is allowed beyond that domain.
+WITHIN, BEYOND = 0.08, 0.25
+
+LASTING = PARTS[:5]
+PHASES = {"check": "forward"}
+
+
+@dataclass(frozen=True)
+class Loading:
+    """What loading a base takes.
+
+    Attributes:
+        files: Bytes of weight files that are mapped and read meanwhile.
+        copies: Bytes of further copies that are alive meanwhile.
+        tokenizer: Bytes of the tokenizer's file.
+    """
+
+    files: int = 0
+    copies: int = 0
+    tokenizer: int = 0
+
+
+def loading_of(source: str, path: Path, weights: int, largest: int, converts: bool) -> Loading:
+    """What loading takes for a base from that place.
+
+    Args:
+        source: `packaged`, `folder`, `hub` or `gguf`.
+        path: Its folder or file.
+        weights: Bytes of the base once it is there.
+        largest: Bytes of its largest weight.
+        converts: Whether the weights change their format on the way; else files are mapped and
+            become the weights.
+    """
+    files = weight_files(path)
+    size = sum(file.stat().st_size for file in files)
+    tokenizer = path / "tokenizer.json"
+    known = tokenizer.stat().st_size if tokenizer.is_file() else 0
+    if source == "gguf":
+        # Its weights in float32, the model read into, and the plain model they are copied to.
+        return Loading(size, weights + largest, size // 20)
+    if not files:
+        return Loading(weights if converts else 0, 0, known)
+    return Loading(size if converts else 0, largest if converts else 0, known)
+
+
+def processor_memory(
+    timeline: Timeline, loading: Loading, *, quantized: bool, lanes: int = 1, margin: float
+) -> Memory:
+    """The peak resident set.
+
+    Args:
+        timeline: Of the whole model.
+        loading: What loading takes.
+        quantized: Whether the base is stored in fewer bits.
+        lanes: Micro-batches that are computed side by side.
+        margin: Share of the peak that it may be off by.
+    """
+    context = CONTEXT_BYTES + int(TOKENIZER_FACTOR * loading.tokenizer)
+    held, _ = replay(Heap(**(QUANTIZED_HEAP if quantized else {})), numbered(timeline))
+    parts = timeline.alive_at(held.at)
+    parts = _in_lanes(parts, lanes)
+    overhead = int((held.peak - held.allocated) * lanes)
+    step = sum(parts.values()) + overhead + context
+    weights = {name: parts.get(name, 0) for name in ("base weights", "quantisation constants")}
+    load = sum(weights.values()) + loading.files + loading.copies + context
+    when = timeline.runs[timeline.events[held.at].run].phase
+    if load > step:
+        parts, overhead, when = (
+            {**weights, "temporary buffers": loading.files + loading.copies},
+            0,
+            "loading",
+        )
+    parts = {**parts, "allocator overhead": overhead, "device context": context}
+    return _memory(timeline, parts, PHASES.get(when, when), margin, None)
+
+
+def cuda_memory(timeline: Timeline, *, capability: tuple[int, int] | None, margin: float) -> Memory:
+    """What a CUDA process takes of its device.
+
+    Args:
+        timeline: Of the whole model.
+        capability: Compute capability of the device, if known.
+        margin: Share of the peak that it may be off by.
+    """
+    allocator = CachingAllocator()
+    workspace = CUBLAS_BYTES_90 if (capability or (0, 0)) >= (9, 0) else CUBLAS_BYTES
+    allocator.take(workspace)
+    held, _ = replay(allocator, numbered(timeline))
+    live = timeline.live()
+    at = max(range(len(live)), key=live.__getitem__)
+    parts = timeline.alive_at(at)
+    parts["temporary buffers"] = parts.get("temporary buffers", 0) + workspace
+    parts = {
+        **parts,
+        "allocator overhead": held.peak - sum(parts.values()),
+        "device context": CUDA_CONTEXT_BYTES,
+    }
+    when = timeline.runs[timeline.events[at].run].phase
+    return _memory(timeline, parts, PHASES.get(when, when), margin, held.most_allocated)
+
+
+def numbered(timeline: Timeline) -> list[tuple[int, bool, int]]:
+    """The timeline as an allocator is fed it."""
+    return [(id(event.block), event.born, event.block.bytes) for event in timeline.events]
+
+
+def _in_lanes(parts: Mapping[str, int], lanes: int) -> dict[str, int]:
+    """Activations and temporaries once per lane."""
+    each = ("activations", "logits", "temporary")
+    return {name: size * lanes if name.startswith(each) else size for name, size in parts.items()}
+
+
+def lasting_bytes(timeline: Timeline) -> int:
+    """The most that weights, adapters, gradients and optimiser state take together."""
+    now = most = 0
+    for event in timeline.events:
+        if event.block.part in LASTING:
+            now += event.block.bytes if event.born else -event.block.bytes
+            most = max(most, now)
+    return most
+
+
+def _memory(
+    timeline: Timeline, parts: Mapping[str, int], when: str, margin: float, allocated: int | None
+) -> Memory:
+    made = tuple(MemoryPart(name, max(0, parts.get(name, 0))) for name in PARTS)
+    expected = sum(part.bytes for part in made)
+    # What is there in any case is no matter of prediction.
+    low = max(lasting_bytes(timeline), int(expected * (1 - margin)))
+    return Memory(made, min(low, expected), expected, int(expected * (1 + margin)), when, allocated)

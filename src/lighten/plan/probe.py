@@ -1,0 +1,242 @@
+"""`lighten plan --probe`: one true step of the planned shape, with random weights, compared.
+
+The step is made in a process of its own, so that what it measures is its own and running out of
+memory costs nothing else. Nothing is downloaded but the configuration. What is random does not
+matter to memory or time, only shapes do; that nothing is skipped is seen to by the engine itself,
+which refuses a step without gradient.
+
+    python -m lighten.plan.probe < request.json
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lighten.devices import Device
+from lighten.errors import UserError
+from lighten.plan.result import Plan
+from lighten.recipe import Recipe
+
+if TYPE_CHECKING:
+    from lighten.train.prepare import Rows
+
+# Steps: the first one warms up, the last one is timed.
+STEPS = 3
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What a step of the planned shape took.
+
+    Attributes:
+        peak_bytes: In the plan's sense; None where memory ran out.
+        allocated_bytes: On a GPU, of the allocator's blocks alone.
+        step_seconds: Of the last step; None where memory ran out.
+        predicted_bytes: By the plan.
+        predicted_seconds: By the plan.
+        error: What was said where memory ran out.
+    """
+
+    peak_bytes: int | None
+    allocated_bytes: int | None
+    step_seconds: float | None
+    predicted_bytes: int
+    predicted_seconds: float | None
+    error: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+def probe(recipe: Recipe, plan: Plan, device: Device, rows: Rows | None = None) -> Probed:
+    """Make the planned step in a process of its own.
+
+    Args:
+        recipe: As planned.
+        plan: Its plan.
+        device: This machine's.
+        rows: The encoded data that the plan took, for its lengths.
+
+    Raises:
+        UserError: The device is not of this machine, or the process failed in another way.
+    """
+    from lighten.plan.asked import lengths_of, supervised_share
+
+    if device.name not in ("cpu", "cuda"):
+        raise UserError(
+            f"--probe runs the step here, and {device.name} is elsewhere; leave --device out"
+        )
+    asked = {
+        "recipe": recipe.completed(), "kind": device.kind, "lengths": lengths_of(rows),
+        "supervised": supervised_share(rows),
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "lighten.plan.probe"], input=json.dumps(asked),
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    time_s = None if plan.time is None else plan.time.seconds
+    lines = done.stdout.strip().splitlines()
+    found = json.loads(lines[-1]) if done.returncode == 0 and lines else None
+    if found is None:
+        said = _last_line(done.stderr)
+        # The kernel ends a process by signal 9 where memory is short.
+        if done.returncode != -9 and not found_short(said):
+            raise UserError(f"the probe failed: {said}")
+        return Probed(None, None, None, plan.memory.expected, time_s, said or "killed")
+    context = sum(p.bytes for p in plan.memory.parts if p.name == "device context")
+    on_gpu = "reserved_bytes" in found["memory"]
+    peak = found["memory"]["reserved_bytes"] + context if on_gpu else found["memory"]["peak_bytes"]
+    return Probed(
+        peak, found["memory"]["peak_bytes"] if on_gpu else None, found["seconds"],
+        plan.memory.expected, time_s,
+    )  # fmt: skip
+
+
+def found_short(said: str) -> bool:
+    """Whether an error's last line says that memory ran out."""
+    from lighten.train.short_memory import ran_out
+
+    return "MemoryError" in said or ran_out(RuntimeError(said))
+
+
+def _last_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[-1] if lines else ""
+
+
+def measure(
+    recipe: Recipe, kind: str, lengths: Sequence[int] | None, supervised: float = 1.0
+) -> dict[str, Any]:
+    """Make the step here and now: peak memory, and seconds of the last of a few steps.
+
+    Args:
+        recipe: Any; its data is not read.
+        kind: `cpu` or `cuda`.
+        lengths: Tokens of each row; None: all have `max_length`.
+        supervised: Share of each row's tokens that are supervised.
+    """
+    from accelerate import Accelerator
+
+    from lighten.data.batches import collate
+    from lighten.hardware import PeakMemory
+    from lighten.plan.steps import largest_step
+    from lighten.train import allocator
+    from lighten.train.prepare import prepare
+    from lighten.train.step import shares_of, train_step
+
+    allocator.keep_pages(kind)
+    accelerator = Accelerator(cpu=kind == "cpu")
+    memory = PeakMemory(kind)
+    base = random_base(recipe, str(accelerator.device))
+    # How many rows there are decides nothing here but the number of steps, which are not made.
+    setup = prepare(recipe, accelerator, base, _rows(lengths or [recipe.max_length], supervised))
+    cut, of_rows = largest_step(setup, lengths)
+    rows = _rows(of_rows, supervised).train.rows
+    names = [member.name for member in setup.members]
+
+    def batches() -> list[Any]:
+        return [
+            collate(part, rows, names, packed=setup.objective.packs,
+                    device=accelerator.device)
+            for part in cut
+        ]  # fmt: skip
+
+    first = batches()[0]
+    shares = tuple(replace(share, dropout_keys=None) for share in shares_of(first))
+    setup.objective.verify(first, shares)
+    seconds = 0.0
+    for _ in range(STEPS):
+        began = time.perf_counter()
+        train_step(batches(), setup.members, setup.objective, accelerator, setup.scaler)
+        if kind == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
+    return {"memory": memory.read(), "seconds": seconds}
+
+
+def random_base(recipe: Recipe, device: str) -> Any:
+    """The base of a recipe with random weights in the formats that loading gives them.
+
+    Each layer is filled, and quantised where it will be, one after another: memory that is not
+    written to is not taken, so no more than one layer is dense beside the result, as in loading.
+    """
+    import torch
+    from torch import nn
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+    from transformers.pytorch_utils import Conv1D
+
+    from lighten import models
+    from lighten.hardware import choose_dtype
+    from lighten.models import quantized
+    from lighten.models.load import set_attention
+    from lighten.plan.build import config_of
+
+    config = config_of(recipe)[0]
+    dtype = choose_dtype(recipe.compute_dtype, device)
+    compute: torch.dtype = getattr(torch, dtype.value)
+    whole = recipe.method == "full" and recipe.last_layers is None
+    storage = quantized.choose(
+        recipe.load_in_4bit, recipe.load_in_8bit,
+        recipe.bnb_4bit_quant_type, recipe.bnb_4bit_use_double_quant,
+    )  # fmt: skip
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32 if whole else compute,
+            trust_remote_code=recipe.trust_remote_code,
+        )  # fmt: skip
+    head = model.get_output_embeddings()
+    with quantized.temporaries_given_back() if storage else nullcontext(), torch.no_grad():
+        for path, module in list(model.named_modules()):
+            for parameter in module.parameters(recurse=False):
+                # Small enough to stay finite through any depth, and never zero.
+                parameter.normal_(std=0.02) if parameter.dim() > 1 else parameter.fill_(0.5)
+            linear = type(module) in (nn.Linear, Conv1D) and module is not head
+            if storage is not None and linear:
+                made = quantized._quantised(module, storage, compute, device)
+                model.set_submodule(path, made)
+    model.requires_grad_(False)
+    return models.Base(
+        model=model.to(device).eval(), tokenizer=None, name=recipe.model_name_or_path,
+        source="folder", path=Path(), revision=None, checksum=None, file_bytes=None, dtype=dtype,
+        attention=set_attention(model, recipe.attn_implementation, device),
+        quantization=quantized.explain(model, storage),
+    )  # fmt: skip
+
+
+def _rows(lengths: Sequence[int], supervised: float) -> Rows:
+    """Rows of the given lengths, with that share of their tokens supervised."""
+    from lighten.data import Encoded, TemplateChoice
+    from lighten.data.encode import EncodingCounts
+    from lighten.plan.steps import row_of
+    from lighten.train.prepare import Rows
+
+    counts = EncodingCounts(rows=len(lengths), tokens=sum(lengths))
+    rows: Any = [row_of(length, supervised) for length in lengths]
+    return Rows(Encoded(rows, counts), None, TemplateChoice("", "", ""), {})
+
+
+def main() -> None:
+    """Read a request from standard input, make the step, print what it took."""
+    asked = json.load(sys.stdin)
+    with tempfile.TemporaryDirectory(prefix="lighten-probe-") as scratch:
+        # Offloaded activations would go into the run's folder, and compiling takes longer than all.
+        own = {"output_dir": scratch, "torch_compile": False}
+        recipe = Recipe.model_validate({**asked.pop("recipe"), **own})
+        print(json.dumps(measure(recipe, **asked)))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""How long the traced operations take: by rates measured here, or by a device's datasheet.
+
+Here, each kind of operation is timed once per format and class of size, with the very arguments
+that the trace saw, and the rate is kept in the user's cache folder. A datasheet knows only two
+rates; what is made of them is said where it is shown.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+from lighten import runs
+from lighten.hardware import processor_name, versions
+from lighten.models.names import cache_folder
+from lighten.plan.work import Shaped, Work
+
+# An operation larger than this is not timed: its rate is that of the largest timed of its kind.
+MOST_FLOPS, MOST_BYTES = 8e9, 256 * 2**20
+BUDGET_S, MOST_REPEATS = 0.03, 5
+# What the interpreter, modules and autograd add to an operation of a step, beside the operation's
+# own dispatch, which is timed with it (benchmarks/plan_accuracy.py).
+INTERPRETER_S = 6e-6
+# Of a datasheet's rates, what training steps reach; NVIDIA's own figures for large products are
+# higher, those of memory-bound kernels lower. Launches cost as much on every card.
+REACHED_FLOPS, REACHED_BANDWIDTH, LAUNCH_S = 0.5, 0.7, 8e-6
+
+
+class Rates(Protocol):
+    """Seconds of operations."""
+
+    source: str
+    spread: float
+
+    def seconds(self, work: Iterable[Work]) -> float:
+        """Of all of them, one after the other."""
+
+
+class Datasheet:
+    """A device by its listed rates.
+
+    Args:
+        name: Of the device.
+        flops: By format.
+        bandwidth: Bytes per second.
+    """
+
+    spread = 2.0
+
+    def __init__(self, name: str, flops: Mapping[str, float], bandwidth: float) -> None:
+        self.flops, self.bandwidth = flops, bandwidth
+        self.source = (
+            f"{name}'s datasheet, of which {REACHED_FLOPS:.0%} of the arithmetic and "
+            f"{REACHED_BANDWIDTH:.0%} of the bandwidth are taken to be reached: not measured"
+        )
+
+    def seconds(self, work: Iterable[Work]) -> float:
+        """The larger of arithmetic and memory for each operation, and its launch."""
+        return sum(self._one(own) for own in work)
+
+    def _one(self, own: Work) -> float:
+        rate = self.flops.get(str(own.dtype).removeprefix("torch."), min(self.flops.values()))
+        return LAUNCH_S + max(
+            own.flops / (rate * REACHED_FLOPS), own.bytes / (self.bandwidth * REACHED_BANDWIDTH)
+        )
+
+
+class Measured:
+    """This processor, each kind of operation timed when it is first met.
+
+    Args:
+        path: Where rates are kept; None: nowhere.
+    """
+
+    spread = 1.25
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
+        self.threads = torch.get_num_threads()
+        self.source = f"measured on this processor with {self.threads} thread(s)"
+        self._stamp = [processor_name(), self.threads, versions().get("torch")]
+        self._known: dict[str, float] = self._read()
+        self._fresh = False
+
+    @classmethod
+    def cached(cls) -> Measured:
+        """With the rates of earlier plans."""
+        return cls(cache_folder() / "rates.json")
+
+    def seconds(self, work: Iterable[Work]) -> float:
+        """The sum of their times and of the interpreter's."""
+        total = 0.0
+        for own, times in Counter(work).items():
+            total += times * (self._one(own) + INTERPRETER_S)
+        if self._fresh and self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            runs.write_json(self.path, {"of": self._stamp, "rates": self._known})
+            self._fresh = False
+        return total
+
+    def _one(self, own: Work) -> float:
+        amount = own.flops or own.bytes
+        key = _class_of(own)
+        if key not in self._known:
+            large = own.flops > MOST_FLOPS or own.bytes > MOST_BYTES
+            found = self._largest(own) if large else None
+            if found is None:
+                found = _rate(_smaller(own) if large else own)
+                self._fresh = True
+            self._known[key] = found
+        return self._known[key] * amount
+
+    def _largest(self, own: Work) -> float | None:
+        """Seconds per unit of the largest timed of the same kind."""
+        kind = key_of(own)
+        alike = [key for key in self._known if key.startswith(f"{kind}|")]
+        return None if not alike or own.flops else self._known[max(alike, key=_size_in)]
+
+    def _read(self) -> dict[str, float]:
+        if self.path is None:
+            return {}
+        try:
+            found = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        same = isinstance(found, dict) and found.get("of") == self._stamp
+        return dict(found["rates"]) if same else {}
+
+
+def key_of(own: Work) -> str:
+    """The kind of an operation: what it is and in which format."""
+    return f"{own.name}|{str(own.dtype).removeprefix('torch.')}"
+
+
+def _class_of(own: Work) -> str:
+    """Kind and size: a product's three sizes, another's bytes, in steps of √2 and 2."""
+    if own.flops:
+        sizes = "x".join(
+            str(round(2 * math.log2(max(1, n)))) for shape in own.sizes[-2:] for n in shape
+        )
+        return f"{key_of(own)}|{sizes}"
+    return f"{key_of(own)}|{round(math.log2(max(1, own.bytes)))}"
+
+
+def _size_in(key: str) -> int:
+    return int(key.rpartition("|")[2])
+
+
+def _rate(own: Work) -> float:
+    """Seconds per operation, or per byte where there are none."""
+    try:
+        return timed(own) / max(1, own.flops or own.bytes)
+    except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError):
+        # It does not work on numbers that mean nothing: taken to cost what a copy does.
+        return timed(_copy()) / MOST_BYTES
+
+
+def _copy() -> Work:
+    flat = Shaped((MOST_BYTES // 2,), (1,), torch.uint8)
+    clone = torch.ops.aten.clone.default
+    return Work("aten::clone", 0, MOST_BYTES, torch.uint8, clone, (flat,), {})
+
+
+def _smaller(own: Work) -> Work:
+    """A large operation with fewer rows: of a product its m, of any other a copy of its size."""
+    sizes = own.sizes[-2:]
+    aten = torch.ops.aten
+    if own.flops and len(sizes) == 2 and all(len(shape) == 2 for shape in sizes):
+        (m, k), n = sizes[0], sizes[1][1]
+        rows = max(16, int(m * MOST_FLOPS / own.flops))
+        a = Shaped((rows, k), (k, 1), own.dtype)
+        b = Shaped((k, n), (n, 1), own.dtype)
+        return Work("aten::mm", 2 * rows * k * n, 0, own.dtype, aten.mm.default, (a, b), {})
+    if own.flops:
+        a = Shaped((1024, 1024), (1024, 1), own.dtype)
+        return Work("aten::mm", 2 * 1024**3, 0, own.dtype, aten.mm.default, (a, a), {})
+    return _copy()
+
+
+@torch.no_grad()
+def timed(own: Work) -> float:
+    """Seconds of an operation on real tensors: the median of a few."""
+    args, kwargs = tree_map_only(Shaped, Shaped.made, (own.args, dict(own.kwargs)))
+    found: list[float] = []
+    began = time.perf_counter()
+    result: Any = own.func(*args, **kwargs)  # the first call makes its kernel
+    while len(found) < MOST_REPEATS and (not found or time.perf_counter() - began < BUDGET_S):
+        start = time.perf_counter()
+        result = own.func(*args, **kwargs)
+        found.append(time.perf_counter() - start)
+    del result
+    return sorted(found)[len(found) // 2]

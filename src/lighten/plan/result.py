@@ -1,0 +1,168 @@
+"""What a plan says: the peak memory by part, the time of a step, and whether it fits."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+# The layers of the stacked bar, bottom to top.
+PARTS = (
+    "base weights", "quantisation constants", "adapters", "gradients", "optimiser",
+    "activations: attention", "activations: linear", "activations: norms", "activations: other",
+    "logits and loss", "temporary buffers", "allocator overhead", "device context",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MemoryPart:
+    """One layer of the stacked bar at the moment of the peak.
+
+    Attributes:
+        name: One of `PARTS`, in that order.
+        bytes: What it holds.
+    """
+
+    name: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The peak of one device.
+
+    Attributes:
+        parts: The peak by part; they sum to `expected`.
+        low: Bytes that the peak surely reaches.
+        expected: Bytes predicted.
+        high: Bytes that the peak surely stays below, in the tested domain.
+        when: `forward`, `backward`, `loss`, `optimiser step` or `loading`.
+        allocated: CUDA's predicted `max_memory_allocated`; `expected` is then what the process
+            reserves, with the device's context. None on a CPU.
+    """
+
+    parts: tuple[MemoryPart, ...]
+    low: int
+    expected: int
+    high: int
+    when: str
+    allocated: int | None
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """The time of one optimiser step.
+
+    Attributes:
+        seconds: Predicted.
+        low: Seconds it surely takes.
+        high: Seconds it surely stays below, in the tested domain.
+        flops: Floating-point operations.
+        bytes_moved: Bytes read and written.
+        rates: Where the machine's rates come from.
+    """
+
+    seconds: float
+    low: float
+    high: float
+    flops: float
+    bytes_moved: float
+    rates: str
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The planned micro-batch.
+
+    Attributes:
+        rows: Examples side by side.
+        tokens_per_row: The longest of them, in tokens.
+        micro_batches: Micro-batches of an optimiser step.
+        lanes: Micro-batches computed at the same time.
+    """
+
+    rows: int
+    tokens_per_row: int
+    micro_batches: int
+    lanes: int = 1
+
+
+@dataclass(frozen=True)
+class Change:
+    """One way to need less memory, planned like the rest.
+
+    Attributes:
+        what: In words.
+        settings: The recipe's settings that make it.
+        saves_bytes: Of the expected peak; negative where it needs more.
+        slowdown: Seconds per step over those of the plan, 1 being equal; None where time is not
+            known.
+        fits: Whether it would fit.
+    """
+
+    what: str
+    settings: dict[str, Any]
+    saves_bytes: int
+    slowdown: float | None
+    fits: bool | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The prediction for a recipe on a device.
+
+    Attributes:
+        model: The base's name.
+        device: What it is planned for.
+        method: `lora`, `qlora`, `full` or `last_layers`, as the recipe has it.
+        shape: The micro-batch that decides the peak.
+        memory: The peak of the device.
+        time: The time of a step; None where no rate of the device is known.
+        capacity: Bytes that the device offers; None where that is not known.
+        host_bytes: Main memory needed.
+        disk_bytes: Space needed on disk.
+        download_bytes: What would be downloaded; None where that is not known.
+        choices: What was chosen and why.
+        outside: In what way the question is outside the tested domain.
+        step_tokens: Real tokens of the planned step, which is the largest of the run.
+        steps: Optimiser steps of the run; None where the data is not known.
+        run_seconds: Of all steps, each with its own tokens; None where time or data is not known.
+        notes: What a reader should know: assumptions, and corrections by runs on this machine.
+        changes: What would need less memory, the cheapest first; empty where none was looked for.
+        traced: `expected` bytes and `seconds` before runs on this machine corrected them; None
+            where nothing did.
+    """
+
+    model: str
+    device: str
+    method: str
+    shape: Shape
+    memory: Memory
+    time: StepTime | None
+    capacity: int | None
+    host_bytes: int
+    disk_bytes: int
+    download_bytes: int | None
+    choices: dict[str, str]
+    outside: tuple[str, ...]
+    step_tokens: int | None = None
+    steps: int | None = None
+    run_seconds: float | None = None
+    notes: tuple[str, ...] = ()
+    changes: tuple[Change, ...] = ()
+    traced: dict[str, float] | None = None
+
+    def fits(self) -> bool | None:
+        """Whether the device is large enough; None where the prediction cannot tell."""
+        if self.capacity is None or self.memory.low <= self.capacity < self.memory.high:
+            return None
+        return self.memory.high <= self.capacity
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON, with `fits` among them."""
+        return {**asdict(self), "fits": self.fits()}
+
+    def _repr_html_(self) -> str:
+        """The stacked bar, for notebooks."""
+        from lighten.report.planned import figure
+
+        return figure(self.to_dict(), styled=True)

@@ -1,0 +1,372 @@
+"""The engine's own steps on fake tensors.
+
+What runs here is what trains: `prepare` attaches what learns and makes the optimisers, the loss is
+first compared with the model's own, `train_step` makes two steps of up to two micro-batches (the
+second step has gradients, optimiser state and activations together). Only the weights are fake and
+the decoder layers that repeat are traced once (`repeat`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lighten import models
+from lighten.adapters.whole import decoder_layers
+from lighten.data import Encoded, TemplateChoice
+from lighten.data.batches import Item, MicroBatch, collate, layout, steps_of_epoch
+from lighten.data.encode import EncodingCounts
+from lighten.errors import UserError
+from lighten.hardware import Choice
+from lighten.models import attention, quantized
+from lighten.plan import repeat
+from lighten.plan.build import fake_base
+from lighten.plan.follow import Follow, Timeline
+from lighten.plan.result import Shape
+from lighten.recipe import Recipe
+from lighten.train.prepare import Rows, Setup, prepare
+from lighten.train.step import shares_of, train_step
+
+STEPS = 2
+# Tokens of a row at which its attention takes about as much memory as the rest of its layers.
+ATTENTION_IS_HALF = 2048
+MICRO_BATCHES = 2  # of each step; further ones find what the second found
+
+
+@dataclass(frozen=True)
+class _Row:
+    """An example that is all answer but its first token and the prompt."""
+
+    input_ids: list[int]
+    supervised: list[bool]
+
+
+class OneRank:
+    """What `prepare` and `train_step` ask of an accelerator, for one rank."""
+
+    num_processes, process_index = 1, 0
+    is_main_process = True
+
+    def __init__(self, kind: str = "cpu") -> None:
+        self.device = torch.device(kind)
+
+    def reduce(self, tensor: Tensor, reduction: str = "sum") -> Tensor:
+        """Of one rank: the tensor."""
+        del reduction
+        return tensor
+
+
+class _Marking(torch.amp.GradScaler):
+    """Tells the trace where the backward pass and the optimiser begin; scales nothing."""
+
+    def __init__(self, follow: Follow) -> None:
+        super().__init__("cpu", enabled=False)
+        self.follow, self.step_number, self.micro_batch = follow, 0, -1
+
+    def scale(self, outputs: Any) -> Any:
+        """The loss is there; the backward pass begins."""
+        self.follow.begin("backward", self.micro_batch, self.step_number)
+        return outputs
+
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        """All gradients are there."""
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self.follow.mark(parameter.grad, "gradients")
+        if self.follow.timeline.runs[-1].phase != "optimiser step":
+            self.follow.begin("optimiser step", self.micro_batch, self.step_number)
+
+    def next_batch(self, _module: nn.Module, _args: Any) -> None:
+        """A forward pre-hook of the backbone."""
+        if torch.is_grad_enabled():
+            self.micro_batch += 1
+            self.follow.begin("forward", self.micro_batch, self.step_number)
+
+    def backbone_done(self, _module: nn.Module, _args: Any, _out: Any) -> None:
+        """A forward hook of the backbone."""
+        if torch.is_grad_enabled():
+            self.follow.begin("loss", self.micro_batch, self.step_number)
+
+
+@dataclass
+class Traced:
+    """Steps that were followed.
+
+    Attributes:
+        timeline: Of the whole model.
+        setup: What was prepared.
+        batches: All micro-batches of the step, of which the first were traced.
+        lengths: Tokens of the rows that they count in.
+        first_run: The first pass of the timeline after loading.
+        weights: Bytes of the base's weights and constants.
+        largest: Bytes of its largest weight.
+    """
+
+    timeline: Timeline
+    setup: Setup
+    batches: list[list[Item]]
+    lengths: list[int]
+    first_run: int
+    weights: int
+    largest: int
+
+    def tokens(self, place: int) -> int:
+        """Tokens of a micro-batch, padding included."""
+        lengths = [self.lengths[item.row] for item in self.batches[place]]
+        return sum(lengths) if self.setup.objective.packs else len(lengths) * max(lengths)
+
+    @property
+    def step_tokens(self) -> int:
+        """Real tokens of the whole step."""
+        return sum(self.lengths[item.row] for part in self.batches for item in part)
+
+    def shape(self, lanes: int = 1) -> Shape:
+        """Of the largest micro-batch."""
+        longest = max(self.lengths[item.row] for item in self.batches[0])
+        return Shape(len(self.batches[0]), longest, len(self.batches), lanes)
+
+
+def largest_step(
+    setup: Setup, given: tuple[int, int] | Sequence[int] | None
+) -> tuple[list[list[Item]], list[int]]:
+    """The micro-batches of the step that decides the peak, and the lengths their items count in.
+
+    Args:
+        setup: Batch, accumulation, length, seeds, packing.
+        given: (examples of each adapter in a step, tokens of each), or the lengths of the data's
+            rows in a list, or None: every example is `max_length` long.
+    """
+    recipe, packed = setup.recipe, setup.objective.packs
+    names = [member.name for member in setup.members]
+
+    def cut(items: list[Item], lengths: Sequence[int]) -> list[list[Item]]:
+        return layout(
+            items, lengths, max_rows=recipe.per_device_train_batch_size,
+            max_tokens=setup.tokens_per_microbatch, packed=packed,
+        )  # fmt: skip
+
+    if given is None or isinstance(given, tuple):
+        rows, tokens = given or (setup.examples_per_step, recipe.max_length)
+        return cut([Item(name, 0, row) for name in names for row in range(rows)], [tokens]), [
+            tokens
+        ]
+    lengths = [min(own, recipe.max_length) for own in given]
+    orders = [
+        steps_of_epoch(
+            lengths, setup.examples_per_step, seed=own.seed, epoch=0,
+            group_by_length=recipe.group_by_length,
+        )
+        for own in recipe.cohort()
+    ]  # fmt: skip
+    steps = [
+        cut([Item(name, row, row) for name, own in zip(names, rows, strict=True) for row in own],
+            lengths)
+        for rows in zip(*orders, strict=True)
+    ]  # fmt: skip
+
+    def weight(step: list[list[Item]]) -> float:
+        return max(_weight([lengths[item.row] for item in part], packed) for part in step)
+
+    return max(steps, key=weight), lengths
+
+
+def _weight(lengths: Sequence[int], packed: bool) -> float:
+    """What a micro-batch needs, in arbitrary units: to tell which of many is the largest."""
+    if not packed:
+        lengths = [max(lengths)] * len(lengths)
+    return sum(own * (1 + own / ATTENTION_IS_HALF) for own in lengths)
+
+
+def follow_recipe(
+    recipe: Recipe,
+    config: Any,
+    dtype: Choice,
+    kind: str,
+    *,
+    given: tuple[int, int] | Sequence[int] | None = None,
+    supervised: float = 1.0,
+    whole: bool = False,
+) -> Traced:
+    """Trace a recipe's steps on fake tensors.
+
+    Args:
+        recipe: What would be trained.
+        config: The base's configuration.
+        dtype: The format of the products.
+        kind: `cpu` or `cuda`.
+        given: As `largest_step` takes it.
+        supervised: Share of each row's tokens that are supervised, at its end.
+        whole: Trace every layer, alike or not.
+    """
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    follow = Follow()
+    quiet = recipe.model_copy(update={"torch_compile": False, "activation_offload": False})
+    with ExitStack() as stack:
+        stack.enter_context(fake)
+        stack.enter_context(follow)
+        base = fake_base(recipe, config, dtype, kind, follow)
+        sizes = _sizes(base)
+        rows = Rows(Encoded([], EncodingCounts()), None, TemplateChoice("", "", ""), {})
+        rank = OneRank(kind)
+        setup = prepare(quiet, rank, base, rows)  # type: ignore[arg-type]
+        rank.device = torch.device("cpu")  # where fake tensors are, whatever is planned
+        layers, repetition = _layers(base.model, whole)
+        _mark_learning(setup, layers, repetition, follow)
+        units = _shrink(base.model, layers, repetition)
+    cut, lengths = largest_step(setup, given)
+    batches = collated(setup, cut, lengths, supervised)
+    with fake, follow:
+        first_run = len(follow.timeline.runs)
+        run_steps(setup, [_fake(batch, fake) for batch in batches], follow, units)
+    timeline = follow.timeline
+    follow.settle(first_run)
+    if repetition.units > repeat.TRACED:
+        try:
+            timeline = repeat.unrolled(timeline, repetition.units, first_run)
+        except repeat.NotAlike:
+            return follow_recipe(
+                recipe, config, dtype, kind, given=given, supervised=supervised, whole=True
+            )
+    return Traced(timeline, setup, cut, lengths, first_run, sum(sizes), max(sizes))
+
+
+def collated(
+    setup: Setup, cut: list[list[Item]], lengths: Sequence[int], supervised: float
+) -> list[MicroBatch]:
+    """The first micro-batches of a step, of rows without meaning.
+
+    Args:
+        setup: Names and packing.
+        cut: The step's micro-batches.
+        lengths: Tokens of the rows that they count in.
+        supervised: Share of each row's tokens that are supervised, at its end.
+    """
+    wanted = {item.row for part in cut[:MICRO_BATCHES] for item in part}
+    data = [row_of(own if row in wanted else 1, supervised) for row, own in enumerate(lengths)]
+    names = [member.name for member in setup.members]
+    packed = setup.objective.packs
+    return [collate(part, data, names, packed=packed) for part in cut[:MICRO_BATCHES]]
+
+
+def run_steps(
+    setup: Setup, batches: list[MicroBatch], follow: Follow, units: Mapping[int, int]
+) -> None:
+    """The check of the loss and the steps, as the training loop makes them.
+
+    Args:
+        setup: What was prepared; its scaler is not used.
+        batches: Micro-batches of each step.
+        follow: Already entered.
+        units: Unit of each decoder layer by its id.
+    """
+    model = setup.base.model
+    scaler = _Marking(follow)
+    hooks = [
+        model.base_model.register_forward_pre_hook(scaler.next_batch),
+        model.base_model.register_forward_hook(scaler.backbone_done),
+    ]
+    for batch in batches:
+        if batch.starts is not None:  # where rows begin decides shapes: real indices
+            with torch._C._DisableTorchDispatch():
+                attention.groups_of(batch.starts, batch.labels.device)
+    try:
+        with follow.modules(model, units):
+            follow.begin("check")
+            setup.objective.verify(
+                batches[0], tuple(replace(s, dropout_keys=None) for s in shares_of(batches[0]))
+            )
+            for step in range(STEPS):
+                scaler.step_number, scaler.micro_batch = step, -1
+                train_step(batches, setup.members, setup.objective, setup.accelerator, scaler)
+                _mark_state(setup, follow)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        follow.close()
+
+
+def _layers(model: nn.Module, whole: bool) -> tuple[list[nn.Module], repeat.Repetition]:
+    try:
+        layers = decoder_layers(model)  # type: ignore[arg-type]
+    except UserError:
+        return [], repeat.Repetition(1, 1)
+    if whole:
+        return layers, repeat.Repetition(len(layers), 1)
+    return layers, repeat.repetition([repeat.kind_of(layer) for layer in layers])
+
+
+def _shrink(
+    model: nn.Module, layers: list[nn.Module], repetition: repeat.Repetition
+) -> dict[int, int]:
+    """Leave the layers that are traced in the model; unit by the id of each."""
+    kept = [layers[i] for i in repetition.kept] if layers else []
+    if len(kept) < len(layers):
+        for module in model.modules():
+            for name, child in module.named_children():
+                if isinstance(child, nn.ModuleList) and list(child) == layers:
+                    setattr(module, name, nn.ModuleList(kept))
+    return {id(layer): repetition.unit(place) for place, layer in enumerate(kept)}
+
+
+def _mark_learning(
+    setup: Setup, layers: list[nn.Module], repetition: repeat.Repetition, follow: Follow
+) -> None:
+    """Adapters are adapters, and each of a traced layer belongs to its unit."""
+    places = {layer: place for place, layer in enumerate(repetition.kept)}
+    whole = setup.recipe.method == "full"
+    listed = next(
+        (name for name, child in setup.base.model.named_modules()
+         if isinstance(child, nn.ModuleList) and list(child) == layers), "",
+    )  # fmt: skip
+    pattern = re.compile(rf"{re.escape(listed)}\.(\d+)\.") if listed else None
+    for member in setup.members:
+        for key, parameter in member.parameters.items():
+            found = pattern.search(key) if pattern else None
+            place = places.get(int(found[1])) if found else None
+            unit = None if place is None else repetition.unit(place)
+            follow.mark(parameter, "base weights" if whole else "adapters", unit)
+
+
+def _sizes(base: models.Base) -> list[int]:
+    """Bytes of each storage of the base's weights, buffers and constants."""
+    found: dict[int, int] = {}
+    tensors = [*base.model.parameters(), *base.model.buffers()]
+    for layer in base.model.modules():
+        if hasattr(layer, "dense_weight"):
+            tensors += quantized.scales_of(layer.weight)
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        found[id(storage)] = storage.nbytes()
+    return list(found.values())
+
+
+def _mark_state(setup: Setup, follow: Follow) -> None:
+    for member in setup.members:
+        for parameter, state in member.optimizer.state.items():
+            for value in state.values():
+                if isinstance(value, Tensor):
+                    follow.mark(value, "optimiser", follow.layer_of(parameter))
+
+
+def row_of(length: int, supervised: float) -> _Row:
+    """A row of so many tokens of which the last share is supervised."""
+    wanted = max(1, min(length - 1, round(length * supervised)))
+    return _Row([0] * length, [False] * (length - wanted) + [True] * wanted)
+
+
+def _fake(batch: MicroBatch, mode: FakeTensorMode) -> MicroBatch:
+    return replace(
+        batch,
+        input_ids=mode.from_tensor(batch.input_ids),
+        positions=mode.from_tensor(batch.positions),
+        labels=mode.from_tensor(batch.labels),
+        position_ids=None if batch.position_ids is None else mode.from_tensor(batch.position_ids),
+    )

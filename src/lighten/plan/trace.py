@@ -1,0 +1,205 @@
+"""Plan a recipe: what its own steps, traced without data, take on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from lighten.errors import UserError
+from lighten.hardware import Choice
+from lighten.models.load import weight_files
+from lighten.models.quantized import stored_as
+from lighten.plan import memory, rates
+from lighten.plan.build import config_of
+from lighten.plan.result import Plan, StepTime
+from lighten.plan.steps import STEPS, Traced, follow_recipe
+from lighten.plan.work import Work
+from lighten.recipe import Recipe
+from lighten.train import allocator
+
+# What a process that trains on a GPU holds in main memory beside the base: the interpreter, PyTorch
+# and CUDA's libraries. Taken to be so, not measured.
+HOST_OF_CUDA_BYTES = 3 * 2**30
+# Architectures, and what of them, benchmarks/plan_accuracy.py has compared with measurements.
+TESTED = ("llama", "qwen2", "gemma2", "gemma3_text")
+TESTED_TOKENS = 2048
+STATE_TENSORS = {"sgd": 0, "adafactor": 1, "lion_8bit": 1, "lion_32bit": 1}
+
+
+class Device(Protocol):
+    """What a plan asks of a device."""
+
+    @property
+    def name(self) -> str:
+        """What to call it."""
+
+    @property
+    def kind(self) -> str:
+        """`cpu` or `cuda`."""
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """What a process can take; None where that is not known."""
+
+    @property
+    def bandwidth(self) -> float | None:
+        """Of its memory, bytes per second; None: to be measured."""
+
+    @property
+    def flops(self) -> Mapping[str, float]:
+        """Operations per second of matrix products by format; empty: to be measured."""
+
+    def dtype(self, requested: str) -> Choice:
+        """The format of the base on it, and why."""
+
+
+def plan_recipe(
+    recipe: Recipe,
+    device: Device,
+    *,
+    rows_tokens: tuple[int, int] | Sequence[int] | None = None,
+    supervised: float = 1.0,
+) -> Plan:
+    """Predict the peak memory and the time of a step, from the base's configuration alone.
+
+    Args:
+        recipe: What would be trained.
+        device: Where; `lighten.devices` knows some by name.
+        rows_tokens: (examples of each adapter in a step, tokens of each), or the lengths of the
+            data's rows in a list; None: batch size and `max_length` of the recipe.
+        supervised: Share of the rows' tokens that are supervised; all of them is the worst case.
+
+    Raises:
+        UserError: No such model, or it cannot be traced.
+    """
+    config, source, path = config_of(recipe)
+    dtype = device.dtype(recipe.compute_dtype)
+    try:
+        traced = follow_recipe(
+            recipe, config, dtype, device.kind, given=rows_tokens, supervised=supervised
+        )
+    except UserError:
+        raise
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
+        name = recipe.model_name_or_path
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{name} cannot be planned: its step cannot be traced ({first})") from error
+    outside = tuple(_outside(recipe, config, device))
+    margin = memory.BEYOND if outside else memory.WITHIN
+    converts = _converts(recipe, config, path, dtype)
+    loading = memory.loading_of(source, path, traced.weights, traced.largest, converts)
+    lanes = int(getattr(traced.setup, "lanes", 1))
+    if device.kind == "cpu":
+        peak = memory.processor_memory(
+            traced.timeline, loading, quantized=recipe.load_in_4bit or recipe.load_in_8bit,
+            lanes=lanes, margin=margin,
+        )  # fmt: skip
+        host = peak.expected
+    else:
+        peak = memory.cuda_memory(
+            traced.timeline, capability=getattr(device, "capability", None), margin=margin
+        )
+        host = HOST_OF_CUDA_BYTES + loading.files + traced.weights
+    files = sum(file.stat().st_size for file in weight_files(path))
+    download = 0 if files or source != "hub" else traced.weights
+    allocator.trim()  # what the trace took must not look like room for whoever trains next
+    return Plan(
+        model=recipe.model_name_or_path,
+        device=device.name,
+        method=_method(recipe),
+        shape=traced.shape(lanes),
+        memory=peak,
+        time=_time(traced, device),
+        capacity=device.memory_bytes,
+        host_bytes=host,
+        disk_bytes=download + _written(traced, recipe),
+        download_bytes=download,
+        choices=_choices(traced, dtype, loading),
+        outside=outside,
+        step_tokens=sum(traced.lengths[item.row] for part in traced.batches for item in part),
+    )
+
+
+def _time(traced: Traced, device: Device) -> StepTime | None:
+    """The time of a step: the traced micro-batches, further ones by their tokens, the optimiser."""
+    if device.kind == "cpu":
+        known: rates.Rates = rates.Measured.cached()
+    elif device.flops and device.bandwidth:
+        known = rates.Datasheet(device.name, device.flops, device.bandwidth)
+    else:
+        return None
+    last = STEPS - 1
+    passes: dict[int, list[Work]] = {}
+    for run, _, work in traced.timeline.work:
+        own = traced.timeline.runs[run]
+        if own.step == last and own.phase != "loading" and own.phase != "check":
+            place = -1 if own.phase == "optimiser step" else own.micro_batch
+            passes.setdefault(place, []).append(work)
+    seconds = flops = moved = 0.0
+    traced_batches = max(passes) + 1
+    for place, works in passes.items():
+        times = 1.0
+        if place == traced_batches - 1:  # it stands for those after it
+            tokens = [traced.tokens(i) for i in range(place, len(traced.batches))]
+            times = sum(tokens) / tokens[0]
+        seconds += times * known.seconds(works)
+        flops += times * sum(work.flops for work in works)
+        moved += times * sum(work.bytes for work in works)
+    low, high = seconds / known.spread, seconds * known.spread
+    return StepTime(seconds, low, high, flops, moved, known.source)
+
+
+def _method(recipe: Recipe) -> str:
+    if recipe.method == "full":
+        return "full" if recipe.last_layers is None else "last_layers"
+    return "qlora" if recipe.load_in_4bit or recipe.load_in_8bit else "lora"
+
+
+def _converts(recipe: Recipe, config: Any, path: Path, dtype: Choice) -> bool:
+    """Whether weights change their format when they are read."""
+    whole = recipe.method == "full" and recipe.last_layers is None
+    wanted = "float32" if whole else dtype.value
+    if recipe.load_in_4bit or recipe.load_in_8bit:
+        return path.is_dir() and stored_as(path) is None
+    stored = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    return stored != wanted
+
+
+def _written(traced: Traced, recipe: Recipe) -> int:
+    """Bytes of the run's files: checkpoints with weights and optimiser state, and the result."""
+    numbers = sum(p.numel() for m in traced.setup.members for p in m.parameters.values())
+    states = STATE_TENSORS.get(traced.setup.choices["optimizer"].value, 2)
+    return numbers * 4 * ((1 + states) * (recipe.save_total_limit + 1) + 1)
+
+
+def _choices(traced: Traced, dtype: Choice, loading: memory.Loading) -> dict[str, str]:
+    found = {name: f"{own.value}: {own.reason}" for name, own in traced.setup.choices.items()
+             if name not in ("template", "compilation")}  # fmt: skip
+    found["dtype"] = f"{dtype.value}: {dtype.reason}"
+    if loading.files:
+        found["loading"] = (
+            f"{loading.files} bytes of weight files are mapped while they are converted; the "
+            "system takes these pages back where memory is short"
+        )
+    return found
+
+
+def _outside(recipe: Recipe, config: Any, device: Device) -> Iterator[str]:
+    """In what way a question is outside of what was compared with measurements."""
+    if device.kind != "cpu":
+        yield "no prediction for a GPU has been compared with a measurement yet"
+    if (kind := getattr(config, "model_type", "")) not in TESTED:
+        yield f"architecture {kind} has not been compared; {', '.join(TESTED)} have"
+    if recipe.torch_compile is True:
+        yield "layers are traced as they are, but torch_compile fuses what they do"
+    if recipe.activation_offload:
+        yield "activation_offload is not traced: activations are counted as if they stayed"
+    if recipe.peft is not None or any(own.use_dora for own in recipe.cohort()):
+        yield "PEFT's own modules have not been compared"
+    if recipe.optim not in ("adamw_torch", "adamw_torch_fused"):
+        yield f"optim {recipe.optim} has not been compared"
+    if device.kind == "cpu" and recipe.attn_implementation != "sdpa":
+        yield f"attention {recipe.attn_implementation} has not been compared"
+    if recipe.max_length > TESTED_TOKENS:
+        yield f"rows of more than {TESTED_TOKENS} tokens have not been compared"

@@ -1,0 +1,100 @@
+"""What an operation costs, counted from shapes alone, and the call to repeat it with real numbers.
+
+A product of [m, k] and [k, n] takes 2 m k n operations; anything else is counted by the bytes it
+reads and writes, each operand once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry
+
+# They take memory or look at it, and move nothing.
+FREE = ("aten::empty", "aten::new_empty", "aten::detach", "aten::_unsafe_view", "aten::_local")
+
+
+@dataclass(frozen=True)
+class Shaped:
+    """A tensor without its numbers."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Shaped:
+        """What is left of a tensor."""
+        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+    def made(self) -> Tensor:
+        """A real tensor of this shape; its numbers mean nothing, as indices they are valid."""
+        # What was expanded is one number along that dimension.
+        shape = [
+            1 if stride == 0 else size for size, stride in zip(self.shape, self.stride, strict=True)
+        ]
+        made = torch.empty_strided(shape, self.stride, dtype=self.dtype)
+        return made.fill_(0.5 if self.dtype.is_floating_point else 0).expand(self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """One operation.
+
+    Attributes:
+        name: Of the operation.
+        flops: Floating-point operations of a matrix product or attention; 0 for any other.
+        bytes: Read and written, each operand once.
+        dtype: Of its result.
+        func: The operation itself.
+        args: What it was given, tensors as `Shaped`.
+        kwargs: The same by name.
+    """
+
+    name: str
+    flops: int
+    bytes: int
+    dtype: torch.dtype
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    @property
+    def sizes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the tensors it was given."""
+        return tuple(x.shape for x in tree_leaves((self.args, self.kwargs))
+                     if isinstance(x, Shaped))  # fmt: skip
+
+
+def work_of(
+    func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], outs: Sequence[Tensor]
+) -> Work | None:
+    """The cost of an operation; None for views and whatever moves nothing.
+
+    Args:
+        func: The operation as the dispatcher knows it.
+        args: What it was given.
+        kwargs: What it was given by name.
+        outs: The tensors of its result.
+    """
+    name = func.name() if hasattr(func, "name") else str(func)
+    if getattr(func, "is_view", False) or name.startswith(FREE):
+        return None
+    given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    everything = {id(x): x for x in (*given, *outs)}.values()
+    if not everything:
+        return None
+    moved = sum(x.numel() * x.element_size() for x in everything)
+    flops = 0
+    packet = getattr(func, "overloadpacket", func)
+    if packet in flop_registry and outs:
+        out = outs[0] if len(outs) == 1 else tuple(outs)
+        flops = int(flop_registry[packet](*args, **kwargs, out_val=out))
+    kept, named = tree_map_only(Tensor, Shaped.of, (tuple(args), dict(kwargs)))
+    dtype = outs[0].dtype if outs else given[0].dtype
+    return Work(name, flops, moved, dtype, func, kept, named)

@@ -1,0 +1,171 @@
+"""The allocators' models: rounding, splitting, joining, and what the real ones do with the same."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lighten.plan.allocators import MIB, CachingAllocator, Heap, replay, rounded, segment_size
+from lighten.train import allocator
+
+GLIBC = allocator._glibc() is not None
+
+
+@pytest.mark.parametrize(
+    ("size", "block"), [(1, 512), (512, 512), (513, 1024), (MIB, MIB), (MIB + 1, MIB + 512)]
+)
+def test_sizes_are_rounded_to_512_bytes(size: int, block: int) -> None:
+    assert rounded(size) == block
+
+
+@pytest.mark.parametrize(
+    ("block", "segment"),
+    [(512, 2 * MIB), (MIB, 2 * MIB), (MIB + 512, 20 * MIB), (10 * MIB - 512, 20 * MIB),
+     (10 * MIB, 10 * MIB), (10 * MIB + 512, 12 * MIB), (33 * MIB, 34 * MIB)],
+)  # fmt: skip
+def test_segments_follow_the_size(block: int, segment: int) -> None:
+    assert segment_size(block) == segment
+    own = CachingAllocator()
+    own.take(block)
+    assert own.held == segment
+
+
+def test_a_small_rest_is_split_off_and_a_large_one_only_beyond_one_mib() -> None:
+    small = CachingAllocator()
+    small.take(MIB)
+    small.take(MIB - 512)
+    assert small.held == 2 * MIB
+    small.take(512)
+    assert small.held == 2 * MIB, "the last 512 bytes of the segment are a block"
+    large = CachingAllocator()
+    large.take(19 * MIB // 2)
+    large.take(19 * MIB // 2)  # what is left, one MiB, is not split off
+    assert (large.held, large.allocated) == (20 * MIB, 20 * MIB)
+
+
+def test_free_neighbours_are_joined_and_small_and_large_never_share() -> None:
+    own = CachingAllocator()
+    blocks = [own.take(4 * MIB) for _ in range(5)]
+    assert own.held == 20 * MIB
+    for block in (blocks[0], blocks[2], blocks[1]):
+        own.give(block)
+    own.take(12 * MIB - 512)
+    assert own.held == 20 * MIB, "three neighbours became one"
+    own.take(1024)
+    assert own.held == 22 * MIB
+
+
+def test_the_best_fit_is_taken() -> None:
+    own = CachingAllocator()
+    large, small = own.take(40 * MIB), own.take(14 * MIB)
+    own.give(large)
+    own.give(small)
+    assert own.take(13 * MIB) is small
+
+
+def test_replay_tells_the_peak_and_where_it_was() -> None:
+    events = [(1, True, 30 * MIB), (2, True, 10 * MIB), (1, False, 30 * MIB), (3, True, MIB)]
+    held, course = replay(CachingAllocator(), events)
+    assert (held.peak, held.at, held.most_allocated) == (42 * MIB, 3, 40 * MIB)
+    assert len(course) == 4
+    assert course == sorted(course), "segments are kept"
+
+
+BLOCKS = st.lists(st.tuples(st.integers(1, 40 * MIB), st.integers(0, 6)), min_size=1, max_size=60)
+
+
+@given(BLOCKS)
+@settings(deadline=None)
+def test_allocators_hold_at_least_what_is_in_use_and_lose_nothing(
+    plan: list[tuple[int, int]],
+) -> None:
+    for own in (CachingAllocator(), Heap(), Heap(mmap_bytes=32 * MIB, trim_bytes=64 * MIB)):
+        live: list[tuple[object, int]] = []
+        for size, keep in plan:
+            live.append((own.take(size), size))
+            while len(live) > keep + 1:
+                own.give(live.pop(0)[0])
+            assert own.held >= own.allocated >= sum(size for _, size in live)
+            assert own.highest >= own.held
+        for block, _ in live:
+            own.give(block)
+        assert own.allocated == 0
+        before = own.highest
+        own.take(plan[-1][0])
+        assert own.highest == before, "what was given back is used again"
+
+
+def test_blocks_of_the_heap_never_overlap() -> None:
+    own, chance = Heap(), random.Random(0)
+    live: dict[int, tuple[int, int, int, Any]] = {}
+    for number in range(3000):
+        block = own.take(int(2 ** chance.uniform(3, 22)))
+        assert (block[0] + 16) % 64 == 0, "PyTorch's alignment"
+        live[number] = block
+        while len(live) > 80 or (live and chance.random() < 0.4):
+            own.give(live.pop(chance.choice(list(live))))
+        spans = sorted((start, start + chunk) for start, chunk, *_ in live.values())
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
+
+
+REAL = """
+import json, sys, torch
+from lighten.train import allocator
+assert allocator.keep_pages("cpu").value.startswith("glibc")
+from lighten.hardware import PeakMemory
+events = json.loads(sys.stdin.read())
+torch.ones(10)
+memory, blocks = PeakMemory("cpu"), {}
+for number, born, size in events:
+    if born:
+        blocks[number] = torch.ones(size, dtype=torch.uint8)
+    else:
+        del blocks[number]
+print(memory.read()["peak_bytes"])
+"""
+
+
+def step_like(seed: int, layers: int = 24) -> list[tuple[int, bool, int]]:
+    """Passes as training makes them: some blocks of each layer wait for the way back."""
+    chance = random.Random(seed)
+    kinds = [(int(2 ** chance.uniform(16, 22)), chance.random() < 0.5) for _ in range(12)]
+    events: list[tuple[int, bool, int]] = []
+    number = 0
+    for _ in range(3):
+        waiting: list[list[tuple[int, int]]] = []
+        for _ in range(layers):
+            kept = []
+            for size, waits in kinds:
+                events.append((number, True, size))
+                if waits:
+                    kept.append((number, size))
+                else:
+                    events.append((number, False, size))
+                number += 1
+            waiting.append(kept)
+        for kept in reversed(waiting):
+            for size, _ in kinds[:4]:
+                events += [(number, True, size), (number, False, size)]
+                number += 1
+            events += [(own, False, size) for own, size in kept]
+    return events
+
+
+@pytest.mark.skipif(not GLIBC, reason="the C library is not glibc")
+@pytest.mark.parametrize("seed", range(3))
+def test_the_heap_takes_what_glibc_takes(seed: int) -> None:
+    events = step_like(seed)
+    found = subprocess.run(
+        [sys.executable, "-c", REAL], input=json.dumps(events), capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    held, _ = replay(Heap(), events)
+    assert int(found.stdout) == pytest.approx(held.peak, rel=0.05)

@@ -1,0 +1,169 @@
+"""`lighten plan` as a user meets it: tables, JSON, exit codes, errors in a sentence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import lighten
+from lighten import models
+from lighten.plan import PARTS
+from lighten.plan.result import Plan
+from tests.test_cli import call
+from tests.tiny import tiny_config
+
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def big_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 70 billion parameters that consists of its configuration alone."""
+    folder = tmp_path_factory.mktemp("big")
+    tiny_config("llama", hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
+                num_attention_heads=64, num_key_value_heads=8, vocab_size=128256,
+                max_position_embeddings=8192,
+                architectures=["LlamaForCausalLM"]).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def test_a_model_that_fits(tiny_folder: Path) -> None:
+    done = call("plan", str(tiny_folder), "--device", "t4", "--max_length", "256")
+    assert done.returncode == 0, done.stderr
+    for said in ("on t4", "which fits", "base weights", "peak (", "low ", "high ", "micro-batch",
+                 "time of the largest step", "download", "no data set is given"):  # fmt: skip
+        assert said in done.stdout, said
+    assert "what would need less" not in done.stdout
+
+
+def test_a_model_that_does_not_fit_says_what_would(big_folder: Path) -> None:
+    done = call("plan", str(big_folder), "--device", "a100-80", "--max_length", "2048", "--json")
+    assert done.returncode == 1, done.stderr
+    found = json.loads(done.stdout)
+    assert found["fits"] is False
+    assert found["memory"]["expected"] > 140e9  # 70 billion numbers in 16 bits
+    assert found["changes"]
+    best = found["changes"][0]
+    assert best["saves_bytes"] > 0
+    assert best["settings"]["load_in_4bit"] is True
+    assert best["fits"] is True  # QLoRA of a 70B on 80 GB: the paper's own claim, 2305.14314
+    table = call("plan", str(big_folder), "--device", "t4")
+    assert table.returncode == 1
+    assert "does not fit" in table.stdout
+    assert "--load_in_4bit true" in table.stdout
+
+
+def test_json_holds_every_part_and_they_sum_up(tiny_folder: Path) -> None:
+    done = call("plan", str(tiny_folder), "--device", "l4", "--json", "lora_r=16")
+    found = json.loads(done.stdout)
+    assert [part["name"] for part in found["memory"]["parts"]] == [
+        name for name in PARTS if name in {part["name"] for part in found["memory"]["parts"]}
+    ]
+    assert sum(part["bytes"] for part in found["memory"]["parts"]) == found["memory"]["expected"]
+    assert found["memory"]["low"] <= found["memory"]["expected"] <= found["memory"]["high"]
+    assert found["device"] == "l4"
+
+
+def test_a_recipe_is_planned_with_its_data(
+    tiny_folder: Path, chat_file: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"base_model: {tiny_folder}\ndataset: {chat_file}\nnum_train_epochs: 2\n"
+                      "val_size: 0\nbatch_size: 4\n")  # fmt: skip
+    done = call("plan", str(recipe), "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["steps"] == 20  # 40 rows by 4, twice
+    assert found["shape"]["tokens_per_row"] < 1024  # the data's rows, not max_length
+    assert found["device"] == "cpu"
+    from_python = lighten.plan(str(recipe))
+    assert isinstance(from_python, Plan)
+    assert from_python.memory.parts == lighten.plan(recipe).memory.parts
+
+
+def test_mistakes_are_one_sentence_and_exit_with_2(tiny_folder: Path) -> None:
+    for words, said in (
+        (["plan"], "give a recipe"),
+        (["plan", "no-such-model-anywhere.gguf"], "does not exist"),
+        (["plan", str(tiny_folder), "--device", "t5"], "did you mean t4"),
+        (["plan", str(tiny_folder), "--lora_rankk", "3"], "is not a setting"),
+        (["plan", str(tiny_folder), "--device", "t4", "--probe"], "is elsewhere"),
+        (["plan", str(tiny_folder), "--zero", "4", "--gpus", "2"], "no stage"),
+        (["plan", str(tiny_folder), "--gpus", "2", "--offload", "disk"], "--offload"),
+        (["plan", "serve"], "give one base"),
+        (["plan", "serve", str(tiny_folder), "--ranks", "3"], "no --ranks"),
+    ):
+        done = call(*words)
+        assert done.returncode == 2, words
+        assert said in done.stderr, (words, done.stderr)
+        assert "Traceback" not in done.stderr
+
+
+def test_many_gpus(tmp_path: Path) -> None:
+    tiny_config("llama", hidden_size=4096, intermediate_size=16384, num_hidden_layers=8,
+                num_attention_heads=32, num_key_value_heads=8, vocab_size=128256,
+                architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)  # fmt: skip
+    numbers = models.describe(str(tmp_path)).total_parameters
+    words = ["plan", str(tmp_path), "--device", "h100", "--method", "full", "--gpus", "8",
+             "--nodes", "4", "--max_length", "1024", "--gradient_checkpointing",
+             "per_device_train_batch_size=1", "--json"]  # fmt: skip
+    found = json.loads(call(*words, "--zero", "3").stdout)
+    ddp = json.loads(call(*words).stdout)
+    assert (found["strategy"], found["ranks"]) == ("zero3", 32)
+    assert found["device_bytes"] < ddp["device_bytes"] / 3
+    assert found["communication_s"] > 0
+    moved = json.loads(call(*words, "--zero", "3", "--offload", "optimizer:cpu").stdout)
+    # AdamW's two float32 moments of every weight, over 32 ranks, and the gradients.
+    assert moved["host_bytes"] == pytest.approx(numbers * 12 / 32, rel=0.02)
+    assert found["device_bytes"] - moved["device_bytes"] == pytest.approx(
+        numbers * 8 / 32, rel=0.02
+    )
+    table = call(*words[:-1], "--fsdp", "full")
+    assert "links busy per step" in table.stdout
+
+
+def test_serving_and_quantising(big_folder: Path, tiny_folder: Path) -> None:
+    done = call("plan", "serve", str(big_folder), "--adapters", "8", "--rank", "16", "--context",
+                "4096", "--concurrency", "32", "--device", "h200", "--json")  # fmt: skip
+    found = json.loads(done.stdout)
+    assert done.returncode == 1  # 141 GB of weights alone
+    # 80 layers, 8 heads of 128, keys and values in 16 bits, 32 sequences of 4096 tokens.
+    assert found["parts"]["KV cache"] == 80 * 2 * 8 * 128 * 2 * 4096 * 32
+    four = call("plan", "serve", str(big_folder), "--storage", "nf4", "--context", "4096",
+                "--concurrency", "32", "--device", "h200")  # fmt: skip
+    assert four.returncode == 0, four.stdout
+    assert "KV cache" in four.stdout
+    pytest.importorskip("bitsandbytes")
+    done = call("plan", "quantize", str(tiny_folder))
+    assert done.returncode == 0, done.stderr
+    assert "main memory at the peak" in done.stdout
+
+
+def test_search_writes_a_recipe(tiny_folder: Path, chat_file: Path, tmp_path: Path) -> None:
+    done = call("plan", str(tiny_folder), str(chat_file), "--device", "t4", "--search", "--write",
+                "found.yaml", "--max_length", "128", cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "the fastest that fits" in done.stdout
+    trained = call("train", "found.yaml", "--max_steps", "1", "output_dir=out", cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+
+
+def test_a_plan_draws_itself_in_a_notebook(tiny_folder: Path) -> None:
+    made = lighten.plan(model_name_or_path=str(tiny_folder), device="t4", max_length=64)
+    html = made._repr_html_()
+    assert html.count("<svg") >= 2  # the bar, and the legend's squares
+    assert "base weights" in html
+    assert "which fits" in html
+    assert "var(--series-1,#0b6e5f)" in html  # a colour where no page defines one
+
+
+def test_probe_compares_a_true_step_with_the_plan(tiny_folder: Path) -> None:
+    done = call("plan", str(tiny_folder), "--max_length", "64", "--probe", "--json",
+                "per_device_train_batch_size=2")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    probe = json.loads(done.stdout)["probe"]
+    assert probe["error"] is None
+    assert probe["peak_bytes"] > 0
+    assert probe["step_seconds"] > 0
+    assert probe["predicted_bytes"] == json.loads(done.stdout)["memory"]["expected"]

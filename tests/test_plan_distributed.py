@@ -1,0 +1,145 @@
+"""Memory and communication of many ranks, against the figures that the papers print."""
+
+from __future__ import annotations
+
+import pytest
+
+from lighten.devices import DEVICES
+from lighten.plan.distributed import (
+    States,
+    Volume,
+    all_gather,
+    all_reduce,
+    link_seconds,
+    offloaded,
+    reduce_scatter,
+    spread,
+    states_per_rank,
+    volume_per_rank,
+)
+from lighten.plan.result import Memory, MemoryPart, Plan, Shape, StepTime
+
+GB = 1e9
+
+
+def mixed(parameters: float) -> States:
+    """Adam in mixed precision: 2 + 2 + 12 bytes per parameter (arXiv 1910.02054, section 3.1)."""
+    return States(0.0, 2 * parameters, 2 * parameters, 12 * parameters)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "gb"), [("ddp", 120), ("zero1", 31.4), ("zero2", 16.6), ("zero3", 1.9)]
+)
+def test_figure_1_of_the_zero_paper(strategy: str, gb: float) -> None:
+    """7.5 billion parameters over 64 ranks: 120, 31.4, 16.6 and 1.9 GB."""
+    own = states_per_rank(mixed(7.5e9), strategy, 64)  # type: ignore[arg-type]
+    assert own.total / GB == pytest.approx(gb, abs=0.06)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "parameters", "expected"),
+    [
+        (4, 7.5e9, (52.5, 41.3, 30)), (1024, 7.5e9, (30.1, 15.1, 0.12)),
+        (16, 128e9, (608, 368, 128)), (256, 1e12, (4046, 2054, 62.5)),
+    ],
+)  # fmt: skip
+def test_table_1_of_the_zero_paper(
+    ranks: int, parameters: float, expected: tuple[float, float, float]
+) -> None:
+    """Model states per rank in GB for ZeRO 1, 2 and 3, as the paper rounds them."""
+    for strategy, gb in zip(("zero1", "zero2", "zero3"), expected, strict=True):
+        own = states_per_rank(mixed(parameters), strategy, ranks)  # type: ignore[arg-type]
+        assert own.total / GB == pytest.approx(gb, rel=0.025), strategy
+
+
+def test_ring_collectives_by_hand() -> None:
+    # Four ranks, 8 bytes: three chunks of 2 bytes are sent on in each of the two phases.
+    assert reduce_scatter(8, 4) == all_gather(8, 4) == 6
+    assert all_reduce(8, 4) == 12
+    assert all_reduce(8, 1) == 0
+
+
+def test_section_7_of_the_zero_paper() -> None:
+    """Volume over many ranks: 2 Psi for DDP, ZeRO 1 and 2, and 3 Psi for ZeRO 3."""
+    parameters, ranks = 1e9, 10_000
+    psi = 2 * parameters
+    for strategy, times in (("ddp", 2), ("zero1", 2), ("zero2", 2), ("zero3", 3), ("fsdp", 3)):
+        volume = volume_per_rank(mixed(parameters), strategy, ranks)  # type: ignore[arg-type]
+        assert volume.network / psi == pytest.approx(times, rel=1e-3), strategy
+
+
+def test_frozen_weights_are_gathered_but_never_reduced() -> None:
+    states = States(frozen=16e9, trained=40e6, gradients=40e6, optimiser=80e6)
+    assert volume_per_rank(states, "ddp", 8).network == pytest.approx(2 * 40e6 * 7 / 8)
+    volume = volume_per_rank(states, "zero3", 8, micro_batches=4)
+    assert volume.gather == pytest.approx(4 * 2 * (16e9 + 40e6) * 7 / 8)
+    assert volume.reduce == pytest.approx(4 * 40e6 * 7 / 8)
+    # ZeRO 1 and 2 leave a frozen base whole on every rank.
+    assert states_per_rank(states, "zero2", 8).frozen == 16e9
+    assert states_per_rank(states, "zero3", 8).frozen == 2e9
+
+
+def test_hybrid_sharding_stays_inside_a_node() -> None:
+    states = mixed(8e9)
+    own = states_per_rank(states, "fsdp_hybrid", 32, ranks_per_node=8)
+    assert own.total == pytest.approx(16 * 8e9 / 8)
+    volume = volume_per_rank(states, "fsdp_hybrid", 32, ranks_per_node=8)
+    assert volume.gather == pytest.approx(2 * 16e9 * 7 / 8)
+    assert volume.across == pytest.approx(2 * (16e9 / 8) * 3 / 4)  # 4 nodes, a shard of 1/8
+
+
+def test_offload_moves_what_it_says() -> None:
+    own = states_per_rank(mixed(8e9), "zero2", 8)
+    left, host, link = offloaded(own, ("optimizer",))
+    assert left.optimiser == 0
+    assert left.trained == 16e9
+    assert host == pytest.approx(12e9 + 2e9)  # 96 GB of moments and 16 GB of gradients, over 8
+    assert link == pytest.approx(2e9 + 16e9)
+    left, host, link = offloaded(states_per_rank(mixed(8e9), "zero3", 8), ("optimizer", "param"),
+                                 micro_batches=2)  # fmt: skip
+    assert left.total == left.gradients
+    assert host == pytest.approx((96e9 + 16e9 + 16e9) / 8)
+    assert link == pytest.approx((16e9 + 16e9 + 2 * 2 * 16e9) / 8)
+
+
+def test_a_ring_runs_at_its_slowest_link() -> None:
+    h100 = DEVICES["h100"]
+    volume = Volume(gather=45e9, reduce=0.0)
+    assert link_seconds(volume, h100, 1) == pytest.approx(0.1)  # 450 GB/s of NVLink
+    assert link_seconds(volume, h100, 2) == pytest.approx(0.9)  # 400 Gbit/s of InfiniBand
+    assert link_seconds(Volume(0, 0, host=64e9), h100, 1) == pytest.approx(1.0)  # PCIe 5
+
+
+def a_plan(method: str = "full") -> Plan:
+    """Eight billion parameters of mixed-precision Adam and 10 GB besides."""
+    parts = (
+        MemoryPart("base weights", int(16e9)), MemoryPart("gradients", int(16e9)),
+        MemoryPart("optimiser", int(96e9)), MemoryPart("activations: linear", int(10e9)),
+    )  # fmt: skip
+    memory = Memory(parts, int(136e9), int(138e9), int(140e9), "backward", None)
+    time = StepTime(1.0, 0.9, 1.1, 1e15, 1e12, "datasheet")
+    shape = Shape(4, 2048, 1)
+    return Plan("m", "h100", method, shape, memory, time, int(79e9), 0, 0, None, {}, ())
+
+
+def test_a_plan_spreads_over_ranks() -> None:
+    alone = a_plan()
+    assert alone.fits() is False
+    found = spread(alone, DEVICES["h100"], "zero3", gpus=8, nodes=4, layers=32)
+    # An eighth of a quarter of the states, two gathered layers of 32, and the activations.
+    assert found.device_bytes == pytest.approx(128e9 / 32 + 16e9 * 2 / 32 + 10e9, rel=1e-6)
+    assert found.fits() is True
+    assert found.step_s is not None
+    assert found.step_s[0] < found.step_s[1]
+    assert spread(alone, DEVICES["h100"], "ddp", gpus=8, layers=32).fits() is False
+    thousands = spread(alone, DEVICES["h100"], "zero3", gpus=8, nodes=1000, layers=32)
+    assert thousands.device_bytes == pytest.approx(11e9, rel=0.01)
+    with_host = spread(alone, DEVICES["h100"], "zero2", gpus=8, layers=32, offload=("optimizer",))
+    assert with_host.device_bytes == pytest.approx(16e9 + 2e9 + 10e9, rel=1e-6)
+    assert with_host.host_bytes == pytest.approx(14e9, rel=1e-6)
+
+
+def test_one_rank_needs_nothing_of_the_others() -> None:
+    found = spread(a_plan(), DEVICES["h100"], "ddp", gpus=1, layers=32)
+    assert found.volume.network == 0
+    assert found.device_bytes == pytest.approx(138e9)

@@ -1,0 +1,95 @@
+"""The plan's picture and what the report says of it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from lighten import runs
+from lighten.plan import words
+from lighten.plan.result import Change, Memory, MemoryPart, Plan, Shape, StepTime
+from lighten.report.bars import Bar, Segment, stacked_bars
+from lighten.report.page import page
+from lighten.report.planned import figure, section, verdict
+from tests.report_fixture import write_run
+
+GIB = 2**30
+
+
+def a_plan(capacity: int | None = 8 * GIB) -> Plan:
+    parts = (MemoryPart("base weights", 3 * GIB), MemoryPart("gradients", GIB // 2),
+             MemoryPart("activations: linear", GIB // 2))  # fmt: skip
+    memory = Memory(parts, int(3.8 * GIB), 4 * GIB, int(4.4 * GIB), "backward", None)
+    time = StepTime(2.0, 1.5, 2.5, 1e12, 1e9, "measured here")
+    return Plan("m<b>", "cpu", "lora", Shape(4, 512, 2), memory, time, capacity, 5 * GIB, 10**9,
+                None, {"dtype": "bfloat16: amx"}, (), step_tokens=4096, steps=100,
+                run_seconds=180.0)  # fmt: skip
+
+
+def bars_of(drawing: str) -> list[float]:
+    """Widths of the bar's pieces, without the legend's squares."""
+    svg = ElementTree.fromstring(drawing[: drawing.index("</svg>") + 6])
+    return [float(rect.attrib["width"]) for rect in svg.iter("rect")]
+
+
+def test_pieces_are_to_scale() -> None:
+    drawing = figure(a_plan().to_dict())
+    base, gradients, linear = bars_of(drawing)
+    assert gradients == pytest.approx(linear)
+    assert base == pytest.approx(6 * gradients, rel=1e-3)
+    with_measured = bars_of(figure(a_plan().to_dict(), 4 * GIB))
+    assert with_measured[-1] == pytest.approx(sum(with_measured[:-1]), rel=1e-3)
+
+
+def test_the_limit_is_drawn_where_it_helps_and_names_are_escaped() -> None:
+    near = figure(a_plan().to_dict())
+    assert "8.00 GiB" in near
+    assert "m&lt;b&gt;" in near
+    assert "m<b>" not in near
+    assert "stroke-dasharray" not in figure(a_plan(1000 * GIB).to_dict())
+    assert "not known" in verdict(a_plan(None).to_dict())
+    assert "which does not fit" in verdict(a_plan(GIB).to_dict())
+    assert "which might not fit" in verdict(a_plan(4 * GIB).to_dict())
+
+
+def test_a_bar_of_nothing_is_still_a_drawing() -> None:
+    text = stacked_bars([Bar("x", [Segment("a", 0.0)])], title="t", unit="GiB")
+    assert text.startswith("<svg")
+
+
+def test_the_page_shows_predicted_beside_measured(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "r")
+    assert "Planned and measured" not in page([run])
+    plan = replace(a_plan(), notes=("peak memory: corrected by +3 %",))
+    runs.write_json(run.folder / "plan.json", plan.to_dict())
+    text = page([run])
+    assert "Planned and measured" in text
+    assert "corrected by +3 %" in text
+    run.update(prediction={"memory": {"predicted": 4 * GIB, "measured": 5 * GIB},
+                           "step_seconds": {"predicted": 2.0, "measured": 2.5}})  # fmt: skip
+    text = page([run])
+    assert text.count("-20.0 %") == 2
+    assert "measured peak" in text
+    assert not re.findall(r"""(?:src|href)\s*=|@import|url\(|https?://(?!www\.w3\.org)""", text)
+    assert section(None, {}) is None
+    assert section({"unreadable": 1}, {}) is None
+
+
+def test_a_plan_in_words() -> None:
+    plan = a_plan()
+    (line,) = words.lines(plan)
+    assert "plan: 4.00 GiB at the peak of 8.00 GiB (base weights 3.00 GiB" in line
+    assert "2.00 s per step, 3 min 0 s in all" in line
+    assert len(words.lines(a_plan(4 * GIB))) == 2
+    rows = {row[0]: row[1] for row in words.fact_rows(plan)}
+    assert rows["micro-batch"] == "4 rows of 512 tokens, 2 per step"
+    assert rows["download"] == "not known"
+    change = Change("QLoRA", {"load_in_4bit": True}, GIB, 1.25, True)
+    assert words.change(change) == "QLoRA: saves 1.00 GiB, 25 % slower; it fits then"
+    assert words.flags({"a": True, "b": None, "c": 3, "d": "x", "e": [1]}) == (
+        "--a true --b null --c 3 --d x --e [1]"
+    )

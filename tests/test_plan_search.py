@@ -1,0 +1,189 @@
+"""The search: the most that fits, found with few plans; the fastest; the largest; the limits."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lighten import api
+from lighten.devices import DEVICES, Device
+from lighten.errors import UserError
+from lighten.plan import asked, search
+from lighten.plan.result import Plan
+from lighten.recipe import Recipe
+
+GIB = 2**30
+
+
+@given(
+    high=st.integers(1, 5000), last=st.integers(0, 6000), slope=st.floats(1, 1e6),
+    bend=st.floats(0, 100),
+)  # fmt: skip
+def test_the_most_that_fits_is_found_whatever_the_slope(
+    high: int, last: int, slope: float, bend: float
+) -> None:
+    """Against counting up: memory that grows in a line and a square, as length makes it grow."""
+
+    def margin(n: int) -> float:
+        return slope * (last - n) + bend * (last**2 - n**2)
+
+    assert search.most(margin, 0, high) == min(high, last)
+
+
+def test_a_straight_line_takes_few_plans() -> None:
+    calls: list[int] = []
+
+    def margin(n: int) -> float:
+        calls.append(n)
+        return 1000.0 - n
+
+    assert search.most(margin, 1, 4000) == 1000
+    assert len(set(calls)) <= 5
+
+
+def small(memory_bytes: int | None, name: str = "t4") -> Device:
+    """A T4 with another amount of memory."""
+    return replace(DEVICES[name], memory_bytes=memory_bytes)
+
+
+def recipe(folder: Path, **changes: Any) -> Recipe:
+    return api.plannable(
+        None,
+        **{"model_name_or_path": str(folder), "max_length": 128, "per_device_train_batch_size": 8,
+           **changes},
+    )  # fmt: skip
+
+
+def peak(device: Device, own: Recipe) -> Plan:
+    return asked.planner_for(device, calibrate=False)(own)
+
+
+def test_the_fastest_fits_and_says_why_the_others_lose(tiny_folder: Path) -> None:
+    own = recipe(tiny_folder)
+    whole = peak(small(80 * GIB), own)
+    found = search.fastest(own, asked.planner_for(small(80 * GIB), calibrate=False))
+    assert found.best is not None
+    assert found.best.plan is not None
+    assert found.best.plan.fits() is True
+    assert found.best.plan.shape.rows == 8
+    assert found.best.settings["gradient_checkpointing"] is False
+    assert all(own.why for own in found.tried)
+    assert any("LoRA fits whole" in own.why for own in found.tried)
+    rates = [own.tokens_per_s or 0.0 for own in found.tried if own.plan and own.plan.fits()]
+    assert found.best.tokens_per_s == max(rates)
+    assert whole.shape.rows == 8
+
+
+def test_less_memory_means_smaller_micro_batches_and_as_many_rows_per_step(
+    tiny_folder: Path,
+) -> None:
+    own = recipe(tiny_folder, max_length=256, tokens_per_microbatch=None)
+    one = peak(small(80 * GIB), own.changed({"per_device_train_batch_size": 1}))
+    eight = peak(small(80 * GIB), own)
+    assert eight.memory.high > one.memory.high
+    between = (one.memory.high + eight.memory.high) // 2
+    candidate = search.largest_micro_batch(
+        own, {}, asked.planner_for(small(between), calibrate=False), "x"
+    )
+    assert candidate.plan is not None
+    assert candidate.plan.fits() is True
+    size = candidate.settings["per_device_train_batch_size"]
+    assert 1 <= size < 8
+    assert size * candidate.settings["gradient_accumulation_steps"] == 8
+    nothing = search.fastest(own, asked.planner_for(small(2**20), calibrate=False))
+    assert nothing.best is None
+    assert all("GiB" in own.why for own in nothing.tried if own.plan is not None)
+
+
+def test_the_written_recipe_is_one_that_train_takes(
+    tiny_folder: Path, chat_file: Path, tmp_path: Path
+) -> None:
+    found, best = api.plan_search(
+        model_name_or_path=str(tiny_folder), dataset=str(chat_file), device="t4",
+        per_device_train_batch_size=4, lora_r=4, method="lora",
+    )  # fmt: skip
+    assert best is not None
+    assert found.best is not None
+    path = tmp_path / "found.yaml"
+    path.write_text(search.recipe_text(best, "why"))
+    read = Recipe.from_file(path)
+    assert read.completed() == best.completed()
+    assert read.lora_r == 4
+    bare = api.plannable(None, model_name_or_path=str(tiny_folder))
+    path.write_text(search.recipe_text(bare, "why"))
+    assert Recipe.from_file(path, {"dataset": str(chat_file)}).max_length == 1024
+
+
+def test_full_fine_tuning_unsets_what_only_adapters_have(tiny_folder: Path) -> None:
+    own = recipe(tiny_folder, lora_r=64, lora_dropout=0.1, learning_rate=1e-3)
+    full = own.changed(search.as_method(own, "full"))
+    assert (full.method, full.lora_r, full.learning_rate) == ("full", 8, 2e-5)
+    back = full.changed(search.as_method(full, "QLoRA"))
+    assert (back.method, back.load_in_4bit, back.learning_rate) == ("lora", True, 2e-4)
+
+
+def test_the_largest_of_several_models(tiny_folder: Path, tmp_path: Path) -> None:
+    from tests.tiny import tiny_config
+
+    big = tmp_path / "big"
+    tiny_config("llama", hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
+                num_attention_heads=64, num_key_value_heads=8, vocab_size=128256,
+                architectures=["LlamaForCausalLM"]).save_pretrained(big)  # fmt: skip
+    found = api.plan_largest(
+        [str(tiny_folder), str(big), str(tmp_path / "nowhere")], device="t4", max_length=128,
+        per_device_train_batch_size=1,
+    )  # fmt: skip
+    by_name = {own.model: own for own in found}
+    assert by_name[str(big)].best is None
+    assert "too many" in by_name[str(big)].why
+    assert by_name[str(big)].parameters == pytest.approx(70e9, rel=0.02)
+    assert by_name[str(tiny_folder)].why == "the largest that fits"
+    assert "cannot be described" in by_name[str(tmp_path / "nowhere")].why
+
+
+def test_the_limits_are_limits(tiny_folder: Path) -> None:
+    own = recipe(tiny_folder, max_length=64)
+    device = small(80 * GIB)
+    four = own.changed({"per_device_train_batch_size": 64, "tokens_per_microbatch": None})
+    room = peak(device, four).memory.high
+    found = search.limits(own, asked.planner_for(small(room), calibrate=False), longest=2048)
+    assert found.rows is not None
+    assert found.context is not None
+    assert found.rows >= 64
+    fits = peak(small(room), own.changed({"per_device_train_batch_size": found.rows,
+                                          "tokens_per_microbatch": None}))  # fmt: skip
+    over = peak(small(room), own.changed({"per_device_train_batch_size": found.rows + 1,
+                                          "tokens_per_microbatch": None}))  # fmt: skip
+    assert fits.fits() is True
+    assert over.fits() is not True
+    assert found.rows_limited_by == "memory"
+    assert found.context_limited_by in ("memory", "the model's positions")
+    nothing = search.limits(own, asked.planner_for(small(2**20), calibrate=False), longest=2048)
+    assert nothing.context is None
+    assert nothing.rows is None
+
+
+def test_settings_that_are_given_stay(tiny_folder: Path) -> None:
+    found, best = api.plan_search(
+        model_name_or_path=str(tiny_folder), device="a100-80", max_length=64,
+        gradient_checkpointing=True, method="lora",
+    )  # fmt: skip
+    assert best is not None
+    assert best.gradient_checkpointing is True
+    assert {own.settings.get("method") for own in found.tried} == {"lora"}
+    assert math.isfinite(found.best.tokens_per_s or 0) if found.best else False
+
+
+def test_what_cannot_be_planned_is_a_reason_not_a_crash(tiny_folder: Path) -> None:
+    def broken(own: Recipe) -> Plan:
+        raise UserError("no such thing\nand more")
+
+    found = search.fastest(recipe(tiny_folder), broken)
+    assert found.best is None
+    assert {own.why for own in found.tried if own.plan is None} >= {"no such thing"}

@@ -1,0 +1,111 @@
+"""The KV cache and the weights of a server, against real caches and real layers."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from lighten import models
+from lighten.devices import DEVICES, named
+from lighten.plan import serving
+from lighten.plan.serve import quantize, serve
+from lighten.plan.serving import LayerCache, adapter_bytes, kv_cache_bytes, layer_caches
+from tests.tiny import save_tiny, tiny_config, tiny_model
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "gpt2", "mixtral", "gemma2", "gemma3_text",
+                                  "mistral", "phi3"])  # fmt: skip
+def test_the_cache_is_as_large_as_the_one_the_model_fills(arch: str) -> None:
+    """Layer by layer against the tensors that transformers keeps after reading 32 tokens."""
+    model = tiny_model(arch)
+    cache: Any = DynamicCache(config=model.config)
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    with torch.no_grad():
+        model(input_ids=torch.arange(10, 42)[None], **{name: cache}, use_cache=True)
+    found = layer_caches(tiny_config(arch).to_dict())
+    assert len(found) == len(cache.layers)
+    for layer, own in zip(cache.layers, found, strict=True):
+        assert layer.keys is not None
+        per_token = (layer.keys.numel() + layer.values.numel()) // layer.keys.shape[-2]
+        assert per_token == own.numbers
+        # transformers keeps one token less than the window, which the next one completes.
+        kept = 32 if own.window is None else own.window - 1
+        assert layer.keys.shape[-2] == kept
+
+
+def test_published_caches_by_hand() -> None:
+    # Llama 3.1 8B: 32 layers, 8 KV heads of 128, 16 bits: 128 KiB per token.
+    llama = layer_caches({"num_hidden_layers": 32, "num_attention_heads": 32, "hidden_size": 4096,
+                          "num_key_value_heads": 8})  # fmt: skip
+    assert kv_cache_bytes(llama, 4096, 1) == 4096 * 128 * 1024
+    assert kv_cache_bytes(llama, 4096, 32) == 16 * GIB
+    assert kv_cache_bytes(llama, 4097, 1) == 4112 * 128 * 1024  # one more block
+    # Mistral 7B v0.1 keeps 4096 tokens of any context.
+    mistral = layer_caches({"num_hidden_layers": 32, "num_attention_heads": 32,
+                            "hidden_size": 4096, "num_key_value_heads": 8,
+                            "sliding_window": 4096})  # fmt: skip
+    assert kv_cache_bytes(mistral, 32768, 1) == kv_cache_bytes(mistral, 4096, 1)
+    # DeepSeek-V2: 512 + 64 numbers per token and layer, for 128 heads (arXiv 2405.04434).
+    deepseek = layer_caches({"num_hidden_layers": 60, "num_attention_heads": 128,
+                             "hidden_size": 5120, "kv_lora_rank": 512,
+                             "qk_rope_head_dim": 64})  # fmt: skip
+    assert kv_cache_bytes(deepseek, 16, 1) == 16 * 60 * 576 * 2
+    kinds = ["linear_attention"] * 3 + ["full_attention"]
+    hybrid: dict[str, Any] = {"num_hidden_layers": 4, "num_attention_heads": 4, "hidden_size": 64,
+                              "layer_types": kinds}  # fmt: skip
+    assert kv_cache_bytes(layer_caches(hybrid), 16, 1) == 16 * 2 * 64 * 2
+    assert kv_cache_bytes([LayerCache(8)], 16, 1, number_bytes=1) == 128
+
+
+def test_an_adapter_is_as_large_as_the_one_that_is_attached(tiny_folder: Path) -> None:
+    from lighten.adapters import AdapterSpec, attach
+
+    model = tiny_model("llama")
+    trained = attach(model, [AdapterSpec(name="a", r=4)])
+    wanted = sum(parameter.numel() for parameter in trained.parameters("a").values())
+    found = serve(str(tiny_folder), named("cpu"), adapters=3, rank=4)
+    number = serving.BYTES_PER_WEIGHT[named("cpu").dtype().value]
+    assert found.parts["adapters"] == 3 * wanted * number
+    assert adapter_bytes([(10, 20)], 2, number_bytes=4) == 240
+
+
+def test_the_weights_are_as_large_as_the_loaded_ones(tiny_folder: Path) -> None:
+    base = models.load(str(tiny_folder), dtype="bfloat16")
+    assert serve(str(tiny_folder), DEVICES["a100-40"]).parts["base weights"] == (
+        models.census(base.model).weight_bytes
+    )
+
+
+def test_more_of_anything_needs_more(tiny_folder: Path) -> None:
+    usual = serve(str(tiny_folder), DEVICES["t4"], adapters=2, context=128, concurrency=4)
+    for more in ({"adapters": 3}, {"context": 256}, {"concurrency": 8}, {"rank": 32}):
+        asked: dict[str, Any] = {"adapters": 2, "context": 128, "concurrency": 4, **more}
+        assert serve(str(tiny_folder), DEVICES["t4"], **asked).total > usual.total
+    assert usual.fits() is True
+    assert usual.most_sequences is not None
+    assert usual.most_sequences > 4
+    full = serve(str(tiny_folder), DEVICES["t4"], adapters=2, context=128,
+                 concurrency=usual.most_sequences + 20_000)  # fmt: skip
+    assert full.fits() is False
+
+
+@pytest.mark.parametrize(("storage", "double"), [("nf4", False), ("nf4", True), ("int8", False)])
+def test_quantising_needs_what_was_said(tmp_path: Path, storage: str, double: bool) -> None:
+    pytest.importorskip("bitsandbytes")
+    folder = str(save_tiny(tmp_path / "m"))
+    # Wide enough that each layer's table of 256 constants is little beside its weights.
+    tiny_model("llama", hidden_size=384, intermediate_size=768).save_pretrained(folder)
+    found = quantize(folder, storage=storage, double=double, capacity=GIB)
+    base = models.load(folder, load_in_4bit=storage == "nf4", load_in_8bit=storage == "int8",
+                       bnb_4bit_use_double_quant=double)  # fmt: skip
+    assert found.result_bytes == pytest.approx(models.census(base.model).weight_bytes, rel=0.02)
+    assert found.peak_bytes > found.result_bytes
+    assert found.seconds > 0
+    assert found.fits() is True

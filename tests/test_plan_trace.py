@@ -1,0 +1,228 @@
+"""The plan: fake steps are the real ones, repeated layers are layers, and more never costs less."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lighten import models
+from lighten.adapters.whole import decoder_layers
+from lighten.data import Encoded, TemplateChoice
+from lighten.data.encode import EncodingCounts
+from lighten.hardware import Choice
+from lighten.models import quantized
+from lighten.models.load import set_attention
+from lighten.plan import repeat
+from lighten.plan.build import config_of
+from lighten.plan.follow import Follow, Timeline
+from lighten.plan.result import PARTS, Plan
+from lighten.plan.steps import OneRank, Traced, collated, follow_recipe, largest_step, run_steps
+from lighten.plan.trace import plan_recipe
+from lighten.recipe import Recipe
+from lighten.train.prepare import Rows, prepare
+from tests.tiny import tiny_config, tiny_model
+
+FLOAT32 = Choice("float32", "the test's")
+WAYS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "nf4": {"load_in_4bit": True},
+    "nf4 double": {"load_in_4bit": True, "bnb_4bit_use_double_quant": True},
+    "int8": {"load_in_8bit": True},
+    "full": {"method": "full"},
+    "checkpointing": {"gradient_checkpointing": True},
+    "cohort": {"lora_r": [4, 8]},
+}
+
+
+class Cpu:
+    """A processor for tests: no time is predicted for a kind that has no rates."""
+
+    name, kind, bandwidth = "cpu", "cpu", None
+    flops: dict[str, float] = {}  # noqa: RUF012
+
+    def __init__(self, memory_bytes: int | None = None) -> None:
+        self.memory_bytes = memory_bytes
+
+    def dtype(self, requested: str) -> Choice:
+        """Always the same."""
+        return Choice("float32" if requested == "auto" else requested, "the test's")
+
+
+class Card(Cpu):
+    """A GPU by its figures."""
+
+    name, kind, bandwidth = "card", "cuda", 1e12
+    flops = {"float32": 1e13, "bfloat16": 1e14}  # noqa: RUF012
+
+
+def recipe_of(folder: Path, **values: Any) -> Recipe:
+    return Recipe.from_values(
+        {"model_name_or_path": str(folder), "dataset": __file__, "val_size": 0,
+         "max_length": 64, **values}
+    )  # fmt: skip
+
+
+def folder_of(tmp_path: Path, arch: str = "llama", layers: int = 2, **changes: Any) -> Path:
+    depth = "n_layer" if arch == "gpt2" else "num_hidden_layers"
+    tiny_config(arch, **{depth: layers, **changes}).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def follow(recipe: Recipe, given: tuple[int, int], **options: Any) -> Traced:
+    return follow_recipe(recipe, config_of(recipe)[0], FLOAT32, "cpu", given=given, **options)
+
+
+def really(recipe: Recipe, given: tuple[int, int], arch: str, layers: int) -> Timeline:
+    """The same steps on real tensors, followed in the same way."""
+    model = tiny_model(arch, num_hidden_layers=layers)
+    four, eight = recipe.load_in_4bit, recipe.load_in_8bit
+    storage = quantized.choose(four, eight, "nf4", recipe.bnb_4bit_use_double_quant)
+    quantized.finish(model, storage, torch.float32, "cpu")
+    model.requires_grad_(False)
+    base = models.Base(
+        model=model.eval(), tokenizer=None, name="tiny", source="folder", path=Path(),
+        revision=None, checksum=None, file_bytes=None, dtype=FLOAT32,
+        attention=set_attention(model, "sdpa", "cpu"),
+    )  # fmt: skip
+    own = Follow()
+    with own:
+        for tensor in (*model.parameters(), *model.buffers()):
+            own.mark(tensor, "base weights")
+        rows = Rows(Encoded([], EncodingCounts()), None, TemplateChoice("", "", ""), {})
+        setup = prepare(recipe, OneRank(), base, rows)
+    batches = collated(setup, *largest_step(setup, given), 1.0)
+    with own:
+        run_steps(setup, batches, own, {id(x): i for i, x in enumerate(decoder_layers(model))})
+    return own.timeline
+
+
+def steps_of(timeline: Timeline) -> list[tuple[str, bool, int]]:
+    """Births and deaths of the steps, single numbers aside: asking for one makes others."""
+    return [
+        (timeline.runs[event.run].phase, event.born, event.block.bytes)
+        for event in timeline.events
+        if timeline.runs[event.run].phase not in ("loading", "check") and event.block.bytes > 8
+    ]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_fake_steps_are_born_and_die_as_real_ones(way: str, tmp_path: Path) -> None:
+    recipe = recipe_of(folder_of(tmp_path), **WAYS[way])
+    fake, real = follow(recipe, (4, 48)).timeline, really(recipe, (4, 48), "llama", 2)
+    assert steps_of(fake) == steps_of(real)
+
+
+@pytest.mark.parametrize(
+    ("arch", "layers", "way"),
+    [("llama", 9, "lora"), ("llama", 7, "nf4"), ("llama", 8, "full"), ("llama", 9, "checkpointing"),
+     ("qwen3", 8, "cohort"), ("gpt2", 7, "lora"), ("gemma2", 11, "lora")],
+)  # fmt: skip
+def test_repeated_layers_are_the_whole_model(
+    arch: str, layers: int, way: str, tmp_path: Path
+) -> None:
+    recipe = recipe_of(folder_of(tmp_path, arch, layers), **WAYS[way])
+    short, whole = follow(recipe, (3, 32)), follow(recipe, (3, 32), whole=True)
+    assert short.timeline.live() == whole.timeline.live()
+    peak = short.timeline.live().index(max(short.timeline.live()))
+    assert short.timeline.alive_at(peak) == whole.timeline.alive_at(peak)
+    flops = [sum(work.flops for _, _, work in t.timeline.work) for t in (short, whole)]
+    assert flops[0] == flops[1] > 0
+
+
+def test_what_repeats_is_found() -> None:
+    assert repeat.repetition("aaaaaaaa") == repeat.Repetition(1, 8, 0)
+    assert repeat.repetition("aabaabaabaabaabaa") == repeat.Repetition(3, 5, 2)
+    assert repeat.repetition("abcdefgh").units == 1
+    assert repeat.repetition("aabaabaabaabaabaa").kept == [*range(9), *range(12, 17)]
+    assert repeat.Repetition(1, 3).kept == [0, 1, 2]
+
+
+def test_every_other_layer_recomputed_repeats_by_two(tmp_path: Path) -> None:
+    recipe = recipe_of(
+        folder_of(tmp_path, layers=12), gradient_checkpointing=True,
+        gradient_checkpointing_layers=2,
+    )  # fmt: skip
+    short, whole = follow(recipe, (3, 32)), follow(recipe, (3, 32), whole=True)
+    assert short.timeline.live() == whole.timeline.live()
+
+
+def expected(plan: Plan) -> int:
+    """Without the allocator's own ups and downs."""
+    return sum(p.bytes for p in plan.memory.parts if p.name != "allocator overhead")
+
+
+@given(
+    batch=st.integers(1, 6), length=st.integers(8, 60), rank=st.integers(1, 16),
+    layers=st.integers(1, 9), more=st.sampled_from(["batch", "length", "rank", "layers"]),
+)  # fmt: skip
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_more_never_takes_less_and_what_must_be_held_is_held(
+    tmp_path_factory: pytest.TempPathFactory, batch: int, length: int, rank: int, layers: int,
+    more: str,
+) -> None:  # fmt: skip
+    def plan(**own: int) -> Plan:
+        folder = folder_of(tmp_path_factory.mktemp("base"), layers=own["layers"])
+        recipe = recipe_of(folder, lora_r=own["rank"], tokens_per_microbatch=None,
+                           per_device_train_batch_size=own["batch"])  # fmt: skip
+        return plan_recipe(recipe, Card(), rows_tokens=(own["batch"], own["length"]))
+
+    asked = {"batch": batch, "length": length, "rank": rank, "layers": layers}
+    less, greater = plan(**asked), plan(**{**asked, more: 2 * asked[more]})
+    assert expected(greater) > expected(less)
+    assert greater.time is not None
+    assert less.time is not None
+    assert greater.time.seconds >= less.time.seconds
+    whole = tiny_model("llama", num_hidden_layers=layers)
+    weights = sum(p.numel() * 4 for p in whole.parameters())
+    adapters = layers * rank * 4 * sum(
+        layer.in_features + layer.out_features
+        for layer in decoder_layers(whole)[0].modules() if isinstance(layer, torch.nn.Linear)
+    )  # fmt: skip
+    assert less.memory.low >= weights + 3 * adapters, "weights, adapters, two moments"
+
+
+def test_the_parts_sum_to_what_is_expected_and_stand_in_order(tmp_path: Path) -> None:
+    recipe = recipe_of(folder_of(tmp_path), load_in_4bit=True)
+    for device in (Cpu(2**40), Card(2**40)):
+        plan = plan_recipe(recipe, device, rows_tokens=(4, 48))
+        assert tuple(part.name for part in plan.memory.parts) == PARTS
+        assert sum(part.bytes for part in plan.memory.parts) == plan.memory.expected
+        assert plan.memory.low <= plan.memory.expected <= plan.memory.high
+        assert plan.fits() is True
+        assert plan.method == "qlora"
+        assert (plan.memory.allocated is None) == (device.kind == "cpu")
+    assert plan_recipe(recipe, Cpu(2**20), rows_tokens=(4, 48)).fits() is False
+
+
+def test_the_longest_rows_of_the_data_decide(tmp_path: Path) -> None:
+    recipe = recipe_of(folder_of(tmp_path), per_device_train_batch_size=2)
+    plan = plan_recipe(recipe, Card(), rows_tokens=[5, 9, 60, 7, 50, 8])
+    assert plan.shape.tokens_per_row == 60
+    alike = plan_recipe(recipe, Card(), rows_tokens=[9] * 6)
+    assert expected(alike) < expected(plan)
+
+
+def test_a_7b_model_is_planned_in_seconds(tmp_path: Path) -> None:
+    import time
+
+    from transformers import AutoConfig
+
+    AutoConfig.for_model(
+        "llama", hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=32, vocab_size=32000,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    recipe = recipe_of(tmp_path, load_in_4bit=True, max_length=2048, dtype="bfloat16")
+    began = time.process_time()
+    plan = plan_recipe(recipe, Card(16 * 2**30), rows_tokens=(4, 2048))
+    assert time.process_time() - began < 10.0
+    held = {part.name: part.bytes for part in plan.memory.parts}
+    linear = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    assert held["base weights"] == pytest.approx(linear / 2 + 2 * 2 * 32000 * 4096, rel=0.01)
+    assert held["quantisation constants"] == pytest.approx(linear / 64 * 4, rel=0.01)

@@ -1,0 +1,215 @@
+"""Training with its plan: said, refused, recorded, learnt from; a step where memory runs out."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lighten
+from lighten.devices import named
+from lighten.errors import UserError
+from lighten.plan import asked, before_training, calibration
+from lighten.report.page import page
+from lighten.runs import Run
+from lighten.train import short_memory
+from tests.tiny import tiny_model, tiny_tokenizer
+
+GIB = 2**30
+
+
+@pytest.fixture
+def settings(tiny_folder: Path, chat_file: Path, tmp_path: Path) -> dict[str, Any]:
+    return {
+        "model_name_or_path": str(tiny_folder), "dataset": str(chat_file), "dtype": "float32",
+        "output_dir": str(tmp_path / "run"), "max_steps": 3, "val_size": 0.2,
+        "per_device_train_batch_size": 4,
+    }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTEN_CALIBRATION", str(tmp_path / "calibration.json"))
+    monkeypatch.delenv("LIGHTEN_PLAN")
+
+
+def test_every_training_is_planned_and_compared(
+    settings: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = lighten.train(**settings)
+    said = capfd.readouterr().err
+    assert said.count("plan: ") == 1
+    assert "predicted" in said
+    plan, info = run.plan(), run.info()
+    assert plan is not None
+    assert plan["steps"] == 3
+    pair = info["prediction"]
+    assert pair["memory"]["predicted"] == plan["memory"]["expected"]
+    assert pair["memory"]["measured"] == info["training"]["peak_bytes"]
+    assert pair["step_seconds"]["measured"] > 0
+    (kept,) = calibration.pairs()
+    assert kept["memory"] == pair["memory"]
+    assert kept["device"].startswith("cpu: ")
+    assert "Planned and measured" in page([run])
+
+
+def test_without_a_plan_nothing_of_it_is_there(settings: dict[str, Any]) -> None:
+    run = lighten.train(planned=False, progress=False, **settings)
+    assert run.plan() is None
+    assert "prediction" not in run.info()
+    assert calibration.pairs() == []
+    assert "Planned and measured" not in page([run])
+
+
+def test_a_plan_changes_nothing_of_the_training(settings: dict[str, Any], tmp_path: Path) -> None:
+    with_plan = lighten.train(progress=False, **settings)
+    without = lighten.train(
+        progress=False, planned=False, **{**settings, "output_dir": str(tmp_path / "other")}
+    )
+    assert [m["loss"] for m in with_plan.metrics()] == [m["loss"] for m in without.metrics()]
+
+
+def test_what_surely_does_not_fit_is_refused_before_anything_is_made(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scarce = replace(named("cpu"), memory_bytes=2**20)
+    monkeypatch.setattr(before_training.devices, "named", lambda: scarce)
+    with pytest.raises(UserError, match=r"does not fit; --force trains all the same") as refused:
+        lighten.train(progress=False, **settings)
+    assert "\n  - " in str(refused.value)
+    assert not Path(settings["output_dir"]).exists()
+    run = lighten.train(progress=False, force=True, **settings)
+    assert run.info()["status"] == "finished"
+    assert run.plan() is not None
+
+
+def test_a_plan_that_fails_is_one_line_and_the_run_goes_on(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise KeyError("nothing\nof use")
+
+    monkeypatch.setattr(asked, "plan_recipe", broken)
+    run = lighten.train(**settings)
+    assert run.info()["status"] == "finished"
+    lines = [line for line in capfd.readouterr().err.splitlines() if "no plan" in line]
+    assert len(lines) == 1
+    assert run.plan() is None
+
+
+def test_a_calibration_file_that_cannot_be_written_is_told_in_the_run(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LIGHTEN_CALIBRATION", str(tmp_path / "file" / "calibration.json"))
+    run = lighten.train(progress=False, **settings)
+    assert run.info()["status"] == "finished"
+    assert "not kept" in run.info()["calibration"]
+
+
+def test_corrections_do_not_feed_on_themselves(settings: dict[str, Any]) -> None:
+    for _ in range(4):
+        run = lighten.train(progress=False, **settings)
+    pairs = calibration.pairs()
+    assert len(pairs) == 4
+    assert len({pair["memory"]["predicted"] for pair in pairs}) == 1
+    plan = run.plan()
+    assert plan is not None
+    assert pairs[-1]["step_seconds"]["predicted"] == pytest.approx(
+        pairs[0]["step_seconds"]["predicted"], rel=0.5
+    )
+
+
+def test_errors_that_mean_too_little_memory_are_known() -> None:
+    import torch
+
+    assert short_memory.ran_out(MemoryError())
+    assert short_memory.ran_out(torch.OutOfMemoryError("CUDA out of memory."))
+    said = ("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate "
+            "memory: you tried to allocate 4096000 bytes. Error code 12 (Cannot allocate "
+            "memory)")  # fmt: skip
+    assert short_memory.ran_out(RuntimeError(said))
+    assert short_memory.wanted_bytes(RuntimeError(said)) == 4096000
+    cuda = RuntimeError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has …")
+    assert short_memory.wanted_bytes(cuda) == int(2.5 * GIB)
+    assert not short_memory.ran_out(RuntimeError("shape mismatch"))
+    assert not short_memory.ran_out(ValueError("out of memory"))
+
+
+# A run under a limit of address space that is set once everything is loaded.
+LIMITED = """
+import json, resource, sys, psutil
+import lighten
+from lighten.train import loop
+given = json.loads(sys.argv[1])
+more = given.pop("more")
+real = loop.Loop.run
+def limited(self):
+    if more is not None:
+        limit = psutil.Process().memory_info().vms + more * 2**20
+        resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+    return real(self)
+loop.Loop.run = limited
+lighten.train(**given)
+"""
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A model whose activations are large beside its weights, and long rows."""
+    folder = tmp_path_factory.mktemp("wide")
+    tiny_model("llama", hidden_size=128, intermediate_size=512, num_hidden_layers=4,
+               max_position_embeddings=4096).save_pretrained(folder)  # fmt: skip
+    tiny_tokenizer().save_pretrained(folder)
+    data = folder / "long.jsonl"
+    rows = [{"prompt": f"word{i} " * 300, "completion": f"the answer is {i}"} for i in range(16)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder, data
+
+
+def under(
+    more: int | None, wide: tuple[Path, Path], out: Path, **changes: Any
+) -> subprocess.CompletedProcess[str]:
+    given = {"model_name_or_path": str(wide[0]), "dataset": str(wide[1]), "output_dir": str(out),
+             "max_steps": 2, "per_device_train_batch_size": 8, "tokens_per_microbatch": None,
+             "max_length": 4096, "dtype": "float32", "val_size": 0, "learning_rate": 1e-2,
+             "torch_compile": False, "more": more, **changes}  # fmt: skip
+    return subprocess.run(
+        [sys.executable, "-c", LIMITED, json.dumps(given)], capture_output=True, text=True,
+        check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def test_where_memory_runs_out_the_step_is_made_again_with_the_same_result(
+    wide: tuple[Path, Path], tmp_path: Path
+) -> None:
+    free = under(None, wide, tmp_path / "free")
+    assert free.returncode == 0, free.stderr
+    short = under(500, wide, tmp_path / "short")
+    assert short.returncode == 0, short.stderr
+    retries = Run(tmp_path / "short").info()["retries"]
+    assert retries
+    assert retries[0]["step"] == 1
+    assert retries[0]["new_tokens"] == retries[0]["tokens"] // 2
+    assert "again with micro-batches of" in short.stderr
+    losses = [[m["loss"] for m in Run(tmp_path / name).metrics()] for name in ("free", "short")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    examples = [m["examples"] for m in Run(tmp_path / "short").metrics()]
+    assert examples == [8, 8]
+
+
+def test_where_even_one_row_is_too_much_the_run_says_what_to_change(
+    wide: tuple[Path, Path], tmp_path: Path
+) -> None:
+    done = under(1, wide, tmp_path / "none")
+    assert done.returncode != 0
+    info = Run(tmp_path / "none").info()
+    assert info["status"] == "failed"
+    assert "memory ran out" in info["error"]
+    assert "OutOfMemory" in done.stderr.splitlines()[-1] or "memory ran out" in done.stderr
