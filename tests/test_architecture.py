@@ -29,13 +29,25 @@ ALLOWED: dict[str, set[str]] = {
     "train": {"adapters", "data", "models", "recipe", "hardware", "runs", "verbs"},
     "evaluate": {"adapters", "data", "models", "recipe", "hardware", "runs", "train", "verbs"},
     "report": {"evaluate", "runs", "verbs"},
-    "api": {"recipe", "runs", "train", "evaluate", "report"},
-    "cli": {"api", "data", "models", "recipe", "hardware", "runs", "train", "evaluate"},
+    "sweep": {
+        "adapters",
+        "data",
+        "models",
+        "recipe",
+        "hardware",
+        "runs",
+        "train",
+        "evaluate",
+        "verbs",
+    },
+    "api": {"recipe", "runs", "train", "evaluate", "report", "sweep"},
+    "cli": {"api", "data", "models", "recipe", "hardware", "runs", "train", "evaluate", "sweep"},
     "__main__": {"cli"},
 }
 LIGHT = ("lighten", "lighten.api", "lighten.cli", "lighten.errors", "lighten.hardware",
          "lighten.recipe", "lighten.runs", "lighten.report.charts",
-         "lighten.data.read", "lighten.train", "lighten.evaluate", "lighten.report")  # fmt: skip
+         "lighten.data.read", "lighten.train", "lighten.evaluate", "lighten.report",
+         "lighten.sweep", "lighten.sweep.arms", "lighten.sweep.recommend")  # fmt: skip
 HEAVY = {"torch", "transformers", "peft", "accelerate"}
 
 
