@@ -19,7 +19,7 @@ from lighten.runs import Run
 from lighten.sweep import result, tuning
 from lighten.sweep.arms import Group, expand, full_arm, grid_of, group
 from lighten.sweep.budget import RUNGS, Halving, Speed, left_early, longest
-from lighten.sweep.measure import BASE, measure_run
+from lighten.sweep.measure import BASE, Measurement, measure_run
 from lighten.sweep.result import FILE, SweepResult
 from lighten.train.progress import TrainingProgress
 from lighten.train.run import train
@@ -109,7 +109,7 @@ class Sweep:
         self.write(groups=result.group_names(groups))
         for place, own in enumerate(groups):
             self._train(own, groups[place:])
-            self._measure(own, first=place == 0)
+            self._measure(own)
             self.write(
                 **self._run_facts(groups), **result.collect(self.folder, self.recipe, groups)
             )
@@ -311,8 +311,8 @@ class Sweep:
             self._beat = time.monotonic()
             self.write()
 
-    def _measure(self, own: Group, *, first: bool) -> None:
-        """Measure the arms of a trained group, and the base with the first one."""
+    def _measure(self, own: Group) -> None:
+        """Measure the arms of a trained group, and the base with the first of them."""
         run = Run(self.folder / own.name)
         if run.info().get("status") != "finished":
             return
@@ -321,7 +321,8 @@ class Sweep:
         names: list[tuple[str, str | None]] = [
             (arm.name, own.adapter(arm)) for arm in own.arms if own.adapter(arm) not in diverged
         ]
-        if first and "base" in self.recipe.sweep.reference:
+        unknown = Measurement.read(self.folder, BASE) is None
+        if unknown and "base" in self.recipe.sweep.reference:
             names.insert(0, (BASE, None))
         budget = self.recipe.sweep.budget_s
         late = budget is not None and self.spent_s() > budget
