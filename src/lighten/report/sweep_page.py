@@ -75,7 +75,7 @@ def sweep_page(folder: Path) -> str:
 def _tiles(data: Mapping[str, Any], metric: str) -> list[dict[str, str]]:
     """The figures a reader wants first."""
     arms = {arm["name"]: arm for arm in data.get("arms", [])}
-    name = (data.get("recommendation") or {}).get("arm")
+    name = str((data.get("recommendation") or {}).get("arm"))
     tiles = [{"label": "Arms", "value": str(len([a for a in arms.values() if not a["reference"]])),
               "note": f"in {words.duration(data.get('spent_s'))}"}]  # fmt: skip
     if name not in arms:

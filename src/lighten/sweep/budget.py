@@ -56,34 +56,37 @@ def keep(arms: int, left_s: float, steps: int, rung: int, speed: Speed) -> int:
         rung: Steps between evaluations.
         speed: What the work takes.
     """
-    while arms > 1 and not _feasible(arms, left_s, steps, rung, speed):
+    while arms > 1 and not _feasible(arms, left_s, steps, rung, speed, 1):
         arms -= 1
     return arms
 
 
 def longest(arms: int, left_s: float, steps: int, rung: Callable[[int], int], speed: Speed) -> int:
-    """The most steps, up to those wanted, that halving down to one arm can end in time."""
+    """The most steps, up to those wanted, that half of the arms can train in time.
+
+    Fewer at the end would leave too little to compare.
+    """
     low, high = 1, steps
     while low < high:  # the cost grows with the steps
         middle = (low + high + 1) // 2
-        if _feasible(arms, left_s, middle, rung(middle), speed):
+        if _feasible(arms, left_s, middle, rung(middle), speed, (arms + 1) // 2):
             low = middle
         else:
             high = middle - 1
     return low
 
 
-def _feasible(arms: int, left_s: float, steps: int, rung: int, speed: Speed) -> bool:
-    """Whether so many arms can go on to the next rung, halved there and later as need be."""
+def _feasible(arms: int, left_s: float, steps: int, rung: int, speed: Speed, least: int) -> bool:
+    """Whether so many arms can go on to the next rung, halved there and later down to the least."""
     if _to_the_end(arms, steps, rung, speed) <= left_s:
         return True
-    if arms == 1 or steps <= rung:
+    if arms <= least or steps <= rung:
         return False
     spent = arms * (rung * speed.step_s + speed.evaluation_s)
-    gone = arms - (arms + 1) // 2
+    after = max(least, (arms + 1) // 2)
     # What leaves is measured too, at least on what chooses.
-    left = left_s - spent - gone * speed.measuring_s
-    return left > 0 and _feasible((arms + 1) // 2, left, steps - rung, rung, speed)
+    left = left_s - spent - (arms - after) * speed.measuring_s
+    return left > 0 and _feasible(after, left, steps - rung, rung, speed, least)
 
 
 def _to_the_end(arms: int, steps: int, rung: int, speed: Speed) -> float:

@@ -230,7 +230,8 @@ class Sweep:
 
         def rung(steps: int) -> int:
             asked = recipe.eval_steps
-            return asked if asked is not None and 2 * asked <= steps else max(1, steps // RUNGS)
+            fits = asked is not None and 2 <= steps / asked <= 2 * RUNGS
+            return asked if asked is not None and fits else max(1, steps // RUNGS)
 
         steps = longest(count, left, wanted, rung, speed)
         note = f"{count} arms, {steps} of {wanted} steps, {budget_s / 60:.3g} min"
