@@ -30,20 +30,23 @@ ALLOWED: dict[str, set[str]] = {
     "evaluate": {"adapters", "data", "models", "recipe", "hardware", "runs", "train", "verbs"},
     "devices": {"hardware"},
     "report": {"evaluate", "runs", "verbs"},
+    "sweep": {"adapters", "data", "models", "recipe", "hardware", "runs", "train", "evaluate",
+              "verbs"},
     # It traces the step of `train`, and draws its picture with `report`'s figures.
     "plan": {"adapters", "data", "devices", "models", "recipe", "hardware", "report", "runs",
              "train", "verbs"},
-    "api": {"devices", "plan", "recipe", "runs", "train", "evaluate", "report"},
+    "api": {"devices", "plan", "recipe", "runs", "train", "evaluate", "report", "sweep"},
     "console": {"recipe"},
     "cli_plan": {"api", "console", "plan", "runs"},
-    "cli": {"api", "cli_plan", "console", "data", "models", "recipe", "hardware", "runs", "train",
-            "evaluate"},
+    "cli": {"api", "cli_plan", "console", "data", "models", "recipe", "hardware", "report", "runs",
+            "sweep", "train", "evaluate"},
     "__main__": {"cli"},
 }  # fmt: skip
 LIGHT = ("lighten", "lighten.api", "lighten.cli", "lighten.errors", "lighten.hardware",
          "lighten.recipe", "lighten.runs", "lighten.report.charts", "lighten.devices",
          "lighten.console", "lighten.plan", "lighten.plan.words", "lighten.report.planned",
-         "lighten.data.read", "lighten.train", "lighten.evaluate", "lighten.report")  # fmt: skip
+         "lighten.data.read", "lighten.train", "lighten.evaluate", "lighten.report",
+         "lighten.sweep", "lighten.sweep.arms", "lighten.sweep.recommend")  # fmt: skip
 HEAVY = {"torch", "transformers", "peft", "accelerate"}
 
 

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from lighten.api import evaluate, plan, report, run, train
+    from lighten.api import evaluate, plan, report, run, sweep, train
     from lighten.errors import UserError
     from lighten.recipe import Recipe
     from lighten.runs import Run
 
-__all__ = ["Recipe", "Run", "UserError", "evaluate", "plan", "report", "run", "train"]
+__all__ = ["Recipe", "Run", "UserError", "evaluate", "plan", "report", "run", "sweep", "train"]
 
-_ROOMS = ("evaluate", "plan", "report", "train")
+_ROOMS = ("evaluate", "plan", "report", "sweep", "train")
 _HOME = {
     "Recipe": "lighten.recipe",
     "Run": "lighten.runs",

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lighten.plan.search import Found, Limits, Sized
     from lighten.plan.serve import Quantizing
     from lighten.plan.serving import Serving
+    from lighten.sweep.result import SweepResult
 
 RecipeLike = Recipe | str | os.PathLike[str]
 RunLike = Run | str | os.PathLike[str]
@@ -303,8 +304,40 @@ def evaluate(run: RunLike, *, progress: Progress | None = None, **options: Any) 
     return evaluate_run(run_of(run), progress=progress, **options)
 
 
+def sweep(
+    recipe: RecipeLike | None = None,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    measuring_progress: Progress | None = None,
+    **overrides: Any,
+) -> SweepResult:
+    """Train and compare many settings: `sweep("recipe.yaml", lora_r=[8, 32, 128], budget="30m")`.
+
+    Args:
+        recipe: A recipe, its file, or None to take settings from the overrides alone.
+        resume: Take up an ended sweep again; an unfinished one goes on by itself.
+        progress: Show what happens on standard error.
+        measuring_progress: Told what is being measured, how far it is, and of how much.
+        overrides: Settings by name. A list is swept, as is a range (a mapping with `min` and
+            `max`); names of the `sweep` section (`scaling`, `tune`, `reference`, `metric`,
+            `budget`) go there.
+
+    Raises:
+        UserError: Something the user can mend.
+    """
+    from lighten.recipe import swept
+
+    chosen = recipe_of(recipe, **swept.gathered(overrides))
+    from lighten.sweep.running import sweep as run_sweep
+
+    found = run_sweep(chosen, resume=resume, progress=progress, measuring=measuring_progress)
+    report(found.folder)
+    return found
+
+
 def report(*runs: RunLike, output: str | os.PathLike[str] | None = None) -> Path:
-    """Write the HTML page of one run or several, and return its path.
+    """Write the HTML page of a run, of several side by side, or of a sweep; return its path.
 
     Args:
         runs: One or more.
@@ -316,8 +349,12 @@ def report(*runs: RunLike, output: str | os.PathLike[str] | None = None) -> Path
     if not runs:
         raise UserError("report needs at least one run (see: lighten runs list)")
     from lighten.report.page import write_page
+    from lighten.report.sweep_page import is_sweep, write_sweep_page
 
-    return write_page([run_of(run) for run in runs], None if output is None else Path(output))
+    chosen, target = [run_of(run) for run in runs], None if output is None else Path(output)
+    if len(chosen) == 1 and is_sweep(chosen[0].folder):
+        return write_sweep_page(chosen[0].folder, target)
+    return write_page(chosen, target)
 
 
 def run(

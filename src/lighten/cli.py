@@ -78,19 +78,28 @@ def _trained(words: list[str], **how: bool) -> Run:
 
 @contextlib.contextmanager
 def _bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress callback that draws a bar in a terminal and nothing elsewhere."""
+    """A progress callback that draws a bar in a terminal and nothing elsewhere.
+
+    The bar is there only while something is under way, so that others can draw theirs between.
+    """
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        tasks: dict[str, Any] = {}
+    progress = Progress(console=Console(stderr=True), transient=True)
+    tasks: dict[str, Any] = {}
 
-        def tell(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = progress.add_task(what, total=total)
-            progress.update(tasks[what], completed=done, total=total)
+    def tell(what: str, done: int, total: int) -> None:
+        if what not in tasks:
+            tasks[what] = progress.add_task(what, total=total)
+        progress.start()
+        progress.update(tasks[what], completed=done, total=total)
+        if progress.finished:
+            progress.stop()
 
+    try:
         yield tell
+    finally:
+        progress.stop()
 
 
 _Words = Annotated[list[str] | None, typer.Argument(metavar="RECIPE | MODEL DATA", help=Settings)]
@@ -126,6 +135,31 @@ def train(
 
 app.command("sft", context_settings=OPEN, hidden=True)(train)
 cli_plan.register(app)
+
+
+@app.command(context_settings=OPEN)
+def sweep(
+    ctx: typer.Context, words: _Words = None, resume: _Resume = False, as_json: Json = False
+) -> None:
+    """Train many settings in one pass, compare them, and say which to take: --lora_r 8,32,128."""
+    from lighten import api
+    from lighten.report.sweep_table import shown
+    from lighten.train.interrupt import Interrupted
+
+    recipe, settings = _recipe_arguments([*(words or []), *ctx.args])
+    try:
+        with _bar() as progress:
+            found = api.sweep(recipe, resume=resume, measuring_progress=progress, **settings)
+    except Interrupted as stopped:
+        typer.echo(f"{stopped} (or start the sweep again)", err=True)
+        raise typer.Exit(stopped.exit_code) from None
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), ensure_ascii=False))
+        return
+    columns, rows, sentences = shown(found.folder)
+    print_table(columns, rows)
+    for sentence in [*sentences, f"report: {found.folder / 'report.html'}"]:
+        console().print(sentence, highlight=False, markup=False)
 
 
 @app.command(context_settings=OPEN)

@@ -175,14 +175,15 @@ class Run:
                     f"{folder} holds an unfinished run; go on with --resume, or choose another "
                     "--output_dir"
                 )
-            aside = _free_name(folder)
+            aside = free_name(folder)
             os.replace(folder, aside)
             recipe.notices.append(f"{folder} held an ended run, which is now {aside}")
         write_text(folder / RECIPE, recipe.to_yaml())
         return cls(folder)
 
     def _require_same(self, recipe: Recipe) -> None:
-        free = {"output_dir", "report_to", "logging_steps", "save_total_limit", "evaluate"}
+        free = {"output_dir", "report_to", "logging_steps", "save_total_limit", "evaluate",
+                "sweep"}  # fmt: skip
         before, now = self.recipe().completed(), recipe.completed()
         changed = [key for key in now if key not in free and now[key] != before.get(key)]
         if changed:
@@ -261,7 +262,7 @@ class Run:
         return value
 
 
-def _free_name(folder: Path) -> Path:
+def free_name(folder: Path) -> Path:
     """The folder's name with the first number that is not taken."""
     number = 1
     while (aside := folder.with_name(f"{folder.name}-{number}")).exists():
@@ -286,7 +287,7 @@ def compare(runs: Sequence[Run]) -> list[dict[str, Any]]:
     rows = [
         {"what": key, "kind": "setting", "values": [own.get(key) for own in recipes]}
         for key in recipes[0]
-        if key not in ("output_dir", "evaluate")
+        if key not in ("output_dir", "evaluate", "sweep")
         and any(own.get(key) != recipes[0].get(key) for own in recipes)
     ]
     measured = [_measured(run) for run in runs]

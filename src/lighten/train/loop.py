@@ -15,14 +15,15 @@ from lighten.data.batches import Item, MicroBatch, collate, layout, steps_of_epo
 from lighten.hardware import PeakMemory
 from lighten.train import checkpoints, short_memory
 from lighten.train.checkpoints import TrainerState
-from lighten.train.heldout import held_out
+from lighten.train.heldout import HeldOut, held_out
 from lighten.train.interrupt import Interrupted, StopSignals
+from lighten.train.judge import Judge
 from lighten.train.lanes import Lanes
 from lighten.train.member import Member
 from lighten.train.prediction import Prediction
 from lighten.train.prepare import Setup
 from lighten.train.progress import TrainingProgress
-from lighten.train.step import MemberStep, train_step, undropped
+from lighten.train.step import MemberStep, TrainingDiverged, train_step, undropped
 
 
 class Loop:
@@ -37,6 +38,7 @@ class Loop:
         prediction: What was planned, to say what took more if memory runs out.
         retries: Make a step for which memory runs out again with smaller micro-batches. A benchmark
             leaves it off: it would measure something else than it says.
+        judge: May take adapters out early; without one, an adapter that diverges ends the run.
     """
 
     def __init__(
@@ -48,10 +50,13 @@ class Loop:
         memory: PeakMemory,
         prediction: Prediction | None = None,
         *,
+        judge: Judge | None = None,
         retries: bool = False,
     ) -> None:
         self.setup, self.folder, self.state = setup, folder, state
         self.progress, self.memory, self.prediction = progress, memory, prediction
+        self.judge = judge
+        self._losses: dict[str, HeldOut] = {}
         self._retries, self._watch = retries, short_memory.Watch(setup.members)
         self.main = setup.accelerator.is_main_process
         self._lengths = [len(row.input_ids) for row in setup.rows.train.rows]
@@ -71,7 +76,12 @@ class Loop:
             while state.step < setup.total_steps and self._active():
                 began = time.perf_counter()
                 members = self._active()
-                report = self._step(members)
+                try:
+                    report = self._step(members)
+                except TrainingDiverged:
+                    if not self._dropped_diverged(members):
+                        raise
+                    continue
                 state.step += 1
                 self._record(report, time.perf_counter() - began)
 
@@ -79,6 +89,7 @@ class Loop:
                 best = False
                 if setup.rows.held_out and (last or self._due(recipe.eval_steps)):
                     best = self._evaluate(members) and recipe.load_best_model_at_end
+                self._ask_judge()
                 done = last or not self._active()
                 stop = signals.received is not None
                 if done or best or stop or self._due(recipe.save_steps):
@@ -127,6 +138,29 @@ class Loop:
 
     def _active(self) -> list[Member]:
         return [member for member in self.setup.members if not member.progress.stopped]
+
+    def _ask_judge(self) -> None:
+        """Take out what the judge names."""
+        if self.judge is not None:
+            active = self._active()
+            names = [member.name for member in active]
+            leaving = self.judge.leaving(self.state.step, self._losses, names)
+            for member in active:
+                member.progress.stopped = member.name in leaving
+        self._losses = {}
+
+    def _dropped_diverged(self, members: list[Member]) -> bool:
+        """Take out what diverged, if a judge lets the others go on; no weight has moved."""
+        gone = [m for m in members if not all(bool(g.isfinite().all()) for g in m.gradients())]
+        for member in members:
+            member.optimizer.zero_grad(set_to_none=True)
+        if self.judge is None or not gone:
+            return False
+        for member in gone:
+            member.progress.stopped = True
+            self.judge.diverged(self.state.step, member.name)
+            self.progress.note(f"step {self.state.step + 1}: {member.name} diverged and leaves")
+        return bool(self._active())
 
     def _due(self, every: int | None) -> bool:
         return self.state.step % (every or self.setup.steps_per_epoch) == 0
@@ -214,6 +248,7 @@ class Loop:
                 lanes=self._lanes,
             )
             any_best |= member.note_evaluation(found.loss, state.step)
+            self._losses[member.name] = found
             self._line(
                 {
                     "kind": "eval",

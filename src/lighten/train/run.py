@@ -18,6 +18,7 @@ from lighten.runs import PLAN, Run, write_json
 from lighten.train import allocator, checkpoints, optimizers, trackers
 from lighten.train.checkpoints import TrainerState, weights_of
 from lighten.train.export import export
+from lighten.train.judge import Judge
 from lighten.train.loop import Loop
 from lighten.train.prediction import Prediction, beside
 from lighten.train.prepare import Rows, Setup, load_base, load_rows, prepare
@@ -31,6 +32,7 @@ def train(
     resume: bool = False,
     progress: bool = True,
     prediction: Prediction | None = None,
+    judge: Judge | None = None,
 ) -> Run:
     """Train what the recipe says.
 
@@ -39,6 +41,7 @@ def train(
         resume: Go on from the newest whole checkpoint of the recipe's run folder.
         progress: Show what happens on standard error.
         prediction: What was planned.
+        judge: May take adapters out before the end.
 
     Returns:
         The run, with its adapters under `adapters/`, or the whole model under `model/`.
@@ -62,7 +65,7 @@ def train(
         for notice in recipe.notices:
             shown.note(notice)
         try:
-            _train(run, recipe, accelerator, shown, prediction, resume=resume)
+            _train(run, recipe, accelerator, shown, prediction, judge, resume=resume)
         except BaseException as caught:
             error = _explained(caught, prediction)
             # Whatever ended the run is told truthfully in run.json, and then goes its way.
@@ -110,7 +113,7 @@ def _open(recipe: Recipe, accelerator: Accelerator, *, resume: bool) -> Run:
 
 def _train(
     run: Run, recipe: Recipe, accelerator: Accelerator, shown: TrainingProgress,
-    prediction: Prediction | None, *, resume: bool,
+    prediction: Prediction | None, judge: Judge | None, *, resume: bool,
 ) -> None:  # fmt: skip
     transformers_logging.disable_progress_bar()
     _plan_said(run, accelerator, shown, prediction)
@@ -139,7 +142,7 @@ def _train(
         )
     accelerator.wait_for_everyone()
     trackers.start(accelerator, run.folder, recipe.completed())
-    Loop(setup, run.folder, state, shown, memory, prediction, retries=True).run()
+    Loop(setup, run.folder, state, shown, memory, prediction, judge=judge, retries=True).run()
     if accelerator.is_main_process:
         _finish(run, setup, state, memory.read())
         _beside_the_plan(run, shown)
@@ -287,6 +290,8 @@ def _put_best_back(run: Run, setup: Setup) -> None:
     """Each adapter as it was at its lowest held-out loss."""
     for member in setup.members:
         step = member.progress.best_step
+        if step is None:  # it left before it was ever evaluated
+            continue
         checkpoint = run.folder / "checkpoints" / f"checkpoint-{step}"
         setup.trained.restore(member.name, weights_of(checkpoint, setup.trained, member.name))
 
