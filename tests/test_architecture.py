@@ -29,10 +29,13 @@ ALLOWED: dict[str, set[str]] = {
     "train": {"adapters", "data", "models", "recipe", "hardware", "runs", "verbs"},
     "evaluate": {"adapters", "data", "models", "recipe", "hardware", "runs", "train", "verbs"},
     "report": {"evaluate", "runs", "verbs"},
-    "api": {"recipe", "runs", "train", "evaluate", "report"},
-    "cli": {"api", "data", "models", "recipe", "hardware", "runs", "train", "evaluate"},
+    "api": {"adapters", "recipe", "runs", "train", "evaluate", "report"},
+    "tables": set(),
+    "cli_adapter": {"api", "tables"},
+    "cli": {"api", "cli_adapter", "tables", "data", "models", "recipe", "hardware", "runs", "train",
+            "evaluate"},
     "__main__": {"cli"},
-}
+}  # fmt: skip
 LIGHT = ("lighten", "lighten.api", "lighten.cli", "lighten.errors", "lighten.hardware",
          "lighten.recipe", "lighten.runs", "lighten.report.charts",
          "lighten.data.read", "lighten.train", "lighten.evaluate", "lighten.report")  # fmt: skip

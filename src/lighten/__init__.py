@@ -15,18 +15,23 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from lighten.api import evaluate, report, run, train
+    from lighten.api import adapter_info, evaluate, report, resize_adapter, run, train
     from lighten.errors import UserError
     from lighten.recipe import Recipe
     from lighten.runs import Run
 
-__all__ = ["Recipe", "Run", "UserError", "evaluate", "report", "run", "train"]
+__all__ = [
+    "Recipe", "Run", "UserError", "adapter_info", "evaluate", "report", "resize_adapter", "run",
+    "train",
+]  # fmt: skip
 
 _ROOMS = ("evaluate", "report", "train")
 _HOME = {
     "Recipe": "lighten.recipe",
     "Run": "lighten.runs",
     "UserError": "lighten.errors",
+    "adapter_info": "lighten.api",
+    "resize_adapter": "lighten.api",
     "run": "lighten.api",
 }
 

@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from rich.console import Console
+from lighten.cli_adapter import adapter_app
+from lighten.tables import cell as _cell
+from lighten.tables import console as _console
+from lighten.tables import print_table as _print_table
 
+if TYPE_CHECKING:
     from lighten.runs import Run
 
 app = typer.Typer(
@@ -28,6 +31,7 @@ runs_app = typer.Typer(no_args_is_help=True, help="List runs, or compare them si
 data_app = typer.Typer(no_args_is_help=True, help="Look at data before training on it.")
 app.add_typer(runs_app, name="runs")
 app.add_typer(data_app, name="data")
+app.add_typer(adapter_app, name="adapter")
 
 OPEN = {"allow_extra_args": True, "ignore_unknown_options": True}
 # Settings whose value is taken to the letter.
@@ -86,12 +90,6 @@ def overrides(words: Sequence[str]) -> dict[str, Any]:
 def _is_assignment(word: str) -> bool:
     name, equals, _ = word.partition("=")
     return bool(equals) and name.replace(".", "_").isidentifier()
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console()
 
 
 def _recipe_arguments(words: list[str]) -> tuple[str | None, dict[str, Any]]:
@@ -395,22 +393,3 @@ def _print_evaluation(found: dict[str, Any]) -> None:
             cells.append(_cell(model["metrics"][metric]) + said)
         rows.append([metric, *cells])
     _print_table(["metric", *names], rows)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, dict):
-        return f"{value['value']:.4g} [{value['low']:.4g}, {value['high']:.4g}]"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.box import SIMPLE
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(*columns, box=SIMPLE, pad_edge=False)
-    for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
-    _console().print(table)
