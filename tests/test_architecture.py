@@ -29,16 +29,19 @@ ALLOWED: dict[str, set[str]] = {
     "train": {"adapters", "data", "models", "recipe", "hardware", "runs", "verbs"},
     "evaluate": {"adapters", "data", "models", "recipe", "hardware", "runs", "train", "verbs"},
     "report": {"evaluate", "runs", "verbs"},
-    "api": {"adapters", "recipe", "runs", "train", "evaluate", "report"},
+    "sweep": {"adapters", "data", "models", "recipe", "hardware", "runs", "train", "evaluate",
+              "verbs"},
+    "api": {"adapters", "recipe", "runs", "train", "evaluate", "report", "sweep"},
     "tables": set(),
     "cli_adapter": {"api", "tables"},
     "cli": {"api", "cli_adapter", "tables", "data", "models", "recipe", "hardware", "runs", "train",
-            "evaluate"},
+            "evaluate", "sweep"},
     "__main__": {"cli"},
 }  # fmt: skip
 LIGHT = ("lighten", "lighten.api", "lighten.cli", "lighten.errors", "lighten.hardware",
          "lighten.recipe", "lighten.runs", "lighten.report.charts",
-         "lighten.data.read", "lighten.train", "lighten.evaluate", "lighten.report")  # fmt: skip
+         "lighten.data.read", "lighten.train", "lighten.evaluate", "lighten.report",
+         "lighten.sweep", "lighten.sweep.arms", "lighten.sweep.recommend")  # fmt: skip
 HEAVY = {"torch", "transformers", "peft", "accelerate"}
 
 

@@ -182,7 +182,8 @@ class Run:
         return cls(folder)
 
     def _require_same(self, recipe: Recipe) -> None:
-        free = {"output_dir", "report_to", "logging_steps", "save_total_limit", "evaluate"}
+        free = {"output_dir", "report_to", "logging_steps", "save_total_limit", "evaluate",
+                "sweep"}  # fmt: skip
         before, now = self.recipe().completed(), recipe.completed()
         changed = [key for key in now if key not in free and now[key] != before.get(key)]
         if changed:
@@ -282,7 +283,7 @@ def compare(runs: Sequence[Run]) -> list[dict[str, Any]]:
     rows = [
         {"what": key, "kind": "setting", "values": [own.get(key) for own in recipes]}
         for key in recipes[0]
-        if key not in ("output_dir", "evaluate")
+        if key not in ("output_dir", "evaluate", "sweep")
         and any(own.get(key) != recipes[0].get(key) for own in recipes)
     ]
     measured = [_measured(run) for run in runs]

@@ -54,6 +54,11 @@ class Resamples:
         # How often each example was drawn: sums over draws become one matrix product.
         self._times = np.stack([np.bincount(row, minlength=examples) for row in draws])
 
+    def sums(self, statistics: Array) -> Array:
+        """Per-example statistics [examples, K] summed over each resample, [samples, K]."""
+        summed: Array = self._times @ statistics
+        return summed
+
     def estimate(self, statistics: Array, metric: FromSums) -> Estimate:
         """A metric of summed per-example statistics [examples, K]."""
         return self._estimate(float(metric(statistics.sum(0))), metric(self._times @ statistics))

@@ -11,7 +11,7 @@ import yaml
 from pydantic import PrivateAttr, ValidationError
 
 from lighten.errors import UserError
-from lighten.recipe import aliases, yaml_lines
+from lighten.recipe import aliases, swept, yaml_lines
 from lighten.recipe.fields import (
     AdapterEntry,
     AdapterFields,
@@ -19,8 +19,18 @@ from lighten.recipe.fields import (
     EvaluateOptions,
     RecipeFields,
 )
+from lighten.recipe.sweeping import Range, SweepOptions
 
-__all__ = ["AdapterEntry", "AdapterOptions", "EvaluateOptions", "Recipe", "RecipeError"]
+__all__ = [
+    "COHORT_LISTS",
+    "AdapterEntry",
+    "AdapterOptions",
+    "EvaluateOptions",
+    "Range",
+    "Recipe",
+    "RecipeError",
+    "SweepOptions",
+]
 
 # A list in one of these makes a cohort, one adapter per entry.
 COHORT_LISTS = ("lora_r", "lora_alpha", "lora_dropout", "learning_rate", "seed")
@@ -112,6 +122,7 @@ class Recipe(RecipeFields):
                 settings[section] = {**settings.get(section, {}), name: value}
             else:
                 settings[key] = value
+        more_notices += swept.translate(settings)
         problems = [f"{where}: {problem}" for problem in problems + more_problems]
         if settings.get("trainable_layers") is not None:
             settings.setdefault("method", "full")
@@ -301,6 +312,7 @@ def _contradictions(recipe: Recipe, given: Mapping[str, Any]) -> list[str]:
             if getattr(recipe, key)
         ]  # fmt: skip
     problems += _about_bits(recipe, given)
+    problems += swept.problems(recipe.sweep)
     if "early_stopping_threshold" in given and recipe.early_stopping_patience is None:
         problems.append("early_stopping_threshold has no effect without early_stopping_patience")
     return problems
@@ -406,9 +418,12 @@ def _merged(error: ValidationError) -> list[dict[str, Any]]:
     for item in error.errors():
         loc = item["loc"]
         names = [str(part) for part in loc if str(part) in _known() or isinstance(part, int)]
+        if loc[0] == "sweep" and "grid" in names:
+            names.remove("grid")  # users write swept settings beside the options
         key = str(loc[0]) if not names else ".".join(names)
         if item["type"] == "extra_forbidden":
-            key = ".".join(str(part) for part in loc)
+            shown = [part for part in loc if loc[0] != "sweep" or part not in ("grid", "range")]
+            key = ".".join(str(part) for part in shown)
         seen.setdefault(key, {**item, "key": key})
     return list(seen.values())
 
@@ -418,6 +433,8 @@ def _known() -> set[str]:
         set(RecipeFields.model_fields)
         | set(EvaluateOptions.model_fields)
         | set(AdapterEntry.model_fields)
+        | set(SweepOptions.model_fields)
+        | set(Range.model_fields)
     )
 
 
@@ -427,13 +444,13 @@ def _sentence(item: Mapping[str, Any], where: str, lines: Mapping[str, int]) -> 
     if item["type"] == "extra_forbidden":
         pool = [*RecipeFields.model_fields, *aliases.RENAMED, *aliases.SPECIAL]
         if "." in key:
-            pool = [*EvaluateOptions.model_fields, *AdapterEntry.model_fields]
+            pool = [*EvaluateOptions.model_fields, *AdapterEntry.model_fields, *Range.model_fields]
         near = difflib.get_close_matches(key.rpartition(".")[2], pool, n=1, cutoff=0.55)
         mend = f"did you mean {near[0]}?" if near else "see: lighten schema"
         return f"{at}: {key} is not a setting; {mend}"
     if item["type"] == "missing":
         return f"{at}: {key} is missing; add it"
-    reason = str(item["msg"])
+    reason = str(item["msg"]).removeprefix("Value error, ")
     choices = item.get("ctx", {}).get("expected")
     mend = f"use {choices}" if choices else reason[0].lower() + reason[1:]
     return f"{at}: {key}: {item['input']!r} does not do; {mend}"

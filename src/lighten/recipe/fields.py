@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import Field, field_validator
 
-Positive = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0.0, lt=1.0)]
-Rate = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+from lighten.recipe.section import Positive, Rate, Section, Share
+from lighten.recipe.sweeping import SweepOptions
+
 AdapterName = Annotated[str, Field(pattern=r"^\w[\w.=-]*$", max_length=80)]
 # Initial weights that need no steps over the data; names of PEFT.
 Init = (
@@ -25,21 +25,6 @@ Optimizer = Literal[
     "paged_adamw_32bit", "lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit", "sgd",
     "adafactor",
 ]  # fmt: skip
-
-
-class Section(BaseModel):
-    """A part of a recipe: unknown keys are errors, numbers written as text are numbers."""
-
-    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _valued(cls, value: Any, info: ValidationInfo) -> Any:
-        """A flag without its value reads as true, which would count as the number 1."""
-        declared = str(cls.model_fields[str(info.field_name)].annotation)
-        if isinstance(value, bool) and "bool" not in declared:
-            raise ValueError("it needs a value, not true or false")
-        return value
 
 
 class EvaluateOptions(Section):
@@ -265,6 +250,9 @@ class RecipeFields(Section):
 
     evaluate: EvaluateOptions = _field(
         EvaluateOptions(), "evaluate", "what lighten evaluate measures"
+    )
+    sweep: SweepOptions = _field(
+        SweepOptions(), "sweep", "what lighten sweep tries: a list or a range per swept setting"
     )
 
     @field_validator("report_to", mode="before")

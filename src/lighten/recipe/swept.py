@@ -1,0 +1,92 @@
+"""What the swept settings of a recipe get wrong, found before anything runs."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import MutableMapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from lighten.recipe import aliases
+from lighten.recipe.fields import RecipeFields
+from lighten.recipe.sweeping import Range, SweepOptions
+
+# Losses of arms with different ones of these would be measured on different things.
+_MEASURED = (
+    "dataset", "eval_dataset", "val_size", "max_train_samples", "max_eval_samples", "max_length",
+    "truncation_strategy", "assistant_only_loss", "completion_only_loss", "skip_bad_rows",
+    "chat_template", "added_tokens",
+)  # fmt: skip
+_NEVER = {
+    **dict.fromkeys(_MEASURED, "it changes what the loss is measured on; make a sweep for each"),
+    "method": "use reference: full to compare with full fine-tuning",
+    "trainable_layers": "use reference: full to compare with full fine-tuning",
+    "adapters": "each entry of the recipe's adapters is an arm already",
+    "output_dir": "an arm's folder is inside the sweep's",
+    "report_to": "every arm reports to the same trackers",
+    "evaluate": "every arm is measured alike",
+    "sweep": "a sweep does not hold another",
+}
+
+
+def translate(settings: MutableMapping[str, Any]) -> list[str]:
+    """Give swept settings their canonical names, in place; a notice per alias."""
+    section = settings.get("sweep")
+    if not isinstance(section, MutableMapping):
+        return []
+    renamed = {key: aliases.RENAMED.get(key, key) for key in section}
+    settings["sweep"] = {renamed[key]: value for key, value in section.items()}
+    return [
+        f"sweep.{key} is called sweep.{name} here" for key, name in renamed.items() if key != name
+    ]
+
+
+def problems(options: SweepOptions) -> list[str]:
+    """A sentence per problem, with the key's path."""
+    found = []
+    for key, tried in options.grid.items():
+        if key not in RecipeFields.model_fields:
+            pool = [*RecipeFields.model_fields, *SweepOptions.model_fields]
+            near = difflib.get_close_matches(key, pool, n=1, cutoff=0.55)
+            mend = f"did you mean {near[0]}?" if near else "see: lighten schema"
+            found.append(f"sweep.{key} is not a setting; {mend}")
+        elif key in _NEVER:
+            found.append(f"sweep.{key} cannot be swept: {_NEVER[key]}")
+        elif isinstance(tried, Range):
+            # Without a number of values only a search can draw from it: `values_of` says so.
+            ends: list[Any] = [tried.min, tried.max]
+            if tried.count is not None or tried.factor is not None:
+                ends = tried.values()
+            found += [said for end in ends if (said := _fault(key, _whole(end)))]
+        elif not tried:
+            found.append(f"sweep.{key} is an empty list; give the values to try, or remove it")
+        else:
+            found += [said for value in tried if (said := _fault(key, value))]
+            if len({repr(value) for value in tried}) < len(tried):
+                found.append(f"sweep.{key}: {tried!r} holds a value twice; remove one")
+    if options.scaling == "alpha" and "lora_alpha" in options.grid:
+        found.append("sweep.scaling: alpha has no effect where sweep.lora_alpha says every alpha")
+    return list(dict.fromkeys(found))
+
+
+def _whole(value: float) -> float | int:
+    return int(value) if float(value).is_integer() else value
+
+
+def _fault(key: str, value: Any) -> str | None:
+    """What is wrong with one value of a setting, or None."""
+    # lora_target_modules and modules_to_save take lists; a list of numbers would be a cohort.
+    if isinstance(value, list) and "list[str]" not in str(
+        RecipeFields.model_fields[key].annotation
+    ):
+        return f"sweep.{key}: {value!r} is a list inside the list; give single values"
+    given = {"model_name_or_path": "m", "dataset": "d", key: value}
+    try:
+        RecipeFields.model_validate(given)
+    except ValidationError as error:
+        item = error.errors()[0]
+        choices = item.get("ctx", {}).get("expected")
+        reason = f"use {choices}" if choices else item["msg"][0].lower() + item["msg"][1:]
+        return f"sweep.{key}: {value!r} does not do; {reason}"
+    return None

@@ -1,0 +1,168 @@
+"""What a sweep tries: arms from a grid, alpha that follows the rank, groups that share a run."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lighten.recipe import Recipe, RecipeError
+from lighten.sweep.arms import Arm, expand, full_arm, group
+
+
+@pytest.fixture
+def values(chat_file: Path) -> dict[str, Any]:
+    return {"model_name_or_path": "m", "dataset": str(chat_file), "lora_r": 16, "lora_alpha": 32}
+
+
+def arms(values: dict[str, Any], **sweep: Any) -> list[Arm]:
+    return expand(Recipe.from_values({**values, "sweep": sweep}))
+
+
+def test_every_combination_is_an_arm_named_for_what_differs(values: dict[str, Any]) -> None:
+    found = arms(values, lora_r=[8, 32], learning_rate=["1e-4", 3e-4], seed=[0])
+    assert [arm.name for arm in found] == ["r8-lr0.0001", "r8-lr0.0003", "r32-lr0.0001",
+                                           "r32-lr0.0003"]  # fmt: skip
+    assert [(a.options.lora_r, a.options.learning_rate, a.options.seed) for a in found] == [
+        (8, 1e-4, 0), (8, 3e-4, 0), (32, 1e-4, 0), (32, 3e-4, 0),
+    ]  # fmt: skip
+    for arm in found:
+        again = Recipe.from_values(arm.recipe.completed())
+        assert again.completed() == arm.recipe.completed()
+        assert len(arm.recipe.cohort()) == 1
+
+
+def scale(arm: Arm) -> float:
+    own = arm.options
+    return own.lora_alpha / (math.sqrt(own.lora_r) if own.use_rslora else own.lora_r)
+
+
+def test_trap25_rank_is_not_confounded_with_the_scale(values: dict[str, Any]) -> None:
+    assert {scale(arm) for arm in arms(values, lora_r=[4, 8, 64])} == {2.0}
+    followed = arms({**values, "use_rslora": True}, lora_r=[4, 16, 64])
+    assert [scale(arm) for arm in followed] == pytest.approx([8.0] * 3)
+    rslora = arms(values, lora_r=[4, 16, 64], scaling="rslora")
+    assert all(arm.options.use_rslora for arm in rslora)
+    assert [scale(arm) for arm in rslora] == pytest.approx([4.0, 2.0, 1.0])
+    alpha = arms(values, lora_r=[4, 16, 64], scaling="alpha")
+    assert [arm.options.lora_alpha for arm in alpha] == [32, 32, 32]
+    swept = arms(values, lora_r=[4, 16], lora_alpha=[8, 16])
+    assert [(a.options.lora_r, a.options.lora_alpha) for a in swept] == [
+        (4, 8), (4, 16), (16, 8), (16, 16),
+    ]  # fmt: skip
+    assert [arm.name for arm in swept] == ["r4-alpha8", "r4-alpha16", "r16-alpha8", "r16-alpha16"]
+
+
+def test_ranges_become_values(values: dict[str, Any]) -> None:
+    ranks = arms(values, lora_r={"min": 8, "max": 128, "factor": 2})
+    assert [arm.options.lora_r for arm in ranks] == [8, 16, 32, 64, 128]
+    rates = arms(values, learning_rate={"min": 1e-4, "max": 1e-3, "count": 3, "log": True})
+    assert [arm.options.learning_rate for arm in rates] == [1e-4, 3.16228e-4, 1e-3]
+    drops = arms(values, lora_dropout={"min": 0.0, "max": 0.2, "count": 3})
+    assert [arm.options.lora_dropout for arm in drops] == [0.0, 0.1, 0.2]
+    with pytest.raises(RecipeError, match=r"sweep\.lora_r: add count or factor"):
+        arms(values, lora_r={"min": 8, "max": 128})
+
+
+def test_target_modules_may_be_names_or_lists_of_them(values: dict[str, Any]) -> None:
+    found = arms(values, lora_target_modules=["attention", ["q_proj", "v_proj"]])
+    assert [arm.name for arm in found] == ["attention", "q_proj.v_proj"]
+    assert found[1].options.lora_target_modules == ["q_proj", "v_proj"]
+    assert len(group(found)) == 1
+
+
+def test_a_cohort_of_the_recipe_is_crossed_with_the_grid(values: dict[str, Any]) -> None:
+    lists = arms({**values, "lora_r": [4, 8], "lora_alpha": None}, seed=[0, 1])
+    assert [arm.name for arm in lists] == ["r4-seed0", "r4-seed1", "r8-seed0", "r8-seed1"]
+    assert {scale(arm) for arm in lists} == {2.0}
+    spelled = [{"name": "all"}, {"name": "few", "lora_target_modules": "attention"}]
+    crossed = arms({**values, "adapters": spelled}, lora_r=[4, 8])
+    assert [arm.name for arm in crossed] == ["all-r4", "all-r8", "few-r4", "few-r8"]
+    assert [arm.options.lora_target_modules for arm in crossed] == [
+        "all-linear", "all-linear", "attention", "attention",
+    ]  # fmt: skip
+
+
+def test_arms_that_can_share_a_run_share_one(values: dict[str, Any], tmp_path: Path) -> None:
+    found = arms(
+        values, lora_r=[4, 8], learning_rate=[1e-4], seed=[0, 1], lora_dropout=[0.0, 0.1],
+        init_lora_weights=[True, "gaussian"],
+    )  # fmt: skip
+    (one,) = group(found)
+    cohort = one.recipe(tmp_path).cohort()
+    for arm, own in zip(found, cohort, strict=True):
+        assert own.model_dump(exclude={"name"}) == arm.options.model_dump(exclude={"name"})
+        assert own.name == one.adapter(arm) == arm.name
+    assert one.recipe(tmp_path).run_folder == tmp_path / one.name
+
+
+def test_what_cannot_share_runs_apart(values: dict[str, Any], tmp_path: Path) -> None:
+    found = arms(values, lora_r=[4, 8], dtype=["float32", "bfloat16"])
+    assert [[arm.name for arm in own.arms] for own in group(found)] == [
+        ["r4-float32", "r8-float32"], ["r4-bfloat16", "r8-bfloat16"],
+    ]  # fmt: skip
+    alone = arms(values, lora_r=[4, 8], use_dora=[True, False])
+    assert [len(own.arms) for own in group(alone)] == [1, 2, 1]
+    batch = arms(values, per_device_train_batch_size=[4, 8])
+    assert len(group(batch)) == 2
+    assert len({own.name for own in group([*found, *batch])}) == 4
+
+
+def test_the_full_reference_is_a_recipe_of_its_own(values: dict[str, Any], tmp_path: Path) -> None:
+    recipe = Recipe.from_values(
+        {**values, "load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "learning_rate": 1e-3,
+         "max_steps": 7, "sweep": {"lora_r": [4], "full_learning_rate": 3e-5}},
+    )  # fmt: skip
+    arm = full_arm(recipe)
+    assert (arm.recipe.method, arm.recipe.learning_rate, arm.recipe.max_steps) == ("full", 3e-5, 7)
+    assert not arm.recipe.load_in_4bit
+    assert arm.alone
+    (own,) = group([arm])
+    assert own.recipe(tmp_path).run_folder == tmp_path / "full"
+    assert own.recipe(tmp_path).cohort()[0].name == own.adapter(arm)
+
+
+@pytest.mark.parametrize(
+    ("sweep", "says"),
+    [
+        ({"lora_rr": [1]}, r"sweep\.lora_rr is not a setting; did you mean lora_r\?"),
+        ({"lora_r": [0]}, r"sweep\.lora_r: 0 does not do; input should be greater than"),
+        ({"lora_r": [4, "x"]}, r"sweep\.lora_r: 'x' does not do"),
+        ({"lora_r": []}, r"sweep\.lora_r is an empty list"),
+        ({"lora_r": [4, 4]}, r"sweep\.lora_r: \[4, 4\] holds a value twice"),
+        ({"lora_r": [[4, 8]]}, r"sweep\.lora_r: \[4, 8\] is a list inside the list"),
+        ({"lora_r": {"min": 8, "max": 4}}, r"sweep\.lora_r: .* min 8 must be below max 4"),
+        ({"lora_r": {"min": 8, "mx": 4}}, r"sweep\.lora_r\.mx is not a setting; did you mean max"),
+        ({"learning_rate": {"min": 0, "max": 1, "factor": 2}}, "min must be above 0"),
+        ({"lora_r": {"min": 1, "max": 9, "factor": 2, "count": 3}}, "keep one"),
+        ({"learning_rate": {"min": -1, "max": 1, "count": 3}}, r"sweep\.learning_rate: -1 does"),
+        ({"dataset": ["a", "b"]}, r"sweep\.dataset cannot be swept: it changes what the loss is"),
+        ({"method": ["full"]}, "use reference: full"),
+        ({"tune": "lora_r"}, r"sweep\.tune: 'lora_r' does not do; use 'learning_rate'"),
+        ({"scaling": "none"}, r"sweep\.scaling: 'none' does not do; use 'fixed'"),
+        ({"budget": "soon"}, r"sweep\.budget: 'soon' does not do; write a time such as 90s"),
+        ({"lora_alpha": [1], "scaling": "alpha"}, "alpha has no effect where"),
+    ],
+)
+def test_mistakes_are_told_with_the_keys_path(
+    values: dict[str, Any], sweep: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(RecipeError, match=says):
+        Recipe.from_values({**values, "sweep": sweep})
+
+
+def test_an_arm_whose_settings_contradict_says_which(values: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match=r"arm gradient_checkpointing_layers 2: .* no effect"):
+        arms(values, gradient_checkpointing_layers=[1, 2])
+    with pytest.raises(RecipeError, match="are the same; remove one"):
+        arms({**values, "adapters": [{"name": "a"}, {"name": "b"}]}, lora_r=[4])
+
+
+def test_aliases_and_times_are_understood(values: dict[str, Any]) -> None:
+    recipe = Recipe.from_values({**values, "sweep": {"lora_rank": 8, "lr": [1e-4], "budget": "2h"}})
+    assert recipe.sweep.grid == {"lora_r": [8], "learning_rate": [1e-4]}
+    assert recipe.sweep.budget_s == 7200
+    assert any("sweep.lora_rank is called sweep.lora_r" in notice for notice in recipe.notices)
+    assert Recipe.from_values(recipe.completed()).completed() == recipe.completed()
