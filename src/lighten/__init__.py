@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from lighten.api import adapter_info, evaluate, report, resize_adapter, run, train
+    from lighten.api import adapter_info, evaluate, report, resize_adapter, run, sweep, train
     from lighten.errors import UserError
     from lighten.recipe import Recipe
     from lighten.runs import Run
 
 __all__ = [
     "Recipe", "Run", "UserError", "adapter_info", "evaluate", "report", "resize_adapter", "run",
-    "train",
+    "sweep", "train",
 ]  # fmt: skip
 
-_ROOMS = ("evaluate", "report", "train")
+_ROOMS = ("evaluate", "report", "sweep", "train")
 _HOME = {
     "Recipe": "lighten.recipe",
     "Run": "lighten.runs",

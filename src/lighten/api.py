@@ -14,6 +14,7 @@ from lighten.runs import Run
 if TYPE_CHECKING:
     from lighten.adapters.resize import Resized
     from lighten.evaluate.evaluation import Evaluation
+    from lighten.sweep.result import SweepResult
 
 RecipeLike = Recipe | str | os.PathLike[str]
 RunLike = Run | str | os.PathLike[str]
@@ -85,6 +86,36 @@ def evaluate(run: RunLike, *, progress: Progress | None = None, **options: Any) 
     from lighten.evaluate.evaluation import evaluate_run
 
     return evaluate_run(run_of(run), progress=progress, **options)
+
+
+def sweep(
+    recipe: RecipeLike | None = None,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    measuring_progress: Progress | None = None,
+    **overrides: Any,
+) -> SweepResult:
+    """Train and compare many settings: `sweep("recipe.yaml", lora_r=[8, 32, 128], budget="30m")`.
+
+    Args:
+        recipe: A recipe, its file, or None to take settings from the overrides alone.
+        resume: Take up an ended sweep again; an unfinished one goes on by itself.
+        progress: Show what happens on standard error.
+        measuring_progress: Told what is being measured, how far it is, and of how much.
+        overrides: Settings by name. A list is swept, as is a range (a mapping with `min` and
+            `max`); names of the `sweep` section (`scaling`, `tune`, `reference`, `metric`,
+            `budget`) go there.
+
+    Raises:
+        UserError: Something the user can mend.
+    """
+    from lighten.recipe import swept
+
+    chosen = recipe_of(recipe, **swept.gathered(overrides))
+    from lighten.sweep.running import sweep as run_sweep
+
+    return run_sweep(chosen, resume=resume, progress=progress, measuring=measuring_progress)
 
 
 def report(*runs: RunLike, output: str | os.PathLike[str] | None = None) -> Path:

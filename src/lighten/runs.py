@@ -175,7 +175,7 @@ class Run:
                     f"{folder} holds an unfinished run; go on with --resume, or choose another "
                     "--output_dir"
                 )
-            aside = _free_name(folder)
+            aside = free_name(folder)
             os.replace(folder, aside)
             recipe.notices.append(f"{folder} held an ended run, which is now {aside}")
         write_text(folder / RECIPE, recipe.to_yaml())
@@ -258,7 +258,7 @@ class Run:
         return value
 
 
-def _free_name(folder: Path) -> Path:
+def free_name(folder: Path) -> Path:
     """The folder's name with the first number that is not taken."""
     number = 1
     while (aside := folder.with_name(f"{folder.name}-{number}")).exists():

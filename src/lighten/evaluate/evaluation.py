@@ -116,18 +116,22 @@ def evaluate_run(run: Run, *, progress: Progress | None = None, **options: Any) 
     return evaluation
 
 
-def held_out_examples(recipe: Recipe, trained_on: str | None) -> tuple[list[Example], str]:
+def held_out_examples(
+    recipe: Recipe, trained_on: str | None, *, test: bool = True
+) -> tuple[list[Example], str]:
     """Examples that the recipe's training never saw: the best set there is, and its name.
 
     Args:
         recipe: The run's recipe.
         trained_on: SHA-256 of the data that the run was trained on.
+        test: A test set, if there is one; else the set that the loss is watched on, by which
+            settings may be chosen.
 
     Raises:
         UserError: There is none, or the data has changed so that the split would be another.
     """
     skip: dict[str, Any] = {"skip_bad_rows": recipe.skip_bad_rows}
-    if data.has_split(recipe.dataset, "test"):
+    if test and data.has_split(recipe.dataset, "test"):
         found = data.read(recipe.dataset, split="test", **skip)
     elif recipe.eval_dataset is not None:
         found = data.read(recipe.eval_dataset, split="valid", **skip)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 from pydantic import ValidationError
@@ -40,6 +40,33 @@ def translate(settings: MutableMapping[str, Any]) -> list[str]:
     return [
         f"sweep.{key} is called sweep.{name} here" for key, name in renamed.items() if key != name
     ]
+
+
+def gathered(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Overrides of the verb `sweep`: what is swept or says how goes to the `sweep` section.
+
+    A list of a setting that takes a list itself (`lora_target_modules`) is one value; to sweep it,
+    write `sweep.lora_target_modules`.
+    """
+    found: dict[str, Any] = {}
+    for key, value in overrides.items():
+        name = aliases.RENAMED.get(key, key)
+        if key in SweepOptions.model_fields and key != "grid":
+            found[f"sweep.{key}"] = value
+        elif name in _NEVER or name not in RecipeFields.model_fields:
+            found[key] = value
+        elif isinstance(value, Mapping) and {"min", "max"} <= set(value):
+            found[f"sweep.{name}"] = value
+        elif isinstance(value, list | tuple) and not _takes_lists(name):
+            found[f"sweep.{name}"] = list(value)
+        else:
+            found[key] = value
+    return found
+
+
+def _takes_lists(key: str) -> bool:
+    """Whether one value of the setting may be a list; a list of numbers would be a cohort."""
+    return "list[str]" in str(RecipeFields.model_fields[key].annotation)
 
 
 def problems(options: SweepOptions) -> list[str]:

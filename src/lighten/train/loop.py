@@ -14,12 +14,13 @@ from lighten.data.batches import Item, MicroBatch, collate, layout, steps_of_epo
 from lighten.hardware import PeakMemory
 from lighten.train import checkpoints
 from lighten.train.checkpoints import TrainerState
-from lighten.train.heldout import held_out
+from lighten.train.heldout import HeldOut, held_out
 from lighten.train.interrupt import Interrupted, StopSignals
+from lighten.train.judge import Judge
 from lighten.train.member import Member
 from lighten.train.prepare import Setup
 from lighten.train.progress import TrainingProgress
-from lighten.train.step import MemberStep, shares_of, train_step
+from lighten.train.step import MemberStep, TrainingDiverged, shares_of, train_step
 
 
 class Loop:
@@ -31,6 +32,7 @@ class Loop:
         state: Where the run stands.
         progress: Where to show it.
         memory: Started before the base was loaded.
+        judge: May take adapters out early; without one, an adapter that diverges ends the run.
     """
 
     def __init__(
@@ -40,9 +42,11 @@ class Loop:
         state: TrainerState,
         progress: TrainingProgress,
         memory: PeakMemory,
+        judge: Judge | None = None,
     ) -> None:
         self.setup, self.folder, self.state = setup, folder, state
-        self.progress, self.memory = progress, memory
+        self.progress, self.memory, self.judge = progress, memory, judge
+        self._losses: dict[str, HeldOut] = {}
         self.main = setup.accelerator.is_main_process
         self._lengths = [len(row.input_ids) for row in setup.rows.train.rows]
         self._epochs: dict[tuple[int, int], list[list[int]]] = {}
@@ -63,9 +67,14 @@ class Loop:
                 batches = list(self._micro_batches(state.step, members))
                 if batches and setup.objective.verify(batches[0], _undropped(batches[0])):
                     batches = list(self._micro_batches(state.step, members))
-                report = train_step(
-                    batches, members, setup.objective, setup.accelerator, setup.scaler
-                )
+                try:
+                    report = train_step(
+                        batches, members, setup.objective, setup.accelerator, setup.scaler
+                    )
+                except TrainingDiverged:
+                    if not self._dropped_diverged(members):
+                        raise
+                    continue
                 state.step += 1
                 self._record(report, time.perf_counter() - began)
 
@@ -73,6 +82,7 @@ class Loop:
                 best = False
                 if setup.rows.held_out and (last or self._due(recipe.eval_steps)):
                     best = self._evaluate(members) and recipe.load_best_model_at_end
+                self._ask_judge()
                 done = last or not self._active()
                 stop = signals.received is not None
                 if done or best or stop or self._due(recipe.save_steps):
@@ -86,6 +96,29 @@ class Loop:
 
     def _active(self) -> list[Member]:
         return [member for member in self.setup.members if not member.progress.stopped]
+
+    def _ask_judge(self) -> None:
+        """Take out what the judge names."""
+        if self.judge is not None:
+            active = self._active()
+            names = [member.name for member in active]
+            leaving = self.judge.leaving(self.state.step, self._losses, names)
+            for member in active:
+                member.progress.stopped = member.name in leaving
+        self._losses = {}
+
+    def _dropped_diverged(self, members: list[Member]) -> bool:
+        """Take out what diverged, if a judge lets the others go on; no weight has moved."""
+        gone = [m for m in members if not all(bool(g.isfinite().all()) for g in m.gradients())]
+        for member in members:
+            member.optimizer.zero_grad(set_to_none=True)
+        if self.judge is None or not gone:
+            return False
+        for member in gone:
+            member.progress.stopped = True
+            self.judge.diverged(self.state.step, member.name)
+            self.progress.note(f"step {self.state.step + 1}: {member.name} diverged and leaves")
+        return bool(self._active())
 
     def _due(self, every: int | None) -> bool:
         return self.state.step % (every or self.setup.steps_per_epoch) == 0
@@ -171,6 +204,7 @@ class Loop:
                 device=setup.accelerator.device,
             )
             any_best |= member.note_evaluation(found.loss, state.step)
+            self._losses[member.name] = found
             self._line(
                 {
                     "kind": "eval",

@@ -18,18 +18,22 @@ from lighten.runs import Run
 from lighten.train import allocator, checkpoints, optimizers, trackers
 from lighten.train.checkpoints import TrainerState, weights_of
 from lighten.train.export import export
+from lighten.train.judge import Judge
 from lighten.train.loop import Loop
 from lighten.train.prepare import Rows, Setup, load_base, load_rows, prepare
 from lighten.train.progress import TrainingProgress
 
 
-def train(recipe: Recipe, *, resume: bool = False, progress: bool = True) -> Run:
+def train(
+    recipe: Recipe, *, resume: bool = False, progress: bool = True, judge: Judge | None = None
+) -> Run:
     """Train what the recipe says.
 
     Args:
         recipe: What to train.
         resume: Go on from the newest whole checkpoint of the recipe's run folder.
         progress: Show what happens on standard error.
+        judge: May take adapters out before the end.
 
     Returns:
         The run, with its adapters under `adapters/`, or the whole model under `model/`.
@@ -53,7 +57,7 @@ def train(recipe: Recipe, *, resume: bool = False, progress: bool = True) -> Run
         for notice in recipe.notices:
             shown.note(notice)
         try:
-            _train(run, recipe, accelerator, shown, resume=resume)
+            _train(run, recipe, accelerator, shown, judge, resume=resume)
         except BaseException as error:
             # Whatever ended the run is told truthfully in run.json, and then goes its way.
             ended = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
@@ -82,7 +86,13 @@ def _open(recipe: Recipe, accelerator: Accelerator, *, resume: bool) -> Run:
 
 
 def _train(
-    run: Run, recipe: Recipe, accelerator: Accelerator, shown: TrainingProgress, *, resume: bool
+    run: Run,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    shown: TrainingProgress,
+    judge: Judge | None,
+    *,
+    resume: bool,
 ) -> None:
     transformers_logging.disable_progress_bar()
     set_seed(0)  # nothing below draws from the global generators; a model's own code might
@@ -109,7 +119,7 @@ def _train(
         )
     accelerator.wait_for_everyone()
     trackers.start(accelerator, run.folder, recipe.completed())
-    Loop(setup, run.folder, state, shown, memory).run()
+    Loop(setup, run.folder, state, shown, memory, judge).run()
     if accelerator.is_main_process:
         _finish(run, setup, state, memory.read())
     accelerator.wait_for_everyone()
@@ -223,6 +233,8 @@ def _put_best_back(run: Run, setup: Setup) -> None:
     """Each adapter as it was at its lowest held-out loss."""
     for member in setup.members:
         step = member.progress.best_step
+        if step is None:  # it left before it was ever evaluated
+            continue
         checkpoint = run.folder / "checkpoints" / f"checkpoint-{step}"
         setup.trained.restore(member.name, weights_of(checkpoint, setup.trained, member.name))
 

@@ -1,0 +1,156 @@
+"""What an arm is worth: its losses on the examples that choose, its answers on those that tell.
+
+Arms are chosen by their loss on the validation examples; the metric is reported on the test
+examples where the data has some, so that what is reported did not choose.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from lighten import hardware, runs
+from lighten.evaluate import metrics
+from lighten.evaluate.bootstrap import Array, Estimate, FromSums, Resamples
+from lighten.evaluate.evaluation import Progress, held_out_examples, measure
+from lighten.evaluate.opened import Models
+from lighten.recipe import Recipe
+from lighten.runs import Run
+
+ARMS = "arms"
+BASE = "base"
+# What needs no answers.
+LIKELIHOODS = ("loss", "perplexity")
+
+
+@dataclass
+class Measurement:
+    """What was measured of one arm, example by example.
+
+    Attributes:
+        name: The arm's name, or `base`.
+        nll: Summed negative log-likelihood of each choosing example's supervised tokens, nats.
+        tokens: Supervised tokens of each.
+        statistics: Per-example statistics [examples, K] of the metrics on the telling examples.
+        chosen_on: Name of the choosing examples.
+        told_on: Name of the telling examples.
+        generated_tokens_per_second: How fast it answered, if it did.
+        seconds: How long measuring it took.
+    """
+
+    name: str
+    nll: list[float]
+    tokens: list[int]
+    statistics: dict[str, list[list[float]]] = field(default_factory=dict)
+    chosen_on: str = ""
+    told_on: str = ""
+    generated_tokens_per_second: float | None = None
+    seconds: float = 0.0
+
+    def write(self, folder: Path) -> None:
+        """Keep it in the sweep's folder."""
+        runs.write_json(_path(folder, self.name), vars(self))
+
+    @classmethod
+    def read(cls, folder: Path, name: str) -> Measurement | None:
+        """What was kept of an arm, or None."""
+        path = _path(folder, name)
+        if not path.is_file():
+            return None
+        return cls(**json.loads(path.read_text(encoding="utf-8")))
+
+    def loss(self, draws: Resamples) -> Estimate:
+        """Nats per token on the choosing examples."""
+        counts = np.stack([np.asarray(self.nll), np.asarray(self.tokens, float)], axis=1)
+        return draws.estimate(counts, metrics.mean_loss)
+
+
+def _path(folder: Path, name: str) -> Path:
+    return folder / ARMS / f"{name}.json"
+
+
+def formulas() -> dict[str, FromSums]:
+    """From summed statistics to each metric."""
+    return {**metrics.FROM_SUMS, "bleu": metrics.bleu(), "chrf": metrics.chrf()}
+
+
+def statistics_of(measurement: Measurement, metric: str) -> Array | None:
+    """Per-example statistics of a metric, or None where it was not measured."""
+    name = "loss" if metric == "perplexity" else metric
+    found = measurement.statistics.get(name)
+    return None if found is None else np.asarray(found, float)
+
+
+def measure_run(
+    run: Run,
+    names: Sequence[tuple[str, str | None]],
+    folder: Path,
+    recipe: Recipe,
+    *,
+    progress: Progress | None = None,
+    answers: bool = True,
+) -> list[Measurement]:
+    """Measure models of a run that have not been measured yet, and keep what was found.
+
+    Args:
+        run: A finished run.
+        names: Name of each arm, and of the adapter inside the run (None: the untouched base).
+        folder: The sweep's folder.
+        recipe: The sweep's recipe: its metric and `evaluate` section.
+        progress: Told what is being done.
+        answers: Let the models answer, if the metric needs it.
+
+    Raises:
+        UserError: There are no held-out examples.
+    """
+    kept = {name: Measurement.read(folder, name) for name, _ in names}
+    missing = [(name, own) for name, own in names if kept[name] is None]
+    if missing:
+        device = hardware.choose_device().value
+        own_recipe, settings = run.recipe(), recipe.evaluate
+        trained_on = run.info().get("data", {}).get("sha256")
+        choosing, chosen_on = held_out_examples(own_recipe, trained_on, test=False)
+        telling, told_on = held_out_examples(own_recipe, trained_on)
+        choosing, telling = choosing[: settings.max_examples], telling[: settings.max_examples]
+        texts = answers and recipe.sweep.metric not in LIKELIHOODS
+        answered = [example for example in telling if example.reference] if texts else []
+        models = Models(run, device, keep=False)
+        memory = hardware.PeakMemory(device)
+        for name, own in missing:
+            began = time.perf_counter()
+            found = measure(
+                models,
+                own,
+                choosing,
+                answered,
+                own_recipe,
+                settings,
+                memory,
+                _named(progress, name),
+            )
+            likelihood = found.statistics.pop("loss")
+            del found.statistics["perplexity"]
+            made = Measurement(
+                name, likelihood[:, 0].tolist(), [int(own) for own in likelihood[:, 1]],
+                {key: value.tolist() for key, value in found.statistics.items()},
+                chosen_on, told_on,
+                found.answers.tokens / found.answers.seconds if found.answers.tokens else None,
+                time.perf_counter() - began,
+            )  # fmt: skip
+            if recipe.sweep.metric == "perplexity":
+                made.statistics["loss"] = likelihood.tolist()
+            made.write(folder)
+            kept[name] = made
+    return [own for own in kept.values() if own is not None]
+
+
+def _named(progress: Progress | None, name: str) -> Progress | None:
+    """Progress under the arm's name, whatever its adapter is called."""
+    if progress is None:
+        return None
+    return lambda what, done, total: progress(f"{name}: {what.rpartition(': ')[2]}", done, total)
