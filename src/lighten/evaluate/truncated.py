@@ -1,8 +1,8 @@
 """How much of its rank a trained adapter needs: its truncations measured on held-out rows.
 
 No training: the adapter of the largest rank is cut to each lower one (`adapters.resize`) and its
-held-out loss is taken on the rows that training watched. This is not what an adapter trained at the
-lower rank would reach, which is free to use its few directions otherwise.
+held-out loss is taken on the examples that settings are chosen on. This is not what an adapter
+trained at the lower rank would reach, which is free to use its few directions otherwise.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
-from lighten import adapters, hardware
+from lighten import adapters, data, hardware
 from lighten.adapters import files, resize, spectrum
 from lighten.adapters.resize import Resized
 from lighten.adapters.spectrum import SavedAdapter
 from lighten.errors import UserError
 from lighten.evaluate import metrics
 from lighten.evaluate.bootstrap import Estimate, Resamples
-from lighten.evaluate.evaluation import verdict
+from lighten.evaluate.evaluation import held_out_examples, verdict
 from lighten.models import Base
 from lighten.recipe import Recipe
 from lighten.runs import Run
 from lighten.train.heldout import HeldOut, held_out
 from lighten.train.loss import Objective
-from lighten.train.prepare import choose_packing, choose_tokens, load_base, load_rows
+from lighten.train.prepare import choose_packing, choose_tokens, load_base
 
 Progress = Callable[[str, int, int], None]
 
@@ -128,20 +128,25 @@ def truncated_curve(
         )
     recipe = run.recipe()
     transformers_logging.disable_progress_bar()
+    # Those that a sweep's arms are chosen on, so that both curves stand on the same examples.
+    examples, _ = held_out_examples(recipe, run.info().get("data", {}).get("sha256"), test=False)
     base = load_base(recipe, hardware.choose_device().value)
-    rows = load_rows(recipe, base.tokenizer).held_out
-    if rows is None or not rows.rows:
-        raise UserError(
-            f"{run.folder} has no held-out rows to measure a lower rank on; set eval_dataset, or "
-            "val_size above 0"
-        )
+    data.choose_template(base.tokenizer, recipe.chat_template)
+    rows = data.encode(
+        examples[: recipe.evaluate.max_examples],
+        base.tokenizer,
+        max_length=recipe.max_length,
+        truncation_strategy=recipe.truncation_strategy,
+        assistant_only_loss=recipe.assistant_only_loss,
+        completion_only_loss=recipe.completion_only_loss,
+    ).rows
     cuts = [resize.at_rank(saved, rank) for rank in (saved.largest_rank, *lower)]
     measured: list[HeldOut] = []
     for place, cut in enumerate([None, *cuts]):
         if progress is not None:
             said = "base" if cut is None else f"rank {cut.config['r']}"
             progress(f"{name}: {said}", place, len(cuts) + 1)
-        measured.append(_loss(base, recipe, cut, rows.rows))
+        measured.append(_loss(base, recipe, cut, rows))
     untouched, whole, *_ = measured
     draws = Resamples(len(whole.nll), recipe.evaluate.bootstrap_samples, recipe.evaluate.seed)
     points = [

@@ -99,7 +99,12 @@ class SweepOptions(Section):
     search: Literal["tpe", "random"] | None = Field(
         None, description="draw settings through Optuna instead of trying every combination"
     )
-    trials: Annotated[int, Field(ge=1)] = Field(20, description="settings that search draws")
+    trials: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="settings that search draws; default 20"
+    )
+    truncate: bool = Field(
+        False, description="train the largest rank only; measure it cut to the lower ones"
+    )
     executor: Literal["local", "ray"] = Field(
         "local", description="ray: train groups through Ray Tune, on its GPUs or machines"
     )

@@ -19,9 +19,11 @@ from typing import Any
 from lighten.errors import UserError, missing_extra
 from lighten.recipe import Range, Recipe
 from lighten.recipe.fields import RecipeFields
+from lighten.sweep.apart import spread
 from lighten.sweep.arms import Arm, Group, expand, group
 
 JOURNAL, STUDY, BATCH = "search.journal", "sweep", "batch"
+TRIALS = 20
 # Settings that one cohort tries together: more would be drawn before anything was learnt of them.
 TOGETHER = 4
 
@@ -53,13 +55,14 @@ class Search:
     Args:
         recipe: Its `sweep` section says what is drawn, how (`search`), and how often (`trials`).
         folder: The sweep's.
+        slots: Cohorts that can be trained at once; what is drawn together is spread over them.
 
     Raises:
         UserError: Optuna is not installed, nothing is swept, or the study is of other settings.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path) -> None:
-        options = recipe.sweep
+    def __init__(self, recipe: Recipe, folder: Path, slots: int = 1) -> None:
+        options, self._slots = recipe.sweep, slots
         if not options.grid:
             raise UserError("sweep: search draws swept settings, and there are none; name some")
         if len(recipe.cohort()) > 1:
@@ -67,7 +70,7 @@ class Search:
                 "sweep: search draws the settings of one adapter, and the recipe spells out "
                 f"{len(recipe.cohort())}; keep one"
             )
-        self.recipe, self.trials = recipe, options.trials
+        self.recipe, self.trials = recipe, options.trials or TRIALS
         self._space = {key: _distribution(key, tried) for key, tried in options.grid.items()}
         self._study = _study(folder, options.search or "tpe", recipe.cohort()[0].seed)
         self._require_same_space(folder)
@@ -83,7 +86,7 @@ class Search:
         # Of a small space every setting comes at last; what is drawn again counts as a trial too.
         known = {own.arm.setting: own.loss for own in self._drawn() if own.state == "complete"}
         asked: dict[str, int] = {}
-        while len(asked) < TOGETHER and len(self._study.trials) < self.trials:
+        while len(asked) < max(TOGETHER, self._slots) and len(self._study.trials) < self.trials:
             with _quiet():
                 drawn = self._study.ask(self._space)
             setting = self._arm(drawn.number, drawn.params).setting
@@ -105,7 +108,7 @@ class Search:
         return [
             replace(own, name=f"with-{own.arms[0].name}")
             for arms in batches.values()
-            for own in group(arms)
+            for own in spread(group(arms), self._slots)
         ]
 
     def tell(self, losses: Mapping[str, float | None]) -> None:
