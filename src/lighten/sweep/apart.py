@@ -66,7 +66,7 @@ def train_apart(groups: Sequence[Group], place: Path) -> None:
     there, folder = str(Path.cwd()), place.resolve()
 
     def trial(config: dict[str, Any]) -> None:
-        os.chdir(there)  # paths in recipes are as the user wrote them
+        os.chdir(there)  # Tune begins in a folder of its own; paths are as the user wrote them
         train_group(waiting[config["group"]], place)
         tune.report({"trained": 1})
 
@@ -115,8 +115,6 @@ def _finished(own: Group, place: Path) -> bool:
 def _resources(ray: Any) -> tuple[float, int, float]:
     """GPUs and machines of the cluster, and the cores of its smallest machine."""
     if not ray.is_initialized():
-        # A trial of Tune's would begin in a folder of its own.
-        os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
         ray.init(log_to_driver=False, logging_level="error")
     nodes = [own["Resources"] for own in ray.nodes() if own["Alive"]]
     cores = [float(own["CPU"]) for own in nodes if own.get("CPU")]

@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from lighten.errors import UserError, missing_extra
 from lighten.recipe import Range, Recipe
 from lighten.recipe.fields import RecipeFields
@@ -71,6 +73,7 @@ class Search:
                 f"{len(recipe.cohort())}; keep one"
             )
         self.recipe, self.trials = recipe, options.trials or TRIALS
+        self._arms: dict[int, Arm] = {}
         self._space = {key: _distribution(key, tried) for key, tried in options.grid.items()}
         self._study = _study(folder, options.search or "tpe", recipe.cohort()[0].seed)
         self._require_same_space(folder)
@@ -140,9 +143,11 @@ class Search:
         return any(arm.name in running for arm in own.arms)
 
     def _arm(self, number: int, params: Mapping[str, Any]) -> Arm:
-        grid = {key: [_value(drawn)] for key, drawn in params.items()}
-        (arm,) = expand(self.recipe, grid, self.recipe.sweep.scaling)
-        return replace(arm, name=f"trial-{number}")
+        if number not in self._arms:
+            grid = {key: [_value(drawn)] for key, drawn in params.items()}
+            (arm,) = expand(self.recipe, grid, self.recipe.sweep.scaling)
+            self._arms[number] = replace(arm, name=f"trial-{number}")
+        return self._arms[number]
 
     def _require_same_space(self, folder: Path) -> None:
         said = json.dumps(
@@ -182,9 +187,20 @@ def _distribution(key: str, tried: list[Any] | Range) -> Any:
     if not isinstance(tried, Range):
         # As text, for Optuna's choices are plain values and a list of modules is none.
         return optuna.distributions.CategoricalDistribution([json.dumps(own) for own in tried])
-    if "int" in str(RecipeFields.model_fields[key].annotation):
+    if _is_whole(key, tried.min):
         return optuna.distributions.IntDistribution(int(tried.min), int(tried.max), log=tried.log)
     return optuna.distributions.FloatDistribution(tried.min, tried.max, log=tried.log)
+
+
+def _is_whole(key: str, low: float) -> bool:
+    """Whether a setting takes whole numbers only."""
+    try:
+        RecipeFields.model_validate(
+            {"model_name_or_path": "m", "dataset": "d", key: math.floor(low) + 0.5}
+        )
+    except ValidationError as error:
+        return any(item["type"].startswith("int") for item in error.errors())
+    return False
 
 
 def _value(drawn: Any) -> Any:
