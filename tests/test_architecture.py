@@ -35,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "tables": set(),
     "cli_adapter": {"api", "tables"},
     "cli": {"api", "cli_adapter", "tables", "data", "models", "recipe", "hardware", "runs", "train",
-            "evaluate", "sweep"},
+            "evaluate", "report", "sweep"},
     "__main__": {"cli"},
 }  # fmt: skip
 LIGHT = ("lighten", "lighten.api", "lighten.cli", "lighten.errors", "lighten.hardware",

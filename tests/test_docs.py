@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # Enough to see that a command works; the figures are the demo's business.
 SHORT = ["--max_steps", "2", "--max_eval_samples", "8", "--evaluate.max_examples", "4",
          "--evaluate.max_new_tokens", "4"]  # fmt: skip
@@ -25,12 +25,12 @@ def commands(page: Path) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_command_of_a_page_runs(page: Path, tmp_path: Path, smollm2_folder: Path) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     for command in commands(page):
         words = shlex.split(command)[1:]
-        short = SHORT if words[0] in ("run", "train") else []
+        short = SHORT if words[0] in ("run", "train", "sweep") else []
         done = subprocess.run(
             [sys.executable, "-m", "lighten", *words, *short], cwd=tmp_path, check=False,
             capture_output=True, text=True, input="hello\n/exit\n" if words[0] == "chat" else "",

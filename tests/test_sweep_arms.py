@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from lighten.recipe import Recipe, RecipeError
+from lighten.recipe.swept import gathered
 from lighten.sweep.arms import Arm, expand, full_arm, group
 
 
@@ -98,6 +99,19 @@ def test_arms_that_can_share_a_run_share_one(values: dict[str, Any], tmp_path: P
     assert one.recipe(tmp_path).run_folder == tmp_path / one.name
 
 
+def test_what_one_arm_sets_and_another_does_not_stays_apart(
+    values: dict[str, Any], tmp_path: Path
+) -> None:
+    found = arms(
+        values, loraplus_lr_ratio=[16, None], modules_to_save=[["lm_head"], None], lora_r=[4]
+    )
+    (one,) = group(found)
+    cohort = one.recipe(tmp_path).cohort()
+    assert [(own.loraplus_lr_ratio, own.modules_to_save) for own in cohort] == [
+        (16, ["lm_head"]), (16, None), (None, ["lm_head"]), (None, None),
+    ]  # fmt: skip
+
+
 def test_what_cannot_share_runs_apart(values: dict[str, Any], tmp_path: Path) -> None:
     found = arms(values, lora_r=[4, 8], dtype=["float32", "bfloat16"])
     assert [[arm.name for arm in own.arms] for own in group(found)] == [
@@ -166,3 +180,32 @@ def test_aliases_and_times_are_understood(values: dict[str, Any]) -> None:
     assert recipe.sweep.budget_s == 7200
     assert any("sweep.lora_rank is called sweep.lora_r" in notice for notice in recipe.notices)
     assert Recipe.from_values(recipe.completed()).completed() == recipe.completed()
+
+
+def test_lists_of_the_verb_are_swept_and_its_own_options_are_found(values: dict[str, Any]) -> None:
+    given = {
+        "lora_r": [8, 32], "lr": {"min": 1e-4, "max": 1e-3, "factor": 10}, "seed": 3,
+        "lora_target_modules": ["q_proj", "v_proj"], "budget": "30m", "tune": "learning_rate",
+        "sweep.lora_dropout": [0.0, 0.1], "report_to": ["none"],
+    }  # fmt: skip
+    recipe = Recipe.from_values(values, gathered(given))
+    assert set(recipe.sweep.grid) == {"lora_r", "learning_rate", "lora_dropout"}
+    assert (recipe.sweep.budget, recipe.sweep.tune) == ("30m", "learning_rate")
+    assert (recipe.seed, recipe.lora_r) == (3, 16)
+    assert recipe.lora_target_modules == ["q_proj", "v_proj"]
+    assert len(expand(recipe)) == 8
+    assert {scale(arm) for arm in expand(recipe)} == {2.0}
+
+
+def test_a_setting_in_the_file_and_on_the_command_line_is_swept_as_the_latter_says(
+    values: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"model: m\ndataset: {values['dataset']}\nsweep:\n  lora_r: [1, 2]\n  seed: [0, 1]\n"
+    )
+    recipe = Recipe.from_file(path, gathered({"lora_r": [4, 8]}))
+    assert recipe.sweep.grid == {"lora_r": [4, 8], "seed": [0, 1]}
+    path.write_text(f"model: m\ndataset: {values['dataset']}\nsweep:\n  lora_r: [1, x]\n")
+    with pytest.raises(RecipeError, match=r"recipe\.yaml.*sweep\.lora_r: 'x' does not do"):
+        Recipe.from_file(path)

@@ -115,11 +115,13 @@ def sweep(
     chosen = recipe_of(recipe, **swept.gathered(overrides))
     from lighten.sweep.running import sweep as run_sweep
 
-    return run_sweep(chosen, resume=resume, progress=progress, measuring=measuring_progress)
+    found = run_sweep(chosen, resume=resume, progress=progress, measuring=measuring_progress)
+    report(found.folder)
+    return found
 
 
 def report(*runs: RunLike, output: str | os.PathLike[str] | None = None) -> Path:
-    """Write the HTML page of one run or several, and return its path.
+    """Write the HTML page of a run, of several side by side, or of a sweep; return its path.
 
     Args:
         runs: One or more.
@@ -131,8 +133,12 @@ def report(*runs: RunLike, output: str | os.PathLike[str] | None = None) -> Path
     if not runs:
         raise UserError("report needs at least one run (see: lighten runs list)")
     from lighten.report.page import write_page
+    from lighten.report.sweep_page import is_sweep, write_sweep_page
 
-    return write_page([run_of(run) for run in runs], None if output is None else Path(output))
+    chosen, target = [run_of(run) for run in runs], None if output is None else Path(output)
+    if len(chosen) == 1 and is_sweep(chosen[0].folder):
+        return write_sweep_page(chosen[0].folder, target)
+    return write_page(chosen, target)
 
 
 def run(

@@ -167,6 +167,31 @@ app.command("sft", context_settings=OPEN, hidden=True)(train)
 
 
 @app.command(context_settings=OPEN)
+def sweep(
+    ctx: typer.Context, words: _Words = None, resume: _Resume = False, as_json: _Json = False
+) -> None:
+    """Train many settings in one pass, compare them, and say which to take: --lora_r 8,32,128."""
+    from lighten import api
+    from lighten.report.sweep_table import shown
+    from lighten.train.interrupt import Interrupted
+
+    recipe, settings = _recipe_arguments([*(words or []), *ctx.args])
+    try:
+        with _bar() as progress:
+            found = api.sweep(recipe, resume=resume, measuring_progress=progress, **settings)
+    except Interrupted as stopped:
+        typer.echo(f"{stopped} (or start the sweep again)", err=True)
+        raise typer.Exit(stopped.exit_code) from None
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), ensure_ascii=False))
+        return
+    columns, rows, sentences = shown(found.folder)
+    _print_table(columns, rows)
+    for sentence in [*sentences, f"report: {found.folder / 'report.html'}"]:
+        _console().print(sentence, highlight=False, markup=False)
+
+
+@app.command(context_settings=OPEN)
 def evaluate(ctx: typer.Context, run: str, as_json: _Json = False) -> None:
     """Measure the base and what a run trained on the same held-out examples."""
     from lighten import api

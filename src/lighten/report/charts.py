@@ -70,6 +70,108 @@ def line_chart(series: Sequence[Series], *, title: str, x_label: str, y_label: s
     x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(lows), max(highs))
     across = _Scale(min(xs), max(xs), LEFT, WIDTH - RIGHT)
     up = _Scale(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, TOP)
+    x_shown = [
+        (across(tick), label)
+        for tick, label in zip(x_ticks, _tick_labels(x_ticks), strict=True)
+        if min(xs) <= tick <= max(xs)
+    ]
+    parts = [_frame(title, x_label, y_label, x_shown, y_ticks, up)]
+    for one, points in drawn:
+        parts.append(_line(one, points, across, up))
+    return "".join(parts) + "</svg>" + _legend([one for one, _ in drawn if not one.faint])
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of a scatter chart.
+
+    Attributes:
+        label: Written beside it.
+        x: Place; above zero, since the axis is logarithmic.
+        y: Value.
+        error: Standard error of the value, drawn as a bar, if known.
+        colour: Number of its colour.
+    """
+
+    label: str
+    x: float
+    y: float
+    error: float | None = None
+    colour: int = 0
+
+
+def frontier(points: Sequence[Point]) -> list[Point]:
+    """The points that no other beats in both: nothing lower costs less. By place."""
+    kept: list[Point] = []
+    for point in sorted(points, key=lambda own: (own.x, own.y)):
+        if not kept or point.y < kept[-1].y:
+            kept.append(point)
+    return kept
+
+
+def scatter_chart(points: Sequence[Point], *, title: str, x_label: str, y_label: str) -> str:
+    """An SVG of labelled points over a logarithmic axis with their frontier, lower left is best.
+
+    Args:
+        points: The points; those without a finite place and value are left out.
+        title: What a screen reader says.
+        x_label: What runs to the right, with its unit.
+        y_label: What runs upwards, with its unit.
+    """
+    drawn = [own for own in points if own.x > 0 and math.isfinite(own.x) and math.isfinite(own.y)]
+    if not drawn:
+        return f'<p class="absent">{escape(title)}: nothing was recorded.</p>'
+    low, high = min(own.x for own in drawn), max(own.x for own in drawn)
+    low, high = low / 1.25, high * 1.25  # room for labels
+    y_ticks = ticks(
+        min(own.y - (own.error or 0) for own in drawn),
+        max(own.y + (own.error or 0) for own in drawn),
+    )
+    log = _Scale(math.log(low), math.log(high), LEFT + 12, WIDTH - RIGHT - 60)
+    up = _Scale(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, TOP)
+    x_shown = [(log(math.log(tick)), number(tick)) for tick in log_ticks(low, high)]
+    parts = [_frame(title, x_label, y_label, x_shown, y_ticks, up)]
+    path = " ".join(
+        f"{'M' if place == 0 else 'L'}{log(math.log(own.x)):.1f} {up(own.y):.1f}"
+        for place, own in enumerate(frontier(drawn))
+    )
+    parts.append(f'<path class="frontier" d="{path}"><title>frontier</title></path>')
+    for own in drawn:
+        px, py = log(math.log(own.x)), up(own.y)
+        told = f"{escape(own.label)}: {number(own.y)} at {number(own.x)}"
+        bar = ""
+        if own.error:
+            told += f" ± {number(own.error)}"
+            bar = (
+                f'<line class="error" x1="{px:.1f}" x2="{px:.1f}" y1="{up(own.y - own.error):.1f}" '
+                f'y2="{up(own.y + own.error):.1f}"/>'
+            )
+        parts.append(
+            f'<g class="series" style="--ink: var(--series-{own.colour % len(DASHES) + 1})">{bar}'
+            f'<circle cx="{px:.1f}" cy="{py:.1f}" r="4.5"><title>{told}</title></circle>'
+            f'<text class="point" x="{px + 8:.1f}" y="{py - 6:.1f}">{escape(own.label)}</text></g>'
+        )
+    return "".join(parts) + "</svg>"
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Values 1, 2 and 5 times a power of ten inside the range; powers alone where many."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    steps = (1, 2, 5) if last - first <= 3 else (1,)
+    found = [m * 10.0**power for power in range(first, last + 1) for m in steps]
+    inside = [value for value in found if low <= value <= high]
+    return inside or [math.sqrt(low * high)]
+
+
+def _frame(
+    title: str,
+    x_label: str,
+    y_label: str,
+    x_shown: Sequence[tuple[float, str]],
+    y_ticks: Sequence[float],
+    up: _Scale,
+) -> str:
+    """The drawing's beginning: grid, ticks, axis and labels."""
     parts = [
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
         f"<title>{escape(title)}</title>"
@@ -81,12 +183,11 @@ def line_chart(series: Sequence[Series], *, title: str, x_label: str, y_label: s
             f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">'
             f"{label}</text>"
         )
-    for tick, label in zip(x_ticks, _tick_labels(x_ticks), strict=True):
-        if min(xs) <= tick <= max(xs):
-            parts.append(
-                f'<text class="tick" x="{across(tick):.1f}" y="{HEIGHT - BOTTOM + 18}" '
-                f'text-anchor="middle">{label}</text>'
-            )
+    parts += [
+        f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" '
+        f'text-anchor="middle">{label}</text>'
+        for x, label in x_shown
+    ]
     parts.append(
         f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" '
         f'y2="{HEIGHT - BOTTOM}"/>'
@@ -95,9 +196,7 @@ def line_chart(series: Sequence[Series], *, title: str, x_label: str, y_label: s
         f'<text class="axis-label" transform="translate(13 {(TOP + HEIGHT - BOTTOM) / 2}) '
         f'rotate(-90)" text-anchor="middle">{escape(y_label)}</text>'
     )
-    for one, points in drawn:
-        parts.append(_line(one, points, across, up))
-    return "".join(parts) + "</svg>" + _legend([one for one, _ in drawn if not one.faint])
+    return "".join(parts)
 
 
 class _Scale:

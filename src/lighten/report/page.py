@@ -33,24 +33,33 @@ def write_page(runs: Sequence[Run], output: Path | None = None) -> Path:
     return target
 
 
-def page(runs: Sequence[Run]) -> str:
-    """The page as HTML text."""
-    environment = jinja2.Environment(
+def environment() -> jinja2.Environment:
+    """Where templates come from and what they may call."""
+    made = jinja2.Environment(
         loader=jinja2.PackageLoader("lighten.report", "templates"),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {
+    made.filters |= {
         "mb": words.size, "gib": words.gib, "duration": words.duration, "number": number,
     }  # fmt: skip
-    return environment.get_template("page.html.j2").render(
-        title=" · ".join(run.name for run in runs),
-        runs=[_run(run) for run in runs],
-        comparison=_comparison(runs) if len(runs) > 1 else None,
-        marked=words.marked,
-        metric_labels={metric.name: metric.label for metric in METRICS},
+    return made
+
+
+def page(runs: Sequence[Run]) -> str:
+    """The page as HTML text."""
+    return (
+        environment()
+        .get_template("page.html.j2")
+        .render(
+            title=" · ".join(run.name for run in runs),
+            runs=[_run(run) for run in runs],
+            comparison=_comparison(runs) if len(runs) > 1 else None,
+            marked=words.marked,
+            metric_labels={metric.name: metric.label for metric in METRICS},
+        )
     )
 
 

@@ -83,7 +83,9 @@ class Group:
             return first.changed(out)
         if len(self.arms) == 1:
             return first.changed({**out, "adapters": [{"name": self.arms[0].name}]})
-        return first.changed({**out, "adapters": [_entry(arm) for arm in self.arms]})
+        # An entry says what is set; where an arm sets nothing, the first arm's must not fill in.
+        plain = {key: RecipeFields.model_fields[key].default for key in OWN}
+        return first.changed({**plain, **out, "adapters": [_entry(arm) for arm in self.arms]})
 
     def adapter(self, arm: Arm) -> str:
         """What the arm is called inside the run."""

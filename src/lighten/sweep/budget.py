@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lighten import runs
+from lighten.runs import Run
 from lighten.train.heldout import HeldOut
 
 EVENTS = "left.jsonl"
@@ -162,6 +163,14 @@ class Halving:
         runs.append_line(self._path, line)
 
 
-def left_early(folder: Path) -> dict[str, dict[str, Any]]:
-    """Who left a run early and why, by arm."""
-    return {str(line["arm"]): line for line in runs.read_lines(folder / EVENTS)}
+def left_early(run: Run) -> dict[str, dict[str, Any]]:
+    """Who left an ended run early and why, by adapter.
+
+    What a kill undid, because the run went on from an earlier checkpoint, is passed over.
+    """
+    steps = {own["name"]: own["steps"] for own in run.info().get("adapters") or []}
+    return {
+        str(line["arm"]): line
+        for line in runs.read_lines(run.folder / EVENTS)
+        if steps.get(line["arm"], 0) <= line["step"]
+    }

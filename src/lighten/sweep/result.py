@@ -17,7 +17,7 @@ from lighten.evaluate.evaluation import verdict
 from lighten.recipe import Recipe
 from lighten.runs import Run
 from lighten.sweep import costs
-from lighten.sweep.arms import FULL, Arm, Group
+from lighten.sweep.arms import FULL, Group
 from lighten.sweep.budget import left_early
 from lighten.sweep.measure import BASE, Measurement, formulas, statistics_of
 from lighten.sweep.recommend import Candidate, Recommendation, recommend
@@ -68,15 +68,17 @@ def collect(folder: Path, recipe: Recipe, groups: Sequence[Group]) -> dict[str, 
         groups: All of them, trained or not; the full reference among them.
     """
     told = [row for each in groups for row in _group_rows(folder, each)]
-    measured = {row["name"]: Measurement.read(folder, row["name"]) for row in told}
-    base = Measurement.read(folder, BASE)
-    if base is not None:
+    measured = {
+        name: own
+        for name in (*(row["name"] for row in told), BASE)
+        if (own := Measurement.read(folder, name)) is not None
+    }
+    if BASE in measured:
         told.append(_base_row(groups[0].name))
-        measured[BASE] = base
     settings = recipe.evaluate
     for row in told:
-        own = measured[row["name"]]
-        if own is not None:
+        if row["name"] in measured:
+            own = measured[row["name"]]
             _add_measured(row, own, recipe.sweep.metric, settings.bootstrap_samples)
     _add_differences(told, measured, recipe)
     finished = _comparable(told)
@@ -98,7 +100,7 @@ def _group_rows(folder: Path, group: Group) -> list[dict[str, Any]]:
     info = run.info() if run else {}
     training, adapters = info.get("training", {}), info.get("adapters", [])
     by_name = {own["name"]: own for own in adapters}
-    lines, events = (run.metrics() if run else []), left_early(place)
+    lines, events = (run.metrics(), left_early(run)) if run else ([], {})
     total = max((line["step"] for line in lines), default=0)
     base = info.get("base", {}).get("parameters", 0)
     rows = []
@@ -188,7 +190,7 @@ def _add_measured(row: dict[str, Any], found: Measurement, metric: str, samples:
 
 
 def _add_differences(
-    rows: Sequence[dict[str, Any]], measured: Mapping[str, Measurement | None], recipe: Recipe
+    rows: Sequence[dict[str, Any]], measured: Mapping[str, Measurement], recipe: Recipe
 ) -> None:
     """Each arm's metric minus each reference's, paired over the telling examples."""
     metric = recipe.sweep.metric
@@ -197,10 +199,10 @@ def _add_differences(
     for row in rows:
         row["against"] = {}
         for name in references:
-            ours, theirs = measured[row["name"]], measured[name]
-            if name == row["name"] or ours is None or theirs is None:
+            if name == row["name"] or not {name, row["name"]} <= set(measured):
                 continue
-            a, b = statistics_of(ours, metric), statistics_of(theirs, metric)
+            a = statistics_of(measured[row["name"]], metric)
+            b = statistics_of(measured[name], metric)
             if a is None or b is None or len(a) != len(b) or not len(a):
                 continue
             draws = Resamples(len(a), recipe.evaluate.bootstrap_samples)
@@ -211,8 +213,11 @@ def _add_differences(
 
 
 def _comparable(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Arms that trained as long as any: to the end, or all cut short together."""
+    """Arms that trained to their end; where none did, those that were cut short together."""
     arms = [row for row in rows if row["reference"] is None and "loss" in row]
+    ended = [row for row in arms if row["status"] != "left"]
+    if ended:
+        return ended
     most = max((row["steps"] for row in arms), default=0)
     return [row for row in arms if row["steps"] == most]
 
@@ -220,7 +225,7 @@ def _comparable(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def _recommended(
     rows: Sequence[dict[str, Any]],
     finished: Sequence[dict[str, Any]],
-    measured: Mapping[str, Measurement | None],
+    measured: Mapping[str, Measurement],
     recipe: Recipe,
 ) -> tuple[Recommendation, dict[str, list[str]]]:
     """The recommendation over settings, and the arms of each setting by its name."""
@@ -229,35 +234,39 @@ def _recommended(
         together.setdefault(row["setting"], []).append(row)
     # A setting one of whose seeds left early has another mean than the rest.
     most = max((len(own) for own in together.values()), default=0)
-    whole = {key: own for key, own in together.items() if len(own) == most}
-    candidates, members = [], {}
-    tokens = np.zeros(0)
-    for own in whole.values():
-        name = own[0]["name"] if len(own) == 1 else _without_seed(own)
-        found = [measured[row["name"]] for row in own]
-        nll = np.stack([np.asarray(one.nll) for one in found if one is not None])
-        tokens = np.asarray(found[0].tokens, float) if found[0] is not None else tokens
-        members[name] = [row["name"] for row in own]
-        candidates.append(
-            Candidate(
-                name,
-                nll,
-                int(own[0]["file_bytes"] or 0),
-                float(own[0]["served"]["share_of_base"] or 0.0),
-            )
+    whole = {
+        own[0]["name"] if len(own) == 1 else _without_seed(own): own
+        for own in together.values()
+        if len(own) == most
+    }
+    members = {name: [row["name"] for row in own] for name, own in whole.items()}
+    used = [name for names in members.values() for name in names]
+    counts = [measured[name].tokens for name in used]
+    if any(own != counts[0] for own in counts):
+        reason = (
+            "The arms' tokenizers cut the same answers into different tokens, so their losses per "
+            "token cannot be compared; compare the metric."
         )
-    used = {name for names in members.values() for name in names}
+        return Recommendation(None, None, "not comparable", [reason]), members
+    candidates = [
+        Candidate(
+            name,
+            np.stack([np.asarray(measured[row["name"]].nll) for row in own]),
+            int(own[0]["file_bytes"] or 0),
+            float(own[0]["served"]["share_of_base"] or 0.0),
+        )
+        for name, own in whole.items()
+    ]
     tried = [row["name"] for row in rows if row["reference"] is None]
-    base = measured.get(BASE)
-    found_out = recommend(
+    found = recommend(
         candidates,
-        tokens,
-        base=None if base is None else np.asarray(base.nll),
+        np.asarray(counts[0] if counts else [], float),
+        base=np.asarray(measured[BASE].nll) if BASE in measured else None,
         left_out=[name for name in tried if name not in used],
         samples=recipe.evaluate.bootstrap_samples,
         seed=recipe.evaluate.seed,
     )
-    return found_out, members
+    return found, members
 
 
 def _without_seed(own: Sequence[Mapping[str, Any]]) -> str:
@@ -290,8 +299,3 @@ def _settings(
 def group_names(groups: Sequence[Group]) -> list[dict[str, Any]]:
     """What `sweep.json` keeps of the plan."""
     return [{"name": own.name, "arms": [arm.name for arm in own.arms]} for own in groups]
-
-
-def arm_of(groups: Sequence[Group], name: str) -> Arm:
-    """The arm of that name."""
-    return next(arm for own in groups for arm in own.arms if arm.name == name)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import datetime
 import os
+import shutil
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from lighten.evaluate.truncated import truncated_curve
 from lighten.recipe import Recipe
 from lighten.runs import Run
 from lighten.sweep import apart, result, tuning
-from lighten.sweep.arms import FULL, Arm, Group, expand, full_arm, grid_of, group
+from lighten.sweep.arms import FULL, Group, expand, full_arm, grid_of, group
 from lighten.sweep.budget import RUNGS, Halving, Speed, left_early, longest
 from lighten.sweep.measure import BASE, Measurement, measure_run
 from lighten.sweep.result import FILE, SweepResult
@@ -66,7 +68,8 @@ def sweep(
         return running.run()
     except BaseException as error:
         ended = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        running.write(status=ended, error=str(error) or type(error).__name__, ended=_now())
+        with suppress(OSError, ValueError):
+            running.write(status=ended, error=str(error) or type(error).__name__, ended=_now())
         raise
 
 
@@ -89,6 +92,7 @@ class Sweep:
         self.recipe, self.folder = recipe, folder_of(recipe)
         self.shown, self.measuring = TrainingProgress(enabled=progress), measuring
         self._progress = progress
+        self._told: dict[str, Any] = {}
         self._state = self._open(resume=resume)
         self._spent_before = float(self._state.get("spent_s") or 0.0)
         self._began = self._beat = time.monotonic()
@@ -119,6 +123,12 @@ class Sweep:
         """Set parts of `sweep.json`."""
         self._state |= {**parts, "spent_s": self.spent_s()}
         runs.write_json(self.folder / FILE, self._state)
+        told = ("name", "status", "error", "started", "ended", "base", "data", "commit",
+                "tree_clean", "machine", "versions")  # fmt: skip
+        info = {key: self._state[key] for key in told if key in self._state}
+        if info != self._told:  # for `lighten runs list`
+            Run(self.folder).update(kind="sweep", **info)
+            self._told = info
 
     def spent_s(self) -> float:
         """Seconds that this sweep took until now, earlier sessions included."""
@@ -241,7 +251,7 @@ class Sweep:
             last = {m["adapter"]: m["loss"] for m in run.metrics() if m["kind"] == "eval"}
             for arm in own.arms:
                 rate = f"{arm.options.learning_rate:g}"
-                gone = own.adapter(arm) in left_early(run.folder)
+                gone = own.adapter(arm) in left_early(run)
                 loss = None if gone else last.get(own.adapter(arm))
                 found.setdefault(tuning.untuned(arm), {})[rate] = loss
         self.write(tuned=tuning.chosen(found))
@@ -293,6 +303,7 @@ class Sweep:
             {"max_steps": LOOK_STEPS, "eval_steps": LOOK_STEPS, "save_steps": LOOK_STEPS,
              "warmup_steps": None, "report_to": []}
         )  # fmt: skip
+        shutil.rmtree(place, ignore_errors=True)
         began = time.monotonic()
         run = train(recipe, progress=False)
         took = time.monotonic() - began
@@ -311,6 +322,7 @@ class Sweep:
             starting_s=took - sum(seconds.values()) - sum(watched),
         )
         rows = int(run.info()["data"]["train_rows"])
+        shutil.rmtree(place)
         return speed, steps_of(self.recipe, rows)
 
     # Training and measuring
@@ -360,7 +372,7 @@ class Sweep:
         run = Run(self.folder / own.name)
         if run.info().get("status") != "finished":
             return
-        diverged = {name for name, event in left_early(run.folder).items()
+        diverged = {name for name, event in left_early(run).items()
                     if event.get("diverged")}  # fmt: skip
         names: list[tuple[str, str | None]] = [
             (arm.name, own.adapter(arm)) for arm in own.arms if own.adapter(arm) not in diverged
@@ -391,6 +403,3 @@ def steps_of(recipe: Recipe, rows: int) -> int:
 
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-__all__ = ["Arm", "Group", "Sweep", "folder_of", "steps_of", "sweep"]

@@ -1,0 +1,344 @@
+"""Whole sweeps on tiny models: the same as alone, killed and resumed, within a budget, the page."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lighten
+from lighten.errors import UserError
+from lighten.report import charts
+from lighten.runs import Run
+from lighten.sweep.arms import expand, group
+from lighten.sweep.budget import Speed, keep, longest
+from lighten.sweep.result import SweepResult
+
+
+@pytest.fixture
+def settings(tiny_folder: Path, chat_file: Path, tmp_path: Path) -> dict[str, Any]:
+    return {
+        "model_name_or_path": str(tiny_folder), "dataset": str(chat_file), "dtype": "float32",
+        "output_dir": str(tmp_path / "sweep"), "learning_rate": 1e-2, "max_steps": 6,
+        "eval_steps": 2, "save_steps": 2, "val_size": 24, "per_device_train_batch_size": 4,
+        "evaluate.max_new_tokens": 4,
+    }  # fmt: skip
+
+
+def sweep(settings: dict[str, Any], **changes: Any) -> SweepResult:
+    return lighten.sweep(progress=False, **{**settings, **changes})
+
+
+def curves(result: SweepResult) -> dict[str, list[Any]]:
+    return {arm["name"]: arm["train_curve"] for arm in result.arms}
+
+
+def losses(result: SweepResult) -> dict[str, float]:
+    return {arm["name"]: arm["loss"]["value"] for arm in result.arms if "loss" in arm}
+
+
+def test_arms_train_as_they_would_alone(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Trained in one pass, every arm has the losses that its own recipe gives."""
+    result = sweep(settings, lora_r=[2, 8], seed=[1, 2], lora_dropout=0.1, metric="loss")
+    (together,) = result.data["groups"]
+    assert len(together["arms"]) == 4
+    recipe = lighten.Recipe.from_values(Run(result.folder).recipe().completed())
+    for arm in expand(recipe):
+        alone = lighten.train(
+            arm.recipe.changed({"output_dir": str(tmp_path / arm.name)}), progress=False
+        )
+        ours = {(m["kind"], m["step"]): m["loss"] for m in Run(result.folder / "cohort-1").metrics()
+                if m["adapter"] == arm.name}  # fmt: skip
+        theirs = {(m["kind"], m["step"]): m["loss"] for m in alone.metrics()}
+        assert ours.keys() == theirs.keys()
+        for place, loss in theirs.items():
+            # Sums in another order; six steps of AdamW at a high rate let it grow a little.
+            assert ours[place] == pytest.approx(loss, rel=2e-5), (arm.name, place)
+
+
+def test_the_result_holds_what_each_arm_is_worth(settings: dict[str, Any]) -> None:
+    result = sweep(settings, lora_r=[2, 8], reference=["base", "full"], full_learning_rate=1e-3)
+    data = SweepResult.read(result.folder).data
+    assert data["status"] == "finished"
+    arms = {arm["name"]: arm for arm in data["arms"]}
+    assert list(arms) == ["r2", "r8", "full", "base"]
+    for name in ("r2", "r8", "full"):
+        own = arms[name]
+        assert own["steps"] == 6
+        assert own["status"] == "finished"
+        assert own["loss"]["se"] > 0
+        assert {"chrf", "bleu", "exact_match"} <= set(own["metrics"])
+        assert own["tokens"] > 0
+        assert own["peak_bytes"] > 0
+        assert own["tokens_per_second"] > 0
+        assert [step for step, _, _ in own["curve"]] == [2, 4, 6]
+        assert own["against"]["base"]["verdict"]
+    assert arms["r8"]["trainable_parameters"] == 4 * arms["r2"]["trainable_parameters"]
+    assert arms["r8"]["file_bytes"] > arms["r2"]["file_bytes"]
+    assert arms["r8"]["served"]["flops_per_token"] == 2 * arms["r8"]["trainable_parameters"]
+    assert arms["r8"]["state_bytes"] == 16 * arms["r8"]["trainable_parameters"]
+    assert arms["full"]["served"]["flops_per_token"] == 0
+    assert arms["r2"]["time_share"] + arms["r8"]["time_share"] == pytest.approx(1)
+    assert arms["r2"]["seconds"] < arms["r8"]["seconds"]
+    # Losses are those of the run's own last evaluation: the same rows, the same weights.
+    watched = {m["adapter"]: m["loss"] for m in Run(result.folder / "cohort-1").metrics()
+               if m["kind"] == "eval"}  # fmt: skip
+    assert arms["r2"]["loss"]["value"] == pytest.approx(watched["r2"], rel=1e-5)
+    assert data["recommendation"]["arm"] in ("r2", "r8", None)
+    assert data["recommendation"]["reasons"]
+    assert result.recommended == data["recommendation"]["arm"]
+
+
+def test_the_page_shows_all_of_it(settings: dict[str, Any]) -> None:
+    result = sweep(settings, lora_r=[2, 8], reference=["base", "full"], full_learning_rate=1e-3)
+    text = (result.folder / "report.html").read_text()
+    for part in ("Every arm", "Against the best", "Curves together", "What it costs", "frontier",
+                 "held-out loss", "chrF", "real tokens/s", "peak memory", "% FLOPs", "to ship",
+                 "Against full fine-tuning", "lora_r", "The completed recipe"):  # fmt: skip
+        assert part in text, part
+    assert text.count("<svg") >= 4
+    assert not re.findall(r"""(?:src|href)\s*=|@import|url\(|https?://(?!www\.w3\.org)""", text)
+    again = lighten.report(result.folder, output=result.folder / "again.html")
+    assert again.read_text() == text
+
+
+def test_an_ended_sweep_is_moved_aside_and_a_resumed_one_is_measured_once(
+    settings: dict[str, Any],
+) -> None:
+    first = sweep(settings, lora_r=[2], metric="loss")
+    path = first.folder / "arms" / "r2.json"
+    before = path.stat().st_mtime_ns
+    again = sweep(settings, lora_r=[2], metric="loss", resume=True)
+    assert path.stat().st_mtime_ns == before
+    assert losses(again) == losses(first)
+    with pytest.raises(UserError, match="holds another sweep"):
+        sweep(settings, lora_r=[4], metric="loss", resume=True)
+    sweep(settings, lora_r=[4], metric="loss")
+    assert (first.folder.with_name("sweep-1") / "sweep.json").is_file()
+
+
+def test_what_is_missing_is_said_before_anything_runs(settings: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="nothing to sweep"):
+        sweep(settings)
+    with pytest.raises(UserError, match="no held-out examples"):
+        sweep({**settings, "val_size": 0, "eval_steps": None}, lora_r=[2])
+    assert not Path(settings["output_dir"]).exists()
+
+
+def test_an_arm_that_diverges_leaves_and_the_others_go_on(settings: dict[str, Any]) -> None:
+    result = sweep(
+        settings, learning_rate=[1e-2, 1e30], lora_r=2, metric="loss", max_grad_norm=None
+    )
+    good, bad = result.arms[:2]
+    assert (good["status"], good["steps"]) == ("finished", 6)
+    assert bad["status"] == "left"
+    assert bad["steps"] < 6
+    assert "not a number" in bad["why"]
+    assert "loss" not in bad
+    alone = sweep(
+        {**settings, "output_dir": settings["output_dir"] + "-alone"}, lora_r=[2], metric="loss"
+    )
+    ours, theirs = good["train_curve"], alone.arms[0]["train_curve"]
+    assert [loss for _, loss in ours] == pytest.approx([loss for _, loss in theirs], rel=2e-5)
+    assert f"{bad['name']} did not train to the end" in " ".join(
+        result.data["recommendation"]["reasons"]
+    )
+
+
+def test_each_rank_gets_its_own_rate_first(settings: dict[str, Any]) -> None:
+    result = sweep(
+        {**settings, "max_steps": 16}, lora_r=[2, 8], learning_rate=[1e-6, 1e-2], seed=[0, 1],
+        tune="learning_rate", metric="loss",
+    )  # fmt: skip
+    assert [own["best"] for own in result.data["tuned"].values()] == [1e-2, 1e-2]
+    assert {arm["sets"]["learning_rate"] for arm in result.arms if not arm["reference"]} == {1e-2}
+    assert len([arm for arm in result.arms if not arm["reference"]]) == 4
+    assert Run(result.folder / "tune" / "cohort-1").recipe().max_steps == 4
+    assert {own["name"]: len(own["arms"]) for own in result.data["settings"]} == {"r2": 2, "r8": 2}
+    assert "Learning rates tried first" in (result.folder / "report.html").read_text()
+
+
+SPEED = Speed(step_s=1.0, evaluation_s=1.0, measuring_s=5.0)
+
+
+def test_halving_keeps_all_that_fit_and_drops_no_more_than_it_must() -> None:
+    # One arm to the end: 100 steps, 10 evaluations, 5 s to measure.
+    assert keep(8, 8 * 115, 100, 10, SPEED) == 8
+    assert keep(8, 8 * 115 - 1, 100, 10, SPEED) == 8  # halved at the next rung
+    assert keep(8, 120, 100, 10, SPEED) == 1
+    assert keep(8, 0, 100, 10, SPEED) == 1
+    kept = [keep(8, float(left), 100, 10, SPEED) for left in range(0, 1000, 20)]
+    assert kept == sorted(kept)
+    assert set(kept) >= {1, 2, 4, 8}
+    # Eight arms for a rung, four for one, two for one, one for the rest, and all are measured.
+    assert keep(8, 14 * 11 + 70 + 7 + 8 * 5, 100, 10, SPEED) == 8
+
+
+def test_the_longest_run_that_fits_is_planned() -> None:
+    def rung(steps: int) -> int:
+        return max(1, steps // 8)
+
+    assert longest(3, 1e9, 100, rung, SPEED) == 100
+    assert longest(3, 0.0, 100, rung, SPEED) == 1
+    planned = [longest(3, float(left), 100, rung, SPEED) for left in range(0, 400, 20)]
+    assert planned == sorted(planned)
+    assert 1 < planned[8] < 100
+
+
+@pytest.mark.slow
+def test_a_budget_is_kept_and_leaves_a_valid_result(settings: dict[str, Any]) -> None:
+    began = time.monotonic()
+    result = sweep(
+        {**settings, "max_steps": 20000, "eval_steps": None, "save_steps": None},
+        lora_r=[1, 2, 4, 8], budget="20s", metric="chrf",
+    )  # fmt: skip
+    took = time.monotonic() - began
+    plan = result.data["plan"]
+    assert plan["steps"] < plan["wanted_steps"] == 20000
+    # A shared machine's speed changes under way; what is promised is that the end comes near.
+    assert took < 40
+    assert result.data["status"] == "finished"
+    arms = [arm for arm in result.arms if not arm["reference"]]
+    assert all("loss" in arm for arm in arms)
+    assert max(arm["steps"] for arm in arms) > 0
+    assert result.data["recommendation"]["reasons"]
+    left = [arm for arm in arms if arm["status"] == "left"]
+    assert all(arm["why"] for arm in left)
+
+
+def start(settings: dict[str, Any], *words: str) -> subprocess.Popen[str]:
+    flags = [f"{k}={json.dumps(v) if isinstance(v, list) else v}" for k, v in settings.items()]
+    return subprocess.Popen(
+        [sys.executable, "-m", "lighten", "sweep", *flags, *words],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_sweep_killed_in_the_middle_goes_on_and_ends_the_same(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    swept = {"lora_r": [2, 4], "gradient_accumulation_steps": [1, 2], "metric": "loss"}
+    settings |= {"max_steps": 30, "save_steps": 1, "eval_steps": 10}
+    whole = sweep(settings, **swept, output_dir=str(tmp_path / "whole"))
+    assert len(whole.data["groups"]) == 2
+    folder = Path(settings["output_dir"])
+    # In the first group, then in the second.
+    for name, checkpoint in (("cohort-1", "checkpoint-7"), ("cohort-2", "checkpoint-11")):
+        process = start({**settings, **swept})
+        until = time.monotonic() + 90
+        while not (folder / name / "checkpoints" / checkpoint).exists():
+            assert process.poll() is None, process.communicate()[0][-3000:]
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        assert SweepResult.read(folder).data["status"] == "running"
+    first = (folder / "cohort-1" / "metrics.jsonl").stat().st_mtime_ns
+    process = start({**settings, **swept})
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said[-3000:]
+    assert "going on after step" in said
+    assert (folder / "cohort-1" / "metrics.jsonl").stat().st_mtime_ns == first
+    again = SweepResult.read(folder)
+    assert again.data["status"] == "finished"
+    assert curves(again) == curves(whole)
+    assert losses(again) == losses(whole)
+    assert again.data["recommendation"] == whole.data["recommendation"]
+
+
+@pytest.mark.slow
+def test_a_stopped_sweep_says_how_to_go_on(settings: dict[str, Any]) -> None:
+    process = start({**settings, "max_steps": 5000, "lora_r": [2, 4]})
+    folder = Path(settings["output_dir"])
+    until = time.monotonic() + 60
+    while not (folder / "cohort-1" / "metrics.jsonl").exists():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "start the sweep again" in said.replace("\n", " ")
+    assert SweepResult.read(folder).data["status"] == "interrupted"
+
+
+def test_the_command_line_prints_the_table_and_the_reasons(settings: dict[str, Any]) -> None:
+    process = start(settings, "--lora_r", "2,4", "--metric", "loss", "--reference", "none")
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said[-2000:]
+    assert "held-out loss" in said
+    assert "report.html" in said.replace("\n", "")
+    flat = " ".join(said.split())
+    assert "No difference found" in flat or "Take r" in flat
+
+
+def test_the_frontier_holds_what_nothing_beats_in_both() -> None:
+    points = [charts.Point(n, x, y) for n, x, y in
+              (("a", 1, 3), ("b", 2, 4), ("c", 3, 2), ("d", 9, 1), ("e", 9, 5))]  # fmt: skip
+    assert [own.label for own in charts.frontier(points)] == ["a", "c", "d"]
+    text = charts.scatter_chart(points, title="t", x_label="x", y_label="y")
+    assert text.count("<circle") == 5
+    assert 'class="frontier"' in text
+    assert "nothing was recorded" in charts.scatter_chart([], title="t", x_label="", y_label="")
+    assert charts.log_ticks(0.9, 30) == [1, 2, 5, 10, 20]
+
+
+def rank4(folder: Path, seed: int = 0) -> tuple[Path, Path]:
+    """A tiny base, and text drawn from it after its head was changed by a matrix of rank four.
+
+    All four singular values are alike, so that each rank is worth as much as another: what ranks
+    one and two lack is large, what eight and sixteen add is nothing.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from tests.tiny import VOCAB, save_tiny
+
+    save_tiny(folder / "base")
+    teacher = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    draw = torch.Generator().manual_seed(seed)
+    width = teacher.config.hidden_size
+    left = torch.linalg.qr(torch.randn(VOCAB, 4, generator=draw))[0]
+    right = torch.linalg.qr(torch.randn(width, 4, generator=draw))[0]
+    with torch.no_grad():
+        change = left @ right.T
+        change *= 12.0
+        teacher.lm_head.weight += change
+        ids = torch.randint(5, VOCAB, (640, 4), generator=draw)
+        for _ in range(60):
+            chances = teacher(ids).logits[:, -1].softmax(-1)
+            ids = torch.cat([ids, torch.multinomial(chances, 1, generator=draw)], dim=1)
+    path = folder / "drawn.jsonl"
+    path.write_text("\n".join(json.dumps({"input_ids": row}) for row in ids.tolist()))
+    return folder / "base", path
+
+
+@pytest.mark.slow
+def test_where_the_truth_is_rank_four_the_recommendation_is_four(tmp_path: Path) -> None:
+    model, data = rank4(tmp_path)
+    result = lighten.sweep(
+        progress=False, model_name_or_path=str(model), dataset=str(data), dtype="float32",
+        output_dir=str(tmp_path / "sweep"), lora_target_modules="lm_head", lora_r=[1, 2, 4, 8, 16],
+        learning_rate=1e-2, lr_scheduler_type="cosine", max_steps=120, eval_steps=30,
+        per_device_train_batch_size=32, val_size=160, metric="loss",
+    )  # fmt: skip
+    found = result.data["recommendation"]
+    assert result.recommended == "r4", found
+    worse = {own["name"]: own["worse"] for own in result.data["settings"]}
+    assert worse == {"r1": True, "r2": True, "r4": False, "r8": worse["r8"], "r16": worse["r16"]}
+
+
+def test_groups_of_the_recipe_are_what_the_result_names(settings: dict[str, Any]) -> None:
+    recipe = lighten.Recipe.from_values(
+        {k: v for k, v in settings.items() if "." not in k} | {"sweep": {"lora_r": [2, 4]}}
+    )
+    assert [own.name for own in group(expand(recipe))] == ["cohort-1"]
