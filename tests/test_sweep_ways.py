@@ -9,6 +9,7 @@ import pytest
 
 from lighten.errors import MissingExtra
 from lighten.recipe import Recipe, RecipeError
+from lighten.report.sweep_page import sweep_page
 from lighten.runs import Run
 from lighten.sweep import apart
 from lighten.sweep.arms import expand, group
@@ -58,6 +59,9 @@ def test_truncate_trains_the_largest_rank_alone(
     assert curve["points"][0]["loss"] == pytest.approx(trained[0]["loss"]["value"], rel=1e-6)
     base = next(row for row in found.arms if row["reference"] == "base")
     assert curve["base_loss"] == pytest.approx(base["loss"]["value"], rel=1e-6)
+    page = sweep_page(tmp_path / "s")
+    assert f"{name}, trained at rank 8: " in page
+    assert f"{curve['points'][2]['loss']:.4f}" in page
     assert {own["r"] for own in Run(tmp_path / "s" / trained[0]["group"]).info()["adapters"]} == {8}
 
 
