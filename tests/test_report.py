@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,11 +14,6 @@ import lighten
 from lighten.report import charts, words
 from lighten.report.page import page
 from tests.report_fixture import write_run
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-         "--disable-background-networking", "--disable-component-update",
-         "--disable-sync"]  # fmt: skip
 
 
 def test_the_page_says_what_changed_and_escapes_what_came_from_data(tmp_path: Path) -> None:
@@ -130,18 +123,6 @@ def test_a_long_curve_is_thinned_to_its_means() -> None:
         title="t", x_label="x", y_label="y",
     )  # fmt: skip
     assert text.count(" L") == charts.MOST_POINTS - 1
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("Chromium is not installed (Debian: apt-get install chromium)")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from lighten.runs import Run
 from lighten.sweep.arms import expand, group
 from lighten.sweep.budget import Speed, keep, longest
 from lighten.sweep.result import SweepResult
+from tests.test_report import CONTRAST, opened
 
 
 @pytest.fixture
@@ -109,6 +110,20 @@ def test_the_page_shows_all_of_it(settings: dict[str, Any]) -> None:
     assert not re.findall(r"""(?:src|href)\s*=|@import|url\(|https?://(?!www\.w3\.org)""", text)
     again = lighten.report(result.folder, output=result.folder / "again.html")
     assert again.read_text() == text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [360, 1280])
+def test_the_page_fits_a_phone_and_a_desktop(
+    settings: dict[str, Any], browser: Any, width: int
+) -> None:
+    result = sweep(settings, lora_r=[2, 8], seed=[0, 1], learning_rate=[1e-3, 1e-2])
+    path = result.folder / "report.html"
+    tab = opened(browser, path, viewport={"width": width, "height": 800})
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    assert tab.locator("svg[role=img]").count() >= 4
+    assert tab.evaluate(CONTRAST) >= 4.5
+    assert opened(browser, path, color_scheme="dark").evaluate(CONTRAST) >= 4.5
 
 
 def test_an_ended_sweep_is_moved_aside_and_a_resumed_one_is_measured_once(

@@ -124,19 +124,28 @@ def _trained(words: list[str], *, resume: bool) -> Run:
 
 @contextlib.contextmanager
 def _bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress callback that draws a bar in a terminal and nothing elsewhere."""
+    """A progress callback that draws a bar in a terminal and nothing elsewhere.
+
+    The bar is there only while something is under way, so that others can draw theirs between.
+    """
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        tasks: dict[str, Any] = {}
+    progress = Progress(console=Console(stderr=True), transient=True)
+    tasks: dict[str, Any] = {}
 
-        def tell(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = progress.add_task(what, total=total)
-            progress.update(tasks[what], completed=done, total=total)
+    def tell(what: str, done: int, total: int) -> None:
+        if what not in tasks:
+            tasks[what] = progress.add_task(what, total=total)
+        progress.start()
+        progress.update(tasks[what], completed=done, total=total)
+        if progress.finished:
+            progress.stop()
 
+    try:
         yield tell
+    finally:
+        progress.stop()
 
 
 _Words = Annotated[list[str] | None, typer.Argument(metavar="RECIPE | MODEL DATA", help=Settings)]

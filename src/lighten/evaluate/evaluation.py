@@ -184,6 +184,8 @@ def measure(
         max_tokens=choose_tokens(recipe.tokens_per_microbatch, base.model.device.type)[0],
         device=base.model.device,
     )
+    if progress is not None:
+        progress(f"{name}: loss", len(rows), len(rows))
     statistics = {"loss": metrics.likelihood_statistics(losses.nll, losses.tokens)}
     statistics["perplexity"] = statistics["loss"]
     prompts, references = [], []

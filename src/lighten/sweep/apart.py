@@ -107,7 +107,7 @@ def _finished(own: Group, place: Path) -> bool:
     folder = place / own.name
     if not (folder / RECIPE).is_file():
         return False
-    gone = {name for name, event in left_early(folder).items() if event.get("diverged")}
+    gone = {name for name, event in left_early(Run(folder)).items() if event.get("diverged")}
     done = Run(folder).info().get("status") == "finished"
     return done or gone >= {own.adapter(arm) for arm in own.arms}
 

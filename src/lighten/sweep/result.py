@@ -123,7 +123,7 @@ def _group_rows(folder: Path, group: Group) -> list[dict[str, Any]]:
                 "adapter": name,
                 "reference": FULL if arm.name == FULL else None,
                 "status": "left" if gone else info.get("status", "waiting"),
-                "why": gone["why"] if gone else None,
+                "why": gone["why"] if gone else info.get("error"),
                 "steps": own.get("steps", len(train)),
                 "of_steps": total,
                 "tokens": sum(m["tokens"] for m in train),

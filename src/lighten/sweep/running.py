@@ -112,7 +112,7 @@ class Sweep:
         self._train_apart(groups)
         for place, own in enumerate(groups):
             self._train(own, groups[place:])
-            self._measure(own, first=place == 0)
+            self._measure(own)
             self._collect(groups)
         if self.recipe.sweep.truncate:
             self.write(truncated=self._truncated(groups))
@@ -198,7 +198,7 @@ class Sweep:
             for own in asked:
                 self._run(own, self.folder, None)
                 # Losses choose; answers of every trial would take longer than training them.
-                self._measure(own, first=False, answers=False)
+                self._measure(own, answers=False)
                 for arm in own.arms:
                     found = Measurement.read(self.folder, arm.name)
                     losses[arm.name] = found and sum(found.nll) / sum(found.tokens)
@@ -367,8 +367,8 @@ class Sweep:
             self._beat = time.monotonic()
             self.write()
 
-    def _measure(self, own: Group, *, first: bool, answers: bool = True) -> None:
-        """Measure the arms of a trained group, and the base with the first one."""
+    def _measure(self, own: Group, *, answers: bool = True) -> None:
+        """Measure the arms of a trained group, and the base with the first of them."""
         run = Run(self.folder / own.name)
         if run.info().get("status") != "finished":
             return
@@ -377,7 +377,8 @@ class Sweep:
         names: list[tuple[str, str | None]] = [
             (arm.name, own.adapter(arm)) for arm in own.arms if own.adapter(arm) not in diverged
         ]
-        if first and "base" in self.recipe.sweep.reference:
+        unknown = Measurement.read(self.folder, BASE) is None
+        if unknown and "base" in self.recipe.sweep.reference:
             names.insert(0, (BASE, None))
         budget = self.recipe.sweep.budget_s
         late = budget is not None and self.spent_s() > budget

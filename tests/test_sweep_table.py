@@ -1,0 +1,66 @@
+"""What a sweep's table and sentences say, from figures made up for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lighten.report import sweep_table
+
+
+def arm(name: str, parameters: int, loss: float | None, **changes: Any) -> dict[str, Any]:
+    own: dict[str, Any] = {
+        "name": name, "reference": None, "status": "finished", "steps": 100, "seconds": 60.0,
+        "tokens_per_second": 400.0, "peak_bytes": 4 * 2**30, "trainable_parameters": parameters,
+        "file_bytes": 4 * parameters, "together": 2, "sets": {"lora_r": 8},
+        "served": {"share_of_base": parameters / 1e8},
+        "metrics": {"chrf": {"value": 29.0, "se": 1.0}},
+        "against": {"full": {"value": -0.4, "verdict": "no difference found"}},
+    }  # fmt: skip
+    if loss is not None:
+        own["loss"] = {"value": loss, "se": 0.05}
+    return {**own, **changes}
+
+
+@pytest.fixture
+def data() -> dict[str, Any]:
+    full = arm("full", 10**8, 2.0, reference="full", peak_bytes=15 * 2**30, together=1,
+               tokens_per_second=200.0, sets={"learning_rate": 2e-5}, against={},
+               served={"share_of_base": 0.0})  # fmt: skip
+    return {
+        "arms": [full, arm("r32", 4 * 10**6, 2.01), arm("r8", 10**6, 2.02),
+                 arm("r128", 16 * 10**6, None, status="left", steps=25, metrics={})],
+        "settings": [{"name": "r8", "arms": ["r8"], "recommended": True},
+                     {"name": "r32", "arms": ["r32"], "recommended": False}],
+        "recommendation": {"arm": "r8"},
+    }  # fmt: skip
+
+
+def test_the_table_has_a_row_per_arm_by_size_references_last(data: dict[str, Any]) -> None:
+    columns, rows = sweep_table.table(data, "chrf")
+    assert [row[0] for row in rows] == ["r8", "r32", "r128", "full"]
+    assert all(len(row) == len(columns) for row in rows)
+    assert rows[0][1:3] == ["2.0200 ± 0.0500", "29.00 ± 1.00"]
+    assert rows[0][-1] == "← take this"
+    assert rows[2][1:3] == ["–", "–"]
+    assert rows[2][-1] == "left after step 25"
+    assert rows[3][-1] == "reference"
+    assert "1 % FLOPs" in rows[0]
+    assert len(sweep_table.table(data, "loss")[0]) == len(columns) - 1
+
+
+def test_full_fine_tuning_is_compared_with_in_one_sentence(data: dict[str, Any]) -> None:
+    said = sweep_table.against_full(data, "chrf")
+    assert said is not None
+    for part in ("peak memory 15.00 GiB → 4.00 GiB (shared with 1 more)", "2x faster per token",
+                 "held-out loss +0.020", "chrF -0.40 (no difference found)",
+                 "400.0 MB → 4.0 MB to ship", "learning rate 2e-05, not tuned"):  # fmt: skip
+        assert part in said, part
+    assert sweep_table.against_full({**data, "arms": data["arms"][1:]}, "chrf") is None
+    assert sweep_table.against_full({**data, "recommendation": {"arm": None}}, "chrf") is None
+
+
+def test_arms_of_one_pass_are_told_to_share_its_peak(data: dict[str, Any]) -> None:
+    assert "share its peak memory" in sweep_table.shared_peak(data)
+    assert sweep_table.shared_peak({"arms": [arm("r8", 1, 1.0, together=1)]}) == ""
