@@ -201,7 +201,7 @@ class Sweep:
                 self._measure(own, answers=False)
                 for arm in own.arms:
                     found = Measurement.read(self.folder, arm.name)
-                    losses[arm.name] = found and sum(found.nll) / sum(found.tokens)
+                    losses[arm.name] = sum(found.nll) / sum(found.tokens) if found else None
             search.tell(losses)
             self._collect(search.groups())
         groups = search.groups()
