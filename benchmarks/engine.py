@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 from benchmarks.machine import synchronize
 from benchmarks.steps import Steps
 from lighten import models
+from lighten.adapters.files import read_weights
 from lighten.data import Encoded, Example, TemplateChoice
 from lighten.data import Row as EncodedRow
 from lighten.data.encode import EncodingCounts
@@ -182,13 +183,20 @@ def train(
     for member in setup.members:
         if not learns:
             member.settings = replace(member.settings, learning_rate=0.0)
-    before = {member.name: _copies(member.parameters) for member in setup.members}
+    before = {
+        member.name: _copies(member.parameters)
+        for member in setup.members
+        if member.name not in (start or {})
+    }
     folder.mkdir(parents=True, exist_ok=True)
     loop = GivenSteps(setup, lessons, Path(mkdtemp(dir=folder)), memory)
     synchronize(loop.device)
     began = time.time()
     loop.run()
     starts = [began, *loop.ends[:-1]]
+    peak = memory.read()
+    for name, own in (start or {}).items():  # a copy of them would have counted as training's
+        before[name] = read_weights(Path(own))
     names = [member.name for member in setup.members]
     return {
         "losses": {name: [report[name].loss for report in loop.reports] for name in names},
@@ -196,7 +204,7 @@ def train(
         "moved": {m.name: largest_move(before[m.name], m.parameters) for m in setup.members},
         "step_seconds": [end - start for start, end in zip(starts, loop.ends, strict=True)],
         "first_step_at": loop.ends[0],
-        **memory.read(),
+        **peak,
         "dtype": setup.base.dtype.value,
         "choices": {what: choice.value for what, choice in setup.choices.items()},
         "loss_path": setup.objective.reason,

@@ -35,11 +35,13 @@ ALLOWED: dict[str, set[str]] = {
     # It traces the step of `train`, and draws its picture with `report`'s figures.
     "plan": {"adapters", "data", "devices", "models", "recipe", "hardware", "report", "runs",
              "train", "verbs"},
-    "api": {"devices", "plan", "recipe", "runs", "train", "evaluate", "report", "sweep"},
+    "api": {"adapters", "devices", "plan", "recipe", "runs", "train", "evaluate", "report",
+            "sweep"},
     "console": {"recipe"},
+    "cli_adapter": {"api", "console"},
     "cli_plan": {"api", "console", "plan", "runs"},
-    "cli": {"api", "cli_plan", "console", "data", "models", "recipe", "hardware", "report", "runs",
-            "sweep", "train", "evaluate"},
+    "cli": {"api", "cli_adapter", "cli_plan", "console", "data", "models", "recipe", "hardware",
+            "report", "runs", "sweep", "train", "evaluate"},
     "__main__": {"cli"},
 }  # fmt: skip
 LIGHT = ("lighten", "lighten.api", "lighten.cli", "lighten.errors", "lighten.hardware",

@@ -14,7 +14,17 @@ from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import arithmetic, cohort, cohort_worker, comparison, engine, gpu_suite, limit
+from benchmarks import (
+    arithmetic,
+    cohort,
+    cohort_worker,
+    comparison,
+    engine,
+    gpu_suite,
+    limit,
+    machine,
+    sweep_vs_peers,
+)
 from benchmarks import contenders as who
 from benchmarks import plain_peft as peers
 from benchmarks.arithmetic import Work
@@ -312,6 +322,75 @@ def test_memory_of_a_cohort_is_a_ratio_of_runs_that_trained() -> None:
     assert {"time_8_at_64", "time_8_at_512", "nf4_time_8_at_64", "nf4_time_8_at_512"} <= set(found)
     assert cohort.ratios([], {1: [ran(4.0)], 4: [ran(4.4, idle=True)]})["memory_4"] is None
     assert cohort.ratios([], {1: [ran(4.0)], 4: [{"error": "killed"}]})["memory_4"] is None
+
+
+def arms(scale: float = 1.0, **changes: Any) -> dict[str, list[dict[str, Any]]]:
+    """Runs over two ranks: TRL takes four times as long as the cohort; its losses times `scale`."""
+
+    def ran(names: list[str], wall: float, peak: float, factor: float = 1.0) -> dict[str, Any]:
+        losses = [3.0, 2.0 * factor, 1.0 * factor]
+        return {"losses": dict.fromkeys(names, losses), "moved": dict.fromkeys(names, 0.1),
+                "grad_norms": dict.fromkeys(names, [1.0] * 3), "wall_s": wall, "peak_bytes": peak,
+                "step_seconds": [wall / 2, wall / 4, wall / 4]}  # fmt: skip
+
+    rows = {"cohort": ran(["r2", "r4"], 10.0, 6.0), "alone, r2": ran(["r2"], 6.0, 4.0),
+            "alone, r4": ran(["r4"], 9.0, 5.0), "trl, r2": ran(["r2"], 15.0, 7.0, scale),
+            "trl, r4": ran(["r4"], 25.0, 7.0, scale)}  # fmt: skip
+    return {label: [{**own, **changes.get(label, {})}] for label, own in rows.items()}
+
+
+def test_a_sweep_is_compared_with_its_runs_one_after_another() -> None:
+    found = sweep_vs_peers.ratios(arms(), ["r2", "r4"])
+    assert found == pytest.approx(
+        {"peak_vs_largest_single": 6 / 5, "wall_vs_three_own_runs": 10 / 15,
+         "wall_vs_three_trl_runs": 0.25, "steps_vs_three_trl_runs": 0.25,
+         "largest_loss_difference_alone": 0.0, "largest_loss_difference_trl": 0.0}
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("runs", "null"),
+    [
+        (arms(1.05), {"wall_vs_three_trl_runs", "steps_vs_three_trl_runs"}),
+        (arms(float("nan")), {"wall_vs_three_trl_runs", "steps_vs_three_trl_runs"}),
+        (arms(**{"trl, r2": {"moved": {"r2": 0.0}}}),
+         {"wall_vs_three_trl_runs", "steps_vs_three_trl_runs"}),
+        (arms(**{"alone, r4": {"error": "killed"}}),
+         {"peak_vs_largest_single", "wall_vs_three_own_runs"}),
+        (arms(cohort={"grad_norms": {"r2": [1.0] * 3, "r4": [0.0] * 3}}),
+         {"peak_vs_largest_single", "wall_vs_three_own_runs", "wall_vs_three_trl_runs",
+          "steps_vs_three_trl_runs"}),
+    ],
+)  # fmt: skip
+def test_a_sweep_with_an_arm_that_does_not_count_has_no_ratio(
+    runs: dict[str, list[dict[str, Any]]], null: set[str]
+) -> None:
+    found = sweep_vs_peers.ratios(runs, ["r2", "r4"])
+    assert {k for k, v in found.items() if v is None and not k.startswith("largest")} == null
+
+
+@pytest.mark.slow
+def test_the_sweep_s_benchmark_runs_on_a_tiny_model(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """In real processes; TRL's rows too where its environment has been made."""
+    monkeypatch.setattr(machine, "RESULTS", tmp_path)
+    trl = (sweep_vs_peers.PEERS / "bin" / "python").exists()
+    theirs = ["--best", "sdpa, no autocast"] if trl else ["--no-trl"]
+    words = ["--model", str(tiny_folder), "--ranks", "2", "4", "--steps", "2", *theirs]
+    sweep_vs_peers.main(words, lesson(steps=2, rows=8))
+    printed = capsys.readouterr().out
+    found = json.loads(printed.splitlines()[-1])
+    assert set(found) == set(sweep_vs_peers.KEYS)
+    assert found["peak_vs_largest_single"] is not None, printed
+    assert (found["wall_vs_three_trl_runs"] is not None) == trl, printed
+    (path,) = (tmp_path / "trial").glob("sweep_vs_peers-*.json")
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    assert set(stored["table"]) >= {"cohort", "alone, r2", "alone, r4"}
+    assert stored["machine"]["cores"] >= 1
+    assert stored["control_loss_difference"] is not None
+    assert stored["runs"]["cohort"][0]["losses"].keys() == {"r2", "r4"}
 
 
 def test_nf4_of_a_version_that_has_none_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,18 +15,32 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from lighten.api import evaluate, plan, report, run, sweep, train
+    from lighten.api import (
+        adapter_info,
+        evaluate,
+        plan,
+        report,
+        resize_adapter,
+        run,
+        sweep,
+        train,
+    )
     from lighten.errors import UserError
     from lighten.recipe import Recipe
     from lighten.runs import Run
 
-__all__ = ["Recipe", "Run", "UserError", "evaluate", "plan", "report", "run", "sweep", "train"]
+__all__ = [
+    "Recipe", "Run", "UserError", "adapter_info", "evaluate", "plan", "report", "resize_adapter",
+    "run", "sweep", "train",
+]  # fmt: skip
 
 _ROOMS = ("evaluate", "plan", "report", "sweep", "train")
 _HOME = {
     "Recipe": "lighten.recipe",
     "Run": "lighten.runs",
     "UserError": "lighten.errors",
+    "adapter_info": "lighten.api",
+    "resize_adapter": "lighten.api",
     "run": "lighten.api",
 }
 

@@ -12,6 +12,7 @@ from lighten.recipe import Recipe
 from lighten.runs import Run
 
 if TYPE_CHECKING:
+    from lighten.adapters.resize import Resized
     from lighten.evaluate.evaluation import Evaluation
     from lighten.plan.distributed import Distributed, Strategy
     from lighten.plan.probe import Probed
@@ -378,3 +379,79 @@ def run(
     evaluate(done, progress=evaluation_progress)
     report(done)
     return done
+
+
+def adapter_folder(target: RunLike, name: str | None = None) -> Path:
+    """Folder of an adapter: of one that stands by itself, or of a run's (by name, or its only one).
+
+    Raises:
+        UserError: There is none, or there are several and none is named.
+    """
+    if not isinstance(target, Run) and (Path(target) / "adapter_config.json").is_file():
+        return Path(target)
+    there = run_of(target)
+    folders = there.adapters()
+    if not folders:
+        raise UserError(f"{there.folder} has no adapter; train one first")
+    if name is None and len(folders) > 1:
+        raise UserError(f"{there.folder} has several adapters; name one: --adapter {min(folders)}")
+    if name is not None and name not in folders:
+        raise UserError(
+            f"{there.folder} has no adapter {name!r}; it has {', '.join(sorted(folders))}"
+        )
+    return folders[name] if name is not None else next(iter(folders.values()))
+
+
+def adapter_info(target: RunLike, *, adapter: str | None = None) -> dict[str, Any]:
+    """Rank, alpha, targets, size, and how much of its rank each layer of an adapter uses.
+
+    Args:
+        target: A run, or the folder of an adapter in PEFT's format.
+        adapter: Which adapter of the run, where it has several.
+
+    Raises:
+        UserError: There is no such adapter, or it is not plain LoRA.
+    """
+    from lighten.adapters import spectrum
+
+    return spectrum.read(adapter_folder(target, adapter)).info()
+
+
+def resize_adapter(
+    target: RunLike,
+    rank: int,
+    *,
+    adapter: str | None = None,
+    output_dir: str | os.PathLike[str] | None = None,
+) -> tuple[Path, Resized]:
+    """Write an adapter at a lower rank, each layer's best approximation, in PEFT's format.
+
+    Args:
+        target: A run, or the folder of an adapter in PEFT's format.
+        rank: The highest that a layer keeps.
+        adapter: Which adapter of the run, where it has several.
+        output_dir: Where; default a run's `exports/NAME-rRANK`, or `FOLDER-rRANK` beside a folder.
+
+    Returns:
+        The new folder, and what was kept.
+
+    Raises:
+        UserError: No such adapter, not plain LoRA, or `output_dir` holds something else.
+    """
+    from lighten import runs
+    from lighten.adapters import resize, spectrum
+
+    source = adapter_folder(target, adapter)
+    alone = not isinstance(target, Run) and source == Path(target)
+    parent = source.parent if alone else source.parents[1] / "exports"
+    folder = Path(output_dir) if output_dir is not None else parent / f"{source.name}-r{rank}"
+    if folder.resolve() == source.resolve():
+        raise UserError(f"--output_dir {folder} is the adapter itself; choose another folder")
+    if folder.exists() and not (folder / "adapter_config.json").is_file():
+        raise UserError(f"--output_dir {folder} is there and holds no adapter; choose another")
+    read = spectrum.read(source)
+    done = resize.at_rank(read, rank)
+    with runs.whole_folder(folder) as partial:
+        for name, data in resize.contents(read, done).items():
+            (partial / name).write_bytes(data)
+    return folder, done

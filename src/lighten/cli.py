@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lighten import cli_plan
-from lighten.console import OPEN, Json, Settings, console, is_assignment, overrides, print_table
+from lighten.cli_adapter import adapter_app
+from lighten.console import (
+    OPEN,
+    Json,
+    Settings,
+    cell,
+    console,
+    is_assignment,
+    overrides,
+    print_table,
+)
 
 if TYPE_CHECKING:
     from lighten.runs import Run
@@ -29,6 +39,7 @@ runs_app = typer.Typer(no_args_is_help=True, help="List runs, or compare them si
 data_app = typer.Typer(no_args_is_help=True, help="Look at data before training on it.")
 app.add_typer(runs_app, name="runs")
 app.add_typer(data_app, name="data")
+app.add_typer(adapter_app, name="adapter")
 
 
 def main() -> None:
@@ -304,7 +315,7 @@ def runs_compare(names: list[str], as_json: Json = False) -> None:
         return
     print_table(
         ["", *(run.name for run in chosen)],
-        [[row["what"], *(_cell(value) for value in row["values"])] for row in rows],
+        [[row["what"], *(cell(value) for value in row["values"])] for row in rows],
     )
 
 
@@ -386,14 +397,6 @@ def _print_evaluation(found: dict[str, Any]) -> None:
         for model in found["models"]:
             change = differences.get((model["name"], metric))
             said = f" {change['verdict']}" if change else ""
-            cells.append(_cell(model["metrics"][metric]) + said)
+            cells.append(cell(model["metrics"][metric]) + said)
         rows.append([metric, *cells])
     print_table(["metric", *names], rows)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, dict):
-        return f"{value['value']:.4g} [{value['low']:.4g}, {value['high']:.4g}]"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -73,3 +73,12 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     console().print(table)
+
+
+def cell(value: Any) -> str:
+    """A value of four digits; a measured one with its interval."""
+    if value is None:
+        return "–"
+    if isinstance(value, dict):
+        return f"{value['value']:.4g} [{value['low']:.4g}, {value['high']:.4g}]"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -21,6 +21,7 @@ EXTRAS = {
     "pyarrow": "parquet", "deepspeed": "deepspeed", "vllm": "serve", "liger_kernel": "gpu",
     "wandb": "track", "tensorboard": "track", "trackio": "track", "lm_eval": "eval",
     "rouge_score": "eval", "openai": "generate", "gradio": "ui",
+    "optuna": "search", "ray": "ray",
 }  # fmt: skip
 # Where the distribution is not called like its module.
 DISTRIBUTIONS = {"llama_cpp": "llama-cpp-python", "lm_eval": "lm_eval"}

@@ -48,8 +48,7 @@ def contents(
         revision: The base's revision.
     """
     weights = {
-        key: value.detach().to("cpu", copy=True).contiguous()
-        for key, value in cohort.parameters(name).items()
+        key: value.detach().cpu().contiguous() for key, value in cohort.parameters(name).items()
     }
     config = peft_config(cohort, name, base_model=base_model, revision=revision)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"

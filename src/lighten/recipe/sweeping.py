@@ -96,6 +96,18 @@ class SweepOptions(Section):
         "chrf", description="metric beside the held-out loss; loss: no answers are generated"
     )
     budget: str | None = Field(None, description="time there is: 90s, 30m, 2h; null: no limit")
+    search: Literal["tpe", "random"] | None = Field(
+        None, description="draw settings through Optuna instead of trying every combination"
+    )
+    trials: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="settings that search draws; default 20"
+    )
+    truncate: bool = Field(
+        False, description="train the largest rank only; measure it cut to the lower ones"
+    )
+    executor: Literal["local", "ray"] = Field(
+        "local", description="ray: train groups through Ray Tune, on its GPUs or machines"
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -94,7 +94,31 @@ def problems(options: SweepOptions) -> list[str]:
                 found.append(f"sweep.{key}: {tried!r} holds a value twice; remove one")
     if options.scaling == "alpha" and "lora_alpha" in options.grid:
         found.append("sweep.scaling: alpha has no effect where sweep.lora_alpha says every alpha")
+    found += _contradictions(options)
     return list(dict.fromkeys(found))
+
+
+def _contradictions(options: SweepOptions) -> list[str]:
+    """Options that cannot hold together."""
+    found = []
+    if options.search is None and options.trials is not None:
+        found.append("sweep.trials has no effect without sweep.search; set search: tpe")
+    if options.search is not None:
+        found += [
+            f"sweep.{key} has no effect with sweep.search, which {why}; remove one of the two"
+            for key, why in (("tune", "draws the rate with the rest if it is swept"),
+                             ("budget", "ends after its trials"),
+                             ("truncate", "draws the rank with the rest if it is swept"))
+            if getattr(options, key)
+        ]  # fmt: skip
+    if options.executor == "ray" and options.budget is not None:
+        found.append("sweep.budget is not kept over Ray's machines; remove it, or executor: ray")
+    if options.executor == "ray" and options.tune is not None:
+        found.append("sweep.tune runs on this machine alone; use search: tpe with executor: ray")
+    ranks = options.grid.get("lora_r")
+    if options.truncate and (ranks is None or (isinstance(ranks, list) and len(ranks) < 2)):
+        found.append("sweep.truncate needs several ranks: give them as lora_r: [8, 32, 128]")
+    return found
 
 
 def _whole(value: float) -> float | int:

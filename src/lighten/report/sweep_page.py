@@ -41,7 +41,8 @@ def sweep_page(folder: Path) -> str:
     columns, rows = sweep_table.table(data, metric)
     arms = sweep_table.ordered(data)
     parts = ("base", "data", "machine", "versions", "plan", "tuned", "error", "started", "ended",
-             "commit", "tree_clean", "recommendation", "groups", "spent_s", "status")  # fmt: skip
+             "commit", "tree_clean", "recommendation", "groups", "spent_s", "status",
+             "truncated")  # fmt: skip
     return environment().get_template("sweep.html.j2").render(
         title=f"{data['name']} · sweep",
         data={**dict.fromkeys(parts), **data},
@@ -68,6 +69,7 @@ def sweep_page(folder: Path) -> str:
         time=_scatter(arms, "seconds", 1.0, "Loss against time", "training time, seconds"),
         options=options,
         tuned=_tuned(data),
+        cut=sweep_table.truncated(data),
         recipe=recipe,
     )  # fmt: skip
 

@@ -52,8 +52,26 @@ def shown(folder: Path) -> tuple[list[str], list[list[str]], list[str]]:
     """Table and sentences of a sweep's folder, for the terminal."""
     data = json.loads((folder / FILE).read_text(encoding="utf-8"))
     metric = metric_of(folder)
-    sentences = [*data["recommendation"]["reasons"], against_full(data, metric), shared_peak(data)]
+    sentences = [*data["recommendation"]["reasons"], against_full(data, metric), shared_peak(data),
+                 *truncated(data)]  # fmt: skip
     return *table(data, metric), [sentence for sentence in sentences if sentence]
+
+
+def truncated(data: Mapping[str, Any]) -> list[str]:
+    """A sentence per arm that was cut to lower ranks."""
+    sentences = []
+    for name, curve in (data.get("truncated") or {}).items():
+        losses = {point["rank"]: point["loss"] for point in curve["points"]}
+        full, enough = curve["trained_rank"], curve["enough"]
+        what = (
+            f"cut to rank {enough} it is not found to be worse ({losses[enough]:.4f} against "
+            f"{losses[full]:.4f})"
+            if enough < full
+            else "every lower rank that it was cut to is worse"
+        )
+        sentences.append(f"{name}, trained at rank {full}: {what}. Trained at a lower rank an "
+                         "adapter may do better than one cut to it.")  # fmt: skip
+    return sentences
 
 
 def metric_of(folder: Path) -> str:

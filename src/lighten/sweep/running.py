@@ -14,13 +14,15 @@ from typing import Any
 from lighten import hardware, runs
 from lighten.errors import UserError
 from lighten.evaluate.evaluation import Progress, held_out_examples
+from lighten.evaluate.truncated import truncated_curve
 from lighten.recipe import Recipe
 from lighten.runs import Run
-from lighten.sweep import result, tuning
-from lighten.sweep.arms import Group, expand, full_arm, grid_of, group
+from lighten.sweep import apart, result, tuning
+from lighten.sweep.arms import FULL, Group, expand, full_arm, grid_of, group
 from lighten.sweep.budget import RUNGS, Halving, Speed, left_early, longest
 from lighten.sweep.measure import BASE, Measurement, measure_run
 from lighten.sweep.result import FILE, SweepResult
+from lighten.sweep.search import Search
 from lighten.train.progress import TrainingProgress
 from lighten.train.run import train
 from lighten.train.step import TrainingDiverged
@@ -105,14 +107,15 @@ class Sweep:
             started=self._state.get("started") or _now(), commit=commit, tree_clean=clean,
             machine=hardware.machine().to_dict(), versions=hardware.versions(),
         )  # fmt: skip
-        groups = self._groups()
+        groups = self._groups() if self.recipe.sweep.search is None else self._searched()
         self.write(groups=result.group_names(groups))
+        self._train_apart(groups)
         for place, own in enumerate(groups):
             self._train(own, groups[place:])
             self._measure(own)
-            self.write(
-                **self._run_facts(groups), **result.collect(self.folder, self.recipe, groups)
-            )
+            self._collect(groups)
+        if self.recipe.sweep.truncate:
+            self.write(truncated=self._truncated(groups))
         self.write(status="finished", ended=_now())
         return SweepResult(self.folder, self._state)
 
@@ -172,6 +175,8 @@ class Sweep:
     def _groups(self) -> list[Group]:
         """The groups to train, the full reference last."""
         recipe, grid = self._planned(), grid_of(self.recipe)
+        if recipe.sweep.truncate:
+            grid["lora_r"] = [max(grid["lora_r"])]
         if recipe.sweep.tune is None:
             arms = expand(recipe, grid)
         else:
@@ -179,10 +184,61 @@ class Sweep:
             tried = tuning.tuning_arms(recipe, grid, rates)
             self._tune(group(tried))
             arms = tuning.with_best_rates(recipe, grid, self._state["tuned"])
-        groups = group(arms)
+        groups = apart.spread(group(arms), self._slots())
         if "full" in recipe.sweep.reference:
             groups += group([full_arm(recipe)])
         return groups
+
+    def _searched(self) -> list[Group]:
+        """Draw settings, train and measure them, until every trial has been made."""
+        search = Search(self.recipe, self.folder, self._slots())
+        while asked := search.ask():
+            self._train_apart(asked)
+            losses: dict[str, float | None] = {}
+            for own in asked:
+                self._run(own, self.folder, None)
+                # Losses choose; answers of every trial would take longer than training them.
+                self._measure(own, answers=False)
+                for arm in own.arms:
+                    found = Measurement.read(self.folder, arm.name)
+                    losses[arm.name] = sum(found.nll) / sum(found.tokens) if found else None
+            search.tell(losses)
+            self._collect(search.groups())
+        groups = search.groups()
+        if "full" in self.recipe.sweep.reference:
+            groups += group([full_arm(self.recipe)])
+        return groups
+
+    def _slots(self) -> int:
+        """Cohorts that are trained at once: as many as when the sweep began, whatever is there."""
+        if self.recipe.sweep.executor != "ray":
+            return 1
+        if self._state.get("slots") is None:
+            self.write(slots=apart.slots())
+        return int(self._state["slots"])
+
+    def _train_apart(self, groups: Sequence[Group]) -> None:
+        """Let Ray train the groups, if it shall; what follows finds them finished."""
+        if self.recipe.sweep.executor == "ray":
+            self.shown.note(f"{len(groups)} groups through Ray, {self._slots()} at once")
+            apart.train_apart(groups, self.folder)
+
+    def _truncated(self, groups: Sequence[Group]) -> dict[str, Any]:
+        """Of each arm, its loss when it is cut to the lower ranks."""
+        ranks = grid_of(self.recipe)["lora_r"]
+        return {
+            arm.name: truncated_curve(
+                Run(self.folder / own.name), ranks, adapter=own.adapter(arm),
+                progress=self.measuring,
+            ).to_dict()
+            for own in groups
+            for arm in own.arms
+            if Measurement.read(self.folder, arm.name) is not None and arm.name != FULL
+        }  # fmt: skip
+
+    def _collect(self, groups: Sequence[Group]) -> None:
+        """Put what is known by now into `sweep.json`."""
+        self.write(**self._run_facts(groups), **result.collect(self.folder, self.recipe, groups))
 
     def _tune(self, groups: Sequence[Group]) -> None:
         """Train the arms that find the rates; keep their held-out losses."""
@@ -312,7 +368,7 @@ class Sweep:
             self._beat = time.monotonic()
             self.write()
 
-    def _measure(self, own: Group) -> None:
+    def _measure(self, own: Group, *, answers: bool = True) -> None:
         """Measure the arms of a trained group, and the base with the first of them."""
         run = Run(self.folder / own.name)
         if run.info().get("status") != "finished":
@@ -329,7 +385,10 @@ class Sweep:
         late = budget is not None and self.spent_s() > budget
         if late:
             self.shown.note("the time is up: losses are measured, answers are not")
-        measure_run(run, names, self.folder, self.recipe, progress=self.measuring, answers=not late)
+        measure_run(
+            run, names, self.folder, self.recipe, progress=self.measuring,
+            answers=answers and not late,
+        )  # fmt: skip
 
     def _run_facts(self, groups: Sequence[Group]) -> dict[str, Any]:
         """Base and data, as the first run found them."""

@@ -74,19 +74,14 @@ def save(
         for member in members
         for key, value in member.optimizer_tensors().items()
     }
-    parts: dict[str, Mapping[str, bytes]] = {"": shards.Shards(tensors, OPTIMIZER)}
-    for member in members:
-        parts[f"{trained.folder}/{member.name}/"] = trained.contents(
-            member.name, base_model=base_model, revision=revision
-        )
     state.global_step, state.files = state.step, {}
     try:
-        for prefix, files in parts.items():
-            for name in files:
-                # A base that learns is large: one file at a time is in memory.
-                data = files[name]
-                state.files[prefix + name] = hashlib.sha256(data).hexdigest()
-                write_bytes(partial / prefix / name, data)
+        _write(partial, "", shards.Shards(tensors, OPTIMIZER), state)
+        for member in members:
+            # One adapter's files at a time are in memory.
+            files = trained.contents(member.name, base_model=base_model, revision=revision)
+            _write(partial, f"{trained.folder}/{member.name}/", files, state)
+            del files
         for member in members:
             trained.verify(member.name, weights_of(partial, trained, member.name))
         write_json(partial / STATE, asdict(state))
@@ -95,6 +90,15 @@ def save(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return final
+
+
+def _write(folder: Path, prefix: str, files: Mapping[str, bytes], state: TrainerState) -> None:
+    """Write files under a prefix and note their checksums."""
+    for name in files:
+        # A base that learns is large: one file at a time is in memory.
+        data = files[name]
+        state.files[prefix + name] = hashlib.sha256(data).hexdigest()
+        write_bytes(folder / prefix / name, data)
 
 
 def weights_of(checkpoint: Path, trained: Trained, name: str) -> Path:
