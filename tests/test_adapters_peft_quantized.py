@@ -12,6 +12,7 @@ from torch import nn
 import lighten
 from lighten.adapters import AdapterSpec, Cohort, attach, load
 from lighten.adapters.frozen import is_quantized
+from lighten.errors import UserError
 from lighten.models.quantized import Storage, finish
 from tests.test_adapters_peft import (
     IDS,
@@ -33,8 +34,9 @@ from tests.tiny import tiny_model
 # The int8 product rounds once where the twin's does not; what follows adds to that.
 CLOSE = 3e-5
 NF4 = Storage("nf4", double=True)
+PLAIN_ONLY = "GLORA"  # it asks for nn.Linear itself and takes nothing that is like it
 CASES = [
-    *(("llama", NF4, peft_spec(method)) for method in sorted(METHODS)),
+    *(("llama", NF4, peft_spec(method)) for method in sorted(METHODS) if method != PLAIN_ONLY),
     *((arch, kind, lora_spec(**start)) for arch in ("llama", "gpt2")
       for kind in (NF4, Storage("int8")) for start in STARTS),
     ("gpt2", Storage("int8"), peft_spec("IA3")),
@@ -80,6 +82,11 @@ def test_trap30_and_trap31_a_method_on_a_quantised_base_is_the_one_on_its_dense_
     back = again.detach()
     assert quantised_modules(back) == places
     assert torch.equal(back(input_ids=IDS).logits, plain)
+
+
+def test_the_method_that_takes_plain_layers_alone_says_so() -> None:
+    with pytest.raises(UserError, match=r"GLORA cannot train this base: .*not a plain torch"):
+        attach(quantised("llama", NF4), [peft_spec(PLAIN_ONLY)])
 
 
 def merged_equals(cohort: Cohort, arch: str, storage: Storage, tuned: torch.Tensor) -> None:
