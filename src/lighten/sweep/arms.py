@@ -178,10 +178,55 @@ def _entries(recipe: Recipe) -> tuple[list[dict[str, Any]], Recipe]:
         return [{}], shared
     flat = shared.cohort()[0]
     differing = [
+        key for key in OWN
+        if any(getattr(own, key) != getattr(flat, key) for own in cohort)
+        or key in lists
+    ]  # fmt: skip
+    return [{key: getattr(own, key) for key in differing} for own in cohort], shared
+
+
+def _scale(
+    shared: Recipe,
+    own: Mapping[str, Any],
+    sets: Mapping[str, Any],
+    grid: Mapping[str, Sequence[Any]],
+    scaling: str,
+) -> dict[str, Any]:
+    """The alpha that goes with a swept rank, so that rank is not confounded with step size."""
+    if "lora_r" not in grid or "lora_alpha" in grid:
+        return {"use_rslora": True} if scaling == "rslora" and "lora_r" in grid else {}
+    flat = shared.cohort()[0]
+    rank, alpha = own.get("lora_r", flat.lora_r), own.get("lora_alpha", flat.lora_alpha)
+    squared = bool(sets.get("use_rslora", flat.use_rslora))
+    if scaling == "alpha":
+        return {"lora_alpha": alpha}
+    if scaling == "rslora":
+        # alpha / sqrt(r) as the recipe scales at its own rank.
+        matched = alpha if squared else alpha / rank**0.5
+        return {"use_rslora": True, "lora_alpha": matched}
+    if squared:
+        return {"lora_alpha": alpha * (sets["lora_r"] / rank) ** 0.5}
+    return {"lora_alpha": alpha * sets["lora_r"] / rank}
+
+
+def _names(
+    all_sets: Sequence[Mapping[str, Any]], spelled: Sequence[str], grid: Mapping[str, Any]
+) -> list[str]:
+    """A name per arm from what differs; alpha is left out where it follows the rank.
+
+    Args:
+        all_sets: What each arm sets.
+        spelled: The name of the recipe's own adapter that each arm came from, or nothing.
+        grid: The swept settings.
+    """
+    keys = dict.fromkeys(key for sets in all_sets for key in sets)
+    if any(spelled):
+        keys = dict.fromkeys(key for key in keys if key in grid)
+    lone = len(all_sets) == 1
+    differing = [
         key
         for key in keys
-        if len({json.dumps(sets.get(key)) for sets in all_sets}) > 1
-        or (len(all_sets) == 1 and key in grid)
+        if len({json.dumps(sets.get(key)) for sets in all_sets}) > 1 or (lone and key in grid)
     ]
     if "lora_r" in differing and "lora_alpha" in differing:
         pairs = {(sets.get("lora_r"), sets.get("lora_alpha")) for sets in all_sets}
