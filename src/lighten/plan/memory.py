@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lighten.models.load import weight_files
 from lighten.plan.allocators import CachingAllocator, Heap, replay
@@ -31,7 +32,7 @@ CUDA_CONTEXT_BYTES = 426 * MIB
 # 32 MiB from compute capability 9.0 on (aten/src/ATen/cuda/CublasHandlePool.cpp).
 CUBLAS_BYTES, CUBLAS_BYTES_90 = 2 * 4096 * 1024 + 8 * 16 * 1024, 32 * MIB
 # After a quantised base was loaded, glibc's thresholds are lower (models/quantized.py).
-QUANTIZED_HEAP = {"mmap_bytes": 32 * MIB, "trim_bytes": 64 * MIB}
+QUANTIZED_HEAP: dict[str, Any] = {"mmap_bytes": 32 * MIB, "trim_bytes": 64 * MIB}
 # How far predictions were from measurements at most, and what is allowed beyond that domain.
 WITHIN, BEYOND = 0.08, 0.25
 

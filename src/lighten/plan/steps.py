@@ -19,11 +19,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lighten import models
-from lighten.adapters.whole import decoder_layers
+from lighten.adapters.decoder import decoder_layers
 from lighten.data import Encoded, TemplateChoice
 from lighten.data.batches import Item, MicroBatch, collate, layout, steps_of_epoch
 from lighten.data.encode import EncodingCounts
-from lighten.errors import UserError
 from lighten.hardware import Choice
 from lighten.models import attention, quantized
 from lighten.plan import repeat
@@ -150,7 +149,7 @@ def largest_step(
     def cut(items: list[Item], lengths: Sequence[int]) -> list[list[Item]]:
         return layout(
             items, lengths, max_rows=recipe.per_device_train_batch_size,
-            max_tokens=setup.tokens_per_microbatch, packed=packed,
+            max_tokens=setup.tokens_per_microbatch, packed=packed, lanes=setup.lanes,
         )  # fmt: skip
 
     if given is None or isinstance(given, tuple):
@@ -214,9 +213,11 @@ def follow_recipe(
         stack.enter_context(follow)
         base = fake_base(recipe, config, dtype, kind, follow)
         sizes = _sizes(base)
-        rows = Rows(Encoded([], EncodingCounts()), None, TemplateChoice("", "", ""), {})
+        # No rows, but as many tokens as one of them has: how many lanes pay is a matter of that.
+        counts = EncodingCounts(tokens=_mean_tokens(recipe, given))
+        rows = Rows(Encoded([], counts), None, TemplateChoice("", "", ""), {})
         rank = OneRank(kind)
-        setup = prepare(quiet, rank, base, rows)  # type: ignore[arg-type]
+        setup = prepare(quiet, rank, base, rows)
         rank.device = torch.device("cpu")  # where fake tensors are, whatever is planned
         layers, repetition = _layers(base.model, whole)
         _mark_learning(setup, layers, repetition, follow)
@@ -236,6 +237,14 @@ def follow_recipe(
                 recipe, config, dtype, kind, given=given, supervised=supervised, whole=True
             )
     return Traced(timeline, setup, cut, lengths, first_run, sum(sizes), max(sizes))
+
+
+def _mean_tokens(recipe: Recipe, given: tuple[int, int] | Sequence[int] | None) -> int:
+    if given is None:
+        return recipe.max_length
+    if isinstance(given, tuple):
+        return given[1]
+    return sum(min(own, recipe.max_length) for own in given) // max(1, len(given))
 
 
 def collated(
@@ -294,9 +303,8 @@ def run_steps(
 
 
 def _layers(model: nn.Module, whole: bool) -> tuple[list[nn.Module], repeat.Repetition]:
-    try:
-        layers = decoder_layers(model)  # type: ignore[arg-type]
-    except UserError:
+    layers = decoder_layers(model)  # type: ignore[arg-type]
+    if not layers:
         return [], repeat.Repetition(1, 1)
     if whole:
         return layers, repeat.Repetition(len(layers), 1)

@@ -89,7 +89,7 @@ def plan_recipe(
     margin = memory.BEYOND if outside else memory.WITHIN
     converts = _converts(recipe, config, path, dtype)
     loading = memory.loading_of(source, path, traced.weights, traced.largest, converts)
-    lanes = int(getattr(traced.setup, "lanes", 1))
+    lanes = min(traced.setup.lanes, len(traced.batches))
     if device.kind == "cpu":
         peak = memory.processor_memory(
             traced.timeline, loading, quantized=recipe.load_in_4bit or recipe.load_in_8bit,
