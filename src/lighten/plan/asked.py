@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -81,7 +82,10 @@ def planner_for(device: Device, rows: Rows | None = None, *, calibrate: bool = T
 
     def planner(recipe: Recipe) -> Plan:
         cut = None if lengths is None else [min(own, recipe.max_length) for own in lengths]
-        made = plan_recipe(recipe, device, rows_tokens=cut, supervised=supervised)
+        with warnings.catch_warnings():
+            # What is prepared for a GPU that is not here warns that it is not here.
+            warnings.simplefilter("ignore", UserWarning)
+            made = plan_recipe(recipe, device, rows_tokens=cut, supervised=supervised)
         return calibration.corrected(made, machine, known) if machine else made
 
     return planner

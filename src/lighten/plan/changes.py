@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -170,6 +170,8 @@ def _together(recipe: Recipe, plan: Plan, found: list[Idea], planner: Planner) -
     taken: dict[str, Any] = {}
     said: dict[frozenset[str], str] = {}  # by what it sets: a repeated idea is told once
     now = plan
+    if _least(recipe, found, planner) is False:
+        return None  # one plan in place of a dozen
     for idea in sorted(found, key=lambda own: not own.same_result):
         if "adapters" in idea.settings:
             continue  # another run is no part of this one
@@ -188,6 +190,24 @@ def _together(recipe: Recipe, plan: Plan, found: list[Idea], planner: Planner) -
                     _slowdown(plan, changed), True,
                 )  # fmt: skip
     return None
+
+
+def _least(recipe: Recipe, found: Sequence[Idea], planner: Planner) -> bool | None:
+    """Whether everything together, each as far as it goes, fits; None where that cannot be told."""
+    settings: dict[str, Any] = {}
+    for idea in found:
+        if "adapters" not in idea.settings:
+            settings |= idea.settings
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps",
+                 "tokens_per_microbatch"):  # fmt: skip
+        if name in settings:
+            settings[name] = 1  # rows per step decide nothing about the peak of one of them
+    if "max_length" in settings:
+        settings["max_length"] = SHORTEST
+    try:
+        return planner(recipe.changed(settings)).fits()
+    except UserError:
+        return None
 
 
 def _repeated(idea: Idea, recipe: Recipe, taken: Mapping[str, Any], now: Plan) -> Iterator[Idea]:
