@@ -160,8 +160,9 @@ def test_an_arm_that_diverges_leaves_and_the_others_go_on(settings: dict[str, An
     assert "not a number" in bad["why"]
     assert "loss" not in bad
     alone = sweep(
-        {**settings, "output_dir": settings["output_dir"] + "-alone"}, lora_r=[2], metric="loss"
-    )
+        {**settings, "output_dir": settings["output_dir"] + "-alone"}, lora_r=[2], metric="loss",
+        max_grad_norm=None,
+    )  # fmt: skip
     ours, theirs = good["train_curve"], alone.arms[0]["train_curve"]
     assert [loss for _, loss in ours] == pytest.approx([loss for _, loss in theirs], rel=2e-5)
     assert f"{bad['name']} did not train to the end" in " ".join(
@@ -328,8 +329,8 @@ def rank4(folder: Path, seed: int = 0) -> tuple[Path, Path]:
         change = left @ right.T
         change *= 12.0
         teacher.lm_head.weight += change
-        ids = torch.randint(5, VOCAB, (640, 4), generator=draw)
-        for _ in range(60):
+        ids = torch.randint(5, VOCAB, (1200, 4), generator=draw)
+        for _ in range(20):
             chances = teacher(ids).logits[:, -1].softmax(-1)
             ids = torch.cat([ids, torch.multinomial(chances, 1, generator=draw)], dim=1)
     path = folder / "drawn.jsonl"
@@ -343,7 +344,7 @@ def test_where_the_truth_is_rank_four_the_recommendation_is_four(tmp_path: Path)
     result = lighten.sweep(
         progress=False, model_name_or_path=str(model), dataset=str(data), dtype="float32",
         output_dir=str(tmp_path / "sweep"), lora_target_modules="lm_head", lora_r=[1, 2, 4, 8, 16],
-        learning_rate=1e-2, lr_scheduler_type="cosine", max_steps=120, eval_steps=30,
+        learning_rate=2e-2, lr_scheduler_type="cosine", max_steps=250, eval_steps=50,
         per_device_train_batch_size=32, val_size=160, metric="loss",
     )  # fmt: skip
     found = result.data["recommendation"]
