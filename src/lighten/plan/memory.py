@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -35,11 +34,12 @@ CUDA_CONTEXT_BYTES = 426 * MIB
 # 32 MiB from compute capability 9.0 on (aten/src/ATen/cuda/CublasHandlePool.cpp).
 CUBLAS_BYTES, CUBLAS_BYTES_90 = 2 * 4096 * 1024 + 8 * 16 * 1024, 32 * MIB
 # After a quantised base was loaded, glibc's thresholds are lower (models/quantized.py).
-QUANTIZED_HEAP: dict[str, Any] = {"mmap_bytes": 32 * MIB, "trim_bytes": 64 * MIB}
+QUANTIZED_MMAP, QUANTIZED_TRIM = 32 * MIB, 64 * MIB
 # How far predictions may be from measurements: within what was compared, and beyond. The heap's
 # fragmentation is what makes it so much (benchmarks/plan_accuracy.py).
 WITHIN, BEYOND = 0.25, 0.35
 
+SHOWN = 0.05
 LASTING = PARTS[:5]
 PHASES = {"check": "forward"}
 
@@ -133,9 +133,13 @@ def processor_memory(
         margin: Share of the peak that it may be off by.
     """
     context = CONTEXT_BYTES + int(TOKENIZER_FACTOR * loading.tokenizer)
-    held, course = replay(Heap(**(QUANTIZED_HEAP if quantized else {})), numbered(timeline))
+    held, course = replay(
+        Heap(QUANTIZED_MMAP, QUANTIZED_TRIM) if quantized else Heap(), numbered(timeline)
+    )
     mapped = 0
-    if course[-1] + verified > held.peak:
+    # A heap keeps its pages: what is mapped at the end always comes on top of its peak. That is the
+    # moment to show only where it matters.
+    if verified > SHOWN * held.peak:
         last = len(course) - 1
         held, mapped = Held(course[-1], last, timeline.live()[-1], held.most_allocated), verified
     parts = timeline.alive_at(held.at)
