@@ -155,6 +155,8 @@ ELSEWHERE = {
     "per_device_eval_batch_size": "below: the layout changes, the result must not",
     "gradient_checkpointing_kwargs": "test_train_memory: handed on, or refused",
     "packing": "below: the layout changes, the result must not",
+    "lanes": "below: the layout changes, the result must not",
+    "sweep": "test_sweep_arms, test_sweep",
     "torch_compile": "test_train_compiled: code changes, the result must not",
     "evaluate.batch_size": "test_evaluate, trap 17: the result must not change",
 }  # fmt: skip
@@ -221,7 +223,7 @@ def test_layout_settings_change_batches_but_no_result(
     for name, change in (
         ("plain", {}), ("tokens_per_microbatch", {"tokens_per_microbatch": 130}),
         ("per_device_eval_batch_size", {"per_device_eval_batch_size": 2}),
-        ("packing", {"packing": False}),
+        ("packing", {"packing": False}), ("lanes", {"lanes": 2}),
     ):  # fmt: skip
         sizes.clear()
         found = fingerprint({**world["settings"], **change}, tmp_path / name)
