@@ -24,7 +24,7 @@ from benchmarks import plan_peers
 from benchmarks.machine import before_start, in_fresh_process, store
 
 SUPERVISED = 0.5
-FOLDER = "plan-models"
+FOLDER = "plan-models-2"
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "grouped": {
         "model_type": "llama", "hidden_size": 768, "intermediate_size": 2048,
         "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 4,
-        "vocab_size": 32000, "tie_word_embeddings": False, "max_position_embeddings": 4096,
+        "vocab_size": 49152, "tie_word_embeddings": False, "max_position_embeddings": 4096,
     },
     # Gemma 3's shape: most of the parameters are a tied vocabulary of 256k.
     "large-vocabulary": {

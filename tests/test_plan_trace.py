@@ -117,6 +117,14 @@ def test_fake_steps_are_born_and_die_as_real_ones(way: str, tmp_path: Path) -> N
     assert steps_of(fake) == steps_of(real)
 
 
+def same_course(short: Traced, whole: Traced) -> None:
+    """Bytes alive after every event, but for the vector of norms: one number per parameter."""
+    live, other = short.timeline.live(), whole.timeline.live()
+    parameters = sum(len(member.parameters) for member in whole.setup.members)
+    assert len(live) == len(other)
+    assert max(abs(a - b) for a, b in zip(live, other, strict=True)) <= 4 * parameters
+
+
 @pytest.mark.parametrize(
     ("arch", "layers", "way"),
     [("llama", 9, "lora"), ("llama", 7, "nf4"), ("llama", 8, "full"), ("llama", 9, "checkpointing"),
@@ -127,9 +135,9 @@ def test_repeated_layers_are_the_whole_model(
 ) -> None:
     recipe = recipe_of(folder_of(tmp_path, arch, layers), **WAYS[way])
     short, whole = follow(recipe, (3, 32)), follow(recipe, (3, 32), whole=True)
-    assert short.timeline.live() == whole.timeline.live()
+    same_course(short, whole)
     peak = short.timeline.live().index(max(short.timeline.live()))
-    assert short.timeline.alive_at(peak) == whole.timeline.alive_at(peak)
+    assert short.timeline.alive_at(peak) == pytest.approx(whole.timeline.alive_at(peak), abs=4096)
     flops = [sum(work.flops for _, _, work in t.timeline.work) for t in (short, whole)]
     assert flops[0] == flops[1] > 0
 
@@ -147,8 +155,7 @@ def test_every_other_layer_recomputed_repeats_by_two(tmp_path: Path) -> None:
         folder_of(tmp_path, layers=12), gradient_checkpointing=True,
         gradient_checkpointing_layers=2,
     )  # fmt: skip
-    short, whole = follow(recipe, (3, 32)), follow(recipe, (3, 32), whole=True)
-    assert short.timeline.live() == whole.timeline.live()
+    same_course(follow(recipe, (3, 32)), follow(recipe, (3, 32), whole=True))
 
 
 def expected(plan: Plan) -> int:

@@ -37,6 +37,11 @@ class Shards(Mapping[str, bytes]):
             for number, part in enumerate(parts, 1)
         }
 
+    @property
+    def parts(self) -> list[dict[str, Tensor]]:
+        """The tensors of each file."""
+        return list(self._parts.values())
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._parts)
 

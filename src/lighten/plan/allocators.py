@@ -142,8 +142,11 @@ def segment_size(size: int) -> int:
 
 PAGE = 4096
 ALIGNMENT, HEADER, LEAST = 64, 16, 32  # PyTorch's alignment; malloc's granule; its least chunk
-# Free chunks up to this size are set aside, seven of each, and not joined with their neighbours.
-SET_ASIDE, OF_EACH = 1040, 7
+# Free chunks up to this size are set aside and not joined with their neighbours: seven of each by
+# glibc, and more are soon taken by the interpreter's and PyTorch's small objects. A block then has
+# no room where one of its size was, for want of the few bytes that its alignment asks for. How many
+# are lost so is chaotic; this number came closest to seven measured trainings.
+SET_ASIDE, OF_EACH = 1040, 20
 # What PyTorch's own objects for a new tensor take beside its numbers: its storage, the tensor.
 OBJECTS = (112, 208)
 

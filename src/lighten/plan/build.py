@@ -96,7 +96,7 @@ def _quantise(model: PreTrainedModel, storage: quantized.Storage, compute: torch
     for path, module in list(model.named_modules()):
         if module is head or type(module) not in (nn.Linear, Conv1D):
             continue
-        weight: Tensor = module.weight.data  # type: ignore[assignment]
+        weight: Tensor = module.weight.data
         shape = weight.T.shape if isinstance(module, Conv1D) else weight.shape
         made = _packed(shape, storage, compute, shared)
         with _disable_current_modes():  # a layer makes a parameter of its own first

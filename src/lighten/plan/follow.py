@@ -136,6 +136,7 @@ class Follow(TorchDispatchMode):
         self._units: dict[int, int] = {}
         self._stack: list[nn.Module] = []
         self._layer = OUTSIDE
+        self._inside = 0  # layers that run at the moment
         self._counts: dict[tuple[int, int], int] = {}
         self._open = True
 
@@ -280,14 +281,17 @@ class Follow(TorchDispatchMode):
         if id(module) in self._names:
             self._stack.append(module)
         if (unit := self._units.get(id(module))) is not None:
-            self._layer = unit
+            self._layer, self._inside = unit, self._inside + 1
+        elif not self._inside and self.timeline.runs[-1].phase != "backward":
+            self._layer = OUTSIDE  # in a backward pass it is a part of a layer that is recomputed
 
     def _leave(self, module: nn.Module, _: Any, out: Any) -> None:
         if self._stack and self._stack[-1] is module:
             self._stack.pop()
         if (unit := self._units.get(id(module))) is None:
             return
-        self._layer = OUTSIDE
+        # What goes before the next module runs (the last layer's own input) goes with this layer.
+        self._inside -= 1
         hidden = out[0] if isinstance(out, tuple) else out
         if isinstance(hidden, Tensor) and hidden.requires_grad:
             # Its gradient is there: the layer's own backward pass begins.

@@ -216,7 +216,7 @@ def follow_recipe(
         sizes = _sizes(base)
         rows = Rows(Encoded([], EncodingCounts()), None, TemplateChoice("", "", ""), {})
         rank = OneRank(kind)
-        setup = prepare(quiet, rank, base, rows)  # type: ignore[arg-type]
+        setup = prepare(quiet, rank, base, rows)
         rank.device = torch.device("cpu")  # where fake tensors are, whatever is planned
         layers, repetition = _layers(base.model, whole)
         _mark_learning(setup, layers, repetition, follow)

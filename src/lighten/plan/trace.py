@@ -91,12 +91,17 @@ def plan_recipe(
     loading = memory.loading_of(source, path, traced.weights, traced.largest, converts)
     lanes = int(getattr(traced.setup, "lanes", 1))
     if device.kind == "cpu":
+        shapes = {f"{member.name}/{key}": p.shape for member in traced.setup.members
+                  for key, p in member.parameters.items()}  # fmt: skip
+        time = _time(traced, device)
+        verified = memory.saving_events(traced.timeline, shapes, _states(traced))
         peak = memory.processor_memory(
-            traced.timeline, loading, quantized=recipe.load_in_4bit or recipe.load_in_8bit,
-            lanes=lanes, margin=margin,
+            traced.timeline, loading, verified=verified,
+            quantized=recipe.load_in_4bit or recipe.load_in_8bit, lanes=lanes, margin=margin,
         )  # fmt: skip
         host = peak.expected
     else:
+        time = _time(traced, device)
         peak = memory.cuda_memory(
             traced.timeline, capability=getattr(device, "capability", None), margin=margin
         )
@@ -110,7 +115,7 @@ def plan_recipe(
         method=_method(recipe),
         shape=traced.shape(lanes),
         memory=peak,
-        time=_time(traced, device),
+        time=time,
         capacity=device.memory_bytes,
         host_bytes=host,
         disk_bytes=download + _written(traced, recipe),
@@ -169,8 +174,12 @@ def _converts(recipe: Recipe, config: Any, path: Path, dtype: Choice) -> bool:
 def _written(traced: Traced, recipe: Recipe) -> int:
     """Bytes of the run's files: checkpoints with weights and optimiser state, and the result."""
     numbers = sum(p.numel() for m in traced.setup.members for p in m.parameters.values())
-    states = STATE_TENSORS.get(traced.setup.choices["optimizer"].value, 2)
-    return numbers * 4 * ((1 + states) * (recipe.save_total_limit + 1) + 1)
+    return numbers * 4 * ((1 + _states(traced)) * (recipe.save_total_limit + 1) + 1)
+
+
+def _states(traced: Traced) -> int:
+    """Tensors that the optimiser keeps of each parameter."""
+    return STATE_TENSORS.get(traced.setup.choices["optimizer"].value, 2)
 
 
 def _choices(traced: Traced, dtype: Choice, loading: memory.Loading) -> dict[str, str]:
