@@ -140,6 +140,8 @@ def test_seeds_that_scatter_widen_the_bounds() -> None:
 def test_a_difference_that_is_there_is_found_over_seeds() -> None:
     candidates, tokens = drawn({"r1": 0.2, "r4": 0.0}, seeds=3, seed_noise=0.01)
     assert recommend(candidates, tokens).name == "r4"
+    assert "one seed" not in said(recommend(candidates, tokens))
+    assert "Trained with one seed" in said(recommend(*drawn({"r1": 0.2, "r4": 0.0})))
 
 
 @pytest.mark.parametrize(

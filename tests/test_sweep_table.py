@@ -64,3 +64,11 @@ def test_full_fine_tuning_is_compared_with_in_one_sentence(data: dict[str, Any])
 def test_arms_of_one_pass_are_told_to_share_its_peak(data: dict[str, Any]) -> None:
     assert "share its peak memory" in sweep_table.shared_peak(data)
     assert sweep_table.shared_peak({"arms": [arm("r8", 1, 1.0, together=1)]}) == ""
+
+
+def test_the_terminals_table_says_the_same_in_eighty_columns(data: dict[str, Any]) -> None:
+    columns, rows = sweep_table.narrow(data, "chrf")
+    assert rows[0] == ["r8", "2.020 ± 0.050", "29.0 ± 1.0", "1:00", "400", "4.00", "1M", "4",
+                       "+1%", "← take"]  # fmt: skip
+    widths = [max(len(row[i]) for row in [columns, *rows[:2]]) for i in range(len(columns))]
+    assert sum(widths) + 2 * len(widths) <= 80

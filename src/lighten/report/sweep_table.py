@@ -48,13 +48,50 @@ def table(data: Mapping[str, Any], metric: str) -> tuple[list[str], list[list[st
     return columns, rows
 
 
+def narrow(data: Mapping[str, Any], metric: str) -> tuple[list[str], list[list[str]]]:
+    """The same table in as few characters as it takes, units in the heads."""
+    columns = ["arm", "held-out loss"]
+    if metric != "loss":
+        columns.append(metric)
+    columns += ["time", "tok/s", "GiB", "params", "MB", "served", ""]
+    rows = []
+    for arm in ordered(data):
+        row = [arm["name"], with_error(arm.get("loss"), 3)]
+        if metric != "loss":
+            row.append(with_error(arm.get("metrics", {}).get(metric), 1))
+        served, count, size_bytes = (
+            arm["served"]["share_of_base"], arm["trainable_parameters"], arm["file_bytes"],
+        )  # fmt: skip
+        row += [
+            "–" if arm["seconds"] is None else _clock(arm["seconds"]),
+            number(arm["tokens_per_second"]),
+            "–" if arm["peak_bytes"] is None else f"{arm['peak_bytes'] / 2**30:.2f}",
+            f"{count / 1e6:.3g}M" if count else "–",
+            f"{size_bytes / 1e6:.3g}" if size_bytes else "–",
+            f"+{100 * served:.2g}%" if served else "–",
+            remark(arm, data).replace("← take this", "← take"),
+        ]
+        rows.append(row)
+    return columns, rows
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"
+
+
 def shown(folder: Path) -> tuple[list[str], list[list[str]], list[str]]:
     """Table and sentences of a sweep's folder, for the terminal."""
     data = json.loads((folder / FILE).read_text(encoding="utf-8"))
     metric = metric_of(folder)
+<<<<<<< HEAD
     sentences = [*data["recommendation"]["reasons"], against_full(data, metric), shared_peak(data),
                  *truncated(data)]  # fmt: skip
     return *table(data, metric), [sentence for sentence in sentences if sentence]
+=======
+    sentences = [*data["recommendation"]["reasons"], against_full(data, metric), shared_peak(data)]
+    return *narrow(data, metric), [sentence for sentence in sentences if sentence]
+>>>>>>> sweep
 
 
 def truncated(data: Mapping[str, Any]) -> list[str]:

@@ -181,6 +181,11 @@ def recommend(
         against, worse = _against_base(ordered[chosen], base, tokens, samples, seed)
         reasons.append(against)
         verdict = "no better than the base" if worse else verdict
+    if not few and all(len(own.nll) == 1 for own in ordered):
+        reasons.append(
+            "Trained with one seed: what another would change is not in these bounds; --seed 0,1,2 "
+            "would say."
+        )
     if left_out:
         reasons.append(
             f"{_listed(left_out)} did not train to the end, so nothing is said about "
@@ -218,11 +223,12 @@ def _reasons(
 ) -> list[str]:
     """The choice itself, in words."""
     own, name = compared[chosen], ordered[chosen].name
-    seen = (
-        "" if resolution is None else
-        f" With {examples} examples, differences below about {resolution:.2g} nats per token "
-        "cannot be told apart."
-    )  # fmt: skip
+    seen = []
+    if resolution is not None:
+        seen.append(
+            f"With {examples} examples, differences below about {resolution:.2g} nats per token "
+            "cannot be told apart."
+        )
     if verdict == "too few examples":
         return [
             f"{examples} held-out examples are too few to compare by; {name} has the lowest loss, "
@@ -235,22 +241,24 @@ def _reasons(
         least = "the smallest" if len(sizes) > 1 else "the one with the lowest loss"
         return [
             f"No difference found between {_listed([c.name for c in compared])}; take {name}, "
-            f"{least}.{seen}"
+            f"{least}.",
+            *seen,
         ]
     if chosen == best:
-        smaller = [c.name for c in compared[:chosen]]
-        after = (
-            f"; {_listed(smaller)} can be told apart from it and {_is(smaller)} worse"
-            if smaller
-            else ""
-        )
+        worse = [c.name for c in compared if c.worse]
+        after = f"; {_listed(worse)} can be told apart from it and {_is(worse)} worse"
         same = [c.name for c in compared[chosen + 1 :] if not c.worse]
-        beyond = f", and {_listed(same)} {_is(same)} no better" if same else ""
-        return [f"Take {name}: the lowest held-out loss, {own.loss:.4f}{after}{beyond}.{seen}"]
+        beyond = f"; {_listed(same)} {_is(same)} no better" if same else ""
+        return [
+            f"Take {name}: the lowest held-out loss, {own.loss:.4f}"
+            f"{after if worse else ''}{beyond}.",
+            *seen,
+        ]
     return [
         f"Take {name}: the smallest whose held-out loss cannot be told apart from the best, "
         f"{ordered[best].name} (difference {own.difference:+.4f} nats per token, bounds "
-        f"{own.low:+.4f} to {own.high:+.4f}).{seen}"
+        f"{own.low:+.4f} to {own.high:+.4f}).",
+        *seen,
     ]
 
 
@@ -310,8 +318,8 @@ def _is(names: Sequence[str]) -> str:
 
 
 def _listed(names: Sequence[str]) -> str:
-    if len(names) == 1:
-        return names[0]
+    if len(names) < 2:
+        return "".join(names)
     return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
