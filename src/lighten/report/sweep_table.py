@@ -84,14 +84,9 @@ def shown(folder: Path) -> tuple[list[str], list[list[str]], list[str]]:
     """Table and sentences of a sweep's folder, for the terminal."""
     data = json.loads((folder / FILE).read_text(encoding="utf-8"))
     metric = metric_of(folder)
-<<<<<<< HEAD
     sentences = [*data["recommendation"]["reasons"], against_full(data, metric), shared_peak(data),
                  *truncated(data)]  # fmt: skip
-    return *table(data, metric), [sentence for sentence in sentences if sentence]
-=======
-    sentences = [*data["recommendation"]["reasons"], against_full(data, metric), shared_peak(data)]
     return *narrow(data, metric), [sentence for sentence in sentences if sentence]
->>>>>>> sweep
 
 
 def truncated(data: Mapping[str, Any]) -> list[str]:
