@@ -178,11 +178,16 @@ def ratios(
     }  # fmt: skip
 
 
-def show(found: Mapping[str, Any]) -> None:
-    """Print the table."""
+def show_settings(found: Mapping[str, Any]) -> None:
+    """Print what stands above a table: TRL's settings, and whether the losses tell anything."""
     print(f"TRL's best settings here: {found['best_settings']}")
     print(f"largest loss difference of a control that never learns: "
           f"{found['control_loss_difference']}")  # fmt: skip
+
+
+def show(found: Mapping[str, Any]) -> None:
+    """Print the table."""
+    show_settings(found)
     for name, row in found["table"].items():
         if "tokens_per_s" not in row:
             print(f"{name:26} failed: {str(row['why_not']).strip().splitlines()[-1]}")

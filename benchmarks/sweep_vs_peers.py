@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import contenders as who
 from benchmarks import machine
-from benchmarks.comparison import AGREEMENT, Run, idle, loss_difference
+from benchmarks.comparison import AGREEMENT, Run, idle, loss_difference, show_settings
 from benchmarks.contenders import Contender
 from benchmarks.engine import OPTIMISER
 from benchmarks.steps import ROWS_PER_STEP, Steps, encoded, facts, largest_first, steps_of
@@ -264,9 +264,7 @@ def tabulate(runs: Rows, names: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 def show(found: Mapping[str, Any]) -> None:
     """Print the table."""
-    print(f"TRL's best settings here: {found['best_settings']}")
-    print(f"largest loss difference of a control that never learns: "
-          f"{found['control_loss_difference']}")  # fmt: skip
+    show_settings(found)
     for label, row in found["table"].items():
         if "wall_s" not in row:
             print(f"{label:14} failed: {row['why_not']}")

@@ -8,18 +8,17 @@ from typing import Annotated, Any
 
 import typer
 
-from lighten.console import console, print_table
+from lighten.console import Json, console, print_table
 
 adapter_app = typer.Typer(
     no_args_is_help=True, help="Look at an adapter's rank, or write it at a lower one."
 )
 _Target = Annotated[str, typer.Argument(metavar="RUN | FOLDER", help="A run, or an adapter.")]
 _Adapter = Annotated[str | None, typer.Option(help="Which adapter of the run.")]
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @adapter_app.command()
-def info(target: _Target, adapter: _Adapter = None, as_json: _Json = False) -> None:
+def info(target: _Target, adapter: _Adapter = None, as_json: Json = False) -> None:
     """Rank, alpha, targets, size, and how much of its rank each layer uses."""
     from lighten import api
 
@@ -67,7 +66,7 @@ def resize(
     output_dir: Annotated[
         Path | None, typer.Option("--output_dir", "--output-dir", help="Where to write it.")
     ] = None,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Write an adapter at a lower rank, each layer's best approximation, in PEFT's format."""
     from lighten import api

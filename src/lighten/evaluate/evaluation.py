@@ -21,7 +21,7 @@ from lighten.recipe import EvaluateOptions, Recipe
 from lighten.runs import Run
 from lighten.train.heldout import held_out
 from lighten.train.loss import Objective
-from lighten.train.prepare import choose_tokens
+from lighten.train.prepare import choose_tokens, encode_as
 
 Progress = Callable[[str, int, int], None]
 # Fewer examples than this give no verdict.
@@ -166,14 +166,7 @@ def measure(
     name, opened = own or "base", models.open(own)
     base, trained, adapter = opened.base, opened.trained, opened.adapter
     memory.restart()
-    rows = data.encode(
-        scored,
-        base.tokenizer,
-        max_length=recipe.max_length,
-        truncation_strategy=recipe.truncation_strategy,
-        assistant_only_loss=recipe.assistant_only_loss,
-        completion_only_loss=recipe.completion_only_loss,
-    ).rows
+    rows = encode_as(recipe, scored, base.tokenizer).rows
     if progress is not None:
         progress(f"{name}: loss", 0, len(rows))
     losses = held_out(

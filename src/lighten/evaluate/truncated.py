@@ -26,7 +26,7 @@ from lighten.recipe import Recipe
 from lighten.runs import Run
 from lighten.train.heldout import HeldOut, held_out
 from lighten.train.loss import Objective
-from lighten.train.prepare import choose_packing, choose_tokens, load_base
+from lighten.train.prepare import choose_packing, choose_tokens, encode_as, load_base
 
 Progress = Callable[[str, int, int], None]
 
@@ -132,14 +132,7 @@ def truncated_curve(
     examples, _ = held_out_examples(recipe, run.info().get("data", {}).get("sha256"), test=False)
     base = load_base(recipe, hardware.choose_device().value)
     data.choose_template(base.tokenizer, recipe.chat_template)
-    rows = data.encode(
-        examples[: recipe.evaluate.max_examples],
-        base.tokenizer,
-        max_length=recipe.max_length,
-        truncation_strategy=recipe.truncation_strategy,
-        assistant_only_loss=recipe.assistant_only_loss,
-        completion_only_loss=recipe.completion_only_loss,
-    ).rows
+    rows = encode_as(recipe, examples[: recipe.evaluate.max_examples], base.tokenizer).rows
     cuts = [resize.at_rank(saved, rank) for rank in (saved.largest_rank, *lower)]
     measured: list[HeldOut] = []
     for place, cut in enumerate([None, *cuts]):

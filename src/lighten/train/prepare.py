@@ -321,14 +321,8 @@ def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows:
         train, held_out = data.split(train, recipe.val_size)
     if recipe.max_eval_samples is not None and held_out is not None:
         held_out = held_out[: recipe.max_eval_samples]
-    how: dict[str, Any] = {
-        "max_length": recipe.max_length,
-        "truncation_strategy": recipe.truncation_strategy,
-        "assistant_only_loss": recipe.assistant_only_loss,
-        "completion_only_loss": recipe.completion_only_loss,
-    }
-    encoded = data.encode(train, tokenizer, **how)
-    watched = data.encode(held_out, tokenizer, **how) if held_out else None
+    encoded = encode_as(recipe, train, tokenizer)
+    watched = encode_as(recipe, held_out, tokenizer) if held_out else None
     facts = {
         "path": str(found.path),
         "sha256": found.sha256,
@@ -345,6 +339,20 @@ def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows:
         "template": {"name": template.name, "reason": template.reason},
     }
     return Rows(encoded, watched, template, facts)
+
+
+def encode_as(
+    recipe: Recipe, examples: Sequence[data.Example], tokenizer: PreTrainedTokenizerBase
+) -> Encoded:
+    """Encode examples as the recipe says: training, evaluation and truncation see the same rows."""
+    return data.encode(
+        examples,
+        tokenizer,
+        max_length=recipe.max_length,
+        truncation_strategy=recipe.truncation_strategy,
+        assistant_only_loss=recipe.assistant_only_loss,
+        completion_only_loss=recipe.completion_only_loss,
+    )
 
 
 def _held_out(recipe: Recipe) -> list[data.Example] | None:
