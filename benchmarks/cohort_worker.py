@@ -26,6 +26,7 @@ from benchmarks.comparison import loss_difference
 from benchmarks.steps import Steps
 from lighten import models
 from lighten.hardware import PeakMemory
+from lighten.train.lanes import FULL_TOKENS
 from lighten.train.prepare import load_base
 
 # Rows of a micro-batch never decide in a cohort: its tokens do.
@@ -48,8 +49,16 @@ def run_ours(
     start: Mapping[str, str] | None,
 ) -> dict[str, Any]:
     """A cohort of the lessons' adapters on a base that is left as it was."""
-    settings = {"per_device_train_batch_size": MANY_ROWS, **job["settings"]}
     steps = len(next(iter(lessons.values())))
+    first = [row for own in lessons.values() for row in own[0]]
+    # What the run would decide if its batch were this step, and not as many rows as a micro-batch
+    # may hold. Compiled layers stay behind when a cohort is taken off, and several cannot use them.
+    full = sum(len(ids) for ids, _ in first) // FULL_TOKENS
+    side_by_side = max(1, min(torch.get_num_threads(), len(first), full))
+    settings = {
+        "per_device_train_batch_size": MANY_ROWS, "torch_compile": False, "lanes": side_by_side,
+        **job["settings"],
+    }  # fmt: skip
     recipe = engine.recipe_of(job["model"], list(lessons), steps, settings=settings)
     memory = PeakMemory(job["device"])
     setup = engine.set_up(recipe, lessons, job["device"], base)
