@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.machine import synchronize
 from benchmarks.steps import Steps
-from lighten import models
+from lighten import allocator, models
 from lighten.adapters.files import read_weights
 from lighten.data import Encoded, Example, TemplateChoice
 from lighten.data import Row as EncodedRow
@@ -30,7 +30,6 @@ from lighten.data.encode import EncodingCounts
 from lighten.errors import UserError
 from lighten.hardware import Choice, PeakMemory
 from lighten.recipe import Recipe
-from lighten.train import allocator
 from lighten.train.checkpoints import TrainerState
 from lighten.train.loop import Loop
 from lighten.train.prepare import Rows, Setup, load_base, prepare

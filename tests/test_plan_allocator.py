@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lighten import allocator
 from lighten.plan.allocators import MIB, CachingAllocator, Heap, replay, rounded, segment_size
-from lighten.train import allocator
 
 GLIBC = allocator._glibc() is not None
 
@@ -119,7 +119,7 @@ def test_blocks_of_the_heap_never_overlap() -> None:
 
 REAL = """
 import json, sys, torch
-from lighten.train import allocator
+from lighten import allocator
 assert allocator.keep_pages("cpu").value.startswith("glibc")
 from lighten.hardware import PeakMemory
 events = json.loads(sys.stdin.read())

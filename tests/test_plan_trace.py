@@ -21,7 +21,15 @@ from lighten.plan import repeat
 from lighten.plan.build import config_of
 from lighten.plan.follow import Follow, Timeline
 from lighten.plan.result import PARTS, Plan
-from lighten.plan.steps import OneRank, Traced, collated, follow_recipe, largest_step, run_steps
+from lighten.plan.steps import (
+    OneRank,
+    Traced,
+    collated,
+    follow_recipe,
+    largest_step,
+    run_steps,
+    traced_places,
+)
 from lighten.plan.trace import plan_recipe
 from lighten.recipe import Recipe
 from lighten.train.prepare import Rows, prepare
@@ -95,7 +103,8 @@ def really(recipe: Recipe, given: tuple[int, int], arch: str, layers: int) -> Ti
             own.mark(tensor, "base weights")
         rows = Rows(Encoded([], EncodingCounts()), None, TemplateChoice("", "", ""), {})
         setup = prepare(recipe, OneRank(), base, rows)
-    batches = collated(setup, *largest_step(setup, given), 1.0)
+    cut, lengths = largest_step(setup, given)
+    batches = collated(setup, [cut[i] for i in traced_places(setup, cut)], lengths, 1.0)
     with own:
         run_steps(setup, batches, own, {id(x): i for i, x in enumerate(decoder_layers(model))})
     return own.timeline

@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import lighten
-from lighten import hardware
+from lighten import allocator, hardware
 from lighten.adapters import Cohort
 from lighten.errors import UserError
 from lighten.recipe import Recipe, RecipeError
-from lighten.train import allocator, offload
+from lighten.train import offload
 from lighten.train.loss import Objective
 from lighten.train.memory import checkpoint_layers
 from lighten.train.offload import Offload, PinnedMemory, ScratchFile, wrap
@@ -40,7 +40,7 @@ GLIBC = allocator._glibc() is not None
 # Blocks of growing size, written and freed as activations are: how many pages had to be fetched?
 WORK = """
 import resource, sys
-from lighten.train import allocator
+from lighten import allocator
 import torch
 if sys.argv[1] == "kept":
     print(allocator.keep_pages("cpu").value)

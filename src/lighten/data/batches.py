@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -75,6 +76,42 @@ class MicroBatch:
     def supervised_in(self, start: int, stop: int) -> int:
         """Supervised positions in the rows [start, stop)."""
         return self.supervised_before[stop] - self.supervised_before[start]
+
+    def thinned(self, rows: int, most: int) -> MicroBatch:
+        """The same batch with fewer supervised positions, spread evenly.
+
+        Args:
+            rows: Rows that keep any, at most.
+            most: Positions that each of these keeps, at most.
+        """
+        kept: list[int] = []
+        before = [0]
+        spans = list(pairwise(self.supervised_before))
+        asked = [row for row, (start, stop) in enumerate(spans) if stop > start]
+        asked = asked[:: -(-len(asked) // rows) or 1]
+        for row, (start, stop) in enumerate(spans):
+            count = min(most, stop - start) if row in asked else 0
+            kept += [start + i * (stop - start) // count for i in range(count)]
+            before.append(len(kept))
+        chosen = torch.tensor(kept, dtype=torch.long, device=self.positions.device)
+        return replace(
+            self, positions=self.positions[chosen], labels=self.labels[chosen],
+            supervised_before=tuple(before),
+        )  # fmt: skip
+
+    def alone(self, row: int) -> MicroBatch:
+        """One row by itself, without padding."""
+        start = row * self.input_ids.shape[1] if self.starts is None else self.starts[row]
+        length = self.lengths[row]
+        own = slice(self.supervised_before[row], self.supervised_before[row + 1])
+        return MicroBatch(
+            items=self.items[row : row + 1],
+            input_ids=self.input_ids.flatten()[start : start + length][None],
+            lengths=(length,),
+            positions=self.positions[own] - start,
+            labels=self.labels[own],
+            supervised_before=(0, own.stop - own.start),
+        )
 
     def padded(self) -> MicroBatch:
         """The same rows under each other."""

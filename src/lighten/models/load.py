@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from lighten import allocator
 from lighten.errors import UserError
 from lighten.hardware import Choice, choose_dtype
 from lighten.models import attention as blocks
@@ -105,7 +106,7 @@ def load(
     _check_attention(attn_implementation)
     source, path = locate(name, revision=revision, code=trust_remote_code)
     left = storage
-    with quantized.temporaries_given_back() if storage else nullcontext():
+    with allocator.temporaries_given_back() if storage else nullcontext():
         if source == "gguf":
             model, tokenizer = gguf.read(path, torch_dtype)
         else:

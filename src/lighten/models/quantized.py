@@ -14,14 +14,11 @@ as they are, in the format that the products are computed in.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import importlib.util
 import json
 import logging
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -186,27 +183,6 @@ def stored_as(folder: Path) -> dict[str, Any] | None:
         return None
     found: dict[str, Any] | None = said.get("quantization_config")
     return found
-
-
-@contextmanager
-def temporaries_given_back() -> Iterator[None]:
-    """Quantising inside returns its temporaries to the system at once.
-
-    glibc keeps freed pieces of some megabytes and lays the small quantised weights between them,
-    so that memory would grow to several times the model. Elsewhere this does nothing. Afterwards
-    the thresholds are as high as glibc's own adaptation lets them become: training frees and
-    takes the same large pieces at each step.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    # M_MMAP_THRESHOLD is -3 and M_TRIM_THRESHOLD -1 in malloc.h.
-    if mallopt is not None:
-        mallopt(-3, 256 * 1024)
-    try:
-        yield
-    finally:
-        if mallopt is not None:
-            mallopt(-3, 32 * 1024**2)
-            mallopt(-1, 64 * 1024**2)
 
 
 def left_to_do(name: str, folder: Path, wanted: Storage | None) -> Storage | None:

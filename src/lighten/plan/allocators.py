@@ -1,7 +1,7 @@
 """What an allocator takes from the system for a timeline of blocks.
 
 `CachingAllocator` is PyTorch's for CUDA devices, `Heap` is glibc's malloc as training sets it up
-(`train/allocator.py`). Both are fed births and deaths in order; what they hold at most is what the
+(`allocator.py`). Both are fed births and deaths in order; what they hold at most is what the
 device must offer, and what of it no block uses is the allocator's overhead.
 
 Sources: pytorch/c10/cuda/CUDACachingAllocator.cpp and c10/core/AllocatorConfig.h;

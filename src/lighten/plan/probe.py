@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lighten import allocator
 from lighten.devices import Device
 from lighten.errors import UserError
 from lighten.plan.result import Plan
@@ -130,7 +131,6 @@ def measure(
     from lighten.data.batches import collate
     from lighten.hardware import PeakMemory
     from lighten.plan.steps import largest_step
-    from lighten.train import allocator
     from lighten.train.prepare import prepare
     from lighten.train.step import shares_of, train_step
 
@@ -157,7 +157,11 @@ def measure(
     seconds = 0.0
     for _ in range(STEPS):
         began = time.perf_counter()
-        train_step(batches(), setup.members, setup.objective, accelerator, setup.scaler)
+        made = batches()
+        for group in setup.groups(setup.members):
+            own = {member.name for member in group}
+            part = [batch for batch in made if batch.items[0].member in own]
+            train_step(part, group, setup.objective, accelerator, setup.scaler)
         if kind == "cuda":
             import torch
 
@@ -198,7 +202,7 @@ def random_base(recipe: Recipe, device: str) -> Any:
             trust_remote_code=recipe.trust_remote_code,
         )  # fmt: skip
     head = model.get_output_embeddings()
-    with quantized.temporaries_given_back() if storage else nullcontext(), torch.no_grad():
+    with allocator.temporaries_given_back() if storage else nullcontext(), torch.no_grad():
         for path, module in list(model.named_modules()):
             for parameter in module.parameters(recurse=False):
                 # Small enough to stay finite through any depth, and never zero.

@@ -18,11 +18,10 @@ from typing import Any, Protocol
 import torch
 from torch.utils._pytree import tree_map_only
 
-from lighten import runs
+from lighten import allocator, runs
 from lighten.hardware import processor_name, versions
 from lighten.models.names import cache_folder
 from lighten.plan.work import Shaped, Work
-from lighten.train import allocator
 
 # An operation larger than this is not timed: its rate is that of the largest timed of its kind.
 MOST_FLOPS, MOST_BYTES = 4e9, 64 * 2**20
@@ -77,7 +76,7 @@ class Datasheet:
 class Measured:
     """This processor, each kind of operation timed when it is first met.
 
-    As in training, freed pages stay with the process (`train/allocator.py`): without that, half of
+    As in training, freed pages stay with the process (`allocator.py`): without that, half of
     an operation's time is page faults.
 
     Args:
@@ -161,11 +160,13 @@ def _size_in(key: str) -> int:
 
 def _rate(own: Work) -> float:
     """Seconds per operation, or per byte where there are none."""
+    amount = max(1, own.flops or own.bytes)
     try:
-        return timed(own) / max(1, own.flops or own.bytes)
+        return timed(own) / amount
     except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError):
-        # It does not work on numbers that mean nothing: taken to cost what a copy does.
-        return timed(_copy()) / MOST_BYTES
+        # It does not work on numbers that mean nothing: taken to cost what its kind does.
+        like = _product(own.dtype) if own.flops else _copy()
+        return timed(like) / (like.flops or like.bytes)
 
 
 def _copy() -> Work:
@@ -184,15 +185,20 @@ def _smaller(own: Work) -> Work:
         a = Shaped((rows, k), (k, 1), own.dtype)
         b = Shaped((k, n), (n, 1), own.dtype)
         return Work("aten::mm", 2 * rows * k * n, 0, own.dtype, aten.mm.default, (a, b), {})
-    if own.flops:
-        a = Shaped((1024, 1024), (1024, 1), own.dtype)
-        return Work("aten::mm", 2 * 1024**3, 0, own.dtype, aten.mm.default, (a, a), {})
-    return _copy()
+    return _product(own.dtype) if own.flops else _copy()
+
+
+def _product(dtype: torch.dtype = torch.float32) -> Work:
+    a = Shaped((1024, 1024), (1024, 1), dtype)
+    return Work("aten::mm", 2 * 1024**3, 0, dtype, torch.ops.aten.mm.default, (a, a), {})
 
 
 @torch.no_grad()
 def timed(own: Work) -> float:
-    """Seconds of an operation on real tensors: the median of a few."""
+    """Seconds of an operation on real tensors: the least of a few.
+
+    Whatever else the machine does at that moment only makes one longer.
+    """
     args, kwargs = tree_map_only(Shaped, Shaped.made, (own.args, dict(own.kwargs)))
     found: list[float] = []
     began = time.perf_counter()
@@ -202,4 +208,4 @@ def timed(own: Work) -> float:
         result = own.func(*args, **kwargs)
         found.append(time.perf_counter() - start)
     del result
-    return sorted(found)[len(found) // 2]
+    return min(found)

@@ -30,6 +30,7 @@ from lighten.plan.build import fake_base
 from lighten.plan.follow import Follow, Timeline
 from lighten.plan.result import Shape
 from lighten.recipe import Recipe
+from lighten.train.member import Member
 from lighten.train.prepare import Rows, Setup, prepare
 from lighten.train.step import shares_of, train_step
 
@@ -102,7 +103,8 @@ class Traced:
     Attributes:
         timeline: Of the whole model.
         setup: What was prepared.
-        batches: All micro-batches of the step, of which the first were traced.
+        batches: All micro-batches of the step.
+        places: Which of them were traced.
         lengths: Tokens of the rows that they count in.
         first_run: The first pass of the timeline after loading.
         weights: Bytes of the base's weights and constants.
@@ -112,6 +114,7 @@ class Traced:
     timeline: Timeline
     setup: Setup
     batches: list[list[Item]]
+    places: list[int]
     lengths: list[int]
     first_run: int
     weights: int
@@ -121,6 +124,12 @@ class Traced:
         """Tokens of a micro-batch, padding included."""
         lengths = [self.lengths[item.row] for item in self.batches[place]]
         return sum(lengths) if self.setup.objective.packs else len(lengths) * max(lengths)
+
+    def share_of(self, index: int) -> float:
+        """How many times its own tokens a traced micro-batch stands for, with those after it."""
+        ends = [*self.places[1:], len(self.batches)]
+        tokens = [self.tokens(place) for place in range(self.places[index], ends[index])]
+        return sum(tokens) / tokens[0]
 
     @property
     def step_tokens(self) -> int:
@@ -147,10 +156,15 @@ def largest_step(
     names = [member.name for member in setup.members]
 
     def cut(items: list[Item], lengths: Sequence[int]) -> list[list[Item]]:
-        return layout(
-            items, lengths, max_rows=recipe.per_device_train_batch_size,
-            max_tokens=setup.tokens_per_microbatch, packed=packed, lanes=setup.lanes,
-        )  # fmt: skip
+        found: list[list[Item]] = []
+        for group in setup.groups(setup.members):
+            own = {member.name for member in group}
+            found += layout(
+                [item for item in items if item.member in own], lengths,
+                max_rows=recipe.per_device_train_batch_size,
+                max_tokens=setup.tokens_per_microbatch, packed=packed, lanes=setup.lanes,
+            )  # fmt: skip
+        return found
 
     if given is None or isinstance(given, tuple):
         rows, tokens = given or (setup.examples_per_step, recipe.max_length)
@@ -223,7 +237,8 @@ def follow_recipe(
         _mark_learning(setup, layers, repetition, follow)
         units = _shrink(base.model, layers, repetition)
     cut, lengths = largest_step(setup, given)
-    batches = collated(setup, cut, lengths, supervised)
+    places = traced_places(setup, cut)
+    batches = collated(setup, [cut[place] for place in places], lengths, supervised)
     with fake, follow:
         first_run = len(follow.timeline.runs)
         run_steps(setup, [_fake(batch, fake) for batch in batches], follow, units)
@@ -236,7 +251,7 @@ def follow_recipe(
             return follow_recipe(
                 recipe, config, dtype, kind, given=given, supervised=supervised, whole=True
             )
-    return Traced(timeline, setup, cut, lengths, first_run, sum(sizes), max(sizes))
+    return Traced(timeline, setup, cut, places, lengths, first_run, sum(sizes), max(sizes))
 
 
 def _mean_tokens(recipe: Recipe, given: tuple[int, int] | Sequence[int] | None) -> int:
@@ -247,22 +262,32 @@ def _mean_tokens(recipe: Recipe, given: tuple[int, int] | Sequence[int] | None) 
     return sum(min(own, recipe.max_length) for own in given) // max(1, len(given))
 
 
+def traced_places(setup: Setup, cut: list[list[Item]]) -> list[int]:
+    """The first micro-batches of each group of adapters."""
+    found = []
+    for group in setup.groups(setup.members):
+        names = {member.name for member in group}
+        own = [place for place, part in enumerate(cut) if part[0].member in names]
+        found += own[:MICRO_BATCHES]
+    return found
+
+
 def collated(
     setup: Setup, cut: list[list[Item]], lengths: Sequence[int], supervised: float
 ) -> list[MicroBatch]:
-    """The first micro-batches of a step, of rows without meaning.
+    """Micro-batches of rows without meaning.
 
     Args:
         setup: Names and packing.
-        cut: The step's micro-batches.
+        cut: The rows of each.
         lengths: Tokens of the rows that they count in.
         supervised: Share of each row's tokens that are supervised, at its end.
     """
-    wanted = {item.row for part in cut[:MICRO_BATCHES] for item in part}
+    wanted = {item.row for part in cut for item in part}
     data = [row_of(own if row in wanted else 1, supervised) for row, own in enumerate(lengths)]
     names = [member.name for member in setup.members]
     packed = setup.objective.packs
-    return [collate(part, data, names, packed=packed) for part in cut[:MICRO_BATCHES]]
+    return [collate(part, data, names, packed=packed) for part in cut]
 
 
 def run_steps(
@@ -294,8 +319,11 @@ def run_steps(
             )
             for step in range(STEPS):
                 scaler.step_number, scaler.micro_batch = step, -1
-                train_step(batches, setup.members, setup.objective, setup.accelerator, scaler)
-                _mark_state(setup, follow)
+                for group in setup.groups(setup.members):
+                    names = {member.name for member in group}
+                    own = [batch for batch in batches if batch.items[0].member in names]
+                    train_step(own, group, setup.objective, setup.accelerator, scaler)
+                    _mark_state(group, follow)
     finally:
         for hook in hooks:
             hook.remove()
@@ -356,8 +384,8 @@ def _sizes(base: models.Base) -> list[int]:
     return list(found.values())
 
 
-def _mark_state(setup: Setup, follow: Follow) -> None:
-    for member in setup.members:
+def _mark_state(members: Sequence[Member], follow: Follow) -> None:
+    for member in members:
         for parameter, state in member.optimizer.state.items():
             for value in state.values():
                 if isinstance(value, Tensor):

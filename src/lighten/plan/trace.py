@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from lighten import allocator
 from lighten.errors import UserError
 from lighten.hardware import Choice
 from lighten.models.load import weight_files
@@ -16,7 +17,6 @@ from lighten.plan.result import Plan, StepTime
 from lighten.plan.steps import STEPS, Traced, follow_recipe
 from lighten.plan.work import Work
 from lighten.recipe import Recipe
-from lighten.train import allocator
 
 # What a process that trains on a GPU holds in main memory beside the base: the interpreter, PyTorch
 # and CUDA's libraries. Taken to be so, not measured.
@@ -142,12 +142,8 @@ def _time(traced: Traced, device: Device) -> StepTime | None:
             place = -1 if own.phase == "optimiser step" else own.micro_batch
             passes.setdefault(place, []).append(work)
     seconds = flops = moved = 0.0
-    traced_batches = max(passes) + 1
     for place, works in passes.items():
-        times = 1.0
-        if place == traced_batches - 1:  # it stands for those after it
-            tokens = [traced.tokens(i) for i in range(place, len(traced.batches))]
-            times = sum(tokens) / tokens[0]
+        times = traced.share_of(place) if place >= 0 else 1.0
         seconds += times * known.seconds(works)
         flops += times * sum(work.flops for work in works)
         moved += times * sum(work.bytes for work in works)

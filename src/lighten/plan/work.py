@@ -1,7 +1,7 @@
 """What an operation costs, counted from shapes alone, and the call to repeat it with real numbers.
 
 A product of [m, k] and [k, n] takes 2 m k n operations; anything else is counted by the bytes it
-reads and writes, each operand once.
+reads and writes, each operand once, and of a table only the rows that are taken.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 # They take memory or look at it, and move nothing.
+LOOKUPS = ("aten::embedding", "aten::index_select", "aten::gather", "aten::index")
 FREE = ("aten::empty", "aten::new_empty", "aten::detach", "aten::_unsafe_view", "aten::_local")
 
 
@@ -89,7 +90,10 @@ def work_of(
     everything = {id(x): x for x in (*given, *outs)}.values()
     if not everything:
         return None
-    moved = sum(x.numel() * x.element_size() for x in everything)
+    touched = [*everything]
+    if name.partition(".")[0] in LOOKUPS:
+        touched = [*outs, *outs, *given[1:]]
+    moved = sum(x.numel() * x.element_size() for x in touched)
     flops = 0
     packet = getattr(func, "overloadpacket", func)
     if packet in flop_registry and outs:

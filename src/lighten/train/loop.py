@@ -76,12 +76,7 @@ class Loop:
             while state.step < setup.total_steps and self._active():
                 began = time.perf_counter()
                 members = self._active()
-                try:
-                    report = self._step(members)
-                except TrainingDiverged:
-                    if not self._dropped_diverged(members):
-                        raise
-                    continue
+                report = self._step(members)
                 state.step += 1
                 self._record(report, time.perf_counter() - began)
 
@@ -102,6 +97,20 @@ class Loop:
                     )
 
     def _step(self, members: list[Member]) -> dict[str, MemberStep]:
+        """One step of all adapters that do not diverge in it."""
+        report: dict[str, MemberStep] = {}
+        for group in self.setup.groups(members):
+            while group:
+                try:
+                    report |= self._step_of(group)
+                    break
+                except TrainingDiverged:
+                    if not self._dropped_diverged(group):
+                        raise
+                    group = [member for member in group if not member.progress.stopped]
+        return report
+
+    def _step_of(self, members: list[Member]) -> dict[str, MemberStep]:
         """One step; where memory runs out, the same step with smaller micro-batches."""
         setup, step = self.setup, self.state.step
         while True:
@@ -150,7 +159,7 @@ class Loop:
         self._losses = {}
 
     def _dropped_diverged(self, members: list[Member]) -> bool:
-        """Take out what diverged, if a judge lets the others go on; no weight has moved."""
+        """Take out what diverged, if a judge lets the others go on; none of theirs has moved."""
         gone = [m for m in members if not all(bool(g.isfinite().all()) for g in m.gradients())]
         for member in members:
             member.optimizer.zero_grad(set_to_none=True)

@@ -64,6 +64,7 @@ class Setup:
         total_steps: Of the whole run.
         tokens_per_microbatch: Tokens of one micro-batch at most, padding included.
         lanes: Micro-batches that train side by side.
+        apart: Each adapter has micro-batches of its own and its optimiser moves right after them.
         choices: What was chosen for this machine, with reasons.
     """
 
@@ -80,7 +81,12 @@ class Setup:
     total_steps: int
     tokens_per_microbatch: int | None = None
     lanes: int = 1
+    apart: bool = False
     choices: dict[str, Choice] = field(default_factory=dict)
+
+    def groups(self, members: Sequence[Member]) -> list[list[Member]]:
+        """The adapters that share micro-batches and are trained before the next ones."""
+        return [[member] for member in members] if self.apart else [list(members)]
 
 
 def prepare(recipe: Recipe, accelerator: Accelerator, base: models.Base, rows: Rows) -> Setup:
@@ -129,7 +135,13 @@ def prepare(recipe: Recipe, accelerator: Accelerator, base: models.Base, rows: R
     choices["packing"] = packing = choose_packing(recipe.packing, base.model, trained.no_packing)
     tokens, why = choose_tokens(recipe.tokens_per_microbatch, device)
     choices["micro-batch"] = Choice(f"{tokens} tokens" if tokens else "rows", why)
-    choices["lanes"] = _choose_lanes(recipe, trained, rows, per_step, accelerator)
+    choices["lanes"] = side_by_side = _choose_lanes(recipe, trained, rows, per_step, accelerator)
+    own = per_step // accelerator.num_processes * rows.train.counts.tokens
+    passes = choose_passes(
+        base, own // max(1, len(rows.train.rows)), tokens, int(side_by_side.value)
+    )
+    if len(trained.names) > 1:
+        choices["passes"] = passes
     objective = Objective(
         base.model, trained, fast=trained.supports_fast_loss, packs=packing.value == "on"
     )
@@ -138,7 +150,8 @@ def prepare(recipe: Recipe, accelerator: Accelerator, base: models.Base, rows: R
     objective.packing_reason = trained.no_packing or objective.packing_reason
     return Setup(
         recipe, base, rows, trained, members, objective, accelerator, scaler,
-        per_step, steps_per_epoch, total, tokens, int(choices["lanes"].value), choices,
+        per_step, steps_per_epoch, total, tokens, int(side_by_side.value),
+        passes.value == "apart", choices,
     )  # fmt: skip
 
 
@@ -250,6 +263,24 @@ def _choose_lanes(
         device=accelerator.device.type,
         threads=torch.get_num_threads(),
     )
+
+
+def choose_passes(base: models.Base, tokens: int, most: int | None, side_by_side: int) -> Choice:
+    """Whether the adapters of a cohort share micro-batches, and why.
+
+    Args:
+        base: What it is trained on.
+        tokens: Of one adapter in one step on this rank, on average.
+        most: Tokens of a micro-batch at most; None: rows decide.
+        side_by_side: The number of lanes.
+    """
+    if base.quantization is not None:
+        return Choice("together", "a weight is dequantised once for all adapters")
+    if most is None:
+        return Choice("together", "as many rows as fit read the base's weights once")
+    if tokens < side_by_side * lanes.FULL_TOKENS:
+        return Choice("together", f"{tokens} tokens of one adapter alone fill no micro-batch")
+    return Choice("apart", "each fills micro-batches, and one adapter's gradients are kept at once")
 
 
 def load_base(recipe: Recipe, device: str, *, learns: bool = False) -> models.Base:

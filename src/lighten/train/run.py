@@ -10,12 +10,12 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers.utils import logging as transformers_logging
 
-from lighten import hardware, models
+from lighten import allocator, hardware, models
 from lighten.adapters.peft_methods import method_of
 from lighten.errors import UserError
 from lighten.recipe import Recipe
 from lighten.runs import PLAN, Run, write_json
-from lighten.train import allocator, checkpoints, optimizers, trackers
+from lighten.train import checkpoints, optimizers, trackers
 from lighten.train.checkpoints import TrainerState, weights_of
 from lighten.train.export import export
 from lighten.train.judge import Judge

@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 
-from lighten import models
+from lighten import allocator, models
 from lighten.data.batches import MicroBatch
 from lighten.errors import UserError
-from lighten.train import allocator
 from lighten.train.member import Member
 from lighten.train.prediction import Prediction
 from lighten.train.prepare import Setup

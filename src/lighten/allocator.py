@@ -10,6 +10,8 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lighten.hardware import Choice
@@ -21,11 +23,17 @@ LARGE_BYTES, OLD_LARGE_BYTES = 2**30, 32 * 2**20
 NEVER_BYTES = 2**31 - 1  # the largest int: the heap's top is not given back by itself
 # The heap grows by this much at once, so that its top seldom has to move.
 GROWTH_BYTES = 64 * 2**20
+# While a base is quantised, blocks above glibc's first threshold are given back at once.
+QUANTISING_BYTES = 256 * 2**10
+# As high as glibc sets both by itself.
+ADAPTED = ((M_MMAP_THRESHOLD, 32 * 2**20), (M_TRIM_THRESHOLD, 64 * 2**20))
 OTHER_ALLOCATORS = ("jemalloc", "tcmalloc", "mimalloc")
 SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_")
 # oneDNN keeps a kernel per shape it has seen, 1024 of them by default; training rarely sees a
 # shape again after its micro-batch, in which every layer uses it.
 ONEDNN_CACHE, ONEDNN_KERNELS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", 128
+
+_kept: list[tuple[int, int]] = []  # what `keep_pages` set, once it was called
 
 
 def keep_pages(device: str) -> Choice:
@@ -47,10 +55,9 @@ def keep_pages(device: str) -> Choice:
         return Choice("as it is", "the C library is not glibc")
     if (named := _chosen_by_user()) is not None:
         return Choice("as it is", f"{named} is set")
-    taken = libc.mallopt(M_MMAP_THRESHOLD, LARGE_BYTES) or libc.mallopt(
-        M_MMAP_THRESHOLD, OLD_LARGE_BYTES
-    )
-    taken = taken and libc.mallopt(M_TRIM_THRESHOLD, NEVER_BYTES)
+    large = LARGE_BYTES if libc.mallopt(M_MMAP_THRESHOLD, LARGE_BYTES) else OLD_LARGE_BYTES
+    _kept[:] = [(M_MMAP_THRESHOLD, large), (M_TRIM_THRESHOLD, NEVER_BYTES)]
+    taken = all(libc.mallopt(parameter, size) for parameter, size in _kept)
     # Lanes share the one heap whose top is kept: a thread's own arena gives its pages back, and
     # takes no block above 64 MiB.
     taken = taken and libc.mallopt(M_ARENA_MAX, 1)
@@ -66,6 +73,26 @@ def trim() -> bool:
     """
     libc = _glibc()
     return bool(libc is not None and libc.malloc_trim(0))
+
+
+@contextmanager
+def temporaries_given_back() -> Iterator[None]:
+    """Quantising inside returns its temporaries to the system at once (glibc only).
+
+    glibc keeps freed pieces of some megabytes and lays the small quantised weights between them,
+    so that memory would grow to several times the model. Afterwards the thresholds are what
+    `keep_pages` made them, or as high as glibc's own adaptation lets them become.
+    """
+    libc = _glibc()
+    if libc is None or _chosen_by_user() is not None:
+        yield
+        return
+    libc.mallopt(M_MMAP_THRESHOLD, QUANTISING_BYTES)
+    try:
+        yield
+    finally:
+        for parameter, size in _kept or ADAPTED:
+            libc.mallopt(parameter, size)
 
 
 def _glibc() -> Any:

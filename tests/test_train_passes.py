@@ -1,0 +1,88 @@
+"""Adapters of a cohort whose rows fill micro-batches train one after another within each step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import lighten
+from lighten.runs import Run
+from lighten.train import lanes, loop
+from lighten.train.lanes import FULL_TOKENS
+from tests.tiny import save_tiny
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("passes") / "model")
+
+
+def trained(model: Path, rows: Path, output: Path, ranks: Any = (2, 4), **changes: Any) -> Run:
+    values = {
+        "model": str(model), "dataset": str(rows), "output_dir": str(output), "max_steps": 4,
+        "lora_r": list(ranks), "learning_rate": 1e-2, "val_size": 0, "progress": False,
+        "dtype": "float32", **changes,
+    }  # fmt: skip
+    return lighten.train(**values)
+
+
+def weights(run: Run, name: str) -> dict[str, torch.Tensor]:
+    return load_file(run.adapters()[name] / "adapter_model.safetensors")
+
+
+def passes(run: Run) -> str | None:
+    return next((own["value"] for own in run.info()["choices"] if own["what"] == "passes"), None)
+
+
+def losses(run: Run, name: str) -> list[float]:
+    return [m["loss"] for m in run.metrics() if m["kind"] == "train" and m["adapter"] == name]
+
+
+def test_apart_each_adapter_has_the_bits_that_it_has_alone(
+    model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = trained(model, chat_file, tmp_path / "together")
+    assert passes(together) == "together", f"fewer than {FULL_TOKENS} tokens fill no micro-batch"
+    monkeypatch.setattr(lanes, "FULL_TOKENS", 16)
+    apart = trained(model, chat_file, tmp_path / "apart")
+    assert passes(apart) == "apart"
+    for rank in (2, 4):
+        alone = trained(model, chat_file, tmp_path / f"alone{rank}", ranks=[rank])
+        assert passes(alone) is None
+        name, (own,) = f"r{rank}", alone.adapters()
+        assert losses(apart, name) == losses(alone, own)
+        assert losses(apart, name) == pytest.approx(losses(together, name), rel=1e-4)
+        other = weights(alone, own)
+        assert all(torch.equal(value, other[key]) for key, value in weights(apart, name).items())
+
+
+def test_apart_one_adapters_gradients_are_kept_at_a_time(
+    model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lanes, "FULL_TOKENS", 16)
+    seen: list[tuple[list[str], bool]] = []
+    plain = loop.train_step
+    everyone: list[Any] = []
+
+    def watched(batches: Any, members: Any, *rest: Any) -> Any:
+        everyone.extend(own for own in members if own not in everyone)
+        report = plain(batches, members, *rest)
+        left = any(p.grad is not None for own in everyone for p in own.parameters.values())
+        seen.append(([own.name for own in members], left))
+        return report
+
+    monkeypatch.setattr(loop, "train_step", watched)
+    trained(model, chat_file, tmp_path / "run", max_steps=2)
+    assert seen == [(["r2"], False), (["r4"], False)] * 2
+
+
+def test_a_quantised_base_is_dequantised_once_for_all(
+    model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lanes, "FULL_TOKENS", 16)
+    run = trained(model, chat_file, tmp_path / "run", load_in_4bit=True, max_steps=1)
+    assert passes(run) == "together"
