@@ -74,6 +74,28 @@ def test_collate_pads_right_orders_by_adapter_and_points_at_the_token_before() -
     assert (batch.tokens, batch.supervised_in(1, 2)) == (7, 2)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_row_by_itself_and_a_thinned_batch_point_at_the_same_tokens(packed: bool) -> None:
+    sizes = range(5)
+    rows = [Row([10 * i + t for t in range(1, 4 + i)], [False] + [True] * (2 + i)) for i in sizes]
+    rows[3] = Row(rows[3].input_ids, [False] * len(rows[3].input_ids))
+    batch = collate([Item("a", i, 0) for i in range(5)], rows, ["a"], packed=packed)
+    for i, row in enumerate(rows):
+        one = batch.alone(i)
+        assert one.input_ids.tolist() == [row.input_ids]
+        assert [row.input_ids[p + 1] for p in one.positions.tolist()] == one.labels.tolist()
+        assert len(one.labels) == sum(row.supervised[1:]) == one.supervised_in(0, 1)
+    few = batch.thinned(2, 3)
+    counts = [few.supervised_in(i, i + 1) for i in range(5)]
+    assert counts == [2, 0, 3, 0, 0], "of the four rows with an answer every second keeps three"
+    following = dict(zip(batch.positions.tolist(), batch.labels.tolist(), strict=True))
+    assert all(following[p] == label for p, label in
+               zip(few.positions.tolist(), few.labels.tolist(), strict=True))  # fmt: skip
+    whole = batch.thinned(99, 99)
+    assert whole.positions.tolist() == batch.positions.tolist()
+    assert whole.supervised_before == batch.supervised_before
+
+
 def test_trap11_a_pad_token_equal_to_eos_is_supervised_where_it_ends_the_answer() -> None:
     eos = 2
     rows = [Row([5, 6, eos], [False, True, True]), Row([5, 6, 7, 8, eos], [False] * 4 + [True])]

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import psutil
+
 from lighten.hardware import Choice
 
 # mallopt's parameters, from glibc's malloc.h.
@@ -29,9 +31,16 @@ QUANTISING_BYTES = 256 * 2**10
 ADAPTED = ((M_MMAP_THRESHOLD, 32 * 2**20), (M_TRIM_THRESHOLD, 64 * 2**20))
 OTHER_ALLOCATORS = ("jemalloc", "tcmalloc", "mimalloc")
 SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_")
-# oneDNN keeps a kernel per shape it has seen, 1024 of them by default; training rarely sees a
-# shape again after its micro-batch, in which every layer uses it.
-ONEDNN_CACHE, ONEDNN_KERNELS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", 128
+# Products are kept by shape, 1024 of them by default, by oneDNN and once more for each thread by
+# PyTorch's layer over it (ideep's `lru_cache`); training rarely sees a shape again after its
+# micro-batch, in which every layer uses it. Each of the latter holds some 0.4 MiB: without a limit
+# a run grew by 19 MiB per step (docs/lab-notes.md).
+CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "32"}
+
+# A process that holds this many times what a step needs has piled up holes.
+PILED_UP = 1.25
+# Steps until everything that stays (the optimiser's state) is there.
+FIRST_STEPS = 2
 
 _kept: list[tuple[int, int]] = []  # what `keep_pages` set, once it was called
 
@@ -49,7 +58,8 @@ def keep_pages(device: str) -> Choice:
     """
     if device != "cpu":
         return Choice("as it is", "activations are on the GPU")
-    os.environ.setdefault(ONEDNN_CACHE, str(ONEDNN_KERNELS))  # read at oneDNN's first use
+    for name, capacity in CACHES.items():
+        os.environ.setdefault(name, capacity)  # read at the first product
     libc = _glibc()
     if libc is None:
         return Choice("as it is", "the C library is not glibc")
@@ -69,10 +79,44 @@ def keep_pages(device: str) -> Choice:
 def trim() -> bool:
     """Give free memory back to the system; say whether there was any (glibc only).
 
-    What is written next pays for its pages again: for use between phases, not between steps.
+    What is written next pays for its pages again: for use between phases, not after each step.
     """
     libc = _glibc()
     return bool(libc is not None and libc.malloc_trim(0))
+
+
+class KeptPages:
+    """Sees to it that the pages kept between steps do not pile up (glibc only).
+
+    Steps differ in shape: their blocks leave holes that no later block fits, and what stays of a
+    step (a kernel made for its shape) pins them apart. A run of a hundred steps came to hold twice
+    what any of its steps needs (docs/lab-notes.md). So free pages are given back between phases,
+    and between steps where they have grown by a quarter.
+
+    Args:
+        device: What is trained on: `cpu` or `cuda`.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._on = device == "cpu" and bool(_kept)
+        self._needed, self._settling = 0, FIRST_STEPS
+
+    def after_step(self) -> None:
+        """Look at what is held, and give back what is too much."""
+        if not self._on:
+            return
+        held = psutil.Process().memory_info().rss
+        if self._settling:
+            self._settling -= 1
+            self._needed = max(self._needed, held)
+        elif held > PILED_UP * self._needed:
+            self.give_back()
+
+    def give_back(self) -> None:
+        """Another phase begins, whose blocks are of other sizes."""
+        if self._on:
+            trim()
+            self._settling = max(self._settling, 1)
 
 
 @contextmanager

@@ -8,14 +8,14 @@ device it is what PyTorch's caching allocator reserves, and the driver's own con
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from lighten.adapters.shards import Shards
 from lighten.models.load import weight_files
-from lighten.plan.allocators import CachingAllocator, Heap, Held, replay
+from lighten.plan.allocators import CachingAllocator, Heap, replay
 from lighten.plan.follow import OUTSIDE, Block, Event, Pass, Timeline
 from lighten.plan.result import PARTS, Memory, MemoryPart
 
@@ -33,15 +33,15 @@ CUDA_CONTEXT_BYTES = 426 * MIB
 # cuBLAS's workspace, taken from the caching allocator at the first product: `:4096:2:16:8`, and
 # 32 MiB from compute capability 9.0 on (aten/src/ATen/cuda/CublasHandlePool.cpp).
 CUBLAS_BYTES, CUBLAS_BYTES_90 = 2 * 4096 * 1024 + 8 * 16 * 1024, 32 * MIB
-# After a quantised base was loaded, glibc's thresholds are lower (models/quantized.py).
-QUANTIZED_MMAP, QUANTIZED_TRIM = 32 * MIB, 64 * MIB
 # How far predictions may be from measurements: within what was compared, and beyond. The heap's
 # fragmentation is what makes it so much (benchmarks/plan_accuracy.py).
 WITHIN, BEYOND = 0.25, 0.35
 
-SHOWN = 0.05
 LASTING = PARTS[:5]
 PHASES = {"check": "forward"}
+# What each lane has of its own, and when.
+EACH = ("activations", "logits", "temporary", "gradients")
+IN_LANES = ("forward", "loss", "backward")
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,6 @@ def processor_memory(
     timeline: Timeline,
     loading: Loading,
     *,
-    quantized: bool,
     verified: int = 0,
     lanes: int = 1,
     margin: float,
@@ -127,25 +126,22 @@ def processor_memory(
     Args:
         timeline: Of the whole model.
         loading: What loading takes.
-        quantized: Whether the base is stored in fewer bits.
         verified: Bytes of files that are mapped at the very end, as `saving_events` gave them.
         lanes: Micro-batches that are computed side by side.
         margin: Share of the peak that it may be off by.
     """
     context = CONTEXT_BYTES + int(TOKENIZER_FACTOR * loading.tokenizer)
-    held, course = replay(
-        Heap(QUANTIZED_MMAP, QUANTIZED_TRIM) if quantized else Heap(), numbered(timeline)
-    )
-    mapped = 0
-    # A heap keeps its pages: what is mapped at the end always comes on top of its peak. That is the
-    # moment to show only where it matters.
-    if verified > SHOWN * held.peak:
-        last = len(course) - 1
-        held, mapped = Held(course[-1], last, timeline.live()[-1], held.most_allocated), verified
+    timeline = _in_lanes(timeline, lanes)
+    steps = next(
+        (place for place, event in enumerate(timeline.events)
+         if timeline.runs[event.run].phase == "saving"), len(timeline.events),
+    )  # fmt: skip
+    held, _ = replay(Heap(), numbered(timeline)[:steps])
     parts = timeline.alive_at(held.at)
-    parts["temporary buffers"] = parts.get("temporary buffers", 0) + mapped
-    parts = _in_lanes(parts, lanes)
-    overhead = int((held.peak - held.allocated) * lanes)
+    overhead = held.peak - held.allocated
+    saving, saved = _saving(timeline, steps, verified)
+    if sum(saved.values()) > sum(parts.values()) + overhead:
+        held, parts, overhead = replace(held, at=saving), saved, 0
     step = sum(parts.values()) + overhead + context
     weights = {name: parts.get(name, 0) for name in ("base weights", "quantisation constants")}
     load = sum(weights.values()) + loading.files + loading.copies + context
@@ -158,6 +154,24 @@ def processor_memory(
         )
     parts = {**parts, "allocator overhead": overhead, "device context": context}
     return _memory(timeline, parts, PHASES.get(when, when), margin, None)
+
+
+def _saving(timeline: Timeline, first: int, verified: int) -> tuple[int, dict[str, int]]:
+    """When a checkpoint takes most, and what is alive then: free pages were given back before.
+
+    Args:
+        timeline: With its last checkpoint.
+        first: Index of the first event of saving.
+        verified: Bytes of files that are mapped at the very end.
+    """
+    live = timeline.live()
+    last = len(live) - 1
+    at = max(range(first, len(live)), key=live.__getitem__, default=last)
+    mapped = verified if live[last] + verified > live[at] else 0
+    at = last if mapped else at
+    parts = timeline.alive_at(at)
+    parts["temporary buffers"] = parts.get("temporary buffers", 0) + mapped
+    return at, parts
 
 
 def cuda_memory(timeline: Timeline, *, capability: tuple[int, int] | None, margin: float) -> Memory:
@@ -190,10 +204,20 @@ def numbered(timeline: Timeline) -> list[tuple[int, bool, int]]:
     return [(id(event.block), event.born, event.block.bytes) for event in timeline.events]
 
 
-def _in_lanes(parts: Mapping[str, int], lanes: int) -> dict[str, int]:
-    """Activations and temporaries once per lane."""
-    each = ("activations", "logits", "temporary")
-    return {name: size * lanes if name.startswith(each) else size for name, size in parts.items()}
+def _in_lanes(timeline: Timeline, lanes: int) -> Timeline:
+    """The timeline where each lane has activations, temporaries and sums of gradients of its own.
+
+    As if all lanes were at the same place at the same time.
+    """
+    if lanes == 1:
+        return timeline
+    made: dict[int, Block] = {}
+    for event in timeline.events:
+        block = event.block
+        each = timeline.runs[block.run].phase in IN_LANES and block.part.startswith(EACH)
+        made.setdefault(id(block), replace(block, bytes=block.bytes * (lanes if each else 1)))
+    events = [replace(event, block=made[id(event.block)]) for event in timeline.events]
+    return Timeline(events, timeline.runs, timeline.work)
 
 
 def lasting_bytes(timeline: Timeline) -> int:

@@ -12,6 +12,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -77,27 +78,33 @@ class Measured:
     """This processor, each kind of operation timed when it is first met.
 
     As in training, freed pages stay with the process (`allocator.py`): without that, half of
-    an operation's time is page faults.
+    an operation's time is page faults. And as in training, lanes work at the same time: each has
+    its share of the cores, and all of them the same memory.
 
     Args:
         path: Where rates are kept; None: nowhere.
+        lanes: Threads that do the operation side by side.
     """
 
     spread = 1.25
 
-    def __init__(self, path: Path | None = None) -> None:
+    def __init__(self, path: Path | None = None, lanes: int = 1) -> None:
         self.path = path
         allocator.keep_pages("cpu")
         self.threads = torch.get_num_threads()
+        own = max(1, self.threads // lanes)
+        self._lanes = [
+            ThreadPoolExecutor(1, "lane", lambda: torch.set_num_threads(own)) for _ in range(lanes)
+        ]
         self.source = f"measured on this processor with {self.threads} thread(s)"
-        self._stamp = [processor_name(), self.threads, versions().get("torch")]
+        self._stamp = [processor_name(), self.threads, lanes, versions().get("torch")]
         self._known: dict[str, float] = self._read()
         self._fresh = False
 
     @classmethod
-    def cached(cls) -> Measured:
+    def cached(cls, lanes: int = 1) -> Measured:
         """With the rates of earlier plans."""
-        return cls(cache_folder() / "rates.json")
+        return cls(cache_folder() / f"rates-{lanes}.json", lanes)
 
     def seconds(self, work: Iterable[Work]) -> float:
         """The sum of their times and of the interpreter's."""
@@ -117,7 +124,7 @@ class Measured:
             large = own.flops > MOST_FLOPS or own.bytes > MOST_BYTES
             found = self._largest(own) if large else None
             if found is None:
-                found = _rate(_smaller(own) if large else own)
+                found = self._rate(_smaller(own) if large else own)
                 self._fresh = True
             self._known[key] = found
         return self._known[key] * amount
@@ -127,6 +134,19 @@ class Measured:
         kind = key_of(own)
         alike = [key for key in self._known if key.startswith(f"{kind}|")]
         return None if not alike or own.flops else self._known[max(alike, key=_size_in)]
+
+    def _rate(self, own: Work) -> float:
+        """Seconds of one lane per operation, or per byte where there are none."""
+        try:
+            return self._timed(own) / max(1, own.flops or own.bytes)
+        except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError):
+            # It does not work on numbers that mean nothing: taken to cost what its kind does.
+            like = _product(own.dtype) if own.flops else _copy()
+            return self._timed(like) / (like.flops or like.bytes)
+
+    def _timed(self, own: Work) -> float:
+        found = [lane.submit(timed, own) for lane in self._lanes]
+        return sum(each.result() for each in found) / len(found)
 
     def _read(self) -> dict[str, float]:
         if self.path is None:
@@ -156,17 +176,6 @@ def _class_of(own: Work) -> str:
 
 def _size_in(key: str) -> int:
     return int(key.rpartition("|")[2])
-
-
-def _rate(own: Work) -> float:
-    """Seconds per operation, or per byte where there are none."""
-    amount = max(1, own.flops or own.bytes)
-    try:
-        return timed(own) / amount
-    except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError):
-        # It does not work on numbers that mean nothing: taken to cost what its kind does.
-        like = _product(own.dtype) if own.flops else _copy()
-        return timed(like) / (like.flops or like.bytes)
 
 
 def _copy() -> Work:

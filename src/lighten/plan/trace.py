@@ -96,9 +96,8 @@ def plan_recipe(
         time = _time(traced, device)
         verified = memory.saving_events(traced.timeline, shapes, _states(traced))
         peak = memory.processor_memory(
-            traced.timeline, loading, verified=verified,
-            quantized=recipe.load_in_4bit or recipe.load_in_8bit, lanes=lanes, margin=margin,
-        )  # fmt: skip
+            traced.timeline, loading, verified=verified, lanes=lanes, margin=margin
+        )
         host = peak.expected
     else:
         time = _time(traced, device)
@@ -128,10 +127,13 @@ def plan_recipe(
 
 def _time(traced: Traced, device: Device) -> StepTime | None:
     """The time of a step: the traced micro-batches, further ones by their tokens, the optimiser."""
+    lanes = 1
     if device.kind == "cpu":
         known: rates.Rates = rates.Measured.cached()
+        lanes = min(traced.setup.lanes, len(traced.batches))
+        in_lanes = rates.Measured.cached(lanes)
     elif device.flops and device.bandwidth:
-        known = rates.Datasheet(device.name, device.flops, device.bandwidth)
+        in_lanes = known = rates.Datasheet(device.name, device.flops, device.bandwidth)
     else:
         return None
     last = STEPS - 1
@@ -144,7 +146,10 @@ def _time(traced: Traced, device: Device) -> StepTime | None:
     seconds = flops = moved = 0.0
     for place, works in passes.items():
         times = traced.share_of(place) if place >= 0 else 1.0
-        seconds += times * known.seconds(works)
+        if place < 0:
+            seconds += known.seconds(works)
+        else:
+            seconds += times * in_lanes.seconds(works) / lanes
         flops += times * sum(work.flops for work in works)
         moved += times * sum(work.bytes for work in works)
     low, high = seconds / known.spread, seconds * known.spread

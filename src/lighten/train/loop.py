@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lighten import runs
+from lighten import allocator, runs
 from lighten.data.batches import Item, MicroBatch, collate, layout, steps_of_epoch
 from lighten.hardware import PeakMemory
 from lighten.train import checkpoints, short_memory
@@ -57,6 +57,7 @@ class Loop:
         self.progress, self.memory, self.prediction = progress, memory, prediction
         self.judge = judge
         self._losses: dict[str, HeldOut] = {}
+        self._pages = allocator.KeptPages(setup.accelerator.device.type)
         self._retries, self._watch = retries, short_memory.Watch(setup.members)
         self.main = setup.accelerator.is_main_process
         self._lengths = [len(row.input_ids) for row in setup.rows.train.rows]
@@ -79,6 +80,7 @@ class Loop:
                 report = self._step(members)
                 state.step += 1
                 self._record(report, time.perf_counter() - began)
+                self._pages.after_step()
 
                 last = state.step == setup.total_steps
                 best = False
@@ -245,6 +247,7 @@ class Loop:
         setup, state = self.setup, self.state
         any_best = False
         assert setup.rows.held_out is not None
+        self._pages.give_back()
         for member in members:
             began = time.perf_counter()
             found = held_out(
@@ -276,6 +279,7 @@ class Loop:
                 f"step {state.step}: {member.name} held-out loss {found.loss:.4f} "
                 f"± {found.standard_error:.4f}{ends}"
             )
+        self._pages.give_back()
         return any_best
 
     def _line(self, line: dict[str, Any], *, track: bool) -> None:
@@ -291,6 +295,7 @@ class Loop:
 
     def _save(self) -> None:
         setup, state = self.setup, self.state
+        self._pages.give_back()
         if self.main:
             state.members = {member.name: member.progress for member in setup.members}
             state.scaler = dict(setup.scaler.state_dict())
@@ -306,3 +311,4 @@ class Loop:
             keep = best if setup.recipe.load_best_model_at_end else []
             checkpoints.prune(self.folder / "checkpoints", setup.recipe.save_total_limit, keep)
         setup.accelerator.wait_for_everyone()
+        self._pages.give_back()
