@@ -108,6 +108,22 @@ def test_trap17_an_answer_in_a_padded_batch_is_the_answer_alone(arch: str) -> No
     assert together.tokens <= 24
 
 
+def test_the_head_reads_the_last_positions_in_one_piece() -> None:
+    """Of a view into the batch PyTorch would copy the head's weight once per prompt."""
+    model, pieces = tiny_model("llama"), []
+    logits = torch.nn.functional.linear
+
+    def watched(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
+        if weight is model.lm_head.weight:
+            pieces.append((tuple(x.shape), x.is_contiguous()))
+        return logits(x, weight, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "linear", watched)
+        generate(model, tiny_tokenizer(), [[5, 6, 7], [8, 9]], max_new_tokens=3, batch_size=2)
+    assert pieces == [((2, 1, model.config.hidden_size), True)] * 3
+
+
 def test_greedy_is_greedy_whatever_came_with_the_model() -> None:
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     prompts = [row(9, 0, seed=i).input_ids for i in range(4)]
