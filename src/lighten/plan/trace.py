@@ -128,8 +128,10 @@ def plan_recipe(
 def _time(traced: Traced, device: Device) -> StepTime | None:
     """The time of a step: the traced micro-batches, further ones by their tokens, the optimiser."""
     lanes = 1
+    known: rates.Rates
+    in_lanes: rates.Rates
     if device.kind == "cpu":
-        known: rates.Rates = rates.Measured.cached()
+        known = rates.Measured.cached()
         lanes = min(traced.setup.lanes, len(traced.batches))
         in_lanes = rates.Measured.cached(lanes)
     elif device.flops and device.bandwidth:
