@@ -112,6 +112,14 @@ class Timeline:
             found.append(now)
         return found
 
+    def forget_what_went_before(self, first_run: int) -> None:
+        """Leave out what was born and died before a pass.
+
+        A fake base is made whole and then quantised; a real one weight by weight.
+        """
+        gone = {event.block for event in self.events if not event.born and event.run < first_run}
+        self.events = [event for event in self.events if event.block not in gone]
+
     def alive_at(self, place: int) -> dict[str, int]:
         """Bytes by part after the event of that index."""
         found: dict[str, int] = {}
