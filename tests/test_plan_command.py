@@ -36,14 +36,8 @@ def test_a_model_that_fits(tiny_folder: Path) -> None:
 
 
 def test_a_model_that_does_not_fit_says_what_would(tmp_path: Path) -> None:
+    """9 billion numbers in 16 bits on a device of 16 GB."""
     folder = str(configured(tmp_path / "model", layers=8))
-    done = call("plan", folder, "--device", "t4", "--max_length", "512", "--json")
-    assert done.returncode == 1, done.stderr
-    found = json.loads(done.stdout)
-    assert found["fits"] is False
-    assert found["memory"]["expected"] > 16e9  # 8 of 9 billion numbers in 16 bits
-    assert found["changes"]
-    assert found["changes"][0]["saves_bytes"] > 0
     table = call("plan", folder, "--device", "t4", "--max_length", "512")
     assert table.returncode == 1
     assert "does not fit" in table.stdout
