@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 from lighten.plan.work import Work, work_of
 
 OUTSIDE = -1  # the layer of what belongs to none
+UNTIMED = ("loading", "check")  # phases that are no part of a step
 ATTENTION = re.compile(r"attn|attention")
 LINEAR = re.compile(r"linear|conv1d|mlp|experts|dense|proj")
 
@@ -97,7 +98,7 @@ class Timeline:
     Attributes:
         events: Births and deaths in order.
         runs: The passes that events are numbered by.
-        work: Every operation with its run and layer.
+        work: Every operation of the steps with its run and layer.
     """
 
     events: list[Event] = field(default_factory=list)
@@ -164,9 +165,10 @@ class Follow(TorchDispatchMode):
     def _note(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
         tensors = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         run = len(self.timeline.runs) - 1
-        work = work_of(func, args, kwargs, tensors)
-        if work is not None:
-            self.timeline.work.append((run, self._layer, work))
+        if self.timeline.runs[-1].phase not in UNTIMED:
+            work = work_of(func, args, kwargs, tensors)
+            if work is not None:
+                self.timeline.work.append((run, self._layer, work))
         fresh = [x for x in tensors if id(x.untyped_storage()) not in self._seen]
         given = [x for x in tree_leaves(args) if isinstance(x, Tensor)] if fresh else []
         for place, tensor in enumerate(fresh):

@@ -142,7 +142,7 @@ def _time(traced: Traced, device: Device) -> StepTime | None:
     passes: dict[int, list[Work]] = {}
     for run, _, work in traced.timeline.work:
         own = traced.timeline.runs[run]
-        if own.step == last and own.phase != "loading" and own.phase != "check":
+        if own.step == last:
             place = -1 if own.phase == "optimiser step" else own.micro_batch
             passes.setdefault(place, []).append(work)
     seconds = flops = moved = 0.0
