@@ -274,6 +274,7 @@ class Objective:
 
         allowed = AGREEMENT.get(self.cohort.dtype, 2e-2)
         quick = loss(batch)
+        self._space = Workspace()  # this thread's may never be used again: lanes have their own
         self._verified = True  # not before: where memory ran out above, it is asked again
         if batch.starts is not None:
             self.packing_reason = f"rows packed without padding; {apart(quick):.1e} from apart"
