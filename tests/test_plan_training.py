@@ -191,7 +191,7 @@ def test_where_memory_runs_out_the_step_is_made_again_with_the_same_result(
 ) -> None:
     free = under(None, wide, tmp_path / "free")
     assert free.returncode == 0, free.stderr
-    short = under(500, wide, tmp_path / "short")
+    short = under(700, wide, tmp_path / "short")
     assert short.returncode == 0, short.stderr
     retries = Run(tmp_path / "short").info()["retries"]
     assert retries
