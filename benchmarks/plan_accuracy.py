@@ -148,7 +148,8 @@ def planned(case: Case, folder: Path, capacity: int) -> dict[str, Any]:
         Recipe.from_values(case.recipe(folder)), Processor(memory_bytes=capacity),
         rows_tokens=(case.rows, case.tokens), supervised=SUPERVISED,
     )  # fmt: skip
-    return {**plan.to_dict(), "seconds_to_plan": time.perf_counter() - began}
+    # The folder of a model that was made here is this machine's own business.
+    return {**plan.to_dict(), "model": case.model, "seconds_to_plan": time.perf_counter() - began}
 
 
 def measured(case: Case, folder: Path, scratch: Path) -> dict[str, Any]:

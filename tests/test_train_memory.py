@@ -48,9 +48,11 @@ def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 def work():
     blocks = [torch.ones(size * 2**18) for size in (35, 48, 40)]
 for _ in range(6): work()
-before = faults()
-for _ in range(3): work()
-print(faults() - before)
+def fetched():
+    before = faults()
+    work()
+    return faults() - before
+print(min(fetched() for _ in range(3)))
 import psutil
 held = psutil.Process().memory_info().rss
 allocator.trim()
@@ -67,8 +69,8 @@ def test_pages_of_freed_activations_are_kept_and_given_back_when_asked() -> None
 
     plain, kept = run("plain"), run("kept")
     assert kept[0] == "glibc, pages kept"
-    # On some machines the heap grows once more by one block.
-    assert int(plain[0]) > 5 * int(kept[1])
+    # The least of a few rounds: on some machines the heap grows once more by one block.
+    assert int(plain[0]) > 10 * max(1, int(kept[1]))
     assert int(kept[2]) > 100 * 2**20
     assert int(plain[1]) < 20 * 2**20
 

@@ -58,7 +58,6 @@ def settings_alone(model: PreTrainedModel) -> Iterator[None]:
         model.generation_config = own
 
 
-@torch.inference_mode()
 @contextmanager
 def head_reads_whole_rows(model: PreTrainedModel) -> Iterator[None]:
     """The head's input lies in one piece.
@@ -77,6 +76,7 @@ def head_reads_whole_rows(model: PreTrainedModel) -> Iterator[None]:
         handle.remove()
 
 
+@torch.inference_mode()
 def generate(
     model: PreTrainedModel,
     tokenizer: Any,
