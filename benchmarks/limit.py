@@ -33,8 +33,9 @@ from benchmarks.parts import PARTS, Parts
 from benchmarks.steps import ROWS_PER_STEP, encoded, steps_of
 from lighten.data.batches import MicroBatch
 from lighten.hardware import PeakMemory
+from lighten.train.passes import shares_of
 from lighten.train.prepare import Setup
-from lighten.train.step import shares_of, train_step
+from lighten.train.step import train_step
 
 
 def measure(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:

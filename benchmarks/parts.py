@@ -22,8 +22,8 @@ from benchmarks.arithmetic import Work
 from lighten.adapters.frozen import product, weight_of
 from lighten.adapters.layers import CohortLinear
 from lighten.data.batches import MicroBatch
+from lighten.train.passes import shares_of
 from lighten.train.prepare import Setup
-from lighten.train.step import shares_of
 
 PARTS = ("linear", "low-rank", "attention", "norm", "activation", "loss", "optimiser")
 

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 import lighten
 from lighten.adapters import AdapterSpec, Cohort
 from lighten.data.batches import Item, MicroBatch, layout
-from lighten.train.lanes import Lanes, choose, shared_out
+from lighten.train.lanes import Lanes, Threads, choose, shared_out
 from lighten.train.loss import Objective
 from lighten.train.member import Member
 from lighten.train.memory import checkpoint_layers
@@ -49,7 +49,7 @@ def step_in(
 def test_lanes_change_neither_loss_nor_gradients(arch: str, count: int) -> None:
     spec = AdapterSpec("a", r=4, dropout=0.2, init_lora_weights=False, seed=3)
     wanted, alone = step_in(None, cohort_of(spec, arch=arch))
-    report, members = step_in(Lanes(count, 2), cohort_of(spec, arch=arch))
+    report, members = step_in(Threads(count, 2), cohort_of(spec, arch=arch))
     assert report["a"].loss == pytest.approx(wanted["a"].loss, rel=1e-6)
     assert report["a"].grad_norm == pytest.approx(wanted["a"].grad_norm, rel=1e-5)
     assert_close(gradients(members[0]), gradients(alone[0]))
@@ -64,7 +64,7 @@ def test_lanes_of_packed_rows_of_several_adapters(recomputed: bool) -> None:
         return made
 
     wanted, alone = step_in(None, cohort(), packed=True, max_rows=3)
-    report, members = step_in(Lanes(2, 2), cohort(), packed=True, max_rows=3)
+    report, members = step_in(Threads(2, 2), cohort(), packed=True, max_rows=3)
     for name, own, other in zip("ab", members, alone, strict=True):
         assert report[name].loss == pytest.approx(wanted[name].loss, rel=1e-6)
         assert_close(gradients(own), gradients(other))
@@ -73,7 +73,7 @@ def test_lanes_of_packed_rows_of_several_adapters(recomputed: bool) -> None:
 def test_lanes_give_the_same_bits_however_fast_each_thread_is() -> None:
     found = []
     for _ in range(4):
-        _, members = step_in(Lanes(3, 3), cohort_of(random_spec(), arch="qwen2"), max_rows=1)
+        _, members = step_in(Threads(3, 3), cohort_of(random_spec(), arch="qwen2"), max_rows=1)
         found.append(gradients(members[0]))
     for other in found[1:]:
         assert all(torch.equal(found[0][key], other[key]) for key in found[0])
@@ -95,7 +95,7 @@ def test_gradients_lie_in_memory_as_their_parameters_do() -> None:
     members[0].optimizer.step = watched  # type: ignore[method-assign,assignment]
     train_step(
         micro_batches(UNEVEN, ["a"], 2), members, Objective(cohort.model, cohort),
-        Accelerator(cpu=True), torch.amp.GradScaler("cpu", enabled=False), Lanes(2, 2),
+        Accelerator(cpu=True), torch.amp.GradScaler("cpu", enabled=False), Threads(2, 2),
     )  # fmt: skip
     assert seen
     assert all(seen)
@@ -106,7 +106,7 @@ def test_an_error_in_a_lane_is_raised_where_the_step_was_called() -> None:
     for parameter in cohort.parameters("a").values():
         parameter.data.fill_(float("nan"))
     with pytest.raises(TrainingDiverged, match="adapter 'a'"):
-        step_in(Lanes(2, 2), cohort)
+        step_in(Threads(2, 2), cohort)
 
     def broken(*args: object, **kwargs: object) -> None:
         raise RuntimeError("in the middle of a layer")
@@ -114,7 +114,7 @@ def test_an_error_in_a_lane_is_raised_where_the_step_was_called() -> None:
     cohort.model.register_forward_pre_hook(broken)
     cohort.model.base_model.register_forward_pre_hook(broken)
     with pytest.raises(RuntimeError, match="in the middle of a layer"):
-        step_in(Lanes(2, 2), cohort)
+        step_in(Threads(2, 2), cohort)
 
 
 def test_every_micro_batch_goes_to_the_lane_with_the_fewest_tokens() -> None:

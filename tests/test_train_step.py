@@ -18,7 +18,8 @@ from lighten.train.heldout import held_out
 from lighten.train.loss import Objective
 from lighten.train.member import Member, MemberSettings
 from lighten.train.memory import checkpoint_layers
-from lighten.train.step import MemberStep, TrainingDiverged, shares_of, train_step
+from lighten.train.passes import shares_of
+from lighten.train.step import MemberStep, TrainingDiverged, train_step
 from tests.tiny import ARCHITECTURES, VOCAB, tiny_model
 
 

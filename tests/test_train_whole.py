@@ -31,7 +31,8 @@ from lighten.train import checkpoints
 from lighten.train.loss import Objective
 from lighten.train.member import Member
 from lighten.train.memory import checkpoint_layers
-from lighten.train.step import MemberStep, shares_of
+from lighten.train.passes import shares_of
+from lighten.train.step import MemberStep
 from tests.test_train_step import (
     UNEVEN,
     Row,

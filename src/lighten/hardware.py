@@ -238,7 +238,7 @@ class PeakMemory:
 
     def __init__(self, device: str = "cpu") -> None:
         self.device = device
-        self._highest = 0
+        self._highest = self._earlier = self._beside = 0
         self._sampler: threading.Thread | None = None
         if device.startswith("cuda"):
             import torch
@@ -254,6 +254,7 @@ class PeakMemory:
 
     def restart(self) -> None:
         """Forget the peak so far; what the process held at first stays the baseline."""
+        self._earlier = self._beside = 0
         if self.device.startswith("cuda"):
             import torch
 
@@ -262,6 +263,21 @@ class PeakMemory:
             _reset_high_water()
         else:
             self._highest = 0
+
+    def beside(self, held: int) -> None:
+        """Other processes of the run held this much at most, beside what they share with this one.
+
+        It is added to this process's own peak since it was last 0.
+
+        Args:
+            held: In bytes; 0: there are none (any more).
+        """
+        if self.device.startswith("cuda") or bool(held) == bool(self._beside):
+            self._beside = max(held, self._beside)
+            return
+        before = self._earlier, self._together()
+        self.restart()
+        self._earlier, self._beside = max(before), held
 
     def read(self) -> dict[str, Any]:
         """`peak_bytes` since the start and how it was measured; on a GPU `reserved_bytes` too."""
@@ -273,8 +289,11 @@ class PeakMemory:
                 "reserved_bytes": torch.cuda.max_memory_reserved(),
                 "method": self.method,
             }
-        highest = self._highest if self._sampler else _high_water()
+        highest = max(self._earlier, self._together())
         return {"peak_bytes": max(0, highest - self._base), "method": self.method}
+
+    def _together(self) -> int:
+        return self._beside + (self._highest if self._sampler else high_water())
 
     def _sample(self) -> None:
         own, pause = psutil.Process(), threading.Event()
@@ -288,11 +307,11 @@ def _reset_high_water() -> bool:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:
         return False
-    return _high_water() > 0
+    return high_water() > 0
 
 
-def _high_water() -> int:
-    """Linux's VmHWM in bytes, 0 where there is none."""
+def high_water() -> int:
+    """The most that this process held since that was reset: Linux's VmHWM in bytes, else 0."""
     try:
         for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
             if line.startswith("VmHWM"):

@@ -131,8 +131,9 @@ def measure(
     from lighten.data.batches import collate
     from lighten.hardware import PeakMemory
     from lighten.plan.steps import largest_step
+    from lighten.train.passes import shares_of
     from lighten.train.prepare import prepare
-    from lighten.train.step import shares_of, train_step
+    from lighten.train.step import train_step
 
     allocator.keep_pages(kind)
     accelerator = Accelerator(cpu=kind == "cpu")

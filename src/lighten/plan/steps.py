@@ -31,8 +31,9 @@ from lighten.plan.follow import Follow, Timeline
 from lighten.plan.result import Shape
 from lighten.recipe import Recipe
 from lighten.train.member import Member
+from lighten.train.passes import undropped
 from lighten.train.prepare import Rows, Setup, prepare
-from lighten.train.step import train_step, undropped
+from lighten.train.step import train_step
 
 STEPS = 2
 # Tokens of a row at which its attention takes about as much memory as the rest of its layers.

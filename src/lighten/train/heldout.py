@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
-from lighten.data.batches import Item, MicroBatch, TokenRow, collate, layout
+from lighten.data.batches import Item, TokenRow, collate, layout
 from lighten.train.lanes import Lanes
 from lighten.train.loss import Objective
-from lighten.train.step import undropped
+from lighten.train.passes import measure, undropped
 
 
 @dataclass(frozen=True)
@@ -81,22 +81,13 @@ def held_out(
     if batches:
         objective.verify(batches[0], undropped(batches[0]))
 
-    @torch.no_grad()
-    def measure(own: Sequence[MicroBatch]) -> None:
-        for laid_out in own:
-            batch = laid_out if objective.packs else laid_out.padded()
-            shares = undropped(batch)
-            with objective.at(batch, shares):
-                weights = torch.ones(len(batch.labels), device=batch.labels.device)
-                _, each = objective(batch, shares, weights)
-            for place, item in enumerate(batch.items):
-                span = slice(batch.supervised_before[place], batch.supervised_before[place + 1])
-                nll[item.row] = float(each[span].double().sum())
-                tokens[item.row] = span.stop - span.start
-
     if lanes is None:
-        measure(batches)
+        lost = [measure(batch, objective) for batch in batches]
     else:
-        lanes.each(measure, batches)
+        lost = lanes.measure(objective, batches)
+    for batch, own in zip(batches, lost, strict=True):
+        for place, item in enumerate(batch.items):
+            nll[item.row] = own[place]
+            tokens[item.row] = batch.supervised_in(place, place + 1)
     kept = [item.row for item in items]
     return HeldOut(tuple(nll[i] for i in kept), tuple(tokens[i] for i in kept))

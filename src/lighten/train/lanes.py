@@ -1,4 +1,4 @@
-"""Micro-batches side by side: each lane is a thread that trains its own on its own cores.
+"""Micro-batches side by side: each lane trains its own on its own cores.
 
 A matrix product over all cores waits at its end for the slowest of them, and what is small between
 two products (norms, attention of short rows, low-rank updates) hardly gains from more than one.
@@ -9,9 +9,13 @@ decided beforehand, and gradients are summed in the lanes' order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +23,8 @@ from torch import Tensor, nn
 from lighten.adapters import Trained
 from lighten.data.batches import MicroBatch
 from lighten.hardware import Choice
+from lighten.train.loss import Objective
+from lighten.train.passes import learn, measure
 
 # A lane of fewer tokens leaves its matrix products unfilled (docs/lab-notes.md).
 FULL_TOKENS = 512
@@ -51,8 +57,76 @@ def choose(
     return Choice(str(count), "micro-batches side by side keep every core busy")
 
 
-class Lanes:
-    """Threads that share out the micro-batches of a step.
+class Lanes(ABC):
+    """What shares out the micro-batches of a step, or of an evaluation.
+
+    Args:
+        count: How many lanes there are.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    @abstractmethod
+    def learn(
+        self,
+        objective: Objective,
+        batches: Sequence[MicroBatch],
+        parameters: Sequence[nn.Parameter],
+        per_token: Mapping[str, float],
+        scale: float,
+    ) -> list[dict[str, float]]:
+        """`passes.learn` on every micro-batch, its gradients added to those of the parameters.
+
+        The first exception of a lane is raised here once all lanes have ended.
+        """
+
+    @abstractmethod
+    def measure(self, objective: Objective, batches: Sequence[MicroBatch]) -> list[list[float]]:
+        """`passes.measure` of every micro-batch, in the batches' order."""
+
+    @abstractmethod
+    def give_back(self) -> None:
+        """Lanes that hold free memory of their own give it back to the system."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End what the lanes run in."""
+
+
+class Pool:
+    """Threads that each compute with a few of PyTorch's own.
+
+    Args:
+        count: How many.
+        threads: Of PyTorch, for each.
+    """
+
+    def __init__(self, count: int, threads: int) -> None:
+        self._ids: list[int] = []
+        self._pool = ThreadPoolExecutor(count, "lane", self._begin, (threads,))
+
+    def submit(self, work: Callable[..., Result], *arguments: Any) -> Future[Result]:
+        """Have a thread do the work."""
+        return self._pool.submit(work, *arguments)
+
+    def close(self) -> None:
+        """End the threads.
+
+        One that has ended for Python still frees what libraries kept for it, and holds their locks
+        meanwhile. A process forked then would inherit them locked for ever, so this waits (Linux).
+        """
+        self._pool.shutdown()
+        while any(Path(f"/proc/self/task/{own}").exists() for own in self._ids):
+            time.sleep(0.001)
+
+    def _begin(self, threads: int) -> None:
+        self._ids.append(threading.get_native_id())
+        torch.set_num_threads(threads)  # their number is each calling thread's own
+
+
+class Threads(Lanes):
+    """Lanes that are threads of this process.
 
     Args:
         count: How many.
@@ -60,18 +134,45 @@ class Lanes:
     """
 
     def __init__(self, count: int, threads: int) -> None:
-        self.count = count
-        own = max(1, threads // count)
-        # The number of threads that PyTorch uses is each calling thread's own.
-        self._pool = ThreadPoolExecutor(count, "lane", lambda: torch.set_num_threads(own))
+        super().__init__(count)
+        self._pool = Pool(count, max(1, threads // count))
 
-    def each(
+    def learn(
+        self,
+        objective: Objective,
+        batches: Sequence[MicroBatch],
+        parameters: Sequence[nn.Parameter],
+        per_token: Mapping[str, float],
+        scale: float,
+    ) -> list[dict[str, float]]:
+        """See `Lanes`."""
+
+        def lane(own: list[MicroBatch]) -> tuple[Slopes, list[dict[str, float]]]:
+            slopes = Slopes(parameters)
+            return slopes, [learn(b, objective, per_token, scale, slopes.backward) for b in own]
+
+        lost: list[dict[str, float]] = []
+        for slopes, own in self._each(lane, batches):
+            slopes.give()
+            lost += own
+        return lost
+
+    def measure(self, objective: Objective, batches: Sequence[MicroBatch]) -> list[list[float]]:
+        """See `Lanes`."""
+        found = self._each(lambda own: [measure(batch, objective) for batch in own], batches)
+        return in_order(batches, found, self.count)
+
+    def give_back(self) -> None:
+        """Threads hold nothing of their own."""
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.close()
+
+    def _each(
         self, work: Callable[[list[MicroBatch]], Result], batches: Sequence[MicroBatch]
     ) -> list[Result]:
-        """What the work makes of each lane's micro-batches, by lane.
-
-        The first exception of a lane is raised here once all lanes have ended.
-        """
+        """What the work makes of each lane's micro-batches, by lane."""
         futures = [self._pool.submit(work, own) for own in shared_out(batches, self.count)]
         for future in futures:
             future.exception()
@@ -89,12 +190,31 @@ def shared_out(batches: Sequence[MicroBatch], count: int) -> list[list[MicroBatc
     return lanes
 
 
-class Slopes:
-    """The summed gradients of one lane's micro-batches."""
+def in_order(
+    batches: Sequence[MicroBatch], found: Sequence[Sequence[Result]], count: int
+) -> list[Result]:
+    """What the lanes found of each micro-batch, back in the batches' order."""
+    places = {id(batch): place for place, batch in enumerate(batches)}
+    made: dict[int, Result] = {}
+    for own, results in zip(shared_out(batches, count), found, strict=True):
+        made |= {places[id(batch)]: one for batch, one in zip(own, results, strict=True)}
+    return [made[place] for place in range(len(batches))]
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+
+class Slopes:
+    """The summed gradients of one lane's micro-batches.
+
+    Args:
+        parameters: Whose.
+        into: Tensors of the parameters' shapes to sum in; None: memory is taken as it is needed.
+    """
+
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], into: Sequence[Tensor] | None = None
+    ) -> None:
         self.parameters = parameters
         self.sums: list[Tensor | None] = [None] * len(parameters)
+        self._into = into
 
     def backward(self, loss: Tensor) -> None:
         """Add the loss's gradients; parameters that it does not depend on are left out."""
@@ -105,7 +225,10 @@ class Slopes:
             elif more is not None:
                 # A fused optimiser reads gradients in the order of their memory, which has to be
                 # the parameter's; a product's may be transposed.
-                self.sums[place] = torch.empty_like(self.parameters[place]).copy_(more)
+                total = (
+                    self._into[place] if self._into else torch.empty_like(self.parameters[place])
+                )
+                self.sums[place] = total.copy_(more)
 
     def give(self) -> None:
         """Add the sums to the parameters' own gradients, and let go of them."""

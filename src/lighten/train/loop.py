@@ -13,17 +13,19 @@ import torch
 from lighten import allocator, runs
 from lighten.data.batches import Item, MicroBatch, collate, layout, steps_of_epoch
 from lighten.hardware import PeakMemory
-from lighten.train import checkpoints, short_memory
+from lighten.train import checkpoints, forked, short_memory
 from lighten.train.checkpoints import TrainerState
+from lighten.train.forked import Forked
 from lighten.train.heldout import HeldOut, held_out
 from lighten.train.interrupt import Interrupted, StopSignals
 from lighten.train.judge import Judge
-from lighten.train.lanes import Lanes
+from lighten.train.lanes import Lanes, Threads
 from lighten.train.member import Member
+from lighten.train.passes import undropped
 from lighten.train.prediction import Prediction
 from lighten.train.prepare import Setup
 from lighten.train.progress import TrainingProgress
-from lighten.train.step import MemberStep, TrainingDiverged, train_step, undropped
+from lighten.train.step import MemberStep, TrainingDiverged, train_step
 
 
 class Loop:
@@ -62,7 +64,8 @@ class Loop:
         self.main = setup.accelerator.is_main_process
         self._lengths = [len(row.input_ids) for row in setup.rows.train.rows]
         self._epochs: dict[tuple[int, int], list[list[int]]] = {}
-        self._lanes = Lanes(setup.lanes, torch.get_num_threads()) if setup.lanes > 1 else None
+        self._lanes: Lanes | None = None
+        self._first, self._forks = state.step, forked.possible()
 
     def run(self) -> None:
         """Train from the state's step to the end.
@@ -71,32 +74,39 @@ class Loop:
             Interrupted: SIGINT or SIGTERM came; the state is saved.
             UserError: A loss is not finite, or the disk is full.
         """
-        setup, state, recipe = self.setup, self.state, self.setup.recipe
+        setup, state = self.setup, self.state
         self.progress.begin(setup.total_steps, state.step)
         with StopSignals() as signals:
-            while state.step < setup.total_steps and self._active():
-                began = time.perf_counter()
-                members = self._active()
-                report = self._step(members)
-                state.step += 1
-                self._record(report, time.perf_counter() - began)
-                self._pages.after_step()
+            try:
+                self._steps(signals)
+            finally:
+                self._close_lanes()
 
-                last = state.step == setup.total_steps
-                best = False
-                if setup.rows.held_out and (last or self._due(recipe.eval_steps)):
-                    best = self._evaluate(members) and recipe.load_best_model_at_end
-                self._ask_judge()
-                done = last or not self._active()
-                stop = signals.received is not None
-                if done or best or stop or self._due(recipe.save_steps):
-                    self._save()
-                if signals.received is not None and not done:
-                    raise Interrupted(
-                        f"stopped by {signals.received.name} after step {state.step}; the state is "
-                        f"saved, go on with --resume",
-                        signals.received,
-                    )
+    def _steps(self, signals: StopSignals) -> None:
+        setup, state, recipe = self.setup, self.state, self.setup.recipe
+        while state.step < setup.total_steps and self._active():
+            began = time.perf_counter()
+            members = self._active()
+            report = self._step(members)
+            state.step += 1
+            self._record(report, time.perf_counter() - began)
+            self._pages.after_step()
+
+            last = state.step == setup.total_steps
+            best = False
+            if setup.rows.held_out and (last or self._due(recipe.eval_steps)):
+                best = self._evaluate(members) and recipe.load_best_model_at_end
+            self._ask_judge()
+            done = last or not self._active()
+            stop = signals.received is not None
+            if done or best or stop or self._due(recipe.save_steps):
+                self._save()
+            if signals.received is not None and not done:
+                raise Interrupted(
+                    f"stopped by {signals.received.name} after step {state.step}; the state is "
+                    f"saved, go on with --resume",
+                    signals.received,
+                )
 
     def _step(self, members: list[Member]) -> dict[str, MemberStep]:
         """One step of all adapters that do not diverge in it."""
@@ -122,6 +132,7 @@ class Loop:
                 batches = list(self._micro_batches(step, members))
                 if batches and setup.objective.verify(batches[0], undropped(batches[0])):
                     batches = list(self._micro_batches(step, members))
+                self._open_lanes()
                 return train_step(
                     batches, members, setup.objective, setup.accelerator, setup.scaler, self._lanes
                 )
@@ -129,9 +140,42 @@ class Loop:
                 if not (self._retries and short_memory.ran_out(error)):
                     raise
                 self._shrink(batches, error)
+                self._close_lanes()
             # Only here, with the exception and the step that it holds gone, is there memory again.
             batches.clear()
             short_memory.clear(setup)
+
+    def _open_lanes(self) -> None:
+        """Processes as soon as what they inherit is complete: a checked loss, compiled layers."""
+        setup = self.setup
+        if setup.lanes == 1 or isinstance(self._lanes, Forked):
+            return
+        threads = torch.get_num_threads()
+        compiles = setup.choices["compilation"].value == "on" and self.state.step == self._first
+        if self._forks and not compiles:
+            groups = setup.groups(setup.members)
+            learning = [[p for m in group for p in m.parameters.values()] for group in groups]
+            self._pages.give_back()  # a child would copy each free page that it writes to
+            try:
+                made = Forked(setup.lanes, threads, setup.objective, learning)
+            except OSError as error:
+                self._forks = False
+                self.progress.note(f"lanes are threads, for want of processes: {error}")
+            else:
+                self._close_lanes()
+                self._lanes = made
+        self._lanes = self._lanes or Threads(setup.lanes, threads)
+
+    def _close_lanes(self) -> None:
+        if self._lanes is not None:
+            self._lanes.close()
+            self._lanes = None
+        self.memory.beside(0)
+
+    def _give_back(self) -> None:
+        self._pages.give_back()
+        if self._lanes is not None:
+            self._lanes.give_back()
 
     def _shrink(self, batches: list[MicroBatch], error: BaseException) -> None:
         """Halve the micro-batches from now on, and say why; raises where that is no way on."""
@@ -216,6 +260,8 @@ class Loop:
         """Append a line per adapter to metrics.jsonl and move the bar."""
         state, recipe = self.state, self.setup.recipe
         state.seconds += seconds
+        if isinstance(self._lanes, Forked):
+            self.memory.beside(self._lanes.own_bytes)
         peak = self.memory.read()["peak_bytes"]
         tokens = sum(own.tokens for own in report.values())
         state.tokens += tokens
@@ -247,7 +293,7 @@ class Loop:
         setup, state = self.setup, self.state
         any_best = False
         assert setup.rows.held_out is not None
-        self._pages.give_back()
+        self._give_back()
         for member in members:
             began = time.perf_counter()
             found = held_out(
@@ -279,7 +325,7 @@ class Loop:
                 f"step {state.step}: {member.name} held-out loss {found.loss:.4f} "
                 f"± {found.standard_error:.4f}{ends}"
             )
-        self._pages.give_back()
+        self._give_back()
         return any_best
 
     def _line(self, line: dict[str, Any], *, track: bool) -> None:
@@ -295,7 +341,7 @@ class Loop:
 
     def _save(self) -> None:
         setup, state = self.setup, self.state
-        self._pages.give_back()
+        self._give_back()
         if self.main:
             state.members = {member.name: member.progress for member in setup.members}
             state.scaler = dict(setup.scaler.state_dict())
@@ -311,4 +357,4 @@ class Loop:
             keep = best if setup.recipe.load_best_model_at_end else []
             checkpoints.prune(self.folder / "checkpoints", setup.recipe.save_total_limit, keep)
         setup.accelerator.wait_for_everyone()
-        self._pages.give_back()
+        self._give_back()

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from lighten.adapters.layers import Share
 from lighten.data.batches import MicroBatch
 from lighten.errors import UserError
-from lighten.train.lanes import Lanes, Slopes
+from lighten.train.lanes import Lanes
 from lighten.train.loss import Objective
 from lighten.train.member import Member
+from lighten.train.passes import learn, shares_of
 
 
 class TrainingDiverged(UserError):
@@ -137,54 +137,17 @@ def _backward(
     lanes: Lanes | None,
 ) -> dict[str, float]:
     """Gradients of all micro-batches into the parameters; each adapter's summed token losses."""
-
-    def losses(batch: MicroBatch, backward: Callable[[Tensor], None]) -> dict[str, float]:
-        shares = shares_of(batch)
-        weights = torch.empty(len(batch.labels), dtype=torch.float32, device=batch.labels.device)
-        spans = {str(s.member): slice(batch.supervised_before[s.start],
-                                      batch.supervised_before[s.stop]) for s in shares}  # fmt: skip
-        for name, span in spans.items():
-            weights[span] = per_token[name]
-        with objective.at(batch, shares):
-            loss, nll = objective(batch, shares, weights)
-            backward(scaler.scale(loss))
-        return {name: float(nll[span].double().sum()) for name, span in spans.items()}
-
-    found: list[dict[str, float]] = []
+    scale = 1.0
+    if scaler.is_enabled():  # which makes its factor at the first call
+        scale = float(scaler.scale(torch.ones((), device=batches[0].labels.device)))
     if lanes is None:
-        found = [losses(batch, lambda loss: loss.backward()) for batch in batches]
+        found = [learn(batch, objective, per_token, scale, Tensor.backward) for batch in batches]
     else:
         parameters = [p for member in members for p in member.parameters.values()]
-
-        def lane(own: list[MicroBatch]) -> tuple[Slopes, list[dict[str, float]]]:
-            slopes = Slopes(parameters)
-            return slopes, [losses(batch, slopes.backward) for batch in own]
-
-        for slopes, own in lanes.each(lane, batches):
-            slopes.give()
-            found += own
+        found = lanes.learn(objective, batches, parameters, per_token, scale)
     return {
         member.name: math.fsum(own.get(member.name, 0.0) for own in found) for member in members
     }
-
-
-def shares_of(batch: MicroBatch) -> tuple[Share, ...]:
-    """Runs of rows that belong to one adapter, with what dropout needs to know of them."""
-    shares: list[Share] = []
-    start = 0
-    for stop in range(1, len(batch.items) + 1):
-        ends = stop == len(batch.items) or batch.items[stop].member != batch.items[start].member
-        if ends:
-            keys = tuple(item.key for item in batch.items[start:stop])
-            member = batch.items[start].member
-            shares.append(Share(member, start, stop, keys, batch.lengths[start:stop]))
-            start = stop
-    return tuple(shares)
-
-
-def undropped(batch: MicroBatch) -> tuple[Share, ...]:
-    """`shares_of` without dropout: measured, or compared with rows that are laid out otherwise."""
-    return tuple(replace(share, dropout_keys=None) for share in shares_of(batch))
 
 
 def _check(member: Member, own: MemberStep, scaler: torch.amp.GradScaler) -> None:
