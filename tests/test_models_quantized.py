@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import re
 from pathlib import Path
@@ -106,6 +107,23 @@ def test_reading_layer_by_layer_equals_quantising_what_is_loaded(
     for key, value in made.state_dict().items():
         assert torch.equal(value, state[key]), key
     assert torch.equal(read(IDS).logits, made(IDS).logits)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="reads Linux's /proc")
+@pytest.mark.parametrize("said", ["nf4", "int8"])
+def test_no_file_stays_mapped_once_a_base_is_quantised(said: str, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "llama", "llama")
+    plain = models.load(str(folder), dtype="float32").model
+    assert str(folder) in Path("/proc/self/smaps").read_text(encoding="utf-8"), "what is compared"
+    wanted = {key: value.clone() for key, value in plain.state_dict().items()}
+    del plain
+    gc.collect()
+    model = models.load(str(folder), dtype="float32", **FORMATS[said]).model
+    assert str(folder) not in Path("/proc/self/smaps").read_text(encoding="utf-8")
+    for key in ("model.embed_tokens.weight", "model.norm.weight"):
+        assert torch.equal(model.state_dict()[key], wanted[key]), key
+    tied = model.config.tie_word_embeddings
+    assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied
 
 
 @pytest.mark.parametrize("said", ["nf4", "int8"])

@@ -115,6 +115,8 @@ def load(
             left = quantized.left_to_do(name, path, storage)
             model = _pretrained(name, path, torch_dtype, trust_remote_code, left, device)
         quantized.finish(model, left, torch_dtype, device)
+        if quantized.census(model).storage is not None:
+            quantized.let_go_of_files(model)
     attention = set_attention(model, attn_implementation, device)
     if tokenizer.pad_token_id is None:
         # Padding is never attended to and never supervised, so any token serves (trap 11).

@@ -231,6 +231,17 @@ def finish(
         model.set_submodule(path, made)
 
 
+def let_go_of_files(model: nn.Module) -> None:
+    """Copy what stayed dense, so that no tensor keeps the weight files mapped.
+
+    A dense tensor of the files' own format is a view of their mapping, and a mapping goes as a
+    whole: one embedding kept the pages of every weight that was read to be quantised.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and tensor.untyped_storage().nbytes():
+            tensor.data = tensor.data.clone()
+
+
 def _quantised(module: nn.Module, wanted: Storage, compute: torch.dtype, device: str) -> nn.Module:
     layer_types()  # says so if bitsandbytes is missing
     import bitsandbytes as bnb

@@ -142,13 +142,14 @@ def segment_size(size: int) -> int:
 
 PAGE = 4096
 ALIGNMENT, HEADER, LEAST = 64, 16, 32  # PyTorch's alignment; malloc's granule; its least chunk
-# Free chunks up to this size are set aside and not joined with their neighbours: seven of each by
-# glibc, and more are soon taken by the interpreter's and PyTorch's small objects. A block then has
-# no room where one of its size was, for want of the few bytes that its alignment asks for. How many
-# are lost so is chaotic; this number came closest to seven measured trainings.
-SET_ASIDE, OF_EACH = 1040, 20
-# What PyTorch's own objects for a new tensor take beside its numbers: its storage, the tensor.
-OBJECTS = (112, 208)
+# Free chunks up to this size are set aside and not joined with their neighbours, seven of each:
+# TCACHE_MAX_BYTES and TCACHE_FILL_COUNT of glibc's malloc.c. A block then has no room where one of
+# its size was, for want of the few bytes that its alignment asks for.
+SET_ASIDE, OF_EACH = 1040, 7
+# Chunks of PyTorch's own objects beside a tensor's numbers: its storage (96 bytes), the tensor
+# (176) and two handles (24, 32). They are the small blocks that most often outlive an operation,
+# each about half as often as there are tensors, in a trace of malloc over a LoRA step (torch 2.13).
+OBJECTS = (112, 192, 32, 48)
 
 
 @dataclass
@@ -182,11 +183,15 @@ class Heap:
     _starts: dict[int, int] = field(default_factory=dict)
     _ends: dict[int, int] = field(default_factory=dict)
     _aside: dict[int, list[int]] = field(default_factory=dict)
+    _dry: list[tuple[int, int]] = field(default_factory=list)  # (start, end) without pages, sorted
+    _dry_bytes: int = 0
 
     def take(self, size: int) -> tuple[int, int, int, tuple[tuple[int, int], ...]]:
         """(start, chunk, size, its objects) of a block; a mapped one starts at -1."""
         self.allocated += size
         start, chunk = self._aligned(size)
+        if self._dry and start >= 0:
+            self._write(start, start + chunk)
         objects = tuple(self._plain(own) for own in self.objects)
         self._count()
         return start, chunk, size, objects
@@ -206,6 +211,29 @@ class Heap:
             self._end = -(-(self._top + self.pad_bytes) // PAGE) * PAGE
             self._touched = min(self._touched, self._end)
         self._count()
+
+    def trim(self) -> None:
+        """Give the pages of all free chunks back, as `malloc_trim` does."""
+        self._end = self._touched = -(-self._top // PAGE) * PAGE
+        whole = [(-(-start // PAGE) * PAGE, (start + size) // PAGE * PAGE)
+                 for start, size in self._starts.items()]  # fmt: skip
+        self._dry = sorted((start, end) for start, end in whole if start < end)
+        self._dry_bytes = sum(end - start for start, end in self._dry)
+        self._count()
+
+    def _write(self, start: int, end: int) -> None:
+        """Pages that were given back are there again."""
+        first = max(0, bisect.bisect_left(self._dry, (start,)) - 1)
+        last = bisect.bisect_left(self._dry, (end,))
+        left: list[tuple[int, int]] = []
+        for low, high in self._dry[first:last]:
+            wet = max(0, min(high, end) - max(low, start))
+            self._dry_bytes -= wet
+            if not wet:
+                left.append((low, high))
+                continue
+            left += [(a, b) for a, b in ((low, min(high, start)), (max(low, end), high)) if a < b]
+        self._dry[first:last] = left
 
     def _aligned(self, size: int) -> tuple[int, int]:
         """As `posix_memalign` takes it."""
@@ -254,7 +282,7 @@ class Heap:
         return start, wanted
 
     def _count(self) -> None:
-        self.held = self._touched + self._mapped
+        self.held = self._touched - self._dry_bytes + self._mapped
         self.highest = max(self.highest, self.held)
 
     def _free(self, start: int, size: int) -> None:
@@ -307,12 +335,15 @@ class Held:
     most_allocated: int
 
 
-def replay(allocator: Allocator, events: Iterable[tuple[int, bool, int]]) -> tuple[Held, list[int]]:
+def replay(
+    allocator: Allocator, events: Iterable[tuple[int, bool, int]], trimmed: int | None = None
+) -> tuple[Held, list[int]]:
     """Feed an allocator births and deaths.
 
     Args:
         allocator: New, or after what came before.
         events: (number of the block, whether it is born, bytes), in order.
+        trimmed: Index of the event before which a heap's free pages are given back.
 
     Returns:
         The peak, and what was held after each event.
@@ -321,6 +352,8 @@ def replay(allocator: Allocator, events: Iterable[tuple[int, bool, int]]) -> tup
     course: list[int] = []
     peak, at, there, most = -1, 0, 0, 0
     for place, (number, born, size) in enumerate(events):
+        if place == trimmed and isinstance(allocator, Heap):
+            allocator.trim()
         if born:
             blocks[number] = allocator.take(size)
         else:

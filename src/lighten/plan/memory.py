@@ -20,12 +20,9 @@ from lighten.plan.follow import OUTSIDE, Block, Event, Pass, Timeline
 from lighten.plan.result import PARTS, Memory, MemoryPart
 
 MIB = 2**20
-# What loads with a model and stays, beside its weights: the architecture's module, tokenizers,
-# kernels that oneDNN compiles, the interpreter's and autograd's own objects. Measured with a model
-# of next to no weights (benchmarks/plan_accuracy.py, torch 2.13, x86-64).
-CONTEXT_BYTES = 45 * MIB
-# A tokenizer in memory, by its file: vocabulary and merges as hash tables.
-TOKENIZER_FACTOR = 4.0
+# A tokenizer in memory, by its file: vocabulary and merges as hash tables. Reading one of 3.4 MB
+# takes 49 MiB (tokenizers 0.23), of which all but 19 serve what a process needs besides.
+TOKENIZER_FACTOR = 5.6
 # The driver's context and kernels of a CUDA process with lazy loading: 426 MiB on an RTX 6000 Ada
 # with PyTorch 2.10 (github.com/unslothai/unsloth-zoo/pull/1053), "around 400MB" in general
 # (github.com/pytorch/pytorch/issues/109888).
@@ -101,12 +98,11 @@ def saving_events(timeline: Timeline, shapes: Mapping[str, Sequence[int]], state
     for whole in (state, empty):
         for part in Shards(whole, "file").parts:
             sizes = [tensor.numel() * 4 for tensor in part.values()]
-            pieces = [Block(size, "temporary buffers", run=run) for size in sizes]
             made = Block(sum(sizes), "temporary buffers", run=run)
             # safetensors' writer fills a vector, of which Python's bytes are a copy.
             vector = Block(made.bytes, "temporary buffers", run=run)
-            born = [*pieces, vector, made]
-            gone = [vector, *pieces] if before is None else [vector, *pieces, before]
+            born = [vector, made]
+            gone = [vector] if before is None else [vector, before]
             timeline.events += [Event(block, True, run, OUTSIDE) for block in born]
             timeline.events += [Event(block, False, run, OUTSIDE) for block in gone]
             before = made
@@ -117,6 +113,7 @@ def processor_memory(
     timeline: Timeline,
     loading: Loading,
     *,
+    context: int,
     verified: int = 0,
     lanes: int = 1,
     margin: float,
@@ -126,23 +123,28 @@ def processor_memory(
     Args:
         timeline: Of the whole model.
         loading: What loading takes.
+        context: Bytes that come with training and are no tensor's, a tokenizer's aside.
         verified: Bytes of files that are mapped at the very end, as `saving_events` gave them.
         lanes: Micro-batches that are computed side by side.
         margin: Share of the peak that it may be off by.
     """
-    context = CONTEXT_BYTES + int(TOKENIZER_FACTOR * loading.tokenizer)
+    context += int(TOKENIZER_FACTOR * loading.tokenizer)
     timeline = _in_lanes(timeline, lanes)
-    steps = next(
+    saving = next(
         (place for place, event in enumerate(timeline.events)
-         if timeline.runs[event.run].phase == "saving"), len(timeline.events),
+         if timeline.runs[event.run].phase == "saving"), None,
     )  # fmt: skip
-    held, _ = replay(Heap(), numbered(timeline)[:steps])
+    # Free pages are given back before a checkpoint is made.
+    heap = Heap()
+    held, course = replay(heap, numbered(timeline), saving)
     parts = timeline.alive_at(held.at)
     overhead = held.peak - held.allocated
-    saving, saved = _saving(timeline, steps, verified)
-    if sum(saved.values()) > sum(parts.values()) + overhead:
-        held, parts, overhead = replace(held, at=saving), saved, 0
-    step = sum(parts.values()) + overhead + context
+    if verified and course[-1] + verified > held.peak:
+        held = replace(held, peak=course[-1] + verified, at=len(course) - 1)
+        parts = timeline.alive_at(held.at)
+        overhead = course[-1] - heap.allocated
+        parts["temporary buffers"] = parts.get("temporary buffers", 0) + verified
+    step = held.peak + context
     weights = {name: parts.get(name, 0) for name in ("base weights", "quantisation constants")}
     load = sum(weights.values()) + loading.files + loading.copies + context
     when = timeline.runs[timeline.events[held.at].run].phase
@@ -154,24 +156,6 @@ def processor_memory(
         )
     parts = {**parts, "allocator overhead": overhead, "device context": context}
     return _memory(timeline, parts, PHASES.get(when, when), margin, None)
-
-
-def _saving(timeline: Timeline, first: int, verified: int) -> tuple[int, dict[str, int]]:
-    """When a checkpoint takes most, and what is alive then: free pages were given back before.
-
-    Args:
-        timeline: With its last checkpoint.
-        first: Index of the first event of saving.
-        verified: Bytes of files that are mapped at the very end.
-    """
-    live = timeline.live()
-    last = len(live) - 1
-    at = max(range(first, len(live)), key=live.__getitem__, default=last)
-    mapped = verified if live[last] + verified > live[at] else 0
-    at = last if mapped else at
-    parts = timeline.alive_at(at)
-    parts["temporary buffers"] = parts.get("temporary buffers", 0) + mapped
-    return at, parts
 
 
 def cuda_memory(timeline: Timeline, *, capability: tuple[int, int] | None, margin: float) -> Memory:

@@ -13,6 +13,7 @@ from lighten.models.load import weight_files
 from lighten.models.quantized import stored_as
 from lighten.plan import memory, rates
 from lighten.plan.build import config_of
+from lighten.plan.context import context_bytes
 from lighten.plan.result import Plan, StepTime
 from lighten.plan.steps import STEPS, Traced, follow_recipe
 from lighten.plan.work import Work
@@ -96,8 +97,9 @@ def plan_recipe(
         time = _time(traced, device)
         verified = memory.saving_events(traced.timeline, shapes, _states(traced))
         peak = memory.processor_memory(
-            traced.timeline, loading, verified=verified, lanes=lanes, margin=margin
-        )
+            traced.timeline, loading, context=context_bytes(), verified=verified, lanes=lanes,
+            margin=margin,
+        )  # fmt: skip
         host = peak.expected
     else:
         time = _time(traced, device)
