@@ -145,8 +145,8 @@ class Forked(Lanes):
         places = [self._places[id(parameter)] for parameter in parameters]
 
         def here(own: list[MicroBatch]) -> tuple[Slopes, list[dict[str, float]]]:
-            slopes = Slopes(parameters)
-            return slopes, [learn(b, objective, per_token, scale, slopes.backward) for b in own]
+            slopes = Slopes(parameters, scale)
+            return slopes, [learn(b, objective, per_token, slopes.backward) for b in own]
 
         first, others = self._each(
             here, lambda own: ("learn", own, places, dict(per_token), scale), batches
@@ -216,8 +216,8 @@ class Forked(Lanes):
             return [measure(batch, self._objective) for batch in given[0]]
         batches, places, per_token, scale = given
         parameters = [self._parameters[place] for place in places]
-        own = Slopes(parameters, slopes.like(parameters))
-        lost = [learn(b, self._objective, per_token, scale, own.backward) for b in batches]
+        own = Slopes(parameters, scale, slopes.like(parameters))
+        lost = [learn(b, self._objective, per_token, own.backward) for b in batches]
         return [total is not None for total in own.sums], lost
 
 

@@ -148,8 +148,8 @@ class Threads(Lanes):
         """See `Lanes`."""
 
         def lane(own: list[MicroBatch]) -> tuple[Slopes, list[dict[str, float]]]:
-            slopes = Slopes(parameters)
-            return slopes, [learn(b, objective, per_token, scale, slopes.backward) for b in own]
+            slopes = Slopes(parameters, scale)
+            return slopes, [learn(b, objective, per_token, slopes.backward) for b in own]
 
         lost: list[dict[str, float]] = []
         for slopes, own in self._each(lane, batches):
@@ -206,18 +206,23 @@ class Slopes:
 
     Args:
         parameters: Whose.
+        scale: Factor of every loss: float16's gradients would underflow without one.
         into: Tensors of the parameters' shapes to sum in; None: memory is taken as it is needed.
     """
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], into: Sequence[Tensor] | None = None
+        self,
+        parameters: Sequence[nn.Parameter],
+        scale: float = 1.0,
+        into: Sequence[Tensor] | None = None,
     ) -> None:
-        self.parameters = parameters
+        self.parameters, self.scale = parameters, scale
         self.sums: list[Tensor | None] = [None] * len(parameters)
         self._into = into
 
     def backward(self, loss: Tensor) -> None:
         """Add the loss's gradients; parameters that it does not depend on are left out."""
+        loss = loss if self.scale == 1.0 else loss * self.scale
         found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         for place, (total, more) in enumerate(zip(self.sums, found, strict=True)):
             if total is not None and more is not None:

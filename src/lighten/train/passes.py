@@ -18,7 +18,6 @@ def learn(
     batch: MicroBatch,
     objective: Objective,
     per_token: Mapping[str, float],
-    scale: float,
     backward: Callable[[Tensor], None],
 ) -> dict[str, float]:
     """Forward and backward of a micro-batch; each adapter's summed token losses, in nats.
@@ -27,8 +26,7 @@ def learn(
         batch: The micro-batch.
         objective: The loss.
         per_token: What a supervised token's loss counts, by adapter.
-        scale: Factor of the loss: float16's gradients would underflow without one.
-        backward: Takes the loss's gradients to wherever they are summed.
+        backward: Takes the loss's gradients, scaled if need be, to wherever they are summed.
     """
     shares = shares_of(batch)
     weights = torch.empty(len(batch.labels), dtype=torch.float32, device=batch.labels.device)
@@ -38,7 +36,7 @@ def learn(
         weights[span] = per_token[name]
     with objective.at(batch, shares):
         loss, nll = objective(batch, shares, weights)
-        backward(loss if scale == 1.0 else loss * scale)
+        backward(loss)
     return {name: float(nll[span].double().sum()) for name, span in spans.items()}
 
 

@@ -137,12 +137,14 @@ def _backward(
     lanes: Lanes | None,
 ) -> dict[str, float]:
     """Gradients of all micro-batches into the parameters; each adapter's summed token losses."""
-    scale = 1.0
-    if scaler.is_enabled():  # which makes its factor at the first call
-        scale = float(scaler.scale(torch.ones((), device=batches[0].labels.device)))
     if lanes is None:
-        found = [learn(batch, objective, per_token, scale, Tensor.backward) for batch in batches]
+
+        def backward(loss: Tensor) -> None:
+            scaler.scale(loss).backward()
+
+        found = [learn(batch, objective, per_token, backward) for batch in batches]
     else:
+        scale = float(scaler.scale(torch.ones(())))
         parameters = [p for member in members for p in member.parameters.values()]
         found = lanes.learn(objective, batches, parameters, per_token, scale)
     return {
