@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.processes import call, python
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -38,11 +37,8 @@ def test_every_command_of_a_page_runs(page: Path, tmp_path: Path, smollm2_folder
     for command in filter(can_run, commands(page)):
         words = shlex.split(command)[1:]
         short = SHORT if words[0] in ("run", "train", "sweep") else []
-        done = subprocess.run(
-            [sys.executable, "-m", "lighten", *words, *short], cwd=tmp_path, check=False,
-            capture_output=True, text=True, input="hello\n/exit\n" if words[0] == "chat" else "",
-            env=os.environ,
-        )  # fmt: skip
+        stdin = "hello\n/exit\n" if words[0] == "chat" else ""
+        done = call(*words, *short, cwd=tmp_path, stdin=stdin)
         assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
 
 
@@ -55,7 +51,8 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, smollm2_folder: Path) -> 
         "**{'evaluate.max_examples': 2, 'evaluate.max_new_tokens': 2}",
     )  # fmt: skip
     assert short != code
-    subprocess.run([sys.executable, "-c", short], cwd=tmp_path, check=True)
+    done = python(short, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "docstrings" / "report.html").is_file()
 
 

@@ -11,7 +11,7 @@ import lighten
 from lighten import models
 from lighten.plan import PARTS
 from lighten.plan.result import Plan
-from tests.test_cli import call
+from tests.processes import call
 from tests.tiny import tiny_config
 
 GIB = 2**30
