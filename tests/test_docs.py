@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 # Enough to see that a command works; the figures are the demo's business.
-SHORT = ["--max_steps", "2", "--per_device_train_batch_size", "2", "--max_eval_samples", "8",
+SHORT = ["--max_steps", "2", "--per_device_train_batch_size", "1", "--max_eval_samples", "4",
          "--evaluate.max_examples", "4", "--evaluate.max_new_tokens", "4"]  # fmt: skip
 # Options that need a package which the tests do without where it is not installed.
 NEEDS = {"--search": "optuna", "--executor": "ray"}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,6 @@ from lighten.plan import asked, before_training, calibration
 from lighten.report.page import page
 from lighten.runs import Run
 from lighten.train import short_memory
-from tests.processes import python
 from tests.tiny import tiny_model, tiny_tokenizer
 
 GIB = 2**30
@@ -179,7 +180,10 @@ def under(
              "max_steps": 2, "per_device_train_batch_size": 8, "tokens_per_microbatch": None,
              "max_length": 4096, "dtype": "float32", "val_size": 0, "learning_rate": 1e-2,
              "torch_compile": False, "more": more, **changes}  # fmt: skip
-    return python(LIMITED, json.dumps(given))
+    return subprocess.run(
+        [sys.executable, "-c", LIMITED, json.dumps(given)], capture_output=True, text=True,
+        check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
 
 
 def test_where_memory_runs_out_the_step_is_made_again_with_the_same_result(
