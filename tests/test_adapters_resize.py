@@ -18,7 +18,7 @@ from lighten.adapters import load as load_adapters
 from lighten.errors import UserError
 from lighten.recipe import Recipe
 from lighten.runs import Run
-from tests.test_cli import call
+from tests.processes import call
 from tests.tiny import VOCAB, tiny_model
 
 IDS = torch.randint(3, VOCAB, (4, 11), generator=torch.Generator().manual_seed(0))

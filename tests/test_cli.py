@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,13 +13,7 @@ import lighten
 from lighten.cli import overrides
 from lighten.errors import UserError
 from lighten.runs import Run
-
-
-def call(*words: str, cwd: Path | None = None, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "lighten", *words], capture_output=True, text=True, cwd=cwd,
-        input=stdin, check=False, env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
-    )  # fmt: skip
+from tests.processes import call, python
 
 
 def test_help_loads_nothing_heavy() -> None:
@@ -87,7 +80,11 @@ def test_the_whole_way_from_a_recipe_to_a_report(
 
 
 def test_training_needs_no_recipe(tiny_folder: Path, chat_file: Path, tmp_path: Path) -> None:
-    done = call("train", str(tiny_folder), str(chat_file), "--max_steps", "1", cwd=tmp_path)
+    """In a Python that nothing prepared."""
+    words = ["-m", "lighten", "train", str(tiny_folder), str(chat_file), "--max_steps", "1"]
+    done = subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert Run(tmp_path / "runs" / "llama-chat").info()["status"] == "finished"
 
@@ -155,5 +152,6 @@ def test_a_verb_is_a_package_that_can_be_called() -> None:
         "except UserError as error: assert 'does not exist' in str(error)\n"
         "else: raise AssertionError\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = python(code)
+    assert done.returncode == 0, done.stderr
     assert set(lighten.__all__) >= {"train", "evaluate", "report", "run"}

@@ -11,7 +11,7 @@ import lighten
 from lighten import models
 from lighten.plan import PARTS
 from lighten.plan.result import Plan
-from tests.test_cli import call
+from tests.processes import call
 from tests.tiny import tiny_config
 
 GIB = 2**30
@@ -36,9 +36,15 @@ def test_a_model_that_fits(tiny_folder: Path) -> None:
 
 
 def test_a_model_that_does_not_fit_says_what_would(tmp_path: Path) -> None:
-    """9 billion numbers in 16 bits on a device of 16 GB."""
-    folder = str(configured(tmp_path / "model", layers=8))
-    table = call("plan", folder, "--device", "t4", "--max_length", "512")
+    """9 billion numbers in 16 bits on a device of 16 GB, in two layers: a plan follows each."""
+    folder = str(tmp_path / "model")
+    tiny_config("llama", hidden_size=16384, intermediate_size=57344, num_hidden_layers=2,
+                num_attention_heads=128, num_key_value_heads=16, vocab_size=64128,
+                architectures=["LlamaForCausalLM"]).save_pretrained(folder)  # fmt: skip
+    assert models.describe(folder).total_parameters == pytest.approx(9e9, rel=0.02)
+    # One short row: what could be changed beside the format is little, and each change is a plan.
+    table = call("plan", folder, "--device", "t4", "--max_length", "128",
+                 "per_device_train_batch_size=1")  # fmt: skip
     assert table.returncode == 1
     assert "does not fit" in table.stdout
     assert "--load_in_4bit true" in table.stdout
@@ -104,7 +110,7 @@ def test_mistakes_are_one_sentence_and_exit_with_2(tiny_folder: Path) -> None:
 
 
 def test_many_gpus(tmp_path: Path) -> None:
-    tiny_config("llama", hidden_size=4096, intermediate_size=16384, num_hidden_layers=8,
+    tiny_config("llama", hidden_size=4096, intermediate_size=16384, num_hidden_layers=2,
                 num_attention_heads=32, num_key_value_heads=8, vocab_size=128256,
                 architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)  # fmt: skip
     numbers = models.describe(str(tmp_path)).total_parameters

@@ -17,6 +17,7 @@ from lighten.errors import UserError
 from lighten.plan import asked, search
 from lighten.plan.result import Plan
 from lighten.recipe import Recipe
+from tests.test_plan_changes import formula
 
 GIB = 2**30
 
@@ -96,9 +97,19 @@ def test_less_memory_means_smaller_micro_batches_and_as_many_rows_per_step(
     size = candidate.settings["per_device_train_batch_size"]
     assert 1 <= size < 8
     assert size * candidate.settings["gradient_accumulation_steps"] == 8
-    nothing = search.fastest(own, asked.planner_for(small(2**20), calibrate=False))
+
+
+def test_where_nothing_fits_shorter_rows_are_tried_too(tiny_folder: Path) -> None:
+    """By figures that are worked out by hand: twelve plans of real steps say no more."""
+    seen: list[Recipe] = []
+    nothing = search.fastest(recipe(tiny_folder, max_length=256), formula(1, seen))
     assert nothing.best is None
     assert all("GiB" in own.why for own in nothing.tried if own.plan is not None)
+    assert {own.max_length for own in seen} == {256, 128}
+    assert {(own.method, own.load_in_4bit) for own in seen} == {
+        ("lora", False), ("lora", True), ("full", False)
+    }  # fmt: skip
+    assert len(nothing.tried) == len(seen) == 2 * 3 * 2, "lengths, methods, with checkpoints or not"
 
 
 def test_the_written_recipe_is_one_that_train_takes(

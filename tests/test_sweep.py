@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,8 @@ from lighten.sweep.arms import expand, group
 from lighten.sweep.budget import Speed, keep, longest
 from lighten.sweep.result import SweepResult
 from lighten.train import lanes
+from tests import processes
+from tests.processes import Forked
 from tests.test_report import CONTRAST, opened
 
 
@@ -237,13 +236,9 @@ def test_a_budget_is_kept_and_leaves_a_valid_result(settings: dict[str, Any]) ->
     assert all(arm["why"] for arm in left)
 
 
-def start(settings: dict[str, Any], *words: str) -> subprocess.Popen[str]:
+def start(settings: dict[str, Any], *words: str) -> Forked:
     flags = [f"{k}={json.dumps(v) if isinstance(v, list) else v}" for k, v in settings.items()]
-    return subprocess.Popen(
-        [sys.executable, "-m", "lighten", "sweep", *flags, *words],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-    )  # fmt: skip
+    return processes.start("sweep", *flags, *words)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,16 @@ def test_auto_gives_a_lane_enough_tokens_to_fill_its_products() -> None:
     assert "modules_to_save" in choice.reason
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """As many as lanes; the tests have one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
 def test_a_run_in_lanes_trains_and_says_so(
     tmp_path: Path, tiny_folder: Path, chat_file: Path
 ) -> None:

@@ -24,6 +24,8 @@ from lighten.recipe import Recipe
 from lighten.runs import Run
 from lighten.train import checkpoints
 from lighten.train.interrupt import Interrupted
+from tests import processes
+from tests.processes import Forked, python
 
 
 @pytest.fixture
@@ -57,14 +59,10 @@ def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool
     return set(ours) == set(theirs) and all(torch.equal(ours[k], theirs[k]) for k in theirs)
 
 
-def start(settings: dict[str, Any], *words: str, **environment: str) -> subprocess.Popen[str]:
+def start(settings: dict[str, Any], *words: str, **environment: str) -> Forked:
     """The command line in its own process, with as many threads as here: sums depend on them."""
     flags = [f"{k}={json.dumps(v) if isinstance(v, list) else v}" for k, v in settings.items()]
-    return subprocess.Popen(
-        [sys.executable, "-m", "lighten", "train", *flags, *words],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), **environment},
-    )  # fmt: skip
+    return processes.start("train", *flags, *words, **environment)
 
 
 def wait_for(path: Path, seconds: float = 60) -> None:
@@ -213,10 +211,7 @@ def test_trap39_a_full_disk_leaves_the_older_checkpoint_and_names_the_file(
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
     other = Path(settings["output_dir"]).with_name("full")
     shutil.copytree(run.folder / "checkpoints", other / "checkpoints")
-    done = subprocess.run(
-        [sys.executable, "-c", code, json.dumps({**settings, "output_dir": str(other)})],
-        capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = python(code, json.dumps({**settings, "output_dir": str(other)}))
     assert done.returncode == 1
     assert "the disk is full" in done.stderr
     assert "optimizer.safetensors could not be written" in done.stderr

@@ -1,0 +1,138 @@
+"""The command line in processes of its own that need not import the libraries each time.
+
+Importing torch, transformers and peft takes a process longer than most of what the tests ask of it.
+So each process here is forked from one that has imported them and nothing else: lighten itself is
+imported anew, with the environment, folder and streams of the call. Tests of how a process starts
+and of what it holds in memory start Python instead.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+LIBRARIES = [
+    "torch", "torch._dynamo", "torch.utils.flop_counter", "transformers", "peft", "accelerate",
+    "bitsandbytes", "safetensors.torch", "sacrebleu", "jinja2", "psutil", "yaml",
+    "transformers.models.llama.modeling_llama",
+]  # fmt: skip
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(LIBRARIES)
+MOST_SECONDS = 900.0
+
+
+class Forked:
+    """A process that runs, with as much of `subprocess.Popen` as the tests need.
+
+    Args:
+        body: What it does with `words`, in the child.
+        words: Its arguments.
+        cwd: Its folder; None: this process's.
+        stdin: All that it can read.
+        environment: Added to this process's, whose number of threads it has too.
+        merged: Whether what it says as errors is among what it says.
+    """
+
+    def __init__(
+        self, body: Callable[..., None], words: tuple[str, ...], *, cwd: Path | None = None,
+        stdin: str = "", environment: Mapping[str, str] | None = None, merged: bool = False,
+    ) -> None:  # fmt: skip
+        self._folder = tempfile.TemporaryDirectory()
+        paths = [Path(self._folder.name) / name for name in ("in", "out", "err")]
+        paths[0].write_text(stdin, encoding="utf-8")
+        self._paths = [*paths[:2], paths[1] if merged else paths[2]]
+        self._merged = merged
+        self._process = _FORKS.Process(
+            target=_child,
+            args=(body, words, str(cwd or Path.cwd()), self._paths,
+                  {**os.environ, **(environment or {})}),
+            daemon=True,  # it ends with the tests, whatever they think of it
+        )  # fmt: skip
+        self._process.start()
+
+    @property
+    def returncode(self) -> int | None:
+        """Its exit code, or minus the signal that ended it; None while it runs."""
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        """The same."""
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """To this process alone."""
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
+
+    def wait(self, timeout: float = MOST_SECONDS) -> int:
+        """Its exit code, once it has ended."""
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            self._process.kill()
+            raise TimeoutError(f"still running after {timeout} s; it said: {self._said(2)[-2000:]}")
+        return self._process.exitcode
+
+    def communicate(self, timeout: float = MOST_SECONDS) -> tuple[str, str]:
+        """All that it said until its end, and as errors."""
+        self.wait(timeout)
+        return self._said(1), "" if self._merged else self._said(2)
+
+    def _said(self, number: int) -> str:
+        return self._paths[number].read_text(encoding="utf-8")
+
+
+def start(*words: str, merged: bool = True, **environment: str) -> Forked:
+    """`lighten` with these words, running."""
+    return Forked(_lighten, words, merged=merged, environment=environment)
+
+
+def call(*words: str, cwd: Path | None = None, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """`lighten` with these words, to its end, on a wide screen."""
+    process = Forked(_lighten, words, cwd=cwd, stdin=stdin, environment={"COLUMNS": "200"})
+    return _ended(process, words)
+
+
+def python(code: str, *words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """`python -c` with this code and these arguments, to its end."""
+    return _ended(Forked(_code, (code, *words), cwd=cwd), words)
+
+
+def _ended(process: Forked, words: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+    out, err = process.communicate()
+    return subprocess.CompletedProcess(words, process.wait(), out, err)
+
+
+def _child(
+    body: Callable[..., None], words: tuple[str, ...], cwd: str, paths: list[Path],
+    environment: Mapping[str, str],
+) -> None:  # fmt: skip
+    multiprocessing.current_process()._config["daemon"] = False  # it may have children
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    for number, path in enumerate(paths):
+        opened = os.open(path, os.O_APPEND | os.O_RDWR | os.O_CREAT if number else os.O_RDONLY)
+        os.dup2(opened, number)
+        os.close(opened)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 -- open until the end
+    try:
+        body(*words)
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing passes over them
+
+
+def _lighten(*words: str) -> None:
+    sys.argv = ["lighten", *words]
+    runpy.run_module("lighten", run_name="__main__", alter_sys=True)
+
+
+def _code(code: str, *words: str) -> None:
+    sys.argv = ["-c", *words]
+    exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})

@@ -1,0 +1,106 @@
+"""What would need less memory: ranked, joined where none is enough alone, told once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lighten import api
+from lighten.plan.changes import SHORTEST, cheapest
+from lighten.plan.result import Change, Memory, MemoryPart, Plan, Shape, StepTime
+from lighten.recipe import Recipe
+
+MIB = 2**20
+
+
+def formula(capacity_mib: int, seen: list[Recipe]) -> Callable[[Recipe], Plan]:
+    """A planner whose memory and time one can work out by hand.
+
+    MiB: 800 of weights or 200 in four bits, 100 of AdamW or 25, and a fortieth for each token of
+    the micro-batch, a tenth of that when recomputed. Time: a second for a token, a quarter more
+    when recomputed and a half more in four bits.
+    """
+
+    def planner(recipe: Recipe) -> Plan:
+        seen.append(recipe)
+        rows, length = recipe.per_device_train_batch_size, recipe.max_length
+        weights = 200 if recipe.load_in_4bit else 800
+        optimiser = 25 if recipe.optim == "adamw_8bit" else 100
+        activations = rows * length / (400 if recipe.gradient_checkpointing else 40)
+        sizes = {"base weights": weights, "optimiser": optimiser, "activations: other": activations}
+        parts = tuple(MemoryPart(name, int(size * MIB)) for name, size in sizes.items())
+        peak = sum(part.bytes for part in parts)
+        tokens = rows * length * recipe.gradient_accumulation_steps
+        seconds = tokens * (1 + 0.25 * recipe.gradient_checkpointing + 0.5 * recipe.load_in_4bit)
+        time = StepTime(seconds, seconds, seconds, 1.0, 1.0, "by hand")
+        return Plan(
+            "m", "d", "lora", Shape(rows, length, recipe.gradient_accumulation_steps),
+            Memory(parts, peak, peak, peak, "backward", None), time, capacity_mib * MIB, 0, 0, None,
+            {}, (), step_tokens=tokens,
+        )  # fmt: skip
+
+    return planner
+
+
+def asked(folder: Path) -> Recipe:
+    return api.plannable(
+        None, model_name_or_path=str(folder), max_length=512, per_device_train_batch_size=8,
+        tokens_per_microbatch=None,
+    )  # fmt: skip
+
+
+def found(folder: Path, capacity_mib: int) -> tuple[list[Change], list[Recipe]]:
+    seen: list[Recipe] = []
+    planner = formula(capacity_mib, seen)
+    recipe = asked(folder)
+    made = planner(recipe)
+    assert made.memory.expected == pytest.approx((800 + 100 + 102.4) * MIB, rel=1e-6)
+    assert made.fits() is False
+    return list(cheapest(recipe, made, planner)), seen
+
+
+def test_what_fits_comes_first_then_what_costs_least(tiny_folder: Path) -> None:
+    changes, seen = found(tiny_folder, 920)
+    assert [(own.settings, own.fits) for own in changes] == [
+        ({"gradient_checkpointing": True}, True),  # 1.25 times the time
+        ({"load_in_4bit": True, "load_in_8bit": False}, True),  # 1.5 times
+        ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}, False),
+        ({"optim": "adamw_8bit"}, False),
+        ({"max_length": 256}, False),
+    ]
+    assert [own.slowdown for own in changes] == pytest.approx([1.25, 1.5, 1, 1, 1])
+    saved = [own.saves_bytes / MIB for own in changes]
+    assert saved == pytest.approx([92.16, 600, 51.2, 75, 51.2], rel=1e-5)
+    assert len(seen) == 6, "the recipe and each change, planned once"
+
+
+def test_where_none_is_enough_they_are_joined_as_far_as_it_takes(tiny_folder: Path) -> None:
+    """300 MiB: a base in 4 bits, and neither its optimiser nor its activations as they were."""
+    changes, _ = found(tiny_folder, 300)
+    together, *alone = changes
+    assert len(alone) == 5
+    assert not any(own.fits for own in alone)
+    assert together.fits is True
+    assert together.settings["load_in_4bit"] is True
+    assert together.settings["per_device_train_batch_size"] == 1
+    assert together.settings["gradient_accumulation_steps"] == 8, "as many rows per step"
+    assert together.what.count("micro-batches") == together.what.count("tokens at most") == 1
+    assert "micro-batches of one row" in together.what, "halved until there is one"
+    joined = formula(300, [])(asked(tiny_folder).changed(together.settings))
+    assert joined.fits() is True
+    assert together.saves_bytes / MIB == pytest.approx(
+        1002.4 - joined.memory.expected / MIB, rel=1e-5
+    )
+
+
+def test_where_all_of_it_is_not_enough_nothing_is_joined(tiny_folder: Path) -> None:
+    changes, seen = found(tiny_folder, 100)
+    assert len(changes) == 5
+    assert not any(own.fits for own in changes)
+    least = seen[-1]
+    assert len(seen) == 7, "one plan in place of a dozen"
+    assert (least.per_device_train_batch_size, least.max_length) == (1, SHORTEST)
+    assert least.load_in_4bit
+    assert least.gradient_checkpointing
