@@ -35,7 +35,7 @@ from lighten import allocator, hardware
 from lighten.data.batches import MicroBatch
 from lighten.train.lanes import Lanes, Pool, Slopes, in_order, shared_out
 from lighten.train.loss import Objective
-from lighten.train.passes import learn, measure
+from lighten.train.passes import measure
 
 ALIGNED = 64  # bytes: a cache line, and the widest vector
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -143,13 +143,10 @@ class Forked(Lanes):
     ) -> list[dict[str, float]]:
         """See `Lanes`."""
         places = [self._places[id(parameter)] for parameter in parameters]
-
-        def here(own: list[MicroBatch]) -> tuple[Slopes, list[dict[str, float]]]:
-            slopes = Slopes(parameters, scale)
-            return slopes, [learn(b, objective, per_token, slopes.backward) for b in own]
-
         first, others = self._each(
-            here, lambda own: ("learn", own, places, dict(per_token), scale), batches
+            lambda own: Slopes(parameters, scale).learn(own, objective, per_token),
+            lambda own: ("learn", own, places, dict(per_token), scale),
+            batches,
         )
         slopes, lost = first
         slopes.give()
@@ -217,7 +214,7 @@ class Forked(Lanes):
         batches, places, per_token, scale = given
         parameters = [self._parameters[place] for place in places]
         own = Slopes(parameters, scale, slopes.like(parameters))
-        lost = [learn(b, self._objective, per_token, own.backward) for b in batches]
+        _, lost = own.learn(batches, self._objective, per_token)
         return [total is not None for total in own.sums], lost
 
 

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -146,13 +146,10 @@ class Threads(Lanes):
         scale: float,
     ) -> list[dict[str, float]]:
         """See `Lanes`."""
-
-        def lane(own: list[MicroBatch]) -> tuple[Slopes, list[dict[str, float]]]:
-            slopes = Slopes(parameters, scale)
-            return slopes, [learn(b, objective, per_token, slopes.backward) for b in own]
-
         lost: list[dict[str, float]] = []
-        for slopes, own in self._each(lane, batches):
+        for slopes, own in self._each(
+            lambda own: Slopes(parameters, scale).learn(own, objective, per_token), batches
+        ):
             slopes.give()
             lost += own
         return lost
@@ -219,6 +216,12 @@ class Slopes:
         self.parameters, self.scale = parameters, scale
         self.sums: list[Tensor | None] = [None] * len(parameters)
         self._into = into
+
+    def learn(
+        self, batches: Sequence[MicroBatch], objective: Objective, per_token: Mapping[str, float]
+    ) -> tuple[Self, list[dict[str, float]]]:
+        """Sum the gradients of a lane's micro-batches; itself, and what `passes.learn` says."""
+        return self, [learn(batch, objective, per_token, self.backward) for batch in batches]
 
     def backward(self, loss: Tensor) -> None:
         """Add the loss's gradients; parameters that it does not depend on are left out."""
