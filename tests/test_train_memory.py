@@ -6,6 +6,7 @@ import gc
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,40 @@ def test_every_saver_is_bitwise_the_run_without_it(arch: str, packed: bool, tmp_
         own, found = run(saver)
         for member in ("a", "b"):
             assert own[member].loss == report[member].loss, name
+            for key, value in wanted[member].items():
+                assert torch.equal(found[member][key], value), (name, key)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_savers_work_where_autograd_has_a_thread_of_its_own(
+    packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: what layers follow while they are recomputed must not be this thread's alone."""
+
+    def run(saver: Saver | None) -> dict[str, dict[str, Tensor]]:
+        specs = [random_spec("a", 4, seed=1, dropout=0.2), random_spec("b", 8, seed=2)]
+        cohort = cohort_of(*specs, arch="llama")
+        if packed:
+            in_blocks(cohort)
+        if saver is not None:
+            saver(cohort, tmp_path)
+        objective = Objective(cohort.model, cohort, packs=packed)
+        _, members = one_step(cohort, UNEVEN, 3, packed=packed, objective=objective)
+        return {name: gradients(member) for name, member in members.items()}
+
+    wanted = run(None)
+    real, threads = torch.autograd.backward, []
+
+    def elsewhere(*args: Any, **kwargs: Any) -> None:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(real, *args, **kwargs).result()
+            threads.extend(pool._threads)
+
+    monkeypatch.setattr(torch.autograd, "backward", elsewhere)
+    for name, saver in SAVERS.items():
+        found = run(saver)
+        assert threads, "nothing went backward elsewhere"
+        for member in ("a", "b"):
             for key, value in wanted[member].items():
                 assert torch.equal(found[member][key], value), (name, key)
 

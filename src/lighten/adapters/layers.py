@@ -11,9 +11,10 @@ import copy
 import math
 import threading
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -124,17 +125,32 @@ class Routing(threading.local):
     def following(self, route: Route) -> Iterator[None]:
         """Layers follow this route until the end of the block."""
         if route.shares or self._own is not None:
-            before_own, self._own = self._own, route
-            try:
+            with self._here(route):
                 yield
-            finally:
-                self._own = before_own
         else:
             before, self._everywhere.route = self._everywhere.route, route
             try:
                 yield
             finally:
                 self._everywhere.route = before
+
+    def as_now(self) -> Callable[[], AbstractContextManager[None]]:
+        """Makes blocks, in any thread, in which layers follow what they follow here now."""
+        return partial(self._here, self._own)
+
+    @contextmanager
+    def _here(self, route: Route | None) -> Iterator[None]:
+        before, self._own = self._own, route
+        try:
+            yield
+        finally:
+            self._own = before
+
+
+def routings(model: nn.Module) -> set[Routing]:
+    """What the cohort's layers inside follow; empty where there are none."""
+    made = (CohortLinear, CohortCopies)
+    return {module.routing for module in model.modules() if isinstance(module, made)}
 
 
 class CohortLinear(nn.Module):
@@ -155,7 +171,7 @@ class CohortLinear(nn.Module):
         self.scales: dict[str, float] = {}
         self.siblings: Siblings | None = None
         self.place = 0  # among them
-        self._routing = routing
+        self.routing = routing
         # Stable over processes and library versions, unlike hash(): dropout must repeat on resume.
         self._salt = zlib.crc32(path.encode())
 
@@ -226,12 +242,12 @@ class CohortLinear(nn.Module):
     @property
     def route(self) -> Route:
         """Which rows take which adapter now."""
-        return self._routing.now
+        return self.routing.now
 
     @property
     def lone(self) -> str | None:
         """The adapter that changes this layer on every row, if it is one."""
-        return self._routing.now.lone
+        return self.routing.now.lone
 
     def _dropout(self, share: Share, widths: tuple[int, ...]) -> Dropout | None:
         assert share.member is not None
@@ -362,7 +378,7 @@ class CohortCopies(nn.Module):
         self.base = base
         self.path = path
         self.copies: dict[str, nn.Module] = {}
-        self._routing = routing
+        self.routing = routing
 
     @property
     def weight(self) -> Tensor:
@@ -378,7 +394,7 @@ class CohortCopies(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base's module, or each adapter's copy on its own rows."""
-        route = self._routing.now
+        route = self.routing.now
         if not route.shares:
             return self._one(route.everyone, x, args, kwargs)
         # Token ids come as [B, T]; hidden vectors as [B, T, ·] or [B·T, ·].

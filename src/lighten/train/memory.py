@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from contextlib import ExitStack
+from contextvars import copy_context
 from typing import Any
 
 from torch import nn
@@ -11,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from lighten.adapters.decoder import decoder_layers
+from lighten.adapters.layers import routings
 from lighten.errors import UserError
 
 # What architectures call the parts of a layer.
@@ -86,9 +89,21 @@ def _part(layer: nn.Module, part: str, model: PreTrainedModel) -> nn.Module:
 def _recomputed(layer: nn.Module, options: dict[str, Any]) -> Any:
     forward = layer.forward
     options = {**options, "use_reentrant": False}
+    followed = routings(layer)
 
     @functools.wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(forward, *args, **options, **kwargs)
+        # On a GPU autograd recomputes in a thread of its own, which follows no route and packs no
+        # rows: what holds in this thread now is taken along.
+        context = copy_context()
+        routes = [routing.as_now() for routing in followed]
+
+        def as_now(*inputs: Any, **named: Any) -> Any:
+            with ExitStack() as stack:
+                for route in routes:
+                    stack.enter_context(route())
+                return context.run(forward, *inputs, **named)
+
+        return checkpoint(as_now, *args, **options, **kwargs)
 
     return run
