@@ -30,9 +30,10 @@ BUDGET_S, MOST_REPEATS = 0.02, 5
 # What the interpreter, modules and autograd add to an operation of a step, beside the operation's
 # own dispatch, which is timed with it (benchmarks/plan_accuracy.py).
 INTERPRETER_S = 6e-6
-# Of a datasheet's rates, what training steps reach; NVIDIA's own figures for large products are
-# higher, those of memory-bound kernels lower. Launches cost as much on every card.
-REACHED_FLOPS, REACHED_BANDWIDTH, LAUNCH_S = 0.5, 0.7, 8e-6
+# Of a datasheet's rates, what training steps reached on an H100 (benchmarks/gpu_suite.py), and what
+# the host took there to launch one operation. It launches ahead of the device: the slower of the
+# two decides how long a step takes.
+REACHED_FLOPS, REACHED_BANDWIDTH, LAUNCH_S = 0.6, 0.7, 26e-6
 
 
 class Rates(Protocol):
@@ -64,12 +65,13 @@ class Datasheet:
         )
 
     def seconds(self, work: Iterable[Work]) -> float:
-        """The larger of arithmetic and memory for each operation, and its launch."""
-        return sum(self._one(own) for own in work)
+        """The larger of arithmetic and memory for each operation; of all of them, their launches."""
+        found = [self._one(own) for own in work]
+        return max(sum(found), LAUNCH_S * len(found))
 
     def _one(self, own: Work) -> float:
         rate = self.flops.get(str(own.dtype).removeprefix("torch."), min(self.flops.values()))
-        return LAUNCH_S + max(
+        return max(
             own.flops / (rate * REACHED_FLOPS), own.bytes / (self.bandwidth * REACHED_BANDWIDTH)
         )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from lighten.hardware import Choice
 from lighten.models import attention, quantized
 from lighten.plan import repeat
 from lighten.plan.build import fake_base
+from lighten.plan.cuda_attention import AsOnCuda
 from lighten.plan.follow import Follow, Timeline
 from lighten.plan.result import Shape
 from lighten.recipe import Recipe
@@ -208,6 +209,7 @@ def follow_recipe(
     given: tuple[int, int] | Sequence[int] | None = None,
     supervised: float = 1.0,
     whole: bool = False,
+    capability: tuple[int, int] | None = None,
 ) -> Traced:
     """Trace a recipe's steps on fake tensors.
 
@@ -219,6 +221,7 @@ def follow_recipe(
         given: As `largest_step` takes it.
         supervised: Share of each row's tokens that are supervised, at its end.
         whole: Trace every layer, alike or not.
+        capability: Compute capability of a CUDA device, if known.
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     follow = Follow()
@@ -240,7 +243,8 @@ def follow_recipe(
     cut, lengths = largest_step(setup, given)
     places = traced_places(setup, cut)
     batches = collated(setup, [cut[place] for place in places], lengths, supervised)
-    with fake, follow:
+    attending = AsOnCuda(capability) if kind == "cuda" else nullcontext()
+    with fake, follow, attending:
         first_run = len(follow.timeline.runs)
         run_steps(setup, [_fake(batch, fake) for batch in batches], follow, units)
     timeline = follow.timeline
@@ -251,8 +255,9 @@ def follow_recipe(
             timeline = repeat.unrolled(timeline, repetition.units, first_run)
         except repeat.NotAlike:
             return follow_recipe(
-                recipe, config, dtype, kind, given=given, supervised=supervised, whole=True
-            )
+                recipe, config, dtype, kind,
+                given=given, supervised=supervised, whole=True, capability=capability,
+            )  # fmt: skip
     return Traced(timeline, setup, cut, places, lengths, first_run, sum(sizes), max(sizes))
 
 

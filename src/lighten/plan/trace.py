@@ -78,8 +78,9 @@ def plan_recipe(
     dtype = device.dtype(recipe.compute_dtype)
     try:
         traced = follow_recipe(
-            recipe, config, dtype, device.kind, given=rows_tokens, supervised=supervised
-        )
+            recipe, config, dtype, device.kind, given=rows_tokens, supervised=supervised,
+            capability=getattr(device, "capability", None),
+        )  # fmt: skip
     except UserError:
         raise
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:

@@ -1,0 +1,96 @@
+"""Attention as a CUDA device computes it, in a trace whose fake tensors are a processor's.
+
+PyTorch chooses the kernel by device: a processor's own copies grouped keys and values for every
+query head, a GPU's reads them as they are, and neither keeps what the other does.
+
+Source: pytorch/aten/src/ATen/native/transformers/cuda/sdp_utils.cpp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from transformers import masking_utils
+
+FLASH_SINCE = (8, 0)  # compute capability
+MOST_FEATURES = 256  # of a head, for every fused kernel
+
+
+class AsOnCuda(TorchFunctionMode):
+    """`scaled_dot_product_attention` by the operation that a CUDA device would choose.
+
+    Args:
+        capability: Compute capability; None: a recent device.
+    """
+
+    def __init__(self, capability: tuple[int, int] | None) -> None:
+        super().__init__()
+        self.has_flash = (capability or FLASH_SINCE) >= FLASH_SINCE
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Every function of torch passes here."""
+        del types
+        if func is F.scaled_dot_product_attention:
+            return self._attend(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def __enter__(self) -> Self:
+        # From positions that it cannot read it would conclude that rows may be packed, and make a
+        # mask for them: real ones are read, and show that they are not.
+        self._patched = patch.object(masking_utils, "find_packed_sequence_indices", _none)
+        self._patched.start()
+        return super().__enter__()  # type: ignore[no-any-return]
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._patched.stop()
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        *,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        aten = torch.ops.aten
+        half = query.dtype in (torch.float16, torch.bfloat16)
+        narrow = max(query.shape[-1], value.shape[-1]) <= MOST_FEATURES
+        if self.has_flash and half and narrow and attn_mask is None:
+            found = aten._scaled_dot_product_flash_attention(
+                query, key, value, dropout_p, is_causal, False, scale=scale
+            )
+        elif query.shape[1] == key.shape[1] == value.shape[1]:
+            if attn_mask is not None and attn_mask.dtype == torch.bool:
+                attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
+            if attn_mask is not None:
+                attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
+            found = aten._scaled_dot_product_efficient_attention(
+                query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale
+            )
+        else:
+            found = aten._scaled_dot_product_attention_math(
+                query, key, value, attn_mask, dropout_p, is_causal,
+                scale=scale, enable_gqa=enable_gqa,
+            )  # fmt: skip
+        return found[0]  # type: ignore[no-any-return]
+
+
+def _none(*args: Any, **kwargs: Any) -> None:
+    del args, kwargs
