@@ -74,6 +74,11 @@ def recipe_of(
     """
     if "load_in_4bit" in (settings or {}) and "load_in_4bit" not in Recipe.model_fields:
         raise UserError("an NF4 base needs a version of lighten whose recipe has load_in_4bit")
+    whole = (settings or {}).get("method") == "full"
+    adapters = {
+        "lora_r": RANK,
+        "adapters": [{"name": name, "seed": place} for place, name in enumerate(names)],
+    }
     return Recipe.from_values(
         {
             "model_name_or_path": model,
@@ -81,8 +86,7 @@ def recipe_of(
             "val_size": 0,
             "max_steps": steps,
             "lr_scheduler_type": "constant",
-            "lora_r": RANK,
-            "adapters": [{"name": name, "seed": place} for place, name in enumerate(names)],
+            **({} if whole else adapters),
             **optimiser,
             **(settings or {}),
         }

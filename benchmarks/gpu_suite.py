@@ -36,8 +36,11 @@ from benchmarks import cohort_worker, engine, machine, plain_peft
 from benchmarks.cohort_worker import MANY_ROWS, Lessons
 from benchmarks.comparison import AGREEMENT
 from benchmarks.steps import Row
-from lighten import hardware, models, runs
+from lighten import hardware, runs
+from lighten.errors import UserError
 from lighten.hardware import PeakMemory
+from lighten.models import quantized
+from lighten.models.load import set_attention
 
 # Llama 3.2 1B and Llama 2 7B.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -88,24 +91,28 @@ class Suite:
         self.device, self.steps = arguments.device, arguments.steps
         self.dtype = "float32" if arguments.tiny else "bfloat16"
 
-    def model(self) -> Any:
-        """The random model, the same every time."""
+    def model(self, *, dtype: str | None = None, four_bits: bool = False) -> Any:
+        """The random model, the same every time; its making does not count in any peak."""
+        self._forget()
+        torch.manual_seed(0)
+        config = LlamaConfig(**self.shape)
+        compute = getattr(torch, dtype or self.dtype)
+        with torch.device(self.device):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=compute, attn_implementation="sdpa"
+            )
+        if four_bits:
+            quantized.finish(model, quantized.choose(True, False, "nf4", False), compute,
+                             self.device)  # fmt: skip
+        model.requires_grad_(False)
+        self._forget()
+        return model.eval()
+
+    def _forget(self) -> None:
         gc.collect()
         if self.device != "cpu":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        torch.manual_seed(0)
-        config = LlamaConfig(**self.shape)
-        with torch.device(self.device):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=getattr(torch, self.dtype), attn_implementation="sdpa"
-            )
-        model.requires_grad_(False)
-        return model.eval()
-
-    def base(self) -> models.Base:
-        """The same as a base of lighten's."""
-        return engine.base_in_memory(self.model(), self.dtype)
 
     def lessons(
         self, names: list[str], rows: int, longest: int, *, even: bool, steps: int | None = None
@@ -126,15 +133,27 @@ class Suite:
         """Train the lessons by lighten."""
         memory = PeakMemory(self.device)
         steps = len(next(iter(lessons.values())))
-        recipe = engine.recipe_of(
-            "random", list(lessons), steps,
-            settings={"per_device_train_batch_size": MANY_ROWS, **settings},
-        )  # fmt: skip
-        setup = engine.set_up(recipe, lessons, self.device, self.base())
+        settings = {"per_device_train_batch_size": MANY_ROWS, **settings}
+        recipe = engine.recipe_of("random", list(lessons), steps, settings=settings)
+        whole = recipe.method == "full"
+        if whole:  # one member, of the recipe's own naming
+            lessons = {recipe.cohort()[0].name: next(iter(lessons.values()))}
+        model = self.model(
+            dtype="float32" if whole else None, four_bits=bool(settings.get("load_in_4bit"))
+        )
+        set_attention(model, "sdpa", self.device)
+        base = engine.base_in_memory(model, self.dtype)
+        setup = engine.set_up(recipe, lessons, self.device, base)
         found = engine.train(setup, lessons, self.scratch, memory)
-        return self._facts(found, found["step_seconds"], memory, lessons)
+        lengths = [[len(ids) for ids, _ in own[0]] for own in lessons.values()]
+        # What a plan has to be told to predict this row (benchmarks/plan_accuracy.py --gpu).
+        asked = {"adapters": list(lessons), "lengths": lengths[0], "settings": settings}
+        facts = self._facts(found, found["step_seconds"], memory, lessons)
+        return {**facts, "asked": asked, "choices": found["choices"]}
 
-    def peft(self, lessons: Lessons, adapters: str, *, checkpointing: bool) -> dict[str, Any]:
+    def peft(
+        self, lessons: Lessons, adapters: str, *, checkpointing: bool, four_bits: bool = False
+    ) -> dict[str, Any]:
         """PEFT in a plain loop on the first of the lessons.
 
         Args:
@@ -142,6 +161,7 @@ class Suite:
             adapters: `float32` as PEFT keeps them, or `bfloat16` with the base: quicker, and
                 with an optimiser that rounds.
             checkpointing: Recompute layers in the backward pass.
+            four_bits: An NF4 base.
         """
         memory = PeakMemory(self.device)
         name = next(iter(lessons))
@@ -150,7 +170,10 @@ class Suite:
             task_type="CAUSAL_LM",
         )  # fmt: skip
         model = get_peft_model(
-            self.model(), config, adapter_name=name, autocast_adapter_dtype=adapters == "float32"
+            self.model(four_bits=four_bits),
+            config,
+            adapter_name=name,
+            autocast_adapter_dtype=adapters == "float32",
         )
         set_peft_model_state_dict(model, self._start(name), adapter_name=name)
         found = plain_peft.train(
@@ -194,6 +217,7 @@ class Suite:
         rows, longest = SPEED[self.name]
         lessons = self.lessons(["a0"], rows, longest, even=False)
         found["speed, lighten"] = partial(self.ours, lessons)
+        found["speed, lighten, compiled"] = partial(self.ours, lessons, torch_compile=True)
         for adapters in ("float32", "bfloat16"):
             name = f"speed, peft, {adapters} adapters"
             found[name] = partial(self.peft, lessons, adapters, checkpointing=False)
@@ -212,7 +236,39 @@ class Suite:
                 found[f"memory, peft, {label}"] = partial(
                     self.peft, own, "float32", checkpointing=saving
                 )
+        rows, longest = MEMORY[self.name][1]
+        own = self.lessons(["a0"], rows, longest, even=True, steps=WARMUP + 2)
+        saving_too = {"gradient_checkpointing": True}
+        if self.name != "7b":  # its weights, gradients and moments in float32 take 105 GiB
+            found[f"memory, lighten, {rows} x {longest}, full"] = partial(
+                self.ours, own, method="full", **saving_too
+            )
+            found[f"memory, lighten, {rows} x {longest}, full, 8-bit AdamW"] = partial(
+                self.ours, own, method="full", optim="adamw_8bit", **saving_too
+            )
+        for saving in (False, True):
+            label = f"{rows} x {longest}, NF4" + (", checkpointing" if saving else "")
+            found[f"memory, lighten, {label}"] = partial(
+                self.ours, own, load_in_4bit=True, gradient_checkpointing=saving
+            )
+            found[f"memory, peft, {label}"] = partial(
+                self.peft, own, "float32", checkpointing=saving, four_bits=True
+            )
+        for size in (1, 8):
+            names = [f"a{i}" for i in range(size)]
+            own = self.lessons(names, 1, 64, even=True)
+            found[f"cohort of {size}, 64 tokens each, NF4"] = partial(
+                self.ours, own, load_in_4bit=True
+            )
         return found
+
+
+def context_bytes(device: str) -> int | None:
+    """What the process, if it is alone there, holds of the device beside PyTorch's memory."""
+    if device == "cpu":
+        return None
+    free, whole = torch.cuda.mem_get_info()
+    return whole - free - torch.cuda.memory_reserved()
 
 
 def attempt(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -221,7 +277,7 @@ def attempt(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return call()
     except torch.OutOfMemoryError:
         return {"error": "out of memory"}
-    except (RuntimeError, ValueError) as error:  # one row must not cost the others
+    except (RuntimeError, ValueError, UserError) as error:  # one row must not cost the others
         return {"error": (str(error).strip() or type(error).__name__).splitlines()[0]}
 
 
@@ -246,9 +302,10 @@ def ratios(rows: Mapping[str, Mapping[str, Any]], allowed: float) -> dict[str, f
         return float(a[figure] / b[figure]) if apart <= allowed else None
 
     found = {
-        f"speed_vs_peft_{adapters}": over(
-            "tokens_per_s", "speed, lighten", f"speed, peft, {adapters} adapters"
+        f"speed_{kind}vs_peft_{adapters}": over(
+            "tokens_per_s", f"speed, lighten{own}", f"speed, peft, {adapters} adapters"
         )
+        for kind, own in (("", ""), ("compiled_", ", compiled"))
         for adapters in ("float32", "bfloat16")
     }
     for name in rows:
@@ -307,6 +364,7 @@ def main() -> None:
                 print(f"{model}: {name}: {said}", flush=True)
                 found["models"][model]["ratios"] = ratios(rows, AGREEMENT[dtype])
                 found["seconds"] = time.monotonic() - began
+                found["context_bytes"] = context_bytes(arguments.device)
                 runs.write_json(path, found)
     print(f"written to {path}")
     print(json.dumps({model: own["ratios"] for model, own in found["models"].items()}))

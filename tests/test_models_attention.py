@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lighten.models import attention
 from tests.tiny import ARCHITECTURES, VOCAB, tiny_model
@@ -45,6 +46,35 @@ def test_every_architecture_computes_the_same_with_and_without_it(arch: str) -> 
     for (name, a), b in zip(plain.named_parameters(), blocks.parameters(), strict=True):
         if a.grad is not None and b.grad is not None:
             assert float((a.grad - b.grad).abs().max()) < 2e-5, name
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_repeated_keys_change_nothing(arch: str, capability: tuple[int, int]) -> None:
+    attention.register_repeated(capability)
+    ids = torch.randint(3, VOCAB, (2, 40), generator=torch.Generator().manual_seed(0))
+    plain, repeated = tiny_model(arch), tiny_model(arch)
+    if plain.config.model_type != "gemma2":  # its soft cap has no place in sdpa
+        repeated.set_attn_implementation(attention.REPEATS)
+    losses = [float(model(input_ids=ids, labels=ids).loss) for model in (plain, repeated)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_no_scores_are_kept_where_grouped_keys_have_no_kernel(dtype: torch.dtype) -> None:
+    """As on a T4: PyTorch's own would keep 1 GiB of scores here."""
+    attention.register_repeated((7, 5))
+    model = tiny_model("llama").to("cuda", dtype)
+    ids = torch.randint(3, VOCAB, (4, 8192), device="cuda")
+    taken = []
+    for name in ("sdpa", attention.REPEATS):
+        model.set_attn_implementation(name)
+        torch.cuda.reset_peak_memory_stats()
+        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            model.model(input_ids=ids, use_cache=False)
+        taken.append(torch.cuda.max_memory_allocated())
+    assert taken[1] < 0.2 * taken[0]
 
 
 @pytest.mark.parametrize("arch", ["llama", "mistral", "gpt2"])

@@ -242,3 +242,28 @@ def test_a_7b_model_is_planned_in_seconds(tmp_path: Path) -> None:
     linear = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
     assert held["base weights"] == pytest.approx(linear / 2 + 2 * 2 * 32000 * 4096, rel=0.01)
     assert held["quantisation constants"] == pytest.approx(linear / 64 * 4, rel=0.01)
+
+
+@pytest.mark.parametrize("capability", [(9, 0), (7, 5)])
+def test_a_gpus_attention_keeps_what_its_kernels_keep(
+    capability: tuple[int, int], tmp_path: Path
+) -> None:
+    """Grouped keys as they are where a kernel reads them, repeated where none does; no scores."""
+    tokens, rows, heads, groups, features = 64, 2, 8, 4, 16
+    folder = folder_of(
+        tmp_path, num_attention_heads=heads, num_key_value_heads=heads // groups,
+        hidden_size=heads * features,
+    )  # fmt: skip
+    recipe = recipe_of(folder)
+    half = Choice("bfloat16", "the test's")
+    traced = follow_recipe(
+        recipe, config_of(recipe)[0], half, "cuda", given=(rows, tokens), capability=capability
+    )
+    live = traced.timeline.live()
+    parts = traced.timeline.alive_at(max(range(len(live)), key=live.__getitem__))
+    query = rows * tokens * heads * features * 2
+    keys = query // (groups if capability >= (8, 0) else 1)
+    normaliser = rows * heads * tokens * 4
+    # Query, keys, values, result and its normaliser, of two layers.
+    wanted = 2 * (2 * query + 2 * keys + normaliser)
+    assert parts["activations: attention"] == pytest.approx(wanted, rel=0.02)

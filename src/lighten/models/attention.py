@@ -12,6 +12,11 @@ layer computes padding.
 
 Dimensions: B rows, K key-value heads, G query heads per key-value head, T tokens, D features, N
 tokens of a packed row, Z = B · K.
+
+On CUDA devices PyTorch's own kernels are the best there is, but the only ones that read grouped
+keys as they are want half precision and compute capability 8.0: for a T4, or in float32, it falls
+back to plain attention, which keeps all scores. `_forward_repeated` repeats the keys there, so that
+the memory-efficient kernel takes them (benchmarks/gpu_suite.py: 96 against 2552 MiB).
 """
 
 from __future__ import annotations
@@ -27,10 +32,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-NAME = "lighten_blocks"
+NAME, REPEATS = "lighten_blocks", "lighten_repeats"
+GROUPED_SINCE = (8, 0)  # compute capability from which half precision's kernels read grouped keys
 # Attention implementations that keep rows apart which stand behind each other in one.
 PACKS = frozenset({NAME, "flash_attention_2", "flash_attention_3"})
 # Queries per block: large enough to fill a matrix product, small enough to skip the upper half.
@@ -302,6 +308,20 @@ def _forward(
     return out.transpose(1, 2).contiguous(), None
 
 
+def _forward_repeated(
+    reads_grouped_keys: bool, module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
+    attention_mask: Tensor | None, **options: Any,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """PyTorch's own; keys and values are repeated where no kernel reads grouped ones."""
+    groups = query.shape[1] // key.shape[1]
+    if groups == 1 or (reads_grouped_keys and query.dtype != torch.float32):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    if options.get("is_causal") is None:
+        options["is_causal"] = getattr(module, "is_causal", True)
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    return sdpa_attention_forward(None, query, key, value, attention_mask, **options)
+
+
 def _mask(*args: Any, **options: Any) -> Tensor | None:
     """No mask where the blocks know themselves who sees whom, else PyTorch's."""
     own, window = _packed.get(), options.get("local_size")
@@ -321,3 +341,14 @@ def register() -> None:
     # Compiled layers leave it as it is: its blocks differ from batch to batch.
     AttentionInterface.register(NAME, torch.compiler.disable(_forward))
     AttentionMaskInterface.register(NAME, _mask)
+
+
+def register_repeated(capability: tuple[int, int]) -> None:
+    """Make the attention known to transformers under `REPEATS`.
+
+    Args:
+        capability: Compute capability of the device.
+    """
+    reads = capability >= GROUPED_SINCE
+    AttentionInterface.register(REPEATS, functools.partial(_forward_repeated, reads))
+    AttentionMaskInterface.register(REPEATS, sdpa_mask)

@@ -176,8 +176,18 @@ def _pretrained(
     return model
 
 
-def set_attention(model: PreTrainedModel, wanted: str, device: str) -> Choice:
-    """Set the attention implementation; plain attention where the architecture has no other."""
+def set_attention(
+    model: PreTrainedModel, wanted: str, device: str, capability: tuple[int, int] | None = None
+) -> Choice:
+    """Set the attention implementation; plain attention where the architecture has no other.
+
+    Args:
+        model: Whose.
+        wanted: transformers' name.
+        device: `cpu` or `cuda`.
+        capability: Compute capability of a GPU that is only planned for; None: this machine's, or
+            a recent one.
+    """
     if wanted == "sdpa" and getattr(model.config, "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")
         return Choice("eager", f"{type(model).__name__} caps its scores, which sdpa leaves out")
@@ -192,6 +202,15 @@ def set_attention(model: PreTrainedModel, wanted: str, device: str) -> Choice:
         blocks.register()
         model.set_attn_implementation(blocks.NAME)
         return Choice("sdpa in blocks", "on a processor plain products beat PyTorch's flash kernel")
+    if in_use == wanted == "sdpa" and device.startswith("cuda"):
+        if capability is None and torch.cuda.is_available():
+            capability = torch.cuda.get_device_capability()
+        capability = capability or blocks.GROUPED_SINCE
+        if capability < blocks.GROUPED_SINCE or model.dtype == torch.float32:
+            blocks.register_repeated(capability)
+            model.set_attn_implementation(blocks.REPEATS)
+            why = "grouped keys are repeated: no kernel of this GPU, or of float32, reads them"
+            return Choice("sdpa", why)
     if in_use == wanted:
         return Choice(wanted, "attn_implementation of the recipe")
     return Choice(in_use, f"{type(model).__name__} has no {wanted} attention")

@@ -48,8 +48,9 @@ def config_of(recipe: Recipe) -> tuple[Any, str, Path]:
 
 
 def fake_base(
-    recipe: Recipe, config: Any, dtype: Choice, device: str, follow: Follow
-) -> models.Base:
+    recipe: Recipe, config: Any, dtype: Choice, device: str, follow: Follow,
+    capability: tuple[int, int] | None = None,
+) -> models.Base:  # fmt: skip
     """The base that `train.prepare.load_base` would load, inside fake tensors.
 
     Args:
@@ -58,6 +59,7 @@ def fake_base(
         dtype: The format of the products.
         device: `cpu` or `cuda`: what it is planned for.
         follow: Learns what each weight is.
+        capability: Compute capability of a CUDA device, if known.
     """
     whole = recipe.method == "full" and recipe.last_layers is None
     storage = quantized.choose(
@@ -84,7 +86,7 @@ def fake_base(
     return models.Base(
         model=model.eval(), tokenizer=None, name=recipe.model_name_or_path, source="folder",
         path=Path(), revision=None, checksum=None, file_bytes=None, dtype=dtype,
-        attention=set_attention(model, recipe.attn_implementation, device),
+        attention=set_attention(model, recipe.attn_implementation, device, capability),
         quantization=None if storage is None else Choice(str(storage), "of the recipe"),
     )  # fmt: skip
 

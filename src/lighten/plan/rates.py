@@ -65,7 +65,7 @@ class Datasheet:
         )
 
     def seconds(self, work: Iterable[Work]) -> float:
-        """The larger of arithmetic and memory for each operation; of all of them, their launches."""
+        """Arithmetic or memory of each operation; launches where they take longer than all."""
         found = [self._one(own) for own in work]
         return max(sum(found), LAUNCH_S * len(found))
 

@@ -229,7 +229,7 @@ def follow_recipe(
     with ExitStack() as stack:
         stack.enter_context(fake)
         stack.enter_context(follow)
-        base = fake_base(recipe, config, dtype, kind, follow)
+        base = fake_base(recipe, config, dtype, kind, follow, capability)
         sizes = _sizes(base)
         # No rows, but as many tokens as one of them has: how many lanes pay is a matter of that.
         counts = EncodingCounts(tokens=_mean_tokens(recipe, given))

@@ -18,7 +18,8 @@ from torch.utils.flop_counter import flop_registry
 # They take memory or look at it, and move nothing.
 LOOKUPS = ("aten::embedding", "aten::index_select", "aten::gather", "aten::index")
 FREE = (
-    "aten::empty", "aten::new_empty", "aten::detach", "aten::_unsafe_view", "aten::_local", "prim::",
+    "aten::empty", "aten::new_empty", "aten::detach", "aten::_unsafe_view", "aten::_local",
+    "prim::",
 )  # fmt: skip
 
 

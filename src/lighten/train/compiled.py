@@ -9,6 +9,7 @@ PyTorch's recipe on regional compilation.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import shutil
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from lighten import devices
 from lighten.adapters import Cohort, Trained
 from lighten.adapters.decoder import decoder_layers
 from lighten.adapters.frozen import is_quantized
@@ -25,9 +27,14 @@ from lighten.hardware import Choice
 # A decoder layer takes about half a minute to compile on two cores, for a fifth less memory and a
 # few percent of each step at best: shorter runs would lose by it (docs/lab-notes.md).
 PAYS_AFTER_S = 900.0
+# On a GPU it took a minute (an H100, 16 cores) for a fifth of each step.
+PAYS_ON_GPU_AFTER_S = 600.0
 # What a processor with bfloat16 arithmetic computes per second and core, for that estimate alone:
 # it has to be the same whenever a run is resumed, so it is not measured.
 NOMINAL_FLOPS_PER_CORE = 2e11
+# The same of a GPU that has no datasheet here, and the share of a datasheet's arithmetic that whole
+# steps reach (benchmarks/gpu_suite.py).
+NOMINAL_FLOPS_OF_GPU, REACHED = 1e13, 0.2
 
 
 def choose(
@@ -50,20 +57,27 @@ def choose(
     if wanted is False:
         return Choice("off", "torch_compile of the recipe")
     model = trained.model
-    if (obstacle := _obstacle(trained)) is not None:
+    if (obstacle := _obstacle(trained, device)) is not None:
         return Choice("off", obstacle)
     if wanted is True:
         return Choice("on", "torch_compile of the recipe")
-    if device != "cpu":
-        return Choice("off", "its gain on a GPU has not been measured; torch_compile: true for it")
     parameters = sum(p.numel() for p in model.parameters())
-    seconds = 4.0 * parameters * tokens / (NOMINAL_FLOPS_PER_CORE * cores)
-    if seconds < PAYS_AFTER_S:
+    rate = NOMINAL_FLOPS_PER_CORE * cores if device == "cpu" else _gpu_rate(trained.dtype)
+    seconds = 4.0 * parameters * tokens / rate
+    if seconds < (PAYS_AFTER_S if device == "cpu" else PAYS_ON_GPU_AFTER_S):
         return Choice("off", f"a run of about {seconds / 60:.0f} min would not pay it back")
     return Choice("on", f"a run of about {seconds / 60:.0f} min pays the compilation back")
 
 
-def _obstacle(trained: Trained) -> str | None:
+def _gpu_rate(dtype: torch.dtype) -> float:
+    """FLOP/s that steps may reach on this machine's first GPU."""
+    if not torch.cuda.is_available():
+        return NOMINAL_FLOPS_OF_GPU
+    listed = devices.here("cuda").flops.get(str(dtype).removeprefix("torch."))
+    return listed * REACHED if listed else NOMINAL_FLOPS_OF_GPU
+
+
+def _obstacle(trained: Trained, device: str) -> str | None:
     model = trained.model
     if not isinstance(trained, Cohort) or trained.copies:
         return "layers are compiled for low-rank adapters alone"
@@ -75,6 +89,8 @@ def _obstacle(trained: Trained) -> str | None:
         return "a quantised base is dequantised outside of compiled code"
     if not decoder_layers(model):
         return f"{type(model).__name__} does not say which of its layers are alike"
+    if device != "cpu" and importlib.util.find_spec("triton") is None:
+        return "there is no Triton, which writes a GPU's code"
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None and shutil.which("clang++") is None:
         return f"there is no C++ compiler ({compiler})"

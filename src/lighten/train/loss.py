@@ -4,7 +4,8 @@ Dimensions: B rows, T padded tokens, S supervised positions of the micro-batch, 
 V vocabulary. The backbone runs without its head; the head's logits [S, V] are formed chunk by
 chunk, and the gradient of the hidden states in the same pass, so that no more than one chunk of
 logits ever exists. The idea is that of Cut Cross-Entropy (arXiv 2411.09009) and of Liger's fused
-linear cross-entropy (arXiv 2410.10989), here in plain PyTorch.
+linear cross-entropy (arXiv 2410.10989), here in plain PyTorch; on a GPU one kernel turns a chunk
+of logits into its slopes (`fused_loss`).
 """
 
 from __future__ import annotations
@@ -26,10 +27,15 @@ from lighten.adapters.layers import CohortCopies, CohortLinear, Share
 from lighten.adapters.trained import Trained
 from lighten.data.batches import MicroBatch
 from lighten.models import attention
+from lighten.train import fused_loss
+from lighten.train.fused_loss import cross_entropy_
 
 # One chunk of float32 logits takes about this much: large enough to fill a matrix product
 # (benchmarks/limit.py; 256 rows of a 49k vocabulary).
 LOGIT_CHUNK_BYTES = 48 * 2**20
+# On a GPU, of logits in their own format: 512 rows of a 128k vocabulary in bfloat16.
+GPU_CHUNK_BYTES = 128 * 2**20
+GPU_TILE = 128  # rows of a product's tile: a chunk holds whole ones
 # How far the fast path may be from the model's own loss on the first batch, relative.
 AGREEMENT = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
 # Rows of the first batch, and positions of each, whose loss is compared with the model's own.
@@ -102,6 +108,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         head_bias: Tensor | None,
         rule: HeadRule,
         space: Workspace,
+        fused: bool,
     ) -> tuple[Tensor, Tensor]:
         W = head_weight.to(hidden.dtype)  # a head that learns may be float32 over bfloat16 states
         bias = None if head_bias is None else head_bias.to(hidden.dtype)
@@ -109,31 +116,22 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_W = torch.zeros_like(W, dtype=torch.float32) if ctx.needs_input_grad[3] else None
         grad_bias = nll.new_zeros(W.shape[0]) if ctx.needs_input_grad[4] else None
-        for rows in _chunks(len(labels), W.shape[0]):
-            own = labels[rows, None]
-            shape = (rows.stop - rows.start, hidden, W.shape[0])
-            raw = space.take("logits", *shape, W.dtype)
+        for rows in _chunks(len(labels), W, fused):
+            raw = space.take("logits", rows.stop - rows.start, hidden, W.shape[0], W.dtype)
             torch.mm(hidden[rows], W.T, out=raw)
-            logits = rule.apply(raw if bias is None else raw.add_(bias))
-            slope = space.take("slope", *shape, torch.float32).copy_(logits)
-            torch.softmax(slope, -1, out=slope)
-            # log Σ exp from the largest: exact in float32 without another pass over exponentials.
-            normaliser = logits.amax(1).float() - slope.amax(1).log()
-            nll[rows] = normaliser - logits.gather(1, own)[:, 0].float()
-            if grad is None and grad_W is None:
-                continue
-            slope.scatter_add_(1, own, slope.new_full(own.shape, -1.0))
-            if rule.softcap is not None:
-                slope *= 1.0 - (logits.float() / rule.softcap).square_()
-            if rule.scale != 1.0:
-                slope *= rule.scale
-            low = raw.copy_(slope)  # the logits are done with
+            if bias is not None:
+                raw.add_(bias)
+            if fused:
+                nll[rows] = cross_entropy_(raw, labels[rows], rule.scale, rule.softcap or 0.0)
+            else:
+                learns = grad is not None or grad_W is not None
+                nll[rows] = _slopes_for_logits(raw, labels[rows], rule, space, learns)
             if grad is not None:
-                torch.mm(low, W, out=grad[rows])
+                torch.mm(raw, W, out=grad[rows])
             if grad_W is not None:
-                grad_W += (low * weights[rows, None].to(low.dtype)).T @ hidden[rows]
+                grad_W += (raw * weights[rows, None].to(raw.dtype)).T @ hidden[rows]
             if grad_bias is not None:
-                grad_bias += (slope * weights[rows, None]).sum(0)
+                grad_bias += (raw * weights[rows, None]).sum(0)
         ctx.formats = head_weight.dtype, None if head_bias is None else head_bias.dtype
         ctx.save_for_backward(grad, grad_W, grad_bias, weights)
         ctx.mark_non_differentiable(nll)
@@ -148,11 +146,36 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             grad_W = (grad_W * grad_total).to(ctx.formats[0])
         if grad_bias is not None:
             grad_bias = (grad_bias * grad_total).to(ctx.formats[1])
-        return grad, None, None, grad_W, grad_bias, None, None
+        return grad, None, None, grad_W, grad_bias, None, None, None
 
 
-def _chunks(positions: int, vocabulary: int) -> list[slice]:
-    size = max(1, LOGIT_CHUNK_BYTES // (4 * vocabulary))
+def _slopes_for_logits(
+    raw: Tensor, labels: Tensor, rule: HeadRule, space: Workspace, wanted: bool
+) -> Tensor:
+    """As `fused_loss.cross_entropy_`, in a processor's operations; losses alone if not wanted."""
+    own = labels[:, None]
+    logits = rule.apply(raw)
+    slope = space.take("slope", len(raw), raw, raw.shape[1], torch.float32).copy_(logits)
+    torch.softmax(slope, -1, out=slope)
+    # log Σ exp from the largest: exact in float32 without another pass over exponentials.
+    normaliser = logits.amax(1).float() - slope.amax(1).log()
+    nll = normaliser - logits.gather(1, own)[:, 0].float()
+    if not wanted:
+        return nll
+    slope.scatter_add_(1, own, slope.new_full(own.shape, -1.0))
+    if rule.softcap is not None:
+        slope *= 1.0 - (logits.float() / rule.softcap).square_()
+    if rule.scale != 1.0:
+        slope *= rule.scale
+    raw.copy_(slope)
+    return nll
+
+
+def _chunks(positions: int, weight: Tensor, fused: bool) -> list[slice]:
+    bytes_, each = (GPU_CHUNK_BYTES, weight.element_size()) if fused else (LOGIT_CHUNK_BYTES, 4)
+    size = max(1, bytes_ // (each * weight.shape[0]))
+    if size > GPU_TILE and fused:
+        size -= size % GPU_TILE
     return [slice(start, min(start + size, positions)) for start in range(0, positions, size)]
 
 
@@ -164,12 +187,21 @@ class Objective:
         reason: Why, in words for the user.
         packs: Whether rows may stand behind each other in one.
         packing_reason: Why, in words for the user.
+
+    Args:
+        model: The base with what learns attached.
+        cohort: What learns.
+        fast: False: the model's own forward.
+        packs: Try to pack rows.
+        device: `cpu` or `cuda`, where that is not where the model's tensors are (a plan).
     """
 
     def __init__(
-        self, model: PreTrainedModel, cohort: Trained, *, fast: bool = True, packs: bool = False
-    ) -> None:
+        self, model: PreTrainedModel, cohort: Trained, *, fast: bool = True, packs: bool = False,
+        device: str | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.cohort = model, cohort
+        self._fused = (device or model.device.type) == "cuda" and fused_loss.available()
         self.packs, self.packing_reason = packs, "rows under each other, right-padded"
         self.rule = HeadRule.of(model)
         self.fast, self.reason = fast, "logits at supervised positions only"
@@ -210,6 +242,7 @@ class Objective:
             self._head.bias,
             self.rule,
             self._space,
+            self._fused,
         )
 
     @contextmanager
@@ -241,7 +274,7 @@ class Objective:
         parts = []
         for share in shares:
             start, stop = batch.supervised_before[share.start], batch.supervised_before[share.stop]
-            for rows in _chunks(stop - start, self._head.weight.shape[0]):
+            for rows in _chunks(stop - start, self._head.weight, False):
                 own = slice(start + rows.start, start + rows.stop)
                 args = (share.member, hidden[own], batch.labels[own])
                 parts.append(checkpoint(chunk, *args, use_reentrant=False))

@@ -143,8 +143,9 @@ def prepare(recipe: Recipe, accelerator: Accelerator, base: models.Base, rows: R
     if len(trained.names) > 1:
         choices["passes"] = passes
     objective = Objective(
-        base.model, trained, fast=trained.supports_fast_loss, packs=packing.value == "on"
-    )
+        base.model, trained,
+        fast=trained.supports_fast_loss, packs=packing.value == "on", device=device,
+    )  # fmt: skip
     if not trained.supports_fast_loss:
         objective.reason = "the head learns inside PEFT's own module"
     objective.packing_reason = trained.no_packing or objective.packing_reason

@@ -1,0 +1,68 @@
+"""The loss of a CUDA device: one operation for losses and slopes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lighten.train.fused_loss import cross_entropy_, plain
+from lighten.train.loss import Objective
+from tests.test_train_step import UNEVEN, assert_close, cohort_of, gradients, one_step
+from tests.test_train_step import random_spec as spec
+
+RULES = [(1.0, 0.0), (0.25, 0.0), (1.0, 30.0), (2.0, 5.0)]
+
+
+def autograd(logits: Tensor, labels: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
+    """Losses and slopes as autograd finds them in float64."""
+    raw = logits.double().requires_grad_(True)
+    final = raw * scale
+    final = torch.tanh(final / softcap) * softcap if softcap else final
+    nll = torch.nn.functional.cross_entropy(final, labels, reduction="none")
+    (slopes,) = torch.autograd.grad(nll.sum(), raw)
+    return nll.detach(), slopes
+
+
+def problem(vocabulary: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    logits = (3.0 * torch.randn(37, vocabulary, generator=generator)).to(dtype)
+    labels = torch.randint(0, vocabulary, (37,), generator=generator)
+    labels[0], labels[1] = 0, vocabulary - 1
+    return logits, labels
+
+
+@pytest.mark.parametrize(("scale", "softcap"), RULES)
+def test_slopes_are_those_of_autograd(scale: float, softcap: float) -> None:
+    logits, labels = problem(300, torch.float32)
+    nll, slopes = autograd(logits, labels, scale, softcap)
+    found = cross_entropy_(logits, labels, scale, softcap)
+    torch.testing.assert_close(found.double(), nll, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits.double(), slopes, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vocabulary", [300, 4096, 128_256])
+@pytest.mark.parametrize(("scale", "softcap"), RULES)
+def test_the_kernel_computes_what_the_plain_operations_do(
+    scale: float, softcap: float, vocabulary: int, dtype: torch.dtype
+) -> None:
+    logits, labels = (made.cuda() for made in problem(vocabulary, dtype))
+    wanted = logits.clone()
+    nll = plain(wanted, labels, scale, softcap)
+    found = cross_entropy_(logits, labels, scale, softcap)
+    torch.testing.assert_close(found, nll, rtol=1e-4, atol=1e-4)
+    rounding = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
+    torch.testing.assert_close(logits, wanted, rtol=rounding, atol=1e-6)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma2", "gpt2"])
+def test_a_run_for_a_gpu_learns_what_one_for_a_processor_learns(arch: str) -> None:
+    wanted, plain_members = one_step(cohort_of(spec(), arch=arch), UNEVEN, 3)
+    cohort = cohort_of(spec(), arch=arch)
+    objective = Objective(cohort.model, cohort, device="cuda")
+    report, members = one_step(cohort, UNEVEN, 3, objective=objective)
+    assert objective.fast, objective.reason
+    assert report["a"].loss == pytest.approx(wanted["a"].loss, rel=1e-5)
+    assert_close(gradients(members["a"]), gradients(plain_members["a"]))
