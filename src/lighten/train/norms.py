@@ -1,0 +1,107 @@
+"""Root-mean-square norms that keep their input alone for the backward pass.
+
+transformers writes them in single operations, of which autograd keeps two copies of the input in
+float32: eight bytes per feature where two do. With a backward pass of its own a norm takes two
+thirds of the time on a processor and leaves nothing behind but one float32 number per token.
+
+Dimensions: N tokens, H features. Source: root mean square layer normalisation, arXiv 1910.07467.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import CodeType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+
+def quicken(model: nn.Module) -> int:
+    """Give the norms that are known a backward pass of their own, for passes that learn.
+
+    Known are those whose code is that of Llama's or of Gemma's, whatever their class is called.
+
+    Returns:
+        How many there are.
+    """
+    count = 0
+    for module in model.modules():
+        forward = _forward_for(type(module))
+        if forward is not None:
+            # A method, which a copy of the module binds to itself.
+            module.forward = MethodType(forward, module)
+            count += 1
+    return count
+
+
+def _forward_for(kind: type[nn.Module]) -> Callable[[Any, Tensor], Tensor] | None:
+    if _same(kind.forward, LlamaRMSNorm.forward):
+        return _llama
+    norm = getattr(kind, "_norm", None)
+    if _same(kind.forward, GemmaRMSNorm.forward) and _same(norm, GemmaRMSNorm._norm):
+        return _gemma
+    return None
+
+
+def _same(one: Any, other: Any) -> bool:
+    a, b = getattr(one, "__code__", None), getattr(other, "__code__", None)
+    return a is not None and b is not None and _meaning(a) == _meaning(b)
+
+
+def _meaning(code: CodeType) -> tuple[Any, ...]:
+    return code.co_code, code.co_names, code.co_consts, code.co_argcount
+
+
+def _llama(self: Any, hidden_states: Tensor) -> Tensor:
+    if _by_itself(hidden_states, self.weight):
+        return type(self).forward(self, hidden_states)  # type: ignore[no-any-return]
+    return _RootMeanSquare.apply(hidden_states, self.weight, self.variance_epsilon, False)
+
+
+def _gemma(self: Any, x: Tensor) -> Tensor:
+    if _by_itself(x, self.weight):
+        return type(self).forward(self, x)  # type: ignore[no-any-return]
+    return _RootMeanSquare.apply(x, self.weight, self.eps, True)
+
+
+def _by_itself(x: Tensor, weight: Tensor) -> bool:
+    """Whether transformers' code does: nothing learns, a compiler reads it, or formats are mixed."""
+    return not torch.is_grad_enabled() or torch.compiler.is_compiling() or x.dtype != weight.dtype
+
+
+class _RootMeanSquare(torch.autograd.Function):
+    """x · rsqrt(mean(x²) + ε), times the weight: rounded before (Llama), or after, by 1 + w."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> Tensor:
+        normal = x.to(torch.float32, copy=True)
+        scale = torch.linalg.vector_norm(normal, dim=-1, keepdim=True)
+        scale = scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        normal.mul_(scale)
+        ctx.save_for_backward(x, weight, scale)
+        ctx.plus_one = plus_one
+        if plus_one:
+            return normal.mul_(1.0 + weight.float()).to(x.dtype)
+        return normal.to(x.dtype).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, scale = ctx.saved_tensors
+        normal = x.to(torch.float32, copy=True).mul_(scale)
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            rounded = normal if ctx.plus_one else normal.to(x.dtype)
+            grad_weight = (grad * rounded).flatten(0, -2).sum(0, dtype=torch.float32)
+            grad_weight = grad_weight.to(weight.dtype)
+        if not ctx.needs_input_grad[0]:
+            return None, grad_weight, None, None
+        if ctx.plus_one:
+            slope = grad.float() * (1.0 + weight.float())
+        else:
+            slope = (grad * weight).to(torch.float32)
+        along = torch.linalg.vecdot(slope, normal).unsqueeze(-1).div_(x.shape[-1])
+        slope = slope.addcmul_(normal, along, value=-1.0).mul_(scale)
+        return slope.to(x.dtype), grad_weight, None, None
