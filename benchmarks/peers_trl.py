@@ -103,14 +103,13 @@ def main(loaded: Callable[[dict[str, Any]], Any] = load) -> None:
         max_steps=len(job["steps"]),
         lr_scheduler_type="constant",
         logging_steps=1,  # the losses have to be compared step by step
-        save_strategy="no",
         report_to=[],
         use_cpu=on_cpu,
         max_length=None,
         disable_tqdm=True,
         dataset_kwargs={"skip_prepare_dataset": True},
         **job["optimiser"],
-        **job["options"],
+        **{"save_strategy": "no", **job["options"]},
     )
     clock = Clock(job["device"])
     trainer = InOrder(

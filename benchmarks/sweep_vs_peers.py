@@ -87,6 +87,8 @@ class Bench:
     def trl(self, label: str, own: Contender, rank: int, steps: Steps | None = None) -> Run:
         """One rank in TRL + PEFT, whose losses are put under the arm's name as ours are."""
         job = own.job(steps or self.steps, self.model, self.starts[rank], self.arguments.device)
+        if steps is None:  # as TRL does by default, and as lighten does: the last state is saved
+            job["options"] = {**job["options"], "save_strategy": "steps"}
         python = str(self.arguments.peers_venv / "bin" / "python")
         found = machine.in_fresh_process(own.script, job, self.scratch, python=python)
         if "error" not in found:

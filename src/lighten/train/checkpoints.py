@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,11 +95,13 @@ def save(
 
 def _write(folder: Path, prefix: str, files: Mapping[str, bytes], state: TrainerState) -> None:
     """Write files under a prefix and note their checksums."""
-    for name in files:
-        # A base that learns is large: one file at a time is in memory.
-        data = files[name]
-        state.files[prefix + name] = hashlib.sha256(data).hexdigest()
-        write_bytes(folder / prefix / name, data)
+    with ThreadPoolExecutor(1, "checksum") as pool:
+        for name in files:
+            # A base that learns is large: one file at a time is in memory.
+            data = files[name]
+            checksum = pool.submit(hashlib.sha256, data)
+            write_bytes(folder / prefix / name, data)
+            state.files[prefix + name] = checksum.result().hexdigest()
 
 
 def weights_of(checkpoint: Path, trained: Trained, name: str) -> Path:
