@@ -4,6 +4,9 @@ Each configuration is planned from its `config.json`, then trained for three ste
 its own; the peak is the kernel's high-water mark above what the process held before the model was
 loaded, as every run reports it, and the time is the median of the steps after the first. Beside it
 stands what the estimators say that install (`--peers` makes their environment).
+
+`--gpu FILE` plans what `gpu_suite.py` measured on a CUDA device and wrote to that file, on any
+machine: allocated and reserved memory, and the time of a step.
 """
 
 from __future__ import annotations
@@ -199,7 +202,12 @@ def main() -> None:
     asked = argparse.ArgumentParser(description=__doc__)
     asked.add_argument("--peers", action="store_true", help="make the estimators' environment")
     asked.add_argument("--only", help="cases whose name holds this text")
+    asked.add_argument("--gpu", type=Path, help="a file that gpu_suite.py wrote")
+    asked.add_argument("--device", default="h100", help="the device of that file")
     options = asked.parse_args()
+    if options.gpu:
+        on_gpu(options.gpu, options.device)
+        return
     if options.peers:
         plan_peers.install()
         return
@@ -224,6 +232,72 @@ def main() -> None:
     partly = len(cases) < len(CASES)
     store("plan_accuracy", found, before, {"cases were left out": partly})
     print(json.dumps(summary(rows)))
+
+
+def on_gpu(path: Path, device: str) -> None:
+    """Plan the suite's rows, and print and store predicted beside measured."""
+    before = before_start()
+    suite = json.loads(path.read_text(encoding="utf-8"))
+    table = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for model, own in suite["models"].items():
+            folder = Path(scratch) / model
+            folder.mkdir()
+            config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **own["shape"]}
+            (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+            for name, real in own["rows"].items():
+                if row := gpu_row(f"{model}: {name}", real, folder, device):
+                    table.append(row)
+                    print(f"{row['case']:60} " + "  ".join(
+                        f"{key.removesuffix('_error')} {row[key]:+.1%}" for key in GPU_ERRORS
+                    ), flush=True)  # fmt: skip
+    found: dict[str, Any] = {
+        "suite": {key: suite[key] for key in ("commit", "machine", "versions")}, "table": table,
+    }  # fmt: skip
+    line: dict[str, Any] = {"configurations": len(table)}
+    for key in GPU_ERRORS:
+        errors = [abs(row[key]) for row in table]
+        line[f"max_{key}"], line[f"mean_{key}"] = max(errors), statistics.mean(errors)
+    store(f"plan_accuracy-{device}", {**found, **line}, before, {})
+    print(json.dumps(line))
+
+
+GPU_ERRORS = ("allocated_error", "reserved_error", "time_error")
+
+
+def gpu_row(case: str, real: Mapping[str, Any], folder: Path, device: str) -> dict[str, Any] | None:
+    """Predicted beside measured; None for a peer's row, a failed one, or one of compiled layers."""
+    from benchmarks import engine
+    from lighten.devices import named
+    from lighten.plan.trace import plan_recipe
+
+    asked = real.get("asked")
+    if asked is None or real["choices"].get("compilation") == "on":
+        return None
+    lengths = asked["lengths"]
+    if len(set(lengths)) > 1:  # a plan is told how many rows of how many tokens
+        return None
+    # The suite gives more rows to a micro-batch than a plan would believe of one adapter's.
+    settings = {**asked["settings"]}
+    if len(asked["adapters"]) == 1:
+        settings["per_device_train_batch_size"] = len(lengths)
+    recipe = engine.recipe_of(str(folder), asked["adapters"], 3, settings=settings)
+    plan = plan_recipe(
+        recipe, named(device), rows_tokens=(len(lengths), lengths[0]), supervised=0.75
+    ).to_dict()
+    memory = plan["memory"]
+    parts = {part["name"]: part["bytes"] for part in memory["parts"]}
+    reserved = memory["expected"] - parts["device context"]
+    seconds = statistics.median(real["step_seconds"])
+    return {
+        "case": case, "allocated_bytes": real["allocated_bytes"],
+        "reserved_bytes": real["reserved_bytes"], "step_seconds": seconds,
+        "planned": {"allocated": memory["allocated"], "reserved": reserved,
+                    "seconds": plan["time"]["seconds"], "parts": parts},
+        "allocated_error": memory["allocated"] / real["allocated_bytes"] - 1.0,
+        "reserved_error": reserved / real["reserved_bytes"] - 1.0,
+        "time_error": plan["time"]["seconds"] / seconds - 1.0,
+    }  # fmt: skip
 
 
 def show(row: Mapping[str, Any]) -> None:
