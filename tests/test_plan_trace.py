@@ -244,6 +244,17 @@ def test_a_7b_model_is_planned_in_seconds(tmp_path: Path) -> None:
     assert held["quantisation constants"] == pytest.approx(linear / 64 * 4, rel=0.01)
 
 
+@pytest.mark.parametrize("part", ["layer", "attention"])
+def test_recomputed_layers_can_be_planned_for_a_gpu(part: str, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, num_hidden_layers=4)
+    peaks = []
+    for saving in (False, True):
+        own = {"gradient_checkpointing_part": part} if saving else {}
+        recipe = recipe_of(folder, gradient_checkpointing=saving, **own)
+        peaks.append(plan_recipe(recipe, Card(), rows_tokens=(8, 64)).memory.expected)
+    assert peaks[1] < peaks[0]
+
+
 @pytest.mark.parametrize("capability", [(9, 0), (7, 5)])
 def test_a_gpus_attention_keeps_what_its_kernels_keep(
     capability: tuple[int, int], tmp_path: Path
@@ -264,6 +275,8 @@ def test_a_gpus_attention_keeps_what_its_kernels_keep(
     query = rows * tokens * heads * features * 2
     keys = query // (groups if capability >= (8, 0) else 1)
     normaliser = rows * heads * tokens * 4
-    # Query, keys, values, result and its normaliser, of two layers.
-    wanted = 2 * (2 * query + 2 * keys + normaliser)
+    # Query, keys, result and its normaliser of two layers, and the values where they are repeated:
+    # else they are what a linear layer gave.
+    values = keys if capability < (8, 0) else 0
+    wanted = 2 * (2 * query + keys + values + normaliser)
     assert parts["activations: attention"] == pytest.approx(wanted, rel=0.02)

@@ -56,8 +56,8 @@ def test_in_half_precision_they_are_as_near_to_float32_as_transformers(
         norm = made(kind, torch.bfloat16)
         if quick:
             norms.quicken(nn.Sequential(norm))
-        apart.append([float((own.float() - other).square().mean())
-                      for own, other in zip(results(norm, x, upstream), truth, strict=True)])  # fmt: skip
+        found = zip(results(norm, x, upstream), truth, strict=True)
+        apart.append([float((own.float() - other).square().mean()) for own, other in found])
     for plain, quick_one in zip(*apart, strict=True):
         assert quick_one <= 1.1 * plain
 

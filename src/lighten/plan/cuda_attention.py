@@ -8,88 +8,72 @@ Source: pytorch/aten/src/ATen/native/transformers/cuda/sdp_utils.cpp.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from transformers import masking_utils
 
 FLASH_SINCE = (8, 0)  # compute capability
 MOST_FEATURES = 256  # of a head, for every fused kernel
 
 
-class AsOnCuda(TorchFunctionMode):
+@contextmanager
+def as_on_cuda(capability: tuple[int, int] | None) -> Iterator[None]:
     """`scaled_dot_product_attention` by the operation that a CUDA device would choose.
 
     Args:
         capability: Compute capability; None: a recent device.
     """
+    has_flash = (capability or FLASH_SINCE) >= FLASH_SINCE
+    with ExitStack() as stack:
+        # By name: a mode of torch's would not hold while layers are recomputed in a backward pass.
+        attend = partial(_attend, has_flash)
+        stack.enter_context(patch.object(F, "scaled_dot_product_attention", attend))
+        # From positions that it cannot read transformers concludes that rows may be packed, and
+        # makes a mask for them: real ones are read, and show that they are not.
+        stack.enter_context(patch.object(masking_utils, "find_packed_sequence_indices", _none))
+        yield
 
-    def __init__(self, capability: tuple[int, int] | None) -> None:
-        super().__init__()
-        self.has_flash = (capability or FLASH_SINCE) >= FLASH_SINCE
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Every function of torch passes here."""
-        del types
-        if func is F.scaled_dot_product_attention:
-            return self._attend(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-    def __enter__(self) -> Self:
-        # From positions that it cannot read it would conclude that rows may be packed, and make a
-        # mask for them: real ones are read, and show that they are not.
-        self._patched = patch.object(masking_utils, "find_packed_sequence_indices", _none)
-        self._patched.start()
-        return super().__enter__()  # type: ignore[no-any-return]
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._patched.stop()
-
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        *,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        aten = torch.ops.aten
-        half = query.dtype in (torch.float16, torch.bfloat16)
-        narrow = max(query.shape[-1], value.shape[-1]) <= MOST_FEATURES
-        if self.has_flash and half and narrow and attn_mask is None:
-            found = aten._scaled_dot_product_flash_attention(
-                query, key, value, dropout_p, is_causal, False, scale=scale
-            )
-        elif query.shape[1] == key.shape[1] == value.shape[1]:
-            if attn_mask is not None and attn_mask.dtype == torch.bool:
-                attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
-            if attn_mask is not None:
-                attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
-            found = aten._scaled_dot_product_efficient_attention(
-                query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale
-            )
-        else:
-            found = aten._scaled_dot_product_attention_math(
-                query, key, value, attn_mask, dropout_p, is_causal,
-                scale=scale, enable_gqa=enable_gqa,
-            )  # fmt: skip
-        return found[0]  # type: ignore[no-any-return]
+def _attend(
+    has_flash: bool,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    aten = torch.ops.aten
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    narrow = max(query.shape[-1], value.shape[-1]) <= MOST_FEATURES
+    if has_flash and half and narrow and attn_mask is None:
+        found = aten._scaled_dot_product_flash_attention(
+            query, key, value, dropout_p, is_causal, False, scale=scale
+        )
+    elif query.shape[1] == key.shape[1] == value.shape[1]:
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
+        if attn_mask is not None:
+            attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
+        found = aten._scaled_dot_product_efficient_attention(
+            query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale
+        )
+    else:
+        found = aten._scaled_dot_product_attention_math(
+            query, key, value, attn_mask, dropout_p, is_causal,
+            scale=scale, enable_gqa=enable_gqa,
+        )  # fmt: skip
+    return found[0]  # type: ignore[no-any-return]
 
 
 def _none(*args: Any, **kwargs: Any) -> None:

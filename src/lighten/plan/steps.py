@@ -27,7 +27,7 @@ from lighten.hardware import Choice
 from lighten.models import attention, quantized
 from lighten.plan import repeat
 from lighten.plan.build import fake_base
-from lighten.plan.cuda_attention import AsOnCuda
+from lighten.plan.cuda_attention import as_on_cuda
 from lighten.plan.follow import Follow, Timeline
 from lighten.plan.result import Shape
 from lighten.recipe import Recipe
@@ -243,7 +243,7 @@ def follow_recipe(
     cut, lengths = largest_step(setup, given)
     places = traced_places(setup, cut)
     batches = collated(setup, [cut[place] for place in places], lengths, supervised)
-    attending = AsOnCuda(capability) if kind == "cuda" else nullcontext()
+    attending = as_on_cuda(capability) if kind == "cuda" else nullcontext()
     with fake, follow, attending:
         first_run = len(follow.timeline.runs)
         run_steps(setup, [_fake(batch, fake) for batch in batches], follow, units)

@@ -68,7 +68,7 @@ def _gemma(self: Any, x: Tensor) -> Tensor:
 
 
 def _by_itself(x: Tensor, weight: Tensor) -> bool:
-    """Whether transformers' code does: nothing learns, a compiler reads it, or formats are mixed."""
+    """Whether transformers' code runs: nothing learns, a compiler reads it, or formats mix."""
     return not torch.is_grad_enabled() or torch.compiler.is_compiling() or x.dtype != weight.dtype
 
 
