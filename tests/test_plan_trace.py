@@ -17,7 +17,7 @@ from lighten.data.encode import EncodingCounts
 from lighten.hardware import Choice
 from lighten.models import quantized
 from lighten.models.load import set_attention
-from lighten.plan import repeat
+from lighten.plan import memory, repeat
 from lighten.plan.build import config_of
 from lighten.plan.follow import Follow, Timeline
 from lighten.plan.result import PARTS, Plan
@@ -280,3 +280,22 @@ def test_a_gpus_attention_keeps_what_its_kernels_keep(
     values = keys if capability < (8, 0) else 0
     wanted = 2 * (2 * query + keys + values + normaliser)
     assert parts["activations: attention"] == pytest.approx(wanted, rel=0.02)
+
+
+def part(found: memory.Memory, name: str) -> int:
+    return next(own.bytes for own in found.parts if own.name == name)
+
+
+def test_every_further_lane_is_a_process_with_activations_of_its_own(tmp_path: Path) -> None:
+    traced = follow(recipe_of(folder_of(tmp_path)), (8, 64))
+    loading = memory.Loading(0, 0, 0)
+    one, two, three = (
+        memory.processor_memory(traced.timeline, loading, context=7, lanes=lanes, margin=0.1)
+        for lanes in (1, 2, 3)
+    )
+    for name in ("base weights", "adapters"):
+        assert part(two, name) == part(three, name) == part(one, name) > 0
+    assert part(two, "device context") == 7 + memory.LANE_BYTES
+    for name in ("activations: linear", "activations: attention"):
+        assert part(three, name) - part(two, name) == part(two, name) - part(one, name) > 0
+    assert three.expected - two.expected == two.expected - one.expected

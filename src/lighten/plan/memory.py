@@ -38,9 +38,11 @@ WITHIN, BEYOND = 0.35, 0.45
 
 LASTING = PARTS[:5]
 PHASES = {"check": "forward"}
-# What each lane has of its own, and when.
+# What each lane has of its own, and when; and what its process takes beside: libraries' buffers,
+# and pages of its parent's that it writes to (benchmarks/plan_accuracy.py).
 EACH = ("activations", "logits", "temporary", "gradients")
 IN_LANES = ("forward", "loss", "backward")
+LANE_BYTES = 80 * MIB
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,6 @@ def processor_memory(
         margin: Share of the peak that it may be off by.
     """
     context += int(TOKENIZER_FACTOR * loading.tokenizer)
-    timeline = _in_lanes(timeline, lanes)
     saving = next(
         (place for place, event in enumerate(timeline.events)
          if timeline.runs[event.run].phase == "saving"), None,
@@ -146,7 +147,11 @@ def processor_memory(
         parts = timeline.alive_at(held.at)
         overhead = course[-1] - heap.allocated
         parts["temporary buffers"] = parts.get("temporary buffers", 0) + verified
-    step = held.peak + context
+    others = _other_lanes(timeline, lanes - 1)
+    parts = {name: parts.get(name, 0) + others.parts.get(name, 0)
+             for name in {*parts, *others.parts}}  # fmt: skip
+    overhead += others.overhead
+    step = sum(parts.values()) + overhead + context + others.context
     weights = {name: parts.get(name, 0) for name in ("base weights", "quantisation constants")}
     load = sum(weights.values()) + loading.files + loading.copies + context
     when = timeline.runs[timeline.events[held.at].run].phase
@@ -156,6 +161,8 @@ def processor_memory(
             0,
             "loading",
         )
+    else:
+        context += others.context
     parts = {**parts, "allocator overhead": overhead, "device context": context}
     return _memory(timeline, parts, PHASES.get(when, when), margin, None)
 
@@ -192,20 +199,50 @@ def numbered(timeline: Timeline) -> list[tuple[int, bool, int]]:
     return [(id(event.block), event.born, event.block.bytes) for event in timeline.events]
 
 
-def _in_lanes(timeline: Timeline, lanes: int) -> Timeline:
-    """The timeline where each lane has activations, temporaries and sums of gradients of its own.
+@dataclass(frozen=True)
+class _Others:
+    """What all lanes but the first hold by themselves.
 
-    As if all lanes were at the same place at the same time.
+    Attributes:
+        parts: Bytes of blocks by part.
+        overhead: Of their heaps.
+        context: What a process has that computes.
     """
-    if lanes == 1:
-        return timeline
-    made: dict[int, Block] = {}
+
+    parts: dict[str, int]
+    overhead: int = 0
+    context: int = 0
+
+
+def _other_lanes(timeline: Timeline, count: int) -> _Others:
+    """Processes with heaps of their own, in which micro-batches come and go as in the first lane's.
+
+    What a lane's micro-batches leave, the sums of their gradients, lies in memory that it shares
+    with the first, which reads it.
+    """
+    if count == 0:
+        return _Others({})
+    own = {
+        id(event.block) for event in timeline.events
+        if timeline.runs[event.block.run].phase in IN_LANES and event.block.part.startswith(EACH)
+    }  # fmt: skip
+    events = [event for event in timeline.events if id(event.block) in own]
+    alone = Timeline(events, timeline.runs, timeline.work)
+    held, _ = replay(Heap(), numbered(alone))
+    parts = alone.alive_at(held.at)
+    found = {name: count * size for name, size in parts.items()}
+    found["gradients"] = found.get("gradients", 0) + count * _most_gradients(timeline)
+    return _Others(found, count * (held.peak - held.allocated), count * LANE_BYTES)
+
+
+def _most_gradients(timeline: Timeline) -> int:
+    """The most that gradients take."""
+    now = most = 0
     for event in timeline.events:
-        block = event.block
-        each = timeline.runs[block.run].phase in IN_LANES and block.part.startswith(EACH)
-        made.setdefault(id(block), replace(block, bytes=block.bytes * (lanes if each else 1)))
-    events = [replace(event, block=made[id(event.block)]) for event in timeline.events]
-    return Timeline(events, timeline.runs, timeline.work)
+        if event.block.part == "gradients":
+            now += event.block.bytes if event.born else -event.block.bytes
+            most = max(most, now)
+    return most
 
 
 def lasting_bytes(timeline: Timeline) -> int:
