@@ -133,7 +133,10 @@ class Suite:
         """Train the lessons by lighten."""
         memory = PeakMemory(self.device)
         steps = len(next(iter(lessons.values())))
-        settings = {"per_device_train_batch_size": MANY_ROWS, **settings}
+        # So many rows per batch would look like a run long enough to compile layers for.
+        settings = {
+            "per_device_train_batch_size": MANY_ROWS, "torch_compile": False, **settings,
+        }  # fmt: skip
         recipe = engine.recipe_of("random", list(lessons), steps, settings=settings)
         whole = recipe.method == "full"
         if whole:  # one member, of the recipe's own naming

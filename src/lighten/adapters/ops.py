@@ -157,6 +157,11 @@ class _Block:
         return list(zip(self.order, self.parts, strict=True))
 
 
+def launches_cost(x: Tensor) -> bool:
+    """Whether one larger product beats several small ones on x's device."""
+    return x.is_cuda
+
+
 def _blocks(parts: Sequence[Part], ranks: Sequence[int], *, merge: bool) -> list[_Block]:
     """Parts on the same rows together; with `merge` all of them, while they are few ranks."""
     groups: dict[Any, list[int]] = {}
@@ -188,7 +193,7 @@ class _LowRankLinears(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         flat = x.reshape(-1, x.shape[-1])
         outs = [product(base, flat) for base in bases]
-        blocks = _blocks(parts, [A.shape[0] for A in factors[::2]], merge=x.is_cuda)
+        blocks = _blocks(parts, [A.shape[0] for A in factors[::2]], merge=launches_cost(x))
         lows = []
         for block in blocks:
             rows = _dropped(flat[block.start : block.stop], block.parts[0])

@@ -319,7 +319,11 @@ def _forward_repeated(
     if options.get("is_causal") is None:
         options["is_causal"] = getattr(module, "is_causal", True)
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    return sdpa_attention_forward(None, query, key, value, attention_mask, **options)
+    # Of a module it would read how often keys are to be repeated.
+    return sdpa_attention_forward(_NO_MODULE, query, key, value, attention_mask, **options)
+
+
+_NO_MODULE = nn.Module()
 
 
 def _mask(*args: Any, **options: Any) -> Tensor | None:

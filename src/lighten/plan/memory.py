@@ -27,6 +27,9 @@ TOKENIZER_FACTOR = 5.6
 # with PyTorch 2.10 (github.com/unslothai/unsloth-zoo/pull/1053), "around 400MB" in general
 # (github.com/pytorch/pytorch/issues/109888).
 CUDA_CONTEXT_BYTES = 426 * MIB
+# From compute capability 9.0 on: an H100 with PyTorch 2.11 after a whole suite
+# (benchmarks/results/gpu_suite-h100.json).
+CUDA_CONTEXT_BYTES_90 = 785 * MIB
 # cuBLAS's workspace, taken from the caching allocator at the first product: `:4096:2:16:8`, and
 # 32 MiB from compute capability 9.0 on (aten/src/ATen/cuda/CublasHandlePool.cpp).
 # Each thread has its own: the forward pass's and autograd's.
@@ -176,7 +179,8 @@ def cuda_memory(timeline: Timeline, *, capability: tuple[int, int] | None, margi
         margin: Share of the peak that it may be off by.
     """
     allocator = CachingAllocator()
-    workspace = CUBLAS_BYTES_90 if (capability or (0, 0)) >= (9, 0) else CUBLAS_BYTES
+    recent = (capability or (0, 0)) >= (9, 0)
+    workspace = CUBLAS_BYTES_90 if recent else CUBLAS_BYTES
     for _ in range(CUDA_THREADS):
         allocator.take(workspace)
     workspace *= CUDA_THREADS
@@ -188,7 +192,7 @@ def cuda_memory(timeline: Timeline, *, capability: tuple[int, int] | None, margi
     parts = {
         **parts,
         "allocator overhead": held.peak - sum(parts.values()),
-        "device context": CUDA_CONTEXT_BYTES,
+        "device context": CUDA_CONTEXT_BYTES_90 if recent else CUDA_CONTEXT_BYTES,
     }
     when = timeline.runs[timeline.events[at].run].phase
     return _memory(timeline, parts, PHASES.get(when, when), margin, held.most_allocated)

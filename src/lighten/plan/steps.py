@@ -27,8 +27,8 @@ from lighten.hardware import Choice
 from lighten.models import attention, quantized
 from lighten.plan import repeat
 from lighten.plan.build import fake_base
-from lighten.plan.cuda_attention import as_on_cuda
 from lighten.plan.follow import Follow, Timeline
+from lighten.plan.on_cuda import as_on_cuda
 from lighten.plan.result import Shape
 from lighten.recipe import Recipe
 from lighten.train.member import Member

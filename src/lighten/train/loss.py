@@ -143,7 +143,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if grad is not None:
             grad = (grad * (weights * grad_total)[:, None]).to(grad.dtype)
         if grad_W is not None:
-            grad_W = (grad_W * grad_total).to(ctx.formats[0])
+            # In place: it is as large as the head, and nobody goes backward twice.
+            grad_W = grad_W.mul_(grad_total).to(ctx.formats[0])
         if grad_bias is not None:
             grad_bias = (grad_bias * grad_total).to(ctx.formats[1])
         return grad, None, None, grad_W, grad_bias, None, None, None

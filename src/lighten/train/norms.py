@@ -57,13 +57,13 @@ def _meaning(code: CodeType) -> tuple[Any, ...]:
 
 def _llama(self: Any, hidden_states: Tensor) -> Tensor:
     if _by_itself(hidden_states, self.weight):
-        return type(self).forward(self, hidden_states)  # type: ignore[no-any-return]
+        return type(self).forward(self, hidden_states)
     return _RootMeanSquare.apply(hidden_states, self.weight, self.variance_epsilon, False)
 
 
 def _gemma(self: Any, x: Tensor) -> Tensor:
     if _by_itself(x, self.weight):
-        return type(self).forward(self, x)  # type: ignore[no-any-return]
+        return type(self).forward(self, x)
     return _RootMeanSquare.apply(x, self.weight, self.eps, True)
 
 

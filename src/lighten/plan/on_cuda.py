@@ -1,4 +1,4 @@
-"""Attention as a CUDA device computes it, in a trace whose fake tensors are a processor's.
+"""What a CUDA device does otherwise than the processor whose fake tensors a trace has.
 
 PyTorch chooses the kernel by device: a processor's own copies grouped keys and values for every
 query head, a GPU's reads them as they are, and neither keeps what the other does.
@@ -19,13 +19,15 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import masking_utils
 
+from lighten.adapters import ops
+
 FLASH_SINCE = (8, 0)  # compute capability
 MOST_FEATURES = 256  # of a head, for every fused kernel
 
 
 @contextmanager
 def as_on_cuda(capability: tuple[int, int] | None) -> Iterator[None]:
-    """`scaled_dot_product_attention` by the operation that a CUDA device would choose.
+    """Attention by the operation that a CUDA device would choose, and merged low-rank products.
 
     Args:
         capability: Compute capability; None: a recent device.
@@ -35,6 +37,7 @@ def as_on_cuda(capability: tuple[int, int] | None) -> Iterator[None]:
         # By name: a mode of torch's would not hold while layers are recomputed in a backward pass.
         attend = partial(_attend, has_flash)
         stack.enter_context(patch.object(F, "scaled_dot_product_attention", attend))
+        stack.enter_context(patch.object(ops, "launches_cost", _yes))
         # From positions that it cannot read transformers concludes that rows may be packed, and
         # makes a mask for them: real ones are read, and show that they are not.
         stack.enter_context(patch.object(masking_utils, "find_packed_sequence_indices", _none))
@@ -73,8 +76,13 @@ def _attend(
             query, key, value, attn_mask, dropout_p, is_causal,
             scale=scale, enable_gqa=enable_gqa,
         )  # fmt: skip
-    return found[0]  # type: ignore[no-any-return]
+    return found[0]
 
 
 def _none(*args: Any, **kwargs: Any) -> None:
     del args, kwargs
+
+
+def _yes(*args: Any) -> bool:
+    del args
+    return True
