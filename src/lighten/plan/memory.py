@@ -36,8 +36,8 @@ CUDA_CONTEXT_BYTES_90 = 785 * MIB
 CUDA_THREADS = 2
 CUBLAS_BYTES, CUBLAS_BYTES_90 = 2 * 4096 * 1024 + 8 * 16 * 1024, 32 * MIB
 # How far predictions may be from measurements: within what was compared, and beyond
-# (benchmarks/plan_accuracy.py: 33 % in one of 31).
-WITHIN, BEYOND = 0.35, 0.45
+# (benchmarks/plan_accuracy.py: 27 % in one of 31).
+WITHIN, BEYOND = 0.30, 0.40
 
 LASTING = PARTS[:5]
 PHASES = {"check": "forward"}
