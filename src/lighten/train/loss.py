@@ -116,6 +116,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_W = torch.zeros_like(W, dtype=torch.float32) if ctx.needs_input_grad[3] else None
         grad_bias = nll.new_zeros(W.shape[0]) if ctx.needs_input_grad[4] else None
+        learns = any(ctx.needs_input_grad)
         for rows in _chunks(len(labels), W, fused):
             raw = space.take("logits", rows.stop - rows.start, hidden, W.shape[0], W.dtype)
             torch.mm(hidden[rows], W.T, out=raw)
@@ -124,7 +125,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if fused:
                 nll[rows] = cross_entropy_(raw, labels[rows], rule.scale, rule.softcap or 0.0)
             else:
-                learns = grad is not None or grad_W is not None
                 nll[rows] = _slopes_for_logits(raw, labels[rows], rule, space, learns)
             if grad is not None:
                 torch.mm(raw, W, out=grad[rows])
