@@ -125,31 +125,42 @@ SAVERS: dict[str, Saver] = {
 }
 
 
+def step_with(
+    saver: Saver | None, arch: str, packed: bool, folder: Path
+) -> tuple[Any, dict[str, dict[str, Tensor]]]:
+    """What one step of two adapters reports, and each one's gradients."""
+    specs = [random_spec("a", 4, seed=1, dropout=0.2), random_spec("b", 8, seed=2)]
+    cohort = cohort_of(*specs, arch=arch)
+    if packed:
+        in_blocks(cohort)
+    if saver is not None:
+        saver(cohort, folder)
+    objective = Objective(cohort.model, cohort, packs=packed)
+    report, members = one_step(cohort, UNEVEN, 3, packed=packed, objective=objective)
+    return report, {name: gradients(member) for name, member in members.items()}
+
+
+def assert_bitwise(
+    found: dict[str, dict[str, Tensor]], wanted: dict[str, dict[str, Tensor]], name: str
+) -> None:
+    for member in ("a", "b"):
+        for key, value in wanted[member].items():
+            assert torch.equal(found[member][key], value), (name, key)
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_saver_is_bitwise_the_run_without_it(arch: str, packed: bool, tmp_path: Path) -> None:
-    def run(saver: Saver | None) -> tuple[Any, dict[str, dict[str, Tensor]]]:
-        specs = [random_spec("a", 4, seed=1, dropout=0.2), random_spec("b", 8, seed=2)]
-        cohort = cohort_of(*specs, arch=arch)
-        if packed:
-            in_blocks(cohort)
-        if saver is not None:
-            saver(cohort, tmp_path)
-        objective = Objective(cohort.model, cohort, packs=packed)
-        report, members = one_step(cohort, UNEVEN, 3, packed=packed, objective=objective)
-        return report, {name: gradients(member) for name, member in members.items()}
-
-    report, wanted = run(None)
+    report, wanted = step_with(None, arch, packed, tmp_path)
     for name, saver in SAVERS.items():
         if arch == "opt" and name == "mlp":  # its layers hold the two products themselves
             with pytest.raises(UserError, match="have no mlp of their own; use layer"):
-                run(saver)
+                step_with(saver, arch, packed, tmp_path)
             continue
-        own, found = run(saver)
+        own, found = step_with(saver, arch, packed, tmp_path)
         for member in ("a", "b"):
             assert own[member].loss == report[member].loss, name
-            for key, value in wanted[member].items():
-                assert torch.equal(found[member][key], value), (name, key)
+        assert_bitwise(found, wanted, name)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
@@ -157,19 +168,7 @@ def test_savers_work_where_autograd_has_a_thread_of_its_own(
     packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU: what layers follow while they are recomputed must not be this thread's alone."""
-
-    def run(saver: Saver | None) -> dict[str, dict[str, Tensor]]:
-        specs = [random_spec("a", 4, seed=1, dropout=0.2), random_spec("b", 8, seed=2)]
-        cohort = cohort_of(*specs, arch="llama")
-        if packed:
-            in_blocks(cohort)
-        if saver is not None:
-            saver(cohort, tmp_path)
-        objective = Objective(cohort.model, cohort, packs=packed)
-        _, members = one_step(cohort, UNEVEN, 3, packed=packed, objective=objective)
-        return {name: gradients(member) for name, member in members.items()}
-
-    wanted = run(None)
+    _, wanted = step_with(None, "llama", packed, tmp_path)
     real, threads = torch.autograd.backward, []
 
     def elsewhere(*args: Any, **kwargs: Any) -> None:
@@ -179,11 +178,10 @@ def test_savers_work_where_autograd_has_a_thread_of_its_own(
 
     monkeypatch.setattr(torch.autograd, "backward", elsewhere)
     for name, saver in SAVERS.items():
-        found = run(saver)
+        threads.clear()
+        _, found = step_with(saver, "llama", packed, tmp_path)
         assert threads, "nothing went backward elsewhere"
-        for member in ("a", "b"):
-            for key, value in wanted[member].items():
-                assert torch.equal(found[member][key], value), (name, key)
+        assert_bitwise(found, wanted, name)
 
 
 def kept_bytes(saver: Saver | None, folder: Path) -> int:

@@ -235,25 +235,19 @@ def _other_lanes(timeline: Timeline, count: int) -> _Others:
     held, _ = replay(Heap(), numbered(alone))
     parts = alone.alive_at(held.at)
     found = {name: count * size for name, size in parts.items()}
-    found["gradients"] = found.get("gradients", 0) + count * _most_gradients(timeline)
+    found["gradients"] = found.get("gradients", 0) + count * _most_of(timeline, ("gradients",))
     return _Others(found, count * (held.peak - held.allocated), count * LANE_BYTES)
-
-
-def _most_gradients(timeline: Timeline) -> int:
-    """The most that gradients take."""
-    now = most = 0
-    for event in timeline.events:
-        if event.block.part == "gradients":
-            now += event.block.bytes if event.born else -event.block.bytes
-            most = max(most, now)
-    return most
 
 
 def lasting_bytes(timeline: Timeline) -> int:
     """The most that weights, adapters, gradients and optimiser state take together."""
+    return _most_of(timeline, LASTING)
+
+
+def _most_of(timeline: Timeline, parts: Sequence[str]) -> int:
     now = most = 0
     for event in timeline.events:
-        if event.block.part in LASTING:
+        if event.block.part in parts:
             now += event.block.bytes if event.born else -event.block.bytes
             most = max(most, now)
     return most
