@@ -67,6 +67,15 @@ def why_not(run: Run, contender: Contender, reference: Run | None) -> str | None
     return None
 
 
+def reference_of(
+    contender: Contender, run: Run, results: Mapping[str, Sequence[Run]]
+) -> Run | None:
+    """The run whose losses a contender has to follow; None if there is none."""
+    weights = contender.rounded or run.get("dtype")
+    name = REFERENCES.get((contender.data, str(weights)))
+    return next(iter(results.get(name or "", [])), None)
+
+
 def tolerance(contender: Contender, run: Run) -> float:
     """How far a run's losses may be from the reference's."""
     return AGREEMENT[contender.rounding or run["dtype"]]
@@ -89,7 +98,7 @@ def tabulate(
     table: Table = {}
     for name, runs in results.items():
         own = contenders[name]
-        reference = next(iter(results.get(REFERENCES[own.data], [])), None)
+        reference = reference_of(own, runs[0], results)
         reasons = [why_not(run, own, reference) for run in runs]
         row: dict[str, Any] = {
             "valid": not any(reasons), "why_not": next(filter(None, reasons), None),

@@ -33,6 +33,7 @@ class Contender:
         attention: Of a peer; None leaves it to transformers.
         accumulate: Micro-batches that a peer cuts a step into.
         rounding: The format of the products, where it is not that of the weights.
+        rounded: The format that a peer's weights are rounded to before they become `dtype`.
         learns: False is the control.
         once: Measured once, however many repeats the others have.
     """
@@ -45,6 +46,7 @@ class Contender:
     attention: str | None = None
     accumulate: int = 1
     rounding: str | None = None
+    rounded: str | None = None
     learns: bool = True
     once: bool = False
 
@@ -65,6 +67,7 @@ class Contender:
         options = {"attn_implementation": self.attention} if self.attention else {}
         return {
             **shared, "steps": lessons, "adapter": adapter, "dtype": self.dtype, "rank": RANK,
+            "rounded": self.rounded,
             "model_options": options, "options": self.settings, "accumulate": self.accumulate,
         }  # fmt: skip
 
@@ -76,16 +79,25 @@ class Contender:
 
 OURS, OURS_SAVING = "lighten", "lighten, checkpointing"
 OURS_SHUFFLED = "lighten, shuffled"
-REFERENCE, FLOAT32 = "trl, float32", "trl, float32, shuffled"
+REFERENCE = "trl, float32 products"
+REFERENCE_SHUFFLED = "trl, float32 products, shuffled"
+FLOAT32 = "trl, float32, shuffled"
 DEFAULTS = "trl, defaults, shuffled"
 BEST, BEST_SAVING = "trl, best", "trl, best, checkpointing"
-# The losses that a row has to follow, by its set of steps.
-REFERENCES = {GROUPED: REFERENCE, SHUFFLED: FLOAT32}
+# The losses that a row has to follow, by its set of steps and the format of its weights: float32
+# arithmetic on the very same weights. That a base was rounded is no doing of whoever trains on it.
+REFERENCES = {
+    (GROUPED, "bfloat16"): REFERENCE,
+    (SHUFFLED, "bfloat16"): REFERENCE_SHUFFLED,
+    (SHUFFLED, "float32"): FLOAT32,
+}
 
+EXACT: dict[str, Any] = {"bf16": False, "gradient_checkpointing": False}
 CONTENDERS: dict[str, Contender] = {
     # Without checkpointing, which changes no loss and only takes longer.
-    REFERENCE: Contender(
-        "trl", {"bf16": False, "gradient_checkpointing": False}, dtype="float32", once=True
+    REFERENCE: Contender("trl", EXACT, dtype="float32", rounded="bfloat16", once=True),
+    REFERENCE_SHUFFLED: Contender(
+        "trl", EXACT, SHUFFLED, "defaults", dtype="float32", rounded="bfloat16", once=True
     ),
     OURS: Contender("lighten", LONG_RUN),
     OURS_SAVING: Contender("lighten", LONG_RUN).checkpointed(),

@@ -74,8 +74,10 @@ def dataset(steps: list[list[tuple[list[int], list[bool]]]]) -> Dataset:
 def load(job: dict[str, Any]) -> Any:
     """The model with the adapter that all start from."""
     base = AutoModelForCausalLM.from_pretrained(
-        job["model"], dtype=job["dtype"], **job["model_options"]
+        job["model"], dtype=job.get("rounded") or job["dtype"], **job["model_options"]
     )
+    if job.get("rounded"):
+        base = base.to(getattr(torch, job["dtype"]))
     return PeftModel.from_pretrained(base, job["adapter"], is_trainable=True)
 
 

@@ -142,7 +142,7 @@ REFERENCE = run(1.0, [3.0, 2.0, 1.0], dtype="float32")
 
 def table_of(**changes: dict[str, Any]) -> comparison.Table:
     rows = {
-        who.REFERENCE: REFERENCE, who.FLOAT32: REFERENCE,
+        who.REFERENCE: REFERENCE, who.REFERENCE_SHUFFLED: REFERENCE, who.FLOAT32: REFERENCE,
         who.OURS: run(9.0, [3.0, 2.0, 1.0], 2.0), who.OURS_SHUFFLED: run(8.0, [3.0, 2.0, 1.0], 2.0),
         who.OURS_SAVING: run(7.0, [3.0, 2.0], 1.0), who.DEFAULTS: run(2.0, [3.0, 2.01, 1.0]),
         who.BEST: run(3.0, [3.0, 2.0, 1.005]), who.BEST_SAVING: run(2.5, [3.0, 2.0], 5.0),
@@ -182,7 +182,8 @@ def test_ratios_are_ours_over_theirs_on_the_same_steps() -> None:
         ({who.OURS: run(9.0, [3.0, 2.0, float("nan")])}, {"speed_vs_best", "memory_vs_best"}),
         ({who.BEST: run(9.0, [3.0, 2.0, 1.0], moved=0.0)}, {"speed_vs_best", "memory_vs_best"}),
         ({who.BEST: {"error": "killed"}}, {"speed_vs_best", "memory_vs_best"}),
-        ({who.FLOAT32: {"error": "killed"}},
+        ({who.FLOAT32: {"error": "killed"}}, {"speed_vs_float32_defaults"}),
+        ({who.REFERENCE_SHUFFLED: {"error": "killed"}},
          {"speed_vs_defaults", "speed_vs_float32_defaults", "memory_vs_defaults"}),
         ({who.OURS_SAVING: run(9.0, [3.0, 2.5])}, {"memory_vs_checkpointed"}),
     ],
@@ -193,6 +194,17 @@ def test_a_row_that_does_not_count_has_no_ratio(changes: dict[str, Any], null: s
     always = {key for key in found if key.startswith(("wall", "memory_vs_fastest"))}
     assert {key for key, value in found.items() if value is None} == null | always
     assert not all(row["valid"] for row in table.values())
+
+
+def test_a_row_follows_exact_arithmetic_on_its_own_weights() -> None:
+    rounded, whole = run(1.0, [3.0, 2.0, 1.0]), run(1.0, [3.1, 2.1, 1.1], dtype="float32")
+    results = {who.REFERENCE_SHUFFLED: [rounded], who.FLOAT32: [whole]}
+    own = who.CONTENDERS[who.OURS_SHUFFLED]
+    assert comparison.reference_of(own, run(8.0, []), results) is rounded
+    assert comparison.reference_of(own, run(8.0, [], dtype="float32"), results) is whole
+    exact = who.CONTENDERS[who.REFERENCE_SHUFFLED]
+    assert comparison.reference_of(exact, run(8.0, [], dtype="float32"), results) is rounded
+    assert comparison.reference_of(own, run(8.0, [], dtype="float16"), results) is None
 
 
 def test_speed_counts_real_tokens_after_the_warmup() -> None:

@@ -16,7 +16,16 @@ from hypothesis import strategies as st
 
 from lighten import allocator
 from lighten.plan import context
-from lighten.plan.allocators import MIB, CachingAllocator, Heap, replay, rounded, segment_size
+from lighten.plan.allocators import (
+    MIB,
+    CachingAllocator,
+    Heap,
+    Held,
+    replay,
+    rounded,
+    segment_size,
+)
+from lighten.plan.context import Context
 
 GLIBC = allocator._glibc() is not None
 
@@ -75,10 +84,20 @@ def test_the_best_fit_is_taken() -> None:
 
 def test_replay_tells_the_peak_and_where_it_was() -> None:
     events = [(1, True, 30 * MIB), (2, True, 10 * MIB), (1, False, 30 * MIB), (3, True, MIB)]
-    held, course = replay(CachingAllocator(), events)
-    assert (held.peak, held.at, held.most_allocated) == (42 * MIB, 3, 40 * MIB)
-    assert len(course) == 4
-    assert course == sorted(course), "segments are kept"
+    course = replay(CachingAllocator(), events)
+    assert course.most() == Held(42 * MIB, 1, 40 * MIB)
+    assert course.most(1, 3) == Held(40 * MIB, 1, 40 * MIB)
+    assert course.most(2, 2) == course.most(4) == Held(0, 0, 0), "a stretch without events"
+    assert max(course.allocated) == 40 * MIB
+    assert len(course.held) == 4
+    assert course.held == sorted(course.held), "segments are kept"
+
+
+def test_a_heap_is_trimmed_where_it_is_said() -> None:
+    events = [(1, True, 30 * MIB), (2, True, MIB), (1, False, 30 * MIB), (2, False, MIB)]
+    kept, given = (replay(Heap(), events, trimmed) for trimmed in ((), (3,)))
+    assert kept.held[:3] == given.held[:3]
+    assert given.held[3] == pytest.approx(kept.held[3] - 30 * MIB, abs=MIB)
 
 
 BLOCKS = st.lists(st.tuples(st.integers(1, 40 * MIB), st.integers(0, 6)), min_size=1, max_size=60)
@@ -171,7 +190,7 @@ def test_the_heap_takes_what_glibc_takes(seed: int) -> None:
         [sys.executable, "-c", REAL], input=json.dumps(events), capture_output=True, text=True,
         check=True,
     )  # fmt: skip
-    held, _ = replay(Heap(), events)
+    held = replay(Heap(), events).most()
     # Where small objects fall decides what fits where: no two processes are alike.
     assert int(found.stdout) == pytest.approx(held.peak, rel=0.15)
 
@@ -197,17 +216,18 @@ def test_the_context_is_measured_once_for_a_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[list[str]] = []
+    found = '{"bytes": 90000000, "lane_bytes": 50000000}'
 
     def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         calls.append(command)
-        return subprocess.CompletedProcess(command, 0, "a warning\n90000000\n", "")
+        return subprocess.CompletedProcess(command, 0, f"a warning\n{found}\n", "")
 
     monkeypatch.setattr(context.subprocess, "run", run)
     path = tmp_path / "new" / "context.json"
-    assert context.context_bytes(path) == context.context_bytes(path) == 90_000_000
+    assert context.context_of(path) == context.context_of(path) == Context(90_000_000, 50_000_000)
     assert len(calls) == 1
     monkeypatch.setattr(context, "processor_name", lambda: "another")
-    context.context_bytes(path)
+    context.context_of(path)
     assert len(calls) == 2, "another processor is another context"
     path.write_text("{", encoding="ascii")
 
@@ -215,4 +235,4 @@ def test_the_context_is_measured_once_for_a_machine(
         raise subprocess.CalledProcessError(1, command)
 
     monkeypatch.setattr(context.subprocess, "run", fails)
-    assert context.context_bytes(path) == context.UNMEASURED_BYTES
+    assert context.context_of(path) == context.UNMEASURED

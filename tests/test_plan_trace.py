@@ -19,6 +19,7 @@ from lighten.models import quantized
 from lighten.models.load import set_attention
 from lighten.plan import memory, repeat
 from lighten.plan.build import config_of
+from lighten.plan.context import Context
 from lighten.plan.follow import Follow, Timeline
 from lighten.plan.result import PARTS, Plan
 from lighten.plan.steps import (
@@ -287,15 +288,49 @@ def part(found: memory.Memory, name: str) -> int:
 
 
 def test_every_further_lane_is_a_process_with_activations_of_its_own(tmp_path: Path) -> None:
-    traced = follow(recipe_of(folder_of(tmp_path)), (8, 64))
+    traced = follow(recipe_of(folder_of(tmp_path), max_length=512), (8, 512))
     loading = memory.Loading(0, 0, 0)
     one, two, three = (
-        memory.processor_memory(traced.timeline, loading, context=7, lanes=lanes, margin=0.1)
+        memory.processor_memory(
+            traced.timeline, loading, context=Context(7, 5), lanes=lanes, margin=0.1
+        )
         for lanes in (1, 2, 3)
     )
     for name in ("base weights", "adapters"):
         assert part(two, name) == part(three, name) == part(one, name) > 0
-    assert part(two, "device context") == 7 + memory.LANE_BYTES
+    assert [part(found, "device context") for found in (one, two, three)] == [7, 12, 17]
     for name in ("activations: linear", "activations: attention"):
         assert part(three, name) - part(two, name) == part(two, name) - part(one, name) > 0
-    assert three.expected - two.expected == two.expected - one.expected
+    assert three.expected - two.expected == pytest.approx(two.expected - one.expected, rel=0.01)
+
+
+def test_what_comes_before_lanes_is_there_once(tmp_path: Path) -> None:
+    # A vocabulary so large that the check of the loss is the peak.
+    traced = follow(recipe_of(folder_of(tmp_path, vocab_size=500_000)), (2, 64))
+    one, two = (
+        memory.processor_memory(
+            traced.timeline, memory.Loading(), context=Context(7, 5), lanes=lanes, margin=0.1
+        )
+        for lanes in (1, 2)
+    )
+    assert one.when == two.when == "forward"
+    assert one.expected == two.expected
+
+
+@pytest.mark.parametrize(("dtype", "kernels"), [("bfloat16", True), ("float32", False)])
+def test_each_product_of_a_format_that_onednn_multiplies_makes_a_kernel(
+    dtype: str, kernels: bool, tmp_path: Path
+) -> None:
+    shallow, deep = (
+        follow_recipe(
+            recipe_of(folder_of(tmp_path / str(layers), layers=layers)),
+            tiny_config("llama", num_hidden_layers=layers),
+            Choice(dtype, "the test's"),
+            "cpu",
+            given=(4, 16),
+        ).timeline
+        for layers in (4, 8)
+    )
+    shallow, deep = (own.alive_at(len(own.events) - 1) for own in (shallow, deep))
+    assert (shallow.get("device context", 0) > 0) is kernels
+    assert shallow.get("device context") == deep.get("device context"), "layers share them"

@@ -10,8 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from lighten import runs
+from lighten.adapters.shards import Shard
 from lighten.errors import UserError
 from lighten.recipe import Recipe
 from lighten.runs import Run
@@ -40,6 +43,37 @@ def test_a_full_disk_keeps_the_old_file_and_says_what_was_missing(tmp_path: Path
     )
     out = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
     assert f"the disk is full: {path} could not be written, 4000 bytes were missing" in out.stdout
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_tensors_are_written_as_any_other_file(tmp_path: Path) -> None:
+    tensors = {"a": torch.arange(600.0), "b": torch.ones(2, 3, dtype=torch.bfloat16)}
+    runs.write_bytes(tmp_path / "plain", b"x")
+    runs.write_bytes(tmp_path / "w.safetensors", Shard(tensors))
+    found = load_file(tmp_path / "w.safetensors")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[key], value) for key, value in tensors.items())
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1, "safetensors lets nobody else read what it writes"
+    with runs.whole_folder(tmp_path / "folder") as partial:
+        save_file(tensors, partial / "w.safetensors")
+    assert (tmp_path / "folder" / "w.safetensors").stat().st_mode in modes
+
+
+def test_a_full_disk_ends_the_writing_of_tensors_as_of_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(b"old")
+    code = (
+        "import resource, signal, sys, torch; from pathlib import Path\n"
+        "from lighten import runs; from lighten.adapters.shards import Shard\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))\n"
+        "try: runs.write_bytes(Path(sys.argv[1]), Shard({'a': torch.ones(5000)}))\n"
+        "except ValueError as error: print(error)\n"
+    )
+    out = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
+    assert f"the disk is full: {path} could not be written" in out.stdout
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 

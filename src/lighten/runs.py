@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from lighten.errors import UserError
 from lighten.recipe import Recipe, yaml_lines
@@ -20,25 +20,47 @@ PLAN, MODEL = "plan.json", "model"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+class FileContent(Protocol):
+    """What becomes a file without being in memory as bytes.
+
+    Attributes:
+        size: Bytes of the file, or nearly.
+    """
+
+    size: int
+
+    def write(self, path: Path) -> None:
+        """Write the file.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+
+
+def write_bytes(path: Path, data: bytes | FileContent) -> None:
     """Write a file whole or not at all: under a temporary name, flushed to disk, then renamed.
 
     Raises:
         UserError: The disk is full; names the file and the bytes missing. An older file stays.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    size = len(data) if isinstance(data, bytes) else data.size
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            file.write(data)
+            file.write(data if isinstance(data, bytes) else b"")
             file.flush()
             os.fsync(file.fileno())
+        if not isinstance(data, bytes):
+            mode = temporary.stat().st_mode
+            data.write(temporary)
+            _settle(temporary, mode)
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
         written = temporary.stat().st_size if temporary.exists() else 0
         temporary.unlink(missing_ok=True)
-        raise _told(error, path, len(data) - written) from error
+        raise _told(error, path, size - written) from error
 
 
 @contextmanager
@@ -52,11 +74,14 @@ def whole_folder(final: Path) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
+        probe = partial / ".mode"
+        probe.touch()
+        mode = probe.stat().st_mode
+        probe.unlink()
         yield partial
         for path in partial.rglob("*"):
             if path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
+                _settle(path, mode)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
         _sync_folder(final.parent)
@@ -64,6 +89,16 @@ def whole_folder(final: Path) -> Iterator[Path]:
         raise _told(error, final, 1) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _settle(path: Path, mode: int) -> None:
+    """Flush a file that a library wrote, and make it as readable as any other.
+
+    safetensors writes for the owner alone (0.7).
+    """
+    path.chmod(mode)
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 def write_text(path: Path, text: str) -> None:

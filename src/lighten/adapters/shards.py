@@ -1,23 +1,56 @@
-"""Many tensors as safetensors files of bounded size, of which one at a time is in memory."""
+"""Many tensors as safetensors files of bounded size, none of which is ever in memory."""
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from safetensors.torch import load_file
-from safetensors.torch import save as to_bytes
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-# A file is twice in memory while it is made.
+# What a file holds of a GPU is copied to main memory while it is written, and a file is mapped
+# while it is verified.
 SHARD_BYTES = 2**28
 
 
-class Shards(Mapping[str, bytes]):
-    """Files by name: `stem.safetensors`, or numbered ones; each is made when it is asked for.
+class Shard:
+    """A file that is written from the tensors' own memory.
+
+    Attributes:
+        size: Bytes of the tensors.
 
     Args:
-        tensors: By key. Anything live is copied when its file is made.
+        tensors: By key.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+        self.size = sum(value.numel() * value.element_size() for value in tensors.values())
+
+    def write(self, path: Path) -> None:
+        """Write the file.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        own = {key: value.detach().cpu().contiguous() for key, value in self._tensors.items()}
+        try:
+            save_file(own, path, metadata={"format": "pt"})
+        except SafetensorError as error:  # its only word of what the system said
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+
+
+class Shards(Mapping[str, Shard]):
+    """Files by name: `stem.safetensors`, or numbered ones.
+
+    Args:
+        tensors: By key.
         stem: Start of the names.
     """
 
@@ -37,20 +70,14 @@ class Shards(Mapping[str, bytes]):
             for number, part in enumerate(parts, 1)
         }
 
-    @property
-    def parts(self) -> list[dict[str, Tensor]]:
-        """The tensors of each file."""
-        return list(self._parts.values())
-
     def __iter__(self) -> Iterator[str]:
         return iter(self._parts)
 
     def __len__(self) -> int:
         return len(self._parts)
 
-    def __getitem__(self, name: str) -> bytes:
-        own = {key: value.detach().cpu().contiguous() for key, value in self._parts[name].items()}
-        return to_bytes(own, metadata={"format": "pt"})
+    def __getitem__(self, name: str) -> Shard:
+        return Shard(self._parts[name])
 
 
 def listing(folder: Path, stem: str) -> list[Path]:

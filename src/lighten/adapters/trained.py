@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lighten.adapters.layers import Share
+from lighten.adapters.shards import Shard
 
 # Biases and norms by their names, as transformers' `Trainer.get_decay_parameter_names` knows them.
 UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|[._])norm(?:$|\.)")
@@ -104,8 +105,8 @@ class Trained(ABC):
     @abstractmethod
     def contents(
         self, name: str, *, base_model: str | None = None, revision: str | None = None
-    ) -> Mapping[str, bytes]:
-        """The files of a name as bytes by file name, for whoever writes them safely."""
+    ) -> Mapping[str, bytes | Shard]:
+        """The files of a name by file name, for whoever writes them safely (`runs.write_bytes`)."""
 
     @abstractmethod
     def detach(self) -> PreTrainedModel:

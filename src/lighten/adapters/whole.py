@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from lighten.adapters.decoder import decoder_layers
 from lighten.adapters.layers import Share
-from lighten.adapters.shards import Shards
+from lighten.adapters.shards import Shard, Shards
 from lighten.adapters.trained import Trained
 from lighten.errors import UserError
 
@@ -121,7 +121,7 @@ class WholeBase(Trained):
 
     def contents(
         self, name: str, *, base_model: str | None = None, revision: str | None = None
-    ) -> Mapping[str, bytes]:
+    ) -> Mapping[str, bytes | Shard]:
         """What a checkpoint keeps: the weights that learn, in float32."""
         del base_model, revision  # a checkpoint's own files say neither
         return Shards(self.parameters(name), STEM)

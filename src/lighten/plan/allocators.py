@@ -11,7 +11,7 @@ glibc/malloc/malloc.c (2.36), `_int_memalign`, `_int_malloc`, `sysmalloc`, `syst
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -320,46 +320,61 @@ def _chunk(size: int) -> int:
 
 @dataclass(frozen=True)
 class Held:
-    """What an allocator held over a timeline.
+    """What an allocator held at most in a stretch of a timeline.
 
     Attributes:
-        peak: The most.
-        at: Index of the event where that was first.
+        peak: The most that it had of the system.
+        at: Index of the event where the most was in use; what it has it mostly keeps.
         allocated: Bytes in use then.
-        most_allocated: The most in use at any time.
     """
 
     peak: int
     at: int
     allocated: int
-    most_allocated: int
+
+
+@dataclass(frozen=True)
+class Course:
+    """What an allocator held after each event of a timeline.
+
+    Attributes:
+        held: Bytes taken from the system.
+        allocated: Bytes in use.
+    """
+
+    held: list[int]
+    allocated: list[int]
+
+    def most(self, start: int = 0, end: int | None = None) -> Held:
+        """Between two events; of no event all is 0."""
+        places = range(start, len(self.held) if end is None else end)
+        if not places:
+            return Held(0, 0, 0)
+        at = max(places, key=self.allocated.__getitem__)
+        return Held(max(self.held[start:end]), at, self.allocated[at])
 
 
 def replay(
-    allocator: Allocator, events: Iterable[tuple[int, bool, int]], trimmed: int | None = None
-) -> tuple[Held, list[int]]:
+    allocator: Allocator,
+    events: Iterable[tuple[int, bool, int]],
+    trimmed: Collection[int] = (),
+) -> Course:
     """Feed an allocator births and deaths.
 
     Args:
         allocator: New, or after what came before.
         events: (number of the block, whether it is born, bytes), in order.
-        trimmed: Index of the event before which a heap's free pages are given back.
-
-    Returns:
-        The peak, and what was held after each event.
+        trimmed: Indices of events before which a heap's free pages are given back.
     """
     blocks: dict[int, object] = {}
-    course: list[int] = []
-    peak, at, there, most = -1, 0, 0, 0
+    course = Course([], [])
     for place, (number, born, size) in enumerate(events):
-        if place == trimmed and isinstance(allocator, Heap):
+        if place in trimmed and isinstance(allocator, Heap):
             allocator.trim()
         if born:
             blocks[number] = allocator.take(size)
         else:
             allocator.give(blocks.pop(number))
-        course.append(allocator.held)
-        most = max(most, allocator.allocated)
-        if allocator.held > peak:
-            peak, at, there = allocator.held, place, allocator.allocated
-    return Held(peak, at, there, most), course
+        course.held.append(allocator.held)
+        course.allocated.append(allocator.allocated)
+    return course

@@ -1,9 +1,9 @@
 """What a process takes beside its tensors once it trains here, measured in one of its own.
 
-The architecture's module, pages of libraries that the first products touch, kernels that oneDNN
-compiles, the interpreter's and autograd's own objects: half of it depends on the processor. So a
-tiny model trains for a moment in a fresh process, a few seconds once for each machine, and the
-figure is kept in the user's cache folder.
+Pages of libraries that the first products touch, kernels that oneDNN compiles, the interpreter's
+and autograd's own objects: half of it depends on the processor. So a tiny model trains for a moment
+in a fresh process, a few seconds once for each machine, and the figures are kept in the user's
+cache folder.
 
     python -m lighten.plan.context
 """
@@ -14,6 +14,8 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,27 +26,43 @@ from lighten.models.names import cache_folder
 
 MIB = 2**20
 FILE = "context.json"
-# Where it cannot be measured: a Xeon with AMX, torch 2.13.
-UNMEASURED_BYTES = 77 * MIB
 TIMEOUT_S = 120
-# Small enough that its own tensors do not count, in shapes that differ, as those of a training do.
-MODEL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512}  # fmt: skip
-LENGTHS = (64, 96, 160, 256)
+# Small enough that its own tensors do not count.
+MODEL = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64,
+         "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "vocab_size": 512}  # fmt: skip
+ROWS, TOKENS = 4, 256
 
 
-def context_bytes(path: Path | None = None) -> int:
-    """Resident bytes that come with training and are no tensor's.
+@dataclass(frozen=True)
+class Context:
+    """What comes with training and is no tensor's.
+
+    Attributes:
+        bytes: Resident in the process that trains, a tokenizer's aside.
+        lane_bytes: Of each further process that computes micro-batches, beside what it shares.
+    """
+
+    bytes: int
+    lane_bytes: int
+
+
+# Where it cannot be measured: a Xeon with AMX, torch 2.13.
+UNMEASURED = Context(115 * MIB, 100 * MIB)
+
+
+def context_of(path: Path | None = None) -> Context:
+    """This machine's.
 
     Args:
-        path: Where the figure is kept; default in the cache folder.
+        path: Where the figures are kept; default in the cache folder.
     """
     path = path or cache_folder() / FILE
     stamp = [processor_name(), os.cpu_count(), versions().get("torch"), versions()["transformers"]]
     try:
         found: Any = json.loads(path.read_text(encoding="utf-8"))
         if found["of"] == stamp:
-            return int(found["bytes"])
+            return Context(int(found["bytes"]), int(found["lane_bytes"]))
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not measured yet
     try:
@@ -52,46 +70,35 @@ def context_bytes(path: Path | None = None) -> int:
             [sys.executable, "-m", "lighten.plan.context"], capture_output=True, text=True,
             check=True, timeout=TIMEOUT_S,
         )  # fmt: skip
-        size = int(done.stdout.strip().splitlines()[-1])
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return UNMEASURED_BYTES
+        context = Context(**json.loads(done.stdout.strip().splitlines()[-1]))
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError, TypeError):
+        return UNMEASURED
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        runs.write_json(path, {"of": stamp, "bytes": size})
+        runs.write_json(path, {"of": stamp, **asdict(context)})
     except (OSError, UserError):
         pass  # measured again the next time
-    return size
+    return context
 
 
-def measure() -> int:
-    """Train here and now, and say by how much the resident set has grown."""
-    import psutil
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from lighten import allocator
-    from lighten.hardware import choose_dtype
+def measure() -> Context:
+    """Train here and now, and see what stays when every free page is given back."""
+    from lighten.plan import probe
+    from lighten.recipe import Recipe
     from lighten.train import run
 
-    # As a training that begins to measure: everything imported, the heap set up.
-    assert run is not None
-    allocator.keep_pages("cpu")
-    torch.manual_seed(0)
-    own = psutil.Process()
-    before = own.memory_info().rss
-    compute: torch.dtype = getattr(torch, choose_dtype("auto", "cpu").value)
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model("llama", **MODEL), dtype=torch.float32
-    )
-    for _ in range(2):
-        for length in LENGTHS:
-            ids = torch.zeros(2, length, dtype=torch.long)
-            with torch.autocast("cpu", compute, enabled=compute != torch.float32):
-                loss = model(input_ids=ids, labels=ids).loss
-            loss.backward()
-    torch.optim.AdamW(model.parameters(), fused=True).step()
-    return int(own.memory_info().rss - before)
+    assert run is not None  # everything is imported, as when a training begins to measure
+    with tempfile.TemporaryDirectory(prefix="lighten-context-") as folder:
+        config = Path(folder) / "config.json"
+        config.write_text(json.dumps(MODEL), encoding="utf-8")
+        recipe = Recipe.from_values({
+            "model_name_or_path": folder, "dataset": str(config), "output_dir": folder,
+            "per_device_train_batch_size": ROWS, "max_length": TOKENS, "lanes": 2,
+            "torch_compile": False,
+        })  # fmt: skip
+        found = probe.measure(recipe, "cpu", [TOKENS] * ROWS)
+    return Context(found["settled_bytes"], found.get("lane_bytes", UNMEASURED.lane_bytes))
 
 
 if __name__ == "__main__":
-    print(measure())  # noqa: T201
+    print(json.dumps(asdict(measure())))  # noqa: T201

@@ -8,15 +8,13 @@ device it is what PyTorch's caching allocator reserves, and the driver's own con
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from lighten.adapters.shards import Shards
 from lighten.models.load import weight_files
-from lighten.plan.allocators import CachingAllocator, Heap, replay
-from lighten.plan.follow import OUTSIDE, Block, Event, Pass, Timeline
+from lighten.plan.allocators import CachingAllocator, Course, Heap, replay
+from lighten.plan.context import Context
+from lighten.plan.follow import Timeline
 from lighten.plan.result import PARTS, Memory, MemoryPart
 
 MIB = 2**20
@@ -39,13 +37,11 @@ CUBLAS_BYTES, CUBLAS_BYTES_90 = 2 * 4096 * 1024 + 8 * 16 * 1024, 32 * MIB
 # (benchmarks/plan_accuracy.py: 27 % in one of 31).
 WITHIN, BEYOND = 0.30, 0.40
 
-LASTING = PARTS[:5]
+WEIGHTS, LASTING = PARTS[:2], PARTS[:5]
 PHASES = {"check": "forward"}
-# What each lane has of its own, and when; and what its process takes beside: libraries' buffers,
-# and pages of its parent's that it writes to (benchmarks/plan_accuracy.py).
-EACH = ("activations", "logits", "temporary", "gradients")
+# What each lane has of its own, and when.
+EACH = ("activations", "logits", "temporary", "gradients", "device context")
 IN_LANES = ("forward", "loss", "backward")
-LANE_BYTES = 80 * MIB
 
 
 @dataclass(frozen=True)
@@ -83,44 +79,14 @@ def loading_of(source: str, path: Path, weights: int, largest: int, converts: bo
         return Loading(size, weights + largest, size // 20)
     if not files:
         return Loading(weights if converts else 0, 0, known)
-    return Loading(size if converts else 0, largest if converts else 0, known)
-
-
-def saving_events(timeline: Timeline, shapes: Mapping[str, Sequence[int]], states: int) -> int:
-    """Add the last checkpoint to the timeline: its files are made in memory, one at a time.
-
-    Args:
-        timeline: Of the whole model, after its steps; it grows.
-        shapes: Of what learns, by key.
-        states: Tensors of the optimiser's state for each.
-
-    Returns:
-        Bytes of the weights' files, which are mapped and read again to be verified.
-    """
-    run = len(timeline.runs)
-    timeline.runs.append(Pass("saving"))
-    empty = {key: torch.empty(tuple(shape), device="meta") for key, shape in shapes.items()}
-    state = {f"{key}:{i}": value for key, value in empty.items() for i in range(states)}
-    before: Block | None = None
-    for whole in (state, empty):
-        for part in Shards(whole, "file").parts:
-            sizes = [tensor.numel() * 4 for tensor in part.values()]
-            made = Block(sum(sizes), "temporary buffers", run=run)
-            # safetensors' writer fills a vector, of which Python's bytes are a copy.
-            vector = Block(made.bytes, "temporary buffers", run=run)
-            born = [vector, made]
-            gone = [vector] if before is None else [vector, before]
-            timeline.events += [Event(block, True, run, OUTSIDE) for block in born]
-            timeline.events += [Event(block, False, run, OUTSIDE) for block in gone]
-            before = made
-    return sum(tensor.numel() * 4 for tensor in empty.values())
+    return Loading(size if converts else 0, 0, known)
 
 
 def processor_memory(
     timeline: Timeline,
     loading: Loading,
     *,
-    context: int,
+    context: Context,
     verified: int = 0,
     lanes: int = 1,
     margin: float,
@@ -130,44 +96,75 @@ def processor_memory(
     Args:
         timeline: Of the whole model.
         loading: What loading takes.
-        context: Bytes that come with training and are no tensor's, a tokenizer's aside.
-        verified: Bytes of files that are mapped at the very end, as `saving_events` gave them.
+        context: What comes with training and is no tensor's.
+        verified: Bytes of the files that are mapped and compared with the weights after saving.
         lanes: Micro-batches that are computed side by side.
         margin: Share of the peak that it may be off by.
     """
-    context += int(TOKENIZER_FACTOR * loading.tokenizer)
-    saving = next(
-        (place for place, event in enumerate(timeline.events)
-         if timeline.runs[event.run].phase == "saving"), None,
-    )  # fmt: skip
-    # Free pages are given back before a checkpoint is made.
-    heap = Heap()
-    held, course = replay(heap, numbered(timeline), saving)
-    parts = timeline.alive_at(held.at)
-    overhead = held.peak - held.allocated
-    if verified and course[-1] + verified > held.peak:
-        held = replace(held, peak=course[-1] + verified, at=len(course) - 1)
-        parts = timeline.alive_at(held.at)
-        overhead = course[-1] - heap.allocated
-        parts["temporary buffers"] = parts.get("temporary buffers", 0) + verified
-    others = _other_lanes(timeline, lanes - 1)
-    parts = {name: parts.get(name, 0) + others.parts.get(name, 0)
-             for name in {*parts, *others.parts}}  # fmt: skip
-    overhead += others.overhead
-    step = sum(parts.values()) + overhead + context + others.context
-    weights = {name: parts.get(name, 0) for name in ("base weights", "quantisation constants")}
-    load = sum(weights.values()) + loading.files + loading.copies + context
-    when = timeline.runs[timeline.events[held.at].run].phase
-    if load > step:
-        parts, overhead, when = (
-            {**weights, "temporary buffers": loading.files + loading.copies},
-            0,
-            "loading",
+    own = context.bytes + int(TOKENIZER_FACTOR * loading.tokenizer)
+    phases = [timeline.runs[event.run].phase for event in timeline.events]
+    forked = next((place for place, phase in enumerate(phases) if phase in IN_LANES), len(phases))
+    # Free pages are given back before lanes are opened.
+    course = replay(Heap(), numbered(timeline), [forked] if lanes > 1 else [])
+    weights = {name: timeline.alive_at(forked - 1).get(name, 0) for name in WEIGHTS}
+    loaded = {**weights, "temporary buffers": loading.files + loading.copies}
+    stages = [
+        _Stage("loading", loaded, 0, own),
+        _stage(timeline, course, own, 0, forked),
+        _stage(timeline, course, own, forked).with_lanes(
+            _other_lanes(timeline, lanes - 1, context.lane_bytes)
+        ),
+    ]
+    # Free pages are given back before a checkpoint is written, too.
+    kept = timeline.alive_at(len(phases) - 1)
+    mapped = {"temporary buffers": kept.get("temporary buffers", 0) + verified}
+    stages.append(_Stage("saving", {**kept, **mapped}, 0, own))
+    most = max(stages, key=lambda stage: stage.bytes)
+    parts = {**most.parts, "allocator overhead": most.overhead}
+    parts["device context"] = parts.get("device context", 0) + most.context
+    return _memory(timeline, parts, PHASES.get(most.when, most.when), margin, None)
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """What a process holds at the peak of a stretch of its life, or what lanes hold beside it.
+
+    Attributes:
+        when: The phase of the step.
+        parts: Bytes of blocks by part.
+        overhead: Of the heap.
+        context: What is no block's.
+    """
+
+    when: str
+    parts: Mapping[str, int]
+    overhead: int
+    context: int
+
+    @property
+    def bytes(self) -> int:
+        """All of it."""
+        return sum(self.parts.values()) + self.overhead + self.context
+
+    def with_lanes(self, others: _Stage) -> _Stage:
+        """The same, with what other processes hold meanwhile."""
+        names = {*self.parts, *others.parts}
+        return _Stage(
+            self.when,
+            {name: self.parts.get(name, 0) + others.parts.get(name, 0) for name in names},
+            self.overhead + others.overhead,
+            self.context + others.context,
         )
-    else:
-        context += others.context
-    parts = {**parts, "allocator overhead": overhead, "device context": context}
-    return _memory(timeline, parts, PHASES.get(when, when), margin, None)
+
+
+def _stage(
+    timeline: Timeline, course: Course, context: int, start: int, end: int | None = None
+) -> _Stage:
+    held = course.most(start, end)
+    if not held.peak:
+        return _Stage("loading", {}, 0, 0)
+    when = timeline.runs[timeline.events[held.at].run].phase
+    return _Stage(when, timeline.alive_at(held.at), held.peak - held.allocated, context)
 
 
 def cuda_memory(timeline: Timeline, *, capability: tuple[int, int] | None, margin: float) -> Memory:
@@ -184,18 +181,18 @@ def cuda_memory(timeline: Timeline, *, capability: tuple[int, int] | None, margi
     for _ in range(CUDA_THREADS):
         allocator.take(workspace)
     workspace *= CUDA_THREADS
-    held, _ = replay(allocator, numbered(timeline))
+    course = replay(allocator, numbered(timeline))
     live = timeline.live()
     at = max(range(len(live)), key=live.__getitem__)
     parts = timeline.alive_at(at)
     parts["temporary buffers"] = parts.get("temporary buffers", 0) + workspace
     parts = {
         **parts,
-        "allocator overhead": held.peak - sum(parts.values()),
+        "allocator overhead": course.most().peak - sum(parts.values()),
         "device context": CUDA_CONTEXT_BYTES_90 if recent else CUDA_CONTEXT_BYTES,
     }
     when = timeline.runs[timeline.events[at].run].phase
-    return _memory(timeline, parts, PHASES.get(when, when), margin, held.most_allocated)
+    return _memory(timeline, parts, PHASES.get(when, when), margin, max(course.allocated))
 
 
 def numbered(timeline: Timeline) -> list[tuple[int, bool, int]]:
@@ -203,40 +200,24 @@ def numbered(timeline: Timeline) -> list[tuple[int, bool, int]]:
     return [(id(event.block), event.born, event.block.bytes) for event in timeline.events]
 
 
-@dataclass(frozen=True)
-class _Others:
-    """What all lanes but the first hold by themselves.
-
-    Attributes:
-        parts: Bytes of blocks by part.
-        overhead: Of their heaps.
-        context: What a process has that computes.
-    """
-
-    parts: dict[str, int]
-    overhead: int = 0
-    context: int = 0
-
-
-def _other_lanes(timeline: Timeline, count: int) -> _Others:
+def _other_lanes(timeline: Timeline, count: int, context: int) -> _Stage:
     """Processes with heaps of their own, in which micro-batches come and go as in the first lane's.
 
     What a lane's micro-batches leave, the sums of their gradients, lies in memory that it shares
     with the first, which reads it.
     """
     if count == 0:
-        return _Others({})
+        return _Stage("", {}, 0, 0)
     own = {
         id(event.block) for event in timeline.events
         if timeline.runs[event.block.run].phase in IN_LANES and event.block.part.startswith(EACH)
     }  # fmt: skip
     events = [event for event in timeline.events if id(event.block) in own]
     alone = Timeline(events, timeline.runs, timeline.work)
-    held, _ = replay(Heap(), numbered(alone))
-    parts = alone.alive_at(held.at)
-    found = {name: count * size for name, size in parts.items()}
+    most = _stage(alone, replay(Heap(), numbered(alone)), context, 0)
+    found = {name: count * size for name, size in most.parts.items()}
     found["gradients"] = found.get("gradients", 0) + count * _most_of(timeline, ("gradients",))
-    return _Others(found, count * (held.peak - held.allocated), count * LANE_BYTES)
+    return _Stage(most.when, found, count * most.overhead, count * context)
 
 
 def lasting_bytes(timeline: Timeline) -> int:

@@ -15,9 +15,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,9 @@ from lighten.plan.result import Plan
 from lighten.recipe import Recipe
 
 if TYPE_CHECKING:
-    from lighten.train.prepare import Rows
+    from lighten.data.batches import MicroBatch
+    from lighten.train.lanes import Lanes
+    from lighten.train.prepare import Rows, Setup
 
 # Steps: the first one warms up, the last one is timed.
 STEPS = 3
@@ -118,43 +120,38 @@ def _last_line(text: str) -> str:
 def measure(
     recipe: Recipe, kind: str, lengths: Sequence[int] | None, supervised: float = 1.0
 ) -> dict[str, Any]:
-    """Make the step here and now: peak memory, and seconds of the last of a few steps.
+    """Make the step here and now, in a process that has done nothing else.
 
     Args:
         recipe: Any; its data is not read.
         kind: `cpu` or `cuda`.
         lengths: Tokens of each row; None: all have `max_length`.
         supervised: Share of each row's tokens that are supervised.
+
+    Returns:
+        The peak `memory` as `PeakMemory` reads it, the `seconds` of the last of a few steps and,
+        on a processor, `settled_bytes`, what stays when free pages are given back, and
+        `lane_bytes`, the most that another lane's process held beside what it shares.
     """
+    import psutil
+    import torch
     from accelerate import Accelerator
 
-    from lighten.data.batches import collate
     from lighten.hardware import PeakMemory
-    from lighten.plan.steps import largest_step
-    from lighten.train.passes import shares_of
+    from lighten.train.passes import undropped
     from lighten.train.prepare import prepare
     from lighten.train.step import train_step
 
     allocator.keep_pages(kind)
     accelerator = Accelerator(cpu=kind == "cpu")
-    memory = PeakMemory(kind)
+    memory, before = PeakMemory(kind), psutil.Process().memory_info().rss
     base = random_base(recipe, str(accelerator.device))
     # How many rows there are decides nothing here but the number of steps, which are not made.
     setup = prepare(recipe, accelerator, base, _rows(lengths or [recipe.max_length], supervised))
-    cut, of_rows = largest_step(setup, lengths)
-    rows = _rows(of_rows, supervised).train.rows
-    names = [member.name for member in setup.members]
-
-    def batches() -> list[Any]:
-        return [
-            collate(part, rows, names, packed=setup.objective.packs,
-                    device=accelerator.device)
-            for part in cut
-        ]  # fmt: skip
-
+    batches = _batches(setup, lengths, supervised)
     first = batches()[0]
-    shares = tuple(replace(share, dropout_keys=None) for share in shares_of(first))
-    setup.objective.verify(first, shares)
+    setup.objective.verify(first, undropped(first))
+    lanes = _lanes(setup)
     seconds = 0.0
     for _ in range(STEPS):
         began = time.perf_counter()
@@ -162,13 +159,46 @@ def measure(
         for group in setup.groups(setup.members):
             own = {member.name for member in group}
             part = [batch for batch in made if batch.items[0].member in own]
-            train_step(part, group, setup.objective, accelerator, setup.scaler)
+            train_step(part, group, setup.objective, accelerator, setup.scaler, lanes)
         if kind == "cuda":
-            import torch
-
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began
-    return {"memory": memory.read(), "seconds": seconds}
+        if lanes is not None:
+            memory.beside(lanes.own_bytes)
+    found: dict[str, Any] = {"memory": memory.read(), "seconds": seconds}
+    if lanes is not None:
+        found["lane_bytes"] = lanes.own_bytes // (lanes.count - 1)
+        lanes.close()
+    if kind == "cpu":
+        allocator.trim()
+        found["settled_bytes"] = psutil.Process().memory_info().rss - before
+    return found
+
+
+def _batches(
+    setup: Setup, lengths: Sequence[int] | None, supervised: float
+) -> Callable[[], list[MicroBatch]]:
+    """What makes the micro-batches of the largest step anew."""
+    from lighten.data.batches import collate
+    from lighten.plan.steps import largest_step
+
+    cut, of_rows = largest_step(setup, lengths)
+    rows = _rows(of_rows, supervised).train.rows
+    names = [member.name for member in setup.members]
+    packed, device = setup.objective.packs, setup.accelerator.device
+    return lambda: [collate(part, rows, names, packed=packed, device=device) for part in cut]
+
+
+def _lanes(setup: Setup) -> Lanes | None:
+    """As the training loop opens them."""
+    import torch
+
+    from lighten.train.forked import possible, processes_for
+    from lighten.train.lanes import Threads
+
+    if setup.lanes == 1:
+        return None
+    return processes_for(setup) if possible() else Threads(setup.lanes, torch.get_num_threads())
 
 
 def random_base(recipe: Recipe, device: str) -> Any:

@@ -27,6 +27,9 @@ from lighten.plan.work import Shaped, Work
 # An operation larger than this is not timed: its rate is that of the largest timed of its kind.
 MOST_FLOPS, MOST_BYTES = 4e9, 64 * 2**20
 BUDGET_S, MOST_REPEATS = 0.02, 5
+# A moment is good in which a product of this side takes at most so many times what it ever took
+# here; a plan waits this long, in all, for better ones.
+PACE_SIDE, GOOD, PATIENCE_S = 384, 1.2, 2.0
 # What the interpreter, modules and autograd add to an operation of a step, beside the operation's
 # own dispatch, which is timed with it (benchmarks/plan_accuracy.py).
 INTERPRETER_S = 6e-6
@@ -83,6 +86,14 @@ class Measured:
     an operation's time is page faults. And as in training, lanes work at the same time: each has
     its share of the cores, and all of them the same memory.
 
+    Others may share the cores, or the machine below them: for seconds everything takes twice as
+    long. So a product whose best time is known is timed before and after each operation, which is
+    timed again if that was slow. What was never timed in a good moment is kept, but timed once more
+    by the next plan.
+
+    Attributes:
+        best: Seconds of that product in the best moment so far, as `pace` gives them.
+
     Args:
         path: Where rates are kept; None: nowhere.
         lanes: Threads that do the operation side by side.
@@ -100,7 +111,12 @@ class Measured:
         ]
         self.source = f"measured on this processor with {self.threads} thread(s)"
         self._stamp = [processor_name(), self.threads, lanes, versions().get("torch")]
-        self._known: dict[str, float] = self._read()
+        self._pace = _product(torch.float32, PACE_SIDE)
+        self._patience_s = PATIENCE_S
+        self._known: dict[str, float] = {}
+        self._doubted: dict[str, float] = {}  # timed in bad moments only
+        self.best = math.inf
+        self._read()
         self._fresh = False
 
     @classmethod
@@ -115,7 +131,10 @@ class Measured:
             total += times * (self._one(own) + INTERPRETER_S)
         if self._fresh and self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            runs.write_json(self.path, {"of": self._stamp, "rates": self._known})
+            runs.write_json(self.path, {
+                "of": self._stamp, "rates": self._known, "doubted": sorted(self._doubted),
+                "pace": self.best,
+            })  # fmt: skip
             self._fresh = False
         return total
 
@@ -126,7 +145,10 @@ class Measured:
             large = own.flops > MOST_FLOPS or own.bytes > MOST_BYTES
             found = self._largest(own) if large else None
             if found is None:
-                found = self._rate(_smaller(own) if large else own)
+                found, good = self._rate(_smaller(own) if large else own)
+                found = min(found, self._doubted.pop(key, math.inf))
+                if not good:
+                    self._doubted[key] = found
                 self._fresh = True
             self._known[key] = found
         return self._known[key] * amount
@@ -137,28 +159,50 @@ class Measured:
         alike = [key for key in self._known if key.startswith(f"{kind}|")]
         return None if not alike or own.flops else self._known[max(alike, key=_size_in)]
 
-    def _rate(self, own: Work) -> float:
-        """Seconds of one lane per operation, or per byte where there are none."""
+    def _rate(self, own: Work) -> tuple[float, bool]:
+        """Seconds of one lane per operation, or per byte where there are none; and if it is so."""
         try:
-            return self._timed(own) / max(1, own.flops or own.bytes)
+            found, good = self._in_a_good_moment(own)
         except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError):
             # It does not work on numbers that mean nothing: taken to cost what its kind does.
-            like = _product(own.dtype) if own.flops else _copy()
-            return self._timed(like) / (like.flops or like.bytes)
+            own = _product(own.dtype) if own.flops else _copy()
+            found, good = self._in_a_good_moment(own)
+        return found / max(1, own.flops or own.bytes), good
+
+    def _in_a_good_moment(self, own: Work) -> tuple[float, bool]:
+        """The least time of an operation, and whether nothing slowed it down."""
+        least = math.inf
+        while True:
+            began = time.perf_counter()
+            before = self._timed(self._pace)
+            least = min(least, self._timed(own))
+            after = self._timed(self._pace)
+            self.best = min(self.best, before, after)
+            if max(before, after) <= GOOD * self.best:
+                return least, True
+            self._patience_s -= time.perf_counter() - began
+            if self._patience_s < 0.0:
+                return least, False
 
     def _timed(self, own: Work) -> float:
         found = [lane.submit(timed, own) for lane in self._lanes]
         return sum(each.result() for each in found) / len(found)
 
-    def _read(self) -> dict[str, float]:
+    def _read(self) -> None:
         if self.path is None:
-            return {}
+            return
         try:
             found = json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        same = isinstance(found, dict) and found.get("of") == self._stamp
-        return dict(found["rates"]) if same else {}
+            if found["of"] != self._stamp:
+                return
+            kept, doubted, self.best = found["rates"], set(found["doubted"]), found["pace"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return
+        now = self._timed(self._pace)
+        if now * GOOD < self.best:  # whatever is known was timed in a moment not as good
+            doubted = set(kept)
+        self._doubted = {key: rate for key, rate in kept.items() if key in doubted}
+        self._known = {key: rate for key, rate in kept.items() if key not in doubted}
 
 
 def key_of(own: Work) -> str:
@@ -199,9 +243,14 @@ def _smaller(own: Work) -> Work:
     return _product(own.dtype) if own.flops else _copy()
 
 
-def _product(dtype: torch.dtype = torch.float32) -> Work:
-    a = Shaped((1024, 1024), (1024, 1), dtype)
-    return Work("aten::mm", 2 * 1024**3, 0, dtype, torch.ops.aten.mm.default, (a, a), {})
+def _product(dtype: torch.dtype = torch.float32, side: int = 1024) -> Work:
+    a = Shaped((side, side), (side, 1), dtype)
+    return Work("aten::mm", 2 * side**3, 0, dtype, torch.ops.aten.mm.default, (a, a), {})
+
+
+def pace() -> float:
+    """Seconds of a product by which moments of one machine are told apart."""
+    return timed(_product(torch.float32, PACE_SIDE))
 
 
 @torch.no_grad()

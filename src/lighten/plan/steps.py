@@ -224,7 +224,7 @@ def follow_recipe(
         capability: Compute capability of a CUDA device, if known.
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    follow = Follow()
+    follow = Follow(kernels=kind == "cpu")
     quiet = recipe.model_copy(update={"torch_compile": False, "activation_offload": False})
     with ExitStack() as stack:
         stack.enter_context(fake)

@@ -13,7 +13,7 @@ from lighten.models.load import weight_files
 from lighten.models.quantized import stored_as
 from lighten.plan import memory, rates
 from lighten.plan.build import config_of
-from lighten.plan.context import context_bytes
+from lighten.plan.context import context_of
 from lighten.plan.result import Plan, StepTime
 from lighten.plan.steps import STEPS, Traced, follow_recipe
 from lighten.plan.work import Work
@@ -93,12 +93,10 @@ def plan_recipe(
     loading = memory.loading_of(source, path, traced.weights, traced.largest, converts)
     lanes = min(traced.setup.lanes, len(traced.batches))
     if device.kind == "cpu":
-        shapes = {f"{member.name}/{key}": p.shape for member in traced.setup.members
-                  for key, p in member.parameters.items()}  # fmt: skip
         time = _time(traced, device)
-        verified = memory.saving_events(traced.timeline, shapes, _states(traced))
+        verified = _numbers(traced) * 4
         peak = memory.processor_memory(
-            traced.timeline, loading, context=context_bytes(), verified=verified, lanes=lanes,
+            traced.timeline, loading, context=context_of(), verified=verified, lanes=lanes,
             margin=margin,
         )  # fmt: skip
         host = peak.expected
@@ -179,8 +177,12 @@ def _converts(recipe: Recipe, config: Any, path: Path, dtype: Choice) -> bool:
 
 def _written(traced: Traced, recipe: Recipe) -> int:
     """Bytes of the run's files: checkpoints with weights and optimiser state, and the result."""
-    numbers = sum(p.numel() for m in traced.setup.members for p in m.parameters.values())
-    return numbers * 4 * ((1 + _states(traced)) * (recipe.save_total_limit + 1) + 1)
+    return _numbers(traced) * 4 * ((1 + _states(traced)) * (recipe.save_total_limit + 1) + 1)
+
+
+def _numbers(traced: Traced) -> int:
+    """How many numbers learn."""
+    return sum(p.numel() for m in traced.setup.members for p in m.parameters.values())
 
 
 def _states(traced: Traced) -> int:

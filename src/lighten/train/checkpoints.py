@@ -93,15 +93,21 @@ def save(
     return final
 
 
-def _write(folder: Path, prefix: str, files: Mapping[str, bytes], state: TrainerState) -> None:
+def _write(
+    folder: Path, prefix: str, files: Mapping[str, bytes | shards.Shard], state: TrainerState
+) -> None:
     """Write files under a prefix and note their checksums."""
     with ThreadPoolExecutor(1, "checksum") as pool:
-        for name in files:
-            # A base that learns is large: one file at a time is in memory.
-            data = files[name]
-            checksum = pool.submit(hashlib.sha256, data)
-            write_bytes(folder / prefix / name, data)
-            state.files[prefix + name] = checksum.result().hexdigest()
+        sums = {}
+        for name, content in files.items():
+            write_bytes(folder / prefix / name, content)
+            sums[prefix + name] = pool.submit(_checksum, folder / prefix / name)
+    state.files |= {name: own.result() for name, own in sums.items()}
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def weights_of(checkpoint: Path, trained: Trained, name: str) -> Path:
@@ -184,8 +190,6 @@ def _fault(checkpoint: Path) -> str | None:
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != digest:
+        if _checksum(path) != digest:
             return f"{name} has changed or was cut off"
     return None

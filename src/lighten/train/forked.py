@@ -25,7 +25,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -37,6 +37,9 @@ from lighten.train.lanes import Lanes, Pool, Slopes, in_order, shared_out
 from lighten.train.loss import Objective
 from lighten.train.passes import measure
 
+if TYPE_CHECKING:
+    from lighten.train.prepare import Setup
+
 ALIGNED = 64  # bytes: a cache line, and the widest vector
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 START_S = 30.0  # a child starts in milliseconds; after this it never will
@@ -45,6 +48,25 @@ START_S = 30.0  # a child starts in milliseconds; after this it never will
 def possible() -> bool:
     """Whether this system forks a process that computes: macOS's frameworks do not survive it."""
     return sys.platform.startswith("linux")
+
+
+def processes_for(setup: Setup) -> Forked:
+    """The lanes of a training whose loss was checked.
+
+    Args:
+        setup: What learns, and how many lanes.
+
+    Raises:
+        OSError: See `Forked`.
+    """
+    groups = setup.groups(setup.members)
+    learning = [[p for member in group for p in member.parameters.values()] for group in groups]
+    # A child would copy each free page that it writes to, and whatever this process writes to it
+    # goes on holding as it was: looking for garbage writes to every object.
+    allocator.trim()
+    gc.collect()
+    gc.freeze()
+    return Forked(setup.lanes, torch.get_num_threads(), setup.objective, learning)
 
 
 class SharedTensors:
@@ -182,6 +204,7 @@ class Forked(Lanes):
         """End the processes; what learns stays where it is."""
         self._end_children()
         self._first.close()
+        gc.unfreeze()
 
     def _end_children(self) -> None:
         for child in self._children:
@@ -250,7 +273,6 @@ class _Child:
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
                 # It ends with the parent, however that ends.
                 ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-                gc.freeze()  # or collecting would write to every page that holds an object
                 # A thread of its own: OpenMP's team of the forked one has no members here.
                 lane = threading.Thread(
                     target=_answer_all, args=(there, lambda own: work(slopes, own), threads)

@@ -67,6 +67,11 @@ class Lanes(ABC):
     def __init__(self, count: int) -> None:
         self.count = count
 
+    @property
+    def own_bytes(self) -> int:
+        """The most that lanes held beside this process: nothing, where they are its threads."""
+        return 0
+
     @abstractmethod
     def learn(
         self,

@@ -150,21 +150,18 @@ class Loop:
         setup = self.setup
         if setup.lanes == 1 or isinstance(self._lanes, Forked):
             return
-        threads = torch.get_num_threads()
         compiles = setup.choices["compilation"].value == "on" and self.state.step == self._first
         if self._forks and not compiles:
-            groups = setup.groups(setup.members)
-            learning = [[p for m in group for p in m.parameters.values()] for group in groups]
-            self._pages.give_back()  # a child would copy each free page that it writes to
+            self._pages.give_back()
             try:
-                made = Forked(setup.lanes, threads, setup.objective, learning)
+                made = forked.processes_for(setup)
             except OSError as error:
                 self._forks = False
                 self.progress.note(f"lanes are threads, for want of processes: {error}")
             else:
                 self._close_lanes()
                 self._lanes = made
-        self._lanes = self._lanes or Threads(setup.lanes, threads)
+        self._lanes = self._lanes or Threads(setup.lanes, torch.get_num_threads())
 
     def _close_lanes(self) -> None:
         if self._lanes is not None:
@@ -260,7 +257,7 @@ class Loop:
         """Append a line per adapter to metrics.jsonl and move the bar."""
         state, recipe = self.state, self.setup.recipe
         state.seconds += seconds
-        if isinstance(self._lanes, Forked):
+        if self._lanes is not None:
             self.memory.beside(self._lanes.own_bytes)
         peak = self.memory.read()["peak_bytes"]
         tokens = sum(own.tokens for own in report.values())
