@@ -35,6 +35,7 @@ from lighten.train.fused_loss import cross_entropy_
 LOGIT_CHUNK_BYTES = 48 * 2**20
 # On a GPU, of logits in their own format: 512 rows of a 128k vocabulary in bfloat16.
 GPU_CHUNK_BYTES = 128 * 2**20
+PIECE_BYTES = 16 * 2**20  # of the head's gradient, float32
 GPU_TILE = 128  # rows of a product's tile: a chunk holds whole ones
 # How far the fast path may be from the model's own loss on the first batch, relative.
 AGREEMENT = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
@@ -128,10 +129,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 nll[rows] = _slopes_for_logits(raw, labels[rows], rule, space, learns)
             if grad is not None:
                 torch.mm(raw, W, out=grad[rows])
-            if grad_W is not None:
-                grad_W += (raw * weights[rows, None].to(raw.dtype)).T @ hidden[rows]
             if grad_bias is not None:
                 grad_bias += (raw * weights[rows, None]).sum(0)
+            if grad_W is not None:
+                _add_product(grad_W, raw.mul_(weights[rows, None].to(raw.dtype)), hidden[rows])
         ctx.formats = head_weight.dtype, None if head_bias is None else head_bias.dtype
         ctx.save_for_backward(grad, grad_W, grad_bias, weights)
         ctx.mark_non_differentiable(nll)
@@ -148,6 +149,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if grad_bias is not None:
             grad_bias = (grad_bias * grad_total).to(ctx.formats[1])
         return grad, None, None, grad_W, grad_bias, None, None, None
+
+
+def _add_product(total: Tensor, slopes: Tensor, hidden: Tensor) -> None:
+    """Add slopesᵀ hidden ([n, V], [n, H]) to a float32 total [V, H].
+
+    A processor makes a float32 copy of what it adds in another format: as large as the head, so it
+    is added piece by piece there.
+    """
+    size = total.shape[0]
+    if total.device.type == "cpu":
+        size = max(1, PIECE_BYTES // (4 * total.shape[1]))
+    for start in range(0, total.shape[0], size):
+        total[start : start + size] += slopes[:, start : start + size].T @ hidden
 
 
 def _slopes_for_logits(
