@@ -20,7 +20,7 @@ from lighten.models.load import set_attention
 from lighten.plan import memory, repeat
 from lighten.plan.build import config_of
 from lighten.plan.context import Context
-from lighten.plan.follow import Follow, Timeline
+from lighten.plan.follow import Follow, Pass, Timeline
 from lighten.plan.result import PARTS, Plan
 from lighten.plan.steps import (
     OneRank,
@@ -334,3 +334,32 @@ def test_each_product_of_a_format_that_onednn_multiplies_makes_a_kernel(
     shallow, deep = (own.alive_at(len(own.events) - 1) for own in (shallow, deep))
     assert (shallow.get("device context", 0) > 0) is kernels
     assert shallow.get("device context") == deep.get("device context"), "layers share them"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_two_gradients_of_a_tied_head_are_added_in_place_as_autograd_does(
+    tied: bool, tmp_path: Path
+) -> None:
+    """Of fake tensors it makes a third one; real ones never are three at a time."""
+    words, width = 50_000, 32
+    config = {"vocab_size": words, "tie_word_embeddings": tied, "hidden_size": width}
+    folder = folder_of(tmp_path, **config)
+    traced = follow(recipe_of(folder, method="full"), (2, 32))
+    size, most = 4 * words * width, 0
+    there: set[int] = set()
+    for event in traced.timeline.events:
+        if event.block.bytes == size and event.block.part != "base weights":
+            there ^= {id(event.block)}
+        if traced.timeline.runs[event.run] == Pass("backward", 0, 0):
+            most = max(most, len(there))
+    assert most == 2, "the head's gradient and the embedding's"
+
+
+@pytest.mark.parametrize(("device", "said"), [("h100", False), ("t4", True)])
+def test_a_plan_says_which_gpus_were_never_compared(
+    device: str, said: bool, tmp_path: Path
+) -> None:
+    from lighten.devices import named
+
+    plan = plan_recipe(recipe_of(folder_of(tmp_path)), named(device))
+    assert any("of GPUs h100 has been compared" in line for line in plan.outside) is said

@@ -146,6 +146,11 @@ ALIGNMENT, HEADER, LEAST = 64, 16, 32  # PyTorch's alignment; malloc's granule; 
 # TCACHE_MAX_BYTES and TCACHE_FILL_COUNT of glibc's malloc.c. A block then has no room where one of
 # its size was, for want of the few bytes that its alignment asks for.
 SET_ASIDE, OF_EACH = 1040, 7
+# What the alignment of a block leaves before it is of the size of small objects, and one that takes
+# it mostly outlives the block: a later block of the same size finds its place too small by that.
+# For blocks of megabytes that decides how much is held (benchmarks/plan_accuracy.py, full
+# fine-tuning), so such a rest counts as taken.
+LARGE = 8 * MIB
 # Chunks of PyTorch's own objects beside a tensor's numbers: its storage (96 bytes), the tensor
 # (176) and two handles (24, 32). They are the small blocks that most often outlive an operation,
 # each about half as often as there are tensors, in a trace of malloc over a LoRA step (torch 2.13).
@@ -248,7 +253,7 @@ class Heap:
         aligned = -(-(start + HEADER) // ALIGNMENT) * ALIGNMENT - HEADER
         if aligned != start and aligned - start < LEAST:
             aligned += ALIGNMENT
-        if aligned > start:
+        if aligned > start and not (size >= LARGE and aligned - start <= ALIGNMENT + LEAST):
             self._free(start, aligned - start)
         rest = start + whole - aligned - chunk
         if rest >= LEAST:

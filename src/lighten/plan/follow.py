@@ -12,6 +12,7 @@ check) it is told 1.
 from __future__ import annotations
 
 import re
+import sys
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ from torch.utils._pytree import tree_leaves
 
 from lighten.plan.work import Work, work_of
 
+# Whose frame is above what autograd does by itself, and what PyTorch puts between.
+ENGINE, WRAPPERS = "_engine_run_backward", ("_dynamo/eval_frame.py", "torch/_compile.py")
 OUTSIDE = -1  # the layer of what belongs to none
 UNTIMED = ("loading", "check")  # phases that are no part of a step
 ATTENTION = re.compile(r"attn|attention")
@@ -153,6 +156,8 @@ class Follow(TorchDispatchMode):
     def __init__(self, *, kernels: bool = False) -> None:
         super().__init__()
         self.kernels = kernels
+        # The first of two gradients that autograd has just added, and their sum.
+        self._summed: tuple[Block | None, Block | None] = (None, None)
         self._products: set[tuple[Any, ...]] = set()
         self.timeline = Timeline(runs=[Pass("loading")])
         self._seen: dict[int, tuple[weakref.ref[Any], Block]] = {}
@@ -175,6 +180,8 @@ class Follow(TorchDispatchMode):
             return _one(args[0].dtype)
         out = func(*args, **kwargs)
         self._note(func, args, kwargs, out)
+        if func is torch.ops.aten.add.Tensor and _asked_by_autograd():
+            self._summed = (self._block_of(args[0]), self._block_of(out))
         return out
 
     def _note(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
@@ -217,12 +224,33 @@ class Follow(TorchDispatchMode):
         key = id(storage)
 
         def gone(_: Any) -> None:
-            self._seen.pop(key, None)
-            if self._open:
-                self._event(block, False)
+            _, own = self._seen.pop(key, (None, block))
+            if self._open and not self._taken_over(own):
+                self._event(own, False)
 
         self._seen[key] = (weakref.ref(storage, gone), block)
         return block
+
+    def _block_of(self, tensor: Tensor) -> Block | None:
+        known = self._seen.get(id(tensor.untyped_storage()))
+        return None if known is None else known[1]
+
+    def _taken_over(self, gone: Block) -> bool:
+        """Whether the sum that was just made lies where this block was.
+
+        Autograd adds two gradients of one tensor in place where nobody else has the first, but not
+        where they are fake (`can_accumulate_inplace` in torch/csrc/autograd/input_buffer.cpp).
+        """
+        (first, total), self._summed = self._summed, (None, None)
+        events = self.timeline.events
+        if first is not gone or total is None or total.bytes != gone.bytes:
+            return False
+        if not (events and events[-1].born and events[-1].block is total):
+            return False
+        key = next(key for key, (_, block) in self._seen.items() if block is total)
+        self._seen[key] = (self._seen[key][0], gone)
+        events.pop()
+        return True
 
     def _born(self, size: int, part: str, layer: int) -> Block:
         run = len(self.timeline.runs) - 1
@@ -339,6 +367,14 @@ class Follow(TorchDispatchMode):
     def close(self) -> None:
         """Hear of no more deaths."""
         self._open = False
+
+
+def _asked_by_autograd() -> bool:
+    """Whether no Python code but autograd's engine asked for the operation that is dispatched."""
+    frame = sys._getframe(2)
+    while frame.f_code.co_filename.endswith(WRAPPERS) and frame.f_back is not None:
+        frame = frame.f_back
+    return frame.f_code.co_name == ENGINE
 
 
 def _one(dtype: torch.dtype) -> float | int | bool:
