@@ -30,7 +30,7 @@ from benchmarks.machine import before_start, in_fresh_process, store
 SUPERVISED = 0.5
 # Of memory two would tell all. The time is the least of those after the first that had a good
 # moment; on a machine whose cores others share that may be none, and it is asked again.
-STEPS, ENOUGH, TRIES = 6, 2, 4
+STEPS, ENOUGH, TRIES = 6, 2, 2
 FOLDER = "plan-models-2"
 
 

@@ -27,7 +27,7 @@ from lighten.train.prepare import load_base
 from lighten.train.step import MemberStep
 
 # How long a training waits for good moments in all.
-PATIENCE_S, PAUSE_S = 15.0, 0.1
+PATIENCE_S, PAUSE_S = 6.0, 0.1
 
 
 def rows_of(count: int, tokens: int, supervised: float, vocabulary: int, seed: int) -> list[Row]:

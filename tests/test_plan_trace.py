@@ -252,8 +252,9 @@ def test_recomputed_layers_can_be_planned_for_a_gpu(part: str, tmp_path: Path) -
     for saving in (False, True):
         own = {"gradient_checkpointing_part": part} if saving else {}
         recipe = recipe_of(folder, gradient_checkpointing=saving, **own)
-        peaks.append(plan_recipe(recipe, Card(), rows_tokens=(8, 64)).memory.expected)
-    assert peaks[1] < peaks[0]
+        # What is reserved comes in segments of 20 MiB, all of so small a model in few of them.
+        peaks.append(plan_recipe(recipe, Card(), rows_tokens=(8, 64)).memory.allocated or 0)
+    assert 0 < peaks[1] < peaks[0]
 
 
 @pytest.mark.parametrize("capability", [(9, 0), (7, 5)])
