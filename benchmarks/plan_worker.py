@@ -76,7 +76,7 @@ def main() -> None:
     base = load_base(recipe, "cpu", learns=True)
     stages = {"loading": memory.read()["peak_bytes"]}
     vocabulary = int(base.model.config.get_text_config().vocab_size)
-    steps = recipe.max_steps
+    steps = recipe.max_steps or 1
     lessons = {
         own.name: [
             rows_of(job["rows"], job["tokens"], job["supervised"], vocabulary, place * steps + step)
