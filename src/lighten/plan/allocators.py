@@ -148,9 +148,9 @@ ALIGNMENT, HEADER, LEAST = 64, 16, 32  # PyTorch's alignment; malloc's granule; 
 SET_ASIDE, OF_EACH = 1040, 7
 # What the alignment of a block leaves before it is of the size of small objects, and one that takes
 # it mostly outlives the block: a later block of the same size finds its place too small by that.
-# For blocks of megabytes that decides how much is held (benchmarks/plan_accuracy.py, full
+# For very large blocks that decides how much is held (benchmarks/plan_accuracy.py, full
 # fine-tuning), so such a rest counts as taken.
-LARGE = 8 * MIB
+LARGE = 32 * MIB
 # Chunks of PyTorch's own objects beside a tensor's numbers: its storage (96 bytes), the tensor
 # (176) and two handles (24, 32). They are the small blocks that most often outlive an operation,
 # each about half as often as there are tensors, in a trace of malloc over a LoRA step (torch 2.13).
