@@ -61,11 +61,7 @@ def processes_for(setup: Setup) -> Forked:
     """
     groups = setup.groups(setup.members)
     learning = [[p for member in group for p in member.parameters.values()] for group in groups]
-    # A child would copy each free page that it writes to, and whatever this process writes to it
-    # goes on holding as it was: looking for garbage writes to every object.
-    allocator.trim()
-    gc.collect()
-    gc.freeze()
+    allocator.trim()  # a child would copy each free page that it writes to
     return Forked(setup.lanes, torch.get_num_threads(), setup.objective, learning)
 
 
@@ -139,6 +135,10 @@ class Forked(Lanes):
         largest = max(sum(map(_room, group)) for group in groups)
         own = max(1, threads // count)
         self._children: list[_Child] = []
+        # Looking for garbage writes to every object, and each page that one side writes to is there
+        # twice from then on.
+        gc.collect()
+        gc.freeze()
         try:
             for _ in range(count - 1):
                 slopes = SharedTensors(largest)
@@ -204,11 +204,11 @@ class Forked(Lanes):
         """End the processes; what learns stays where it is."""
         self._end_children()
         self._first.close()
-        gc.unfreeze()
 
     def _end_children(self) -> None:
         for child in self._children:
             child.end()
+        gc.unfreeze()
 
     def _each(
         self,
