@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -186,13 +187,18 @@ def step_like(seed: int, layers: int = 24) -> list[tuple[int, bool, int]]:
 @pytest.mark.parametrize("seed", range(3))
 def test_the_heap_takes_what_glibc_takes(seed: int) -> None:
     events = step_like(seed)
+    # Where small objects fall decides what fits where: no two processes are alike.
+    peaks = [_real_peak(events) for _ in range(3)]
+    held = replay(Heap(), events).most()
+    assert statistics.median(peaks) == pytest.approx(held.peak, rel=0.15)
+
+
+def _real_peak(events: list[Any]) -> int:
     found = subprocess.run(
         [sys.executable, "-c", REAL], input=json.dumps(events), capture_output=True, text=True,
         check=True,
     )  # fmt: skip
-    held = replay(Heap(), events).most()
-    # Where small objects fall decides what fits where: no two processes are alike.
-    assert int(found.stdout) == pytest.approx(held.peak, rel=0.15)
+    return int(found.stdout)
 
 
 def test_pages_that_were_given_back_count_again_once_they_are_written() -> None:

@@ -43,11 +43,17 @@ def test_a_model_that_does_not_fit_says_what_would(tmp_path: Path) -> None:
                 architectures=["LlamaForCausalLM"]).save_pretrained(folder)  # fmt: skip
     assert models.describe(folder).total_parameters == pytest.approx(9e9, rel=0.02)
     # One short row: what could be changed beside the format is little, and each change is a plan.
-    table = call("plan", folder, "--device", "t4", "--max_length", "128",
-                 "per_device_train_batch_size=1")  # fmt: skip
-    assert table.returncode == 1
-    assert "does not fit" in table.stdout
-    assert "--load_in_4bit true" in table.stdout
+    done = call("plan", folder, "--device", "t4", "--max_length", "128", "--json",
+                "per_device_train_batch_size=1")  # fmt: skip
+    assert done.returncode == 1
+    found = json.loads(done.stdout)
+    assert found["fits"] is False
+    assert found["memory"]["low"] > found["capacity"]
+    assert found["changes"]
+    assert all(change["saves_bytes"] > 0 for change in found["changes"])
+    best = found["changes"][0]
+    assert best["fits"] is True
+    assert best["settings"]["load_in_4bit"] is True
 
 
 def test_qlora_of_a_large_model_fits_where_its_paper_says(tmp_path: Path) -> None:

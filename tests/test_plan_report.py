@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import pytest
 
 from lighten import runs
+from lighten.cli_plan import print_plan
 from lighten.plan import words
 from lighten.plan.result import Change, Memory, MemoryPart, Plan, Shape, StepTime
 from lighten.report.bars import Bar, Segment, stacked_bars
@@ -79,7 +80,10 @@ def test_the_page_shows_predicted_beside_measured(tmp_path: Path) -> None:
     assert section({"unreadable": 1}, {}) is None
 
 
-def test_a_plan_in_words() -> None:
+def test_a_plan_in_words(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     plan = a_plan()
     (line,) = words.lines(plan)
     assert "plan: 4.00 GiB at the peak of 8.00 GiB (base weights 3.00 GiB" in line
@@ -90,6 +94,11 @@ def test_a_plan_in_words() -> None:
     assert rows["download"] == "not known"
     change = Change("QLoRA", {"load_in_4bit": True}, GIB, 1.25, True)
     assert words.change(change) == "QLoRA: saves 1.00 GiB, 25 % slower; it fits then"
+    print_plan(replace(a_plan(GIB), changes=(change,)))
+    printed = capsys.readouterr().out
+    for said in ("which does not fit", "what would need less", "QLoRA", "1.00 GiB", "25 % slower",
+                 "--load_in_4bit true"):  # fmt: skip
+        assert said in printed, said
     assert words.flags({"a": True, "b": None, "c": 3, "d": "x", "e": [1]}) == (
         "--a true --b null --c 3 --d x --e [1]"
     )

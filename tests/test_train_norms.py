@@ -26,7 +26,8 @@ def made(kind: type[nn.Module], dtype: torch.dtype) -> nn.Module:
 def results(norm: nn.Module, x: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
     x = x.clone().requires_grad_(True)
     out = norm(x)
-    return (out.detach(), *torch.autograd.grad(out, [x, norm.weight], upstream))
+    wanted = [x, *(own for own in [norm.weight] if own.requires_grad)]
+    return (out.detach(), *torch.autograd.grad(out, wanted, upstream))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -45,15 +46,16 @@ def test_values_and_gradients_are_transformers(kind: type[nn.Module], dtype: tor
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("learns", [True, False])
 def test_in_half_precision_they_are_as_near_to_float32_as_transformers(
-    kind: type[nn.Module],
+    kind: type[nn.Module], learns: bool
 ) -> None:
-    exact = made(kind, torch.bfloat16).float()
+    exact = made(kind, torch.bfloat16).float().requires_grad_(learns)
     x, upstream = (3.0 * torch.randn(2, 2, 64, 48)).bfloat16()
     truth = results(exact, x.float(), upstream.float())
     apart = []
     for quick in (False, True):
-        norm = made(kind, torch.bfloat16)
+        norm = made(kind, torch.bfloat16).requires_grad_(learns)
         if quick:
             norms.quicken(nn.Sequential(norm))
         found = zip(results(norm, x, upstream), truth, strict=True)

@@ -4,7 +4,8 @@ PyTorch's flash kernel for CPUs is slower than plain matrix products at the leng
 fine-tune with, its backward pass above all; plain attention computes the upper half of the scores
 for nothing, repeats the keys of grouped queries, and keeps float32 scores. Here each block of
 queries meets only the keys up to its own end, heads that share keys share a product, and the
-backward pass keeps the probabilities alone, in the base's format.
+backward pass keeps the probabilities alone, in the base's format. Processors that multiply
+bfloat16 do all of it in a kernel (`kernels/attention.cpp`), which keeps no probability either.
 
 Rows may stand behind each other in one packed row (`packed`). Only the attention needs them under
 each other: rows of like length are gathered, attended to together and put back, so that no other
@@ -34,6 +35,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from lighten.models.kernels import attention as kernel
 
 NAME, REPEATS = "lighten_blocks", "lighten_repeats"
 GROUPED_SINCE = (8, 0)  # compute capability from which half precision's kernels read grouped keys
@@ -284,6 +287,9 @@ def block_attention(
     Returns:
         [B, K · G, T, D].
     """
+    if kernel.takes(query, key, value):
+        found: Tensor = kernel.Attention.apply(query, key, value, scale, list(starts or ()))
+        return found
     groups = None if starts is None else groups_of(starts, query.device)
     out: Tensor = _BlockAttention.apply(query, key, value, scale, groups)
     return out

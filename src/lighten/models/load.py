@@ -25,6 +25,7 @@ from lighten import allocator
 from lighten.errors import UserError
 from lighten.hardware import Choice, choose_dtype
 from lighten.models import attention as blocks
+from lighten.models import kernels
 from lighten.models import gguf, packaged, quantized
 from lighten.models.names import PACKAGED, Source, resolve
 
@@ -201,7 +202,7 @@ def set_attention(
     if in_use == wanted == "sdpa" and device == "cpu":
         blocks.register()
         model.set_attn_implementation(blocks.NAME)
-        return Choice("sdpa in blocks", "on a processor plain products beat PyTorch's flash kernel")
+        return _on_processor(model.dtype)
     if in_use == wanted == "sdpa" and device.startswith("cuda"):
         if capability is None and torch.cuda.is_available():
             capability = torch.cuda.get_device_capability()
@@ -214,6 +215,13 @@ def set_attention(
     if in_use == wanted:
         return Choice(wanted, "attn_implementation of the recipe")
     return Choice(in_use, f"{type(model).__name__} has no {wanted} attention")
+
+
+def _on_processor(dtype: torch.dtype) -> Choice:
+    why_not = "bfloat16 alone has a kernel" if dtype != torch.bfloat16 else kernels.obstacle()
+    if why_not is None:
+        return Choice("sdpa in a kernel", "compiled for this processor; it keeps no probabilities")
+    return Choice("sdpa in blocks", f"plain products beat PyTorch's flash kernel here; {why_not}")
 
 
 def load_tokenizer(

@@ -172,7 +172,8 @@ def _together(recipe: Recipe, plan: Plan, found: list[Idea], planner: Planner) -
     now = plan
     if _least(recipe, found, planner) is False:
         return None  # one plan in place of a dozen
-    for idea in sorted(found, key=lambda own: not own.same_result):
+    # What leaves the result as it is first; a shorter context, which a user notices most, last.
+    for idea in sorted(found, key=lambda own: (not own.same_result, "max_length" in own.settings)):
         if "adapters" in idea.settings:
             continue  # another run is no part of this one
         for own in _repeated(idea, recipe, taken, now):

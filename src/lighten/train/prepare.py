@@ -18,7 +18,7 @@ from lighten.errors import UserError
 from lighten.hardware import Choice, choose_dtype
 from lighten.models import attention
 from lighten.recipe import AdapterOptions, Recipe
-from lighten.train import compiled, lanes, norms, optimizers
+from lighten.train import compiled, gates, lanes, norms, optimizers
 from lighten.train.loss import Objective
 from lighten.train.member import Member, MemberSettings
 from lighten.train.memory import checkpoint_layers
@@ -129,6 +129,7 @@ def prepare(recipe: Recipe, accelerator: Accelerator, base: models.Base, rows: R
     if choices["compilation"].value == "on":
         compiled.compile_layers(base.model)  # before layers are recomputed: what is, is compiled
     norms.quicken(base.model)
+    gates.quicken(base.model)
     choices |= _save_memory(recipe, base.model, accelerator.device)
     choices["optimizer"] = optimizer = optimizers.choose(recipe.optim, device)
     members = [_member(own, recipe, trained, total, optimizer.value) for own in options]

@@ -1,0 +1,113 @@
+"""Kernels of a processor, written in C++ and compiled on the machine that runs them.
+
+What PyTorch does in a dozen operations, each through memory, a kernel does in one pass through the
+caches. A compiler makes them for this very processor the first time that they are wanted, in a few
+seconds, and the user's cache keeps them. Where there is no compiler, or no bfloat16 arithmetic,
+callers fall back to PyTorch's operations, and `obstacle` says why.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from lighten.models.names import cache_folder
+
+FOLDER = Path(__file__).parent
+# GCC's own headers have values that are undefined on purpose.
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra",
+         "-Wno-uninitialized", "-Wno-maybe-uninitialized")  # fmt: skip
+NEEDED = "avx512_bf16"
+LONGEST_S = 120.0  # of a compilation
+SWITCH = "LIGHTEN_KERNELS"  # set to 0: PyTorch's operations in their place
+
+
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels; None where there are none, for the reason that `obstacle` gives."""
+    return _loaded()[0]
+
+
+def obstacle() -> str | None:
+    """Why there are no kernels here; None where there are."""
+    return _loaded()[1]
+
+
+Address = ctypes.c_void_p
+
+
+def call(name: str, *args: Any) -> int:
+    """Run a function of the library's; integers are 64 bits wide, numbers are float32."""
+    found = library()
+    assert found is not None
+    answer: int = found[name](*(_plain(arg) for arg in args))
+    return answer
+
+
+def _plain(arg: Any) -> Any:
+    if isinstance(arg, bool):
+        return ctypes.c_int(arg)
+    if isinstance(arg, int):
+        return ctypes.c_int64(arg)
+    return ctypes.c_float(arg) if isinstance(arg, float) else arg
+
+
+@functools.cache
+def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
+    if os.environ.get(SWITCH) == "0":
+        return None, f"{SWITCH} is 0"
+    flags = processor_flags()
+    if NEEDED not in flags:
+        return None, f"the processor has no {NEEDED}"
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    if compiler is None:
+        return None, "there is no C++ compiler"
+    try:
+        found = ctypes.CDLL(str(_compiled(compiler, flags)))
+    except (OSError, subprocess.SubprocessError) as error:
+        told = getattr(error, "stderr", None) or str(error)
+        return None, f"{compiler} made no kernel: {told.strip().splitlines()[0]}"
+    if not found.lighten_allowed():
+        return None, "the system does not let processes use the processor's tiles"
+    return found, None
+
+
+def processor_flags() -> frozenset[str]:
+    """What the processor can do, in Linux's words; empty elsewhere."""
+    if platform.system() != "Linux":
+        return frozenset()
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return frozenset()
+    line = next((line for line in text.splitlines() if line.startswith("flags")), "")
+    return frozenset(line.partition(":")[2].split())
+
+
+def _compiled(compiler: str, flags: frozenset[str]) -> Path:
+    """The library's file, made now unless this source was compiled here before."""
+    version = subprocess.run(
+        [compiler, "--version"], capture_output=True, text=True, check=True, timeout=LONGEST_S
+    ).stdout
+    sources = sorted(FOLDER.glob("*.cpp"))
+    texts = [path.read_text(encoding="utf-8") for path in (*sources, *sorted(FOLDER.glob("*.h")))]
+    of = "\n".join([version, *FLAGS, *sorted(flags), *texts])
+    folder = cache_folder() / "kernels"
+    path = folder / f"{hashlib.sha256(of.encode()).hexdigest()[:16]}.so"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            made = Path(scratch) / "kernels.so"
+            subprocess.run(
+                [compiler, *FLAGS, "-o", str(made), *map(str, sources)],
+                capture_output=True, text=True, check=True, timeout=LONGEST_S,
+            )  # fmt: skip
+            made.replace(path)
+    return path

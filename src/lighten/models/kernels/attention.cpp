@@ -1,0 +1,462 @@
+// Causal attention of processors with bfloat16 arithmetic, without a score that outlives its tile.
+//
+// Rows of queries and keys are cut into blocks of 32. The forward pass keeps the logarithm of each
+// query's sum of exponentials; the backward pass forms scores again from it. Products run on AMX
+// tiles where the processor has them, else on AVX512-BF16; sums are float32 throughout, what is
+// multiplied is rounded to bfloat16, as PyTorch's products of that format do.
+//
+// Dimensions: D features of a head, Dp the same rounded up to 32; L tokens of a row, Lp up to 32.
+// A product's left side lies row by row. Its right side lies in tiles of 32 x 16, in which two
+// rows that follow each other alternate: the layout that both instruction sets read.
+//
+// Source: FlashAttention-2, arXiv 2307.08691, section 3.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+#include <thread>
+#include <vector>
+
+#include <immintrin.h>
+
+#include "numbers.h"
+
+#if defined(__AMX_BF16__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace {
+
+constexpr int SIDE = 32;         // of a block of queries or keys
+constexpr int TILE = 16;         // rows or columns of a tile
+constexpr int TILE_SIZE = 512;   // numbers of a tile of a right side
+constexpr int64_t AT_ONCE = 4;   // blocks of keys whose scores the first cache holds
+
+int64_t up(int64_t n) { return (n + SIDE - 1) / SIDE * SIDE; }
+
+template <class T>
+struct Buffer {
+    explicit Buffer(int64_t size)
+        : data(static_cast<T*>(std::aligned_alloc(64, (size * sizeof(T) + 63) / 64 * 64))) {
+        if (data == nullptr) throw std::bad_alloc();
+    }
+    Buffer(const Buffer&) = delete;
+    ~Buffer() { std::free(data); }
+    operator T*() const { return data; }
+    T* data;
+};
+
+// Products of blocks
+
+#if defined(__AMX_BF16__)
+
+struct Config {
+    uint8_t palette = 0, start = 0, reserved[14] = {};
+    uint16_t columns[16] = {};
+    uint8_t rows[16] = {};
+};
+
+// The kernel's tiles for as long as this lives; whoever had configured others finds them again.
+struct Tiles {
+    Tiles() {
+        _tile_storeconfig(&before);
+        Config own;
+        own.palette = 1;
+        for (int i = 0; i < 8; ++i) own.columns[i] = 64, own.rows[i] = TILE;
+        _tile_loadconfig(&own);
+    }
+    ~Tiles() {
+        if (before.palette != 0) _tile_loadconfig(&before); else _tile_release();
+    }
+    alignas(64) Config before;
+};
+
+bool allowed() {
+    constexpr int ASK = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, ASK, TILE_DATA) == 0;
+}
+
+// out [32 x 32] (+)= the sum over steps of left [32 x 32] by right [32 x 32].
+inline void product(float* out, int64_t out_row, const bf16* left, int64_t left_row,
+                    int64_t left_step, const bf16* right, int64_t right_tile, int64_t right_step,
+                    int64_t steps, bool add) {
+    const int64_t row = out_row * 4, half = TILE * out_row;
+    if (add) {
+        _tile_loadd(0, out, row);
+        _tile_loadd(1, out + TILE, row);
+        _tile_loadd(2, out + half, row);
+        _tile_loadd(3, out + half + TILE, row);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (int64_t s = 0; s < steps; ++s) {
+        const bf16* a = left + s * left_step;
+        const bf16* b = right + s * right_step;
+        _tile_loadd(4, a, left_row * 2);
+        _tile_loadd(6, b, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, b + right_tile, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, a + TILE * left_row, left_row * 2);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, out, row);
+    _tile_stored(1, out + TILE, row);
+    _tile_stored(2, out + half, row);
+    _tile_stored(3, out + half + TILE, row);
+}
+
+#else
+
+struct Tiles {};
+
+bool allowed() { return true; }
+
+inline void product(float* out, int64_t out_row, const bf16* left, int64_t left_row,
+                    int64_t left_step, const bf16* right, int64_t right_tile, int64_t right_step,
+                    int64_t steps, bool add) {
+    constexpr int ROWS = 8;  // with two columns of numbers: 16 sums in registers
+    for (int first = 0; first < SIDE; first += ROWS) {
+        __m512 sums[ROWS][2];
+        for (int i = 0; i < ROWS; ++i) {
+            float* to = out + (first + i) * out_row;
+            sums[i][0] = add ? _mm512_loadu_ps(to) : _mm512_setzero_ps();
+            sums[i][1] = add ? _mm512_loadu_ps(to + TILE) : _mm512_setzero_ps();
+        }
+        for (int64_t s = 0; s < steps; ++s) {
+            const bf16* a = left + s * left_step + first * left_row;
+            const bf16* b = right + s * right_step;
+            for (int pair = 0; pair < TILE; ++pair) {
+                const __m512bh b0 = (__m512bh)_mm512_loadu_si512(b + pair * 32);
+                const __m512bh b1 = (__m512bh)_mm512_loadu_si512(b + right_tile + pair * 32);
+                for (int i = 0; i < ROWS; ++i) {
+                    int32_t two;
+                    std::memcpy(&two, a + i * left_row + 2 * pair, 4);
+                    const __m512bh both = (__m512bh)_mm512_set1_epi32(two);
+                    sums[i][0] = _mm512_dpbf16_ps(sums[i][0], both, b0);
+                    sums[i][1] = _mm512_dpbf16_ps(sums[i][1], both, b1);
+                }
+            }
+        }
+        for (int i = 0; i < ROWS; ++i) {
+            float* to = out + (first + i) * out_row;
+            _mm512_storeu_ps(to, sums[i][0]);
+            _mm512_storeu_ps(to + TILE, sums[i][1]);
+        }
+    }
+}
+
+#endif
+
+// Numbers, 16 at a time
+
+inline __m512 widened(const bf16* from) {
+    const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+}
+
+// Two rows in turn, as a right side wants them.
+inline __m512i paired(__m256i even, __m256i odd) {
+    return _mm512_or_si512(_mm512_cvtepu16_epi32(even),
+                           _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+}
+
+// What is read and where it lies
+
+struct View {
+    void* data;
+    int64_t batch, head, token;  // strides, in numbers
+
+    bf16* at(int64_t b, int64_t h, int64_t t) const {
+        return static_cast<bf16*>(data) + b * batch + h * head + t * token;
+    }
+};
+
+struct Row {
+    int64_t batch, start, length, before;  // `before`: tokens of the rows above it
+};
+
+struct Job {
+    View q, k, v, out, grad, grad_q, grad_k, grad_v;
+    float* sums;  // [heads, tokens]: logarithms of each query's sum of exponentials
+    const Row* rows;
+    int64_t row_count, tokens, heads, key_heads, D;
+    float scale;
+    int64_t threads;
+};
+
+// [count x D] of a view, with zeros up to [rows x Dp].
+void copied(bf16* to, const bf16* from, int64_t stride, int64_t count, int64_t rows, int64_t D,
+            int64_t Dp) {
+    for (int64_t i = 0; i < rows; ++i) {
+        bf16* row = to + i * Dp;
+        const int64_t have = i < count ? D : 0;
+        if (have) std::memcpy(row, from + i * stride, have * sizeof(bf16));
+        if (have < Dp) std::memset(row + have, 0, (Dp - have) * sizeof(bf16));
+    }
+}
+
+// Where 16 rows begin, in bytes.
+inline __m512i lines(int64_t row_bytes) {
+    return _mm512_mullo_epi32(
+        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+        _mm512_set1_epi32(static_cast<int>(row_bytes)));
+}
+
+// [rows x Dp] as a right side of Dp x rows: tile (j, d) holds rows 16 j.. and features 32 d...
+void packed_across(bf16* to, const bf16* from, int64_t rows, int64_t Dp) {
+    const __m512i places = lines(Dp * 2);
+    for (int64_t j = 0; j < rows / TILE; ++j)
+        for (int64_t d = 0; d < Dp; d += 2, to += 32)
+            _mm512_storeu_si512(to, _mm512_i32gather_epi32(places, from + j * TILE * Dp + d, 1));
+}
+
+// [rows x Dp] as a right side of rows x Dp: tile (k, n) holds rows 32 k.. and features 16 n...
+void packed_along(bf16* to, const bf16* from, int64_t rows, int64_t Dp) {
+    for (int64_t k = 0; k < rows / 32; ++k)
+        for (int64_t n = 0; n < Dp / TILE; ++n)
+            for (int pair = 0; pair < TILE; ++pair, to += 32) {
+                const bf16* even = from + (k * 32 + 2 * pair) * Dp + n * TILE;
+                _mm512_storeu_si512(to, paired(_mm256_loadu_si256((const __m256i*)even),
+                                               _mm256_loadu_si256((const __m256i*)(even + Dp))));
+            }
+}
+
+// [rows x Dp] turned: [Dp x rows], a left side.
+void turned(bf16* to, const bf16* from, int64_t rows, int64_t Dp) {
+    const __m512i places = lines(Dp * 2);
+    for (int64_t i = 0; i < rows; i += TILE)
+        for (int64_t d = 0; d < Dp; d += 2) {
+            const __m512i two = _mm512_i32gather_epi32(places, from + i * Dp + d, 1);
+            _mm256_storeu_si256((__m256i*)(to + d * rows + i), _mm512_cvtepi32_epi16(two));
+            _mm256_storeu_si256((__m256i*)(to + (d + 1) * rows + i),
+                                _mm512_cvtepi32_epi16(_mm512_srli_epi32(two, 16)));
+        }
+}
+
+inline void write_16(bf16* to, int64_t left, __m512 x) {
+    const __mmask16 real = left >= TILE ? 0xFFFF : (1u << left) - 1;
+    _mm256_mask_storeu_epi16(to, real, rounded(x));
+}
+
+// Rows of Dp numbers into a view.
+void written(const View& view, const Row& row, int64_t head, const float* from, int64_t D,
+             int64_t Dp) {
+    for (int64_t i = 0; i < row.length; ++i) {
+        bf16* to = view.at(row.batch, head, row.start + i);
+        for (int64_t d = 0; d < D; d += TILE)
+            write_16(to + d, D - d, _mm512_loadu_ps(from + i * Dp + d));
+    }
+}
+
+// [Dp x 32] numbers, turned, each row times its factor, into a view.
+void written_turned(const View& view, int64_t batch, int64_t head, int64_t token, int64_t count,
+                    const float* from, const float* factors, int64_t D) {
+    const __m512i places = lines(SIDE * 4);
+    for (int64_t i = 0; i < count; ++i) {
+        bf16* to = view.at(batch, head, token + i);
+        for (int64_t d = 0; d < D; d += TILE)
+            write_16(to + d, D - d,
+                     _mm512_mul_ps(_mm512_i32gather_ps(places, from + d * SIDE + i, 1),
+                                   _mm512_set1_ps(factors[i])));
+    }
+}
+
+// Which of 16 queries see a key of the block on the diagonal.
+inline __mmask16 seeing(int64_t key, int64_t half) {
+    const int64_t hidden = std::min<int64_t>(TILE, std::max<int64_t>(0, key - half * TILE));
+    return static_cast<__mmask16>(0xFFFFu << hidden);
+}
+
+// Scores stand on their side, keys by queries: sixteen queries share a register, so that sums over
+// keys need no sum within one.
+
+void forward(const Job& job, const Row& row, int64_t key_head) {
+    const int64_t D = job.D, Dp = up(D), L = row.length, Lp = up(L), block = SIDE * Dp;
+    const int64_t group = job.heads / job.key_heads;
+    const __m512 scale = _mm512_set1_ps(job.scale);
+    const __m512 none = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+    Buffer<bf16> keys(Lp * Dp), values(Lp * Dp), values_turned(Lp * Dp);
+    Buffer<bf16> queries(block), queries_across(block), weights(Lp * SIDE);
+    Buffer<float> scores(Lp * SIDE), found(block);
+    copied(keys, job.k.at(row.batch, key_head, row.start), job.k.token, L, Lp, D, Dp);
+    copied(values, job.v.at(row.batch, key_head, row.start), job.v.token, L, Lp, D, Dp);
+    turned(values_turned, values, Lp, Dp);
+    for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head)
+        for (int64_t first = 0; first < L; first += SIDE) {
+            const int64_t count = std::min<int64_t>(SIDE, L - first), width = first + SIDE;
+            const int64_t at = row.start + first;
+            copied(queries, job.q.at(row.batch, head, at), job.q.token, count, SIDE, D, Dp);
+            packed_across(queries_across, queries, SIDE, Dp);
+            for (int64_t key = 0; key < width; key += SIDE)
+                product(scores + key * SIDE, SIDE, keys + key * Dp, Dp, 32, queries_across,
+                        TILE * Dp, TILE_SIZE, Dp / 32, false);
+            alignas(64) float tops[SIDE], totals[SIDE], factors[SIDE];
+            for (int64_t half = 0; half < 2; ++half) {
+                const float* own = scores + half * TILE;
+                auto seen = [&](int64_t key) {
+                    return key < first ? __mmask16(0xFFFF) : seeing(key - first, half);
+                };
+                __m512 most = none, total = _mm512_setzero_ps();
+                for (int64_t key = 0; key < width; ++key)
+                    most = _mm512_max_ps(
+                        most, _mm512_mask_mul_ps(none, seen(key),
+                                                 _mm512_loadu_ps(own + key * SIDE), scale));
+                auto weight = [&](int64_t key) {
+                    const __m512 score = _mm512_loadu_ps(own + key * SIDE);
+                    return _mm512_maskz_mov_ps(
+                        seen(key), exponential(_mm512_fmsub_ps(score, scale, most)));
+                };
+                for (int64_t key = 0; key < width; key += 2) {
+                    const __m512 even = weight(key), odd = weight(key + 1);
+                    total = _mm512_add_ps(total, _mm512_add_ps(even, odd));
+                    _mm512_storeu_si512(weights + key / SIDE * SIDE * SIDE + half * TILE_SIZE +
+                                            key % SIDE / 2 * 32,
+                                        paired(rounded(even), rounded(odd)));
+                }
+                _mm512_store_ps(tops + half * TILE, most);
+                _mm512_store_ps(totals + half * TILE, total);
+            }
+            for (int64_t i = 0; i < count; ++i) {
+                factors[i] = 1.0f / totals[i];
+                job.sums[head * job.tokens + row.before + first + i] = tops[i] + std::log(totals[i]);
+            }
+            for (int64_t d = 0; d < Dp; d += SIDE)
+                product(found + d * SIDE, SIDE, values_turned + d * Lp, Lp, 32, weights, TILE_SIZE,
+                        2 * TILE_SIZE, width / SIDE, false);
+            written_turned(job.out, row.batch, head, at, count, found, factors, D);
+        }
+}
+
+void backward(const Job& job, const Row& row, int64_t key_head) {
+    const int64_t D = job.D, Dp = up(D), L = row.length, Lp = up(L), block = SIDE * Dp;
+    const int64_t group = job.heads / job.key_heads, square = SIDE * SIDE;
+    const __m512 scale = _mm512_set1_ps(job.scale);
+    Buffer<bf16> keys(Lp * Dp), values(Lp * Dp), keys_turned(Lp * Dp);
+    Buffer<float> grad_keys(Lp * Dp), grad_values(Lp * Dp), grad_queries(block);
+    Buffer<bf16> queries(block), grads(block), outs(block);
+    Buffer<bf16> queries_across(block), queries_along(block), grads_across(block), grads_along(block);
+    Buffer<bf16> weights(AT_ONCE * square), slopes(AT_ONCE * square), slopes_along(Lp * SIDE);
+    Buffer<float> scores(AT_ONCE * square), ahead(AT_ONCE * square);
+    copied(keys, job.k.at(row.batch, key_head, row.start), job.k.token, L, Lp, D, Dp);
+    copied(values, job.v.at(row.batch, key_head, row.start), job.v.token, L, Lp, D, Dp);
+    turned(keys_turned, keys, Lp, Dp);
+    std::memset(grad_keys, 0, Lp * Dp * sizeof(float));
+    std::memset(grad_values, 0, Lp * Dp * sizeof(float));
+    for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head)
+        for (int64_t first = 0; first < L; first += SIDE) {
+            const int64_t count = std::min<int64_t>(SIDE, L - first), blocks = first / SIDE + 1;
+            const int64_t at = row.start + first;
+            copied(queries, job.q.at(row.batch, head, at), job.q.token, count, SIDE, D, Dp);
+            copied(grads, job.grad.at(row.batch, head, at), job.grad.token, count, SIDE, D, Dp);
+            copied(outs, job.out.at(row.batch, head, at), job.out.token, count, SIDE, D, Dp);
+            packed_across(queries_across, queries, SIDE, Dp);
+            packed_along(queries_along, queries, SIDE, Dp);
+            packed_across(grads_across, grads, SIDE, Dp);
+            packed_along(grads_along, grads, SIDE, Dp);
+            alignas(64) float sums[SIDE], along[SIDE], ones[SIDE];
+            for (int64_t i = 0; i < SIDE; ++i) {
+                __m512 sum = _mm512_setzero_ps();
+                for (int64_t d = 0; d < Dp; d += TILE)
+                    sum = _mm512_fmadd_ps(widened(grads + i * Dp + d), widened(outs + i * Dp + d),
+                                          sum);
+                along[i] = _mm512_reduce_add_ps(sum);
+                // A query that is none weighs nothing.
+                sums[i] = i < count ? job.sums[head * job.tokens + row.before + first + i]
+                                    : std::numeric_limits<float>::infinity();
+                ones[i] = 1.0f;
+            }
+            for (int64_t begin = 0; begin < blocks; begin += AT_ONCE) {
+                const int64_t end = std::min(blocks, begin + AT_ONCE);
+                for (int64_t b = begin; b < end; ++b) {
+                    product(scores + (b - begin) * square, SIDE, keys + b * block, Dp, 32,
+                            queries_across, TILE * Dp, TILE_SIZE, Dp / 32, false);
+                    product(ahead + (b - begin) * square, SIDE, values + b * block, Dp, 32,
+                            grads_across, TILE * Dp, TILE_SIZE, Dp / 32, false);
+                }
+                for (int64_t half = 0; half < 2; ++half) {
+                    const __m512 own_sums = _mm512_load_ps(sums + half * TILE);
+                    const __m512 own_along = _mm512_load_ps(along + half * TILE);
+                    for (int64_t key = 0; key < (end - begin) * SIDE; key += 2) {
+                        __m256i slope[2];
+                        for (int64_t odd = 0; odd < 2; ++odd) {
+                            const int64_t place = (key + odd) * SIDE + half * TILE;
+                            const int64_t past = (begin * SIDE + key + odd) - first;
+                            const __mmask16 real = past < 0 ? 0xFFFF : seeing(past, half);
+                            const __m512 weight = _mm512_maskz_mov_ps(
+                                real, exponential(_mm512_fmsub_ps(_mm512_loadu_ps(scores + place),
+                                                                  scale, own_sums)));
+                            const __m512 steep = _mm512_mul_ps(
+                                _mm512_mul_ps(weight, scale),
+                                _mm512_sub_ps(_mm512_loadu_ps(ahead + place), own_along));
+                            slope[odd] = rounded(steep);
+                            _mm256_storeu_si256((__m256i*)(weights + place), rounded(weight));
+                            _mm256_storeu_si256((__m256i*)(slopes + place), slope[odd]);
+                        }
+                        _mm512_storeu_si512(slopes_along + (begin + key / SIDE) * square +
+                                                half * TILE_SIZE + key % SIDE / 2 * 32,
+                                            paired(slope[0], slope[1]));
+                    }
+                }
+                for (int64_t b = begin; b < end; ++b)
+                    for (int64_t n = 0; n < Dp / TILE; n += 2) {
+                        const int64_t to = b * block + n * TILE, from = (b - begin) * square;
+                        product(grad_values + to, Dp, weights + from, SIDE, 0,
+                                grads_along + n * TILE_SIZE, TILE_SIZE, 0, 1, true);
+                        product(grad_keys + to, Dp, slopes + from, SIDE, 0,
+                                queries_along + n * TILE_SIZE, TILE_SIZE, 0, 1, true);
+                    }
+            }
+            for (int64_t d = 0; d < Dp; d += SIDE)
+                product(grad_queries + d * SIDE, SIDE, keys_turned + d * Lp, Lp, 32, slopes_along,
+                        TILE_SIZE, 2 * TILE_SIZE, blocks, false);
+            written_turned(job.grad_q, row.batch, head, at, count, grad_queries, ones, D);
+        }
+    written(job.grad_k, row, key_head, grad_keys, D, Dp);
+    written(job.grad_v, row, key_head, grad_values, D, Dp);
+}
+
+// Every row and key head by itself, the threads taking turns; 0, or 1 where memory ran out.
+template <class Each>
+int in_threads(const Job& job, Each each) {
+    const int64_t all = job.row_count * job.key_heads;
+    std::atomic<int64_t> next{0};
+    std::atomic<int> failed{0};
+    auto work = [&] {
+        [[maybe_unused]] Tiles tiles;
+        try {
+            for (int64_t i = next++; i < all; i = next++)
+                each(job, job.rows[i / job.key_heads], i % job.key_heads);
+        } catch (const std::bad_alloc&) {
+            failed = 1;
+        }
+    };
+    std::vector<std::thread> others;
+    for (int64_t i = 1; i < std::min(job.threads, all); ++i) others.emplace_back(work);
+    work();
+    for (auto& other : others) other.join();
+    return failed;
+}
+
+}  // namespace
+
+extern "C" {
+
+// Whether this process may use what the kernel was compiled for.
+int lighten_allowed() { return allowed(); }
+int lighten_attention(const void* job) { return in_threads(*static_cast<const Job*>(job), forward); }
+int lighten_attention_backward(const void* job) {
+    return in_threads(*static_cast<const Job*>(job), backward);
+}
+}

@@ -1,0 +1,161 @@
+// What a decoder layer does between its products: norms, gates, rotary positions. bfloat16 in and
+// out, float32 between; each number is read once and written once.
+//
+// Dimensions: N tokens, H features of a token, D of a head.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <thread>
+#include <vector>
+
+#include <immintrin.h>
+
+#include "numbers.h"
+
+namespace {
+
+constexpr int64_t WORTH_A_THREAD = 1 << 18;  // numbers
+
+// Ranges of rows, one for each thread.
+template <class Work>
+void in_threads(int64_t rows, int64_t width, int64_t threads, Work work) {
+    threads = std::max<int64_t>(1, std::min(threads, rows * width / WORTH_A_THREAD));
+    std::vector<std::thread> others;
+    for (int64_t i = 1; i < threads; ++i)
+        others.emplace_back(work, rows * i / threads, rows * (i + 1) / threads);
+    work(0, rows / threads);
+    for (auto& other : others) other.join();
+}
+
+__mmask16 up_to(int64_t left) { return left >= 16 ? 0xFFFF : (1u << left) - 1; }
+
+__m512 read(const bf16* from, __mmask16 real) {
+    const __m256i words = _mm256_maskz_loadu_epi16(real, from);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
+}
+
+void write(bf16* to, __mmask16 real, __m512 x) { _mm256_mask_storeu_epi16(to, real, rounded(x)); }
+
+__m512 as_bf16(__m512 x) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded(x)), 16));
+}
+
+// 1 / (1 + e^-x)
+__m512 sigmoid(__m512 x) {
+    const __m512 one = _mm512_set1_ps(1.0f);
+    const __m512 low = _mm512_min_ps(_mm512_sub_ps(_mm512_setzero_ps(), x), _mm512_set1_ps(87.0f));
+    return _mm512_div_ps(one, _mm512_add_ps(one, exponential(low)));
+}
+
+// An activation and its slope: SiLU, x sigmoid(x), or GELU by tanh, x sigmoid(2 u(x)) with
+// u(x) = sqrt(2 / pi) (x + 0.044715 x^3).
+struct Activation {
+    bool gelu;
+
+    void operator()(__m512 x, __m512* value, __m512* slope) const {
+        __m512 inner = x, inner_slope = _mm512_set1_ps(1.0f);
+        if (gelu) {
+            const __m512 two_root = _mm512_set1_ps(1.5957691216f), square = _mm512_mul_ps(x, x);
+            inner = _mm512_mul_ps(
+                _mm512_mul_ps(two_root, x),
+                _mm512_fmadd_ps(square, _mm512_set1_ps(0.044715f), _mm512_set1_ps(1.0f)));
+            inner_slope = _mm512_mul_ps(
+                two_root,
+                _mm512_fmadd_ps(square, _mm512_set1_ps(3 * 0.044715f), _mm512_set1_ps(1.0f)));
+        }
+        const __m512 s = sigmoid(inner);
+        *value = _mm512_mul_ps(x, s);
+        // s + x s (1 - s) u'
+        *slope = _mm512_fmadd_ps(_mm512_mul_ps(*value, inner_slope),
+                                 _mm512_sub_ps(_mm512_set1_ps(1.0f), s), s);
+    }
+};
+
+}  // namespace
+
+extern "C" {
+
+// y = x / root mean square, rounded, times w; or, `plus_one`, times 1 + w before it is rounded.
+void lighten_rms_norm(const bf16* x, const bf16* w, bf16* y, float* scales, int64_t N, int64_t H,
+                      float eps, int plus_one, int64_t threads) {
+    in_threads(N, H, threads, [=](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) {
+            const bf16* row = x + i * H;
+            __m512 sum = _mm512_setzero_ps();
+            for (int64_t h = 0; h < H; h += 16) {
+                const __m512 own = read(row + h, up_to(H - h));
+                sum = _mm512_fmadd_ps(own, own, sum);
+            }
+            const float scale = 1.0f / std::sqrt(_mm512_reduce_add_ps(sum) / H + eps);
+            scales[i] = scale;
+            const __m512 factor = _mm512_set1_ps(scale), one = _mm512_set1_ps(1.0f);
+            for (int64_t h = 0; h < H; h += 16) {
+                const __mmask16 real = up_to(H - h);
+                const __m512 normal = _mm512_mul_ps(read(row + h, real), factor);
+                const __m512 weight = read(w + h, real);
+                write(y + i * H + h, real,
+                      plus_one ? _mm512_mul_ps(normal, _mm512_add_ps(one, weight))
+                               : _mm512_mul_ps(as_bf16(normal), weight));
+            }
+        }
+    });
+}
+
+// With g = grad w and n = x scale: (g - n mean(g n)) scale.
+void lighten_rms_norm_backward(const bf16* x, const bf16* w, const float* scales, const bf16* grad,
+                               bf16* grad_x, int64_t N, int64_t H, int plus_one, int64_t threads) {
+    in_threads(N, H, threads, [=](int64_t first, int64_t last) {
+        const __m512 added = _mm512_set1_ps(plus_one ? 1.0f : 0.0f);
+        for (int64_t i = first; i < last; ++i) {
+            const __m512 factor = _mm512_set1_ps(scales[i]);
+            __m512 sum = _mm512_setzero_ps();
+            auto slope = [&](int64_t h, __mmask16 real) {
+                return _mm512_mul_ps(read(grad + i * H + h, real),
+                                     _mm512_add_ps(read(w + h, real), added));
+            };
+            for (int64_t h = 0; h < H; h += 16) {
+                const __mmask16 real = up_to(H - h);
+                sum = _mm512_fmadd_ps(read(x + i * H + h, real), slope(h, real), sum);
+            }
+            const float along = _mm512_reduce_add_ps(sum) * scales[i] / H;
+            const __m512 back = _mm512_set1_ps(along * scales[i]);
+            for (int64_t h = 0; h < H; h += 16) {
+                const __mmask16 real = up_to(H - h);
+                const __m512 rest = _mm512_fnmadd_ps(read(x + i * H + h, real), back, slope(h, real));
+                write(grad_x + i * H + h, real, _mm512_mul_ps(rest, factor));
+            }
+        }
+    });
+}
+
+// y = activation(gate) up
+void lighten_gated(const bf16* gate, const bf16* up, bf16* y, int64_t count, int gelu,
+                   int64_t threads) {
+    in_threads(count, 1, threads, [=](int64_t first, int64_t last) {
+        const Activation activation{gelu != 0};
+        for (int64_t i = first; i < last; i += 16) {
+            const __mmask16 real = up_to(last - i);
+            __m512 value, slope;
+            activation(read(gate + i, real), &value, &slope);
+            write(y + i, real, _mm512_mul_ps(value, read(up + i, real)));
+        }
+    });
+}
+
+void lighten_gated_backward(const bf16* gate, const bf16* up, const bf16* grad, bf16* grad_gate,
+                            bf16* grad_up, int64_t count, int gelu, int64_t threads) {
+    in_threads(count, 1, threads, [=](int64_t first, int64_t last) {
+        const Activation activation{gelu != 0};
+        for (int64_t i = first; i < last; i += 16) {
+            const __mmask16 real = up_to(last - i);
+            __m512 value, slope;
+            activation(read(gate + i, real), &value, &slope);
+            const __m512 own = read(grad + i, real);
+            write(grad_up + i, real, _mm512_mul_ps(own, value));
+            write(grad_gate + i, real,
+                  _mm512_mul_ps(_mm512_mul_ps(own, read(up + i, real)), slope));
+        }
+    });
+}
+}

@@ -1,0 +1,161 @@
+"""The processor's own kernels against float64, and what happens where there are none."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from lighten.models import attention as blocks
+from lighten.models import kernels
+from lighten.models.kernels import attention as kernel
+
+here = pytest.mark.skipif(kernels.obstacle() is not None, reason=str(kernels.obstacle()))
+
+
+def inputs(heads: int, keys: int, tokens: int, features: int, rows: int = 1) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [
+        torch.randn(rows, tokens, count, features).bfloat16().transpose(1, 2).requires_grad_()
+        for count in (heads, keys, keys)
+    ]
+
+
+def exact(q: Tensor, k: Tensor, v: Tensor, scale: float, starts: list[int]) -> Tensor:
+    """In float64, a row at a time."""
+    spans = list(pairwise(starts)) or [(0, q.shape[2])]
+    outs = [
+        F.scaled_dot_product_attention(
+            q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], is_causal=True, scale=scale, enable_gqa=True
+        )
+        for a, b in spans
+    ]
+    return torch.cat(outs, 2)
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    return float((found.detach().double() - wanted).norm() / wanted.norm())
+
+
+@here
+@pytest.mark.parametrize(
+    ("heads", "keys", "features", "lengths"),
+    [
+        (9, 3, 64, [329, 272, 171, 157]),
+        (4, 2, 80, [5, 33, 64]),
+        (4, 4, 128, [100, 1]),
+        (2, 1, 8, [7, 40, 32]),
+        (4, 1, 256, [70]),
+        (3, 3, 20, [31, 1, 96]),
+    ],
+)
+def test_packed_rows_are_attended_to_as_in_float64(
+    heads: int, keys: int, features: int, lengths: list[int]
+) -> None:
+    starts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    q, k, v = inputs(heads, keys, starts[-1], features)
+    scale = features**-0.5
+    out = kernel.Attention.apply(q, k, v, scale, starts)
+    doubles = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    wanted = exact(*doubles, scale, starts)
+    upstream = torch.randn_like(out)
+    found = torch.autograd.grad(out, (q, k, v), upstream)
+    truth = torch.autograd.grad(wanted, doubles, upstream.double())
+    # What rounding each product's factors to bfloat16 leaves: half of 2⁻⁸ on average.
+    assert error(out, wanted.detach()) < 0.004
+    for own, other in zip(found, truth, strict=True):
+        assert error(own, other) < 0.004
+
+
+@here
+@pytest.mark.parametrize("tokens", [1, 32, 77])
+def test_rows_under_each_other_and_any_layout_give_the_same(tokens: int) -> None:
+    q, k, v = inputs(4, 2, tokens, 24, rows=3)
+    out = kernel.Attention.apply(q, k, v, 0.2, [])
+    assert error(out, exact(*(x.detach().double() for x in (q, k, v)), 0.2, [])) < 0.004
+    upstream = torch.randn_like(out)
+    found = torch.autograd.grad(out, (q, k, v), upstream)
+    others = [x.detach().contiguous().requires_grad_() for x in (q, k, v)]
+    again = kernel.Attention.apply(*others, 0.2, [])
+    assert torch.equal(out, again)
+    turned = upstream.mT.contiguous().mT  # features apart from each other
+    for a, b in zip(found, torch.autograd.grad(again, others, turned), strict=True):
+        assert torch.equal(a, b)
+
+
+@here
+def test_large_scores_do_no_harm() -> None:
+    """Far beyond e^88, where exponentials end in float32."""
+    q, k, v = inputs(2, 2, 70, 16)
+    large = [x.detach() * factor for x, factor in ((q, 40.0), (k, 40.0), (v, 1.0))]
+    out = kernel.Attention.apply(*large, 1.0, [])
+    assert error(out, exact(*(x.double() for x in large), 1.0, [])) < 0.004
+
+
+@here
+def test_threads_change_nothing() -> None:
+    q, k, v = inputs(6, 3, 200, 32)
+    found = []
+    for threads in (1, 3):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            out = kernel.Attention.apply(q, k, v, 0.1, [0, 120, 200])
+            found.append((out, *torch.autograd.grad(out.sum(), (q, k, v))))
+        finally:
+            torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@here
+def test_the_operations_say_what_they_return_and_what_they_cost() -> None:
+    q, k, v = (x.detach() for x in inputs(4, 2, 60, 16))
+    out, sums = torch.ops.lighten.attention(q, k, v, 0.25, [0, 20, 60])
+    torch.library.opcheck(torch.ops.lighten.attention, (q, k, v, 0.25, [0, 20, 60]))
+    args = (q, k, v, out, sums, torch.randn_like(out), 0.25, [0, 20, 60])
+    torch.library.opcheck(torch.ops.lighten.attention_backward, args)
+    with FlopCounterMode(display=False) as counter:
+        torch.ops.lighten.attention(q, k, v, 0.25, [0, 20, 60])
+        torch.ops.lighten.attention_backward(*args)
+    seen = 20 * 21 // 2 + 40 * 41 // 2  # pairs of a query and a key
+    assert counter.get_total_flops() == (2 + 5) * 2 * 4 * 16 * seen
+
+
+@here
+def test_the_kernel_is_as_close_as_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = inputs(4, 2, 150, 32)
+    wanted = exact(*(x.detach().double() for x in (q, k, v)), 0.2, [0, 100, 150])
+    ours = blocks.block_attention(q, k, v, 0.2, (0, 100, 150))
+    monkeypatch.setattr(kernel, "takes", lambda *_: False)
+    plain = blocks.block_attention(q, k, v, 0.2, (0, 100, 150))
+    assert not torch.equal(ours, plain)
+    assert error(ours, wanted) < 1.1 * error(plain, wanted)
+
+
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        ({kernels.SWITCH: "0"}, f"{kernels.SWITCH} is 0"),
+        ({"CXX": "no-such-compiler", "PATH": "/nowhere"}, "there is no C++ compiler"),
+        ({"CXX": "/bin/false"}, "made no kernel"),
+    ],
+)
+def test_without_kernels_it_is_said_why(
+    environment: dict[str, str], told: str, tmp_path: Path
+) -> None:
+    code = "from lighten.models import kernels; print(kernels.library(), kernels.obstacle())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        env={**os.environ, "LIGHTEN_CACHE": str(tmp_path), **environment},
+    )  # fmt: skip
+    assert done.stdout.startswith("None ")
+    assert told in done.stdout or "the processor has no" in done.stdout
+    assert not list(tmp_path.rglob("*.so"))
