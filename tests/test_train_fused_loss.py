@@ -1,4 +1,4 @@
-"""The loss of a CUDA device: one operation for losses and slopes."""
+"""The loss in one operation for losses and slopes: on CUDA devices, and in a processor's kernel."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lighten.models import kernels
 from lighten.train.fused_loss import cross_entropy_, plain
 from lighten.train.loss import Objective
 from tests.test_train_step import UNEVEN, assert_close, cohort_of, gradients, one_step
@@ -39,6 +40,17 @@ def test_slopes_are_those_of_autograd(scale: float, softcap: float) -> None:
     found = cross_entropy_(logits, labels, scale, softcap)
     torch.testing.assert_close(found.double(), nll, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(logits.double(), slopes, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.skipif(kernels.obstacle() is not None, reason=str(kernels.obstacle()))
+@pytest.mark.parametrize("vocabulary", [300, 4099])
+@pytest.mark.parametrize(("scale", "softcap"), RULES)
+def test_the_processors_kernel_rounds_once(scale: float, softcap: float, vocabulary: int) -> None:
+    logits, labels = problem(vocabulary, torch.bfloat16)
+    nll, slopes = autograd(logits, labels, scale, softcap)
+    found = cross_entropy_(logits, labels, scale, softcap)
+    torch.testing.assert_close(found.double(), nll, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits.double(), slopes, rtol=2**-8, atol=1e-6)
 
 
 @pytest.mark.gpu

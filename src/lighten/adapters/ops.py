@@ -248,6 +248,39 @@ class _LowRankLinears(torch.autograd.Function):
         return (grad_x, None, None, *found)
 
 
+# From `addmm_` a compiler makes `addmm`, which copies what is added to: two of three times as much
+# memory as the product itself moves. So it is not shown what happens in place.
+_LIBRARY = torch.library.Library("lighten", "FRAGMENT")
+_LIBRARY.define(
+    "linear_plus(Tensor x, Tensor weight, Tensor? bias, Tensor low, Tensor B) -> Tensor"
+)
+_LIBRARY.define("sum_of_products(Tensor[] left, Tensor[] right) -> Tensor")
+
+
+@torch.library.impl(_LIBRARY, "linear_plus", "CompositeExplicitAutograd")
+def _linear_plus(x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor, B: Tensor) -> Tensor:
+    return F.linear(x, weight, bias).addmm_(low, B.T)
+
+
+@torch.library.register_fake("lighten::linear_plus")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor, B: Tensor) -> Tensor:
+    del bias, low, B
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@torch.library.impl(_LIBRARY, "sum_of_products", "CompositeExplicitAutograd")
+def _sum_of_products(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    total = left[0] @ right[0]
+    for one, other in zip(left[1:], right[1:], strict=True):
+        total.addmm_(one, other)
+    return total
+
+
+@torch.library.register_fake("lighten::sum_of_products")
+def _(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    return left[0].new_empty(left[0].shape[0], right[0].shape[1])
+
+
 class _LoneLinears(torch.autograd.Function):
     """`_LowRankLinears` for one adapter on every row, in operations that a compiler can follow.
 
@@ -266,7 +299,7 @@ class _LoneLinears(torch.autograd.Function):
         for weight, bias, B, scale in zip(weights, biases, Bs, scales, strict=True):
             own = low[:, column : column + B.shape[1]]
             column += B.shape[1]
-            outs.append(torch.addmm(F.linear(x, weight, bias), own, B.to(x.dtype).T, alpha=scale))
+            outs.append(torch.ops.lighten.linear_plus(x, weight, bias, own * scale, B.to(x.dtype)))
         ctx.save_for_backward(x, low, A, *weights, *Bs)
         ctx.scales = scales
         return tuple(outs)
@@ -276,9 +309,6 @@ class _LoneLinears(torch.autograd.Function):
         x, low, A, *tensors = ctx.saved_tensors
         count = len(ctx.scales)
         weights, Bs = tensors[:count], tensors[count:]
-        grad_x = grads[0] @ weights[0]
-        for grad, weight in zip(grads[1:], weights[1:], strict=True):
-            grad_x = torch.addmm(grad_x, grad, weight)
         slopes, grads_B = [], []
         column = 0
         for grad, B, scale in zip(grads, Bs, ctx.scales, strict=True):
@@ -288,7 +318,7 @@ class _LoneLinears(torch.autograd.Function):
             grads_B.append(((own.T @ grad) * scale).T.to(B.dtype))
         slope = torch.cat(slopes, 1)
         grad_A = (slope.T @ x).to(Bs[0].dtype).split([B.shape[1] for B in Bs])
-        grad_x = torch.addmm(grad_x, slope, A)
+        grad_x = torch.ops.lighten.sum_of_products([*grads, slope], [*weights, A])
         return (grad_x, None, None, *[None] * (2 * count), *grad_A, *grads_B)
 
 

@@ -288,11 +288,11 @@ def block_attention(
         [B, K · G, T, D].
     """
     if kernel.takes(query, key, value):
-        found: Tensor = kernel.Attention.apply(query, key, value, scale, list(starts or ()))
-        return found
+        out: Tensor = kernel.Attention.apply(query, key, value, scale, list(starts or ()))
+        return out
     groups = None if starts is None else groups_of(starts, query.device)
-    out: Tensor = _BlockAttention.apply(query, key, value, scale, groups)
-    return out
+    blocks: Tensor = _BlockAttention.apply(query, key, value, scale, groups)
+    return blocks
 
 
 def _forward(

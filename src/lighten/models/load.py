@@ -25,8 +25,7 @@ from lighten import allocator
 from lighten.errors import UserError
 from lighten.hardware import Choice, choose_dtype
 from lighten.models import attention as blocks
-from lighten.models import kernels
-from lighten.models import gguf, packaged, quantized
+from lighten.models import gguf, kernels, packaged, quantized
 from lighten.models.names import PACKAGED, Source, resolve
 
 # What of a hub repository is fetched: never pickle.

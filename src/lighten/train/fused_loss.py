@@ -1,8 +1,9 @@
-"""Cross-entropy on a CUDA device: losses and their slopes in one kernel, in the logits' own memory.
+"""Cross-entropy in one kernel: losses and their slopes, in the logits' own memory.
 
 In operations of PyTorch's own, softmax, normaliser and slope read and write float32 logits some
 eight times, which on a GPU takes longer than the head's products. Here each logit is read twice
-and written once, in its own format; sums are float32.
+and written once, in its own format; sums are float32. A GPU has a kernel in Triton, a processor
+with bfloat16 one in C++ (`models/kernels`).
 
 Dimensions: S positions, V vocabulary. Sources: the online normaliser, arXiv 1805.02867; computing
 in place is the idea of Liger's kernel (arXiv 2410.10989).
@@ -10,16 +11,24 @@ in place is the idea of Liger's kernel (arXiv 2410.10989).
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 
 import torch
 from torch import Tensor
 
+from lighten.models import kernels
+from lighten.models.kernels import pointwise
 
-@functools.cache
-def available() -> bool:
-    """Whether this installation can compile kernels; where there is no GPU, what one would say."""
+
+def available(device: str, dtype: torch.dtype) -> bool:
+    """Whether there is a kernel; of a GPU that is only planned for, what one would say.
+
+    Args:
+        device: `cpu` or `cuda`.
+        dtype: Of the logits.
+    """
+    if device == "cpu":
+        return dtype == torch.bfloat16 and kernels.library() is not None
     return not torch.cuda.is_available() or importlib.util.find_spec("triton") is not None
 
 
@@ -36,6 +45,8 @@ def cross_entropy_(logits: Tensor, labels: Tensor, scale: float, softcap: float)
     Returns:
         [S] negative log-likelihoods, float32.
     """
+    if pointwise.takes(logits):
+        return pointwise.cross_entropy_(logits, labels, scale, softcap)
     if not logits.is_cuda:
         return plain(logits, labels, scale, softcap)
     from lighten.train import cross_entropy_kernel

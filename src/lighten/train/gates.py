@@ -1,8 +1,8 @@
 """Gated feed-forward layers whose gate is one kernel, on processors that multiply bfloat16.
 
-`down(activation(gate(x)) · up(x))` is what Llama and most models since compute. PyTorch's operations
-read and write the wide vectors between eight times, forward and backward, and keep three of them;
-the kernel reads and writes each once and keeps two.
+`down(activation(gate(x)) · up(x))` is what Llama and most models since compute. PyTorch's
+operations read and write the wide vectors between many times, forward and backward, and keep three
+of them; the kernel reads and writes each once and keeps two.
 """
 
 from __future__ import annotations
@@ -38,10 +38,8 @@ def quicken(model: nn.Module) -> int:
     return count
 
 
-def _forward(self: Any, x: Tensor) -> Tensor:
+def _forward(self: Any, x: Tensor) -> Any:
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not pointwise.takes(x):
-        found: Tensor = type(self).forward(self, x)
-        return found
+        return type(self).forward(self, x)
     gate, up = self.gate_proj(x), self.up_proj(x)
-    found = self.down_proj(pointwise.Gated.apply(gate, up, isinstance(self.act_fn, GELU)))
-    return found
+    return self.down_proj(pointwise.Gated.apply(gate, up, isinstance(self.act_fn, GELU)))

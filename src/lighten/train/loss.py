@@ -30,13 +30,13 @@ from lighten.models import attention
 from lighten.train import fused_loss
 from lighten.train.fused_loss import cross_entropy_
 
-# One chunk of float32 logits takes about this much: large enough to fill a matrix product
-# (benchmarks/limit.py; 256 rows of a 49k vocabulary).
-LOGIT_CHUNK_BYTES = 48 * 2**20
-# On a GPU, of logits in their own format: 512 rows of a 128k vocabulary in bfloat16.
-GPU_CHUNK_BYTES = 128 * 2**20
+# Bytes of one chunk of logits, large enough to fill a matrix product (benchmarks/limit.py), and the
+# rows that it holds a multiple of, by the kind of device that has a kernel. None: PyTorch's
+# operations, whose logits are float32; 256 rows of a 49k vocabulary. On a GPU 512 of 128k.
+CHUNKS: dict[str | None, tuple[int, int]] = {
+    None: (48 * 2**20, 1), "cpu": (64 * 2**20, 32), "cuda": (128 * 2**20, 128),
+}  # fmt: skip
 PIECE_BYTES = 16 * 2**20  # of the head's gradient, float32
-GPU_TILE = 128  # rows of a product's tile: a chunk holds whole ones
 # How far the fast path may be from the model's own loss on the first batch, relative.
 AGREEMENT = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
 # Rows of the first batch, and positions of each, whose loss is compared with the model's own.
@@ -109,7 +109,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         head_bias: Tensor | None,
         rule: HeadRule,
         space: Workspace,
-        fused: bool,
+        kernel: str | None,
     ) -> tuple[Tensor, Tensor]:
         W = head_weight.to(hidden.dtype)  # a head that learns may be float32 over bfloat16 states
         bias = None if head_bias is None else head_bias.to(hidden.dtype)
@@ -118,12 +118,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_W = torch.zeros_like(W, dtype=torch.float32) if ctx.needs_input_grad[3] else None
         grad_bias = nll.new_zeros(W.shape[0]) if ctx.needs_input_grad[4] else None
         learns = any(ctx.needs_input_grad)
-        for rows in _chunks(len(labels), W, fused):
+        for rows in _chunks(len(labels), W, kernel):
             raw = space.take("logits", rows.stop - rows.start, hidden, W.shape[0], W.dtype)
             torch.mm(hidden[rows], W.T, out=raw)
             if bias is not None:
                 raw.add_(bias)
-            if fused:
+            if kernel:
                 nll[rows] = cross_entropy_(raw, labels[rows], rule.scale, rule.softcap or 0.0)
             else:
                 nll[rows] = _slopes_for_logits(raw, labels[rows], rule, space, learns)
@@ -186,11 +186,18 @@ def _slopes_for_logits(
     return nll
 
 
-def _chunks(positions: int, weight: Tensor, fused: bool) -> list[slice]:
-    bytes_, each = (GPU_CHUNK_BYTES, weight.element_size()) if fused else (LOGIT_CHUNK_BYTES, 4)
-    size = max(1, bytes_ // (each * weight.shape[0]))
-    if size > GPU_TILE and fused:
-        size -= size % GPU_TILE
+def _chunks(positions: int, weight: Tensor, kernel: str | None) -> list[slice]:
+    """Positions whose logits are formed together.
+
+    Args:
+        positions: All of them.
+        weight: Of the head, [V, H].
+        kernel: The kind of device whose kernel turns logits into slopes; None: there is none.
+    """
+    bytes_, tile = CHUNKS[kernel]
+    # Without a kernel they are float32 once more.
+    size = max(1, bytes_ // ((weight.element_size() if kernel else 4) * weight.shape[0]))
+    size -= size % tile if size > tile else 0
     return [slice(start, min(start + size, positions)) for start in range(0, positions, size)]
 
 
@@ -216,7 +223,7 @@ class Objective:
         device: str | None = None,
     ) -> None:  # fmt: skip
         self.model, self.cohort = model, cohort
-        self._fused = (device or model.device.type) == "cuda" and fused_loss.available()
+        self._device = device or model.device.type
         self.packs, self.packing_reason = packs, "rows under each other, right-padded"
         self.rule = HeadRule.of(model)
         self.fast, self.reason = fast, "logits at supervised positions only"
@@ -257,7 +264,7 @@ class Objective:
             self._head.bias,
             self.rule,
             self._space,
-            self._fused,
+            self._device if fused_loss.available(self._device, hidden_or_logits.dtype) else None,
         )
 
     @contextmanager
@@ -289,7 +296,7 @@ class Objective:
         parts = []
         for share in shares:
             start, stop = batch.supervised_before[share.start], batch.supervised_before[share.stop]
-            for rows in _chunks(stop - start, self._head.weight, False):
+            for rows in _chunks(stop - start, self._head.weight, None):
                 own = slice(start + rows.start, start + rows.stop)
                 args = (share.member, hidden[own], batch.labels[own])
                 parts.append(checkpoint(chunk, *args, use_reentrant=False))

@@ -182,6 +182,7 @@ class Attention(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, starts: list[int]
     ) -> Tensor:
+        """Compute, and keep what the backward pass reads."""
         out, sums = torch.ops.lighten.attention(query, key, value, scale, starts)
         ctx.save_for_backward(query, key, value, out, sums)
         ctx.scale, ctx.starts = scale, starts
@@ -189,6 +190,7 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the inputs."""
         found = torch.ops.lighten.attention_backward(
             *ctx.saved_tensors, grad, ctx.scale, ctx.starts
         )

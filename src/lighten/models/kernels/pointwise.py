@@ -1,4 +1,4 @@
-"""Norms and gates in one pass each: `pointwise.cpp` as operations of PyTorch's.
+"""Norms, gates and losses in one pass each: `pointwise.cpp` as operations of PyTorch's.
 
 Dimensions: H features of a token.
 """
@@ -27,7 +27,7 @@ def _address(x: Tensor) -> kernels.Address:
 
 @torch.library.custom_op("lighten::rms_norm", mutates_args=())
 def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> tuple[Tensor, Tensor]:
-    """x over its root mean square, rounded, times the weight; or times 1 + weight, then rounded.
+    """X over its root mean square, rounded, times the weight; or times 1 + weight, then rounded.
 
     Args:
         x: [..., H], bfloat16.
@@ -133,11 +133,23 @@ def _(gate: Tensor, up: Tensor, grad: Tensor, gelu: bool) -> tuple[Tensor, Tenso
     return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
 
 
+def cross_entropy_(logits: Tensor, labels: Tensor, scale: float, softcap: float) -> Tensor:
+    """As `train.fused_loss.cross_entropy_`, where `takes` says so."""
+    assert logits.is_contiguous()
+    losses = logits.new_empty(logits.shape[0], dtype=torch.float32)
+    kernels.call(
+        "lighten_cross_entropy", _address(logits), _address(labels.contiguous()), _address(losses),
+        *logits.shape, float(scale), float(softcap), torch.get_num_threads(),
+    )  # fmt: skip
+    return losses
+
+
 class Gated(torch.autograd.Function):
     """`gated` with its gradients: it keeps its two inputs alone."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
+        """Compute, and keep what the backward pass reads."""
         ctx.save_for_backward(gate, up)
         ctx.gelu = gelu
         found: Tensor = torch.ops.lighten.gated(gate, up, gelu)
@@ -145,4 +157,5 @@ class Gated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the inputs."""
         return *torch.ops.lighten.gated_backward(*ctx.saved_tensors, grad, ctx.gelu), None
