@@ -11,6 +11,7 @@ from transformers import GemmaConfig, LlamaConfig
 from transformers.models.gemma.modeling_gemma import GemmaMLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from lighten.adapters import ops
 from lighten.models import kernels
 from lighten.train import gates
 
@@ -92,6 +93,7 @@ def test_the_operations_say_what_they_return() -> None:
 
 def test_what_a_compiler_is_shown_adds_up() -> None:
     """The low-rank layers' products, as operations that change nothing they are given."""
+    assert ops.lone_linears is not None  # it registers them
     x, weight, low = torch.randn(5, 8), torch.randn(6, 8), torch.randn(5, 2)
     bias, B = torch.randn(6), torch.randn(6, 2)
     torch.library.opcheck(torch.ops.lighten.linear_plus, (x, weight, bias, low, B))
