@@ -382,3 +382,16 @@ def test_adapters_keep_apart_from_the_base_on_disk(tmp_path: Path) -> None:
     cohort = attach(model, [spec("a"), spec("b")])
     cohort.detach()
     assert {name for name, _ in model.named_parameters()} == names
+
+
+def test_what_a_compiler_is_shown_adds_up() -> None:
+    """The low-rank layers' products, as operations that change nothing they are given."""
+    x, weight, low = torch.randn(5, 8), torch.randn(6, 8), torch.randn(5, 2)
+    bias, B = torch.randn(6), torch.randn(6, 2)
+    torch.library.opcheck(torch.ops.lighten.linear_plus, (x, weight, bias, low, B))
+    out = torch.ops.lighten.linear_plus(x, weight, bias, low, B)
+    torch.testing.assert_close(out, x @ weight.T + bias + low @ B.T)
+    pairs = ([out, low], [weight, torch.randn(2, 8)])
+    torch.library.opcheck(torch.ops.lighten.sum_of_products, pairs)
+    total = torch.ops.lighten.sum_of_products(*pairs)
+    torch.testing.assert_close(total, out @ weight + low @ pairs[1][1])

@@ -11,7 +11,6 @@ from transformers import GemmaConfig, LlamaConfig
 from transformers.models.gemma.modeling_gemma import GemmaMLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from lighten.adapters import ops
 from lighten.models import kernels
 from lighten.train import gates
 
@@ -89,17 +88,3 @@ def test_the_operations_say_what_they_return() -> None:
     weight, scales = torch.randn(20).bfloat16(), torch.rand(3, 1)
     torch.library.opcheck(torch.ops.lighten.rms_norm, (x, weight, 1e-6, True))
     torch.library.opcheck(torch.ops.lighten.rms_norm_backward, (x, weight, scales, y, False))
-
-
-def test_what_a_compiler_is_shown_adds_up() -> None:
-    """The low-rank layers' products, as operations that change nothing they are given."""
-    assert ops.lone_linears is not None  # it registers them
-    x, weight, low = torch.randn(5, 8), torch.randn(6, 8), torch.randn(5, 2)
-    bias, B = torch.randn(6), torch.randn(6, 2)
-    torch.library.opcheck(torch.ops.lighten.linear_plus, (x, weight, bias, low, B))
-    out = torch.ops.lighten.linear_plus(x, weight, bias, low, B)
-    torch.testing.assert_close(out, x @ weight.T + bias + low @ B.T)
-    pairs = ([out, low], [weight, torch.randn(2, 8)])
-    torch.library.opcheck(torch.ops.lighten.sum_of_products, pairs)
-    total = torch.ops.lighten.sum_of_products(*pairs)
-    torch.testing.assert_close(total, out @ weight + low @ pairs[1][1])
