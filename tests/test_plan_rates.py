@@ -31,6 +31,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
     monkeypatch.setattr(rates, "timed", timed)
     monkeypatch.setattr(rates, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(rates, "PACE_SIDES", {torch.float32: 384})
     return slower
 
 
@@ -80,6 +81,27 @@ def test_a_plan_waits_for_a_better_moment(
     own = Measured()
     assert step(own) == pytest.approx(1e-4)
     assert not own._doubted
+
+
+def test_a_moment_that_slows_one_format_alone_is_not_good(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A neighbour that multiplies bfloat16 leaves float32 as it was."""
+    slow = [1.0, 1.0, 3.0]  # before the first operation, after it, and from then on
+
+    def timed(own: Work) -> float:
+        if own.dtype != torch.bfloat16:
+            return 1e-3 if own.flops else 1e-4
+        return 1e-3 * (slow.pop(0) if len(slow) > 1 else slow[0])
+
+    monkeypatch.setattr(rates, "timed", timed)
+    monkeypatch.setattr(rates, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(rates.kernels, "processor_flags", lambda: {rates.kernels.NEEDED})
+    path = tmp_path / "rates.json"
+    own = Measured(path)
+    own.seconds([sum_of(1000), sum_of(10**6)])
+    assert own.best == pytest.approx(2e-3)
+    assert json.loads(path.read_text())["doubted"] == ["aten::add|float32|24"]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"of": 1}', '{"of": null, "rates": {}}'])

@@ -21,15 +21,17 @@ from torch.utils._pytree import tree_map_only
 
 from lighten import allocator, runs
 from lighten.hardware import processor_name, versions
+from lighten.models import kernels
 from lighten.models.names import cache_folder
 from lighten.plan.work import Shaped, Work
 
 # An operation larger than this is not timed: its rate is that of the largest timed of its kind.
 MOST_FLOPS, MOST_BYTES = 4e9, 64 * 2**20
 BUDGET_S, MOST_REPEATS = 0.02, 5
-# A moment is good in which a product of this side takes at most so many times what it ever took
-# here; a plan waits this long, in all, for better ones.
-PACE_SIDE, GOOD, PATIENCE_S = 384, 1.2, 2.0
+# A moment is good in which products of these sides take at most so many times what they ever took
+# here; a plan waits this long, in all, for better ones. A neighbour may slow one format's unit alone.
+PACE_SIDES = {torch.float32: 384, torch.bfloat16: 768}
+GOOD, PATIENCE_S = 1.2, 2.0
 # What the interpreter, modules and autograd add to an operation of a step, beside the operation's
 # own dispatch, which is timed with it (benchmarks/plan_accuracy.py).
 INTERPRETER_S = 6e-6
@@ -87,12 +89,12 @@ class Measured:
     its share of the cores, and all of them the same memory.
 
     Others may share the cores, or the machine below them: for seconds everything takes twice as
-    long. So a product whose best time is known is timed before and after each operation, which is
-    timed again if that was slow. What was never timed in a good moment is kept, but timed once more
+    long. So products whose best time is known are timed before and after each operation, which is
+    timed again if they were slow. What was never timed in a good moment is kept, but timed once more
     by the next plan.
 
     Attributes:
-        best: Seconds of that product in the best moment so far, as `pace` gives them.
+        best: Seconds of those products in the best moment so far, as `pace` gives them.
 
     Args:
         path: Where rates are kept; None: nowhere.
@@ -111,7 +113,7 @@ class Measured:
         ]
         self.source = f"measured on this processor with {self.threads} thread(s)"
         self._stamp = [processor_name(), self.threads, lanes, versions().get("torch")]
-        self._pace = _product(torch.float32, PACE_SIDE)
+        self._pace = _pace_products()
         self._patience_s = PATIENCE_S
         self._known: dict[str, float] = {}
         self._doubted: dict[str, float] = {}  # timed in bad moments only
@@ -174,15 +176,18 @@ class Measured:
         least = math.inf
         while True:
             began = time.perf_counter()
-            before = self._timed(self._pace)
+            before = self._paced()
             least = min(least, self._timed(own))
-            after = self._timed(self._pace)
+            after = self._paced()
             self.best = min(self.best, before, after)
             if max(before, after) <= GOOD * self.best:
                 return least, True
             self._patience_s -= time.perf_counter() - began
             if self._patience_s < 0.0:
                 return least, False
+
+    def _paced(self) -> float:
+        return sum(self._timed(own) for own in self._pace)
 
     def _timed(self, own: Work) -> float:
         found = [lane.submit(timed, own) for lane in self._lanes]
@@ -198,7 +203,7 @@ class Measured:
             kept, doubted, self.best = found["rates"], set(found["doubted"]), found["pace"]
         except (OSError, ValueError, KeyError, TypeError):
             return
-        now = self._timed(self._pace)
+        now = self._paced()
         if now * GOOD < self.best:  # whatever is known was timed in a moment not as good
             doubted = set(kept)
         self._doubted = {key: rate for key, rate in kept.items() if key in doubted}
@@ -248,9 +253,16 @@ def _product(dtype: torch.dtype = torch.float32, side: int = 1024) -> Work:
     return Work("aten::mm", 2 * side**3, 0, dtype, torch.ops.aten.mm.default, (a, a), {})
 
 
+def _pace_products() -> list[Work]:
+    """One for each format that the processor multiplies."""
+    half = kernels.NEEDED in kernels.processor_flags()
+    sides = {dtype: side for dtype, side in PACE_SIDES.items() if half or dtype == torch.float32}
+    return [_product(dtype, side) for dtype, side in sides.items()]
+
+
 def pace() -> float:
-    """Seconds of a product by which moments of one machine are told apart."""
-    return timed(_product(torch.float32, PACE_SIDE))
+    """Seconds of the products by which moments of one machine are told apart."""
+    return sum(timed(own) for own in _pace_products())
 
 
 @torch.no_grad()
