@@ -29,7 +29,7 @@ from lighten.plan.work import Shaped, Work
 MOST_FLOPS, MOST_BYTES = 4e9, 64 * 2**20
 BUDGET_S, MOST_REPEATS = 0.02, 5
 # A moment is good in which products of these sides take at most so many times what they ever took
-# here; a plan waits this long, in all, for better ones. A neighbour may slow one format's unit alone.
+# here; a plan waits this long, in all, for better ones. A neighbour may slow one format alone.
 PACE_SIDES = {torch.float32: 384, torch.bfloat16: 768}
 GOOD, PATIENCE_S = 1.2, 2.0
 # What the interpreter, modules and autograd add to an operation of a step, beside the operation's
@@ -90,8 +90,8 @@ class Measured:
 
     Others may share the cores, or the machine below them: for seconds everything takes twice as
     long. So products whose best time is known are timed before and after each operation, which is
-    timed again if they were slow. What was never timed in a good moment is kept, but timed once more
-    by the next plan.
+    timed again if they were slow. What was never timed in a good moment is kept, but timed once
+    more by the next plan.
 
     Attributes:
         best: Seconds of those products in the best moment so far, as `pace` gives them.
