@@ -3,8 +3,8 @@
 Each configuration is planned from its `config.json`, then trained for six steps in a process of
 its own; the peak is the kernel's high-water mark above what the process held before the model was
 loaded, as every run reports it, and the time is the least of the steps after the first, of those
-before and after which the machine was as fast as it is known to be. Beside it
-stands what the estimators say that install (`--peers` makes their environment).
+before and after which the machine was as fast as it is known to be. All are planned once before, so
+that rates which were timed in a bad moment have been timed again. Beside it stands what the estimators say that install (`--peers` makes their environment).
 
 `--gpu FILE` plans what `gpu_suite.py` measured on a CUDA device and wrote to that file, on any
 machine: allocated and reserved memory, and the time of a step.
@@ -242,6 +242,10 @@ def main() -> None:
     capacity = psutil.virtual_memory().available
     rows = []
     cases = [case for case in CASES if not options.only or options.only in case.name]
+    # Rates are those of a machine that has planned before: what its first plan timed in a bad moment
+    # is timed again by the next.
+    for case in cases:
+        planned(case, folder, capacity)
     with tempfile.TemporaryDirectory() as scratch:
         for case in cases:
             real = measured(case, folder, Path(scratch))

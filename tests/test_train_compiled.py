@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lighten.adapters import AdapterSpec, attach
+from lighten.models import kernels
 from lighten.train import compiled
 from lighten.train.memory import checkpoint_layers
 from lighten.train.offload import Offload, ScratchFile, wrap
@@ -37,6 +38,31 @@ def test_compiled_layers_learn_what_plain_ones_learn(arch: str, checkpointing: b
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     assert report["a"].loss == pytest.approx(plain["a"].loss, rel=1e-5)
     assert_close(gradients(members["a"]), gradients(plain_members["a"]))
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.skipif(kernels.obstacle() is not None, reason=str(kernels.obstacle()))
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_batches_of_other_rows_meet_the_same_compiled_attention() -> None:
+    """bfloat16, as long runs on a processor have it: the kernel is an operation of the graph."""
+
+    def run(dtype: torch.dtype, quick: bool = False) -> list[torch.Tensor]:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        cohort = in_blocks(cohort_of(spec(), dtype=dtype))
+        if quick:
+            compiled.compile_layers(cohort.model)
+        found = []
+        for rows in (UNEVEN, UNEVEN[::-1], UNEVEN[1:]):
+            _, members = one_step(cohort, rows, 3, packed=True)
+            found.append(torch.cat([own.flatten() for own in gradients(members["a"]).values()]))
+        return found
+
+    exact, plain = run(torch.float32), run(torch.bfloat16)
+    for truth, eager, quick in zip(exact, plain, run(torch.bfloat16, quick=True), strict=True):
+        assert float((quick - truth).norm()) < 1.1 * float((eager - truth).norm())
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 @needs_compiler

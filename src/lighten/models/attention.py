@@ -36,6 +36,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from lighten.models import kernels
 from lighten.models.kernels import attention as kernel
 
 NAME, REPEATS = "lighten_blocks", "lighten_repeats"
@@ -295,6 +296,68 @@ def block_attention(
     return blocks
 
 
+@torch.library.custom_op("lighten::attention_here", mutates_args=())
+def attention_here(
+    query: Tensor, key: Tensor, value: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`kernels.attention.attention` among the rows that `packed` says as it runs.
+
+    A compiler that was shown where rows begin would compile each batch anew.
+
+    Returns:
+        Its two results, and [T + 1] where rows begin, from there on −1.
+    """
+    starts = _starts_within(query) or ()
+    kept = torch.full((query.shape[2] + 1,), -1, dtype=torch.int64)
+    kept[: len(starts)] = torch.tensor(starts, dtype=torch.int64)
+    return *kernel.attention(query, key, value, scale, list(starts)), kept
+
+
+@attention_here.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    del key, value, scale
+    return *kernel.outputs(query), query.new_empty(query.shape[2] + 1, dtype=torch.int64)
+
+
+@torch.library.custom_op("lighten::attention_here_backward", mutates_args=())
+def attention_here_backward(
+    query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor, kept: Tensor,
+    grad: Tensor, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of the three inputs of `attention_here`, from them and its results."""
+    starts = kept[kept >= 0].tolist()
+    return kernel.attention_backward(query, key, value, out, sums, grad, scale, starts)
+
+
+@attention_here_backward.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    del others
+    return kernel.gradients(query, key, value)
+
+
+class _AttentionHere(torch.autograd.Function):
+    """`attention_here` with its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        out, sums, kept = torch.ops.lighten.attention_here(query, key, value, scale)
+        ctx.save_for_backward(query, key, value, out, sums, kept)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        found = torch.ops.lighten.attention_here_backward(*ctx.saved_tensors, grad, ctx.scale)
+        return *found, None
+
+
+def _starts_within(query: Tensor) -> tuple[int, ...] | None:
+    """Where the packed rows begin that these queries are; None where they are not packed."""
+    own = _packed.get()
+    fits = own is not None and (query.shape[0], query.shape[2]) == (1, own.tokens)
+    return own.starts if own and fits else None
+
+
 def _forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     **options: Any,
@@ -308,10 +371,24 @@ def _forward(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     scale = options.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    own = _packed.get()
-    fits = own is not None and (query.shape[0], query.shape[2]) == (1, own.tokens)
-    out = block_attention(query, key, value, scale, own.starts if own and fits else None)
+    if torch.compiler.is_compiling():
+        out = _AttentionHere.apply(query, key, value, scale)
+    else:
+        out = block_attention(query, key, value, scale, _starts_within(query))
     return out.transpose(1, 2).contiguous(), None
+
+
+# A compiler leaves the blocks as they are: they differ from batch to batch.
+_forward_apart = torch.compiler.disable(_forward)
+
+
+def _forward_in_kernel(
+    module: nn.Module, query: Tensor, *others: Any, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """`_forward`, of which a compiler sees the kernel as one operation."""
+    if torch.compiler.is_compiling() and not kernel.fits(query):
+        return _forward_apart(module, query, *others, **options)
+    return _forward(module, query, *others, **options)
 
 
 def _forward_repeated(
@@ -348,8 +425,8 @@ def _mask(*args: Any, **options: Any) -> Tensor | None:
 
 def register() -> None:
     """Make the attention known to transformers under `NAME`."""
-    # Compiled layers leave it as it is: its blocks differ from batch to batch.
-    AttentionInterface.register(NAME, torch.compiler.disable(_forward))
+    own = _forward_apart if kernels.library() is None else _forward_in_kernel
+    AttentionInterface.register(NAME, own)
     AttentionMaskInterface.register(NAME, _mask)
 
 

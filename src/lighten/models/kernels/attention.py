@@ -22,11 +22,17 @@ MOST_FEATURES = 256
 def takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether the kernel attends to these."""
     return (
-        query.device.type == "cpu"
-        and query.dtype == key.dtype == value.dtype == torch.bfloat16
-        and query.shape[-1] == value.shape[-1] <= MOST_FEATURES
+        fits(query)
+        and query.dtype == key.dtype == value.dtype
+        and query.shape[-1] == value.shape[-1]
         and kernels.library() is not None
     )
+
+
+def fits(query: Tensor) -> bool:
+    """Whether queries are of a kind that the kernel, where there is one, attends with."""
+    half = query.device.type == "cpu" and query.dtype == torch.bfloat16
+    return half and query.shape[-1] <= MOST_FEATURES
 
 
 class _View(ctypes.Structure):
@@ -93,7 +99,7 @@ def attention(
         [B, H, T, D], whose memory is [B, T, H, D], and [H, B · T] float32: the logarithms of each
         query's sum of exponentials.
     """
-    out, sums = _outputs(query)
+    out, sums = outputs(query)
     _run("lighten_attention", (*_dense(query, key, value), out, *[None] * 4), sums, scale, starts)
     return out, sums
 
@@ -101,7 +107,7 @@ def attention(
 @attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, scale: float, starts: list[int]) -> Any:
     del key, value, scale, starts
-    return _outputs(query)
+    return outputs(query)
 
 
 @torch.library.custom_op("lighten::attention_backward", mutates_args=())
@@ -127,7 +133,7 @@ def attention_backward(
         scale: As it was given.
         starts: As it was given.
     """
-    found = _gradients(query, key, value)
+    found = gradients(query, key, value)
     views = (*_dense(query, key, value), out, *_dense(grad), *found)
     _run("lighten_attention_backward", views, sums, scale, starts)
     return found
@@ -136,17 +142,18 @@ def attention_backward(
 @attention_backward.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Any:
     del others
-    return _gradients(query, key, value)
+    return gradients(query, key, value)
 
 
-def _outputs(query: Tensor) -> tuple[Tensor, Tensor]:
+def outputs(query: Tensor) -> tuple[Tensor, Tensor]:
+    """Memory for the results of `attention`."""
     batch, heads, tokens, features = query.shape
     out = query.new_empty(batch, tokens, heads, features).transpose(1, 2)
     return out, query.new_empty(heads, batch * tokens, dtype=torch.float32)
 
 
-def _gradients(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Memory in which the heads of a token lie side by side, as the projections before want it."""
+def gradients(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for gradients: the heads of a token side by side, as the projections before want."""
     query, key, value = (x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in inputs)
     return query, key, value
 
