@@ -4,7 +4,8 @@ Each configuration is planned from its `config.json`, then trained for six steps
 its own; the peak is the kernel's high-water mark above what the process held before the model was
 loaded, as every run reports it, and the time is the least of the steps after the first, of those
 before and after which the machine was as fast as it is known to be. All are planned once before, so
-that rates which were timed in a bad moment have been timed again. Beside it stands what the estimators say that install (`--peers` makes their environment).
+that rates which were timed in a bad moment have been timed again. Beside it stands what the
+estimators say that install (`--peers` makes their environment).
 
 `--gpu FILE` plans what `gpu_suite.py` measured on a CUDA device and wrote to that file, on any
 machine: allocated and reserved memory, and the time of a step.
@@ -242,7 +243,7 @@ def main() -> None:
     capacity = psutil.virtual_memory().available
     rows = []
     cases = [case for case in CASES if not options.only or options.only in case.name]
-    # Rates are those of a machine that has planned before: what its first plan timed in a bad moment
+    # Rates are those of a machine that has planned before: what a first plan timed in a bad moment
     # is timed again by the next.
     for case in cases:
         planned(case, folder, capacity)
