@@ -18,8 +18,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <memory>
 #include <new>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -443,7 +443,11 @@ int in_threads(const Job& job, Each each) {
         }
     };
     std::vector<std::thread> others;
-    for (int64_t i = 1; i < std::min(job.threads, all); ++i) others.emplace_back(work);
+    try {
+        for (int64_t i = 1; i < std::min(job.threads, all); ++i) others.emplace_back(work);
+    } catch (const std::system_error&) {
+        // The system makes no more threads: those that are there do all of it.
+    }
     work();
     for (auto& other : others) other.join();
     return failed;

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -23,8 +24,14 @@ template <class Work>
 void in_threads(int64_t rows, int64_t width, int64_t threads, Work work) {
     threads = std::max<int64_t>(1, std::min(threads, rows * width / WORTH_A_THREAD));
     std::vector<std::thread> others;
-    for (int64_t i = 1; i < threads; ++i)
-        others.emplace_back(work, rows * i / threads, rows * (i + 1) / threads);
+    for (int64_t i = 1; i < threads; ++i) {
+        const int64_t first = rows * i / threads, last = rows * (i + 1) / threads;
+        try {
+            others.emplace_back(work, first, last);
+        } catch (const std::system_error&) {
+            work(first, last);  // the system makes no more threads
+        }
+    }
     work(0, rows / threads);
     for (auto& other : others) other.join();
 }
