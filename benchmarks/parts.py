@@ -22,6 +22,7 @@ from benchmarks.arithmetic import Work
 from lighten.adapters.frozen import product, weight_of
 from lighten.adapters.layers import CohortLinear
 from lighten.data.batches import MicroBatch
+from lighten.train import gates
 from lighten.train.passes import shares_of
 from lighten.train.prepare import Setup
 
@@ -35,7 +36,7 @@ class Captured:
     Attributes:
         linears: Adapted layers with their inputs.
         norms: Norms with their inputs.
-        activations: Activations with their inputs.
+        activations: Gated feed-forward layers with what they activate.
         attentions: Arguments of the attention function, as the layers call it.
         hidden: What the loss was given.
     """
@@ -61,6 +62,9 @@ def capturing(setup: Setup, found: Captured) -> Iterator[None]:
     def keep(where: list[Any]) -> Callable[..., None]:
         return lambda module, args: where.append((module, args[0]))
 
+    def keep_output(layer: nn.Module) -> Callable[..., None]:
+        return lambda _module, _args, out: found.activations.append((layer, out))
+
     hooks = []
     for path, module in model.named_modules():
         last = path.rpartition(".")[2]
@@ -68,8 +72,10 @@ def capturing(setup: Setup, found: Captured) -> Iterator[None]:
             hooks.append(module.register_forward_pre_hook(keep(found.linears)))
         elif "norm" in type(module).__name__.lower():
             hooks.append(module.register_forward_pre_hook(keep(found.norms)))
-        elif last in ("act_fn", "act", "activation_fn"):
-            hooks.append(module.register_forward_pre_hook(keep(found.activations)))
+        if last == "gate_proj":
+            # What is activated, whether or not its gate is one kernel, and by which layer.
+            layer = model.get_submodule(path.rpartition(".")[0])
+            hooks.append(module.register_forward_hook(keep_output(layer)))
     ALL_ATTENTION_FUNCTIONS[name] = watched
     try:
         yield
@@ -143,13 +149,12 @@ class Parts:
         return (_both_ways(module, x) for module, x in self.got.norms)
 
     def _activations(self) -> Iterator[Callable[[], None]]:
-        """The activation times the other half of a gated layer, as transformers writes it."""
-        for module, x in self.got.activations:
+        """The activation times the other half of a gated layer."""
+        for layer, x in self.got.activations:
             up = x.detach().clone().requires_grad_()
 
-            def gated(x: Tensor, module: nn.Module = module, up: Tensor = up) -> Tensor:
-                out: Tensor = module(x) * up
-                return out
+            def gated(x: Tensor, layer: nn.Module = layer, up: Tensor = up) -> Tensor:
+                return gates.activated(layer, x, up)
 
             yield _both_ways(gated, x, trained=[up])
 

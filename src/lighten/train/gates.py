@@ -38,8 +38,18 @@ def quicken(model: nn.Module) -> int:
     return count
 
 
+def activated(layer: Any, gate: Tensor, up: Tensor) -> Tensor:
+    """activation(gate) · up of a feed-forward layer, in the kernel where there is one."""
+    known = isinstance(layer.act_fn, (*SILU, *GELU))
+    found: Tensor
+    if known and pointwise.takes(gate, up):
+        found = pointwise.Gated.apply(gate, up, isinstance(layer.act_fn, GELU))
+    else:
+        found = layer.act_fn(gate) * up
+    return found
+
+
 def _forward(self: Any, x: Tensor) -> Any:
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not pointwise.takes(x):
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return type(self).forward(self, x)
-    gate, up = self.gate_proj(x), self.up_proj(x)
-    return self.down_proj(pointwise.Gated.apply(gate, up, isinstance(self.act_fn, GELU)))
+    return self.down_proj(activated(self, self.gate_proj(x), self.up_proj(x)))
