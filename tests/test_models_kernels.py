@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lighten.models import attention as blocks
 from lighten.models import kernels
 from lighten.models.kernels import attention as kernel
+from lighten.train.fused_loss import cross_entropy_
 
 here = pytest.mark.skipif(kernels.obstacle() is not None, reason=str(kernels.obstacle()))
 
@@ -98,6 +99,27 @@ def test_large_scores_do_no_harm() -> None:
     large = [x.detach() * factor for x, factor in ((q, 40.0), (k, 40.0), (v, 1.0))]
     out = kernel.Attention.apply(*large, 1.0, [])
     assert error(out, exact(*(x.double() for x in large), 1.0, [])) < 0.004
+
+
+@here
+def test_no_number_is_made_of_what_is_none() -> None:
+    """A run that diverges has to show it: NaN in a query, a logit or a gate reaches the result."""
+    q, k, v = (x.detach() for x in inputs(2, 2, 40, 16))
+    q[:, :, 5] = float("nan")
+    out, sums = torch.ops.lighten.attention(q, k, v, 0.25, [])
+    assert bool(out[:, :, 5].isnan().all())
+    assert bool(out[:, :, [4, 6]].isfinite().all())
+    grads = torch.ops.lighten.attention_backward(
+        q, k, v, out.nan_to_num(), sums, torch.ones_like(out), 0.25, []
+    )
+    assert bool(grads[0][:, :, 5].isnan().all())
+    for softcap in (0.0, 30.0):
+        logits = torch.zeros(2, 50, dtype=torch.bfloat16)
+        logits[0, 7] = float("nan")
+        losses = cross_entropy_(logits, torch.tensor([3, 3]), 1.0, softcap)
+        assert losses.isnan().tolist() == [True, False]
+    gate = torch.full((20,), float("nan"), dtype=torch.bfloat16)
+    assert bool(torch.ops.lighten.gated(gate, torch.ones_like(gate), False).isnan().all())
 
 
 @here

@@ -7,7 +7,6 @@ of them; the kernel reads and writes each once and keeps two.
 
 from __future__ import annotations
 
-from types import MethodType
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from transformers.activations import GELUTanh, SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from lighten.models.kernels import pointwise
-from lighten.train.norms import same_code
+from lighten.train.forwards import Forward, replace_forwards, same_code
 
 SILU, GELU = (nn.SiLU, SiLUActivation), (GELUTanh,)
 
@@ -29,20 +28,23 @@ def quicken(model: nn.Module) -> int:
     Returns:
         How many there are.
     """
-    count = 0
-    for module in model.modules():
-        known = same_code(type(module).forward, LlamaMLP.forward)
-        if known and isinstance(module.act_fn, (*SILU, *GELU)):
-            module.forward = MethodType(_forward, module)
-            count += 1
-    return count
+    return replace_forwards(model, _forward_for)
+
+
+def _forward_for(module: nn.Module) -> Forward | None:
+    same = same_code(type(module).forward, LlamaMLP.forward)
+    return _forward if same and _known(module) else None
+
+
+def _known(layer: Any) -> bool:
+    """Whether the kernel has the layer's activation."""
+    return isinstance(layer.act_fn, (*SILU, *GELU))
 
 
 def activated(layer: Any, gate: Tensor, up: Tensor) -> Tensor:
     """activation(gate) · up of a feed-forward layer, in the kernel where there is one."""
-    known = isinstance(layer.act_fn, (*SILU, *GELU))
     found: Tensor
-    if known and pointwise.takes(gate, up):
+    if _known(layer) and pointwise.takes(gate, up):
         found = pointwise.Gated.apply(gate, up, isinstance(layer.act_fn, GELU))
     else:
         found = layer.act_fn(gate) * up

@@ -10,8 +10,6 @@ Dimensions: N tokens, H features. Source: root mean square layer normalisation, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import CodeType, MethodType
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lighten.models.kernels import pointwise
+from lighten.train.forwards import Forward, replace_forwards, same_code
 
 
 def quicken(model: nn.Module) -> int:
@@ -30,33 +29,17 @@ def quicken(model: nn.Module) -> int:
     Returns:
         How many there are.
     """
-    count = 0
-    for module in model.modules():
-        forward = _forward_for(type(module))
-        if forward is not None:
-            # A method, which a copy of the module binds to itself.
-            module.forward = MethodType(forward, module)
-            count += 1
-    return count
+    return replace_forwards(model, _forward_for)
 
 
-def _forward_for(kind: type[nn.Module]) -> Callable[[Any, Tensor], Tensor] | None:
+def _forward_for(module: nn.Module) -> Forward | None:
+    kind = type(module)
     if same_code(kind.forward, LlamaRMSNorm.forward):
         return _llama
     norm = getattr(kind, "_norm", None)
     if same_code(kind.forward, GemmaRMSNorm.forward) and same_code(norm, GemmaRMSNorm._norm):
         return _gemma
     return None
-
-
-def same_code(one: Any, other: Any) -> bool:
-    """Whether two functions were compiled from the same lines."""
-    a, b = getattr(one, "__code__", None), getattr(other, "__code__", None)
-    return a is not None and b is not None and _meaning(a) == _meaning(b)
-
-
-def _meaning(code: CodeType) -> tuple[Any, ...]:
-    return code.co_code, code.co_names, code.co_consts, code.co_argcount
 
 
 def _llama(self: Any, hidden_states: Tensor) -> Tensor:

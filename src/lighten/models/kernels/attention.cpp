@@ -159,13 +159,6 @@ inline void product(float* out, int64_t out_row, const bf16* left, int64_t left_
 
 #endif
 
-// Numbers, 16 at a time
-
-inline __m512 widened(const bf16* from) {
-    const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
-}
-
 // Two rows in turn, as a right side wants them.
 inline __m512i paired(__m256i even, __m256i odd) {
     return _mm512_or_si512(_mm512_cvtepu16_epi32(even),
@@ -245,18 +238,13 @@ void turned(bf16* to, const bf16* from, int64_t rows, int64_t Dp) {
         }
 }
 
-inline void write_16(bf16* to, int64_t left, __m512 x) {
-    const __mmask16 real = left >= TILE ? 0xFFFF : (1u << left) - 1;
-    _mm256_mask_storeu_epi16(to, real, rounded(x));
-}
-
 // Rows of Dp numbers into a view.
 void written(const View& view, const Row& row, int64_t head, const float* from, int64_t D,
              int64_t Dp) {
     for (int64_t i = 0; i < row.length; ++i) {
         bf16* to = view.at(row.batch, head, row.start + i);
         for (int64_t d = 0; d < D; d += TILE)
-            write_16(to + d, D - d, _mm512_loadu_ps(from + i * Dp + d));
+            write(to + d, up_to(D - d), _mm512_loadu_ps(from + i * Dp + d));
     }
 }
 
@@ -267,9 +255,9 @@ void written_turned(const View& view, int64_t batch, int64_t head, int64_t token
     for (int64_t i = 0; i < count; ++i) {
         bf16* to = view.at(batch, head, token + i);
         for (int64_t d = 0; d < D; d += TILE)
-            write_16(to + d, D - d,
-                     _mm512_mul_ps(_mm512_i32gather_ps(places, from + d * SIDE + i, 1),
-                                   _mm512_set1_ps(factors[i])));
+            write(to + d, up_to(D - d),
+                  _mm512_mul_ps(_mm512_i32gather_ps(places, from + d * SIDE + i, 1),
+                                _mm512_set1_ps(factors[i])));
     }
 }
 
@@ -369,8 +357,8 @@ void backward(const Job& job, const Row& row, int64_t key_head) {
             for (int64_t i = 0; i < SIDE; ++i) {
                 __m512 sum = _mm512_setzero_ps();
                 for (int64_t d = 0; d < Dp; d += TILE)
-                    sum = _mm512_fmadd_ps(widened(grads + i * Dp + d), widened(outs + i * Dp + d),
-                                          sum);
+                    sum = _mm512_fmadd_ps(read(grads + i * Dp + d, 0xFFFF),
+                                          read(outs + i * Dp + d, 0xFFFF), sum);
                 along[i] = _mm512_reduce_add_ps(sum);
                 // A query that is none weighs nothing.
                 sums[i] = i < count ? job.sums[head * job.tokens + row.before + first + i]

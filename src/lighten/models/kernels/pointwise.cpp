@@ -36,23 +36,10 @@ void in_threads(int64_t rows, int64_t width, int64_t threads, Work work) {
     for (auto& other : others) other.join();
 }
 
-__mmask16 up_to(int64_t left) { return left >= 16 ? 0xFFFF : (1u << left) - 1; }
-
-__m512 read(const bf16* from, __mmask16 real) {
-    const __m256i words = _mm256_maskz_loadu_epi16(real, from);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
-}
-
-void write(bf16* to, __mmask16 real, __m512 x) { _mm256_mask_storeu_epi16(to, real, rounded(x)); }
-
-__m512 as_bf16(__m512 x) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded(x)), 16));
-}
-
 // 1 / (1 + e^-x)
 __m512 sigmoid(__m512 x) {
     const __m512 one = _mm512_set1_ps(1.0f);
-    const __m512 low = _mm512_min_ps(_mm512_sub_ps(_mm512_setzero_ps(), x), _mm512_set1_ps(87.0f));
+    const __m512 low = _mm512_min_ps(_mm512_set1_ps(87.0f), _mm512_sub_ps(_mm512_setzero_ps(), x));
     const __m512 sum = _mm512_add_ps(one, exponential(low));
     // An estimate of 14 bits and one step of Newton's take a third of a division.
     const __m512 guess = _mm512_rcp14_ps(sum);
@@ -82,6 +69,20 @@ struct Activation {
                                  _mm512_sub_ps(_mm512_set1_ps(1.0f), s), s);
     }
 };
+
+// Sixteen numbers of the gate at a time, each with its activation and that one's slope.
+template <class Each>
+void activated(const bf16* gate, int64_t count, int gelu, int64_t threads, Each each) {
+    in_threads(count, 1, threads, [=](int64_t first, int64_t last) {
+        const Activation activation{gelu != 0};
+        for (int64_t i = first; i < last; i += 16) {
+            const __mmask16 real = up_to(last - i);
+            __m512 value, slope;
+            activation(read(gate + i, real), &value, &slope);
+            each(i, real, value, slope);
+        }
+    });
+}
 
 // What the rule of a head makes of a logit: scaled, then capped by softcap tanh(x / softcap).
 struct Rule {
@@ -128,7 +129,7 @@ void lighten_rms_norm(const bf16* x, const bf16* w, bf16* y, float* scales, int6
                 const __m512 weight = read(w + h, real);
                 write(y + i * H + h, real,
                       plus_one ? _mm512_mul_ps(normal, _mm512_add_ps(one, weight))
-                               : _mm512_mul_ps(as_bf16(normal), weight));
+                               : _mm512_mul_ps(widened(rounded(normal)), weight));
             }
         }
     });
@@ -164,31 +165,20 @@ void lighten_rms_norm_backward(const bf16* x, const bf16* w, const float* scales
 // y = activation(gate) up
 void lighten_gated(const bf16* gate, const bf16* up, bf16* y, int64_t count, int gelu,
                    int64_t threads) {
-    in_threads(count, 1, threads, [=](int64_t first, int64_t last) {
-        const Activation activation{gelu != 0};
-        for (int64_t i = first; i < last; i += 16) {
-            const __mmask16 real = up_to(last - i);
-            __m512 value, slope;
-            activation(read(gate + i, real), &value, &slope);
-            write(y + i, real, _mm512_mul_ps(value, read(up + i, real)));
-        }
+    activated(gate, count, gelu, threads, [=](int64_t i, __mmask16 real, __m512 value, __m512) {
+        write(y + i, real, _mm512_mul_ps(value, read(up + i, real)));
     });
 }
 
 void lighten_gated_backward(const bf16* gate, const bf16* up, const bf16* grad, bf16* grad_gate,
                             bf16* grad_up, int64_t count, int gelu, int64_t threads) {
-    in_threads(count, 1, threads, [=](int64_t first, int64_t last) {
-        const Activation activation{gelu != 0};
-        for (int64_t i = first; i < last; i += 16) {
-            const __mmask16 real = up_to(last - i);
-            __m512 value, slope;
-            activation(read(gate + i, real), &value, &slope);
-            const __m512 own = read(grad + i, real);
-            write(grad_up + i, real, _mm512_mul_ps(own, value));
-            write(grad_gate + i, real,
-                  _mm512_mul_ps(_mm512_mul_ps(own, read(up + i, real)), slope));
-        }
-    });
+    activated(gate, count, gelu, threads,
+              [=](int64_t i, __mmask16 real, __m512 value, __m512 slope) {
+                  const __m512 own = read(grad + i, real);
+                  write(grad_up + i, real, _mm512_mul_ps(own, value));
+                  write(grad_gate + i, real,
+                        _mm512_mul_ps(_mm512_mul_ps(own, read(up + i, real)), slope));
+              });
 }
 
 // Each row of logits becomes the slopes of its loss by them: a row stays in the second cache.
