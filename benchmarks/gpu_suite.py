@@ -111,6 +111,9 @@ class Suite:
     def _forget(self) -> None:
         gc.collect()
         if self.device != "cpu":
+            # cuBLAS keeps a piece of whatever large segment was free, which then cannot be given
+            # back: the next measurement would begin with memory that no process of its own has.
+            torch._C._cuda_clearCublasWorkspaces()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 

@@ -15,7 +15,7 @@ from lighten.adapters.whole import decoder_layers
 from lighten.data import Encoded, TemplateChoice
 from lighten.data.encode import EncodingCounts
 from lighten.hardware import Choice
-from lighten.models import quantized
+from lighten.models import kernels, quantized
 from lighten.models.load import set_attention
 from lighten.plan import memory, repeat
 from lighten.plan.build import config_of
@@ -282,6 +282,41 @@ def test_a_gpus_attention_keeps_what_its_kernels_keep(
     values = keys if capability < (8, 0) else 0
     wanted = 2 * (2 * query + keys + values + normaliser)
     assert parts["activations: attention"] == pytest.approx(wanted, rel=0.02)
+
+
+def half_steps_on_cuda(folder: Path, given: tuple[int, int], **options: Any) -> Traced:
+    recipe, half = recipe_of(folder), Choice("bfloat16", "the test's")
+    return follow_recipe(recipe, config_of(recipe)[0], half, "cuda", given=given, **options)
+
+
+@pytest.mark.parametrize(("capability", "pieces"), [((9, 0), 1), ((8, 0), 4)])
+def test_a_gpus_attention_has_room_of_its_own_in_the_backward_pass(
+    capability: tuple[int, int], pieces: int, tmp_path: Path
+) -> None:
+    """Of float32 sums for the queries, and of keys' gradients before a group's are added."""
+    tokens, rows, heads, groups, features = 96, 2, 8, 4, 16
+    folder = folder_of(
+        tmp_path, num_attention_heads=heads, num_key_value_heads=heads // groups,
+        hidden_size=heads * features,
+    )  # fmt: skip
+    found = half_steps_on_cuda(folder, (rows, tokens), capability=capability).timeline
+    sums, normaliser = rows * tokens * heads * features * 4, rows * heads * tokens * 4
+    keys = rows * tokens * heads * features * 2  # of every query head
+    wanted = [normaliser, sums, keys, keys] if pieces == 4 else [normaliser + sums + 2 * keys]
+    runs = [run for run, own in enumerate(found.runs) if own == Pass("backward", 0, 1)]
+    sizes = [event.block.bytes for event in found.events if event.born and event.run in runs]
+    each = [sizes[i : i + pieces] for i in range(len(sizes))]
+    assert each.count(wanted) == 2, "once in each layer"
+
+
+def test_a_plan_for_a_gpu_is_the_same_whatever_kernels_this_processor_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, peaks = folder_of(tmp_path), []
+    for here in (object(), None):
+        monkeypatch.setattr(kernels, "library", lambda here=here: here)
+        peaks.append(steps_of(half_steps_on_cuda(folder, (2, 64)).timeline))
+    assert peaks[0] == peaks[1]
 
 
 def part(found: memory.Memory, name: str) -> int:
