@@ -167,7 +167,7 @@ def test_the_kernel_is_as_close_as_the_blocks(monkeypatch: pytest.MonkeyPatch) -
     [
         ({kernels.SWITCH: "0"}, f"{kernels.SWITCH} is 0"),
         ({"CXX": "no-such-compiler", "PATH": "/nowhere"}, "there is no C++ compiler"),
-        ({"CXX": "/bin/false"}, "made no kernel"),
+        ({"CXX": "/bin/false"}, "made nothing of kernels"),
     ],
 )
 def test_without_kernels_it_is_said_why(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -16,9 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lighten import allocator
+from lighten.allocator import arena
 from lighten.plan import context
 from lighten.plan.allocators import (
     MIB,
+    Arena,
     CachingAllocator,
     Heap,
     Held,
@@ -109,7 +112,12 @@ BLOCKS = st.lists(st.tuples(st.integers(1, 40 * MIB), st.integers(0, 6)), min_si
 def test_allocators_hold_at_least_what_is_in_use_and_lose_nothing(
     plan: list[tuple[int, int]],
 ) -> None:
-    for own in (CachingAllocator(), Heap(), Heap(mmap_bytes=32 * MIB, trim_bytes=64 * MIB)):
+    for own in (
+        CachingAllocator(),
+        Arena(),
+        Heap(),
+        Heap(mmap_bytes=32 * MIB, trim_bytes=64 * MIB),
+    ):
         live: list[tuple[object, int]] = []
         for size, keep in plan:
             live.append((own.take(size), size))
@@ -122,7 +130,7 @@ def test_allocators_hold_at_least_what_is_in_use_and_lose_nothing(
         assert own.allocated == 0
         before = own.highest
         own.take(plan[-1][0])
-        if isinstance(own, CachingAllocator):
+        if isinstance(own, CachingAllocator | Arena):
             assert own.highest == before, "what was given back is used again"
 
 
@@ -196,9 +204,89 @@ def test_the_heap_takes_what_glibc_takes(seed: int) -> None:
 def _real_peak(events: list[Any]) -> int:
     found = subprocess.run(
         [sys.executable, "-c", REAL], input=json.dumps(events), capture_output=True, text=True,
-        check=True,
+        check=True, env={**os.environ, arena.SWITCH: "0"},
     )  # fmt: skip
     return int(found.stdout)
+
+
+# What is resident of the arena after each event; a fork and a thread in between must not matter.
+IN_ARENA = """
+import json, os, sys, threading
+from pathlib import Path
+import torch
+from lighten import allocator
+from lighten.allocator import arena
+torch.set_num_threads(1)
+print(allocator.keep_pages("cpu").value)
+start = f"{arena.opened():x}-"
+def resident():
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    place = next(i for i, line in enumerate(lines) if line.startswith(start))
+    return next(int(line.split()[1]) * 1024 for line in lines[place:] if line.startswith("Rss:"))
+blocks, found = {}, []
+for number, born, size in json.loads(sys.stdin.read()):
+    if size == 0:
+        allocator.trim()
+    elif born:
+        blocks[number] = torch.ones(size, dtype=torch.uint8)
+    elif number % 2:
+        given = [blocks.pop(number)]
+        thread = threading.Thread(target=given.clear)
+        thread.start()
+        thread.join()
+    else:
+        del blocks[number]
+    found.append(resident())
+child = os.fork()
+if child == 0:
+    blocks.clear()
+    torch.ones(2**20)
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(not allocator.has_arena(), reason="no arena here")
+@pytest.mark.parametrize("seed", range(3))
+def test_the_arena_holds_what_its_model_says(seed: int) -> None:
+    chance, live = random.Random(seed), dict[int, int]()
+    events: list[tuple[int, bool, int]] = []
+    for number in range(400):
+        live[number] = int(2 ** chance.uniform(16, 22))
+        events.append((number, True, live[number]))
+        while len(live) > 30 or (live and chance.random() < 0.4):
+            gone = chance.choice(list(live))
+            events.append((gone, False, live.pop(gone)))
+        if number % 100 == 99:
+            events.append((0, False, 0))
+    done = subprocess.run(
+        [sys.executable, "-c", IN_ARENA], input=json.dumps(events), capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    used, found = done.stdout.splitlines()
+    assert used == "arena, pages kept"
+    course = replay(Arena(), events, [i for i, event in enumerate(events) if not event[2]])
+    # A block's last line is never written: its page may be missing, in a few of the blocks.
+    apart = [held - real for held, real in zip(course.held, json.loads(found), strict=True)]
+    assert max(map(abs, apart)) <= 10 * 4096
+    assert max(course.held) > 2 * 10**7
+
+
+@pytest.mark.skipif(not allocator.has_arena(), reason="no arena here")
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [("LIGHTEN_ARENA=0", "LIGHTEN_ARENA is 0"), ("CXX=/bin/false", "made nothing of allocator"),
+     ("ulimit -v 40000000;", "a limit on address space")],
+)  # fmt: skip
+def test_without_an_arena_the_reason_is_said(how: str, said: str, tmp_path: Path) -> None:
+    code = "from lighten import allocator; print(allocator.keep_pages('cpu'))"
+    command = f'LIGHTEN_CACHE={tmp_path} {sys.executable} -c "{code}"'
+    done = subprocess.run(
+        f"{how} {command}", shell=True, capture_output=True, text=True, check=True
+    )
+    assert "glibc, pages kept" in done.stdout
+    assert said in done.stdout
 
 
 def test_pages_that_were_given_back_count_again_once_they_are_written() -> None:

@@ -328,7 +328,7 @@ def test_every_further_lane_is_a_process_with_activations_of_its_own(tmp_path: P
     loading = memory.Loading(0, 0, 0)
     one, two, three = (
         memory.processor_memory(
-            traced.timeline, loading, context=Context(7, 5), lanes=lanes, margin=0.1
+            traced.timeline, loading, context=Context(7, 5), lanes=lanes, arena=True, margin=0.1
         )
         for lanes in (1, 2, 3)
     )
@@ -345,7 +345,12 @@ def test_what_comes_before_lanes_is_there_once(tmp_path: Path) -> None:
     traced = follow(recipe_of(folder_of(tmp_path, vocab_size=500_000)), (2, 64))
     one, two = (
         memory.processor_memory(
-            traced.timeline, memory.Loading(), context=Context(7, 5), lanes=lanes, margin=0.1
+            traced.timeline,
+            memory.Loading(),
+            context=Context(7, 5),
+            lanes=lanes,
+            arena=True,
+            margin=0.1,
         )
         for lanes in (1, 2)
     )

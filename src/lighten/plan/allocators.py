@@ -1,8 +1,9 @@
 """What an allocator takes from the system for a timeline of blocks.
 
-`CachingAllocator` is PyTorch's for CUDA devices, `Heap` is glibc's malloc as training sets it up
-(`allocator.py`). Both are fed births and deaths in order; what they hold at most is what the
-device must offer, and what of it no block uses is the allocator's overhead.
+`CachingAllocator` is PyTorch's for CUDA devices. On a processor tensors are in an `Arena`
+(`allocator/arena.cpp`) and the rest in the `Heap`, glibc's malloc as training sets it up; without a
+compiler all of it is there. Each is fed births and deaths in order; what they hold at most is what
+the device must offer, and what of it no block uses is the allocator's overhead.
 
 Sources: pytorch/c10/cuda/CUDACachingAllocator.cpp and c10/core/AllocatorConfig.h;
 glibc/malloc/malloc.c (2.36), `_int_memalign`, `_int_malloc`, `sysmalloc`, `systrim`.
@@ -14,6 +15,8 @@ import bisect
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
+
+from lighten.allocator.arena import LINE_BYTES
 
 MIB = 2**20
 
@@ -158,38 +161,131 @@ OBJECTS = (112, 192, 32, 48)
 
 
 @dataclass
-class Heap:
-    """glibc's main heap: best fit, neighbours joined at once, pages kept once they are written.
+class _Space:
+    """Address space whose blocks lie side by side: best fit, free neighbours joined at once.
 
-    A page counts from the first block that covers it; the growth of the heap's top beyond its
-    blocks is address space, not memory.
+    A page counts from the first block that covers it, until it is given back.
+
+    Attributes:
+        allocated: Bytes of blocks in use.
+        held: Bytes resident now.
+        highest: The most that `held` was.
+    """
+
+    allocated: int = 0
+    held: int = 0
+    highest: int = 0
+    _top: int = 0  # where what was never in use begins
+    _touched: int = 0  # up to where pages were written
+    _sizes: list[tuple[int, int]] = field(default_factory=list)
+    _starts: dict[int, int] = field(default_factory=dict)
+    _ends: dict[int, int] = field(default_factory=dict)
+    _dry: list[tuple[int, int]] = field(default_factory=list)  # (start, end) without pages, sorted
+    _dry_bytes: int = 0
+
+    def trim(self) -> None:
+        """Give the pages of all free chunks back."""
+        self._touched = -(-self._top // PAGE) * PAGE
+        whole = [(-(-start // PAGE) * PAGE, (start + size) // PAGE * PAGE)
+                 for start, size in self._starts.items()]  # fmt: skip
+        self._dry = sorted((start, end) for start, end in whole if start < end)
+        self._dry_bytes = sum(end - start for start, end in self._dry)
+        self._count()
+
+    def _write(self, start: int, end: int) -> None:
+        """Pages that were given back are there again."""
+        first = max(0, bisect.bisect_left(self._dry, (start,)) - 1)
+        last = bisect.bisect_left(self._dry, (end,))
+        left: list[tuple[int, int]] = []
+        for low, high in self._dry[first:last]:
+            wet = max(0, min(high, end) - max(low, start))
+            self._dry_bytes -= wet
+            if not wet:
+                left.append((low, high))
+                continue
+            left += [(a, b) for a, b in ((low, min(high, start)), (max(low, end), high)) if a < b]
+        self._dry[first:last] = left
+
+    def _found(self, wanted: int) -> tuple[int, int]:
+        """The smallest free chunk that holds so much, or a piece of the top."""
+        place = bisect.bisect_left(self._sizes, (wanted,))
+        if place < len(self._sizes):
+            whole, start = self._sizes[place]
+            self._drop(start, whole)
+            return start, whole
+        start = self._top
+        self._top += wanted
+        self._touched = max(self._touched, self._top)
+        return start, wanted
+
+    def _count(self) -> None:
+        self.held = self._touched - self._dry_bytes
+        self.highest = max(self.highest, self.held)
+
+    def _put(self, start: int, size: int) -> None:
+        """A free chunk, joined with free neighbours and with the top."""
+        if (before := self._ends.get(start)) is not None:
+            own = self._starts[before]
+            self._drop(before, own)
+            start, size = before, size + own
+        if (own := self._starts.get(start + size, 0)) > 0:
+            self._drop(start + size, own)
+            size += own
+        if start + size == self._top:
+            self._top = start
+            return
+        self._starts[start], self._ends[start + size] = size, start
+        bisect.insort(self._sizes, (size, start))
+
+    def _drop(self, start: int, size: int) -> None:
+        del self._starts[start], self._ends[start + size]
+        del self._sizes[bisect.bisect_left(self._sizes, (size, start))]
+
+
+@dataclass
+class Arena(_Space):
+    """The arena of tensors' large blocks: whole lines of a cache, and one more."""
+
+    def take(self, size: int) -> tuple[int, int, int]:
+        """(start, its own bytes, size) of a block."""
+        own = -(-size // LINE_BYTES) * LINE_BYTES + LINE_BYTES
+        start, whole = self._found(own)
+        if whole > own:
+            self._put(start + own, whole - own)
+        if self._dry:
+            self._write(start, start + own)
+        self.allocated += size
+        self._count()
+        return start, own, size
+
+    def give(self, block: object) -> None:
+        """Free a block."""
+        assert isinstance(block, tuple)
+        start, own, size = block
+        self.allocated -= size
+        self._put(start, own)
+        self._count()
+
+
+@dataclass
+class Heap(_Space):
+    """glibc's main heap.
+
+    The growth of its top beyond its blocks is address space, not memory.
 
     Attributes:
         mmap_bytes: Blocks of this size get a mapping of their own, given back with the block.
         trim_bytes: A free top larger than this is given back, all but `pad_bytes` of it.
         pad_bytes: What the heap grows by beyond a request.
-        allocated: Bytes of blocks in use.
-        held: Bytes resident now.
-        highest: The most that `held` was.
     """
 
     mmap_bytes: int = 2**30
     trim_bytes: int = 2**31 - 1
     pad_bytes: int = 64 * MIB
     objects: tuple[int, ...] = OBJECTS
-    allocated: int = 0
-    held: int = 0
-    highest: int = 0
     _mapped: int = 0
-    _top: int = 0  # where the top chunk begins
-    _touched: int = 0  # up to where pages were written
     _end: int = 0  # of the heap's address space
-    _sizes: list[tuple[int, int]] = field(default_factory=list)
-    _starts: dict[int, int] = field(default_factory=dict)
-    _ends: dict[int, int] = field(default_factory=dict)
     _aside: dict[int, list[int]] = field(default_factory=dict)
-    _dry: list[tuple[int, int]] = field(default_factory=list)  # (start, end) without pages, sorted
-    _dry_bytes: int = 0
 
     def take(self, size: int) -> tuple[int, int, int, tuple[tuple[int, int], ...]]:
         """(start, chunk, size, its objects) of a block; a mapped one starts at -1."""
@@ -218,27 +314,9 @@ class Heap:
         self._count()
 
     def trim(self) -> None:
-        """Give the pages of all free chunks back, as `malloc_trim` does."""
-        self._end = self._touched = -(-self._top // PAGE) * PAGE
-        whole = [(-(-start // PAGE) * PAGE, (start + size) // PAGE * PAGE)
-                 for start, size in self._starts.items()]  # fmt: skip
-        self._dry = sorted((start, end) for start, end in whole if start < end)
-        self._dry_bytes = sum(end - start for start, end in self._dry)
-        self._count()
-
-    def _write(self, start: int, end: int) -> None:
-        """Pages that were given back are there again."""
-        first = max(0, bisect.bisect_left(self._dry, (start,)) - 1)
-        last = bisect.bisect_left(self._dry, (end,))
-        left: list[tuple[int, int]] = []
-        for low, high in self._dry[first:last]:
-            wet = max(0, min(high, end) - max(low, start))
-            self._dry_bytes -= wet
-            if not wet:
-                left.append((low, high))
-                continue
-            left += [(a, b) for a, b in ((low, min(high, start)), (max(low, end), high)) if a < b]
-        self._dry[first:last] = left
+        """As `malloc_trim` does."""
+        super().trim()
+        self._end = self._touched
 
     def _aligned(self, size: int) -> tuple[int, int]:
         """As `posix_memalign` takes it."""
@@ -273,18 +351,10 @@ class Heap:
         return start, whole
 
     def _found(self, wanted: int) -> tuple[int, int]:
-        """The smallest free chunk that holds so much, or a piece of the top."""
-        place = bisect.bisect_left(self._sizes, (wanted,))
-        if place < len(self._sizes):
-            whole, start = self._sizes[place]
-            self._drop(start, whole)
-            return start, whole
-        start = self._top
-        self._top += wanted
-        self._touched = max(self._touched, self._top)
+        found = super()._found(wanted)
         if self._top > self._end:
             self._end = self._top + self.pad_bytes
-        return start, wanted
+        return found
 
     def _count(self) -> None:
         self.held = self._touched - self._dry_bytes + self._mapped
@@ -297,25 +367,6 @@ class Heap:
                 own.append(start)
                 return
         self._put(start, size)
-
-    def _put(self, start: int, size: int) -> None:
-        """A free chunk, joined with free neighbours and with the top."""
-        if (before := self._ends.get(start)) is not None:
-            own = self._starts[before]
-            self._drop(before, own)
-            start, size = before, size + own
-        if (own := self._starts.get(start + size, 0)) > 0:
-            self._drop(start + size, own)
-            size += own
-        if start + size == self._top:
-            self._top = start
-            return
-        self._starts[start], self._ends[start + size] = size, start
-        bisect.insort(self._sizes, (size, start))
-
-    def _drop(self, start: int, size: int) -> None:
-        del self._starts[start], self._ends[start + size]
-        del self._sizes[bisect.bisect_left(self._sizes, (size, start))]
 
 
 def _chunk(size: int) -> int:
@@ -350,6 +401,13 @@ class Course:
     held: list[int]
     allocated: list[int]
 
+    def __add__(self, other: Course) -> Course:
+        """Of two allocators that share a timeline's blocks."""
+        return Course(
+            [a + b for a, b in zip(self.held, other.held, strict=True)],
+            [a + b for a, b in zip(self.allocated, other.allocated, strict=True)],
+        )
+
     def most(self, start: int = 0, end: int | None = None) -> Held:
         """Between two events; of no event all is 0."""
         places = range(start, len(self.held) if end is None else end)
@@ -368,15 +426,18 @@ def replay(
 
     Args:
         allocator: New, or after what came before.
-        events: (number of the block, whether it is born, bytes), in order.
-        trimmed: Indices of events before which a heap's free pages are given back.
+        events: (number of the block, whether it is born, bytes), in order; of no bytes: another
+            allocator's.
+        trimmed: Indices of events before which a processor's free pages are given back.
     """
     blocks: dict[int, object] = {}
     course = Course([], [])
     for place, (number, born, size) in enumerate(events):
-        if place in trimmed and isinstance(allocator, Heap):
+        if place in trimmed and isinstance(allocator, _Space):
             allocator.trim()
-        if born:
+        if not size:
+            pass
+        elif born:
             blocks[number] = allocator.take(size)
         else:
             allocator.give(blocks.pop(number))

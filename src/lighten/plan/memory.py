@@ -1,7 +1,7 @@
 """From the traced timeline to what a device must offer: the peak by part.
 
 On a processor that is the resident set above what the process held before the model was loaded: the
-timeline through glibc's heap, with the code and tables that load beside the weights. On a CUDA
+timeline through the arena of tensors and glibc's heap, with the code and tables that load beside the weights. On a CUDA
 device it is what PyTorch's caching allocator reserves, and the driver's own context.
 """
 
@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lighten.allocator.arena import LEAST_BYTES
 from lighten.models.load import weight_files
-from lighten.plan.allocators import CachingAllocator, Course, Heap, replay
+from lighten.plan.allocators import Arena, CachingAllocator, Course, Heap, replay
 from lighten.plan.context import Context
-from lighten.plan.follow import Timeline
+from lighten.plan.follow import Block, Timeline
 from lighten.plan.result import PARTS, Memory, MemoryPart
 
 MIB = 2**20
@@ -89,6 +90,7 @@ def processor_memory(
     context: Context,
     verified: int = 0,
     lanes: int = 1,
+    arena: bool,
     margin: float,
 ) -> Memory:
     """The peak resident set.
@@ -99,20 +101,21 @@ def processor_memory(
         context: What comes with training and is no tensor's.
         verified: Bytes of the files that are mapped and compared with the weights after saving.
         lanes: Micro-batches that are computed side by side.
+        arena: Whether tensors' large blocks have an arena of their own.
         margin: Share of the peak that it may be off by.
     """
     own = context.bytes + int(TOKENIZER_FACTOR * loading.tokenizer)
     phases = [timeline.runs[event.run].phase for event in timeline.events]
     forked = next((place for place, phase in enumerate(phases) if phase in IN_LANES), len(phases))
     # Free pages are given back before lanes are opened.
-    course = replay(Heap(), numbered(timeline), [forked] if lanes > 1 else [])
+    course = _course(timeline, arena, [forked] if lanes > 1 else [])
     weights = {name: timeline.alive_at(forked - 1).get(name, 0) for name in WEIGHTS}
     loaded = {**weights, "temporary buffers": loading.files + loading.copies}
     stages = [
         _Stage("loading", loaded, 0, own),
         _stage(timeline, course, own, 0, forked),
         _stage(timeline, course, own, forked).with_lanes(
-            _other_lanes(timeline, lanes - 1, context.lane_bytes)
+            _other_lanes(timeline, lanes - 1, context.lane_bytes, arena)
         ),
     ]
     # Free pages are given back before a checkpoint is written, too.
@@ -200,7 +203,36 @@ def numbered(timeline: Timeline) -> list[tuple[int, bool, int]]:
     return [(id(event.block), event.born, event.block.bytes) for event in timeline.events]
 
 
-def _other_lanes(timeline: Timeline, count: int, context: int) -> _Stage:
+def _course(timeline: Timeline, arena: bool, trimmed: Sequence[int] = ()) -> Course:
+    """The timeline through a processor's memory.
+
+    Args:
+        timeline: Of a process.
+        arena: Whether tensors' large blocks have an arena of their own.
+        trimmed: Indices of events before which free pages are given back.
+    """
+    if not arena:
+        return replay(Heap(), numbered(timeline), trimmed)
+
+    def of(tensors: bool) -> list[tuple[int, bool, int]]:
+        return [
+            (
+                id(event.block),
+                event.born,
+                event.block.bytes if _apart(event.block) == tensors else 0,
+            )
+            for event in timeline.events
+        ]
+
+    return replay(Arena(), of(True), trimmed) + replay(Heap(), of(False), trimmed)
+
+
+def _apart(block: Block) -> bool:
+    """Whether a block has its place in the arena: large, and a tensor's."""
+    return block.bytes >= LEAST_BYTES and block.part != "device context"
+
+
+def _other_lanes(timeline: Timeline, count: int, context: int, arena: bool) -> _Stage:
     """Processes with heaps of their own, in which micro-batches come and go as in the first lane's.
 
     What a lane's micro-batches leave, the sums of their gradients, lies in memory that it shares
@@ -214,7 +246,7 @@ def _other_lanes(timeline: Timeline, count: int, context: int) -> _Stage:
     }  # fmt: skip
     events = [event for event in timeline.events if id(event.block) in own]
     alone = Timeline(events, timeline.runs, timeline.work)
-    most = _stage(alone, replay(Heap(), numbered(alone)), context, 0)
+    most = _stage(alone, _course(alone, arena), context, 0)
     found = {name: count * size for name, size in most.parts.items()}
     found["gradients"] = found.get("gradients", 0) + count * _most_of(timeline, ("gradients",))
     return _Stage(most.when, found, count * most.overhead, count * context)

@@ -76,6 +76,7 @@ def plan_recipe(
     """
     config, source, path = config_of(recipe)
     dtype = device.dtype(recipe.compute_dtype)
+    converts = _converts(recipe, config, path, dtype)  # a model that is made changes its config
     try:
         traced = follow_recipe(
             recipe, config, dtype, device.kind, given=rows_tokens, supervised=supervised,
@@ -89,7 +90,6 @@ def plan_recipe(
         raise UserError(f"{name} cannot be planned: its step cannot be traced ({first})") from error
     outside = tuple(_outside(recipe, config, device))
     margin = memory.BEYOND if outside else memory.WITHIN
-    converts = _converts(recipe, config, path, dtype)
     loading = memory.loading_of(source, path, traced.weights, traced.largest, converts)
     lanes = min(traced.setup.lanes, len(traced.batches))
     if device.kind == "cpu":
@@ -97,7 +97,7 @@ def plan_recipe(
         verified = _numbers(traced) * 4
         peak = memory.processor_memory(
             traced.timeline, loading, context=context_of(), verified=verified, lanes=lanes,
-            margin=margin,
+            arena=allocator.has_arena(), margin=margin,
         )  # fmt: skip
         host = peak.expected
     else:
@@ -206,6 +206,8 @@ def _outside(recipe: Recipe, config: Any, device: Device) -> Iterator[str]:
     """In what way a question is outside of what was compared with measurements."""
     if device.kind != "cpu" and device.name not in TESTED_GPUS:
         yield f"of GPUs {', '.join(TESTED_GPUS)} has been compared, not {device.name}"
+    if device.kind == "cpu" and not allocator.has_arena():
+        yield "tensors lie in glibc's heap here, without an arena, and that has not been compared"
     if (kind := getattr(config, "model_type", "")) not in TESTED:
         yield f"architecture {kind} has not been compared; {', '.join(TESTED)} have"
     if recipe.torch_compile is True:

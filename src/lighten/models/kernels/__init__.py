@@ -10,23 +10,18 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import os
 import platform
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from lighten.models.names import cache_folder
+from lighten import native
 
 FOLDER = Path(__file__).parent
 # GCC's own headers have values that are undefined on purpose.
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra",
+FLAGS = ("-O3", "-march=native", "-Wall", "-Wextra",
          "-Wno-uninitialized", "-Wno-maybe-uninitialized")  # fmt: skip
 NEEDED = "avx512_bf16"
-LONGEST_S = 120.0  # of a compilation
 SWITCH = "LIGHTEN_KERNELS"  # set to 0: PyTorch's operations in their place
 
 
@@ -66,14 +61,10 @@ def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
     flags = processor_flags()
     if NEEDED not in flags:
         return None, f"the processor has no {NEEDED}"
-    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
-    if compiler is None:
-        return None, "there is no C++ compiler"
     try:
-        found = ctypes.CDLL(str(_compiled(compiler, flags)))
-    except (OSError, subprocess.SubprocessError) as error:
-        told = getattr(error, "stderr", None) or str(error)
-        return None, f"{compiler} made no kernel: {told.strip().splitlines()[0]}"
+        found = ctypes.CDLL(str(native.compiled(FOLDER, FLAGS, sorted(flags))))
+    except (native.NotCompiled, OSError) as error:
+        return None, str(error)
     if not found.lighten_allowed():
         return None, "the system does not let processes use the processor's tiles"
     return found, None
@@ -89,25 +80,3 @@ def processor_flags() -> frozenset[str]:
         return frozenset()
     line = next((line for line in text.splitlines() if line.startswith("flags")), "")
     return frozenset(line.partition(":")[2].split())
-
-
-def _compiled(compiler: str, flags: frozenset[str]) -> Path:
-    """The library's file, made now unless this source was compiled here before."""
-    version = subprocess.run(
-        [compiler, "--version"], capture_output=True, text=True, check=True, timeout=LONGEST_S
-    ).stdout
-    sources = sorted(FOLDER.glob("*.cpp"))
-    texts = [path.read_text(encoding="utf-8") for path in (*sources, *sorted(FOLDER.glob("*.h")))]
-    of = "\n".join([version, *FLAGS, *sorted(flags), *texts])
-    folder = cache_folder() / "kernels"
-    path = folder / f"{hashlib.sha256(of.encode()).hexdigest()[:16]}.so"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            made = Path(scratch) / "kernels.so"
-            subprocess.run(
-                [compiler, *FLAGS, "-o", str(made), *map(str, sources)],
-                capture_output=True, text=True, check=True, timeout=LONGEST_S,
-            )  # fmt: skip
-            made.replace(path)
-    return path

@@ -2,7 +2,8 @@
 
 glibc gives a block above its threshold (32 MiB at most) back to the system as soon as it is free,
 and the top of its heap with it, so every micro-batch pays for its activations' pages anew. Blocks
-kept in the heap are paid for once.
+kept in the heap are paid for once. Tensors have an arena beside that heap where a compiler can make
+one: among small objects their blocks leave holes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 import psutil
 
+from lighten.allocator import arena
 from lighten.hardware import Choice
 
 # mallopt's parameters, from glibc's malloc.h.
@@ -54,7 +56,7 @@ def keep_pages(device: str) -> Choice:
         device: `cpu` or a CUDA device.
 
     Returns:
-        `glibc, pages kept`, or `as it is` with the reason.
+        `arena, pages kept`, `glibc, pages kept` with the reason, or `as it is` with the reason.
     """
     if device != "cpu":
         return Choice("as it is", "activations are on the GPU")
@@ -73,7 +75,15 @@ def keep_pages(device: str) -> Choice:
     taken = taken and libc.mallopt(M_ARENA_MAX, 1)
     if not (taken and libc.mallopt(M_TOP_PAD, GROWTH_BYTES)):
         return Choice("as it is", "glibc did not take the thresholds")
-    return Choice("glibc, pages kept", "fresh pages for every micro-batch's activations cost time")
+    why = "fresh pages for every micro-batch's activations cost time"
+    if arena.opened():
+        return Choice("arena, pages kept", f"{why}, holes between small objects memory")
+    return Choice("glibc, pages kept", f"{why}; no arena for tensors: {arena.obstacle()}")
+
+
+def has_arena() -> bool:
+    """Whether tensors of a training here would be in the arena."""
+    return _glibc() is not None and _chosen_by_user() is None and arena.obstacle() is None
 
 
 def trim() -> bool:
@@ -82,6 +92,7 @@ def trim() -> bool:
     What is written next pays for its pages again: for use between phases, not after each step.
     """
     libc = _glibc()
+    arena.trim()
     return bool(libc is not None and libc.malloc_trim(0))
 
 
@@ -132,9 +143,11 @@ def temporaries_given_back() -> Iterator[None]:
         yield
         return
     libc.mallopt(M_MMAP_THRESHOLD, QUANTISING_BYTES)
+    arena.use(False)
     try:
         yield
     finally:
+        arena.use(True)
         for parameter, size in _kept or ADAPTED:
             libc.mallopt(parameter, size)
 
