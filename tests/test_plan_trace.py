@@ -396,6 +396,16 @@ def test_two_gradients_of_a_tied_head_are_added_in_place_as_autograd_does(
     assert most == 2, "the head's gradient and the embedding's"
 
 
+@pytest.mark.parametrize(("stored", "read"), [("float32", True), ("bfloat16", False)])
+def test_weights_of_another_format_are_mapped_while_they_are_converted(
+    stored: str, read: bool, tmp_path: Path
+) -> None:
+    """The model that is made for the trace has the wanted format: it must not be asked."""
+    tiny_model("llama", dtype=getattr(torch, stored)).save_pretrained(tmp_path)
+    plan = plan_recipe(recipe_of(tmp_path, dtype="bfloat16"), Card())
+    assert ("loading" in plan.choices) is read
+
+
 @pytest.mark.parametrize(("device", "said"), [("h100", False), ("t4", True)])
 def test_a_plan_says_which_gpus_were_never_compared(
     device: str, said: bool, tmp_path: Path
