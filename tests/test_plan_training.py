@@ -182,7 +182,8 @@ def under(
              "torch_compile": False, "more": more, **changes}  # fmt: skip
     return subprocess.run(
         [sys.executable, "-c", LIMITED, json.dumps(given)], capture_output=True, text=True,
-        check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # Under such a limit from the start, as `ulimit -v` sets it, there is no arena.
+        check=False, env={**os.environ, "OMP_NUM_THREADS": "1", "LIGHTEN_ARENA": "0"},
     )  # fmt: skip
 
 

@@ -78,7 +78,8 @@ def keep_pages(device: str) -> Choice:
     why = "fresh pages for every micro-batch's activations cost time"
     if arena.opened():
         return Choice("arena, pages kept", f"{why}, holes between small objects memory")
-    return Choice("glibc, pages kept", f"{why}; no arena for tensors: {arena.obstacle()}")
+    none = arena.obstacle() or "no address space could be reserved"
+    return Choice("glibc, pages kept", f"{why}; no arena for tensors: {none}")
 
 
 def has_arena() -> bool:
