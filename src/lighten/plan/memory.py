@@ -124,8 +124,8 @@ def processor_memory(
     kept = timeline.alive_at(len(phases) - 1)
     mapped = {"temporary buffers": kept.get("temporary buffers", 0) + verified}
     stages.append(_Stage("saving", {**kept, **mapped}, 0, own))
-    # Pages that an earlier stage wrote are there in a later one, as its overhead: where both hold as
-    # much, it is the earlier that needs them.
+    # Pages that an earlier stage wrote are there in a later one, as its overhead: where both hold
+    # as much, it is the earlier that needs them.
     enough = ALIKE * max(stage.bytes for stage in stages)
     most = min((own for own in stages if own.bytes >= enough), key=lambda stage: stage.overhead)
     parts = {**most.parts, "allocator overhead": most.overhead}
