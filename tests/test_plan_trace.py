@@ -340,6 +340,21 @@ def test_every_further_lane_is_a_process_with_activations_of_its_own(tmp_path: P
     assert three.expected - two.expected == pytest.approx(two.expected - one.expected, rel=0.01)
 
 
+def test_every_adapter_learns_in_a_traced_step_and_lanes_sum_what_is_theirs(
+    tmp_path: Path,
+) -> None:
+    folder = folder_of(tmp_path)
+    four = recipe_of(folder, lora_r=[8] * 4, seed=[0, 1, 2, 3], tokens_per_microbatch=64, lanes=2)
+    traced = follow(four, (1, 64))
+    assert len(traced.batches) == 4, "one for each adapter"
+    each = [sum(p.numel() for p in own.parameters.values()) for own in traced.setup.members]
+    held = traced.timeline.alive_at(len(traced.timeline.events) - 1)
+    assert held["optimiser"] == pytest.approx(2 * 4 * sum(each), rel=0.02)
+    assert traced.further_sums(2) == 0, "each adapter's gradients are summed in one lane"
+    one = recipe_of(folder, tokens_per_microbatch=64, lanes=2)
+    assert follow(one, (4, 64)).further_sums(2) == 4 * each[0]
+
+
 def test_what_comes_before_lanes_is_there_once(tmp_path: Path) -> None:
     # A vocabulary so large that the check of the loss is the peak.
     traced = follow(recipe_of(folder_of(tmp_path, vocab_size=500_000)), (2, 64))

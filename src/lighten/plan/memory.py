@@ -92,6 +92,7 @@ def processor_memory(
     context: Context,
     verified: int = 0,
     lanes: int = 1,
+    sums: int = 0,
     arena: bool,
     margin: float,
 ) -> Memory:
@@ -103,6 +104,7 @@ def processor_memory(
         context: What comes with training and is no tensor's.
         verified: Bytes of the files that are mapped and compared with the weights after saving.
         lanes: Micro-batches that are computed side by side.
+        sums: Bytes of gradients that lanes sum beyond the timeline's.
         arena: Whether tensors' large blocks have an arena of their own.
         margin: Share of the peak that it may be off by.
     """
@@ -117,7 +119,7 @@ def processor_memory(
         _Stage("loading", loaded, 0, own),
         _stage(timeline, course, own, 0, forked),
         _stage(timeline, course, own, forked).with_lanes(
-            _other_lanes(timeline, lanes - 1, context.lane_bytes, arena)
+            _other_lanes(timeline, lanes - 1, context.lane_bytes, sums, arena)
         ),
     ]
     # Free pages are given back before a checkpoint is written, too.
@@ -237,7 +239,7 @@ def _apart(block: Block) -> bool:
     return block.bytes >= LEAST_BYTES and block.part != "device context"
 
 
-def _other_lanes(timeline: Timeline, count: int, context: int, arena: bool) -> _Stage:
+def _other_lanes(timeline: Timeline, count: int, context: int, sums: int, arena: bool) -> _Stage:
     """Processes with heaps of their own, in which micro-batches come and go as in the first lane's.
 
     What a lane's micro-batches leave, the sums of their gradients, lies in memory that it shares
@@ -253,7 +255,7 @@ def _other_lanes(timeline: Timeline, count: int, context: int, arena: bool) -> _
     alone = Timeline(events, timeline.runs, timeline.work)
     most = _stage(alone, _course(alone, arena), context, 0)
     found = {name: count * size for name, size in most.parts.items()}
-    found["gradients"] = found.get("gradients", 0) + count * _most_of(timeline, ("gradients",))
+    found["gradients"] = found.get("gradients", 0) + sums
     return _Stage(most.when, found, count * most.overhead, count * context)
 
 

@@ -31,6 +31,7 @@ from lighten.plan.follow import Follow, Timeline
 from lighten.plan.on_cuda import as_on_cuda
 from lighten.plan.result import Shape
 from lighten.recipe import Recipe
+from lighten.train.lanes import even_shares
 from lighten.train.member import Member
 from lighten.train.passes import undropped
 from lighten.train.prepare import Rows, Setup, prepare
@@ -39,7 +40,7 @@ from lighten.train.step import train_step
 STEPS = 2
 # Tokens of a row at which its attention takes about as much memory as the rest of its layers.
 ATTENTION_IS_HALF = 2048
-MICRO_BATCHES = 2  # of each step; further ones find what the second found
+MICRO_BATCHES = 2  # of each step; further ones of the same adapters find what the second found
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,25 @@ class Traced:
         ends = [*self.places[1:], len(self.batches)]
         tokens = [self.tokens(place) for place in range(self.places[index], ends[index])]
         return sum(tokens) / tokens[0]
+
+    def further_sums(self, lanes: int) -> int:
+        """Bytes of gradients' sums that lanes have beyond one of each adapter's.
+
+        Each lane sums those of the adapters in its own micro-batches.
+        """
+        found = 0
+        for group in self.setup.groups(self.setup.members):
+            size: dict[str | None, int] = {
+                own.name: sum(4 * p.numel() for p in own.parameters.values()) for own in group
+            }
+            mine = [place for place, part in enumerate(self.batches) if part[0].member in size]
+            shares = even_shares([self.tokens(place) for place in mine], lanes)
+            summed = [
+                {item.member for i in own for item in self.batches[mine[i]]} for own in shares
+            ]
+            every = sum(size[name] for names in summed for name in names)
+            found = max(found, every - sum(size.values()))
+        return found
 
     @property
     def step_tokens(self) -> int:
@@ -270,12 +290,18 @@ def _mean_tokens(recipe: Recipe, given: tuple[int, int] | Sequence[int] | None) 
 
 
 def traced_places(setup: Setup, cut: list[list[Item]]) -> list[int]:
-    """The first micro-batches of each group of adapters."""
+    """The first micro-batches of each group of adapters, and of each adapter the first."""
     found = []
     for group in setup.groups(setup.members):
         names = {member.name for member in group}
         own = [place for place, part in enumerate(cut) if part[0].member in names]
-        found += own[:MICRO_BATCHES]
+        seen: set[str | None] = set()
+        for count, place in enumerate(own):
+            members = {item.member for item in cut[place]}
+            # Whoever has not learnt yet has neither gradients nor optimiser state.
+            if count < MICRO_BATCHES or not members <= seen:
+                found.append(place)
+            seen |= members
     return found
 
 

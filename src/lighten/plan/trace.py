@@ -97,7 +97,7 @@ def plan_recipe(
         verified = _numbers(traced) * 4
         peak = memory.processor_memory(
             traced.timeline, loading, context=context_of(), verified=verified, lanes=lanes,
-            arena=allocator.has_arena(), margin=margin,
+            sums=traced.further_sums(lanes), arena=allocator.has_arena(), margin=margin,
         )  # fmt: skip
         host = peak.expected
     else:

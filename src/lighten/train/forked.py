@@ -61,7 +61,6 @@ def processes_for(setup: Setup) -> Forked:
     """
     groups = setup.groups(setup.members)
     learning = [[p for member in group for p in member.parameters.values()] for group in groups]
-    allocator.trim()  # a child would copy each free page that it writes to
     return Forked(setup.lanes, torch.get_num_threads(), setup.objective, learning)
 
 
@@ -139,6 +138,7 @@ class Forked(Lanes):
         # twice from then on.
         gc.collect()
         gc.freeze()
+        allocator.trim()  # a child would copy each free page that it writes to
         try:
             for _ in range(count - 1):
                 slopes = SharedTensors(largest)

@@ -182,13 +182,19 @@ class Threads(Lanes):
 
 
 def shared_out(batches: Sequence[MicroBatch], count: int) -> list[list[MicroBatch]]:
-    """The micro-batches of each lane: every one goes where the fewest tokens are."""
-    lanes: list[list[MicroBatch]] = [[] for _ in range(min(count, len(batches)))]
+    """The micro-batches of each lane."""
+    shares = even_shares([batch.input_ids.numel() for batch in batches], count)
+    return [[batches[place] for place in own] for own in shares]
+
+
+def even_shares(tokens: Sequence[int], count: int) -> list[list[int]]:
+    """Which micro-batches each lane has: every one goes where the fewest tokens are."""
+    lanes: list[list[int]] = [[] for _ in range(min(count, len(tokens)))]
     filled = [0] * len(lanes)
-    for batch in sorted(batches, key=lambda batch: -batch.input_ids.numel()):
-        place = min(range(len(lanes)), key=lambda lane: filled[lane])
-        lanes[place].append(batch)
-        filled[place] += batch.input_ids.numel()
+    for place in sorted(range(len(tokens)), key=lambda place: -tokens[place]):
+        lane = min(range(len(lanes)), key=lambda lane: filled[lane])
+        lanes[lane].append(place)
+        filled[lane] += tokens[place]
     return lanes
 
 
