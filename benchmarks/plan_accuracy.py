@@ -235,7 +235,7 @@ def main() -> None:
         return
     import psutil
 
-    from lighten.models.names import cache_folder
+    from lighten.hardware import cache_folder
 
     before = before_start()
     folder = cache_folder() / FOLDER

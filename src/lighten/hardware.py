@@ -159,6 +159,12 @@ def _version(name: str) -> str | None:
         return None
 
 
+def cache_folder() -> Path:
+    """Where models, kernels and rates are kept: `LIGHTEN_CACHE`, else `~/.cache/lighten`."""
+    named = os.environ.get("LIGHTEN_CACHE")
+    return Path(named) if named else Path.home() / ".cache" / "lighten"
+
+
 def commit(folder: Path | None = None) -> tuple[str | None, bool | None]:
     """Commit of the checkout that this package runs from, and whether its tree is clean."""
     where = folder or Path(__file__).parent

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from lighten.models.names import cache_folder
+from lighten.hardware import cache_folder
 
 OPTIONS = ("-std=c++17", "-fPIC", "-shared", "-pthread")
 LONGEST_S = 120.0  # of a compilation

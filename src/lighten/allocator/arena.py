@@ -15,6 +15,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from lighten import native
+
 FOLDER = Path(__file__).parent
 SWITCH = "LIGHTEN_ARENA"  # set to 0: glibc's heap in its place
 # As in arena.cpp: a block is so much at least, and takes whole lines and one more.
@@ -55,8 +57,6 @@ def trim() -> None:
 
 @functools.cache
 def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
-    from lighten import native
-
     root = Path(torch.__file__).parent
     options = (
         "-O2", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",

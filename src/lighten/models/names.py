@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,12 +45,6 @@ PACKAGED = {
         note="SmolLM2-135M-Instruct, a small English chat model (98 MB)",
     )
 }
-
-
-def cache_folder() -> Path:
-    """Where packaged models are unpacked: `LIGHTEN_CACHE`, else `~/.cache/lighten`."""
-    named = os.environ.get("LIGHTEN_CACHE")
-    return Path(named) if named else Path.home() / ".cache" / "lighten"
 
 
 def resolve(name: str) -> tuple[Source, Path | None]:

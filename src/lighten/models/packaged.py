@@ -13,8 +13,9 @@ import zipfile
 from pathlib import Path
 
 from lighten.errors import UserError
+from lighten.hardware import cache_folder
 from lighten.models.gguf import convert
-from lighten.models.names import PACKAGED, Package, cache_folder
+from lighten.models.names import PACKAGED, Package
 
 log = logging.getLogger(__name__)
 # Raised when what `fetch` makes of a package changes, so that an old cache is not taken for it.

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lighten import runs
-from lighten.models.names import cache_folder
+from lighten.hardware import cache_folder
 from lighten.plan.result import MemoryPart, Plan
 
 FILE = "calibration.json"

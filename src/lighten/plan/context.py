@@ -21,8 +21,7 @@ from typing import Any
 
 from lighten import runs
 from lighten.errors import UserError
-from lighten.hardware import processor_name, versions
-from lighten.models.names import cache_folder
+from lighten.hardware import cache_folder, processor_name, versions
 
 MIB = 2**20
 FILE = "context.json"

@@ -20,9 +20,8 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from lighten import allocator, runs
-from lighten.hardware import processor_name, versions
+from lighten.hardware import cache_folder, processor_name, versions
 from lighten.models import kernels
-from lighten.models.names import cache_folder
 from lighten.plan.work import Shaped, Work
 
 # An operation larger than this is not timed: its rate is that of the largest timed of its kind.
