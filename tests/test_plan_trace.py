@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import flop_registry
 
 from lighten import models
 from lighten.adapters.whole import decoder_layers
@@ -307,6 +308,39 @@ def test_a_gpus_attention_has_room_of_its_own_in_the_backward_pass(
     sizes = [event.block.bytes for event in found.events if event.born and event.run in runs]
     each = [sizes[i : i + pieces] for i in range(len(sizes))]
     assert each.count(wanted) == 2, "once in each layer"
+
+
+def test_grouped_keys_are_counted_where_pytorchs_formula_refuses_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As PyTorch 2.11's does: a GPU that had it could not be planned for."""
+    folder = folder_of(tmp_path, num_attention_heads=8, num_key_value_heads=2, hidden_size=128)
+
+    def flops() -> dict[str, int]:
+        found: dict[str, int] = {}
+        for _, _, work in half_steps_on_cuda(folder, (2, 64)).timeline.work:
+            if "flash" in work.name:
+                found[work.name] = found.get(work.name, 0) + work.flops
+        return found
+
+    wanted, asked = flops(), 0
+    aten = torch.ops.aten
+    for packet in (aten._scaled_dot_product_flash_attention,
+                   aten._scaled_dot_product_flash_attention_backward):  # fmt: skip
+
+        def strict(*args: Any, real: Any = flop_registry[packet], **options: Any) -> Any:
+            nonlocal asked
+            asked += 1
+            assert (
+                len({x.shape[1] for x in args if isinstance(x, torch.Tensor) and x.dim() == 4}) == 1
+            )
+            return real(*args, **options)
+
+        monkeypatch.setitem(flop_registry, packet, strict)
+    assert flops() == wanted
+    assert asked
+    assert min(wanted.values()) > 0
+    assert len(wanted) == 2
 
 
 def test_a_plan_for_a_gpu_is_the_same_whatever_kernels_this_processor_has(

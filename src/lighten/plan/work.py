@@ -101,7 +101,23 @@ def work_of(
     packet = getattr(func, "overloadpacket", func)
     if packet in flop_registry and outs:
         out = outs[0] if len(outs) == 1 else tuple(outs)
-        flops = int(flop_registry[packet](*args, **kwargs, out_val=out))
+        flops = _flops(flop_registry[packet], args, kwargs, out)
     kept, named = tree_map_only(Tensor, Shaped.of, (tuple(args), dict(kwargs)))
     dtype = outs[0].dtype if outs else given[0].dtype
     return Work(name, flops, moved, dtype, func, kept, named)
+
+
+def _flops(formula: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> int:
+    """By PyTorch's formula; in 2.11 it refuses grouped keys, whose heads are repeated then."""
+    try:
+        return int(formula(*args, **kwargs, out_val=out))
+    except AssertionError:
+        heads = max(x.shape[1] for x in args if isinstance(x, Tensor) and x.dim() == 4)
+        return int(formula(*(_with_heads(x, heads) for x in args), **kwargs, out_val=out))
+
+
+def _with_heads(x: Any, heads: int) -> Any:
+    """The shape of an attention's argument, as if each query head had keys of its own."""
+    if not isinstance(x, Tensor) or x.dim() != 4:
+        return x
+    return torch.empty(x.shape[0], heads, *x.shape[2:], device="meta")
