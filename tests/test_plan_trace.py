@@ -258,21 +258,26 @@ def test_recomputed_layers_can_be_planned_for_a_gpu(part: str, tmp_path: Path) -
     assert 0 < peaks[1] < peaks[0]
 
 
+def half_steps_on_cuda(folder: Path, given: tuple[int, int], **options: Any) -> Traced:
+    recipe, half = recipe_of(folder), Choice("bfloat16", "the test's")
+    return follow_recipe(recipe, config_of(recipe)[0], half, "cuda", given=given, **options)
+
+
+def grouped_folder(tmp_path: Path, heads: int, groups: int, features: int) -> Path:
+    return folder_of(
+        tmp_path, num_attention_heads=heads, num_key_value_heads=heads // groups,
+        hidden_size=heads * features,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("capability", [(9, 0), (7, 5)])
 def test_a_gpus_attention_keeps_what_its_kernels_keep(
     capability: tuple[int, int], tmp_path: Path
 ) -> None:
     """Grouped keys as they are where a kernel reads them, repeated where none does; no scores."""
     tokens, rows, heads, groups, features = 64, 2, 8, 4, 16
-    folder = folder_of(
-        tmp_path, num_attention_heads=heads, num_key_value_heads=heads // groups,
-        hidden_size=heads * features,
-    )  # fmt: skip
-    recipe = recipe_of(folder)
-    half = Choice("bfloat16", "the test's")
-    traced = follow_recipe(
-        recipe, config_of(recipe)[0], half, "cuda", given=(rows, tokens), capability=capability
-    )
+    folder = grouped_folder(tmp_path, heads, groups, features)
+    traced = half_steps_on_cuda(folder, (rows, tokens), capability=capability)
     live = traced.timeline.live()
     parts = traced.timeline.alive_at(max(range(len(live)), key=live.__getitem__))
     query = rows * tokens * heads * features * 2
@@ -285,21 +290,13 @@ def test_a_gpus_attention_keeps_what_its_kernels_keep(
     assert parts["activations: attention"] == pytest.approx(wanted, rel=0.02)
 
 
-def half_steps_on_cuda(folder: Path, given: tuple[int, int], **options: Any) -> Traced:
-    recipe, half = recipe_of(folder), Choice("bfloat16", "the test's")
-    return follow_recipe(recipe, config_of(recipe)[0], half, "cuda", given=given, **options)
-
-
 @pytest.mark.parametrize(("capability", "pieces"), [((9, 0), 1), ((8, 0), 4)])
 def test_a_gpus_attention_has_room_of_its_own_in_the_backward_pass(
     capability: tuple[int, int], pieces: int, tmp_path: Path
 ) -> None:
     """Of float32 sums for the queries, and of keys' gradients before a group's are added."""
     tokens, rows, heads, groups, features = 96, 2, 8, 4, 16
-    folder = folder_of(
-        tmp_path, num_attention_heads=heads, num_key_value_heads=heads // groups,
-        hidden_size=heads * features,
-    )  # fmt: skip
+    folder = grouped_folder(tmp_path, heads, groups, features)
     found = half_steps_on_cuda(folder, (rows, tokens), capability=capability).timeline
     sums, normaliser = rows * tokens * heads * features * 4, rows * heads * tokens * 4
     keys = rows * tokens * heads * features * 2  # of every query head
@@ -314,7 +311,7 @@ def test_grouped_keys_are_counted_where_pytorchs_formula_refuses_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As PyTorch 2.11's does: a GPU that had it could not be planned for."""
-    folder = folder_of(tmp_path, num_attention_heads=8, num_key_value_heads=2, hidden_size=128)
+    folder = grouped_folder(tmp_path, 8, 4, 16)
 
     def flops() -> dict[str, int]:
         found: dict[str, int] = {}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-import resource
 from pathlib import Path
 
 import psutil
@@ -27,6 +26,10 @@ def obstacle() -> str | None:
     """Why there is no arena here; None where there is one."""
     if os.environ.get(SWITCH) == "0":
         return f"{SWITCH} is 0"
+    if os.name != "posix":
+        return "the system is not POSIX"
+    import resource
+
     if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
         return "a limit on address space leaves no room to reserve"
     return _loaded()[1]
@@ -43,16 +46,19 @@ def opened() -> int:
 
 def use(in_use: bool) -> None:
     """Whether further blocks come from it, where it is open."""
-    library = _loaded()[0] if _loaded.cache_info().currsize else None
-    if library is not None:
+    if (library := _at_hand()) is not None:
         library.lighten_arena_use(int(in_use))
 
 
 def trim() -> None:
     """Give free pages back to the system, where it is open."""
-    library = _loaded()[0] if _loaded.cache_info().currsize else None
-    if library is not None:
+    if (library := _at_hand()) is not None:
         library.lighten_arena_trim()
+
+
+def _at_hand() -> ctypes.CDLL | None:
+    """The library if it was wanted before: giving memory back is no reason to compile."""
+    return _loaded()[0] if _loaded.cache_info().currsize else None
 
 
 @functools.cache
