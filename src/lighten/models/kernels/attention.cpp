@@ -19,13 +19,11 @@
 #include <cstring>
 #include <limits>
 #include <new>
-#include <system_error>
-#include <thread>
-#include <vector>
 
 #include <immintrin.h>
 
 #include "numbers.h"
+#include "threads.h"
 
 #if defined(__AMX_BF16__)
 #include <sys/syscall.h>
@@ -421,7 +419,7 @@ int in_threads(const Job& job, Each each) {
     const int64_t all = job.row_count * job.key_heads;
     std::atomic<int64_t> next{0};
     std::atomic<int> failed{0};
-    auto work = [&] {
+    in_parallel(std::min(job.threads, all), [&] {
         [[maybe_unused]] Tiles tiles;
         try {
             for (int64_t i = next++; i < all; i = next++)
@@ -429,15 +427,7 @@ int in_threads(const Job& job, Each each) {
         } catch (const std::bad_alloc&) {
             failed = 1;
         }
-    };
-    std::vector<std::thread> others;
-    try {
-        for (int64_t i = 1; i < std::min(job.threads, all); ++i) others.emplace_back(work);
-    } catch (const std::system_error&) {
-        // The system makes no more threads: those that are there do all of it.
-    }
-    work();
-    for (auto& other : others) other.join();
+    });
     return failed;
 }
 

@@ -4,16 +4,15 @@
 // Dimensions: N tokens, H features of a token, S positions with a label, V vocabulary.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <limits>
-#include <system_error>
-#include <thread>
-#include <vector>
 
 #include <immintrin.h>
 
 #include "numbers.h"
+#include "threads.h"
 
 namespace {
 
@@ -23,17 +22,11 @@ constexpr int64_t WORTH_A_THREAD = 1 << 18;  // numbers
 template <class Work>
 void in_threads(int64_t rows, int64_t width, int64_t threads, Work work) {
     threads = std::max<int64_t>(1, std::min(threads, rows * width / WORTH_A_THREAD));
-    std::vector<std::thread> others;
-    for (int64_t i = 1; i < threads; ++i) {
-        const int64_t first = rows * i / threads, last = rows * (i + 1) / threads;
-        try {
-            others.emplace_back(work, first, last);
-        } catch (const std::system_error&) {
-            work(first, last);  // the system makes no more threads
-        }
-    }
-    work(0, rows / threads);
-    for (auto& other : others) other.join();
+    std::atomic<int64_t> next{0};
+    in_parallel(threads, [&] {
+        for (int64_t i = next++; i < threads; i = next++)
+            work(rows * i / threads, rows * (i + 1) / threads);
+    });
 }
 
 // 1 / (1 + e^-x)
