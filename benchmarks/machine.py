@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import psutil
 RESULTS = Path(__file__).parent / "results"
 # A machine busier than this before the start gives no figures worth keeping.
 BUSY_PERCENT = 10.0
+TURN = "turn"  # a worker's line: it waits until others had theirs
 
 
 def before_start() -> dict[str, Any]:
@@ -67,11 +69,23 @@ def store(
 
 
 def in_fresh_process(
-    script: str, job: Mapping[str, Any], scratch: Path, *, python: str = sys.executable
+    script: str,
+    job: Mapping[str, Any],
+    scratch: Path,
+    *,
+    python: str = sys.executable,
+    turn: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """A worker of this folder on a job, in a process of its own; a failed one gives its `error`.
 
     The worker's last line is JSON. `wall_s` is what the whole process took, imports included.
+
+    Args:
+        script: The worker.
+        job: What it is told, in a file.
+        scratch: Where that file lies and where it may write.
+        python: The interpreter.
+        turn: Called whenever the worker prints `TURN`; it waits for a line meanwhile.
     """
     path = scratch / "job.json"
     began = time.time()
@@ -79,11 +93,27 @@ def in_fresh_process(
         json.dumps({**job, "scratch": str(scratch / "out"), "began": began}), encoding="utf-8"
     )
     command = [python, str(Path(__file__).with_name(script)), str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    wall_s = time.time() - began
-    if done.returncode:
-        return {"error": f"exit {done.returncode}: {done.stderr[-2000:]}"}
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    last = ""
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8") as told,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=told, text=True
+        ) as worker,
+    ):
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        for line in worker.stdout:
+            last = line if line.strip() else last
+            if turn is not None and line.strip() == TURN:
+                turn()
+                print(file=worker.stdin, flush=True)
+        worker.wait()
+        wall_s = time.time() - began
+        told.seek(0)
+        errors = told.read()
+    if worker.returncode:
+        return {"error": f"exit {worker.returncode}: {errors[-2000:]}"}
+    found: dict[str, Any] = json.loads(last)
     return {**found, "wall_s": wall_s}
 
 

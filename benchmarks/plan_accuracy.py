@@ -1,11 +1,14 @@
 """What `lighten plan` predicts against what a training really takes, on this processor.
 
-Each configuration is planned from its `config.json`, then trained for six steps in a process of
-its own; the peak is the kernel's high-water mark above what the process held before the model was
-loaded, as every run reports it, and the time is the least of the steps after the first, of those
-before and after which the machine was as fast as it is known to be. All are planned once before, so
-that rates which were timed in a bad moment have been timed again. Beside it stands what the
-estimators say that install (`--peers` makes their environment).
+Each configuration is planned from its `config.json` and trained for a dozen steps in a process of
+its own. The peak is the kernel's high-water mark above what the process held before the model was
+loaded, as every run reports it. The time is the mean of the steps after the first.
+
+Others may share the machine below this one: everything can take twice as long from one second to
+the next. So steps and the plan's rates take turns: after each step every kind of operation that the
+plan counts is timed once. Both then know the same moments, and what is compared is how the plan
+adds up a step, not how fast the machine was when. Beside it stands what the estimators say that
+install (`--peers` makes their environment).
 
 `--gpu FILE` plans what `gpu_suite.py` measured on a CUDA device and wrote to that file, on any
 machine: allocated and reserved memory, and the time of a step.
@@ -29,9 +32,7 @@ from benchmarks import plan_peers
 from benchmarks.machine import before_start, in_fresh_process, store
 
 SUPERVISED = 0.5
-# Of memory two would tell all. The time is the least of those after the first that had a good
-# moment; on a machine whose cores others share that may be none, and it is asked again.
-STEPS, ENOUGH, TRIES = 6, 2, 2
+STEPS = 12  # of memory two would tell all
 FOLDER = "plan-models-2"
 
 
@@ -161,24 +162,29 @@ def planned(case: Case, folder: Path, capacity: int) -> dict[str, Any]:
 
 
 def measured(case: Case, folder: Path, scratch: Path) -> dict[str, Any]:
-    """What the case really takes; `error` where it fails.
+    """What the case really takes, its rates being timed between the steps; `error` if it fails."""
+    from lighten.plan import rates
+    from lighten.plan.build import config_of
+    from lighten.plan.steps import follow_recipe
+    from lighten.recipe import Recipe
 
-    The memory is that of the first try; `steps` are those of all tries with whether each had a good
-    moment.
-    """
-    from lighten.plan.rates import Measured, pace
+    recipe = Recipe.from_values(case.recipe(folder))
+    dtype = Processor().dtype(recipe.compute_dtype)
+    traced = follow_recipe(
+        recipe, config_of(recipe)[0], dtype, "cpu", given=(case.rows, case.tokens),
+        supervised=SUPERVISED,
+    )  # fmt: skip
+    lanes = min(traced.setup.lanes, len(traced.batches))
+    parts = traced.parts_of_step(lanes)
+
+    def turn() -> None:
+        for alone in (False, True):
+            known = rates.Measured.cached(1 if alone else lanes)
+            known.sample(work for part in parts if part.alone is alone for work in part.work)
 
     job = {"recipe": case.recipe(folder), "rows": case.rows, "tokens": case.tokens,
-           "supervised": SUPERVISED, "pace": min(Measured.cached().best, pace())}  # fmt: skip
-    tries: list[dict[str, Any]] = []
-    while len(tries) < TRIES and sum(sum(own["good"][1:]) for own in tries) < ENOUGH:
-        found = in_fresh_process("plan_worker.py", job, scratch)
-        if "error" in found:
-            return found
-        tries.append(found)
-    steps = [step for own in tries
-             for step in list(zip(own["step_seconds"], own["good"], strict=True))[1:]]  # fmt: skip
-    return {**tries[0], "steps": steps}
+           "supervised": SUPERVISED}  # fmt: skip
+    return in_fresh_process("plan_worker.py", job, scratch, turn=turn)
 
 
 def row_of(case: Case, plan: Mapping[str, Any], real: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,13 +192,11 @@ def row_of(case: Case, plan: Mapping[str, Any], real: Mapping[str, Any]) -> dict
     row: dict[str, Any] = {"case": case.name, "plan": plan, "measured": real}
     if "error" in real:
         return {**row, "error": None, "time_error": None}
-    good = [seconds for seconds, good in real["steps"] if good]
-    seconds = min(good or (seconds for seconds, _ in real["steps"]))
+    seconds = statistics.mean(real["step_seconds"][1:])
     return {
         **row,
         "error": plan["memory"]["expected"] / real["peak_bytes"] - 1.0,
         "step_seconds": seconds,
-        "in_a_good_moment": bool(good),
         "time_error": plan["time"]["seconds"] / seconds - 1.0 if plan["time"] else None,
     }
 
@@ -214,7 +218,6 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "failed": len(lost),
         "time_max_error": max(times, default=None),
         "time_mean_error": statistics.mean(times) if times else None,
-        "timed_in_no_good_moment": sum(not row.get("in_a_good_moment", True) for row in rows),
         "peers": plan_peers.summary(rows),
     }  # fmt: skip
 
@@ -243,10 +246,6 @@ def main() -> None:
     capacity = psutil.virtual_memory().available
     rows = []
     cases = [case for case in CASES if not options.only or options.only in case.name]
-    # Rates are those of a machine that has planned before: what a first plan timed in a bad moment
-    # is timed again by the next.
-    for case in cases:
-        planned(case, folder, capacity)
     with tempfile.TemporaryDirectory() as scratch:
         for case in cases:
             real = measured(case, folder, Path(scratch))

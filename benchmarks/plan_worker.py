@@ -1,15 +1,14 @@
 """One measured training for `plan_accuracy.py`, in a process of its own: `plan_worker.py JOB.json`.
 
 What `lighten train` does from before the base is loaded to the last step, on rows of one length.
-The last line printed is JSON: the peak after each stage, the seconds of each step, and whether the
-machine was at its best before and after it.
+The last line printed is JSON: the peak after each stage and the seconds of each step. After each
+step it waits: the rates that the plan rests on are timed then.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -19,15 +18,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
 from benchmarks import engine
+from benchmarks.machine import TURN
 from benchmarks.steps import Row
 from lighten.hardware import PeakMemory
-from lighten.plan.rates import GOOD, pace
 from lighten.recipe import Recipe
 from lighten.train.prepare import load_base
 from lighten.train.step import MemberStep
-
-# How long a training waits for good moments in all.
-PATIENCE_S, PAUSE_S = 6.0, 0.1
 
 
 def rows_of(count: int, tokens: int, supervised: float, vocabulary: int, seed: int) -> list[Row]:
@@ -42,29 +38,19 @@ def rows_of(count: int, tokens: int, supervised: float, vocabulary: int, seed: i
 
 
 class Watched(engine.GivenSteps):
-    """The training loop, noting the peak after each step."""
+    """The training loop, noting the peak after each step and waiting for its turn."""
 
-    def __init__(self, known: float, *args: Any) -> None:
+    def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.seconds: list[float] = []
         self.peaks: list[int] = []
-        self.good: list[bool] = []
-        self.known, self.patience_s = known, PATIENCE_S
-        self.before = self._await_good_moment()
 
     def _record(self, report: dict[str, MemberStep], seconds: float) -> None:
         super()._record(report, seconds)
         self.seconds.append(seconds)
         self.peaks.append(int(self.memory.read()["peak_bytes"]))
-        self.good.append(max(self.before, pace()) <= GOOD * self.known)
-        self.before = self._await_good_moment()
-
-    def _await_good_moment(self) -> float:
-        """Others may share the machine below: wait until it is as fast as it is known to be."""
-        while (now := pace()) > GOOD * self.known and self.patience_s > 0.0:
-            time.sleep(PAUSE_S)
-            self.patience_s -= PAUSE_S
-        return now
+        print(TURN, flush=True)
+        sys.stdin.readline()
 
 
 def main() -> None:
@@ -87,12 +73,11 @@ def main() -> None:
     setup = engine.set_up(recipe, lessons, "cpu", base)
     scratch = Path(job["scratch"])
     scratch.mkdir(parents=True, exist_ok=True)
-    loop = Watched(job["pace"], setup, lessons, Path(mkdtemp(dir=scratch)), memory)
+    loop = Watched(setup, lessons, Path(mkdtemp(dir=scratch)), memory)
     loop.run()
     found = memory.read()
     print(json.dumps({
         **found, "stages": {**stages, "steps": loop.peaks}, "step_seconds": loop.seconds,
-        "good": loop.good,
         "choices": {what: choice.value for what, choice in setup.choices.items()},
         "micro_batches": job["rows"],
     }))  # fmt: skip

@@ -15,8 +15,7 @@ from lighten.plan import memory, rates
 from lighten.plan.build import config_of
 from lighten.plan.context import context_of
 from lighten.plan.result import Plan, StepTime
-from lighten.plan.steps import STEPS, Traced, follow_recipe
-from lighten.plan.work import Work
+from lighten.plan.steps import Traced, follow_recipe
 from lighten.recipe import Recipe
 
 # What a process that trains on a GPU holds in main memory beside the base: the interpreter, PyTorch
@@ -93,7 +92,7 @@ def plan_recipe(
     loading = memory.loading_of(source, path, traced.weights, traced.largest, converts)
     lanes = min(traced.setup.lanes, len(traced.batches))
     if device.kind == "cpu":
-        time = _time(traced, device)
+        time = time_of(traced, device)
         verified = _numbers(traced) * 4
         peak = memory.processor_memory(
             traced.timeline, loading, context=context_of(), verified=verified, lanes=lanes,
@@ -101,7 +100,7 @@ def plan_recipe(
         )  # fmt: skip
         host = peak.expected
     else:
-        time = _time(traced, device)
+        time = time_of(traced, device)
         peak = memory.cuda_memory(
             traced.timeline, capability=getattr(device, "capability", None), margin=margin
         )
@@ -126,35 +125,23 @@ def plan_recipe(
     )
 
 
-def _time(traced: Traced, device: Device) -> StepTime | None:
-    """The time of a step: the traced micro-batches, further ones by their tokens, the optimiser."""
-    lanes = 1
-    known: rates.Rates
+def time_of(traced: Traced, device: Device) -> StepTime | None:
+    """The time of a step; None: the device's rates are not known."""
     in_lanes: rates.Rates
+    known: rates.Rates
+    lanes = 1
     if device.kind == "cpu":
-        known = rates.Measured.cached()
         lanes = min(traced.setup.lanes, len(traced.batches))
-        in_lanes = rates.Measured.cached(lanes)
+        known, in_lanes = rates.Measured.cached(), rates.Measured.cached(lanes)
     elif device.flops and device.bandwidth:
         in_lanes = known = rates.Datasheet(device.name, device.flops, device.bandwidth)
     else:
         return None
-    last = STEPS - 1
-    passes: dict[int, list[Work]] = {}
-    for run, _, work in traced.timeline.work:
-        own = traced.timeline.runs[run]
-        if own.step == last:
-            place = -1 if own.phase == "optimiser step" else own.micro_batch
-            passes.setdefault(place, []).append(work)
     seconds = flops = moved = 0.0
-    for place, works in passes.items():
-        times = traced.share_of(place) if place >= 0 else 1.0
-        if place < 0:
-            seconds += known.seconds(works)
-        else:
-            seconds += times * in_lanes.seconds(works) / lanes
-        flops += times * sum(work.flops for work in works)
-        moved += times * sum(work.bytes for work in works)
+    for part in traced.parts_of_step(lanes):
+        seconds += part.times * (known if part.alone else in_lanes).seconds(part.work)
+        flops += part.share * sum(work.flops for work in part.work)
+        moved += part.share * sum(work.bytes for work in part.work)
     low, high = seconds / known.spread, seconds * known.spread
     return StepTime(seconds, low, high, flops, moved, known.source)
 

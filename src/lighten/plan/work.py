@@ -36,6 +36,14 @@ class Shaped:
         """What is left of a tensor."""
         return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
+    def turned(self) -> bool:
+        """Whether the numbers of its last dimension lie apart."""
+        return bool(self.stride) and self.shape[-1] > 1 and self.stride[-1] != 1
+
+    def meta(self) -> Tensor:
+        """A tensor of this shape that has no memory."""
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
+
     def made(self) -> Tensor:
         """A real tensor of this shape; its numbers mean nothing, as indices they are valid."""
         # What was expanded is one number along that dimension.
@@ -69,10 +77,14 @@ class Work:
     kwargs: Mapping[str, Any]
 
     @property
-    def sizes(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the tensors it was given."""
-        return tuple(x.shape for x in tree_leaves((self.args, self.kwargs))
-                     if isinstance(x, Shaped))  # fmt: skip
+    def operands(self) -> tuple[Shaped, ...]:
+        """The tensors it was given by position: `out=` is none."""
+        return tuple(x for x in tree_leaves(self.args) if isinstance(x, Shaped))
+
+    @property
+    def tensors(self) -> tuple[Shaped, ...]:
+        """Every tensor it was given."""
+        return tuple(x for x in tree_leaves((self.args, self.kwargs)) if isinstance(x, Shaped))
 
 
 def work_of(
@@ -97,21 +109,22 @@ def work_of(
     if name.partition(".")[0] in LOOKUPS:
         touched = [*outs, *outs, *given[1:]]
     moved = sum(x.numel() * x.element_size() for x in touched)
-    flops = 0
-    packet = getattr(func, "overloadpacket", func)
-    if packet in flop_registry and outs:
-        out = outs[0] if len(outs) == 1 else tuple(outs)
-        flops = _flops(flop_registry[packet], args, kwargs, out)
+    flops = flops_of(func, args, kwargs, outs[0] if len(outs) == 1 else tuple(outs)) if outs else 0
     kept, named = tree_map_only(Tensor, Shaped.of, (tuple(args), dict(kwargs)))
     dtype = outs[0].dtype if outs else given[0].dtype
     return Work(name, flops, moved, dtype, func, kept, named)
 
 
-def _flops(formula: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> int:
-    """By PyTorch's formula; in 2.11 it refuses grouped keys, whose heads are repeated then."""
+def flops_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any = None) -> int:
+    """By PyTorch's formula, from tensors or what is `Shaped` like them; 0 where there is none."""
+    formula = flop_registry.get(getattr(func, "overloadpacket", func))
+    if formula is None:
+        return 0
+    args, kwargs = tree_map_only(Shaped, lambda x: x.meta(), (tuple(args), dict(kwargs)))
     try:
         return int(formula(*args, **kwargs, out_val=out))
     except AssertionError:
+        # PyTorch 2.11 refuses grouped keys, whose heads are repeated then.
         heads = max(x.shape[1] for x in args if isinstance(x, Tensor) and x.dim() == 4)
         return int(formula(*(_with_heads(x, heads) for x in args), **kwargs, out_val=out))
 
