@@ -165,6 +165,7 @@ def measured(case: Case, folder: Path, scratch: Path) -> dict[str, Any]:
     """What the case really takes, its rates being timed between the steps; `error` if it fails."""
     from lighten.plan import rates
     from lighten.plan.build import config_of
+    from lighten.plan.step_time import lanes_of, parts_of
     from lighten.plan.steps import follow_recipe
     from lighten.recipe import Recipe
 
@@ -174,8 +175,7 @@ def measured(case: Case, folder: Path, scratch: Path) -> dict[str, Any]:
         recipe, config_of(recipe)[0], dtype, "cpu", given=(case.rows, case.tokens),
         supervised=SUPERVISED,
     )  # fmt: skip
-    lanes = min(traced.setup.lanes, len(traced.batches))
-    parts = traced.parts_of_step(lanes)
+    parts, lanes = parts_of(traced), lanes_of(traced)
 
     def turn() -> None:
         for alone in (False, True):

@@ -30,7 +30,6 @@ from lighten.plan.build import fake_base
 from lighten.plan.follow import Follow, Timeline
 from lighten.plan.on_cuda import as_on_cuda
 from lighten.plan.result import Shape
-from lighten.plan.work import Work
 from lighten.recipe import Recipe
 from lighten.train.lanes import even_shares
 from lighten.train.member import Member
@@ -100,23 +99,6 @@ class _Marking(torch.amp.GradScaler):
             self.follow.begin("loss", self.micro_batch, self.step_number)
 
 
-@dataclass(frozen=True)
-class Part:
-    """Operations that a step does one after the other.
-
-    Attributes:
-        work: Of one micro-batch, or of the optimiser.
-        share: How many micro-batches like it the step has, by their tokens.
-        times: How many of them a step waits for, where lanes do some at the same time.
-        alone: Whether nothing else is done at that time.
-    """
-
-    work: list[Work]
-    share: float
-    times: float
-    alone: bool
-
-
 @dataclass
 class Traced:
     """Steps that were followed.
@@ -151,36 +133,6 @@ class Traced:
         ends = [*self.places[1:], len(self.batches)]
         tokens = [self.tokens(place) for place in range(self.places[index], ends[index])]
         return sum(tokens) / tokens[0]
-
-    def parts_of_step(self, lanes: int) -> list[Part]:
-        """The operations of the last traced step, micro-batch by micro-batch, and the optimiser's.
-
-        Args:
-            lanes: Micro-batches at the same time.
-        """
-        found: dict[int, list[Work]] = {}
-        for run, _, work in self.timeline.work:
-            own = self.timeline.runs[run]
-            if own.step == STEPS - 1:
-                place = -1 if own.phase == "optimiser step" else own.micro_batch
-                found.setdefault(place, []).append(work)
-        waited = self._waits(lanes)
-        return [
-            Part(works, 1.0, 1.0, alone=True) if place < 0
-            else Part(works, share := self.share_of(place), share * waited / lanes, alone=False)
-            for place, works in found.items()
-        ]  # fmt: skip
-
-    def _waits(self, lanes: int) -> float:
-        """How many times its even share of the tokens the fullest lane has."""
-        longest = total = 0
-        for group in self.setup.groups(self.setup.members):
-            names = {own.name for own in group}
-            tokens = [self.tokens(place) for place, part in enumerate(self.batches)
-                      if part[0].member in names]  # fmt: skip
-            longest += max(sum(tokens[i] for i in own) for own in even_shares(tokens, lanes))
-            total += sum(tokens)
-        return longest * lanes / total
 
     def further_sums(self, lanes: int) -> int:
         """Bytes of gradients' sums that lanes have beyond one of each adapter's.

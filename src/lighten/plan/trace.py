@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,10 +11,11 @@ from lighten.errors import UserError
 from lighten.hardware import Choice
 from lighten.models.load import weight_files
 from lighten.models.quantized import stored_as
-from lighten.plan import memory, rates
+from lighten.plan import memory
 from lighten.plan.build import config_of
 from lighten.plan.context import context_of
-from lighten.plan.result import Plan, StepTime
+from lighten.plan.result import Plan
+from lighten.plan.step_time import Timed, lanes_of, time_of
 from lighten.plan.steps import Traced, follow_recipe
 from lighten.recipe import Recipe
 
@@ -27,28 +28,12 @@ TESTED_TOKENS = 2048
 STATE_TENSORS = {"sgd": 0, "adafactor": 1, "lion_8bit": 1, "lion_32bit": 1}
 
 
-class Device(Protocol):
+class Device(Timed, Protocol):
     """What a plan asks of a device."""
-
-    @property
-    def name(self) -> str:
-        """What to call it."""
-
-    @property
-    def kind(self) -> str:
-        """`cpu` or `cuda`."""
 
     @property
     def memory_bytes(self) -> int | None:
         """What a process can take; None where that is not known."""
-
-    @property
-    def bandwidth(self) -> float | None:
-        """Of its memory, bytes per second; None: to be measured."""
-
-    @property
-    def flops(self) -> Mapping[str, float]:
-        """Operations per second of matrix products by format; empty: to be measured."""
 
     def dtype(self, requested: str) -> Choice:
         """The format of the base on it, and why."""
@@ -90,7 +75,7 @@ def plan_recipe(
     outside = tuple(_outside(recipe, config, device))
     margin = memory.BEYOND if outside else memory.WITHIN
     loading = memory.loading_of(source, path, traced.weights, traced.largest, converts)
-    lanes = min(traced.setup.lanes, len(traced.batches))
+    lanes = lanes_of(traced)
     if device.kind == "cpu":
         time = time_of(traced, device)
         verified = _numbers(traced) * 4
@@ -123,27 +108,6 @@ def plan_recipe(
         outside=outside,
         step_tokens=sum(traced.lengths[item.row] for part in traced.batches for item in part),
     )
-
-
-def time_of(traced: Traced, device: Device) -> StepTime | None:
-    """The time of a step; None: the device's rates are not known."""
-    in_lanes: rates.Rates
-    known: rates.Rates
-    lanes = 1
-    if device.kind == "cpu":
-        lanes = min(traced.setup.lanes, len(traced.batches))
-        known, in_lanes = rates.Measured.cached(), rates.Measured.cached(lanes)
-    elif device.flops and device.bandwidth:
-        in_lanes = known = rates.Datasheet(device.name, device.flops, device.bandwidth)
-    else:
-        return None
-    seconds = flops = moved = 0.0
-    for part in traced.parts_of_step(lanes):
-        seconds += part.times * (known if part.alone else in_lanes).seconds(part.work)
-        flops += part.share * sum(work.flops for work in part.work)
-        moved += part.share * sum(work.bytes for work in part.work)
-    low, high = seconds / known.spread, seconds * known.spread
-    return StepTime(seconds, low, high, flops, moved, known.source)
 
 
 def _method(recipe: Recipe) -> str:
