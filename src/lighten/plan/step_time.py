@@ -1,4 +1,4 @@
-"""The seconds of a traced step: its operations by their rates, micro-batches that lanes share out."""
+"""The seconds of a traced step: its operations by their rates, shared out between lanes."""
 
 from __future__ import annotations
 
