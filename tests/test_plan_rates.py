@@ -137,7 +137,7 @@ def work(func: Any, *args: Any, **kwargs: Any) -> Work:
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    return torch.empty(*shape, dtype=dtype, device="meta")
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def heads(tokens: int, count: int = 4) -> torch.Tensor:
@@ -152,6 +152,17 @@ def attended(tokens: int, starts: list[int], backward: bool) -> Work:
     return work(OWN.attention.default, query, key, key, 0.1, starts)
 
 
+def adam(shapes: list[tuple[int, ...]]) -> Work:
+    lists = [[meta(*shape, dtype=torch.float32) for shape in shapes] for _ in range(4)]
+    steps = [meta(dtype=torch.float32) for _ in shapes]
+    options = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.0, "eps": 1e-8,
+               "amsgrad": False, "maximize": False}  # fmt: skip
+    args = (*lists, [], steps)
+    found = work_of(ATEN._fused_adamw_.default, args, options, [])
+    assert found is not None
+    return found
+
+
 LARGE = {
     "a product": lambda: work(ATEN.mm.default, meta(512, 256), meta(256, 1024)),
     "into memory that is there": lambda: work(
@@ -162,6 +173,8 @@ LARGE = {
     "attention of packed rows": lambda: attended(1024, [0, 1000, 1024], backward=False),
     "attention's slopes": lambda: attended(1024, [], backward=True),
     "a sum": lambda: work(ATEN.add.Tensor, meta(1, 2048, 512), meta(1, 2048, 512)),
+    "an optimiser's step": lambda: adam([(3, 64), (2048, 128), (64,)]),
+    "one of a large weight": lambda: adam([(8192, 128), (64,)]),
     "a loss": lambda: work(
         OWN.cross_entropy_.default, meta(512, 4096), meta(512, dtype=torch.int64), 1.0, 0.0),
 }  # fmt: skip

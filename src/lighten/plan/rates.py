@@ -28,6 +28,7 @@ from lighten.plan.work import Shaped, Work, flops_of
 # An operation larger than this is timed with fewer rows.
 MOST_FLOPS, MOST_BYTES = 2e10, 256 * 2**20
 BUDGET_S, REPEATS = 0.02, 3
+MOST_COPIED_BYTES = 32 * 2**20
 # A plan takes more samples of what it knows least well until the sum is this sure (its standard
 # error), at most for so many seconds. A single sample is taken to be so far off.
 SURE, PATIENCE_S, UNSURE = 0.05, 2.0, 0.3
@@ -275,23 +276,49 @@ def _smaller(own: Work) -> Work:
     if own.flops <= MOST_FLOPS and (own.flops or own.bytes <= MOST_BYTES):
         return own
     if not own.flops:
-        return _fewer_rows(own, MOST_BYTES / own.bytes)
+        return _fewer_bytes(own)
     last = own.operands[-2:]
     if [len(x.shape) for x in last] == [2, 2]:
         a, b = last
         rows = max(16, int(a.shape[0] * MOST_FLOPS / own.flops))
         a = Shaped((rows, a.shape[1]), a.stride, a.dtype)
         flops = 2 * rows * math.prod(b.shape)
-        return Work("aten::mm", flops, 0, own.dtype, torch.ops.aten.mm.default, (a, b), {})
+        return Work("aten::mm", flops, own.bytes, own.dtype, torch.ops.aten.mm.default, (a, b), {})
     if len(own.operands[0].shape) == 4:
         return _shorter(own)
     return _product(own.dtype)
 
 
+def _fewer_bytes(own: Work) -> Work:
+    """With fewer tensors where it takes lists of them, then with fewer rows; or a copy."""
+    made = own
+    while made.bytes > MOST_BYTES:
+        share = MOST_BYTES / made.bytes
+        longest = max((len(x) for x in made.args if _lists(x)), default=1)
+        smaller = _fewer_tensors(made, longest, share) if longest > 1 else _fewer_rows(made, share)
+        if smaller.bytes >= made.bytes:
+            return _copy()
+        made = smaller
+    return made
+
+
+def _lists(arg: Any) -> bool:
+    return isinstance(arg, (list, tuple)) and any(isinstance(x, Shaped) for x in arg)
+
+
+def _fewer_tensors(own: Work, length: int, share: float) -> Work:
+    """The largest of each of the longest lists."""
+    first = next(x for x in own.args if _lists(x) and len(x) == length)
+    order = sorted(range(length), key=lambda place: -first[place].bytes)
+    kept = order[: max(1, int(length * share))]
+    args = tuple([x[i] for i in kept] if _lists(x) and len(x) == length else x for x in own.args)
+    return _counted_anew(own, args, own.kwargs)
+
+
 def _fewer_rows(own: Work, share: float) -> Work:
     """Of every tensor that is as long as the largest is along its first dimension."""
     largest = max(own.tensors, key=lambda x: math.prod(x.shape))
-    axis = next(place for place, n in enumerate(largest.shape) if n > 1)
+    axis = next((place for place, n in enumerate(largest.shape) if n > 1), 0)
     length = largest.shape[axis]
     kept = max(1, int(length * share))
 
@@ -302,7 +329,14 @@ def _fewer_rows(own: Work, share: float) -> Work:
         return Shaped(tuple(shape), x.stride, x.dtype)
 
     args, kwargs = tree_map_only(Shaped, cut, (own.args, dict(own.kwargs)))
-    return replace(own, bytes=own.bytes * kept // length, args=args, kwargs=kwargs)
+    return _counted_anew(own, args, kwargs)
+
+
+def _counted_anew(own: Work, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Work:
+    """The operation on less; its results shrink as what it is given does."""
+    made = replace(own, args=args, kwargs=kwargs)
+    before, now = (sum(x.bytes for x in each.tensors) for each in (own, made))
+    return replace(made, bytes=own.bytes * now // max(1, before))
 
 
 def _shorter(own: Work) -> Work:
@@ -360,13 +394,19 @@ def interpreted() -> float:
 
 @torch.no_grad()
 def timed(own: Work) -> float:
-    """Seconds of an operation on real tensors: the mean of a few."""
-    args, kwargs = tree_map_only(Shaped, Shaped.made, (own.args, dict(own.kwargs)))
+    """Seconds of an operation on real tensors: the mean of a few.
+
+    Each time on other tensors: in a step, further operations have used the caches meanwhile.
+    """
+    sets = 1 + REPEATS if own.bytes <= MOST_COPIED_BYTES else 1
+    given = [tree_map_only(Shaped, Shaped.made, (own.args, dict(own.kwargs))) for _ in range(sets)]
+    args, kwargs = given[0]
     result: Any = own.func(*args, **kwargs)  # the first call makes its kernel and its pages
     began, times = time.perf_counter(), 0
     while times < REPEATS and (not times or time.perf_counter() - began < BUDGET_S):
-        result = own.func(*args, **kwargs)
         times += 1
+        args, kwargs = given[times % sets]
+        result = own.func(*args, **kwargs)
     seconds = (time.perf_counter() - began) / times
     del result
     return seconds

@@ -6,6 +6,7 @@ reads and writes, each operand once, and of a table only the rows that are taken
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
+# PyTorch has formulas of what they do out of place.
+IN_PLACE = {
+    torch.ops.aten.addmm_: torch.ops.aten.addmm, torch.ops.aten.baddbmm_: torch.ops.aten.baddbmm,
+}  # fmt: skip
 # They take memory or look at it, and move nothing.
 LOOKUPS = ("aten::embedding", "aten::index_select", "aten::gather", "aten::index")
 FREE = (
@@ -35,6 +40,11 @@ class Shaped:
     def of(cls, tensor: Tensor) -> Shaped:
         """What is left of a tensor."""
         return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+    @property
+    def bytes(self) -> int:
+        """Of all its numbers."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def turned(self) -> bool:
         """Whether the numbers of its last dimension lie apart."""
@@ -117,7 +127,8 @@ def work_of(
 
 def flops_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any = None) -> int:
     """By PyTorch's formula, from tensors or what is `Shaped` like them; 0 where there is none."""
-    formula = flop_registry.get(getattr(func, "overloadpacket", func))
+    packet = getattr(func, "overloadpacket", func)
+    formula = flop_registry.get(IN_PLACE.get(packet, packet))
     if formula is None:
         return 0
     args, kwargs = tree_map_only(Shaped, lambda x: x.meta(), (tuple(args), dict(kwargs)))
