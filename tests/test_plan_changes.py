@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lighten import api
+from lighten.plan import asked as asking
 from lighten.plan.changes import SHORTEST, cheapest
 from lighten.plan.result import Change, Memory, MemoryPart, Plan, Shape, StepTime
 from lighten.recipe import Recipe
+from tests.test_plan_trace import Card, folder_of, recipe_of
 
 MIB = 2**20
 
@@ -113,3 +116,24 @@ def test_where_all_of_it_is_not_enough_nothing_is_joined(tiny_folder: Path) -> N
     assert (least.per_device_train_batch_size, least.max_length) == (1, SHORTEST)
     assert least.load_in_4bit
     assert least.gradient_checkpointing
+
+
+def test_a_plan_is_told_before_its_changes_and_none_is_made_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folder_of(tmp_path)
+    recipe = recipe_of(folder, max_length=256, gradient_accumulation_steps=1)
+    planned: list[str] = []
+    one = asking.plan_recipe
+
+    def counted(recipe: Recipe, *args: Any, **kwargs: Any) -> Plan:
+        planned.append(recipe.model_dump_json())
+        return one(recipe, *args, **kwargs)
+
+    monkeypatch.setattr(asking, "plan_recipe", counted)
+    heard: list[tuple[Plan, int]] = []
+    made = asking.plan(recipe, Card(2**20), told=lambda plan: heard.append((plan, len(planned))))
+    assert made.fits() is False
+    assert [(plan.changes, plans) for plan, plans in heard] == [((), 1)]
+    assert made.changes
+    assert len(planned) == len(set(planned)) > 3

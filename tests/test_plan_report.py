@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 
 from lighten import runs
-from lighten.cli_plan import print_plan
+from lighten.cli_plan import print_changes, print_plan
 from lighten.plan import words
 from lighten.plan.result import Change, Memory, MemoryPart, Plan, Shape, StepTime
 from lighten.report.bars import Bar, Segment, stacked_bars
@@ -94,7 +94,9 @@ def test_a_plan_in_words(
     assert rows["download"] == "not known"
     change = Change("QLoRA", {"load_in_4bit": True}, GIB, 1.25, True)
     assert words.change(change) == "QLoRA: saves 1.00 GiB, 25 % slower; it fits then"
-    print_plan(replace(a_plan(GIB), changes=(change,)))
+    made = replace(a_plan(GIB), changes=(change,))
+    print_plan(made)
+    print_changes(made)
     printed = capsys.readouterr().out
     for said in ("which does not fit", "what would need less", "QLoRA", "1.00 GiB", "25 % slower",
                  "--load_in_4bit true"):  # fmt: skip

@@ -95,6 +95,7 @@ def plan(
     *,
     device: str | None = None,
     changes: bool = True,
+    told: Callable[[Plan], None] | None = None,
     **overrides: Any,
 ) -> Plan:
     """Predict memory and time: `plan("recipe.yaml")` or `plan(model=…, device="t4")`.
@@ -104,6 +105,7 @@ def plan(
             no `dataset` then.
         device: By name (`t4`, `a100-80`, `cpu`, …); default this machine.
         changes: Where it does not surely fit, look for what would.
+        told: Hears of the plan before changes are looked for.
         overrides: Settings by name.
 
     Raises:
@@ -113,7 +115,7 @@ def plan(
     from lighten.plan.asked import plan as predict
 
     chosen = plannable(recipe, **overrides)
-    return predict(chosen, devices.named(device), changes=changes)
+    return predict(chosen, devices.named(device), changes=changes, told=told)
 
 
 def plan_probe(

@@ -126,13 +126,17 @@ def _plan(
     if probe:
         made, probed = api.plan_probe(recipe, device=device, **settings)
     else:
-        made = api.plan(recipe, device=device, **settings)
+        # What a plan says is printed while changes are looked for, each of them a plan of its own.
+        made = api.plan(recipe, device=device, told=None if as_json else print_plan, **settings)
     if as_json:
         more = {} if probed is None else {"probe": probed.to_dict()}
         typer.echo(json.dumps({**made.to_dict(), **more}))
         return made.fits()
-    print_plan(made)
-    if probed is not None:
+    if probed is None:
+        print_changes(made)
+    else:
+        print_plan(made)
+        print_changes(made)
         print_table(["a true step", "predicted", "measured", "error"], words.probe_rows(probed))
         if probed.error is not None:
             _headline(f"memory ran out: {probed.error}", False)
@@ -140,18 +144,24 @@ def _plan(
 
 
 def print_plan(made: Plan) -> None:
-    """The plan as tables: by part, what else is needed, what would need less."""
+    """The plan as tables: by part, and what else is needed."""
     from lighten.plan import words
 
     _headline(words.verdict(made), made.fits())
     print_table(["peak memory by part", "GiB", ""], words.part_rows(made))
     print_table(["", ""], words.fact_rows(made))
+    for note in (*made.notes, *made.outside):
+        console().print(f"note: {note}", highlight=False, markup=False)
+
+
+def print_changes(made: Plan) -> None:
+    """What would need less, as a table."""
+    from lighten.plan import words
+
     if made.changes:
         print_table(
             ["what would need less", "saves", "time", "fits", "settings"], words.change_rows(made)
         )
-    for note in (*made.notes, *made.outside):
-        console().print(f"note: {note}", highlight=False, markup=False)
 
 
 def _search(

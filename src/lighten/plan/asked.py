@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,6 +36,7 @@ def plan(
     read_data: bool = True,
     calibrate: bool = True,
     changes: bool = True,
+    told: Callable[[Plan], None] | None = None,
 ) -> Plan:
     """Predict memory and time of a recipe on a device.
 
@@ -46,6 +47,7 @@ def plan(
         read_data: Read and encode the recipe's data where that is quick.
         calibrate: Correct by what earlier runs on this machine measured.
         changes: Where it does not surely fit, look for what would.
+        told: Hears of the plan before changes are looked for, each of which is a plan of its own.
 
     Raises:
         UserError: The model cannot be described, or the recipe does not fit it.
@@ -61,6 +63,8 @@ def plan(
         made, steps=steps, run_seconds=run_seconds(recipe, made, steps, lengths),
         notes=(*made.notes, *notes),
     )  # fmt: skip
+    if told is not None:
+        told(made)
     if changes and made.capacity is not None and made.fits() is not True:
         made = replace(made, changes=cheapest(recipe, made, planner))
     return made
@@ -80,7 +84,15 @@ def planner_for(device: Device, rows: Rows | None = None, *, calibrate: bool = T
     machine = here(device) if calibrate else None
     known = calibration.pairs() if machine else []
 
+    plans: dict[str, Plan] = {}  # changes are asked for alone, and together with others
+
     def planner(recipe: Recipe) -> Plan:
+        asked = f"{recipe.model_dump_json()} {sorted(recipe.model_fields_set)}"
+        if asked not in plans:
+            plans[asked] = planned(recipe)
+        return plans[asked]
+
+    def planned(recipe: Recipe) -> Plan:
         cut = None if lengths is None else [min(own, recipe.max_length) for own in lengths]
         with warnings.catch_warnings():
             # What is prepared for a GPU that is not here warns that it is not here.
