@@ -132,11 +132,10 @@ def _plan(
         more = {} if probed is None else {"probe": probed.to_dict()}
         typer.echo(json.dumps({**made.to_dict(), **more}))
         return made.fits()
-    if probed is None:
-        print_changes(made)
-    else:
+    if probed is not None:
         print_plan(made)
-        print_changes(made)
+    print_changes(made)
+    if probed is not None:
         print_table(["a true step", "predicted", "measured", "error"], words.probe_rows(probed))
         if probed.error is not None:
             _headline(f"memory ran out: {probed.error}", False)

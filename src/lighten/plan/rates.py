@@ -273,10 +273,10 @@ def _copy() -> Work:
 
 def _smaller(own: Work) -> Work:
     """An operation as it is or, where that would take long, with fewer rows."""
-    if own.flops <= MOST_FLOPS and (own.flops or own.bytes <= MOST_BYTES):
-        return own
     if not own.flops:
         return _fewer_bytes(own)
+    if own.flops <= MOST_FLOPS:
+        return own
     last = own.operands[-2:]
     if [len(x.shape) for x in last] == [2, 2]:
         a, b = last

@@ -89,7 +89,10 @@ def time_of(traced: Traced, device: Timed) -> StepTime | None:
     in_lanes: rates.Rates
     known: rates.Rates
     if device.kind == "cpu":
-        known, in_lanes = rates.Measured.cached(), rates.Measured.cached(lanes_of(traced))
+        lanes = lanes_of(traced)
+        known = rates.Measured.cached()
+        # Two of the same file would each write it without what the other has timed.
+        in_lanes = known if lanes == 1 else rates.Measured.cached(lanes)
     elif device.flops and device.bandwidth:
         in_lanes = known = rates.Datasheet(device.name, device.flops, device.bandwidth)
     else:
