@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lighten import garbage
 from lighten.errors import UserError
 from lighten.recipe import Recipe
 from lighten.runs import Run
@@ -112,9 +111,8 @@ def plan(
     Raises:
         UserError: Something the user can mend.
     """
-    with garbage.unsearched():
-        from lighten import devices
-        from lighten.plan.asked import plan as predict
+    from lighten import devices
+    from lighten.plan.asked import plan as predict
 
     chosen = plannable(recipe, **overrides)
     return predict(chosen, devices.named(device), changes=changes, told=told)
