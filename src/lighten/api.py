@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lighten import garbage
 from lighten.errors import UserError
 from lighten.recipe import Recipe
 from lighten.runs import Run
@@ -111,8 +112,9 @@ def plan(
     Raises:
         UserError: Something the user can mend.
     """
-    from lighten import devices
-    from lighten.plan.asked import plan as predict
+    with garbage.unsearched():
+        from lighten import devices
+        from lighten.plan.asked import plan as predict
 
     chosen = plannable(recipe, **overrides)
     return predict(chosen, devices.named(device), changes=changes, told=told)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
@@ -59,6 +58,8 @@ def peft_config(
     cohort: Cohort, name: str, *, base_model: str | None = None, revision: str | None = None
 ) -> dict[str, Any]:
     """What PEFT's own `LoraConfig` would write for this adapter."""
+    from peft import LoraConfig  # a second and more, which a plan does without
+
     spec = cohort.specs[name]
     linears = {p: layer for p, layer in cohort.linears.items() if name in layer.specs}
     with cohort._detached():

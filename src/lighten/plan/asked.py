@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,7 +19,8 @@ from lighten.hardware import processor_name
 from lighten.models import describe
 from lighten.models.load import load_tokenizer, locate
 from lighten.plan import calibration
-from lighten.plan.changes import Planner, cheapest
+from lighten.plan.changes import cheapest, ideas
+from lighten.plan.planner import Planner
 from lighten.plan.result import Change, Plan
 from lighten.plan.trace import plan_recipe
 from lighten.recipe import Recipe
@@ -66,7 +69,7 @@ def plan(
     if told is not None:
         told(made)
     if changes and made.capacity is not None and made.fits() is not True:
-        made = replace(made, changes=cheapest(recipe, made, planner))
+        made = replace(made, changes=_changes(recipe, made, planner))
     return made
 
 
@@ -84,14 +87,6 @@ def planner_for(device: Device, rows: Rows | None = None, *, calibrate: bool = T
     machine = here(device) if calibrate else None
     known = calibration.pairs() if machine else []
 
-    plans: dict[str, Plan] = {}  # changes are asked for alone, and together with others
-
-    def planner(recipe: Recipe) -> Plan:
-        asked = f"{recipe.model_dump_json()} {sorted(recipe.model_fields_set)}"
-        if asked not in plans:
-            plans[asked] = planned(recipe)
-        return plans[asked]
-
     def planned(recipe: Recipe) -> Plan:
         cut = None if lengths is None else [min(own, recipe.max_length) for own in lengths]
         with warnings.catch_warnings():
@@ -100,14 +95,26 @@ def planner_for(device: Device, rows: Rows | None = None, *, calibrate: bool = T
             made = plan_recipe(recipe, device, rows_tokens=cut, supervised=supervised)
         return calibration.corrected(made, machine, known) if machine else made
 
-    return planner
+    return Planner(planned, apart=here(device) is None)
 
 
 def changes_of(
     recipe: Recipe, device: Device, made: Plan, rows: Rows | None = None
 ) -> tuple[Change, ...]:
     """What would need less than a plan that is made already, the cheapest first."""
-    return cheapest(recipe, made, planner_for(device, rows))
+    return _changes(recipe, made, planner_for(device, rows))
+
+
+def _changes(recipe: Recipe, made: Plan, planner: Planner) -> tuple[Change, ...]:
+    planner.plan_ahead(_valid(recipe, [idea.settings for idea in ideas(recipe, made)]))
+    return cheapest(recipe, made, planner)
+
+
+def _valid(recipe: Recipe, changes: Sequence[Mapping[str, Any]]) -> Iterator[Recipe]:
+    """The recipe with each of the changes that go together with the rest of it."""
+    for settings in changes:
+        with contextlib.suppress(UserError):
+            yield recipe.changed(settings)
 
 
 def lengths_of(rows: Rows | None) -> list[int] | None:

@@ -23,9 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from lighten.plan.work import Work, work_of
+from lighten.plan.work import Work, inside, work_of
 
 # Whose frame is above what autograd does by itself, and what PyTorch puts between.
 ENGINE, WRAPPERS = "_engine_run_backward", ("_dynamo/eval_frame.py", "torch/_compile.py")
@@ -185,7 +184,7 @@ class Follow(TorchDispatchMode):
         return out
 
     def _note(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
-        tensors = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        tensors = [*inside(out, Tensor)]
         run = len(self.timeline.runs) - 1
         if self.timeline.runs[-1].phase not in UNTIMED:
             work = work_of(func, args, kwargs, tensors)
@@ -195,7 +194,7 @@ class Follow(TorchDispatchMode):
             for _ in range(BLOCKS_OF_KERNEL):
                 self._born(BLOCK_OF_KERNEL_BYTES, "device context", OUTSIDE)
         fresh = [x for x in tensors if id(x.untyped_storage()) not in self._seen]
-        given = [x for x in tree_leaves(args) if isinstance(x, Tensor)] if fresh else []
+        given = [*inside(args, Tensor)] if fresh else []
         for place, tensor in enumerate(fresh):
             # A result of a list (one norm per gradient) belongs where its own input does.
             own = given[place : place + 1] if len(fresh) > 1 else given[:1]

@@ -11,7 +11,6 @@ of threads: which lane trains what is decided alike, and gradients are summed in
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import mmap
 import os
@@ -33,6 +32,7 @@ from torch import Tensor, nn
 
 from lighten import allocator, hardware
 from lighten.data.batches import MicroBatch
+from lighten.native import end_with_parent
 from lighten.train.lanes import Lanes, Pool, Slopes, in_order, shared_out
 from lighten.train.loss import Objective
 from lighten.train.passes import measure
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from lighten.train.prepare import Setup
 
 ALIGNED = 64  # bytes: a cache line, and the widest vector
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 START_S = 30.0  # a child starts in milliseconds; after this it never will
 
 
@@ -271,8 +270,7 @@ class _Child:
                 # Ctrl-C reaches the whole group: the parent finishes its step and closes the pipe.
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-                # It ends with the parent, however that ends.
-                ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+                end_with_parent()
                 # A thread of its own: OpenMP's team of the forked one has no members here.
                 lane = threading.Thread(
                     target=_answer_all, args=(there, lambda own: work(slopes, own), threads)

@@ -1,0 +1,80 @@
+"""Plans asked for once, and several side by side: the same as one after another."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from lighten import api
+from lighten.devices import named
+from lighten.errors import UserError
+from lighten.plan import asked
+from lighten.plan.planner import Planner
+from lighten.plan.result import Plan
+from lighten.recipe import Recipe
+from tests.test_plan_changes import formula
+
+linux = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked on Linux")
+
+
+def recipes(folder: Path) -> list[Recipe]:
+    own = api.plannable(None, model_name_or_path=str(folder), max_length=512)
+    return [own.changed({"per_device_train_batch_size": rows}) for rows in (1, 2, 4)]
+
+
+def test_no_recipe_is_planned_twice(tiny_folder: Path) -> None:
+    seen: list[Recipe] = []
+    planner = Planner(formula(900, seen), apart=False)
+    for own in (*recipes(tiny_folder), *recipes(tiny_folder)):
+        planner(own)
+    assert [own.per_device_train_batch_size for own in seen] == [1, 2, 4]
+
+
+@linux
+def test_what_is_planned_ahead_is_planned_in_other_processes(tiny_folder: Path) -> None:
+    seen: list[Recipe] = []
+    planner = Planner(formula(900, seen), apart=True)
+    planner.plan_ahead(recipes(tiny_folder))
+    made = [planner(own) for own in recipes(tiny_folder)]
+    if len(os.sched_getaffinity(0)) > 1:
+        assert seen == [], "not in this one"
+    assert made == [formula(900, [])(own) for own in recipes(tiny_folder)]
+
+
+@linux
+def test_an_error_of_another_process_comes_when_the_plan_is_asked_for(tiny_folder: Path) -> None:
+    def refuse(recipe: Recipe) -> Plan:
+        raise UserError(f"not {recipe.per_device_train_batch_size} rows")
+
+    planner = Planner(refuse, apart=True)
+    planner.plan_ahead(recipes(tiny_folder))
+    for own in recipes(tiny_folder):
+        with pytest.raises(UserError, match=f"not {own.per_device_train_batch_size} rows"):
+            planner(own)
+
+
+@linux
+def test_where_a_process_is_killed_this_one_plans(tiny_folder: Path) -> None:
+    seen: list[Recipe] = []
+    parent, here = os.getpid(), formula(900, seen)
+
+    def deadly(recipe: Recipe) -> Plan:
+        if os.getpid() != parent:
+            os._exit(9)  # as where memory runs out
+        return here(recipe)
+
+    planner = Planner(deadly, apart=True)
+    planner.plan_ahead(recipes(tiny_folder))
+    assert [planner(own).shape.rows for own in recipes(tiny_folder)] == [1, 2, 4]
+    assert len(seen) == 3
+
+
+@linux
+def test_a_traced_plan_is_the_same_from_another_process(tiny_folder: Path) -> None:
+    ahead = asked.planner_for(named("t4"), calibrate=False)
+    ahead.plan_ahead(recipes(tiny_folder))
+    alone = asked.planner_for(named("t4"), calibrate=False)
+    for own in recipes(tiny_folder):
+        assert ahead(own) == alone(own)
