@@ -7,6 +7,7 @@ make a step is given from outside, so that other engines can train on the very s
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -47,6 +48,7 @@ OPTIMISER: dict[str, float] = {
 
 def before_loading() -> None:
     """What `lighten.train` does in its process before a base is loaded: keep it the same here."""
+    importlib.import_module("lighten.train.run")  # with PEFT and all else that a training imports
     transformers_logging.disable_progress_bar()
     set_seed(0)
     allocator.keep_pages("cuda" if torch.cuda.is_available() else "cpu")

@@ -138,10 +138,12 @@ def measure(
     from accelerate import Accelerator
 
     from lighten.hardware import PeakMemory
+    from lighten.train import run
     from lighten.train.passes import undropped
     from lighten.train.prepare import prepare
     from lighten.train.step import train_step
 
+    assert run is not None  # everything is imported, as when a training begins to measure
     allocator.keep_pages(kind)
     accelerator = Accelerator(cpu=kind == "cpu")
     memory, before = PeakMemory(kind), psutil.Process().memory_info().rss
