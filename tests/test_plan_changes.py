@@ -123,17 +123,21 @@ def test_a_plan_is_told_before_its_changes_and_none_is_made_twice(
 ) -> None:
     folder = folder_of(tmp_path)
     recipe = recipe_of(folder, max_length=256, gradient_accumulation_steps=1)
-    planned: list[str] = []
+    counts = tmp_path / "planned.txt"  # forked processes plan too
     one = asking.plan_recipe
 
     def counted(recipe: Recipe, *args: Any, **kwargs: Any) -> Plan:
-        planned.append(recipe.model_dump_json())
+        with counts.open("a") as file:
+            file.write(recipe.model_dump_json() + "\n")
         return one(recipe, *args, **kwargs)
+
+    def planned() -> list[str]:
+        return counts.read_text().splitlines()
 
     monkeypatch.setattr(asking, "plan_recipe", counted)
     heard: list[tuple[Plan, int]] = []
-    made = asking.plan(recipe, Card(2**20), told=lambda plan: heard.append((plan, len(planned))))
+    made = asking.plan(recipe, Card(2**20), told=lambda plan: heard.append((plan, len(planned()))))
     assert made.fits() is False
     assert [(plan.changes, plans) for plan, plans in heard] == [((), 1)]
     assert made.changes
-    assert len(planned) == len(set(planned)) > 3
+    assert len(planned()) == len(set(planned())) > 3
