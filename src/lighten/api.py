@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lighten import garbage
 from lighten.errors import UserError
 from lighten.recipe import Recipe
 from lighten.runs import Run
@@ -112,7 +111,9 @@ def plan(
     Raises:
         UserError: Something the user can mend.
     """
-    with garbage.unsearched():
+    from lighten.plan.garbage import unsearched
+
+    with unsearched():
         from lighten import devices
         from lighten.plan.asked import plan as predict
 

@@ -1,15 +1,13 @@
-"""What is in C and C++: libraries compiled where and when they are first wanted, and a system call.
+"""Libraries in C++, compiled on the machine that runs them the first time that they are wanted.
 
-Compiling takes seconds; the user's cache keeps what was made, by its source, compiler and options.
+That takes seconds; the user's cache keeps what was made, by its source, compiler and options.
 """
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import os
 import shutil
-import signal
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -19,7 +17,6 @@ from lighten.hardware import cache_folder
 
 OPTIONS = ("-std=c++17", "-fPIC", "-shared", "-pthread")
 LONGEST_S = 120.0  # of a compilation
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class NotCompiled(Exception):
@@ -67,8 +64,3 @@ def _made(compiler: str, folder: Path, options: Sequence[str], of: Sequence[str]
             )  # fmt: skip
             made.replace(path)
     return path
-
-
-def end_with_parent() -> None:
-    """Let this forked process end when the one that forked it does, however that ends; on Linux."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -16,11 +16,11 @@ from multiprocessing import get_context
 
 import torch
 
-from lighten import garbage
 from lighten.errors import UserError
-from lighten.native import end_with_parent
+from lighten.plan.garbage import unsearched
 from lighten.plan.result import Plan
 from lighten.recipe import Recipe
+from lighten.train.forked import end_with_parent
 
 MOST_PROCESSES = 8  # each has its own copy of the interpreter's objects, some 200 MiB
 
@@ -78,7 +78,7 @@ def _key(recipe: Recipe) -> str:
 
 def _told(planned: Callable[[Recipe], Plan], recipe: Recipe) -> Plan | UserError:
     try:
-        with garbage.unsearched():
+        with unsearched():
             return planned(recipe)
     except UserError as error:
         return error
