@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import lighten
 from lighten.devices import named
@@ -127,8 +129,6 @@ def test_corrections_do_not_feed_on_themselves(settings: dict[str, Any]) -> None
 
 
 def test_errors_that_mean_too_little_memory_are_known() -> None:
-    import torch
-
     assert short_memory.ran_out(MemoryError())
     assert short_memory.ran_out(torch.OutOfMemoryError("CUDA out of memory."))
     said = ("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate "
@@ -140,6 +140,29 @@ def test_errors_that_mean_too_little_memory_are_known() -> None:
     assert short_memory.wanted_bytes(cuda) == int(2.5 * GIB)
     assert not short_memory.ran_out(RuntimeError("shape mismatch"))
     assert not short_memory.ran_out(ValueError("out of memory"))
+
+
+def test_what_a_failed_run_held_is_free_when_its_advice_is_planned() -> None:
+    seen: list[weakref.ref[torch.Tensor]] = []
+
+    def step() -> None:
+        held = torch.zeros(4)
+        seen.append(weakref.ref(held))
+        raise MemoryError("no room")
+
+    def run() -> None:
+        held = torch.zeros(4)
+        seen.append(weakref.ref(held))
+        try:
+            step()
+        except MemoryError as error:
+            raise short_memory.OutOfMemory("memory ran out") from error
+
+    with pytest.raises(short_memory.OutOfMemory) as caught:
+        run()
+    assert [own() is None for own in seen] == [False, False]
+    short_memory.let_go(caught.value)
+    assert [own() is None for own in seen] == [True, True]
 
 
 # A run under a limit of address space that is set once everything is loaded.
@@ -213,4 +236,5 @@ def test_where_even_one_row_is_too_much_the_run_says_what_to_change(
     info = Run(tmp_path / "none").info()
     assert info["status"] == "failed"
     assert "memory ran out" in info["error"]
+    assert "cheapest ways to need less:\n  - " in info["error"]
     assert "OutOfMemory" in done.stderr.splitlines()[-1] or "memory ran out" in done.stderr

@@ -1,7 +1,7 @@
 """Python's search for garbage that refers to itself, kept away from where it only costs time.
 
 Each full search walks through every object there is, and importing PyTorch and transformers makes a
-million that stay. Whoever makes many more at a stretch sets off one search after another.
+million that stay.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def unsearched() -> Iterator[None]:
-    """Nobody looks for garbage meanwhile; what nothing refers to goes at once, as ever."""
+    """Nobody looks for garbage meanwhile: for imports, which make next to none."""
     searching = gc.isenabled()
     gc.disable()
     try:
@@ -21,3 +21,16 @@ def unsearched() -> Iterator[None]:
     finally:
         if searching:
             gc.enable()
+
+
+@contextmanager
+def spared() -> Iterator[None]:
+    """Garbage is looked for only among what is made meanwhile, and so never lies about for long."""
+    if gc.get_freeze_count():  # what somebody froze before is theirs to thaw
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

@@ -17,7 +17,7 @@ from multiprocessing import get_context
 import torch
 
 from lighten.errors import UserError
-from lighten.plan.garbage import unsearched
+from lighten.plan.garbage import spared
 from lighten.plan.result import Plan
 from lighten.recipe import Recipe
 from lighten.train.forked import end_with_parent
@@ -78,7 +78,7 @@ def _key(recipe: Recipe) -> str:
 
 def _told(planned: Callable[[Recipe], Plan], recipe: Recipe) -> Plan | UserError:
     try:
-        with unsearched():
+        with spared():
             return planned(recipe)
     except UserError as error:
         return error

@@ -23,7 +23,7 @@ from lighten.train.loop import Loop
 from lighten.train.prediction import Prediction, beside
 from lighten.train.prepare import Rows, Setup, load_base, load_rows, prepare
 from lighten.train.progress import TrainingProgress
-from lighten.train.short_memory import OutOfMemory, ran_out
+from lighten.train.short_memory import OutOfMemory, let_go, ran_out
 
 
 def train(
@@ -87,6 +87,7 @@ def _explained(error: BaseException, prediction: Prediction | None) -> BaseExcep
     if not (isinstance(error, OutOfMemory) or ran_out(error)):
         return error
     told = str(error) if isinstance(error, OutOfMemory) else f"memory ran out: {_line(error)}"
+    let_go(error)  # what would need less is planned in the same memory
     advice = prediction.advice() if prediction is not None else []
     return OutOfMemory("\n  - ".join([f"{told}{'; cheapest ways to need less:' if advice else ''}",
                                       *advice]))  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import re
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -121,6 +122,15 @@ def clear(setup: Setup) -> None:
         torch.cuda.empty_cache()
     else:
         allocator.trim()
+
+
+def let_go(error: BaseException) -> None:
+    """Let go of the tensors that the frames of a failed run still hold, by its error's causes."""
+    at: BaseException | None = error
+    while at is not None:
+        traceback.clear_frames(at.__traceback__)
+        at = at.__cause__ or at.__context__
+    gc.collect()
 
 
 def blame(
