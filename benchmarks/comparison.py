@@ -17,13 +17,19 @@ from benchmarks.contenders import (
     OURS_SAVING,
     OURS_SHUFFLED,
     REFERENCES,
+    ROUNDED,
     Contender,
 )
 from benchmarks.steps import Steps, tokens_of
 
-# Largest relative difference of a step's loss from TRL's in float32, by the format of the weights
-# or, with autocast, of the products. A bfloat16 value is off by up to 2**-9, and so is the loss.
+# Largest relative difference of a step's loss from one in float32, by the format of the weights
+# or, with autocast, of the products: in a few steps rounding takes a loss this far.
 AGREEMENT = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 1e-2}
+# The same from TRL with products in the same format: a bfloat16 value is off by up to 2**-9, and so
+# is the loss.
+SAME_FORMAT = 2.0**-9
+# TRL with rounded products is at most this much of the way from float32 to who never learns.
+HALFWAY = 0.5
 
 Run = dict[str, Any]
 Table = dict[str, dict[str, Any]]
@@ -53,32 +59,76 @@ def idle(run: Run) -> str | None:
     return None
 
 
-def why_not(run: Run, contender: Contender, reference: Run | None) -> str | None:
-    """Why a run does not count, or None if it does."""
+def why_not(run: Run, reference: Run | None, allowed: float) -> str | None:
+    """Why a run does not count, or None if it does.
+
+    Args:
+        run: Which.
+        reference: Whose losses it has to follow.
+        allowed: How far its own may be from them, relatively.
+    """
     if "error" in run:
         return str(run["error"])
     if reason := idle(run):
         return reason
     if reference is None or "error" in reference:
         return "there is no reference for its losses"
-    apart, allowed = loss_difference(run["losses"], reference["losses"]), tolerance(contender, run)
+    apart = loss_difference(run["losses"], reference["losses"])
     if not apart <= allowed:
-        return f"its losses are up to {apart:.1e} from the reference's, over {allowed:g}"
+        return f"its losses are up to {apart:.1e} from the reference's, over {allowed:.1e}"
     return None
 
 
-def reference_of(
-    contender: Contender, run: Run, results: Mapping[str, Sequence[Run]]
-) -> Run | None:
-    """The run whose losses a contender has to follow; None if there is none."""
+def exact(contender: Contender, run: Run, results: Mapping[str, Sequence[Run]]) -> Run | None:
+    """Float32 arithmetic on the weights of a contender's run; None if it was not measured."""
     weights = contender.rounded or run.get("dtype")
-    name = REFERENCES.get((contender.data, str(weights)))
+    return _first(results, REFERENCES.get((contender.data, str(weights))))
+
+
+def reference_of(
+    name: str,
+    contender: Contender,
+    run: Run,
+    results: Mapping[str, Sequence[Run]],
+    controls: Mapping[str, Run],
+) -> tuple[Run | None, float]:
+    """The run whose losses a row has to follow, None if there is none, and how closely.
+
+    Rounded products follow TRL's own, and TRL's follow float32: rounding alone takes what Adam
+    learns in its first steps, by signs of gradients, further from it than two engines are apart.
+
+    Args:
+        name: Of the row.
+        contender: What the row is.
+        run: One of its runs.
+        results: All of them.
+        controls: Who never learnt, by set of steps.
+    """
+    of_float32 = exact(contender, run, results)
+    rounding = contender.rounding or run.get("dtype")
+    if rounding == "float32":
+        return of_float32, AGREEMENT["float32"]
+    if name != ROUNDED[contender.data]:
+        return _first(results, ROUNDED[contender.data]), SAME_FORMAT
+    control = controls.get(contender.data)
+    if of_float32 is None or control is None or "error" in of_float32 or "error" in control:
+        return of_float32, AGREEMENT.get(str(rounding), 0.0)
+    return of_float32, HALFWAY * loss_difference(control["losses"], of_float32["losses"])
+
+
+def _first(results: Mapping[str, Sequence[Run]], name: str | None) -> Run | None:
     return next(iter(results.get(name or "", [])), None)
 
 
-def tolerance(contender: Contender, run: Run) -> float:
-    """How far a run's losses may be from the reference's."""
-    return AGREEMENT[contender.rounding or run["dtype"]]
+def unlearned(controls: Mapping[str, Run], results: Mapping[str, Sequence[Run]]) -> float | None:
+    """How far who never learns is from TRL at least, with rounded products; None: not measured."""
+    found = []
+    for data, control in controls.items():
+        other = _first(results, ROUNDED[data])
+        if "error" in control or other is None or "error" in other:
+            return None
+        found.append(loss_difference(control["losses"], other["losses"]))
+    return min(found, default=None)
 
 
 def tabulate(
@@ -86,6 +136,7 @@ def tabulate(
     contenders: Mapping[str, Contender],
     steps: Mapping[str, Steps],
     warmup: int,
+    controls: Mapping[str, Run],
 ) -> Table:
     """A row per contender: medians, spread, and whether every repeat counts.
 
@@ -94,12 +145,13 @@ def tabulate(
         contenders: What they are.
         steps: The steps by name of the set; a run may have made only the first of them.
         warmup: First steps of a run that do not count.
+        controls: Who never learnt, by set of steps.
     """
     table: Table = {}
     for name, runs in results.items():
         own = contenders[name]
-        reference = reference_of(own, runs[0], results)
-        reasons = [why_not(run, own, reference) for run in runs]
+        reference, allowed = reference_of(name, own, runs[0], results, controls)
+        reasons = [why_not(run, reference, allowed) for run in runs]
         row: dict[str, Any] = {
             "valid": not any(reasons), "why_not": next(filter(None, reasons), None),
             "steps": own.data, "repeats": len(runs),
@@ -109,19 +161,21 @@ def tabulate(
             continue
         speeds = [speed(run, steps[own.data][: len(run["losses"])], warmup) for run in runs]
         row |= {
-            "largest_loss_difference": None
-            if reference is None or "error" in reference
-            else float(
-                np.max([loss_difference(run["losses"], reference["losses"]) for run in runs])
-            ),
-            "tolerance": tolerance(own, runs[0]),
+            "largest_loss_difference": _largest(runs, reference), "tolerance": allowed,
+            "largest_loss_difference_from_float32": _largest(runs, exact(own, runs[0], results)),
             "tokens_per_s": statistics.median(speeds),
             "tokens_per_s_spread": [min(speeds), max(speeds)],
             "peak_bytes": statistics.median(run["peak_bytes"] for run in runs),
             "first_step_s": statistics.median(run["first_step_s"] for run in runs),
             "wall_s": statistics.median(run["wall_s"] for run in runs),
-        }
+        }  # fmt: skip
     return table
+
+
+def _largest(runs: Sequence[Run], reference: Run | None) -> float | None:
+    if reference is None or "error" in reference:
+        return None
+    return float(np.max([loss_difference(run["losses"], reference["losses"]) for run in runs]))
 
 
 def over(table: Table, figure: str, own: str, other: str) -> float | None:
@@ -190,7 +244,7 @@ def ratios(
 def show_settings(found: Mapping[str, Any]) -> None:
     """Print what stands above a table: TRL's settings, and whether the losses tell anything."""
     print(f"TRL's best settings here: {found['best_settings']}")
-    print(f"largest loss difference of a control that never learns: "
+    print(f"loss difference of a control that never learns: "
           f"{found['control_loss_difference']}")  # fmt: skip
 
 
@@ -206,7 +260,11 @@ def show(found: Mapping[str, Any]) -> None:
         print(
             f"{name:26} {row['tokens_per_s']:6.0f} ({low:.0f} to {high:.0f}) tokens/s  "
             f"{row['peak_bytes'] / 2**30:5.2f} GiB  first step after {row['first_step_s']:4.0f} s  "
-            + ("no reference" if apart is None else f"loss within {apart:.1e}")
+            + (
+                "no reference"
+                if apart is None
+                else f"loss within {apart:.1e} ({row['tolerance']:.1e})"
+            )
             + ("" if row["valid"] else f"  DOES NOT COUNT: {row['why_not']}")
         )
     for name, reason in found["absent"].items():

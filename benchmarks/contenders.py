@@ -84,13 +84,15 @@ REFERENCE_SHUFFLED = "trl, float32 products, shuffled"
 FLOAT32 = "trl, float32, shuffled"
 DEFAULTS = "trl, defaults, shuffled"
 BEST, BEST_SAVING = "trl, best", "trl, best, checkpointing"
-# The losses that a row has to follow, by its set of steps and the format of its weights: float32
-# arithmetic on the very same weights. That a base was rounded is no doing of whoever trains on it.
+# Float32 arithmetic on the very weights that a row trains on, by its set of steps and their format.
+# That a base was rounded is no doing of whoever trains on it.
 REFERENCES = {
     (GROUPED, "bfloat16"): REFERENCE,
     (SHUFFLED, "bfloat16"): REFERENCE_SHUFFLED,
     (SHUFFLED, "float32"): FLOAT32,
 }
+# TRL with rounded products on each set of steps.
+ROUNDED = {GROUPED: BEST, SHUFFLED: DEFAULTS}
 
 EXACT: dict[str, Any] = {"bf16": False, "gradient_checkpointing": False}
 CONTENDERS: dict[str, Contender] = {
@@ -106,8 +108,8 @@ CONTENDERS: dict[str, Contender] = {
     DEFAULTS: Contender("trl", {}, SHUFFLED, "defaults", rounding="bfloat16"),
     FLOAT32: Contender("trl", {"bf16": False}, SHUFFLED, "defaults", dtype="float32", once=True),
 }
-# It starts as the others and never moves: if its losses pass too, agreement of losses says nothing.
-CONTROL = Contender("lighten", learns=False)
+# They start as the others and never move: if their losses pass too, agreement says nothing.
+CONTROLS = {data: Contender("lighten", data=data, learns=False) for data in (GROUPED, SHUFFLED)}
 # What may be TRL's fastest way here: all rows of a step at once first, then in four micro-batches.
 # Packing and padding-free rows need FlashAttention 2 or 3.
 CANDIDATES: dict[str, Contender] = {
