@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 import lighten
+from lighten import hardware
 from lighten.errors import UserError
 from lighten.models import attention
-from lighten.train.prepare import choose_packing
+from lighten.train.prepare import choose_packing, choose_tokens
 from tests.tiny import tiny_model
 
 
@@ -52,3 +53,17 @@ def test_trap23_a_packed_run_has_the_same_steps_of_the_same_tokens(
     assert packed == steps(False)
     assert len(packed) == 7  # 40 rows, six a step
     assert all(tokens > supervised > 0 for _, tokens, supervised in packed)
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype", "tokens"),
+    [({"amx_bf16"}, "bfloat16", 1536), ({"amx_bf16"}, "float32", 1024), (set(), "bfloat16", 1024)],
+)
+def test_a_micro_batch_fills_the_products_of_its_format(
+    flags: set[str], dtype: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "processor_flags", lambda: frozenset(flags))
+    assert choose_tokens("auto", "cpu", dtype)[0] == tokens
+    assert choose_tokens(77, "cpu", dtype)[0] == 77
+    assert choose_tokens(None, "cpu", dtype)[0] is None
+    assert choose_tokens("auto", "cuda", dtype)[0] is None

@@ -174,7 +174,9 @@ def measure(
         rows,
         adapter,
         max_rows=recipe.per_device_eval_batch_size,
-        max_tokens=choose_tokens(recipe.tokens_per_microbatch, base.model.device.type)[0],
+        max_tokens=choose_tokens(
+            recipe.tokens_per_microbatch, base.model.device.type, base.dtype.value
+        )[0],
         device=base.model.device,
     )
     if progress is not None:

@@ -176,7 +176,9 @@ def _loss(base: Base, recipe: Recipe, cut: Resized | None, rows: Sequence[Any]) 
             rows,
             member,
             max_rows=recipe.per_device_eval_batch_size,
-            max_tokens=choose_tokens(recipe.tokens_per_microbatch, base.model.device.type)[0],
+            max_tokens=choose_tokens(
+                recipe.tokens_per_microbatch, base.model.device.type, base.dtype.value
+            )[0],
             device=base.model.device,
         )
     finally:

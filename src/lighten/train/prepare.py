@@ -25,8 +25,11 @@ from lighten.train.memory import checkpoint_layers
 from lighten.train.offload import offload_activations
 from lighten.train.schedule import warmup_length
 
-# Matrix products of this many rows reach a processor's full rate (benchmarks/limit.py).
-CPU_TOKENS = 1024
+# Matrix products of this many rows come near a processor's full rate. Each costs as much as some
+# more rows before its first one, and of the quicker ones on AMX tiles that is a larger share
+# (docs/lab-notes.md).
+CPU_TOKENS, TILES_TOKENS = 1024, 1536
+TILES = "amx_bf16"
 
 
 @dataclass
@@ -135,7 +138,7 @@ def prepare(recipe: Recipe, accelerator: Accelerator, base: models.Base, rows: R
     members = [_member(own, recipe, trained, total, optimizer.value) for own in options]
     scaler = torch.amp.GradScaler(device, enabled=trained.dtype == torch.float16)
     choices["packing"] = packing = choose_packing(recipe.packing, base.model, trained.no_packing)
-    tokens, why = choose_tokens(recipe.tokens_per_microbatch, device)
+    tokens, why = choose_tokens(recipe.tokens_per_microbatch, device, base.dtype.value)
     choices["micro-batch"] = Choice(f"{tokens} tokens" if tokens else "rows", why)
     choices["lanes"] = side_by_side = _choose_lanes(recipe, trained, rows, per_step, accelerator)
     own = per_step // accelerator.num_processes * rows.train.counts.tokens
@@ -243,12 +246,20 @@ def choose_packing(
     return Choice("off", f"{name} attention does not keep packed rows apart")
 
 
-def choose_tokens(wanted: int | str | None, device: str) -> tuple[int | None, str]:
-    """Tokens of one micro-batch at most (None: as many as its rows have), and why."""
+def choose_tokens(wanted: int | str | None, device: str, dtype: str) -> tuple[int | None, str]:
+    """Tokens of one micro-batch at most (None: as many as its rows have), and why.
+
+    Args:
+        wanted: `auto`, or what the recipe says.
+        device: `cpu` or `cuda`.
+        dtype: Of the products.
+    """
     if isinstance(wanted, int):
         return wanted, "tokens_per_microbatch of the recipe"
     if wanted is None or device != "cpu":
         return None, "per_device_train_batch_size alone decides"
+    if dtype == "bfloat16" and TILES in hardware.processor_flags():
+        return TILES_TOKENS, "it fills matrix products on AMX tiles; more would only cost memory"
     return CPU_TOKENS, "it fills a processor's matrix products; more would only cost memory"
 
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-import platform
 from pathlib import Path
 from typing import Any
 
 from lighten import native
+from lighten.hardware import processor_flags
 
 FOLDER = Path(__file__).parent
 # GCC's own headers have values that are undefined on purpose.
@@ -68,15 +68,3 @@ def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
     if not found.lighten_allowed():
         return None, "the system does not let processes use the processor's tiles"
     return found, None
-
-
-def processor_flags() -> frozenset[str]:
-    """What the processor can do, in Linux's words; empty elsewhere."""
-    if platform.system() != "Linux":
-        return frozenset()
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return frozenset()
-    line = next((line for line in text.splitlines() if line.startswith("flags")), "")
-    return frozenset(line.partition(":")[2].split())
