@@ -27,7 +27,7 @@ from benchmarks.steps import Steps
 from lighten import models
 from lighten.hardware import PeakMemory
 from lighten.train.lanes import FULL_TOKENS
-from lighten.train.prepare import load_base
+from lighten.train.prepare import choose_passes, load_base
 
 # Rows of a micro-batch never decide in a cohort: its tokens do.
 MANY_ROWS = 4096
@@ -66,6 +66,10 @@ def run_ours(
     recipe = engine.recipe_of(job["model"], list(lessons), steps, settings=settings)
     memory = memory or PeakMemory(job["device"])
     setup = engine.set_up(recipe, lessons, job["device"], base)
+    if len(lessons) > 1:
+        each = sum(len(ids) for ids, _ in first) // len(lessons)
+        passes = choose_passes(base, each, setup.tokens_per_microbatch, side_by_side)
+        setup.choices["passes"], setup.apart = passes, passes.value == "apart"
     try:
         return engine.train(setup, lessons, Path(job["scratch"]), memory, start=start)
     finally:
@@ -86,6 +90,7 @@ def ours(job: Mapping[str, Any], base: models.Base) -> dict[str, Any]:
     together = {size: of(names[:size]) for size in job["sizes"] if size > 1}
     losses_alone = {name: run["losses"][name] for name, run in alone.items()}
     return {
+        "passes": {size: run["choices"]["passes"] for size, run in together.items()},
         "alone_s": [timed(run["step_seconds"]) for run in alone.values()],
         "cohort_s": {size: timed(run["step_seconds"]) for size, run in together.items()},
         "largest_loss_difference": {
