@@ -104,16 +104,22 @@ def reference_of(
         results: All of them.
         controls: Who never learnt, by set of steps.
     """
+    if follows_trl(name, contender, run):
+        return _first(results, ROUNDED[contender.data]), SAME_FORMAT
     of_float32 = exact(contender, run, results)
     rounding = contender.rounding or run.get("dtype")
     if rounding == "float32":
         return of_float32, AGREEMENT["float32"]
-    if name != ROUNDED[contender.data]:
-        return _first(results, ROUNDED[contender.data]), SAME_FORMAT
     control = controls.get(contender.data)
     if of_float32 is None or control is None or "error" in of_float32 or "error" in control:
         return of_float32, AGREEMENT.get(str(rounding), 0.0)
     return of_float32, HALFWAY * loss_difference(control["losses"], of_float32["losses"])
+
+
+def follows_trl(name: str, contender: Contender, run: Run) -> bool:
+    """Whether a row is held to TRL's with rounded products, and so counts only if that one does."""
+    rounding = contender.rounding or run.get("dtype")
+    return rounding != "float32" and name != ROUNDED[contender.data]
 
 
 def _first(results: Mapping[str, Sequence[Run]], name: str | None) -> Run | None:
@@ -169,6 +175,13 @@ def tabulate(
             "first_step_s": statistics.median(run["first_step_s"] for run in runs),
             "wall_s": statistics.median(run["wall_s"] for run in runs),
         }  # fmt: skip
+    for name, row in table.items():
+        other = ROUNDED[contenders[name].data]
+        if row["valid"] and follows_trl(name, contenders[name], results[name][0]):
+            row["valid"] = table[other]["valid"]
+            row["why_not"] = (
+                None if row["valid"] else f"{other!r}, which it follows, does not count"
+            )
     return table
 
 

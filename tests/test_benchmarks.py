@@ -186,15 +186,16 @@ def test_ratios_are_ours_over_theirs_on_the_same_steps() -> None:
         # As near to float32 as TRL is, and not as TRL trains.
         ({who.OURS: run(9.0, [3.0, 2.0, 0.998])}, {"speed_vs_best", "memory_vs_best"}),
         ({who.OURS: run(9.0, [3.0, 2.0, float("nan")])}, {"speed_vs_best", "memory_vs_best"}),
-        ({who.BEST: run(9.0, [3.0, 2.0, 1.005], moved=0.0)}, {"speed_vs_best", "memory_vs_best"}),
+        ({who.BEST: run(9.0, [3.0, 2.0, 1.005], moved=0.0)},
+         {"speed_vs_best", "memory_vs_best", "memory_vs_checkpointed"}),
         # TRL, and whoever follows it, more than half of the way to who never learns.
         ({who.BEST: run(9.0, [3.0, 2.0, 1.016]), who.OURS: run(9.0, [3.0, 2.0, 1.016])},
-         {"speed_vs_best", "memory_vs_best"}),
+         {"speed_vs_best", "memory_vs_best", "memory_vs_checkpointed"}),
         ({who.BEST: {"error": "killed"}},
          {"speed_vs_best", "memory_vs_best", "memory_vs_checkpointed"}),
         ({who.FLOAT32: {"error": "killed"}}, {"speed_vs_float32_defaults"}),
         ({who.REFERENCE_SHUFFLED: {"error": "killed"}},
-         {"speed_vs_defaults", "memory_vs_defaults"}),
+         {"speed_vs_defaults", "speed_vs_float32_defaults", "memory_vs_defaults"}),
         ({who.OURS_SAVING: run(9.0, [3.0, 2.5])}, {"memory_vs_checkpointed"}),
     ],
 )  # fmt: skip
