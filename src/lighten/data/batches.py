@@ -8,6 +8,7 @@ speed, never the result: the loss is normalised over the whole step.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -20,6 +21,9 @@ from torch import Tensor
 # Rows are sorted by length within this many steps' worth of shuffled rows: enough to pair rows
 # of like length, few enough that the order stays random.
 WINDOW_STEPS = 16
+# What a micro-batch costs beside its tokens, in tokens: each product has to read its weight and to
+# get going (docs/lab-notes.md).
+START_TOKENS = 300
 
 
 class TokenRow(Protocol):
@@ -184,8 +188,30 @@ def layout(
     if packed:
         return _even(longest_first, lengths, max_rows, max_tokens, lanes)
     if lanes > 1:
-        share = -(-sum(lengths[item.row] for item in items) // lanes)
-        max_tokens = share if max_tokens is None else min(share, max_tokens)
+        return _side_by_side(longest_first, lengths, max_rows, max_tokens, lanes)
+    return _alike(longest_first, lengths, max_rows, max_tokens)
+
+
+def even_shares(tokens: Sequence[int], lanes: int) -> list[list[int]]:
+    """Which micro-batches each lane has: every one goes where the least is to do.
+
+    Args:
+        tokens: Of each micro-batch, padding included.
+        lanes: How many there are; none stays without one while there are enough.
+    """
+    shares: list[list[int]] = [[] for _ in range(min(lanes, len(tokens)))]
+    filled = [0] * len(shares)
+    for place in sorted(range(len(tokens)), key=lambda place: -tokens[place]):
+        lane = min(range(len(shares)), key=lambda lane: filled[lane])
+        shares[lane].append(place)
+        filled[lane] += tokens[place] + START_TOKENS
+    return shares
+
+
+def _alike(
+    longest_first: Sequence[Item], lengths: Sequence[int], max_rows: int, max_tokens: int | None
+) -> list[list[Item]]:
+    """As few micro-batches of neighbours as keep to the budgets."""
     batches: list[list[Item]] = []
     longest = 0
     for item in longest_first:
@@ -196,6 +222,41 @@ def layout(
             longest = lengths[item.row]
         batches[-1].append(item)
     return batches
+
+
+def _side_by_side(
+    longest_first: Sequence[Item],
+    lengths: Sequence[int],
+    max_rows: int,
+    max_tokens: int | None,
+    lanes: int,
+) -> list[list[Item]]:
+    """Micro-batches of neighbours, cut so that the slowest lane ends first.
+
+    Tried is, for each of a few counts, the cut whose largest micro-batch is smallest: within one
+    per cent of the best cut of all (docs/lab-notes.md).
+    """
+
+    def cut(room: int) -> list[list[Item]]:
+        return _alike(longest_first, lengths, max_rows, room)
+
+    def padded(part: Sequence[Item]) -> int:
+        return len(part) * lengths[part[0].row]
+
+    def slowest(parts: Sequence[Sequence[Item]]) -> int:
+        tokens = [padded(part) for part in parts]
+        shares = even_shares(tokens, lanes)
+        return max(sum(tokens[place] + START_TOKENS for place in own) for own in shares)
+
+    if not longest_first:
+        return []
+    room = padded(longest_first) if max_tokens is None else max_tokens
+    fewest = len(cut(room))
+    cuts = [
+        cut(bisect_left(range(room), -count, key=lambda own: -len(cut(own))))
+        for count in range(fewest, fewest + 2 * lanes)
+    ]
+    return sorted(min(cuts, key=slowest), key=lambda part: -padded(part))
 
 
 def _even(

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from lighten.data.batches import even_shares
 from lighten.plan import rates
 from lighten.plan.result import StepTime
 from lighten.plan.steps import STEPS, Traced
 from lighten.plan.work import Work
-from lighten.train.lanes import even_shares
 
 
 class Timed(Protocol):

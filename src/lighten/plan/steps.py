@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lighten import models
 from lighten.adapters.decoder import decoder_layers
 from lighten.data import Encoded, TemplateChoice
-from lighten.data.batches import Item, MicroBatch, collate, layout, steps_of_epoch
+from lighten.data.batches import Item, MicroBatch, collate, even_shares, layout, steps_of_epoch
 from lighten.data.encode import EncodingCounts
 from lighten.hardware import Choice
 from lighten.models import attention, quantized
@@ -31,7 +31,6 @@ from lighten.plan.follow import Follow, Timeline
 from lighten.plan.on_cuda import as_on_cuda
 from lighten.plan.result import Shape
 from lighten.recipe import Recipe
-from lighten.train.lanes import even_shares
 from lighten.train.member import Member
 from lighten.train.passes import undropped
 from lighten.train.prepare import Rows, Setup, prepare

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lighten.adapters import Trained
-from lighten.data.batches import MicroBatch
+from lighten.data.batches import MicroBatch, even_shares
 from lighten.hardware import Choice
 from lighten.train.loss import Objective
 from lighten.train.passes import learn, measure
@@ -185,17 +185,6 @@ def shared_out(batches: Sequence[MicroBatch], count: int) -> list[list[MicroBatc
     """The micro-batches of each lane."""
     shares = even_shares([batch.input_ids.numel() for batch in batches], count)
     return [[batches[place] for place in own] for own in shares]
-
-
-def even_shares(tokens: Sequence[int], count: int) -> list[list[int]]:
-    """Which micro-batches each lane has: every one goes where the fewest tokens are."""
-    lanes: list[list[int]] = [[] for _ in range(min(count, len(tokens)))]
-    filled = [0] * len(lanes)
-    for place in sorted(range(len(tokens)), key=lambda place: -tokens[place]):
-        lane = min(range(len(lanes)), key=lambda lane: filled[lane])
-        lanes[lane].append(place)
-        filled[lane] += tokens[place]
-    return lanes
 
 
 def in_order(

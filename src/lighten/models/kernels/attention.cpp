@@ -36,6 +36,7 @@ constexpr int SIDE = 32;         // of a block of queries or keys
 constexpr int TILE = 16;         // rows or columns of a tile
 constexpr int TILE_SIZE = 512;   // numbers of a tile of a right side
 constexpr int64_t AT_ONCE = 4;   // blocks of keys whose scores the first cache holds
+constexpr int64_t HEADS_AT_ONCE = 4;
 
 int64_t up(int64_t n) { return (n + SIDE - 1) / SIDE * SIDE; }
 
@@ -198,41 +199,76 @@ void copied(bf16* to, const bf16* from, int64_t stride, int64_t count, int64_t r
     }
 }
 
-// Where 16 rows begin, in bytes.
-inline __m512i lines(int64_t row_bytes) {
-    return _mm512_mullo_epi32(
-        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-        _mm512_set1_epi32(static_cast<int>(row_bytes)));
+// Sixteen registers of sixteen numbers of 32 bits, turned: the first then holds every first one.
+inline void turn(__m512i r[TILE]) {
+    __m512i t[TILE];
+#pragma GCC unroll 16
+    for (int i = 0; i < TILE; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < TILE; i += 4)
+        for (int half = 0; half < 2; ++half) {
+            r[i + 2 * half] = _mm512_unpacklo_epi64(t[i + half], t[i + half + 2]);
+            r[i + 2 * half + 1] = _mm512_unpackhi_epi64(t[i + half], t[i + half + 2]);
+        }
+    // Now every fourth register has numbers of the same four columns, one in each quarter.
+#pragma GCC unroll 16
+    for (int i = 0; i < 4; ++i) {
+        const __m512i even = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
+        const __m512i odd = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xDD);
+        const __m512i even_below = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
+        const __m512i odd_below = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xDD);
+        r[i] = _mm512_shuffle_i32x4(even, even_below, 0x88);
+        r[4 + i] = _mm512_shuffle_i32x4(odd, odd_below, 0x88);
+        r[8 + i] = _mm512_shuffle_i32x4(even, even_below, 0xDD);
+        r[12 + i] = _mm512_shuffle_i32x4(odd, odd_below, 0xDD);
+    }
+}
+
+// Sixteen rows of 64 bytes, turned.
+inline void turned_tile(__m512i r[TILE], const void* from, int64_t row_bytes) {
+#pragma GCC unroll 16
+    for (int i = 0; i < TILE; ++i)
+        r[i] = _mm512_loadu_si512(static_cast<const char*>(from) + i * row_bytes);
+    turn(r);
 }
 
 // [rows x Dp] as a right side of Dp x rows: tile (j, d) holds rows 16 j.. and features 32 d...
-void packed_across(bf16* to, const bf16* from, int64_t rows, int64_t Dp) {
-    const __m512i places = lines(Dp * 2);
-    for (int64_t j = 0; j < rows / TILE; ++j)
-        for (int64_t d = 0; d < Dp; d += 2, to += 32)
-            _mm512_storeu_si512(to, _mm512_i32gather_epi32(places, from + j * TILE * Dp + d, 1));
+void packed_across(bf16* to, const bf16* from, int64_t stride, int64_t rows, int64_t Dp) {
+    __m512i r[TILE];
+    for (int64_t j = 0; j < rows; j += TILE)
+        for (int64_t d = 0; d < Dp; d += 32, to += TILE_SIZE) {
+            turned_tile(r, from + j * stride + d, stride * 2);
+            for (int i = 0; i < TILE; ++i) _mm512_storeu_si512(to + i * 32, r[i]);
+        }
 }
 
 // [rows x Dp] as a right side of rows x Dp: tile (k, n) holds rows 32 k.. and features 16 n...
-void packed_along(bf16* to, const bf16* from, int64_t rows, int64_t Dp) {
+void packed_along(bf16* to, const bf16* from, int64_t stride, int64_t rows, int64_t Dp) {
     for (int64_t k = 0; k < rows / 32; ++k)
         for (int64_t n = 0; n < Dp / TILE; ++n)
             for (int pair = 0; pair < TILE; ++pair, to += 32) {
-                const bf16* even = from + (k * 32 + 2 * pair) * Dp + n * TILE;
-                _mm512_storeu_si512(to, paired(_mm256_loadu_si256((const __m256i*)even),
-                                               _mm256_loadu_si256((const __m256i*)(even + Dp))));
+                const bf16* even = from + (k * 32 + 2 * pair) * stride + n * TILE;
+                _mm512_storeu_si512(
+                    to, paired(_mm256_loadu_si256((const __m256i*)even),
+                               _mm256_loadu_si256((const __m256i*)(even + stride))));
             }
 }
 
 // [rows x Dp] turned: [Dp x rows], a left side.
 void turned(bf16* to, const bf16* from, int64_t rows, int64_t Dp) {
-    const __m512i places = lines(Dp * 2);
+    __m512i r[TILE];
     for (int64_t i = 0; i < rows; i += TILE)
-        for (int64_t d = 0; d < Dp; d += 2) {
-            const __m512i two = _mm512_i32gather_epi32(places, from + i * Dp + d, 1);
-            _mm256_storeu_si256((__m256i*)(to + d * rows + i), _mm512_cvtepi32_epi16(two));
-            _mm256_storeu_si256((__m256i*)(to + (d + 1) * rows + i),
-                                _mm512_cvtepi32_epi16(_mm512_srli_epi32(two, 16)));
+        for (int64_t d = 0; d < Dp; d += 32) {
+            turned_tile(r, from + i * Dp + d, Dp * 2);
+            for (int64_t pair = 0; pair < TILE; ++pair) {
+                bf16* row = to + (d + 2 * pair) * rows + i;
+                _mm256_storeu_si256((__m256i*)row, _mm512_cvtepi32_epi16(r[pair]));
+                _mm256_storeu_si256((__m256i*)(row + rows),
+                                    _mm512_cvtepi32_epi16(_mm512_srli_epi32(r[pair], 16)));
+            }
         }
 }
 
@@ -249,15 +285,29 @@ void written(const View& view, const Row& row, int64_t head, const float* from, 
 // [Dp x 32] numbers, turned, each row times its factor, into a view.
 void written_turned(const View& view, int64_t batch, int64_t head, int64_t token, int64_t count,
                     const float* from, const float* factors, int64_t D) {
-    const __m512i places = lines(SIDE * 4);
-    for (int64_t i = 0; i < count; ++i) {
-        bf16* to = view.at(batch, head, token + i);
-        for (int64_t d = 0; d < D; d += TILE)
-            write(to + d, up_to(D - d),
-                  _mm512_mul_ps(_mm512_i32gather_ps(places, from + d * SIDE + i, 1),
-                                _mm512_set1_ps(factors[i])));
-    }
+    __m512i r[TILE];
+    for (int64_t first = 0; first < count; first += TILE)
+        for (int64_t d = 0; d < D; d += TILE) {
+            turned_tile(r, from + d * SIDE + first, SIDE * 4);
+            for (int64_t i = 0; i < std::min<int64_t>(TILE, count - first); ++i)
+                write(view.at(batch, head, token + first + i) + d, up_to(D - d),
+                      _mm512_mul_ps(_mm512_castsi512_ps(r[i]), _mm512_set1_ps(factors[first + i])));
+        }
 }
+
+// A block's rows: in the view itself, or, where they have to be filled up, in a buffer.
+struct Block {
+    Block(const View& view, int64_t batch, int64_t head, int64_t token, int64_t count, int64_t D,
+          int64_t Dp, bf16* buffer)
+        : data(view.at(batch, head, token)), stride(view.token) {
+        if (count == SIDE && D == Dp) return;
+        copied(buffer, data, stride, count, SIDE, D, Dp);
+        data = buffer;
+        stride = Dp;
+    }
+    const bf16* data;
+    int64_t stride;
+};
 
 // Which of 16 queries see a key of the block on the diagonal.
 inline __mmask16 seeing(int64_t key, int64_t half) {
@@ -266,7 +316,42 @@ inline __mmask16 seeing(int64_t key, int64_t half) {
 }
 
 // Scores stand on their side, keys by queries: sixteen queries share a register, so that sums over
-// keys need no sum within one.
+// keys need no sum within one. What only the block on the diagonal needs, the mask, costs others
+// nothing.
+
+// The largest of each query's scaled scores, over the keys [first, last).
+template <bool DIAGONAL>
+inline void highest(__m512 most[2], const float* scores, int64_t first, int64_t last,
+                    __m512 scale) {
+    const __m512 none = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+    for (int64_t key = first; key < last; ++key)
+        for (int half = 0; half < 2; ++half) {
+            const __m512 score = _mm512_loadu_ps(scores + key * SIDE + half * TILE);
+            const __mmask16 real = DIAGONAL ? seeing(key - first, half) : __mmask16(0xFFFF);
+            most[half] = _mm512_max_ps(most[half], _mm512_mask_mul_ps(none, real, score, scale));
+        }
+}
+
+// Exponentials of scores, as a right side; their sums are added to the totals.
+template <bool DIAGONAL>
+inline void weighed(bf16* weights, __m512 totals[2], const float* scores, int64_t first,
+                    int64_t last, __m512 scale, const __m512 most[2]) {
+    for (int64_t key = first; key < last; key += 2) {
+        bf16* to = weights + key / SIDE * SIDE * SIDE + key % SIDE / 2 * 32;
+        for (int half = 0; half < 2; ++half) {
+            __m512 weight[2];
+            for (int odd = 0; odd < 2; ++odd) {
+                const __m512 score = _mm512_loadu_ps(scores + (key + odd) * SIDE + half * TILE);
+                weight[odd] = exponential(_mm512_fmsub_ps(score, scale, most[half]));
+                if (DIAGONAL)
+                    weight[odd] = _mm512_maskz_mov_ps(seeing(key + odd - first, half), weight[odd]);
+            }
+            totals[half] = _mm512_add_ps(totals[half], _mm512_add_ps(weight[0], weight[1]));
+            _mm512_storeu_si512(to + half * TILE_SIZE,
+                                paired(rounded(weight[0]), rounded(weight[1])));
+        }
+    }
+}
 
 void forward(const Job& job, const Row& row, int64_t key_head) {
     const int64_t D = job.D, Dp = up(D), L = row.length, Lp = up(L), block = SIDE * Dp;
@@ -274,45 +359,29 @@ void forward(const Job& job, const Row& row, int64_t key_head) {
     const __m512 scale = _mm512_set1_ps(job.scale);
     const __m512 none = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
     Buffer<bf16> keys(Lp * Dp), values(Lp * Dp), values_turned(Lp * Dp);
-    Buffer<bf16> queries(block), queries_across(block), weights(Lp * SIDE);
+    Buffer<bf16> filled(block), queries_across(block), weights(Lp * SIDE);
     Buffer<float> scores(Lp * SIDE), found(block);
     copied(keys, job.k.at(row.batch, key_head, row.start), job.k.token, L, Lp, D, Dp);
     copied(values, job.v.at(row.batch, key_head, row.start), job.v.token, L, Lp, D, Dp);
     turned(values_turned, values, Lp, Dp);
-    for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head)
-        for (int64_t first = 0; first < L; first += SIDE) {
+    for (int64_t first = 0; first < L; first += SIDE)
+        for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head) {
             const int64_t count = std::min<int64_t>(SIDE, L - first), width = first + SIDE;
             const int64_t at = row.start + first;
-            copied(queries, job.q.at(row.batch, head, at), job.q.token, count, SIDE, D, Dp);
-            packed_across(queries_across, queries, SIDE, Dp);
+            const Block queries(job.q, row.batch, head, at, count, D, Dp, filled);
+            packed_across(queries_across, queries.data, queries.stride, SIDE, Dp);
             for (int64_t key = 0; key < width; key += SIDE)
                 product(scores + key * SIDE, SIDE, keys + key * Dp, Dp, 32, queries_across,
                         TILE * Dp, TILE_SIZE, Dp / 32, false);
+            __m512 most[2] = {none, none}, sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+            highest<false>(most, scores, 0, first, scale);
+            highest<true>(most, scores, first, width, scale);
+            weighed<false>(weights, sums, scores, 0, first, scale, most);
+            weighed<true>(weights, sums, scores, first, width, scale, most);
             alignas(64) float tops[SIDE], totals[SIDE], factors[SIDE];
-            for (int64_t half = 0; half < 2; ++half) {
-                const float* own = scores + half * TILE;
-                auto seen = [&](int64_t key) {
-                    return key < first ? __mmask16(0xFFFF) : seeing(key - first, half);
-                };
-                __m512 most = none, total = _mm512_setzero_ps();
-                for (int64_t key = 0; key < width; ++key)
-                    most = _mm512_max_ps(
-                        most, _mm512_mask_mul_ps(none, seen(key),
-                                                 _mm512_loadu_ps(own + key * SIDE), scale));
-                auto weight = [&](int64_t key) {
-                    const __m512 score = _mm512_loadu_ps(own + key * SIDE);
-                    return _mm512_maskz_mov_ps(
-                        seen(key), exponential(_mm512_fmsub_ps(score, scale, most)));
-                };
-                for (int64_t key = 0; key < width; key += 2) {
-                    const __m512 even = weight(key), odd = weight(key + 1);
-                    total = _mm512_add_ps(total, _mm512_add_ps(even, odd));
-                    _mm512_storeu_si512(weights + key / SIDE * SIDE * SIDE + half * TILE_SIZE +
-                                            key % SIDE / 2 * 32,
-                                        paired(rounded(even), rounded(odd)));
-                }
-                _mm512_store_ps(tops + half * TILE, most);
-                _mm512_store_ps(totals + half * TILE, total);
+            for (int half = 0; half < 2; ++half) {
+                _mm512_store_ps(tops + half * TILE, most[half]);
+                _mm512_store_ps(totals + half * TILE, sums[half]);
             }
             for (int64_t i = 0; i < count; ++i) {
                 factors[i] = 1.0f / totals[i];
@@ -325,89 +394,109 @@ void forward(const Job& job, const Row& row, int64_t key_head) {
         }
 }
 
+// A block's weights, and their slopes: of the scores, row by row and as a right side.
+template <bool DIAGONAL>
+inline void steepened(bf16* weights, bf16* slopes, bf16* slopes_along, const float* scores,
+                      const float* ahead, __m512 scale, const float* sums, const float* along) {
+    for (int half = 0; half < 2; ++half) {
+        const __m512 own_sums = _mm512_load_ps(sums + half * TILE);
+        const __m512 own_along = _mm512_load_ps(along + half * TILE);
+        for (int64_t key = 0; key < SIDE; key += 2) {
+            __m256i slope[2];
+            for (int odd = 0; odd < 2; ++odd) {
+                const int64_t place = (key + odd) * SIDE + half * TILE;
+                __m512 weight = exponential(
+                    _mm512_fmsub_ps(_mm512_loadu_ps(scores + place), scale, own_sums));
+                if (DIAGONAL) weight = _mm512_maskz_mov_ps(seeing(key + odd, half), weight);
+                const __m512 steep =
+                    _mm512_mul_ps(_mm512_mul_ps(weight, scale),
+                                  _mm512_sub_ps(_mm512_loadu_ps(ahead + place), own_along));
+                slope[odd] = rounded(steep);
+                _mm256_storeu_si256((__m256i*)(weights + place), rounded(weight));
+                _mm256_storeu_si256((__m256i*)(slopes + place), slope[odd]);
+            }
+            _mm512_storeu_si512(slopes_along + half * TILE_SIZE + key / 2 * 32,
+                                paired(slope[0], slope[1]));
+        }
+    }
+}
+
 void backward(const Job& job, const Row& row, int64_t key_head) {
     const int64_t D = job.D, Dp = up(D), L = row.length, Lp = up(L), block = SIDE * Dp;
     const int64_t group = job.heads / job.key_heads, square = SIDE * SIDE;
+    // Heads that share keys share their gradients: several at once read and write those once.
+    const int64_t most = std::min(group, HEADS_AT_ONCE), of_head = AT_ONCE * square;
     const __m512 scale = _mm512_set1_ps(job.scale);
     Buffer<bf16> keys(Lp * Dp), values(Lp * Dp), keys_turned(Lp * Dp);
     Buffer<float> grad_keys(Lp * Dp), grad_values(Lp * Dp), grad_queries(block);
-    Buffer<bf16> queries(block), grads(block), outs(block);
-    Buffer<bf16> queries_across(block), queries_along(block), grads_across(block), grads_along(block);
-    Buffer<bf16> weights(AT_ONCE * square), slopes(AT_ONCE * square), slopes_along(Lp * SIDE);
-    Buffer<float> scores(AT_ONCE * square), ahead(AT_ONCE * square);
+    Buffer<bf16> filled(3 * block), queries_across(most * block), grads_across(most * block);
+    Buffer<bf16> queries_along(most * block), grads_along(most * block);
+    Buffer<bf16> weights(most * of_head), slopes(most * of_head), slopes_along(most * Lp * SIDE);
+    Buffer<float> scores(of_head), ahead(of_head), sums(most * SIDE), along(most * SIDE);
+    alignas(64) float ones[SIDE];
+    std::fill_n(ones, SIDE, 1.0f);
     copied(keys, job.k.at(row.batch, key_head, row.start), job.k.token, L, Lp, D, Dp);
     copied(values, job.v.at(row.batch, key_head, row.start), job.v.token, L, Lp, D, Dp);
     turned(keys_turned, keys, Lp, Dp);
     std::memset(grad_keys, 0, Lp * Dp * sizeof(float));
     std::memset(grad_values, 0, Lp * Dp * sizeof(float));
-    for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head)
-        for (int64_t first = 0; first < L; first += SIDE) {
+    for (int64_t first = 0; first < L; first += SIDE)
+        for (int64_t done = 0; done < group; done += most) {
             const int64_t count = std::min<int64_t>(SIDE, L - first), blocks = first / SIDE + 1;
-            const int64_t at = row.start + first;
-            copied(queries, job.q.at(row.batch, head, at), job.q.token, count, SIDE, D, Dp);
-            copied(grads, job.grad.at(row.batch, head, at), job.grad.token, count, SIDE, D, Dp);
-            copied(outs, job.out.at(row.batch, head, at), job.out.token, count, SIDE, D, Dp);
-            packed_across(queries_across, queries, SIDE, Dp);
-            packed_along(queries_along, queries, SIDE, Dp);
-            packed_across(grads_across, grads, SIDE, Dp);
-            packed_along(grads_along, grads, SIDE, Dp);
-            alignas(64) float sums[SIDE], along[SIDE], ones[SIDE];
-            for (int64_t i = 0; i < SIDE; ++i) {
-                __m512 sum = _mm512_setzero_ps();
-                for (int64_t d = 0; d < Dp; d += TILE)
-                    sum = _mm512_fmadd_ps(read(grads + i * Dp + d, 0xFFFF),
-                                          read(outs + i * Dp + d, 0xFFFF), sum);
-                along[i] = _mm512_reduce_add_ps(sum);
-                // A query that is none weighs nothing.
-                sums[i] = i < count ? job.sums[head * job.tokens + row.before + first + i]
-                                    : std::numeric_limits<float>::infinity();
-                ones[i] = 1.0f;
+            const int64_t at = row.start + first, head = key_head * group + done;
+            const int64_t heads = std::min(most, group - done);
+            for (int64_t h = 0; h < heads; ++h) {
+                const Block queries(job.q, row.batch, head + h, at, count, D, Dp, filled);
+                const Block grads(job.grad, row.batch, head + h, at, count, D, Dp, filled + block);
+                const Block outs(job.out, row.batch, head + h, at, count, D, Dp,
+                                 filled + 2 * block);
+                packed_across(queries_across + h * block, queries.data, queries.stride, SIDE, Dp);
+                packed_along(queries_along + h * block, queries.data, queries.stride, SIDE, Dp);
+                packed_across(grads_across + h * block, grads.data, grads.stride, SIDE, Dp);
+                packed_along(grads_along + h * block, grads.data, grads.stride, SIDE, Dp);
+                const float* known = job.sums + (head + h) * job.tokens + row.before + first;
+                for (int64_t i = 0; i < SIDE; ++i) {
+                    __m512 sum = _mm512_setzero_ps();
+                    for (int64_t d = 0; d < Dp; d += TILE)
+                        sum = _mm512_fmadd_ps(read(grads.data + i * grads.stride + d, 0xFFFF),
+                                              read(outs.data + i * outs.stride + d, 0xFFFF), sum);
+                    along[h * SIDE + i] = _mm512_reduce_add_ps(sum);
+                    // A query that is none weighs nothing.
+                    sums[h * SIDE + i] =
+                        i < count ? known[i] : std::numeric_limits<float>::infinity();
+                }
             }
             for (int64_t begin = 0; begin < blocks; begin += AT_ONCE) {
                 const int64_t end = std::min(blocks, begin + AT_ONCE);
-                for (int64_t b = begin; b < end; ++b) {
-                    product(scores + (b - begin) * square, SIDE, keys + b * block, Dp, 32,
-                            queries_across, TILE * Dp, TILE_SIZE, Dp / 32, false);
-                    product(ahead + (b - begin) * square, SIDE, values + b * block, Dp, 32,
-                            grads_across, TILE * Dp, TILE_SIZE, Dp / 32, false);
-                }
-                for (int64_t half = 0; half < 2; ++half) {
-                    const __m512 own_sums = _mm512_load_ps(sums + half * TILE);
-                    const __m512 own_along = _mm512_load_ps(along + half * TILE);
-                    for (int64_t key = 0; key < (end - begin) * SIDE; key += 2) {
-                        __m256i slope[2];
-                        for (int64_t odd = 0; odd < 2; ++odd) {
-                            const int64_t place = (key + odd) * SIDE + half * TILE;
-                            const int64_t past = (begin * SIDE + key + odd) - first;
-                            const __mmask16 real = past < 0 ? 0xFFFF : seeing(past, half);
-                            const __m512 weight = _mm512_maskz_mov_ps(
-                                real, exponential(_mm512_fmsub_ps(_mm512_loadu_ps(scores + place),
-                                                                  scale, own_sums)));
-                            const __m512 steep = _mm512_mul_ps(
-                                _mm512_mul_ps(weight, scale),
-                                _mm512_sub_ps(_mm512_loadu_ps(ahead + place), own_along));
-                            slope[odd] = rounded(steep);
-                            _mm256_storeu_si256((__m256i*)(weights + place), rounded(weight));
-                            _mm256_storeu_si256((__m256i*)(slopes + place), slope[odd]);
-                        }
-                        _mm512_storeu_si512(slopes_along + (begin + key / SIDE) * square +
-                                                half * TILE_SIZE + key % SIDE / 2 * 32,
-                                            paired(slope[0], slope[1]));
+                for (int64_t h = 0; h < heads; ++h) {
+                    for (int64_t b = begin; b < end; ++b) {
+                        product(scores + (b - begin) * square, SIDE, keys + b * block, Dp, 32,
+                                queries_across + h * block, TILE * Dp, TILE_SIZE, Dp / 32, false);
+                        product(ahead + (b - begin) * square, SIDE, values + b * block, Dp, 32,
+                                grads_across + h * block, TILE * Dp, TILE_SIZE, Dp / 32, false);
+                    }
+                    for (int64_t b = begin; b < end; ++b) {
+                        const int64_t from = (b - begin) * square, to = h * of_head + from;
+                        (b + 1 == blocks ? steepened<true> : steepened<false>)(
+                            weights + to, slopes + to, slopes_along + h * Lp * SIDE + b * square,
+                            scores + from, ahead + from, scale, sums + h * SIDE, along + h * SIDE);
                     }
                 }
                 for (int64_t b = begin; b < end; ++b)
                     for (int64_t n = 0; n < Dp / TILE; n += 2) {
                         const int64_t to = b * block + n * TILE, from = (b - begin) * square;
-                        product(grad_values + to, Dp, weights + from, SIDE, 0,
-                                grads_along + n * TILE_SIZE, TILE_SIZE, 0, 1, true);
-                        product(grad_keys + to, Dp, slopes + from, SIDE, 0,
-                                queries_along + n * TILE_SIZE, TILE_SIZE, 0, 1, true);
+                        product(grad_values + to, Dp, weights + from, SIDE, of_head,
+                                grads_along + n * TILE_SIZE, TILE_SIZE, block, heads, true);
+                        product(grad_keys + to, Dp, slopes + from, SIDE, of_head,
+                                queries_along + n * TILE_SIZE, TILE_SIZE, block, heads, true);
                     }
             }
-            for (int64_t d = 0; d < Dp; d += SIDE)
-                product(grad_queries + d * SIDE, SIDE, keys_turned + d * Lp, Lp, 32, slopes_along,
-                        TILE_SIZE, 2 * TILE_SIZE, blocks, false);
-            written_turned(job.grad_q, row.batch, head, at, count, grad_queries, ones, D);
+            for (int64_t h = 0; h < heads; ++h) {
+                for (int64_t d = 0; d < Dp; d += SIDE)
+                    product(grad_queries + d * SIDE, SIDE, keys_turned + d * Lp, Lp, 32,
+                            slopes_along + h * Lp * SIDE, TILE_SIZE, 2 * TILE_SIZE, blocks, false);
+                written_turned(job.grad_q, row.batch, head + h, at, count, grad_queries, ones, D);
+            }
         }
     written(job.grad_k, row, key_head, grad_keys, D, Dp);
     written(job.grad_v, row, key_head, grad_values, D, Dp);
