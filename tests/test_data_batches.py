@@ -49,13 +49,13 @@ def test_grouping_by_length_saves_padding() -> None:
     assert padding(True) < padding(False) / 3
 
 
-@given(lengths, st.integers(1, 9), st.one_of(st.none(), st.integers(1, 200)))
+@given(lengths, st.integers(1, 9), st.one_of(st.none(), st.integers(1, 200)), st.integers(1, 3))
 @settings(deadline=None)
 def test_a_layout_keeps_every_row_within_its_budgets(
-    lengths: list[int], max_rows: int, max_tokens: int | None
+    lengths: list[int], max_rows: int, max_tokens: int | None, lanes: int
 ) -> None:
     items = [Item("a", row, 0) for row in range(len(lengths))]
-    parts = layout(items, lengths, max_rows=max_rows, max_tokens=max_tokens)
+    parts = layout(items, lengths, max_rows=max_rows, max_tokens=max_tokens, lanes=lanes)
     assert sorted(item.row for part in parts for item in part) == list(range(len(lengths)))
     for part in parts:
         padded = len(part) * max(lengths[item.row] for item in part)

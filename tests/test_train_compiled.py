@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from lighten.adapters import AdapterSpec, attach
 from lighten.models import kernels
-from lighten.train import compiled
+from lighten.train import compiled, gates
 from lighten.train.memory import checkpoint_layers
 from lighten.train.offload import Offload, ScratchFile, wrap
 from tests.test_train_step import UNEVEN, assert_close, cohort_of, gradients, in_blocks, one_step
@@ -44,19 +45,26 @@ def test_compiled_layers_learn_what_plain_ones_learn(arch: str, checkpointing: b
 @pytest.mark.slow
 @pytest.mark.skipif(kernels.obstacle() is not None, reason=str(kernels.obstacle()))
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_batches_of_other_rows_meet_the_same_compiled_attention() -> None:
-    """bfloat16, as long runs on a processor have it: the kernel is an operation of the graph."""
+def test_batches_of_other_rows_meet_the_same_compiled_kernels() -> None:
+    """bfloat16, as long runs on a processor have it: kernels are operations of the graph."""
 
     def run(dtype: torch.dtype, quick: bool = False) -> list[torch.Tensor]:
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         cohort = in_blocks(cohort_of(spec(), dtype=dtype))
+        assert gates.quicken(cohort.model) == 2
         if quick:
             compiled.compile_layers(cohort.model)
         found = []
-        for rows in (UNEVEN, UNEVEN[::-1], UNEVEN[1:]):
-            _, members = one_step(cohort, rows, 3, packed=True)
-            found.append(torch.cat([own.flatten() for own in gradients(members["a"]).values()]))
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            for rows in (UNEVEN, UNEVEN[::-1], UNEVEN[1:]):
+                _, members = one_step(cohort, rows, 3, packed=True)
+                found.append(torch.cat([own.flatten() for own in gradients(members["a"]).values()]))
+        called = {event.key for event in seen.key_averages()}
+        kernels_of_layers = {"lighten::attention_backward", "lighten::gated_backward"}
+        assert called & kernels_of_layers == (
+            kernels_of_layers if dtype == torch.bfloat16 else set()
+        )
         return found
 
     exact, plain = run(torch.float32), run(torch.bfloat16)

@@ -425,7 +425,7 @@ def _mask(*args: Any, **options: Any) -> Tensor | None:
 
 def register() -> None:
     """Make the attention known to transformers under `NAME`."""
-    own = _forward_apart if kernels.library() is None else _forward_in_kernel
+    own = _forward_in_kernel if kernels.there() else _forward_apart
     AttentionInterface.register(NAME, own)
     AttentionMaskInterface.register(NAME, _mask)
 

@@ -14,6 +14,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lighten import native
 from lighten.hardware import processor_flags
 
@@ -28,6 +30,12 @@ SWITCH = "LIGHTEN_KERNELS"  # set to 0: PyTorch's operations in their place
 def library() -> ctypes.CDLL | None:
     """The compiled kernels; None where there are none, for the reason that `obstacle` gives."""
     return _loaded()[0]
+
+
+@torch.compiler.assume_constant_result
+def there() -> bool:
+    """Whether there are kernels here; a compiler takes it for settled."""
+    return library() is not None
 
 
 def obstacle() -> str | None:

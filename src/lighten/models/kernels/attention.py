@@ -25,7 +25,7 @@ def takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
         fits(query)
         and query.dtype == key.dtype == value.dtype
         and query.shape[-1] == value.shape[-1]
-        and kernels.library() is not None
+        and kernels.there()
     )
 
 

@@ -17,7 +17,7 @@ def takes(*tensors: Tensor) -> bool:
     """Whether the kernels compute on these."""
     return (
         all(x.device.type == "cpu" and x.dtype == torch.bfloat16 for x in tensors)
-        and kernels.library() is not None
+        and kernels.there()
     )
 
 
