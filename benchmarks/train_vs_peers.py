@@ -9,8 +9,8 @@ are two sets of steps from the same text: rows of like length together, for all 
 best, and rows at random, as TRL's defaults take them. A row counts only if it has learnt at all and
 its losses follow, step by step, those of TRL with products in the same format; TRL's own follow
 float32. A ratio with a row that does not count is null. Speed counts real tokens, not padding: the
-median over the steps after warm-up, then over repeats. How long its rows are decides how fast a step
-is, so a dozen of them count. TRL's best settings are found by trying.
+median over the steps after warm-up, then over repeats. A dozen of them count, since how fast a step
+is depends on how long its rows are. TRL's best settings are found by trying.
 """
 
 from __future__ import annotations
