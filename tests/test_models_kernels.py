@@ -56,6 +56,7 @@ def error(found: Tensor, wanted: Tensor) -> float:
         (2, 1, 8, [7, 40, 32]),
         (4, 1, 256, [70]),
         (3, 3, 20, [31, 1, 96]),
+        (12, 2, 32, [70, 33]),
     ],
 )
 def test_packed_rows_are_attended_to_as_in_float64(
