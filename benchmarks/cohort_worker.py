@@ -97,6 +97,7 @@ def ours(job: Mapping[str, Any], base: models.Base) -> dict[str, Any]:
             size: largest_difference(run["losses"], losses_alone)
             for size, run in together.items()
         },
+        "losses": losses_alone,
         "idle": any(idle(run) for run in (*alone.values(), *together.values())),
         "choices": alone[names[0]]["choices"],
     }  # fmt: skip

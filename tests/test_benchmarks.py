@@ -311,18 +311,28 @@ def test_both_sets_of_steps_hold_whole_steps_of_the_same_rows() -> None:
 
 
 def test_a_cohort_counts_only_with_the_losses_of_its_adapters_alone(tmp_path: Path) -> None:
-    def ran(apart: float) -> dict[str, Any]:
+    def ran(apart: float, loss: float = 2.002) -> dict[str, Any]:
         return {"alone_s": [1.0, 1.0], "cohort_s": {"2": 1.0}, "idle": False,
-                "largest_loss_difference": {"2": apart}}  # fmt: skip
+                "losses": {"a0": [2.0, loss]}, "largest_loss_difference": {"2": apart}}  # fmt: skip
 
-    theirs = {"alone_s": [2.0, 2.0], "idle": False}
-    good = cohort.tabulate("nf4", 64, (1, 2), [ran(1e-3)] * 3, [theirs] * 3)
+    theirs, exact = {"alone_s": [2.0, 2.0], "idle": False}, ran(1e-6, loss=2.0)
+
+    def table(*ours: dict[str, Any], exact: dict[str, Any] = exact, peft: Any = theirs) -> Any:
+        return cohort.tabulate("nf4", 64, (1, 2), ours, [peft] * len(ours), exact)
+
+    good = table(*[ran(1e-3)] * 3)
     assert [row["time"] for row in good] == [1.0, 0.5]
     assert [row["time_vs_peft"] for row in good] == [0.5, 0.25]
-    assert cohort.tabulate("nf4", 64, (2,), [ran(0.1)], [theirs])[0]["time"] is None
-    still = {**ran(0.0), "idle": True}
-    assert cohort.tabulate("nf4", 64, (2,), [still], [theirs])[0]["time"] is None
-    failed = cohort.tabulate("nf4", 64, (2,), [ran(0.0)], [{"error": "no NF4 here"}])[0]
+    # Alone, rounding takes the adapter 1e-3 from float32: its cohort may be twice as far from it.
+    assert table(ran(1.9e-3))[1]["time"] == 0.5
+    assert "2.1e-03" in table(ran(2.1e-3))[1]["why_not"]
+    assert "2.1e-03" in table(ran(1e-3), ran(2.1e-3))[1]["why_not"]
+    assert table(ran(float("nan")))[1]["time"] is None
+    assert "in float32" in table(ran(1e-3), exact=ran(1e-3, loss=2.0))[1]["why_not"]
+    assert table(ran(1e-3), exact={"error": "no memory"})[1]["why_not"] == "no memory"
+    assert table({**ran(0.0), "idle": True})[1]["time"] is None
+    assert table(ran(1e-3), exact={**exact, "idle": True})[1]["time"] is None
+    failed = table(ran(0.0), peft={"error": "no NF4 here"})[1]
     assert (failed["time"], failed["time_vs_peft"]) == (0.5, None)
 
     names = ["a0", "a1"]
@@ -332,6 +342,7 @@ def test_a_cohort_counts_only_with_the_losses_of_its_adapters_alone(tmp_path: Pa
            "start": start(tmp_path, names), "sizes": (1, 2), "scratch": str(tmp_path)}  # fmt: skip
     found = cohort_worker.ours(job, engine.base_in_memory(tiny_model("llama"), "float32"))
     assert found["largest_loss_difference"][2] < 1e-5
+    assert {name: len(own) for name, own in found["losses"].items()} == {"a0": 2, "a1": 2}
     assert not found["idle"]
     assert len(found["alone_s"]) == 2
     base = tiny_model("llama")
