@@ -266,7 +266,7 @@ def main() -> None:
     }
     name = f"cohort-{Path(arguments.model).name}-{arguments.device}"
     machine.store(name, {**vars(arguments), **found}, before, why)
-    skip = ("table", "memory", "runs")
+    skip = ("table", "memory", "runs", "exact")
     print(json.dumps({key: value for key, value in found.items() if key not in skip}))
 
 
