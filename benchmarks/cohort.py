@@ -78,6 +78,9 @@ def measure(arguments: argparse.Namespace) -> Result:
     rows = encoded(arguments.model)
     sizes = [size for size in SIZES if size <= arguments.largest]
     names = [f"a{i}" for i in range(sizes[-1])]
+    taught = {
+        tokens: lessons(rows, names, tokens, STEPS.get(tokens, 2)) for tokens in arguments.tokens
+    }
     results: dict[str, dict[int, dict[str, list[Result]]]] = {}
     exact: dict[str, dict[int, Result]] = {}
     memory: dict[int, list[Result]] = {}
@@ -97,17 +100,16 @@ def measure(arguments: argparse.Namespace) -> Result:
         for base in arguments.bases:
             for tokens in arguments.tokens:
                 settings = {**BASES[base], "dtype": "float32"}
-                own = lessons(rows, names, tokens, STEPS.get(tokens, 2))
-                job = {"engine": "lighten", "settings": settings, "lessons": own,
+                job = {"engine": "lighten", "settings": settings, "lessons": taught[tokens],
                        "sizes": sizes[-1:]}  # fmt: skip
                 exact.setdefault(base, {})[tokens] = run(f"{base}, {tokens} tokens, float32", job)
         for repeat in range(arguments.repeats):
             for base in arguments.bases:
                 for tokens in arguments.tokens:
-                    own = lessons(rows, names, tokens, STEPS.get(tokens, 2))
                     kept = results.setdefault(base, {}).setdefault(tokens, {})
                     for engine in ("lighten", "peft"):
-                        job = {"engine": engine, "settings": BASES[base], "lessons": own}
+                        job = {"engine": engine, "settings": BASES[base],
+                               "lessons": taught[tokens]}  # fmt: skip
                         label = f"repeat {repeat + 1}, {base}, {tokens} tokens, {engine}"
                         kept.setdefault(engine, []).append(run(label, job))
             for size in (1, 4):

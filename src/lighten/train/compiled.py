@@ -36,12 +36,8 @@ NOMINAL_FLOPS_PER_CORE = 2e11
 # steps reach (benchmarks/gpu_suite.py).
 NOMINAL_FLOPS_OF_GPU, REACHED = 1e13, 0.2
 # Each layer's code would check at each call what the compiler knows of every tensor's layout: 2 %
-# of a step on a processor, for what tests check once.
-UNCHECKED: dict[str, Any] = {
-    "size_asserts": False,
-    "alignment_asserts": False,
-    "scalar_asserts": False,
-}
+# of a step on a processor, for what tests check once. Older compilers have the first alone.
+CHECKS = ("size_asserts", "alignment_asserts", "scalar_asserts")
 
 
 def choose(
@@ -116,13 +112,15 @@ def compile_layers(model: PreTrainedModel) -> None:
             output.requires_grad_(True)
 
     model.get_input_embeddings().register_forward_hook(wants_gradient)
+    known = torch._inductor.list_options()
+    unchecked = {name: False for name in CHECKS if name in known}
     for layer in decoder_layers(model):
-        layer.forward = _compiled(layer)
+        layer.forward = _compiled(layer, unchecked)
 
 
-def _compiled(layer: nn.Module) -> Any:
+def _compiled(layer: nn.Module, options: dict[str, Any]) -> Any:
     plain = layer.forward
-    quick = torch.compile(plain, dynamic=True, options=UNCHECKED)
+    quick = torch.compile(plain, dynamic=True, options=options)
 
     @functools.wraps(plain)
     def run(*args: Any, **kwargs: Any) -> Any:
