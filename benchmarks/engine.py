@@ -33,8 +33,9 @@ from lighten.hardware import Choice, PeakMemory
 from lighten.recipe import Recipe
 from lighten.train.checkpoints import TrainerState
 from lighten.train.loop import Loop
-from lighten.train.prepare import Rows, Setup, load_base, prepare
+from lighten.train.prepare import Setup, load_base, prepare
 from lighten.train.progress import TrainingProgress
+from lighten.train.rows import Rows
 from lighten.train.step import MemberStep
 
 RANK = 8

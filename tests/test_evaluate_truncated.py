@@ -16,7 +16,7 @@ from lighten.errors import UserError
 from lighten.evaluate.truncated import truncated_curve
 from lighten.models import load_tokenizer
 from lighten.runs import Run
-from lighten.train.prepare import load_rows
+from lighten.train.rows import load_rows
 
 
 @pytest.fixture(scope="module")

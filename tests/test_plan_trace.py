@@ -34,7 +34,8 @@ from lighten.plan.steps import (
 )
 from lighten.plan.trace import plan_recipe
 from lighten.recipe import Recipe
-from lighten.train.prepare import Rows, prepare
+from lighten.train.prepare import prepare
+from lighten.train.rows import Rows
 from tests.tiny import tiny_config, tiny_model
 
 FLOAT32 = Choice("float32", "the test's")

@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from lighten import adapters, data, hardware, models
 from lighten.data import Message
-from lighten.data.encode import render
+from lighten.data.spans import render
 from lighten.errors import UserError
 from lighten.evaluate.generate import settings_alone, stop_tokens
 from lighten.evaluate.opened import Models, Opened

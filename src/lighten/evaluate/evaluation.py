@@ -21,7 +21,8 @@ from lighten.recipe import EvaluateOptions, Recipe
 from lighten.runs import Run
 from lighten.train.heldout import held_out
 from lighten.train.loss import Objective
-from lighten.train.prepare import choose_tokens, encode_as
+from lighten.train.prepare import choose_tokens
+from lighten.train.rows import encode_as
 
 Progress = Callable[[str, int, int], None]
 # Fewer examples than this give no verdict.

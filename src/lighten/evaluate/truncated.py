@@ -26,7 +26,8 @@ from lighten.recipe import Recipe
 from lighten.runs import Run
 from lighten.train.heldout import HeldOut, held_out
 from lighten.train.loss import Objective
-from lighten.train.prepare import choose_packing, choose_tokens, encode_as, load_base
+from lighten.train.prepare import choose_packing, choose_tokens, load_base
+from lighten.train.rows import encode_as
 
 Progress = Callable[[str, int, int], None]
 

@@ -24,7 +24,8 @@ from lighten.plan.planner import Planner
 from lighten.plan.result import Change, Plan
 from lighten.plan.trace import plan_recipe
 from lighten.recipe import Recipe
-from lighten.train.prepare import Rows, load_rows, new_tokens
+from lighten.train.prepare import new_tokens
+from lighten.train.rows import Rows, load_rows
 
 # A larger data file is not read for a plan alone; its rows are then taken to be max_length long.
 LARGEST_DATA_BYTES = 32 * 2**20

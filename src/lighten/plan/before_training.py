@@ -18,7 +18,7 @@ from lighten.plan.result import Plan
 from lighten.recipe import Recipe
 from lighten.runs import Run
 from lighten.train.prediction import Prediction
-from lighten.train.prepare import Rows
+from lighten.train.rows import Rows
 
 MOST_ADVICE = 3
 

@@ -30,7 +30,8 @@ from lighten.recipe import Recipe
 if TYPE_CHECKING:
     from lighten.data.batches import MicroBatch
     from lighten.train.lanes import Lanes
-    from lighten.train.prepare import Rows, Setup
+    from lighten.train.prepare import Setup
+    from lighten.train.rows import Rows
 
 # Steps: the first one warms up, the last one is timed.
 STEPS = 3
@@ -258,7 +259,7 @@ def _rows(lengths: Sequence[int], supervised: float) -> Rows:
     from lighten.data import Encoded, TemplateChoice
     from lighten.data.encode import EncodingCounts
     from lighten.plan.steps import row_of
-    from lighten.train.prepare import Rows
+    from lighten.train.rows import Rows
 
     counts = EncodingCounts(rows=len(lengths), tokens=sum(lengths))
     rows: Any = [row_of(length, supervised) for length in lengths]

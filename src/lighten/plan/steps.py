@@ -33,7 +33,8 @@ from lighten.plan.result import Shape
 from lighten.recipe import Recipe
 from lighten.train.member import Member
 from lighten.train.passes import undropped
-from lighten.train.prepare import Rows, Setup, prepare
+from lighten.train.prepare import Setup, prepare
+from lighten.train.rows import Rows
 from lighten.train.step import train_step
 
 STEPS = 2

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lighten.train.prepare import Rows
+from lighten.train.rows import Rows
 
 
 @dataclass(frozen=True)

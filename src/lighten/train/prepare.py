@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lighten import data, hardware, models
+from lighten import hardware, models
 from lighten.adapters import AdapterSpec, Trained, WholeBase, attach
-from lighten.data import Encoded, TemplateChoice
 from lighten.errors import UserError
 from lighten.hardware import Choice, choose_dtype
 from lighten.models import attention
@@ -23,6 +21,7 @@ from lighten.train.loss import Objective
 from lighten.train.member import Member, MemberSettings
 from lighten.train.memory import checkpoint_layers
 from lighten.train.offload import offload_activations
+from lighten.train.rows import Rows
 from lighten.train.schedule import warmup_length
 
 # Matrix products of this many rows come near a processor's full rate. Each costs as much as some
@@ -30,23 +29,6 @@ from lighten.train.schedule import warmup_length
 # (docs/lab-notes.md).
 CPU_TOKENS, TILES_TOKENS = 1024, 1536
 TILES = "amx_bf16"
-
-
-@dataclass
-class Rows:
-    """The encoded data of a run.
-
-    Attributes:
-        train: What is trained on.
-        held_out: What the loss is watched on, or None.
-        template: The chat template and why it was taken.
-        facts: What `run.json` keeps of the data.
-    """
-
-    train: Encoded
-    held_out: Encoded | None
-    template: TemplateChoice
-    facts: dict[str, Any]
 
 
 @dataclass
@@ -349,65 +331,6 @@ def new_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> Non
         tokenizer.add_special_tokens(
             {"additional_special_tokens": list(tokens)}, replace_extra_special_tokens=False
         )
-
-
-def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows:
-    """Read, split and encode the recipe's data.
-
-    Raises:
-        UserError: The data is broken, or holds nothing to learn from.
-    """
-    template = data.choose_template(tokenizer, recipe.chat_template)
-    found = data.read(
-        recipe.dataset, limit=recipe.max_train_samples, skip_bad_rows=recipe.skip_bad_rows
-    )
-    train, held_out = found.examples, _held_out(recipe)
-    if held_out is None and recipe.val_size and len(train) > 1:
-        train, held_out = data.split(train, recipe.val_size)
-    if recipe.max_eval_samples is not None and held_out is not None:
-        held_out = held_out[: recipe.max_eval_samples]
-    encoded = encode_as(recipe, train, tokenizer)
-    watched = encode_as(recipe, held_out, tokenizer) if held_out else None
-    facts = {
-        "path": str(found.path),
-        "sha256": found.sha256,
-        "format": found.format,
-        "train_rows": len(encoded.rows),
-        "eval_rows": len(watched.rows) if watched else 0,
-        "tokens": encoded.counts.tokens,
-        "supervised_tokens": encoded.counts.supervised_tokens,
-        "eval_supervised_tokens": watched.counts.supervised_tokens if watched else 0,
-        "truncated": encoded.counts.truncated,
-        "dropped": encoded.counts.dropped,
-        "lost_supervised_tokens": encoded.counts.lost_supervised_tokens,
-        "bad_rows": len(found.bad_rows),
-        "template": {"name": template.name, "reason": template.reason},
-    }
-    return Rows(encoded, watched, template, facts)
-
-
-def encode_as(
-    recipe: Recipe, examples: Sequence[data.Example], tokenizer: PreTrainedTokenizerBase
-) -> Encoded:
-    """Encode examples as the recipe says: training, evaluation and truncation see the same rows."""
-    return data.encode(
-        examples,
-        tokenizer,
-        max_length=recipe.max_length,
-        truncation_strategy=recipe.truncation_strategy,
-        assistant_only_loss=recipe.assistant_only_loss,
-        completion_only_loss=recipe.completion_only_loss,
-    )
-
-
-def _held_out(recipe: Recipe) -> list[data.Example] | None:
-    if recipe.eval_dataset is not None:
-        source = recipe.eval_dataset
-    elif data.has_split(recipe.dataset, "valid"):
-        source = recipe.dataset
-    else:
-        return None
-    return data.read(source, split="valid", skip_bad_rows=recipe.skip_bad_rows).examples
 
 
 def _spec(own: AdapterOptions) -> AdapterSpec:

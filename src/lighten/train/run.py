@@ -21,8 +21,9 @@ from lighten.train.export import export
 from lighten.train.judge import Judge
 from lighten.train.loop import Loop
 from lighten.train.prediction import Prediction, beside
-from lighten.train.prepare import Rows, Setup, load_base, load_rows, prepare
+from lighten.train.prepare import Setup, load_base, prepare
 from lighten.train.progress import TrainingProgress
+from lighten.train.rows import Rows, load_rows
 from lighten.train.short_memory import OutOfMemory, let_go, ran_out
 
 
