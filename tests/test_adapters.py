@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lighten.adapters import AdapterSpec, Cohort, Share, attach, files, layers, load, ops
-from lighten.adapters.ops import Dropout, Part, low_rank_linears, reference
+from lighten.adapters.ops import Dropout, Part, low_rank_linears, reference, row_hashes
 from lighten.errors import UserError
 from tests.tiny import ARCHITECTURES, VOCAB, save_tiny, tiny_model
 
@@ -299,7 +299,7 @@ def test_the_fused_form_equals_the_plain_reference(
     ]
     bases = [base.double().requires_grad_(False) for base in bases]
     x = torch.randn(7, 6, dtype=torch.double, requires_grad=True)
-    drop = Dropout(dropout, (11, 12), (2, 1), (2, 2)) if dropout else None
+    drop = Dropout(dropout, row_hashes((11, 12), (2, 2)), 7) if dropout else None
     # Two adapters on three layers: the first changes all, the second two of them; row 6 is bare.
     parts = [Part(0, 4, 0.7, drop, layer) for layer in range(3)]
     parts += [Part(4, 6, 1.3, None, layer) for layer in (2, 0)]
@@ -357,12 +357,42 @@ def test_layers_that_read_the_same_tensor_are_computed_together_and_others_are_n
 
 
 def test_dropout_drops_its_share_keeps_the_mean_and_does_not_depend_on_neighbours() -> None:
-    whole = Dropout(0.25, (1, 2), (50, 30), (50, 50)).factors(200, torch.ones(1))
-    assert abs(float((whole[:50] == 0).float().mean()) - 0.25) < 0.02
-    assert abs(float(whole[:50].mean()) - 1.0) < 0.03
-    assert bool((whole[80:] == 1).all())
-    alone = Dropout(0.25, (2,), (30,), (30,)).factors(200, torch.ones(1))
-    assert torch.equal(alone, whole[50:80])
+    whole = Dropout(0.25, row_hashes((1, 2), (50, 30)), 5).factors(201, torch.ones(1))
+    assert whole.shape == (80, 201)
+    assert abs(float((whole == 0).float().mean()) - 0.25) < 0.01
+    assert abs(float(whole.mean()) - 1.0) < 0.01
+    assert whole.unique().tolist() == [0.0, pytest.approx(1 / 0.75)]
+    alone = Dropout(0.25, row_hashes((2,), (30,)), 5).factors(201, torch.ones(1))
+    assert torch.equal(alone, whole[50:])
+    padded = Dropout(0.25, row_hashes((1, 2), (50, 60)), 5).factors(201, torch.ones(1))
+    assert torch.equal(padded[50:80], alone)
+
+
+@pytest.mark.parametrize("probability", [0.05, 0.5, 0.9])
+def test_dropout_masks_are_independent_over_rows_columns_layers_and_examples(
+    probability: float,
+) -> None:
+    seeds = (0, 1, 2**32, 2**62 + 1)  # neighbours, and equal in one half of their bits
+    dropped = [
+        (Dropout(probability, row_hashes(seeds, (256,) * 4), salt).factors(256, torch.ones(1)) == 0)
+        for salt in (0, 1)
+    ]
+    one, other = (mask.double() - probability for mask in dropped)
+    variance = probability * (1 - probability)
+    # Counts of n draws stay within five standard deviations of what independent draws give.
+    assert float(one.mean(0).abs().max()) < 5 * (variance / 1024) ** 0.5
+    assert float(one.mean(1).abs().max()) < 5 * (variance / 256) ** 0.5
+    pairs = {
+        "layers": (one, other),
+        "columns": (one[:, :-1], one[:, 1:]),
+        "rows": (one[:-1], one[1:]),
+        "examples": (one[:256], one[256:512]),
+        "halves of the seed": (one[:256], one[512:768]),
+    }
+    for name, (left, right) in pairs.items():
+        product = left * right
+        bound = 5 * variance / product.numel() ** 0.5
+        assert abs(float(product.mean())) < bound, name
 
 
 def test_a_bfloat16_base_computes_its_products_in_bfloat16() -> None:

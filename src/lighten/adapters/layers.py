@@ -13,7 +13,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lighten.adapters.frozen import dense_copy, formats, out_in_features
-from lighten.adapters.ops import Dropout, Part, lone_linears, low_rank_linears
+from lighten.adapters.ops import Dropout, Part, lone_linears, low_rank_linears, row_hashes
 from lighten.adapters.spec import AdapterSpec
 from lighten.errors import UserError
 
@@ -37,14 +37,12 @@ class Share:
         start: First row of the batch.
         stop: One past the last row.
         dropout_keys: One number per row that names its example and step; None turns dropout off.
-        lengths: Real tokens per row, wanted with `dropout_keys`.
     """
 
     member: str | None
     start: int
     stop: int
     dropout_keys: tuple[int, ...] | None = None
-    lengths: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -55,11 +53,15 @@ class Route:
         shares: The adapters' runs of rows, in order; rows behind the last take the base alone.
         everyone: Without shares, the one adapter that every row takes, or None.
         starts: In a packed batch [1, N], where each row begins, and N at the end.
+        row_hashes: Of the shares, as far as layers have asked: the same for all layers.
     """
 
     shares: tuple[Share, ...] = ()
     everyone: str | None = None
     starts: tuple[int, ...] | None = None
+    row_hashes: dict[tuple[Any, ...], Tensor] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     @property
     def lone(self) -> str | None:
@@ -226,7 +228,7 @@ class CohortLinear(nn.Module):
                     starts[share.start],
                     starts[share.stop],
                     self.scales[share.member],
-                    self._dropout(share, widths[share.start : share.stop]),
+                    self._dropout(share, widths[share.start : share.stop], x.device),
                     layer,
                 ),
             )
@@ -249,13 +251,19 @@ class CohortLinear(nn.Module):
         """The adapter that changes this layer on every row, if it is one."""
         return self.routing.now.lone
 
-    def _dropout(self, share: Share, widths: tuple[int, ...]) -> Dropout | None:
+    def _dropout(
+        self, share: Share, widths: tuple[int, ...], device: torch.device
+    ) -> Dropout | None:
         assert share.member is not None
         spec = self.specs[share.member]
-        if spec.dropout == 0.0 or share.dropout_keys is None or share.lengths is None:
+        if spec.dropout == 0.0 or share.dropout_keys is None:
             return None
-        seeds = tuple(_mix(spec.seed, self._salt, key) for key in share.dropout_keys)
-        return Dropout(spec.dropout, seeds, share.lengths, widths)
+        key = spec.seed, share.dropout_keys, widths
+        hashes = self.route.row_hashes
+        if key not in hashes:
+            seeds = [_mix(spec.seed, number) for number in share.dropout_keys]
+            hashes[key] = row_hashes(seeds, widths, device)
+        return Dropout(spec.dropout, hashes[key], self._salt)
 
     def delta(self, name: str) -> Tensor:
         """The adapter's update of the weight, scale · B A: [O, I] in float32."""

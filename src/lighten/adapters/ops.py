@@ -28,35 +28,72 @@ from lighten.adapters.frozen import product, weight_of
 MERGED_RANKS = 256
 
 
-@dataclass(frozen=True)
+# Multipliers of a 32-bit finaliser (x ^ x >> 16, · M1, x ^ x >> 15, · M2, x ^ x >> 16) whose output
+# bits depend evenly on all input bits: https://github.com/skeeto/hash-prospector, "lowbias32".
+_M1, _M2 = 0x7FEB352D, 0x846CA68B - 2**32
+
+
+def _mix32_(x: Tensor) -> Tensor:
+    """Scramble each int32 of x, in place."""
+    shifted = x >> 16
+    x ^= shifted.bitwise_and_(0xFFFF)  # int32 shifts copy the sign in; the mask takes it out
+    x *= _M1
+    torch.bitwise_right_shift(x, 15, out=shifted)
+    x ^= shifted.bitwise_and_(0x1FFFF)
+    x *= _M2
+    torch.bitwise_right_shift(x, 16, out=shifted)
+    x ^= shifted.bitwise_and_(0xFFFF)
+    return x
+
+
+def row_hashes(
+    seeds: Sequence[int], widths: Sequence[int], device: torch.device | str = "cpu"
+) -> Tensor:
+    """A number for every row of a segment, from its example's seed and its place in the example.
+
+    An example's numbers do not depend on which others share its micro-batch, nor on padding.
+
+    Args:
+        seeds: One of 63 bits per example.
+        widths: Rows of each example.
+        device: Where the numbers go.
+
+    Returns:
+        [sum of widths], int32.
+    """
+    places = torch.cat([torch.arange(width, dtype=torch.int32) for width in widths])
+    repeats = torch.tensor(widths)
+    halves = torch.tensor([[(s & 0xFFFFFFFF) - 2**31, (s >> 32) - 2**31] for s in seeds])
+    low, high = halves.to(torch.int32).repeat_interleave(repeats, dim=0).unbind(1)
+    return _mix32_(_mix32_(places + low) ^ high).to(device)
+
+
+@dataclass(frozen=True, eq=False)
 class Dropout:
-    """Which features of a segment's rows are dropped: recomputed from seeds, never stored.
+    """Which features of a segment's rows are dropped: a function of counters, never stored.
+
+    Whether a feature is kept follows from a number of its row, one of its column and of the layer
+    alone (a counter-based generator), formed on the device that needs it: the same when a layer is
+    recomputed, when a batch is split otherwise, and in every cohort.
 
     Attributes:
-        probability: Share of the features dropped.
-        seeds: One seed per example of the segment, so that an example's mask does not depend on
-            which others share its micro-batch.
-        lengths: Real tokens of each example; padding beyond is left as it is.
-        widths: Rows that each example takes in x, at least its length.
+        probability: Share of the features dropped, in steps of 2^-16.
+        rows: `row_hashes` of the segment, [n].
+        salt: Of the layer.
     """
 
     probability: float
-    seeds: tuple[int, ...]
-    lengths: tuple[int, ...]
-    widths: tuple[int, ...]
+    rows: Tensor
+    salt: int
 
     def factors(self, features: int, like: Tensor) -> Tensor:
-        """What x is multiplied with, [sum of widths, features]: 0 or 1 / (1 − p)."""
+        """What x is multiplied with, [n, features] in the format of `like`: 0 or 1 / (1 − p)."""
         keep = 1.0 - self.probability
-        out = torch.ones(sum(self.widths), features, dtype=like.dtype)
-        generator = torch.Generator()
-        start = 0
-        for seed, length, width in zip(self.seeds, self.lengths, self.widths, strict=True):
-            generator.manual_seed(seed)
-            kept = torch.rand(length, features, generator=generator) < keep
-            out[start : start + length] = kept.to(like.dtype) / keep
-            start += width
-        return out.to(like.device)
+        pairs = torch.arange(-(-features // 2), dtype=torch.int32, device=self.rows.device)
+        columns = _mix32_(pairs + (self.salt & 0x7FFFFFFF))
+        # Each 32-bit number decides on two features.
+        drawn = _mix32_(self.rows[:, None] ^ columns).view(torch.int16)[:, :features]
+        return (drawn < round(keep * 2**16) - 2**15).to(like.dtype).mul_(1 / keep)
 
 
 @dataclass(frozen=True)
@@ -234,16 +271,16 @@ class _LowRankLinears(torch.autograd.Function):
                     grads_B[layer] = low[:, own].T @ given[layer][span]
             slopes = block.scaled(slopes, factors)
             A = block.inner(factors, x)
-            dropped = _dropped(flat[span], block.parts[0])
-            grad_A = slopes.T @ dropped
+            dropout = block.parts[0].dropout
+            mask = None if dropout is None else dropout.factors(flat.shape[-1], flat)
+            grad_A = slopes.T @ (flat[span] if mask is None else flat[span] * mask)
             _hand_out(block, grad_A, grads_B, factors, found)
             if grad_x is None:
                 continue
-            if (dropout := block.parts[0].dropout) is None:
+            if mask is None:
                 grad_x[span].addmm_(slopes, A)
             else:
-                through = slopes @ A
-                grad_x[span] += through * dropout.factors(through.shape[-1], through)
+                grad_x[span].addcmul_(slopes @ A, mask)
         grad_x = None if grad_x is None else grad_x.view(x.shape)
         return (grad_x, None, None, *found)
 

@@ -369,7 +369,7 @@ class Objective:
                 if not len(one.labels):
                     continue
                 given = {"logits_to_keep": one.positions} if keeps else {}
-                with self.at(one, (Share(share.member, 0, 1, None, one.lengths),)):
+                with self.at(one, (Share(share.member, 0, 1),)):
                     out = self.model(input_ids=one.input_ids, use_cache=False, **given)
                 logits = out.logits[0] if keeps else out.logits[0, one.positions]
                 lost.append(F.cross_entropy(logits.float(), one.labels, reduction="none"))

@@ -61,7 +61,7 @@ def shares_of(batch: MicroBatch) -> tuple[Share, ...]:
         if ends:
             keys = tuple(item.key for item in batch.items[start:stop])
             member = batch.items[start].member
-            shares.append(Share(member, start, stop, keys, batch.lengths[start:stop]))
+            shares.append(Share(member, start, stop, keys))
             start = stop
     return tuple(shares)
 
