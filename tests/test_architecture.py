@@ -43,8 +43,9 @@ ALLOWED: dict[str, set[str]] = {
     "console": {"recipe"},
     "cli_adapter": {"api", "console"},
     "cli_plan": {"api", "console", "plan", "runs"},
-    "cli": {"api", "cli_adapter", "cli_plan", "console", "data", "models", "recipe", "hardware",
-            "report", "runs", "sweep", "train", "evaluate"},
+    "cli_settings": {"console", "recipe"},
+    "cli": {"api", "cli_adapter", "cli_plan", "cli_settings", "console", "data", "models",
+            "recipe", "hardware", "report", "runs", "sweep", "train", "evaluate"},
     "__main__": {"cli"},
 }  # fmt: skip
 LIGHT = ("lighten", "lighten.api", "lighten.cli", "lighten.errors", "lighten.hardware",

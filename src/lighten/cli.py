@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import lighten
 from lighten import cli_plan
 from lighten.cli_adapter import adapter_app
+from lighten.cli_settings import TakesSettings, TakesSweep, show_settings
 from lighten.console import (
     OPEN,
     Json,
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="lighten",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Make a large language model lighter, faster and cheaper, and prove it.",
@@ -42,6 +44,22 @@ app.add_typer(data_app, name="data")
 app.add_typer(adapter_app, name="adapter")
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lighten {lighten.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True,
+                           help="Print the version and exit.")
+    ] = False,
+) -> None:  # fmt: skip
+    """Make a large language model lighter, faster and cheaper, and prove it."""
+
+
 def main() -> None:
     """Run the command line and turn a user's mistake into one clean line."""
     import logging
@@ -51,7 +69,7 @@ def main() -> None:
     # It says at import that an optional kernel is missing, which no user can use here.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
-        app()
+        app(prog_name="lighten")  # the name under which its completion is installed
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201  # before rich is worth loading
         sys.exit(2)
@@ -119,7 +137,7 @@ _Force = Annotated[bool, typer.Option("--force", help="Train although the plan s
 _NoPlan = Annotated[bool, typer.Option("--no-plan", help="Do not predict memory and time first.")]
 
 
-@app.command(context_settings=OPEN)
+@app.command(cls=TakesSettings, context_settings=OPEN)
 def run(
     ctx: typer.Context, words: _Words = None, resume: _Resume = False, force: _Force = False,
     no_plan: _NoPlan = False,
@@ -134,7 +152,7 @@ def run(
     console().print(f"report: {api.report(done)}", soft_wrap=True, highlight=False)
 
 
-@app.command(context_settings=OPEN)
+@app.command(cls=TakesSettings, context_settings=OPEN)
 def train(
     ctx: typer.Context, words: _Words = None, resume: _Resume = False, force: _Force = False,
     no_plan: _NoPlan = False,
@@ -148,7 +166,7 @@ app.command("sft", context_settings=OPEN, hidden=True)(train)
 cli_plan.register(app)
 
 
-@app.command(context_settings=OPEN)
+@app.command(cls=TakesSweep, context_settings=OPEN)
 def sweep(
     ctx: typer.Context, words: _Words = None, resume: _Resume = False, as_json: Json = False
 ) -> None:
@@ -267,6 +285,9 @@ def doctor(as_json: Json = False) -> None:
 
 
 app.command("env", hidden=True)(doctor)
+
+
+app.command("settings")(show_settings)
 
 
 @app.command()

@@ -15,16 +15,11 @@ from typing import Any
 
 import psutil
 
-# Extra of the package by the module that it brings.
+# Extra of the package by the module that it brings: those that this version uses, no others.
 EXTRAS = {
-    "bitsandbytes": "quant", "torchao": "quant", "gguf": "gguf", "llama_cpp": "llama-cpp",
-    "pyarrow": "parquet", "deepspeed": "deepspeed", "vllm": "serve", "liger_kernel": "gpu",
-    "wandb": "track", "tensorboard": "track", "trackio": "track", "lm_eval": "eval",
-    "rouge_score": "eval", "openai": "generate", "gradio": "ui",
-    "optuna": "search", "ray": "ray",
+    "bitsandbytes": "quant", "gguf": "gguf", "pyarrow": "parquet", "wandb": "track",
+    "tensorboard": "track", "trackio": "track", "optuna": "search", "ray": "ray",
 }  # fmt: skip
-# Where the distribution is not called like its module.
-DISTRIBUTIONS = {"llama_cpp": "llama-cpp-python", "lm_eval": "lm_eval"}
 CORE = (
     "lighten", "torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers",
     "pydantic", "sacrebleu", "numpy",
@@ -154,7 +149,7 @@ def versions() -> dict[str, str]:
 
 def _version(name: str) -> str | None:
     try:
-        return importlib.metadata.version(DISTRIBUTIONS.get(name, name.replace("_", "-")))
+        return importlib.metadata.version(name.replace("_", "-"))
     except importlib.metadata.PackageNotFoundError:
         return None
 
