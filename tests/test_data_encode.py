@@ -293,7 +293,12 @@ def test_a_base_model_without_chatml_tokens_gets_a_template_that_ends_with_eos()
 
 def test_a_template_that_refuses_names_the_row() -> None:
     with pytest.raises(UserError, match=r"f\.jsonl:1: the chat template refuses.*System role"):
-        encode([chat("hi", "ho", system="s")], tokenizer_for(GEMMA), max_length=99)
+        encode(
+            [chat("hi", "ho", system="s")],
+            tokenizer_for(GEMMA),
+            max_length=99,
+            system_role="keep",
+        )
 
 
 def test_a_turn_marked_not_to_train_is_not_and_the_loss_options_widen_it() -> None:

@@ -1,9 +1,12 @@
 """Read examples, choose the chat template, encode with a mask, and batch by length."""
 
 from lighten.data.check import CheckReport, check
+from lighten.data.conversation import Handling, Renderer
 from lighten.data.encode import Encoded, Row, encode, prompt_of
 from lighten.data.examples import Example, Message, split
+from lighten.data.findings import Findings
 from lighten.data.read import BadRow, Dataset, has_split, read
+from lighten.data.stops import LearntAnswers, end_token, learnt_answers, stop_tokens, writes_alike
 from lighten.data.template import TemplateChoice, choose_template
 
 __all__ = [
@@ -12,14 +15,22 @@ __all__ = [
     "Dataset",
     "Encoded",
     "Example",
+    "Findings",
+    "Handling",
+    "LearntAnswers",
     "Message",
+    "Renderer",
     "Row",
     "TemplateChoice",
     "check",
     "choose_template",
     "encode",
+    "end_token",
     "has_split",
+    "learnt_answers",
     "prompt_of",
     "read",
     "split",
+    "stop_tokens",
+    "writes_alike",
 ]

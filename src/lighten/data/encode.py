@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from lighten.data.conversation import Handling, Renderer
 from lighten.data.examples import Example, Message
-from lighten.data.spans import Span, answers, endless, ends, render, unaligned
+from lighten.data.findings import Findings
+from lighten.data.spans import Span, endless, unaligned
 from lighten.errors import UserError
 
 
@@ -54,6 +56,7 @@ class EncodingCounts:
         lost_supervised_tokens: Targets cut off or left out with their rows.
         unaligned: Rows whose answers could not be found in the rendered text.
         endless: Rows with an answer that the template does not end with a special token.
+        refused: Rows that the chat template refuses.
     """
 
     examples: int = 0
@@ -65,6 +68,7 @@ class EncodingCounts:
     lost_supervised_tokens: int = 0
     unaligned: int = 0
     endless: int = 0
+    refused: int = 0
 
 
 @dataclass
@@ -75,11 +79,13 @@ class Encoded:
         rows: The rows.
         counts: What was kept and lost.
         problems: A sentence per kind of loss, with the first row it befell.
+        findings: What the chat template did, and what ends the answers.
     """
 
     rows: list[Row]
     counts: EncodingCounts
     problems: list[str] = field(default_factory=list)
+    findings: Findings = field(default_factory=Findings)
 
     @property
     def sha256(self) -> str:
@@ -99,6 +105,9 @@ def encode(
     truncation_strategy: str = "truncate",
     assistant_only_loss: bool = True,
     completion_only_loss: bool = True,
+    system_role: str | None = None,
+    thinking: str | None = None,
+    skip_bad_rows: bool = False,
 ) -> Encoded:
     """Encode examples with the tokenizer and its chat template.
 
@@ -110,9 +119,14 @@ def encode(
             leaves it out, `raise` stops.
         assistant_only_loss: In conversations only the assistant's turns are supervised.
         completion_only_loss: In single prompt-completion pairs only the completion is.
+        system_role: What happens to system messages: `keep`, `fold`, `drop`; None folds those that
+            the template does not take.
+        thinking: What happens to thoughts that the template cuts out: `keep`, `drop`; None leaves
+            them to it.
+        skip_bad_rows: Go on without rows that the template refuses.
 
     Raises:
-        UserError: A template refuses a row, a row is too long and that was not allowed, or
+        UserError: A template refuses rows, a row is too long and that was not allowed, or
             nothing at all is supervised (with the reason).
     """
     counts = EncodingCounts(examples=len(examples))
@@ -123,7 +137,12 @@ def encode(
         not (completion_only_loss if example.single_turn else assistant_only_loss)
         for example in examples
     ]
-    for row, aligned in _tokenised(examples, tokenizer, whole, counts, problems):
+    renderer = Renderer(tokenizer, Handling(system_role, thinking))
+    findings = renderer.findings
+    tokenised = _tokenised(examples, renderer, whole, counts, problems)
+    if not skip_bad_rows:
+        findings.require_none_refused()
+    for row, aligned in tokenised:
         before = row.supervised_tokens
         if before == 0:
             counts.dropped += 1
@@ -159,14 +178,22 @@ def encode(
         worst = causes.most_common(1)
         reason = problems[worst[0][0]] if worst else "there are no examples"
         raise UserError(f"nothing to learn from: no row has a supervised token, because {reason}")
-    return Encoded(rows, counts, list(problems.values()))
+    return Encoded(rows, counts, [*problems.values(), *findings.sentences()], findings)
 
 
-def prompt_of(example: Example, tokenizer: Any) -> tuple[list[int], str]:
+def prompt_of(
+    example: Example, tokenizer: Any, handling: Handling | None = None
+) -> tuple[list[int], str]:
     """Token ids before an example's last answer, exactly as training sees them, and the answer.
 
+    Args:
+        example: Ends with an answer.
+        tokenizer: With its chat template chosen.
+        handling: What happened to system messages and thoughts in training.
+
     Raises:
-        UserError: The example does not end with an answer, or it cannot be found in the text.
+        UserError: The template refuses the example, it does not end with an answer, or the answer
+            cannot be found in the text.
     """
     reference = example.reference
     if reference is None:
@@ -175,57 +202,86 @@ def prompt_of(example: Example, tokenizer: Any) -> tuple[list[int], str]:
     last = Message("assistant", reference, True, example.messages[-1].extra)
     asked = Example(example.file, example.line, (*only_last, last), tools=example.tools)
     problems: dict[str, str] = {}
-    row, _ = next(_tokenised([asked], tokenizer, [False], EncodingCounts(), problems))
+    renderer = Renderer(tokenizer, handling)
+    rows = _tokenised([asked], renderer, [False], EncodingCounts(), problems)
+    renderer.findings.require_none_refused()
+    row, _ = rows[0]
     if not any(row.supervised):
         raise UserError(next(iter(problems.values()), f"{example.where} has an empty answer"))
-    return row.input_ids[: row.supervised.index(True)], reference
+    return row.input_ids[: row.supervised.index(True)], row.example.reference or reference
 
 
 def _tokenised(
     examples: Sequence[Example],
-    tokenizer: Any,
+    renderer: Renderer,
     whole: Sequence[bool],
     counts: EncodingCounts,
     problems: dict[str, str],
-) -> Iterator[tuple[Row, bool]]:
-    """A row per example, before any length is looked at, and whether each answer was found."""
+) -> list[tuple[Row, bool]]:
+    """A row per example, before any length is looked at, and whether each answer was found.
+
+    Rows that the chat template refuses are left out; the renderer's findings hold them.
+    """
+    tokenizer = renderer.tokenizer
     if not tokenizer.is_fast:
         raise UserError(f"{type(tokenizer).__name__} gives no offsets; a fast tokenizer is needed")
-    texts: list[str] = []
-    spans: list[list[Span]] = []
-    aligned: list[bool] = []
-    for example, everything in zip(examples, whole, strict=True):
-        text = ""
-        own: list[Span | None] = []
-        if example.messages:
-            text = render(example.messages, tokenizer, example.where, tools=example.tools)
-            own = [(0, len(text))] if everything else answers(example, text, tokenizer)
-            if None in own:
-                counts.unaligned += 1
+    rendered = [
+        renderer.render(example, whole=everything) if example.messages else None
+        for example, everything in zip(examples, whole, strict=True)
+    ]
+    counts.refused = renderer.findings.refused_rows
+    texts = [own.text for own in rendered if own is not None]
+    encoded: Any = {}
+    if texts:
+        encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+    rows: list[tuple[Row, bool]] = []
+    place = -1
+    for example, own in zip(examples, rendered, strict=True):
+        aligned = True
+        if own is not None:
+            place += 1
+            ids = list(encoded["input_ids"][place])
+            offsets = np.asarray(encoded["offset_mapping"][place], dtype=np.int64).reshape(-1, 2)
+            mask = _mask(offsets, own.learnt)
+            renderer.findings.counts["tokens moved"] += sum(_mask(offsets, own.moved))
+            for begin, end in own.answers:
+                renderer.count_end(ids[_tokens_of(offsets, begin, end)])
+            example, aligned = own.example, own.aligned
+            counts.unaligned += not aligned
+            counts.endless += own.endless
+            if not aligned:
                 problems.setdefault("unaligned", unaligned(example))
-            found = [span for span in own if span is not None]
-            if not everything and any(not ends(text[a:b], tokenizer) for a, b in found):
-                counts.endless += 1
-                problems.setdefault("endless", endless(example))
-        texts.append(text)
-        spans.append([span for span in own if span is not None])
-        aligned.append(None not in own)
-    if not texts:
-        return
-    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-    for place, example in enumerate(examples):
-        if example.input_ids is not None and example.labels is not None:
+            if own.endless:
+                problems.setdefault("endless", endless(example, tokenizer))
+        elif example.messages:
+            continue
+        elif example.input_ids is not None and example.labels is not None:
             ids = list(example.input_ids)
             mask = [label != -100 for label in example.labels]
-        elif example.text is not None:
-            ids = _plain_text(example.text, tokenizer)
-            mask = [True] * len(ids)
         else:
-            ids = list(encoded["input_ids"][place])
-            mask = _mask(encoded["offset_mapping"][place], spans[place])
+            ids = _plain_text(example.text or "", tokenizer)
+            mask = [True] * len(ids)
+        if own is None:
+            for answer in _runs(ids, mask):
+                renderer.count_end(answer)
         if mask:
             mask[0] = False  # nothing stands before the first token to predict it from
-        yield Row(ids, mask, example), aligned[place]
+        rows.append((Row(ids, mask, example), aligned))
+    return rows
+
+
+def _tokens_of(offsets: np.ndarray[Any, Any], begin: int, end: int) -> slice:
+    """The tokens that hold anything of a span."""
+    return slice(
+        int(np.searchsorted(offsets[:, 1], begin, side="right")),
+        int(np.searchsorted(offsets[:, 0], end, side="left")),
+    )
+
+
+def _runs(ids: Sequence[int], mask: Sequence[bool]) -> list[Sequence[int]]:
+    """The stretches of supervised tokens."""
+    edges = np.flatnonzero(np.diff(np.asarray([False, *mask, False], dtype=np.int8)))
+    return [ids[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True)]
 
 
 def _plain_text(text: str, tokenizer: Any) -> list[int]:
@@ -237,11 +293,10 @@ def _plain_text(text: str, tokenizer: Any) -> list[int]:
     return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
 
 
-def _mask(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
+def _mask(offsets: np.ndarray[Any, Any], spans: Sequence[Span]) -> list[bool]:
     """A token is supervised if any of it is answer: what stands before is then pure prompt."""
-    places = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
-    mask = np.zeros(len(places), dtype=np.bool_)
+    mask = np.zeros(len(offsets), dtype=np.bool_)
     for begin, end in spans:
-        mask |= (places[:, 1] > begin) & (places[:, 0] < end)
+        mask |= (offsets[:, 1] > begin) & (offsets[:, 0] < end)
     found: list[bool] = mask.tolist()
     return found

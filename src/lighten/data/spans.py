@@ -1,57 +1,164 @@
 """Where in a rendered conversation the answers stand.
 
 The conversation is rendered with its chat template; an answer's place is looked for on the text,
-so that tokens that merge across the border of prompt and answer cannot shift it.
+so that tokens that merge across the border of prompt and answer cannot shift it. Its words are
+replaced by a mark that no text holds, and what stands around the mark is looked for in the text.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jinja2 import TemplateError
 
 from lighten.data.examples import Example, Message
+from lighten.data.special import MARKER, special_tokens
 from lighten.errors import UserError
 
 _GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")
-_EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>\s*")
-# Stands for an answer while its place is looked for.
-_MARKER = "\u2060lighten\u2060answer\u2060"
+EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>\s*")
 Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one answer stands.
+
+    Attributes:
+        message: Its place among the messages.
+        span: In the rendered text, its end included; None where it is not found.
+        moved: What stands before it is not what the template writes when the answer is asked for,
+            so that learning it would teach another question.
+    """
+
+    message: int
+    span: Span | None
+    moved: bool = False
+
+
+class RefusedError(UserError):
+    """A chat template refuses a conversation.
+
+    Attributes:
+        reason: What the template says.
+    """
+
+    def __init__(self, where: str, reason: str) -> None:
+        super().__init__(f"{where}: {reason}")
+        self.reason = reason
 
 
 def render(messages: Sequence[Message], tokenizer: Any, where: str, **options: Any) -> str:
     """The conversation as text, by the tokenizer's chat template.
 
     Raises:
-        UserError: The template refuses it.
+        RefusedError: The template refuses it.
     """
     try:
         text: str = tokenizer.apply_chat_template(
             [message.for_template() for message in messages], tokenize=False, **options
         )
-    except (TemplateError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{where}: the chat template refuses this conversation: {error}") from error
+    except (TemplateError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        raise RefusedError(
+            where, f"the chat template refuses this conversation: {error}"
+        ) from error
     return text
 
 
-def answers(example: Example, text: str, tokenizer: Any) -> list[Span | None]:
-    """Where in the rendered text each answer to learn stands; None for one not found."""
-    wanted = [
-        place
-        for place, message in enumerate(example.messages)
-        if message.role == "assistant" and message.train is not False
-    ]
+def places(example: Example, text: str, tokenizer: Any) -> list[Place]:
+    """Where in the rendered text each answer to learn stands.
+
+    Raises:
+        RefusedError: The template refuses a part of the conversation.
+    """
+    wanted = learnt(example)
     if _GENERATION.search(tokenizer.chat_template or ""):
         tagged = _tagged(example, tokenizer)
         answers = [p for p, m in enumerate(example.messages) if m.role == "assistant"]
         if len(tagged) != len(answers):
-            return [None]
+            return [Place(place, None) for place in wanted]
         at = dict(zip(answers, tagged, strict=True))
-        return [_trimmed(at[place], example.messages[place], text, tokenizer) for place in wanted]
-    return [_answer(example, place, text, tokenizer) for place in wanted]
+        return [
+            Place(place, _trimmed(at[place], example.messages[place], text, tokenizer))
+            for place in wanted
+        ]
+    quick = _around_marks(example, wanted, text, tokenizer)
+    return [_place(example, place, text, tokenizer, quick.get(place)) for place in wanted]
+
+
+def learnt(example: Example) -> list[int]:
+    """Places of the messages that are to be learnt."""
+    return [
+        place
+        for place, message in enumerate(example.messages)
+        if message.role == "assistant" and message.train is not False
+    ]
+
+
+def mark(place: int) -> str:
+    """What stands for the answer at a place."""
+    return f"{MARKER}{place}\u2060"
+
+
+def _place(example: Example, place: int, text: str, tokenizer: Any, quick: Span | None) -> Place:
+    message = example.messages[place]
+    if quick is not None:
+        last = place == len(example.messages) - 1
+        moved = not last and _prompt_before(example, place, text, tokenizer) is None
+        return Place(place, _trimmed(quick, message, text, tokenizer), moved)
+    return Place(place, _answer(example, place, text, tokenizer))
+
+
+def _around_marks(
+    example: Example, wanted: Sequence[int], text: str, tokenizer: Any
+) -> dict[int, Span]:
+    """Spans of the answers that the template writes as it writes a mark in their place.
+
+    Empty where it does not: it looks at the words, or writes calls of tools where they would be.
+    """
+    messages = list(example.messages)
+    for place in wanted:
+        messages[place] = replace(messages[place], content=mark(place))
+    try:
+        shown = render(messages, tokenizer, example.where, tools=example.tools)
+    except RefusedError:
+        return {}
+    if any(shown.count(mark(place)) != 1 for place in wanted):
+        return {}
+    spans: dict[int, Span] = {}
+    special, at = special_tokens(tokenizer), 0
+    for number, place in enumerate(wanted):
+        before, _, shown = shown.partition(mark(place))
+        if not text.startswith(before, at):
+            return {}
+        begin = at + len(before)
+        final = number + 1 == len(wanted)
+        after = shown if final else shown.partition(mark(wanted[number + 1]))[0]
+        end = _end_of(example.messages[place].content, text, begin, after, final=final)
+        if end is None:
+            return {}
+        if place == len(messages) - 1:
+            spans[place] = begin, len(text)
+        elif after.lstrip().startswith(special.tail) and special.tail:
+            spans[place] = begin, text.index(special.tail, end) + len(special.tail)
+        elif token := special.starts(after.lstrip()):
+            spans[place] = begin, text.index(token, end) + len(token)
+        at = end
+    return {p: span for p, span in spans.items() if not dict(messages[p].extra).get("tool_calls")}
+
+
+def _end_of(content: str, text: str, begin: int, after: str, *, final: bool) -> int | None:
+    """Where an answer's words end that begin somewhere and are followed by a known text."""
+    for words in (content, content.strip(), content.rstrip(), content.lstrip()):
+        end = begin + len(words)
+        if text.startswith(words, begin) and text.startswith(after, end):
+            return end
+    # The template cut something out of them.
+    end = len(text) - len(after) if final else text.find(after, begin)
+    return end if after and end > begin and text.startswith(after, end) else None
 
 
 def _answer(example: Example, place: int, text: str, tokenizer: Any) -> Span | None:
@@ -60,7 +167,10 @@ def _answer(example: Example, place: int, text: str, tokenizer: Any) -> Span | N
     prompt = _prompt_before(example, place, text, tokenizer)
     if prompt is None:
         return None
-    shown = render(upto, tokenizer, example.where, tools=example.tools)
+    try:
+        shown = render(upto, tokenizer, example.where, tools=example.tools)
+    except RefusedError:  # a conversation may be whole where its beginning is not
+        shown = ""
     if text.startswith(shown) and len(shown) > len(prompt):
         span = len(prompt), len(shown)
     else:
@@ -69,11 +179,8 @@ def _answer(example: Example, place: int, text: str, tokenizer: Any) -> Span | N
         if found is None:
             return None
         begin, end = found
-        tail = text[end:].lstrip()
-        for token in tokenizer.all_special_tokens:
-            if tail.startswith(token):
-                end = text.index(token, end) + len(token)
-                break
+        if token := special_tokens(tokenizer).starts(text[end:].lstrip()):
+            end = text.index(token, end) + len(token)
         span = begin, end
     return _trimmed(span, upto[-1], text, tokenizer)
 
@@ -86,24 +193,30 @@ def _prompt_before(example: Example, place: int, text: str, tokenizer: Any) -> s
     own generation prompt is.
     """
     before = example.messages[:place]
-    marker = Message("assistant", _MARKER, extra=example.messages[place].extra)
-    shown = render((*before, marker), tokenizer, example.where, tools=example.tools)
-    prompt = shown[: shown.find(_MARKER)] if _MARKER in shown else ""
-    if prompt and text.startswith(prompt):
-        return prompt
-    if not place:
-        return None
-    prompt = render(
-        before, tokenizer, example.where, tools=example.tools, add_generation_prompt=True
-    )
-    return prompt if text.startswith(prompt) else None
+    marker = Message("assistant", MARKER, extra=example.messages[place].extra)
+    options: dict[str, Any] = {"tools": example.tools}
+    for messages, more in (
+        ((*before, marker), {}),
+        (before, {"add_generation_prompt": True}),
+    ):
+        if not messages:
+            continue
+        try:
+            prompt = render(messages, tokenizer, example.where, **options, **more)
+        except RefusedError:
+            continue
+        if not more:
+            prompt = prompt[: prompt.find(MARKER)] if MARKER in prompt else ""
+        if prompt and text.startswith(prompt):
+            return prompt
+    return None
 
 
 def _trimmed(span: Span, message: Message, text: str, tokenizer: Any) -> Span:
     """The span without a template's empty thought (trap 14) and without white space at its end."""
     begin, end = span
-    empty = _EMPTY_THOUGHT.match(text, begin, end)
-    if empty and not _EMPTY_THOUGHT.match(message.content):
+    empty = EMPTY_THOUGHT.match(text, begin, end)
+    if empty and not EMPTY_THOUGHT.match(message.content):
         begin = empty.end()
     if not message.content.strip() and not dict(message.extra).get("tool_calls"):
         return begin, begin  # an empty answer teaches nothing but silence
@@ -137,7 +250,7 @@ def _tagged(example: Example, tokenizer: Any) -> list[Span]:
 
 def ends(answer: str, tokenizer: Any) -> bool:
     """Whether an answer ends with a special token, so that the model learns to stop (trap 10)."""
-    return not answer or answer.rstrip().endswith(tuple(tokenizer.all_special_tokens))
+    return not answer or answer.rstrip().endswith(special_tokens(tokenizer).texts)
 
 
 def unaligned(example: Example) -> str:
@@ -148,9 +261,21 @@ def unaligned(example: Example) -> str:
     )
 
 
-def endless(example: Example) -> str:
+def endless(example: Example, tokenizer: Any) -> str:
     """What to say of an answer without an end."""
+    if tokenizer.eos_token is None and not special_tokens(tokenizer).tail:
+        return (
+            f"{example.where}: the answer has no end, because the tokenizer "
+            f"{named(tokenizer)} has no eos_token and the chat template writes no other token "
+            "after an answer; the model cannot learn to stop: choose another chat_template, or "
+            "add its end to added_tokens"
+        )
     return (
         f"{example.where}: the chat template does not end the answer with a special token, so the "
         "model cannot learn to stop"
     )
+
+
+def named(tokenizer: Any) -> str:
+    """A tokenizer's name, for messages."""
+    return str(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)

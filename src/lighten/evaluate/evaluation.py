@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from lighten import data, hardware, runs
@@ -15,7 +16,7 @@ from lighten.data import Example
 from lighten.errors import UserError
 from lighten.evaluate import metrics
 from lighten.evaluate.bootstrap import Array, Estimate, FromSums, Resamples
-from lighten.evaluate.generate import Answers, generate
+from lighten.evaluate.generate import Answers, as_shown, generate
 from lighten.evaluate.opened import Models
 from lighten.recipe import EvaluateOptions, Recipe
 from lighten.runs import Run
@@ -103,7 +104,7 @@ def evaluate_run(run: Run, *, progress: Progress | None = None, **options: Any) 
         raise UserError(f"{run.folder} has no trained {what} yet; train it first")
     template = models.open(None).template
     found, name = held_out_examples(recipe, run.info().get("data", {}).get("sha256"))
-    answered = [example for example in found if example.reference]
+    answered = askable(found, recipe, models.open(None).base.tokenizer)
     if settings.max_examples is not None:
         found, answered = found[: settings.max_examples], answered[: settings.max_examples]
     results = [
@@ -115,6 +116,23 @@ def evaluate_run(run: Run, *, progress: Progress | None = None, **options: Any) 
     evaluation.dataset = {"path": name, "rows": len(found), "answered": len(answered)}
     runs.write_json(run.folder / runs.EVALUATION, evaluation.to_dict())
     return evaluation
+
+
+def askable(
+    examples: Sequence[Example], recipe: Recipe, tokenizer: PreTrainedTokenizerBase
+) -> list[Example]:
+    """The examples that end with an answer which the chat template shows."""
+    handling = data.Handling(recipe.system_role, recipe.thinking)
+    kept = []
+    for example in examples:
+        if not example.reference:
+            continue
+        try:
+            data.prompt_of(example, tokenizer, handling)
+        except UserError:  # blank, refused or rewritten: training leaves it out too, and counts it
+            continue
+        kept.append(example)
+    return kept
 
 
 def held_out_examples(
@@ -185,10 +203,11 @@ def measure(
     statistics = {"loss": metrics.likelihood_statistics(losses.nll, losses.tokens)}
     statistics["perplexity"] = statistics["loss"]
     prompts, references = [], []
+    handling = data.Handling(recipe.system_role, recipe.thinking)
     for example in answered:
-        prompt, reference = data.prompt_of(example, base.tokenizer)
+        prompt, reference = data.prompt_of(example, base.tokenizer, handling)
         prompts.append(prompt)
-        references.append(reference)
+        references.append(as_shown(reference, base.tokenizer))
 
     def tell(done: int, total: int) -> None:
         if progress is not None:
@@ -198,6 +217,7 @@ def measure(
         answers = generate(
             base.model, base.tokenizer, prompts,
             max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size, progress=tell,
+            learnt=models.learnt,
         )  # fmt: skip
     if answered:
         statistics["bleu"] = metrics.bleu().statistics(answers.texts, references)

@@ -15,13 +15,18 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from lighten import data
+from lighten.data import LearntAnswers
+from lighten.data.special import special_tokens, visible
+
 
 @dataclass(frozen=True)
 class Answers:
     """What a model answered.
 
     Attributes:
-        texts: One answer per prompt, special tokens taken out.
+        texts: One answer per prompt, without the token that ends it; other special tokens are
+            part of it.
         tokens: Tokens generated, padding not counted.
         seconds: Time it took.
     """
@@ -31,16 +36,32 @@ class Answers:
     seconds: float
 
 
-def stop_tokens(model: PreTrainedModel, tokenizer: Any) -> list[int]:
-    """Every token that ends an answer: the model's, the tokenizer's, and usual turn ends."""
-    own = model.generation_config.eos_token_id if model.generation_config else None
-    found = own if isinstance(own, list) else [own]
-    found = [*found, tokenizer.eos_token_id]
-    for name in ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>"):
-        token = tokenizer.convert_tokens_to_ids(name)
-        if token is not None and token != tokenizer.unk_token_id:
-            found.append(token)
-    return sorted({int(token) for token in found if token is not None})
+def stop_tokens(
+    model: PreTrainedModel, tokenizer: Any, learnt: LearntAnswers | None = None
+) -> list[int]:
+    """Every token that ends an answer of this model, those that ended its training's first."""
+    config = model.generation_config
+    return data.stop_tokens(tokenizer, config.eos_token_id if config else None, learnt)
+
+
+def hidden_tokens(tokenizer: Any, learnt: LearntAnswers | None = None) -> set[int]:
+    """Tokens that no answer shows: padding and the start of a text, unless answers hold them."""
+    inside = learnt.inside if learnt else ()
+    return {
+        token
+        for token in (tokenizer.pad_token_id, tokenizer.bos_token_id)
+        if token is not None and token not in inside
+    }
+
+
+def as_shown(reference: str, tokenizer: Any) -> str:
+    """A reference as an answer with the same tokens is shown.
+
+    Special tokens may swallow white space beside them; text without any is left as it is.
+    """
+    if not any(token in reference for token in special_tokens(tokenizer).texts):
+        return reference
+    return visible(tokenizer(reference, add_special_tokens=False)["input_ids"], tokenizer)
 
 
 @contextmanager
@@ -84,6 +105,7 @@ def generate(
     *,
     max_new_tokens: int,
     batch_size: int,
+    learnt: LearntAnswers | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Answers:
     """Answer prompts greedily, longest first.
@@ -94,12 +116,16 @@ def generate(
         prompts: Token ids of each.
         max_new_tokens: Longest answer.
         batch_size: Prompts answered together.
+        learnt: What the answers that the model was trained on end with and hold.
         progress: Told how many are done, and of how many.
     """
-    stops = stop_tokens(model, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
+    stops = stop_tokens(model, tokenizer, learnt)
+    hidden = hidden_tokens(tokenizer, learnt)
+    pad = tokenizer.pad_token_id
+    if pad is None:
+        pad = stops[0] if stops else 0
     settings = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops or None, pad_token_id=pad
     )
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     texts, tokens, began = [""] * len(prompts), 0, time.perf_counter()
@@ -120,7 +146,7 @@ def generate(
         for i, answer in zip(batch, out[:, width:].tolist(), strict=True):
             kept = _until_stop(answer, set(stops))
             tokens += len(kept) + (len(kept) < len(answer))
-            texts[i] = tokenizer.decode(kept, skip_special_tokens=True)
+            texts[i] = visible(kept, tokenizer, hidden=hidden)
         if progress is not None:
             progress(start + len(batch), len(order))
     return Answers(texts, tokens, time.perf_counter() - began)

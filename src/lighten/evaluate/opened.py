@@ -42,6 +42,8 @@ class Models:
 
     Attributes:
         names: What the run trained; empty before that.
+        learnt: What the answers that it was trained on end with and hold.
+        handling: What it does with system messages and thoughts.
     """
 
     def __init__(self, run: Run, device: str, *, keep: bool) -> None:
@@ -51,6 +53,8 @@ class Models:
             self.names = tuple(self._adapters)
         else:
             self.names = tuple(own.name for own in self._recipe.cohort())
+        self.learnt = data.LearntAnswers.of(run.info())
+        self.handling = data.Handling(self._recipe.system_role, self._recipe.thinking)
         self._opened: dict[Path | None, Opened] = {}
 
     def open(self, name: str | None) -> Opened:

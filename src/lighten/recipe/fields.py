@@ -132,6 +132,18 @@ class RecipeFields(Section):
     completion_only_loss: bool = _field(
         True, "data", "in prompt-completion pairs, learn the completion only"
     )
+    system_role: Literal["keep", "fold", "drop"] | None = _field(
+        None,
+        "data",
+        "system messages: keep leaves them to the chat template, fold puts them at the beginning "
+        "of the next user turn, drop leaves them out; default: fold where the template takes none",
+    )
+    thinking: Literal["keep", "drop"] | None = _field(
+        None,
+        "data",
+        "thoughts in answers (<think>): keep writes those that the chat template cuts out back, "
+        "drop removes all; default: as the template has it",
+    )
     skip_bad_rows: bool = _field(False, "data", "go on without broken rows, and count them")
     max_train_samples: Positive | None = _field(None, "data", "training examples at most")
     max_eval_samples: Positive | None = _field(None, "data", "held-out examples at most")

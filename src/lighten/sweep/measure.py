@@ -17,7 +17,7 @@ import numpy as np
 from lighten import hardware, runs
 from lighten.evaluate import metrics
 from lighten.evaluate.bootstrap import Array, Estimate, FromSums, Resamples
-from lighten.evaluate.evaluation import Progress, held_out_examples, measure
+from lighten.evaluate.evaluation import Progress, askable, held_out_examples, measure
 from lighten.evaluate.opened import Models
 from lighten.recipe import Recipe
 from lighten.runs import Run
@@ -118,8 +118,9 @@ def measure_run(
         telling, told_on = held_out_examples(own_recipe, trained_on)
         choosing, telling = choosing[: settings.max_examples], telling[: settings.max_examples]
         texts = answers and recipe.sweep.metric not in LIKELIHOODS
-        answered = [example for example in telling if example.reference] if texts else []
         models = Models(run, device, keep=False)
+        tokenizer = models.open(None).base.tokenizer
+        answered = askable(telling, own_recipe, tokenizer) if texts else []
         memory = hardware.PeakMemory(device)
         for name, own in missing:
             began = time.perf_counter()

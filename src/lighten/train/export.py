@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from safetensors import SafetensorError
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from lighten import hardware, runs
+from lighten import data, hardware, runs
 from lighten.adapters import WholeBase
 from lighten.errors import UserError
 from lighten.models import Base
@@ -44,20 +46,23 @@ def export_adapter(setup: Setup, name: str, folder: Path) -> None:
         setup.trained.contents(name, base_model=setup.base.name, revision=setup.base.revision)
     )
     with TemporaryDirectory() as scratch:
-        setup.base.tokenizer.save_pretrained(scratch)
-        setup.base.model.generation_config.save_pretrained(scratch)
+        tokenizer, generation = with_learnt_ends(setup)
+        tokenizer.save_pretrained(scratch)
+        generation.save_pretrained(scratch)
         for path in sorted(Path(scratch).iterdir()):
             parts[path.name] = path.read_bytes()
     parts["README.md"] = _adapter_card(setup, name).encode()
-    for file_name, data in parts.items():
-        runs.write_bytes(folder / file_name, data)
+    for file_name, contents in parts.items():
+        runs.write_bytes(folder / file_name, contents)
     setup.trained.verify(name, folder)
 
 
 def export_model(setup: Setup, trained: WholeBase, folder: Path) -> None:
     """Write the base that learnt as transformers writes a model, in the base's format."""
     learnt = trained.describe(trained.names[0])
+    tokenizer, generation = with_learnt_ends(setup)
     model = trained.fuse(trained.names[0])
+    model.generation_config = generation
     with runs.whole_folder(folder) as partial:
         try:
             model.save_pretrained(partial, max_shard_size=SHARD_SIZE)
@@ -66,8 +71,28 @@ def export_model(setup: Setup, trained: WholeBase, folder: Path) -> None:
                 f"{folder} could not be written ({error}); the checkpoints are intact: free some "
                 "space, then go on with --resume"
             ) from error
-        setup.base.tokenizer.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(_model_card(setup, learnt), encoding="utf-8")
+
+
+def with_learnt_ends(setup: Setup) -> tuple[PreTrainedTokenizerBase, GenerationConfig]:
+    """Tokenizer and generation settings that name what ends the answers learnt.
+
+    Other tools stop where these two say. The tokenizer's own end stays where answers end with it,
+    and where the chat template would write something else without it.
+    """
+    base, learnt = setup.base, data.learnt_answers(setup.rows.train.findings)
+    tokenizer: PreTrainedTokenizerBase = base.tokenizer
+    generation = copy.deepcopy(base.model.generation_config) or GenerationConfig()
+    if not learnt.ends:
+        return tokenizer, generation
+    generation.eos_token_id = data.stop_tokens(tokenizer, generation.eos_token_id, learnt)
+    if (token := data.end_token(tokenizer, learnt)) is not None:
+        renamed = copy.deepcopy(tokenizer)
+        renamed.eos_token = token
+        if data.writes_alike(tokenizer, renamed):
+            tokenizer = renamed
+    return tokenizer, generation
 
 
 def _adapter_card(setup: Setup, name: str) -> str:

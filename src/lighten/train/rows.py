@@ -59,7 +59,8 @@ def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows:
         "truncated": encoded.counts.truncated,
         "dropped": encoded.counts.dropped,
         "lost_supervised_tokens": encoded.counts.lost_supervised_tokens,
-        "bad_rows": len(found.bad_rows),
+        "bad_rows": len(found.bad_rows) + encoded.counts.refused,
+        "answers": data.learnt_answers(encoded.findings).to_dict(),
         "template": {"name": template.name, "reason": template.reason},
     }
     return Rows(encoded, watched, template, facts)
@@ -76,6 +77,9 @@ def encode_as(
         truncation_strategy=recipe.truncation_strategy,
         assistant_only_loss=recipe.assistant_only_loss,
         completion_only_loss=recipe.completion_only_loss,
+        system_role=recipe.system_role,
+        thinking=recipe.thinking,
+        skip_bad_rows=recipe.skip_bad_rows,
     )
 
 

@@ -1,0 +1,310 @@
+"""One conversation as text: what a template does to it is found by rendering, counted and told.
+
+A template may refuse a system message or show it elsewhere, cut thoughts out of answers, leave
+messages out and write today's date. Settings say what happens to system messages and thoughts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from lighten.data.examples import Example, Message
+from lighten.data.findings import SYSTEM, Findings
+from lighten.data.spans import (
+    Place,
+    RefusedError,
+    Span,
+    ends,
+    learnt,
+    mark,
+    places,
+    render,
+)
+from lighten.data.special import special_tokens
+from lighten.data.thoughts import raw_answer, thought_of, without_thought
+
+_DATE_FORMAT = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1")
+_EMPTY_BEFORE = re.compile(r"(<think>\s*</think>\s*)$")
+
+
+@dataclass(frozen=True)
+class Handling:
+    """What happens to what a template may not take.
+
+    Attributes:
+        system_role: `keep` leaves system messages to the template; `fold` puts them at the
+            beginning of the next user turn; `drop` leaves them out; None folds those that the
+            template refuses or leaves out.
+        thinking: `keep` writes thoughts that the template cuts out back into their answers;
+            `drop` removes all thoughts; None leaves them to the template.
+    """
+
+    system_role: str | None = None
+    thinking: str | None = None
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as text.
+
+    Attributes:
+        example: The conversation as it was rendered, folded or without its thoughts.
+        text: What the template made of it.
+        learnt: Spans to learn; all of it where the whole text is.
+        answers: Spans of the answers, each with its end.
+        moved: Spans of answers that are not learnt, because the template moves their prompt.
+        aligned: Every answer was found.
+        endless: An answer does not end with a special token.
+    """
+
+    example: Example
+    text: str
+    learnt: tuple[Span, ...]
+    answers: tuple[Span, ...]
+    moved: tuple[Span, ...] = ()
+    aligned: bool = True
+    endless: bool = False
+
+
+class Renderer:
+    """Renders conversations with a tokenizer's chat template, and finds what that changes.
+
+    Args:
+        tokenizer: With its chat template chosen.
+        handling: What happens to system messages and thoughts.
+
+    Attributes:
+        findings: What was found so far.
+    """
+
+    def __init__(self, tokenizer: Any, handling: Handling | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.handling = handling or Handling()
+        self.findings = Findings()
+        formats = _DATE_FORMAT.findall(str(tokenizer.chat_template or ""))
+        now = datetime.now(UTC).astimezone()  # templates write the local date
+        self._dates = [now.strftime(wanted) for _, wanted in formats]
+
+    def render(self, example: Example, *, whole: bool = False) -> Rendered | None:
+        """A conversation as text; None, and remembered, where the template refuses it.
+
+        Args:
+            example: With messages.
+            whole: All of it is to be learnt, not its answers alone.
+        """
+        try:
+            return self._render(example, whole)
+        except RefusedError as error:
+            self.findings.refuse(error, example)
+            return None
+
+    def count_end(self, answer: Sequence[int]) -> None:
+        """Count the special token that ends an answer, and those inside it.
+
+        Args:
+            answer: Its ids, with the end.
+        """
+        if not len(answer):
+            return
+        special, last = special_tokens(self.tokenizer).ids, int(answer[-1])
+        if last in special:
+            self.findings.ends[last] += 1
+            answer = answer[:-1]
+        self.findings.inside |= special.intersection(answer)
+
+    def system(self, example: Example) -> tuple[Example, str]:
+        """The example with its system messages where the template takes them, and its text.
+
+        Raises:
+            RefusedError: The template refuses it all the same.
+        """
+        role, where, findings = self.handling.system_role, example.where, self.findings
+        number = sum(message.role in SYSTEM for message in example.messages)
+        findings.add("system", where, number)
+        if number and role == "drop":
+            findings.add("system drop", where, number)
+            kept = tuple(m for m in example.messages if m.role not in SYSTEM)
+            example = replace(example, messages=kept)
+        elif number and role == "fold":
+            findings.add("system fold", where, number)
+            example = replace(example, messages=fold(example.messages))
+        elif number and role is None:
+            folded = replace(example, messages=fold(example.messages))
+            try:
+                text = self._text(example)
+                if all(
+                    self._shows(example, place, text)
+                    for place, message in enumerate(example.messages)
+                    if message.role in SYSTEM
+                ):
+                    return example, text
+                shown = self._text(folded)
+            except RefusedError as refused:
+                try:
+                    shown = self._text(folded)
+                except RefusedError:  # it is something else that it refuses
+                    raise refused from None
+            findings.add("system folded", where, number)
+            return folded, shown
+        return example, self._text(example)
+
+    def _render(self, example: Example, whole: bool) -> Rendered:
+        findings, where = self.findings, example.where
+        example, text = self.system(example)
+        if self.handling.thinking == "drop":
+            thoughts = sum(bool(thought_of(example.messages[place])) for place in learnt(example))
+            findings.add("thoughts", where, thoughts)
+            findings.add("thoughts dropped", where, thoughts)
+            if any(map(thought_of, example.messages)):
+                example = replace(example, messages=tuple(map(without_thought, example.messages)))
+                text = self._text(example)
+        answers = places(example, text, self.tokenizer)
+        if self.handling.thinking != "drop":
+            example, text, answers = self._thoughts(example, text, answers)
+        findings.add("conversations", where)
+        findings.add("dated", where, self._dated(example, text))
+        self._look(example, text, answers)
+        stand = tuple(place.span for place in answers if place.span and not place.moved)
+        if whole:
+            return Rendered(example, text, ((0, len(text)),), stand)
+        findings.add("answers moved", where, sum(place.moved for place in answers))
+        return Rendered(
+            example, text, stand, stand,
+            tuple(place.span for place in answers if place.span and place.moved),
+            aligned=all(place.span is not None for place in answers),
+            endless=any(
+                not ends(text[slice(*place.span)], self.tokenizer)
+                for place in answers if place.span is not None
+            ),
+        )  # fmt: skip
+
+    def _text(self, example: Example) -> str:
+        return render(example.messages, self.tokenizer, example.where, tools=example.tools)
+
+    def _shows(self, example: Example, place: int, text: str) -> bool:
+        """Whether the template shows a message, in whatever form."""
+        message = example.messages[place]
+        if message.content.strip() in text:
+            return True
+        marked = list(example.messages)
+        marked[place] = replace(message, content=mark(place))
+        try:
+            shown = self._text(replace(example, messages=tuple(marked)))
+        except RefusedError:
+            return True
+        # As JSON the mark's first character is written \u2060.
+        return mark(place).casefold() in shown.casefold() or "u2060lighten" in shown
+
+    def _thoughts(
+        self, example: Example, text: str, answers: list[Place]
+    ) -> tuple[Example, str, list[Place]]:
+        """Count the thoughts that the template cut out, and write them back if that is wanted."""
+        findings, where = self.findings, example.where
+        cut = []
+        for place in answers:
+            thought = thought_of(example.messages[place.message])
+            shown = text if place.span is None else text[slice(*place.span)]
+            findings.add("thoughts", where, bool(thought))
+            if thought and thought not in shown:
+                cut.append(place.message)
+            elif thought:
+                findings.add("thoughts learnt", where)
+        if not cut or self.handling.thinking != "keep":
+            findings.add("thoughts cut", where, len(cut))
+            return example, text, answers
+        held, raw = list(example.messages), list(example.messages)
+        for place in cut:
+            extra = tuple(own for own in held[place].extra if own[0] != "reasoning_content")
+            raw[place] = replace(held[place], content=raw_answer(held[place]), extra=extra)
+            held[place] = replace(held[place], content=_held(place), extra=extra)
+        marked = replace(example, messages=tuple(held))
+        text = self._text(marked)
+        answers = places(marked, text, self.tokenizer)
+        text, answers, written = _written_back(text, answers, raw)
+        findings.add("thoughts kept", where, written)
+        findings.add("thoughts learnt", where, written)
+        findings.add("thoughts lost", where, len(cut) - written)
+        return replace(example, messages=tuple(raw)), text, answers
+
+    def _look(self, example: Example, text: str, answers: Sequence[Place]) -> None:
+        """Count what the template did to an example's words."""
+        findings, where = self.findings, example.where
+        findings.add("answers", where, len(answers))
+        for answer in answers:
+            message = example.messages[answer.message]
+            if answer.span is None or thought_of(message) or not message.content.strip():
+                continue
+            if message.content.strip() not in text[slice(*answer.span)]:
+                findings.add("answers changed", where)
+        first = next((answer.span for answer in answers if answer.span is not None), None)
+        for place, message in enumerate(example.messages):
+            if message.role == "assistant" or not message.content.strip():
+                continue
+            if not self._shows(example, place, text):
+                findings.add(f"left out {message.role}", where)
+            elif place == 0 and message.role in SYSTEM and first is not None:
+                findings.add("system moved", where, text.find(message.content.strip()) > first[1])
+
+    def _dated(self, example: Example, text: str) -> bool:
+        """Whether the template wrote today's date into a text."""
+        dates = [
+            date for date in self._dates
+            if date in text and not any(date in message.content for message in example.messages)
+        ]  # fmt: skip
+        self.findings.dates.update(dates)
+        return bool(dates)
+
+
+def _held(place: int) -> str:
+    """What stands for an answer whose thought the template would cut out."""
+    return f"\u2060lighten\u2060held{place}\u2060"
+
+
+def _written_back(
+    text: str, answers: Sequence[Place], raw: Sequence[Message]
+) -> tuple[str, list[Place], int]:
+    """Put answers with their thoughts where marks hold their places; how many could be put."""
+    placed, shift, written = [], 0, 0
+    for answer in answers:
+        held, words = _held(answer.message), raw[answer.message].content
+        if answer.span is None:
+            placed.append(answer)
+            if held in text:
+                text, shift = text.replace(held, words), shift + len(words) - len(held)
+            continue
+        begin, end = answer.span[0] + shift, answer.span[1] + shift
+        at = text.find(held, begin, end)
+        if at >= 0:
+            # A template puts an empty thought before an answer that it takes to be without one.
+            empty = _EMPTY_BEFORE.search(text[:at])
+            start = empty.start(1) if empty else at
+            begin = min(begin, start) if begin < at else start
+            text = text[:start] + words + text[at + len(held) :]
+            change = len(words) - len(held) - (at - start)
+            end, shift, written = end + change, shift + change, written + 1
+        placed.append(replace(answer, span=(begin, end)))
+    return text, placed, written
+
+
+def fold(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """System messages at the beginning of the user turn after them."""
+    folded: list[Message] = []
+    waiting: list[str] = []
+    for message in messages:
+        if message.role in SYSTEM:
+            waiting.append(message.content)
+            continue
+        if waiting and message.role == "user":
+            message = replace(message, content="\n\n".join([*waiting, message.content]))
+            waiting = []
+        elif waiting and message.role == "assistant":
+            folded.append(Message("user", "\n\n".join(waiting)))
+            waiting = []
+        folded.append(message)
+    if waiting:
+        folded.append(Message("user", "\n\n".join(waiting)))
+    return tuple(folded)

@@ -1,0 +1,48 @@
+"""The thought that an answer may begin with."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+from lighten.data.examples import Message
+from lighten.data.spans import EMPTY_THOUGHT
+
+# A thought with what stands around it, as models of several families write it.
+_THOUGHT = re.compile(
+    r"\s*(?:<(think|thinking|thought|reasoning)>.*?</\1>|\[THINK\].*?\[/THINK\])\s*", re.DOTALL
+)
+# Where the opening mark stands in the prompt, the answer only closes the thought.
+_CLOSED = re.compile(r"^.*?</(think|thinking|thought|reasoning)>\s*", re.DOTALL)
+
+
+def thought_of(message: Message) -> str:
+    """The words of an answer's thought, empty without one."""
+    if message.role != "assistant":
+        return ""
+    aside = dict(message.extra).get("reasoning_content")
+    if isinstance(aside, str) and aside.strip():
+        return aside.strip()
+    found = _THOUGHT.match(message.content) or _CLOSED.match(message.content)
+    if not found or EMPTY_THOUGHT.fullmatch(found[0]):
+        return ""
+    return re.sub(r"</?\w+>|\[/?THINK\]", "", found[0]).strip()
+
+
+def without_thought(message: Message) -> Message:
+    """A message without its thought."""
+    if not thought_of(message):
+        return message
+    extra = tuple(own for own in message.extra if own[0] != "reasoning_content")
+    content = _THOUGHT.sub("", message.content, count=1) if _THOUGHT.match(message.content) else (
+        _CLOSED.sub("", message.content, count=1)
+    )  # fmt: skip
+    return replace(message, content=content, extra=extra)
+
+
+def raw_answer(message: Message) -> str:
+    """An answer with its thought, as a model would write it."""
+    aside = dict(message.extra).get("reasoning_content")
+    if isinstance(aside, str) and aside.strip():
+        return f"<think>\n{aside.strip()}\n</think>\n\n{message.content.strip()}"
+    return message.content.strip()
