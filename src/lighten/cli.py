@@ -353,8 +353,9 @@ def data_check(
 ) -> None:
     """Lengths, truncation, supervised tokens, duplicates, overlap, and one example's mask."""
     from lighten import data
-    from lighten.models import load_tokenizer
+    from lighten.models import limits, load_tokenizer
 
+    longest, limit = limits(model).longest(max_length)
     tokenizer = load_tokenizer(model)
     template = data.choose_template(tokenizer, chat_template)
     found = data.read(file, skip_bad_rows=skip_bad_rows)
@@ -362,8 +363,8 @@ def data_check(
     if eval_dataset is not None or data.has_split(file, "valid"):
         other = data.read(eval_dataset or file, split="valid").examples
     checked = data.check(
-        found, tokenizer, max_length=max_length, evaluation=other, sample=row,
-        template=f"{template.name}: {template.reason}",
+        found, tokenizer, max_length=longest, evaluation=other, sample=row,
+        template=f"{template.name}: {template.reason}", limit=limit,
     )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(checked.to_dict(), ensure_ascii=False))

@@ -108,6 +108,7 @@ def encode(
     system_role: str | None = None,
     thinking: str | None = None,
     skip_bad_rows: bool = False,
+    limit: str | None = None,
 ) -> Encoded:
     """Encode examples with the tokenizer and its chat template.
 
@@ -124,11 +125,13 @@ def encode(
         thinking: What happens to thoughts that the template cuts out: `keep`, `drop`; None leaves
             them to it.
         skip_bad_rows: Go on without rows that the template refuses.
+        limit: What sets `max_length`, in words; None: the setting of that name.
 
     Raises:
         UserError: A template refuses rows, a row is too long and that was not allowed, or
             nothing at all is supervised (with the reason).
     """
+    limit = limit or f"max_length {max_length}"
     counts = EncodingCounts(examples=len(examples))
     problems: dict[str, str] = {}
     causes: Counter[str] = Counter()
@@ -153,16 +156,16 @@ def encode(
         if len(row.input_ids) > max_length:
             if truncation_strategy == "raise":
                 raise UserError(
-                    f"{row.example.where} has {len(row.input_ids)} tokens, over max_length "
-                    f"{max_length}; raise it, or set truncation_strategy to truncate or drop"
+                    f"{row.example.where} has {len(row.input_ids)} tokens, over {limit}; "
+                    "shorten it, or set truncation_strategy to truncate or drop"
                 )
             cut = Row(row.input_ids[:max_length], row.supervised[:max_length], row.example)
             kept = cut.supervised_tokens if truncation_strategy == "truncate" else 0
             counts.lost_supervised_tokens += before - kept
             problems.setdefault(
                 "long",
-                f"{row.example.where} has {len(row.input_ids)} tokens, over max_length "
-                f"{max_length}: {before - kept} of its {before} supervised tokens are lost",
+                f"{row.example.where} has {len(row.input_ids)} tokens, over {limit}: "
+                f"{before - kept} of its {before} supervised tokens are lost",
             )
             if kept == 0:
                 counts.dropped += 1

@@ -63,18 +63,29 @@ class Conversation:
     def answer(
         self, question: str, adapter: str | None, *, max_new_tokens: int, temperature: float
     ) -> Iterator[str]:
-        """The answer piece by piece, as it is made."""
+        """The answer piece by piece, as it is made.
+
+        Raises:
+            UserError: The conversation fills the model's positions.
+        """
         opened = self._open(adapter)
         model, tokenizer = opened.base.model, opened.base.tokenizer
+        ids = self.prompt(question)
+        limits = models.limits_of(model)
+        room = limits.room(ids.shape[1], max_new_tokens)
+        if room == 0:
+            raise UserError(
+                f"the conversation has {ids.shape[1]} tokens and the model {limits.positions} "
+                "positions: no room is left for an answer; /reset forgets the conversation"
+            )
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
         settings = GenerationConfig(
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=room,
             eos_token_id=stop_tokens(model, tokenizer),
             pad_token_id=tokenizer.pad_token_id,
             **{"do_sample": False, **sampling},
         )
-        ids = self.prompt(question)
         failed: list[BaseException] = []
 
         def work() -> None:

@@ -18,6 +18,7 @@ from lighten.evaluate import metrics
 from lighten.evaluate.bootstrap import Array, Estimate, FromSums, Resamples
 from lighten.evaluate.generate import Answers, as_shown, generate
 from lighten.evaluate.opened import Models
+from lighten.models import limits_of
 from lighten.recipe import EvaluateOptions, Recipe
 from lighten.runs import Run
 from lighten.train.heldout import held_out
@@ -114,6 +115,9 @@ def evaluate_run(run: Run, *, progress: Progress | None = None, **options: Any) 
     evaluation = summarise(results, answered, settings)
     evaluation.settings["chat_template"] = template
     evaluation.dataset = {"path": name, "rows": len(found), "answered": len(answered)}
+    shortened = max(result.answers.shortened for result in results)
+    if shortened:
+        evaluation.dataset["shortened"] = shortened
     runs.write_json(run.folder / runs.EVALUATION, evaluation.to_dict())
     return evaluation
 
@@ -185,7 +189,8 @@ def measure(
     name, opened = own or "base", models.open(own)
     base, trained, adapter = opened.base, opened.trained, opened.adapter
     memory.restart()
-    rows = encode_as(recipe, scored, base.tokenizer).rows
+    limits = limits_of(base.model)
+    rows = encode_as(recipe, scored, base.tokenizer, limits).rows
     if progress is not None:
         progress(f"{name}: loss", 0, len(rows))
     losses = held_out(
@@ -216,8 +221,8 @@ def measure(
     with trained.using(adapter):
         answers = generate(
             base.model, base.tokenizer, prompts,
-            max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size, progress=tell,
-            learnt=models.learnt,
+            max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size,
+            learnt=models.learnt, limits=limits, progress=tell,
         )  # fmt: skip
     if answered:
         statistics["bleu"] = metrics.bleu().statistics(answers.texts, references)

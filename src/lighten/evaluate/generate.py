@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from lighten import data
 from lighten.data import LearntAnswers
 from lighten.data.special import special_tokens, visible
+from lighten.models import Limits
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,13 @@ class Answers:
             part of it.
         tokens: Tokens generated, padding not counted.
         seconds: Time it took.
+        shortened: Answers that ended where the model's positions end, empty ones included.
     """
 
     texts: list[str]
     tokens: int
     seconds: float
+    shortened: int = 0
 
 
 def stop_tokens(
@@ -106,6 +110,7 @@ def generate(
     max_new_tokens: int,
     batch_size: int,
     learnt: LearntAnswers | None = None,
+    limits: Limits | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Answers:
     """Answer prompts greedily, longest first.
@@ -117,6 +122,8 @@ def generate(
         max_new_tokens: Longest answer.
         batch_size: Prompts answered together.
         learnt: What the answers that the model was trained on end with and hold.
+        limits: Of the model; where its positions end an answer ends too, and a prompt that fills
+            them has an empty one.
         progress: Told how many are done, and of how many.
     """
     stops = stop_tokens(model, tokenizer, learnt)
@@ -124,13 +131,21 @@ def generate(
     pad = tokenizer.pad_token_id
     if pad is None:
         pad = stops[0] if stops else 0
-    settings = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops or None, pad_token_id=pad
-    )
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    rooms = [
+        max_new_tokens if limits is None else limits.room(len(prompt), max_new_tokens)
+        for prompt in prompts
+    ]
     texts, tokens, began = [""] * len(prompts), 0, time.perf_counter()
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
+    done, shortened = 0, 0
+    for batch, room in _batches(order, rooms, batch_size):
+        done += len(batch)
+        if room == 0:
+            shortened += len(batch)
+            continue
+        settings = GenerationConfig(
+            do_sample=False, max_new_tokens=room, eos_token_id=stops or None, pad_token_id=pad
+        )
         width = max(len(prompts[i]) for i in batch)
         ids = torch.full((len(batch), width), pad)
         mask = torch.zeros_like(ids)
@@ -147,9 +162,20 @@ def generate(
             kept = _until_stop(answer, set(stops))
             tokens += len(kept) + (len(kept) < len(answer))
             texts[i] = visible(kept, tokenizer, hidden=hidden)
+            shortened += room < max_new_tokens and len(kept) == room
         if progress is not None:
-            progress(start + len(batch), len(order))
-    return Answers(texts, tokens, time.perf_counter() - began)
+            progress(done, len(order))
+    return Answers(texts, tokens, time.perf_counter() - began, shortened)
+
+
+def _batches(
+    order: Sequence[int], rooms: Sequence[int], batch_size: int
+) -> Iterator[tuple[list[int], int]]:
+    """Prompts that are answered together and the tokens that each may answer with."""
+    for room, same in groupby(order, key=lambda i: rooms[i]):
+        members = list(same)
+        for start in range(0, len(members), batch_size):
+            yield members[start : start + batch_size], room
 
 
 def _until_stop(answer: list[int], stops: set[int]) -> list[int]:

@@ -21,7 +21,7 @@ from lighten.errors import UserError
 from lighten.evaluate import metrics
 from lighten.evaluate.bootstrap import Estimate, Resamples
 from lighten.evaluate.evaluation import held_out_examples, verdict
-from lighten.models import Base
+from lighten.models import Base, limits_of
 from lighten.recipe import Recipe
 from lighten.runs import Run
 from lighten.train.heldout import HeldOut, held_out
@@ -133,7 +133,8 @@ def truncated_curve(
     examples, _ = held_out_examples(recipe, run.info().get("data", {}).get("sha256"), test=False)
     base = load_base(recipe, hardware.choose_device().value)
     data.choose_template(base.tokenizer, recipe.chat_template)
-    rows = encode_as(recipe, examples[: recipe.evaluate.max_examples], base.tokenizer).rows
+    chosen = examples[: recipe.evaluate.max_examples]
+    rows = encode_as(recipe, chosen, base.tokenizer, limits_of(base.model)).rows
     cuts = [resize.at_rank(saved, rank) for rank in (saved.largest_rank, *lower)]
     measured: list[HeldOut] = []
     for place, cut in enumerate([None, *cuts]):

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from lighten.errors import UserError
+from lighten.models import gguf
+from lighten.models.configuration import build_empty, read_config
+from lighten.models.limits import Limits, limits_of
 from lighten.models.load import locate
 
 
@@ -70,19 +71,29 @@ def skeleton(
         UserError: No such model, or transformers does not know its architecture.
     """
     source, path = locate(name, revision=revision, weights=False, code=trust_remote_code)
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     if source == "gguf":
-        options["gguf_file"] = path.name
-        path = path.parent
-    try:
-        config = AutoConfig.from_pretrained(path, **options)
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=trust_remote_code
-            )
-    except (ValueError, KeyError, OSError) as error:
-        raise UserError(f"{name} cannot be described: {error}") from error
-    return model
+        config = gguf.read_config(path)
+    else:
+        config = read_config(path, trust_remote_code=trust_remote_code)
+    return build_empty(name, config, trust_remote_code=trust_remote_code)
+
+
+def limits(
+    name: str, *, tokens: int = 0, revision: str | None = None, trust_remote_code: bool = False
+) -> Limits:
+    """What a model can take, known before it is loaded.
+
+    Args:
+        name: As for `load`.
+        tokens: Tokens of its tokenizer, where the embedding will grow to them.
+        revision: As for `load`.
+        trust_remote_code: As for `load`.
+
+    Raises:
+        UserError: No such model, or transformers does not know its architecture.
+    """
+    model = skeleton(name, revision=revision, trust_remote_code=trust_remote_code)
+    return limits_of(model, tokens)
 
 
 def of_model(name: str, model: PreTrainedModel) -> Description:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from lighten.errors import UserError, missing_extra
 
@@ -44,6 +44,15 @@ def read_tokenizer(path: Path) -> Any:
     tokenizer = _from_gguf(AutoTokenizer, path)
     _restore_digits(path, tokenizer)
     return tokenizer
+
+
+def read_config(path: Path) -> Any:
+    """A GGUF file's configuration.
+
+    Raises:
+        UserError: `gguf` is missing, or the file cannot be read.
+    """
+    return _from_gguf(AutoConfig, path)
 
 
 def _from_gguf(kind: Any, path: Path, **options: Any) -> Any:

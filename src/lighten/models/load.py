@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from contextlib import nullcontext
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +29,20 @@ from lighten.errors import UserError
 from lighten.hardware import Choice, choose_dtype
 from lighten.models import attention as blocks
 from lighten.models import gguf, kernels, packaged, quantized
+from lighten.models.configuration import FAULTS, check_json, read_config, reason
 from lighten.models.names import PACKAGED, Source, resolve
 
 # What of a hub repository is fetched: never pickle.
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "tokenizer*"]
 # Whole copies of the weights under other names, which transformers does not read.
 _IGNORED = ["*/*", "consolidated*"]
+# Attention weights of a layer, which no model leaves aside when it is loaded whole.
+_LAYER = re.compile(r"^(model|transformer)\.(layers|h)\.\d+\.(self_attn|attn)\..*(proj|c_attn)\.")
+# One of these makes a tokenizer; transformers reads each.
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
+    "sentencepiece.bpe.model", "tekken.json", "tokenizer_config.json",
+)  # fmt: skip
 
 
 @dataclass
@@ -111,6 +122,9 @@ def load(
             model, tokenizer = gguf.read(path, torch_dtype)
         else:
             _require_safetensors(path)
+            for index in path.glob("*.safetensors.index.json"):
+                check_json(index)
+            read_config(path, trust_remote_code=trust_remote_code)
             tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
             left = quantized.left_to_do(name, path, storage)
             model = _pretrained(name, path, torch_dtype, trust_remote_code, left, device)
@@ -118,7 +132,7 @@ def load(
         if quantized.census(model).storage is not None:
             quantized.let_go_of_files(model)
     attention = set_attention(model, attn_implementation, device)
-    if tokenizer.pad_token_id is None:
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= _rows(model):
         # Padding is never attended to and never supervised, so any token serves (trap 11).
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     model.requires_grad_(False)
@@ -139,6 +153,11 @@ def load(
     )
 
 
+def _rows(model: PreTrainedModel) -> int:
+    """Tokens that the model has an embedding for."""
+    return int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
+
+
 def _pretrained(
     name: str, path: Path, dtype: torch.dtype, trust_remote_code: bool,
     storage: quantized.Storage | None, device: str,
@@ -154,26 +173,59 @@ def _pretrained(
         own["device_map"] = {"": device}  # else transformers takes a GPU where there is one
     try:
         # With `output_loading_info` it gives a pair, which its annotation does not know.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-            trust_remote_code=trust_remote_code,
-            local_files_only=True,
-            **own,
-        )
-    except (ValueError, OSError, ImportError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{name} cannot be loaded: {_first_line(error)}") from error
+        with _without_report():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # `_require_whole` tells them with both shapes
+                trust_remote_code=trust_remote_code,
+                local_files_only=True,
+                **own,
+            )
+    except (*FAULTS, SafetensorError) as error:
+        raise UserError(f"{name} cannot be loaded from {path}: {reason(error)}") from error
     model: PreTrainedModel = loaded[0]
-    found: dict[str, Any] = loaded[1]
-    lacking = sorted(found["missing_keys"]) + sorted(map(str, found["mismatched_keys"]))
+    _require_whole(name, path, loaded[1])
+    return model
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Keep back transformers' table of what did not fit: `_require_whole` says it in a sentence."""
+    report = logging.getLogger("transformers.modeling_utils")
+    level = report.level
+    report.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        report.setLevel(level)
+
+
+def _require_whole(name: str, path: Path, loaded: dict[str, Any]) -> None:
+    """Every weight of the model came from the files, in its shape, and no layer was left over."""
+    other_shapes = sorted(loaded["mismatched_keys"])
+    if other_shapes:
+        weight, stored, built = other_shapes[0]
+        raise UserError(
+            f"the weights in {path} do not fit its config.json: {weight} is "
+            f"{tuple(stored)} in the file and {tuple(built)} by the configuration "
+            f"({len(other_shapes)} weights in all); put back the config.json that belongs to them"
+        )
+    lacking = sorted(loaded["missing_keys"])
     if lacking:
         raise UserError(
             f"{name} is not whole: {path} lacks {lacking[0]} ({len(lacking)} weights in all), "
             "which would be random; fetch or convert the model anew"
         )
-    return model
+    # Extra weights are common (heads for other tasks, encoders of images), extra layers are not.
+    layers = sorted(key for key in loaded["unexpected_keys"] if _LAYER.match(key))
+    if layers:
+        raise UserError(
+            f"{path} holds {layers[0]} ({len(layers)} such weights), which its config.json has no "
+            "layer for; put back the config.json that belongs to the weights"
+        )
 
 
 def set_attention(
@@ -234,11 +286,16 @@ def load_tokenizer(
     source, path = locate(name, revision=revision, code=trust_remote_code)
     if source == "gguf":
         return gguf.read_tokenizer(path)
+    if source != "hub" and not any((path / name).is_file() for name in TOKENIZER_FILES):
+        raise UserError(
+            f"{path} holds no tokenizer ({', '.join(TOKENIZER_FILES)}); copy those files of the "
+            "model beside its weights"
+        )
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     try:
         return AutoTokenizer.from_pretrained(path, **options)
-    except (ValueError, OSError, ImportError) as error:
-        raise UserError(f"{name} has no usable tokenizer: {_first_line(error)}") from error
+    except FAULTS as error:
+        raise UserError(f"{name} has no usable tokenizer: {reason(error)}") from error
 
 
 def locate(

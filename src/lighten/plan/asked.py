@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import warnings
@@ -16,15 +17,15 @@ import torch
 from lighten.devices import Device
 from lighten.errors import UserError
 from lighten.hardware import processor_name
-from lighten.models import describe
-from lighten.models.load import load_tokenizer, locate
+from lighten.models import IdsError, Limits, describe, limits
+from lighten.models.load import locate
 from lighten.plan import calibration
 from lighten.plan.changes import cheapest, ideas
 from lighten.plan.planner import Planner
 from lighten.plan.result import Change, Plan
 from lighten.plan.trace import plan_recipe
 from lighten.recipe import Recipe
-from lighten.train.prepare import new_tokens
+from lighten.train.prepare import tokenizer_of
 from lighten.train.rows import Rows, load_rows
 
 # A larger data file is not read for a plan alone; its rows are then taken to be max_length long.
@@ -89,7 +90,9 @@ def planner_for(device: Device, rows: Rows | None = None, *, calibrate: bool = T
     known = calibration.pairs() if machine else []
 
     def planned(recipe: Recipe) -> Plan:
-        cut = None if lengths is None else [min(own, recipe.max_length) for own in lengths]
+        cut = _longest_rows(recipe)
+        if lengths is not None:
+            cut = [min(own, recipe.max_length) for own in lengths]
         with warnings.catch_warnings():
             # What is prepared for a GPU that is not here warns that it is not here.
             warnings.simplefilter("ignore", UserWarning)
@@ -97,6 +100,24 @@ def planner_for(device: Device, rows: Rows | None = None, *, calibrate: bool = T
         return calibration.corrected(made, machine, known) if machine else made
 
     return Planner(planned, apart=here(device) is None)
+
+
+def _longest_rows(recipe: Recipe) -> tuple[int, int] | list[int] | None:
+    """Rows of a step without data where the model's positions end before `max_length` does."""
+    longest, _ = _limits(recipe).longest(recipe.max_length)
+    if longest == recipe.max_length:
+        return None
+    return recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps, longest
+
+
+def _limits(recipe: Recipe) -> Limits:
+    return _limits_of(recipe.model_name_or_path, recipe.revision, recipe.trust_remote_code)
+
+
+@functools.lru_cache(maxsize=8)
+def _limits_of(name: str, revision: str | None, trust_remote_code: bool) -> Limits:
+    """Kept, because a search plans one model many times."""
+    return limits(name, revision=revision, trust_remote_code=trust_remote_code)
 
 
 def changes_of(
@@ -196,8 +217,12 @@ def here(device: Device) -> str | None:
 
 
 def read_rows(recipe: Recipe, notes: list[str]) -> Rows | None:
-    """The recipe's data, encoded, where that is quick and downloads nothing."""
-    longest = f"every row is taken to have max_length, {recipe.max_length} tokens"
+    """The recipe's data, encoded, where that is quick and downloads nothing.
+
+    Raises:
+        IdsError: A row has an id that the model does not have.
+    """
+    longest = f"every row is taken to have {_limits(recipe).longest(recipe.max_length)[1]}"
     if not recipe.dataset:
         notes.append(f"no data set is given: {longest}")
         return None
@@ -212,15 +237,14 @@ def read_rows(recipe: Recipe, notes: list[str]) -> Rows | None:
         notes.append(f"the model's tokenizer is not on this machine: {longest}")
         return None
     try:
-        tokenizer = load_tokenizer(
-            recipe.model_name_or_path, revision=recipe.revision,
-            trust_remote_code=recipe.trust_remote_code,
-        )  # fmt: skip
-        new_tokens(tokenizer, recipe.added_tokens)
-        return load_rows(recipe, tokenizer)
+        rows = load_rows(recipe, tokenizer_of(recipe))
+    except IdsError:
+        raise  # no plan holds for rows that cannot be trained on
     except UserError as error:
         notes.append(f"the data cannot be encoded ({error}): {longest}")
         return None
+    notes.extend(rows.notes)
+    return rows
 
 
 def _size(path: Path) -> int:

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from lighten import models
-from lighten.errors import UserError
 from lighten.hardware import Choice
-from lighten.models import quantized
+from lighten.models import gguf, quantized
+from lighten.models.configuration import read_config
 from lighten.models.load import locate, set_attention
 from lighten.plan.follow import Follow
 from lighten.recipe import Recipe
@@ -37,14 +37,9 @@ def config_of(recipe: Recipe) -> tuple[Any, str, Path]:
     """
     name, code = recipe.model_name_or_path, recipe.trust_remote_code
     source, path = locate(name, revision=recipe.revision, weights=False, code=code)
-    options: dict[str, Any] = {"trust_remote_code": code, "local_files_only": True}
-    folder = path
     if source == "gguf":
-        options["gguf_file"], folder = path.name, path.parent
-    try:
-        return AutoConfig.from_pretrained(folder, **options), source, path
-    except (ValueError, KeyError, OSError) as error:
-        raise UserError(f"{name} cannot be planned: {error}") from error
+        return gguf.read_config(path), source, path
+    return read_config(path, trust_remote_code=code), source, path
 
 
 def fake_base(

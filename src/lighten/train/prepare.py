@@ -310,10 +310,31 @@ def load_base(recipe: Recipe, device: str, *, learns: bool = False) -> models.Ba
     return base
 
 
+def tokenizer_of(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The tokenizer that `load_base` would give, without the base.
+
+    Raises:
+        UserError: It cannot be had.
+    """
+    tokenizer: PreTrainedTokenizerBase = models.load_tokenizer(
+        recipe.model_name_or_path,
+        revision=recipe.revision,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+    new_tokens(tokenizer, recipe.added_tokens)
+    return tokenizer
+
+
 def add_tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]
 ) -> None:
-    """Give the base new special tokens; they start as the mean of the embeddings."""
+    """Give the base new special tokens; they start as the mean of the embeddings.
+
+    Without any it stays as it is: a tokenizer that knows more tokens than its model is not asked
+    for them (`Limits.check_ids`).
+    """
+    if not tokens:
+        return
     new_tokens(tokenizer, tokens)
     size = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
     if len(tokenizer) > size:

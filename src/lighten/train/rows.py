@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lighten import data
+from lighten import data, models
 from lighten.data import Encoded, TemplateChoice
+from lighten.models import Limits
 from lighten.recipe import Recipe
 
 
@@ -22,20 +23,31 @@ class Rows:
         held_out: What the loss is watched on, or None.
         template: The chat template and why it was taken.
         facts: What `run.json` keeps of the data.
+        longest: What cuts rows, in words: `max_length`, or the model's positions.
+        notes: What the longest length and the model's positions do to the rows, a sentence each.
     """
 
     train: Encoded
     held_out: Encoded | None
     template: TemplateChoice
     facts: dict[str, Any]
+    longest: str = "max_length"
+    notes: list[str] = field(default_factory=list)
 
 
 def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows:
     """Read, split and encode the recipe's data.
 
     Raises:
-        UserError: The data is broken, or holds nothing to learn from.
+        UserError: The data is broken, holds nothing to learn from, or has ids that the model does
+            not have.
     """
+    limits = models.limits(
+        recipe.model_name_or_path,
+        tokens=len(tokenizer) if recipe.added_tokens else 0,
+        revision=recipe.revision,
+        trust_remote_code=recipe.trust_remote_code,
+    )
     template = data.choose_template(tokenizer, recipe.chat_template)
     found = data.read(
         recipe.dataset, limit=recipe.max_train_samples, skip_bad_rows=recipe.skip_bad_rows
@@ -45,8 +57,8 @@ def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows:
         train, held_out = data.split(train, recipe.val_size)
     if recipe.max_eval_samples is not None and held_out is not None:
         held_out = held_out[: recipe.max_eval_samples]
-    encoded = encode_as(recipe, train, tokenizer)
-    watched = encode_as(recipe, held_out, tokenizer) if held_out else None
+    encoded = encode_as(recipe, train, tokenizer, limits)
+    watched = encode_as(recipe, held_out, tokenizer, limits) if held_out else None
     facts = {
         "path": str(found.path),
         "sha256": found.sha256,
@@ -63,17 +75,47 @@ def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows:
         "answers": data.learnt_answers(encoded.findings).to_dict(),
         "template": {"name": template.name, "reason": template.reason},
     }
-    return Rows(encoded, watched, template, facts)
+    longest = limits.longest(recipe.max_length)[1]
+    return Rows(encoded, watched, template, facts, longest, _notes(encoded, limits, longest))
+
+
+def _notes(encoded: Encoded, limits: Limits, longest: str) -> list[str]:
+    """What the longest length and the model's positions do to the rows."""
+    notes = []
+    counts = encoded.counts
+    if counts.truncated or counts.lost_supervised_tokens:
+        notes.append(
+            f"{counts.lost_supervised_tokens} supervised tokens are lost to {longest} "
+            f"({counts.truncated} rows cut, {counts.dropped} left out)"
+        )
+    beyond = limits.beyond(len(row.input_ids) for row in encoded.rows)
+    return notes if beyond is None else [*notes, beyond]
 
 
 def encode_as(
-    recipe: Recipe, examples: Sequence[data.Example], tokenizer: PreTrainedTokenizerBase
+    recipe: Recipe,
+    examples: Sequence[data.Example],
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Limits,
 ) -> Encoded:
-    """Encode examples as the recipe says: training, evaluation and truncation see the same rows."""
-    return data.encode(
+    """Encode examples as the recipe says: training, evaluation and truncation see the same rows.
+
+    Args:
+        recipe: How.
+        examples: What.
+        tokenizer: With its chat template chosen.
+        limits: Of the model that will see the rows.
+
+    Raises:
+        UserError: As for `data.encode`.
+        IdsError: A row has an id that the model does not have.
+    """
+    max_length, limit = limits.longest(recipe.max_length)
+    encoded = data.encode(
         examples,
         tokenizer,
-        max_length=recipe.max_length,
+        max_length=max_length,
+        limit=limit,
         truncation_strategy=recipe.truncation_strategy,
         assistant_only_loss=recipe.assistant_only_loss,
         completion_only_loss=recipe.completion_only_loss,
@@ -81,6 +123,8 @@ def encode_as(
         thinking=recipe.thinking,
         skip_bad_rows=recipe.skip_bad_rows,
     )
+    limits.check_ids(encoded.rows, tokenizer)
+    return encoded
 
 
 def _held_out(recipe: Recipe) -> list[data.Example] | None:

@@ -21,7 +21,7 @@ from lighten.train.export import export
 from lighten.train.judge import Judge
 from lighten.train.loop import Loop
 from lighten.train.prediction import Prediction, beside
-from lighten.train.prepare import Setup, load_base, prepare
+from lighten.train.prepare import Setup, load_base, prepare, tokenizer_of
 from lighten.train.progress import TrainingProgress
 from lighten.train.rows import Rows, load_rows
 from lighten.train.short_memory import OutOfMemory, let_go, ran_out
@@ -122,9 +122,9 @@ def _train(
     set_seed(0)  # nothing below draws from the global generators; a model's own code might
     pages = allocator.keep_pages(accelerator.device.type)
     memory = hardware.PeakMemory(accelerator.device.type)
-    base = load_base(recipe, str(accelerator.device), learns=True)
     rows = prediction.rows if prediction is not None else None
-    rows = rows or load_rows(recipe, base.tokenizer)
+    rows = rows or load_rows(recipe, tokenizer_of(recipe))  # what is wrong with them, before a base
+    base = load_base(recipe, str(accelerator.device), learns=True)
     facts = _base_facts(base)  # of the base alone: PEFT puts its parameters into the model
     setup = prepare(recipe, accelerator, base, rows)
     setup.choices["memory"] = pages
@@ -231,13 +231,8 @@ def _tell(setup: Setup, shown: TrainingProgress) -> None:
         f"{counts.rows} examples, {counts.tokens} tokens, {counts.supervised_tokens} of them "
         f"supervised; {held_out} examples held out"
     )
-    for problem in rows.train.problems:
+    for problem in (*rows.train.problems, *rows.notes):
         shown.note(f"note: {problem}")
-    if counts.lost_supervised_tokens:
-        shown.note(
-            f"note: {counts.lost_supervised_tokens} supervised tokens are lost to max_length "
-            f"{setup.recipe.max_length} ({counts.truncated} rows cut, {counts.dropped} left out)"
-        )
     for member in setup.members:
         size = sum(parameter.numel() for parameter in member.parameters.values())
         shown.note(f"{setup.trained.describe(member.name)}, {size:,} parameters")
