@@ -14,11 +14,12 @@ fragmentation of the gathered layers, and padding of shards to equal size.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from lighten.devices import Device
-from lighten.plan.result import Plan
+from lighten.plan.result import Moment, Plan, States
 
 Strategy = Literal["ddp", "zero1", "zero2", "zero3", "fsdp", "fsdp_hybrid"]
 # Full layers that stand gathered at once under ZeRO 3 and FSDP: the one that computes and the one
@@ -32,28 +33,6 @@ _SHARDED = {  # which model states are split over the ranks, arXiv 1910.02054, f
     "fsdp": ("optimiser", "gradients", "weights"),
     "fsdp_hybrid": ("optimiser", "gradients", "weights"),
 }
-
-
-@dataclass(frozen=True)
-class States:
-    """Bytes of a model's states on one device that holds all of them.
-
-    Attributes:
-        frozen: Weights that do not learn.
-        trained: Weights that learn, as the forward pass reads them.
-        gradients: Their gradients.
-        optimiser: Moments, and float32 copies of the weights where there are any.
-    """
-
-    frozen: float
-    trained: float
-    gradients: float
-    optimiser: float
-
-    @property
-    def total(self) -> float:
-        """All of them."""
-        return self.frozen + self.trained + self.gradients + self.optimiser
 
 
 @dataclass(frozen=True)
@@ -95,6 +74,7 @@ class Distributed:
         communication_s: Time of that, were nothing hidden behind computing.
         step_s: Seconds per step with all of it hidden as far as it can be, and with none.
         capacity: What the GPU offers.
+        states: What is spread, on one device that holds all of it.
     """
 
     strategy: str
@@ -109,6 +89,7 @@ class Distributed:
     communication_s: float | None
     step_s: tuple[float, float] | None
     capacity: int | None
+    states: States
 
     def fits(self) -> bool | None:
         """Whether a rank's GPU is large enough; None where the prediction cannot tell."""
@@ -273,17 +254,7 @@ def spread(
     """
     ranks = gpus * nodes
     parts = {part.name: float(part.bytes) for part in plan.memory.parts}
-    adapters, base = parts.get("adapters", 0.0), parts.get("base weights", 0.0)
-    base += parts.get("quantisation constants", 0.0)
-    gradients = parts.get("gradients", 0.0)
-    # Weights of the base that learn are float32, as their gradients are.
-    learning = min(base, gradients) if plan.method in ("full", "last_layers") else 0.0
-    states = States(
-        frozen=base - learning,
-        trained=learning + adapters,
-        gradients=gradients,
-        optimiser=parts.get("optimiser", 0.0),
-    )
+    states = plan.states if plan.states is not None else _of_parts(plan, parts)
     own = states_per_rank(states, strategy, ranks, ranks_per_node=gpus)
     micro = plan.shape.micro_batches
     volume = volume_per_rank(states, strategy, ranks, ranks_per_node=gpus, micro_batches=micro)
@@ -294,7 +265,7 @@ def spread(
         gathered = min(1.0, GATHERED_LAYERS / max(1, layers)) * (states.frozen + states.trained)
     if strategy == "ddp" and ranks > 1:
         gathered = states.gradients  # the flat copy that is reduced
-    peak = plan.memory.expected - states.total + left.total + gathered
+    peak = _peak(plan, parts, states, left) + gathered
     moved = plan.memory.expected - peak
     busy = link_seconds(volume, device, nodes)
     step = None
@@ -302,5 +273,42 @@ def spread(
         step = (max(plan.time.seconds, busy), plan.time.seconds + busy)
     return Distributed(
         strategy, ranks, nodes, offload, peak, plan.memory.low - moved, plan.memory.high - moved,
-        host, volume, busy, step, plan.capacity,
+        host, volume, busy, step, plan.capacity, states,
     )  # fmt: skip
+
+
+def _peak(plan: Plan, parts: Mapping[str, float], states: States, left: States) -> float:
+    """The peak of a rank that keeps so much of the states, what it gathers left out.
+
+    With fewer states on the device another moment can be the fullest: the one that was on a single
+    GPU, the one with the most activations, and the optimiser's step, where all states are there.
+    """
+    always = sum(parts.get(name, 0.0) for name in ("allocator overhead", "device context"))
+    gradients, optimiser = parts.get("gradients", 0.0), parts.get("optimiser", 0.0)
+    weights = states.frozen + states.trained
+    beside = plan.memory.expected - weights - gradients - optimiser - always
+    moments = [Moment(int(gradients), int(optimiser), int(max(0.0, beside)))]
+    if plan.fullest is not None:
+        moments.append(plan.fullest)
+    kept = left.frozen + left.trained
+    alive = [
+        kept
+        + moment.beside
+        + left.gradients * _share(moment.gradients, states.gradients)
+        + left.optimiser * _share(moment.optimiser, states.optimiser)
+        for moment in moments
+    ]
+    return always + max(*alive, left.total)
+
+
+def _share(alive: float, whole: float) -> float:
+    return min(1.0, alive / whole) if whole else 0.0
+
+
+def _of_parts(plan: Plan, parts: Mapping[str, float]) -> States:
+    """The states of a plan that was made by hand: all of them are alive at its peak."""
+    adapters, gradients = parts.get("adapters", 0.0), parts.get("gradients", 0.0)
+    base = parts.get("base weights", 0.0) + parts.get("quantisation constants", 0.0)
+    # Weights of the base that learn are float32, as their gradients are.
+    learning = min(base, gradients) if plan.method in ("full", "last_layers") else 0.0
+    return States(base - learning, learning + adapters, gradients, parts.get("optimiser", 0.0))

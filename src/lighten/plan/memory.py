@@ -17,7 +17,7 @@ from lighten.models.load import weight_files
 from lighten.plan.allocators import Arena, CachingAllocator, Course, Heap, replay
 from lighten.plan.context import Context
 from lighten.plan.follow import Block, Timeline
-from lighten.plan.result import PARTS, Memory, MemoryPart
+from lighten.plan.result import PARTS, Memory, MemoryPart, Moment
 
 MIB = 2**20
 # A tokenizer in memory, by its file: vocabulary and merges as hash tables. Reading one of 3.4 MB
@@ -40,7 +40,7 @@ CUBLAS_BYTES, CUBLAS_BYTES_90 = 2 * 4096 * 1024 + 8 * 16 * 1024, 32 * MIB
 WITHIN, BEYOND = 0.10, 0.25
 
 ALIKE = 0.99  # shares of a peak that make none of two stages the larger
-WEIGHTS, LASTING = PARTS[:2], PARTS[:5]
+WEIGHTS, KEPT, LASTING = PARTS[:2], PARTS[:3], PARTS[:5]
 PHASES = {"check": "forward"}
 # What each lane has of its own, and when.
 EACH = ("activations", "logits", "temporary", "gradients", "device context")
@@ -262,6 +262,26 @@ def _other_lanes(timeline: Timeline, count: int, context: int, sums: int, arena:
 def lasting_bytes(timeline: Timeline) -> int:
     """The most that weights, adapters, gradients and optimiser state take together."""
     return _most_of(timeline, LASTING)
+
+
+def fullest_moment(timeline: Timeline) -> Moment:
+    """The moment of the steps at which most is alive beside weights, gradients and optimiser state.
+
+    Of several the one with the most gradients: later micro-batches add to those that are there.
+    """
+    alive = dict.fromkeys(("gradients", "optimiser", "beside"), 0)
+    most = Moment(0, 0, 0)
+    for event in timeline.events:
+        part = event.block.part
+        if part in KEPT or part == "device context":
+            continue
+        name = part if part in alive else "beside"
+        alive[name] += event.block.bytes if event.born else -event.block.bytes
+        if timeline.runs[event.run].phase == "loading":
+            continue
+        if (alive["beside"], alive["gradients"]) > (most.beside, most.gradients):
+            most = Moment(**alive)
+    return most
 
 
 def _most_of(timeline: Timeline, parts: Sequence[str]) -> int:

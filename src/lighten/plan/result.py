@@ -87,6 +87,43 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class States:
+    """Bytes of a model's states on one device that holds all of them.
+
+    Attributes:
+        frozen: Weights that do not learn.
+        trained: Weights that learn, as the forward pass reads them.
+        gradients: Their gradients.
+        optimiser: Moments, and float32 copies of the weights where there are any.
+    """
+
+    frozen: float
+    trained: float
+    gradients: float
+    optimiser: float
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.frozen + self.trained + self.gradients + self.optimiser
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What is alive at one moment of a step on one device, weights left out.
+
+    Attributes:
+        gradients: Bytes of gradients, of those that are there by then.
+        optimiser: Bytes of the optimiser's state.
+        beside: Bytes of all that is no state: activations, logits, buffers.
+    """
+
+    gradients: int
+    optimiser: int
+    beside: int
+
+
+@dataclass(frozen=True)
 class Change:
     """One way to need less memory, planned like the rest.
 
@@ -130,6 +167,9 @@ class Plan:
         changes: What would need less memory, the cheapest first; empty where none was looked for.
         traced: `expected` bytes and `seconds` before runs on this machine corrected them; None
             where nothing did.
+        states: Weights, gradients and optimiser state as a whole, whatever of them is alive at the
+            peak: what many devices share out. None for a plan that was not traced.
+        fullest: The moment of a step at which most is alive beside the states.
     """
 
     model: str
@@ -150,6 +190,8 @@ class Plan:
     notes: tuple[str, ...] = ()
     changes: tuple[Change, ...] = ()
     traced: dict[str, float] | None = None
+    states: States | None = None
+    fullest: Moment | None = None
 
     def fits(self) -> bool | None:
         """Whether the device is large enough; None where the prediction cannot tell."""

@@ -9,7 +9,7 @@ the decoder layers that repeat are traced once (`repeat`).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -112,6 +112,7 @@ class Traced:
         first_run: The first pass of the timeline after loading.
         weights: Bytes of the base's weights and constants.
         largest: Bytes of its largest weight.
+        frozen: Bytes of its weights and constants that do not learn.
     """
 
     timeline: Timeline
@@ -122,6 +123,7 @@ class Traced:
     first_run: int
     weights: int
     largest: int
+    frozen: int
 
     def tokens(self, place: int) -> int:
         """Tokens of a micro-batch, padding included."""
@@ -259,6 +261,7 @@ def follow_recipe(
         rank.device = torch.device("cpu")  # where fake tensors are, whatever is planned
         layers, repetition = _layers(base.model, whole)
         _mark_learning(setup, layers, repetition, follow)
+        frozen = _frozen(setup)
         units = _shrink(base.model, layers, repetition)
     cut, lengths = largest_step(setup, given)
     places = traced_places(setup, cut)
@@ -278,7 +281,9 @@ def follow_recipe(
                 recipe, config, dtype, kind,
                 given=given, supervised=supervised, whole=True, capability=capability,
             )  # fmt: skip
-    return Traced(timeline, setup, cut, places, lengths, first_run, sum(sizes), max(sizes))
+    return Traced(
+        timeline, setup, cut, places, lengths, first_run, sum(sizes), max(sizes), frozen
+    )  # fmt: skip
 
 
 def _mean_tokens(recipe: Recipe, given: tuple[int, int] | Sequence[int] | None) -> int:
@@ -407,15 +412,29 @@ def _mark_learning(
 
 def _sizes(base: models.Base) -> list[int]:
     """Bytes of each storage of the base's weights, buffers and constants."""
-    found: dict[int, int] = {}
-    tensors = [*base.model.parameters(), *base.model.buffers()]
-    for layer in base.model.modules():
+    return [*_storages([*_weights(base.model), *base.model.buffers()]).values()]
+
+
+def _frozen(setup: Setup) -> int:
+    """Bytes of the weights and constants that do not learn, tied ones once."""
+    learning = _storages([p for own in setup.members for p in own.parameters.values()])
+    every = _storages(_weights(setup.base.model))
+    return sum(size for key, size in every.items() if key not in learning)
+
+
+def _weights(model: nn.Module) -> list[Tensor]:
+    """Parameters, and the scales of those that are quantised."""
+    found: list[Tensor] = [*model.parameters()]
+    for layer in model.modules():
         if hasattr(layer, "dense_weight"):
-            tensors += quantized.scales_of(layer.weight)
-    for tensor in tensors:
-        storage = tensor.untyped_storage()
-        found[id(storage)] = storage.nbytes()
-    return list(found.values())
+            found += quantized.scales_of(layer.weight)
+    return found
+
+
+def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Bytes of each storage by its id."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return {id(storage): storage.nbytes() for storage in storages}
 
 
 def _mark_state(members: Sequence[Member], follow: Follow) -> None:

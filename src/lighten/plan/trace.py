@@ -14,7 +14,7 @@ from lighten.models.quantized import stored_as
 from lighten.plan import memory
 from lighten.plan.build import config_of
 from lighten.plan.context import context_of
-from lighten.plan.result import Plan
+from lighten.plan.result import Plan, States
 from lighten.plan.step_time import Timed, lanes_of, time_of
 from lighten.plan.steps import Traced, follow_recipe
 from lighten.recipe import Recipe
@@ -107,6 +107,21 @@ def plan_recipe(
         choices=_choices(traced, dtype, loading),
         outside=outside,
         step_tokens=sum(traced.lengths[item.row] for part in traced.batches for item in part),
+        states=_states_of(traced),
+        fullest=memory.fullest_moment(traced.timeline),
+    )
+
+
+def _states_of(traced: Traced) -> States:
+    """Weights, gradients and optimiser state of all layers, whatever is alive at the peak."""
+    learning = [p for member in traced.setup.members for p in member.parameters.values()]
+    timeline = traced.timeline
+    kept = timeline.alive_at(len(timeline.events) - 1)  # after the last optimiser's step
+    return States(
+        frozen=traced.frozen,
+        trained=sum(p.numel() * p.element_size() for p in learning),
+        gradients=sum(4 * p.numel() for p in learning),  # float32, as the weights that learn
+        optimiser=kept.get("optimiser", 0),
     )
 
 

@@ -10,7 +10,7 @@ from lighten.plan.distributed import Distributed
 from lighten.plan.result import Change, Plan
 from lighten.plan.serving import Serving
 from lighten.report.planned import verdict as sentence
-from lighten.report.words import duration, gib, size
+from lighten.report.words import counted, duration, gib, size
 
 if TYPE_CHECKING:
     from lighten.plan.probe import Probed
@@ -70,7 +70,8 @@ def fact_rows(plan: Plan) -> list[list[str]]:
     lanes = f", {shape.lanes} at a time" if shape.lanes > 1 else ""
     rows = [
         ["method", plan.method],
-        ["micro-batch", f"{shape.rows} rows of {shape.tokens_per_row} tokens, "
+        ["micro-batch", f"{counted(shape.rows, 'row')} of "
+                        f"{counted(shape.tokens_per_row, 'token')}, "
                         f"{shape.micro_batches} per step{lanes}"],
         ["capacity", gib(plan.capacity)],
         ["main memory", gib(plan.host_bytes)],
@@ -86,7 +87,7 @@ def fact_rows(plan: Plan) -> list[list[str]]:
         )  # fmt: skip
         told = "not known without data or max_steps"
         if plan.run_seconds is not None:
-            told = f"{duration(plan.run_seconds)} for {plan.steps:,} steps"
+            told = f"{duration(plan.run_seconds)} for {counted(plan.steps or 0, 'step')}"
         rows.append(["time of the run", told])
     return rows + [[what, choice] for what, choice in plan.choices.items()]
 
@@ -177,22 +178,24 @@ def spread_verdict(own: Distributed) -> str:
     """Whether each of many ranks fits, in a sentence."""
     end = {True: "fits", False: "does not fit", None: "might not fit"}[own.fits()]
     return (
-        f"{own.strategy} over {own.ranks:,} ranks on {own.nodes:,} nodes: {gib(own.device_bytes)} "
+        f"{own.strategy} over {counted(own.ranks, 'rank')} on {counted(own.nodes, 'node')}: "
+        f"{gib(own.device_bytes)} "
         f"per rank of {gib(own.capacity)}, which {end}"
     )
 
 
 def spread_rows(own: Distributed) -> list[list[str]]:
     """What one rank needs."""
-    volume = own.volume
+    volume, states = own.volume, own.states
     rows = [
         ["GPU memory", f"{gib(own.device_bytes)} (low {gib(own.low)}, high {gib(own.high)})"],
         ["main memory", gib(own.host_bytes)],
-        ["weights gathered per step", size(volume.gather)],
-        ["gradients reduced per step", size(volume.reduce)],
+        ["weights gathered per step", f"{size(volume.gather)} sent by each rank"],
+        ["gradients reduced per step", f"{size(volume.reduce)} sent by each rank, of "
+                                       f"{size(states.gradients)} of gradients"],
         ["of it between nodes alone", size(volume.across)],
         ["to main memory and back", size(volume.host)],
-    ]
+    ]  # fmt: skip
     if own.communication_s is not None:
         rows.append(["links busy per step", seconds(own.communication_s)])
     if own.step_s is not None:

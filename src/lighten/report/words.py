@@ -87,6 +87,11 @@ def size(count: float | None) -> str:
     return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.2f} GB"
 
 
+def counted(count: int, noun: str) -> str:
+    """A number with its noun, which takes an s beyond one: 1 step, 2 steps."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def gib(count: float | None) -> str:
     """Bytes of memory as GiB (2^30)."""
     return "not known" if count is None else f"{count / 2**30:.2f} GiB"

@@ -1,0 +1,166 @@
+"""Many GPUs: what is spread is what learns, whatever is alive at one GPU's peak.
+
+Sizes come from PEFT and from transformers' own models, the formulas from arXiv 1910.02054.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from lighten import api
+from lighten.adapters.decoder import decoder_layers
+from lighten.adapters.whole import WholeBase
+from lighten.devices import DEVICES
+from lighten.plan import asked, distributed
+from lighten.plan.distributed import Distributed, Strategy
+from lighten.plan.result import Plan
+from tests.processes import call
+from tests.tiny import tiny_config, tiny_model
+
+LAYERS, GPUS, NODES = 6, 4, 2
+RANKS = GPUS * NODES
+MODELS = {"untied head": "llama", "tied head": "qwen2", "tied, two kinds of layers": "gemma3_text"}
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {"method": "full"},
+    "LoRA": {"lora_r": 4},
+    "QLoRA": {"lora_r": 4, "load_in_4bit": True},
+    "last layers": {"trainable_layers": "last_2"},
+}
+STAGES: tuple[Strategy, ...] = ("ddp", "zero1", "zero2", "zero3", "fsdp", "fsdp_hybrid")
+
+
+def alone(folder: Path, arch: str, **settings: Any) -> Plan:
+    """The plan of one GPU."""
+    tiny_config(arch, num_hidden_layers=LAYERS).save_pretrained(folder)
+    recipe = api.plannable(
+        None, model_name_or_path=str(folder), **{"max_length": 32, **settings}
+    )  # fmt: skip
+    return asked.plan(recipe, DEVICES["a100-80"], changes=False)
+
+
+def spread(plan: Plan, strategy: Strategy, offload: tuple[str, ...] = ()) -> Distributed:
+    return distributed.spread(
+        plan, DEVICES["a100-80"], strategy, gpus=GPUS, nodes=NODES, layers=LAYERS, offload=offload
+    )
+
+
+def numbers(arch: str, method: str) -> tuple[int, int]:
+    """How many numbers learn, and how many weights there are, tied ones once."""
+    model = tiny_model(arch, num_hidden_layers=LAYERS)
+    every = sum(p.numel() for p in model.parameters())
+    if method == "full":
+        return every, every
+    if method == "last layers":
+        own = decoder_layers(model)[-2:]
+        return sum(p.numel() for layer in own for p in layer.parameters()), every
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    return sum(p.numel() for p in adapted.parameters() if p.requires_grad), every
+
+
+def linears(arch: str) -> int:
+    """Weights that QLoRA packs: of every linear layer but the head."""
+    model = tiny_model(arch, num_hidden_layers=LAYERS)
+    head = model.get_output_embeddings()
+    return sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) if m != head)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("arch", MODELS.values(), ids=MODELS.keys())
+def test_what_is_sent_is_by_the_papers_formulas(tmp_path: Path, arch: str, method: str) -> None:
+    learning, every = numbers(arch, method)
+    gradients = 4 * learning
+    plan = alone(tmp_path, arch, **METHODS[method])
+    states = spread(plan, "ddp").states
+    assert states.gradients == states.trained == gradients
+    assert states.optimiser == pytest.approx(2 * gradients, rel=0.02)  # and a counter of steps each
+    if method == "QLoRA":
+        packed = linears(arch)
+        scaled = 4 * packed / 64
+        assert states.frozen == pytest.approx(2 * (every - packed) + packed / 2 + scaled, rel=0.01)
+    else:
+        frozen = {"full": 0, "LoRA": every, "last layers": every - learning}[method]
+        assert states.frozen == 2 * frozen  # bfloat16
+    weights, share = states.frozen + gradients, (RANKS - 1) / RANKS
+    inside = (GPUS - 1) / GPUS
+    sent = {  # weights gathered, gradients reduced, of them between nodes alone
+        "ddp": (0, 2 * gradients * share, 0),
+        "zero1": (gradients * share, gradients * share, 0),
+        "zero2": (gradients * share, gradients * share, 0),
+        "zero3": (2 * weights * share, gradients * share, 0),
+        "fsdp": (2 * weights * share, gradients * share, 0),
+        "fsdp_hybrid": (2 * weights * inside, gradients * inside,
+                        2 * gradients / GPUS * (NODES - 1) / NODES),
+    }  # fmt: skip
+    for stage in STAGES:
+        volume = spread(plan, stage).volume
+        assert (volume.gather, volume.reduce, volume.across) == pytest.approx(sent[stage]), stage
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_micro_batches_links_and_offload_follow(tmp_path: Path, method: str) -> None:
+    gradients = 4 * numbers("llama", method)[0]
+    plan = alone(tmp_path, "llama", gradient_accumulation_steps=3, **METHODS[method])
+    found = spread(plan, "zero2", ("optimizer",))
+    share = (RANKS - 1) / RANKS
+    assert found.volume.reduce == pytest.approx(3 * gradients * share)
+    assert found.volume.gather == pytest.approx(gradients * share)
+    assert found.volume.host == pytest.approx(gradients / RANKS + gradients)
+    assert found.host_bytes == pytest.approx((found.states.optimiser + gradients) / RANKS)
+    node_link, host_link = 200e9 / 8, 32e9
+    assert found.communication_s == pytest.approx(
+        4 * gradients * share / node_link + found.volume.host / host_link
+    )
+
+
+def test_a_cohort_reduces_the_gradients_of_all_its_adapters(tmp_path: Path) -> None:
+    one = spread(alone(tmp_path, "llama", lora_r=4), "ddp").states
+    both = spread(alone(tmp_path, "llama", lora_r=[4, 8]), "ddp").states
+    assert both.gradients == 3 * one.gradients
+    assert both.frozen == one.frozen
+
+
+def test_no_rank_is_planned_below_its_share_of_all_states(tmp_path: Path) -> None:
+    """With few tokens the peak of one GPU is the optimiser's step, with many the loss."""
+    spreads: dict[Strategy, tuple[int, int, int]] = {
+        "ddp": (1, 1, 1), "zero1": (1, 1, RANKS), "zero2": (1, RANKS, RANKS),
+        "zero3": (RANKS, RANKS, RANKS),
+    }  # fmt: skip
+    for length in (8, 256):
+        before = None
+        plan = alone(tmp_path, "llama", method="full", per_device_train_batch_size=8,
+                     max_length=length)  # fmt: skip
+        for stage, shares in spreads.items():
+            found = spread(plan, stage)
+            states = found.states
+            least = sum(
+                size / share
+                for size, share in zip((states.trained, states.gradients, states.optimiser), shares,
+                                       strict=True)
+            )  # fmt: skip
+            assert found.device_bytes > least
+            assert before is None or found.device_bytes <= before, stage
+            before = found.device_bytes
+
+
+def test_the_command_of_the_docs() -> None:
+    """134.5 million weights in float32, over 32 ranks: 521.2 MB; LoRA on four T4: 9.77, 14.65."""
+    done = call("plan", "smollm2-135m", "--method", "full", "--device", "h100", "--gpus", "8",
+                "--nodes", "4", "--zero", "3")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "521.2 MB" in done.stdout
+    done = call("plan", "smollm2-135m", "--device", "t4", "--gpus", "4")
+    assert "14.7 MB" in done.stdout
+    assert "9.8 MB" in done.stdout
+    assert "on 1 node:" in done.stdout
+
+
+def test_gradients_are_float32_in_the_engine_itself() -> None:
+    """The 4 bytes of the formulas above are what a true run has."""
+    trained = WholeBase(tiny_model("llama", dtype=torch.bfloat16), dtype=torch.bfloat16)
+    assert {p.dtype for p in trained.parameters("default").values()} == {torch.float32}
