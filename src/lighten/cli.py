@@ -6,6 +6,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +29,29 @@ from lighten.console import (
 
 if TYPE_CHECKING:
     from lighten.runs import Run
+
+
+class OnOff(StrEnum):
+    """Of a switch that has a third state: not given."""
+
+    ON = "on"
+    OFF = "off"
+
+
+class SystemRole(StrEnum):
+    """What happens to system messages."""
+
+    KEEP = "keep"
+    FOLD = "fold"
+    DROP = "drop"
+
+
+class Thoughts(StrEnum):
+    """What happens to thoughts in answers."""
+
+    KEEP = "keep"
+    DROP = "drop"
+
 
 app = typer.Typer(
     name="lighten",
@@ -224,6 +248,9 @@ def chat(
     adapter: Annotated[str | None, typer.Option(help="Which adapter of the run.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Answer with base too.")] = False,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    thinking: Annotated[
+        OnOff | None, typer.Option(help="Answers begin with a thought; default: as trained.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 answers greedily.")] = 0.0,
 ) -> None:
@@ -232,6 +259,7 @@ def chat(
 
     talk(
         target, adapter=adapter, compare=compare, system=system,
+        thinking=None if thinking is None else thinking is OnOff.ON,
         max_new_tokens=max_new_tokens, temperature=temperature,
     )  # fmt: skip
 
@@ -347,6 +375,8 @@ def data_check(
     eval_dataset: Annotated[str | None, typer.Option(help="Look for overlap with this.")] = None,
     max_length: Annotated[int, typer.Option(help="Tokens a row may have.")] = 1024,
     chat_template: Annotated[str | None, typer.Option(help="As in the recipe.")] = None,
+    system_role: Annotated[SystemRole | None, typer.Option(help="As in the recipe.")] = None,
+    thinking: Annotated[Thoughts | None, typer.Option(help="As in the recipe.")] = None,
     skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows")] = False,
     row: Annotated[int, typer.Option(help="Which example to show token by token.")] = 0,
     as_json: Json = False,
@@ -364,7 +394,8 @@ def data_check(
         other = data.read(eval_dataset or file, split="valid").examples
     checked = data.check(
         found, tokenizer, max_length=longest, evaluation=other, sample=row,
-        template=f"{template.name}: {template.reason}", limit=limit,
+        template=f"{template.name}: {template.reason}", limit=limit, skip_bad_rows=skip_bad_rows,
+        system_role=system_role and system_role.value, thinking=thinking and thinking.value,
     )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(checked.to_dict(), ensure_ascii=False))

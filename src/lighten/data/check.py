@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from lighten.data.encode import Encoded, encode
+from lighten.data.encode import LEFT_OUT, Encoded, encode
 from lighten.data.examples import Example
 from lighten.data.read import Dataset
 
 # Upper ends of the histogram's bins, in tokens.
 BINS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+# What a decoder writes for bytes that are no character, and tokens that are joined at most until
+# they are some: a token may end in the first byte of the next character, and so on.
+BROKEN, JOINED = "\ufffd", 24
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def check(
     return CheckReport(
         format=found.format,
         rows=len(found.examples),
-        bad_rows=[str(row) for row in found.bad_rows],
+        bad_rows=[*map(str, found.bad_rows), *kept.findings.refusals()],
         lengths={
             "min": int(lengths.min()),
             "median": float(np.median(lengths)),
@@ -96,7 +99,7 @@ def check(
         },
         histogram=_histogram(lengths),
         counts=asdict(kept.counts),
-        problems=kept.problems,
+        problems=[said for said in kept.problems if not said.startswith(LEFT_OUT)],
         duplicates=sum(count - 1 for count in keys.values()),
         overlap=overlap,
         sample=_tokens(whole, min(sample, len(whole.rows) - 1), tokenizer),
@@ -118,7 +121,19 @@ def _histogram(lengths: np.ndarray[Any, Any]) -> list[tuple[int | None, int]]:
 
 
 def _tokens(encoded: Encoded, place: int, tokenizer: Any) -> list[tuple[str, bool]]:
-    """Each token's text with its mask; bytes of a character that is split show as such."""
+    """Each token's text with its mask; tokens that hold parts of a character stand together."""
     row = encoded.rows[place]
-    shown = [tokenizer.decode([token]) for token in row.input_ids]
-    return list(zip(shown, row.supervised, strict=True))
+    ids, mask = [int(token) for token in row.input_ids], [bool(on) for on in row.supervised]
+    shown: list[tuple[str, bool]] = []
+    begin = 0
+    while begin < len(ids):
+        text, end = tokenizer.decode([ids[begin]]), begin + 1
+        for longer in range(begin + 2, min(begin + JOINED, len(ids)) + 1):
+            if BROKEN not in text:
+                break
+            joined = tokenizer.decode(ids[begin:longer])
+            if BROKEN not in joined:
+                text, end = joined, longer
+        shown.append((text, any(mask[begin:end])))
+        begin = end
+    return shown

@@ -21,11 +21,13 @@ from lighten.data.spans import (
     ends,
     learnt,
     mark,
+    named,
     places,
     render,
 )
 from lighten.data.special import special_tokens
 from lighten.data.thoughts import raw_answer, thought_of, without_thought
+from lighten.errors import UserError
 
 _DATE_FORMAT = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1")
 _EMPTY_BEFORE = re.compile(r"(<think>\s*</think>\s*)$")
@@ -85,6 +87,7 @@ class Renderer:
         self.tokenizer = tokenizer
         self.handling = handling or Handling()
         self.findings = Findings()
+        self._begun = False
         formats = _DATE_FORMAT.findall(str(tokenizer.chat_template or ""))
         now = datetime.now(UTC).astimezone()  # templates write the local date
         self._dates = [now.strftime(wanted) for _, wanted in formats]
@@ -95,7 +98,13 @@ class Renderer:
         Args:
             example: With messages.
             whole: All of it is to be learnt, not its answers alone.
+
+        Raises:
+            UserError: The template needs a token that the tokenizer has not.
         """
+        if not self._begun:
+            require_end(self.tokenizer)
+            self._begun = True
         try:
             return self._render(example, whole)
         except RefusedError as error:
@@ -217,10 +226,10 @@ class Renderer:
             findings.add("thoughts cut", where, len(cut))
             return example, text, answers
         held, raw = list(example.messages), list(example.messages)
-        for place in cut:
-            extra = tuple(own for own in held[place].extra if own[0] != "reasoning_content")
-            raw[place] = replace(held[place], content=raw_answer(held[place]), extra=extra)
-            held[place] = replace(held[place], content=_held(place), extra=extra)
+        for at in cut:
+            extra = tuple(own for own in held[at].extra if own[0] != "reasoning_content")
+            raw[at] = replace(held[at], content=raw_answer(held[at]), extra=extra)
+            held[at] = replace(held[at], content=_held(at), extra=extra)
         marked = replace(example, messages=tuple(held))
         text = self._text(marked)
         answers = places(marked, text, self.tokenizer)
@@ -288,6 +297,33 @@ def _written_back(
             end, shift, written = end + change, shift + change, written + 1
         placed.append(replace(answer, span=(begin, end)))
     return text, placed, written
+
+
+def require_end(tokenizer: Any) -> None:
+    """A template that writes the tokenizer's end or start needs a tokenizer that has one.
+
+    Raises:
+        UserError: It has none, and the template fails without it or ends answers with nothing.
+    """
+    template = str(tokenizer.chat_template or "")
+    missing = [
+        name
+        for name in ("eos_token", "bos_token")
+        if name in template and getattr(tokenizer, name, None) is None
+    ]
+    if not missing:
+        return
+    try:
+        text = render([Message("user", "?"), Message("assistant", "!")], tokenizer, "")
+    except RefusedError:
+        text = ""
+    if text and ("eos_token" not in missing or ends(text, tokenizer)):
+        return
+    raise UserError(
+        f"the tokenizer {named(tokenizer)} has no {' and no '.join(missing)}, which the chat "
+        f"template writes; set {'it' if len(missing) == 1 else 'them'} in its "
+        "tokenizer_config.json, or choose another chat_template"
+    )
 
 
 def fold(messages: Sequence[Message]) -> tuple[Message, ...]:

@@ -21,6 +21,8 @@ from lighten.data.findings import Findings
 from lighten.data.spans import Span, endless, unaligned
 from lighten.errors import UserError
 
+LEFT_OUT = "left out: "
+
 
 @dataclass(frozen=True)
 class Row:
@@ -181,7 +183,9 @@ def encode(
         worst = causes.most_common(1)
         reason = problems[worst[0][0]] if worst else "there are no examples"
         raise UserError(f"nothing to learn from: no row has a supervised token, because {reason}")
-    return Encoded(rows, counts, [*problems.values(), *findings.sentences()], findings)
+    told = [*problems.values(), *findings.sentences()]
+    told += [f"{LEFT_OUT}{sentence}" for sentence in findings.refusals()]
+    return Encoded(rows, counts, told, findings)
 
 
 def prompt_of(
@@ -264,6 +268,7 @@ def _tokenised(
         else:
             ids = _plain_text(example.text or "", tokenizer)
             mask = [True] * len(ids)
+            renderer.findings.add("texts endless", example.where, tokenizer.eos_token_id is None)
         if own is None:
             for answer in _runs(ids, mask):
                 renderer.count_end(answer)

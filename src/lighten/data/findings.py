@@ -83,8 +83,8 @@ class Findings:
             more = ""
             if others:
                 left = len(others) - SHOWN_ROWS
-                more = f" (and so {len(others)} more: {', '.join(others[:SHOWN_ROWS])}"
-                more += f" and {left} others)" if left > 0 else ")"
+                more = f"; and {len(others)} more row{'s' * (len(others) > 1)}: "
+                more += ", ".join(others[:SHOWN_ROWS]) + (f" and {left} others" * (left > 0))
             said.append(f"{rows[0]}: {reason}{more}")
         return said
 
@@ -105,8 +105,6 @@ class Findings:
                     f"the chat template leaves out {number} {role} "
                     f"message{'s' * (number != 1)}, first in {self.first[kind]}"
                 )
-        if self.refused:
-            said += [f"left out: {sentence}" for sentence in self.refusals()]
         return said
 
 
@@ -155,6 +153,11 @@ _SENTENCES = {
         "the chat template writes what stands before {n} of {of} answers otherwise than when they "
         "are asked for (it moves a system message or tools to the last user turn), first in "
         "{first}: their {tokens} tokens are not learnt",
+    ),
+    "texts endless": (
+        "texts endless",
+        "the tokenizer has no eos_token: {n} texts are learnt without an end, so the model cannot "
+        "learn to stop",
     ),
     "dated": (
         "conversations",

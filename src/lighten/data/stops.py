@@ -77,7 +77,7 @@ def stop_tokens(
         learnt: The answers that the model learnt, if it did.
     """
     learnt = learnt or LearntAnswers()
-    known = [declared] if isinstance(declared, int) else list(declared or ())
+    known: list[int | None] = [declared] if isinstance(declared, int) else list(declared or ())
     known.append(tokenizer.eos_token_id)
     if not learnt.ends:
         known.append(special_tokens(tokenizer).terminator)

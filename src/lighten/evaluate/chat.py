@@ -2,25 +2,57 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 from typing import Any, TextIO
 
+import torch
 from transformers import GenerationConfig, TextIteratorStreamer
 from transformers.utils import logging as transformers_logging
 
 from lighten import adapters, data, hardware, models
-from lighten.data import Message
+from lighten.data import Example, Message
 from lighten.data.spans import render
 from lighten.errors import UserError
-from lighten.evaluate.generate import settings_alone, stop_tokens
+from lighten.evaluate.generate import hidden_tokens, settings_alone, stop_tokens
 from lighten.evaluate.opened import Models, Opened
 from lighten.runs import Run
 
 HELP = "/reset forgets the conversation, /system TEXT sets a system message, /adapter NAME, /exit"
+
+
+# A thought that a prompt opens, and one that it closes without a word.
+OPENED = re.compile(r"<think>\s*$")
+EMPTY = re.compile(r"<think>\s*</think>\s*$")
+# Stand for an answer while the prompt before it is looked for.
+THOUGHT, ANSWER = "<think>\nWell\n</think>\n\n", "Answer"
+
+
+class _Visible(TextIteratorStreamer):
+    """Streams an answer with the special tokens in it, without those that are no part of it."""
+
+    def __init__(self, tokenizer: Any, hidden: set[int]) -> None:
+        super().__init__(
+            tokenizer,
+            skip_prompt=True,
+            skip_special_tokens=False,
+            spaces_between_special_tokens=False,
+        )
+        self._hidden = hidden
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take the next tokens; the first are the prompt."""
+        if not self.next_tokens_are_prompt:
+            kept = [token for token in value.flatten().tolist() if token not in self._hidden]
+            if not kept:
+                return
+            value = torch.tensor(kept)
+        super().put(value)
 
 
 class Conversation:
@@ -29,13 +61,17 @@ class Conversation:
     Args:
         target: A run folder, a run's name under `runs/`, or a model.
         system: System message.
+        thinking: Whether answers begin with a thought; None: as those of the training did.
     """
 
-    def __init__(self, target: str, *, system: str | None = None) -> None:
+    def __init__(
+        self, target: str, *, system: str | None = None, thinking: bool | None = None
+    ) -> None:
         transformers_logging.disable_progress_bar()
         device = hardware.choose_device().value
         run = _run_of(target)
         self.names: tuple[str, ...] = ()
+        self.learnt, self.handling = data.LearntAnswers(), data.Handling()
         if run is None:
             base = models.load(target, device=device)
             template = data.choose_template(base.tokenizer, None).name
@@ -44,21 +80,43 @@ class Conversation:
         else:
             there = Models(run, device, keep=True)
             self.names, self._open = there.names, there.open
+            self.learnt, self.handling = there.learnt, there.handling
             first = there.open(there.names[0] if there.names else None)
         self.base, self.cohort = first.base, first.trained
         self.system = system
+        self.thinking = self.learnt.thinks if thinking is None else thinking
         self.messages: list[Message] = []
 
     def prompt(self, question: str) -> Any:
-        """Token ids [1, T] of the conversation with one more question, one BOS at most (trap 9)."""
-        start = [Message("system", self.system)] if self.system else []
-        messages = [*start, *self.messages, Message("user", question)]
-        tokenizer = self.base.tokenizer
-        text = render(
-            messages, tokenizer, "chat", add_generation_prompt=True, enable_thinking=False
-        )
-        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        """Token ids [1, T] of the conversation with one more question, one BOS at most (trap 9).
+
+        Raises:
+            UserError: The chat template refuses it.
+        """
+        ids = torch.tensor([self._ids(question)])
         return ids.to(self.base.model.device)
+
+    def _ids(self, question: str) -> list[int]:
+        """As training saw it, where the model was trained on such answers; else as it asks."""
+        start = [Message("system", self.system)] if self.system else []
+        asked = Example("chat", 1, (*start, *self.messages, Message("user", question)))
+        tokenizer = self.base.tokenizer
+        if self.learnt.answers and self.thinking <= self.learnt.thinks:
+            answer = Message("assistant", THOUGHT + ANSWER if self.thinking else ANSWER)
+            with_answer = replace(asked, messages=(*asked.messages, answer))
+            try:
+                return data.prompt_of(with_answer, tokenizer, self.handling)[0]
+            except UserError:  # the template may refuse or rewrite what it need not show here
+                pass
+        asked, _ = data.Renderer(tokenizer, self.handling).system(asked)
+        text = render(
+            asked.messages, tokenizer, "chat",
+            add_generation_prompt=True, enable_thinking=self.thinking,
+        )  # fmt: skip
+        # Not every template knows enable_thinking.
+        text = (EMPTY if self.thinking else OPENED).sub("", text)
+        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
 
     def answer(
         self, question: str, adapter: str | None, *, max_new_tokens: int, temperature: float
@@ -71,6 +129,7 @@ class Conversation:
         opened = self._open(adapter)
         model, tokenizer = opened.base.model, opened.base.tokenizer
         ids = self.prompt(question)
+        opened_thought = OPENED.search(tokenizer.decode(ids[0, -8:]))
         limits = models.limits_of(model)
         room = limits.room(ids.shape[1], max_new_tokens)
         if room == 0:
@@ -78,11 +137,12 @@ class Conversation:
                 f"the conversation has {ids.shape[1]} tokens and the model {limits.positions} "
                 "positions: no room is left for an answer; /reset forgets the conversation"
             )
-        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        stops = stop_tokens(model, tokenizer, self.learnt)
+        streamer = _Visible(tokenizer, {*stops, *hidden_tokens(tokenizer, self.learnt)})
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
         settings = GenerationConfig(
             max_new_tokens=room,
-            eos_token_id=stop_tokens(model, tokenizer),
+            eos_token_id=stops or None,
             pad_token_id=tokenizer.pad_token_id,
             **{"do_sample": False, **sampling},
         )
@@ -103,6 +163,8 @@ class Conversation:
             stack.enter_context(settings_alone(model))
             thread = Thread(target=work, daemon=True)
             thread.start()
+            if opened_thought is not None:
+                yield opened_thought[0].lstrip()
             yield from streamer
             thread.join()
         if failed:
@@ -119,6 +181,7 @@ def chat(
     adapter: str | None = None,
     compare: bool = False,
     system: str | None = None,
+    thinking: bool | None = None,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     lines: TextIO | None = None,
@@ -131,6 +194,7 @@ def chat(
         adapter: Which adapter of a run; default its first.
         compare: Answer with the base too.
         system: System message.
+        thinking: Let answers begin with a thought; None: as those of the training did.
         max_new_tokens: Longest answer.
         temperature: 0 answers greedily.
         lines: Where questions come from, standard input by default.
@@ -140,7 +204,7 @@ def chat(
         UserError: No such run, model or adapter.
     """
     source, sink = lines or sys.stdin, out or sys.stdout
-    talk = Conversation(target, system=system)
+    talk = Conversation(target, system=system, thinking=thinking)
     adapter = _known(talk, adapter)
     asked = source.isatty()
     if asked:
@@ -168,19 +232,22 @@ def chat(
         elif word.startswith("/"):
             sink.write(f"{HELP}\n")
         else:
-            last = ""
-            for name in (None, adapter) if compare and adapter else (adapter,):
-                if compare:
-                    sink.write(f"[{name or 'base'}] ")
-                last = ""
-                for piece in talk.answer(
-                    question, name, max_new_tokens=max_new_tokens, temperature=temperature
-                ):
-                    last += piece
-                    sink.write(piece)
-                    sink.flush()
-                sink.write("\n")
-            talk.remember(question, last)
+            names = (None, adapter) if compare and adapter else (adapter,)
+            try:
+                for name in names:
+                    if compare:
+                        sink.write(f"[{name or 'base'}] ")
+                    last = ""
+                    for piece in talk.answer(
+                        question, name, max_new_tokens=max_new_tokens, temperature=temperature
+                    ):
+                        last += piece
+                        sink.write(piece)
+                        sink.flush()
+                    sink.write("\n")
+                talk.remember(question, last)
+            except UserError as error:  # the template refuses this: the conversation goes on
+                sink.write(f"{error}\n")
         sink.flush()
 
 

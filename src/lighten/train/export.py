@@ -63,6 +63,8 @@ def export_model(setup: Setup, trained: WholeBase, folder: Path) -> None:
     tokenizer, generation = with_learnt_ends(setup)
     model = trained.fuse(trained.names[0])
     model.generation_config = generation
+    if setup.rows.train.findings.ends:
+        model.config.eos_token_id = data.learnt_answers(setup.rows.train.findings).ends[0]
     with runs.whole_folder(folder) as partial:
         try:
             model.save_pretrained(partial, max_shard_size=SHARD_SIZE)
@@ -86,6 +88,7 @@ def with_learnt_ends(setup: Setup) -> tuple[PreTrainedTokenizerBase, GenerationC
     generation = copy.deepcopy(base.model.generation_config) or GenerationConfig()
     if not learnt.ends:
         return tokenizer, generation
+    generation._from_model_config = False  # else transformers may derive it anew from the model's
     generation.eos_token_id = data.stop_tokens(tokenizer, generation.eos_token_id, learnt)
     if (token := data.end_token(tokenizer, learnt)) is not None:
         renamed = copy.deepcopy(tokenizer)
