@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer.testing
@@ -16,6 +18,9 @@ from lighten.cli_settings import matching, settings
 from lighten.errors import UserError
 from lighten.recipe import EvaluateOptions, SweepOptions
 from lighten.recipe.fields import RecipeFields
+from lighten.report import charts, comparison, words
+from lighten.runs import Run
+from tests.report_fixture import write_run
 
 ROOT = Path(__file__).parents[1]
 
@@ -123,3 +128,217 @@ def test_only_extras_that_something_uses_are_offered() -> None:
         packages = [re.split(r"[\[>=<]", own)[0] for own in extras[extra]]
         assert module in packages
         assert re.search(rf"import {module}\b|from {module}\b|\"{module}\"", sources), module
+
+
+def compared_runs(
+    root: Path, shifts: list[float], *, rows: int = 160, recorded: bool = True, **settings: object
+) -> list[Run]:
+    """Runs whose held-out losses differ by the shifts, example by example, but for a little."""
+    made = []
+    for place, shift in enumerate(shifts):
+        run = write_run(root / f"run-{place}", **{"learning_rate": 1e-4 * (place + 1), **settings})
+        found = json.loads((run.folder / "evaluation.json").read_text())
+        common, single = random.Random(0), random.Random(100 + place)
+        for model in found["models"]:
+            mean = 3.6 if model["name"] == "base" else 2.4 + shift
+            losses = [
+                [8 * (mean + common.gauss(0, 0.5) + single.gauss(0, 0.05)), 8] for _ in range(rows)
+            ]
+            value = sum(nll for nll, _ in losses) / (8 * rows)
+            model["metrics"]["loss"] |= {"value": value, "low": value - 0.08, "high": value + 0.08}
+            if recorded:
+                model["losses"] = losses
+            common = random.Random(0)
+        found["dataset"]["rows"] = rows
+        (run.folder / "evaluation.json").write_text(json.dumps(found))
+        made.append(run)
+    return made
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"peft": {"peft_type": "IA3"}},
+        {"rank_pattern": {"q_proj": 4}},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        {"alpha_pattern": {"v_proj": 3.0}},
+        {"added_tokens": ["<a>"]},
+    ],
+    ids=lambda setting: next(reversed(setting)),
+)
+def test_runs_that_differ_in_a_mapping_are_compared(
+    tmp_path: Path, setting: dict[str, object]
+) -> None:
+    first, second = write_run(tmp_path / "a"), write_run(tmp_path / "b", **setting)
+    shown = told("runs", "compare", str(first.folder), str(second.folder))
+    name = next(reversed(setting))
+    assert f"{name} " in shown
+    page = lighten.report(first, second, output=tmp_path / "page.html").read_text(encoding="utf-8")
+    assert name in page
+
+
+def test_a_comparison_tells_best_worse_and_what_cannot_be_told_apart(tmp_path: Path) -> None:
+    runs = compared_runs(tmp_path, [0.0, 0.006, 0.2])
+    found = comparison.compare(runs)
+    assert [own.verdict for own in found.entries] == ["lowest", "cannot be told apart", "worse", ""]
+    assert found.sentences[0].startswith("run-0 has the lowest held-out loss (2.4")
+    assert "run-1 cannot be told apart from it; run-2 is worse" in found.sentences[0]
+    assert found.best["loss"] == {0}
+    assert found.best["chrf"] == set(), "all are equal"
+    for own, shift in zip(found.entries[1:3], (0.006, 0.2), strict=True):
+        assert own.difference is not None
+        assert own.difference[1] < shift < own.difference[2] + 0.01
+    shown = told("runs", "compare", *(str(run.folder) for run in runs))
+    assert re.search(r"run-0 +2\.4\d\*", shown)
+    assert "cannot be told apart" in shown
+
+
+def test_pairing_finds_what_single_intervals_cannot(tmp_path: Path) -> None:
+    """An evaluation without each example's loss is compared too, with wider bounds."""
+    wide = comparison.compare(compared_runs(tmp_path / "w", [0.0, 0.05], recorded=False))
+    narrow = comparison.compare(compared_runs(tmp_path / "n", [0.0, 0.05]))
+    assert [found.entries[1].verdict for found in (wide, narrow)] == [
+        "cannot be told apart", "worse",
+    ]  # fmt: skip
+
+
+def test_bounds_widen_with_the_number_of_runs(tmp_path: Path) -> None:
+    reach = []
+    for count in (2, 8):
+        found = comparison.compare(compared_runs(tmp_path / str(count), [0.0] + [0.1] * count))
+        difference = found.entries[1].difference
+        assert difference is not None
+        reach.append(difference[2] - difference[1])
+    assert reach[1] > 1.15 * reach[0]
+
+
+def test_what_cannot_be_compared_gets_no_verdict(tmp_path: Path) -> None:
+    few = comparison.compare(compared_runs(tmp_path / "few", [0.0, 0.3], rows=8))
+    assert few.entries[1].verdict == "too few examples"
+    other = compared_runs(tmp_path / "o", [0.0]) + compared_runs(tmp_path / "p", [0.0], rows=90)
+    found = comparison.compare(other)
+    assert "different held-out examples" in found.sentences[0]
+    assert found.best["loss"] == set()
+    assert [own.run for own in found.entries][:2] == [str(run.folder) for run in other]
+    bare = write_run(tmp_path / "bare", evaluated=False)
+    found = comparison.compare([*compared_runs(tmp_path / "q", [0.0]), bare])
+    assert "Not evaluated: bare" in found.sentences[-1]
+
+
+def test_twelve_runs_have_twelve_colours(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"run-{place}", steps=20) for place in range(12)]
+    page = lighten.report(*runs, output=tmp_path / "page.html").read_text(encoding="utf-8")
+    legend = page.partition('<ul class="legend">')[2].partition("</ul>")[0]
+    inks = re.findall(r"--series-(\d+)", legend)
+    assert len(inks) == len(set(inks)) == 12
+    style = page.partition("<style>")[2].partition("</style>")[0]
+    for theme in style.split("--paper:")[1:]:
+        values = re.findall(r"--series-\d+: (#\w+)", theme)
+        assert len(values) == len(set(values)) == 12
+
+
+OUTSIDE = """() => {
+  const out = [];
+  for (const svg of document.querySelectorAll('svg[role=img]')) {
+    const box = svg.getBoundingClientRect();
+    for (const text of svg.querySelectorAll('text')) {
+      const own = text.getBoundingClientRect();
+      if (own.width && (own.left < box.left - 1 || own.right > box.right + 1 ||
+          own.top < box.top - 1 || own.bottom > box.bottom + 1)) out.push(text.textContent);
+    }
+  } return out; }"""
+HIDDEN = """() => [...document.querySelectorAll('.scroll')]
+  .filter(e => e.scrollWidth > e.clientWidth + 1).length"""
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("pages")
+    seven = compared_runs(folder, [0.01 * place for place in range(7)])
+    two = write_run(folder / "two", adapters=("small", "large"), steps=3)
+    memory = {"expected": 3.1 * 2**30, "low": 2.9 * 2**30, "high": 3.4 * 2**30, "parts": [
+        {"name": "base weights", "bytes": 2.4 * 2**30}, {"name": "adapters", "bytes": 0.1 * 2**30},
+        {"name": "activations: linear", "bytes": 0.6 * 2**30}]}  # fmt: skip
+    plan = {"memory": memory, "model": "smollm2-135m", "device": "rtx4090 of the lab",
+            "method": "lora", "capacity": int(3.5 * 2**30), "fits": True}  # fmt: skip
+    (two.folder / "plan.json").write_text(json.dumps(plan))
+    two.update(prediction={"memory": {"predicted": 3.1 * 2**30, "measured": 3.0 * 2**30}})
+    return {"two": lighten.report(two), "seven": lighten.report(*seven, output=folder / "7.html")}
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("name", ["two", "seven"])
+def test_a_phone_shows_every_label_and_column(
+    browser: Any, pages: dict[str, Path], name: str, scheme: str
+) -> None:
+    context = browser.new_context(
+        offline=True, viewport={"width": 360, "height": 800}, color_scheme=scheme
+    )
+    tab = context.new_page()
+    tab.goto(pages[name].as_uri())
+    tab.evaluate("for (const d of document.querySelectorAll('details')) d.open = true")
+    assert tab.evaluate(OUTSIDE) == []
+    assert tab.evaluate(HIDDEN) == 0
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 360
+    context.close()
+
+
+def test_answers_stand_under_the_headline_and_then_what_to_do_next(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "my run")
+    page = lighten.report(run).read_text(encoding="utf-8")
+    heads = re.findall(r"<h2>([^<]+)", page)
+    assert heads[:3] == ["Answers", "What next", "Loss"]
+    for command in ("chat", "adapter resize", "runs compare"):
+        assert re.search(rf"lighten {command} &#39;[^<]*my run&#39;", page), command
+    bare = write_run(tmp_path / "bare", evaluated=False)
+    assert "lighten evaluate" in lighten.report(bare).read_text(encoding="utf-8")
+    stopped = write_run(tmp_path / "stopped", status="interrupted", evaluated=False)
+    assert "lighten train --resume" in lighten.report(stopped).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("setting", [{"peft": {"peft_type": "IA3"}}, {"method": "full"},
+                                     {"use_dora": True}])  # fmt: skip
+def test_resizing_is_offered_for_plain_lora_alone(
+    tmp_path: Path, setting: dict[str, object]
+) -> None:
+    page = lighten.report(write_run(tmp_path / "r", **setting)).read_text(encoding="utf-8")
+    assert "lighten chat" in page
+    assert "adapter resize" not in page
+
+
+def axis(chart: str, anchor: str) -> list[str]:
+    return re.findall(rf'class="tick"[^>]*text-anchor="{anchor}">([\d.,]+)<', chart)
+
+
+@pytest.mark.parametrize("steps", [[1], [1, 2], [1, 2, 3], list(range(1, 8)), [5, 4000]])
+def test_steps_are_whole_numbers_and_amounts_start_at_zero(steps: list[int]) -> None:
+    values = [3.5 + step / 1e5 for step in steps]
+    chart = charts.line_chart([charts.Series("peak", steps, values)], title="t", x_label="x",
+                              y_label="GiB", from_zero=True)  # fmt: skip
+    assert all("." not in label for label in axis(chart, "middle"))
+    assert float(axis(chart, "end")[0]) == 0
+    free = charts.line_chart(
+        [charts.Series("loss", steps, values)], title="t", x_label="x", y_label="y"
+    )
+    assert float(axis(free, "end")[0]) > 0
+
+
+@pytest.mark.parametrize(("count", "said"), [(0, "0 rows"), (1, "1 row"), (2, "2 rows"),
+                                             (1200, "1,200 rows")])  # fmt: skip
+def test_one_thing_is_not_called_several(count: int, said: str) -> None:
+    assert words.count(count, "row") == said
+
+
+def test_a_page_calls_one_step_one_step_and_each_line_its_own_name(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "r", steps=1)
+    info = run.info()
+    info["data"] |= {"truncated": 1}
+    more = [
+        {"what": what, "value": "x", "reason": "y"} for what in ("method", "template", "memory")
+    ]
+    run.update(data=info["data"], choices=[*info["choices"], *more])
+    page = lighten.report(run).read_text(encoding="utf-8")
+    assert not re.search(r"\b1 (rows|steps|examples|tokens)\b", page)
+    made = page.partition("How it was made")[2].partition("</article>")[0]
+    shown = re.findall(r"<dt>([^<]+)</dt>", made)
+    assert len(shown) == len(set(shown)), shown

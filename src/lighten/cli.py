@@ -356,16 +356,20 @@ def runs_list(
 def runs_compare(names: list[str], as_json: Json = False) -> None:
     """Compare two or more runs: settings that differ, then measurements."""
     from lighten import api, runs
+    from lighten.report import comparison
 
     chosen = [api.run_of(name) for name in names]
-    rows = runs.compare(chosen)
+    found = comparison.compare(chosen)
     if as_json:
-        typer.echo(json.dumps(rows))
+        told = {"what": "verdict", "kind": "verdict", "values": found.sentences}
+        typer.echo(json.dumps([*runs.compare(chosen), told]))
         return
-    print_table(
-        ["", *(run.name for run in chosen)],
-        [[row["what"], *(cell(value) for value in row["values"])] for row in rows],
-    )
+    screen = console()
+    for sentence in found.sentences:
+        screen.print(sentence, style="bold", highlight=False, markup=False)
+    print_table(*comparison.table(found))
+    for run, differs in {own.run: own.differs for own in found.entries if own.differs}.items():
+        screen.print(f"{run}: {differs}", highlight=False, markup=False)
 
 
 @data_app.command("check")

@@ -270,6 +270,7 @@ def summarise(
                 "name": result.name,
                 "adapter": result.adapter,
                 "metrics": own,
+                "losses": result.statistics["loss"].tolist(),
                 "seconds": result.answers.seconds,
                 "generated_tokens": result.answers.tokens,
                 "generated_tokens_per_second": speed,

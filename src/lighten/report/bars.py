@@ -14,9 +14,10 @@ from lighten.report.charts import number, ticks
 
 # The light theme's series, for where no style sheet is.
 _INKS = ("#0b6e5f", "#b4520e", "#4a56a8", "#8a2f6b", "#6b6f12", "#35617d")
-WIDTH, LEFT, RIGHT, BAR, GAP, TOP, BOTTOM = 640, 84, 16, 34, 14, 18, 40
+# Above each bar there is room for its label, which a phone shows at twice its size here.
+WIDTH, LEFT, RIGHT, BAR, GAP, TOP, BOTTOM = 640, 4, 16, 34, 34, 30, 58
 # Narrower than this many units of the drawing, a segment shows no text of its own.
-ROOM_FOR_TEXT = 44
+ROOM_FOR_TEXT = 64
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Bar:
     """A stack of segments.
 
     Attributes:
-        label: What stands left of it.
+        label: What stands above it.
         segments: From left to right.
         low: Where its end might lie at least, if that is known.
         high: Where its end might lie at most.
@@ -89,20 +90,20 @@ def stacked_bars(
         parts.append(
             f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{floor}" '
             f'stroke="currentColor" stroke-opacity="0.15"/>'
-            f'<text class="tick" x="{x:.1f}" y="{floor + 16}" text-anchor="middle" '
+            f'<text class="tick" x="{x:.1f}" y="{floor + 20}" text-anchor="{anchored(x)}" '
             f'font-size="12" fill="currentColor">{number(mark)}</text>'
         )
     parts.append(
-        f'<text class="axis-label" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{height - 4}" '
+        f'<text class="axis-label" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{height - 8}" '
         f'text-anchor="middle" font-size="12" fill="currentColor">{escape(unit)}</text>'
     )
     for place, bar in enumerate(bars):
-        parts.append(_bar(bar, TOP + place * (BAR + GAP), scale, unit))
+        parts.append(_bar(bar, TOP + GAP - 8 + place * (BAR + GAP), scale, unit))
     if limit is not None:
         x = LEFT + limit[1] * scale
-        anchor = "end" if x > WIDTH * 0.6 else "start"
+        anchor = "end" if x > WIDTH / 2 else "start"
         parts.append(
-            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP - 4}" y2="{floor}" stroke="currentColor" '
+            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP - 2}" y2="{floor}" stroke="currentColor" '
             f'stroke-width="2" stroke-dasharray="5 3"/>'
             f'<text class="tick" x="{x:.1f}" y="{TOP - 6}" text-anchor="{anchor}" font-size="12" '
             f'fill="currentColor">{escape(limit[0])}</text>'
@@ -110,10 +111,15 @@ def stacked_bars(
     return "".join(parts) + "</svg>" + _legend(bars[0].segments if bars else ())
 
 
+def anchored(x: float) -> str:
+    """How a tick's label lies around its place, so that it stays on the drawing."""
+    return "start" if x < WIDTH * 0.05 else "end" if x > WIDTH * 0.95 else "middle"
+
+
 def _bar(bar: Bar, y: int, scale: float, unit: str) -> str:
     middle = y + BAR / 2
     parts = [
-        f'<text class="tick" x="{LEFT - 8}" y="{middle + 4}" text-anchor="end" font-size="12" '
+        f'<text class="tick" x="{LEFT}" y="{y - 7}" font-size="12" '
         f'fill="currentColor">{escape(bar.label)}</text>'
     ]
     x = float(LEFT)
@@ -126,7 +132,8 @@ def _bar(bar: Bar, y: int, scale: float, unit: str) -> str:
         )
         if width >= ROOM_FOR_TEXT:
             parts.append(
-                f'<text x="{x + width / 2:.1f}" y="{middle + 4}" text-anchor="middle" '
+                f'<text class="inside" x="{x + width / 2:.1f}" y="{middle + 5}" '
+                f'text-anchor="middle" '
                 f'font-size="11" fill="#fff" style="pointer-events:none">'
                 f"{number(segment.value)}</text>"
             )

@@ -12,11 +12,16 @@ from html import escape
 
 # Series are told apart by dash as well as by colour.
 DASHES = ("", "7 4", "2 3", "9 3 2 3", "1 4", "12 4")
+# Colours of the page, and how far apart they are in number.
+COLOURS = 12
 # More points than this are thinned: the mean of each of so many equal stretches is drawn.
 MOST_POINTS = 400
 
 WIDTH, HEIGHT = 640, 300
-LEFT, RIGHT, TOP, BOTTOM = 56, 16, 14, 40
+# Room for text that a phone shows at twice its size here (see style.css).
+LEFT, RIGHT, TOP, BOTTOM = 80, 16, 40, 58
+# A label nearer than this to the right edge ends at its place instead of lying around it.
+EDGE = 48
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,9 @@ class Series:
         ]
 
 
-def line_chart(series: Sequence[Series], *, title: str, x_label: str, y_label: str) -> str:
+def line_chart(
+    series: Sequence[Series], *, title: str, x_label: str, y_label: str, from_zero: bool = False
+) -> str:
     """An SVG of the series, or a sentence if there is nothing to draw.
 
     Args:
@@ -60,6 +67,7 @@ def line_chart(series: Sequence[Series], *, title: str, x_label: str, y_label: s
         title: What a screen reader says.
         x_label: What runs to the right, with its unit.
         y_label: What runs upwards, with its unit.
+        from_zero: Start the vertical axis at zero, for amounts.
     """
     drawn = [(one, _thinned(one.points())) for one in series if one.points()]
     if not drawn:
@@ -67,7 +75,10 @@ def line_chart(series: Sequence[Series], *, title: str, x_label: str, y_label: s
     xs = [x for _, points in drawn for x, _, _ in points]
     lows = [y - (e or 0) for _, points in drawn for _, y, e in points]
     highs = [y + (e or 0) for _, points in drawn for _, y, e in points]
-    x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(lows), max(highs))
+    if from_zero:
+        lows.append(0.0)
+    whole = all(float(x).is_integer() for x in xs)
+    x_ticks, y_ticks = ticks(min(xs), max(xs), whole=whole), ticks(min(lows), max(highs))
     across = _Scale(min(xs), max(xs), LEFT, WIDTH - RIGHT)
     up = _Scale(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, TOP)
     x_shown = [
@@ -138,6 +149,7 @@ def scatter_chart(points: Sequence[Point], *, title: str, x_label: str, y_label:
     parts.append(f'<path class="frontier" d="{path}"><title>frontier</title></path>')
     for own in drawn:
         px, py = log(math.log(own.x)), up(own.y)
+        side = 1 if px < (LEFT + WIDTH) / 2 else -1  # its label stays on the drawing
         told = f"{escape(own.label)}: {number(own.y)} at {number(own.x)}"
         bar = ""
         if own.error:
@@ -147,9 +159,10 @@ def scatter_chart(points: Sequence[Point], *, title: str, x_label: str, y_label:
                 f'y2="{up(own.y + own.error):.1f}"/>'
             )
         parts.append(
-            f'<g class="series" style="--ink: var(--series-{own.colour % len(DASHES) + 1})">{bar}'
+            f'<g class="series" style="--ink: var(--series-{own.colour % COLOURS + 1})">{bar}'
             f'<circle cx="{px:.1f}" cy="{py:.1f}" r="4.5"><title>{told}</title></circle>'
-            f'<text class="point" x="{px + 8:.1f}" y="{py - 6:.1f}">{escape(own.label)}</text></g>'
+            f'<text class="point" x="{px + side * 8:.1f}" y="{py - 6:.1f}" '
+            f'text-anchor="{"start" if side > 0 else "end"}">{escape(own.label)}</text></g>'
         )
     return "".join(parts) + "</svg>"
 
@@ -184,17 +197,17 @@ def _frame(
             f"{label}</text>"
         )
     parts += [
-        f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" '
-        f'text-anchor="middle">{label}</text>'
+        f'<text class="tick" x="{x if x <= WIDTH - EDGE else WIDTH - 2:.1f}" '
+        f'y="{HEIGHT - BOTTOM + 20}" '
+        f'text-anchor="{"middle" if x <= WIDTH - EDGE else "end"}">{label}</text>'
         for x, label in x_shown
     ]
     parts.append(
         f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" '
         f'y2="{HEIGHT - BOTTOM}"/>'
-        f'<text class="axis-label" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" '
+        f'<text class="axis-label" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" '
         f'text-anchor="middle">{escape(x_label)}</text>'
-        f'<text class="axis-label" transform="translate(13 {(TOP + HEIGHT - BOTTOM) / 2}) '
-        f'rotate(-90)" text-anchor="middle">{escape(y_label)}</text>'
+        f'<text class="axis-label" x="2" y="24">{escape(y_label)}</text>'
     )
     return "".join(parts)
 
@@ -216,7 +229,7 @@ class _Scale:
 def _line(
     one: Series, points: Sequence[tuple[float, float, float | None]], across: _Scale, up: _Scale
 ) -> str:
-    style = f"--ink: var(--series-{one.colour % len(DASHES) + 1})"
+    style = f"--ink: var(--series-{one.colour % COLOURS + 1})"
     path = " ".join(
         f"{'M' if place == 0 else 'L'}{across(x):.1f} {up(y):.1f}"
         for place, (x, y, _) in enumerate(points)
@@ -246,7 +259,7 @@ def _legend(series: Sequence[Series]) -> str:
     for one in series:
         dash = DASHES[one.colour % len(DASHES)]
         items.append(
-            f'<li style="--ink: var(--series-{one.colour % len(DASHES) + 1})">'
+            f'<li style="--ink: var(--series-{one.colour % COLOURS + 1})">'
             f'<svg viewBox="0 0 28 8" aria-hidden="true"><line x1="1" x2="27" y1="4" y2="4" '
             f'stroke-dasharray="{dash}"/></svg>{escape(one.label)}</li>'
         )
@@ -278,14 +291,24 @@ def smoothed(values: Sequence[float | None], weight: float = 0.9) -> list[float 
     return out
 
 
-def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
-    """Round numbers that enclose the range; their steps are 1, 2 or 5 times a power of ten."""
+def ticks(low: float, high: float, wanted: int = 5, *, whole: bool = False) -> list[float]:
+    """Round numbers that enclose the range; their steps are 1, 2 or 5 times a power of ten.
+
+    Args:
+        low: Where the range begins.
+        high: Where it ends.
+        wanted: About how many.
+        whole: Whole numbers alone, for what is counted.
+    """
+    if whole and low == high:
+        return [low]
     if high - low <= 1e-6 * max(abs(low), abs(high)):  # flat, but for rounding
         pad = abs(low) * 0.1 or 1.0
         low, high = low - pad, high + pad
     rough = (high - low) / wanted
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
+    step = max(1.0, step) if whole else step
     first = math.floor(low / step + 1e-9)
     last = math.ceil(high / step - 1e-9)
     return [round(i * step, 12) for i in range(first, last + 1)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ import jinja2
 
 from lighten import runs as run_files
 from lighten.evaluate.metrics import METRICS
-from lighten.report import planned, words
+from lighten.report import comparison, planned, words
 from lighten.report.charts import Series, line_chart, number, smoothed
 from lighten.runs import Run
 
 # Answers shown side by side; all of them are in evaluation.json.
 SHOWN_EXAMPLES = 24
+# Of these so many are seen at once, the rest unfolds.
+FIRST_EXAMPLES = 4
 
 
 def write_page(runs: Sequence[Run], output: Path | None = None) -> Path:
@@ -43,7 +46,8 @@ def environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
     )
     made.filters |= {
-        "mb": words.size, "gib": words.gib, "duration": words.duration, "number": number,
+        "count": words.count, "mb": words.size, "gib": words.gib, "duration": words.duration,
+        "number": number,
     }  # fmt: skip
     return made
 
@@ -58,6 +62,7 @@ def page(runs: Sequence[Run]) -> str:
             runs=[_run(run) for run in runs],
             comparison=_comparison(runs) if len(runs) > 1 else None,
             marked=words.marked,
+            first_examples=FIRST_EXAMPLES,
             metric_labels={metric.name: metric.label for metric in METRICS},
         )
     )
@@ -73,6 +78,8 @@ def _run(run: Run) -> dict[str, Any]:
         "name": run.name,
         "info": info,
         "headline": words.headline(info, evaluation),
+        "commands": next_commands(run, info, evaluated=evaluation is not None),
+        "saved": _saved(run),
         "tiles": _tiles(info, evaluation),
         "loss": _loss_chart([(run.name, lines)], named=False),
         "speed": _speed_chart(lines),
@@ -219,7 +226,14 @@ def _memory_chart(lines: Sequence[Mapping[str, Any]]) -> str:
         title="Peak memory over steps",
         x_label="optimiser step",
         y_label="GiB",
+        from_zero=True,
     )
+
+
+def _saved(run: Run) -> list[str]:
+    """Folders of what was trained, as far as it is there."""
+    model = run.model()
+    return [str(path) for path in (*run.adapters().values(), *([model] if model else []))]
 
 
 def _table(evaluation: Mapping[str, Any] | None) -> list[dict[str, Any]]:
@@ -256,19 +270,63 @@ def _sizes(info: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _comparison(runs: Sequence[Run]) -> dict[str, Any]:
+    """What the template shows of several runs side by side."""
+    compared = comparison.compare(runs)
+    names = list(dict.fromkeys(entry.run for entry in compared.entries))
     return {
+        "sentences": compared.sentences,
+        "columns": [column.label for column in compared.columns],
         "rows": [
-            {**row, "values": [_shown(value) for value in row["values"]]}
-            for row in run_files.compare(runs)
+            {
+                "label": entry.label,
+                "is_base": entry.is_base,
+                "differs": entry.differs,
+                "verdict": entry.verdict,
+                "difference": comparison.difference_text(entry),
+                "cells": [
+                    _cell(entry, column, place in compared.best[column.name])
+                    for column in compared.columns
+                ],
+            }
+            for place, entry in enumerate(compared.entries)
         ],
-        "loss": _loss_chart([(run.name, run.metrics()) for run in runs], named=True),
+        "loss": _loss_chart(
+            [(name, run.metrics()) for name, run in zip(names, runs, strict=False)], named=True
+        ),
     }
 
 
-def _shown(value: Any) -> str:
-    """A cell of the comparison."""
-    if value is None:
-        return "–"
-    if isinstance(value, Mapping):
-        return f"{number(value['value'])} [{number(value['low'])}, {number(value['high'])}]"
-    return number(value) if isinstance(value, float) else str(value)
+def _cell(entry: comparison.Entry, column: comparison.Column, best: bool) -> dict[str, Any]:
+    """One figure of the comparison with its interval."""
+    value, interval = entry.figures.get(column.name), entry.intervals.get(column.name)
+    return {
+        "label": column.label,
+        "text": "–" if value is None else column.text(value),
+        "interval": "" if interval is None else f"[{number(interval[0])}, {number(interval[1])}]",
+        "best": best,
+    }
+
+
+def next_commands(run: Run, info: Mapping[str, Any], *, evaluated: bool) -> list[tuple[str, str]]:
+    """What people do next with a run: commands, and what each is for."""
+    folder = shlex.quote(str(run.folder))
+    if info.get("status") in ("running", "interrupted", "failed"):
+        return [(f"lighten train --resume {folder}", "go on from the newest checkpoint")]
+    recipe = run.recipe()
+    commands = []
+    if not evaluated:
+        commands.append((f"lighten evaluate {folder}", "measure it against the untouched base"))
+        commands.append((f"lighten report {folder}", "write this page again, with the figures"))
+    commands.append((f"lighten chat {folder} --compare", "ask it yourself, beside the base"))
+    trained = recipe.cohort()
+    rank = max((own.lora_r for own in trained), default=0)
+    plain = recipe.method == "lora" and recipe.peft is None and not recipe.use_dora
+    if plain and rank > 1:
+        which = f" --adapter {shlex.quote(trained[0].name)}" if len(trained) > 1 else ""
+        commands.append((f"lighten adapter info {folder}{which}", "how much of its rank it uses"))
+        commands.append(
+            (f"lighten adapter resize {folder}{which} --rank {max(1, rank // 2)}",
+             "a smaller adapter file")
+        )  # fmt: skip
+    commands.append((f"lighten runs compare {folder} RUN", "stand it beside another run"))
+    return commands

@@ -64,7 +64,7 @@ def sweep_page(folder: Path) -> str:
         training=_training_chart(arms),
         memory=_scatter(
             arms, "state_bytes", 2**20, "Loss against memory",
-            "weights, gradient and optimiser state of what learns, MiB",
+            "memory of what learns, MiB",
         ),
         time=_scatter(arms, "seconds", 1.0, "Loss against time", "training time, seconds"),
         options=options,

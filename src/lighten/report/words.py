@@ -80,6 +80,11 @@ def marked(answer: str, reference: str) -> Markup:
     return Markup("").join(out)
 
 
+def count(number_of: int, what: str) -> str:
+    """A number of things, in the plural where it is not one: `1 row`, `1,200 rows`."""
+    return f"{number_of:,} {what}{'' if number_of == 1 else 's'}"
+
+
 def size(count: float | None) -> str:
     """Bytes as MB of files (10^6)."""
     if count is None:
