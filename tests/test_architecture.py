@@ -19,14 +19,15 @@ MODULES = {
 # Rooms that a room may import; `errors` is everybody's, and so is the room itself.
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
+    "paths": set(),
     "verbs": {"api"},
-    "recipe": set(),
+    "recipe": {"paths"},
     "hardware": set(),
     "native": {"hardware"},
     "allocator": {"hardware", "native"},
     "runs": {"recipe"},
     "models": {"allocator", "hardware", "native"},
-    "data": set(),
+    "data": {"paths"},
     "adapters": set(),
     "train": {"adapters", "allocator", "data", "devices", "models", "recipe", "hardware", "runs",
               "verbs"},
@@ -36,8 +37,8 @@ ALLOWED: dict[str, set[str]] = {
     "sweep": {"adapters", "data", "models", "recipe", "hardware", "runs", "train", "evaluate",
               "verbs"},
     # It traces the step of `train`, and draws its picture with `report`'s figures.
-    "plan": {"adapters", "allocator", "data", "devices", "models", "recipe", "hardware", "report",
-             "runs", "train", "verbs"},
+    "plan": {"adapters", "allocator", "data", "devices", "models", "recipe", "hardware", "paths",
+             "report", "runs", "train", "verbs"},
     "api": {"adapters", "devices", "plan", "recipe", "runs", "train", "evaluate", "report",
             "sweep"},
     "console": {"recipe"},

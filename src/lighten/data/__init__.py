@@ -5,7 +5,7 @@ from lighten.data.conversation import Handling, Renderer
 from lighten.data.encode import Encoded, Row, encode, prompt_of
 from lighten.data.examples import Example, Message, split
 from lighten.data.findings import Findings
-from lighten.data.read import BadRow, Dataset, has_split, read
+from lighten.data.read import BadRow, Dataset, has_split, left_out, read
 from lighten.data.stops import LearntAnswers, end_token, learnt_answers, stop_tokens, writes_alike
 from lighten.data.template import TemplateChoice, choose_template
 
@@ -28,6 +28,7 @@ __all__ = [
     "end_token",
     "has_split",
     "learnt_answers",
+    "left_out",
     "prompt_of",
     "read",
     "split",

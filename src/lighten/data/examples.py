@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Message:
     """One turn of a conversation.
 
@@ -31,7 +31,7 @@ class Message:
         return {"role": self.role, "content": self.content, **dict(self.extra)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Example:
     """One example: a conversation, a plain text, or tokens made elsewhere.
 

@@ -153,7 +153,10 @@ def held_out_examples(
     Raises:
         UserError: There is none, or the data has changed so that the split would be another.
     """
-    skip: dict[str, Any] = {"skip_bad_rows": recipe.skip_bad_rows}
+    skip: dict[str, Any] = {
+        "skip_bad_rows": recipe.skip_bad_rows,
+        "columns": recipe.dataset_columns,
+    }
     if test and data.has_split(recipe.dataset, "test"):
         found = data.read(recipe.dataset, split="test", **skip)
     elif recipe.eval_dataset is not None:

@@ -24,6 +24,7 @@ from lighten.plan.changes import cheapest, ideas
 from lighten.plan.planner import Planner
 from lighten.plan.result import Change, Plan
 from lighten.plan.trace import plan_recipe
+from lighten.paths import split_limit
 from lighten.recipe import Recipe
 from lighten.train.prepare import tokenizer_of
 from lighten.train.rows import Rows, load_rows
@@ -226,7 +227,7 @@ def read_rows(recipe: Recipe, notes: list[str]) -> Rows | None:
     if not recipe.dataset:
         notes.append(f"no data set is given: {longest}")
         return None
-    if (size := _size(Path(recipe.dataset.partition("#")[0]))) > LARGEST_DATA_BYTES:
+    if (size := _size(split_limit(recipe.dataset)[0])) > LARGEST_DATA_BYTES:
         notes.append(f"the data's {size / 1e6:,.0f} MB are not read for a plan: {longest}")
         return None
     source, path = locate(

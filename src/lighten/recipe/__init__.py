@@ -11,6 +11,7 @@ import yaml
 from pydantic import PrivateAttr, ValidationError
 
 from lighten.errors import UserError
+from lighten.paths import split_limit
 from lighten.recipe import aliases, swept, yaml_lines
 from lighten.recipe.fields import (
     AdapterEntry,
@@ -60,7 +61,7 @@ class Recipe(RecipeFields):
         if self._name:
             return self._name
         model = Path(self.model_name_or_path).name.removesuffix(".gguf")
-        return f"{model}-{Path(self.dataset.partition('#')[0]).stem}"
+        return f"{model}-{split_limit(self.dataset)[0].stem}"
 
     @property
     def compute_dtype(self) -> str:
@@ -225,9 +226,11 @@ class Recipe(RecipeFields):
 
 def _beside(folder: Path, value: str) -> str:
     """The path as seen from the recipe's folder if something is there."""
-    name, mark, limit = value.partition("#")
-    there = folder / name
-    return f"{there}{mark}{limit}" if not Path(name).is_absolute() and there.exists() else value
+    if Path(value).expanduser().is_absolute():
+        return value
+    path, limit = split_limit(str(folder / value))
+    there = f"{path}#{limit}" if limit is not None else str(path)
+    return there if path.exists() else value
 
 
 def _names(given: list[dict[str, Any]]) -> list[str]:
@@ -256,7 +259,7 @@ def _contradictions(recipe: Recipe, given: Mapping[str, Any]) -> list[str]:
     problems = [
         f"{key}: {value!r} does not exist; give a file or folder"
         for key in ("dataset", "eval_dataset")
-        if (value := getattr(recipe, key)) and not Path(value.partition("#")[0]).exists()
+        if (value := getattr(recipe, key)) and not split_limit(value)[0].exists()
     ]
     sizes = {key: len(v) for key in COHORT_LISTS if (v := recipe._list(key)) is not None}
     if any(size == 0 for size in sizes.values()):
@@ -408,7 +411,7 @@ def _peft_problems(recipe: Recipe, given: Mapping[str, Any]) -> list[str]:
 
 
 def _has_held_out(recipe: Recipe) -> bool:
-    folder = Path(recipe.dataset.partition("#")[0])
+    folder, _ = split_limit(recipe.dataset)
     return bool(recipe.eval_dataset or recipe.val_size or folder.is_dir())
 
 

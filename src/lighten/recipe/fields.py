@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from lighten.recipe.section import Positive, Rate, Section, Share
+from lighten.recipe.section import Positive, Rate, Section, Seed, Share
 from lighten.recipe.sweeping import SweepOptions
 
 AdapterName = Annotated[str, Field(pattern=r"^\w[\w.=-]*$", max_length=80)]
@@ -19,6 +19,11 @@ Init = (
     bool
     | Annotated[str, Field(pattern=r"^(gaussian|orthogonal|olora|pissa(_niter_[1-9][0-9]*)?)$")]
 )
+# Columns that rows are recognised by; `lighten.data.shapes` reads them.
+Column = Literal[
+    "instruction", "input", "output", "history", "prompt", "completion", "input_ids", "labels",
+    "attention_mask", "messages", "conversations", "text", "system", "tools",
+]  # fmt: skip
 Tracker = Literal["wandb", "tensorboard", "trackio"]
 Optimizer = Literal[
     "adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit",
@@ -34,7 +39,7 @@ class EvaluateOptions(Section):
     max_new_tokens: Positive = Field(64, description="longest answer, in tokens")
     batch_size: Positive = Field(16, description="examples answered together")
     bootstrap_samples: Positive = Field(1000, description="resamples behind each interval")
-    seed: int = Field(0, description="seed of the resampling")
+    seed: Seed = Field(0, description="seed of the resampling")
 
 
 class AdapterFields(Section):
@@ -52,7 +57,7 @@ class AdapterFields(Section):
     alpha_pattern: dict[str, Rate] | None = Field(None, description="alpha by module pattern")
     learning_rate: Rate | None = Field(None, description="peak learning rate")
     loraplus_lr_ratio: Rate | None = Field(None, description="LoRA+: rate of B over rate of A")
-    seed: int | None = Field(None, description="seed of order, weights and dropout")
+    seed: Seed | None = Field(None, description="seed of order, weights and dropout")
 
 
 class AdapterEntry(AdapterFields):
@@ -117,6 +122,12 @@ class RecipeFields(Section):
 
     dataset: str = _field(..., "data", "file or folder of training examples; name#500 takes 500")
     eval_dataset: str | None = _field(None, "data", "held-out examples")
+    dataset_columns: dict[Column, str] = _field(
+        {},
+        "data",
+        "our name to the data's name for columns called otherwise: "
+        "{instruction: question, output: response}",
+    )
     val_size: Annotated[float, Field(ge=0.0)] = _field(
         0.05,
         "data",
@@ -220,7 +231,7 @@ class RecipeFields(Section):
         "training",
         "compile one decoder layer for all of them; auto: where the run is long enough to gain",
     )
-    seed: int | list[int] = _field(42, "training", "seed of order, weights and dropout")
+    seed: Seed | list[Seed] = _field(42, "training", "seed of order, weights and dropout")
 
     logging_steps: Positive = _field(1, "run", "steps between lines to the trackers")
     eval_steps: Positive | None = _field(None, "run", "steps between evaluations; null: an epoch")

@@ -24,7 +24,8 @@ class Rows:
         template: The chat template and why it was taken.
         facts: What `run.json` keeps of the data.
         longest: What cuts rows, in words: `max_length`, or the model's positions.
-        notes: What the longest length and the model's positions do to the rows, a sentence each.
+        notes: What reading, the longest length and the model's positions do to the rows, a
+            sentence each.
     """
 
     train: Encoded
@@ -50,9 +51,15 @@ def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows:
     )
     template = data.choose_template(tokenizer, recipe.chat_template)
     found = data.read(
-        recipe.dataset, limit=recipe.max_train_samples, skip_bad_rows=recipe.skip_bad_rows
+        recipe.dataset,
+        limit=recipe.max_train_samples,
+        skip_bad_rows=recipe.skip_bad_rows,
+        columns=recipe.dataset_columns,
     )
-    train, held_out = found.examples, _held_out(recipe)
+    train, held_out = found.examples, None
+    apart = _held_out(recipe)
+    if apart is not None:
+        held_out = apart.examples
     if held_out is None and recipe.val_size and len(train) > 1:
         train, held_out = data.split(train, recipe.val_size)
     if recipe.max_eval_samples is not None and held_out is not None:
@@ -72,11 +79,18 @@ def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows:
         "dropped": encoded.counts.dropped,
         "lost_supervised_tokens": encoded.counts.lost_supervised_tokens,
         "bad_rows": len(found.bad_rows) + encoded.counts.refused,
+        "eval_bad_rows": (len(apart.bad_rows) if apart is not None else 0)
+        + (watched.counts.refused if watched else 0),
         "answers": data.learnt_answers(encoded.findings).to_dict(),
         "template": {"name": template.name, "reason": template.reason},
     }
     longest = limits.longest(recipe.max_length)[1]
-    return Rows(encoded, watched, template, facts, longest, _notes(encoded, limits, longest))
+    notes = [
+        *data.left_out("training", found),
+        *(data.left_out("held-out", apart) if apart is not None else ()),
+        *_notes(encoded, limits, longest),
+    ]
+    return Rows(encoded, watched, template, facts, longest, notes)
 
 
 def _notes(encoded: Encoded, limits: Limits, longest: str) -> list[str]:
@@ -127,11 +141,16 @@ def encode_as(
     return encoded
 
 
-def _held_out(recipe: Recipe) -> list[data.Example] | None:
+def _held_out(recipe: Recipe) -> data.Dataset | None:
     if recipe.eval_dataset is not None:
         source = recipe.eval_dataset
     elif data.has_split(recipe.dataset, "valid"):
         source = recipe.dataset
     else:
         return None
-    return data.read(source, split="valid", skip_bad_rows=recipe.skip_bad_rows).examples
+    return data.read(
+        source,
+        split="valid",
+        skip_bad_rows=recipe.skip_bad_rows,
+        columns=recipe.dataset_columns,
+    )

@@ -1,0 +1,164 @@
+"""Which files hold a split: one file, or all shards of it in a folder as the hub has them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lighten.errors import UserError
+from lighten.paths import split_limit
+
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+SPLITS = {"train": ("train", "training"),
+          "valid": ("valid", "validation", "val", "dev", "eval"),
+          "test": ("test", "testing")}  # fmt: skip
+_SPLIT_OF = {word: split for split, words in SPLITS.items() for word in words}
+# Files that the hub and `datasets` put beside the data.
+_BESIDE = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json",
+           "config.json", "metadata.json"}  # fmt: skip
+# folder/config/data/train/part.parquet is as deep as the hub's layouts go.
+_DEPTH = 3
+_NUMBERED = re.compile(r"(?P<stem>.*?)[-_.]?(?P<number>\d+)(?:-of-(?P<total>\d+))?$")
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A data file of a folder.
+
+    Attributes:
+        path: The file.
+        split: The split that its name or its folder's says, or None.
+        exact: The name says the split and a shard's number, nothing else.
+        group: What the shards of one data set have in common.
+        number: Its shard number.
+        total: How many shards its name speaks of.
+    """
+
+    path: Path
+    split: str | None
+    exact: bool
+    group: tuple[str, ...]
+    number: int | None
+    total: int | None
+
+
+def files_of(path: Path, split: str) -> list[Path]:
+    """The files of a dataset path: itself, or every shard of a folder's split in order.
+
+    Raises:
+        UserError: Nothing there, a kind of file that is not read, a shard that is missing, or
+            several files that could each be meant.
+    """
+    if path.is_dir():
+        groups = _groups(path, split)
+        if not groups:
+            wanted = " or ".join(f"{split}{suffix}" for suffix in SUFFIXES)
+            raise UserError(f"the folder {path} has no {split} file ({wanted})")
+        if len(groups) > 1:
+            first, second = groups[0][0].path, groups[1][0].path
+            more = f" and {len(groups) - 2} more" if len(groups) > 2 else ""
+            raise UserError(
+                f"{first} and {second}{more} could each be the {split} data of {path}; "
+                "name the file, or move the others away"
+            )
+        return _whole(groups[0])
+    if not path.is_file():
+        raise UserError(f"the dataset {path} does not exist")
+    if path.suffix.lower() not in SUFFIXES:
+        raise UserError(f"{path} is not one of {', '.join(SUFFIXES)}")
+    return [path]
+
+
+def has_split(path: str, split: str) -> bool:
+    """Whether the path is a folder with data for that split."""
+    folder, _ = split_limit(path)
+    return folder.is_dir() and bool(_groups(folder, split))
+
+
+def checksum(files: Sequence[Path]) -> str:
+    """SHA-256 over the bytes of all files, in order."""
+    whole = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 20):
+                whole.update(chunk)
+    return whole.hexdigest()
+
+
+def _groups(folder: Path, split: str) -> list[list[_Candidate]]:
+    """Sets of shards that could each be the split, each in the order of its numbers."""
+    candidates = list(_candidates(folder))
+    named = [one for one in candidates if one.split == split]
+    if not named and split == "train" and not any(one.split for one in candidates):
+        named = candidates  # a folder that speaks of no split holds training data
+    if any(one.exact for one in named):
+        named = [one for one in named if one.exact]
+    groups: dict[tuple[str, ...], list[_Candidate]] = {}
+    for one in named:
+        groups.setdefault(one.group, []).append(one)
+    return [
+        sorted(groups[key], key=lambda one: _natural(one.path.name)) for key in sorted(groups)
+    ]
+
+
+def _candidates(folder: Path) -> Iterator[_Candidate]:
+    for place, folders, names in os.walk(folder):
+        inside = Path(place).relative_to(folder).parts
+        kept = [name for name in folders if not name.startswith((".", "_"))]
+        folders[:] = sorted(kept) if len(inside) < _DEPTH else []
+        for name in sorted(names):
+            path = Path(place) / name
+            if (
+                path.suffix.lower() in SUFFIXES
+                and name.lower() not in _BESIDE
+                and not name.startswith((".", "_"))
+            ):
+                yield _candidate(path, inside)
+
+
+def _candidate(path: Path, inside: tuple[str, ...]) -> _Candidate:
+    stem, suffix = path.stem.lower(), path.suffix.lower()
+    numbered = _NUMBERED.match(stem)
+    number = total = None
+    bare = stem
+    if numbered is not None:
+        bare, number = numbered["stem"], int(numbered["number"])
+        total = None if numbered["total"] is None else int(numbered["total"])
+    where = str(path.parent)
+    about = _SPLIT_OF.get(bare)
+    if about is not None:
+        group = (where, bare, suffix, "" if number is None else "#", str(total))
+        return _Candidate(path, about, True, group, number, total)
+    above = next((_SPLIT_OF[part.lower()] for part in reversed(inside)
+                  if part.lower() in _SPLIT_OF), None)  # fmt: skip
+    if above is not None:  # all files of a folder `train` are its shards, whatever their names
+        return _Candidate(path, above, True, (where, suffix, str(total)), number, total)
+    words = re.split(r"[-_. ]", bare)
+    about = next((_SPLIT_OF[word] for word in words if word in _SPLIT_OF), None)
+    return _Candidate(path, about, False, (where, bare, suffix, str(total)), number, total)
+
+
+def _whole(group: list[_Candidate]) -> list[Path]:
+    """The group's paths, if none of the shards that their names count is missing."""
+    total = group[0].total
+    numbers = {one.number for one in group}
+    if total is not None:
+        first = 0 if 0 in numbers or total not in numbers else 1
+        missing = [n for n in range(first, first + total) if n not in numbers]
+        if missing:
+            raise UserError(
+                f"{len(missing)} of {total} shards beside {group[0].path} "
+                f"{'is' if len(missing) == 1 else 'are'} missing (number "
+                f"{', '.join(map(str, missing[:5]))}{', …' if len(missing) > 5 else ''}); "
+                "download the folder again"
+            )
+    return [one.path for one in group]
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts part-2 before part-10."""
+    return [(int(part) if part.isdigit() else -1, part) for part in re.split(r"(\d+)", name)]

@@ -1,0 +1,192 @@
+"""Rows of a file with the line each stands on: JSON lines, JSON, CSV and Parquet.
+
+`datasets` and `pyarrow` read these too, but give no line numbers, guess types per block, and
+fill missing keys of nested objects with nulls; Parquet alone is read with `pyarrow`.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import math
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lighten.data.json_rows import json_rows
+from lighten.data.values import BadRowError
+from lighten.errors import UserError, missing_extra
+
+_SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
+# Names of columns that say what a table is; its separator is the one that shows them.
+_HEADERS = ({"instruction", "output"}, {"prompt", "completion"}, {"messages"}, {"conversations"},
+            {"text"}, {"input_ids"})  # fmt: skip
+_WIDE = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+# Stands for a carriage return inside an unquoted cell; no UTF-8 text can hold it.
+_RETURN = "\udc0d"
+_ARROW_ROWS = 1024
+
+
+def rows_of(file: Path, columns: Collection[str] = ()) -> Iterator[tuple[int, Any]]:
+    """Line (a row's number in Parquet) and value of each row; a broken one is a `BadRowError`.
+
+    Args:
+        file: What to read.
+        columns: Columns that the recipe names, which tell a CSV's separator.
+
+    Raises:
+        UserError: The file as a whole cannot be read.
+    """
+    suffix = file.suffix.lower()
+    try:
+        if suffix == ".parquet":
+            yield from enumerate(_parquet(file), 1)
+            return
+        with file.open("rb") as stream:
+            start = stream.read(4)
+            if start.startswith(_WIDE):
+                raise UserError(f"{file} is UTF-16 or UTF-32 text; save the file as UTF-8")
+            stream.seek(len(codecs.BOM_UTF8) if start.startswith(codecs.BOM_UTF8) else 0)
+            if suffix in (".csv", ".tsv"):
+                yield from _csv(stream, file, set(columns))
+            else:
+                yield from json_rows(stream, file)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{_undecodable(file)} is not UTF-8 text; save the file as UTF-8") from error
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror or error}") from error
+
+
+def _undecodable(file: Path) -> str:
+    """File and line of the first bytes that are not UTF-8."""
+    with file.open("rb") as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return f"{file}:{number}"
+    return str(file)
+
+
+def _csv(stream: io.BufferedReader, file: Path, columns: set[str]) -> Iterator[tuple[int, Any]]:
+    """Records with the line each begins on; a cell may hold any amount of text."""
+    csv.field_size_limit(2**31 - 1)
+    # newline="" leaves line ends inside cells as they are.
+    text = io.TextIOWrapper(stream, encoding="utf-8", newline="")
+    place = text.tell()
+    header_line = text.readline()
+    text.seek(place)
+    separator = _separator(header_line, columns, file.suffix.lower() == ".tsv")
+    unix = header_line.endswith("\n") and not header_line.endswith("\r\n")
+    lines = _without_returns(text) if unix else iter(text)
+    reader = csv.reader(lines, delimiter=separator)
+    line = 1
+    try:
+        header = next((record for record in reader if record), None)
+        if header is None:
+            return
+        names = [name.strip() for name in header]
+        twice = sorted({name for name in names if name and names.count(name) > 1})
+        if twice:
+            raise UserError(f"{file}:1 has two columns called {twice[0]!r}; rename one")
+        line = reader.line_num + 1
+        for record in reader:
+            if record:
+                yield line, _record(record, names, separator)
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"{file}:{line} is not valid CSV: {error}") from error
+
+
+def _record(record: list[str], names: list[str], separator: str) -> Any:
+    if len(record) > len(names) and any(cell for cell in record[len(names) :]):
+        return BadRowError(
+            f"has more cells than the header has columns; quote cells that hold a "
+            f"{_SEPARATORS[separator]}"
+        )
+    cells = (cell.replace(_RETURN, "\r") if _RETURN in cell else cell for cell in record)
+    return {name: cell for name, cell in zip(names, cells, strict=False) if name}
+
+
+def _separator(header: str, columns: set[str], tabs_first: bool) -> str:
+    """The separator under which the header shows known columns, else the most columns."""
+    ranked = sorted(_SEPARATORS, key=lambda mark: mark != "\t") if tabs_first else [*_SEPARATORS]
+    shown = {
+        mark: {name.strip() for name in next(csv.reader([header], delimiter=mark), [])}
+        for mark in ranked
+    }
+    for mark, names in shown.items():
+        if (columns and columns <= names) or any(known <= names for known in _HEADERS):
+            return mark
+    if len(shown[ranked[0]]) > 1:
+        return ranked[0]
+    return max(ranked, key=lambda mark: len(shown[mark]))
+
+
+def _without_returns(text: io.TextIOWrapper) -> Iterator[str]:
+    """Lines that end where a line feed stands; pandas leaves a lone \\r in a cell unquoted."""
+    whole = ""
+    for part in text:
+        whole += part
+        if not part.endswith("\r"):
+            yield _guarded(whole)
+            whole = ""
+    if whole:
+        yield _guarded(whole)
+
+
+def _guarded(line: str) -> str:
+    if "\r" not in line:
+        return line
+    if line.endswith("\r\n"):
+        return line[:-2].replace("\r", _RETURN) + "\r\n"
+    return line.replace("\r", _RETURN)
+
+
+def _parquet(file: Path) -> Iterator[Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise missing_extra("pyarrow", "parquet") from None
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            whole = _whole_columns(table)
+            for batch in table.iter_batches(_ARROW_ROWS):
+                for row in batch.to_pylist(maps_as_pydicts="lossy"):
+                    for name in whole & row.keys():
+                        if row[name] is not None and math.isfinite(row[name]):
+                            row[name] = int(row[name])
+                    yield {key: _unfilled(value) for key, value in row.items()}
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{file} is not valid Parquet: {reason}") from error
+
+
+def _whole_columns(table: Any) -> set[str]:
+    """Columns of whole numbers that pandas made floats because a value was missing."""
+    import pyarrow
+
+    names = [
+        field.name for field in table.schema_arrow if pyarrow.types.is_floating(field.type)
+    ]
+    whole = set()
+    for name in names:
+        numbers = [
+            number for batch in table.iter_batches(columns=[name])
+            for number in batch.column(0).to_pylist()
+        ]  # fmt: skip
+        values = [n for n in numbers if n is not None and math.isfinite(n)]
+        if len(values) < len(numbers) and all(n.is_integer() for n in values):
+            whole.add(name)
+    return whole
+
+
+def _unfilled(value: Any) -> Any:
+    """Without the keys that Arrow filled in: each object of a column has the keys of all."""
+    if isinstance(value, Mapping):
+        return {key: _unfilled(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list | tuple):
+        return [_unfilled(inner) for inner in value]
+    return value

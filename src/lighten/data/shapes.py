@@ -1,0 +1,238 @@
+"""From a row of a file to an example, its shape recognised by its columns.
+
+Shapes: Alpaca (`instruction`, `input`, `output`, with `system` and `history`), chat (`messages`),
+ShareGPT (`conversations`), prompt-completion, `text`, and ready tokens (`input_ids`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lighten.data.examples import Example, Message
+from lighten.data.tools import tool_calls_of, tools_of
+from lighten.data.values import (
+    BadRowError,
+    check_nested,
+    decoded,
+    is_missing,
+    optional_text,
+    text_of,
+    without_missing,
+)
+
+SHAPES = "instruction/output, messages, conversations, prompt/completion, text, or input_ids/labels"
+_ROLES = {"human": "user", "gpt": "assistant", "bard": "assistant", "model": "assistant",
+          "chatgpt": "assistant", "function_call": "assistant", "observation": "tool",
+          "function": "tool"}  # fmt: skip
+KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
+# Which shape each column belongs to; the others (system, tools) go with several.
+_SHAPE_OF = {
+    **dict.fromkeys(("instruction", "input", "output", "history"), "alpaca"),
+    **dict.fromkeys(("prompt", "completion"), "prompt-completion"),
+    **dict.fromkeys(("input_ids", "labels", "attention_mask"), "tokens"),
+    "messages": "messages", "conversations": "conversations", "text": "text",
+}  # fmt: skip
+COLUMNS = (*_SHAPE_OF, "system", "tools")
+# What other data sets call a question and its answer; offered, never taken unasked.
+_QUESTIONS = ("question", "query", "prompt", "instruction", "problem", "input", "user")
+_ANSWERS = ("response", "answer", "output", "completion", "solution", "target", "chosen",
+            "assistant", "reply")  # fmt: skip
+_CHATS = ("conversation", "dialogue", "dialog", "chat", "turns")
+_TEXTS = ("content", "document", "body")
+# Ids beyond any vocabulary would not fit the arrays that hold them.
+_LARGEST_ID = 2**31 - 1
+
+
+def renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """The row under our names for its columns, without columns of other shapes."""
+    shapes = {_SHAPE_OF[name] for name in columns if name in _SHAPE_OF}
+    theirs = set(columns.values())
+    kept = {
+        name: value
+        for name, value in row.items()
+        if name not in theirs and (name not in _SHAPE_OF or _SHAPE_OF[name] in shapes)
+    }
+    return kept | {name: row[theirs] for name, theirs in columns.items() if theirs in row}
+
+
+def example_of(row: Any, file: str, line: int) -> tuple[str, Example]:
+    """Shape and example of a row.
+
+    Raises:
+        BadRowError: The row is broken.
+    """
+    if not isinstance(row, Mapping):
+        raise BadRowError(f"a row must be an object, not {type(row).__name__}")
+    given = without_missing(row)
+    if "input_ids" in given:
+        return "tokens", _tokens(given, file, line)
+    for shape in ("messages", "conversations"):
+        if shape in given:
+            messages = _messages(decoded(given[shape], shape), shape)
+            system = optional_text(given, "system")
+            if system and messages[0].role != "system":
+                messages = (Message("system", system), *messages)
+            return shape, Example(file, line, messages, tools=tools_of(given))
+    if "instruction" in row or "output" in row:
+        messages, single = _alpaca(given, row)
+        return "alpaca", Example(file, line, messages, single_turn=single, tools=tools_of(given))
+    if "prompt" in row and "completion" in row:
+        return "prompt-completion", _prompt_completion(row, file, line)
+    if "text" in row:
+        text = text_of(row["text"], "text")
+        if not text.strip():
+            raise BadRowError("text is empty")
+        return "text", Example(file, line, text=text)
+    raise BadRowError(_unknown(row))
+
+
+def _unknown(row: Mapping[str, Any]) -> str:
+    """What to do about columns that no shape has."""
+    names = [str(name) for name in row]
+    question = next((name for name in names if name.lower() in _QUESTIONS), None)
+    answer = next((name for name in names if name.lower() in _ANSWERS and name != question), None)
+    chat = next((name for name in names if name.lower() in _CHATS), None)
+    text = next((name for name in names if name.lower() in _TEXTS), None)
+    said = f"unknown shape, its columns are {', '.join(names) or 'none'}; "
+    if question and answer:
+        return f"{said}set dataset_columns: {{instruction: {question}, output: {answer}}}"
+    if chat:
+        return f"{said}set dataset_columns: {{messages: {chat}}}"
+    if text:
+        return f"{said}set dataset_columns: {{text: {text}}} to learn it whole"
+    return f"{said}a row needs {SHAPES} (dataset_columns says which column is which)"
+
+
+def _alpaca(
+    given: Mapping[str, Any], row: Mapping[str, Any]
+) -> tuple[tuple[Message, ...], bool]:
+    """The conversation, and whether it is a single pair."""
+    for key in ("instruction", "output"):
+        if key not in given:
+            if key in row:
+                raise BadRowError(f"{key} must be text, not nothing (null or NaN)")
+            raise BadRowError(f"{key} is missing beside {', '.join(map(str, row))}")
+    parts = [text_of(given["instruction"], "instruction"), optional_text(given, "input")]
+    messages: list[Message] = []
+    if system := optional_text(given, "system"):
+        messages.append(Message("system", system))
+    history = decoded(given.get("history"), "history")
+    if is_missing(history):
+        history = []
+    if not isinstance(history, list):
+        raise BadRowError("history must hold [question, answer] pairs")
+    for pair in history:
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise BadRowError("history must hold [question, answer] pairs")
+        messages += [
+            Message("user", text_of(pair[0], "history")),
+            Message("assistant", text_of(pair[1], "history")),
+        ]
+    messages.append(Message("user", "\n".join(part for part in parts if part)))
+    messages.append(Message("assistant", text_of(given["output"], "output")))
+    return tuple(messages), not history
+
+
+def _prompt_completion(row: Mapping[str, Any], file: str, line: int) -> Example:
+    sides = []
+    for key, role in (("prompt", "user"), ("completion", "assistant")):
+        value = row[key]
+        is_chat = isinstance(value, list) and any(
+            isinstance(turn, Mapping) and ("role" in turn or "from" in turn) for turn in value
+        )
+        sides.append(_messages(value, key) if is_chat else (Message(role, text_of(value, key)),))
+    prompt, completion = sides
+    if isinstance(row["prompt"], list):
+        prompt = tuple(Message(m.role, m.content, False, m.extra) for m in prompt)
+    return Example(file, line, prompt + completion, single_turn=True, tools=tools_of(row))
+
+
+def _messages(value: Any, name: str) -> tuple[Message, ...]:
+    if not isinstance(value, list) or not value:
+        raise BadRowError(f"{name} must be a list of at least one message")
+    return tuple(_message(raw, f"{name}: message {place}") for place, raw in enumerate(value, 1))
+
+
+def _message(raw: Any, name: str) -> Message:
+    if not isinstance(raw, Mapping):
+        raise BadRowError(f"{name} must be an object")
+    role = raw.get("role")
+    if is_missing(role):
+        role = raw.get("from")
+    role = _ROLES.get(role, role) if isinstance(role, str) else role
+    if role not in KNOWN_ROLES:
+        raise BadRowError(f"{name} has the role {role!r}, not one of {', '.join(KNOWN_ROLES)}")
+    content = raw.get("content")
+    if is_missing(content):
+        content = raw.get("value")
+    extra = [
+        (key, raw[key])
+        for key in ("tool_call_id", "name", "reasoning_content")
+        if not is_missing(raw.get(key))
+    ]
+    calls = tool_calls_of(raw, name)
+    if calls:
+        extra.insert(0, ("tool_calls", calls))
+        content = "" if is_missing(content) else content
+    if extra:
+        check_nested([value for _, value in extra], name)
+    return Message(role, text_of(content, name), _trained(raw, name), tuple(extra))
+
+
+def _trained(raw: Mapping[str, Any], name: str) -> bool | None:
+    """What `train: false` or `weight: 0` say of a message."""
+    train, weight = raw.get("train"), raw.get("weight")
+    if is_missing(train) and is_missing(weight):
+        return None
+    if not is_missing(train) and not isinstance(train, bool):
+        raise BadRowError(f"{name}: train must be true or false, not {train!r}")
+    if not is_missing(weight) and weight not in (0, 1):
+        raise BadRowError(f"{name}: weight must be 0 or 1, not {weight!r}")
+    return bool(weight) if is_missing(train) else bool(train)
+
+
+def _tokens(given: Mapping[str, Any], file: str, line: int) -> Example:
+    """Ready tokens without their padding; a label is its token or -100."""
+    ids = _integers(given["input_ids"], "input_ids", "token ids")
+    if not ids:
+        raise BadRowError("input_ids is empty")
+    if min(ids) < 0 or max(ids) > _LARGEST_ID:
+        raise BadRowError(f"input_ids must be token ids, from 0 to {_LARGEST_ID}")
+    begin, end = 0, len(ids)
+    if "attention_mask" in given:
+        mask = _integers(given["attention_mask"], "attention_mask", "0 and 1", len(ids))
+        if set(mask) - {0, 1} or 1 not in mask:
+            raise BadRowError("attention_mask must hold 1 for each token and 0 for padding")
+        begin, end = mask.index(1), len(mask) - mask[::-1].index(1)
+        if 0 in mask[begin:end]:
+            raise BadRowError(
+                f"attention_mask hides token {mask.index(0, begin) + 1}, which stands between "
+                "others; only padding at an end can be left out"
+            )
+    labels = list(ids)
+    if "labels" in given:
+        labels = _integers(
+            given["labels"], "labels", "token ids, or -100 where a token is not supervised",
+            len(ids),
+        )  # fmt: skip
+    for place in range(begin, end):
+        if labels[place] not in (ids[place], -100):
+            shifted = labels[: len(ids) - 1] == ids[1:] or labels[place] == (*ids, None)[place + 1]
+            raise BadRowError(
+                f"label {place + 1} is {labels[place]} where the token is {ids[place]}; a label is "
+                "the token itself or -100"
+                + (", for training shifts them by itself" if shifted else "")
+            )
+    return Example(
+        file, line, input_ids=tuple(ids[begin:end]), labels=tuple(labels[begin:end])
+    )
+
+
+def _integers(value: Any, name: str, what: str, size: int | None = None) -> Sequence[int]:
+    numbers = decoded(value, name)
+    if size is not None and (not isinstance(numbers, list) or len(numbers) != size):
+        raise BadRowError(f"{name} must be as long as input_ids ({size})")
+    if not isinstance(numbers, list) or not all(type(number) is int for number in numbers):
+        raise BadRowError(f"{name} must be {'a list of ' * (size is None)}{what}")
+    return numbers

@@ -1,0 +1,75 @@
+"""Tools and tool calls in the encodings that people have, as chat templates want them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lighten.data.values import BadRowError, check_nested, decoded, is_missing
+
+
+def tools_of(row: Mapping[str, Any]) -> list[Any] | None:
+    """The row's tool descriptions: a list, a JSON text of one, or a list of JSON texts.
+
+    Raises:
+        BadRowError: They are none of these.
+    """
+    tools = decoded(row.get("tools"), "tools")
+    if is_missing(tools):
+        tools = _functions(decoded(row.get("functions"), "functions"))
+    if is_missing(tools):
+        return None
+    tools = [tools] if isinstance(tools, Mapping) else tools
+    if not isinstance(tools, list):
+        raise BadRowError("tools must be a list of tool descriptions")
+    described = [decoded(tool, "tools") for tool in tools]
+    if not all(isinstance(tool, Mapping) for tool in described):
+        raise BadRowError("tools must be a list of tool descriptions, each an object")
+    check_nested(described, "tools")
+    return described or None
+
+
+def _functions(functions: Any) -> Any:
+    """OpenAI's older `functions` as `tools`."""
+    if not isinstance(functions, list):
+        return functions
+    return [{"type": "function", "function": decoded(one, "functions")} for one in functions]
+
+
+def tool_calls_of(message: Mapping[str, Any], name: str) -> list[Any] | None:
+    """A message's tool calls, their arguments as objects.
+
+    Raises:
+        BadRowError: They are no list of objects, or their arguments no object.
+    """
+    calls = decoded(message.get("tool_calls"), f"{name}: tool_calls")
+    if is_missing(calls):
+        called = message.get("function_call")  # OpenAI's older form, one call
+        if not isinstance(called, Mapping):
+            return None
+        calls = [{"type": "function", "function": called}]
+    calls = [calls] if isinstance(calls, Mapping) else calls
+    if not isinstance(calls, list):
+        raise BadRowError(f"{name}: tool_calls must be a list")
+    return [_call(decoded(call, f"{name}: tool_calls"), name) for call in calls]
+
+
+def _call(call: Any, name: str) -> dict[str, Any]:
+    if not isinstance(call, Mapping):
+        raise BadRowError(f"{name}: each of tool_calls must be an object")
+    if "function" in call:
+        function = decoded(call["function"], f"{name}: function")
+        if not isinstance(function, Mapping):
+            raise BadRowError(f"{name}: function must be an object")
+        return {**call, "function": _with_arguments(function, name)}
+    return _with_arguments(call, name)
+
+
+def _with_arguments(function: Mapping[str, Any], name: str) -> dict[str, Any]:
+    if "arguments" not in function:
+        return dict(function)
+    arguments = decoded(function["arguments"], f"{name}: arguments")
+    arguments = {} if is_missing(arguments) else arguments
+    if not isinstance(arguments, Mapping):
+        raise BadRowError(f"{name}: arguments must be an object, not {type(arguments).__name__}")
+    return {**function, "arguments": arguments}

@@ -1,0 +1,42 @@
+"""Paths as people write them: `~`, and `name#500` for the first 500 rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lighten.errors import UserError
+
+
+def split_limit(text: str) -> tuple[Path, int | None]:
+    """The path that a dataset setting names, and how many rows it asks for.
+
+    What exists wins: `C#/train.jsonl` is that file, not the first rows of `C`.
+
+    Raises:
+        UserError: What follows `#` is no number of rows, and nothing has the whole as its name.
+    """
+    whole = _expanded(text)
+    if "#" not in text or _exists(whole):
+        return whole, None
+    name, _, count = text.rpartition("#")
+    path = _expanded(name)
+    if count.isascii() and count.isdigit() and int(count[:18]) > 0:
+        return path, int(count[:18])
+    if "/" in count or "\\" in count or not _exists(path):
+        return whole, None
+    raise UserError(f"{text}: what follows # must be a number of rows, from 1")
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name that no file system can hold
+        return False
+
+
+def _expanded(text: str) -> Path:
+    path = Path(text)
+    try:
+        return path.expanduser()
+    except RuntimeError:  # ~somebody who is not there
+        return path
