@@ -381,7 +381,10 @@ def data_check(
     chat_template: Annotated[str | None, typer.Option(help="As in the recipe.")] = None,
     system_role: Annotated[SystemRole | None, typer.Option(help="As in the recipe.")] = None,
     thinking: Annotated[Thoughts | None, typer.Option(help="As in the recipe.")] = None,
-    skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows")] = False,
+    skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", "--skip_bad_rows")] = False,
+    dataset_columns: Annotated[
+        str | None, typer.Option("--dataset_columns", "--dataset-columns", help="As in the recipe.")
+    ] = None,
     row: Annotated[int, typer.Option(help="Which example to show token by token.")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -392,22 +395,26 @@ def data_check(
     longest, limit = limits(model).longest(max_length)
     tokenizer = load_tokenizer(model)
     template = data.choose_template(tokenizer, chat_template)
-    found = data.read(file, skip_bad_rows=skip_bad_rows)
+    options: dict[str, Any] = {"skip_bad_rows": skip_bad_rows}
+    if dataset_columns is not None:
+        options["columns"] = overrides(["--dataset_columns", dataset_columns])["dataset_columns"]
+    found = data.read(file, **options)
     other = None
     if eval_dataset is not None or data.has_split(file, "valid"):
-        other = data.read(eval_dataset or file, split="valid").examples
+        other = data.read(eval_dataset or file, split="valid", **options)
     checked = data.check(
-        found, tokenizer, max_length=longest, evaluation=other, sample=row,
+        found, tokenizer, max_length=longest, evaluation=other and other.examples, sample=row,
         template=f"{template.name}: {template.reason}", limit=limit, skip_bad_rows=skip_bad_rows,
         system_role=system_role and system_role.value, thinking=thinking and thinking.value,
     )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(checked.to_dict(), ensure_ascii=False))
     else:
-        _print_check(checked.to_dict())
+        beside = data.left_out("held-out", other) if other is not None else []
+        _print_check(checked.to_dict(), beside)
 
 
-def _print_check(found: dict[str, Any]) -> None:
+def _print_check(found: dict[str, Any], beside: list[str]) -> None:
     from rich.text import Text
 
     counts, lengths = found["counts"], found["lengths"]
@@ -432,7 +439,7 @@ def _print_check(found: dict[str, Any]) -> None:
     ]
     print_table(["tokens", "rows", ""], bars)
     screen = console()
-    for sentence in (*found["bad_rows"], *found["problems"]):
+    for sentence in (*found["left_out"], *beside, *found["problems"]):
         screen.print(sentence, highlight=False, markup=False)
     shown = Text("one example, supervised tokens in ⟦brackets⟧:\n")
     inside = False

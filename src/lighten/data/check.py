@@ -11,7 +11,7 @@ import numpy as np
 
 from lighten.data.encode import LEFT_OUT, Encoded, encode
 from lighten.data.examples import Example
-from lighten.data.read import Dataset
+from lighten.data.read import Dataset, left_out
 
 # Upper ends of the histogram's bins, in tokens.
 BINS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -28,6 +28,7 @@ class CheckReport:
         format: Shape of the rows.
         rows: Whole rows.
         bad_rows: A sentence per broken row.
+        left_out: Their number, and a sentence per kind of them.
         lengths: Tokens per row: min, median, mean, p95, max.
         histogram: Rows by length, `(upper end, rows)`; the last has no end.
         counts: What encoding at `max_length` keeps and loses.
@@ -42,6 +43,7 @@ class CheckReport:
     format: str
     rows: int
     bad_rows: list[str]
+    left_out: list[str]
     lengths: dict[str, float]
     histogram: list[tuple[int | None, int]]
     counts: dict[str, int]
@@ -90,6 +92,7 @@ def check(
         format=found.format,
         rows=len(found.examples),
         bad_rows=[*map(str, found.bad_rows), *kept.findings.refusals()],
+        left_out=[*left_out("training", found), *kept.findings.refusals()],
         lengths={
             "min": int(lengths.min()),
             "median": float(np.median(lengths)),

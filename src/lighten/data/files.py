@@ -100,9 +100,7 @@ def _groups(folder: Path, split: str) -> list[list[_Candidate]]:
     groups: dict[tuple[str, ...], list[_Candidate]] = {}
     for one in named:
         groups.setdefault(one.group, []).append(one)
-    return [
-        sorted(groups[key], key=lambda one: _natural(one.path.name)) for key in sorted(groups)
-    ]
+    return [sorted(groups[key], key=lambda one: _natural(one.path.name)) for key in sorted(groups)]
 
 
 def _candidates(folder: Path) -> Iterator[_Candidate]:

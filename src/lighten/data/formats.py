@@ -53,7 +53,9 @@ def rows_of(file: Path, columns: Collection[str] = ()) -> Iterator[tuple[int, An
             else:
                 yield from json_rows(stream, file)
     except UnicodeDecodeError as error:
-        raise UserError(f"{_undecodable(file)} is not UTF-8 text; save the file as UTF-8") from error
+        raise UserError(
+            f"{_undecodable(file)} is not UTF-8 text; save the file as UTF-8"
+        ) from error
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror or error}") from error
 
@@ -125,7 +127,7 @@ def _separator(header: str, columns: set[str], tabs_first: bool) -> str:
 
 
 def _without_returns(text: io.TextIOWrapper) -> Iterator[str]:
-    """Lines that end where a line feed stands; pandas leaves a lone \\r in a cell unquoted."""
+    """Lines that end where a line feed stands; pandas quotes no lone carriage return."""
     whole = ""
     for part in text:
         whole += part
@@ -168,9 +170,7 @@ def _whole_columns(table: Any) -> set[str]:
     """Columns of whole numbers that pandas made floats because a value was missing."""
     import pyarrow
 
-    names = [
-        field.name for field in table.schema_arrow if pyarrow.types.is_floating(field.type)
-    ]
+    names = [field.name for field in table.schema_arrow if pyarrow.types.is_floating(field.type)]
     whole = set()
     for name in names:
         numbers = [

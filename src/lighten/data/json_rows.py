@@ -16,6 +16,8 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 # Columns by which an object is a row itself, not a table of rows.
 _ROW = ("messages", "conversations", "instruction", "output", "prompt", "completion", "text",
         "input_ids")  # fmt: skip
+# Keys of a message: a list of messages is a conversation, no table.
+_TURN = {"role", "from"}
 
 
 def json_rows(stream: io.BufferedReader, file: Path) -> Iterator[tuple[int, Any]]:
@@ -204,7 +206,7 @@ def _table(value: Any, file: Path) -> tuple[list[Any] | None, str | None]:
     lists = [
         key for key, part in value.items()
         if key != "schema" and isinstance(part, list) and part
-        and all(isinstance(row, Mapping) for row in part)
+        and all(isinstance(row, Mapping) and not _TURN & row.keys() for row in part)
     ]  # fmt: skip
     if len(lists) == 1:
         return value[lists[0]], lists[0]
@@ -234,7 +236,7 @@ def _columns(value: Mapping[str, Any]) -> list[Any] | None:
                for key in _ROW):  # fmt: skip
             return None
         return [{name: part[key] for name, part in value.items()} for key in keys]
-    if not all(isinstance(part, list) and len(part) == len(parts[0]) for part in parts):
+    if not all(isinstance(part, list) and 0 < len(part) == len(parts[0]) for part in parts):
         return None
     plain = not any(key in value for key in _ROW) and all(map(_is_plain, parts))
     if plain or any(map(_is_column, value.items())):

@@ -159,11 +159,8 @@ def _sentence(rows: Sequence[BadRow]) -> str:
     return f"{first} (so {'is line' if len(others) == 1 else 'are lines'} {listed})"
 
 
-def _numbered(
-    files: Sequence[Path], columns: Mapping[str, str]
-) -> Iterator[tuple[str, int, Any]]:
+def _numbered(files: Sequence[Path], columns: Mapping[str, str]) -> Iterator[tuple[str, int, Any]]:
     for file in files:
         name = str(file)
         for line, row in rows_of(file, columns.values()):
             yield name, line, row
-

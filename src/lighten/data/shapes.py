@@ -104,9 +104,7 @@ def _unknown(row: Mapping[str, Any]) -> str:
     return f"{said}a row needs {SHAPES} (dataset_columns says which column is which)"
 
 
-def _alpaca(
-    given: Mapping[str, Any], row: Mapping[str, Any]
-) -> tuple[tuple[Message, ...], bool]:
+def _alpaca(given: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[tuple[Message, ...], bool]:
     """The conversation, and whether it is a single pair."""
     for key in ("instruction", "output"):
         if key not in given:
@@ -224,9 +222,7 @@ def _tokens(given: Mapping[str, Any], file: str, line: int) -> Example:
                 "the token itself or -100"
                 + (", for training shifts them by itself" if shifted else "")
             )
-    return Example(
-        file, line, input_ids=tuple(ids[begin:end]), labels=tuple(labels[begin:end])
-    )
+    return Example(file, line, input_ids=tuple(ids[begin:end]), labels=tuple(labels[begin:end]))
 
 
 def _integers(value: Any, name: str, what: str, size: int | None = None) -> Sequence[int]:

@@ -19,12 +19,12 @@ from lighten.errors import UserError
 from lighten.hardware import processor_name
 from lighten.models import IdsError, Limits, describe, limits
 from lighten.models.load import locate
+from lighten.paths import split_limit
 from lighten.plan import calibration
 from lighten.plan.changes import cheapest, ideas
 from lighten.plan.planner import Planner
 from lighten.plan.result import Change, Plan
 from lighten.plan.trace import plan_recipe
-from lighten.paths import split_limit
 from lighten.recipe import Recipe
 from lighten.train.prepare import tokenizer_of
 from lighten.train.rows import Rows, load_rows

@@ -20,10 +20,10 @@ Init = (
     | Annotated[str, Field(pattern=r"^(gaussian|orthogonal|olora|pissa(_niter_[1-9][0-9]*)?)$")]
 )
 # Columns that rows are recognised by; `lighten.data.shapes` reads them.
-Column = Literal[
+COLUMNS = (
     "instruction", "input", "output", "history", "prompt", "completion", "input_ids", "labels",
     "attention_mask", "messages", "conversations", "text", "system", "tools",
-]  # fmt: skip
+)  # fmt: skip
 Tracker = Literal["wandb", "tensorboard", "trackio"]
 Optimizer = Literal[
     "adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit",
@@ -122,7 +122,7 @@ class RecipeFields(Section):
 
     dataset: str = _field(..., "data", "file or folder of training examples; name#500 takes 500")
     eval_dataset: str | None = _field(None, "data", "held-out examples")
-    dataset_columns: dict[Column, str] = _field(
+    dataset_columns: dict[str, str] = _field(
         {},
         "data",
         "our name to the data's name for columns called otherwise: "
@@ -293,6 +293,17 @@ class RecipeFields(Section):
         """`none` and a lone name are as good as a list."""
         named = [value] if isinstance(value, str) else list(value or [])
         return [name for name in named if name != "none"]
+
+    @field_validator("dataset_columns")
+    @classmethod
+    def _columns(cls, value: dict[str, str]) -> dict[str, str]:
+        for name, theirs in value.items():
+            if name not in COLUMNS:
+                turned = f"; write {theirs}: {name}" if theirs in COLUMNS else ""
+                raise ValueError(f"{name} is not one of {', '.join(COLUMNS)}{turned}")
+        if len(set(value.values())) < len(value):
+            raise ValueError("two of them name the same column; each needs its own")
+        return value
 
     @field_validator("gradient_checkpointing_kwargs")
     @classmethod

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
-# What PyTorch's generators take, less the room that a sweep's trials count up in.
+# What every generator here takes (PyTorch: below 2^64, as a signed number below 2^63).
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Rate = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 

@@ -14,8 +14,9 @@ from lighten.recipe.sweeping import Range, SweepOptions
 
 # Losses of arms with different ones of these would be measured on different things.
 _MEASURED = (
-    "dataset", "eval_dataset", "dataset_columns", "val_size", "max_train_samples", "max_eval_samples", "max_length",
-    "truncation_strategy", "assistant_only_loss", "completion_only_loss", "skip_bad_rows",
+    "dataset", "eval_dataset", "dataset_columns", "val_size", "max_train_samples",
+    "max_eval_samples", "max_length", "truncation_strategy", "assistant_only_loss",
+    "completion_only_loss", "skip_bad_rows",
     "chat_template", "added_tokens",
 )  # fmt: skip
 _NEVER = {
