@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import random
 import re
@@ -16,11 +17,15 @@ import lighten
 from lighten import cli, hardware
 from lighten.cli_settings import matching, settings
 from lighten.errors import UserError
+from lighten.evaluate.evaluation import Evaluation
+from lighten.plan.result import Memory, MemoryPart, Plan, Shape
 from lighten.recipe import EvaluateOptions, SweepOptions
 from lighten.recipe.fields import RecipeFields
 from lighten.report import charts, comparison, words
 from lighten.runs import Run
+from lighten.sweep.result import SweepResult
 from tests.report_fixture import write_run
+from tests.test_sweep_table import arm
 
 ROOT = Path(__file__).parents[1]
 
@@ -342,3 +347,66 @@ def test_a_page_calls_one_step_one_step_and_each_line_its_own_name(tmp_path: Pat
     made = page.partition("How it was made")[2].partition("</article>")[0]
     shown = re.findall(r"<dt>([^<]+)</dt>", made)
     assert len(shown) == len(set(shown)), shown
+
+
+def test_dir_lists_the_verbs_and_help_knows_their_parameters() -> None:
+    names = set(dir(lighten))
+    assert {"plan", "train", "sweep", "evaluate", "report", "run", "adapter_info"} <= names
+    assert "importlib" not in names
+    assert "learning_rate" not in names
+    assert "resume" in inspect.signature(lighten.train).parameters
+    assert "device" in inspect.signature(lighten.plan).parameters
+
+
+def drawn(value: Any) -> str:
+    """How a notebook shows it, after what must hold of every drawing."""
+    html: str = value._repr_html_()
+    assert html.startswith('<div class="lighten-card"')
+    assert "<script" not in html
+    assert not re.search(r"(?:src|href)\s*=|@import|url\(|\bbody\b", html)
+    assert len(repr(value)) < 160
+    assert "\n" not in repr(value)
+    return html
+
+
+@pytest.mark.parametrize(
+    ("status", "evaluated", "steps"),
+    [("finished", True, 40), ("finished", False, 40), ("failed", False, 0), ("running", False, 1)],
+)
+def test_a_run_draws_itself(tmp_path: Path, status: str, evaluated: bool, steps: int) -> None:
+    run = write_run(tmp_path / "<script>", status=status, evaluated=evaluated, steps=steps)
+    html = drawn(run)
+    assert status in html
+    assert "&lt;script&gt;" in html
+    assert ("39.3 → 12.2" in html) == evaluated
+    assert ("<svg" in html) == (steps > 0)
+
+
+def test_an_evaluation_draws_itself(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "r", adapters=("small", "큰"))
+    evaluation = Evaluation(**(run.evaluation() or {}))
+    evaluation.models[1]["name"] = "<script>"
+    html = drawn(evaluation)
+    assert "&lt;script&gt;" in html
+    assert html.count("<tr>") == 6
+    assert "큰" in html
+    assert "3.670" in repr(evaluation)
+
+
+def test_a_sweep_draws_itself(tmp_path: Path) -> None:
+    arms = [{**arm(f"r{rank}", rank * 10**6, 2.0 + rank / 100), "curve": [[1, 3.0, 0.1]]}
+            for rank in (8, 32)]  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text("sweep: {metric: chrf}\n")
+    data = {"arms": arms, "settings": [], "recommendation": {"arm": "r8", "reasons": ["Take <r8>"]}}
+    result = SweepResult(tmp_path, data)
+    html = drawn(result)
+    assert "Take &lt;r8&gt;" in html
+    assert html.count("<tr>") == 3
+    assert "2 arms, recommended='r8'" in repr(result)
+
+
+def test_a_plan_is_one_short_line(tmp_path: Path) -> None:
+    memory = Memory((MemoryPart("base weights", 2**31),), 2**31, 3 * 2**30, 2**32, "loss", None)
+    plan = Plan("smollm2-135m", "t4", "lora", Shape(1, 8, 1), memory, None, 16 * 2**30, 0, 0, None,
+                {}, ())  # fmt: skip
+    assert repr(plan) == "Plan(smollm2-135m, lora, on t4: 3.00 of 16.00 GiB, fits)"

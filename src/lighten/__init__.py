@@ -45,6 +45,11 @@ _HOME = {
 }
 
 
+def __dir__() -> list[str]:
+    """What can be asked for, though it is loaded only then: tab keys of notebooks show it."""
+    return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])
+
+
 def __getattr__(name: str) -> Any:
     """Load a verb or class when it is first asked for."""
     if name in _ROOMS:

@@ -191,6 +191,12 @@ class Run:
     def __repr__(self) -> str:
         return f"Run({str(self.folder)!r})"
 
+    def _repr_html_(self) -> str:
+        """What it changed, and its loss, for notebooks."""
+        from lighten.notebook import run_html
+
+        return run_html(self)
+
     @classmethod
     def create(cls, recipe: Recipe, *, resume: bool = False) -> Run:
         """Make the recipe's run folder, or take it up again; an ended run is moved aside, not lost.

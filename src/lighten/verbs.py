@@ -6,6 +6,7 @@ the same object, and `lighten.train(...)` calls `lighten.api.train`.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from types import ModuleType
 from typing import Any
@@ -18,6 +19,13 @@ class _Verb(ModuleType):
         from lighten import api
 
         return getattr(api, self.__name__.rpartition(".")[2])(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The function's own parameters, for help and notebooks."""
+        from lighten import api
+
+        return inspect.signature(getattr(api, self.__name__.rpartition(".")[2]))
 
 
 def make_callable(name: str) -> None:

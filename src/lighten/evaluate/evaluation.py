@@ -70,6 +70,19 @@ class Evaluation:
     version: int = 1
     created: str = ""
 
+    def __repr__(self) -> str:
+        told = []
+        for model in self.models:
+            loss = model["metrics"].get("loss", {}).get("value")
+            told.append(model["name"] + ("" if loss is None else f" {loss:.3f}"))
+        return f"Evaluation({self.dataset.get('rows', 0)} examples; loss: {', '.join(told)})"
+
+    def _repr_html_(self) -> str:
+        """Every metric of every model, for notebooks."""
+        from lighten.notebook import evaluation_html
+
+        return evaluation_html(self)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return asdict(self)

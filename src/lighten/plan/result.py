@@ -199,6 +199,14 @@ class Plan:
             return None
         return self.memory.high <= self.capacity
 
+    def __repr__(self) -> str:
+        fits = {True: "fits", False: "does not fit", None: "cannot tell"}[self.fits()]
+        room = "" if self.capacity is None else f" of {self.capacity / 2**30:.2f}"
+        return (
+            f"Plan({self.model}, {self.method}, on {self.device}: "
+            f"{self.memory.expected / 2**30:.2f}{room} GiB, {fits})"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON, with `fits` among them."""
         return {**asdict(self), "fits": self.fits()}

@@ -80,8 +80,8 @@ def _run(run: Run) -> dict[str, Any]:
         "headline": words.headline(info, evaluation),
         "commands": next_commands(run, info, evaluated=evaluation is not None),
         "saved": _saved(run),
-        "tiles": _tiles(info, evaluation),
-        "loss": _loss_chart([(run.name, lines)], named=False),
+        "tiles": tiles(info, evaluation),
+        "loss": loss_chart([(run.name, lines)], named=False),
         "speed": _speed_chart(lines),
         "memory": _memory_chart(lines),
         "plan": planned.section(run.plan(), info),
@@ -97,7 +97,7 @@ def _run(run: Run) -> dict[str, Any]:
     }
 
 
-def _tiles(info: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> list[dict[str, str]]:
+def tiles(info: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> list[dict[str, str]]:
     """The figures a reader wants first."""
     tiles = []
     models = (evaluation or {}).get("models", [])
@@ -158,7 +158,7 @@ def _adapters(lines: Sequence[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(str(line["adapter"]) for line in lines))
 
 
-def _loss_chart(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], *, named: bool) -> str:
+def loss_chart(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], *, named: bool) -> str:
     """Training loss, raw and smoothed, and held-out loss with its standard error."""
     series: list[Series] = []
     colour = 0
@@ -290,7 +290,7 @@ def _comparison(runs: Sequence[Run]) -> dict[str, Any]:
             }
             for place, entry in enumerate(compared.entries)
         ],
-        "loss": _loss_chart(
+        "loss": loss_chart(
             [(name, run.metrics()) for name, run in zip(names, runs, strict=False)], named=True
         ),
     }

@@ -60,7 +60,7 @@ def sweep_page(folder: Path) -> str:
         measured_on=next((arm for arm in arms if "chosen_on" in arm), None),
         metric=sweep_table.LABELS[metric],
         metric_name=metric,
-        held_out=_held_out_chart(arms),
+        held_out=held_out_chart(arms),
         training=_training_chart(arms),
         memory=_scatter(
             arms, "state_bytes", 2**20, "Loss against memory",
@@ -107,7 +107,7 @@ def _tiles(data: Mapping[str, Any], metric: str) -> list[dict[str, str]]:
     return tiles
 
 
-def _held_out_chart(arms: Sequence[Mapping[str, Any]]) -> str:
+def held_out_chart(arms: Sequence[Mapping[str, Any]]) -> str:
     """Every arm's held-out loss over the steps, with standard errors."""
     series = [
         Series(

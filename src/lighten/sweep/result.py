@@ -37,6 +37,16 @@ class SweepResult:
     folder: Path
     data: dict[str, Any]
 
+    def __repr__(self) -> str:
+        arms = sum(arm["reference"] is None for arm in self.arms)
+        return f"SweepResult({str(self.folder)!r}, {arms} arms, recommended={self.recommended!r})"
+
+    def _repr_html_(self) -> str:
+        """The recommendation and every arm, for notebooks."""
+        from lighten.notebook import sweep_html
+
+        return sweep_html(self)
+
     @classmethod
     def read(cls, folder: Path) -> SweepResult:
         """What is in a sweep's folder."""

@@ -1,0 +1,99 @@
+"""How results draw themselves in a notebook: a sentence, a small table and a chart each.
+
+Self-contained HTML whose text and lines take the notebook's own colour; what comes from data is
+escaped. The rooms whose objects are drawn do not know the report; they call this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lighten.evaluate.evaluation import Evaluation
+    from lighten.runs import Run
+    from lighten.sweep.result import SweepResult
+
+# Only inside the card: a notebook's page is not ours to style.
+_STYLE = """<style>
+.lighten-card { max-width: 720px; font: 14px/1.5 system-ui, sans-serif; }
+.lighten-card svg { max-width: 100%; height: auto; }
+.lighten-card .grid, .lighten-card .axis { stroke: currentColor; stroke-opacity: .2; }
+.lighten-card text { fill: currentColor; font-size: 13px; }
+.lighten-card .series path { fill: none; stroke: var(--ink); stroke-width: 2.2; }
+.lighten-card .series.faint path { stroke-width: 1; opacity: .35; }
+.lighten-card .series circle { fill: var(--ink); }
+.lighten-card .series line, .lighten-card .legend line { stroke: var(--ink); stroke-width: 1.6; }
+.lighten-card .legend { list-style: none; padding: 0; display: flex; flex-wrap: wrap; }
+.lighten-card .legend li { margin-right: 14px; }
+.lighten-card .legend svg { width: 28px; height: 8px; }
+.lighten-card td, .lighten-card th { text-align: left; padding: 3px 12px 3px 0; }
+</style>"""
+_INKS = ("#0b8f7a", "#d06a1c", "#6d7be0", "#b8479a", "#8d931d", "#4b8ab3", "#cf4460", "#3a9c3a",
+         "#8566d6", "#a06a35", "#1398b3", "#cc45aa")  # fmt: skip
+
+
+def _card(sentences: Sequence[str], *parts: str) -> str:
+    inks = ";".join(f"--series-{place + 1}:{ink}" for place, ink in enumerate(_INKS))
+    told = "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences)
+    return f'<div class="lighten-card" style="{inks}">{_STYLE}{told}{"".join(parts)}</div>'
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+    body = "".join(
+        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def run_html(run: Run) -> str:
+    """A run: what training changed, its figures, and the loss over its steps."""
+    from lighten.report import page, words
+
+    info, evaluation = run.info(), run.evaluation()
+    rows = [
+        [tile["label"], " → ".join(filter(None, (tile["before"], tile["after"]))), tile["note"]]
+        for tile in page.tiles(info, evaluation)
+    ]
+    status = f"{run.folder}, {info.get('status', 'not started')}"
+    return _card(
+        [status, *words.headline(info, evaluation)],
+        _table(["", "", ""], rows) if rows else "",
+        page.loss_chart([(run.name, run.metrics())], named=False),
+    )
+
+
+def evaluation_html(evaluation: Evaluation) -> str:
+    """An evaluation: the headline, and every metric of every model with its verdict."""
+    from lighten.evaluate.metrics import METRICS
+    from lighten.report import words
+    from lighten.report.charts import number
+
+    rows = []
+    for metric in METRICS:
+        if not all(metric.name in model["metrics"] for model in evaluation.models):
+            continue
+        cells = []
+        for model in evaluation.models:
+            own = model["metrics"][metric.name]
+            verdict = words.verdict_of(evaluation.differences, model["name"], metric.name)
+            cells.append(
+                f"{number(own['value'])} [{number(own['low'])}, {number(own['high'])}] {verdict}"
+            )
+        rows.append([metric.label, *cells])
+    names = [model["name"] for model in evaluation.models]
+    return _card(words.headline({}, evaluation.to_dict()), _table(["", *names], rows))
+
+
+def sweep_html(found: SweepResult) -> str:
+    """A sweep: what it recommends and why, and every arm."""
+    from lighten.report import sweep_page, sweep_table
+
+    metric = sweep_table.metric_of(found.folder)
+    return _card(
+        found.data["recommendation"]["reasons"],
+        _table(*sweep_table.table(found.data, metric)),
+        sweep_page.held_out_chart(sweep_table.ordered(found.data)),
+    )
