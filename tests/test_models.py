@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from lighten import models
 from lighten.errors import UserError
-from lighten.models import gguf
 from lighten.models.describe import parameters_by_part
 from lighten.models.names import PACKAGED, resolve
 from lighten.models.packaged import folder_of
@@ -69,20 +67,23 @@ def test_the_packaged_model_is_the_published_one(smollm2: models.Base) -> None:
 
 
 def test_a_gguf_file_loads_by_its_path_with_its_template(
-    smollm2_folder: Path, monkeypatch: pytest.MonkeyPatch
+    smollm2_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Four parts of the way read the file's 49 152 tokens, one by one: here they are read once.
-    parsed = functools.cache(GGUFReader)
-    monkeypatch.setattr("gguf.GGUFReader", lambda path: parsed(Path(path).resolve()))
+    monkeypatch.setenv("LIGHTEN_CACHE", str(tmp_path / "cache"))
     (path,) = (smollm2_folder / "original").glob("*.gguf")
     assert resolve(str(path)) == ("gguf", path)
-    model, tokenizer = gguf.read(path, torch.bfloat16)
-    assert "<|im_start|>" in tokenizer.chat_template
-    assert tokenizer.eos_token == "<|im_end|>"
-    assert not hasattr(model.config, "quantization_config")
+    base = models.load(str(path), dtype="bfloat16")
+    assert "<|im_start|>" in base.tokenizer.chat_template
+    assert base.tokenizer.eos_token == "<|im_end|>"
+    assert not hasattr(base.model.config, "quantization_config")
+    assert base.file_bytes == 98_362_432
     packaged = load_file(smollm2_folder / "model.safetensors")
-    name = "model.layers.3.self_attn.q_proj.weight"
-    assert torch.equal(model.state_dict()[name], packaged[name].bfloat16())
+    loaded = base.model.state_dict()
+    assert set(loaded) - {"lm_head.weight"} == set(packaged)
+    assert all(torch.equal(loaded[name], packaged[name].bfloat16()) for name in packaged)
+    text = "It's 2026, in  Zürich\n<|im_start|>user"
+    theirs = AutoTokenizer.from_pretrained(smollm2_folder)
+    assert base.tokenizer(text).input_ids == theirs(text).input_ids
 
 
 def test_a_changed_package_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

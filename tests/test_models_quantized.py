@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lighten import models
 from lighten.errors import MissingExtra, UserError
-from lighten.models import gguf
 from lighten.models.quantized import Storage, finish
+from tests.gguf_files import write_gguf
 from tests.tiny import ARCHITECTURES, save_tiny, tiny_model, tiny_tokenizer
 
 FORMATS: dict[str, dict[str, Any]] = {
@@ -130,11 +130,8 @@ def test_no_file_stays_mapped_once_a_base_is_quantised(said: str, tmp_path: Path
 def test_a_gguf_file_is_quantised_too(
     said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "some.gguf"
-    path.write_bytes(b"")
-    monkeypatch.setattr(
-        gguf, "read", lambda _, dtype: (tiny_model("llama", dtype=dtype), tiny_tokenizer())
-    )
+    monkeypatch.setenv("LIGHTEN_CACHE", str(tmp_path / "cache"))
+    path = write_gguf(tmp_path / "some.gguf", tiny_model("llama"))
     base = models.load(str(path), dtype="float32", **FORMATS[said])
     assert base.source == "gguf"
     assert base.quantization is not None

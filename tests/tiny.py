@@ -56,7 +56,7 @@ def tiny_config(arch: str, **changes: Any) -> Any:
         if arch != "gpt2"
         else {k: _COMMON[k] for k in ("vocab_size", "bos_token_id", "eos_token_id")}
     )
-    return AutoConfig.for_model(arch, **{**common, **_OWN[arch], **changes})
+    return AutoConfig.for_model(arch, **{**common, **_OWN.get(arch, {}), **changes})
 
 
 def tiny_model(

@@ -1,84 +1,213 @@
-"""GGUF files read into plain transformers models."""
+"""GGUF files read into plain transformers models: converted once, and the copy is kept."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.models.auto.tokenization_auto import (
+    TOKENIZER_MAPPING_NAMES,
+    tokenizer_class_from_name,
+)
+from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from lighten.errors import UserError, missing_extra
+from lighten.hardware import cache_folder
+from lighten.models.configuration import FAULTS, build_empty, reason
+from lighten.models.gguf_config import config_of, refused
+from lighten.models.gguf_header import Header, read_header
 
+log = logging.getLogger(__name__)
+# Raised when what a conversion writes changes, so that an old copy is not taken for it.
+LAYOUT = 1
+_SHARD_BYTES = 512 * 2**20
+# Room that is left on the disk beside a kept copy.
+_SPARE_BYTES = 2**30
 
-def read(path: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Any]:
-    """A GGUF file's model with its weights dequantised, and its tokenizer.
-
-    transformers marks what it read as quantised by GGUF, which then cannot be saved; here the
-    weights are copied into a plain model of the same configuration.
-
-    Raises:
-        UserError: `gguf` is missing, or the file cannot be read.
-    """
-    tokenizer = read_tokenizer(path)
-    marked = _from_gguf(AutoModelForCausalLM, path, dtype=dtype)
-    config = marked.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    plain = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    plain.load_state_dict(marked.state_dict())
-    plain.tie_weights()
-    plain.generation_config = marked.generation_config
-    return plain, tokenizer
-
-
-def read_tokenizer(path: Path) -> Any:
-    """A GGUF file's tokenizer with its chat template.
-
-    Raises:
-        UserError: `gguf` is missing, or the file cannot be read.
-    """
-    tokenizer = _from_gguf(AutoTokenizer, path)
-    _restore_digits(path, tokenizer)
-    return tokenizer
+_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+_SANDWICH = {
+    "attn_norm": "input_layernorm", "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm", "post_ffw_norm": "post_feedforward_layernorm",
+}  # fmt: skip
+_LINEAR = {
+    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}  # fmt: skip
+_HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_LAYER: dict[str, dict[str, str]] = {
+    "llama": {**_NORMS, **_LINEAR},
+    "qwen2": {**_NORMS, **_LINEAR},
+    "qwen3": {**_NORMS, **_LINEAR, **_HEAD_NORMS},
+    "gemma": {**_NORMS, **_LINEAR},
+    "gemma2": {**_SANDWICH, **_LINEAR},
+    "gemma3": {**_SANDWICH, **_LINEAR, **_HEAD_NORMS},
+    "phi3": {
+        **_NORMS, "attn_qkv": "self_attn.qkv_proj", "attn_output": "self_attn.o_proj",
+        "ffn_up": "mlp.gate_up_proj", "ffn_down": "mlp.down_proj",
+    },
+    "gpt2": {
+        "attn_norm": "ln_1", "attn_qkv": "attn.c_attn", "attn_output": "attn.c_proj",
+        "ffn_norm": "ln_2", "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj",
+    },
+}  # fmt: skip
+_OUTER = {
+    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
+}  # fmt: skip
+_OUTER_OF_GPT2 = {
+    "token_embd": "transformer.wte", "position_embd": "transformer.wpe",
+    "output_norm": "transformer.ln_f", "output": "lm_head",
+}  # fmt: skip
+# They became part of the configuration.
+_IN_CONFIG = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 
 def read_config(path: Path) -> Any:
-    """A GGUF file's configuration.
+    """A GGUF file's configuration, from its header alone.
+
+    Raises:
+        UserError: `gguf` is missing, or the file cannot be read as the model that it holds.
+    """
+    return config_of(_header(path))
+
+
+def converted(path: Path) -> Path:
+    """Folder with a GGUF file's model in float32 and its tokenizer, converted at the first call.
+
+    The folder is known by the file's header, size and time of change, and written whole or not at
+    all.
+
+    Raises:
+        UserError: `gguf` is missing, the file cannot be read as the model that it holds, or there
+            is no room for the copy.
+    """
+    header = _header(path)
+    folder = _kept(header, "model")
+    if (folder / "config.json").is_file():
+        return folder
+    config_of(header)  # what it refuses costs nothing yet
+    tokenizer = read_tokenizer(path)
+    needed = sum(4 * tensor.numbers for tensor in header.tensors.values())
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder.parent).free
+    if free < needed + _SPARE_BYTES:
+        raise UserError(
+            f"{path} takes {needed / 1e9:.1f} GB as a model in float32, and {folder.parent} has "
+            f"{free / 1e9:.1f} GB free; set LIGHTEN_CACHE to a folder with more room"
+        )
+    log.warning("converting %s once; the copy (%.1f GB) is kept in %s", path, needed / 1e9, folder)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".convert-") as scratch:
+        made = Path(scratch) / "model"
+        _write(header, made)
+        tokenizer.save_pretrained(made)
+        _put(made, folder)
+    return folder
+
+
+def conversion_bytes(path: Path) -> tuple[int, int]:
+    """Bytes of the float32 copy of a GGUF file, and of memory that making it takes.
 
     Raises:
         UserError: `gguf` is missing, or the file cannot be read.
     """
-    return _from_gguf(AutoConfig, path)
+    sizes = [4 * tensor.numbers for tensor in _header(path).tensors.values()]
+    # A shard waits to be written; of the largest tensor there are the numbers and their order.
+    return sum(sizes), min(sum(sizes), _SHARD_BYTES) + 2 * max(sizes, default=0)
 
 
-def _from_gguf(kind: Any, path: Path, **options: Any) -> Any:
+def read_tokenizer(path: Path) -> Any:
+    """A GGUF file's tokenizer with its chat template, made once and kept.
+
+    Raises:
+        UserError: `gguf` is missing, or the file cannot be read.
+    """
+    header = _header(path)
+    folder = _kept(header, "tokenizer")
+    kind = _tokenizer_class(header)
+    if (folder / "tokenizer.json").is_file():
+        return kind.from_pretrained(folder, local_files_only=True)
+    tokenizer = _build_tokenizer(header, kind)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".convert-") as scratch:
+        made = Path(scratch) / "tokenizer"
+        tokenizer.save_pretrained(made)
+        _put(made, folder)
+    return tokenizer
+
+
+def convert(path: Path, folder: Path) -> None:
+    """Write a GGUF file's model as a safetensors folder in float32.
+
+    Raises:
+        UserError: The file cannot be read as the model that it holds.
+    """
+    header = _header(path)
+    _write(header, folder)
+    _build_tokenizer(header, _tokenizer_class(header)).save_pretrained(folder)
+
+
+def _header(path: Path) -> Header:
     if importlib.util.find_spec("gguf") is None:
         raise missing_extra("gguf", "gguf")
+    return read_header(path)
+
+
+def _kept(header: Header, what: str) -> Path:
+    return cache_folder() / "gguf" / f"{header.fingerprint[:24]}-{LAYOUT}" / what
+
+
+def _put(made: Path, folder: Path) -> None:
+    try:
+        os.replace(made, folder)
+    except OSError:
+        # Another process was quicker; its folder is as good.
+        if not any((folder / own).is_file() for own in ("config.json", "tokenizer.json")):
+            raise
+
+
+def _tokenizer_class(header: Header) -> Any:
+    """The class that transformers takes for the architecture."""
+    named = TOKENIZER_MAPPING_NAMES.get(config_of(header).model_type)
+    found = tokenizer_class_from_name(named) if named else None
+    if found is None or not issubclass(found, TokenizersBackend):
+        return TokenizersBackend
+    return found
+
+
+def _build_tokenizer(header: Header, kind: Any) -> Any:
+    path = header.path
     # Alone in a folder: transformers prefers tokenizer files that lie beside it to its own.
-    with TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch:
         (Path(scratch) / path.name).symlink_to(path.resolve())
         try:
-            return kind.from_pretrained(
-                scratch, gguf_file=path.name, local_files_only=True, **options
-            )
-        except (ValueError, OSError, KeyError, NotImplementedError) as error:
-            raise UserError(f"{path} cannot be read as a GGUF model: {error}") from error
+            tokenizer = kind.from_pretrained(scratch, gguf_file=path.name, local_files_only=True)
+        except FAULTS as error:
+            raise UserError(f"{path} has no usable tokenizer: {reason(error)}") from error
+    _restore_digits(header, tokenizer)
+    return tokenizer
 
 
-def _restore_digits(path: Path, tokenizer: Any) -> None:
+def _restore_digits(header: Header, tokenizer: Any) -> None:
     """Split numbers into digits where the file says so; transformers reads only the byte level.
 
     `smollm` is the pre-tokeniser of SmolLM and SmolLM2 in llama.cpp: every digit by itself, then
     GPT-2's pattern.
     """
-    from gguf import GGUFReader
-
-    field = GGUFReader(path).fields.get("tokenizer.ggml.pre")
-    if field is not None and field.contents() == "smollm":
+    if header.settings.get("tokenizer.ggml.pre") == "smollm":
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Digits(individual_digits=True),
@@ -87,8 +216,96 @@ def _restore_digits(path: Path, tokenizer: Any) -> None:
         )
 
 
-def convert(path: Path, folder: Path) -> None:
-    """Write a GGUF file's model as a safetensors folder in float32."""
-    model, tokenizer = read(path)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def _write(header: Header, folder: Path) -> None:
+    """Write configuration and weights, a shard at a time, so that the model is never there whole.
+
+    Raises:
+        UserError: A tensor of the file has no place in the model, or the model one without tensor.
+    """
+    config = config_of(header)
+    empty = build_empty(str(header.path), config)
+    wanted = {name: own.shape for name, own in empty.state_dict().items()}
+    if config.tie_word_embeddings:
+        wanted.pop("lm_head.weight", None)
+    folder.mkdir(parents=True)
+    shard: dict[str, Tensor] = {}
+    places: dict[str, str] = {}
+
+    def flush() -> None:
+        if not shard:
+            return
+        name = f"model-{len(set(places.values())) + 1:05d}.safetensors"
+        save_file(shard, folder / name, metadata={"format": "pt"})
+        places.update(dict.fromkeys(shard, name))
+        shard.clear()
+
+    for name, weight in _weights(header, config):
+        if wanted.get(name) != weight.shape:
+            there = tuple(wanted[name]) if name in wanted else "no such weight"
+            raise refused(header, f"holds {name} as {tuple(weight.shape)}, the model has {there}")
+        shard[name] = weight
+        if sum(own.nbytes for own in shard.values()) >= _SHARD_BYTES:
+            flush()
+    for name in sorted(set(wanted) - set(places) - set(shard)):
+        if not name.endswith("bias"):
+            raise refused(header, f"lacks the weight {name}")
+        shard[name] = torch.zeros(wanted[name])  # one projection has a bias, its neighbours none
+    flush()
+    _index(folder, places, 4 * sum(shape.numel() for shape in wanted.values()))
+    config.dtype = torch.float32
+    config.architectures = [type(empty).__name__]
+    GenerationConfig.from_model_config(config).save_pretrained(folder)
+    config.save_pretrained(folder)
+
+
+def _index(folder: Path, places: dict[str, str], total_bytes: int) -> None:
+    """Name the shards as `save_pretrained` does: one is the whole, several have an index."""
+    if len(set(places.values())) == 1:
+        (folder / next(iter(places.values()))).rename(folder / "model.safetensors")
+        return
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": places}
+    file = folder / "model.safetensors.index.json"
+    file.write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def _weights(header: Header, config: Any) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the file under its transformers name, dense and in float32."""
+    architecture = header.architecture
+    outer = _OUTER_OF_GPT2 if architecture == "gpt2" else _OUTER
+    stem = "transformer.h" if architecture == "gpt2" else "model.layers"
+    for stored in header.tensors:
+        if stored in _IN_CONFIG:
+            continue
+        base, _, suffix = stored.rpartition(".")
+        layer = re.fullmatch(r"blk\.(\d+)\.(\w+)", base)
+        if layer is not None:
+            part = _LAYER[architecture].get(layer[2])
+            name = None if part is None else f"{stem}.{layer[1]}.{part}.{suffix}"
+        else:
+            name = f"{outer[base]}.{suffix}" if base in outer else None
+        if name is None or suffix not in ("weight", "bias"):
+            raise refused(
+                header, f"holds the tensor {stored}, which no plain {architecture} model has"
+            )
+        yield (
+            name,
+            torch.from_numpy(
+                np.array(_undone(header.dense(stored), stored, architecture, config), order="C")
+            ),
+        )
+
+
+def _undone(
+    weight: np.ndarray[Any, Any], stored: str, architecture: str, config: Any
+) -> np.ndarray[Any, Any]:
+    """A weight as transformers has it: what llama.cpp's conversion did to it is taken back."""
+    if architecture.startswith("gemma") and stored.endswith("norm.weight"):
+        return weight - np.float32(1)
+    if architecture == "gpt2" and re.search(r"\.(attn_qkv|attn_output|ffn_\w+)\.weight$", stored):
+        return weight.T if "norm" not in stored else weight
+    if architecture == "llama" and (part := re.search(r"\.attn_([qk])\.", stored)):
+        # Its rotary halves lie interleaved there, head by head.
+        heads = config.num_attention_heads if part[1] == "q" else config.num_key_value_heads
+        pairs = weight.reshape(heads, weight.shape[0] // heads // 2, 2, *weight.shape[1:])
+        return pairs.swapaxes(1, 2).reshape(weight.shape)
+    return weight

@@ -118,16 +118,14 @@ def load(
     source, path = locate(name, revision=revision, code=trust_remote_code)
     left = storage
     with allocator.temporaries_given_back() if storage else nullcontext():
-        if source == "gguf":
-            model, tokenizer = gguf.read(path, torch_dtype)
-        else:
-            _require_safetensors(path)
-            for index in path.glob("*.safetensors.index.json"):
-                check_json(index)
-            read_config(path, trust_remote_code=trust_remote_code)
-            tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
-            left = quantized.left_to_do(name, path, storage)
-            model = _pretrained(name, path, torch_dtype, trust_remote_code, left, device)
+        folder = gguf.converted(path) if source == "gguf" else path
+        _require_safetensors(folder)
+        for index in folder.glob("*.safetensors.index.json"):
+            check_json(index)
+        read_config(folder, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
+        left = quantized.left_to_do(name, folder, storage)
+        model = _pretrained(name, folder, torch_dtype, trust_remote_code, left, device)
         quantized.finish(model, left, torch_dtype, device)
         if quantized.census(model).storage is not None:
             quantized.let_go_of_files(model)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lighten.allocator.arena import LEAST_BYTES
+from lighten.models import gguf
 from lighten.models.load import weight_files
 from lighten.plan.allocators import Arena, CachingAllocator, Course, Heap, replay
 from lighten.plan.context import Context
@@ -62,14 +63,13 @@ class Loading:
     tokenizer: int = 0
 
 
-def loading_of(source: str, path: Path, weights: int, largest: int, converts: bool) -> Loading:
+def loading_of(source: str, path: Path, weights: int, converts: bool) -> Loading:
     """What loading takes for a base from that place.
 
     Args:
         source: `packaged`, `folder`, `hub` or `gguf`.
         path: Its folder or file.
         weights: Bytes of the base once it is there.
-        largest: Bytes of its largest weight.
         converts: Whether the weights change their format on the way; else files are mapped and
             become the weights.
     """
@@ -78,8 +78,9 @@ def loading_of(source: str, path: Path, weights: int, largest: int, converts: bo
     tokenizer = path / "tokenizer.json"
     known = tokenizer.stat().st_size if tokenizer.is_file() else 0
     if source == "gguf":
-        # Its weights in float32, the model read into, and the plain model they are copied to.
-        return Loading(size, weights + largest, size // 20)
+        # It is converted to float32 first, before there is a model; the copy is then a folder's.
+        dense, making = gguf.conversion_bytes(path)
+        return Loading(dense if converts else 0, max(0, making - weights), size // 20)
     if not files:
         return Loading(weights if converts else 0, 0, known)
     return Loading(size if converts else 0, 0, known)

@@ -74,7 +74,7 @@ def plan_recipe(
         raise UserError(f"{name} cannot be planned: its step cannot be traced ({first})") from error
     outside = tuple(_outside(recipe, config, device))
     margin = memory.BEYOND if outside else memory.WITHIN
-    loading = memory.loading_of(source, path, traced.weights, traced.largest, converts)
+    loading = memory.loading_of(source, path, traced.weights, converts)
     lanes = lanes_of(traced)
     if device.kind == "cpu":
         time = time_of(traced, device)
