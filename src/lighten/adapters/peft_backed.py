@@ -136,12 +136,8 @@ class PeftBacked(Cohort):
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         """The trainable parameters by their key in PEFT's files, where they have one there."""
         assert name in self.specs
-        places = {(v.data_ptr(), v.shape): key for key, v in self._state().items()}
-        return {
-            places.get((p.data_ptr(), p.shape), key): p
-            for key, p in self._own.items()
-            if p.requires_grad
-        }
+        places = {_place(value): key for key, value in self._state().items()}
+        return {places.get(_place(p), key): p for key, p in self._own.items() if p.requires_grad}
 
     def _modules(self, name: str) -> Iterator[nn.Module]:
         """The base with PEFT's modules in it, and the learnt prompt."""
@@ -411,3 +407,8 @@ def _base_layer(part: Any) -> Any:
 
 def _on_cpu(value: Tensor) -> Tensor:
     return value.detach().to("cpu", copy=True).contiguous()
+
+
+def _place(tensor: Tensor) -> tuple[int, int, torch.Size]:
+    """Where a tensor lies: one that is fake has no address, but a storage of its own."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape

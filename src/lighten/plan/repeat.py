@@ -116,8 +116,22 @@ def unrolled(timeline: Timeline, units: int, first_run: int) -> Timeline:
             source = events if template == 2 else other
             made.events += [names.event(e, shift) for e in source]
             del unit
+    _require_born(made)
     made.work = _repeated_work(timeline, units, first_run)
     return made
+
+
+def _require_born(timeline: Timeline) -> None:
+    """Every block is born once, and dies once at most, after that.
+
+    Raises:
+        NotAlike: One does not: what all layers share (a learnt prefix) repeats in another way.
+    """
+    alive: set[Block] = set()
+    for event in timeline.events:
+        if event.born == (event.block in alive):
+            raise NotAlike("a block that is born twice, or dies where nothing made it")
+        (alive.add if event.born else alive.remove)(event.block)
 
 
 def _copies(units: int, rising: bool) -> Iterator[tuple[int, int, dict[int, int]]]:

@@ -150,7 +150,8 @@ class Plan:
     Attributes:
         model: The base's name.
         device: What it is planned for.
-        method: `lora`, `qlora`, `full` or `last_layers`, as the recipe has it.
+        method: `lora`, `qlora`, `dora`, `qdora`, `full`, `last_layers`, or the `peft_type` of the
+            recipe in small letters.
         shape: The micro-batch that decides the peak.
         memory: The peak of the device.
         time: The time of a step; None where no rate of the device is known.

@@ -27,6 +27,7 @@ from lighten.hardware import Choice
 from lighten.models import attention, quantized
 from lighten.plan import repeat
 from lighten.plan.build import fake_base
+from lighten.plan.fake_modules import converted_in_place
 from lighten.plan.follow import Follow, Timeline
 from lighten.plan.on_cuda import as_on_cuda
 from lighten.plan.result import Shape
@@ -257,7 +258,8 @@ def follow_recipe(
         counts = EncodingCounts(tokens=_mean_tokens(recipe, given))
         rows = Rows(Encoded([], counts), None, TemplateChoice("", "", ""), {})
         rank = OneRank(kind)
-        setup = prepare(quiet, rank, base, rows)
+        with converted_in_place():
+            setup = prepare(quiet, rank, base, rows)
         rank.device = torch.device("cpu")  # where fake tensors are, whatever is planned
         layers, repetition = _layers(base.model, whole)
         _mark_learning(setup, layers, repetition, follow)

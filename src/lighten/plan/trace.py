@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lighten import allocator
+from lighten.adapters.spec import OWN_INITS
 from lighten.errors import UserError
 from lighten.hardware import Choice
 from lighten.models.load import weight_files
@@ -128,7 +129,10 @@ def _states_of(traced: Traced) -> States:
 def _method(recipe: Recipe) -> str:
     if recipe.method == "full":
         return "full" if recipe.last_layers is None else "last_layers"
-    return "qlora" if recipe.load_in_4bit or recipe.load_in_8bit else "lora"
+    if recipe.peft is not None:
+        return str(recipe.peft.get("peft_type", "peft")).lower()
+    name = "dora" if any(own.use_dora for own in recipe.cohort()) else "lora"
+    return f"q{name}" if recipe.load_in_4bit or recipe.load_in_8bit else name
 
 
 def _converts(recipe: Recipe, config: Any, path: Path, dtype: Choice) -> bool:
@@ -180,7 +184,9 @@ def _outside(recipe: Recipe, config: Any, device: Device) -> Iterator[str]:
         yield "layers are traced as they are, but torch_compile fuses what they do"
     if recipe.activation_offload:
         yield "activation_offload is not traced: activations are counted as if they stayed"
-    if recipe.peft is not None or any(own.use_dora for own in recipe.cohort()):
+    if recipe.peft is not None or any(
+        own.use_dora or own.init_lora_weights not in OWN_INITS for own in recipe.cohort()
+    ):
         yield "PEFT's own modules have not been compared"
     if recipe.optim not in ("adamw_torch", "adamw_torch_fused"):
         yield f"optim {recipe.optim} has not been compared"

@@ -1,0 +1,78 @@
+"""Every method that trains has a plan: PEFT's own modules are traced as they run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lighten import api
+from tests.test_plan_trace import folder_of, follow, really, recipe_of, same_course, steps_of
+
+PROMPT = {"num_virtual_tokens": 4}
+METHODS: dict[str, dict[str, Any]] = {
+    "DoRA": {"use_dora": True, "lora_r": 4},
+    "DoRA on 4 bits": {"use_dora": True, "lora_r": 4, "load_in_4bit": True},
+    "PiSSA": {"init_lora_weights": "pissa", "lora_r": 4},
+    "OLoRA": {"init_lora_weights": "olora", "lora_r": 4},
+    "a saved head": {"modules_to_save": ["lm_head"], "lora_r": 4},
+    "IA3": {"peft": {"peft_type": "IA3"}},
+    "LoHa": {"peft": {"peft_type": "LOHA", "r": 4}},
+    "LoKr": {"peft": {"peft_type": "LOKR", "r": 4}},
+    "VeRA": {"peft": {"peft_type": "VERA", "r": 4}},
+    "OFT": {"peft": {"peft_type": "OFT", "oft_block_size": 8}},
+    "HRA": {"peft": {"peft_type": "HRA", "r": 4}},
+    "norms": {"peft": {"peft_type": "LN_TUNING"}},
+    "prompt": {"peft": {"peft_type": "PROMPT_TUNING", **PROMPT}},
+    "p-tuning": {"peft": {"peft_type": "P_TUNING", **PROMPT}},
+    "prefix": {"peft": {"peft_type": "PREFIX_TUNING", **PROMPT}},
+    "tokens": {"peft": {"peft_type": "TRAINABLE_TOKENS", "token_indices": [3, 5]}},
+}
+COMPARED = ("DoRA", "IA3", "LoHa", "LoKr", "HRA", "norms", "prefix")
+
+
+@pytest.mark.parametrize("method", COMPARED)
+def test_fake_steps_of_a_method_are_the_real_ones(method: str, tmp_path: Path) -> None:
+    recipe = recipe_of(folder_of(tmp_path), **METHODS[method])
+    fake, real = follow(recipe, (4, 48)).timeline, really(recipe, (4, 48), "llama", 2)
+    assert steps_of(fake) == steps_of(real)
+
+
+@pytest.mark.parametrize("method", ["prompt", "p-tuning"])
+def test_a_learnt_prompt_peaks_where_it_really_does(method: str, tmp_path: Path) -> None:
+    """Autograd frees some of its small copies in another order; the peak is the same."""
+    recipe = recipe_of(folder_of(tmp_path), **METHODS[method])
+    fake, real = follow(recipe, (4, 48)).timeline, really(recipe, (4, 48), "llama", 2)
+    assert max(fake.live()) == pytest.approx(max(real.live()), rel=0.05)
+
+
+@pytest.mark.parametrize("method", ["DoRA", "IA3", "LoHa", "norms", "prefix"])
+def test_repeated_layers_of_a_method_are_the_whole_model(method: str, tmp_path: Path) -> None:
+    recipe = recipe_of(folder_of(tmp_path, "llama", 8), **METHODS[method])
+    same_course(follow(recipe, (3, 32)), follow(recipe, (3, 32), whole=True))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_a_plan(method: str, tmp_path: Path) -> None:
+    plan = api.plan(
+        None, model_name_or_path=str(folder_of(tmp_path)), device="t4", max_length=64,
+        **METHODS[method],
+    )  # fmt: skip
+    assert plan.memory.expected > 0
+    assert plan.states is not None
+    assert plan.states.trained > 0
+    told = any("PEFT's own modules" in own for own in plan.outside)
+    assert told == (method != "a saved head")
+
+
+def test_a_plan_says_which_method_it_is_of(tmp_path: Path) -> None:
+    folder = str(folder_of(tmp_path))
+    names = {
+        "DoRA": "dora", "DoRA on 4 bits": "qdora", "IA3": "ia3", "prefix": "prefix_tuning",
+        "PiSSA": "lora",
+    }  # fmt: skip
+    for method, name in names.items():
+        plan = api.plan(None, model_name_or_path=folder, device="t4", max_length=64,
+                        **METHODS[method])  # fmt: skip
+        assert plan.method == name
