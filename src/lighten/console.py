@@ -23,11 +23,13 @@ def overrides(words: Sequence[str]) -> dict[str, Any]:
     """Settings from `--key value`, `--key=value`, `key=value` and lone `--flag` words.
 
     Raises:
-        UserError: A word that is none of these.
+        UserError: A word that is none of these, or a number with a decimal comma.
     """
     import yaml
 
     from lighten.errors import UserError
+    from lighten.recipe.fields import RecipeFields
+    from lighten.recipe.numbers import ambiguous_list
     from lighten.recipe.yaml_lines import parse
 
     found: dict[str, Any] = {}
@@ -43,6 +45,8 @@ def overrides(words: Sequence[str]) -> dict[str, Any]:
         listed = "," in value and not value.startswith(("[", "{", '"', "'"))
         head, dot, tail = key.partition(".")
         name = f"{head.replace('-', '_')}{dot}{tail.replace('-', '_')}"
+        if listed and (why := ambiguous_list(name, value, RecipeFields.model_fields)) is not None:
+            raise UserError(why)
         try:
             found[name] = parse(f"[{value}]" if listed and name not in TEXTS else value)
         except yaml.YAMLError:

@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
+from lighten.recipe.numbers import decimal_comma
+
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 # What every generator here takes (PyTorch: below 2^64, as a signed number below 2^63).
@@ -21,8 +23,12 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _valued(cls, value: Any, info: ValidationInfo) -> Any:
-        """A flag without its value reads as true, which would count as the number 1."""
+        """Refuse a flag without its value, which reads as true and so as 1; and decimal commas."""
         declared = str(cls.model_fields[str(info.field_name)].annotation)
         if isinstance(value, bool) and "bool" not in declared:
             raise ValueError("it needs a value, not true or false")
+        if isinstance(value, str) and "float" in declared and "dict" not in declared:
+            number = decimal_comma(value)
+            if number is not None:
+                raise ValueError(f"write {number}, with a point")
         return value
