@@ -21,9 +21,10 @@ from lighten.evaluate.evaluation import Evaluation
 from lighten.plan.result import Memory, MemoryPart, Plan, Shape
 from lighten.recipe import EvaluateOptions, SweepOptions
 from lighten.recipe.fields import RecipeFields
-from lighten.report import charts, comparison, words
+from lighten.report import charts, comparison
 from lighten.runs import Run
 from lighten.sweep.result import SweepResult
+from lighten.wording import counted
 from tests.report_fixture import write_run
 from tests.test_sweep_table import arm
 
@@ -331,7 +332,7 @@ def test_steps_are_whole_numbers_and_amounts_start_at_zero(steps: list[int]) -> 
 @pytest.mark.parametrize(("count", "said"), [(0, "0 rows"), (1, "1 row"), (2, "2 rows"),
                                              (1200, "1,200 rows")])  # fmt: skip
 def test_one_thing_is_not_called_several(count: int, said: str) -> None:
-    assert words.count(count, "row") == said
+    assert counted(count, "row") == said
 
 
 def test_a_page_calls_one_step_one_step_and_each_line_its_own_name(tmp_path: Path) -> None:

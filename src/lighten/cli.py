@@ -26,6 +26,7 @@ from lighten.console import (
     overrides,
     print_table,
 )
+from lighten.wording import counted
 
 if TYPE_CHECKING:
     from lighten.runs import Run
@@ -419,17 +420,17 @@ def _print_check(found: dict[str, Any], beside: list[str]) -> None:
 
     counts, lengths = found["counts"], found["lengths"]
     overlap = found["overlap"]
+    lost = counted(counts["lost_supervised_tokens"], "supervised token")
     rows = [
         ["rows", f"{found['rows']} ({found['format']}), {len(found['bad_rows'])} broken"],
         ["chat template", found["template"]],
         ["tokens per row", ", ".join(f"{k} {v:,.0f}" for k, v in lengths.items())],
         ["supervised", f"{counts['supervised_tokens']:,} of {counts['tokens']:,} tokens"],
-        [f"over {found['max_length']}", f"{counts['truncated']} rows cut, {counts['dropped']} left "
-                                        f"out, {counts['lost_supervised_tokens']:,} supervised "
-                                        "tokens lost"],
-        ["duplicates", f"{found['duplicates']} rows ask what an earlier row asked"],
+        [f"over {found['max_length']}", f"{counted(counts['truncated'], 'row')} cut, "
+                                        f"{counts['dropped']} left out, {lost} lost"],
+        ["duplicates", f"{counted(found['duplicates'], 'row')} asking what an earlier row asked"],
         ["overlap", "no evaluation data given" if overlap is None else
-                    f"{overlap} rows stand in the evaluation data too"],
+                    f"{counted(overlap, 'row')} also in the evaluation data"],
     ]  # fmt: skip
     print_table(["data", ""], rows)
     most = max((rows for _, rows in found["histogram"]), default=1)

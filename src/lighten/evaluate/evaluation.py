@@ -25,6 +25,7 @@ from lighten.train.heldout import held_out
 from lighten.train.loss import Objective
 from lighten.train.prepare import choose_tokens
 from lighten.train.rows import encode_as
+from lighten.wording import counted
 
 Progress = Callable[[str, int, int], None]
 # Fewer examples than this give no verdict.
@@ -75,7 +76,8 @@ class Evaluation:
         for model in self.models:
             loss = model["metrics"].get("loss", {}).get("value")
             told.append(model["name"] + ("" if loss is None else f" {loss:.3f}"))
-        return f"Evaluation({self.dataset.get('rows', 0)} examples; loss: {', '.join(told)})"
+        rows = counted(self.dataset.get("rows", 0), "example")
+        return f"Evaluation({rows}; loss: {', '.join(told)})"
 
     def _repr_html_(self) -> str:
         """Every metric of every model, for notebooks."""

@@ -10,7 +10,8 @@ from lighten.plan.distributed import Distributed
 from lighten.plan.result import Change, Plan
 from lighten.plan.serving import Serving
 from lighten.report.planned import verdict as sentence
-from lighten.report.words import counted, duration, gib, size
+from lighten.report.words import duration, gib, size
+from lighten.wording import counted
 
 if TYPE_CHECKING:
     from lighten.plan.probe import Probed

@@ -14,6 +14,7 @@ from lighten.evaluate.metrics import METRICS
 from lighten.report import comparison, planned, words
 from lighten.report.charts import Series, line_chart, number, smoothed
 from lighten.runs import Run
+from lighten.wording import counted
 
 # Answers shown side by side; all of them are in evaluation.json.
 SHOWN_EXAMPLES = 24
@@ -46,7 +47,7 @@ def environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
     )
     made.filters |= {
-        "count": words.count, "mb": words.size, "gib": words.gib, "duration": words.duration,
+        "count": counted, "mb": words.size, "gib": words.gib, "duration": words.duration,
         "number": number,
     }  # fmt: skip
     return made

@@ -80,21 +80,11 @@ def marked(answer: str, reference: str) -> Markup:
     return Markup("").join(out)
 
 
-def count(number_of: int, what: str) -> str:
-    """A number of things, in the plural where it is not one: `1 row`, `1,200 rows`."""
-    return f"{number_of:,} {what}{'' if number_of == 1 else 's'}"
-
-
 def size(count: float | None) -> str:
     """Bytes as MB of files (10^6)."""
     if count is None:
         return "not known"
     return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.2f} GB"
-
-
-def counted(count: int, noun: str) -> str:
-    """A number with its noun, which takes an s beyond one: 1 step, 2 steps."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def gib(count: float | None) -> str:

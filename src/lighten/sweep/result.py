@@ -21,6 +21,7 @@ from lighten.sweep.arms import FULL, Group
 from lighten.sweep.budget import left_early
 from lighten.sweep.measure import BASE, Measurement, formulas, statistics_of
 from lighten.sweep.recommend import Candidate, Recommendation, recommend
+from lighten.wording import counted
 
 FILE = "sweep.json"
 
@@ -38,8 +39,8 @@ class SweepResult:
     data: dict[str, Any]
 
     def __repr__(self) -> str:
-        arms = sum(arm["reference"] is None for arm in self.arms)
-        return f"SweepResult({str(self.folder)!r}, {arms} arms, recommended={self.recommended!r})"
+        arms = counted(sum(arm["reference"] is None for arm in self.arms), "arm")
+        return f"SweepResult({str(self.folder)!r}, {arms}, recommended={self.recommended!r})"
 
     def _repr_html_(self) -> str:
         """The recommendation and every arm, for notebooks."""

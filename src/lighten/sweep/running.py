@@ -26,6 +26,7 @@ from lighten.sweep.search import Search
 from lighten.train.progress import TrainingProgress
 from lighten.train.run import train
 from lighten.train.step import TrainingDiverged
+from lighten.wording import counted
 
 # How often the time spent is written down while a group trains: what a kill can lose of it.
 HEARTBEAT_S = 20.0
@@ -290,7 +291,8 @@ class Sweep:
             return asked if asked is not None and fits else max(1, steps // RUNGS)
 
         steps = longest(count, left, wanted, rung, speed)
-        note = f"{count} arms, {steps} of {wanted} steps, {budget_s / 60:.3g} min"
+        note = f"{counted(count, 'arm')}, {steps} of {counted(wanted, 'step')}, "
+        note += f"{budget_s / 60:.3g} min"
         self.shown.note(f"the plan for the time there is: {note}")
         return {"steps": steps, "wanted_steps": wanted, "rung": rung(steps),
                 "speed": speed.to_dict(), "note": note}  # fmt: skip

@@ -12,6 +12,7 @@ from lighten import data, models
 from lighten.data import Encoded, TemplateChoice
 from lighten.models import Limits
 from lighten.recipe import Recipe
+from lighten.wording import counted
 
 
 @dataclass
@@ -99,8 +100,8 @@ def _notes(encoded: Encoded, limits: Limits, longest: str) -> list[str]:
     counts = encoded.counts
     if counts.truncated or counts.lost_supervised_tokens:
         notes.append(
-            f"{counts.lost_supervised_tokens} supervised tokens are lost to {longest} "
-            f"({counts.truncated} rows cut, {counts.dropped} left out)"
+            f"lost to {longest}: {counted(counts.lost_supervised_tokens, 'supervised token')} "
+            f"({counted(counts.truncated, 'row')} cut, {counts.dropped} left out)"
         )
     beyond = limits.beyond(len(row.input_ids) for row in encoded.rows)
     return notes if beyond is None else [*notes, beyond]

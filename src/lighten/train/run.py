@@ -25,6 +25,7 @@ from lighten.train.prepare import Setup, load_base, prepare, tokenizer_of
 from lighten.train.progress import TrainingProgress
 from lighten.train.rows import Rows, load_rows
 from lighten.train.short_memory import OutOfMemory, let_go, ran_out
+from lighten.wording import counted
 
 
 def train(
@@ -228,8 +229,8 @@ def _tell(setup: Setup, shown: TrainingProgress) -> None:
     counts = rows.train.counts
     held_out = rows.facts["eval_rows"]
     shown.note(
-        f"{counts.rows} examples, {counts.tokens} tokens, {counts.supervised_tokens} of them "
-        f"supervised; {held_out} examples held out"
+        f"{counted(counts.rows, 'example')}, {counted(counts.tokens, 'token')}, "
+        f"{counts.supervised_tokens:,} of them supervised; {counted(held_out, 'example')} held out"
     )
     for problem in (*rows.train.problems, *rows.notes):
         shown.note(f"note: {problem}")
