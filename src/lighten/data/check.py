@@ -135,8 +135,10 @@ def _tokens(encoded: Encoded, place: int, tokenizer: Any) -> list[tuple[str, boo
             if BROKEN not in text:
                 break
             joined = tokenizer.decode(ids[begin:longer])
-            if BROKEN not in joined:
+            whole = tokenizer(joined, add_special_tokens=False)["input_ids"]
+            if BROKEN not in joined or whole == ids[begin:longer]:  # the text may hold that mark
                 text, end = joined, longer
+                break
         shown.append((text, any(mask[begin:end])))
         begin = end
     return shown

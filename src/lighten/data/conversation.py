@@ -7,7 +7,7 @@ messages out and write today's date. Settings say what happens to system message
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -30,6 +30,8 @@ from lighten.data.thoughts import raw_answer, thought_of, without_thought
 from lighten.errors import UserError
 
 _DATE_FORMAT = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1")
+# A message of fewer characters may stand in a text by chance.
+TELLING = 16
 _EMPTY_BEFORE = re.compile(r"(<think>\s*</think>\s*)$")
 
 
@@ -197,7 +199,8 @@ class Renderer:
     def _shows(self, example: Example, place: int, text: str) -> bool:
         """Whether the template shows a message, in whatever form."""
         message = example.messages[place]
-        if message.content.strip() in text:
+        words = message.content.strip()
+        if words in text and (message.role == "user" or len(words) >= TELLING):
             return True
         marked = list(example.messages)
         marked[place] = replace(message, content=mark(place))
@@ -213,31 +216,58 @@ class Renderer:
     ) -> tuple[Example, str, list[Place]]:
         """Count the thoughts that the template cut out, and write them back if that is wanted."""
         findings, where = self.findings, example.where
+        shown = {
+            answer.message: text if answer.span is None else text[slice(*answer.span)]
+            for answer in answers
+        }
         cut = []
-        for place in answers:
-            thought = thought_of(example.messages[place.message])
-            shown = text if place.span is None else text[slice(*place.span)]
-            findings.add("thoughts", where, bool(thought))
-            if thought and thought not in shown:
-                cut.append(place.message)
-            elif thought:
+        for at, message in enumerate(example.messages):
+            thought = thought_of(message)
+            if thought and not (
+                thought in shown[at] if at in shown else self._shows_thought(example, at)
+            ):
+                cut.append(at)
+            elif thought and at in shown:
                 findings.add("thoughts learnt", where)
-        if not cut or self.handling.thinking != "keep":
-            findings.add("thoughts cut", where, len(cut))
+            findings.add("thoughts", where, bool(thought) and at in shown)
+        if not cut:
             return example, text, answers
-        held, raw = list(example.messages), list(example.messages)
+        messages = list(example.messages)
+        if self.handling.thinking != "keep":
+            findings.add("thoughts cut", where, len(shown.keys() & set(cut)))
+            for at in cut:
+                messages[at] = without_thought(messages[at])
+            return replace(example, messages=tuple(messages)), text, answers
         for at in cut:
-            extra = tuple(own for own in held[at].extra if own[0] != "reasoning_content")
-            raw[at] = replace(held[at], content=raw_answer(held[at]), extra=extra)
-            held[at] = replace(held[at], content=_held(at), extra=extra)
+            extra = tuple(own for own in messages[at].extra if own[0] != "reasoning_content")
+            messages[at] = replace(messages[at], content=raw_answer(messages[at]), extra=extra)
+        held = [
+            replace(message, content=_held(at)) if at in cut else message
+            for at, message in enumerate(messages)
+        ]
         marked = replace(example, messages=tuple(held))
         text = self._text(marked)
         answers = places(marked, text, self.tokenizer)
+        raw = {at: messages[at].content for at in cut}
         text, answers, written = _written_back(text, answers, raw)
-        findings.add("thoughts kept", where, written)
-        findings.add("thoughts learnt", where, written)
-        findings.add("thoughts lost", where, len(cut) - written)
-        return replace(example, messages=tuple(raw)), text, answers
+        kept = len(shown.keys() & written)
+        findings.add("thoughts kept", where, kept)
+        findings.add("thoughts learnt", where, kept)
+        findings.add("thoughts lost", where, len(shown.keys() & set(cut)) - kept)
+        return replace(example, messages=tuple(messages)), text, answers
+
+    def _shows_thought(self, example: Example, place: int) -> bool:
+        """Whether the template shows the thought of an answer that is not to be learnt."""
+        message, thought = example.messages[place], thought_of(example.messages[place])
+        extra = tuple(
+            (key, mark(place) if key == "reasoning_content" else value)
+            for key, value in message.extra
+        )
+        marked = list(example.messages)
+        marked[place] = replace(
+            message, content=message.content.replace(thought, mark(place)), extra=extra
+        )
+        return mark(place) in self._text(replace(example, messages=tuple(marked)))
 
     def _look(self, example: Example, text: str, answers: Sequence[Place]) -> None:
         """Count what the template did to an example's words."""
@@ -249,6 +279,9 @@ class Renderer:
                 continue
             if message.content.strip() not in text[slice(*answer.span)]:
                 findings.add("answers changed", where)
+        if example.tools and self._text(replace(example, tools=None)) == text:
+            findings.add("tools left out", where)
+        findings.add("calls left out", where, sum(name not in text for name in _called(example)))
         first = next((answer.span for answer in answers if answer.span is not None), None)
         for place, message in enumerate(example.messages):
             if message.role == "assistant" or not message.content.strip():
@@ -268,35 +301,57 @@ class Renderer:
         return bool(dates)
 
 
+def _called(example: Example) -> list[str]:
+    """Names of the functions that an example's messages call."""
+    names = []
+    for message in example.messages:
+        for call in dict(message.extra).get("tool_calls") or ():
+            about = call.get("function", call) if isinstance(call, dict) else {}
+            name = about.get("name") if isinstance(about, dict) else None
+            names += [name] if isinstance(name, str) else []
+    return names
+
+
 def _held(place: int) -> str:
     """What stands for an answer whose thought the template would cut out."""
     return f"\u2060lighten\u2060held{place}\u2060"
 
 
 def _written_back(
-    text: str, answers: Sequence[Place], raw: Sequence[Message]
-) -> tuple[str, list[Place], int]:
-    """Put answers with their thoughts where marks hold their places; how many could be put."""
-    placed, shift, written = [], 0, 0
-    for answer in answers:
-        held, words = _held(answer.message), raw[answer.message].content
-        if answer.span is None:
-            placed.append(answer)
-            if held in text:
-                text, shift = text.replace(held, words), shift + len(words) - len(held)
+    text: str, answers: Sequence[Place], raw: Mapping[int, str]
+) -> tuple[str, list[Place], set[int]]:
+    """Put answers with their thoughts where marks hold their places; which could be put."""
+    edits: list[tuple[int, int, str]] = []
+    written: set[int] = set()
+    for place, words in raw.items():
+        held = _held(place)
+        at = text.find(held)
+        if at < 0:
             continue
-        begin, end = answer.span[0] + shift, answer.span[1] + shift
-        at = text.find(held, begin, end)
-        if at >= 0:
-            # A template puts an empty thought before an answer that it takes to be without one.
-            empty = _EMPTY_BEFORE.search(text[:at])
-            start = empty.start(1) if empty else at
-            begin = min(begin, start) if begin < at else start
-            text = text[:start] + words + text[at + len(held) :]
-            change = len(words) - len(held) - (at - start)
-            end, shift, written = end + change, shift + change, written + 1
-        placed.append(replace(answer, span=(begin, end)))
-    return text, placed, written
+        # A template puts an empty thought before an answer that it takes to be without one.
+        empty = _EMPTY_BEFORE.search(text, 0, at)
+        edits.append((empty.start(1) if empty else at, at + len(held), words))
+        written.add(place)
+
+    def moved(position: int) -> int:
+        shift = 0
+        for begin, end, words in edits:
+            if position >= end:
+                shift += len(words) - (end - begin)
+            elif position > begin:
+                return begin + shift
+        return position + shift
+
+    placed = [
+        answer if answer.span is None
+        else replace(answer, span=(moved(answer.span[0]), moved(answer.span[1])))
+        for answer in answers
+    ]  # fmt: skip
+    pieces, at = [], 0
+    for begin, end, words in edits:
+        pieces += [text[at:begin], words]
+        at = end
+    return "".join([*pieces, text[at:]]), placed, written
 
 
 def require_end(tokenizer: Any) -> None:

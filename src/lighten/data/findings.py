@@ -154,6 +154,15 @@ _SENTENCES = {
         "are asked for (it moves a system message or tools to the last user turn), first in "
         "{first}: their {tokens} tokens are not learnt",
     ),
+    "tools left out": (
+        "conversations",
+        "the chat template leaves out the tool descriptions of {n} of {of} conversations, first "
+        "in {first}",
+    ),
+    "calls left out": (
+        "answers",
+        "the chat template leaves out {n} calls of tools, first in {first}: they are not learnt",
+    ),
     "texts endless": (
         "texts endless",
         "the tokenizer has no eos_token: {n} texts are learnt without an end, so the model cannot "
