@@ -27,7 +27,7 @@ from lighten import allocator, models
 from lighten.adapters.files import read_weights
 from lighten.data import Encoded, Example, TemplateChoice
 from lighten.data import Row as EncodedRow
-from lighten.data.encode import EncodingCounts
+from lighten.data.tokenise import EncodingCounts
 from lighten.errors import UserError
 from lighten.hardware import Choice, PeakMemory
 from lighten.recipe import Recipe

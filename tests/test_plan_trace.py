@@ -14,7 +14,7 @@ from torch.utils.flop_counter import flop_registry
 from lighten import models
 from lighten.adapters.whole import decoder_layers
 from lighten.data import Encoded, TemplateChoice
-from lighten.data.encode import EncodingCounts
+from lighten.data.tokenise import EncodingCounts
 from lighten.hardware import Choice
 from lighten.models import kernels, quantized
 from lighten.models.load import set_attention

@@ -404,7 +404,8 @@ def data_check(
     if eval_dataset is not None or data.has_split(file, "valid"):
         other = data.read(eval_dataset or file, split="valid", **options)
     checked = data.check(
-        found, tokenizer, max_length=longest, evaluation=other and other.examples, sample=row,
+        found, tokenizer, max_length=longest, sample=row,
+        evaluation=None if other is None else other.examples,
         template=f"{template.name}: {template.reason}", limit=limit, skip_bad_rows=skip_bad_rows,
         system_role=system_role and system_role.value, thinking=thinking and thinking.value,
     )  # fmt: skip

@@ -2,11 +2,13 @@
 
 from lighten.data.check import CheckReport, check
 from lighten.data.conversation import Handling, Renderer
-from lighten.data.encode import Encoded, Row, encode, prompt_of
-from lighten.data.examples import Example, Message, split
+from lighten.data.encode import Encoded, encode, prompt_of
+from lighten.data.examples import Example, Message
 from lighten.data.findings import Findings
 from lighten.data.read import BadRow, Dataset, has_split, left_out, read
+from lighten.data.splits import split
 from lighten.data.stops import LearntAnswers, end_token, learnt_answers, stop_tokens, writes_alike
+from lighten.data.storage import EncodedRows, Row, lengths_of
 from lighten.data.template import TemplateChoice, choose_template
 
 __all__ = [
@@ -14,6 +16,7 @@ __all__ = [
     "CheckReport",
     "Dataset",
     "Encoded",
+    "EncodedRows",
     "Example",
     "Findings",
     "Handling",
@@ -29,6 +32,7 @@ __all__ = [
     "has_split",
     "learnt_answers",
     "left_out",
+    "lengths_of",
     "prompt_of",
     "read",
     "split",

@@ -12,6 +12,7 @@ import numpy as np
 from lighten.data.encode import LEFT_OUT, Encoded, encode
 from lighten.data.examples import Example
 from lighten.data.read import Dataset, left_out
+from lighten.data.storage import lengths_of
 
 # Upper ends of the histogram's bins, in tokens.
 BINS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -82,7 +83,7 @@ def check(
     """
     whole = encode(found.examples, tokenizer, max_length=2**31, **options)
     kept = encode(found.examples, tokenizer, max_length=max_length, **options)
-    lengths = np.asarray([len(row.input_ids) for row in whole.rows])
+    lengths = np.asarray(lengths_of(whole.rows))
     keys = Counter(example.prompt_key for example in found.examples)
     overlap = None
     if evaluation is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,59 +18,11 @@ import numpy as np
 from lighten.data.conversation import Handling, Renderer
 from lighten.data.examples import Example, Message
 from lighten.data.findings import Findings
-from lighten.data.spans import Span, endless, unaligned
+from lighten.data.storage import Row, RowWriter
+from lighten.data.tokenise import EncodingCounts, tokenise
 from lighten.errors import UserError
 
 LEFT_OUT = "left out: "
-
-
-@dataclass(frozen=True)
-class Row:
-    """An encoded example.
-
-    Attributes:
-        input_ids: Token ids.
-        supervised: Per token whether it is a target; the first never is.
-        example: Where it came from.
-    """
-
-    input_ids: list[int]
-    supervised: list[bool]
-    example: Example
-
-    @property
-    def supervised_tokens(self) -> int:
-        """How many tokens are targets."""
-        return sum(self.supervised)
-
-
-@dataclass
-class EncodingCounts:
-    """What encoding did to a data set.
-
-    Attributes:
-        examples: Examples given.
-        rows: Rows that came out.
-        tokens: Their tokens.
-        supervised_tokens: Those that are targets.
-        truncated: Rows cut to the longest length allowed.
-        dropped: Rows left out: too long, or without a supervised token.
-        lost_supervised_tokens: Targets cut off or left out with their rows.
-        unaligned: Rows whose answers could not be found in the rendered text.
-        endless: Rows with an answer that the template does not end with a special token.
-        refused: Rows that the chat template refuses.
-    """
-
-    examples: int = 0
-    rows: int = 0
-    tokens: int = 0
-    supervised_tokens: int = 0
-    truncated: int = 0
-    dropped: int = 0
-    lost_supervised_tokens: int = 0
-    unaligned: int = 0
-    endless: int = 0
-    refused: int = 0
 
 
 @dataclass
@@ -84,7 +36,7 @@ class Encoded:
         findings: What the chat template did, and what ends the answers.
     """
 
-    rows: list[Row]
+    rows: Sequence[Row]
     counts: EncodingCounts
     problems: list[str] = field(default_factory=list)
     findings: Findings = field(default_factory=Findings)
@@ -111,6 +63,7 @@ def encode(
     thinking: str | None = None,
     skip_bad_rows: bool = False,
     limit: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Encoded:
     """Encode examples with the tokenizer and its chat template.
 
@@ -128,6 +81,7 @@ def encode(
             them to it.
         skip_bad_rows: Go on without rows that the template refuses.
         limit: What sets `max_length`, in words; None: the setting of that name.
+        progress: Told how many examples are encoded, and of how many.
 
     Raises:
         UserError: A template refuses rows, a row is too long and that was not allowed, or
@@ -137,55 +91,51 @@ def encode(
     counts = EncodingCounts(examples=len(examples))
     problems: dict[str, str] = {}
     causes: Counter[str] = Counter()
-    rows: list[Row] = []
-    whole = [
-        not (completion_only_loss if example.single_turn else assistant_only_loss)
-        for example in examples
-    ]
+    written = RowWriter()
     renderer = Renderer(tokenizer, Handling(system_role, thinking))
     findings = renderer.findings
-    tokenised = _tokenised(examples, renderer, whole, counts, problems)
-    if not skip_bad_rows:
-        findings.require_none_refused()
-    for row, aligned in tokenised:
-        before = row.supervised_tokens
+    too_long: str | None = None
+
+    def whole(example: Example) -> bool:
+        return not (completion_only_loss if example.single_turn else assistant_only_loss)
+
+    for number, row in enumerate(tokenise(examples, renderer, whole, counts, problems), 1):
+        if progress is not None:
+            progress(number + findings.refused_rows, len(examples))
+        where, before = row.example.where, int(row.supervised.sum())
         if before == 0:
             counts.dropped += 1
-            causes["empty" if aligned else "unaligned"] += 1
-            if aligned:
-                problems.setdefault("empty", f"{row.example.where} has no answer to learn from")
+            causes["empty" if row.aligned else "unaligned"] += 1
+            if row.aligned:
+                problems.setdefault("empty", f"{where} has no answer to learn from")
             continue
-        if len(row.input_ids) > max_length:
-            if truncation_strategy == "raise":
-                raise UserError(
-                    f"{row.example.where} has {len(row.input_ids)} tokens, over {limit}; "
-                    "shorten it, or set truncation_strategy to truncate or drop"
-                )
-            cut = Row(row.input_ids[:max_length], row.supervised[:max_length], row.example)
-            kept = cut.supervised_tokens if truncation_strategy == "truncate" else 0
+        ids, supervised = row.ids[:max_length], row.supervised[:max_length]
+        if len(row.ids) > max_length:
+            too_long = too_long or f"{where} has {len(row.ids)} tokens, over {limit}"
+            kept = int(supervised.sum()) if truncation_strategy == "truncate" else 0
             counts.lost_supervised_tokens += before - kept
             problems.setdefault(
-                "long",
-                f"{row.example.where} has {len(row.input_ids)} tokens, over {limit}: "
-                f"{before - kept} of its {before} supervised tokens are lost",
+                "long", f"{too_long}: {before - kept} of its {before} supervised tokens are lost"
             )
             if kept == 0:
                 counts.dropped += 1
                 causes["long"] += 1
                 continue
             counts.truncated += 1
-            row = cut
-        rows.append(row)
-    counts.rows = len(rows)
-    counts.tokens = sum(len(row.input_ids) for row in rows)
-    counts.supervised_tokens = sum(row.supervised_tokens for row in rows)
-    if not rows:
+        written.append(ids, supervised, row.example)
+    if not skip_bad_rows:
+        findings.require_none_refused()
+    if too_long and truncation_strategy == "raise":
+        raise UserError(f"{too_long}; shorten it, or set truncation_strategy to truncate or drop")
+    counts.rows, counts.tokens = len(written), written.tokens
+    counts.supervised_tokens = written.supervised_tokens
+    if not len(written):
         worst = causes.most_common(1)
         reason = problems[worst[0][0]] if worst else "there are no examples"
         raise UserError(f"nothing to learn from: no row has a supervised token, because {reason}")
     told = [*problems.values(), *findings.sentences()]
     told += [f"{LEFT_OUT}{sentence}" for sentence in findings.refusals()]
-    return Encoded(rows, counts, told, findings)
+    return Encoded(written.rows(), counts, told, findings)
 
 
 def prompt_of(
@@ -210,101 +160,10 @@ def prompt_of(
     asked = Example(example.file, example.line, (*only_last, last), tools=example.tools)
     problems: dict[str, str] = {}
     renderer = Renderer(tokenizer, handling)
-    rows = _tokenised([asked], renderer, [False], EncodingCounts(), problems)
+    rows = list(tokenise([asked], renderer, lambda _: False, EncodingCounts(), problems))
     renderer.findings.require_none_refused()
-    row, _ = rows[0]
-    if not any(row.supervised):
+    ids, supervised = rows[0].ids, rows[0].supervised
+    if not supervised.any():
         raise UserError(next(iter(problems.values()), f"{example.where} has an empty answer"))
-    return row.input_ids[: row.supervised.index(True)], row.example.reference or reference
-
-
-def _tokenised(
-    examples: Sequence[Example],
-    renderer: Renderer,
-    whole: Sequence[bool],
-    counts: EncodingCounts,
-    problems: dict[str, str],
-) -> list[tuple[Row, bool]]:
-    """A row per example, before any length is looked at, and whether each answer was found.
-
-    Rows that the chat template refuses are left out; the renderer's findings hold them.
-    """
-    tokenizer = renderer.tokenizer
-    if not tokenizer.is_fast:
-        raise UserError(f"{type(tokenizer).__name__} gives no offsets; a fast tokenizer is needed")
-    rendered = [
-        renderer.render(example, whole=everything) if example.messages else None
-        for example, everything in zip(examples, whole, strict=True)
-    ]
-    counts.refused = renderer.findings.refused_rows
-    texts = [own.text for own in rendered if own is not None]
-    encoded: Any = {}
-    if texts:
-        encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-    rows: list[tuple[Row, bool]] = []
-    place = -1
-    for example, own in zip(examples, rendered, strict=True):
-        aligned = True
-        if own is not None:
-            place += 1
-            ids = list(encoded["input_ids"][place])
-            offsets = np.asarray(encoded["offset_mapping"][place], dtype=np.int64).reshape(-1, 2)
-            mask = _mask(offsets, own.learnt)
-            renderer.findings.counts["tokens moved"] += sum(_mask(offsets, own.moved))
-            for begin, end in own.answers:
-                renderer.count_end(ids[_tokens_of(offsets, begin, end)])
-            example, aligned = own.example, own.aligned
-            counts.unaligned += not aligned
-            counts.endless += own.endless
-            if not aligned:
-                problems.setdefault("unaligned", unaligned(example))
-            if own.endless:
-                problems.setdefault("endless", endless(example, tokenizer))
-        elif example.messages:
-            continue
-        elif example.input_ids is not None and example.labels is not None:
-            ids = list(example.input_ids)
-            mask = [label != -100 for label in example.labels]
-        else:
-            ids = _plain_text(example.text or "", tokenizer)
-            mask = [True] * len(ids)
-            renderer.findings.add("texts endless", example.where, tokenizer.eos_token_id is None)
-        if own is None:
-            for answer in _runs(ids, mask):
-                renderer.count_end(answer)
-        if mask:
-            mask[0] = False  # nothing stands before the first token to predict it from
-        rows.append((Row(ids, mask, example), aligned))
-    return rows
-
-
-def _tokens_of(offsets: np.ndarray[Any, Any], begin: int, end: int) -> slice:
-    """The tokens that hold anything of a span."""
-    return slice(
-        int(np.searchsorted(offsets[:, 1], begin, side="right")),
-        int(np.searchsorted(offsets[:, 0], end, side="left")),
-    )
-
-
-def _runs(ids: Sequence[int], mask: Sequence[bool]) -> list[Sequence[int]]:
-    """The stretches of supervised tokens."""
-    edges = np.flatnonzero(np.diff(np.asarray([False, *mask, False], dtype=np.int8)))
-    return [ids[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True)]
-
-
-def _plain_text(text: str, tokenizer: Any) -> list[int]:
-    """A text's ids with the tokenizer's own start and one end token."""
-    ids: list[int] = tokenizer(text)["input_ids"]
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    if bos is not None and ids[:2] == [bos, bos]:
-        ids = ids[1:]  # the text brought its own (trap 9)
-    return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
-
-
-def _mask(offsets: np.ndarray[Any, Any], spans: Sequence[Span]) -> list[bool]:
-    """A token is supervised if any of it is answer: what stands before is then pure prompt."""
-    mask = np.zeros(len(offsets), dtype=np.bool_)
-    for begin, end in spans:
-        mask |= (offsets[:, 1] > begin) & (offsets[:, 0] < end)
-    found: list[bool] = mask.tolist()
-    return found
+    prompt: list[int] = ids[: int(supervised.argmax())].tolist()
+    return prompt, rows[0].example.reference or reference

@@ -16,6 +16,7 @@ from lighten.data.examples import Example
 from lighten.data.files import checksum, files_of, has_split
 from lighten.data.formats import rows_of
 from lighten.data.shapes import SHAPES, example_of, renamed
+from lighten.data.storage import ExampleStore
 from lighten.data.values import BadRowError
 from lighten.errors import UserError
 from lighten.paths import split_limit
@@ -51,7 +52,7 @@ class Dataset:
         sha256: Of the bytes of all files, in order.
     """
 
-    examples: list[Example]
+    examples: Sequence[Example]
     bad_rows: list[BadRow]
     format: str
     path: Path
@@ -84,7 +85,7 @@ def read(
         limit = min(count, limit) if limit else count
     files = files_of(source, split)
     columns = columns or {}
-    examples: list[Example] = []
+    examples = ExampleStore()
     bad: list[BadRow] = []
     shapes: dict[str, int] = {}
     unseen, seen = set(columns.values()), dict[str, None]()

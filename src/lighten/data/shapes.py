@@ -208,7 +208,7 @@ def _tokens(given: Mapping[str, Any], file: str, line: int) -> Example:
                 f"attention_mask hides token {mask.index(0, begin) + 1}, which stands between "
                 "others; only padding at an end can be left out"
             )
-    labels = list(ids)
+    labels: Sequence[int] = list(ids)
     if "labels" in given:
         labels = _integers(
             given["labels"], "labels", "token ids, or -100 where a token is not supervised",

@@ -156,7 +156,7 @@ def askable(
 
 def held_out_examples(
     recipe: Recipe, trained_on: str | None, *, test: bool = True
-) -> tuple[list[Example], str]:
+) -> tuple[Sequence[Example], str]:
     """Examples that the recipe's training never saw: the best set there is, and its name.
 
     Args:

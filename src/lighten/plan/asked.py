@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from lighten.data import lengths_of as token_lengths
 from lighten.devices import Device
 from lighten.errors import UserError
 from lighten.hardware import processor_name
@@ -142,7 +143,7 @@ def _valid(recipe: Recipe, changes: Sequence[Mapping[str, Any]]) -> Iterator[Rec
 
 def lengths_of(rows: Rows | None) -> list[int] | None:
     """Tokens of each row; None where there is no data."""
-    return None if rows is None else [len(row.input_ids) for row in rows.train.rows]
+    return None if rows is None else token_lengths(rows.train.rows)
 
 
 def supervised_share(rows: Rows | None) -> float:

@@ -257,7 +257,7 @@ def random_base(recipe: Recipe, device: str) -> Any:
 def _rows(lengths: Sequence[int], supervised: float) -> Rows:
     """Rows of the given lengths, with that share of their tokens supervised."""
     from lighten.data import Encoded, TemplateChoice
-    from lighten.data.encode import EncodingCounts
+    from lighten.data.tokenise import EncodingCounts
     from lighten.plan.steps import row_of
     from lighten.train.rows import Rows
 

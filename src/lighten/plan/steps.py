@@ -22,7 +22,7 @@ from lighten import models
 from lighten.adapters.decoder import decoder_layers
 from lighten.data import Encoded, TemplateChoice
 from lighten.data.batches import Item, MicroBatch, collate, even_shares, layout, steps_of_epoch
-from lighten.data.encode import EncodingCounts
+from lighten.data.tokenise import EncodingCounts
 from lighten.hardware import Choice
 from lighten.models import attention, quantized
 from lighten.plan import repeat

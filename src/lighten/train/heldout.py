@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lighten.data import lengths_of
 from lighten.data.batches import Item, TokenRow, collate, layout
 from lighten.train.lanes import Lanes
 from lighten.train.loss import Objective
@@ -67,7 +68,7 @@ def held_out(
         device: Where the model is.
         lanes: Take batches side by side; None: one after another.
     """
-    lengths = [len(row.input_ids) for row in rows]
+    lengths = lengths_of(rows)
     items = [Item(member, i, 0) for i, row in enumerate(rows) if any(row.supervised[1:])]
     nll, tokens = [0.0] * len(rows), [0] * len(rows)
     parts = layout(

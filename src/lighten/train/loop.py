@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from lighten import allocator, runs
+from lighten.data import lengths_of
 from lighten.data.batches import Item, MicroBatch, collate, layout, steps_of_epoch
 from lighten.hardware import PeakMemory
 from lighten.train import checkpoints, forked, short_memory
@@ -62,7 +63,7 @@ class Loop:
         self._pages = allocator.KeptPages(setup.accelerator.device.type)
         self._retries, self._watch = retries, short_memory.Watch(setup.members)
         self.main = setup.accelerator.is_main_process
-        self._lengths = [len(row.input_ids) for row in setup.rows.train.rows]
+        self._lengths = lengths_of(setup.rows.train.rows)
         self._epochs: dict[tuple[int, int], list[list[int]]] = {}
         self._lanes: Lanes | None = None
         self._first, self._forks = state.step, forked.possible()

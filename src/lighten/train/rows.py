@@ -103,7 +103,7 @@ def _notes(encoded: Encoded, limits: Limits, longest: str) -> list[str]:
             f"lost to {longest}: {counted(counts.lost_supervised_tokens, 'supervised token')} "
             f"({counted(counts.truncated, 'row')} cut, {counts.dropped} left out)"
         )
-    beyond = limits.beyond(len(row.input_ids) for row in encoded.rows)
+    beyond = limits.beyond(data.lengths_of(encoded.rows))
     return notes if beyond is None else [*notes, beyond]
 
 

@@ -1,0 +1,306 @@
+"""Data sets larger than memory should hold: examples and encoded rows, on disk beyond some size.
+
+A Python object per token or per word takes ten to thirty times the bytes of the file that it came
+from. Examples are kept as text in a temporary file and made anew whenever one is looked at; encoded
+rows are one array of ids and one of marks, in a file that the system maps: pages that nobody needs
+are its to take back. Both behave as sequences. Small data sets stay in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import IO, Any, overload
+
+import numpy as np
+
+from lighten.data.examples import Example, Message
+
+# Data sets below this stay in memory: a file would cost more than it saves.
+IN_MEMORY_BYTES = 4 * 2**20
+
+
+@dataclass(frozen=True)
+class Row:
+    """An encoded example.
+
+    Attributes:
+        input_ids: Token ids.
+        supervised: Per token whether it is a target; the first never is.
+        example: Where it came from. Rows of an `EncodedRows` know its file and line alone, and of
+            one that came as tokens that it did (its `input_ids` are empty, not None).
+    """
+
+    input_ids: list[int]
+    supervised: list[bool]
+    example: Example
+
+    @property
+    def supervised_tokens(self) -> int:
+        """How many tokens are targets."""
+        return sum(self.supervised)
+
+
+class Spool:
+    """Bytes that are appended and later read at any place: in memory, beyond some size on disk.
+
+    The file has no name (`tempfile.TemporaryFile`): whatever happens to the process, it is gone
+    with it.
+
+    Args:
+        in_memory_bytes: Where the file begins.
+    """
+
+    def __init__(self, in_memory_bytes: int = IN_MEMORY_BYTES) -> None:
+        self._limit = in_memory_bytes
+        self._memory: bytearray | None = bytearray()
+        self._file: IO[bytes] | None = None
+        self.length = 0
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether a file holds the bytes."""
+        return self._file is not None
+
+    def append(self, data: bytes) -> None:
+        """Add bytes at the end."""
+        self.length += len(data)
+        if self._memory is not None:
+            self._memory += data
+            if self.length <= self._limit:
+                return
+            self._file = tempfile.TemporaryFile(prefix="lighten-")  # noqa: SIM115  # lives with self
+            data, self._memory = bytes(self._memory), None
+        assert self._file is not None
+        self._file.write(data)
+
+    def read(self, start: int, stop: int) -> bytes:
+        """The bytes [start, stop)."""
+        if self._memory is not None:
+            return bytes(self._memory[start:stop])
+        assert self._file is not None
+        self._file.seek(start)
+        data = self._file.read(stop - start)
+        self._file.seek(0, 2)
+        return data
+
+    def chunks(self, size: int = 1 << 20) -> Iterator[bytes]:
+        """All bytes, some at a time."""
+        for start in range(0, self.length, size):
+            yield self.read(start, min(start + size, self.length))
+
+    def mapped(self, dtype: type) -> np.ndarray[Any, Any]:
+        """All bytes as an array of numbers; of a file, mapped."""
+        if self._file is None or not self.length:
+            return np.frombuffer(bytes(self._memory or b""), dtype=dtype)
+        self._file.flush()
+        return np.memmap(self._file, dtype=dtype, mode="r")
+
+
+class ExampleStore(Sequence[Example]):
+    """The examples of a data set, appended while it is read.
+
+    Args:
+        in_memory_bytes: Text beyond which they go to a temporary file.
+    """
+
+    def __init__(self, in_memory_bytes: int = IN_MEMORY_BYTES) -> None:
+        self._held: dict[int, Example] = {}
+        self._size, self._limit = 0, in_memory_bytes
+        self._spool: Spool | None = None
+        self._ends = array("q", [0])
+        self._files: dict[str, int] = {}
+        self._names: list[str] = []
+
+    def append(self, example: Example) -> None:
+        """Add an example at the end."""
+        if self._spool is None:
+            self._held[len(self._held)] = example
+            self._size += sum(len(message.content) for message in example.messages)
+            self._size += len(example.text or "") + 8 * len(example.input_ids or ())
+            if self._size > self._limit:
+                held, self._held, self._spool = list(self._held.values()), {}, Spool(0)
+                for earlier in held:
+                    self._write(earlier)
+            return
+        self._write(example)
+
+    def _write(self, example: Example) -> None:
+        assert self._spool is not None
+        if example.file not in self._files:
+            self._files[example.file] = len(self._names)
+            self._names.append(example.file)
+        messages = [(m.role, m.content, m.train, m.extra) for m in example.messages]
+        values = (
+            self._files[example.file], example.line, messages, example.text, example.input_ids,
+            example.labels, example.single_turn, example.tools,
+        )  # fmt: skip
+        try:
+            data = json.dumps(values, ensure_ascii=False).encode()
+        except (TypeError, ValueError):  # Parquet has values, a date say, that JSON has not
+            self._held[len(self)] = example
+            data = b""
+        self._spool.append(data)
+        self._ends.append(self._spool.length)
+
+    def __len__(self) -> int:
+        return len(self._held) if self._spool is None else len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, place: int) -> Example: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[Example]: ...
+    def __getitem__(self, place: int | slice) -> Example | Sequence[Example]:
+        if isinstance(place, slice):
+            return chosen(self, range(*place.indices(len(self))))
+        at = range(len(self))[place]
+        if at in self._held:
+            return self._held[at]
+        assert self._spool is not None
+        return self._example(self._spool.read(self._ends[at], self._ends[at + 1]))
+
+    def _example(self, data: bytes) -> Example:
+        file, line, messages, text, ids, labels, single, tools = json.loads(data)
+        return Example(
+            self._names[file], line,
+            tuple(
+                Message(role, content, train, tuple((key, value) for key, value in extra))
+                for role, content, train, extra in messages
+            ),
+            text,
+            None if ids is None else tuple(ids),
+            None if labels is None else tuple(labels),
+            single, tools,
+        )  # fmt: skip
+
+
+class _Chosen(Sequence[Example]):
+    """Some examples of a store, by their places."""
+
+    def __init__(self, store: Sequence[Example], places: Sequence[int]) -> None:
+        self._store = store
+        self._places: Sequence[int] = places if isinstance(places, range) else array("q", places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, place: int) -> Example: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[Example]: ...
+    def __getitem__(self, place: int | slice) -> Example | Sequence[Example]:
+        if isinstance(place, slice):
+            return _Chosen(self._store, self._places[place])
+        return self._store[self._places[place]]
+
+
+def chosen(examples: Sequence[Example], places: Iterable[int]) -> Sequence[Example]:
+    """Some of the examples, by their places; those of a store stay where they are."""
+    if isinstance(examples, ExampleStore | _Chosen):
+        return _Chosen(examples, places if isinstance(places, range) else list(places))
+    return [examples[place] for place in places]
+
+
+class EncodedRows(Sequence[Row]):
+    """Encoded rows in a few arrays: five bytes a token, and some twenty a row.
+
+    Attributes:
+        ids: All rows' ids behind each other, int32.
+        supervised: All rows' marks behind each other, bool.
+        starts: Where each row begins, and the end of the last: [rows + 1] int64.
+        lines: Line of each row in its file, int64.
+        files: Which of `names` each row's file is, int32.
+        ready: Whether a row came as tokens, bool.
+        names: File names.
+    """
+
+    def __init__(self, arrays: dict[str, np.ndarray[Any, Any]], names: Sequence[str]) -> None:
+        self.ids, self.supervised = arrays["ids"], arrays["supervised"]
+        self.starts, self.lines = arrays["starts"], arrays["lines"]
+        self.files, self.ready = arrays["files"], arrays["ready"]
+        self.names = list(names)
+
+    @property
+    def lengths(self) -> np.ndarray[Any, Any]:
+        """Tokens of each row."""
+        return np.diff(self.starts)
+
+    def arrays(self) -> dict[str, np.ndarray[Any, Any]]:
+        """The arrays by name, as the constructor takes them."""
+        return {
+            name: getattr(self, name)
+            for name in ("ids", "supervised", "starts", "lines", "files", "ready")
+        }
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @overload
+    def __getitem__(self, place: int) -> Row: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Row]: ...
+    def __getitem__(self, place: int | slice) -> Row | list[Row]:
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        at = range(len(self))[place]
+        tokens = slice(int(self.starts[at]), int(self.starts[at + 1]))
+        where = Example(
+            self.names[self.files[at]],
+            int(self.lines[at]),
+            input_ids=() if self.ready[at] else None,
+        )
+        return Row(self.ids[tokens].tolist(), self.supervised[tokens].tolist(), where)
+
+
+class RowWriter:
+    """Takes encoded rows one by one and hands them over as `EncodedRows`."""
+
+    def __init__(self) -> None:
+        self._ids, self._supervised = Spool(), Spool(IN_MEMORY_BYTES // 4)
+        self._starts, self._lines = array("q", [0]), array("q")
+        self._files, self._ready = array("i"), array("b")
+        self._names: dict[str, int] = {}
+        self.supervised_tokens = 0
+
+    def append(
+        self, ids: np.ndarray[Any, Any], supervised: np.ndarray[Any, Any], example: Example
+    ) -> None:
+        """Add a row: ids [T] as int32, marks [T] as bool."""
+        self._ids.append(ids.tobytes())
+        self._supervised.append(supervised.tobytes())
+        self._starts.append(self._starts[-1] + len(ids))
+        self._lines.append(example.line)
+        self._files.append(self._names.setdefault(example.file, len(self._names)))
+        self._ready.append(example.input_ids is not None)
+        self.supervised_tokens += int(supervised.sum())
+
+    @property
+    def tokens(self) -> int:
+        """Of all rows so far."""
+        return self._starts[-1]
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def rows(self) -> EncodedRows:
+        """All rows; nothing may be appended any more."""
+        arrays = {
+            "ids": self._ids.mapped(np.int32),
+            "supervised": self._supervised.mapped(np.bool_),
+            "starts": np.frombuffer(self._starts, dtype=np.int64),
+            "lines": np.frombuffer(self._lines, dtype=np.int64),
+            "files": np.frombuffer(self._files, dtype=np.int32),
+            "ready": np.frombuffer(self._ready, dtype=np.bool_),
+        }
+        return EncodedRows(arrays, list(self._names))
+
+
+def lengths_of(rows: Sequence[Any]) -> list[int]:
+    """Tokens of each row, without making the rows."""
+    if isinstance(rows, EncodedRows):
+        lengths: list[int] = rows.lengths.tolist()
+        return lengths
+    return [len(row.input_ids) for row in rows]

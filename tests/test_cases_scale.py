@@ -1,0 +1,162 @@
+"""Data sets larger than memory should hold: the same rows from disk as from memory."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lighten import data
+from lighten.data import Example, Message, choose_template, encode, storage
+from lighten.data.storage import ExampleStore, Spool
+from lighten.data.tokenise import PART_EXAMPLES
+from lighten.errors import UserError
+from lighten.models import load_tokenizer
+from tests.tiny import tiny_tokenizer
+
+WORDS = ["gradient", "한국어", "문장", "emoji 🙂🙃", "\u2028", "  spaces ", "\n\nlines", "Ünïcödé",
+         "<|im_end|", "x" * 40, "é", "👩‍👩‍👧"]  # fmt: skip
+
+
+def examples(count: int, seed: int = 0) -> list[Example]:
+    random.seed(seed)
+    found = []
+    for line in range(1, count + 1):
+
+        def text() -> str:
+            return " ".join(random.choices(WORDS, k=random.randint(1, 12)))
+
+        kind = line % 5
+        if kind == 0:
+            found.append(Example("t.jsonl", line, text=text()))
+        elif kind == 1:
+            ids = tuple(random.choices(range(5, 200), k=9))
+            found.append(Example("i.jsonl", line, input_ids=ids, labels=(-100, -100, *ids[2:])))
+        else:
+            turns: list[Message] = [Message("system", text())] if kind == 2 else []
+            for turn in range(kind - 1):
+                turns.append(Message("user", text()))
+                train = False if turn == 0 and kind == 4 else None
+                turns.append(Message("assistant", text(), train, (("name", "a"),)))
+            found.append(Example("c.jsonl", line, tuple(turns), tools=[{"a": 1}]))
+    return found
+
+
+def by_all_offsets(example: Example, tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """Ids and marks from every token's offsets, as the text's spans say."""
+    renderer = data.Renderer(tokenizer)
+    rendered = renderer.render(example)
+    assert rendered is not None
+    encoded = tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True)
+    marks = [
+        any(end > begin and start < stop for begin, stop in rendered.learnt)
+        for start, end in encoded["offset_mapping"]
+    ]
+    return encoded["input_ids"], [False, *marks[1:]]
+
+
+@pytest.mark.parametrize("name", ["tiny", "smollm2-135m"])
+def test_marks_are_those_that_all_offsets_give(name: str) -> None:
+    tokenizer = tiny_tokenizer() if name == "tiny" else load_tokenizer(name)
+    choose_template(tokenizer, "chatml" if name == "tiny" else None)
+    given = [example for example in examples(200) if example.messages]
+    encoded = encode(given, tokenizer, max_length=2**31)
+    rows = {row.example.line: row for row in encoded.rows}
+    compared = 0
+    for example in given:
+        ids, marks = by_all_offsets(example, tokenizer)
+        if any(marks):
+            assert rows[example.line].input_ids == ids
+            assert rows[example.line].supervised == marks
+            compared += 1
+    assert compared > 50
+
+
+def test_parts_and_disk_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = tiny_tokenizer()
+    choose_template(tokenizer, "chatml")
+    given = examples(2 * PART_EXAMPLES + 3)
+    whole = encode(given, tokenizer, max_length=48)
+    one_by_one = [row for example in given for row in _rows_of(example, tokenizer)]
+    assert [row.input_ids for row in whole.rows] == [row.input_ids for row in one_by_one]
+    monkeypatch.setattr(storage, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(Spool.__init__, "__defaults__", (0,))
+    stored = encode(_store(given), tokenizer, max_length=48)
+    assert isinstance(stored.rows, data.EncodedRows)
+    assert isinstance(stored.rows.ids, np.memmap)
+    assert stored.sha256 == whole.sha256
+    assert stored.counts == whole.counts
+    assert stored.problems == whole.problems
+    assert stored.findings == whole.findings
+    assert [row.example.where for row in stored.rows] == [row.example.where for row in whole.rows]
+    assert stored.rows[-1] == whole.rows[-1]
+    assert stored.rows[3:5] == whole.rows[3:5]
+
+
+def _rows_of(example: Example, tokenizer: Any) -> Sequence[data.Row]:
+    try:
+        return encode([example], tokenizer, max_length=48).rows
+    except UserError:
+        return []
+
+
+def _store(given: list[Example], in_memory_bytes: int = 0) -> ExampleStore:
+    store = ExampleStore(in_memory_bytes)
+    for example in given:
+        store.append(example)
+    return store
+
+
+@pytest.mark.parametrize("limit", [0, 2000, 10**9])
+def test_a_store_gives_back_what_it_took(limit: int) -> None:
+    given = examples(100)
+    store = _store(given, limit)
+    assert len(store) == 100
+    assert list(store) == given
+    assert store[-1] == given[-1]
+    assert list(store[10:20:3]) == given[10:20:3]
+    assert list(store[50:][5:9]) == given[55:59]
+    with pytest.raises(IndexError):
+        store[100]
+
+
+def test_a_store_keeps_values_that_json_has_not() -> None:
+    import datetime
+
+    odd = Example("p.parquet", 2, (Message("user", "a"),), tools=[datetime.date(2026, 1, 2)])
+    given = [*examples(3), odd, *examples(2)]
+    assert list(_store(given)) == given
+
+
+@pytest.mark.parametrize("size", [0.2, 7])
+def test_a_split_of_a_store_is_that_of_a_list(size: float) -> None:
+    given = examples(60)
+    lists, stores = data.split(given, size), data.split(_store(given), size)
+    assert [list(side) for side in stores] == [list(side) for side in lists]
+    assert stores[1]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv"])
+def test_large_files_are_read_without_being_held(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"instruction": f"Say {i}", "output": f"{i} {'가나다' * 20}"} for i in range(300)]
+    path = tmp_path / f"rows.{suffix}"
+    if suffix == "csv":
+        lines = ["instruction,output", *(f"{r['instruction']},{r['output']}" for r in rows)]
+        path.write_text("\n".join(lines), encoding="utf-8")
+    elif suffix == "json":
+        path.write_text(json.dumps(rows), encoding="utf-8")
+    else:
+        path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    held = data.read(str(path)).examples
+    monkeypatch.setattr(ExampleStore.__init__, "__defaults__", (0,))
+    stored = data.read(str(path)).examples
+    assert isinstance(stored, ExampleStore)
+    assert not stored._held
+    assert list(stored) == list(held)
