@@ -81,10 +81,10 @@ EXACT: dict[str, tuple[str, dict[str, Any], dict[str, Any], Callable[[Any], dict
     "qwen3 wide heads": ("qwen3", {"head_dim": 16}, {}, lambda _: {}),
     "qwen3 biases": ("qwen3", {"attention_bias": True}, {}, lambda _: {}),
     "gemma": ("gemma", {"head_dim": 8}, {}, lambda _: {}),
-    "gemma2": ("gemma2", {"query_pre_attn_scalar": 8}, {}, lambda _: {}),
-    "gemma3": ("gemma3_text", {"query_pre_attn_scalar": 8, **SIX}, {}, lambda _: {}),
+    "gemma2": ("gemma2", {}, {}, lambda _: {}),
+    "gemma3": ("gemma3_text", SIX, {}, lambda _: {}),
     "gemma3 linear": (
-        "gemma3_text", {"query_pre_attn_scalar": 8, "rope_parameters": GLOBAL_LINEAR, **SIX},
+        "gemma3_text", {"rope_parameters": GLOBAL_LINEAR, **SIX},
         {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0}, lambda _: {},
     ),
     "phi3": ("phi3", {}, {}, lambda _: {}),
@@ -147,6 +147,9 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], st
         "phi3", {"sliding_window": 8}, {"attention.sliding_window": None}, {}, "window",
     ),
     "partly rotary": ("llama", {}, {"rope.dimension_count": 4}, {}, "turns 4 of 8"),
+    "longrope without factors": (
+        "llama", {}, {"rope.scaling.type": "longrope"}, {}, "not their factors",
+    ),
     "experts": ("llama", {}, {"expert_count": 8}, {}, "expert_count = 8"),
     "attention scale": ("llama", {}, {"attention.scale": 0.5}, {}, "attention.scale"),
     "qwen window without layers": (

@@ -7,6 +7,7 @@ Keys and their meanings: llama.cpp's `gguf-py/gguf/constants.py` and `convert_hf
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Callable
@@ -18,6 +19,8 @@ from transformers import AutoConfig
 from lighten.errors import UserError
 from lighten.models.configuration import FAULTS, reason
 from lighten.models.gguf_header import Header
+
+log = logging.getLogger(__name__)
 
 # Settings of an architecture that are read here, or change nothing of what it computes.
 _READ = {
@@ -32,9 +35,13 @@ _READ = {
 # Others of these kinds would change it.
 _MATTERS = re.compile(r"^(rope|attention|expert|ssm)[._]|scale|softcap|bias|clamp|leading_dense")
 _WINDOW_OF_PHI3_4K = 2047  # microsoft/Phi-3-mini-4k-instruct and -medium-4k-, config.json
+# mistralai/Mistral-7B-v0.1, config.json
+_WINDOW_OF_MISTRAL = 4096
+_MISTRAL_SHAPE = {"hidden_size": 4096, "num_hidden_layers": 32, "max_position_embeddings": 32768}
 _GEMMA2_27B_LAYERS, _GEMMA3_27B_LAYERS = 46, 62
 # Llama 3.1 to 3.3, config.json: low and high frequency factors, and the positions before.
 _LLAMA3 = (1.0, 4.0, 8192)
+_GEMMA_HEAD = 256
 _GEMMA3_PATTERN = 6  # five layers with a window, then one without
 
 
@@ -147,6 +154,8 @@ def _rope(header: Header, head: int) -> dict[str, Any]:
         rope |= {"rope_type": "linear", "factor": factor}
     elif kind == "yarn":
         rope |= _yarn(header, factor)
+    elif kind == "longrope" and "rope_factors_long.weight" not in header.tensors:
+        raise refused(header, "has longrope positions and not their factors")
     elif kind not in ("none", "linear", "longrope"):
         raise refused(header, f"scales its positions by {kind!r}")
     factors = "rope_freqs.weight" in header.tensors
@@ -225,6 +234,9 @@ def _llama(header: Header) -> tuple[str, dict[str, Any]]:
     )
     if re.search("mistral|zephyr", name, re.I) and values["rope_parameters"]["rope_theta"] == 1e4:
         # Mistral 7B v0.1 looks 4096 tokens back, later ones (theta 1e6) at everything.
+        shape = tuple(values[key] for key in _MISTRAL_SHAPE)
+        if shape == tuple(_MISTRAL_SHAPE.values()):
+            return "mistral", {**values, "sliding_window": _WINDOW_OF_MISTRAL}
         raise refused(
             header, f"is of the first Mistral kind ({name.strip()}) and does not say its window"
         )
@@ -295,9 +307,7 @@ def _gemma2(header: Header) -> tuple[str, dict[str, Any]]:
     return "gemma2", {
         **values,
         "sliding_window": window,
-        "attn_logit_softcapping": header.get("attn_logit_softcapping"),
-        "final_logit_softcapping": header.get("final_logit_softcapping"),
-        "query_pre_attn_scalar": _query_scale(values, _GEMMA2_27B_LAYERS),
+        **_gemma_scores(header, values, _GEMMA2_27B_LAYERS),
     }
 
 
@@ -319,17 +329,31 @@ def _gemma3(header: Header) -> tuple[str, dict[str, Any]]:
         "rope_parameters": {
             "full_attention": values["rope_parameters"], "sliding_attention": local,
         },
-        "attn_logit_softcapping": header.get("attn_logit_softcapping"),
-        "final_logit_softcapping": header.get("final_logit_softcapping"),
-        "query_pre_attn_scalar": _query_scale(values, _GEMMA3_27B_LAYERS),
+        **_gemma_scores(header, values, _GEMMA3_27B_LAYERS),
     }  # fmt: skip
 
 
-def _query_scale(values: dict[str, Any], largest: int) -> int:
-    """By what Gemma divides its scores (squared); no file says it, llama.cpp goes by the layers."""
+def _gemma_scores(header: Header, values: dict[str, Any], largest: int) -> dict[str, Any]:
+    """What Gemma does to its scores, where it is not as the configuration class has it.
+
+    By what they are divided no file says. It is 256 in every released size but the largest, which
+    llama.cpp knows by its layers.
+    """
+    found = {
+        key: header.get(key)
+        for key in ("attn_logit_softcapping", "final_logit_softcapping")
+        if header.get(key) is not None
+    }
     if values["num_hidden_layers"] == largest:
-        return int(values["hidden_size"] // values["num_attention_heads"])
-    return int(values["head_dim"])
+        scale = values["hidden_size"] // values["num_attention_heads"]
+        return {**found, "query_pre_attn_scalar": scale}
+    if values["head_dim"] != _GEMMA_HEAD:
+        log.warning(
+            "%s: its heads have %s dimensions and those of every released Gemma of its depth %s; "
+            "the file does not say by what scores are divided, %s is taken",
+            header.path, values["head_dim"], _GEMMA_HEAD, _GEMMA_HEAD,
+        )  # fmt: skip
+    return {**found, "query_pre_attn_scalar": _GEMMA_HEAD}
 
 
 def _layer_kinds(header: Header) -> list[str] | None:

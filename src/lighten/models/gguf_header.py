@@ -6,6 +6,7 @@ thousand words of Gemma 3; here lists of texts are stepped over and counted.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import mmap
@@ -97,8 +98,17 @@ def read_header(path: Path) -> Header:
     """
     try:
         facts = path.stat()
+        return _read(path, facts.st_size, facts.st_mtime_ns)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+
+
+@functools.lru_cache(maxsize=4)
+def _read(path: Path, size: int, changed: int) -> Header:
+    """The header of the file as it was then: kept, because every verb asks for it several times."""
+    try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _Reader(path, data, facts.st_size).header(facts.st_mtime_ns)
+            return _Reader(path, data, size).header(changed)
     except (OSError, ValueError, struct.error, IndexError, OverflowError) as error:
         if isinstance(error, UserError):
             raise
