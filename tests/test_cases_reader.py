@@ -12,16 +12,18 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from lighten import data
+from lighten import api, data
 from lighten.data import Example
 from lighten.data.shapes import COLUMNS
 from lighten.errors import UserError
 from lighten.recipe import fields
+from tests.tiny import save_tiny
 
 NAN = float("nan")
 
 
 def lines(path: Path, rows: list[Any]) -> str:
+    path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
@@ -386,3 +388,39 @@ def test_ready_tokens_that_mean_nothing_are_broken_rows(
     row: dict[str, Any], why: str, tmp_path: Path
 ) -> None:
     assert why in refused(lines(tmp_path / "d.jsonl", [row]))
+
+
+def test_rows_left_out_are_told_and_kept_with_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = {"prompt": "q", "completion": None}
+    whole = [{"prompt": f"say {i}", "completion": f"sea {i}"} for i in range(6)]
+    lines(tmp_path / "d" / "train.jsonl", [*whole, broken, broken])
+    lines(tmp_path / "d" / "valid.jsonl", [*whole[:2], broken, "x", broken])
+    settings = {
+        "model_name_or_path": str(save_tiny(tmp_path / "m")), "dataset": str(tmp_path / "d"),
+        "output_dir": str(tmp_path / "run"), "max_steps": 1, "dtype": "float32",
+    }  # fmt: skip
+    with pytest.raises(UserError, match=r"train\.jsonl:7: completion must be text"):
+        api.train(progress=False, **settings)
+    run = api.train(skip_bad_rows=True, **settings)
+    kept = run.info()["data"]
+    assert (kept["bad_rows"], kept["eval_bad_rows"]) == (2, 3)
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert "2 of 8 training rows are broken and left out" in said
+    assert "3 of 5 held-out rows are broken and left out" in said
+    assert "train.jsonl:7: completion must be text" in said
+    assert api.evaluate(run, max_examples=2).to_dict()["dataset"]["rows"] == 2
+
+
+def test_another_name_for_columns_holds_for_training_and_evaluation(tmp_path: Path) -> None:
+    rows = [{"question": f"say {i}", "response": f"sea {i}"} for i in range(6)]
+    lines(tmp_path / "d" / "train.jsonl", rows)
+    lines(tmp_path / "d" / "valid.jsonl", rows[:2])
+    run = api.train(
+        model_name_or_path=str(save_tiny(tmp_path / "m")), dataset=str(tmp_path / "d"),
+        dataset_columns={"instruction": "question", "output": "response"}, dtype="float32",
+        output_dir=str(tmp_path / "run"), max_steps=1, progress=False,
+    )  # fmt: skip
+    assert run.info()["data"]["format"] == "alpaca"
+    assert api.evaluate(run, max_examples=2).to_dict()["dataset"]["rows"] == 2

@@ -16,21 +16,22 @@ def split_limit(text: str) -> tuple[Path, int | None]:
         UserError: What follows `#` is no number of rows, and nothing has the whole as its name.
     """
     whole = _expanded(text)
-    if "#" not in text or _exists(whole):
+    if "#" not in text or exists(whole):
         return whole, None
     name, _, count = text.rpartition("#")
     path = _expanded(name)
     if count.isascii() and count.isdigit() and int(count[:18]) > 0:
         return path, int(count[:18])
-    if "/" in count or "\\" in count or not _exists(path):
+    if "/" in count or "\\" in count or not exists(path):
         return whole, None
     raise UserError(f"{text}: what follows # must be a number of rows, from 1")
 
 
-def _exists(path: Path) -> bool:
+def exists(path: Path) -> bool:
+    """Whether something is there; no name that a file system cannot hold is."""
     try:
         return path.exists()
-    except (OSError, ValueError):  # a name that no file system can hold
+    except (OSError, ValueError):
         return False
 
 

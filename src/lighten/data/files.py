@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lighten.errors import UserError
-from lighten.paths import split_limit
+from lighten.paths import exists, split_limit
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 SPLITS = {"train": ("train", "training"),
@@ -53,7 +53,7 @@ def files_of(path: Path, split: str) -> list[Path]:
         UserError: Nothing there, a kind of file that is not read, a shard that is missing, or
             several files that could each be meant.
     """
-    if path.is_dir():
+    if exists(path) and path.is_dir():
         groups = _groups(path, split)
         if not groups:
             wanted = " or ".join(f"{split}{suffix}" for suffix in SUFFIXES)
@@ -66,7 +66,7 @@ def files_of(path: Path, split: str) -> list[Path]:
                 "name the file, or move the others away"
             )
         return _whole(groups[0])
-    if not path.is_file():
+    if not exists(path) or not path.is_file():
         raise UserError(f"the dataset {path} does not exist")
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"{path} is not one of {', '.join(SUFFIXES)}")
@@ -76,7 +76,7 @@ def files_of(path: Path, split: str) -> list[Path]:
 def has_split(path: str, split: str) -> bool:
     """Whether the path is a folder with data for that split."""
     folder, _ = split_limit(path)
-    return folder.is_dir() and bool(_groups(folder, split))
+    return exists(folder) and folder.is_dir() and bool(_groups(folder, split))
 
 
 def checksum(files: Sequence[Path]) -> str:

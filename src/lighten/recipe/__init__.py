@@ -11,7 +11,7 @@ import yaml
 from pydantic import PrivateAttr, ValidationError
 
 from lighten.errors import UserError
-from lighten.paths import split_limit
+from lighten.paths import exists, split_limit
 from lighten.recipe import aliases, swept, yaml_lines
 from lighten.recipe.fields import (
     AdapterEntry,
@@ -230,7 +230,7 @@ def _beside(folder: Path, value: str) -> str:
         return value
     path, limit = split_limit(str(folder / value))
     there = f"{path}#{limit}" if limit is not None else str(path)
-    return there if path.exists() else value
+    return there if exists(path) else value
 
 
 def _names(given: list[dict[str, Any]]) -> list[str]:
@@ -259,7 +259,7 @@ def _contradictions(recipe: Recipe, given: Mapping[str, Any]) -> list[str]:
     problems = [
         f"{key}: {value!r} does not exist; give a file or folder"
         for key in ("dataset", "eval_dataset")
-        if (value := getattr(recipe, key)) and not split_limit(value)[0].exists()
+        if (value := getattr(recipe, key)) and not exists(split_limit(value)[0])
     ]
     sizes = {key: len(v) for key in COHORT_LISTS if (v := recipe._list(key)) is not None}
     if any(size == 0 for size in sizes.values()):
@@ -412,7 +412,7 @@ def _peft_problems(recipe: Recipe, given: Mapping[str, Any]) -> list[str]:
 
 def _has_held_out(recipe: Recipe) -> bool:
     folder, _ = split_limit(recipe.dataset)
-    return bool(recipe.eval_dataset or recipe.val_size or folder.is_dir())
+    return bool(recipe.eval_dataset or recipe.val_size or (exists(folder) and folder.is_dir()))
 
 
 def _merged(error: ValidationError) -> list[dict[str, Any]]:

@@ -54,6 +54,10 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         reason = getattr(error, "problem", None) or "it cannot be parsed"
         raise UserError(f"{where} is not valid YAML: {reason}") from error
+    except (ValueError, RecursionError) as error:  # 2026-13-45 reads as a date
+        deep = isinstance(error, RecursionError)
+        reason = "it is nested too deeply" if deep else str(error)
+        raise UserError(f"{path} is not valid YAML: {reason}") from error
     if not isinstance(values, dict) or not isinstance(tree, yaml.MappingNode):
         raise UserError(f"{path} is not a recipe: it must hold settings as `name: value` lines")
     lines: dict[str, int] = {}

@@ -89,6 +89,7 @@ def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows:
     notes = [
         *data.left_out("training", found),
         *(data.left_out("held-out", apart) if apart is not None else ()),
+        *(f"held out: {said}" for said in (watched.findings.refusals() if watched else ())),
         *_notes(encoded, limits, longest),
     ]
     return Rows(encoded, watched, template, facts, longest, notes)

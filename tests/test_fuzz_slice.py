@@ -1,0 +1,49 @@
+"""A slice of `benchmarks/fuzz.py`: damaged inputs are read, or refused in words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import fuzz
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["recipe", "data"])
+def test_fuzz_damaged_inputs_are_read_or_refused_in_words(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = tmp_path / "work"
+    (work / "home").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(work / "home"))
+    monkeypatch.chdir(work / "home")
+    outcome = fuzz.fuzz(fuzz.TARGETS[name](), 250, 1, work, tmp_path / "kept")
+    assert outcome.failures == {}
+    assert outcome.read + outcome.refused == 250
+    assert min(outcome.read, outcome.refused) > 20
+
+
+def test_fuzz_tells_a_traceback_a_hang_and_a_changed_file(tmp_path: Path) -> None:
+    beside = tmp_path / "work" / "beside"
+    beside.parent.mkdir()
+    beside.write_text("a user's own")
+
+    def read(folder: Path) -> None:
+        content = (folder / "x").read_bytes()
+        if len(content) < 4:
+            raise KeyError("a bug")
+        if len(content) == 8:
+            while True:
+                pass
+        beside.write_text("a user's own, overwritten")
+
+    target = fuzz.Target("none", [{"x": b"12345678"}], read)
+    before, fuzz.LIMIT_S = fuzz.LIMIT_S, 0.01
+    try:
+        outcome = fuzz.fuzz(target, 100, 0, tmp_path / "work", tmp_path / "kept")
+    finally:
+        fuzz.LIMIT_S = before
+    said = " ".join(outcome.failures)
+    assert all(word in said for word in ("KeyError", "TooLongError", "changed files"))
+    assert all(Path(kept).is_dir() for inputs in outcome.failures.values() for kept in inputs)
