@@ -151,6 +151,7 @@ ELSEWHERE = {
     "output_dir": "every test", "revision": "test_models, hub",
     "trust_remote_code": "test_models, code", "skip_bad_rows": "below",
     "dataset_columns": "test_cases_reader",
+    "system_role": "test_cases_templates", "thinking": "test_cases_templates",
     "eval_dataset": "below", "logging_steps": "below",
     "tokens_per_microbatch": "below: the layout changes, the result must not",
     "per_device_eval_batch_size": "below: the layout changes, the result must not",
