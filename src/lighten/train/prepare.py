@@ -82,8 +82,6 @@ def prepare(recipe: Recipe, accelerator: Accelerator, base: models.Base, rows: R
     """
     options = recipe.cohort()
     trained = what_learns(recipe, base)
-    # The plan may have encoded the rows with a tokenizer of its own; this one is saved.
-    base.tokenizer.chat_template = rows.template.text
     if recipe.gradient_checkpointing and trained.no_checkpointing is not None:
         raise UserError(f"gradient_checkpointing: {trained.no_checkpointing}; set it to false")
     choices = {

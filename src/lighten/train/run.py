@@ -126,6 +126,8 @@ def _train(
     rows = prediction.rows if prediction is not None else None
     rows = rows or load_rows(recipe, tokenizer_of(recipe))  # what is wrong with them, before a base
     base = load_base(recipe, str(accelerator.device), learns=True)
+    # The rows may have been encoded with a tokenizer of their own; this one is saved.
+    base.tokenizer.chat_template = rows.template.text
     facts = _base_facts(base)  # of the base alone: PEFT puts its parameters into the model
     setup = prepare(recipe, accelerator, base, rows)
     setup.choices["memory"] = pages
