@@ -204,7 +204,7 @@ def test_rank_used_is_the_literature_s(tmp_path: Path) -> None:
 def test_other_kinds_and_broken_folders_are_refused(tmp_path: Path) -> None:
     dora = LoraConfig(r=2, use_dora=True, target_modules=["q_proj"], task_type="CAUSAL_LM")
     get_peft_model(tiny_model("llama"), dora).save_pretrained(tmp_path / "dora")
-    with pytest.raises(UserError, match="with DoRA or the like is more than"):
+    with pytest.raises(UserError, match="with use_dora is more than"):
         spectrum.read(tmp_path / "dora")
     with pytest.raises(UserError, match="is not an adapter"):
         spectrum.read(tmp_path)
@@ -251,7 +251,7 @@ def test_the_verbs_on_a_run_and_on_a_folder(
     shown = json.loads(call("adapter", "info", "mine", "--json", cwd=tmp_path).stdout)
     assert (shown["r"], shown["largest_rank"], len(shown["layers"])) == (2, 2, 14)
     assert shown["parameters"] == done.parameters
-    table = call("adapter", "info", "one", cwd=tmp_path).stdout
+    table = call("adapter", "info", "one", "--layers", cwd=tmp_path).stdout
     assert "for 90 %" in table
     assert "layers.1.mlp.down_proj" in table
 

@@ -449,12 +449,14 @@ def resize_adapter(
     source = adapter_folder(target, adapter)
     alone = not isinstance(target, Run) and source == Path(target)
     parent = source.parent if alone else source.parents[1] / "exports"
-    folder = Path(output_dir) if output_dir is not None else parent / f"{source.name}-r{rank}"
+    read = spectrum.read(source)
+    # A rank above the adapter's own cuts nothing; the name says what there is.
+    named = f"{source.name}-r{min(rank, read.largest_rank)}"
+    folder = Path(output_dir).expanduser() if output_dir is not None else parent / named
     if folder.resolve() == source.resolve():
         raise UserError(f"--output_dir {folder} is the adapter itself; choose another folder")
     if folder.exists() and not (folder / "adapter_config.json").is_file():
         raise UserError(f"--output_dir {folder} is there and holds no adapter; choose another")
-    read = spectrum.read(source)
     done = resize.at_rank(read, rank)
     with runs.whole_folder(folder) as partial:
         for name, data in resize.contents(read, done).items():

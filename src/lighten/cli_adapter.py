@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from lighten.console import Json, console, print_table
+from lighten.wording import counted
 
 adapter_app = typer.Typer(
     no_args_is_help=True, help="Look at an adapter's rank, or write it at a lower one."
@@ -18,15 +19,26 @@ _Adapter = Annotated[str | None, typer.Option(help="Which adapter of the run.")]
 
 
 @adapter_app.command()
-def info(target: _Target, adapter: _Adapter = None, as_json: Json = False) -> None:
-    """Rank, alpha, targets, size, and how much of its rank each layer uses."""
+def info(
+    target: _Target,
+    adapter: _Adapter = None,
+    layers: Annotated[bool, typer.Option("--layers", help="A row for each layer.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Rank, alpha, targets, size, and how much of its rank it uses; --layers: each layer."""
     from lighten import api
 
     found = api.adapter_info(target, adapter=adapter)
     if as_json:
         typer.echo(json.dumps(found))
         return
-    print_table(["adapter", ""], _facts(found))
+    facts = _facts(found)
+    print_table(["adapter", ""], facts)
+    if not layers:
+        console().print(
+            f"{counted(len(found['layers']), 'layer')}; a row for each: --layers", highlight=False
+        )
+        return
     rows = [
         [own["path"], str(own["rank"]), f"{own['effective_rank']:.1f}", str(own["rank_90"]),
          str(own["rank_99"]), f"{own['norm']:.3g}"]
@@ -38,6 +50,8 @@ def info(target: _Target, adapter: _Adapter = None, as_json: Json = False) -> No
         "90 %: the rank that keeps so much of the update's energy, the sum of their squares",
         highlight=False,
     )
+    # The rows of a large model scroll the summary out of sight.
+    console().print(": ".join(facts[-1]), highlight=False)
 
 
 def _facts(found: dict[str, Any]) -> list[list[str]]:
@@ -80,7 +94,7 @@ def resize(
     print_table(
         ["resized", ""],
         [
-            ["rank", f"{facts['r']}, {facts['layers_cut']} of {len(done.cuts)} layers cut"],
+            ["rank", _cut(facts, len(done.cuts), rank)],
             ["alpha", f"{facts['lora_alpha']:g}"],
             ["parameters", f"{facts['parameters']:,}"],
             ["energy kept", f"{facts['energy_kept']:.2%} of the update's squared norm"],
@@ -88,4 +102,15 @@ def resize(
                       "the worst layer"],
         ],
     )  # fmt: skip
+    if facts["left_behind"]:
+        console().print(
+            f"not copied, for they belong to no adapter: {', '.join(facts['left_behind'])}",
+            highlight=False,
+        )
     console().print(f"adapter: {folder}", soft_wrap=True, highlight=False)
+
+
+def _cut(facts: dict[str, Any], layers: int, rank: int) -> str:
+    if not facts["layers_cut"]:
+        return f"{facts['largest_rank']}, nothing cut: no layer is over rank {rank}"
+    return f"{facts['r']}, {facts['layers_cut']} of {layers} layers cut"

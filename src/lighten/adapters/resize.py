@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -23,6 +24,13 @@ from lighten.adapters.spectrum import Layer, SavedAdapter, svd_of_product
 from lighten.errors import UserError
 
 CARD = "README.md"
+# What belongs to an adapter beside its weights: card, licence, tokenizer, template, generation.
+# A trainer's checkpoint holds its optimizer and state too, larger than all else and pickled.
+BESIDE = (
+    CARD, "LICENSE*", "NOTICE*", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
+    "vocab.*", "merges.txt", "spiece.model", "sentencepiece*.model", "chat_template.*",
+    "generation_config.json", "processor_config.json", "preprocessor_config.json",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,11 +65,13 @@ class Resized:
         config: Its `adapter_config.json`.
         weights: Its tensors by key in PEFT's format.
         cuts: One entry per layer.
+        left_behind: Files of the folder that belong to no adapter and are not copied.
     """
 
     config: dict[str, Any]
     weights: dict[str, Tensor]
     cuts: tuple[Cut, ...]
+    left_behind: tuple[str, ...] = ()
 
     @property
     def energy_kept(self) -> float:
@@ -76,6 +86,11 @@ class Resized:
         return math.sqrt(sum(own.lost for own in self.cuts) / energy) if energy else 0.0
 
     @property
+    def largest_rank(self) -> int:
+        """Of all its layers."""
+        return max(own.after for own in self.cuts)
+
+    @property
     def parameters(self) -> int:
         """Trained numbers that are left."""
         return sum(value.numel() for value in self.weights.values())
@@ -85,6 +100,8 @@ class Resized:
         worst = max(self.cuts, key=lambda own: own.error)
         return {
             "r": self.config["r"],
+            "largest_rank": self.largest_rank,
+            "left_behind": list(self.left_behind),
             "lora_alpha": self.config["lora_alpha"],
             "parameters": self.parameters,
             "layers_cut": sum(own.after < own.before for own in self.cuts),
@@ -114,7 +131,7 @@ def at_rank(adapter: SavedAdapter, rank: int) -> Resized:
         lost = 0.0 if A is layer.A else layer.scale**2 * distance(layer.B, layer.A, B, A) ** 2
         cuts.append(Cut(layer.path, layer.rank, int(A.shape[0]), energy, lost))
     config = _config(adapter, rank, {own.path: own.after for own in cuts})
-    return Resized(config, weights, tuple(cuts))
+    return Resized(config, weights, tuple(cuts), tuple(left_behind(adapter)))
 
 
 def factors(layer: Layer, rank: int) -> tuple[Tensor, Tensor]:
@@ -140,19 +157,19 @@ def distance(B: Tensor, A: Tensor, other_B: Tensor, other_A: Tensor) -> float:
 
 
 def contents(adapter: SavedAdapter, resized: Resized) -> dict[str, bytes]:
-    """The new adapter's files as bytes by name: the old one's other files come along.
+    """The new adapter's files as bytes by name: what belongs to the old one comes along.
 
     Its card says what has been done.
     """
-    skipped = {CONFIG, WEIGHTS}
     files = {
         path.name: path.read_bytes()
         for path in sorted(adapter.folder.iterdir())
-        if path.is_file() and path.name not in skipped
+        if path.is_file() and _belongs(path.name)
     }
     facts = resized.facts()
     said = (
-        f"Resized by lighten from rank {adapter.largest_rank} to {facts['r']}: each layer's best "
+        f"Resized by lighten from rank {adapter.largest_rank} to {resized.largest_rank}: each "
+        "layer's best "
         f"approximation, {facts['energy_kept']:.2%} of the update's energy kept.\n"
     )
     card = files.get(CARD, f"# {adapter.folder.name}\n".encode())
@@ -160,6 +177,22 @@ def contents(adapter: SavedAdapter, resized: Resized) -> dict[str, bytes]:
     files[CONFIG] = (json.dumps(resized.config, indent=2, sort_keys=True) + "\n").encode()
     files[WEIGHTS] = to_bytes(resized.weights, metadata={"format": "pt"})
     return files
+
+
+def _belongs(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in BESIDE)
+
+
+def left_behind(adapter: SavedAdapter) -> list[str]:
+    """Names of the folder's files that belong to no adapter, and so are not copied."""
+    return [
+        path.name
+        for path in sorted(adapter.folder.iterdir())
+        if path.is_file()
+        and path.name not in (CONFIG, WEIGHTS)
+        and not _belongs(path.name)
+        and not path.name.startswith("adapter_model")
+    ]
 
 
 def _config(adapter: SavedAdapter, rank: int, ranks: Mapping[str, int]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ Dimensions: O outputs, I inputs, r rank of the factors, k = min(r, O, I) singula
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,13 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lighten.adapters.files import CONFIG, needs_peft, read_config, read_weights, spec_from_peft
+from lighten.adapters.files import (
+    CONFIG,
+    FACTOR,
+    more_than_low_rank,
+    read_config,
+    read_weights,
+    spec_from_peft,
+)
 from lighten.adapters.spec import AdapterSpec
 from lighten.errors import UserError
-
-_FACTOR = re.compile(
-    r"^base_model\.model\.(?P<path>.+)\.lora_(?:embedding_)?(?P<factor>[AB])(?:\.weight)?$"
-)
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,9 @@ class SavedAdapter:
             "r": self.spec.r,
             "lora_alpha": self.spec.alpha,
             "use_rslora": self.spec.use_rslora,
-            "target_modules": self.config["target_modules"],
+            "target_modules": self.config.get("target_modules")
+            or [own.path for own in self.layers],
+            "layers_adapted": len(self.layers),
             "modules_to_save": list(self.spec.modules_to_save),
             "parameters": self.parameters,
             "file_bytes": self.file_bytes,
@@ -196,15 +200,13 @@ def read(folder: Path) -> SavedAdapter:
         UserError: The folder holds none, or a kind whose update is not scale·B·A alone.
     """
     config = read_config(folder)
-    if needs_peft(config):
-        kind = str(config["peft_type"])
-        what = f"{kind} adapter" if kind != "LORA" else "LoRA adapter with DoRA or the like"
+    if what := more_than_low_rank(config):
         raise UserError(
             f"{folder / CONFIG}: a {what} is more than scale·B·A, which singular values do not "
             "tell; only plain LoRA adapters can be taken apart"
         )
     weights = read_weights(folder)
-    spec = spec_from_peft(folder.name, config, folder)
+    spec = spec_from_peft(folder.name, config, folder, weights)
     layers, others = _apart(weights, spec, folder)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     return SavedAdapter(folder, config, spec, layers, others, size)
@@ -217,7 +219,7 @@ def _apart(
     keys: dict[str, dict[str, str]] = {}
     others: dict[str, Tensor] = {}
     for key, value in weights.items():
-        if found := _FACTOR.match(key):
+        if found := FACTOR.match(key):
             keys.setdefault(found["path"], {})[found["factor"]] = key
         else:
             others[key] = value
@@ -228,6 +230,8 @@ def _apart(
         A, B = weights[own["A"]], weights[own["B"]]
         if A.dim() != 2 or B.dim() != 2:
             raise UserError(f"{folder}: {path} is a convolution's; only linear layers can be cut")
+        if not all(bool(factor.isfinite().all()) for factor in (A, B)):
+            raise UserError(f"{folder}: {path} holds values that are not finite")
         if A.shape[0] != B.shape[1] or A.shape[0] != spec.rank_at(path):
             raise UserError(
                 f"{folder}: {path} has factors {tuple(B.shape)} and {tuple(A.shape)}, but "

@@ -1,0 +1,234 @@
+"""Adapters as other people's tools write them: read right, or refused in one sentence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from lighten import api
+from lighten.adapters import files, spectrum
+from lighten.adapters import load as load_adapters
+from lighten.errors import UserError
+from tests.processes import call
+from tests.tiny import VOCAB, tiny_model
+
+IDS = torch.randint(3, VOCAB, (3, 9), generator=torch.Generator().manual_seed(0))
+PLAIN: dict[str, dict[str, Any]] = {
+    "one layer": {"target_modules": ["q_proj"], "layers_to_transform": [1]},
+    "layer 0": {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": 0},
+    "layers_pattern": {
+        "target_modules": ["up_proj"], "layers_to_transform": [0], "layers_pattern": "layers",
+    },
+    "exclude names": {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["v_proj"]},
+    "exclude a pattern": {"target_modules": "all-linear", "exclude_modules": r".*\.1\.mlp\..*"},
+    "rslora": {"target_modules": ["q_proj"], "use_rslora": True},
+    "patterns": {
+        "target_modules": ["q_proj", "k_proj"],
+        "rank_pattern": {"k_proj": 2}, "alpha_pattern": {"^model.layers.1.self_attn.q_proj": 3},
+    },
+}  # fmt: skip
+
+
+def peft_adapter(folder: Path, **settings: Any) -> Path:
+    """An adapter that PEFT wrote, its update not zero."""
+    torch.manual_seed(0)
+    settings = {"r": 4, "init_lora_weights": False, "target_modules": ["q_proj"], **settings}
+    config = LoraConfig(task_type="CAUSAL_LM", **settings)
+    get_peft_model(tiny_model("llama"), config).save_pretrained(folder)
+    return folder
+
+
+def change(folder: Path, drop: tuple[str, ...] = (), **settings: Any) -> Path:
+    config = {**json.loads((folder / files.CONFIG).read_text()), **settings}
+    kept = {key: value for key, value in config.items() if key not in drop}
+    (folder / files.CONFIG).write_text(json.dumps(kept))
+    return folder
+
+
+def logits_in_peft(folder: Path) -> torch.Tensor:
+    model = PeftModel.from_pretrained(tiny_model("llama"), str(folder)).eval()
+    with torch.no_grad():
+        result: torch.Tensor = model(input_ids=IDS).logits
+    return result
+
+
+def logits_in_lighten(folder: Path) -> torch.Tensor:
+    cohort = load_adapters(tiny_model("llama").eval(), {"default": folder})
+    with torch.no_grad(), cohort.using("default") as model:
+        result: torch.Tensor = model(input_ids=IDS).logits
+    return result
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_plain_lora_is_read_loaded_and_resized_as_peft_does(kind: str, tmp_path: Path) -> None:
+    folder = peft_adapter(tmp_path / "a", **PLAIN[kind])
+    wanted = {
+        path.removeprefix("base_model.model."): module.scaling["default"]
+        for path, module in PeftModel.from_pretrained(
+            tiny_model("llama"), str(folder)
+        ).named_modules()
+        if hasattr(module, "get_delta_weight")
+    }
+    read = {layer.path: layer.scale for layer in spectrum.read(folder).layers}
+    assert read == pytest.approx(wanted)
+    torch.testing.assert_close(
+        logits_in_lighten(folder), logits_in_peft(folder), rtol=1e-4, atol=1e-5
+    )
+    cut, _ = api.resize_adapter(folder, 1)
+    # PEFT opens the smaller one, and it does about what it did.
+    torch.testing.assert_close(logits_in_lighten(cut), logits_in_peft(cut), rtol=1e-4, atol=1e-5)
+
+
+def test_settings_left_out_are_peft_s_defaults(tmp_path: Path) -> None:
+    """Configurations of early 2023 have a dozen keys, hand-written ones fewer."""
+    folder = peft_adapter(tmp_path / "a", r=8, lora_alpha=8)
+    before = spectrum.read(folder)
+    keep = {"peft_type", "target_modules", "base_model_name_or_path"}
+    config = json.loads((folder / files.CONFIG).read_text())
+    change(folder, drop=tuple(set(config) - keep))
+    after = spectrum.read(folder)
+    assert [layer.scale for layer in after.layers] == [layer.scale for layer in before.layers]
+    assert (after.spec.r, after.spec.alpha, after.spec.use_rslora) == (8, 8, False)
+    torch.testing.assert_close(
+        logits_in_lighten(folder), logits_in_peft(folder), rtol=1e-4, atol=1e-5
+    )
+    change(folder, lora_alpha=None, rank_pattern=None, modules_to_save=None)
+    assert spectrum.read(folder).spec == after.spec
+    change(folder, target_modules=None)  # the file's own keys tell
+    assert len(api.adapter_info(folder)["layers"]) == len(before.layers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_formats_are_read_and_kept(dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = peft_adapter(tmp_path / "a")
+    weights = {key: v.to(dtype) for key, v in load_file(folder / files.WEIGHTS).items()}
+    save_file(weights, folder / files.WEIGHTS)
+    cut, done = api.resize_adapter(folder, 2)
+    assert {value.dtype for value in files.read_weights(cut).values()} == {dtype}
+    assert 0.3 < done.energy_kept < 1
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_byte_order_mark_is_no_part_of_the_text(encoding: str, tmp_path: Path) -> None:
+    folder = peft_adapter(tmp_path / "a")
+    text = (folder / files.CONFIG).read_text()
+    (folder / files.CONFIG).write_bytes(text.encode(encoding))
+    assert api.adapter_info(folder)["r"] == 4
+
+
+@pytest.mark.parametrize("kept", [0, 7, 40, 0.5, 0.99])
+def test_a_torn_file_is_said_in_one_sentence(kept: float, tmp_path: Path) -> None:
+    folder = peft_adapter(tmp_path / "a")
+    data = (folder / files.WEIGHTS).read_bytes()
+    size = kept if isinstance(kept, int) else int(kept * len(data))
+    (folder / files.WEIGHTS).write_bytes(data[:size])
+    with pytest.raises(UserError, match="is not a whole safetensors file"):
+        api.adapter_info(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"", "is not valid JSON"),
+        (b'{"peft_type": "LORA"', "is not valid JSON"),
+        (b"\xff\xfe{\x00", "is not valid JSON"),
+        (b"[1, 2]", "names no peft_type"),
+        (b'{"peft_type": ["LORA"]}', "names no peft_type"),
+    ],
+)
+def test_a_torn_configuration_is_said(text: bytes, said: str, tmp_path: Path) -> None:
+    folder = peft_adapter(tmp_path / "a")
+    (folder / files.CONFIG).write_bytes(text)
+    with pytest.raises(UserError, match=said):
+        api.adapter_info(folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"r": "4"}, "r in adapter_config.json is '4'"),
+        ({"r": 0}, "is no rank"),
+        ({"lora_alpha": [8]}, "is not a number"),
+        ({"target_modules": 3}, "neither a text nor a list"),
+        ({"modules_to_save": "lm_head"}, "not a list of names"),
+        ({"rank_pattern": [1]}, "does not give a number for each name"),
+        ({"rank_pattern": {"(": 1}}, "no regular expression"),
+        ({"peft_type": "IA3"}, "IA3 adapter is more than"),
+        ({"use_dora": True}, "with use_dora is more than"),
+        ({"target_parameters": ["experts.up"]}, "with target_parameters is more than"),
+        ({"lora_bias": True}, "with lora_bias is more than"),
+        ({"layer_replication": [[0, 1]]}, "with layer_replication is more than"),
+        ({"init_lora_weights": "pissa"}, "a base that it changed"),
+    ],
+)
+def test_what_is_not_plain_lora_is_refused_with_its_reason(
+    settings: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    folder = change(peft_adapter(tmp_path / "a"), **settings)
+    with pytest.raises(UserError, match=said):
+        api.adapter_info(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_said(value: float, tmp_path: Path) -> None:
+    folder = peft_adapter(tmp_path / "a")
+    weights = load_file(folder / files.WEIGHTS)
+    next(iter(weights.values()))[0, 0] = value
+    save_file(weights, folder / files.WEIGHTS)
+    with pytest.raises(UserError, match="not finite"):
+        api.adapter_info(folder)
+
+
+def test_pickled_weights_are_never_read(tmp_path: Path) -> None:
+    folder = peft_adapter(tmp_path / "a")
+    (folder / files.WEIGHTS).rename(folder / "adapter_model.bin")
+    with pytest.raises(UserError, match=r"never pickle.*save_pretrained"):
+        api.adapter_info(folder)
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_biases_beside_the_adapter_are_kept(bias: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = LoraConfig(
+        r=4, bias=bias, target_modules=["c_attn"], init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    get_peft_model(tiny_model("gpt2"), config).save_pretrained(tmp_path / "a")
+    read = spectrum.read(tmp_path / "a")
+    assert any(key.endswith("bias") for key in read.others)
+    cut, _ = api.resize_adapter(tmp_path / "a", 2)
+    assert spectrum.read(cut).others.keys() == read.others.keys()
+    PeftModel.from_pretrained(tiny_model("gpt2"), str(cut))
+
+
+def test_a_trainer_s_checkpoint_gives_its_adapter_alone(tmp_path: Path) -> None:
+    folder = peft_adapter(tmp_path / "checkpoint-40")
+    state = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json",
+             "training_args.bin")  # fmt: skip
+    for name in (*state, "tokenizer.json", "chat_template.jinja", "README.md"):
+        (folder / name).write_bytes(b"mine")
+    cut, done = api.resize_adapter(folder, 2)
+    assert {path.name for path in cut.iterdir()} == {
+        files.CONFIG, files.WEIGHTS, "README.md", "tokenizer.json", "chat_template.jinja",
+    }  # fmt: skip
+    assert set(done.left_behind) == set(state)
+
+
+def test_the_name_says_the_rank_there_is_and_rows_come_when_wanted(tmp_path: Path) -> None:
+    peft_adapter(tmp_path / "a", target_modules="all-linear")
+    said = call("adapter", "resize", "a", "--rank", "16", cwd=tmp_path)
+    assert said.returncode == 0, said.stderr
+    assert "nothing cut: no layer is over rank 16" in said.stdout
+    assert (tmp_path / "a-r4").is_dir()
+    assert not (tmp_path / "a-r16").exists()
+    short = call("adapter", "info", "a", cwd=tmp_path).stdout
+    assert "14 layers; a row for each: --layers" in short
+    assert "down_proj" not in short.split("targets")[1].split("parameters")[1]
+    long = call("adapter", "info", "a", "--layers", cwd=tmp_path).stdout
+    assert long.count("down_proj") >= 2
+    assert "rank used" in long.strip().splitlines()[-1] or "rank used" in long[-400:]
