@@ -164,6 +164,8 @@ def _message(raw: Any, name: str) -> Message:
     content = raw.get("content")
     if is_missing(content):
         content = raw.get("value")
+    if len(raw) == 2 and isinstance(content, str):  # most messages: nothing else to look at
+        return Message(role, text_of(content, name))
     extra = [
         (key, raw[key])
         for key in ("tool_call_id", "name", "reasoning_content")
