@@ -21,6 +21,10 @@ def put(path: Path, *texts: str) -> Path:
     rows = [{"text": text} for text in texts]
     if path.suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.suffix == ".arrow":
+        table = pyarrow.Table.from_pylist(rows)
+        with pyarrow.ipc.new_stream(path, table.schema) as stream:
+            stream.write_table(table)
     elif path.suffix.lower() == ".csv":
         path.write_text("text\n" + "\n".join(texts))
     elif path.suffix == ".json":
@@ -52,6 +56,7 @@ LAYOUTS = {
     "a prefix": ["korquad-train-00000-of-00002.json", "korquad-train-00001-of-00002.json"],
     "from one": ["train-00001-of-00002.jsonl", "train-00002-of-00002.jsonl"],
     "upper case": ["Train-0.JSONL", "Train-1.JSONL"],
+    "saved to disk": ["train/data-00000-of-00002.arrow", "train/data-00001-of-00002.arrow"],
     "no split named": ["part-0.jsonl", "part-1.jsonl"],
 }
 
@@ -61,6 +66,7 @@ def test_all_shards_of_a_split_are_read_in_order(name: str, tmp_path: Path) -> N
     files = [put(tmp_path / file, f"{i} a", f"{i} b") for i, file in enumerate(LAYOUTS[name])]
     (tmp_path / "README.md").write_text("# a data set")
     put(tmp_path / "dataset_infos.json", "no data")
+    put(tmp_path / "train" / "state.json", "no data")
     put(tmp_path / ".cache" / "train.jsonl", "no data")
     found = data.read(str(tmp_path))
     assert [e.text for e in found.examples] == ["0 a", "0 b", "1 a", "1 b"]

@@ -349,6 +349,8 @@ def test_columns_are_mapped_and_suggested(tmp_path: Path) -> None:
     assert "set dataset_columns: {instruction: question, output: response}" in refused(path)
     path = lines(tmp_path / "d.jsonl", [{"dialogue": [{"role": "user"}], "id": 1}])
     assert "set dataset_columns: {messages: dialogue}" in refused(path)
+    path = lines(tmp_path / "d.jsonl", [{"Instruction": "q", "Output": "a"}])
+    assert "{instruction: Instruction, output: Output}" in refused(path)
     assert set(fields.COLUMNS) == set(COLUMNS)
 
 
@@ -358,6 +360,7 @@ def test_columns_are_mapped_and_suggested(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "ids", "labels"),
     [({"attention_mask": [1, 1, 1, 0, 0]}, (5, 6, 2), (5, 6, 2)),
+     ({"attention_mask": [True, True, False, False, False]}, (5, 6), (5, 6)),
      ({"attention_mask": [0, 0, 1, 1, 1]}, (2, 0, 0), (2, 0, 0)),
      ({"attention_mask": [1, 1, 1, 1, 1]}, (5, 6, 2, 0, 0), (5, 6, 2, 0, 0)),
      ({}, (5, 6, 2, 0, 0), (5, 6, 2, 0, 0)),

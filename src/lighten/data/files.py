@@ -12,7 +12,7 @@ from pathlib import Path
 from lighten.errors import UserError
 from lighten.paths import exists, split_limit
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 SPLITS = {"train": ("train", "training"),
           "valid": ("valid", "validation", "val", "dev", "eval"),
           "test": ("test", "testing")}  # fmt: skip

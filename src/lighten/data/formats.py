@@ -40,8 +40,8 @@ def rows_of(file: Path, columns: Collection[str] = ()) -> Iterator[tuple[int, An
     """
     suffix = file.suffix.lower()
     try:
-        if suffix == ".parquet":
-            yield from enumerate(_parquet(file), 1)
+        if suffix in (".parquet", ".arrow"):
+            yield from enumerate(_table(file), 1)
             return
         with file.open("rb") as stream:
             start = stream.read(4)
@@ -146,41 +146,56 @@ def _guarded(line: str) -> str:
     return line.replace("\r", _RETURN)
 
 
-def _parquet(file: Path) -> Iterator[Any]:
+def _table(file: Path) -> Iterator[Any]:
+    """Rows of a Parquet file, or of an Arrow file as `datasets` saves them."""
     try:
         import pyarrow
-        import pyarrow.parquet
     except ImportError:
         raise missing_extra("pyarrow", "parquet") from None
     try:
-        with pyarrow.parquet.ParquetFile(file) as table:
-            whole = _whole_columns(table)
-            for batch in table.iter_batches(_ARROW_ROWS):
-                for row in batch.to_pylist(maps_as_pydicts="lossy"):
-                    for name in whole & row.keys():
-                        if row[name] is not None and math.isfinite(row[name]):
-                            row[name] = int(row[name])
-                    yield {key: _unfilled(value) for key, value in row.items()}
+        whole = _whole_columns(file)
+        for batch in _batches(file):
+            for row in batch.to_pylist(maps_as_pydicts="lossy"):
+                for name in whole & row.keys():
+                    if row[name] is not None and math.isfinite(row[name]):
+                        row[name] = int(row[name])
+                yield {key: _unfilled(value) for key, value in row.items()}
     except (pyarrow.ArrowException, ValueError, OverflowError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{file} is not valid Parquet: {reason}") from error
+        kind = "Parquet" if file.suffix.lower() == ".parquet" else "Arrow"
+        raise UserError(f"{file} is not valid {kind}: {reason}") from error
 
 
-def _whole_columns(table: Any) -> set[str]:
+def _batches(file: Path) -> Iterator[Any]:
+    import pyarrow.ipc
+    import pyarrow.parquet
+
+    if file.suffix.lower() == ".parquet":
+        with pyarrow.parquet.ParquetFile(file) as table:
+            yield from table.iter_batches(_ARROW_ROWS)
+    else:
+        with file.open("rb") as stream:
+            yield from pyarrow.ipc.open_stream(stream)
+
+
+def _whole_columns(file: Path) -> set[str]:
     """Columns of whole numbers that pandas made floats because a value was missing."""
     import pyarrow
 
-    names = [field.name for field in table.schema_arrow if pyarrow.types.is_floating(field.type)]
-    whole = set()
-    for name in names:
-        numbers = [
-            number for batch in table.iter_batches(columns=[name])
-            for number in batch.column(0).to_pylist()
-        ]  # fmt: skip
-        values = [n for n in numbers if n is not None and math.isfinite(n)]
-        if len(values) < len(numbers) and all(n.is_integer() for n in values):
-            whole.add(name)
-    return whole
+    whole: dict[str, bool] = {}
+    missing: set[str] = set()
+    for batch in _batches(file):
+        for place, field in enumerate(batch.schema):
+            if not pyarrow.types.is_floating(field.type) or not whole.get(field.name, True):
+                continue
+            numbers = batch.column(place).to_pylist()
+            values = [n for n in numbers if n is not None and math.isfinite(n)]
+            whole[field.name] = all(n.is_integer() for n in values)
+            if len(values) < len(numbers):
+                missing.add(field.name)
+        if not any(whole.values()):
+            break
+    return {name for name in missing if whole[name]}
 
 
 def _unfilled(value: Any) -> Any:

@@ -38,8 +38,8 @@ COLUMNS = (*_SHAPE_OF, "system", "tools")
 _QUESTIONS = ("question", "query", "prompt", "instruction", "problem", "input", "user")
 _ANSWERS = ("response", "answer", "output", "completion", "solution", "target", "chosen",
             "assistant", "reply")  # fmt: skip
-_CHATS = ("conversation", "dialogue", "dialog", "chat", "turns")
-_TEXTS = ("content", "document", "body")
+_CHATS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns")
+_TEXTS = ("text", "content", "document", "body")
 # Ids beyond any vocabulary would not fit the arrays that hold them.
 _LARGEST_ID = 2**31 - 1
 
@@ -201,7 +201,10 @@ def _tokens(given: Mapping[str, Any], file: str, line: int) -> Example:
         raise BadRowError(f"input_ids must be token ids, from 0 to {_LARGEST_ID}")
     begin, end = 0, len(ids)
     if "attention_mask" in given:
-        mask = _integers(given["attention_mask"], "attention_mask", "0 and 1", len(ids))
+        mask = decoded(given["attention_mask"], "attention_mask")
+        if isinstance(mask, list):
+            mask = [int(one) if isinstance(one, bool) else one for one in mask]
+        mask = _integers(mask, "attention_mask", "0 and 1", len(ids))
         if set(mask) - {0, 1} or 1 not in mask:
             raise BadRowError("attention_mask must hold 1 for each token and 0 for padding")
         begin, end = mask.index(1), len(mask) - mask[::-1].index(1)
