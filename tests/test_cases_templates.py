@@ -166,6 +166,29 @@ def test_thoughts_that_a_template_cuts_out_are_told_kept_or_dropped(
     assert "1 of 1 thoughts are removed" in encoded.problems[0]
 
 
+def test_only_thoughts_are_dropped() -> None:
+    for answer, left in (
+        (f"{THOUGHT}one<think>more</think>two", "one\n\ntwo"),
+        ("close <think> with </think> it", "close <think> with </think> it"),
+        ("<b>bold</b> words", "<b>bold</b> words"),
+    ):
+        assert learnt(talk("q", answer), CHATML, thinking="drop")[0] == f"{left}<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% for m in messages %}{{ m.content }}", "not valid Jinja"),
+        ("{{ messages[7].content.x }}", r"f\.jsonl:1: the chat template refuses"),
+        ("{{ 1 / 0 }}", r"f\.jsonl:1: the chat template refuses"),
+        ("{{ messages[0].content + 1 }}", r"f\.jsonl:1: the chat template refuses"),
+    ],
+)
+def test_a_broken_template_is_one_sentence(template: str, reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        learnt(talk("q", "a"), template)
+
+
 def test_a_thought_in_a_key_of_its_own_is_not_lost_in_silence() -> None:
     aside = Message("assistant", "yes", extra=(("reasoning_content", "I reckon so"),))
     example = Example("f", 1, (Message("user", "q"), aside))

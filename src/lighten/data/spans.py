@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 
 from lighten.data.examples import Example, Message
 from lighten.data.special import MARKER, special_tokens
@@ -21,6 +21,11 @@ from lighten.errors import UserError
 _GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")
 EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>\s*")
 Span = tuple[int, int]
+# What a template may raise: whatever it says of itself, and what its expressions do.
+_REFUSALS = (
+    TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
+    RecursionError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,12 +61,17 @@ def render(messages: Sequence[Message], tokenizer: Any, where: str, **options: A
 
     Raises:
         RefusedError: The template refuses it.
+        UserError: The template itself is broken.
     """
     try:
         text: str = tokenizer.apply_chat_template(
             [message.for_template() for message in messages], tokenize=False, **options
         )
-    except (TemplateError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+    except TemplateSyntaxError as error:
+        raise UserError(
+            f"the chat template is not valid Jinja (line {error.lineno}): {error.message}"
+        ) from error
+    except _REFUSALS as error:
         raise RefusedError(
             where, f"the chat template refuses this conversation: {error}"
         ) from error

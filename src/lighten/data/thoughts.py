@@ -13,7 +13,10 @@ _THOUGHT = re.compile(
     r"\s*(?:<(think|thinking|thought|reasoning)>.*?</\1>|\[THINK\].*?\[/THINK\])\s*", re.DOTALL
 )
 # Where the opening mark stands in the prompt, the answer only closes the thought.
-_CLOSED = re.compile(r"^.*?</(think|thinking|thought|reasoning)>\s*", re.DOTALL)
+_CLOSED = re.compile(
+    r"^(?:(?!<(?:think|thinking|thought|reasoning)>).)*?</(think|thinking|thought|reasoning)>\s*",
+    re.DOTALL,
+)
 
 
 def thought_of(message: Message) -> str:
@@ -34,9 +37,10 @@ def without_thought(message: Message) -> Message:
     if not thought_of(message):
         return message
     extra = tuple(own for own in message.extra if own[0] != "reasoning_content")
-    content = _THOUGHT.sub("", message.content, count=1) if _THOUGHT.match(message.content) else (
-        _CLOSED.sub("", message.content, count=1)
-    )  # fmt: skip
+    if _THOUGHT.match(message.content):  # and those between its words
+        content = _THOUGHT.sub("\n\n", message.content).strip()
+    else:
+        content = _CLOSED.sub("", message.content, count=1)
     return replace(message, content=content, extra=extra)
 
 
