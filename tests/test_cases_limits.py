@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from lighten import models
+from lighten import data, models
 from lighten.devices import named
 from lighten.errors import UserError
 from lighten.evaluate.evaluation import evaluate_run
-from lighten.plan import asked
+from lighten.plan import asked, before_training
 from lighten.recipe import Recipe
 from lighten.train.run import train
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
@@ -77,8 +77,8 @@ def test_rows_beyond_a_table_of_positions_are_cut_to_it_and_counted(
     plan = asked.plan(recipe, named("t4"), calibrate=False, changes=False)
     assert any(f"lost to the model's {POSITIONS} positions" in note for note in plan.notes)
     run = train(recipe, progress=False)
-    data = run.info()["data"]
-    assert (data["train_rows"], data["truncated"], data["dropped"]) == (14, 2, 2)
+    facts = run.info()["data"]
+    assert (facts["train_rows"], facts["truncated"], facts["dropped"]) == (14, 2, 2)
     evaluation = evaluate_run(run)
     assert evaluation.dataset["shortened"] >= 2
     assert len(evaluation.examples) == 16
@@ -244,3 +244,19 @@ def test_a_fault_of_a_model_folder_is_one_sentence(
     with pytest.raises(UserError, match=said) as told:
         models.load(str(folder), dtype="float32")
     assert "\n" not in str(told.value)
+
+
+def test_a_check_and_a_guarded_run_refuse_ids_too(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model")
+    path = tmp_path / "ids.jsonl"
+    path.write_text('{"input_ids": [5, 6, 7]}\n{"input_ids": [5, 999, 7]}\n', encoding="utf-8")
+    said = r"ids\.jsonl:2 has the id 999, the model has 320"
+    tokenizer = models.load_tokenizer(str(folder))
+    with pytest.raises(UserError, match=said):
+        data.check(
+            data.read(str(path)), tokenizer, max_length=64, template="",
+            verify=models.limits(str(folder)).check_ids,
+        )  # fmt: skip
+    recipe = recipe_of(model_name_or_path=str(folder), dataset=str(path), val_size=0)
+    with pytest.raises(UserError, match=said):
+        before_training.predict(recipe)

@@ -393,7 +393,8 @@ def data_check(
     from lighten import data
     from lighten.models import limits, load_tokenizer
 
-    longest, limit = limits(model).longest(max_length)
+    of_model = limits(model)
+    longest, limit = of_model.longest(max_length)
     tokenizer = load_tokenizer(model)
     template = data.choose_template(tokenizer, chat_template)
     options: dict[str, Any] = {"skip_bad_rows": skip_bad_rows}
@@ -404,7 +405,7 @@ def data_check(
     if eval_dataset is not None or data.has_split(file, "valid"):
         other = data.read(eval_dataset or file, split="valid", **options)
     checked = data.check(
-        found, tokenizer, max_length=longest, sample=row,
+        found, tokenizer, max_length=longest, sample=row, verify=of_model.check_ids,
         evaluation=None if other is None else other.examples,
         template=f"{template.name}: {template.reason}", limit=limit, skip_bad_rows=skip_bad_rows,
         system_role=system_role and system_role.value, thinking=thinking and thinking.value,

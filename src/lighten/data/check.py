@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -68,6 +68,7 @@ def check(
     template: str,
     evaluation: Sequence[Example] | None = None,
     sample: int = 0,
+    verify: Callable[[Sequence[Any], Any], None] | None = None,
     **options: Any,
 ) -> CheckReport:
     """Look at a data set as a run would see it.
@@ -79,9 +80,12 @@ def check(
         template: What to say of the chat template.
         evaluation: Examples to look for overlap with.
         sample: Which row to show token by token.
+        verify: Raises for rows, with the tokenizer, that a model does not take.
         options: As for `encode`.
     """
     whole = encode(found.examples, tokenizer, max_length=2**31, **options)
+    if verify is not None:
+        verify(whole.rows, tokenizer)
     kept = encode(found.examples, tokenizer, max_length=max_length, **options)
     lengths = np.asarray(lengths_of(whole.rows))
     keys = Counter(example.prompt_key for example in found.examples)

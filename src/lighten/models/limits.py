@@ -61,6 +61,9 @@ class Limits:
         Raises:
             IdsError: One has none: which row and which id.
         """
+        ids = getattr(rows, "ids", None)  # all of them in one array, where rows are kept so
+        if ids is not None and (not len(ids) or int(ids.max()) < self.vocabulary):
+            return
         for row in rows:
             highest = int(max(row.input_ids, default=0))
             if highest >= self.vocabulary:

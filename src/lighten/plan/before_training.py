@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from lighten import devices
 from lighten.devices import Device
 from lighten.errors import UserError
+from lighten.models import IdsError
 from lighten.plan import asked, calibration, words
 from lighten.plan.result import Plan
 from lighten.recipe import Recipe
@@ -34,7 +35,7 @@ def predict(recipe: Recipe, *, force: bool = False) -> Prediction | None:
         The plan as training takes it; None on a rank that is not the first.
 
     Raises:
-        UserError: It surely does not fit.
+        UserError: It surely does not fit, or a row has an id that the model does not have.
     """
     if int(os.environ.get("RANK", "0")) > 0:
         return None
@@ -43,6 +44,8 @@ def predict(recipe: Recipe, *, force: bool = False) -> Prediction | None:
         notes: list[str] = []
         rows = asked.read_rows(recipe, notes)
         plan = asked.plan(recipe, device, rows=rows, read_data=False, changes=False)
+    except IdsError:
+        raise  # no run would come of these rows
     except Exception as error:  # whatever it is: the run does not depend on its plan
         return Prediction([f"no plan: {_first_line(error)}"])
     lines = words.lines(plan)
