@@ -17,9 +17,9 @@ COLOURS = 12
 # More points than this are thinned: the mean of each of so many equal stretches is drawn.
 MOST_POINTS = 400
 
-WIDTH, HEIGHT = 640, 300
+WIDTH, HEIGHT = 640, 320
 # Room for text that a phone shows at twice its size here (see style.css).
-LEFT, RIGHT, TOP, BOTTOM = 80, 16, 40, 58
+LEFT, RIGHT, TOP, BOTTOM = 80, 16, 50, 58
 # A label nearer than this to the right edge ends at its place instead of lying around it.
 EDGE = 48
 
