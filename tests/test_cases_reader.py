@@ -238,6 +238,9 @@ def test_a_csv_s_index_column_and_blank_lines_are_no_rows(tmp_path: Path) -> Non
 def test_a_header_that_names_a_column_twice_is_refused(tmp_path: Path) -> None:
     (tmp_path / "d.csv").write_text("text,text\na,b\n")
     assert "two columns called 'text'" in refused(tmp_path / "d.csv")
+    table = pyarrow.table([pyarrow.array(["a"])] * 2, names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
+    assert "two columns called 'text'" in refused(tmp_path / "d.parquet")
 
 
 # JSON that is no JSON lines.

@@ -155,6 +155,9 @@ def _table(file: Path) -> Iterator[Any]:
     try:
         whole = _whole_columns(file)
         for batch in _batches(file):
+            twice = [name for name in batch.schema.names if batch.schema.names.count(name) > 1]
+            if twice:
+                raise UserError(f"{file} has two columns called {twice[0]!r}; rename one")
             for row in batch.to_pylist(maps_as_pydicts="lossy"):
                 for name in whole & row.keys():
                     if row[name] is not None and math.isfinite(row[name]):
