@@ -169,7 +169,7 @@ def recipe_target() -> Target:
     """Recipe files, with the sections and forms that recipes have."""
     recipes = (
         "model_name_or_path: m\ndataset: d.jsonl\nlora_r: [8, 16]\nlearning_rate: 1e-4\nseed: 3\n",
-        "base_model: m\ndatasets:\n  - path: d.jsonl\n    type: alpaca\nsequence_len: 512\n"
+        "base_model: m\ntrain_file: d.jsonl\nsequence_len: 512\n"
         "adapter: qlora\nval_set_size: 0.1\n",
         "model_name_or_path: m\ndataset: d.jsonl\ndataset_columns: {instruction: q, output: a}\n"
         "adapters:\n  - name: a\n    lora_r: 4\n  - {name: b, lora_alpha: 8}\n"
@@ -285,16 +285,16 @@ def fuzz(target: Target, inputs: int, seed: int, work: Path, kept: Path) -> Outc
         kept: Where inputs that fail are put.
     """
     outcome = Outcome()
+    place = work / "input"
+    for files in target.files:  # whole ones can be read; and what is imported late, is now
+        _write(files, place)
+        target.read(place)
     for number in range(inputs):
         chance = random.Random(f"{target.name}/{seed}/{number}")
         files = dict(chance.choice(target.files))
         name = chance.choice(sorted(files))
         files[name] = damaged(files[name], chance)
-        place = work / "input"
-        shutil.rmtree(place, ignore_errors=True)
-        for path, content in files.items():
-            (place / path).parent.mkdir(parents=True, exist_ok=True)
-            (place / path).write_bytes(content)
+        _write(files, place)
         before = state(work)
         outcome.inputs += 1
         try:
@@ -310,6 +310,13 @@ def fuzz(target: Target, inputs: int, seed: int, work: Path, kept: Path) -> Outc
         if state(work) != before:
             _keep(outcome, target, "changed files", number, place, kept)
     return outcome
+
+
+def _write(files: dict[str, bytes], place: Path) -> None:
+    shutil.rmtree(place, ignore_errors=True)
+    for path, content in files.items():
+        (place / path).parent.mkdir(parents=True, exist_ok=True)
+        (place / path).write_bytes(content)
 
 
 def _keep(outcome: Outcome, target: Target, why: str, number: int, place: Path, kept: Path) -> None:

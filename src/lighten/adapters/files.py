@@ -235,7 +235,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         # Editors on Windows put a byte order mark in front.
         config: Any = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}; fetch or save it again") from error
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise UserError(f"{path} names no peft_type; it is not a PEFT adapter")

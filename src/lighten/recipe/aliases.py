@@ -81,14 +81,15 @@ def translate(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], lis
         if key in RENAMED and not (key == "data" and isinstance(value, Mapping)):
             put(key, RENAMED[key], value)
         elif key == "data":
-            unknown = sorted(set(value) - {"train", "valid", "validation", "eval"})
+            unknown = sorted(set(value) - {"train", "valid", "validation", "eval"}, key=str)
             if unknown:
                 problems.append(f"data.{unknown[0]} is not a setting; use dataset, eval_dataset")
             for part in set(value) - set(unknown):
                 name = "dataset" if part == "train" else "eval_dataset"
                 put(f"data.{part}", name, value[part])
         elif key == "datasets":
-            paths = [v.get("path") if isinstance(v, Mapping) else v for v in value or []]
+            entries = value if isinstance(value, list) else [value]
+            paths = [v.get("path") if isinstance(v, Mapping) else v for v in entries]
             if len(paths) == 1 and isinstance(paths[0], str):
                 put("datasets", "dataset", paths[0])
             else:
