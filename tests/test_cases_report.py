@@ -6,6 +6,8 @@ import inspect
 import json
 import random
 import re
+import shlex
+import shutil
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,11 @@ from lighten.plan.result import Memory, MemoryPart, Plan, Shape
 from lighten.recipe import EvaluateOptions, SweepOptions
 from lighten.recipe.fields import RecipeFields
 from lighten.report import charts, comparison
+from lighten.report.page import next_commands
 from lighten.runs import Run
 from lighten.sweep.result import SweepResult
 from lighten.wording import counted
+from tests.processes import call
 from tests.report_fixture import write_run
 from tests.test_sweep_table import arm
 
@@ -411,3 +415,24 @@ def test_a_plan_is_one_short_line(tmp_path: Path) -> None:
     plan = Plan("smollm2-135m", "t4", "lora", Shape(1, 8, 1), memory, None, 16 * 2**30, 0, 0, None,
                 {}, ())  # fmt: skip
     assert repr(plan) == "Plan(smollm2-135m, lora, on t4: 3.00 of 16.00 GiB, fits)"
+
+
+@pytest.mark.parametrize("where", ["runs/a run", "elsewhere/b", "책"])
+def test_the_command_that_a_stopped_run_shows_goes_on(
+    where: str, tiny_folder: Path, chat_file: Path, tmp_path: Path
+) -> None:
+    """Killed after its checkpoint: as the page says, `train --resume FOLDER` ends it."""
+    common = ("train", str(tiny_folder), str(chat_file), "--output_dir", where, "--max_steps", "4",
+              "--save_steps", "2", "--no-plan", "--val_size", "0")  # fmt: skip
+    whole = call(*common, cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    run = Run(tmp_path / where)
+    run.update(status="interrupted")
+    run.truncate_metrics(2)
+    shutil.rmtree(sorted((run.folder / "checkpoints").iterdir())[-1])
+    shutil.rmtree(run.folder / "adapters")
+    ((command, _),) = next_commands(run, run.info(), evaluated=False)
+    done = call(*shlex.split(command)[1:], "--no-plan", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert Run(tmp_path / where).info()["status"] == "finished"
+    assert [line["step"] for line in run.metrics() if line["kind"] == "train"] == [1, 2, 3, 4]

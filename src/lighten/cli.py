@@ -101,7 +101,7 @@ def main() -> None:
 
 
 def _recipe_arguments(words: list[str]) -> tuple[str | None, dict[str, Any]]:
-    """A recipe file, or MODEL DATA, and the settings after them."""
+    """A recipe file, a run's folder, or MODEL DATA, and the settings after them."""
     from lighten.errors import UserError
 
     named: list[str] = []
@@ -110,6 +110,8 @@ def _recipe_arguments(words: list[str]) -> tuple[str | None, dict[str, Any]]:
     settings = overrides(words)
     if len(named) == 1 and named[0].endswith((".yaml", ".yml")):
         return named[0], settings
+    if len(named) == 1 and (recipe := Path(named[0]).expanduser() / "recipe.yaml").is_file():
+        return str(recipe), {"output_dir": str(recipe.parent), **settings}
     if len(named) == 2:
         return None, {"model_name_or_path": named[0], "dataset": named[1], **settings}
     if not named and settings:
