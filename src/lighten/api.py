@@ -86,7 +86,7 @@ def train(
 
     prediction = predict(chosen, force=force)
     done = run_training(chosen, resume=resume, progress=progress, prediction=prediction)
-    remember(done)
+    remember(done, whole=not resume)
     return done
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from lighten.console import OPEN, Json, Settings, console, is_assignment, overrides, print_table
 
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
 
     from lighten.plan.result import Plan
     from lighten.plan.search import Candidate
+    from lighten.recipe import Recipe
 
-FITS, DOES_NOT, CANNOT_TELL = 0, 1, 2
+FITS, DOES_NOT, CANNOT_TELL, ERROR = 0, 1, 2, 3
 _Words = Annotated[
     list[str] | None,
     typer.Argument(metavar="RECIPE | MODEL [DATA] | serve BASE | quantize BASE", help=Settings),
@@ -64,30 +66,83 @@ def plan(
     offload: _Offload = None,
     as_json: Json = False,
 ) -> None:
-    """Predict memory and time before anything is downloaded: exit 0 fits, 1 does not, 2 unsure."""
+    """Predict memory and time before anything is downloaded.
+
+    Exit codes: 0 it fits, 1 it does not, 2 cannot tell, 3 an error: there is no answer.
+    """
     rest = [*(words or []), *ctx.args]
-    if rest[:1] in (["serve"], ["quantize"]):
-        fits = (_serve if rest[0] == "serve" else _quantize)(rest[1:], device, as_json)
-    elif largest:
-        fits = _largest(rest, device, as_json)
-    else:
-        recipe, settings = _what(rest)
-        if search or write is not None:
-            fits = _search(recipe, settings, device, write, as_json)
-        elif limits:
-            fits = _limits(recipe, settings, device, as_json)
-        elif gpus is not None or nodes > 1 or zero is not None or fsdp is not None:
-            how = {"strategy": _strategy(zero, fsdp), "gpus": gpus or 1, "nodes": nodes,
-                   "offload": _places(offload)}  # fmt: skip
-            fits = _spread(recipe, settings, device, how, as_json)
-        else:
-            fits = _plan(recipe, settings, device, as_json, probe=probe)
+    with _errors_apart():
+        fits = _answer(
+            rest, device, as_json, probe=probe, search=search, largest=largest, limits=limits,
+            write=write, spread=(gpus, nodes, zero, fsdp, offload),
+        )  # fmt: skip
     raise typer.Exit(exit_code(fits))
+
+
+def _answer(
+    rest: list[str],
+    device: str | None,
+    as_json: bool,
+    *,
+    probe: bool,
+    search: bool,
+    largest: bool,
+    limits: bool,
+    write: Path | None,
+    spread: tuple[int | None, int, int | None, str | None, str | None],
+) -> bool | None:
+    """Print the answer to whichever question was asked, and say whether it fits."""
+    if rest[:1] in (["serve"], ["quantize"]):
+        return (_serve if rest[0] == "serve" else _quantize)(rest[1:], device, as_json)
+    if largest:
+        return _largest(rest, device, as_json)
+    recipe, settings = _what(rest)
+    if search or write is not None:
+        return _search(recipe, settings, device, write, as_json)
+    if limits:
+        return _limits(recipe, settings, device, as_json)
+    gpus, nodes, zero, fsdp, offload = spread
+    if gpus is not None or nodes > 1 or zero is not None or fsdp is not None:
+        how = {"strategy": _strategy(zero, fsdp), "gpus": gpus or 1, "nodes": nodes,
+               "offload": _places(offload)}  # fmt: skip
+        return _spread(recipe, settings, device, how, as_json)
+    return _plan(recipe, settings, device, as_json, probe=probe)
+
+
+class _Command(TyperCommand):
+    """A flag that is not understood is an error, too, and no "cannot tell"."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse, and give the error its own exit code."""
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            if getattr(error, "exit_code", 0):
+                error.exit_code = ERROR  # type: ignore[attr-defined]
+            raise
+
+
+@contextmanager
+def _errors_apart() -> Iterator[None]:
+    """Any error ends with a code of its own: a job's guard must not take it for an answer."""
+    from lighten.errors import UserError
+
+    try:
+        yield
+    except UserError as error:
+        typer.echo(f"error: {error}", err=True)
+    except Exception as error:  # Python's own exit code would mean that it does not fit
+        said = str(error).strip() or "no message"
+        typer.echo(f"error: the plan failed by a fault of lighten's own, "
+                   f"{type(error).__name__}: {said}", err=True)  # fmt: skip
+    else:
+        return
+    raise typer.Exit(ERROR)
 
 
 def register(app: typer.Typer) -> None:
     """Add the command to the app."""
-    app.command(context_settings=OPEN)(plan)
+    app.command(cls=_Command, context_settings=OPEN)(plan)
 
 
 def exit_code(fits: bool | None) -> int:
@@ -154,13 +209,17 @@ def print_plan(made: Plan) -> None:
 
 
 def print_changes(made: Plan) -> None:
-    """What would need less, as a table."""
+    """What would need less, as a table, the flags of each, and whether one of them is enough."""
     from lighten.plan import words
 
-    if made.changes:
-        print_table(
-            ["what would need less", "saves", "time", "fits", "settings"], words.change_rows(made)
-        )
+    if not made.changes:
+        return
+    print_table(["", "what would need less", "saves", "time", "fits"], words.change_rows(made))
+    # Flags are copied: whole, whatever the width of the terminal.
+    for line in words.change_flags(made):
+        console().print(line, highlight=False, markup=False, soft_wrap=True)
+    if (said := words.with_change(made)) is not None:
+        _headline(said, made.fits())
 
 
 def _search(
@@ -190,16 +249,18 @@ def _search(
             _headline("nothing fits", False)
         else:
             _headline(f"the fastest that fits: {found.best.what}", True)
-            _settings(found.best)
+            _settings(api.plannable(recipe, **settings), found.best)
             if write is not None:
                 console().print(f"recipe: {write}", soft_wrap=True, highlight=False)
     return found.best is not None
 
 
-def _settings(best: Candidate) -> None:
+def _settings(recipe: Recipe, best: Candidate) -> None:
     from lighten.plan import words
+    from lighten.plan.changes import differing
 
-    console().print(words.flags(best.settings), highlight=False, markup=False, soft_wrap=True)
+    flags = words.flags(differing(recipe, best.settings))
+    console().print(flags or "(as it is)", highlight=False, markup=False, soft_wrap=True)
 
 
 def _largest(words: list[str], device: str | None, as_json: bool) -> bool:
@@ -340,7 +401,7 @@ def _places(offload: str | None) -> tuple[str, ...]:
 
 def _headline(text: str, fits: bool | None) -> None:
     style = {True: "bold green", False: "bold red", None: "bold yellow"}[fits]
-    console().print(text, style=style, highlight=False, markup=False)
+    console().print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager

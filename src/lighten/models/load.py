@@ -259,6 +259,10 @@ def set_attention(
         if capability < blocks.GROUPED_SINCE or model.dtype == torch.float32:
             blocks.register_repeated(capability)
             model.set_attn_implementation(blocks.REPEATS)
+            text = model.config.get_text_config()
+            heads = getattr(text, "num_attention_heads", None)
+            if getattr(text, "num_key_value_heads", None) in (None, heads):
+                return Choice("sdpa", "PyTorch's kernels for this GPU and format")
             why = "grouped keys are repeated: no kernel of this GPU, or of float32, reads them"
             return Choice("sdpa", why)
     if in_use == wanted:

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import math
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -32,6 +33,9 @@ from lighten.train.rows import Rows, load_rows
 
 # A larger data file is not read for a plan alone; its rows are then taken to be max_length long.
 LARGEST_DATA_BYTES = 32 * 2**20
+# A user waits no longer than about this for what would need less; then what there is is told.
+MOST_CHANGES_S = 30.0
+AT_ONCE = 4  # changes that are planned side by side before the clock is looked at
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 
 
@@ -73,7 +77,12 @@ def plan(
     if told is not None:
         told(made)
     if changes and made.capacity is not None and made.fits() is not True:
-        made = replace(made, changes=_changes(recipe, made, planner))
+        found, whole = _changes(recipe, made, planner)
+        made = replace(made, changes=found)
+        if not whole:
+            seconds = f"{MOST_CHANGES_S:.0f} s"
+            cut = f"after {seconds} no further changes were looked for; lighten plan --search does"
+            made = replace(made, notes=(*made.notes, cut))
     return made
 
 
@@ -126,12 +135,24 @@ def changes_of(
     recipe: Recipe, device: Device, made: Plan, rows: Rows | None = None
 ) -> tuple[Change, ...]:
     """What would need less than a plan that is made already, the cheapest first."""
-    return _changes(recipe, made, planner_for(device, rows))
+    return _changes(recipe, made, planner_for(device, rows))[0]
 
 
-def _changes(recipe: Recipe, made: Plan, planner: Planner) -> tuple[Change, ...]:
-    planner.plan_ahead(_valid(recipe, [idea.settings for idea in ideas(recipe, made)]))
-    return cheapest(recipe, made, planner)
+def _changes(recipe: Recipe, made: Plan, planner: Planner) -> tuple[tuple[Change, ...], bool]:
+    """Changes, and whether there was time for all that was to be looked at."""
+    end = time.monotonic() + MOST_CHANGES_S
+    cut = False
+
+    def over() -> bool:
+        nonlocal cut
+        cut = cut or time.monotonic() > end
+        return cut
+
+    settings = [idea.settings for idea in ideas(recipe, made)]
+    for place in range(0, len(settings), AT_ONCE):
+        if not over():
+            planner.plan_ahead(_valid(recipe, settings[place : place + AT_ONCE]))
+    return cheapest(recipe, made, planner, over=over), not cut
 
 
 def _valid(recipe: Recipe, changes: Sequence[Mapping[str, Any]]) -> Iterator[Recipe]:

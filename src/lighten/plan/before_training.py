@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from lighten import devices
 from lighten.devices import Device
@@ -56,8 +57,16 @@ def predict(recipe: Recipe, *, force: bool = False) -> Prediction | None:
     return Prediction(lines, plan.to_dict(), rows, _advice(recipe, device, plan, rows))
 
 
-def remember(run: Run) -> None:
-    """Add what was predicted and measured to this machine's calibration file, quietly."""
+def remember(run: Run, *, whole: bool = True) -> None:
+    """Add what was predicted and measured to this machine's calibration file, quietly.
+
+    Args:
+        run: A run that has ended.
+        whole: It was made in one go. What goes on from a checkpoint, or had nothing left to do,
+            measures something else than what was planned.
+    """
+    if not whole:
+        return
     info, plan = run.info(), run.plan()
     pair = info.get("prediction")
     if plan is None or pair is None or info.get("status") != "finished" or info.get("retries"):
@@ -70,6 +79,7 @@ def remember(run: Run) -> None:
                 "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
                 "device": machine,
                 "model": plan["model"],
+                "weights_bytes": _weights_bytes(plan),
                 "method": plan["method"],
                 "shape": plan["shape"],
                 "memory": _against(uncorrected.get("expected"), pair.get("memory")),
@@ -78,6 +88,11 @@ def remember(run: Run) -> None:
         )
     except (UserError, OSError, KeyError) as error:
         run.update(calibration=f"not kept: {_first_line(error)}")
+
+
+def _weights_bytes(plan: Mapping[str, Any]) -> float | None:
+    states = plan.get("states")
+    return None if states is None else float(states["frozen"] + states["trained"])
 
 
 def _against(traced: float | None, pair: dict[str, float] | None) -> dict[str, float] | None:

@@ -24,6 +24,8 @@ MOST_PAIRS = 400
 # So few pairs could be accidents, and nothing is corrected by more than this: a prediction that is
 # further off is wrong in a way that a factor does not mend.
 FEWEST_PAIRS, MOST_CORRECTION = 3, 1.25
+# A model is like another whose weights are at most so many times as large.
+ALIKE = 1.5
 # Predictions below this are mostly the process's own noise.
 SMALLEST_BYTES, SHORTEST_S = 64 * 2**20, 0.02
 OVERHEAD = "allocator overhead"
@@ -49,8 +51,8 @@ def add(pair: Mapping[str, Any]) -> None:
     """Add a pair and let the oldest go where there are too many.
 
     Args:
-        pair: `when`, `device` (which machine), `model`, `method`, `memory` and `step_seconds`,
-            the last two each a mapping of `predicted` and `measured`, or None.
+        pair: `when`, `device` (which machine), `model`, `weights_bytes`, `method`, `memory` and
+            `step_seconds`, the last two each a mapping of `predicted` and `measured`, or None.
 
     Raises:
         UserError: The file cannot be written.
@@ -69,7 +71,7 @@ def corrected(plan: Plan, machine: str, known: Sequence[Mapping[str, Any]] | Non
     own = [
         pair
         for pair in (pairs() if known is None else known)
-        if pair.get("device") == machine and pair.get("method") == plan.method
+        if pair.get("device") == machine and comparable(pair, plan)
     ]
     memory, notes = plan.memory, list(plan.notes)
     factor, count = _factor(own, "memory", SMALLEST_BYTES)
@@ -97,6 +99,24 @@ def corrected(plan: Plan, machine: str, known: Sequence[Mapping[str, Any]] | Non
     if plan.time is not None:
         traced["seconds"] = plan.time.seconds
     return replace(plan, memory=memory, time=time, notes=tuple(notes), traced=traced)
+
+
+def comparable(pair: Mapping[str, Any], plan: Plan) -> bool:
+    """Whether what a run measured says anything about a plan: same method, a model like its own.
+
+    A toy says nothing about a larger model: what a plan misses of it is mostly the process's own.
+    """
+    if pair.get("method") != plan.method:
+        return False
+    measured, planned = pair.get("weights_bytes"), weights_bytes(plan)
+    if not measured or not planned:  # of an older run: its name is all that is known
+        return bool(pair.get("model") == plan.model)
+    return max(measured, planned) <= ALIKE * min(measured, planned)
+
+
+def weights_bytes(plan: Plan) -> float | None:
+    """Bytes of a planned model's weights with what learns; None where they are not known."""
+    return None if plan.states is None else plan.states.frozen + plan.states.trained
 
 
 def _factor(own: Sequence[Mapping[str, Any]], key: str, least: float) -> tuple[float, int]:

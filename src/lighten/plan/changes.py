@@ -30,7 +30,9 @@ class Idea:
     same_result: bool
 
 
-def cheapest(recipe: Recipe, plan: Plan, planner: Planner) -> tuple[Change, ...]:
+def cheapest(
+    recipe: Recipe, plan: Plan, planner: Planner, *, over: Callable[[], bool] = lambda: False
+) -> tuple[Change, ...]:
     """Changes that need less memory, the best first; combined where none is enough alone.
 
     First what fits, then by slowdown; among equals what leaves the result as it is. A change that
@@ -40,26 +42,29 @@ def cheapest(recipe: Recipe, plan: Plan, planner: Planner) -> tuple[Change, ...]
         recipe: What does not fit.
         plan: Its plan.
         planner: Plans a recipe for the same device and data.
+        over: Whether to look no further: every change is a plan, and a user waits.
     """
     found: list[tuple[Idea, Change]] = []
     for idea in ideas(recipe, plan):
+        if over():
+            break
         change = _planned(recipe, plan, idea, planner)
         if change is not None and change.saves_bytes > 0:
             found.append((idea, change))
     found.sort(key=lambda own: _rank(*own))
     alone = [change for _, change in found]
     if found and not any(change.fits for change in alone):
-        together = _together(recipe, plan, [idea for idea, _ in found], planner)
+        together = _together(recipe, plan, [idea for idea, _ in found], planner, over)
         if together is not None:
             return (together, *alone)
     return tuple(alone)
 
 
 def ideas(recipe: Recipe, plan: Plan) -> Iterator[Idea]:
-    """What could be changed in this recipe, without knowing yet what it gives."""
-    if smaller := smaller_micro_batch(recipe, plan.shape.rows, plan.shape.tokens_per_row):
-        settings, rows = smaller
-        yield Idea(f"micro-batches of {rows}, as many rows per step as before", settings, True)
+    """What could be changed in this recipe, without knowing yet what it gives.
+
+    What one flag does and most saves by is first, in case there is no time for all of them.
+    """
     if not recipe.gradient_checkpointing:
         yield Idea("gradient checkpointing", {"gradient_checkpointing": True}, True)
     elif recipe.gradient_checkpointing_layers > 1 or recipe.gradient_checkpointing_part != "layer":
@@ -74,6 +79,9 @@ def ideas(recipe: Recipe, plan: Plan) -> Iterator[Idea]:
         elif not recipe.bnb_4bit_use_double_quant:
             settings = {"bnb_4bit_use_double_quant": True}
             yield Idea("the scales of the 4 bits quantised too", settings, False)
+    if smaller := smaller_micro_batch(recipe, plan.shape.rows, plan.shape.tokens_per_row):
+        settings, rows = smaller
+        yield Idea(f"micro-batches of {rows}, as many rows per step as before", settings, True)
     if recipe.method == "full":
         yield Idea("LoRA adapters in place of all weights", _as_lora(), False)
     if recipe.optim in ("adamw_torch", "adamw_torch_fused"):
@@ -143,7 +151,13 @@ def _planned(recipe: Recipe, plan: Plan, idea: Idea, planner: Planner) -> Change
         saves_bytes=plan.memory.expected - changed.memory.expected,
         slowdown=_slowdown(plan, changed),
         fits=changed.fits(),
+        differing=differing(recipe, idea.settings),
     )
+
+
+def differing(recipe: Recipe, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of some settings those that a recipe does not have already, by default or as given."""
+    return {name: value for name, value in settings.items() if getattr(recipe, name) != value}
 
 
 def _slowdown(plan: Plan, changed: Plan) -> float | None:
@@ -165,18 +179,22 @@ def _rank(idea: Idea, change: Change) -> tuple[int, float, int, int]:
     return fits, round(slowdown, 2), int(not idea.same_result), -change.saves_bytes
 
 
-def _together(recipe: Recipe, plan: Plan, found: list[Idea], planner: Planner) -> Change | None:
+def _together(
+    recipe: Recipe, plan: Plan, found: list[Idea], planner: Planner, over: Callable[[], bool]
+) -> Change | None:
     """The first ideas that fit when taken together, each halved or repeated as far as it goes."""
     taken: dict[str, Any] = {}
     said: dict[frozenset[str], str] = {}  # by what it sets: a repeated idea is told once
     now = plan
-    if _least(recipe, found, planner) is False:
+    if over() or _least(recipe, found, planner) is False:
         return None  # one plan in place of a dozen
     # What leaves the result as it is first; a shorter context, which a user notices most, last.
     for idea in sorted(found, key=lambda own: (not own.same_result, "max_length" in own.settings)):
         if "adapters" in idea.settings:
             continue  # another run is no part of this one
         for own in _repeated(idea, recipe, taken, now):
+            if over():
+                return None
             try:
                 changed = planner(recipe.changed({**taken, **own.settings}))
             except UserError:
@@ -188,7 +206,7 @@ def _together(recipe: Recipe, plan: Plan, found: list[Idea], planner: Planner) -
             if changed.fits():
                 return Change(
                     "; ".join(said.values()), taken, plan.memory.expected - changed.memory.expected,
-                    _slowdown(plan, changed), True,
+                    _slowdown(plan, changed), True, differing(recipe, taken),
                 )  # fmt: skip
     return None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 # The layers of the stacked bar, bottom to top.
@@ -134,6 +134,7 @@ class Change:
         slowdown: Seconds per step over those of the plan, 1 being equal; None where time is not
             known.
         fits: Whether it would fit.
+        differing: Of the settings, those that the recipe does not have already: what to write.
     """
 
     what: str
@@ -141,6 +142,7 @@ class Change:
     saves_bytes: int
     slowdown: float | None
     fits: bool | None
+    differing: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

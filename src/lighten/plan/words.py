@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lighten.plan.distributed import Distributed
 from lighten.plan.result import Change, Plan
 from lighten.plan.serving import Serving
+from lighten.report.planned import enough
 from lighten.report.planned import verdict as sentence
 from lighten.report.words import duration, gib, size
 from lighten.wording import counted
@@ -70,7 +71,6 @@ def fact_rows(plan: Plan) -> list[list[str]]:
     shape, time = plan.shape, plan.time
     lanes = f", {shape.lanes} at a time" if shape.lanes > 1 else ""
     rows = [
-        ["method", plan.method],
         ["micro-batch", f"{counted(shape.rows, 'row')} of "
                         f"{counted(shape.tokens_per_row, 'token')}, "
                         f"{shape.micro_batches} per step{lanes}"],
@@ -94,13 +94,22 @@ def fact_rows(plan: Plan) -> list[list[str]]:
 
 
 def change_rows(plan: Plan) -> list[list[str]]:
-    """A row per change: what, what it saves, how much slower, whether it fits, what to set."""
+    """A row per change: its number, what, what it saves, how much slower, whether it fits."""
     fits = {True: "yes", False: "no", None: "maybe"}
     return [
-        [own.what, gib(own.saves_bytes), slower(own), fits[own.fits],
-         flags(own.settings)]
-        for own in plan.changes
-    ]  # fmt: skip
+        [str(place), own.what, gib(own.saves_bytes), slower(own), fits[own.fits]]
+        for place, own in enumerate(plan.changes, 1)
+    ]
+
+
+def change_flags(plan: Plan) -> list[str]:
+    """A line per change with the flags that make it, by the numbers of `change_rows`."""
+    return [f"{place}: {flags(own.differing)}" for place, own in enumerate(plan.changes, 1)]
+
+
+def with_change(plan: Plan) -> str | None:
+    """What makes it fit, where it does not as it is and a change was found that does."""
+    return enough(plan.to_dict())
 
 
 def change(own: Change) -> str:

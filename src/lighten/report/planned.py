@@ -64,7 +64,17 @@ def verdict(plan: Mapping[str, Any]) -> str:
     if capacity is None:
         return f"{subject}: {peak} at its peak; how much there is, is not known"
     end = {True: "fits", False: "does not fit", None: "might not fit"}[plan["fits"]]
-    return f"{subject}: {peak} of {gib(capacity)}, which {end}"
+    return f"{subject}: {peak} of {gib(capacity)}, which {enough(plan) or end}"
+
+
+def enough(plan: Mapping[str, Any]) -> str | None:
+    """Which change makes a plan fit that does not as it is; None where none was found."""
+    first = next((own for own in plan.get("changes", ()) if own["fits"]), None)
+    if plan["fits"] is not False or first is None:
+        return None
+    peak = plan["memory"]["expected"] - first["saves_bytes"]
+    what = first["what"].replace("; ", " and ")
+    return f"does not fit as it is; with {what} it does ({gib(peak)})"
 
 
 def section(plan: Mapping[str, Any] | None, info: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -1,0 +1,95 @@
+"""What `lighten plan` prints and how it ends: errors apart, flags whole, what is enough."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from lighten.plan import asked, words
+from lighten.plan.changes import cheapest, differing
+from lighten.plan.result import Change
+from lighten.recipe import Recipe
+from tests.processes import call
+from tests.test_plan_changes import asked as recipe_for
+from tests.test_plan_changes import formula
+from tests.test_plan_trace import Card
+from tests.tiny import tiny_config
+
+MIB = 2**20
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["no-such-model"], ["--gpus", "many", "smollm2-135m"], ["smollm2-135m", "--device", "t5"],
+     ["smollm2-135m", "--zero", "7"], ["serve"], []],
+)  # fmt: skip
+def test_an_error_is_no_answer(arguments: list[str]) -> None:
+    done = call("plan", *arguments)
+    assert done.returncode == 3, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "rror" in done.stderr
+
+
+def test_the_exit_codes_are_in_the_help() -> None:
+    done = call("plan", "--help")
+    assert done.returncode == 0
+    assert "3 an error" in " ".join(done.stdout.split())
+
+
+def test_one_change_that_is_enough_stands_in_the_headline(tiny_folder: Path) -> None:
+    planner = formula(920, [])
+    recipe = recipe_for(tiny_folder)
+    plan = planner(recipe)
+    plan = dataclasses.replace(plan, changes=cheapest(recipe, plan, planner))
+    said = "does not fit as it is; with gradient checkpointing it does (0.89 GiB)"
+    assert words.with_change(plan) == said
+    assert said in words.verdict(plan)
+    tight = dataclasses.replace(plan, changes=())
+    assert words.with_change(tight) is None
+    assert words.verdict(tight).endswith("which does not fit")
+
+
+def test_flags_are_those_that_differ(tiny_folder: Path) -> None:
+    recipe = recipe_for(tiny_folder)
+    assert differing(recipe, {"load_in_4bit": True, "load_in_8bit": False}) == {
+        "load_in_4bit": True
+    }
+    eight = recipe.changed({"load_in_8bit": True})
+    assert set(differing(eight, {"load_in_4bit": True, "load_in_8bit": False})) == {
+        "load_in_4bit", "load_in_8bit",
+    }  # fmt: skip
+    change = Change("x", {"max_length": 512}, 1, None, True, {"max_length": 256})
+    plan = dataclasses.replace(formula(920, [])(recipe), changes=(change,))
+    assert words.change_flags(plan) == ["1: --max_length 256"]
+
+
+def test_changes_stop_when_time_is_over(tiny_folder: Path) -> None:
+    seen: list[Recipe] = []
+    planner = formula(300, seen)
+    recipe = recipe_for(tiny_folder)
+    plan = planner(recipe)
+    looks = iter([False, False])
+    found = cheapest(recipe, plan, planner, over=lambda: next(looks, True))
+    assert len(seen) == 3, "the plan and two changes"
+    assert {own.what for own in found} == {"gradient checkpointing", "the base in 4 bits (QLoRA)"}
+
+
+def test_a_plan_says_that_it_looked_no_further(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asked, "MOST_CHANGES_S", 0.0)
+    plan = asked.plan(recipe_for(tiny_folder), Card(2**20), calibrate=False)
+    assert plan.fits() is False
+    assert plan.changes == ()
+    assert any("no further changes" in note for note in plan.notes)
+
+
+def test_no_word_of_grouped_keys_without_them_and_one_line_of_the_method(tmp_path: Path) -> None:
+    tiny_config("llama", num_key_value_heads=4).save_pretrained(tmp_path)
+    done = call("plan", str(tmp_path), "--device", "t4", "--max_length", "64", "--max_steps", "1")
+    assert done.returncode == 0, done.stderr
+    assert "grouped keys" not in done.stdout
+    assert sum(line.strip().startswith("method") for line in done.stdout.splitlines()) == 1
+    assert "1 steps" not in done.stdout
