@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lighten.plan.result import Plan
-    from lighten.plan.search import Candidate
-    from lighten.recipe import Recipe
 
 FITS, DOES_NOT, CANNOT_TELL, ERROR = 0, 1, 2, 3
 _Words = Annotated[
@@ -231,6 +229,7 @@ def _search(
 ) -> bool | None:
     from lighten import api, runs
     from lighten.plan import words
+    from lighten.plan.changes import differing
     from lighten.plan.search import recipe_text
 
     with _told() as told:
@@ -249,18 +248,12 @@ def _search(
             _headline("nothing fits", False)
         else:
             _headline(f"the fastest that fits: {found.best.what}", True)
-            _settings(api.plannable(recipe, **settings), found.best)
+            asked = api.plannable(recipe, **settings)
+            flags = words.flags(differing(asked, found.best.settings)) or "as it is"
+            console().print(flags, highlight=False, markup=False, soft_wrap=True)
             if write is not None:
                 console().print(f"recipe: {write}", soft_wrap=True, highlight=False)
     return found.best is not None
-
-
-def _settings(recipe: Recipe, best: Candidate) -> None:
-    from lighten.plan import words
-    from lighten.plan.changes import differing
-
-    flags = words.flags(differing(recipe, best.settings))
-    console().print(flags or "(as it is)", highlight=False, markup=False, soft_wrap=True)
 
 
 def _largest(words: list[str], device: str | None, as_json: bool) -> bool:

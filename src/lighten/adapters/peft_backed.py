@@ -411,4 +411,4 @@ def _on_cpu(value: Tensor) -> Tensor:
 
 def _place(tensor: Tensor) -> tuple[int, int, torch.Size]:
     """Where a tensor lies: one that is fake has no address, but a storage of its own."""
-    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset()), tensor.shape

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 def converted_in_place() -> Iterator[None]:
     """Inside, `nn.Module.to`, `float` and their like keep a parameter and change its contents."""
     before = nn.Module._apply
-    nn.Module._apply = _apply  # type: ignore[method-assign, assignment]
+    nn.Module._apply = _apply  # type: ignore[method-assign]
     try:
         yield
     finally:
