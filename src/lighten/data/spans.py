@@ -15,6 +15,7 @@ from typing import Any
 from jinja2 import TemplateError, TemplateSyntaxError
 
 from lighten.data.examples import Example, Message
+from lighten.data.rendering import rendered
 from lighten.data.special import MARKER, special_tokens
 from lighten.errors import UserError
 
@@ -64,9 +65,7 @@ def render(messages: Sequence[Message], tokenizer: Any, where: str, **options: A
         UserError: The template itself is broken.
     """
     try:
-        text: str = tokenizer.apply_chat_template(
-            [message.for_template() for message in messages], tokenize=False, **options
-        )
+        text = rendered(messages, tokenizer, options)
     except TemplateSyntaxError as error:
         raise UserError(
             f"the chat template is not valid Jinja (line {error.lineno}): {error.message}"

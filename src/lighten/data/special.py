@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -35,6 +36,23 @@ class SpecialTokens:
 _KNOWN: WeakKeyDictionary[Any, tuple[Any, SpecialTokens]] = WeakKeyDictionary()
 
 
+# Of tokenizers that are `unchanged` just now, by identity.
+_HELD: dict[int, SpecialTokens] = {}
+
+
+@contextmanager
+def unchanged(tokenizer: Any) -> Iterator[None]:
+    """Until the end of the block nothing is looked up again: that takes longer than a short row."""
+    before = _HELD.get(id(tokenizer))
+    _HELD[id(tokenizer)] = special_tokens(tokenizer)
+    try:
+        yield
+    finally:
+        del _HELD[id(tokenizer)]
+        if before is not None:
+            _HELD[id(tokenizer)] = before
+
+
 def special_tokens(tokenizer: Any) -> SpecialTokens:
     """The special tokens of a tokenizer.
 
@@ -42,6 +60,8 @@ def special_tokens(tokenizer: Any) -> SpecialTokens:
     `all_special_tokens` does not name it. What the template itself writes after an answer ends it
     too, where that is one added token, declared special or not.
     """
+    if (held := _HELD.get(id(tokenizer))) is not None:
+        return held
     state = (_size(tokenizer), tuple(tokenizer.all_special_tokens), _template(tokenizer))
     known = _KNOWN.get(tokenizer)
     if known is None or known[0] != state:

@@ -16,6 +16,7 @@ import numpy as np
 from lighten.data.conversation import Rendered, Renderer
 from lighten.data.examples import Example
 from lighten.data.spans import endless, unaligned
+from lighten.data.special import unchanged
 from lighten.errors import UserError
 
 # Examples that are rendered and tokenised together: enough to keep a tokenizer's threads busy.
@@ -99,7 +100,7 @@ def tokenise(
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()  # what a file of the tokenizer may have set
     backend.no_padding()
-    with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as thread:
+    with unchanged(tokenizer), ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as thread:
         waiting: _Part | None = None
         for start in range(0, len(examples), PART_EXAMPLES):
             part = [

@@ -12,6 +12,7 @@ from lighten import data, models
 from lighten.data import Encoded, TemplateChoice
 from lighten.models import Limits
 from lighten.recipe import Recipe
+from lighten.train.row_cache import RowCache
 from lighten.wording import counted
 
 
@@ -51,6 +52,26 @@ def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows:
         trust_remote_code=recipe.trust_remote_code,
     )
     template = data.choose_template(tokenizer, recipe.chat_template)
+    cache = RowCache(recipe, tokenizer, limits)
+    kept = cache.load()
+    if kept is None:
+        train, held_out, facts, notes = _read_rows(recipe, tokenizer, limits)
+        parts = cache.save({"train": train, "held_out": held_out}, {"facts": facts, "notes": notes})
+    else:
+        parts, beside = kept
+        facts, notes = beside["facts"], beside["notes"]
+    encoded = parts["train"]
+    assert encoded is not None
+    facts["template"] = {"name": template.name, "reason": template.reason}
+    longest = limits.longest(recipe.max_length)[1]
+    notes = [*notes, *_notes(encoded, limits, longest)]
+    return Rows(encoded, parts["held_out"], template, facts, longest, notes)
+
+
+def _read_rows(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, limits: Limits
+) -> tuple[Encoded, Encoded | None, dict[str, Any], list[str]]:
+    """Training and held-out rows, what `run.json` keeps of them, and what reading left out."""
     found = data.read(
         recipe.dataset,
         limit=recipe.max_train_samples,
@@ -83,16 +104,13 @@ def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows:
         "eval_bad_rows": (len(apart.bad_rows) if apart is not None else 0)
         + (watched.counts.refused if watched else 0),
         "answers": data.learnt_answers(encoded.findings).to_dict(),
-        "template": {"name": template.name, "reason": template.reason},
     }
-    longest = limits.longest(recipe.max_length)[1]
     notes = [
         *data.left_out("training", found),
         *(data.left_out("held-out", apart) if apart is not None else ()),
         *(f"held out: {said}" for said in (watched.findings.refusals() if watched else ())),
-        *_notes(encoded, limits, longest),
     ]
-    return Rows(encoded, watched, template, facts, longest, notes)
+    return encoded, watched, facts, notes
 
 
 def _notes(encoded: Encoded, limits: Limits, longest: str) -> list[str]:
