@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,10 @@ from lighten.data.storage import ExampleStore, Spool
 from lighten.data.tokenise import PART_EXAMPLES
 from lighten.errors import UserError
 from lighten.models import load_tokenizer
+from lighten.recipe import Recipe
+from lighten.train import row_cache
+from lighten.train.prepare import tokenizer_of
+from lighten.train.rows import load_rows
 from tests.tiny import tiny_tokenizer
 
 WORDS = ["gradient", "한국어", "문장", "emoji 🙂🙃", "\u2028", "  spaces ", "\n\nlines", "Ünïcödé",
@@ -160,3 +165,127 @@ def test_large_files_are_read_without_being_held(
     assert isinstance(stored, ExampleStore)
     assert not stored._held
     assert list(stored) == list(held)
+
+
+def recipe_for(folder: Path, model: Path, **settings: Any) -> Recipe:
+    return Recipe.from_values(
+        {"model_name_or_path": str(model), "dataset": str(folder / "rows.jsonl"), "val_size": 0.1,
+         "max_length": 64, "output_dir": str(folder / "run"), **settings}
+    )  # fmt: skip
+
+
+def loaded(recipe: Recipe, model: Path) -> Any:
+    return load_rows(recipe, load_tokenizer(str(model)))
+
+
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with data that are large enough to keep, and a cache of its own."""
+    monkeypatch.setenv("LIGHTEN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(row_cache, "LEAST_BYTES", 0)
+    rows = [
+        {"messages": [{"role": "user", "content": f"Say {i}"},
+                      {"role": "assistant", "content": f"{i} 가나다 " * (1 + i % 5)}]}
+        for i in range(60)
+    ]  # fmt: skip
+    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "rows.jsonl").write_text(text, encoding="utf-8")
+    return tmp_path
+
+
+def entries(folder: Path) -> list[Path]:
+    return sorted((folder / "cache" / "data").iterdir())
+
+
+def same(one: Any, other: Any) -> None:
+    for left, right in ((one.train, other.train), (one.held_out, other.held_out)):
+        assert left.sha256 == right.sha256
+        assert (left.counts, left.problems, left.findings) == (
+            right.counts, right.problems, right.findings,
+        )  # fmt: skip
+        assert [row.example.where for row in left.rows] == [row.example.where for row in right.rows]
+    assert (one.facts, one.notes, one.longest) == (other.facts, other.notes, other.longest)
+
+
+def test_a_second_start_reads_no_row_and_gives_the_same(
+    cached: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_for(cached, tiny_folder)
+    monkeypatch.setenv("LIGHTEN_DATA_CACHE", "off")
+    plain = loaded(recipe, tiny_folder)
+    assert not (cached / "cache" / "data").exists()
+    monkeypatch.delenv("LIGHTEN_DATA_CACHE")
+    first = loaded(recipe, tiny_folder)
+    assert len(entries(cached)) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "encode", None)
+        patch.setattr(data, "read", None)
+        second = loaded(recipe, tiny_folder)
+    assert isinstance(second.train.rows.ids, np.memmap)
+    same(plain, first)
+    same(first, second)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"max_length": 32}, {"val_size": 0.2}, {"assistant_only_loss": False},
+     {"chat_template": "alpaca"}, {"max_train_samples": 30}, {"added_tokens": ["<x>"]}],
+)  # fmt: skip
+def test_other_settings_have_another_entry(
+    changed: dict[str, Any], cached: Path, tiny_folder: Path
+) -> None:
+    one = loaded(recipe_for(cached, tiny_folder), tiny_folder)
+    recipe = recipe_for(cached, tiny_folder, **changed)
+    tokenizer = tokenizer_of(recipe)
+    other = load_rows(recipe, tokenizer)
+    assert len(entries(cached)) == 2
+    if "added_tokens" not in changed:
+        assert one.train.sha256 != other.train.sha256
+
+
+def test_changed_data_are_read_again(cached: Path, tiny_folder: Path) -> None:
+    recipe = recipe_for(cached, tiny_folder)
+    one = loaded(recipe, tiny_folder)
+    file = cached / "rows.jsonl"
+    file.write_text(file.read_text(encoding="utf-8").replace("Say 7", "Say 8"), encoding="utf-8")
+    other = loaded(recipe, tiny_folder)
+    assert one.facts["sha256"] != other.facts["sha256"]
+    assert len(entries(cached)) == 2
+
+
+@pytest.mark.parametrize("name", ["train.ids", "train.supervised", "held_out.starts", "entry.json"])
+@pytest.mark.parametrize("how", ["cut", "flipped", "gone"])
+def test_torn_entries_are_made_again(name: str, how: str, cached: Path, tiny_folder: Path) -> None:
+    recipe = recipe_for(cached, tiny_folder)
+    first = loaded(recipe, tiny_folder)
+    file = entries(cached)[0] / name
+    content = bytearray(file.read_bytes())
+    file.unlink()  # the rows of `first` stay mapped
+    if how == "cut":
+        file.write_bytes(content[: len(content) // 2])
+    elif how == "flipped":
+        content[0] ^= 0xFF
+        file.write_bytes(content)
+    same(first, loaded(recipe, tiny_folder))
+    same(first, loaded(recipe, tiny_folder))
+    assert len(entries(cached)) == 1
+
+
+def test_entries_that_were_not_used_for_longest_go_first(
+    cached: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for length in (32, 40, 48):
+        loaded(recipe_for(cached, tiny_folder, max_length=length), tiny_folder)
+    times = {entry: place for place, entry in enumerate(entries(cached))}
+    for entry, place in times.items():
+        os.utime(entry, (place, place))
+    monkeypatch.setattr(row_cache, "MOST_BYTES", 0)
+    loaded(recipe_for(cached, tiny_folder, max_length=56), tiny_folder)
+    assert len(entries(cached)) == 1
+    assert entries(cached)[0] not in times
+
+
+def test_a_cache_that_cannot_be_written_changes_nothing(cached: Path, tiny_folder: Path) -> None:
+    (cached / "cache").write_text("a file where the folder would be", encoding="utf-8")
+    rows = loaded(recipe_for(cached, tiny_folder), tiny_folder)
+    assert rows.train.counts.rows == 54

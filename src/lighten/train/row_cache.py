@@ -1,0 +1,219 @@
+"""Encoded data kept between runs: a second start maps it from disk.
+
+An entry is a folder, named for everything that its rows follow from: the bytes of the data files,
+the tokenizer, the chat template, the model's limits and the settings of the recipe. It is written
+beside its place and renamed; one that is torn is made again. Numbers are raw arrays and the rest is
+JSON: nothing in it is ever executed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from lighten import data
+from lighten.data import Encoded, EncodedRows, Findings
+from lighten.data.files import checksum, files_of
+from lighten.data.tokenise import EncodingCounts
+from lighten.hardware import cache_folder
+from lighten.models import Limits
+from lighten.paths import split_limit
+from lighten.recipe import Recipe
+
+# Another number whenever the same data would be encoded otherwise.
+ENCODING = 1
+# Smaller data are encoded before a cache would be looked up.
+LEAST_BYTES = 2**20
+# The entries that were not used for longest go first.
+MOST_BYTES = 8 * 2**30
+_SETTINGS = (
+    "dataset", "eval_dataset", "dataset_columns", "max_train_samples", "max_eval_samples",
+    "skip_bad_rows", "val_size", "max_length", "truncation_strategy", "assistant_only_loss",
+    "completion_only_loss", "system_role", "thinking",
+)  # fmt: skip
+_DTYPES = {"ids": np.int32, "supervised": np.bool_, "starts": np.int64, "lines": np.int64,
+           "files": np.int32, "ready": np.bool_}  # fmt: skip
+Parts = dict[str, Encoded | None]
+
+
+class RowCache:
+    """The place of one data set's encoded rows.
+
+    Args:
+        recipe: Which data, and how they are encoded.
+        tokenizer: With its chat template chosen.
+        limits: Of the model.
+
+    Attributes:
+        folder: Where they are or will be; None where nothing is kept: small data,
+            `LIGHTEN_DATA_CACHE=off`, or no such files.
+    """
+
+    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> None:
+        self.folder: Path | None = None
+        if os.environ.get("LIGHTEN_DATA_CACHE") == "off":
+            return
+        files = list(_files(recipe))
+        if sum(file.stat().st_size for file in files) < LEAST_BYTES:
+            return
+        template = str(tokenizer.chat_template)
+        described = {
+            "encoding": ENCODING,
+            "versions": [version("transformers"), version("tokenizers")],
+            "files": [(str(file), checksum([file])) for file in files],
+            "settings": {name: getattr(recipe, name) for name in _SETTINGS},
+            "limits": asdict(limits),
+            "template": template,
+            # a template may write the date
+            "date": str(date.today()) if re.search(r"strftime_now|date", template) else None,
+            "tokenizer": hashlib.sha256(
+                tokenizer.backend_tokenizer.to_str().encode()
+                + repr((type(tokenizer).__name__, tokenizer.special_tokens_map)).encode()
+            ).hexdigest(),
+        }
+        text = json.dumps(described, sort_keys=True, default=str)
+        self.folder = _root() / hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def load(self) -> tuple[Parts, dict[str, Any]] | None:
+        """The encoded parts by name and what was kept beside them; None where there is no entry."""
+        if self.folder is None or not self.folder.is_dir():
+            return None
+        try:
+            kept = json.loads((self.folder / "entry.json").read_text(encoding="utf-8"))
+            parts = {name: self._part(name, part) for name, part in kept["parts"].items()}
+        except (OSError, ValueError, KeyError, TypeError):  # torn: as if it were not there
+            return None
+        with contextlib.suppress(OSError):  # a cache that may only be read is used all the same
+            os.utime(self.folder)
+        return parts, kept["beside"]
+
+    def save(self, parts: Parts, beside: dict[str, Any]) -> Parts:
+        """Keep encoded parts, and hand them over as mapped from there.
+
+        Where nothing can be kept (a full disk), the parts are those given.
+        """
+        if self.folder is None:
+            return parts
+        try:
+            root = _root()
+            root.mkdir(parents=True, exist_ok=True)
+            _prune(root)
+            with tempfile.TemporaryDirectory(dir=root, prefix=".new-") as new:
+                kept = {name: _write(Path(new), name, part) for name, part in parts.items()}
+                entry = json.dumps({"parts": kept, "beside": beside}, ensure_ascii=False)
+                (Path(new) / "entry.json").write_text(entry, encoding="utf-8")
+                whole = root / f".whole-{os.path.basename(new)}"
+                os.rename(new, whole)
+                Path(new).mkdir()  # what the context manager takes away
+                shutil.rmtree(self.folder, ignore_errors=True)  # a torn entry
+                try:
+                    os.rename(whole, self.folder)
+                except OSError:  # another process has just kept the same
+                    shutil.rmtree(whole, ignore_errors=True)
+        except OSError:
+            return parts
+        loaded = self.load()
+        return parts if loaded is None else loaded[0]
+
+    def _part(self, name: str, kept: dict[str, Any] | None) -> Encoded | None:
+        if kept is None:
+            return None
+        assert self.folder is not None
+        arrays = {}
+        for key, dtype in _DTYPES.items():
+            file = self.folder / f"{name}.{key}"
+            if file.stat().st_size != kept["bytes"][key] or _crc(file) != kept["crc"][key]:
+                raise ValueError(f"{file} is torn")
+            arrays[key] = np.memmap(file, dtype=dtype, mode="r") if file.stat().st_size else (
+                np.zeros(0, dtype)
+            )  # fmt: skip
+        found = kept["findings"]
+        findings = Findings(
+            counts=Counter(found["counts"]),
+            first=found["first"],
+            ends=Counter({int(token): count for token, count in found["ends"]}),
+            inside=set(found["inside"]),
+            refused=found["refused"],
+            dates=set(found["dates"]),
+        )
+        rows = EncodedRows(arrays, kept["names"])
+        return Encoded(rows, EncodingCounts(**kept["counts"]), kept["problems"], findings)
+
+
+def _write(folder: Path, name: str, part: Encoded | None) -> dict[str, Any] | None:
+    if part is None:
+        return None
+    assert isinstance(part.rows, data.EncodedRows)
+    sizes, sums = {}, {}
+    for key, array in part.rows.arrays().items():
+        file = folder / f"{name}.{key}"
+        array.tofile(file)
+        sizes[key], sums[key] = file.stat().st_size, _crc(file)
+    found = part.findings
+    return {
+        "bytes": sizes,
+        "crc": sums,
+        "names": part.rows.names,
+        "counts": asdict(part.counts),
+        "problems": part.problems,
+        "findings": {
+            "counts": dict(found.counts),
+            "first": found.first,
+            "ends": found.ends.most_common(),
+            "inside": sorted(found.inside),
+            "refused": found.refused,
+            "dates": sorted(found.dates),
+        },
+    }
+
+
+def _files(recipe: Recipe) -> Iterator[Path]:
+    """Every file that the rows come from."""
+    yield from files_of(split_limit(recipe.dataset)[0], "train")
+    if recipe.eval_dataset is not None:
+        yield from files_of(split_limit(recipe.eval_dataset)[0], "valid")
+    elif data.has_split(recipe.dataset, "valid"):
+        yield from files_of(split_limit(recipe.dataset)[0], "valid")
+
+
+def _root() -> Path:
+    return cache_folder() / "data"
+
+
+def _crc(file: Path) -> int:
+    total = 0
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 22):
+            total = zlib.crc32(chunk, total)
+    return total
+
+
+def _prune(root: Path) -> None:
+    """Take away what was not used for longest, until the rest is small enough."""
+    entries = []
+    for folder in root.iterdir():
+        with contextlib.suppress(OSError):  # another process may take it away meanwhile
+            size = sum(file.stat().st_size for file in folder.iterdir())
+            entries.append((folder.stat().st_mtime, size, folder))
+    total = sum(size for _, size, _ in entries)
+    for _, size, folder in sorted(entries):
+        if total <= MOST_BYTES:
+            break
+        shutil.rmtree(folder, ignore_errors=True)
+        total -= size
