@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from transformers.utils import chat_template_utils
-
 from lighten.data.examples import Message
 
 # As many conversations are rendered both ways before the short way is taken alone.
@@ -30,6 +28,8 @@ class _Compiled:
     """
 
     def __init__(self, text: str) -> None:
+        from transformers.utils import chat_template_utils
+
         self.text = text
         # transformers' own sandbox and filters; not among its public names.
         compiler = getattr(chat_template_utils, "_compile_jinja_template", None)
