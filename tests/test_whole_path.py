@@ -128,11 +128,11 @@ MUTATIONS: dict[str, Any] = {
                                     "gradient_checkpointing_part": "mlp"},
     "activation_offload": True,
     "peft": {"peft": {"peft_type": "IA3"}, "lora_r": 8, "lora_dropout": 0.0},
-    "early_stopping_patience": {"early_stopping_patience": 1, "learning_rate": 5.0,
-                                "eval_steps": 1},
+    # What the training teaches makes the held-out answers less likely from the first step on.
+    "early_stopping_patience": {"early_stopping_patience": 1, "eval_steps": 1, "val_size": 0.05,
+                                "eval_dataset": "foreign.jsonl"},
     "early_stopping_threshold": {"early_stopping_patience": 1, "early_stopping_threshold": 100.0,
                                  "eval_steps": 1},
-    # What the training teaches makes the held-out answers less likely from the first step on.
     "load_best_model_at_end": {"load_best_model_at_end": True, "eval_steps": 1, "val_size": 0.05,
                                "eval_dataset": "foreign.jsonl"},
     "report_to": ["tensorboard"],
