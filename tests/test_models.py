@@ -61,7 +61,9 @@ def test_the_packaged_model_is_the_published_one(smollm2: models.Base) -> None:
         tokenize=False, add_generation_prompt=True,
     )  # fmt: skip
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
-    out = smollm2.model.generate(ids, max_new_tokens=12, do_sample=False)
+    # In bfloat16 the first token is a tie that each kind of processor breaks in its own way.
+    model = models.load("smollm2-135m", dtype="float32").model
+    out = model.generate(ids, max_new_tokens=12, do_sample=False)
     assert "Paris" in tokenizer.decode(out[0, ids.shape[1] :])
     assert tokenizer("a  12").input_ids == [*tokenizer("a  ").input_ids, 33, 34]
 
