@@ -205,11 +205,11 @@ def chosen(examples: Sequence[Example], places: Iterable[int]) -> Sequence[Examp
 
 
 class EncodedRows(Sequence[Row]):
-    """Encoded rows in a few arrays: five bytes a token, and some twenty a row.
+    """Encoded rows in a few arrays: a little over four bytes a token, and some thirty a row.
 
     Attributes:
         ids: All rows' ids behind each other, int32.
-        supervised: All rows' marks behind each other, bool.
+        supervised: All rows' marks, a bit each, every row from a byte of its own: uint8.
         starts: Where each row begins, and the end of the last: [rows + 1] int64.
         lines: Line of each row in its file, int64.
         files: Which of `names` each row's file is, int32.
@@ -222,6 +222,8 @@ class EncodedRows(Sequence[Row]):
         self.starts, self.lines = arrays["starts"], arrays["lines"]
         self.files, self.ready = arrays["files"], arrays["ready"]
         self.names = list(names)
+        # Where each row's marks begin.
+        self._marks = np.concatenate([[0], np.cumsum(-(-self.lengths // 8))])
 
     @property
     def lengths(self) -> np.ndarray[Any, Any]:
@@ -252,14 +254,17 @@ class EncodedRows(Sequence[Row]):
             int(self.lines[at]),
             input_ids=() if self.ready[at] else None,
         )
-        return Row(self.ids[tokens].tolist(), self.supervised[tokens].tolist(), where)
+        marks = np.unpackbits(
+            self.supervised[self._marks[at] : self._marks[at + 1]], count=tokens.stop - tokens.start
+        )
+        return Row(self.ids[tokens].tolist(), marks.astype(np.bool_).tolist(), where)
 
 
 class RowWriter:
     """Takes encoded rows one by one and hands them over as `EncodedRows`."""
 
     def __init__(self) -> None:
-        self._ids, self._supervised = Spool(), Spool(IN_MEMORY_BYTES // 4)
+        self._ids, self._supervised = Spool(), Spool(IN_MEMORY_BYTES // 32)
         self._starts, self._lines = array("q", [0]), array("q")
         self._files, self._ready = array("i"), array("b")
         self._names: dict[str, int] = {}
@@ -270,7 +275,7 @@ class RowWriter:
     ) -> None:
         """Add a row: ids [T] as int32, marks [T] as bool."""
         self._ids.append(ids.tobytes())
-        self._supervised.append(supervised.tobytes())
+        self._supervised.append(np.packbits(supervised).tobytes())
         self._starts.append(self._starts[-1] + len(ids))
         self._lines.append(example.line)
         self._files.append(self._names.setdefault(example.file, len(self._names)))
@@ -289,7 +294,7 @@ class RowWriter:
         """All rows; nothing may be appended any more."""
         arrays = {
             "ids": self._ids.mapped(np.int32),
-            "supervised": self._supervised.mapped(np.bool_),
+            "supervised": self._supervised.mapped(np.uint8),
             "starts": np.frombuffer(self._starts, dtype=np.int64),
             "lines": np.frombuffer(self._lines, dtype=np.int64),
             "files": np.frombuffer(self._files, dtype=np.int32),

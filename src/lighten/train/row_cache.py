@@ -47,7 +47,7 @@ _SETTINGS = (
     "skip_bad_rows", "val_size", "max_length", "truncation_strategy", "assistant_only_loss",
     "completion_only_loss", "system_role", "thinking",
 )  # fmt: skip
-_DTYPES = {"ids": np.int32, "supervised": np.bool_, "starts": np.int64, "lines": np.int64,
+_DTYPES = {"ids": np.int32, "supervised": np.uint8, "starts": np.int64, "lines": np.int64,
            "files": np.int32, "ready": np.bool_}  # fmt: skip
 Parts = dict[str, Encoded | None]
 
