@@ -22,7 +22,8 @@ ALLOWED: dict[str, set[str]] = {
     "wording": set(),
     "paths": set(),
     "verbs": {"api"},
-    "recipe": {"paths"},
+    "peft_config": set(),
+    "recipe": {"paths", "peft_config"},
     "hardware": set(),
     "native": {"hardware"},
     "allocator": {"hardware", "native"},
@@ -31,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "runs": {"notebook", "recipe"},
     "models": {"allocator", "hardware", "native"},
     "data": {"paths"},
-    "adapters": set(),
+    "adapters": {"peft_config"},
     "train": {"adapters", "allocator", "data", "devices", "models", "paths", "recipe", "hardware",
               "runs",
               "verbs"},
@@ -55,7 +56,8 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
 }  # fmt: skip
 LIGHT = ("lighten", "lighten.api", "lighten.cli", "lighten.errors", "lighten.hardware",
-         "lighten.recipe", "lighten.runs", "lighten.report.charts", "lighten.devices",
+         "lighten.recipe", "lighten.peft_config", "lighten.runs",
+         "lighten.report.charts", "lighten.devices",
          "lighten.console", "lighten.plan", "lighten.plan.words", "lighten.report.planned",
          "lighten.data.read", "lighten.train", "lighten.evaluate", "lighten.report",
          "lighten.sweep", "lighten.sweep.arms", "lighten.sweep.recommend")  # fmt: skip

@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM
 
 import lighten
 from lighten import adapters, models
+from lighten.adapters import AdapterSpec, attach, files
 from lighten.recipe.fields import EvaluateOptions, RecipeFields
 from lighten.runs import Run
-from tests.tiny import ARCHITECTURES, CHATML, save_tiny
+from tests.tiny import ARCHITECTURES, CHATML, save_tiny, tiny_model
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -61,6 +62,10 @@ def world(tmp_path_factory: pytest.TempPathFactory, chat_file: Path) -> dict[str
     (folder / "eval.jsonl").write_text(json.dumps({"prompt": "x", "completion": "y"}))
     foreign = {"prompt": "x", "completion": "ZQ#XJ%K&" * 12}
     (folder / "foreign.jsonl").write_text(json.dumps(foreign))
+    random = AdapterSpec(r=4, alpha=8, init_lora_weights=False)
+    for name, data in files.contents(attach(tiny_model("llama"), [random]), "default").items():
+        (folder / "start").mkdir(exist_ok=True)
+        (folder / "start" / name).write_bytes(data)
     (folder / "plain.jinja").write_text(CHATML.replace("<|im_start|>", "<|im_start|>> "))
     return {
         "folder": folder,
@@ -121,6 +126,7 @@ MUTATIONS: dict[str, Any] = {
     "use_dora": True, "init_lora_weights": "gaussian", "modules_to_save": ["norm"],
     "rank_pattern": {"q_proj": 1},
     "alpha_pattern": {"q_proj": 1.0}, "adapters": [{"name": "a"}, {"name": "b", "lora_r": 1}],
+    "adapter_name_or_path": "start",
     "optim": "adamw_8bit", "loraplus_lr_ratio": 8.0,
     "gradient_checkpointing_layers": {"gradient_checkpointing": True,
                                       "gradient_checkpointing_layers": 2},
@@ -198,6 +204,8 @@ def test_trap52_every_setting_is_felt(
     settings = {**world["settings"], **changes}
     if field == "num_train_epochs":
         del settings["max_steps"]
+    if field == "adapter_name_or_path":
+        settings[field] = str(world["folder"] / "start")
     if "eval_dataset" in settings:
         settings["eval_dataset"] = str(world["folder"] / settings["eval_dataset"])
     if field == "truncation_strategy":

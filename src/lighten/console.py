@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 
 OPEN = {"allow_extra_args": True, "ignore_unknown_options": True}
 # Settings whose value is taken to the letter.
-TEXTS = ("model_name_or_path", "revision", "dataset", "eval_dataset", "chat_template", "output_dir")
+TEXTS = (
+    "model_name_or_path", "adapter_name_or_path", "revision", "dataset", "eval_dataset",
+    "chat_template", "output_dir",
+)  # fmt: skip
 Settings = (
     "Any setting of the recipe: --learning_rate 1e-4 or learning_rate=1e-4 (lighten settings)."
 )

@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from lighten.adapters.files import CONFIG, WEIGHTS
 from lighten.adapters.spec import AdapterSpec
 from lighten.adapters.spectrum import Layer, SavedAdapter, svd_of_product
 from lighten.errors import UserError
+from lighten.peft_config import CONFIG, WEIGHTS
 
 CARD = "README.md"
 # What belongs to an adapter beside its weights: card, licence, tokenizer, template, generation.

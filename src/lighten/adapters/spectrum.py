@@ -19,16 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lighten.adapters.files import (
-    CONFIG,
-    FACTOR,
-    more_than_low_rank,
-    read_config,
-    read_weights,
-    spec_from_peft,
-)
+from lighten.adapters.files import read_weights, spec_from_peft
 from lighten.adapters.spec import AdapterSpec
 from lighten.errors import UserError
+from lighten.peft_config import CONFIG, FACTOR, more_than_low_rank, read_config
 
 
 @dataclass(frozen=True)

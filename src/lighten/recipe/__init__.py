@@ -12,7 +12,7 @@ from pydantic import PrivateAttr, ValidationError
 
 from lighten.errors import UserError
 from lighten.paths import exists, split_limit
-from lighten.recipe import aliases, swept, yaml_lines
+from lighten.recipe import aliases, start, swept, yaml_lines
 from lighten.recipe.fields import (
     AdapterEntry,
     AdapterFields,
@@ -37,7 +37,9 @@ __all__ = [
 COHORT_LISTS = ("lora_r", "lora_alpha", "lora_dropout", "learning_rate", "seed")
 # What a full fine-tuning learns at where nothing is said; the default suits adapters.
 FULL_LEARNING_RATE = 2e-5
-_PATHS = ("dataset", "eval_dataset", "model_name_or_path", "chat_template")
+_PATHS = (
+    "dataset", "eval_dataset", "model_name_or_path", "adapter_name_or_path", "chat_template",
+)  # fmt: skip
 
 
 class RecipeError(UserError):
@@ -114,6 +116,7 @@ class Recipe(RecipeFields):
         overrides: Mapping[str, Any] | None,
         where: str,
         lines: Mapping[str, int],
+        known_start: str | None = None,
     ) -> Recipe:
         settings, notices, problems = aliases.translate(values)
         over, more_notices, more_problems = aliases.translate(overrides or {})
@@ -124,7 +127,9 @@ class Recipe(RecipeFields):
             else:
                 settings[key] = value
         more_notices += swept.translate(settings)
-        problems = [f"{where}: {problem}" for problem in problems + more_problems]
+        told, faults = start.take(settings, known_start)
+        more_notices += told
+        problems = [f"{where}: {problem}" for problem in problems + more_problems + faults]
         if settings.get("trainable_layers") is not None:
             settings.setdefault("method", "full")
         if settings.get("method") == "full":
@@ -188,7 +193,8 @@ class Recipe(RecipeFields):
         Raises:
             RecipeError: Every problem found.
         """
-        made = Recipe.from_values(self.completed(), overrides)
+        known = self.adapter_name_or_path
+        made = Recipe._build(self.completed(), overrides, "recipe", {}, known_start=known)
         made._name = self._name
         made._notices = [*self._notices, *made._notices]
         return made

@@ -249,6 +249,11 @@ class RecipeFields(Section):
     report_to: list[Tracker] = _field([], "run", "none, wandb, tensorboard, trackio")
     output_dir: str | None = _field(None, "run", "the run's folder; default runs/<name>")
 
+    adapter_name_or_path: str | None = _field(
+        None,
+        "lora",
+        "train on from this adapter: its folder, a run or a checkpoint; it says rank and targets",
+    )
     lora_r: Positive | list[Positive] = _field(8, "lora", "rank; a list trains a cohort")
     lora_alpha: Rate | list[Rate] | None = _field(None, "lora", "scale numerator; default 2 x rank")
     lora_dropout: Share | list[Share] = _field(0.0, "lora", "dropout before A")

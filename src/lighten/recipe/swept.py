@@ -23,6 +23,7 @@ _NEVER = {
     **dict.fromkeys(_MEASURED, "it changes what the loss is measured on; make a sweep for each"),
     "method": "use reference: full to compare with full fine-tuning",
     "trainable_layers": "use reference: full to compare with full fine-tuning",
+    "adapter_name_or_path": "it says rank and targets of every arm; make a sweep for each",
     "adapters": "each entry of the recipe's adapters is an arm already",
     "output_dir": "an arm's folder is inside the sweep's",
     "report_to": "every arm reports to the same trackers",

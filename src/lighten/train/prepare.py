@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lighten import hardware, models
 from lighten.adapters import AdapterSpec, Trained, WholeBase, attach
+from lighten.adapters.files import check_fit, read_weights
 from lighten.errors import UserError
 from lighten.hardware import Choice, choose_dtype
 from lighten.models import attention
@@ -90,6 +92,8 @@ def prepare(recipe: Recipe, accelerator: Accelerator, base: models.Base, rows: R
         "attention": base.attention,
         "template": Choice(rows.template.name, rows.template.reason),
     }
+    if recipe.adapter_name_or_path is not None:
+        choices["start"] = Choice(recipe.adapter_name_or_path, "adapter_name_or_path")
     if isinstance(trained, WholeBase):
         choices["precision"] = _precision(trained)
     if untrained := _untrained_tokens(recipe, options):
@@ -172,6 +176,21 @@ def what_learns(recipe: Recipe, base: models.Base) -> Trained:
             base.model, dtype=getattr(torch, base.dtype.value), last=recipe.last_layers
         )
     return attach(base.model, [_spec(own) for own in recipe.cohort()])
+
+
+def go_on_from_adapter(recipe: Recipe, trained: Trained) -> None:
+    """Put the weights of `adapter_name_or_path` into every adapter, if it names some.
+
+    Raises:
+        UserError: They are not whole, or belong to another base.
+    """
+    if recipe.adapter_name_or_path is None:
+        return
+    weights = read_weights(Path(recipe.adapter_name_or_path))
+    for name in trained.names:
+        where = f"adapter_name_or_path: {recipe.adapter_name_or_path}"
+        check_fit(weights, trained.shapes(name), where)
+        trained.restore(name, weights)
 
 
 def _precision(trained: WholeBase) -> Choice:

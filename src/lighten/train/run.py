@@ -21,7 +21,7 @@ from lighten.train.export import export
 from lighten.train.judge import Judge
 from lighten.train.loop import Loop
 from lighten.train.prediction import Prediction, beside
-from lighten.train.prepare import Setup, load_base, prepare, tokenizer_of
+from lighten.train.prepare import Setup, go_on_from_adapter, load_base, prepare, tokenizer_of
 from lighten.train.progress import TrainingProgress
 from lighten.train.rows import Rows, load_rows
 from lighten.train.short_memory import OutOfMemory, let_go, ran_out
@@ -135,6 +135,8 @@ def _train(
     if resume:
         _require_same_inputs(run, base, rows)
     state = _resume(run, setup, shown) if resume else TrainerState()
+    if state.step == 0:
+        go_on_from_adapter(recipe, setup.trained)
     if accelerator.is_main_process:
         run.truncate_metrics(state.step)
         run.update(

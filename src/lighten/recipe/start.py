@@ -1,0 +1,209 @@
+"""Going on from an adapter: what its files say about the settings of a recipe."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, MutableMapping
+from pathlib import Path
+from typing import Any
+
+from lighten.errors import UserError
+from lighten.paths import exists
+from lighten.peft_config import (
+    CONFIG,
+    WEIGHTS,
+    more_than_low_rank,
+    needs_peft,
+    read_config,
+    settings,
+)
+
+# Settings that say what an adapter is, by their names in its file.
+SAID = {
+    "lora_r": "r", "lora_alpha": "alpha", "lora_target_modules": "target_modules",
+    "use_rslora": "use_rslora", "modules_to_save": "modules_to_save",
+    "rank_pattern": "rank_pattern", "alpha_pattern": "alpha_pattern",
+}  # fmt: skip
+MODEL, START = "model_name_or_path", "adapter_name_or_path"
+COHORT = ("lora_r", "lora_alpha")  # of the settings above, those that a cohort lists
+_LARGEST_HEADER = 100_000_000  # bytes, the bound of safetensors itself
+
+
+def take(given: MutableMapping[str, Any], known: str | None = None) -> tuple[list[str], list[str]]:
+    """Fill in what the adapter that a recipe starts from says, in place.
+
+    Args:
+        given: The recipe's settings by their own names.
+        known: The adapter whose settings are filled in already; it may have moved since.
+
+    Returns:
+        What is told to the user, and a sentence per problem.
+    """
+    told: list[str] = []
+    try:
+        told += _split(given)
+        if given.get(START) is None:
+            return told, []
+        if problem := _excluded(given):
+            del given[START]
+            return told, [problem]
+        if known is not None and given[START] == known and not exists(_path(known)):
+            return told, []
+        folder = find(str(given[START]))
+        said = said_by(folder)
+    except UserError as error:
+        given.pop(START, None)
+        return told, [str(error)]
+    problems = _conflicts(given, said, folder, "")
+    for entry in _entries(given):
+        problems += _conflicts(entry, said, folder, f"adapters: {entry.get('name')}: ")
+    given[START] = str(folder)
+    for key, value in said.items():
+        # A list of equal ranks still says how many adapters there are.
+        if key not in COHORT or not isinstance(given.get(key), list):
+            given[key] = value
+    return told, problems
+
+
+def _split(given: MutableMapping[str, Any]) -> list[str]:
+    """A model that is an adapter's folder becomes its base, and the adapter to start from."""
+    name = given.get(MODEL)
+    if not isinstance(name, str) or not name:
+        return []
+    folder = _path(name)
+    if not exists(folder / CONFIG) or exists(folder / "config.json"):
+        return []
+    config = read_config(folder)
+    base = config.get("base_model_name_or_path")
+    if given.get(START) is not None and _path(str(given[START])) != folder:
+        raise UserError(
+            f"{MODEL} is the adapter {name} and {START} is {given[START]}; name the base and one "
+            "adapter"
+        )
+    if not isinstance(base, str) or not base:
+        raise UserError(
+            f"{MODEL}: {name} is an adapter whose {CONFIG} names no base model; give the base as "
+            f"{MODEL} and this folder as {START}"
+        )
+    given[MODEL], given[START] = base, name
+    if given.get("revision") is None and isinstance(config.get("revision"), str):
+        given["revision"] = config["revision"]
+    return [f"{name} is an adapter of {base}: read as {MODEL}: {base} and {START}: {name}"]
+
+
+def _excluded(given: Mapping[str, Any]) -> str | None:
+    """Why the recipe cannot start from an adapter at all."""
+    if given.get("method") == "full" or given.get("trainable_layers") is not None:
+        return (
+            f"{START} has no effect with method: full, which trains the base's own weights; remove "
+            "it, or use method: lora"
+        )
+    if given.get("peft") is not None:
+        return f"{START} goes on with a plain LoRA adapter, not with peft:; remove one of the two"
+    entries = _entries(given)
+    if any(own.get("use_dora") is True for own in (given, *entries)):
+        return f"{START} goes on with a plain LoRA adapter, not with use_dora; remove one of them"
+    starts = [own.get("init_lora_weights", True) for own in (given, *entries)]
+    if other := [start for start in starts if start not in (True, None)]:
+        return f"init_lora_weights: {other[0]} has no effect beside {START}; remove one of the two"
+    return None
+
+
+def find(name: str) -> Path:
+    """The folder of the one adapter that a path names: its own, a run's or a checkpoint's.
+
+    Raises:
+        UserError: There is none, or more than one.
+    """
+    folder = _path(name)
+    if exists(folder / CONFIG):
+        return folder
+    if not exists(folder):
+        raise UserError(f"{START}: {name} does not exist; give the folder of an adapter")
+    inside = sorted(path.parent for path in folder.glob(f"adapters/*/{CONFIG}"))
+    if len(inside) > 1:
+        names = ", ".join(path.name for path in inside)
+        raise UserError(f"{START}: {name} holds several adapters ({names}); give {inside[0]}")
+    if not inside:
+        raise UserError(f"{START}: {name} is not an adapter: it has no {CONFIG}")
+    return inside[0]
+
+
+def said_by(folder: Path) -> dict[str, Any]:
+    """The settings of a recipe that an adapter's files say.
+
+    Raises:
+        UserError: It is no plain LoRA adapter, or a file is broken.
+    """
+    config = read_config(folder)
+    if needs_peft(config):
+        what = more_than_low_rank(config) or "LoRA adapter with biases or tokens of its own"
+        raise UserError(
+            f"{START}: {folder} is of another kind ({what}); training goes on from plain LoRA "
+            "adapters alone"
+        )
+    found = settings(config, folder, _keys(folder / WEIGHTS))
+    found["target_modules"] = _listed(found["target_modules"])
+    found["modules_to_save"] = _listed(found["modules_to_save"]) or None
+    return {key: found[name] for key, name in SAID.items()}
+
+
+def _keys(path: Path) -> list[str]:
+    """Names of the tensors in a safetensors file, from its header.
+
+    Raises:
+        UserError: No such file, or it is cut off.
+    """
+    if not path.is_file():
+        raise UserError(f"{START}: {path} does not exist; only safetensors are read")
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        text = file.read(size) if size <= _LARGEST_HEADER else b""
+    try:
+        return [key for key in json.loads(text) if key != "__metadata__"]
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{START}: {path} is not a whole safetensors file") from error
+
+
+def _conflicts(
+    given: Mapping[str, Any], said: Mapping[str, Any], folder: Path, prefix: str
+) -> list[str]:
+    """A sentence per setting that differs from the adapter's."""
+    found = []
+    for key, value in said.items():
+        mine = given.get(key)
+        cohort = isinstance(mine, list) and key in COHORT
+        for one in mine if cohort and isinstance(mine, list) else [mine]:
+            if one is not None and _comparable(one) != _comparable(value):
+                found.append(
+                    f"{prefix}{key} is {one!r}, but the adapter {folder} that training starts from "
+                    f"has {value!r}; remove {key}"
+                )
+                break
+    return found
+
+
+def _entries(given: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What the recipe's `adapters` spells out, as far as it has the right form."""
+    entries = given.get("adapters")
+    return [own for own in entries if isinstance(own, Mapping)] if isinstance(entries, list) else []
+
+
+def _comparable(value: Any) -> Any:
+    """Lists of names are sets; empty and left out are the same."""
+    if isinstance(value, list | tuple):
+        return frozenset(map(str, value)) or None
+    if value == {}:
+        return None
+    return value
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _path(name: str) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # ~somebody who is not there
+        return Path(name)
