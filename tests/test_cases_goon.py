@@ -235,12 +235,17 @@ def test_another_base_is_one_sentence_before_training(
     model.save_pretrained(tmp_path / "other")
     tiny_tokenizer().save_pretrained(tmp_path / "other")
     start = peft_adapter(base, tmp_path / "start")
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError, match=f"adapter_name_or_path: {start}") as told:
         trained(
             rows, tmp_path / "run", model=str(tmp_path / "other"), adapter_name_or_path=str(start)
         )
     assert "\n" not in str(told.value)
     assert not Run(tmp_path / "run").metrics()
+    with pytest.raises(UserError, match=f"adapter_name_or_path: {start}"):
+        lighten.plan(
+            model=str(tmp_path / "other"), adapter_name_or_path=str(start), device="cpu",
+            changes=False,
+        )  # fmt: skip
 
 
 def test_what_is_no_start_is_one_sentence(base: Path, rows: Path, tmp_path: Path) -> None:

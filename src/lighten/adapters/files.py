@@ -173,33 +173,34 @@ def restore(
         weights, where = source, where or "what is to be restored"
     else:
         weights, where = read_weights(Path(source)), str(source)
-    check_fit(weights, trained.shapes(name), where)
+    shapes = {key: tuple(value.shape) for key, value in weights.items()}
+    check_fit(shapes, trained.shapes(name), where)
     for key, parameter in trained.parameters(name).items():
         parameter.copy_(weights[key])
 
 
 def check_fit(
-    weights: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]], where: str
+    saved: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], where: str
 ) -> None:
     """Every key must be there with its shape, and no other (trap 27).
 
     Args:
-        weights: Saved ones by key.
+        saved: Shape by key, from the files.
         wanted: Shape by key, from the live ones.
         where: What an error calls the source.
 
     Raises:
         UserError: One is missing, left over, or has another shape.
     """
-    if wrong := sorted(set(wanted) ^ set(weights)):
+    if wrong := sorted(set(wanted) ^ set(saved)):
         side = "lacks" if wrong[0] in wanted else "has an unknown"
         raise UserError(
             f"{where} {side} {wrong[0]} ({len(wrong)} keys differ); it does not fit this base model"
         )
     for key, shape in wanted.items():
-        if tuple(weights[key].shape) != shape:
+        if saved[key] != shape:
             raise UserError(
-                f"{where}: {key} has shape {tuple(weights[key].shape)}, the base wants {shape}; "
+                f"{where}: {key} has shape {saved[key]}, the base wants {shape}; "
                 "it was trained on another model"
             )
 

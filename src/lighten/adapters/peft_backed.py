@@ -180,7 +180,8 @@ class PeftBacked(Cohort):
         assert name in self.specs
         folder = None if isinstance(source, Mapping) else Path(source)
         weights = dict(source) if isinstance(source, Mapping) else files.read_weights(Path(source))
-        files.check_fit(weights, self.shapes(name), str(folder or "what is to be restored"))
+        shapes = {key: tuple(value.shape) for key, value in weights.items()}
+        files.check_fit(shapes, self.shapes(name), str(folder or "what is to be restored"))
         weights = self._starts.parted(weights)
         device = {key: value.to(self.model.device) for key, value in weights.items()}
         set_state(self._peft, device, KEY)

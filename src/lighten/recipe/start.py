@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from lighten.peft_config import (
     needs_peft,
     read_config,
     settings,
+    tensor_shapes,
 )
 
 # Settings that say what an adapter is, by their names in its file.
@@ -26,7 +26,6 @@ SAID = {
 }  # fmt: skip
 MODEL, START = "model_name_or_path", "adapter_name_or_path"
 COHORT = ("lora_r", "lora_alpha")  # of the settings above, those that a cohort lists
-_LARGEST_HEADER = 100_000_000  # bytes, the bound of safetensors itself
 
 
 def take(given: MutableMapping[str, Any], known: str | None = None) -> tuple[list[str], list[str]]:
@@ -142,27 +141,10 @@ def said_by(folder: Path) -> dict[str, Any]:
             f"{START}: {folder} is of another kind ({what}); training goes on from plain LoRA "
             "adapters alone"
         )
-    found = settings(config, folder, _keys(folder / WEIGHTS))
+    found = settings(config, folder, tensor_shapes(folder / WEIGHTS))
     found["target_modules"] = _listed(found["target_modules"])
     found["modules_to_save"] = _listed(found["modules_to_save"]) or None
     return {key: found[name] for key, name in SAID.items()}
-
-
-def _keys(path: Path) -> list[str]:
-    """Names of the tensors in a safetensors file, from its header.
-
-    Raises:
-        UserError: No such file, or it is cut off.
-    """
-    if not path.is_file():
-        raise UserError(f"{START}: {path} does not exist; only safetensors are read")
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        text = file.read(size) if size <= _LARGEST_HEADER else b""
-    try:
-        return [key for key in json.loads(text) if key != "__metadata__"]
-    except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{START}: {path} is not a whole safetensors file") from error
 
 
 def _conflicts(

@@ -17,6 +17,7 @@ from lighten.adapters.files import check_fit, read_weights
 from lighten.errors import UserError
 from lighten.hardware import Choice, choose_dtype
 from lighten.models import attention
+from lighten.peft_config import WEIGHTS, tensor_shapes
 from lighten.recipe import AdapterOptions, Recipe
 from lighten.train import compiled, gates, lanes, norms, optimizers
 from lighten.train.loss import Objective
@@ -175,7 +176,21 @@ def what_learns(recipe: Recipe, base: models.Base) -> Trained:
         return WholeBase(
             base.model, dtype=getattr(torch, base.dtype.value), last=recipe.last_layers
         )
-    return attach(base.model, [_spec(own) for own in recipe.cohort()])
+    start = recipe.adapter_name_or_path
+    try:
+        trained = attach(base.model, [_spec(own) for own in recipe.cohort()])
+    except UserError as error:
+        if start is None:
+            raise
+        raise UserError(
+            f"adapter_name_or_path: {start} does not fit {base.name}: {error}"
+        ) from error
+    # A run that is resumed needs it no more.
+    if start is not None and (weights := Path(start) / WEIGHTS).is_file():
+        shapes = tensor_shapes(weights)
+        for name in trained.names:
+            check_fit(shapes, trained.shapes(name), f"adapter_name_or_path: {start}")
+    return trained
 
 
 def go_on_from_adapter(recipe: Recipe, trained: Trained) -> None:
@@ -188,8 +203,6 @@ def go_on_from_adapter(recipe: Recipe, trained: Trained) -> None:
         return
     weights = read_weights(Path(recipe.adapter_name_or_path))
     for name in trained.names:
-        where = f"adapter_name_or_path: {recipe.adapter_name_or_path}"
-        check_fit(weights, trained.shapes(name), where)
         trained.restore(name, weights)
 
 
