@@ -206,7 +206,9 @@ def test_trap17_answers_behind_a_learnt_prompt_do_not_depend_on_padding(
                     ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
                 if ids[-1] in (tokenizer.eos_token_id,):
                     break
-            wanted.append(tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True))
+            # Special tokens are shown, but for the end, the start and padding.
+            hidden = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id}
+            wanted.append(tokenizer.decode([i for i in ids[len(prompt) :] if i not in hidden]))
     assert together.texts == alone.texts == wanted
 
 

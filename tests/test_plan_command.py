@@ -97,7 +97,7 @@ def test_a_recipe_is_planned_with_its_data(
     assert from_python.memory.parts == lighten.plan(recipe).memory.parts
 
 
-def test_mistakes_are_one_sentence_and_exit_with_2(tiny_folder: Path) -> None:
+def test_mistakes_are_one_sentence_and_exit_with_3(tiny_folder: Path) -> None:
     for words, said in (
         (["plan"], "give a recipe"),
         (["plan", "no-such-model-anywhere.gguf"], "does not exist"),
@@ -110,7 +110,7 @@ def test_mistakes_are_one_sentence_and_exit_with_2(tiny_folder: Path) -> None:
         (["plan", "serve", str(tiny_folder), "--ranks", "3"], "no --ranks"),
     ):
         done = call(*words)
-        assert done.returncode == 2, words
+        assert done.returncode == 3, words
         assert said in done.stderr, (words, done.stderr)
         assert "Traceback" not in done.stderr
 
@@ -126,7 +126,11 @@ def test_many_gpus(tmp_path: Path) -> None:
     found = json.loads(call(*words, "--zero", "3").stdout)
     ddp = json.loads(call(*words).stdout)
     assert (found["strategy"], found["ranks"]) == ("zero3", 32)
-    assert found["device_bytes"] < ddp["device_bytes"] / 3
+    # All but a 32nd of weights, gradients and moments is elsewhere; at most the two largest
+    # weights, embedding and head, are gathered at the peak.
+    states, largest = numbers * 16, 128256 * 4096 * 4
+    saved = ddp["device_bytes"] - found["device_bytes"]
+    assert states * 31 / 32 - 2 * largest <= saved <= states * 31 / 32 * 1.001
     assert found["communication_s"] > 0
     moved = json.loads(call(*words, "--zero", "3", "--offload", "optimizer:cpu").stdout)
     # AdamW's two float32 moments of every weight, over 32 ranks, and the gradients.

@@ -92,7 +92,9 @@ def test_a_plan_in_words(
     rows = {row[0]: row[1] for row in words.fact_rows(plan)}
     assert rows["micro-batch"] == "4 rows of 512 tokens, 2 per step"
     assert rows["download"] == "not known"
-    change = Change("QLoRA", {"load_in_4bit": True}, GIB, 1.25, True)
+    change = Change(
+        "QLoRA", {"load_in_4bit": True}, GIB, 1.25, True, differing={"load_in_4bit": True}
+    )
     assert words.change(change) == "QLoRA: saves 1.00 GiB, 25 % slower; it fits then"
     made = replace(a_plan(GIB), changes=(change,))
     print_plan(made)

@@ -15,7 +15,7 @@ fragmentation of the gathered layers, and padding of shards to equal size.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from lighten.devices import Device
@@ -289,7 +289,8 @@ def _peak(plan: Plan, parts: Mapping[str, float], states: States, left: States) 
     beside = plan.memory.expected - weights - gradients - optimiser - always
     moments = [Moment(int(gradients), int(optimiser), int(max(0.0, beside)))]
     if plan.fullest is not None:
-        moments.append(plan.fullest)
+        # It may be one of the first step, before there is optimiser state; later steps have all.
+        moments.append(replace(plan.fullest, optimiser=int(states.optimiser)))
     kept = left.frozen + left.trained
     alive = [
         kept
