@@ -271,6 +271,21 @@ def test_torn_entries_are_made_again(name: str, how: str, cached: Path, tiny_fol
     assert len(entries(cached)) == 1
 
 
+@pytest.mark.parametrize(
+    "entry",
+    ["[]", "3", '{"parts": [], "beside": {}}', '{"parts": {}}', '{"parts": {"train": 1}}',
+     '{"parts": {"train": null, "held_out": null}, "beside": {"facts": {}, "notes": []}}'],
+)  # fmt: skip
+def test_an_entry_of_another_shape_is_made_again(
+    entry: str, cached: Path, tiny_folder: Path
+) -> None:
+    recipe = recipe_for(cached, tiny_folder)
+    first = loaded(recipe, tiny_folder)
+    (entries(cached)[0] / "entry.json").write_text(entry, encoding="utf-8")
+    same(first, loaded(recipe, tiny_folder))
+    assert len(entries(cached)) == 1
+
+
 def test_entries_that_were_not_used_for_longest_go_first(
     cached: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import tempfile
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import IO, Any, overload
 
@@ -60,11 +60,6 @@ class Spool:
         self._file: IO[bytes] | None = None
         self.length = 0
 
-    @property
-    def on_disk(self) -> bool:
-        """Whether a file holds the bytes."""
-        return self._file is not None
-
     def append(self, data: bytes) -> None:
         """Add bytes at the end."""
         self.length += len(data)
@@ -86,11 +81,6 @@ class Spool:
         data = self._file.read(stop - start)
         self._file.seek(0, 2)
         return data
-
-    def chunks(self, size: int = 1 << 20) -> Iterator[bytes]:
-        """All bytes, some at a time."""
-        for start in range(0, self.length, size):
-            yield self.read(start, min(start + size, self.length))
 
     def mapped(self, dtype: type) -> np.ndarray[Any, Any]:
         """All bytes as an array of numbers; of a file, mapped."""

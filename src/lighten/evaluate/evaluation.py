@@ -24,7 +24,7 @@ from lighten.runs import Run
 from lighten.train.heldout import held_out
 from lighten.train.loss import Objective
 from lighten.train.prepare import choose_tokens
-from lighten.train.rows import encode_as
+from lighten.train.rows import encode_as, held_out_source
 from lighten.wording import counted
 
 Progress = Callable[[str, int, int], None]
@@ -174,10 +174,8 @@ def held_out_examples(
     }
     if test and data.has_split(recipe.dataset, "test"):
         found = data.read(recipe.dataset, split="test", **skip)
-    elif recipe.eval_dataset is not None:
-        found = data.read(recipe.eval_dataset, split="valid", **skip)
-    elif data.has_split(recipe.dataset, "valid"):
-        found = data.read(recipe.dataset, split="valid", **skip)
+    elif (source := held_out_source(recipe)) is not None:
+        found = data.read(source, split="valid", **skip)
     elif recipe.val_size:
         whole = data.read(recipe.dataset, limit=recipe.max_train_samples, **skip)
         if trained_on not in (None, whole.sha256):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import os
@@ -25,7 +24,7 @@ from transformers.models.auto.tokenization_auto import (
 )
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
-from lighten.errors import UserError, missing_extra
+from lighten.errors import UserError
 from lighten.hardware import cache_folder
 from lighten.models.configuration import FAULTS, build_empty, reason
 from lighten.models.gguf_config import config_of, refused
@@ -82,7 +81,7 @@ def read_config(path: Path) -> Any:
     Raises:
         UserError: `gguf` is missing, or the file cannot be read as the model that it holds.
     """
-    return config_of(_header(path))
+    return config_of(read_header(path))
 
 
 def converted(path: Path) -> Path:
@@ -95,7 +94,7 @@ def converted(path: Path) -> Path:
         UserError: `gguf` is missing, the file cannot be read as the model that it holds, or there
             is no room for the copy.
     """
-    header = _header(path)
+    header = read_header(path)
     folder = _kept(header, "model")
     if (folder / "config.json").is_file():
         return folder
@@ -124,7 +123,7 @@ def conversion_bytes(path: Path) -> tuple[int, int]:
     Raises:
         UserError: `gguf` is missing, or the file cannot be read.
     """
-    sizes = [4 * tensor.numbers for tensor in _header(path).tensors.values()]
+    sizes = [4 * tensor.numbers for tensor in read_header(path).tensors.values()]
     # A shard waits to be written; of the largest tensor there are the numbers and their order.
     return sum(sizes), min(sum(sizes), _SHARD_BYTES) + 2 * max(sizes, default=0)
 
@@ -135,7 +134,7 @@ def read_tokenizer(path: Path) -> Any:
     Raises:
         UserError: `gguf` is missing, or the file cannot be read.
     """
-    header = _header(path)
+    header = read_header(path)
     folder = _kept(header, "tokenizer")
     kind = _tokenizer_class(header)
     if (folder / "tokenizer.json").is_file():
@@ -155,15 +154,9 @@ def convert(path: Path, folder: Path) -> None:
     Raises:
         UserError: The file cannot be read as the model that it holds.
     """
-    header = _header(path)
+    header = read_header(path)
     _write(header, folder)
     _build_tokenizer(header, _tokenizer_class(header)).save_pretrained(folder)
-
-
-def _header(path: Path) -> Header:
-    if importlib.util.find_spec("gguf") is None:
-        raise missing_extra("gguf", "gguf")
-    return read_header(path)
 
 
 def _kept(header: Header, what: str) -> Path:

@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import date
 from importlib.metadata import version
@@ -29,11 +29,10 @@ from transformers import PreTrainedTokenizerBase
 
 from lighten import data
 from lighten.data import Encoded, EncodedRows, Findings
-from lighten.data.files import checksum, files_of
+from lighten.data.files import checksum
 from lighten.data.tokenise import EncodingCounts
 from lighten.hardware import cache_folder
 from lighten.models import Limits
-from lighten.paths import split_limit
 from lighten.recipe import Recipe
 
 # Another number whenever the same data would be encoded otherwise.
@@ -49,6 +48,7 @@ _SETTINGS = (
 )  # fmt: skip
 _DTYPES = {"ids": np.int32, "supervised": np.uint8, "starts": np.int64, "lines": np.int64,
            "files": np.int32, "ready": np.bool_}  # fmt: skip
+PARTS, BESIDE = ("train", "held_out"), ("facts", "notes")
 Parts = dict[str, Encoded | None]
 
 
@@ -56,7 +56,8 @@ class RowCache:
     """The place of one data set's encoded rows.
 
     Args:
-        recipe: Which data, and how they are encoded.
+        recipe: How the data are encoded.
+        files: Every file that the rows come from.
         tokenizer: With its chat template chosen.
         limits: Of the model.
 
@@ -65,11 +66,16 @@ class RowCache:
             `LIGHTEN_DATA_CACHE=off`, or no such files.
     """
 
-    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        files: Sequence[Path],
+        tokenizer: PreTrainedTokenizerBase,
+        limits: Limits,
+    ) -> None:
         self.folder: Path | None = None
         if os.environ.get("LIGHTEN_DATA_CACHE") == "off":
             return
-        files = list(_files(recipe))
         if sum(file.stat().st_size for file in files) < LEAST_BYTES:
             return
         template = str(tokenizer.chat_template)
@@ -96,12 +102,15 @@ class RowCache:
             return None
         try:
             kept = json.loads((self.folder / "entry.json").read_text(encoding="utf-8"))
-            parts = {name: self._part(name, part) for name, part in kept["parts"].items()}
-        except (OSError, ValueError, KeyError, TypeError):  # torn: as if it were not there
+            parts = {name: self._part(name, kept["parts"][name]) for name in PARTS}
+            beside = {name: kept["beside"][name] for name in BESIDE}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            return None  # torn: as if it were not there
+        if parts["train"] is None:
             return None
         with contextlib.suppress(OSError):  # a cache that may only be read is used all the same
             os.utime(self.folder)
-        return parts, kept["beside"]
+        return parts, beside
 
     def save(self, parts: Parts, beside: dict[str, Any]) -> Parts:
         """Keep encoded parts, and hand them over as mapped from there.
@@ -114,18 +123,15 @@ class RowCache:
             root = _root()
             root.mkdir(parents=True, exist_ok=True)
             _prune(root)
-            with tempfile.TemporaryDirectory(dir=root, prefix=".new-") as new:
-                kept = {name: _write(Path(new), name, part) for name, part in parts.items()}
+            with tempfile.TemporaryDirectory(dir=root, prefix=".new-") as scratch:
+                new = Path(scratch) / "entry"
+                new.mkdir()
+                kept = {name: _write(new, name, part) for name, part in parts.items()}
                 entry = json.dumps({"parts": kept, "beside": beside}, ensure_ascii=False)
-                (Path(new) / "entry.json").write_text(entry, encoding="utf-8")
-                whole = root / f".whole-{os.path.basename(new)}"
-                os.rename(new, whole)
-                Path(new).mkdir()  # what the context manager takes away
+                (new / "entry.json").write_text(entry, encoding="utf-8")
                 shutil.rmtree(self.folder, ignore_errors=True)  # a torn entry
-                try:
-                    os.rename(whole, self.folder)
-                except OSError:  # another process has just kept the same
-                    shutil.rmtree(whole, ignore_errors=True)
+                with contextlib.suppress(OSError):  # another process has just kept the same
+                    os.rename(new, self.folder)
         except OSError:
             return parts
         loaded = self.load()
@@ -181,15 +187,6 @@ def _write(folder: Path, name: str, part: Encoded | None) -> dict[str, Any] | No
             "dates": sorted(found.dates),
         },
     }
-
-
-def _files(recipe: Recipe) -> Iterator[Path]:
-    """Every file that the rows come from."""
-    yield from files_of(split_limit(recipe.dataset)[0], "train")
-    if recipe.eval_dataset is not None:
-        yield from files_of(split_limit(recipe.eval_dataset)[0], "valid")
-    elif data.has_split(recipe.dataset, "valid"):
-        yield from files_of(split_limit(recipe.dataset)[0], "valid")
 
 
 def _root() -> Path:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from lighten import data, models
 from lighten.data import Encoded, TemplateChoice
+from lighten.data.files import files_of
 from lighten.models import Limits
+from lighten.paths import split_limit
 from lighten.recipe import Recipe
 from lighten.train.row_cache import RowCache
 from lighten.wording import counted
@@ -52,7 +55,7 @@ def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows:
         trust_remote_code=recipe.trust_remote_code,
     )
     template = data.choose_template(tokenizer, recipe.chat_template)
-    cache = RowCache(recipe, tokenizer, limits)
+    cache = RowCache(recipe, _files(recipe), tokenizer, limits)
     kept = cache.load()
     if kept is None:
         train, held_out, facts, notes = _read_rows(recipe, tokenizer, limits)
@@ -161,12 +164,23 @@ def encode_as(
     return encoded
 
 
-def _held_out(recipe: Recipe) -> data.Dataset | None:
+def held_out_source(recipe: Recipe) -> str | None:
+    """Where the data are that the loss is watched on; None: a part of the training data is."""
     if recipe.eval_dataset is not None:
-        source = recipe.eval_dataset
-    elif data.has_split(recipe.dataset, "valid"):
-        source = recipe.dataset
-    else:
+        return recipe.eval_dataset
+    return recipe.dataset if data.has_split(recipe.dataset, "valid") else None
+
+
+def _files(recipe: Recipe) -> list[Path]:
+    """Every file that the rows come from."""
+    files = files_of(split_limit(recipe.dataset)[0], "train")
+    if (source := held_out_source(recipe)) is not None:
+        files += files_of(split_limit(source)[0], "valid")
+    return files
+
+
+def _held_out(recipe: Recipe) -> data.Dataset | None:
+    if (source := held_out_source(recipe)) is None:
         return None
     return data.read(
         source,
