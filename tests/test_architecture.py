@@ -44,6 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     # It traces the step of `train`, and draws its picture with `report`'s figures.
     "plan": {"adapters", "allocator", "data", "devices", "models", "recipe", "hardware", "paths",
              "report", "runs", "train", "verbs"},
+    "quantize": {"adapters", "models", "peft_config", "runs"},
     "api": {"adapters", "devices", "plan", "recipe", "runs", "train", "evaluate", "report",
             "sweep"},
     "console": {"recipe"},

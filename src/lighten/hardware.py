@@ -17,8 +17,8 @@ import psutil
 
 # Extra of the package by the module that it brings: those that this version uses, no others.
 EXTRAS = {
-    "bitsandbytes": "quant", "gguf": "gguf", "pyarrow": "parquet", "wandb": "track",
-    "tensorboard": "track", "trackio": "track", "optuna": "search", "ray": "ray",
+    "bitsandbytes": "quant", "gguf": "gguf", "xllamacpp": "gguf", "pyarrow": "parquet",
+    "wandb": "track", "tensorboard": "track", "trackio": "track", "optuna": "search", "ray": "ray",
 }  # fmt: skip
 CORE = (
     "lighten", "torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers",

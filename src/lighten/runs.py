@@ -59,8 +59,9 @@ def write_bytes(path: Path, data: bytes | FileContent) -> None:
         _sync_folder(path.parent)
     except OSError as error:
         written = temporary.stat().st_size if temporary.exists() else 0
-        temporary.unlink(missing_ok=True)
         raise _told(error, path, size - written) from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from lighten.hardware import cache_folder
 from lighten.models.configuration import FAULTS, build_empty, reason
 from lighten.models.gguf_config import config_of, refused
 from lighten.models.gguf_header import Header, read_header
+from lighten.models.gguf_names import LAYER, STEM, STEM_OF_GPT2, outer_names
 
 log = logging.getLogger(__name__)
 # Raised when what a conversion writes changes, so that an old copy is not taken for it.
@@ -37,40 +38,6 @@ _SHARD_BYTES = 512 * 2**20
 # Room that is left on the disk beside a kept copy.
 _SPARE_BYTES = 2**30
 
-_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
-_SANDWICH = {
-    "attn_norm": "input_layernorm", "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm", "post_ffw_norm": "post_feedforward_layernorm",
-}  # fmt: skip
-_LINEAR = {
-    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}  # fmt: skip
-_HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
-_LAYER: dict[str, dict[str, str]] = {
-    "llama": {**_NORMS, **_LINEAR},
-    "qwen2": {**_NORMS, **_LINEAR},
-    "qwen3": {**_NORMS, **_LINEAR, **_HEAD_NORMS},
-    "gemma": {**_NORMS, **_LINEAR},
-    "gemma2": {**_SANDWICH, **_LINEAR},
-    "gemma3": {**_SANDWICH, **_LINEAR, **_HEAD_NORMS},
-    "phi3": {
-        **_NORMS, "attn_qkv": "self_attn.qkv_proj", "attn_output": "self_attn.o_proj",
-        "ffn_up": "mlp.gate_up_proj", "ffn_down": "mlp.down_proj",
-    },
-    "gpt2": {
-        "attn_norm": "ln_1", "attn_qkv": "attn.c_attn", "attn_output": "attn.c_proj",
-        "ffn_norm": "ln_2", "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj",
-    },
-}  # fmt: skip
-_OUTER = {
-    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
-}  # fmt: skip
-_OUTER_OF_GPT2 = {
-    "token_embd": "transformer.wte", "position_embd": "transformer.wpe",
-    "output_norm": "transformer.ln_f", "output": "lm_head",
-}  # fmt: skip
 # They became part of the configuration.
 _IN_CONFIG = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
@@ -264,15 +231,15 @@ def _index(folder: Path, places: dict[str, str], total_bytes: int) -> None:
 def _weights(header: Header, config: Any) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the file under its transformers name, dense and in float32."""
     architecture = header.architecture
-    outer = _OUTER_OF_GPT2 if architecture == "gpt2" else _OUTER
-    stem = "transformer.h" if architecture == "gpt2" else "model.layers"
+    outer = outer_names(architecture)
+    stem = STEM_OF_GPT2 if architecture == "gpt2" else STEM
     for stored in header.tensors:
         if stored in _IN_CONFIG:
             continue
         base, _, suffix = stored.rpartition(".")
         layer = re.fullmatch(r"blk\.(\d+)\.(\w+)", base)
         if layer is not None:
-            part = _LAYER[architecture].get(layer[2])
+            part = LAYER[architecture].get(layer[2])
             name = None if part is None else f"{stem}.{layer[1]}.{part}.{suffix}"
         else:
             name = f"{outer[base]}.{suffix}" if base in outer else None

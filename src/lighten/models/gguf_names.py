@@ -1,0 +1,81 @@
+"""Names of tensors in GGUF files beside those of transformers, by llama.cpp's architecture.
+
+They are llama.cpp's (`gguf-py/gguf/tensor_mapping.py`), for the architectures that are read and
+written here.
+"""
+
+from __future__ import annotations
+
+import re
+
+STEM, STEM_OF_GPT2 = "model.layers", "transformer.h"
+# llama.cpp's architecture by transformers' `model_type`.
+ARCHITECTURE_OF = {
+    "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma": "gemma",
+    "gemma2": "gemma2", "gemma3_text": "gemma3", "gemma3": "gemma3", "phi3": "phi3",
+    "gpt2": "gpt2",
+}  # fmt: skip
+_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+_SANDWICH = {
+    "attn_norm": "input_layernorm", "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm", "post_ffw_norm": "post_feedforward_layernorm",
+}  # fmt: skip
+_LINEAR = {
+    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}  # fmt: skip
+_HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+LAYER: dict[str, dict[str, str]] = {
+    "llama": {**_NORMS, **_LINEAR},
+    "qwen2": {**_NORMS, **_LINEAR},
+    "qwen3": {**_NORMS, **_LINEAR, **_HEAD_NORMS},
+    "gemma": {**_NORMS, **_LINEAR},
+    "gemma2": {**_SANDWICH, **_LINEAR},
+    "gemma3": {**_SANDWICH, **_LINEAR, **_HEAD_NORMS},
+    "phi3": {
+        **_NORMS, "attn_qkv": "self_attn.qkv_proj", "attn_output": "self_attn.o_proj",
+        "ffn_up": "mlp.gate_up_proj", "ffn_down": "mlp.down_proj",
+    },
+    "gpt2": {
+        "attn_norm": "ln_1", "attn_qkv": "attn.c_attn", "attn_output": "attn.c_proj",
+        "ffn_norm": "ln_2", "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj",
+    },
+}  # fmt: skip
+_OUTER = {
+    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
+}  # fmt: skip
+_OUTER_OF_GPT2 = {
+    "token_embd": "transformer.wte", "position_embd": "transformer.wpe",
+    "output_norm": "transformer.ln_f", "output": "lm_head",
+}  # fmt: skip
+_LAYER_PATH = re.compile(r"^(?:.*\.)?(?:layers|h)\.(?P<layer>\d+)\.(?P<part>.+)$")
+_OUTSIDE = re.compile(r"(^|\.)(vision_tower|multi_modal_projector|visual)\.")
+
+
+def outer_names(architecture: str) -> dict[str, str]:
+    """The module in transformers by the name of a tensor that belongs to no layer."""
+    return _OUTER_OF_GPT2 if architecture == "gpt2" else _OUTER
+
+
+def stored_name(architecture: str, path: str) -> str | None:
+    """A tensor's name in a GGUF file without its suffix; None of a module that has none.
+
+    Args:
+        architecture: llama.cpp's.
+        path: The module's path in transformers, such as `model.layers.3.self_attn.q_proj`.
+    """
+    if _OUTSIDE.search(path):
+        return None
+    place = _LAYER_PATH.match(path)
+    if place is not None:
+        for stored, part in LAYER[architecture].items():
+            if part == place["part"]:
+                return f"blk.{place['layer']}.{stored}"
+        return None
+    # Bases with a picture tower, and files of GPT-2, put other words in front of the last.
+    last = path.rpartition(".")[2]
+    for stored, outer in outer_names(architecture).items():
+        if last == outer.rpartition(".")[2]:
+            return stored
+    return None
