@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
-from lighten import data
+from lighten import data, forks
 from lighten.data import Example, Message, choose_template, encode, storage
 from lighten.data.storage import ExampleStore, Spool
 from lighten.data.tokenise import PART_EXAMPLES
@@ -24,6 +28,7 @@ from lighten.train.prepare import tokenizer_of
 from lighten.train.rows import load_rows
 from tests.tiny import tiny_tokenizer
 
+encoding = sys.modules["lighten.data.encode"]  # the room has a function of that name
 WORDS = ["gradient", "한국어", "문장", "emoji 🙂🙃", "\u2028", "  spaces ", "\n\nlines", "Ünïcödé",
          "<|im_end|", "x" * 40, "é", "👩‍👩‍👧"]  # fmt: skip
 
@@ -101,6 +106,100 @@ def test_parts_and_disk_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row.example.where for row in stored.rows] == [row.example.where for row in whole.rows]
     assert stored.rows[-1] == whole.rows[-1]
     assert stored.rows[3:5] == whole.rows[3:5]
+
+
+needs_fork = pytest.mark.skipif(not forks.possible(), reason="this system does not fork")
+
+
+@needs_fork
+@pytest.mark.parametrize("kind", ["list", "store", "some of a store"])
+@pytest.mark.parametrize("template", ["chatml", "alpaca", "no systems"])
+def test_processes_encode_what_one_encodes(
+    kind: str, template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = tiny_tokenizer()
+    choose_template(tokenizer, template if template != "no systems" else "chatml")
+    if template == "no systems":
+        refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('none') }}{% endif %}"
+        tokenizer.chat_template = refusing + tokenizer.chat_template
+    given: Sequence[Example] = examples(120)
+    if kind != "list":
+        given = _store(list(given))
+    if kind == "some of a store":
+        given = storage.chosen(given, [place for place in range(120) if place % 7])
+
+    def encoded() -> data.Encoded:
+        return encode(
+            given, tokenizer, max_length=48, system_role="keep", skip_bad_rows=True,
+            progress=lambda done, total: heard.append((done, total)),
+        )  # fmt: skip
+
+    heard: list[tuple[int, int]] = []
+    monkeypatch.setattr(forks, "possible", lambda: False)
+    alone = encoded()
+    monkeypatch.undo()
+    heard.clear()
+    monkeypatch.setattr(forks, "processors", lambda: 3)
+    monkeypatch.setattr(encoding, "PAYS_S", 0.0)
+    monkeypatch.setattr(encoding, "PART_EXAMPLES", 16)
+    forked: list[int] = []
+    fork = os.fork
+    monkeypatch.setattr(os, "fork", lambda: (forked.append(1), fork())[1])
+    together = encoded()
+    assert len(forked) == 3
+    assert together.sha256 == alone.sha256
+    assert together.counts == alone.counts
+    assert (together.counts.refused > 0) == (template == "no systems")
+    assert together.problems == alone.problems
+    assert together.findings == alone.findings
+    assert together.rows[:] == alone.rows[:]
+    assert heard[-1] == (len(given), len(given))
+    assert heard == sorted(heard)
+
+
+@needs_fork
+def test_a_process_that_the_system_ends_costs_no_row() -> None:
+    here = os.getpid()
+
+    def work(piece: int) -> int:
+        if piece in (3, 4) and os.getpid() != here:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return piece * piece
+
+    assert list(forks.in_order(work, 20, 2, 30.0)) == [n * n for n in range(20)]
+
+
+@needs_fork
+def test_a_process_that_stands_still_is_given_up() -> None:
+    here = os.getpid()
+
+    def work(piece: int) -> int:
+        while piece == 2 and os.getpid() != here:
+            time.sleep(1)
+        return piece
+
+    assert list(forks.in_order(work, 6, 2, 0.3)) == list(range(6))
+
+
+@needs_fork
+def test_an_error_of_a_process_is_raised_here_and_no_process_stays() -> None:
+    def work(piece: int) -> int:
+        if piece == 5:
+            raise UserError("the sixth piece is broken")
+        return piece
+
+    with pytest.raises(UserError, match="sixth"):
+        list(forks.in_order(work, 9, 2, 30.0))
+    assert psutil.Process().children() == []
+
+
+@needs_fork
+def test_a_process_that_waits_to_be_read_ends_with_its_reader() -> None:
+    pieces = forks.in_order(lambda piece: bytes(10**6), 50, 2, 30.0)
+    assert len(next(pieces)) == 10**6
+    assert psutil.Process().children()
+    pieces.close()
+    assert psutil.Process().children() == []
 
 
 def _rows_of(example: Example, tokenizer: Any) -> Sequence[data.Row]:

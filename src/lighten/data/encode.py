@@ -8,21 +8,30 @@ shift it. Supervised are the assistant's answers, the token that ends each turn 
 from __future__ import annotations
 
 import hashlib
+import os
+import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from lighten import forks
 from lighten.data.conversation import Handling, Renderer
 from lighten.data.examples import Example, Message
 from lighten.data.findings import Findings
-from lighten.data.storage import Row, RowWriter
-from lighten.data.tokenise import EncodingCounts, tokenise
+from lighten.data.storage import EncodedRows, Row, RowWriter, flush
+from lighten.data.tokenise import PART_EXAMPLES, EncodingCounts, Tokenised, tokenise
 from lighten.errors import UserError
 
 LEFT_OUT = "left out: "
+# Processes are forked for what would take longer than this, as the first examples took: each
+# begins in a tenth of it.
+PAYS_S = 2.0
+PATIENCE_S = 60.0
+THREADS = "TOKENIZERS_PARALLELISM"  # of Hugging Face's tokenizers
 
 
 @dataclass
@@ -87,55 +96,187 @@ def encode(
         UserError: A template refuses rows, a row is too long and that was not allowed, or
             nothing at all is supervised (with the reason).
     """
-    limit = limit or f"max_length {max_length}"
-    counts = EncodingCounts(examples=len(examples))
-    problems: dict[str, str] = {}
-    causes: Counter[str] = Counter()
-    written = RowWriter()
-    renderer = Renderer(tokenizer, Handling(system_role, thinking))
-    findings = renderer.findings
+    job = _Job(
+        examples, tokenizer, Handling(system_role, thinking), max_length,
+        limit or f"max_length {max_length}", cut=truncation_strategy == "truncate",
+        whole_chats=not assistant_only_loss, whole_pairs=not completion_only_loss,
+    )  # fmt: skip
+    made = _all_of(job, progress or _unheard)
+    counts, problems = made.counts, made.problems
+    counts.examples = len(examples)
+    if not skip_bad_rows:
+        made.findings.require_none_refused()
+    if made.too_long and truncation_strategy == "raise":
+        raise UserError(
+            f"{made.too_long}; shorten it, or set truncation_strategy to truncate or drop"
+        )
+    counts.refused = made.findings.refused_rows
+    counts.rows, counts.tokens = len(made.written), made.written.tokens
+    if not len(made.written):
+        worst = made.causes.most_common(1)
+        reason = problems[worst[0][0]] if worst else "there are no examples"
+        raise UserError(f"nothing to learn from: no row has a supervised token, because {reason}")
+    told = [*problems.values(), *made.findings.sentences()]
+    told += [f"{LEFT_OUT}{sentence}" for sentence in made.findings.refusals()]
+    return Encoded(made.written.rows(), counts, told, made.findings)
+
+
+def _unheard(done: int, total: int) -> None:
+    """Progress that nobody wants to see."""
+
+
+@dataclass
+class _Made:
+    """What came of some of the examples.
+
+    Attributes:
+        written: Their rows.
+        counts: What was kept and lost.
+        problems: The first sentence of each kind of loss.
+        causes: Why rows have nothing to learn.
+        too_long: A sentence about the first row that is too long.
+        findings: What the chat template did.
+    """
+
+    written: RowWriter = field(default_factory=RowWriter)
+    counts: EncodingCounts = field(default_factory=EncodingCounts)
+    problems: dict[str, str] = field(default_factory=dict)
+    causes: Counter[str] = field(default_factory=Counter)
     too_long: str | None = None
+    findings: Findings = field(default_factory=Findings)
 
-    def whole(example: Example) -> bool:
-        return not (completion_only_loss if example.single_turn else assistant_only_loss)
+    def merge(self, rows: EncodedRows, later: _Made) -> None:
+        """Add what came of later examples, and their rows."""
+        self.written.extend(rows)
+        self.counts.add(later.counts)
+        self.problems = {**later.problems, **self.problems}
+        self.causes += later.causes
+        self.too_long = self.too_long or later.too_long
+        self.findings.merge(later.findings)
 
-    for number, row in enumerate(tokenise(examples, renderer, whole, counts, problems), 1):
-        if progress is not None:
-            progress(number + findings.refused_rows, len(examples))
-        where, before = row.example.where, int(row.supervised.sum())
+
+@dataclass(frozen=True)
+class _Job:
+    """What is to be encoded, and how.
+
+    Attributes:
+        examples: All of them.
+        tokenizer: With its chat template chosen.
+        handling: What happens to system messages and thoughts.
+        max_length: Tokens a row may have.
+        limit: What sets it, in words.
+        cut: A longer row is cut, not left out.
+        whole_chats: Conversations are learnt whole, not their answers alone.
+        whole_pairs: And so are single pairs.
+    """
+
+    examples: Sequence[Example]
+    tokenizer: Any
+    handling: Handling
+    max_length: int
+    limit: str
+    cut: bool
+    whole_chats: bool
+    whole_pairs: bool
+
+    def make(self, some: range, made: _Made, progress: Callable[[int], None]) -> None:
+        """Encode some of the examples.
+
+        Args:
+            some: Their places.
+            made: Receives what comes of them.
+            progress: Told how many of them are encoded.
+        """
+        examples = self.examples if len(some) == len(self.examples) else (
+            self.examples[some.start : some.stop]
+        )  # fmt: skip
+        renderer = Renderer(self.tokenizer, self.handling)
+        tokenised = tokenise(examples, renderer, self._whole, made.counts, made.problems)
+        for number, row in enumerate(tokenised, 1):
+            progress(number + renderer.findings.refused_rows)
+            self._keep(row, made)
+        made.findings.merge(renderer.findings)
+
+    def part(self, some: range) -> tuple[dict[str, np.ndarray[Any, Any]], list[str], _Made]:
+        """What comes of some of the examples, as it can be sent from process to process."""
+        made = _Made()
+        self.make(some, made, lambda _: None)
+        rows, made.written = made.written.rows(), RowWriter()
+        arrays = {name: np.asarray(array) for name, array in rows.arrays().items()}
+        return arrays, rows.names, made
+
+    def _whole(self, example: Example) -> bool:
+        return self.whole_pairs if example.single_turn else self.whole_chats
+
+    def _keep(self, row: Tokenised, made: _Made) -> None:
+        """Write a row as far as it may go and has something to learn."""
+        counts, where = made.counts, row.example.where
+        before = int(np.count_nonzero(row.supervised))
         if before == 0:
             counts.dropped += 1
-            causes["empty" if row.aligned else "unaligned"] += 1
+            made.causes["empty" if row.aligned else "unaligned"] += 1
             if row.aligned:
-                problems.setdefault("empty", f"{where} has no answer to learn from")
-            continue
-        ids, supervised = row.ids[:max_length], row.supervised[:max_length]
-        if len(row.ids) > max_length:
-            too_long = too_long or f"{where} has {len(row.ids)} tokens, over {limit}"
-            kept = int(supervised.sum()) if truncation_strategy == "truncate" else 0
+                made.problems.setdefault("empty", f"{where} has no answer to learn from")
+            return
+        kept = before
+        ids, supervised = row.ids[: self.max_length], row.supervised[: self.max_length]
+        if len(row.ids) > self.max_length:
+            made.too_long = made.too_long or f"{where} has {len(row.ids)} tokens, over {self.limit}"
+            kept = int(np.count_nonzero(supervised)) if self.cut else 0
             counts.lost_supervised_tokens += before - kept
-            problems.setdefault(
-                "long", f"{too_long}: {before - kept} of its {before} supervised tokens are lost"
+            made.problems.setdefault(
+                "long",
+                f"{made.too_long}: {before - kept} of its {before} supervised tokens are lost",
             )
             if kept == 0:
                 counts.dropped += 1
-                causes["long"] += 1
-                continue
+                made.causes["long"] += 1
+                return
             counts.truncated += 1
-        written.append(ids, supervised, row.example)
-    if not skip_bad_rows:
-        findings.require_none_refused()
-    if too_long and truncation_strategy == "raise":
-        raise UserError(f"{too_long}; shorten it, or set truncation_strategy to truncate or drop")
-    counts.rows, counts.tokens = len(written), written.tokens
-    counts.supervised_tokens = written.supervised_tokens
-    if not len(written):
-        worst = causes.most_common(1)
-        reason = problems[worst[0][0]] if worst else "there are no examples"
-        raise UserError(f"nothing to learn from: no row has a supervised token, because {reason}")
-    told = [*problems.values(), *findings.sentences()]
-    told += [f"{LEFT_OUT}{sentence}" for sentence in findings.refusals()]
-    return Encoded(written.rows(), counts, told, findings)
+        counts.supervised_tokens += kept
+        made.written.append(ids, supervised, row.example)
+
+
+def _all_of(job: _Job, progress: Callable[[int, int], None]) -> _Made:
+    """Encode all examples: the first here, the others side by side where that is quicker."""
+    made, total = _Made(), len(job.examples)
+    first = min(total, PART_EXAMPLES)
+    began = time.perf_counter()
+    job.make(range(first), made, lambda done: progress(done, total))
+    took_s = time.perf_counter() - began
+    starts = range(first, total, PART_EXAMPLES)
+    processes = min(forks.processors(), len(starts)) if forks.possible() else 1
+    if processes < 2 or took_s * len(starts) < PAYS_S:
+        job.make(range(first, total), made, lambda done: progress(first + done, total))
+        return made
+
+    def part(number: int) -> Any:
+        start = starts[number]
+        return job.part(range(start, min(start + PART_EXAMPLES, total)))
+
+    flush(job.examples)
+    with single_threaded():
+        parts = forks.in_order(part, len(starts), processes, max(PATIENCE_S, 100 * took_s))
+        for start, (arrays, names, later) in zip(starts, parts, strict=True):
+            made.merge(EncodedRows(arrays, names), later)
+            progress(min(start + PART_EXAMPLES, total), total)
+    return made
+
+
+@contextmanager
+def single_threaded() -> Iterator[None]:
+    """Until the end of the block a tokenizer begins no threads.
+
+    Its own are not there in a forked process, which would wait for them.
+    """
+    before = os.environ.get(THREADS)
+    os.environ[THREADS] = "false"
+    try:
+        yield
+    finally:
+        del os.environ[THREADS]
+        if before is not None:
+            os.environ[THREADS] = before
 
 
 def prompt_of(

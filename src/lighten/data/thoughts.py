@@ -26,6 +26,8 @@ def thought_of(message: Message) -> str:
     aside = dict(message.extra).get("reasoning_content")
     if isinstance(aside, str) and aside.strip():
         return aside.strip()
+    if "</" not in message.content and "[/THINK]" not in message.content:
+        return ""  # most answers: nothing closes a thought
     found = _THOUGHT.match(message.content) or _CLOSED.match(message.content)
     if not found or EMPTY_THOUGHT.fullmatch(found[0]):
         return ""

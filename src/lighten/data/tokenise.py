@@ -52,6 +52,11 @@ class EncodingCounts:
     endless: int = 0
     refused: int = 0
 
+    def add(self, later: EncodingCounts) -> None:
+        """Add what encoding did to later examples."""
+        for name in vars(later):
+            setattr(self, name, getattr(self, name) + getattr(later, name))
+
 
 @dataclass(frozen=True)
 class Tokenised:
@@ -88,7 +93,7 @@ def tokenise(
         examples: What to encode.
         renderer: Renders conversations.
         whole: Whether all of a conversation is learnt, not its answers alone.
-        counts: Receives `unaligned`, `endless` and `refused`.
+        counts: Receives `unaligned` and `endless`.
         problems: Receives the first sentence of each kind.
 
     Raises:
@@ -109,7 +114,6 @@ def tokenise(
                 else (example, None)
                 for example in examples[start : start + PART_EXAMPLES]
             ]
-            counts.refused = renderer.findings.refused_rows
             texts = [rendered.text for _, rendered in part if rendered is not None]
             encodings = thread.submit(backend.encode_batch, texts, add_special_tokens=False)
             if waiting is not None:

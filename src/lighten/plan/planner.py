@@ -17,10 +17,10 @@ from multiprocessing import get_context
 import torch
 
 from lighten.errors import UserError
+from lighten.forks import end_with_parent
 from lighten.plan.garbage import spared
 from lighten.plan.result import Plan
 from lighten.recipe import Recipe
-from lighten.train.forked import end_with_parent
 
 MOST_PROCESSES = 8  # each has its own copy of the interpreter's objects, some 200 MiB
 

@@ -196,7 +196,8 @@ def _lanes(setup: Setup) -> Lanes | None:
     """As the training loop opens them."""
     import torch
 
-    from lighten.train.forked import possible, processes_for
+    from lighten.forks import possible
+    from lighten.train.forked import processes_for
     from lighten.train.lanes import Threads
 
     if setup.lanes == 1:

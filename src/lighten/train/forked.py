@@ -11,13 +11,11 @@ of threads: which lane trains what is decided alike, and gradients are summed in
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import mmap
 import os
 import pickle
 import signal
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +31,8 @@ from torch import Tensor, nn
 
 from lighten import allocator, hardware
 from lighten.data.batches import MicroBatch
+from lighten.forks import end_with_parent
+from lighten.forks import possible as possible  # whether lanes can be processes at all
 from lighten.train.lanes import Lanes, Pool, Slopes, in_order, shared_out
 from lighten.train.loss import Objective
 from lighten.train.passes import measure
@@ -41,18 +41,7 @@ if TYPE_CHECKING:
     from lighten.train.prepare import Setup
 
 ALIGNED = 64  # bytes: a cache line, and the widest vector
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 START_S = 30.0  # a child starts in milliseconds; after this it never will
-
-
-def possible() -> bool:
-    """Whether this system forks a process that computes: macOS's frameworks do not survive it."""
-    return sys.platform.startswith("linux")
-
-
-def end_with_parent() -> None:
-    """Let this forked process end when the one that forked it does, however that ends."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def processes_for(setup: Setup) -> Forked:
