@@ -134,7 +134,7 @@ def test_an_ended_run_is_moved_aside_and_an_unfinished_one_is_kept(
     run = Run.create(recipe)
     run.update(status="running")
     runs.append_line(run.folder / "metrics.jsonl", {"step": 1})
-    with pytest.raises(UserError, match="unfinished run; go on with --resume"):
+    with pytest.raises(UserError, match="unfinished run; go on with: lighten train --resume"):
         Run.create(recipe)
     for number in (1, 2):
         run.update(status="finished")

@@ -118,7 +118,7 @@ def test_a_run_killed_at_any_moment_resumes_and_ends_bitwise_the_same(
         wait_for(folder / "checkpoints" / kill_at)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
-        assert Run(folder).info()["status"] == "running"
+        assert Run(folder).info()["status"] == "interrupted"
     again = train(settings, resume=True)
     assert losses(again) == losses(whole)
     assert same(weights(again), weights(whole))
@@ -211,6 +211,7 @@ def test_trap39_a_full_disk_leaves_the_older_checkpoint_and_names_the_file(
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
     other = Path(settings["output_dir"]).with_name("full")
     shutil.copytree(run.folder / "checkpoints", other / "checkpoints")
+    shutil.copy(run.folder / "run.json", other)  # a run's folder, without what it has measured
     done = python(code, json.dumps({**settings, "output_dir": str(other)}))
     assert done.returncode == 1
     assert "the disk is full" in done.stderr

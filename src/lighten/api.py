@@ -357,7 +357,10 @@ def report(*runs: RunLike, output: str | os.PathLike[str] | None = None) -> Path
     from lighten.report.page import write_page
     from lighten.report.sweep_page import is_sweep, write_sweep_page
 
-    chosen, target = [run_of(run) for run in runs], None if output is None else Path(output)
+    chosen, target = (
+        [run_of(run) for run in runs],
+        None if output is None else Path(output).expanduser(),
+    )
     if len(chosen) == 1 and is_sweep(chosen[0].folder):
         return write_sweep_page(chosen[0].folder, target)
     return write_page(chosen, target)

@@ -15,11 +15,11 @@ def split_limit(text: str) -> tuple[Path, int | None]:
     Raises:
         UserError: What follows `#` is no number of rows, and nothing has the whole as its name.
     """
-    whole = _expanded(text)
+    whole = expanded(text)
     if "#" not in text or exists(whole):
         return whole, None
     name, _, count = text.rpartition("#")
-    path = _expanded(name)
+    path = expanded(name)
     if count.isascii() and count.isdigit() and int(count[:18]) > 0:
         return path, int(count[:18])
     if "/" in count or "\\" in count or not exists(path):
@@ -35,7 +35,8 @@ def exists(path: Path) -> bool:
         return False
 
 
-def _expanded(text: str) -> Path:
+def expanded(text: str) -> Path:
+    """The path, with `~` as the user's home."""
     path = Path(text)
     try:
         return path.expanduser()

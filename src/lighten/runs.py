@@ -1,178 +1,30 @@
-"""The run folder: what is in it, and files that are written whole or not at all."""
+"""The run folder: what is in it."""
 
 from __future__ import annotations
 
-import errno
 import json
-import math
 import os
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from lighten import folders, locks
 from lighten.errors import UserError
+from lighten.folders import EVALUATION as EVALUATION
+from lighten.folders import INFO as INFO
+from lighten.folders import METRICS as METRICS
+from lighten.folders import MODEL as MODEL
+from lighten.folders import PLAN as PLAN
+from lighten.folders import RECIPE as RECIPE
 from lighten.recipe import Recipe, yaml_lines
-
-RECIPE, INFO, METRICS, EVALUATION = "recipe.yaml", "run.json", "metrics.jsonl", "evaluation.json"
-PLAN, MODEL = "plan.json", "model"
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-class FileContent(Protocol):
-    """What becomes a file without being in memory as bytes.
-
-    Attributes:
-        size: Bytes of the file, or nearly.
-    """
-
-    size: int
-
-    def write(self, path: Path) -> None:
-        """Write the file.
-
-        Raises:
-            OSError: It cannot be written.
-        """
-
-
-def write_bytes(path: Path, data: bytes | FileContent) -> None:
-    """Write a file whole or not at all: under a temporary name, flushed to disk, then renamed.
-
-    Raises:
-        UserError: The disk is full; names the file and the bytes missing. An older file stays.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    size = len(data) if isinstance(data, bytes) else data.size
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(data if isinstance(data, bytes) else b"")
-            file.flush()
-            os.fsync(file.fileno())
-        if not isinstance(data, bytes):
-            mode = temporary.stat().st_mode
-            data.write(temporary)
-            _settle(temporary, mode)
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        written = temporary.stat().st_size if temporary.exists() else 0
-        raise _told(error, path, size - written) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def whole_folder(final: Path) -> Iterator[Path]:
-    """A folder to fill, put in the place of an older one when all of it is on disk.
-
-    Raises:
-        UserError: The disk is full; an older folder stays.
-    """
-    partial = final.with_name(f".{final.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        probe = partial / ".mode"
-        probe.touch()
-        mode = probe.stat().st_mode
-        probe.unlink()
-        yield partial
-        for path in partial.rglob("*"):
-            if path.is_file():
-                _settle(path, mode)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-        _sync_folder(final.parent)
-    except OSError as error:
-        raise _told(error, final, 1) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _settle(path: Path, mode: int) -> None:
-    """Flush a file that a library wrote, and make it as readable as any other.
-
-    safetensors writes for the owner alone (0.7).
-    """
-    path.chmod(mode)
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
-def write_text(path: Path, text: str) -> None:
-    """`write_bytes` for UTF-8 text."""
-    write_bytes(path, text.encode())
-
-
-def write_json(path: Path, value: Any) -> None:
-    """`write_bytes` for JSON; numbers that are not finite become null."""
-    write_text(path, json.dumps(_finite(value), indent=2, ensure_ascii=False) + "\n")
-
-
-def append_line(path: Path, value: Mapping[str, Any]) -> None:
-    """Add one JSON line to a file in one write.
-
-    Raises:
-        UserError: The disk is full.
-    """
-    data = (json.dumps(_finite(value), ensure_ascii=False) + "\n").encode()
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            written = os.write(descriptor, data)
-        finally:
-            os.close(descriptor)
-        if written < len(data):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    except OSError as error:
-        raise _told(error, path, len(data)) from error
-
-
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The JSON lines of a file; a last line torn by a kill is passed over."""
-    if not path.is_file():
-        return
-    for line in path.read_bytes().split(b"\n"):
-        try:
-            value = json.loads(line) if line else None
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            yield value
-
-
-def _told(error: OSError, path: Path, missing: int) -> UserError:
-    if error.errno in _FULL:
-        return UserError(
-            f"the disk is full: {path} could not be written, {max(missing, 1)} bytes were missing; "
-            "what was saved before is intact (free some space, then go on with --resume)"
-        )
-    return UserError(f"cannot write {path}: {error.strerror or error}")
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable; systems that cannot open a folder for this do without."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(own) for key, own in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(own) for own in value]
-    return value
+from lighten.whole_files import FileContent as FileContent
+from lighten.whole_files import append_line as append_line
+from lighten.whole_files import read_lines as read_lines
+from lighten.whole_files import whole_folder as whole_folder
+from lighten.whole_files import write_bytes as write_bytes
+from lighten.whole_files import write_json as write_json
+from lighten.whole_files import write_text as write_text
 
 
 class Run:
@@ -183,7 +35,8 @@ class Run:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(folder).expanduser()
+        self.claim: folders.Claim | None = None  # where this process began it
         if not (self.folder / RECIPE).is_file():
             raise UserError(
                 f"{self.folder} is not a run: it has no {RECIPE} (see: lighten runs list)"
@@ -206,22 +59,29 @@ class Run:
             UserError: A run is there already and not to be resumed, or it has another recipe.
         """
         folder = recipe.run_folder
-        there = (folder / RECIPE).is_file()
-        if resume and there:
+        if resume and (folder / RECIPE).is_file() and (folder / INFO).is_file():
+            locks.require_unlocked(folder)
             run = cls(folder)
             run._require_same(recipe)
+            locks.acquire(folder)
             return run
-        if there and (folder / METRICS).exists():
-            if cls(folder).info().get("status") in ("running", "interrupted"):
-                raise UserError(
-                    f"{folder} holds an unfinished run; go on with --resume, or choose another "
-                    "--output_dir"
-                )
-            aside = free_name(folder)
-            os.replace(folder, aside)
-            recipe.notices.append(f"{folder} held an ended run, which is now {aside}")
-        write_text(folder / RECIPE, recipe.to_yaml())
-        return cls(folder)
+        folders.require_ours(folder)
+        ended = (folder / METRICS).exists()
+        if ended and cls(folder).is_unfinished():
+            raise UserError(
+                f"{folder} holds an unfinished run; go on with: {resume_command(folder)}, or "
+                "choose another --output_dir"
+            )
+        claim = folders.claim(folder, recipe.to_yaml(), aside=ended)
+        if claim.aside is not None:
+            recipe.notices.append(f"{folder} held an ended run, which is now {claim.aside}")
+        run = cls(folder)
+        run.claim = claim
+        return run
+
+    def is_unfinished(self) -> bool:
+        """Whether it can go on: it was stopped, killed, or is at work."""
+        return self.info().get("status") in ("running", "interrupted")
 
     def _require_same(self, recipe: Recipe) -> None:
         free = {"output_dir", "report_to", "logging_steps", "save_total_limit", "evaluate",
@@ -251,7 +111,10 @@ class Run:
 
     def info(self) -> dict[str, Any]:
         """`run.json`: machine, base, data, how it ended. Empty before the run began."""
-        return self._json(INFO) or {}
+        info = self._json(INFO) or {}
+        if info.get("status") == "running" and not locks.is_held(self.folder):
+            info["status"] = "interrupted"  # killed: it could not say so itself
+        return info
 
     def update(self, **parts: Any) -> dict[str, Any]:
         """Set parts of `run.json`."""
@@ -304,12 +167,9 @@ class Run:
         return value
 
 
-def free_name(folder: Path) -> Path:
-    """The folder's name with the first number that is not taken."""
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}-{number}")).exists():
-        number += 1
-    return aside
+def resume_command(folder: Path) -> str:
+    """What goes on with a run, as it can be typed."""
+    return f"lighten train --resume {shlex.quote(str(folder))}"
 
 
 def find(folder: str | os.PathLike[str] = "runs") -> list[Run]:

@@ -11,7 +11,7 @@ import yaml
 from pydantic import PrivateAttr, ValidationError
 
 from lighten.errors import UserError
-from lighten.paths import exists, split_limit
+from lighten.paths import exists, expanded, split_limit
 from lighten.recipe import aliases, start, swept, yaml_lines
 from lighten.recipe.fields import (
     AdapterEntry,
@@ -73,7 +73,7 @@ class Recipe(RecipeFields):
     @property
     def run_folder(self) -> Path:
         """Where the run goes."""
-        return Path(self.output_dir) if self.output_dir else Path("runs") / self.name
+        return expanded(self.output_dir) if self.output_dir else Path("runs") / self.name
 
     @classmethod
     def from_file(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:

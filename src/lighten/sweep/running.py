@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -11,10 +10,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lighten import hardware, runs
+from lighten import folders, hardware, locks, runs
 from lighten.errors import UserError
 from lighten.evaluate.evaluation import Progress, held_out_examples
 from lighten.evaluate.truncated import truncated_curve
+from lighten.paths import expanded
 from lighten.recipe import Recipe
 from lighten.runs import Run
 from lighten.sweep import apart, result, tuning
@@ -36,7 +36,9 @@ LOOK_STEPS = 3
 
 def folder_of(recipe: Recipe) -> Path:
     """Where the sweep of a recipe goes."""
-    return Path(recipe.output_dir) if recipe.output_dir else Path("runs") / f"{recipe.name}-sweep"
+    return (
+        expanded(recipe.output_dir) if recipe.output_dir else Path("runs") / f"{recipe.name}-sweep"
+    )
 
 
 def sweep(
@@ -70,8 +72,11 @@ def sweep(
     except BaseException as error:
         ended = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         with suppress(OSError, ValueError):
-            running.write(status=ended, error=str(error) or type(error).__name__, ended=_now())
+            if not running.came_to_nothing(error):
+                running.write(status=ended, error=str(error) or type(error).__name__, ended=_now())
         raise
+    finally:
+        locks.release(running.folder)
 
 
 class Sweep:
@@ -94,6 +99,7 @@ class Sweep:
         self.shown, self.measuring = TrainingProgress(enabled=progress), measuring
         self._progress = progress
         self._told: dict[str, Any] = {}
+        self._claim: folders.Claim | None = None
         self._state = self._open(resume=resume)
         self._spent_before = float(self._state.get("spent_s") or 0.0)
         self._began = self._beat = time.monotonic()
@@ -135,6 +141,12 @@ class Sweep:
         """Seconds that this sweep took until now, earlier sessions included."""
         return self._spent_before + time.monotonic() - self._began
 
+    def came_to_nothing(self, error: BaseException) -> bool:
+        """Whether a mistake of the user's ended it before anything began: nothing is left then."""
+        if self._claim is None or not isinstance(error, UserError):
+            return False
+        return self._claim.undo()
+
     def _open(self, *, resume: bool) -> dict[str, Any]:
         """The state of a sweep that is taken up, or of a new one."""
         there = (self.folder / FILE).is_file()
@@ -143,13 +155,18 @@ class Sweep:
             ended = before.get("status") == "finished"
             if not ended or resume:
                 self._require_same()
+                locks.acquire(self.folder)
                 self.recipe.notices.append(f"going on with the sweep in {self.folder}")
                 return before
-        if there or (self.folder / runs.RECIPE).is_file():
-            aside = runs.free_name(self.folder)
-            os.replace(self.folder, aside)
-            self.recipe.notices.append(f"{self.folder} held an ended run, which is now {aside}")
-        runs.write_text(self.folder / runs.RECIPE, self.recipe.to_yaml())
+        folders.require_ours(self.folder)
+        ended = there or (self.folder / runs.METRICS).exists()
+        if not there and ended and Run(self.folder).is_unfinished():
+            raise UserError(f"{self.folder} holds an unfinished run; choose another --output_dir")
+        self._claim = folders.claim(self.folder, self.recipe.to_yaml(), aside=ended)
+        if self._claim.aside is not None:
+            self.recipe.notices.append(
+                f"{self.folder} held an ended run, which is now {self._claim.aside}"
+            )
         return {"version": 1, "name": self.folder.resolve().name}
 
     def _require_same(self) -> None:

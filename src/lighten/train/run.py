@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers.utils import logging as transformers_logging
 
-from lighten import allocator, hardware, models
+from lighten import allocator, hardware, locks, models
 from lighten.adapters.peft_methods import method_of
 from lighten.errors import UserError
 from lighten.recipe import Recipe
@@ -60,7 +60,7 @@ def train(
     accelerator = Accelerator(
         cpu=device.value == "cpu",
         log_with=list(recipe.report_to) or None,
-        project_dir=str(recipe.run_folder),
+        project_config=trackers.places(recipe.run_folder),
     )
     run = _open(recipe, accelerator, resume=resume)
     with TrainingProgress(enabled=progress and accelerator.is_main_process) as shown:
@@ -74,14 +74,25 @@ def train(
             ended = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             if accelerator.is_main_process:
                 with suppress(OSError, ValueError):
-                    run.update(status=ended, error=str(error) or type(error).__name__, ended=_now())
+                    if not _came_to_nothing(run, error):
+                        run.update(status=ended, error=str(error) or type(error).__name__,
+                                   ended=_now())  # fmt: skip
             if error is not caught:
                 raise error from caught
             raise
         finally:
             with suppress(Exception):
                 accelerator.end_training()
+            if accelerator.is_main_process:
+                locks.release(run.folder)
     return run
+
+
+def _came_to_nothing(run: Run, error: BaseException) -> bool:
+    """Whether a mistake of the user's ended a run before it began: nothing of it is left then."""
+    if run.claim is None or not isinstance(error, UserError) or "base" in run.info():
+        return False
+    return run.claim.undo()
 
 
 def _explained(error: BaseException, prediction: Prediction | None) -> BaseException:
@@ -110,6 +121,8 @@ def _open(recipe: Recipe, accelerator: Accelerator, *, resume: bool) -> Run:
             commit=commit, tree_clean=clean,
             machine=hardware.machine().to_dict(), versions=hardware.versions(),
         )  # fmt: skip
+        accelerator.wait_for_everyone()
+        return run
     accelerator.wait_for_everyone()
     return Run(recipe.run_folder)
 

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
 
 from lighten.errors import missing_extra
+from lighten.folders import LOGS
 
 PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard", "trackio": "trackio"}
 
@@ -24,6 +26,11 @@ def check_installed(names: Sequence[str]) -> None:
     for name in names:
         if importlib.util.find_spec(PACKAGES[name]) is None:
             raise missing_extra(PACKAGES[name], "track")
+
+
+def places(run_folder: Path) -> ProjectConfiguration:
+    """Where trackers write: below a folder of the run, whatever WANDB_PROJECT says."""
+    return ProjectConfiguration(str(run_folder), logging_dir=str(run_folder / LOGS))
 
 
 def start(accelerator: Accelerator, run_folder: Path, settings: Mapping[str, Any]) -> None:

@@ -1,0 +1,130 @@
+"""Who writes a run folder: a file with the process's id and the time at which it began."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from lighten.errors import UserError
+
+LOCK = ".lock"
+# The start of a process is told relative to the clock, which is set now and then.
+CLOCK_S = 5.0
+
+
+def acquire(folder: Path) -> None:
+    """Take a folder for this process; a lock that a dead process left is taken over.
+
+    Raises:
+        UserError: Another process writes the folder.
+    """
+    path, written = folder / LOCK, folder / f".{LOCK}.{os.getpid()}.tmp"
+    try:
+        with _alone(folder):
+            require_unlocked(folder)
+            written.write_text(json.dumps(_this_process()), encoding="utf-8")
+            os.replace(written, path)
+    except OSError as error:
+        with suppress(OSError):
+            written.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Of processes that look for a lock at once, one looks after the other.
+
+    The system's own lock is not kept for the run: it goes to processes that the run starts.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # not every network folder knows it
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def release(folder: Path) -> None:
+    """Let a folder go; a lock of somebody else stays."""
+    held = holder(folder)
+    if held is not None and held["pid"] == os.getpid() and held["host"] == platform.node():
+        with suppress(OSError):
+            (folder / LOCK).unlink()
+
+
+def require_unlocked(folder: Path) -> None:
+    """Nobody else may be writing the folder.
+
+    Raises:
+        UserError: Somebody is.
+    """
+    held = holder(folder)
+    if held is None or not is_held(folder):
+        return
+    if (held["pid"], held["host"]) != (os.getpid(), platform.node()):
+        raise UserError(_refusal(folder, held))
+
+
+def is_held(folder: Path) -> bool:
+    """Whether the process that locked the folder still runs, or is on another machine."""
+    held = holder(folder)
+    if held is None:
+        return False
+    if held["host"] != platform.node():
+        return True  # nothing here can tell
+    began, said = _began(held["pid"]), held.get("began")
+    return began is not None and isinstance(said, int | float) and abs(began - said) < CLOCK_S
+
+
+def holder(folder: Path) -> dict[str, Any] | None:
+    """What the lock says: `pid`, `began` and `host`; None without one, or one that is torn."""
+    try:
+        value = json.loads((folder / LOCK).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    whole = (
+        isinstance(value, dict)
+        and isinstance(value.get("pid"), int)
+        and isinstance(value.get("host"), str)
+    )
+    return value if whole else None
+
+
+def _this_process() -> dict[str, Any]:
+    return {"pid": os.getpid(), "began": _began(os.getpid()), "host": platform.node()}
+
+
+def _began(pid: int) -> float | None:
+    """When a process began: an id alone may have gone to another one since."""
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return None
+        return float(process.create_time())
+    except (psutil.Error, OverflowError, ValueError):
+        return None
+
+
+def _refusal(folder: Path, held: dict[str, Any]) -> str:
+    if held["host"] == platform.node():
+        return (
+            f"{folder} is being written by process {held['pid']}; wait for it, stop it, or choose "
+            "another --output_dir"
+        )
+    return (
+        f"{folder} is being written by process {held['pid']} on {held['host']}; if that has ended, "
+        f"delete {folder / LOCK}, else wait for it or choose another --output_dir"
+    )

@@ -1,0 +1,175 @@
+"""Files and folders that are written whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from lighten.errors import UserError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class FileContent(Protocol):
+    """What becomes a file without being in memory as bytes.
+
+    Attributes:
+        size: Bytes of the file, or nearly.
+    """
+
+    size: int
+
+    def write(self, path: Path) -> None:
+        """Write the file.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+
+
+def write_bytes(path: Path, data: bytes | FileContent) -> None:
+    """Write a file whole or not at all: under a temporary name, flushed to disk, then renamed.
+
+    Raises:
+        UserError: The disk is full; names the file and the bytes missing. An older file stays.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    size, written = len(data) if isinstance(data, bytes) else data.size, 0
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(data if isinstance(data, bytes) else b"")
+            file.flush()
+            os.fsync(file.fileno())
+        if not isinstance(data, bytes):
+            mode = temporary.stat().st_mode
+            data.write(temporary)
+            _settle(temporary, mode)
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        with suppress(OSError):
+            written = temporary.stat().st_size
+        raise cannot_write(error, path, size - written) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(final: Path) -> Iterator[Path]:
+    """A folder to fill, put in the place of an older one when all of it is on disk.
+
+    Raises:
+        UserError: The disk is full; an older folder stays.
+    """
+    partial = final.with_name(f".{final.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        probe = partial / ".mode"
+        probe.touch()
+        mode = probe.stat().st_mode
+        probe.unlink()
+        yield partial
+        for path in partial.rglob("*"):
+            if path.is_file():
+                _settle(path, mode)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+        _sync_folder(final.parent)
+    except OSError as error:
+        raise cannot_write(error, final, 1) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _settle(path: Path, mode: int) -> None:
+    """Flush a file that a library wrote, and make it as readable as any other.
+
+    safetensors writes for the owner alone (0.7).
+    """
+    path.chmod(mode)
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_bytes` for UTF-8 text."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_bytes` for JSON; numbers that are not finite become null."""
+    write_text(path, json.dumps(_finite(value), indent=2, ensure_ascii=False) + "\n")
+
+
+def append_line(path: Path, value: Mapping[str, Any]) -> None:
+    """Add one JSON line to a file in one write.
+
+    Raises:
+        UserError: The disk is full.
+    """
+    data = (json.dumps(_finite(value), ensure_ascii=False) + "\n").encode()
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            written = os.write(descriptor, data)
+        finally:
+            os.close(descriptor)
+        if written < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        raise cannot_write(error, path, len(data)) from error
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The JSON lines of a file; a last line torn by a kill is passed over."""
+    if not path.is_file():
+        return
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            value = json.loads(line) if line else None
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            yield value
+
+
+def cannot_write(error: OSError, path: Path, missing: int = 0) -> UserError:
+    """What the user is told when a file or folder could not be written."""
+    if error.errno in _FULL:
+        return UserError(
+            f"the disk is full: {path} could not be written, {max(missing, 1)} bytes were missing; "
+            "what was saved before is intact (free some space, then go on with --resume)"
+        )
+    return UserError(f"cannot write {path}: {error.strerror or error}")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable; systems that cannot open a folder for this do without."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(own) for key, own in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(own) for own in value]
+    return value

@@ -1,0 +1,239 @@
+"""Folders belong to people: what a run may write into, move and empty; and who is writing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lighten import api, folders, locks, runs
+from lighten.errors import UserError
+from lighten.recipe import Recipe
+from lighten.runs import Run
+
+
+def recipe_for(folder: Path | str, data: Path) -> Recipe:
+    return Recipe.from_values(
+        {"model_name_or_path": "m", "dataset": str(data), "output_dir": str(folder)}
+    )
+
+
+FOREIGN = (
+    "recipe.yaml", "train.jsonl", "notes/todo.txt", ".git/HEAD", ".env", "mine.html", ".venv/x",
+    ".recipe.yaml.swp", "data/recipe.yaml",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("with_run", [False, True])
+def test_a_folder_with_somebodys_files_is_refused_and_stays(
+    name: str, with_run: bool, tmp_path: Path, chat_file: Path
+) -> None:
+    folder = tmp_path / "project"
+    if with_run:
+        if name == "recipe.yaml":
+            pytest.skip("a run's folder has its recipe")
+        run = Run.create(recipe_for(folder, chat_file))
+        runs.append_line(run.folder / runs.METRICS, {"step": 1})
+        run.update(status="finished")
+        locks.release(folder)
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="holds files that are not a run's"):
+        Run.create(recipe_for(folder, chat_file))
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (folder / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("where", [".", "..", "~", "file", "link-to-nothing"])
+def test_what_is_no_folder_for_a_run_is_refused(
+    where: str, tmp_path: Path, chat_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "work" / "inside").mkdir(parents=True)
+    (tmp_path / "home").mkdir()
+    monkeypatch.chdir(tmp_path / "work" / "inside")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    Path("file").write_text("mine")
+    Path("link-to-nothing").symlink_to("nowhere")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="output_dir: "):
+        Run.create(recipe_for(where, chat_file))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "info", ['{"scripts": {}}', "[1]", "not json", ""], ids=["other", "list", "torn", "empty"]
+)
+def test_somebodys_run_json_makes_no_run(info: str, tmp_path: Path, chat_file: Path) -> None:
+    (tmp_path / "run.json").write_text(info)
+    (tmp_path / "recipe.yaml").write_text("flour: 500 g")
+    with pytest.raises(UserError, match="holds files that are not a run's"):
+        Run.create(recipe_for(tmp_path, chat_file))
+    assert (tmp_path / "recipe.yaml").read_text() == "flour: 500 g"
+
+
+@pytest.mark.parametrize("name", [".DS_Store", ".metrics.jsonl.12.tmp", ".model.partial"])
+def test_what_a_kill_or_a_file_manager_leaves_does_not_stop_a_run(
+    name: str, tmp_path: Path, chat_file: Path
+) -> None:
+    (tmp_path / name).write_text("")
+    assert Run.create(recipe_for(tmp_path, chat_file)).folder == tmp_path
+
+
+def test_everything_that_a_run_and_its_tracker_leave_is_a_runs(
+    tiny_folder: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorboard")
+    monkeypatch.setenv("WANDB_PROJECT", "a project of mine")
+    settings = {
+        "model": str(tiny_folder), "dataset": str(chat_file), "output_dir": str(tmp_path / "r"),
+        "max_steps": 1, "lora_r": 2, "report_to": ["tensorboard"], "max_length": 64,
+        "progress": False, "planned": False,
+    }  # fmt: skip
+    run = api.run(**settings, **{"evaluate.max_examples": 2, "evaluate.max_new_tokens": 1})
+    assert list(run.folder.glob("logs/**/events.out*"))
+    folders.require_ours(run.folder)
+    assert not (run.folder / locks.LOCK).exists()
+    # A mistake in the next one gives the ended run its name back.
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError):
+        api.train(**{**settings, "model": "./nowhere"})
+    assert sorted(tmp_path.rglob("*")) == before
+    api.train(**settings)
+    assert Run(tmp_path / "r-1").evaluation() is not None
+
+
+@pytest.mark.parametrize("lora_r", [2, [2, 4]])
+def test_a_refused_run_takes_back_only_what_was_made_for_it(
+    lora_r: object, tmp_path: Path, chat_file: Path
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / ".DS_Store").write_text("x")
+    begin = api.sweep if isinstance(lora_r, list) else api.train
+    for folder in (tmp_path / "mine", tmp_path / "new" / "below"):
+        with pytest.raises(UserError):
+            begin(
+                model_name_or_path="./nowhere", dataset=str(chat_file), output_dir=str(folder),
+                lora_r=lora_r, progress=False,
+            )  # fmt: skip
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine", ".DS_Store"]
+
+
+def test_a_lock_of_another_machine_says_how_to_go_on(tmp_path: Path, chat_file: Path) -> None:
+    run = Run.create(recipe_for(tmp_path / "r", chat_file))
+    run.update(status="running")
+    lock = run.folder / locks.LOCK
+    lock.write_text(json.dumps({"pid": 7, "began": 1.0, "host": "elsewhere"}))
+    with pytest.raises(UserError, match=f"by process 7 on elsewhere; .* delete {lock}, "):
+        Run.create(recipe_for(run.folder, chat_file), resume=True)
+    locks.release(run.folder)
+    lock.unlink()
+    assert Run.create(recipe_for(run.folder, chat_file), resume=True).folder == run.folder
+
+
+def test_of_processes_that_take_a_dead_lock_at_once_one_gets_it(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, json, platform, time; from pathlib import Path\n"
+        "from lighten import locks; from lighten.errors import UserError\n"
+        "folder = Path(sys.argv[1])\n"
+        "said = {'pid': 2**22 + 1, 'began': 0.0, 'host': platform.node()}\n"
+        "(folder / locks.LOCK).write_text(json.dumps(said))\n"
+        "go, back = os.pipe()\n"
+        "for _ in range(8):\n"
+        "    if not os.fork():\n"
+        "        os.read(go, 1)\n"
+        "        try: locks.acquire(folder); os.write(1, b'got ')\n"
+        "        except UserError: pass\n"
+        "        time.sleep(1); os._exit(0)\n"
+        "os.write(back, b'........')\n"
+        "for _ in range(8): os.wait()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True)
+    assert done.stdout == b"got ", done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == [locks.LOCK]
+
+
+def test_home_is_expanded(tmp_path: Path, chat_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    run = Run.create(recipe_for("~/runs/x", chat_file))
+    assert run.folder == tmp_path / "home" / "runs" / "x"
+    assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize("parent", ["/proc", "/proc/self", "file.txt/below"])
+def test_a_parent_that_cannot_be_written_is_one_sentence(
+    parent: str, tmp_path: Path, chat_file: Path
+) -> None:
+    (tmp_path / "file.txt").write_text("mine")
+    with pytest.raises(UserError, match="cannot write"):
+        Run.create(recipe_for(tmp_path / parent / "run", chat_file))
+
+
+def test_a_link_to_an_ended_run_is_not_moved(tmp_path: Path, chat_file: Path) -> None:
+    run = Run.create(recipe_for(tmp_path / "real", chat_file))
+    runs.append_line(run.folder / runs.METRICS, {"step": 1})
+    run.update(status="finished")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with pytest.raises(UserError, match="is a link"):
+        Run.create(recipe_for(tmp_path / "link", chat_file))
+    assert Run(tmp_path / "real").metrics() == [{"step": 1}]
+
+
+def test_a_run_that_another_process_writes_is_refused_and_a_killed_one_shows_as_interrupted(
+    tmp_path: Path, chat_file: Path
+) -> None:
+    folder = tmp_path / "r"
+    code = (
+        "import sys, time; from pathlib import Path\n"
+        "from lighten.recipe import Recipe; from lighten.runs import Run\n"
+        "run = Run.create(Recipe.from_values(dict(model_name_or_path='m', dataset=sys.argv[1],"
+        " output_dir=sys.argv[2])))\n"
+        "run.update(status='running'); print('ready', flush=True); time.sleep(60)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(chat_file), str(folder)], stdout=subprocess.PIPE
+    ) as writer:
+        try:
+            assert writer.stdout is not None
+            assert writer.stdout.readline() == b"ready\n"
+            for resume in (False, True):
+                with pytest.raises(UserError, match=f"being written by process {writer.pid}"):
+                    Run.create(recipe_for(folder, chat_file), resume=resume)
+            assert Run(folder).info()["status"] == "running"
+        finally:
+            writer.kill()
+    assert Run(folder).info()["status"] == "interrupted"
+    Run.create(recipe_for(folder, chat_file), resume=True)
+    assert locks.is_held(folder)
+
+
+@pytest.mark.parametrize(
+    "held",
+    ["", "[]", "not json", '{"pid": "x"}',
+     json.dumps({"pid": os.getpid(), "began": time.time() - 1e6, "host": os.uname().nodename})],
+)  # fmt: skip
+def test_a_torn_lock_and_one_whose_process_id_was_given_again_hold_nothing(
+    held: str, tmp_path: Path
+) -> None:
+    (tmp_path / locks.LOCK).write_text(held)
+    locks.acquire(tmp_path)
+    assert locks.is_held(tmp_path)
+    locks.release(tmp_path)
+    assert not (tmp_path / locks.LOCK).exists()
+
+
+@pytest.mark.parametrize("model", ["no/such-model", "./nowhere", "smollm2-1"])
+def test_a_mistyped_model_leaves_no_run_behind(model: str, tmp_path: Path, chat_file: Path) -> None:
+    with pytest.raises(UserError):
+        api.train(
+            model_name_or_path=model, dataset=str(chat_file), output_dir=str(tmp_path / "r" / "x"),
+            progress=False,
+        )  # fmt: skip
+    assert not (tmp_path / "r" / "x").exists()
