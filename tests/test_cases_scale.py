@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -15,20 +18,23 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from rich.console import Console
 
 from lighten import data, forks
-from lighten.data import Example, Message, choose_template, encode, storage
+from lighten.data import Example, Message, choose_template, encode, files, storage
 from lighten.data.storage import ExampleStore, Spool
 from lighten.data.tokenise import PART_EXAMPLES
 from lighten.errors import UserError
 from lighten.models import load_tokenizer
+from lighten.plan.asked import read_rows
 from lighten.recipe import Recipe
-from lighten.train import row_cache
+from lighten.train import progress, row_cache
 from lighten.train.prepare import tokenizer_of
 from lighten.train.rows import load_rows
 from tests.tiny import tiny_tokenizer
 
-encoding = sys.modules["lighten.data.encode"]  # the room has a function of that name
+# The room has functions of these names.
+encoding, read_module = (sys.modules[f"lighten.data.{name}"] for name in ("encode", "read"))
 WORDS = ["gradient", "한국어", "문장", "emoji 🙂🙃", "\u2028", "  spaces ", "\n\nlines", "Ünïcödé",
          "<|im_end|", "x" * 40, "é", "👩‍👩‍👧"]  # fmt: skip
 
@@ -267,10 +273,11 @@ def test_large_files_are_read_without_being_held(
 
 
 def recipe_for(folder: Path, model: Path, **settings: Any) -> Recipe:
-    return Recipe.from_values(
-        {"model_name_or_path": str(model), "dataset": str(folder / "rows.jsonl"), "val_size": 0.1,
-         "max_length": 64, "output_dir": str(folder / "run"), **settings}
-    )  # fmt: skip
+    values = {
+        "model_name_or_path": str(model), "dataset": str(folder / "rows.jsonl"), "val_size": 0.1,
+        "max_length": 64, "output_dir": str(folder / "run"), **settings,
+    }  # fmt: skip
+    return Recipe.from_values({name: value for name, value in values.items() if value is not None})
 
 
 def loaded(recipe: Recipe, model: Path) -> Any:
@@ -397,6 +404,219 @@ def test_entries_that_were_not_used_for_longest_go_first(
     loaded(recipe_for(cached, tiny_folder, max_length=56), tiny_folder)
     assert len(entries(cached)) == 1
     assert entries(cached)[0] not in times
+
+
+@pytest.mark.parametrize("number", ["tokens", "lost_supervised_tokens", "rows"])
+def test_a_flipped_digit_is_not_believed(number: str, cached: Path, tiny_folder: Path) -> None:
+    recipe = recipe_for(cached, tiny_folder)
+    first = loaded(recipe, tiny_folder)
+    file = entries(cached)[0] / "entry.json"
+    text = file.read_text(encoding="utf-8")
+    flipped = re.sub(rf'("{number}": )(\d)', lambda m: m[1] + str((int(m[2]) + 1) % 10), text)
+    assert flipped != text
+    file.write_text(flipped, encoding="utf-8")
+    same(first, loaded(recipe, tiny_folder))
+    assert file.read_text(encoding="utf-8") == text
+
+
+@pytest.mark.parametrize("package", ["lighten", "transformers", "tokenizers", "jinja2"])
+def test_other_packages_have_another_entry(
+    package: str, cached: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded(recipe_for(cached, tiny_folder), tiny_folder)
+    known = row_cache.version
+    monkeypatch.setattr(
+        row_cache, "version", lambda name: "0.0.1" if name == package else known(name)
+    )
+    loaded(recipe_for(cached, tiny_folder), tiny_folder)
+    assert len(entries(cached)) == 2
+
+
+def test_other_code_has_another_entry(
+    cached: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded(recipe_for(cached, tiny_folder), tiny_folder)
+    copy = cached / "data"
+    copy.mkdir()
+    for file in Path(str(data.__file__)).parent.glob("*.py"):
+        (copy / file.name).write_bytes(file.read_bytes() + b"# changed\n")
+    monkeypatch.setattr(data, "__file__", str(copy / "__init__.py"))
+    row_cache._code.cache_clear()
+    loaded(recipe_for(cached, tiny_folder), tiny_folder)
+    row_cache._code.cache_clear()
+    assert len(entries(cached)) == 2
+
+
+def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(
+    cached: Path, tiny_folder: Path
+) -> None:
+    root = cached / "cache" / "data"
+    root.mkdir(parents=True)
+    with row_cache._scratch(root) as living:
+        killed, begun = root / f"{row_cache.NEW}killed", root / f"{row_cache.NEW}begun"
+        for folder in (killed, begun):
+            folder.mkdir()
+        (killed / row_cache.LOCK).touch()
+        for folder in (killed, living):
+            os.utime(folder, (1.0, 1.0))
+        loaded(recipe_for(cached, tiny_folder), tiny_folder)
+        assert not killed.exists()  # nobody holds its lock
+        assert begun.exists()  # its lock may come the next moment
+        assert living.exists()
+    assert not living.exists()
+
+
+def test_room_is_made_before_an_entry_is_written(
+    cached: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for length in (32, 40):
+        loaded(recipe_for(cached, tiny_folder, max_length=length), tiny_folder)
+    before = {entry: sum(f.stat().st_size for f in entry.iterdir()) for entry in entries(cached)}
+    for place, entry in enumerate(before):
+        os.utime(entry, (place, place))
+    # There is room for both and half of another.
+    monkeypatch.setattr(row_cache, "MOST_BYTES", int(2.5 * max(before.values())))
+    sizes: list[int] = []
+    write = row_cache._write
+
+    def watched(folder: Path, name: str, part: Any) -> Any:
+        sizes.append(len([entry for entry in entries(cached) if not entry.name.startswith(".")]))
+        return write(folder, name, part)
+
+    monkeypatch.setattr(row_cache, "_write", watched)
+    loaded(recipe_for(cached, tiny_folder, max_length=56), tiny_folder)
+    assert sizes == [1, 1]
+    assert len(entries(cached)) == 2
+
+
+def test_a_first_start_hashes_each_file_once(
+    cached: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[str] = []
+    checksum = files.checksum
+    monkeypatch.setattr(
+        files, "checksum", lambda some: (hashed.extend(one.name for one in some), checksum(some))[1]
+    )
+    (cached / "eval.jsonl").write_bytes((cached / "rows.jsonl").read_bytes())
+    recipe = recipe_for(cached, tiny_folder, eval_dataset=str(cached / "eval.jsonl"), val_size=None)
+    rows = loaded(recipe, tiny_folder)
+    assert sorted(hashed) == ["eval.jsonl", "rows.jsonl"]
+    assert rows.facts["sha256"] == hashlib.sha256((cached / "rows.jsonl").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("cache", ["on", "off"])
+@pytest.mark.parametrize("how", ["appended", "replaced", "removed", "touched"])
+def test_a_file_that_changes_while_it_is_read_is_told(
+    how: str, cache: str, cached: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIGHTEN_DATA_CACHE", cache)
+    file = cached / "rows.jsonl"
+    content, read_rows = file.read_bytes(), read_module.rows_of
+
+    def changing(path: Path, *columns: Any) -> Any:
+        for place, row in enumerate(read_rows(path, *columns)):
+            if place == 30:
+                if how == "appended":
+                    file.write_bytes(content + b"\n" + content)
+                elif how == "replaced":
+                    (cached / "new").write_bytes(content.replace(b"Say 3", b"Say 4"))
+                    os.replace(cached / "new", file)
+                elif how == "removed":
+                    file.unlink()
+                else:
+                    os.utime(file, (1.0, 1.0))
+            yield row
+
+    monkeypatch.setattr(read_module, "rows_of", changing)
+    recipe = recipe_for(cached, tiny_folder)
+    if how == "touched":
+        assert loaded(recipe, tiny_folder).train.counts.rows == 54
+        return
+    with pytest.raises(UserError, match=r"rows\.jsonl has changed while it was read"):
+        loaded(recipe, tiny_folder)
+    assert not (cached / "cache" / "data").exists()
+
+
+def test_cut_rows_are_those_that_encoding_cuts() -> None:
+    tokenizer = tiny_tokenizer()
+    choose_template(tokenizer, "chatml")
+    given = examples(150)
+    whole = encode(given, tokenizer, max_length=2**31)
+    for length in (3, 20, 48, 2**31):
+        direct = encode(given, tokenizer, max_length=length)
+        later = encoding.cut(whole, length)
+        assert later.rows[:] == direct.rows[:]
+        assert later.counts == direct.counts
+        assert sorted(later.problems) == sorted(direct.problems)
+        assert later.findings == direct.findings
+    with pytest.raises(UserError, match="max_length 1: "):
+        encoding.cut(whole, 1)
+
+
+def test_a_check_encodes_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rows = [{"prompt": f"Say {n}", "completion": "word " * n} for n in range(1, 40)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    tokenizer = tiny_tokenizer()
+    choose_template(tokenizer, "chatml")
+    calls: list[int] = []
+    check_module = sys.modules["lighten.data.check"]
+    monkeypatch.setattr(
+        check_module, "encode", lambda *own, **more: (calls.append(1), encode(*own, **more))[1]
+    )
+    report = data.check(
+        data.read(str(path)), tokenizer, max_length=24, template="", limit="the end"
+    )
+    assert calls == [1]
+    assert report.counts["truncated"] > 0
+    assert report.lengths["max"] > 24
+    assert any("tokens, over the end: " in said for said in report.problems)
+
+
+def shown(given: list[tuple[int, int, float]], monkeypatch: pytest.MonkeyPatch, **kind: Any) -> str:
+    """What is printed of an encoding that has done so many examples at such times."""
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    screen = Console(file=io.StringIO(), width=100, **kind)
+    with progress.TrainingProgress(console=screen) as told:
+        for done, total, clock[0] in given:
+            told.encoding(done, total)
+    assert isinstance(screen.file, io.StringIO)
+    return screen.file.getvalue()
+
+
+def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = [(1, 5000, 0.0), (500, 5000, 1.0), (1000, 5000, 3.0), (1500, 5000, 5.0),
+            (4000, 5000, 19.0), (5000, 5000, 25.0), (1, 40, 26.0), (40, 40, 26.1)]  # fmt: skip
+    assert shown(slow, monkeypatch).splitlines() == [
+        "encoding: 1,000 of 5,000 examples, 12 s left",
+        "encoding: 4,000 of 5,000 examples, 5 s left",
+        "encoding: 5,000 of 5,000 examples",
+    ]
+    assert shown([(1, 60, 0.0), (60, 60, 1.0)], monkeypatch) == ""
+
+
+def test_a_terminal_gets_a_bar_that_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = [(1, 5000, 0.0), (1000, 5000, 3.0), (1500, 5000, 5.0), (5000, 5000, 25.0)]
+    drawn = shown(slow, monkeypatch, force_terminal=True)
+    assert "encoding" in drawn
+    assert "1000/5000" in drawn
+    assert drawn.endswith("\x1b[2K\x1b[?25h")  # the line is empty at the end
+
+
+def test_training_passes_its_progress_on(
+    cached: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[tuple[int, int]] = []
+    recipe = recipe_for(cached, tiny_folder)
+    load_rows(
+        recipe, load_tokenizer(str(tiny_folder)), lambda done, total: heard.append((done, total))
+    )
+    assert (54, 54) in heard
+    assert heard[-1] == (6, 6)
+    heard.clear()
+    read_rows(recipe, [], lambda done, total: heard.append((done, total)))
+    assert heard == []  # the second start encodes nothing
 
 
 def test_a_cache_that_cannot_be_written_changes_nothing(cached: Path, tiny_folder: Path) -> None:

@@ -84,7 +84,7 @@ def train(
         return run_training(chosen, resume=resume, progress=progress)
     from lighten.plan.before_training import predict, remember
 
-    prediction = predict(chosen, force=force)
+    prediction = predict(chosen, force=force, progress=progress)
     done = run_training(chosen, resume=resume, progress=progress, prediction=prediction)
     remember(done, whole=not resume)
     return done

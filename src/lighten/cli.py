@@ -394,6 +394,7 @@ def data_check(
     """Lengths, truncation, supervised tokens, duplicates, overlap, and one example's mask."""
     from lighten import data
     from lighten.models import limits, load_tokenizer
+    from lighten.train.progress import TrainingProgress
 
     of_model = limits(model)
     longest, limit = of_model.longest(max_length)
@@ -406,12 +407,14 @@ def data_check(
     other = None
     if eval_dataset is not None or data.has_split(file, "valid"):
         other = data.read(eval_dataset or file, split="valid", **options)
-    checked = data.check(
-        found, tokenizer, max_length=longest, sample=row, verify=of_model.check_ids,
-        evaluation=None if other is None else other.examples,
-        template=f"{template.name}: {template.reason}", limit=limit, skip_bad_rows=skip_bad_rows,
-        system_role=system_role and system_role.value, thinking=thinking and thinking.value,
-    )  # fmt: skip
+    with TrainingProgress() as shown:
+        checked = data.check(
+            found, tokenizer, max_length=longest, sample=row, verify=of_model.check_ids,
+            evaluation=None if other is None else other.examples,
+            template=f"{template.name}: {template.reason}", limit=limit,
+            skip_bad_rows=skip_bad_rows, system_role=system_role and system_role.value,
+            thinking=thinking and thinking.value, progress=shown.encoding,
+        )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(checked.to_dict(), ensure_ascii=False))
     else:

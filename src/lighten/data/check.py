@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lighten.data.encode import LEFT_OUT, Encoded, encode
+from lighten.data.encode import LEFT_OUT, Encoded, cut, encode
 from lighten.data.examples import Example
 from lighten.data.read import Dataset, left_out
 from lighten.data.storage import lengths_of
@@ -69,6 +69,7 @@ def check(
     evaluation: Sequence[Example] | None = None,
     sample: int = 0,
     verify: Callable[[Sequence[Any], Any], None] | None = None,
+    limit: str | None = None,
     **options: Any,
 ) -> CheckReport:
     """Look at a data set as a run would see it.
@@ -81,12 +82,13 @@ def check(
         evaluation: Examples to look for overlap with.
         sample: Which row to show token by token.
         verify: Raises for rows, with the tokenizer, that a model does not take.
+        limit: What sets `max_length`, in words; None: the setting of that name.
         options: As for `encode`.
     """
-    whole = encode(found.examples, tokenizer, max_length=2**31, **options)
+    whole = encode(found.examples, tokenizer, max_length=2**31, limit=limit, **options)
     if verify is not None:
         verify(whole.rows, tokenizer)
-    kept = encode(found.examples, tokenizer, max_length=max_length, **options)
+    kept = cut(whole, max_length, limit)
     lengths = np.asarray(lengths_of(whole.rows))
     keys = Counter(example.prompt_key for example in found.examples)
     overlap = None

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -115,10 +115,40 @@ def encode(
     if not len(made.written):
         worst = made.causes.most_common(1)
         reason = problems[worst[0][0]] if worst else "there are no examples"
-        raise UserError(f"nothing to learn from: no row has a supervised token, because {reason}")
+        raise UserError(_nothing(reason))
     told = [*problems.values(), *made.findings.sentences()]
     told += [f"{LEFT_OUT}{sentence}" for sentence in made.findings.refusals()]
     return Encoded(made.written.rows(), counts, told, made.findings)
+
+
+def cut(whole: Encoded, max_length: int, limit: str | None = None) -> Encoded:
+    """What encoding to a longest length would give, from rows that were encoded without one.
+
+    Args:
+        whole: Rows of any length.
+        max_length: Tokens a row may have; longer ones are cut.
+        limit: What sets it, in words; None: the setting of that name.
+
+    Raises:
+        UserError: Nothing supervised is left.
+    """
+    job = _Job(
+        [], None, Handling(), max_length, limit or f"max_length {max_length}",
+        cut=True, whole_chats=False, whole_pairs=False,
+    )  # fmt: skip
+    made = _Made(counts=replace(whole.counts, supervised_tokens=0))
+    for row in whole.rows:
+        ids = np.asarray(row.input_ids, dtype=np.int32)
+        job.keep(Tokenised(ids, np.asarray(row.supervised, dtype=np.bool_), row.example), made)
+    told = [*made.problems.values(), *whole.problems]
+    made.counts.rows, made.counts.tokens = len(made.written), made.written.tokens
+    if not len(made.written):
+        raise UserError(_nothing(told[0]))
+    return Encoded(made.written.rows(), made.counts, told, whole.findings)
+
+
+def _nothing(reason: str) -> str:
+    return f"nothing to learn from: no row has a supervised token, because {reason}"
 
 
 def _unheard(done: int, total: int) -> None:
@@ -194,7 +224,7 @@ class _Job:
         tokenised = tokenise(examples, renderer, self._whole, made.counts, made.problems)
         for number, row in enumerate(tokenised, 1):
             progress(number + renderer.findings.refused_rows)
-            self._keep(row, made)
+            self.keep(row, made)
         made.findings.merge(renderer.findings)
 
     def part(self, some: range) -> tuple[dict[str, np.ndarray[Any, Any]], list[str], _Made]:
@@ -208,7 +238,7 @@ class _Job:
     def _whole(self, example: Example) -> bool:
         return self.whole_pairs if example.single_turn else self.whole_chats
 
-    def _keep(self, row: Tokenised, made: _Made) -> None:
+    def keep(self, row: Tokenised, made: _Made) -> None:
         """Write a row as far as it may go and has something to learn."""
         counts, where = made.counts, row.example.where
         before = int(np.count_nonzero(row.supervised))

@@ -89,6 +89,58 @@ def checksum(files: Sequence[Path]) -> str:
     return whole.hexdigest()
 
 
+@dataclass(frozen=True)
+class Content:
+    """What files held when they were looked at.
+
+    Attributes:
+        files: Which.
+        stamps: Size, time of the last change and place on the disk of each, as it was before.
+        sha256: Of the bytes of all files, in order.
+    """
+
+    files: tuple[Path, ...]
+    stamps: tuple[tuple[int, int, int], ...]
+    sha256: str
+
+    @classmethod
+    def of(cls, files: Sequence[Path]) -> Content:
+        """What they hold now.
+
+        Raises:
+            UserError: One cannot be read.
+        """
+        try:
+            stamps = tuple(map(_stamp, files))
+            return cls(tuple(files), stamps, checksum(files))
+        except OSError as error:
+            raise UserError(f"cannot read {error.filename}: {error.strerror or error}") from error
+
+    def require_unchanged(self) -> None:
+        """The files hold the same still, so that what was read meanwhile is what they held.
+
+        Raises:
+            UserError: One has changed.
+        """
+        for file, before in zip(self.files, self.stamps, strict=True):
+            try:
+                if _stamp(file) == before:
+                    continue
+            except OSError:
+                break
+            if checksum(self.files) == self.sha256:  # touched, and written as it was
+                return
+            break
+        else:
+            return
+        raise UserError(f"{file} has changed while it was read; start again once it is whole")
+
+
+def _stamp(file: Path) -> tuple[int, int, int]:
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
 def _groups(folder: Path, split: str) -> list[list[_Candidate]]:
     """Sets of shards that could each be the split, each in the order of its numbers."""
     candidates = list(_candidates(folder))

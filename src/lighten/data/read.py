@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lighten.data.examples import Example
-from lighten.data.files import checksum, files_of, has_split
+from lighten.data.files import Content, files_of, has_split
 from lighten.data.formats import rows_of
 from lighten.data.shapes import SHAPES, example_of, renamed
 from lighten.data.storage import ExampleStore
@@ -66,6 +66,7 @@ def read(
     limit: int | None = None,
     skip_bad_rows: bool = False,
     columns: Mapping[str, str] | None = None,
+    content: Content | None = None,
 ) -> Dataset:
     """Read a file, or one split of a folder.
 
@@ -75,15 +76,17 @@ def read(
         limit: Rows at most.
         skip_bad_rows: Go on without broken rows.
         columns: Our name to the file's for columns that have other names there.
+        content: What the files hold, where that was looked at just before.
 
     Raises:
-        UserError: Nothing there, an unknown shape, a column that no row has, or broken rows
-            (each kind with its lines).
+        UserError: Nothing there, an unknown shape, a column that no row has, broken rows (each
+            kind with its lines), or a file that changes while it is read.
     """
     source, count = split_limit(path)
     if count is not None:
         limit = min(count, limit) if limit else count
     files = files_of(source, split)
+    content = content or Content.of(files)
     columns = columns or {}
     examples = ExampleStore()
     bad: list[BadRow] = []
@@ -105,6 +108,7 @@ def read(
             continue
         shapes[shape] = shapes.get(shape, 0) + 1
         examples.append(example)
+    content.require_unchanged()
     where = files[0] if len(files) == 1 else files[0].parent
     if unseen and seen:
         raise UserError(
@@ -117,7 +121,7 @@ def read(
     if not examples:
         sentences = "".join(f"\n{sentence}" for sentence in _told(bad))
         raise UserError(f"{where} holds no example; it needs rows of {SHAPES}{sentences}")
-    return Dataset(examples, bad, max(shapes, key=lambda s: shapes[s]), where, checksum(files))
+    return Dataset(examples, bad, max(shapes, key=lambda s: shapes[s]), where, content.sha256)
 
 
 def left_out(what: str, dataset: Dataset) -> list[str]:

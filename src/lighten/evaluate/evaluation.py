@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -206,7 +207,10 @@ def measure(
     base, trained, adapter = opened.base, opened.trained, opened.adapter
     memory.restart()
     limits = limits_of(base.model)
-    rows = encode_as(recipe, scored, base.tokenizer, limits).rows
+    encoding = None
+    if progress is not None:
+        encoding = functools.partial(progress, f"{name}: encoding")
+    rows = encode_as(recipe, scored, base.tokenizer, limits, encoding).rows
     if progress is not None:
         progress(f"{name}: loss", 0, len(rows))
     losses = held_out(

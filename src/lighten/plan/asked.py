@@ -239,8 +239,15 @@ def here(device: Device) -> str | None:
     return f"cuda: {device.label}" if device.name == "cuda" else None
 
 
-def read_rows(recipe: Recipe, notes: list[str]) -> Rows | None:
+def read_rows(
+    recipe: Recipe, notes: list[str], progress: Callable[[int, int], None] | None = None
+) -> Rows | None:
     """The recipe's data, encoded, where that is quick and downloads nothing.
+
+    Args:
+        recipe: Which data, and how.
+        notes: Receives sentences about them.
+        progress: Told how many examples are encoded, and of how many.
 
     Raises:
         IdsError: A row has an id that the model does not have.
@@ -260,7 +267,7 @@ def read_rows(recipe: Recipe, notes: list[str]) -> Rows | None:
         notes.append(f"the model's tokenizer is not on this machine: {longest}")
         return None
     try:
-        rows = load_rows(recipe, tokenizer_of(recipe))
+        rows = load_rows(recipe, tokenizer_of(recipe), progress)
     except IdsError:
         raise  # no plan holds for rows that cannot be trained on
     except UserError as error:

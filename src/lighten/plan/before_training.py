@@ -20,17 +20,19 @@ from lighten.plan.result import Plan
 from lighten.recipe import Recipe
 from lighten.runs import Run
 from lighten.train.prediction import Prediction
+from lighten.train.progress import TrainingProgress
 from lighten.train.rows import Rows
 
 MOST_ADVICE = 3
 
 
-def predict(recipe: Recipe, *, force: bool = False) -> Prediction | None:
+def predict(recipe: Recipe, *, force: bool = False, progress: bool = False) -> Prediction | None:
     """Plan a run on this machine's device.
 
     Args:
         recipe: What will be trained.
         force: Say that it does not fit, and go on.
+        progress: Show on standard error how far the data are encoded.
 
     Returns:
         The plan as training takes it; None on a rank that is not the first.
@@ -43,7 +45,8 @@ def predict(recipe: Recipe, *, force: bool = False) -> Prediction | None:
     try:
         device = devices.named()
         notes: list[str] = []
-        rows = asked.read_rows(recipe, notes)
+        with TrainingProgress(enabled=progress) as shown:
+            rows = asked.read_rows(recipe, notes, shown.encoding)
         plan = asked.plan(recipe, device, rows=rows, read_data=False, changes=False)
     except IdsError:
         raise  # no run would come of these rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -19,6 +20,30 @@ from rich.progress import (
 
 # A log that is not a terminal gets a line this often.
 LOG_EVERY_S = 15.0
+# What takes less than this is not worth a line or a bar.
+NEWS_S = 2.0
+REDRAWN_S = 0.1
+
+
+@dataclass
+class _Encoding:
+    """How far the data are encoded.
+
+    Attributes:
+        began_s: When it began.
+        line_s: When there was a line last, as if.
+        line_at: At how many examples.
+        lines: How many lines there were.
+        done: Examples so far.
+        task: The bar.
+    """
+
+    began_s: float
+    line_s: float
+    line_at: int = 0
+    lines: int = 0
+    done: int = 0
+    task: TaskID | None = None
 
 
 class TrainingProgress:
@@ -41,6 +66,7 @@ class TrainingProgress:
             disable=not (enabled and self._console.is_terminal),
         )
         self._task: TaskID | None = None
+        self._encoding: _Encoding | None = None
         self._total, self._last_line_s, self._began_s, self._began_at = 0, 0.0, 0.0, 0
 
     def __enter__(self) -> Self:
@@ -58,6 +84,33 @@ class TrainingProgress:
     def note(self, text: str) -> None:
         """One line of news above the bar."""
         self._console.print(escape(text), highlight=False)
+
+    def encoding(self, done: int, total: int) -> None:
+        """Show how many examples of the data are encoded."""
+        now = time.monotonic()
+        # The held-out examples are counted anew behind those of the training.
+        if self._encoding is None or done < self._encoding.done:
+            self._encoding = _Encoding(began_s=now, line_s=now - LOG_EVERY_S + NEWS_S)
+        shown = self._encoding
+        shown.done = done
+        if not self._console.is_terminal:
+            lines_due = now - shown.line_s >= LOG_EVERY_S or (done == total and shown.lines)
+            if lines_due and shown.line_at != done:
+                shown.line_s, shown.line_at, shown.lines = now, done, shown.lines + 1
+                left_s = (now - shown.began_s) / max(1, done) * (total - done)
+                left = f", {left_s:.0f} s left" if done < total else ""
+                self._console.print(
+                    f"encoding: {done:,} of {total:,} examples{left}", highlight=False
+                )
+        elif shown.task is not None:
+            if now - shown.line_s > REDRAWN_S:
+                self._bar.update(shown.task, completed=done)
+                shown.line_s = now
+        elif now - shown.began_s > NEWS_S / 4 and done < total:
+            shown.task = self._bar.add_task("encoding", total=total, completed=done, facts="")
+        if done == total and shown.task is not None:
+            self._bar.remove_task(shown.task)
+            shown.task = None
 
     def begin(self, total_steps: int, done: int = 0) -> None:
         """Show the bar of a run of so many steps, of which some are done already."""

@@ -1,46 +1,51 @@
 """Encoded data kept between runs: a second start maps it from disk.
 
 An entry is a folder, named for everything that its rows follow from: the bytes of the data files,
-the tokenizer, the chat template, the model's limits and the settings of the recipe. It is written
-beside its place and renamed; one that is torn is made again. Numbers are raw arrays and the rest is
-JSON: nothing in it is ever executed.
+the tokenizer, the chat template, the model's limits, the settings of the recipe, and the code and
+packages that make rows of them. It is written beside its place and renamed; one that is torn is
+made again. Numbers are raw arrays and the rest is JSON: nothing in it is ever executed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import re
 import shutil
 import tempfile
+import time
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import date
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lighten import data
 from lighten.data import Encoded, EncodedRows, Findings
-from lighten.data.files import checksum
+from lighten.data.files import Content, checksum
 from lighten.data.tokenise import EncodingCounts
 from lighten.hardware import cache_folder
 from lighten.models import Limits
 from lighten.recipe import Recipe
 
-# Another number whenever the same data would be encoded otherwise.
-ENCODING = 1
 # Smaller data are encoded before a cache would be looked up.
 LEAST_BYTES = 2**20
-# The entries that were not used for longest go first.
+# The entries that were not used for longest go, until the others and the new one take no more.
 MOST_BYTES = 8 * 2**30
+# Entries that are being written. One that nobody has locked is what a killed process left behind;
+# between its making and its lock pass moments.
+NEW, LOCK, LEFT_S = ".new-", "lock", 60.0
+PACKAGES = ("lighten", "transformers", "tokenizers", "jinja2", "numpy", "pyarrow")
 _SETTINGS = (
     "dataset", "eval_dataset", "dataset_columns", "max_train_samples", "max_eval_samples",
     "skip_bad_rows", "val_size", "max_length", "truncation_strategy", "assistant_only_loss",
@@ -57,11 +62,12 @@ class RowCache:
 
     Args:
         recipe: How the data are encoded.
-        files: Every file that the rows come from.
+        files: Every file that the rows come from, by split.
         tokenizer: With its chat template chosen.
         limits: Of the model.
 
     Attributes:
+        contents: What the files held, by split; empty where nothing is kept.
         folder: Where they are or will be; None where nothing is kept: small data,
             `LIGHTEN_DATA_CACHE=off`, or no such files.
     """
@@ -69,20 +75,30 @@ class RowCache:
     def __init__(
         self,
         recipe: Recipe,
-        files: Sequence[Path],
+        files: Mapping[str, Sequence[Path]],
         tokenizer: PreTrainedTokenizerBase,
         limits: Limits,
     ) -> None:
         self.folder: Path | None = None
+        self.contents: dict[str, Content] = {}
         if os.environ.get("LIGHTEN_DATA_CACHE") == "off":
             return
-        if sum(file.stat().st_size for file in files) < LEAST_BYTES:
+        if sum(file.stat().st_size for own in files.values() for file in own) < LEAST_BYTES:
             return
+        self.contents = {split: Content.of(own) for split, own in files.items()}
         template = str(tokenizer.chat_template)
         described = {
-            "encoding": ENCODING,
-            "versions": [version("transformers"), version("tokenizers")],
-            "files": [(str(file), checksum([file])) for file in files],
+            "code": _code(),
+            "versions": {name: _version(name) for name in PACKAGES},
+            "files": [
+                (
+                    split,
+                    [str(file) for file in held.files],
+                    [size for size, _, _ in held.stamps],
+                    held.sha256,
+                )
+                for split, held in sorted(self.contents.items())
+            ],
             "settings": {name: getattr(recipe, name) for name in _SETTINGS},
             "limits": asdict(limits),
             "template": template,
@@ -101,7 +117,10 @@ class RowCache:
         if self.folder is None or not self.folder.is_dir():
             return None
         try:
-            kept = json.loads((self.folder / "entry.json").read_text(encoding="utf-8"))
+            entry = json.loads((self.folder / "entry.json").read_text(encoding="utf-8"))
+            kept = entry["kept"]
+            if entry["sha256"] != _checksum(kept):
+                return None
             parts = {name: self._part(name, kept["parts"][name]) for name in PARTS}
             beside = {name: kept["beside"][name] for name in BESIDE}
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
@@ -122,12 +141,13 @@ class RowCache:
         try:
             root = _root()
             root.mkdir(parents=True, exist_ok=True)
-            _prune(root)
-            with tempfile.TemporaryDirectory(dir=root, prefix=".new-") as scratch:
-                new = Path(scratch) / "entry"
+            _prune(root, self.folder, room=sum(map(_bytes, parts.values())))
+            with _scratch(root) as scratch:
+                new = scratch / "entry"
                 new.mkdir()
-                kept = {name: _write(new, name, part) for name, part in parts.items()}
-                entry = json.dumps({"parts": kept, "beside": beside}, ensure_ascii=False)
+                written = {name: _write(new, name, part) for name, part in parts.items()}
+                kept = {"parts": written, "beside": beside}
+                entry = json.dumps({"sha256": _checksum(kept), "kept": kept})
                 (new / "entry.json").write_text(entry, encoding="utf-8")
                 shutil.rmtree(self.folder, ignore_errors=True)  # a torn entry
                 with contextlib.suppress(OSError):  # another process has just kept the same
@@ -201,14 +221,88 @@ def _crc(file: Path) -> int:
     return total
 
 
-def _prune(root: Path) -> None:
-    """Take away what was not used for longest, until the rest is small enough."""
+def _checksum(kept: Any) -> str:
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+@functools.cache
+def _code() -> str:
+    """Checksum of the code that makes rows; empty where it is not there as text."""
+    room = sorted(Path(str(data.__file__)).parent.glob("*.py"))
+    return checksum([*room, Path(__file__).with_name("rows.py")]) if room else ""
+
+
+def _bytes(part: Encoded | None) -> int:
+    """What a part will take on disk, nearly."""
+    if part is None:
+        return 0
+    assert isinstance(part.rows, data.EncodedRows)
+    return sum(array.nbytes for array in part.rows.arrays().values())
+
+
+@contextmanager
+def _scratch(root: Path) -> Iterator[Path]:
+    """A folder to fill, which others see is being written."""
+    with (
+        tempfile.TemporaryDirectory(dir=root, prefix=NEW, ignore_cleanup_errors=True) as name,
+        (Path(name) / LOCK).open("wb") as lock,
+    ):
+        _lock(lock)
+        yield Path(name)
+
+
+def _lock(file: IO[bytes]) -> bool:
+    """Lock a file until it is closed or its process has ended; False: another has it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows, where a file that is open cannot be deleted either
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return False
+    return True
+
+
+def _left_behind(folder: Path) -> bool:
+    """Whether a folder that was being written never will be whole."""
+    if time.time() - folder.stat().st_mtime < LEFT_S:
+        return False
+    try:
+        with (folder / LOCK).open("rb") as lock:
+            return _lock(lock)
+    except FileNotFoundError:
+        return True
+
+
+def _prune(root: Path, new: Path, room: int) -> None:
+    """Take away what was not used for longest, until there is room for a new entry.
+
+    Args:
+        root: Where the entries are.
+        new: The one that is to be written.
+        room: What it will take, in bytes.
+    """
     entries = []
     for folder in root.iterdir():
         with contextlib.suppress(OSError):  # another process may take it away meanwhile
+            if folder.name.startswith(NEW):
+                if _left_behind(folder):
+                    shutil.rmtree(folder, ignore_errors=True)
+                continue
             size = sum(file.stat().st_size for file in folder.iterdir())
-            entries.append((folder.stat().st_mtime, size, folder))
-    total = sum(size for _, size, _ in entries)
+            if folder != new:
+                entries.append((folder.stat().st_mtime, size, folder))
+    total = room + sum(size for _, size, _ in entries)
     for _, size, folder in sorted(entries):
         if total <= MOST_BYTES:
             break

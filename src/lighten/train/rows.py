@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,14 @@ from transformers import PreTrainedTokenizerBase
 
 from lighten import data, models
 from lighten.data import Encoded, TemplateChoice
-from lighten.data.files import files_of
+from lighten.data.files import Content, files_of
 from lighten.models import Limits
 from lighten.paths import split_limit
 from lighten.recipe import Recipe
 from lighten.train.row_cache import RowCache
 from lighten.wording import counted
+
+Progress = Callable[[int, int], None]
 
 
 @dataclass
@@ -41,8 +43,15 @@ class Rows:
     notes: list[str] = field(default_factory=list)
 
 
-def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows:
+def load_rows(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, progress: Progress | None = None
+) -> Rows:
     """Read, split and encode the recipe's data.
+
+    Args:
+        recipe: Which data, and how.
+        tokenizer: With its chat template chosen.
+        progress: Told how many examples are encoded, and of how many.
 
     Raises:
         UserError: The data is broken, holds nothing to learn from, or has ids that the model does
@@ -58,7 +67,9 @@ def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows:
     cache = RowCache(recipe, _files(recipe), tokenizer, limits)
     kept = cache.load()
     if kept is None:
-        train, held_out, facts, notes = _read_rows(recipe, tokenizer, limits)
+        train, held_out, facts, notes = _read_rows(
+            recipe, tokenizer, limits, cache.contents, progress
+        )
         parts = cache.save({"train": train, "held_out": held_out}, {"facts": facts, "notes": notes})
     else:
         parts, beside = kept
@@ -72,7 +83,11 @@ def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows:
 
 
 def _read_rows(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, limits: Limits
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Limits,
+    contents: Mapping[str, Content],
+    progress: Progress | None,
 ) -> tuple[Encoded, Encoded | None, dict[str, Any], list[str]]:
     """Training and held-out rows, what `run.json` keeps of them, and what reading left out."""
     found = data.read(
@@ -80,17 +95,18 @@ def _read_rows(
         limit=recipe.max_train_samples,
         skip_bad_rows=recipe.skip_bad_rows,
         columns=recipe.dataset_columns,
+        content=contents.get("train"),
     )
     train, held_out = found.examples, None
-    apart = _held_out(recipe)
+    apart = _held_out(recipe, contents.get("valid"))
     if apart is not None:
         held_out = apart.examples
     if held_out is None and recipe.val_size and len(train) > 1:
         train, held_out = data.split(train, recipe.val_size)
     if recipe.max_eval_samples is not None and held_out is not None:
         held_out = held_out[: recipe.max_eval_samples]
-    encoded = encode_as(recipe, train, tokenizer, limits)
-    watched = encode_as(recipe, held_out, tokenizer, limits) if held_out else None
+    encoded = encode_as(recipe, train, tokenizer, limits, progress)
+    watched = encode_as(recipe, held_out, tokenizer, limits, progress) if held_out else None
     facts = {
         "path": str(found.path),
         "sha256": found.sha256,
@@ -134,6 +150,7 @@ def encode_as(
     examples: Sequence[data.Example],
     tokenizer: PreTrainedTokenizerBase,
     limits: Limits,
+    progress: Progress | None = None,
 ) -> Encoded:
     """Encode examples as the recipe says: training, evaluation and truncation see the same rows.
 
@@ -142,6 +159,7 @@ def encode_as(
         examples: What.
         tokenizer: With its chat template chosen.
         limits: Of the model that will see the rows.
+        progress: Told how many examples are encoded, and of how many.
 
     Raises:
         UserError: As for `data.encode`.
@@ -159,6 +177,7 @@ def encode_as(
         system_role=recipe.system_role,
         thinking=recipe.thinking,
         skip_bad_rows=recipe.skip_bad_rows,
+        progress=progress,
     )
     limits.check_ids(encoded.rows, tokenizer)
     return encoded
@@ -171,15 +190,15 @@ def held_out_source(recipe: Recipe) -> str | None:
     return recipe.dataset if data.has_split(recipe.dataset, "valid") else None
 
 
-def _files(recipe: Recipe) -> list[Path]:
-    """Every file that the rows come from."""
-    files = files_of(split_limit(recipe.dataset)[0], "train")
+def _files(recipe: Recipe) -> dict[str, list[Path]]:
+    """Every file that the rows come from, by split."""
+    files = {"train": files_of(split_limit(recipe.dataset)[0], "train")}
     if (source := held_out_source(recipe)) is not None:
-        files += files_of(split_limit(source)[0], "valid")
+        files["valid"] = files_of(split_limit(source)[0], "valid")
     return files
 
 
-def _held_out(recipe: Recipe) -> data.Dataset | None:
+def _held_out(recipe: Recipe, content: Content | None) -> data.Dataset | None:
     if (source := held_out_source(recipe)) is None:
         return None
     return data.read(
@@ -187,4 +206,5 @@ def _held_out(recipe: Recipe) -> data.Dataset | None:
         split="valid",
         skip_bad_rows=recipe.skip_bad_rows,
         columns=recipe.dataset_columns,
+        content=content,
     )

@@ -137,7 +137,8 @@ def _train(
     pages = allocator.keep_pages(accelerator.device.type)
     memory = hardware.PeakMemory(accelerator.device.type)
     rows = prediction.rows if prediction is not None else None
-    rows = rows or load_rows(recipe, tokenizer_of(recipe))  # what is wrong with them, before a base
+    if rows is None:  # what is wrong with them is told before a base is loaded
+        rows = load_rows(recipe, tokenizer_of(recipe), shown.encoding)
     base = load_base(recipe, str(accelerator.device), learns=True)
     # The rows may have been encoded with a tokenizer of their own; this one is saved.
     base.tokenizer.chat_template = rows.template.text
