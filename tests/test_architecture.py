@@ -49,6 +49,7 @@ ALLOWED: dict[str, set[str]] = {
     "plan": {"adapters", "allocator", "data", "devices", "forks", "models", "recipe", "hardware",
              "paths", "report", "runs", "train", "verbs"},
     "quantize": {"adapters", "models", "peft_config", "runs"},
+    "serve": {"adapters", "hardware", "models", "native", "peft_config"},
     "api": {"adapters", "devices", "plan", "recipe", "runs", "train", "evaluate", "report",
             "sweep"},
     "console": {"recipe"},

@@ -1,0 +1,1 @@
+"""Serve: many adapters over one base, behind one address."""

@@ -1,0 +1,344 @@
+"""The engine of our own: many adapters in one batch, each answer as that adapter's alone."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lighten.errors import UserError
+from lighten.serve.cohort import kernels
+from lighten.serve.cohort.engine import Engine, Request
+from lighten.serve.cohort.sampling import Chosen, Sampler, Sampling
+from lighten.serve.cohort.segments import Factors, Segments, Update
+from tests.tiny import VOCAB, tiny_model
+
+SERVED = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "mistral", "phi3", "gpt2", "opt")
+# What float16 factors may move a log-probability by: 11 bits of each number, errors of either sign.
+CLOSE = 5e-3
+
+
+def adapter(model: PreTrainedModel, folder: Path, seed: int, **settings: Any) -> Path:
+    """An adapter that PEFT wrote, whose update moves every answer."""
+    torch.manual_seed(seed)
+    given = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | settings
+    peft = get_peft_model(copy.deepcopy(model), LoraConfig(**given))
+    for name, parameter in peft.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    peft.save_pretrained(folder)
+    return folder
+
+
+@dataclass
+class Answer:
+    """What came back of a request."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, float]] = field(default_factory=list)
+    how: Any = None
+    done: threading.Event = field(default_factory=threading.Event)
+
+    def chosen(self, chosen: Chosen) -> None:
+        self.tokens.append(chosen.token)
+        self.logprobs.append(dict(chosen.top))
+
+    def ended(self, how: Any) -> None:
+        self.how = how
+        self.done.set()
+
+
+def ask(
+    engine: Engine,
+    prompt: Sequence[int],
+    name: str | None,
+    *,
+    count: int = 6,
+    stops: frozenset[int] = frozenset(),
+    sampling: Sampling | None = None,
+) -> Answer:
+    answer = Answer()
+    how = sampling or Sampling(top_logprobs=VOCAB)
+    engine.submit(Request(prompt, name, count, stops, how, answer.chosen, answer.ended))
+    return answer
+
+
+def finished(answer: Answer) -> Answer:
+    assert answer.done.wait(60)
+    if isinstance(answer.how, BaseException):
+        raise answer.how
+    return answer
+
+
+def expected(model: Any, prompt: Sequence[int], answer: Answer) -> Tensor:
+    """Log-probabilities of the whole text at once, [tokens of the answer, words]."""
+    ids = torch.tensor([[*prompt, *answer.tokens]])
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+    return logits.float().log_softmax(-1)
+
+
+def as_rows(answer: Answer) -> Tensor:
+    return torch.tensor([[row[word] for word in range(VOCAB)] for row in answer.logprobs])
+
+
+PROMPTS = [
+    [int(token) for token in torch.randint(5, VOCAB, (length,))]
+    for length in (3, 23, 1, 40, 7, 12, 30, 2)
+]
+NAMES = ("a", None, "b", "a", "c", None, "b", "c")
+SETTINGS: dict[str, dict[str, Any]] = {
+    "a": {},
+    "b": {"use_rslora": True, "r": 8, "rank_pattern": {r"layers\.0\.mlp\.down_proj": 2},
+          "alpha_pattern": {r"h\.1\.mlp\.c_fc": 3, r"layers\.1\.self_attn\.o_proj": 3}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["kernels", "pytorch"])
+@pytest.mark.parametrize("arch", SERVED)
+def test_trap_33_a_mixed_batch_answers_as_each_adapter_alone(
+    arch: str, compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts beyond the sliding window, read in pieces, against PEFT in float32."""
+    if compiled and kernels.library() is None:
+        pytest.skip(f"no kernels: {kernels.obstacle()}")
+    if not compiled:
+        monkeypatch.setattr(kernels, "library", lambda: None)
+    # PEFT's own choice of layers is the model's plain attention; eager is exact about windows.
+    model = tiny_model(arch, attn_implementation="eager")
+    last = "c_attn" if arch == "gpt2" else "qkv_proj" if arch == "phi3" else "v_proj"
+    settings = {**SETTINGS, "c": {"target_modules": [last]}}
+    folders = {
+        name: adapter(model, tmp_path / name, seed, **settings[name])
+        for seed, name in enumerate(settings)
+    }
+    reference = PeftModel.from_pretrained(copy.deepcopy(model), folders["a"], adapter_name="a")
+    for name in ("b", "c"):
+        reference.load_adapter(folders[name], adapter_name=name)
+    reference.eval()
+    engine = Engine(model, max_sequences=5, max_tokens=64, prefill_tokens=9)
+    for name, folder in folders.items():
+        engine.load_adapter(name, folder)
+    answers = [ask(engine, prompt, name) for prompt, name in zip(PROMPTS, NAMES, strict=True)]
+    for prompt, name, answer in zip(PROMPTS, NAMES, map(finished, answers), strict=True):
+        assert (answer.how, len(answer.tokens)) == ("length", 6)
+        if name is None:
+            with reference.disable_adapter():
+                wanted = expected(reference, prompt, answer)
+        else:
+            reference.set_adapter(name)
+            wanted = expected(reference, prompt, answer)
+        close = 1e-4 if name is None else CLOSE
+        torch.testing.assert_close(as_rows(answer), wanted, atol=close, rtol=1e-4)
+        assert answer.tokens == as_rows(answer).argmax(-1).tolist()
+    engine.close(10)
+
+
+def rounded(x: Tensor) -> Tensor:
+    """A matrix as float16 keeps it over its largest number."""
+    largest = x.abs().max()
+    return (x / largest).half().double() * largest
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("inputs", [37, 64])
+def test_the_kernel_adds_what_the_products_say(dtype: torch.dtype, inputs: int) -> None:
+    """Widths that no eight numbers fill, blocks of one to four rows, rows of no adapter."""
+    if kernels.library() is None:
+        pytest.skip(f"no kernels: {kernels.obstacle()}")
+    generator = torch.Generator().manual_seed(3)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    columns = (slice(0, 19), slice(19, 43))
+    given = {
+        "a": {0: Factors(random(5, inputs), random(19, 5), 0.5)},
+        "b": {0: Factors(random(3, inputs) * 1e-6, random(19, 3) * 1e6, 2.0),
+              1: Factors(random(9, inputs), random(24, 9), 0.1)},
+        "c": {},
+    }  # fmt: skip
+    updates = {k: Update(v, columns, inputs, torch.device("cpu")) for k, v in given.items()}
+    segments = Segments(("a", "b", "c", "a"), (1, 4, 14, 15), (4, 14, 15, 17))
+    x, y = random(18, inputs).to(dtype), random(18, 43).to(dtype)
+    wanted = y.double()
+    for name, start, stop in zip(segments.names, segments.starts, segments.stops, strict=True):
+        for place, one in given[name].items():
+            low = x[start:stop].double() @ rounded(one.A).T
+            wanted[start:stop, columns[place]] += low @ rounded(one.B).T * one.scale
+    segments.add(y, x, updates)
+    relative = 1e-5 if dtype == torch.float32 else 2**-8
+    torch.testing.assert_close(y.double(), wanted, atol=relative, rtol=relative)
+    assert torch.equal(y[0].double(), wanted[0])
+    assert torch.equal(y[14].double(), wanted[14])
+    assert torch.equal(y[17].double(), wanted[17])
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[Engine]:
+    model = tiny_model("llama")
+    folders = [adapter(model, tmp_path / name, seed) for seed, name in enumerate("ab")]
+    made = Engine(model, max_sequences=3, max_tokens=48, prefill_tokens=16)
+    for folder in folders:
+        made.load_adapter(folder.name, folder)
+    yield made
+    made.close(10)
+
+
+def test_a_kept_prefix_is_that_of_the_same_adapter_alone(engine: Engine, tmp_path: Path) -> None:
+    """Warm caches, another adapter, and an adapter loaded anew under its name."""
+    prompt = PROMPTS[1]
+    cold = {name: finished(ask(engine, prompt, name)).tokens for name in ("a", "b", None)}
+    assert len({tuple(tokens) for tokens in cold.values()}) == 3
+    for _ in range(3):
+        for name in (None, "b", "a"):
+            longer = [*prompt, *cold[name]]
+            assert finished(ask(engine, prompt, name)).tokens == cold[name]
+            again = finished(ask(engine, longer[:-2], name, count=2)).tokens
+            assert again == cold[name][-2:]
+    other = adapter(tiny_model("llama"), tmp_path / "other", 17)
+    engine.load_adapter("a", other)
+    anew = finished(ask(engine, prompt, "a")).tokens
+    assert anew != cold["a"]
+    engine.load_adapter("c", other)
+    assert finished(ask(engine, prompt, "c")).tokens == anew
+
+
+def test_answers_under_way_end_with_the_adapter_they_began_with(
+    engine: Engine, tmp_path: Path
+) -> None:
+    alone = finished(ask(engine, PROMPTS[0], "a", count=30)).tokens
+    other = adapter(tiny_model("llama"), tmp_path / "other", 17)
+    answers = [ask(engine, PROMPTS[0], "a", count=30) for _ in range(6)]
+    engine.load_adapter("a", other)
+    engine.unload_adapter("b")
+    assert [finished(answer).tokens for answer in answers] == [alone] * 6
+    with pytest.raises(UserError, match="no adapter is called 'b'"):
+        ask(engine, PROMPTS[0], "b")
+    with pytest.raises(UserError, match="no adapter is called 'b'"):
+        engine.unload_adapter("b")
+    assert engine.adapters == ("a",)
+
+
+def test_memory_of_replaced_adapters_is_given_back(engine: Engine, tmp_path: Path) -> None:
+    before = engine.memory_bytes["adapters"]
+    for _ in range(3):
+        finished(ask(engine, PROMPTS[0], "a"))
+        engine.load_adapter("a", tmp_path / "b")
+    groups = set(engine._groups.values())
+    assert engine.memory_bytes["adapters"] == before
+    assert {len(group.updates) for group in groups} == {2}
+
+
+def test_an_answer_ends_where_it_must(engine: Engine) -> None:
+    whole = finished(ask(engine, PROMPTS[3], "a", count=100))
+    assert (whole.how, len(whole.tokens)) == ("length", 48 - len(PROMPTS[3]))
+    place = next(i for i, token in enumerate(whole.tokens) if token not in whole.tokens[:i])
+    stopped = finished(ask(engine, PROMPTS[3], "a", stops=frozenset({whole.tokens[place]})))
+    assert (stopped.how, stopped.tokens) == ("stop", whole.tokens[:place])
+    with pytest.raises(UserError, match=r"48 tokens; with its answer at most 48"):
+        ask(engine, [5] * 48, "a")
+    with pytest.raises(UserError, match="no tokens"):
+        ask(engine, [], "a")
+
+
+def test_a_cancelled_answer_ends_and_gives_its_slot_back(engine: Engine) -> None:
+    answers = []
+    for _ in range(5):  # two of them wait
+        answer = Answer()
+        cancel = engine.submit(
+            Request([5, 6], "a", 40, frozenset(), Sampling(), answer.chosen, answer.ended)
+        )
+        answers.append((answer, cancel))
+    for _, cancel in answers:
+        cancel()
+    assert all(answer.done.wait(10) for answer, _ in answers)
+    assert {answer.how for answer, _ in answers} <= {"cancelled", "length"}
+    assert finished(ask(engine, PROMPTS[0], "b")).how == "length"
+    assert engine.load == (0, 0)
+
+
+def test_closing_answers_what_was_taken_and_refuses_more(engine: Engine) -> None:
+    answers = [ask(engine, PROMPTS[0], "a", count=20) for _ in range(5)]
+    engine.close(30)
+    assert all(len(answer.tokens) == 20 for answer in answers)
+    with pytest.raises(UserError, match="stopped"):
+        ask(engine, PROMPTS[0], "a")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]}, "lm_head"),
+        ({"target_modules": ["embed_tokens"]}, "embed_tokens"),
+        ({"bias": "lora_only"}, "bias"),
+    ],
+)
+def test_what_cannot_be_served_unmerged_is_refused(
+    settings: dict[str, Any], said: str, engine: Engine, tmp_path: Path
+) -> None:
+    folder = adapter(tiny_model("llama"), tmp_path / "more", 5, **settings)
+    with pytest.raises(UserError, match=said) as told:
+        engine.load_adapter("more", folder)
+    assert "--as merged" in str(told.value)
+    assert engine.adapters == ("a", "b")
+
+
+def test_an_adapter_of_another_base_is_refused(engine: Engine, tmp_path: Path) -> None:
+    wider = adapter(tiny_model("llama", hidden_size=64), tmp_path / "wider", 5)
+    with pytest.raises(UserError, match="another model"):
+        engine.load_adapter("wider", wider)
+    deeper = adapter(tiny_model("llama", num_hidden_layers=3), tmp_path / "deeper", 5)
+    with pytest.raises(UserError, match=r"layers\.2"):
+        engine.load_adapter("deeper", deeper)
+
+
+@pytest.mark.parametrize(
+    ("arch", "changes", "said"),
+    [
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0,
+                                       "rope_theta": 10000.0}}, "rotary"),
+        ("falcon", {}, "attention"),
+    ],
+)  # fmt: skip
+def test_bases_that_slots_would_get_wrong_are_refused(
+    arch: str, changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        Engine(tiny_model(arch, **changes))
+
+
+def test_draws_follow_their_settings() -> None:
+    logits = torch.tensor([0.1, 2.0, 1.9, -4.0, 1.0])
+    drawn = [Sampler(Sampling(temperature=1.0, seed=n)).choose(logits, []) for n in range(400)]
+    share = sum(one.token == 1 for one in drawn) / 400
+    assert abs(share - float(logits.softmax(-1)[1])) < 0.08
+    assert {
+        Sampler(Sampling(temperature=1.0, top_k=2, seed=n)).choose(logits, []).token
+        for n in range(60)
+    } == {1, 2}
+    assert {
+        Sampler(Sampling(temperature=1.0, top_p=0.3, seed=n)).choose(logits, []).token
+        for n in range(60)
+    } == {1}
+    again = [Sampler(Sampling(temperature=2.0, seed=9)) for _ in range(2)]
+    runs = [[sampler.choose(logits, []).token for _ in range(20)] for sampler in again]
+    assert runs[0] == runs[1]
+    assert len(set(runs[0])) > 1
+    biased = Sampler(Sampling(logit_bias={3: 100.0})).choose(logits, [])
+    assert biased.token == 3
+    assert Sampler(Sampling(frequency_penalty=0.2)).choose(logits, [1, 1]).token == 2
+    assert Sampler(Sampling(presence_penalty=0.2)).choose(logits, [1, 1]).token == 2
+    told = Sampler(Sampling(top_logprobs=2)).choose(logits, [])
+    assert told.logprob == pytest.approx(float(logits.log_softmax(-1)[1]))
+    assert [token for token, _ in told.top] == [1, 2]
