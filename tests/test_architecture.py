@@ -24,6 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "forks": set(),
     "verbs": {"api"},
     "peft_config": set(),
+    "gguf_names": set(),
     "recipe": {"paths", "peft_config"},
     "hardware": set(),
     "native": {"hardware"},
@@ -34,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "whole_files": set(),
     "folders": {"locks", "whole_files"},
     "runs": {"folders", "locks", "notebook", "recipe", "whole_files"},
-    "models": {"allocator", "hardware", "native"},
+    "models": {"allocator", "gguf_names", "hardware", "native"},
     "data": {"forks", "paths"},
     "adapters": {"peft_config"},
     "train": {"adapters", "allocator", "data", "devices", "folders", "forks", "locks", "models",
@@ -48,7 +49,7 @@ ALLOWED: dict[str, set[str]] = {
     # It traces the step of `train`, and draws its picture with `report`'s figures.
     "plan": {"adapters", "allocator", "data", "devices", "forks", "models", "recipe", "hardware",
              "paths", "report", "runs", "train", "verbs"},
-    "quantize": {"adapters", "models", "peft_config", "runs"},
+    "quantize": {"adapters", "gguf_names", "models", "peft_config", "runs", "whole_files"},
     "serve": {"adapters", "hardware", "models", "native", "peft_config"},
     "api": {"adapters", "devices", "plan", "recipe", "runs", "train", "evaluate", "report",
             "sweep"},
@@ -65,6 +66,7 @@ LIGHT = ("lighten", "lighten.api", "lighten.cli", "lighten.errors", "lighten.har
          "lighten.report.charts", "lighten.devices",
          "lighten.console", "lighten.plan", "lighten.plan.words", "lighten.report.planned",
          "lighten.data.read", "lighten.train", "lighten.evaluate", "lighten.report",
+         "lighten.quantize.gguf_model", "lighten.quantize.llamacpp",
          "lighten.sweep", "lighten.sweep.arms", "lighten.sweep.recommend")  # fmt: skip
 HEAVY = {"torch", "transformers", "peft", "accelerate"}
 

@@ -25,11 +25,11 @@ from transformers.models.auto.tokenization_auto import (
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from lighten.errors import UserError
+from lighten.gguf_names import LAYER, STEM, STEM_OF_GPT2, outer_names
 from lighten.hardware import cache_folder
 from lighten.models.configuration import FAULTS, build_empty, reason
 from lighten.models.gguf_config import config_of, refused
 from lighten.models.gguf_header import Header, read_header
-from lighten.models.gguf_names import LAYER, STEM, STEM_OF_GPT2, outer_names
 
 log = logging.getLogger(__name__)
 # Raised when what a conversion writes changes, so that an old copy is not taken for it.

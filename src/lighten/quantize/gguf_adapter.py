@@ -18,8 +18,8 @@ from safetensors import safe_open
 
 from lighten.adapters.files import spec_from_peft
 from lighten.errors import UserError
+from lighten.gguf_names import ARCHITECTURE_OF, stored_name
 from lighten.models.configuration import build_empty
-from lighten.models.gguf_names import ARCHITECTURE_OF, stored_name
 from lighten.peft_config import (
     FACTOR,
     WEIGHTS,

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lighten import runs
+from lighten import whole_files
 from lighten.errors import missing_extra
 
 Array = np.ndarray[Any, Any]
@@ -61,7 +61,7 @@ class TensorPlan:
 
 
 class GgufContent:
-    """A GGUF file for `runs.write_bytes`.
+    """A GGUF file for `whole_files.write_bytes`.
 
     Args:
         architecture: llama.cpp's.
@@ -125,4 +125,4 @@ def write(target: Path, content: GgufContent) -> None:
     Raises:
         UserError: The disk is full; an older file stays.
     """
-    runs.write_bytes(target, content)
+    whole_files.write_bytes(target, content)

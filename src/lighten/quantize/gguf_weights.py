@@ -33,15 +33,19 @@ def is_transposed(stored: str, architecture: str) -> bool:
     return architecture == "gpt2" and bool(_TRANSPOSED.search(stored))
 
 
+def is_rotary(stored: str, architecture: str) -> bool:
+    """Whether rows lie in another order in a GGUF file."""
+    return architecture == "llama" and bool(_ROTARY.search(stored))
+
+
 def rotary_interleaved(weight: Array, stored: str, architecture: str, config: Any) -> Array:
     """Rows of a Llama's queries and keys in the order of llama.cpp.
 
     transformers turns the first half of a head against the second, llama.cpp neighbours. Any array
     whose first dimension is the layer's output can be given, the B of an adapter too.
     """
-    part = _ROTARY.search(stored) if architecture == "llama" else None
-    if part is None:
+    if not is_rotary(stored, architecture):
         return weight
-    heads = config.num_attention_heads if part[1] == "q" else config.num_key_value_heads
+    heads = config.num_attention_heads if ".attn_q." in stored else config.num_key_value_heads
     halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
     return halves.swapaxes(1, 2).reshape(weight.shape)

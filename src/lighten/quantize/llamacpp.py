@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 
 from lighten.errors import UserError, missing_extra
-from lighten.models.gguf_header import read_header
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -212,11 +211,14 @@ class Runtime:
         threads: int | None = None,
         cache: str = "f32",
     ) -> None:
+        from lighten.models.gguf_header import read_header  # quantising does without torch
+
         self._lib = library()
+        self._check = read_header
         self._model: Any = None
         self._context: Any = None
         self._adapters: list[Any] = []
-        read_header(model)  # says what is wrong with a torn file in a sentence
+        self._check(model)  # says what is wrong with a torn file in a sentence
         self.path, self.context_tokens = model, context_tokens
         self._model = self._lib.llama_model_load_from_file(
             os.fsencode(model), self._lib.llama_model_default_params()
@@ -259,7 +261,7 @@ class Runtime:
         """
         opened = []
         for path in adapters:
-            read_header(path)
+            self._check(path)
             adapter = self._lib.llama_adapter_lora_init(self._model, os.fsencode(path))
             if not adapter:
                 raise self._refused(path)

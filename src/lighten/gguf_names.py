@@ -49,6 +49,12 @@ _OUTER_OF_GPT2 = {
     "token_embd": "transformer.wte", "position_embd": "transformer.wpe",
     "output_norm": "transformer.ln_f", "output": "lm_head",
 }  # fmt: skip
+# Parts whose biases llama.cpp computes with.
+_BIASED = {
+    "llama": set(_LINEAR),
+    "qwen2": {"attn_q", "attn_k", "attn_v"},
+    "gpt2": {*LAYER["gpt2"], "output_norm"},
+}
 _LAYER_PATH = re.compile(r"^(?:.*\.)?(?:layers|h)\.(?P<layer>\d+)\.(?P<part>.+)$")
 _OUTSIDE = re.compile(r"(^|\.)(vision_tower|multi_modal_projector|visual)\.")
 
@@ -79,3 +85,13 @@ def stored_name(architecture: str, path: str) -> str | None:
         if last == outer.rpartition(".")[2]:
             return stored
     return None
+
+
+def has_bias(architecture: str, stored: str) -> bool:
+    """Whether llama.cpp adds a bias at this place.
+
+    Args:
+        architecture: llama.cpp's.
+        stored: The tensor's name without its suffix, such as `blk.3.attn_q`.
+    """
+    return stored.rpartition(".")[2] in _BIASED.get(architecture, set())

@@ -1,0 +1,205 @@
+"""A model folder read for conversion: settings and weights, without torch.
+
+A weight is read from its safetensors file rows at a time into memory of its own: neither the model
+nor a mapped file is ever there whole, and a quarter of a gigabyte of libraries is not loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lighten.errors import UserError
+
+Array = np.ndarray[Any, Any]
+_TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
+_INDEX = "model.safetensors.index.json"
+_BLOCK_NUMBERS = 2**21  # read and converted at a time
+# Settings of every model; a config.json without them relies on defaults of its class.
+_NEEDED = ("num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size",
+           "max_position_embeddings", "rms_norm_eps", "vocab_size")  # fmt: skip
+_NEEDED_BY = {
+    "gpt2": ("n_layer", "n_head", "n_embd", "n_positions", "layer_norm_epsilon", "vocab_size"),
+    "gemma": (*_NEEDED, "head_dim"),
+    "gemma2": (*_NEEDED, "head_dim", "sliding_window", "query_pre_attn_scalar"),
+    "gemma3_text": (*_NEEDED, "head_dim", "sliding_window", "query_pre_attn_scalar"),
+    "qwen3": (*_NEEDED, "head_dim"),
+    "mistral": (*_NEEDED, "sliding_window", "num_key_value_heads"),
+    "phi3": (*_NEEDED, "num_key_value_heads"),
+    "qwen2": (*_NEEDED, "num_key_value_heads"),
+}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Where a weight lies.
+
+    Attributes:
+        file: Its safetensors file.
+        kind: Its format there.
+        shape: As PyTorch orders it.
+        offset: Of its first byte in the file.
+    """
+
+    file: Path
+    kind: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
+
+    def rows(self) -> Iterator[Array]:
+        """Its numbers in float32, some rows at a time (one-dimensional: all at once).
+
+        Raises:
+            UserError: The file is shorter than it says, or cannot be read.
+        """
+        columns = self.numbers // self.shape[0] if len(self.shape) > 1 else self.numbers
+        count = self.shape[0] if len(self.shape) > 1 else 1
+        step = max(1, _BLOCK_NUMBERS // max(columns, 1))
+        dtype = np.dtype(_TYPES[self.kind])
+        try:
+            with self.file.open("rb", buffering=0) as file:
+                file.seek(self.offset)
+                for first in range(0, count, step):
+                    size = min(step, count - first) * columns
+                    raw = np.empty(size, dtype=dtype)
+                    _fill(file, raw.data.cast("B"))
+                    values = _float32(raw, self.kind)
+                    yield values if len(self.shape) == 1 else values.reshape(-1, columns)
+        except (OSError, EOFError) as error:
+            raise UserError(
+                f"{self.file} cannot be read to its end ({error}); fetch or copy the model anew"
+            ) from error
+
+    def whole(self) -> Array:
+        """All its numbers in float32.
+
+        Raises:
+            UserError: As of `rows`.
+        """
+        parts = list(self.rows())
+        joined = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return joined.reshape(self.shape)
+
+
+def _fill(file: Any, room: memoryview) -> None:
+    done = 0
+    while done < len(room):
+        count = file.readinto(room[done:])
+        if not count:
+            raise EOFError("it ends early")
+        done += count
+
+
+def _float32(raw: Array, kind: str) -> Array:
+    if kind == "BF16":
+        wide = raw.astype(np.uint32)
+        wide <<= 16
+        return wide.view(np.float32)
+    return raw.astype(np.float32, copy=False)
+
+
+def read_weights(folder: Path) -> dict[str, Weight]:
+    """Where each weight of a model folder lies, by its name.
+
+    Raises:
+        UserError: There are none, a file is missing or torn, or a format is none of a plain model.
+    """
+    index = folder / _INDEX
+    if index.is_file():
+        places: dict[str, str] = read_json(index).get("weight_map", {})
+        files = [folder / name for name in sorted(set(places.values()))]
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+        places = {}
+    if not files:
+        raise UserError(
+            f"{folder} holds no safetensors files; a model's weights are read from them"
+        )
+    found: dict[str, Weight] = {}
+    for file in files:
+        found |= _header(file)
+    if missing := sorted(set(places) - set(found)):
+        raise UserError(
+            f"{index} names {missing[0]}, which {places[missing[0]]} does not hold; fetch or copy "
+            "the model anew"
+        )
+    return found
+
+
+def _header(file: Path) -> dict[str, Weight]:
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header: Any = json.loads(opened.read(length)) if length < size else None
+        weights = {}
+        for name, facts in header.items():
+            if name == "__metadata__":
+                continue
+            first, last = facts["data_offsets"]
+            shape = tuple(int(own) for own in facts["shape"])
+            weights[name] = Weight(file, facts["dtype"], shape, 8 + length + int(first))
+            if 8 + length + int(last) > size:
+                raise UserError(
+                    f"{file} is torn: it ends before {name}; fetch or copy the model anew"
+                )
+        return weights
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{file} is not a whole safetensors file; fetch or copy the model anew"
+        ) from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        UserError: It cannot be read, is torn or holds something else.
+    """
+    try:
+        value: Any = json.loads(file.read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is not valid JSON: {error}; fetch or copy it anew") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{file} does not hold settings by name; fetch or copy it anew")
+    return value
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """A text model's configuration as plain values.
+
+    Where config.json leaves out what is needed, transformers fills it in.
+
+    Raises:
+        UserError: There is none, or it is torn.
+    """
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is no model folder: it has no config.json")
+    whole = read_json(folder / "config.json")
+    values = (
+        {**whole, **whole["text_config"]} if isinstance(whole.get("text_config"), dict) else whole
+    )
+    kind = str(values.get("model_type"))
+    if all(key in values for key in _NEEDED_BY.get(kind, _NEEDED)):
+        return values
+    from lighten.models.configuration import read_config  # it brings torch
+
+    text = read_config(folder).get_text_config()
+    return {**text.to_dict(), **{k: values[k] for k in ("quantization_config",) if k in values}}

@@ -1,0 +1,334 @@
+"""Models as GGUF files: llama.cpp computes what transformers computes, or the model is refused."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFReader
+from gguf.quants import dequantize
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from lighten.errors import UserError
+from lighten.gguf_names import stored_name
+from lighten.quantize.gguf_model import plan_gguf, write_gguf
+from lighten.quantize.llamacpp import Runtime
+from tests.tiny import CHATML, tiny_model, tiny_tokenizer
+
+ROPE = {"rope_theta": 10000.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64, **ROPE}  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, **ROPE}
+LONG = {"rope_type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.4],
+        "long_factor": [1.0, 2.0, 4.0, 8.0], **ROPE}  # fmt: skip
+# Each architecture as it comes, and with every switch that a file has to say.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama, tied": ("llama", {"tie_word_embeddings": True}),
+    "llama, biases, long heads": (
+        "llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 16},
+    ),
+    "llama, linear": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 3.0, **ROPE}}),
+    "llama, llama3": ("llama", {"rope_parameters": LLAMA3}),
+    "llama, yarn": ("llama", {"rope_parameters": YARN}),
+    "llama, yarn, attention": (
+        "llama",
+        {"rope_parameters": {**YARN, "attention_factor": 1.5}},
+    ),
+    "llama, yarn, mscale": (
+        "llama", {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5}},
+    ),
+    "llama, longrope": (
+        "llama", {"rope_parameters": {**LONG, "original_max_position_embeddings": 256,
+                                      "factor": 2.0}, "max_position_embeddings": 512},
+    ),
+    "mistral": ("mistral", {"sliding_window": None, "head_dim": 16}),
+    "qwen2": ("qwen2", {}),
+    "qwen2, untied, yarn": ("qwen2", {"tie_word_embeddings": False, "rope_parameters": YARN}),
+    "qwen3": (
+        "qwen3", {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    ),
+    "qwen3, tied": ("qwen3", {"tie_word_embeddings": True}),
+    "gemma2": ("gemma2", {"query_pre_attn_scalar": 8}),
+    "gemma2, another scale": (
+        "gemma2", {"query_pre_attn_scalar": 20, "attn_logit_softcapping": 5.0},
+    ),
+    "gemma3": ("gemma3_text", {"query_pre_attn_scalar": 8, "num_hidden_layers": 7}),
+    "gemma3, linear, another scale": (
+        "gemma3_text",
+        {
+            "query_pre_attn_scalar": 24, "final_logit_softcapping": 4.0,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+    "phi3": ("phi3", {"sliding_window": None}),
+    "phi3, longrope, half turned": (
+        "phi3",
+        {
+            "sliding_window": None, "hidden_size": 64, "tie_word_embeddings": True,
+            "original_max_position_embeddings": 256, "max_position_embeddings": 512,
+            "rope_parameters": {**LONG, "partial_rotary_factor": 0.5,
+                                "original_max_position_embeddings": 256},
+        },
+    ),
+    "gpt2": ("gpt2", {}),
+    "gpt2, untied, narrow": ("gpt2", {"tie_word_embeddings": False, "n_inner": 64}),
+}  # fmt: skip
+PROMPTS = [[5, 77, 130, 9, 201], [64, 12, 300, 41, 180, 7, 99, 33, 250, 18, 6, 111]]
+
+
+def saved(folder: Path, arch: str, changes: dict[str, Any] | None = None) -> PreTrainedModel:
+    """A tiny model in a folder, with norms and biases that matter."""
+    model = tiny_model(arch, **(changes or {}))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or "ln_" in name or name.endswith("bias"):
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_llama_cpp_computes_what_transformers_computes(name: str, tmp_path: Path) -> None:
+    model = saved(tmp_path / "model", *MODELS[name])
+    write_gguf(tmp_path / "model", tmp_path / "model.gguf", "f32")
+    # GELU is a table of float16 in llama.cpp; sums are taken in another order.
+    tolerance = 1e-2 if MODELS[name][0].startswith("g") else 1e-4
+    with Runtime(tmp_path / "model.gguf", context_tokens=96, threads=1) as runtime:
+        for prompt in PROMPTS:
+            answer = runtime.greedy(prompt, 64, stop=False)
+            tokens = prompt + answer
+            scores = runtime.logits(tokens)
+            with torch.no_grad():
+                wanted = model(torch.tensor([tokens])).logits[0].numpy()
+            assert np.abs(scores - wanted).max() < tolerance
+            # Greedy answers are the same, or two tokens were nearly as likely as each other.
+            for place, token in enumerate(answer, len(prompt) - 1):
+                best = wanted[place].max()
+                assert best - wanted[place, token] <= 2 * tolerance
+
+
+def test_the_window_is_the_context_where_llama_cpp_has_none(tmp_path: Path) -> None:
+    model = saved(tmp_path / "model", "mistral", {"sliding_window": 16})
+    plan = write_gguf(tmp_path / "model", tmp_path / "model.gguf", "f32")
+    assert "16 tokens" in plan.notes[0]
+    with torch.no_grad():
+        wanted = model(torch.tensor([PROMPTS[1]])).logits[0].numpy()
+    with Runtime(tmp_path / "model.gguf", context_tokens=16, threads=1) as runtime:
+        assert np.abs(runtime.logits(PROMPTS[1]) - wanted).max() < 1e-4
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3_text", "gpt2", "phi3", "qwen3"])
+def test_our_own_reader_gets_the_model_back(arch: str, tmp_path: Path) -> None:
+    from lighten.models.gguf import convert
+
+    # 256 is what every Gemma but the largest divides scores by; files do not say it.
+    changes = {"phi3": {"sliding_window": None}, "gemma3_text": {"head_dim": 256}}.get(arch)
+    model = saved(tmp_path / "model", arch, changes)
+    write_gguf(tmp_path / "model", tmp_path / "model.gguf", "f32")
+    convert(tmp_path / "model.gguf", tmp_path / "back")
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "back").state_dict()
+    for key, weight in model.state_dict().items():
+        # Gemma's norms went through 1 + w and back.
+        assert torch.allclose(back[key], weight, rtol=0, atol=1e-6), key
+
+
+@pytest.mark.parametrize(
+    ("type", "tolerance"),
+    # Of normal weights: half a step of the format, relative to their deviation.
+    [
+        ("f16", 3e-4),
+        ("bf16", 2.5e-3),
+        ("q8_0", 8e-3),
+        ("q6_k", 2.5e-2),
+        ("q5_k_m", 5e-2),
+        ("q4_k_m", 9e-2),
+        ("q4_0", 0.12),
+    ],
+)
+def test_types_are_as_near_as_their_bits(type: str, tolerance: float, tmp_path: Path) -> None:
+    size = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "num_hidden_layers": 3}
+    model = saved(tmp_path / "model", "llama", size)
+    plan = plan_gguf(tmp_path / "model", type)
+    written = write_gguf(tmp_path / "model", tmp_path / "model.gguf", type)
+    assert written == plan
+    assert not plan.fallbacks
+    header = (tmp_path / "model.gguf").stat().st_size - plan.bytes
+    assert 0 < header < 20_000
+    with torch.no_grad():
+        wanted = model(torch.tensor([PROMPTS[1]])).logits[0].numpy()
+    with Runtime(tmp_path / "model.gguf", context_tokens=64, threads=1) as runtime:
+        difference = runtime.logits(PROMPTS[1]) - wanted
+    if type in ("f16", "bf16", "q8_0"):
+        # Three layers, each of which adds its own rounding.
+        assert np.sqrt(np.mean(difference**2) / np.mean(wanted**2)) < 10 * tolerance
+    reader = GGUFReader(tmp_path / "model.gguf")
+    errors = []
+    for tensor in reader.tensors:
+        if len(tensor.shape) == 2 and "attn_q" not in tensor.name and "attn_k" not in tensor.name:
+            values = dequantize(tensor.data, tensor.tensor_type)
+            part = next(
+                own for path, own in model.state_dict().items()
+                if f"{stored_name('llama', path.rpartition('.')[0])}.weight" == tensor.name
+            ).numpy()  # fmt: skip
+            errors.append(np.sqrt(np.mean((values - part) ** 2) / np.mean(part**2)))
+    assert len(errors) == 5 * 3 + 2
+    assert max(errors) < tolerance
+
+
+def test_rows_that_do_not_fit_the_block_fall_back_and_say_so(tmp_path: Path) -> None:
+    saved(tmp_path / "model", "llama", {"hidden_size": 64, "num_hidden_layers": 8})
+    plan = write_gguf(tmp_path / "model", tmp_path / "model.gguf", "q4_k_m")
+    assert set(plan.fallbacks) == {("Q4_K", "Q5_0"), ("Q4_K", "F16"), ("Q6_K", "Q8_0"),
+                                   ("Q6_K", "F16")}  # fmt: skip
+    assert sum(plan.fallbacks.values()) == 7 * 8 + 1
+    assert any("are Q5_0 and not Q4_K" in sentence for sentence in plan.sentences())
+    with Runtime(tmp_path / "model.gguf", context_tokens=64, threads=1) as runtime:
+        assert np.isfinite(runtime.logits(PROMPTS[0])).all()
+
+
+TEXTS = [
+    "the answer is the question", "Ünïcode 日本語 🦙 it's 12345 fine\n\n  x = 3\t!",
+    "<|im_start|>user\nhi<|im_end|>\n", " leading and trailing  ",
+]  # fmt: skip
+
+
+def test_the_template_and_the_tokens_are_the_same(tmp_path: Path) -> None:
+    saved(tmp_path / "model", "llama")
+    tokenizer = tiny_tokenizer()
+    write_gguf(tmp_path / "model", tmp_path / "model.gguf", "f16")
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "the question"}], tokenize=False
+    )
+    with Runtime(tmp_path / "model.gguf", context_tokens=64, threads=1) as runtime:
+        assert runtime.chat_template == CHATML
+        for text in [*TEXTS, chat]:
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            assert runtime.tokenise(text) == ids
+            assert runtime.text(ids, special=True) == text
+        # llama.cpp also stops at </s>, token 2, whoever names it.
+        assert [runtime.ends(token) for token in (1, 3, 4)] == [False, False, True]
+
+
+def test_all_that_ends_an_answer_is_named(tmp_path: Path) -> None:
+    saved(tmp_path / "model", "llama")
+    (tmp_path / "model" / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [4, 2, 1]})
+    )
+    write_gguf(tmp_path / "model", tmp_path / "model.gguf", "f16")
+    with Runtime(tmp_path / "model.gguf", context_tokens=64, threads=1) as runtime:
+        assert [runtime.ends(token) for token in (1, 2, 4)] == [True, True, True]
+
+
+def test_padding_rows_of_the_vocabulary_are_tokens_of_no_use(tmp_path: Path) -> None:
+    model = saved(tmp_path / "model", "llama")
+    model.resize_token_embeddings(384)
+    model.save_pretrained(tmp_path / "model")
+    write_gguf(tmp_path / "model", tmp_path / "model.gguf", "f32")
+    with torch.no_grad():
+        wanted = model(torch.tensor([PROMPTS[0]])).logits[0].numpy()
+    with Runtime(tmp_path / "model.gguf", context_tokens=64, threads=1) as runtime:
+        assert runtime.vocabulary_size == 384
+        assert np.abs(runtime.logits(PROMPTS[0]) - wanted).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("arch", "changes", "words"),
+    [
+        ("opt", {}, "'opt'"),
+        ("mixtral", {}, "'mixtral'"),
+        ("llama", {"hidden_act": "gelu"}, "activation is 'gelu'"),
+        ("llama", {"rope_parameters": {**YARN, "truncate": False}}, "not truncated"),
+        ("llama", {"rope_parameters": {**YARN, "beta_fast": 20.0}}, "beta_fast 20"),
+        ("qwen2", {"rope_parameters": {**ROPE, "rope_type": "default",
+                                       "partial_rotary_factor": 0.5}}, "turns 4 of 8"),
+        ("qwen3", {"attention_bias": True}, "has the bias"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+        ("gemma2", {"attn_logit_softcapping": None}, "attn_logit_softcapping is off"),
+        ("gemma3_text", {"num_hidden_layers": 4, "layer_types": [
+            "full_attention", "full_attention", "sliding_attention", "full_attention"]},
+         "alternate"),
+    ],
+)  # fmt: skip
+def test_what_llama_cpp_does_not_compute_is_refused(
+    arch: str, changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    saved(tmp_path / "model", arch, changes)
+    with pytest.raises(UserError, match=words):
+        write_gguf(tmp_path / "model", tmp_path / "model.gguf", "f16")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_mistake_is_one_sentence_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, target = tmp_path / "model", tmp_path / "model.gguf"
+    saved(folder, "llama")
+    weights = (folder / "model.safetensors").read_bytes()
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+
+    def refused(words: str, type: str = "f16") -> None:
+        with pytest.raises(UserError, match=words) as error:
+            write_gguf(folder, target, type)
+        assert "\n" not in str(error.value)
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+    refused("q4_k_x.*q4_k_m", "q4_k_x")
+    (folder / "model.safetensors").write_bytes(weights[:-64])
+    refused("torn")
+    (folder / "model.safetensors").write_bytes(weights[:20])
+    refused("safetensors file")
+    (folder / "model.safetensors").write_bytes(weights)
+    for change, words in [
+        ({"model": {**tokenizer["model"], "type": "Unigram"}}, "Unigram"),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "Whitespace.*other tokens"),
+    ]:
+        (folder / "tokenizer.json").write_text(json.dumps({**tokenizer, **change}))
+        refused(words)
+    (folder / "tokenizer.json").unlink()
+    refused("no tokenizer.json")
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    config = json.loads((folder / "config.json").read_text())
+    for values, words in [
+        ({"num_hidden_layers": 3}, "lacks the weight"),
+        ({"num_hidden_layers": 1}, "more layers"),
+        ({"num_attention_heads": 8}, "heads of"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantised already"),
+    ]:
+        (folder / "config.json").write_text(json.dumps({**config, **values}))
+        refused(words)
+    (folder / "config.json").write_text(json.dumps(config))
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gguf.GGUFWriter.write_tensor_data", full)
+        refused("disk is full")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.model.norm.weight[3] = float("nan")
+    model.save_pretrained(folder)
+    refused("not finite")
+
+
+def test_a_torn_file_is_refused_by_the_runtime(tmp_path: Path) -> None:
+    saved(tmp_path / "model", "llama")
+    target = tmp_path / "model.gguf"
+    write_gguf(tmp_path / "model", target, "f16")
+    whole = target.read_bytes()
+    for size, words in [(100, "torn"), (len(whole) - 64, "torn"), (3, "not a GGUF file")]:
+        target.write_bytes(whole[:size])
+        with pytest.raises(UserError, match=words):
+            Runtime(target, context_tokens=16)
