@@ -43,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluate": {"adapters", "data", "models", "recipe", "hardware", "notebook", "runs",
                  "train", "verbs"},
     "devices": {"hardware"},
-    "report": {"evaluate", "runs", "verbs"},
+    "report": {"data", "evaluate", "runs", "verbs"},
     "sweep": {"adapters", "data", "folders", "locks", "models", "notebook", "paths", "recipe",
               "hardware", "runs", "train", "evaluate", "verbs"},
     # It traces the step of `train`, and draws its picture with `report`'s figures.

@@ -247,8 +247,8 @@ def test_a_store_keeps_values_that_json_has_not() -> None:
 def test_a_split_of_a_store_is_that_of_a_list(size: float) -> None:
     given = examples(60)
     lists, stores = data.split(given, size), data.split(_store(given), size)
-    assert [list(side) for side in stores] == [list(side) for side in lists]
-    assert stores[1]
+    assert [list(side) for side in stores[:2]] == [list(side) for side in lists[:2]]
+    assert stores.held_out
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv"])
@@ -334,7 +334,7 @@ def test_a_second_start_reads_no_row_and_gives_the_same(
 
 @pytest.mark.parametrize(
     "changed",
-    [{"max_length": 32}, {"val_size": 0.2}, {"assistant_only_loss": False},
+    [{"max_length": 32}, {"val_size": 0.3}, {"assistant_only_loss": False},
      {"chat_template": "alpaca"}, {"max_train_samples": 30}, {"added_tokens": ["<x>"]}],
 )  # fmt: skip
 def test_other_settings_have_another_entry(
@@ -612,7 +612,7 @@ def test_training_passes_its_progress_on(
     load_rows(
         recipe, load_tokenizer(str(tiny_folder)), lambda done, total: heard.append((done, total))
     )
-    assert (54, 54) in heard
+    assert (48, 48) in heard
     assert heard[-1] == (6, 6)
     heard.clear()
     read_rows(recipe, [], lambda done, total: heard.append((done, total)))
@@ -622,4 +622,4 @@ def test_training_passes_its_progress_on(
 def test_a_cache_that_cannot_be_written_changes_nothing(cached: Path, tiny_folder: Path) -> None:
     (cached / "cache").write_text("a file where the folder would be", encoding="utf-8")
     rows = loaded(recipe_for(cached, tiny_folder), tiny_folder)
-    assert rows.train.counts.rows == 54
+    assert rows.train.counts.rows == 48  # of 60: a fifth is held out at least

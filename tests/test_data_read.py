@@ -192,11 +192,15 @@ def test_trap47_a_split_never_puts_a_prompt_on_both_sides(
         Example("f", i, (Message("user", p), Message("assistant", str(i))))
         for i, p in enumerate(prompts)
     ]
-    train, held_out = data.split(rows, size, seed)
+    try:
+        train, held_out, _ = data.split(rows, size, seed)
+    except UserError:
+        assert len(rows) - (round(size * len(rows)) if size < 1 else size) < 2
+        return
     assert {e.prompt_key for e in train}.isdisjoint(e.prompt_key for e in held_out)
     assert sorted(e.line for e in train + held_out) == list(range(len(rows)))
     assert train
-    assert data.split(rows, size, seed) == (train, held_out)
+    assert data.split(rows, size, seed)[:2] == (train, held_out)
 
 
 def test_trap47_overlap_and_duplicates_are_reported(tmp_path: Path) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lighten.errors import UserError
+from lighten.errors import NoHeldOut, UserError
 from lighten.recipe import Recipe
 from lighten.runs import Run
 
@@ -378,13 +379,16 @@ def run(
 ) -> Run:
     """Train, evaluate and report, one after another.
 
+    Where nothing is held out (a handful of rows, `val_size: 0`) the report has no held-out figures.
+
     Raises:
         UserError: Something the user can mend.
     """
     done = train(
         recipe, resume=resume, progress=progress, planned=planned, force=force, **overrides
     )
-    evaluate(done, progress=evaluation_progress)
+    with suppress(NoHeldOut):  # training has said so; `run.json` and the report do too
+        evaluate(done, progress=evaluation_progress)
     report(done)
     return done
 

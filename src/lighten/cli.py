@@ -26,6 +26,7 @@ from lighten.console import (
     overrides,
     print_table,
 )
+from lighten.errors import NoHeldOut
 from lighten.wording import counted
 
 if TYPE_CHECKING:
@@ -173,9 +174,12 @@ def run(
     from lighten import api
 
     done = _trained([*(words or []), *ctx.args], resume=resume, force=force, planned=not no_plan)
-    with _bar() as progress:
-        evaluation = api.evaluate(done, progress=progress)
-    _print_evaluation(evaluation.to_dict())
+    try:
+        with _bar() as progress:
+            evaluation = api.evaluate(done, progress=progress)
+        _print_evaluation(evaluation.to_dict())
+    except NoHeldOut as nothing:
+        console().print(f"not evaluated: {nothing}", highlight=False, markup=False)
     console().print(f"report: {api.report(done)}", soft_wrap=True, highlight=False)
 
 
@@ -472,3 +476,5 @@ def _print_evaluation(found: dict[str, Any]) -> None:
             cells.append(cell(model["metrics"][metric]) + said)
         rows.append([metric, *cells])
     print_table(["metric", *names], rows)
+    for sentence in found["dataset"].get("notes", []):
+        console().print(sentence, highlight=False, markup=False)

@@ -91,5 +91,7 @@ def cell(value: Any) -> str:
     if value is None:
         return "–"
     if isinstance(value, dict):
+        if value["low"] is None:  # a single example has no interval
+            return f"{value['value']:.4g}"
         return f"{value['value']:.4g} [{value['low']:.4g}, {value['high']:.4g}]"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -11,6 +11,10 @@ class MissingExtra(UserError):
     """An optional dependency is not installed."""
 
 
+class NoHeldOut(UserError):
+    """There are no held-out examples to measure on."""
+
+
 def missing_extra(package: str, extra: str) -> MissingExtra:
     """Say which package is missing and the command that installs it.
 

@@ -79,9 +79,10 @@ def evaluation_html(evaluation: Evaluation) -> str:
         for model in evaluation.models:
             own = model["metrics"][metric.name]
             verdict = words.verdict_of(evaluation.differences, model["name"], metric.name)
-            cells.append(
-                f"{number(own['value'])} [{number(own['low'])}, {number(own['high'])}] {verdict}"
+            interval = (
+                "" if own["low"] is None else f" [{number(own['low'])}, {number(own['high'])}]"
             )
+            cells.append(f"{number(own['value'])}{interval} {verdict}")
         rows.append([metric.label, *cells])
     names = [model["name"] for model in evaluation.models]
     return _card(words.headline({}, evaluation.to_dict()), _table(["", *names], rows))

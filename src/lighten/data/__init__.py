@@ -2,16 +2,17 @@
 
 from lighten.data.check import CheckReport, check
 from lighten.data.conversation import Handling, Renderer
-from lighten.data.encode import Encoded, encode, prompt_of
+from lighten.data.encode import Encoded, NothingSupervised, encode, prompt_of
 from lighten.data.examples import Example, Message
 from lighten.data.findings import Findings
 from lighten.data.read import BadRow, Dataset, has_split, left_out, read
-from lighten.data.splits import split
+from lighten.data.splits import FEWEST, Split, shared_prompts, split
 from lighten.data.stops import LearntAnswers, end_token, learnt_answers, stop_tokens, writes_alike
 from lighten.data.storage import EncodedRows, Row, lengths_of
 from lighten.data.template import TemplateChoice, choose_template
 
 __all__ = [
+    "FEWEST",
     "BadRow",
     "CheckReport",
     "Dataset",
@@ -22,8 +23,10 @@ __all__ = [
     "Handling",
     "LearntAnswers",
     "Message",
+    "NothingSupervised",
     "Renderer",
     "Row",
+    "Split",
     "TemplateChoice",
     "check",
     "choose_template",
@@ -35,6 +38,7 @@ __all__ = [
     "lengths_of",
     "prompt_of",
     "read",
+    "shared_prompts",
     "split",
     "stop_tokens",
     "writes_alike",

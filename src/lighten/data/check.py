@@ -12,6 +12,7 @@ import numpy as np
 from lighten.data.encode import LEFT_OUT, Encoded, cut, encode
 from lighten.data.examples import Example
 from lighten.data.read import Dataset, left_out
+from lighten.data.splits import shared_prompts
 from lighten.data.storage import lengths_of
 
 # Upper ends of the histogram's bins, in tokens.
@@ -91,10 +92,11 @@ def check(
     kept = cut(whole, max_length, limit)
     lengths = np.asarray(lengths_of(whole.rows))
     keys = Counter(example.prompt_key for example in found.examples)
-    overlap = None
-    if evaluation is not None:
-        other = {example.prompt_key for example in evaluation}
-        overlap = sum(count for key, count in keys.items() if key in other)
+    overlap = (
+        None
+        if evaluation is None
+        else sum(keys[key] for key in shared_prompts(found.examples, evaluation))
+    )
     return CheckReport(
         format=found.format,
         rows=len(found.examples),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from lighten.data.findings import Findings
 from lighten.data.storage import EncodedRows, Row, RowWriter, flush
 from lighten.data.tokenise import PART_EXAMPLES, EncodingCounts, Tokenised, tokenise
 from lighten.errors import UserError
+from lighten.wording import counted
 
 LEFT_OUT = "left out: "
 # Processes are forked for what would take longer than this, as the first examples took: each
@@ -32,6 +34,18 @@ LEFT_OUT = "left out: "
 PAYS_S = 2.0
 PATIENCE_S = 60.0
 THREADS = "TOKENIZERS_PARALLELISM"  # of Hugging Face's tokenizers
+
+
+class NothingSupervised(UserError):
+    """No row of a data set has a supervised token.
+
+    Attributes:
+        reason: Why, with the first row.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"nothing to learn from: no row has a supervised token, because {reason}")
+        self.reason = reason
 
 
 @dataclass
@@ -43,12 +57,14 @@ class Encoded:
         counts: What was kept and lost.
         problems: A sentence per kind of loss, with the first row it befell.
         findings: What the chat template did, and what ends the answers.
+        places: Which of the examples given each row is; of rows from a cache this is not known.
     """
 
     rows: Sequence[Row]
     counts: EncodingCounts
     problems: list[str] = field(default_factory=list)
     findings: Findings = field(default_factory=Findings)
+    places: Sequence[int] = ()
 
     @property
     def sha256(self) -> str:
@@ -93,8 +109,8 @@ def encode(
         progress: Told how many examples are encoded, and of how many.
 
     Raises:
-        UserError: A template refuses rows, a row is too long and that was not allowed, or
-            nothing at all is supervised (with the reason).
+        NothingSupervised: Nothing at all is supervised.
+        UserError: A template refuses rows, or a row is too long and that was not allowed.
     """
     job = _Job(
         examples, tokenizer, Handling(system_role, thinking), max_length,
@@ -115,10 +131,14 @@ def encode(
     if not len(made.written):
         worst = made.causes.most_common(1)
         reason = problems[worst[0][0]] if worst else "there are no examples"
-        raise UserError(_nothing(reason))
+        raise NothingSupervised(reason)
+    if "empty" in problems:
+        others = made.causes["empty"] - 1
+        more = f", nor {'has' if others == 1 else 'have'} {counted(others, 'other row')}"
+        problems["empty"] += f"{more if others else ''}: left out"
     told = [*problems.values(), *made.findings.sentences()]
     told += [f"{LEFT_OUT}{sentence}" for sentence in made.findings.refusals()]
-    return Encoded(made.written.rows(), counts, told, made.findings)
+    return Encoded(made.written.rows(), counts, told, made.findings, made.places)
 
 
 def cut(whole: Encoded, max_length: int, limit: str | None = None) -> Encoded:
@@ -130,25 +150,22 @@ def cut(whole: Encoded, max_length: int, limit: str | None = None) -> Encoded:
         limit: What sets it, in words; None: the setting of that name.
 
     Raises:
-        UserError: Nothing supervised is left.
+        NothingSupervised: Nothing supervised is left.
     """
     job = _Job(
         [], None, Handling(), max_length, limit or f"max_length {max_length}",
         cut=True, whole_chats=False, whole_pairs=False,
     )  # fmt: skip
     made = _Made(counts=replace(whole.counts, supervised_tokens=0))
-    for row in whole.rows:
+    for place, row in enumerate(whole.rows):
         ids = np.asarray(row.input_ids, dtype=np.int32)
-        job.keep(Tokenised(ids, np.asarray(row.supervised, dtype=np.bool_), row.example), made)
+        supervised = np.asarray(row.supervised, dtype=np.bool_)
+        job.keep(Tokenised(ids, supervised, row.example, place), made, place)
     told = [*made.problems.values(), *whole.problems]
     made.counts.rows, made.counts.tokens = len(made.written), made.written.tokens
     if not len(made.written):
-        raise UserError(_nothing(told[0]))
+        raise NothingSupervised(told[0])
     return Encoded(made.written.rows(), made.counts, told, whole.findings)
-
-
-def _nothing(reason: str) -> str:
-    return f"nothing to learn from: no row has a supervised token, because {reason}"
 
 
 def _unheard(done: int, total: int) -> None:
@@ -161,6 +178,7 @@ class _Made:
 
     Attributes:
         written: Their rows.
+        places: Which of the examples each row is.
         counts: What was kept and lost.
         problems: The first sentence of each kind of loss.
         causes: Why rows have nothing to learn.
@@ -169,6 +187,7 @@ class _Made:
     """
 
     written: RowWriter = field(default_factory=RowWriter)
+    places: array[int] = field(default_factory=lambda: array("q"))
     counts: EncodingCounts = field(default_factory=EncodingCounts)
     problems: dict[str, str] = field(default_factory=dict)
     causes: Counter[str] = field(default_factory=Counter)
@@ -178,6 +197,7 @@ class _Made:
     def merge(self, rows: EncodedRows, later: _Made) -> None:
         """Add what came of later examples, and their rows."""
         self.written.extend(rows)
+        self.places.extend(later.places)
         self.counts.add(later.counts)
         self.problems = {**later.problems, **self.problems}
         self.causes += later.causes
@@ -224,7 +244,7 @@ class _Job:
         tokenised = tokenise(examples, renderer, self._whole, made.counts, made.problems)
         for number, row in enumerate(tokenised, 1):
             progress(number + renderer.findings.refused_rows)
-            self.keep(row, made)
+            self.keep(row, made, some.start + row.place)
         made.findings.merge(renderer.findings)
 
     def part(self, some: range) -> tuple[dict[str, np.ndarray[Any, Any]], list[str], _Made]:
@@ -238,7 +258,7 @@ class _Job:
     def _whole(self, example: Example) -> bool:
         return self.whole_pairs if example.single_turn else self.whole_chats
 
-    def keep(self, row: Tokenised, made: _Made) -> None:
+    def keep(self, row: Tokenised, made: _Made, place: int) -> None:
         """Write a row as far as it may go and has something to learn."""
         counts, where = made.counts, row.example.where
         before = int(np.count_nonzero(row.supervised))
@@ -265,6 +285,7 @@ class _Job:
             counts.truncated += 1
         counts.supervised_tokens += kept
         made.written.append(ids, supervised, row.example)
+        made.places.append(place)
 
 
 def _all_of(job: _Job, progress: Callable[[int, int], None]) -> _Made:

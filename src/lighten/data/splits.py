@@ -4,39 +4,122 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from lighten.data.examples import Example
 from lighten.data.storage import chosen
+from lighten.errors import UserError
+from lighten.wording import counted
+
+# Fewer held-out examples than this give no verdict (evaluation.verdict says why).
+FEWEST = 20
+# So small a data set gives two rows at most where a share is asked for: all of it is trained on.
+SMALL_ROWS = 10
+# Most prompts that can be held out, as a share, where much of the data asks one question: with all
+# others held out training would see that one alone.
+MOST_PROMPTS = 0.75
 
 
-def split(
-    examples: Sequence[Example], size: float, seed: int = 0
-) -> tuple[Sequence[Example], Sequence[Example]]:
+class Split(NamedTuple):
+    """A data set in two parts.
+
+    Attributes:
+        train: What to train on, in file order.
+        held_out: What is set aside, in file order; may be empty.
+        note: How this differs from what was asked for and why; None where it does not.
+    """
+
+    train: Sequence[Example]
+    held_out: Sequence[Example]
+    note: str | None = None
+
+
+def split(examples: Sequence[Example], size: float, seed: int = 0) -> Split:
     """Set examples aside so that no prompt stands on both sides (trap 47).
 
-    Prompts are ranked by a hash, so adding rows to a file moves few others.
+    Prompts are ranked by a hash, so adding rows to a file moves few others. Of a share at least
+    `FEWEST` rows are set aside, or a fifth of the data where that is less; a data set too small for
+    two of them is left whole. A number of rows is taken as it is.
 
     Args:
         examples: All of them.
-        size: Below 1 the share to set aside, else their number.
+        size: Below 1 the share to set aside (above 0), else their number.
         seed: Another seed gives another split.
 
-    Returns:
-        The training examples and those set aside, each in file order. At least one prompt stays
-        for training.
+    Raises:
+        UserError: Less than two rows would be left to train on.
     """
+    rows = len(examples)
+    wanted = asked = round(size * rows) if size < 1 else int(size)
+    said = f"val_size {size:g}"
+    if size < 1 and rows > SMALL_ROWS:
+        wanted = max(asked, min(FEWEST, rows // 5))
+    if size < 1 and wanted < 2:
+        return Split(
+            examples, chosen(examples, ()),
+            f"nothing is held out: {counted(rows, 'row')} {'is' if rows == 1 else 'are'} too few "
+            f"for {said}, so nothing will say what training has changed; give an eval_dataset, or "
+            "a number as val_size",
+        )  # fmt: skip
+    if asked > rows - 2:
+        raise UserError(
+            f"{said} holds out {asked:,} of the {counted(rows, 'row')} of {examples[0].file}, "
+            f"which leaves {counted(max(0, rows - asked), 'row')} to train on; give a smaller "
+            "number, or a share such as 0.1"
+        )
     keys = [example.prompt_key for example in examples]
-    ranked = sorted(set(keys), key=lambda key: hashlib.sha256(f"{seed}/{key}".encode()).digest())
-    wanted = round(size * len(examples)) if size < 1 else int(size)
     times = Counter(keys)
-    aside: set[str] = set()
-    count = 0
-    for key in ranked[:-1]:
-        if count >= wanted:
-            break
-        aside.add(key)
-        count += times[key]
+    ranked = sorted(times, key=lambda key: hashlib.sha256(f"{seed}/{key}".encode()).digest())
+    aside = _aside(ranked, times, wanted, rows)
     inside = [place for place, key in enumerate(keys) if key not in aside]
     outside = [place for place, key in enumerate(keys) if key in aside]
-    return chosen(examples, inside), chosen(examples, outside)
+    note = _note(said, asked, wanted, len(outside), times)
+    return Split(chosen(examples, inside), chosen(examples, outside), note)
+
+
+def _aside(ranked: Sequence[str], times: Counter[str], wanted: int, rows: int) -> set[str]:
+    """Prompts whose rows together come nearest to the number wanted."""
+    most = max(int(MOST_PROMPTS * len(ranked)), round(len(ranked) * wanted / rows))
+    aside: set[str] = set()
+    count = 0
+    for key in ranked:
+        if count == wanted or len(aside) == most:
+            break
+        if count + times[key] <= wanted:
+            aside.add(key)
+            count += times[key]
+    left = [key for key in ranked if key not in aside]
+    if count < wanted and len(aside) < most and len(left) > 1:
+        least = min(left, key=lambda key: times[key])
+        more = count + times[least]
+        # Too many are better than none, but not at the price of most of what is learnt.
+        if 2 * more <= rows and (count == 0 or more - wanted < wanted - count):
+            aside.add(least)
+    return aside
+
+
+def _note(said: str, asked: int, wanted: int, count: int, times: Counter[str]) -> str | None:
+    """How a split differs from what was asked for."""
+    rows = times.total()
+    if abs(count - wanted) > wanted / 10:
+        largest = max(times.values())
+        shared = "all rows ask the same" if len(times) == 1 else (
+            f"rows that ask the same stay together, and {largest:,} of {rows:,} ask one thing"
+        )  # fmt: skip
+        what = "nothing is" if not count else f"{count:,} {'is' if count == 1 else 'are'}"
+        return f"{what} held out, where {said} asks for {wanted:,} of {rows:,} rows: {shared}"
+    if wanted > asked:
+        return (
+            f"{count:,} of {rows:,} rows are held out instead of the {asked:,} of {said}: fewer "
+            f"than {FEWEST} tell nothing"
+        )
+    if count > rows - count:
+        return f"more rows are held out ({count:,}) than trained on ({rows - count:,}): {said}"
+    return None
+
+
+def shared_prompts(train: Iterable[Example], held_out: Iterable[Example]) -> frozenset[str]:
+    """Keys of the prompts that stand on both sides."""
+    asked = {example.prompt_key for example in held_out}
+    return frozenset(key for example in train if (key := example.prompt_key) in asked)

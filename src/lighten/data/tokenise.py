@@ -66,16 +66,18 @@ class Tokenised:
         ids: [T] int32.
         supervised: [T] bool: whether each token is a target; the first never is.
         example: What was encoded.
+        place: Which of the examples it is.
         aligned: Each answer was located in the rendered text.
     """
 
     ids: Array
     supervised: Array
     example: Example
+    place: int
     aligned: bool = True
 
 
-_Part = tuple[list[tuple[Example, Rendered | None]], Future[list[Any]]]
+_Part = tuple[int, list[tuple[Example, Rendered | None]], Future[list[Any]]]
 
 
 def tokenise(
@@ -118,7 +120,7 @@ def tokenise(
             encodings = thread.submit(backend.encode_batch, texts, add_special_tokens=False)
             if waiting is not None:
                 yield from _rows(waiting, renderer, counts, problems)
-            waiting = part, encodings
+            waiting = start, part, encodings
         if waiting is not None:
             yield from _rows(waiting, renderer, counts, problems)
 
@@ -126,11 +128,11 @@ def tokenise(
 def _rows(
     part: _Part, renderer: Renderer, counts: EncodingCounts, problems: dict[str, str]
 ) -> Iterator[Tokenised]:
-    pairs, future = part
+    start, pairs, future = part
     encodings = iter(future.result())
-    for example, rendered in pairs:
+    for place, (example, rendered) in enumerate(pairs, start):
         if rendered is not None:
-            row = _conversation(rendered, next(encodings), renderer)
+            row = _conversation(rendered, next(encodings), renderer, place)
             counts.unaligned += not rendered.aligned
             counts.endless += rendered.endless
             if not rendered.aligned:
@@ -140,13 +142,13 @@ def _rows(
         elif example.messages:
             continue
         else:
-            row = _other(example, renderer)
+            row = _other(example, renderer, place)
         if len(row.supervised):
             row.supervised[0] = False  # nothing stands before the first token to predict it from
         yield row
 
 
-def _conversation(rendered: Rendered, encoding: Any, renderer: Renderer) -> Tokenised:
+def _conversation(rendered: Rendered, encoding: Any, renderer: Renderer, place: int) -> Tokenised:
     ids = np.asarray(encoding.ids, dtype=np.int32)
     supervised = np.zeros(len(ids), dtype=np.bool_)
     tokens = _Tokens(encoding, len(rendered.text))
@@ -159,10 +161,10 @@ def _conversation(rendered: Rendered, encoding: Any, renderer: Renderer) -> Toke
         renderer.findings.counts["tokens moved"] += int(moved.sum())
     for begin, end in rendered.answers:
         renderer.count_end(ids[tokens.of(begin, end)].tolist())
-    return Tokenised(ids, supervised, rendered.example, rendered.aligned)
+    return Tokenised(ids, supervised, rendered.example, place, rendered.aligned)
 
 
-def _other(example: Example, renderer: Renderer) -> Tokenised:
+def _other(example: Example, renderer: Renderer, place: int) -> Tokenised:
     """An example that came as tokens, or as plain text."""
     tokenizer = renderer.tokenizer
     if example.input_ids is not None and example.labels is not None:
@@ -176,7 +178,7 @@ def _other(example: Example, renderer: Renderer) -> Tokenised:
     edges = np.flatnonzero(np.diff(supervised.astype(np.int8), prepend=0, append=0))
     for begin, end in zip(edges[::2], edges[1::2], strict=True):
         renderer.count_end(ids[begin:end].tolist())
-    return Tokenised(ids, supervised, example)
+    return Tokenised(ids, supervised, example, place)
 
 
 class _Tokens:

@@ -25,17 +25,17 @@ class Estimate:
 
     Attributes:
         value: On all examples.
-        se: Standard deviation over the resamples.
-        low: Lower end of the 95 % interval.
+        se: Standard deviation over the resamples; None of one example, which has no spread.
+        low: Lower end of the 95 % interval, None like `se`.
         high: Upper end.
     """
 
     value: float
-    se: float
-    low: float
-    high: float
+    se: float | None
+    low: float | None
+    high: float | None
 
-    def to_dict(self) -> dict[str, float]:
+    def to_dict(self) -> dict[str, float | None]:
         """Plain values, for JSON."""
         return asdict(self)
 
@@ -68,7 +68,8 @@ class Resamples:
         value = float(metric(ours.sum(0)) - metric(base.sum(0)))
         return self._estimate(value, metric(self._times @ ours) - metric(self._times @ base))
 
-    @staticmethod
-    def _estimate(value: float, values: Array) -> Estimate:
+    def _estimate(self, value: float, values: Array) -> Estimate:
+        if self._times.shape[1] < 2:
+            return Estimate(value, None, None, None)
         low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         return Estimate(value, float(values.std(ddof=1)), float(low), float(high))

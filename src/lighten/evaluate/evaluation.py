@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from lighten import data, hardware, runs
-from lighten.data import Example
-from lighten.errors import UserError
+from lighten.data import FEWEST, Example
+from lighten.errors import NoHeldOut, UserError
 from lighten.evaluate import metrics
 from lighten.evaluate.bootstrap import Array, Estimate, FromSums, Resamples
 from lighten.evaluate.generate import Answers, as_shown, generate
@@ -22,15 +22,14 @@ from lighten.evaluate.opened import Models
 from lighten.models import limits_of
 from lighten.recipe import EvaluateOptions, Recipe
 from lighten.runs import Run
+from lighten.train import held_out_data
+from lighten.train.held_out_data import HeldOutData
 from lighten.train.heldout import held_out
 from lighten.train.loss import Objective
 from lighten.train.prepare import choose_tokens
-from lighten.train.rows import encode_as, held_out_source
 from lighten.wording import counted
 
 Progress = Callable[[str, int, int], None]
-# Fewer examples than this give no verdict.
-FEWEST = 20
 
 
 @dataclass
@@ -90,11 +89,11 @@ class Evaluation:
         """Plain values, for JSON."""
         return asdict(self)
 
-    def metric(self, model: str, name: str) -> dict[str, float]:
+    def metric(self, model: str, name: str) -> dict[str, float | None]:
         """Value, standard error and interval of one metric of one model."""
         for own in self.models:
             if own["name"] == model:
-                found: dict[str, float] = own["metrics"][name]
+                found: dict[str, float | None] = own["metrics"][name]
                 return found
         raise KeyError(model)
 
@@ -119,46 +118,74 @@ def evaluate_run(run: Run, *, progress: Progress | None = None, **options: Any) 
     if not models.names:
         what = "model" if recipe.method == "full" else "adapter"
         raise UserError(f"{run.folder} has no trained {what} yet; train it first")
-    template = models.open(None).template
-    found, name = held_out_examples(recipe, run.info().get("data", {}).get("sha256"))
-    answered = askable(found, recipe, models.open(None).base.tokenizer)
-    if settings.max_examples is not None:
-        found, answered = found[: settings.max_examples], answered[: settings.max_examples]
+    given = held_out_examples(recipe, run.info().get("data", {}).get("sha256"))
+    template, base = models.open(None).template, models.open(None).base
+    tokenizer, limits = base.tokenizer, limits_of(base.model)
+    del base  # another may be opened in its place
+    encoding = None if progress is None else functools.partial(progress, "encoding")
+    found = held_out_data.encoded(recipe, given, tokenizer, limits, settings.max_examples, encoding)
+    answered, unasked = askable(found.examples, recipe, tokenizer)
     results = [
         measure(models, own, found, answered, recipe, settings, memory, progress)
         for own in (None, *models.names)
     ]
     evaluation = summarise(results, answered, settings)
     evaluation.settings["chat_template"] = template
-    evaluation.dataset = {"path": name, "rows": len(found), "answered": len(answered)}
     shortened = max(result.answers.shortened for result in results)
-    if shortened:
-        evaluation.dataset["shortened"] = shortened
+    evaluation.dataset = {
+        "path": found.name,
+        "rows": len(found.examples),
+        "answered": len(answered),
+        "left_out": found.left_out + found.bad_rows,
+        "shared_prompts": found.shared,
+        "shortened": shortened,
+        # What is to be said wherever the figures are shown.
+        "notes": [*found.sentences(), *unasked, *shortened_sentence(shortened, results)],
+    }
     runs.write_json(run.folder / runs.EVALUATION, evaluation.to_dict())
     return evaluation
 
 
 def askable(
     examples: Sequence[Example], recipe: Recipe, tokenizer: PreTrainedTokenizerBase
-) -> list[Example]:
-    """The examples that end with an answer which the chat template shows."""
+) -> tuple[list[Example], list[str]]:
+    """The examples that end with an answer which the chat template shows, and why others are not.
+
+    Returns:
+        Examples that can be asked, and a sentence per reason for the others: they count for the
+        loss alone.
+    """
     handling = data.Handling(recipe.system_role, recipe.thinking)
-    kept = []
+    kept: list[Example] = []
+    reasons: dict[str, list[str]] = {}
     for example in examples:
-        if not example.reference:
-            continue
         try:
             data.prompt_of(example, tokenizer, handling)
-        except UserError:  # blank, refused or rewritten: training leaves it out too, and counts it
+        except UserError as error:
+            reason = str(error).splitlines()[0].replace(example.where, "").lstrip(": ")
+            reasons.setdefault(reason, []).append(example.where)
             continue
         kept.append(example)
-    return kept
+    return kept, [
+        f"{counted(len(rows), 'held-out example')} {'is' if len(rows) == 1 else 'are'} not asked "
+        f"and count for the loss alone: {rows[0]} {reason}"
+        for reason, rows in reasons.items()
+    ]
 
 
-def held_out_examples(
-    recipe: Recipe, trained_on: str | None, *, test: bool = True
-) -> tuple[Sequence[Example], str]:
-    """Examples that the recipe's training never saw: the best set there is, and its name.
+def shortened_sentence(shortened: int, results: Sequence[Measured]) -> list[str]:
+    """What it means that answers ended where the model's positions end."""
+    if not shortened:
+        return []
+    whose = max(results, key=lambda result: result.answers.shortened)
+    return [
+        f"{counted(shortened, 'answer')} of {whose.name} {'ends' if shortened == 1 else 'end'} "
+        f"where the model's positions end, before max_new_tokens: long prompts leave no room"
+    ]
+
+
+def held_out_examples(recipe: Recipe, trained_on: str | None, *, test: bool = True) -> HeldOutData:
+    """Examples that the recipe's training never saw: the best set there is.
 
     Args:
         recipe: The run's recipe.
@@ -167,35 +194,33 @@ def held_out_examples(
             settings may be chosen.
 
     Raises:
-        UserError: There is none, or the data has changed so that the split would be another.
+        NoHeldOut: There is none.
+        UserError: The data has changed so that the split would be another.
     """
-    skip: dict[str, Any] = {
-        "skip_bad_rows": recipe.skip_bad_rows,
-        "columns": recipe.dataset_columns,
-    }
-    if test and data.has_split(recipe.dataset, "test"):
-        found = data.read(recipe.dataset, split="test", **skip)
-    elif (source := held_out_source(recipe)) is not None:
-        found = data.read(source, split="valid", **skip)
-    elif recipe.val_size:
-        whole = data.read(recipe.dataset, limit=recipe.max_train_samples, **skip)
-        if trained_on not in (None, whole.sha256):
-            raise UserError(
-                f"{whole.path} has changed since the run was trained, so rows it learnt might be "
-                "taken for held-out ones; put the file back, or train again"
-            )
-        return data.split(whole.examples, recipe.val_size)[1], f"held out of {whole.path}"
-    else:
-        raise UserError(
+    for split in ("test", "valid") if test else ("valid",):
+        found = held_out_data.apart(recipe, None, split)
+        if found is not None:
+            return held_out_data.beside_training(recipe, found, trained_on)
+    if not recipe.val_size:
+        raise NoHeldOut(
             "the run has no held-out examples to evaluate on; set eval_dataset, or val_size above 0"
         )
-    return found.examples, str(found.path)
+    whole = held_out_data.read_as(recipe, recipe.dataset, "train")
+    if trained_on not in (None, whole.sha256):
+        raise UserError(
+            f"{whole.path} has changed since the run was trained, so rows it learnt might be "
+            "taken for held-out ones; put the file back, or train again"
+        )
+    _, found = held_out_data.split_off(recipe, whole)
+    if not found.examples:
+        raise NoHeldOut(f"the run has no held-out examples to evaluate on: {found.notes[0]}")
+    return found
 
 
 def measure(
     models: Models,
     own: str | None,
-    scored: Sequence[Example],
+    scored: HeldOutData,
     answered: Sequence[Example],
     recipe: Recipe,
     settings: EvaluateOptions,
@@ -206,11 +231,8 @@ def measure(
     name, opened = own or "base", models.open(own)
     base, trained, adapter = opened.base, opened.trained, opened.adapter
     memory.restart()
-    limits = limits_of(base.model)
-    encoding = None
-    if progress is not None:
-        encoding = functools.partial(progress, f"{name}: encoding")
-    rows = encode_as(recipe, scored, base.tokenizer, limits, encoding).rows
+    assert scored.rows is not None
+    rows = scored.rows.rows
     if progress is not None:
         progress(f"{name}: loss", 0, len(rows))
     losses = held_out(
@@ -242,7 +264,7 @@ def measure(
         answers = generate(
             base.model, base.tokenizer, prompts,
             max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size,
-            learnt=models.learnt, limits=limits, progress=tell,
+            learnt=models.learnt, limits=limits_of(base.model), progress=tell,
         )  # fmt: skip
     if answered:
         statistics["bleu"] = metrics.bleu().statistics(answers.texts, references)
@@ -322,7 +344,7 @@ def verdict(difference: Estimate, examples: int, *, lower_is_better: bool) -> st
     A percentile interval of few examples is too narrow: without any true difference it excludes
     zero for half of all pairs of examples and for 15 % of fives; from twenty on it is near its 5 %.
     """
-    if examples < FEWEST:
+    if examples < FEWEST or difference.low is None or difference.high is None:
         return "too few examples"
     if difference.low > 0:
         return "worse" if lower_is_better else "better"

@@ -24,10 +24,10 @@ from lighten.evaluate.evaluation import held_out_examples, verdict
 from lighten.models import Base, limits_of
 from lighten.recipe import Recipe
 from lighten.runs import Run
+from lighten.train.held_out_data import encoded
 from lighten.train.heldout import HeldOut, held_out
 from lighten.train.loss import Objective
 from lighten.train.prepare import choose_packing, choose_tokens, load_base
-from lighten.train.rows import encode_as
 
 Progress = Callable[[str, int, int], None]
 
@@ -130,11 +130,14 @@ def truncated_curve(
     recipe = run.recipe()
     transformers_logging.disable_progress_bar()
     # Those that a sweep's arms are chosen on, so that both curves stand on the same examples.
-    examples, _ = held_out_examples(recipe, run.info().get("data", {}).get("sha256"), test=False)
+    given = held_out_examples(recipe, run.info().get("data", {}).get("sha256"), test=False)
     base = load_base(recipe, hardware.choose_device().value)
     data.choose_template(base.tokenizer, recipe.chat_template)
-    chosen = examples[: recipe.evaluate.max_examples]
-    rows = encode_as(recipe, chosen, base.tokenizer, limits_of(base.model)).rows
+    found = encoded(
+        recipe, given, base.tokenizer, limits_of(base.model), recipe.evaluate.max_examples
+    )
+    assert found.rows is not None
+    rows = found.rows.rows
     cuts = [resize.at_rank(saved, rank) for rank in (saved.largest_rank, *lower)]
     measured: list[HeldOut] = []
     for place, cut in enumerate([None, *cuts]):

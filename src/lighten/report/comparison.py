@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from lighten import runs as run_files
+from lighten.data import FEWEST
 from lighten.evaluate.bootstrap import LEVEL, Resamples
-from lighten.evaluate.evaluation import FEWEST
 from lighten.evaluate.metrics import METRICS, mean_loss
 from lighten.report import words
 from lighten.report.charts import number
@@ -129,7 +129,7 @@ def compare(runs: Sequence[Run]) -> Comparison:
         entries += trained
         if base is not None:
             bases.setdefault((base.label, base.measured_on), base)
-    sentences = _judge(entries)
+    sentences = [*_judge(entries), *_notes(runs, names)]
     everything = [*entries, *bases.values()]
     columns = [
         column
@@ -139,6 +139,15 @@ def compare(runs: Sequence[Run]) -> Comparison:
     ]
     best = {column.name: _best(column, entries) for column in columns}
     return Comparison(everything, columns, best, sentences)
+
+
+def _notes(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
+    """What has to be said of the runs' held-out examples: each thing once, with its runs."""
+    told: dict[str, list[str]] = {}
+    for run, name in zip(runs, names, strict=True):
+        for note in words.held_out_notes(run.info(), run.evaluation()):
+            told.setdefault(note, []).append(name)
+    return [f"{', '.join(dict.fromkeys(own))}: {note}" for note, own in told.items()]
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
@@ -277,6 +286,8 @@ def _difference(entry: Entry, lowest: Entry, comparisons: int) -> tuple[float, f
     """
     tail = (1 - LEVEL) / comparisons / 2
     value = entry.figures["loss"] - lowest.figures["loss"]
+    if entry.losses and len(entry.losses) < 2:  # a single example has no interval
+        return None
     if entry.losses and lowest.losses and len(entry.losses) == len(lowest.losses):
         ours, theirs = np.asarray(entry.losses, float), np.asarray(lowest.losses, float)
         resamples = Resamples(len(ours), SAMPLES)

@@ -93,6 +93,7 @@ def _run(run: Run) -> dict[str, Any]:
         "examples": (evaluation or {}).get("examples", [])[:SHOWN_EXAMPLES],
         "example_count": len((evaluation or {}).get("examples", [])),
         "evaluation": evaluation,
+        "held_out_notes": words.held_out_notes(info, evaluation),
         "sizes": _sizes(info),
         "recipe": (run.folder / run_files.RECIPE).read_text(encoding="utf-8"),
     }
@@ -315,7 +316,7 @@ def next_commands(run: Run, info: Mapping[str, Any], *, evaluated: bool) -> list
         return [(f"lighten train --resume {folder}", "go on from the newest checkpoint")]
     recipe = run.recipe()
     commands = []
-    if not evaluated:
+    if not evaluated and not (info.get("data") or {}).get("nothing_held_out"):
         commands.append((f"lighten evaluate {folder}", "measure it against the untouched base"))
         commands.append((f"lighten report {folder}", "write this page again, with the figures"))
     commands.append((f"lighten chat {folder} --compare", "ask it yourself, beside the base"))

@@ -42,7 +42,7 @@ def sweep_page(folder: Path) -> str:
     arms = sweep_table.ordered(data)
     parts = ("base", "data", "machine", "versions", "plan", "tuned", "error", "started", "ended",
              "commit", "tree_clean", "recommendation", "groups", "spent_s", "status",
-             "truncated")  # fmt: skip
+             "truncated", "notes")  # fmt: skip
     return environment().get_template("sweep.html.j2").render(
         title=f"{data['name']} · sweep",
         data={**dict.fromkeys(parts), **data},

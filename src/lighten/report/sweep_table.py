@@ -84,8 +84,8 @@ def shown(folder: Path) -> tuple[list[str], list[list[str]], list[str]]:
     """Table and sentences of a sweep's folder, for the terminal."""
     data = json.loads((folder / FILE).read_text(encoding="utf-8"))
     metric = metric_of(folder)
-    sentences = [*data["recommendation"]["reasons"], against_full(data, metric), shared_peak(data),
-                 *truncated(data)]  # fmt: skip
+    sentences = [*data["recommendation"]["reasons"], *data.get("notes", []),
+                 against_full(data, metric), shared_peak(data), *truncated(data)]  # fmt: skip
     return *narrow(data, metric), [sentence for sentence in sentences if sentence]
 
 

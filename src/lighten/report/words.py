@@ -17,6 +17,9 @@ _WORD = re.compile(r"\s+|\w+|[^\w\s]")
 def headline(info: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> list[str]:
     """One honest sentence per adapter about what training changed."""
     if evaluation is None:
+        nothing = (info.get("data") or {}).get("nothing_held_out")
+        if nothing and info.get("status") == "finished":
+            return [f"This run is trained, and not measured: {nothing}."]
         ended = {"failed": "This run failed", "interrupted": "This run was interrupted"}
         start = ended.get(str(info.get("status")), "This run is trained")
         return [f"{start}; it has not been evaluated yet (lighten evaluate)."]
@@ -35,6 +38,13 @@ def headline(info: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> l
         lead = "Held-out " if name == "default" else f"{name}: held-out "
         sentences.append(f"{lead}{' and '.join(told)}.")
     return sentences or ["Evaluated, without a base to compare with."]
+
+
+def held_out_notes(info: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> list[str]:
+    """What has to be said of the examples that the held-out figures were measured on."""
+    if evaluation is None:
+        return list((info.get("data") or {}).get("held_out_notes", []))
+    return list(evaluation["dataset"].get("notes", []))
 
 
 def _change(

@@ -15,12 +15,15 @@ from pathlib import Path
 import numpy as np
 
 from lighten import hardware, runs
+from lighten.data import Example
 from lighten.evaluate import metrics
 from lighten.evaluate.bootstrap import Array, Estimate, FromSums, Resamples
 from lighten.evaluate.evaluation import Progress, askable, held_out_examples, measure
 from lighten.evaluate.opened import Models
+from lighten.models import limits_of
 from lighten.recipe import Recipe
 from lighten.runs import Run
+from lighten.train.held_out_data import encoded
 
 ARMS = "arms"
 BASE = "base"
@@ -41,6 +44,7 @@ class Measurement:
         told_on: Name of the telling examples.
         generated_tokens_per_second: How fast it answered, if it did.
         seconds: How long measuring it took.
+        notes: What is to be said wherever the figures are shown.
     """
 
     name: str
@@ -51,6 +55,7 @@ class Measurement:
     told_on: str = ""
     generated_tokens_per_second: float | None = None
     seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
 
     def write(self, folder: Path) -> None:
         """Keep it in the sweep's folder."""
@@ -114,13 +119,20 @@ def measure_run(
         device = hardware.choose_device().value
         own_recipe, settings = run.recipe(), recipe.evaluate
         trained_on = run.info().get("data", {}).get("sha256")
-        choosing, chosen_on = held_out_examples(own_recipe, trained_on, test=False)
-        telling, told_on = held_out_examples(own_recipe, trained_on)
-        choosing, telling = choosing[: settings.max_examples], telling[: settings.max_examples]
+        choosing = held_out_examples(own_recipe, trained_on, test=False)
+        telling = held_out_examples(own_recipe, trained_on)
         texts = answers and recipe.sweep.metric not in LIKELIHOODS
         models = Models(run, device, keep=False)
-        tokenizer = models.open(None).base.tokenizer
-        answered = askable(telling, own_recipe, tokenizer) if texts else []
+        base = models.open(None).base
+        tokenizer, limits = base.tokenizer, limits_of(base.model)
+        del base  # another may be opened in its place
+        choosing = encoded(own_recipe, choosing, tokenizer, limits, settings.max_examples)
+        said = choosing.sentences()
+        answered: Sequence[Example] = []
+        if texts:
+            telling = encoded(own_recipe, telling, tokenizer, limits, settings.max_examples)
+            answered, unasked = askable(telling.examples, own_recipe, tokenizer)
+            said = list(dict.fromkeys([*said, *telling.sentences(), *unasked]))
         memory = hardware.PeakMemory(device)
         for name, own in missing:
             began = time.perf_counter()
@@ -139,9 +151,9 @@ def measure_run(
             made = Measurement(
                 name, likelihood[:, 0].tolist(), [int(own) for own in likelihood[:, 1]],
                 {key: value.tolist() for key, value in found.statistics.items()},
-                chosen_on, told_on,
+                choosing.name, telling.name,
                 found.answers.tokens / found.answers.seconds if found.answers.tokens else None,
-                time.perf_counter() - began,
+                time.perf_counter() - began, said,
             )  # fmt: skip
             if recipe.sweep.metric == "perplexity":
                 made.statistics["loss"] = likelihood.tolist()

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
+from lighten.data import FEWEST
 from lighten.evaluate.bootstrap import LEVEL, Array, Resamples
+from lighten.wording import counted
 
-# With fewer examples than this an interval is too narrow to be believed (evaluation.FEWEST).
-FEWEST = 20
 # Its one-sided normal quantile, against which Student's is compared.
 _Z = 1.6448536269514722
 
@@ -51,19 +51,19 @@ class Comparison:
     Attributes:
         name: The candidate's.
         loss: Nats per token, mean over its seeds.
-        se: Standard error of the loss, over examples and seeds.
+        se: Standard error of the loss, over examples and seeds; None of a single example.
         difference: Loss minus the best one's.
-        low: Bound below the difference that holds for all candidates at once.
+        low: Bound below the difference that holds for all candidates at once; None like `se`.
         high: The same above.
         worse: The bound is above zero: it can be told apart from the best.
     """
 
     name: str
     loss: float
-    se: float
+    se: float | None
     difference: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     worse: bool
 
 
@@ -72,7 +72,7 @@ class Recommendation:
     """What to take and why.
 
     Attributes:
-        name: The candidate to take; None where nothing can be recommended.
+        name: The candidate to take; None where nothing can be recommended, and of too few examples.
         best: The candidate with the lowest loss.
         verdict: `smallest as good as the best`, `no difference found`, `too few examples`, or
             `no better than the base`.
@@ -97,6 +97,7 @@ class _Losses:
     """Losses of all candidates on all examples and on the same resamples of them."""
 
     def __init__(self, candidates: Sequence[Candidate], tokens: Array, draws: Resamples) -> None:
+        self.examples = len(tokens)
         self.seeds = [own.nll / tokens.sum() for own in candidates]
         mean = np.stack([own.nll.mean(0) for own in candidates], axis=1)  # [E, C]
         self.value = mean.sum(0) / tokens.sum()
@@ -170,7 +171,11 @@ def recommend(
     losses = _Losses(ordered, tokens, Resamples(len(tokens), samples, seed))
     best = int(np.argmin(losses.value))
     compared = [_compare(losses, ordered, place, best) for place in range(len(ordered))]
-    bounds = [own.difference - own.low for own in compared if own.name != ordered[best].name]
+    bounds = [
+        own.difference - own.low
+        for own in compared
+        if own.name != ordered[best].name and own.low is not None
+    ]
     resolution = max(bounds) if bounds else None
     few = len(tokens) < FEWEST
     chosen = best if few else next(i for i, own in enumerate(compared) if not own.worse)
@@ -191,12 +196,16 @@ def recommend(
             f"{_listed(left_out)} did not train to the end, so nothing is said about "
             f"{'it' if len(left_out) == 1 else 'them'}."
         )
-    name = None if verdict == "no better than the base" else ordered[chosen].name
+    none = few or verdict == "no better than the base"
+    name = None if none else ordered[chosen].name
     return Recommendation(name, ordered[best].name, verdict, reasons, compared, resolution)
 
 
 def _compare(losses: _Losses, ordered: Sequence[Candidate], place: int, best: int) -> Comparison:
     value, error, freedom = losses.difference(place, best)
+    if losses.examples < 2:
+        name = ordered[place].name
+        return Comparison(name, float(losses.value[place]), None, value, None, None, False)
     half = losses.bound(place) * student(LEVEL, freedom) / _Z * error if place != best else 0.0
     return Comparison(
         ordered[place].name, float(losses.value[place]), losses.error(place), value,
@@ -231,7 +240,8 @@ def _reasons(
         )
     if verdict == "too few examples":
         return [
-            f"{examples} held-out examples are too few to compare by; {name} has the lowest loss, "
+            f"{counted(examples, 'held-out example')} {'is' if examples == 1 else 'are'} too few "
+            f"to compare by, so nothing is recommended; {name} has the lowest loss, "
             f"{own.loss:.4f}. Give at least {FEWEST}."
         ]
     if len(ordered) == 1:

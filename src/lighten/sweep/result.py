@@ -92,11 +92,13 @@ def collect(folder: Path, recipe: Recipe, groups: Sequence[Group]) -> dict[str, 
             own = measured[row["name"]]
             _add_measured(row, own, recipe.sweep.metric, settings.bootstrap_samples)
     _add_differences(told, measured, recipe)
+    notes = dict.fromkeys(said for own in measured.values() for said in own.notes)
     finished = _comparable(told)
     found, members = _recommended(told, finished, measured, recipe)
     return {
         "arms": told,
         "settings": _settings(found, members, told),
+        "notes": list(notes),
         "recommendation": {
             **found.to_dict(),
             "arm": members[found.name][0] if found.name is not None else None,

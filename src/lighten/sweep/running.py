@@ -333,7 +333,7 @@ class Sweep:
         short = self.recipe.changed({"evaluate.max_examples": small})
         names: list[tuple[str, str | None]] = [(first.name, own.adapter(first))]
         (told,) = measure_run(run, names, place, short, progress=self.measuring)
-        examples = len(held_out_examples(self.recipe, None, test=False)[0])
+        examples = len(held_out_examples(self.recipe, None, test=False).examples)
         most = self.recipe.evaluate.max_examples or examples
         speed = Speed(
             step_s=(sum(seconds.values()) - seconds[1]) / (LOOK_STEPS - 1) / len(own.arms),

@@ -33,14 +33,16 @@ class HeldOut:
         return sum(self.nll) / sum(self.tokens)
 
     @property
-    def standard_error(self) -> float:
+    def standard_error(self) -> float | None:
         """Of the loss as a ratio of two sums over rows: a row's tokens are not independent.
+
+        None of one row, which has no spread.
 
         Linearised ratio estimator (Cochran, Sampling Techniques, 1977, section 6.4).
         """
         rows, total, loss = len(self.nll), sum(self.tokens), self.loss
         if rows < 2:
-            return math.nan
+            return None
         residual = sum((n - loss * t) ** 2 for n, t in zip(self.nll, self.tokens, strict=True))
         return math.sqrt(rows / (rows - 1) * residual) / total
 

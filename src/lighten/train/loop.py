@@ -303,6 +303,7 @@ class Loop:
                 device=setup.accelerator.device,
                 lanes=self._lanes,
             )
+            spread = found.standard_error
             any_best |= member.note_evaluation(found.loss, state.step)
             self._losses[member.name] = found
             self._line(
@@ -312,16 +313,16 @@ class Loop:
                     "epoch": round(state.step / setup.steps_per_epoch, 6),
                     "adapter": member.name,
                     "loss": found.loss,
-                    "loss_se": found.standard_error,
+                    "loss_se": spread,
                     "supervised_tokens": sum(found.tokens),
                     "seconds": time.perf_counter() - began,
                 },
                 track=True,
             )
+            error = "" if spread is None else f" ± {spread:.4f}"
             ends = ", which stops it early" if member.progress.stopped else ""
             self.progress.note(
-                f"step {state.step}: {member.name} held-out loss {found.loss:.4f} "
-                f"± {found.standard_error:.4f}{ends}"
+                f"step {state.step}: {member.name} held-out loss {found.loss:.4f}{error}{ends}"
             )
         self._give_back()
         return any_best
@@ -333,7 +334,9 @@ class Loop:
         if track and self.setup.accelerator.log_with:
             keys = ("loss", "loss_se", "learning_rate", "grad_norm", "tokens", "peak_bytes")
             values = {
-                f"{line['kind']}/{line['adapter']}/{key}": line[key] for key in keys if key in line
+                f"{line['kind']}/{line['adapter']}/{key}": line[key]
+                for key in keys
+                if line.get(key) is not None
             }
             self.setup.accelerator.log(values, step=line["step"])
 

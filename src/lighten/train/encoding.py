@@ -1,0 +1,72 @@
+"""Encoding examples as a recipe says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from lighten import data
+from lighten.data import Encoded
+from lighten.models import Limits
+from lighten.recipe import Recipe
+from lighten.wording import counted
+
+Progress = Callable[[int, int], None]
+
+
+def encode_as(
+    recipe: Recipe,
+    examples: Sequence[data.Example],
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Limits,
+    progress: Progress | None = None,
+) -> Encoded:
+    """Encode examples as the recipe says: training, evaluation and truncation see the same rows.
+
+    Args:
+        recipe: How.
+        examples: What.
+        tokenizer: With its chat template chosen.
+        limits: Of the model that will see the rows.
+        progress: Told how many examples are encoded, and of how many.
+
+    Raises:
+        UserError: As for `data.encode`.
+        IdsError: A row has an id that the model does not have.
+    """
+    max_length, limit = limits.longest(recipe.max_length)
+    encoded = data.encode(
+        examples,
+        tokenizer,
+        max_length=max_length,
+        limit=limit,
+        truncation_strategy=recipe.truncation_strategy,
+        assistant_only_loss=recipe.assistant_only_loss,
+        completion_only_loss=recipe.completion_only_loss,
+        system_role=recipe.system_role,
+        thinking=recipe.thinking,
+        skip_bad_rows=recipe.skip_bad_rows,
+        progress=progress,
+    )
+    limits.check_ids(encoded.rows, tokenizer)
+    return encoded
+
+
+def lost_sentences(encoded: Encoded, limits: Limits, longest: str) -> list[str]:
+    """What the longest length and the model's positions do to rows, in sentences.
+
+    Args:
+        encoded: The rows.
+        limits: Of the model that will see them.
+        longest: What cuts rows, in words: `max_length`, or the model's positions.
+    """
+    notes = []
+    counts = encoded.counts
+    if counts.truncated or counts.lost_supervised_tokens:
+        notes.append(
+            f"lost to {longest}: {counted(counts.lost_supervised_tokens, 'supervised token')} "
+            f"({counted(counts.truncated, 'row')} cut, {counts.dropped} left out)"
+        )
+    beyond = limits.beyond(data.lengths_of(encoded.rows))
+    return notes if beyond is None else [*notes, beyond]
