@@ -131,7 +131,8 @@ class RecipeFields(Section):
     val_size: Annotated[float, Field(ge=0.0)] = _field(
         0.05,
         "data",
-        "share (below 1) or number of examples held out where none are given; 0 for none",
+        "share (below 1; at least 20 examples, or a fifth of the data) or number of examples held "
+        "out where none are given; 0 for none",
     )
     max_length: Annotated[int, Field(ge=2)] = _field(1024, "data", "longest example, in tokens")
     truncation_strategy: Literal["truncate", "drop", "raise"] = _field(
