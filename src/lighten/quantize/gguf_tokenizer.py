@@ -308,3 +308,17 @@ def template_of(folder: Path) -> str | None:
     """
     file = folder / "tokenizer_config.json"
     return _template(folder, read_json(file) if file.is_file() else {})
+
+
+def stop_texts(folder: Path, rows: int) -> tuple[list[str], bool]:
+    """Texts of the tokens that end an answer, and whether texts get a start token in front.
+
+    Args:
+        folder: A model folder with its tokenizer.
+        rows: Of the model's word embeddings.
+
+    Raises:
+        UserError: As of `read_vocabulary`.
+    """
+    found = read_vocabulary(folder, rows)
+    return [found.tokens[token] for token in found.ends], found.adds["bos"]
