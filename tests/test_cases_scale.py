@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,16 @@ import psutil
 import pytest
 from rich.console import Console
 
-from lighten import data, forks
+from lighten import data, devices, forks
 from lighten.data import Example, Message, choose_template, encode, files, storage
 from lighten.data.storage import ExampleStore, Spool
 from lighten.data.tokenise import PART_EXAMPLES
 from lighten.errors import UserError
 from lighten.models import load_tokenizer
+from lighten.plan import asked, words
 from lighten.plan.asked import read_rows
+from lighten.plan.data_cost import cost_of, with_data
+from lighten.plan.result import MemoryPart
 from lighten.recipe import Recipe
 from lighten.train import progress, row_cache
 from lighten.train.prepare import tokenizer_of
@@ -617,6 +621,84 @@ def test_training_passes_its_progress_on(
     heard.clear()
     read_rows(recipe, [], lambda done, total: heard.append((done, total)))
     assert heard == []  # the second start encodes nothing
+
+
+def test_a_plan_takes_large_data_from_the_cache_and_else_a_sample(
+    cached: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asked, "LARGEST_DATA_BYTES", 0)
+    monkeypatch.setattr(asked, "SAMPLE_ROWS", 10)
+    recipe = recipe_for(cached, tiny_folder)
+    notes: list[str] = []
+    sample = read_rows(recipe, notes)
+    assert sample is not None
+    assert (len(sample.train.rows), sample.of_rows) == (10, 54)
+    assert "10 of 54 rows were encoded for this plan" in notes[0]
+    assert [row.example.line for row in sample.train.rows] == list(range(1, 61, 6))
+    assert not (cached / "cache" / "data").exists()
+    lengths = asked.lengths_of(sample)
+    assert lengths is not None
+    assert len(lengths) == 54
+    assert set(lengths) == {len(row.input_ids) for row in sample.train.rows}
+    whole = loaded(recipe, tiny_folder)
+    notes.clear()
+    for kept in (read_rows(recipe, notes), read_rows(recipe, notes, whole=True)):
+        assert kept is not None
+        assert kept.cached
+        same(whole, kept)
+    assert not any("for this plan" in note for note in notes)
+    monkeypatch.setattr(asked, "LARGEST_SAMPLED_BYTES", 0)
+    assert read_rows(recipe, notes) is None
+    assert "are not read for a plan" in notes[-1]
+
+
+def test_a_plan_counts_what_the_data_take(cached: Path, tiny_folder: Path) -> None:
+    recipe, cpu = recipe_for(cached, tiny_folder), devices.named("cpu")
+    rows = loaded(recipe, tiny_folder)
+    cost, without = cost_of(rows), asked.planner_for(cpu, None, calibrate=False)(recipe)
+    held = sum(
+        array.nbytes
+        for part in (rows.train.rows, rows.held_out.rows)
+        for array in part.arrays().values()
+    )
+    assert (cost.rows, cost.resident_bytes) == (60, held)
+    assert cost.tokens == rows.train.counts.tokens + rows.held_out.counts.tokens
+    assert cost.encoding_bytes > held
+    large = replace(cost, encoding_bytes=10 * without.host_bytes)
+    assert with_data(without, large, on_processor=True).host_bytes == large.encoding_bytes
+    second = cost_of(loaded(recipe, tiny_folder))
+    assert second == replace(cost, encoding_bytes=0)
+    made = with_data(without, second, on_processor=True)
+    assert made.memory.expected == without.memory.expected + held
+    assert sum(part.bytes for part in made.memory.parts) == made.memory.expected
+    assert made.memory.parts[-1] == MemoryPart("encoded rows", held)
+    on_gpu = with_data(without, cost, on_processor=False)
+    assert on_gpu.memory == without.memory
+    assert on_gpu.host_bytes >= cost.encoding_bytes
+    assert on_gpu.disk_bytes == without.disk_bytes + held
+
+
+def test_a_plan_of_data_says_what_they_take(cached: Path, tiny_folder: Path) -> None:
+    recipe = recipe_for(cached, tiny_folder)
+    made = asked.plan(recipe, devices.named("t4"), changes=False)
+    told = dict(words.fact_rows(made))["data"]
+    assert told.startswith("60 rows, ")
+    assert "while they are encoded" in told
+    again = asked.plan(recipe, devices.named("t4"), changes=False)
+    assert again.data is not None
+    assert again.data.encoding_bytes == 0
+    assert "while they are encoded" not in dict(words.fact_rows(again))["data"]
+
+
+def test_a_row_takes_little_more_than_four_bytes_a_token() -> None:
+    tokenizer = tiny_tokenizer()
+    choose_template(tokenizer, "chatml")
+    long = [Example("f", n, (Message("user", "q"), Message("assistant", "word " * 300)))
+            for n in range(40)]  # fmt: skip
+    rows = encode(long, tokenizer, max_length=2**31).rows
+    assert isinstance(rows, data.EncodedRows)
+    held = sum(array.nbytes for array in rows.arrays().values())
+    assert held <= 4.5 * len(rows.ids)
 
 
 def test_a_cache_that_cannot_be_written_changes_nothing(cached: Path, tiny_folder: Path) -> None:

@@ -24,15 +24,18 @@ from lighten.models.load import locate
 from lighten.paths import split_limit
 from lighten.plan import calibration
 from lighten.plan.changes import cheapest, ideas
+from lighten.plan.data_cost import cost_of, with_data
 from lighten.plan.planner import Planner
 from lighten.plan.result import Change, Plan
 from lighten.plan.trace import plan_recipe
 from lighten.recipe import Recipe
 from lighten.train.prepare import tokenizer_of
-from lighten.train.rows import Rows, load_rows
+from lighten.train.rows import Rows, cached_rows, load_rows, sample_rows
 
-# A larger data file is not read for a plan alone; its rows are then taken to be max_length long.
-LARGEST_DATA_BYTES = 32 * 2**20
+# Of larger data a sample is encoded for a plan alone, if they are not in the cache; data beyond
+# what is read in seconds are not read: rows are then taken to be max_length long.
+LARGEST_DATA_BYTES, LARGEST_SAMPLED_BYTES = 32 * 2**20, 2**30
+SAMPLE_ROWS = 2000
 # A user waits no longer than about this for what would need less; then what there is is told.
 MOST_CHANGES_S = 30.0
 AT_ONCE = 4  # changes that are planned side by side before the clock is looked at
@@ -97,6 +100,7 @@ def planner_for(device: Device, rows: Rows | None = None, *, calibrate: bool = T
     """
     lengths = lengths_of(rows)
     supervised = supervised_share(rows)
+    cost = cost_of(rows) if rows is not None else None
     machine = here(device) if calibrate else None
     known = calibration.pairs() if machine else []
 
@@ -108,6 +112,8 @@ def planner_for(device: Device, rows: Rows | None = None, *, calibrate: bool = T
             # What is prepared for a GPU that is not here warns that it is not here.
             warnings.simplefilter("ignore", UserWarning)
             made = plan_recipe(recipe, device, rows_tokens=cut, supervised=supervised)
+        if cost is not None:
+            made = with_data(made, cost, on_processor=device.kind == "cpu")
         return calibration.corrected(made, machine, known) if machine else made
 
     return Planner(planned, apart=here(device) is None)
@@ -163,8 +169,13 @@ def _valid(recipe: Recipe, changes: Sequence[Mapping[str, Any]]) -> Iterator[Rec
 
 
 def lengths_of(rows: Rows | None) -> list[int] | None:
-    """Tokens of each row; None where there is no data."""
-    return None if rows is None else token_lengths(rows.train.rows)
+    """Tokens of each row, or as a sample has them; None where there is no data."""
+    if rows is None:
+        return None
+    lengths = token_lengths(rows.train.rows)
+    if rows.of_rows is None:
+        return lengths
+    return [lengths[place * len(lengths) // rows.of_rows] for place in range(rows.of_rows)]
 
 
 def supervised_share(rows: Rows | None) -> float:
@@ -240,13 +251,18 @@ def here(device: Device) -> str | None:
 
 
 def read_rows(
-    recipe: Recipe, notes: list[str], progress: Callable[[int, int], None] | None = None
+    recipe: Recipe,
+    notes: list[str],
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    whole: bool = False,
 ) -> Rows | None:
-    """The recipe's data, encoded, where that is quick and downloads nothing.
+    """The recipe's data, encoded, or a sample of them; nothing is downloaded for that.
 
     Args:
         recipe: Which data, and how.
         notes: Receives sentences about them.
+        whole: All of them however large they are, because they are to be trained on.
         progress: Told how many examples are encoded, and of how many.
 
     Raises:
@@ -256,7 +272,8 @@ def read_rows(
     if not recipe.dataset:
         notes.append(f"no data set is given: {longest}")
         return None
-    if (size := _size(split_limit(recipe.dataset)[0])) > LARGEST_DATA_BYTES:
+    size = _size(split_limit(recipe.dataset)[0])
+    if size > LARGEST_SAMPLED_BYTES and not whole:
         notes.append(f"the data's {size / 1e6:,.0f} MB are not read for a plan: {longest}")
         return None
     source, path = locate(
@@ -267,14 +284,33 @@ def read_rows(
         notes.append(f"the model's tokenizer is not on this machine: {longest}")
         return None
     try:
-        rows = load_rows(recipe, tokenizer_of(recipe), progress)
+        rows = _rows_for(recipe, tokenizer_of(recipe), progress, whole=whole, size=size)
     except IdsError:
         raise  # no plan holds for rows that cannot be trained on
     except UserError as error:
         notes.append(f"the data cannot be encoded ({error}): {longest}")
         return None
+    if rows.of_rows is not None:
+        notes.append(
+            f"{len(rows.train.rows):,} of {rows.of_rows:,} rows were encoded for this plan, evenly "
+            "spread over the data; a longer row among the others needs more"
+        )
     notes.extend(rows.notes)
     return rows
+
+
+def _rows_for(
+    recipe: Recipe,
+    tokenizer: Any,
+    progress: Callable[[int, int], None] | None,
+    *,
+    whole: bool,
+    size: int,
+) -> Rows:
+    """All rows, or a sample where they are many and were never encoded."""
+    if whole or size <= LARGEST_DATA_BYTES:
+        return load_rows(recipe, tokenizer, progress)
+    return cached_rows(recipe, tokenizer) or sample_rows(recipe, tokenizer, SAMPLE_ROWS)
 
 
 def _size(path: Path) -> int:

@@ -46,7 +46,7 @@ def predict(recipe: Recipe, *, force: bool = False, progress: bool = False) -> P
         device = devices.named()
         notes: list[str] = []
         with TrainingProgress(enabled=progress) as shown:
-            rows = asked.read_rows(recipe, notes, shown.encoding)
+            rows = asked.read_rows(recipe, notes, shown.encoding, whole=True)
         plan = asked.plan(recipe, device, rows=rows, read_data=False, changes=False)
     except IdsError:
         raise  # no run would come of these rows

@@ -9,7 +9,7 @@ from typing import Any
 PARTS = (
     "base weights", "quantisation constants", "adapters", "gradients", "optimiser",
     "activations: attention", "activations: linear", "activations: norms", "activations: other",
-    "logits and loss", "temporary buffers", "allocator overhead", "device context",
+    "logits and loss", "temporary buffers", "allocator overhead", "device context", "encoded rows",
 )  # fmt: skip
 
 
@@ -146,6 +146,24 @@ class Change:
 
 
 @dataclass(frozen=True)
+class DataCost:
+    """What the data of a run take of main memory and disk.
+
+    Attributes:
+        rows: Of training and held-out data.
+        tokens: Theirs.
+        encoding_bytes: The peak while they are encoded, over all processes, above what the process
+            held before; 0 where they are in the cache already.
+        resident_bytes: Afterwards. They are mapped from disk, where they take the same.
+    """
+
+    rows: int
+    tokens: int
+    encoding_bytes: int
+    resident_bytes: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """The prediction for a recipe on a device.
 
@@ -173,6 +191,7 @@ class Plan:
         states: Weights, gradients and optimiser state as a whole, whatever of them is alive at the
             peak: what many devices share out. None for a plan that was not traced.
         fullest: The moment of a step at which most is alive beside the states.
+        data: What the data take; None where they were not read.
     """
 
     model: str
@@ -195,6 +214,7 @@ class Plan:
     traced: dict[str, float] | None = None
     states: States | None = None
     fullest: Moment | None = None
+    data: DataCost | None = None
 
     def fits(self) -> bool | None:
         """Whether the device is large enough; None where the prediction cannot tell."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lighten.plan.distributed import Distributed
-from lighten.plan.result import Change, Plan
+from lighten.plan.result import Change, DataCost, Plan
 from lighten.plan.serving import Serving
 from lighten.report.planned import enough
 from lighten.report.planned import verdict as sentence
@@ -77,6 +77,7 @@ def fact_rows(plan: Plan) -> list[list[str]]:
         ["capacity", gib(plan.capacity)],
         ["main memory", gib(plan.host_bytes)],
         ["disk", size(plan.disk_bytes)],
+        *_data_rows(plan.data),
         ["download", "not known" if plan.download_bytes is None else size(plan.download_bytes)],
     ]  # fmt: skip
     if time is None:
@@ -91,6 +92,17 @@ def fact_rows(plan: Plan) -> list[list[str]]:
             told = f"{duration(plan.run_seconds)} for {counted(plan.steps or 0, 'step')}"
         rows.append(["time of the run", told])
     return rows + [[what, choice] for what, choice in plan.choices.items()]
+
+
+def _data_rows(data: DataCost | None) -> list[list[str]]:
+    """What the data take, if they were read."""
+    if data is None:
+        return []
+    told = f"{counted(data.rows, 'row')}, {counted(data.tokens, 'token')}: "
+    told += f"{size(data.resident_bytes)}, mapped from disk"
+    if data.encoding_bytes:
+        told += f"; {gib(data.encoding_bytes)} while they are encoded, before the model is loaded"
+    return [["data", told]]
 
 
 def change_rows(plan: Plan) -> list[list[str]]:

@@ -17,6 +17,7 @@ _INKS: dict[str, tuple[int, float]] = {
     "activations: linear": (2, 0.82), "activations: norms": (2, 0.66),
     "activations: other": (2, 0.5), "logits and loss": (3, 1.0), "temporary buffers": (4, 1.0),
     "allocator overhead": (5, 1.0), "device context": (5, 0.6),
+    "encoded rows": (5, 0.35),
 }  # fmt: skip
 
 

@@ -236,7 +236,8 @@ def _version(package: str) -> str | None:
 def _code() -> str:
     """Checksum of the code that makes rows; empty where it is not there as text."""
     room = sorted(Path(str(data.__file__)).parent.glob("*.py"))
-    return checksum([*room, Path(__file__).with_name("rows.py")]) if room else ""
+    beside = [Path(__file__).with_name(name) for name in ("rows.py", "held_out_data.py")]
+    return checksum([*room, *beside]) if room else ""
 
 
 def _bytes(part: Encoded | None) -> int:

@@ -34,6 +34,8 @@ class Rows:
         longest: What cuts rows, in words: `max_length`, or the model's positions.
         notes: What reading, the longest length and the model's positions do to the rows, a
             sentence each.
+        cached: They were encoded before.
+        of_rows: Where only a sample of the training rows was encoded: how many there are.
     """
 
     train: Encoded
@@ -42,6 +44,8 @@ class Rows:
     facts: dict[str, Any]
     longest: str = "max_length"
     notes: list[str] = field(default_factory=list)
+    cached: bool = False
+    of_rows: int | None = None
 
 
 def load_rows(
@@ -58,35 +62,88 @@ def load_rows(
         UserError: The data is broken, holds nothing to learn from, or has ids that the model does
             not have.
     """
-    limits = models.limits(
+    limits = _limits(recipe, tokenizer)
+    template = data.choose_template(tokenizer, recipe.chat_template)
+    cache = RowCache(recipe, _files(recipe), tokenizer, limits)
+    kept = cache.load()
+    if kept is not None:
+        return _rows(recipe, limits, template, *kept, cached=True)
+    train, held_out, facts, notes = _read_rows(recipe, tokenizer, limits, cache.contents, progress)
+    beside = {"facts": facts, "notes": notes}
+    parts = cache.save({"train": train, "held_out": held_out}, beside)
+    return _rows(recipe, limits, template, parts, beside, cached=False)
+
+
+def cached_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows | None:
+    """The recipe's data if they are in the cache.
+
+    Raises:
+        UserError: There are no such files.
+    """
+    limits = _limits(recipe, tokenizer)
+    template = data.choose_template(tokenizer, recipe.chat_template)
+    kept = RowCache(recipe, _files(recipe), tokenizer, limits).load()
+    return None if kept is None else _rows(recipe, limits, template, *kept, cached=True)
+
+
+def sample_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, count: int) -> Rows:
+    """Some of the recipe's training rows, evenly spread over its data; nothing is held out.
+
+    Args:
+        recipe: Which data, and how.
+        tokenizer: With its chat template chosen.
+        count: About how many rows.
+
+    Raises:
+        UserError: As for `load_rows`.
+    """
+    limits = _limits(recipe, tokenizer)
+    template = data.choose_template(tokenizer, recipe.chat_template)
+    unhashed = Content((), (), "")  # the checksum is for runs
+    found = held_out_data.read_as(recipe, recipe.dataset, "train", unhashed)
+    whole = len(found.examples)
+    some = found.examples[:: max(1, whole // count)]
+    encoded = encode_as(recipe, some, tokenizer, limits)
+    if recipe.val_size and held_out_source(recipe) is None:
+        size = recipe.val_size
+        whole -= min(whole - 1, round(size * whole) if size < 1 else int(size))
+    beside = {"facts": {}, "notes": data.left_out("training", found)}
+    parts = {"train": encoded, "held_out": None}
+    of_rows = round(whole * len(encoded.rows) / len(some))
+    return _rows(recipe, limits, template, parts, beside, cached=False, of_rows=of_rows)
+
+
+def _limits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Limits:
+    return models.limits(
         recipe.model_name_or_path,
         tokens=len(tokenizer) if recipe.added_tokens else 0,
         revision=recipe.revision,
         trust_remote_code=recipe.trust_remote_code,
     )
-    template = data.choose_template(tokenizer, recipe.chat_template)
-    cache = RowCache(recipe, _files(recipe), tokenizer, limits)
-    kept = cache.load()
-    if kept is None:
-        train, held_out, facts, notes = _read_rows(
-            recipe, tokenizer, limits, cache.contents, progress
-        )
-        parts = cache.save({"train": train, "held_out": held_out}, {"facts": facts, "notes": notes})
-    else:
-        parts, beside = kept
-        facts, notes = beside["facts"], beside["notes"]
-    encoded = parts["train"]
+
+
+def _rows(
+    recipe: Recipe,
+    limits: Limits,
+    template: TemplateChoice,
+    parts: Mapping[str, Encoded | None],
+    beside: Mapping[str, Any],
+    *,
+    cached: bool,
+    of_rows: int | None = None,
+) -> Rows:
+    encoded, facts = parts["train"], beside["facts"]
     assert encoded is not None
     facts["template"] = {"name": template.name, "reason": template.reason}
     longest = limits.longest(recipe.max_length)[1]
-    notes = [*notes, *lost_sentences(encoded, limits, longest)]
-    if parts["held_out"] is None:
+    notes = [*beside["notes"], *lost_sentences(encoded, limits, longest)]
+    if parts["held_out"] is None and of_rows is None:
         notes += [
             f"{key} has no effect: nothing is held out"
             for key in ("early_stopping_patience", "load_best_model_at_end")
             if getattr(recipe, key)
         ]
-    return Rows(encoded, parts["held_out"], template, facts, longest, notes)
+    return Rows(encoded, parts["held_out"], template, facts, longest, notes, cached, of_rows)
 
 
 def _read_rows(
