@@ -632,13 +632,13 @@ def test_a_plan_takes_large_data_from_the_cache_and_else_a_sample(
     notes: list[str] = []
     sample = read_rows(recipe, notes)
     assert sample is not None
-    assert (len(sample.train.rows), sample.of_rows) == (10, 54)
-    assert "10 of 54 rows were encoded for this plan" in notes[0]
-    assert [row.example.line for row in sample.train.rows] == list(range(1, 61, 6))
+    assert (len(sample.train.rows), sample.of_rows) == (12, 48)
+    assert "12 of 48 rows were encoded for this plan" in notes[0]
+    evenly = [row.example.where for row in sample.train.rows]
     assert not (cached / "cache" / "data").exists()
     lengths = asked.lengths_of(sample)
     assert lengths is not None
-    assert len(lengths) == 54
+    assert len(lengths) == 48
     assert set(lengths) == {len(row.input_ids) for row in sample.train.rows}
     whole = loaded(recipe, tiny_folder)
     notes.clear()
@@ -646,6 +646,7 @@ def test_a_plan_takes_large_data_from_the_cache_and_else_a_sample(
         assert kept is not None
         assert kept.cached
         same(whole, kept)
+    assert evenly == [row.example.where for row in whole.train.rows[::4]]
     assert not any("for this plan" in note for note in notes)
     monkeypatch.setattr(asked, "LARGEST_SAMPLED_BYTES", 0)
     assert read_rows(recipe, notes) is None

@@ -236,7 +236,8 @@ def _version(package: str) -> str | None:
 def _code() -> str:
     """Checksum of the code that makes rows; empty where it is not there as text."""
     room = sorted(Path(str(data.__file__)).parent.glob("*.py"))
-    beside = [Path(__file__).with_name(name) for name in ("rows.py", "held_out_data.py")]
+    names = ("rows.py", "encoding.py", "held_out_data.py")
+    beside = [Path(__file__).with_name(name) for name in names]
     return checksum([*room, *beside]) if room else ""
 
 

@@ -101,15 +101,14 @@ def sample_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, count: int) 
     template = data.choose_template(tokenizer, recipe.chat_template)
     unhashed = Content((), (), "")  # the checksum is for runs
     found = held_out_data.read_as(recipe, recipe.dataset, "train", unhashed)
-    whole = len(found.examples)
-    some = found.examples[:: max(1, whole // count)]
+    train = found.examples
+    if held_out_source(recipe) is None:
+        train, _ = held_out_data.split_off(recipe, found)
+    some = train[:: max(1, len(train) // count)]
     encoded = encode_as(recipe, some, tokenizer, limits)
-    if recipe.val_size and held_out_source(recipe) is None:
-        size = recipe.val_size
-        whole -= min(whole - 1, round(size * whole) if size < 1 else int(size))
     beside = {"facts": {}, "notes": data.left_out("training", found)}
     parts = {"train": encoded, "held_out": None}
-    of_rows = round(whole * len(encoded.rows) / len(some))
+    of_rows = round(len(train) * len(encoded.rows) / len(some))
     return _rows(recipe, limits, template, parts, beside, cached=False, of_rows=of_rows)
 
 
