@@ -169,8 +169,10 @@ def test_evaluation_resume_and_a_moved_adapter(base: Path, rows: Path, tmp_path:
 
     final = weights(run.adapters()["default"])
     shutil.rmtree(run.folder / "checkpoints" / "checkpoint-3")
+    run.update(status="interrupted")
     again = trained(rows, tmp_path / "run", max_steps=3, save_steps=1, resume=True, **chosen)
     assert all(torch.equal(final[k], v) for k, v in weights(again.adapters()["default"]).items())
+    run.update(status="interrupted")
     shutil.rmtree(run.folder / "checkpoints")  # from the first step, which is not zero again
     anew = trained(rows, tmp_path / "run", max_steps=3, save_steps=1, resume=True, **chosen)
     assert all(torch.equal(final[k], v) for k, v in weights(anew.adapters()["default"]).items())

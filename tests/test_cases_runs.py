@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -21,6 +23,13 @@ def recipe_for(folder: Path | str, data: Path) -> Recipe:
     return Recipe.from_values(
         {"model_name_or_path": "m", "dataset": str(data), "output_dir": str(folder)}
     )
+
+
+def broken_model(folder: Path) -> Path:
+    """A folder that looks like a model until it is read."""
+    (folder / "broken").mkdir(exist_ok=True)
+    (folder / "broken" / "config.json").write_text('{"model_type": "nothing"}')
+    return folder / "broken"
 
 
 FOREIGN = (
@@ -101,9 +110,10 @@ def test_everything_that_a_run_and_its_tracker_leave_is_a_runs(
     folders.require_ours(run.folder)
     assert not (run.folder / locks.LOCK).exists()
     # A mistake in the next one gives the ended run its name back.
+    broken_model(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(UserError):
-        api.train(**{**settings, "model": "./nowhere"})
+    with pytest.raises(UserError, match="broken"):
+        api.train(**{**settings, "model": str(broken_model(tmp_path))})
     assert sorted(tmp_path.rglob("*")) == before
     api.train(**settings)
     assert Run(tmp_path / "r-1").evaluation() is not None
@@ -116,13 +126,15 @@ def test_a_refused_run_takes_back_only_what_was_made_for_it(
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / ".DS_Store").write_text("x")
     begin = api.sweep if isinstance(lora_r, list) else api.train
+    model = broken_model(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
     for folder in (tmp_path / "mine", tmp_path / "new" / "below"):
-        with pytest.raises(UserError):
+        with pytest.raises(UserError, match="broken"):
             begin(
-                model_name_or_path="./nowhere", dataset=str(chat_file), output_dir=str(folder),
+                model_name_or_path=str(model), dataset=str(chat_file), output_dir=str(folder),
                 lora_r=lora_r, progress=False,
             )  # fmt: skip
-    assert [path.name for path in tmp_path.rglob("*")] == ["mine", ".DS_Store"]
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_lock_of_another_machine_says_how_to_go_on(tmp_path: Path, chat_file: Path) -> None:
@@ -237,3 +249,79 @@ def test_a_mistyped_model_leaves_no_run_behind(model: str, tmp_path: Path, chat_
             progress=False,
         )  # fmt: skip
     assert not (tmp_path / "r" / "x").exists()
+
+
+def test_a_finished_run_says_so_and_is_not_trained_again(
+    tiny_folder: Path, chat_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    settings = {
+        "model": str(tiny_folder), "dataset": str(chat_file), "output_dir": str(tmp_path / "r"),
+        "max_steps": 2, "save_steps": 1, "lora_r": 2, "max_length": 64, "planned": False,
+    }  # fmt: skip
+    run = api.train(**settings)
+    ended = run.info()
+    capfd.readouterr()
+    assert api.train(resume=True, **settings).folder == run.folder
+    told = " ".join(capfd.readouterr().err.split())
+    assert told.startswith(f"{run.folder} is finished: nothing is left to train")
+    assert run.info() == ended
+    with pytest.raises(UserError, match="max_steps was 2 and is now 3"):
+        api.train(resume=True, **{**settings, "max_steps": 3})
+    # Without what it trained there is something to do.
+    (run.folder / "adapters" / "default" / "adapter_model.safetensors").unlink()
+    again = api.train(resume=True, **settings)
+    assert "going on after step 2" in capfd.readouterr().err
+    assert again.is_finished()
+
+
+@pytest.mark.parametrize("name", ["r", "my run", "it's", "실험"])
+def test_what_goes_on_is_a_command_that_can_be_typed(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / name
+    words = shlex.split(folders.resume_command(folder))
+    assert words == ["lighten", "train", "--resume", str(folder)]
+    (tmp_path / "sweep.json").write_text("{}")
+    for place in (folder, tmp_path / "tune" / name, tmp_path):
+        words = shlex.split(folders.resume_command(place))
+        assert words == ["lighten", "sweep", "--resume", str(tmp_path)]
+
+
+def test_a_mistake_that_the_plan_meets_too_is_told_once(
+    chat_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError) as told:
+        api.train(
+            model=str(broken_model(tmp_path)), dataset=str(chat_file),
+            output_dir=str(tmp_path / "r"),
+        )  # fmt: skip
+    assert "broken" in str(told.value)
+    assert "no plan" not in capfd.readouterr().err
+
+
+def test_paths_are_looked_at_before_anything_heavy_is_loaded(tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n')
+    calls = [
+        "api.evaluate('none')", "api.report('none')", "api.adapter_info('none')",
+        "looked.require_answerable('./none')", "api.plan(model='./none')",
+        "api.plan_serve('./none')", "api.plan_limits(model='./none')",
+        f"api.train(model='./none', dataset={str(data)!r})",
+        f"api.train(model='no.gguf', dataset={str(data)!r})",
+        f"api.train(model='a/b', dataset={str(data)!r}, output_dir='.')",
+        f"api.sweep(model='./none', dataset={str(data)!r}, lora_r=[2, 4])",
+        "cli.data_check('none.jsonl', model='a/b')", "cli.data_check('none.jsonl', model='./no')",
+    ]  # fmt: skip
+    code = (
+        "import sys\nfrom lighten import api, cli, looked\nfrom lighten.errors import UserError\n"
+    )
+    for call in calls:
+        code += f"try:\n    {call}\nexcept UserError as error:\n    print(error)\n"
+    code += "cli.models()\nheavy = {'torch', 'transformers', 'peft', 'sacrebleu'}\n"
+    code += "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    told = done.stdout.splitlines()[: len(calls)]
+    assert all(
+        re.search("is not a run|does not exist|not a folder of its own", own) for own in told
+    )

@@ -285,7 +285,7 @@ def test_a_stopped_sweep_says_how_to_go_on(settings: dict[str, Any]) -> None:
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "start the sweep again" in said.replace("\n", " ")
+    assert f"go on with: lighten sweep --resume {folder}" in said.replace("\n", " ")
     assert SweepResult.read(folder).data["status"] == "interrupted"
 
 

@@ -136,7 +136,9 @@ def test_a_stopped_run_saves_says_so_and_resumes(
     process.send_signal(number)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + number
-    assert "the state is saved, go on with --resume" in said.replace("\n", " ")
+    assert f"the state is saved, go on with: lighten train --resume {folder}" in said.replace(
+        "\n", " "
+    )
     assert "Traceback" not in said
     run = Run(folder)
     assert run.info()["status"] == "interrupted"
@@ -183,6 +185,7 @@ def test_trap39_a_torn_checkpoint_is_passed_over_and_said(
         path.write_bytes(path.read_bytes()[:-30])
     else:
         (newest / "optimizer.safetensors").unlink()
+    whole.update(status="interrupted")
     again = lighten.train(resume=True, **settings)
     told = " ".join(capfd.readouterr().err.split())
     assert "checkpoint-8 is not whole" in told
@@ -375,6 +378,7 @@ def test_resuming_on_changed_data_is_refused(
     copy = tmp_path / "data.jsonl"
     copy.write_bytes(chat_file.read_bytes())
     train(settings, max_steps=2, dataset=str(copy))
+    Run(settings["output_dir"]).update(status="interrupted")
     copy.write_bytes(chat_file.read_bytes().replace(b"please", b"kindly"))
     with pytest.raises(UserError, match=r"the dataset .* has changed since the run began"):
         train(settings, max_steps=2, dataset=str(copy), resume=True)

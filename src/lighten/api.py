@@ -8,7 +8,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lighten import looked
 from lighten.errors import NoHeldOut, UserError
+from lighten.looked import RunLike, adapter_folder, run_of
 from lighten.recipe import Recipe
 from lighten.runs import Run
 
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
     from lighten.sweep.result import SweepResult
 
 RecipeLike = Recipe | str | os.PathLike[str]
-RunLike = Run | str | os.PathLike[str]
 Progress = Callable[[str, int, int], None]
 
 
@@ -35,24 +36,10 @@ def recipe_of(recipe: RecipeLike | None = None, **overrides: Any) -> Recipe:
         RecipeError: Every problem found.
     """
     if isinstance(recipe, Recipe):
-        if not overrides:
-            return recipe
-        return recipe.changed(overrides)
+        return recipe.changed(overrides) if overrides else recipe
     if recipe is None:
         return Recipe.from_values({}, overrides)
     return Recipe.from_file(os.fspath(recipe), overrides)
-
-
-def run_of(run: RunLike) -> Run:
-    """A run from its folder, or from its name under `runs/`.
-
-    Raises:
-        UserError: There is no such run.
-    """
-    if isinstance(run, Run):
-        return run
-    named = Path("runs") / os.fspath(run)
-    return Run(named if not Path(run).exists() and named.exists() else run)
 
 
 def train(
@@ -79,6 +66,9 @@ def train(
         UserError: Something the user can mend; the plan says that it surely does not fit.
     """
     chosen = recipe_of(recipe, **overrides)
+    done = looked.finished(chosen, resume=resume, told=progress)
+    if done is not None:
+        return done
     from lighten.train.run import train as run_training
 
     if not planned or os.environ.get("LIGHTEN_PLAN") == "off":
@@ -114,11 +104,11 @@ def plan(
     """
     from lighten.plan.garbage import unsearched
 
+    chosen = plannable(recipe, **overrides)
     with unsearched():
         from lighten import devices
         from lighten.plan.asked import plan as predict
 
-    chosen = plannable(recipe, **overrides)
     return predict(chosen, devices.named(device), changes=changes, told=told)
 
 
@@ -130,11 +120,12 @@ def plan_probe(
     Raises:
         UserError: Something the user can mend; the device is not of this machine.
     """
+    chosen = plannable(recipe, **overrides)
     from lighten import devices
     from lighten.plan import asked
     from lighten.plan.probe import probe
 
-    chosen, where = plannable(recipe, **overrides), devices.named(device)
+    where = devices.named(device)
     rows = asked.read_rows(chosen, [])
     made = asked.plan(chosen, where, rows=rows, read_data=False)
     return made, probe(chosen, made, where, rows)
@@ -160,10 +151,10 @@ def plan_search(
     Raises:
         UserError: Something the user can mend.
     """
+    chosen = plannable(recipe, **overrides)
     from lighten import devices
     from lighten.plan import asked, search
 
-    chosen = plannable(recipe, **overrides)
     rows = asked.read_rows(chosen, [])
     planner = asked.planner_for(devices.named(device), rows)
     found = search.fastest(chosen, planner, fixed=fixed_by(overrides), told=told)
@@ -209,10 +200,10 @@ def plan_limits(
     Raises:
         UserError: Something the user can mend.
     """
+    chosen = plannable(recipe, **overrides)
     from lighten import devices
     from lighten.plan import asked, search
 
-    chosen = plannable(recipe, **overrides)
     planner = asked.planner_for(devices.named(device))
     return search.limits(chosen, planner, longest=asked.positions_of(chosen))
 
@@ -241,11 +232,12 @@ def plan_spread(
     Raises:
         UserError: Something the user can mend.
     """
+    chosen = plannable(recipe, **overrides)
     from lighten import devices
     from lighten.plan import asked
     from lighten.plan.distributed import spread
 
-    chosen, where = plannable(recipe, **overrides), devices.named(device)
+    where = devices.named(device)
     alone = asked.plan(chosen, where, changes=False)
     layers = asked.layers_of(chosen)
     return spread(
@@ -259,6 +251,7 @@ def plan_serve(model: str, *, device: str | None = None, **options: Any) -> Serv
     Raises:
         UserError: Something the user can mend.
     """
+    looked.require_model(model)
     from lighten import devices
     from lighten.plan.serve import serve
 
@@ -271,6 +264,7 @@ def plan_quantize(model: str, **options: Any) -> Quantizing:
     Raises:
         UserError: Something the user can mend.
     """
+    looked.require_model(model)
     from lighten import devices
     from lighten.plan.serve import quantize
 
@@ -291,8 +285,10 @@ def plannable(recipe: RecipeLike | None = None, **overrides: Any) -> Recipe:
         RecipeError: Every problem found.
     """
     if recipe is None:
-        return Recipe.from_values({"dataset": ""}, overrides)
-    return recipe_of(recipe, **overrides)
+        overrides = {"dataset": "", **overrides}
+    chosen = recipe_of(recipe, **overrides)
+    looked.require_model(chosen.model_name_or_path)
+    return chosen
 
 
 def evaluate(run: RunLike, *, progress: Progress | None = None, **options: Any) -> Evaluation:
@@ -306,9 +302,10 @@ def evaluate(run: RunLike, *, progress: Progress | None = None, **options: Any) 
     Raises:
         UserError: No held-out examples, or no adapter in the run.
     """
+    chosen = run_of(run)
     from lighten.evaluate.evaluation import evaluate_run
 
-    return evaluate_run(run_of(run), progress=progress, **options)
+    return evaluate_run(chosen, progress=progress, **options)
 
 
 def sweep(
@@ -336,6 +333,7 @@ def sweep(
     from lighten.recipe import swept
 
     chosen = recipe_of(recipe, **swept.gathered(overrides))
+    looked.require_model(chosen.model_name_or_path)
     from lighten.sweep.running import sweep as run_sweep
 
     found = run_sweep(chosen, resume=resume, progress=progress, measuring=measuring_progress)
@@ -355,13 +353,11 @@ def report(*runs: RunLike, output: str | os.PathLike[str] | None = None) -> Path
     """
     if not runs:
         raise UserError("report needs at least one run (see: lighten runs list)")
+    chosen = [run_of(run) for run in runs]
+    target = None if output is None else Path(output).expanduser()
     from lighten.report.page import write_page
     from lighten.report.sweep_page import is_sweep, write_sweep_page
 
-    chosen, target = (
-        [run_of(run) for run in runs],
-        None if output is None else Path(output).expanduser(),
-    )
     if len(chosen) == 1 and is_sweep(chosen[0].folder):
         return write_sweep_page(chosen[0].folder, target)
     return write_page(chosen, target)
@@ -393,27 +389,6 @@ def run(
     return done
 
 
-def adapter_folder(target: RunLike, name: str | None = None) -> Path:
-    """Folder of an adapter: of one that stands by itself, or of a run's (by name, or its only one).
-
-    Raises:
-        UserError: There is none, or there are several and none is named.
-    """
-    if not isinstance(target, Run) and (Path(target) / "adapter_config.json").is_file():
-        return Path(target)
-    there = run_of(target)
-    folders = there.adapters()
-    if not folders:
-        raise UserError(f"{there.folder} has no adapter; train one first")
-    if name is None and len(folders) > 1:
-        raise UserError(f"{there.folder} has several adapters; name one: --adapter {min(folders)}")
-    if name is not None and name not in folders:
-        raise UserError(
-            f"{there.folder} has no adapter {name!r}; it has {', '.join(sorted(folders))}"
-        )
-    return folders[name] if name is not None else next(iter(folders.values()))
-
-
 def adapter_info(target: RunLike, *, adapter: str | None = None) -> dict[str, Any]:
     """Rank, alpha, targets, size, and how much of its rank each layer of an adapter uses.
 
@@ -424,9 +399,10 @@ def adapter_info(target: RunLike, *, adapter: str | None = None) -> dict[str, An
     Raises:
         UserError: There is no such adapter, or it is not plain LoRA.
     """
+    folder = adapter_folder(target, adapter)
     from lighten.adapters import spectrum
 
-    return spectrum.read(adapter_folder(target, adapter)).info()
+    return spectrum.read(folder).info()
 
 
 def resize_adapter(
@@ -450,11 +426,11 @@ def resize_adapter(
     Raises:
         UserError: No such adapter, not plain LoRA, or `output_dir` holds something else.
     """
+    source = adapter_folder(target, adapter)
     from lighten import runs
     from lighten.adapters import resize, spectrum
 
-    source = adapter_folder(target, adapter)
-    alone = not isinstance(target, Run) and source == Path(target)
+    alone = not isinstance(target, Run) and source == Path(target).expanduser()
     parent = source.parent if alone else source.parents[1] / "exports"
     read = spectrum.read(source)
     # A rank above the adapter's own cuts nothing; the name says what there is.

@@ -15,6 +15,7 @@ import typer
 import lighten
 from lighten import cli_plan
 from lighten.cli_adapter import adapter_app
+from lighten.cli_runs import runs_app
 from lighten.cli_settings import TakesSettings, TakesSweep, show_settings
 from lighten.console import (
     OPEN,
@@ -63,7 +64,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Make a large language model lighter, faster and cheaper, and prove it.",
 )
-runs_app = typer.Typer(no_args_is_help=True, help="List runs, or compare them side by side.")
 data_app = typer.Typer(no_args_is_help=True, help="Look at data before training on it.")
 app.add_typer(runs_app, name="runs")
 app.add_typer(data_app, name="data")
@@ -211,7 +211,7 @@ def sweep(
         with _bar() as progress:
             found = api.sweep(recipe, resume=resume, measuring_progress=progress, **settings)
     except Interrupted as stopped:
-        typer.echo(f"{stopped} (or start the sweep again)", err=True)
+        typer.echo(str(stopped), err=True)
         raise typer.Exit(stopped.exit_code) from None
     if as_json:
         typer.echo(json.dumps(found.to_dict(), ensure_ascii=False))
@@ -262,6 +262,9 @@ def chat(
     temperature: Annotated[float, typer.Option(help="0 answers greedily.")] = 0.0,
 ) -> None:
     """Talk to a base or an adapter in the terminal."""
+    from lighten import looked
+
+    looked.require_answerable(target)
     from lighten.evaluate.chat import chat as talk
 
     talk(
@@ -336,49 +339,6 @@ def schema() -> None:
 app.command("config-schema", hidden=True)(schema)
 
 
-@runs_app.command("list")
-def runs_list(
-    folder: Annotated[Path, typer.Argument(help="Where the runs are.")] = Path("runs"),
-    as_json: Json = False,
-) -> None:
-    """List the runs of a folder, oldest first."""
-    from lighten import runs
-
-    found = [(run, run.info()) for run in runs.find(folder)]
-    if as_json:
-        typer.echo(json.dumps([{"folder": str(r.folder), **info} for r, info in found]))
-        return
-    rows = []
-    for run, info in found:
-        losses = [f"{own['eval_loss']:.3f}" for own in info.get("adapters", [])
-                  if own.get("eval_loss") is not None]  # fmt: skip
-        base, steps = info.get("base", {}), info.get("training", {}).get("steps")
-        rows.append([str(run.folder), info.get("status", "?"), base.get("name", "?"),
-                     "–" if steps is None else str(steps), ", ".join(losses) or "–",
-                     info.get("started", "?")])  # fmt: skip
-    print_table(["run", "status", "base", "steps", "held-out loss", "started"], rows)
-
-
-@runs_app.command("compare")
-def runs_compare(names: list[str], as_json: Json = False) -> None:
-    """Compare two or more runs: settings that differ, then measurements."""
-    from lighten import api, runs
-    from lighten.report import comparison
-
-    chosen = [api.run_of(name) for name in names]
-    found = comparison.compare(chosen)
-    if as_json:
-        told = {"what": "verdict", "kind": "verdict", "values": found.sentences}
-        typer.echo(json.dumps([*runs.compare(chosen), told]))
-        return
-    screen = console()
-    for sentence in found.sentences:
-        screen.print(sentence, style="bold", highlight=False, markup=False)
-    print_table(*comparison.table(found))
-    for run, differs in {own.run: own.differs for own in found.entries if own.differs}.items():
-        screen.print(f"{run}: {differs}", highlight=False, markup=False)
-
-
 @data_app.command("check")
 def data_check(
     file: str,
@@ -396,9 +356,15 @@ def data_check(
     as_json: Json = False,
 ) -> None:
     """Lengths, truncation, supervised tokens, duplicates, overlap, and one example's mask."""
-    from lighten import data
-    from lighten.models import limits, load_tokenizer
+    from lighten import data, looked
+    from lighten.data.files import files_of
+    from lighten.paths import split_limit
     from lighten.train.progress import TrainingProgress
+
+    # Paths are looked at before anything heavy is loaded.
+    looked.require_model(model)
+    files_of(split_limit(file)[0], "train")
+    from lighten.models import limits, load_tokenizer
 
     of_model = limits(model)
     longest, limit = of_model.longest(max_length)

@@ -7,6 +7,10 @@ class UserError(ValueError):
     """A mistake in what the user gave: shown as one sentence, without a traceback."""
 
 
+class DiskFull(UserError):
+    """A file could not be written for want of space; an older one is intact."""
+
+
 class MissingExtra(UserError):
     """An optional dependency is not installed."""
 

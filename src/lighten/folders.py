@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,6 +166,14 @@ def _move_aside(folder: Path) -> Path:
     except OSError as error:
         raise cannot_write(error, folder) from error
     return aside
+
+
+def resume_command(folder: Path) -> str:
+    """What goes on with a run, or with the sweep that it belongs to, as it can be typed."""
+    for place in (folder, *folder.parents[:2]):
+        if (place / SWEEP).is_file():
+            return f"lighten sweep --resume {shlex.quote(str(place))}"
+    return f"lighten train --resume {shlex.quote(str(folder))}"
 
 
 def free_name(folder: Path) -> Path:

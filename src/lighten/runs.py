@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -59,25 +58,47 @@ class Run:
             UserError: A run is there already and not to be resumed, or it has another recipe.
         """
         folder = recipe.run_folder
-        if resume and (folder / RECIPE).is_file() and (folder / INFO).is_file():
-            locks.require_unlocked(folder)
-            run = cls(folder)
-            run._require_same(recipe)
+        before = cls.before(recipe, resume=resume)
+        if before is not None and resume:
             locks.acquire(folder)
-            return run
-        folders.require_ours(folder)
-        ended = (folder / METRICS).exists()
-        if ended and cls(folder).is_unfinished():
-            raise UserError(
-                f"{folder} holds an unfinished run; go on with: {resume_command(folder)}, or "
-                "choose another --output_dir"
-            )
-        claim = folders.claim(folder, recipe.to_yaml(), aside=ended)
+            return before
+        claim = folders.claim(folder, recipe.to_yaml(), aside=before is not None)
         if claim.aside is not None:
             recipe.notices.append(f"{folder} held an ended run, which is now {claim.aside}")
         run = cls(folder)
         run.claim = claim
         return run
+
+    @classmethod
+    def before(cls, recipe: Recipe, *, resume: bool = False) -> Run | None:
+        """The run that is in a recipe's folder: to go on with, or to move aside; changes nothing.
+
+        Raises:
+            UserError: As for `create`.
+        """
+        folder = recipe.run_folder
+        if resume and (folder / RECIPE).is_file() and folders.is_run(folder):
+            locks.require_unlocked(folder)
+            run = cls(folder)
+            run._require_same(recipe)
+            return run
+        folders.require_ours(folder)
+        if not (folder / METRICS).exists():
+            return None
+        run = cls(folder)
+        if run.is_unfinished():
+            raise UserError(
+                f"{folder} holds an unfinished run; go on with: {folders.resume_command(folder)}, "
+                "or choose another --output_dir"
+            )
+        return run
+
+    def is_finished(self) -> bool:
+        """Whether it has ended as it should, and all that it trained is there."""
+        recipe = self.recipe()
+        whole = self.model() is not None
+        there = whole if recipe.method == "full" else len(self.adapters()) == len(recipe.cohort())
+        return there and self.info().get("status") == "finished"
 
     def is_unfinished(self) -> bool:
         """Whether it can go on: it was stopped, killed, or is at work."""
@@ -165,11 +186,6 @@ class Run:
         except ValueError as error:
             raise UserError(f"{path} is not valid JSON: {error}") from error
         return value
-
-
-def resume_command(folder: Path) -> str:
-    """What goes on with a run, as it can be typed."""
-    return f"lighten train --resume {shlex.quote(str(folder))}"
 
 
 def find(folder: str | os.PathLike[str] = "runs") -> list[Run]:

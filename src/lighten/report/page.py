@@ -11,6 +11,7 @@ import jinja2
 
 from lighten import runs as run_files
 from lighten.evaluate.metrics import METRICS
+from lighten.folders import resume_command
 from lighten.report import comparison, planned, words
 from lighten.report.charts import Series, line_chart, number, smoothed
 from lighten.runs import Run
@@ -313,7 +314,7 @@ def next_commands(run: Run, info: Mapping[str, Any], *, evaluated: bool) -> list
     """What people do next with a run: commands, and what each is for."""
     folder = shlex.quote(str(run.folder))
     if info.get("status") in ("running", "interrupted", "failed"):
-        return [(f"lighten train --resume {folder}", "go on from the newest checkpoint")]
+        return [(resume_command(run.folder), "go on from the newest checkpoint")]
     recipe = run.recipe()
     commands = []
     if not evaluated and not (info.get("data") or {}).get("nothing_held_out"):

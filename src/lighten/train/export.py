@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lighten import data, hardware, runs
 from lighten.adapters import WholeBase
-from lighten.errors import UserError
+from lighten.errors import DiskFull
 from lighten.models import Base
 from lighten.train.prepare import Setup
 
@@ -69,9 +69,9 @@ def export_model(setup: Setup, trained: WholeBase, folder: Path) -> None:
         try:
             model.save_pretrained(partial, max_shard_size=SHARD_SIZE)
         except SafetensorError as error:  # how its files tell of a full disk
-            raise UserError(
-                f"{folder} could not be written ({error}); the checkpoints are intact: free some "
-                "space, then go on with --resume"
+            raise DiskFull(
+                f"{folder} could not be written ({error}); the checkpoints are intact, free some "
+                "space"
             ) from error
         tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(_model_card(setup, learnt), encoding="utf-8")

@@ -13,6 +13,7 @@ import torch
 from lighten import allocator, runs
 from lighten.data import lengths_of
 from lighten.data.batches import Item, MicroBatch, collate, layout, steps_of_epoch
+from lighten.folders import resume_command
 from lighten.hardware import PeakMemory
 from lighten.train import checkpoints, forked, short_memory
 from lighten.train.checkpoints import TrainerState
@@ -105,7 +106,7 @@ class Loop:
             if signals.received is not None and not done:
                 raise Interrupted(
                     f"stopped by {signals.received.name} after step {state.step}; the state is "
-                    f"saved, go on with --resume",
+                    f"saved, go on with: {resume_command(self.folder)}",
                     signals.received,
                 )
 

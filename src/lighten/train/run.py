@@ -12,7 +12,8 @@ from transformers.utils import logging as transformers_logging
 
 from lighten import allocator, hardware, locks, models
 from lighten.adapters.peft_methods import method_of
-from lighten.errors import UserError
+from lighten.errors import DiskFull, UserError
+from lighten.folders import resume_command
 from lighten.recipe import Recipe
 from lighten.runs import PLAN, Run, write_json
 from lighten.train import checkpoints, optimizers, trackers
@@ -69,7 +70,7 @@ def train(
         try:
             _train(run, recipe, accelerator, shown, prediction, judge, resume=resume)
         except BaseException as caught:
-            error = _explained(caught, prediction)
+            error = _explained(caught, run, prediction)
             # Whatever ended the run is told truthfully in run.json, and then goes its way.
             ended = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             if accelerator.is_main_process:
@@ -95,8 +96,10 @@ def _came_to_nothing(run: Run, error: BaseException) -> bool:
     return run.claim.undo()
 
 
-def _explained(error: BaseException, prediction: Prediction | None) -> BaseException:
-    """An error that means too little memory, with the cheapest ways to need less."""
+def _explained(error: BaseException, run: Run, prediction: Prediction | None) -> BaseException:
+    """An error that means too little memory or disk, with what to do about it."""
+    if isinstance(error, DiskFull):
+        return DiskFull(f"{error}, then go on with: {resume_command(run.folder)}")
     if not (isinstance(error, OutOfMemory) or ran_out(error)):
         return error
     told = str(error) if isinstance(error, OutOfMemory) else f"memory ran out: {_line(error)}"
@@ -132,7 +135,9 @@ def _train(
     prediction: Prediction | None, judge: Judge | None, *, resume: bool,
 ) -> None:  # fmt: skip
     transformers_logging.disable_progress_bar()
-    _plan_said(run, accelerator, shown, prediction)
+    planned = prediction is not None and prediction.record is not None
+    if planned:
+        _plan_said(run, accelerator, shown, prediction)
     set_seed(0)  # nothing below draws from the global generators; a model's own code might
     pages = allocator.keep_pages(accelerator.device.type)
     memory = hardware.PeakMemory(accelerator.device.type)
@@ -145,6 +150,8 @@ def _train(
     facts = _base_facts(base)  # of the base alone: PEFT puts its parameters into the model
     setup = prepare(recipe, accelerator, base, rows)
     setup.choices["memory"] = pages
+    if not planned:  # what kept the plan from being made may have been told as an error by now
+        _plan_said(run, accelerator, shown, prediction)
     _tell(setup, shown)
     if resume:
         _require_same_inputs(run, base, rows)

@@ -19,6 +19,7 @@ import torch
 from lighten import allocator, models
 from lighten.data.batches import MicroBatch
 from lighten.errors import UserError
+from lighten.folders import resume_command
 from lighten.train.member import Member
 from lighten.train.prediction import Prediction
 from lighten.train.prepare import Setup
@@ -95,8 +96,8 @@ def smaller(
     if watch.moved:
         raise OutOfMemory(
             f"memory ran out while the optimiser moved the weights in step {step}; the last "
-            "checkpoint is intact: go on from it with --resume on a machine with more memory, or "
-            "with the same optimiser in 8 bits in a new run"
+            f"checkpoint is intact: go on with: {resume_command(setup.recipe.run_folder)} on a "
+            "machine with more memory, or with the same optimiser in 8 bits in a new run"
         ) from error
     if setup.accelerator.num_processes > 1:
         raise OutOfMemory(
