@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import lighten
 from lighten import data
+from lighten.api import recipe_of
 from lighten.cli import app
 from lighten.data import Example, Message, encode
 from lighten.errors import NoHeldOut, UserError
@@ -280,7 +281,7 @@ def test_held_out_data_without_anything_to_measure_are_named(
     write(folder / "train.jsonl", asked(20))
     other = write((folder if as_split else tmp_path) / "valid.jsonl", [row])
     more = {} if as_split else {"eval_dataset": str(other)}
-    recipe = lighten.api.recipe_of(**settings, dataset=str(folder), max_length=128, **more)
+    recipe = recipe_of(**settings, dataset=str(folder), max_length=128, **more)
     with pytest.raises(UserError, match=rf"held-out example of .*valid\.jsonl.*{reason}"):
         load_rows(recipe, tokenizer_of(recipe))
 
@@ -467,3 +468,10 @@ def test_answers_cut_by_the_models_positions_and_rows_not_asked_are_told_once_pe
     assert (dataset["rows"], dataset["answered"]) == (4, 1)
     if dataset["shortened"]:
         assert "1 answer of base ends where the model's positions end" in said
+
+
+def test_a_plan_of_a_batch_that_no_device_holds_ends_with_a_sentence(tiny_folder: Path) -> None:
+    settings = {"model_name_or_path": str(tiny_folder), "per_device_train_batch_size": 100_000,
+                "max_length": 256}  # fmt: skip
+    with pytest.raises(UserError, match=r"100,000 rows and 25,600,000 tokens is more than is pl"):
+        lighten.plan(device="h100", **settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import pytest
@@ -112,3 +113,55 @@ def test_the_first_token_is_never_a_target() -> None:
 @pytest.mark.parametrize("per_step", [1, 3])
 def test_more_steps_than_rows_is_no_error(per_step: int) -> None:
     assert steps_of_epoch([4], per_step, seed=0, epoch=0) == [[0]]
+
+
+def _even_by_definition(
+    lengths: list[int], max_rows: int, room: int, lanes: int
+) -> list[list[int]]:
+    """Each row where the fewest tokens are, with ever more micro-batches until all fit."""
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    count = -(-sum(lengths) // room)
+    while True:
+        count += -count % lanes
+        parts: list[list[int]] = [[] for _ in range(count)]
+        tokens = [0] * count
+        fits = True
+        for row in order:
+            places = [place for place in range(count) if len(parts[place]) < max_rows]
+            if not places:
+                fits = False
+                break
+            place = min(places, key=lambda place: tokens[place])
+            fits &= not parts[place] or tokens[place] + lengths[row] <= room
+            parts[place].append(row)
+            tokens[place] += lengths[row]
+        if fits:
+            return [parts[p] for p in sorted(range(count), key=lambda p: -tokens[p]) if parts[p]]
+        count += 1
+
+
+@given(
+    st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(1, 8), st.integers(1, 90),
+    st.integers(1, 3),
+)  # fmt: skip
+@settings(deadline=None)
+def test_packed_layouts_are_those_of_the_rule(
+    lengths: list[int], max_rows: int, room: int, lanes: int
+) -> None:
+    items = [Item("a", row, row) for row in range(len(lengths))]
+    found = layout(
+        items, lengths, max_rows=max_rows, max_tokens=room, packed=True, lanes=lanes
+    )  # fmt: skip
+    assert [[item.row for item in part] for part in found] == _even_by_definition(
+        lengths, max_rows, room, lanes
+    )
+
+
+def test_very_many_rows_are_laid_out_in_seconds() -> None:
+    lengths = [1024 - row % 700 for row in range(40_000)]
+    items = [Item("a", row, row) for row in range(len(lengths))]
+    began = time.perf_counter()
+    found = layout(items, lengths, max_rows=40_000, max_tokens=1024, packed=True)
+    assert sum(map(len, found)) == len(items)
+    assert all(sum(lengths[item.row] for item in part) <= 1024 for part in found)
+    assert time.perf_counter() - began < 60  # it was an hour

@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from heapq import heappop, heapreplace
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
@@ -274,21 +275,31 @@ def _even(
     total = sum(lengths[item.row] for item in longest_first)
     room = total if max_tokens is None else max_tokens
     count = max(1, -(-len(longest_first) // max_rows), -(-total // room))
+    for number, item in enumerate(longest_first, 1):
+        # Of rows that are all as long as this one or longer, a micro-batch holds no more.
+        count = max(count, -(-number // max(1, room // max(1, lengths[item.row]))))
     while True:
         count += -count % lanes
         parts: list[list[Item]] = [[] for _ in range(count)]
-        filled = [0] * count
+        emptiest = [(0, place) for place in range(count)]  # a heap
         fits = True
         for item in longest_first:
-            open_parts = [i for i in range(count) if len(parts[i]) < max_rows]
-            place = min(open_parts, key=lambda i: filled[i])
-            fits &= not parts[place] or filled[place] + lengths[item.row] <= room
-            parts[place].append(item)
-            filled[place] += lengths[item.row]
+            filled, place = emptiest[0]
+            own = parts[place]
+            fits = not own or filled + lengths[item.row] <= room
+            if not fits:
+                break
+            own.append(item)
+            if len(own) < max_rows:
+                heapreplace(emptiest, (filled + lengths[item.row], place))
+            else:
+                heappop(emptiest)
         if fits:
-            order = sorted(range(count), key=lambda i: -filled[i])
-            return [parts[i] for i in order if parts[i]]
-        count += 1
+            tokens = [sum(lengths[item.row] for item in own) for own in parts]
+            order = sorted(range(count), key=lambda place: -tokens[place])
+            return [parts[place] for place in order if parts[place]]
+        # One by one would take hours where there are very many.
+        count += max(1, count // 100)
 
 
 def collate(
@@ -313,23 +324,24 @@ def collate(
     rank = {member: place for place, member in enumerate(members)}
     items = sorted(items, key=lambda item: rank[item.member])
     lengths = [len(rows[item.row].input_ids) for item in items]
+    width = max(lengths)
     if packed:
         starts = [0, *np.cumsum(lengths).tolist()]
     else:
-        starts = [place * max(lengths) for place in range(len(items) + 1)]
+        starts = [place * width for place in range(len(items) + 1)]
     size = starts[-1]
     ids = np.full(size, pad_id, dtype=np.int64)
     wanted = np.zeros(size, dtype=bool)
-    position = np.arange(size, dtype=np.int64)
     supervised_before = [0]
     for item, start, length in zip(items, starts, lengths, strict=False):
         ids[start : start + length] = rows[item.row].input_ids
         # Nothing stands before a row's first token to predict it from (trap 22).
         wanted[start + 1 : start + length] = rows[item.row].supervised[1:]
-        position[start:] = np.arange(size - start)
         supervised_before.append(supervised_before[-1] + int(wanted[start : start + length].sum()))
     where = np.flatnonzero(wanted)
-    shape = (1, size) if packed else (len(items), max(lengths))
+    # Packed rows count from 0 each.
+    position = np.arange(size) - np.repeat(starts[:-1], lengths) if packed else None
+    shape = (1, size) if packed else (len(items), width)
     return MicroBatch(
         items=tuple(items),
         input_ids=torch.from_numpy(ids.reshape(shape)).to(device),
@@ -338,5 +350,5 @@ def collate(
         labels=torch.from_numpy(ids[where]).to(device),
         supervised_before=tuple(supervised_before),
         starts=tuple(starts) if packed else None,
-        position_ids=torch.from_numpy(position[None]).to(device) if packed else None,
+        position_ids=None if position is None else torch.from_numpy(position[None]).to(device),
     )

@@ -12,6 +12,9 @@ PARTS = (
     "logits and loss", "temporary buffers", "allocator overhead", "device context", "encoded rows",
 )  # fmt: skip
 
+# Tokens of a micro-batch that is planned: tracing a larger one would take minutes.
+MOST_TOKENS = 2**23
+
 
 @dataclass(frozen=True)
 class MemoryPart:

@@ -14,7 +14,7 @@ from typing import Any
 
 from lighten.errors import UserError
 from lighten.plan.changes import SHORTEST, Planner
-from lighten.plan.result import Plan
+from lighten.plan.result import MOST_TOKENS, Plan
 from lighten.recipe import Recipe
 from lighten.recipe.fields import RecipeFields
 
@@ -280,11 +280,12 @@ def limits(recipe: Recipe, planner: Planner, *, longest: int | None = None) -> L
     def of_rows(rows: int) -> float:
         return _margin(planner(free.changed({"per_device_train_batch_size": rows})))
 
-    rows = _doubled(of_rows, 1, MOST_ROWS) if of_rows(1) >= 0 else None
+    most_rows = max(1, min(MOST_ROWS, MOST_TOKENS // recipe.max_length))
+    rows = _doubled(of_rows, 1, most_rows) if of_rows(1) >= 0 else None
     model_ends = context is not None and context >= end * step
     return Limits(
         context, "the model's positions" if model_ends else "memory",
-        rows, "looked no further" if rows == MOST_ROWS else "memory",
+        rows, "looked no further" if rows == most_rows else "memory",
     )  # fmt: skip
 
 

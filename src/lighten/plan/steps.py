@@ -23,6 +23,7 @@ from lighten.adapters.decoder import decoder_layers
 from lighten.data import Encoded, TemplateChoice
 from lighten.data.batches import Item, MicroBatch, collate, even_shares, layout, steps_of_epoch
 from lighten.data.tokenise import EncodingCounts
+from lighten.errors import UserError
 from lighten.hardware import Choice
 from lighten.models import attention, quantized
 from lighten.plan import repeat
@@ -30,7 +31,7 @@ from lighten.plan.build import fake_base
 from lighten.plan.fake_modules import converted_in_place
 from lighten.plan.follow import Follow, Timeline
 from lighten.plan.on_cuda import as_on_cuda
-from lighten.plan.result import Shape
+from lighten.plan.result import MOST_TOKENS, Shape
 from lighten.recipe import Recipe
 from lighten.train.member import Member
 from lighten.train.passes import undropped
@@ -266,6 +267,7 @@ def follow_recipe(
         frozen = _frozen(setup)
         units = _shrink(base.model, layers, repetition)
     cut, lengths = largest_step(setup, given)
+    _require_traceable(cut, lengths)
     places = traced_places(setup, cut)
     batches = collated(setup, [cut[place] for place in places], lengths, supervised)
     attending = as_on_cuda(capability) if kind == "cuda" else nullcontext()
@@ -286,6 +288,22 @@ def follow_recipe(
     return Traced(
         timeline, setup, cut, places, lengths, first_run, sum(sizes), max(sizes), frozen
     )  # fmt: skip
+
+
+def _require_traceable(cut: list[list[Item]], lengths: Sequence[int]) -> None:
+    """Raise where tracing would take minutes, for a micro-batch that no device holds.
+
+    Raises:
+        UserError: A micro-batch has too many tokens.
+    """
+    part = max(cut, key=len)
+    tokens = len(part) * max(lengths[item.row] for item in part)
+    if tokens > MOST_TOKENS:
+        raise UserError(
+            f"a micro-batch of {len(part):,} rows and {tokens:,} tokens is more than is planned "
+            f"({MOST_TOKENS:,}), and than any device holds; lower per_device_train_batch_size or "
+            "max_length, or set tokens_per_microbatch"
+        )
 
 
 def _mean_tokens(recipe: Recipe, given: tuple[int, int] | Sequence[int] | None) -> int:
