@@ -12,6 +12,7 @@ import pytest
 import torch
 from gguf import GGUFReader
 from gguf.quants import dequantize
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lighten.errors import UserError
@@ -127,6 +128,62 @@ def test_the_window_is_the_context_where_llama_cpp_has_none(tmp_path: Path) -> N
         wanted = model(torch.tensor([PROMPTS[1]])).logits[0].numpy()
     with Runtime(tmp_path / "model.gguf", context_tokens=16, threads=1) as runtime:
         assert np.abs(runtime.logits(PROMPTS[1]) - wanted).max() < 1e-4
+
+
+def _same_as(model: PreTrainedModel, folder: Path, target: Path, tolerance: float = 1e-4) -> None:
+    write_gguf(folder, target, "f32")
+    with torch.no_grad():
+        wanted = model(torch.tensor([PROMPTS[1]])).logits[0].numpy()
+    with Runtime(target, context_tokens=16, threads=1) as runtime:
+        assert np.abs(runtime.logits(PROMPTS[1]) - wanted).max() < tolerance
+
+
+def _renamed(folder: Path, rename: Any, **more: torch.Tensor) -> None:
+    weights = load_file(folder / "model.safetensors")
+    save_file({rename(key): value for key, value in weights.items()} | more,
+              folder / "model.safetensors")  # fmt: skip
+
+
+def test_a_sharded_model_with_settings_of_before_transformers_5(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    model = saved(folder, "llama", {"rope_parameters": LLAMA3})
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="20KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    config = json.loads((folder / "config.json").read_text())
+    scaling = config.pop("rope_parameters")
+    config["rope_theta"] = scaling.pop("rope_theta")
+    config["rope_scaling"] = scaling
+    (folder / "config.json").write_text(json.dumps(config))
+    _same_as(model, folder, tmp_path / "model.gguf")
+    next(folder.glob("*-00002-of-*.safetensors")).unlink()
+    with pytest.raises(UserError, match="00002"):
+        plan_gguf(folder, "f32")
+
+
+def test_a_gpt2_as_the_hub_has_it(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    model = saved(folder, "gpt2")
+    buffers = {f"h.{layer}.attn.bias": torch.ones(1, 1, 8, 8) for layer in range(2)}
+    _renamed(folder, lambda key: key.removeprefix("transformer."), **buffers)
+    _same_as(model, folder, tmp_path / "model.gguf", 1e-2)
+
+
+def test_a_gemma_whose_settings_rely_on_defaults_beside_a_picture_tower(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    model = saved(folder, "gemma3_text", {"query_pre_attn_scalar": 256})
+    text = json.loads((folder / "config.json").read_text())
+    for key in ("query_pre_attn_scalar", "rms_norm_eps", "layer_types", "architectures"):
+        text.pop(key, None)
+    whole = {"model_type": "gemma3", "text_config": text, "vision_config": {}}
+    (folder / "config.json").write_text(json.dumps(whole))
+    _renamed(
+        folder,
+        lambda key: key.replace("model.", "language_model.model.", 1),
+        **{"vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.weight": torch.ones(4, 4)},
+    )
+    _same_as(model, folder, tmp_path / "model.gguf", 1e-2)
+    assert "picture tower" in plan_gguf(folder, "f16").notes[0]
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3_text", "gpt2", "phi3", "qwen3"])

@@ -8,9 +8,9 @@ memory whole.
 from __future__ import annotations
 
 import collections
+import importlib.util
 import logging
 import math
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,7 @@ from lighten.quantize.gguf_settings import Settings, refused, settings_of
 from lighten.quantize.gguf_source import Weight, read_settings, read_weights
 from lighten.quantize.gguf_tokenizer import Vocabulary, read_vocabulary
 from lighten.quantize.gguf_weights import as_stored, is_transposed
+from lighten.quantize.llamacpp import available_threads, library, quantize_rows
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +149,7 @@ def write_gguf(
         model.settings.architecture,
         header,
         [tensor.plan for tensor in model.tensors],
-        lambda: _data(model, threads or os.cpu_count() or 1),
+        lambda: _data(model, threads or available_threads()),
     )
     write(target, content)
     _tell_ends(vocabulary, target)
@@ -290,8 +291,6 @@ def _require_all(folder: Path, settings: Settings, found: Mapping[str, tuple[str
 def _require_quantiser(model: _Model) -> None:
     """K-quants are llama.cpp's own code; the older formats are in the `gguf` package too."""
     if any(tensor.plan.kind in types.K_QUANTS for tensor in model.tensors):
-        from lighten.quantize.llamacpp import library
-
         library()
 
 
@@ -391,11 +390,7 @@ def pack(values: Array, kind: int, threads: int, name: str) -> Array:
         bits = values.view(np.uint32)
         # To the nearest, ties to even.
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-    import importlib.util
-
     if importlib.util.find_spec("xllamacpp") is not None or kind in types.K_QUANTS:
-        from lighten.quantize.llamacpp import quantize_rows
-
         return quantize_rows(values, kind, threads)
     gguf = require_gguf()
     packed: Array = gguf.quants.quantize(values, gguf.GGMLQuantizationType(kind))

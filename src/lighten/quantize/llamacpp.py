@@ -187,6 +187,13 @@ def quantize_rows(rows: Floats, kind: int, threads: int = 1) -> np.ndarray[Any, 
     return packed
 
 
+def available_threads() -> int:
+    """Threads that this process may use at once."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 class Runtime:
     """A GGUF model in llama.cpp, for comparing what it answers: one sequence at a time.
 
@@ -194,7 +201,9 @@ class Runtime:
         model: The GGUF file.
         adapters: Scale by GGUF adapter file (1.0 is the adapter as trained).
         context_tokens: Longest sequence.
-        threads: Of the computation; the machine's when None.
+        threads: Of the computation; all that this process may use when None. On a machine that is
+            busy with other work 1 is far quicker: llama.cpp's threads wait for each other at every
+            operation.
         cache: `f32` or `f16`, the format of keys and values; float32 is what a comparison with
             float32 transformers wants.
 
@@ -227,7 +236,7 @@ class Runtime:
             raise self._refused(model)
         self._vocabulary = self._lib.llama_model_get_vocab(self._model)
         try:
-            self._open_context(threads or os.cpu_count() or 1, cache)
+            self._open_context(threads or available_threads(), cache)
             self.set_adapters(adapters or {})
         except BaseException:
             self.close()
