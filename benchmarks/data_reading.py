@@ -32,8 +32,9 @@ ROWS, MEGABYTES = 50_000, 60
 PEERS = ("datasets==5.2.0", "transformers==5.24.0", "jinja2")
 ENVIRONMENT = "benchmark-datasets"
 
-# What both measure: seconds, and the peak above what was held before. Children count: the sum of
-# proportional set sizes, sampled, where there are some.
+# What both measure: seconds, and the peak above what was held before. While there are children it
+# is the sum of the proportional set sizes of all processes, sampled: pages that a forked child
+# shares with its parent are there once. The parent's own peak is the kernel's high-water mark.
 MEASURE = """
 import json, os, sys, threading, time
 def status(name):
@@ -60,19 +61,21 @@ def children():
 class Peak:
     def __enter__(self):
         open("/proc/self/clear_refs", "w").write("5")
-        self.base, self.beside, self.ended = status("VmRSS"), 0, False
+        self.base, self.together, self.ended = status("VmRSS"), 0, False
+        self.base_pss = pss(os.getpid())
         self.thread = threading.Thread(target=self.watch, daemon=True); self.thread.start()
-        self.began = time.perf_counter(); self.cpu = time.process_time()
+        self.began = time.perf_counter(); self.cpu = sum(os.times()[:4])
         return self
     def watch(self):
         while not self.ended:
-            self.beside = max(self.beside, sum(map(pss, children())))
+            if others := children():
+                self.together = max(self.together, sum(map(pss, [os.getpid(), *others])))
             time.sleep(0.1)
     def __exit__(self, *_):
         self.seconds = time.perf_counter() - self.began
-        self.cpu_seconds = time.process_time() - self.cpu
+        self.cpu_seconds = sum(os.times()[:4]) - self.cpu
         self.ended = True; self.thread.join()
-        self.bytes = status("VmHWM") - self.base + self.beside
+        self.bytes = max(status("VmHWM") - self.base, self.together - self.base_pss)
         self.held_bytes = status("VmRSS") - self.base
 """
 

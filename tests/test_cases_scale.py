@@ -151,7 +151,8 @@ def test_processes_encode_what_one_encodes(
     heard.clear()
     monkeypatch.setattr(forks, "processors", lambda: 3)
     monkeypatch.setattr(encoding, "PAYS_S", 0.0)
-    monkeypatch.setattr(encoding, "PART_EXAMPLES", 16)
+    monkeypatch.setattr(encoding, "PART_EXAMPLES", 20)
+    monkeypatch.setattr(encoding, "FORKED_EXAMPLES", 7)
     forked: list[int] = []
     fork = os.fork
     monkeypatch.setattr(os, "fork", lambda: (forked.append(1), fork())[1])
@@ -689,6 +690,22 @@ def test_a_plan_of_data_says_what_they_take(cached: Path, tiny_folder: Path) -> 
     assert again.data is not None
     assert again.data.encoding_bytes == 0
     assert "while they are encoded" not in dict(words.fact_rows(again))["data"]
+
+
+def test_arrays_are_gone_through_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "PIECE_BYTES", 64)
+    numbers = np.random.default_rng(0).integers(0, 10**6, 1001).astype(np.int32)
+    numbers.tofile(tmp_path / "numbers")
+    mapped = np.memmap(tmp_path / "numbers", dtype=np.int32, mode="r")
+    for array in (numbers, mapped, numbers[:16], numbers[:0]):
+        parts = list(storage.pieces(array))
+        assert all(len(part) <= 16 for part in parts)
+        assert [int(one) for part in parts for one in part] == array.tolist()
+    tokenizer = tiny_tokenizer()
+    choose_template(tokenizer, "chatml")
+    rows = encode(examples(20), tokenizer, max_length=2**31).rows
+    assert isinstance(rows, data.EncodedRows)
+    assert rows.highest == max(max(row.input_ids) for row in rows)
 
 
 def test_a_row_takes_little_more_than_four_bytes_a_token() -> None:

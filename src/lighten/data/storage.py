@@ -9,10 +9,11 @@ are its to take back. Both behave as sequences. Small data sets stay in memory.
 from __future__ import annotations
 
 import marshal
+import mmap
 import os
 import tempfile
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any, overload
 
@@ -22,6 +23,8 @@ from lighten.data.examples import Example, Message
 
 # Data sets below this stay in memory: a file would cost more than it saves.
 IN_MEMORY_BYTES = 4 * 2**20
+# Arrays are gone through in pieces of this size.
+PIECE_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True)
@@ -258,6 +261,11 @@ class EncodedRows(Sequence[Row]):
             for name in ("ids", "supervised", "starts", "lines", "files", "ready")
         }
 
+    @property
+    def highest(self) -> int:
+        """The highest id of all rows; -1 without any."""
+        return max((int(part.max()) for part in pieces(self.ids)), default=-1)
+
     def __len__(self) -> int:
         return len(self.starts) - 1
 
@@ -279,6 +287,16 @@ class EncodedRows(Sequence[Row]):
             self.supervised[self._marks[at] : self._marks[at + 1]], count=tokens.stop - tokens.start
         )
         return Row(self.ids[tokens].tolist(), marks.astype(np.bool_).tolist(), where)
+
+
+def pieces(array: np.ndarray[Any, Any]) -> Iterator[np.ndarray[Any, Any]]:
+    """An array piece by piece; of a mapped one no more than a piece is in this process's memory."""
+    size = max(1, PIECE_BYTES // array.itemsize)
+    mapping = getattr(array, "_mmap", None)  # of NumPy's memmap
+    for start in range(0, len(array), size):
+        yield array[start : start + size]
+        if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
+            mapping.madvise(mmap.MADV_DONTNEED)
 
 
 class RowWriter:

@@ -61,8 +61,8 @@ class Limits:
         Raises:
             IdsError: One has none: which row and which id.
         """
-        ids = getattr(rows, "ids", None)  # all of them in one array, where rows are kept so
-        if ids is not None and (not len(ids) or int(ids.max()) < self.vocabulary):
+        highest_of_all = getattr(rows, "highest", None)  # where rows are kept in arrays
+        if highest_of_all is not None and highest_of_all < self.vocabulary:
             return
         for row in rows:
             highest = int(max(row.input_ids, default=0))

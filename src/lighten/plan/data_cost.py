@@ -8,15 +8,16 @@ from typing import Any
 
 from lighten import forks
 from lighten.data import EncodedRows
+from lighten.data.storage import IN_MEMORY_BYTES
 from lighten.plan.result import DataCost, MemoryPart, Plan
 from lighten.train.rows import Rows
 
 MIB = 2**20
 ROWS = "encoded rows"
-# Encoding holds no more than a few hundred examples at a time. 50,000 and 6,000 chat rows took some
-# 30 MiB beside their arrays (benchmarks/data_reading.py), and each process that is forked writes to
-# so much that it would otherwise share.
-ENCODING_BYTES, PROCESS_BYTES = 40 * MIB, 70 * MIB
+# Encoding holds no more than a few hundred examples at a time, and of the arrays that it writes a
+# piece. 20,000 chat rows took 19 MiB, with 26 MiB in each of two processes that were forked, for
+# what these write to and would otherwise share (benchmarks/data_reading.py).
+ENCODING_BYTES, PROCESS_BYTES = 30 * MIB, 30 * MIB
 # Data of fewer tokens are encoded by the process itself.
 FORKED_TOKENS = 1_000_000
 # Ids, marks, and what is kept of a row.
@@ -43,7 +44,8 @@ def cost_of(rows: Rows) -> DataCost:
     if not rows.cached:
         forked = forks.possible() and tokens > FORKED_TOKENS
         processes = forks.processors() if forked else 1
-        encoding = held + ENCODING_BYTES + PROCESS_BYTES * (processes if processes > 1 else 0)
+        encoding = ENCODING_BYTES + PROCESS_BYTES * (processes if processes > 1 else 0)
+        encoding += min(held, IN_MEMORY_BYTES)
     return DataCost(count, tokens, encoding, held)
 
 

@@ -33,6 +33,7 @@ from transformers import PreTrainedTokenizerBase
 from lighten import data
 from lighten.data import Encoded, EncodedRows, Findings
 from lighten.data.files import Content, checksum
+from lighten.data.storage import pieces
 from lighten.data.tokenise import EncodingCounts
 from lighten.hardware import cache_folder
 from lighten.models import Limits
@@ -189,8 +190,13 @@ def _write(folder: Path, name: str, part: Encoded | None) -> dict[str, Any] | No
     sizes, sums = {}, {}
     for key, array in part.rows.arrays().items():
         file = folder / f"{name}.{key}"
-        array.tofile(file)
-        sizes[key], sums[key] = file.stat().st_size, _crc(file)
+        total = 0
+        with file.open("wb") as stream:
+            for piece in pieces(array):
+                content = piece.tobytes()
+                stream.write(content)
+                total = zlib.crc32(content, total)
+        sizes[key], sums[key] = array.nbytes, total
     found = part.findings
     return {
         "bytes": sizes,
