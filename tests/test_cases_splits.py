@@ -20,7 +20,8 @@ from lighten.data import Example, Message, encode
 from lighten.errors import NoHeldOut, UserError
 from lighten.evaluate import metrics
 from lighten.evaluate.bootstrap import Resamples
-from lighten.evaluate.evaluation import verdict
+from lighten.evaluate.evaluation import Measured, shortened_sentence, verdict
+from lighten.evaluate.generate import Answers
 from lighten.report import comparison, page
 from lighten.runs import Run
 from lighten.sweep.recommend import Candidate, recommend
@@ -445,7 +446,7 @@ def test_a_sweep_over_few_examples_measures_and_recommends_nothing(
 # What is stored is said
 
 
-def test_answers_cut_by_the_models_positions_and_rows_not_asked_are_told_once_per_reason(
+def test_rows_that_are_not_asked_are_told_once_per_reason(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
     rows = asked(20)
@@ -466,8 +467,18 @@ def test_answers_cut_by_the_models_positions_and_rows_not_asked_are_told_once_pe
     assert "does not end with an answer to compare with" in said
     dataset = (Run(Path(settings["output_dir"])).evaluation() or {})["dataset"]
     assert (dataset["rows"], dataset["answered"]) == (4, 1)
-    if dataset["shortened"]:
-        assert "1 answer of base ends where the model's positions end" in said
+    assert dataset["shortened"] == 0
+    assert "positions end" not in said
+
+
+@pytest.mark.parametrize(("cut", "said"), [(0, []), (1, "1 answer of r8 ends"), (3, "3 answers")])
+def test_answers_cut_by_the_models_positions_are_told(cut: int, said: Any) -> None:
+    results = [
+        Measured(name, None, {}, Answers([], 0, 1.0, shortened))
+        for name, shortened in (("base", 0), ("r8", cut))
+    ]
+    told = shortened_sentence(cut, results)
+    assert told == [] if not cut else told[0].startswith(said)
 
 
 def test_a_plan_of_a_batch_that_no_device_holds_ends_with_a_sentence(tiny_folder: Path) -> None:
