@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import lighten
-from lighten import cli_plan
+from lighten import cli_plan, cli_serve
 from lighten.cli_adapter import adapter_app
 from lighten.cli_runs import runs_app
 from lighten.cli_settings import TakesSettings, TakesSweep, show_settings
@@ -195,6 +195,7 @@ def train(
 
 app.command("sft", context_settings=OPEN, hidden=True)(train)
 cli_plan.register(app)
+cli_serve.register(app)
 
 
 @app.command(cls=TakesSweep, context_settings=OPEN)

@@ -19,6 +19,7 @@ import psutil
 EXTRAS = {
     "bitsandbytes": "quant", "gguf": "gguf", "xllamacpp": "gguf", "pyarrow": "parquet",
     "wandb": "track", "tensorboard": "track", "trackio": "track", "optuna": "search", "ray": "ray",
+    "starlette": "serve", "uvicorn": "serve",
 }  # fmt: skip
 CORE = (
     "lighten", "torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers",

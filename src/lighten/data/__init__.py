@@ -1,5 +1,6 @@
 """Read examples, choose the chat template, encode with a mask, and batch by length."""
 
+from lighten.data.asking import question_ids
 from lighten.data.check import CheckReport, check
 from lighten.data.conversation import Handling, Renderer
 from lighten.data.encode import Encoded, NothingSupervised, encode, prompt_of
@@ -37,6 +38,7 @@ __all__ = [
     "left_out",
     "lengths_of",
     "prompt_of",
+    "question_ids",
     "read",
     "shared_prompts",
     "split",

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 from typing import Any, TextIO
@@ -16,21 +14,14 @@ from transformers import GenerationConfig, TextIteratorStreamer
 from transformers.utils import logging as transformers_logging
 
 from lighten import adapters, data, hardware, models
-from lighten.data import Example, Message
-from lighten.data.spans import render
+from lighten.data import Message
+from lighten.data.asking import OPENED
 from lighten.errors import UserError
 from lighten.evaluate.generate import hidden_tokens, settings_alone, stop_tokens
 from lighten.evaluate.opened import Models, Opened
 from lighten.runs import Run
 
 HELP = "/reset forgets the conversation, /system TEXT sets a system message, /adapter NAME, /exit"
-
-
-# A thought that a prompt opens, and one that it closes without a word.
-OPENED = re.compile(r"<think>\s*$")
-EMPTY = re.compile(r"<think>\s*</think>\s*$")
-# Stand for an answer while the prompt before it is looked for.
-THOUGHT, ANSWER = "<think>\nWell\n</think>\n\n", "Answer"
 
 
 class _Visible(TextIteratorStreamer):
@@ -99,24 +90,10 @@ class Conversation:
     def _ids(self, question: str) -> list[int]:
         """As training saw it, where the model was trained on such answers; else as it asks."""
         start = [Message("system", self.system)] if self.system else []
-        asked = Example("chat", 1, (*start, *self.messages, Message("user", question)))
-        tokenizer = self.base.tokenizer
-        if self.learnt.answers and self.thinking <= self.learnt.thinks:
-            answer = Message("assistant", THOUGHT + ANSWER if self.thinking else ANSWER)
-            with_answer = replace(asked, messages=(*asked.messages, answer))
-            try:
-                return data.prompt_of(with_answer, tokenizer, self.handling)[0]
-            except UserError:  # the template may refuse or rewrite what it need not show here
-                pass
-        asked, _ = data.Renderer(tokenizer, self.handling).system(asked)
-        text = render(
-            asked.messages, tokenizer, "chat",
-            add_generation_prompt=True, enable_thinking=self.thinking,
+        return data.question_ids(
+            [*start, *self.messages, Message("user", question)],
+            self.base.tokenizer, self.handling, self.learnt, thinking=self.thinking,
         )  # fmt: skip
-        # Not every template knows enable_thinking.
-        text = (EMPTY if self.thinking else OPENED).sub("", text)
-        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
 
     def answer(
         self, question: str, adapter: str | None, *, max_new_tokens: int, temperature: float

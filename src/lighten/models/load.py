@@ -143,7 +143,7 @@ def load(
         source=source,
         path=path,
         revision=_commit_of(path) if source == "hub" else revision,
-        checksum=_checksum(weights),
+        checksum=checksum(weights),
         file_bytes=sum(file.stat().st_size for file in published) if published else None,
         dtype=chosen,
         attention=attention,
@@ -377,7 +377,7 @@ def _commit_of(snapshot: Path) -> str | None:
     return snapshot.name if snapshot.parent.name == "snapshots" else None
 
 
-def _checksum(files: list[Path]) -> str | None:
+def checksum(files: list[Path]) -> str | None:
     """SHA-256 over each file's own SHA-256, in order of their names."""
     if not files:
         return None

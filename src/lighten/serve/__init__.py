@@ -1,1 +1,11 @@
-"""Serve: many adapters over one base, behind one address."""
+"""Serve: many adapters over one base, behind one address that OpenAI's clients know.
+
+Engines make tokens; names, keys, templates, checks and limits are the front's.
+
+- `engine`: what an engine is to the front, whatever it is.
+- `llamacpp`, `child`, `wire`: llama.cpp's server as a process of its own.
+- `cohort/`: this project's own, with all adapters in one batch.
+- `adapters`, `prompts`, `stopping`: what is served under which name, how it is asked, what ends it.
+- `requests`, `answers`, `front`, `metrics`, `running`: OpenAI's bodies, the routes, the process.
+- `load`, `checks`: the load generator of `lighten bench serve`, and what it verifies.
+"""

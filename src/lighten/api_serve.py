@@ -1,0 +1,45 @@
+"""The verbs of serving, as Python functions with the command line's names and meaning."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def serve(
+    base: str,
+    *,
+    told: Callable[[str], None] | None = None,
+    adapter_dir: str | os.PathLike[str] | None = None,
+    api_keys: Sequence[str] = (),
+    admin_keys: Sequence[str] = (),
+    **options: Any,
+) -> None:
+    """Serve a base and adapters at an OpenAI-compatible address until SIGTERM or Ctrl-C.
+
+    `serve("smollm2-135m", adapters={"support": "runs/a"})`; running answers are finished first.
+
+    Args:
+        base: A model, or a run of full fine-tuning.
+        told: Hears what is served and where; default: printed to standard error.
+        adapter_dir: Folder that adapters may be loaded from at run time.
+        api_keys: Of clients, beside those in `LIGHTEN_API_KEY`.
+        admin_keys: For loading adapters, beside those in `LIGHTEN_ADMIN_KEY`.
+        options: See `lighten.serve.running.Options`.
+
+    Raises:
+        UserError: Something the user can mend; an adapter cannot be served unmerged.
+    """
+    import sys
+
+    from lighten.serve import running
+
+    chosen = running.Options(
+        adapter_dir=None if adapter_dir is None else Path(adapter_dir),
+        api_keys=running.keys(api_keys, "LIGHTEN_API_KEY"),
+        admin_keys=running.keys(admin_keys, "LIGHTEN_ADMIN_KEY"),
+        **options,
+    )
+    running.serve(base, chosen, told or (lambda line: print(line, file=sys.stderr)))  # noqa: T201

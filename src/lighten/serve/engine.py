@@ -1,0 +1,158 @@
+"""What an engine is to the front: it makes tokens for prompts, under an adapter or none."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+Finish = Literal["stop", "length"]
+
+
+class EngineRefused(Exception):
+    """The engine does not take this request; the client has to change it."""
+
+
+class EngineFailed(Exception):
+    """The engine broke while it answered, or is not there just now."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen; the defaults are OpenAI's, for every engine.
+
+    Attributes:
+        temperature: 0 takes the most likely token.
+        top_p: Nucleus.
+        top_k: 0 for no limit.
+        min_p: 0 for no limit.
+        presence_penalty: Subtracted once from the logits of what was generated.
+        frequency_penalty: Subtracted as often as it was generated.
+        repetition_penalty: 1 for none.
+        seed: None for a different one each time.
+        logit_bias: Added to the logits, by token id.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    logit_bias: dict[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer that an engine is to make.
+
+    Attributes:
+        prompt: Token ids, BOS included where there is one.
+        adapter: Its key (`Adapter.key`); None: the base alone.
+        max_tokens: Tokens at most.
+        sampling: How they are chosen.
+        stop_ids: Tokens that end the answer and are no part of it.
+        shown: Special tokens that are shown where the answer holds them.
+        logprobs: As many alternatives for each token, 0 for none but its own; None: no
+            log-probabilities at all.
+        schema: JSON schema that the answer has to follow, None for free text.
+    """
+
+    prompt: Sequence[int]
+    adapter: str | None
+    max_tokens: int
+    sampling: Sampling = Sampling()
+    stop_ids: frozenset[int] = frozenset()
+    shown: tuple[str, ...] = ()
+    logprobs: int | None = None
+    schema: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token with its natural log-probability before sampling settings, and its alternatives."""
+
+    id: int
+    text: str
+    bytes: tuple[int, ...]
+    logprob: float
+    top: tuple[tuple[str, tuple[int, ...], float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The next part of an answer.
+
+    Attributes:
+        text: What is shown; whole characters only.
+        logprobs: Of its tokens, where they were asked for.
+        finish: Why the answer ends here, None where it goes on.
+        tokens: Tokens generated so far, the one that ended the answer included.
+        cached: Prompt tokens whose state was there already; known with the last piece.
+        untold: Tokens whose log-probabilities were asked for and are not known.
+    """
+
+    text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish: Finish | None = None
+    tokens: int = 0
+    cached: int = 0
+    untold: int = 0
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter as engines load it.
+
+    Attributes:
+        key: A fingerprint of its contents: an adapter that was trained anew has another one, so
+            that nothing an engine remembers is taken for it.
+        folder: In PEFT's format.
+    """
+
+    key: str
+    folder: Path
+
+
+class Engine(Protocol):
+    """Makes answers. One is shared by all requests; its methods are called from one event loop."""
+
+    name: str
+    context: int
+    """Tokens that a prompt and its answer may have together."""
+    slots: int
+    """Answers made at the same time; more wait inside the engine."""
+
+    async def start(self, adapters: Sequence[Adapter]) -> None:
+        """Load base and adapters; returns when it can answer.
+
+        Raises:
+            UserError: It cannot be started with these.
+        """
+
+    async def stop(self) -> None:
+        """End it; answers in progress fail."""
+
+    async def set_adapters(self, adapters: Sequence[Adapter]) -> None:
+        """Serve these adapters from now on; answers in progress go on under the old ones.
+
+        Raises:
+            UserError: One of them cannot be served; the old ones stay.
+        """
+
+    def generate(self, wanted: Generation) -> AsyncIterator[Piece]:
+        """The answer piece by piece; closing the iterator stops the generation.
+
+        Raises:
+            EngineRefused: The client has to change the request.
+            EngineFailed: The engine broke.
+        """
+
+    def alive(self) -> bool:
+        """Whether it can take requests now."""
+
+    def facts(self) -> dict[str, Any]:
+        """What it is and how it is set, for logs and `/health`."""

@@ -1,0 +1,83 @@
+"""How a model is asked: with the tokenizer and template of its training; what ends its answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lighten import data
+from lighten.data import Message
+from lighten.data.special import special_tokens
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How one model, the base or an adapter, is asked.
+
+    Attributes:
+        tokenizer: With its chat template chosen.
+        handling: What happened to system messages and thoughts in training.
+        learnt: The answers that it learnt.
+        stop_ids: Tokens that end its answers.
+        shown: Special tokens that its answers hold, as text.
+    """
+
+    tokenizer: Any
+    handling: data.Handling
+    learnt: data.LearntAnswers
+    stop_ids: frozenset[int]
+    shown: tuple[str, ...]
+
+    def conversation(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation up to the answer (traps 9 and 18).
+
+        Raises:
+            UserError: The chat template refuses it.
+        """
+        return data.question_ids(
+            messages, self.tokenizer, self.handling, self.learnt, thinking=self.learnt.thinks
+        )
+
+    def text(self, prompt: str) -> list[int]:
+        """Token ids of a plain text, with the beginning that the tokenizer gives to texts."""
+        ids: list[int] = self.tokenizer(prompt)["input_ids"]
+        begin, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        if len(ids) > 1 and ids[0] == ids[1] == begin:
+            return ids[1:]  # the text wrote it out
+        if len(ids) > 1 and ids[-1] == end and not prompt.endswith(self.tokenizer.eos_token or ""):
+            return ids[:-1]  # some tokenizers end texts, which would end the answer before it began
+        return ids
+
+
+def asking(
+    tokenizer: Any,
+    template: str | None,
+    declared: int | Sequence[int] | None,
+    handling: data.Handling | None = None,
+    learnt: data.LearntAnswers | None = None,
+) -> Asking:
+    """How a model is asked.
+
+    Args:
+        tokenizer: Its own; the template is set on it.
+        template: As a recipe's `chat_template`.
+        declared: `eos_token_id` of its generation configuration.
+        handling: Of the recipe that trained it.
+        learnt: Of the run that trained it.
+
+    Raises:
+        UserError: No such template.
+    """
+    data.choose_template(tokenizer, template)
+    learnt = learnt or data.LearntAnswers()
+    stops = frozenset(data.stop_tokens(tokenizer, declared, learnt))
+    special = special_tokens(tokenizer).ids
+    inside = [token for token in learnt.inside if token in special and token not in stops]
+    return Asking(
+        tokenizer,
+        handling or data.Handling(),
+        learnt,
+        stops,
+        tuple(tokenizer.convert_ids_to_tokens(inside)),
+    )

@@ -1,0 +1,88 @@
+"""A real server over a tiny model for tests, and adapters that answer differently."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import openai
+import torch
+
+from lighten import adapters, models, runs
+from lighten.adapters import AdapterSpec
+from lighten.adapters.files import contents
+
+ADMIN = "admin-key-of-tests"
+
+
+def save_adapter(base: Path, folder: Path, *, seed: int, r: int = 4, std: float = 0.3) -> Path:
+    """An adapter with random factors in PEFT's format."""
+    loaded = models.load(str(base))
+    cohort = adapters.attach(loaded.model, [AdapterSpec(name="own", r=r, alpha=2 * r)])
+    torch.manual_seed(seed)
+    for parameter in cohort.parameters("own").values():
+        parameter.data.normal_(std=std)
+    for name, data in contents(cohort, "own", base_model=str(base)).items():
+        runs.write_bytes(folder / name, data)
+    return folder
+
+
+@dataclass
+class Server:
+    """A server process."""
+
+    process: subprocess.Popen[str]
+    url: str = ""
+    lines: list[str] = field(default_factory=list)
+
+    def client(self, key: str = "none") -> openai.OpenAI:
+        """OpenAI's own client."""
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
+
+    def http(self, key: str | None = None) -> httpx.Client:
+        """Plain HTTP."""
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=60)
+
+
+@contextmanager
+def serving(*words: str, cache: Path, env: dict[str, str] | None = None) -> Iterator[Server]:
+    """`lighten serve` as a process of its own, ready."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lighten", "serve", *words, "--port", "0", "--threads", "1"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "LIGHTEN_CACHE": str(cache), "LIGHTEN_ADMIN_KEY": ADMIN, **(env or {})},
+    )
+    server = Server(process)
+
+    def read() -> None:
+        assert process.stderr is not None
+        for line in process.stderr:
+            server.lines.append(line.rstrip())
+
+    threading.Thread(target=read, daemon=True).start()
+    try:
+        deadline = time.monotonic() + 120
+        while not any("ready after" in line for line in server.lines):
+            assert process.poll() is None, server.lines
+            assert time.monotonic() < deadline, server.lines
+            time.sleep(0.05)
+        found = re.search(r"listening at (http://\S+)", "\n".join(server.lines))
+        assert found is not None
+        server.url = found[1]
+        yield server
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(timeout=40)

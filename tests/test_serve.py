@@ -1,0 +1,373 @@
+"""`lighten serve` for real: llama.cpp, a tiny base, two adapters that answer differently."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+from peft import PeftModel
+
+pytest.importorskip("xllamacpp")
+pytest.importorskip("uvicorn")
+
+from lighten import models
+from tests.serving import ADMIN, Server, save_adapter, serving
+
+BASE = "base"
+QUESTIONS = ["What is the answer?", "Who is the user?", "the question is", "answer the system"]
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Adapters `one`, `two` and `spare`; and what cannot be served, and a way out."""
+    root = tmp_path_factory.mktemp("adapters")
+    for seed, name in enumerate(("one", "two", "spare")):
+        save_adapter(tiny_folder, root / "inside" / name, seed=seed + 1)
+    shutil.copytree(root / "inside" / "spare", root / "outside")
+    (root / "inside" / "link").symlink_to(root / "outside")
+    dora = shutil.copytree(root / "inside" / "spare", root / "inside" / "dora")
+    config = json.loads((dora / "adapter_config.json").read_text())
+    (dora / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
+    return root
+
+
+@pytest.fixture(scope="module")
+def server(
+    folder: Path, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    inside = folder / "inside"
+    with serving(
+        str(tiny_folder), "--adapters", f"one={inside / 'one'}", f"two={inside / 'two'}",
+        "--served-model-name", BASE, "--adapter-dir", str(inside), "--storage", "f32",
+        "--max-num-seqs", "4", cache=tmp_path_factory.mktemp("cache"),
+    ) as running:  # fmt: skip
+        yield running
+
+
+def ask(server: Server, model: str, question: str, **options: Any) -> Any:
+    """One greedy answer."""
+    settings: dict[str, Any] = {"max_completion_tokens": 8, "temperature": 0, **options}
+    messages: Any = [{"role": "user", "content": question}]
+    return server.client().chat.completions.create(model=model, messages=messages, **settings)
+
+
+def text(server: Server, model: str, question: str, **options: Any) -> str:
+    return str(ask(server, model, question, **options).choices[0].message.content)
+
+
+def test_models_are_listed_with_their_parents(server: Server) -> None:
+    listed = {own.id: getattr(own, "parent", None) for own in server.client().models.list()}
+    assert {"base": None, "one": "base", "two": "base"}.items() <= listed.items()
+    assert server.client().models.retrieve("one").id == "one"
+
+
+@pytest.mark.parametrize("model", ["base", "one", "two"])
+def test_log_probabilities_are_those_of_peft_alone(
+    server: Server, model: str, folder: Path, tiny_folder: Path
+) -> None:
+    base = models.load(str(tiny_folder), dtype="float32")
+    reference: Any = base.model
+    if model != "base":
+        reference = PeftModel.from_pretrained(reference, str(folder / "inside" / model))
+    compared = 0
+    for question in (f"{question} {number}" for question in QUESTIONS for number in range(3)):
+        got = ask(server, model, question, max_completion_tokens=1, logprobs=True, top_logprobs=5)
+        if not got.choices[0].logprobs.content:
+            continue  # half a character, whose probability llama.cpp does not tell
+        messages = [{"role": "user", "content": question}]
+        ids = base.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )["input_ids"]
+        assert got.usage.prompt_tokens == ids.shape[1]
+        with torch.inference_mode():
+            expected = reference(ids).logits[0, -1].float().log_softmax(-1).topk(5).values
+        top = [own.logprob for own in got.choices[0].logprobs.content[0].top_logprobs]
+        # Both are float32, keys and values too: what is left is the order of sums.
+        torch.testing.assert_close(torch.tensor(top), expected, atol=1e-3, rtol=0)
+        compared += 1
+    assert compared >= 4
+
+
+def test_answers_are_the_named_adapters_whatever_the_caches_hold(server: Server) -> None:
+    models_ = ("base", "one", "two")
+    alone = {pair: text(server, *pair) for pair in itertools.product(models_, QUESTIONS)}
+    for question in QUESTIONS:
+        assert len({alone[model, question] for model in models_}) == 3
+    order = list(alone) * 8
+    random.Random(0).shuffle(order)
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda pair: text(server, *pair), order))
+    assert [pair for pair, got in zip(order, answers, strict=True) if got != alone[pair]] == []
+
+
+def test_adapters_come_and_go_while_others_answer(server: Server, folder: Path) -> None:
+    before = {model: text(server, model, QUESTIONS[0]) for model in ("base", "one", "two")}
+    wrong: list[str] = []
+    done = threading.Event()
+
+    def load() -> None:
+        while not done.is_set():
+            for model, expected in before.items():
+                got = text(server, model, QUESTIONS[0])
+                if got != expected:
+                    wrong.append(f"{model}: {got!r}, not {expected!r}")
+
+    changing = folder / "inside" / "changing"
+    admin = server.http(ADMIN)
+    with ThreadPoolExecutor(2) as pool:
+        clients = [pool.submit(load) for _ in range(2)]
+        seen = []
+        for source in ("one", "two", "spare"):  # trained anew in its place each time
+            shutil.rmtree(changing, ignore_errors=True)
+            shutil.copytree(folder / "inside" / source, changing)
+            body = {"lora_name": "changing", "lora_path": "changing"}
+            answer = admin.post("/v1/load_lora_adapter", json=body)
+            assert answer.status_code == 200, answer.text
+            seen.append(text(server, "changing", QUESTIONS[0]))
+        gone = admin.post("/v1/unload_lora_adapter", json={"lora_name": "changing"})
+        assert gone.status_code == 200
+        done.set()
+        for client in clients:
+            client.result()
+    assert wrong == []
+    assert seen[:2] == [before["one"], before["two"]]
+    assert seen[2] not in before.values()
+    with pytest.raises(openai.NotFoundError, match="changing"):
+        text(server, "changing", QUESTIONS[0])
+
+
+def test_streams_say_the_same_as_whole_answers(server: Server) -> None:
+    whole = ask(server, "one", QUESTIONS[1], n=2, max_completion_tokens=12)
+    parts: list[str] = ["", ""]
+    ends: list[str | None] = [None, None]
+    usage = None
+    for event in ask(
+        server, "one", QUESTIONS[1], n=2, max_completion_tokens=12, stream=True,
+        stream_options={"include_usage": True},
+    ):  # fmt: skip
+        usage = event.usage or usage
+        for choice in event.choices:
+            parts[choice.index] += choice.delta.content or ""
+            ends[choice.index] = choice.finish_reason or ends[choice.index]
+    assert parts == [choice.message.content for choice in whole.choices]
+    assert ends == [choice.finish_reason for choice in whole.choices]
+    assert usage is not None
+    assert usage.completion_tokens == whole.usage.completion_tokens
+
+
+def test_a_stop_text_ends_an_answer_and_is_not_shown(server: Server) -> None:
+    whole = text(server, "two", QUESTIONS[0], max_completion_tokens=20)
+    stop = whole[len(whole) // 2 :][:2]
+    answer = ask(server, "two", QUESTIONS[0], max_completion_tokens=20, stop=[stop, "never"])
+    assert answer.choices[0].message.content == whole[: whole.index(stop)]
+    assert answer.choices[0].finish_reason == "stop"
+
+
+def test_sampling_takes_effect(server: Server) -> None:
+    def several(**options: Any) -> list[str]:
+        made = ask(server, "one", QUESTIONS[0], n=4, **options)
+        return [choice.message.content for choice in made.choices]
+
+    assert len(set(several(temperature=0))) == 1
+    assert len(set(several(temperature=1.5, seed=7))) > 1
+    assert several(temperature=1.5, seed=7) == several(temperature=1.5, seed=7)
+    assert several(temperature=1.5, seed=7) != several(temperature=1.5, seed=8)
+    made = server.client().completions.create(
+        model="one", prompt="the", max_tokens=4, temperature=0, logit_bias={"40": 100}
+    )
+    assert len(set(made.choices[0].text)) == 1
+
+
+def test_json_is_answered_where_it_is_wanted(server: Server) -> None:
+    schema = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"],
+              "additionalProperties": False}  # fmt: skip
+    wanted = {"type": "json_schema", "json_schema": {"name": "it", "schema": schema}}
+    answer = text(server, "one", "json", response_format=wanted, max_completion_tokens=200)
+    assert json.loads(answer)["a"] in ("x", "y")
+    wanted["json_schema"] = {"name": "it", "schema": {"type": "nonsense"}}
+    with pytest.raises(openai.BadRequestError, match="schema"):
+        text(server, "one", "json", response_format=wanted)
+
+
+def test_completions_take_texts_and_ids(server: Server, tiny_folder: Path) -> None:
+    ids = models.load_tokenizer(str(tiny_folder))("the answer")["input_ids"]
+    client = server.client()
+    settings: dict[str, Any] = {"max_tokens": 6, "temperature": 0, "logprobs": 2}
+    of_text = client.completions.create(model="two", prompt="the answer", **settings)
+    of_ids = client.completions.create(model="two", prompt=[ids, ids], **settings)
+    assert of_text.usage is not None
+    assert of_text.usage.prompt_tokens == len(ids)
+    assert {own.text for own in of_ids.choices} == {of_text.choices[0].text}
+    assert of_text.choices[0].logprobs is not None
+    assert all(len(own) == 2 for own in of_text.choices[0].logprobs.top_logprobs or ())
+
+
+def _chat(**changes: Any) -> dict[str, Any]:
+    return {"model": "one", "messages": [{"role": "user", "content": "a"}], "max_tokens": 1,
+            **changes}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "said"),
+    [
+        (_chat(model="nobody"), 404, "nobody"),
+        (_chat(model=None), 400, "model"),
+        (_chat(messages=[]), 400, "messages"),
+        (_chat(messages=[{"role": "assistant", "content": "a"}]), 400, "messages"),
+        (_chat(messages=[{"role": "tool", "content": "a"}]), 400, "role"),
+        (_chat(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), 400, "content"),
+        (_chat(messages=[{"role": "user", "content": "word " * 2000}]), 400, "256"),
+        (_chat(max_tokens=10_000), 400, "max_tokens"),
+        (_chat(max_tokens=0), 400, "max_tokens"),
+        (_chat(max_completion_tokens=2), 400, "max_completion_tokens"),
+        (_chat(temperature=3), 400, "temperature"),
+        (_chat(temperature="hot"), 400, "temperature"),
+        (_chat(n=1000), 400, "n:"),
+        (_chat(stop=[""]), 400, "stop"),
+        (_chat(top_logprobs=3), 400, "top_logprobs"),
+        (_chat(logit_bias={"99999": 1}), 400, "logit_bias"),
+        (_chat(tools=[{"type": "function"}]), 400, "tools"),
+        (_chat(reasoning_effort="high"), 400, "reasoning_effort"),
+        (_chat(stream_options={"include_usage": True}), 400, "stream_options"),
+        (_chat(adapter_id="two"), 400, "adapter_id"),
+        ([], 400, "object"),
+    ],
+)
+def test_what_is_not_applied_is_refused_by_name(
+    server: Server, body: Any, status: int, said: str
+) -> None:
+    answer = server.http().post("/v1/chat/completions", json=body)
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert said in error["message"]
+    assert "Traceback" not in answer.text
+
+
+@pytest.mark.parametrize(
+    ("headers", "content", "status"),
+    [
+        ({}, b"{}", 415),
+        ({"Content-Type": "text/plain"}, b"{}", 415),
+        ({"Content-Type": "application/json"}, b"{", 400),
+        ({"Content-Type": "application/json"}, b"\xff", 400),
+        ({"Content-Type": "application/json"}, b"[" * 100_000, 400),
+        ({"Content-Type": "application/json"}, b'"' + b"a" * 9_000_000 + b'"', 413),
+        ({"Content-Type": "application/json", "Host": "evil.example"}, b"{}", 421),
+    ],
+)
+def test_broken_bodies_and_strange_hosts(
+    server: Server, headers: dict[str, str], content: bytes, status: int
+) -> None:
+    answer = server.http().post("/v1/chat/completions", headers=headers, content=content)
+    assert answer.status_code == status, answer.text
+
+
+@pytest.mark.parametrize(
+    ("key", "path", "status"),
+    [
+        (None, "spare", 401),
+        ("wrong", "spare", 401),
+        (ADMIN, "../outside", 403),
+        (ADMIN, "/etc", 403),
+        (ADMIN, "link", 403),
+        (ADMIN, ".", 403),
+        (ADMIN, "nobody", 404),
+        (ADMIN, "a\0b", 400),
+        (ADMIN, "dora", 400),
+    ],
+)
+def test_adapters_are_loaded_with_the_key_and_from_the_folder_alone(
+    server: Server, key: str | None, path: str, status: int
+) -> None:
+    body = {"lora_name": "more", "lora_path": path}
+    answer = server.http(key).post("/v1/load_lora_adapter", json=body)
+    assert answer.status_code == status, answer.text
+    if path == "dora":
+        assert "merge" in answer.json()["error"]["message"]
+    assert "more" not in [own.id for own in server.client().models.list()]
+
+
+def test_a_client_that_hangs_up_frees_its_slot(server: Server) -> None:
+    for _ in range(6):  # more than there are slots
+        with server.http().stream(
+            "POST", "/v1/chat/completions",
+            json=_chat(max_tokens=200, stream=True, logit_bias={"4": -100}),
+        ) as stream:  # fmt: skip
+            next(stream.iter_lines())
+    assert text(server, "one", QUESTIONS[0])
+    deadline = time.monotonic() + 20
+    while "lighten_requests_running 0" not in server.http().get("/metrics").text:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_health_and_metrics(server: Server) -> None:
+    http = server.http()
+    assert http.get("/health").json()["engine"] == "llama.cpp"
+    assert http.get("/ready").json() == {"ready": True}
+    page = http.get("/metrics").text
+    assert 'lighten_generated_tokens_total{model="one"}' in page
+    for line in page.splitlines():
+        assert line.startswith("#") or float(line.rpartition(" ")[2]) >= 0
+    assert http.get("/nothing").status_code == 404
+    assert http.get("/v1/completions").status_code == 405
+    assert "side by side" in http.get("/").text
+
+
+def test_a_crashed_engine_is_started_again(server: Server) -> None:
+    before = text(server, "two", QUESTIONS[2])
+    found = subprocess.run(
+        ["pgrep", "-P", str(server.process.pid), "-f", "lighten.serve.child"],
+        capture_output=True, text=True, check=True,
+    ).stdout.split()  # fmt: skip
+    for pid in found:
+        subprocess.run(["kill", "-9", pid], check=True)
+    deadline = time.monotonic() + 60
+    while (
+        server.http().get("/ready").status_code != 200
+        or not server.http().get("/health").json()["restarts"]
+    ):
+        assert time.monotonic() < deadline, server.lines
+        time.sleep(0.1)
+    assert text(server, "two", QUESTIONS[2]) == before
+
+
+def test_sigterm_lets_running_answers_finish(server: Server) -> None:
+    """The last test: it ends the module's server."""
+    ended: list[str] = []
+    began = threading.Event()
+
+    def stream() -> None:
+        with server.http().stream(
+            "POST", "/v1/chat/completions",
+            json=_chat(max_tokens=220, stream=True, logit_bias={"4": -100, "2": -100}),
+        ) as events:  # fmt: skip
+            for line in events.iter_lines():
+                began.set()
+                ended.append(line)
+
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(stream)
+        assert began.wait(30)
+        at = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        running.result(timeout=30)
+    assert "data: [DONE]" in ended
+    assert server.process.wait(timeout=30) == 0
+    assert time.monotonic() - at < 30
+    with pytest.raises(httpx.ConnectError):
+        server.http().get("/health")
