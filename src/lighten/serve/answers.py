@@ -114,9 +114,7 @@ class ChatForm(_Written):
         if not self._logprobs:
             return None
         content = [
-            {"token": own.text, "logprob": own.logprob, "bytes": list(own.bytes),
-             "top_logprobs": [{"token": text, "bytes": list(raw), "logprob": value}
-                              for text, raw, value in own.top]}
+            {**_token(own), "top_logprobs": [_token(top) for top in own.top]}
             for own in found
         ]  # fmt: skip
         told = {"content": content, "refusal": None}
@@ -163,20 +161,28 @@ class CompletionForm(_Written):
             at += len(own.text)
         self._offsets[number] = at
         return {
-            "tokens": [_named(own.text, own.bytes) for own in found],
+            "tokens": [_named(own) for own in found],
             "token_logprobs": [own.logprob for own in found],
-            "top_logprobs": [
-                {_named(text, raw): value for text, raw, value in own.top} for own in found
-            ],
+            "top_logprobs": [{_named(top): top.logprob for top in own.top} for own in found],
             "text_offset": offsets,
         }
 
 
-def _named(text: str, raw: Sequence[int]) -> str:
-    """A token as a name: parts of a character look alike as text, so their bytes are written."""
-    if "\N{REPLACEMENT CHARACTER}" not in text:
-        return text
-    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+def _token(own: TokenLogprob) -> dict[str, Any]:
+    return {"token": own.text, "logprob": own.logprob, "bytes": list(own.bytes)}
+
+
+def _named(own: TokenLogprob) -> str:
+    """A token as the key of a mapping, where no two may look alike.
+
+    Parts of a character have their bytes in their name, as at OpenAI, and tokens without a text
+    their id, as at vLLM.
+    """
+    if not own.text:
+        return f"token_id:{own.id}"
+    if "\N{REPLACEMENT CHARACTER}" not in own.text:
+        return own.text
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in own.bytes)
 
 
 def failure_event(body: dict[str, Any]) -> str:

@@ -79,7 +79,7 @@ class TokenLogprob:
     text: str
     bytes: tuple[int, ...]
     logprob: float
-    top: tuple[tuple[str, tuple[int, ...], float], ...] = ()
+    top: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)

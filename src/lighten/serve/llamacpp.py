@@ -324,13 +324,13 @@ def _logprobs(event: dict[str, Any], wanted: Generation) -> list[TokenLogprob]:
     if wanted.logprobs is None:
         return []
     return [
-        TokenLogprob(
-            own["id"], own["token"], tuple(own["bytes"]), own["logprob"],
-            tuple((top["token"], tuple(top["bytes"]), top["logprob"])
-                  for top in own["top_logprobs"][: wanted.logprobs]),
-        )
+        _token(own, tuple(_token(top) for top in own["top_logprobs"][: wanted.logprobs]))
         for own in event.get("completion_probabilities", ())
-    ]  # fmt: skip
+    ]
+
+
+def _token(told: dict[str, Any], top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
+    return TokenLogprob(told["id"], told["token"], tuple(told["bytes"]), told["logprob"], top)
 
 
 async def _keep_log(process: _Process) -> None:
