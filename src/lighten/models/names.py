@@ -25,6 +25,7 @@ class Package:
         sha256: Of that file.
         license: Of the model.
         note: What it is, in a few words.
+        hub_id: What the hub calls the model that the file was made of.
     """
 
     package: str
@@ -33,6 +34,7 @@ class Package:
     sha256: str
     license: str
     note: str
+    hub_id: str
 
 
 PACKAGED = {
@@ -43,8 +45,21 @@ PACKAGED = {
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         license="Apache-2.0",
         note="SmolLM2-135M-Instruct, a small English chat model (98 MB)",
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
     )
 }
+
+
+def packaged_as(name: str) -> str | None:
+    """The packaged model that the hub knows by this id, or None."""
+    ids = {package.hub_id.lower(): own for own, package in PACKAGED.items()}
+    return ids.get(name.lower())
+
+
+def public_name(name: str) -> str:
+    """What PEFT and transformers can open a model by; a packaged one's id on the hub."""
+    package = PACKAGED.get(name.lower())
+    return package.hub_id if package else name
 
 
 def resolve(name: str) -> tuple[Source, Path | None]:

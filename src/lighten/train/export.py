@@ -13,6 +13,7 @@ from lighten import data, hardware, runs
 from lighten.adapters import WholeBase
 from lighten.errors import DiskFull
 from lighten.models import Base
+from lighten.models.names import public_name
 from lighten.train.prepare import Setup
 
 # What other tools and the hub's web pages can fetch without trouble.
@@ -43,7 +44,9 @@ def export_adapter(setup: Setup, name: str, folder: Path) -> None:
     The files are verified after they are written.
     """
     parts = dict(
-        setup.trained.contents(name, base_model=setup.base.name, revision=setup.base.revision)
+        setup.trained.contents(
+            name, base_model=public_name(setup.base.name), revision=setup.base.revision
+        )
     )
     with TemporaryDirectory() as scratch:
         tokenizer, generation = with_learnt_ends(setup)
@@ -100,22 +103,66 @@ def with_learnt_ends(setup: Setup) -> tuple[PreTrainedTokenizerBase, GenerationC
 
 def _adapter_card(setup: Setup, name: str) -> str:
     facts, base = setup.trained.facts(name), setup.base
-    method = facts.get("method", "LoRA")
+    method, public = facts.get("method", "LoRA"), public_name(base.name)
     serving = f"Serving: {facts['serving']}.\n\n" if "serving" in facts else ""
     return (
-        f"---\nbase_model: {base.name}\nlibrary_name: peft\ntags: [lora, lighten]\n---\n\n"
-        f"# {name}\n\nA {method} adapter ({setup.trained.describe(name)}) for `{base.name}`, "
-        f"{_how(setup)}.{_learned_on(base)}\n\n{serving}```python\nfrom peft import PeftModel\n"
-        f"from transformers import AutoModelForCausalLM\n\n"
-        f'base = AutoModelForCausalLM.from_pretrained("{base.name}")\n'
-        'model = PeftModel.from_pretrained(base, "path/to/this/folder")\n```\n'
+        f"---\nbase_model: {public}\nlibrary_name: peft\ntags: [lora, lighten]\n---\n\n"
+        f"# {name}\n\nA {method} adapter ({setup.trained.describe(name)}) for `{public}`, "
+        f"{_how(setup)}.{_learned_on(base)}{_new_tokens(setup)}\n\n{serving}"
+        f"```python\n{snippet(setup)}```\n"
+    )
+
+
+def snippet(setup: Setup) -> str:
+    """Code that opens the adapter in PEFT, with new tokens as its training began with them."""
+    base, grown = setup.base, bool(setup.recipe.added_tokens)
+    where = f'"{public_name(base.name)}"'
+    if base.source == "gguf":
+        file = Path(base.name)
+        where = f'"{file.parent}", gguf_file="{file.name}"'
+    elif base.source == "hub" and base.revision:
+        where += f', revision="{base.revision}"'
+    lines = [
+        "from peft import PeftModel",
+        f"from transformers import AutoModelForCausalLM{', AutoTokenizer' if grown else ''}",
+        "",
+        f"base = AutoModelForCausalLM.from_pretrained({where})",
+    ]
+    if grown:
+        lines += [
+            'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
+            "rows = base.get_input_embeddings().weight.shape[0]",
+            "if len(tokenizer) > rows:",
+            "    base.resize_token_embeddings(len(tokenizer), mean_resizing=False)",
+            "    for layer in {base.get_input_embeddings(), base.get_output_embeddings()}:",
+            "        layer.weight.data[rows:] = layer.weight.data[:rows].mean(0)",
+        ]
+    lines.append('model = PeftModel.from_pretrained(base, "path/to/this/folder")')
+    return "\n".join(lines) + "\n"
+
+
+def _new_tokens(setup: Setup) -> str:
+    """What whoever uses the adapter has to know of tokens that the base does not have."""
+    if not setup.recipe.added_tokens:
+        return ""
+    names = ", ".join(f"`{token}`" for token in setup.recipe.added_tokens)
+    untrained = setup.choices.get("added_tokens")
+    learnt = f" They were not trained: {untrained.reason}." if untrained else ""
+    return (
+        f" It uses new tokens: {names}. The base's embedding has to grow by them before the "
+        f"adapter is loaded, as below.{learnt}"
     )
 
 
 def _learned_on(base: Base) -> str:
     """The weights that an adapter corrects, where they are not those that its base loads with."""
     if base.quantization is None:
-        return ""
+        if base.source != "packaged":
+            return ""
+        return (
+            " It learnt on that model's 4-bit file, dequantised, as lighten's package carries it: "
+            "with the original weights its answers differ a little."
+        )
     return (
         f" Its base was stored as {base.quantization.value}: merge it into those weights "
         "dequantised, not into the original ones."

@@ -259,6 +259,8 @@ def _tell(setup: Setup, shown: TrainingProgress) -> None:
     )
     for problem in (*rows.train.problems, *rows.notes):
         shown.note(f"note: {problem}")
+    if (tokens := setup.choices.get("added_tokens")) is not None:
+        shown.note(f"note: the new tokens are not trained: {tokens.reason}")
     for member in setup.members:
         size = sum(parameter.numel() for parameter in member.parameters.values())
         shown.note(f"{setup.trained.describe(member.name)}, {size:,} parameters")
