@@ -18,20 +18,22 @@ if TYPE_CHECKING:
     from lighten.api import (
         adapter_info,
         evaluate,
+        export,
         plan,
         report,
         resize_adapter,
         run,
         sweep,
         train,
+        verify,
     )
     from lighten.errors import UserError
     from lighten.recipe import Recipe
     from lighten.runs import Run
 
 __all__ = [
-    "Recipe", "Run", "UserError", "adapter_info", "evaluate", "plan", "report", "resize_adapter",
-    "run", "sweep", "train",
+    "Recipe", "Run", "UserError", "adapter_info", "evaluate", "export", "plan", "report",
+    "resize_adapter", "run", "sweep", "train", "verify",
 ]  # fmt: skip
 
 _ROOMS = ("evaluate", "plan", "report", "sweep", "train")
@@ -40,8 +42,10 @@ _HOME = {
     "Run": "lighten.runs",
     "UserError": "lighten.errors",
     "adapter_info": "lighten.api",
+    "export": "lighten.api",
     "resize_adapter": "lighten.api",
     "run": "lighten.api",
+    "verify": "lighten.api",
 }
 
 

@@ -15,6 +15,7 @@ import typer
 import lighten
 from lighten import cli_plan, cli_serve
 from lighten.cli_adapter import adapter_app
+from lighten.cli_export import export, verify
 from lighten.cli_runs import runs_app
 from lighten.cli_settings import TakesSettings, TakesSweep, show_settings
 from lighten.console import (
@@ -68,6 +69,9 @@ data_app = typer.Typer(no_args_is_help=True, help="Look at data before training 
 app.add_typer(runs_app, name="runs")
 app.add_typer(data_app, name="data")
 app.add_typer(adapter_app, name="adapter")
+app.command("export")(export)
+app.command("merge", hidden=True)(export)
+app.command("verify")(verify)
 
 
 def _print_version(wanted: bool) -> None:

@@ -40,8 +40,7 @@ from lighten.train.rows import Rows
 from lighten.train.step import train_step
 
 STEPS = 2
-# Tokens of a row at which its attention takes about as much memory as the rest of its layers.
-ATTENTION_IS_HALF = 2048
+ATTENTION_IS_HALF = 2048  # tokens of a row whose attention takes as much as the rest of a layer
 MICRO_BATCHES = 2  # of each step; further ones of the same adapters find what the second found
 
 

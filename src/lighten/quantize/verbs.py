@@ -1,0 +1,67 @@
+"""Export and verify as functions, with the command line's names and meaning."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lighten.quantize.export import Exported
+    from lighten.quantize.verify import Receipt
+    from lighten.runs import Run
+
+
+def export(
+    source: Run | str | os.PathLike[str],
+    form: str = "merged",
+    *,
+    adapter: str | None = None,
+    output_dir: str | os.PathLike[str] | None = None,
+    dtype: str = "auto",
+    verify: bool = True,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Exported:
+    """Write what was trained in a form that other software loads, with a receipt.
+
+    Args:
+        source: A run, an adapter's folder, a model's folder or a base's name.
+        form: `adapter`, `merged`, `gguf`, `gguf:TYPE` such as `gguf:q8_0`, or `gguf-adapter`.
+        adapter: Of a run with several, whose.
+        output_dir: The folder to write; under `exports` when None.
+        dtype: Of a merged model: `auto` (16 bits), `float32`, `bfloat16`, `float16`.
+        verify: Compare its answers with those of what it was made from.
+        tell: Given a line about each part of the work.
+
+    Raises:
+        UserError: Something the user can mend.
+    """
+    from lighten.artifacts import open_source
+    from lighten.quantize import export as exports
+
+    opened = open_source(source, adapter=adapter)
+    target = None if output_dir is None else Path(output_dir)
+    return exports.export(opened, form, target, dtype=dtype, receipt=verify, tell=tell)
+
+
+def verify(
+    artefact: str | os.PathLike[str],
+    against: Run | str | os.PathLike[str],
+    *,
+    adapter: str | None = None,
+) -> Receipt:
+    """Compare an artefact's answers with those of what it was made from, and store the receipt.
+
+    Args:
+        artefact: An export's folder, or a GGUF file.
+        against: A run, an adapter's folder, a model's folder or a base's name.
+        adapter: Of a run with several, whose.
+
+    Raises:
+        UserError: Something the user can mend.
+    """
+    from lighten.artifacts import open_source
+    from lighten.quantize import export as exports
+
+    return exports.verify_artefact(Path(artefact), open_source(against, adapter=adapter))

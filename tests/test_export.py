@@ -1,0 +1,165 @@
+"""`lighten export` and `lighten verify`: what leaves the notebook answers as it did there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import lighten
+from lighten.cli import app
+from lighten.errors import UserError
+from lighten.peft_config import CONFIG
+from lighten.quantize.verify import RECEIPT
+from lighten.runs import Run
+from tests.test_merge import trained
+from tests.tiny import save_tiny, tiny_model
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, chat_file: Path) -> Run:
+    """A run with two adapters."""
+    folder = tmp_path_factory.mktemp("export") / "run"
+    return lighten.train(
+        model_name_or_path=str(tiny_folder), dataset=str(chat_file), output_dir=str(folder),
+        max_steps=2, learning_rate=0.05, val_size=8, dtype="float32",
+        adapters=[{"name": "a", "lora_r": 4}, {"name": "b", "lora_r": 8, "use_rslora": True}],
+    )  # fmt: skip
+
+
+def called(*words: object, code: int = 0) -> Any:
+    found = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=True)
+    if isinstance(found.exception, UserError):
+        raise found.exception
+    assert found.exit_code == code, found.output
+    return found
+
+
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [
+        ("merged", {"dtype": "float32"}), ("merged", {}), ("adapter", {}), ("gguf:f32", {}),
+        ("gguf:q8_0", {}), ("gguf-adapter", {}),
+    ],
+)  # fmt: skip
+def test_an_export_answers_as_its_adapter(
+    form: str, options: dict[str, Any], run: Run, tmp_path: Path
+) -> None:
+    """Held-out prompts are the same tokens, and every next token's probability is as near."""
+    made = lighten.export(run, form, adapter="b", output_dir=tmp_path / "out", **options)
+    receipt = made.receipt
+    assert receipt is not None
+    assert receipt.passed, receipt.sentence()
+    assert (receipt.prompts, receipt.other_tokens, receipt.answers) == (8, 0, 8)
+    kept = json.loads((tmp_path / "out" / RECEIPT).read_text())
+    assert kept["mean_kl"] == receipt.mean_kl
+    assert made.size_bytes == sum(file.stat().st_size for file in made.files) > 0
+    if form in ("gguf:f32", "adapter") or options:
+        assert receipt.same_answers + receipt.ties == receipt.answers
+    # The receipt is no matter of course: another adapter's answers do not pass.
+    other = lighten.verify(tmp_path / "out", run, adapter="a")
+    assert other.mean_kl > 10 * max(receipt.mean_kl, 1e-7)
+    assert form == "gguf:q8_0" or not other.passed
+
+
+def test_an_export_brings_all_that_speaks_to_it(run: Run) -> None:
+    made = lighten.export(run, "gguf:q8_0", adapter="a", verify=False)
+    assert made.folder == run.folder / "exports" / "gguf-q8_0"
+    assert {path.name for path in made.folder.iterdir()} == {
+        "run-a.q8_0.gguf", "Modelfile", "README.md"
+    }  # fmt: skip
+    text = (made.folder / "Modelfile").read_text()
+    assert "FROM ./run-a.q8_0.gguf" in text
+    assert 'PARAMETER stop "<|im_end|>"' in text
+    merged = lighten.export(run, "merged", adapter="a", verify=False)
+    names = {path.name for path in merged.folder.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja",
+            "generation_config.json", "README.md"} <= names  # fmt: skip
+    ends = json.loads((merged.folder / "generation_config.json").read_text())["eos_token_id"]
+    assert (
+        ends
+        == json.loads((run.adapters()["a"] / "generation_config.json").read_text())["eos_token_id"]
+    )
+    card = (merged.folder / "README.md").read_text()
+    assert run.info()["data"]["sha256"] in card
+    assert not list(run.folder.glob("exports/.*"))
+
+
+def test_the_command_prints_files_and_the_receipt(run: Run, tmp_path: Path) -> None:
+    said = called("export", run.folder, "--adapter", "a", "--output_dir", tmp_path / "m").output
+    assert "model.safetensors" in said
+    assert "greedy answers the same" in said
+    told = called("verify", tmp_path / "m", "--against", run.folder, "--adapter", "a", "--json")
+    assert json.loads(told.output)["passed"] is True
+    called("verify", tmp_path / "m", "--against", run.folder, "--adapter", "b", code=1)
+
+
+def test_other_people_s_adapters_and_bases_are_exported(tmp_path: Path) -> None:
+    base = save_tiny(tmp_path / "base")
+    trained(tiny_model("llama"), tmp_path / "theirs")
+    path = tmp_path / "theirs" / CONFIG
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
+    merged = lighten.export(tmp_path / "theirs", "merged", output_dir=tmp_path / "m")
+    assert merged.receipt is not None
+    assert merged.receipt.passed
+    file = lighten.export(base, "gguf:f16", output_dir=tmp_path / "g")
+    assert file.receipt is not None
+    assert file.receipt.passed
+    assert file.receipt.prompts == 6
+
+
+def test_what_only_peft_can_merge_is_merged_by_it(tmp_path: Path) -> None:
+    from peft import IA3Config, get_peft_model
+
+    base = save_tiny(tmp_path / "base")
+    model = get_peft_model(
+        tiny_model("llama"),
+        IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"],
+                  base_model_name_or_path=str(base), init_ia3_weights=False),
+    )  # fmt: skip
+    model.save_pretrained(tmp_path / "ia3")
+    path = tmp_path / "ia3" / CONFIG
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(base)})
+    )
+    made = lighten.export(tmp_path / "ia3", "merged", output_dir=tmp_path / "m", dtype="float32")
+    assert "merged in memory by PEFT" in made.notes[0]
+    assert made.receipt is not None
+    assert made.receipt.passed
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--as", "onnx"), "'onnx' is not one of adapter, merged, gguf, gguf-adapter"),
+        (("--as", "gguf:q9"), "q9"),
+        (("--as", "merged:q8_0"), "merged has no types"),
+        (("--dtype", "int8"), "'int8' is not one of auto"),
+        (("--adapter", "c"), "no adapter 'c'; it has a, b"),
+        ((), "holds 2 adapters; choose one with --adapter a | b"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_nothing_is_written(
+    words: tuple[str, ...], said: str, run: Run, tmp_path: Path
+) -> None:
+    given = words if "--adapter" in words or not words else (*words, "--adapter", "a")
+    with pytest.raises(UserError) as told:
+        called("export", run.folder, "--output_dir", tmp_path / "out", *given)
+    assert said in str(told.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_run_no_adapter_no_model(tmp_path: Path, run: Run) -> None:
+    with pytest.raises(UserError, match="holds no run"):
+        lighten.export(tmp_path, "merged")
+    with pytest.raises(UserError, match="neither a GGUF file nor a folder"):
+        lighten.verify(tmp_path, run, adapter="a")
+    shutil.copytree(run.folder, tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / "adapters")
+    with pytest.raises(UserError, match="nothing trained yet"):
+        lighten.export(tmp_path / "copy", "merged")

@@ -1,0 +1,125 @@
+"""Adapters merged shard by shard, against PEFT's own merge."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from lighten.errors import UserError
+from lighten.quantize.merge import Unmergeable, merge
+from tests.tiny import VOCAB, tiny_model
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rslora": {"use_rslora": True, "r": 8},
+    "patterns": {"rank_pattern": {"down_proj": 2, "c_proj": 2},
+                 "alpha_pattern": {"o_proj": 5, "c_fc": 5}},
+    "dora": {"use_dora": True},
+    "head": {"target_modules": ["lm_head"]},
+    "embedding": {"target_modules": ["embed_tokens", "wte"]},
+    "whole-head": {"modules_to_save": ["lm_head"]},
+    "whole-embedding": {"modules_to_save": ["embed_tokens", "wte"]},
+    "norms": {"modules_to_save": ["norm", "ln_f"]},
+}  # fmt: skip
+
+
+def trained(model: Any, folder: Path, **settings: Any) -> Any:
+    """An adapter that PEFT wrote, every part of which changes the answers; and its model."""
+    torch.manual_seed(5)
+    given = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | settings
+    peft = get_peft_model(copy.deepcopy(model), LoraConfig(**given))
+    for name, parameter in peft.named_parameters():
+        if parameter.requires_grad:
+            with torch.no_grad():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        if "lora_B" in name or "embedding_A" in name:
+            nn.init.normal_(parameter, std=0.1)
+    peft.save_pretrained(folder)
+    return peft.eval()
+
+
+def logits(model: Any) -> torch.Tensor:
+    ids = torch.randint(0, VOCAB, (2, 30), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return model(input_ids=ids).logits  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "gpt2", "phi3"])
+def test_traps_29_31_the_merged_model_answers_as_the_adapter(
+    arch: str, kind: str, tmp_path: Path
+) -> None:
+    """Tied heads (Qwen 2, GPT-2), biases, transposed layers; float32 to 1e-4."""
+    model = tiny_model(arch)
+    model.save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    peft = trained(model, tmp_path / "adapter", **SETTINGS[kind])
+    if (arch, kind) == ("gpt2", "dora"):
+        with pytest.raises(Unmergeable, match="transposed"):
+            merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+        return
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", dtype="float32")
+    merged, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "merged", dtype=torch.float32, output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    wanted = logits(PeftModel.from_pretrained(model, tmp_path / "adapter").eval())
+    assert (wanted - logits(tiny_model(arch))).abs().max() > 0.1
+    torch.testing.assert_close(logits(merged.eval()), wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(peft), wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_merged_model_has_sixteen_bits_and_what_was_not_trained_is_as_it_was(
+    stored: torch.dtype, tmp_path: Path
+) -> None:
+    model = tiny_model("llama", dtype=stored)
+    model.save_pretrained(tmp_path / "base")
+    trained(model.float(), tmp_path / "adapter", target_modules=["q_proj"])
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    half = torch.bfloat16 if stored == torch.float32 else stored
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
+    assert merged.dtype == half
+    before = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=half).state_dict()
+    for name, value in merged.state_dict().items():
+        assert torch.equal(value, before[name]) != ("q_proj" in name), name
+    reference = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32),
+        tmp_path / "adapter",
+    ).merge_and_unload()
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(merged.state_dict()[name], reference.state_dict()[name].to(half))
+
+
+def test_an_adapter_of_another_base_is_refused_and_nothing_written(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    for name, changes in (("wider", {"hidden_size": 64}), ("deeper", {"num_hidden_layers": 3})):
+        trained(tiny_model("llama", **changes), tmp_path / name)
+        with pytest.raises(UserError, match="trained on another model"):
+            merge(tmp_path / "base", tmp_path / name, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_torn_base_or_adapter_is_told_and_an_older_folder_stays(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "base")
+    trained(model, tmp_path / "adapter")
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    before = json.loads((tmp_path / "merged" / "config.json").read_text())
+    for file in (tmp_path / "adapter" / "adapter_model.safetensors",
+                 tmp_path / "base" / "model.safetensors"):  # fmt: skip
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-40])
+        with pytest.raises(UserError, match=r"safetensors"):
+            merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+        file.write_bytes(whole)
+    assert json.loads((tmp_path / "merged" / "config.json").read_text()) == before
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
