@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from benchmarks import (
     gpu_suite,
     limit,
     machine,
+    quantize_gguf,
     sweep_vs_peers,
 )
 from benchmarks import contenders as who
@@ -33,7 +35,7 @@ from lighten.errors import UserError
 from lighten.hardware import PeakMemory
 from lighten.models.describe import of_model
 from lighten.recipe import Recipe
-from tests.tiny import VOCAB, tiny_model
+from tests.tiny import VOCAB, save_tiny, tiny_model
 
 
 def lesson(steps: int = 3, rows: int = 4, longest: int = 24, seed: int = 0) -> Steps:
@@ -483,3 +485,15 @@ def test_the_gpu_suite_needs_no_installed_package() -> None:
         assert str(source.parents[1] / "src") in sys.path
     finally:
         sys.path[:] = before
+
+
+def test_gguf_files_are_compared_on_the_same_tokens(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model")
+    found = quantize_gguf.greedy(model, tmp_path, ("the question",))
+    assert (found["tokens"], found["unexplained"]) == (quantize_gguf.ANSWER_TOKENS, 0)
+    assert found["largest_logit_difference"] < 1e-3
+    for name in ("ours", "theirs"):
+        shutil.copy(tmp_path / "f32.gguf", tmp_path / f"{name}-q8_0.gguf")
+    quality = quantize_gguf.perplexities(tmp_path, model, "q8_0", 2)
+    assert quality["ours"] == quality["theirs"]
+    assert quality["tokens"] == 2 * (quantize_gguf.WINDOW_TOKENS - 1)

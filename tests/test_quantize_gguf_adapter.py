@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from lighten.errors import UserError
 from lighten.quantize.gguf_adapter import write_gguf_adapter
 from lighten.quantize.llamacpp import Runtime
 from tests.gguf_files import write_gguf
-from tests.tiny import tiny_config, tiny_model
+from tests.tiny import save_tiny, tiny_config, tiny_model
 
 IDS = [5, 77, 130, 9, 201, 64, 12, 300, 41, 180, 7, 99]
 LINEAR = {
@@ -206,3 +207,16 @@ def test_an_adapter_of_another_architecture_is_refused_by_the_runtime(tmp_path: 
     base = write_gguf(tmp_path / "base.gguf", tiny_model("qwen2"))
     with pytest.raises(UserError, match="arch mismatch"):
         Runtime(base, {tmp_path / "a.gguf": 1.0}, context_tokens=64)
+
+
+def test_the_python_of_the_page_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = Path(__file__).parents[1] / "docs" / "gguf.md"
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S)
+    monkeypatch.chdir(tmp_path)
+    save_tiny(tmp_path / "model")
+    adapter(tmp_path / "adapter", "llama")
+    exec(compile(code.replace("512)", "64, threads=1)"), str(page), "exec"), {})
+    assert "tensors are" in capsys.readouterr().out
+    assert (tmp_path / "adapter.gguf").is_file()
