@@ -16,7 +16,7 @@ import pytest
 import typer.testing
 
 import lighten
-from lighten import cli, hardware
+from lighten import cli, hardware, locks
 from lighten.cli_settings import matching, settings
 from lighten.errors import UserError
 from lighten.evaluate.evaluation import Evaluation
@@ -380,6 +380,8 @@ def drawn(value: Any) -> str:
 )
 def test_a_run_draws_itself(tmp_path: Path, status: str, evaluated: bool, steps: int) -> None:
     run = write_run(tmp_path / "<script>", status=status, evaluated=evaluated, steps=steps)
+    if status == "running":
+        locks.acquire(run.folder)
     html = drawn(run)
     assert status in html
     assert "&lt;script&gt;" in html

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import lighten
-from lighten import cli_plan, cli_serve
+from lighten import cli_plan, cli_serve, streams
 from lighten.cli_adapter import adapter_app
 from lighten.cli_export import export, verify
 from lighten.cli_runs import runs_app
@@ -26,6 +26,7 @@ from lighten.console import (
     console,
     is_assignment,
     overrides,
+    print_json,
     print_table,
 )
 from lighten.errors import NoHeldOut
@@ -82,22 +83,21 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[
+    version: Annotated[  # noqa: ARG001  # acts by its callback
         bool, typer.Option("--version", callback=_print_version, is_eager=True,
                            help="Print the version and exit.")
     ] = False,
 ) -> None:  # fmt: skip
     """Make a large language model lighter, faster and cheaper, and prove it."""
+    streams.prepare()
 
 
 def main() -> None:
     """Run the command line and turn a user's mistake into one clean line."""
-    import logging
-
     from lighten.errors import UserError
 
-    # It says at import that an optional kernel is missing, which no user can use here.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    streams.prepare()
+    streams.quieten_libraries()
     try:
         app(prog_name="lighten")  # the name under which its completion is installed
     except UserError as error:
@@ -146,10 +146,14 @@ def _bar() -> Iterator[Callable[[str, int, int], None]]:
     from rich.console import Console
     from rich.progress import Progress
 
-    progress = Progress(console=Console(stderr=True), transient=True)
+    screen = Console(stderr=True)
+    live = screen.is_terminal and not screen.is_dumb_terminal
+    progress = Progress(console=screen, transient=True, disable=not live)
     tasks: dict[str, Any] = {}
 
     def tell(what: str, done: int, total: int) -> None:
+        if not live:
+            return
         if what not in tasks:
             tasks[what] = progress.add_task(what, total=total)
         progress.start()
@@ -158,9 +162,11 @@ def _bar() -> Iterator[Callable[[str, int, int], None]]:
             progress.stop()
 
     try:
-        yield tell
+        with streams.heard_by(tell):
+            yield tell
     finally:
-        progress.stop()
+        if live:  # elsewhere it would end with an empty line
+            progress.stop()
 
 
 _Words = Annotated[list[str] | None, typer.Argument(metavar="RECIPE | MODEL DATA", help=Settings)]
@@ -219,7 +225,7 @@ def sweep(
         typer.echo(str(stopped), err=True)
         raise typer.Exit(stopped.exit_code) from None
     if as_json:
-        typer.echo(json.dumps(found.to_dict(), ensure_ascii=False))
+        print_json(found.to_dict())
         return
     columns, rows, sentences = shown(found.folder)
     print_table(columns, rows)
@@ -235,7 +241,7 @@ def evaluate(ctx: typer.Context, run: str, as_json: Json = False) -> None:
     with _bar() as progress:
         found = api.evaluate(run, progress=progress, **overrides(ctx.args)).to_dict()
     if as_json:
-        typer.echo(json.dumps(found, ensure_ascii=False))
+        print_json(found)
     else:
         _print_evaluation(found)
 
@@ -272,11 +278,12 @@ def chat(
     looked.require_answerable(target)
     from lighten.evaluate.chat import chat as talk
 
-    talk(
-        target, adapter=adapter, compare=compare, system=system,
-        thinking=None if thinking is None else thinking is OnOff.ON,
-        max_new_tokens=max_new_tokens, temperature=temperature,
-    )  # fmt: skip
+    with _bar():  # shows how the model is loaded
+        talk(
+            target, adapter=adapter, compare=compare, system=system,
+            thinking=None if thinking is None else thinking is OnOff.ON,
+            max_new_tokens=max_new_tokens, temperature=temperature,
+        )  # fmt: skip
 
 
 @app.command()
@@ -391,7 +398,7 @@ def data_check(
             thinking=thinking and thinking.value, progress=shown.encoding,
         )  # fmt: skip
     if as_json:
-        typer.echo(json.dumps(checked.to_dict(), ensure_ascii=False))
+        print_json(checked.to_dict())
     else:
         beside = data.left_out("held-out", other) if other is not None else []
         _print_check(checked.to_dict(), beside)

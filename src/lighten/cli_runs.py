@@ -21,19 +21,27 @@ def runs_list(
     """List the runs of a folder, oldest first."""
     from lighten import runs
 
+    folder = folder.expanduser()
     found = [(run, run.info()) for run in runs.find(folder)]
     if as_json:
         typer.echo(json.dumps([{"folder": str(r.folder), **info} for r, info in found]))
+        return
+    if not found:
+        console().print(f"no runs in {folder}", highlight=False, markup=False, soft_wrap=True)
         return
     rows = []
     for run, info in found:
         losses = [f"{own['eval_loss']:.3f}" for own in info.get("adapters", [])
                   if own.get("eval_loss") is not None]  # fmt: skip
-        base, steps = info.get("base", {}), info.get("training", {}).get("steps")
-        rows.append([str(run.folder), info.get("status", "?"), base.get("name", "?"),
-                     "–" if steps is None else str(steps), ", ".join(losses) or "–",
-                     info.get("started", "?")])  # fmt: skip
-    print_table(["run", "status", "base", "steps", "held-out loss", "started"], rows)
+        steps = info.get("training", {}).get("steps")
+        started = str(info.get("started", "?"))[:16].replace("T", " ")
+        base = str(info.get("base", {}).get("name", "?")).rstrip("/").rpartition("/")[2]
+        # `lighten evaluate NAME` looks for the name under runs/.
+        name = run.name if folder == Path("runs") else str(run.folder)
+        rows.append([name, started, info.get("status", "?"), base,
+                     "–" if steps is None else str(steps), ", ".join(losses) or "–"])  # fmt: skip
+    columns = ["run", "started (UTC)", "status", "base", "steps", "held-out"]
+    print_table(columns, rows, whole=(0, 1, 2))
 
 
 @runs_app.command("compare")

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from lighten.console import Json, console
+from lighten.console import Json, console, print_json
 
 # Parts of a recipe that have settings of their own: `evaluate.max_examples`.
 _SECTIONS = ("evaluate", "sweep")
@@ -153,7 +153,7 @@ def show_settings(
     known = settings()
     chosen = matching(words, known) if words else known
     if as_json:
-        typer.echo(json.dumps([asdict(own) for own in chosen], ensure_ascii=False))
+        print_json([asdict(own) for own in chosen])
         return
     screen = console()
     width = min(_WIDTH, screen.width)

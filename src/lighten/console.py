@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lighten.streams import takes_any_text
+
 if TYPE_CHECKING:
     from rich.console import Console
 
+# Cells between two columns, and the least that a column is folded to.
+_BETWEEN, _NARROWEST = 3, 12
 OPEN = {"allow_extra_args": True, "ignore_unknown_options": True}
 # Settings whose value is taken to the letter.
 TEXTS = (
@@ -72,18 +77,43 @@ def console() -> Console:
     return Console()
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print rows under their columns."""
+def print_json(value: Any) -> None:
+    """Print JSON; in an encoding that lacks some of its text, that text is escaped, not lost."""
+    import json
+
+    typer.echo(json.dumps(value, ensure_ascii=not takes_any_text(sys.stdout)))
+
+
+def print_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, whole: Sequence[int] = ()
+) -> None:
+    """Print rows under their columns.
+
+    Args:
+        columns: Their names.
+        rows: Text of each cell.
+        whole: Columns that are folded last, the first of them before the others.
+    """
     from rich.box import SIMPLE
+    from rich.cells import cell_len
     from rich.markup import escape
     from rich.table import Table
 
+    screen = console()
+    width = [max(map(cell_len, own)) for own in zip(columns, *rows, strict=True)]
+    room = screen.width - _BETWEEN * len(columns)
+    short = bool(whole) and sum(width) > room
+    if short:
+        width = [own if place in whole else min(own, _NARROWEST) for place, own in enumerate(width)]
+        others = sum(width) - width[whole[0]]
+        width[whole[0]] = max(min(width[whole[0]], _NARROWEST), min(width[whole[0]], room - others))
     table = Table(box=SIMPLE, pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")  # a name that is cut names nothing
+    for place, column in enumerate(columns):
+        # A name that is cut names nothing: it goes on in the next line.
+        table.add_column(column, overflow="fold", width=width[place] if short else None)
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
-    console().print(table)
+    screen.print(table)
 
 
 def cell(value: Any) -> str:

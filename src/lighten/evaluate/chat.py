@@ -20,6 +20,7 @@ from lighten.errors import UserError
 from lighten.evaluate.generate import hidden_tokens, settings_alone, stop_tokens
 from lighten.evaluate.opened import Models, Opened
 from lighten.runs import Run
+from lighten.streams import encodable
 
 HELP = "/reset forgets the conversation, /system TEXT sets a system message, /adapter NAME, /exit"
 
@@ -180,7 +181,9 @@ def chat(
     Raises:
         UserError: No such run, model or adapter.
     """
-    source, sink = lines or sys.stdin, out or sys.stdout
+    source, sink = lines or sys.stdin, _Sink(out or sys.stdout)
+    if source is None:
+        raise UserError("there is nothing to read questions from: standard input is closed")
     talk = Conversation(target, system=system, thinking=thinking)
     adapter = _known(talk, adapter)
     asked = source.isatty()
@@ -190,7 +193,7 @@ def chat(
         if asked:
             sink.write("\n> ")
             sink.flush()
-        line = source.readline()
+        line = _line(source)
         if not line or line.strip() in ("/exit", "/quit"):
             return
         question = line.strip()
@@ -228,6 +231,46 @@ def chat(
         sink.flush()
 
 
+class _Sink:
+    """Where answers go, in whatever encoding.
+
+    Args:
+        out: The stream; None (a program without a console) takes everything and shows nothing.
+    """
+
+    def __init__(self, out: TextIO | None) -> None:
+        self._out = out
+
+    def write(self, text: str) -> None:
+        """Write a piece of text."""
+        if self._out is not None:
+            self._out.write(encodable(text, self._out))
+
+    def flush(self) -> None:
+        """Show what was written."""
+        if self._out is not None:
+            self._out.flush()
+
+
+def _line(source: TextIO) -> str:
+    """The next line; empty at the end.
+
+    Raises:
+        UserError: It cannot be read, or is no text in the stream's encoding.
+    """
+    try:
+        line = source.readline()
+        line.encode()  # bytes that the encoding does not have may come as surrogates
+    except UnicodeError as error:
+        raise UserError(
+            f"a question is not text in the encoding of the input ({source.encoding}); give it in "
+            "that encoding, or set PYTHONIOENCODING to that of the text"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"questions cannot be read: {error}") from error
+    return line
+
+
 def _known(talk: Conversation, adapter: str | None) -> str | None:
     """The adapter asked for, or the run's first; None talks to the base."""
     names = talk.names
@@ -242,7 +285,7 @@ def _known(talk: Conversation, adapter: str | None) -> str | None:
 
 
 def _run_of(target: str) -> Run | None:
-    for folder in (Path(target), Path("runs") / target):
+    for folder in (Path(target).expanduser(), Path("runs") / target):
         if (folder / "recipe.yaml").is_file():
             return Run(folder)
     return None

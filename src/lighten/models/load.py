@@ -32,6 +32,7 @@ from lighten.models import attention as blocks
 from lighten.models import gguf, kernels, packaged, quantized
 from lighten.models.configuration import FAULTS, check_json, read_config, reason
 from lighten.models.names import PACKAGED, Source, packaged_as, resolve
+from lighten.streams import library_bars
 
 log = logging.getLogger(__name__)
 # What of a hub repository is fetched: never pickle.
@@ -173,7 +174,7 @@ def _pretrained(
         own["device_map"] = {"": device}  # else transformers takes a GPU where there is one
     try:
         # With `output_loading_info` it gives a pair, which its annotation does not know.
-        with _without_report(), _without_adapter(path) as files:
+        with _without_report(), library_bars(), _without_adapter(path) as files:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 files,
                 dtype=dtype,

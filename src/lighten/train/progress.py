@@ -56,6 +56,8 @@ class TrainingProgress:
 
     def __init__(self, *, enabled: bool = True, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True, quiet=not enabled)
+        # A terminal that cannot move its cursor is read as a log.
+        self._live = self._console.is_terminal and not self._console.is_dumb_terminal
         self._bar = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=None),
@@ -63,10 +65,11 @@ class TrainingProgress:
             TextColumn("{task.fields[facts]}"),
             TimeRemainingColumn(),
             console=self._console,
-            disable=not (enabled and self._console.is_terminal),
+            disable=not (enabled and self._live),
         )
         self._task: TaskID | None = None
         self._encoding: _Encoding | None = None
+        self._loading: dict[str, tuple[float, TaskID | None]] = {}
         self._total, self._last_line_s, self._began_s, self._began_at = 0, 0.0, 0.0, 0
 
     def __enter__(self) -> Self:
@@ -83,7 +86,8 @@ class TrainingProgress:
 
     def note(self, text: str) -> None:
         """One line of news above the bar."""
-        self._console.print(escape(text), highlight=False)
+        # What is piped or kept is wrapped by whoever shows it.
+        self._console.print(escape(text), highlight=False, soft_wrap=not self._live)
 
     def encoding(self, done: int, total: int) -> None:
         """Show how many examples of the data are encoded."""
@@ -93,7 +97,7 @@ class TrainingProgress:
             self._encoding = _Encoding(began_s=now, line_s=now - LOG_EVERY_S + NEWS_S)
         shown = self._encoding
         shown.done = done
-        if not self._console.is_terminal:
+        if not self._live:
             lines_due = now - shown.line_s >= LOG_EVERY_S or (done == total and shown.lines)
             if lines_due and shown.line_at != done:
                 shown.line_s, shown.line_at, shown.lines = now, done, shown.lines + 1
@@ -112,6 +116,20 @@ class TrainingProgress:
             self._bar.remove_task(shown.task)
             shown.task = None
 
+    def loading(self, what: str, done: int, total: int) -> None:
+        """Show how far a library is, in a terminal: how many weights of the base are loaded."""
+        now = time.monotonic()
+        began_s, task = self._loading.setdefault(what, (now, None))
+        if task is None and self._live and now - began_s > NEWS_S / 4 and done < total:
+            task = self._bar.add_task(what, total=total, facts="")
+            self._loading[what] = (began_s, task)
+        if task is not None:
+            self._bar.update(task, completed=done)
+        if done >= total:
+            del self._loading[what]
+            if task is not None:
+                self._bar.remove_task(task)
+
     def begin(self, total_steps: int, done: int = 0) -> None:
         """Show the bar of a run of so many steps, of which some are done already."""
         self._total, self._began_s, self._began_at = total_steps, time.monotonic(), done
@@ -122,12 +140,14 @@ class TrainingProgress:
         facts = f"loss {loss:.3f}  {tokens_per_s:,.0f} tokens/s  {peak_bytes / 2**30:.2f} GiB"
         if self._task is not None:
             self._bar.update(self._task, completed=step, facts=facts)
-        if self._console.is_terminal:
+        if self._live:
             return
         now = time.monotonic()
         if now - self._last_line_s >= LOG_EVERY_S or step == self._total:
             self._last_line_s = now
             left_s = (now - self._began_s) / max(1, step - self._began_at) * (self._total - step)
             self._console.print(
-                f"step {step}/{self._total}  {facts}  {left_s / 60:.1f} min left", highlight=False
+                f"step {step}/{self._total}  {facts}  {left_s / 60:.1f} min left",
+                highlight=False,
+                soft_wrap=True,
             )

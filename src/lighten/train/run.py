@@ -16,6 +16,7 @@ from lighten.errors import DiskFull, UserError
 from lighten.folders import resume_command
 from lighten.recipe import Recipe
 from lighten.runs import PLAN, Run, write_json
+from lighten.streams import heard_by
 from lighten.train import checkpoints, optimizers, trackers
 from lighten.train.checkpoints import TrainerState, weights_of
 from lighten.train.export import export
@@ -68,7 +69,8 @@ def train(
         for notice in recipe.notices:
             shown.note(notice)
         try:
-            _train(run, recipe, accelerator, shown, prediction, judge, resume=resume)
+            with heard_by(shown.loading):
+                _train(run, recipe, accelerator, shown, prediction, judge, resume=resume)
         except BaseException as caught:
             error = _explained(caught, run, prediction)
             # Whatever ended the run is told truthfully in run.json, and then goes its way.

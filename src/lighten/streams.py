@@ -1,0 +1,155 @@
+"""What reaches the console: in any encoding, with bars in a terminal alone, in our own lines.
+
+Libraries draw bars and log to standard error by themselves. Theirs are taken over: progress goes to
+whoever listens, and what no user of a command can act on is not shown.
+"""
+
+from __future__ import annotations
+
+import codecs
+import logging
+import os
+import sys
+import unicodedata
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from typing import Any, TextIO
+
+# Told what is under way, how far it is, and of how much.
+Listener = Callable[[str, int, int], None]
+
+# The name under which the marks below stand in for those that an encoding lacks.
+PLAIN = "lighten.plain"
+_PLAIN = {
+    "–": "-", "—": "-", "−": "-", "×": "x", "·": "*", "±": "+", "…": ".", "→": ">", "▶": ">",
+    "█": "#", "▉": "#", "━": "-", "╸": "-", "╺": "-", "─": "-", "│": "|", "•": "*", "⟦": "[",
+    "⟧": "]", "“": '"', "”": '"', "‘": "'", "’": "'", "\N{NO-BREAK SPACE}": " ",
+}  # fmt: skip
+# Loggers of libraries that warn about this machine or themselves when they are imported.
+_LOGGERS = ("bitsandbytes", "torchao", "torch.utils._pytree")
+_listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    """The codec's question what to write instead: a like mark, as wide as the one it stands for."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    lacking = error.object[error.start : error.end]
+    return "".join(map(_instead, lacking)), error.end
+
+
+def _instead(mark: str) -> str:
+    if mark in _PLAIN:
+        return _PLAIN[mark]
+    if unicodedata.combining(mark):
+        return ""
+    if "\u2800" <= mark <= "\u28ff":  # what rich's spinners are drawn with
+        return "*"
+    return "??" if unicodedata.east_asian_width(mark) in "WF" else "?"
+
+
+codecs.register_error(PLAIN, _plain)
+
+
+def prepare() -> None:
+    """Let standard output and error take any text, whatever the console's encoding."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, ValueError, OSError):  # none, closed, or somebody's own
+            stream.reconfigure(errors=PLAIN)  # type: ignore[union-attr]
+
+
+def encodable(text: str, stream: TextIO) -> str:
+    """The text with other marks where the stream's encoding lacks them."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, PLAIN).decode(encoding)
+
+
+def takes_any_text(stream: TextIO) -> bool:
+    """Whether nothing is lost of a text that is written to the stream."""
+    with suppress(LookupError):
+        name = codecs.lookup(getattr(stream, "encoding", None) or "ascii").name
+        return name.startswith("utf")
+    return False
+
+
+def quieten_libraries() -> None:
+    """Of libraries, only errors are heard; a user's own settings for them stay."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DATASETS_VERBOSITY", "error")
+    for name in _LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+
+
+@contextmanager
+def heard_by(listener: Listener | None) -> Iterator[None]:
+    """Who hears of the progress of libraries meanwhile; None: nobody."""
+    before = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(before)
+
+
+@contextmanager
+def library_bars() -> Iterator[None]:
+    """Bars of transformers go to the listener; none of its own is drawn."""
+    from transformers.utils import logging as transformers_logging
+
+    listener = _listener.get()
+    before = transformers_logging.set_tqdm_hook(
+        lambda _factory, args, kwargs: LibraryBar(listener, *args, **kwargs)
+    )
+    try:
+        yield
+    finally:
+        transformers_logging.set_tqdm_hook(before)
+
+
+class LibraryBar:
+    """Stands for a library's tqdm bar and tells the listener how far it is.
+
+    Args:
+        listener: Who is told, if anybody.
+        iterable: What is gone through, as tqdm takes it.
+        options: tqdm's; `desc` and `total` are looked at.
+    """
+
+    def __init__(self, listener: Listener | None, iterable: Any = None, **options: Any) -> None:
+        self._listener, self._iterable = listener, iterable
+        self.desc = str(options.get("desc") or "loading").strip().rstrip(".:").lower()
+        length = len(iterable) if hasattr(iterable, "__len__") else 0
+        self.total, self.n = int(options.get("total") or length), 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for each in self._iterable:
+            yield each
+            self.update()
+
+    def __enter__(self) -> LibraryBar:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+    def update(self, more: float = 1) -> None:
+        """So much more is done."""
+        before, self.n = self.n, min(self.n + int(more), self.total or sys.maxsize)
+        # A model has thousands of weights; a hundred redraws are enough.
+        step = max(1, self.total // 100)
+        if self._listener is not None and (self.n // step > before // step or self.n == self.total):
+            self._listener(self.desc, self.n, self.total)
+
+    def set_description(self, desc: str | None = None, **_options: Any) -> None:
+        """What is under way has another name from now on; a bar of ours keeps its first."""
+
+    def set_postfix(self, *_values: Any, **_options: Any) -> None:
+        """Figures beside the bar, which are not shown."""
+
+    def close(self) -> None:
+        """It has ended, also where not all was needed."""
+        if self._listener is not None and self.total and self.n < self.total:
+            self._listener(self.desc, self.total, self.total)

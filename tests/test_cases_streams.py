@@ -1,0 +1,219 @@
+"""Any console encoding; bars in a terminal alone; libraries heard through us; lists of names."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from transformers.utils import logging as transformers_logging
+
+from lighten import UserError, cli, models, streams
+from lighten.evaluate.chat import chat
+from lighten.train.progress import TrainingProgress
+from tests.report_fixture import write_run
+
+ENCODINGS = ("cp949", "ascii", "latin-1", "cp437", "euc-kr", "utf-8")
+MARKS = "█ – ▶ × ± … ⟦한국어⟧ 😀 e\u0301 \udcff ⠋"
+
+
+class Screen:
+    """Standard output in an encoding that is strict about it."""
+
+    def __init__(self, encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._bytes, self._encoding = io.BytesIO(), encoding
+        self._text = io.TextIOWrapper(self._bytes, encoding=encoding, newline="\n")
+        monkeypatch.setattr(sys, "stdout", self._text)
+
+    def shown(self) -> str:
+        self._text.flush()
+        return self._bytes.getvalue().decode(self._encoding)
+
+
+def command(*words: str) -> None:
+    """The command line in this process."""
+    cli.app(list(words), standalone_mode=False)
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "한국어 대화 모델 학습 실험 하나"
+    return write_run(folder, steps=2, adapters=("small", "큰")).folder
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_every_mark_is_written_in_every_encoding(
+    encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = Screen(encoding, monkeypatch)
+    streams.prepare()
+    print(MARKS)  # noqa: T201
+    Console().print(MARKS)
+    assert screen.shown().count("\n") == 2
+    shown = streams.encodable(MARKS, sys.stdout)
+    assert ("한국어" in shown) == (encoding in ("cp949", "euc-kr", "utf-8"))
+    if encoding == "ascii":
+        assert shown == "# - > x + . [??????] ?? e ? *"
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_tables_bars_and_json_of_commands_in_every_encoding(
+    encoding: str, run_folder: Path, tiny_folder: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    rows = tmp_path / "질문.jsonl"
+    lines = [{"prompt": f"질문 {i} 😀", "completion": "답 – \u2028 " * i} for i in range(1, 5)]
+    rows.write_text("\n".join(map(json.dumps, lines)))
+    screen = Screen(encoding, monkeypatch)
+    command("runs", "list", str(run_folder.parent))
+    command("runs", "compare", str(run_folder), str(run_folder))
+    check = ["data", "check", str(rows), "--model", str(tiny_folder)]
+    command(*check)
+    before = len(screen.shown())
+    assert before > 500
+    command(*check, "--json")
+    told = json.loads(screen.shown()[before:])  # nothing of JSON is lost
+    assert "질문 1 😀" in "".join(token for token, _ in told["sample"])
+
+
+@pytest.mark.parametrize("encoding", ["cp949", "ascii", "latin-1"])
+def test_chat_answers_in_every_encoding(encoding: str, tiny_folder: Path) -> None:
+    out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    chat(str(tiny_folder), lines=io.StringIO("안녕 😀\n/reset\n"), out=out, max_new_tokens=12)
+    out.flush()
+    assert out.buffer.getvalue().endswith(b"\n")  # type: ignore[attr-defined]
+
+
+class Refusing(io.StringIO):
+    """Input that cannot be read."""
+
+    def readline(self, *_: Any) -> str:
+        raise OSError(21, "Is a directory")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (io.TextIOWrapper(io.BytesIO(b"\xff\xfe\n"), encoding="utf-8"), "not text in .*utf-8"),
+        (io.TextIOWrapper(io.BytesIO("안녕\n".encode()), encoding="ascii"), "not text in .*ascii"),
+        (io.TextIOWrapper(io.BytesIO(b"\xff\n"), encoding="utf-8", errors="surrogateescape"),
+         "not text in"),
+        (Refusing(), "cannot be read: .*directory"),
+        (None, "standard input is closed"),
+    ],
+)  # fmt: skip
+def test_questions_that_cannot_be_read_are_one_sentence(
+    given: Any, said: str, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", given)
+    with pytest.raises(UserError, match=said) as told:
+        chat(str(tiny_folder), out=io.StringIO(), max_new_tokens=2)
+    assert "\n" not in str(told.value)
+
+
+def test_loading_is_heard_and_no_bar_is_drawn(
+    tiny_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    heard: list[tuple[str, int, int]] = []
+    transformers_logging.enable_progress_bar()
+    try:
+        with streams.heard_by(lambda *told: heard.append(told)):
+            models.load(str(tiny_folder), device="cpu")
+        models.load(str(tiny_folder), device="cpu")
+        drawn = transformers_logging.tqdm(range(2), desc="theirs")
+    finally:
+        transformers_logging.disable_progress_bar()
+    assert not isinstance(drawn, streams.LibraryBar)  # the hook is gone
+    name, done, total = heard[-1]
+    assert name == "loading weights"
+    assert done == total > 10
+    assert [done for _, done, _ in heard] == sorted({done for _, done, _ in heard})
+    assert "Loading weights" not in capfd.readouterr().err
+
+
+def walk(bar: streams.LibraryBar) -> Iterator[Any]:
+    with bar:
+        yield from bar
+
+
+@pytest.mark.parametrize("total", [0, 1, 7, 100, 2500])
+def test_a_librarys_bar_is_told_to_its_end_and_seldom(total: int) -> None:
+    heard: list[tuple[str, int, int]] = []
+    bar = streams.LibraryBar(lambda *told: heard.append(told), range(total), desc="Converting: ")
+    assert list(walk(bar)) == list(range(total))
+    assert len(heard) <= min(total, 101)
+    assert heard[-1:] == ([("converting", total, total)] if total else [])
+    early = streams.LibraryBar(lambda *told: heard.append(told), desc="x", total=10)
+    early.update(3)
+    early.close()
+    assert heard[-1] == ("x", 10, 10)
+
+
+@pytest.mark.parametrize(
+    ("terminal", "settings"),
+    [(False, {}), (True, {"TERM": "dumb"}), (True, {"TERM": "dumb", "NO_COLOR": "1"})],
+)
+def test_a_log_has_lines_and_nothing_that_moves(
+    terminal: bool, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    out = io.StringIO()
+    screen = Console(file=out, force_terminal=terminal, width=80)
+    long = "a line " * 30
+    with TrainingProgress(console=screen) as shown:
+        shown.note(long)
+        shown.begin(2)
+        for step in (1, 2):
+            shown.loading("loading weights", step, 2)
+            shown.step(step, 1.0, 10.0, 2**30)
+    text = out.getvalue()
+    assert not set(text) & {"\r", "\x1b", "\x08"}
+    assert long.rstrip() in [line.rstrip() for line in text.splitlines()]
+    assert "step 2/2" in text
+
+
+def test_colours_are_left_out_where_nobody_wants_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    out = io.StringIO()
+    with TrainingProgress(console=Console(file=out, force_terminal=True, width=80)) as shown:
+        shown.begin(1)
+        shown.step(1, 1.0, 10.0, 2**30)
+    assert "\x1b[3" not in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    "names", [["a"], ["한국어_대화_모델_학습_실험_하나", "b"], ["x" * 50, "y" * 49 + "z"]]
+)
+def test_the_list_of_runs_shows_names_and_dates_at_80_columns(
+    names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    for name in names:
+        write_run(tmp_path / "runs" / name, steps=1)
+    command("runs", "list")
+    shown = capsys.readouterr().out
+    lines = shown.splitlines()
+    assert max(map(streams_width, lines)) <= 80
+    assert shown.count("2026-01-01 10:00") == len(names)
+    for heading in ("run", "started (UTC)", "status", "base", "steps", "held-out"):
+        assert heading in shown
+    column = "".join(line.split("  ")[0].strip() for line in lines)
+    for name in names:
+        assert name in column
+    command("runs", "list", "nowhere")
+    assert capsys.readouterr().out == "no runs in nowhere\n"
+
+
+def streams_width(line: str) -> int:
+    from rich.cells import cell_len
+
+    return cell_len(line)
