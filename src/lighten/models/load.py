@@ -29,7 +29,7 @@ from lighten import allocator
 from lighten.errors import UserError
 from lighten.hardware import Choice, choose_dtype
 from lighten.models import attention as blocks
-from lighten.models import gguf, kernels, packaged, quantized
+from lighten.models import gguf, kernels, known, packaged, quantized
 from lighten.models.configuration import FAULTS, check_json, read_config, reason
 from lighten.models.names import PACKAGED, Source, packaged_as, resolve
 from lighten.streams import library_bars
@@ -346,6 +346,12 @@ def locate(
         return source, packaged.fetch(name)
     if path is not None:
         return source, path
+    shape = known.shape_of(name) if revision is None and packaged_as(name) is None else None
+    if shape is not None:
+        name = shape[1]
+        if not weights:
+            cached = _cached(name)
+            return ("known", known.folder_of(shape[0])) if cached is None else ("hub", cached)
     try:
         wanted = _WANTED if weights else ["config.json", "generation_config.json"]
         found = snapshot_download(
@@ -372,6 +378,15 @@ def locate(
             f"({_first_line(error)}); packaged models are {', '.join(PACKAGED)}"
         ) from error
     return source, Path(found)
+
+
+def _cached(hub_id: str) -> Path | None:
+    """The hub cache's folder of a model, if its configuration is there."""
+    try:
+        folder = Path(snapshot_download(hub_id, local_files_only=True))
+    except (LocalEntryNotFoundError, OSError):
+        return None
+    return folder if (folder / "config.json").is_file() else None
 
 
 def weight_files(path: Path) -> list[Path]:

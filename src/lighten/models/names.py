@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Literal
 
 from lighten.errors import UserError
+from lighten.models import known
 
-Source = Literal["packaged", "folder", "gguf", "hub"]
+Source = Literal["packaged", "folder", "gguf", "hub", "known"]
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 
 
@@ -59,7 +60,10 @@ def packaged_as(name: str) -> str | None:
 def public_name(name: str) -> str:
     """What PEFT and transformers can open a model by; a packaged one's id on the hub."""
     package = PACKAGED.get(name.lower())
-    return package.hub_id if package else name
+    if package is not None:
+        return package.hub_id
+    shape = None if "/" in name else known.shape_of(name)
+    return shape[1] if shape else name
 
 
 def resolve(name: str) -> tuple[Source, Path | None]:
@@ -82,7 +86,8 @@ def resolve(name: str) -> tuple[Source, Path | None]:
     looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
     if looks_local or not _HUB_ID.match(name):
         raise UserError(f"the model {name} does not exist: no folder or GGUF file is there")
-    near = difflib.get_close_matches(name.lower(), PACKAGED, n=1)
-    if "/" not in name and near:
-        raise UserError(f"no model is called {name!r}; did you mean {near[0]}?")
+    if "/" not in name and known.shape_of(name) is None:
+        packaged = difflib.get_close_matches(name.lower(), PACKAGED, n=1)
+        if near := known.near(name) or (packaged[0] if packaged else None):
+            raise UserError(f"no model is called {name!r}; did you mean {near}?")
     return "hub", None

@@ -19,7 +19,7 @@ from lighten.data import lengths_of as token_lengths
 from lighten.devices import Device
 from lighten.errors import UserError
 from lighten.hardware import processor_name
-from lighten.models import IdsError, Limits, describe, limits
+from lighten.models import IdsError, Limits, describe, known, limits
 from lighten.models.load import locate
 from lighten.paths import split_limit
 from lighten.plan import calibration
@@ -67,6 +67,8 @@ def plan(
         UserError: The model cannot be described, or the recipe does not fit it.
     """
     notes: list[str] = []
+    if locate(recipe.model_name_or_path, revision=recipe.revision, weights=False)[0] == "known":
+        notes.append(f"the model is not on this machine; its shape is known from {known.SOURCE}")
     if rows is None and read_data:
         rows = read_rows(recipe, notes)
     lengths = lengths_of(rows)
@@ -280,7 +282,7 @@ def read_rows(
         recipe.model_name_or_path, revision=recipe.revision, weights=False,
         code=recipe.trust_remote_code,
     )  # fmt: skip
-    if source == "hub" and not any((path / name).is_file() for name in TOKENIZERS):
+    if source in ("hub", "known") and not any((path / name).is_file() for name in TOKENIZERS):
         notes.append(f"the model's tokenizer is not on this machine: {longest}")
         return None
     try:

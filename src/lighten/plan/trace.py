@@ -92,7 +92,7 @@ def plan_recipe(
         )
         host = HOST_OF_CUDA_BYTES + loading.files + traced.weights
     files = sum(file.stat().st_size for file in weight_files(path))
-    download = 0 if files or source != "hub" else traced.weights
+    download = 0 if files or source not in ("hub", "known") else traced.weights
     allocator.trim()  # what the trace took must not look like room for whoever trains next
     return Plan(
         model=recipe.model_name_or_path,

@@ -1,0 +1,202 @@
+"""Shapes of well-known models, so that `plan` answers for them before anything is downloaded.
+
+Public configurations: dimensions alone, no weights and no text. Read on 2026-11-28 from
+`litgpt/config.py` (github.com/Lightning-AI/litgpt, commit 0006c973aa7d, which links each model's
+own `config.json`); tied embeddings, which it does not state, from transformers' defaults and the
+published parameter counts, against which the tests hold every shape. Rope bases and positions are
+litgpt's too; the memory and time of a plan do not depend on the bases.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lighten.hardware import cache_folder
+
+SOURCE = "litgpt/config.py at 0006c973aa7d, read on 2026-11-28"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The dimensions of a model.
+
+    Attributes:
+        hub_id: What the hub calls it.
+        config: Its `config.json`, as far as shapes and positions go.
+        parameters: As published, in billions.
+        others: Hub ids of the same shape: its instruction-tuned or base sibling.
+    """
+
+    hub_id: str
+    config: dict[str, Any] = field(repr=False)
+    parameters: float
+    others: tuple[str, ...] = ()
+
+
+def _llama(
+    kind: str, layers: int, width: int, heads: int, groups: int, inner: int, words: int,
+    positions: int, theta: float, *, tied: bool = False, eps: float = 1e-5, **more: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """A configuration in the names that Llama's relatives share."""
+    names = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3",
+             "phi3": "Phi3"}  # fmt: skip
+    return {
+        "architectures": [f"{names[kind]}ForCausalLM"], "model_type": kind,
+        "num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads,
+        "num_key_value_heads": groups, "intermediate_size": inner, "vocab_size": words,
+        "max_position_embeddings": positions, "rope_theta": theta, "rms_norm_eps": eps,
+        "tie_word_embeddings": tied, "dtype": "bfloat16", **more,
+    }  # fmt: skip
+
+
+def _rope(factor: float) -> dict[str, Any]:
+    return {
+        "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }  # fmt: skip
+
+
+def _llama3(
+    size: str, count: float, layers: int, width: int, heads: int, inner: int, factor: float, *,
+    tied: bool = False,
+) -> Shape:  # fmt: skip
+    config = _llama("llama", layers, width, heads, 8, inner, 128256, 131072, 5e5, tied=tied,
+                    rope_scaling=_rope(factor))  # fmt: skip
+    name = f"meta-llama/Llama-{size}"
+    return Shape(name, config, count, (f"{name}-Instruct",))
+
+
+def _qwen25(
+    size: str, count: float, layers: int, width: int, heads: int, groups: int, inner: int,
+    words: int, positions: int, *, tied: bool = False, eps: float = 1e-6,
+) -> Shape:  # fmt: skip
+    config = _llama("qwen2", layers, width, heads, groups, inner, words, positions, 1e6, tied=tied,
+                    eps=eps)  # fmt: skip
+    name = f"Qwen/Qwen2.5-{size}"
+    return Shape(name, config, count, (f"{name}-Instruct",))
+
+
+def _qwen3(
+    size: str, count: float, layers: int, width: int, heads: int, inner: int, *, tied: bool = False
+) -> Shape:
+    config = _llama("qwen3", layers, width, heads, 8, inner, 151936, 40960, 1e6, tied=tied,
+                    eps=1e-6, head_dim=128)  # fmt: skip
+    name = f"Qwen/Qwen3-{size}"
+    return Shape(name, config, count, () if size == "32B" else (f"{name}-Base",))
+
+
+def _gemma2(
+    size: str, count: float, layers: int, width: int, heads: int, groups: int, inner: int,
+    head: int, scalar: int,
+) -> Shape:  # fmt: skip
+    config = {
+        "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2",
+        "num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads,
+        "num_key_value_heads": groups, "intermediate_size": inner, "head_dim": head,
+        "query_pre_attn_scalar": scalar, "vocab_size": 256000, "max_position_embeddings": 8192,
+        "sliding_window": 4096, "dtype": "bfloat16",
+    }  # fmt: skip
+    name = f"google/gemma-2-{size}"
+    return Shape(name, config, count, (f"{name}-it",))
+
+
+def _smollm2(
+    size: str, count: float, layers: int, width: int, heads: int, groups: int, inner: int,
+    theta: float,
+) -> Shape:  # fmt: skip
+    config = _llama("llama", layers, width, heads, groups, inner, 49152, 8192, theta, tied=True)
+    name = f"HuggingFaceTB/SmolLM2-{size}"
+    return Shape(name, config, count, (f"{name}-Instruct",))
+
+
+def _mistral(version: str, words: int, window: int | None) -> Shape:
+    config = _llama("mistral", 32, 4096, 32, 8, 14336, words, 32768, 1e4,
+                    sliding_window=window)  # fmt: skip
+    name = f"mistralai/Mistral-7B-{version}"
+    return Shape(name, config, 7.24 if window else 7.25,
+                 (f"mistralai/Mistral-7B-Instruct-{version}",))  # fmt: skip
+
+
+SHAPES = (
+    _llama3("3.1-8B", 8.03, 32, 4096, 32, 14336, 8.0),
+    _llama3("3.1-70B", 70.6, 80, 8192, 64, 28672, 8.0),
+    _llama3("3.2-1B", 1.24, 16, 2048, 32, 8192, 32.0, tied=True),
+    _llama3("3.2-3B", 3.21, 28, 3072, 24, 8192, 32.0, tied=True),
+    _qwen25("0.5B", 0.494, 24, 896, 14, 2, 4864, 151936, 32768, tied=True),
+    _qwen25("1.5B", 1.54, 28, 1536, 12, 2, 8960, 151936, 131072, tied=True),
+    _qwen25("3B", 3.09, 36, 2048, 16, 2, 11008, 151936, 32768, tied=True),
+    _qwen25("7B", 7.62, 28, 3584, 28, 4, 18944, 152064, 131072),
+    _qwen25("14B", 14.8, 48, 5120, 40, 8, 13824, 152064, 131072, eps=1e-5),
+    _qwen25("32B", 32.8, 64, 5120, 40, 8, 27648, 152064, 131072, eps=1e-5),
+    _qwen3("0.6B", 0.596, 28, 1024, 16, 3072, tied=True),
+    _qwen3("1.7B", 1.72, 28, 2048, 16, 6144, tied=True),
+    _qwen3("4B", 4.02, 36, 2560, 32, 9728, tied=True),
+    _qwen3("8B", 8.19, 36, 4096, 32, 12288),
+    _qwen3("14B", 14.8, 40, 5120, 40, 17408),
+    _qwen3("32B", 32.8, 64, 5120, 64, 25600),
+    _gemma2("2b", 2.61, 26, 2304, 8, 4, 9216, 256, 256),
+    _gemma2("9b", 9.24, 42, 3584, 16, 8, 14336, 256, 256),
+    _gemma2("27b", 27.2, 46, 4608, 32, 16, 36864, 128, 144),
+    _smollm2("135M", 0.135, 30, 576, 9, 3, 1536, 1e5),
+    _smollm2("360M", 0.362, 32, 960, 15, 5, 2560, 1e5),
+    _smollm2("1.7B", 1.71, 24, 2048, 32, 32, 8192, 1.3e5),
+    _mistral("v0.1", 32000, 4096),
+    _mistral("v0.3", 32768, None),
+    Shape(
+        "microsoft/phi-4",
+        _llama("phi3", 40, 5120, 40, 10, 17920, 100352, 16384, 2.5e5, pad_token_id=None),
+        14.7,
+    ),
+    Shape(
+        "google/gemma-3-1b-it",
+        {
+            "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text",
+            "num_hidden_layers": 26, "hidden_size": 1152, "num_attention_heads": 4,
+            "num_key_value_heads": 1, "intermediate_size": 6912, "head_dim": 256,
+            "query_pre_attn_scalar": 256, "vocab_size": 262144, "sliding_window": 512,
+            "max_position_embeddings": 131072, "rope_theta": 1e6, "rope_local_base_freq": 1e4,
+            "dtype": "bfloat16",
+        },
+        1.0,
+        ("google/gemma-3-1b-pt",),
+    ),
+)  # fmt: skip
+
+
+def _names() -> dict[str, tuple[Shape, str]]:
+    """Shape and hub id by full id and by the part after the owner, in small letters."""
+    known: dict[str, tuple[Shape, str]] = {}
+    for shape in SHAPES:
+        for hub_id in (shape.hub_id, *shape.others):
+            known[hub_id.lower()] = known[hub_id.lower().rpartition("/")[2]] = shape, hub_id
+    return known
+
+
+_BY_NAME = _names()
+
+
+def shape_of(name: str) -> tuple[Shape, str] | None:
+    """A known shape and its hub id, by that id or what follows the owner in it; else None."""
+    return _BY_NAME.get(name.lower())
+
+
+def near(name: str) -> str | None:
+    """The known name that resembles this one most, if any does."""
+    found = difflib.get_close_matches(name.lower(), _BY_NAME, n=1, cutoff=0.75)
+    return found[0] if found else None
+
+
+def folder_of(shape: Shape) -> Path:
+    """A folder in lighten's cache with the shape's `config.json`, written anew."""
+    folder = cache_folder() / "shapes" / shape.hub_id.replace("/", "--")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=folder, encoding="utf-8", delete=False) as file:
+        json.dump(shape.config, file, indent=1)
+    os.replace(file.name, folder / "config.json")
+    return folder
