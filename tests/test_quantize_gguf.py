@@ -389,3 +389,16 @@ def test_a_torn_file_is_refused_by_the_runtime(tmp_path: Path) -> None:
         target.write_bytes(whole[:size])
         with pytest.raises(UserError, match=words):
             Runtime(target, context_tokens=16)
+
+
+def test_the_runtime_says_why_llama_cpp_refuses(tmp_path: Path) -> None:
+    from tests.gguf_files import write_gguf as write_any
+
+    model = tiny_model("llama")
+    extra = {"blk.0.no_such_part.weight": np.zeros((4, 4), dtype=np.float32)}
+    file = write_any(tmp_path / "model.gguf", model, tensors=extra)
+    with pytest.raises(UserError, match="wrong number of tensors"):
+        Runtime(file, context_tokens=16)
+    with pytest.raises(UserError, match="does not fit a context"):  # noqa: SIM117
+        with Runtime(write_any(tmp_path / "model.gguf", model), context_tokens=16) as runtime:
+            runtime.logits(list(range(5, 40)))

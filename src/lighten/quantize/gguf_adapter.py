@@ -65,6 +65,8 @@ def write_gguf_adapter(adapter_folder: Path, base_config: Any, target: Path) -> 
     config = base_config.get_text_config()
     layers = _layers(adapter_folder, config)
     architecture = ARCHITECTURE_OF[config.model_type]
+    query_heads = int(config.num_attention_heads)
+    heads = (query_heads, int(getattr(config, "num_key_value_heads", None) or query_heads))
     # The commonest, so that most of the file is as it was trained. 0 would mean "unscaled" there.
     products = collections.Counter(layer.scale * layer.rank for layer in layers)
     alpha = next((value for value, _ in products.most_common() if value), 1.0)
@@ -92,7 +94,7 @@ def write_gguf_adapter(adapter_folder: Path, base_config: Any, target: Path) -> 
                             f"{layer.stored}; the training diverged, take an earlier checkpoint"
                         )
                 yield down
-                up = rotary_interleaved(up, layer.stored, architecture, config)
+                up = rotary_interleaved(up, layer.stored, architecture, heads)
                 product = layer.scale * layer.rank
                 if product != alpha:
                     up = up * np.float32(product / alpha)

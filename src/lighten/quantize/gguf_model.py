@@ -12,7 +12,7 @@ import importlib.util
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +82,9 @@ class _Tensor:
 class _Model:
     """Everything that a file holds."""
 
+    type: types.FileType
     settings: Settings
-    config: Any
     tensors: list[_Tensor]
-    pictures: int = 0
-    type: types.FileType = field(default_factory=lambda: types.FILE_TYPES["f16"])
 
 
 def plan_gguf(model_folder: Path, type: str) -> GgufPlan:
@@ -233,20 +231,11 @@ def _model(folder: Path, type: str) -> _Model:
             dimensions = (dimensions[1], dimensions[0])
         chosen = types.choose(kind, stored, dimensions, shape)
         tensors.append(_Tensor(TensorPlan(stored, dimensions, chosen.kind), chosen.wanted, weight))
-    model = _Model(settings, _Attributes(settings), tensors, pictures, kind)
     if pictures:
         settings.notes.append(
             f"the text model alone: {pictures} tensors of its picture tower are left out"
         )
-    return model
-
-
-class _Attributes:
-    """The settings of heads by transformers' names, for `gguf_weights`."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.num_attention_heads = settings.heads
-        self.num_key_value_heads = settings.kv_heads
+    return _Model(kind, settings, tensors)
 
 
 def _order(name: str) -> tuple[int, int, str]:
@@ -336,7 +325,8 @@ def _packed(model: _Model, tensor: _Tensor, threads: int) -> Array:
     packed = np.empty(plan.packed_shape(), dtype=np.uint8)
     row = 0
     for block in blocks:
-        values = as_stored(block, plan.name, settings.architecture, model.config)
+        heads = (settings.heads, settings.kv_heads)
+        values = as_stored(block, plan.name, settings.architecture, heads)
         scale = _scale(plan.name, settings)
         if scale != 1.0:
             values = values * np.float32(scale)

@@ -8,24 +8,25 @@ from typing import Any
 import numpy as np
 
 Array = np.ndarray[Any, Any]
+Heads = tuple[int, int]
 _ROTARY = re.compile(r"\.attn_([qk])\.")
 _TRANSPOSED = re.compile(r"\.(attn_qkv|attn_output|ffn_up|ffn_down)\.weight$")
 
 
-def as_stored(weight: Array, stored: str, architecture: str, config: Any) -> Array:
+def as_stored(weight: Array, stored: str, architecture: str, heads: Heads) -> Array:
     """A weight or bias as a GGUF file of the architecture holds it.
 
     Args:
         weight: As transformers has it.
         stored: Its name in the file, with suffix.
         architecture: llama.cpp's.
-        config: The text model's transformers configuration.
+        heads: Of queries and of keys.
     """
     if architecture.startswith("gemma") and stored.endswith("norm.weight"):
         return weight + np.float32(1)
     if is_transposed(stored, architecture):
         return weight.T
-    return rotary_interleaved(weight, stored, architecture, config)
+    return rotary_interleaved(weight, stored, architecture, heads)
 
 
 def is_transposed(stored: str, architecture: str) -> bool:
@@ -38,7 +39,7 @@ def is_rotary(stored: str, architecture: str) -> bool:
     return architecture == "llama" and bool(_ROTARY.search(stored))
 
 
-def rotary_interleaved(weight: Array, stored: str, architecture: str, config: Any) -> Array:
+def rotary_interleaved(weight: Array, stored: str, architecture: str, heads: Heads) -> Array:
     """Rows of a Llama's queries and keys in the order of llama.cpp.
 
     transformers turns the first half of a head against the second, llama.cpp neighbours. Any array
@@ -46,6 +47,6 @@ def rotary_interleaved(weight: Array, stored: str, architecture: str, config: An
     """
     if not is_rotary(stored, architecture):
         return weight
-    heads = config.num_attention_heads if ".attn_q." in stored else config.num_key_value_heads
-    halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
+    count = heads[0] if ".attn_q." in stored else heads[1]
+    halves = weight.reshape(count, 2, weight.shape[0] // count // 2, *weight.shape[1:])
     return halves.swapaxes(1, 2).reshape(weight.shape)

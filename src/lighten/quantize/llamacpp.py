@@ -15,6 +15,7 @@ import functools
 import importlib.util
 import itertools
 import os
+import re
 import struct
 import threading
 from collections.abc import Mapping, Sequence
@@ -37,7 +38,7 @@ _DEFAULTS = {
 _FLASH_OFF = 0
 _FORMATS_OF_CACHE = {"f32": 0, "f16": 1}
 _ERROR = 4  # a log line's level
-_NO_CACHED_LOG = 20  # lines of the log that an error may need
+_KEPT_LINES = 20  # of the log, for the reason of an error
 
 
 class _Opaque(ctypes.Structure):
@@ -110,7 +111,7 @@ def _keep(level: int, text: bytes | None, _: Any) -> None:
     """llama.cpp writes pages of log to the terminal; the last errors are kept instead."""
     if level == _ERROR and text:
         _log.append(text.decode(errors="replace").strip())
-        del _log[:-_NO_CACHED_LOG]
+        del _log[:-_KEPT_LINES]
 
 
 _keeper = _LOG_CALL(_keep)  # has to live as long as the library
@@ -187,6 +188,17 @@ def quantize_rows(rows: Floats, kind: int, threads: int = 1) -> np.ndarray[Any, 
     return packed
 
 
+def _require_whole(path: Path) -> None:
+    """What is wrong with a torn file is told in a sentence.
+
+    Raises:
+        UserError: It is no GGUF file, or ends early.
+    """
+    from lighten.models.gguf_header import read_header  # quantising does without torch
+
+    read_header(path)
+
+
 def available_threads() -> int:
     """Threads that this process may use at once."""
     if hasattr(os, "sched_getaffinity"):
@@ -220,14 +232,11 @@ class Runtime:
         threads: int | None = None,
         cache: str = "f32",
     ) -> None:
-        from lighten.models.gguf_header import read_header  # quantising does without torch
-
         self._lib = library()
-        self._check = read_header
         self._model: Any = None
         self._context: Any = None
         self._adapters: list[Any] = []
-        self._check(model)  # says what is wrong with a torn file in a sentence
+        _require_whole(model)
         self.path, self.context_tokens = model, context_tokens
         self._model = self._lib.llama_model_load_from_file(
             os.fsencode(model), self._lib.llama_model_default_params()
@@ -256,7 +265,10 @@ class Runtime:
             raise self._refused(self.path)
 
     def _refused(self, path: Path) -> UserError:
-        why = _log[-1] if _log else "it does not say why"
+        # The last lines say that it failed, one before them why.
+        reasons = [line for line in _log if re.search(r"(error|failed)[^:]*: .+: ", line)]
+        why = (reasons or _log or ["it does not say why"])[-1]
+        _log.clear()
         return UserError(f"{path} cannot be loaded by llama.cpp: {why}")
 
     def set_adapters(self, adapters: Mapping[Path, float]) -> None:
@@ -270,7 +282,7 @@ class Runtime:
         """
         opened = []
         for path in adapters:
-            self._check(path)
+            _require_whole(path)
             adapter = self._lib.llama_adapter_lora_init(self._model, os.fsencode(path))
             if not adapter:
                 raise self._refused(path)
@@ -405,7 +417,7 @@ class Runtime:
             self._lib.llama_batch_free(batch)
         places = range(count) if every else [count - 1]
         rows = [self._lib.llama_get_logits_ith(self._context, place) for place in places]
-        return np.stack([np.ctypeslib.as_array(row, shape=(size,)) for row in rows]).copy()
+        return np.stack([np.ctypeslib.as_array(row, shape=(size,)) for row in rows])
 
     def close(self) -> None:
         """Give the memory back; the model frees its adapters."""
