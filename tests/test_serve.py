@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import random
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import httpx
 import openai
@@ -24,8 +26,15 @@ from peft import PeftModel
 pytest.importorskip("xllamacpp")
 pytest.importorskip("uvicorn")
 
+import lighten.api
 from lighten import models
+from lighten.errors import UserError
+from lighten.serve import checks
+from lighten.serve.remote import Remote
+from lighten.serve.stopping import StopTexts
+from lighten.serve.talk import talk
 from tests.serving import ADMIN, Server, save_adapter, serving
+from tests.tiny import save_tiny
 
 BASE = "base"
 QUESTIONS = ["What is the answer?", "Who is the user?", "the question is", "answer the system"]
@@ -301,6 +310,67 @@ def test_adapters_are_loaded_with_the_key_and_from_the_folder_alone(
     assert "more" not in [own.id for own in server.client().models.list()]
 
 
+def test_bench_serve_measures_and_checks(server: Server, tmp_path: Path) -> None:
+    found = lighten.api.bench_serve(
+        server.url, output_dir=tmp_path, requests=12, clients=4, prompt_words=3, max_tokens=4,
+        identity_requests=24, popularity="zipf",
+    )  # fmt: skip
+    assert [own["name"] for own in found["checks"] if not own["passed"]] == []
+    assert found["identity"]["wrong"] == 0
+    assert found["identity"]["same"] + found["identity"]["rounding"] == 24
+    loads = {own["what"]: own for own in found["loads"]}
+    assert {"base", "1 adapter", "2 adapters", "base and adapters"} <= loads.keys()
+    for own in loads.values():
+        assert own["answered"] == 12
+        assert own["errors"] == {}
+        assert 0 < own["first_token_s"]["p50"] <= own["first_token_s"]["p99"]
+    assert set(loads["base"]["by_model"]) == {"base"}
+    assert json.loads((tmp_path / "bench-serve.json").read_text())["identity"]["wrong"] == 0
+    ElementTree.parse(tmp_path / "bench-serve.svg")
+
+
+def test_checks_find_a_server_that_answers_with_another_adapter(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = Remote(server.url)
+    chat, calls = remote.chat, itertools.count()
+
+    def mixed_up(model: str, messages: Any, **options: Any) -> Any:
+        # The first answers are those of each model alone.
+        wrong = next(calls) >= 8 and model == "two"
+        return chat("one" if wrong else model, messages, **options)
+
+    monkeypatch.setattr(remote, "chat", mixed_up)
+    found = checks.identity(remote, ["one", "two"], requests=16, clients=2)
+    assert found.wrong == 8
+    assert found.same == 8
+
+
+def test_chat_talks_to_a_server(server: Server) -> None:
+    out = io.StringIO()
+    question = f"{QUESTIONS[0]}\n/adapter nobody\n/adapter two\n/reset\n{QUESTIONS[0]}\n/exit\n"
+    talk(server.url, lines=io.StringIO(question), out=out, max_new_tokens=8)
+    said = out.getvalue()
+    assert said.startswith(text(server, "one", QUESTIONS[0]))
+    assert "no model is called 'nobody'" in said
+    assert said.rstrip("\n").endswith(text(server, "two", QUESTIONS[0]).rstrip("\n"))
+
+
+def test_the_page_asks_two_models(server: Server, browser: Any) -> None:
+    page = browser.new_page()
+    page.goto(server.url)
+    page.wait_for_function("document.querySelectorAll('option').length >= 6")
+    page.select_option("select >> nth=0", "one")
+    page.select_option("select >> nth=1", "two")
+    page.fill("input[name=tokens]", "8")
+    page.fill("textarea", QUESTIONS[0])
+    page.click("text=Ask")
+    page.wait_for_function("document.querySelectorAll('.told').length == 2")
+    shown = [own.text_content() for own in page.query_selector_all(".answer")]
+    assert shown == [text(server, "one", QUESTIONS[0]), text(server, "two", QUESTIONS[0])]
+    page.close()
+
+
 def test_a_client_that_hangs_up_frees_its_slot(server: Server) -> None:
     for _ in range(6):  # more than there are slots
         with server.http().stream(
@@ -371,3 +441,35 @@ def test_sigterm_lets_running_answers_finish(server: Server) -> None:
     assert time.monotonic() - at < 30
     with pytest.raises(httpx.ConnectError):
         server.http().get("/health")
+
+
+def test_what_cannot_be_served_is_said_before_anything_starts(
+    folder: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIGHTEN_CACHE", str(tmp_path))
+
+    def refused(said: str, **options: Any) -> None:
+        with pytest.raises(UserError, match=said):
+            lighten.api.serve(str(tiny_folder), told=lambda _: None, **options)
+
+    refused("dora.*merge", adapters=[str(folder / "inside" / "dora")])
+    refused("does not exist", adapters=["nowhere"])
+    refused("two adapters are called", adapters=[f"a={folder / 'inside' / 'one'}"] * 2)
+    refused("api-key", host="0.0.0.0")
+    refused("adapter-dir", admin_keys=["key"])
+    refused("positions", context=10_000)
+    refused("storage", storage="q3")
+    refused("engine", engine="nothing")
+    other = save_tiny(tmp_path / "other", "phi3")
+    alien = save_adapter(other, tmp_path / "alien", seed=1)
+    refused("alien.*(base|model)", adapters=[str(alien)])
+
+
+def test_stop_texts_across_pieces() -> None:
+    stops = StopTexts(["END", "ab"])
+    assert [stops.take(piece) for piece in ("xE", "N", "x", "a")] == ["x", "", "ENx", ""]
+    assert not stops.stopped
+    assert stops.take("b tail") == ""
+    assert stops.stopped
+    open_end = StopTexts(["END"])
+    assert open_end.take("the EN") + open_end.rest() == "the EN"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lighten import looked
+from lighten.api_serve import bench_serve as bench_serve
 from lighten.api_serve import serve as serve
 from lighten.errors import NoHeldOut, UserError
 from lighten.looked import RunLike, adapter_folder, run_of

@@ -43,3 +43,37 @@ def serve(
         **options,
     )
     running.serve(base, chosen, told or (lambda line: print(line, file=sys.stderr)))  # noqa: T201
+
+
+def bench_serve(
+    url: str,
+    *,
+    key: str | None = None,
+    output_dir: str | os.PathLike[str] | None = None,
+    identity_requests: int = 64,
+    told: Callable[[str], None] | None = None,
+    **load: Any,
+) -> dict[str, Any]:
+    """Load a server from many clients, and check that its answers are right.
+
+    Args:
+        url: Of an OpenAI-compatible server, ours or another.
+        key: Of the server.
+        output_dir: Where `bench-serve.json` and `bench-serve.svg` go; None: nowhere.
+        identity_requests: Answers that are compared with those of the same model asked alone.
+        told: Hears of each part when it is measured.
+        load: See `lighten.serve.load.Load`.
+
+    Returns:
+        What was measured (`loads`), and what was checked (`checks`, `identity`).
+
+    Raises:
+        UserError: Something the user can mend; the server does not answer.
+    """
+    from lighten.serve import benching
+
+    target = None if output_dir is None else Path(output_dir)
+    return benching.bench(
+        url, key=key, output=target, identity_requests=identity_requests,
+        told=told or (lambda _: None), **load,
+    )  # fmt: skip

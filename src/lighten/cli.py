@@ -262,7 +262,8 @@ def report(
 
 @app.command()
 def chat(
-    target: Annotated[str, typer.Argument(metavar="RUN | MODEL")],
+    target: Annotated[str | None, typer.Argument(metavar="RUN | MODEL")] = None,
+    url: Annotated[str | None, typer.Option(help="Talk to a server instead.")] = None,
     adapter: Annotated[str | None, typer.Option(help="Which adapter of the run.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Answer with base too.")] = False,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
@@ -275,6 +276,9 @@ def chat(
     """Talk to a base or an adapter in the terminal."""
     from lighten import looked
 
+    if url is not None or target is None:
+        cli_serve.chat(target, url, adapter, compare, system, max_new_tokens, temperature, thinking)
+        return
     looked.require_answerable(target)
     from lighten.evaluate.chat import chat as talk
 

@@ -1,12 +1,17 @@
-"""The command `lighten serve`: parse, call the API, print."""
+"""The commands `lighten serve` and `lighten bench serve`: parse, call the API, print."""
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from lighten.console import Json
+
+bench_app = typer.Typer(no_args_is_help=True, help="Measure how fast something answers.")
 _Adapters = Annotated[
     list[str] | None,
     typer.Option(
@@ -20,6 +25,7 @@ def serve(
     ctx: typer.Context,
     base: Annotated[str, typer.Argument(metavar="BASE", help="A model; or a run that is one.")],
     adapters: _Adapters = None,
+    engine: Annotated[str, typer.Option(help="auto or llamacpp.")] = "auto",
     served_model_name: Annotated[
         str | None, typer.Option(help="What clients call the base; default as given.")
     ] = None,
@@ -63,7 +69,7 @@ def serve(
         _plan(base, given, max_model_len, max_num_seqs, storage)
         return
     api.serve(
-        base, adapters=given, served_name=served_model_name, host=host, port=port,
+        base, adapters=given, engine=engine, served_name=served_model_name, host=host, port=port,
         storage=storage, context=max_model_len, slots=max_num_seqs, threads=threads,
         gpu_layers=gpu_layers, adapter_dir=adapter_dir, most_adapters=max_cpu_loras,
         api_keys=api_key or (), admin_keys=admin_key or (), waiting=max_waiting,
@@ -72,8 +78,65 @@ def serve(
     )  # fmt: skip
 
 
+@bench_app.command("serve")
+def bench_serve(
+    url: Annotated[str, typer.Argument(help="Of an OpenAI-compatible server.")],
+    requests: Annotated[int, typer.Option(help="Of each load.")] = 64,
+    clients: Annotated[int, typer.Option(help="At the same time.")] = 16,
+    rate: Annotated[
+        float | None, typer.Option(help="Arrivals per second, whatever is answered.")
+    ] = None,
+    prompt_words: Annotated[int, typer.Option(help="Words of a prompt.")] = 32,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 64,
+    popularity: Annotated[str, typer.Option(help="Of adapters: one, uniform, zipf.")] = "uniform",
+    identity_requests: Annotated[int, typer.Option(help="Answers compared with those alone.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of prompts, arrivals and adapters.")] = 0,
+    api_key: Annotated[str | None, typer.Option(help="Better in LIGHTEN_API_KEY.")] = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Where bench-serve.json and .svg go.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Load a server from many clients, and check that its answers are right.
+
+    Exit code 1: another adapter answered than was named, or a field was dropped without a word.
+    """
+    from lighten import api
+
+    found = api.bench_serve(
+        url, key=api_key or os.environ.get("LIGHTEN_API_KEY"), output_dir=output_dir,
+        identity_requests=identity_requests, told=lambda line: typer.echo(line, err=as_json),
+        requests=requests, clients=clients, rate=rate, prompt_words=prompt_words,
+        max_tokens=max_tokens, popularity=popularity, seed=seed,
+    )  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps(found))
+    wrong = (found["identity"] or {}).get("wrong", 0)
+    raise typer.Exit(int(bool(wrong) or not all(own["passed"] for own in found["checks"])))
+
+
+def chat(
+    target: str | None, url: str | None, adapter: str | None, compare: bool, system: str | None,
+    max_new_tokens: int, temperature: float, thinking: Any,
+) -> None:  # fmt: skip
+    """`lighten chat --url`."""
+    from lighten.errors import UserError
+
+    if url is None or target is not None:
+        raise UserError("give a run, a model, or --url of a server: lighten chat --url URL")
+    if thinking is not None:
+        raise UserError("--thinking is the server's to choose; leave it out with --url")
+    from lighten.serve.talk import talk
+
+    talk(
+        url, key=os.environ.get("LIGHTEN_API_KEY"), adapter=adapter, compare=compare,
+        system=system, max_new_tokens=max_new_tokens, temperature=temperature,
+    )  # fmt: skip
+
+
 def register(app: typer.Typer) -> None:
-    """Add the command to the app."""
+    """Add the commands to the app."""
+    app.add_typer(bench_app, name="bench")
     # Words after `--adapters A` that are no flags are more adapters.
     app.command(context_settings={"allow_extra_args": True})(serve)
 

@@ -35,6 +35,7 @@ class Options:
 
     Attributes:
         adapters: `name=path`, runs, folders of adapters.
+        engine: One of `ENGINES`, or `auto`.
         served_name: What clients call the base; default as it was given.
         host: Address to listen at.
         port: 0 for any that is free.
@@ -53,6 +54,7 @@ class Options:
     """
 
     adapters: Iterable[str] | Mapping[str, str] = ()
+    engine: str = "auto"
     served_name: str | None = None
     host: str = "127.0.0.1"
     port: int = 8000
@@ -163,8 +165,6 @@ def prepare(name: str, options: Options, told: Callable[[str], None]) -> tuple[R
     Raises:
         UserError: A model or an adapter that cannot be served.
     """
-    from lighten.serve.llamacpp import LlamaCpp
-
     base = adapters.open_base(name, revision=options.revision)
     called = options.served_name or name
     registry = Registry(base, called, root=options.adapter_dir, most=options.most_adapters)
@@ -175,18 +175,48 @@ def prepare(name: str, options: Options, told: Callable[[str], None]) -> tuple[R
         raise UserError(
             f"--max-model-len {context} is more than the {positions} positions of {name}"
         )
+    chosen, why = choose_engine(options.engine)
+    engine = ENGINES[chosen](registry, options, context, told)
+    told(f"engine: {chosen}, {why}; {options.slots} answers at once, each of {context} tokens "
+         "with its prompt")  # fmt: skip
+    return registry, engine
+
+
+def choose_engine(wanted: str) -> tuple[str, str]:
+    """An engine's name, and why it is this one.
+
+    Raises:
+        UserError: No such engine.
+    """
+    if wanted == "auto":
+        return "llamacpp", "the one that is embedded"
+    if wanted not in ENGINES:
+        raise UserError(f"--engine {wanted} is not known; use auto, {', '.join(ENGINES)}")
+    return wanted, "as wanted"
+
+
+def _llamacpp(
+    registry: Registry, options: Options, context: int, told: Callable[[str], None]
+) -> Engine:
+    from lighten.serve.llamacpp import LlamaCpp
+
+    base = registry.base
     model, why = base_as_gguf(base, options.storage)
-    told(f"engine: llama.cpp, the embedded one; base {model.stat().st_size / 1e6:,.0f} MB, {why}")
+    told(f"base: {model.stat().st_size / 1e6:,.0f} MB, {why}")
     for own in registry.adapters:  # refused here, with the reason, and not while it serves
         adapters.adapter_as_gguf(own, base)
-    engine = LlamaCpp(
+    return LlamaCpp(
         model, lambda own: adapters.adapter_as_gguf(own, base),
         context=context, slots=options.slots, threads=options.threads,
         gpu_layers=options.gpu_layers, cache="f32" if options.storage == "f32" else "f16",
         flags=dict(options.engine_flags),
     )  # fmt: skip
-    told(f"{options.slots} answers at once, each of {context} tokens with its prompt")
-    return registry, engine
+
+
+# An engine that is not started yet, by name; each says to `told` what it does to the base.
+ENGINES: dict[str, Callable[[Registry, Options, int, Callable[[str], None]], Engine]] = {
+    "llamacpp": _llamacpp
+}
 
 
 def base_as_gguf(base: Base, storage: str) -> tuple[Path, str]:

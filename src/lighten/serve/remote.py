@@ -1,0 +1,168 @@
+"""A client of OpenAI-compatible servers, ours or another, with Python's own HTTP."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import time
+import urllib.parse
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lighten.errors import UserError
+
+
+class ServerError(Exception):
+    """The server answered with an error.
+
+    Attributes:
+        status: Of HTTP; 0 where it did not answer at all.
+    """
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass
+class Streamed:
+    """What came of one streamed answer.
+
+    Attributes:
+        text: The answer.
+        began: `time.perf_counter()` when it was asked.
+        arrivals: The same, of each part that held text.
+        tokens: Tokens generated, as the server counts.
+        prompt_tokens: Tokens of the prompt, as the server counts.
+        finish: Why it ended.
+    """
+
+    text: str = ""
+    began: float = 0.0
+    arrivals: list[float] = field(default_factory=list)
+    tokens: int = 0
+    prompt_tokens: int = 0
+    finish: str | None = None
+
+
+class Remote:
+    """A server at an address.
+
+    Args:
+        url: `http://host:port`, with or without `/v1`.
+        key: Sent as a bearer token.
+        timeout_s: For each answer.
+
+    Raises:
+        UserError: No address.
+    """
+
+    def __init__(self, url: str, key: str | None = None, timeout_s: float = 600.0) -> None:
+        parts = urllib.parse.urlsplit(url if "//" in url else f"http://{url}")
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise UserError(f"{url!r} is no address of a server; write http://127.0.0.1:8000")
+        self.url = f"{parts.scheme}://{parts.netloc}"
+        self._parts, self._timeout_s = parts, timeout_s
+        self._path = parts.path.rstrip("/").removesuffix("/v1")
+        self._headers = {"Content-Type": "application/json"}
+        if key:
+            self._headers["Authorization"] = f"Bearer {key}"
+
+    def models(self) -> dict[str, str | None]:
+        """Parent by name; that of the base is None.
+
+        Raises:
+            UserError: It does not answer, or not so.
+        """
+        try:
+            listed = self.request("GET", "/v1/models")["data"]
+            return {own["id"]: own.get("parent") for own in listed}
+        except (ServerError, KeyError, TypeError) as error:
+            raise UserError(f"{self.url} does not list its models: {error}") from error
+
+    def request(self, method: str, path: str, body: Any = None) -> Any:
+        """The JSON that a request is answered with.
+
+        Raises:
+            ServerError: It is an error.
+        """
+        with self._open(method, path, body) as response:
+            return json.loads(response.read())
+
+    def chat(self, model: str, messages: Sequence[dict[str, str]], **options: Any) -> Any:
+        """A whole answer.
+
+        Raises:
+            ServerError: It is an error.
+        """
+        body = {"model": model, "messages": list(messages), **options}
+        return self.request("POST", "/v1/chat/completions", body)
+
+    def stream(
+        self, model: str, messages: Sequence[dict[str, str]], into: Streamed, **options: Any
+    ) -> Iterator[str]:
+        """An answer's parts as they come.
+
+        Args:
+            model: Who answers.
+            messages: The conversation.
+            into: Filled on the way.
+            options: More of the request's fields.
+
+        Raises:
+            ServerError: It is an error.
+        """
+        body = {"model": model, "messages": list(messages), "stream": True,
+                "stream_options": {"include_usage": True}, **options}  # fmt: skip
+        into.began = time.perf_counter()
+        with self._open("POST", "/v1/chat/completions", body) as response:
+            ended = False
+            while line := response.readline():
+                if not line.startswith(b"data: "):
+                    continue
+                if line.strip() == b"data: [DONE]":
+                    ended = True
+                    break
+                event = json.loads(line[6:])
+                if "error" in event:
+                    raise ServerError(500, str(event["error"].get("message", event["error"])))
+                if usage := event.get("usage"):
+                    into.tokens = usage["completion_tokens"]
+                    into.prompt_tokens = usage["prompt_tokens"]
+                for choice in event["choices"]:
+                    into.finish = choice.get("finish_reason") or into.finish
+                    if text := choice["delta"].get("content"):
+                        into.arrivals.append(time.perf_counter())
+                        into.text += text
+                        yield text
+            if not ended:
+                raise ServerError(0, "the stream broke off")
+
+    def _open(self, method: str, path: str, body: Any) -> http.client.HTTPResponse:
+        kind = (
+            http.client.HTTPSConnection
+            if self._parts.scheme == "https"
+            else http.client.HTTPConnection
+        )
+        connection = kind(str(self._parts.hostname), self._parts.port, timeout=self._timeout_s)
+        content = None if body is None else json.dumps(body).encode()
+        headers = {**self._headers, "Connection": "close"}
+        try:
+            connection.request(method, self._path + path, content, headers)
+            response = connection.getresponse()
+        except (OSError, http.client.HTTPException) as error:
+            connection.close()
+            raise ServerError(0, f"{self.url} does not answer: {error}") from error
+        if response.status != 200:
+            said = response.read()
+            response.close()
+            raise ServerError(response.status, _message(said))
+        return response
+
+
+def _message(body: bytes) -> str:
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return body.decode(errors="replace")[:500]
