@@ -55,6 +55,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3", {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
     ),
     "qwen3, tied": ("qwen3", {"tie_word_embeddings": True}),
+    "gemma": ("gemma", {"head_dim": 16}),
     "gemma2": ("gemma2", {"query_pre_attn_scalar": 8}),
     "gemma2, another scale": (
         "gemma2", {"query_pre_attn_scalar": 20, "attn_logit_softcapping": 5.0},
@@ -102,6 +103,7 @@ def saved(folder: Path, arch: str, changes: dict[str, Any] | None = None) -> Pre
 
 @pytest.mark.parametrize("name", MODELS)
 def test_llama_cpp_computes_what_transformers_computes(name: str, tmp_path: Path) -> None:
+    """Traps 18 and 49: order of queries and keys, rows of the vocabulary, 64 greedy tokens."""
     model = saved(tmp_path / "model", *MODELS[name])
     write_gguf(tmp_path / "model", tmp_path / "model.gguf", "f32")
     # GELU is a table of float16 in llama.cpp; sums are taken in another order.
@@ -350,6 +352,9 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(
     for change, words in [
         ({"model": {**tokenizer["model"], "type": "Unigram"}}, "Unigram"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "Whitespace.*other tokens"),
+        ({"model": {"type": "BPE"}}, "tokenizer.json is no tokenizer"),
+        ({"model": {**tokenizer["model"], "merges": [[1, 2]]}}, "tokenizer.json is no tokenizer"),
+        ({"added_tokens": [{"id": 900, "content": "<more>"}]}, "token 900 .* 320 rows"),
     ]:
         (folder / "tokenizer.json").write_text(json.dumps({**tokenizer, **change}))
         refused(words)
@@ -359,6 +364,10 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(
     config = json.loads((folder / "config.json").read_text())
     for values, words in [
         ({"num_hidden_layers": 3}, "lacks the weight"),
+        ({"num_hidden_layers": "many"}, "config.json holds settings.*many"),
+        ({"num_attention_heads": 0}, "0 heads"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "config.json holds settings.*factor"),
+        ({"rope_parameters": {"rope_type": "spiral"}}, "'spiral'"),
         ({"num_hidden_layers": 1}, "more layers"),
         ({"num_attention_heads": 8}, "heads of"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantised already"),

@@ -23,7 +23,7 @@ from lighten.gguf_names import LAYER, has_bias, outer_names, stored_name
 from lighten.quantize import gguf_types as types
 from lighten.quantize.gguf_file import GgufContent, TensorPlan, require_gguf, write
 from lighten.quantize.gguf_settings import Settings, refused, settings_of
-from lighten.quantize.gguf_source import Weight, read_settings, read_weights
+from lighten.quantize.gguf_source import Weight, read_settings, read_weights, told
 from lighten.quantize.gguf_tokenizer import Vocabulary, read_vocabulary
 from lighten.quantize.gguf_weights import as_stored, is_transposed
 from lighten.quantize.llamacpp import available_threads, library, quantize_rows
@@ -129,7 +129,8 @@ def write_gguf(
     gguf = require_gguf()
     model = _model(model_folder, type)
     _require_quantiser(model)
-    vocabulary = read_vocabulary(model_folder, model.settings.vocabulary)
+    with told(f"{model_folder / 'tokenizer.json'} is no tokenizer that can be read"):
+        vocabulary = read_vocabulary(model_folder, model.settings.vocabulary)
     plan = _plan(model)
 
     def header(writer: Any) -> None:
@@ -184,7 +185,8 @@ def _model(folder: Path, type: str) -> _Model:
     """What the file will hold, from configuration and headers alone."""
     kind = types.file_type(type)
     config = read_settings(folder)
-    settings = settings_of(config, str(folder))
+    with told(f"{folder / 'config.json'} holds settings that no model has"):
+        settings = settings_of(config, str(folder))
     weights = read_weights(folder)
     architecture = settings.architecture
     found: dict[str, tuple[str, Weight]] = {}

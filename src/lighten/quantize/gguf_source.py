@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,25 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{file} does not hold settings by name; fetch or copy it anew")
     return value
+
+
+@contextmanager
+def told(what: str) -> Iterator[None]:
+    """What others' files hold in places where nobody looked is one sentence too.
+
+    Args:
+        what: The file, and what is wrong with it in general.
+
+    Raises:
+        UserError: Something in the block met a value that it cannot use.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{what} ({reason}); fetch or copy the model anew") from error
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
