@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -411,3 +412,19 @@ def test_the_runtime_says_why_llama_cpp_refuses(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not fit a context"):  # noqa: SIM117
         with Runtime(write_any(tmp_path / "model.gguf", model), context_tokens=16) as runtime:
             runtime.logits(list(range(5, 40)))
+
+
+def test_memory_is_that_of_a_few_tensors(tmp_path: Path) -> None:
+    size = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 12}
+    model = saved(tmp_path / "model", "llama", size)
+    whole = sum(weight.nbytes for weight in model.state_dict().values())
+    largest = max(weight.nbytes for weight in model.state_dict().values())
+    write_gguf(tmp_path / "model", tmp_path / "warm.gguf", "q4_k_m")  # packages are loaded
+    tracemalloc.start()
+    try:
+        write_gguf(tmp_path / "model", tmp_path / "model.gguf", "q4_k_m")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    # As read, reordered, checked for numbers that are not finite, packed; and the header.
+    assert peak < 5 * largest + 2**20 < whole / 4
