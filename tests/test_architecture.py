@@ -52,8 +52,8 @@ ALLOWED: dict[str, set[str]] = {
              "paths", "report", "runs", "train", "verbs"},
     "artifacts": {"models", "peft_config", "runs"},
     # A receipt asks the prompts that an evaluation asks.
-    "quantize": {"adapters", "artifacts", "data", "evaluate", "gguf_names", "models",
-                 "peft_config", "runs", "whole_files"},
+    "quantize": {"adapters", "artifacts", "data", "evaluate", "gguf_names", "hardware",
+                 "models", "peft_config", "runs", "train", "whole_files"},
     "serve": {"adapters", "data", "hardware", "models", "native", "peft_config", "quantize",
               "report", "runs", "whole_files"},
     "api_serve": {"serve"},

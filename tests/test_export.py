@@ -70,7 +70,7 @@ def test_an_export_brings_all_that_speaks_to_it(run: Run) -> None:
     made = lighten.export(run, "gguf:q8_0", adapter="a", verify=False)
     assert made.folder == run.folder / "exports" / "gguf-q8_0"
     assert {path.name for path in made.folder.iterdir()} == {
-        "run-a.q8_0.gguf", "Modelfile", "README.md"
+        "run-a.q8_0.gguf", "Modelfile", "README.md", "generation_config.json", "export.json"
     }  # fmt: skip
     text = (made.folder / "Modelfile").read_text()
     assert "FROM ./run-a.q8_0.gguf" in text

@@ -31,6 +31,12 @@ _Folder = Annotated[
 _Dtype = Annotated[
     str, typer.Option(help="Of a merged model: auto (16 bits), float32, bfloat16, float16.")
 ]
+_Onto = Annotated[
+    str | None,
+    typer.Option(
+        help="Weights that an adapter of a quantised base is merged onto: original, dequantized."
+    ),
+]
 _Verify = Annotated[
     bool, typer.Option("--verify/--no-verify", help="Compare its answers with those before.")
 ]
@@ -43,6 +49,7 @@ def export(
     adapter: _Adapter = None,
     output_dir: _Folder = None,
     dtype: _Dtype = "auto",
+    onto: _Onto = None,
     verify: _Verify = True,
     as_json: Json = False,
 ) -> None:
@@ -53,7 +60,14 @@ def export(
             console().print(line, highlight=False)
 
     made = api.export(
-        source, form, adapter=adapter, output_dir=output_dir, dtype=dtype, verify=verify, tell=tell
+        source,
+        form,
+        adapter=adapter,
+        output_dir=output_dir,
+        dtype=dtype,
+        onto=onto,
+        verify=verify,
+        tell=tell,
     )
     if as_json:
         typer.echo(

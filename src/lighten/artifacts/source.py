@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,12 @@ COMPANIONS = (
     "generation_config.json",
 )  # fmt: skip
 
+# Settings of a base that is quantised while it is loaded for training.
+QUANTIZED = (
+    "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant",
+)  # fmt: skip
+_LICENSE = re.compile(r"^license:\s*[\"']?([^\"'\s#]+)", re.MULTILINE)
+
 
 @dataclass(frozen=True)
 class Artefact:
@@ -32,8 +39,10 @@ class Artefact:
         adapter: Folder of the adapter in PEFT's format; None: a model of its own.
         companions: Folder of tokenizer, chat template and generation settings.
         run: The run that it is of.
-        facts: What its card says where it is known: `data`, `data_sha256`, `stored` (how the base
-            was quantised while it was trained on).
+        facts: What its card says where it is known: `data`, `data_sha256`, `license` of the base.
+        quantization: The settings of `lighten.models.load` under which the run quantised its base;
+            empty where it did not.
+        added_tokens: Special tokens that the run gave its base.
     """
 
     name: str
@@ -44,6 +53,15 @@ class Artefact:
     companions: Path
     run: runs.Run | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+    quantization: dict[str, Any] = field(default_factory=dict)
+    added_tokens: tuple[str, ...] = ()
+
+    @property
+    def stored(self) -> str | None:
+        """How the base was quantised while it was trained on; None: it was not."""
+        if self.quantization.get("load_in_4bit"):
+            return str(self.quantization["bnb_4bit_quant_type"])
+        return "int8" if self.quantization else None
 
 
 def open_source(
@@ -76,13 +94,15 @@ def open_source(
         revision = config.get("revision")
         folder = _folder(str(base), revision)
         companions = path if (path / "tokenizer_config.json").is_file() else folder
-        return Artefact(path.name, str(base), folder, revision, path, companions)
+        facts = {"license": license_of(str(base), revision)}
+        return Artefact(path.name, str(base), folder, revision, path, companions, facts=facts)
     if path.is_dir() and not (path / "config.json").is_file():
         raise UserError(
             f"{path} holds no run ({runs.RECIPE}), no adapter ({CONFIG}) and no model (config.json)"
         )
     folder = _folder(str(source), None)
-    return Artefact(_short(str(source)), str(source), folder, None, None, folder)
+    facts = {"license": license_of(str(source), None)}
+    return Artefact(_short(str(source)), str(source), folder, None, None, folder, facts=facts)
 
 
 def _of_run(run: runs.Run, adapter: str | None) -> Artefact:
@@ -90,8 +110,10 @@ def _of_run(run: runs.Run, adapter: str | None) -> Artefact:
     facts = {
         "data": Path(recipe.dataset).name,
         "data_sha256": info.get("data", {}).get("sha256"),
-        "stored": "4 bits" if recipe.load_in_4bit else "8 bits" if recipe.load_in_8bit else None,
+        "license": license_of(recipe.model_name_or_path, recipe.revision),
     }
+    keys = QUANTIZED if recipe.load_in_4bit or recipe.load_in_8bit else ()
+    quantization = {key: getattr(recipe, key) for key in keys}
     whole = run.model()
     if whole is not None:
         if adapter is not None:
@@ -112,7 +134,27 @@ def _of_run(run: runs.Run, adapter: str | None) -> Artefact:
     return Artefact(
         run.name if len(trained) == 1 else f"{run.name}-{name}", base,
         _folder(base, recipe.revision), recipe.revision, trained[name], trained[name], run, facts,
+        quantization, tuple(recipe.added_tokens or ()),
     )  # fmt: skip
+
+
+def license_of(base: str, revision: str | None) -> str | None:
+    """A base's licence where it can be known: its package's, or what its card says."""
+    from lighten.models.load import locate
+    from lighten.models.names import PACKAGED
+
+    if base.lower() in PACKAGED:
+        return PACKAGED[base.lower()].license
+    try:
+        _, path = locate(base, revision=revision, weights=False)
+    except UserError:  # a base that is gone leaves its licence unknown
+        return None
+    card = path / "README.md"
+    if not card.is_file():
+        return None
+    head = card.read_text(encoding="utf-8", errors="replace").split("\n---", 1)[0]
+    found = _LICENSE.search(head) if head.startswith("---") else None
+    return found[1] if found else None
 
 
 def _folder(base: str, revision: str | None) -> Path:

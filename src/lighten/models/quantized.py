@@ -258,6 +258,28 @@ def _quantised(module: nn.Module, wanted: Storage, compute: torch.dtype, device:
     return packed_layer(made, module.bias, dense.shape, compute, type(module))
 
 
+def rounded(weight: Tensor, storage: Storage, compute: torch.dtype) -> Tensor:
+    """A dense weight as a quantised layer computes with it, dequantised.
+
+    Args:
+        weight: [O, I], in the format in which it would be quantised.
+        storage: How it would be stored.
+        compute: The format of the products.
+
+    Returns:
+        [O, I] in `compute`.
+
+    Raises:
+        MissingExtra: bitsandbytes is not installed.
+    """
+    with torch.device("meta"):
+        plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    plain.weight = nn.Parameter(weight, requires_grad=False)
+    layer: Any = _quantised(plain, storage, compute, "cpu")
+    found: Tensor = layer.dense_weight()
+    return found
+
+
 def _adopted(module: nn.Module, compute: torch.dtype) -> nn.Module:
     shape = torch.Size((int(module.out_features), int(module.in_features)))  # type: ignore[arg-type]
     source = getattr(module, "source_cls", nn.Linear)

@@ -6,21 +6,24 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lighten import hardware
 from lighten.artifacts import Artefact, copy_companions
 from lighten.errors import UserError
-from lighten.peft_config import CONFIG, WEIGHTS
+from lighten.peft_config import CONFIG, WEIGHTS, read_config
 from lighten.quantize import verify
+from lighten.quantize.export_card import MANIFEST, card, write_manifest
 from lighten.quantize.gguf_source import read_json
 from lighten.quantize.merge import Unmergeable, merge
 from lighten.quantize.verify import Receipt
-from lighten.runs import whole_folder
+from lighten.runs import whole_folder, write_json
 
 FORMS = ("adapter", "merged", "gguf", "gguf-adapter")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+ONTO = ("original", "dequantized")
 MODELFILE = "Modelfile"
 
 
@@ -43,7 +46,7 @@ class Exported:
     receipt: Receipt | None = None
 
 
-def check(artefact: Artefact, form: str, dtype: str) -> tuple[str, str]:
+def check(artefact: Artefact, form: str, dtype: str, onto: str | None) -> tuple[str, str]:
     """The form and its type, before anything is read.
 
     Raises:
@@ -56,6 +59,12 @@ def check(artefact: Artefact, form: str, dtype: str) -> tuple[str, str]:
         raise UserError(f"--dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
     if kind and form != "gguf":
         raise UserError(f"--as: {form} has no types; {form}:{kind} is not valid")
+    if onto is not None and onto not in ONTO:
+        raise UserError(f"--onto: {onto!r} is not one of {', '.join(ONTO)}")
+    if onto is not None and (artefact.stored is None or form not in ("merged", "gguf")):
+        raise UserError(
+            f"--onto: {artefact.name} did not learn on a quantised base, or is not merged"
+        )
     if form in ("adapter", "gguf-adapter") and artefact.adapter is None:
         raise UserError(f"{artefact.name} has no adapter; export it --as merged or --as gguf")
     if form.startswith("gguf"):
@@ -65,7 +74,33 @@ def check(artefact: Artefact, form: str, dtype: str) -> tuple[str, str]:
         require_gguf()
         kind = kind or "f16"
         file_type(kind)
+    require_same_base(artefact)
     return form, kind
+
+
+def require_same_base(artefact: Artefact) -> None:
+    """The adapter belongs to the base, and the base's files are those that it learnt on.
+
+    Raises:
+        UserError: Its configuration names another base, or the checksums differ.
+    """
+    if artefact.adapter is None or artefact.run is None:
+        return
+    from lighten.models.load import checksum, locate, weight_files
+
+    named = read_config(artefact.adapter).get("base_model_name_or_path")
+    if named and named != artefact.base and Path(named).resolve() != Path(artefact.base).resolve():
+        raise UserError(
+            f"{artefact.adapter} belongs to the base {named}, not to {artefact.base}; name the run "
+            "or the adapter that goes with it"
+        )
+    trained_on = (artefact.run.info().get("base") or {}).get("checksum")
+    _, path = locate(artefact.base, revision=artefact.revision)
+    if trained_on is not None and checksum(weight_files(path)) != trained_on:
+        raise UserError(
+            f"the weights of {artefact.base} are not those that {artefact.run.folder} was trained "
+            "on (their checksums differ); put those back, or train again"
+        )
 
 
 def export(
@@ -74,6 +109,7 @@ def export(
     target: Path | None = None,
     *,
     dtype: str = "auto",
+    onto: str | None = None,
     receipt: bool = True,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Exported:
@@ -84,6 +120,8 @@ def export(
         form: `adapter`, `merged`, `gguf` (f16), `gguf:TYPE` or `gguf-adapter`.
         target: Folder to write; None: under `exports` of the run, or of the current folder.
         dtype: Of a merged model.
+        onto: For an adapter that learnt on a quantised base: `original` weights (when None) or
+            those `dequantized` ones that it learnt on.
         receipt: Compare its answers with those of what it was made from.
         tell: Given a line about each part of the work.
 
@@ -91,7 +129,7 @@ def export(
         UserError: The form is none, the adapter is of another base, a file is torn, a package is
             missing, or the disk is full. An older export stays.
     """
-    form, kind = check(artefact, form, dtype)
+    form, kind = check(artefact, form, dtype, onto)
     label = f"{form}-{kind}" if kind else form
     if target is None:
         root = artefact.run.folder if artefact.run is not None else Path.cwd()
@@ -99,7 +137,10 @@ def export(
         target = root / "exports" / name
     target = target.expanduser()
     tell(f"writing {target}")
-    made = _WRITERS[form](artefact, target, kind or dtype)
+    made = _WRITERS[form](artefact, target, kind or dtype, onto == "dequantized")
+    if artefact.stored is not None and form in ("merged", "gguf") and receipt:
+        tell("measuring the held-out loss on either base")
+        made = _with_losses(made, artefact)
     if not receipt:
         return made
     tell("comparing its answers with those before")
@@ -113,27 +154,48 @@ def _exported(folder: Path, pattern: str, notes: tuple[str, ...] = ()) -> Export
     return Exported(folder, files, sum(file.stat().st_size for file in files), notes)
 
 
-def _adapter(artefact: Artefact, target: Path, _: str) -> Exported:
+def _with_losses(made: Exported, artefact: Artefact) -> Exported:
+    """Write down what the adapter loses on each of the weights that it can be merged onto."""
+    from lighten.quantize.merge_losses import held_out_losses
+
+    losses = held_out_losses(artefact)
+    if losses is None:
+        return made
+    path = made.folder / MANIFEST
+    write_json(path, {**read_json(path), "held_out_loss": losses})
+    said = ", ".join(f"{name} {own['loss']:.4f}" for name, own in losses.items())
+    note = f"held-out loss of the adapter, nats per token, by the weights it is on: {said}"
+    return replace(made, notes=(*made.notes, note))
+
+
+def _adapter(artefact: Artefact, target: Path, _: str, __: bool) -> Exported:
     assert artefact.adapter is not None
     with whole_folder(target) as partial:
         copy_companions(artefact, partial)
         for name in (CONFIG, WEIGHTS, "README.md"):
             if (artefact.adapter / name).is_file():
                 shutil.copyfile(artefact.adapter / name, partial / name)
+        write_manifest(artefact, partial, "adapter")
     return _exported(target, "*.safetensors")
 
 
-def _merged(artefact: Artefact, target: Path, dtype: str) -> Exported:
+def _merged(artefact: Artefact, target: Path, dtype: str, dequantized: bool) -> Exported:
     notes: list[str] = []
+    onto = "dequantized" if dequantized else "original"
 
     def beside(folder: Path) -> None:
         copy_companions(artefact, folder)
-        (folder / "README.md").write_text(_card(artefact, notes), encoding="utf-8")
+        if artefact.added_tokens and not (artefact.companions / "tokenizer.json").is_file():
+            raise UserError(f"{artefact.companions} lacks its tokenizer; train or save it again")
+        (folder / "README.md").write_text(card(artefact, notes), encoding="utf-8")
+        more = {"onto": onto} if artefact.stored else {}
+        write_manifest(artefact, folder, "merged", **more)
 
-    if stored := artefact.facts.get("stored"):
+    if artefact.stored is not None:
+        other = next(own for own in ONTO if own != onto)
         notes.append(
-            f"the adapter was trained on the base in {stored} and is merged into its original "
-            "weights; the receipt says how far the answers are from those of the adapter on them"
+            f"the adapter learnt on {artefact.stored} weights and is merged onto the {onto} ones "
+            f"(the other choice is --onto {other})"
         )
     if artefact.adapter is None:
         with whole_folder(target) as partial:
@@ -144,11 +206,50 @@ def _merged(artefact: Artefact, target: Path, dtype: str) -> Exported:
             beside(partial)
         return _exported(target, "*.safetensors")
     try:
-        merge(artefact.base_folder, artefact.adapter, target, dtype=dtype, beside=beside)
+        notes += merge(
+            artefact.base_folder, artefact.adapter, target, dtype=dtype, beside=beside,
+            words=_words(artefact), **(_stored(artefact) if dequantized else {}),
+        )  # fmt: skip
     except Unmergeable as why:
+        if dequantized:
+            raise UserError(
+                f"{artefact.adapter} cannot be merged onto dequantized weights ({why}); use --onto "
+                "original"
+            ) from None
         notes.append(f"merged in memory by PEFT: {why}")
         _merge_in_memory(artefact, target, dtype, beside)
     return _exported(target, "*.safetensors", tuple(notes))
+
+
+def _words(artefact: Artefact) -> int:
+    """Rows that the vocabulary needs for the run's added tokens; 0 where there are none."""
+    if not artefact.added_tokens:
+        return 0
+    from transformers import AutoTokenizer
+
+    return len(AutoTokenizer.from_pretrained(artefact.companions, local_files_only=True))
+
+
+def _stored(artefact: Artefact) -> dict[str, Any]:
+    """For `merge`: how the base was quantised in training, and the format of its products."""
+    import torch
+
+    from lighten.models import quantized
+
+    said = artefact.quantization
+    storage = quantized.choose(
+        said["load_in_4bit"], said["load_in_8bit"], said["bnb_4bit_quant_type"],
+        said["bnb_4bit_use_double_quant"],
+    )  # fmt: skip
+    return {"storage": storage, "compute": getattr(torch, trained_dtype(artefact))}
+
+
+def trained_dtype(artefact: Artefact) -> str:
+    """The format in which the products of the run's training were computed."""
+    assert artefact.run is not None
+    told = {own["what"]: own["value"] for own in artefact.run.info().get("choices", [])}
+    wanted = artefact.run.recipe().compute_dtype
+    return str(told.get("dtype") or hardware.choose_dtype(wanted, "cpu").value)
 
 
 def _merge_in_memory(
@@ -179,12 +280,13 @@ def _merge_in_memory(
 
 
 @contextmanager
-def model_folder(artefact: Artefact, near: Path) -> Iterator[Path]:
+def model_folder(artefact: Artefact, near: Path, *, dequantized: bool = False) -> Iterator[Path]:
     """A folder with the artefact as one model: its own, or a merged one for as long as it is used.
 
     Args:
         artefact: What.
         near: A merged one is made beside this.
+        dequantized: Merge onto the dequantised weights that the adapter learnt on.
     """
     if artefact.adapter is None:
         yield artefact.base_folder
@@ -192,23 +294,29 @@ def model_folder(artefact: Artefact, near: Path) -> Iterator[Path]:
     near.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=near.parent, prefix=".merged-") as scratch:
         folder = Path(scratch) / "model"
-        _merged(artefact, folder, "auto")
+        _merged(artefact, folder, "auto", dequantized)
         yield folder
 
 
-def _gguf(artefact: Artefact, target: Path, kind: str) -> Exported:
+def _gguf(artefact: Artefact, target: Path, kind: str, dequantized: bool) -> Exported:
     from lighten.quantize.gguf_model import write_gguf
 
     file_name = f"{artefact.name}.{kind}.gguf"
-    with model_folder(artefact, target) as folder, whole_folder(target) as partial:
+    with (
+        model_folder(artefact, target, dequantized=dequantized) as folder,
+        whole_folder(target) as partial,
+    ):
         plan = write_gguf(folder, partial / file_name, kind, name=artefact.name)
         _write_modelfile(folder, partial, file_name)
-        card = _card(artefact, plan.sentences())
-        (partial / "README.md").write_text(card, encoding="utf-8")
+        text = card(artefact, plan.sentences())
+        (partial / "README.md").write_text(text, encoding="utf-8")
+        if (folder / "generation_config.json").is_file():
+            shutil.copyfile(folder / "generation_config.json", partial / "generation_config.json")
+        write_manifest(artefact, partial, f"gguf:{kind}")
     return _exported(target, "*.gguf", tuple(plan.sentences()))
 
 
-def _gguf_adapter(artefact: Artefact, target: Path, _: str) -> Exported:
+def _gguf_adapter(artefact: Artefact, target: Path, _: str, __: bool) -> Exported:
     from transformers import AutoConfig
 
     from lighten.quantize.gguf_adapter import write_gguf_adapter
@@ -218,7 +326,8 @@ def _gguf_adapter(artefact: Artefact, target: Path, _: str) -> Exported:
     with whole_folder(target) as partial:
         config = AutoConfig.from_pretrained(artefact.base_folder, local_files_only=True)
         write_gguf_adapter(artefact.adapter, config, partial / file_name)
-        (partial / "README.md").write_text(_card(artefact, []), encoding="utf-8")
+        (partial / "README.md").write_text(card(artefact, []), encoding="utf-8")
+        write_manifest(artefact, partial, "gguf-adapter")
     note = "it goes on the base as GGUF: lighten export BASE --as gguf"
     return _exported(target, "*.gguf", (note,))
 
@@ -236,7 +345,7 @@ def _write_modelfile(folder: Path, partial: Path, file_name: str) -> None:
     (partial / MODELFILE).write_text(text, encoding="utf-8")
 
 
-_WRITERS: dict[str, Callable[[Artefact, Path, str], Exported]] = {
+_WRITERS: dict[str, Callable[[Artefact, Path, str, bool], Exported]] = {
     "adapter": _adapter, "merged": _merged, "gguf": _gguf, "gguf-adapter": _gguf_adapter,
 }  # fmt: skip
 
@@ -327,18 +436,3 @@ def _comparing(against: Artefact) -> Iterator[tuple[verify.InTransformers, list[
 def _dtype_of(folder: Path) -> str:
     config = read_json(folder / "config.json")
     return str(config.get("dtype") or config.get("torch_dtype") or "float32")
-
-
-def _card(artefact: Artefact, notes: list[str]) -> str:
-    """A model card for the hub."""
-    trained = ""
-    if artefact.run is not None:
-        checksum = artefact.facts.get("data_sha256")
-        trained = f"\nTrained on `{artefact.facts['data']}`" + (
-            f" (SHA-256 `{checksum}`).\n" if checksum else ".\n"
-        )
-    told = "".join(f"\n- {note}" for note in notes)
-    return (
-        f"---\nbase_model: {artefact.base}\ntags: [lighten]\n---\n\n# {artefact.name}\n\n"
-        f"Made with lighten from `{artefact.base}`.\n{trained}{told}\n"
-    )

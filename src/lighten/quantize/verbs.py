@@ -20,6 +20,7 @@ def export(
     adapter: str | None = None,
     output_dir: str | os.PathLike[str] | None = None,
     dtype: str = "auto",
+    onto: str | None = None,
     verify: bool = True,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Exported:
@@ -31,6 +32,8 @@ def export(
         adapter: Of a run with several, whose.
         output_dir: The folder to write; under `exports` when None.
         dtype: Of a merged model: `auto` (16 bits), `float32`, `bfloat16`, `float16`.
+        onto: Where an adapter that learnt on a quantised base is added: `original` weights (when
+            None), or those `dequantized` ones.
         verify: Compare its answers with those of what it was made from.
         tell: Given a line about each part of the work.
 
@@ -42,7 +45,7 @@ def export(
 
     opened = open_source(source, adapter=adapter)
     target = None if output_dir is None else Path(output_dir)
-    return exports.export(opened, form, target, dtype=dtype, receipt=verify, tell=tell)
+    return exports.export(opened, form, target, dtype=dtype, onto=onto, receipt=verify, tell=tell)
 
 
 def verify(

@@ -1,0 +1,79 @@
+"""A safetensors file written tensor by tensor, some rows in memory at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_HEADER = 8  # bytes in front of the header, which say how long it is
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of a file.
+
+    Attributes:
+        name: Its key.
+        kind: Its format in the file, such as `BF16`.
+        shape: Its shape.
+        nbytes: Its bytes.
+        blocks: Gives its bytes one after another.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    nbytes: int
+    blocks: Callable[[], Iterable[bytes | memoryview]]
+
+
+def entry(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, blocks: Callable[[], Iterable[Tensor]]
+) -> Entry:
+    """A tensor that comes as blocks of numbers and is rounded to a format once.
+
+    Args:
+        name: Its key.
+        shape: Its shape.
+        dtype: What it is rounded to.
+        blocks: Gives its numbers, some rows at a time.
+    """
+
+    def data() -> Iterable[memoryview]:
+        for block in blocks():
+            rounded = block.to(dtype).contiguous()
+            yield rounded.view(torch.uint8).reshape(-1).numpy().data
+
+    return Entry(name, KINDS[dtype], shape, math.prod(shape) * dtype.itemsize, data)
+
+
+def write(path: Path, entries: Sequence[Entry]) -> None:
+    """Write a file.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    place = 0
+    for own in entries:
+        header[own.name] = {
+            "dtype": own.kind,
+            "shape": list(own.shape),
+            "data_offsets": [place, place + own.nbytes],
+        }
+        place += own.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(_HEADER, "little"))
+        file.write(text)
+        for own in entries:
+            written = sum(file.write(block) for block in own.blocks())
+            assert written == own.nbytes, (own.name, written, own.nbytes)

@@ -1,0 +1,103 @@
+"""Adapters of a quantised base, and of one that was given tokens, as merged models."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import lighten
+from lighten import adapters, models
+from lighten.errors import UserError
+from lighten.runs import Run
+from lighten.train.prepare import load_base
+from tests.tiny import save_tiny
+
+IDS = torch.randint(0, 320, (2, 17), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope="module")
+def qlora(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, chat_file: Path) -> Run:
+    """A run that trained an adapter on an NF4 base."""
+    return lighten.train(
+        model_name_or_path=str(tiny_folder), dataset=str(chat_file), dtype="float32",
+        output_dir=str(tmp_path_factory.mktemp("runs") / "qlora"), lora_r=4, learning_rate=1e-2,
+        per_device_train_batch_size=6, max_steps=3, val_size=8, load_in_4bit=True,
+        bnb_4bit_use_double_quant=True, progress=False,
+    )  # fmt: skip
+
+
+def merged_logits(folder: Path, ids: torch.Tensor = IDS) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return model(ids).logits.detach()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("onto", ["original", "dequantized"])
+def test_trap_30_an_adapter_of_an_nf4_base_is_merged_onto_either_weights(
+    qlora: Run, onto: str, tmp_path: Path
+) -> None:
+    """Never 4 bits again; the choice and both losses written down; equal to the adapter there."""
+    made = lighten.export(qlora, "merged", output_dir=tmp_path / "out", dtype="float32", onto=onto)
+    said = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert said["onto"] == onto
+    assert said["data_sha256"] == qlora.info()["data"]["sha256"]
+    losses = said["held_out_loss"]
+    (trained,) = qlora.info()["adapters"]
+    assert losses["dequantized"]["loss"] == pytest.approx(trained["eval_loss"], abs=1e-5)
+    assert losses["original"]["loss"] != losses["dequantized"]["loss"]
+    assert "nf4" in made.notes[0]
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    settings = {"load_in_4bit": True, "bnb_4bit_use_double_quant": True}
+    base = models.load(
+        qlora.recipe().model_name_or_path, dtype="float32",
+        **(settings if onto == "dequantized" else {}),
+    )  # fmt: skip
+    cohort = adapters.load(base.model, {"own": qlora.adapters()["default"]})
+    with cohort.using("own"):
+        expected = base.model(IDS).logits.detach()
+    torch.testing.assert_close(merged_logits(tmp_path / "out"), expected, atol=1e-4, rtol=0)
+
+
+def test_added_tokens_make_the_vocabulary_taller(
+    tiny_folder: Path, chat_file: Path, tmp_path: Path
+) -> None:
+    """The embedding is trained and brings its rows; the head's new ones are the mean of others."""
+    run = lighten.train(
+        model_name_or_path=str(tiny_folder), dataset=str(chat_file), dtype="float32",
+        output_dir=str(tmp_path / "run"), lora_r=4, max_steps=1, val_size=8,
+        added_tokens=["<call>", "</call>"], modules_to_save=["embed_tokens"], progress=False,
+    )  # fmt: skip
+    base = load_base(run.recipe(), "cpu")
+    words = base.model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
+    made = lighten.export(run, "merged", output_dir=tmp_path / "m", dtype="float32", verify=False)
+    assert json.loads((tmp_path / "m" / "config.json").read_text())["vocab_size"] == words
+    cohort = adapters.load(base.model, {"own": run.adapters()["default"]})
+    ids = torch.cat([IDS, torch.tensor([[words - 2], [words - 1]])], dim=1)
+    with cohort.using("own"):
+        expected = base.model(ids).logits.detach()
+    torch.testing.assert_close(merged_logits(tmp_path / "m", ids), expected, atol=1e-4, rtol=0)
+    assert made.files
+
+
+def test_another_base_or_a_changed_one_is_refused(qlora: Run, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(qlora.folder, run)
+    other = save_tiny(tmp_path / "other", seed=5)
+    recipe = run / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(qlora.recipe().model_name_or_path, str(other)))
+    with pytest.raises(UserError, match="belongs to the base"):
+        lighten.export(run, "merged")
+    config = run / "adapters" / "default" / "adapter_config.json"
+    said = json.loads(config.read_text())
+    config.write_text(json.dumps({**said, "base_model_name_or_path": str(other)}))
+    with pytest.raises(UserError, match="checksums differ"):
+        lighten.export(run, "merged")
+    with pytest.raises(UserError, match="did not learn on a quantised base"):
+        lighten.export(other, "merged", onto="dequantized")
+    with pytest.raises(UserError, match="not one of original, dequantized"):
+        lighten.export(qlora, "merged", onto="4bit")
+    assert not (run / "exports").exists()
