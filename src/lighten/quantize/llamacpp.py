@@ -139,6 +139,11 @@ def library() -> ctypes.CDLL:
     if any(struct.unpack_from("<i", defaults, at)[0] != value for at, value in _DEFAULTS.items()):
         raise UserError(_other_release("its settings lie elsewhere"))
     lib.llama_backend_init()
+    batch = lib.llama_batch_init(1, 0, 1)
+    parts = (batch.token, batch.pos, batch.n_seq_id, batch.seq_id, batch.logits)
+    if batch.embd or not all(parts):
+        raise UserError(_other_release("its batches lie elsewhere"))
+    lib.llama_batch_free(batch)
     return lib
 
 
