@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     from lighten.runs import Run
 
 __all__ = [
-    "Recipe", "Run", "UserError", "adapter_info", "evaluate", "export", "plan", "report",
-    "resize_adapter", "run", "sweep", "train", "verify",
+    "Recipe", "Run", "UserError", "adapter_info", "evaluate", "export", "plan", "quantize",
+    "report", "resize_adapter", "run", "sweep", "train", "verify",
 ]  # fmt: skip
 
-_ROOMS = ("evaluate", "plan", "report", "sweep", "train")
+_ROOMS = ("evaluate", "plan", "quantize", "report", "sweep", "train")
 _HOME = {
     "Recipe": "lighten.recipe",
     "Run": "lighten.runs",

@@ -16,6 +16,7 @@ import lighten
 from lighten import cli_plan, cli_serve, streams
 from lighten.cli_adapter import adapter_app
 from lighten.cli_export import export, verify
+from lighten.cli_quantize import quantize
 from lighten.cli_runs import runs_app
 from lighten.cli_settings import TakesSettings, TakesSweep, show_settings
 from lighten.console import (
@@ -205,6 +206,7 @@ def train(
 
 app.command("sft", context_settings=OPEN, hidden=True)(train)
 cli_plan.register(app)
+app.command()(quantize)
 cli_serve.register(app)
 
 

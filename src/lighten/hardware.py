@@ -17,7 +17,8 @@ import psutil
 
 # Extra of the package by the module that it brings: those that this version uses, no others.
 EXTRAS = {
-    "bitsandbytes": "quant", "gguf": "gguf", "xllamacpp": "gguf", "pyarrow": "parquet",
+    "bitsandbytes": "quant", "torchao": "quantize", "auto_round": "quantize",
+    "gguf": "gguf", "xllamacpp": "gguf", "pyarrow": "parquet",
     "wandb": "track", "tensorboard": "track", "trackio": "track", "optuna": "search", "ray": "ray",
     "starlette": "serve", "uvicorn": "serve",
 }  # fmt: skip

@@ -1,0 +1,198 @@
+"""Making and measuring one artefact in a process of its own, so that its memory is its own.
+
+The job is a JSON file; so is the result. `python -m lighten.quantize.child JOB` runs one.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lighten.errors import UserError
+from lighten.quantize.scores import EvaluationRow, score, speeds, summary
+
+
+def call(job: dict[str, Any]) -> dict[str, Any]:
+    """Run a job in a child process and return its result.
+
+    Raises:
+        UserError: What the job raised, or that the process was killed.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        asked, answered = Path(scratch) / "job.json", Path(scratch) / "result.json"
+        asked.write_text(json.dumps({**job, "result": str(answered)}), encoding="utf-8")
+        ended = subprocess.run(
+            [sys.executable, "-m", "lighten.quantize.child", str(asked)],
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+        if not answered.is_file():
+            said = (ended.stderr.strip().splitlines() or ["it said nothing"])[-1]
+            why = (
+                "it was killed, as systems do when memory is full" if ended.returncode < 0 else said
+            )
+            raise UserError(f"{job['name']} failed: {why}")
+        found: dict[str, Any] = json.loads(answered.read_text(encoding="utf-8"))
+    if "error" in found:
+        raise UserError(found["error"])
+    return found
+
+
+def main(path: str) -> None:
+    """Do the job of a file."""
+    job = json.loads(Path(path).read_text(encoding="utf-8"))
+    try:
+        found = _make(job) if job["do"] == "make" else _measure(job)
+    except UserError as error:
+        found = {"error": str(error)}
+    except OSError as error:
+        from lighten.whole_files import cannot_write
+
+        found = {"error": str(cannot_write(error, Path(job["folder"])))}
+    Path(job["result"]).write_text(json.dumps(found), encoding="utf-8")
+
+
+def _make(job: dict[str, Any]) -> dict[str, Any]:
+    from lighten.hardware import high_water
+
+    model, folder = Path(job["model"]), Path(job["folder"])
+    if job["kind"] == "gguf":
+        from lighten.quantize.gguf_model import write_gguf
+
+        began = time.perf_counter()
+        write_gguf(model, folder / f"{job['label']}.gguf", job["type"], name=job["label"])
+    else:
+        from lighten.quantize.weights import make
+
+        began = time.perf_counter()
+        make(job["kind"], model, folder, job["calibration"])
+    return {"seconds": time.perf_counter() - began, "peak_bytes": high_water()}
+
+
+def _measure(job: dict[str, Any]) -> dict[str, Any]:
+    rows = [EvaluationRow(row["ids"], row["supervised"]) for row in job["rows"]]
+    found = _measure_gguf(job, rows) if job["kind"] == "gguf" else _measure_folder(job, rows)
+    statistics = found.pop("statistics")
+    return {**(summary(statistics) if rows else {}), **found, "rows": statistics}
+
+
+def _resident() -> int:
+    import ctypes
+
+    import psutil
+
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # what loading gave back would count otherwise (glibc)
+        trim(0)
+    return int(psutil.Process().memory_info().rss)
+
+
+def _measure_folder(job: dict[str, Any], rows: Sequence[EvaluationRow]) -> dict[str, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if job["kind"] != "reference":
+        _import_loader(job["kind"])
+    tokenizer = AutoTokenizer.from_pretrained(job["folder"], local_files_only=True)
+    before = _resident()
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        job["folder"], dtype=torch.bfloat16, local_files_only=True
+    ).eval()
+
+    @torch.inference_mode()
+    def log_probabilities(ids: list[int]) -> Any:
+        logits = model(input_ids=torch.tensor([ids])).logits[0]
+        return torch.log_softmax(logits.float(), -1).numpy()
+
+    log_probabilities(job["prompt"][:8])  # some weights are repacked when they are first used
+    resident = _resident() - before
+
+    @torch.inference_mode()
+    def prefill(ids: list[int]) -> Any:
+        return model(input_ids=torch.tensor([ids]), logits_to_keep=1)
+
+    def decode(ids: list[int], most: int) -> int:
+        return len(_greedy(model, ids, most, stops=[]))
+
+    statistics = score(rows, log_probabilities, Path(job["store"]), reference=job["reference"])
+    stops = _stops(model, tokenizer)
+    answers = [
+        tokenizer.decode(_greedy(model, ids, job["most"], stops), skip_special_tokens=True)
+        for ids in job["prompts"]
+    ]
+    return {
+        "resident_bytes": resident, "statistics": statistics, "answers": answers,
+        **speeds(job["prompt"], prefill, decode),
+    }  # fmt: skip
+
+
+def _import_loader(kind: str) -> None:
+    """What loads a format is imported first: its code is no part of the model's memory."""
+    import importlib
+
+    named = {"int8": "torchao.quantization", "int4": "auto_round", "int4:rounded": "auto_round"}
+    importlib.import_module(named.get(kind, "bitsandbytes"))
+
+
+def _stops(model: Any, tokenizer: Any) -> list[int]:
+    ends = model.generation_config.eos_token_id
+    several = list(ends) if isinstance(ends, list) else [ends]
+    return [end for end in [*several, tokenizer.eos_token_id] if end is not None]
+
+
+def _greedy(model: Any, ids: list[int], most: int, stops: list[int]) -> list[int]:
+    """The likeliest next tokens, by the model's own cache; nothing else has a say."""
+    import torch
+
+    answer: list[int] = []
+    cache, given = None, torch.tensor([ids])
+    with torch.inference_mode():
+        while len(answer) < most:
+            told = model(input_ids=given, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache, token = told.past_key_values, int(told.logits[0, -1].argmax())
+            if token in stops:
+                break
+            answer.append(token)
+            given = torch.tensor([[token]])
+    return answer
+
+
+def _measure_gguf(job: dict[str, Any], rows: Sequence[EvaluationRow]) -> dict[str, Any]:
+    from lighten.quantize.llamacpp import Runtime, library
+
+    library()
+    longest = max([len(row.ids) for row in rows] + [len(job["prompt"])]
+                  + [len(ids) for ids in job["prompts"]])  # fmt: skip
+    before = _resident()
+    file = next(Path(job["folder"]).glob("*.gguf"))
+    runtime = Runtime(file, context_tokens=longest + max(64, job["most"]), threads=os.cpu_count(),
+                      cache="f16")  # fmt: skip
+    runtime.logits(job["prompt"][:8])
+    resident = _resident() - before
+    statistics = score(
+        rows, runtime.log_probabilities, Path(job["store"]), reference=job["reference"]
+    )
+    answers = []
+    for ids in job["prompts"]:
+        answer = runtime.greedy(ids, job["most"])
+        if answer and runtime.ends(answer[-1]):
+            answer.pop()
+        answers.append(runtime.text(answer))
+    rates = speeds(
+        job["prompt"],
+        lambda ids: runtime.greedy(ids, 1),
+        lambda ids, most: len(runtime.greedy(ids, most, stop=False)),
+    )
+    return {"resident_bytes": resident, "statistics": statistics, "answers": answers, **rates}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

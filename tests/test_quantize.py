@@ -1,0 +1,196 @@
+"""`lighten quantize`: every format is loaded by its own software and measured on the same rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+import lighten
+from lighten.errors import DiskFull, UserError
+from lighten.quantize import table
+from lighten.quantize.model_source import calibration_of, opened
+from lighten.quantize.scores import EvaluationRow, score, summary
+from lighten.quantize.table import Quantized
+from lighten.quantize.targets import parse, require_tools
+from lighten.quantize.weights import group_size, make
+from lighten.runs import Run
+from tests.tiny import tiny_model, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tied model whose rows suit groups of 64, in bfloat16."""
+    folder = tmp_path_factory.mktemp("model") / "tied"
+    model = tiny_model("llama", dtype=torch.bfloat16, hidden_size=64, intermediate_size=128,
+                       tie_word_embeddings=True)  # fmt: skip
+    model.generation_config = GenerationConfig(eos_token_id=[4, 2], pad_token_id=0)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(model_folder: Path, chat_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("runs") / "chat"
+    return lighten.train(
+        model_name_or_path=str(model_folder), dataset=str(chat_file), output_dir=str(folder),
+        max_steps=2, lora_r=2, val_size=0.5, progress=False, planned=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def done(run: Run) -> Quantized:
+    """All of a run's formats but for the slow ones."""
+    return lighten.quantize(run, ["nf4", "int8,gguf:q8_0"], tokens=300, questions=2)
+
+
+def test_each_row_is_of_a_whole_artefact(done: Quantized, run: Run) -> None:
+    names = [row["name"] for row in done.formats]
+    assert names == ["bfloat16", "nf4", "int8", "gguf:q8_0"]
+    for row in done.formats[1:]:
+        folder = Path(row["folder"])
+        assert (folder / "README.md").is_file()
+        assert row["file_bytes"] == table.weight_bytes(folder)
+        assert row["made_peak_bytes"] > row["file_bytes"]
+        assert row["made_seconds"] > 0
+        assert row["decode_tokens_per_second"] > 0
+        assert row["resident_bytes"] > 0
+        assert {"exact_match", "chrf", "prefill_tokens_per_second"} <= row.keys()
+    assert table.read(run) == json.loads(json.dumps(done.to_dict()))
+    assert done.settings["mode"] == table.MODE
+
+
+def test_quality_is_ordered_and_on_the_same_tokens(done: Quantized) -> None:
+    base, nf4, int8, q8 = done.formats
+    assert base["kl"] == 0
+    assert base["top1_agreement"] == 1
+    assert 0 < int8["kl"] < nf4["kl"]
+    assert 0 < q8["kl"] < nf4["kl"]
+    assert {row["tokens"] for row in done.formats} == {base["tokens"]}
+    assert base["frontier"]
+    assert base["ratio"] == 1
+    assert int8["ratio"] < 0.75  # the tied embedding is in it
+
+
+def test_folders_load_in_transformers_and_say_the_same(done: Quantized, run: Run) -> None:
+    ids = torch.arange(5, 60)[None]
+    with opened(run, Path(done.folder)) as source, torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
+        expected = torch.log_softmax(merged(ids).logits, -1)
+        for name, most in (("int8", 0.02), ("nf4", 0.5)):
+            folder = done.format(name)["folder"]
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+            found = torch.log_softmax(model(ids).logits.float(), -1)
+            assert (expected.exp() * (expected - found)).sum(-1).mean() < most
+            theirs = AutoTokenizer.from_pretrained(folder)
+            messages = [{"role": "user", "content": "Why?"}]
+            assert theirs.apply_chat_template(messages, tokenize=False) == (
+                source.tokenizer.apply_chat_template(messages, tokenize=False)
+            )
+            ends = GenerationConfig.from_pretrained(folder).eos_token_id
+            assert ends == GenerationConfig.from_pretrained(source.folder).eos_token_id
+
+
+def test_perplexity_is_that_of_the_rows(done: Quantized, run: Run) -> None:
+    """Against a plain loop over the same rows, with transformers' own loss."""
+    with opened(run, Path(done.folder)) as source, torch.no_grad():
+        held_out = table.evaluation_of(source, 300, 0)
+        assert held_out is not None
+        model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
+        total, count = 0.0, 0
+        for row in held_out.rows:
+            labels = [t if on else -100 for t, on in zip(row.ids, row.supervised, strict=True)]
+            places = sum(label != -100 for label in labels[1:])
+            loss = model(torch.tensor([row.ids]), labels=torch.tensor([labels])).loss
+            total, count = total + float(loss) * places, count + places
+    assert count == done.formats[0]["tokens"]
+    assert done.formats[0]["loss"] == pytest.approx(total / count, rel=0.01)  # bfloat16
+
+
+def test_int4_learns_on_rendered_training_data(
+    run: Run, model_folder: Path, tmp_path: Path
+) -> None:
+    with opened(run, tmp_path) as source:
+        rows, told = calibration_of(source)
+        text = source.tokenizer.decode(rows[0])
+    assert "<|im_start|>user" in text  # the template that training rendered with
+    assert "What is" in text
+    ids = np.asarray(rows, dtype="<i4")
+    assert told["sha256"] == hashlib.sha256(ids.tobytes()).hexdigest()
+    folder = tmp_path / "int4"
+    folder.mkdir()
+    make("int4:rounded", model_folder, folder, rows)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert config["quantization_config"]["bits"] == 4
+    plain = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    ids = torch.tensor(rows[:1])
+    with torch.no_grad():
+        near = torch.log_softmax(plain(ids).logits, -1)
+        far = torch.log_softmax(model(ids).logits.float(), -1)
+    assert 0 < (near.exp() * (near - far)).sum(-1).mean() < 0.5
+
+
+def test_kl_and_agreement_of_distributions_known_by_hand(tmp_path: Path) -> None:
+    rows = [EvaluationRow([0, 1], [False, True])]
+
+    def telling(*p: float) -> Any:
+        return lambda ids: np.log(np.asarray([p] * len(ids), dtype=np.float32))
+
+    summary(score(rows, telling(0.5, 0.5), tmp_path, reference=True))
+    found = summary(score(rows, telling(0.25, 0.75), tmp_path, reference=False))
+    assert found["kl"] == pytest.approx(0.5 * np.log(2) + 0.5 * np.log(2 / 3), rel=1e-5)
+    assert found["perplexity"] == pytest.approx(1 / 0.75, rel=1e-5)
+    assert found["perplexity_standard_error"] is None  # one row has no spread
+    assert found["top1_agreement"] == 0
+
+
+@pytest.mark.parametrize("word", ["int5", "gguf:q9_9", "", "int8,fp3"])
+def test_an_unknown_format_is_named_before_anything_is_loaded(word: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError):
+        lighten.quantize("smollm2-135m", word, output_dir=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_tools_are_told_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install"):
+        require_tools(parse("int4"))
+
+
+def test_what_is_quantised_is_not_quantised_again(done: Quantized, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="quantised already"):
+        lighten.quantize(done.format("nf4")["folder"], "int8", output_dir=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_int4_without_data_says_so(model_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--dataset"):
+        lighten.quantize(str(model_folder), "int4", output_dir=tmp_path)
+
+
+def test_rows_that_no_group_divides_are_refused() -> None:
+    with pytest.raises(UserError, match="rows of 24, 40"):
+        group_size(tiny_model("llama", hidden_size=24, intermediate_size=40))
+
+
+def test_a_full_disk_leaves_nothing_half_written(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(job: dict[str, Any]) -> dict[str, Any]:
+        if job["do"] == "measure":
+            return {"rows": {}, "answers": []}
+        (Path(job["folder"]) / "model.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(table.child, "call", full)
+    with pytest.raises(DiskFull):
+        lighten.quantize(str(model_folder), "int8", output_dir=tmp_path)
+    assert not list(tmp_path.iterdir())
