@@ -54,15 +54,18 @@ def folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=["llamacpp", "lighten"])
 def server(
-    folder: Path, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory
+    folder: Path,
+    tiny_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
 ) -> Iterator[Server]:
     inside = folder / "inside"
     with serving(
         str(tiny_folder), "--adapters", f"one={inside / 'one'}", f"two={inside / 'two'}",
         "--served-model-name", BASE, "--adapter-dir", str(inside), "--storage", "f32",
-        "--max-num-seqs", "4", cache=tmp_path_factory.mktemp("cache"),
+        "--max-num-seqs", "4", "--engine", request.param, cache=tmp_path_factory.mktemp("cache"),
     ) as running:  # fmt: skip
         yield running
 
@@ -105,10 +108,16 @@ def test_log_probabilities_are_those_of_peft_alone(
         with torch.inference_mode():
             expected = reference(ids).logits[0, -1].float().log_softmax(-1).topk(5).values
         top = [own.logprob for own in got.choices[0].logprobs.content[0].top_logprobs]
-        # Both are float32, keys and values too: what is left is the order of sums.
-        torch.testing.assert_close(torch.tensor(top), expected, atol=1e-3, rtol=0)
+        # All is float32, keys and values too: what is left is the order of sums, and our engine's
+        # factors of adapters, which have the 11 bits of float16.
+        close = 1e-3 if model == "base" or engine_of(server) == "llama.cpp" else 5e-3
+        torch.testing.assert_close(torch.tensor(top), expected, atol=close, rtol=0)
         compared += 1
     assert compared >= 4
+
+
+def engine_of(server: Server) -> str:
+    return str(server.http().get("/health").json()["engine"])
 
 
 def test_answers_are_the_named_adapters_whatever_the_caches_hold(server: Server) -> None:
@@ -205,6 +214,10 @@ def test_json_is_answered_where_it_is_wanted(server: Server) -> None:
     schema = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"],
               "additionalProperties": False}  # fmt: skip
     wanted = {"type": "json_schema", "json_schema": {"name": "it", "schema": schema}}
+    if engine_of(server) == "lighten":
+        with pytest.raises(openai.BadRequestError, match=r"--engine llamacpp"):
+            text(server, "one", "json", response_format=wanted)
+        return
     answer = text(server, "one", "json", response_format=wanted, max_completion_tokens=200)
     assert json.loads(answer)["a"] in ("x", "y")
     wanted["json_schema"] = {"name": "it", "schema": {"type": "nonsense"}}
@@ -387,7 +400,7 @@ def test_a_client_that_hangs_up_frees_its_slot(server: Server) -> None:
 
 def test_health_and_metrics(server: Server) -> None:
     http = server.http()
-    assert http.get("/health").json()["engine"] == "llama.cpp"
+    assert engine_of(server) in ("llama.cpp", "lighten")
     assert http.get("/ready").json() == {"ready": True}
     page = http.get("/metrics").text
     assert 'lighten_generated_tokens_total{model="one"}' in page
@@ -399,6 +412,8 @@ def test_health_and_metrics(server: Server) -> None:
 
 
 def test_a_crashed_engine_is_started_again(server: Server) -> None:
+    if engine_of(server) == "lighten":
+        pytest.skip("it lives in the server's process")
     before = text(server, "two", QUESTIONS[2])
     found = subprocess.run(
         ["pgrep", "-P", str(server.process.pid), "-f", "lighten.serve.child"],

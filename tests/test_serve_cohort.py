@@ -18,13 +18,15 @@ from transformers import PreTrainedModel
 from lighten.errors import UserError
 from lighten.serve.cohort import kernels
 from lighten.serve.cohort.engine import Engine, Request
-from lighten.serve.cohort.sampling import Chosen, Sampler, Sampling
+from lighten.serve.cohort.sampling import Chosen, Sampler
 from lighten.serve.cohort.segments import Factors, Segments, Update
+from lighten.serve.engine import Sampling
 from tests.tiny import VOCAB, tiny_model
 
 SERVED = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "mistral", "phi3", "gpt2", "opt")
 # What float16 factors may move a log-probability by: 11 bits of each number, errors of either sign.
 CLOSE = 5e-3
+GREEDY = Sampling(temperature=0.0)
 
 
 def adapter(model: PreTrainedModel, folder: Path, seed: int, **settings: Any) -> Path:
@@ -46,14 +48,15 @@ class Answer:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[dict[int, float]] = field(default_factory=list)
     how: Any = None
+    cached: int = 0
     done: threading.Event = field(default_factory=threading.Event)
 
     def chosen(self, chosen: Chosen) -> None:
         self.tokens.append(chosen.token)
         self.logprobs.append(dict(chosen.top))
 
-    def ended(self, how: Any) -> None:
-        self.how = how
+    def ended(self, how: Any, cached: int) -> None:
+        self.how, self.cached = how, cached
         self.done.set()
 
 
@@ -64,11 +67,9 @@ def ask(
     *,
     count: int = 6,
     stops: frozenset[int] = frozenset(),
-    sampling: Sampling | None = None,
 ) -> Answer:
     answer = Answer()
-    how = sampling or Sampling(top_logprobs=VOCAB)
-    engine.submit(Request(prompt, name, count, stops, how, answer.chosen, answer.ended))
+    engine.submit(Request(prompt, name, count, stops, GREEDY, VOCAB, answer.chosen, answer.ended))
     return answer
 
 
@@ -256,7 +257,7 @@ def test_a_cancelled_answer_ends_and_gives_its_slot_back(engine: Engine) -> None
     for _ in range(5):  # two of them wait
         answer = Answer()
         cancel = engine.submit(
-            Request([5, 6], "a", 40, frozenset(), Sampling(), answer.chosen, answer.ended)
+            Request([5, 6], "a", 40, frozenset(), GREEDY, None, answer.chosen, answer.ended)
         )
         answers.append((answer, cancel))
     for _, cancel in answers:
@@ -318,27 +319,34 @@ def test_bases_that_slots_would_get_wrong_are_refused(
         Engine(tiny_model(arch, **changes))
 
 
+LOGITS = torch.tensor([0.1, 2.0, 1.9, -4.0, 1.0])
+
+
+def chosen(written: Sequence[int] = (), top: int | None = None, **how: Any) -> Chosen:
+    return Sampler(Sampling(**how), top).choose(LOGITS, [], written)
+
+
 def test_draws_follow_their_settings() -> None:
-    logits = torch.tensor([0.1, 2.0, 1.9, -4.0, 1.0])
-    drawn = [Sampler(Sampling(temperature=1.0, seed=n)).choose(logits, []) for n in range(400)]
+    drawn = [chosen(seed=n) for n in range(400)]
     share = sum(one.token == 1 for one in drawn) / 400
-    assert abs(share - float(logits.softmax(-1)[1])) < 0.08
-    assert {
-        Sampler(Sampling(temperature=1.0, top_k=2, seed=n)).choose(logits, []).token
-        for n in range(60)
-    } == {1, 2}
-    assert {
-        Sampler(Sampling(temperature=1.0, top_p=0.3, seed=n)).choose(logits, []).token
-        for n in range(60)
-    } == {1}
+    assert abs(share - float(LOGITS.softmax(-1)[1])) < 0.08
+    assert {chosen(top_k=2, seed=n).token for n in range(60)} == {1, 2}
+    assert {chosen(top_p=0.3, seed=n).token for n in range(60)} == {1}
+    assert {chosen(min_p=0.5, seed=n).token for n in range(60)} == {1, 2}
     again = [Sampler(Sampling(temperature=2.0, seed=9)) for _ in range(2)]
-    runs = [[sampler.choose(logits, []).token for _ in range(20)] for sampler in again]
+    runs = [[sampler.choose(LOGITS, [], []).token for _ in range(20)] for sampler in again]
     assert runs[0] == runs[1]
     assert len(set(runs[0])) > 1
-    biased = Sampler(Sampling(logit_bias={3: 100.0})).choose(logits, [])
-    assert biased.token == 3
-    assert Sampler(Sampling(frequency_penalty=0.2)).choose(logits, [1, 1]).token == 2
-    assert Sampler(Sampling(presence_penalty=0.2)).choose(logits, [1, 1]).token == 2
-    told = Sampler(Sampling(top_logprobs=2)).choose(logits, [])
-    assert told.logprob == pytest.approx(float(logits.log_softmax(-1)[1]))
+
+
+def test_penalties_and_biases_move_the_choice_and_not_what_is_told_of_it() -> None:
+    assert chosen(temperature=0.0).token == 1
+    assert chosen(temperature=0.0, logit_bias={3: 100.0}).token == 3
+    assert chosen([1, 1], temperature=0.0, frequency_penalty=0.1).token == 2
+    assert chosen([1], temperature=0.0, frequency_penalty=0.04).token == 1
+    assert chosen([1], temperature=0.0, presence_penalty=0.2).token == 2
+    assert chosen([1, 2], temperature=0.0, repetition_penalty=4.0).token == 4
+    told = chosen([1], top=2, temperature=0.0, presence_penalty=9.0)
+    assert told.token == 2
+    assert told.logprob == pytest.approx(float(LOGITS.log_softmax(-1)[2]))
     assert [token for token, _ in told.top] == [1, 2]

@@ -25,7 +25,7 @@ def serve(
     ctx: typer.Context,
     base: Annotated[str, typer.Argument(metavar="BASE", help="A model; or a run that is one.")],
     adapters: _Adapters = None,
-    engine: Annotated[str, typer.Option(help="auto or llamacpp.")] = "auto",
+    engine: Annotated[str, typer.Option(help="auto, llamacpp or lighten.")] = "auto",
     served_model_name: Annotated[
         str | None, typer.Option(help="What clients call the base; default as given.")
     ] = None,

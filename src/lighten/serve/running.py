@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lighten.errors import UserError, missing_extra
-from lighten.hardware import cache_folder
+from lighten.hardware import Choice, cache_folder
 from lighten.serve import adapters
 from lighten.serve.adapters import Base
 from lighten.serve.answering import Front, Limits
@@ -25,6 +25,8 @@ from lighten.serve.registry import Registry
 
 log = logging.getLogger(__name__)
 STORAGES = ("q8_0", "f16", "bf16", "f32")
+STORAGE = STORAGES[0]  # unless another is asked for; ours has the processor's own format then
+STORED = {"f32": "float32", "bf16": "bfloat16"}  # what our engine holds a base as
 _GRACE_S = 25  # running answers have so long after SIGTERM; the process ends within 30 s
 _CONTEXT = 4096
 
@@ -58,7 +60,7 @@ class Options:
     served_name: str | None = None
     host: str = "127.0.0.1"
     port: int = 8000
-    storage: str = "q8_0"
+    storage: str = STORAGE
     context: int | None = None
     slots: int = 8
     threads: int | None = None
@@ -175,24 +177,45 @@ def prepare(name: str, options: Options, told: Callable[[str], None]) -> tuple[R
         raise UserError(
             f"--max-model-len {context} is more than the {positions} positions of {name}"
         )
-    chosen, why = choose_engine(options.engine)
-    engine = ENGINES[chosen](registry, options, context, told)
-    told(f"engine: {chosen}, {why}; {options.slots} answers at once, each of {context} tokens "
-         "with its prompt")  # fmt: skip
+    chosen = choose_engine(options, len(registry.adapters))
+    engine = ENGINES[chosen.value](registry, options, context, told)
+    told(
+        f"engine: {chosen.value}, {chosen.reason}; {options.slots} answers at once, each of "
+        f"{context} tokens with its prompt"
+    )
     return registry, engine
 
 
-def choose_engine(wanted: str) -> tuple[str, str]:
-    """An engine's name, and why it is this one.
+def choose_engine(options: Options, adapters: int) -> Choice:
+    """Which engine answers, and why.
 
-    Raises:
-        UserError: No such engine.
+    llama.cpp takes the least memory and answers one adapter after another; ours computes the
+    tokens of all adapters together.
+
+    Args:
+        options: How it is served.
+        adapters: How many are served from the start.
     """
-    if wanted == "auto":
-        return "llamacpp", "the one that is embedded"
-    if wanted not in ENGINES:
-        raise UserError(f"--engine {wanted} is not known; use auto, {', '.join(ENGINES)}")
-    return wanted, "as wanted"
+    if options.engine != "auto":
+        return Choice(options.engine, "as wanted")
+    if options.engine_flags or options.storage != STORAGE:
+        return Choice("llamacpp", "whose settings were given")
+    if adapters < 2:
+        return Choice("llamacpp", "the embedded one, which takes the least memory")
+    return Choice("lighten", f"which computes the tokens of all {adapters} adapters together")
+
+
+def _cohort(
+    registry: Registry, options: Options, context: int, told: Callable[[str], None]
+) -> Engine:
+    from lighten.serve.cohort.serving import CohortEngine
+
+    told("base: transformers' model in this process")
+    return CohortEngine(
+        registry.base.name, context=context, slots=options.slots, revision=options.revision,
+        dtype=STORED[options.storage] if options.storage != STORAGE else "auto",
+        threads=options.threads,
+    )  # fmt: skip
 
 
 def _llamacpp(
@@ -215,7 +238,8 @@ def _llamacpp(
 
 # An engine that is not started yet, by name; each says to `told` what it does to the base.
 ENGINES: dict[str, Callable[[Registry, Options, int, Callable[[str], None]], Engine]] = {
-    "llamacpp": _llamacpp
+    "llamacpp": _llamacpp,
+    "lighten": _cohort,
 }
 
 
@@ -253,6 +277,15 @@ def require_extra() -> None:
 
 
 def _check(options: Options) -> None:
+    if options.engine not in ("auto", *ENGINES):
+        raise UserError(f"--engine {options.engine} is not known; use auto, {', '.join(ENGINES)}")
+    if options.engine == "lighten" and options.engine_flags:
+        raise UserError("--engine-flag is for --engine llamacpp")
+    if options.engine == "lighten" and options.storage not in (STORAGE, *STORED):
+        raise UserError(
+            f"--storage {options.storage} is for --engine llamacpp; ours holds a base as "
+            f"{', '.join(STORED)}"
+        )
     if options.storage not in STORAGES:
         raise UserError(f"--storage {options.storage} is not known; use {', '.join(STORAGES)}")
     if not _is_loopback(options.host) and not options.api_keys:

@@ -25,8 +25,9 @@ from lighten.serve.cohort import attention
 from lighten.serve.cohort.adapter import LoadedAdapter, read_factors
 from lighten.serve.cohort.attention import Batch, Read, SlotCache
 from lighten.serve.cohort.linears import install
-from lighten.serve.cohort.sampling import Chosen, Sampler, Sampling
+from lighten.serve.cohort.sampling import Chosen, Sampler
 from lighten.serve.cohort.segments import Segments
+from lighten.serve.engine import Sampling
 
 
 @dataclass
@@ -39,9 +40,11 @@ class Request:
         max_tokens: Longest answer.
         stops: Tokens that end it.
         sampling: How tokens are chosen.
+        top_logprobs: Alternatives to tell of for each token; None: no log-probabilities at all.
         chosen: Called with each token, in the engine's thread; the token that ends an answer is
             not among them.
-        ended: Called at the end with "stop", "length", "cancelled", or the error.
+        ended: Called at the end with "stop", "length", "cancelled" or the error, and with the
+            tokens of the prompt that were in the cache.
     """
 
     prompt: Sequence[int]
@@ -49,8 +52,9 @@ class Request:
     max_tokens: int
     stops: frozenset[int]
     sampling: Sampling
+    top_logprobs: int | None
     chosen: Callable[[Chosen], None]
-    ended: Callable[[str | BaseException], None]
+    ended: Callable[[str | BaseException, int], None]
 
 
 @dataclass(eq=False)
@@ -62,6 +66,7 @@ class _Sequence:
     sampler: Sampler
     tokens: list[int]
     cached: int = 0  # tokens whose keys and values the slot holds
+    reused: int = 0  # of those, what it held before
     slot: int = -1
     cancelled: bool = False
     answer: list[int] = field(default_factory=list)
@@ -122,6 +127,11 @@ class Engine:
         return tuple(self._adapters)
 
     @property
+    def alive(self) -> bool:
+        """Whether it takes requests."""
+        return not self._closed and self._thread.is_alive()
+
+    @property
     def load(self) -> tuple[int, int]:
         """Answers under way, and requests that wait."""
         return len(self._running), len(self._waiting)
@@ -150,7 +160,8 @@ class Engine:
         if request.adapter is not None and request.adapter not in self._adapters:
             raise UserError(f"no adapter is called {request.adapter!r}")
         adapter = None if request.adapter is None else self._adapters[request.adapter]
-        sequence = _Sequence(request, adapter, Sampler(request.sampling), list(request.prompt))
+        sequence = _Sequence(request, adapter, Sampler(request.sampling, request.top_logprobs),
+                             list(request.prompt))  # fmt: skip
         self._inbox.put(lambda: self._waiting.append(sequence))
 
         def cancel() -> None:
@@ -262,13 +273,13 @@ class Engine:
     def _admit(self) -> None:
         for sequence in [one for one in self._waiting if one.cancelled]:
             self._waiting.remove(sequence)
-            sequence.request.ended("cancelled")
+            sequence.request.ended("cancelled", 0)
             if sequence.adapter is not None:
                 self._forget(sequence.adapter)
         while self._waiting and self._free:
             sequence = self._waiting.popleft()
             slot = max(self._free, key=lambda free: (self._shared(sequence, free), -free))
-            sequence.cached = self._shared(sequence, slot)
+            sequence.cached = sequence.reused = self._shared(sequence, slot)
             self._free.remove(slot)
             sequence.slot = slot
             self._running.append(sequence)
@@ -287,7 +298,7 @@ class Engine:
         kept = 0 if isinstance(how, BaseException) else sequence.cached
         held.tokens, held.adapter = sequence.tokens[:kept], sequence.adapter
         self._free.add(sequence.slot)
-        sequence.request.ended(how)
+        sequence.request.ended(how, sequence.reused)
         if sequence.adapter is not None:
             self._forget(sequence.adapter)
 
@@ -370,10 +381,12 @@ class Engine:
     def _choose(self, sequences: Sequence[_Sequence], logits: torch.Tensor) -> None:
         greedy = logits.argmax(-1).tolist()
         for row, sequence in enumerate(sequences):
-            if sequence.request.sampling.plain:
+            if sequence.sampler.plain:
                 chosen = Chosen(greedy[row])
             else:
-                chosen = sequence.sampler.choose(logits[row], sequence.answer)
+                chosen = sequence.sampler.choose(
+                    logits[row], sequence.request.prompt, sequence.answer
+                )
             if chosen.token in sequence.request.stops:
                 self._end(sequence, "stop")
                 continue

@@ -1,0 +1,228 @@
+"""Our engine as the front sees it: texts in place of tokens, and answers piece by piece."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import torch
+from tokenizers.decoders import DecodeStream
+
+from lighten import models
+from lighten.errors import UserError
+from lighten.serve.cohort import kernels
+from lighten.serve.cohort.engine import Engine, Request
+from lighten.serve.cohort.sampling import Chosen
+from lighten.serve.engine import (
+    Adapter,
+    EngineFailed,
+    EngineRefused,
+    Finish,
+    Generation,
+    Piece,
+    TokenLogprob,
+)
+
+_BYTE = re.compile(r"^<0x([0-9A-Fa-f]{2})>$")
+
+
+class CohortEngine:
+    """The base in this process, in transformers, with the cohort's product for all adapters.
+
+    Args:
+        base: Name of the base, as `lighten.models.load` takes it.
+        context: Tokens of a prompt with its answer.
+        slots: Answers made at the same time.
+        revision: Of a hub id.
+        dtype: Format of the base; `auto`: bfloat16 where the processor computes in it.
+        threads: Of the processor.
+    """
+
+    name = "lighten"
+
+    def __init__(
+        self, base: str, *, context: int, slots: int, revision: str | None = None,
+        dtype: str = "auto", threads: int | None = None,
+    ) -> None:  # fmt: skip
+        self.context, self.slots = context, slots
+        self._base, self._revision, self._dtype = base, revision, dtype
+        self._threads = threads
+        self._engine: Engine | None = None
+        self._opened: models.Base | None = None
+        self._texts: _Texts | None = None
+
+    async def start(self, adapters: Sequence[Adapter]) -> None:
+        """Load base and adapters.
+
+        Raises:
+            UserError: The base or an adapter cannot be served.
+        """
+        await asyncio.to_thread(self._open)
+        await self.set_adapters(adapters)
+
+    def _open(self) -> None:
+        if self._threads:
+            torch.set_num_threads(self._threads)
+        opened = models.load(
+            self._base, revision=self._revision, dtype=self._dtype, attn_implementation="eager",
+            device="cuda" if torch.cuda.is_available() else "cpu",
+        )  # fmt: skip
+        self._engine = Engine(opened.model, max_sequences=self.slots, max_tokens=self.context)
+        self._texts, self._opened = _Texts(opened.tokenizer), opened
+
+    async def stop(self) -> None:
+        """End it."""
+        if self._engine is not None:
+            await asyncio.to_thread(self._engine.close, 10.0)
+
+    async def set_adapters(self, adapters: Sequence[Adapter]) -> None:
+        """Serve these adapters from now on; answers in progress go on under the old ones.
+
+        Raises:
+            UserError: One of them cannot be served; the old ones stay.
+        """
+        engine = self._running()
+        before, wanted = set(engine.adapters), {own.key: own.folder for own in adapters}
+        loaded: list[str] = []
+        try:
+            for key, folder in wanted.items():
+                if key not in before:
+                    await asyncio.to_thread(engine.load_adapter, key, folder)
+                    loaded.append(key)
+        except UserError:
+            for key in loaded:
+                await asyncio.to_thread(engine.unload_adapter, key)
+            raise
+        for key in before - set(wanted):
+            await asyncio.to_thread(engine.unload_adapter, key)
+
+    async def generate(self, wanted: Generation) -> AsyncIterator[Piece]:
+        """The answer piece by piece; closing the iterator stops the generation.
+
+        Raises:
+            EngineRefused: The client has to change the request.
+            EngineFailed: The engine broke.
+        """
+        if wanted.schema is not None:
+            raise EngineRefused(
+                "response_format: this engine does not hold answers to a schema; start the server "
+                "with --engine llamacpp for that"
+            )
+        engine, texts = self._running(), self._texts
+        assert texts is not None
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[Chosen | tuple[str | BaseException, int]] = asyncio.Queue()
+
+        def put(event: Any) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        request = Request(
+            list(wanted.prompt), wanted.adapter, wanted.max_tokens, wanted.stop_ids,
+            wanted.sampling, wanted.logprobs, put, lambda how, cached: put((how, cached)),
+        )  # fmt: skip
+        try:
+            cancel = engine.submit(request)
+        except UserError as error:
+            raise EngineRefused(str(error)) from error
+        stream = texts.stream(wanted.shown)
+        tokens, ended = 0, False
+        try:
+            while not ended:
+                event = await events.get()
+                if isinstance(event, Chosen):
+                    tokens += 1
+                    told = () if wanted.logprobs is None else (texts.told(event),)
+                    yield Piece(stream.text(event.token), told, tokens=tokens)
+                    continue
+                how, cached = event
+                ended = True
+                if isinstance(how, BaseException):
+                    raise EngineFailed(str(how) or type(how).__name__) from how
+                if how == "cancelled":
+                    raise EngineFailed("the answer was cancelled")
+                finish: Finish = "stop" if how == "stop" else "length"
+                yield Piece("", finish=finish, tokens=tokens + (finish == "stop"), cached=cached)
+        finally:
+            if not ended:
+                cancel()
+
+    def alive(self) -> bool:
+        """Whether it can take requests now."""
+        return self._engine is not None and self._engine.alive
+
+    def facts(self) -> dict[str, Any]:
+        """What it is and how it is set."""
+        opened = self._opened
+        return {
+            "engine": self.name,
+            "context": self.context,
+            "slots": self.slots,
+            "dtype": None if opened is None else opened.dtype.value,
+            "kernels": kernels.obstacle() or "compiled for this processor",
+            "threads": torch.get_num_threads(),
+        }
+
+    def _running(self) -> Engine:
+        if self._engine is None:
+            raise EngineFailed("the engine has not started")
+        return self._engine
+
+
+class _Texts:
+    """Token ids as text."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._special = set(tokenizer.all_special_ids) | {
+            token for token, added in tokenizer.added_tokens_decoder.items() if added.special
+        }
+        from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+        byte_level = "ByteLevel" in str(getattr(tokenizer.backend_tokenizer, "decoder", ""))
+        self._bytes = {c: b for b, c in bytes_to_unicode().items()} if byte_level else {}
+
+    def stream(self, shown: Sequence[str]) -> _Stream:
+        """A decoder of one answer.
+
+        Args:
+            shown: Special tokens that are part of its text.
+        """
+        hidden = self._special - set(self._tokenizer.convert_tokens_to_ids(list(shown)))
+        return _Stream(self._tokenizer.backend_tokenizer, hidden)
+
+    def told(self, chosen: Chosen) -> TokenLogprob:
+        """A token and its alternatives with their texts and bytes."""
+        assert chosen.logprob is not None
+        top = tuple(self._one(token, logprob) for token, logprob in chosen.top)
+        return self._one(chosen.token, chosen.logprob, top)
+
+    def _one(self, token: int, logprob: float, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
+        data = self.bytes_of(token)
+        return TokenLogprob(token, data.decode(errors="replace"), tuple(data), logprob, top)
+
+    def bytes_of(self, token: int) -> bytes:
+        """What a token writes; it may be a part of a character."""
+        piece = str(self._tokenizer.convert_ids_to_tokens(token))
+        if token in self._tokenizer.added_tokens_decoder:
+            return piece.encode()
+        if match := _BYTE.match(piece):
+            return bytes([int(match[1], 16)])
+        if self._bytes and all(letter in self._bytes for letter in piece):
+            return bytes(self._bytes[letter] for letter in piece)
+        return piece.replace("\u2581", " ").encode()
+
+
+class _Stream:
+    """The text of an answer, whole characters at a time."""
+
+    def __init__(self, core: Any, hidden: set[int]) -> None:
+        self._core, self._hidden = core, hidden
+        self._decoder = DecodeStream(skip_special_tokens=False)
+
+    def text(self, token: int) -> str:
+        """What one more token adds; nothing while a character is not whole."""
+        if token in self._hidden:
+            return ""
+        return self._decoder.step(self._core, token) or ""
