@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from lighten import hardware
 from tests.processes import call, python
 
 ROOT = Path(__file__).parents[1]
@@ -18,7 +20,13 @@ PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 SHORT = ["--max_steps", "2", "--per_device_train_batch_size", "1", "--max_eval_samples", "4",
          "--evaluate.max_examples", "4", "--evaluate.max_new_tokens", "4"]  # fmt: skip
 # Options that need a package which the tests do without where it is not installed.
-NEEDS = {"--search": "optuna", "--executor": "ray"}
+NEEDS = {
+    "lighten serve": "xllamacpp",
+    "bench serve": "xllamacpp",
+    "--url": "xllamacpp",
+    "--search": "optuna",
+    "--executor": "ray",
+}
 
 
 def can_run(command: str) -> bool:
@@ -38,8 +46,21 @@ def test_every_command_of_a_page_runs(page: Path, tmp_path: Path, smollm2_folder
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     elsewhere = set() if page == README else set(commands(README))
     own = [command for command in commands(page) if command not in elsewhere]
-    for command in filter(can_run, own):
-        words = shlex.split(command)[1:]
+    with ExitStack() as servers:
+        run_all(own, tmp_path, servers)
+
+
+def run_all(commands: list[str], tmp_path: Path, servers: ExitStack) -> None:
+    """Run commands one after another; a server stays for those after it, at a free port."""
+    url = ""
+    for command in filter(can_run, commands):
+        words = shlex.split(command.replace("http://127.0.0.1:8000", url or "nowhere"))[1:]
+        if words[0] == "serve" and "--plan" not in words:
+            from tests.serving import serving  # needs the extra
+
+            running = serving(*words[1:], cache=hardware.cache_folder())
+            url = servers.enter_context(running).url
+            continue
         short = SHORT if words[0] in ("run", "train", "sweep") else []
         stdin = "hello\n/exit\n" if words[0] == "chat" else ""
         done = call(*words, *short, cwd=tmp_path, stdin=stdin)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lighten.errors import UserError
+
 
 def serve(
     base: str,
@@ -36,6 +38,8 @@ def serve(
 
     from lighten.serve import running
 
+    if admin_keys and adapter_dir is None:
+        raise UserError("--admin-key needs --adapter-dir FOLDER, which adapters are loaded from")
     chosen = running.Options(
         adapter_dir=None if adapter_dir is None else Path(adapter_dir),
         api_keys=running.keys(api_keys, "LIGHTEN_API_KEY"),

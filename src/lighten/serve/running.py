@@ -295,8 +295,6 @@ def _check(options: Options) -> None:
         )
     if options.slots < 1 or (options.context is not None and options.context < 16):
         raise UserError("--max-num-seqs is at least 1 and --max-model-len at least 16")
-    if options.admin_keys and options.adapter_dir is None:
-        raise UserError("--admin-key needs --adapter-dir FOLDER, which adapters are loaded from")
     if options.adapter_dir is not None and not options.adapter_dir.is_dir():
         raise UserError(f"--adapter-dir {options.adapter_dir} is no folder")
 
