@@ -135,7 +135,7 @@ def test_only_extras_that_something_uses_are_offered() -> None:
         if path.name != "hardware.py"
     )
     for module, extra in hardware.EXTRAS.items():
-        packages = [re.split(r"[\[>=<]", own)[0] for own in extras[extra]]
+        packages = [re.split(r"[\[>=<]", own)[0].replace("-", "_") for own in extras[extra]]
         assert module in packages
         assert re.search(rf"import {module}\b|from {module}\b|\"{module}\"", sources), module
 
