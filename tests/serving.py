@@ -55,10 +55,13 @@ class Server:
 
 
 @contextmanager
-def serving(*words: str, cache: Path, env: dict[str, str] | None = None) -> Iterator[Server]:
+def serving(
+    *words: str, cache: Path, env: dict[str, str] | None = None, threads: int | None = 1
+) -> Iterator[Server]:
     """`lighten serve` as a process of its own, ready."""
+    given = [] if threads is None else ["--threads", str(threads)]
     process = subprocess.Popen(
-        [sys.executable, "-m", "lighten", "serve", *words, "--port", "0", "--threads", "1"],
+        [sys.executable, "-m", "lighten", "serve", *words, "--port", "0", *given],
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
