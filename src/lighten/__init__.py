@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         evaluate,
         export,
         plan,
+        push,
         report,
         resize_adapter,
         run,
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
     from lighten.runs import Run
 
 __all__ = [
-    "Recipe", "Run", "UserError", "adapter_info", "evaluate", "export", "plan", "quantize",
-    "report", "resize_adapter", "run", "sweep", "train", "verify",
+    "Recipe", "Run", "UserError", "adapter_info", "evaluate", "export", "plan", "push",
+    "quantize", "report", "resize_adapter", "run", "sweep", "train", "verify",
 ]  # fmt: skip
 
 _ROOMS = ("evaluate", "plan", "quantize", "report", "sweep", "train")
@@ -43,6 +44,7 @@ _HOME = {
     "UserError": "lighten.errors",
     "adapter_info": "lighten.api",
     "export": "lighten.api",
+    "push": "lighten.api",
     "resize_adapter": "lighten.api",
     "run": "lighten.api",
     "verify": "lighten.api",

@@ -14,6 +14,7 @@ from lighten.api_serve import serve as serve
 from lighten.errors import NoHeldOut, UserError
 from lighten.looked import RunLike, adapter_folder, run_of
 from lighten.quantize.verbs import export as export
+from lighten.quantize.verbs import push as push
 from lighten.quantize.verbs import verify as verify
 from lighten.recipe import Recipe
 from lighten.runs import Run

@@ -15,7 +15,7 @@ import typer
 import lighten
 from lighten import cli_plan, cli_serve, streams
 from lighten.cli_adapter import adapter_app
-from lighten.cli_export import export, verify
+from lighten.cli_export import export, push, verify
 from lighten.cli_quantize import quantize
 from lighten.cli_runs import runs_app
 from lighten.cli_settings import TakesSettings, TakesSweep, show_settings
@@ -72,6 +72,7 @@ app.add_typer(runs_app, name="runs")
 app.add_typer(data_app, name="data")
 app.add_typer(adapter_app, name="adapter")
 app.command("export")(export)
+app.command("push")(push)
 app.command("merge", hidden=True)(export)
 app.command("verify")(verify)
 

@@ -21,7 +21,8 @@ _Source = Annotated[
 _Form = Annotated[
     str,
     typer.Option(
-        "--as", help="merged, adapter, gguf (16 bits), gguf:TYPE such as gguf:q8_0, gguf-adapter."
+        "--as",
+        help="merged, adapter, gguf (16 bits), gguf:TYPE such as gguf:q8_0, gguf-adapter.",
     ),
 ]
 _Adapter = Annotated[str | None, typer.Option(help="Which, of a run with several.")]
@@ -101,6 +102,19 @@ def verify(
     if as_json:
         typer.echo(json.dumps(receipt.to_dict()))
     _tell_receipt(receipt, quiet=as_json)
+
+
+def push(
+    artefact: Annotated[Path, typer.Argument(help="An export's folder.")],
+    repo_id: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository of the hub.")],
+    public: Annotated[bool, typer.Option("--public", help="A new repository is public.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also one whose receipt did not pass.")
+    ] = False,
+) -> None:
+    """Upload an artefact to a hub's repository: private, without pickles, looked at before."""
+    address = api.push(artefact, repo_id, private=not public, force=force)
+    console().print(f"uploaded: {address}", soft_wrap=True, highlight=False)
 
 
 def _tell_receipt(receipt: Receipt | None, *, quiet: bool) -> None:

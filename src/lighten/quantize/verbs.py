@@ -68,3 +68,25 @@ def verify(
     from lighten.quantize import export as exports
 
     return exports.verify_artefact(Path(artefact), open_source(against, adapter=adapter))
+
+
+def push(
+    artefact: str | os.PathLike[str], repo_id: str, *, private: bool = True, force: bool = False
+) -> str:
+    """Upload an artefact to a hub's repository, after a look at it.
+
+    Args:
+        artefact: Its folder.
+        repo_id: `owner/name` on the hub.
+        private: A new repository is seen by its owner alone.
+        force: Upload one whose receipt did not pass, too.
+
+    Returns:
+        Address of the commit.
+
+    Raises:
+        UserError: Something the user can mend.
+    """
+    from lighten.quantize.push import push as upload
+
+    return upload(Path(artefact).expanduser(), repo_id, private=private, force=force)
