@@ -13,6 +13,7 @@ from lighten.api_serve import bench_serve as bench_serve
 from lighten.api_serve import serve as serve
 from lighten.errors import NoHeldOut, UserError
 from lighten.looked import RunLike, adapter_folder, run_of
+from lighten.parallel import launch
 from lighten.quantize.verbs import export as export
 from lighten.quantize.verbs import push as push
 from lighten.quantize.verbs import verify as verify
@@ -71,6 +72,7 @@ def train(
     Raises:
         UserError: Something the user can mend; the plan says that it surely does not fit.
     """
+    launch.recognise()  # what it says is needed before anything else looks at the rank
     chosen = recipe_of(recipe, **overrides)
     done = looked.finished(chosen, resume=resume, told=progress)
     if done is not None:
@@ -338,6 +340,11 @@ def sweep(
     """
     from lighten.recipe import swept
 
+    if (place := launch.recognise()).world_size > 1:
+        raise UserError(
+            f"a sweep runs in one process, and {place.launcher} started {place.world_size}; start "
+            "it with: lighten sweep RECIPE"
+        )
     chosen = recipe_of(recipe, **swept.gathered(overrides))
     looked.require_model(chosen.model_name_or_path)
     from lighten.sweep.running import sweep as run_sweep

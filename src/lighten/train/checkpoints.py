@@ -39,6 +39,8 @@ class TrainerState:
         seconds: Time spent in steps.
         members: Progress of each adapter by name.
         scaler: State of the float16 gradient scaler, empty without one.
+        examples_per_step: Rows of one optimiser step over all ranks, which a run keeps when it goes
+            on with another number of them; 0 in checkpoints of older versions.
         global_step: The step again under transformers' name, for tools that read it.
         files: SHA-256 of the checkpoint's other files by relative path.
     """
@@ -49,6 +51,7 @@ class TrainerState:
     seconds: float = 0.0
     members: dict[str, MemberProgress] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
+    examples_per_step: int = 0
     global_step: int = 0
     files: dict[str, str] = field(default_factory=dict)
 

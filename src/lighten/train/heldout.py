@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from lighten.data import lengths_of
 from lighten.data.batches import Item, TokenRow, collate, layout
+from lighten.parallel import ranks
 from lighten.train.lanes import Lanes
 from lighten.train.loss import Objective
 from lighten.train.passes import measure, undropped
@@ -84,7 +87,7 @@ def held_out(
     if batches:
         objective.verify(batches[0], undropped(batches[0]))
 
-    if lanes is None:
+    if lanes is None or not batches:
         lost = [measure(batch, objective) for batch in batches]
     else:
         lost = lanes.measure(objective, batches)
@@ -94,3 +97,34 @@ def held_out(
             tokens[item.row] = batch.supervised_in(place, place + 1)
     kept = [item.row for item in items]
     return HeldOut(tuple(nll[i] for i in kept), tuple(tokens[i] for i in kept))
+
+
+def held_out_over(
+    accelerator: Accelerator,
+    objective: Objective,
+    rows: Sequence[TokenRow],
+    member: str | None,
+    **options: Any,
+) -> HeldOut:
+    """`held_out` with every rank measuring its share; all get the same figures, bit for bit.
+
+    What follows from them (the best state, an early stop) is so decided alike on every rank.
+
+    Args:
+        accelerator: The ranks.
+        objective: The loss.
+        rows: Encoded rows, the same on every rank.
+        member: The adapter's name.
+        options: More arguments of `held_out`.
+
+    Raises:
+        PeerLost: A rank has ended.
+    """
+    supervised = [row for row in rows if any(row.supervised[1:])]
+    share = supervised[accelerator.process_index :: accelerator.num_processes]
+    own = held_out(objective, share, member, **options)
+    shares = ranks.gather(accelerator, own)
+    nll, tokens = [0.0] * len(supervised), [0] * len(supervised)
+    for rank, each in enumerate(shares):
+        nll[rank :: len(shares)], tokens[rank :: len(shares)] = each.nll, each.tokens
+    return HeldOut(tuple(nll), tuple(tokens))

@@ -15,10 +15,11 @@ from lighten.data import lengths_of
 from lighten.data.batches import Item, MicroBatch, collate, layout, steps_of_epoch
 from lighten.folders import resume_command
 from lighten.hardware import PeakMemory
+from lighten.parallel import ranks
 from lighten.train import checkpoints, forked, short_memory
 from lighten.train.checkpoints import TrainerState
 from lighten.train.forked import Forked
-from lighten.train.heldout import HeldOut, held_out
+from lighten.train.heldout import HeldOut, held_out_over
 from lighten.train.interrupt import Interrupted, StopSignals
 from lighten.train.judge import Judge
 from lighten.train.lanes import Lanes, Threads
@@ -67,6 +68,7 @@ class Loop:
         self._lengths = lengths_of(setup.rows.train.rows)
         self._epochs: dict[tuple[int, int], list[list[int]]] = {}
         self._lanes: Lanes | None = None
+        self._agreed = False
         self._first, self._forks = state.step, forked.possible()
 
     def run(self) -> None:
@@ -100,14 +102,14 @@ class Loop:
                 best = self._evaluate(members) and recipe.load_best_model_at_end
             self._ask_judge()
             done = last or not self._active()
-            stop = signals.received is not None
+            stop = ranks.agreed_stop(setup.accelerator, signals.received)
             if done or best or stop or self._due(recipe.save_steps):
                 self._save()
-            if signals.received is not None and not done:
+            if stop is not None and not done:
                 raise Interrupted(
-                    f"stopped by {signals.received.name} after step {state.step}; the state is "
+                    f"stopped by {stop.name} after step {state.step}; the state is "
                     f"saved, go on with: {resume_command(self.folder)}",
-                    signals.received,
+                    stop,
                 )
 
     def _step(self, members: list[Member]) -> dict[str, MemberStep]:
@@ -132,7 +134,7 @@ class Loop:
             batches: list[MicroBatch] = []
             try:
                 batches = list(self._micro_batches(step, members))
-                if batches and setup.objective.verify(batches[0], undropped(batches[0])):
+                if self._check_loss(batches):
                     batches = list(self._micro_batches(step, members))
                 self._open_lanes()
                 return train_step(
@@ -146,6 +148,19 @@ class Loop:
             # Only here, with the exception and the step that it holds gone, is there memory again.
             batches.clear()
             short_memory.clear(setup)
+
+    def _check_loss(self, batches: list[MicroBatch]) -> bool:
+        """The first batch's check, agreed by all ranks; whether rows have to be laid out anew."""
+        objective = self.setup.objective
+        packed = objective.packs
+        if batches:
+            objective.verify(batches[0], undropped(batches[0]))
+        if not self._agreed:
+            fast, packs = ranks.agreed_all(self.setup.accelerator, objective.fast, objective.packs)
+            if self.setup.accelerator.num_processes > 1:
+                objective.agree(fast=fast, packs=packs)
+            self._agreed = True
+        return packed != objective.packs
 
     def _open_lanes(self) -> None:
         """Processes as soon as what they inherit is complete: a checked loss, compiled layers."""
@@ -295,7 +310,8 @@ class Loop:
         self._give_back()
         for member in members:
             began = time.perf_counter()
-            found = held_out(
+            found = held_out_over(
+                setup.accelerator,
                 setup.objective,
                 setup.rows.held_out.rows,
                 member.name,
@@ -358,5 +374,5 @@ class Loop:
             best = [m.progress.best_step for m in setup.members]
             keep = best if setup.recipe.load_best_model_at_end else []
             checkpoints.prune(self.folder / "checkpoints", setup.recipe.save_total_limit, keep)
-        setup.accelerator.wait_for_everyone()
+        ranks.wait(setup.accelerator)
         self._give_back()

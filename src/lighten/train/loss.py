@@ -355,6 +355,16 @@ class Objective:
             )
         return packed != self.packs
 
+    def agree(self, *, fast: bool, packs: bool) -> None:
+        """Take what all ranks found of their first batches: what one of them cannot, none does."""
+        if self.fast and not fast:
+            self.reason = "the loss at supervised positions differed from the model's on a rank"
+        if self.packs and not packs:
+            self.packing_reason = (
+                "the loss of packed rows differed from that of rows apart on a rank"
+            )
+        self.fast, self.packs, self._verified = fast, packs, True
+
     def _models_own(self, batch: MicroBatch, shares: tuple[Share, ...]) -> float:
         """The mean loss by the model's own forward, one row after another.
 

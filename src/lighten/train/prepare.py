@@ -77,8 +77,21 @@ class Setup:
         return [[member] for member in members] if self.apart else [list(members)]
 
 
-def prepare(recipe: Recipe, accelerator: Accelerator, base: models.Base, rows: Rows) -> Setup:
+def prepare(
+    recipe: Recipe,
+    accelerator: Accelerator,
+    base: models.Base,
+    rows: Rows,
+    examples_per_step: int | None = None,
+) -> Setup:
     """Make what learns, its optimisers and the loss.
+
+    Args:
+        recipe: What is wanted.
+        accelerator: Device and ranks.
+        base: The loaded base.
+        rows: The encoded data.
+        examples_per_step: Of a run that goes on; None: what the recipe and the ranks make.
 
     Raises:
         UserError: The recipe does not fit the model.
@@ -101,7 +114,7 @@ def prepare(recipe: Recipe, accelerator: Accelerator, base: models.Base, rows: R
         choices["added_tokens"] = Choice("untrained", untrained)
     if base.quantization is not None:
         choices["quantization"] = base.quantization
-    per_step = (
+    per_step = examples_per_step or (
         recipe.per_device_train_batch_size
         * recipe.gradient_accumulation_steps
         * accelerator.num_processes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -14,6 +15,7 @@ from lighten import allocator, hardware, locks, models
 from lighten.adapters.peft_methods import method_of
 from lighten.errors import DiskFull, UserError
 from lighten.folders import resume_command
+from lighten.parallel import launch, ranks
 from lighten.recipe import Recipe
 from lighten.runs import PLAN, Run, write_json
 from lighten.streams import heard_by
@@ -54,13 +56,16 @@ def train(
         UserError: Something the user can mend; the run is marked failed.
         Interrupted: SIGINT or SIGTERM; the state is saved and the run is marked interrupted.
     """
+    place = launch.recognise()
     trackers.check_installed(recipe.report_to)
     if recipe.peft is not None:
         method_of(recipe.peft)  # says what is wrong with it before anything is loaded
     device = hardware.choose_device()
     optimizers.choose(recipe.optim, device.value)  # a missing package is told before anything loads
-    accelerator = Accelerator(
-        cpu=device.value == "cpu",
+    accelerator = ranks.connect(
+        place,
+        device.value,
+        f"{recipe.run_folder}\n{recipe.to_yaml()}",
         log_with=list(recipe.report_to) or None,
         project_config=trackers.places(recipe.run_folder),
     )
@@ -74,7 +79,8 @@ def train(
         except BaseException as caught:
             error = _explained(caught, run, prediction)
             # Whatever ended the run is told truthfully in run.json, and then goes its way.
-            ended = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            cut_short = isinstance(error, KeyboardInterrupt | ranks.PeerLost)
+            ended = "interrupted" if cut_short else "failed"
             if accelerator.is_main_process:
                 with suppress(OSError, ValueError):
                     if not _came_to_nothing(run, error):
@@ -126,9 +132,9 @@ def _open(recipe: Recipe, accelerator: Accelerator, *, resume: bool) -> Run:
             commit=commit, tree_clean=clean,
             machine=hardware.machine().to_dict(), versions=hardware.versions(),
         )  # fmt: skip
-        accelerator.wait_for_everyone()
+        ranks.wait(accelerator)
         return run
-    accelerator.wait_for_everyone()
+    ranks.wait(accelerator)
     return Run(recipe.run_folder)
 
 
@@ -146,18 +152,21 @@ def _train(
     rows = prediction.rows if prediction is not None else None
     if rows is None:  # what is wrong with them is told before a base is loaded
         rows = load_rows(recipe, tokenizer_of(recipe), shown.encoding)
+    newest, before = _newest(run, accelerator, shown) if resume else (None, TrainerState())
     base = load_base(recipe, str(accelerator.device), learns=True)
     # The rows may have been encoded with a tokenizer of their own; this one is saved.
     base.tokenizer.chat_template = rows.template.text
     facts = _base_facts(base)  # of the base alone: PEFT puts its parameters into the model
-    setup = prepare(recipe, accelerator, base, rows)
+    # What a step is belongs to the run: another number of ranks shares the same steps.
+    setup = prepare(recipe, accelerator, base, rows, before.examples_per_step or None)
     setup.choices["memory"] = pages
     if not planned:  # what kept the plan from being made may have been told as an error by now
         _plan_said(run, accelerator, shown, prediction)
     _tell(setup, shown)
     if resume:
         _require_same_inputs(run, base, rows)
-    state = _resume(run, setup, shown) if resume else TrainerState()
+    state = _resume(newest, setup, shown) if newest is not None else TrainerState()
+    state.examples_per_step = setup.examples_per_step
     if state.step == 0:
         go_on_from_adapter(recipe, setup.trained)
     if accelerator.is_main_process:
@@ -170,13 +179,13 @@ def _train(
                 for what, choice in setup.choices.items()
             ],
         )
-    accelerator.wait_for_everyone()
+    ranks.wait(accelerator)
     trackers.start(accelerator, run.folder, recipe.completed())
     Loop(setup, run.folder, state, shown, memory, prediction, judge=judge, retries=True).run()
     if accelerator.is_main_process:
         _finish(run, setup, state, memory.read())
         _beside_the_plan(run, shown)
-    accelerator.wait_for_everyone()
+    ranks.wait(accelerator)
 
 
 def _plan_said(
@@ -231,14 +240,24 @@ def _require_same_inputs(run: Run, base: models.Base, rows: Rows) -> None:
             )
 
 
-def _resume(run: Run, setup: Setup, shown: TrainingProgress) -> TrainerState:
-    """Put the newest whole checkpoint back, or begin anew where there is none."""
-    newest, broken = checkpoints.newest_complete(run.folder / "checkpoints")
+def _newest(
+    run: Run, accelerator: Accelerator, shown: TrainingProgress
+) -> tuple[Path | None, TrainerState]:
+    """The newest whole checkpoint, which one rank looks for, and what its state says."""
+    found: tuple[Path | None, list[str]] = (None, [])
+    if accelerator.is_main_process:
+        found = checkpoints.newest_complete(run.folder / "checkpoints")
+    newest, broken = ranks.of_main(accelerator, found)
     for sentence in broken:
         shown.note(sentence)
     if newest is None:
         shown.note(f"{run.folder} has no whole checkpoint; starting from the first step")
-        return TrainerState()
+        return None, TrainerState()
+    return newest, checkpoints.read_state(newest)
+
+
+def _resume(newest: Path, setup: Setup, shown: TrainingProgress) -> TrainerState:
+    """Put a checkpoint back."""
     state = checkpoints.restore(newest, setup.trained, setup.members, setup.accelerator.device)
     if state.scaler:
         setup.scaler.load_state_dict(state.scaler)

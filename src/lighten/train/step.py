@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lighten.data.batches import MicroBatch
 from lighten.errors import UserError
+from lighten.parallel import ranks
 from lighten.train.lanes import Lanes
 from lighten.train.loss import Objective
 from lighten.train.member import Member
@@ -78,7 +79,7 @@ def train_step(
             )  # fmt: skip
     # The loss is a mean over the supervised tokens of the whole step: all micro-batches and all
     # ranks (traps 1 to 3). So the counts have to be known before the first backward pass.
-    totals = accelerator.reduce(counted.to(accelerator.device), "sum").cpu()
+    totals = ranks.total(accelerator, counted.to(accelerator.device)).cpu()
     for member, supervised in zip(members, totals[:, 1].tolist(), strict=True):
         if supervised == 0:
             raise UserError(
@@ -92,7 +93,7 @@ def train_step(
     }
     lost = _backward(batches, members, objective, per_token, scaler, lanes)
     counted[:, 0] = torch.tensor([lost[member.name] for member in members], dtype=torch.float64)
-    totals[:, 0] = accelerator.reduce(counted[:, 0].to(accelerator.device), "sum").cpu()
+    totals[:, 0] = ranks.total(accelerator, counted[:, 0].to(accelerator.device)).cpu()
     report = {
         member.name: MemberStep(
             loss=nll / supervised,
@@ -107,7 +108,7 @@ def train_step(
     # less than hooks that fire per backward pass.
     if accelerator.num_processes > 1:
         gradients = [gradient for member in members for gradient in member.gradients()]
-        flat = accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "sum")
+        flat = ranks.total(accelerator, torch.cat([g.flatten() for g in gradients]))
         for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]),
                                     strict=True):  # fmt: skip
             gradient.copy_(summed.view_as(gradient))
@@ -137,7 +138,7 @@ def _backward(
     lanes: Lanes | None,
 ) -> dict[str, float]:
     """Gradients of all micro-batches into the parameters; each adapter's summed token losses."""
-    if lanes is None:
+    if lanes is None or not batches:  # the last step of an epoch may leave a rank without rows
 
         def backward(loss: Tensor) -> None:
             scaler.scale(loss).backward()

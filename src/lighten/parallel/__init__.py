@@ -1,0 +1,1 @@
+"""Several processes that train one recipe together: how they start, agree and end."""

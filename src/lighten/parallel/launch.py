@@ -1,0 +1,169 @@
+"""How this process was started: alone, or as one rank of several by whichever launcher.
+
+torchrun, `accelerate launch`, `deepspeed` and `lighten train --processes` say it in PyTorch's own
+environment variables; SLURM's `srun` and `mpirun` have theirs, which are translated here. Nothing
+heavy is imported: the command line asks before it loads anything.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+
+from lighten.errors import UserError
+
+# What a configuration of accelerate asks for and plain data parallelism would ignore in silence.
+UNBUILT = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor or context parallelism",
+}
+ERROR_FILE = "LIGHTEN_ERROR_FILE"
+PORTS = range(20_000, 30_000)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One process's place among those that train together.
+
+    Attributes:
+        launcher: What started them, as a user knows it.
+        rank: This one's number, from 0.
+        world_size: How many there are, on all machines.
+        local_rank: Its number on this machine.
+        local_world_size: How many there are on this machine.
+    """
+
+    launcher: str = "none"
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the rank that writes files and speaks."""
+        return self.rank == 0
+
+
+def recognise(environment: MutableMapping[str, str] | None = None) -> Launch:
+    """The place of this process; where SLURM or MPI gave it, PyTorch's own names are set too.
+
+    Args:
+        environment: The environment variables; None: this process's.
+
+    Raises:
+        UserError: The launcher asks for something that is not built, or contradicts itself.
+    """
+    variables = os.environ if environment is None else environment
+    refuse_unbuilt(variables)
+    if "WORLD_SIZE" in variables or "RANK" in variables:
+        return _from_torch(variables)
+    launch = _from_slurm(variables) or _from_mpi(variables)
+    if launch is None:
+        return Launch()
+    variables.update(
+        RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size),
+        LOCAL_RANK=str(launch.local_rank), LOCAL_WORLD_SIZE=str(launch.local_world_size),
+    )  # fmt: skip
+    return launch
+
+
+def refuse_unbuilt(variables: Mapping[str, str]) -> None:
+    """Say so where accelerate's configuration asks for what would be ignored.
+
+    Raises:
+        UserError: It does.
+    """
+    for name, what in UNBUILT.items():
+        if variables.get(name, "").lower() in ("1", "true", "yes"):
+            raise UserError(
+                f"accelerate's configuration asks for {what}, which lighten does not build on yet: "
+                "every rank would hold the whole model all the same; choose plain multi-GPU in "
+                "accelerate config, or start with: lighten train RECIPE --gpus N"
+            )
+
+
+def _from_torch(variables: Mapping[str, str]) -> Launch:
+    world_size = _number(variables, "WORLD_SIZE", 1)
+    if world_size > 1 and "RANK" not in variables:
+        raise UserError(
+            f"WORLD_SIZE is {world_size} and RANK is not set, so this process does not know which "
+            "rank it is; start with torchrun, or unset WORLD_SIZE"
+        )
+    if world_size > 1 and "LOCAL_RANK" not in variables:
+        raise UserError(
+            f"WORLD_SIZE is {world_size} and LOCAL_RANK is not set, so this process does not know "
+            "which device is its own; start with torchrun"
+        )
+    rank = _number(variables, "RANK", 0)
+    if not 0 <= rank < max(1, world_size):
+        raise UserError(f"RANK is {rank}, but WORLD_SIZE is {world_size}; unset one or the other")
+    local = _number(variables, "LOCAL_WORLD_SIZE", world_size)
+    name = "lighten" if ERROR_FILE in variables else (
+        "accelerate launch" if "ACCELERATE_MIXED_PRECISION" in variables else "torchrun"
+    )  # fmt: skip
+    return Launch(name, rank, world_size, _number(variables, "LOCAL_RANK", 0), local)
+
+
+def _from_slurm(variables: MutableMapping[str, str]) -> Launch | None:
+    """A task of `srun`; a batch script or a shell within an allocation is alone."""
+    world_size = _number(variables, "SLURM_STEP_NUM_TASKS", 1)
+    if world_size <= 1 or "SLURM_PROCID" not in variables:
+        return None
+    # One number for all nodes, or `2(x3),1`: 2 tasks on three nodes, 1 on the fourth.
+    counts = [
+        int(tasks)
+        for tasks, times in re.findall(r"(\d+)(?:\(x(\d+)\))?",
+                                       variables.get("SLURM_STEP_TASKS_PER_NODE", ""))
+        for _ in range(int(times or 1))
+    ]  # fmt: skip
+    node = _number(variables, "SLURM_NODEID", 0)
+    local = counts[node] if node < len(counts) else world_size
+    nodes = variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_NODELIST", "")
+    variables.setdefault("MASTER_ADDR", first_host(nodes))
+    job = _number(variables, "SLURM_JOB_ID", 0) + _number(variables, "SLURM_STEP_ID", 0)
+    variables.setdefault("MASTER_PORT", str(PORTS[job % len(PORTS)]))
+    return Launch(
+        "srun", _number(variables, "SLURM_PROCID", 0), world_size,
+        _number(variables, "SLURM_LOCALID", 0), local,
+    )  # fmt: skip
+
+
+def _from_mpi(variables: MutableMapping[str, str]) -> Launch | None:
+    world_size = _number(variables, "OMPI_COMM_WORLD_SIZE", 1)
+    if world_size <= 1:
+        return None
+    local = _number(variables, "OMPI_COMM_WORLD_LOCAL_SIZE", world_size)
+    if "MASTER_ADDR" not in variables and local < world_size:
+        raise UserError(
+            "mpirun started ranks on several machines and MASTER_ADDR is not set; give it the "
+            "first machine's name: mpirun -x MASTER_ADDR=HOST ..."
+        )
+    variables.setdefault("MASTER_ADDR", "127.0.0.1")
+    variables.setdefault("MASTER_PORT", str(PORTS[0]))
+    return Launch(
+        "mpirun", _number(variables, "OMPI_COMM_WORLD_RANK", 0), world_size,
+        _number(variables, "OMPI_COMM_WORLD_LOCAL_RANK", 0), local,
+    )  # fmt: skip
+
+
+def first_host(nodes: str) -> str:
+    """The first name of a list as SLURM writes it: `gpu[03-05,9],login` begins with `gpu03`."""
+    first = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodes)
+    if first is None:
+        return "127.0.0.1"
+    return "".join(part or "" for part in first.groups())
+
+
+def _number(variables: Mapping[str, str], name: str, default: int) -> int:
+    value = variables.get(name, "")
+    if not value:
+        return default
+    try:
+        return int(value)
+    except ValueError:
+        raise UserError(f"the environment variable {name} is {value!r}, not a number") from None

@@ -1,0 +1,168 @@
+"""What ranks say to each other, and what happens where one of them is gone."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import signal
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from lighten.errors import UserError
+from lighten.parallel.launch import Launch
+
+Value = TypeVar("Value")
+STOPS = (signal.SIGINT, signal.SIGTERM)
+
+
+class PeerLost(UserError):
+    """Another rank has ended, so that this one cannot go on; the other one's message says why."""
+
+
+def connect(launch: Launch, device: str, recipe: str, **options: Any) -> Accelerator:
+    """Meet the other ranks, and make sure that all see each other and train the same.
+
+    Args:
+        launch: What the launcher says of this process.
+        device: `cpu`, or a CUDA device.
+        recipe: The completed recipe.
+        options: More arguments of `Accelerator`.
+
+    Raises:
+        UserError: This rank has no device, is alone against the launcher's word, or has another
+            recipe than the first.
+        PeerLost: A rank has ended meanwhile.
+    """
+    gpus = torch.cuda.device_count()
+    if device != "cpu" and launch.local_world_size > gpus:
+        raise UserError(
+            f"{launch.local_world_size} ranks were started on a machine with {gpus} GPUs; start "
+            f"{gpus} of them, or train on the processor with LIGHTEN_DEVICE=cpu"
+        )
+    with lost_peers(launch.rank, launch.world_size):
+        accelerator = Accelerator(cpu=device == "cpu", **options)
+    if accelerator.num_processes != launch.world_size:
+        raise UserError(
+            f"{launch.launcher} started {launch.world_size} ranks, but rank {launch.rank} sees "
+            f"{accelerator.num_processes}: each would train alone and write the same files; start "
+            "again with: lighten train RECIPE --processes N (or --gpus N)"
+        )
+    if launch.world_size > 1:
+        seen = gather(accelerator, (launch.rank, _digest(recipe), accelerator.device.type))
+        if sorted(rank for rank, *_ in seen) != list(range(launch.world_size)):
+            raise UserError(
+                f"of {launch.world_size} ranks these answered: {sorted(own[0] for own in seen)}; "
+                "every rank needs a RANK of its own"
+            )
+        for rank, *same in seen:
+            if same != list(seen[0][1:]):
+                raise UserError(
+                    f"rank {rank} was started with another recipe or device than rank 0; start all "
+                    "ranks with the same words"
+                )
+    return accelerator
+
+
+def _digest(recipe: str) -> str:
+    return hashlib.sha256(recipe.encode()).hexdigest()
+
+
+def total(accelerator: Accelerator, tensor: Tensor) -> Tensor:
+    """The sum of all ranks' tensors.
+
+    Raises:
+        PeerLost: A rank has ended.
+    """
+    with _together(accelerator):
+        summed: Tensor = accelerator.reduce(tensor, "sum")
+    return summed
+
+
+def wait(accelerator: Accelerator) -> None:
+    """Wait until every rank is here.
+
+    Raises:
+        PeerLost: A rank has ended.
+    """
+    with _together(accelerator):
+        accelerator.wait_for_everyone()
+
+
+def gather(accelerator: Accelerator, value: Value) -> list[Value]:
+    """Every rank's value, by rank.
+
+    Raises:
+        PeerLost: A rank has ended.
+    """
+    if accelerator.num_processes == 1:
+        return [value]
+    values: list[Any] = [None] * accelerator.num_processes
+    with _together(accelerator):
+        torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def of_main(accelerator: Accelerator, value: Value) -> Value:
+    """The main rank's value, on every rank.
+
+    Raises:
+        PeerLost: A rank has ended.
+    """
+    if accelerator.num_processes == 1:
+        return value
+    values = [value]
+    with _together(accelerator):
+        torch.distributed.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def agreed_stop(accelerator: Accelerator, received: signal.Signals | None) -> signal.Signals | None:
+    """The signal that any rank was told to stop by: all stop after the same step.
+
+    Raises:
+        PeerLost: A rank has ended.
+    """
+    if accelerator.num_processes == 1:
+        return received
+    flags = torch.tensor([received == number for number in STOPS], dtype=torch.int32)
+    counts = total(accelerator, flags.to(accelerator.device)).tolist()
+    return next((own for own, count in zip(STOPS, counts, strict=True) if count), None)
+
+
+def agreed_all(accelerator: Accelerator, *held: bool) -> list[bool]:
+    """For each statement whether it holds on every rank.
+
+    Raises:
+        PeerLost: A rank has ended.
+    """
+    if accelerator.num_processes == 1:
+        return list(held)
+    against = torch.tensor([not own for own in held], dtype=torch.int32)
+    return [not count for count in total(accelerator, against.to(accelerator.device)).tolist()]
+
+
+@contextlib.contextmanager
+def lost_peers(rank: int, world_size: int) -> Iterator[None]:
+    """Say in words what a collective's error means: gloo and NCCL tell of sockets and files.
+
+    Raises:
+        PeerLost: A rank has ended.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if world_size == 1:
+            raise
+        detail = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise PeerLost(
+            f"rank {rank} of {world_size} stopped because another rank has ended or cannot be "
+            f"reached; that one's own message says why ({detail[:200]})"
+        ) from error
+
+
+def _together(accelerator: Accelerator) -> contextlib.AbstractContextManager[None]:
+    return lost_peers(accelerator.process_index, accelerator.num_processes)

@@ -1,0 +1,209 @@
+"""Several ranks over gloo: how they are recognised, agree, stop together, and go on as fewer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import lighten
+from lighten.errors import UserError
+from lighten.parallel import launch
+from lighten.parallel.launch import Launch
+from lighten.runs import Run
+from lighten.train import checkpoints
+from tests import processes
+from tests.processes import Forked
+
+
+@pytest.fixture
+def settings(tiny_folder: Path, chat_file: Path, tmp_path: Path) -> dict[str, Any]:
+    """Thirteen rows in steps of four: the last step of an epoch has one row, none for rank 1."""
+    return {
+        "model_name_or_path": str(tiny_folder), "dataset": str(chat_file), "dtype": "float32",
+        "output_dir": str(tmp_path / "run"), "lora_r": [2, 4], "lora_dropout": 0.1,
+        "learning_rate": 1e-2, "per_device_train_batch_size": 2, "max_train_samples": 13,
+        "eval_dataset": str(chat_file), "max_eval_samples": 5, "max_steps": 6, "save_steps": 2,
+        "eval_steps": 3, "save_total_limit": 10,
+    }  # fmt: skip
+
+
+def free_port() -> str:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
+
+
+def ranks(settings: dict[str, Any], *words: str, count: int = 2, **changes: Any) -> list[Forked]:
+    """`lighten train` as so many ranks, as torchrun starts them."""
+    flags = [f"{key}={json.dumps(value) if isinstance(value, list) else value}"
+             for key, value in {**settings, **changes}.items()]  # fmt: skip
+    port = free_port()
+    return [
+        processes.start(
+            "train", *flags, *words, LIGHTEN_DEVICE="cpu", WORLD_SIZE=str(count), RANK=str(rank),
+            LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=port,
+        )
+        for rank in range(count)
+    ]  # fmt: skip
+
+
+def ended(started: list[Forked]) -> list[int]:
+    return [own.wait(120) for own in started]
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}/{key}": value
+        for name, folder in run.adapters().items()
+        for key, value in load_file(folder / "adapter_model.safetensors").items()
+    }
+
+
+def assert_equal_runs(ours: Run, theirs: Run) -> None:
+    """Losses and weights within what float32 rounds to when sums are split otherwise."""
+    assert [(m["kind"], m["step"], m["adapter"]) for m in ours.metrics()] == [
+        (m["kind"], m["step"], m["adapter"]) for m in theirs.metrics()
+    ]
+    for one, other in zip(ours.metrics(), theirs.metrics(), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert one["supervised_tokens"] == other["supervised_tokens"]
+    expected = weights(theirs)
+    for key, value in weights(ours).items():
+        assert float((value - expected[key]).abs().max()) < 2e-5
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    until = time.monotonic() + 90
+    metrics = run / "metrics.jsonl"
+    while not (metrics.exists() and f'"step": {step},' in metrics.read_text()):
+        assert time.monotonic() < until, f"step {step} never came"
+        time.sleep(0.01)
+
+
+def test_traps_3_38_41_two_ranks_end_and_go_on_as_one_process(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    whole = {**settings, "gradient_accumulation_steps": 2, "output_dir": str(tmp_path / "one")}
+    one = lighten.train(progress=False, **whole)
+    assert ended(ranks(settings)) == [0, 0]
+    two = Run(settings["output_dir"])
+    assert_equal_runs(two, one)
+
+    # Its beginning goes on as one process: the steps are those it began with.
+    folder = tmp_path / "alone"
+    shutil.copytree(two.folder, folder)
+    for checkpoint in checkpoints.listing(folder / "checkpoints")[1:]:
+        shutil.rmtree(checkpoint)
+    shutil.rmtree(folder / "adapters")
+    (folder / "run.json").write_text(json.dumps({**two.info(), "status": "interrupted"}))
+    lighten.train(progress=False, resume=True, **{**settings, "output_dir": str(folder)})
+    assert_equal_runs(Run(folder), one)
+
+
+@pytest.mark.parametrize("asks", list(launch.UNBUILT))
+def test_what_accelerate_would_ignore_is_refused(
+    asks: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(asks, "true")
+    with pytest.raises(UserError, match=f"asks for {launch.UNBUILT[asks]}"):
+        lighten.train(progress=False, **settings)
+    assert not Path(settings["output_dir"]).exists()
+    monkeypatch.setenv(asks, "false")
+    assert launch.recognise() == Launch()
+
+
+def test_a_launcher_is_recognised_by_its_environment() -> None:
+    torchrun = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+    assert launch.recognise(dict(torchrun)) == Launch("torchrun", 5, 8, 1, 4)
+    accelerate = {**torchrun, "ACCELERATE_MIXED_PRECISION": "no"}
+    assert launch.recognise(accelerate).launcher == "accelerate launch"
+    srun = {
+        "SLURM_PROCID": "4", "SLURM_STEP_NUM_TASKS": "7", "SLURM_LOCALID": "0",
+        "SLURM_NODEID": "2", "SLURM_STEP_TASKS_PER_NODE": "2(x3),1", "SLURM_JOB_ID": "77",
+        "SLURM_STEP_NODELIST": "gpu[03-05,9].cluster", "SLURM_NTASKS": "7",
+    }  # fmt: skip
+    assert launch.recognise(srun) == Launch("srun", 4, 7, 0, 2)
+    assert (srun["RANK"], srun["WORLD_SIZE"], srun["MASTER_ADDR"]) == ("4", "7", "gpu03.cluster")
+    assert launch.recognise(srun) == Launch("torchrun", 4, 7, 0, 2)  # what it wrote is read alike
+    mpi = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1",
+           "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}  # fmt: skip
+    assert launch.recognise(mpi) == Launch("mpirun", 1, 2, 1, 2)
+    # The script of a batch job that has many tasks is one process.
+    assert launch.recognise({"SLURM_PROCID": "0", "SLURM_NTASKS": "7"}) == Launch()
+
+
+@pytest.mark.parametrize(("variables", "says"), [
+    ({"WORLD_SIZE": "2"}, "RANK is not set"),
+    ({"WORLD_SIZE": "2", "RANK": "1"}, "LOCAL_RANK is not set"),
+    ({"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0"}, "RANK is 2, but WORLD_SIZE is 2"),
+    ({"WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE is 'two', not a number"),
+    ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, "MASTER_ADDR is not set"),
+])  # fmt: skip
+def test_a_launcher_that_contradicts_itself_is_told_so(
+    variables: dict[str, str], says: str
+) -> None:
+    with pytest.raises(UserError, match=says):
+        launch.recognise(variables)
+
+
+@pytest.mark.parametrize(("nodes", "first"), [
+    ("node1", "node1"), ("a-[07,09-12]", "a-07"), ("x[1-3]y,z", "x1y"), ("p,q", "p"),
+    ("", "127.0.0.1"),
+])  # fmt: skip
+def test_the_first_host_of_a_slurm_list(nodes: str, first: str) -> None:
+    assert launch.first_host(nodes) == first
+
+
+def test_a_sweep_under_ranks_is_refused(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="a sweep runs in one process, and torchrun started 2"):
+        lighten.sweep(progress=False, **settings)
+    assert not Path(settings["output_dir"]).exists()
+
+
+def test_a_rank_that_believes_it_is_alone_is_refused(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lighten.train(progress=False, **{**settings, "max_steps": 1, "eval_dataset": None})
+    # A notebook that has trained alone has met nobody, whatever its environment says later.
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    settings["output_dir"] += "-again"
+    with pytest.raises(UserError, match="started 2 ranks, but rank 0 sees 1"):
+        lighten.train(progress=False, **settings)
+
+
+def test_a_signal_to_any_rank_saves_and_ends_all_and_a_lost_one_is_told(
+    settings: dict[str, Any],
+) -> None:
+    settings |= {"max_steps": 100_000, "save_steps": 100_000, "eval_steps": 100_000}
+    started = ranks(settings)
+    wait_for_step(Path(settings["output_dir"]), 3)
+    run = Run(settings["output_dir"])
+    started[1].send_signal(signal.SIGTERM)
+    assert ended(started) == [128 + signal.SIGTERM] * 2
+    step = checkpoints.read_state(checkpoints.listing(run.folder / "checkpoints")[-1]).step
+    assert step == max(line["step"] for line in run.metrics())
+    assert run.info()["status"] == "interrupted"
+
+    started = ranks(settings, "--resume")
+    wait_for_step(run.folder, step + 2)
+    started[1].send_signal(signal.SIGKILL)
+    began = time.monotonic()
+    assert ended(started) == [2, -signal.SIGKILL]
+    assert time.monotonic() - began < 30
+    assert run.info()["status"] == "interrupted"
+    assert "rank 0 of 2 stopped because another rank has ended" in run.info()["error"]
