@@ -17,6 +17,7 @@ from lighten.adapters.peft_backed import ENCODER
 from lighten.adapters.peft_methods import REFUSED, method_of
 from lighten.errors import UserError
 from lighten.evaluate.generate import generate
+from lighten.train.scaling import LossScaler
 from tests.test_train_step import UNEVEN, assert_close, full_batch, gradients, one_step
 from tests.tiny import VOCAB, tiny_model, tiny_tokenizer
 
@@ -135,7 +136,7 @@ def test_trap26_every_method_trains_in_float32_on_a_half_precision_base(
     plain = tiny_model("llama", dtype=dtype)(input_ids=IDS).logits
     assert torch.equal(logits_of(cohort, None), plain)
     assert cohort.dtype == dtype
-    scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16, init_scale=64.0)
+    scaler = LossScaler(enabled=dtype == torch.float16, initial=64.0)
     report, members = one_step(cohort, UNEVEN, 3, scaler=scaler)
     exact = attach(tiny_model("llama"), [peft_spec(method)])
     wanted, _ = one_step(exact, UNEVEN, 3)

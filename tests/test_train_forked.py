@@ -24,6 +24,7 @@ from lighten.train.forked import Forked
 from lighten.train.lanes import Lanes, Threads
 from lighten.train.loss import Objective
 from lighten.train.member import Member
+from lighten.train.scaling import LossScaler
 from lighten.train.step import MemberStep, train_step
 from tests.test_train_step import (
     UNEVEN,
@@ -61,7 +62,7 @@ def trained(make: Make, steps: int = 3) -> tuple[list[dict[str, MemberStep]], di
     """Reports of some steps of two adapters, and where their weights are after them."""
     specs = (random_spec("a"), AdapterSpec("b", r=8, dropout=0.2, init_lora_weights=False, seed=3))
     cohort = in_blocks(cohort_of(*specs, arch="llama"))
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    scaler = LossScaler(enabled=False)
     with at_work(make, cohort) as (lanes, objective, members):
         batches = micro_batches(UNEVEN, list(cohort.names), 1, packed=True)
         reports = [
@@ -112,9 +113,11 @@ def test_an_error_of_a_child_is_raised_here_and_the_next_step_goes_well() -> Non
         parameters = list(members[0].parameters.values())
         fails[0] = 1
         with pytest.raises(ValueError, match="in the middle of a layer"):
-            lanes.learn(objective, batches, parameters, {"a": 1.0}, 1.0)
+            lanes.learn(objective, batches, parameters, {"a": 1.0}, {"a": 1.0})
         fails[0] = 0
-        assert len(lanes.learn(objective, batches, parameters, {"a": 1.0}, 1.0)) == len(batches)
+        assert len(lanes.learn(objective, batches, parameters, {"a": 1.0}, {"a": 1.0})) == len(
+            batches
+        )
 
 
 def test_an_error_that_cannot_travel_says_what_it_was() -> None:
@@ -135,10 +138,10 @@ def test_a_killed_child_is_memory_that_ran_out() -> None:
         parameters = list(members[0].parameters.values())
         batches = micro_batches(UNEVEN, ["a"], 2, packed=True)
         child.send_signal(signal.SIGTERM)  # the parent alone answers to signals
-        lanes.learn(objective, batches, parameters, {"a": 1.0}, 1.0)
+        lanes.learn(objective, batches, parameters, {"a": 1.0}, {"a": 1.0})
         child.kill()
         with pytest.raises(MemoryError, match="killed") as caught:
-            lanes.learn(objective, batches, parameters, {"a": 1.0}, 1.0)
+            lanes.learn(objective, batches, parameters, {"a": 1.0}, {"a": 1.0})
         assert short_memory.ran_out(caught.value)
     assert set(psutil.Process().children()) <= before
 
@@ -217,12 +220,14 @@ def test_what_a_child_holds_alone_is_counted() -> None:
     with at_work(processes(2), cohort) as (lanes, objective, members):
         assert isinstance(lanes, Forked)
         parameters = list(members[0].parameters.values())
-        lanes.learn(objective, batches, parameters, {"a": 1.0}, 1.0)
+        lanes.learn(objective, batches, parameters, {"a": 1.0}, {"a": 1.0})
         assert 0 < lanes.own_bytes < 0.5 * size
     handle = cohort.model.base_model.register_forward_pre_hook(holds)
     with at_work(processes(2), cohort) as (lanes, objective, members):
         assert isinstance(lanes, Forked)
-        lanes.learn(objective, batches, list(members[0].parameters.values()), {"a": 1.0}, 1.0)
+        lanes.learn(
+            objective, batches, list(members[0].parameters.values()), {"a": 1.0}, {"a": 1.0}
+        )
         assert size < lanes.own_bytes < 2.5 * size
     handle.remove()
     assert float(shared[0]) == 1.0

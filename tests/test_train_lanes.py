@@ -18,6 +18,7 @@ from lighten.train.lanes import Lanes, Threads, choose, shared_out
 from lighten.train.loss import Objective
 from lighten.train.member import Member
 from lighten.train.memory import checkpoint_layers
+from lighten.train.scaling import LossScaler
 from lighten.train.step import MemberStep, TrainingDiverged, train_step
 from tests.test_train_step import (
     UNEVEN,
@@ -41,7 +42,7 @@ def step_in(
         members,
         Objective(cohort.model, cohort, packs=packed),
         Accelerator(cpu=True),
-        torch.amp.GradScaler("cpu", enabled=False),
+        LossScaler(enabled=False),
         lanes,
     )
     return report, members
@@ -98,7 +99,7 @@ def test_gradients_lie_in_memory_as_their_parameters_do() -> None:
     members[0].optimizer.step = watched  # type: ignore[method-assign,assignment]
     train_step(
         micro_batches(UNEVEN, ["a"], 2), members, Objective(cohort.model, cohort),
-        Accelerator(cpu=True), torch.amp.GradScaler("cpu", enabled=False), Threads(2, 2),
+        Accelerator(cpu=True), LossScaler(enabled=False), Threads(2, 2),
     )  # fmt: skip
     assert seen
     assert all(seen)

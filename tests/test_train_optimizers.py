@@ -25,6 +25,7 @@ from lighten.recipe.fields import Optimizer
 from lighten.train import checkpoints, optimizers
 from lighten.train.loss import Objective
 from lighten.train.member import Member
+from lighten.train.scaling import LossScaler
 from lighten.train.step import train_step
 from tests.test_adapters_peft import METHODS, lora_spec, peft_spec
 from tests.test_train_step import UNEVEN, cohort_of, micro_batches, random_spec, settings
@@ -214,7 +215,7 @@ def steps_of(cohort: Cohort, count: int, **changes: Any) -> Member:
     for _ in range(count):
         train_step(
             micro_batches(UNEVEN, ["a"], 6), [member], Objective(cohort.model, cohort),
-            Accelerator(cpu=True), torch.amp.GradScaler("cpu", enabled=False),
+            Accelerator(cpu=True), LossScaler(enabled=False),
         )  # fmt: skip
     return member
 
@@ -369,7 +370,7 @@ def test_only_adapters_have_gradients_and_optimiser_state() -> None:
         member.optimizer.register_step_pre_hook(note)
     train_step(
         micro_batches(UNEVEN, list(cohort.names), 3), members, Objective(cohort.model, cohort),
-        Accelerator(cpu=True), torch.amp.GradScaler("cpu", enabled=False),
+        Accelerator(cpu=True), LossScaler(enabled=False),
     )  # fmt: skip
     assert at_step == own
     assert {id(p) for member in members for p in member.optimizer.state} == own

@@ -24,6 +24,7 @@ from lighten.recipe import Recipe
 from lighten.runs import Run
 from lighten.train import checkpoints
 from lighten.train.interrupt import Interrupted
+from lighten.train.run import train as train_verb
 from tests import processes
 from tests.processes import Forked, python
 
@@ -418,3 +419,34 @@ def test_a_missing_tracker_is_named_with_its_install_command(
     )
     with pytest.raises(UserError, match=r"pip install 'lighten\[track\]'"):
         train(settings, report_to="trackio")
+
+
+class Onlooker:
+    """A judge that lets everybody train on and notes who diverged."""
+
+    def __init__(self) -> None:
+        self.gone: list[str] = []
+
+    def leaving(self, step: int, losses: Any, active: Any) -> list[str]:
+        return []
+
+    def diverged(self, step: int, name: str) -> None:
+        self.gone.append(name)
+
+
+def test_in_float16_an_adapter_that_diverges_leaves_and_the_others_finish(
+    settings: dict[str, Any],
+) -> None:
+    judge = Onlooker()
+    settings |= {"dtype": "float16", "lora_r": [2, 2, 2], "learning_rate": [1e-3, 1e10, 2e-3],
+                 "lora_dropout": 0.0, "max_steps": 5, "eval_steps": 5}  # fmt: skip
+    run = train_verb(Recipe.from_values(settings), progress=False, judge=judge)
+    info = run.info()
+    assert info["status"] == "finished"
+    (gone,) = judge.gone
+    steps = {own["name"]: own["steps"] for own in info["adapters"]}
+    assert [own["name"] for own in info["adapters"]].index(gone) == 1
+    assert steps.pop(gone) < 5
+    assert set(steps.values()) == {5}
+    state = checkpoints.read_state(checkpoints.listing(run.folder / "checkpoints")[-1])
+    assert {own["scale"] for name, own in state.scaler.items() if name != gone} == {2.0**16}

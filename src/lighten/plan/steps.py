@@ -37,6 +37,7 @@ from lighten.train.member import Member
 from lighten.train.passes import undropped
 from lighten.train.prepare import Setup, prepare
 from lighten.train.rows import Rows
+from lighten.train.scaling import LossScaler
 from lighten.train.step import train_step
 
 STEPS = 2
@@ -67,21 +68,20 @@ class OneRank:
         return tensor
 
 
-class _Marking(torch.amp.GradScaler):
+class _Marking(LossScaler):
     """Tells the trace where the backward pass and the optimiser begin; scales nothing."""
 
     def __init__(self, follow: Follow) -> None:
-        super().__init__("cpu", enabled=False)
+        super().__init__(enabled=False)
         self.follow, self.step_number, self.micro_batch = follow, 0, -1
 
-    def scale(self, outputs: Any) -> Any:
+    def begin_backward(self) -> None:
         """The loss is there; the backward pass begins."""
         self.follow.begin("backward", self.micro_batch, self.step_number)
-        return outputs
 
-    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+    def unscale(self, member: Member) -> None:
         """All gradients are there."""
-        for group in optimizer.param_groups:
+        for group in member.optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self.follow.mark(parameter.grad, "gradients")

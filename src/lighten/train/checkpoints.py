@@ -38,7 +38,7 @@ class TrainerState:
         supervised_tokens: Those whose loss counted.
         seconds: Time spent in steps.
         members: Progress of each adapter by name.
-        scaler: State of the float16 gradient scaler, empty without one.
+        scaler: Factor of each adapter's float16 loss, empty where nothing is scaled.
         examples_per_step: Rows of one optimiser step over all ranks, which a run keeps when it goes
             on with another number of them; 0 in checkpoints of older versions.
         global_step: The step again under transformers' name, for tools that read it.

@@ -155,13 +155,13 @@ class Forked(Lanes):
         batches: Sequence[MicroBatch],
         parameters: Sequence[nn.Parameter],
         per_token: Mapping[str, float],
-        scale: float,
+        scales: Mapping[str, float],
     ) -> list[dict[str, float]]:
         """See `Lanes`."""
         places = [self._places[id(parameter)] for parameter in parameters]
         first, others = self._each(
-            lambda own: Slopes(parameters, scale).learn(own, objective, per_token),
-            lambda own: ("learn", own, places, dict(per_token), scale),
+            lambda own: Slopes(parameters).learn(own, objective, per_token, scales),
+            lambda own: ("learn", own, places, dict(per_token), dict(scales)),
             batches,
         )
         slopes, lost = first
@@ -228,10 +228,10 @@ class Forked(Lanes):
         what, *given = errand
         if what == "measure":
             return [measure(batch, self._objective) for batch in given[0]]
-        batches, places, per_token, scale = given
+        batches, places, per_token, scales = given
         parameters = [self._parameters[place] for place in places]
-        own = Slopes(parameters, scale, slopes.like(parameters))
-        _, lost = own.learn(batches, self._objective, per_token)
+        own = Slopes(parameters, slopes.like(parameters))
+        _, lost = own.learn(batches, self._objective, per_token, scales)
         return [total is not None for total in own.sums], lost
 
 

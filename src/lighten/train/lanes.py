@@ -79,7 +79,7 @@ class Lanes(ABC):
         batches: Sequence[MicroBatch],
         parameters: Sequence[nn.Parameter],
         per_token: Mapping[str, float],
-        scale: float,
+        scales: Mapping[str, float],
     ) -> list[dict[str, float]]:
         """`passes.learn` on every micro-batch, its gradients added to those of the parameters.
 
@@ -148,12 +148,12 @@ class Threads(Lanes):
         batches: Sequence[MicroBatch],
         parameters: Sequence[nn.Parameter],
         per_token: Mapping[str, float],
-        scale: float,
+        scales: Mapping[str, float],
     ) -> list[dict[str, float]]:
         """See `Lanes`."""
         lost: list[dict[str, float]] = []
         for slopes, own in self._each(
-            lambda own: Slopes(parameters, scale).learn(own, objective, per_token), batches
+            lambda own: Slopes(parameters).learn(own, objective, per_token, scales), batches
         ):
             slopes.give()
             lost += own
@@ -203,29 +203,32 @@ class Slopes:
 
     Args:
         parameters: Whose.
-        scale: Factor of every loss: float16's gradients would underflow without one.
         into: Tensors of the parameters' shapes to sum in; None: memory is taken as it is needed.
     """
 
     def __init__(
         self,
         parameters: Sequence[nn.Parameter],
-        scale: float = 1.0,
         into: Sequence[Tensor] | None = None,
     ) -> None:
-        self.parameters, self.scale = parameters, scale
+        self.parameters = parameters
         self.sums: list[Tensor | None] = [None] * len(parameters)
         self._into = into
 
     def learn(
-        self, batches: Sequence[MicroBatch], objective: Objective, per_token: Mapping[str, float]
+        self,
+        batches: Sequence[MicroBatch],
+        objective: Objective,
+        per_token: Mapping[str, float],
+        scales: Mapping[str, float],
     ) -> tuple[Self, list[dict[str, float]]]:
         """Sum the gradients of a lane's micro-batches; itself, and what `passes.learn` says."""
-        return self, [learn(batch, objective, per_token, self.backward) for batch in batches]
+        return self, [
+            learn(batch, objective, per_token, scales, self.backward) for batch in batches
+        ]
 
     def backward(self, loss: Tensor) -> None:
         """Add the loss's gradients; parameters that it does not depend on are left out."""
-        loss = loss if self.scale == 1.0 else loss * self.scale
         found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         for place, (total, more) in enumerate(zip(self.sums, found, strict=True)):
             if total is not None and more is not None:

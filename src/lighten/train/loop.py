@@ -120,8 +120,8 @@ class Loop:
                 try:
                     report |= self._step_of(group)
                     break
-                except TrainingDiverged:
-                    if not self._dropped_diverged(group):
+                except TrainingDiverged as error:
+                    if not self._dropped_diverged(group, error):
                         raise
                     group = [member for member in group if not member.progress.stopped]
         return report
@@ -218,12 +218,12 @@ class Loop:
                 member.progress.stopped = member.name in leaving
         self._losses = {}
 
-    def _dropped_diverged(self, members: list[Member]) -> bool:
+    def _dropped_diverged(self, members: list[Member], error: TrainingDiverged) -> bool:
         """Take out what diverged, if a judge lets the others go on; none of theirs has moved."""
-        gone = [m for m in members if not all(bool(g.isfinite().all()) for g in m.gradients())]
+        gone = [member for member in members if member.name in error.sentences]
         for member in members:
             member.optimizer.zero_grad(set_to_none=True)
-        if self.judge is None or not gone:
+        if self.judge is None:
             return False
         for member in gone:
             member.progress.stopped = True
@@ -362,7 +362,7 @@ class Loop:
         self._give_back()
         if self.main:
             state.members = {member.name: member.progress for member in setup.members}
-            state.scaler = dict(setup.scaler.state_dict())
+            state.scaler = setup.scaler.state_dict()
             checkpoints.save(
                 self.folder / "checkpoints",
                 state,

@@ -18,6 +18,7 @@ def learn(
     batch: MicroBatch,
     objective: Objective,
     per_token: Mapping[str, float],
+    scales: Mapping[str, float],
     backward: Callable[[Tensor], None],
 ) -> dict[str, float]:
     """Forward and backward of a micro-batch; each adapter's summed token losses, in nats.
@@ -26,17 +27,21 @@ def learn(
         batch: The micro-batch.
         objective: The loss.
         per_token: What a supervised token's loss counts, by adapter.
-        backward: Takes the loss's gradients, scaled if need be, to wherever they are summed.
+        scales: Factor of the loss by adapter: float16's gradients would underflow without one.
+        backward: Takes the scaled loss's gradients to wherever they are summed.
     """
     shares = shares_of(batch)
     weights = torch.empty(len(batch.labels), dtype=torch.float32, device=batch.labels.device)
     spans = {str(s.member): slice(batch.supervised_before[s.start],
                                   batch.supervised_before[s.stop]) for s in shares}  # fmt: skip
+    # The common factor stays outside of the weights, which may be put into float16 (a head that
+    # learns): a supervised token alone in its step times the factor is more than that can hold.
+    common = max(scales[name] for name in spans)
     for name, span in spans.items():
-        weights[span] = per_token[name]
+        weights[span] = per_token[name] * (scales[name] / common)
     with objective.at(batch, shares):
         loss, nll = objective(batch, shares, weights)
-        backward(loss)
+        backward(loss if common == 1.0 else loss * common)
     return {name: float(nll[span].double().sum()) for name, span in spans.items()}
 
 

@@ -25,6 +25,7 @@ from lighten.train.member import Member, MemberSettings
 from lighten.train.memory import checkpoint_layers
 from lighten.train.offload import offload_activations
 from lighten.train.rows import Rows
+from lighten.train.scaling import LossScaler
 from lighten.train.schedule import warmup_length
 
 # Matrix products of this many rows come near a processor's full rate. Each costs as much as some
@@ -46,7 +47,7 @@ class Setup:
         members: Its names with their optimisers.
         objective: The loss.
         accelerator: Device and ranks.
-        scaler: For float16; does nothing otherwise.
+        scaler: Factors of float16 losses; does nothing otherwise.
         examples_per_step: Rows of one optimiser step, over all ranks.
         steps_per_epoch: Optimiser steps of one pass over the data.
         total_steps: Of the whole run.
@@ -63,7 +64,7 @@ class Setup:
     members: list[Member]
     objective: Objective
     accelerator: Accelerator
-    scaler: torch.amp.GradScaler
+    scaler: LossScaler
     examples_per_step: int
     steps_per_epoch: int
     total_steps: int
@@ -136,7 +137,7 @@ def prepare(
     choices |= _save_memory(recipe, base.model, accelerator.device)
     choices["optimizer"] = optimizer = optimizers.choose(recipe.optim, device)
     members = [_member(own, recipe, trained, total, optimizer.value) for own in options]
-    scaler = torch.amp.GradScaler(device, enabled=trained.dtype == torch.float16)
+    scaler = LossScaler(enabled=trained.dtype == torch.float16)
     choices["packing"] = packing = choose_packing(recipe.packing, base.model, trained.no_packing)
     tokens, why = choose_tokens(recipe.tokens_per_microbatch, device, base.dtype.value)
     choices["micro-batch"] = Choice(f"{tokens} tokens" if tokens else "rows", why)

@@ -17,10 +17,22 @@ from lighten.train.lanes import Lanes
 from lighten.train.loss import Objective
 from lighten.train.member import Member
 from lighten.train.passes import learn, shares_of
+from lighten.train.scaling import LossScaler
 
 
 class TrainingDiverged(UserError):
-    """A loss or gradient is not a number: the run stops before the optimiser moves."""
+    """A loss or gradient is not a number: the run stops before any optimiser moves.
+
+    Args:
+        sentences: What is wrong, by adapter.
+    """
+
+    def __init__(self, sentences: Mapping[str, str]) -> None:
+        super().__init__("; ".join(sentences.values()))
+        self.sentences = dict(sentences)
+
+    def __reduce__(self) -> tuple[type[TrainingDiverged], tuple[dict[str, str]]]:
+        return TrainingDiverged, (self.sentences,)
 
 
 @dataclass
@@ -51,7 +63,7 @@ def train_step(
     members: Sequence[Member],
     objective: Objective,
     accelerator: Accelerator,
-    scaler: torch.amp.GradScaler,
+    scaler: LossScaler,
     lanes: Lanes | None = None,
 ) -> dict[str, MemberStep]:
     """Forward, backward and update of every adapter on one step's micro-batches of this rank.
@@ -61,11 +73,11 @@ def train_step(
         members: The adapters that they hold.
         objective: The loss.
         accelerator: The ranks.
-        scaler: For float16.
+        scaler: For float16: the factor of each adapter's loss.
         lanes: Train micro-batches side by side; None: one after another.
 
     Raises:
-        TrainingDiverged: A loss is not finite, or a gradient without a float16 scaler.
+        TrainingDiverged: A loss is not finite, or a gradient that no float16 factor explains.
         UserError: An adapter has no supervised token in this step, or no gradient at all.
     """
     order = {member.name: place for place, member in enumerate(members)}
@@ -114,18 +126,18 @@ def train_step(
             gradient.copy_(summed.view_as(gradient))
 
     for member in members:
-        own = report[member.name]
-        scaler.unscale_(member.optimizer)
-        own.grad_norm = member.gradient_norm()
-        _check(member, own, scaler)
+        scaler.unscale(member)
+        report[member.name].grad_norm = member.gradient_norm()
+    _check(members, report, scaler)
     for member in members:
         own = report[member.name]
-        for group in member.optimizer.param_groups:
-            group["lr"] = own.learning_rate * group["lr_factor"]
-        scaler.step(member.optimizer)  # it skips by itself what `_check` let through as skipped
+        if not own.skipped:  # trap 42: neither weights nor schedule move
+            for group in member.optimizer.param_groups:
+                group["lr"] = own.learning_rate * group["lr_factor"]
+            member.optimizer.step()
+            member.progress.steps += 1
         member.optimizer.zero_grad(set_to_none=True)
-        member.progress.steps += not own.skipped
-    scaler.update()
+        scaler.update(member.name, finite=not own.skipped)
     return report
 
 
@@ -134,36 +146,44 @@ def _backward(
     members: Sequence[Member],
     objective: Objective,
     per_token: Mapping[str, float],
-    scaler: torch.amp.GradScaler,
+    scaler: LossScaler,
     lanes: Lanes | None,
 ) -> dict[str, float]:
     """Gradients of all micro-batches into the parameters; each adapter's summed token losses."""
+    scales = {member.name: scaler.factor(member.name) for member in members}
     if lanes is None or not batches:  # the last step of an epoch may leave a rank without rows
 
         def backward(loss: Tensor) -> None:
-            scaler.scale(loss).backward()
+            scaler.begin_backward()
+            loss.backward()
 
-        found = [learn(batch, objective, per_token, backward) for batch in batches]
+        found = [learn(batch, objective, per_token, scales, backward) for batch in batches]
     else:
-        scale = float(scaler.scale(torch.ones(())))
         parameters = [p for member in members for p in member.parameters.values()]
-        found = lanes.learn(objective, batches, parameters, per_token, scale)
+        found = lanes.learn(objective, batches, parameters, per_token, scales)
     return {
         member.name: math.fsum(own.get(member.name, 0.0) for own in found) for member in members
     }
 
 
-def _check(member: Member, own: MemberStep, scaler: torch.amp.GradScaler) -> None:
-    finite = math.isfinite(own.grad_norm)
-    if not math.isfinite(own.loss) or (not finite and not scaler.is_enabled()):
-        raise TrainingDiverged(
-            f"adapter {member.name!r}: loss {own.loss} and gradient norm {own.grad_norm} at its "
-            f"step {member.progress.steps + 1}; the weights were not changed (a lower "
-            f"learning_rate than {member.settings.learning_rate:g} may help)"
-        )
-    own.skipped = not finite
-    if own.grad_norm == 0.0 and member.progress.steps == 0:
-        raise UserError(
-            f"adapter {member.name!r} has no gradient at its first step: nothing it changes "
-            "reaches the loss (check lora_target_modules)"
-        )
+def _check(members: Sequence[Member], report: Mapping[str, MemberStep], scaler: LossScaler) -> None:
+    """Look at every adapter before the first one moves: a step given up has changed none."""
+    diverged = {}
+    for member in members:
+        own = report[member.name]
+        finite = math.isfinite(own.grad_norm)
+        if not math.isfinite(own.loss) or (not finite and scaler.hopeless(member.name)):
+            diverged[member.name] = (
+                f"adapter {member.name!r}: loss {own.loss} and gradient norm {own.grad_norm} at "
+                f"its step {member.progress.steps + 1}; the weights were not changed (a lower "
+                f"learning_rate than {member.settings.learning_rate:g} may help)"
+            )
+        own.skipped = not finite
+    if diverged:
+        raise TrainingDiverged(diverged)
+    for member in members:
+        if report[member.name].grad_norm == 0.0 and member.progress.steps == 0:
+            raise UserError(
+                f"adapter {member.name!r} has no gradient at its first step: nothing it changes "
+                "reaches the loss (check lora_target_modules)"
+            )
