@@ -87,9 +87,11 @@ def require_same_base(artefact: Artefact) -> None:
     if artefact.adapter is None or artefact.run is None:
         return
     from lighten.models.load import checksum, locate, weight_files
+    from lighten.models.names import public_name
 
     named = read_config(artefact.adapter).get("base_model_name_or_path")
-    if named and named != artefact.base and Path(named).resolve() != Path(artefact.base).resolve():
+    called = {artefact.base, public_name(artefact.base)}  # cards name what others can open
+    if named and named not in called and Path(named).resolve() != Path(artefact.base).resolve():
         raise UserError(
             f"{artefact.adapter} belongs to the base {named}, not to {artefact.base}; name the run "
             "or the adapter that goes with it"
