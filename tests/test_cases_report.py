@@ -21,7 +21,7 @@ from lighten.cli_settings import matching, settings
 from lighten.errors import UserError
 from lighten.evaluate.evaluation import Evaluation
 from lighten.plan.result import Memory, MemoryPart, Plan, Shape
-from lighten.recipe import EvaluateOptions, SweepOptions
+from lighten.recipe import EvaluateOptions, QuantizeOptions, SweepOptions
 from lighten.recipe.fields import RecipeFields
 from lighten.report import charts, comparison
 from lighten.report.page import next_commands
@@ -46,7 +46,9 @@ def told(*words: str, code: int = 0, **environment: str) -> str:
 
 def test_every_setting_is_listed_with_type_default_and_help() -> None:
     known = {own.name: own for own in settings()}
-    declared = {name for name in RecipeFields.model_fields if name not in ("evaluate", "sweep")}
+    sections = ("evaluate", "quantize", "sweep")
+    declared = {name for name in RecipeFields.model_fields if name not in sections}
+    declared |= {f"quantize.{name}" for name in QuantizeOptions.model_fields}
     declared |= {f"evaluate.{name}" for name in EvaluateOptions.model_fields}
     declared |= {f"sweep.{name}" for name in SweepOptions.model_fields}
     assert set(known) == declared
@@ -91,7 +93,8 @@ def test_settings_print_in_groups_and_as_json() -> None:
     assert "early_stopping_patience  (whole number from 1; default none)" in shown
     assert [own["name"] for own in json.loads(told("settings", "lora_r", "--json"))] == ["lora_r"]
     groups = {own["group"] for own in json.loads(told("settings", "--json"))}
-    assert groups == {"model", "data", "training", "run", "lora", "evaluate", "sweep"}
+    assert groups == {"model", "data", "training", "run", "lora", "evaluate", "quantize",
+                      "sweep"}  # fmt: skip
 
 
 def test_help_names_the_settings_and_the_flags_of_a_sweep() -> None:

@@ -63,7 +63,7 @@ def test_each_row_is_of_a_whole_artefact(done: Quantized, run: Run) -> None:
         assert row["decode_tokens_per_second"] > 0
         assert row["resident_bytes"] > 0
         assert {"exact_match", "chrf", "prefill_tokens_per_second"} <= row.keys()
-    assert table.read(run) == json.loads(json.dumps(done.to_dict()))
+    assert run.quantized() == json.loads(json.dumps(done.to_dict()))
     assert done.settings["mode"] == table.MODE
 
 
@@ -194,3 +194,29 @@ def test_a_full_disk_leaves_nothing_half_written(
     with pytest.raises(DiskFull):
         lighten.quantize(str(model_folder), "int8", output_dir=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_recipe_quantises_and_its_page_marks_the_frontier(
+    model_folder: Path, chat_file: Path, tmp_path: Path
+) -> None:
+    told = lighten.run(
+        model_name_or_path=str(model_folder), dataset=str(chat_file), max_steps=1, lora_r=2,
+        output_dir=str(tmp_path / "run"), val_size=0.5, progress=False, planned=False,
+        evaluate={"max_examples": 2, "max_new_tokens": 2},
+        quantize={"to": "gguf:q4_0", "tokens": 60, "questions": 0},
+    )  # fmt: skip
+    found = told.quantized()
+    assert found is not None
+    assert [row["name"] for row in found["formats"]] == ["bfloat16", "gguf:q4_0"]
+    assert found["settings"]["questions"] == 0
+    page = (told.folder / "report.html").read_text(encoding="utf-8")
+    assert "Size against quality" in page
+    assert "gguf:q4_0" in page
+    assert "on the frontier" in page
+
+
+def test_a_recipe_refuses_a_format_that_is_none() -> None:
+    with pytest.raises(UserError, match=r"quantize\.to"):
+        lighten.Recipe.from_values(
+            {"model_name_or_path": "smollm2-135m", "dataset": "d", "quantize": {"to": "int5"}}, {}
+        )

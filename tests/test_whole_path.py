@@ -164,7 +164,7 @@ ELSEWHERE = {
     "gradient_checkpointing_kwargs": "test_train_memory: handed on, or refused",
     "packing": "below: the layout changes, the result must not",
     "lanes": "below: the layout changes, the result must not",
-    "sweep": "test_sweep_arms, test_sweep",
+    "sweep": "test_sweep_arms, test_sweep", "quantize": "test_quantize",
     "torch_compile": "test_train_compiled: code changes, the result must not",
     "evaluate.batch_size": "test_evaluate, trap 17: the result must not change",
 }  # fmt: skip

@@ -386,18 +386,24 @@ def run(
     force: bool = False,
     **overrides: Any,
 ) -> Run:
-    """Train, evaluate and report, one after another.
+    """Train, evaluate, quantise where the recipe says so, and report, one after another.
 
     Where nothing is held out (a handful of rows, `val_size: 0`) the report has no held-out figures.
 
     Raises:
         UserError: Something the user can mend.
     """
-    done = train(
-        recipe, resume=resume, progress=progress, planned=planned, force=force, **overrides
-    )
+    chosen = recipe_of(recipe, **overrides)
+    if chosen.quantize.to:  # what it needs is missed before the training, not after
+        from lighten.quantize.targets import parse, require_tools
+
+        require_tools(parse(chosen.quantize.to))
+    done = train(chosen, resume=resume, progress=progress, planned=planned, force=force)
     with suppress(NoHeldOut):  # training has said so; `run.json` and the report do too
         evaluate(done, progress=evaluation_progress)
+    if chosen.quantize.to:
+        options = chosen.quantize
+        quantize(done, options.to, tokens=options.tokens, questions=options.questions)
     report(done)
     return done
 

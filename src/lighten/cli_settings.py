@@ -15,7 +15,7 @@ from typer.core import TyperCommand
 from lighten.console import Json, console, print_json
 
 # Parts of a recipe that have settings of their own: `evaluate.max_examples`.
-_SECTIONS = ("evaluate", "sweep")
+_SECTIONS = ("evaluate", "quantize", "sweep")
 _WIDTH = 100
 
 

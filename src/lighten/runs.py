@@ -15,6 +15,7 @@ from lighten.folders import INFO as INFO
 from lighten.folders import METRICS as METRICS
 from lighten.folders import MODEL as MODEL
 from lighten.folders import PLAN as PLAN
+from lighten.folders import QUANTIZE as QUANTIZE
 from lighten.folders import RECIPE as RECIPE
 from lighten.recipe import Recipe, yaml_lines
 from lighten.whole_files import FileContent as FileContent
@@ -106,7 +107,7 @@ class Run:
 
     def _require_same(self, recipe: Recipe) -> None:
         free = {"output_dir", "report_to", "logging_steps", "save_total_limit", "evaluate",
-                "sweep"}  # fmt: skip
+                "quantize", "sweep"}  # fmt: skip
         before, now = self.recipe().completed(), recipe.completed()
         changed = [key for key in now if key not in free and now[key] != before.get(key)]
         if changed:
@@ -158,6 +159,10 @@ class Run:
         """`evaluation.json`, or None before `lighten evaluate`."""
         return self._json(EVALUATION)
 
+    def quantized(self) -> dict[str, Any] | None:
+        """`quantize.json`: what smaller copies cost and keep; None before `lighten quantize`."""
+        return self._json(QUANTIZE)
+
     def plan(self) -> dict[str, Any] | None:
         """`plan.json`: what was predicted before the first step; None where it was not."""
         return self._json(PLAN)
@@ -205,7 +210,7 @@ def compare(runs: Sequence[Run]) -> list[dict[str, Any]]:
     rows = [
         {"what": key, "kind": "setting", "values": [own.get(key) for own in recipes]}
         for key in recipes[0]
-        if key not in ("output_dir", "evaluate", "sweep")
+        if key not in ("output_dir", "evaluate", "quantize", "sweep")
         and any(own.get(key) != recipes[0].get(key) for own in recipes)
     ]
     measured = [_measured(run) for run in runs]

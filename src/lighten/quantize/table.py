@@ -18,10 +18,9 @@ from lighten.quantize.model_source import (
     opened,
 )
 from lighten.quantize.targets import Target, parse, require_tools
-from lighten.runs import Run
+from lighten.runs import QUANTIZE, Run
 from lighten.whole_files import whole_folder, write_json
 
-QUANTIZE = "quantize.json"
 REFERENCE = "bfloat16"
 # Bounds that keep five formats of a small model under ten minutes on two cores.
 TOKENS, QUESTIONS, ANSWER_TOKENS, PROMPT_TOKENS = 2048, 16, 24, 128
@@ -251,13 +250,3 @@ def _with_frontier(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             for other in rows
         )  # fmt: skip
     return rows
-
-
-def read(run: Run) -> dict[str, Any] | None:
-    """`quantize.json` of a run; None before `lighten quantize`."""
-    import json
-
-    path = run.folder / QUANTIZE
-    found: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")) if (
-        path.is_file()) else None  # fmt: skip
-    return found

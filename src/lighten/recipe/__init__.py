@@ -18,6 +18,7 @@ from lighten.recipe.fields import (
     AdapterFields,
     AdapterOptions,
     EvaluateOptions,
+    QuantizeOptions,
     RecipeFields,
 )
 from lighten.recipe.sweeping import Range, SweepOptions
@@ -27,6 +28,7 @@ __all__ = [
     "AdapterEntry",
     "AdapterOptions",
     "EvaluateOptions",
+    "QuantizeOptions",
     "Range",
     "Recipe",
     "RecipeError",
@@ -441,6 +443,7 @@ def _known() -> set[str]:
     return (
         set(RecipeFields.model_fields)
         | set(EvaluateOptions.model_fields)
+        | set(QuantizeOptions.model_fields)
         | set(AdapterEntry.model_fields)
         | set(SweepOptions.model_fields)
         | set(Range.model_fields)
@@ -453,7 +456,12 @@ def _sentence(item: Mapping[str, Any], where: str, lines: Mapping[str, int]) -> 
     if item["type"] == "extra_forbidden":
         pool = [*RecipeFields.model_fields, *aliases.RENAMED, *aliases.SPECIAL]
         if "." in key:
-            pool = [*EvaluateOptions.model_fields, *AdapterEntry.model_fields, *Range.model_fields]
+            pool = [
+                *EvaluateOptions.model_fields,
+                *QuantizeOptions.model_fields,
+                *AdapterEntry.model_fields,
+                *Range.model_fields,
+            ]
         near = difflib.get_close_matches(key.rpartition(".")[2], pool, n=1, cutoff=0.55)
         mend = f"did you mean {near[0]}?" if near else "see: lighten schema"
         return f"{at}: {key} is not a setting; {mend}"

@@ -14,6 +14,11 @@ from lighten.recipe.section import Positive, Rate, Section, Seed, Share
 from lighten.recipe.sweeping import SweepOptions
 
 AdapterName = Annotated[str, Field(pattern=r"^\w[\w.=-]*$", max_length=80)]
+# `lighten.quantize.targets` knows which of llama.cpp's types there are.
+QuantizedFormat = Annotated[
+    str,
+    Field(pattern=r"^(int8|int8:torchao|int8:bitsandbytes|nf4|int4|int4:rounded|gguf(:\w+)?)$"),
+]
 # Initial weights that need no steps over the data; names of PEFT.
 Init = (
     bool
@@ -40,6 +45,28 @@ class EvaluateOptions(Section):
     batch_size: Positive = Field(16, description="examples answered together")
     bootstrap_samples: Positive = Field(1000, description="resamples behind each interval")
     seed: Seed = Field(0, description="seed of the resampling")
+
+
+class QuantizeOptions(Section):
+    """Which smaller copies `lighten run` writes after training; `lighten quantize` has its own."""
+
+    to: list[QuantizedFormat] = Field(
+        [], description="formats: int8, nf4, int4, int4:rounded, gguf:q8_0, gguf:q4_k_m, ..."
+    )
+    tokens: Annotated[int, Field(ge=16)] = Field(
+        2048, description="held-out tokens that each is measured on at most"
+    )
+    questions: Annotated[int, Field(ge=0)] = Field(
+        16, description="held-out questions that each answers at most"
+    )
+
+    @field_validator("to", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        """Words with commas are as good as a list."""
+        if not isinstance(value, str):
+            return value
+        return [word.strip() for word in value.split(",") if word.strip()]
 
 
 class AdapterFields(Section):
@@ -288,6 +315,9 @@ class RecipeFields(Section):
 
     evaluate: EvaluateOptions = _field(
         EvaluateOptions(), "evaluate", "what lighten evaluate measures"
+    )
+    quantize: QuantizeOptions = _field(
+        QuantizeOptions(), "quantize", "which smaller copies lighten run writes after training"
     )
     sweep: SweepOptions = _field(
         SweepOptions(), "sweep", "what lighten sweep tries: a list or a range per swept setting"

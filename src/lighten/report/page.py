@@ -12,7 +12,7 @@ import jinja2
 from lighten import runs as run_files
 from lighten.evaluate.metrics import METRICS
 from lighten.folders import resume_command
-from lighten.report import comparison, planned, words
+from lighten.report import comparison, planned, quantized, words
 from lighten.report.charts import Series, line_chart, number, smoothed
 from lighten.runs import Run
 from lighten.wording import counted
@@ -88,6 +88,7 @@ def _run(run: Run) -> dict[str, Any]:
         "memory": _memory_chart(lines),
         "plan": planned.section(run.plan(), info),
         "table": _table(evaluation),
+        "quantized": quantized.section(run.quantized()),
         "differences": {
             (d["adapter"], d["metric"]): d for d in (evaluation or {}).get("differences", [])
         },

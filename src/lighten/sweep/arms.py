@@ -17,7 +17,8 @@ from lighten.recipe.fields import AdapterFields, RecipeFields
 # May differ between the adapters of one run.
 OWN = tuple(AdapterFields.model_fields)
 # Where the result goes and how it is followed; makes no other training.
-_ELSEWHERE = ("output_dir", "report_to", "logging_steps", "evaluate", "sweep", "adapters")
+_ELSEWHERE = ("output_dir", "report_to", "logging_steps", "evaluate", "quantize", "sweep",
+              "adapters")  # fmt: skip
 _SHORT = {
     "lora_r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout", "learning_rate": "lr",
     "seed": "seed", "lora_target_modules": "", "use_rslora": "rslora", "use_dora": "dora",
