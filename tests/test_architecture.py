@@ -54,7 +54,7 @@ ALLOWED: dict[str, set[str]] = {
     "artifacts": {"models", "peft_config", "runs"},
     # A receipt asks the prompts that an evaluation asks.
     "quantize": {"adapters", "artifacts", "data", "evaluate", "gguf_names", "hardware",
-                 "models", "peft_config", "runs", "train", "whole_files"},
+                 "models", "peft_config", "runs", "streams", "train", "whole_files"},
     "serve": {"adapters", "data", "hardware", "models", "native", "peft_config", "quantize",
               "report", "runs", "whole_files"},
     "api_serve": {"serve"},

@@ -42,10 +42,14 @@ def export(
     """
     from lighten.artifacts import open_source
     from lighten.quantize import export as exports
+    from lighten.streams import library_bars
 
     opened = open_source(source, adapter=adapter)
     target = None if output_dir is None else Path(output_dir)
-    return exports.export(opened, form, target, dtype=dtype, onto=onto, receipt=verify, tell=tell)
+    with library_bars():
+        return exports.export(
+            opened, form, target, dtype=dtype, onto=onto, receipt=verify, tell=tell
+        )
 
 
 def verify(
@@ -66,8 +70,10 @@ def verify(
     """
     from lighten.artifacts import open_source
     from lighten.quantize import export as exports
+    from lighten.streams import library_bars
 
-    return exports.verify_artefact(Path(artefact), open_source(against, adapter=adapter))
+    with library_bars():
+        return exports.verify_artefact(Path(artefact), open_source(against, adapter=adapter))
 
 
 def push(
