@@ -16,6 +16,7 @@ from lighten.looked import RunLike, adapter_folder, run_of
 from lighten.parallel import launch
 from lighten.quantize.verbs import export as export
 from lighten.quantize.verbs import push as push
+from lighten.quantize.verbs import quantize as quantize
 from lighten.quantize.verbs import verify as verify
 from lighten.recipe import Recipe
 from lighten.runs import Run
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from lighten.plan.search import Found, Limits, Sized
     from lighten.plan.serve import Quantizing
     from lighten.plan.serving import Serving
-    from lighten.quantize.table import Quantized
     from lighten.sweep.result import SweepResult
 
 RecipeLike = Recipe | str | os.PathLike[str]
@@ -406,49 +406,6 @@ def run(
         quantize(done, options.to, tokens=options.tokens, questions=options.questions)
     report(done)
     return done
-
-
-def quantize(
-    source: RunLike,
-    to: Sequence[str] | str,
-    *,
-    adapter: str | None = None,
-    dataset: str | None = None,
-    output_dir: str | os.PathLike[str] | None = None,
-    tell: Callable[[str], None] = lambda _: None,
-    **options: Any,
-) -> Quantized:
-    """Write smaller copies of a model, and measure all on the same held-out tokens.
-
-    Args:
-        source: A run, or a model by name.
-        to: Formats: `int8`, `nf4`, `int4`, `gguf:q4_k_m`, … (see `quantize.targets`).
-        adapter: Which adapter of the run, where it has several.
-        dataset: Data to learn rounding and to measure on; default the run's.
-        output_dir: Each format is a folder in this; default `exports` of the run.
-        tell: Given a line about each part of the work.
-        options: `tokens` and `questions`, the bounds of measuring.
-
-    Returns:
-        What `quantize.json` holds.
-
-    Raises:
-        UserError: Something the user can mend.
-    """
-    from lighten.quantize.targets import parse, require_tools
-
-    require_tools(parse(to))
-    given = source if isinstance(source, Run) else os.fspath(source)
-    if isinstance(given, str):
-        looked.require_answerable(given)
-        if (Path("runs") / given / "recipe.yaml").is_file() and not Path(given).exists():
-            given = str(Path("runs") / given)
-    from lighten.quantize.table import quantize as quantize_model
-
-    target = None if output_dir is None else Path(output_dir).expanduser()
-    return quantize_model(
-        given, to, adapter=adapter, dataset=dataset, output_dir=target, tell=tell, **options
-    )
 
 
 def adapter_info(target: RunLike, *, adapter: str | None = None) -> dict[str, Any]:

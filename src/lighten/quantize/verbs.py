@@ -1,14 +1,15 @@
-"""Export and verify as functions, with the command line's names and meaning."""
+"""Export, verify, push and quantize as functions, with the command line's names and meaning."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lighten.quantize.export import Exported
+    from lighten.quantize.table import Quantized
     from lighten.quantize.verify import Receipt
     from lighten.runs import Run
 
@@ -96,3 +97,48 @@ def push(
     from lighten.quantize.push import push as upload
 
     return upload(Path(artefact).expanduser(), repo_id, private=private, force=force)
+
+
+def quantize(
+    source: Run | str | os.PathLike[str],
+    to: Sequence[str] | str,
+    *,
+    adapter: str | None = None,
+    dataset: str | None = None,
+    output_dir: str | os.PathLike[str] | None = None,
+    tell: Callable[[str], None] = lambda _: None,
+    **options: Any,
+) -> Quantized:
+    """Write smaller copies of a model, and measure all on the same held-out tokens.
+
+    Args:
+        source: A run, or a model by name.
+        to: Formats: `int8`, `nf4`, `int4`, `gguf:q4_k_m`, … (see `quantize.targets`).
+        adapter: Which adapter of the run, where it has several.
+        dataset: Data to learn rounding and to measure on; default the run's.
+        output_dir: Each format is a folder in this; default `exports` of the run.
+        tell: Given a line about each part of the work.
+        options: `tokens` and `questions`, the bounds of measuring.
+
+    Returns:
+        What `quantize.json` holds.
+
+    Raises:
+        UserError: Something the user can mend.
+    """
+    from lighten import looked
+    from lighten.quantize.targets import parse, require_tools
+    from lighten.runs import Run
+
+    require_tools(parse(to))
+    given = source if isinstance(source, Run) else os.fspath(source)
+    if isinstance(given, str):
+        looked.require_answerable(given)
+        if (Path("runs") / given / "recipe.yaml").is_file() and not Path(given).exists():
+            given = str(Path("runs") / given)
+    from lighten.quantize.table import quantize as quantize_model
+
+    target = None if output_dir is None else Path(output_dir).expanduser()
+    return quantize_model(
+        given, to, adapter=adapter, dataset=dataset, output_dir=target, tell=tell, **options
+    )
