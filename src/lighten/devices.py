@@ -12,11 +12,11 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import psutil
 
+from lighten import containers
 from lighten.errors import UserError
 from lighten.hardware import Choice, choose_device, choose_dtype, formats
 
@@ -237,12 +237,7 @@ def usable_memory_bytes() -> int:
     A container's limit counts too (cgroup 2 and 1), and so does `ulimit -v`.
     """
     own = psutil.Process().memory_info()
-    room = psutil.virtual_memory().available + own.rss
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            room = min(room, int(Path(path).read_text(encoding="ascii")))
-        except (OSError, ValueError):
-            continue  # not limited ("max"), or not Linux
+    room = min(containers.free_memory_bytes() + own.rss, containers.memory_bytes())
     return min(room, _address_limit(own.vms) + own.rss)
 
 

@@ -19,6 +19,8 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
+from lighten import containers
+
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # Pieces that a process has been asked for, so that it never waits for the next.
 AHEAD = 2
@@ -39,12 +41,8 @@ def end_with_parent() -> None:
 
 def processors() -> int:
     """Processors that this process may use, its share where a launcher started several."""
-    if hasattr(os, "sched_getaffinity"):
-        count = len(os.sched_getaffinity(0))
-    else:
-        count = os.cpu_count() or 1
     ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return max(1, count // max(1, int(ranks) if ranks.isdecimal() else 1))
+    return max(1, containers.cores() // max(1, int(ranks) if ranks.isdecimal() else 1))
 
 
 def in_order(

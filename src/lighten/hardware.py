@@ -15,6 +15,8 @@ from typing import Any
 
 import psutil
 
+from lighten import containers
+
 # Extra of the package by the module that it brings: those that this version uses, no others.
 EXTRAS = {
     "bitsandbytes": "quant", "torchao": "quantize", "auto_round": "quantize",
@@ -52,7 +54,7 @@ class Machine:
     Attributes:
         processor: Its name as the system gives it.
         cores: Processor cores this process may use.
-        memory_bytes: Main memory.
+        memory_bytes: Main memory, or the container's share of it.
         gpus: CUDA devices.
         system: Operating system and Python.
     """
@@ -78,19 +80,24 @@ def machine() -> Machine:
         gpus.append(Gpu(own.name, own.total_memory, f"{own.major}.{own.minor}"))
     return Machine(
         processor=processor_name(),
-        cores=len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count() or 1,
-        memory_bytes=psutil.virtual_memory().total,
+        cores=containers.cores(),
+        memory_bytes=containers.memory_bytes(),
         gpus=tuple(gpus),
         system=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
     )
 
 
 def choose_device() -> Choice:
-    """The device to compute on; `LIGHTEN_DEVICE` overrides."""
+    """The device to compute on; `LIGHTEN_DEVICE` overrides.
+
+    A container's quota of processor time is no part of what OpenMP looks at: with a thread for each
+    core of the host, every one would wait for those that the quota halts. So they are limited here,
+    where everything begins that computes, unless `OMP_NUM_THREADS` says how many.
+    """
     import torch
 
+    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > containers.cores():
+        torch.set_num_threads(containers.cores())
     if named := os.environ.get("LIGHTEN_DEVICE"):
         return Choice(named, "LIGHTEN_DEVICE says so")
     if torch.cuda.is_available():
@@ -198,7 +205,7 @@ def doctor() -> dict[str, Any]:
         "machine": machine().to_dict(),
         "device": asdict(device),
         "dtype": asdict(dtype),
-        "free_memory_bytes": psutil.virtual_memory().available,
+        "free_memory_bytes": containers.free_memory_bytes(),
         "free_disk_bytes": psutil.disk_usage(".").free,
         "formats": formats(device.value),
         "versions": versions(),

@@ -6,7 +6,6 @@ several are wanted at once, processes that are forked from this one make them si
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import warnings
@@ -16,6 +15,7 @@ from multiprocessing import get_context
 
 import torch
 
+from lighten import containers
 from lighten.errors import UserError
 from lighten.forks import end_with_parent
 from lighten.plan.garbage import spared
@@ -62,7 +62,7 @@ class Planner:
             recipes: Their recipes.
         """
         wanted = {_key(own): own for own in recipes if _key(own) not in self._known}
-        count = min(len(wanted), len(os.sched_getaffinity(0)), MOST_PROCESSES) if self._apart else 1
+        count = min(len(wanted), containers.cores(), MOST_PROCESSES) if self._apart else 1
         if count < 2:
             return
         try:

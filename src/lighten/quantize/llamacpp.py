@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from lighten import containers
 from lighten.errors import UserError, missing_extra
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
@@ -206,9 +207,7 @@ def _require_whole(path: Path) -> None:
 
 def available_threads() -> int:
     """Threads that this process may use at once."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return containers.cores()
 
 
 class Runtime:

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lighten import containers
 from lighten.errors import UserError
 from lighten.serve import wire
 from lighten.serve.engine import (
@@ -99,7 +100,7 @@ class LlamaCpp:
     ) -> None:
         self.model, self.context, self.slots = model, context, slots
         self._convert = convert
-        self._threads = threads or len(os.sched_getaffinity(0))
+        self._threads = threads or containers.cores()
         self._gpu_layers, self._cache, self._flags = gpu_layers, cache, flags or {}
         self._adapters: tuple[Adapter, ...] = ()
         self._current: _Process | None = None
