@@ -53,7 +53,7 @@ def save_model(folder: Path, arch: str, **changes: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve short rows, and four that are cut at 64 tokens, in two of them within the answer."""
+    """Twelve short rows, and four that are cut at 64 tokens, two of which keep no answer."""
     path = tmp_path_factory.mktemp("rows") / "mixed.jsonl"
     rows = [{"prompt": f"say {i}", "completion": f"ok {i}"} for i in range(12)]
     rows += [{"prompt": "x" * 30, "completion": "y" * 90} for _ in range(2)]
@@ -81,7 +81,7 @@ def test_rows_beyond_a_table_of_positions_are_cut_to_it_and_counted(
     assert (facts["train_rows"], facts["truncated"], facts["dropped"]) == (14, 2, 2)
     evaluation = evaluate_run(run)
     assert evaluation.dataset["shortened"] >= 2
-    assert len(evaluation.examples) == 16
+    assert len(evaluation.examples) == 14  # what training leaves out is left out here too
 
 
 def test_a_plan_without_data_stays_inside_the_positions(tmp_path: Path) -> None:

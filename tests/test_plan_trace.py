@@ -53,7 +53,7 @@ WAYS: dict[str, dict[str, Any]] = {
 class Cpu:
     """A processor for tests: no time is predicted for a kind that has no rates."""
 
-    name, kind, bandwidth = "cpu", "cpu", None
+    name, kind, bandwidth, is_here = "cpu", "cpu", None, True
     flops: dict[str, float] = {}  # noqa: RUF012
 
     def __init__(self, memory_bytes: int | None = None) -> None:
@@ -67,7 +67,7 @@ class Cpu:
 class Card(Cpu):
     """A GPU by its figures."""
 
-    name, kind, bandwidth = "card", "cuda", 1e12
+    name, kind, bandwidth, is_here = "card", "cuda", 1e12, False
     flops = {"float32": 1e13, "bfloat16": 1e14}  # noqa: RUF012
 
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lighten import api
 from lighten.console import Json, console
 
 if TYPE_CHECKING:
@@ -60,6 +59,8 @@ def export(
         if not as_json:
             console().print(line, highlight=False)
 
+    from lighten import api
+
     made = api.export(
         source,
         form,
@@ -98,6 +99,8 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Compare an artefact's answers with those of what it was made from: the receipt."""
+    from lighten import api
+
     receipt = api.verify(artefact, against, adapter=adapter)
     if as_json:
         typer.echo(json.dumps(receipt.to_dict()))

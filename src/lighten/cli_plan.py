@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperCommand
 
 from lighten.console import OPEN, Json, Settings, console, is_assignment, overrides, print_table
+from lighten.datasheets import DEVICES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,8 +27,8 @@ _Words = Annotated[
 _Device = Annotated[
     str | None,
     typer.Option(
-        help="t4, l4, a10, rtx3060, rtx3090, rtx4090, a100-40, a100-80, h100, h200, cpu; default "
-        "this machine."
+        help=f"{', '.join(DEVICES)}, cpu; default this machine. Laptops, mi300x and apple: memory "
+        "alone, no time."
     ),
 ]
 _Probe = Annotated[
@@ -235,7 +236,7 @@ def _search(
     with _told() as told:
         found, best = api.plan_search(recipe, device=device, told=told, **settings)
     if write is not None and best is not None and found.best is not None:
-        why = f"the fastest that fits: {found.best.what}, on {device or 'this machine'}"
+        why = f"{words.best_of(found.best)}: {found.best.what}, on {device or 'this machine'}"
         runs.write_text(write, recipe_text(best, f"lighten plan --search found {why}"))
     if as_json:
         typer.echo(json.dumps({**found.to_dict(), "recipe": best and best.completed()}))
@@ -247,7 +248,7 @@ def _search(
         if found.best is None:
             _headline("nothing fits", False)
         else:
-            _headline(f"the fastest that fits: {found.best.what}", True)
+            _headline(f"{words.best_of(found.best)}: {found.best.what}", True)
             asked = api.plannable(recipe, **settings)
             flags = words.flags(differing(asked, found.best.settings)) or "as it is"
             console().print(flags, highlight=False, markup=False, soft_wrap=True)

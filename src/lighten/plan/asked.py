@@ -69,6 +69,9 @@ def plan(
     notes: list[str] = []
     if locate(recipe.model_name_or_path, revision=recipe.revision, weights=False)[0] == "known":
         notes.append(f"the model is not on this machine; its shape is known from {known.SOURCE}")
+    if device.memory_alone:
+        notes.append(f"of {device.label} only the memory is known, so no time is predicted "
+                     f"({device.source})")  # fmt: skip
     if rows is None and read_data:
         rows = read_rows(recipe, notes)
     lengths = lengths_of(rows)
@@ -247,9 +250,11 @@ def parameters_of(model: str) -> int | None:
 
 def here(device: Device) -> str | None:
     """This machine's name in the calibration file; None for a device that is elsewhere."""
-    if device.name == "cpu":
+    if not device.is_here:
+        return None
+    if device.kind == "cpu":
         return f"cpu: {processor_name()}, {torch.get_num_threads()} threads"
-    return f"cuda: {device.label}" if device.name == "cuda" else None
+    return f"cuda: {device.label}"
 
 
 def read_rows(

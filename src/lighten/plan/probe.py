@@ -76,7 +76,7 @@ def probe(recipe: Recipe, plan: Plan, device: Device, rows: Rows | None = None) 
     """
     from lighten.plan.asked import lengths_of, supervised_share
 
-    if device.name not in ("cpu", "cuda"):
+    if not device.is_here:
         raise UserError(
             f"--probe runs the step here, and {device.name} is elsewhere; leave --device out"
         )

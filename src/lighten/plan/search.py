@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lighten.errors import UserError
@@ -90,6 +90,9 @@ def fastest(
 ) -> Found:
     """The configuration with the most tokens per second among those that fit.
 
+    Where no time is predicted it is the first that fits: they are tried in an order in which what
+    saves memory at the cost of time comes later.
+
     Over method, checkpointing and micro-batch, the rows per step staying as they are; and
     over shorter contexts where nothing fits at the recipe's. A configuration that another one
     surely beats is not planned, which its reason says.
@@ -112,11 +115,9 @@ def fastest(
     if not fitting:
         return Found(None, tuple(tried))
     best = max(fitting, key=lambda own: own.tokens_per_s or 0.0)
-    named = [
-        own if own is not best else Candidate(own.what, own.settings, own.plan, "the fastest")
-        for own in tried
-    ]
-    return Found(next(own for own in named if own.why == "the fastest"), tuple(named))
+    why = "the fastest" if best.tokens_per_s else "the first that fits; no time is predicted"
+    named = [own if own is not best else replace(own, why=why) for own in tried]
+    return Found(named[tried.index(best)], tuple(named))
 
 
 def _at_one_length(

@@ -25,6 +25,10 @@ class Timed(Protocol):
         """`cpu` or `cuda`."""
 
     @property
+    def is_here(self) -> bool:
+        """Whether it is this machine's, and can be timed."""
+
+    @property
     def bandwidth(self) -> float | None:
         """Of its memory, bytes per second; None: to be measured."""
 
@@ -88,7 +92,7 @@ def time_of(traced: Traced, device: Timed) -> StepTime | None:
     """The time of a step; None: the device's rates are not known."""
     in_lanes: rates.Rates
     known: rates.Rates
-    if device.kind == "cpu":
+    if device.kind == "cpu" and device.is_here:
         lanes = lanes_of(traced)
         known = rates.Measured.cached()
         # Two of the same file would each write it without what the other has timed.

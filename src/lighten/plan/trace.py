@@ -77,16 +77,16 @@ def plan_recipe(
     margin = memory.BEYOND if outside else memory.WITHIN
     loading = memory.loading_of(source, path, traced.weights, converts)
     lanes = lanes_of(traced)
+    arena = device.is_here and allocator.has_arena()
+    time = time_of(traced, device)
     if device.kind == "cpu":
-        time = time_of(traced, device)
         verified = _numbers(traced) * 4
         peak = memory.processor_memory(
             traced.timeline, loading, context=context_of(), verified=verified, lanes=lanes,
-            sums=traced.further_sums(lanes), arena=allocator.has_arena(), margin=margin,
+            sums=traced.further_sums(lanes), arena=arena, margin=margin,
         )  # fmt: skip
         host = peak.expected
     else:
-        time = time_of(traced, device)
         peak = memory.cuda_memory(
             traced.timeline, capability=getattr(device, "capability", None), margin=margin
         )
@@ -176,7 +176,9 @@ def _outside(recipe: Recipe, config: Any, device: Device) -> Iterator[str]:
     """In what way a question is outside of what was compared with measurements."""
     if device.kind != "cpu" and device.name not in TESTED_GPUS:
         yield f"of GPUs {', '.join(TESTED_GPUS)} has been compared, not {device.name}"
-    if device.kind == "cpu" and not allocator.has_arena():
+    if device.kind == "cpu" and not device.is_here:
+        yield f"{device.name} is traced as this machine's processor would compute, not compared"
+    elif device.kind == "cpu" and not allocator.has_arena():
         yield "tensors lie in glibc's heap here, without an arena, and that has not been compared"
     if (kind := getattr(config, "model_type", "")) not in TESTED:
         yield f"architecture {kind} has not been compared; {', '.join(TESTED)} have"

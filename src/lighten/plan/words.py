@@ -81,7 +81,7 @@ def fact_rows(plan: Plan) -> list[list[str]]:
         ["download", "not known" if plan.download_bytes is None else size(plan.download_bytes)],
     ]  # fmt: skip
     if time is None:
-        rows.append(["time", f"not known: no rates of {plan.device} are"])
+        rows.append(["time", f"not predicted: it is not known how fast {plan.device} computes"])
     else:
         rows.append(
             ["time of the largest step", f"{seconds(time.seconds)} (low {seconds(time.low)}, high "
@@ -184,6 +184,13 @@ def candidate_row(own: Candidate, best: bool) -> list[str]:
         f"{'▶ ' if best else ''}{own.what}", f"{shape.rows} × {shape.micro_batches}",
         gib(plan.memory.expected), "–" if rate is None else f"{rate:,.0f}", own.why,
     ]  # fmt: skip
+
+
+def best_of(own: Candidate) -> str:
+    """What a search's answer is, by what is known of its time."""
+    if own.tokens_per_s is None:
+        return "the first that fits, as no time is predicted"
+    return "the fastest that fits"
 
 
 def sized_row(own: Sized) -> list[str]:
