@@ -117,6 +117,7 @@ class Processor:
 
     name: str = "cpu"
     kind: str = "cpu"
+    is_here: bool = True
     memory_bytes: int | None = None
     bandwidth: float | None = None
     flops: Mapping[str, float] = field(default_factory=dict)

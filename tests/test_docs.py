@@ -67,6 +67,36 @@ def run_all(commands: list[str], tmp_path: Path, servers: ExitStack) -> None:
         assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
 
 
+def examples(page: Path) -> list[tuple[str, list[str]]]:
+    """Commands that a page shows with what they print: `$ command`, then its lines."""
+    blocks = re.findall(r"```console\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S)
+    split = [re.split(r"^\$ ", block, flags=re.M)[1:] for block in blocks]
+    return [(own.splitlines()[0], own.splitlines()[1:]) for block in split for own in block]
+
+
+def pattern(lines: list[str]) -> str:
+    """A regular expression of lines in their order, between which others may be left out.
+
+    Widths of columns do not count, and an ellipsis leaves out words of a line.
+    """
+    shown = (re.escape(" ".join(own.split())) for own in lines if own.strip(" …─"))
+    return ".*?".join(line.replace("…", ".*?").replace(r"\ ", r"\s+") for line in shown)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "shown"), [own for page in PAGES for own in examples(page)],
+    ids=lambda own: own if isinstance(own, str) else "",
+)  # fmt: skip
+def test_what_a_page_shows_of_a_command_is_what_it_prints(
+    command: str, shown: list[str], tmp_path: Path
+) -> None:
+    assert shown, f"{command}: what it prints is not shown"
+    done = call(*shlex.split(command)[1:], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.search(pattern(shown), done.stdout, flags=re.S), done.stdout
+
+
 def test_the_python_of_the_readme_runs(tmp_path: Path, smollm2_folder: Path) -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.S)

@@ -9,9 +9,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from lighten import runs
+from lighten import cli_plan, devices, runs
 from lighten.cli_plan import print_changes, print_plan
-from lighten.plan import words
+from lighten.plan import asked, words
 from lighten.plan.result import Change, Memory, MemoryPart, Plan, Shape, StepTime
 from lighten.report.bars import Bar, Segment, stacked_bars
 from lighten.report.page import page
@@ -106,3 +106,19 @@ def test_a_plan_in_words(
     assert words.flags({"a": True, "b": None, "c": 3, "d": "x", "e": [1]}) == (
         "--a true --b null --c 3 --d x --e [1]"
     )
+
+
+def test_what_a_plan_notes_after_changes_were_sought_is_printed_once(
+    tiny_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setitem(devices.DEVICES, "t4", replace(devices.DEVICES["t4"], memory_bytes=2**20))
+    monkeypatch.setattr(devices, "_BY_PLAIN", dict(devices.DEVICES))
+    monkeypatch.setattr(asked, "MOST_CHANGES_S", -1.0)
+    settings = {"model_name_or_path": str(tiny_folder), "max_length": 32}
+    assert cli_plan._plan(None, settings, "t4", False, probe=False) is False
+    printed = capsys.readouterr().out
+    assert printed.count("no further changes were looked for") == 1
+    assert printed.count("no data set is given") == 1
+    names = [line.split("  ")[0].strip() for line in printed.splitlines()]
+    assert names.count("micro-batch") == names.count("micro-batch filled by") == 1

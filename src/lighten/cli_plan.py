@@ -15,7 +15,7 @@ from lighten.console import OPEN, Json, Settings, console, is_assignment, overri
 from lighten.datasheets import DEVICES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from lighten.plan.result import Plan
 
@@ -177,18 +177,25 @@ def _plan(
     from lighten.plan import words
 
     probed = None
+    early: list[Plan] = []
+
+    def told(own: Plan) -> None:
+        early.append(own)
+        print_plan(own)
+
     if probe:
         made, probed = api.plan_probe(recipe, device=device, **settings)
     else:
         # What a plan says is printed while changes are looked for, each of them a plan of its own.
-        made = api.plan(recipe, device=device, told=None if as_json else print_plan, **settings)
+        made = api.plan(recipe, device=device, told=None if as_json else told, **settings)
     if as_json:
         more = {} if probed is None else {"probe": probed.to_dict()}
         typer.echo(json.dumps({**made.to_dict(), **more}))
         return made.fits()
     if probed is not None:
-        print_plan(made)
+        told(made)
     print_changes(made)
+    _print_notes(note for note in made.notes if note not in early[0].notes)
     if probed is not None:
         print_table(["a true step", "predicted", "measured", "error"], words.probe_rows(probed))
         if probed.error is not None:
@@ -203,7 +210,11 @@ def print_plan(made: Plan) -> None:
     _headline(words.verdict(made), made.fits())
     print_table(["peak memory by part", "GiB", ""], words.part_rows(made))
     print_table(["", ""], words.fact_rows(made))
-    for note in (*made.notes, *made.outside):
+    _print_notes((*made.notes, *made.outside))
+
+
+def _print_notes(notes: Iterable[str]) -> None:
+    for note in notes:
         console().print(f"note: {note}", highlight=False, markup=False)
 
 

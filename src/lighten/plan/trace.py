@@ -19,6 +19,7 @@ from lighten.plan.result import Plan, States
 from lighten.plan.step_time import Timed, lanes_of, time_of
 from lighten.plan.steps import Traced, follow_recipe
 from lighten.recipe import Recipe
+from lighten.report.words import size
 
 # What a process that trains on a GPU holds in main memory beside the base: the interpreter, PyTorch
 # and CUDA's libraries. Taken to be so, not measured.
@@ -166,7 +167,7 @@ def _choices(traced: Traced, dtype: Choice, loading: memory.Loading) -> dict[str
     found["dtype"] = f"{dtype.value}: {dtype.reason}"
     if loading.files:
         found["loading"] = (
-            f"{loading.files} bytes of weight files are mapped while they are converted; the "
+            f"{size(loading.files)} of weight files are mapped while they are converted; the "
             "system takes these pages back where memory is short"
         )
     return found

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 BAR = 32  # characters of the longest bar
+# Choices whose names would stand twice in the table.
+CHOICES = {"micro-batch": "micro-batch filled by"}
 
 
 def verdict(plan: Plan) -> str:
@@ -91,7 +93,7 @@ def fact_rows(plan: Plan) -> list[list[str]]:
         if plan.run_seconds is not None:
             told = f"{duration(plan.run_seconds)} for {counted(plan.steps or 0, 'step')}"
         rows.append(["time of the run", told])
-    return rows + [[what, choice] for what, choice in plan.choices.items()]
+    return rows + [[CHOICES.get(what, what), said] for what, said in plan.choices.items()]
 
 
 def _data_rows(data: DataCost | None) -> list[list[str]]:
