@@ -116,6 +116,8 @@ def push(
     ] = False,
 ) -> None:
     """Upload an artefact to a hub's repository: private, without pickles, looked at before."""
+    from lighten import api
+
     address = api.push(artefact, repo_id, private=not public, force=force)
     console().print(f"uploaded: {address}", soft_wrap=True, highlight=False)
 
