@@ -450,3 +450,46 @@ def test_in_float16_an_adapter_that_diverges_leaves_and_the_others_finish(
     assert set(steps.values()) == {5}
     state = checkpoints.read_state(checkpoints.listing(run.folder / "checkpoints")[-1])
     assert {own["scale"] for name, own in state.scaler.items() if name != gone} == {2.0**16}
+
+
+class Clock:
+    """Time that goes on by so many seconds at each look."""
+
+    perf_counter = staticmethod(time.perf_counter)
+
+    def __init__(self, step_s: float) -> None:
+        self.now, self.step_s = 0.0, step_s
+
+    def monotonic(self) -> float:
+        self.now += self.step_s
+        return self.now
+
+
+def test_a_default_run_of_one_epoch_is_saved_by_time_before_its_end(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {key: value for key, value in settings.items() if key not in
+                ("max_steps", "save_steps", "eval_steps")}  # fmt: skip
+    settings |= {"per_device_train_batch_size": 2, "lora_r": 2}  # one epoch of eight steps
+
+    def saved(**changes: Any) -> list[str]:
+        run = train({**settings, "output_dir": settings["output_dir"] + str(changes)}, **changes)
+        return [path.name for path in checkpoints.listing(run.folder / "checkpoints")]
+
+    assert saved() == ["checkpoint-8"]
+    # Looks at the clock: one a step, two at a save; the third minute after the start is past 10.
+    monkeypatch.setattr("lighten.train.loop.time", Clock(205.0))
+    assert saved(save_every=None) == ["checkpoint-8"]
+    monkeypatch.setattr("lighten.train.loop.time", Clock(205.0))
+    first, *_, last = saved()
+    assert (first, last) == ("checkpoint-3", "checkpoint-8")
+
+
+def test_a_slow_disk_is_not_written_to_all_the_time(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A save takes 70 s here: the next one waits for 1400, whatever save_every says.
+    monkeypatch.setattr("lighten.train.loop.time", Clock(70.0))
+    run = train(settings, save_steps=100, eval_steps=100, lora_r=2, save_every="1m")
+    names = [path.name for path in checkpoints.listing(run.folder / "checkpoints")]
+    assert names == ["checkpoint-1", "checkpoint-8"]

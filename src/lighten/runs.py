@@ -106,8 +106,8 @@ class Run:
         return self.info().get("status") in ("running", "interrupted")
 
     def _require_same(self, recipe: Recipe) -> None:
-        free = {"output_dir", "report_to", "logging_steps", "save_total_limit", "evaluate",
-                "quantize", "sweep"}  # fmt: skip
+        free = {"output_dir", "report_to", "logging_steps", "save_every", "save_total_limit",
+                "evaluate", "quantize", "sweep"}  # fmt: skip
         before, now = self.recipe().completed(), recipe.completed()
         changed = [key for key in now if key not in free and now[key] != before.get(key)]
         if changed:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from lighten.recipe.section import Positive, Rate, Section, Seed, Share
+from lighten.recipe.section import Duration, Positive, Rate, Section, Seed, Share
 from lighten.recipe.sweeping import SweepOptions
 
 AdapterName = Annotated[str, Field(pattern=r"^\w[\w.=-]*$", max_length=80)]
@@ -264,6 +264,9 @@ class RecipeFields(Section):
     logging_steps: Positive = _field(1, "run", "steps between lines to the trackers")
     eval_steps: Positive | None = _field(None, "run", "steps between evaluations; null: an epoch")
     save_steps: Positive | None = _field(None, "run", "steps between checkpoints; null: an epoch")
+    save_every: Duration | None = _field(
+        "10m", "run", "time between checkpoints beside those of save_steps: 90s, 10m; null: off"
+    )
     save_total_limit: Positive = _field(2, "run", "checkpoints kept")
     early_stopping_patience: Positive | None = _field(
         None, "run", "evaluations in a row without gain that stop an adapter"

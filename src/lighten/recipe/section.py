@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+)
 
 from lighten.recipe.numbers import decimal_comma
 
@@ -13,6 +21,28 @@ Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 # What every generator here takes (PyTorch: below 2^64, as a signed number below 2^63).
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Rate = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+
+_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+_DURATION = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(s|m|min|h|)\s*")
+
+
+def seconds(text: str) -> float:
+    """Seconds of a time such as `90s`, `30m` or `2h`; a lone number is seconds."""
+    parts = _DURATION.fullmatch(text)
+    assert parts is not None, text
+    return float(parts[1]) * _UNITS[parts[2]]
+
+
+def _duration(value: Any) -> Any:
+    if value is None:
+        return None
+    text = str(value)
+    if isinstance(value, bool) or not _DURATION.fullmatch(text) or seconds(text) <= 0:
+        raise ValueError("write a time such as 90s, 30m or 2h")
+    return text
+
+
+Duration = Annotated[str, BeforeValidator(_duration)]
 
 
 class Section(BaseModel):

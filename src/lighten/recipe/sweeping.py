@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from lighten.recipe.section import Rate, Section
-
-_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
-_DURATION = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(s|m|min|h|)\s*")
+from lighten.recipe.section import Duration, Rate, Section, seconds
 
 
 class Range(Section):
@@ -95,7 +91,7 @@ class SweepOptions(Section):
     metric: Literal["loss", "perplexity", "chrf", "bleu", "exact_match"] = Field(
         "chrf", description="metric beside the held-out loss; loss: no answers are generated"
     )
-    budget: str | None = Field(None, description="time there is: 90s, 30m, 2h; null: no limit")
+    budget: Duration | None = Field(None, description="time there is: 90s, 30m, 2h; null: no limit")
     search: Literal["tpe", "random"] | None = Field(
         None, description="draw settings through Optuna instead of trying every combination"
     )
@@ -137,24 +133,7 @@ class SweepOptions(Section):
         named = [value] if isinstance(value, str) else list(value or [])
         return [name for name in named if name != "none"]
 
-    @field_validator("budget", mode="before")
-    @classmethod
-    def _duration(cls, value: Any) -> Any:
-        if value is None:
-            return None
-        text = str(value)
-        if not _DURATION.fullmatch(text) or seconds(text) <= 0:
-            raise ValueError("write a time such as 90s, 30m or 2h")
-        return text
-
     @property
     def budget_s(self) -> float | None:
         """The time there is, in seconds."""
         return None if self.budget is None else seconds(self.budget)
-
-
-def seconds(text: str) -> float:
-    """Seconds of a time such as `90s`, `30m` or `2h`; a lone number is seconds."""
-    found = _DURATION.fullmatch(text)
-    assert found is not None, text
-    return float(found[1]) * _UNITS[found[2]]

@@ -175,7 +175,7 @@ class Sweep:
         Raises:
             UserError: The recipe has changed.
         """
-        free = ("output_dir", "report_to", "logging_steps", "save_total_limit")
+        free = ("output_dir", "report_to", "logging_steps", "save_every", "save_total_limit")
         before, now = Run(self.folder).recipe().completed(), self.recipe.completed()
         for settings in (before, now):
             settings["sweep"] = {k: v for k, v in settings["sweep"].items() if k != "budget"}

@@ -16,6 +16,7 @@ from lighten.data.batches import Item, MicroBatch, collate, layout, steps_of_epo
 from lighten.folders import resume_command
 from lighten.hardware import PeakMemory
 from lighten.parallel import ranks
+from lighten.recipe.section import seconds
 from lighten.train import checkpoints, forked, short_memory
 from lighten.train.checkpoints import TrainerState
 from lighten.train.forked import Forked
@@ -69,6 +70,7 @@ class Loop:
         self._epochs: dict[tuple[int, int], list[list[int]]] = {}
         self._lanes: Lanes | None = None
         self._agreed = False
+        self._saved_at, self._saving_s = time.monotonic(), 0.0
         self._first, self._forks = state.step, forked.possible()
 
     def run(self) -> None:
@@ -103,7 +105,7 @@ class Loop:
             self._ask_judge()
             done = last or not self._active()
             stop = ranks.agreed_stop(setup.accelerator, signals.received)
-            if done or best or stop or self._due(recipe.save_steps):
+            if done or best or stop or self._due(recipe.save_steps) or self._due_by_time():
                 self._save()
             if stop is not None and not done:
                 raise Interrupted(
@@ -234,6 +236,16 @@ class Loop:
     def _due(self, every: int | None) -> bool:
         return self.state.step % (every or self.setup.steps_per_epoch) == 0
 
+    def _due_by_time(self) -> bool:
+        """Whether the last checkpoint is old enough for another one, by the main rank's clock."""
+        every = self.setup.recipe.save_every
+        if every is None:
+            return False
+        # Where a checkpoint is large and the disk slow, it may cost a twentieth of the time.
+        wait_s = max(seconds(every), 20 * self._saving_s)
+        due = time.monotonic() - self._saved_at >= wait_s
+        return ranks.of_main(self.setup.accelerator, due)
+
     def _micro_batches(self, step: int, members: list[Member]) -> Iterator[MicroBatch]:
         """This rank's micro-batches of a step, every adapter with its own order of examples."""
         setup, recipe = self.setup, self.setup.recipe
@@ -359,6 +371,7 @@ class Loop:
 
     def _save(self) -> None:
         setup, state = self.setup, self.state
+        began = time.monotonic()
         self._give_back()
         if self.main:
             state.members = {member.name: member.progress for member in setup.members}
@@ -376,3 +389,5 @@ class Loop:
             checkpoints.prune(self.folder / "checkpoints", setup.recipe.save_total_limit, keep)
         ranks.wait(setup.accelerator)
         self._give_back()
+        self._saved_at = time.monotonic()
+        self._saving_s = self._saved_at - began
