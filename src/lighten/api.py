@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lighten import looked
+from lighten.api_bench import bench as bench
+from lighten.api_bench import bench_compare as bench_compare
 from lighten.api_serve import bench_serve as bench_serve
 from lighten.api_serve import serve as serve
 from lighten.errors import NoHeldOut, UserError

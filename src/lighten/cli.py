@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import lighten
-from lighten import cli_plan, cli_serve, streams
+from lighten import cli_bench, cli_plan, cli_serve, streams
 from lighten.cli_adapter import adapter_app
 from lighten.cli_export import export, push, verify
 from lighten.cli_quantize import quantize
@@ -208,6 +208,7 @@ def train(
 app.command("sft", context_settings=OPEN, hidden=True)(train)
 cli_plan.register(app)
 app.command()(quantize)
+cli_bench.register(app)
 cli_serve.register(app)
 
 

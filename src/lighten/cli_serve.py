@@ -11,7 +11,6 @@ import typer
 
 from lighten.console import Json
 
-bench_app = typer.Typer(no_args_is_help=True, help="Measure how fast something answers.")
 _Adapters = Annotated[
     list[str] | None,
     typer.Option(
@@ -78,7 +77,6 @@ def serve(
     )  # fmt: skip
 
 
-@bench_app.command("serve")
 def bench_serve(
     url: Annotated[str, typer.Argument(help="Of an OpenAI-compatible server.")],
     requests: Annotated[int, typer.Option(help="Of each load.")] = 64,
@@ -136,7 +134,6 @@ def chat(
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the app."""
-    app.add_typer(bench_app, name="bench")
     # Words after `--adapters A` that are no flags are more adapters.
     app.command(context_settings={"allow_extra_args": True})(serve)
 

@@ -33,8 +33,13 @@ def require_answerable(target: str) -> None:
     Raises:
         UserError: Neither is there.
     """
-    if not any(exists(folder / RECIPE) for folder in (expanded(target), Path("runs") / target)):
+    if not is_run(target):
         require_model(target)
+
+
+def is_run(target: str) -> bool:
+    """Whether a run lies in that folder, or under `runs/` by that name."""
+    return any(exists(folder / RECIPE) for folder in (expanded(target), Path("runs") / target))
 
 
 def finished(recipe: Recipe, *, resume: bool, told: bool) -> Run | None:

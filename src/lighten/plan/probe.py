@@ -14,7 +14,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -33,8 +32,10 @@ if TYPE_CHECKING:
     from lighten.train.prepare import Setup
     from lighten.train.rows import Rows
 
-# Steps: the first one warms up, the last one is timed.
-STEPS = 3
+# Steps that are timed, after one that warms up.
+STEPS = 2
+# Numbers of each weight that are looked at to see whether it has changed.
+SAMPLED = 4096
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,15 @@ def _last_line(text: str) -> str:
 
 
 def measure(
-    recipe: Recipe, kind: str, lengths: Sequence[int] | None, supervised: float = 1.0
+    recipe: Recipe,
+    kind: str,
+    lengths: Sequence[int] | None,
+    supervised: float = 1.0,
+    *,
+    random: bool = True,
+    least: int = STEPS,
+    most: int = STEPS,
+    budget_s: float = 0.0,
 ) -> dict[str, Any]:
     """Make the step here and now, in a process that has done nothing else.
 
@@ -128,47 +137,66 @@ def measure(
         kind: `cpu` or `cuda`.
         lengths: Tokens of each row; None: all have `max_length`.
         supervised: Share of each row's tokens that are supervised.
+        random: With random weights of the base's shape; else with its own.
+        least: Steps that are timed, at least.
+        most: At most.
+        budget_s: Seconds after which no more than `least` of them are timed.
 
     Returns:
-        The peak `memory` as `PeakMemory` reads it, the `seconds` of the last of a few steps and,
-        on a processor, `settled_bytes`, what stays when free pages are given back, and
+        The peak `memory` as `PeakMemory` reads it, the `seconds` of a step, their `timing`, the
+        real `tokens` of a step, its longest row and its rows side by side, the `parameters` that
+        learn and, on a processor, `settled_bytes`, what stays when free pages are given back, and
         `lane_bytes`, the most that another lane's process held beside what it shares.
+
+    Raises:
+        UserError: Nothing was trained: no weight has changed after the steps.
     """
     import psutil
-    import torch
     from accelerate import Accelerator
 
     from lighten.hardware import PeakMemory
+    from lighten.timing import measure_step
     from lighten.train import run
     from lighten.train.passes import undropped
-    from lighten.train.prepare import prepare
+    from lighten.train.prepare import load_base, prepare
     from lighten.train.step import train_step
 
     assert run is not None  # everything is imported, as when a training begins to measure
     allocator.keep_pages(kind)
     accelerator = Accelerator(cpu=kind == "cpu")
     memory, before = PeakMemory(kind), psutil.Process().memory_info().rss
-    base = random_base(recipe, str(accelerator.device))
+    where = str(accelerator.device)
+    base = random_base(recipe, where) if random else load_base(recipe, where, learns=True)
     # How many rows there are decides nothing here but the number of steps, which are not made.
     setup = prepare(recipe, accelerator, base, _rows(lengths or [recipe.max_length], supervised))
     batches = _batches(setup, lengths, supervised)
-    first = batches()[0]
-    setup.objective.verify(first, undropped(first))
+    largest = batches()
+    setup.objective.verify(largest[0], undropped(largest[0]))
     lanes = _lanes(setup)
-    seconds = 0.0
-    for _ in range(STEPS):
-        began = time.perf_counter()
+    weights = [p for member in setup.members for p in member.parameters.values()]
+    at_first = _samples(weights)
+
+    def step() -> None:
         made = batches()
         for group in setup.groups(setup.members):
             own = {member.name for member in group}
             part = [batch for batch in made if batch.items[0].member in own]
             train_step(part, group, setup.objective, accelerator, setup.scaler, lanes)
-        if kind == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - began
         if lanes is not None:
             memory.beside(lanes.own_bytes)
-    found: dict[str, Any] = {"memory": memory.read(), "seconds": seconds}
+
+    timing = measure_step(step, device=kind, least=least, most=most, budget_s=budget_s)
+    if all(map(_equal, at_first, _samples(weights))):
+        raise UserError(
+            "nothing was trained: no weight has changed after a few steps, so its time says nothing"
+        )
+    found: dict[str, Any] = {
+        "memory": memory.read(), "seconds": timing.median, "timing": timing.to_dict(),
+        "tokens": sum(sum(batch.lengths) for batch in largest),
+        "rows": max(len(batch.lengths) for batch in largest),
+        "longest": max(max(batch.lengths) for batch in largest),
+        "parameters": sum(p.numel() for p in weights),
+    }  # fmt: skip
     if lanes is not None:
         found["lane_bytes"] = lanes.own_bytes // (lanes.count - 1)
         lanes.close()
@@ -176,6 +204,20 @@ def measure(
         allocator.trim()
         found["settled_bytes"] = psutil.Process().memory_info().rss - before
     return found
+
+
+def _samples(weights: Sequence[Any]) -> list[Any]:
+    """Some numbers of each weight: whole copies would count among what is measured."""
+    return [
+        p.detach().flatten()[:: max(1, p.numel() // SAMPLED)].clone() if p.numel() else p.detach()
+        for p in weights
+    ]
+
+
+def _equal(before: Any, after: Any) -> bool:
+    import torch
+
+    return bool(torch.equal(before, after))
 
 
 def _batches(

@@ -1,0 +1,185 @@
+"""Jobs in processes of their own, which may run out of memory without harm to anything else.
+
+A job prints a JSON line for each thing that it has measured, so that what was measured before its
+process ended is kept. What a process held is its own high-water mark (Linux's `VmHWM`): the
+`ru_maxrss` of a child begins at its parent's.
+
+    python -m lighten.bench.child < job.json
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+LOOK_S = 0.01
+# The process that the kernel shall end first where the machine's memory is short.
+SACRIFICE = "1000"
+
+
+@dataclass
+class Outcome:
+    """What a job's process did.
+
+    Attributes:
+        records: What it measured before it ended.
+        error: Why it ended early; None: it did not.
+        out_of_memory: Whether that was for memory.
+        process_peak_bytes: The most that it held as a whole, as last seen from outside.
+    """
+
+    records: list[dict[str, Any]] = field(default_factory=list)
+    error: str | None = None
+    out_of_memory: bool = False
+    process_peak_bytes: int = 0
+
+
+def in_child(
+    module: str,
+    settings: Mapping[str, Any],
+    *,
+    memory_bytes: int | None = None,
+    timeout_s: float | None = None,
+    told: Callable[[dict[str, Any]], None] | None = None,
+) -> Outcome:
+    """Run a job in a process of its own.
+
+    Args:
+        module: Has the job: a function `run` that yields records.
+        settings: What it takes, as JSON has it.
+        memory_bytes: It is ended when it and its own children hold more.
+        timeout_s: It is ended when it takes longer.
+        told: Hears of each record when it is there.
+    """
+    outcome = Outcome()
+    with tempfile.TemporaryFile() as said:
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "lighten.bench.child"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said,
+        )  # fmt: skip
+        reader = threading.Thread(target=_read, args=(worker, outcome, told), daemon=True)
+        reader.start()
+        assert worker.stdin is not None
+        try:
+            worker.stdin.write(json.dumps({"module": module, "settings": dict(settings)}).encode())
+            worker.stdin.close()
+            _watch(worker, outcome, memory_bytes, timeout_s)
+        except BrokenPipeError:
+            pass  # it ended at once: its own words say why
+        finally:
+            if worker.poll() is None:
+                _end(worker)
+            worker.wait()
+            reader.join()
+        said.seek(0)
+        text = said.read().decode(errors="replace")
+    if outcome.error is None and worker.returncode:
+        lines = text.strip().splitlines()
+        outcome.error = lines[-1] if lines else f"it ended with {worker.returncode}"
+        # The kernel ends a process by signal 9 where memory is short.
+        outcome.out_of_memory = worker.returncode == -9 or _short(outcome.error)
+        if worker.returncode == -9:
+            outcome.error = "the system ended it: memory ran out"
+    return outcome
+
+
+def _short(said: str) -> bool:
+    from lighten.train.short_memory import ran_out
+
+    return "MemoryError" in said or ran_out(RuntimeError(said))
+
+
+def _read(
+    worker: subprocess.Popen[bytes],
+    outcome: Outcome,
+    told: Callable[[dict[str, Any]], None] | None,
+) -> None:
+    assert worker.stdout is not None
+    for line in worker.stdout:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # a library's words, or a line torn by the process's end
+        if isinstance(record, dict):
+            outcome.records.append(record)
+            if told is not None:
+                told(record)
+
+
+def _watch(
+    worker: subprocess.Popen[bytes],
+    outcome: Outcome,
+    memory_bytes: int | None,
+    timeout_s: float | None,
+) -> None:
+    began = time.monotonic()
+    while worker.poll() is None:
+        held = held_bytes(worker.pid)
+        outcome.process_peak_bytes = max(outcome.process_peak_bytes, held)
+        if memory_bytes is not None and held > memory_bytes:
+            outcome.error = f"it holds more than {memory_bytes / 2**30:.2f} GiB"
+            outcome.out_of_memory = True
+            return
+        if timeout_s is not None and time.monotonic() - began > timeout_s:
+            outcome.error = f"it takes more than {timeout_s:.0f} s"
+            return
+        time.sleep(LOOK_S)
+
+
+def _end(worker: subprocess.Popen[bytes]) -> None:
+    """End the process and those that it started."""
+    try:
+        family = psutil.Process(worker.pid).children(recursive=True)
+    except psutil.Error:
+        family = []
+    worker.kill()
+    for process in family:
+        try:
+            process.kill()
+        except psutil.Error:
+            continue
+
+
+def held_bytes(pid: int) -> int:
+    """Memory that a process and its children hold, pages that they share counted once."""
+    try:
+        process = psutil.Process(pid)
+        family = process.children(recursive=True)
+        total = int(process.memory_info().rss)
+        for child in family:  # forks share nearly all with their parent
+            total += int(child.memory_full_info().uss)
+    except psutil.Error:
+        return 0
+    return total
+
+
+def main() -> None:
+    """Read a job from standard input, and print what it measures."""
+    job = json.load(sys.stdin)
+    with contextlib.suppress(OSError):  # not Linux
+        Path("/proc/self/oom_score_adj").write_text(SACRIFICE, encoding="ascii")
+    from lighten.errors import UserError
+
+    run: Callable[..., Iterator[dict[str, Any]]]
+    run = importlib.import_module(job["module"]).run
+    try:
+        for record in run(**job["settings"]):
+            print(json.dumps(record), flush=True)  # noqa: T201
+    except UserError as error:
+        sys.exit(str(error).splitlines()[0])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""`lighten bench --compare`: two files, record by record, as ratios with intervals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lighten.errors import UserError
+
+LEVEL, DRAWS = 0.95, 4000
+# Fewer repeats than this say nothing about what another run of them would give.
+FEWEST = 5
+# What is a timing, and what one number (the larger it is, the more it takes).
+TIMES = ("seconds", "first_token_s", "decode_s")
+NUMBERS = ("peak_bytes", "resident_bytes", "weights_bytes", "file_bytes", "largest")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A file that `lighten bench` wrote.
+
+    Raises:
+        UserError: There is none, or it is something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON: {error}") from error
+    if not isinstance(found, dict) or not isinstance(found.get("records"), list):
+        raise UserError(f"{path} is no result of lighten bench: it has no records")
+    return found
+
+
+def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """Each figure of `after` over that of `before`.
+
+    Args:
+        before: Result of `lighten bench`.
+        after: Another.
+
+    Returns:
+        `rows` with ratio, 95 % interval where there are repeats, and a `verdict`; `notes` on what
+        differs beside the figures, and on records that only one of them has.
+    """
+    first, second = _by_name(before), _by_name(after)
+    notes = list(_differences(before, after))
+    for name in [n for n in first if n not in second]:
+        notes.append(f"{name[0]}: {name[1]} is in the first file alone")
+    for name in [n for n in second if n not in first]:
+        notes.append(f"{name[0]}: {name[1]} is in the second file alone")
+    rows = []
+    for key in first:
+        if key in second:
+            rows += list(_figures(key, first[key], second[key]))
+    return {"rows": rows, "notes": notes}
+
+
+def _by_name(result: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+    return {(own["part"], own["name"]): own for own in result["records"]}
+
+
+def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
+    for what in ("base_sha256", "device", "machine", "versions"):
+        if before.get(what) != after.get(what):
+            said = "the model's weights" if what == "base_sha256" else f"the {what}"
+            yield f"{said} differ: the ratios are not of the code alone"
+
+
+def _figures(
+    key: tuple[str, str], first: Mapping[str, Any], second: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
+    part, name = key
+    for figure in TIMES:
+        if figure in first and figure in second:
+            a, b = first[figure], second[figure]
+            row = {"part": part, "name": name, "figure": figure, "before": a["median"],
+                   "after": b["median"], "ratio": b["median"] / a["median"]}  # fmt: skip
+            yield {**row, **significance(a["samples"], b["samples"])}
+    for figure in NUMBERS:
+        if first.get(figure) and second.get(figure) is not None:
+            yield {"part": part, "name": name, "figure": figure, "before": first[figure],
+                   "after": second[figure], "ratio": second[figure] / first[figure],
+                   "low": None, "high": None, "verdict": "measured once"}  # fmt: skip
+    if bool(first.get("why")) != bool(second.get("why")):
+        why = first.get("why") or second.get("why")
+        verdict = "now measured" if first.get("why") else "no longer measured"
+        yield {"part": part, "name": name, "figure": "seconds", "before": None, "after": None,
+               "ratio": None, "low": None, "high": None,
+               "verdict": f"{verdict}: {why}"}  # fmt: skip
+
+
+def significance(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
+    """An interval of the medians' ratio by bootstrap, and what it says.
+
+    The samples of one process lie nearer to each other than those of two: a difference that is
+    real between two processes need not be one between two versions.
+    """
+    if min(len(before), len(after)) < FEWEST:
+        return {"low": None, "high": None, "verdict": f"fewer than {FEWEST} repeats"}
+    random = np.random.default_rng(0)
+    drawn = [
+        np.median(random.choice(np.asarray(own), (DRAWS, len(own))), axis=1)
+        for own in (before, after)
+    ]
+    low, high = np.quantile(drawn[1] / drawn[0], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    verdict = "no difference found"
+    if high < 1:
+        verdict = "less"
+    elif low > 1:
+        verdict = "more"
+    return {"low": float(low), "high": float(high), "verdict": verdict}

@@ -1,0 +1,230 @@
+"""`lighten bench`: times that are known, memory that is measured right, models that truly train."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lighten import api
+from lighten.bench import attention, comparing, generation, running, training, words
+from lighten.bench.child import in_child
+from lighten.bench.limits import Try, search_from
+from lighten.errors import UserError
+from lighten.timing import Timing, measure_step
+from tests.processes import call
+
+MIB = 2**20
+
+
+def test_a_time_is_repeated_until_it_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that ticks as told: three slow steps, then steady ones."""
+    took = iter([9.0, 1.0, 3.0, 1.0] + [1.0] * 60)
+    now = [0.0]
+    monkeypatch.setattr("lighten.timing.time.perf_counter", lambda: now[0])
+
+    def step() -> None:
+        now[0] += next(took)
+
+    timing = measure_step(step, warmup=1, least=3, bound=0.05, budget_s=1e9)
+    assert 9.0 not in timing.samples  # it warmed up
+    assert timing.samples[:3] == (1.0, 3.0, 1.0)
+    assert timing.settled
+    assert len(timing.samples) == 9  # the first count whose interval leaves the slow one out
+    assert timing.median == 1.0
+
+
+def test_a_time_that_does_not_settle_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, count = [0.0], [0]
+    monkeypatch.setattr("lighten.timing.time.perf_counter", lambda: now[0])
+
+    def step() -> None:
+        count[0] += 1
+        now[0] += 1.0 + count[0] % 2
+
+    timing = measure_step(step, least=5, most=12, budget_s=1e9)
+    assert len(timing.samples) == 12
+    assert not timing.settled
+    assert "not settled" in words.spread(timing.to_dict())
+    assert "did not come within 5 %" in str(words.unsettled([{"seconds": timing.to_dict()}]))
+
+
+def test_the_interval_of_a_median_covers_as_often_as_it_says() -> None:
+    """Against the binomial tail: of n samples, P(k or fewer below the median) <= 2.5 %."""
+    for count in range(6, 60):
+        values = tuple(float(i) for i in range(count))
+        low, high = Timing(values, 0, 0.05).interval
+        left = int(low)
+        assert high == count - 1 - left
+        tail = sum(math.comb(count, i) for i in range(left + 1)) / 2**count
+        longer = tail + math.comb(count, left + 1) / 2**count
+        assert 2 * tail <= 0.05 < 2 * longer
+
+
+def test_trap50_a_known_allocation_is_measured_in_a_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child's peak is its own, whatever its parent holds; a limit ends it and nothing else."""
+    monkeypatch.chdir(Path(__file__).parents[1])
+    block = torch.ones(300 * MIB, dtype=torch.uint8)
+    found = in_child("tests.bench_known", {"mib": 400})
+    del block
+    assert found.error is None
+    assert found.records[0]["peak_bytes"] == pytest.approx(400 * MIB, rel=0.01)
+    held = found.process_peak_bytes
+    ended = in_child("tests.bench_known", {"mib": 4000}, memory_bytes=held + 200 * MIB)
+    assert ended.out_of_memory
+    assert "holds more than" in str(ended.error)
+
+
+def test_attention_grows_as_its_kind_does() -> None:
+    assert attention.growth([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx(2.0)
+    assert attention.growth([10, 20, 40], [7, 14, 28]) == pytest.approx(1.0)
+    assert attention.growth([10, 20], [7, 14]) is None
+
+
+@pytest.mark.parametrize("kind", ["sdpa", "lighten"])
+def test_each_attention_computes_the_same(kind: str) -> None:
+    """Forward and gradients against plain attention, written out, in float64."""
+    torch.manual_seed(0)
+    shapes = [(1, 4, 70, 8), (1, 2, 70, 8), (1, 2, 70, 8)]
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    out = attention.implementation(kind, 70, "cpu")(*inputs)
+    expected = attention.implementation("eager", 70, "cpu")(*inputs)
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
+    first = torch.autograd.grad(out.square().sum(), inputs)
+    second = torch.autograd.grad(expected.square().sum(), inputs)
+    torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)
+
+
+def test_what_cannot_be_measured_says_why() -> None:
+    run = attention.run(kind="flex", heads=4, key_heads=2, features=8, lengths=[16], device="cpu",
+                        dtype="float32", training=True, budget_s=0.1)  # fmt: skip
+    assert "refuses inputs that want a gradient" in next(run)["why"]
+    assert "CUDA" in str(attention.obstacle("flash_attention_2", "cpu", False))
+
+
+def test_where_memory_ends_stays_in_the_table() -> None:
+    timing = Timing((1.0,) * 6, 1, 0.05).to_dict()
+    found = [
+        {"tokens": 64, "seconds": timing, "peak_bytes": 10},
+        {"why": "it holds more than 1.00 GiB", "out_of_memory": True},
+    ]
+    records = list(running.attention_records("eager", "forward", [64, 128, 256], found))
+    assert [own.get("why") for own in records] == [
+        None, "it holds more than 1.00 GiB", "not tried: a shorter one did not end", None,
+    ]  # fmt: skip
+    assert records[-1]["runs_out_at"] == 128
+
+
+def test_answers_are_timed_token_by_token(tiny_folder: Path) -> None:
+    (found,) = generation.run(
+        str(tiny_folder), variant="base", adapter=None, revision=None, device="cpu",
+        dtype="float32", prompt_tokens=[8], batch_sizes=[2], new_tokens=4, budget_s=0.05,
+    )  # fmt: skip
+    assert found["first_token_s"]["median"] < found["seconds"]["median"]
+    rate = 2 * 3 / found["decode_s"]["median"]
+    assert found["decode_tokens_per_s"] == pytest.approx(rate)
+    assert found["prefill_tokens_per_s"] == pytest.approx(16 / found["first_token_s"]["median"])
+    assert found["between_tokens_s"]["p50"] <= found["between_tokens_s"]["p99"]
+
+
+def test_trap51_a_model_that_does_not_train_is_no_result(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With optimisers that never move, the bench fails; with true ones it counts real tokens."""
+    recipe = running.way_of(
+        api.plannable(model_name_or_path=str(tiny_folder), max_length=32, lanes=1),
+        training.WAYS["LoRA"], checkpointing=False,
+    )  # fmt: skip
+    how: dict[str, Any] = {
+        "kind": "cpu", "lengths": [20] * 8, "supervised": 0.5,
+        "least": 2, "most": 2, "budget_s": 0.0,
+    }  # fmt: skip
+    (found,) = training.run(recipe.completed(), **how)
+    assert found["tokens"] == 160
+    assert found["tokens_per_s"] == pytest.approx(160 / found["seconds"]["median"])
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_, **__: None)
+    with pytest.raises(UserError, match="nothing was trained"):
+        list(training.run(recipe.completed(), **how))
+
+
+@pytest.mark.parametrize(("limit", "planned"), [(37, 30), (37, 60), (37, 37), (1, 5), (200, 10)])
+def test_the_largest_is_found_from_either_side(limit: int, planned: int) -> None:
+    largest, tries = search_from(planned, lambda size: Try(size, size <= limit, size, None))
+    assert largest is not None
+    assert largest <= limit
+    misfits = [own.size for own in tries if not own.fits]
+    assert misfits == [] or min(misfits) > largest
+    if planned in (30, 37):  # near enough for the tries there are
+        assert largest >= 0.95 * limit
+
+
+def test_nothing_that_fits_is_said() -> None:
+    assert search_from(8, lambda size: Try(size, False, size, "x"))[0] is None
+    capped, tries = search_from(100, lambda size: Try(size, True, size, None), most=128, step=4)
+    assert capped == 128
+    assert max(own.size for own in tries) == 128
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("8GiB", 8 * 2**30), ("8g", 8 * 2**30), ("512 MiB", 512 * MIB), ("1.5GB", 1_500_000_000),
+     ("1000", 1000)],
+)  # fmt: skip
+def test_memory_in_every_usual_form(text: str, expected: int) -> None:
+    assert running.bytes_of(text) == expected
+
+
+@pytest.mark.parametrize("text", ["much", "-1GiB", "0", "8 pies"])
+def test_no_amount_of_memory(text: str) -> None:
+    with pytest.raises(UserError, match="is no amount of memory"):
+        running.bytes_of(text)
+
+
+def _result(seconds: list[float], **more: Any) -> dict[str, Any]:
+    record = {"part": "train", "name": "LoRA", "peak_bytes": 100,
+              "seconds": Timing(tuple(seconds), 1, 0.05).to_dict()}  # fmt: skip
+    return {"records": [{**record, **more}], "device": "d"}
+
+
+def test_two_results_are_compared_with_significance() -> None:
+    slow, fast = [1.0, 1.01, 0.99, 1.02, 1.0, 0.98], [0.5, 0.51, 0.49, 0.5, 0.52, 0.5]
+    time, memory = comparing.compare(_result(slow), _result(fast, peak_bytes=50))["rows"]
+    assert time["ratio"] == pytest.approx(0.5)
+    assert time["low"] < 0.5 < time["high"]
+    assert time["verdict"] == "less"
+    assert (memory["ratio"], memory["verdict"]) == (0.5, "measured once")
+    same = comparing.compare(_result(slow), _result(slow[::-1]))["rows"][0]
+    assert same["verdict"] == "no difference found"
+    few = comparing.compare(_result(slow[:3]), _result(fast))["rows"][0]
+    assert few["verdict"] == "fewer than 5 repeats"
+    other = {**_result(fast), "device": "another"}
+    assert "the device differ" in comparing.compare(_result(slow), other)["notes"][0]
+
+
+def test_the_command_measures_stores_and_compares(tiny_folder: Path, tmp_path: Path) -> None:
+    stored = tmp_path / "a.json"
+    done = call("bench", str(tiny_folder), "size", "--output", str(stored), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(stored.read_text())
+    assert found["machine"]["cores"] >= 1
+    assert found["versions"]["torch"] == torch.__version__
+    (record,) = found["records"]
+    assert record["file_bytes"] == (tiny_folder / "model.safetensors").stat().st_size
+    again = call("bench", "--compare", str(stored), str(stored), "--json", cwd=tmp_path)
+    assert json.loads(again.stdout)["rows"][0]["ratio"] == 1.0
+
+
+def test_mistakes_are_told(tiny_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="'speed' is no part; parts are size"):
+        api.bench(str(tiny_folder), ["speed"])
+    with pytest.raises(UserError, match="2 tokens or more"):
+        api.bench(str(tiny_folder), ["size"], new_tokens=1)
+    with pytest.raises(UserError, match="cannot be read"):
+        api.bench_compare(tmp_path / "none.json", tmp_path / "none.json")
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(UserError, match="has no records"):
+        api.bench_compare(tmp_path / "other.json", tmp_path / "other.json")
