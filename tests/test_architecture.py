@@ -79,7 +79,8 @@ ALLOWED: dict[str, set[str]] = {
     "cli_serve": {"api", "cli_plan", "console", "plan", "serve"},
     "cli_settings": {"console", "recipe"},
     "cli": {"api", "cli_adapter", "cli_bench", "cli_export", "cli_plan", "cli_quantize",
-            "cli_runs", "cli_serve", "cli_settings", "console", "data", "evaluate", "hardware", "looked", "models",
+            "cli_runs", "cli_serve", "cli_settings", "console", "data", "evaluate",
+            "hardware", "looked", "models",
             "paths", "recipe", "report", "runs", "streams", "sweep", "train"},
     "__main__": {"cli"},
 }  # fmt: skip
