@@ -58,6 +58,8 @@ def train(
     progress: bool = True,
     planned: bool = True,
     force: bool = False,
+    processes: int | None = None,
+    gpus: int | None = None,
     **overrides: Any,
 ) -> Run:
     """Train: `train("recipe.yaml", learning_rate=1e-4)` or `train(model=…, dataset=…)`.
@@ -69,16 +71,27 @@ def train(
         planned: Predict memory and time first, and compare at the end; `LIGHTEN_PLAN=off` in the
             environment turns it off for all runs.
         force: Train although the plan says that it does not fit.
+        processes: Train as so many ranks on this machine's processor.
+        gpus: Train as one rank on each of so many GPUs of this machine.
         overrides: Settings by name.
 
     Raises:
-        UserError: Something the user can mend; the plan says that it surely does not fit.
+        UserError: Something the user can mend; the plan says that it surely does not fit; a rank
+            was lost, and the others were ended.
+        Interrupted: SIGINT or SIGTERM; the state is saved and the run is marked interrupted.
     """
-    launch.recognise()  # what it says is needed before anything else looks at the rank
+    place = launch.recognise()  # what it says is needed before anything else looks at the rank
+    count = launch.wanted(place, processes=processes, gpus=gpus)
     chosen = recipe_of(recipe, **overrides)
     done = looked.finished(chosen, resume=resume, told=progress)
     if done is not None:
         return done
+    if count > 1:
+        return _train_as_ranks(
+            chosen, count, device="cuda" if processes is None else "cpu", shown=progress,
+            flags=[flag for flag, given in (("--resume", resume), ("--force", force),
+                                            ("--no-plan", not planned)) if given],
+        )  # fmt: skip
     from lighten.train.run import train as run_training
 
     if not planned or os.environ.get("LIGHTEN_PLAN") == "off":
@@ -89,6 +102,35 @@ def train(
     done = run_training(chosen, resume=resume, progress=progress, prediction=prediction)
     remember(done, whole=not resume)
     return done
+
+
+def _train_as_ranks(
+    recipe: Recipe, count: int, *, device: str, shown: bool, flags: Sequence[str]
+) -> Run:
+    """Train in processes of their own, each a rank, and take their end for this one's."""
+    import tempfile
+
+    from lighten.folders import resume_command
+    from lighten.parallel import spawn
+    from lighten.train.interrupt import Interrupted
+    from lighten.train.progress import TrainingProgress
+
+    with TrainingProgress(enabled=shown) as told:
+        for notice in recipe.notices:
+            told.note(notice)
+    chosen = recipe.changed({"output_dir": str(recipe.run_folder)})
+    with tempfile.TemporaryDirectory(prefix="lighten-") as folder:
+        file = Path(folder) / f"{recipe.name}.yaml"
+        file.write_text(chosen.to_yaml(), encoding="utf-8")
+        ended = spawn.run(["train", str(file), *flags], count, device=device, shown=shown)
+    if ended is None:
+        return Run(chosen.run_folder)
+    if ended.stopped is not None:
+        raise Interrupted(ended.message, ended.stopped)
+    goes_on = ended.resumable and Run.goes_on(chosen.run_folder)
+    flag = f"--{'processes' if device == 'cpu' else 'gpus'} {count}"
+    again = f"; go on with: {resume_command(chosen.run_folder)} {flag}" if goes_on else ""
+    raise UserError(f"{ended.message}{again}")
 
 
 def plan(

@@ -31,6 +31,7 @@ from lighten.console import (
     print_table,
 )
 from lighten.errors import NoHeldOut
+from lighten.parallel import launch
 from lighten.wording import counted
 
 if TYPE_CHECKING:
@@ -103,7 +104,8 @@ def main() -> None:
     try:
         app(prog_name="lighten")  # the name under which its completion is installed
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201  # before rich is worth loading
+        if not launch.leave_word(error):
+            print(f"error: {error}", file=sys.stderr)  # noqa: T201  # before rich is worth loading
         sys.exit(2)
 
 
@@ -126,7 +128,7 @@ def _recipe_arguments(words: list[str]) -> tuple[str | None, dict[str, Any]]:
     raise UserError("give a recipe (recipe.yaml), or a model and a data set: lighten train M DATA")
 
 
-def _trained(words: list[str], **how: bool) -> Run:
+def _trained(words: list[str], **how: Any) -> Run:
     """Train what the words say; a run that was told to stop ends with its own words and code."""
     from lighten import api
     from lighten.train.interrupt import Interrupted
@@ -135,7 +137,8 @@ def _trained(words: list[str], **how: bool) -> Run:
     try:
         return api.train(recipe, **how, **settings)
     except Interrupted as stopped:
-        typer.echo(str(stopped), err=True)
+        if not launch.leave_word(stopped):
+            typer.echo(str(stopped), err=True)
         raise typer.Exit(stopped.exit_code) from None
 
 
@@ -174,18 +177,27 @@ def _bar() -> Iterator[Callable[[str, int, int], None]]:
 _Words = Annotated[list[str] | None, typer.Argument(metavar="RECIPE | MODEL DATA", help=Settings)]
 _Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")]
 _Force = Annotated[bool, typer.Option("--force", help="Train although the plan says no.")]
+_Processes = Annotated[
+    int | None, typer.Option("--processes", help="Train as so many ranks on this processor.")
+]
+_Gpus = Annotated[int | None, typer.Option("--gpus", help="Train as one rank on each of N GPUs.")]
 _NoPlan = Annotated[bool, typer.Option("--no-plan", help="Do not predict memory and time first.")]
 
 
 @app.command(cls=TakesSettings, context_settings=OPEN)
 def run(
     ctx: typer.Context, words: _Words = None, resume: _Resume = False, force: _Force = False,
-    no_plan: _NoPlan = False,
+    no_plan: _NoPlan = False, processes: _Processes = None, gpus: _Gpus = None,
 ) -> None:  # fmt: skip
     """Train, evaluate and report, one after another."""
     from lighten import api
 
-    done = _trained([*(words or []), *ctx.args], resume=resume, force=force, planned=not no_plan)
+    done = _trained(
+        [*(words or []), *ctx.args], resume=resume, force=force, planned=not no_plan,
+        processes=processes, gpus=gpus,
+    )  # fmt: skip
+    if not launch.recognise().main:
+        return
     try:
         with _bar() as progress:
             evaluation = api.evaluate(done, progress=progress)
@@ -198,11 +210,15 @@ def run(
 @app.command(cls=TakesSettings, context_settings=OPEN)
 def train(
     ctx: typer.Context, words: _Words = None, resume: _Resume = False, force: _Force = False,
-    no_plan: _NoPlan = False,
+    no_plan: _NoPlan = False, processes: _Processes = None, gpus: _Gpus = None,
 ) -> None:  # fmt: skip
     """Train adapters, or a base's own weights, from a recipe or from a model and a data set."""
-    done = _trained([*(words or []), *ctx.args], resume=resume, force=force, planned=not no_plan)
-    console().print(f"run: {done.folder}", soft_wrap=True, highlight=False)
+    done = _trained(
+        [*(words or []), *ctx.args], resume=resume, force=force, planned=not no_plan,
+        processes=processes, gpus=gpus,
+    )  # fmt: skip
+    if launch.recognise().main:
+        console().print(f"run: {done.folder}", soft_wrap=True, highlight=False)
 
 
 app.command("sft", context_settings=OPEN, hidden=True)(train)

@@ -94,6 +94,11 @@ class Run:
             )
         return run
 
+    @staticmethod
+    def goes_on(folder: Path) -> bool:
+        """Whether there is a run in a folder that can be taken up again."""
+        return (folder / RECIPE).is_file() and Run(folder).is_unfinished()
+
     def is_finished(self) -> bool:
         """Whether it has ended as it should, and all that it trained is there."""
         recipe = self.recipe()

@@ -7,10 +7,12 @@ heavy is imported: the command line asks before it loads anything.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from lighten.errors import UserError
 
@@ -70,6 +72,43 @@ def recognise(environment: MutableMapping[str, str] | None = None) -> Launch:
         LOCAL_RANK=str(launch.local_rank), LOCAL_WORLD_SIZE=str(launch.local_world_size),
     )  # fmt: skip
     return launch
+
+
+def wanted(place: Launch, *, processes: int | None, gpus: int | None) -> int:
+    """How many ranks to start here; 1 trains in this process.
+
+    Raises:
+        UserError: The numbers contradict each other, or where this process stands already.
+    """
+    if processes is not None and gpus is not None:
+        raise UserError("give --processes (on the processor) or --gpus, not both")
+    name, count = ("--processes", processes) if processes is not None else ("--gpus", gpus)
+    if count is None:
+        return 1
+    if count < 1:
+        raise UserError(f"{name} is {count}; give 1 or more")
+    if count > 1 and place.world_size > 1:
+        raise UserError(
+            f"{name} starts ranks, but this is rank {place.rank} of {place.world_size} that "
+            f"{place.launcher} has started; leave {name} out"
+        )
+    return count
+
+
+def leave_word(error: BaseException) -> bool:
+    """Leave an error's words to the process that started this rank, which tells them once.
+
+    Returns:
+        Whether there is such a process; without one this process has to tell them.
+    """
+    if (path := os.environ.get(ERROR_FILE)) is None:
+        return False
+    word = {"kind": type(error).__name__, "message": str(error)}
+    try:
+        Path(path).write_text(json.dumps(word), encoding="utf-8")
+    except OSError:
+        return False
+    return True
 
 
 def refuse_unbuilt(variables: Mapping[str, str]) -> None:

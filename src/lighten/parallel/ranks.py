@@ -38,7 +38,9 @@ def connect(launch: Launch, device: str, recipe: str, **options: Any) -> Acceler
         PeerLost: A rank has ended meanwhile.
     """
     gpus = torch.cuda.device_count()
-    if device != "cpu" and launch.local_world_size > gpus:
+    if device != "cpu" and launch.world_size > 1 and not gpus:
+        raise UserError("PyTorch sees no GPU on this machine; use: lighten train --processes N")
+    if device != "cpu" and launch.world_size > 1 and launch.local_world_size > gpus:
         raise UserError(
             f"{launch.local_world_size} ranks were started on a machine with {gpus} GPUs; start "
             f"{gpus} of them, or train on the processor with LIGHTEN_DEVICE=cpu"

@@ -1,0 +1,225 @@
+"""Start the ranks of one machine, pass on what they are told, and end them all together."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from lighten import forks
+from lighten.parallel.launch import ERROR_FILE
+
+# Ranks that lost one end by themselves, with their state told in the run's folder; what hangs in a
+# collective is told to end, and then ended. Together well below half a minute.
+SETTLE_S, END_S, POLL_S = 5.0, 10.0, 0.05
+LOST = "PeerLost"
+LAST_LINES = 15
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How ranks that did not all finish have ended.
+
+    Attributes:
+        message: Which rank, and why.
+        stopped: The signal that this process was told to stop by, or None.
+        resumable: A rank was lost: what is saved can be gone on with.
+    """
+
+    message: str
+    stopped: signal.Signals | None = None
+    resumable: bool = False
+
+
+def run(words: Sequence[str], count: int, *, device: str, shown: bool) -> Ended | None:
+    """Run `lighten WORDS` as ranks of this machine, to their end.
+
+    Args:
+        words: The command and its arguments.
+        count: How many ranks.
+        device: `cpu` or `cuda`.
+        shown: The first rank speaks on standard error; the others are heard if they fail.
+
+    Returns:
+        None where all finished.
+    """
+    with tempfile.TemporaryDirectory(prefix="lighten-ranks-") as folder:
+        ranks = _Ranks(words, count, Path(folder), device=device, shown=shown)
+        try:
+            with ranks.forwarding():
+                return ranks.wait()
+        finally:
+            ranks.end()
+
+
+class _Ranks:
+    """The processes, by rank."""
+
+    def __init__(
+        self, words: Sequence[str], count: int, folder: Path, *, device: str, shown: bool
+    ) -> None:
+        self._folder, self._count = folder, count
+        self._stopped: signal.Signals | None = None
+        shared = {
+            **os.environ,
+            "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()),
+            "LIGHTEN_DEVICE": device,
+        }  # fmt: skip
+        # Each would take all cores; PyTorch reads this when it is loaded.
+        shared.setdefault("OMP_NUM_THREADS", str(max(1, forks.processors() // count)))
+        self._processes: list[subprocess.Popen[bytes]] = []
+        try:
+            for rank in range(count):
+                self._processes.append(
+                    self._start(words, rank, shared, heard=shown and rank == 0)
+                )  # fmt: skip
+        except BaseException:
+            self.end()
+            raise
+
+    def _start(
+        self, words: Sequence[str], rank: int, shared: Mapping[str, str], *, heard: bool
+    ) -> subprocess.Popen[bytes]:
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), ERROR_FILE: str(self._word(rank))}
+        with contextlib.ExitStack() as stack:
+            log = None if heard else stack.enter_context(self._log(rank).open("wb"))
+            return subprocess.Popen(
+                [sys.executable, "-m", "lighten", *words],
+                env={**shared, **own},
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log,
+                # Ctrl-C of a terminal goes to this process alone, which passes it on once.
+                process_group=0 if os.name == "posix" else None,
+                preexec_fn=forks.end_with_parent if forks.possible() else None,
+            )  # fmt: skip
+
+    def _word(self, rank: int) -> Path:
+        return self._folder / f"{rank}.json"
+
+    def _log(self, rank: int) -> Path:
+        return self._folder / f"{rank}.log"
+
+    @contextlib.contextmanager
+    def forwarding(self) -> Iterator[None]:
+        """Pass on what this process is told; a closed terminal means a stop."""
+        before: dict[signal.Signals, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            numbers = [signal.SIGINT, signal.SIGTERM, *_hangup()]
+            before = {number: signal.signal(number, self._forward) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _forward(self, number: int, _frame: FrameType | None) -> None:
+        told = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
+        self._stopped = told
+        self._send(told)
+
+    def _send(self, number: signal.Signals) -> None:
+        for process in self._processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    def wait(self) -> Ended | None:
+        """Wait until all have finished, or one has failed and the others have ended too."""
+        while any(process.poll() is None for process in self._processes):
+            if any(process.returncode for process in self._processes):
+                break
+            time.sleep(POLL_S)
+        codes = [process.returncode for process in self._processes]
+        if not any(codes):
+            return None
+        self._wait_for(SETTLE_S)
+        # What a rank ended by itself counts; what is ended from here on was not its fault.
+        codes = [process.poll() for process in self._processes]
+        self.end()
+        return self._judged(codes)
+
+    def _wait_for(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and any(p.poll() is None for p in self._processes):
+            time.sleep(POLL_S)
+
+    def end(self) -> None:
+        """End all that still run."""
+        self._send(signal.SIGTERM)
+        self._wait_for(END_S)
+        for process in self._processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+
+    def _judged(self, codes: Sequence[int | None]) -> Ended:
+        """Which rank's end was the cause of the others'."""
+        words = [self._left(rank) for rank in range(self._count)]
+        if self._stopped is not None:
+            said = next((own["message"] for own in words if own.get("kind") == "Interrupted"),
+                        f"stopped by {self._stopped.name}")  # fmt: skip
+            return Ended(said, self._stopped)
+        failed = [rank for rank, code in enumerate(codes) if code]
+        rank = min(failed, key=lambda rank: (_innocence(codes[rank] or 0, words[rank]), rank))
+        code, name = codes[rank] or 1, f"rank {rank} of {self._count}"
+        if code < 0:
+            memory = ", as Linux does where memory runs out" if code == -signal.SIGKILL else ""
+            return Ended(
+                f"{name} (process {self._processes[rank].pid}) was killed by "
+                f"{_signal_name(-code)}{memory}; the other ranks were ended",
+                resumable=True,
+            )  # fmt: skip
+        if (told := words[rank].get("message")) is not None:
+            lost = words[rank].get("kind") == LOST
+            return Ended(str(told), resumable=lost)
+        return Ended(f"{name} ended with exit code {code}{self._said(rank)}", resumable=True)
+
+    def _left(self, rank: int) -> dict[str, Any]:
+        try:
+            left: dict[str, Any] = json.loads(self._word(rank).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return left
+
+    def _said(self, rank: int) -> str:
+        try:
+            lines = self._log(rank).read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:
+            return "; what it said is above"
+        return ": " + "\n  ".join(lines[-LAST_LINES:]) if lines else ""
+
+
+def _innocence(code: int, word: Mapping[str, Any]) -> int:
+    """How little an end tells of its cause: a killed rank most, one that lost another least."""
+    if code < 0:
+        return 0
+    return 2 if word.get("kind") == LOST else 1
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _hangup() -> list[signal.Signals]:
+    return [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+    return port

@@ -1,0 +1,133 @@
+"""`lighten train --processes 2`: started, heard, told and ended as one command."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+import lighten
+from lighten.errors import UserError
+from lighten.parallel import launch, spawn
+from lighten.runs import Run
+from lighten.train import checkpoints
+from tests import processes
+from tests.processes import Forked
+
+
+@pytest.fixture
+def settings(tiny_folder: Path, chat_file: Path, tmp_path: Path) -> dict[str, Any]:
+    """A run that ends only when it is told to."""
+    return {
+        "model_name_or_path": str(tiny_folder), "dataset": str(chat_file), "dtype": "float32",
+        "output_dir": str(tmp_path / "run"), "lora_r": 2, "per_device_train_batch_size": 2,
+        "max_steps": 100_000, "save_steps": 2, "save_total_limit": 2,
+    }  # fmt: skip
+
+
+def start(settings: dict[str, Any], *words: str) -> Forked:
+    flags = [f"{key}={value}" for key, value in settings.items()]
+    return processes.start("train", *flags, "--processes", "2", *words)
+
+
+def ranks_of(launcher: Forked, metrics: Path, step: int) -> dict[int, psutil.Process]:
+    """Its ranks, once they have made a step."""
+    until = time.monotonic() + 240
+    while not (metrics.exists() and f'"step": {step},' in metrics.read_text()):
+        assert launcher.poll() is None, launcher.communicate()
+        assert time.monotonic() < until, f"step {step} never came"
+        time.sleep(0.05)
+    found = psutil.Process(launcher._process.pid).children()
+    return {int(own.environ()["RANK"]): own for own in found if "RANK" in own.environ()}
+
+
+def all_gone(ranks: dict[int, psutil.Process], seconds: float) -> bool:
+    return not psutil.wait_procs(list(ranks.values()), timeout=seconds)[1]
+
+
+def test_ranks_that_all_finish_say_nothing_of_their_own(capfd: pytest.CaptureFixture[str]) -> None:
+    assert spawn.run(["--version"], 2, device="cpu", shown=True) is None
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_mistake_is_told_once_in_the_rank_s_own_words(capfd: pytest.CaptureFixture[str]) -> None:
+    ended = spawn.run(["train", "nowhere.yaml"], 2, device="cpu", shown=True)
+    assert ended is not None
+    assert "nowhere.yaml" in ended.message
+    assert not ended.resumable
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(("how", "says"), [
+    ({"processes": 2, "gpus": 2}, "not both"),
+    ({"processes": 0}, "--processes is 0; give 1 or more"),
+    ({"gpus": -1}, "--gpus is -1"),
+])  # fmt: skip
+def test_numbers_of_ranks_that_make_no_sense(
+    how: dict[str, int], says: str, settings: dict[str, Any]
+) -> None:
+    with pytest.raises(UserError, match=says):
+        lighten.train(progress=False, **how, **settings)
+
+
+def test_a_rank_starts_no_ranks(monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]) -> None:
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="this is rank 1 of 2 that torchrun has started"):
+        lighten.train(progress=False, processes=2, **settings)
+
+
+def test_errors_without_a_launcher_of_ours_are_told_by_the_process_itself() -> None:
+    assert launch.ERROR_FILE not in os.environ
+    assert not launch.leave_word(UserError("what"))
+
+
+def test_a_killed_rank_ends_the_others_with_its_name(settings: dict[str, Any]) -> None:
+    launcher = start(settings)
+    ranks = ranks_of(launcher, Path(settings["output_dir"]) / "metrics.jsonl", 3)
+    assert sorted(ranks) == [0, 1]
+    ranks[1].kill()
+    began = time.monotonic()
+    said = launcher.communicate(60)[0]
+    assert time.monotonic() - began < 30
+    assert launcher.returncode == 2
+    assert f"error: rank 1 of 2 (process {ranks[1].pid}) was killed by SIGKILL" in said
+    assert f"go on with: lighten train --resume {settings['output_dir']} --processes 2" in said
+    assert "Traceback" not in said
+    assert said.count("chat template:") == 1  # of rank 0 alone
+    assert all_gone(ranks, 0)
+    assert Run(settings["output_dir"]).info()["status"] == "interrupted"
+
+
+@pytest.mark.slow
+def test_a_stop_is_passed_on_and_a_killed_launcher_leaves_no_orphan(
+    settings: dict[str, Any],
+) -> None:
+    folder = Path(settings["output_dir"])
+    launcher = start(settings)
+    ranks = ranks_of(launcher, folder / "metrics.jsonl", 1)
+    launcher.send_signal(signal.SIGTERM)
+    said = launcher.communicate(60)[0]
+    assert launcher.returncode == 128 + signal.SIGTERM
+    assert said.count("stopped by SIGTERM after step") == 1
+    assert all_gone(ranks, 0)
+    step = checkpoints.read_state(checkpoints.listing(folder / "checkpoints")[-1]).step
+    assert step == max(line["step"] for line in Run(folder).metrics())
+
+    launcher = start(settings, "--resume")
+    ranks = ranks_of(launcher, folder / "metrics.jsonl", step + 2)
+    launcher.send_signal(signal.SIGKILL)
+    assert all_gone(ranks, 10)
+
+
+@pytest.mark.slow
+def test_the_api_trains_as_ranks(settings: dict[str, Any]) -> None:
+    run = lighten.train(progress=False, processes=2, **{**settings, "max_steps": 2})
+    assert run.info()["status"] == "finished"
+    assert list(run.adapters()) == ["default"]
+    assert {line["examples"] for line in run.metrics() if line["kind"] == "train"} == {4}
