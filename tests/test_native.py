@@ -1,0 +1,97 @@
+"""Compiled libraries are loaded from the cache only where nobody else can have put them there."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lighten import native
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(os, "getuid") or shutil.which("g++") is None, reason="needs POSIX and g++"
+)
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a library's source; the cache is empty."""
+    monkeypatch.setenv("LIGHTEN_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "source"
+    folder.mkdir()
+    (folder / "answer.cpp").write_text('extern "C" int answer() { return 42; }\n')
+    return folder
+
+
+def answer(path: Path) -> int:
+    # Under another name: a library that is loaded already would be given back.
+    copy = path.with_name(f"copy-{path.stat().st_ino}.so")
+    shutil.copy(path, copy)
+    return int(ctypes.CDLL(str(copy)).answer())
+
+
+def test_a_library_is_kept_for_its_user_alone(source: Path, tmp_path: Path) -> None:
+    path = native.compiled(source, [])
+    assert answer(path) == 42
+    assert path.stat().st_mode & 0o777 == path.parent.stat().st_mode & 0o777 == 0o700
+    before = path.stat().st_mtime_ns
+    assert native.compiled(source, []) == path
+    assert path.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("mode", [0o720, 0o702, 0o777])
+def test_a_library_that_others_could_write_to_is_made_anew(source: Path, mode: int) -> None:
+    path = native.compiled(source, [])
+    path.write_bytes(b"planted")
+    path.chmod(mode)
+    assert native.compiled(source, []) == path
+    assert answer(path) == 42
+    assert path.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_link_to_a_library_elsewhere_is_not_followed(source: Path, tmp_path: Path) -> None:
+    path = native.compiled(source, [])
+    planted = tmp_path / "planted.so"
+    path.rename(planted)
+    path.symlink_to(planted)
+    assert not native.compiled(source, []).is_symlink()
+
+
+def test_an_open_folder_of_an_earlier_version_is_closed(source: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "cache" / "kernels"
+    kept.mkdir(parents=True)
+    kept.chmod(0o777)
+    native.compiled(source, [])
+    assert kept.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.skipif(os.name == "posix" and os.geteuid() != 0, reason="only root gives files away")
+def test_a_folder_or_library_of_another_user_is_left_alone(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = native.compiled(source, [])
+    os.chown(theirs.parent, 4321, -1)
+    os.chown(theirs, 4321, -1)
+    other = 4322
+    monkeypatch.setattr(os, "getuid", lambda: other)
+    with pytest.raises(native.NotCompiled, match="belongs to another user"):
+        native.compiled(source, [])
+    own = theirs.parent.with_name(f"kernels-{other}")
+    os.chown(own, other, -1)
+    (own / theirs.name).write_bytes(b"planted")
+    os.chown(own / theirs.name, 4321, -1)
+    path = native.compiled(source, [])
+    assert path.parent == own
+    assert answer(path) == 42
+
+
+@pytest.mark.skipif(os.name == "posix" and os.geteuid() != 0, reason="only root gives files away")
+def test_a_library_of_the_system_is_taken(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = native.compiled(source, [])
+    before = path.stat().st_mtime_ns
+    monkeypatch.setattr(os, "getuid", lambda: 4322)
+    assert native.compiled(source, []) == path
+    assert path.stat().st_mtime_ns == before
