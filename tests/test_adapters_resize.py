@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -266,7 +267,7 @@ def test_mistakes_with_runs_are_said(tmp_path: Path, tiny_folder: Path, chat_fil
     own = run.folder / "adapters" / "a"
     with pytest.raises(UserError, match="is the adapter itself"):
         api.resize_adapter(own, 2, output_dir=own)
-    with pytest.raises(UserError, match="holds no adapter; choose another"):
+    with pytest.raises(UserError, match="did not write"):
         api.resize_adapter(own, 2, output_dir=tmp_path)
     assert (own / files.WEIGHTS).is_file()
 
@@ -286,3 +287,45 @@ def test_a_folder_is_written_whole_or_not_at_all(
         api.resize_adapter(source, 2, output_dir=folder)
     assert (folder / files.WEIGHTS).read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "full-r4"]
+
+
+def _trained_there_since(folder: Path) -> None:
+    (folder / files.WEIGHTS).write_bytes((folder.parent / "full" / files.WEIGHTS).read_bytes())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder: (folder / "notes.txt").write_text("mine"),
+        lambda folder: (folder / "checkpoints").mkdir(),
+        lambda folder: (folder / files.WEIGHTS).write_bytes(b"cut"),
+        lambda folder: (folder / files.WEIGHTS).unlink(),
+        _trained_there_since,
+    ],
+    ids=["a file", "a folder", "damaged", "no weights", "another adapter"],
+)
+def test_a_folder_with_anything_else_in_it_is_left_alone(
+    tmp_path: Path, change: Callable[[Path], object]
+) -> None:
+    source = save(tmp_path / "full")
+    folder, _ = api.resize_adapter(source, 2)
+    again, _ = api.resize_adapter(source, 2)  # its own result is written anew
+    assert again == folder
+    change(folder)
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    with pytest.raises(UserError, match="did not write"):
+        api.resize_adapter(source, 2)
+    assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+
+
+def test_an_adapter_of_one_s_own_an_empty_folder_and_a_link(tmp_path: Path) -> None:
+    source, other = save(tmp_path / "full"), save(tmp_path / "other")
+    before = (other / files.WEIGHTS).read_bytes()
+    with pytest.raises(UserError, match="did not write"):
+        api.resize_adapter(source, 2, output_dir=other)
+    assert (other / files.WEIGHTS).read_bytes() == before
+    (tmp_path / "empty").mkdir()
+    assert api.resize_adapter(source, 2, output_dir=tmp_path / "empty")[0] == tmp_path / "empty"
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    with pytest.raises(UserError, match="is a link"):
+        api.resize_adapter(source, 2, output_dir=tmp_path / "link")

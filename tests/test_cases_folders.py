@@ -11,8 +11,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from lighten import data
+from lighten import data, hardware
 from lighten.errors import UserError
+from lighten.plan import calibration
 from lighten.recipe import Recipe
 
 
@@ -155,3 +156,16 @@ def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert data.has_split("~/both", "valid")
     with pytest.raises(UserError, match="does not exist"):
         data.read("~nobody-here/d.jsonl")
+
+
+def test_the_cache_and_the_calibration_may_begin_with_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.setenv("LIGHTEN_CACHE", "~/kept")
+    monkeypatch.setenv("LIGHTEN_CALIBRATION", "~/pairs.json")
+    assert hardware.cache_folder() == tmp_path / "kept"
+    assert calibration.path() == tmp_path / "pairs.json"
+    monkeypatch.delenv("LIGHTEN_CALIBRATION")
+    assert calibration.path().parent == tmp_path / "kept"

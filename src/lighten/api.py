@@ -501,8 +501,7 @@ def resize_adapter(
     folder = Path(output_dir).expanduser() if output_dir is not None else parent / named
     if folder.resolve() == source.resolve():
         raise UserError(f"--output_dir {folder} is the adapter itself; choose another folder")
-    if folder.exists() and not (folder / "adapter_config.json").is_file():
-        raise UserError(f"--output_dir {folder} is there and holds no adapter; choose another")
+    resize.require_free(folder)
     done = resize.at_rank(read, rank)
     with runs.whole_folder(folder) as partial:
         for name, data in resize.contents(read, done).items():

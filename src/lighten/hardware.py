@@ -166,7 +166,7 @@ def _version(name: str) -> str | None:
 def cache_folder() -> Path:
     """Where models, kernels and rates are kept: `LIGHTEN_CACHE`, else `~/.cache/lighten`."""
     named = os.environ.get("LIGHTEN_CACHE")
-    return Path(named) if named else Path.home() / ".cache" / "lighten"
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "lighten"
 
 
 def commit(folder: Path | None = None) -> tuple[str | None, bool | None]:

@@ -12,9 +12,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
@@ -31,6 +33,8 @@ BESIDE = (
     "vocab.*", "merges.txt", "spiece.model", "sentencepiece*.model", "chat_template.*",
     "generation_config.json", "processor_config.json", "preprocessor_config.json",
 )  # fmt: skip
+# In the header of the weights' file: whoever trains or saves something else there replaces it.
+WRITTEN_BY = {"written_by": "lighten adapter resize"}
 
 
 @dataclass(frozen=True)
@@ -175,8 +179,36 @@ def contents(adapter: SavedAdapter, resized: Resized) -> dict[str, bytes]:
     card = files.get(CARD, f"# {adapter.folder.name}\n".encode())
     files[CARD] = card.rstrip() + b"\n\n" + said.encode()
     files[CONFIG] = (json.dumps(resized.config, indent=2, sort_keys=True) + "\n").encode()
-    files[WEIGHTS] = to_bytes(resized.weights, metadata={"format": "pt"})
+    files[WEIGHTS] = to_bytes(resized.weights, metadata={"format": "pt", **WRITTEN_BY})
     return files
+
+
+def require_free(folder: Path) -> None:
+    """A resized adapter may go into this folder: it is not there, empty, or holds one and no more.
+
+    Raises:
+        UserError: Anything else is in it, which would be lost.
+    """
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise UserError(f"--output_dir {folder} is a link or a file; choose another name")
+    names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    if not names:
+        return
+    foreign = [name for name in names if name not in (CONFIG, WEIGHTS) and not _belongs(name)]
+    if foreign or not _was_written_here(folder / WEIGHTS):
+        held = ", ".join((foreign or names)[:3])
+        raise UserError(
+            f"--output_dir {folder} holds what adapter resize did not write ({held}); nothing was "
+            "changed, choose another folder"
+        )
+
+
+def _was_written_here(weights: Path) -> bool:
+    try:
+        with safe_open(weights, "pt") as file:
+            return WRITTEN_BY.items() <= (file.metadata() or {}).items()
+    except (OSError, SafetensorError):
+        return False
 
 
 def _belongs(name: str) -> bool:

@@ -34,7 +34,7 @@ OVERHEAD = "allocator overhead"
 def path() -> Path:
     """Where the pairs are kept: `LIGHTEN_CALIBRATION`, else in the cache folder."""
     named = os.environ.get("LIGHTEN_CALIBRATION")
-    return Path(named) if named else cache_folder() / FILE
+    return Path(named).expanduser() if named else cache_folder() / FILE
 
 
 def pairs() -> list[dict[str, Any]]:
