@@ -31,7 +31,9 @@ def test_a_shape_has_the_published_parameters(shape: known.Shape) -> None:
     ("name", "hub_id"),
     [("llama-3.1-8b", "meta-llama/Llama-3.1-8B"), ("Qwen3-32B", "Qwen/Qwen3-32B"),
      ("META-LLAMA/llama-3.2-1b-INSTRUCT", "meta-llama/Llama-3.2-1B-Instruct"),
-     ("gemma-2-9b-it", "google/gemma-2-9b-it")],
+     ("gemma-2-9b-it", "google/gemma-2-9b-it"), ("gemma-3-12b-it", "google/gemma-3-12b-it"),
+     ("exaone-4.0-1.2b", "LGAI-EXAONE/EXAONE-4.0-1.2B"), ("SmolLM3-3B", "HuggingFaceTB/SmolLM3-3B"),
+     ("phi-4-mini-instruct", "microsoft/Phi-4-mini-instruct")],
 )  # fmt: skip
 def test_names_in_any_case_and_short(name: str, hub_id: str) -> None:
     found = known.shape_of(name)

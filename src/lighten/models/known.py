@@ -3,8 +3,11 @@
 Public configurations: dimensions alone, no weights and no text. Read on 2026-11-28 from
 `litgpt/config.py` (github.com/Lightning-AI/litgpt, commit 0006c973aa7d, which links each model's
 own `config.json`); tied embeddings, which it does not state, from transformers' defaults and the
-published parameter counts, against which the tests hold every shape. Rope bases and positions are
-litgpt's too; the memory and time of a plan do not depend on the bases.
+published parameter counts, against which the tests hold every shape. SmolLM3 is transformers' own
+default (its `configuration_smollm3.py`); EXAONE 4.0 is the configuration in TensorRT-LLM's and
+Ollama's tests of it, with the number of layers that its card states. Rope bases and positions are
+of the same sources; the memory and time of a plan do not depend on the bases. Of Gemma 3 from 4B
+on, which see pictures too, it is the language model.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from typing import Any
 
 from lighten.hardware import cache_folder
 
-SOURCE = "litgpt/config.py at 0006c973aa7d, read on 2026-11-28"
+SOURCE = "public configurations (litgpt/config.py and others), read on 2026-11-28"
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ def _llama(
 ) -> dict[str, Any]:  # fmt: skip
     """A configuration in the names that Llama's relatives share."""
     names = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3",
-             "phi3": "Phi3"}  # fmt: skip
+             "phi3": "Phi3", "smollm3": "SmolLM3", "exaone4": "Exaone4"}  # fmt: skip
     return {
         "architectures": [f"{names[kind]}ForCausalLM"], "model_type": kind,
         "num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads,
@@ -106,6 +109,22 @@ def _gemma2(
     return Shape(name, config, count, (f"{name}-it",))
 
 
+def _gemma3(
+    size: str, count: float, layers: int, width: int, heads: int, groups: int, inner: int,
+    window: int, *, head: int = 256, scalar: int = 256,
+) -> Shape:  # fmt: skip
+    config = {
+        "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text",
+        "num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads,
+        "num_key_value_heads": groups, "intermediate_size": inner, "head_dim": head,
+        "query_pre_attn_scalar": scalar, "vocab_size": 262144, "sliding_window": window,
+        "max_position_embeddings": 131072, "rope_theta": 1e6, "rope_local_base_freq": 1e4,
+        "dtype": "bfloat16",
+    }  # fmt: skip
+    name = f"google/gemma-3-{size}"
+    return Shape(f"{name}-it", config, count, (f"{name}-pt",))
+
+
 def _smollm2(
     size: str, count: float, layers: int, width: int, heads: int, groups: int, inner: int,
     theta: float,
@@ -154,18 +173,39 @@ SHAPES = (
         14.7,
     ),
     Shape(
-        "google/gemma-3-1b-it",
-        {
-            "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text",
-            "num_hidden_layers": 26, "hidden_size": 1152, "num_attention_heads": 4,
-            "num_key_value_heads": 1, "intermediate_size": 6912, "head_dim": 256,
-            "query_pre_attn_scalar": 256, "vocab_size": 262144, "sliding_window": 512,
-            "max_position_embeddings": 131072, "rope_theta": 1e6, "rope_local_base_freq": 1e4,
-            "dtype": "bfloat16",
-        },
-        1.0,
-        ("google/gemma-3-1b-pt",),
+        "microsoft/Phi-3.5-mini-instruct",
+        _llama("phi3", 32, 3072, 32, 32, 8192, 32064, 131072, 1e4,
+               original_max_position_embeddings=4096),
+        3.82,
     ),
+    Shape(
+        "microsoft/Phi-4-mini-instruct",
+        _llama("phi3", 32, 3072, 24, 8, 8192, 200064, 131072, 1e4, tied=True,
+               partial_rotary_factor=0.75, original_max_position_embeddings=4096),
+        3.84, ("microsoft/Phi-4-mini-reasoning",),
+    ),
+    Shape(
+        "HuggingFaceTB/SmolLM3-3B",
+        _llama("smollm3", 36, 2048, 16, 4, 11008, 128256, 65536, 5e6, tied=True, eps=1e-6),
+        3.08, ("HuggingFaceTB/SmolLM3-3B-Base",),
+    ),
+    Shape(
+        "LGAI-EXAONE/EXAONE-4.0-1.2B",
+        _llama("exaone4", 30, 2048, 32, 8, 4096, 102400, 65536, 1e6, tied=True, head_dim=64,
+               sliding_window=None, layer_types=["full_attention"] * 30),
+        1.28,
+    ),
+    Shape(
+        "LGAI-EXAONE/EXAONE-4.0-32B",
+        _llama("exaone4", 64, 5120, 40, 8, 27392, 102400, 131072, 1e6, head_dim=128,
+               sliding_window=4096, sliding_window_pattern=4),
+        32.0,
+    ),
+    _gemma3("1b", 1.0, 26, 1152, 4, 1, 6912, 512),
+    # Language model's embedding and other parameters: Gemma 3 Technical Report, table 1.
+    _gemma3("4b", 3.88, 34, 2560, 8, 4, 10240, 1024),
+    _gemma3("12b", 11.77, 48, 3840, 16, 8, 15360, 1024),
+    _gemma3("27b", 27.02, 62, 5376, 32, 16, 21504, 1024, head=128, scalar=168),
 )  # fmt: skip
 
 
