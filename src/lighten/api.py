@@ -343,21 +343,33 @@ def plannable(recipe: RecipeLike | None = None, **overrides: Any) -> Recipe:
     return chosen
 
 
-def evaluate(run: RunLike, *, progress: Progress | None = None, **options: Any) -> Evaluation:
+def evaluate(
+    run: RunLike, *, against: RunLike | None = None, progress: Progress | None = None,
+    **options: Any,
+) -> Evaluation:  # fmt: skip
     """Measure base and adapters on the same held-out examples; writes `evaluation.json`.
 
     Args:
         run: The run.
+        against: Another run, evaluated already: its models are compared with those of this one,
+            paired over the examples (`comparisons`).
         progress: Told what is being done, how far it is, and of how much.
         options: Settings of the recipe's `evaluate` section.
 
     Raises:
-        UserError: No held-out examples, or no adapter in the run.
+        UserError: No held-out examples, no adapter in the run, or `against` was measured
+            differently.
     """
     chosen = run_of(run)
+    other = None if against is None else run_of(against)
+    from lighten.evaluate import against as comparing
     from lighten.evaluate.evaluation import evaluate_run
 
-    return evaluate_run(chosen, progress=progress, **options)
+    theirs = None if other is None else comparing.read(other)
+    found = evaluate_run(chosen, progress=progress, **options)
+    if theirs is not None:
+        found.comparisons = comparing.compare(found.to_dict(), theirs)
+    return found
 
 
 def sweep(

@@ -15,6 +15,7 @@ import typer
 import lighten
 from lighten import cli_bench, cli_plan, cli_serve, streams
 from lighten.cli_adapter import adapter_app
+from lighten.cli_evaluate import print_evaluation
 from lighten.cli_export import export, push, verify
 from lighten.cli_quantize import quantize
 from lighten.cli_runs import runs_app
@@ -23,7 +24,6 @@ from lighten.console import (
     OPEN,
     Json,
     Settings,
-    cell,
     console,
     is_assignment,
     overrides,
@@ -201,7 +201,7 @@ def run(
     try:
         with _bar() as progress:
             evaluation = api.evaluate(done, progress=progress)
-        _print_evaluation(evaluation.to_dict())
+        print_evaluation(evaluation.to_dict())
     except NoHeldOut as nothing:
         console().print(f"not evaluated: {nothing}", highlight=False, markup=False)
     console().print(f"report: {api.report(done)}", soft_wrap=True, highlight=False)
@@ -254,16 +254,24 @@ def sweep(
 
 
 @app.command(context_settings=OPEN)
-def evaluate(ctx: typer.Context, run: str, as_json: Json = False) -> None:
+def evaluate(
+    ctx: typer.Context, run: str,
+    against: Annotated[
+        str | None, typer.Option(help="Another evaluated run: compare with its models too.")
+    ] = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
     """Measure the base and what a run trained on the same held-out examples."""
     from lighten import api
 
     with _bar() as progress:
-        found = api.evaluate(run, progress=progress, **overrides(ctx.args)).to_dict()
+        found = api.evaluate(
+            run, against=against, progress=progress, **overrides(ctx.args)
+        ).to_dict()
     if as_json:
         print_json(found)
     else:
-        _print_evaluation(found)
+        print_evaluation(found)
 
 
 app.command("eval", context_settings=OPEN, hidden=True)(evaluate)
@@ -464,19 +472,3 @@ def _print_check(found: dict[str, Any], beside: list[str]) -> None:
         inside = supervised
     shown.append("⟧" if inside else "", style="bold green")
     screen.print(shown)
-
-
-def _print_evaluation(found: dict[str, Any]) -> None:
-    differences = {(d["adapter"], d["metric"]): d for d in found["differences"]}
-    names = [model["name"] for model in found["models"]]
-    rows = []
-    for metric in found["models"][0]["metrics"]:
-        cells = []
-        for model in found["models"]:
-            change = differences.get((model["name"], metric))
-            said = f" {change['verdict']}" if change else ""
-            cells.append(cell(model["metrics"][metric]) + said)
-        rows.append([metric, *cells])
-    print_table(["metric", *names], rows)
-    for sentence in found["dataset"].get("notes", []):
-        console().print(sentence, highlight=False, markup=False)

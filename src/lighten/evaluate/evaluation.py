@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from lighten import data, hardware, runs
 from lighten.data import FEWEST, Example
 from lighten.errors import NoHeldOut, UserError
-from lighten.evaluate import metrics
+from lighten.evaluate import metrics, registry
 from lighten.evaluate.bootstrap import Array, Estimate, FromSums, Resamples
 from lighten.evaluate.generate import Answers, as_shown, generate
 from lighten.evaluate.opened import Models
@@ -61,6 +61,7 @@ class Evaluation:
         models: Metrics per model with standard error and 95 % interval.
         differences: Each adapter minus the base, paired, with a verdict.
         examples: Prompt, reference and every model's answer.
+        comparisons: Each model minus each of another run, where one was named; not in the file.
     """
 
     settings: dict[str, Any]
@@ -70,6 +71,7 @@ class Evaluation:
     examples: list[dict[str, Any]]
     version: int = 1
     created: str = ""
+    comparisons: list[dict[str, Any]] = field(default_factory=list)
 
     def __repr__(self) -> str:
         told = []
@@ -111,6 +113,8 @@ def evaluate_run(run: Run, *, progress: Progress | None = None, **options: Any) 
     """
     recipe = run.recipe()
     settings = recipe.with_evaluate(options)
+    for name in settings.extra_metrics:
+        registry.extra(name)  # before anything heavy is loaded
     transformers_logging.disable_progress_bar()
     device = hardware.choose_device().value
     memory = hardware.PeakMemory(device)
@@ -267,9 +271,13 @@ def measure(
             learnt=models.learnt, limits=limits_of(base.model), progress=tell,
         )  # fmt: skip
     if answered:
-        statistics["bleu"] = metrics.bleu().statistics(answers.texts, references)
-        statistics["chrf"] = metrics.chrf().statistics(answers.texts, references)
-        statistics["exact_match"] = metrics.exact_match_statistics(answers.texts, references)
+        registry.require_pairs(answers.texts, references)
+        said, right = registry.nfc(answers.texts), registry.nfc(references)
+        statistics["bleu"] = metrics.bleu().statistics(said, right)
+        statistics["chrf"] = metrics.chrf().statistics(said, right)
+        statistics["exact_match"] = metrics.exact_match_statistics(said, right)
+        for more in settings.extra_metrics:
+            statistics[more] = registry.extra(more).statistics(said, right)
     return Measured(name, own, statistics, answers, memory.read())
 
 
@@ -278,7 +286,12 @@ def summarise(
 ) -> Evaluation:
     """Metrics with intervals, and each adapter's paired difference from the base."""
     text = {"bleu": metrics.bleu(), "chrf": metrics.chrf()}
-    formulas: dict[str, FromSums] = {**metrics.FROM_SUMS, **text}
+    signatures = {name: own.signature for name, own in text.items()}
+    extras = {own: registry.extra(own) for own in settings.extra_metrics}
+    formulas: dict[str, FromSums] = {
+        **metrics.FROM_SUMS, **text, **{name: own.formula for name, own in extras.items()},
+    }  # fmt: skip
+    signatures |= {name: own.signature for name, own in extras.items()}
     base = results[0]
     draws = {
         len(own): Resamples(len(own), settings.bootstrap_samples, settings.seed)
@@ -287,7 +300,7 @@ def summarise(
     summaries, differences = [], []
     for result in results:
         own: dict[str, Any] = {}
-        for metric in metrics.METRICS:
+        for metric in (*metrics.METRICS, *(more.metric for more in extras.values())):
             if metric.name not in result.statistics:
                 continue
             counts, formula = result.statistics[metric.name], formulas[metric.name]
@@ -332,7 +345,8 @@ def summarise(
     how = {
         **settings.model_dump(),
         "interval": "95 % percentile bootstrap over examples, paired for differences",
-        "signatures": {name: own.signature for name, own in text.items() if answered},
+        "normalisation": "NFC",
+        "signatures": signatures if answered else {},
     }
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return Evaluation(how, {}, summaries, differences, examples, created=now)

@@ -43,6 +43,11 @@ class EvaluateOptions(Section):
     max_examples: Positive | None = Field(200, description="held-out examples answered at most")
     max_new_tokens: Positive = Field(64, description="longest answer, in tokens")
     batch_size: Positive = Field(16, description="examples answered together")
+    extra_metrics: list[str] = Field(
+        [],
+        description="metrics beside loss, chrF, BLEU and exact match: chrf_spaces, rouge1, rouge2, "
+        "rougeL, token_f1, json_valid, or module:function of yours (answer, reference)",
+    )
     bootstrap_samples: Positive = Field(1000, description="resamples behind each interval")
     seed: Seed = Field(0, description="seed of the resampling")
 

@@ -11,6 +11,7 @@ import jinja2
 
 from lighten import runs as run_files
 from lighten.evaluate.metrics import METRICS
+from lighten.evaluate.registry import described
 from lighten.folders import resume_command
 from lighten.report import comparison, planned, quantized, words
 from lighten.report.charts import Series, line_chart, number, smoothed
@@ -244,6 +245,7 @@ def _table(evaluation: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """Rows of the before-and-after table: a metric and each model's estimate of it."""
     if evaluation is None:
         return []
+    extras = evaluation.get("settings", {}).get("extra_metrics", [])
     return [
         {
             "name": metric.name,
@@ -254,7 +256,7 @@ def _table(evaluation: Mapping[str, Any] | None) -> list[dict[str, Any]]:
                 for model in evaluation["models"]
             ],
         }
-        for metric in METRICS
+        for metric in (*METRICS, *map(described, extras))
         if all(metric.name in model["metrics"] for model in evaluation["models"])
     ]
 

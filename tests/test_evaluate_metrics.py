@@ -1,0 +1,164 @@
+"""More metrics, each against its reference implementation, and evaluations side by side."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sacrebleu
+
+import lighten
+from lighten import api
+from lighten.errors import UserError
+from lighten.evaluate import against, registry
+from lighten.evaluate.metrics import chrf
+from lighten.runs import Run
+from tests.test_evaluate import ANSWERS, REFERENCES
+
+# rouge-score 0.1.2, RougeScorer(["rouge1", "rouge2", "rougeL"]), fmeasure, on ASCII text.
+PAIRS = [
+    ("The cat sat on the mat.", "the cat is on a mat"),
+    ("one two three four five", "five four three two one"),
+    ("a_b c-d 12 12 x", "a b c d 12 y"),
+    ("", "nothing at all"),
+    ("same words, same order!", "Same words; same order?"),
+]
+
+
+def test_rouge_is_rouge_scores_own_in_ascii() -> None:
+    expected = json.loads((Path(__file__).parent / "rouge_score.json").read_text())
+    for (answer, reference), own in zip(PAIRS, expected, strict=True):
+        assert registry.rouge_n(answer, reference, 1) == pytest.approx(own["rouge1"], abs=1e-12)
+        assert registry.rouge_n(answer, reference, 2) == pytest.approx(own["rouge2"], abs=1e-12)
+        assert registry.rouge_l(answer, reference) == pytest.approx(own["rougeL"], abs=1e-12)
+
+
+def test_rouge_knows_korean_and_mixed_text() -> None:
+    assert registry.tokens_of("LoRA는 학교에 2번") == ["lora", "는", "학", "교", "에", "2", "번"]
+    assert registry.tokens_of("日本語 text") == ["日", "本", "語", "text"]
+    assert registry.rouge_n("나는 학교에 간다", "나는 학교에 갔다", 1) == pytest.approx(6 / 7)
+    assert registry.rouge_l("나는 학교에", "나는 학교를") == pytest.approx(4 / 5)
+    assert registry.rouge_n("전혀", "다른", 1) == 0.0
+
+
+def test_chrf_with_spaces_is_sacrebleus_own() -> None:
+    spaced = registry.extra("chrf_spaces")
+    counts = spaced.statistics(ANSWERS, REFERENCES).sum(0)
+    own = sacrebleu.corpus_chrf(ANSWERS, [REFERENCES], remove_whitespace=False)
+    assert float(spaced.formula(counts)) == pytest.approx(own.score, rel=1e-9)
+    without = chrf()
+    assert float(without(without.statistics(ANSWERS, REFERENCES).sum(0))) != own.score
+    assert "space:yes" in spaced.signature
+
+
+def test_token_f1_is_squads() -> None:
+    assert registry.token_f1("The Eiffel Tower!", "eiffel tower") == 1.0
+    assert registry.token_f1("in Paris, France", "Paris") == pytest.approx(0.5)
+    assert registry.token_f1("", "") == 1.0
+    assert registry.token_f1("the", "Paris") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "valid"),
+    [('{"a": [1, null]}', 1), (" [1]\n", 1), ("{'a': 1}", 0), ('{"a": 1} and so on', 0),
+     ("NaN", 0), ("", 0), ("[" * 100_000, 0)],
+)  # fmt: skip
+def test_json_is_the_whole_answer(answer: str, valid: int) -> None:
+    assert registry.valid_json(answer, "") == valid
+
+
+def test_the_same_text_in_nfd_is_the_same_text() -> None:
+    apart = [unicodedata.normalize("NFD", text) for text in REFERENCES]
+    assert apart != REFERENCES
+    assert registry.nfc(apart) == REFERENCES
+
+
+def test_counts_of_answers_and_references_must_agree() -> None:
+    with pytest.raises(UserError, match="2 answers cannot be scored against 3 references"):
+        registry.extra("rouge1").statistics(["a", "b"], ["a", "b", "c"])
+
+
+def test_a_function_of_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_scores.py").write_text(
+        "def longer(answer, reference): return len(answer) - len(reference)\n"
+        "def word(answer, reference): return 'good'\n"
+        "def endless(answer, reference): return float('inf')\nlimit = 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    own = registry.extra("my_scores:longer")
+    counts = own.statistics(["abc", "a"], ["a", "abcd"]).sum(0)
+    assert float(own.formula(counts)) == pytest.approx(-0.5)
+    for name, said in (
+        ("my_scores:word", "returned 'good': return a number"),
+        ("my_scores:endless", "return a finite number"),
+    ):
+        with pytest.raises(UserError, match=said):
+            registry.extra(name).statistics(["a"], ["b"])
+    for name, said in (
+        ("my_scores:nothing", "has no function nothing"), ("no_such:f", "cannot be imported"),
+        ("my_scores:limit", "is no function"), ("rogue1", "known are rouge1, rouge2"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=said):
+            registry.extra(name)
+
+
+@pytest.fixture(scope="module")
+def run(tiny_folder: Path, chat_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return lighten.train(
+        model=str(tiny_folder), dataset=str(chat_file), dtype="float32", max_steps=2,
+        output_dir=str(tmp_path_factory.mktemp("runs") / "run"), val_size=0.5, progress=False,
+    )  # fmt: skip
+
+
+def test_an_evaluation_has_the_metrics_that_were_wanted(run: Run) -> None:
+    """Twice, the second time against the first: nothing has changed, in every metric."""
+    extras = ["rougeL", "chrf_spaces", "json_valid"]
+    how: dict[str, Any] = {"extra_metrics": extras, "max_new_tokens": 4, "max_examples": 20}
+    first = api.evaluate(run, **how)
+    assert set(extras) <= set(first.models[0]["metrics"])
+    assert first.settings["normalisation"] == "NFC"
+    again = api.evaluate(run, against=run, **how)
+    rows = {(own["model"], own["against"], own["metric"]): own for own in again.comparisons}
+    adapter = first.models[1]["name"]
+    for metric in ("loss", "perplexity", "chrf", "bleu", "exact_match", *extras):
+        assert rows["base", "base", metric]["difference"] == 0.0
+        differs = rows[adapter, "base", metric]["difference"]
+        between = next(
+            own for own in first.differences
+            if (own["adapter"], own["metric"]) == (adapter, metric)
+        )  # fmt: skip
+        assert differs == pytest.approx(between["difference"], abs=1e-9)
+    assert "ROUGE-L" in api.report(run).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "said"),
+    [(("settings", "chat_template"), "other", "chat_template is"),
+     (("settings", "max_new_tokens"), 99, "max_new_tokens is 4 and 99"),
+     (("settings", "normalisation"), None, "normalisation is 'NFC' and None"),
+     (("dataset", "rows"), 3, "held-out examples"),
+     (("examples", 0, "reference"), "another", "examples are not the same"),
+     (("models", 0, "losses", 0, 1), 1000.0, "other tokens")],
+)  # fmt: skip
+def test_trap46_what_was_measured_differently_is_not_compared(
+    run: Run, where: tuple[Any, ...], value: Any, said: str
+) -> None:
+    ours = against.read(run)
+    theirs: Any = copy.deepcopy(ours)
+    place = theirs
+    for key in where[:-1]:
+        place = place[key]
+    place[where[-1]] = value
+    with pytest.raises(UserError, match=said):
+        against.compare(ours, theirs)
+
+
+def test_a_run_that_was_not_evaluated_is_nothing_to_compare_with(tmp_path: Path, run: Run) -> None:
+    shutil.copy(run.folder / "recipe.yaml", tmp_path)
+    with pytest.raises(UserError, match="was not evaluated yet; first: lighten evaluate"):
+        api.evaluate(run, against=tmp_path)
