@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 from lighten import looked
 from lighten.api_bench import bench as bench
 from lighten.api_bench import bench_compare as bench_compare
+from lighten.api_plan import plan_quantize as plan_quantize
+from lighten.api_plan import plan_serve as plan_serve
+from lighten.api_plan import plan_spread as plan_spread
 from lighten.api_serve import bench_serve as bench_serve
 from lighten.api_serve import serve as serve
 from lighten.errors import NoHeldOut, UserError
@@ -26,12 +29,9 @@ from lighten.runs import Run
 if TYPE_CHECKING:
     from lighten.adapters.resize import Resized
     from lighten.evaluate.evaluation import Evaluation
-    from lighten.plan.distributed import Distributed, Strategy
     from lighten.plan.probe import Probed
     from lighten.plan.result import Plan
     from lighten.plan.search import Found, Limits, Sized
-    from lighten.plan.serve import Quantizing
-    from lighten.plan.serving import Serving
     from lighten.sweep.result import SweepResult
 
 RecipeLike = Recipe | str | os.PathLike[str]
@@ -258,69 +258,6 @@ def plan_limits(
 
     planner = asked.planner_for(devices.named(device))
     return search.limits(chosen, planner, longest=asked.positions_of(chosen))
-
-
-def plan_spread(
-    recipe: RecipeLike | None = None,
-    *,
-    device: str | None = None,
-    strategy: Strategy = "ddp",
-    gpus: int = 1,
-    nodes: int = 1,
-    offload: Sequence[str] = (),
-    **overrides: Any,
-) -> Distributed:
-    """Memory, communication and time per rank on many GPUs, from published formulas.
-
-    Args:
-        recipe: As for `plan`; its micro-batch is that of each rank.
-        device: The GPU, by name.
-        strategy: `ddp`, `zero1`, `zero2`, `zero3`, `fsdp` or `fsdp_hybrid`.
-        gpus: Per node.
-        nodes: Machines.
-        offload: `optimizer`, `param`, or both, to main memory.
-        overrides: Settings by name.
-
-    Raises:
-        UserError: Something the user can mend.
-    """
-    chosen = plannable(recipe, **overrides)
-    from lighten import devices
-    from lighten.plan import asked
-    from lighten.plan.distributed import spread
-
-    where = devices.named(device)
-    alone = asked.plan(chosen, where, changes=False)
-    layers = asked.layers_of(chosen)
-    return spread(
-        alone, where, strategy, gpus=gpus, nodes=nodes, layers=layers, offload=tuple(offload)
-    )
-
-
-def plan_serve(model: str, *, device: str | None = None, **options: Any) -> Serving:
-    """Memory of a server with one base and many adapters (options: see `plan.serve.serve`).
-
-    Raises:
-        UserError: Something the user can mend.
-    """
-    looked.require_model(model)
-    from lighten import devices
-    from lighten.plan.serve import serve
-
-    return serve(model, devices.named(device), **options)
-
-
-def plan_quantize(model: str, **options: Any) -> Quantizing:
-    """Main memory and time to quantise a base (options: see `plan.serve.quantize`).
-
-    Raises:
-        UserError: Something the user can mend.
-    """
-    looked.require_model(model)
-    from lighten import devices
-    from lighten.plan.serve import quantize
-
-    return quantize(model, capacity=devices.named("cpu").memory_bytes, **options)
 
 
 def fixed_by(overrides: Mapping[str, Any]) -> tuple[str, ...]:

@@ -1,0 +1,79 @@
+"""Plans beyond one device: many GPUs, a server, quantising; `lighten.api` has the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lighten import looked
+
+if TYPE_CHECKING:
+    from lighten.api import RecipeLike
+    from lighten.plan.distributed import Distributed, Strategy
+    from lighten.plan.serve import Quantizing
+    from lighten.plan.serving import Serving
+
+
+def plan_spread(
+    recipe: RecipeLike | None = None,
+    *,
+    device: str | None = None,
+    strategy: Strategy = "ddp",
+    gpus: int = 1,
+    nodes: int = 1,
+    offload: Sequence[str] = (),
+    **overrides: Any,
+) -> Distributed:
+    """Memory, communication and time per rank on many GPUs, from published formulas.
+
+    Args:
+        recipe: As for `plan`; its micro-batch is that of each rank.
+        device: The GPU, by name.
+        strategy: `ddp`, `zero1`, `zero2`, `zero3`, `fsdp` or `fsdp_hybrid`.
+        gpus: Per node.
+        nodes: Machines.
+        offload: `optimizer`, `param`, or both, to main memory.
+        overrides: Settings by name.
+
+    Raises:
+        UserError: Something the user can mend.
+    """
+    from lighten.api import plannable
+
+    chosen = plannable(recipe, **overrides)
+    from lighten import devices
+    from lighten.plan import asked
+    from lighten.plan.distributed import spread
+
+    where = devices.named(device)
+    alone = asked.plan(chosen, where, changes=False)
+    layers = asked.layers_of(chosen)
+    return spread(
+        alone, where, strategy, gpus=gpus, nodes=nodes, layers=layers, offload=tuple(offload)
+    )
+
+
+def plan_serve(model: str, *, device: str | None = None, **options: Any) -> Serving:
+    """Memory of a server with one base and many adapters (options: see `plan.serve.serve`).
+
+    Raises:
+        UserError: Something the user can mend.
+    """
+    looked.require_model(model)
+    from lighten import devices
+    from lighten.plan.serve import serve
+
+    return serve(model, devices.named(device), **options)
+
+
+def plan_quantize(model: str, **options: Any) -> Quantizing:
+    """Main memory and time to quantise a base (options: see `plan.serve.quantize`).
+
+    Raises:
+        UserError: Something the user can mend.
+    """
+    looked.require_model(model)
+    from lighten import devices
+    from lighten.plan.serve import quantize
+
+    return quantize(model, capacity=devices.named("cpu").memory_bytes, **options)
