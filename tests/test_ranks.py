@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -22,6 +23,7 @@ from lighten.runs import Run
 from lighten.train import checkpoints
 from tests import processes
 from tests.processes import Forked
+from tests.tiny import tiny_model, tiny_tokenizer
 
 
 @pytest.fixture
@@ -207,3 +209,29 @@ def test_a_signal_to_any_rank_saves_and_ends_all_and_a_lost_one_is_told(
     assert time.monotonic() - began < 30
     assert run.info()["status"] == "interrupted"
     assert "rank 0 of 2 stopped because another rank has ended" in run.info()["error"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="smaps are Linux's")
+def test_ranks_on_one_machine_keep_one_copy_of_a_frozen_base(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    base = tmp_path / "larger"
+    model = tiny_model("llama", hidden_size=512, intermediate_size=2048, num_hidden_layers=8,
+                       num_attention_heads=8, num_key_value_heads=8)  # fmt: skip
+    model.save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    size = (base / "model.safetensors").stat().st_size
+    assert size > 100 * 2**20
+    settings |= {"model_name_or_path": str(base), "max_steps": 100_000, "eval_steps": 100_000}
+    started = ranks(settings)
+    try:
+        wait_for_step(Path(settings["output_dir"]), 3)
+        maps = [psutil.Process(own._process.pid).memory_maps() for own in started]
+    finally:
+        for own in started:
+            own.send_signal(signal.SIGKILL)
+        ended(started)
+    mapped = [part for each in maps for part in each if part.path.endswith("model.safetensors")]
+    assert len(mapped) == len(started), [part.path for part in maps[0] if part.rss > 2**20]
+    assert 0.5 * size < sum(part.pss for part in mapped) <= 1.1 * size
+    assert all(part.anonymous == 0 for part in mapped)  # nobody wrote to a page of it

@@ -47,6 +47,10 @@ def connect(launch: Launch, device: str, recipe: str, **options: Any) -> Acceler
         )
     with lost_peers(launch.rank, launch.world_size):
         accelerator = Accelerator(cpu=device == "cpu", **options)
+    if accelerator.device.type == "cpu":
+        # accelerate says `cpu:0` to ranks, and whatever is moved there is copied: a base that is
+        # mapped from its files would be in memory once for every rank.
+        accelerator.state.device = torch.device("cpu")
     if accelerator.num_processes != launch.world_size:
         raise UserError(
             f"{launch.launcher} started {launch.world_size} ranks, but rank {launch.rank} sees "
