@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub.utils.tqdm import _create_progress_bar, hf_thread_map
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from lighten import UserError, cli, models, streams
 from lighten.evaluate.chat import chat
+from lighten.models import gguf
 from lighten.train.progress import TrainingProgress
+from tests.gguf_files import write_gguf
 from tests.report_fixture import write_run
+from tests.tiny import tiny_model
 
 ENCODINGS = ("cp949", "ascii", "latin-1", "cp437", "euc-kr", "utf-8")
 MARKS = "█ – ▶ × ± … ⟦한국어⟧ 😀 e\u0301 \udcff ⠋"
@@ -217,3 +221,47 @@ def streams_width(line: str) -> int:
     from rich.cells import cell_len
 
     return cell_len(line)
+
+
+def test_the_conversion_of_a_gguf_file_is_heard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIGHTEN_CACHE", str(tmp_path / "cache"))
+    path = write_gguf(tmp_path / "m.gguf", tiny_model("llama"))
+    heard: list[tuple[str, int, int]] = []
+    with streams.heard_by(lambda *told: heard.append(told)):
+        gguf.converted(path)
+    assert {name for name, *_ in heard} == {"converting m.gguf"}
+    assert heard[-1][1] == heard[-1][2] > 10
+    assert [done for _, done, _ in heard] == sorted({done for _, done, _ in heard})
+    gguf.converted(tmp_path / "m.gguf")  # nobody listens, and the copy is there
+    assert len(list(streams.counted(range(3), "x", 3))) == 3
+
+
+def test_a_download_is_heard_in_bytes_and_no_bar_is_drawn(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    assert streams.download_bar("downloading m") is None  # the hub's own then
+    heard: list[tuple[str, int, int]] = []
+    with streams.heard_by(lambda *told: heard.append(told)):
+        bar = streams.download_bar("downloading m")
+    # As `snapshot_download` uses it: a bar of bytes whose total grows, beside one of files.
+    bytes_bar = _create_progress_bar(
+        cls=bar, log_level=0, name="huggingface_hub.snapshot_download",
+        desc="Reconstructing (incomplete total...)", total=0, initial=0, unit="B", unit_scale=True,
+        mininterval=0,
+    )  # fmt: skip
+
+    def fetch(size: int) -> int:
+        bytes_bar.total += size
+        bytes_bar.refresh()
+        bytes_bar.update(size)
+        return size
+
+    sizes = [3, 5, 7]
+    assert hf_thread_map(fetch, sizes, tqdm_class=bar, max_workers=2, desc="Fetching") == sizes
+    bytes_bar.set_description("Reconstruction complete")
+    bytes_bar.close()
+    assert {name for name, *_ in heard} == {"downloading m"}
+    assert heard[-1] == ("downloading m", 15, 15)
+    assert capfd.readouterr().err == ""

@@ -7,16 +7,18 @@ whoever listens, and what no user of a command can act on is not shown.
 from __future__ import annotations
 
 import codecs
+import io
 import logging
 import os
 import sys
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
+T = TypeVar("T")
 # Told what is under way, how far it is, and of how much.
 Listener = Callable[[str, int, int], None]
 
@@ -107,6 +109,49 @@ def library_bars() -> Iterator[None]:
         yield
     finally:
         transformers_logging.set_tqdm_hook(before)
+
+
+def counted(items: Iterable[T], what: str, total: int) -> Iterator[T]:
+    """Go through items while whoever hears of libraries is told how far it is.
+
+    Args:
+        items: What is gone through.
+        what: What is done, in words: `converting model.gguf`.
+        total: How many there are, or a few more.
+    """
+    with LibraryBar(_listener.get(), total=total) as bar:
+        bar.desc = what
+        for item in items:
+            yield item
+            bar.update()
+
+
+def download_bar(what: str) -> Any:
+    """A bar's class for `snapshot_download` that tells the listener of the bytes and draws nothing.
+
+    Args:
+        what: What is under way, in words.
+
+    Returns:
+        A subclass of tqdm; None where nobody listens: the hub draws its own then.
+    """
+    listener = _listener.get()
+    if listener is None:
+        return None
+    tell: Listener = listener  # the hub's threads would not see who listens
+    from tqdm.std import tqdm  # type: ignore[import-untyped]  # its stubs are a package apart
+
+    class Heard(tqdm):
+        def __init__(self, *values: Any, **options: Any) -> None:
+            # Of several bars one counts the bytes that are on disk, of files seen so far.
+            self._counts = "incomplete total" in str(options.get("desc"))
+            super().__init__(*values, **{**options, "disable": False, "file": io.StringIO()})
+
+        def display(self, *_drawn: Any, **_how: Any) -> None:
+            if self._counts and self.total:
+                tell(what, int(self.n), int(self.total))
+
+    return Heard
 
 
 class LibraryBar:

@@ -24,6 +24,7 @@ from transformers.models.auto.tokenization_auto import (
 )
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
+from lighten import streams
 from lighten.errors import UserError
 from lighten.gguf_names import LAYER, STEM, STEM_OF_GPT2, outer_names
 from lighten.hardware import cache_folder
@@ -199,7 +200,8 @@ def _write(header: Header, folder: Path) -> None:
         places.update(dict.fromkeys(shard, name))
         shard.clear()
 
-    for name, weight in _weights(header, config):
+    told = f"converting {header.path.name}"
+    for name, weight in streams.counted(_weights(header, config), told, len(header.tensors)):
         if wanted.get(name) != weight.shape:
             there = tuple(wanted[name]) if name in wanted else "no such weight"
             raise refused(header, f"holds {name} as {tuple(weight.shape)}, the model has {there}")

@@ -32,7 +32,7 @@ from lighten.models import attention as blocks
 from lighten.models import gguf, kernels, known, packaged, quantized
 from lighten.models.configuration import FAULTS, check_json, read_config, reason
 from lighten.models.names import PACKAGED, Source, packaged_as, resolve
-from lighten.streams import library_bars
+from lighten.streams import download_bar, library_bars
 
 log = logging.getLogger(__name__)
 # What of a hub repository is fetched: never pickle.
@@ -359,6 +359,7 @@ def locate(
             revision=revision,
             allow_patterns=[*wanted, "*.py"] if code else wanted,
             ignore_patterns=_IGNORED,
+            tqdm_class=download_bar(f"downloading {name}"),
         )
     except HFValidationError as error:
         raise UserError(f"{name!r} is neither a file, a folder nor a hub id") from error

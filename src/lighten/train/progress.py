@@ -124,7 +124,7 @@ class TrainingProgress:
             task = self._bar.add_task(what, total=total, facts="")
             self._loading[what] = (began_s, task)
         if task is not None:
-            self._bar.update(task, completed=done)
+            self._bar.update(task, completed=done, total=total)
         if done >= total:
             del self._loading[what]
             if task is not None:
