@@ -102,7 +102,7 @@ def base_in_memory(model: PreTrainedModel, dtype: str) -> models.Base:
     attention = Choice(str(model.config._attn_implementation), "the benchmark's")
     return models.Base(
         model=model.eval(), tokenizer=None, name="random", source="folder", path=Path(),
-        revision=None, checksum=None, file_bytes=None, dtype=Choice(dtype, "the benchmark's"),
+        revision=None, file_bytes=None, dtype=Choice(dtype, "the benchmark's"),
         attention=attention,
     )  # fmt: skip
 

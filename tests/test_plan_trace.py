@@ -97,7 +97,7 @@ def really(recipe: Recipe, given: tuple[int, int], arch: str, layers: int) -> Ti
     model.requires_grad_(False)
     base = models.Base(
         model=model.eval(), tokenizer=None, name="tiny", source="folder", path=Path(),
-        revision=None, checksum=None, file_bytes=None, dtype=FLOAT32,
+        revision=None, file_bytes=None, dtype=FLOAT32,
         attention=set_attention(model, "sdpa", "cpu"),
     )  # fmt: skip
     own = Follow()

@@ -8,6 +8,8 @@ import os
 import platform
 import subprocess
 import threading
+import time
+import weakref
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +26,9 @@ EXTRAS = {
     "wandb": "track", "tensorboard": "track", "trackio": "track", "optuna": "search", "ray": "ray",
     "starlette": "serve", "uvicorn": "serve",
 }  # fmt: skip
+# Instruction sets with products of the format; the last ones are ARM's.
+BFLOAT16 = ("amx_bf16", "avx512_bf16", "bf16")
+INT8 = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"})
 CORE = (
     "lighten", "torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers",
     "pydantic", "sacrebleu", "numpy",
@@ -122,20 +127,20 @@ def choose_dtype(requested: str, device: str) -> Choice:
             return Choice("bfloat16", f"compute capability {major}.{minor} has bfloat16 units")
         return Choice("float16", f"compute capability {major}.{minor} has no bfloat16 units")
     flags = processor_flags()
-    for flag in ("amx_bf16", "avx512_bf16"):
+    for flag in BFLOAT16:
         if flag in flags:
             return Choice("bfloat16", f"the processor computes in bfloat16 ({flag})")
     return Choice("float32", "the processor has no bfloat16 arithmetic")
 
 
 def processor_flags() -> frozenset[str]:
-    """Instruction sets of the processor, as Linux lists them; empty elsewhere."""
+    """Instruction sets of the processor, as Linux lists them (ARM: Features); empty elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return frozenset()
     for line in lines:
-        if line.startswith("flags"):
+        if line.startswith(("flags", "Features")):
             return frozenset(line.partition(":")[2].split())
     return frozenset()
 
@@ -226,12 +231,12 @@ def formats(device: str) -> Mapping[str, str]:
             "float8": "yes" if torch.cuda.get_device_capability() >= (8, 9) else "no",
         }
     flags = processor_flags()
-    native = bool(flags & {"avx512_bf16", "amx_bf16"})
+    native = not flags.isdisjoint(BFLOAT16)
     return {
         "float32": "yes",
         "bfloat16": "yes" if native else "emulated, slow",
-        "float16": "yes" if "avx512_fp16" in flags else "emulated, slow",
-        "int8": "yes" if flags & {"avx512_vnni", "avx_vnni", "amx_int8"} else "emulated, slow",
+        "float16": "yes" if flags & {"avx512_fp16", "asimdhp"} else "emulated, slow",
+        "int8": "yes" if flags & INT8 else "emulated, slow",
     }
 
 
@@ -259,7 +264,9 @@ class PeakMemory:
             self.method = "kernel high-water mark" if _reset_high_water() else "samples of 5 ms"
             self._base = psutil.Process().memory_info().rss
             if self.method.startswith("samples"):
-                self._sampler = threading.Thread(target=self._sample, daemon=True)
+                self._sampler = threading.Thread(
+                    target=_sample, args=(weakref.ref(self),), daemon=True
+                )
                 self._sampler.start()
 
     def restart(self) -> None:
@@ -305,11 +312,17 @@ class PeakMemory:
     def _together(self) -> int:
         return self._beside + (self._highest if self._sampler else high_water())
 
-    def _sample(self) -> None:
-        own, pause = psutil.Process(), threading.Event()
-        while True:
-            self._highest = max(self._highest, own.memory_info().rss)
-            pause.wait(0.005)
+    def _note(self, held: int) -> None:
+        self._highest = max(self._highest, held)
+
+
+def _sample(measurement: weakref.ref[PeakMemory]) -> None:
+    """Look every few milliseconds for as long as somebody holds the measurement."""
+    process = psutil.Process()
+    while (peak := measurement()) is not None:
+        peak._note(process.memory_info().rss)
+        del peak
+        time.sleep(0.005)
 
 
 def _reset_high_water() -> bool:

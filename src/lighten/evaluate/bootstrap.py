@@ -17,6 +17,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 # From summed statistics [..., K] to the metric [...].
 FromSums = Callable[[Array], Array]
 LEVEL = 0.95
+BLOCK_BYTES = 2**25  # of the numbers that one matrix product reads
 
 
 @dataclass(frozen=True)
@@ -50,23 +51,34 @@ class Resamples:
     """
 
     def __init__(self, examples: int, samples: int, seed: int = 0) -> None:
-        draws = np.random.default_rng(seed).integers(0, examples, (samples, examples))
-        # How often each example was drawn: sums over draws become one matrix product.
-        self._times = np.stack([np.bincount(row, minlength=examples) for row in draws])
+        generator = np.random.default_rng(seed)
+        # How often each example was drawn: sums over draws become a matrix product. That is seldom
+        # more than ten times, so a byte is enough but for draws that no test will ever see.
+        self._times = np.empty((samples, examples), np.uint8)
+        for place in range(samples):
+            times = np.bincount(generator.integers(0, examples, examples), minlength=examples)
+            if times.max() > np.iinfo(self._times.dtype).max:
+                self._times = self._times.astype(np.int64)
+            self._times[place] = times
 
     def sums(self, statistics: Array) -> Array:
         """Per-example statistics [examples, K] summed over each resample, [samples, K]."""
-        summed: Array = self._times @ statistics
-        return summed
+        samples, examples = self._times.shape
+        summed = []
+        rows = max(1, BLOCK_BYTES // (8 * examples))
+        for start in range(0, samples, rows):
+            times = self._times[start : start + rows]
+            summed.append(times.astype(np.result_type(np.int64, statistics)) @ statistics)
+        return np.concatenate(summed)
 
     def estimate(self, statistics: Array, metric: FromSums) -> Estimate:
         """A metric of summed per-example statistics [examples, K]."""
-        return self._estimate(float(metric(statistics.sum(0))), metric(self._times @ statistics))
+        return self._estimate(float(metric(statistics.sum(0))), metric(self.sums(statistics)))
 
     def difference(self, ours: Array, base: Array, metric: FromSums) -> Estimate:
         """The metric of `ours` minus that of `base`, on the same draws."""
         value = float(metric(ours.sum(0)) - metric(base.sum(0)))
-        return self._estimate(value, metric(self._times @ ours) - metric(self._times @ base))
+        return self._estimate(value, metric(self.sums(ours)) - metric(self.sums(base)))
 
     def _estimate(self, value: float, values: Array) -> Estimate:
         if self._times.shape[1] < 2:

@@ -28,6 +28,7 @@ from lighten import streams
 from lighten.errors import UserError
 from lighten.gguf_names import LAYER, STEM, STEM_OF_GPT2, outer_names
 from lighten.hardware import cache_folder
+from lighten.models import links
 from lighten.models.configuration import FAULTS, build_empty, reason
 from lighten.models.gguf_config import config_of, refused
 from lighten.models.gguf_header import Header, read_header
@@ -153,7 +154,7 @@ def _build_tokenizer(header: Header, kind: Any) -> Any:
     path = header.path
     # Alone in a folder: transformers prefers tokenizer files that lie beside it to its own.
     with tempfile.TemporaryDirectory() as scratch:
-        (Path(scratch) / path.name).symlink_to(path.resolve())
+        links.show(path, Path(scratch) / path.name)
         try:
             tokenizer = kind.from_pretrained(scratch, gguf_file=path.name, local_files_only=True)
         except FAULTS as error:

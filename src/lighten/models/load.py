@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import logging
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from lighten import allocator
 from lighten.errors import UserError
 from lighten.hardware import Choice, choose_dtype
 from lighten.models import attention as blocks
-from lighten.models import gguf, kernels, known, packaged, quantized
+from lighten.models import gguf, kernels, known, links, packaged, quantized
 from lighten.models.configuration import FAULTS, check_json, read_config, reason
 from lighten.models.names import PACKAGED, Source, packaged_as, resolve
 from lighten.streams import download_bar, library_bars
@@ -59,11 +60,11 @@ class Base:
         source: Where it came from.
         path: Folder or file on disk.
         revision: Commit of a hub model, else what was asked for.
-        checksum: SHA-256 over its weight files, None if it has none on disk.
-        file_bytes: Size of those files.
+        file_bytes: Size of its published weight files; None if it has none on disk.
         dtype: The format and why.
         attention: The attention implementation in use and why.
         quantization: How its linear layers are stored and why; None: in `dtype`, like the rest.
+        weights: Its weight files, in order of their names; none if it has none on disk.
     """
 
     model: PreTrainedModel
@@ -72,11 +73,19 @@ class Base:
     source: Source
     path: Path
     revision: str | None
-    checksum: str | None
     file_bytes: int | None
     dtype: Choice
     attention: Choice
     quantization: Choice | None = None
+    weights: tuple[Path, ...] = ()
+
+    @functools.cached_property
+    def checksum(self) -> str | None:
+        """SHA-256 over its weight files, None if it has none on disk.
+
+        It reads them all, so it is made where a run notes what it trains, not at each load.
+        """
+        return checksum(self.weights)
 
 
 def load(
@@ -146,11 +155,11 @@ def load(
         source=source,
         path=path,
         revision=_commit_of(path) if source == "hub" else revision,
-        checksum=checksum(weights),
         file_bytes=sum(file.stat().st_size for file in published) if published else None,
         dtype=chosen,
         attention=attention,
         quantization=quantized.explain(model, storage),
+        weights=tuple(weights),
     )
 
 
@@ -212,7 +221,7 @@ def _without_adapter(folder: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as scratch:
         for path in folder.iterdir():
             if path not in beside:
-                (Path(scratch) / path.name).symlink_to(path.resolve())
+                links.show(path, Path(scratch) / path.name)
         yield Path(scratch)
 
 
@@ -427,7 +436,7 @@ def _commit_of(snapshot: Path) -> str | None:
     return snapshot.name if snapshot.parent.name == "snapshots" else None
 
 
-def checksum(files: list[Path]) -> str | None:
+def checksum(files: Sequence[Path]) -> str | None:
     """SHA-256 over each file's own SHA-256, in order of their names."""
     if not files:
         return None

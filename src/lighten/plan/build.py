@@ -80,7 +80,7 @@ def fake_base(
                 follow.mark(tensor, "quantisation constants")
     return models.Base(
         model=model.eval(), tokenizer=None, name=recipe.model_name_or_path, source="folder",
-        path=Path(), revision=None, checksum=None, file_bytes=None, dtype=dtype,
+        path=Path(), revision=None, file_bytes=None, dtype=dtype,
         attention=set_attention(model, recipe.attn_implementation, device, capability),
         quantization=None if storage is None else Choice(str(storage), "of the recipe"),
     )  # fmt: skip

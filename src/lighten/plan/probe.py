@@ -291,7 +291,7 @@ def random_base(recipe: Recipe, device: str) -> Any:
     model.requires_grad_(False)
     return models.Base(
         model=model.to(device).eval(), tokenizer=None, name=recipe.model_name_or_path,
-        source="folder", path=Path(), revision=None, checksum=None, file_bytes=None, dtype=dtype,
+        source="folder", path=Path(), revision=None, file_bytes=None, dtype=dtype,
         attention=set_attention(model, recipe.attn_implementation, device),
         quantization=quantized.explain(model, storage),
     )  # fmt: skip

@@ -72,7 +72,8 @@ def save(
     """
     final = folder / f"checkpoint-{state.step}"
     partial = folder / f".checkpoint-{state.step}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    for left in folder.glob(".checkpoint-*.partial"):  # of runs that were killed while they wrote
+        shutil.rmtree(left, ignore_errors=True)
     tensors = {
         f"{member.name}/{key}": value
         for member in members

@@ -42,7 +42,7 @@ def learn(
     with objective.at(batch, shares):
         loss, nll = objective(batch, shares, weights)
         backward(loss if common == 1.0 else loss * common)
-    return {name: float(nll[span].double().sum()) for name, span in spans.items()}
+    return {name: _total(nll[span]) for name, span in spans.items()}
 
 
 @torch.no_grad()
@@ -54,7 +54,12 @@ def measure(batch: MicroBatch, objective: Objective) -> list[float]:
         weights = torch.ones(len(batch.labels), device=batch.labels.device)
         _, nll = objective(batch, shares, weights)
     before = batch.supervised_before
-    return [float(nll[start:stop].double().sum()) for start, stop in pairwise(before)]
+    return [_total(nll[start:stop]) for start, stop in pairwise(before)]
+
+
+def _total(losses: Tensor) -> float:
+    """Their sum in float64, which Apple's GPUs do not have."""
+    return float(losses.cpu().double().sum())
 
 
 def shares_of(batch: MicroBatch) -> tuple[Share, ...]:

@@ -91,7 +91,7 @@ def train_step(
             )  # fmt: skip
     # The loss is a mean over the supervised tokens of the whole step: all micro-batches and all
     # ranks (traps 1 to 3). So the counts have to be known before the first backward pass.
-    totals = ranks.total(accelerator, counted.to(accelerator.device)).cpu()
+    totals = _over_ranks(counted, accelerator)
     for member, supervised in zip(members, totals[:, 1].tolist(), strict=True):
         if supervised == 0:
             raise UserError(
@@ -105,7 +105,7 @@ def train_step(
     }
     lost = _backward(batches, members, objective, per_token, scaler, lanes)
     counted[:, 0] = torch.tensor([lost[member.name] for member in members], dtype=torch.float64)
-    totals[:, 0] = ranks.total(accelerator, counted[:, 0].to(accelerator.device)).cpu()
+    totals[:, 0] = _over_ranks(counted[:, 0], accelerator)
     report = {
         member.name: MemberStep(
             loss=nll / supervised,
@@ -139,6 +139,13 @@ def train_step(
         member.optimizer.zero_grad(set_to_none=True)
         scaler.update(member.name, finite=not own.skipped)
     return report
+
+
+def _over_ranks(counted: Tensor, accelerator: Accelerator) -> Tensor:
+    """Float64 counts summed over ranks; one rank's stay on the processor: not every device can."""
+    if accelerator.num_processes == 1:
+        return counted.clone()
+    return ranks.total(accelerator, counted.to(accelerator.device)).cpu()
 
 
 def _backward(
