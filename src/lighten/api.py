@@ -100,7 +100,8 @@ def train(
 
     prediction = predict(chosen, force=force, progress=progress)
     done = run_training(chosen, resume=resume, progress=progress, prediction=prediction)
-    remember(done, whole=not resume)
+    # Ranks share the cores of a machine: their times say nothing of one process's.
+    remember(done, whole=not resume and place.world_size == 1)
     return done
 
 
