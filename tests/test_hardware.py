@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from lighten import hardware
+from lighten.errors import UserError
 
 MIB = 2**20
 
@@ -63,6 +64,49 @@ def test_a_choice_comes_with_its_reason() -> None:
 def test_the_device_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIGHTEN_DEVICE", "cpu")
     assert hardware.choose_device().reason == "LIGHTEN_DEVICE says so"
+
+
+@pytest.mark.parametrize("named", [" CPU", "cpu:0", "cpu"])
+def test_a_devices_name_is_read_as_pytorch_writes_it(
+    named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIGHTEN_DEVICE", named)
+    assert hardware.choose_device().value == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("named", "says"),
+    [("gpu", "'gpu' is no device; write cpu, cuda"), ("cuda:x", "is no device"),
+     ("cuda:99", "cuda:99 is not there; this machine has"), ("cuda:-1", "is no device")],
+)  # fmt: skip
+def test_a_device_that_is_not_there_is_told(
+    named: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIGHTEN_DEVICE", named)
+    with pytest.raises(UserError, match=f"LIGHTEN_DEVICE: .*{says}"):
+        hardware.choose_device()
+
+
+@pytest.mark.gpu
+def test_the_named_gpu_is_trained_on_and_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from accelerate import Accelerator
+
+    from lighten import devices
+
+    last = torch.cuda.device_count() - 1
+    monkeypatch.setenv("LIGHTEN_DEVICE", f"cuda:{last}")
+    try:
+        assert hardware.choose_device().value == f"cuda:{last}"
+        assert torch.cuda.current_device() == last
+        peak = hardware.PeakMemory("cuda")
+        block = torch.ones(256 * MIB, dtype=torch.uint8, device=Accelerator().device)
+        assert block.device.index == last
+        assert peak.read()["peak_bytes"] == pytest.approx(256 * MIB, rel=0.01)
+        assert devices.here("cuda").label == torch.cuda.get_device_name(last)
+        assert hardware.formats(f"cuda:{last}") == devices.here("cuda").formats
+    finally:
+        torch.cuda.set_device(0)
 
 
 @pytest.mark.gpu

@@ -78,7 +78,10 @@ def _listed(wanted: str) -> Device | None:
 
 
 def here(kind: str) -> Device:
-    """This machine's processor or first GPU, with the memory that is free at this moment.
+    """This machine's processor or a GPU of it, with the memory that is free at this moment.
+
+    Args:
+        kind: `cpu`; `cuda`, which is the GPU that `LIGHTEN_DEVICE` names or the first; `cuda:1`.
 
     Raises:
         UserError: A GPU is asked for and there is none.
@@ -90,11 +93,17 @@ def here(kind: str) -> Device:
 
     if not torch.cuda.is_available():
         raise UserError("device: this machine has no CUDA device; name one, or use cpu")
-    own = torch.cuda.get_device_properties(0)
-    free, _ = torch.cuda.mem_get_info(0)
+    gpu = torch.device(kind)
+    if gpu.index is None:
+        # The one that a run takes, or CUDA's current one where the processor shall be used.
+        chosen = torch.device(choose_device().value)
+        current = torch.cuda.current_device()
+        gpu = torch.device("cuda", current if chosen.index is None else chosen.index)
+    own = torch.cuda.get_device_properties(gpu)
+    free, _ = torch.cuda.mem_get_info(gpu)
     rates = _known(own.name, int(own.total_memory))
     return Device(
-        "cuda", own.name, "cuda", int(free) + int(torch.cuda.memory_reserved(0)),
+        "cuda", own.name, "cuda", int(free) + int(torch.cuda.memory_reserved(gpu)),
         rates.bandwidth if rates else None, rates.flops if rates else {},
         (own.major, own.minor), rates.host_link if rates else None,
         rates.peer_link if rates else None, rates.node_link if rates else None,

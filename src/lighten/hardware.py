@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 
 from lighten import containers
+from lighten.errors import UserError
 
 # Extra of the package by the module that it brings: those that this version uses, no others.
 EXTRAS = {
@@ -95,19 +96,48 @@ def machine() -> Machine:
 def choose_device() -> Choice:
     """The device to compute on; `LIGHTEN_DEVICE` overrides.
 
+    A GPU by its number becomes CUDA's current one: PyTorch, Accelerate and every measurement of
+    memory mean that where they say `cuda`.
+
     A container's quota of processor time is no part of what OpenMP looks at: with a thread for each
     core of the host, every one would wait for those that the quota halts. So they are limited here,
     where everything begins that computes, unless `OMP_NUM_THREADS` says how many.
+
+    Raises:
+        UserError: `LIGHTEN_DEVICE` names none of this machine's.
     """
     import torch
 
     if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > containers.cores():
         torch.set_num_threads(containers.cores())
     if named := os.environ.get("LIGHTEN_DEVICE"):
-        return Choice(named, "LIGHTEN_DEVICE says so")
+        return Choice(_use(named), "LIGHTEN_DEVICE says so")
     if torch.cuda.is_available():
         return Choice("cuda", f"{torch.cuda.get_device_name()} is there")
     return Choice("cpu", "no CUDA device")
+
+
+def _use(named: str) -> str:
+    """Take the named device for everything from here on; its name as PyTorch writes it."""
+    import torch
+
+    try:
+        device = torch.device(named.strip().lower())
+    except RuntimeError as error:
+        raise UserError(
+            f"LIGHTEN_DEVICE: {named!r} is no device; write cpu, cuda, or a GPU by its number, as "
+            "cuda:1"
+        ) from error
+    if device.type == "cpu":
+        return "cpu"
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if count <= (device.index or 0):
+            there = "no CUDA device" if count == 0 else f"cuda:0 to cuda:{count - 1} alone"
+            raise UserError(f"LIGHTEN_DEVICE: {named} is not there; this machine has {there}")
+        if device.index is not None:
+            torch.cuda.set_device(device)
+    return str(device)
 
 
 def choose_dtype(requested: str, device: str) -> Choice:
@@ -223,12 +253,13 @@ def formats(device: str) -> Mapping[str, str]:
     if device.startswith("cuda"):
         import torch
 
-        major = torch.cuda.get_device_capability()[0]
+        capability = torch.cuda.get_device_capability(torch.device(device))
+        major = capability[0]
         return {
             "float32": "yes",
             "float16": "yes",
             "bfloat16": "yes" if major >= 8 else "emulated, slow",
-            "float8": "yes" if torch.cuda.get_device_capability() >= (8, 9) else "no",
+            "float8": "yes" if capability >= (8, 9) else "no",
         }
     flags = processor_flags()
     native = not flags.isdisjoint(BFLOAT16)

@@ -154,7 +154,7 @@ def measure(
     import psutil
     from accelerate import Accelerator
 
-    from lighten.hardware import PeakMemory
+    from lighten.hardware import PeakMemory, choose_device
     from lighten.timing import measure_step
     from lighten.train import run
     from lighten.train.passes import undropped
@@ -163,6 +163,8 @@ def measure(
 
     assert run is not None  # everything is imported, as when a training begins to measure
     allocator.keep_pages(kind)
+    if kind == "cuda":
+        choose_device()  # in this process, too: the GPU that LIGHTEN_DEVICE names
     accelerator = Accelerator(cpu=kind == "cpu")
     memory, before = PeakMemory(kind), psutil.Process().memory_info().rss
     where = str(accelerator.device)
