@@ -52,6 +52,7 @@ def search_from(
     tries: list[Try] = []
     fits, too_much = 0, None if most is None else most + step
     size = max(step, planned // step * step)
+    factor = GROWTH
     for _ in range(MOST_TRIES):
         found = attempt(size)
         tries.append(found)
@@ -60,15 +61,18 @@ def search_from(
         else:
             too_much = size
         if too_much is None:
-            size = max(fits + step, int(fits * GROWTH) // step * step)
+            size = max(fits + step, int(fits * factor) // step * step)
+            factor **= 2
         elif too_much - fits <= max(step, NEAR * fits):
             break
         elif not fits:
-            size = max(step, int(too_much / GROWTH) // step * step)
+            size = max(step, int(too_much / factor) // step * step)
+            factor **= 2
             if size >= too_much:
                 break
         elif most is not None and too_much == most + step and fits < most:
-            size = min(most // step * step, max(fits + step, int(fits * GROWTH) // step * step))
+            size = min(most // step * step, max(fits + step, int(fits * factor) // step * step))
+            factor **= 2
         else:
             size = max(fits + step, (fits + too_much) // 2 // step * step)
         if size in (own.size for own in tries):
@@ -94,7 +98,13 @@ def largest(
         told: Hears of each try.
     """
     recipe = recipe.changed({"gradient_accumulation_steps": 1, "tokens_per_microbatch": None})
-    planner = asked.planner_for(replace(device, memory_bytes=memory_bytes))
+    room = memory_bytes
+    if device.kind == "cpu":  # a plan is of what comes on top of the libraries
+        smallest = recipe.changed({"per_device_train_batch_size": 1})
+        first = _steps(smallest, device, memory_bytes, timeout_s)
+        if first.records:
+            room -= max(0, first.process_peak_bytes - first.records[0]["peak_bytes"])
+    planner = asked.planner_for(replace(device, memory_bytes=room))
     positions = asked.positions_of(recipe)
     planned = search.limits(recipe, planner, longest=positions)
     step = SHORTEST // 2
