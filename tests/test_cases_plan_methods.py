@@ -39,6 +39,14 @@ def test_fake_steps_of_a_method_are_the_real_ones(method: str, tmp_path: Path) -
     assert steps_of(fake) == steps_of(real)
 
 
+@pytest.mark.parametrize("method", ["prompt", "p-tuning"])
+def test_the_peak_with_a_learnt_prompt_is_that_of_real_steps(method: str, tmp_path: Path) -> None:
+    # A real step reads its positions, of which a few small tensors come and go.
+    recipe = recipe_of(folder_of(tmp_path), **METHODS[method])
+    fake, real = follow(recipe, (4, 48)).timeline, really(recipe, (4, 48), "llama", 2)
+    assert max(fake.live()) == pytest.approx(max(real.live()), rel=1e-3)
+
+
 @pytest.mark.parametrize("method", ["DoRA", "IA3", "LoHa", "norms", "prefix"])
 def test_repeated_layers_of_a_method_are_the_whole_model(method: str, tmp_path: Path) -> None:
     recipe = recipe_of(folder_of(tmp_path, "llama", 8), **METHODS[method])

@@ -11,8 +11,8 @@ what an H100's allocator was asked for (PyTorch 2.11).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from transformers import masking_utils
 
 from lighten.adapters import ops
+from lighten.data.batches import MicroBatch
 from lighten.models import kernels
 
 FLASH_SINCE = (8, 0)  # compute capability
@@ -50,6 +51,24 @@ def as_on_cuda(capability: tuple[int, int] | None) -> Iterator[None]:
         # From positions that it cannot read transformers concludes that rows may be packed, and
         # makes a mask for them: real ones are read, and show that they are not.
         stack.enter_context(patch.object(masking_utils, "find_packed_sequence_indices", _none))
+        yield
+
+
+@contextmanager
+def as_unpacked(batches: Sequence[MicroBatch]) -> Iterator[None]:
+    """What transformers concludes on a processor from positions that are no fake ones.
+
+    Where learnt prompts stand in front of rows, their positions cannot be read, and it would make
+    a mask that a real step does without.
+
+    Args:
+        batches: Those that are traced; packed ones have positions, and a mask for them.
+    """
+    packed = any(batch.position_ids is not None for batch in batches)
+    read = nullcontext() if packed else patch.object(
+        masking_utils, "find_packed_sequence_indices", _none
+    )  # fmt: skip
+    with read:
         yield
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,7 +30,7 @@ from lighten.plan import repeat
 from lighten.plan.build import fake_base
 from lighten.plan.fake_modules import converted_in_place
 from lighten.plan.follow import Follow, Timeline
-from lighten.plan.on_cuda import as_on_cuda
+from lighten.plan.on_cuda import as_on_cuda, as_unpacked
 from lighten.plan.result import MOST_TOKENS, Shape
 from lighten.recipe import Recipe
 from lighten.train.member import Member
@@ -269,7 +269,7 @@ def follow_recipe(
     _require_traceable(cut, lengths)
     places = traced_places(setup, cut)
     batches = collated(setup, [cut[place] for place in places], lengths, supervised)
-    attending = as_on_cuda(capability) if kind == "cuda" else nullcontext()
+    attending = as_on_cuda(capability) if kind == "cuda" else as_unpacked(batches)
     with fake, follow, attending:
         first_run = len(follow.timeline.runs)
         run_steps(setup, [_fake(batch, fake) for batch in batches], follow, units)
