@@ -230,6 +230,7 @@ def test_a_run_that_another_process_writes_is_refused_and_a_killed_one_shows_as_
     "held",
     ["", "[]", "not json", '{"pid": "x"}',
      json.dumps({"pid": os.getpid(), "began": time.time() - 1e6, "host": os.uname().nodename})],
+    ids=["empty", "list", "no-json", "no-number", "given-again"],
 )  # fmt: skip
 def test_a_torn_lock_and_one_whose_process_id_was_given_again_hold_nothing(
     held: str, tmp_path: Path
