@@ -113,8 +113,10 @@ def test_packing_and_recomputing_that_a_method_cannot_do_are_refused(
     ],
 )  # fmt: skip
 def test_what_does_not_hold_together_is_told_before_anything_is_loaded(
-    change: dict[str, Any], told: str, settings: dict[str, Any]
+    change: dict[str, Any], told: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    settings = {**settings, "model": "/nowhere/at/all"}
+    # A model without weights: a path that leads nowhere is told of before all else.
+    shutil.copyfile(Path(settings["model"]) / "config.json", tmp_path / "config.json")
+    settings = {**settings, "model": str(tmp_path)}
     with pytest.raises(UserError, match=told):
         lighten.train(**{**settings, **change})

@@ -157,9 +157,14 @@ def test_an_adapter_as_the_model_is_its_base_and_a_start(
     assert lighten.plan(model=str(start), device="cpu", changes=False).memory.expected > 0
 
 
-def test_evaluation_resume_and_a_moved_adapter(base: Path, rows: Path, tmp_path: Path) -> None:
+def test_evaluation_resume_and_a_moved_adapter(base: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"  # enough of them to hold some out
+    given = [[*IDS[number % 2][:6], number] for number in range(4, 20)]
+    rows.write_text("\n".join(json.dumps({"input_ids": ids, "labels": ids}) for ids in given))
     start = peft_adapter(base, tmp_path / "start")
-    chosen = {"model": str(base), "adapter_name_or_path": str(start), "val_size": 0.5}
+    chosen = {
+        "model": str(base), "adapter_name_or_path": str(start), "val_size": 0.5,
+    }  # fmt: skip
     run = trained(rows, tmp_path / "run", max_steps=3, save_steps=1, **chosen)
     plain = trained(rows, tmp_path / "plain", model=str(base), val_size=0.5)
     measured, other = (

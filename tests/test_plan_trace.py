@@ -67,7 +67,7 @@ class Cpu:
 class Card(Cpu):
     """A GPU by its figures."""
 
-    name, kind, bandwidth, is_here = "card", "cuda", 1e12, False
+    name, kind, bandwidth, is_here, memory_alone = "card", "cuda", 1e12, False, False
     flops = {"float32": 1e13, "bfloat16": 1e14}  # noqa: RUF012
 
 

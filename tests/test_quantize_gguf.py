@@ -324,7 +324,12 @@ def test_padding_rows_of_the_vocabulary_are_tokens_of_no_use(tmp_path: Path) -> 
 def test_what_llama_cpp_does_not_compute_is_refused(
     arch: str, changes: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
-    saved(tmp_path / "model", arch, changes)
+    # Some of these no class of transformers builds: they stand in the file alone.
+    folder = tmp_path / "model"
+    saved(folder, arch, {} if arch == "qwen2" else changes)
+    if arch == "qwen2":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
     with pytest.raises(UserError, match=words):
         write_gguf(tmp_path / "model", tmp_path / "model.gguf", "f16")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

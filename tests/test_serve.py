@@ -372,13 +372,13 @@ def test_chat_talks_to_a_server(server: Server) -> None:
 def test_the_page_asks_two_models(server: Server, browser: Any) -> None:
     page = browser.new_page()
     page.goto(server.url)
-    page.wait_for_function("document.querySelectorAll('option').length >= 6")
+    page.wait_for_selector("option >> nth=5", state="attached")
     page.select_option("select >> nth=0", "one")
     page.select_option("select >> nth=1", "two")
     page.fill("input[name=tokens]", "8")
     page.fill("textarea", QUESTIONS[0])
     page.click("text=Ask")
-    page.wait_for_function("document.querySelectorAll('.told').length == 2")
+    page.wait_for_selector(".told >> nth=1", state="attached")
     shown = [own.text_content() for own in page.query_selector_all(".answer")]
     assert shown == [text(server, "one", QUESTIONS[0]), text(server, "two", QUESTIONS[0])]
     page.close()
