@@ -65,6 +65,7 @@ def serving(
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
+        cwd=cwd,
         env={**os.environ, "LIGHTEN_CACHE": str(cache), "LIGHTEN_ADMIN_KEY": ADMIN, **(env or {})},
     )
     server = Server(process)

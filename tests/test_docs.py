@@ -58,7 +58,7 @@ def run_all(commands: list[str], tmp_path: Path, servers: ExitStack) -> None:
         if words[0] == "serve" and "--plan" not in words:
             from tests.serving import serving  # needs the extra
 
-            running = serving(*words[1:], cache=hardware.cache_folder())
+            running = serving(*words[1:], cache=hardware.cache_folder(), cwd=tmp_path)
             url = servers.enter_context(running).url
             continue
         short = SHORT if words[0] in ("run", "train", "sweep") else []
