@@ -56,7 +56,11 @@ class Server:
 
 @contextmanager
 def serving(
-    *words: str, cache: Path, env: dict[str, str] | None = None, threads: int | None = 1
+    *words: str,
+    cache: Path,
+    env: dict[str, str] | None = None,
+    threads: int | None = 1,
+    cwd: Path | None = None,
 ) -> Iterator[Server]:
     """`lighten serve` as a process of its own, ready."""
     given = [] if threads is None else ["--threads", str(threads)]

@@ -46,6 +46,8 @@ def folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("adapters")
     for seed, name in enumerate(("one", "two", "spare")):
         save_adapter(tiny_folder, root / "inside" / name, seed=seed + 1)
+    # As a run's adapters are: with the tokenizer beside them.
+    models.load_tokenizer(str(tiny_folder)).save_pretrained(root / "inside" / "two")
     shutil.copytree(root / "inside" / "spare", root / "outside")
     (root / "inside" / "link").symlink_to(root / "outside")
     dora = shutil.copytree(root / "inside" / "spare", root / "inside" / "dora")

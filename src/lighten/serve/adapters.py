@@ -123,7 +123,7 @@ def open_adapter(name: str, folder: Path, base: Base) -> Model:
         handling = data.Handling(recipe.system_role, recipe.thinking)
         learnt, template = data.LearntAnswers.of(info), recipe.chat_template
     there = any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model"))
-    tokenizer = models.load_tokenizer(str(folder) if there else base.name)
+    tokenizer = _tokenizer(folder) if there else models.load_tokenizer(base.name)
     if len(tokenizer) > base.config.get_text_config().vocab_size:
         raise UserError(
             f"{folder} has a tokenizer of {len(tokenizer):,} tokens and the base "
@@ -135,6 +135,22 @@ def open_adapter(name: str, folder: Path, base: Base) -> Model:
     declared = _declared(folder, None) or base.declared
     asked = asking(tokenizer, None if there else template, declared, handling, learnt)
     return Model(name, asked, Adapter(key, folder), now(), str(folder))
+
+
+def _tokenizer(folder: Path) -> Any:
+    """The tokenizer beside an adapter's weights, where no model's configuration is.
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except configuration.FAULTS as error:
+        raise UserError(
+            f"{folder} has no usable tokenizer: {configuration.reason(error)}"
+        ) from error
 
 
 def resolve(given: Mapping[str, str] | Iterable[str]) -> dict[str, Path]:
