@@ -329,11 +329,25 @@ def load_tokenizer(
             f"{path} holds no tokenizer ({', '.join(TOKENIZER_FILES)}); copy those files of the "
             "model beside its weights"
         )
+    return tokenizer_in(path, name, trust_remote_code=trust_remote_code)
+
+
+def tokenizer_in(folder: Path, called: str, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a folder, which need not hold a model.
+
+    Args:
+        folder: With the tokenizer's files.
+        called: What an error calls it.
+        trust_remote_code: Run Python code that comes with it.
+
+    Raises:
+        UserError: It cannot be read.
+    """
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     try:
-        return AutoTokenizer.from_pretrained(path, **options)
+        return AutoTokenizer.from_pretrained(folder, **options)
     except FAULTS as error:
-        raise UserError(f"{name} has no usable tokenizer: {reason(error)}") from error
+        raise UserError(f"{called} has no usable tokenizer: {reason(error)}") from error
 
 
 def locate(

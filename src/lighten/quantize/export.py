@@ -361,8 +361,7 @@ def receipt_of(artefact: Artefact, target: Path, form: str, kind: str) -> Receip
         form: Of the export.
         kind: Its type: a format of floating point, or of GGUF.
     """
-    source = verify.InTransformers(artefact.base_folder, artefact.adapter, artefact.companions)
-    prompts = verify.prompts_of(artefact, source.tokenizer)
+    source, prompts = _source_of(artefact)
     against = artefact.name
     if form in ("adapter", "merged"):
         if form == "merged":
@@ -414,7 +413,8 @@ def verify_artefact(path: Path, against: Artefact) -> Receipt:
             found = receipt_of(against, folder, "gguf-adapter", "f16")
         else:
             kind = files[0].stem.rpartition(".")[2].lower()
-            with _comparing(against) as (source, prompts), verify.in_llamacpp(files[0]) as opened:
+            source, prompts = _source_of(against)
+            with verify.in_llamacpp(files[0]) as opened:
                 found = verify.compare(
                     source, opened, prompts, artefact=files[0].name, kind=kind,
                     against=against.name,
@@ -429,10 +429,10 @@ def verify_artefact(path: Path, against: Artefact) -> Receipt:
     return found
 
 
-@contextmanager
-def _comparing(against: Artefact) -> Iterator[tuple[verify.InTransformers, list[str]]]:
+def _source_of(against: Artefact) -> tuple[verify.InTransformers, list[str]]:
+    """What an artefact is compared with, in memory, and the prompts that both are given."""
     source = verify.InTransformers(against.base_folder, against.adapter, against.companions)
-    yield source, verify.prompts_of(against, source.tokenizer)
+    return source, verify.prompts_of(against, source.tokenizer)
 
 
 def _dtype_of(folder: Path) -> str:

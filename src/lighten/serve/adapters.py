@@ -15,7 +15,7 @@ from lighten import data, models
 from lighten.errors import UserError
 from lighten.hardware import cache_folder
 from lighten.models import configuration, gguf
-from lighten.models.load import checksum, locate, weight_files
+from lighten.models.load import checksum, locate, tokenizer_in, weight_files
 from lighten.peft_config import CONFIG, WEIGHTS, read_config
 from lighten.quantize.gguf_adapter import write_gguf_adapter
 from lighten.runs import INFO, RECIPE, Run, whole_folder
@@ -123,7 +123,7 @@ def open_adapter(name: str, folder: Path, base: Base) -> Model:
         handling = data.Handling(recipe.system_role, recipe.thinking)
         learnt, template = data.LearntAnswers.of(info), recipe.chat_template
     there = any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model"))
-    tokenizer = _tokenizer(folder) if there else models.load_tokenizer(base.name)
+    tokenizer = tokenizer_in(folder, str(folder)) if there else models.load_tokenizer(base.name)
     if len(tokenizer) > base.config.get_text_config().vocab_size:
         raise UserError(
             f"{folder} has a tokenizer of {len(tokenizer):,} tokens and the base "
@@ -135,22 +135,6 @@ def open_adapter(name: str, folder: Path, base: Base) -> Model:
     declared = _declared(folder, None) or base.declared
     asked = asking(tokenizer, None if there else template, declared, handling, learnt)
     return Model(name, asked, Adapter(key, folder), now(), str(folder))
-
-
-def _tokenizer(folder: Path) -> Any:
-    """The tokenizer beside an adapter's weights, where no model's configuration is.
-
-    Raises:
-        UserError: It cannot be read.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except configuration.FAULTS as error:
-        raise UserError(
-            f"{folder} has no usable tokenizer: {configuration.reason(error)}"
-        ) from error
 
 
 def resolve(given: Mapping[str, str] | Iterable[str]) -> dict[str, Path]:

@@ -107,6 +107,7 @@ class Engine:
         self._model = model
         model.set_attn_implementation(attention.NAME)
         self._step, self._groups = install(model)
+        self._each_group = tuple(dict.fromkeys(self._groups.values()))
         self._cache = SlotCache(max_sequences, max_tokens)
         self._slots = [_Slot() for _ in range(max_sequences)]
         self._free = set(range(max_sequences))
@@ -187,9 +188,7 @@ class Engine:
                 )
         made = LoadedAdapter(name)
         device = self._model.device
-        made.size_bytes = sum(
-            group.add(made, factors, device) for group in dict.fromkeys(self._groups.values())
-        )
+        made.size_bytes = sum(group.add(made, factors, device) for group in self._each_group)
         self._call(lambda: self._adopt(made))
 
     def unload_adapter(self, name: str) -> None:
@@ -237,7 +236,7 @@ class Engine:
         if loaded or used:
             return
         self._plans.clear()
-        for group in dict.fromkeys(self._groups.values()):
+        for group in self._each_group:
             group.forget(adapter)
         for slot in self._slots:
             if slot.adapter is adapter:
