@@ -103,10 +103,11 @@ def tiny_tokenizer(
 
 
 def save_tiny(
-    folder: Path, arch: str = "llama", *, seed: int = 0, template: str | None = CHATML
-) -> Path:
+    folder: Path, arch: str = "llama", *, seed: int = 0, template: str | None = CHATML,
+    **changes: Any,
+) -> Path:  # fmt: skip
     """A model folder as a hub would hold it."""
-    model = tiny_model(arch, seed=seed)
+    model = tiny_model(arch, seed=seed, **changes)
     tokenizer = tiny_tokenizer(template=template)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id

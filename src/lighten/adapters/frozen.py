@@ -27,7 +27,14 @@ def is_linear(module: nn.Module) -> bool:
 
 def is_quantized(module: nn.Module) -> bool:
     """Whether the module is a linear layer whose weight must be dequantised."""
-    return hasattr(module, "dense_weight")
+    return hasattr(module, "dense_weight") or (
+        is_linear(module) and is_of_torchao(getattr(module, "weight", None))
+    )
+
+
+def is_of_torchao(weight: object) -> bool:
+    """Whether a weight is a quantised tensor of torchao's, which knows few operations."""
+    return isinstance(weight, Tensor) and hasattr(weight, "tensor_data_names")
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -52,6 +59,8 @@ def weight_of(base: nn.Module) -> Tensor:
         found: Tensor = dense()
         return found
     weight: Tensor = base.weight  # type: ignore[assignment]
+    if is_of_torchao(weight):
+        return weight.dequantize()
     return weight.T if isinstance(base, Conv1D) else weight
 
 
@@ -65,7 +74,7 @@ def formats(module: nn.Module) -> dict[str, torch.dtype]:
     found = {name: parameter.dtype for name, parameter in module.named_parameters()}
     for path, layer in module.named_modules():
         if is_quantized(layer):
-            found[f"{path}.weight" if path else "weight"] = layer.compute_dtype
+            found[f"{path}.weight" if path else "weight"] = computes_in(layer)
     return found
 
 
@@ -113,7 +122,14 @@ def make_dense(model: PreTrainedModel) -> str | None:
 
 def said_of(layer: nn.Module) -> str:
     """What becomes of a quantised layer when it is made dense, in words."""
-    return f"{layer.storage} weights dequantised to {str(layer.compute_dtype)[6:]}"
+    storage = getattr(layer, "storage", "torchao's")
+    return f"{storage} weights dequantised to {str(computes_in(layer))[6:]}"
+
+
+def computes_in(layer: nn.Module) -> torch.dtype:
+    """The format of a quantised layer's products."""
+    found: torch.dtype = getattr(layer, "compute_dtype", None) or layer.weight.dtype  # type: ignore[assignment]
+    return found
 
 
 def forget_quantization(model: PreTrainedModel) -> None:

@@ -29,7 +29,7 @@ from lighten.plan.planner import Planner
 from lighten.plan.result import Change, Plan
 from lighten.plan.trace import plan_recipe
 from lighten.recipe import Recipe
-from lighten.train.prepare import tokenizer_of
+from lighten.train.prepare import require_trainable, tokenizer_of
 from lighten.train.rows import Rows, cached_rows, load_rows, sample_rows
 
 # Of larger data a sample is encoded for a plan alone, if they are not in the cache; data beyond
@@ -66,6 +66,7 @@ def plan(
     Raises:
         UserError: The model cannot be described, or the recipe does not fit it.
     """
+    require_trainable(recipe)
     notes: list[str] = []
     if locate(recipe.model_name_or_path, revision=recipe.revision, weights=False)[0] == "known":
         notes.append(f"the model is not on this machine; its shape is known from {known.SOURCE}")

@@ -20,6 +20,7 @@ from lighten.plan.result import Plan
 from lighten.recipe import Recipe
 from lighten.runs import Run
 from lighten.train.prediction import Prediction
+from lighten.train.prepare import require_trainable
 from lighten.train.progress import TrainingProgress
 from lighten.train.rows import Rows
 
@@ -38,10 +39,12 @@ def predict(recipe: Recipe, *, force: bool = False, progress: bool = False) -> P
         The plan as training takes it; None on a rank that is not the first.
 
     Raises:
-        UserError: It surely does not fit, or a row has an id that the model does not have.
+        UserError: It surely does not fit, no gradient passes through its base, or a row has an id
+            that the model does not have.
     """
     if int(os.environ.get("RANK", "0")) > 0:
         return None
+    require_trainable(recipe)
     try:
         device = devices.named()
         notes: list[str] = []

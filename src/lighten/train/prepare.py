@@ -17,6 +17,8 @@ from lighten.adapters.files import check_fit, read_weights
 from lighten.errors import UserError
 from lighten.hardware import Choice, choose_dtype
 from lighten.models import attention
+from lighten.models.load import locate
+from lighten.models.trainable import refuse_rounded_activations, require_gradients
 from lighten.peft_config import WEIGHTS, tensor_shapes
 from lighten.recipe import AdapterOptions, Recipe
 from lighten.train import compiled, gates, lanes, norms, optimizers
@@ -338,6 +340,8 @@ def load_base(recipe: Recipe, device: str, *, learns: bool = False) -> models.Ba
         UserError: The base cannot be had.
     """
     whole = learns and recipe.method == "full" and recipe.last_layers is None
+    if learns:
+        require_trainable(recipe)
     base = models.load(
         recipe.model_name_or_path,
         revision=recipe.revision,
@@ -350,10 +354,26 @@ def load_base(recipe: Recipe, device: str, *, learns: bool = False) -> models.Ba
         bnb_4bit_quant_type=recipe.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=recipe.bnb_4bit_use_double_quant,
     )
+    if learns:
+        require_gradients(base.name, base.model)
     if whole:
         base = replace(base, dtype=choose_dtype(recipe.dtype, device))
     add_tokens(base.model, base.tokenizer, recipe.added_tokens)
     return base
+
+
+def require_trainable(recipe: Recipe) -> None:
+    """What a base's configuration alone says against training on it.
+
+    Raises:
+        UserError: Its layers pass no gradient on.
+    """
+    source, folder = locate(
+        recipe.model_name_or_path, revision=recipe.revision, weights=False,
+        code=recipe.trust_remote_code,
+    )  # fmt: skip
+    if source != "gguf":
+        refuse_rounded_activations(recipe.model_name_or_path, folder)
 
 
 def tokenizer_of(recipe: Recipe) -> PreTrainedTokenizerBase:

@@ -25,7 +25,14 @@ from lighten.train.export import export
 from lighten.train.judge import Judge
 from lighten.train.loop import Loop
 from lighten.train.prediction import Prediction, beside
-from lighten.train.prepare import Setup, go_on_from_adapter, load_base, prepare, tokenizer_of
+from lighten.train.prepare import (
+    Setup,
+    go_on_from_adapter,
+    load_base,
+    prepare,
+    require_trainable,
+    tokenizer_of,
+)
 from lighten.train.progress import TrainingProgress
 from lighten.train.rows import Rows, load_rows
 from lighten.train.short_memory import OutOfMemory, let_go, ran_out
@@ -60,6 +67,7 @@ def train(
     trackers.check_installed(recipe.report_to)
     if recipe.peft is not None:
         method_of(recipe.peft)  # says what is wrong with it before anything is loaded
+    require_trainable(recipe)
     device = hardware.choose_device()
     optimizers.choose(recipe.optim, device.value)  # a missing package is told before anything loads
     accelerator = ranks.connect(

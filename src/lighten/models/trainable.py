@@ -1,0 +1,84 @@
+"""Whether gradients pass through a base: adapters behind a layer that stops them learn wrongly.
+
+torchao's layers that round their input while they run give that input no gradient (0.18.0): only
+what lies above the last of them would be trained rightly, and nothing says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lighten.errors import UserError
+from lighten.models.quantized import stored_as
+
+ADVICE = (
+    "adapters below would learn from wrong gradients; train on the unquantised model it was made "
+    "from, and quantise what comes of it"
+)
+
+
+def refuse_rounded_activations(name: str, folder: Path) -> None:
+    """A folder whose model rounds activations while it runs is no base for training.
+
+    Args:
+        name: As the user calls it.
+        folder: Of the model; its configuration alone is read.
+
+    Raises:
+        UserError: It is one of torchao with dynamic (or static) activations.
+    """
+    said = stored_as(folder)
+    if said is None or said.get("quant_method") != "torchao":
+        return
+    for kind in _kinds(said.get("quant_type")):
+        if "activation" in kind.lower():
+            raise UserError(
+                f"{name} cannot be trained on: torchao's {kind} rounds activations while it runs "
+                f"and passes no gradient on, so {ADVICE}"
+            )
+
+
+def _kinds(said: Any) -> Iterator[str]:
+    """Names of torchao's configurations, whatever they are nested in."""
+    if isinstance(said, str):  # as older files have it
+        yield said
+    elif isinstance(said, dict):
+        if isinstance(said.get("_type"), str):
+            yield said["_type"]
+        for value in said.values():
+            if isinstance(value, dict):
+                yield from _kinds(value)
+
+
+def require_gradients(name: str, model: nn.Module) -> None:
+    """Each kind of linear layer whose weight is no plain tensor passes a gradient to its input.
+
+    Args:
+        name: As the user calls the model.
+        model: Loaded.
+
+    Raises:
+        UserError: One does not.
+    """
+    seen: set[tuple[type, type]] = set()
+    for path, layer in model.named_modules():
+        weight = getattr(layer, "weight", None)
+        kind = (type(layer), type(weight))
+        plain = type(weight) in (torch.Tensor, nn.Parameter)
+        if not isinstance(layer, nn.Linear) or plain or kind in seen:
+            continue
+        seen.add(kind)
+        device, dtype = layer.weight.device, model.dtype
+        x = torch.ones(1, layer.in_features, device=device, dtype=dtype, requires_grad=True)  # type: ignore[call-overload]
+        with torch.enable_grad():
+            out = layer(x)
+        if not out.requires_grad:
+            raise UserError(
+                f"{name} cannot be trained on: {path} ({kind[1].__name__}) passes no gradient to "
+                f"its input, so {ADVICE}"
+            )
