@@ -212,19 +212,101 @@ def test_sampling_takes_effect(server: Server) -> None:
     assert len(set(made.choices[0].text)) == 1
 
 
-def test_json_is_answered_where_it_is_wanted(server: Server) -> None:
-    schema = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"],
-              "additionalProperties": False}  # fmt: skip
-    wanted = {"type": "json_schema", "json_schema": {"name": "it", "schema": schema}}
-    if engine_of(server) == "lighten":
-        with pytest.raises(openai.BadRequestError, match=r"--engine llamacpp"):
-            text(server, "one", "json", response_format=wanted)
-        return
-    answer = text(server, "one", "json", response_format=wanted, max_completion_tokens=200)
-    assert json.loads(answer)["a"] in ("x", "y")
-    wanted["json_schema"] = {"name": "it", "schema": {"type": "nonsense"}}
-    with pytest.raises(openai.BadRequestError, match="schema"):
-        text(server, "one", "json", response_format=wanted)
+def likely(folder: Path, prompt: list[int], *tokens: int) -> list[float]:
+    """The base's logits of tokens after a prompt."""
+    with torch.inference_mode():
+        logits = models.load(str(folder), dtype="float32").model(torch.tensor([prompt])).logits
+    return [float(logits[0, -1, token]) for token in tokens]
+
+
+def test_settings_mean_the_same_in_both_engines(server: Server, tiny_folder: Path) -> None:
+    """Temperature comes before top_p, and penalties count what was generated alone."""
+    tokenizer = models.load_tokenizer(str(tiny_folder))
+    x, y = (tokenizer(letter)["input_ids"][0] for letter in "XY")
+    prompt = [x, x, x, *tokenizer("the")["input_ids"]]
+    of_x, of_y = likely(tiny_folder, prompt, x, y)
+    client = server.client()
+
+    def several(more: float, **options: Any) -> set[str]:
+        """First letters of answers where X has so much more than Y, and both all the rest."""
+        bias = {str(x): 90.0, str(y): 90.0 + of_x - of_y - more}
+        made = client.completions.create(
+            model="base", prompt=prompt, max_tokens=1, logit_bias=bias, **options
+        )
+        return {choice.text for choice in made.choices}
+
+    # At temperature 1 X has 0.88 of both, at temperature 2 it has 0.73.
+    assert several(2, n=16, seed=-1, temperature=1, top_p=0.8) == {"X"}
+    assert several(2, n=16, seed=2**32 - 1, temperature=2, top_p=0.8) == {"X", "Y"}
+    for only in ({"top_k": 1}, {"min_p": 0.5}):
+        assert several(2, n=8, seed=3, temperature=2, extra_body=only) == {"X"}
+    for _ in range(2):  # with a cold cache and a warm one
+        assert several(1, temperature=0, frequency_penalty=2) == {"X"}
+    if engine_of(server) == "llama.cpp":
+        for name, more in (
+            ("presence_penalty", {}),
+            ("frequency_penalty", {"extra_body": {"repetition_penalty": 2}}),
+        ):
+            with pytest.raises(openai.BadRequestError, match=name) as refused:
+                several(1, temperature=0, **{name: 1}, **more)
+            assert refused.value.param == name
+    else:
+        assert several(1, temperature=0, presence_penalty=2) == {"X"}
+
+
+def schema_wanted(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "it", "schema": schema}}
+
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "kind": {"$ref": "#/$defs/kind"},
+        "age": {"type": "integer", "minimum": 3, "maximum": 120},
+        "tags": {"type": "array", "items": {"enum": ["p", "q"]}, "minItems": 1, "maxItems": 2},
+        "note": {"anyOf": [{"type": "null"}, {"type": "string", "maxLength": 3}]},
+    },
+    "required": ["kind", "age", "tags", "note"],
+    "additionalProperties": False,
+    "$defs": {"kind": {"enum": ["x", "y"], "title": "Kind"}},
+}
+
+
+@pytest.mark.parametrize("model", ["base", "one"])
+@pytest.mark.parametrize("temperature", [0, 1.5])
+def test_json_follows_its_schema(server: Server, model: str, temperature: float) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    pytest.importorskip("llguidance")
+    made = ask(
+        server, model, "json", response_format=schema_wanted(PERSON), n=4, seed=3,
+        temperature=temperature, max_completion_tokens=150, logprobs=True,
+    )  # fmt: skip
+    assert {choice.finish_reason for choice in made.choices} == {"stop"}
+    for choice in made.choices:
+        jsonschema.validate(json.loads(choice.message.content), PERSON)
+    plain = text(server, model, "json", response_format={"type": "json_object"}, seed=5,
+                 max_completion_tokens=1)  # fmt: skip
+    assert plain.startswith("{")
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "nonsense"},
+        {"$ref": "#/$defs/nowhere"},
+        {"type": "object", "propertyNames": {"pattern": "^a"}},
+        {"type": "object", "properties": {"a": {"not": {"type": "string"}}}},
+        {"type": "array", "uniqueItems": True},
+        {"type": "string", "format": "no-such-format"},
+    ],
+)
+def test_a_schema_that_cannot_be_followed_is_refused(
+    server: Server, schema: dict[str, Any]
+) -> None:
+    pytest.importorskip("llguidance")
+    with pytest.raises(openai.BadRequestError, match="schema") as refused:
+        text(server, "one", "json", response_format=schema_wanted(schema))
+    assert refused.value.param == "response_format"
 
 
 def test_completions_take_texts_and_ids(server: Server, tiny_folder: Path) -> None:

@@ -55,6 +55,9 @@ def serve(
     engine_flag: Annotated[
         list[str] | None, typer.Option(help="NAME=VALUE of llama.cpp's own settings.")
     ] = None,
+    prefix_caching: Annotated[
+        bool, typer.Option(help="Compute beginnings that prompts of one adapter share once.")
+    ] = True,
     revision: Annotated[str | None, typer.Option(help="Of a model of the hub.")] = None,
     plan: Annotated[
         bool, typer.Option("--plan", help="Say what memory it will take, and end.")
@@ -72,7 +75,7 @@ def serve(
         storage=storage, context=max_model_len, slots=max_num_seqs, threads=threads,
         gpu_layers=gpu_layers, adapter_dir=adapter_dir, most_adapters=max_cpu_loras,
         api_keys=api_key or (), admin_keys=admin_key or (), waiting=max_waiting,
-        engine_flags=_flags(engine_flag or []), revision=revision,
+        engine_flags=_flags(engine_flag or []), prefix_caching=prefix_caching, revision=revision,
         told=lambda line: typer.echo(line, err=True),
     )  # fmt: skip
 
@@ -167,7 +170,7 @@ def _plan(base: str, adapters: list[str], context: int | None, slots: int, stora
     from lighten.console import console, print_table
     from lighten.plan import words as said
 
-    stored = {"q8_0": "int8", "f16": "fp16", "bf16": "bf16", "f32": "fp32"}
+    stored = {"q8_0": "int8", "f16": "float16", "bf16": "bfloat16", "f32": "float32"}
     options: dict[str, Any] = {"concurrency": slots, "storage": stored.get(storage, storage)}
     if adapters:
         options["adapters"] = len(adapters)

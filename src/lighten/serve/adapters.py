@@ -28,7 +28,7 @@ _FILES = (CONFIG, WEIGHTS, "chat_template.jinja", "tokenizer.json", "tokenizer_c
           "generation_config.json")  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Model:
     """Something that answers under a name.
 
@@ -225,7 +225,18 @@ def adapter_as_gguf(adapter: Adapter, base: Base) -> Path:
     if not target.is_file():
         with whole_folder(folder) as partial:
             write_gguf_adapter(adapter.folder, base.config, partial / "adapter.gguf")
+            require_unchanged(adapter)
     return target
+
+
+def require_unchanged(adapter: Adapter) -> None:
+    """Refuse an adapter whose folder was written to since it was named: after it was read.
+
+    Raises:
+        UserError: Its contents are others now.
+    """
+    if fingerprint(adapter.folder) != adapter.key:
+        raise UserError(f"{adapter.folder} was changed while it was read; load it again")
 
 
 def now() -> int:

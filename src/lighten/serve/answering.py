@@ -116,7 +116,7 @@ class Answering:
         self, front: Front, model: Model, wanted: Sequence[Generation], stops: Sequence[str],
         prompt_tokens: int,
     ) -> None:  # fmt: skip
-        self._front, self._name, self._wanted = front, model.name, wanted
+        self._front, self._model, self._wanted = front, model, wanted
         self._stops, self._prompt_tokens = stops, prompt_tokens
         self._began = time.perf_counter()
         self._first = True
@@ -207,13 +207,15 @@ class Answering:
         if self._first:
             self._first = False
             took = time.perf_counter() - self._began
-            self._front.metrics.observe("time_to_first_token", took, model=self._name)
+            self._front.metrics.observe("time_to_first_token", took, model=self._model.name)
 
     def _note(self, choices: Sequence[Choice]) -> None:
         metrics, took = self._front.metrics, time.perf_counter() - self._began
-        metrics.observe("request", took, model=self._name)
-        metrics.count("prompt_tokens", self._prompt_tokens, model=self._name)
-        metrics.count("generated_tokens", sum(own.tokens for own in choices), model=self._name)
+        metrics.observe("request", took, model=self._model.name)
+        metrics.count("prompt_tokens", self._prompt_tokens, model=self._model.name)
+        metrics.count(
+            "generated_tokens", sum(own.tokens for own in choices), model=self._model.name
+        )
 
     @contextlib.asynccontextmanager
     async def _counted(self) -> AsyncIterator[None]:
@@ -224,10 +226,9 @@ class Answering:
         except Exception as error:
             cause = _cause(error)
             if isinstance(cause, EngineRefused):
-                raise Refused(400, str(cause),
-                              _blamed(self._wanted)) from error  # fmt: skip
+                raise Refused(400, str(cause), _blamed(str(cause))) from error
             if isinstance(cause, EngineFailed):
-                self._front.metrics.count("engine_failures", model=self._name)
+                self._front.metrics.count("engine_failures", model=self._model.name)
                 raise Refused(503, f"the engine failed: {cause}") from error
             raise cause from None
         finally:
@@ -241,6 +242,11 @@ def _cause(error: BaseException) -> BaseException:
     return error
 
 
-def _blamed(wanted: Sequence[Generation]) -> str | None:
-    """The field that an engine refuses: a schema is the only one that is not checked here."""
-    return "response_format" if wanted[0].schema is not None else None
+# Fields that an engine may refuse.
+_BLAMED = {"response_format", "presence_penalty", "frequency_penalty"}
+
+
+def _blamed(said: str) -> str | None:
+    """The field that an engine refuses, which it names first; others are checked in the front."""
+    name = said.partition(" ")[0].rstrip(":")
+    return name if name in _BLAMED else None

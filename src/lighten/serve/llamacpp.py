@@ -7,6 +7,10 @@ What is guarded here, since its server takes it without a word (measured, b11549
 - It loads adapters only at its start. A new set starts a second process over the same mapped
   weights; requests move over when it answers, and the first one ends with its last answer.
 - A JSON schema that its grammar does not know is dropped: each new schema is tried first.
+- Its penalties count the tokens of the prompt, too, which OpenAI's do not: what they take from a
+  prompt's tokens for their frequency is given back as a bias; for their presence there is no such
+  way, and the field is refused.
+- It takes likely tokens before it looks at the temperature; the order is told, as OpenAI's is.
 - Tokens that are no whole character are missing from its stream (a Korean syllable of three
   tokens is told as one); their number is known, their log-probabilities are not.
 """
@@ -21,6 +25,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +44,7 @@ from lighten.serve.engine import (
     Sampling,
     TokenLogprob,
 )
+from lighten.serve.schemas import compiled, laid_out
 
 log = logging.getLogger(__name__)
 _START_S = 600.0  # a large model from a slow disk
@@ -82,6 +88,7 @@ class LlamaCpp:
         gpu_layers: Layers on a GPU, where the installed `xllamacpp` is built for one.
         cache: Format of keys and values, `f16` or `f32`.
         flags: More of llama.cpp's `common_params`, by name.
+        prefix_caching: Whether a slot's state serves prompts with the same beginning.
     """
 
     name = "llama.cpp"
@@ -97,11 +104,13 @@ class LlamaCpp:
         gpu_layers: int = -1,
         cache: str = "f16",
         flags: dict[str, Any] | None = None,
+        prefix_caching: bool = True,
     ) -> None:
         self.model, self.context, self.slots = model, context, slots
         self._convert = convert
         self._threads = threads or containers.cores()
         self._gpu_layers, self._cache, self._flags = gpu_layers, cache, flags or {}
+        self._prefix_caching = prefix_caching
         self._adapters: tuple[Adapter, ...] = ()
         self._current: _Process | None = None
         self._draining: set[asyncio.Task[None]] = set()
@@ -163,6 +172,7 @@ class LlamaCpp:
 
     async def generate(self, wanted: Generation) -> AsyncIterator[Piece]:
         """The answer piece by piece; see `Engine`."""
+        _require_applied(wanted.sampling)
         process = self._current
         if process is None or not process.alive():
             raise EngineFailed("the engine is being started again; try again in a few seconds")
@@ -172,7 +182,8 @@ class LlamaCpp:
         try:
             if wanted.schema is not None:
                 await self._require_obeyed(process, wanted.schema)
-            async for piece in _pieces(process, wanted):
+            body = request_body(wanted, process.adapters, prefix_caching=self._prefix_caching)
+            async for piece in _pieces(process, wanted, body):
                 yield piece
         except EngineFailed as error:
             status, said = (*error.args, "")[:2] if len(error.args) > 1 else (0, str(error))
@@ -187,9 +198,14 @@ class LlamaCpp:
     async def _require_obeyed(self, process: _Process, schema: dict[str, Any]) -> None:
         """Refuse a schema that llama.cpp cannot follow: it would answer as if there were none.
 
-        Once for each schema one token is generated with a letter that begins no JSON favoured over
-        all others: only a schema that is followed keeps it out.
+        llguidance says what is wrong with it. Once for each other schema one token is generated with
+        a letter that begins no JSON favoured over all others: only a schema that is followed keeps
+        it out.
         """
+        try:
+            await asyncio.to_thread(compiled, schema)
+        except UserError as error:
+            raise EngineRefused(f"response_format: {error}") from error
         text = json.dumps(schema, sort_keys=True)
         if text not in self._obeyed:
             if self._letter is None:
@@ -207,7 +223,9 @@ class LlamaCpp:
                 self._obeyed.clear()
             self._obeyed[text] = self._letter not in chosen
         if not self._obeyed[text]:
-            raise EngineRefused("llama.cpp cannot follow this JSON schema; make it simpler")
+            raise EngineRefused(
+                "response_format: llama.cpp cannot follow this JSON schema; make it simpler"
+            )
 
     async def _spawn(self, adapters: Sequence[Adapter]) -> _Process:
         files = [await asyncio.to_thread(self._convert, own) for own in adapters]
@@ -276,15 +294,35 @@ class LlamaCpp:
             self._watch(self._current)
 
 
-def request_body(wanted: Generation, adapters: Sequence[str]) -> dict[str, Any]:
+def _require_applied(sampling: Sampling) -> None:
+    """Refuse penalties that would count the prompt."""
+    if sampling.presence_penalty:
+        raise EngineRefused(
+            "presence_penalty is not applied by llama.cpp as it is meant, on generated tokens "
+            "alone; use frequency_penalty, or start the server with --engine lighten"
+        )
+    if sampling.frequency_penalty and sampling.repetition_penalty != 1.0:
+        raise EngineRefused(
+            "frequency_penalty and repetition_penalty are not applied together by llama.cpp; leave "
+            "one out, or start the server with --engine lighten"
+        )
+
+
+def request_body(
+    wanted: Generation, adapters: Sequence[str], *, prefix_caching: bool = True
+) -> dict[str, Any]:
     """A generation as llama.cpp's `/completion` takes it; nothing is left to its defaults."""
     sampling = wanted.sampling
+    bias = dict(sampling.logit_bias)
+    if sampling.frequency_penalty:
+        for token, times in Counter(wanted.prompt).items():
+            bias[token] = bias.get(token, 0.0) + sampling.frequency_penalty * times
     body: dict[str, Any] = {
         "prompt": list(wanted.prompt),
         "n_predict": wanted.max_tokens,
         "stream": True,
         "return_tokens": True,
-        "cache_prompt": True,
+        "cache_prompt": prefix_caching,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
@@ -293,8 +331,10 @@ def request_body(wanted: Generation, adapters: Sequence[str]) -> dict[str, Any]:
         "frequency_penalty": sampling.frequency_penalty,
         "repeat_penalty": sampling.repetition_penalty,
         "repeat_last_n": len(wanted.prompt) + wanted.max_tokens,  # all there is
-        "seed": -1 if sampling.seed is None else sampling.seed % 2**32,
-        "logit_bias": [[token, value] for token, value in sampling.logit_bias.items()],
+        # The largest number stands for a different seed each time.
+        "seed": -1 if sampling.seed is None else sampling.seed % (2**32 - 1),
+        "logit_bias": [[token, value] for token, value in bias.items()],
+        "samplers": ["penalties", "temperature", "top_k", "top_p", "min_p"],
         "preserved_tokens": list(wanted.shown),
         "n_probs": 0 if wanted.logprobs is None else max(1, wanted.logprobs),
         "lora": [
@@ -303,12 +343,13 @@ def request_body(wanted: Generation, adapters: Sequence[str]) -> dict[str, Any]:
         ],
     }
     if wanted.schema is not None:
-        body["json_schema"] = wanted.schema
+        body["json_schema"] = laid_out(wanted.schema)
     return body
 
 
-async def _pieces(process: _Process, wanted: Generation) -> AsyncIterator[Piece]:
-    body = request_body(wanted, process.adapters)
+async def _pieces(
+    process: _Process, wanted: Generation, body: dict[str, Any]
+) -> AsyncIterator[Piece]:
     events = wire.post_stream(process.socket, "/completion", body)
     async with contextlib.aclosing(events):
         tokens = told = 0

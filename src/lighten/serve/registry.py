@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -29,6 +30,9 @@ class Registry:
         first = Model(name, base.asking, None, adapters.now(), str(base.folder))
         self.models: dict[str, Model] = {name: first}
         self._changing = asyncio.Lock()
+        # Models as long as somebody holds one: a request that was taken under a name is answered
+        # by what had the name then, even if it is loaded anew before the engine hears of it.
+        self._held: weakref.WeakSet[Model] = weakref.WeakSet()
 
     def open(self, given: Mapping[str, Path]) -> None:
         """Take the adapters that are there from the start."""
@@ -36,6 +40,7 @@ class Registry:
             raise UserError(f"{len(given)} adapters are more than --max-cpu-loras {self._most}")
         for name, folder in given.items():
             self.models[name] = self._read(name, folder)
+            self._held.add(self.models[name])
 
     def _read(self, name: str, folder: Path) -> Model:
         if name == self.name:
@@ -50,9 +55,9 @@ class Registry:
 
     @property
     def adapters(self) -> list[Adapter]:
-        """What the engine has to hold, each once."""
-        held = {own.adapter.key: own.adapter for own in self.models.values() if own.adapter}
-        return list(held.values())
+        """What the engine has to hold, each once: what is served, and what answers still take."""
+        wanted = [*self.models.values(), *self._held]
+        return list({own.adapter.key: own.adapter for own in wanted if own.adapter}.values())
 
     def named(self, name: str, adapter: str | None = None) -> Model:
         """The model of a request.
@@ -84,17 +89,21 @@ class Registry:
                               "(--max-cpu-loras); unload one first", "lora_name")  # fmt: skip
             try:
                 model = await asyncio.to_thread(self._read, name, folder)
-                if before is not None and before.adapter == model.adapter:
-                    return f"{name} is loaded already, as it is now"
-                held = {own.key: own for own in self.adapters}
-                assert model.adapter is not None
-                await engine.set_adapters([*held.values(), model.adapter]
-                                          if model.adapter.key not in held
-                                          else list(held.values()))  # fmt: skip
             except UserError as error:
                 raise Refused(400, str(error), "lora_path") from error
+            if before is not None and before.adapter == model.adapter:
+                return f"{name} is loaded already, as it is now"
+            self._held.add(model)
+            try:
+                await engine.set_adapters(self.adapters)  # this one is held, too
+            except UserError as error:
+                self._held.discard(model)
+                raise Refused(400, str(error), "lora_path") from error
             self.models = {**self.models, name: model}
-            return f"{name} is loaded" if before is None else f"{name} is loaded anew"
+            said = f"{name} is loaded" if before is None else f"{name} is loaded anew"
+            del before  # the engine forgets it now, unless an answer takes it
+            await engine.set_adapters(self.adapters)
+            return said
 
     async def unload(self, name: str, engine: Engine) -> str:
         """Serve an adapter no more; its answers in progress go on.
@@ -103,8 +112,7 @@ class Registry:
             Refused: There is none of this name.
         """
         async with self._changing:
-            model = self.models.get(name)
-            if model is None or model.adapter is None:
+            if name == self.name or name not in self.models:
                 raise Refused(404, f"no adapter is called {name[:200]!r}", "lora_name",
                               "model_not_found")  # fmt: skip
             self.models = {key: own for key, own in self.models.items() if key != name}

@@ -52,6 +52,7 @@ class Options:
         admin_keys: Keys for loading adapters.
         waiting: Answers under way and waiting at most.
         engine_flags: llama.cpp's own settings, passed on.
+        prefix_caching: Whether beginnings that prompts of one adapter share are computed once.
         revision: Of a hub id.
     """
 
@@ -71,6 +72,7 @@ class Options:
     admin_keys: tuple[str, ...] = ()
     waiting: int = 512
     engine_flags: Mapping[str, Any] = field(default_factory=dict)
+    prefix_caching: bool = True
     revision: str | None = None
 
 
@@ -214,7 +216,7 @@ def _cohort(
     return CohortEngine(
         registry.base.name, context=context, slots=options.slots, revision=options.revision,
         dtype=STORED[options.storage] if options.storage != STORAGE else "auto",
-        threads=options.threads,
+        threads=options.threads, prefix_caching=options.prefix_caching,
     )  # fmt: skip
 
 
@@ -232,7 +234,7 @@ def _llamacpp(
         model, lambda own: adapters.adapter_as_gguf(own, base),
         context=context, slots=options.slots, threads=options.threads,
         gpu_layers=options.gpu_layers, cache="f32" if options.storage == "f32" else "f16",
-        flags=dict(options.engine_flags),
+        flags=dict(options.engine_flags), prefix_caching=options.prefix_caching,
     )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from lighten.errors import UserError
 from lighten.serve.cohort import attention
 from lighten.serve.cohort.adapter import LoadedAdapter, read_factors
 from lighten.serve.cohort.attention import Batch, Read, SlotCache
+from lighten.serve.cohort.grammar import Grammar
 from lighten.serve.cohort.linears import install
 from lighten.serve.cohort.sampling import Chosen, Sampler
 from lighten.serve.cohort.segments import Segments
@@ -43,8 +44,10 @@ class Request:
         top_logprobs: Alternatives to tell of for each token; None: no log-probabilities at all.
         chosen: Called with each token, in the engine's thread; the token that ends an answer is
             not among them.
-        ended: Called at the end with "stop", "length", "cancelled" or the error, and with the
-            tokens of the prompt that were in the cache.
+        ended: Called at the end with "stop" (a token ended it), "complete" (its grammar did),
+            "length", "cancelled" or the error, and with the tokens of the prompt that were in the
+            cache.
+        grammar: That the answer has to follow; of this request alone.
     """
 
     prompt: Sequence[int]
@@ -55,6 +58,7 @@ class Request:
     top_logprobs: int | None
     chosen: Callable[[Chosen], None]
     ended: Callable[[str | BaseException, int], None]
+    grammar: Grammar | None = None
 
 
 @dataclass(eq=False)
@@ -92,6 +96,7 @@ class Engine:
         max_sequences: Answers under way at once; more requests wait.
         max_tokens: Of prompt and answer together.
         prefill_tokens: Of prompts, read in one step: fewer keep answers under way fluent.
+        prefix_caching: Whether what a free slot holds serves prompts with the same beginning.
     """
 
     def __init__(
@@ -101,6 +106,7 @@ class Engine:
         max_sequences: int = 16,
         max_tokens: int = 4096,
         prefill_tokens: int = 512,
+        prefix_caching: bool = True,
     ) -> None:
         _check(model)
         attention.register()
@@ -112,7 +118,7 @@ class Engine:
         self._slots = [_Slot() for _ in range(max_sequences)]
         self._free = set(range(max_sequences))
         self.max_tokens = max_tokens
-        self._prefill_tokens = prefill_tokens
+        self._prefill_tokens, self._prefix_caching = prefill_tokens, prefix_caching
         self._adapters: dict[str, LoadedAdapter] = {}
         self._waiting: deque[_Sequence] = deque()
         self._running: list[_Sequence] = []
@@ -161,8 +167,8 @@ class Engine:
         if request.adapter is not None and request.adapter not in self._adapters:
             raise UserError(f"no adapter is called {request.adapter!r}")
         adapter = None if request.adapter is None else self._adapters[request.adapter]
-        sequence = _Sequence(request, adapter, Sampler(request.sampling, request.top_logprobs),
-                             list(request.prompt))  # fmt: skip
+        sampler = Sampler(request.sampling, request.top_logprobs, request.grammar)
+        sequence = _Sequence(request, adapter, sampler, list(request.prompt))
         self._inbox.put(lambda: self._waiting.append(sequence))
 
         def cancel() -> None:
@@ -286,7 +292,7 @@ class Engine:
     def _shared(self, sequence: _Sequence, slot: int) -> int:
         """Tokens of the prompt whose keys and values a free slot holds; its last is computed."""
         held = self._slots[slot]
-        if held.adapter is not sequence.adapter:
+        if held.adapter is not sequence.adapter or not self._prefix_caching:
             return 0
         both = zip(sequence.tokens[:-1], held.tokens, strict=False)
         return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both))
@@ -380,12 +386,16 @@ class Engine:
     def _choose(self, sequences: Sequence[_Sequence], logits: torch.Tensor) -> None:
         greedy = logits.argmax(-1).tolist()
         for row, sequence in enumerate(sequences):
-            if sequence.sampler.plain:
-                chosen = Chosen(greedy[row])
-            else:
-                chosen = sequence.sampler.choose(
-                    logits[row], sequence.request.prompt, sequence.answer
-                )
+            try:
+                chosen = (
+                    Chosen(greedy[row]) if sequence.sampler.plain
+                    else sequence.sampler.choose(
+                        logits[row], sequence.request.prompt, sequence.answer
+                    )
+                )  # fmt: skip
+            except Exception as error:  # of this request's settings: others go on
+                self._end(sequence, error)
+                continue
             if chosen.token in sequence.request.stops:
                 self._end(sequence, "stop")
                 continue
@@ -393,7 +403,9 @@ class Engine:
             sequence.answer.append(chosen.token)
             sequence.request.chosen(chosen)
             full = len(sequence.tokens) >= self.max_tokens
-            if len(sequence.answer) >= sequence.request.max_tokens or full:
+            if sequence.sampler.ended:
+                self._end(sequence, "complete")
+            elif len(sequence.answer) >= sequence.request.max_tokens or full:
                 self._end(sequence, "length")
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lighten.serve.cohort.grammar import Grammar
 from lighten.serve.engine import Sampling
 
 
@@ -47,16 +48,27 @@ class Sampler:
     Args:
         sampling: How.
         top_logprobs: How many alternatives to tell of; None: no log-probabilities at all.
+        grammar: That the answer has to follow; it moves with each token that is chosen.
     """
 
-    def __init__(self, sampling: Sampling, top_logprobs: int | None = None) -> None:
-        self.sampling, self._top = sampling, top_logprobs
-        self.plain = is_plain(sampling) and top_logprobs is None
+    def __init__(
+        self,
+        sampling: Sampling,
+        top_logprobs: int | None = None,
+        grammar: Grammar | None = None,
+    ) -> None:
+        self.sampling, self._top, self._grammar = sampling, top_logprobs, grammar
+        self.plain = is_plain(sampling) and top_logprobs is None and grammar is None
         self._generator = torch.Generator()
         if sampling.seed is None:
             self._generator.seed()
         else:
             self._generator.manual_seed(sampling.seed & (2**63 - 1))
+
+    @property
+    def ended(self) -> bool:
+        """Whether the grammar lets nothing follow."""
+        return self._grammar is not None and self._grammar.whole
 
     def choose(self, logits: Tensor, prompt: Sequence[int], written: Sequence[int]) -> Chosen:
         """The next token.
@@ -69,7 +81,12 @@ class Sampler:
         how = self.sampling
         logits = logits.float().cpu()
         bent = logits if is_plain(how) else self._bent(logits.clone(), prompt, written)
+        if self._grammar is not None:
+            bent = bent.clone()
+            self._grammar.restrict(bent)
         token = int(bent.argmax()) if how.temperature == 0.0 else self._draw(bent)
+        if self._grammar is not None:
+            self._grammar.take(token)
         if self._top is None:
             return Chosen(token)
         logprobs = logits.log_softmax(-1)

@@ -12,8 +12,10 @@ from tokenizers.decoders import DecodeStream
 
 from lighten import models
 from lighten.errors import UserError
+from lighten.serve.adapters import require_unchanged
 from lighten.serve.cohort import kernels
 from lighten.serve.cohort.engine import Engine, Request
+from lighten.serve.cohort.grammar import Grammar, Grammars
 from lighten.serve.cohort.sampling import Chosen
 from lighten.serve.engine import (
     Adapter,
@@ -38,20 +40,22 @@ class CohortEngine:
         revision: Of a hub id.
         dtype: Format of the base; `auto`: bfloat16 where the processor computes in it.
         threads: Of the processor.
+        prefix_caching: Whether a slot's state serves prompts with the same beginning.
     """
 
     name = "lighten"
 
     def __init__(
         self, base: str, *, context: int, slots: int, revision: str | None = None,
-        dtype: str = "auto", threads: int | None = None,
+        dtype: str = "auto", threads: int | None = None, prefix_caching: bool = True,
     ) -> None:  # fmt: skip
         self.context, self.slots = context, slots
         self._base, self._revision, self._dtype = base, revision, dtype
-        self._threads = threads
+        self._threads, self._prefix_caching = threads, prefix_caching
         self._engine: Engine | None = None
         self._opened: models.Base | None = None
         self._texts: _Texts | None = None
+        self._grammars: Grammars | None = None
 
     async def start(self, adapters: Sequence[Adapter]) -> None:
         """Load base and adapters.
@@ -69,8 +73,13 @@ class CohortEngine:
             self._base, revision=self._revision, dtype=self._dtype, attn_implementation="eager",
             device="cuda" if torch.cuda.is_available() else "cpu",
         )  # fmt: skip
-        self._engine = Engine(opened.model, max_sequences=self.slots, max_tokens=self.context)
+        self._engine = Engine(
+            opened.model, max_sequences=self.slots, max_tokens=self.context,
+            prefix_caching=self._prefix_caching,
+        )  # fmt: skip
         self._texts, self._opened = _Texts(opened.tokenizer), opened
+        vocabulary: int = opened.model.config.get_text_config().vocab_size
+        self._grammars = Grammars(opened.tokenizer, vocabulary)
 
     async def stop(self) -> None:
         """End it."""
@@ -91,6 +100,7 @@ class CohortEngine:
                 if key not in before:
                     await asyncio.to_thread(engine.load_adapter, key, folder)
                     loaded.append(key)
+                    await asyncio.to_thread(require_unchanged, Adapter(key, folder))
         except UserError:
             for key in loaded:
                 await asyncio.to_thread(engine.unload_adapter, key)
@@ -105,24 +115,24 @@ class CohortEngine:
             EngineRefused: The client has to change the request.
             EngineFailed: The engine broke.
         """
-        if wanted.schema is not None:
-            raise EngineRefused(
-                "response_format: this engine does not hold answers to a schema; start the server "
-                "with --engine llamacpp for that"
-            )
-        engine, texts = self._running(), self._texts
+        engine, texts, grammars = self._running(), self._texts, self._grammars
         assert texts is not None
+        assert grammars is not None
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Chosen | tuple[str | BaseException, int]] = asyncio.Queue()
 
         def put(event: Any) -> None:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
-        request = Request(
-            list(wanted.prompt), wanted.adapter, wanted.max_tokens, wanted.stop_ids,
-            wanted.sampling, wanted.logprobs, put, lambda how, cached: put((how, cached)),
-        )  # fmt: skip
         try:
+            grammar = None
+            if wanted.schema is not None:
+                grammar = await self._grammar(grammars, wanted)
+            request = Request(
+                list(wanted.prompt), wanted.adapter, wanted.max_tokens, wanted.stop_ids,
+                wanted.sampling, wanted.logprobs, put, lambda how, cached: put((how, cached)),
+                grammar,
+            )  # fmt: skip
             cancel = engine.submit(request)
         except UserError as error:
             raise EngineRefused(str(error)) from error
@@ -142,11 +152,18 @@ class CohortEngine:
                     raise EngineFailed(str(how) or type(how).__name__) from how
                 if how == "cancelled":
                     raise EngineFailed("the answer was cancelled")
-                finish: Finish = "stop" if how == "stop" else "length"
-                yield Piece("", finish=finish, tokens=tokens + (finish == "stop"), cached=cached)
+                finish: Finish = "length" if how == "length" else "stop"
+                yield Piece("", finish=finish, tokens=tokens + (how == "stop"), cached=cached)
         finally:
             if not ended:
                 cancel()
+
+    async def _grammar(self, grammars: Grammars, wanted: Generation) -> Grammar:
+        assert wanted.schema is not None
+        try:
+            return await asyncio.to_thread(grammars.of, wanted.schema, wanted.stop_ids)
+        except UserError as error:
+            raise EngineRefused(f"response_format: {error}") from error
 
     def alive(self) -> bool:
         """Whether it can take requests now."""
