@@ -198,9 +198,9 @@ class LlamaCpp:
     async def _require_obeyed(self, process: _Process, schema: dict[str, Any]) -> None:
         """Refuse a schema that llama.cpp cannot follow: it would answer as if there were none.
 
-        llguidance says what is wrong with it. Once for each other schema one token is generated with
-        a letter that begins no JSON favoured over all others: only a schema that is followed keeps
-        it out.
+        llguidance says what is wrong with it. Once for each other schema one token is generated
+        with a letter that begins no JSON favoured over all others: only a schema that is followed
+        keeps it out.
         """
         try:
             await asyncio.to_thread(compiled, schema)
