@@ -153,6 +153,7 @@ MUTATIONS: dict[str, Any] = {
 }  # fmt: skip
 # Felt by other means than the result, each with the test that shows it.
 ELSEWHERE = {
+    "max_time": "test_train_time_budget",
     "method": "test_train_whole", "trainable_layers": "test_train_whole",
     "model_name_or_path": "every test", "dataset": "every test", "evaluate": "its own fields",
     "output_dir": "every test", "revision": "test_models, hub",

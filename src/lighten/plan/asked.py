@@ -26,11 +26,13 @@ from lighten.plan import calibration
 from lighten.plan.changes import cheapest, ideas
 from lighten.plan.data_cost import cost_of, with_data
 from lighten.plan.planner import Planner
-from lighten.plan.result import Change, Plan
+from lighten.plan.result import Change, Plan, StepTime
 from lighten.plan.trace import plan_recipe
 from lighten.recipe import Recipe
+from lighten.recipe.section import seconds
 from lighten.train.prepare import require_trainable, tokenizer_of
 from lighten.train.rows import Rows, cached_rows, load_rows, sample_rows
+from lighten.wording import counted
 
 # Of larger data a sample is encoded for a plan alone, if they are not in the cache; data beyond
 # what is read in seconds are not read: rows are then taken to be max_length long.
@@ -79,18 +81,19 @@ def plan(
     planner = planner_for(device, rows, calibrate=calibrate)
     made = planner(recipe)
     steps = steps_of(recipe, lengths)
-    made = replace(
-        made, steps=steps, run_seconds=run_seconds(recipe, made, steps, lengths),
-        notes=(*made.notes, *notes),
-    )  # fmt: skip
+    run_s = run_seconds(recipe, made, steps, lengths)
+    if recipe.max_time is not None:
+        steps, run_s, told = _within_time(recipe, steps, run_s, made.time, lengths)
+        notes.append(told)
+    made = replace(made, steps=steps, run_seconds=run_s, notes=(*made.notes, *notes))
     if told is not None:
         told(made)
     if changes and made.capacity is not None and made.fits() is not True:
         found, whole = _changes(recipe, made, planner)
         made = replace(made, changes=found)
         if not whole:
-            seconds = f"{MOST_CHANGES_S:.0f} s"
-            cut = f"after {seconds} no further changes were looked for; lighten plan --search does"
+            waited = f"{MOST_CHANGES_S:.0f} s"
+            cut = f"after {waited} no further changes were looked for; lighten plan --search does"
             made = replace(made, notes=(*made.notes, cut))
     return made
 
@@ -203,6 +206,40 @@ def steps_of(recipe: Recipe, lengths: Sequence[int] | None) -> int | None:
     if lengths is None:
         return None
     return math.ceil(recipe.num_train_epochs * math.ceil(len(lengths) / _rows_per_step(recipe)))
+
+
+def _within_time(
+    recipe: Recipe,
+    steps: int | None,
+    run_s: float | None,
+    step: StepTime | None,
+    lengths: Sequence[int] | None,
+) -> tuple[int | None, float | None, str]:
+    """Steps, their seconds and a sentence on what `max_time` allows at the predicted speed.
+
+    Args:
+        recipe: It has a `max_time`.
+        steps: That the data and `num_train_epochs` make.
+        run_s: What they would take.
+        step: The planned step's time.
+        lengths: Tokens of each row of the data.
+    """
+    limit, limit_s = recipe.max_time, seconds(str(recipe.max_time))
+    if step is None:
+        return steps, None, (
+            f"max_time {limit}: no time is predicted here; training measures how many steps fit"
+        )  # fmt: skip
+    if steps is None or run_s is None or lengths is None:
+        count = max(1, int(limit_s / step.seconds))
+        return count, count * step.seconds, (
+            f"max_time {limit}: about {counted(count, 'step')} of this size, evaluations left out"
+        )  # fmt: skip
+    count = min(steps, max(1, int(steps * limit_s / run_s)))
+    share = count / math.ceil(len(lengths) / _rows_per_step(recipe))
+    told = f"max_time {limit}: about {counted(count, 'step')} of {steps:,}, {share:.2g} of an epoch"
+    if count == steps:
+        told = f"max_time {limit} is enough for all {counted(steps, 'step')}"
+    return count, run_s * count / steps, f"{told}, at the predicted speed without evaluations"
 
 
 def _rows_per_step(recipe: Recipe) -> int:

@@ -313,6 +313,11 @@ def _contradictions(recipe: Recipe, given: Mapping[str, Any]) -> list[str]:
     if "num_train_epochs" in given and "max_steps" in given:
         # transformers lets max_steps win silently; many recipes carry both, so it is no error.
         recipe._notices.append("max_steps is set, so num_train_epochs has no effect")
+    if "max_steps" in given and "max_time" in given:
+        problems.append(
+            "max_steps and max_time both say when training ends; keep one (max_time makes as many "
+            "steps as fit, up to num_train_epochs)"
+        )
     if recipe.eval_dataset is not None and "val_size" in given:
         problems.append("val_size has no effect beside eval_dataset; remove one")
     if not _has_held_out(recipe):

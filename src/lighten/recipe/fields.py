@@ -202,6 +202,13 @@ class RecipeFields(Section):
     )
     num_train_epochs: Rate = _field(1.0, "training", "passes over the data")
     max_steps: Positive | None = _field(None, "training", "optimiser steps, instead of epochs")
+    max_time: Duration | None = _field(
+        None,
+        "training",
+        "time for training, with its evaluations and checkpoints: 90s, 5m, 2h; the steps and the "
+        "course of the learning rate are set from the measured speed of the first ones, up to "
+        "num_train_epochs",
+    )
     per_device_train_batch_size: Positive = _field(8, "training", "examples per micro-batch")
     gradient_accumulation_steps: Positive = _field(1, "training", "micro-batches per step")
     per_device_eval_batch_size: Positive = _field(8, "training", "held-out examples together")

@@ -24,6 +24,7 @@ _NEVER = {
     "method": "use reference: full to compare with full fine-tuning",
     "trainable_layers": "use reference: full to compare with full fine-tuning",
     "adapter_name_or_path": "it says rank and targets of every arm; make a sweep for each",
+    "max_time": "each arm would make another number of steps on each machine; sweep max_steps",
     "adapters": "each entry of the recipe's adapters is an arm already",
     "output_dir": "an arm's folder is inside the sweep's",
     "report_to": "every arm reports to the same trackers",

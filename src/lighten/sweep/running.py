@@ -16,6 +16,7 @@ from lighten.evaluate.evaluation import Progress, held_out_examples
 from lighten.evaluate.truncated import truncated_curve
 from lighten.paths import expanded
 from lighten.recipe import Recipe
+from lighten.recipe.section import seconds
 from lighten.runs import Run
 from lighten.sweep import apart, result, tuning
 from lighten.sweep.arms import FULL, Group, expand, full_arm, grid_of, group
@@ -26,6 +27,7 @@ from lighten.sweep.search import Search
 from lighten.train.progress import TrainingProgress
 from lighten.train.run import train
 from lighten.train.step import TrainingDiverged
+from lighten.train.time_budget import Pace, steps_within
 from lighten.wording import counted
 
 # How often the time spent is written down while a group trains: what a kill can lose of it.
@@ -209,7 +211,8 @@ class Sweep:
 
     def _searched(self) -> list[Group]:
         """Draw settings, train and measure them, until every trial has been made."""
-        search = Search(self.recipe, self.folder, self._slots())
+        recipe = self._planned()
+        search = Search(recipe, self.folder, self._slots())
         while asked := search.ask():
             self._train_apart(asked)
             losses: dict[str, float | None] = {}
@@ -223,8 +226,8 @@ class Sweep:
             search.tell(losses)
             self._collect(search.groups())
         groups = search.groups()
-        if "full" in self.recipe.sweep.reference:
-            groups += group([full_arm(self.recipe)])
+        if "full" in recipe.sweep.reference:
+            groups += group([full_arm(recipe)])
         return groups
 
     def _slots(self) -> int:
@@ -277,14 +280,39 @@ class Sweep:
             self.shown.note(sentence)
 
     def _planned(self) -> Recipe:
-        """The recipe with as many steps as the budget allows."""
-        if self.recipe.sweep.budget_s is None:
+        """The recipe with as many steps as the budget allows, and each arm's `max_time`."""
+        budget_s = self.recipe.sweep.budget_s
+        if budget_s is None and self.recipe.max_time is None:
             return self.recipe
         if self._state.get("plan") is None:
-            self.write(plan=self._plan(self.recipe.sweep.budget_s))
+            plan = self._arm_plan() if budget_s is None else self._plan(budget_s)
+            self.write(plan=plan)
+            self.shown.note(f"the plan for the time there is: {plan['note']}")
         plan = self._state["plan"]
-        changes = {"max_steps": plan["steps"], "eval_steps": plan["rung"]}
+        changes = {"max_steps": plan["steps"], "eval_steps": plan["rung"], "max_time": None}
         return self.recipe.changed(changes)
+
+    def _arm_plan(self) -> dict[str, Any]:
+        """As many steps for every arm as `max_time` allows one of them, by a look at the speed.
+
+        All make the same number: arms that differ in steps say nothing about each other.
+        """
+        recipe = self.recipe
+        # A search draws its arms later; they are as fast as the recipe's own adapter.
+        arms = expand(recipe, {} if recipe.sweep.search else None)
+        speed, wanted = self._look(group(arms)[0])
+        steps = self._steps_of_arm(speed, wanted)
+        note = f"{steps} of {counted(wanted, 'step')} per arm, {recipe.max_time}"
+        return {"steps": steps, "wanted_steps": wanted, "rung": recipe.eval_steps,
+                "speed": speed.to_dict(), "note": note}  # fmt: skip
+
+    def _steps_of_arm(self, speed: Speed, wanted: int) -> int:
+        """How many of the steps an arm has time for by `max_time`; all of them without one."""
+        if self.recipe.max_time is None:
+            return wanted
+        pace = Pace(speed.step_s, speed.evaluation_s)
+        every = self.recipe.eval_steps or wanted
+        return steps_within(seconds(self.recipe.max_time), pace, wanted, every)
 
     def _plan(self, budget_s: float) -> dict[str, Any]:
         """Look at the speed with a few steps, then lay out what the time does for."""
@@ -293,6 +321,7 @@ class Sweep:
         grid = {k: v for k, v in grid_of(recipe).items() if not (tuned and k == "learning_rate")}
         arms = expand(recipe, grid)
         speed, wanted = self._look(group(arms)[0])
+        most = self._steps_of_arm(speed, wanted)
         fixed = speed.starting_s * 2 * len(group(arms)) + speed.measuring_s
         left = budget_s - self.spent_s() - fixed
         count = len(arms) + ("full" in recipe.sweep.reference)
@@ -307,10 +336,9 @@ class Sweep:
             fits = asked is not None and 2 <= steps / asked <= 2 * RUNGS
             return asked if asked is not None and fits else max(1, steps // RUNGS)
 
-        steps = longest(count, left, wanted, rung, speed)
+        steps = longest(count, left, most, rung, speed)
         note = f"{counted(count, 'arm')}, {steps} of {counted(wanted, 'step')}, "
         note += f"{budget_s / 60:.3g} min"
-        self.shown.note(f"the plan for the time there is: {note}")
         return {"steps": steps, "wanted_steps": wanted, "rung": rung(steps),
                 "speed": speed.to_dict(), "note": note}  # fmt: skip
 
@@ -321,14 +349,14 @@ class Sweep:
         small = self.recipe.evaluate.batch_size
         recipe = own.recipe(place).changed(
             {"max_steps": LOOK_STEPS, "eval_steps": LOOK_STEPS, "save_steps": LOOK_STEPS,
-             "warmup_steps": None, "report_to": []}
+             "max_time": None, "warmup_steps": None, "report_to": []}
         )  # fmt: skip
         shutil.rmtree(place, ignore_errors=True)
         began = time.monotonic()
         run = train(recipe, progress=False)
         took = time.monotonic() - began
         lines = run.metrics()
-        seconds = {m["step"]: m["seconds"] for m in lines if m["kind"] == "train"}
+        took_s = {m["step"]: m["seconds"] for m in lines if m["kind"] == "train"}
         watched = [m["seconds"] for m in lines if m["kind"] == "eval"]
         short = self.recipe.changed({"evaluate.max_examples": small})
         names: list[tuple[str, str | None]] = [(first.name, own.adapter(first))]
@@ -336,10 +364,10 @@ class Sweep:
         examples = len(held_out_examples(self.recipe, None, test=False).examples)
         most = self.recipe.evaluate.max_examples or examples
         speed = Speed(
-            step_s=(sum(seconds.values()) - seconds[1]) / (LOOK_STEPS - 1) / len(own.arms),
+            step_s=(sum(took_s.values()) - took_s[1]) / (LOOK_STEPS - 1) / len(own.arms),
             evaluation_s=sum(watched) / len(watched),
             measuring_s=told.seconds * max(1.0, min(most, examples) / len(told.nll)),
-            starting_s=took - sum(seconds.values()) - sum(watched),
+            starting_s=took - sum(took_s.values()) - sum(watched),
         )
         rows = int(run.info()["data"]["train_rows"])
         shutil.rmtree(place)

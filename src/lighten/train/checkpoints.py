@@ -39,6 +39,8 @@ class TrainerState:
         seconds: Time spent in steps.
         members: Progress of each adapter by name.
         scaler: Factor of each adapter's float16 loss, empty where nothing is scaled.
+        elapsed_s: Time spent training, evaluations and checkpoints included.
+        total_steps: Of the whole run, where `max_time` set them; else 0.
         examples_per_step: Rows of one optimiser step over all ranks, which a run keeps when it goes
             on with another number of them; 0 in checkpoints of older versions.
         global_step: The step again under transformers' name, for tools that read it.
@@ -49,6 +51,8 @@ class TrainerState:
     tokens: int = 0
     supervised_tokens: int = 0
     seconds: float = 0.0
+    elapsed_s: float = 0.0
+    total_steps: int = 0
     members: dict[str, MemberProgress] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
     examples_per_step: int = 0

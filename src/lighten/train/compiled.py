@@ -47,6 +47,7 @@ def choose(
     tokens: int,
     device: str,
     cores: int,
+    most_s: float | None = None,
 ) -> Choice:
     """Whether layers are compiled, and why.
 
@@ -56,6 +57,7 @@ def choose(
         tokens: That the whole run will train on.
         device: `cpu` or `cuda`.
         cores: Of the processor.
+        most_s: The time that the run may take, if it is limited.
     """
     if wanted is False:
         return Choice("off", "torch_compile of the recipe")
@@ -67,6 +69,8 @@ def choose(
     parameters = sum(p.numel() for p in model.parameters())
     rate = NOMINAL_FLOPS_PER_CORE * cores if device == "cpu" else _gpu_rate(trained.dtype)
     seconds = 4.0 * parameters * tokens / rate
+    if most_s is not None:
+        seconds = min(seconds, most_s)
     if seconds < (PAYS_AFTER_S if device == "cpu" else PAYS_ON_GPU_AFTER_S):
         return Choice("off", f"a run of about {seconds / 60:.0f} min would not pay it back")
     return Choice("on", f"a run of about {seconds / 60:.0f} min pays the compilation back")

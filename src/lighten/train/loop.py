@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 
 from lighten import allocator, runs
 from lighten.data import lengths_of
-from lighten.data.batches import Item, MicroBatch, collate, layout, steps_of_epoch
+from lighten.data.batches import Item, MicroBatch, TokenRow, collate, layout, steps_of_epoch
 from lighten.folders import resume_command
 from lighten.hardware import PeakMemory
 from lighten.parallel import ranks
@@ -29,7 +29,8 @@ from lighten.train.passes import undropped
 from lighten.train.prediction import Prediction
 from lighten.train.prepare import Setup
 from lighten.train.progress import TrainingProgress
-from lighten.train.step import MemberStep, TrainingDiverged, train_step
+from lighten.train.step import MemberStep, TrainingDiverged, rehearse, train_step
+from lighten.train.time_budget import TimeBudget
 
 
 class Loop:
@@ -72,6 +73,7 @@ class Loop:
         self._agreed = False
         self._saved_at, self._saving_s = time.monotonic(), 0.0
         self._first, self._forks = state.step, forked.possible()
+        self._time: TimeBudget | None = None
 
     def run(self) -> None:
         """Train from the state's step to the end.
@@ -80,10 +82,16 @@ class Loop:
             Interrupted: SIGINT or SIGTERM came; the state is saved.
             UserError: A loss is not finite, or the disk is full.
         """
-        setup, state = self.setup, self.state
-        self.progress.begin(setup.total_steps, state.step)
+        setup, state, recipe = self.setup, self.state, self.setup.recipe
+        self._began = time.monotonic() - state.elapsed_s
         with StopSignals() as signals:
             try:
+                if recipe.max_time is not None:
+                    every = recipe.eval_steps or setup.steps_per_epoch
+                    self._time = TimeBudget(recipe.max_time, state.elapsed_s, every)
+                    if not state.total_steps:
+                        self._fit(self._time)
+                self.progress.begin(setup.total_steps, state.step)
                 self._steps(signals)
             finally:
                 self._close_lanes()
@@ -95,8 +103,10 @@ class Loop:
             members = self._active()
             report = self._step(members)
             state.step += 1
-            self._record(report, time.perf_counter() - began)
+            took_s = time.perf_counter() - began
+            self._record(report, took_s)
             self._pages.after_step()
+            self._make_fewer_steps(took_s)
 
             last = state.step == setup.total_steps
             best = False
@@ -114,13 +124,73 @@ class Loop:
                     stop,
                 )
 
+    def _fit(self, budget: TimeBudget) -> None:
+        """Set the number of steps from the speed of a few tries, and say what will be done."""
+        setup = self.setup
+        tokens = [sum(self._lengths[row] for row in rows)
+                  for rows in self._epoch(setup.members[0].settings.seed, 0)]  # fmt: skip
+        mean = sum(tokens) / len(tokens)
+        # The first one is checked as the first step is; then those that are of the usual size.
+        usual = min(range(len(tokens)), key=lambda place: abs(tokens[place] - mean))
+        places = iter((0, *[usual] * len(tokens)))
+
+        def attempt() -> float:
+            place, began = next(places, usual), time.perf_counter()
+            for group in setup.groups(setup.members):
+                self._step_of(group, place, update=False)
+            return (time.perf_counter() - began) * mean / max(1, tokens[place])
+
+        def agree(answer: bool) -> bool:
+            return ranks.of_main(setup.accelerator, answer)
+
+        most = setup.total_steps
+        pace = budget.measure(attempt, self._evaluation_s, agree)
+        total = ranks.of_main(setup.accelerator, budget.steps(pace, most))
+        self._set_total(total, budget.told(pace, total, most, setup.steps_per_epoch))
+
+    def _evaluation_s(self) -> float:
+        """What an evaluation of all adapters would take, by one over a few rows."""
+        setup, held_out = self.setup, self.setup.rows.held_out
+        if held_out is None:
+            return 0.0
+        few = (
+            setup.recipe.per_device_eval_batch_size * setup.lanes * setup.accelerator.num_processes
+        )
+        rows = [row for row in held_out.rows if any(row.supervised[1:])]
+        lengths, began = lengths_of(rows), time.perf_counter()
+        self._held_out_loss(setup.members[0], rows[:few])
+        share = sum(lengths) / max(1, sum(lengths[:few]))
+        return (time.perf_counter() - began) * share * len(setup.members)
+
+    def _make_fewer_steps(self, took_s: float) -> None:
+        """End earlier where steps take much longer than those that were tried."""
+        if self._time is None:
+            return
+        total = self.setup.total_steps
+        fewer = ranks.of_main(
+            self.setup.accelerator, self._time.fewer_steps(self.state.step, total, took_s)
+        )
+        if fewer is not None:
+            self._set_total(fewer, f"steps take longer than those tried: {fewer} in all instead of "
+                                   f"{total}, so that max_time holds")  # fmt: skip
+
+    def _set_total(self, total: int, told: str) -> None:
+        """Take the number of steps for the rest of the run and its checkpoints, and say so."""
+        self.state.total_steps = total
+        self.setup.set_total_steps(total)
+        self.progress.note(told)
+        if self.main:
+            run = runs.Run(self.folder)
+            kept = [own for own in run.info().get("choices", []) if own["what"] != "steps"]
+            run.update(choices=[*kept, {"what": "steps", "value": str(total), "reason": told}])
+
     def _step(self, members: list[Member]) -> dict[str, MemberStep]:
         """One step of all adapters that do not diverge in it."""
         report: dict[str, MemberStep] = {}
         for group in self.setup.groups(members):
             while group:
                 try:
-                    report |= self._step_of(group)
+                    report |= self._step_of(group, self.state.step)
                     break
                 except TrainingDiverged as error:
                     if not self._dropped_diverged(group, error):
@@ -128,9 +198,11 @@ class Loop:
                     group = [member for member in group if not member.progress.stopped]
         return report
 
-    def _step_of(self, members: list[Member]) -> dict[str, MemberStep]:
+    def _step_of(
+        self, members: list[Member], step: int, *, update: bool = True
+    ) -> dict[str, MemberStep]:
         """One step; where memory runs out, the same step with smaller micro-batches."""
-        setup, step = self.setup, self.state.step
+        setup = self.setup
         while True:
             self._watch.moved = False
             batches: list[MicroBatch] = []
@@ -139,6 +211,9 @@ class Loop:
                 if self._check_loss(batches):
                     batches = list(self._micro_batches(step, members))
                 self._open_lanes()
+                if not update:
+                    rehearse(batches, members, setup.objective, setup.scaler, self._lanes)
+                    return {}
                 return train_step(
                     batches, members, setup.objective, setup.accelerator, setup.scaler, self._lanes
                 )
@@ -322,16 +397,7 @@ class Loop:
         self._give_back()
         for member in members:
             began = time.perf_counter()
-            found = held_out_over(
-                setup.accelerator,
-                setup.objective,
-                setup.rows.held_out.rows,
-                member.name,
-                max_rows=setup.recipe.per_device_eval_batch_size,
-                max_tokens=setup.tokens_per_microbatch,
-                device=setup.accelerator.device,
-                lanes=self._lanes,
-            )
+            found = self._held_out_loss(member, setup.rows.held_out.rows)
             spread = found.standard_error
             any_best |= member.note_evaluation(found.loss, state.step)
             self._losses[member.name] = found
@@ -356,6 +422,19 @@ class Loop:
         self._give_back()
         return any_best
 
+    def _held_out_loss(self, member: Member, rows: Sequence[TokenRow]) -> HeldOut:
+        setup = self.setup
+        return held_out_over(
+            setup.accelerator,
+            setup.objective,
+            rows,
+            member.name,
+            max_rows=setup.recipe.per_device_eval_batch_size,
+            max_tokens=setup.tokens_per_microbatch,
+            device=setup.accelerator.device,
+            lanes=self._lanes,
+        )
+
     def _line(self, line: dict[str, Any], *, track: bool) -> None:
         if not self.main:
             return
@@ -376,6 +455,7 @@ class Loop:
         if self.main:
             state.members = {member.name: member.progress for member in setup.members}
             state.scaler = setup.scaler.state_dict()
+            state.elapsed_s = time.monotonic() - self._began
             checkpoints.save(
                 self.folder / "checkpoints",
                 state,

@@ -21,6 +21,7 @@ from lighten.models.load import locate
 from lighten.models.trainable import refuse_rounded_activations, require_gradients
 from lighten.peft_config import WEIGHTS, tensor_shapes
 from lighten.recipe import AdapterOptions, Recipe
+from lighten.recipe.section import seconds
 from lighten.train import compiled, gates, lanes, norms, optimizers
 from lighten.train.loss import Objective
 from lighten.train.member import Member, MemberSettings
@@ -75,6 +76,13 @@ class Setup:
     apart: bool = False
     choices: dict[str, Choice] = field(default_factory=dict)
 
+    def set_total_steps(self, total: int) -> None:
+        """Let the run and the course of its learning rates end after so many steps."""
+        recipe, self.total_steps = self.recipe, total
+        warmup = warmup_length(total, recipe.warmup_ratio, recipe.warmup_steps)
+        for member in self.members:
+            member.settings = replace(member.settings, total_steps=total, warmup=warmup)
+
     def groups(self, members: Sequence[Member]) -> list[list[Member]]:
         """The adapters that share micro-batches and are trained before the next ones."""
         return [[member] for member in members] if self.apart else [list(members)]
@@ -86,6 +94,7 @@ def prepare(
     base: models.Base,
     rows: Rows,
     examples_per_step: int | None = None,
+    total_steps: int | None = None,
 ) -> Setup:
     """Make what learns, its optimisers and the loss.
 
@@ -95,6 +104,7 @@ def prepare(
         base: The loaded base.
         rows: The encoded data.
         examples_per_step: Of a run that goes on; None: what the recipe and the ranks make.
+        total_steps: Of a run that goes on and has a `max_time`; None: what the recipe says.
 
     Raises:
         UserError: The recipe does not fit the model.
@@ -123,7 +133,7 @@ def prepare(
         * accelerator.num_processes
     )
     steps_per_epoch = math.ceil(len(rows.train.rows) / per_step)
-    total = recipe.max_steps or math.ceil(recipe.num_train_epochs * steps_per_epoch)
+    total = total_steps or recipe.max_steps or math.ceil(recipe.num_train_epochs * steps_per_epoch)
     device = accelerator.device.type
     choices["compilation"] = compiled.choose(
         recipe.torch_compile,
@@ -131,6 +141,7 @@ def prepare(
         tokens=total * per_step * rows.train.counts.tokens // max(1, len(rows.train.rows)),
         device=device,
         cores=hardware.machine().cores,
+        most_s=None if recipe.max_time is None else seconds(recipe.max_time),
     )
     if choices["compilation"].value == "on":
         compiled.compile_layers(base.model)  # before layers are recomputed: what is, is compiled

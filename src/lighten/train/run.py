@@ -166,7 +166,10 @@ def _train(
     base.tokenizer.chat_template = rows.template.text
     facts = _base_facts(base)  # of the base alone: PEFT puts its parameters into the model
     # What a step is belongs to the run: another number of ranks shares the same steps.
-    setup = prepare(recipe, accelerator, base, rows, before.examples_per_step or None)
+    setup = prepare(
+        recipe, accelerator, base, rows,
+        before.examples_per_step or None, before.total_steps or None,
+    )  # fmt: skip
     setup.choices["memory"] = pages
     if not planned:  # what kept the plan from being made may have been told as an error by now
         _plan_said(run, accelerator, shown, prediction)

@@ -80,15 +80,7 @@ def train_step(
         TrainingDiverged: A loss is not finite, or a gradient that no float16 factor explains.
         UserError: An adapter has no supervised token in this step, or no gradient at all.
     """
-    order = {member.name: place for place, member in enumerate(members)}
-    counted = torch.zeros(len(members), 4, dtype=torch.float64)  # nll, supervised, tokens, rows
-    for batch in batches:
-        for share in shares_of(batch):
-            rows = slice(share.start, share.stop)
-            counted[order[str(share.member)], 1:] += torch.tensor(
-                [batch.supervised_in(share.start, share.stop), sum(batch.lengths[rows]),
-                 share.stop - share.start]
-            )  # fmt: skip
+    counted = _counted(batches, members)
     # The loss is a mean over the supervised tokens of the whole step: all micro-batches and all
     # ranks (traps 1 to 3). So the counts have to be known before the first backward pass.
     totals = _over_ranks(counted, accelerator)
@@ -139,6 +131,39 @@ def train_step(
         member.optimizer.zero_grad(set_to_none=True)
         scaler.update(member.name, finite=not own.skipped)
     return report
+
+
+def rehearse(
+    batches: Sequence[MicroBatch],
+    members: Sequence[Member],
+    objective: Objective,
+    scaler: LossScaler,
+    lanes: Lanes | None = None,
+) -> None:
+    """The passes of a step on this rank, to see how long they take; their gradients go.
+
+    Args, as of `train_step`; nothing is changed by it.
+    """
+    counts = _counted(batches, members)[:, 1].clamp(min=1.0).tolist()
+    per_token = {member.name: 1.0 / count for member, count in zip(members, counts, strict=True)}
+    _backward(batches, members, objective, per_token, scaler, lanes)
+    for member in members:
+        member.gradient_norm()
+        member.optimizer.zero_grad(set_to_none=True)
+
+
+def _counted(batches: Sequence[MicroBatch], members: Sequence[Member]) -> Tensor:
+    """Of each adapter: 0.0 for its loss, supervised tokens, tokens and rows; [members, 4]."""
+    order = {member.name: place for place, member in enumerate(members)}
+    counted = torch.zeros(len(members), 4, dtype=torch.float64)
+    for batch in batches:
+        for share in shares_of(batch):
+            rows = slice(share.start, share.stop)
+            counted[order[str(share.member)], 1:] += torch.tensor(
+                [batch.supervised_in(share.start, share.stop), sum(batch.lengths[rows]),
+                 share.stop - share.start]
+            )  # fmt: skip
+    return counted
 
 
 def _over_ranks(counted: Tensor, accelerator: Accelerator) -> Tensor:

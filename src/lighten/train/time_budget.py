@@ -1,0 +1,140 @@
+"""`max_time`: as many steps as fit into a time, by the measured speed of the very run.
+
+Before its first step a run tries a few: their gradients are formed and thrown away, no optimiser
+moves, and so what follows is what `max_steps` with the same number would have given. The number is
+kept in every checkpoint; a run that goes on keeps it. Only where steps turn out much slower than
+those tried (somebody else began to work on the machine) does a run make fewer of them, and says so.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lighten.recipe.section import seconds
+from lighten.wording import counted
+
+# Steps that are measured, if they take no more than this share of the time there is.
+TRIES, TRIED_SHARE = 3, 0.05
+# A run is cut short when it would take so many times its time.
+LATE = 1.15
+# A step's speed is looked at over so many of the last ones: fewer would say little.
+WATCHED = 5
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What was measured of the work, all adapters together.
+
+    Attributes:
+        step_s: Of a step with as many tokens as the data's steps have on average.
+        evaluation_s: Of one evaluation of the validation rows; 0 where there are none.
+    """
+
+    step_s: float
+    evaluation_s: float = 0.0
+
+    def of_steps(self, steps: int, every: int) -> float:
+        """Seconds of steps with an evaluation after every so many of them and after the last."""
+        return steps * self.step_s + -(-steps // every) * self.evaluation_s
+
+
+def steps_within(left_s: float, pace: Pace, most: int, every: int) -> int:
+    """The most steps that end in time, at least one.
+
+    Args:
+        left_s: The time there is.
+        pace: What the work takes.
+        most: Steps that are wanted at most.
+        every: Steps between evaluations.
+    """
+    low, high = 1, max(1, most)
+    while low < high:  # the time grows with the steps
+        middle = (low + high + 1) // 2
+        if pace.of_steps(middle, every) <= left_s:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+class TimeBudget:
+    """The clock of one run.
+
+    Args:
+        max_time: The recipe's.
+        spent_s: What earlier sessions of the run took.
+        every: Steps between evaluations.
+    """
+
+    def __init__(self, max_time: str, spent_s: float, every: int) -> None:
+        self.max_time, self.budget_s, self.every = max_time, seconds(max_time), every
+        self._began = time.monotonic() - spent_s
+        self._pace: Pace | None = None
+        self._last_s: list[float] = []
+
+    def spent_s(self) -> float:
+        """Of this run until now, earlier sessions included."""
+        return time.monotonic() - self._began
+
+    def measure(
+        self,
+        rehearse: Callable[[], float],
+        evaluation_s: Callable[[], float],
+        agree: Callable[[bool], bool],
+    ) -> Pace:
+        """Try steps.
+
+        Args:
+            rehearse: Makes a step whose gradients are thrown away; seconds that a step with an
+                average number of tokens would have taken by it.
+            evaluation_s: Seconds that an evaluation would take.
+            agree: The main rank's answer, on every rank.
+        """
+        began = time.monotonic()
+        rehearse()  # checks the loss, forks workers, fills caches: no step after it does
+        tried: list[float] = []
+        enough = False
+        while not enough:
+            tried.append(rehearse())
+            over = time.monotonic() - began > TRIED_SHARE * self.budget_s
+            enough = agree(over or len(tried) == TRIES)
+        self._pace = Pace(sum(tried) / len(tried), evaluation_s())
+        return self._pace
+
+    def steps(self, pace: Pace, most: int) -> int:
+        """Of the whole run."""
+        return steps_within(self.budget_s - self.spent_s(), pace, most, self.every)
+
+    def told(self, pace: Pace, steps: int, most: int, per_epoch: int) -> str:
+        """What will be done, before it starts."""
+        share = f"{steps / per_epoch:.2g} of an epoch"
+        speed = f"a step takes about {pace.step_s:.2g} s"
+        if pace.evaluation_s:
+            speed += f", an evaluation {pace.evaluation_s:.2g} s"
+        if steps == most:
+            whole = pace.of_steps(steps, self.every) / 60
+            return (
+                f"max_time {self.max_time} is enough for all {counted(steps, 'step')}, {share}: "
+                f"{speed}, {whole:.1f} min in all"
+            )
+        return f"max_time {self.max_time}: {counted(steps, 'step')} of {most:,}, {share}; {speed}"
+
+    def fewer_steps(self, step: int, total: int, step_s: float) -> int | None:
+        """How many steps there is time for where those planned would take much too long, or None.
+
+        Args:
+            step: Steps made.
+            total: Steps planned.
+            step_s: What the last one took.
+        """
+        self._last_s = [*self._last_s[1 - WATCHED :], step_s]
+        if len(self._last_s) < WATCHED or step >= total:
+            return None
+        pace = Pace(sum(self._last_s) / WATCHED, self._pace.evaluation_s if self._pace else 0.0)
+        left_s = self.budget_s - self.spent_s()
+        if pace.of_steps(total - step, self.every) <= LATE * self.budget_s - self.spent_s():
+            return None
+        fewer = step + steps_within(left_s, pace, total - step, self.every)
+        return fewer if fewer < total else None

@@ -1,0 +1,190 @@
+"""`max_time`: as many steps as fit, said before they start, kept over a kill, the same for arms."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lighten
+from lighten.devices import named
+from lighten.plan import asked
+from lighten.recipe import Recipe, RecipeError
+from lighten.runs import Run
+from lighten.train import checkpoints, time_budget
+from lighten.train.schedule import learning_rate_factor
+from lighten.train.time_budget import Pace, TimeBudget, steps_within
+from tests.test_train_runs import losses, same, weights
+
+
+@pytest.fixture
+def settings(tiny_folder: Path, chat_file: Path, tmp_path: Path) -> dict[str, Any]:
+    return {
+        "model_name_or_path": str(tiny_folder), "dataset": str(chat_file), "dtype": "float32",
+        "output_dir": str(tmp_path / "run"), "lora_r": [2, 4], "lora_dropout": 0.1,
+        "learning_rate": 1e-2, "per_device_train_batch_size": 4, "val_size": 0.2,
+        "lr_scheduler_type": "cosine", "num_train_epochs": 1000, "max_time": "0.8s",
+        "eval_steps": 5, "save_steps": 5, "save_total_limit": 1000,
+    }  # fmt: skip
+
+
+def train(settings: dict[str, Any], **changes: Any) -> Run:
+    return lighten.train(progress=False, **{**settings, **changes})
+
+
+def never_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others at work on the machine shall not cut the run short here."""
+    monkeypatch.setattr(TimeBudget, "fewer_steps", lambda *_: None)
+
+
+@pytest.mark.parametrize("every", [1, 3, 50])
+def test_steps_within_are_the_most_whose_time_with_evaluations_is_there(every: int) -> None:
+    pace = Pace(step_s=0.3, evaluation_s=1.1)
+    for left_s in (-1.0, 0.0, 1.5, 7.77, 40.0, 1e6):
+        enough = [1]
+        for steps in range(1, 101):
+            evaluations = len([s for s in range(1, steps + 1) if s % every == 0 or s == steps])
+            if steps * 0.3 + evaluations * 1.1 <= left_s:
+                enough.append(steps)
+        assert steps_within(left_s, pace, 100, every) == max(enough)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_run_with_a_time_is_the_run_with_its_number_of_steps(
+    method: str,
+    settings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Trying the speed leaves nothing behind: same losses, rates and weights, bit for bit."""
+    never_late(monkeypatch)
+    if method == "full":
+        settings |= {"method": "full", "lora_r": 8, "lora_dropout": 0.0}
+    timed = lighten.train(**settings)
+    said = capfd.readouterr().err
+    steps = timed.info()["training"]["steps"]
+    assert re.search(
+        rf"max_time 0.8s: {steps} steps? of 8,000, [\d.]+ of an epoch; a step takes", said
+    )
+    (choice,) = [own for own in timed.info()["choices"] if own["what"] == "steps"]
+    assert choice["value"] == str(steps)
+    assert 1 <= steps < 8000
+    counted = train(settings, max_time=None, max_steps=steps, output_dir=str(tmp_path / "counted"))
+    assert losses(timed) == losses(counted)
+    rates = [[m["learning_rate"] for m in run.metrics() if m["kind"] == "train"]
+             for run in (timed, counted)]  # fmt: skip
+    assert rates[0] == rates[1]
+    if method == "lora":
+        assert same(weights(timed), weights(counted))
+
+
+def test_a_run_that_goes_on_keeps_its_number_of_steps(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    never_late(monkeypatch)
+    monkeypatch.setattr(TimeBudget, "steps", lambda *_: 12)
+    whole = train(settings)
+    assert whole.info()["training"]["steps"] == 12
+    folder = tmp_path / "cut"
+    shutil.copytree(whole.folder, folder)
+    for checkpoint in checkpoints.listing(folder / "checkpoints"):
+        if checkpoint.name != "checkpoint-5":
+            shutil.rmtree(checkpoint)
+    assert checkpoints.read_state(folder / "checkpoints" / "checkpoint-5").elapsed_s > 0
+
+    def measured_again(*_: Any) -> None:
+        raise AssertionError("the speed was tried again")
+
+    monkeypatch.setattr(TimeBudget, "measure", measured_again)
+    again = train(settings, resume=True, output_dir=str(folder))
+    assert losses(again) == losses(whole)
+    assert same(weights(again), weights(whole))
+
+
+def test_steps_that_take_much_longer_than_those_tried_become_fewer(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(TimeBudget, "steps", lambda *_: 30)
+    monkeypatch.setattr(
+        TimeBudget, "fewer_steps", lambda _self, step, _total, _s: 8 if step == 6 else None
+    )
+    run = lighten.train(**{**settings, "lora_r": 2})
+    assert "8 in all instead of 30, so that max_time holds" in capfd.readouterr().err
+    lines = [m for m in run.metrics() if m["kind"] == "train"]
+    assert [m["step"] for m in lines] == list(range(1, 9))
+    # The rate ends its course where the run ends.
+    factor = learning_rate_factor(7, 8, 1, "cosine")
+    assert lines[-1]["learning_rate"] == pytest.approx(1e-2 * factor)
+    assert [m["step"] for m in run.metrics() if m["kind"] == "eval"] == [5, 8]
+
+
+def test_the_clock_counts_what_was_spent_before_and_bears_a_little(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(time_budget.time, "monotonic", lambda: now[0])
+
+    def after_five(step_s: float, spent_s: float = 0.0) -> int | None:
+        now[0] = 1000.0
+        clock = TimeBudget("100s", spent_s, every=1000)
+        for step in range(1, 6):
+            now[0] += step_s
+            found = clock.fewer_steps(step, 50, step_s)
+        return found
+
+    assert after_five(2.0) is None  # as tried
+    assert after_five(2.2) is None  # 110 s in all: near enough
+    assert after_five(4.0) == 25
+    assert after_five(2.0, spent_s=40.0) == 30
+    assert after_five(200.0) == 6  # the time is over: one more, at the end of the rate's course
+
+
+def test_time_for_all_steps_makes_all_of_them(
+    settings: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = lighten.train(**{**settings, "num_train_epochs": 1, "max_time": "10m", "lora_r": 2})
+    assert run.info()["training"]["steps"] == 8
+    assert "max_time 10m is enough for all 8 steps, 1 of an epoch" in capfd.readouterr().err
+
+
+def test_two_ends_of_training_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match="max_steps and max_time both say when training ends"):
+        Recipe.from_values({**settings, "max_steps": 10})
+    with pytest.raises(RecipeError, match=r"max_time: .*write a time such as 90s, 30m or 2h"):
+        Recipe.from_values({**settings, "max_time": "soon"})
+    with pytest.raises(RecipeError, match=r"sweep.max_time cannot be swept: .* max_steps"):
+        Recipe.from_values({**settings, "sweep": {"max_time": ["1m", "2m"]}})
+
+
+def test_a_plan_says_what_share_of_the_data_the_time_allows(settings: dict[str, Any]) -> None:
+    recipe = Recipe.from_values({**settings, "num_train_epochs": 1000, "max_time": "30s"})
+    made = asked.plan(recipe, named("cpu"))
+    assert made.time is not None
+    assert made.steps is not None
+    assert made.run_seconds is not None
+    if made.steps < 8000:
+        assert made.run_seconds == pytest.approx(30, abs=2 * made.time.seconds)
+        told = f"max_time 30s: about {made.steps} steps of 8,000, .* of an epoch"
+        assert any(re.match(told, note) for note in made.notes)
+    short = Recipe.from_values({**settings, "num_train_epochs": 1, "max_time": "10h"})
+    made = asked.plan(short, named("cpu"))
+    assert made.steps == 8
+    assert any("is enough for all 8 steps" in note for note in made.notes)
+
+
+def test_every_arm_of_a_sweep_gets_the_steps_that_fit_its_time(settings: dict[str, Any]) -> None:
+    """Two groups, one number of steps: arms that differ in steps say nothing about each other."""
+    changes = {"lora_r": 4, "lora_dropout": 0.0, "max_time": "0.3s", "eval_steps": 4,
+               "gradient_accumulation_steps": [1, 2], "metric": "loss",
+               "reference": []}  # fmt: skip
+    found = lighten.sweep(progress=False, **{**settings, **changes})
+    plan = found.data["plan"]
+    arms = [arm for arm in found.arms if not arm["reference"]]
+    assert len(found.data["groups"]) == 2
+    assert {arm["steps"] for arm in arms} == {plan["steps"]}
+    assert plan["steps"] < plan["wanted_steps"]
+    assert "per arm, 0.3s" in plan["note"]
