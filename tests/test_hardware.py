@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from lighten import hardware
+from lighten import devices, hardware
 from lighten.errors import UserError
 
 MIB = 2**20
@@ -118,3 +119,46 @@ def test_trap50_gpu_memory_is_the_allocators() -> None:
     assert peak.read()["peak_bytes"] == pytest.approx(256 * MIB, rel=0.01)
     assert peak.read()["reserved_bytes"] >= peak.read()["peak_bytes"]
     del block
+
+
+@pytest.mark.parametrize(
+    ("limit", "gone", "kept"),
+    [
+        (
+            "AVX2",
+            {"avx512f", "avx512_bf16", "amx_bf16", "avx512_vnni"},
+            {"avx2", "fma", "avx_vnni"},
+        ),
+        ("avx2_vnni", {"avx512f", "amx_bf16"}, {"avx2", "avx_vnni"}),
+        ("AVX512_CORE", {"avx512_bf16", "amx_bf16"}, {"avx512f", "avx512_vnni"}),
+        ("AVX512_CORE_BF16", {"amx_bf16"}, {"avx512_bf16"}),
+        ("AVX512_CORE_AMX", set(), {"amx_bf16"}),
+        ("", set(), {"amx_bf16", "avx512f"}),
+    ],
+)
+def test_instruction_sets_that_onednn_is_kept_from_are_left_out(
+    limit: str, gone: set[str], kept: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every = "fma avx avx2 avx_vnni avx512f avx512_vnni avx512_bf16 amx_bf16"
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: f"flags : {every}\n")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    found = hardware.processor_flags()
+    assert kept <= found
+    assert not gone & found
+    dtype = hardware.choose_dtype("auto", "cpu").value
+    assert dtype == ("bfloat16" if {"avx512_bf16", "amx_bf16"} & found else "float32")
+
+
+def test_a_format_that_is_emulated_is_warned_of_with_the_better_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hardware, "processor_flags", lambda: frozenset({"avx2"}))
+    known = hardware.formats("cpu")
+    told = hardware.slow_format("bfloat16", known, "this processor", "cpu")
+    assert told is not None
+    assert "--dtype float32" in told
+    for fine in ("auto", "float32"):
+        assert hardware.slow_format(fine, known, "this processor", "cpu") is None
+    old, new = (devices.named(name).formats for name in ("t4", "l4"))
+    assert "--dtype float16" in str(hardware.slow_format("bfloat16", old, "T4", "cuda"))
+    assert hardware.slow_format("bfloat16", new, "L4", "cuda") is None

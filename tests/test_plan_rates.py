@@ -84,6 +84,47 @@ def test_a_plan_has_no_more_patience_than_it_says(
     assert clock.samples == 2
 
 
+def test_what_was_never_timed_has_a_limit_and_the_rest_takes_the_rate_of_what_is_like_it(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A format that is only emulated may need minutes; who asks for a plan does not wait so long."""
+    monkeypatch.setattr(rates, "PATIENCE_S", -1.0)
+    now = [0.0]
+    monkeypatch.setattr(rates.time, "perf_counter", lambda: now[0])
+
+    def slow() -> float:
+        now[0] += 4.0
+        return 1e-3
+
+    clock.seconds = slow
+    sizes = [1000 * 4**i for i in range(8)]
+    taken = Measured().seconds([sum_of(n) for n in sizes])
+    assert clock.samples == 2  # after 8 s there are no more first ones
+    largest, next_one = 12 * sizes[-1], 12 * sizes[-2]
+    interpreter = len(sizes) * rates.CALLS_PER_OPERATION * CALL_S
+    rest = sum(12 * n for n in sizes[:-2])
+    assert taken == pytest.approx(2e-3 + rest * 1e-3 / next_one + interpreter)
+    assert largest > next_one
+
+
+def test_products_of_a_slow_format_are_timed_with_fewer_rows(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[Work] = []
+
+    def at_a_gigaflop(own: Work) -> float:
+        timed.append(own)
+        return own.flops / 1e9
+
+    monkeypatch.setattr(rates, "timed", at_a_gigaflop)
+    a, b = (Shaped((1024, 1024), (1024, 1), torch.bfloat16) for _ in range(2))
+    product = Work("aten::mm", 2 * 1024**3, 6 * 2**20, torch.bfloat16, ATEN.mm.default, (a, b), {})
+    taken = Measured().seconds([product])
+    assert taken == pytest.approx(product.flops / 1e9, rel=0.01)
+    assert all(own.flops <= 3e8 for own in timed)
+    assert sum(own.flops for own in timed) / 1e9 < 2 + rates.PATIENCE_S
+
+
 def test_what_is_old_is_timed_again_and_counts_less(
     clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,6 +47,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "full": {"method": "full"},
     "checkpointing": {"gradient_checkpointing": True},
     "cohort": {"lora_r": [4, 8]},
+    "dropout": {"lora_dropout": 0.1},
 }
 
 

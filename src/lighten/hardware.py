@@ -29,6 +29,14 @@ EXTRAS = {
 }  # fmt: skip
 # Instruction sets with products of the format; the last ones are ARM's.
 BFLOAT16 = ("amx_bf16", "avx512_bf16", "bf16")
+# What oneDNN uses at most if `ONEDNN_MAX_CPU_ISA` says so, by how its value begins: the beginnings
+# of the instruction sets that it then leaves alone.
+ISA_WITHOUT = {
+    "SSE41": ("avx", "amx"), "AVX512_CORE_AMX": (), "AVX512_CORE_FP16": ("amx",),
+    "AVX512_CORE_BF16": ("amx", "avx512_fp16"),
+    "AVX512_CORE": ("amx", "avx512_fp16", "avx512_bf16"), "AVX2": ("amx", "avx512"),
+    "AVX": ("amx", "avx512", "avx2"),
+}  # fmt: skip
 INT8 = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"})
 CORE = (
     "lighten", "torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers",
@@ -163,15 +171,39 @@ def choose_dtype(requested: str, device: str) -> Choice:
     return Choice("float32", "the processor has no bfloat16 arithmetic")
 
 
+def slow_format(requested: str, formats: Mapping[str, str], name: str, kind: str) -> str | None:
+    """Why another format would be much faster than the one a recipe names, or None.
+
+    Args:
+        requested: `auto`, or the format by name.
+        formats: Of the device, as `formats` gives them.
+        name: What to call the device.
+        kind: `cpu` or `cuda`.
+    """
+    if not formats.get(requested, "").startswith("emulated"):
+        return None
+    better = "float32" if kind == "cpu" else "float16"
+    return (
+        f"dtype: {requested} is not computed by {name} itself but emulated, which takes several "
+        f"times as long; {better} is faster: --dtype {better} (or auto, which looks at the machine)"
+    )
+
+
 def processor_flags() -> frozenset[str]:
-    """Instruction sets of the processor, as Linux lists them (ARM: Features); empty elsewhere."""
+    """Instruction sets of the processor, as Linux lists them (ARM: Features); empty elsewhere.
+
+    Those that `ONEDNN_MAX_CPU_ISA` keeps PyTorch's products from using are left out.
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return frozenset()
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    without = next((own for isa, own in ISA_WITHOUT.items() if limit.startswith(isa)), ())
     for line in lines:
         if line.startswith(("flags", "Features")):
-            return frozenset(line.partition(":")[2].split())
+            every = line.partition(":")[2].split()
+            return frozenset(flag for flag in every if not flag.startswith(without))
     return frozenset()
 
 

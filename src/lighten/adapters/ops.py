@@ -64,7 +64,9 @@ def row_hashes(
     places = torch.cat([torch.arange(width, dtype=torch.int32) for width in widths])
     repeats = torch.tensor(widths)
     halves = torch.tensor([[(s & 0xFFFFFFFF) - 2**31, (s >> 32) - 2**31] for s in seeds])
-    low, high = halves.to(torch.int32).repeat_interleave(repeats, dim=0).unbind(1)
+    # A plan's tensors have no values to count the rows by.
+    rows = halves.to(torch.int32).repeat_interleave(repeats, dim=0, output_size=sum(widths))
+    low, high = rows.unbind(1)
     return _mix32_(_mix32_(places + low) ^ high).to(device)
 
 

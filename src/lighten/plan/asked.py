@@ -18,7 +18,7 @@ import torch
 from lighten.data import lengths_of as token_lengths
 from lighten.devices import Device
 from lighten.errors import UserError
-from lighten.hardware import processor_name
+from lighten.hardware import processor_name, slow_format
 from lighten.models import IdsError, Limits, describe, known, limits
 from lighten.models.load import locate
 from lighten.paths import split_limit
@@ -75,6 +75,8 @@ def plan(
     if device.memory_alone:
         notes.append(f"of {device.label} only the memory is known, so no time is predicted "
                      f"({device.source})")  # fmt: skip
+    if (slow := slow_format_of(recipe, device)) is not None:
+        notes.append(slow)
     if rows is None and read_data:
         rows = read_rows(recipe, notes)
     lengths = lengths_of(rows)
@@ -83,8 +85,8 @@ def plan(
     steps = steps_of(recipe, lengths)
     run_s = run_seconds(recipe, made, steps, lengths)
     if recipe.max_time is not None:
-        steps, run_s, told = _within_time(recipe, steps, run_s, made.time, lengths)
-        notes.append(told)
+        steps, run_s, said = _within_time(recipe, steps, run_s, made.time, lengths)
+        notes.append(said)
     made = replace(made, steps=steps, run_seconds=run_s, notes=(*made.notes, *notes))
     if told is not None:
         told(made)
@@ -96,6 +98,12 @@ def plan(
             cut = f"after {waited} no further changes were looked for; lighten plan --search does"
             made = replace(made, notes=(*made.notes, cut))
     return made
+
+
+def slow_format_of(recipe: Recipe, device: Device) -> str | None:
+    """That a device only emulates the format of a recipe, and which one it computes; or None."""
+    name = "this processor" if device.kind == "cpu" else device.label
+    return slow_format(recipe.compute_dtype, device.formats, name, device.kind)
 
 
 def planner_for(device: Device, rows: Rows | None = None, *, calibrate: bool = True) -> Planner:

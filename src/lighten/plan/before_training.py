@@ -49,6 +49,8 @@ def predict(recipe: Recipe, *, force: bool = False, progress: bool = False) -> P
         device = devices.named()
         notes: list[str] = []
         with TrainingProgress(enabled=progress) as shown:
+            if (slow := asked.slow_format_of(recipe, device)) is not None:
+                shown.note(f"warning: {slow}")
             rows = asked.read_rows(recipe, notes, shown.encoding, whole=True)
         plan = asked.plan(recipe, device, rows=rows, read_data=False, changes=False)
     except IdsError:

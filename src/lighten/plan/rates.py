@@ -25,13 +25,19 @@ from lighten import allocator, runs
 from lighten.hardware import cache_folder, processor_name, versions
 from lighten.plan.work import Shaped, Work, flops_of
 
-# An operation larger than this is timed with fewer rows.
-MOST_FLOPS, MOST_BYTES = 2e10, 256 * 2**20
+# An operation larger than this, or one that would take longer, is timed with fewer rows. How fast
+# products of a format are is first seen on one of so many operations: a format that the processor
+# only emulates takes a hundred times as long as another.
+MOST_FLOPS, MOST_BYTES, MOST_CALL_S = 2e10, 256 * 2**20, 0.15
+FIRST_SIDE = 512
 BUDGET_S, REPEATS = 0.02, 3
 MOST_COPIED_BYTES = 32 * 2**20
 # A plan takes more samples of what it knows least well until the sum is this sure (its standard
 # error), at most for so many seconds. A single sample is taken to be so far off.
 SURE, PATIENCE_S, UNSURE = 0.05, 2.0, 0.3
+# What was never timed is timed for no longer than this in one plan, the largest part of the step
+# first; the rest is taken to be as fast as what is most like it.
+MOST_FIRST_S = 6.0
 # Of how many samples a rate remembers; what is older than this counts as two of them.
 MOST_SAMPLES, OLD_S, OF_OLD = 32, 300.0, 2
 # What the interpreter, modules and autograd add to an operation of a step beside the operation's
@@ -149,8 +155,9 @@ class Measured:
         ]
         self.source = f"measured on this processor with {self.threads} thread(s)"
         self._stamp = [FORMAT, processor_name(), self.threads, lanes, versions().get("torch")]
-        self._patience_s = PATIENCE_S
+        self._patience_s, self._first_s = PATIENCE_S, MOST_FIRST_S
         self._stand_ins: dict[str, Work] = {}
+        self._flops: dict[torch.dtype, float] = {}
         self._known = self._read()
 
     @classmethod
@@ -161,12 +168,42 @@ class Measured:
     def seconds(self, work: Iterable[Work]) -> float:
         """The sum of their times and of the interpreter's."""
         found = _kinds(work)
-        missing = [key for key in found if key not in self._known]
-        for key in missing:
-            self._sample(key, found[key].example)
+        missing = self._sample_missing(found)
         if self._until_sure(found) or missing:
             self._write()
-        return sum(kind.amount * self._known[key].mean for key, kind in found.items())
+        return sum(kind.amount * self._rate(key).mean for key, kind in found.items())
+
+    def _sample_missing(self, found: Mapping[str, Kind]) -> bool:
+        """Time what was never timed, the largest part first, while there is time for it."""
+        missing = [key for key in found if key not in self._known]
+        missing.sort(key=lambda key: -found[key].expected_s)
+        began = time.perf_counter()
+        for key in missing:
+            if time.perf_counter() - began < self._first_s or self._like(key) is None:
+                self._sample(key, found[key].example)
+        self._first_s -= time.perf_counter() - began
+        return bool(missing)
+
+    def _rate(self, key: str) -> Rate:
+        """A kind's rate, or that of the one most like it, which is less sure."""
+        like = key if key in self._known else self._like(key)
+        assert like is not None
+        rate = self._known[like]
+        return rate if like == key else Rate(rate.mean, count=1, when=time.time())
+
+    def _like(self, key: str) -> str | None:
+        """The known kind of the same format and unit that is most like one."""
+        kinds = [own for own in self._known if _unit(own) == _unit(key)]
+        name, size = key.partition("|")[0], _size(key)
+        kinds.sort(key=lambda own: (own.partition("|")[0] != name, abs(_size(own) - size)))
+        return kinds[0] if kinds else None
+
+    def _most_flops(self, dtype: torch.dtype) -> float:
+        """The largest product of a format that is timed."""
+        if dtype not in self._flops:
+            first = _product(dtype, FIRST_SIDE)
+            self._flops[dtype] = first.flops / self._timed(first)
+        return min(MOST_FLOPS, MOST_CALL_S * self._flops[dtype])
 
     def sample(self, work: Iterable[Work]) -> None:
         """Time each of their kinds once more."""
@@ -178,8 +215,9 @@ class Measured:
         """Take samples of what adds most to the sum's error; whether there were any."""
         began, taken = time.perf_counter(), False
         while found:
-            total = sum(kind.amount * self._known[key].mean for key, kind in found.items())
-            errors = {key: kind.amount * self._known[key].error() for key, kind in found.items()}
+            known = {key: self._rate(key) for key in found}
+            total = sum(kind.amount * known[key].mean for key, kind in found.items())
+            errors = {key: kind.amount * known[key].error() for key, kind in found.items()}
             late = time.perf_counter() - began > self._patience_s
             if late or math.hypot(*errors.values()) <= SURE * total:
                 break
@@ -195,7 +233,8 @@ class Measured:
         if own is None:
             rate.add(interpreted())
             return
-        tried = self._stand_ins.get(key) or _smaller(own)
+        most = self._most_flops(own.dtype) if own.flops else MOST_FLOPS
+        tried = self._stand_ins.get(key) or _smaller(own, most)
         try:
             seconds = self._timed(tried)
         except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError):
@@ -238,6 +277,13 @@ class Kind:
     example: Work | None
     amount: float = 0.0
 
+    @property
+    def expected_s(self) -> float:
+        """Roughly what they take, to begin with those that matter."""
+        if self.example is None:
+            return math.inf
+        return self.amount / (1e11 if self.example.flops else 1e10)
+
 
 def _kinds(work: Iterable[Work]) -> dict[str, Kind]:
     """Operations by kind and class of size, and the interpreter's calls for all of them."""
@@ -265,27 +311,39 @@ def _class_of(own: Work) -> str:
     return f"{key_of(own)}|{round(math.log2(max(1, own.bytes)))}|{turned}"
 
 
+def _unit(key: str) -> tuple[str, ...]:
+    """The format of a class and whether it counts operations or bytes; the interpreter's name."""
+    parts = key.split("|")
+    return (parts[1], "flops" if "x" in parts[2] else "bytes") if len(parts) > 1 else (key,)
+
+
+def _size(key: str) -> int:
+    """The size of a class, as a logarithm."""
+    return sum(map(int, key.split("|")[2].split("x"))) if "|" in key else 0
+
+
 def _copy() -> Work:
     flat = Shaped((MOST_BYTES // 8,), (1,), torch.uint8)
     clone = torch.ops.aten.clone.default
     return Work("aten::clone", 0, MOST_BYTES // 4, torch.uint8, clone, (flat,), {})
 
 
-def _smaller(own: Work) -> Work:
+def _smaller(own: Work, most_flops: float | None = None) -> Work:
     """An operation as it is or, where that would take long, with fewer rows."""
+    most_flops = most_flops or MOST_FLOPS
     if not own.flops:
         return _fewer_bytes(own)
-    if own.flops <= MOST_FLOPS:
+    if own.flops <= most_flops:
         return own
     last = own.operands[-2:]
     if [len(x.shape) for x in last] == [2, 2]:
         a, b = last
-        rows = max(16, int(a.shape[0] * MOST_FLOPS / own.flops))
+        rows = max(16, int(a.shape[0] * most_flops / own.flops))
         a = Shaped((rows, a.shape[1]), a.stride, a.dtype)
         flops = 2 * rows * math.prod(b.shape)
         return Work("aten::mm", flops, own.bytes, own.dtype, torch.ops.aten.mm.default, (a, b), {})
     if len(own.operands[0].shape) == 4:
-        return _shorter(own)
+        return _shorter(own, most_flops)
     return _product(own.dtype)
 
 
@@ -339,7 +397,7 @@ def _counted_anew(own: Work, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     return replace(made, bytes=own.bytes * now // max(1, before))
 
 
-def _shorter(own: Work) -> Work:
+def _shorter(own: Work, most_flops: float) -> Work:
     """Attention over fewer tokens, in one row where several were packed."""
     rows, _, tokens, _ = own.operands[0].shape
     kept = tokens
@@ -352,7 +410,7 @@ def _shorter(own: Work) -> Work:
         return Shaped(tuple(shape), x.stride, x.dtype)
 
     made = own
-    while made.flops > MOST_FLOPS and kept > 1:
+    while made.flops > most_flops and kept > 1:
         kept //= 2
         args, kwargs = tree_map_only(Shaped, cut, (own.args, dict(own.kwargs)))
         args = tuple([] if isinstance(x, (list, tuple)) else x for x in args)

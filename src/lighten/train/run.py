@@ -81,6 +81,8 @@ def train(
     with TrainingProgress(enabled=progress and accelerator.is_main_process) as shown:
         for notice in recipe.notices:
             shown.note(notice)
+        if prediction is None:  # else it was said before the plan was made
+            _warn_of_slow_format(recipe, device.value, shown)
         try:
             with heard_by(shown.loading):
                 _train(run, recipe, accelerator, shown, prediction, judge, resume=resume)
@@ -103,6 +105,16 @@ def train(
             if accelerator.is_main_process:
                 locks.release(run.folder)
     return run
+
+
+def _warn_of_slow_format(recipe: Recipe, device: str, shown: TrainingProgress) -> None:
+    kind = device.partition(":")[0]
+    if kind not in ("cpu", "cuda"):
+        return
+    name = "this processor" if kind == "cpu" else "this GPU"
+    known = hardware.formats(device)
+    if (slow := hardware.slow_format(recipe.compute_dtype, known, name, kind)) is not None:
+        shown.note(f"warning: {slow}")
 
 
 def _came_to_nothing(run: Run, error: BaseException) -> bool:
