@@ -87,7 +87,7 @@ def test_a_plan_has_no_more_patience_than_it_says(
 def test_what_was_never_timed_has_a_limit_and_the_rest_takes_the_rate_of_what_is_like_it(
     clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A format that is only emulated may need minutes; who asks for a plan does not wait so long."""
+    """A format that is only emulated may need minutes; nobody waits that long for a plan."""
     monkeypatch.setattr(rates, "PATIENCE_S", -1.0)
     now = [0.0]
     monkeypatch.setattr(rates.time, "perf_counter", lambda: now[0])
