@@ -11,6 +11,9 @@ from types import ModuleType
 
 import pytest
 
+from lighten.recipe import Recipe
+from lighten.recipe.section import seconds
+
 FOLDER = Path(__file__).parents[1] / "examples" / "docstrings"
 
 
@@ -40,6 +43,16 @@ def test_it_is_small_licensed_and_large_enough() -> None:
     assert len(rows("train")) > 2000
     assert len(rows("valid")) > 200
     assert len(rows("test")) > 150
+
+
+def test_the_recipe_fits_itself_to_the_machine() -> None:
+    """`make demo` is said to end in minutes: whatever the processor, training has a time."""
+    recipe = Recipe.from_file(FOLDER / "recipe.yaml")
+    assert recipe.max_steps is None
+    assert seconds(str(recipe.max_time)) <= 300
+    short = Recipe.from_file(FOLDER / "recipe.yaml", {"max_steps": 2})
+    assert (short.max_steps, short.max_time) == (2, None)
+    assert short.notices == ["max_steps takes the place of the recipe's max_time"]
 
 
 def test_no_module_stands_in_two_splits() -> None:

@@ -128,7 +128,7 @@ class Recipe(RecipeFields):
                 settings[section] = {**settings.get(section, {}), name: value}
             else:
                 settings[key] = value
-        more_notices += swept.translate(settings)
+        more_notices += aliases.one_end(settings, over) + swept.translate(settings)
         told, faults = start.take(settings, known_start)
         more_notices += told
         problems = [f"{where}: {problem}" for problem in problems + more_problems + faults]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 RENAMED = {
@@ -144,3 +144,20 @@ def translate(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], lis
         else:
             out[key] = value
     return out, notices, problems
+
+
+def one_end(settings: MutableMapping[str, Any], overrides: Mapping[str, Any]) -> list[str]:
+    """Let `max_steps` of the command line take the place of a file's `max_time`, or the reverse.
+
+    Args:
+        settings: The file's with the overrides in them; changed in place.
+        overrides: By canonical name.
+
+    Returns:
+        A notice where one was replaced.
+    """
+    for name, other in (("max_steps", "max_time"), ("max_time", "max_steps")):
+        if overrides.get(name) is not None and other not in overrides and settings.get(other):
+            settings[other] = None
+            return [f"{name} takes the place of the recipe's {other}"]
+    return []
