@@ -32,11 +32,13 @@ ROWS, MEGABYTES = 50_000, 60
 PEERS = ("datasets==5.2.0", "transformers==5.24.0", "jinja2")
 ENVIRONMENT = "benchmark-datasets"
 
-# What both measure: seconds, and the peak above what was held before. While there are children it
-# is the sum of the proportional set sizes of all processes, sampled: pages that a forked child
-# shares with its parent are there once. The parent's own peak is the kernel's high-water mark.
+# What both measure: seconds, or the peak above what was held before. While there are children it is
+# the sum of the proportional set sizes of all processes, sampled: pages that a forked child shares
+# with its parent are there once. The parent's own peak is the kernel's high-water mark. Sampling
+# takes 10 ms for each process, a tenth of two cores: seconds are those of runs without it.
 MEASURE = """
 import json, os, sys, threading, time
+job = json.loads(sys.argv[1])
 def status(name):
     for line in open("/proc/self/status"):
         if line.startswith(name):
@@ -63,7 +65,9 @@ class Peak:
         open("/proc/self/clear_refs", "w").write("5")
         self.base, self.together, self.ended = status("VmRSS"), 0, False
         self.base_pss = pss(os.getpid())
-        self.thread = threading.Thread(target=self.watch, daemon=True); self.thread.start()
+        self.thread = threading.Thread(target=self.watch, daemon=True)
+        if job["watch"]:
+            self.thread.start()
         self.began = time.perf_counter(); self.cpu = sum(os.times()[:4])
         return self
     def watch(self):
@@ -74,7 +78,9 @@ class Peak:
     def __exit__(self, *_):
         self.seconds = time.perf_counter() - self.began
         self.cpu_seconds = sum(os.times()[:4]) - self.cpu
-        self.ended = True; self.thread.join()
+        self.ended = True
+        if job["watch"]:
+            self.thread.join()
         self.bytes = max(status("VmHWM") - self.base, self.together - self.base_pss)
         self.held_bytes = status("VmRSS") - self.base
 """
@@ -82,7 +88,6 @@ class Peak:
 THEIRS = (
     MEASURE
     + """
-job = json.loads(sys.argv[1])
 import datasets, transformers
 datasets.disable_progress_bars()
 tokenizer = transformers.AutoTokenizer.from_pretrained(job["tokenizer"])
@@ -108,7 +113,6 @@ print(json.dumps({"seconds": peak.seconds, "cpu_s": peak.cpu_seconds, "peak_byte
 OURS = (
     MEASURE
     + """
-job = json.loads(sys.argv[1])
 import gc
 import lighten.train.rows as rows_of
 from lighten.models import load_tokenizer
@@ -247,11 +251,15 @@ def measure(scratch: Path, count: int, repeats: int, cores: int) -> dict[str, li
     tokenizer.save_pretrained(scratch / "tokenizer")
     data = scratch / "rows.jsonl"
     write_rows(data, count, MEGABYTES * count / ROWS)
-    theirs = {"data": str(data), "tokenizer": str(scratch / "tokenizer"), "processes": None,
-              "template": with_generation_tags(str(tokenizer.chat_template))}  # fmt: skip
-    ours = {"data": str(data), "model": MODEL}
+    theirs: dict[str, Any] = {
+        "data": str(data), "tokenizer": str(scratch / "tokenizer"), "processes": None,
+        "template": with_generation_tags(str(tokenizer.chat_template)),
+    }  # fmt: skip
+    ours: dict[str, Any] = {"data": str(data), "model": MODEL}
     rows: dict[str, list[dict[str, Any]]] = {}
-    for turn in range(repeats):
+    for turn in range(repeats + 1):
+        # The last turn is for the memory alone.
+        theirs["watch"] = ours["watch"] = turn == repeats
         for name, settings in (
             ("datasets, marks", {"marks": True}),
             ("datasets, ids alone", {"marks": False}),
@@ -264,15 +272,15 @@ def measure(scratch: Path, count: int, repeats: int, cores: int) -> dict[str, li
             for name in ("lighten", "lighten, second start"):
                 found = measured(OURS, ours, sys.executable, Path(cache))
                 rows.setdefault(name, []).append(found)
-        print(f"turn {turn + 1} of {repeats}", flush=True)
+        print(f"turn {turn + 1} of {repeats + 1}", flush=True)
     return rows
 
 
 def _median(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        key: statistics.median(run[key] for run in runs) if value is not None else None
-        for key, value in runs[0].items()
-    }
+    """Seconds of the runs that nothing watched; all else of the one that was."""
+    *timed, watched = runs
+    seconds = {key: statistics.median(run[key] for run in timed) for key in ("seconds", "cpu_s")}
+    return {**watched, **seconds}
 
 
 if __name__ == "__main__":
