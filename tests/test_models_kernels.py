@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from lighten import native
 from lighten.models import attention as blocks
 from lighten.models import kernels
 from lighten.models.kernels import attention as kernel
@@ -161,6 +163,26 @@ def test_the_kernel_is_as_close_as_the_blocks(monkeypatch: pytest.MonkeyPatch) -
     plain = blocks.block_attention(q, k, v, 0.2, (0, 100, 150))
     assert not torch.equal(ours, plain)
     assert error(ours, wanted) < 1.1 * error(plain, wanted)
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc")
+def test_a_compiler_of_c_links_the_library_of_cpp_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As CXX is after PEFT made a BOFT adapter."""
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "threads.cpp").write_text(
+        "#include <thread>\n"
+        'extern "C" int answer() { int a = 0; std::thread([&] { a = 7; }).join(); return a; }\n'
+    )
+    monkeypatch.setenv("CXX", "gcc")
+    monkeypatch.setenv("LIGHTEN_CACHE", str(tmp_path / "cache"))
+    path = native.compiled(tmp_path / "code", [])
+    done = subprocess.run(  # in this process others have loaded the library of C++
+        [sys.executable, "-c", f"import ctypes; print(ctypes.CDLL({str(path)!r}).answer())"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout == "7\n", done.stderr
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import os
 import shutil
 import stat
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from pathlib import Path
 from lighten.hardware import cache_folder
 
 OPTIONS = ("-std=c++17", "-fPIC", "-shared", "-pthread")
+# CXX may name a compiler of C, which leaves the library of C++ out: PEFT's BOFT leaves "gcc" there.
+LIBRARIES = ("-lstdc++",) if sys.platform.startswith("linux") else ()
 LONGEST_S = 120.0  # of a compilation
 
 
@@ -64,7 +67,7 @@ def _made(compiler: str, folder: Path, options: Sequence[str], of: Sequence[str]
         with tempfile.TemporaryDirectory(dir=kept) as scratch:
             made = Path(scratch) / "made.so"
             subprocess.run(
-                [compiler, "-o", str(made), *map(str, sources), *options],
+                [compiler, "-o", str(made), *map(str, sources), *options, *LIBRARIES],
                 capture_output=True, text=True, check=True, timeout=LONGEST_S,
             )  # fmt: skip
             made.chmod(0o700)
