@@ -26,8 +26,9 @@ from benchmarks.comparison import loss_difference
 from benchmarks.steps import Steps
 from lighten import models
 from lighten.hardware import PeakMemory
+from lighten.train.batching import choose_passes
 from lighten.train.lanes import FULL_TOKENS
-from lighten.train.prepare import choose_passes, load_base
+from lighten.train.prepare import load_base
 
 # Rows of a micro-batch never decide in a cohort: its tokens do.
 MANY_ROWS = 4096

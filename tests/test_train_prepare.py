@@ -10,7 +10,7 @@ import lighten
 from lighten import hardware
 from lighten.errors import UserError
 from lighten.models import attention
-from lighten.train.prepare import choose_packing, choose_tokens
+from lighten.train.batching import choose_packing, choose_tokens
 from tests.tiny import tiny_model
 
 

@@ -167,6 +167,7 @@ ELSEWHERE = {
     "packing": "below: the layout changes, the result must not",
     "lanes": "below: the layout changes, the result must not",
     "sweep": "test_sweep_arms, test_sweep", "quantize": "test_quantize",
+    "offload_base": "test_streamed_base: memory changes, the result must not",
     "torch_compile": "test_train_compiled: code changes, the result must not",
     "evaluate.extra_metrics": "test_evaluate_metrics",
     "evaluate.batch_size": "test_evaluate, trap 17: the result must not change",

@@ -23,10 +23,10 @@ from lighten.models import limits_of
 from lighten.recipe import EvaluateOptions, Recipe
 from lighten.runs import Run
 from lighten.train import held_out_data
+from lighten.train.batching import choose_tokens
 from lighten.train.held_out_data import HeldOutData
 from lighten.train.heldout import held_out
 from lighten.train.loss import Objective
-from lighten.train.prepare import choose_tokens
 from lighten.wording import counted
 
 Progress = Callable[[str, int, int], None]

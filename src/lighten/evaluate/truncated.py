@@ -24,10 +24,11 @@ from lighten.evaluate.evaluation import held_out_examples, verdict
 from lighten.models import Base, limits_of
 from lighten.recipe import Recipe
 from lighten.runs import Run
+from lighten.train.batching import choose_packing, choose_tokens
 from lighten.train.held_out_data import encoded
 from lighten.train.heldout import HeldOut, held_out
 from lighten.train.loss import Objective
-from lighten.train.prepare import choose_packing, choose_tokens, load_base
+from lighten.train.prepare import load_base
 
 Progress = Callable[[str, int, int], None]
 

@@ -8,7 +8,7 @@ import importlib.util
 import logging
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +48,9 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model", "tekken.json", "tokenizer_config.json",
 )  # fmt: skip
 
+# Folder, format of the products and what is left to quantise; the model and what feeds it.
+Build = Callable[[Path, torch.dtype, quantized.Storage | None], tuple[PreTrainedModel, Any]]
+
 
 @dataclass
 class Base:
@@ -65,6 +68,7 @@ class Base:
         attention: The attention implementation in use and why.
         quantization: How its linear layers are stored and why; None: in `dtype`, like the rest.
         weights: Its weight files, in order of their names; none if it has none on disk.
+        feed: What brings its layers where they are not in memory, and says what it did.
     """
 
     model: PreTrainedModel
@@ -78,6 +82,7 @@ class Base:
     attention: Choice
     quantization: Choice | None = None
     weights: tuple[Path, ...] = ()
+    feed: Any = None
 
     @functools.cached_property
     def checksum(self) -> str | None:
@@ -100,6 +105,7 @@ def load(
     load_in_8bit: bool = False,
     bnb_4bit_quant_type: str = "nf4",
     bnb_4bit_use_double_quant: bool = False,
+    build: Build | None = None,
 ) -> Base:
     """Find a base by name and load it.
 
@@ -115,6 +121,8 @@ def load(
         load_in_8bit: The same in 8 bits.
         bnb_4bit_quant_type: `nf4` or `fp4`.
         bnb_4bit_use_double_quant: Quantise the scales of the 4 bits too.
+        build: Makes the model, frozen and in its final form, and its feed; None: all of it is
+            loaded.
 
     Raises:
         UserError: No such model, no safetensors in it, an attention that is not installed, or both
@@ -128,7 +136,7 @@ def load(
     torch_dtype: torch.dtype = getattr(torch, chosen.value)
     _check_attention(attn_implementation)
     source, path = locate(name, revision=revision, code=trust_remote_code)
-    left = storage
+    left, feed = storage, None
     with allocator.temporaries_given_back() if storage else nullcontext():
         folder = gguf.converted(path) if source == "gguf" else path
         _require_safetensors(folder)
@@ -137,10 +145,13 @@ def load(
         read_config(folder, trust_remote_code=trust_remote_code)
         tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
         left = quantized.left_to_do(name, folder, storage)
-        model = _pretrained(name, folder, torch_dtype, trust_remote_code, left, device)
-        quantized.finish(model, left, torch_dtype, device)
-        if quantized.census(model).storage is not None:
-            quantized.let_go_of_files(model)
+        if build is not None:
+            model, feed = build(folder, torch_dtype, left)
+        else:
+            model = _pretrained(name, folder, torch_dtype, trust_remote_code, left, device)
+            quantized.finish(model, left, torch_dtype, device)
+            if quantized.census(model).storage is not None:
+                quantized.let_go_of_files(model)
     attention = set_attention(model, attn_implementation, device)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= _rows(model):
         # Padding is never attended to and never supervised, so any token serves (trap 11).
@@ -160,6 +171,7 @@ def load(
         attention=attention,
         quantization=quantized.explain(model, storage),
         weights=tuple(weights),
+        feed=feed,
     )
 
 

@@ -82,16 +82,18 @@ class Census:
     storage: Storage | None
 
 
-class _Product(torch.autograd.Function):
-    """x Wᵀ + b with W dequantised for the product alone, once more in the backward pass."""
+class WeightFetched(torch.autograd.Function):
+    """x Wᵀ + b with W made for the product alone by `dense_weight`, once more in the backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Any) -> Tensor:
+        """[..., I] → [..., O]; the layer is kept, its weight is not."""
         ctx.layer = layer
         return F.linear(x, layer.dense_weight(), layer.bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """[..., O] → [..., I]; a frozen weight has no gradient."""
         return grad @ ctx.layer.dense_weight(), None
 
 
@@ -139,7 +141,7 @@ def layer_types() -> tuple[type[nn.Linear], type[nn.Linear]]:
 
         def forward(self, x: Tensor) -> Tensor:
             """The product, x Wᵀ + b."""
-            return _Product.apply(x, self)
+            return WeightFetched.apply(x, self)
 
     class Linear8bit(bnb.nn.Linear8bitLt):
         """A frozen linear layer in 8 bits, one scale per output."""
@@ -155,7 +157,7 @@ def layer_types() -> tuple[type[nn.Linear], type[nn.Linear]]:
 
         def forward(self, x: Tensor) -> Tensor:
             """The product, x Wᵀ + b; the activations are not quantised."""
-            return _Product.apply(x, self)
+            return WeightFetched.apply(x, self)
 
     return Linear4bit, Linear8bit
 
@@ -225,7 +227,7 @@ def finish(
         if type(module).__name__ in ("Linear4bit", "Linear8bitLt"):
             made = _adopted(module, compute)
         elif wanted is not None and module is not head and type(module) in (nn.Linear, Conv1D):
-            made = _quantised(module, wanted, compute, device)
+            made = quantised(module, wanted, compute, device)
         else:
             continue
         model.set_submodule(path, made)
@@ -242,7 +244,18 @@ def let_go_of_files(model: nn.Module) -> None:
             tensor.data = tensor.data.clone()
 
 
-def _quantised(module: nn.Module, wanted: Storage, compute: torch.dtype, device: str) -> nn.Module:
+def quantised(module: nn.Module, wanted: Storage, compute: torch.dtype, device: str) -> nn.Module:
+    """A dense linear layer's weight in few bits, in our layer.
+
+    Args:
+        module: `nn.Linear` or `Conv1D`.
+        wanted: How it is stored.
+        compute: The format of the products.
+        device: Where it goes.
+
+    Raises:
+        MissingExtra: bitsandbytes is not installed.
+    """
     layer_types()  # says so if bitsandbytes is missing
     import bitsandbytes as bnb
 
@@ -275,7 +288,7 @@ def rounded(weight: Tensor, storage: Storage, compute: torch.dtype) -> Tensor:
     with torch.device("meta"):
         plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     plain.weight = nn.Parameter(weight, requires_grad=False)
-    layer: Any = _quantised(plain, storage, compute, "cpu")
+    layer: Any = quantised(plain, storage, compute, "cpu")
     found: Tensor = layer.dense_weight()
     return found
 
@@ -316,16 +329,19 @@ def packed_layer(
 
 def census(model: nn.Module) -> Census:
     """Count a model's weights as they are stored."""
-    layers = [m for m in model.modules() if hasattr(m, "dense_weight")]
-    held = {id(layer.weight): layer for layer in layers}
+    held = {id(m.weight): m for m in model.modules() if hasattr(m, "dense_weight")}
+    layers = [layer for layer in held.values() if getattr(layer, "storage", None) is not None]
     parameters = quantized = stacked = weight_bytes = 0
     seen: set[int] = set()
     for parameter in model.parameters():
         layer: Any = held.get(id(parameter))
         numbers = parameter.numel() if layer is None else layer.in_features * layer.out_features
         parameters += numbers
-        quantized += numbers if layer is not None else 0
+        quantized += numbers if getattr(layer, "storage", None) is not None else 0
         stacked += numbers if layer is None and parameter.dim() == 3 else 0
+        if hasattr(layer, "streamed_bytes"):  # of which none is here
+            weight_bytes += layer.streamed_bytes
+            continue
         for part in (parameter, *(scales_of(parameter) if layer is not None else ())):
             if part.data_ptr() not in seen:  # layers share tables
                 seen.add(part.data_ptr())

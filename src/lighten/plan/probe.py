@@ -288,7 +288,7 @@ def random_base(recipe: Recipe, device: str) -> Any:
                 parameter.normal_(std=0.02) if parameter.dim() > 1 else parameter.fill_(0.5)
             linear = type(module) in (nn.Linear, Conv1D) and module is not head
             if storage is not None and linear:
-                made = quantized._quantised(module, storage, compute, device)
+                made = quantized.quantised(module, storage, compute, device)
                 model.set_submodule(path, made)
     model.requires_grad_(False)
     return models.Base(

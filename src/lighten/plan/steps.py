@@ -186,7 +186,7 @@ def largest_step(
             own = {member.name for member in group}
             found += layout(
                 [item for item in items if item.member in own], lengths,
-                max_rows=recipe.per_device_train_batch_size,
+                max_rows=setup.rows_per_microbatch,
                 max_tokens=setup.tokens_per_microbatch, packed=packed, lanes=setup.lanes,
             )  # fmt: skip
         return found

@@ -266,6 +266,12 @@ class RecipeFields(Section):
         "training",
         "activations wait in pinned main memory (GPU) or in a scratch file (processor)",
     )
+    offload_base: Literal["none", "cpu", "disk"] = _field(
+        "none",
+        "training",
+        "where the frozen layers wait: disk streams them from the model's files, cpu from main "
+        "memory to a GPU, each while the one before computes; a few are in memory at a time",
+    )
     torch_compile: bool | Literal["auto"] = _field(
         "auto",
         "training",

@@ -93,7 +93,7 @@ def _obstacle(trained: Trained, device: str) -> str | None:
     if any(spec.dropout for spec in trained.specs.values()):
         return "lora_dropout forms its masks outside of compiled code"
     if any(is_quantized(module) for module in model.modules()):
-        return "a quantised base is dequantised outside of compiled code"
+        return "a quantised or streamed base's weights are made outside of compiled code"
     if not decoder_layers(model):
         return f"{type(model).__name__} does not say which of its layers are alike"
     if device != "cpu" and importlib.util.find_spec("triton") is None:

@@ -323,8 +323,7 @@ class Loop:
 
     def _micro_batches(self, step: int, members: list[Member]) -> Iterator[MicroBatch]:
         """This rank's micro-batches of a step, every adapter with its own order of examples."""
-        setup, recipe = self.setup, self.setup.recipe
-        accelerator = setup.accelerator
+        setup, accelerator = self.setup, self.setup.accelerator
         epoch, place = divmod(step, setup.steps_per_epoch)
         items = []
         for member in members:
@@ -336,7 +335,7 @@ class Loop:
         for part in layout(
             items,
             self._lengths,
-            max_rows=recipe.per_device_train_batch_size,
+            max_rows=setup.rows_per_microbatch,
             max_tokens=setup.tokens_per_microbatch,
             packed=packed,
             lanes=setup.lanes,

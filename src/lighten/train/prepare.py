@@ -16,13 +16,13 @@ from lighten.adapters import AdapterSpec, Trained, WholeBase, attach
 from lighten.adapters.files import check_fit, read_weights
 from lighten.errors import UserError
 from lighten.hardware import Choice, choose_dtype
-from lighten.models import attention
 from lighten.models.load import locate
 from lighten.models.trainable import refuse_rounded_activations, require_gradients
 from lighten.peft_config import WEIGHTS, tensor_shapes
 from lighten.recipe import AdapterOptions, Recipe
 from lighten.recipe.section import seconds
-from lighten.train import compiled, gates, lanes, norms, optimizers
+from lighten.train import compiled, gates, lanes, norms, optimizers, streaming
+from lighten.train.batching import choose_packing, choose_passes, choose_tokens
 from lighten.train.loss import Objective
 from lighten.train.member import Member, MemberSettings
 from lighten.train.memory import checkpoint_layers
@@ -30,12 +30,6 @@ from lighten.train.offload import offload_activations
 from lighten.train.rows import Rows
 from lighten.train.scaling import LossScaler
 from lighten.train.schedule import warmup_length
-
-# Matrix products of this many rows come near a processor's full rate. Each costs as much as some
-# more rows before its first one, and of the quicker ones on AMX tiles that is a larger share
-# (docs/lab-notes.md).
-CPU_TOKENS, TILES_TOKENS = 1024, 1536
-TILES = "amx_bf16"
 
 
 @dataclass
@@ -55,6 +49,7 @@ class Setup:
         steps_per_epoch: Optimiser steps of one pass over the data.
         total_steps: Of the whole run.
         tokens_per_microbatch: Tokens of one micro-batch at most, padding included.
+        rows_per_microbatch: Rows of one micro-batch at most, over all adapters.
         lanes: Micro-batches that train side by side.
         apart: Each adapter has micro-batches of its own and its optimiser moves right after them.
         choices: What was chosen for this machine, with reasons.
@@ -71,6 +66,7 @@ class Setup:
     examples_per_step: int
     steps_per_epoch: int
     total_steps: int
+    rows_per_microbatch: int
     tokens_per_microbatch: int | None = None
     lanes: int = 1
     apart: bool = False
@@ -153,6 +149,10 @@ def prepare(
     scaler = LossScaler(enabled=trained.dtype == torch.float16)
     choices["packing"] = packing = choose_packing(recipe.packing, base.model, trained.no_packing)
     tokens, why = choose_tokens(recipe.tokens_per_microbatch, device, base.dtype.value)
+    most_rows = recipe.per_device_train_batch_size
+    if base.feed is not None:
+        choices["offload_base"] = streaming.describe(recipe.offload_base, base.feed)
+        tokens, most_rows, why = streaming.micro_batch(recipe, len(trained.names))
     choices["micro-batch"] = Choice(f"{tokens} tokens" if tokens else "rows", why)
     choices["lanes"] = side_by_side = _choose_lanes(recipe, trained, rows, per_step, accelerator)
     own = per_step // accelerator.num_processes * rows.train.counts.tokens
@@ -170,7 +170,7 @@ def prepare(
     objective.packing_reason = trained.no_packing or objective.packing_reason
     return Setup(
         recipe, base, rows, trained, members, objective, accelerator, scaler,
-        per_step, steps_per_epoch, total, tokens, int(side_by_side.value),
+        per_step, steps_per_epoch, total, most_rows, tokens, int(side_by_side.value),
         passes.value == "apart", choices,
     )  # fmt: skip
 
@@ -257,56 +257,11 @@ def _untrained_tokens(recipe: Recipe, options: Sequence[AdapterOptions]) -> str 
     return "modules_to_save does not name the embedding, so they stay as they began"
 
 
-def choose_packing(
-    wanted: bool | str, model: PreTrainedModel, hindered: str | None = None
-) -> Choice:
-    """Whether rows stand behind each other in a micro-batch, and why.
-
-    Args:
-        wanted: The recipe's `packing`.
-        model: The base.
-        hindered: Why what learns cannot be packed, or None.
-
-    Raises:
-        UserError: It is wanted and the attention would look across rows.
-    """
-    name = str(model.config._attn_implementation)
-    if wanted is False:
-        return Choice("off", "packing of the recipe")
-    if hindered is not None:
-        if wanted is True:
-            raise UserError(f"packing: {hindered}; set it to false or auto")
-        return Choice("off", hindered)
-    if name in attention.PACKS:
-        return Choice("on", f"{name} attention keeps packed rows apart")
-    if wanted is True:
-        raise UserError(
-            f"packing: {name} attention would let rows look at each other; set packing to false, "
-            f"or attn_implementation to one of {', '.join(sorted(attention.PACKS))}"
-        )
-    return Choice("off", f"{name} attention does not keep packed rows apart")
-
-
-def choose_tokens(wanted: int | str | None, device: str, dtype: str) -> tuple[int | None, str]:
-    """Tokens of one micro-batch at most (None: as many as its rows have), and why.
-
-    Args:
-        wanted: `auto`, or what the recipe says.
-        device: `cpu` or `cuda`.
-        dtype: Of the products.
-    """
-    if isinstance(wanted, int):
-        return wanted, "tokens_per_microbatch of the recipe"
-    if wanted is None or device != "cpu":
-        return None, "per_device_train_batch_size alone decides"
-    if dtype == "bfloat16" and TILES in hardware.processor_flags():
-        return TILES_TOKENS, "it fills matrix products on AMX tiles; more would only cost memory"
-    return CPU_TOKENS, "it fills a processor's matrix products; more would only cost memory"
-
-
 def _choose_lanes(
     recipe: Recipe, trained: Trained, rows: Rows, per_step: int, accelerator: Accelerator
 ) -> Choice:
+    if recipe.offload_base != "none":
+        return Choice("1", "offload_base brings one layer at a time, for one micro-batch")
     if recipe.activation_offload:
         return Choice("1", "activation_offload follows one micro-batch at a time")
     own = len(trained.names) * per_step // accelerator.num_processes
@@ -318,24 +273,6 @@ def _choose_lanes(
         device=accelerator.device.type,
         threads=torch.get_num_threads(),
     )
-
-
-def choose_passes(base: models.Base, tokens: int, most: int | None, side_by_side: int) -> Choice:
-    """Whether the adapters of a cohort share micro-batches, and why.
-
-    Args:
-        base: What it is trained on.
-        tokens: Of one adapter in one step on this rank, on average.
-        most: Tokens of a micro-batch at most; None: rows decide.
-        side_by_side: The number of lanes.
-    """
-    if base.quantization is not None:
-        return Choice("together", "a weight is dequantised once for all adapters")
-    if most is None:
-        return Choice("together", "as many rows as fit read the base's weights once")
-    if tokens < side_by_side * lanes.FULL_TOKENS:
-        return Choice("together", f"{tokens} tokens of one adapter alone fill no micro-batch")
-    return Choice("apart", "each fills micro-batches, and one adapter's gradients are kept at once")
 
 
 def load_base(recipe: Recipe, device: str, *, learns: bool = False) -> models.Base:
@@ -364,6 +301,7 @@ def load_base(recipe: Recipe, device: str, *, learns: bool = False) -> models.Ba
         load_in_8bit=recipe.load_in_8bit,
         bnb_4bit_quant_type=recipe.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=recipe.bnb_4bit_use_double_quant,
+        build=streaming.builder(recipe, device, [_spec(own) for own in recipe.cohort()], learns),
     )
     if learns:
         require_gradients(base.name, base.model)

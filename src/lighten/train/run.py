@@ -19,7 +19,7 @@ from lighten.parallel import launch, ranks
 from lighten.recipe import Recipe
 from lighten.runs import PLAN, Run, write_json
 from lighten.streams import heard_by
-from lighten.train import checkpoints, optimizers, trackers
+from lighten.train import checkpoints, optimizers, streaming, trackers
 from lighten.train.checkpoints import TrainerState, weights_of
 from lighten.train.export import export
 from lighten.train.judge import Judge
@@ -77,6 +77,7 @@ def train(
         log_with=list(recipe.report_to) or None,
         project_config=trackers.places(recipe.run_folder),
     )
+    streaming.require_possible(recipe, accelerator.device.type, accelerator.num_processes)
     run = _open(recipe, accelerator, resume=resume)
     with TrainingProgress(enabled=progress and accelerator.is_main_process) as shown:
         for notice in recipe.notices:
@@ -351,6 +352,7 @@ def _finish(run: Run, setup: Setup, state: TrainerState, memory: dict[str, Any])
             "supervised_tokens": state.supervised_tokens,
             "tokens_per_second": state.tokens / state.seconds if state.seconds else None,
             **memory,
+            **({} if setup.base.feed is None else {"offload_base": setup.base.feed.facts()}),
         },
     )
 

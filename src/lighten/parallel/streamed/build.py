@@ -1,0 +1,255 @@
+"""A base built around its feed: what is streamed has no memory, the rest is read at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.pytorch_utils import Conv1D
+
+from lighten.adapters.decoder import decoder_layers
+from lighten.adapters.frozen import out_in_features
+from lighten.errors import UserError
+from lighten.models.configuration import FAULTS, read_config, reason
+from lighten.models.quantized import Storage, finish
+from lighten.parallel.streamed.feed import LayerFeed, LayerPieces, MemorySlots, Slots
+from lighten.parallel.streamed.layers import (
+    Absent,
+    Replaced,
+    StreamedLinear,
+    StreamedLinear4bit,
+)
+from lighten.parallel.streamed.packed import Linear, quantised, state_of
+from lighten.parallel.streamed.shards import DTYPES, Shards, Stored
+
+# Formats of weights as they are; others belong to a quantiser.
+DENSE = ("F32", "F16", "BF16")
+Check = Callable[[PreTrainedModel], None]
+
+
+@dataclass
+class Streamed:
+    """A base, most of which is not in memory.
+
+    Attributes:
+        model: Frozen, in the format of its products.
+        feed: What brings its layers.
+    """
+
+    model: PreTrainedModel
+    feed: LayerFeed
+
+
+def build(
+    name: str, folder: Path, dtype: torch.dtype, *, device: str, keeps: str = "disk",
+    storage: Storage | None = None, trust_remote_code: bool = False, check: Check | None = None,
+) -> Streamed:  # fmt: skip
+    """Build a model from a folder, its decoder layers' linear weights streamed.
+
+    Args:
+        name: As the user gave it.
+        folder: Of the model, with safetensors.
+        dtype: The format of the products.
+        device: `cpu` or a CUDA device.
+        keeps: Where the layers wait: `disk`, or `cpu` for pinned main memory.
+        storage: What the linear layers are quantised to, once; None: they are as in their files.
+        trust_remote_code: Run Python code that comes with the model.
+        check: Looks at the model while none of its weights is there.
+
+    Raises:
+        UserError: The model's layers cannot be streamed, or its files lack a weight.
+    """
+    shards = Shards.of(folder)
+    model = _without_weights(name, folder, dtype, trust_remote_code)
+    if check is not None:
+        check(model)
+    where = torch.device(device)
+    names = Names(name, shards, model)
+    linears = _linears(name, model, names)
+    packed = None
+    if storage is not None:
+        packed = quantised(folder, shards, linears, storage, dtype)
+    layers = [
+        _replaced(place, model, own, packed or shards, dtype, where)
+        for place, own in enumerate(linears)
+    ]
+    _fill(name, model, names, where)
+    finish(model, storage, dtype, device)  # linear layers outside of the decoder's
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.config._name_or_path = str(folder)
+    pieces = [own for own, _ in layers]
+    feed = LayerFeed(pieces, _slots(pieces, packed or shards, where, keeps))
+    for _, absent in layers:
+        absent.feed = feed
+    _follow_passes(model, feed)
+    return Streamed(model.requires_grad_(False).eval(), feed)
+
+
+class Names:
+    """What a model's weights are called in its files.
+
+    Args:
+        name: Of the model, for errors.
+        shards: The files' tensors.
+        model: Whose own names need not have the prefix of its backbone.
+    """
+
+    def __init__(self, name: str, shards: Shards, model: PreTrainedModel) -> None:
+        self._name, self.shards = name, shards
+        self._prefix = f"{model.base_model_prefix}."
+
+    def get(self, weight: str) -> str | None:
+        """The name in the files of the model's weight; None: there is none."""
+        for own in (weight, weight.removeprefix(self._prefix), f"{self._prefix}{weight}"):
+            if own in self.shards:
+                return own
+        return None
+
+    def linear(self, weight: str, module: nn.Module) -> str:
+        """The name of a linear layer's weight, dense or packed.
+
+        Raises:
+            UserError: It is not there as the model has it.
+        """
+        named = self.get(weight)
+        if named is not None and self.shards[named].kind == "U8":
+            return named
+        return self.dense(weight, tuple(module.weight.shape))[0]  # type: ignore[arg-type]
+
+    def dense(self, weight: str, shape: tuple[int, ...]) -> tuple[str, Stored]:
+        """The name of a dense weight, and where it is.
+
+        Raises:
+            UserError: It is not there as the model has it.
+        """
+        named = self.get(weight)
+        if named is None:
+            raise UserError(
+                f"offload_base: the files of {self._name} have no {weight} under that name, so it "
+                "cannot be read from where it lies; set offload_base to none"
+            )
+        stored = self.shards[named]
+        if stored.shape != shape or stored.kind not in DENSE:
+            raise UserError(
+                f"offload_base: {weight} of {self._name} is {stored.kind} {list(stored.shape)} in "
+                f"its file, and {list(shape)} in the model; only {', '.join(DENSE)} of the same "
+                "shape can be read from where they lie; set offload_base to none"
+            )
+        return named, stored
+
+
+def _without_weights(
+    name: str, folder: Path, dtype: torch.dtype, trust_remote_code: bool
+) -> PreTrainedModel:
+    """The model with shapes in place of weights, and with the buffers that it computes."""
+    config = read_config(folder, trust_remote_code=trust_remote_code)
+    try:
+        with init_empty_weights(include_buffers=False), no_init_weights():
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=trust_remote_code
+            )
+    except FAULTS as error:
+        raise UserError(f"{name} is no model that can be built: {reason(error)}") from error
+    return model
+
+
+def _linears(name: str, model: PreTrainedModel, names: Names) -> list[list[Linear]]:
+    """The linear layers of each decoder layer."""
+    layers = decoder_layers(model)
+    if not layers:
+        raise UserError(
+            f"offload_base: {type(model).__name__} does not say which of its layers are alike, so "
+            "none can be streamed; set it to none"
+        )
+    paths = {id(module): path for path, module in model.named_modules()}
+    found: list[list[Linear]] = []
+    for layer in layers:
+        stacked = [key for key, value in layer.named_parameters() if value.dim() == 3]
+        if stacked:
+            raise UserError(
+                f"offload_base: the experts of {name} are stacked ({stacked[0]}) and would stay in "
+                "memory; set it to none"
+            )
+        found.append([])
+        for module in layer.modules():
+            if type(module) in (nn.Linear, Conv1D):
+                path = paths[id(module)]
+                found[-1].append((path, module, names.linear(f"{path}.weight", module)))
+    return found
+
+
+def _replaced(
+    place: int, model: PreTrainedModel, linears: Sequence[Linear], shards: Shards,
+    dtype: torch.dtype, device: torch.device,
+) -> tuple[LayerPieces, Absent]:  # fmt: skip
+    """Put streamed layers in the place of a decoder layer's linear ones."""
+    pieces, absent = LayerPieces(), Absent(place)
+    for path, module, dense in linears:
+        # What was quantised here has the model's own names.
+        weight = dense if dense in shards else f"{path}.weight"
+        state, features = state_of(weight, shards), out_in_features(module)
+        was = Replaced(type(module), features, module.bias, dtype, device)  # type: ignore[arg-type]
+        made: StreamedLinear
+        if state is None:
+            piece = pieces.add(weight, dtype, module.weight.shape)  # type: ignore[arg-type]
+            made = StreamedLinear(was, absent, piece)
+        else:
+            if tuple(state.shape) != features:
+                raise UserError(
+                    f"{path} is {tuple(state.shape)} in its file, and {features} in the model; put "
+                    "back the config.json that belongs to it"
+                )
+            piece = pieces.add(weight, torch.uint8, shards[weight].shape)
+            scales = shards[f"{weight}.absmax"]
+            blocks = pieces.add(f"{weight}.absmax", DTYPES[scales.kind], scales.shape)
+            made = StreamedLinear4bit(was, absent, piece, blocks, state)
+        model.set_submodule(path, made)
+    return pieces, absent
+
+
+def _slots(
+    layers: Sequence[LayerPieces], shards: Shards, device: torch.device, keeps: str
+) -> Slots:
+    del device, keeps
+    return MemorySlots(layers, shards.read)
+
+
+def _fill(name: str, model: PreTrainedModel, names: Names, device: torch.device) -> None:
+    """Read what stays in memory."""
+    model.tie_weights()  # so that what is tied is one parameter, and read once
+    read: dict[int, nn.Parameter] = {}
+    for path, module in model.named_modules():
+        for key, value in list(module.named_parameters(recurse=False)):
+            if value.device.type != "meta":
+                continue
+            if id(value) not in read:
+                weight = f"{path}.{key}".lstrip(".")
+                own, _ = names.dense(weight, tuple(value.shape))
+                there = torch.empty(value.shape, dtype=value.dtype)
+                names.shards.read(own, there)
+                read[id(value)] = nn.Parameter(there.to(device), requires_grad=False)
+            setattr(module, key, read[id(value)])
+    for path, module in model.named_modules():
+        for key, buffer in list(module.named_buffers(recurse=False)):
+            weight = f"{path}.{key}".lstrip(".")
+            own_name = names.get(weight)
+            if own_name is not None and key not in module._non_persistent_buffers_set:
+                names.shards.read(own_name, buffer)
+            module._buffers[key] = buffer.to(device)
+    if any(value.device.type == "meta" for value in model.parameters()):
+        raise UserError(f"{name} is not whole: a weight is in none of its files; fetch it anew")
+
+
+def _follow_passes(model: PreTrainedModel, feed: LayerFeed) -> None:
+    def begin(_module: nn.Module, _args: Any) -> None:
+        feed.begin(learns=torch.is_grad_enabled())
+
+    model.base_model.register_forward_pre_hook(begin)

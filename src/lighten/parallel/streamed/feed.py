@@ -1,0 +1,214 @@
+"""Which layers of a base are in memory, and which comes next.
+
+Two slots take turns: a layer computes in one while the next is read into the other by a thread.
+A pass goes up through the layers, and one that learns comes down again; what a layer needs it asks
+for when it computes, so that recomputed layers, evaluations and whatever else runs the model find
+theirs, in any order.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+SLOTS = 2
+ALIGNED = 64  # bytes: a cache line, and the widest vector
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor of a layer, and its place in the layer's slot.
+
+    Attributes:
+        name: In the model's files.
+        dtype: In the slot.
+        shape: Its shape.
+        start: Its first byte in the slot.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def bytes(self) -> int:
+        """In the slot."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def of(self, slot: Tensor) -> Tensor:
+        """Its numbers, where the slot holds its layer."""
+        return slot[self.start : self.start + self.bytes].view(self.dtype).view(self.shape)
+
+
+class LayerPieces:
+    """What is streamed of one layer: pieces, one behind the other."""
+
+    def __init__(self) -> None:
+        self.pieces: list[Piece] = []
+        self.bytes = 0
+
+    def add(self, name: str, dtype: torch.dtype, shape: Sequence[int]) -> Piece:
+        """A further piece."""
+        piece = Piece(name, dtype, tuple(shape), self.bytes)
+        self.pieces.append(piece)
+        self.bytes += -(-piece.bytes // ALIGNED) * ALIGNED
+        return piece
+
+
+class Slots(Protocol):
+    """Memory for a few layers, and how it is filled."""
+
+    def __getitem__(self, place: int) -> Tensor:
+        """A slot's bytes, uint8."""
+
+    def fill(self, place: int, layer: int) -> None:
+        """Put a layer there; in the reading thread."""
+
+    def begin(self, place: int) -> None:
+        """What computes from here on reads this slot."""
+
+    def end(self, place: int) -> None:
+        """What computes from here on does not."""
+
+
+class MemorySlots:
+    """Slots in main memory, for a processor.
+
+    Args:
+        layers: What is streamed.
+        read: Reads a tensor of the model's files into another.
+    """
+
+    def __init__(self, layers: Sequence[LayerPieces], read: Callable[[str, Tensor], None]) -> None:
+        self._layers, self._read = layers, read
+        size = max(own.bytes for own in layers)
+        self._slots = [torch.empty(size, dtype=torch.uint8) for _ in range(SLOTS)]
+
+    def __getitem__(self, place: int) -> Tensor:
+        return self._slots[place]
+
+    def fill(self, place: int, layer: int) -> None:
+        """See `Slots`."""
+        for piece in self._layers[layer].pieces:
+            self._read(piece.name, piece.of(self._slots[place]))
+
+    def begin(self, place: int) -> None:
+        """A processor has waited already."""
+
+    def end(self, place: int) -> None:
+        """A processor is done with what it has been told."""
+
+
+class LayerFeed:
+    """Keeps the layer that computes in memory, and has the next one read meanwhile.
+
+    Attributes:
+        reads: Layers read so far.
+        read_bytes: Their bytes in memory.
+        waited_s: What computing has waited for them.
+
+    Args:
+        layers: What is streamed of each layer, first to last.
+        slots: Where to.
+    """
+
+    def __init__(self, layers: Sequence[LayerPieces], slots: Slots) -> None:
+        self.layers, self._slots = layers, slots
+        self.reads, self.read_bytes, self.waited_s = 0, 0, 0.0
+        self._held: list[int | None] = [None] * SLOTS
+        self._coming: tuple[int, int, Future[None]] | None = None  # layer, place, its reading
+        self._now: int | None = None  # the place that computes
+        self._learns = False
+        self._lock = threading.Lock()
+        # PyTorch's threads belong to what computes.
+        self._reader = ThreadPoolExecutor(1, "layers", lambda: torch.set_num_threads(1))
+
+    @property
+    def base_bytes(self) -> int:
+        """Of all layers, in the form in which they are read."""
+        return sum(own.bytes for own in self.layers)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Of the slots together."""
+        return SLOTS * max(own.bytes for own in self.layers)
+
+    def facts(self) -> dict[str, Any]:
+        """What `run.json` keeps."""
+        return {
+            "streamed_bytes": self.base_bytes, "resident_layers": SLOTS, "reads": self.reads,
+            "read_bytes": self.read_bytes, "waited_s": self.waited_s,
+        }  # fmt: skip
+
+    def begin(self, learns: bool) -> None:
+        """A pass begins at the first layer.
+
+        Args:
+            learns: It will come down again.
+        """
+        with self._lock:
+            self._learns = learns
+            self._prefetch(0)
+
+    def get(self, layer: int, piece: Piece) -> Tensor:
+        """A tensor of a layer, valid until another layer is asked for."""
+        with self._lock:
+            if self._now is None or self._held[self._now] != layer:
+                self._turn_to(layer)
+            assert self._now is not None
+            return piece.of(self._slots[self._now])
+
+    def _turn_to(self, layer: int) -> None:
+        left = None if self._now is None else self._held[self._now]
+        if self._now is not None:
+            self._slots.end(self._now)
+        if layer not in self._held:
+            if self._coming is None or self._coming[0] != layer:
+                self._settle()
+                self._read(layer)
+            self._settle()
+        self._now = self._held.index(layer)
+        self._slots.begin(self._now)
+        rising = left is None or layer > left
+        last = len(self.layers) - 1
+        if rising and layer < last:
+            self._prefetch(layer + 1)
+        elif rising and not self._learns:
+            self._prefetch(0)  # of the next pass
+        elif not rising and layer > 0:
+            self._prefetch(layer - 1)
+
+    def _prefetch(self, layer: int) -> None:
+        if layer in self._held or (self._coming is not None and self._coming[0] == layer):
+            return
+        if self._coming is None or self._coming[2].done():
+            self._settle()
+            if layer not in self._held:
+                self._read(layer)
+
+    def _read(self, layer: int) -> None:
+        """Begin to read a layer into a slot that nothing computes from."""
+        place = next(place for place in range(SLOTS) if place != self._now)
+        self._held[place] = None
+        self._coming = layer, place, self._reader.submit(self._slots.fill, place, layer)
+
+    def _settle(self) -> None:
+        """Wait for what is being read."""
+        if self._coming is None:
+            return
+        layer, place, reading = self._coming
+        self._coming = None
+        began = time.perf_counter()
+        reading.result()
+        self.waited_s += time.perf_counter() - began
+        self._held[place] = layer
+        self.reads += 1
+        self.read_bytes += self.layers[layer].bytes

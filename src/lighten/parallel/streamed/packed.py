@@ -1,0 +1,120 @@
+"""Decoder layers in 4 bits, to be streamed: as a checkpoint holds them, or quantised once and kept.
+
+The kept files have bitsandbytes' own names and contents, as transformers saves a quantised model:
+`…weight` (packed), `…weight.absmax` and the rest of its `QuantState`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lighten.errors import UserError
+from lighten.hardware import cache_folder
+from lighten.models import quantized
+from lighten.models.quantized import Storage
+from lighten.parallel.streamed.shards import DTYPES, Shards
+from lighten.whole_files import whole_folder
+
+log = logging.getLogger(__name__)
+# Raised when what is written changes, so that an old copy is not taken for it.
+LAYOUT = 1
+_SPARE_BYTES = 2**30  # left on the disk beside a kept copy
+_DONE = "complete"
+
+# A linear layer by its path in the model: the module, and its dense weight's name in the files.
+Linear = tuple[str, nn.Module, str]
+
+
+def quantised(
+    folder: Path, shards: Shards, layers: Sequence[Sequence[Linear]], storage: Storage,
+    compute: torch.dtype,
+) -> Shards:  # fmt: skip
+    """The linear layers in few bits, quantised at the first call, a layer at a time.
+
+    Args:
+        folder: Of the model.
+        shards: Its files' tensors.
+        layers: The linear layers of each decoder layer.
+        storage: Of 4 bits.
+        compute: The format that weights are rounded from.
+
+    Raises:
+        UserError: There is no room for the copy.
+    """
+    kept = cache_folder() / "streamed" / _fingerprint(shards, storage, compute) / str(LAYOUT)
+    if not (kept / _DONE).is_file():
+        stored = [shards[own] for layer in layers for _, _, own in layer]
+        numbers = sum(own.bytes // DTYPES[own.kind].itemsize for own in stored)
+        needed = int(0.57 * numbers)  # half a byte, and a float32 for 64 of them
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(kept.parent).free
+        if free < needed + _SPARE_BYTES:
+            raise UserError(
+                f"offload_base: {folder} takes {needed / 1e9:.1f} GB in 4 bits, and {kept.parent} "
+                f"has {free / 1e9:.1f} GB free; set LIGHTEN_CACHE to a folder with more room"
+            )
+        log.warning(
+            "quantising %s to %s once; the copy (%.1f GB) is kept in %s",
+            folder, storage, needed / 1e9, kept,
+        )  # fmt: skip
+        with whole_folder(kept) as partial:
+            for place, layer in enumerate(layers):
+                tensors: dict[str, Tensor] = {}
+                for path, module, own in layer:
+                    tensors |= _packed(path, module, own, shards, storage, compute)
+                save_file(tensors, partial / f"layer-{place:05d}.safetensors")
+            (partial / _DONE).touch()
+    return Shards(sorted(kept.glob("*.safetensors")))
+
+
+def _packed(
+    path: str, module: nn.Module, own: str, shards: Shards, storage: Storage, compute: torch.dtype
+) -> dict[str, Tensor]:
+    weight = torch.empty(module.weight.shape, dtype=compute)  # type: ignore[arg-type]
+    shards.read(own, weight)
+    with torch.device("meta"):
+        plain: Any = type(module)(1, 1)  # Linear or Conv1D, of which the weight alone is read
+    plain.weight, plain.bias = nn.Parameter(weight, requires_grad=False), None
+    made: Any = quantized.quantised(plain, storage, compute, "cpu")
+    state = made.weight.quant_state.as_dict(packed=True)
+    found = {f"{path}.weight": made.weight.data}
+    return found | {f"{path}.weight.{key}": value.clone() for key, value in state.items()}
+
+
+def _fingerprint(shards: Shards, storage: Storage, compute: torch.dtype) -> str:
+    """Of the files as they are now, and of what is made of them."""
+    files = sorted({own.path.resolve() for own in shards.values()})
+    said = [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
+    return hashlib.sha256("\n".join([*said, str(storage), str(compute)]).encode()).hexdigest()[:24]
+
+
+def state_of(weight: str, shards: Shards) -> Any | None:
+    """The `QuantState` of a packed weight without its scales; None: it is not packed.
+
+    Args:
+        weight: Name of the weight in the files.
+        shards: Their tensors.
+    """
+    prefix = f"{weight}."
+    names = [name for name in shards if name.startswith(prefix)]
+    if not any(".quant_state.bitsandbytes__" in name for name in names):
+        return None
+    quantized.require_bitsandbytes()
+    from bitsandbytes.functional import QuantState
+
+    parts = {}
+    for name in names:
+        parts[name] = torch.empty(shards[name].shape, dtype=DTYPES[shards[name].kind])
+        shards.read(name, parts[name])
+    state = QuantState.from_dict(parts, device=torch.device("cpu"))
+    state.absmax = None
+    return state

@@ -1,0 +1,192 @@
+"""Tensors of safetensors files, read into memory that is there already, a few pages at a time.
+
+Files are mapped: that reads faster than `preadv`, and pages go back to the system as soon as they
+were read (`MADV_DONTNEED`), while its page cache keeps them for as long as it has room.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lighten.errors import UserError
+
+INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
+# Of a tensor so much is in memory twice at any time.
+STRETCH_BYTES = 4 * 2**20
+DTYPES = {
+    "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8,
+}  # fmt: skip
+_HEADER = 8  # bytes in front of the header, which say how long it is
+
+
+class RateLimit:
+    """Holds reading down to a rate, as a slower disk would. For benchmarks.
+
+    Args:
+        bytes_per_s: The rate.
+    """
+
+    def __init__(self, bytes_per_s: float) -> None:
+        self.bytes_per_s = bytes_per_s
+        self._free_at = 0.0
+
+    def after(self, size: int) -> None:
+        """Wait until so many more bytes may have been read."""
+        self._free_at = max(self._free_at, time.monotonic()) + size / self.bytes_per_s
+        time.sleep(max(0.0, self._free_at - time.monotonic()))
+
+
+# What benchmarks set; None: as fast as the disk is.
+limit: RateLimit | None = None
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor is.
+
+    Attributes:
+        path: Its file.
+        kind: Its format in the file, such as `BF16`.
+        shape: Its shape.
+        start: Its first byte in the file.
+        bytes: How many it has.
+    """
+
+    path: Path
+    kind: str
+    shape: tuple[int, ...]
+    start: int
+    bytes: int
+
+
+class _Mapped:
+    """A file's bytes as one tensor; nothing of it is in memory before it is read."""
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        # By its address: tensors over memory that Python knows to be read-only come with a warning.
+        self._bytes = np.frombuffer(self._map, dtype=np.uint8)
+        self._address = self._bytes.ctypes.data
+
+    def tensor(self, start: int, size: int, dtype: torch.dtype) -> Tensor:
+        """Numbers of the file, [n]; never to be written."""
+        place = ctypes.cast(self._address + start, ctypes.POINTER(ctypes.c_uint8))
+        return torch.from_numpy(np.ctypeslib.as_array(place, (size,))).view(dtype)
+
+    def fetch(self, start: int, size: int) -> None:
+        """Let the system begin to read."""
+        self._advise("MADV_WILLNEED", start, size)
+
+    def let_go(self, start: int, size: int) -> None:
+        """Give the pages back."""
+        self._advise("MADV_DONTNEED", start, size)
+
+    def _advise(self, what: str, start: int, size: int) -> None:
+        if not hasattr(mmap, what):  # Windows
+            return
+        first = start - start % mmap.PAGESIZE
+        self._map.madvise(getattr(mmap, what), first, min(start + size, len(self._map)) - first)
+
+
+class Shards(Mapping[str, Stored]):
+    """The tensors of a model's files by name.
+
+    Args:
+        files: In whose names' order later ones win.
+
+    Raises:
+        UserError: One is torn.
+    """
+
+    def __init__(self, files: list[Path]) -> None:
+        self._stored: dict[str, Stored] = {}
+        for path in files:
+            self._stored |= _header(path)
+        self._mapped: dict[Path, _Mapped] = {}
+        self._lock = threading.Lock()
+
+    @classmethod
+    def of(cls, folder: Path) -> Shards:
+        """Those that transformers would read of a model's folder.
+
+        Raises:
+            UserError: It has none, or one is torn.
+        """
+        index = folder / INDEX
+        if index.is_file():
+            places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            return cls([folder / name for name in sorted(set(places.values()))])
+        if not (folder / WHOLE).is_file():
+            raise UserError(f"{folder} holds neither {WHOLE} nor {INDEX}; fetch the model anew")
+        return cls([folder / WHOLE])
+
+    def __getitem__(self, name: str) -> Stored:
+        return self._stored[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def read(self, name: str, into: Tensor) -> None:
+        """Read a tensor into one of as many numbers, in that one's format.
+
+        Args:
+            name: Which.
+            into: Contiguous, in main memory.
+        """
+        stored, flat = self._stored[name], into.view(-1)
+        with self._lock:
+            if stored.path not in self._mapped:
+                self._mapped[stored.path] = _Mapped(stored.path)
+            file = self._mapped[stored.path]
+        dtype = DTYPES[stored.kind]
+        for first in range(0, stored.bytes, STRETCH_BYTES):
+            start, size = stored.start + first, min(STRETCH_BYTES, stored.bytes - first)
+            file.fetch(start, min(2 * STRETCH_BYTES, stored.bytes - first))
+            own = slice(first // dtype.itemsize, (first + size) // dtype.itemsize)
+            flat[own].copy_(file.tensor(start, size, dtype))
+            file.let_go(start, size)
+            if limit is not None:
+                limit.after(size)
+
+
+def _header(path: Path) -> dict[str, Stored]:
+    """Where each tensor of a file is.
+
+    Raises:
+        UserError: The file is torn.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(_HEADER), "little")
+            text = file.read(length) if length <= size else b""
+        known = json.loads(text)
+        found = {
+            name: Stored(
+                path, own["dtype"], tuple(own["shape"]), _HEADER + length + own["data_offsets"][0],
+                own["data_offsets"][1] - own["data_offsets"][0],
+            )
+            for name, own in known.items()
+            if name != "__metadata__"
+        }  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no safetensors file ({error}); fetch it anew") from error
+    # Memory that is mapped beyond a file's end cannot be read, and the process would be ended.
+    if any(own.start + own.bytes > size for own in found.values()):
+        raise UserError(f"{path} is torn: it ends before its last tensor does; fetch it anew")
+    return found

@@ -1,0 +1,42 @@
+"""What a base whose layers are not in memory does not go together with."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lighten.recipe import Recipe
+
+# As `adapters.spec.OWN_INITS`: the others read the base's weights, and train in PEFT's modules.
+OWN_INITS = (True, False, "gaussian", "orthogonal")
+
+
+def problems(recipe: Recipe) -> list[str]:
+    """What a recipe with `offload_base` asks for and cannot have, a sentence each."""
+    if recipe.offload_base == "none":
+        return []
+    said = f"offload_base: {recipe.offload_base}"
+    if recipe.method == "full":
+        return [
+            f"{said} streams layers that are frozen, and method: full trains them; use method: "
+            "lora, or remove it"
+        ]
+    found = []
+    if recipe.peft is not None or any(
+        own.use_dora or own.init_lora_weights not in OWN_INITS for own in recipe.cohort()
+    ):
+        found.append(
+            f"{said} goes with plain LoRA: PEFT's own modules (peft, use_dora, init_lora_weights "
+            "from the base's weights) keep the weights that they compute with; remove one of the "
+            "two"
+        )
+    if recipe.load_in_8bit:
+        found.append(f"{said} streams dense layers or 4 bits; use load_in_4bit, or remove it")
+    if recipe.torch_compile is True:
+        found.append(f"{said} brings weights to code that is not compiled; remove torch_compile")
+    if isinstance(recipe.lanes, int) and recipe.lanes > 1:
+        found.append(
+            f"{said} follows one micro-batch at a time: lanes would each need a layer of its own; "
+            "set lanes to 1 or auto"
+        )
+    return found

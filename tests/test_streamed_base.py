@@ -1,0 +1,378 @@
+"""A base of which two layers are in memory trains as one that is there whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import lighten
+from lighten.errors import UserError
+from lighten.hardware import cache_folder
+from lighten.parallel.streamed import shards as reading
+from lighten.parallel.streamed.feed import LayerFeed, LayerPieces
+from lighten.parallel.streamed.shards import RateLimit, Shards
+from lighten.recipe import RecipeError
+from lighten.runs import Run
+from lighten.train import checkpoints
+from tests.tiny import tiny_model, tiny_tokenizer
+
+LAYERS = 5
+
+
+def save_deep(folder: Path, arch: str = "llama", *, shard: str = "20KB", **changes: Any) -> Path:
+    """A tiny model of several layers in several bfloat16 files."""
+    sizes = {"n_layer": LAYERS} if arch == "gpt2" else {"num_hidden_layers": LAYERS}
+    model = tiny_model(arch, dtype=torch.bfloat16, **{**sizes, **changes})
+    model.save_pretrained(folder, max_shard_size=shard)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = save_deep(tmp_path_factory.mktemp("deep") / "llama")
+    assert len(list(folder.glob("*.safetensors"))) > 3
+    return folder
+
+
+@pytest.fixture
+def settings(deep: Path, chat_file: Path, tmp_path: Path) -> dict[str, Any]:
+    return {
+        "model_name_or_path": str(deep), "dataset": str(chat_file), "dtype": "float32",
+        "output_dir": str(tmp_path / "run"), "lora_r": 4, "learning_rate": 1e-2,
+        "per_device_train_batch_size": 6, "max_steps": 4, "val_size": 0.2, "eval_steps": 2,
+        "tokens_per_microbatch": 4096, "lanes": 1, "max_eval_samples": 4,
+    }  # fmt: skip
+
+
+def train(settings: dict[str, Any], where: Path | str | None = None, **changes: Any) -> Run:
+    own = {**settings, **changes}
+    if where is not None:
+        own["output_dir"] = str(where)
+    return lighten.train(**own, progress=False)
+
+
+def losses(run: Run) -> dict[tuple[Any, ...], float]:
+    return {(m["kind"], m["step"], m["adapter"]): m["loss"] for m in run.metrics()}
+
+
+def weights(run: Run) -> dict[str, Tensor]:
+    return {
+        f"{name}/{key}": value
+        for name, folder in run.adapters().items()
+        for key, value in load_file(folder / "adapter_model.safetensors").items()
+    }
+
+
+def assert_same(one: Run, other: Run, *, within: float) -> None:
+    assert losses(one) == pytest.approx(losses(other), rel=within)
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    for key in ours:
+        torch.testing.assert_close(ours[key], theirs[key], rtol=within, atol=within)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_one_adapter_learns_the_same(
+    checkpointing: bool, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = {**settings, "gradient_checkpointing": checkpointing, "lora_dropout": 0.1}
+    resident = train(settings, tmp_path / "resident")
+    streamed = train(settings, offload_base="disk")
+    # The same products of the same numbers: nothing is rounded otherwise.
+    assert_same(streamed, resident, within=1e-6)
+    (choice,) = (own for own in streamed.info()["choices"] if own["what"] == "offload_base")
+    assert "5 layers wait in the model's files" in choice["reason"]
+    before, after = resident.info()["base"], streamed.info()["base"]
+    assert before == after, "the base is described as it is, wherever it waits"
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "gemma2", "opt", "phi3", "qwen2"])
+def test_every_kind_of_layer_learns_the_same(
+    arch: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Transposed weights, biases, tied heads, projections beside the layers; some not adapted."""
+    targets = {"gpt2": ["c_attn"], "phi3": ["o_proj"]}.get(arch, ["q_proj", "v_proj"])
+    own = {**settings, "model_name_or_path": str(save_deep(tmp_path / "base", arch)),
+           "lora_target_modules": targets, "max_steps": 2}  # fmt: skip
+    resident = train(own, tmp_path / "resident")
+    assert_same(train(own, offload_base="disk"), resident, within=1e-6)
+
+
+def test_a_cohort_reads_each_layer_once_per_pass(settings: dict[str, Any], tmp_path: Path) -> None:
+    own = {**settings, "lora_r": [2, 4, 8], "val_size": 0, "eval_steps": None,
+           "max_eval_samples": None, "offload_base": "disk"}  # fmt: skip
+
+    def reads(steps: int) -> int:
+        run = train(own, tmp_path / str(steps), max_steps=steps)
+        return run.info()["training"]["offload_base"]["reads"]
+
+    # Up and down, and at each turn two layers are there already.
+    assert reads(4) - reads(2) == 2 * 2 * (LAYERS - 2)
+
+
+def test_a_cohort_learns_as_each_adapter_alone(settings: dict[str, Any], tmp_path: Path) -> None:
+    ranks = [2, 4]
+    together = train(settings, lora_r=ranks, offload_base="disk", gradient_checkpointing=True)
+    for rank in ranks:
+        alone = train(settings, tmp_path / str(rank), lora_r=rank)
+        theirs = {key[:2]: value for key, value in losses(alone).items()}
+        ours = {k[:2]: v for k, v in losses(together).items() if k[2] == f"r{rank}"}
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def packed_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    return {**settings, "load_in_4bit": True, "bnb_4bit_use_double_quant": True}
+
+
+def test_four_bits_are_quantised_once_and_learn_the_same(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    own = packed_settings(settings)
+    resident = train(own, tmp_path / "resident")
+    streamed = train(own, offload_base="disk")
+    assert_same(streamed, resident, within=1e-6)
+    before, after = resident.info()["base"], streamed.info()["base"]
+    assert after | {"weights_bytes": 0} == before | {"weights_bytes": 0}
+    assert after["weights_bytes"] < before["weights_bytes"], "tables of constants are not streamed"
+    (kept,) = (cache_folder() / "streamed").glob("*/*/layer-00000.safetensors")
+    written = kept.stat().st_mtime_ns
+    again = train(own, tmp_path / "again", offload_base="disk")
+    assert kept.stat().st_mtime_ns == written, "quantised once"
+    assert losses(again) == losses(streamed)
+
+
+def test_a_checkpoint_in_four_bits_is_streamed_as_it_is(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    folder = tmp_path / "packed"
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    AutoModelForCausalLM.from_pretrained(
+        settings["model_name_or_path"], quantization_config=config, dtype=torch.float32
+    ).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    own = {**settings, "model_name_or_path": str(folder)}
+    resident = train(own, tmp_path / "resident")
+    streamed = train(own, offload_base="disk")
+    assert_same(streamed, resident, within=1e-6)
+    assert streamed.info()["base"]["quantization"] == "nf4"
+
+
+def test_a_run_goes_on_bitwise_and_is_evaluated(settings: dict[str, Any], tmp_path: Path) -> None:
+    own = {**settings, "save_steps": 2, "save_total_limit": 5, "offload_base": "disk"}
+    run = train(own)
+    folder = tmp_path / "cut"
+    shutil.copytree(run.folder, folder)
+    for checkpoint in checkpoints.listing(folder / "checkpoints"):
+        if checkpoint.name != "checkpoint-2":
+            shutil.rmtree(checkpoint)
+    shutil.rmtree(folder / "adapters")
+    again = lighten.train(**{**own, "output_dir": str(folder)}, resume=True, progress=False)
+    assert losses(again) == losses(run)
+    assert all(torch.equal(weights(again)[key], value) for key, value in weights(run).items())
+    found = lighten.evaluate(run, max_new_tokens=1, max_examples=4)
+    last = losses(run)["eval", 4, "default"]
+    assert found.metric("default", "loss")["value"] == pytest.approx(last, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"method": "full", "lora_r": 8}, "method: full trains them"),
+        ({"use_dora": True}, "goes with plain LoRA"),
+        ({"peft": {"peft_type": "IA3"}, "lora_r": 8}, "goes with plain LoRA"),
+        ({"load_in_8bit": True}, "dense layers or 4 bits"),
+        ({"torch_compile": True}, "remove torch_compile"),
+        ({"lanes": 2}, "set lanes to 1"),
+    ],
+)
+def test_what_does_not_go_together_is_told_by_the_recipe(
+    changes: dict[str, Any], said: str, settings: dict[str, Any]
+) -> None:
+    with pytest.raises(RecipeError, match=said):
+        train(settings, offload_base="disk", **changes)
+
+
+def test_what_cannot_be_streamed_is_told_before_weights_are_read(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Shards, "read", lambda *_: pytest.fail("a weight was read"))
+    with pytest.raises(UserError, match="modules_to_save of adapter 'default' names"):
+        train(settings, offload_base="disk", modules_to_save=["layers.1.mlp"])
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="use offload_base: disk"):
+            train(settings, offload_base="cpu")
+    folder = save_deep(tmp_path / "experts", "mixtral")
+    with pytest.raises(UserError, match="stacked"):
+        train({**settings, "model_name_or_path": str(folder)}, offload_base="disk")
+
+
+def test_a_torn_or_renamed_file_is_one_sentence(settings: dict[str, Any], tmp_path: Path) -> None:
+    torn = Path(shutil.copytree(settings["model_name_or_path"], tmp_path / "torn"))
+    file = sorted(torn.glob("*.safetensors"))[1]
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match="ends before its last tensor"):
+        train({**settings, "model_name_or_path": str(torn)}, offload_base="disk")
+    renamed = Path(shutil.copytree(settings["model_name_or_path"], tmp_path / "renamed"))
+    for index in renamed.glob("*.index.json"):
+        index.unlink()
+    whole: dict[str, Tensor] = {}
+    for file in renamed.glob("*.safetensors"):
+        whole |= load_file(file)
+        file.unlink()
+    whole["elsewhere"] = whole.pop("model.layers.2.mlp.up_proj.weight")
+    save_file(whole, renamed / "model.safetensors")
+    with pytest.raises(UserError, match=r"have no model\.layers\.2\.mlp"):
+        train({**settings, "model_name_or_path": str(renamed)}, offload_base="disk")
+
+
+CHILD = """
+import json, sys
+import lighten
+settings, *changes = json.loads(sys.argv[1])
+for own in changes:
+    run = lighten.train(**settings, **own, progress=False)
+    print(run.info()["training"]["peak_bytes"])
+"""
+
+
+def test_most_of_the_base_is_not_in_memory(settings: dict[str, Any], tmp_path: Path) -> None:
+    folder = save_deep(tmp_path / "wide", num_hidden_layers=16, hidden_size=256,
+                       intermediate_size=1024, shard="30MB")  # fmt: skip
+    base_bytes = 4 * 16 * (3 * 256 * 1024 + 2 * 256 * 256 + 2 * 256 * 128)
+    own = {**settings, "max_steps": 1, "val_size": 0, "eval_steps": None, "max_eval_samples": None,
+           "gradient_checkpointing": True}  # fmt: skip
+    del own["output_dir"], own["model_name_or_path"]
+    # A first run loads what every run needs. The streamed one comes next: what it leaves free would
+    # be there for the last one, which then needs less than it does alone.
+    tried = {"first": (settings["model_name_or_path"], "disk"),
+             "streamed": (folder, "disk"), "resident": (folder, "none")}  # fmt: skip
+    runs = [
+        {"model_name_or_path": str(base), "offload_base": how, "output_dir": str(tmp_path / name)}
+        for name, (base, how) in tried.items()
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, json.dumps([own, *runs])],
+        capture_output=True, text=True, check=True, env={**os.environ, "LIGHTEN_PLAN": "off"},
+    )  # fmt: skip
+    _, streamed, resident = map(int, done.stdout.split())
+    # All but two of 16 layers, and the files that are mapped while they are converted.
+    assert resident - streamed > 0.6 * base_bytes
+
+
+class Noted:
+    """Slots that write down what is read, in a thread that can be held up."""
+
+    def __init__(self, layers: Sequence[LayerPieces]) -> None:
+        self.read: list[int] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self._slots = [torch.zeros(layers[0].bytes, dtype=torch.uint8) for _ in range(2)]
+
+    def __getitem__(self, place: int) -> Tensor:
+        return self._slots[place]
+
+    def fill(self, place: int, layer: int) -> None:
+        self.gate.wait()
+        self.read.append(layer)
+        self._slots[place].fill_(layer)
+
+    def begin(self, place: int) -> None:
+        pass
+
+    def end(self, place: int) -> None:
+        pass
+
+
+def feed_of(count: int) -> tuple[LayerFeed, Noted, Any]:
+    layers = [LayerPieces() for _ in range(count)]
+    pieces = [own.add("w", torch.uint8, (8,)) for own in layers]
+    noted = Noted(layers)
+    feed = LayerFeed(layers, noted)
+    return feed, noted, lambda layer: feed.get(layer, pieces[layer])
+
+
+def test_the_next_layer_is_read_while_one_computes() -> None:
+    feed, noted, get = feed_of(6)
+    feed.begin(learns=True)
+    for layer in (*range(6), *reversed(range(6))):
+        assert get(layer).tolist() == [layer] * 8
+        assert get(layer).tolist() == [layer] * 8
+    feed.begin(learns=False)
+    for _ in range(2):
+        for layer in range(6):
+            assert get(layer).tolist() == [layer] * 8
+    feed._settle()
+    assert noted.read == [*range(6), 3, 2, 1, 0, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5, 0]
+
+
+def test_layers_may_be_asked_for_in_any_order() -> None:
+    feed, _, get = feed_of(5)
+    generator = torch.Generator().manual_seed(0)
+    for layer in torch.randint(5, (200,), generator=generator).tolist():
+        if layer == 4:
+            feed.begin(learns=bool(feed.reads % 2))
+        assert get(layer).tolist() == [layer] * 8
+
+
+def test_what_went_wrong_while_reading_is_told_to_whoever_asks() -> None:
+    noted, get = feed_of(3)[1:]
+
+    def broken(place: int, layer: int) -> None:
+        raise OSError("the disk is gone")
+
+    noted.gate.clear()  # layer 1 is not read yet when the disk goes
+    noted.fill = broken  # type: ignore[method-assign]
+    with pytest.raises(OSError, match="the disk is gone"):
+        get(0)
+
+
+def test_tensors_are_read_in_any_format_in_stretches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "STRETCH_BYTES", 4096)
+    generator = torch.Generator().manual_seed(0)
+    there = {
+        str(dtype): torch.randn(300, 77, generator=generator).to(dtype)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    }
+    save_file(there, tmp_path / "model.safetensors")
+    found = Shards.of(tmp_path)
+    for name, value in there.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            into = torch.empty(300, 77, dtype=dtype)
+            found.read(name, into)
+            assert torch.equal(into, value.to(dtype)), (name, dtype)
+
+
+def test_a_rate_is_kept_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    now = [0.0]
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        now[0] += seconds
+
+    monkeypatch.setattr(reading.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(reading.time, "sleep", sleep)
+    limit = RateLimit(1000.0)
+    for _ in range(4):
+        limit.after(500)
+    assert sum(slept) == pytest.approx(2.0)
+    now[0] += 10.0  # what was not read meanwhile is not made up for
+    limit.after(500)
+    assert slept[-1] == pytest.approx(0.5)
