@@ -14,7 +14,7 @@ from huggingface_hub.utils.tqdm import _create_progress_bar, hf_thread_map
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from lighten import UserError, cli, models, streams
+from lighten import UserError, cli, console, models, streams
 from lighten.evaluate.chat import chat
 from lighten.models import gguf
 from lighten.train.progress import TrainingProgress
@@ -265,3 +265,16 @@ def test_a_download_is_heard_in_bytes_and_no_bar_is_drawn(
     assert {name for name, *_ in heard} == {"downloading m"}
     assert heard[-1] == ("downloading m", 15, 15)
     assert capfd.readouterr().err == ""
+
+
+def test_in_a_pipe_measuring_says_now_and_then_how_far_it_is(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    with console.progress_bar() as tell:
+        for done in range(0, 61, 2):
+            now[0] += 2.0
+            tell("r8: answers", done, 60)
+    lines = capfd.readouterr().err.splitlines()
+    assert lines == [f"r8: answers: {done} of 60" for done in (14, 30, 46)]

@@ -14,6 +14,7 @@ import torch
 
 import lighten
 from lighten.errors import UserError
+from lighten.evaluate.kept import Kept
 from lighten.report import charts
 from lighten.runs import Run
 from lighten.sweep.arms import expand, group
@@ -287,6 +288,39 @@ def test_a_stopped_sweep_says_how_to_go_on(settings: dict[str, Any]) -> None:
     assert process.returncode == 130
     assert f"go on with: lighten sweep --resume {folder}" in said.replace("\n", " ")
     assert SweepResult.read(folder).data["status"] == "interrupted"
+
+
+def test_a_sweep_killed_while_it_measures_loses_no_batch(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings |= {"lora_r": [2, 4], "evaluate.batch_size": 4, "evaluate.max_examples": 12}
+    settings |= {"eval_steps": 6, "max_steps": 6}
+    parts: list[str] = []
+    put = Kept.put
+
+    def noting(self: Kept, key: str, values: Any) -> None:
+        parts.append(f"{self.path.name} {key}")
+        put(self, key, values)
+
+    monkeypatch.setattr(Kept, "put", noting)
+    whole = sweep(settings, output_dir=str(tmp_path / "whole"))
+    every, parts[:] = list(parts), []
+    assert len(every) == 3 * (1 + 3)  # the base and two arms: losses and three batches of answers
+
+    def until_the_second_batch(what: str, done: int, total: int) -> None:
+        if what == "r2: answers" and done == 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep(settings, measuring_progress=until_the_second_batch)
+    told: list[str] = []
+    again = sweep(settings, measuring_progress=lambda what, *_: told.append(what))
+    assert parts == every  # nothing twice, nothing left out
+    assert "r2: loss" not in told
+    assert not list((again.folder / "arms").glob("*.partial.jsonl"))
+    assert losses(again) == losses(whole)
+    for ours, theirs in zip(again.arms, whole.arms, strict=True):
+        assert ours["metrics"]["chrf"] == theirs["metrics"]["chrf"]
 
 
 def test_the_command_line_prints_the_table_and_the_reasons(settings: dict[str, Any]) -> None:

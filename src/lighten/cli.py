@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,6 +27,7 @@ from lighten.console import (
     overrides,
     print_json,
     print_table,
+    progress_bar,
 )
 from lighten.errors import NoHeldOut
 from lighten.parallel import launch
@@ -142,38 +141,6 @@ def _trained(words: list[str], **how: Any) -> Run:
         raise typer.Exit(stopped.exit_code) from None
 
 
-@contextlib.contextmanager
-def _bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress callback that draws a bar in a terminal and nothing elsewhere.
-
-    The bar is there only while something is under way, so that others can draw theirs between.
-    """
-    from rich.console import Console
-    from rich.progress import Progress
-
-    screen = Console(stderr=True)
-    live = screen.is_terminal and not screen.is_dumb_terminal
-    progress = Progress(console=screen, transient=True, disable=not live)
-    tasks: dict[str, Any] = {}
-
-    def tell(what: str, done: int, total: int) -> None:
-        if not live:
-            return
-        if what not in tasks:
-            tasks[what] = progress.add_task(what, total=total)
-        progress.start()
-        progress.update(tasks[what], completed=done, total=total)
-        if progress.finished:
-            progress.stop()
-
-    try:
-        with streams.heard_by(tell):
-            yield tell
-    finally:
-        if live:  # elsewhere it would end with an empty line
-            progress.stop()
-
-
 _Words = Annotated[list[str] | None, typer.Argument(metavar="RECIPE | MODEL DATA", help=Settings)]
 _Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")]
 _Force = Annotated[bool, typer.Option("--force", help="Train although the plan says no.")]
@@ -199,7 +166,7 @@ def run(
     if not launch.recognise().main:
         return
     try:
-        with _bar() as progress:
+        with progress_bar() as progress:
             evaluation = api.evaluate(done, progress=progress)
         print_evaluation(evaluation.to_dict())
     except NoHeldOut as nothing:
@@ -239,7 +206,7 @@ def sweep(
 
     recipe, settings = _recipe_arguments([*(words or []), *ctx.args])
     try:
-        with _bar() as progress:
+        with progress_bar() as progress:
             found = api.sweep(recipe, resume=resume, measuring_progress=progress, **settings)
     except Interrupted as stopped:
         typer.echo(str(stopped), err=True)
@@ -264,7 +231,7 @@ def evaluate(
     """Measure the base and what a run trained on the same held-out examples."""
     from lighten import api
 
-    with _bar() as progress:
+    with progress_bar() as progress:
         found = api.evaluate(
             run, against=against, progress=progress, **overrides(ctx.args)
         ).to_dict()
@@ -310,7 +277,7 @@ def chat(
     looked.require_answerable(target)
     from lighten.evaluate.chat import chat as talk
 
-    with _bar():  # shows how the model is loaded
+    with progress_bar():  # shows how the model is loaded
         talk(
             target, adapter=adapter, compare=compare, system=system,
             thinking=None if thinking is None else thinking is OnOff.ON,

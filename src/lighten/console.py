@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lighten.streams import takes_any_text
+from lighten.streams import heard_by, takes_any_text
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 # Cells between two columns, and the least that a column is folded to.
 _BETWEEN, _NARROWEST = 3, 12
+# A log that is no terminal gets a line this often while something is measured.
+LOG_EVERY_S = 15.0
 OPEN = {"allow_extra_args": True, "ignore_unknown_options": True}
 # Settings whose value is taken to the letter.
 TEXTS = (
@@ -68,6 +72,43 @@ def is_assignment(word: str) -> bool:
     """Whether a word reads `name=value`."""
     name, equals, _ = word.partition("=")
     return bool(equals) and name.replace(".", "_").isidentifier()
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress callback that draws a bar in a terminal, and writes a line now and then elsewhere.
+
+    The bar is there only while something is under way, so that others can draw theirs between.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    screen = Console(stderr=True)
+    live = screen.is_terminal and not screen.is_dumb_terminal
+    progress = Progress(console=screen, transient=True, disable=not live)
+    tasks: dict[str, Any] = {}
+    said_s = time.monotonic()
+
+    def tell(what: str, done: int, total: int) -> None:
+        nonlocal said_s
+        if not live:
+            if time.monotonic() - said_s >= LOG_EVERY_S:
+                said_s = time.monotonic()
+                typer.echo(f"{what}: {done:,} of {total:,}", err=True)
+            return
+        if what not in tasks:
+            tasks[what] = progress.add_task(what, total=total)
+        progress.start()
+        progress.update(tasks[what], completed=done, total=total)
+        if progress.finished:
+            progress.stop()
+
+    try:
+        with heard_by(tell):
+            yield tell
+    finally:
+        if live:  # elsewhere it would end with an empty line
+            progress.stop()
 
 
 def console() -> Console:

@@ -18,6 +18,7 @@ from lighten.errors import NoHeldOut, UserError
 from lighten.evaluate import metrics, registry
 from lighten.evaluate.bootstrap import Array, Estimate, FromSums, Resamples
 from lighten.evaluate.generate import Answers, as_shown, generate
+from lighten.evaluate.kept import Kept, key_of
 from lighten.evaluate.opened import Models
 from lighten.models import limits_of
 from lighten.recipe import EvaluateOptions, Recipe
@@ -25,7 +26,7 @@ from lighten.runs import Run
 from lighten.train import held_out_data
 from lighten.train.batching import choose_tokens
 from lighten.train.held_out_data import HeldOutData
-from lighten.train.heldout import held_out
+from lighten.train.heldout import HeldOut, held_out
 from lighten.train.loss import Objective
 from lighten.wording import counted
 
@@ -230,27 +231,44 @@ def measure(
     settings: EvaluateOptions,
     memory: hardware.PeakMemory,
     progress: Progress | None = None,
+    kept: Kept | None = None,
 ) -> Measured:
-    """Likelihood and answers of one model (own None: the untouched base)."""
+    """Likelihood and answers of one model (own None: the untouched base).
+
+    Args:
+        models: The run's.
+        own: Which of them.
+        scored: The examples whose likelihood is measured.
+        answered: Those that it answers.
+        recipe: Of the run.
+        settings: Of answers.
+        memory: Restarted for this model.
+        progress: Told what is being done, how far it is, and of how much.
+        kept: What an earlier session measured before it was ended; new parts are added.
+    """
     name, opened = own or "base", models.open(own)
     base, trained, adapter = opened.base, opened.trained, opened.adapter
     memory.restart()
     assert scored.rows is not None
     rows = scored.rows.rows
-    if progress is not None:
-        progress(f"{name}: loss", 0, len(rows))
-    losses = held_out(
-        Objective(base.model, trained, fast=trained.supports_fast_loss),
-        rows,
-        adapter,
-        max_rows=recipe.per_device_eval_batch_size,
-        max_tokens=choose_tokens(
-            recipe.tokens_per_microbatch, base.model.device.type, base.dtype.value
-        )[0],
-        device=base.model.device,
-    )
-    if progress is not None:
-        progress(f"{name}: loss", len(rows), len(rows))
+    key = key_of("loss", [row.input_ids for row in rows])
+    before = None if kept is None else kept.get(key)
+    if before is not None:
+        losses = HeldOut(tuple(before["nll"]), tuple(before["tokens"]))
+    else:
+        losses = held_out(
+            Objective(base.model, trained, fast=trained.supports_fast_loss),
+            rows,
+            adapter,
+            max_rows=recipe.per_device_eval_batch_size,
+            max_tokens=choose_tokens(
+                recipe.tokens_per_microbatch, base.model.device.type, base.dtype.value
+            )[0],
+            device=base.model.device,
+            progress=None if progress is None else functools.partial(progress, f"{name}: loss"),
+        )
+        if kept is not None:
+            kept.put(key, {"nll": losses.nll, "tokens": losses.tokens})
     statistics = {"loss": metrics.likelihood_statistics(losses.nll, losses.tokens)}
     statistics["perplexity"] = statistics["loss"]
     prompts, references = [], []
@@ -268,7 +286,7 @@ def measure(
         answers = generate(
             base.model, base.tokenizer, prompts,
             max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size,
-            learnt=models.learnt, limits=limits_of(base.model), progress=tell,
+            learnt=models.learnt, limits=limits_of(base.model), progress=tell, kept=kept,
         )  # fmt: skip
     if answered:
         registry.require_pairs(answers.texts, references)

@@ -19,6 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from lighten import data
 from lighten.data import LearntAnswers
 from lighten.data.special import special_tokens, visible
+from lighten.evaluate.kept import Kept, key_of
 from lighten.models import Limits
 
 
@@ -112,6 +113,7 @@ def generate(
     learnt: LearntAnswers | None = None,
     limits: Limits | None = None,
     progress: Callable[[int, int], None] | None = None,
+    kept: Kept | None = None,
 ) -> Answers:
     """Answer prompts greedily, longest first.
 
@@ -125,6 +127,7 @@ def generate(
         limits: Of the model; where its positions end an answer ends too, and a prompt that fills
             them has an empty one.
         progress: Told how many are done, and of how many.
+        kept: Answers of an earlier session that was ended in the middle; new ones are added.
     """
     stops = stop_tokens(model, tokenizer, learnt)
     hidden = hidden_tokens(tokenizer, learnt)
@@ -136,13 +139,22 @@ def generate(
         max_new_tokens if limits is None else limits.room(len(prompt), max_new_tokens)
         for prompt in prompts
     ]
-    texts, tokens, began = [""] * len(prompts), 0, time.perf_counter()
+    texts, tokens, seconds = [""] * len(prompts), 0, 0.0
     done, shortened = 0, 0
     for batch, room in _batches(order, rooms, batch_size):
         done += len(batch)
         if room == 0:
             shortened += len(batch)
             continue
+        # A batch is kept whole: in other company an answer may be rounded to another.
+        key = key_of("answers", [prompts[i] for i in batch], room)
+        if kept is not None and (before := kept.get(key)) is not None:
+            for i, text in zip(batch, before["texts"], strict=True):
+                texts[i] = text
+            tokens, seconds = tokens + before["tokens"], seconds + before["seconds"]
+            shortened += before["shortened"]
+            continue
+        began, so_far = time.perf_counter(), (tokens, shortened)
         settings = GenerationConfig(
             do_sample=False, max_new_tokens=room, eos_token_id=stops or None, pad_token_id=pad
         )
@@ -159,13 +171,21 @@ def generate(
                 generation_config=settings,
             )
         for i, answer in zip(batch, out[:, width:].tolist(), strict=True):
-            kept = _until_stop(answer, set(stops))
-            tokens += len(kept) + (len(kept) < len(answer))
-            texts[i] = visible(kept, tokenizer, hidden=hidden)
-            shortened += room < max_new_tokens and len(kept) == room
+            said = _until_stop(answer, set(stops))
+            tokens += len(said) + (len(said) < len(answer))
+            texts[i] = visible(said, tokenizer, hidden=hidden)
+            shortened += room < max_new_tokens and len(said) == room
+        took_s = time.perf_counter() - began
+        seconds += took_s
+        if kept is not None:
+            kept.put(
+                key,
+                {"texts": [texts[i] for i in batch], "tokens": tokens - so_far[0],
+                 "shortened": shortened - so_far[1], "seconds": took_s},
+            )  # fmt: skip
         if progress is not None:
             progress(done, len(order))
-    return Answers(texts, tokens, time.perf_counter() - began, shortened)
+    return Answers(texts, tokens, seconds, shortened)
 
 
 def _batches(

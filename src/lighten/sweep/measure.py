@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from lighten.data import Example
 from lighten.evaluate import metrics
 from lighten.evaluate.bootstrap import Array, Estimate, FromSums, Resamples
 from lighten.evaluate.evaluation import Progress, askable, held_out_examples, measure
+from lighten.evaluate.kept import Kept
 from lighten.evaluate.opened import Models
 from lighten.models import limits_of
 from lighten.recipe import Recipe
@@ -99,6 +100,7 @@ def measure_run(
     *,
     progress: Progress | None = None,
     answers: bool = True,
+    time_for_answers: Callable[[], bool] = lambda: True,
 ) -> list[Measurement]:
     """Measure models of a run that have not been measured yet, and keep what was found.
 
@@ -109,6 +111,7 @@ def measure_run(
         recipe: The sweep's recipe: its metric and `evaluate` section.
         progress: Told what is being done.
         answers: Let the models answer, if the metric needs it.
+        time_for_answers: Asked before each model: without time, its losses alone are measured.
 
     Raises:
         UserError: There are no held-out examples.
@@ -136,15 +139,18 @@ def measure_run(
         memory = hardware.PeakMemory(device)
         for name, own in missing:
             began = time.perf_counter()
+            # A sweep that is killed here goes on with the batch that it was at.
+            parts = Kept(folder / ARMS / f"{name}.partial.jsonl")
             found = measure(
                 models,
                 own,
                 choosing,
-                answered,
+                answered if time_for_answers() else (),
                 own_recipe,
                 settings,
                 memory,
                 _named(progress, name),
+                parts,
             )
             likelihood = found.statistics.pop("loss")
             del found.statistics["perplexity"]
@@ -158,6 +164,7 @@ def measure_run(
             if recipe.sweep.metric == "perplexity":
                 made.statistics["loss"] = likelihood.tolist()
             made.write(folder)
+            parts.forget()
             kept[name] = made
     return [own for own in kept.values() if own is not None]
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,9 @@ from lighten.data import FEWEST
 from lighten.evaluate.bootstrap import LEVEL, Array, Resamples
 from lighten.wording import counted
 
+# Arms that have seen less of the data than this, in fewer steps than this, have hardly warmed up:
+# which of them is ahead says next to nothing of the end.
+LEAST_SEEN, LEAST_STEPS = 0.01, 100
 # Its one-sided normal quantile, against which Student's is compared.
 _Z = 1.6448536269514722
 
@@ -74,8 +77,8 @@ class Recommendation:
     Attributes:
         name: The candidate to take; None where nothing can be recommended, and of too few examples.
         best: The candidate with the lowest loss.
-        verdict: `smallest as good as the best`, `no difference found`, `too few examples`, or
-            `no better than the base`.
+        verdict: `smallest as good as the best`, `no difference found`, `too few examples`,
+            `no better than the base`, or `too little training`.
         reasons: Sentences for people.
         comparisons: Every candidate beside the best, smallest first.
         resolution: The smallest difference, nats per token, that could have been told apart.
@@ -199,6 +202,24 @@ def recommend(
     none = few or verdict == "no better than the base"
     name = None if none else ordered[chosen].name
     return Recommendation(name, ordered[best].name, verdict, reasons, compared, resolution)
+
+
+def seen(found: Recommendation, share: float, steps: int) -> Recommendation:
+    """The recommendation with how much of the data it rests on; none after next to nothing.
+
+    Args:
+        found: As the losses have it.
+        share: Of an epoch that the compared settings trained on, the least of them.
+        steps: That they made.
+    """
+    said = f"{counted(steps, 'step')}, {share:.2g} of an epoch"
+    if share < LEAST_SEEN and steps < LEAST_STEPS:
+        reason = (
+            f"Nothing is recommended after {said}: settings that are told apart so early often "
+            "change places later; train longer."
+        )
+        return replace(found, name=None, verdict="too little training", reasons=[reason])
+    return replace(found, reasons=[*found.reasons, f"The arms were trained for {said}."])
 
 
 def _compare(losses: _Losses, ordered: Sequence[Candidate], place: int, best: int) -> Comparison:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from lighten.sweep import costs
 from lighten.sweep.arms import FULL, Group
 from lighten.sweep.budget import left_early
 from lighten.sweep.measure import BASE, Measurement, formulas, statistics_of
-from lighten.sweep.recommend import Candidate, Recommendation, recommend
+from lighten.sweep.recommend import Candidate, Recommendation, recommend, seen
 from lighten.wording import counted
 
 FILE = "sweep.json"
@@ -139,6 +140,7 @@ def _group_rows(folder: Path, group: Group) -> list[dict[str, Any]]:
                 "why": gone["why"] if gone else info.get("error"),
                 "steps": own.get("steps", len(train)),
                 "of_steps": total,
+                "epochs": _epochs(own.get("steps", len(train)), arm.recipe, info),
                 "tokens": sum(m["tokens"] for m in train),
                 "trainable_parameters": parameters,
                 "file_bytes": own.get("file_bytes"),
@@ -162,6 +164,13 @@ def _group_rows(folder: Path, group: Group) -> list[dict[str, Any]]:
     return rows
 
 
+def _epochs(steps: int, recipe: Recipe, info: Mapping[str, Any]) -> float | None:
+    """Passes over the data that so many steps are; None before the data were read."""
+    rows = info.get("data", {}).get("train_rows")
+    per_step = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
+    return steps / math.ceil(rows / per_step) if rows else None
+
+
 def _add_times(rows: Sequence[dict[str, Any]], base: int) -> None:
     """The run's seconds by each arm's share of its arithmetic."""
     work = [
@@ -182,6 +191,7 @@ def _base_row(measured_in: str) -> dict[str, Any]:
     return {
         **empty, "name": BASE, "sets": {}, "setting": BASE, "group": measured_in,
         "adapter": None, "reference": BASE, "status": "finished", "steps": 0, "of_steps": 0,
+        "epochs": 0.0,
         "tokens": 0, "trainable_parameters": 0, "file_bytes": 0, "together": 1,
         "served": {"adapter_bytes": 0, "flops_per_token": 0.0, "share_of_base": 0.0},
         "curve": [], "train_curve": [],
@@ -279,7 +289,9 @@ def _recommended(
         samples=recipe.evaluate.bootstrap_samples,
         seed=recipe.evaluate.seed,
     )
-    return found, members
+    shares = [row["epochs"] for row in finished if row["name"] in used and row["epochs"]]
+    steps = [row["steps"] for row in finished if row["name"] in used]
+    return (seen(found, min(shares), min(steps)) if shares else found), members
 
 
 def _without_seed(own: Sequence[Mapping[str, Any]]) -> str:

@@ -101,6 +101,7 @@ class Sweep:
         self.shown, self.measuring = TrainingProgress(enabled=progress), measuring
         self._progress = progress
         self._told: dict[str, Any] = {}
+        self._late = False
         self._claim: folders.Claim | None = None
         self._state = self._open(resume=resume)
         self._spent_before = float(self._state.get("spent_s") or 0.0)
@@ -428,14 +429,23 @@ class Sweep:
         unknown = Measurement.read(self.folder, BASE) is None
         if unknown and "base" in self.recipe.sweep.reference:
             names.insert(0, (BASE, None))
-        budget = self.recipe.sweep.budget_s
-        late = budget is not None and self.spent_s() > budget
-        if late:
-            self.shown.note("the time is up: losses are measured, answers are not")
         measure_run(
-            run, names, self.folder, self.recipe, progress=self.measuring,
-            answers=answers and not late,
+            run, names, self.folder, self.recipe, progress=self.measuring, answers=answers,
+            time_for_answers=self._time_for_answers,
         )  # fmt: skip
+
+    def _time_for_answers(self) -> bool:
+        """Whether the budget has room for the answers of one more model."""
+        budget_s = self.recipe.sweep.budget_s
+        if budget_s is None:
+            return True
+        takes_s = (self._state.get("plan") or {"speed": {}})["speed"].get("measuring_s", 0.0)
+        if self.spent_s() + takes_s <= budget_s:
+            return True
+        if not self._late:
+            self.shown.note("the time is up: losses are measured, answers are not")
+        self._late = True
+        return False
 
     def _run_facts(self, groups: Sequence[Group]) -> dict[str, Any]:
         """Base and data, as the first run found them."""

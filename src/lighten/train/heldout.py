@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,7 @@ def held_out(
     pad_id: int = 0,
     device: torch.device | str = "cpu",
     lanes: Lanes | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> HeldOut:
     """Loss of one adapter (None: the base) on encoded rows; no logits are kept (trap 43).
 
@@ -72,6 +73,7 @@ def held_out(
         pad_id: Padding.
         device: Where the model is.
         lanes: Take batches side by side; None: one after another.
+        progress: Told how many rows are measured, and of how many, where they are not side by side.
     """
     lengths = lengths_of(rows)
     items = [Item(member, i, 0) for i, row in enumerate(rows) if any(row.supervised[1:])]
@@ -88,7 +90,14 @@ def held_out(
         objective.verify(batches[0], undropped(batches[0]))
 
     if lanes is None or not batches:
-        lost = [measure(batch, objective) for batch in batches]
+        lost, done = [], 0
+        for batch in batches:
+            if progress is not None:
+                progress(done, len(items))
+            lost.append(measure(batch, objective))
+            done += len(batch.items)
+        if progress is not None:
+            progress(len(items), len(items))
     else:
         lost = lanes.measure(objective, batches)
     for batch, own in zip(batches, lost, strict=True):
