@@ -93,9 +93,15 @@ def start(*words: str, merged: bool = True, **environment: str) -> Forked:
     return Forked(_lighten, words, merged=merged, environment=environment)
 
 
-def call(*words: str, cwd: Path | None = None, stdin: str = "") -> subprocess.CompletedProcess[str]:
+def call(
+    *words: str,
+    cwd: Path | None = None,
+    stdin: str = "",
+    environment: Mapping[str, str] | None = None,
+) -> subprocess.CompletedProcess[str]:
     """`lighten` with these words, to its end, on a wide screen."""
-    process = Forked(_lighten, words, cwd=cwd, stdin=stdin, environment={"COLUMNS": "200"})
+    wide = {"COLUMNS": "200", **(environment or {})}
+    process = Forked(_lighten, words, cwd=cwd, stdin=stdin, environment=wide)
     return _ended(process, words)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shlex
+import shutil
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -29,6 +31,9 @@ NEEDS = {
 }
 
 
+LAYERS = 2  # of the real model: most pages show what commands take and print
+
+
 def can_run(command: str) -> bool:
     return all(importlib.util.find_spec(own) for word, own in NEEDS.items() if word in command)
 
@@ -39,18 +44,51 @@ def commands(page: Path) -> list[str]:
     return [line for line in lines if line.startswith("lighten ")]
 
 
+@pytest.fixture(scope="session")
+def small_cache(tmp_path_factory: pytest.TempPathFactory, smollm2_folder: Path) -> Path:
+    """A cache whose `smollm2-135m` is the real one's first two layers."""
+    from transformers import AutoModelForCausalLM
+
+    cache = tmp_path_factory.mktemp("small")
+    folder = cache / smollm2_folder.relative_to(hardware.cache_folder())
+    shutil.copytree(
+        smollm2_folder, folder, ignore=shutil.ignore_patterns("*.safetensors", "*.gguf")
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        smollm2_folder, num_hidden_layers=LAYERS, dtype="auto"
+    )
+    model.save_pretrained(folder)
+    # save_pretrained leaves out what is the default, and writes what transformers reads.
+    written = json.loads((folder / "config.json").read_text())
+    assert written["num_hidden_layers"] == LAYERS
+    return cache
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_command_of_a_page_runs(page: Path, tmp_path: Path, smollm2_folder: Path) -> None:
+def test_every_command_of_the_readme_runs(
+    tmp_path: Path, smollm2_folder: Path, small_cache: Path
+) -> None:
+    """The way of a first day on the real model; methods and sweeps on its first layers."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    lines = commands(README)
+    ways = next(n for n, line in enumerate(lines) if line.startswith("lighten sweep "))
+    with ExitStack() as servers:
+        run_all(lines[:ways], tmp_path, servers, hardware.cache_folder())
+        run_all(lines[ways:], tmp_path, servers, small_cache)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_of_a_page_runs(page: Path, tmp_path: Path, small_cache: Path) -> None:
     """What the README shows already is run there: a page's other commands must do without it."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    elsewhere = set() if page == README else set(commands(README))
-    own = [command for command in commands(page) if command not in elsewhere]
+    elsewhere = set(commands(README))
     with ExitStack() as servers:
-        run_all(own, tmp_path, servers)
+        others = [command for command in commands(page) if command not in elsewhere]
+        run_all(others, tmp_path, servers, small_cache)
 
 
-def run_all(commands: list[str], tmp_path: Path, servers: ExitStack) -> None:
+def run_all(commands: list[str], tmp_path: Path, servers: ExitStack, cache: Path) -> None:
     """Run commands one after another; a server stays for those after it, at a free port."""
     url = ""
     for command in filter(can_run, commands):
@@ -58,12 +96,14 @@ def run_all(commands: list[str], tmp_path: Path, servers: ExitStack) -> None:
         if words[0] == "serve" and "--plan" not in words:
             from tests.serving import serving  # needs the extra
 
-            running = serving(*words[1:], cache=hardware.cache_folder(), cwd=tmp_path)
+            running = serving(*words[1:], cache=cache, cwd=tmp_path)
             url = servers.enter_context(running).url
             continue
         short = SHORT if words[0] in ("run", "train", "sweep") else []
         stdin = "hello\n/exit\n" if words[0] == "chat" else ""
-        done = call(*words, *short, cwd=tmp_path, stdin=stdin)
+        done = call(
+            *words, *short, cwd=tmp_path, stdin=stdin, environment={"LIGHTEN_CACHE": str(cache)}
+        )
         assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
 
 
