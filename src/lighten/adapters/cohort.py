@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from lighten.adapters import fake_quant
 from lighten.adapters.frozen import make_dense
 from lighten.adapters.layers import CohortCopies, CohortLinear, Route, Routing, Share, Siblings
 from lighten.adapters.spec import AdapterSpec
@@ -29,10 +30,12 @@ class Cohort(Trained):
         model: The base with the cohort's layers in place. It stays a plain transformers model:
             its forward and `generate` work inside `using` or `sharing`.
         specs: The adapters by name, in order.
+        group_size: Of quantisation-aware training; None: layers compute as they are.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
+        self.group_size: int | None = None
         self.specs: dict[str, AdapterSpec] = {}
         self.routing = Routing.new()
         self.linears: dict[str, CohortLinear] = {}
@@ -60,6 +63,8 @@ class Cohort(Trained):
                 f"adapter {spec.name!r} targets {hidden[0]}, inside a mixture of experts, where "
                 "rows of several adapters cannot be told apart; train it alone or drop the target"
             )
+        if self.group_size is not None:
+            self._require_fakes(spec, whole)
         generator = torch.Generator().manual_seed(spec.seed)
         for path in paths:
             if path not in self.linears:
@@ -77,9 +82,43 @@ class Cohort(Trained):
             self.copies[path].add(spec.name)
         self.specs[spec.name] = spec
 
+    def fake_quantise(self, group_size: int) -> None:
+        """Every linear layer but the head computes as once quantised, with its rows' adapters.
+
+        Inside `using(None)` the base stays as it was.
+
+        Raises:
+            UserError: The base's layers do not suit.
+        """
+        routing = self.routing
+
+        def untouched() -> bool:
+            now = routing.now
+            return now.everyone is None and all(own.member is None for own in now.shares)
+
+        fake_quant.fake_quantise(self.model, group_size, plain=untouched)
+        self.group_size = group_size
+
+    def _require_fakes(self, spec: AdapterSpec, whole: Sequence[str]) -> None:
+        """What an adapter changes can be rounded together with the weight."""
+        if spec.dropout:
+            raise UserError(
+                f"adapter {spec.name!r}: lora_dropout cannot be used with qat, which adds the "
+                "update to the weight before it is rounded; set lora_dropout to 0"
+            )
+        inside = [p for p in whole for m in self.model.get_submodule(p).modules()
+                  if isinstance(m, fake_quant.FakeQuantLinear)]  # fmt: skip
+        if inside:
+            raise UserError(
+                f"adapter {spec.name!r}: modules_to_save names {inside[0]}, whose copy qat does "
+                "not round; target it with a low-rank update, or leave qat out"
+            )
+
     @property
     def no_lanes(self) -> str | None:
         """Why threads cannot each train on a micro-batch of their own, or None."""
+        if self.group_size is not None:
+            return "quantisation-aware layers round their weights once for each micro-batch"
         if self.copies:
             return "modules_to_save take their module's place while they compute"
         return None
@@ -164,6 +203,7 @@ class Cohort(Trained):
     def detach(self) -> PreTrainedModel:
         """Take the cohort off and give the untouched base back."""
         self._place(lambda layer: layer.base)
+        fake_quant.make_plain(self.model)
         return self.model
 
     @torch.no_grad()
@@ -177,6 +217,7 @@ class Cohort(Trained):
         with self.using(name):
             pass  # says so if there is no such adapter
         self._place(lambda layer: layer.fused(name))
+        fake_quant.make_plain(self.model)
         self._note_dense(name, make_dense(self.model))
         embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
         if head is not None and head.weight is not embedding.weight:
@@ -190,15 +231,28 @@ class Cohort(Trained):
             log.warning("adapter %s is merged into %s", name, said)
 
 
-def attach(model: PreTrainedModel, specs: Sequence[AdapterSpec]) -> Cohort:
+def attach(
+    model: PreTrainedModel, specs: Sequence[AdapterSpec], *, qat_group_size: int | None = None
+) -> Cohort:
     """Freeze the base and attach a cohort of adapters to it.
 
+    Args:
+        model: The base.
+        specs: The adapters.
+        qat_group_size: Compute as once quantised to int8 activations and int4 weights in groups of
+            so many; None: as the weights are.
+
     Raises:
-        UserError: Two adapters share a name, an adapter's targets match nothing, or one of several
-            needs PEFT's own modules.
+        UserError: Two adapters share a name, an adapter's targets match nothing, one of several
+            needs PEFT's own modules, or one cannot be rounded together with the base.
     """
     model.requires_grad_(False)
     if needy := [spec for spec in specs if spec.needs_peft]:
+        if qat_group_size is not None:
+            raise UserError(
+                f"adapter {needy[0].name!r} is trained by PEFT's own modules, which round nothing: "
+                "it cannot be trained with qat"
+            )
         from lighten.adapters.peft_backed import PeftBacked  # which knows the cohort
 
         if len(specs) > 1:
@@ -208,6 +262,8 @@ def attach(model: PreTrainedModel, specs: Sequence[AdapterSpec]) -> Cohort:
             )
         return PeftBacked(model, needy[0])
     cohort = Cohort(model)
+    if qat_group_size is not None:
+        cohort.fake_quantise(qat_group_size)
     for spec in specs:
         cohort.add(spec)
     return cohort

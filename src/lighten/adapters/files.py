@@ -114,17 +114,23 @@ def verify(folder: str | os.PathLike[str], expected: Mapping[str, tuple[int, ...
         raise UserError(f"{path}: holds values that are not finite")
 
 
-def load(model: PreTrainedModel, folders: Mapping[str, str | os.PathLike[str]]) -> Cohort:
+def load(
+    model: PreTrainedModel,
+    folders: Mapping[str, str | os.PathLike[str]],
+    *,
+    qat_group_size: int | None = None,
+) -> Cohort:
     """Attach saved adapters (ours or PEFT's) to a base, frozen.
 
     Args:
         model: The base.
         folders: Adapter folder by the name it shall have.
+        qat_group_size: As for `attach`.
 
     Raises:
         UserError: A folder is not an adapter, or does not fit the base or the others.
     """
-    cohort = attach(model, [])
+    cohort = attach(model, [], qat_group_size=qat_group_size)
     for name, folder in folders.items():
         config = read_config(folder)
         weights = read_weights(Path(folder))

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lighten.adapters.fake_quant import FakeQuantLinear
 from lighten.adapters.frozen import dense_copy, formats, out_in_features
 from lighten.adapters.ops import Dropout, Part, lone_linears, low_rank_linears, row_hashes
 from lighten.adapters.spec import AdapterSpec
@@ -291,12 +292,24 @@ def joint_outputs(layers: Sequence[CohortLinear], x: Tensor) -> tuple[Tensor, ..
     """The outputs of layers that read the same x."""
     if torch.compiler.is_compiling():
         return _lone_outputs(layers, x)
+    if isinstance(layers[0].base, FakeQuantLinear):
+        return tuple(_fake_quantised(layer, x) for layer in layers)
     parts, factors = [], []
     for place, layer in enumerate(layers):
         for member, part in layer.parts(x, place):
             parts.append(part)
             factors += [layer.lora_A[member], layer.lora_B[member]]
     return low_rank_linears(x, [layer.base for layer in layers], parts, factors)
+
+
+def _fake_quantised(layer: CohortLinear, x: Tensor) -> Tensor:
+    """The output of a layer in quantisation-aware training."""
+    assert isinstance(layer.base, FakeQuantLinear)
+    updates = [
+        (part.start, part.stop, layer.lora_A[name], layer.lora_B[name], part.scale)
+        for name, part in layer.parts(x, 0)
+    ]
+    return layer.base.with_updates(x, updates)
 
 
 def _lone_outputs(layers: Sequence[CohortLinear], x: Tensor) -> tuple[Tensor, ...]:

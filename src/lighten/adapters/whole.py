@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from lighten.adapters import fake_quant
 from lighten.adapters.decoder import decoder_layers
 from lighten.adapters.layers import Share
 from lighten.adapters.shards import Shard, Shards
@@ -34,6 +35,8 @@ class WholeBase(Trained):
         dtype: Format of the products, and of the frozen weights and the finished model.
         last: Train the last so many decoder layers only; None: everything.
         name: What the one member is called.
+        qat_group_size: Compute as once quantised to int8 activations and int4 weights in groups of
+            so many; None: as the weights are.
 
     Raises:
         UserError: The base has fewer layers, does not say which they are, or is quantised.
@@ -48,6 +51,7 @@ class WholeBase(Trained):
         dtype: torch.dtype,
         last: int | None = None,
         name: str = "default",
+        qat_group_size: int | None = None,
     ) -> None:
         self.model, self.last = model, last
         self._name, self._dtype = name, dtype
@@ -74,6 +78,8 @@ class WholeBase(Trained):
             # The same object in another format: a tied head stays tied (trap 29).
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
+        if qat_group_size is not None:
+            fake_quant.fake_quantise(model, qat_group_size, computes=dtype)
         self._hooks: list[RemovableHandle] = []
         self._wrapped: list[nn.Module] = []
         if dtype != torch.float32:
@@ -145,6 +151,7 @@ class WholeBase(Trained):
         for module in self._wrapped:
             del module.forward
         self._hooks, self._wrapped = [], []
+        fake_quant.make_plain(self.model)
         return self.model
 
     @torch.no_grad()

@@ -136,6 +136,8 @@ def evaluate_run(run: Run, *, progress: Progress | None = None, **options: Any) 
     ]
     evaluation = summarise(results, answered, settings)
     evaluation.settings["chat_template"] = template
+    if recipe.qat is not None:
+        evaluation.settings["qat"] = f"{recipe.qat}, groups of {recipe.qat_group_size}"
     shortened = max(result.answers.shortened for result in results)
     evaluation.dataset = {
         "path": found.name,
@@ -145,10 +147,25 @@ def evaluate_run(run: Run, *, progress: Progress | None = None, **options: Any) 
         "shared_prompts": found.shared,
         "shortened": shortened,
         # What is to be said wherever the figures are shown.
-        "notes": [*found.sentences(), *unasked, *shortened_sentence(shortened, results)],
+        "notes": [
+            *found.sentences(),
+            *unasked,
+            *shortened_sentence(shortened, results),
+            *_qat_sentence(recipe),
+        ],
     }
     runs.write_json(run.folder / runs.EVALUATION, evaluation.to_dict())
     return evaluation
+
+
+def _qat_sentence(recipe: Recipe) -> list[str]:
+    """What of a quantisation-aware run is measured."""
+    if recipe.qat is None:
+        return []
+    return [
+        f"what was trained is measured as it will be once quantised ({recipe.qat}, groups of "
+        f"{recipe.qat_group_size}): weights and activations are rounded; the base is not"
+    ]
 
 
 def askable(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lighten import adapters, data, models
 from lighten.adapters import Trained
+from lighten.adapters.fake_quant import fake_quantise
 from lighten.recipe import Recipe
 from lighten.runs import Run
 from lighten.train.prepare import load_base
@@ -32,8 +33,10 @@ class Opened:
 class Models:
     """What a run can answer with: `None` is the base, names are what it trained.
 
-    Adapters share the base. A base that was trained whole is a second model: it is opened when it
-    is asked for, and `keep` says whether the other one may stay in memory meanwhile.
+    What was trained quantisation-aware answers as it was trained, its weights and activations
+    rounded; the base answers as it is. Adapters share the base. A base that was trained whole is a
+    second model: it is opened when it is asked for, and `keep` says whether the other one may stay
+    in memory meanwhile.
 
     Args:
         run: The run.
@@ -70,8 +73,14 @@ class Models:
                 self._opened.clear()
             recipe, device = self._recipe, self._device
             base = load_base(recipe, device) if folder is None else _load(recipe, folder, device)
+            if folder is not None and recipe.qat is not None:
+                fake_quantise(base.model, recipe.qat_group_size)
+            cohort = adapters.load(
+                base.model, self._adapters,
+                qat_group_size=recipe.qat_groups if self._adapters else None,
+            )  # fmt: skip
             template = data.choose_template(base.tokenizer, recipe.chat_template).name
-            self._opened[folder] = Opened(base, adapters.load(base.model, self._adapters), template)
+            self._opened[folder] = Opened(base, cohort, template)
         return self._opened[folder]
 
 

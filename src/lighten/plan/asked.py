@@ -30,8 +30,9 @@ from lighten.plan.result import Change, Plan, StepTime
 from lighten.plan.trace import plan_recipe
 from lighten.recipe import Recipe
 from lighten.recipe.section import seconds
-from lighten.train.prepare import require_trainable, tokenizer_of
+from lighten.train.prepare import tokenizer_of
 from lighten.train.rows import Rows, cached_rows, load_rows, sample_rows
+from lighten.train.suitable import require_trainable
 from lighten.wording import counted
 
 # Of larger data a sample is encoded for a plan alone, if they are not in the cache; data beyond

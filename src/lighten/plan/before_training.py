@@ -20,9 +20,9 @@ from lighten.plan.result import Plan
 from lighten.recipe import Recipe
 from lighten.runs import Run
 from lighten.train.prediction import Prediction
-from lighten.train.prepare import require_trainable
 from lighten.train.progress import TrainingProgress
 from lighten.train.rows import Rows
+from lighten.train.suitable import require_trainable
 
 MOST_ADVICE = 3
 

@@ -12,7 +12,7 @@ from pydantic import PrivateAttr, ValidationError
 
 from lighten.errors import UserError
 from lighten.paths import exists, expanded, split_limit
-from lighten.recipe import aliases, offloading, start, swept, yaml_lines
+from lighten.recipe import aliases, bits, offloading, start, swept, yaml_lines
 from lighten.recipe.fields import (
     AdapterEntry,
     AdapterFields,
@@ -71,6 +71,11 @@ class Recipe(RecipeFields):
     def compute_dtype(self) -> str:
         """What the base computes in, under either of its two names."""
         return self.bnb_4bit_compute_dtype if self.dtype == "auto" else self.dtype
+
+    @property
+    def qat_groups(self) -> int | None:
+        """Group size of quantisation-aware training; None: there is none."""
+        return None if self.qat is None else self.qat_group_size
 
     @property
     def run_folder(self) -> Path:
@@ -327,7 +332,7 @@ def _contradictions(recipe: Recipe, given: Mapping[str, Any]) -> list[str]:
                         "max_eval_samples")
             if getattr(recipe, key)
         ]  # fmt: skip
-    problems += _about_bits(recipe, given)
+    problems += bits.problems(recipe, recipe.cohort() if not problems else [], given)
     problems += offloading.problems(recipe)
     problems += swept.problems(recipe.sweep)
     if "early_stopping_threshold" in given and recipe.early_stopping_patience is None:
@@ -367,23 +372,6 @@ def _method_problems(recipe: Recipe, given: Mapping[str, Any]) -> list[str]:
             if recipe._list(key) is not None and key not in adapters_only
         ]
     )
-
-
-def _about_bits(recipe: Recipe, given: Mapping[str, Any]) -> list[str]:
-    """What the settings of a quantised base get wrong."""
-    if recipe.load_in_4bit and recipe.load_in_8bit:
-        return ["load_in_4bit and load_in_8bit cannot both be true; keep one"]
-    own = [key for key in given if key.startswith("bnb_4bit_")]
-    if not recipe.load_in_4bit:
-        return [f"{key} has no effect without load_in_4bit: true; set it or remove {key}"
-                for key in own]  # fmt: skip
-    compute = recipe.bnb_4bit_compute_dtype
-    if "auto" not in (compute, recipe.dtype) and compute != recipe.dtype:
-        return [
-            f"bnb_4bit_compute_dtype is {compute} and dtype {recipe.dtype}, but the whole base "
-            "computes in one format here; keep one of the two"
-        ]
-    return []
 
 
 def _peft_problems(recipe: Recipe, given: Mapping[str, Any]) -> list[str]:

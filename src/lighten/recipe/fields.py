@@ -17,7 +17,10 @@ AdapterName = Annotated[str, Field(pattern=r"^\w[\w.=-]*$", max_length=80)]
 # `lighten.quantize.targets` knows which of llama.cpp's types there are.
 QuantizedFormat = Annotated[
     str,
-    Field(pattern=r"^(int8|int8:torchao|int8:bitsandbytes|nf4|int4|int4:rounded|gguf(:\w+)?)$"),
+    Field(
+        pattern=r"^(int8|int8:torchao|int8:bitsandbytes|nf4|int4|int4:rounded|"
+        r"int8-dynamic-act-int4-weight|gguf(:\w+)?)$"
+    ),
 ]
 # Initial weights that need no steps over the data; names of PEFT.
 Init = (
@@ -276,6 +279,15 @@ class RecipeFields(Section):
         "auto",
         "training",
         "compile one decoder layer for all of them; auto: where the run is long enough to gain",
+    )
+    qat: Literal["int8-dynamic-act-int4-weight"] | None = _field(
+        None,
+        "training",
+        "quantisation-aware: layers learn as they will compute with 8-bit activations and 4-bit "
+        "weights (torchao's and ExecuTorch's 8da4w)",
+    )
+    qat_group_size: Annotated[int, Field(ge=32, multiple_of=32)] = _field(
+        32, "training", "weights of a row that share a scale, a multiple of 32"
     )
     seed: Seed | list[Seed] = _field(42, "training", "seed of order, weights and dropout")
 

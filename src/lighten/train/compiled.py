@@ -92,6 +92,8 @@ def _obstacle(trained: Trained, device: str) -> str | None:
         return "layers are compiled for one adapter, and the cohort has several"
     if any(spec.dropout for spec in trained.specs.values()):
         return "lora_dropout forms its masks outside of compiled code"
+    if trained.group_size is not None:
+        return "quantisation-aware layers round their weights outside of compiled code"
     if any(is_quantized(module) for module in model.modules()):
         return "a quantised or streamed base's weights are made outside of compiled code"
     if not decoder_layers(model):

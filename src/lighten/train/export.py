@@ -183,4 +183,14 @@ def _how(setup: Setup) -> str:
     return (
         f"trained with lighten {hardware.versions().get('lighten', '')} on "
         f"`{Path(setup.recipe.dataset).name}` with the chat template `{setup.rows.template.name}`"
+        f"{_rounded(setup)}"
+    )
+
+
+def _rounded(setup: Setup) -> str:
+    if setup.recipe.qat is None:
+        return ""
+    return (
+        f", quantisation-aware: it is meant to be quantised to {setup.recipe.qat} in groups of "
+        f"{setup.recipe.qat_group_size}"
     )

@@ -16,8 +16,7 @@ from lighten.adapters import AdapterSpec, Trained, WholeBase, attach
 from lighten.adapters.files import check_fit, read_weights
 from lighten.errors import UserError
 from lighten.hardware import Choice, choose_dtype
-from lighten.models.load import locate
-from lighten.models.trainable import refuse_rounded_activations, require_gradients
+from lighten.models.trainable import require_gradients
 from lighten.peft_config import WEIGHTS, tensor_shapes
 from lighten.recipe import AdapterOptions, Recipe
 from lighten.recipe.section import seconds
@@ -30,6 +29,7 @@ from lighten.train.offload import offload_activations
 from lighten.train.rows import Rows
 from lighten.train.scaling import LossScaler
 from lighten.train.schedule import warmup_length
+from lighten.train.suitable import require_trainable
 
 
 @dataclass
@@ -123,6 +123,11 @@ def prepare(
         choices["added_tokens"] = Choice("untrained", untrained)
     if base.quantization is not None:
         choices["quantization"] = base.quantization
+    if recipe.qat is not None:
+        choices["qat"] = Choice(
+            f"{recipe.qat}, groups of {recipe.qat_group_size}",
+            "qat of the recipe; every linear layer but the head, held-out losses too",
+        )
     per_step = examples_per_step or (
         recipe.per_device_train_batch_size
         * recipe.gradient_accumulation_steps
@@ -201,11 +206,14 @@ def what_learns(recipe: Recipe, base: models.Base) -> Trained:
     """
     if recipe.method == "full":
         return WholeBase(
-            base.model, dtype=getattr(torch, base.dtype.value), last=recipe.last_layers
-        )
+            base.model, dtype=getattr(torch, base.dtype.value), last=recipe.last_layers,
+            qat_group_size=recipe.qat_groups,
+        )  # fmt: skip
     start = recipe.adapter_name_or_path
     try:
-        trained = attach(base.model, [_spec(own) for own in recipe.cohort()])
+        trained = attach(
+            base.model, [_spec(own) for own in recipe.cohort()], qat_group_size=recipe.qat_groups
+        )
     except UserError as error:
         if start is None:
             raise
@@ -309,20 +317,6 @@ def load_base(recipe: Recipe, device: str, *, learns: bool = False) -> models.Ba
         base = replace(base, dtype=choose_dtype(recipe.dtype, device))
     add_tokens(base.model, base.tokenizer, recipe.added_tokens)
     return base
-
-
-def require_trainable(recipe: Recipe) -> None:
-    """What a base's configuration alone says against training on it.
-
-    Raises:
-        UserError: Its layers pass no gradient on.
-    """
-    source, folder = locate(
-        recipe.model_name_or_path, revision=recipe.revision, weights=False,
-        code=recipe.trust_remote_code,
-    )  # fmt: skip
-    if source != "gguf":
-        refuse_rounded_activations(recipe.model_name_or_path, folder)
 
 
 def tokenizer_of(recipe: Recipe) -> PreTrainedTokenizerBase:

@@ -19,24 +19,21 @@ from lighten.parallel import launch, ranks
 from lighten.recipe import Recipe
 from lighten.runs import PLAN, Run, write_json
 from lighten.streams import heard_by
-from lighten.train import checkpoints, optimizers, streaming, trackers
+from lighten.train import checkpoints, optimizers, quantization_aware, streaming, trackers
 from lighten.train.checkpoints import TrainerState, weights_of
 from lighten.train.export import export
 from lighten.train.judge import Judge
 from lighten.train.loop import Loop
 from lighten.train.prediction import Prediction, beside
-from lighten.train.prepare import (
-    Setup,
-    go_on_from_adapter,
-    load_base,
-    prepare,
-    require_trainable,
-    tokenizer_of,
-)
+from lighten.train.prepare import Setup, go_on_from_adapter, load_base, prepare, tokenizer_of
 from lighten.train.progress import TrainingProgress
 from lighten.train.rows import Rows, load_rows
 from lighten.train.short_memory import OutOfMemory, let_go, ran_out
+from lighten.train.suitable import require_trainable
 from lighten.wording import counted
+
+# After quantisation-aware training, so many rows go through the converted model too.
+COMPARED_ROWS = 8
 
 
 def train(
@@ -184,6 +181,8 @@ def _train(
         before.examples_per_step or None, before.total_steps or None,
     )  # fmt: skip
     setup.choices["memory"] = pages
+    if recipe.qat is not None:
+        tried = quantization_aware.try_conversion(base.model)
     if not planned:  # what kept the plan from being made may have been told as an error by now
         _plan_said(run, accelerator, shown, prediction)
     _tell(setup, shown)
@@ -202,12 +201,13 @@ def _train(
                 {"what": what, "value": choice.value, "reason": choice.reason}
                 for what, choice in setup.choices.items()
             ],
+            **({} if recipe.qat is None else {"qat": _qat_facts(recipe, tried)}),
         )
     ranks.wait(accelerator)
     trackers.start(accelerator, run.folder, recipe.completed())
     Loop(setup, run.folder, state, shown, memory, prediction, judge=judge, retries=True).run()
     if accelerator.is_main_process:
-        _finish(run, setup, state, memory.read())
+        _finish(run, setup, state, memory.read(), shown)
         _beside_the_plan(run, shown)
     ranks.wait(accelerator)
 
@@ -311,10 +311,14 @@ def _tell(setup: Setup, shown: TrainingProgress) -> None:
         shown.note(f"{setup.trained.describe(member.name)}, {size:,} parameters")
 
 
-def _finish(run: Run, setup: Setup, state: TrainerState, memory: dict[str, Any]) -> None:
+def _finish(
+    run: Run, setup: Setup, state: TrainerState, memory: dict[str, Any], shown: TrainingProgress
+) -> None:
     """Write what was trained and what was measured."""
     if setup.recipe.load_best_model_at_end:
         _put_best_back(run, setup)
+    if setup.recipe.qat is not None:
+        _compare_with_converted(run, setup, shown)
     adapters = []
     for member in setup.members:
         adapters.append(
@@ -355,6 +359,27 @@ def _finish(run: Run, setup: Setup, state: TrainerState, memory: dict[str, Any])
             **({} if setup.base.feed is None else {"offload_base": setup.base.feed.facts()}),
         },
     )
+
+
+def _qat_facts(recipe: Recipe, tried: float) -> dict[str, Any]:
+    return {"scheme": recipe.qat, "group_size": recipe.qat_group_size, "tried_difference": tried}
+
+
+def _compare_with_converted(run: Run, setup: Setup, shown: TrainingProgress) -> None:
+    """Convert what was trained for real, and note how far its answers are from those in training.
+
+    It is put beside the rest of `run.json`'s `qat`, by name.
+    """
+    source = setup.rows.held_out or setup.rows.train
+    rows = [row.input_ids for row in source.rows[:COMPARED_ROWS]]
+    found = {name: quantization_aware.agreement(setup.trained, name, rows)
+             for name in setup.trained.names}  # fmt: skip
+    run.update(qat={**run.info()["qat"], "converted": found})
+    for name, own in found.items():
+        shown.note(
+            f"{name}: converted by torchao, log-probabilities differ by at most "
+            f"{own['largest_difference']:.2g} from those in training ({own['tokens']} tokens)"
+        )
 
 
 def _put_best_back(run: Run, setup: Setup) -> None:

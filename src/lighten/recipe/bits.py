@@ -1,0 +1,85 @@
+"""What settings about few bits get wrong: a quantised base, and quantisation-aware training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lighten.recipe.fields import AdapterOptions, RecipeFields
+
+
+def problems(
+    recipe: RecipeFields, cohort: Sequence[AdapterOptions], given: Mapping[str, Any]
+) -> list[str]:
+    """A sentence for each.
+
+    Args:
+        recipe: All settings.
+        cohort: The adapters; none where they cannot be told yet.
+        given: Those that are not at their defaults.
+    """
+    return _of_the_base(recipe, given) + _of_qat(recipe, cohort, given)
+
+
+def _of_the_base(recipe: RecipeFields, given: Mapping[str, Any]) -> list[str]:
+    """What the settings of a quantised base get wrong."""
+    if recipe.load_in_4bit and recipe.load_in_8bit:
+        return ["load_in_4bit and load_in_8bit cannot both be true; keep one"]
+    own = [key for key in given if key.startswith("bnb_4bit_")]
+    if not recipe.load_in_4bit:
+        return [f"{key} has no effect without load_in_4bit: true; set it or remove {key}"
+                for key in own]  # fmt: skip
+    compute = recipe.bnb_4bit_compute_dtype
+    if "auto" not in (compute, recipe.dtype) and compute != recipe.dtype:
+        return [
+            f"bnb_4bit_compute_dtype is {compute} and dtype {recipe.dtype}, but the whole base "
+            "computes in one format here; keep one of the two"
+        ]
+    return []
+
+
+def _of_qat(
+    recipe: RecipeFields, cohort: Sequence[AdapterOptions], given: Mapping[str, Any]
+) -> list[str]:
+    """What cannot hold where layers compute as their quantised selves."""
+    if recipe.qat is None:
+        return ["qat_group_size has no effect without qat; set it or remove qat_group_size"] * (
+            "qat_group_size" in given
+        )
+    found = [
+        f"{key}: a base in so few bits is rounded already, and qat rounds it anew with each "
+        "adapter; keep one of the two"
+        for key in ("load_in_4bit", "load_in_8bit")
+        if getattr(recipe, key)
+    ]
+    if recipe.offload_base != "none":
+        found.append(
+            f"offload_base: {recipe.offload_base} brings weights layer by layer to code that does "
+            "not round them; remove it, or leave qat out"
+        )
+    if recipe.torch_compile is True:
+        found.append(
+            "torch_compile: layers of qat round their weights outside of compiled code; leave it "
+            "at auto, or set it to false"
+        )
+    if isinstance(recipe.lanes, int) and recipe.lanes > 1:
+        found.append(
+            f"lanes: {recipe.lanes} would round every weight of qat once in each lane; set it to 1"
+        )
+    if recipe.method == "full":
+        return found
+    for own in cohort:
+        if own.lora_dropout:
+            found.append(
+                "lora_dropout drops inputs of the update alone, but qat adds the update to the "
+                "weight before it is rounded; set lora_dropout to 0"
+            )
+        theirs = own.use_dora or own.peft is not None or own.init_lora_weights not in (
+            True, False, "gaussian", "orthogonal"
+        )  # fmt: skip
+        if theirs:
+            found.append(
+                "qat rounds base and update together, which PEFT's own modules (use_dora, peft, "
+                "init_lora_weights: pissa or olora) do not; use plain LoRA"
+            )
+    return list(dict.fromkeys(found))
