@@ -18,6 +18,7 @@ from lighten import UserError
 from lighten.peft_config import CONFIG, WEIGHTS
 from lighten.recipe import Recipe
 from lighten.runs import Run
+from tests.conftest import HUB_COMMIT
 from tests.tiny import save_tiny
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -138,6 +139,37 @@ def test_our_own_run_checkpoint_and_folder_are_starts_alike(
         made[name] = weights(run.adapters()["default"])
     for other in (made["run"], made["checkpoint"]):
         assert all(torch.equal(value, other[key]) for key, value in made["folder"].items())
+
+
+def test_an_adapter_of_the_hub_is_a_start(
+    base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its id, from the hub's cache; a repository without safetensors is refused by name."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    snapshots = {}
+    for name in ("whole", "pickled"):
+        repo = tmp_path / "hub" / f"models--someone--{name}"
+        snapshots[name] = repo / "snapshots" / HUB_COMMIT
+        peft_adapter(base, snapshots[name])
+        (repo / "refs").mkdir()
+        (repo / "refs" / "main").write_text(HUB_COMMIT)
+    (snapshots["pickled"] / WEIGHTS).rename(snapshots["pickled"] / "adapter_model.bin")
+    run = trained(
+        rows, tmp_path / "run", model=str(base), adapter_name_or_path="someone/whole",
+        learning_rate=1e-30,
+    )  # fmt: skip
+    before, after = weights(snapshots["whole"]), weights(run.adapters()["default"])
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    for name, told in (
+        ("someone/pickled", f"is not an adapter in safetensors: it has no {WEIGHTS}"),
+        ("someone/nothing", "the adapter someone/nothing does not exist"),
+        ("./someone/whole", "does not exist; give the folder of an adapter"),
+    ):
+        with pytest.raises(UserError, match=told):
+            Recipe.from_values(
+                {"model": str(base), "dataset": str(rows), "adapter_name_or_path": name}
+            )
 
 
 def test_an_adapter_as_the_model_is_its_base_and_a_start(

@@ -57,6 +57,37 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return config
 
 
+def from_hub(name: str) -> Path:
+    """The folder of an adapter that the hub has under an id: of the cache, or fetched now.
+
+    Raises:
+        UserError: It is no hub id, has no adapter in safetensors, or the hub cannot be reached.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    missing = f"the adapter {name} does not exist: no folder is there"
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
+    except HFValidationError as error:
+        raise UserError(missing) from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"{missing}, and the hub has nothing of that name, or it is private (set HF_TOKEN)"
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{missing}, and the hub cannot be reached ({first})") from error
+    if absent := [own for own in (CONFIG, WEIGHTS) if not (folder / own).is_file()]:
+        raise UserError(f"the hub's {name} is not an adapter in safetensors: it has no {absent[0]}")
+    return folder
+
+
 def _is_set(config: Mapping[str, Any], key: str) -> bool:
     """Whether a setting is in use; a layer's number may be 0."""
     return type(config.get(key)) is int or bool(config.get(key))

@@ -313,7 +313,7 @@ class RecipeFields(Section):
     adapter_name_or_path: str | None = _field(
         None,
         "lora",
-        "train on from this adapter: its folder, a run or a checkpoint; it says rank and targets",
+        "train on from this adapter (folder, run, checkpoint or hub id); it says rank and targets",
     )
     lora_r: Positive | list[Positive] = _field(8, "lora", "rank; a list trains a cohort")
     lora_alpha: Rate | list[Rate] | None = _field(None, "lora", "scale numerator; default 2 x rank")

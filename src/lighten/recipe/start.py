@@ -11,6 +11,7 @@ from lighten.paths import exists
 from lighten.peft_config import (
     CONFIG,
     WEIGHTS,
+    from_hub,
     more_than_low_rank,
     needs_peft,
     read_config,
@@ -109,7 +110,7 @@ def _excluded(given: Mapping[str, Any]) -> str | None:
 
 
 def find(name: str) -> Path:
-    """The folder of the one adapter that a path names: its own, a run's or a checkpoint's.
+    """The folder of the one adapter that a name means: its own, a run's, a checkpoint's, the hub's.
 
     Raises:
         UserError: There is none, or more than one.
@@ -118,7 +119,12 @@ def find(name: str) -> Path:
     if exists(folder / CONFIG):
         return folder
     if not exists(folder):
-        raise UserError(f"{START}: {name} does not exist; give the folder of an adapter")
+        if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+            raise UserError(f"{START}: {name} does not exist; give the folder of an adapter")
+        try:
+            return from_hub(name)
+        except UserError as error:
+            raise UserError(f"{START}: {error}") from error
     inside = sorted(path.parent for path in folder.glob(f"adapters/*/{CONFIG}"))
     if len(inside) > 1:
         names = ", ".join(path.name for path in inside)
