@@ -217,6 +217,17 @@ def test_model_and_data_have_aliases_too(chat_file: Path) -> None:
     assert recipe.dataset == str(chat_file)
 
 
+@pytest.mark.parametrize(
+    "line",
+    ["dataset: rows.jsonl", "train_file: rows.jsonl", "datasets: [{path: rows.jsonl}]",
+     "data: {train: rows.jsonl}", "dataset: 'rows.jsonl#3'"],
+)  # fmt: skip
+def test_data_beside_a_recipe_are_seen_from_its_folder(line: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    recipe = Recipe.from_file(written(tmp_path, f"model: m\n{line}\n"))
+    assert recipe.dataset in (str(tmp_path / "rows.jsonl"), str(tmp_path / "rows.jsonl#3"))
+
+
 def test_an_alias_beside_its_canonical_name_is_an_error(values: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match="lr and learning_rate both set the same thing"):
         Recipe.from_values({**values, "lr": 1e-3, "learning_rate": 1e-4})

@@ -94,14 +94,7 @@ class Recipe(RecipeFields):
         """
         path = Path(path)
         values, lines = yaml_lines.read(path)
-        for name in _PATHS:
-            for key in (
-                name,
-                *(a for a, canonical in aliases.RENAMED.items() if canonical == name),
-            ):
-                if isinstance(values.get(key), str):
-                    values[key] = _beside(path.parent, values[key])
-        recipe = cls._build(values, overrides, str(path), lines)
+        recipe = cls._build(values, overrides, str(path), lines, folder=path.parent)
         recipe._name = path.parent.name if path.stem == "recipe" else path.stem
         return recipe
 
@@ -124,8 +117,12 @@ class Recipe(RecipeFields):
         where: str,
         lines: Mapping[str, int],
         known_start: str | None = None,
+        folder: Path | None = None,
     ) -> Recipe:
         settings, notices, problems = aliases.translate(values)
+        for name in _PATHS if folder is not None else ():
+            if isinstance(settings.get(name), str):
+                settings[name] = _beside(folder, settings[name])
         over, more_notices, more_problems = aliases.translate(overrides or {})
         for key, value in over.items():
             section, _, name = key.partition(".")
