@@ -1,4 +1,4 @@
-"""A job of `lighten.bench.child` that takes as much memory as it is told to."""
+"""A job of `lighten.jobs` that takes as much memory as it is told to."""
 
 from __future__ import annotations
 

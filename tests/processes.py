@@ -9,6 +9,7 @@ and of what it holds in memory start Python instead.
 from __future__ import annotations
 
 import atexit
+import json
 import multiprocessing
 import os
 import runpy
@@ -17,6 +18,9 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
+
+from lighten.jobs import Outcome
 
 LIBRARIES = [
     "torch", "torch._dynamo", "torch.utils.flop_counter", "transformers", "peft", "accelerate",
@@ -110,6 +114,22 @@ def python(code: str, *words: str, cwd: Path | None = None) -> subprocess.Comple
     return _ended(Forked(_code, (code, *words), cwd=cwd), words)
 
 
+def in_fork(
+    module: str, settings: Mapping[str, Any], *, memory_bytes: int | None = None,
+    timeout_s: float | None = None, told: Any = None,
+) -> Outcome:  # fmt: skip
+    """`lighten.jobs.in_child` from a process that has the libraries already; it watches nothing."""
+    del memory_bytes, timeout_s, told
+    job = json.dumps({"module": module, "settings": dict(settings)})
+    process = Forked(_job, (), stdin=job)
+    out, err = process.communicate()
+    records = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    outcome = Outcome(records)
+    if process.wait():
+        outcome.error, outcome.told = (err.strip().splitlines() or ["?"])[-1], True
+    return outcome
+
+
 def _ended(process: Forked, words: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
     out, err = process.communicate()
     return subprocess.CompletedProcess(words, process.wait(), out, err)
@@ -137,6 +157,12 @@ def _child(
 def _lighten(*words: str) -> None:
     sys.argv = ["lighten", *words]
     runpy.run_module("lighten", run_name="__main__", alter_sys=True)
+
+
+def _job() -> None:
+    from lighten import jobs
+
+    jobs.main()
 
 
 def _code(code: str, *words: str) -> None:

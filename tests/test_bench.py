@@ -12,9 +12,9 @@ import torch
 
 from lighten import api
 from lighten.bench import attention, comparing, generation, running, training, words
-from lighten.bench.child import in_child
 from lighten.bench.limits import Try, search_from
 from lighten.errors import UserError
+from lighten.jobs import in_child
 from lighten.timing import Timing, measure_step
 from tests.processes import call
 

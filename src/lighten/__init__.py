@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from lighten.api import (
         adapter_info,
+        audit,
         evaluate,
         export,
         plan,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from lighten.runs import Run
 
 __all__ = [
-    "Recipe", "Run", "UserError", "adapter_info", "evaluate", "export", "plan", "push",
+    "Recipe", "Run", "UserError", "adapter_info", "audit", "evaluate", "export", "plan", "push",
     "quantize", "report", "resize_adapter", "run", "sweep", "train", "verify",
 ]  # fmt: skip
 
@@ -43,6 +44,7 @@ _HOME = {
     "Run": "lighten.runs",
     "UserError": "lighten.errors",
     "adapter_info": "lighten.api",
+    "audit": "lighten.api",
     "export": "lighten.api",
     "push": "lighten.api",
     "resize_adapter": "lighten.api",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lighten import looked
+from lighten.api_bench import audit as audit
 from lighten.api_bench import bench as bench
 from lighten.api_bench import bench_compare as bench_compare
 from lighten.api_plan import plan_quantize as plan_quantize

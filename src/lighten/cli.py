@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import lighten
-from lighten import cli_bench, cli_plan, cli_serve, streams
+from lighten import cli_audit, cli_bench, cli_plan, cli_serve, streams
 from lighten.cli_adapter import adapter_app
 from lighten.cli_evaluate import print_evaluation
 from lighten.cli_export import export, push, verify
@@ -192,6 +192,7 @@ app.command("sft", context_settings=OPEN, hidden=True)(train)
 cli_plan.register(app)
 app.command()(quantize)
 cli_bench.register(app)
+cli_audit.register(app)
 cli_serve.register(app)
 
 

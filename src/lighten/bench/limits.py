@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lighten.bench.child import Outcome, in_child
 from lighten.devices import Device
+from lighten.jobs import Outcome, in_child
 from lighten.plan import asked, search
 from lighten.plan.changes import SHORTEST
 from lighten.recipe import Recipe

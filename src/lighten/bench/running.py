@@ -12,11 +12,11 @@ from typing import Any
 from lighten import devices, hardware, whole_files
 from lighten.artifacts.source import Artefact, open_source
 from lighten.bench import PARTS, attention
-from lighten.bench.child import in_child
 from lighten.bench.limits import largest
 from lighten.bench.size import file_bytes
 from lighten.bench.training import WAYS
 from lighten.errors import UserError
+from lighten.jobs import in_child
 from lighten.models.load import checksum, weight_files
 from lighten.plan import asked
 from lighten.plan.build import config_of
@@ -287,7 +287,7 @@ def bench(
         records += getattr(measured, part.replace("-", "_"))()
     commit, clean = hardware.commit()
     result = {
-        "version": VERSION, "created": _now(), "target": target, "base": base,
+        "version": VERSION, "created": now(), "target": target, "base": base,
         "base_sha256": checksum(weight_files(source.base_folder)), "adapter": measured._adapter,
         "machine": hardware.machine().to_dict(), "versions": hardware.versions(),
         "commit": commit, "tree_clean": clean, "device": measured.device.label,
@@ -300,5 +300,6 @@ def bench(
     return result
 
 
-def _now() -> str:
+def now() -> str:
+    """Date and time, for files."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

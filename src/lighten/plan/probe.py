@@ -176,7 +176,7 @@ def measure(
     setup.objective.verify(largest[0], undropped(largest[0]))
     lanes = _lanes(setup)
     weights = [p for member in setup.members for p in member.parameters.values()]
-    at_first = _samples(weights)
+    at_first = samples_of(weights)
 
     def step() -> None:
         made = batches()
@@ -188,7 +188,7 @@ def measure(
             memory.beside(lanes.own_bytes)
 
     timing = measure_step(step, device=kind, least=least, most=most, budget_s=budget_s)
-    if all(map(_equal, at_first, _samples(weights))):
+    if all(map(_equal, at_first, samples_of(weights))):
         raise UserError(
             "nothing was trained: no weight has changed after a few steps, so its time says nothing"
         )
@@ -208,7 +208,7 @@ def measure(
     return found
 
 
-def _samples(weights: Sequence[Any]) -> list[Any]:
+def samples_of(weights: Sequence[Any]) -> list[Any]:
     """Some numbers of each weight: whole copies would count among what is measured."""
     return [
         p.detach().flatten()[:: max(1, p.numel() // SAMPLED)].clone() if p.numel() else p.detach()

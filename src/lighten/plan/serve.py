@@ -132,6 +132,41 @@ def serve(
     )
 
 
+def answer_peak(
+    model: str,
+    *,
+    storage: str,
+    compute: str,
+    prompt_tokens: int,
+    new_tokens: int,
+    revision: str | None = None,
+) -> int:
+    """Bytes at the peak of one answer: weights, KV cache, and the prompt's widest layer.
+
+    Args:
+        model: As for `models.load`; only its configuration is read.
+        storage: Of the linear layers, one of `serving.BYTES_PER_WEIGHT`.
+        compute: Of the other weights, the cache and the products.
+        prompt_tokens: Read at once.
+        new_tokens: Written after them.
+        revision: Of a hub model.
+
+    Raises:
+        UserError: No such model.
+    """
+    shape = skeleton(model, revision=revision)
+    config = shape.config.get_text_config()
+    sizes = _sizes(shape)
+    number = serving.BYTES_PER_WEIGHT[compute]
+    weights = serving.weight_bytes(sizes.linear_numbers, sizes.rest, storage, compute)
+    cache = serving.kv_cache_bytes(
+        serving.layer_caches(config.to_dict()), prompt_tokens + new_tokens, 1, number_bytes=number
+    )
+    wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    widest = prompt_tokens * (2 * config.hidden_size + 3 * wide) * number
+    return round(weights + cache + widest + 2 * 4 * config.vocab_size)
+
+
 def quantize(
     model: str,
     *,

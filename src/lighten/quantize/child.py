@@ -1,22 +1,16 @@
-"""Making and measuring one artefact in a process of its own, so that its memory is its own.
-
-The job is a JSON file; so is the result. `python -m lighten.quantize.child JOB` runs one.
-"""
+"""Making and measuring one artefact in a process of its own, so that its memory is its own."""
 
 from __future__ import annotations
 
 import gc
-import json
 import os
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from lighten.errors import UserError
+from lighten.jobs import in_child
 from lighten.quantize.scores import EvaluationRow, score, speeds, summary
 
 
@@ -26,37 +20,29 @@ def call(job: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: What the job raised, or that the process was killed.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        asked, answered = Path(scratch) / "job.json", Path(scratch) / "result.json"
-        asked.write_text(json.dumps({**job, "result": str(answered)}), encoding="utf-8")
-        ended = subprocess.run(
-            [sys.executable, "-m", "lighten.quantize.child", str(asked)],
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False,
-        )  # fmt: skip
-        if not answered.is_file():
-            said = (ended.stderr.strip().splitlines() or ["it said nothing"])[-1]
-            why = (
-                "it was killed, as systems do when memory is full" if ended.returncode < 0 else said
-            )
-            raise UserError(f"{job['name']} failed: {why}")
-        found: dict[str, Any] = json.loads(answered.read_text(encoding="utf-8"))
-    if "error" in found:
-        raise UserError(found["error"])
-    return found
+    done = in_child("lighten.quantize.child", {"job": job})
+    if done.error is not None and done.out_of_memory:
+        raise UserError(f"{job['name']} failed: {done.error}")
+    if done.error is not None:
+        raise UserError(done.error if done.told else f"{job['name']} failed: {done.error}")
+    return done.records[-1]
 
 
-def main(path: str) -> None:
-    """Do the job of a file."""
-    job = json.loads(Path(path).read_text(encoding="utf-8"))
+def run(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Do a job.
+
+    Args:
+        job: `do` is `make` or `measure`; the rest is what it takes.
+
+    Raises:
+        UserError: Something the user can mend.
+    """
     try:
-        found = _make(job) if job["do"] == "make" else _measure(job)
-    except UserError as error:
-        found = {"error": str(error)}
+        yield _make(job) if job["do"] == "make" else _measure(job)
     except OSError as error:
         from lighten.whole_files import cannot_write
 
-        found = {"error": str(cannot_write(error, Path(job["folder"])))}
-    Path(job["result"]).write_text(json.dumps(found), encoding="utf-8")
+        raise cannot_write(error, Path(job["folder"])) from error
 
 
 def _make(job: dict[str, Any]) -> dict[str, Any]:
@@ -81,6 +67,10 @@ def _measure(job: dict[str, Any]) -> dict[str, Any]:
     found = _measure_gguf(job, rows) if job["kind"] == "gguf" else _measure_folder(job, rows)
     statistics = found.pop("statistics")
     return {**(summary(statistics) if rows else {}), **found, "rows": statistics}
+
+
+def _store(job: dict[str, Any]) -> Path | None:
+    return None if job["store"] is None else Path(job["store"])
 
 
 def _resident() -> int:
@@ -122,7 +112,7 @@ def _measure_folder(job: dict[str, Any], rows: Sequence[EvaluationRow]) -> dict[
     def decode(ids: list[int], most: int) -> int:
         return len(_greedy(model, ids, most, stops=[]))
 
-    statistics = score(rows, log_probabilities, Path(job["store"]), reference=job["reference"])
+    statistics = score(rows, log_probabilities, _store(job), reference=job["reference"])
     stops = _stops(model, tokenizer)
     answers = [
         tokenizer.decode(_greedy(model, ids, job["most"], stops), skip_special_tokens=True)
@@ -130,7 +120,7 @@ def _measure_folder(job: dict[str, Any], rows: Sequence[EvaluationRow]) -> dict[
     ]
     return {
         "resident_bytes": resident, "statistics": statistics, "answers": answers,
-        **speeds(job["prompt"], prefill, decode),
+        **speeds(job["prompt"], prefill, decode, job.get("repeats", 1)),
     }  # fmt: skip
 
 
@@ -177,9 +167,7 @@ def _measure_gguf(job: dict[str, Any], rows: Sequence[EvaluationRow]) -> dict[st
                       cache="f16")  # fmt: skip
     runtime.logits(job["prompt"][:8])
     resident = _resident() - before
-    statistics = score(
-        rows, runtime.log_probabilities, Path(job["store"]), reference=job["reference"]
-    )
+    statistics = score(rows, runtime.log_probabilities, _store(job), reference=job["reference"])
     answers = []
     for ids in job["prompts"]:
         answer = runtime.greedy(ids, job["most"])
@@ -190,9 +178,6 @@ def _measure_gguf(job: dict[str, Any], rows: Sequence[EvaluationRow]) -> dict[st
         job["prompt"],
         lambda ids: runtime.greedy(ids, 1),
         lambda ids, most: len(runtime.greedy(ids, most, stop=False)),
+        job.get("repeats", 1),
     )
     return {"resident_bytes": resident, "statistics": statistics, "answers": answers, **rates}
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

@@ -6,6 +6,7 @@ Dimensions: T tokens of a row, V words of the vocabulary.
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -40,14 +41,14 @@ Scorer = Callable[[list[int]], Floats]  # token ids [T] to log-probabilities [T,
 
 
 def score(
-    rows: Sequence[EvaluationRow], log_probabilities: Scorer, store: Path, *, reference: bool
+    rows: Sequence[EvaluationRow], log_probabilities: Scorer, store: Path | None, *, reference: bool
 ) -> dict[str, list[float]]:
     """Likelihood of each row, and its distance from the reference's predictions.
 
     Args:
         rows: What is predicted.
         log_probabilities: Of the model.
-        store: Folder of the reference's predictions.
+        store: Folder of the reference's predictions; None: likelihoods alone.
         reference: Write them, instead of comparing with them.
 
     Returns:
@@ -61,6 +62,8 @@ def score(
         after = [row.ids[place + 1] for place in places]
         found["nll"].append(float(-told[np.arange(len(places)), after].sum(dtype=np.float64)))
         found["tokens"].append(len(places))
+        if store is None:
+            continue
         file = store / f"{number}.npy"
         if reference:
             np.save(file, told)
@@ -99,23 +102,32 @@ def speeds(
     prompt: Sequence[int],
     prefill: Callable[[list[int]], Any],
     decode: Callable[[list[int], int], int],
-) -> dict[str, float]:
+    repeats: int = 1,
+) -> dict[str, Any]:
     """Tokens per second of reading a prompt and of writing an answer, one sequence at a time.
 
     Args:
         prompt: Token ids.
         prefill: Reads them.
         decode: Reads them and writes so many tokens; returns how many.
+        repeats: Answers that are timed.
+
+    Returns:
+        Both rates, and `decode_samples`: seconds per written token of each answer.
     """
     ids = list(prompt)
     prefill(ids)  # what is allocated at first is no part of it
     read = min(_seconds(lambda: prefill(ids)) for _ in range(2))
-    began = time.perf_counter()
-    count = decode(ids, DECODED)
-    wrote = max(time.perf_counter() - began - read, 1e-9)
+    samples = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        count = decode(ids, DECODED)
+        wrote = max(time.perf_counter() - began - read, 1e-9)
+        samples.append(wrote / max(1, count - 1))
     return {
         "prefill_tokens_per_second": len(ids) / read,
-        "decode_tokens_per_second": max(0, count - 1) / wrote,
+        "decode_tokens_per_second": 1 / statistics.median(samples),
+        "decode_samples": samples,
     }
 
 

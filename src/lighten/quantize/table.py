@@ -210,6 +210,7 @@ class _Measuring:
         }  # fmt: skip
         found = child.call(job)
         found.pop("rows")
+        found.pop("decode_samples")
         answers = found.pop("answers")
         if held_out is not None and answers:
             from lighten.evaluate.metrics import chrf, exact_match_statistics, percent

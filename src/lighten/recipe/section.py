@@ -33,6 +33,15 @@ def seconds(text: str) -> float:
     return float(parts[1]) * _UNITS[parts[2]]
 
 
+def duration(text: str) -> float:
+    """Seconds of a time that somebody wrote.
+
+    Raises:
+        ValueError: It is none.
+    """
+    return seconds(_duration(text))
+
+
 def _duration(value: Any) -> Any:
     if value is None:
         return None

@@ -46,6 +46,7 @@ class Loop:
         retries: Make a step for which memory runs out again with smaller micro-batches. A benchmark
             leaves it off: it would measure something else than it says.
         judge: May take adapters out early; without one, an adapter that diverges ends the run.
+        saves: Write checkpoints. A measurement leaves none.
     """
 
     def __init__(
@@ -59,10 +60,11 @@ class Loop:
         *,
         judge: Judge | None = None,
         retries: bool = False,
+        saves: bool = True,
     ) -> None:
         self.setup, self.folder, self.state = setup, folder, state
         self.progress, self.memory, self.prediction = progress, memory, prediction
-        self.judge = judge
+        self.judge, self._saves = judge, saves
         self._losses: dict[str, HeldOut] = {}
         self._pages = allocator.KeptPages(setup.accelerator.device.type)
         self._retries, self._watch = retries, short_memory.Watch(setup.members)
@@ -115,7 +117,8 @@ class Loop:
             self._ask_judge()
             done = last or not self._active()
             stop = ranks.agreed_stop(setup.accelerator, signals.received)
-            if done or best or stop or self._due(recipe.save_steps) or self._due_by_time():
+            due = done or best or stop or self._due(recipe.save_steps) or self._due_by_time()
+            if due and self._saves:
                 self._save()
             if stop is not None and not done:
                 raise Interrupted(

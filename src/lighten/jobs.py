@@ -4,7 +4,7 @@ A job prints a JSON line for each thing that it has measured, so that what was m
 process ended is kept. What a process held is its own high-water mark (Linux's `VmHWM`): the
 `ru_maxrss` of a child begins at its parent's.
 
-    python -m lighten.bench.child < job.json
+    python -m lighten.jobs < job.json
 """
 
 from __future__ import annotations
@@ -25,8 +25,11 @@ from typing import Any
 import psutil
 
 LOOK_S = 0.01
+# Looking takes at most this share of the time: of child processes it reads all pages' marks.
+LOOKING = 0.05
 # The process that the kernel shall end first where the machine's memory is short.
 SACRIFICE = "1000"
+USER_ERROR = 3  # exit code of a job that a user can mend
 
 
 @dataclass
@@ -37,12 +40,16 @@ class Outcome:
         records: What it measured before it ended.
         error: Why it ended early; None: it did not.
         out_of_memory: Whether that was for memory.
+        told: The error is a sentence for the user (`UserError`), not the end of a traceback.
+        timed_out: Whether that was for time.
         process_peak_bytes: The most that it held as a whole, as last seen from outside.
     """
 
     records: list[dict[str, Any]] = field(default_factory=list)
     error: str | None = None
     out_of_memory: bool = False
+    told: bool = False
+    timed_out: bool = False
     process_peak_bytes: int = 0
 
 
@@ -66,7 +73,7 @@ def in_child(
     outcome = Outcome()
     with tempfile.TemporaryFile() as said:
         worker = subprocess.Popen(
-            [sys.executable, "-m", "lighten.bench.child"],
+            [sys.executable, "-m", "lighten.jobs"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said,
         )  # fmt: skip
         reader = threading.Thread(target=_read, args=(worker, outcome, told), daemon=True)
@@ -86,6 +93,7 @@ def in_child(
         said.seek(0)
         text = said.read().decode(errors="replace")
     if outcome.error is None and worker.returncode:
+        outcome.told = worker.returncode == USER_ERROR
         lines = text.strip().splitlines()
         outcome.error = lines[-1] if lines else f"it ended with {worker.returncode}"
         # The kernel ends a process by signal 9 where memory is short.
@@ -126,7 +134,9 @@ def _watch(
 ) -> None:
     began = time.monotonic()
     while worker.poll() is None:
+        looked = time.monotonic()
         held = held_bytes(worker.pid)
+        looking_s = time.monotonic() - looked
         outcome.process_peak_bytes = max(outcome.process_peak_bytes, held)
         if memory_bytes is not None and held > memory_bytes:
             outcome.error = f"it holds more than {memory_bytes / 2**30:.2f} GiB"
@@ -134,8 +144,9 @@ def _watch(
             return
         if timeout_s is not None and time.monotonic() - began > timeout_s:
             outcome.error = f"it takes more than {timeout_s:.0f} s"
+            outcome.timed_out = True
             return
-        time.sleep(LOOK_S)
+        time.sleep(max(LOOK_S, looking_s / LOOKING))
 
 
 def _end(worker: subprocess.Popen[bytes]) -> None:
@@ -178,7 +189,8 @@ def main() -> None:
         for record in run(**job["settings"]):
             print(json.dumps(record), flush=True)  # noqa: T201
     except UserError as error:
-        sys.exit(str(error).splitlines()[0])
+        print(str(error).splitlines()[0], file=sys.stderr)  # noqa: T201
+        sys.exit(USER_ERROR)
 
 
 if __name__ == "__main__":

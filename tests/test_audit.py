@@ -1,0 +1,242 @@
+"""`lighten audit`: each row measured or explained, within a budget, and resumed after a kill."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import lighten
+from lighten.bench import audit as auditing
+from lighten.bench import measuring, ratios, techniques
+from lighten.bench.audit import Audit
+from lighten.errors import UserError
+from lighten.report import audit_table
+from tests.processes import Forked, call, in_fork
+
+# Fewer steps than any budget would ask for, and a long row that is none.
+SMALL: dict[str, Any] = {
+    "steps": 2, "long_tokens": 48, "new_tokens": 2, "prompt_tokens": 8, "examples": 8,
+    "val_size": 8, "per_device_train_batch_size": 4, "max_length": 64,
+}  # fmt: skip
+
+
+SOME = {
+    "training": ("plain", "last 2 layers", "LoRA", "all together"),
+    "long context": ("plain", "all together"),
+    "answers": ("plain", "LoRA beside", "LoRA merged", "GGUF q8_0"),
+}  # fmt: skip
+
+
+def chosen(rows: list[techniques.Technique]) -> list[techniques.Technique]:
+    return [own for own in rows if own.name in SOME[own.group]]
+
+
+@pytest.fixture(scope="module")
+def forks() -> Any:
+    """Rows in processes that need not import everything anew, and answers timed once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measuring, "in_child", in_fork)
+        patch.setattr(measuring, "ANSWER_S", 0.01)
+        patch.setattr(measuring, "QUANTIZED_REPEATS", 1)
+        patch.setattr(auditing, "MOST_PROCESSES", 1)
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def done(
+    forks: Any, tiny_folder: Path, chat_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Audit:
+    """A small audit: of every kind of row there are some."""
+    every = techniques.techniques
+    forks.setattr(techniques, "techniques", lambda *how: chosen(every(*how)))
+    folder = tmp_path_factory.mktemp("audit") / "whole"
+    found = lighten.audit(
+        str(tiny_folder), data=str(chat_file), budget="2h", output_dir=folder, **SMALL
+    )
+    forks.setattr(techniques, "techniques", every)
+    return found
+
+
+def test_every_row_is_measured_or_explained(done: Audit) -> None:
+    rows = done.to_dict()["rows"]
+    for row in rows:
+        assert row["status"] == "measured", (row["name"], row.get("why"))
+    assert {row["group"]: 0 for row in rows} == dict.fromkeys(SOME, 0)
+    assert [(row["group"], row["name"]) for row in rows] == [
+        (group, name) for group, names in SOME.items() for name in names
+    ]  # in the order of the page, whatever was measured first
+    stored = json.loads((done.folder / "audit.json").read_text())
+    assert stored["status"] == "finished"
+    assert stored["rows"] == json.loads(json.dumps(rows))
+
+
+def test_trainings_take_the_same_tokens_and_learn(done: Audit) -> None:
+    trained = [row for row in done.rows if row["group"] == "training" if row["processes"]]
+    first = trained[0]["processes"][0]
+    for row in trained:
+        (process,) = row["processes"]
+        assert process["step_tokens"] == first["step_tokens"], row["name"]
+        assert len(process["step_seconds"]) == 2
+        assert row["predicted_bytes"] > 0
+    shipped = {row["name"]: row["processes"][0]["shipped_bytes"] for row in trained}
+    assert shipped["LoRA"] < shipped["plain"] / 2
+
+
+def test_what_a_row_lost_is_paired_over_the_examples(done: Audit) -> None:
+    """The merged adapter predicts what the one beside the weights does, in the same format."""
+    beside, merged = (done.row("answers", f"LoRA {how}") for how in ("beside", "merged"))
+    ours, theirs = (np.asarray(own["processes"][0]["losses"]) for own in (beside, merged))
+    np.testing.assert_array_equal(ours[:, 1], theirs[:, 1])
+    np.testing.assert_allclose(ours[:, 0], theirs[:, 0], rtol=2e-2)
+    plain = np.asarray(done.row("answers", "plain")["processes"][0]["losses"])
+    expected = ours[:, 0].sum() / ours[:, 1].sum() - plain[:, 0].sum() / plain[:, 1].sum()
+    assert beside["quality"]["difference"] == pytest.approx(expected)
+    assert beside["quality"]["low"] <= beside["quality"]["difference"]
+
+
+def test_the_page_and_the_table_show_every_row(done: Audit) -> None:
+    page = (done.folder / "report.html").read_text(encoding="utf-8")
+    for row in done.rows:
+        assert row["name"] in page
+    assert "http" not in page.replace("http-equiv", "").replace("http://www.w3.org", "")
+    tables = audit_table.tables(done.to_dict())
+    assert [columns[0] for columns, _ in tables] == ["training", "long context", "answers"]
+    assert sum(len(rows) for _, rows in tables) == len(done.rows)
+
+
+def test_a_finished_audit_is_shown_again(
+    done: Audit, tiny_folder: Path, chat_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "in_child", None)  # nothing is measured
+    again = lighten.audit(
+        str(tiny_folder), data=str(chat_file), budget="2h", output_dir=done.folder, **SMALL
+    )
+    assert again.to_dict()["rows"] == json.loads(json.dumps(done.to_dict()["rows"]))
+    with pytest.raises(UserError, match="was measured with other recipe"):
+        lighten.audit(str(tiny_folder), data=str(chat_file), budget="2h", output_dir=done.folder,
+                      **{**SMALL, "max_length": 32})  # fmt: skip
+
+
+def _audit(model: str, data: str, folder: str) -> None:
+    measuring.in_child = in_fork  # type: ignore[assignment]
+    every = techniques.techniques
+    techniques.techniques = lambda *how: chosen(every(*how))
+    lighten.audit(model, data=data, budget="2h", output_dir=folder, **SMALL)
+
+
+def test_after_a_kill_it_goes_on(
+    forks: Any, tiny_folder: Path, chat_file: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The kill is a real one, while the second row is measured or a later one."""
+    folder = tmp_path / "killed"
+    process = Forked(_audit, (str(tiny_folder), str(chat_file), str(folder)))
+    ends = time.monotonic() + 300
+    while time.monotonic() < ends and process.poll() is None:
+        file = folder / "audit.json"
+        if file.is_file() and len(json.loads(file.read_text())["rows"]) >= 1:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    before = json.loads((folder / "audit.json").read_text())["rows"]
+    measured = {row["name"]: row["cost_s"] for row in before if row["group"] == "training"}
+    assert before
+    started: list[str] = []
+
+    def counted(module: str, settings: Any, **limits: Any) -> Any:
+        started.append(module)
+        if len(started) > 1:
+            raise KeyboardInterrupt  # enough is seen
+        return in_fork(module, settings, **limits)
+
+    monkeypatch.setattr(measuring, "in_child", counted)
+    every = techniques.techniques
+    monkeypatch.setattr(techniques, "techniques", lambda *how: chosen(every(*how)))
+    with pytest.raises(KeyboardInterrupt):
+        lighten.audit(
+            str(tiny_folder), data=str(chat_file), budget="2h", output_dir=folder, **SMALL
+        )
+    after = json.loads((folder / "audit.json").read_text())
+    assert after["status"] == "running"
+    assert len(after["rows"]) > len(before)
+    for row in after["rows"]:
+        if row["group"] == "training" and row["name"] in measured:
+            assert row["cost_s"] == measured[row["name"]]
+
+
+def test_what_the_budget_leaves_out_is_measured_with_a_larger_one(
+    forks: Any, tiny_folder: Path, chat_file: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    few = [own for own in techniques.techniques("cpu", None) if own.name in ("plain", "LoRA")]
+    monkeypatch.setattr(techniques, "techniques", lambda *_: few)
+    how: dict[str, Any] = {"data": str(chat_file), "output_dir": tmp_path / "small", **SMALL}
+    found = lighten.audit(str(tiny_folder), budget="1s", **how)
+    assert [row["status"] for row in found.rows] == ["not measured"] * len(few)
+    assert all("budget" in row["why"] for row in found.rows)
+    page = (found.folder / "report.html").read_text(encoding="utf-8")
+    assert "a larger --budget measures it" in page
+    found = lighten.audit(str(tiny_folder), budget="2h", **how)
+    assert [row["status"] for row in found.rows] == ["measured"] * len(few)
+
+
+def test_what_runs_out_of_memory_stays_in_the_table() -> None:
+    row = {"group": "training", "name": "plain", "what": "", "plain": True, "status": "failed",
+           "processes": [], "why": "it holds more than 8.00 GiB", "out_of_memory": True,
+           "predicted_bytes": 9 * 2**30}  # fmt: skip
+    (summary,) = ratios.summarised([row])
+    assert audit_table.cells(summary)[3:5] == ["out of memory", "9.00 GiB"]
+    assert "it holds more than 8.00 GiB" in audit_table.reasons({"rows": [summary]})[0]
+
+
+def test_ratios_have_intervals_that_hold() -> None:
+    """Of made-up rows with a known spread, 95 % of the ratios lie in another audit's interval."""
+    random = np.random.default_rng(0)
+
+    def audit() -> list[dict[str, Any]]:
+        rows = []
+        for place, true in enumerate((1.0, 0.5, 2.0, 0.8, 3.0)):
+            processes = [
+                {"decode_samples": [true * math.exp(random.normal(0, 0.05))]} for _ in range(2)
+            ]
+            rows.append({"group": "answers", "name": str(place), "plain": not place, "what": "",
+                         "status": "measured", "processes": processes})  # fmt: skip
+        return ratios.summarised(rows)
+
+    held = []
+    for _ in range(200):
+        first, second = audit(), audit()
+        for ours, theirs in zip(first[1:], second[1:], strict=True):
+            own, other = ours["brought"]["speed"], theirs["brought"]["speed"]
+            held.append(own["low"] <= other["value"] <= own["high"])
+    assert 0.93 <= float(np.mean(held)) <= 0.97
+
+
+def test_student_is_right() -> None:
+    """Against published tables."""
+    assert ratios.student(1) == pytest.approx(12.706)
+    assert ratios.student(30) == pytest.approx(2.042, abs=1e-3)
+    assert ratios.student(15) == pytest.approx(2.131, abs=1e-3)
+
+
+def test_mistakes_are_told(tiny_folder: Path, chat_file: Path, tmp_path: Path) -> None:
+    how: dict[str, Any] = {"data": str(chat_file), "output_dir": tmp_path / "new"}
+    with pytest.raises(UserError, match="--budget soon: write a time such as 90s"):
+        lighten.audit(str(tiny_folder), budget="soon", **how)
+    with pytest.raises(UserError, match="2 steps or more"):
+        lighten.audit(str(tiny_folder), steps=1, **how)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds other files"):
+        lighten.audit(str(tiny_folder), data=str(chat_file), output_dir=tmp_path / "full")
+    done = call("audit", str(tmp_path / "none"), "--data", str(chat_file))
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
