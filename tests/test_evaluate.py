@@ -277,8 +277,8 @@ def test_trap9_and_18_chat_asks_with_the_ids_that_training_saw(run: Run, tmp_pat
 
 
 def test_chat_greedily_says_what_generate_says(run: Run) -> None:
-    talk = Conversation(str(run.folder))
-    said = "".join(talk.answer("hello", "r8", max_new_tokens=6, temperature=0.0))
+    talk = Conversation(str(run.folder), max_new_tokens=6)
+    said = "".join(talk.answer("hello", "r8"))
     with talk.cohort.using("r8"):
         answers = generate(
             talk.base.model, talk.base.tokenizer, talk.prompt("hello").tolist(),

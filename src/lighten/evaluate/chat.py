@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,13 +15,11 @@ from transformers.utils import logging as transformers_logging
 from lighten import adapters, data, hardware, models
 from lighten.data import Message
 from lighten.data.asking import OPENED
+from lighten.dialogue import converse
 from lighten.errors import UserError
 from lighten.evaluate.generate import hidden_tokens, settings_alone, stop_tokens
 from lighten.evaluate.opened import Models, Opened
 from lighten.runs import Run
-from lighten.streams import encodable
-
-HELP = "/reset forgets the conversation, /system TEXT sets a system message, /adapter NAME, /exit"
 
 
 class _Visible(TextIteratorStreamer):
@@ -54,10 +51,21 @@ class Conversation:
         target: A run folder, a run's name under `runs/`, or a model.
         system: System message.
         thinking: Whether answers begin with a thought; None: as those of the training did.
+        max_new_tokens: Longest answer.
+        temperature: 0 answers greedily.
+
+    Raises:
+        UserError: No such run or model.
     """
 
     def __init__(
-        self, target: str, *, system: str | None = None, thinking: bool | None = None
+        self,
+        target: str,
+        *,
+        system: str | None = None,
+        thinking: bool | None = None,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
     ) -> None:
         transformers_logging.disable_progress_bar()
         device = hardware.choose_device().value
@@ -78,6 +86,7 @@ class Conversation:
         self.system = system
         self.thinking = self.learnt.thinks if thinking is None else thinking
         self.messages: list[Message] = []
+        self._max_new_tokens, self._temperature = max_new_tokens, temperature
 
     def prompt(self, question: str) -> Any:
         """Token ids [1, T] of the conversation with one more question, one BOS at most (trap 9).
@@ -96,20 +105,33 @@ class Conversation:
             self.base.tokenizer, self.handling, self.learnt, thinking=self.thinking,
         )  # fmt: skip
 
-    def answer(
-        self, question: str, adapter: str | None, *, max_new_tokens: int, temperature: float
-    ) -> Iterator[str]:
+    def known(self, name: str | None) -> str | None:
+        """The adapter of a name, by default the run's first; None is the base."""
+        if not name:
+            return self.names[0] if self.names else None
+        if name == "base":
+            return None
+        if name not in self.names:
+            there = ", ".join(self.names) or "none"
+            raise UserError(f"no adapter is called {name!r}; there are: {there}, and base")
+        return name
+
+    def compared(self, name: str | None) -> tuple[str | None, ...]:
+        """The base, and an adapter if one is named."""
+        return (None, name) if name else (None,)
+
+    def answer(self, question: str, name: str | None) -> Iterator[str]:
         """The answer piece by piece, as it is made.
 
         Raises:
             UserError: The conversation fills the model's positions.
         """
-        opened = self._open(adapter)
+        opened = self._open(name)
         model, tokenizer = opened.base.model, opened.base.tokenizer
         ids = self.prompt(question)
         opened_thought = OPENED.search(tokenizer.decode(ids[0, -8:]))
         limits = models.limits_of(model)
-        room = limits.room(ids.shape[1], max_new_tokens)
+        room = limits.room(ids.shape[1], self._max_new_tokens)
         if room == 0:
             raise UserError(
                 f"the conversation has {ids.shape[1]} tokens and the model {limits.positions} "
@@ -117,7 +139,8 @@ class Conversation:
             )
         stops = stop_tokens(model, tokenizer, self.learnt)
         streamer = _Visible(tokenizer, {*stops, *hidden_tokens(tokenizer, self.learnt)})
-        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
+        warm = self._temperature > 0
+        sampling = {"do_sample": True, "temperature": self._temperature} if warm else {}
         settings = GenerationConfig(
             max_new_tokens=room,
             eos_token_id=stops or None,
@@ -152,6 +175,10 @@ class Conversation:
         """Make a question and its answer part of the conversation."""
         self.messages += [Message("user", question), Message("assistant", answer)]
 
+    def reset(self) -> None:
+        """Forget the conversation."""
+        self.messages.clear()
+
 
 def chat(
     target: str,
@@ -181,107 +208,11 @@ def chat(
     Raises:
         UserError: No such run, model or adapter.
     """
-    source, sink = lines or sys.stdin, _Sink(out or sys.stdout)
-    if source is None:
-        raise UserError("there is nothing to read questions from: standard input is closed")
-    talk = Conversation(target, system=system, thinking=thinking)
-    adapter = _known(talk, adapter)
-    asked = source.isatty()
-    if asked:
-        sink.write(f"{HELP}\n")
-    while True:
-        if asked:
-            sink.write("\n> ")
-            sink.flush()
-        line = _line(source)
-        if not line or line.strip() in ("/exit", "/quit"):
-            return
-        question = line.strip()
-        word, _, rest = question.partition(" ")
-        if not question:
-            continue
-        if word == "/reset":
-            talk.messages.clear()
-        elif word == "/system":
-            talk.system = rest or None
-        elif word == "/adapter":
-            try:
-                adapter = _known(talk, rest)
-            except UserError as error:
-                sink.write(f"{error}\n")
-        elif word.startswith("/"):
-            sink.write(f"{HELP}\n")
-        else:
-            names = (None, adapter) if compare and adapter else (adapter,)
-            try:
-                for name in names:
-                    if compare:
-                        sink.write(f"[{name or 'base'}] ")
-                    last = ""
-                    for piece in talk.answer(
-                        question, name, max_new_tokens=max_new_tokens, temperature=temperature
-                    ):
-                        last += piece
-                        sink.write(piece)
-                        sink.flush()
-                    sink.write("\n")
-                talk.remember(question, last)
-            except UserError as error:  # the template refuses this: the conversation goes on
-                sink.write(f"{error}\n")
-        sink.flush()
-
-
-class _Sink:
-    """Where answers go, in whatever encoding.
-
-    Args:
-        out: The stream; None (a program without a console) takes everything and shows nothing.
-    """
-
-    def __init__(self, out: TextIO | None) -> None:
-        self._out = out
-
-    def write(self, text: str) -> None:
-        """Write a piece of text."""
-        if self._out is not None:
-            self._out.write(encodable(text, self._out))
-
-    def flush(self) -> None:
-        """Show what was written."""
-        if self._out is not None:
-            self._out.flush()
-
-
-def _line(source: TextIO) -> str:
-    """The next line; empty at the end.
-
-    Raises:
-        UserError: It cannot be read, or is no text in the stream's encoding.
-    """
-    try:
-        line = source.readline()
-        line.encode()  # bytes that the encoding does not have may come as surrogates
-    except UnicodeError as error:
-        raise UserError(
-            f"a question is not text in the encoding of the input ({source.encoding}); give it in "
-            "that encoding, or set PYTHONIOENCODING to that of the text"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"questions cannot be read: {error}") from error
-    return line
-
-
-def _known(talk: Conversation, adapter: str | None) -> str | None:
-    """The adapter asked for, or the run's first; None talks to the base."""
-    names = talk.names
-    if adapter in (None, ""):
-        return names[0] if names else None
-    if adapter == "base":
-        return None
-    if adapter not in names:
-        there = ", ".join(names) or "none"
-        raise UserError(f"no adapter is called {adapter!r}; there are: {there}, and base")
-    return adapter
+    talk = Conversation(
+        target, system=system, thinking=thinking, max_new_tokens=max_new_tokens,
+        temperature=temperature,
+    )  # fmt: skip
+    converse(talk, model=adapter, compare=compare, lines=lines, out=out)
 
 
 def _run_of(target: str) -> Run | None:

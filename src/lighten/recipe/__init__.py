@@ -120,8 +120,8 @@ class Recipe(RecipeFields):
         folder: Path | None = None,
     ) -> Recipe:
         settings, notices, problems = aliases.translate(values)
-        for name in _PATHS if folder is not None else ():
-            if isinstance(settings.get(name), str):
+        for name in _PATHS:
+            if folder is not None and isinstance(settings.get(name), str):
                 settings[name] = _beside(folder, settings[name])
         over, more_notices, more_problems = aliases.translate(overrides or {})
         for key, value in over.items():

@@ -2,13 +2,61 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Iterator
 from typing import Any, TextIO
 
+from lighten.dialogue import converse
 from lighten.errors import UserError
 from lighten.serve.remote import Remote, ServerError, Streamed
 
-HELP = "/reset forgets the conversation, /system TEXT sets a system message, /adapter NAME, /exit"
+
+class _Models:
+    """A server's models, and the words said so far."""
+
+    def __init__(self, remote: Remote, system: str | None, options: dict[str, Any]) -> None:
+        self.system = system
+        self._remote, self._options = remote, options
+        self._parents = remote.models()
+        self._base = next((name for name, parent in self._parents.items() if parent is None), None)
+        self._messages: list[dict[str, str]] = []
+
+    def known(self, name: str | None) -> str | None:
+        """A model of the server; by default its first adapter, else the base."""
+        if not name:
+            adapters = (name for name, parent in self._parents.items() if parent is not None)
+            return next(adapters, self._base)
+        if name in self._parents:
+            return name
+        raise UserError(f"no model is called {name!r}; there are: {', '.join(self._parents)}")
+
+    def compared(self, name: str | None) -> tuple[str | None, ...]:
+        """The base and a model, where they are two."""
+        return (name,) if self._base in (None, name) else (self._base, name)
+
+    def answer(self, question: str, name: str | None) -> Iterator[str]:
+        """The answer as it arrives.
+
+        Raises:
+            UserError: The server has no model, or refuses the question.
+        """
+        if name is None:
+            raise UserError("the server has no models")
+        start = [{"role": "system", "content": self.system}] if self.system else []
+        messages = [*start, *self._messages, {"role": "user", "content": question}]
+        try:
+            yield from self._remote.stream(name, messages, Streamed(), **self._options)
+        except ServerError as error:
+            raise UserError(str(error)) from error
+
+    def remember(self, question: str, answer: str) -> None:
+        """Send them along from now on."""
+        self._messages += [
+            {"role": "user", "content": question}, {"role": "assistant", "content": answer},
+        ]  # fmt: skip
+
+    def reset(self) -> None:
+        """Forget the conversation."""
+        self._messages.clear()
 
 
 def talk(
@@ -39,60 +87,6 @@ def talk(
     Raises:
         UserError: The server does not answer, or has no such model.
     """
-    source, sink = lines or sys.stdin, out or sys.stdout
-    remote = Remote(url, key)
-    parents = remote.models()
-    base = next((name for name, parent in parents.items() if parent is None), None)
-    chosen = _known(parents, adapter) if adapter else next(
-        (name for name, parent in parents.items() if parent is not None), base
-    )  # fmt: skip
-    messages: list[dict[str, str]] = []
-    options: dict[str, Any] = {"max_completion_tokens": max_new_tokens, "temperature": temperature}
-    if source.isatty():
-        sink.write(f"{HELP}\n")
-    while True:
-        if source.isatty():
-            sink.write("\n> ")
-            sink.flush()
-        line = source.readline()
-        question = line.strip()
-        if not line or question in ("/exit", "/quit"):
-            return
-        word, _, rest = question.partition(" ")
-        if word == "/reset":
-            messages.clear()
-        elif word == "/system":
-            system = rest or None
-        elif word == "/adapter":
-            try:
-                chosen = _known(parents, rest)
-            except UserError as error:
-                sink.write(f"{error}\n")
-        elif word.startswith("/"):
-            sink.write(f"{HELP}\n")
-        elif question and chosen is not None:
-            names = (base, chosen) if compare and base not in (None, chosen) else (chosen,)
-            start = [{"role": "system", "content": system}] if system else []
-            asked = [*messages, {"role": "user", "content": question}]
-            answer = ""
-            try:
-                for name in names:
-                    if compare:
-                        sink.write(f"[{name}] ")
-                    into = Streamed()
-                    for text in remote.stream(str(name), [*start, *asked], into, **options):
-                        sink.write(text)
-                        sink.flush()
-                    sink.write("\n")
-                    answer = into.text
-            except ServerError as error:  # the conversation goes on without this question
-                sink.write(f"{error}\n")
-            else:
-                messages = [*asked, {"role": "assistant", "content": answer}]
-        sink.flush()
-
-
-def _known(parents: dict[str, str | None], name: str) -> str:
-    if name in parents:
-        return name
-    raise UserError(f"no model is called {name!r}; there are: {', '.join(parents)}")
+    options = {"max_completion_tokens": max_new_tokens, "temperature": temperature}
+    models = _Models(Remote(url, key), system, options)
+    converse(models, model=adapter, compare=compare, lines=lines, out=out)
