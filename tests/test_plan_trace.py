@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from lighten.data.tokenise import EncodingCounts
 from lighten.hardware import Choice
 from lighten.models import kernels, quantized
 from lighten.models.load import set_attention
-from lighten.plan import memory, repeat
+from lighten.plan import few_chunks, memory, repeat
 from lighten.plan.build import config_of
 from lighten.plan.context import Context
 from lighten.plan.follow import Follow, Pass, Timeline
@@ -34,6 +35,7 @@ from lighten.plan.steps import (
 )
 from lighten.plan.trace import plan_recipe
 from lighten.recipe import Recipe
+from lighten.train import loss
 from lighten.train.prepare import prepare
 from lighten.train.rows import Rows
 from tests.tiny import tiny_config, tiny_model
@@ -128,6 +130,37 @@ def test_fake_steps_are_born_and_die_as_real_ones(way: str, tmp_path: Path) -> N
     recipe = recipe_of(folder_of(tmp_path), **WAYS[way])
     fake, real = follow(recipe, (4, 48)).timeline, really(recipe, (4, 48), "llama", 2)
     assert steps_of(fake) == steps_of(real)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_experts_are_planned_in_every_format(dtype: str, tmp_path: Path) -> None:
+    """PyTorch tells the shapes of their product for bfloat16 alone."""
+    recipe = recipe_of(folder_of(tmp_path, "mixtral"), dtype=dtype)
+    format_ = Choice(dtype, "the test's")
+    fake = follow_recipe(recipe, config_of(recipe)[0], format_, "cpu", given=(2, 32)).timeline
+    if dtype == "float32":
+        assert steps_of(fake) == steps_of(really(recipe, (2, 32), "mixtral", 2))
+    assert any(work.name.startswith("aten::_grouped_mm") for _, _, work in fake.work)
+
+
+def test_of_many_chunks_of_the_loss_a_few_are_traced_and_all_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large batches have thousands: the plan is the same as with all of them followed."""
+    recipe = recipe_of(folder_of(tmp_path))
+    vocabulary_bytes = 4 * 320
+    monkeypatch.setattr(loss, "CHUNKS", dict.fromkeys(loss.CHUNKS, (16 * vocabulary_bytes, 16)))
+    few = follow(recipe, (3, 48)).timeline
+    monkeypatch.setattr(few_chunks, "TRACED", 10**6)
+    every = follow(recipe, (3, 48)).timeline
+    assert len(few.events) < len(every.events)
+    assert max(few.live()) == max(every.live())
+    assert few.live()[-1] == every.live()[-1]
+
+    def amounts(timeline: Timeline) -> Counter[tuple[str, int, int]]:
+        return Counter((work.name, work.flops, work.bytes) for _, _, work in timeline.work)
+
+    assert amounts(few) == amounts(every)
 
 
 def same_course(short: Traced, whole: Traced) -> None:

@@ -176,6 +176,18 @@ def test_a_plan_says_what_share_of_the_data_the_time_allows(settings: dict[str, 
     assert any("is enough for all 8 steps" in note for note in made.notes)
 
 
+def test_the_time_of_a_run_counts_its_first_step_twice(settings: dict[str, Any]) -> None:
+    """It checks the loss both ways and touches memory for the first time."""
+    del settings["max_time"]
+    one, nine = (
+        asked.plan(Recipe.from_values({**settings, "max_steps": n}), named("t4"))
+        for n in (1, 9)
+    )  # fmt: skip
+    assert one.run_seconds is not None
+    assert nine.run_seconds is not None
+    assert nine.run_seconds / one.run_seconds == pytest.approx(10 / 2)
+
+
 def test_every_arm_of_a_sweep_gets_the_steps_that_fit_its_time(settings: dict[str, Any]) -> None:
     """Two groups, one number of steps: arms that differ in steps say nothing about each other."""
     changes = {"lora_r": 4, "lora_dropout": 0.0, "max_time": "0.3s", "eval_steps": 4,

@@ -41,6 +41,9 @@ LARGEST_DATA_BYTES, LARGEST_SAMPLED_BYTES = 32 * 2**20, 2**30
 SAMPLE_ROWS = 2000
 # A user waits no longer than about this for what would need less; then what there is is told.
 MOST_CHANGES_S = 30.0
+# The first step of a run takes as long as so many later ones: the loss is compared with the model's
+# own, memory is touched for the first time, kernels are chosen (SmolLM2 on two cores).
+FIRST_STEP = 2.0
 AT_ONCE = 4  # changes that are planned side by side before the clock is looked at
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 
@@ -260,15 +263,18 @@ def _rows_per_step(recipe: Recipe) -> int:
 def run_seconds(
     recipe: Recipe, made: Plan, steps: int | None, lengths: Sequence[int] | None
 ) -> float | None:
-    """Seconds of all steps: the planned step is the largest, others take less by their tokens."""
+    """Seconds of all steps: the planned step is the largest, others take less by their tokens.
+
+    The first one counts as `FIRST_STEP`.
+    """
     if made.time is None or steps is None or not made.step_tokens:
         return None
-    per_token = made.time.seconds / made.step_tokens
+    per_token, counted_steps = made.time.seconds / made.step_tokens, steps - 1 + FIRST_STEP
     if lengths is None:
-        return made.time.seconds * steps
+        return made.time.seconds * counted_steps
     mean = sum(min(own, recipe.max_length) for own in lengths) / len(lengths)
     rows = min(_rows_per_step(recipe), len(lengths)) * len(recipe.cohort())
-    return per_token * mean * rows * steps
+    return per_token * mean * rows * counted_steps
 
 
 def layers_of(recipe: Recipe) -> int:

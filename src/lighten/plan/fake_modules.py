@@ -6,11 +6,13 @@ refers to it weakly, as whoever follows its memory does. PEFT calls it for each 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 @contextmanager
@@ -43,3 +45,23 @@ def _apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = Tr
 def _changed(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
     """What the conversion makes of it: itself where there is nothing to convert."""
     return fn(tensor)
+
+
+def run_fake(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """An operation, on fake tensors also where PyTorch's fake form takes fewer formats.
+
+    The product of experts runs in every format, but its shapes are told for bfloat16 alone
+    (torch 2.13): they are the same in the others.
+    """
+    own = args[0] if args else None
+    if (
+        func is not torch.ops.aten._grouped_mm.default
+        or not isinstance(own, FakeTensor)
+        or own.dtype == torch.bfloat16
+    ):
+        return func(*args, **kwargs)
+    alike = [
+        x.to(torch.bfloat16) if isinstance(x, Tensor) and x.is_floating_point() else x for x in args
+    ]
+    out: Tensor = func(*alike, **kwargs)
+    return torch.empty_strided(out.shape, out.stride(), dtype=own.dtype, device=out.device)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lighten.plan.fake_modules import run_fake
 from lighten.plan.work import Work, inside, work_of
 
 # Whose frame is above what autograd does by itself, and what PyTorch puts between.
@@ -177,7 +178,7 @@ class Follow(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return _one(args[0].dtype)
-        out = func(*args, **kwargs)
+        out = run_fake(func, args, kwargs)
         self._note(func, args, kwargs, out)
         if func is torch.ops.aten.add.Tensor and _asked_by_autograd():
             self._summed = (self._block_of(args[0]), self._block_of(out))

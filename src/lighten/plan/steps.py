@@ -29,6 +29,7 @@ from lighten.models import attention, quantized
 from lighten.plan import repeat
 from lighten.plan.build import fake_base
 from lighten.plan.fake_modules import converted_in_place
+from lighten.plan.few_chunks import FewChunks
 from lighten.plan.follow import Follow, Timeline
 from lighten.plan.on_cuda import as_on_cuda, as_unpacked
 from lighten.plan.result import MOST_TOKENS, Shape
@@ -265,6 +266,7 @@ def follow_recipe(
         _mark_learning(setup, layers, repetition, follow)
         frozen = _frozen(setup)
         units = _shrink(base.model, layers, repetition)
+    setup.objective.workspace = lambda: FewChunks(follow.timeline)
     cut, lengths = largest_step(setup, given)
     _require_traceable(cut, lengths)
     places = traced_places(setup, cut)
@@ -306,10 +308,8 @@ def _require_traceable(cut: list[list[Item]], lengths: Sequence[int]) -> None:
 
 
 def _mean_tokens(recipe: Recipe, given: tuple[int, int] | Sequence[int] | None) -> int:
-    if given is None:
-        return recipe.max_length
-    if isinstance(given, tuple):
-        return given[1]
+    if given is None or isinstance(given, tuple):
+        return given[1] if given else recipe.max_length
     return sum(min(own, recipe.max_length) for own in given) // max(1, len(given))
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -91,6 +91,10 @@ class Workspace(threading.local):
             self._held[name] = held
         return held[:wanted].view(rows, columns)
 
+    def chunks(self, positions: int, weight: Tensor, kernel: str | None) -> Iterable[slice]:
+        """Positions whose logits are formed together, as `_chunks` has them; a plan needs few."""
+        return _chunks(positions, weight, kernel)
+
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Weighted sum of the cross-entropies over a head, chunk by chunk.
@@ -118,7 +122,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_W = torch.zeros_like(W, dtype=torch.float32) if ctx.needs_input_grad[3] else None
         grad_bias = nll.new_zeros(W.shape[0]) if ctx.needs_input_grad[4] else None
         learns = any(ctx.needs_input_grad)
-        for rows in _chunks(len(labels), W, kernel):
+        for rows in space.chunks(len(labels), W, kernel):
             raw = space.take("logits", rows.stop - rows.start, hidden, W.shape[0], W.dtype)
             torch.mm(hidden[rows], W.T, out=raw)
             if bias is not None:
@@ -228,6 +232,7 @@ class Objective:
         self.rule = HeadRule.of(model)
         self.fast, self.reason = fast, "logits at supervised positions only"
         self._verified = not fast
+        self.workspace: Callable[[], Workspace] = Workspace
         self._space = Workspace()
         self._head = model.get_output_embeddings()
         self._backbone = model.base_model
@@ -329,7 +334,9 @@ class Objective:
 
         allowed = AGREEMENT.get(self.cohort.dtype, 2e-2)
         quick = loss(batch)
-        self._space = Workspace()  # this thread's may never be used again: lanes have their own
+        self._space = (
+            self.workspace()
+        )  # this thread's may never be used again: lanes have their own
         self._verified = True  # not before: where memory ran out above, it is asked again
         if batch.starts is not None:
             self.packing_reason = f"rows packed without padding; {apart(quick):.1e} from apart"
