@@ -88,7 +88,8 @@ def run(
 def _losses(recipe: Any, base: Any, trained: Any, member: str | None) -> Iterator[dict[str, Any]]:
     from lighten.train.heldout import held_out
     from lighten.train.loss import Objective
-    from lighten.train.prepare import choose_tokens, tokenizer_of
+    from lighten.train.batching import choose_tokens
+    from lighten.train.prepare import tokenizer_of
     from lighten.train.rows import load_rows
 
     rows = load_rows(recipe, tokenizer_of(recipe)).held_out
