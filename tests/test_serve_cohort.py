@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lighten.errors import UserError
-from lighten.serve.cohort import kernels
+from lighten.serve.cohort import attention, kernels
 from lighten.serve.cohort.engine import Engine, Request
 from lighten.serve.cohort.sampling import Chosen, Sampler
 from lighten.serve.cohort.segments import Factors, Segments, Update
@@ -212,6 +213,63 @@ def test_a_kept_prefix_is_that_of_the_same_adapter_alone(engine: Engine, tmp_pat
     assert anew != cold["a"]
     engine.load_adapter("c", other)
     assert finished(ask(engine, prompt, "c")).tokens == anew
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_answer_is_bit_for_bit_the_adapters_alone(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Random adapters, prompts that begin alike, warm caches, adapters loaded anew meanwhile."""
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this processor has no bfloat16 products, and PyTorch's depend on the batch")
+    random.seed(11)
+    monkeypatch.setattr(attention, "BLOCK", 16)  # these prompts are short
+    folders = {
+        name: adapter(tiny_model("llama"), tmp_path / name, seed)
+        for seed, name in enumerate("abcd")
+    }
+    begins = [random.choices(range(5, VOCAB), k=40) for _ in range(3)]
+    prompts = [
+        random.choice(begins)[: random.randrange(12, 40)] + random.choices(range(5, VOCAB), k=end)
+        for end in (1, 2, 9, 1, 17, 5)
+    ]
+
+    def answers(**settings: Any) -> Engine:
+        torch.manual_seed(0)
+        return Engine(tiny_model("llama").to(dtype), max_tokens=96, **settings)
+
+    lone = answers(max_sequences=1, prefill_tokens=512, prefix_caching=False)
+    alone = {}
+    for name in (None, *folders):
+        if name is not None:
+            lone.load_adapter(name, folders[name])
+        for place, prompt in enumerate(prompts):
+            one = finished(ask(lone, prompt, name))
+            alone[name, place] = one.tokens, one.logprobs
+        if name is not None:
+            lone.unload_adapter(name)
+    lone.close(10)
+    many = answers(max_sequences=5, prefill_tokens=40)
+    now = {"a": "a", "b": "b"}
+    for name in now:
+        many.load_adapter(name, folders[name])
+    asked = []
+    for number in range(60):
+        if number % 9 == 8:  # another content under the name, in its place or after unloading
+            name, content = random.choice("ab"), random.choice("abcd")
+            if number % 2:
+                many.unload_adapter(name)
+            many.load_adapter(name, folders[content])
+            now[name] = content
+        name, place = random.choice((None, "a", "b")), random.randrange(len(prompts))
+        asked.append((name and now[name], place, ask(many, prompts[place], name)))
+    got = [(content, place, finished(answer)) for content, place, answer in asked]
+    assert [
+        (content, place) for content, place, one in got
+        if (one.tokens, one.logprobs) != alone[content, place]
+    ] == []  # fmt: skip
+    assert any(one.cached for *_, one in got)
+    many.close(10)
 
 
 def test_answers_under_way_end_with_the_adapter_they_began_with(

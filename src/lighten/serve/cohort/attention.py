@@ -26,6 +26,10 @@ from lighten.serve.cohort import kernels
 NAME = "lighten_slots"
 # Room of a slot grows by so many tokens at least.
 GRANULE = 256
+# Tokens of a prompt that attend in one product. A block of a prompt is always computed whole and at
+# the same place, whatever else a step reads: sums of another shape are rounded in another way, and
+# an answer would depend on its neighbours.
+BLOCK = 64
 
 
 class SlotCache:
@@ -101,6 +105,7 @@ class Batch:
         positions: Of each token in its sequence, [N].
         written: Tokens of the step that are one sequence's newest each.
         reads: The other sequences.
+        block: Tokens of a prompt that attend in one product.
     """
 
     cache: SlotCache
@@ -108,6 +113,7 @@ class Batch:
     positions: Tensor
     written: Sequence[int]
     reads: Sequence[Read]
+    block: int = BLOCK
     _arrays: Any = field(default=None, repr=False)
 
     def arrays(self) -> Any:
@@ -116,6 +122,15 @@ class Batch:
             rows = torch.tensor(list(self.written), dtype=torch.int64)
             self._arrays = rows, self.slots.cpu()[rows], self.positions.cpu()[rows] + 1
         return self._arrays
+
+    def blocks(self, read: Read) -> Iterator[Read]:
+        """The parts of a prompt that attend one after another; on a GPU all of it at once."""
+        if self.slots.is_cuda:
+            yield read
+            return
+        for start in range(read.start, read.stop, self.block):
+            stop = min(start + self.block, read.stop)
+            yield Read(start, stop, read.slot, read.before + start - read.start)
 
 
 _batch: ContextVar[Batch | None] = ContextVar("batch", default=None)
@@ -171,9 +186,10 @@ def _forward(
     if batch.written:
         _attend_written(batch, query[0], keys, values, out[0], scale, window, softcap or 0.0)
     for read in batch.reads:
-        out[0, read.start : read.stop] = _attended(
-            query[:, :, read.start : read.stop], keys, values, read, scale, window, softcap
-        )
+        for own in batch.blocks(read):
+            out[0, own.start : own.stop] = _attended(
+                query[:, :, own.start : own.stop], keys, values, own, scale, window, softcap
+            )
     return out, None
 
 

@@ -79,10 +79,19 @@ class _Sequence:
     def waiting_tokens(self) -> int:
         return len(self.tokens) - self.cached
 
+    @property
+    def writes(self) -> bool:
+        """Whether its prompt has been read."""
+        return bool(self.answer)
+
 
 @dataclass
 class _Slot:
-    """What a free slot still holds: keys and values of these tokens under this adapter."""
+    """What a free slot still holds: keys and values of these tokens under this adapter.
+
+    Whole blocks of a prompt alone, whose numbers are the same wherever they are computed: an
+    answer does not depend on what a cache held.
+    """
 
     tokens: list[int] = field(default_factory=list)
     adapter: LoadedAdapter | None = None
@@ -119,6 +128,7 @@ class Engine:
         self._free = set(range(max_sequences))
         self.max_tokens = max_tokens
         self._prefill_tokens, self._prefix_caching = prefill_tokens, prefix_caching
+        self._block = min(attention.BLOCK, prefill_tokens)
         self._adapters: dict[str, LoadedAdapter] = {}
         self._waiting: deque[_Sequence] = deque()
         self._running: list[_Sequence] = []
@@ -295,12 +305,14 @@ class Engine:
         if held.adapter is not sequence.adapter or not self._prefix_caching:
             return 0
         both = zip(sequence.tokens[:-1], held.tokens, strict=False)
-        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both))
+        same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both))
+        return same - same % self._block
 
     def _end(self, sequence: _Sequence, how: str | BaseException) -> None:
         self._running.remove(sequence)
         held = self._slots[sequence.slot]
-        kept = 0 if isinstance(how, BaseException) else sequence.cached
+        read = min(sequence.cached, len(sequence.request.prompt))
+        kept = 0 if isinstance(how, BaseException) else read - read % self._block
         held.tokens, held.adapter = sequence.tokens[:kept], sequence.adapter
         self._free.add(sequence.slot)
         sequence.request.ended(how, sequence.reused)
@@ -327,7 +339,7 @@ class Engine:
             ids += sequence.tokens[sequence.cached : sequence.cached + count]
             slots += [sequence.slot] * count
             positions += range(sequence.cached, sequence.cached + count)
-            if count == 1:
+            if sequence.writes:
                 written.append(start)
             else:
                 reads.append(Read(start, start + count, sequence.slot, sequence.cached))
@@ -338,7 +350,7 @@ class Engine:
         self._cache.reserve(max(positions) + 1)
         batch = Batch(
             self._cache, torch.tensor(slots, device=device),
-            torch.tensor(positions, device=device), written, reads,
+            torch.tensor(positions, device=device), written, reads, self._block,
         )  # fmt: skip
         self._step.segments = self._segments(parts)
         with attention.attending(batch):
@@ -359,8 +371,9 @@ class Engine:
         parts = []
         for sequence in self._running:
             count = sequence.waiting_tokens
-            if count > 1:
-                count = min(count, room)
+            if not sequence.writes:
+                if count > room:  # whole blocks
+                    count = room - room % self._block
                 room -= count
             if count:
                 parts.append((sequence, count))

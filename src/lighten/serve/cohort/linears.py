@@ -56,10 +56,13 @@ class Weights:
     def product(self, x: Tensor) -> Tensor:
         """X Wᵀ + b: [N, I] → [N, O]."""
         if self._packed is not None:
+            # A lone row is added up in another order than each of many; two rows are not.
+            alone = len(x) == 1
             found: Tensor = torch.ops.mkldnn._linear_pointwise(
-                x, self._packed, self._bias, "none", [], ""
-            )
-            return found
+                x.expand(2, -1).contiguous() if alone else x,
+                self._packed, self._bias, "none", [], "",
+            )  # fmt: skip
+            return found[:1] if alone else found
         if self._whole is not None:
             return F.linear(x, self._whole, self._bias)
         return torch.cat([F.linear(x, weight_of(one), one.bias) for one in self._layers], -1)  # type: ignore[arg-type]

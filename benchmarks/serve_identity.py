@@ -1,0 +1,278 @@
+"""Whether each answer is that of the adapter it names, while adapters are loaded anew.
+
+The reference is a server that holds one adapter at a time, answers one request at a time and keeps
+no state between requests. The server under test has its caches warm, many clients, prompts that
+begin alike, and adapters that are trained anew in their folders, or unloaded and loaded again under
+their names, all the while.
+
+An answer is compared token by token. It is *equal* if all tokens are the reference's; it is a *tie*
+if at its first other token the reference's two likeliest are closer than `TIE` in log-probability
+and the answer took the second (kernels add in another order for other batches, and a server that
+rounds to 8 bits shows it); all else is *wrong*. An equal answer whose log-probabilities are off by
+more than `TIE` is wrong, too.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import shutil
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lighten.serve.remote import Remote, ServerError
+
+TIE = 0.1  # of bfloat16 and of 8-bit products; see `Report.largest` for what was seen
+_TOKENS, _TOP = 16, 5
+_WAIT_S = 0.05
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back, and when it was under way (`time.perf_counter()`)."""
+
+    text: str
+    tokens: tuple[str, ...]
+    logprobs: tuple[float, ...]
+    top: tuple[dict[str, float], ...]
+    began: float = 0.0
+    ended: float = 0.0
+
+
+@dataclass
+class Report:
+    """What was compared.
+
+    Attributes:
+        equal: Answers that are the reference's, token by token.
+        ties: Answers whose first other token was as likely as the reference's, within `TIE`.
+        wrong: The rest, in words.
+        waited: Requests that were sent again since their adapter was unloaded just then (404).
+        either: Answers while their adapter was loaded anew: the old one's or the new one's.
+        reloads: Adapters loaded meanwhile.
+        largest: Largest difference of log-probabilities in equal answers.
+    """
+
+    equal: int = 0
+    ties: int = 0
+    wrong: list[str] = field(default_factory=list)
+    waited: int = 0
+    either: int = 0
+    reloads: int = 0
+    largest: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {**vars(self), "wrong": len(self.wrong), "wrong_ones": self.wrong[:5]}
+
+
+def questions(words: int = 40) -> list[str]:
+    """Prompts that begin alike in four ways, each the beginning of the next of its kind."""
+    rng = random.Random(5)
+    known = "the river town answer colour stone music winter bread letter garden number".split()
+    found = []
+    for start in ("Tell me about", "List all of", "Why is it that", "Write a poem on"):
+        text = f"{start} {' '.join(rng.choices(known, k=words))}"
+        for _ in range(3):
+            found.append(text)
+            text += " " + " ".join(rng.choices(known, k=8))
+    return found
+
+
+def ask(remote: Remote, model: str, question: str) -> Answer:
+    """One greedy answer with its log-probabilities.
+
+    Raises:
+        ServerError: It is an error.
+    """
+    began = time.perf_counter()
+    answer = remote.chat(
+        model, [{"role": "user", "content": question}], temperature=0,
+        max_completion_tokens=_TOKENS, logprobs=True, top_logprobs=_TOP,
+    )  # fmt: skip
+    choice = answer["choices"][0]
+    told = (choice["logprobs"] or {}).get("content") or []
+    return Answer(
+        choice["message"]["content"],
+        tuple(_key(own) for own in told),
+        tuple(own["logprob"] for own in told),
+        tuple({_key(top): top["logprob"] for top in own["top_logprobs"]} for own in told),
+        began, time.perf_counter(),
+    )  # fmt: skip
+
+
+def _key(token: dict[str, Any]) -> str:
+    """A token that two parts of a character do not share."""
+    return f"{token['token']}|{token['bytes']}"
+
+
+def references(
+    remote: Remote, admin: Remote, contents: dict[str, str | None], asked: Sequence[str]
+) -> dict[tuple[str, str], Answer]:
+    """Each content's answers alone; at most one adapter is loaded at any time.
+
+    Args:
+        remote: A server without adapters, prefix caching turned off.
+        admin: The same with its key.
+        contents: Folder below the server's `--adapter-dir`, by name of the content; the base: None.
+        asked: Questions.
+    """
+    found = {}
+    base = next(name for name, parent in remote.models().items() if parent is None)
+    for content, folder in contents.items():
+        name = base
+        if folder is not None:
+            name = "alone"
+            load(admin, name, folder)
+        for question in asked:
+            found[content, question] = ask(remote, name, question)
+        if folder is not None:
+            unload(admin, name)
+    return found
+
+
+def load(admin: Remote, name: str, path: str) -> None:
+    """Load an adapter, anew if one has the name."""
+    admin.request("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
+
+
+def unload(admin: Remote, name: str) -> None:
+    """Unload an adapter."""
+    admin.request("POST", "/v1/unload_lora_adapter", {"lora_name": name})
+
+
+class Contents:
+    """Which contents a name had, and when."""
+
+    def __init__(self, first: dict[str, str]) -> None:
+        self._lock = threading.Lock()
+        # Each with the time from which an answer may be its, and until when.
+        self._had = {name: [[content, 0.0, float("inf")]] for name, content in first.items()}
+
+    def now(self, name: str) -> str:
+        """The newest one."""
+        return str(self._had[name][-1][0])
+
+    def change(self, name: str, content: str, began: float, ended: float) -> None:
+        """A name has another content; the call that did it took from `began` to `ended`."""
+        with self._lock:
+            self._had[name][-1][2] = ended
+            self._had[name].append([content, began, float("inf")])
+
+    def possible(self, name: str, answer: Answer) -> set[str]:
+        """The contents that an answer may be of."""
+        with self._lock:
+            return {
+                str(content) for content, since, until in self._had[name]
+                if since <= answer.ended and until >= answer.began
+            }  # fmt: skip
+
+
+def under_load(
+    remote: Remote, admin: Remote, folder: Path, versions: dict[str, Sequence[str]],
+    alone: dict[tuple[str, str], Answer], asked: Sequence[str], *,
+    requests: int, clients: int, seed: int = 0, pause_s: float = 0.0,
+) -> Report:  # fmt: skip
+    """Ask at random while adapters change, and compare.
+
+    Args:
+        remote: The server, with the first version of each adapter loaded under its name.
+        admin: The same with its key.
+        folder: Its `--adapter-dir`; each adapter lies below it under its name.
+        versions: Contents that each name may have, folders below `folder`; of one: it stays.
+        alone: See `references`.
+        asked: Questions.
+        requests: How many.
+        clients: At the same time.
+        seed: Of the order.
+        pause_s: Between two changes of adapters.
+    """
+    rng = random.Random(seed)
+    planned = [(rng.choice(list(versions)), rng.choice(asked)) for _ in range(requests)]
+    held = Contents({name: contents[0] for name, contents in versions.items()})
+    report, done = Report(), threading.Event()
+
+    def change() -> None:
+        names = [name for name, contents in versions.items() if len(contents) > 1]
+        for turn in itertools.count():
+            if done.is_set() or not names:
+                return
+            name = names[turn % len(names)]
+            contents = versions[name]
+            wanted = contents[(contents.index(held.now(name)) + 1) % len(contents)]
+            began = time.perf_counter()
+            if turn % 2:
+                unload(admin, name)
+            _replace(folder / name, folder / wanted)
+            load(admin, name, name)
+            held.change(name, wanted, began, time.perf_counter())
+            report.reloads += 1
+            done.wait(pause_s)
+
+    def one(pair: tuple[str, str]) -> tuple[str, str, Answer]:
+        while True:
+            try:
+                return (*pair, ask(remote, *pair))
+            except ServerError as error:
+                if error.status != 404:  # unloaded just now
+                    raise
+                report.waited += 1
+                time.sleep(_WAIT_S)
+
+    changing = threading.Thread(target=change)
+    changing.start()
+    try:
+        with ThreadPoolExecutor(clients) as pool:
+            answers = list(pool.map(one, planned))
+    finally:
+        done.set()
+        changing.join()
+    for name, question, answer in answers:
+        possible = held.possible(name, answer)
+        report.either += len(possible) > 1
+        judge(report, answer, [alone[content, question] for content in possible], name)
+    return report
+
+
+def _replace(target: Path, source: Path) -> None:
+    """Another content in an adapter's folder, as a training that ends there leaves it."""
+    fresh = target.with_name(f".{target.name}-new")
+    shutil.copytree(source, fresh)
+    shutil.rmtree(target)
+    fresh.rename(target)
+
+
+def judge(report: Report, answer: Answer, expected: Sequence[Answer], name: str) -> None:
+    """Count one answer."""
+    verdicts = [_verdict(answer, one) for one in expected]
+    kinds = Counter(kind for kind, _ in verdicts)
+    if kinds["equal"]:
+        report.equal += 1
+        report.largest = max(
+            report.largest, min(apart for kind, apart in verdicts if kind == "equal")
+        )
+    elif kinds["tie"]:
+        report.ties += 1
+    else:
+        report.wrong.append(
+            f"{name}: {answer.text!r} is not {' or '.join(repr(one.text) for one in expected)}"
+        )
+
+
+def _verdict(answer: Answer, alone: Answer) -> tuple[str, float]:
+    """Equal, tie or wrong, and the largest difference of log-probabilities up to there."""
+    apart = 0.0
+    for place, (token, wanted) in enumerate(zip(answer.tokens, alone.tokens, strict=False)):
+        if token != wanted:
+            other = alone.top[place].get(token, float("-inf"))
+            near = alone.logprobs[place] - other <= TIE and apart <= TIE
+            return ("tie" if near else "wrong"), apart
+        apart = max(apart, abs(answer.logprobs[place] - alone.logprobs[place]))
+    same = answer.text == alone.text and len(answer.tokens) == len(alone.tokens)
+    return ("equal" if same and apart <= TIE else "wrong"), apart
