@@ -1,4 +1,4 @@
-"""One round of load on a server: tokens, seconds, and processor seconds of the server's processes."""
+"""One round of load on a server: tokens, seconds, and the processor seconds of its processes."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from typing import Any
 
 import psutil
 
-from lighten.serve.remote import Remote, ServerError
+from lighten.serve.remote import Remote, ServerError, Streamed
 
-_WORDS = ("the river town answer colour stone music winter bread letter garden number evening "
-          "mountain window silver question harbour apple morning").split()  # fmt: skip
+_TEXT = (
+    "the river town answer colour stone music winter bread letter garden number evening mountain "
+    "window silver question harbour apple morning"
+)
+_WORDS = _TEXT.split()
 # What a model alone says of a request; a server that is told more says more.
 Asked = Callable[[str], dict[str, Any]]
 
@@ -86,13 +89,28 @@ def cpu_seconds(pid: int | None) -> float | None:
     return total
 
 
+def planned(
+    models: Sequence[Any], shape: Shape, seed: int
+) -> list[tuple[Any, str]]:  # fmt: skip
+    """Who is asked what: each model as often as any other, and no prompt twice."""
+    rng = random.Random(seed)
+    order = [models[number % len(models)] for number in range(shape.requests)]
+    rng.shuffle(order)
+    return [
+        (model, f"{seed}.{number}: write a very long story of "
+                + " ".join(rng.choices(_WORDS, k=shape.words)))
+        for number, model in enumerate(order)
+    ]  # fmt: skip
+
+
 def one_round(
     remote: Remote, models: Sequence[str], shape: Shape, *, pid: int | None, seed: int,
-    more: Asked | None = None,
+    more: Asked | None = None, streamed: bool = False,
 ) -> Round:  # fmt: skip
-    """Send requests that name models at random and wait for whole answers.
+    """Send requests that name models at random and wait for the answers.
 
-    Answers come whole, so that reading them takes next to nothing from the server's cores.
+    Answers come whole, so that reading them takes next to nothing from the server's cores; unless
+    the cost of streams is what is measured.
 
     Args:
         remote: The server.
@@ -101,15 +119,11 @@ def one_round(
         pid: Of the server's first process; None: it is not of this machine.
         seed: Of models and prompts; a prompt never comes twice, so no cache answers it.
         more: More fields of a request, by model.
+        streamed: Read the answers as streams.
     """
-    rng = random.Random(seed)
     waiting: queue.SimpleQueue[tuple[str, str] | None] = queue.SimpleQueue()
-    # Each model as often as any other.
-    order = [models[number % len(models)] for number in range(shape.requests)]
-    rng.shuffle(order)
-    for number, model in enumerate(order):
-        words = " ".join(rng.choices(_WORDS, k=shape.words))
-        waiting.put((model, f"{seed}.{number}: write a very long story of {words}"))
+    for pair in planned(models, shape, seed):
+        waiting.put(pair)
     for _ in range(shape.clients):
         waiting.put(None)
     found, lock = Round(), threading.Lock()
@@ -119,17 +133,16 @@ def one_round(
             model, question = request
             began = time.perf_counter()
             try:
-                answer = remote.chat(
-                    model, [{"role": "user", "content": question}], temperature=0,
-                    max_tokens=shape.tokens, **(more(model) if more else {}),
-                )  # fmt: skip
+                tokens, prompt = _asked(
+                    remote, model, question, shape.tokens, more(model) if more else {}, streamed
+                )
             except ServerError as error:
                 with lock:
                     found.errors[str(error)[:200]] = found.errors.get(str(error)[:200], 0) + 1
                 continue
             with lock:
-                found.tokens += answer["usage"]["completion_tokens"]
-                found.prompt_tokens += answer["usage"]["prompt_tokens"]
+                found.tokens += tokens
+                found.prompt_tokens += prompt
                 found.latencies.append(time.perf_counter() - began)
 
     before, began = cpu_seconds(pid), time.perf_counter()
@@ -142,6 +155,20 @@ def one_round(
     after = cpu_seconds(pid)
     found.cpu_seconds = None if before is None or after is None else after - before
     return found
+
+
+def _asked(
+    remote: Remote, model: str, question: str, tokens: int, more: dict[str, Any], streamed: bool
+) -> tuple[int, int]:
+    """Tokens of the answer and of the prompt."""
+    messages = [{"role": "user", "content": question}]
+    if streamed:
+        into = Streamed()
+        for _ in remote.stream(model, messages, into, temperature=0, max_tokens=tokens, **more):
+            pass
+        return into.tokens, into.prompt_tokens
+    answer = remote.chat(model, messages, temperature=0, max_tokens=tokens, **more)
+    return answer["usage"]["completion_tokens"], answer["usage"]["prompt_tokens"]
 
 
 @dataclass(frozen=True)
@@ -176,7 +203,7 @@ class Compared:
             for per in ("cpu", "wall"):
                 if rates := self.rates(kind, per):
                     found[f"{kind}_per_{per}_s"] = [round(rate, 1) for rate in rates]
-            errors = sum((Counter(own.errors) for own in rounds), Counter())
+            errors: Counter[str] = sum((Counter(own.errors) for own in rounds), Counter())
             if errors:
                 found[f"{kind}_errors"] = dict(errors)
         return found

@@ -1,14 +1,26 @@
-"""Eight adapters mixed against the base, in decoding and in prefill, engine by engine.
+"""`lighten serve` against other engines and against its own bars, part by part.
 
-    python benchmarks/serve_vs_engines.py                       # the engines of `lighten serve`
-    python benchmarks/serve_vs_engines.py --peer vllm=http://127.0.0.1:8001   # and a running server
+    python benchmarks/serve_vs_engines.py                          # all parts, about 75 minutes
+    python benchmarks/serve_vs_engines.py --only identity          # or some: decode,prefill,...
+    python benchmarks/serve_vs_engines.py --small                  # each part at its smallest
 
-Each engine serves SmolLM2-135M with eight adapters of rank 16 on all linear layers. A peer is a
-server that is running already with the same base and adapters, `a0` to `a7` (of another tool, from
-an environment of its own). Decoding: 16 clients, short prompts, 64 tokens. Prefill: 16 clients,
-prompts of 400 words, one token. The last line is JSON: `mixed_vs_base` and `prefill_vs_base` of the
-first engine, `mixed_vs_best_engine` against the fastest of the others (null where there is none),
-and `identity_wrong`, the answers of all engines that were another model's.
+Our engine serves SmolLM2-135M with adapters of rank 16 on all linear layers. Parts, with minutes on
+two cores:
+
+- `decode` (10): 16 clients, 64 tokens each; eight adapters mixed against the base, in turns; the
+  same of the peers: llama.cpp's own server, PEFT's mixed batch, and vLLM where `make vllm` made it.
+- `prefill` (8): prompts of 400 words, one token.
+- `rank64` (4), `many` (5): eight adapters of rank 64; 64 adapters.
+- `identity` (10): 500 answers of each engine while adapters change, against each adapter alone.
+- `logprobs` (4): first tokens of mixed requests against PEFT in float32.
+- `front` (3): our front before llama.cpp against its bare server.
+- `broken` (3): throughput while broken clients come.
+- `soak` (20, `--minutes`): arrivals at 80 % of capacity, adapters loaded and unloaded.
+
+Rates are tokens per second of the server's processor time, and of the clock. A ratio is the median
+over rounds with the smallest and the largest. The last line is JSON: `mixed_vs_base`,
+`mixed_vs_best_engine`, `prefill_vs_base` (per processor second), `identity_wrong`; null where the
+part was not run. A part that fails is told as `failed`, and the next ones run.
 """
 
 from __future__ import annotations
@@ -17,102 +29,105 @@ import argparse
 import json
 import sys
 import tempfile
+import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import torch
+from benchmarks import serve_parts as parts
+from lighten import containers, hardware
 
-from lighten import adapters, hardware, models, runs
-from lighten.adapters import AdapterSpec
-from lighten.adapters.files import contents
-from lighten.serve import checks
-from lighten.serve.load import Load, Outcome, run
-from lighten.serve.remote import Remote
-from lighten.serve.running import ENGINES
-from tests.serving import serving
-
-MODEL, ADAPTERS, RANK, CLIENTS = "smollm2-135m", 8, 16, 16
-
-
-def write_adapters(root: Path) -> None:
-    """Adapters with random factors, large enough to change answers."""
-    base = models.load(MODEL)
-    names = [f"a{number}" for number in range(ADAPTERS)]
-    cohort = adapters.attach(
-        base.model, [AdapterSpec(name=name, r=RANK, alpha=2 * RANK) for name in names]
-    )
-    for seed, name in enumerate(names):
-        torch.manual_seed(seed)
-        for parameter in cohort.parameters(name).values():
-            parameter.data.normal_(std=0.02)
-        for file, data in contents(cohort, name, base_model=MODEL).items():
-            runs.write_bytes(root / name / file, data)
+PARTS: dict[str, Callable[[parts.Bench], dict[str, Any]]] = {
+    "decode": lambda bench: parts.speed(bench, "decode"),
+    "prefill": lambda bench: parts.speed(bench, "prefill"),
+    "rank64": lambda bench: parts.speed(bench, "decode", rank=64),
+    "many": lambda bench: parts.speed(bench, "decode", count=64),
+    "identity": parts.identity,
+    "logprobs": parts.logprobs,
+    "front": parts.front,
+    "broken": parts.broken,
+    "soak": parts.soak,
+}
 
 
-def measured(url: str, requests: int, identity: int) -> dict[str, Any]:
-    """Tokens per second of base and mixed adapters, and answers of another model."""
-    remote = Remote(url)
-    parents = remote.models()
-    base = [name for name, parent in parents.items() if parent is None]
-    mixed = [name for name, parent in parents.items() if parent is not None]
-    decode = Load(requests, CLIENTS, None, 16, 64)
-    prefill = Load(requests, CLIENTS, None, 400, 1)
-    found: dict[str, Any] = {}
-    for what, load in (("decode", decode), ("prefill", prefill)):
-        for name, asked in (("base", base), ("mixed", mixed)):
-            outcome = run(remote, name, asked, load)
-            found[f"{what}_{name}"] = rate(outcome, what)
-            found.setdefault("errors", []).extend(outcome.errors)
-    found["identity_wrong"] = checks.identity(
-        remote, [*base, *mixed], requests=identity, clients=CLIENTS
-    ).wrong
-    return found
+def headline(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The figures that the bars are about; null where they were not measured."""
+
+    def ratio(part: str) -> float | None:
+        told = found.get(part, {}).get("lighten", {}).get("mixed_vs_base_cpu")
+        return None if told is None else float(told["median"])
+
+    identity = found.get("identity", {})
+    return {
+        "mixed_vs_base": ratio("decode"),
+        "mixed_vs_best_engine": _against_best(found.get("decode", {})),
+        "prefill_vs_base": ratio("prefill"),
+        "identity_wrong": sum(own["wrong"] for own in identity.values())
+        if identity and "failed" not in identity else None,
+    }  # fmt: skip
 
 
-def rate(outcome: Outcome, what: str) -> float:
-    """Generated tokens per second, or tokens of prompts."""
-    tokens = outcome.tokens if what == "decode" else outcome.prompt_tokens
-    return tokens / outcome.seconds
+def _against_best(decode: dict[str, Any]) -> float | None:
+    """Our mixed rate over the best peer's, medians of tokens per processor second."""
+    rates = {
+        name: sorted(own["mixed_per_cpu_s"])[len(own["mixed_per_cpu_s"]) // 2]
+        for name, own in decode.items()
+        if "mixed_per_cpu_s" in own
+    }
+    ours = rates.pop("lighten", None)
+    return None if ours is None or not rates else ours / max(rates.values())
 
 
 def main() -> None:
-    """Measure, print a table and a line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--engines", default=",".join(ENGINES))
-    parser.add_argument("--peer", action="append", default=[], metavar="NAME=URL")
-    parser.add_argument("--requests", type=int, default=64)
+    """Measure, print a line for each part and the figures at the end."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", default=",".join(PARTS))
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--peers", default="llamacpp,peft,vllm", help="'' for none")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--requests", type=int, default=48, help="of a round")
+    parser.add_argument("--tokens", type=int, default=64, help="of an answer")
+    parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--identity", type=int, default=500)
-    parser.add_argument("--threads", default="0", help="0: all cores")
+    parser.add_argument("--minutes", type=float, default=20.0, help="of the soak")
+    parser.add_argument("--threads", type=int, default=containers.cores())
+    parser.add_argument("--small", action="store_true", help="see that it runs; no figures")
+    parser.add_argument("--output", type=Path, help="file of the results")
     chosen = parser.parse_args()
-    results: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        root = Path(scratch)
-        write_adapters(root)
-        words = [MODEL, "--adapters", str(root), "--max-num-seqs", str(CLIENTS)]
-        words += ["--max-model-len", "2048"]
-        for engine in chosen.engines.split(","):
-            threads = [] if chosen.threads == "0" else ["--threads", chosen.threads]
-            with serving(
-                *words, "--engine", engine, *threads, cache=hardware.cache_folder(), threads=None
-            ) as server:
-                results[engine] = measured(server.url, chosen.requests, chosen.identity)
-    for peer in chosen.peer:
-        name, _, url = peer.partition("=")
-        results[name] = measured(url, chosen.requests, chosen.identity)
-    for name, own in results.items():
-        print(f"{name:12}", *(f"{key} {value}" for key, value in own.items()), sep="  ")
-    first, *others = results.values()
-    best = max((own["decode_mixed"] for own in others), default=None)
-    line = {
-        "mixed_vs_base": first["decode_mixed"] / first["decode_base"],
-        "mixed_vs_best_engine": None if best is None else first["decode_mixed"] / best,
-        "prefill_vs_base": first["prefill_mixed"] / first["prefill_base"],
-        "identity_wrong": sum(own["identity_wrong"] for own in results.values()),
-        "machine": hardware.machine().to_dict(), "engines": results,
+    wanted = [name for name in chosen.only.split(",") if name]
+    if unknown := set(wanted) - set(PARTS):
+        parser.error(f"no such part: {', '.join(sorted(unknown))}; use {', '.join(PARTS)}")
+    if chosen.small:
+        chosen.rounds, chosen.requests, chosen.tokens, chosen.clients = 1, 8, 8, 4
+        chosen.identity, chosen.minutes = 40, 0.2
+    found: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        bench = parts.Bench(
+            chosen.model, Path(scratch), hardware.cache_folder(), chosen.threads, chosen.rounds,
+            chosen.requests, chosen.tokens, chosen.clients, chosen.identity, chosen.minutes,
+            [name for name in chosen.peers.split(",") if name],
+        )  # fmt: skip
+        for name in wanted:
+            began = time.perf_counter()
+            try:
+                found[name] = PARTS[name](bench)
+            except Exception as error:  # the other parts are worth their hour
+                traceback.print_exc()
+                found[name] = {"failed": f"{type(error).__name__}: {error}"}
+            took = time.perf_counter() - began
+            print(f"{name} ({took:.0f} s): {json.dumps(found[name])}", flush=True)
+    result = {
+        **headline(found), "parts": found, "small": chosen.small,
+        "machine": hardware.machine().to_dict(),
     }  # fmt: skip
-    print(json.dumps(line))
+    if chosen.output is not None:
+        chosen.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

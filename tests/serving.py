@@ -8,18 +8,23 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
 import torch
+import uvicorn
 
 from lighten import adapters, models, runs
 from lighten.adapters import AdapterSpec
 from lighten.adapters.files import contents
+from lighten.serve.answering import Front
+from lighten.serve.front import application
+from lighten.serve.running import Options, prepare
 
 ADMIN = "admin-key-of-tests"
 
@@ -55,6 +60,33 @@ class Server:
 
 
 @contextmanager
+def in_process(base: str, options: Options) -> Iterator[str]:
+    """The same server in a thread, which needs no second start of Python; its address."""
+    registry, engine = prepare(base, options, lambda _: None)
+    front = Front(registry, engine, admin_keys=(ADMIN,))
+
+    @asynccontextmanager
+    async def lifespan(_: Any) -> AsyncIterator[None]:
+        await engine.start(registry.adapters)
+        await front.warm_up()
+        yield
+        await engine.stop()
+
+    app = application(front, lifespan)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="on"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.02)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(60)
+
+
+@contextmanager
 def serving(
     *words: str,
     cache: Path,
@@ -81,7 +113,7 @@ def serving(
 
     threading.Thread(target=read, daemon=True).start()
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not any("ready after" in line for line in server.lines):
             assert process.poll() is None, server.lines
             assert time.monotonic() < deadline, server.lines

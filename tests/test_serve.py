@@ -27,14 +27,16 @@ pytest.importorskip("xllamacpp")
 pytest.importorskip("uvicorn")
 
 import lighten.api
-from lighten import models
+from benchmarks import serve_identity
+from lighten import data, models
 from lighten.errors import UserError
-from lighten.serve import checks
+from lighten.serve import adapters, checks
 from lighten.serve.remote import Remote
+from lighten.serve.running import Options
 from lighten.serve.stopping import StopTexts
 from lighten.serve.talk import talk
-from tests.serving import ADMIN, Server, save_adapter, serving
-from tests.tiny import save_tiny
+from tests.serving import ADMIN, Server, in_process, save_adapter, serving
+from tests.tiny import CHATML, save_tiny
 
 BASE = "base"
 QUESTIONS = ["What is the answer?", "Who is the user?", "the question is", "answer the system"]
@@ -132,6 +134,68 @@ def test_answers_are_the_named_adapters_whatever_the_caches_hold(server: Server)
     with ThreadPoolExecutor(6) as pool:
         answers = list(pool.map(lambda pair: text(server, *pair), order))
     assert [pair for pair, got in zip(order, answers, strict=True) if got != alone[pair]] == []
+
+
+def test_answers_under_load_are_those_alone_with_caches_off(
+    server: Server, folder: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sixty answers at random while an adapter is trained anew in its place, or loaded again."""
+    inside = folder / "inside"
+    for name, source in (("first", "one"), ("second", "spare"), ("moving", "one")):
+        shutil.copytree(inside / source, inside / name)
+    monkeypatch.setenv("LIGHTEN_CACHE", str(tmp_path))
+    ours = engine_of(server) == "lighten"
+    options = Options(
+        engine="lighten" if ours else "llamacpp", served_name=BASE, storage="f32", slots=1,
+        threads=1, adapter_dir=inside, prefix_caching=False,
+    )  # fmt: skip
+    kept = {BASE: [BASE], "one": ["one"], "two": ["two"]}
+    contents = {BASE: None, **{name: name for name in ("one", "two", "first", "second")}}
+    asked = serve_identity.questions(6, 2)
+    with in_process(str(tiny_folder), options) as url:
+        alone = serve_identity.references(Remote(url), Remote(url, ADMIN), contents, asked)
+    assert len({answer.text for answer in alone.values()}) > len(alone) / 3
+    admin = Remote(server.url, ADMIN)
+    serve_identity.load(admin, "moving", "moving")
+    found = serve_identity.under_load(
+        Remote(server.url), admin, inside, {**kept, "moving": ["first", "second"]}, alone, asked,
+        requests=60, clients=6, tie=0.0 if ours else 1e-3,
+    )  # fmt: skip
+    serve_identity.unload(admin, "moving")
+    assert found.wrong == []
+    assert found.equal + found.ties == 60
+    assert found.ties <= 3
+    assert found.reloads >= 1
+    for name in ("first", "second", "moving"):
+        shutil.rmtree(inside / name)
+
+
+def test_trap_18_a_served_run_is_asked_as_it_was_trained(chat_file: Path, tmp_path: Path) -> None:
+    """Prompt ids of the server are those before the answers that training saw."""
+    base_folder = save_tiny(tmp_path / "base")
+    rows = [
+        {"messages": [{"role": "system", "content": "Be brief."}, *json.loads(line)["messages"]]}
+        for line in chat_file.read_text().splitlines()
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    template = CHATML.replace("<|im_start|>", "<|im_start|>> ")
+    (tmp_path / "other.jinja").write_text(template)
+    run = lighten.train(
+        model=str(base_folder), dataset=str(file), output_dir=str(tmp_path / "run"), max_steps=1,
+        chat_template=str(tmp_path / "other.jinja"), system_role="fold", progress=False,
+    )  # fmt: skip
+    base = adapters.open_base(str(base_folder))
+    ((_, path),) = adapters.resolve([str(tmp_path / "run")]).items()
+    served = adapters.open_adapter("it", path, base).asking
+    tokenizer = models.load_tokenizer(str(base_folder))
+    tokenizer.chat_template = template
+    examples = data.read(str(file)).examples
+    trained = data.encode(examples, tokenizer, max_length=1000, system_role="fold").rows
+    assert run.recipe().system_role == "fold"
+    for example, row in zip(examples, trained, strict=True):
+        first = list(row.supervised).index(True)
+        assert served.conversation(example.messages[:-1]) == list(row.input_ids)[:first]
 
 
 def test_adapters_come_and_go_while_others_answer(server: Server, folder: Path) -> None:

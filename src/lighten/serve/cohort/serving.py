@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import torch
-from tokenizers.decoders import DecodeStream
 
 from lighten import models
 from lighten.errors import UserError
@@ -24,10 +22,8 @@ from lighten.serve.engine import (
     Finish,
     Generation,
     Piece,
-    TokenLogprob,
 )
-
-_BYTE = re.compile(r"^<0x([0-9A-Fa-f]{2})>$")
+from lighten.serve.texts import Texts
 
 
 class CohortEngine:
@@ -54,7 +50,7 @@ class CohortEngine:
         self._threads, self._prefix_caching = threads, prefix_caching
         self._engine: Engine | None = None
         self._opened: models.Base | None = None
-        self._texts: _Texts | None = None
+        self._texts: Texts | None = None
         self._grammars: Grammars | None = None
 
     async def start(self, adapters: Sequence[Adapter]) -> None:
@@ -77,7 +73,7 @@ class CohortEngine:
             opened.model, max_sequences=self.slots, max_tokens=self.context,
             prefix_caching=self._prefix_caching,
         )  # fmt: skip
-        self._texts, self._opened = _Texts(opened.tokenizer), opened
+        self._texts, self._opened = Texts(opened.tokenizer), opened
         vocabulary: int = opened.model.config.get_text_config().vocab_size
         self._grammars = Grammars(opened.tokenizer, vocabulary)
 
@@ -143,7 +139,9 @@ class CohortEngine:
                 event = await events.get()
                 if isinstance(event, Chosen):
                     tokens += 1
-                    told = () if wanted.logprobs is None else (texts.told(event),)
+                    told = () if event.logprob is None else (
+                        texts.told(event.token, event.logprob, event.top),
+                    )  # fmt: skip
                     yield Piece(stream.text(event.token), told, tokens=tokens)
                     continue
                 how, cached = event
@@ -185,61 +183,3 @@ class CohortEngine:
         if self._engine is None:
             raise EngineFailed("the engine has not started")
         return self._engine
-
-
-class _Texts:
-    """Token ids as text."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._special = set(tokenizer.all_special_ids) | {
-            token for token, added in tokenizer.added_tokens_decoder.items() if added.special
-        }
-        from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-        byte_level = "ByteLevel" in str(getattr(tokenizer.backend_tokenizer, "decoder", ""))
-        self._bytes = {c: b for b, c in bytes_to_unicode().items()} if byte_level else {}
-
-    def stream(self, shown: Sequence[str]) -> _Stream:
-        """A decoder of one answer.
-
-        Args:
-            shown: Special tokens that are part of its text.
-        """
-        hidden = self._special - set(self._tokenizer.convert_tokens_to_ids(list(shown)))
-        return _Stream(self._tokenizer.backend_tokenizer, hidden)
-
-    def told(self, chosen: Chosen) -> TokenLogprob:
-        """A token and its alternatives with their texts and bytes."""
-        assert chosen.logprob is not None
-        top = tuple(self._one(token, logprob) for token, logprob in chosen.top)
-        return self._one(chosen.token, chosen.logprob, top)
-
-    def _one(self, token: int, logprob: float, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
-        data = self.bytes_of(token)
-        return TokenLogprob(token, data.decode(errors="replace"), tuple(data), logprob, top)
-
-    def bytes_of(self, token: int) -> bytes:
-        """What a token writes; it may be a part of a character."""
-        piece = str(self._tokenizer.convert_ids_to_tokens(token))
-        if token in self._tokenizer.added_tokens_decoder:
-            return piece.encode()
-        if match := _BYTE.match(piece):
-            return bytes([int(match[1], 16)])
-        if self._bytes and all(letter in self._bytes for letter in piece):
-            return bytes(self._bytes[letter] for letter in piece)
-        return piece.replace("\u2581", " ").encode()
-
-
-class _Stream:
-    """The text of an answer, whole characters at a time."""
-
-    def __init__(self, core: Any, hidden: set[int]) -> None:
-        self._core, self._hidden = core, hidden
-        self._decoder = DecodeStream(skip_special_tokens=False)
-
-    def text(self, token: int) -> str:
-        """What one more token adds; nothing while a character is not whole."""
-        if token in self._hidden:
-            return ""
-        return self._decoder.step(self._core, token) or ""
