@@ -15,7 +15,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lighten.adapters import shards
+from lighten.adapters import dtensors, shards
 from lighten.adapters.cohort import Cohort, attach
 from lighten.adapters.frozen import is_conv1d
 from lighten.adapters.spec import AdapterSpec
@@ -182,7 +182,7 @@ def restore(
     shapes = {key: tuple(value.shape) for key, value in weights.items()}
     check_fit(shapes, trained.shapes(name), where)
     for key, parameter in trained.parameters(name).items():
-        parameter.copy_(weights[key])
+        dtensors.copy_rows(parameter, weights[key])
 
 
 def check_fit(

@@ -11,6 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lighten.adapters import dtensors
+
 # What a file holds of a GPU is copied to main memory while it is written, and a file is mapped
 # while it is verified.
 SHARD_BYTES = 2**28
@@ -36,7 +38,10 @@ class Shard:
         Raises:
             OSError: It cannot be written.
         """
-        own = {key: value.detach().cpu().contiguous() for key, value in self._tensors.items()}
+        own = {
+            key: dtensors.whole(value.detach()).cpu().contiguous()
+            for key, value in self._tensors.items()
+        }
         try:
             save_file(own, path, metadata={"format": "pt"})
         except SafetensorError as error:  # its only word of what the system said
@@ -44,6 +49,11 @@ class Shard:
             if number is None:
                 raise
             raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+
+    def take_part(self) -> None:
+        """What the other ranks do while one writes the file: hand over the rows that they hold."""
+        for value in self._tensors.values():
+            dtensors.whole(value.detach())
 
 
 class Shards(Mapping[str, Shard]):
@@ -78,6 +88,11 @@ class Shards(Mapping[str, Shard]):
 
     def __getitem__(self, name: str) -> Shard:
         return Shard(self._parts[name])
+
+    def take_part(self) -> None:
+        """`Shard.take_part` for every file, in the order in which they are written."""
+        for part in self._parts.values():
+            Shard(part).take_part()
 
 
 def listing(folder: Path, stem: str) -> list[Path]:

@@ -26,10 +26,12 @@ class Trained(ABC):
     Attributes:
         model: A plain transformers model; its forward works inside `using` or `sharing`.
         folder: Where a checkpoint keeps the weights of each name.
+        learns_base: What learns are weights of the base itself.
     """
 
     model: PreTrainedModel
     folder: ClassVar[str] = "adapters"
+    learns_base: ClassVar[bool] = False
 
     @property
     def supports_fast_loss(self) -> bool:

@@ -43,6 +43,7 @@ class WholeBase(Trained):
     """
 
     folder: ClassVar[str] = "weights"
+    learns_base: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 import signal
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -17,6 +18,8 @@ from lighten.parallel.launch import Launch
 
 Value = TypeVar("Value")
 STOPS = (signal.SIGINT, signal.SIGTERM)
+# What gloo says of a rank that is gone, in a plain RuntimeError.
+_NETWORK = re.compile(r"gloo|connection (closed|reset|refused)|broken pipe", re.IGNORECASE)
 
 
 class PeerLost(UserError):
@@ -163,11 +166,31 @@ def lost_peers(rank: int, world_size: int) -> Iterator[None]:
     except RuntimeError as error:
         if world_size == 1:
             raise
-        detail = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise PeerLost(
-            f"rank {rank} of {world_size} stopped because another rank has ended or cannot be "
-            f"reached; that one's own message says why ({detail[:200]})"
-        ) from error
+        raise _lost(rank, world_size, error) from error
+
+
+@contextlib.contextmanager
+def lost_within(rank: int, world_size: int) -> Iterator[None]:
+    """`lost_peers` around work that gathers in its midst, and may fail for reasons of its own.
+
+    Raises:
+        PeerLost: A rank has ended.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        of_network = isinstance(error, torch.distributed.DistError) or _NETWORK.search(str(error))
+        if world_size == 1 or not of_network:
+            raise
+        raise _lost(rank, world_size, error) from error
+
+
+def _lost(rank: int, world_size: int, error: RuntimeError) -> PeerLost:
+    detail = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return PeerLost(
+        f"rank {rank} of {world_size} stopped because another rank has ended or cannot be "
+        f"reached; that one's own message says why ({detail[:200]})"
+    )
 
 
 def _together(accelerator: Accelerator) -> contextlib.AbstractContextManager[None]:

@@ -12,7 +12,7 @@ from pydantic import PrivateAttr, ValidationError
 
 from lighten.errors import UserError
 from lighten.paths import exists, expanded, split_limit
-from lighten.recipe import aliases, bits, offloading, start, swept, yaml_lines
+from lighten.recipe import aliases, bits, offloading, spread, start, swept, yaml_lines
 from lighten.recipe.fields import (
     AdapterEntry,
     AdapterFields,
@@ -331,6 +331,7 @@ def _contradictions(recipe: Recipe, given: Mapping[str, Any]) -> list[str]:
         ]  # fmt: skip
     problems += bits.problems(recipe, recipe.cohort() if not problems else [], given)
     problems += offloading.problems(recipe)
+    problems += spread.problems(recipe) if not problems else []
     problems += swept.problems(recipe.sweep)
     if "early_stopping_threshold" in given and recipe.early_stopping_patience is None:
         problems.append("early_stopping_threshold has no effect without early_stopping_patience")

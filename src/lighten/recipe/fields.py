@@ -275,6 +275,12 @@ class RecipeFields(Section):
         "where the frozen layers wait: disk streams them from the model's files, cpu from main "
         "memory to a GPU, each while the one before computes; a few are in memory at a time",
     )
+    strategy: Literal["auto", "single", "ddp", "fsdp", "zero1", "zero2", "zero3"] = _field(
+        "auto",
+        "training",
+        "what each of several ranks holds: ddp everything; zero1 its part of the optimiser's "
+        "state, zero2 of gradients too, zero3 and fsdp of weights too; auto: single or ddp",
+    )
     torch_compile: bool | Literal["auto"] = _field(
         "auto",
         "training",

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from lighten.adapters import Trained, shards
+from lighten.adapters import Trained, dtensors, shards
 from lighten.errors import UserError
 from lighten.runs import write_bytes, write_json
 from lighten.train.member import Member, MemberProgress
@@ -78,11 +78,7 @@ def save(
     partial = folder / f".checkpoint-{state.step}.partial"
     for left in folder.glob(".checkpoint-*.partial"):  # of runs that were killed while they wrote
         shutil.rmtree(left, ignore_errors=True)
-    tensors = {
-        f"{member.name}/{key}": value
-        for member in members
-        for key, value in member.optimizer_tensors().items()
-    }
+    tensors = _optimizer_tensors(members)
     state.global_step, state.files = state.step, {}
     try:
         _write(partial, "", shards.Shards(tensors, OPTIMIZER), state)
@@ -99,6 +95,28 @@ def save(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return final
+
+
+def take_part(trained: Trained, members: Sequence[Member]) -> None:
+    """What every other rank does while the main one saves: hand over the rows that it holds.
+
+    Raises:
+        PeerLost: A rank has ended.
+    """
+    shards.Shards(_optimizer_tensors(members), OPTIMIZER).take_part()
+    for member in members:
+        if dtensors.any_spread(member.parameters.values()):
+            for content in trained.contents(member.name).values():
+                assert isinstance(content, shards.Shard)
+                content.take_part()
+
+
+def _optimizer_tensors(members: Sequence[Member]) -> dict[str, torch.Tensor]:
+    return {
+        f"{member.name}/{key}": value
+        for member in members
+        for key, value in member.optimizer_tensors().items()
+    }
 
 
 def _write(

@@ -61,6 +61,8 @@ def held_out(
     device: torch.device | str = "cpu",
     lanes: Lanes | None = None,
     progress: Callable[[int, int], None] | None = None,
+    passes: Callable[[int], int] | None = None,
+    spare: TokenRow | None = None,
 ) -> HeldOut:
     """Loss of one adapter (None: the base) on encoded rows; no logits are kept (trap 43).
 
@@ -74,6 +76,8 @@ def held_out(
         device: Where the model is.
         lanes: Take batches side by side; None: one after another.
         progress: Told how many rows are measured, and of how many, where they are not side by side.
+        passes: How many are made where there are so many batches: other ranks may have more.
+        spare: A row for those that count nothing.
     """
     lengths = lengths_of(rows)
     items = [Item(member, i, 0) for i, row in enumerate(rows) if any(row.supervised[1:])]
@@ -100,6 +104,13 @@ def held_out(
             progress(len(items), len(items))
     else:
         lost = lanes.measure(objective, batches)
+    idle = passes(len(batches)) - len(batches) if passes is not None else 0
+    if idle:
+        assert spare is not None
+        alone = collate([Item(member, 0, 0)], [spare], [member], pad_id=pad_id,
+                        packed=objective.packs, device=device)  # fmt: skip
+        for _ in range(idle):
+            measure(alone, objective)
     for batch, own in zip(batches, lost, strict=True):
         for place, item in enumerate(batch.items):
             nll[item.row] = own[place]
@@ -131,7 +142,8 @@ def held_out_over(
     """
     supervised = [row for row in rows if any(row.supervised[1:])]
     share = supervised[accelerator.process_index :: accelerator.num_processes]
-    own = held_out(objective, share, member, **options)
+    spare = min(supervised, key=lambda row: len(row.input_ids), default=None)
+    own = held_out(objective, share, member, spare=spare, **options)
     shares = ranks.gather(accelerator, own)
     nll, tokens = [0.0] * len(supervised), [0] * len(supervised)
     for rank, each in enumerate(shares):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 
 from lighten import allocator, runs
 from lighten.data import lengths_of
-from lighten.data.batches import Item, MicroBatch, TokenRow, collate, layout, steps_of_epoch
+from lighten.data.batches import MicroBatch, TokenRow
 from lighten.folders import resume_command
 from lighten.hardware import PeakMemory
 from lighten.parallel import ranks
@@ -30,6 +30,7 @@ from lighten.train.prediction import Prediction
 from lighten.train.prepare import Setup
 from lighten.train.progress import TrainingProgress
 from lighten.train.step import MemberStep, TrainingDiverged, rehearse, train_step
+from lighten.train.step_batches import StepBatches
 from lighten.train.time_budget import TimeBudget
 
 
@@ -69,8 +70,7 @@ class Loop:
         self._pages = allocator.KeptPages(setup.accelerator.device.type)
         self._retries, self._watch = retries, short_memory.Watch(setup.members)
         self.main = setup.accelerator.is_main_process
-        self._lengths = lengths_of(setup.rows.train.rows)
-        self._epochs: dict[tuple[int, int], list[list[int]]] = {}
+        self._batches = StepBatches(setup)
         self._lanes: Lanes | None = None
         self._agreed = False
         self._saved_at, self._saving_s = time.monotonic(), 0.0
@@ -130,8 +130,8 @@ class Loop:
     def _fit(self, budget: TimeBudget) -> None:
         """Set the number of steps from the speed of a few tries, and say what will be done."""
         setup = self.setup
-        tokens = [sum(self._lengths[row] for row in rows)
-                  for rows in self._epoch(setup.members[0].settings.seed, 0)]  # fmt: skip
+        tokens = [sum(self._batches.lengths[row] for row in rows)
+                  for rows in self._batches.steps(setup.members[0].settings.seed, 0)]  # fmt: skip
         mean = sum(tokens) / len(tokens)
         # The first one is checked as the first step is; then those that are of the usual size.
         usual = min(range(len(tokens)), key=lambda place: abs(tokens[place] - mean))
@@ -210,16 +210,16 @@ class Loop:
             self._watch.moved = False
             batches: list[MicroBatch] = []
             try:
-                batches = list(self._micro_batches(step, members))
-                if self._check_loss(batches):
-                    batches = list(self._micro_batches(step, members))
+                batches = list(self._batches.of(step, members))
+                if self._check_loss(batches, members):
+                    batches = list(self._batches.of(step, members))
                 self._open_lanes()
-                if not update:
-                    rehearse(batches, members, setup.objective, setup.scaler, self._lanes)
-                    return {}
-                return train_step(
-                    batches, members, setup.objective, setup.accelerator, setup.scaler, self._lanes
-                )
+                idle = self._batches.idle(batches, members[0])
+                make = train_step if update else rehearse
+                return make(
+                    batches, members, setup.objective, setup.accelerator, setup.scaler,
+                    self._lanes, setup.strategy, idle,
+                )  # fmt: skip
             except (MemoryError, RuntimeError) as error:
                 if not (self._retries and short_memory.ran_out(error)):
                     raise
@@ -229,11 +229,14 @@ class Loop:
             batches.clear()
             short_memory.clear(setup)
 
-    def _check_loss(self, batches: list[MicroBatch]) -> bool:
+    def _check_loss(self, batches: list[MicroBatch], members: list[Member]) -> bool:
         """The first batch's check, agreed by all ranks; whether rows have to be laid out anew."""
         objective = self.setup.objective
         packed = objective.packs
-        if batches:
+        if self.setup.strategy.in_step and not self._agreed:
+            # Ranks that wait for each other make the same passes: those of the main rank's batch.
+            batches = list(self._batches.of(self.state.step, members, rank=0))
+        if batches and not self._agreed:
             objective.verify(batches[0], undropped(batches[0]))
         if not self._agreed:
             fast, packs = ranks.agreed_all(self.setup.accelerator, objective.fast, objective.packs)
@@ -277,9 +280,10 @@ class Loop:
         tokens, fewer = short_memory.smaller(setup, batches, self._watch, error, step)
         why = short_memory.blame(self.prediction, setup, self.memory.read()["peak_bytes"], error)
         setup.tokens_per_microbatch = fewer
-        run = runs.Run(self.folder)
-        retry = short_memory.Retry(step, tokens, fewer, why)
-        run.update(retries=[*run.info().get("retries", []), asdict(retry)])
+        if self.main:
+            run = runs.Run(self.folder)
+            retry = short_memory.Retry(step, tokens, fewer, why)
+            run.update(retries=[*run.info().get("retries", []), asdict(retry)])
         self.progress.note(
             f"memory ran out in step {step} ({why}); again with micro-batches of {fewer} tokens at "
             f"most in place of {tokens}, which gives the same result"
@@ -323,41 +327,6 @@ class Loop:
         wait_s = max(seconds(every), 20 * self._saving_s)
         due = time.monotonic() - self._saved_at >= wait_s
         return ranks.of_main(self.setup.accelerator, due)
-
-    def _micro_batches(self, step: int, members: list[Member]) -> Iterator[MicroBatch]:
-        """This rank's micro-batches of a step, every adapter with its own order of examples."""
-        setup, accelerator = self.setup, self.setup.accelerator
-        epoch, place = divmod(step, setup.steps_per_epoch)
-        items = []
-        for member in members:
-            rows = self._epoch(member.settings.seed, epoch)[place]
-            own = rows[accelerator.process_index :: accelerator.num_processes]
-            items += [Item(member.name, row, step * len(self._lengths) + row) for row in own]
-        names = [member.name for member in members]
-        packed = setup.objective.packs
-        for part in layout(
-            items,
-            self._lengths,
-            max_rows=setup.rows_per_microbatch,
-            max_tokens=setup.tokens_per_microbatch,
-            packed=packed,
-            lanes=setup.lanes,
-        ):
-            yield collate(
-                part, setup.rows.train.rows, names, packed=packed, device=accelerator.device
-            )
-
-    def _epoch(self, seed: int, epoch: int) -> list[list[int]]:
-        if (seed, epoch) not in self._epochs:
-            self._epochs = {key: value for key, value in self._epochs.items() if key[1] == epoch}
-            self._epochs[seed, epoch] = steps_of_epoch(
-                self._lengths,
-                self.setup.examples_per_step,
-                seed=seed,
-                epoch=epoch,
-                group_by_length=self.setup.recipe.group_by_length,
-            )
-        return self._epochs[seed, epoch]
 
     def _record(self, report: dict[str, MemberStep], seconds: float) -> None:
         """Append a line per adapter to metrics.jsonl and move the bar."""
@@ -431,6 +400,7 @@ class Loop:
             setup.objective,
             rows,
             member.name,
+            passes=setup.strategy.passes,
             max_rows=setup.recipe.per_device_eval_batch_size,
             max_tokens=setup.tokens_per_microbatch,
             device=setup.accelerator.device,
@@ -469,6 +439,8 @@ class Loop:
             best = [m.progress.best_step for m in setup.members]
             keep = best if setup.recipe.load_best_model_at_end else []
             checkpoints.prune(self.folder / "checkpoints", setup.recipe.save_total_limit, keep)
+        else:
+            checkpoints.take_part(setup.trained, setup.members)
         ranks.wait(setup.accelerator)
         self._give_back()
         self._saved_at = time.monotonic()

@@ -10,6 +10,7 @@ of logits into its slopes (`fused_loss`).
 
 from __future__ import annotations
 
+import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -220,13 +221,15 @@ class Objective:
         fast: False: the model's own forward.
         packs: Try to pack rows.
         device: `cpu` or `cuda`, where that is not where the model's tensors are (a plan).
+        within: Does work that runs the model, where its weights have to be gathered for that.
     """
 
     def __init__(
         self, model: PreTrainedModel, cohort: Trained, *, fast: bool = True, packs: bool = False,
-        device: str | None = None,
+        device: str | None = None, within: Callable[[Callable[[], Any]], Any] | None = None,
     ) -> None:  # fmt: skip
         self.model, self.cohort = model, cohort
+        self._within = within or (lambda work: work())
         self._device = device or model.device.type
         self.packs, self.packing_reason = packs, "rows under each other, right-padded"
         self.rule = HeadRule.of(model)
@@ -255,6 +258,12 @@ class Objective:
         Returns:
             The scalar loss and the negative log-likelihoods [S], float32, without gradient.
         """
+        result: tuple[Tensor, Tensor] = self._within(lambda: self._loss(batch, shares, weights))
+        return result
+
+    def _loss(
+        self, batch: MicroBatch, shares: tuple[Share, ...], weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
         hidden_or_logits = self._positions(batch)
         if not self.fast:
             nll = F.cross_entropy(hidden_or_logits.float(), batch.labels, reduction="none")
@@ -385,9 +394,10 @@ class Objective:
                 one = batch.alone(row)
                 if not len(one.labels):
                     continue
-                given = {"logits_to_keep": one.positions} if keeps else {}
+                given: dict[str, Any] = {"logits_to_keep": one.positions} if keeps else {}
                 with self.at(one, (Share(share.member, 0, 1),)):
-                    out = self.model(input_ids=one.input_ids, use_cache=False, **given)
+                    given |= {"input_ids": one.input_ids, "use_cache": False}
+                    out = self._within(functools.partial(self.model, **given))
                 logits = out.logits[0] if keeps else out.logits[0, one.positions]
                 lost.append(F.cross_entropy(logits.float(), one.labels, reduction="none"))
         return float(torch.cat(lost).mean())

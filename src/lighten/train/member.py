@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from lighten.adapters import dtensors
 from lighten.train import optimizers
 from lighten.train.schedule import learning_rate_factor
 
@@ -60,6 +61,8 @@ class Member:
         settings: How it learns.
         progress: How far it is.
         undecayed: Keys of the parameters that weight decay leaves alone.
+        learning: What gradients, clipping and the optimiser see of the parameters, by the same
+            keys: this rank's rows of them, where the optimiser's state is spread over ranks.
     """
 
     name: str
@@ -67,12 +70,14 @@ class Member:
     settings: MemberSettings
     progress: MemberProgress = field(default_factory=MemberProgress)
     undecayed: frozenset[str] = frozenset()
+    learning: dict[str, nn.Parameter] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         own = self.settings
+        self.learning = self.learning or self.parameters
         self.optimizer = optimizers.make(
             own.optim,
-            self.parameters,
+            self.learning,
             learning_rate=own.learning_rate,
             weight_decay=own.weight_decay,
             betas=own.betas,
@@ -92,18 +97,21 @@ class Member:
 
     def gradients(self) -> list[Tensor]:
         """One gradient per parameter, zero where none has arrived, in a stable order."""
-        for parameter in self.parameters.values():
+        for parameter in self.learning.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        return [p.grad for p in self.parameters.values() if p.grad is not None]
+        return [p.grad for p in self.learning.values() if p.grad is not None]
 
     def gradient_norm(self) -> float:
-        """Norm of the whole gradient; it is scaled down in place to `max_grad_norm` at most."""
+        """Norm of the whole gradient; it is scaled down in place to `max_grad_norm` at most.
+
+        Where ranks hold different rows of it, all have to call this at the same time.
+        """
         limit = self.settings.max_grad_norm
         norm = nn.utils.clip_grad_norm_(
-            list(self.parameters.values()), math.inf if limit is None else limit
+            list(self.learning.values()), math.inf if limit is None else limit
         )
-        return float(norm)
+        return float(dtensors.whole(norm))
 
     def note_evaluation(self, loss: float, step: int) -> bool:
         """Remember a held-out loss; say whether it is the best so far, and stop if patience is out.
@@ -126,13 +134,13 @@ class Member:
         """The optimiser's state as tensors by parameter key."""
         return {
             f"{key}:{part}": value
-            for key, parameter in self.parameters.items()
+            for key, parameter in self.learning.items()
             for part, value in optimizers.state_tensors(self.optimizer, parameter).items()
         }
 
     def restore_optimizer(self, tensors: dict[str, Tensor]) -> None:
         """Put back what `optimizer_tensors` gave."""
-        for key, parameter in self.parameters.items():
+        for key, parameter in self.learning.items():
             saved = {
                 name.rpartition(":")[2]: value
                 for name, value in tensors.items()

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from lighten.adapters import dtensors
 from lighten.errors import missing_extra
 from lighten.hardware import Choice
 
@@ -156,7 +158,10 @@ def restore_state(
         if part != name:
             state[part] = value.item()
         elif isinstance(state.get(part), Tensor):
-            state[part].copy_(value)
+            dtensors.copy_rows(state[part], value)
+        elif isinstance(parameter, DTensor) and value.shape == parameter.shape:
+            state[part] = torch.empty_like(parameter, requires_grad=False)
+            dtensors.copy_rows(state[part], value)
         else:
             # A count of steps stays on the processor unless the kernel reads it.
             here = value.dim() > 0 or optimizer.defaults.get("fused")

@@ -17,6 +17,8 @@ from lighten.adapters.files import check_fit, read_weights
 from lighten.errors import UserError
 from lighten.hardware import Choice, choose_dtype
 from lighten.models.trainable import require_gradients
+from lighten.parallel.choose import choose
+from lighten.parallel.strategies import Strategy
 from lighten.peft_config import WEIGHTS, tensor_shapes
 from lighten.recipe import AdapterOptions, Recipe
 from lighten.recipe.section import seconds
@@ -44,6 +46,7 @@ class Setup:
         members: Its names with their optimisers.
         objective: The loss.
         accelerator: Device and ranks.
+        strategy: How weights, gradients and optimiser state lie on the ranks.
         scaler: Factors of float16 losses; does nothing otherwise.
         examples_per_step: Rows of one optimiser step, over all ranks.
         steps_per_epoch: Optimiser steps of one pass over the data.
@@ -62,6 +65,7 @@ class Setup:
     members: list[Member]
     objective: Objective
     accelerator: Accelerator
+    strategy: Strategy
     scaler: LossScaler
     examples_per_step: int
     steps_per_epoch: int
@@ -136,21 +140,26 @@ def prepare(
     steps_per_epoch = math.ceil(len(rows.train.rows) / per_step)
     total = total_steps or recipe.max_steps or math.ceil(recipe.num_train_epochs * steps_per_epoch)
     device = accelerator.device.type
-    choices["compilation"] = compiled.choose(
-        recipe.torch_compile,
-        trained,
-        tokens=total * per_step * rows.train.counts.tokens // max(1, len(rows.train.rows)),
-        device=device,
-        cores=hardware.machine().cores,
-        most_s=None if recipe.max_time is None else seconds(recipe.max_time),
-    )
+    strategy = choose(recipe.strategy, accelerator, trained)
+    choices["compilation"] = Choice("off", "layers are gathered as they are needed")
+    if not strategy.in_step:
+        choices["compilation"] = compiled.choose(
+            recipe.torch_compile,
+            trained,
+            tokens=total * per_step * rows.train.counts.tokens // max(1, len(rows.train.rows)),
+            device=device,
+            cores=hardware.machine().cores,
+            most_s=None if recipe.max_time is None else seconds(recipe.max_time),
+        )
     if choices["compilation"].value == "on":
         compiled.compile_layers(base.model)  # before layers are recomputed: what is, is compiled
     norms.quicken(base.model)
     gates.quicken(base.model)
     choices |= _save_memory(recipe, base.model, accelerator.device)
     choices["optimizer"] = optimizer = optimizers.choose(recipe.optim, device)
-    members = [_member(own, recipe, trained, total, optimizer.value) for own in options]
+    strategy.spread(trained)
+    choices["strategy"] = Choice(strategy.name, strategy.describe())
+    members = [_member(own, recipe, trained, strategy, total, optimizer.value) for own in options]
     scaler = LossScaler(enabled=trained.dtype == torch.float16)
     choices["packing"] = packing = choose_packing(recipe.packing, base.model, trained.no_packing)
     tokens, why = choose_tokens(recipe.tokens_per_microbatch, device, base.dtype.value)
@@ -159,22 +168,29 @@ def prepare(
         choices["offload_base"] = streaming.describe(recipe.offload_base, base.feed)
         tokens, most_rows, why = streaming.micro_batch(recipe, len(trained.names))
     choices["micro-batch"] = Choice(f"{tokens} tokens" if tokens else "rows", why)
-    choices["lanes"] = side_by_side = _choose_lanes(recipe, trained, rows, per_step, accelerator)
+    choices["lanes"] = side_by_side = (
+        Choice("1", "ranks wait for each other in every layer")
+        if strategy.in_step
+        else _choose_lanes(recipe, trained, rows, per_step, accelerator)
+    )
     own = per_step // accelerator.num_processes * rows.train.counts.tokens
     passes = choose_passes(
         base, own // max(1, len(rows.train.rows)), tokens, int(side_by_side.value)
     )
+    if strategy.in_step:
+        passes = Choice("together", "a layer is gathered once for all adapters")
     if len(trained.names) > 1:
         choices["passes"] = passes
     objective = Objective(
         base.model, trained,
         fast=trained.supports_fast_loss, packs=packing.value == "on", device=device,
+        within=strategy.within,
     )  # fmt: skip
     if not trained.supports_fast_loss:
         objective.reason = "the head learns inside PEFT's own module"
     objective.packing_reason = trained.no_packing or objective.packing_reason
     return Setup(
-        recipe, base, rows, trained, members, objective, accelerator, scaler,
+        recipe, base, rows, trained, members, objective, accelerator, strategy, scaler,
         per_step, steps_per_epoch, total, most_rows, tokens, int(side_by_side.value),
         passes.value == "apart", choices,
     )  # fmt: skip
@@ -394,8 +410,9 @@ def _whole(own: AdapterOptions) -> bool:
 
 
 def _member(
-    own: AdapterOptions, recipe: Recipe, trained: Trained, total_steps: int, optim: str
-) -> Member:
+    own: AdapterOptions, recipe: Recipe, trained: Trained, strategy: Strategy, total_steps: int,
+    optim: str,
+) -> Member:  # fmt: skip
     settings = MemberSettings(
         learning_rate=own.learning_rate,
         lr_scheduler_type=recipe.lr_scheduler_type,
@@ -412,4 +429,7 @@ def _member(
         loraplus_lr_ratio=own.loraplus_lr_ratio,
     )
     undecayed = trained.undecayed(own.name)
-    return Member(own.name, trained.parameters(own.name), settings, undecayed=undecayed)
+    parameters = trained.parameters(own.name)
+    return Member(
+        own.name, parameters, settings, undecayed=undecayed, learning=strategy.learning(parameters)
+    )

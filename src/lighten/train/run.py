@@ -12,6 +12,7 @@ from accelerate.utils import set_seed
 from transformers.utils import logging as transformers_logging
 
 from lighten import allocator, hardware, locks, models
+from lighten.adapters import dtensors
 from lighten.adapters.peft_methods import method_of
 from lighten.errors import DiskFull, UserError
 from lighten.folders import resume_command
@@ -206,6 +207,9 @@ def _train(
     ranks.wait(accelerator)
     trackers.start(accelerator, run.folder, recipe.completed())
     Loop(setup, run.folder, state, shown, memory, prediction, judge=judge, retries=True).run()
+    if recipe.load_best_model_at_end:
+        _put_best_back(run, setup)
+    setup.strategy.make_whole(base.model)
     if accelerator.is_main_process:
         _finish(run, setup, state, memory.read(), shown)
         _beside_the_plan(run, shown)
@@ -315,8 +319,6 @@ def _finish(
     run: Run, setup: Setup, state: TrainerState, memory: dict[str, Any], shown: TrainingProgress
 ) -> None:
     """Write what was trained and what was measured."""
-    if setup.recipe.load_best_model_at_end:
-        _put_best_back(run, setup)
     if setup.recipe.qat is not None:
         _compare_with_converted(run, setup, shown)
     adapters = []
@@ -388,6 +390,9 @@ def _put_best_back(run: Run, setup: Setup) -> None:
         step = member.progress.best_step
         if step is None:  # it left before it was ever evaluated
             continue
+        spread = dtensors.any_spread(member.parameters.values())
+        if not (setup.accelerator.is_main_process or spread):
+            continue  # the main rank writes what it holds itself
         checkpoint = run.folder / "checkpoints" / f"checkpoint-{step}"
         setup.trained.restore(member.name, weights_of(checkpoint, setup.trained, member.name))
 

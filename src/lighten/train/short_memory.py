@@ -20,6 +20,7 @@ from lighten import allocator, models
 from lighten.data.batches import MicroBatch
 from lighten.errors import UserError
 from lighten.folders import resume_command
+from lighten.parallel import ranks
 from lighten.train.member import Member
 from lighten.train.prediction import Prediction
 from lighten.train.prepare import Setup
@@ -42,6 +43,10 @@ REST = "activations, logits and buffers"
 
 class OutOfMemory(UserError):
     """Memory ran out, and smaller micro-batches were no way on."""
+
+
+class ShortOfMemory(RuntimeError):
+    """Memory ran out on a rank before anything moved, and every rank knows."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +95,8 @@ def smaller(
     """Tokens of the largest micro-batch, and how many a micro-batch shall have from now on.
 
     Raises:
-        OutOfMemory: There is no smaller micro-batch, the optimiser has moved, or other ranks are
-            waiting for this one.
+        OutOfMemory: There is no smaller micro-batch on any rank, the optimiser has moved, or other
+            ranks are waiting for this one.
     """
     if watch.moved:
         raise OutOfMemory(
@@ -99,18 +104,18 @@ def smaller(
             f"checkpoint is intact: go on with: {resume_command(setup.recipe.run_folder)} on a "
             "machine with more memory, or with the same optimiser in 8 bits in a new run"
         ) from error
-    if setup.accelerator.num_processes > 1:
+    if setup.accelerator.num_processes > 1 and not isinstance(error, ShortOfMemory):
         raise OutOfMemory(
-            f"memory ran out on one of {setup.accelerator.num_processes} ranks in step {step}; "
-            "start again with a smaller per_device_train_batch_size"
+            f"memory ran out on one of {setup.accelerator.num_processes} ranks in step {step}, "
+            "while others waited for it; start again with a smaller per_device_train_batch_size"
         ) from error
-    several = [batch for batch in batches if len(batch.items) > 1]
-    if not several:
+    own = max((batch.input_ids.numel() for batch in batches if len(batch.items) > 1), default=0)
+    tokens = max(ranks.gather(setup.accelerator, own))
+    if not tokens:
         raise OutOfMemory(
             f"memory ran out in step {step} with single rows for micro-batches, up to "
             f"{max((batch.tokens for batch in batches), default=0)} tokens long"
         ) from error
-    tokens = max(batch.input_ids.numel() for batch in several)
     return tokens, max(1, tokens // 2)
 
 
@@ -118,6 +123,8 @@ def clear(setup: Setup) -> None:
     """Let go of a broken step: its gradients, what its exception held, and what is cached."""
     for member in setup.members:
         member.optimizer.zero_grad(set_to_none=True)
+        for parameter in member.parameters.values():  # of which ranks may move some rows each
+            parameter.grad = None
     gc.collect()
     if setup.accelerator.device.type == "cuda":
         torch.cuda.empty_cache()

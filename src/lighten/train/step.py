@@ -13,11 +13,13 @@ from torch import Tensor
 from lighten.data.batches import MicroBatch
 from lighten.errors import UserError
 from lighten.parallel import ranks
+from lighten.parallel.strategies import Strategy
 from lighten.train.lanes import Lanes
 from lighten.train.loss import Objective
 from lighten.train.member import Member
 from lighten.train.passes import learn, shares_of
 from lighten.train.scaling import LossScaler
+from lighten.train.short_memory import ShortOfMemory, ran_out
 
 
 class TrainingDiverged(UserError):
@@ -65,6 +67,8 @@ def train_step(
     accelerator: Accelerator,
     scaler: LossScaler,
     lanes: Lanes | None = None,
+    strategy: Strategy | None = None,
+    idle: Sequence[MicroBatch] = (),
 ) -> dict[str, MemberStep]:
     """Forward, backward and update of every adapter on one step's micro-batches of this rank.
 
@@ -75,11 +79,15 @@ def train_step(
         accelerator: The ranks.
         scaler: For float16: the factor of each adapter's loss.
         lanes: Train micro-batches side by side; None: one after another.
+        strategy: How weights, gradients and state lie on the ranks; None: each holds everything.
+        idle: Micro-batches that count nothing: this rank makes these passes for the others' sake.
 
     Raises:
+        ShortOfMemory: Memory ran out on one of several ranks; all of them raise it.
         TrainingDiverged: A loss is not finite, or a gradient that no float16 factor explains.
         UserError: An adapter has no supervised token in this step, or no gradient at all.
     """
+    strategy = strategy or Strategy("ddp", accelerator)
     counted = _counted(batches, members)
     # The loss is a mean over the supervised tokens of the whole step: all micro-batches and all
     # ranks (traps 1 to 3). So the counts have to be known before the first backward pass.
@@ -95,9 +103,21 @@ def train_step(
         member.name: 1.0 / supervised
         for member, supervised in zip(members, totals[:, 1].tolist(), strict=True)
     }
-    lost = _backward(batches, members, objective, per_token, scaler, lanes)
-    counted[:, 0] = torch.tensor([lost[member.name] for member in members], dtype=torch.float64)
-    totals[:, 0] = _over_ranks(counted[:, 0], accelerator)
+    broken: BaseException | None = None
+    try:
+        lost = _passes(batches, idle, members, objective, per_token, accelerator, scaler, lanes)
+    except (MemoryError, RuntimeError) as error:
+        if accelerator.num_processes == 1 or strategy.in_step or not ran_out(error):
+            raise
+        lost, broken = dict.fromkeys(per_token, 0.0), error
+    # What each has lost, and whether memory ran out on a rank, which all have to know.
+    told = torch.tensor([*(lost[name] for name in per_token), broken is not None]).double()
+    summed = _over_ranks(told, accelerator)
+    if short := int(summed[-1]):
+        raise ShortOfMemory(
+            f"out of memory on {short} of {accelerator.num_processes} ranks"
+        ) from broken
+    totals[:, 0] = summed[:-1]
     report = {
         member.name: MemberStep(
             loss=nll / supervised,
@@ -108,15 +128,8 @@ def train_step(
         )
         for member, (nll, supervised, tokens, rows) in zip(members, totals.tolist(), strict=True)
     }
-    # Adapters are small: one flat sum per step, whatever each rank's micro-batches were, costs
-    # less than hooks that fire per backward pass.
-    if accelerator.num_processes > 1:
-        gradients = [gradient for member in members for gradient in member.gradients()]
-        flat = ranks.total(accelerator, torch.cat([g.flatten() for g in gradients]))
-        for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]),
-                                    strict=True):  # fmt: skip
-            gradient.copy_(summed.view_as(gradient))
-
+    parameters = [p for member in members for p in member.parameters.values()]
+    strategy.sum_gradients(parameters)
     for member in members:
         scaler.unscale(member)
         report[member.name].grad_norm = member.gradient_norm()
@@ -127,6 +140,7 @@ def train_step(
             for group in member.optimizer.param_groups:
                 group["lr"] = own.learning_rate * group["lr_factor"]
             member.optimizer.step()
+            strategy.moved(list(member.parameters.values()))
             member.progress.steps += 1
         member.optimizer.zero_grad(set_to_none=True)
         scaler.update(member.name, finite=not own.skipped)
@@ -137,19 +151,47 @@ def rehearse(
     batches: Sequence[MicroBatch],
     members: Sequence[Member],
     objective: Objective,
+    accelerator: Accelerator,
     scaler: LossScaler,
     lanes: Lanes | None = None,
-) -> None:
-    """The passes of a step on this rank, to see how long they take; their gradients go.
+    strategy: Strategy | None = None,
+    idle: Sequence[MicroBatch] = (),
+) -> dict[str, MemberStep]:
+    """A step but for its update, to see how long it takes; the gradients go.
 
     Args, as of `train_step`; nothing is changed by it.
+
+    Returns:
+        Nothing of any adapter.
     """
     counts = _counted(batches, members)[:, 1].clamp(min=1.0).tolist()
     per_token = {member.name: 1.0 / count for member, count in zip(members, counts, strict=True)}
-    _backward(batches, members, objective, per_token, scaler, lanes)
+    _passes(batches, idle, members, objective, per_token, accelerator, scaler, lanes)
+    strategy = strategy or Strategy("ddp", accelerator)
+    strategy.sum_gradients([p for member in members for p in member.parameters.values()])
     for member in members:
         member.gradient_norm()
         member.optimizer.zero_grad(set_to_none=True)
+    return {}
+
+
+def _passes(
+    batches: Sequence[MicroBatch],
+    idle: Sequence[MicroBatch],
+    members: Sequence[Member],
+    objective: Objective,
+    per_token: Mapping[str, float],
+    accelerator: Accelerator,
+    scaler: LossScaler,
+    lanes: Lanes | None,
+) -> dict[str, float]:
+    """`_backward`, and the passes for the sake of other ranks."""
+    with ranks.lost_within(accelerator.process_index, accelerator.num_processes):
+        lost = _backward(batches, members, objective, per_token, scaler, lanes)
+        nothing, plain = dict.fromkeys(per_token, 0.0), dict.fromkeys(per_token, 1.0)
+        for batch in idle:
+            learn(batch, objective, nothing, plain, torch.Tensor.backward)
+    return lost
 
 
 def _counted(batches: Sequence[MicroBatch], members: Sequence[Member]) -> Tensor:

@@ -1,0 +1,36 @@
+"""Which strategy a recipe's `strategy` means for what learns and for so many ranks."""
+
+from __future__ import annotations
+
+from accelerate import Accelerator
+
+from lighten.adapters import Trained
+from lighten.errors import UserError
+from lighten.parallel.sharded import Sharded
+from lighten.parallel.strategies import SpreadState, Strategy
+
+
+def choose(wanted: str, accelerator: Accelerator, trained: Trained) -> Strategy:
+    """The strategy of a run.
+
+    Args:
+        wanted: `auto`, or a strategy by name.
+        accelerator: The ranks.
+        trained: What learns.
+
+    Raises:
+        UserError: One process is wanted and there are more.
+    """
+    count = accelerator.num_processes
+    if wanted == "single" and count > 1:
+        raise UserError(
+            f"strategy: single trains in one process, but {count} ranks were started; leave it "
+            "out, or start one"
+        )
+    if count == 1:
+        return Strategy("single", accelerator)
+    if wanted in ("auto", "ddp"):
+        return Strategy("ddp", accelerator)
+    if wanted == "zero1" or (wanted == "zero2" and not trained.learns_base):
+        return SpreadState(wanted, accelerator)
+    return Sharded(wanted, accelerator)

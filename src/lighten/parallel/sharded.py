@@ -1,0 +1,160 @@
+"""Weights spread over ranks by PyTorch's `fully_shard` (FSDP2), gathered where they are needed.
+
+Each decoder layer is gathered once for the forward and once for the backward pass of a micro-batch,
+whatever number of adapters learn on it. Of a base that learns itself gradients and optimiser state
+are spread too. What is frozen outside of the layers (embedding, head, norm) stays whole: it would
+be gathered for the whole pass, and save nothing at its peak.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar, cast
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from lighten.adapters import Trained, dtensors
+from lighten.adapters.decoder import decoder_layers
+from lighten.errors import UserError
+from lighten.parallel import ranks
+from lighten.parallel.strategies import Strategy, mesh_of, require_share
+
+Result = TypeVar("Result")
+
+
+class Sharded(Strategy):
+    """FSDP2: `fsdp` and `zero3`, and `zero2` of a base that learns.
+
+    Args:
+        name: `fsdp`, `zero3` or `zero2`; with the last, layers stay whole from their forward to
+            their backward pass.
+        accelerator: The ranks.
+    """
+
+    in_step = True
+
+    def __init__(self, name: str, accelerator: Accelerator) -> None:
+        super().__init__(name, accelerator)
+        self._root: _Root | None = None
+        self._layers = 0
+
+    def spread(self, trained: Trained) -> None:
+        """Give each rank its rows of the base's weights; others are freed layer by layer."""
+        if not hasattr(FSDPModule, "reset_iter_state"):
+            raise UserError(
+                f"strategy: {self.name} needs PyTorch 2.13 or later, and this is "
+                f"{torch.__version__}; use strategy: ddp, zero1 or zero2 of adapters"
+            )
+        model, mesh = trained.model, mesh_of(self._accelerator)
+        layers = decoder_layers(model)
+        if not layers:
+            raise UserError(
+                f"strategy: {self.name} spreads decoder layers, and {type(model).__name__} does "
+                "not say which they are; use strategy: ddp"
+            )
+        # Adapters of PEFT's are parameters of the base's modules: they stay whole, as ours do.
+        adapters = set() if trained.learns_base else _learning(trained)
+        if self.name == "zero2":  # frozen weights stay as they are
+            layers = [own for own in layers if any(p.requires_grad for p in own.parameters())]
+        for layer in layers:
+            fully_shard(
+                layer, mesh=mesh, reshard_after_forward=self.name != "zero2",
+                ignored_params=adapters,
+            )  # fmt: skip
+        inside = {id(p) for layer in layers for p in layer.parameters()}
+        outside = {p for p in model.parameters() if id(p) not in inside}
+        beside = adapters | {p for p in outside if not p.requires_grad}
+        self._root = _Root(model)
+        fully_shard(self._root, mesh=mesh, ignored_params=beside)
+        for module in self._root.modules():
+            if isinstance(module, FSDPModule):
+                # The loss is weighted by all ranks' tokens already: gradients are summed. A factor
+                # alone is a reduction that gloo does not have.
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+        for parameter in beside | _learning(trained):
+            if parameter.device != self._accelerator.device:
+                parameter.data = parameter.data.to(self._accelerator.device)
+        self._layers = len(layers)
+        spread = [p for p in model.parameters() if isinstance(p, DTensor)]
+        require_share(self.name, "weights", spread, mesh.size())
+        if missing := [p for layer in layers for p in layer.parameters()
+                       if not isinstance(p, DTensor) and p not in adapters]:  # fmt: skip
+            raise UserError(
+                f"strategy: {self.name} should spread every weight of the decoder layers, but "
+                f"{len(missing)} of them are whole on this rank; use strategy: ddp"
+            )
+
+    def within(self, work: Callable[[], Result]) -> Result:
+        """Run the model under the root, which gathers what learns outside of the layers."""
+        assert self._root is not None
+        count = self._accelerator.num_processes
+        with ranks.lost_within(self._accelerator.process_index, count):
+            result = cast(Result, self._root(work))
+            if not torch.is_grad_enabled():
+                # No backward pass lets go of what was gathered, or forgets the order of the layers,
+                # by which the next one would gather ahead.
+                cast(FSDPModule, self._root).reset_iter_state()
+        return result
+
+    def passes(self, count: int) -> int:
+        """The most that any rank has to make."""
+        largest = torch.tensor(count, device=self._accelerator.device)
+        place = self._accelerator.process_index, self._accelerator.num_processes
+        with ranks.lost_peers(*place):
+            torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+        return int(largest)
+
+    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Those of spread weights were summed in the backward pass."""
+        plain = [p for p in parameters if not isinstance(p, DTensor)]
+        if plain:
+            super().sum_gradients(plain)
+
+    @torch.no_grad()
+    def make_whole(self, model: PreTrainedModel) -> None:
+        """Gather weight by weight into the main rank's memory; the others let go of theirs."""
+        whole: dict[nn.Parameter, nn.Parameter] = {}
+        for module in model.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if not isinstance(parameter, DTensor):
+                    continue
+                if parameter not in whole:  # a tied one is gathered once
+                    full = dtensors.whole(parameter.detach()).cpu()
+                    kept = full if self._accelerator.is_main_process else full.new_empty(0)
+                    whole[parameter] = nn.Parameter(kept, requires_grad=parameter.requires_grad)
+                setattr(module, name, whole[parameter])
+
+    def describe(self) -> str:
+        """In words for the user."""
+        count = self._accelerator.num_processes
+        if self.name == "zero2":
+            return (
+                f"gradients and optimiser state spread over {count} ranks; layers are gathered "
+                "once per micro-batch"
+            )
+        return f"{self._layers} layers spread over {count} ranks, gathered once per pass"
+
+
+class _Root(nn.Module):
+    """What `fully_shard` takes for the model: whatever is run inside of its forward.
+
+    The loss is formed from the head's weight, beside the model's own forward.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, work: Callable[[], Result]) -> Result:
+        """Do the work."""
+        return work()
+
+
+def _learning(trained: Trained) -> set[nn.Parameter]:
+    return {p for name in trained.names for p in trained.parameters(name).values()}

@@ -1,0 +1,77 @@
+"""What does not go together with a strategy that spreads weights, gradients or state over ranks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lighten.recipe.offloading import OWN_INITS
+
+if TYPE_CHECKING:
+    from lighten.recipe import Recipe
+
+WHOLE = ("auto", "single", "ddp")
+# Optimisers whose state has the parameter's shape and that treat each number by itself.
+BY_NUMBER = ("adamw_torch", "adamw_torch_fused", "sgd")
+
+
+def gathers(strategy: str, *, full: bool) -> bool:
+    """Whether ranks gather weights within a pass.
+
+    Args:
+        strategy: By name.
+        full: The base's own weights learn.
+    """
+    return strategy in ("fsdp", "zero3") or (strategy == "zero2" and full)
+
+
+def problems(recipe: Recipe) -> list[str]:
+    """What cannot hold together, each with what to change."""
+    name, full = recipe.strategy, recipe.method == "full"
+    if name in WHOLE:
+        return []
+    found = []
+    spreads_state = full or name in ("zero1", "zero2")
+    if spreads_state and recipe.optim not in BY_NUMBER:
+        found.append(
+            f"optim: {recipe.optim} needs whole parameters, of which strategy: {name} leaves a "
+            f"rank some rows; use {BY_NUMBER[0]} or sgd, or strategy: ddp"
+        )
+    if not gathers(name, full=full):
+        return found
+    if recipe.activation_offload:
+        found.append(
+            f"activation_offload would keep gathered weights with strategy: {name}; use "
+            "gradient_checkpointing"
+        )
+    found += [
+        f"{key}: a weight in so few bits is whole on every rank, so strategy: {name} would save "
+        "nothing; use strategy: ddp, or an unquantised base"
+        for key in ("load_in_4bit", "load_in_8bit")
+        if getattr(recipe, key)
+    ]
+    if recipe.torch_compile is True:
+        found.append(
+            f"torch_compile: layers are gathered as they are needed with strategy: {name}; set it "
+            "to false or auto"
+        )
+    if isinstance(recipe.lanes, int) and recipe.lanes > 1:
+        found.append(
+            f"lanes: {recipe.lanes} would gather each layer as many times with strategy: {name}; "
+            "remove it"
+        )
+    if recipe.qat is not None:
+        found.append(f"qat compares whole weights, of which strategy: {name} leaves a rank some "
+                     "rows; use strategy: ddp")  # fmt: skip
+    if recipe.offload_base != "none":
+        found.append(
+            f"offload_base: {recipe.offload_base} streams the layers that strategy: {name} spreads "
+            "over ranks; keep one of the two"
+        )
+    if not full and (recipe.peft is not None or any(
+        own.use_dora or own.init_lora_weights not in OWN_INITS for own in recipe.cohort()
+    )):  # fmt: skip
+        found.append(
+            "PEFT's own modules (peft, use_dora, init_lora_weights from the base's weights) need "
+            f"whole weights, of which strategy: {name} leaves a rank some rows; use strategy: ddp"
+        )
+    return found

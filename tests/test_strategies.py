@@ -1,0 +1,257 @@
+"""Weights, gradients and optimiser state spread over two ranks: the result is one process's.
+
+One pair of ranks makes all the runs, and each rank notes what it held and gathered in them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import distributed
+from transformers import AutoModelForCausalLM
+
+import lighten
+from lighten.adapters import dtensors
+from lighten.adapters.decoder import decoder_layers
+from lighten.errors import UserError
+from lighten.parallel import strategies
+from lighten.recipe import Recipe, RecipeError
+from lighten.runs import Run
+from lighten.train import checkpoints, loop
+from tests.processes import Forked
+from tests.tiny import save_tiny
+
+LAYERS = 2
+# AdamW moves a number whose gradients are hardly more than rounding by its whole rate: that is what
+# bounds how far runs whose sums are split otherwise can be from each other.
+COHORT = {
+    "adapters": [
+        {"name": "quick", "lora_r": 2, "learning_rate": 3e-3},
+        {"name": "slow", "lora_r": 3, "learning_rate": 1e-3},
+    ],
+    "lora_dropout": 0.1,
+}
+WHAT: dict[str, dict[str, Any]] = {
+    "cohort": COHORT,
+    "full": {"method": "full", "learning_rate": 1e-3},
+    "last": {"trainable_layers": "last_1", "learning_rate": 1e-3},
+    "four": {"lora_r": [1, 2, 3, 4], "max_steps": 1},
+}
+# What learns, the strategy and the accumulation; `zero3` is `fsdp` by another name.
+RUNS = [
+    *(("cohort", strategy, count) for strategy in ("fsdp", "zero1", "zero2") for count in (1, 3)),
+    ("full", "zero3", 1), ("full", "fsdp", 3), ("full", "zero2", 1), ("full", "zero1", 3),
+    ("last", "fsdp", 1), ("last", "zero2", 1), ("four", "fsdp", 1),
+]  # fmt: skip
+
+
+def settings(
+    root: Path, data: Path, what: str, strategy: str, accumulation: int, ranks: int
+) -> dict[str, Any]:
+    """Thirteen rows with a tied head: in the last step of an epoch one rank has no row."""
+    return {
+        "model_name_or_path": str(root / "base"), "dataset": str(data), "dtype": "float32",
+        "output_dir": str(root / f"{what}-{strategy}-{accumulation}"), "strategy": strategy,
+        "per_device_train_batch_size": 2, "max_train_samples": 13, "max_steps": 4,
+        # A step has as many examples with fewer ranks.
+        "gradient_accumulation_steps": accumulation * 2 // ranks, "save_steps": 2,
+        "eval_dataset": str(data), "max_eval_samples": 5, "eval_steps": 3, "save_total_limit": 10,
+        "load_best_model_at_end": what == "full", **WHAT[what],
+    }  # fmt: skip
+
+
+def train_all(port: str, file: str) -> None:
+    """In a rank: one run after another, and what was gathered and held in their steps."""
+    from accelerate.state import AcceleratorState
+
+    notes: list[dict[str, int]] = []
+    step, gathered = loop.train_step, [0]
+
+    def noted(*args: Any, **options: Any) -> Any:
+        batches, _, objective, *_, idle = args
+        before = gathered[0]
+        report = step(*args, **options)
+        layers = decoder_layers(objective.model)
+        notes[-1] = {
+            "passes": len(batches) + len(idle), "gathers": gathered[0] - before,
+            "layer_bytes": sum(dtensors.own(p).untyped_storage().nbytes()
+                               for layer in layers for p in layer.parameters()),
+            "state": sum(dtensors.own(value).numel() for member in args[1]
+                         for value in member.optimizer_tensors().values()),
+            "learns": sum(p.numel() for member in args[1] for p in member.parameters.values()),
+        }  # fmt: skip
+        return report
+
+    def counted(gather: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **options: Any) -> Any:
+            gathered[0] += 1
+            return gather(*args, **options)
+
+        return run
+
+    loop.train_step = noted
+    for name in ("all_gather_single", "all_gather_into_tensor"):  # before and since PyTorch 2.13
+        if hasattr(distributed, name):
+            setattr(distributed, name, counted(getattr(distributed, name)))
+            break
+    for number, own in enumerate(json.loads(Path(file).read_text())):
+        os.environ["MASTER_PORT"] = str(int(port) + number)  # the last run's may still be there
+        notes.append({})
+        lighten.train(progress=False, **own)
+        AcceleratorState._reset_state(True)
+    Path(f"{file}.{os.environ['RANK']}").write_text(json.dumps(notes))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory, chat_file: Path) -> Path:
+    """The runs of two ranks and of one process, and what the ranks noted."""
+    root = tmp_path_factory.mktemp("strategies")
+    save_tiny(root / "base", "qwen2")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(min(free.getsockname()[1], 65000))
+    file = root / "runs.json"
+    file.write_text(json.dumps([settings(root, chat_file, *own, ranks=2) for own in RUNS]))
+    started = [
+        Forked(
+            train_all, (port, str(file)),
+            environment={
+                "LIGHTEN_DEVICE": "cpu", "WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank,
+                "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+            },
+        )
+        for rank in ("0", "1")
+    ]  # fmt: skip
+    for what, count in sorted({(what, count) for what, _, count in RUNS if what != "four"}):
+        lighten.train(
+            progress=False, **settings(root, chat_file, what, "single", count, ranks=1)
+        )  # fmt: skip
+    for own in started:
+        assert own.wait() == 0, own.communicate()
+    return root
+
+
+def notes(root: Path, *run: Any) -> list[dict[str, int]]:
+    """Of each rank."""
+    return [json.loads((root / f"runs.json.{rank}").read_text())[RUNS.index(run)]
+            for rank in (0, 1)]  # fmt: skip
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    files = sorted(run.folder.glob("adapters/*/adapter_model.safetensors"))
+    files += sorted(run.folder.glob("model/*.safetensors"))
+    return {f"{file.parent.name}/{key}": value
+            for file in files for key, value in load_file(file).items()}  # fmt: skip
+
+
+def assert_equal(ours: Run, theirs: Run) -> None:
+    """Losses, norms before clipping, and what is shipped."""
+    for one, other in zip(ours.metrics(), theirs.metrics(), strict=True):
+        keys = ("loss", "grad_norm") if one["kind"] == "train" else ("loss",)
+        for key in keys:
+            assert one[key] == pytest.approx(other[key], rel=1e-5)
+        assert one["supervised_tokens"] == other["supervised_tokens"]
+    expected, found = weights(theirs), weights(ours)
+    assert found.keys() == expected.keys()
+    assert expected
+    for key, value in found.items():
+        assert float((value - expected[key]).abs().max()) < 1e-5, key
+
+
+@pytest.mark.parametrize(("what", "strategy", "count"), [run for run in RUNS if run[0] != "four"])
+def test_trap_3_two_ranks_of_any_strategy_are_one_process(
+    root: Path, what: str, strategy: str, count: int
+) -> None:
+    ours = Run(root / f"{what}-{strategy}-{count}")
+    assert_equal(ours, Run(root / f"{what}-single-{count}"))
+    choices = {own["what"]: own for own in ours.info()["choices"]}
+    assert choices["strategy"]["value"] == strategy
+    assert "2 ranks" in choices["strategy"]["reason"]
+
+
+def test_a_layer_is_gathered_once_per_pass_for_a_whole_cohort(root: Path) -> None:
+    for rank in notes(root, "four", "fsdp", 1):
+        assert rank["passes"] >= 1
+        assert rank["gathers"] == 2 * LAYERS * rank["passes"]  # forward and backward
+
+
+def test_ranks_hold_what_the_strategy_says(root: Path) -> None:
+    layers = decoder_layers(AutoModelForCausalLM.from_pretrained(root / "base"))
+    whole = sum(p.numel() * p.element_size() for own in layers for p in own.parameters())
+    for run in RUNS:
+        held = notes(root, *run)
+        if run[1] in ("fsdp", "zero3"):
+            assert all(rank["layer_bytes"] < 0.55 * whole for rank in held), run
+        state = [rank["state"] / rank["learns"] for rank in held]
+        spread = run[1] in ("zero1", "zero2") or run[0] in ("full", "last")
+        # AdamW has two numbers for each that learns.
+        assert sum(state) == pytest.approx(2.0 if spread else 4.0, rel=0.02), run
+
+
+@pytest.mark.parametrize(("what", "strategy", "count"), [
+    ("full", "fsdp", 3), ("cohort", "zero1", 1),
+])  # fmt: skip
+def test_a_checkpoint_of_two_ranks_goes_on_as_one_process(
+    root: Path, tmp_path: Path, chat_file: Path, what: str, strategy: str, count: int
+) -> None:
+    ours = Run(root / f"{what}-{strategy}-{count}")
+    folder = tmp_path / "alone"
+    shutil.copytree(ours.folder, folder)
+    for checkpoint in checkpoints.listing(folder / "checkpoints")[1:]:
+        shutil.rmtree(checkpoint)
+    (folder / "run.json").write_text(json.dumps({**ours.info(), "status": "interrupted"}))
+    own = settings(root, chat_file, what, strategy, count, ranks=2)
+    lighten.train(progress=False, resume=True, **{**own, "output_dir": str(folder)})
+    assert_equal(Run(folder), ours)
+
+
+def test_trap_36_saved_adapters_are_whole_and_load_in_peft(root: Path) -> None:
+    for strategy in ("fsdp", "zero2"):
+        folder = root / f"cohort-{strategy}-1" / "adapters" / "slow"
+        saved = load_file(folder / "adapter_model.safetensors")
+        assert {value.dtype for value in saved.values()} == {torch.float32}
+        base = AutoModelForCausalLM.from_pretrained(root / "base")
+        live = dict(PeftModel.from_pretrained(base, str(folder)).named_parameters())
+        for key, value in saved.items():
+            name = key.replace(".weight", ".default.weight")
+            assert torch.equal(live[name], value)
+
+
+def test_a_rank_that_holds_too_much_is_told() -> None:
+    whole = torch.zeros(5, 3)
+    strategies.require_share("fsdp", "weights", [dtensors.rows_of(whole, 0, 2)], 1)
+    with pytest.raises(UserError, match="strategy: fsdp should leave 36 bytes of weights"):
+        strategies.require_share("fsdp", "weights", [whole], 2)
+
+
+@pytest.mark.parametrize(("given", "says"), [
+    ({"strategy": "fsdp", "load_in_4bit": True}, "load_in_4bit: a weight in so few bits is whole"),
+    ({"strategy": "fsdp", "activation_offload": True}, "use gradient_checkpointing"),
+    ({"strategy": "zero1", "optim": "adafactor"}, "optim: adafactor needs whole parameters"),
+    ({"strategy": "zero2", "method": "full", "torch_compile": True}, "torch_compile: layers are"),
+    ({"strategy": "zero3", "lanes": 2}, "lanes: 2 would gather"),
+    ({"strategy": "fsdp", "use_dora": True}, "PEFT's own modules .* need whole weights"),
+    ({"strategy": "deepspeed"}, "strategy: 'deepspeed' does not do"),
+])  # fmt: skip
+def test_what_does_not_combine_is_refused_before_anything_loads(
+    given: dict[str, Any], says: str, chat_file: Path
+) -> None:
+    with pytest.raises(RecipeError, match=says):
+        Recipe.from_values({"model_name_or_path": "x", "dataset": str(chat_file), **given})
+
+
+def test_rows_of_ranks_are_the_whole() -> None:
+    whole = torch.arange(10.0).reshape(5, 2)
+    for count in (1, 2, 3, 7):
+        parts = [dtensors.rows_of(whole, rank, count) for rank in range(count)]
+        assert torch.equal(torch.cat(parts), whole)
