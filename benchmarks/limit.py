@@ -90,9 +90,9 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 def first_micro_batch(setup: Setup, lessons: Mapping[str, Any], scratch: Path) -> MicroBatch:
     """The largest micro-batch of the step, laid out as the loop does."""
     loop = engine.GivenSteps(setup, lessons, scratch, PeakMemory(setup.accelerator.device.type))
-    batch = next(loop._micro_batches(0, setup.members))
+    batch = next(loop._batches.of(0, setup.members))
     if setup.objective.verify(batch, shares_of(batch)):
-        batch = next(loop._micro_batches(0, setup.members))
+        batch = next(loop._batches.of(0, setup.members))
     return batch
 
 
