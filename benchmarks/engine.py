@@ -37,6 +37,7 @@ from lighten.train.prepare import Setup, load_base, prepare
 from lighten.train.progress import TrainingProgress
 from lighten.train.rows import Rows
 from lighten.train.step import MemberStep
+from lighten.train.step_batches import StepBatches
 
 RANK = 8
 # transformers' names, which are the recipe's too. At half this rate a control that never learns was
@@ -107,6 +108,19 @@ def base_in_memory(model: PreTrainedModel, dtype: str) -> models.Base:
     )  # fmt: skip
 
 
+class _GivenBatches(StepBatches):
+    """The micro-batches of steps that are given, by each adapter's seed."""
+
+    def __init__(self, setup: Setup, orders: Mapping[int, list[list[int]]]) -> None:
+        super().__init__(setup)
+        self._orders = orders
+
+    def steps(self, seed: int, epoch: int) -> list[list[int]]:
+        """The rows of each step."""
+        assert epoch == 0
+        return self._orders[seed]
+
+
 class GivenSteps(Loop):
     """The training loop over steps that are given, with a clock.
 
@@ -133,10 +147,7 @@ class GivenSteps(Loop):
             self.orders[member.settings.seed] = order
         setup.steps_per_epoch = setup.total_steps = len(order)
         super().__init__(setup, folder, TrainerState(), TrainingProgress(enabled=False), memory)
-
-    def _epoch(self, seed: int, epoch: int) -> list[list[int]]:
-        assert epoch == 0
-        return self.orders[seed]
+        self._batches = _GivenBatches(setup, self.orders)
 
     def _record(self, report: dict[str, MemberStep], seconds: float) -> None:
         super()._record(report, seconds)
