@@ -142,3 +142,26 @@ def test_an_ended_run_is_moved_aside_and_an_unfinished_one_is_kept(
         assert Run(tmp_path / f"r-{number}").metrics() == [{"step": 1}]
         assert f"which is now {tmp_path / f'r-{number}'}" in recipe.notices[-1]
         runs.append_line(run.folder / "metrics.jsonl", {"step": 1})
+
+
+def test_folders_that_a_killed_process_left_unfinished_go_and_others_stay(tmp_path: Path) -> None:
+    """An export that was killed leaves gigabytes under a hidden name."""
+    code = (
+        "import os, sys, pathlib\n"
+        "from lighten.runs import whole_folder\n"
+        "with whole_folder(pathlib.Path(sys.argv[1])) as partial:\n"
+        "    (partial / 'weights').write_bytes(b'x' * 1000)\n"
+        "    os.kill(os.getpid(), 9)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path / "q4")], check=False)
+    assert killed.returncode == -9
+    assert (tmp_path / ".q4.partial" / "weights").is_file()
+    with runs.whole_folder(tmp_path / "q8") as mine:
+        (mine / "a").write_text("a")
+        assert not (tmp_path / ".q4.partial").exists()
+        with runs.whole_folder(tmp_path / "other") as theirs:  # at work at the same time
+            (theirs / "b").write_text("b")
+            assert (mine / "a").is_file()
+    assert (tmp_path / "q8" / "a").read_text() == "a"
+    assert (tmp_path / "other" / "b").read_text() == "b"
+    assert not list(tmp_path.glob(".*"))

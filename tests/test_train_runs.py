@@ -452,6 +452,28 @@ def test_in_float16_an_adapter_that_diverges_leaves_and_the_others_finish(
     assert {own["scale"] for name, own in state.scaler.items() if name != gone} == {2.0**16}
 
 
+def test_weights_that_are_infinite_at_a_checkpoint_take_out_their_adapter_alone(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    settings |= {"save_steps": 1, "max_steps": 4, "lora_dropout": 0.0, "warmup_steps": 0}
+    cohort = train(settings, lora_r=[2, 2], learning_rate=[1e-2, 1e39])
+    good, bad = cohort.info()["adapters"]
+    assert (good["steps"], good["diverged"]) == (4, False)
+    assert (bad["steps"], bad["diverged"], bad["file_bytes"]) == (1, True, 0)
+    assert list(cohort.adapters()) == [good["name"]]
+    assert cohort.is_finished()
+    alone = train(settings, lora_r=2, output_dir=str(tmp_path / "alone"))
+    ours = [m["loss"] for m in cohort.metrics() if m["adapter"] == good["name"]]
+    assert ours == pytest.approx([m["loss"] for m in alone.metrics()], rel=2e-5)
+    shutil.rmtree(cohort.folder / "checkpoints" / "checkpoint-4")
+    shutil.rmtree(cohort.folder / "adapters")
+    cohort.update(status="interrupted")
+    again = train(settings, lora_r=[2, 2], learning_rate=[1e-2, 1e39], resume=True)
+    assert list(again.adapters()) == [good["name"]]
+    with pytest.raises(UserError, match="weights that are not finite after step 1"):
+        train(settings, lora_r=2, learning_rate=1e39, output_dir=str(tmp_path / "lost"))
+
+
 class Clock:
     """Time that goes on by so many seconds at each look."""
 

@@ -21,6 +21,7 @@ from lighten.recipe import Recipe, yaml_lines
 from lighten.whole_files import FileContent as FileContent
 from lighten.whole_files import append_line as append_line
 from lighten.whole_files import read_lines as read_lines
+from lighten.whole_files import remove_unfinished as remove_unfinished
 from lighten.whole_files import whole_folder as whole_folder
 from lighten.whole_files import write_bytes as write_bytes
 from lighten.whole_files import write_json as write_json
@@ -62,6 +63,8 @@ class Run:
         before = cls.before(recipe, resume=resume)
         if before is not None and resume:
             locks.acquire(folder)
+            for place in (folder, folder / "adapters", folder / "exports"):
+                remove_unfinished(place)  # of a process that was killed
             return before
         claim = folders.claim(folder, recipe.to_yaml(), aside=before is not None)
         if claim.aside is not None:
@@ -103,7 +106,9 @@ class Run:
         """Whether it has ended as it should, and all that it trained is there."""
         recipe = self.recipe()
         whole = self.model() is not None
-        there = whole if recipe.method == "full" else len(self.adapters()) == len(recipe.cohort())
+        lost = sum(bool(own.get("diverged")) for own in self.info().get("adapters", []))
+        wanted = len(recipe.cohort()) - lost
+        there = whole if recipe.method == "full" else len(self.adapters()) == wanted
         return there and self.info().get("status") == "finished"
 
     def is_unfinished(self) -> bool:

@@ -67,13 +67,18 @@ def write_bytes(path: Path, data: bytes | FileContent) -> None:
 def whole_folder(final: Path) -> Iterator[Path]:
     """A folder to fill, put in the place of an older one when all of it is on disk.
 
+    What processes that were killed left unfinished beside it goes first.
+
     Raises:
         UserError: The disk is full; an older folder stays.
     """
     partial = final.with_name(f".{final.name}.partial")
+    remove_unfinished(final.parent)
     shutil.rmtree(partial, ignore_errors=True)
+    held: int | None = None
     try:
         partial.mkdir(parents=True)
+        held = _hold(partial)
         probe = partial / ".mode"
         probe.touch()
         mode = probe.stat().st_mode
@@ -89,6 +94,35 @@ def whole_folder(final: Path) -> Iterator[Path]:
         raise cannot_write(error, final, 1) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if held is not None:
+            os.close(held)
+
+
+def remove_unfinished(parent: Path) -> None:
+    """Remove the folders under one that `whole_folder` began and nobody fills any more.
+
+    Who fills one holds a lock of the system's on it, which ends with the process.
+    """
+    for partial in parent.glob(".*.partial") if parent.is_dir() else ():
+        with suppress(OSError):
+            if partial.is_dir() and (held := _hold(partial)) is not None:
+                shutil.rmtree(partial, ignore_errors=True)
+                os.close(held)
+
+
+def _hold(folder: Path) -> int | None:
+    """Lock a folder for this process; None where another holds it, or the system has no locks."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _settle(path: Path, mode: int) -> None:

@@ -88,6 +88,8 @@ def save(
             _write(partial, f"{trained.folder}/{member.name}/", files, state)
             del files
         for member in members:
+            if member.progress.infinite:
+                continue  # it left, so that the others go on
             trained.verify(member.name, weights_of(partial, trained, member.name))
         write_json(partial / STATE, asdict(state))
         shutil.rmtree(final, ignore_errors=True)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from lighten import allocator, runs
-from lighten.data import lengths_of
 from lighten.data.batches import MicroBatch, TokenRow
 from lighten.folders import resume_command
 from lighten.hardware import PeakMemory
@@ -31,7 +30,7 @@ from lighten.train.prepare import Setup
 from lighten.train.progress import TrainingProgress
 from lighten.train.step import MemberStep, TrainingDiverged, rehearse, train_step
 from lighten.train.step_batches import StepBatches
-from lighten.train.time_budget import TimeBudget
+from lighten.train.steps_in_time import StepsInTime
 
 
 class Loop:
@@ -46,7 +45,8 @@ class Loop:
         prediction: What was planned, to say what took more if memory runs out.
         retries: Make a step for which memory runs out again with smaller micro-batches. A benchmark
             leaves it off: it would measure something else than it says.
-        judge: May take adapters out early; without one, an adapter that diverges ends the run.
+        judge: May take adapters out early. An adapter that diverges leaves with or without one; the
+            last one ends the run.
         saves: Write checkpoints. A measurement leaves none.
     """
 
@@ -75,7 +75,7 @@ class Loop:
         self._agreed = False
         self._saved_at, self._saving_s = time.monotonic(), 0.0
         self._first, self._forks = state.step, forked.possible()
-        self._time: TimeBudget | None = None
+        self._time: StepsInTime | None = None
 
     def run(self) -> None:
         """Train from the state's step to the end.
@@ -84,15 +84,17 @@ class Loop:
             Interrupted: SIGINT or SIGTERM came; the state is saved.
             UserError: A loss is not finite, or the disk is full.
         """
-        setup, state, recipe = self.setup, self.state, self.setup.recipe
+        setup, state = self.setup, self.state
         self._began = time.monotonic() - state.elapsed_s
         with StopSignals() as signals:
             try:
-                if recipe.max_time is not None:
-                    every = recipe.eval_steps or setup.steps_per_epoch
-                    self._time = TimeBudget(recipe.max_time, state.elapsed_s, every)
+                if setup.recipe.max_time is not None:
+                    self._time = StepsInTime(setup, state, self.progress, self.folder)
                     if not state.total_steps:
-                        self._fit(self._time)
+                        first = self._batches.steps(setup.members[0].settings.seed, 0)
+                        lengths = self._batches.lengths
+                        tokens = [sum(lengths[row] for row in rows) for rows in first]
+                        self._time.fit(tokens, self._try_step, self._held_out_loss)
                 self.progress.begin(setup.total_steps, state.step)
                 self._steps(signals)
             finally:
@@ -108,7 +110,8 @@ class Loop:
             took_s = time.perf_counter() - began
             self._record(report, took_s)
             self._pages.after_step()
-            self._make_fewer_steps(took_s)
+            if self._time is not None:
+                self._time.after_step(took_s)
 
             last = state.step == setup.total_steps
             best = False
@@ -127,65 +130,10 @@ class Loop:
                     stop,
                 )
 
-    def _fit(self, budget: TimeBudget) -> None:
-        """Set the number of steps from the speed of a few tries, and say what will be done."""
-        setup = self.setup
-        tokens = [sum(self._batches.lengths[row] for row in rows)
-                  for rows in self._batches.steps(setup.members[0].settings.seed, 0)]  # fmt: skip
-        mean = sum(tokens) / len(tokens)
-        # The first one is checked as the first step is; then those that are of the usual size.
-        usual = min(range(len(tokens)), key=lambda place: abs(tokens[place] - mean))
-        places = iter((0, *[usual] * len(tokens)))
-
-        def attempt() -> float:
-            place, began = next(places, usual), time.perf_counter()
-            for group in setup.groups(setup.members):
-                self._step_of(group, place, update=False)
-            return (time.perf_counter() - began) * mean / max(1, tokens[place])
-
-        def agree(answer: bool) -> bool:
-            return ranks.of_main(setup.accelerator, answer)
-
-        most = setup.total_steps
-        pace = budget.measure(attempt, self._evaluation_s, agree)
-        total = ranks.of_main(setup.accelerator, budget.steps(pace, most))
-        self._set_total(total, budget.told(pace, total, most, setup.steps_per_epoch))
-
-    def _evaluation_s(self) -> float:
-        """What an evaluation of all adapters would take, by one over a few rows."""
-        setup, held_out = self.setup, self.setup.rows.held_out
-        if held_out is None:
-            return 0.0
-        few = (
-            setup.recipe.per_device_eval_batch_size * setup.lanes * setup.accelerator.num_processes
-        )
-        rows = [row for row in held_out.rows if any(row.supervised[1:])]
-        lengths, began = lengths_of(rows), time.perf_counter()
-        self._held_out_loss(setup.members[0], rows[:few])
-        share = sum(lengths) / max(1, sum(lengths[:few]))
-        return (time.perf_counter() - began) * share * len(setup.members)
-
-    def _make_fewer_steps(self, took_s: float) -> None:
-        """End earlier where steps take much longer than those that were tried."""
-        if self._time is None:
-            return
-        total = self.setup.total_steps
-        fewer = ranks.of_main(
-            self.setup.accelerator, self._time.fewer_steps(self.state.step, total, took_s)
-        )
-        if fewer is not None:
-            self._set_total(fewer, f"steps take longer than those tried: {fewer} in all instead of "
-                                   f"{total}, so that max_time holds")  # fmt: skip
-
-    def _set_total(self, total: int, told: str) -> None:
-        """Take the number of steps for the rest of the run and its checkpoints, and say so."""
-        self.state.total_steps = total
-        self.setup.set_total_steps(total)
-        self.progress.note(told)
-        if self.main:
-            run = runs.Run(self.folder)
-            kept = [own for own in run.info().get("choices", []) if own["what"] != "steps"]
-            run.update(choices=[*kept, {"what": "steps", "value": str(total), "reason": told}])
+    def _try_step(self, place: int) -> None:
+        """The passes of a step of the first epoch, for their time alone."""
+        for group in self.setup.groups(self.setup.members):
+            self._step_of(group, place, update=False)
 
     def _step(self, members: list[Member]) -> dict[str, MemberStep]:
         """One step of all adapters that do not diverge in it."""
@@ -303,15 +251,16 @@ class Loop:
         self._losses = {}
 
     def _dropped_diverged(self, members: list[Member], error: TrainingDiverged) -> bool:
-        """Take out what diverged, if a judge lets the others go on; none of theirs has moved."""
+        """Take out what diverged, if others go on; none of theirs has moved."""
         gone = [member for member in members if member.name in error.sentences]
         for member in members:
             member.optimizer.zero_grad(set_to_none=True)
-        if self.judge is None:
+        if self.judge is None and len(gone) == len(self._active()):
             return False
         for member in gone:
             member.progress.stopped = True
-            self.judge.diverged(self.state.step, member.name)
+            if self.judge is not None:
+                self.judge.diverged(self.state.step, member.name)
             self.progress.note(f"step {self.state.step + 1}: {member.name} diverged and leaves")
         return bool(self._active())
 
@@ -420,7 +369,29 @@ class Loop:
             }
             self.setup.accelerator.log(values, step=line["step"])
 
+    def _drop_infinite(self) -> None:
+        """Take out adapters whose weights are no numbers any more: no checkpoint is whole of them.
+
+        Raises:
+            TrainingDiverged: No other is left.
+        """
+        active = self._active()
+        finite = ranks.agreed_all(self.setup.accelerator, *(own.is_finite() for own in active))
+        sentences = {}
+        for member, whole in zip(active, finite, strict=True):
+            if not whole:
+                member.progress.infinite = True
+                sentences[member.name] = (
+                    f"adapter {member.name!r}: weights that are not finite after step "
+                    f"{self.state.step} (a lower learning_rate than "
+                    f"{member.settings.learning_rate:g} may help)"
+                )
+        error = TrainingDiverged(sentences)
+        if sentences and not self._dropped_diverged(active, error):
+            raise error
+
     def _save(self) -> None:
+        self._drop_infinite()
         setup, state = self.setup, self.state
         began = time.monotonic()
         self._give_back()

@@ -42,6 +42,7 @@ class MemberProgress:
         best_step: The run's step where that was.
         evaluations_without_gain: In a row, for early stopping.
         stopped: The adapter has left the batch.
+        infinite: It left because its weights were no numbers any more.
     """
 
     steps: int = 0
@@ -49,6 +50,7 @@ class MemberProgress:
     best_step: int | None = None
     evaluations_without_gain: int = 0
     stopped: bool = False
+    infinite: bool = False
 
 
 @dataclass
@@ -94,6 +96,14 @@ class Member:
             self.progress.steps, own.total_steps, own.warmup, own.lr_scheduler_type
         )
         return own.learning_rate * factor
+
+    def is_finite(self) -> bool:
+        """Whether every weight is a number: one step at far too high a rate makes them infinite.
+
+        Of weights that are spread over ranks, this rank's part.
+        """
+        own = [getattr(p, "to_local", lambda p=p: p)() for p in self.parameters.values()]
+        return all(bool(part.isfinite().all()) for part in own)
 
     def gradients(self) -> list[Tensor]:
         """One gradient per parameter, zero where none has arrived, in a stable order."""

@@ -323,12 +323,16 @@ def _finish(
         _compare_with_converted(run, setup, shown)
     adapters = []
     for member in setup.members:
+        # One whose weights became infinite is nothing to ship, unless its best state was put back.
+        best = setup.recipe.load_best_model_at_end and member.progress.best_step is not None
+        whole = best or not member.progress.infinite
         adapters.append(
             {
                 "name": member.name,
                 **setup.trained.facts(member.name),
                 "trainable_parameters": sum(p.numel() for p in member.parameters.values()),
-                "file_bytes": export(setup, member.name, run),
+                "file_bytes": export(setup, member.name, run) if whole else 0,
+                "diverged": not whole,
                 "steps": member.progress.steps,
                 "best_step": member.progress.best_step,
                 "eval_loss": _last_held_out(run, member.name, setup, member.progress.best_step),
