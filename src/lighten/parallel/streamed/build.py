@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
@@ -31,6 +31,7 @@ from lighten.parallel.streamed.shards import DTYPES, Shards, Stored
 
 # Formats of weights as they are; others belong to a quantiser.
 DENSE = ("F32", "F16", "BF16")
+LEFT_IN_FILE_BYTES = 2**20
 Check = Callable[[PreTrainedModel], None]
 
 
@@ -232,9 +233,7 @@ def _fill(name: str, model: PreTrainedModel, names: Names, device: torch.device)
                 continue
             if id(value) not in read:
                 weight = f"{path}.{key}".lstrip(".")
-                own, _ = names.dense(weight, tuple(value.shape))
-                there = torch.empty(value.shape, dtype=value.dtype)
-                names.shards.read(own, there)
+                there = _resident(names, weight, value)
                 read[id(value)] = nn.Parameter(there.to(device), requires_grad=False)
             setattr(module, key, read[id(value)])
     for path, module in model.named_modules():
@@ -246,6 +245,19 @@ def _fill(name: str, model: PreTrainedModel, names: Names, device: torch.device)
             module._buffers[key] = buffer.to(device)
     if any(value.device.type == "meta" for value in model.parameters()):
         raise UserError(f"{name} is not whole: a weight is in none of its files; fetch it anew")
+
+
+def _resident(names: Names, weight: str, like: Tensor) -> Tensor:
+    """A weight that stays: a large one in its file's format is left there, page by page in memory.
+
+    Of an embedding the rows that are looked up are, and the system takes back what it needs.
+    """
+    own, stored = names.dense(weight, tuple(like.shape))
+    if DTYPES[stored.kind] == like.dtype and stored.bytes >= LEFT_IN_FILE_BYTES:
+        return names.shards.mapped(own)
+    there = torch.empty(like.shape, dtype=like.dtype)
+    names.shards.read(own, there)
+    return there
 
 
 def _follow_passes(model: PreTrainedModel, feed: LayerFeed) -> None:

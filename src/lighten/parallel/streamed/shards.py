@@ -141,6 +141,12 @@ class Shards(Mapping[str, Stored]):
     def __len__(self) -> int:
         return len(self._stored)
 
+    def mapped(self, name: str) -> Tensor:
+        """A tensor where it lies: what is not looked at is not in memory. Never to be written."""
+        stored = self._stored[name]
+        dtype = DTYPES[stored.kind]
+        return self._file(stored).tensor(stored.start, stored.bytes, dtype).view(stored.shape)
+
     def read(self, name: str, into: Tensor) -> None:
         """Read a tensor into one of as many numbers, in that one's format.
 
@@ -149,11 +155,7 @@ class Shards(Mapping[str, Stored]):
             into: Contiguous, in main memory.
         """
         stored, flat = self._stored[name], into.view(-1)
-        with self._lock:
-            if stored.path not in self._mapped:
-                self._mapped[stored.path] = _Mapped(stored.path)
-            file = self._mapped[stored.path]
-        dtype = DTYPES[stored.kind]
+        file, dtype = self._file(stored), DTYPES[stored.kind]
         for first in range(0, stored.bytes, STRETCH_BYTES):
             start, size = stored.start + first, min(STRETCH_BYTES, stored.bytes - first)
             file.fetch(start, min(2 * STRETCH_BYTES, stored.bytes - first))
@@ -162,6 +164,12 @@ class Shards(Mapping[str, Stored]):
             file.let_go(start, size)
             if limit is not None:
                 limit.after(size)
+
+    def _file(self, stored: Stored) -> _Mapped:
+        with self._lock:
+            if stored.path not in self._mapped:
+                self._mapped[stored.path] = _Mapped(stored.path)
+            return self._mapped[stored.path]
 
 
 def _header(path: Path) -> dict[str, Stored]:
