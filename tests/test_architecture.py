@@ -53,7 +53,8 @@ ALLOWED: dict[str, set[str]] = {
               "hardware", "runs", "train", "evaluate", "verbs"},
     # It traces the step of `train`, and draws its picture with `report`'s figures.
     "plan": {"adapters", "allocator", "containers", "data", "devices", "forks", "models",
-             "recipe", "hardware", "paths", "report", "runs", "timing", "train", "verbs"},
+             "recipe", "hardware", "parallel", "paths", "report", "runs", "timing", "train",
+             "verbs"},
     "artifacts": {"models", "peft_config", "runs"},
     # A receipt asks the prompts that an evaluation asks.
     "quantize": {"adapters", "artifacts", "containers", "data", "evaluate", "gguf_names",

@@ -76,7 +76,7 @@ def test_what_fits_comes_first_then_what_costs_least(tiny_folder: Path) -> None:
     assert [own.slowdown for own in changes] == pytest.approx([1.25, 1.5, 1, 1, 1])
     saved = [own.saves_bytes / MIB for own in changes]
     assert saved == pytest.approx([92.16, 600, 51.2, 75, 51.2], rel=1e-5)
-    assert len(seen) == 6, "the recipe and each change, planned once"
+    assert len(seen) == 7, "the recipe and each change, planned once"
 
 
 def test_where_none_is_enough_they_are_joined_as_far_as_it_takes(tiny_folder: Path) -> None:
@@ -112,7 +112,7 @@ def test_where_all_of_it_is_not_enough_nothing_is_joined(tiny_folder: Path) -> N
     assert len(changes) == 5
     assert not any(own.fits for own in changes)
     least = seen[-1]
-    assert len(seen) == 7, "one plan in place of a dozen"
+    assert len(seen) == 8, "one plan in place of a dozen"
     assert (least.per_device_train_batch_size, least.max_length) == (1, SHORTEST)
     assert least.load_in_4bit
     assert least.gradient_checkpointing

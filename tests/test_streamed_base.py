@@ -20,6 +20,7 @@ from torch import Tensor
 import lighten
 from lighten.errors import UserError
 from lighten.hardware import cache_folder
+from lighten.parallel.streamed import build as building
 from lighten.parallel.streamed import shards as reading
 from lighten.parallel.streamed.feed import LayerFeed, LayerPieces
 from lighten.parallel.streamed.shards import RateLimit, Shards
@@ -376,3 +377,62 @@ def test_a_rate_is_kept_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     now[0] += 10.0  # what was not read meanwhile is not made up for
     limit.after(500)
     assert slept[-1] == pytest.approx(0.5)
+
+
+def test_a_plan_counts_two_layers_and_the_time_of_reading(
+    deep: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = {**settings, "gradient_accumulation_steps": 2}
+
+    def planned(**changes: Any) -> Any:
+        return lighten.plan(**own, **changes)
+
+    def base_bytes(plan: Any) -> int:
+        return sum(part.bytes for part in plan.memory.parts if part.name == "base weights")
+
+    monkeypatch.setenv("LIGHTEN_READ_RATE", "1e5")
+    resident, streamed = planned(), planned(offload_base="disk")
+    layer = 4 * (3 * 32 * 48 + 2 * 32 * 32 + 2 * 32 * 16)
+    saved = base_bytes(resident) - base_bytes(streamed)
+    assert saved == pytest.approx((LAYERS - 2) * layer, abs=4 * 7 * LAYERS)
+    # Two micro-batches go up and down; two of the layers are there at each turn; half as many bytes
+    # in the files as in memory.
+    read = 2 * 2 * (LAYERS - 2) * layer / 2
+    assert streamed.time.seconds == pytest.approx(read / 1e5)
+    assert any(note.endswith("which is what it waits for") for note in streamed.notes)
+    packed = planned(offload_base="disk", load_in_4bit=True)
+    assert base_bytes(packed) < base_bytes(streamed)
+    monkeypatch.setenv("LIGHTEN_READ_RATE", "fast")
+    with pytest.raises(UserError, match="LIGHTEN_READ_RATE is 'fast'"):
+        planned(offload_base="disk")
+    monkeypatch.delenv("LIGHTEN_READ_RATE")
+    assert any("measured on" in note for note in planned(offload_base="disk").notes)
+
+
+def test_what_does_not_fit_is_told_that_its_base_can_wait(settings: dict[str, Any]) -> None:
+    from lighten.plan.changes import ideas
+    from lighten.recipe import Recipe
+
+    recipe = Recipe.from_values(settings)
+    plan = lighten.plan(**settings)
+    assert {"offload_base": "disk"} in [idea.settings for idea in ideas(recipe, plan)]
+    there = recipe.changed({"offload_base": "disk"})
+    assert not any("offload_base" in idea.settings for idea in ideas(there, plan))
+
+
+def test_an_embedding_in_its_files_format_stays_there(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(building, "LEFT_IN_FILE_BYTES", 1024)
+    own = {**settings, "dtype": "bfloat16", "max_steps": 2}
+    mapped = []
+    one = Shards.mapped
+
+    def noted(self: Shards, name: str) -> Tensor:
+        mapped.append(name)
+        return one(self, name)
+
+    monkeypatch.setattr(Shards, "mapped", noted)
+    streamed = train(own, offload_base="disk")
+    assert sorted(mapped) == ["lm_head.weight", "model.embed_tokens.weight"]
+    assert_same(streamed, train(own, tmp_path / "resident"), within=1e-6)

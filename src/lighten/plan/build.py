@@ -22,6 +22,7 @@ from lighten.hardware import Choice
 from lighten.models import gguf, quantized
 from lighten.models.configuration import read_config
 from lighten.models.load import locate, set_attention
+from lighten.plan import streamed
 from lighten.plan.follow import Follow
 from lighten.recipe import Recipe
 
@@ -71,11 +72,14 @@ def fake_base(
     model.tie_weights()
     if storage is not None:
         _quantise(model, storage, compute)
+    feed = None if recipe.offload_base == "none" else streamed.stream(model, compute)
     model.requires_grad_(False)
+    for tensor in feed.slots if feed is not None else ():
+        follow.mark(tensor, "base weights")
     for tensor in (*model.parameters(), *model.buffers()):
         follow.mark(tensor, "base weights")
     for layer in model.modules():
-        if hasattr(layer, "dense_weight"):
+        if hasattr(layer, "dense_weight") and not hasattr(layer, "streamed_bytes"):
             for tensor in quantized.scales_of(layer.weight):
                 follow.mark(tensor, "quantisation constants")
     return models.Base(
@@ -83,6 +87,7 @@ def fake_base(
         path=Path(), revision=None, file_bytes=None, dtype=dtype,
         attention=set_attention(model, recipe.attn_implementation, device, capability),
         quantization=None if storage is None else Choice(str(storage), "of the recipe"),
+        feed=feed,
     )  # fmt: skip
 
 

@@ -79,6 +79,7 @@ def ideas(recipe: Recipe, plan: Plan) -> Iterator[Idea]:
         elif not recipe.bnb_4bit_use_double_quant:
             settings = {"bnb_4bit_use_double_quant": True}
             yield Idea("the scales of the 4 bits quantised too", settings, False)
+    yield from _waiting(recipe, plan)
     if smaller := smaller_micro_batch(recipe, plan.shape.rows, plan.shape.tokens_per_row):
         settings, rows = smaller
         yield Idea(f"micro-batches of {rows}, as many rows per step as before", settings, True)
@@ -94,6 +95,16 @@ def ideas(recipe: Recipe, plan: Plan) -> Iterator[Idea]:
     cohort = len(recipe.cohort())
     if cohort > 1:
         yield Idea(f"{cohort} runs, one per adapter", _first_alone(recipe), True)
+
+
+def _waiting(recipe: Recipe, plan: Plan) -> Iterator[Idea]:
+    """The base's layers somewhere else until they compute; the results stay as they are."""
+    if recipe.offload_base != "none" or recipe.method != "lora":
+        return
+    if plan.memory.allocated is not None:  # a GPU's
+        yield Idea("the base in main memory, streamed to the GPU", {"offload_base": "cpu"}, True)
+    else:
+        yield Idea("the base on disk, streamed", {"offload_base": "disk"}, True)
 
 
 def smaller_micro_batch(

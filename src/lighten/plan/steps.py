@@ -445,7 +445,7 @@ def _weights(model: nn.Module) -> list[Tensor]:
     """Parameters, and the scales of those that are quantised."""
     found: list[Tensor] = [*model.parameters()]
     for layer in model.modules():
-        if hasattr(layer, "dense_weight"):
+        if hasattr(layer, "dense_weight") and not hasattr(layer, "streamed_bytes"):
             found += quantized.scales_of(layer.weight)
     return found
 

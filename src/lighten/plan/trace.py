@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
+
+import torch
 
 from lighten import allocator
 from lighten.adapters.spec import OWN_INITS
@@ -12,7 +15,7 @@ from lighten.errors import UserError
 from lighten.hardware import Choice
 from lighten.models.load import weight_files
 from lighten.models.quantized import stored_as
-from lighten.plan import memory
+from lighten.plan import memory, streamed
 from lighten.plan.build import config_of
 from lighten.plan.context import context_of
 from lighten.plan.result import Plan, States
@@ -62,7 +65,8 @@ def plan_recipe(
     """
     config, source, path = config_of(recipe)
     dtype = device.dtype(recipe.compute_dtype)
-    converts = _converts(recipe, config, path, dtype)  # a model that is made changes its config
+    # A model that is made changes its config.
+    converts, stored = _converts(recipe, config, path, dtype), _stored(config)
     try:
         traced = follow_recipe(
             recipe, config, dtype, device.kind, given=rows_tokens, supervised=supervised,
@@ -77,9 +81,19 @@ def plan_recipe(
     outside = tuple(_outside(recipe, config, device))
     margin = memory.BEYOND if outside else memory.WITHIN
     loading = memory.loading_of(source, path, traced.weights, converts)
+    feed = traced.setup.base.feed
+    whole = traced.weights
+    if feed is not None:
+        loading, whole = replace(loading, files=0, copies=0), whole + feed.base_bytes
     lanes = lanes_of(traced)
     arena = device.is_here and allocator.has_arena()
     time = time_of(traced, device)
+    notes: tuple[str, ...] = ()
+    if feed is not None and time is not None:
+        time, said = streamed.with_reading(
+            time, feed, len(traced.batches), path, stored=stored, here=device.is_here
+        )
+        notes = (said,)
     if device.kind == "cpu":
         verified = _numbers(traced) * 4
         peak = memory.processor_memory(
@@ -91,9 +105,10 @@ def plan_recipe(
         peak = memory.cuda_memory(
             traced.timeline, capability=getattr(device, "capability", None), margin=margin
         )
-        host = HOST_OF_CUDA_BYTES + loading.files + traced.weights
+        waits = feed.base_bytes if recipe.offload_base == "cpu" else 0
+        host = HOST_OF_CUDA_BYTES + loading.files + traced.weights + waits
     files = sum(file.stat().st_size for file in weight_files(path))
-    download = 0 if files or source not in ("hub", "known") else traced.weights
+    download = 0 if files or source not in ("hub", "known") else whole
     allocator.trim()  # what the trace took must not look like room for whoever trains next
     return Plan(
         model=recipe.model_name_or_path,
@@ -111,6 +126,7 @@ def plan_recipe(
         step_tokens=sum(traced.lengths[item.row] for part in traced.batches for item in part),
         states=_states_of(traced),
         fullest=memory.fullest_moment(traced.timeline),
+        notes=notes,
     )
 
 
@@ -142,8 +158,14 @@ def _converts(recipe: Recipe, config: Any, path: Path, dtype: Choice) -> bool:
     wanted = "float32" if whole else dtype.value
     if recipe.load_in_4bit or recipe.load_in_8bit:
         return path.is_dir() and stored_as(path) is None
-    stored = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
-    return stored != wanted
+    return str(_stored(config)).removeprefix("torch.") != wanted
+
+
+def _stored(config: Any) -> torch.dtype:
+    """The format that the configuration says of the weights in their files."""
+    named = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    found: torch.dtype = getattr(torch, named)
+    return found
 
 
 def _written(traced: Traced, recipe: Recipe) -> int:

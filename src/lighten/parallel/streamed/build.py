@@ -233,8 +233,11 @@ def _fill(name: str, model: PreTrainedModel, names: Names, device: torch.device)
                 continue
             if id(value) not in read:
                 weight = f"{path}.{key}".lstrip(".")
-                there = _resident(names, weight, value)
-                read[id(value)] = nn.Parameter(there.to(device), requires_grad=False)
+                there = nn.Parameter(
+                    _resident(names, weight, value).to(device), requires_grad=False
+                )
+                there.files = names.shards  # type: ignore[attr-defined]  # mapped as long as it is
+                read[id(value)] = there
             setattr(module, key, read[id(value)])
     for path, module in model.named_modules():
         for key, buffer in list(module.named_buffers(recurse=False)):

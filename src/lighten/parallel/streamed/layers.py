@@ -11,14 +11,21 @@ Dimensions: I input features, O output features.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lighten.models.quantized import Storage, WeightFetched
-from lighten.parallel.streamed.feed import LayerFeed, Piece
+from lighten.parallel.streamed.feed import Piece
+
+
+class Feed(Protocol):
+    """What brings the pieces of layers."""
+
+    def get(self, layer: int, piece: Piece) -> Tensor:
+        """A piece's numbers, valid until another layer is asked for."""
 
 
 class Absent:
@@ -31,7 +38,7 @@ class Absent:
 
     def __init__(self, layer: int) -> None:
         self.layer = layer
-        self.feed: LayerFeed | None = None
+        self.feed: Feed | None = None
 
     def get(self, piece: Piece) -> Tensor:
         """A piece's numbers, valid until another layer is asked for."""
