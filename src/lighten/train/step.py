@@ -113,7 +113,8 @@ def train_step(
     # What each has lost, and whether memory ran out on a rank, which all have to know.
     told = torch.tensor([*(lost[name] for name in per_token), broken is not None]).double()
     summed = _over_ranks(told, accelerator)
-    if short := int(summed[-1]):
+    # A plan's tensors have no values, and one process has raised by now.
+    if accelerator.num_processes > 1 and (short := int(summed[-1])):
         raise ShortOfMemory(
             f"out of memory on {short} of {accelerator.num_processes} ranks"
         ) from broken
