@@ -22,6 +22,7 @@ from lighten.errors import UserError
 from lighten.hardware import cache_folder
 from lighten.parallel.streamed import build as building
 from lighten.parallel.streamed import shards as reading
+from lighten.parallel.streamed.cuda import CudaSlots
 from lighten.parallel.streamed.feed import LayerFeed, LayerPieces
 from lighten.parallel.streamed.shards import RateLimit, Shards
 from lighten.recipe import RecipeError
@@ -436,3 +437,33 @@ def test_an_embedding_in_its_files_format_stays_there(
     streamed = train(own, offload_base="disk")
     assert sorted(mapped) == ["lm_head.weight", "model.embed_tokens.weight"]
     assert_same(streamed, train(own, tmp_path / "resident"), within=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("four", [False, True])
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_a_gpu_learns_the_same_from_layers_in_main_memory_or_on_disk(
+    where: str, four: bool, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    own = {**settings, "lora_r": [2, 4], "load_in_4bit": four}
+    resident = train(own, tmp_path / "resident")
+    streamed = train(own, offload_base=where)
+    assert losses(streamed) == pytest.approx(losses(resident), rel=1e-5)
+    assert streamed.info()["training"]["offload_base"]["reads"] > 2 * 4 * (LAYERS - 2)
+
+
+@pytest.mark.gpu
+def test_a_slot_is_not_overwritten_while_a_gpu_computes_from_it() -> None:
+    device = torch.device("cuda")
+    layers = [LayerPieces() for _ in range(6)]
+    pieces = [own.add(str(n), torch.float32, (2**20,)) for n, own in enumerate(layers)]
+    slots = CudaSlots(layers, lambda name, into: into.fill_(int(name)), device, all_pinned=True)
+    feed = LayerFeed(layers, slots)
+    sums = []
+    for _ in range(20):
+        feed.begin(learns=False)
+        for layer, piece in enumerate(pieces):
+            torch.cuda._sleep(1_000_000)  # the copy of the next layer but one is waiting meanwhile
+            sums.append((feed.get(layer, piece).mean(), layer))
+    torch.cuda.synchronize()
+    assert [float(found) for found, _ in sums] == [float(layer) for _, layer in sums]

@@ -106,8 +106,8 @@ def _streamed(
 
 
 def with_reading(
-    time_of_step: StepTime, feed: Any, passes: int, folder: Path, *, stored: torch.dtype,
-    here: bool,
+    time_of_step: StepTime, feed: Any, passes: int, folder: Path, *, where: str,
+    stored: torch.dtype, here: bool,
 ) -> tuple[StepTime, str]:  # fmt: skip
     """The time of a step that reads the base, and a sentence about it.
 
@@ -118,14 +118,15 @@ def with_reading(
         feed: What is streamed.
         passes: Micro-batches of the step; each reads the base up and down.
         folder: The model's files.
+        where: `disk`, or `cpu` for main memory.
         stored: Format of dense weights in their files.
         here: The device is this machine's.
     """
-    size = file_bytes(feed, stored)
+    size = feed.base_bytes if where == "cpu" else file_bytes(feed, stored)
     # At each turn the layers in the slots are there already.
     share = max(0.0, 1.0 - SLOTS / len(feed.layers))
     read = int(2 * passes * share * size)
-    rate, how = read_rate(folder, here=here)
+    rate, how = read_rate(folder, where=where, here=here)
     if rate is None:
         return time_of_step, (
             f"each step reads {read / 1e9:.1f} GB of layers, whose time is not in that of the "
@@ -154,11 +155,12 @@ def file_bytes(feed: Any, stored: torch.dtype) -> int:
     return found
 
 
-def read_rate(folder: Path, *, here: bool) -> tuple[float | None, str]:
+def read_rate(folder: Path, *, where: str, here: bool) -> tuple[float | None, str]:
     """Bytes per second that layers are read at, and how that is known.
 
     Args:
         folder: The model's files.
+        where: `disk`, or `cpu` for main memory.
         here: The device is this machine's.
 
     Raises:
@@ -172,6 +174,8 @@ def read_rate(folder: Path, *, here: bool) -> tuple[float | None, str]:
         if not rate > 0:
             raise UserError(f"{RATE} is {given!r}; give bytes per second, such as 2e9")
         return rate, RATE
+    if where == "cpu":
+        return None, "copies from main memory to the GPU are not measured"
     if not here:
         return None, "the disk is another machine's"
     if not weight_files(folder):

@@ -91,8 +91,9 @@ def plan_recipe(
     notes: tuple[str, ...] = ()
     if feed is not None and time is not None:
         time, said = streamed.with_reading(
-            time, feed, len(traced.batches), path, stored=stored, here=device.is_here
-        )
+            time, feed, len(traced.batches), path, where=recipe.offload_base, stored=stored,
+            here=device.is_here,
+        )  # fmt: skip
         notes = (said,)
     if device.kind == "cpu":
         verified = _numbers(traced) * 4

@@ -19,6 +19,7 @@ from lighten.adapters.frozen import out_in_features
 from lighten.errors import UserError
 from lighten.models.configuration import FAULTS, read_config, reason
 from lighten.models.quantized import Storage, finish
+from lighten.parallel.streamed.cuda import CudaSlots
 from lighten.parallel.streamed.feed import LayerFeed, LayerPieces, MemorySlots, Slots
 from lighten.parallel.streamed.layers import (
     Absent,
@@ -196,7 +197,7 @@ def _replaced(
     for path, module, dense in linears:
         # What was quantised here has the model's own names.
         weight = dense if dense in shards else f"{path}.weight"
-        state, features = state_of(weight, shards), out_in_features(module)
+        state, features = state_of(weight, shards, device), out_in_features(module)
         was = Replaced(type(module), features, module.bias, dtype, device)  # type: ignore[arg-type]
         made: StreamedLinear
         if state is None:
@@ -219,7 +220,8 @@ def _replaced(
 def _slots(
     layers: Sequence[LayerPieces], shards: Shards, device: torch.device, keeps: str
 ) -> Slots:
-    del device, keeps
+    if device.type == "cuda":
+        return CudaSlots(layers, shards.read, device, all_pinned=keeps == "cpu")
     return MemorySlots(layers, shards.read)
 
 

@@ -97,12 +97,13 @@ def _fingerprint(shards: Shards, storage: Storage, compute: torch.dtype) -> str:
     return hashlib.sha256("\n".join([*said, str(storage), str(compute)]).encode()).hexdigest()[:24]
 
 
-def state_of(weight: str, shards: Shards) -> Any | None:
+def state_of(weight: str, shards: Shards, device: torch.device) -> Any | None:
     """The `QuantState` of a packed weight without its scales; None: it is not packed.
 
     Args:
         weight: Name of the weight in the files.
         shards: Their tensors.
+        device: Where it is dequantised.
     """
     prefix = f"{weight}."
     names = [name for name in shards if name.startswith(prefix)]
@@ -115,6 +116,6 @@ def state_of(weight: str, shards: Shards) -> Any | None:
     for name in names:
         parts[name] = torch.empty(shards[name].shape, dtype=DTYPES[shards[name].kind])
         shards.read(name, parts[name])
-    state = QuantState.from_dict(parts, device=torch.device("cpu"))
+    state = QuantState.from_dict(parts, device=device)
     state.absmax = None
     return state
