@@ -28,6 +28,8 @@ NEEDS = {
     "--url": "xllamacpp",
     "--search": "optuna",
     "--executor": "ray",
+    "int8-dynamic-act-int4-weight": "torchao",
+    "runs/qat": "torchao",
 }
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import lighten
 from lighten.adapters import AdapterSpec, Share, WholeBase, attach
@@ -22,7 +23,9 @@ from lighten.adapters.fake_quant import (
     really_quantised,
 )
 from lighten.errors import MissingExtra, UserError
-from lighten.recipe import RecipeError
+from lighten.quantize.model_source import ModelSource
+from lighten.quantize.weights import make
+from lighten.recipe import Recipe, RecipeError
 from lighten.runs import Run
 from lighten.train import quantization_aware
 from lighten.train import run as training
@@ -294,3 +297,33 @@ def test_a_plan_traces_it(settings: dict[str, Any]) -> None:
     told = lighten.plan(**settings, device="t4", changes=False)
     assert "groups of 32" in told.choices["qat"]
     assert told.memory.expected > 0
+
+
+def test_what_is_written_for_it_answers_as_it_was_trained(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model", dtype=torch.bfloat16, hidden_size=64,
+                       intermediate_size=128)  # fmt: skip
+    made = tmp_path / "made"
+    made.mkdir()
+    make(QAT, folder, made, [], group_size=64)
+    plain, loaded = (
+        AutoModelForCausalLM.from_pretrained(own, dtype=torch.bfloat16).eval()
+        for own in (folder, made)
+    )
+    fake_quantise(plain, 64)
+    ids = torch.arange(5, 40)[None]
+    with torch.no_grad():
+        assert torch.equal(plain(ids).logits, loaded(ids).logits)
+    with pytest.raises(UserError, match="groups of 96"):
+        make(QAT, folder, made, [], group_size=96)
+
+
+def test_a_run_is_quantised_in_the_groups_it_was_trained_for(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    recipe = Recipe.from_values({**{k: v for k, v in settings.items() if k != "planned"},
+                                 "qat_group_size": 64}, {})  # fmt: skip
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    for own, wanted in ((Run(folder), 64), (None, 32)):
+        assert ModelSource("m", tmp_path, None, own, "m", None).group_size == wanted

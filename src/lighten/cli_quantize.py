@@ -15,12 +15,14 @@ _To = Annotated[
     str,
     typer.Option(
         help="Formats, with commas: int8 (torchao), int8:bitsandbytes (LLM.int8), nf4, int4 "
-        "(AutoRound, on your data), int4:rounded, gguf:q8_0, gguf:q4_k_m and other types."
+        "(GPTQ, on your data), int4:rounded, int8-dynamic-act-int4-weight (torchao, as qat "
+        "trains for), gguf:q8_0, gguf:q4_k_m and other types."
     ),
 ]
 _Adapter = Annotated[str | None, typer.Option(help="Which adapter of the run.")]
 _Dataset = Annotated[
-    str | None, typer.Option(help="Data to learn rounding and to measure on; default the run's.")
+    str | None,
+    typer.Option(help="Data to round for and to measure on; default the run's."),
 ]
 _Output = Annotated[
     Path | None,

@@ -12,6 +12,7 @@ from typing import Any
 from lighten.errors import UserError
 from lighten.jobs import in_child
 from lighten.quantize.scores import EvaluationRow, score, speeds, summary
+from lighten.quantize.targets import DYNAMIC, GROUP_SIZE
 
 
 def call(job: dict[str, Any]) -> dict[str, Any]:
@@ -58,7 +59,8 @@ def _make(job: dict[str, Any]) -> dict[str, Any]:
         from lighten.quantize.weights import make
 
         began = time.perf_counter()
-        make(job["kind"], model, folder, job["calibration"])
+        groups = job.get("group_size", GROUP_SIZE)
+        make(job["kind"], model, folder, job["calibration"], group_size=groups)
     return {"seconds": time.perf_counter() - began, "peak_bytes": high_water()}
 
 
@@ -128,7 +130,8 @@ def _import_loader(kind: str) -> None:
     """What loads a format is imported first: its code is no part of the model's memory."""
     import importlib
 
-    named = {"int8": "torchao.quantization", "int4": "auto_round", "int4:rounded": "auto_round"}
+    named = {"int8": "torchao.quantization", DYNAMIC: "torchao.quantization",
+             "int4": "auto_round", "int4:rounded": "auto_round"}  # fmt: skip
     importlib.import_module(named.get(kind, "bitsandbytes"))
 
 

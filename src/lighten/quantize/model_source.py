@@ -19,13 +19,14 @@ from lighten.models.load import load_tokenizer
 from lighten.quantize.export import model_folder
 from lighten.quantize.gguf_source import read_json
 from lighten.quantize.scores import EvaluationRow
+from lighten.quantize.targets import GROUP_SIZE
 from lighten.recipe import Recipe
 from lighten.runs import Run
 from lighten.train import held_out_data
 from lighten.train.rows import load_rows
 
 # Tokens of a calibration row, and rows at most: what 2 cores learn from in some minutes.
-CALIBRATION_TOKENS, CALIBRATION_ROWS = 128, 32
+CALIBRATION_TOKENS, CALIBRATION_ROWS = 256, 16
 
 
 @dataclass
@@ -47,6 +48,12 @@ class ModelSource:
     run: Run | None
     base: str
     tokenizer: Any
+
+    @property
+    def group_size(self) -> int:
+        """Of 8-bit activations and 4-bit weights: what the run was trained for, else the usual."""
+        groups = None if self.run is None else self.run.recipe().qat_groups
+        return groups or GROUP_SIZE
 
 
 @contextmanager
@@ -102,7 +109,7 @@ def calibration_of(source: ModelSource) -> tuple[list[list[int]], dict[str, Any]
     """
     if source.recipe is None:
         raise UserError(
-            "int4 learns its rounding on data like those that the model will see: give a run, or "
+            "int4 chooses its rounding on data like those that the model will see: give a run, or "
             "--dataset FILE; int4:rounded needs none"
         )
     rows = load_rows(source.recipe, source.tokenizer).train.rows

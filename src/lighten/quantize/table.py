@@ -17,7 +17,7 @@ from lighten.quantize.model_source import (
     evaluation_of,
     opened,
 )
-from lighten.quantize.targets import Target, parse, require_tools
+from lighten.quantize.targets import DYNAMIC, Target, parse, require_tools
 from lighten.runs import QUANTIZE, Run
 from lighten.whole_files import whole_folder, write_json
 
@@ -107,14 +107,26 @@ def quantize(
                 rows.append({"name": target.name, "folder": str(folder),
                              "file_bytes": weight_bytes(folder), **costs,
                              **measuring.of(target.kind, folder, target.name)})  # fmt: skip
+            notes = [*measuring.notes(), *_about_bytes(targets, model)]
             found = Quantized(
-                model.name, _with_frontier(rows), measuring.settings(told), measuring.notes(),
-                str(root),
-            )  # fmt: skip
+                model.name, _with_frontier(rows), measuring.settings(told), notes, str(root)
+            )
             if model.run is not None:
                 write_json(model.run.folder / QUANTIZE, found.to_dict())
             write_json(root / QUANTIZE, found.to_dict())
     return found
+
+
+def _about_bytes(targets: Sequence[Target], model: ModelSource) -> list[str]:
+    """What has to be said of torchao's 4-bit weights."""
+    if all(target.kind != DYNAMIC for target in targets):
+        return []
+    learnt = model.recipe is not None and model.recipe.qat is not None and model.run is not None
+    return [
+        f"{DYNAMIC}: groups of {model.group_size}, "
+        f"{'which the run was trained for' if learnt else 'after training'}; torchao gives each "
+        "4-bit weight a byte on a processor, in the file too: the ExecuTorch export packs them"
+    ]
 
 
 def _exports(model: ModelSource) -> Path:
@@ -142,9 +154,8 @@ def _make(
             "do": "make", "name": target.name, "kind": target.kind, "type": target.type,
             "model": str(model.folder), "folder": str(partial), "label": model.name,
             "calibration": calibration if target.calibrated else [],
+            "group_size": model.group_size,
         }  # fmt: skip
-        if target.kind == "int4:rounded":  # its library wants rows to look at all the same
-            job["calibration"] = calibration or [[0] * 32] * 2
         costs = child.call(job)
         if target.calibrated:
             write_json(partial / "calibration.json", told)
@@ -170,7 +181,7 @@ def _card(target: Target, model: ModelSource, told: dict[str, Any] | None) -> st
     if target.calibrated and told is not None:
         data = Path(told["dataset"]).name
         how = (
-            f" Its rounding was learnt on {told['rows']} rows of {told['row_tokens']} tokens of "
+            f" Its rounding was chosen on {told['rows']} rows of {told['row_tokens']} tokens of "
             f"`{data}` (SHA-256 of the ids {told['sha256']})."
         )
     use = (

@@ -9,15 +9,19 @@ from dataclasses import dataclass
 
 from lighten.errors import UserError, missing_extra
 
-# Kind by name, with the module that makes it and the extra that brings that module.
+DYNAMIC = "int8-dynamic-act-int4-weight"
+GROUP_SIZE = 32  # of its weights: the smallest that XNNPACK takes, and so the nearest
+# Kind by name, with the module that makes or loads it and the extra that brings that module.
 KINDS = {
     "int8": ("torchao", "quantize"),
     "int8:bitsandbytes": ("bitsandbytes", "quant"),
     "nf4": ("bitsandbytes", "quant"),
     "int4": ("auto_round", "quantize"),
     "int4:rounded": ("auto_round", "quantize"),
+    DYNAMIC: ("torchao", "quantize"),
 }
-_ALSO = {"int8:torchao": "int8", "llm.int8": "int8:bitsandbytes", "nf4:double": "nf4"}
+_ALSO = {"int8:torchao": "int8", "llm.int8": "int8:bitsandbytes", "nf4:double": "nf4",
+         "8da4w": DYNAMIC}  # fmt: skip
 
 
 @dataclass(frozen=True)

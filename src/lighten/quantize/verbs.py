@@ -115,7 +115,7 @@ def quantize(
         source: A run, or a model by name.
         to: Formats: `int8`, `nf4`, `int4`, `gguf:q4_k_m`, … (see `quantize.targets`).
         adapter: Which adapter of the run, where it has several.
-        dataset: Data to learn rounding and to measure on; default the run's.
+        dataset: Data to choose rounding by and to measure on; default the run's.
         output_dir: Each format is a folder in this; default `exports` of the run.
         tell: Given a line about each part of the work.
         options: `tokens` and `questions`, the bounds of measuring.

@@ -5,49 +5,60 @@
 - `int8:bitsandbytes`: LLM.int8 (arXiv 2208.07339), which rounds activations too and keeps outlier
   columns apart; it looks for those over a whole batch.
 - `nf4`: QLoRA's 4 bits with its scales quantised too (arXiv 2305.14314).
-- `int4`: AutoRound (arXiv 2309.05516): integers with a scale and a zero point per group, whose
-  rounding is learnt on calibration rows. `int4:rounded` is the same format with plain rounding.
+- `int4`: integers with a scale per group in auto-round's layout, rounded by GPTQ (arXiv 2210.17323)
+  on calibration rows (`int4`). `int4:rounded` is the same format with plain rounding.
+- `int8-dynamic-act-int4-weight`: torchao's 8da4w, what quantisation-aware runs are trained for.
+  torchao gives each 4-bit weight a byte on a processor; the ExecuTorch export packs them.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import shutil
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from lighten.adapters.fake_quant import scheme
 from lighten.errors import UserError
-
-# Sizes of a group, the largest that divides every row first: a group across the edge of a row
-# is written and cannot be read back (auto-round 0.16.1).
-GROUPS = (128, 64, 32, 16)
-# Learnt rounding: steps of its optimiser per decoder layer, and rows per step.
-STEPS, STEP_ROWS = 40, 4
+from lighten.models.describe import skeleton
+from lighten.quantize import int4
+from lighten.quantize.targets import DYNAMIC, GROUP_SIZE
 
 
-def make(kind: str, model: Path, folder: Path, calibration: Sequence[Sequence[int]]) -> None:
+def make(
+    kind: str,
+    model: Path,
+    folder: Path,
+    calibration: Sequence[Sequence[int]],
+    *,
+    group_size: int = GROUP_SIZE,
+) -> None:
     """Write a quantised model beside its tokenizer.
 
     Args:
         kind: One of `targets.KINDS`.
         model: Folder of the model in 16 bits.
         folder: Is filled.
-        calibration: Token ids of rows of one length, for those that learn.
+        calibration: Token ids of rows, for those that look at data.
+        group_size: Of 8da4w.
 
     Raises:
         UserError: The model's shapes do not suit the format.
     """
     if kind.startswith("int4"):
-        _auto_round(model, folder, calibration, steps=0 if kind == "int4:rounded" else STEPS)
+        int4.write(model, folder, None if kind == "int4:rounded" else calibration)
     else:
+        if kind == DYNAMIC:
+            _require_groups(model, group_size)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            model, dtype=torch.bfloat16, quantization_config=_config(kind), local_files_only=True
+            model,
+            dtype=torch.bfloat16,
+            quantization_config=_config(kind, group_size),
+            local_files_only=True,
         )
         tied = kind == "int8" and _with_embedding(loaded)
         loaded.save_pretrained(folder, max_shard_size="1TB" if tied else "5GB")
@@ -56,7 +67,25 @@ def make(kind: str, model: Path, folder: Path, calibration: Sequence[Sequence[in
     _companions(model, folder)
 
 
-def _config(kind: str) -> Any:
+def _require_groups(model: Path, group_size: int) -> None:
+    """Rows that groups do not divide would be left as they are in silence.
+
+    Raises:
+        UserError: There are some.
+    """
+    empty = skeleton(str(model))
+    head = empty.get_output_embeddings()
+    rows = {
+        m.in_features for m in empty.modules() if isinstance(m, torch.nn.Linear) and m is not head
+    }
+    if not rows or any(row % group_size for row in rows):
+        raise UserError(
+            f"{DYNAMIC} needs linear layers with rows that groups of {group_size} divide, and the "
+            f"model's have {', '.join(map(str, sorted(rows))) or 'none'}; use int8 or nf4"
+        )
+
+
+def _config(kind: str, group_size: int) -> Any:
     if kind == "int8:bitsandbytes":
         return BitsAndBytesConfig(load_in_8bit=True)
     if kind == "nf4":
@@ -66,8 +95,11 @@ def _config(kind: str) -> Any:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
-    from torchao.quantization import Int8WeightOnlyConfig
     from transformers import TorchAoConfig
+
+    if kind == DYNAMIC:
+        return TorchAoConfig(scheme(group_size))
+    from torchao.quantization import Int8WeightOnlyConfig
 
     return TorchAoConfig(Int8WeightOnlyConfig(version=2), include_input_output_embeddings=True)
 
@@ -85,69 +117,6 @@ def _with_embedding(model: Any) -> bool:
     quantize_(model, Int8WeightOnlyConfig(version=2), filter_fn=lambda own, _: own is embedding)
     head.weight = embedding.weight
     return True
-
-
-def group_size(model: torch.nn.Module) -> int:
-    """The largest group that divides the rows of every linear layer but the head.
-
-    Raises:
-        UserError: None does.
-    """
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    rows = {
-        int(module.in_features)
-        for module in model.modules()
-        if isinstance(module, torch.nn.Linear) and module is not head
-    }
-    for size in GROUPS:
-        if rows and all(row % size == 0 for row in rows):
-            return size
-    raise UserError(
-        f"int4 needs rows that groups of {GROUPS[-1]} divide, and the model's linear layers have "
-        f"rows of {', '.join(map(str, sorted(rows))) or 'no kind'}; use nf4 or int8"
-    )
-
-
-def _auto_round(
-    model: Path, folder: Path, calibration: Sequence[Sequence[int]], *, steps: int
-) -> None:
-    from auto_round import AutoRound
-
-    logging.getLogger("autoround").setLevel(logging.ERROR)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        model, dtype=torch.float32, local_files_only=True
-    )
-    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
-    rows = [torch.tensor([list(row)]) for row in calibration]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        maker = AutoRound(
-            loaded,
-            tokenizer,
-            scheme={
-                "bits": 4,
-                "group_size": group_size(loaded),
-                "sym": True,
-                "data_type": "int",
-                "act_bits": 16,
-            },
-            iters=steps,
-            nsamples=len(rows),
-            seqlen=rows[0].shape[1],
-            batch_size=min(STEP_ROWS, len(rows)),
-            dataset=rows,
-            device_map="cpu" if not torch.cuda.is_available() else 0,
-            # Compiling costs minutes on a processor, and 16 bits mixed with float32 more yet.
-            enable_torch_compile=False,
-            amp=torch.cuda.is_available(),
-            **({} if steps else {"disable_opt_rtn": True}),
-        )
-        scratch = folder / ".auto_round"  # a folder is named in it, by the scheme
-        maker.quantize_and_save(str(scratch), format="auto_round")
-        written = next(scratch.rglob("config.json")).parent
-        for path in list(written.iterdir()):
-            path.rename(folder / path.name)
-        shutil.rmtree(scratch)
 
 
 def _companions(model: Path, folder: Path) -> None:

@@ -59,7 +59,9 @@ class QuantizeOptions(Section):
     """Which smaller copies `lighten run` writes after training; `lighten quantize` has its own."""
 
     to: list[QuantizedFormat] = Field(
-        [], description="formats: int8, nf4, int4, int4:rounded, gguf:q8_0, gguf:q4_k_m, ..."
+        [],
+        description="formats: int8, nf4, int4, int4:rounded, int8-dynamic-act-int4-weight, "
+        "gguf:q8_0, gguf:q4_k_m, ...",
     )
     tokens: Annotated[int, Field(ge=16)] = Field(
         2048, description="held-out tokens that each is measured on at most"
