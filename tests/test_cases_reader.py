@@ -137,6 +137,9 @@ CALLS: list[dict[str, Any]] = [
     {"tool_calls": [
         json.dumps({"type": "function", "function": {"name": "w", "arguments": CITY}})
     ]},
+    {"tool_calls": [{"name": "w", "arguments": CITY}]},
+    {"tool_calls": json.dumps([{"name": "w", "arguments": json.dumps(CITY)}])},
+    {"tool_calls": {"name": "w", "arguments": CITY}},
 ]  # fmt: skip
 
 

@@ -266,7 +266,9 @@ def chat(
     thinking: Annotated[
         OnOff | None, typer.Option(help="Answers begin with a thought; default: as trained.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "--max_new_tokens", help="Longest answer.")
+    ] = 256,
     temperature: Annotated[float, typer.Option(help="0 answers greedily.")] = 0.0,
 ) -> None:
     """Talk to a base or an adapter in the terminal."""

@@ -62,6 +62,8 @@ def _call(call: Any, name: str) -> dict[str, Any]:
         if not isinstance(function, Mapping):
             raise BadRowError(f"{name}: function must be an object")
         return {**call, "function": _with_arguments(function, name)}
+    if "name" in call:  # the call itself; templates look for it under "function"
+        return {"type": "function", "function": _with_arguments(call, name)}
     return _with_arguments(call, name)
 
 
