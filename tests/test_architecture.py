@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "recipe": {"paths", "peft_config"},
     "hardware": {"containers"},
     "native": {"hardware"},
-    "parallel": {"adapters", "forks", "hardware", "models", "whole_files"},
+    "parallel": {"adapters", "forks", "hardware", "models", "recipe", "whole_files"},
     "allocator": {"hardware", "native"},
     # Drawing in notebooks goes the other way round, when a notebook asks for it.
     "notebook": {"evaluate", "report", "runs", "sweep"},

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import lighten
 from lighten.errors import UserError
-from lighten.parallel import launch
+from lighten.parallel import foreign, launch
 from lighten.parallel.launch import Launch
 from lighten.runs import Run
 from lighten.train import checkpoints
@@ -112,12 +112,12 @@ def test_traps_3_38_41_two_ranks_end_and_go_on_as_one_process(
     assert_equal_runs(Run(folder), one)
 
 
-@pytest.mark.parametrize("asks", list(launch.UNBUILT))
+@pytest.mark.parametrize("asks", list(foreign.UNBUILT))
 def test_what_accelerate_would_ignore_is_refused(
     asks: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(asks, "true")
-    with pytest.raises(UserError, match=f"asks for {launch.UNBUILT[asks]}"):
+    with pytest.raises(UserError, match=f"asks for {foreign.UNBUILT[asks]}"):
         lighten.train(progress=False, **settings)
     assert not Path(settings["output_dir"]).exists()
     monkeypatch.setenv(asks, "false")

@@ -84,6 +84,13 @@ def train(
     place = launch.recognise()  # what it says is needed before anything else looks at the rank
     count = launch.wanted(place, processes=processes, gpus=gpus)
     chosen = recipe_of(recipe, **overrides)
+    if place.strategy is not None and place.strategy != chosen.strategy:
+        if chosen.strategy != "auto":
+            raise UserError(
+                f"{place.launcher} was configured for strategy {place.strategy}, and the recipe "
+                f"says strategy: {chosen.strategy}; change one of the two"
+            )
+        chosen = chosen.changed({"strategy": place.strategy})
     done = looked.finished(chosen, resume=resume, told=progress)
     if done is not None:
         return done

@@ -18,7 +18,7 @@ def plan_spread(
     recipe: RecipeLike | None = None,
     *,
     device: str | None = None,
-    strategy: Strategy = "ddp",
+    strategy: Strategy | None = None,
     gpus: int = 1,
     nodes: int = 1,
     offload: Sequence[str] = (),
@@ -29,7 +29,8 @@ def plan_spread(
     Args:
         recipe: As for `plan`; its micro-batch is that of each rank.
         device: The GPU, by name.
-        strategy: `ddp`, `zero1`, `zero2`, `zero3`, `fsdp` or `fsdp_hybrid`.
+        strategy: `ddp`, `zero1`, `zero2`, `zero3`, `fsdp` or `fsdp_hybrid`; None: the recipe's,
+            or the one that fits and sends least (`ddp` where none fits).
         gpus: Per node.
         nodes: Machines.
         offload: `optimizer`, `param`, or both, to main memory.
@@ -43,13 +44,23 @@ def plan_spread(
     chosen = plannable(recipe, **overrides)
     from lighten import devices
     from lighten.plan import asked
-    from lighten.plan.distributed import spread
+    from lighten.plan.distributed import cheapest, of_recipe, spread
 
     where = devices.named(device)
     alone = asked.plan(chosen, where, changes=False)
     layers = asked.layers_of(chosen)
+    if strategy is None and chosen.strategy == "auto":
+        best = cheapest(alone, where, gpus=gpus, nodes=nodes, layers=layers)
+        if best is not None and not offload:
+            return best
     return spread(
-        alone, where, strategy, gpus=gpus, nodes=nodes, layers=layers, offload=tuple(offload)
+        alone,
+        where,
+        strategy or of_recipe(chosen.strategy),
+        gpus=gpus,
+        nodes=nodes,
+        layers=layers,
+        offload=tuple(offload),
     )
 
 

@@ -309,8 +309,9 @@ def models(as_json: Json = False) -> None:
 def doctor(as_json: Json = False) -> None:
     """What this machine has, what it computes in, and which extras are installed."""
     from lighten.hardware import doctor as examine
+    from lighten.parallel.available import strategies
 
-    found = examine()
+    found = {**examine(), "strategies": strategies()}
     if as_json:
         typer.echo(json.dumps(found))
         return
@@ -328,6 +329,7 @@ def doctor(as_json: Json = False) -> None:
         ["versions", ", ".join(f"{k} {v}" for k, v in found["versions"].items())],
     ]  # fmt: skip
     print_table(["this machine", ""], rows)
+    print_table(["several ranks", ""], [list(own) for own in found["strategies"].items()])
     extras = [
         [name, ", ".join(f"{k} {v}" for k, v in own["installed"].items()) or "–",
          own["install"] if own["missing"] else "complete"]

@@ -42,7 +42,12 @@ _Limits = Annotated[bool, typer.Option("--limits", help="The longest context, th
 _Write = Annotated[Path | None, typer.Option(help="Write what --search found as a recipe.")]
 _Gpus = Annotated[int | None, typer.Option(help="GPUs per node.")]
 _Nodes = Annotated[int, typer.Option(help="Nodes.")]
-_Zero = Annotated[int | None, typer.Option(help="ZeRO stage, 1 to 3; without it: DDP.")]
+_Zero = Annotated[
+    int | None,
+    typer.Option(
+        help="ZeRO stage, 1 to 3; without it: the recipe's strategy, or the cheapest that fits."
+    ),
+]
 _Fsdp = Annotated[
     str | None, typer.Option(help="full (as ZeRO 3) or hybrid (sharded within each node).")
 ]
@@ -373,7 +378,7 @@ def _base(words: list[str], verb: str) -> tuple[str, dict[str, Any]]:
     return named[0], options
 
 
-def _strategy(zero: int | None, fsdp: str | None) -> str:
+def _strategy(zero: int | None, fsdp: str | None) -> str | None:
     from lighten.errors import UserError
 
     if zero is not None and fsdp is not None:
@@ -383,7 +388,7 @@ def _strategy(zero: int | None, fsdp: str | None) -> str:
             raise UserError(f"--zero: {zero} is no stage; use 1, 2 or 3")
         return f"zero{zero}"
     if fsdp is None:
-        return "ddp"
+        return None
     if fsdp not in ("full", "hybrid"):
         raise UserError(f"--fsdp: {fsdp!r} is not known; use full or hybrid")
     return "fsdp" if fsdp == "full" else "fsdp_hybrid"

@@ -11,18 +11,12 @@ import json
 import os
 import re
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lighten.errors import UserError
+from lighten.parallel.foreign import strategy_of
 
-# What a configuration of accelerate asks for and plain data parallelism would ignore in silence.
-UNBUILT = {
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor or context parallelism",
-}
 ERROR_FILE = "LIGHTEN_ERROR_FILE"
 PORTS = range(20_000, 30_000)
 
@@ -37,6 +31,7 @@ class Launch:
         world_size: How many there are, on all machines.
         local_rank: Its number on this machine.
         local_world_size: How many there are on this machine.
+        strategy: What the launcher was configured to spread over them; None: it says nothing.
     """
 
     launcher: str = "none"
@@ -44,6 +39,7 @@ class Launch:
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
+    strategy: str | None = None
 
     @property
     def main(self) -> bool:
@@ -61,9 +57,9 @@ def recognise(environment: MutableMapping[str, str] | None = None) -> Launch:
         UserError: The launcher asks for something that is not built, or contradicts itself.
     """
     variables = os.environ if environment is None else environment
-    refuse_unbuilt(variables)
+    strategy = strategy_of(variables)
     if "WORLD_SIZE" in variables or "RANK" in variables:
-        return _from_torch(variables)
+        return replace(_from_torch(variables), strategy=strategy)
     launch = _from_slurm(variables) or _from_mpi(variables)
     if launch is None:
         return Launch()
@@ -109,21 +105,6 @@ def leave_word(error: BaseException) -> bool:
     except OSError:
         return False
     return True
-
-
-def refuse_unbuilt(variables: Mapping[str, str]) -> None:
-    """Say so where accelerate's configuration asks for what would be ignored.
-
-    Raises:
-        UserError: It does.
-    """
-    for name, what in UNBUILT.items():
-        if variables.get(name, "").lower() in ("1", "true", "yes"):
-            raise UserError(
-                f"accelerate's configuration asks for {what}, which lighten does not build on yet: "
-                "every rank would hold the whole model all the same; choose plain multi-GPU in "
-                "accelerate config, or start with: lighten train RECIPE --gpus N"
-            )
 
 
 def _from_torch(variables: Mapping[str, str]) -> Launch:

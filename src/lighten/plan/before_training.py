@@ -16,6 +16,7 @@ from lighten.devices import Device
 from lighten.errors import UserError
 from lighten.models import IdsError
 from lighten.plan import asked, calibration, words
+from lighten.plan.distributed import Distributed, of_recipe, on_ranks
 from lighten.plan.result import Plan
 from lighten.recipe import Recipe
 from lighten.runs import Run
@@ -57,10 +58,13 @@ def predict(recipe: Recipe, *, force: bool = False, progress: bool = False) -> P
         raise  # no run would come of these rows
     except Exception as error:  # whatever it is: the run does not depend on its plan
         return Prediction([f"no plan: {_first_line(error)}"])
-    lines = words.lines(plan)
-    if plan.fits() is False:
+    lines, fits = words.lines(plan), plan.fits()
+    if (spread := _over_ranks(recipe, device, plan)) is not None:
+        lines.append(words.spread_verdict(spread))
+        fits = spread.fits()
+    if fits is False:
         if not force:
-            raise UserError(_refusal(plan, _advice(recipe, device, plan, rows)()))
+            raise UserError(_refusal(plan, spread, _advice(recipe, device, plan, rows)()))
         lines.append("it does not fit by this plan; going on, as --force says")
     return Prediction(lines, plan.to_dict(), rows, _advice(recipe, device, plan, rows))
 
@@ -124,9 +128,22 @@ def _advice(
     return told
 
 
-def _refusal(plan: Plan, advice: Sequence[str]) -> str:
+def _over_ranks(recipe: Recipe, device: Device, plan: Plan) -> Distributed | None:
+    """What each rank of this launch needs; None for one process."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks == 1:
+        return None
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", str(ranks)))
+    return on_ranks(
+        plan, device, of_recipe(recipe.strategy), ranks=ranks, local=local,
+        layers=asked.layers_of(recipe),
+    )  # fmt: skip
+
+
+def _refusal(plan: Plan, spread: Distributed | None, advice: Sequence[str]) -> str:
     mend = "".join(f"\n  - {line}" for line in advice)
-    return f"{words.verdict(plan)}; --force trains all the same" + (
+    verdict = words.verdict(plan) if spread is None else words.spread_verdict(spread)
+    return f"{verdict}; --force trains all the same" + (
         f", and these would need less:{mend}" if advice else ""
     )
 

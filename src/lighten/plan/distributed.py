@@ -22,6 +22,8 @@ from lighten.devices import Device
 from lighten.plan.result import Moment, Plan, States
 
 Strategy = Literal["ddp", "zero1", "zero2", "zero3", "fsdp", "fsdp_hybrid"]
+# Those that lighten trains with, each needing less memory than the one before.
+TRAINED: tuple[Strategy, ...] = ("ddp", "zero1", "zero2", "zero3")
 # Full layers that stand gathered at once under ZeRO 3 and FSDP: the one that computes and the one
 # that is fetched ahead (FSDP's `backward_prefetch`, DeepSpeed's prefetch bucket).
 GATHERED_LAYERS = 2
@@ -275,6 +277,54 @@ def spread(
         strategy, ranks, nodes, offload, peak, plan.memory.low - moved, plan.memory.high - moved,
         host, volume, busy, step, plan.capacity, states,
     )  # fmt: skip
+
+
+def of_recipe(strategy: str) -> Strategy:
+    """The formula's name for a recipe's `strategy` on several ranks."""
+    for name in (*TRAINED, "fsdp"):
+        if name == strategy:
+            return name
+    return "ddp"
+
+
+def on_ranks(
+    plan: Plan, device: Device, strategy: Strategy, *, ranks: int, local: int, layers: int
+) -> Distributed:
+    """What each rank of a launch needs, of a plan of one process.
+
+    On a processor the ranks of a machine share its memory: each may have its part, and what they
+    map together, a frozen base that is whole on each, counts once.
+
+    Args:
+        plan: Of one process.
+        device: Of each rank.
+        strategy: How states are spread.
+        ranks: In all.
+        local: On this machine.
+        layers: Decoder layers of the base.
+    """
+    own = spread(
+        plan, device, strategy, gpus=local, nodes=max(1, ranks // local), layers=layers
+    )  # fmt: skip
+    if device.kind != "cpu" or own.capacity is None:
+        return own
+    mapped = 0.0 if "weights" in _SHARDED[strategy] else own.states.frozen
+    return replace(own, capacity=int((own.capacity + (local - 1) * mapped) / local))
+
+
+def cheapest(
+    plan: Plan, device: Device, *, gpus: int, nodes: int = 1, layers: int
+) -> Distributed | None:
+    """The strategy that surely fits and sends least over the network; None: none of them fits.
+
+    Args, as of `spread`.
+    """
+    tried = [
+        spread(plan, device, strategy, gpus=gpus, nodes=nodes, layers=layers)
+        for strategy in TRAINED
+    ]
+    fitting = [own for own in tried if own.fits()]
+    return min(fitting, key=lambda own: own.volume.network, default=None)
 
 
 def _peak(plan: Plan, parts: Mapping[str, float], states: States, left: States) -> float:

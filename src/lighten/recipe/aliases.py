@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
+from lighten.recipe import foreign
+
 RENAMED = {
     "base_model": "model_name_or_path",
     "model": "model_name_or_path",
@@ -46,7 +48,8 @@ _BITS = ("quantization_bit", "quant_bits", "quantization")
 _BACKENDS = ("quant_method", "quantization_method")
 SPECIAL = (
     "datasets", "train_on_inputs", "lora_target_linear", "bf16", "fp16", "flash_attn",
-    "adapter", "finetuning_type", "freeze_trainable_layers", *_BITS, *_BACKENDS,
+    "deepspeed", "fsdp", "adapter", "finetuning_type", "freeze_trainable_layers", *_BITS,
+    *_BACKENDS,
 )  # fmt: skip
 _FLASH = {
     "fa2": "flash_attention_2", "fa3": "flash_attention_3", "sdpa": "sdpa", "disabled": "eager",
@@ -117,6 +120,15 @@ def translate(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], lis
                 put(key, "dtype", "auto")
             elif value:
                 put(key, "dtype", full)
+        elif key in ("deepspeed", "fsdp"):
+            try:
+                found = foreign.deepspeed(value) if key == "deepspeed" else foreign.fsdp(value)
+            except ValueError as error:
+                problems.append(f"{key}: {error}")
+            else:
+                for name, own in found.items():
+                    if values.get(name) != own:  # many recipes say it a second time
+                        put(key, name, own)
         elif key == "flash_attn":
             flash = _FLASH.get(str(value).lower())
             if flash is None:

@@ -1,0 +1,114 @@
+"""Settings of DeepSpeed and FSDP as people have them, read as a strategy and settings of ours.
+
+Only what means the same here is taken; anything else is told. How an engine moves its bytes
+(buckets, overlap, prefetching) changes no result and is passed over.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+STAGES = {0: "ddp", 1: "zero1", 2: "zero2", 3: "zero3"}
+# Words of transformers' `fsdp` and of accelerate's sharding strategies.
+SHARDING = {
+    "full_shard": "fsdp", "shard_grad_op": "zero2", "no_shard": "ddp",
+    "1": "fsdp", "2": "zero2", "3": "ddp",
+}  # fmt: skip
+# What a DeepSpeed configuration says of logging and checks alone.
+_QUIET = {
+    "steps_per_print", "wall_clock_breakdown", "zero_allow_untested_optimizer", "dump_state",
+    "zero_force_ds_cpu_optimizer", "communication_data_type", "prescale_gradients",
+    "train_batch_size",
+}  # fmt: skip
+_SAME = {
+    "gradient_clipping": "max_grad_norm",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
+}
+_OPTIMIZER = {"lr": "learning_rate", "eps": "adam_epsilon", "weight_decay": "weight_decay"}
+
+
+def deepspeed(given: Any) -> dict[str, Any]:
+    """Our settings for a DeepSpeed configuration.
+
+    Args:
+        given: Its values, the path of its file, or a short name (`zero2`).
+
+    Raises:
+        ValueError: It cannot be read, or asks for what is not the same here; says what to change.
+    """
+    if isinstance(given, str) and given in STAGES.values():
+        return {"strategy": given}
+    config = given if isinstance(given, Mapping) else _read(str(given))
+    zero = config.get("zero_optimization") or {}
+    if zero.get("stage", 0) not in STAGES:
+        raise ValueError(f"stage {zero.get('stage')!r} is none of 0, 1, 2, 3")
+    for part in ("offload_optimizer", "offload_param"):
+        device = (zero.get(part) or {}).get("device", "none")
+        if device not in ("none", None):
+            raise ValueError(
+                f"{part} to {device} is not built; remove it (for a frozen base that is larger "
+                "than memory: offload_base: cpu or disk, in one process)"
+            )
+    found: dict[str, Any] = {"strategy": STAGES[zero.get("stage", 0)]}
+    for theirs, name in _SAME.items():
+        if config.get(theirs, "auto") != "auto":
+            found[name] = config[theirs]
+    if isinstance(config.get("train_batch_size"), int) and len(found) < len(_SAME):
+        raise ValueError(
+            "train_batch_size depends on the number of ranks; set train_micro_batch_size_per_gpu, "
+            "gradient_accumulation_steps and gradient_clipping beside it, or set it to auto"
+        )
+    for section, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
+        if (config.get(section) or {}).get("enabled") is True:
+            found["dtype"] = dtype
+    found |= _optimizer(config.get("optimizer") or {})
+    known = {*_SAME, *_QUIET, "zero_optimization", "bf16", "fp16", "optimizer"}
+    if unknown := sorted(key for key in config if key not in known and config[key] != "auto"):
+        raise ValueError(f"{unknown[0]} has no equal here; set it in the recipe, or remove it")
+    return found
+
+
+def fsdp(given: Any) -> dict[str, Any]:
+    """Our settings for the words of transformers' `fsdp`, such as `full_shard auto_wrap`.
+
+    Raises:
+        ValueError: A word asks for what is not the same here.
+    """
+    words = given.split() if isinstance(given, str) else list(given or [])
+    found = {}
+    for word in words:
+        if word in SHARDING:
+            found["strategy"] = SHARDING[word]
+        elif word != "auto_wrap":  # decoder layers, as here
+            raise ValueError(
+                f"{word!r} is not built; use full_shard, shard_grad_op or no_shard, with auto_wrap"
+            )
+    return found
+
+
+def _optimizer(section: Mapping[str, Any]) -> dict[str, Any]:
+    if not section:
+        return {}
+    if str(section.get("type", "AdamW")).lower() not in ("adam", "adamw"):
+        raise ValueError(f"optimizer {section['type']} has no equal here; set optim in the recipe")
+    values = {key: own for key, own in (section.get("params") or {}).items() if own != "auto"}
+    found: dict[str, Any] = {_OPTIMIZER[key]: values[key] for key in _OPTIMIZER if key in values}
+    if isinstance(values.get("betas"), list | tuple):
+        found["adam_beta1"], found["adam_beta2"] = values["betas"]
+    return found
+
+
+def _read(path: str) -> Mapping[str, Any]:
+    try:
+        config = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error})") from error
+    if not isinstance(config, Mapping):
+        raise ValueError(f"{path} holds no DeepSpeed configuration")
+    return config

@@ -1,0 +1,140 @@
+"""Strategies on paper and as other tools write them: the page's tables, plans, configurations."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from benchmarks import scale_page
+from lighten.devices import DEVICES
+from lighten.errors import UserError
+from lighten.parallel import launch
+from lighten.plan.distributed import cheapest, on_ranks, spread
+from lighten.recipe import Recipe, RecipeError
+from tests.test_plan_distributed import a_plan
+
+PAGE = scale_page.PAGE.read_text(encoding="utf-8")
+RANK = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "ACCELERATE_MIXED_PRECISION": "no"}
+
+
+def recipe(data: Path, **settings: Any) -> Recipe:
+    return Recipe.from_values({"model_name_or_path": "x", "dataset": str(data), **settings})
+
+
+def test_the_page_s_tables_are_those_of_plan_s_functions() -> None:
+    assert f"{scale_page.BEGIN}\n{scale_page.text()}\n{scale_page.END}" in PAGE
+    # Published counts (Llama 2 and 3.1): 6.74, 70.6 and 405.9 thousand million.
+    sizes = [round(shape.parameters / 1e9, 1) for shape in scale_page.SHAPES]
+    assert sizes == [6.7, 70.6, 405.9]
+
+
+def test_the_page_s_sky_file_has_the_shape_of_one() -> None:
+    task = yaml.safe_load(PAGE.partition("```yaml\n")[2].partition("```")[0])
+    assert set(task) == {"name", "resources", "num_nodes", "workdir", "setup", "run", "file_mounts"}
+    assert task["resources"]["accelerators"].partition(":")[0].lower() in DEVICES
+    assert task["file_mounts"]["/checkpoints"]["mode"] == "MOUNT"
+    assert "--output_dir /checkpoints/" in task["run"]
+
+
+def test_the_cheapest_strategy_that_fits_sends_least() -> None:
+    alone = a_plan()
+    device = DEVICES["h100"]
+    found = cheapest(alone, device, gpus=8, layers=32)
+    tried = [spread(alone, device, own, gpus=8, layers=32)
+             for own in ("ddp", "zero1", "zero2", "zero3")]  # fmt: skip
+    fitting = [own for own in tried if own.fits()]
+    if not fitting:
+        assert found is None
+    else:
+        assert found is not None
+        assert found.volume.network == min(own.volume.network for own in fitting)
+    none = cheapest(replace(alone, capacity=1), device, gpus=8, layers=32)
+    assert none is None
+
+
+def test_ranks_of_one_machine_s_processor_share_its_memory() -> None:
+    processor = replace(DEVICES["h100"], kind="cpu")
+    alone = replace(a_plan(), capacity=100 * 2**30)
+    whole = on_ranks(alone, processor, "ddp", ranks=4, local=4, layers=32)
+    assert whole.capacity == int((100 * 2**30 + 3 * whole.states.frozen) / 4)
+    parts = on_ranks(alone, processor, "zero3", ranks=4, local=4, layers=32)
+    assert parts.capacity == 25 * 2**30
+
+
+@pytest.mark.parametrize(("given", "settings"), [
+    ("zero2", {"strategy": "zero2"}),
+    ({"zero_optimization": {"stage": 3, "overlap_comm": True}, "bf16": {"enabled": "auto"},
+      "gradient_clipping": "auto", "train_batch_size": "auto"}, {"strategy": "zero3"}),
+    ({"zero_optimization": {"stage": 1}, "gradient_clipping": 0.5,
+      "train_micro_batch_size_per_gpu": 3, "bf16": {"enabled": True},
+      "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "betas": [0.8, 0.9]}}},
+     {"strategy": "zero1", "max_grad_norm": 0.5, "per_device_train_batch_size": 3,
+      "dtype": "bfloat16", "learning_rate": 1e-3, "adam_beta1": 0.8, "adam_beta2": 0.9}),
+])  # fmt: skip
+def test_a_deepspeed_configuration_is_read(
+    given: Any, settings: dict[str, Any], chat_file: Path, tmp_path: Path
+) -> None:
+    if isinstance(given, dict):
+        (tmp_path / "ds.json").write_text(json.dumps(given))
+        given = str(tmp_path / "ds.json")
+    made = recipe(chat_file, deepspeed=given)
+    assert {name: getattr(made, name) for name in settings} == settings
+    assert any("deepspeed is called strategy here" in notice for notice in made.notices)
+
+
+@pytest.mark.parametrize(("given", "says"), [
+    ({"deepspeed": {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}},
+     "offload_param to cpu is not built"),
+    ({"deepspeed": {"zero_optimization": {"stage": 4}}}, "stage 4 is none of 0, 1, 2, 3"),
+    ({"deepspeed": {"scheduler": {"type": "WarmupLR"}}}, "scheduler has no equal here"),
+    ({"deepspeed": {"optimizer": {"type": "Lamb"}}}, "optimizer Lamb has no equal"),
+    ({"deepspeed": {"train_batch_size": 64}}, "depends on the number of ranks"),
+    ({"deepspeed": "nowhere.json"}, "nowhere.json cannot be read"),
+    ({"deepspeed": {"gradient_clipping": 0.5}, "max_grad_norm": 2.0}, "both set the same thing"),
+    ({"fsdp": "full_shard offload"}, "'offload' is not built"),
+])  # fmt: skip
+def test_what_has_no_equal_here_is_told(given: dict[str, Any], says: str, chat_file: Path) -> None:
+    with pytest.raises(RecipeError, match=says):
+        recipe(chat_file, **given)
+
+
+def test_transformers_words_for_fsdp_are_read(chat_file: Path) -> None:
+    assert recipe(chat_file, fsdp="full_shard auto_wrap").strategy == "fsdp"
+    assert recipe(chat_file, fsdp=["shard_grad_op"]).strategy == "zero2"
+
+
+@pytest.mark.parametrize(("variables", "strategy"), [
+    ({}, None),
+    ({"ACCELERATE_USE_FSDP": "true"}, "fsdp"),
+    ({"ACCELERATE_USE_FSDP": "true", "FSDP_SHARDING_STRATEGY": "SHARD_GRAD_OP"}, "zero2"),
+    ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "false"},
+     "zero2"),
+    ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+      "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none"}, "zero3"),
+])  # fmt: skip
+def test_accelerate_s_configuration_is_a_strategy(
+    variables: dict[str, str], strategy: str | None
+) -> None:
+    assert launch.recognise({**RANK, **variables}).strategy == strategy
+
+
+@pytest.mark.parametrize(("variables", "says"), [
+    ({"ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true"}, "in main memory"),
+    ({"ACCELERATE_USE_FSDP": "true", "FSDP_SHARDING_STRATEGY": "HYBRID_SHARD"}, "HYBRID_SHARD"),
+    ({"ACCELERATE_USE_FSDP": "true", "FSDP_ACTIVATION_CHECKPOINTING": "true"},
+     "gradient_checkpointing: true"),
+    ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json"},
+     "deepspeed: ds.json"),
+    ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "nvme"},
+     "offload_optimizer"),
+])  # fmt: skip
+def test_what_accelerate_asks_for_and_is_not_the_same_is_refused(
+    variables: dict[str, str], says: str
+) -> None:
+    with pytest.raises(UserError, match=says):
+        launch.recognise({**RANK, **variables})
