@@ -178,13 +178,18 @@ def test_what_the_budget_leaves_out_is_measured_with_a_larger_one(
 ) -> None:  # fmt: skip
     few = [own for own in techniques.techniques("cpu", None) if own.name in ("plain", "LoRA")]
     monkeypatch.setattr(techniques, "techniques", lambda *_: few)
-    how: dict[str, Any] = {"data": str(chat_file), "output_dir": tmp_path / "small", **SMALL}
+    how: dict[str, Any] = {
+        "data": str(chat_file), "output_dir": tmp_path / "small", **SMALL, "steps": None,
+    }  # fmt: skip
     found = lighten.audit(str(tiny_folder), budget="1s", **how)
     assert [row["status"] for row in found.rows] == ["not measured"] * len(few)
     assert all("budget" in row["why"] for row in found.rows)
     page = (found.folder / "report.html").read_text(encoding="utf-8")
     assert "a larger --budget measures it" in page
+    # This time it looks for itself how many steps there is room for: as many as may be.
+    monkeypatch.setattr(auditing, "MOST_STEPS", 5)
     found = lighten.audit(str(tiny_folder), budget="2h", **how)
+    assert found.steps == 5
     assert [row["status"] for row in found.rows] == ["measured"] * len(few)
 
 

@@ -17,6 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import (
     arithmetic,
+    audit_check,
+    audit_context,
     cohort,
     cohort_worker,
     comparison,
@@ -24,6 +26,7 @@ from benchmarks import (
     gpu_suite,
     limit,
     machine,
+    peers_generate,
     quantize_gguf,
     sweep_vs_peers,
 )
@@ -497,3 +500,57 @@ def test_gguf_files_are_compared_on_the_same_tokens(tmp_path: Path) -> None:
     quality = quantize_gguf.perplexities(tmp_path, model, "q8_0", 2)
     assert quality["ours"] == quality["theirs"]
     assert quality["tokens"] == 2 * (quantize_gguf.WINDOW_TOKENS - 1)
+
+
+def test_an_audit_is_checked() -> None:
+    rows = [
+        {"group": "training", "name": "plain", "status": "measured", "plan_error": -0.04},
+        {"group": "training", "name": "LoRA", "status": "measured", "plan_error": 0.02},
+        {"group": "answers", "name": "NF4", "status": "not measured", "why": "budget"},
+    ]
+    audit = {"rows": rows, "spent_s": 10.0, "status": "finished", "settings": {"budget_s": 11.0}}
+    found = audit_check.check(audit)
+    assert (found["rows_explained"], found["plan_max_error"]) == (1.0, 0.04)
+    assert audit_check.check({**audit, "spent_s": 12.0})["rows_explained"] == 0.0
+    silent = {**audit, "rows": [*rows, {**rows[2], "why": None}]}
+    assert audit_check.check(silent)["rows_explained"] == 0.75
+
+
+@pytest.mark.parametrize("limit", [500, 1024, 5000, 70000, 2**17])
+def test_the_longest_row_is_found(limit: int) -> None:
+    tried: list[int] = []
+
+    def fits(tokens: int) -> bool:
+        tried.append(tokens)
+        return tokens <= limit
+
+    longest = audit_context.longest(fits, 2**17)
+    if limit < audit_context.LEAST:
+        assert longest is None
+    else:
+        assert longest is not None
+        assert limit / (1 + audit_context.NEAR) - 128 <= longest <= limit
+    assert len(tried) == len(set(tried)) <= 14
+
+
+def test_losses_on_shared_rows_are_compared() -> None:
+    ours = [{"tries": [{"tokens": 1024, "loss": 2.0}, {"tokens": 2048, "loss": None}]}]
+    theirs = [{"tries": [{"tokens": 1024, "loss": 2.1}, {"tokens": 512, "loss": 9.0}]}]
+    assert audit_context.loss_difference(ours, theirs) == pytest.approx(0.1 / 2.1)
+    assert audit_context.loss_difference(ours, []) is None
+
+
+def test_the_peer_of_evaluation_measures_what_we_do(tmp_path: Path) -> None:
+    """Losses row by row, and answers, against the same model without any padding."""
+    model = tiny_model("llama")
+    rows = lesson(steps=1, rows=4)[0]
+    found = peers_generate.losses(model, rows, 3, 0)
+    for (ids, mask), loss in zip(rows, found, strict=True):
+        labels = torch.tensor([[i if on else -100 for i, on in zip(ids, mask, strict=True)]])
+        own = model(input_ids=torch.tensor([ids]), labels=labels).loss.detach()
+        assert loss == pytest.approx(float(own) * sum(mask[1:]), rel=1e-4)
+    job = {"stops": [2], "pad": 0, "new_tokens": 5, "batch_size": 3}
+    prompts = [ids[:9] for ids, _ in rows]
+    together = peers_generate.answers(model, prompts, job)
+    alone = [peers_generate.answers(model, [own], job)[0] for own in prompts]
+    assert together == alone

@@ -19,7 +19,7 @@ import lighten
 from lighten import cli, hardware, locks
 from lighten.cli_settings import matching, settings
 from lighten.errors import UserError
-from lighten.evaluate.evaluation import Evaluation
+from lighten.evaluate.result import Evaluation
 from lighten.plan.result import Memory, MemoryPart, Plan, Shape
 from lighten.recipe import EvaluateOptions, QuantizeOptions, SweepOptions
 from lighten.recipe.fields import RecipeFields

@@ -20,8 +20,10 @@ from lighten.data import Example, Message, encode
 from lighten.errors import NoHeldOut, UserError
 from lighten.evaluate import metrics
 from lighten.evaluate.bootstrap import Resamples
-from lighten.evaluate.evaluation import Measured, shortened_sentence, verdict
+from lighten.evaluate.evaluation import shortened_sentence
 from lighten.evaluate.generate import Answers
+from lighten.evaluate.result import Measured
+from lighten.evaluate.verdicts import verdict
 from lighten.report import comparison, page
 from lighten.runs import Run
 from lighten.sweep.recommend import Candidate, recommend

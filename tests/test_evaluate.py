@@ -20,8 +20,8 @@ from lighten.errors import UserError
 from lighten.evaluate import metrics
 from lighten.evaluate.bootstrap import Estimate, Resamples
 from lighten.evaluate.chat import Conversation, chat
-from lighten.evaluate.evaluation import verdict
 from lighten.evaluate.generate import generate, stop_tokens
+from lighten.evaluate.verdicts import verdict
 from lighten.models import Base
 from lighten.runs import Run
 from lighten.train.heldout import held_out

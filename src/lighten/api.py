@@ -29,7 +29,7 @@ from lighten.runs import Run
 
 if TYPE_CHECKING:
     from lighten.adapters.resize import Resized
-    from lighten.evaluate.evaluation import Evaluation
+    from lighten.evaluate.result import Evaluation
     from lighten.plan.probe import Probed
     from lighten.plan.result import Plan
     from lighten.plan.search import Found, Limits, Sized

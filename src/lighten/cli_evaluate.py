@@ -27,5 +27,25 @@ def print_evaluation(found: dict[str, Any]) -> None:
             for own in found["comparisons"]
         ]  # fmt: skip
         print_table(["model", "against", "metric", "difference", ""], compared)
+    for own in found["judged"]:
+        rate = cell({**own["rate"]})
+        console().print(
+            f"judge: {own['adapter']} against {own['against']}: {own['wins']} better, "
+            f"{own['losses']} worse, {own['ties']} ties ({own['swapped']} swapped with the order, "
+            f"{own['unclear']} unclear); {rate} % ({own['verdict']})",
+            highlight=False, markup=False,
+        )  # fmt: skip
+    if found["tasks"]:
+        print_table(["task", "metric", *names], [_task(own, names) for own in found["tasks"]])
     for sentence in found["dataset"].get("notes", []):
         console().print(sentence, highlight=False, markup=False)
+
+
+def _task(own: dict[str, Any], names: list[str]) -> list[str]:
+    """A task's metric: each model's mean, and whether it differs from the base's."""
+    cells = []
+    for name in names:
+        change = own["differences"].get(name)
+        cells.append(cell(own["models"][name]) + (f" {change['verdict']}" if change else ""))
+    filtered = "" if own["filter"] == "none" else f", {own['filter']}"
+    return [own["task"], f"{own['metric']}{filtered}", *cells]

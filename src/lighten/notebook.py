@@ -11,7 +11,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lighten.evaluate.evaluation import Evaluation
+    from lighten.evaluate.result import Evaluation
     from lighten.runs import Run
     from lighten.sweep.result import SweepResult
 

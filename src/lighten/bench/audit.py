@@ -28,6 +28,8 @@ FILE = "audit.json"
 # Of the time that is left after a first look: the first measurement of all rows. The rest is for
 # second processes, without which no ratio has an interval.
 FIRST_ROUND = 0.6
+# Of the budget, what a single row may take at most.
+MOST_OF_ONE = 0.2
 MOST_PROCESSES = 4
 # Kept back for the page, for ending a process and for what was imported before.
 RESERVE_S, RESERVE = 5.0, 0.02
@@ -252,16 +254,17 @@ class _Work:
 
     def _look(self) -> None:
         """What a row costs, and so how many steps there is room for."""
-        if self.found.steps is not None:
+        if self.found.steps is not None and any(row["processes"] for row in self.found.rows):
             self.measuring.steps = self.found.steps
             return
-        if self.settings.steps is not None:
-            self.found.steps = self.measuring.steps = self.settings.steps
+        if self.settings.steps is not None or self.left_s() <= 0:
+            self.found.steps = self.measuring.steps = self.settings.steps or FEWEST_STEPS
             return
         self.told("a first look: what a row costs here")
         self.measuring.steps = LOOK_STEPS
         plain = Technique("plain", TRAINING, "", 0, techniques.PLAIN)
-        outcome, seconds = self.measuring.process(plain, self.left_s(), measures_loss=True)
+        allowed = min(self.left_s(), MOST_OF_ONE * self.settings.budget_s)
+        outcome, seconds = self.measuring.process(plain, allowed, measures_loss=True)
         steps = FEWEST_STEPS
         if outcome.records:
             first = outcome.records[0]
@@ -301,7 +304,8 @@ class _Work:
             return {**row, "status": "failed", "why": str(error).splitlines()[0]}
         if self.left_s() <= 0:
             return {**row, **_budget(wanted, 0.0, self.settings.budget_s)}
-        outcome, seconds = self.measuring.process(technique, self.left_s(), measures_loss=True)
+        allowed = min(self.left_s(), MOST_OF_ONE * self.settings.budget_s)
+        outcome, seconds = self.measuring.process(technique, allowed, measures_loss=True)
         row["cost_s"] = seconds
         merged = measuring.merged(outcome.records)
         if merged:
@@ -310,7 +314,8 @@ class _Work:
             return {**row, "status": "measured"}
         if outcome.timed_out:
             return {**row, "processes": [], "budget": True,
-                    "why": f"the budget ended after {seconds:.0f} s of it"}  # fmt: skip
+                    "why": f"budget: it was ended after {seconds:.0f} s; a larger --budget "
+                           "measures it"}  # fmt: skip
         why = outcome.error or "it measured nothing"
         return {
             **row, "processes": [], "status": "failed", "why": why,
@@ -349,8 +354,9 @@ class _Work:
 
 
 def _budget(wanted: float, left: float, budget: float) -> dict[str, Any]:
+    takes = f"it takes about {wanted:.0f} s, and " if wanted else ""
     return {
         "budget": True,
-        "why": f"budget: it takes about {wanted:.0f} s, and {max(0.0, left):.0f} s of "
-        f"{budget:.0f} were left; a larger --budget measures it",
+        "why": f"budget: {takes}{max(0.0, left):.0f} s of {budget:.0f} were left; a larger "
+        "--budget measures it",
     }  # fmt: skip

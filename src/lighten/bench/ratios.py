@@ -18,7 +18,7 @@ import numpy as np
 
 from lighten.evaluate import metrics
 from lighten.evaluate.bootstrap import Resamples
-from lighten.evaluate.evaluation import verdict
+from lighten.evaluate.verdicts import verdict
 
 # Student's t at 0.975 for 1 to 12 degrees of freedom; beyond, Cornish and Fisher's expansion.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)

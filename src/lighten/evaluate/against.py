@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -10,14 +11,14 @@ import numpy as np
 
 from lighten import runs
 from lighten.errors import UserError
-from lighten.evaluate import metrics, registry
+from lighten.evaluate import forgetting, harness, metrics, registry
 from lighten.evaluate.bootstrap import Array, FromSums, Resamples
-from lighten.evaluate.evaluation import verdict
+from lighten.evaluate.verdicts import verdict
 from lighten.runs import Run
 
 # Settings that a figure depends on; `batch_size` changes the time alone.
 _SAME = ("max_examples", "max_new_tokens", "chat_template", "normalisation", "signatures",
-         "extra_metrics")  # fmt: skip
+         "extra_metrics", "general_text")  # fmt: skip
 
 
 def read(run: Run) -> dict[str, Any]:
@@ -67,6 +68,28 @@ def compare(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[dict[str
                     "difference": found.value, "low": found.low, "high": found.high,
                     "verdict": verdict(found, len(statistics), lower_is_better=lower),
                 })  # fmt: skip
+    return [*rows, *_tasks(ours, theirs)]
+
+
+def _tasks(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Scores on the tasks that both were asked, paired over the documents."""
+    rows = []
+    samples, seed = ours["settings"]["bootstrap_samples"], ours["settings"]["seed"]
+    other = {(own["task"], own["metric"], own["filter"]): own for own in theirs.get("tasks", [])}
+    for own in ours.get("tasks", []):
+        same = other.get((own["task"], own["metric"], own["filter"]))
+        for (name, values), (against, references) in itertools.product(
+            own["values"].items(), (same or {"values": {}})["values"].items()
+        ):
+            first, second = (
+                np.stack([np.asarray(own), np.ones(len(own))], 1) for own in (values, references)
+            )
+            draws = Resamples(len(values), samples, seed)
+            found = harness.difference(first, second, draws, higher=own["higher_is_better"])
+            rows.append({
+                "model": name, "against": against, "metric": f"{own['task']}, {own['metric']}",
+                "difference": found.pop("value"), **found,
+            })  # fmt: skip
     return rows
 
 
@@ -81,6 +104,13 @@ def _require_same(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
         for name in _SAME
         if ours["settings"].get(name) != theirs["settings"].get(name)
     ]
+    if "lm_eval" in ours["settings"] and "lm_eval" in theirs["settings"]:
+        first, second = (own["settings"]["lm_eval"] for own in (ours, theirs))
+        different += [
+            f"of the tasks, {name} is {first[name]!r} and {second[name]!r}"
+            for name in first
+            if name != "tasks" and first[name] != second[name]
+        ]
     if ours["dataset"]["rows"] != theirs["dataset"]["rows"]:
         different.append(
             f"{ours['dataset']['rows']} and {theirs['dataset']['rows']} held-out examples"
@@ -113,6 +143,9 @@ def _statistics(found: Mapping[str, Any]) -> dict[str, dict[str, tuple[Array, Fr
         own: dict[str, tuple[Array, FromSums]] = {
             "loss": (losses, metrics.mean_loss), "perplexity": (losses, metrics.perplexity),
         }  # fmt: skip
+        if "general_losses" in model:
+            general = np.asarray(model["general_losses"], float)
+            own[forgetting.METRIC] = (general, metrics.mean_loss)
         if references:
             answers = registry.nfc(
                 [example["answers"][model["name"]] for example in found["examples"]]

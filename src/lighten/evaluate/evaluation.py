@@ -2,103 +2,37 @@
 
 from __future__ import annotations
 
-import datetime
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from lighten import data, hardware, runs
-from lighten.data import FEWEST, Example
+from lighten.data import Example
+from lighten.data.batches import TokenRow
 from lighten.errors import NoHeldOut, UserError
-from lighten.evaluate import metrics, registry
-from lighten.evaluate.bootstrap import Array, Estimate, FromSums, Resamples
-from lighten.evaluate.generate import Answers, as_shown, generate
+from lighten.evaluate import forgetting, harness, metrics, registry
+from lighten.evaluate.bootstrap import Array
+from lighten.evaluate.forgetting import GeneralText
+from lighten.evaluate.generate import as_shown, generate
+from lighten.evaluate.judge import Judge, judged
 from lighten.evaluate.kept import Kept, key_of
-from lighten.evaluate.opened import Models
+from lighten.evaluate.opened import Models, Opened
+from lighten.evaluate.result import Evaluation, Measured
+from lighten.evaluate.summary import summarise
 from lighten.models import limits_of
 from lighten.recipe import EvaluateOptions, Recipe
 from lighten.runs import Run
 from lighten.train import held_out_data
 from lighten.train.batching import choose_tokens
 from lighten.train.held_out_data import HeldOutData
-from lighten.train.heldout import HeldOut, held_out
+from lighten.train.heldout import held_out
 from lighten.train.loss import Objective
 from lighten.wording import counted
 
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass
-class Measured:
-    """One model's raw results on the examples.
-
-    Attributes:
-        name: `base`, or what was trained.
-        adapter: The same name, None for the base.
-        statistics: Per-example statistics [examples, K] by metric.
-        answers: What it said.
-        memory: Peak memory while it was measured.
-    """
-
-    name: str
-    adapter: str | None
-    statistics: dict[str, Array]
-    answers: Answers
-    memory: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class Evaluation:
-    """What `evaluation.json` holds.
-
-    Attributes:
-        settings: How it was measured.
-        dataset: On what.
-        models: Metrics per model with standard error and 95 % interval.
-        differences: Each adapter minus the base, paired, with a verdict.
-        examples: Prompt, reference and every model's answer.
-        comparisons: Each model minus each of another run, where one was named; not in the file.
-    """
-
-    settings: dict[str, Any]
-    dataset: dict[str, Any]
-    models: list[dict[str, Any]]
-    differences: list[dict[str, Any]]
-    examples: list[dict[str, Any]]
-    version: int = 1
-    created: str = ""
-    comparisons: list[dict[str, Any]] = field(default_factory=list)
-
-    def __repr__(self) -> str:
-        told = []
-        for model in self.models:
-            loss = model["metrics"].get("loss", {}).get("value")
-            told.append(model["name"] + ("" if loss is None else f" {loss:.3f}"))
-        rows = counted(self.dataset.get("rows", 0), "example")
-        return f"Evaluation({rows}; loss: {', '.join(told)})"
-
-    def _repr_html_(self) -> str:
-        """Every metric of every model, for notebooks."""
-        from lighten.notebook import evaluation_html
-
-        return evaluation_html(self)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
-
-    def metric(self, model: str, name: str) -> dict[str, float | None]:
-        """Value, standard error and interval of one metric of one model."""
-        for own in self.models:
-            if own["name"] == model:
-                found: dict[str, float | None] = own["metrics"][name]
-                return found
-        raise KeyError(model)
 
 
 def evaluate_run(run: Run, *, progress: Progress | None = None, **options: Any) -> Evaluation:
@@ -114,8 +48,7 @@ def evaluate_run(run: Run, *, progress: Progress | None = None, **options: Any) 
     """
     recipe = run.recipe()
     settings = recipe.with_evaluate(options)
-    for name in settings.extra_metrics:
-        registry.extra(name)  # before anything heavy is loaded
+    require(settings)
     transformers_logging.disable_progress_bar()
     device = hardware.choose_device().value
     memory = hardware.PeakMemory(device)
@@ -130,12 +63,29 @@ def evaluate_run(run: Run, *, progress: Progress | None = None, **options: Any) 
     encoding = None if progress is None else functools.partial(progress, "encoding")
     found = held_out_data.encoded(recipe, given, tokenizer, limits, settings.max_examples, encoding)
     answered, unasked = askable(found.examples, recipe, tokenizer)
-    results = [
-        measure(models, own, found, answered, recipe, settings, memory, progress)
-        for own in (None, *models.names)
-    ]
+    general = None
+    if settings.forgetting is not None:
+        general = forgetting.encoded(settings.forgetting, recipe, tokenizer, limits)
+    tasks = harness.begin(settings, tokenizer) if settings.tasks else None
+    results = []
+    for own in (None, *models.names):
+        results.append(
+            measure(models, own, found, answered, recipe, settings, memory, progress,
+                    general=general)
+        )  # fmt: skip
+        if tasks is not None:
+            opened = models.open(own)
+            using = opened.trained.using(opened.adapter)
+            harness.score(tasks, own or "base", opened.base.model, tokenizer, settings, using)
     evaluation = summarise(results, answered, settings)
+    if tasks is not None:
+        evaluation.settings["lm_eval"] = tasks.settings
+        evaluation.tasks = harness.summary(tasks, settings)
+    if settings.judge is not None:
+        evaluation.judged = _judge(evaluation.examples, results, settings, progress)
     evaluation.settings["chat_template"] = template
+    if general is not None:
+        evaluation.settings["general_text"] = general.facts
     if recipe.qat is not None:
         evaluation.settings["qat"] = f"{recipe.qat}, groups of {recipe.qat_group_size}"
     shortened = max(result.answers.shortened for result in results)
@@ -156,6 +106,48 @@ def evaluate_run(run: Run, *, progress: Progress | None = None, **options: Any) 
     }
     runs.write_json(run.folder / runs.EVALUATION, evaluation.to_dict())
     return evaluation
+
+
+def require(settings: EvaluateOptions) -> None:
+    """What is measured can be: told before anything heavy is loaded.
+
+    Raises:
+        UserError: A metric, a file, an extra or a setting is missing.
+    """
+    for name in settings.extra_metrics:
+        registry.extra(name)
+    if settings.forgetting is not None:
+        forgetting.read(settings.forgetting)
+    if settings.tasks:
+        harness.require(settings)
+    if (settings.judge is None) != (settings.judge_model is None):
+        raise UserError(
+            "a judge is an address and a model there: give both, "
+            "--judge http://127.0.0.1:8000/v1 --judge_model NAME"
+        )
+
+
+def _judge(
+    examples: Sequence[Mapping[str, Any]], results: Sequence[Measured],
+    settings: EvaluateOptions, progress: Progress | None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """What a judge says of each adapter's answers beside the base's."""
+    assert settings.judge is not None
+    assert settings.judge_model is not None
+    judge = Judge(settings.judge, settings.judge_model)
+    texts = [own["prompt"] for own in examples], [own["reference"] for own in examples]
+    base, *others = results
+    return [
+        {
+            "adapter": own.name, "against": base.name,
+            **judged(
+                judge, *texts, own.answers.texts, base.answers.texts,
+                samples=settings.bootstrap_samples, seed=settings.seed,
+                progress=progress and functools.partial(progress, f"{own.name}: judge"),
+            ),
+        }
+        for own in others if examples
+    ]  # fmt: skip
 
 
 def _qat_sentence(recipe: Recipe) -> list[str]:
@@ -249,6 +241,7 @@ def measure(
     memory: hardware.PeakMemory,
     progress: Progress | None = None,
     kept: Kept | None = None,
+    general: GeneralText | None = None,
 ) -> Measured:
     """Likelihood and answers of one model (own None: the untouched base).
 
@@ -262,32 +255,18 @@ def measure(
         memory: Restarted for this model.
         progress: Told what is being done, how far it is, and of how much.
         kept: What an earlier session measured before it was ended; new parts are added.
+        general: Text beside the task.
     """
     name, opened = own or "base", models.open(own)
     base, trained, adapter = opened.base, opened.trained, opened.adapter
     memory.restart()
     assert scored.rows is not None
-    rows = scored.rows.rows
-    key = key_of("loss", [row.input_ids for row in rows])
-    before = None if kept is None else kept.get(key)
-    if before is not None:
-        losses = HeldOut(tuple(before["nll"]), tuple(before["tokens"]))
-    else:
-        losses = held_out(
-            Objective(base.model, trained, fast=trained.supports_fast_loss),
-            rows,
-            adapter,
-            max_rows=recipe.per_device_eval_batch_size,
-            max_tokens=choose_tokens(
-                recipe.tokens_per_microbatch, base.model.device.type, base.dtype.value
-            )[0],
-            device=base.model.device,
-            progress=None if progress is None else functools.partial(progress, f"{name}: loss"),
-        )
-        if kept is not None:
-            kept.put(key, {"nll": losses.nll, "tokens": losses.tokens})
-    statistics = {"loss": metrics.likelihood_statistics(losses.nll, losses.tokens)}
+    statistics = {"loss": _likelihood(opened, scored.rows.rows, recipe, name, progress, kept)}
     statistics["perplexity"] = statistics["loss"]
+    if general is not None:
+        statistics[forgetting.METRIC] = _likelihood(
+            opened, general.rows.rows, recipe, f"{name}, general text", progress, kept
+        )
     prompts, references = [], []
     handling = data.Handling(recipe.system_role, recipe.thinking)
     for example in answered:
@@ -316,87 +295,27 @@ def measure(
     return Measured(name, own, statistics, answers, memory.read())
 
 
-def summarise(
-    results: Sequence[Measured], answered: Sequence[Example], settings: EvaluateOptions
-) -> Evaluation:
-    """Metrics with intervals, and each adapter's paired difference from the base."""
-    text = {"bleu": metrics.bleu(), "chrf": metrics.chrf()}
-    signatures = {name: own.signature for name, own in text.items()}
-    extras = {own: registry.extra(own) for own in settings.extra_metrics}
-    formulas: dict[str, FromSums] = {
-        **metrics.FROM_SUMS, **text, **{name: own.formula for name, own in extras.items()},
-    }  # fmt: skip
-    signatures |= {name: own.signature for name, own in extras.items()}
-    base = results[0]
-    draws = {
-        len(own): Resamples(len(own), settings.bootstrap_samples, settings.seed)
-        for own in base.statistics.values()
-    }
-    summaries, differences = [], []
-    for result in results:
-        own: dict[str, Any] = {}
-        for metric in (*metrics.METRICS, *(more.metric for more in extras.values())):
-            if metric.name not in result.statistics:
-                continue
-            counts, formula = result.statistics[metric.name], formulas[metric.name]
-            own[metric.name] = draws[len(counts)].estimate(counts, formula).to_dict()
-            if result is not base:
-                found = draws[len(counts)].difference(counts, base.statistics[metric.name], formula)
-                differences.append(
-                    {
-                        "adapter": result.name,
-                        "metric": metric.name,
-                        "difference": found.value,
-                        "low": found.low,
-                        "high": found.high,
-                        "verdict": verdict(
-                            found, len(counts), lower_is_better=metric.lower_is_better
-                        ),
-                    }
-                )
-        speed = result.answers.tokens / result.answers.seconds if result.answers.tokens else None
-        summaries.append(
-            {
-                "name": result.name,
-                "adapter": result.adapter,
-                "metrics": own,
-                "losses": result.statistics["loss"].tolist(),
-                "seconds": result.answers.seconds,
-                "generated_tokens": result.answers.tokens,
-                "generated_tokens_per_second": speed,
-                **result.memory,
-            }
-        )
-    examples = [
-        {
-            "file": Path(example.file).name,
-            "line": example.line,
-            "prompt": example.messages[-2].content if len(example.messages) > 1 else "",
-            "reference": example.reference,
-            "answers": {result.name: result.answers.texts[place] for result in results},
-        }
-        for place, example in enumerate(answered)
-    ]
-    how = {
-        **settings.model_dump(),
-        "interval": "95 % percentile bootstrap over examples, paired for differences",
-        "normalisation": "NFC",
-        "signatures": signatures if answered else {},
-    }
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return Evaluation(how, {}, summaries, differences, examples, created=now)
-
-
-def verdict(difference: Estimate, examples: int, *, lower_is_better: bool) -> str:
-    """In words: `better` or `worse` only where the whole interval says so.
-
-    A percentile interval of few examples is too narrow: without any true difference it excludes
-    zero for half of all pairs of examples and for 15 % of fives; from twenty on it is near its 5 %.
-    """
-    if examples < FEWEST or difference.low is None or difference.high is None:
-        return "too few examples"
-    if difference.low > 0:
-        return "worse" if lower_is_better else "better"
-    if difference.high < 0:
-        return "better" if lower_is_better else "worse"
-    return "no difference found"
+def _likelihood(
+    opened: Opened, rows: Sequence[TokenRow], recipe: Recipe, name: str,
+    progress: Progress | None, kept: Kept | None,
+) -> Array:  # fmt: skip
+    """Statistics of the loss on encoded rows, or what an earlier session kept of them."""
+    key = key_of("loss", [row.input_ids for row in rows])
+    before = None if kept is None else kept.get(key)
+    if before is not None:
+        return metrics.likelihood_statistics(before["nll"], before["tokens"])
+    base, trained = opened.base, opened.trained
+    losses = held_out(
+        Objective(base.model, trained, fast=trained.supports_fast_loss),
+        rows,
+        opened.adapter,
+        max_rows=recipe.per_device_eval_batch_size,
+        max_tokens=choose_tokens(
+            recipe.tokens_per_microbatch, base.model.device.type, base.dtype.value
+        )[0],
+        device=base.model.device,
+        progress=None if progress is None else functools.partial(progress, f"{name}: loss"),
+    )
+    if kept is not None:
+        kept.put(key, {"nll": losses.nll, "tokens": losses.tokens})
+    return metrics.likelihood_statistics(losses.nll, losses.tokens)

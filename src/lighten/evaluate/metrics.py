@@ -38,6 +38,7 @@ METRICS = (
     Metric("chrf", "chrF", False),
     Metric("bleu", "BLEU", False),
     Metric("exact_match", "exact match, %", False),
+    Metric("general_loss", "loss on general text, nats per token", True),
 )
 
 
@@ -114,4 +115,5 @@ FROM_SUMS: dict[str, FromSums] = {
     "loss": mean_loss,
     "perplexity": perplexity,
     "exact_match": percent,
+    "general_loss": mean_loss,
 }

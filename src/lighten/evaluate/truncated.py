@@ -20,7 +20,8 @@ from lighten.adapters.spectrum import SavedAdapter
 from lighten.errors import UserError
 from lighten.evaluate import metrics
 from lighten.evaluate.bootstrap import Estimate, Resamples
-from lighten.evaluate.evaluation import held_out_examples, verdict
+from lighten.evaluate.evaluation import held_out_examples
+from lighten.evaluate.verdicts import verdict
 from lighten.models import Base, limits_of
 from lighten.recipe import Recipe
 from lighten.runs import Run

@@ -51,6 +51,25 @@ class EvaluateOptions(Section):
         description="metrics beside loss, chrF, BLEU and exact match: chrf_spaces, rouge1, rouge2, "
         "rougeL, token_f1, json_valid, or module:function of yours (answer, reference)",
     )
+    forgetting: str | None = Field(
+        None,
+        description="general text whose loss tells what training made the model forget: builtin "
+        "(English and Korean), a text file (its paragraphs), or a data file",
+    )
+    judge: str | None = Field(
+        None,
+        description="address of an OpenAI-compatible API whose model compares the answers with the "
+        "base's: http://127.0.0.1:8000/v1 (its key: OPENAI_API_KEY)",
+    )
+    judge_model: str | None = Field(None, description="the judge's name there")
+    tasks: list[str] = Field(
+        [], description="tasks of lm-eval: names, or those of include_path (extra: lm-eval)"
+    )
+    include_path: str | None = Field(None, description="folder with lm-eval's task files")
+    tasks_limit: Positive | None = Field(None, description="documents of each task at most")
+    tasks_chat_template: bool = Field(
+        True, description="ask tasks within the model's chat template, where it has one"
+    )
     bootstrap_samples: Positive = Field(1000, description="resamples behind each interval")
     seed: Seed = Field(0, description="seed of the resampling")
 

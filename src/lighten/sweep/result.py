@@ -14,7 +14,7 @@ import numpy as np
 from lighten import runs
 from lighten.evaluate import metrics
 from lighten.evaluate.bootstrap import Resamples
-from lighten.evaluate.evaluation import verdict
+from lighten.evaluate.verdicts import verdict
 from lighten.recipe import Recipe
 from lighten.runs import Run
 from lighten.sweep import costs

@@ -1,0 +1,119 @@
+"""`lighten evaluate` against plain transformers on the same examples, for `audit_check.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks import machine
+
+BATCH_SIZES = (8, 16, 32, 64)
+# Examples that the peer's batch size is chosen on, and how far two losses may be apart.
+TRIED = 32
+AGREEMENT = {"float32": 1e-4, "bfloat16": 2e-2}
+# Answers that are the same: greedy choices near a tie go another way by rounding.
+SAME_ANSWERS = {"float32": 0.9, "bfloat16": 0.5}
+
+
+def compare(
+    model: str, data: str, dtype: str, scratch: Path, *, examples: int, new_tokens: int
+) -> dict[str, Any]:
+    """Both on a freshly trained adapter and its base.
+
+    Args:
+        model: The base.
+        data: Its examples; those held out are measured on.
+        dtype: Of the base.
+        scratch: A folder that is thrown away.
+        examples: How many are measured on.
+        new_tokens: Of an answer at most.
+    """
+    import lighten
+
+    run = lighten.train(
+        model_name_or_path=model, dataset=data, dtype=dtype, output_dir=str(scratch / dtype),
+        max_steps=4, max_length=256, max_eval_samples=8, progress=False, planned=False,
+    )  # fmt: skip
+    job = _job(run, dtype, examples, new_tokens)
+    few = {**job, "prompts": job["prompts"][:TRIED], "rows": job["rows"][:TRIED]}
+    tried: dict[int, float] = {}
+    for size in BATCH_SIZES:
+        found = machine.in_fresh_process("peers_generate.py", {**few, "batch_size": size}, scratch)
+        if "error" not in found:
+            tried[size] = found["seconds"]
+    if not tried:
+        return {"ratio": None, "why_not": found["error"]}
+    best = min(tried, key=lambda size: tried[size])
+    theirs = machine.in_fresh_process("peers_generate.py", {**job, "batch_size": best}, scratch)
+    asked = {"run": str(run.folder), "examples": examples, "new_tokens": new_tokens}
+    ours = machine.in_fresh_process("evaluate_worker.py", asked, scratch)
+    for own in (theirs, ours):
+        if "error" in own:
+            return {"ratio": None, "why_not": own["error"], "tried": tried}
+    return {"batch_size": best, "tried": tried, **judged(ours, theirs, run, dtype)}
+
+
+def _job(run: Any, dtype: str, examples: int, new_tokens: int) -> dict[str, Any]:
+    """What the peer is given: the tokens that `lighten evaluate` measures on."""
+    from lighten import data, models
+    from lighten.evaluate.evaluation import askable, held_out_examples
+    from lighten.evaluate.generate import stop_tokens
+    from lighten.models import limits
+    from lighten.train import held_out_data
+
+    recipe = run.recipe()
+    base = models.load(recipe.model_name_or_path)
+    data.choose_template(base.tokenizer, recipe.chat_template)
+    given = held_out_examples(recipe, run.info()["data"]["sha256"])
+    found = held_out_data.encoded(
+        recipe, given, base.tokenizer, limits(recipe.model_name_or_path), examples
+    )
+    assert found.rows is not None
+    handling = data.Handling(recipe.system_role, recipe.thinking)
+    kept, _ = askable(found.examples, recipe, base.tokenizer)
+    learnt = data.LearntAnswers.of(run.info())
+    stops = stop_tokens(base.model, base.tokenizer, learnt)
+    return {
+        "model": str(base.path), "adapter": str(next(iter(run.adapters().values()))),
+        "dtype": dtype, "new_tokens": new_tokens, "stops": stops,
+        "pad": base.tokenizer.pad_token_id,
+        "rows": [
+            ([int(own) for own in row.input_ids], [bool(own) for own in row.supervised])
+            for row in found.rows.rows
+        ],
+        "prompts": [
+            [int(own) for own in data.prompt_of(one, base.tokenizer, handling)[0]] for one in kept
+        ],
+    }  # fmt: skip
+
+
+def judged(ours: Any, theirs: Any, run: Any, dtype: str) -> dict[str, Any]:
+    """The ratio of times; null where the two did not measure the same.
+
+    Args:
+        ours: Losses and texts of both models.
+        theirs: Losses and token ids of both.
+        run: Whose tokenizer makes texts of them.
+        dtype: Of the base.
+    """
+    from lighten.models import load_tokenizer
+
+    tokenizer = load_tokenizer(run.recipe().model_name_or_path)
+    apart, same, count = 0.0, 0, 0
+    for name, own in ours["models"].items():
+        other = theirs["models"][name]
+        total = sum(other["losses"])
+        apart = max(apart, abs(sum(own["losses"]) - total) / total)
+        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in other["answers"]]
+        same += sum(a.strip() == b.strip() for a, b in zip(own["texts"], texts, strict=True))
+        count += len(texts)
+    why = None
+    if apart > AGREEMENT[dtype]:
+        why = f"the losses are {apart:.1e} apart"
+    elif same < SAME_ANSWERS[dtype] * count:
+        why = f"{same} of {count} answers alone are the same"
+    return {
+        "ratio": None if why else ours["seconds"] / theirs["seconds"], "why_not": why,
+        "ours_s": ours["seconds"], "theirs_s": theirs["seconds"],
+        "loss_difference": apart, "same_answers": same / count,
+    }  # fmt: skip

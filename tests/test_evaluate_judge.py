@@ -1,0 +1,123 @@
+"""A model as judge: asked in both orders over a real HTTP server, ties counted, mistakes told."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lighten
+from lighten.errors import UserError
+from lighten.evaluate.judge import Judge, judged
+
+Opinion = Callable[[str, str], str]  # of the answers A and B, in their order
+
+
+class _Server:
+    """Answers chat completions with an opinion of ours, and keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.opinion: Opinion = lambda first, second: "tie"
+        self.asked: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                server.asked.append(body)
+                server.keys.append(self.headers["Authorization"])
+                text = body["messages"][0]["content"]
+                first = text.split("[Answer A]\n")[1].split("\n\n[Answer B]")[0]
+                second = text.split("[Answer B]\n")[1].split("\n\nReply")[0]
+                said = server.opinion(first, second)
+                ok = said != "refuse"
+                answer = {"choices": [{"message": {"content": said}}]}
+                data = json.dumps(answer if ok else {"error": "no such model"}).encode()
+                self.send_response(200 if ok else 404)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_: Any) -> None:
+                """Nothing."""
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_address[1]}/v1"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def server() -> Iterator[_Server]:
+    made = _Server()
+    yield made
+    made.http.shutdown()
+    made.http.server_close()
+
+
+def ask(server: _Server, ours: list[str], base: list[str]) -> dict[str, Any]:
+    texts = ["?"] * len(ours)
+    return judged(Judge(server.url, "judge"), texts, texts, ours, base, samples=500, seed=0)
+
+
+def test_a_better_answer_wins_in_either_order(server: _Server) -> None:
+    server.opinion = lambda first, second: "A" if len(first) > len(second) else "B"
+    ours = ["long answer"] * 15 + ["x"] * 5 + ["same"] * 4
+    base = ["short"] * 15 + ["longer"] * 5 + ["same"] * 4
+    found = ask(server, ours, base)
+    assert (found["wins"], found["losses"], found["ties"]) == (15, 5, 4)
+    assert (found["swapped"], found["unclear"]) == (0, 0)
+    assert found["rate"]["value"] == pytest.approx(100 * (15 + 2) / 24)
+    assert found["rate"]["low"] < found["rate"]["value"] < found["rate"]["high"]
+    assert len(server.asked) == 2 * 20  # answers that are the same are not sent
+    assert all(own["temperature"] == 0 and own["model"] == "judge" for own in server.asked)
+
+
+def test_a_judge_that_follows_the_order_has_no_opinion(server: _Server) -> None:
+    server.opinion = lambda *_: "A"
+    found = ask(server, ["x"] * 24, ["y"] * 24)
+    assert (found["wins"], found["losses"], found["ties"], found["swapped"]) == (0, 0, 24, 24)
+    assert found["verdict"] == "no difference found"
+    server.opinion = lambda *_: "I cannot say"
+    assert ask(server, ["x"] * 3, ["y"] * 3)["unclear"] == 3
+
+
+def test_a_key_is_sent_and_what_is_wrong_is_told(
+    server: _Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "a-key")
+    ask(server, ["x"], ["y"])
+    assert server.keys == ["Bearer a-key"] * 2
+    server.opinion = lambda *_: "refuse"
+    with pytest.raises(UserError, match=r"answered 404: .*no such model"):
+        ask(server, ["x"], ["y"])
+    with pytest.raises(UserError, match="cannot be reached"):
+        Judge("http://127.0.0.1:9/v1", "judge").ask("", "", "", "")
+    with pytest.raises(UserError, match="is no address"):
+        Judge("somewhere", "judge").ask("", "", "", "")
+
+
+def test_an_evaluation_is_judged(
+    server: _Server, tiny_folder: Path, chat_file: Path, tmp_path: Path
+) -> None:
+    server.opinion = lambda *_: "B"
+    run = lighten.train(
+        model=str(tiny_folder), dataset=str(chat_file), dtype="float32", max_steps=4, val_size=8,
+        learning_rate=5e-2, output_dir=str(tmp_path / "run"), progress=False,
+    )  # fmt: skip
+    with pytest.raises(UserError, match="give both"):
+        lighten.evaluate(run, judge=server.url)
+    found = lighten.evaluate(
+        run, judge=server.url, judge_model="judge", max_examples=4, max_new_tokens=3
+    )
+    (own,) = found.judged
+    assert own["adapter"] == "default"
+    assert own["ties"] == 4
+    stored = json.loads((run.folder / "evaluation.json").read_text())
+    assert stored["judged"][0]["swapped"] == len(server.asked) // 2
+    assert stored["settings"]["judge_model"] == "judge"

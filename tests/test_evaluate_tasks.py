@@ -1,0 +1,117 @@
+"""Tasks of lm-eval from a local folder, on a base and what was trained on it (trap 46)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import lighten
+from lighten.errors import MissingExtra, UserError
+from lighten.evaluate import against, harness
+from lighten.runs import Run
+from tests.tiny import tiny_tokenizer
+
+CHOICES = """
+task: tiny_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+ANSWERS = """
+task: tiny_answer
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{choices[answer]}}}}"
+generation_kwargs: {{until: ["."], max_gen_toks: 4, do_sample: false}}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+"""
+FEW = {"max_examples": 2, "max_new_tokens": 2}
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tasks")
+    rows = [
+        {"question": f"What is {i} plus {i}?", "choices": [" the answer", " please", " no"],
+         "answer": i % 3}
+        for i in range(24)
+    ]  # fmt: skip
+    data = folder / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "choice.yaml").write_text(CHOICES.format(data=data))
+    (folder / "answer.yaml").write_text(ANSWERS.format(data=data))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tiny_folder: Path, chat_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return lighten.train(
+        model=str(tiny_folder), dataset=str(chat_file), dtype="float32", max_steps=4, val_size=8,
+        learning_rate=5e-2, progress=False,
+        output_dir=str(tmp_path_factory.mktemp("runs") / "run"),
+    )  # fmt: skip
+
+
+def test_choices_and_answers_are_scored_and_paired(
+    run: Run, tasks: Path, tiny_folder: Path
+) -> None:
+    """Accuracy against likelihoods by transformers alone, without and with the template."""
+    pytest.importorskip("lm_eval")
+    from transformers import AutoModelForCausalLM
+
+    how = {"include_path": str(tasks), "tasks": ["tiny_choice", "tiny_answer"], **FEW}
+    found = lighten.evaluate(run, tasks_chat_template=False, **how)
+    choice, answer = found.tasks
+    assert (choice["task"], choice["metric"], choice["documents"]) == ("tiny_choice", "acc", 24)
+    assert (answer["task"], answer["metric"]) == ("tiny_answer", "exact_match")
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
+    tokenizer = tiny_tokenizer()
+    right = []
+    for line in (tasks / "data.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        start = tokenizer(row["question"], add_special_tokens=False)["input_ids"]
+        totals = []
+        for text in row["choices"]:
+            ids = start + tokenizer(text, add_special_tokens=False)["input_ids"]
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+            after = range(len(start), len(ids))
+            totals.append(sum(float(logits[at - 1, ids[at]]) for at in after))
+        right.append(float(int(np.argmax(totals)) == row["answer"]))
+    assert choice["values"]["base"] == right
+    change = choice["differences"]["default"]
+    ours = choice["models"]["default"]["value"]
+    assert change["value"] == pytest.approx(ours - np.mean(right))
+    assert found.settings["lm_eval"]["chat_template"] is False
+    rows = against.compare(found.to_dict(), found.to_dict())
+    assert {"tiny_choice, acc"} <= {own["metric"] for own in rows}
+    with_template = lighten.evaluate(run, **{**how, "tasks": ["tiny_choice"], "tasks_limit": 4})
+    assert with_template.settings["lm_eval"]["chat_template"] is True
+    with pytest.raises(UserError, match="of the tasks, chat_template is"):
+        against.compare(with_template.to_dict(), found.to_dict())
+
+
+def test_mistakes_are_told(
+    run: Run, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(harness.importlib.util, "find_spec", lambda _: None)
+        with pytest.raises(MissingExtra, match=r"pip install 'lighten\[lm-eval\]'"):
+            lighten.evaluate(run, tasks=["tiny_choice"])
+    pytest.importorskip("lm_eval")
+    with pytest.raises(UserError, match="does not exist"):
+        lighten.evaluate(run, tasks=["tiny_choice"], include_path=str(tmp_path / "none"))
+    with pytest.raises(UserError, match="has no task 'other'"):
+        lighten.evaluate(run, tasks=["other"], include_path=str(tasks), **FEW)
