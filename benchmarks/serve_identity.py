@@ -7,9 +7,9 @@ their names, all the while.
 
 An answer is compared token by token. It is *equal* if all tokens are the reference's; it is a *tie*
 if at its first other token the reference gives it a log-probability within a bound of its choice's
-(kernels add in another order for other batches, and a server that rounds to 8 bits shows it); all
-else is *wrong*. An answer whose log-probabilities up to there are off by more than the bound is
-wrong. The bound is told with the result.
+(kernels add in another order for other batches); all else is *wrong*. An answer whose
+log-probabilities up to there are off by more than the bound is wrong. The bound is told with the
+result.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 
 from lighten.serve.remote import Remote, ServerError
 
-TIE = 0.1  # of llama.cpp's 8-bit products; our engine is held to equal numbers
+TIE = 0.01  # of llama.cpp in float32; our engine is held to equal numbers
 _TOKENS, _TOP = 16, 5
 _WAIT_S = 0.05
 

@@ -20,6 +20,7 @@ from lighten.hardware import cache_folder
 from lighten.models.load import locate
 from lighten.serve import adapters, running
 from lighten.serve.remote import Remote, ServerError
+from lighten.serve.vllm import server
 
 ROOT = Path(__file__).parents[1]
 VLLM = ROOT / ".vllm" / "bin" / "vllm"  # `make vllm`
@@ -144,8 +145,8 @@ def vllm(
     log = cache_folder() / "vllm.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     words = [
-        str(program), "serve", str(locate(base)[1]), "--served-model-name", "base", "--host",
-        "127.0.0.1", "--port", str(port), "--max-num-seqs", str(slots), "--max-model-len",
+        *server(str(program)), "--model", str(locate(base)[1]), "--served-model-name", "base",
+        "--host", "127.0.0.1", "--port", str(port), "--max-num-seqs", str(slots), "--max-model-len",
         str(context), "--enable-lora", "--max-loras", str(len(there)), "--max-lora-rank",
         str(rank), "--generation-config", "vllm", "--lora-modules",
         *(f"{name}={path}" for name, path in there.items()),

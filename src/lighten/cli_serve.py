@@ -24,7 +24,7 @@ def serve(
     ctx: typer.Context,
     base: Annotated[str, typer.Argument(metavar="BASE", help="A model; or a run that is one.")],
     adapters: _Adapters = None,
-    engine: Annotated[str, typer.Option(help="auto, llamacpp or lighten.")] = "auto",
+    engine: Annotated[str, typer.Option(help="auto, llamacpp, lighten or vllm.")] = "auto",
     served_model_name: Annotated[
         str | None, typer.Option(help="What clients call the base; default as given.")
     ] = None,
@@ -53,7 +53,7 @@ def serve(
         typer.Option(help="Key for loading adapters; better in LIGHTEN_ADMIN_KEY."),
     ] = None,
     engine_flag: Annotated[
-        list[str] | None, typer.Option(help="NAME=VALUE of llama.cpp's own settings.")
+        list[str] | None, typer.Option(help="NAME=VALUE of llama.cpp's or vLLM's settings.")
     ] = None,
     prefix_caching: Annotated[
         bool, typer.Option(help="Compute beginnings that prompts of one adapter share once.")

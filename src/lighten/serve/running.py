@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 STORAGES = ("q8_0", "f16", "bf16", "f32")
 STORAGE = STORAGES[0]  # unless another is asked for; ours has the processor's own format then
 STORED = {"f32": "float32", "bf16": "bfloat16"}  # what our engine holds a base as
+STORED_BY_VLLM = {**STORED, "f16": "float16"}
 _GRACE_S = 25  # running answers have so long after SIGTERM; the process ends within 30 s
 _CONTEXT = 4096
 
@@ -51,7 +52,7 @@ class Options:
         api_keys: Keys of clients.
         admin_keys: Keys for loading adapters.
         waiting: Answers under way and waiting at most.
-        engine_flags: llama.cpp's own settings, passed on.
+        engine_flags: llama.cpp's or vLLM's own settings, passed on.
         prefix_caching: Whether beginnings that prompts of one adapter share are computed once.
         revision: Of a hub id.
     """
@@ -238,10 +239,29 @@ def _llamacpp(
     )  # fmt: skip
 
 
+def _vllm(
+    registry: Registry, options: Options, context: int, told: Callable[[str], None]
+) -> Engine:
+    from lighten.serve.vllm import Vllm, program, require_servable
+
+    base = registry.base
+    if base.gguf is not None:
+        raise UserError(f"--engine vllm does not serve the GGUF file {base.gguf}; give its folder")
+    for own in registry.adapters:
+        require_servable(own.folder)
+    told(f"base: as it is, in {program()}")
+    return Vllm(
+        base.folder, base.asking.tokenizer, context=context, slots=options.slots,
+        most_adapters=options.most_adapters, flags=dict(options.engine_flags),
+        dtype=STORED_BY_VLLM.get(options.storage, "auto"), prefix_caching=options.prefix_caching,
+    )  # fmt: skip
+
+
 # An engine that is not started yet, by name; each says to `told` what it does to the base.
 ENGINES: dict[str, Callable[[Registry, Options, int, Callable[[str], None]], Engine]] = {
     "llamacpp": _llamacpp,
     "lighten": _cohort,
+    "vllm": _vllm,
 }
 
 
@@ -282,11 +302,16 @@ def _check(options: Options) -> None:
     if options.engine not in ("auto", *ENGINES):
         raise UserError(f"--engine {options.engine} is not known; use auto, {', '.join(ENGINES)}")
     if options.engine == "lighten" and options.engine_flags:
-        raise UserError("--engine-flag is for --engine llamacpp")
+        raise UserError("--engine-flag is for --engine llamacpp and vllm")
     if options.engine == "lighten" and options.storage not in (STORAGE, *STORED):
         raise UserError(
             f"--storage {options.storage} is for --engine llamacpp; ours holds a base as "
             f"{', '.join(STORED)}"
+        )
+    if options.engine == "vllm" and options.storage not in (STORAGE, *STORED_BY_VLLM):
+        raise UserError(
+            f"--storage {options.storage} is for --engine llamacpp; vLLM holds a base as "
+            f"{', '.join(STORED_BY_VLLM)}, or as its configuration says"
         )
     if options.storage not in STORAGES:
         raise UserError(f"--storage {options.storage} is not known; use {', '.join(STORAGES)}")

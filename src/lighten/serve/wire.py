@@ -22,14 +22,24 @@ async def get(socket: Path, path: str) -> tuple[int, bytes]:
     return await _whole(socket, f"GET {path} HTTP/1.1\r\nHost: engine\r\nConnection: close\r\n\r\n")
 
 
-async def post(socket: Path, path: str, body: Any) -> list[Any]:
-    """The `tokens` that a request is answered with."""
+async def request(socket: Path, path: str, body: Any) -> tuple[int, str]:
+    """Status of a POST request, and its body or the message of the error in it."""
+    status, text = await _posted(socket, path, body)
+    return status, text.decode(errors="replace") if status == 200 else _said(text)
+
+
+async def _posted(socket: Path, path: str, body: Any) -> tuple[int, bytes]:
     content = json.dumps(body)
-    status, text = await _whole(
+    return await _whole(
         socket,
         f"POST {path} HTTP/1.1\r\nHost: engine\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(content)}\r\nConnection: close\r\n\r\n{content}",
     )
+
+
+async def post(socket: Path, path: str, body: Any) -> list[Any]:
+    """The `tokens` that a request is answered with."""
+    status, text = await _posted(socket, path, body)
     if status != 200:
         raise EngineFailed(status, _said(text))
     found: list[Any] = json.loads(text)["tokens"]

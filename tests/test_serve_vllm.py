@@ -1,0 +1,124 @@
+"""vLLM as an engine: for real where it is installed (`make vllm`), and refused where it is not."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM
+
+pytest.importorskip("uvicorn")
+pytest.importorskip("xllamacpp")
+
+import lighten.api
+from lighten import models
+from lighten.errors import UserError
+from lighten.serve import vllm
+from lighten.serve.engine import Generation, Sampling
+from lighten.serve.remote import Remote
+from tests.serving import ADMIN, save_adapter, serving
+
+ROOT = Path(__file__).parents[1]
+INSTALLED = os.environ.get(vllm.PROGRAM) or ROOT / ".vllm" / "bin" / "vllm"
+
+
+def test_where_it_is_missing_the_way_to_install_it_is_said(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(vllm.PROGRAM, "/nowhere/vllm")
+    with pytest.raises(UserError, match=r"/nowhere/vllm.*pip install vllm"):
+        lighten.api.serve(str(tiny_folder), engine="vllm", told=lambda _: None)
+
+
+def test_what_it_does_not_serve_is_refused_before_it_starts(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    folder = save_adapter(tiny_folder, tmp_path / "it", seed=1)
+    assert vllm.require_servable(folder) == 4
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text())
+    for change in ({"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}):
+        file.write_text(json.dumps({**config, **change}))
+        with pytest.raises(UserError, match="merge"):
+            vllm.require_servable(folder)
+    file.write_text(json.dumps({**config, "rank_pattern": {"q_proj": 24}}))
+    assert vllm.require_servable(folder) == 24
+
+
+def test_nothing_of_a_request_is_left_to_its_defaults() -> None:
+    wanted = Generation([5, 6], "key", 7, Sampling(0.5, seed=-1), frozenset({2}), logprobs=0)
+    body = vllm.request_body(wanted)
+    assert (body["model"], body["prompt"], body["max_tokens"]) == ("key", [5, 6], 7)
+    assert (body["stop_token_ids"], body["logprobs"], body["seed"]) == ([2], 1, 2**63 - 1)
+    assert vllm.request_body(Generation([5], None, 1))["model"] == "base"
+
+
+def wide(source: Path, folder: Path) -> Path:
+    """A tiny model whose heads have 32 features: vLLM computes no narrower ones on a processor."""
+    shutil.copytree(source, folder)
+    config = AutoConfig.from_pretrained(
+        source, hidden_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=32
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_it_answers_as_each_adapter_alone_even_trained_anew(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Mixed adapters against PEFT in float32, and a folder that has other contents later."""
+    if not Path(INSTALLED).is_file():
+        pytest.skip("vLLM is not installed: make vllm")
+    folder = wide(tiny_folder, tmp_path / "base")
+    for seed, name in enumerate(("one", "two")):
+        save_adapter(folder, tmp_path / name, seed=seed + 1)
+    base = models.load(str(folder), dtype="float32")
+    reference: Any = PeftModel.from_pretrained(base.model, str(tmp_path / "one"), "one")
+    reference.load_adapter(str(tmp_path / "two"), "two")
+    reference.eval()
+    shutil.copytree(tmp_path / "one", tmp_path / "moving")
+    prompt = list(range(5, 200))  # longer than a block of its prefix cache
+
+    def expected(name: str) -> list[float]:
+        reference.set_adapter(name)
+        with torch.inference_mode():
+            row = reference(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+        values: list[float] = row.topk(3).values.tolist()
+        return values
+
+    def told(url: str, model: str) -> list[float]:
+        body = {"model": model, "prompt": prompt, "max_tokens": 2, "logprobs": 3, "temperature": 0}
+        answer = Remote(url).request("POST", "/v1/completions", body)
+        return sorted(answer["choices"][0]["logprobs"]["top_logprobs"][0].values(), reverse=True)
+
+    with serving(
+        str(folder), "--engine", "vllm", "--storage", "f32", "--served-model-name", "base",
+        "--adapters", f"one={tmp_path / 'one'}", f"two={tmp_path / 'two'}", "--adapter-dir",
+        str(tmp_path), cache=tmp_path / "cache", env={vllm.PROGRAM: str(INSTALLED)},
+    ) as server:  # fmt: skip
+        for _ in range(2):
+            for name in ("one", "two"):
+                assert told(server.url, name) == pytest.approx(expected(name), abs=2e-3)
+        admin = Remote(server.url, ADMIN)
+        for source in ("one", "two", "one"):
+            shutil.rmtree(tmp_path / "moving")
+            shutil.copytree(tmp_path / source, tmp_path / "moving")
+            admin.request(
+                "POST", "/v1/load_lora_adapter", {"lora_name": "moving", "lora_path": "moving"}
+            )
+            assert told(server.url, "moving") == pytest.approx(expected(source), abs=2e-3)
+        schema = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"],
+                  "additionalProperties": False}  # fmt: skip
+        answer = Remote(server.url).chat(
+            "one", [{"role": "user", "content": "json"}], max_tokens=60, response_format={
+                "type": "json_schema", "json_schema": {"name": "it", "schema": schema}},
+        )  # fmt: skip
+        assert json.loads(answer["choices"][0]["message"]["content"])["a"] in ("x", "y")
