@@ -76,6 +76,18 @@ def test_changes_stop_when_time_is_over(tiny_folder: Path) -> None:
     assert {own.what for own in found} == {"gradient checkpointing", "the base in 4 bits (QLoRA)"}
 
 
+def test_changes_that_are_planned_already_are_told_though_time_is_over(tiny_folder: Path) -> None:
+    """On a busy machine those planned side by side used up all of it, and none was told."""
+    seen: list[Recipe] = []
+    planner = formula(300, seen)
+    recipe = recipe_for(tiny_folder)
+    plan = planner(recipe)
+    found = cheapest(
+        recipe, plan, planner, over=lambda: True, known=lambda own: bool(own.load_in_4bit)
+    )
+    assert {own.what for own in found} == {"the base in 4 bits (QLoRA)"}
+
+
 def test_a_plan_says_that_it_looked_no_further(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

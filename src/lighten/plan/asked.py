@@ -179,7 +179,7 @@ def _changes(recipe: Recipe, made: Plan, planner: Planner) -> tuple[tuple[Change
     for place in range(0, len(settings), AT_ONCE):
         if not over():
             planner.plan_ahead(_valid(recipe, settings[place : place + AT_ONCE]))
-    return cheapest(recipe, made, planner, over=over), not cut
+    return cheapest(recipe, made, planner, over=over, known=planner.knows), not cut
 
 
 def _valid(recipe: Recipe, changes: Sequence[Mapping[str, Any]]) -> Iterator[Recipe]:

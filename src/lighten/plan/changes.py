@@ -31,7 +31,12 @@ class Idea:
 
 
 def cheapest(
-    recipe: Recipe, plan: Plan, planner: Planner, *, over: Callable[[], bool] = lambda: False
+    recipe: Recipe,
+    plan: Plan,
+    planner: Planner,
+    *,
+    over: Callable[[], bool] = lambda: False,
+    known: Callable[[Recipe], bool] = lambda _: False,
 ) -> tuple[Change, ...]:
     """Changes that need less memory, the best first; combined where none is enough alone.
 
@@ -43,11 +48,12 @@ def cheapest(
         plan: Its plan.
         planner: Plans a recipe for the same device and data.
         over: Whether to look no further: every change is a plan, and a user waits.
+        known: Whether a recipe is planned already: that takes no time any more.
     """
     found: list[tuple[Idea, Change]] = []
     for idea in ideas(recipe, plan):
-        if over():
-            break
+        if over() and not _is_known(recipe, idea, known):
+            continue
         change = _planned(recipe, plan, idea, planner)
         if change is not None and change.saves_bytes > 0:
             found.append((idea, change))
@@ -164,6 +170,13 @@ def _planned(recipe: Recipe, plan: Plan, idea: Idea, planner: Planner) -> Change
         fits=changed.fits(),
         differing=differing(recipe, idea.settings),
     )
+
+
+def _is_known(recipe: Recipe, idea: Idea, known: Callable[[Recipe], bool]) -> bool:
+    try:
+        return known(recipe.changed(idea.settings))
+    except UserError:
+        return False
 
 
 def differing(recipe: Recipe, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -53,6 +53,10 @@ class Planner:
             raise found
         return found
 
+    def knows(self, recipe: Recipe) -> bool:
+        """Whether the recipe is planned already."""
+        return _key(recipe) in self._known
+
     def plan_ahead(self, recipes: Iterable[Recipe]) -> None:
         """Make plans side by side that will be asked for.
 
