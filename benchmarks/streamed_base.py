@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import machine
 
 TOKENS = 64  # of each adapter in a step
+RANK = 4  # on all linear layers
 VOCABULARY = 32_000
 ADAPTERS = 8
 AT_LEAST = 4.2  # how much larger than the largest plain model the streamed one is tried
@@ -178,7 +179,8 @@ def train(
                                                                      vocabulary)),
         "output_dir": tempfile.mkdtemp(dir=scratch), "per_device_train_batch_size": 1,
         "max_steps": steps, "val_size": 0, "save_steps": 10**6, "save_every": None,
-        "gradient_checkpointing": True, "max_length": TOKENS, "report_to": "none", **settings,
+        "gradient_checkpointing": True, "max_length": TOKENS, "lora_r": RANK,
+        "report_to": "none", **settings,
     }  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", CHILD, json.dumps([recipe, rate])],
