@@ -239,7 +239,7 @@ def test_a_full_run_ships_a_plain_model_and_is_evaluated_rounded(settings: dict[
 
 def test_what_does_not_combine_is_refused_together(settings: dict[str, Any]) -> None:
     wrong = {"load_in_4bit": True, "torch_compile": True, "lanes": 2, "lora_dropout": 0.1,
-             "use_dora": True, "offload_base": "disk"}  # fmt: skip
+             "use_dora": True, "offload_base": "disk", "strategy": "zero1"}  # fmt: skip
     with pytest.raises(RecipeError) as told:
         lighten.train(**settings, **wrong, progress=False)
     for key in wrong:

@@ -57,6 +57,11 @@ def _of_qat(
             f"offload_base: {recipe.offload_base} brings weights layer by layer to code that does "
             "not round them; remove it, or leave qat out"
         )
+    if recipe.strategy in ("fsdp", "zero1", "zero2", "zero3"):
+        found.append(
+            f"strategy: {recipe.strategy} spreads weights or state over ranks, and qat converts "
+            "and compares whole layers; use strategy: ddp"
+        )
     if recipe.torch_compile is True:
         found.append(
             "torch_compile: layers of qat round their weights outside of compiled code; leave it "
