@@ -1,0 +1,221 @@
+"""Several ranks: every strategy against one process, and runs that are killed and go on.
+
+    python benchmarks/scale_table.py                    # all parts; the last line is JSON
+    python benchmarks/scale_table.py --only strategies  # or kills, or streamed
+    python benchmarks/scale_table.py --only kills --kills 3
+
+A tiny Llama shape with random weights, float32, two ranks over gloo. The loss trajectory and what
+is shipped are compared with those of one process that has as many examples in a step: ragged
+counts of supervised tokens, 1 and 3 micro-batches a step, two adapters with their own rates.
+A kill is SIGKILL at a random moment after the start, of one rank or of all; the run is resumed,
+every fourth time with another number of ranks. The streamed parts are those of
+`streamed_base.py`, which is run for them. What was not measured is null.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks import machine
+
+PARTS = ("strategies", "kills", "streamed")
+STRATEGIES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
+COHORT = [{"name": "quick", "lora_r": 4, "learning_rate": 3e-3},
+          {"name": "slow", "lora_r": 8, "learning_rate": 1e-3}]  # fmt: skip
+METHODS: dict[str, dict[str, Any]] = {
+    "cohort": {"adapters": COHORT, "lora_dropout": 0.1},
+    "full": {"method": "full", "learning_rate": 1e-3},
+    "last layers": {"trainable_layers": "last_1", "learning_rate": 1e-3},
+}
+STEPS, KILLED_STEPS = 6, 60
+LONGEST_S = 600.0
+MODEL = """
+import sys
+from tests.tiny import save_tiny
+save_tiny(__import__("pathlib").Path(sys.argv[1]))
+"""
+
+
+def start(folder: Path, settings: dict[str, Any], ranks: int, *words: str) -> subprocess.Popen[str]:
+    """`lighten train` with so many ranks, running."""
+    file = folder / f"{Path(settings['output_dir']).name}.yaml"
+    file.write_text(json.dumps(settings), encoding="utf-8")  # JSON is YAML
+    command = [sys.executable, "-m", "lighten", "train", str(file), "--no-plan", *words]
+    if ranks > 1:
+        command += ["--processes", str(ranks)]
+    return subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "LIGHTEN_DEVICE": "cpu"},
+    )  # fmt: skip
+
+
+def train(folder: Path, settings: dict[str, Any], ranks: int) -> Path:
+    """A whole training; its run folder.
+
+    Raises:
+        SystemExit: It failed.
+    """
+    said = start(folder, settings, ranks)
+    _, errors = said.communicate(timeout=LONGEST_S)
+    if said.returncode:
+        raise SystemExit(f"{settings['output_dir']} with {ranks} ranks: {errors[-2000:]}")
+    return Path(settings["output_dir"])
+
+
+def difference(one: Path, other: Path) -> dict[str, float]:
+    """The largest relative difference of a loss, and the largest difference of a weight."""
+    from safetensors.torch import load_file
+
+    losses = [
+        [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (one, other)
+    ]
+    assert len(losses[0]) == len(losses[1])
+    weights = 0.0
+    files = [*one.glob("adapters/*/*.safetensors"), *one.glob("model/*.safetensors")]
+    assert files
+    for file in files:
+        theirs = load_file(other / file.relative_to(one))
+        for key, value in load_file(file).items():
+            weights = max(weights, float((value - theirs[key]).abs().max()))
+    return {
+        "loss": max(abs(a - b) / abs(b) for a, b in zip(*losses, strict=True)),
+        "weights": weights,
+    }
+
+
+def strategies(folder: Path, base: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every strategy, method and accumulation beside one process."""
+    rows = []
+    for what, method in METHODS.items():
+        for count in (1, 3):
+            shared = {**base, **method, "max_steps": STEPS}
+            alone = train(folder, {
+                **shared, "gradient_accumulation_steps": 2 * count,
+                "output_dir": str(folder / f"{what}-one-{count}"),
+            }, 1)  # fmt: skip
+            for strategy in STRATEGIES:
+                both = train(folder, {
+                    **shared, "gradient_accumulation_steps": count, "strategy": strategy,
+                    "output_dir": str(folder / f"{what}-{strategy}-{count}"),
+                }, 2)  # fmt: skip
+                rows.append({"method": what, "strategy": strategy, "micro_batches": count,
+                             **difference(both, alone)})  # fmt: skip
+                print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def kills(folder: Path, base: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    """Runs that are killed at a random moment and go on; what is shipped beside a whole one."""
+    draw = random.Random(0)
+    shared = {
+        **base, **METHODS["cohort"], "max_steps": KILLED_STEPS, "save_steps": 5,
+        "strategy": "fsdp", "gradient_accumulation_steps": 1,
+    }  # fmt: skip
+    began = time.monotonic()
+    whole = train(folder, {**shared, "output_dir": str(folder / "whole")}, 2)
+    usual_s = time.monotonic() - began
+    rows: list[dict[str, Any]] = []
+    for number in range(count):
+        settings = {**shared, "output_dir": str(folder / f"killed-{number}")}
+        run, others = Path(settings["output_dir"]), number % 4 == 3
+        process = start(folder, settings, 2)
+        time.sleep(draw.uniform(0.1, 1.0) * usual_s)
+        ranks = psutil.Process(process.pid).children() if process.poll() is None else []
+        victims = draw.sample(ranks, draw.choice([1, len(ranks)])) if ranks else []
+        for one in victims:
+            one.send_signal(signal.SIGKILL)
+        ended = time.monotonic()
+        process.communicate(timeout=60)
+        ended = time.monotonic() - ended
+        again = start(folder, settings, 1 if others else 2, *(["--resume"] if run.exists() else []))
+        _, said = again.communicate(timeout=LONGEST_S)
+        row: dict[str, Any] = {
+            "kill": number, "another_number_of_ranks": others, "ended_s": ended,
+            "ranks_killed": len(victims), "resumed": again.returncode == 0,
+        }  # fmt: skip
+        if again.returncode == 0:
+            row |= difference(run, whole)
+            row["equal"] = row["weights"] <= (1e-5 if others else 0.0)
+        else:
+            row |= {"said": said[-500:], "equal": False}
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    return rows
+
+
+def streamed() -> dict[str, Any]:
+    """The figures of `streamed_base.py`, by its last line."""
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("streamed_base.py"))],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def main() -> None:
+    """Measure, and end with one line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=PARTS, action="append")
+    parser.add_argument("--kills", type=int, default=20)
+    arguments = parser.parse_args()
+    wanted = arguments.only or PARTS
+    before = machine.before_start()
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="lighten-scale-") as scratch:
+        folder = Path(scratch)
+        subprocess.run(
+            [sys.executable, "-c", MODEL, str(folder / "base")], check=True,
+            cwd=Path(__file__).parents[1], capture_output=True,
+        )  # fmt: skip
+        data = folder / "chat.jsonl"
+        data.write_text("".join(map(lesson, range(40))), encoding="utf-8")
+        base = {
+            "model_name_or_path": str(folder / "base"), "dataset": str(data), "dtype": "float32",
+            "per_device_train_batch_size": 2, "max_train_samples": 13, "val_size": 0,
+        }  # fmt: skip
+        if "strategies" in wanted:
+            found["strategies"] = strategies(folder, base)
+        if "kills" in wanted:
+            found["kills"] = kills(folder, base, arguments.kills)
+    if "streamed" in wanted:
+        found["streamed"] = streamed()
+    machine.store("scale_table", found, before, {"few kills": arguments.kills < 20})
+    rows, ended = found.get("strategies"), found.get("kills")
+    of_streamed = found.get("streamed", {})
+    print(json.dumps({
+        "strategies_max_difference":
+            max(max(row["loss"], row["weights"]) for row in rows) if rows else None,
+        "largest_vs_plain": of_streamed.get("largest_vs_plain"),
+        "streamed_8_vs_8_runs": of_streamed.get("streamed_8_vs_8_runs"),
+        "streamed_vs_zero3_nvme": of_streamed.get("streamed_vs_zero3_nvme"),
+        "kills_resumed": sum(row["equal"] for row in ended) if ended else None,
+    }))  # fmt: skip
+
+
+def lesson(number: int) -> str:
+    """One of the conversations, whose answers are of unequal length."""
+    answer = f"The answer is {2 * number}. " * (1 + number % 5)
+    return json.dumps({"messages": [
+        {"role": "user", "content": f"What is {number} plus {number}? " + "please " * (number % 7)},
+        {"role": "assistant", "content": answer},
+    ]}) + "\n"  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
