@@ -15,7 +15,7 @@ from lighten.artifacts import Artefact, copy_companions
 from lighten.errors import UserError
 from lighten.peft_config import CONFIG, WEIGHTS, read_config
 from lighten.quantize import verify
-from lighten.quantize.export_card import MANIFEST, card, write_manifest
+from lighten.quantize.export_card import MANIFEST, card, require_replaceable, write_manifest
 from lighten.quantize.gguf_source import read_json
 from lighten.quantize.merge import Unmergeable, merge
 from lighten.quantize.verify import Receipt
@@ -138,6 +138,7 @@ def export(
         name = label if artefact.run is not None else f"{artefact.name}-{label}"
         target = root / "exports" / name
     target = target.expanduser()
+    require_replaceable(target)
     tell(f"writing {target}")
     made = _WRITERS[form](artefact, target, kind or dtype, onto == "dequantized")
     if artefact.stored is not None and form in ("merged", "gguf") and receipt:

@@ -3,13 +3,46 @@
 from __future__ import annotations
 
 import json
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from lighten import hardware
 from lighten.artifacts import Artefact
+from lighten.errors import UserError
 
 MANIFEST = "export.json"
+# What an artefact's folder may hold; anything else beside it is a person's.
+_BELONGS = (
+    "README.md", "*.json", "*.jinja", "*.safetensors", "*.gguf", "*.bin", "*.pte",
+    "Modelfile", "*.model",
+    "merges.txt", "vocab.txt", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+
+
+def require_replaceable(folder: Path) -> None:
+    """An artefact may be written here: nothing is there, or an older artefact and no more.
+
+    Raises:
+        UserError: Anything else is in it, which would be lost.
+    """
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise UserError(f"--output_dir {folder} is a link or a file; choose another name")
+    names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    foreign = [name for name in names if not any(fnmatch(name, p) for p in _BELONGS)]
+    if names and (foreign or not _is_artefact(folder)):
+        held = ", ".join((foreign or names)[:3])
+        raise UserError(
+            f"--output_dir {folder} holds files that are not an export's ({held}); nothing was "
+            "changed, choose another folder"
+        )
+
+
+def _is_artefact(folder: Path) -> bool:
+    if (folder / MANIFEST).is_file():
+        return True
+    card = folder / "README.md"  # a quantised copy has a card and no manifest
+    return card.is_file() and "tags: [lighten, quantized]" in card.read_text("utf-8", "replace")
 
 
 def write_manifest(artefact: Artefact, folder: Path, form: str, **facts: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from lighten.errors import UserError
 from lighten.quantize import child
+from lighten.quantize.export_card import require_replaceable
 from lighten.quantize.model_source import (
     HeldOutSet,
     ModelSource,
@@ -91,6 +92,8 @@ def quantize(
         scratch = Path(place)
         with opened(source, scratch, adapter=adapter, dataset=dataset) as model:
             root = output_dir or _exports(model)
+            for target in targets:
+                require_replaceable(root / target.folder)
             calibration, told = ([], None) if not any(t.calibrated for t in targets) else (
                 calibration_of(model)
             )  # fmt: skip
