@@ -19,6 +19,7 @@ from lighten.errors import UserError
 from lighten.whole_files import cannot_write, write_json, write_text
 
 QUANTIZE = "quantize.json"
+BENCH = "bench.json"
 RECIPE, INFO, METRICS, EVALUATION = "recipe.yaml", "run.json", "metrics.jsonl", "evaluation.json"
 PLAN, MODEL, REPORT, SWEEP, LOGS = "plan.json", "model", "report.html", "sweep.json", "logs"
 # What runs, sweeps, their reports and their trackers put into a folder; `lighten` was TensorBoard's

@@ -10,6 +10,7 @@ from typing import Any
 
 from lighten import folders, locks
 from lighten.errors import UserError
+from lighten.folders import BENCH as BENCH
 from lighten.folders import EVALUATION as EVALUATION
 from lighten.folders import INFO as INFO
 from lighten.folders import METRICS as METRICS
@@ -172,6 +173,10 @@ class Run:
     def quantized(self) -> dict[str, Any] | None:
         """`quantize.json`: what smaller copies cost and keep; None before `lighten quantize`."""
         return self._json(QUANTIZE)
+
+    def benched(self) -> dict[str, Any] | None:
+        """`bench.json`: speed and memory; None before `lighten bench`."""
+        return self._json(BENCH)
 
     def plan(self) -> dict[str, Any] | None:
         """`plan.json`: what was predicted before the first step; None where it was not."""

@@ -13,7 +13,7 @@ from lighten import runs as run_files
 from lighten.evaluate.metrics import METRICS
 from lighten.evaluate.registry import described
 from lighten.folders import resume_command
-from lighten.report import comparison, planned, quantized, words
+from lighten.report import attention, comparison, planned, quantized, words
 from lighten.report.charts import Series, line_chart, number, smoothed
 from lighten.runs import Run
 from lighten.wording import counted
@@ -90,6 +90,7 @@ def _run(run: Run) -> dict[str, Any]:
         "plan": planned.section(run.plan(), info),
         "table": _table(evaluation),
         "quantized": quantized.section(run.quantized()),
+        "attention": attention.section(run.benched()),
         "differences": {
             (d["adapter"], d["metric"]): d for d in (evaluation or {}).get("differences", [])
         },
