@@ -28,6 +28,7 @@ from lighten.parallel import strategies
 from lighten.recipe import Recipe, RecipeError
 from lighten.runs import Run
 from lighten.train import checkpoints, loop
+from lighten.train import step as train_step_module
 from tests.processes import Forked
 from tests.tiny import save_tiny
 
@@ -45,13 +46,14 @@ WHAT: dict[str, dict[str, Any]] = {
     "cohort": COHORT,
     "full": {"method": "full", "learning_rate": 1e-3},
     "last": {"trainable_layers": "last_1", "learning_rate": 1e-3},
+    "short": {"lora_r": 2, "learning_rate": 1e-3},
     "four": {"lora_r": [1, 2, 3, 4], "max_steps": 1},
 }
 # What learns, the strategy and the accumulation; `zero3` is `fsdp` by another name.
 RUNS = [
     *(("cohort", strategy, count) for strategy in ("fsdp", "zero1", "zero2") for count in (1, 3)),
     ("full", "zero3", 1), ("full", "fsdp", 3), ("full", "zero2", 1), ("full", "zero1", 3),
-    ("last", "fsdp", 1), ("last", "zero2", 1), ("four", "fsdp", 1),
+    ("last", "fsdp", 1), ("last", "zero2", 1), ("four", "fsdp", 1), ("short", "ddp", 1),
 ]  # fmt: skip
 
 
@@ -107,9 +109,22 @@ def train_all(port: str, file: str) -> None:
     for number, own in enumerate(json.loads(Path(file).read_text())):
         os.environ["MASTER_PORT"] = str(int(port) + number)  # the last run's may still be there
         notes.append({})
+        if own["output_dir"].endswith("short-ddp-1") and os.environ["RANK"] == "1":
+            memory_runs_out_once()
         lighten.train(progress=False, **own)
         AcceleratorState._reset_state(True)
     Path(f"{file}.{os.environ['RANK']}").write_text(json.dumps(notes))
+
+
+def memory_runs_out_once() -> None:
+    """On this rank, in the midst of its first step."""
+    passes = train_step_module._backward
+
+    def once(*args: Any, **options: Any) -> Any:
+        train_step_module._backward = passes
+        raise MemoryError
+
+    train_step_module._backward = once
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +192,14 @@ def test_trap_3_two_ranks_of_any_strategy_are_one_process(
     choices = {own["what"]: own for own in ours.info()["choices"]}
     assert choices["strategy"]["value"] == strategy
     assert "2 ranks" in choices["strategy"]["reason"]
+
+
+def test_memory_that_runs_out_on_one_rank_makes_all_of_them_try_again(root: Path) -> None:
+    run = Run(root / "short-ddp-1")
+    (retry,) = run.info()["retries"]
+    assert retry["step"] == 1
+    assert retry["new_tokens"] == retry["tokens"] // 2
+    assert_equal(run, Run(root / "short-single-1"))
 
 
 def test_a_layer_is_gathered_once_per_pass_for_a_whole_cohort(root: Path) -> None:
