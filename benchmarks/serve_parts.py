@@ -212,8 +212,11 @@ def logprobs(bench: Bench) -> dict[str, Any]:
             with ThreadPoolExecutor(bench.clients) as pool:
                 told = list(pool.map(functools.partial(_first, remote), pairs))
         apart: dict[str, list[float]] = {"base": [], "adapters": []}
-        greedy = 0
+        greedy = untold = 0
         for pair, got in zip(pairs, told, strict=True):
+            if not got:  # its first token ended it, or is a part of a character (llama.cpp)
+                untold += 1
+                continue
             wanted = expected[pair]
             kind = "base" if pair[0] == "base" else "adapters"
             apart[kind] += [abs(p - wanted[token]) for token, p in got.items() if token in wanted]
@@ -224,7 +227,7 @@ def logprobs(bench: Bench) -> dict[str, Any]:
         found[f"{engine} {name}"] = {
             **{f"mean_{kind}": statistics.mean(own) for kind, own in apart.items()},
             "largest": max(max(own) for own in apart.values()), "at_most": CLOSE[name],
-            "base_answers": f"{greedy} of {len(asked)}",
+            "base_answers": f"{greedy} of {len(asked)}", "untold": untold,
         }  # fmt: skip
     return found
 
