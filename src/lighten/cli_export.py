@@ -21,7 +21,8 @@ _Form = Annotated[
     str,
     typer.Option(
         "--as",
-        help="merged, adapter, gguf (16 bits), gguf:TYPE such as gguf:q8_0, gguf-adapter.",
+        help="merged, adapter, gguf (16 bits), gguf:TYPE such as gguf:q8_0, gguf-adapter, "
+        "executorch (for a phone).",
     ),
 ]
 _Adapter = Annotated[str | None, typer.Option(help="Which, of a run with several.")]
@@ -37,6 +38,13 @@ _Onto = Annotated[
         help="Weights that an adapter of a quantised base is merged onto: original, dequantized."
     ),
 ]
+_Context = Annotated[
+    int | None,
+    typer.Option(
+        "--context_tokens", "--context-tokens",
+        help="Of executorch: tokens of prompt and answer together; default 1024.",
+    ),
+]  # fmt: skip
 _Verify = Annotated[
     bool, typer.Option("--verify/--no-verify", help="Compare its answers with those before.")
 ]
@@ -50,6 +58,7 @@ def export(
     output_dir: _Folder = None,
     dtype: _Dtype = "auto",
     onto: _Onto = None,
+    context_tokens: _Context = None,
     verify: _Verify = True,
     as_json: Json = False,
 ) -> None:
@@ -68,6 +77,7 @@ def export(
         output_dir=output_dir,
         dtype=dtype,
         onto=onto,
+        context_tokens=context_tokens,
         verify=verify,
         tell=tell,
     )
@@ -93,7 +103,9 @@ def export(
 
 
 def verify(
-    artefact: Annotated[Path, typer.Argument(help="An export's folder, or a GGUF file.")],
+    artefact: Annotated[
+        Path, typer.Argument(help="An export's folder, a GGUF file or an ExecuTorch program.")
+    ],
     against: Annotated[str, typer.Option(help="The run, adapter or model that it was made from.")],
     adapter: _Adapter = None,
     as_json: Json = False,

@@ -25,6 +25,7 @@ EXTRAS = {
     "bitsandbytes": "quant", "torchao": "quantize", "auto_round": "quantize",
     "gguf": "gguf", "xllamacpp": "gguf", "pyarrow": "parquet",
     "wandb": "track", "tensorboard": "track", "trackio": "track", "optuna": "search", "ray": "ray",
+    "executorch": "phone",
     "starlette": "serve", "uvicorn": "serve", "llguidance": "serve", "lm_eval": "lm-eval",
 }  # fmt: skip
 # Instruction sets with products of the format; the last ones are ARM's.

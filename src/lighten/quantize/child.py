@@ -50,18 +50,27 @@ def _make(job: dict[str, Any]) -> dict[str, Any]:
     from lighten.hardware import high_water
 
     model, folder = Path(job["model"]), Path(job["folder"])
+    notes: list[str] = []
     if job["kind"] == "gguf":
         from lighten.quantize.gguf_model import write_gguf
 
         began = time.perf_counter()
         write_gguf(model, folder / f"{job['label']}.gguf", job["type"], name=job["label"])
+    elif job["kind"] == "executorch":
+        from lighten.quantize.executorch_program import write_program
+
+        began = time.perf_counter()
+        notes = write_program(
+            model, Path(job["file"]), context_tokens=job["context"], ends=job["ends"]
+        )
     else:
         from lighten.quantize.weights import make
 
         began = time.perf_counter()
         groups = job.get("group_size", GROUP_SIZE)
         make(job["kind"], model, folder, job["calibration"], group_size=groups)
-    return {"seconds": time.perf_counter() - began, "peak_bytes": high_water()}
+    seconds = time.perf_counter() - began
+    return {"seconds": seconds, "peak_bytes": high_water(), "notes": notes}
 
 
 def _measure(job: dict[str, Any]) -> dict[str, Any]:

@@ -14,14 +14,17 @@ from lighten import hardware
 from lighten.artifacts import Artefact, copy_companions
 from lighten.errors import UserError
 from lighten.peft_config import CONFIG, WEIGHTS, read_config
-from lighten.quantize import verify
+from lighten.quantize import executorch, verify
 from lighten.quantize.export_card import MANIFEST, card, require_replaceable, write_manifest
 from lighten.quantize.gguf_source import read_json
 from lighten.quantize.merge import Unmergeable, merge
+from lighten.quantize.receipts import receipt_of
 from lighten.quantize.verify import Receipt
 from lighten.runs import whole_folder, write_json
 
-FORMS = ("adapter", "merged", "gguf", "gguf-adapter")
+FORMS = ("adapter", "merged", "gguf", "gguf-adapter", "executorch")
+MERGED = ("merged", "gguf", "executorch")  # the forms that an adapter is merged for
+FEWEST = 16  # positions of a program
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ONTO = ("original", "dequantized")
 MODELFILE = "Modelfile"
@@ -46,8 +49,10 @@ class Exported:
     receipt: Receipt | None = None
 
 
-def check(artefact: Artefact, form: str, dtype: str, onto: str | None) -> tuple[str, str]:
-    """The form and its type, before anything is read.
+def check(
+    artefact: Artefact, form: str, dtype: str, onto: str | None, context_tokens: int | None = None
+) -> tuple[str, str]:
+    """The form and its type, before anything is read; a program's type is its context.
 
     Raises:
         UserError: There is no such form, or it needs an adapter, or a package is missing.
@@ -61,7 +66,7 @@ def check(artefact: Artefact, form: str, dtype: str, onto: str | None) -> tuple[
         raise UserError(f"--as: {form} has no types; {form}:{kind} is not valid")
     if onto is not None and onto not in ONTO:
         raise UserError(f"--onto: {onto!r} is not one of {', '.join(ONTO)}")
-    if onto is not None and (artefact.stored is None or form not in ("merged", "gguf")):
+    if onto is not None and (artefact.stored is None or form not in MERGED):
         raise UserError(
             f"--onto: {artefact.name} did not learn on a quantised base, or is not merged"
         )
@@ -74,6 +79,13 @@ def check(artefact: Artefact, form: str, dtype: str, onto: str | None) -> tuple[
         require_gguf()
         kind = kind or "f16"
         file_type(kind)
+    if context_tokens is not None and form != "executorch":
+        raise UserError(f"--context_tokens is of executorch; {form} has the model's own context")
+    if form == "executorch":
+        executorch.require()
+        kind = str(executorch.CONTEXT if context_tokens is None else context_tokens)
+        if int(kind) < FEWEST:
+            raise UserError(f"--context_tokens: {kind} is too short for a question and an answer")
     require_same_base(artefact)
     return form, kind
 
@@ -112,6 +124,7 @@ def export(
     *,
     dtype: str = "auto",
     onto: str | None = None,
+    context_tokens: int | None = None,
     receipt: bool = True,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Exported:
@@ -119,11 +132,12 @@ def export(
 
     Args:
         artefact: What.
-        form: `adapter`, `merged`, `gguf` (f16), `gguf:TYPE` or `gguf-adapter`.
+        form: `adapter`, `merged`, `gguf` (f16), `gguf:TYPE`, `gguf-adapter` or `executorch`.
         target: Folder to write; None: under `exports` of the run, or of the current folder.
         dtype: Of a merged model.
         onto: For an adapter that learnt on a quantised base: `original` weights (when None) or
             those `dequantized` ones that it learnt on.
+        context_tokens: Of a program for ExecuTorch: prompt and answer together; None: 1024.
         receipt: Compare its answers with those of what it was made from.
         tell: Given a line about each part of the work.
 
@@ -131,8 +145,8 @@ def export(
         UserError: The form is none, the adapter is of another base, a file is torn, a package is
             missing, or the disk is full. An older export stays.
     """
-    form, kind = check(artefact, form, dtype, onto)
-    label = f"{form}-{kind}" if kind else form
+    form, kind = check(artefact, form, dtype, onto, context_tokens)
+    label = f"{form}-{kind}" if kind and form == "gguf" else form
     if target is None:
         root = artefact.run.folder if artefact.run is not None else Path.cwd()
         name = label if artefact.run is not None else f"{artefact.name}-{label}"
@@ -141,7 +155,7 @@ def export(
     require_replaceable(target)
     tell(f"writing {target}")
     made = _WRITERS[form](artefact, target, kind or dtype, onto == "dequantized")
-    if artefact.stored is not None and form in ("merged", "gguf") and receipt:
+    if artefact.stored is not None and form in MERGED and receipt:
         tell("measuring the held-out loss on either base")
         made = _with_losses(made, artefact)
     if not receipt:
@@ -283,13 +297,16 @@ def _merge_in_memory(
 
 
 @contextmanager
-def model_folder(artefact: Artefact, near: Path, *, dequantized: bool = False) -> Iterator[Path]:
+def model_folder(
+    artefact: Artefact, near: Path, *, dequantized: bool = False, dtype: str = "auto"
+) -> Iterator[Path]:
     """A folder with the artefact as one model: its own, or a merged one for as long as it is used.
 
     Args:
         artefact: What.
         near: A merged one is made beside this.
         dequantized: Merge onto the dequantised weights that the adapter learnt on.
+        dtype: Of a merged one.
     """
     if artefact.adapter is None:
         yield artefact.base_folder
@@ -297,7 +314,7 @@ def model_folder(artefact: Artefact, near: Path, *, dequantized: bool = False) -
     near.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=near.parent, prefix=".merged-") as scratch:
         folder = Path(scratch) / "model"
-        _merged(artefact, folder, "auto", dequantized)
+        _merged(artefact, folder, dtype, dequantized)
         yield folder
 
 
@@ -335,6 +352,18 @@ def _gguf_adapter(artefact: Artefact, target: Path, _: str, __: bool) -> Exporte
     return _exported(target, "*.gguf", (note,))
 
 
+def _executorch(artefact: Artefact, target: Path, context: str, dequantized: bool) -> Exported:
+    file_name = f"{artefact.name}{executorch.SUFFIX}"
+    # It is rounded to 4 bits once, from as it learnt, and not from what 16 bits leave of that.
+    merged = model_folder(artefact, target, dequantized=dequantized, dtype="float32")
+    with merged as folder, whole_folder(target) as partial:
+        notes = executorch.write_program(folder, partial / file_name, context_tokens=int(context))
+        copy_companions(artefact, partial)
+        (partial / "README.md").write_text(card(artefact, notes), encoding="utf-8")
+        write_manifest(artefact, partial, "executorch")
+    return _exported(target, f"*{executorch.SUFFIX}", tuple(notes))
+
+
 def _write_modelfile(folder: Path, partial: Path, file_name: str) -> None:
     from transformers import AutoTokenizer
 
@@ -350,92 +379,5 @@ def _write_modelfile(folder: Path, partial: Path, file_name: str) -> None:
 
 _WRITERS: dict[str, Callable[[Artefact, Path, str, bool], Exported]] = {
     "adapter": _adapter, "merged": _merged, "gguf": _gguf, "gguf-adapter": _gguf_adapter,
+    "executorch": _executorch,
 }  # fmt: skip
-
-
-def receipt_of(artefact: Artefact, target: Path, form: str, kind: str) -> Receipt:
-    """Compare what was written with what it was made from.
-
-    Args:
-        artefact: What it was made from.
-        target: The export's folder.
-        form: Of the export.
-        kind: Its type: a format of floating point, or of GGUF.
-    """
-    source, prompts = _source_of(artefact)
-    against = artefact.name
-    if form in ("adapter", "merged"):
-        if form == "merged":
-            kind = _dtype_of(target)
-            other = verify.InTransformers(target)
-        else:
-            kind = "adapter"
-            other = verify.InTransformers(artefact.base_folder, target, target)
-        return verify.compare(
-            source, other, prompts, artefact=target.name, kind=kind, against=against
-        )
-    (file,) = target.glob("*.gguf")
-    if form == "gguf":
-        with verify.in_llamacpp(file) as opened:
-            return verify.compare(
-                source, opened, prompts, artefact=target.name, kind=kind, against=against
-            )
-    from lighten.quantize.gguf_model import write_gguf
-
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".base-") as scratch:
-        base = Path(scratch) / "base.gguf"
-        write_gguf(artefact.base_folder, base, "f32")
-        with verify.in_llamacpp(base, file) as opened:
-            return verify.compare(
-                source, opened, prompts, artefact=target.name, kind="f16", against=against
-            )
-
-
-def verify_artefact(path: Path, against: Artefact) -> Receipt:
-    """The receipt of files that are there already; it is stored beside them.
-
-    Args:
-        path: An export's folder, or a GGUF file.
-        against: What it was made from.
-
-    Raises:
-        UserError: It is nothing that can be compared.
-    """
-    path = path.expanduser()
-    folder = path if path.is_dir() else path.parent
-    files = [path] if path.is_file() else sorted(path.glob("*.gguf"))
-    if files:
-        if len(files) > 1 or files[0].suffix != ".gguf":
-            raise UserError(f"{path}: name one GGUF file, or an export's folder")
-        from lighten.models.gguf_header import read_header
-
-        facts = read_header(files[0]).settings
-        if facts.get("general.type") == "adapter":
-            found = receipt_of(against, folder, "gguf-adapter", "f16")
-        else:
-            kind = files[0].stem.rpartition(".")[2].lower()
-            source, prompts = _source_of(against)
-            with verify.in_llamacpp(files[0]) as opened:
-                found = verify.compare(
-                    source, opened, prompts, artefact=files[0].name, kind=kind,
-                    against=against.name,
-                )  # fmt: skip
-    elif (path / CONFIG).is_file():
-        found = receipt_of(against, path, "adapter", "adapter")
-    elif (path / "config.json").is_file():
-        found = receipt_of(against, path, "merged", "auto")
-    else:
-        raise UserError(f"{path} is neither a GGUF file nor a folder with a model or an adapter")
-    verify.write_receipt(found, folder)
-    return found
-
-
-def _source_of(against: Artefact) -> tuple[verify.InTransformers, list[str]]:
-    """What an artefact is compared with, in memory, and the prompts that both are given."""
-    source = verify.InTransformers(against.base_folder, against.adapter, against.companions)
-    return source, verify.prompts_of(against, source.tokenizer)
-
-
-def _dtype_of(folder: Path) -> str:
-    config = read_json(folder / "config.json")
-    return str(config.get("dtype") or config.get("torch_dtype") or "float32")

@@ -22,6 +22,7 @@ def export(
     output_dir: str | os.PathLike[str] | None = None,
     dtype: str = "auto",
     onto: str | None = None,
+    context_tokens: int | None = None,
     verify: bool = True,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Exported:
@@ -29,12 +30,14 @@ def export(
 
     Args:
         source: A run, an adapter's folder, a model's folder or a base's name.
-        form: `adapter`, `merged`, `gguf`, `gguf:TYPE` such as `gguf:q8_0`, or `gguf-adapter`.
+        form: `adapter`, `merged`, `gguf`, `gguf:TYPE` such as `gguf:q8_0`, `gguf-adapter`, or
+            `executorch` for a phone.
         adapter: Of a run with several, whose.
         output_dir: The folder to write; under `exports` when None.
         dtype: Of a merged model: `auto` (16 bits), `float32`, `bfloat16`, `float16`.
         onto: Where an adapter that learnt on a quantised base is added: `original` weights (when
             None), or those `dequantized` ones.
+        context_tokens: Of a program for ExecuTorch: prompt and answer together; 1024 when None.
         verify: Compare its answers with those of what it was made from.
         tell: Given a line about each part of the work.
 
@@ -49,8 +52,9 @@ def export(
     target = None if output_dir is None else Path(output_dir)
     with library_bars():
         return exports.export(
-            opened, form, target, dtype=dtype, onto=onto, receipt=verify, tell=tell
-        )
+            opened, form, target, dtype=dtype, onto=onto, context_tokens=context_tokens,
+            receipt=verify, tell=tell,
+        )  # fmt: skip
 
 
 def verify(
@@ -62,7 +66,7 @@ def verify(
     """Compare an artefact's answers with those of what it was made from, and store the receipt.
 
     Args:
-        artefact: An export's folder, or a GGUF file.
+        artefact: An export's folder, a GGUF file, or an ExecuTorch program.
         against: A run, an adapter's folder, a model's folder or a base's name.
         adapter: Of a run with several, whose.
 

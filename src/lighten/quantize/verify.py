@@ -32,8 +32,10 @@ NEAR = 0.05
 ALLOWED = {
     "adapter": 1e-6, "float32": 1e-5, "float16": 1e-3, "bfloat16": 0.02, "f32": 1e-4,
     "f16": 1e-3, "bf16": 0.02, "q8_0": 0.02, "q6_k": 0.04, "q5": 0.08, "q4": 0.25, "int8": 0.05,
-    "nf4": 0.25, "int4": 0.25,
+    "nf4": 0.25, "int4": 0.25, "executorch": 0.25,
 }  # fmt: skip
+# What a runtime may add to the rounding of its format, as a share of that.
+RUNTIME_SHARE = 0.25
 OTHERWISE = 0.5
 QUESTIONS = (
     "What is the capital of France?",
@@ -76,6 +78,9 @@ class Receipt:
         same_answers: Prompts with the same greedy answer.
         ties: Answers that differ first at a near tie.
         answers: Prompts answered.
+        rounding_kl: Where the same rounding was computed in PyTorch too: mean KL divergence from
+            the source to that.
+        runtime_kl: Mean KL divergence from that to the artefact: what its runtime adds.
     """
 
     artefact: str
@@ -91,11 +96,16 @@ class Receipt:
     same_answers: int
     ties: int
     answers: int
+    rounding_kl: float | None = None
+    runtime_kl: float | None = None
 
     @property
     def passed(self) -> bool:
         """Whether it answers as its kind may."""
-        return not self.other_tokens and self.mean_kl <= self.allowed_kl
+        near = not self.other_tokens and self.mean_kl <= self.allowed_kl
+        if self.rounding_kl is None or self.runtime_kl is None:
+            return near
+        return near and self.runtime_kl <= RUNTIME_SHARE * self.rounding_kl + ALLOWED["f32"]
 
     def to_dict(self) -> dict[str, Any]:
         """For `receipt.json`."""
@@ -113,7 +123,15 @@ class Receipt:
             f"{self.artefact}: mean KL {self.mean_kl:.2g} nats a token (allowed "
             f"{self.allowed_kl:g}), the same likeliest token after "
             f"{100 * self.same_likeliest:.1f} % of {self.tokens}, "
-            f"{self.same_answers} of {self.answers} greedy answers the same{ties}"
+            f"{self.same_answers} of {self.answers} greedy answers the same{ties}{self._runtime()}"
+        )
+
+    def _runtime(self) -> str:
+        if self.rounding_kl is None or self.runtime_kl is None:
+            return ""
+        return (
+            f"; the same rounding in PyTorch is {self.rounding_kl:.2g} away, and its runtime "
+            f"{self.runtime_kl:.2g} from that (allowed {100 * RUNTIME_SHARE:.0f} % of it)"
         )
 
 
@@ -282,6 +300,17 @@ def compare(
         max(divergence, 0.0) / max(tokens, 1), allowed(kind), same / max(tokens, 1), equal, ties,
         answers,
     )  # fmt: skip
+
+
+def divergence(source: Answering, other: Answering, prompts: Sequence[str]) -> float:
+    """Mean KL divergence of the next token from a source to another, nats a token."""
+    total, tokens = 0.0, 0
+    for prompt in prompts:
+        ids = source.tokenise(prompt)[-LONGEST:]
+        p, q = source.log_probabilities(ids), other.log_probabilities(ids)
+        total += float((np.exp(p) * (p - q)).sum())
+        tokens += len(ids)
+    return max(total, 0.0) / max(tokens, 1)
 
 
 def _at_a_tie(
