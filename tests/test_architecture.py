@@ -69,7 +69,7 @@ ALLOWED: dict[str, set[str]] = {
     "bench": {"adapters", "allocator", "artifacts", "devices", "evaluate", "hardware", "jobs",
               "models", "plan", "quantize", "recipe", "runs", "timing", "train", "whole_files"},
     "api_serve": {"serve"},
-    "api_plan": {"api", "devices", "looked", "plan"},
+    "api_plan": {"api", "devices", "looked", "plan", "quantize", "runs"},
     "api_bench": {"api", "bench", "looked", "recipe", "report"},
     "api": {"adapters", "api_bench", "api_plan", "api_serve", "artifacts", "devices", "evaluate",
             "folders",

@@ -18,9 +18,12 @@ from lighten.quantize.export import Exported
 from tests.test_merge import trained
 from tests.tiny import save_tiny, tiny_model
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("executorch") is None, reason="the extra phone is not installed"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("executorch") is None, reason="the extra phone is not installed"
+    ),
+]
 PROMPT = [5, 9, 40, 7, 8, 11, 300, 3, 17, 55, 23, 91]
 
 
@@ -53,13 +56,11 @@ def test_the_program_has_all_that_a_chat_needs_and_a_receipt(made: Exported) -> 
     assert receipt.runtime_kl is not None
     assert 0 < receipt.runtime_kl < 0.05 * receipt.rounding_kl
     assert receipt.mean_kl == pytest.approx(receipt.rounding_kl, rel=0.2)
-    names = {path.name for path in made.folder.iterdir()}
-    assert {"adapter.pte", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-            "generation_config.json", "README.md", "export.json", "receipt.json"} == names  # fmt: skip
+    assert {path.name for path in made.folder.iterdir()} == {
+        "adapter.pte", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+        "generation_config.json", "README.md", "export.json", "receipt.json",
+    }  # fmt: skip
     assert json.loads((made.folder / "receipt.json").read_text())["passed"] is True
-    # The receipt is no matter of course: the base without the adapter does not pass.
-    other = lighten.verify(made.folder, adapter_base(made))
-    assert not other.passed
 
 
 def adapter_base(made: Exported) -> Path:
@@ -71,7 +72,7 @@ def test_it_answers_greedily_as_the_same_rounding_in_pytorch(made: Exported, ada
     from lighten.quantize.executorch_program import quantise
 
     merged = lighten.export(
-        adapter, "merged", output_dir=adapter.parent / "merged", verify=False
+        adapter, "merged", output_dir=adapter.parent / "merged", dtype="float32", verify=False
     ).folder
     model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
     ids = torch.tensor([PROMPT])

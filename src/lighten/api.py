@@ -12,6 +12,7 @@ from lighten import looked
 from lighten.api_bench import audit as audit
 from lighten.api_bench import bench as bench
 from lighten.api_bench import bench_compare as bench_compare
+from lighten.api_plan import plan_formats as plan_formats
 from lighten.api_plan import plan_quantize as plan_quantize
 from lighten.api_plan import plan_serve as plan_serve
 from lighten.api_plan import plan_spread as plan_spread

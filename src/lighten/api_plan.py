@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lighten import looked
@@ -12,6 +14,8 @@ if TYPE_CHECKING:
     from lighten.plan.distributed import Distributed, Strategy
     from lighten.plan.serve import Quantizing
     from lighten.plan.serving import Serving
+    from lighten.quantize.forecast import Forecast
+    from lighten.runs import Run
 
 
 def plan_spread(
@@ -88,3 +92,31 @@ def plan_quantize(model: str, **options: Any) -> Quantizing:
     from lighten.plan.serve import quantize
 
     return quantize(model, capacity=devices.named("cpu").memory_bytes, **options)
+
+
+def plan_formats(
+    source: Run | str | os.PathLike[str],
+    to: Sequence[str] | str,
+    *,
+    adapter: str | None = None,
+    output_dir: str | os.PathLike[str] | None = None,
+) -> Forecast:
+    """File sizes, memory, disk and time of `quantize`, and what it needs that is not installed.
+
+    Args:
+        source: A run, or a model by name.
+        to: Formats, as of `quantize`.
+        adapter: Which adapter of the run, where it has several.
+        output_dir: As of `quantize`.
+
+    Raises:
+        UserError: Something the user can mend.
+    """
+    from lighten import devices
+    from lighten.quantize.forecast import forecast
+
+    target = None if output_dir is None else Path(output_dir).expanduser()
+    return forecast(
+        looked.source_of(source), to, adapter=adapter, output_dir=target,
+        memory_bytes=devices.named("cpu").memory_bytes,
+    )  # fmt: skip

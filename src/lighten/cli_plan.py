@@ -351,6 +351,11 @@ def _quantize(words: list[str], device: str | None, as_json: bool) -> bool | Non
     if device not in (None, "cpu", "this"):
         raise UserError("plan quantize is of this machine's main memory; leave --device out")
     model, options = _base(words, "quantize")
+    if "to" in options:
+        return _formats(model, options, as_json)
+    for name in ("adapter", "output_dir"):
+        if name in options:
+            raise UserError(f"--{name} goes with --to FORMATS: lighten plan quantize {model} --to")
     found = api.plan_quantize(model, **options)
     if as_json:
         typer.echo(json.dumps(found.to_dict()))
@@ -359,9 +364,27 @@ def _quantize(words: list[str], device: str | None, as_json: bool) -> bool | Non
     return found.fits()
 
 
+def _formats(source: str, options: dict[str, Any], as_json: bool) -> bool | None:
+    from lighten import api
+    from lighten.errors import UserError
+
+    if alone := sorted({"storage", "double", "revision"} & options.keys()):
+        raise UserError(f"--{alone[0]} is of loading a base quantised; leave it or --to out")
+    found = api.plan_formats(source, **options)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict()))
+        return found.fits()
+    _headline(found.sentence(), found.fits())
+    header = ["format", "file MB", "of now", "MB at the peak", "rounding, s"]
+    print_table(header, found.rows())
+    for line in found.notes():
+        console().print(line, highlight=False)
+    return found.fits()
+
+
 _OPTIONS = {
     "serve": ("adapters", "rank", "context", "concurrency", "storage", "cache_bytes", "revision"),
-    "quantize": ("storage", "double", "revision"),
+    "quantize": ("to", "adapter", "output_dir", "storage", "double", "revision"),
 }
 
 

@@ -42,6 +42,20 @@ def is_run(target: str) -> bool:
     return any(exists(folder / RECIPE) for folder in (expanded(target), Path("runs") / target))
 
 
+def source_of(source: RunLike) -> Run | str:
+    """A run from its folder or its name under `runs/`, a model or an adapter by its own name.
+
+    Raises:
+        UserError: Nothing is there.
+    """
+    given = source if isinstance(source, Run) else os.fspath(source)
+    if isinstance(given, Run) or (expanded(given) / "adapter_config.json").is_file():
+        return given
+    require_answerable(given)
+    named = Path("runs") / given
+    return str(named) if exists(named / RECIPE) and not Path(given).exists() else given
+
+
 def finished(recipe: Recipe, *, resume: bool, told: bool) -> Run | None:
     """The run, where it is to be resumed and has nothing left to do.
 

@@ -91,7 +91,7 @@ def _first_line(error: Exception) -> str:
 
 
 def grouped_attention(
-    module: nn.Module,
+    module: nn.Module,  # noqa: ARG001  # transformers gives it
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -158,7 +158,7 @@ def quantise(model: Any) -> list[str]:
         group = next((size for size in GROUPS if layer.in_features % size == 0), None)
         odd += group is None
         config = Int8DynamicActivationIntxWeightConfig(
-            weight_dtype=torch.int4 if group else torch.int8,
+            weight_dtype=getattr(torch, "int4" if group else "int8"),
             weight_granularity=PerGroup(group) if group else PerAxis(0),
         )
         quantize_(layer, config)
@@ -190,12 +190,14 @@ def _with_linear_layers(model: nn.Module) -> None:
                 setattr(parent, name, linear)
 
 
-class _Layer(StaticLayer):  # type: ignore[misc]
+class _Layer(StaticLayer):
     """Keys and values of a layer, written where the program says."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
         places = torch.arange(key_states.shape[2]) + self.cumulative_length
         self.keys.index_copy_(2, places, key_states)
         self.values.index_copy_(2, places, value_states)
@@ -215,6 +217,8 @@ class _WithCache(nn.Module):
         with torch.no_grad():  # which gives every layer its shape
             self._scores(torch.zeros((1, 2), dtype=torch.long), torch.zeros(1, dtype=torch.long))
         for number, layer in enumerate(self._layers):
+            assert layer.keys is not None
+            assert layer.values is not None
             self.register_buffer(f"keys_{number}", torch.zeros_like(layer.keys), False)
             self.register_buffer(f"values_{number}", torch.zeros_like(layer.values), False)
 
@@ -230,7 +234,7 @@ class _WithCache(nn.Module):
         places = start + torch.arange(tokens.shape[1])
         scores: Tensor = self.model(
             input_ids=tokens, position_ids=places[None], use_cache=True, logits_to_keep=1,
-            **{self._cache_name: Cache(layers=self._layers)},
+            **{self._cache_name: Cache(layers=list(self._layers))},
         ).logits  # fmt: skip
         return scores[:, -1]
 

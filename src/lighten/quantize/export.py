@@ -225,7 +225,7 @@ def _merged(artefact: Artefact, target: Path, dtype: str, dequantized: bool) -> 
     try:
         notes += merge(
             artefact.base_folder, artefact.adapter, target, dtype=dtype, beside=beside,
-            words=_words(artefact), **(_stored(artefact) if dequantized else {}),
+            words=added_words(artefact), **(_stored(artefact) if dequantized else {}),
         )  # fmt: skip
     except Unmergeable as why:
         if dequantized:
@@ -238,7 +238,7 @@ def _merged(artefact: Artefact, target: Path, dtype: str, dequantized: bool) -> 
     return _exported(target, "*.safetensors", tuple(notes))
 
 
-def _words(artefact: Artefact) -> int:
+def added_words(artefact: Artefact) -> int:
     """Rows that the vocabulary needs for the run's added tokens; 0 where there are none."""
     if not artefact.added_tokens:
         return 0

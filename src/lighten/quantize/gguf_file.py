@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,25 +91,40 @@ class GgufContent:
         Raises:
             OSError: It cannot be written.
         """
-        gguf = require_gguf()
-        writer = gguf.GGUFWriter(path, self._architecture)
+        writer = require_gguf().GGUFWriter(path, self._architecture)
         try:
-            self._settings(writer)
-            for tensor in self._tensors:
-                kind = gguf.GGMLQuantizationType(tensor.kind)
-                plain = {0: np.float32, 1: np.float16}.get(tensor.kind)
-                shape = tensor.shape if plain else tensor.packed_shape()
-                writer.add_tensor_info(
-                    tensor.name, shape, np.dtype(plain or np.uint8), tensor.nbytes, raw_dtype=kind
-                )
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
+            self._write_header(writer)
             for tensor, data in _paired(self._tensors, self._data()):
                 assert data.nbytes == tensor.nbytes, tensor
                 writer.write_tensor_data(data)
         finally:
             writer.close()
+
+    def file_bytes(self) -> int:
+        """Size of the file, known from its header alone."""
+        with tempfile.TemporaryDirectory(prefix="lighten-header-") as scratch:
+            path = Path(scratch) / "header.gguf"
+            writer = require_gguf().GGUFWriter(path, self._architecture)
+            try:
+                self._write_header(writer)
+            finally:
+                writer.close()
+            header = path.stat().st_size
+        return -(-header // _ALIGNMENT) * _ALIGNMENT + self.size
+
+    def _write_header(self, writer: Any) -> None:
+        gguf = require_gguf()
+        self._settings(writer)
+        for tensor in self._tensors:
+            kind = gguf.GGMLQuantizationType(tensor.kind)
+            plain = {0: np.float32, 1: np.float16}.get(tensor.kind)
+            shape = tensor.shape if plain else tensor.packed_shape()
+            writer.add_tensor_info(
+                tensor.name, shape, np.dtype(plain or np.uint8), tensor.nbytes, raw_dtype=kind
+            )
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
 
 
 def _paired(

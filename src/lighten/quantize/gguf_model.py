@@ -45,6 +45,7 @@ class GgufPlan:
         bytes: Of its tensors; the header adds the vocabulary.
         peak_bytes: Of memory that writing takes, beside the interpreter and its libraries.
         formats: Number of tensors by format.
+        numbers: Numbers in tensors by ggml's number of their format.
         fallbacks: Number of tensors by (format of the type, format taken instead), because their
             rows are no multiple of the first one's block.
         notes: What a user should know of the file, a sentence each.
@@ -54,6 +55,7 @@ class GgufPlan:
     bytes: int
     peak_bytes: int
     formats: Mapping[str, int]
+    numbers: Mapping[int, int]
     fallbacks: Mapping[tuple[str, str], int]
     notes: tuple[str, ...] = ()
 
@@ -87,17 +89,43 @@ class _Model:
     tensors: list[_Tensor]
 
 
-def plan_gguf(model_folder: Path, type: str) -> GgufPlan:
+def plan_gguf(
+    model_folder: Path, type: str, *, weights: Mapping[str, Weight] | None = None
+) -> GgufPlan:
     """What a GGUF file of a model will be: nothing is written, no weight is read.
 
     Args:
         model_folder: A transformers model in safetensors.
         type: `f32`, `f16`, `bf16`, `q8_0`, `q4_k_m` or another of llama.cpp's.
+        weights: Names, formats and shapes of a model whose files are not there; None: the folder's.
 
     Raises:
         UserError: As of `write_gguf`, but for what only weights show.
     """
-    return _plan(_model(model_folder, type))
+    return _plan(_model(model_folder, type, weights))
+
+
+def file_bytes(
+    model_folder: Path,
+    type: str,
+    *,
+    name: str | None = None,
+    weights: Mapping[str, Weight] | None = None,
+) -> int:
+    """Size that the file of `write_gguf` will have, to the byte.
+
+    Args:
+        model_folder: Of configuration and tokenizer.
+        type: As of `write_gguf`.
+        name: As of `write_gguf`.
+        weights: As of `plan_gguf`.
+
+    Raises:
+        UserError: As of `write_gguf`, but for what only weights show.
+    """
+    require_gguf()
+    model = _model(model_folder, type, weights)
+    return _content(model_folder, model, name, {}, 1)[0].file_bytes()
 
 
 def write_gguf(
@@ -126,17 +154,31 @@ def write_gguf(
         UserError: llama.cpp has no such model, type or tokenizer, a weight is missing, torn or not
             finite, a package is missing, or the disk is full.
     """
-    gguf = require_gguf()
+    require_gguf()
     model = _model(model_folder, type)
     _require_quantiser(model)
-    with told(f"{model_folder / 'tokenizer.json'} is no tokenizer that can be read"):
-        vocabulary = read_vocabulary(model_folder, model.settings.vocabulary)
     plan = _plan(model)
+    content, vocabulary = _content(
+        model_folder, model, name, about or {}, threads or available_threads()
+    )
+    write(target, content)
+    _tell_ends(vocabulary, target)
+    for sentence in plan.sentences():
+        log.info("%s: %s", target, sentence)
+    return plan
+
+
+def _content(
+    folder: Path, model: _Model, name: str | None, about: Mapping[str, str], threads: int
+) -> tuple[GgufContent, Vocabulary]:
+    gguf = require_gguf()
+    with told(f"{folder / 'tokenizer.json'} is no tokenizer that can be read"):
+        vocabulary = read_vocabulary(folder, model.settings.vocabulary)
 
     def header(writer: Any) -> None:
         writer.add_type(gguf.GGUFType.MODEL)
-        writer.add_name(name or model_folder.resolve().name)
-        for key, text in (about or {}).items():
+        writer.add_name(name or folder.resolve().name)
+        for key, text in about.items():
             writer.add_string(f"general.{key}", text)
         writer.add_file_type(model.type.number)
         if model.type.kind not in types.PLAIN:
@@ -144,17 +186,11 @@ def write_gguf(
         _write_values(writer, model.settings)
         vocabulary.write(writer)
 
+    tensors = [tensor.plan for tensor in model.tensors]
     content = GgufContent(
-        model.settings.architecture,
-        header,
-        [tensor.plan for tensor in model.tensors],
-        lambda: _data(model, threads or available_threads()),
+        model.settings.architecture, header, tensors, lambda: _data(model, threads)
     )
-    write(target, content)
-    _tell_ends(vocabulary, target)
-    for sentence in plan.sentences():
-        log.info("%s: %s", target, sentence)
-    return plan
+    return content, vocabulary
 
 
 def _tell_ends(vocabulary: Vocabulary, target: Path) -> None:
@@ -181,13 +217,13 @@ def _write_values(writer: Any, settings: Settings) -> None:
             writer.add_array(full, value)
 
 
-def _model(folder: Path, type: str) -> _Model:
+def _model(folder: Path, type: str, weights: Mapping[str, Weight] | None = None) -> _Model:
     """What the file will hold, from configuration and headers alone."""
     kind = types.file_type(type)
     config = read_settings(folder)
     with told(f"{folder / 'config.json'} holds settings that no model has"):
         settings = settings_of(config, str(folder))
-    weights = read_weights(folder)
+    weights = read_weights(folder) if weights is None else weights
     architecture = settings.architecture
     found: dict[str, tuple[str, Weight]] = {}
     pictures = 0
@@ -287,10 +323,12 @@ def _require_quantiser(model: _Model) -> None:
 
 def _plan(model: _Model) -> GgufPlan:
     formats: collections.Counter[str] = collections.Counter()
+    numbers: collections.Counter[int] = collections.Counter()
     fallbacks: collections.Counter[tuple[str, str]] = collections.Counter()
     for tensor in model.tensors:
         taken = types.FORMAT_NAMES[tensor.plan.kind]
         formats[taken] += 1
+        numbers[tensor.plan.kind] += math.prod(tensor.plan.shape)
         if tensor.plan.kind != tensor.wanted:
             fallbacks[types.FORMAT_NAMES[tensor.wanted], taken] += 1
     largest = max(tensor.plan.nbytes for tensor in model.tensors)
@@ -300,6 +338,7 @@ def _plan(model: _Model) -> GgufPlan:
         # The packed tensor, and rows of it in float32 in several steps.
         largest + 6 * 4 * 2**21,
         dict(formats),
+        dict(numbers),
         dict(fallbacks),
         tuple(model.settings.notes),
     )

@@ -99,6 +99,30 @@ def merge(
     return plan.notes
 
 
+def merged_shapes(
+    base: Path, adapter: Path, folder: Path, *, dtype: str = "auto", words: int = 0
+) -> dict[str, Weight]:
+    """What `merge` would write: the tensors by name; the configuration is put into a folder.
+
+    Args:
+        base: As of `merge`.
+        adapter: As of `merge`.
+        folder: For the configuration.
+        dtype: As of `merge`.
+        words: As of `merge`.
+
+    Raises:
+        UserError: The adapter is of another base, or a file is torn.
+        Unmergeable: It has to be merged in memory.
+    """
+    config = read_adapter_config(adapter)
+    if quantized.stored_as(base) is not None or not streamable(config):
+        raise Unmergeable("it is merged in memory")
+    plan = _Plan(base, adapter, dtype, None, torch.float32, words)
+    plan.write_config(folder)
+    return plan.shapes()
+
+
 def _dtype(weights: dict[str, Weight], wanted: str) -> torch.dtype:
     if wanted != "auto":
         return _DTYPES[wanted]
@@ -159,6 +183,18 @@ class _Plan:
             index = {"metadata": {"total_size": self.nbytes}, "weight_map": places}
             text = json.dumps(index, indent=2, sort_keys=True) + "\n"
             (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+        self.write_config(folder)
+
+    def shapes(self) -> dict[str, Weight]:
+        """The tensors by name, of files that are not there."""
+        return {
+            entry.name: Weight(Path(name), entry.kind, entry.shape, 0)
+            for name, entries in self._files.items()
+            for entry in entries
+        }
+
+    def write_config(self, folder: Path) -> None:
+        """Write the configuration alone."""
         said = json.loads((self._base / "config.json").read_bytes())
         rows = self._rows
         for part in (said, said.get("text_config")):

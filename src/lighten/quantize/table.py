@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lighten.errors import UserError
 from lighten.quantize import child
 from lighten.quantize.export_card import require_replaceable
+from lighten.quantize.forecast import forecast, require_room
 from lighten.quantize.model_source import (
     HeldOutSet,
     ModelSource,
@@ -88,6 +88,13 @@ def quantize(
     """
     targets = parse(to)
     require_tools(targets)
+    expected = forecast(
+        source, to, adapter=adapter, output_dir=output_dir, tokens=tokens, timed=False
+    )
+    require_room(
+        Path(expected.folder), expected.disk_bytes, f"quantising {expected.model}",
+        temporary_bytes=expected.temporary_bytes,
+    )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="lighten-quantize-") as place:
         scratch = Path(place)
         with opened(source, scratch, adapter=adapter, dataset=dataset) as model:
@@ -150,8 +157,6 @@ def _make(
     told: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Write one format, whole or not at all; what it took."""
-    needed = weight_bytes(model.folder)
-    _require_space(folder, needed)
     with whole_folder(folder) as partial:
         job = {
             "do": "make", "name": target.name, "kind": target.kind, "type": target.type,
@@ -164,18 +169,6 @@ def _make(
             write_json(partial / "calibration.json", told)
         (partial / "README.md").write_text(_card(target, model, told), encoding="utf-8")
     return {"made_seconds": costs["seconds"], "made_peak_bytes": costs["peak_bytes"]}
-
-
-def _require_space(folder: Path, needed: int) -> None:
-    import shutil
-
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    free = shutil.disk_usage(there).free
-    if free < needed:
-        raise UserError(
-            f"{folder} may need {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB left; "
-            "free some space or choose another --output_dir"
-        )
 
 
 def _card(target: Target, model: ModelSource, told: dict[str, Any] | None) -> str:

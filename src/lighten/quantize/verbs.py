@@ -74,11 +74,11 @@ def verify(
         UserError: Something the user can mend.
     """
     from lighten.artifacts import open_source
-    from lighten.quantize import export as exports
+    from lighten.quantize.receipts import verify_artefact
     from lighten.streams import library_bars
 
     with library_bars():
-        return exports.verify_artefact(Path(artefact), open_source(against, adapter=adapter))
+        return verify_artefact(Path(artefact), open_source(against, adapter=adapter))
 
 
 def push(
@@ -132,14 +132,9 @@ def quantize(
     """
     from lighten import looked
     from lighten.quantize.targets import parse, require_tools
-    from lighten.runs import Run
 
     require_tools(parse(to))
-    given = source if isinstance(source, Run) else os.fspath(source)
-    if isinstance(given, str):
-        looked.require_answerable(given)
-        if (Path("runs") / given / "recipe.yaml").is_file() and not Path(given).exists():
-            given = str(Path("runs") / given)
+    given = looked.source_of(source)
     from lighten.quantize.table import quantize as quantize_model
 
     target = None if output_dir is None else Path(output_dir).expanduser()

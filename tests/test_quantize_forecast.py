@@ -1,0 +1,128 @@
+"""`lighten plan quantize --to`: what is said beforehand is what happens."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import lighten
+from lighten import api
+from lighten.cli import app
+from lighten.errors import DiskFull
+from lighten.quantize import forecast as forecasting
+from lighten.quantize.gguf_model import write_gguf
+from lighten.quantize.table import weight_bytes
+from lighten.quantize.weights import make
+from tests.test_merge import trained
+from tests.tiny import tiny_model, tiny_tokenizer
+
+KINDS = ("int8", "int8:bitsandbytes", "nf4", "int4:rounded")
+TYPES = ("q4_k_m", "q8_0", "f16")
+
+
+def saved(folder: Path, arch: str, **changes: Any) -> Path:
+    tiny_model(arch, dtype=torch.bfloat16, **changes).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tied model without biases, and one with a head of its own and biases."""
+    root = tmp_path_factory.mktemp("models")
+    wide = {"hidden_size": 256, "intermediate_size": 512}
+    return {
+        "tied": saved(root / "tied", "llama", tie_word_embeddings=True, **wide),
+        "biased": saved(root / "biased", "qwen2", tie_word_embeddings=False, **wide),
+    }
+
+
+@pytest.mark.parametrize("name", ["tied", "biased"])
+def test_folders_are_as_large_as_was_said(
+    name: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    """Against the files that the libraries write, with their headers."""
+    pytest.importorskip("bitsandbytes")
+    told = api.plan_formats(models[name], ",".join(KINDS), output_dir=tmp_path)
+    for own in told.formats:
+        folder = tmp_path / own.name.replace(":", "-")
+        folder.mkdir()
+        make(own.name, models[name], folder, [[0] * 32] * 2)
+        assert own.file_bytes == pytest.approx(weight_bytes(folder), rel=0.01), own.name
+        assert own.missing is None
+        calibrated = own.name.startswith("int4")
+        assert (own.seconds is None) is (own.peak_bytes is None) is calibrated
+    assert told.disk_bytes == sum(own.file_bytes or 0 for own in told.formats)
+    assert told.weight_bytes == pytest.approx(weight_bytes(models[name]), rel=0.01)
+    assert told.temporary_bytes == 0
+    assert told.fits() is None  # AutoRound's memory is not known
+
+
+@pytest.mark.parametrize("type_name", TYPES)
+def test_gguf_files_are_as_large_as_was_said_to_the_byte(
+    type_name: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("gguf")
+    for name, model in models.items():
+        (own,) = api.plan_formats(model, f"gguf:{type_name}").formats
+        write_gguf(model, tmp_path / f"{name}.gguf", type_name, name=name)
+        assert own.file_bytes == (tmp_path / f"{name}.gguf").stat().st_size
+        assert own.seconds is not None
+        assert own.seconds > 0
+
+
+def test_a_run_s_adapter_is_planned_as_it_will_be_merged(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    """A trained head parts from its embedding, which the plan counts."""
+    pytest.importorskip("gguf")
+    trained(tiny_model("llama", tie_word_embeddings=True, hidden_size=256, intermediate_size=512),
+            tmp_path / "adapter", target_modules=["lm_head", "q_proj"])  # fmt: skip
+    config = tmp_path / "adapter" / "adapter_config.json"
+    said = json.loads(config.read_text())
+    config.write_text(json.dumps(said | {"base_model_name_or_path": str(models["tied"])}))
+    told = api.plan_formats(tmp_path / "adapter", "gguf:q8_0", output_dir=tmp_path)
+    made = lighten.export(
+        tmp_path / "adapter", "gguf:q8_0", output_dir=tmp_path / "out", verify=False
+    )
+    assert told.formats[0].file_bytes == made.size_bytes
+    merged = lighten.export(tmp_path / "adapter", output_dir=tmp_path / "m", verify=False)
+    assert told.temporary_bytes == pytest.approx(merged.size_bytes, rel=0.01)
+
+
+def test_what_is_missing_is_said_and_stops_before_anything_is_written(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(forecasting.shutil, "disk_usage", lambda _: free._replace(free=1000))
+    told = api.plan_formats(models["tied"], "int8", output_dir=tmp_path / "out")
+    assert told.fits() is False
+    with pytest.raises(DiskFull, match=r"needs 1\.\d MB .* has 0\.0 MB left; free some"):
+        lighten.quantize(models["tied"], "int8", output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
+    (own,) = api.plan_formats(models["tied"], "nf4").formats
+    assert own.missing is not None
+    assert "pip install 'lighten[quant]'" in own.missing
+    assert own.file_bytes is not None
+    assert own.seconds is None
+
+
+def test_the_command_tells_sizes_and_what_does_not_go_together(models: dict[str, Path]) -> None:
+    words = ["plan", "quantize", str(models["tied"]), "--to", "int8,gguf:q4_k_m"]
+    shown = CliRunner().invoke(app, words)
+    assert shown.exit_code == 0, shown.output
+    assert "gguf:q4_k_m" in shown.output
+    told = json.loads(CliRunner().invoke(app, [*words, "--json"]).output)
+    assert [own["name"] for own in told["formats"]] == ["int8", "gguf:q4_k_m"]
+    for more in (["--storage", "nf4"], ["--tokens", "3"]):
+        wrong = CliRunner().invoke(app, [*words, *more])
+        assert wrong.exit_code not in (0, 1)
+        assert more[0] in wrong.output
