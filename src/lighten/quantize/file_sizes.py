@@ -15,7 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lighten.quantize.weights import group_size
+from lighten.quantize.int4 import group_size, quantised_layers
+from lighten.quantize.targets import DYNAMIC, GROUP_SIZE
 
 _WIDTH = {"F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I8": 1, "U8": 1}
 # Of bitsandbytes: weights per scale, scales per scale of those, and its description in JSON.
@@ -46,12 +47,13 @@ class _File:
         return 8 + text + (-text % 8) + place
 
 
-def folder_bytes(kind: str, model: PreTrainedModel) -> int:
+def folder_bytes(kind: str, model: PreTrainedModel, *, group: int = GROUP_SIZE) -> int:
     """Bytes of the weight files of a format.
 
     Args:
         kind: One of `targets.KINDS`.
         model: Its shapes.
+        group: Weights of a scale of 8da4w.
 
     Raises:
         UserError: The model's shapes do not suit the format.
@@ -59,6 +61,8 @@ def folder_bytes(kind: str, model: PreTrainedModel) -> int:
     file = _File()
     if kind == "int8":
         _torchao(file, model)
+    elif kind == DYNAMIC:
+        _dynamic(file, model, group)
     elif kind.startswith("int4"):
         _auto_round(file, model)
     else:
@@ -129,17 +133,30 @@ def _bitsandbytes(file: _File, model: PreTrainedModel, *, four: bool) -> None:
 
 
 def _auto_round(file: _File, model: PreTrainedModel) -> None:
-    group = group_size(model)
-    rounded_stems = set()
+    group, layers = group_size(model), quantised_layers(model)
     for name, rounded, shape in _parts(model, head=False, conv=False):
-        stem, _, last = name.rpartition(".")
-        if rounded is None:
-            # What stands beside rounded weights is in 16 bits, all else as it was loaded.
-            file.add(name, "F16" if last == "bias" and stem in rounded_stems else "F32", *shape)
+        stem = name.rpartition(".")[0]
+        if rounded is None or stem not in layers:
+            file.add(name, "BF16", *shape)
             continue
-        rounded_stems.add(stem)
         outputs, inputs = rounded
-        groups = -(-inputs // group)
         file.add(f"{stem}.qweight", "I32", inputs // 8, outputs)
-        file.add(f"{stem}.qzeros", "I32", groups, -(-outputs // 8))
-        file.add(f"{stem}.scales", "F16", groups, outputs)
+        file.add(f"{stem}.qzeros", "I32", inputs // group, outputs // 8)
+        file.add(f"{stem}.scales", "F16", inputs // group, outputs)
+
+
+def _dynamic(file: _File, model: PreTrainedModel, group: int) -> None:
+    names = []
+    for name, rounded, shape in _parts(model, head=False, conv=False):
+        names.append(name)
+        if rounded is None:
+            file.add(name, "BF16", *shape)
+            file.facts[name] = "x" * _PLAIN_FACTS
+            continue
+        outputs, inputs = rounded
+        stem = name.removesuffix("weight")
+        file.add(f"{stem}_weight_qdata", "I8", outputs, inputs)
+        file.add(f"{stem}_weight_scale", "BF16", outputs, inputs // group)
+        file.add(f"{stem}_weight_zero_point", "I8", outputs, inputs // group)
+        file.facts[name] = "x" * (_TORCHAO_FACTS + _TORCHAO_FACTS // 6)
+    file.facts["tensor_names"] = json.dumps(names)

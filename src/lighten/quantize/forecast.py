@@ -16,7 +16,7 @@ import numpy as np
 from lighten.artifacts import Artefact, copy_companions, open_source
 from lighten.errors import DiskFull, MissingExtra
 from lighten.quantize.gguf_source import Weight, read_weights
-from lighten.quantize.targets import Target, parse, require_tools
+from lighten.quantize.targets import DYNAMIC, Target, parse, require_tools
 from lighten.runs import Run
 
 SAMPLE_ROWS = 256  # of the matrix that a rate is measured on
@@ -285,8 +285,8 @@ def _folder_format(
     from lighten.quantize.file_sizes import folder_bytes
 
     size = folder_bytes(target.kind, skeleton(str(folder)))
-    if target.kind.startswith("int4"):
-        note = "peak memory and time of AutoRound are not known beforehand"
+    if target.kind.startswith("int4") or target.kind == DYNAMIC:
+        note = "its peak memory and time are not known beforehand"
         return Format(target.name, size, None, None, missing, note)
     largest = max(own.numbers for own in weights.values())
     # What is made, and one weight as its file has it and in 16 bits.
