@@ -174,7 +174,7 @@ def test_a_full_disk_leaves_nothing_half_written(
 ) -> None:
     def full(job: dict[str, Any]) -> dict[str, Any]:
         if job["do"] == "measure":
-            return {"rows": {}, "answers": []}
+            return {"rows": {}, "answers": [], "decode_samples": []}
         (Path(job["folder"]) / "model.safetensors").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
