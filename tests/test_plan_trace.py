@@ -56,8 +56,9 @@ WAYS: dict[str, dict[str, Any]] = {
 class Cpu:
     """A processor for tests: no time is predicted for a kind that has no rates."""
 
-    name, kind, bandwidth, is_here = "cpu", "cpu", None, True
+    name, label, kind, bandwidth, is_here = "cpu", "cpu", "cpu", None, True
     flops: dict[str, float] = {}  # noqa: RUF012
+    formats = {"float32": "native"}  # noqa: RUF012
 
     def __init__(self, memory_bytes: int | None = None) -> None:
         self.memory_bytes = memory_bytes
@@ -70,8 +71,10 @@ class Cpu:
 class Card(Cpu):
     """A GPU by its figures."""
 
-    name, kind, bandwidth, is_here, memory_alone = "card", "cuda", 1e12, False, False
+    name, label, kind, bandwidth, is_here = "card", "card", "cuda", 1e12, False
+    memory_alone = False
     flops = {"float32": 1e13, "bfloat16": 1e14}  # noqa: RUF012
+    formats = {"float32": "native", "bfloat16": "native"}  # noqa: RUF012
 
 
 def recipe_of(folder: Path, **values: Any) -> Recipe:
