@@ -94,7 +94,11 @@ def test_trap45_a_verdict_knows_its_direction_and_its_doubt() -> None:
     assert verdict(Estimate(1, 1, 0.5, 1.5), 20, lower_is_better=False) == "better"
     assert verdict(Estimate(1, 1, -0.5, 1.5), 20, lower_is_better=False) == "no difference found"
     assert verdict(Estimate(1, 1, 0.5, 1.5), 19, lower_is_better=True) == "too few examples"
-    assert {m.name for m in metrics.METRICS if m.lower_is_better} == {"loss", "perplexity"}
+    assert {m.name for m in metrics.METRICS if m.lower_is_better} == {
+        "loss",
+        "perplexity",
+        "general_loss",
+    }
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -157,7 +157,7 @@ def test_a_mistake_is_one_sentence_and_nothing_is_written(
 def test_no_run_no_adapter_no_model(tmp_path: Path, run: Run) -> None:
     with pytest.raises(UserError, match="holds no run"):
         lighten.export(tmp_path, "merged")
-    with pytest.raises(UserError, match="neither a GGUF file nor a folder"):
+    with pytest.raises(UserError, match="is no GGUF file, no program and no folder"):
         lighten.verify(tmp_path, run, adapter="a")
     shutil.copytree(run.folder, tmp_path / "copy")
     shutil.rmtree(tmp_path / "copy" / "adapters")

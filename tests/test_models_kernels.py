@@ -172,12 +172,13 @@ def test_a_compiler_of_c_links_the_library_of_cpp_too(
     """As CXX is after PEFT made a BOFT adapter."""
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "threads.cpp").write_text(
-        "#include <thread>\n"
+        "#include <cmath>\n#include <thread>\n"
         'extern "C" int answer() { int a = 0; std::thread([&] { a = 7; }).join(); return a; }\n'
+        'extern "C" void all(float* x, int n) { for (int i = 0; i < n; ++i) x[i] = expf(x[i]); }\n'
     )
     monkeypatch.setenv("CXX", "gcc")
     monkeypatch.setenv("LIGHTEN_CACHE", str(tmp_path / "cache"))
-    path = native.compiled(tmp_path / "code", [])
+    path = native.compiled(tmp_path / "code", ["-O3", "-march=native", "-ffast-math"])
     done = subprocess.run(  # in this process others have loaded the library of C++
         [sys.executable, "-c", f"import ctypes; print(ctypes.CDLL({str(path)!r}).answer())"],
         capture_output=True, text=True, check=False,

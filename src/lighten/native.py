@@ -19,8 +19,9 @@ from pathlib import Path
 from lighten.hardware import cache_folder
 
 OPTIONS = ("-std=c++17", "-fPIC", "-shared", "-pthread")
-# CXX may name a compiler of C, which leaves the library of C++ out: PEFT's BOFT leaves "gcc" there.
-LIBRARIES = ("-lstdc++",) if sys.platform.startswith("linux") else ()
+# CXX may name a compiler of C, which leaves out the libraries of C++ and of mathematics: PEFT's
+# BOFT leaves "gcc" there.
+LIBRARIES = ("-lstdc++", "-lm") if sys.platform.startswith("linux") else ()
 LONGEST_S = 120.0  # of a compilation
 
 
