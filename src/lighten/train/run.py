@@ -65,9 +65,9 @@ def train(
     trackers.check_installed(recipe.report_to)
     if recipe.peft is not None:
         method_of(recipe.peft)  # says what is wrong with it before anything is loaded
-    require_trainable(recipe)
     device = hardware.choose_device()
     optimizers.choose(recipe.optim, device.value)  # a missing package is told before anything loads
+    require_trainable(recipe)
     accelerator = ranks.connect(
         place,
         device.value,
