@@ -499,10 +499,11 @@ def test_a_default_run_of_one_epoch_is_saved_by_time_before_its_end(
         return [path.name for path in checkpoints.listing(run.folder / "checkpoints")]
 
     assert saved() == ["checkpoint-8"]
-    # Looks at the clock: one a step, two at a save; the third minute after the start is past 10.
-    monkeypatch.setattr("lighten.train.loop.time", Clock(205.0))
+    # Looks at the clock: two at the start, one a step, two at a save: the third step ends 640 s
+    # after the first look.
+    monkeypatch.setattr("lighten.train.loop.time", Clock(160.0))
     assert saved(save_every=None) == ["checkpoint-8"]
-    monkeypatch.setattr("lighten.train.loop.time", Clock(205.0))
+    monkeypatch.setattr("lighten.train.loop.time", Clock(160.0))
     first, *_, last = saved()
     assert (first, last) == ("checkpoint-3", "checkpoint-8")
 
