@@ -167,9 +167,16 @@ ELSEWHERE = {
     "packing": "below: the layout changes, the result must not",
     "lanes": "below: the layout changes, the result must not",
     "sweep": "test_sweep_arms, test_sweep", "quantize": "test_quantize",
+    "qat": "test_qat", "qat_group_size": "test_qat",
+    "strategy": "test_strategies: where the state lies changes, the result must not",
     "offload_base": "test_streamed_base: memory changes, the result must not",
     "torch_compile": "test_train_compiled: code changes, the result must not",
     "evaluate.extra_metrics": "test_evaluate_metrics",
+    "evaluate.forgetting": "test_evaluate_general",
+    "evaluate.judge": "test_evaluate_judge", "evaluate.judge_model": "test_evaluate_judge",
+    "evaluate.tasks": "test_evaluate_tasks", "evaluate.include_path": "test_evaluate_tasks",
+    "evaluate.tasks_limit": "test_evaluate_tasks",
+    "evaluate.tasks_chat_template": "test_evaluate_tasks",
     "evaluate.batch_size": "test_evaluate, trap 17: the result must not change",
 }  # fmt: skip
 
@@ -232,10 +239,10 @@ def test_the_same_recipe_leaves_the_same(
 def test_layout_settings_change_batches_but_no_result(
     world: dict[str, Any], before: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lighten.train import heldout, loop
+    from lighten.train import heldout, step_batches
 
     sizes: list[tuple[int, bool]] = []
-    for module in (loop, heldout):
+    for module in (step_batches, heldout):
         plain = module.collate
 
         def noting(items: Any, *rest: Any, _plain: Any = plain, **options: Any) -> Any:
