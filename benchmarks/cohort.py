@@ -113,7 +113,7 @@ def measure(arguments: argparse.Namespace) -> Result:
                         label = f"repeat {repeat + 1}, {base}, {tokens} tokens, {engine}"
                         kept.setdefault(engine, []).append(run(label, job))
             for size in (1, 4):
-                # Each adapter has a full micro-batch for each of two lanes.
+                # Each adapter has a full micro-batch for each of two workers.
                 own = lessons(rows, names[:size], 2 * MEMORY_TOKENS, 2)
                 settings = {**BASES["bfloat16"], "tokens_per_microbatch": MEMORY_TOKENS}
                 job = {"engine": "memory", "settings": settings, "lessons": own}

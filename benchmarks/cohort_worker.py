@@ -27,7 +27,7 @@ from benchmarks.steps import Steps
 from lighten import models
 from lighten.hardware import PeakMemory
 from lighten.train.batching import choose_passes
-from lighten.train.lanes import FULL_TOKENS
+from lighten.train.workers import FULL_TOKENS
 from lighten.train.prepare import load_base
 
 # Rows of a micro-batch never decide in a cohort: its tokens do.
@@ -61,7 +61,7 @@ def run_ours(
     full = sum(len(ids) for ids, _ in first) // FULL_TOKENS
     side_by_side = max(1, min(torch.get_num_threads(), len(first), full))
     settings = {
-        "per_device_train_batch_size": MANY_ROWS, "torch_compile": False, "lanes": side_by_side,
+        "per_device_train_batch_size": MANY_ROWS, "torch_compile": False, "workers": side_by_side,
         **job["settings"],
     }  # fmt: skip
     recipe = engine.recipe_of(job["model"], list(lessons), steps, settings=settings)
@@ -162,7 +162,7 @@ def main() -> None:
     recipe = engine.recipe_of(job["model"], list(job["lessons"]), 1, settings=job["settings"])
     base = load_base(recipe, job["device"])
     if job["engine"] == "memory":
-        # The same meter throughout: the one that the loop tells of its lanes' processes.
+        # The same meter throughout: the one that the loop tells of its workers' processes.
         found = run_ours(base, job["lessons"], job, None, memory)
         kept = ("peak_bytes", "method", "choices")
         print(json.dumps({**{key: found[key] for key in kept}, "idle": idle(found)}))

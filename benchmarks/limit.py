@@ -33,7 +33,7 @@ from benchmarks.parts import PARTS, Parts
 from benchmarks.steps import ROWS_PER_STEP, encoded, steps_of
 from lighten.data.batches import MicroBatch
 from lighten.hardware import PeakMemory
-from lighten.train.passes import shares_of
+from lighten.train.forward_backward import shares_of
 from lighten.train.prepare import Setup
 from lighten.train.step import train_step
 

@@ -23,7 +23,7 @@ from lighten.adapters.frozen import product, weight_of
 from lighten.adapters.layers import CohortLinear
 from lighten.data.batches import MicroBatch
 from lighten.train import gates
-from lighten.train.passes import shares_of
+from lighten.train.forward_backward import shares_of
 from lighten.train.prepare import Setup
 
 PARTS = ("linear", "low-rank", "attention", "norm", "activation", "loss", "optimiser")

@@ -166,7 +166,7 @@ def measured(case: Case, folder: Path, scratch: Path) -> dict[str, Any]:
     """What the case really takes, its rates being timed between the steps; `error` if it fails."""
     from lighten.plan import rates
     from lighten.plan.build import config_of
-    from lighten.plan.step_time import lanes_of, parts_of
+    from lighten.plan.step_time import workers_of, parts_of
     from lighten.plan.steps import follow_recipe
     from lighten.recipe import Recipe
 
@@ -176,11 +176,11 @@ def measured(case: Case, folder: Path, scratch: Path) -> dict[str, Any]:
         recipe, config_of(recipe)[0], dtype, "cpu", given=(case.rows, case.tokens),
         supervised=SUPERVISED,
     )  # fmt: skip
-    parts, lanes = parts_of(traced), lanes_of(traced)
+    parts, workers = parts_of(traced), workers_of(traced)
 
     def turn() -> None:
         for alone in (False, True):
-            known = rates.Measured.cached(1 if alone else lanes)
+            known = rates.Measured.cached(1 if alone else workers)
             known.sample(work for part in parts if part.alone is alone for work in part.work)
 
     job = {"recipe": case.recipe(folder), "rows": case.rows, "tokens": case.tokens,

@@ -179,7 +179,7 @@ def _losses(run: Any, groups: int | None, arguments: argparse.Namespace) -> Any:
     from lighten.evaluate.evaluation import held_out_examples
     from lighten.models import limits_of
     from lighten.train import held_out_data
-    from lighten.train.heldout import held_out
+    from lighten.train.validation import held_out
     from lighten.train.loss import Objective
     from lighten.train.prepare import load_base
 

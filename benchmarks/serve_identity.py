@@ -247,7 +247,7 @@ def under_load(
     for name, question, answer in answers:
         possible = held.possible(name, answer)
         report.either += len(possible) > 1
-        judge(report, answer, [alone[content, question] for content in possible], name)
+        pruner(report, answer, [alone[content, question] for content in possible], name)
     return report
 
 
@@ -259,7 +259,7 @@ def _replace(target: Path, source: Path) -> None:
     fresh.rename(target)
 
 
-def judge(report: Report, answer: Answer, expected: Sequence[Answer], name: str) -> None:
+def pruner(report: Report, answer: Answer, expected: Sequence[Answer], name: str) -> None:
     """Count one answer."""
     verdicts = [_verdict(answer, one, report.tie) for one in expected]
     kinds = Counter(kind for kind, _ in verdicts)

@@ -166,9 +166,9 @@ def test_odd_sizes_are_dequantised_right(shape: tuple[int, int], storage: Storag
     ours, theirs = layer(x), nn.functional.linear(x, by_hand(layer.weight), plain.bias)
     assert torch.allclose(ours, theirs, atol=1e-5)
     assert torch.allclose(product(layer, x), theirs, atol=1e-5)
-    slope = torch.randn_like(ours)
-    (mine,) = torch.autograd.grad(ours, x, slope)
-    assert torch.allclose(mine, slope @ by_hand(layer.weight), atol=1e-5)
+    gradient = torch.randn_like(ours)
+    (mine,) = torch.autograd.grad(ours, x, gradient)
+    assert torch.allclose(mine, gradient @ by_hand(layer.weight), atol=1e-5)
 
 
 @pytest.mark.parametrize("storage", [Storage("nf4"), Storage("int8")], ids=str)

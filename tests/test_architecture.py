@@ -95,12 +95,12 @@ ALLOWED: dict[str, set[str]] = {
 }  # fmt: skip
 LIGHT = ("lighten", "lighten.api", "lighten.api_bench", "lighten.api_plan",
          "lighten.api_serve", "lighten.bench",
-         "lighten.timing", "lighten.bench.words", "lighten.cli", "lighten.errors",
+         "lighten.timing", "lighten.bench.text", "lighten.cli", "lighten.errors",
          "lighten.hardware", "lighten.recipe", "lighten.peft_config", "lighten.runs",
          "lighten.models", "lighten.models.names", "lighten.models.catalogue",
          "lighten.dialogue", "lighten.streams", "lighten.parallel.launch", "lighten.parallel.spawn",
          "lighten.report.charts", "lighten.datasheets", "lighten.devices",
-         "lighten.console", "lighten.plan", "lighten.plan.words", "lighten.report.planned",
+         "lighten.console", "lighten.plan", "lighten.plan.text", "lighten.report.planned",
          "lighten.data.read", "lighten.train", "lighten.evaluate", "lighten.report",
          "lighten.quantize.gguf_model", "lighten.quantize.llamacpp",
          "lighten.sweep", "lighten.sweep.arms", "lighten.sweep.recommend")  # fmt: skip

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lighten import api
-from lighten.bench import attention, comparing, generation, running, training, words
+from lighten.bench import attention, comparing, generation, running, training, text
 from lighten.bench.limits import Try, search_from
 from lighten.errors import UserError
 from lighten.jobs import in_child
@@ -49,8 +49,8 @@ def test_a_time_that_does_not_settle_says_so(monkeypatch: pytest.MonkeyPatch) ->
     timing = measure_step(step, least=5, most=12, budget_s=1e9)
     assert len(timing.samples) == 12
     assert not timing.settled
-    assert "not settled" in words.spread(timing.to_dict())
-    assert "did not come within 5 %" in str(words.unsettled([{"seconds": timing.to_dict()}]))
+    assert "not settled" in text.spread(timing.to_dict())
+    assert "did not come within 5 %" in str(text.unsettled([{"seconds": timing.to_dict()}]))
 
 
 def test_the_interval_of_a_median_covers_as_often_as_it_says() -> None:
@@ -136,7 +136,7 @@ def test_trap51_a_model_that_does_not_train_is_no_result(
 ) -> None:
     """With optimisers that never move, the bench fails; with true ones it counts real tokens."""
     recipe = running.way_of(
-        api.plannable(model_name_or_path=str(tiny_folder), max_length=32, lanes=1),
+        api.plannable(model_name_or_path=str(tiny_folder), max_length=32, workers=1),
         training.WAYS["LoRA"], checkpointing=False,
     )  # fmt: skip
     how: dict[str, Any] = {

@@ -15,7 +15,7 @@ from lighten import data, models
 from lighten.devices import named
 from lighten.errors import UserError
 from lighten.evaluate.evaluation import evaluate_run
-from lighten.plan import asked, before_training
+from lighten.plan import predict, preflight
 from lighten.recipe import Recipe
 from lighten.train.run import train
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
@@ -74,7 +74,7 @@ def test_rows_beyond_a_table_of_positions_are_cut_to_it_and_counted(
         output_dir=str(tmp_path / "run"), max_steps=2, dtype="float32",
         evaluate={"bootstrap_samples": 10, "max_new_tokens": 40},
     )  # fmt: skip
-    plan = asked.plan(recipe, named("t4"), calibrate=False, changes=False)
+    plan = predict.plan(recipe, named("t4"), calibrate=False, changes=False)
     assert any(f"lost to the model's {POSITIONS} positions" in note for note in plan.notes)
     run = train(recipe, progress=False)
     facts = run.info()["data"]
@@ -87,7 +87,7 @@ def test_rows_beyond_a_table_of_positions_are_cut_to_it_and_counted(
 def test_a_plan_without_data_stays_inside_the_positions(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "gpt2", "gpt2", n_positions=POSITIONS)
     recipe = recipe_of(model_name_or_path=str(folder), dataset="")
-    plan = asked.plan(recipe, named("t4"), calibrate=False, changes=False)
+    plan = predict.plan(recipe, named("t4"), calibrate=False, changes=False)
     assert plan.step_tokens == 8 * POSITIONS
     assert any(f"the model's {POSITIONS} positions" in note for note in plan.notes)
 
@@ -97,7 +97,7 @@ def test_rotary_positions_cut_nothing_and_say_so(arch: str, mixed: Path, tmp_pat
     folder = save_model(tmp_path / arch, arch, max_position_embeddings=POSITIONS)
     recipe = recipe_of(model_name_or_path=str(folder), dataset=str(mixed), val_size=0)
     notes: list[str] = []
-    rows = asked.read_rows(recipe, notes)
+    rows = predict.read_rows(recipe, notes)
     assert rows is not None
     assert rows.train.counts.truncated == rows.train.counts.dropped == 0
     assert notes == rows.notes
@@ -128,7 +128,7 @@ def test_ids_of_a_larger_vocabulary_are_refused_before_anything_is_loaded(
     with pytest.raises(UserError, match=said):
         train(recipe, progress=False)
     with pytest.raises(UserError, match=said):
-        asked.plan(recipe, named("cpu"), calibrate=False)
+        predict.plan(recipe, named("cpu"), calibrate=False)
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused_unless_tokens_are_added(
@@ -259,4 +259,4 @@ def test_a_check_and_a_guarded_run_refuse_ids_too(tmp_path: Path) -> None:
         )  # fmt: skip
     recipe = recipe_of(model_name_or_path=str(folder), dataset=str(path), val_size=0)
     with pytest.raises(UserError, match=said):
-        before_training.predict(recipe)
+        preflight.plan_first(recipe)

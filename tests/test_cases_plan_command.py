@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lighten.plan import asked, words
+from lighten.plan import predict, text
 from lighten.plan.changes import cheapest, differing
 from lighten.plan.result import Change
 from lighten.recipe import Recipe
@@ -44,11 +44,11 @@ def test_one_change_that_is_enough_stands_in_the_headline(tiny_folder: Path) -> 
     plan = planner(recipe)
     plan = dataclasses.replace(plan, changes=cheapest(recipe, plan, planner))
     said = "does not fit as it is; with gradient checkpointing it does (0.89 GiB)"
-    assert words.with_change(plan) == said
-    assert said in words.verdict(plan)
+    assert text.with_change(plan) == said
+    assert said in text.verdict(plan)
     tight = dataclasses.replace(plan, changes=())
-    assert words.with_change(tight) is None
-    assert words.verdict(tight).endswith("which does not fit")
+    assert text.with_change(tight) is None
+    assert text.verdict(tight).endswith("which does not fit")
 
 
 def test_flags_are_those_that_differ(tiny_folder: Path) -> None:
@@ -62,7 +62,7 @@ def test_flags_are_those_that_differ(tiny_folder: Path) -> None:
     }  # fmt: skip
     change = Change("x", {"max_length": 512}, 1, None, True, {"max_length": 256})
     plan = dataclasses.replace(formula(920, [])(recipe), changes=(change,))
-    assert words.change_flags(plan) == ["1: --max_length 256"]
+    assert text.change_flags(plan) == ["1: --max_length 256"]
 
 
 def test_changes_stop_when_time_is_over(tiny_folder: Path) -> None:
@@ -91,8 +91,8 @@ def test_changes_that_are_planned_already_are_told_though_time_is_over(tiny_fold
 def test_a_plan_says_that_it_looked_no_further(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(asked, "MOST_CHANGES_S", 0.0)
-    plan = asked.plan(recipe_for(tiny_folder), Card(2**20), calibrate=False)
+    monkeypatch.setattr(predict, "MOST_CHANGES_S", 0.0)
+    plan = predict.plan(recipe_for(tiny_folder), Card(2**20), calibrate=False)
     assert plan.fits() is False
     assert plan.changes == ()
     assert any("no further changes" in note for note in plan.notes)

@@ -17,7 +17,7 @@ from lighten import api
 from lighten.adapters.decoder import decoder_layers
 from lighten.adapters.whole import WholeBase
 from lighten.devices import DEVICES
-from lighten.plan import asked, distributed
+from lighten.plan import predict, distributed
 from lighten.plan.distributed import Distributed, Strategy
 from lighten.plan.result import Plan
 from tests.processes import call
@@ -41,7 +41,7 @@ def alone(folder: Path, arch: str, **settings: Any) -> Plan:
     recipe = api.plannable(
         None, model_name_or_path=str(folder), **{"max_length": 32, **settings}
     )  # fmt: skip
-    return asked.plan(recipe, DEVICES["a100-80"], changes=False)
+    return predict.plan(recipe, DEVICES["a100-80"], changes=False)
 
 
 def spread(plan: Plan, strategy: Strategy, offload: tuple[str, ...] = ()) -> Distributed:

@@ -27,8 +27,8 @@ from lighten.data.storage import ExampleStore, Spool
 from lighten.data.tokenise import PART_EXAMPLES
 from lighten.errors import UserError
 from lighten.models import load_tokenizer
-from lighten.plan import asked, words
-from lighten.plan.asked import read_rows
+from lighten.plan import predict, text
+from lighten.plan.predict import read_rows
 from lighten.plan.data_cost import cost_of, with_data
 from lighten.plan.result import MemoryPart
 from lighten.recipe import Recipe
@@ -635,8 +635,8 @@ def test_training_passes_its_progress_on(
 def test_a_plan_takes_large_data_from_the_cache_and_else_a_sample(
     cached: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(asked, "LARGEST_DATA_BYTES", 0)
-    monkeypatch.setattr(asked, "SAMPLE_ROWS", 10)
+    monkeypatch.setattr(predict, "LARGEST_DATA_BYTES", 0)
+    monkeypatch.setattr(predict, "SAMPLE_ROWS", 10)
     recipe = recipe_for(cached, tiny_folder)
     notes: list[str] = []
     sample = read_rows(recipe, notes)
@@ -645,7 +645,7 @@ def test_a_plan_takes_large_data_from_the_cache_and_else_a_sample(
     assert "12 of 48 rows were encoded for this plan" in notes[0]
     evenly = [row.example.where for row in sample.train.rows]
     assert not (cached / "cache" / "data").exists()
-    lengths = asked.lengths_of(sample)
+    lengths = predict.lengths_of(sample)
     assert lengths is not None
     assert len(lengths) == 48
     assert set(lengths) == {len(row.input_ids) for row in sample.train.rows}
@@ -657,7 +657,7 @@ def test_a_plan_takes_large_data_from_the_cache_and_else_a_sample(
         same(whole, kept)
     assert evenly == [row.example.where for row in whole.train.rows[::4]]
     assert not any("for this plan" in note for note in notes)
-    monkeypatch.setattr(asked, "LARGEST_SAMPLED_BYTES", 0)
+    monkeypatch.setattr(predict, "LARGEST_SAMPLED_BYTES", 0)
     assert read_rows(recipe, notes) is None
     assert "are not read for a plan" in notes[-1]
 
@@ -665,7 +665,7 @@ def test_a_plan_takes_large_data_from_the_cache_and_else_a_sample(
 def test_a_plan_counts_what_the_data_take(cached: Path, tiny_folder: Path) -> None:
     recipe, cpu = recipe_for(cached, tiny_folder), devices.named("cpu")
     rows = loaded(recipe, tiny_folder)
-    cost, without = cost_of(rows), asked.planner_for(cpu, None, calibrate=False)(recipe)
+    cost, without = cost_of(rows), predict.planner_for(cpu, None, calibrate=False)(recipe)
     held = sum(
         array.nbytes
         for part in (rows.train.rows, rows.held_out.rows)
@@ -690,14 +690,14 @@ def test_a_plan_counts_what_the_data_take(cached: Path, tiny_folder: Path) -> No
 
 def test_a_plan_of_data_says_what_they_take(cached: Path, tiny_folder: Path) -> None:
     recipe = recipe_for(cached, tiny_folder)
-    made = asked.plan(recipe, devices.named("t4"), changes=False)
-    told = dict(words.fact_rows(made))["data"]
+    made = predict.plan(recipe, devices.named("t4"), changes=False)
+    told = dict(text.fact_rows(made))["data"]
     assert told.startswith("60 rows, ")
     assert "while they are encoded" in told
-    again = asked.plan(recipe, devices.named("t4"), changes=False)
+    again = predict.plan(recipe, devices.named("t4"), changes=False)
     assert again.data is not None
     assert again.data.encoding_bytes == 0
-    assert "while they are encoded" not in dict(words.fact_rows(again))["data"]
+    assert "while they are encoded" not in dict(text.fact_rows(again))["data"]
 
 
 def test_arrays_are_gone_through_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

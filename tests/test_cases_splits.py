@@ -27,7 +27,7 @@ from lighten.evaluate.verdicts import verdict
 from lighten.report import comparison, page
 from lighten.runs import Run
 from lighten.sweep.recommend import Candidate, recommend
-from lighten.train.heldout import HeldOut
+from lighten.train.validation import ValidationLoss
 from lighten.train.prepare import tokenizer_of
 from lighten.train.rows import load_rows
 from tests.tiny import tiny_tokenizer
@@ -424,7 +424,7 @@ def test_a_verdict_and_a_recommendation_need_twenty_examples(count: int) -> None
     assert ("nothing is recommended" in " ".join(told.reasons)) != enough
     for own in told.comparisons:
         assert (own.se is None) == (own.low is None) == (own.high is None) == (count == 1)
-    assert (HeldOut(tuple(nll), tuple(map(int, tokens))).standard_error is None) == (count == 1)
+    assert (ValidationLoss(tuple(nll), tuple(map(int, tokens))).standard_error is None) == (count == 1)
 
 
 @pytest.mark.parametrize("count", [1, 3])

@@ -53,10 +53,10 @@ def test_grouping_by_length_saves_padding() -> None:
 @given(lengths, st.integers(1, 9), st.one_of(st.none(), st.integers(1, 200)), st.integers(1, 3))
 @settings(deadline=None)
 def test_a_layout_keeps_every_row_within_its_budgets(
-    lengths: list[int], max_rows: int, max_tokens: int | None, lanes: int
+    lengths: list[int], max_rows: int, max_tokens: int | None, workers: int
 ) -> None:
     items = [Item("a", row, 0) for row in range(len(lengths))]
-    parts = layout(items, lengths, max_rows=max_rows, max_tokens=max_tokens, lanes=lanes)
+    parts = layout(items, lengths, max_rows=max_rows, max_tokens=max_tokens, workers=workers)
     assert sorted(item.row for part in parts for item in part) == list(range(len(lengths)))
     for part in parts:
         padded = len(part) * max(lengths[item.row] for item in part)
@@ -116,13 +116,13 @@ def test_more_steps_than_rows_is_no_error(per_step: int) -> None:
 
 
 def _even_by_definition(
-    lengths: list[int], max_rows: int, room: int, lanes: int
+    lengths: list[int], max_rows: int, room: int, workers: int
 ) -> list[list[int]]:
     """Each row where the fewest tokens are, with ever more micro-batches until all fit."""
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     count = -(-sum(lengths) // room)
     while True:
-        count += -count % lanes
+        count += -count % workers
         parts: list[list[int]] = [[] for _ in range(count)]
         tokens = [0] * count
         fits = True
@@ -146,14 +146,14 @@ def _even_by_definition(
 )  # fmt: skip
 @settings(deadline=None)
 def test_packed_layouts_are_those_of_the_rule(
-    lengths: list[int], max_rows: int, room: int, lanes: int
+    lengths: list[int], max_rows: int, room: int, workers: int
 ) -> None:
     items = [Item("a", row, row) for row in range(len(lengths))]
     found = layout(
-        items, lengths, max_rows=max_rows, max_tokens=room, packed=True, lanes=lanes
+        items, lengths, max_rows=max_rows, max_tokens=room, packed=True, workers=workers
     )  # fmt: skip
     assert [[item.row for item in part] for part in found] == _even_by_definition(
-        lengths, max_rows, room, lanes
+        lengths, max_rows, room, workers
     )
 
 

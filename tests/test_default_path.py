@@ -49,7 +49,7 @@ def test_train_evaluate_and_report_with_every_default(
     assert info["prediction"]["memory"]["measured"] == info["training"]["peak_bytes"]
     chosen = {own["what"]: own["value"] for own in info["choices"]}
     # As many workers as the machine's cores and the step's tokens make, whatever these are here.
-    assert int(chosen["lanes"]) >= 1
+    assert int(chosen["workers"]) >= 1
     evaluation = run.evaluation()
     assert evaluation is not None
     losses = {own["name"]: own["metrics"]["loss"]["value"] for own in evaluation["models"]}

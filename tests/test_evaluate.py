@@ -24,7 +24,7 @@ from lighten.evaluate.generate import generate, stop_tokens
 from lighten.evaluate.verdicts import verdict
 from lighten.models import Base
 from lighten.runs import Run
-from lighten.train.heldout import held_out
+from lighten.train.validation import held_out
 from lighten.train.loss import Objective
 from tests.test_train_step import row
 from tests.tiny import ARCHITECTURES, save_tiny, tiny_model, tiny_tokenizer

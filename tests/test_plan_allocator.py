@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from lighten import allocator
 from lighten.allocator import arena
-from lighten.plan import context
+from lighten.plan import process_overhead
 from lighten.plan.allocators import (
     MIB,
     Arena,
@@ -29,7 +29,7 @@ from lighten.plan.allocators import (
     rounded,
     segment_size,
 )
-from lighten.plan.context import Context
+from lighten.plan.process_overhead import Context
 
 GLIBC = allocator._glibc() is not None
 
@@ -150,7 +150,7 @@ def test_blocks_of_the_heap_never_overlap() -> None:
 REAL = """
 import json, sys, torch
 from lighten import allocator
-from lighten.plan import context
+from lighten.plan import process_overhead
 assert allocator.keep_pages("cpu").value.startswith("glibc")
 from lighten.hardware import PeakMemory
 events = json.loads(sys.stdin.read())
@@ -313,23 +313,23 @@ def test_the_context_is_measured_once_for_a_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[list[str]] = []
-    found = '{"bytes": 90000000, "lane_bytes": 50000000}'
+    found = '{"bytes": 90000000, "worker_bytes": 50000000}'
 
     def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         calls.append(command)
         return subprocess.CompletedProcess(command, 0, f"a warning\n{found}\n", "")
 
-    monkeypatch.setattr(context.subprocess, "run", run)
+    monkeypatch.setattr(process_overhead.subprocess, "run", run)
     path = tmp_path / "new" / "context.json"
-    assert context.context_of(path) == context.context_of(path) == Context(90_000_000, 50_000_000)
+    assert process_overhead.context_of(path) == process_overhead.context_of(path) == Context(90_000_000, 50_000_000)
     assert len(calls) == 1
-    monkeypatch.setattr(context, "processor_name", lambda: "another")
-    context.context_of(path)
+    monkeypatch.setattr(process_overhead, "processor_name", lambda: "another")
+    process_overhead.context_of(path)
     assert len(calls) == 2, "another processor is another context"
     path.write_text("{", encoding="ascii")
 
     def fails(command: list[str], **_: Any) -> None:
         raise subprocess.CalledProcessError(1, command)
 
-    monkeypatch.setattr(context.subprocess, "run", fails)
-    assert context.context_of(path) == context.UNMEASURED
+    monkeypatch.setattr(process_overhead.subprocess, "run", fails)
+    assert process_overhead.context_of(path) == process_overhead.UNMEASURED

@@ -12,7 +12,7 @@ from lighten import cli_plan, devices, hardware
 from lighten.api import plan_search, recipe_of
 from lighten.devices import DEVICES, named
 from lighten.errors import UserError
-from lighten.plan import asked, rates, words
+from lighten.plan import predict, rates, text
 
 GIB = 2**30
 
@@ -79,7 +79,7 @@ def test_of_a_device_known_for_memory_alone_nothing_is_measured_here(
     assert chosen.value == ("float32" if device.kind == "cpu" else "bfloat16")
     assert "assumed" in chosen.reason or "compute capability" in chosen.reason
     assert device.dtype("float16").value == "float16"
-    assert asked.here(device) is None
+    assert predict.here(device) is None
 
 
 @pytest.mark.parametrize("name", ["apple-16gb", "mi300x", "rtx4070-laptop"])
@@ -88,13 +88,13 @@ def test_a_plan_for_memory_alone_says_so_and_predicts_no_time(
 ) -> None:
     monkeypatch.setattr(rates.Measured, "cached", lambda *_: pytest.fail("this machine was timed"))
     recipe = recipe_of(model_name_or_path=str(tiny_folder), dataset="", max_steps=2)
-    made = asked.plan(recipe, named(name), changes=False)
+    made = predict.plan(recipe, named(name), changes=False)
     assert made.time is None
     assert made.run_seconds is None
     assert made.capacity == DEVICES[name].memory_bytes
     assert made.fits() is True
     assert any("only the memory is known" in note for note in made.notes)
-    assert dict(words.fact_rows(made)[:8])["time"].startswith("not predicted")
+    assert dict(text.fact_rows(made)[:8])["time"].startswith("not predicted")
     assert ("assumed" in made.choices["dtype"]) == (name == "apple-16gb")
 
 
@@ -103,7 +103,7 @@ def test_a_search_without_times_does_not_speak_of_the_fastest(tiny_folder: Path)
                            max_length=32, batch_size=1, gradient_accumulation_steps=1,
                            method="lora")  # fmt: skip
     assert found.best is not None
-    assert words.best_of(found.best) == "the first that fits, as no time is predicted"
+    assert text.best_of(found.best) == "the first that fits, as no time is predicted"
     assert [own.why for own in found.tried].count(found.best.why) == 1
     assert "fastest" not in found.best.why
 

@@ -10,7 +10,7 @@ import pytest
 from lighten import api
 from lighten.devices import named
 from lighten.errors import UserError
-from lighten.plan import asked
+from lighten.plan import predict
 from lighten.plan.planner import Planner
 from lighten.plan.result import Plan
 from lighten.recipe import Recipe
@@ -73,8 +73,8 @@ def test_where_a_process_is_killed_this_one_plans(tiny_folder: Path) -> None:
 
 @linux
 def test_a_traced_plan_is_the_same_from_another_process(tiny_folder: Path) -> None:
-    ahead = asked.planner_for(named("t4"), calibrate=False)
+    ahead = predict.planner_for(named("t4"), calibrate=False)
     ahead.plan_ahead(recipes(tiny_folder))
-    alone = asked.planner_for(named("t4"), calibrate=False)
+    alone = predict.planner_for(named("t4"), calibrate=False)
     for own in recipes(tiny_folder):
         assert ahead(own) == alone(own)

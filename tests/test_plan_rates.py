@@ -16,7 +16,7 @@ from lighten.models import kernels
 from lighten.models.kernels import attention
 from lighten.plan import rates
 from lighten.plan.rates import Measured, Rate
-from lighten.plan.work import Shaped, Work, work_of
+from lighten.plan.operation_cost import Shaped, Work, work_of
 from lighten.train import fused_loss
 
 ATEN, OWN = torch.ops.aten, torch.ops.lighten
@@ -212,7 +212,7 @@ LARGE = {
         ATEN.addmm_.default, meta(512, 1024), meta(512, 256), meta(256, 1024)),
     "attention": lambda: attended(1024, [], backward=False),
     "attention of packed rows": lambda: attended(1024, [0, 1000, 1024], backward=False),
-    "attention's slopes": lambda: attended(1024, [], backward=True),
+    "attention's gradients": lambda: attended(1024, [], backward=True),
     "a sum": lambda: work(ATEN.add.Tensor, meta(1, 2048, 512), meta(1, 2048, 512)),
     "an optimiser's step": lambda: adam([(3, 64), (2048, 128), (64,)]),
     "one of a large weight": lambda: adam([(8192, 128), (64,)]),

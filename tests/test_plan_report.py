@@ -11,7 +11,7 @@ import pytest
 
 from lighten import cli_plan, devices, runs
 from lighten.cli_plan import print_changes, print_plan
-from lighten.plan import asked, words
+from lighten.plan import predict, text
 from lighten.plan.result import Change, Memory, MemoryPart, Plan, Shape, StepTime
 from lighten.report.bars import Bar, Segment, stacked_bars
 from lighten.report.page import page
@@ -85,17 +85,17 @@ def test_a_plan_in_words(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     plan = a_plan()
-    (line,) = words.lines(plan)
+    (line,) = text.lines(plan)
     assert "plan: 4.00 GiB at the peak of 8.00 GiB (base weights 3.00 GiB" in line
     assert "2.00 s per step, 3 min 0 s in all" in line
-    assert len(words.lines(a_plan(4 * GIB))) == 2
-    rows = {row[0]: row[1] for row in words.fact_rows(plan)}
+    assert len(text.lines(a_plan(4 * GIB))) == 2
+    rows = {row[0]: row[1] for row in text.fact_rows(plan)}
     assert rows["micro-batch"] == "4 rows of 512 tokens, 2 per step"
     assert rows["download"] == "not known"
     change = Change(
         "QLoRA", {"load_in_4bit": True}, GIB, 1.25, True, differing={"load_in_4bit": True}
     )
-    assert words.change(change) == "QLoRA: saves 1.00 GiB, 25 % slower; it fits then"
+    assert text.change(change) == "QLoRA: saves 1.00 GiB, 25 % slower; it fits then"
     made = replace(a_plan(GIB), changes=(change,))
     print_plan(made)
     print_changes(made)
@@ -103,7 +103,7 @@ def test_a_plan_in_words(
     for said in ("which does not fit", "what would need less", "QLoRA", "1.00 GiB", "25 % slower",
                  "--load_in_4bit true"):  # fmt: skip
         assert said in printed, said
-    assert words.flags({"a": True, "b": None, "c": 3, "d": "x", "e": [1]}) == (
+    assert text.flags({"a": True, "b": None, "c": 3, "d": "x", "e": [1]}) == (
         "--a true --b null --c 3 --d x --e [1]"
     )
 
@@ -114,7 +114,7 @@ def test_what_a_plan_notes_after_changes_were_sought_is_printed_once(
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setitem(devices.DEVICES, "t4", replace(devices.DEVICES["t4"], memory_bytes=2**20))
     monkeypatch.setattr(devices, "_BY_PLAIN", dict(devices.DEVICES))
-    monkeypatch.setattr(asked, "MOST_CHANGES_S", -1.0)
+    monkeypatch.setattr(predict, "MOST_CHANGES_S", -1.0)
     settings = {"model_name_or_path": str(tiny_folder), "max_length": 32}
     assert cli_plan._plan(None, settings, "t4", False, probe=False) is False
     printed = capsys.readouterr().out

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lighten import api
 from lighten.devices import DEVICES, Device
 from lighten.errors import UserError
-from lighten.plan import asked, search
+from lighten.plan import predict, search
 from lighten.plan.result import Plan
 from lighten.recipe import Recipe
 from tests.test_plan_changes import formula
@@ -23,16 +23,16 @@ GIB = 2**30
 
 
 @given(
-    high=st.integers(1, 5000), last=st.integers(0, 6000), slope=st.floats(1, 1e6),
+    high=st.integers(1, 5000), last=st.integers(0, 6000), gradient=st.floats(1, 1e6),
     bend=st.floats(0, 100),
 )  # fmt: skip
 def test_the_most_that_fits_is_found_whatever_the_slope(
-    high: int, last: int, slope: float, bend: float
+    high: int, last: int, gradient: float, bend: float
 ) -> None:
     """Against counting up: memory that grows in a line and a square, as length makes it grow."""
 
     def margin(n: int) -> float:
-        return slope * (last - n) + bend * (last**2 - n**2)
+        return gradient * (last - n) + bend * (last**2 - n**2)
 
     assert search.most(margin, 0, high) == min(high, last)
 
@@ -62,13 +62,13 @@ def recipe(folder: Path, **changes: Any) -> Recipe:
 
 
 def peak(device: Device, own: Recipe) -> Plan:
-    return asked.planner_for(device, calibrate=False)(own)
+    return predict.planner_for(device, calibrate=False)(own)
 
 
 def test_the_fastest_fits_and_says_why_the_others_lose(tiny_folder: Path) -> None:
     own = recipe(tiny_folder)
     whole = peak(small(80 * GIB), own)
-    found = search.fastest(own, asked.planner_for(small(80 * GIB), calibrate=False))
+    found = search.fastest(own, predict.planner_for(small(80 * GIB), calibrate=False))
     assert found.best is not None
     assert found.best.plan is not None
     assert found.best.plan.fits() is True
@@ -90,7 +90,7 @@ def test_less_memory_means_smaller_micro_batches_and_as_many_rows_per_step(
     assert eight.memory.high > one.memory.high
     between = (one.memory.high + eight.memory.high) // 2
     candidate = search.largest_micro_batch(
-        own, {}, asked.planner_for(small(between), calibrate=False), "x"
+        own, {}, predict.planner_for(small(between), calibrate=False), "x"
     )
     assert candidate.plan is not None
     assert candidate.plan.fits() is True
@@ -163,7 +163,7 @@ def test_the_limits_are_limits(tiny_folder: Path) -> None:
     device = small(80 * GIB)
     four = own.changed({"per_device_train_batch_size": 64, "tokens_per_microbatch": None})
     room = peak(device, four).memory.high
-    found = search.limits(own, asked.planner_for(small(room), calibrate=False), longest=2048)
+    found = search.limits(own, predict.planner_for(small(room), calibrate=False), longest=2048)
     assert found.rows is not None
     assert found.context is not None
     assert found.rows >= 64
@@ -175,7 +175,7 @@ def test_the_limits_are_limits(tiny_folder: Path) -> None:
     assert over.fits() is not True
     assert found.rows_limited_by == "memory"
     assert found.context_limited_by in ("memory", "the model's positions")
-    nothing = search.limits(own, asked.planner_for(small(2**20), calibrate=False), longest=2048)
+    nothing = search.limits(own, predict.planner_for(small(2**20), calibrate=False), longest=2048)
     assert nothing.context is None
     assert nothing.rows is None
 

@@ -1,4 +1,4 @@
-"""A step's seconds: every operation of it, and lanes that wait for the fullest of them."""
+"""A step's seconds: every operation of it, and workers that wait for the fullest of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from lighten.plan.build import config_of
 from lighten.plan.rates import Datasheet
-from lighten.plan.step_time import lanes_of, parts_of, time_of
+from lighten.plan.step_time import workers_of, parts_of, time_of
 from lighten.plan.steps import Traced, follow_recipe
 from tests.test_plan_trace import FLOAT32, Card, Cpu, folder_of, recipe_of
 
@@ -21,12 +21,12 @@ def traced(folder: Path, rows: int, **values: Any) -> Traced:
     return follow_recipe(recipe, config_of(recipe)[0], FLOAT32, "cpu", given=(rows, ROW))
 
 
-@pytest.mark.parametrize(("lanes", "rows", "waited"), [(1, 3, 3), (2, 3, 2), (2, 4, 2), (3, 2, 1)])
+@pytest.mark.parametrize(("workers", "rows", "waited"), [(1, 3, 3), (2, 3, 2), (2, 4, 2), (3, 2, 1)])
 def test_a_step_waits_for_the_fullest_lane(
-    lanes: int, rows: int, waited: int, tmp_path: Path
+    workers: int, rows: int, waited: int, tmp_path: Path
 ) -> None:
-    step = traced(folder_of(tmp_path), rows, lanes=lanes)
-    assert lanes_of(step) == min(lanes, rows)
+    step = traced(folder_of(tmp_path), rows, workers=workers)
+    assert workers_of(step) == min(workers, rows)
     parts = parts_of(step)
     assert sum(part.share for part in parts if not part.alone) == pytest.approx(rows)
     assert sum(part.times for part in parts if not part.alone) == pytest.approx(waited)
@@ -36,8 +36,8 @@ def test_a_step_waits_for_the_fullest_lane(
 
 
 def test_adapters_one_after_another_wait_for_each_other(tmp_path: Path) -> None:
-    """A group of micro-batches is shared out by itself: two of one each do not fill two lanes."""
-    step = traced(folder_of(tmp_path), 1, lanes=2, lora_r=[4, 8])
+    """A group of micro-batches is shared out by itself: two of one each do not fill two workers."""
+    step = traced(folder_of(tmp_path), 1, workers=2, lora_r=[4, 8])
 
     def waited() -> float:
         return sum(part.times for part in parts_of(step) if not part.alone)

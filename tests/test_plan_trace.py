@@ -21,8 +21,8 @@ from lighten.models import kernels, quantized
 from lighten.models.load import set_attention
 from lighten.plan import few_chunks, memory, repeat
 from lighten.plan.build import config_of
-from lighten.plan.context import Context
-from lighten.plan.follow import Follow, Pass, Timeline
+from lighten.plan.process_overhead import Context
+from lighten.plan.storage_tracker import StorageTracker, Pass, Timeline
 from lighten.plan.result import PARTS, Plan
 from lighten.plan.steps import (
     OneRank,
@@ -106,7 +106,7 @@ def really(recipe: Recipe, given: tuple[int, int], arch: str, layers: int) -> Ti
         revision=None, file_bytes=None, dtype=FLOAT32,
         attention=set_attention(model, "sdpa", "cpu"),
     )  # fmt: skip
-    own = Follow()
+    own = StorageTracker()
     with own:
         for tensor in (*model.parameters(), *model.buffers()):
             own.mark(tensor, "base weights")
@@ -397,9 +397,9 @@ def test_every_further_lane_is_a_process_with_activations_of_its_own(tmp_path: P
     loading = memory.Loading(0, 0, 0)
     one, two, three = (
         memory.processor_memory(
-            traced.timeline, loading, context=Context(7, 5), lanes=lanes, arena=True, margin=0.1
+            traced.timeline, loading, context=Context(7, 5), workers=workers, arena=True, margin=0.1
         )
-        for lanes in (1, 2, 3)
+        for workers in (1, 2, 3)
     )
     for name in ("base weights", "adapters"):
         assert part(two, name) == part(three, name) == part(one, name) > 0
@@ -413,14 +413,14 @@ def test_every_adapter_learns_in_a_traced_step_and_lanes_sum_what_is_theirs(
     tmp_path: Path,
 ) -> None:
     folder = folder_of(tmp_path)
-    four = recipe_of(folder, lora_r=[8] * 4, seed=[0, 1, 2, 3], tokens_per_microbatch=64, lanes=2)
+    four = recipe_of(folder, lora_r=[8] * 4, seed=[0, 1, 2, 3], tokens_per_microbatch=64, workers=2)
     traced = follow(four, (1, 64))
     assert len(traced.batches) == 4, "one for each adapter"
     each = [sum(p.numel() for p in own.parameters.values()) for own in traced.setup.members]
     held = traced.timeline.alive_at(len(traced.timeline.events) - 1)
     assert held["optimiser"] == pytest.approx(2 * 4 * sum(each), rel=0.02)
-    assert traced.further_sums(2) == 0, "each adapter's gradients are summed in one lane"
-    one = recipe_of(folder, tokens_per_microbatch=64, lanes=2)
+    assert traced.further_sums(2) == 0, "each adapter's gradients are summed in one worker"
+    one = recipe_of(folder, tokens_per_microbatch=64, workers=2)
     assert follow(one, (4, 64)).further_sums(2) == 4 * each[0]
 
 
@@ -432,11 +432,11 @@ def test_what_comes_before_lanes_is_there_once(tmp_path: Path) -> None:
             traced.timeline,
             memory.Loading(),
             context=Context(7, 5),
-            lanes=lanes,
+            workers=workers,
             arena=True,
             margin=0.1,
         )
-        for lanes in (1, 2)
+        for workers in (1, 2)
     )
     assert one.when == two.when == "forward"
     assert one.expected == two.expected

@@ -17,10 +17,10 @@ import torch
 import lighten
 from lighten.devices import named
 from lighten.errors import UserError
-from lighten.plan import asked, before_training, calibration
+from lighten.plan import predict, preflight, calibration
 from lighten.report.page import page
 from lighten.runs import Run
-from lighten.train import short_memory
+from lighten.train import out_of_memory
 from tests.tiny import tiny_model, tiny_tokenizer
 
 GIB = 2**30
@@ -81,7 +81,7 @@ def test_what_surely_does_not_fit_is_refused_before_anything_is_made(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scarce = replace(named("cpu"), memory_bytes=2**20)
-    monkeypatch.setattr(before_training.devices, "named", lambda: scarce)
+    monkeypatch.setattr(preflight.devices, "named", lambda: scarce)
     with pytest.raises(UserError, match=r"does not fit; --force trains all the same") as refused:
         lighten.train(progress=False, **settings)
     assert "\n  - " in str(refused.value)
@@ -97,7 +97,7 @@ def test_a_plan_that_fails_is_one_line_and_the_run_goes_on(
     def broken(*_: Any, **__: Any) -> None:
         raise KeyError("nothing\nof use")
 
-    monkeypatch.setattr(asked, "plan_recipe", broken)
+    monkeypatch.setattr(predict, "plan_recipe", broken)
     run = lighten.train(**settings)
     assert run.info()["status"] == "finished"
     lines = [line for line in capfd.readouterr().err.splitlines() if "no plan" in line]
@@ -129,17 +129,17 @@ def test_corrections_do_not_feed_on_themselves(settings: dict[str, Any]) -> None
 
 
 def test_errors_that_mean_too_little_memory_are_known() -> None:
-    assert short_memory.ran_out(MemoryError())
-    assert short_memory.ran_out(torch.OutOfMemoryError("CUDA out of memory."))
+    assert out_of_memory.ran_out(MemoryError())
+    assert out_of_memory.ran_out(torch.OutOfMemoryError("CUDA out of memory."))
     said = ("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate "
             "memory: you tried to allocate 4096000 bytes. Error code 12 (Cannot allocate "
             "memory)")  # fmt: skip
-    assert short_memory.ran_out(RuntimeError(said))
-    assert short_memory.wanted_bytes(RuntimeError(said)) == 4096000
+    assert out_of_memory.ran_out(RuntimeError(said))
+    assert out_of_memory.wanted_bytes(RuntimeError(said)) == 4096000
     cuda = RuntimeError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has …")
-    assert short_memory.wanted_bytes(cuda) == int(2.5 * GIB)
-    assert not short_memory.ran_out(RuntimeError("shape mismatch"))
-    assert not short_memory.ran_out(ValueError("out of memory"))
+    assert out_of_memory.wanted_bytes(cuda) == int(2.5 * GIB)
+    assert not out_of_memory.ran_out(RuntimeError("shape mismatch"))
+    assert not out_of_memory.ran_out(ValueError("out of memory"))
 
 
 def test_what_a_failed_run_held_is_free_when_its_advice_is_planned() -> None:
@@ -156,12 +156,12 @@ def test_what_a_failed_run_held_is_free_when_its_advice_is_planned() -> None:
         try:
             step()
         except MemoryError as error:
-            raise short_memory.OutOfMemory("memory ran out") from error
+            raise out_of_memory.OutOfMemory("memory ran out") from error
 
-    with pytest.raises(short_memory.OutOfMemory) as caught:
+    with pytest.raises(out_of_memory.OutOfMemory) as caught:
         run()
     assert [own() is None for own in seen] == [False, False]
-    short_memory.let_go(caught.value)
+    out_of_memory.let_go(caught.value)
     assert [own() is None for own in seen] == [True, True]
 
 

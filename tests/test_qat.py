@@ -117,17 +117,17 @@ def test_gradients_go_straight_through_to_both_factors_and_the_input() -> None:
     assert isinstance(layer.base, FakeQuantLinear)
     x = torch.randn(6, 64, requires_grad=True)
     out = layer.base.with_updates(x, [(0, 6, layer.lora_A["a"], layer.lora_B["a"], 2.0)])
-    slope = torch.randn_like(out)
-    out.backward(slope)
+    gradient = torch.randn_like(out)
+    out.backward(gradient)
     A, B = layer.lora_A["a"], layer.lora_B["a"]
     with torch.no_grad():
         whole = layer.base.weight + 2 * B @ A
         from lighten.adapters.fake_quant import fake_activations, fake_weight
 
-        of_weight = slope.T @ fake_activations(x)
+        of_weight = gradient.T @ fake_activations(x)
         torch.testing.assert_close(B.grad, 2 * of_weight @ A.T)
         torch.testing.assert_close(A.grad, 2 * B.T @ of_weight)
-        torch.testing.assert_close(x.grad, slope @ fake_weight(whole, 32))
+        torch.testing.assert_close(x.grad, gradient @ fake_weight(whole, 32))
 
 
 def test_each_adapter_of_a_cohort_trains_as_it_would_alone() -> None:
@@ -238,7 +238,7 @@ def test_a_full_run_ships_a_plain_model_and_is_evaluated_rounded(settings: dict[
 
 
 def test_what_does_not_combine_is_refused_together(settings: dict[str, Any]) -> None:
-    wrong = {"load_in_4bit": True, "torch_compile": True, "lanes": 2, "lora_dropout": 0.1,
+    wrong = {"load_in_4bit": True, "torch_compile": True, "workers": 2, "lora_dropout": 0.1,
              "use_dora": True, "offload_base": "disk", "strategy": "zero1"}  # fmt: skip
     with pytest.raises(RecipeError) as told:
         lighten.train(**settings, **wrong, progress=False)

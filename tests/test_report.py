@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import lighten
-from lighten.report import charts, words
+from lighten.report import charts, text
 from lighten.report.page import page
 from tests.report_fixture import write_run
 
@@ -80,13 +80,13 @@ def test_no_difference_is_said_as_such() -> None:
         "differences": [{"adapter": "r8", "metric": m, "verdict": "no difference found"}
                         for m in ("perplexity", "chrf")],
     }  # fmt: skip
-    (said,) = words.headline({}, found)
+    (said,) = text.headline({}, found)
     assert said.count("no difference found") == 2
     assert said.startswith("r8: held-out perplexity 10.0 → 10.0 (no difference")
 
 
 def test_shared_words_are_marked_and_the_rest_is_escaped() -> None:
-    found = str(words.marked("Compare <b> two files!", "compare two files"))
+    found = str(text.marked("Compare <b> two files!", "compare two files"))
     assert found == "<mark>Compare</mark> &lt;b&gt;<mark> two files</mark>!"
 
 

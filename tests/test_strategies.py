@@ -262,7 +262,7 @@ def test_a_rank_that_holds_too_much_is_told() -> None:
     ({"strategy": "fsdp", "activation_offload": True}, "use gradient_checkpointing"),
     ({"strategy": "zero1", "optim": "adafactor"}, "optim: adafactor needs whole parameters"),
     ({"strategy": "zero2", "method": "full", "torch_compile": True}, "torch_compile: layers are"),
-    ({"strategy": "zero3", "lanes": 2}, "lanes: 2 would gather"),
+    ({"strategy": "zero3", "workers": 2}, "workers: 2 would gather"),
     ({"strategy": "fsdp", "use_dora": True}, "PEFT's own modules .* need whole weights"),
     ({"strategy": "deepspeed"}, "strategy: 'deepspeed' does not do"),
 ])  # fmt: skip

@@ -55,7 +55,7 @@ def settings(deep: Path, chat_file: Path, tmp_path: Path) -> dict[str, Any]:
         "model_name_or_path": str(deep), "dataset": str(chat_file), "dtype": "float32",
         "output_dir": str(tmp_path / "run"), "lora_r": 4, "learning_rate": 1e-2,
         "per_device_train_batch_size": 6, "max_steps": 4, "val_size": 0.2, "eval_steps": 2,
-        "tokens_per_microbatch": 4096, "lanes": 1, "max_eval_samples": 4,
+        "tokens_per_microbatch": 4096, "workers": 1, "max_eval_samples": 4,
     }  # fmt: skip
 
 
@@ -199,7 +199,7 @@ def test_a_run_goes_on_bitwise_and_is_evaluated(settings: dict[str, Any], tmp_pa
         ({"peft": {"peft_type": "IA3"}, "lora_r": 8}, "goes with plain LoRA"),
         ({"load_in_8bit": True}, "dense layers or 4 bits"),
         ({"torch_compile": True}, "remove torch_compile"),
-        ({"lanes": 2}, "set lanes to 1"),
+        ({"workers": 2}, "set workers to 1"),
     ],
 )
 def test_what_does_not_go_together_is_told_by_the_recipe(

@@ -20,7 +20,7 @@ from lighten.runs import Run
 from lighten.sweep.arms import expand, group
 from lighten.sweep.budget import Speed, keep, longest
 from lighten.sweep.result import SweepResult
-from lighten.train import lanes
+from lighten.train import workers
 from tests import processes
 from tests.processes import Forked
 from tests.test_report import CONTRAST, opened
@@ -150,12 +150,12 @@ def test_what_is_missing_is_said_before_anything_runs(settings: dict[str, Any]) 
     assert not Path(settings["output_dir"]).exists()
 
 
-@pytest.mark.parametrize("full_tokens", [lanes.FULL_TOKENS, 16], ids=["together", "apart"])
+@pytest.mark.parametrize("full_tokens", [workers.FULL_TOKENS, 16], ids=["together", "apart"])
 def test_an_arm_that_diverges_leaves_and_the_others_go_on(
     settings: dict[str, Any], full_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Apart, the good one has already moved in the step in which the bad one leaves."""
-    monkeypatch.setattr(lanes, "FULL_TOKENS", full_tokens)
+    monkeypatch.setattr(workers, "FULL_TOKENS", full_tokens)
     result = sweep(
         settings, learning_rate=[1e-2, 1e30], lora_r=2, metric="loss", max_grad_norm=None
     )

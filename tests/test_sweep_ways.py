@@ -11,7 +11,7 @@ from lighten.errors import MissingExtra
 from lighten.recipe import Recipe, RecipeError
 from lighten.report.sweep_page import sweep_page
 from lighten.runs import Run
-from lighten.sweep import apart
+from lighten.sweep import ray_tune
 from lighten.sweep.arms import expand, group
 from lighten.sweep.measure import Measurement
 from lighten.sweep.running import sweep
@@ -93,11 +93,11 @@ def test_groups_are_spread_over_what_there_is(
     section = {"lora_r": [1, 2, 4, 8, 16]}
     groups = group(expand(recipe(tiny_folder, chat_file, tmp_path, sweep=section)))
     assert len(groups) == 1
-    assert apart.spread(groups, 1) == groups
-    two = apart.spread(groups, 2)
+    assert ray_tune.spread(groups, 1) == groups
+    two = ray_tune.spread(groups, 2)
     assert [[arm.name for arm in own.arms] for own in two] == [["r1", "r2", "r4"], ["r8", "r16"]]
     assert len({own.name for own in two}) == 2
-    alone = apart.spread(groups, 64)
+    alone = ray_tune.spread(groups, 64)
     assert [len(own.arms) for own in alone] == [1] * 5
     assert len({own.name for own in alone}) == 5
 
@@ -105,7 +105,7 @@ def test_groups_are_spread_over_what_there_is(
 def test_without_ray_the_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(MissingExtra, match=r"ray\[tune\] is not installed.*lighten\[ray\]"):
-        apart.slots()
+        ray_tune.slots()
 
 
 @pytest.mark.slow
@@ -122,7 +122,7 @@ def test_ray_trains_what_one_process_trains(
     )  # fmt: skip
     ray.init(num_cpus=1, log_to_driver=False)
     try:
-        monkeypatch.setattr(apart, "slots", lambda: 2)  # as on two machines
+        monkeypatch.setattr(ray_tune, "slots", lambda: 2)  # as on two machines
         spread = recipe(
             tiny_folder, chat_file, Path("spread"), sweep={**own, "executor": "ray"}
         )  # fmt: skip

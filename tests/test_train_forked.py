@@ -1,4 +1,4 @@
-"""Lanes that are processes: the bits of threads, nothing left behind, no error lost."""
+"""Workers that are processes: the bits of threads, nothing left behind, no error lost."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from torch import nn
 import lighten
 from lighten.adapters import AdapterSpec, Cohort
 from lighten.hardware import PeakMemory
-from lighten.train import forked, short_memory
+from lighten.train import forked, out_of_memory
 from lighten.train.forked import Forked
-from lighten.train.lanes import Lanes, Threads
+from lighten.train.workers import Workers, Threads
 from lighten.train.loss import Objective
-from lighten.train.member import Member
+from lighten.train.adapter_optimizer import AdapterOptimizer
 from lighten.train.scaling import LossScaler
 from lighten.train.step import MemberStep, train_step
 from tests.test_train_step import (
@@ -36,7 +36,7 @@ from tests.test_train_step import (
 )
 
 pytestmark = pytest.mark.skipif(not forked.possible(), reason="this system does not fork")
-Make = Callable[[Objective, list[list[nn.Parameter]]], Lanes]
+Make = Callable[[Objective, list[list[nn.Parameter]]], Workers]
 
 
 def processes(count: int) -> Make:
@@ -48,14 +48,14 @@ def threads(count: int) -> Make:
 
 
 @contextmanager
-def at_work(make: Make, cohort: Cohort) -> Iterator[tuple[Lanes, Objective, list[Member]]]:
-    members = [Member(name, cohort.parameters(name), settings()) for name in cohort.names]
+def at_work(make: Make, cohort: Cohort) -> Iterator[tuple[Workers, Objective, list[AdapterOptimizer]]]:
+    members = [AdapterOptimizer(name, cohort.parameters(name), settings()) for name in cohort.names]
     objective = Objective(cohort.model, cohort, packs=True)
-    lanes = make(objective, [[p for m in members for p in m.parameters.values()]])
+    workers = make(objective, [[p for m in members for p in m.parameters.values()]])
     try:
-        yield lanes, objective, members
+        yield workers, objective, members
     finally:
-        lanes.close()
+        workers.close()
 
 
 def trained(make: Make, steps: int = 3) -> tuple[list[dict[str, MemberStep]], dict[str, Any]]:
@@ -63,10 +63,10 @@ def trained(make: Make, steps: int = 3) -> tuple[list[dict[str, MemberStep]], di
     specs = (random_spec("a"), AdapterSpec("b", r=8, dropout=0.2, init_lora_weights=False, seed=3))
     cohort = in_blocks(cohort_of(*specs, arch="llama"))
     scaler = LossScaler(enabled=False)
-    with at_work(make, cohort) as (lanes, objective, members):
+    with at_work(make, cohort) as (workers, objective, members):
         batches = micro_batches(UNEVEN, list(cohort.names), 1, packed=True)
         reports = [
-            train_step(batches, members, objective, Accelerator(cpu=True), scaler, lanes)
+            train_step(batches, members, objective, Accelerator(cpu=True), scaler, workers)
             for _ in range(steps)
         ]
     return reports, {
@@ -90,12 +90,12 @@ def test_processes_give_the_bits_of_threads(count: int) -> None:
 def test_held_out_losses_come_back_in_the_order_of_their_batches() -> None:
     cohort = in_blocks(cohort_of(random_spec("a"), arch="llama"))
     batches = micro_batches(UNEVEN, ["a"], 2, packed=True)
-    with at_work(threads(2), cohort) as (lanes, objective, _):
-        wanted = lanes.measure(objective, batches)
-    with at_work(processes(3), cohort) as (lanes, objective, _):
-        assert lanes.measure(objective, batches) == wanted
-        assert lanes.measure(objective, []) == []
-        lanes.give_back()
+    with at_work(threads(2), cohort) as (workers, objective, _):
+        wanted = workers.measure(objective, batches)
+    with at_work(processes(3), cohort) as (workers, objective, _):
+        assert workers.measure(objective, batches) == wanted
+        assert workers.measure(objective, []) == []
+        workers.give_back()
     assert [len(own) for own in wanted] == [len(batch.items) for batch in batches]
 
 
@@ -109,13 +109,13 @@ def test_an_error_of_a_child_is_raised_here_and_the_next_step_goes_well() -> Non
 
     cohort.model.base_model.register_forward_pre_hook(broken)
     batches = micro_batches(UNEVEN, ["a"], 2, packed=True)
-    with at_work(processes(2), cohort) as (lanes, objective, members):
+    with at_work(processes(2), cohort) as (workers, objective, members):
         parameters = list(members[0].parameters.values())
         fails[0] = 1
         with pytest.raises(ValueError, match="in the middle of a layer"):
-            lanes.learn(objective, batches, parameters, {"a": 1.0}, {"a": 1.0})
+            workers.learn(objective, batches, parameters, {"a": 1.0}, {"a": 1.0})
         fails[0] = 0
-        assert len(lanes.learn(objective, batches, parameters, {"a": 1.0}, {"a": 1.0})) == len(
+        assert len(workers.learn(objective, batches, parameters, {"a": 1.0}, {"a": 1.0})) == len(
             batches
         )
 
@@ -133,23 +133,23 @@ def test_an_error_that_cannot_travel_says_what_it_was() -> None:
 def test_a_killed_child_is_memory_that_ran_out() -> None:
     cohort = in_blocks(cohort_of(random_spec("a"), arch="llama"))
     before = set(psutil.Process().children())
-    with at_work(processes(2), cohort) as (lanes, objective, members):
+    with at_work(processes(2), cohort) as (workers, objective, members):
         (child,) = set(psutil.Process().children()) - before
         parameters = list(members[0].parameters.values())
         batches = micro_batches(UNEVEN, ["a"], 2, packed=True)
         child.send_signal(signal.SIGTERM)  # the parent alone answers to signals
-        lanes.learn(objective, batches, parameters, {"a": 1.0}, {"a": 1.0})
+        workers.learn(objective, batches, parameters, {"a": 1.0}, {"a": 1.0})
         child.kill()
         with pytest.raises(MemoryError, match="killed") as caught:
-            lanes.learn(objective, batches, parameters, {"a": 1.0}, {"a": 1.0})
-        assert short_memory.ran_out(caught.value)
+            workers.learn(objective, batches, parameters, {"a": 1.0}, {"a": 1.0})
+        assert out_of_memory.ran_out(caught.value)
     assert set(psutil.Process().children()) <= before
 
 
 def run(folder: Path, base: Path, data: Path, **changes: Any) -> lighten.Run:
     return lighten.train(
         model_name_or_path=str(base), dataset=str(data), max_steps=4, dtype="float32",
-        output_dir=str(folder), lanes=2, lora_dropout=0.1, per_device_train_batch_size=4,
+        output_dir=str(folder), workers=2, lora_dropout=0.1, per_device_train_batch_size=4,
         progress=False, **changes,
     )  # fmt: skip
 
@@ -217,18 +217,18 @@ def test_what_a_child_holds_alone_is_counted() -> None:
 
     shared = torch.ones(size // 4)  # which both have, and is counted in this process alone
     batches = micro_batches(UNEVEN, ["a"], 2, packed=True)
-    with at_work(processes(2), cohort) as (lanes, objective, members):
-        assert isinstance(lanes, Forked)
+    with at_work(processes(2), cohort) as (workers, objective, members):
+        assert isinstance(workers, Forked)
         parameters = list(members[0].parameters.values())
-        lanes.learn(objective, batches, parameters, {"a": 1.0}, {"a": 1.0})
-        assert 0 < lanes.own_bytes < 0.5 * size
+        workers.learn(objective, batches, parameters, {"a": 1.0}, {"a": 1.0})
+        assert 0 < workers.own_bytes < 0.5 * size
     handle = cohort.model.base_model.register_forward_pre_hook(holds)
-    with at_work(processes(2), cohort) as (lanes, objective, members):
-        assert isinstance(lanes, Forked)
-        lanes.learn(
+    with at_work(processes(2), cohort) as (workers, objective, members):
+        assert isinstance(workers, Forked)
+        workers.learn(
             objective, batches, list(members[0].parameters.values()), {"a": 1.0}, {"a": 1.0}
         )
-        assert size < lanes.own_bytes < 2.5 * size
+        assert size < workers.own_bytes < 2.5 * size
     handle.remove()
     assert float(shared[0]) == 1.0
     assert not held

@@ -1,4 +1,4 @@
-"""The loss in one operation for losses and slopes: on CUDA devices, and in a processor's kernel."""
+"""The loss in one operation for losses and gradients: on CUDA devices and in a processor's kernel"""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ RULES = [(1.0, 0.0), (0.25, 0.0), (1.0, 30.0), (2.0, 5.0)]
 
 
 def autograd(logits: Tensor, labels: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
-    """Losses and slopes as autograd finds them in float64."""
+    """Losses and gradients as autograd finds them in float64."""
     raw = logits.double().requires_grad_(True)
     final = raw * scale
     final = torch.tanh(final / softcap) * softcap if softcap else final
     nll = torch.nn.functional.cross_entropy(final, labels, reduction="none")
-    (slopes,) = torch.autograd.grad(nll.sum(), raw)
-    return nll.detach(), slopes
+    (gradients,) = torch.autograd.grad(nll.sum(), raw)
+    return nll.detach(), gradients
 
 
 def problem(vocabulary: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -36,10 +36,10 @@ def problem(vocabulary: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(("scale", "softcap"), RULES)
 def test_slopes_are_those_of_autograd(scale: float, softcap: float) -> None:
     logits, labels = problem(300, torch.float32)
-    nll, slopes = autograd(logits, labels, scale, softcap)
+    nll, gradients = autograd(logits, labels, scale, softcap)
     found = cross_entropy_(logits, labels, scale, softcap)
     torch.testing.assert_close(found.double(), nll, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(logits.double(), slopes, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(logits.double(), gradients, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.skipif(kernels.obstacle() is not None, reason=str(kernels.obstacle()))
@@ -47,10 +47,10 @@ def test_slopes_are_those_of_autograd(scale: float, softcap: float) -> None:
 @pytest.mark.parametrize(("scale", "softcap"), RULES)
 def test_the_processors_kernel_rounds_once(scale: float, softcap: float, vocabulary: int) -> None:
     logits, labels = problem(vocabulary, torch.bfloat16)
-    nll, slopes = autograd(logits, labels, scale, softcap)
+    nll, gradients = autograd(logits, labels, scale, softcap)
     found = cross_entropy_(logits, labels, scale, softcap)
     torch.testing.assert_close(found.double(), nll, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(logits.double(), slopes, rtol=2**-8, atol=1e-6)
+    torch.testing.assert_close(logits.double(), gradients, rtol=2**-8, atol=1e-6)
 
 
 @pytest.mark.gpu

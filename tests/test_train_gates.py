@@ -48,17 +48,17 @@ def test_they_are_nearer_to_float64_than_transformers(name: str) -> None:
 
 
 def test_the_activations_are_exact_to_float32() -> None:
-    """From far below to far above zero, value and slopes."""
+    """From far below to far above zero, value and gradients."""
     gate = torch.linspace(-100.0, 100.0, 4003).bfloat16()
     up, grad = torch.full_like(gate, 0.75), torch.full_like(gate, 1.5)
     for gelu in (False, True):
         own, ups = gate.double().requires_grad_(), up.double().requires_grad_()
         act = nn.functional.gelu(own, approximate="tanh") if gelu else nn.functional.silu(own)
         wanted = act * ups
-        slopes = torch.autograd.grad(wanted, (own, ups), grad.double())
+        gradients = torch.autograd.grad(wanted, (own, ups), grad.double())
         found = [torch.ops.lighten.gated(gate, up, gelu)]
         found += torch.ops.lighten.gated_backward(gate, up, grad, gelu)
-        for a, b in zip(found, (wanted.detach(), *slopes), strict=True):
+        for a, b in zip(found, (wanted.detach(), *gradients), strict=True):
             torch.testing.assert_close(a.double(), b, rtol=2**-8, atol=1e-5)
 
 

@@ -27,7 +27,7 @@ from lighten.train import offload
 from lighten.train.loss import Objective
 from lighten.train.memory import checkpoint_layers
 from lighten.train.offload import Offload, PinnedMemory, ScratchFile, wrap
-from lighten.train.passes import shares_of
+from lighten.train.forward_backward import shares_of
 from tests.test_train_step import (
     UNEVEN,
     cohort_of,

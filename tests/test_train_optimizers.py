@@ -24,7 +24,7 @@ from lighten.recipe import Recipe, RecipeError
 from lighten.recipe.fields import Optimizer
 from lighten.train import checkpoints, optimizers
 from lighten.train.loss import Objective
-from lighten.train.member import Member
+from lighten.train.adapter_optimizer import AdapterOptimizer
 from lighten.train.scaling import LossScaler
 from lighten.train.step import train_step
 from tests.test_adapters_peft import METHODS, lora_spec, peft_spec
@@ -36,16 +36,16 @@ CPU = sorted({optimizers.choose(name, "cpu").value for name in NAMES})
 A, B = "m.q.lora_A.weight", "m.q.lora_B.weight"
 
 
-def member_of(optim: str, start: dict[str, nn.Parameter] | None = None, **changes: Any) -> Member:
+def member_of(optim: str, start: dict[str, nn.Parameter] | None = None, **changes: Any) -> AdapterOptimizer:
     """Large enough for 8-bit states in A and too small for them in B; not whole blocks of 256."""
     generator = torch.Generator().manual_seed(0)
     shapes = {A: (8, 650), B: (40, 8)}
     values = {k: torch.randn(shape, generator=generator) * 0.1 for k, shape in shapes.items()}
     made = start or {key: nn.Parameter(value) for key, value in values.items()}
-    return Member("a", made, settings(optim=optim, weight_decay=0.01, **changes))
+    return AdapterOptimizer("a", made, settings(optim=optim, weight_decay=0.01, **changes))
 
 
-def move(member: Member, steps: range, device: str = "cpu") -> list[dict[str, torch.Tensor]]:
+def move(member: AdapterOptimizer, steps: range, device: str = "cpu") -> list[dict[str, torch.Tensor]]:
     """Steps under gradients of fixed seeds, and those gradients."""
     seen = []
     for step in steps:
@@ -210,8 +210,8 @@ def test_a_whole_run_with_8bit_states_resumes_bitwise(
     assert all(torch.equal(again[key], whole[key]) for key in whole)
 
 
-def steps_of(cohort: Cohort, count: int, **changes: Any) -> Member:
-    member = Member("a", cohort.parameters("a"), settings(**changes))
+def steps_of(cohort: Cohort, count: int, **changes: Any) -> AdapterOptimizer:
+    member = AdapterOptimizer("a", cohort.parameters("a"), settings(**changes))
     for _ in range(count):
         train_step(
             micro_batches(UNEVEN, ["a"], 6), [member], Objective(cohort.model, cohort),
@@ -252,7 +252,7 @@ def test_loraplus_groups_are_pefts() -> None:
     names = {id(p): n.replace(".default", "") for n, p in theirs.named_parameters()}
     wanted = {names[id(p)]: g["lr"] for g in made.param_groups for p in g["params"]}
 
-    member = Member(
+    member = AdapterOptimizer(
         "a", cohort_of(random_spec()).parameters("a"),
         settings(learning_rate=1e-3, loraplus_lr_ratio=8.0),
     )  # fmt: skip
@@ -357,7 +357,7 @@ def test_a_run_of_the_whole_base_decays_its_matrices_alone(
 
 def test_only_adapters_have_gradients_and_optimiser_state() -> None:
     cohort = cohort_of(random_spec("a"), random_spec("b", modules_to_save=("lm_head",)))
-    members = [Member(name, cohort.parameters(name), settings()) for name in cohort.names]
+    members = [AdapterOptimizer(name, cohort.parameters(name), settings()) for name in cohort.names]
     own = {id(p) for member in members for p in member.parameters.values()}
     at_step: set[int] = set()
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 import lighten
 from lighten.runs import Run
-from lighten.train import lanes, loop
-from lighten.train.lanes import FULL_TOKENS
+from lighten.train import workers, loop
+from lighten.train.workers import FULL_TOKENS
 from tests.tiny import save_tiny
 
 
@@ -47,7 +47,7 @@ def test_apart_each_adapter_has_the_bits_that_it_has_alone(
 ) -> None:
     together = trained(model, chat_file, tmp_path / "together")
     assert passes(together) == "together", f"fewer than {FULL_TOKENS} tokens fill no micro-batch"
-    monkeypatch.setattr(lanes, "FULL_TOKENS", 16)
+    monkeypatch.setattr(workers, "FULL_TOKENS", 16)
     apart = trained(model, chat_file, tmp_path / "apart")
     assert passes(apart) == "apart"
     for rank in (2, 4):
@@ -63,7 +63,7 @@ def test_apart_each_adapter_has_the_bits_that_it_has_alone(
 def test_apart_one_adapters_gradients_are_kept_at_a_time(
     model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lanes, "FULL_TOKENS", 16)
+    monkeypatch.setattr(workers, "FULL_TOKENS", 16)
     seen: list[tuple[list[str], bool]] = []
     plain = loop.train_step
     everyone: list[Any] = []
@@ -83,6 +83,6 @@ def test_apart_one_adapters_gradients_are_kept_at_a_time(
 def test_a_quantised_base_is_dequantised_once_for_all(
     model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lanes, "FULL_TOKENS", 16)
+    monkeypatch.setattr(workers, "FULL_TOKENS", 16)
     run = trained(model, chat_file, tmp_path / "run", load_in_4bit=True, max_steps=1)
     assert passes(run) == "together"

@@ -422,7 +422,7 @@ def test_a_missing_tracker_is_named_with_its_install_command(
 
 
 class Onlooker:
-    """A judge that lets everybody train on and notes who diverged."""
+    """A pruner that lets everybody train on and notes who diverged."""
 
     def __init__(self) -> None:
         self.gone: list[str] = []
@@ -437,13 +437,13 @@ class Onlooker:
 def test_in_float16_an_adapter_that_diverges_leaves_and_the_others_finish(
     settings: dict[str, Any],
 ) -> None:
-    judge = Onlooker()
+    pruner = Onlooker()
     settings |= {"dtype": "float16", "lora_r": [2, 2, 2], "learning_rate": [1e-3, 1e10, 2e-3],
                  "lora_dropout": 0.0, "max_steps": 5, "eval_steps": 5}  # fmt: skip
-    run = train_verb(Recipe.from_values(settings), progress=False, judge=judge)
+    run = train_verb(Recipe.from_values(settings), progress=False, pruner=pruner)
     info = run.info()
     assert info["status"] == "finished"
-    (gone,) = judge.gone
+    (gone,) = pruner.gone
     steps = {own["name"]: own["steps"] for own in info["adapters"]}
     assert [own["name"] for own in info["adapters"]].index(gone) == 1
     assert steps.pop(gone) < 5

@@ -14,11 +14,11 @@ from lighten.adapters import AdapterSpec, Cohort, attach
 from lighten.data.batches import Item, MicroBatch, collate, layout
 from lighten.errors import UserError
 from lighten.models import attention
-from lighten.train.heldout import held_out
+from lighten.train.validation import held_out
 from lighten.train.loss import Objective
-from lighten.train.member import Member, MemberSettings
+from lighten.train.adapter_optimizer import AdapterOptimizer, AdapterOptimizerSettings
 from lighten.train.memory import checkpoint_layers
-from lighten.train.passes import shares_of
+from lighten.train.forward_backward import shares_of
 from lighten.train.scaling import LossScaler
 from lighten.train.step import MemberStep, TrainingDiverged, train_step
 from tests.tiny import ARCHITECTURES, VOCAB, tiny_model
@@ -39,13 +39,13 @@ def row(length: int, supervised: int, seed: int = 0) -> Row:
 UNEVEN = [row(8, 3), row(40, 30), row(15, 7), row(22, 1), row(9, 8), row(31, 12)]
 
 
-def settings(seed: int = 0, **changes: object) -> MemberSettings:
+def settings(seed: int = 0, **changes: object) -> AdapterOptimizerSettings:
     values: dict[str, object] = {
         "learning_rate": 1e-2, "lr_scheduler_type": "constant", "warmup": 0, "total_steps": 10,
         "weight_decay": 0.0, "betas": (0.9, 0.999), "epsilon": 1e-8, "max_grad_norm": None,
         "seed": seed,
     }  # fmt: skip
-    return MemberSettings(**{**values, **changes})  # type: ignore[arg-type]
+    return AdapterOptimizerSettings(**{**values, **changes})  # type: ignore[arg-type]
 
 
 def cohort_of(*specs: AdapterSpec, arch: str = "llama", **changes: object) -> Cohort:
@@ -76,8 +76,8 @@ def one_step(
     objective: Objective | None = None,
     packed: bool = False,
     **changes: object,
-) -> tuple[dict[str, MemberStep], dict[str, Member]]:
-    members = [Member(name, cohort.parameters(name), settings(**changes)) for name in cohort.names]
+) -> tuple[dict[str, MemberStep], dict[str, AdapterOptimizer]]:
+    members = [AdapterOptimizer(name, cohort.parameters(name), settings(**changes)) for name in cohort.names]
     report = train_step(
         micro_batches(rows, list(cohort.names), max_rows, packed=packed),
         members,
@@ -88,7 +88,7 @@ def one_step(
     return report, {member.name: member for member in members}
 
 
-def gradients(member: Member) -> dict[str, torch.Tensor]:
+def gradients(member: AdapterOptimizer) -> dict[str, torch.Tensor]:
     """AdamW's first moment after one step is a tenth of the gradient it saw."""
     return {key: member.optimizer.state[p]["exp_avg"] / 0.1 for key, p in member.parameters.items()}
 
@@ -396,7 +396,7 @@ def test_a_diverged_adapter_in_float16_is_named_before_any_has_moved(order: str)
     cohort = cohort_of(*(specs[name] for name in order), dtype=torch.float16)
     with torch.no_grad():
         next(iter(cohort.parameters("b").values()))[0, 0] = float("nan")
-    members = [Member(name, cohort.parameters(name), settings()) for name in cohort.names]
+    members = [AdapterOptimizer(name, cohort.parameters(name), settings()) for name in cohort.names]
     scaler, objective = LossScaler(initial=2.0**8), Objective(cohort.model, cohort)
     before = {k: v.clone() for k, v in cohort.parameters("a").items()}
     batches = micro_batches(UNEVEN, list(cohort.names), 3)

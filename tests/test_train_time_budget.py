@@ -11,7 +11,7 @@ import pytest
 
 import lighten
 from lighten.devices import named
-from lighten.plan import asked
+from lighten.plan import predict
 from lighten.recipe import Recipe, RecipeError
 from lighten.runs import Run
 from lighten.train import checkpoints, time_budget
@@ -162,7 +162,7 @@ def test_two_ends_of_training_are_refused(settings: dict[str, Any]) -> None:
 
 def test_a_plan_says_what_share_of_the_data_the_time_allows(settings: dict[str, Any]) -> None:
     recipe = Recipe.from_values({**settings, "num_train_epochs": 1000, "max_time": "30s"})
-    made = asked.plan(recipe, named("cpu"))
+    made = predict.plan(recipe, named("cpu"))
     assert made.time is not None
     assert made.steps is not None
     assert made.run_seconds is not None
@@ -171,7 +171,7 @@ def test_a_plan_says_what_share_of_the_data_the_time_allows(settings: dict[str, 
         told = f"max_time 30s: about {made.steps} steps of 8,000, .* of an epoch"
         assert any(re.match(told, note) for note in made.notes)
     short = Recipe.from_values({**settings, "num_train_epochs": 1, "max_time": "10h"})
-    made = asked.plan(short, named("cpu"))
+    made = predict.plan(short, named("cpu"))
     assert made.steps == 8
     assert any("is enough for all 8 steps" in note for note in made.notes)
 
@@ -180,7 +180,7 @@ def test_the_time_of_a_run_counts_its_first_step_twice(settings: dict[str, Any])
     """It checks the loss both ways and touches memory for the first time."""
     del settings["max_time"]
     one, nine = (
-        asked.plan(Recipe.from_values({**settings, "max_steps": n}), named("t4"))
+        predict.plan(Recipe.from_values({**settings, "max_steps": n}), named("t4"))
         for n in (1, 9)
     )  # fmt: skip
     assert one.run_seconds is not None

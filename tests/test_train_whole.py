@@ -29,9 +29,9 @@ from lighten.recipe import Recipe
 from lighten.runs import Run
 from lighten.train import checkpoints
 from lighten.train.loss import Objective
-from lighten.train.member import Member
+from lighten.train.adapter_optimizer import AdapterOptimizer
 from lighten.train.memory import checkpoint_layers
-from lighten.train.passes import shares_of
+from lighten.train.forward_backward import shares_of
 from lighten.train.scaling import LossScaler
 from lighten.train.step import MemberStep
 from tests.test_train_step import (
@@ -86,7 +86,7 @@ def close(
         assert apart < tolerance * max(float(value.abs().max()), 1e-2 * largest), (key, apart)
 
 
-def step(trained: WholeBase, **options: Any) -> tuple[MemberStep, Member]:
+def step(trained: WholeBase, **options: Any) -> tuple[MemberStep, AdapterOptimizer]:
     report, members = one_step(trained, UNEVEN, 2, **options)  # type: ignore[arg-type]
     return report["default"], members["default"]
 

@@ -165,7 +165,7 @@ ELSEWHERE = {
     "per_device_eval_batch_size": "below: the layout changes, the result must not",
     "gradient_checkpointing_kwargs": "test_train_memory: handed on, or refused",
     "packing": "below: the layout changes, the result must not",
-    "lanes": "below: the layout changes, the result must not",
+    "workers": "below: the layout changes, the result must not",
     "sweep": "test_sweep_arms, test_sweep", "quantize": "test_quantize",
     "qat": "test_qat", "qat_group_size": "test_qat",
     "strategy": "test_strategies: where the state lies changes, the result must not",
@@ -173,7 +173,7 @@ ELSEWHERE = {
     "torch_compile": "test_train_compiled: code changes, the result must not",
     "evaluate.extra_metrics": "test_evaluate_metrics",
     "evaluate.forgetting": "test_evaluate_general",
-    "evaluate.judge": "test_evaluate_judge", "evaluate.judge_model": "test_evaluate_judge",
+    "evaluate.pruner": "test_evaluate_judge", "evaluate.judge_model": "test_evaluate_judge",
     "evaluate.tasks": "test_evaluate_tasks", "evaluate.include_path": "test_evaluate_tasks",
     "evaluate.tasks_limit": "test_evaluate_tasks",
     "evaluate.tasks_chat_template": "test_evaluate_tasks",
@@ -239,10 +239,10 @@ def test_the_same_recipe_leaves_the_same(
 def test_layout_settings_change_batches_but_no_result(
     world: dict[str, Any], before: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lighten.train import heldout, step_batches
+    from lighten.train import validation, step_batches
 
     sizes: list[tuple[int, bool]] = []
-    for module in (step_batches, heldout):
+    for module in (step_batches, validation):
         plain = module.collate
 
         def noting(items: Any, *rest: Any, _plain: Any = plain, **options: Any) -> Any:
@@ -255,7 +255,7 @@ def test_layout_settings_change_batches_but_no_result(
     for name, change in (
         ("plain", {}), ("tokens_per_microbatch", {"tokens_per_microbatch": 130}),
         ("per_device_eval_batch_size", {"per_device_eval_batch_size": 2}),
-        ("packing", {"packing": False}), ("lanes", {"lanes": 3}),
+        ("packing", {"packing": False}), ("workers", {"workers": 3}),
     ):  # fmt: skip
         sizes.clear()
         found = fingerprint({**world["settings"], **change}, tmp_path / name)

@@ -105,9 +105,9 @@ def train(
 
     if not planned or os.environ.get("LIGHTEN_PLAN") == "off":
         return run_training(chosen, resume=resume, progress=progress)
-    from lighten.plan.before_training import predict, remember
+    from lighten.plan.preflight import plan_first, remember
 
-    prediction = predict(chosen, force=force, progress=progress)
+    prediction = plan_first(chosen, force=force, progress=progress)
     done = run_training(chosen, resume=resume, progress=progress, prediction=prediction)
     # Ranks share the cores of a machine: their times say nothing of one process's.
     remember(done, whole=not resume and place.world_size == 1)
@@ -164,12 +164,12 @@ def plan(
     Raises:
         UserError: Something the user can mend.
     """
-    from lighten.plan.garbage import unsearched
+    from lighten.plan.gc_pause import unsearched
 
     chosen = plannable(recipe, **overrides)
     with unsearched():
         from lighten import devices
-        from lighten.plan.asked import plan as predict
+        from lighten.plan.predict import plan as predict
 
     return predict(chosen, devices.named(device), changes=changes, told=told)
 
@@ -184,12 +184,12 @@ def plan_probe(
     """
     chosen = plannable(recipe, **overrides)
     from lighten import devices
-    from lighten.plan import asked
+    from lighten.plan import predict
     from lighten.plan.probe import probe
 
     where = devices.named(device)
-    rows = asked.read_rows(chosen, [])
-    made = asked.plan(chosen, where, rows=rows, read_data=False)
+    rows = predict.read_rows(chosen, [])
+    made = predict.plan(chosen, where, rows=rows, read_data=False)
     return made, probe(chosen, made, where, rows)
 
 
@@ -215,10 +215,10 @@ def plan_search(
     """
     chosen = plannable(recipe, **overrides)
     from lighten import devices
-    from lighten.plan import asked, search
+    from lighten.plan import predict, search
 
-    rows = asked.read_rows(chosen, [])
-    planner = asked.planner_for(devices.named(device), rows)
+    rows = predict.read_rows(chosen, [])
+    planner = predict.planner_for(devices.named(device), rows)
     found = search.fastest(chosen, planner, fixed=fixed_by(overrides), told=told)
     best = found.best
     return found, None if best is None else chosen.changed(best.settings)
@@ -243,12 +243,12 @@ def plan_largest(
         UserError: Something the user can mend.
     """
     from lighten import devices
-    from lighten.plan import asked, search
+    from lighten.plan import predict, search
 
     return search.largest(
-        [(name, asked.parameters_of(name)) for name in models],
+        [(name, predict.parameters_of(name)) for name in models],
         lambda name: plannable(model_name_or_path=name, **overrides),
-        asked.planner_for(devices.named(device)),
+        predict.planner_for(devices.named(device)),
         fixed=fixed_by(overrides),
         told=told,
     )
@@ -264,10 +264,10 @@ def plan_limits(
     """
     chosen = plannable(recipe, **overrides)
     from lighten import devices
-    from lighten.plan import asked, search
+    from lighten.plan import predict, search
 
-    planner = asked.planner_for(devices.named(device))
-    return search.limits(chosen, planner, longest=asked.positions_of(chosen))
+    planner = predict.planner_for(devices.named(device))
+    return search.limits(chosen, planner, longest=predict.positions_of(chosen))
 
 
 def fixed_by(overrides: Mapping[str, Any]) -> tuple[str, ...]:

@@ -47,12 +47,12 @@ def plan_spread(
 
     chosen = plannable(recipe, **overrides)
     from lighten import devices
-    from lighten.plan import asked
+    from lighten.plan import predict
     from lighten.plan.distributed import cheapest, of_recipe, spread
 
     where = devices.named(device)
-    alone = asked.plan(chosen, where, changes=False)
-    layers = asked.layers_of(chosen)
+    alone = predict.plan(chosen, where, changes=False)
+    layers = predict.layers_of(chosen)
     if strategy is None and chosen.strategy == "auto":
         best = cheapest(alone, where, gpus=gpus, nodes=nodes, layers=layers)
         if best is not None and not offload:

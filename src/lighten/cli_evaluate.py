@@ -30,7 +30,7 @@ def print_evaluation(found: dict[str, Any]) -> None:
     for own in found["judged"]:
         rate = cell({**own["rate"]})
         console().print(
-            f"judge: {own['adapter']} against {own['against']}: {own['wins']} better, "
+            f"pruner: {own['adapter']} against {own['against']}: {own['wins']} better, "
             f"{own['losses']} worse, {own['ties']} ties ({own['swapped']} swapped with the order, "
             f"{own['unclear']} unclear); {rate} % ({own['verdict']})",
             highlight=False, markup=False,

@@ -179,7 +179,7 @@ def _plan(
     recipe: str | None, settings: dict[str, Any], device: str | None, as_json: bool, *, probe: bool
 ) -> bool | None:
     from lighten import api
-    from lighten.plan import words
+    from lighten.plan import text
 
     probed = None
     early: list[Plan] = []
@@ -202,7 +202,7 @@ def _plan(
     print_changes(made)
     _print_notes(note for note in made.notes if note not in early[0].notes)
     if probed is not None:
-        print_table(["a true step", "predicted", "measured", "error"], words.probe_rows(probed))
+        print_table(["a true step", "predicted", "measured", "error"], text.probe_rows(probed))
         if probed.error is not None:
             _headline(f"memory ran out: {probed.error}", False)
     return made.fits()
@@ -210,11 +210,11 @@ def _plan(
 
 def print_plan(made: Plan) -> None:
     """The plan as tables: by part, and what else is needed."""
-    from lighten.plan import words
+    from lighten.plan import text
 
-    _headline(words.verdict(made), made.fits())
-    print_table(["peak memory by part", "GiB", ""], words.part_rows(made))
-    print_table(["", ""], words.fact_rows(made))
+    _headline(text.verdict(made), made.fits())
+    print_table(["peak memory by part", "GiB", ""], text.part_rows(made))
+    print_table(["", ""], text.fact_rows(made))
     _print_notes((*made.notes, *made.outside))
 
 
@@ -225,15 +225,15 @@ def _print_notes(notes: Iterable[str]) -> None:
 
 def print_changes(made: Plan) -> None:
     """What would need less, as a table, the flags of each, and whether one of them is enough."""
-    from lighten.plan import words
+    from lighten.plan import text
 
     if not made.changes:
         return
-    print_table(["", "what would need less", "saves", "time", "fits"], words.change_rows(made))
+    print_table(["", "what would need less", "saves", "time", "fits"], text.change_rows(made))
     # Flags are copied: whole, whatever the width of the terminal.
-    for line in words.change_flags(made):
+    for line in text.change_flags(made):
         console().print(line, highlight=False, markup=False, soft_wrap=True)
-    if (said := words.with_change(made)) is not None:
+    if (said := text.with_change(made)) is not None:
         _headline(said, made.fits())
 
 
@@ -245,28 +245,28 @@ def _search(
     as_json: bool,
 ) -> bool | None:
     from lighten import api, runs
-    from lighten.plan import words
+    from lighten.plan import text
     from lighten.plan.changes import differing
     from lighten.plan.search import recipe_text
 
     with _told() as told:
         found, best = api.plan_search(recipe, device=device, told=told, **settings)
     if write is not None and best is not None and found.best is not None:
-        why = f"{words.best_of(found.best)}: {found.best.what}, on {device or 'this machine'}"
+        why = f"{text.best_of(found.best)}: {found.best.what}, on {device or 'this machine'}"
         runs.write_text(write, recipe_text(best, f"lighten plan --search found {why}"))
     if as_json:
         typer.echo(json.dumps({**found.to_dict(), "recipe": best and best.completed()}))
     else:
         print_table(
             ["configuration", "micro-batch", "peak", "tokens/s", "why"],
-            [words.candidate_row(own, own is found.best) for own in found.tried],
+            [text.candidate_row(own, own is found.best) for own in found.tried],
         )
         if found.best is None:
             _headline("nothing fits", False)
         else:
-            _headline(f"{words.best_of(found.best)}: {found.best.what}", True)
+            _headline(f"{text.best_of(found.best)}: {found.best.what}", True)
             asked = api.plannable(recipe, **settings)
-            flags = words.flags(differing(asked, found.best.settings)) or "as it is"
+            flags = text.flags(differing(asked, found.best.settings)) or "as it is"
             console().print(flags, highlight=False, markup=False, soft_wrap=True)
             if write is not None:
                 console().print(f"recipe: {write}", soft_wrap=True, highlight=False)
@@ -276,7 +276,7 @@ def _search(
 def _largest(words: list[str], device: str | None, as_json: bool) -> bool:
     from lighten import api
     from lighten.errors import UserError
-    from lighten.plan.words import sized_row
+    from lighten.plan.text import sized_row
 
     models = _named(words)
     if not models:
@@ -318,14 +318,14 @@ def _spread(
     as_json: bool,
 ) -> bool | None:
     from lighten import api
-    from lighten.plan import words
+    from lighten.plan import text
 
     found = api.plan_spread(recipe, device=device, **how, **settings)
     if as_json:
         typer.echo(json.dumps(found.to_dict()))
     else:
-        _headline(words.spread_verdict(found), found.fits())
-        print_table(["", "per rank"], words.spread_rows(found))
+        _headline(text.spread_verdict(found), found.fits())
+        print_table(["", "per rank"], text.spread_rows(found))
     return found.fits()
 
 
@@ -346,7 +346,7 @@ def _serve(words: list[str], device: str | None, as_json: bool) -> bool | None:
 def _quantize(words: list[str], device: str | None, as_json: bool) -> bool | None:
     from lighten import api
     from lighten.errors import UserError
-    from lighten.plan.words import quantizing_rows
+    from lighten.plan.text import quantizing_rows
 
     if device not in (None, "cpu", "this"):
         raise UserError("plan quantize is of this machine's main memory; leave --device out")

@@ -50,7 +50,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def run_html(run: Run) -> str:
     """A run: what training changed, its figures, and the loss over its steps."""
-    from lighten.report import page, words
+    from lighten.report import page, text
 
     info, evaluation = run.info(), run.evaluation()
     rows = [
@@ -59,7 +59,7 @@ def run_html(run: Run) -> str:
     ]
     status = f"{run.folder}, {info.get('status', 'not started')}"
     return _card(
-        [status, *words.headline(info, evaluation)],
+        [status, *text.headline(info, evaluation)],
         _table(["", "", ""], rows) if rows else "",
         page.loss_chart([(run.name, run.metrics())], named=False),
     )
@@ -68,7 +68,7 @@ def run_html(run: Run) -> str:
 def evaluation_html(evaluation: Evaluation) -> str:
     """An evaluation: the headline, and every metric of every model with its verdict."""
     from lighten.evaluate.metrics import METRICS
-    from lighten.report import words
+    from lighten.report import text
     from lighten.report.charts import number
 
     rows = []
@@ -78,14 +78,14 @@ def evaluation_html(evaluation: Evaluation) -> str:
         cells = []
         for model in evaluation.models:
             own = model["metrics"][metric.name]
-            verdict = words.verdict_of(evaluation.differences, model["name"], metric.name)
+            verdict = text.verdict_of(evaluation.differences, model["name"], metric.name)
             interval = (
                 "" if own["low"] is None else f" [{number(own['low'])}, {number(own['high'])}]"
             )
             cells.append(f"{number(own['value'])}{interval} {verdict}")
         rows.append([metric.label, *cells])
     names = [model["name"] for model in evaluation.models]
-    return _card(words.headline({}, evaluation.to_dict()), _table(["", *names], rows))
+    return _card(text.headline({}, evaluation.to_dict()), _table(["", *names], rows))
 
 
 def sweep_html(found: SweepResult) -> str:

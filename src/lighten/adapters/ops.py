@@ -264,25 +264,25 @@ class _LowRankLinears(torch.autograd.Function):
         found: list[Tensor | None] = [None] * len(factors)
         for block, low in zip(blocks, lows, strict=True):
             span = slice(block.start, block.stop)
-            slopes = torch.zeros_like(low)  # of x Aᵀ, [n, R]
+            gradients = torch.zeros_like(low)  # of x Aᵀ, [n, R]
             grads_B: dict[int, Tensor] = {}
             for layer, own, B in block.outer(factors, x):
                 if layer in given:
-                    torch.mm(given[layer][span], B, out=slopes[:, own])
+                    torch.mm(given[layer][span], B, out=gradients[:, own])
                     # [own, O]: reading the gradient row by row is twice as fast as its transpose.
                     grads_B[layer] = low[:, own].T @ given[layer][span]
-            slopes = block.scaled(slopes, factors)
+            gradients = block.scaled(gradients, factors)
             A = block.inner(factors, x)
             dropout = block.parts[0].dropout
             mask = None if dropout is None else dropout.factors(flat.shape[-1], flat)
-            grad_A = slopes.T @ (flat[span] if mask is None else flat[span] * mask)
+            grad_A = gradients.T @ (flat[span] if mask is None else flat[span] * mask)
             _hand_out(block, grad_A, grads_B, factors, found)
             if grad_x is None:
                 continue
             if mask is None:
-                grad_x[span].addmm_(slopes, A)
+                grad_x[span].addmm_(gradients, A)
             else:
-                grad_x[span].addcmul_(slopes @ A, mask)
+                grad_x[span].addcmul_(gradients @ A, mask)
         grad_x = None if grad_x is None else grad_x.view(x.shape)
         return (grad_x, None, None, *found)
 
@@ -348,16 +348,16 @@ class _LoneLinears(torch.autograd.Function):
         x, low, A, *tensors = ctx.saved_tensors
         count = len(ctx.scales)
         weights, Bs = tensors[:count], tensors[count:]
-        slopes, grads_B = [], []
+        gradients, grads_B = [], []
         column = 0
         for grad, B, scale in zip(grads, Bs, ctx.scales, strict=True):
             own = low[:, column : column + B.shape[1]]
             column += B.shape[1]
-            slopes.append((grad @ B.to(x.dtype)) * scale)
+            gradients.append((grad @ B.to(x.dtype)) * scale)
             grads_B.append(((own.T @ grad) * scale).T.to(B.dtype))
-        slope = torch.cat(slopes, 1)
-        grad_A = (slope.T @ x).to(Bs[0].dtype).split([B.shape[1] for B in Bs])
-        grad_x = torch.ops.lighten.sum_of_products([*grads, slope], [*weights, A])
+        gradient = torch.cat(gradients, 1)
+        grad_A = (gradient.T @ x).to(Bs[0].dtype).split([B.shape[1] for B in Bs])
+        grad_x = torch.ops.lighten.sum_of_products([*grads, gradient], [*weights, A])
         return (grad_x, None, None, *[None] * (2 * count), *grad_A, *grads_B)
 
 

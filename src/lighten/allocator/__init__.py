@@ -70,7 +70,7 @@ def keep_pages(device: str) -> Choice:
     large = LARGE_BYTES if libc.mallopt(M_MMAP_THRESHOLD, LARGE_BYTES) else OLD_LARGE_BYTES
     _kept[:] = [(M_MMAP_THRESHOLD, large), (M_TRIM_THRESHOLD, NEVER_BYTES)]
     taken = all(libc.mallopt(parameter, size) for parameter, size in _kept)
-    # Lanes share the one heap whose top is kept: a thread's own arena gives its pages back, and
+    # Workers share the one heap whose top is kept: a thread's own arena gives its pages back, and
     # takes no block above 64 MiB.
     taken = taken and libc.mallopt(M_ARENA_MAX, 1)
     if not (taken and libc.mallopt(M_TOP_PAD, GROWTH_BYTES)):

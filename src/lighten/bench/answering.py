@@ -87,7 +87,7 @@ def run(
 
 def _losses(recipe: Any, base: Any, trained: Any, member: str | None) -> Iterator[dict[str, Any]]:
     from lighten.train.batching import choose_tokens
-    from lighten.train.heldout import held_out
+    from lighten.train.validation import held_out
     from lighten.train.loss import Objective
     from lighten.train.prepare import tokenizer_of
     from lighten.train.rows import load_rows

@@ -49,7 +49,7 @@ def run(
     from lighten.train import run as training  # with all that a training imports
     from lighten.train.checkpoints import TrainerState
     from lighten.train.export import export_adapter
-    from lighten.train.heldout import held_out
+    from lighten.train.validation import held_out
     from lighten.train.loop import Loop
     from lighten.train.prepare import load_base, prepare, tokenizer_of
     from lighten.train.progress import TrainingProgress

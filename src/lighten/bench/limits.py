@@ -8,7 +8,7 @@ from typing import Any
 
 from lighten.devices import Device
 from lighten.jobs import Outcome, in_child
-from lighten.plan import asked, search
+from lighten.plan import predict, search
 from lighten.plan.changes import SHORTEST
 from lighten.recipe import Recipe
 
@@ -104,8 +104,8 @@ def largest(
         first = _steps(smallest, device, memory_bytes, timeout_s)
         if first.records:
             room -= max(0, first.process_peak_bytes - first.records[0]["peak_bytes"])
-    planner = asked.planner_for(replace(device, memory_bytes=room))
-    positions = asked.positions_of(recipe)
+    planner = predict.planner_for(replace(device, memory_bytes=room))
+    positions = predict.positions_of(recipe)
     planned = search.limits(recipe, planner, longest=positions)
     step = SHORTEST // 2
     records = []

@@ -14,7 +14,7 @@ from lighten.bench.learning import enough
 from lighten.bench.techniques import CHOSEN, LONG, TOGETHER, TRAINING, Technique, storage_of
 from lighten.devices import Device
 from lighten.jobs import Outcome, in_child
-from lighten.plan import asked
+from lighten.plan import predict
 from lighten.plan.serve import answer_peak
 from lighten.recipe import Recipe
 
@@ -194,10 +194,10 @@ class Measuring:
         if technique.group == TRAINING:
             recipe = self.of(technique).changed({"max_steps": self.steps})
             rows = enough(self.rows(recipe), recipe, self.steps)
-            planner = asked.planner_for(self.device, rows, calibrate=False)
+            planner = predict.planner_for(self.device, rows, calibrate=False)
         elif technique.group == LONG:
             recipe = self.of(technique)
-            planner = asked.planner_for(self.device, None, calibrate=False)
+            planner = predict.planner_for(self.device, None, calibrate=False)
         else:
             return self._answer_predicted(technique)
         plan = planner(recipe)
@@ -223,8 +223,8 @@ class Measuring:
 
     def long_tokens(self, left_s: float) -> int | None:
         """The longest row whose steps there is time for, by the plan; None: none of them."""
-        planner = asked.planner_for(self.device, None, calibrate=False)
-        positions = asked.positions_of(self._base_recipe()) or LONG_LENGTHS[-1]
+        planner = predict.planner_for(self.device, None, calibrate=False)
+        positions = predict.positions_of(self._base_recipe()) or LONG_LENGTHS[-1]
         longest = None
         for tokens in (own for own in LONG_LENGTHS if own <= positions):
             plan = planner(self.recipe({

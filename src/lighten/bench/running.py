@@ -18,7 +18,7 @@ from lighten.bench.training import WAYS
 from lighten.errors import UserError
 from lighten.jobs import in_child
 from lighten.models.load import checksum, weight_files
-from lighten.plan import asked
+from lighten.plan import predict
 from lighten.plan.build import config_of
 from lighten.recipe import Recipe
 
@@ -156,10 +156,10 @@ class Bench:
     def train(self) -> Iterator[dict[str, Any]]:
         """Steps of each way to train, with and without checkpointing."""
         notes: list[str] = []
-        rows = asked.read_rows(self.recipe, notes)
+        rows = predict.read_rows(self.recipe, notes)
         for note in notes:
             self.told(note)
-        planner = asked.planner_for(self.device, rows, calibrate=False)
+        planner = predict.planner_for(self.device, rows, calibrate=False)
         for way, settings in WAYS.items():
             for checkpointing in (False, True):
                 name = f"{way}, checkpointing" if checkpointing else way
@@ -175,7 +175,7 @@ class Bench:
                 predicted = memory.expected if memory.allocated is None else memory.allocated
                 found = self._child("training", {
                     "recipe": recipe.completed(), "kind": self.device.kind,
-                    "lengths": asked.lengths_of(rows), "supervised": asked.supervised_share(rows),
+                    "lengths": predict.lengths_of(rows), "supervised": predict.supervised_share(rows),
                     "least": 5, "most": 20, "budget_s": self.settings.seconds,
                 })  # fmt: skip
                 for measured in found:

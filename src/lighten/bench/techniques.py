@@ -16,14 +16,14 @@ GROUPS = (TRAINING, LONG, ANSWERS)
 # What somebody writes first: every weight learns, in float32, padded rows, all scores of attention.
 PLAIN: dict[str, Any] = {
     "method": "full", "dtype": "float32", "attn_implementation": "eager", "packing": False,
-    "lanes": 1, "tokens_per_microbatch": None, "torch_compile": False,
+    "workers": 1, "tokens_per_microbatch": None, "torch_compile": False,
     "gradient_checkpointing": False, "load_in_4bit": False, "load_in_8bit": False,
     "trainable_layers": None,
 }  # fmt: skip
 LORA = {**PLAIN, "method": "lora"}
 # lighten's own choices, for a run too short for compiling to pay.
 CHOSEN: dict[str, Any] = {
-    **LORA, "dtype": "auto", "attn_implementation": "sdpa", "packing": "auto", "lanes": "auto",
+    **LORA, "dtype": "auto", "attn_implementation": "sdpa", "packing": "auto", "workers": "auto",
     "tokens_per_microbatch": "auto",
 }  # fmt: skip
 # Formats that answers are measured in, by name on the page: quantiser's target and plan's storage.
@@ -101,7 +101,7 @@ def _training(device: str) -> list[Technique]:
         row("layers recomputed", "activations are computed again in the backward pass "
             "(gradient checkpointing)", 74, {**PLAIN, "gradient_checkpointing": True}),
         row("no padding", "rows stand behind each other, cut into micro-batches of equal work",
-            60, {**PLAIN, "attn_implementation": "sdpa", "packing": "auto", "lanes": "auto",
+            60, {**PLAIN, "attn_implementation": "sdpa", "packing": "auto", "workers": "auto",
                  "tokens_per_microbatch": "auto"}),
         row("last 2 layers", "the last two decoder layers learn, the others are frozen", 66,
             {**PLAIN, "trainable_layers": "last_2"}),

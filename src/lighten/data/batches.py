@@ -171,7 +171,7 @@ def layout(
     max_rows: int,
     max_tokens: int | None = None,
     packed: bool = False,
-    lanes: int = 1,
+    workers: int = 1,
 ) -> list[list[Item]]:
     """Cut a step's rows into micro-batches: padded ones of like length, packed ones of like size.
 
@@ -183,29 +183,29 @@ def layout(
         max_rows: Rows per micro-batch at most.
         max_tokens: Tokens per micro-batch at most, padding included; a longer row goes alone.
         packed: Rows will stand behind each other, without padding.
-        lanes: As many micro-batches will be trained side by side.
+        workers: As many micro-batches will be trained side by side.
     """
     longest_first = sorted(items, key=lambda item: -lengths[item.row])
     if packed:
-        return _even(longest_first, lengths, max_rows, max_tokens, lanes)
-    if lanes > 1:
-        return _side_by_side(longest_first, lengths, max_rows, max_tokens, lanes)
+        return _even(longest_first, lengths, max_rows, max_tokens, workers)
+    if workers > 1:
+        return _side_by_side(longest_first, lengths, max_rows, max_tokens, workers)
     return _alike(longest_first, lengths, max_rows, max_tokens)
 
 
-def even_shares(tokens: Sequence[int], lanes: int) -> list[list[int]]:
-    """Which micro-batches each lane has: every one goes where the least is to do.
+def even_shares(tokens: Sequence[int], workers: int) -> list[list[int]]:
+    """Which micro-batches each worker has: every one goes where the least is to do.
 
     Args:
         tokens: Of each micro-batch, padding included.
-        lanes: How many there are; none stays without one while there are enough.
+        workers: How many there are; none stays without one while there are enough.
     """
-    shares: list[list[int]] = [[] for _ in range(min(lanes, len(tokens)))]
+    shares: list[list[int]] = [[] for _ in range(min(workers, len(tokens)))]
     filled = [0] * len(shares)
     for place in sorted(range(len(tokens)), key=lambda place: -tokens[place]):
-        lane = min(range(len(shares)), key=lambda lane: filled[lane])
-        shares[lane].append(place)
-        filled[lane] += tokens[place] + START_TOKENS
+        worker = min(range(len(shares)), key=lambda worker: filled[worker])
+        shares[worker].append(place)
+        filled[worker] += tokens[place] + START_TOKENS
     return shares
 
 
@@ -230,9 +230,9 @@ def _side_by_side(
     lengths: Sequence[int],
     max_rows: int,
     max_tokens: int | None,
-    lanes: int,
+    workers: int,
 ) -> list[list[Item]]:
-    """Micro-batches of neighbours, cut so that the slowest lane ends first.
+    """Micro-batches of neighbours, cut so that the slowest worker ends first.
 
     Tried is, for each of a few counts, the cut whose largest micro-batch is smallest: rows of a
     real text take 1 % longer than with the best cut of all (docs/lab-notes.md).
@@ -246,7 +246,7 @@ def _side_by_side(
 
     def slowest(parts: list[list[Item]]) -> int:
         tokens = [padded(part) for part in parts]
-        shares = even_shares(tokens, lanes)
+        shares = even_shares(tokens, workers)
         return max(sum(tokens[place] + START_TOKENS for place in own) for own in shares)
 
     if not longest_first:
@@ -255,7 +255,7 @@ def _side_by_side(
     fewest = len(cut(room))
     cuts = [
         cut(bisect_left(range(room), -count, key=lambda own: -len(cut(own))))
-        for count in range(fewest, fewest + 2 * lanes)
+        for count in range(fewest, fewest + 2 * workers)
     ]
     best = min(cuts, key=slowest)
     return sorted(best, key=lambda part: -padded(part))
@@ -266,9 +266,9 @@ def _even(
     lengths: Sequence[int],
     max_rows: int,
     max_tokens: int | None,
-    lanes: int,
+    workers: int,
 ) -> list[list[Item]]:
-    """As few micro-batches as hold the rows and fill the lanes, each with about as many tokens.
+    """As few micro-batches as hold the rows and fill the workers, each with about as many tokens.
 
     Each row goes where the fewest tokens are (the LPT rule of scheduling, Graham 1969).
     """
@@ -279,7 +279,7 @@ def _even(
         # Of rows that are all as long as this one or longer, a micro-batch holds no more.
         count = max(count, -(-number // max(1, room // max(1, lengths[item.row]))))
     while True:
-        count += -count % lanes
+        count += -count % workers
         parts: list[list[Item]] = [[] for _ in range(count)]
         emptiest = [(0, place) for place in range(count)]  # a heap
         fits = True

@@ -18,7 +18,7 @@ from lighten.data.asking import OPENED
 from lighten.dialogue import converse
 from lighten.errors import UserError
 from lighten.evaluate.generate import hidden_tokens, settings_alone, stop_tokens
-from lighten.evaluate.opened import Models, Opened
+from lighten.evaluate.run_models import Models, Opened
 from lighten.runs import Run
 
 

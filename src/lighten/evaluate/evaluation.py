@@ -17,9 +17,9 @@ from lighten.evaluate import forgetting, harness, metrics, registry
 from lighten.evaluate.bootstrap import Array
 from lighten.evaluate.forgetting import GeneralText
 from lighten.evaluate.generate import as_shown, generate
-from lighten.evaluate.judge import Judge, judged
+from lighten.evaluate.pruner import Pruner, judged
 from lighten.evaluate.kept import Kept, key_of
-from lighten.evaluate.opened import Models, Opened
+from lighten.evaluate.run_models import Models, Opened
 from lighten.evaluate.result import Evaluation, Measured
 from lighten.evaluate.summary import summarise
 from lighten.models import limits_of
@@ -28,7 +28,7 @@ from lighten.runs import Run
 from lighten.train import held_out_data
 from lighten.train.batching import choose_tokens
 from lighten.train.held_out_data import HeldOutData
-from lighten.train.heldout import held_out
+from lighten.train.validation import held_out
 from lighten.train.loss import Objective
 from lighten.wording import counted
 
@@ -81,8 +81,8 @@ def evaluate_run(run: Run, *, progress: Progress | None = None, **options: Any) 
     if tasks is not None:
         evaluation.settings["lm_eval"] = tasks.settings
         evaluation.tasks = harness.summary(tasks, settings)
-    if settings.judge is not None:
-        evaluation.judged = _judge(evaluation.examples, results, settings, progress)
+    if settings.pruner is not None:
+        evaluation.judged = _pruner(evaluation.examples, results, settings, progress)
     evaluation.settings["chat_template"] = template
     if general is not None:
         evaluation.settings["general_text"] = general.facts
@@ -120,30 +120,30 @@ def require(settings: EvaluateOptions) -> None:
         forgetting.read(settings.forgetting)
     if settings.tasks:
         harness.require(settings)
-    if (settings.judge is None) != (settings.judge_model is None):
+    if (settings.pruner is None) != (settings.judge_model is None):
         raise UserError(
-            "a judge is an address and a model there: give both, "
-            "--judge http://127.0.0.1:8000/v1 --judge_model NAME"
+            "a pruner is an address and a model there: give both, "
+            "--pruner http://127.0.0.1:8000/v1 --judge_model NAME"
         )
 
 
-def _judge(
+def _pruner(
     examples: Sequence[Mapping[str, Any]], results: Sequence[Measured],
     settings: EvaluateOptions, progress: Progress | None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """What a judge says of each adapter's answers beside the base's."""
-    assert settings.judge is not None
+    """What a pruner says of each adapter's answers beside the base's."""
+    assert settings.pruner is not None
     assert settings.judge_model is not None
-    judge = Judge(settings.judge, settings.judge_model)
+    pruner = Pruner(settings.pruner, settings.judge_model)
     texts = [own["prompt"] for own in examples], [own["reference"] for own in examples]
     base, *others = results
     return [
         {
             "adapter": own.name, "against": base.name,
             **judged(
-                judge, *texts, own.answers.texts, base.answers.texts,
+                pruner, *texts, own.answers.texts, base.answers.texts,
                 samples=settings.bootstrap_samples, seed=settings.seed,
-                progress=progress and functools.partial(progress, f"{own.name}: judge"),
+                progress=progress and functools.partial(progress, f"{own.name}: pruner"),
             ),
         }
         for own in others if examples

@@ -1,8 +1,8 @@
-"""A language model as judge: which of two answers it prefers, asked in both orders.
+"""A language model as pruner: which of two answers it prefers, asked in both orders.
 
-Any server that speaks OpenAI's chat completions can judge. A judge that changes its mind with the
+Any server that speaks OpenAI's chat completions can pruner. A pruner that changes its mind with the
 order of the answers has no opinion: that counts as a tie, and is counted.
-Source: Zheng et al., Judging LLM-as-a-Judge (arXiv 2306.05685), section 3.4 on position bias.
+Source: Zheng et al., Judging LLM-as-a-Pruner (arXiv 2306.05685), section 3.4 on position bias.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lighten.evaluate.metrics import percent
 
 # What has to be the same for two judgements to be comparable.
 PROMPT = (
-    "Two assistants answered a request. Judge which answer is better: correct, helpful, and as "
+    "Two assistants answered a request. Pruner which answer is better: correct, helpful, and as "
     "close to the reference as a good answer would be. Length and order do not matter.\n\n"
     "[Request]\n{question}\n\n[Reference]\n{reference}\n\n[Answer A]\n{first}\n\n"
     "[Answer B]\n{second}\n\nReply with one word alone: A, B or tie."
@@ -34,12 +34,12 @@ PROMPT = (
 KEY = "OPENAI_API_KEY"
 TIMEOUT_S, TOGETHER, REPLY_TOKENS = 120.0, 4, 8
 _CHOICE = re.compile(r"\b(A|B|tie)\b", re.IGNORECASE)
-# An answer that is sent may be long; a judge needs no more of it.
+# An answer that is sent may be long; a pruner needs no more of it.
 MOST_SIGNS = 8000
 
 
 @dataclass(frozen=True)
-class Judge:
+class Pruner:
     """Who judges.
 
     Attributes:
@@ -75,7 +75,7 @@ class Judge:
             headers["Authorization"] = f"Bearer {key}"
         address = f"{self.url.rstrip('/')}/chat/completions"
         if not address.startswith(("http://", "https://")):
-            raise UserError(f"judge: {self.url} is no address; write http://127.0.0.1:8000/v1")
+            raise UserError(f"pruner: {self.url} is no address; write http://127.0.0.1:8000/v1")
         request = urllib.request.Request(address, json.dumps(body).encode(), headers)
         try:
             with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
@@ -84,15 +84,15 @@ class Judge:
         except urllib.error.HTTPError as error:
             said = error.read().decode(errors="replace").strip().splitlines()
             why = f": {said[0][:200]}" if said else ""
-            raise UserError(f"judge: {address} answered {error.code}{why}") from error
+            raise UserError(f"pruner: {address} answered {error.code}{why}") from error
         except OSError as error:
-            raise UserError(f"judge: {address} cannot be reached: {error}") from error
+            raise UserError(f"pruner: {address} cannot be reached: {error}") from error
         except (ValueError, LookupError, TypeError) as error:
-            raise UserError(f"judge: {address} gave no chat completion") from error
+            raise UserError(f"pruner: {address} gave no chat completion") from error
 
 
 def judged(
-    judge: Judge,
+    pruner: Pruner,
     questions: Sequence[str],
     references: Sequence[str],
     ours: Sequence[str],
@@ -105,7 +105,7 @@ def judged(
     """How often one model's answers are preferred to another's.
 
     Args:
-        judge: Who is asked.
+        pruner: Who is asked.
         questions: What was asked.
         references: What a good answer is.
         ours: Answers of the model.
@@ -128,9 +128,9 @@ def judged(
     def both(pair: tuple[str, str, str, str]) -> tuple[str | None, str | None]:
         question, reference, own, other = pair
         if own.strip() == other.strip():
-            return "tie", "tie"  # nothing to judge
-        first = judge.ask(question, reference, own, other)
-        return first, judge.ask(question, reference, other, own)
+            return "tie", "tie"  # nothing to pruner
+        first = pruner.ask(question, reference, own, other)
+        return first, pruner.ask(question, reference, other, own)
 
     outcomes: list[tuple[str | None, str | None]] = []
     with ThreadPoolExecutor(TOGETHER) as pool:

@@ -39,7 +39,7 @@ class Evaluation:
         models: Metrics per model with standard error and 95 % interval.
         differences: Each adapter minus the base, paired, with a verdict.
         examples: Prompt, reference and every model's answer.
-        judged: How often a judge preferred each adapter's answers to the base's.
+        judged: How often a pruner preferred each adapter's answers to the base's.
         tasks: Scores on tasks of lm-eval.
         comparisons: Each model minus each of another run, where one was named; not in the file.
     """

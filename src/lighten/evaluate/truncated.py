@@ -27,7 +27,7 @@ from lighten.recipe import Recipe
 from lighten.runs import Run
 from lighten.train.batching import choose_packing, choose_tokens
 from lighten.train.held_out_data import encoded
-from lighten.train.heldout import HeldOut, held_out
+from lighten.train.validation import ValidationLoss, held_out
 from lighten.train.loss import Objective
 from lighten.train.prepare import load_base
 
@@ -48,7 +48,7 @@ class Point:
     """
 
     rank: int
-    losses: HeldOut
+    losses: ValidationLoss
     difference: Estimate
     verdict: str
     energy_kept: float
@@ -80,7 +80,7 @@ class TruncatedCurve:
 
     adapter: str
     trained_rank: int
-    base: HeldOut
+    base: ValidationLoss
     points: tuple[Point, ...]
 
     @property
@@ -141,7 +141,7 @@ def truncated_curve(
     assert found.rows is not None
     rows = found.rows.rows
     cuts = [resize.at_rank(saved, rank) for rank in (saved.largest_rank, *lower)]
-    measured: list[HeldOut] = []
+    measured: list[ValidationLoss] = []
     for place, cut in enumerate([None, *cuts]):
         if progress is not None:
             said = "base" if cut is None else f"rank {cut.config['r']}"
@@ -168,7 +168,7 @@ def _largest(run: Run, adapter: str | None) -> tuple[str, SavedAdapter]:
     return name, found[name]
 
 
-def _loss(base: Base, recipe: Recipe, cut: Resized | None, rows: Sequence[Any]) -> HeldOut:
+def _loss(base: Base, recipe: Recipe, cut: Resized | None, rows: Sequence[Any]) -> ValidationLoss:
     """Held-out loss of one truncation (None: the base), which is taken off again."""
     cohort = adapters.attach(base.model, [])
     member = None
@@ -192,7 +192,7 @@ def _loss(base: Base, recipe: Recipe, cut: Resized | None, rows: Sequence[Any]) 
         cohort.detach()
 
 
-def _point(rank: int, cut: Resized, losses: HeldOut, whole: HeldOut, draws: Resamples) -> Point:
+def _point(rank: int, cut: Resized, losses: ValidationLoss, whole: ValidationLoss, draws: Resamples) -> Point:
     ours, theirs = (metrics.likelihood_statistics(own.nll, own.tokens) for own in (losses, whole))
     difference = draws.difference(ours, theirs, metrics.mean_loss)
     said = verdict(difference, len(losses.nll), lower_is_better=True)

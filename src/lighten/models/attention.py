@@ -170,10 +170,10 @@ def _attend_backward(
     for block, weights in zip(_blocks(query.shape[2]), kept, strict=True):
         upstream = _stacked(grad, block)
         grad_value[:, : block.stop].baddbmm_(weights.mT, upstream)
-        slope = upstream @ value[:, : block.stop].mT
-        slope = torch._softmax_backward_data(slope, weights, -1, weights.dtype)
-        grad_query[:, :, block] = _unstacked(slope @ key[:, : block.stop], block)
-        grad_key[:, : block.stop].baddbmm_(slope.mT, _stacked(query, block))
+        gradient = upstream @ value[:, : block.stop].mT
+        gradient = torch._softmax_backward_data(gradient, weights, -1, weights.dtype)
+        grad_query[:, :, block] = _unstacked(gradient @ key[:, : block.stop], block)
+        grad_key[:, : block.stop].baddbmm_(gradient.mT, _stacked(query, block))
     return grad_query, grad_key, grad_value
 
 

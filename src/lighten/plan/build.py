@@ -23,7 +23,7 @@ from lighten.models import gguf, quantized
 from lighten.models.configuration import read_config
 from lighten.models.load import locate, set_attention
 from lighten.plan import streamed
-from lighten.plan.follow import Follow
+from lighten.plan.storage_tracker import StorageTracker
 from lighten.recipe import Recipe
 
 BLOCK_OF_FOUR_BITS = 64  # numbers per scale, bitsandbytes' default
@@ -44,7 +44,7 @@ def config_of(recipe: Recipe) -> tuple[Any, str, Path]:
 
 
 def fake_base(
-    recipe: Recipe, config: Any, dtype: Choice, device: str, follow: Follow,
+    recipe: Recipe, config: Any, dtype: Choice, device: str, tracker: StorageTracker,
     capability: tuple[int, int] | None = None,
 ) -> models.Base:  # fmt: skip
     """The base that `train.prepare.load_base` would load, inside fake tensors.
@@ -75,13 +75,13 @@ def fake_base(
     feed = None if recipe.offload_base == "none" else streamed.stream(model, compute)
     model.requires_grad_(False)
     for tensor in feed.slots if feed is not None else ():
-        follow.mark(tensor, "base weights")
+        tracker.mark(tensor, "base weights")
     for tensor in (*model.parameters(), *model.buffers()):
-        follow.mark(tensor, "base weights")
+        tracker.mark(tensor, "base weights")
     for layer in model.modules():
         if hasattr(layer, "dense_weight") and not hasattr(layer, "streamed_bytes"):
             for tensor in quantized.scales_of(layer.weight):
-                follow.mark(tensor, "quantisation constants")
+                tracker.mark(tensor, "quantisation constants")
     return models.Base(
         model=model.eval(), tokenizer=None, name=recipe.model_name_or_path, source="folder",
         path=Path(), revision=None, file_bytes=None, dtype=dtype,

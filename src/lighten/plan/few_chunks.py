@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from lighten.plan.follow import Timeline
+from lighten.plan.storage_tracker import Timeline
 from lighten.train.loss import Workspace
 
 TRACED = 3

@@ -16,8 +16,8 @@ from lighten.allocator.arena import LEAST_BYTES
 from lighten.models import gguf
 from lighten.models.load import weight_files
 from lighten.plan.allocators import Arena, CachingAllocator, Course, Heap, replay
-from lighten.plan.context import Context
-from lighten.plan.follow import Block, Timeline
+from lighten.plan.process_overhead import Context
+from lighten.plan.storage_tracker import Block, Timeline
 from lighten.plan.result import PARTS, Memory, MemoryPart, Moment
 
 MIB = 2**20
@@ -43,7 +43,7 @@ WITHIN, BEYOND = 0.10, 0.25
 ALIKE = 0.99  # shares of a peak that make none of two stages the larger
 WEIGHTS, KEPT, LASTING = PARTS[:2], PARTS[:3], PARTS[:5]
 PHASES = {"check": "forward"}
-# What each lane has of its own, and when.
+# What each worker has of its own, and when.
 EACH = ("activations", "logits", "temporary", "gradients", "device context")
 IN_LANES = ("forward", "loss", "backward")
 
@@ -92,7 +92,7 @@ def processor_memory(
     *,
     context: Context,
     verified: int = 0,
-    lanes: int = 1,
+    workers: int = 1,
     sums: int = 0,
     arena: bool,
     margin: float,
@@ -104,23 +104,23 @@ def processor_memory(
         loading: What loading takes.
         context: What comes with training and is no tensor's.
         verified: Bytes of the files that are mapped and compared with the weights after saving.
-        lanes: Micro-batches that are computed side by side.
-        sums: Bytes of gradients that lanes sum beyond the timeline's.
+        workers: Micro-batches that are computed side by side.
+        sums: Bytes of gradients that workers sum beyond the timeline's.
         arena: Whether tensors' large blocks have an arena of their own.
         margin: Share of the peak that it may be off by.
     """
     own = context.bytes + int(TOKENIZER_FACTOR * loading.tokenizer)
     phases = [timeline.runs[event.run].phase for event in timeline.events]
     forked = next((place for place, phase in enumerate(phases) if phase in IN_LANES), len(phases))
-    # Free pages are given back before lanes are opened.
-    course = _course(timeline, arena, [forked] if lanes > 1 else [])
+    # Free pages are given back before workers are opened.
+    course = _course(timeline, arena, [forked] if workers > 1 else [])
     weights = {name: timeline.alive_at(forked - 1).get(name, 0) for name in WEIGHTS}
     loaded = {**weights, "temporary buffers": loading.files + loading.copies}
     stages = [
         _Stage("loading", loaded, 0, own),
         _stage(timeline, course, own, 0, forked),
         _stage(timeline, course, own, forked).with_lanes(
-            _other_lanes(timeline, lanes - 1, context.lane_bytes, sums, arena)
+            _other_workers(timeline, workers - 1, context.worker_bytes, sums, arena)
         ),
     ]
     # Free pages are given back before a checkpoint is written, too.
@@ -138,7 +138,7 @@ def processor_memory(
 
 @dataclass(frozen=True)
 class _Stage:
-    """What a process holds at the peak of a stretch of its life, or what lanes hold beside it.
+    """What a process holds at the peak of a stretch of its life, or what workers hold beside it.
 
     Attributes:
         when: The phase of the step.
@@ -240,10 +240,10 @@ def _apart(block: Block) -> bool:
     return block.bytes >= LEAST_BYTES and block.part != "device context"
 
 
-def _other_lanes(timeline: Timeline, count: int, context: int, sums: int, arena: bool) -> _Stage:
-    """Processes with heaps of their own, in which micro-batches come and go as in the first lane's.
+def _other_workers(timeline: Timeline, count: int, context: int, sums: int, arena: bool) -> _Stage:
+    """Processes with heaps of their own, whose micro-batches come and go as in the first worker's.
 
-    What a lane's micro-batches leave, the sums of their gradients, lies in memory that it shares
+    What a worker's micro-batches leave, the sums of their gradients, lies in memory that it shares
     with the first, which reads it.
     """
     if count == 0:

@@ -18,7 +18,7 @@ import torch
 from lighten import containers
 from lighten.errors import UserError
 from lighten.forks import end_with_parent
-from lighten.plan.garbage import spared
+from lighten.plan.gc_pause import spared
 from lighten.plan.result import Plan
 from lighten.recipe import Recipe
 

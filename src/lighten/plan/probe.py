@@ -28,7 +28,7 @@ from lighten.recipe import Recipe
 
 if TYPE_CHECKING:
     from lighten.data.batches import MicroBatch
-    from lighten.train.lanes import Lanes
+    from lighten.train.workers import Workers
     from lighten.train.prepare import Setup
     from lighten.train.rows import Rows
 
@@ -75,7 +75,7 @@ def probe(recipe: Recipe, plan: Plan, device: Device, rows: Rows | None = None) 
     Raises:
         UserError: The device is not of this machine, or the process failed in another way.
     """
-    from lighten.plan.asked import lengths_of, supervised_share
+    from lighten.plan.predict import lengths_of, supervised_share
 
     if not device.is_here:
         raise UserError(
@@ -109,7 +109,7 @@ def probe(recipe: Recipe, plan: Plan, device: Device, rows: Rows | None = None) 
 
 def found_short(said: str) -> bool:
     """Whether an error's last line says that memory ran out."""
-    from lighten.train.short_memory import ran_out
+    from lighten.train.out_of_memory import ran_out
 
     return "MemoryError" in said or ran_out(RuntimeError(said))
 
@@ -146,7 +146,7 @@ def measure(
         The peak `memory` as `PeakMemory` reads it, the `seconds` of a step, their `timing`, the
         real `tokens` of a step, its longest row and its rows side by side, the `parameters` that
         learn and, on a processor, `settled_bytes`, what stays when free pages are given back, and
-        `lane_bytes`, the most that another lane's process held beside what it shares.
+        `worker_bytes`, the most that another worker's process held beside what it shares.
 
     Raises:
         UserError: Nothing was trained: no weight has changed after the steps.
@@ -157,7 +157,7 @@ def measure(
     from lighten.hardware import PeakMemory, choose_device
     from lighten.timing import measure_step
     from lighten.train import run
-    from lighten.train.passes import undropped
+    from lighten.train.forward_backward import undropped
     from lighten.train.prepare import load_base, prepare
     from lighten.train.step import train_step
 
@@ -174,7 +174,7 @@ def measure(
     batches = _batches(setup, lengths, supervised)
     largest = batches()
     setup.objective.verify(largest[0], undropped(largest[0]))
-    lanes = _lanes(setup)
+    workers = _workers(setup)
     weights = [p for member in setup.members for p in member.parameters.values()]
     at_first = samples_of(weights)
 
@@ -183,9 +183,9 @@ def measure(
         for group in setup.groups(setup.members):
             own = {member.name for member in group}
             part = [batch for batch in made if batch.items[0].member in own]
-            train_step(part, group, setup.objective, accelerator, setup.scaler, lanes)
-        if lanes is not None:
-            memory.beside(lanes.own_bytes)
+            train_step(part, group, setup.objective, accelerator, setup.scaler, workers)
+        if workers is not None:
+            memory.beside(workers.own_bytes)
 
     timing = measure_step(step, device=kind, least=least, most=most, budget_s=budget_s)
     if all(map(_equal, at_first, samples_of(weights))):
@@ -199,9 +199,9 @@ def measure(
         "longest": max(max(batch.lengths) for batch in largest),
         "parameters": sum(p.numel() for p in weights),
     }  # fmt: skip
-    if lanes is not None:
-        found["lane_bytes"] = lanes.own_bytes // (lanes.count - 1)
-        lanes.close()
+    if workers is not None:
+        found["worker_bytes"] = workers.own_bytes // (workers.count - 1)
+        workers.close()
     if kind == "cpu":
         allocator.trim()
         found["settled_bytes"] = psutil.Process().memory_info().rss - before
@@ -236,17 +236,17 @@ def _batches(
     return lambda: [collate(part, rows, names, packed=packed, device=device) for part in cut]
 
 
-def _lanes(setup: Setup) -> Lanes | None:
+def _workers(setup: Setup) -> Workers | None:
     """As the training loop opens them."""
     import torch
 
     from lighten.forks import possible
     from lighten.train.forked import processes_for
-    from lighten.train.lanes import Threads
+    from lighten.train.workers import Threads
 
-    if setup.lanes == 1:
+    if setup.workers == 1:
         return None
-    return processes_for(setup) if possible() else Threads(setup.lanes, torch.get_num_threads())
+    return processes_for(setup) if possible() else Threads(setup.workers, torch.get_num_threads())
 
 
 def random_base(recipe: Recipe, device: str) -> Any:

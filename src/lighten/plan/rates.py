@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map_only
 
 from lighten import allocator, runs
 from lighten.hardware import cache_folder, processor_name, versions
-from lighten.plan.work import Shaped, Work, flops_of
+from lighten.plan.operation_cost import Shaped, Work, flops_of
 
 # An operation larger than this, or one that would take longer, is timed with fewer rows. How fast
 # products of a format are is first seen on one of so many operations: a format that the processor
@@ -130,7 +130,7 @@ class Measured:
     """This processor, each kind of operation timed when it is first met.
 
     As in training, freed pages stay with the process (`allocator.py`): without that, half of
-    an operation's time is page faults. And as in training, lanes work at the same time: each has
+    an operation's time is page faults. And as in training, workers work at the same time: each has
     its share of the cores, and all of them the same memory.
 
     Others may share the cores, or the machine below them: from one second to the next everything
@@ -140,30 +140,30 @@ class Measured:
 
     Args:
         path: Where rates are kept; None: nowhere.
-        lanes: Threads that do the operation side by side.
+        workers: Threads that do the operation side by side.
     """
 
     spread = 1.25
 
-    def __init__(self, path: Path | None = None, lanes: int = 1) -> None:
+    def __init__(self, path: Path | None = None, workers: int = 1) -> None:
         self.path = path
         allocator.keep_pages("cpu")
         self.threads = torch.get_num_threads()
-        own = max(1, self.threads // lanes)
-        self._lanes = [
-            ThreadPoolExecutor(1, "lane", lambda: torch.set_num_threads(own)) for _ in range(lanes)
+        own = max(1, self.threads // workers)
+        self._workers = [
+            ThreadPoolExecutor(1, "worker", lambda: torch.set_num_threads(own)) for _ in range(workers)
         ]
         self.source = f"measured on this processor with {self.threads} thread(s)"
-        self._stamp = [FORMAT, processor_name(), self.threads, lanes, versions().get("torch")]
+        self._stamp = [FORMAT, processor_name(), self.threads, workers, versions().get("torch")]
         self._patience_s, self._first_s = PATIENCE_S, MOST_FIRST_S
         self._stand_ins: dict[str, Work] = {}
         self._flops: dict[torch.dtype, float] = {}
         self._known = self._read()
 
     @classmethod
-    def cached(cls, lanes: int = 1) -> Measured:
+    def cached(cls, workers: int = 1) -> Measured:
         """With the rates of earlier plans."""
-        return cls(cache_folder() / f"rates-{lanes}.json", lanes)
+        return cls(cache_folder() / f"rates-{workers}.json", workers)
 
     def seconds(self, work: Iterable[Work]) -> float:
         """The sum of their times and of the interpreter's."""
@@ -244,7 +244,7 @@ class Measured:
         rate.add(seconds / max(1, tried.flops or tried.bytes))
 
     def _timed(self, own: Work) -> float:
-        found = [lane.submit(timed, own) for lane in self._lanes]
+        found = [worker.submit(timed, own) for worker in self._workers]
         return sum(each.result() for each in found) / len(found)
 
     def _read(self) -> dict[str, Rate]:

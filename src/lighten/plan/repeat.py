@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from lighten.plan.follow import OUTSIDE, Block, Event, Timeline
+from lighten.plan.storage_tracker import OUTSIDE, Block, Event, Timeline
 
 TRACED = 4  # units
 

@@ -80,13 +80,13 @@ class Shape:
         rows: Examples side by side.
         tokens_per_row: The longest of them, in tokens.
         micro_batches: Micro-batches of an optimiser step.
-        lanes: Micro-batches computed at the same time.
+        workers: Micro-batches computed at the same time.
     """
 
     rows: int
     tokens_per_row: int
     micro_batches: int
-    lanes: int = 1
+    workers: int = 1
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The seconds of a traced step: its operations by their rates, shared out between lanes."""
+"""The seconds of a traced step: its operations by their rates, shared out between workers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lighten.data.batches import even_shares
 from lighten.plan import rates
 from lighten.plan.result import StepTime
 from lighten.plan.steps import STEPS, Traced
-from lighten.plan.work import Work
+from lighten.plan.operation_cost import Work
 
 
 class Timed(Protocol):
@@ -44,7 +44,7 @@ class Part:
     Attributes:
         work: Of one micro-batch, or of the optimiser.
         share: How many micro-batches like it the step has, by their tokens.
-        times: How many of them a step waits for, where lanes do some at the same time.
+        times: How many of them a step waits for, where workers do some at the same time.
         alone: Whether nothing else is done at that time.
     """
 
@@ -54,9 +54,9 @@ class Part:
     alone: bool
 
 
-def lanes_of(traced: Traced) -> int:
+def workers_of(traced: Traced) -> int:
     """How many micro-batches of the step are computed at the same time."""
-    return min(traced.setup.lanes, len(traced.batches))
+    return min(traced.setup.workers, len(traced.batches))
 
 
 def parts_of(traced: Traced) -> list[Part]:
@@ -67,7 +67,7 @@ def parts_of(traced: Traced) -> list[Part]:
         if own.step == STEPS - 1:
             place = -1 if own.phase == "optimiser step" else own.micro_batch
             found.setdefault(place, []).append(work)
-    parts, waited = [], _waits(traced) / lanes_of(traced)
+    parts, waited = [], _waits(traced) / workers_of(traced)
     for place, works in found.items():
         alone = place < 0
         share = 1.0 if alone else traced.share_of(place)
@@ -76,34 +76,34 @@ def parts_of(traced: Traced) -> list[Part]:
 
 
 def _waits(traced: Traced) -> float:
-    """How many times its even share of the tokens the fullest lane has."""
-    lanes = lanes_of(traced)
+    """How many times its even share of the tokens the fullest worker has."""
+    workers = workers_of(traced)
     longest = total = 0
     for group in traced.setup.groups(traced.setup.members):
         names = {own.name for own in group}
         tokens = [traced.tokens(place) for place, part in enumerate(traced.batches)
                   if part[0].member in names]  # fmt: skip
-        longest += max(sum(tokens[i] for i in own) for own in even_shares(tokens, lanes))
+        longest += max(sum(tokens[i] for i in own) for own in even_shares(tokens, workers))
         total += sum(tokens)
-    return longest * lanes / total
+    return longest * workers / total
 
 
 def time_of(traced: Traced, device: Timed) -> StepTime | None:
     """The time of a step; None: the device's rates are not known."""
-    in_lanes: rates.Rates
+    in_workers: rates.Rates
     known: rates.Rates
     if device.kind == "cpu" and device.is_here:
-        lanes = lanes_of(traced)
+        workers = workers_of(traced)
         known = rates.Measured.cached()
         # Two of the same file would each write it without what the other has timed.
-        in_lanes = known if lanes == 1 else rates.Measured.cached(lanes)
+        in_workers = known if workers == 1 else rates.Measured.cached(workers)
     elif device.flops and device.bandwidth:
-        in_lanes = known = rates.Datasheet(device.name, device.flops, device.bandwidth)
+        in_workers = known = rates.Datasheet(device.name, device.flops, device.bandwidth)
     else:
         return None
     seconds = flops = moved = 0.0
     for part in parts_of(traced):
-        seconds += part.times * (known if part.alone else in_lanes).seconds(part.work)
+        seconds += part.times * (known if part.alone else in_workers).seconds(part.work)
         flops += part.share * sum(work.flops for work in part.work)
         moved += part.share * sum(work.bytes for work in part.work)
     low, high = seconds / known.spread, seconds * known.spread

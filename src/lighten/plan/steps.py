@@ -30,12 +30,12 @@ from lighten.plan import repeat
 from lighten.plan.build import fake_base
 from lighten.plan.fake_modules import converted_in_place
 from lighten.plan.few_chunks import FewChunks
-from lighten.plan.follow import Follow, Timeline
+from lighten.plan.storage_tracker import StorageTracker, Timeline
 from lighten.plan.on_cuda import as_on_cuda, as_unpacked
 from lighten.plan.result import MOST_TOKENS, Shape
 from lighten.recipe import Recipe
-from lighten.train.member import Member
-from lighten.train.passes import undropped
+from lighten.train.adapter_optimizer import AdapterOptimizer
+from lighten.train.forward_backward import undropped
 from lighten.train.prepare import Setup, prepare
 from lighten.train.rows import Rows
 from lighten.train.scaling import LossScaler
@@ -72,33 +72,33 @@ class OneRank:
 class _Marking(LossScaler):
     """Tells the trace where the backward pass and the optimiser begin; scales nothing."""
 
-    def __init__(self, follow: Follow) -> None:
+    def __init__(self, tracker: StorageTracker) -> None:
         super().__init__(enabled=False)
         self.follow, self.step_number, self.micro_batch = follow, 0, -1
 
     def begin_backward(self) -> None:
         """The loss is there; the backward pass begins."""
-        self.follow.begin("backward", self.micro_batch, self.step_number)
+        self.tracker.begin("backward", self.micro_batch, self.step_number)
 
-    def unscale(self, member: Member) -> None:
+    def unscale(self, member: AdapterOptimizer) -> None:
         """All gradients are there."""
         for group in member.optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self.follow.mark(parameter.grad, "gradients")
-        if self.follow.timeline.runs[-1].phase != "optimiser step":
-            self.follow.begin("optimiser step", self.micro_batch, self.step_number)
+                    self.tracker.mark(parameter.grad, "gradients")
+        if self.tracker.timeline.runs[-1].phase != "optimiser step":
+            self.tracker.begin("optimiser step", self.micro_batch, self.step_number)
 
     def next_batch(self, _module: nn.Module, _args: Any) -> None:
         """A forward pre-hook of the backbone."""
         if torch.is_grad_enabled():
             self.micro_batch += 1
-            self.follow.begin("forward", self.micro_batch, self.step_number)
+            self.tracker.begin("forward", self.micro_batch, self.step_number)
 
     def backbone_done(self, _module: nn.Module, _args: Any, _out: Any) -> None:
         """A forward hook of the backbone."""
         if torch.is_grad_enabled():
-            self.follow.begin("loss", self.micro_batch, self.step_number)
+            self.tracker.begin("loss", self.micro_batch, self.step_number)
 
 
 @dataclass
@@ -138,10 +138,10 @@ class Traced:
         tokens = [self.tokens(place) for place in range(self.places[index], ends[index])]
         return sum(tokens) / tokens[0]
 
-    def further_sums(self, lanes: int) -> int:
-        """Bytes of gradients' sums that lanes have beyond one of each adapter's.
+    def further_sums(self, workers: int) -> int:
+        """Bytes of gradients' sums that workers have beyond one of each adapter's.
 
-        Each lane sums those of the adapters in its own micro-batches.
+        Each worker sums those of the adapters in its own micro-batches.
         """
         found = 0
         for group in self.setup.groups(self.setup.members):
@@ -149,7 +149,7 @@ class Traced:
                 own.name: sum(4 * p.numel() for p in own.parameters.values()) for own in group
             }
             mine = [place for place, part in enumerate(self.batches) if part[0].member in size]
-            shares = even_shares([self.tokens(place) for place in mine], lanes)
+            shares = even_shares([self.tokens(place) for place in mine], workers)
             summed = [
                 {item.member for i in own for item in self.batches[mine[i]]} for own in shares
             ]
@@ -162,10 +162,10 @@ class Traced:
         """Real tokens of the whole step."""
         return sum(self.lengths[item.row] for part in self.batches for item in part)
 
-    def shape(self, lanes: int = 1) -> Shape:
+    def shape(self, workers: int = 1) -> Shape:
         """Of the largest micro-batch."""
         longest = max(self.lengths[item.row] for item in self.batches[0])
-        return Shape(len(self.batches[0]), longest, len(self.batches), lanes)
+        return Shape(len(self.batches[0]), longest, len(self.batches), workers)
 
 
 def largest_step(
@@ -188,7 +188,7 @@ def largest_step(
             found += layout(
                 [item for item in items if item.member in own], lengths,
                 max_rows=setup.rows_per_microbatch,
-                max_tokens=setup.tokens_per_microbatch, packed=packed, lanes=setup.lanes,
+                max_tokens=setup.tokens_per_microbatch, packed=packed, workers=setup.workers,
             )  # fmt: skip
         return found
 
@@ -248,14 +248,14 @@ def follow_recipe(
         capability: Compute capability of a CUDA device, if known.
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    follow = Follow(kernels=kind == "cpu")
+    tracker = StorageTracker(kernels=kind == "cpu")
     quiet = recipe.model_copy(update={"torch_compile": False, "activation_offload": False})
     with ExitStack() as stack:
         stack.enter_context(fake)
-        stack.enter_context(follow)
-        base = fake_base(recipe, config, dtype, kind, follow, capability)
+        stack.enter_context(tracker)
+        base = fake_base(recipe, config, dtype, kind, tracker, capability)
         sizes = _sizes(base)
-        # No rows, but as many tokens as one of them has: how many lanes pay is a matter of that.
+        # No rows, but as many tokens as one of them has: how many workers pay is a matter of that.
         counts = EncodingCounts(tokens=_mean_tokens(recipe, given))
         rows = Rows(Encoded([], counts), None, TemplateChoice("", "", ""), {})
         rank = OneRank(kind)
@@ -263,20 +263,20 @@ def follow_recipe(
             setup = prepare(quiet, rank, base, rows)
         rank.device = torch.device("cpu")  # where fake tensors are, whatever is planned
         layers, repetition = _layers(base.model, whole)
-        _mark_learning(setup, layers, repetition, follow)
+        _mark_learning(setup, layers, repetition, tracker)
         frozen = _frozen(setup)
         units = _shrink(base.model, layers, repetition)
-    setup.objective.workspace = lambda: FewChunks(follow.timeline)
+    setup.objective.workspace = lambda: FewChunks(tracker.timeline)
     cut, lengths = largest_step(setup, given)
     _require_traceable(cut, lengths)
     places = traced_places(setup, cut)
     batches = collated(setup, [cut[place] for place in places], lengths, supervised)
     attending = as_on_cuda(capability) if kind == "cuda" else as_unpacked(batches)
-    with fake, follow, attending:
-        first_run = len(follow.timeline.runs)
-        run_steps(setup, [_fake(batch, fake) for batch in batches], follow, units)
-    timeline = follow.timeline
-    follow.settle(first_run)
+    with fake, tracker, attending:
+        first_run = len(tracker.timeline.runs)
+        run_steps(setup, [_fake(batch, fake) for batch in batches], tracker, units)
+    timeline = tracker.timeline
+    tracker.settle(first_run)
     timeline.forget_what_went_before(first_run)
     if repetition.units > repeat.TRACED:
         try:
@@ -348,7 +348,7 @@ def collated(
 
 
 def run_steps(
-    setup: Setup, batches: list[MicroBatch], follow: Follow, units: Mapping[int, int]
+    setup: Setup, batches: list[MicroBatch], tracker: StorageTracker, units: Mapping[int, int]
 ) -> None:
     """The check of the loss and the steps, as the training loop makes them.
 
@@ -359,7 +359,7 @@ def run_steps(
         units: Unit of each decoder layer by its id.
     """
     model = setup.base.model
-    scaler = _Marking(follow)
+    scaler = _Marking(tracker)
     hooks = [
         model.base_model.register_forward_pre_hook(scaler.next_batch),
         model.base_model.register_forward_hook(scaler.backbone_done),
@@ -369,8 +369,8 @@ def run_steps(
             with torch._C._DisableTorchDispatch():
                 attention.groups_of(batch.starts, batch.labels.device)
     try:
-        with follow.modules(model, units):
-            follow.begin("check")
+        with tracker.modules(model, units):
+            tracker.begin("check")
             # Of few positions and without gradient it never is the peak: one row is enough to
             # know which path is taken.
             first = batches[0].alone(0)
@@ -381,11 +381,11 @@ def run_steps(
                     names = {member.name for member in group}
                     own = [batch for batch in batches if batch.items[0].member in names]
                     train_step(own, group, setup.objective, setup.accelerator, scaler)
-                    _mark_state(group, follow)
+                    _mark_state(group, tracker)
     finally:
         for hook in hooks:
             hook.remove()
-        follow.close()
+        tracker.close()
 
 
 def _layers(model: nn.Module, whole: bool) -> tuple[list[nn.Module], repeat.Repetition]:
@@ -411,7 +411,7 @@ def _shrink(
 
 
 def _mark_learning(
-    setup: Setup, layers: list[nn.Module], repetition: repeat.Repetition, follow: Follow
+    setup: Setup, layers: list[nn.Module], repetition: repeat.Repetition, tracker: StorageTracker
 ) -> None:
     """Adapters are adapters, and each of a traced layer belongs to its unit."""
     places = {layer: place for place, layer in enumerate(repetition.kept)}
@@ -426,7 +426,7 @@ def _mark_learning(
             found = pattern.search(key) if pattern else None
             place = places.get(int(found[1])) if found else None
             unit = None if place is None else repetition.unit(place)
-            follow.mark(parameter, "base weights" if whole else "adapters", unit)
+            tracker.mark(parameter, "base weights" if whole else "adapters", unit)
 
 
 def _sizes(base: models.Base) -> list[int]:
@@ -456,12 +456,12 @@ def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     return {id(storage): storage.nbytes() for storage in storages}
 
 
-def _mark_state(members: Sequence[Member], follow: Follow) -> None:
+def _mark_state(members: Sequence[AdapterOptimizer], tracker: StorageTracker) -> None:
     for member in members:
         for parameter, state in member.optimizer.state.items():
             for value in state.values():
                 if isinstance(value, Tensor):
-                    follow.mark(value, "optimiser", follow.layer_of(parameter))
+                    tracker.mark(value, "optimiser", tracker.layer_of(parameter))
 
 
 def row_of(length: int, supervised: float) -> _Row:

@@ -17,12 +17,12 @@ from lighten.models.load import weight_files
 from lighten.models.quantized import stored_as
 from lighten.plan import memory, streamed
 from lighten.plan.build import config_of
-from lighten.plan.context import context_of
+from lighten.plan.process_overhead import context_of
 from lighten.plan.result import Plan, States
-from lighten.plan.step_time import Timed, lanes_of, time_of
+from lighten.plan.step_time import Timed, workers_of, time_of
 from lighten.plan.steps import Traced, follow_recipe
 from lighten.recipe import Recipe
-from lighten.report.words import size
+from lighten.report.text import size
 
 # What a process that trains on a GPU holds in main memory beside the base: the interpreter, PyTorch
 # and CUDA's libraries. Taken to be so, not measured.
@@ -85,7 +85,7 @@ def plan_recipe(
     whole = traced.weights
     if feed is not None:
         loading, whole = replace(loading, files=0, copies=0), whole + feed.base_bytes
-    lanes = lanes_of(traced)
+    workers = workers_of(traced)
     arena = device.is_here and allocator.has_arena()
     time = time_of(traced, device)
     notes: tuple[str, ...] = ()
@@ -98,8 +98,8 @@ def plan_recipe(
     if device.kind == "cpu":
         verified = _numbers(traced) * 4
         peak = memory.processor_memory(
-            traced.timeline, loading, context=context_of(), verified=verified, lanes=lanes,
-            sums=traced.further_sums(lanes), arena=arena, margin=margin,
+            traced.timeline, loading, context=context_of(), verified=verified, workers=workers,
+            sums=traced.further_sums(workers), arena=arena, margin=margin,
         )  # fmt: skip
         host = peak.expected
     else:
@@ -115,7 +115,7 @@ def plan_recipe(
         model=recipe.model_name_or_path,
         device=device.name,
         method=_method(recipe),
-        shape=traced.shape(lanes),
+        shape=traced.shape(workers),
         memory=peak,
         time=time,
         capacity=device.memory_bytes,

@@ -13,7 +13,7 @@ from lighten.artifacts import Artefact
 from lighten.errors import UserError
 from lighten.evaluate.evaluation import held_out_examples
 from lighten.train import held_out_data
-from lighten.train.heldout import held_out
+from lighten.train.validation import held_out
 from lighten.train.loss import Objective
 from lighten.train.prepare import load_base
 

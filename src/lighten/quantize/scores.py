@@ -78,9 +78,9 @@ def score(
 
 def summary(found: dict[str, list[float]]) -> dict[str, Any]:
     """Perplexity with its standard error, mean KL and agreement over all tokens."""
-    from lighten.train.heldout import HeldOut
+    from lighten.train.validation import ValidationLoss
 
-    rows = HeldOut(tuple(found["nll"]), tuple(int(n) for n in found["tokens"]))
+    rows = ValidationLoss(tuple(found["nll"]), tuple(int(n) for n in found["tokens"]))
     perplexity, error = math.exp(min(rows.loss, 700)), rows.standard_error
     values: dict[str, Any] = {
         "loss": rows.loss,

@@ -29,6 +29,7 @@ RENAMED = {
     "lorap_lr_ratio": "loraplus_lr_ratio",
     "fine_tune_type": "method",
     "lora_rank": "lora_r",
+    "lanes": "workers",
     "lora_target": "lora_target_modules",
     "target_modules": "lora_target_modules",
     "torch_dtype": "dtype",

@@ -67,9 +67,9 @@ def _of_qat(
             "torch_compile: layers of qat round their weights outside of compiled code; leave it "
             "at auto, or set it to false"
         )
-    if isinstance(recipe.lanes, int) and recipe.lanes > 1:
+    if isinstance(recipe.workers, int) and recipe.workers > 1:
         found.append(
-            f"lanes: {recipe.lanes} would round every weight of qat once in each lane; set it to 1"
+            f"workers: {recipe.workers} would round every weight of qat once in each; set it to 1"
         )
     if recipe.method == "full":
         return found

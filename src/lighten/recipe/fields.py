@@ -56,12 +56,12 @@ class EvaluateOptions(Section):
         description="general text whose loss tells what training made the model forget: builtin "
         "(English and Korean), a text file (its paragraphs), or a data file",
     )
-    judge: str | None = Field(
+    pruner: str | None = Field(
         None,
         description="address of an OpenAI-compatible API whose model compares the answers with the "
         "base's: http://127.0.0.1:8000/v1 (its key: OPENAI_API_KEY)",
     )
-    judge_model: str | None = Field(None, description="the judge's name there")
+    judge_model: str | None = Field(None, description="the pruner's name there")
     tasks: list[str] = Field(
         [], description="tasks of lm-eval: names, or those of include_path (extra: lm-eval)"
     )
@@ -242,7 +242,7 @@ class RecipeFields(Section):
         "cut micro-batches so that their tokens stay within this; auto: 1024 on a "
         "processor, 1536 in bfloat16 where it has AMX tiles",
     )
-    lanes: Positive | Literal["auto"] = _field(
+    workers: Positive | Literal["auto"] = _field(
         "auto",
         "training",
         "micro-batches that a processor trains side by side, each on its own cores; auto: as many "

@@ -34,9 +34,9 @@ def problems(recipe: Recipe) -> list[str]:
         found.append(f"{said} streams dense layers or 4 bits; use load_in_4bit, or remove it")
     if recipe.torch_compile is True:
         found.append(f"{said} brings weights to code that is not compiled; remove torch_compile")
-    if isinstance(recipe.lanes, int) and recipe.lanes > 1:
+    if isinstance(recipe.workers, int) and recipe.workers > 1:
         found.append(
-            f"{said} follows one micro-batch at a time: lanes would each need a layer of its own; "
-            "set lanes to 1 or auto"
+            f"{said} follows one micro-batch at a time: workers would each need a layer; "
+            "set workers to 1 or auto"
         )
     return found

@@ -54,9 +54,9 @@ def problems(recipe: Recipe) -> list[str]:
             f"torch_compile: layers are gathered as they are needed with strategy: {name}; set it "
             "to false or auto"
         )
-    if isinstance(recipe.lanes, int) and recipe.lanes > 1:
+    if isinstance(recipe.workers, int) and recipe.workers > 1:
         found.append(
-            f"lanes: {recipe.lanes} would gather each layer as many times with strategy: {name}; "
+            f"workers: {recipe.workers} would gather each layer as many times with strategy: {name}; "
             "remove it"
         )
     if recipe.qat is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lighten import runs
-from lighten.report import audit_table, words
+from lighten.report import audit_table, text
 from lighten.report.charts import Point, number, scatter_chart
 from lighten.report.page import environment
 
@@ -87,8 +87,8 @@ def tiles(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
             {"label": "Training, tokens/s", "before": number(1 / plain["seconds_per_token"]),
              "after": number(1 / together["seconds_per_token"]),
              "note": _interval(together["brought"]["speed"])},
-            {"label": "Its peak memory", "before": words.gib(plain["peak_bytes"]),
-             "after": words.gib(together["peak_bytes"]),
+            {"label": "Its peak memory", "before": text.gib(plain["peak_bytes"]),
+             "after": text.gib(together["peak_bytes"]),
              "note": _interval(together["brought"]["memory"])},
             {"label": "What it ships", "before": audit_table.ships(plain),
              "after": audit_table.ships(together), "note": "a model, and an adapter"},
@@ -104,7 +104,7 @@ def tiles(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
              "after": number(1 / best["seconds_per_token"]),
              "note": _interval(best["brought"]["speed"])},
             {"label": f"Memory to answer: {smallest['name']}",
-             "before": words.gib(first["peak_bytes"]), "after": words.gib(smallest["peak_bytes"]),
+             "before": text.gib(first["peak_bytes"]), "after": text.gib(smallest["peak_bytes"]),
              "note": _interval(smallest["brought"]["memory"])},
         ]  # fmt: skip
     return found
@@ -134,8 +134,8 @@ def cost(row: Mapping[str, Any]) -> str:
     """What using it takes beside memory: steps, or the making of a file."""
     for process in row["processes"]:
         if process.get("made_s") is not None:
-            made = words.gib(process["made_peak_bytes"])
-            return f"made in {words.duration(process['made_s'])}, {made}"
+            made = text.gib(process["made_peak_bytes"])
+            return f"made in {text.duration(process['made_s'])}, {made}"
         if process.get("step_seconds"):
             steps = process["step_seconds"][1:] or process["step_seconds"]
             return f"{number(sum(steps) / len(steps))} s a step"

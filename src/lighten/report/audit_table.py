@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lighten.report.words import gib, size
+from lighten.report.text import gib, size
 
 Table = tuple[list[str], list[list[str]]]
 GROUPS = ("training", "long context", "answers")

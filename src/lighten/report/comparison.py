@@ -15,7 +15,7 @@ from lighten import runs as run_files
 from lighten.data import FEWEST
 from lighten.evaluate.bootstrap import LEVEL, Resamples
 from lighten.evaluate.metrics import METRICS, mean_loss
-from lighten.report import words
+from lighten.report import text
 from lighten.report.charts import number
 from lighten.runs import Run
 
@@ -98,10 +98,10 @@ _COLUMNS = (
         if metric.name != "perplexity"  # it is the loss in another unit
     ),
     Column("watched", "held-out loss while training", "watched loss", True),
-    Column("seconds", "training time", "time", True, words.duration),
+    Column("seconds", "training time", "time", True, text.duration),
     Column("tokens_per_second", "real tokens/s", "tok/s", False),
-    Column("peak_bytes", "peak memory", "GiB", True, words.gib),
-    Column("file_bytes", "to ship", "MB", True, words.size),
+    Column("peak_bytes", "peak memory", "GiB", True, text.gib),
+    Column("file_bytes", "to ship", "MB", True, text.size),
 )  # fmt: skip
 
 
@@ -129,7 +129,7 @@ def compare(runs: Sequence[Run]) -> Comparison:
         entries += trained
         if base is not None:
             bases.setdefault((base.label, base.measured_on), base)
-    sentences = [*_judge(entries), *_notes(runs, names)]
+    sentences = [*_pruner(entries), *_notes(runs, names)]
     everything = [*entries, *bases.values()]
     columns = [
         column
@@ -145,7 +145,7 @@ def _notes(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
     """What has to be said of the runs' held-out examples: each thing once, with its runs."""
     told: dict[str, list[str]] = {}
     for run, name in zip(runs, names, strict=True):
-        for note in words.held_out_notes(run.info(), run.evaluation()):
+        for note in text.held_out_notes(run.info(), run.evaluation()):
             told.setdefault(note, []).append(name)
     return [f"{', '.join(dict.fromkeys(own))}: {note}" for note, own in told.items()]
 
@@ -242,7 +242,7 @@ def _best(column: Column, entries: Sequence[Entry]) -> set[int]:
     return {place for place, value in values.items() if value == best}
 
 
-def _judge(entries: Sequence[Entry]) -> list[str]:
+def _pruner(entries: Sequence[Entry]) -> list[str]:
     """Set each entry's difference and verdict, and say it in sentences."""
     measured = [entry for entry in entries if "loss" in entry.figures]
     missing = [entry.run for entry in entries if "loss" not in entry.figures]

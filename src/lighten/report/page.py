@@ -13,7 +13,7 @@ from lighten import runs as run_files
 from lighten.evaluate.metrics import METRICS
 from lighten.evaluate.registry import described
 from lighten.folders import resume_command
-from lighten.report import attention, comparison, planned, quantized, words
+from lighten.report import attention, comparison, planned, quantized, text
 from lighten.report.charts import Series, line_chart, number, smoothed
 from lighten.runs import Run
 from lighten.wording import counted
@@ -49,7 +49,7 @@ def environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
     )
     made.filters |= {
-        "count": counted, "mb": words.size, "gib": words.gib, "duration": words.duration,
+        "count": counted, "mb": text.size, "gib": text.gib, "duration": text.duration,
         "number": number,
     }  # fmt: skip
     return made
@@ -64,7 +64,7 @@ def page(runs: Sequence[Run]) -> str:
             title=" · ".join(run.name for run in runs),
             runs=[_run(run) for run in runs],
             comparison=_comparison(runs) if len(runs) > 1 else None,
-            marked=words.marked,
+            marked=text.marked,
             first_examples=FIRST_EXAMPLES,
             metric_labels={metric.name: metric.label for metric in METRICS},
         )
@@ -80,7 +80,7 @@ def _run(run: Run) -> dict[str, Any]:
     return {
         "name": run.name,
         "info": info,
-        "headline": words.headline(info, evaluation),
+        "headline": text.headline(info, evaluation),
         "commands": next_commands(run, info, evaluated=evaluation is not None),
         "saved": _saved(run),
         "tiles": tiles(info, evaluation),
@@ -97,7 +97,7 @@ def _run(run: Run) -> dict[str, Any]:
         "examples": (evaluation or {}).get("examples", [])[:SHOWN_EXAMPLES],
         "example_count": len((evaluation or {}).get("examples", [])),
         "evaluation": evaluation,
-        "held_out_notes": words.held_out_notes(info, evaluation),
+        "held_out_notes": text.held_out_notes(info, evaluation),
         "sizes": _sizes(info),
         "recipe": (run.folder / run_files.RECIPE).read_text(encoding="utf-8"),
     }
@@ -119,7 +119,7 @@ def tiles(info: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> list
                         "label": f"{label}{whose}",
                         "before": number(base["metrics"][name]["value"]),
                         "after": number(tuned["metrics"][name]["value"]),
-                        "note": words.verdict_of(differences, tuned["name"], name),
+                        "note": text.verdict_of(differences, tuned["name"], name),
                     }
                 )
     training = info.get("training")
@@ -129,7 +129,7 @@ def tiles(info: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> list
             {
                 "label": "Training",
                 "before": "",
-                "after": words.duration(training["seconds"]),
+                "after": text.duration(training["seconds"]),
                 "note": f"{speed:,.0f} real tokens/s" if speed else "",
             }
         )
@@ -137,7 +137,7 @@ def tiles(info: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> list
             {
                 "label": "Peak memory",
                 "before": "",
-                "after": words.gib(training["peak_bytes"]),
+                "after": text.gib(training["peak_bytes"]),
                 "note": training.get("method", ""),
             }
         )
@@ -148,8 +148,8 @@ def tiles(info: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> list
             {
                 "label": f"{kind} file" if len(info["adapters"]) == 1 else f"File of {own['name']}",
                 "before": "",
-                "after": words.size(own["file_bytes"]),
-                "note": f"beside the base's {words.size(info['base']['weights_bytes'])}",
+                "after": text.size(own["file_bytes"]),
+                "note": f"beside the base's {text.size(info['base']['weights_bytes'])}",
             }
         )
     return tiles

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from lighten.report.bars import Bar, Segment, stacked_bars
-from lighten.report.words import duration, gib
+from lighten.report.text import duration, gib
 
 GIB = 2**30
 # Parts that belong together share a colour and are told apart by its strength.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lighten.report import words
+from lighten.report import text
 from lighten.report.charts import Point, number, scatter_chart
 
 
@@ -48,9 +48,9 @@ def _row(row: Mapping[str, Any]) -> dict[str, Any]:
         "name": row["name"],
         "frontier": row["frontier"],
         "cells": [
-            words.size(row["file_bytes"]),
+            text.size(row["file_bytes"]),
             f"{row['ratio']:.2f}",
-            words.size(row["resident_bytes"]),
+            text.size(row["resident_bytes"]),
             number(row.get("perplexity")) + ("" if error is None else f" ± {number(error)}"),
             number(row.get("kl")),
             "–" if agreement is None else f"{agreement:.1%}",

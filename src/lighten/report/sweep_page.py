@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from lighten import runs
-from lighten.report import sweep_table, words
+from lighten.report import sweep_table, text
 from lighten.report.charts import Point, Series, line_chart, number, scatter_chart, smoothed
 from lighten.report.page import environment
 
@@ -79,7 +79,7 @@ def _tiles(data: Mapping[str, Any], metric: str) -> list[dict[str, str]]:
     arms = {arm["name"]: arm for arm in data.get("arms", [])}
     name = str((data.get("recommendation") or {}).get("arm"))
     tiles = [{"label": "Arms", "value": str(len([a for a in arms.values() if not a["reference"]])),
-              "note": f"in {words.duration(data.get('spent_s'))}"}]  # fmt: skip
+              "note": f"in {text.duration(data.get('spent_s'))}"}]  # fmt: skip
     if name not in arms:
         return tiles
     own, base = arms[name], arms.get("base", {})
@@ -99,9 +99,9 @@ def _tiles(data: Mapping[str, Any], metric: str) -> list[dict[str, str]]:
         tiles.append({"label": sweep_table.LABELS[metric].split(",")[0].capitalize()
                       if metric == "exact_match" else sweep_table.LABELS[metric],
                       "value": number(found["value"]), "note": note})  # fmt: skip
-    tiles.append({"label": "To ship", "value": words.size(own["file_bytes"]),
+    tiles.append({"label": "To ship", "value": text.size(own["file_bytes"]),
                   "note": f"{own['trainable_parameters']:,} parameters"})  # fmt: skip
-    tiles.append({"label": "Peak memory", "value": words.gib(own["peak_bytes"]),
+    tiles.append({"label": "Peak memory", "value": text.gib(own["peak_bytes"]),
                   "note": f"for {own['together']} arms in one pass" if own["together"] > 1
                   else ""})  # fmt: skip
     return tiles

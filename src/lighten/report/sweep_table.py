@@ -12,7 +12,7 @@ import yaml
 from lighten import runs
 from lighten.evaluate.metrics import METRICS
 from lighten.report.charts import number
-from lighten.report.words import duration, gib, size
+from lighten.report.text import duration, gib, size
 
 FILE = "sweep.json"
 LABELS = {metric.name: metric.label for metric in METRICS}

@@ -15,7 +15,7 @@ from typing import Any
 
 from lighten import runs
 from lighten.runs import Run
-from lighten.train.heldout import HeldOut
+from lighten.train.validation import ValidationLoss
 
 EVENTS = "left.jsonl"
 TIME_UP = "the time was up"
@@ -96,7 +96,7 @@ def _to_the_end(arms: int, steps: int, rung: int, speed: Speed) -> float:
 
 
 class Halving:
-    """The judge of one group's run.
+    """The pruner of one group's run.
 
     Args:
         folder: The run's folder, where it writes who left and why.
@@ -122,7 +122,7 @@ class Halving:
         self._last_s: float | None = None
 
     def leaving(
-        self, step: int, losses: Mapping[str, HeldOut], active: Sequence[str]
+        self, step: int, losses: Mapping[str, ValidationLoss], active: Sequence[str]
     ) -> Collection[str]:
         """Who trains no further after this step."""
         self._beat()
@@ -150,7 +150,7 @@ class Halving:
         """Note an arm whose loss is not a number."""
         self._say(step, name, "its loss or gradient was not a number", diverged=True)
 
-    def _measured(self, losses: Mapping[str, HeldOut], active: int) -> Speed | None:
+    def _measured(self, losses: Mapping[str, ValidationLoss], active: int) -> Speed | None:
         """The speed, followed as a moving mean over the steps of this very run."""
         now, last = time.monotonic(), self._last_s
         # The next step follows an evaluation and perhaps a checkpoint: it is no measure.

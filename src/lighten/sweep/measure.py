@@ -20,7 +20,7 @@ from lighten.evaluate import metrics
 from lighten.evaluate.bootstrap import Array, Estimate, FromSums, Resamples
 from lighten.evaluate.evaluation import Progress, askable, held_out_examples, measure
 from lighten.evaluate.kept import Kept
-from lighten.evaluate.opened import Models
+from lighten.evaluate.run_models import Models
 from lighten.models import limits_of
 from lighten.recipe import Recipe
 from lighten.runs import Run

@@ -18,7 +18,7 @@ from lighten.paths import expanded
 from lighten.recipe import Recipe
 from lighten.recipe.section import seconds
 from lighten.runs import Run
-from lighten.sweep import apart, result, tuning
+from lighten.sweep import ray_tune, result, tuning
 from lighten.sweep.arms import FULL, Group, expand, full_arm, grid_of, group
 from lighten.sweep.budget import RUNGS, Halving, Speed, left_early, longest
 from lighten.sweep.measure import BASE, Measurement, measure_run
@@ -205,7 +205,7 @@ class Sweep:
             tried = tuning.tuning_arms(recipe, grid, rates)
             self._tune(group(tried))
             arms = tuning.with_best_rates(recipe, grid, self._state["tuned"])
-        groups = apart.spread(group(arms), self._slots())
+        groups = ray_tune.spread(group(arms), self._slots())
         if "full" in recipe.sweep.reference:
             groups += group([full_arm(recipe)])
         return groups
@@ -236,14 +236,14 @@ class Sweep:
         if self.recipe.sweep.executor != "ray":
             return 1
         if self._state.get("slots") is None:
-            self.write(slots=apart.slots())
+            self.write(slots=ray_tune.slots())
         return int(self._state["slots"])
 
     def _train_apart(self, groups: Sequence[Group]) -> None:
         """Let Ray train the groups, if it shall; what follows finds them finished."""
         if self.recipe.sweep.executor == "ray":
             self.shown.note(f"{len(groups)} groups through Ray, {self._slots()} at once")
-            apart.train_apart(groups, self.folder)
+            ray_tune.train_apart(groups, self.folder)
 
     def _truncated(self, groups: Sequence[Group]) -> dict[str, Any]:
         """Of each arm, its loss when it is cut to the lower ranks."""
@@ -393,7 +393,7 @@ class Sweep:
             return Run(recipe.run_folder)
         self.shown.note(f"{own.name}: {', '.join(arm.name for arm in own.arms)}")
         plan = self._state.get("plan")
-        judge = Halving(
+        pruner = Halving(
             recipe.run_folder,
             recipe.max_steps or 0,
             recipe.eval_steps or 1,
@@ -402,7 +402,7 @@ class Sweep:
             self._keep_time,
         )
         try:
-            return train(recipe, resume=there, progress=self._progress, judge=judge)
+            return train(recipe, resume=there, progress=self._progress, pruner=pruner)
         except TrainingDiverged as error:
             self.shown.note(f"{own.name}: nothing is left to train ({error})")
             return Run(recipe.run_folder)

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from lighten.errors import UserError, missing_extra
 from lighten.recipe import Range, Recipe
 from lighten.recipe.fields import RecipeFields
-from lighten.sweep.apart import spread
+from lighten.sweep.ray_tune import spread
 from lighten.sweep.arms import Arm, Group, expand, group
 
 JOURNAL, STUDY, BATCH = "search.journal", "sweep", "batch"

@@ -8,7 +8,7 @@ from lighten import hardware, models
 from lighten.errors import UserError
 from lighten.hardware import Choice
 from lighten.models import attention
-from lighten.train import lanes
+from lighten.train import workers
 
 # Matrix products of this many rows come near a processor's full rate. Each costs as much as some
 # more rows before its first one, and of the quicker ones on AMX tiles that is a larger share
@@ -71,7 +71,7 @@ def choose_passes(base: models.Base, tokens: int, most: int | None, side_by_side
         base: What it is trained on.
         tokens: Of one adapter in one step on this rank, on average.
         most: Tokens of a micro-batch at most; None: rows decide.
-        side_by_side: The number of lanes.
+        side_by_side: The number of workers.
     """
     if base.feed is not None:
         return Choice("together", "a layer is brought once for all adapters")
@@ -79,6 +79,6 @@ def choose_passes(base: models.Base, tokens: int, most: int | None, side_by_side
         return Choice("together", "a weight is dequantised once for all adapters")
     if most is None:
         return Choice("together", "as many rows as fit read the base's weights once")
-    if tokens < side_by_side * lanes.FULL_TOKENS:
+    if tokens < side_by_side * workers.FULL_TOKENS:
         return Choice("together", f"{tokens} tokens of one adapter alone fill no micro-batch")
     return Choice("apart", "each fills micro-batches, and one adapter's gradients are kept at once")

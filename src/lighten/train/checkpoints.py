@@ -23,7 +23,7 @@ import torch
 from lighten.adapters import Trained, dtensors, shards
 from lighten.errors import UserError
 from lighten.runs import write_bytes, write_json
-from lighten.train.member import Member, MemberProgress
+from lighten.train.adapter_optimizer import AdapterOptimizer, AdapterOptimizerProgress
 
 STATE, OPTIMIZER = "trainer_state.json", "optimizer"
 
@@ -53,7 +53,7 @@ class TrainerState:
     seconds: float = 0.0
     elapsed_s: float = 0.0
     total_steps: int = 0
-    members: dict[str, MemberProgress] = field(default_factory=dict)
+    members: dict[str, AdapterOptimizerProgress] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
     examples_per_step: int = 0
     global_step: int = 0
@@ -64,7 +64,7 @@ def save(
     folder: Path,
     state: TrainerState,
     trained: Trained,
-    members: Sequence[Member],
+    members: Sequence[AdapterOptimizer],
     *,
     base_model: str,
     revision: str | None,
@@ -99,7 +99,7 @@ def save(
     return final
 
 
-def take_part(trained: Trained, members: Sequence[Member]) -> None:
+def take_part(trained: Trained, members: Sequence[AdapterOptimizer]) -> None:
     """What every other rank does while the main one saves: hand over the rows that it holds.
 
     Raises:
@@ -113,7 +113,7 @@ def take_part(trained: Trained, members: Sequence[Member]) -> None:
                 content.take_part()
 
 
-def _optimizer_tensors(members: Sequence[Member]) -> dict[str, torch.Tensor]:
+def _optimizer_tensors(members: Sequence[AdapterOptimizer]) -> dict[str, torch.Tensor]:
     return {
         f"{member.name}/{key}": value
         for member in members
@@ -164,7 +164,7 @@ def listing(folder: Path) -> list[Path]:
 
 
 def restore(
-    checkpoint: Path, trained: Trained, members: Sequence[Member], device: torch.device
+    checkpoint: Path, trained: Trained, members: Sequence[AdapterOptimizer], device: torch.device
 ) -> TrainerState:
     """Put weights and optimisers back as they were.
 
@@ -195,7 +195,7 @@ def restore(
 def read_state(checkpoint: Path) -> TrainerState:
     """The `trainer_state.json` of a checkpoint."""
     raw = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    raw["members"] = {name: MemberProgress(**own) for name, own in raw["members"].items()}
+    raw["members"] = {name: AdapterOptimizerProgress(**own) for name, own in raw["members"].items()}
     return TrainerState(**raw)
 
 

@@ -15,7 +15,7 @@ WARPS = 16
 def run(logits: Tensor, labels: Tensor, scale: float, softcap: float) -> Tensor:
     """As `fused_loss.cross_entropy_`."""
     losses = torch.empty(len(labels), dtype=torch.float32, device=logits.device)
-    _slopes[(len(labels),)](
+    _gradients[(len(labels),)](
         logits, labels, losses, logits.stride(0), logits.shape[1], scale, softcap or 1.0,
         HAS_CAP=softcap != 0.0, BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
@@ -31,7 +31,7 @@ def _final(logits, at, columns, scale, softcap, HAS_CAP: tl.constexpr):
 
 
 @triton.jit
-def _slopes(
+def _gradients(
     logits, labels, losses, stride, columns, scale, softcap,
     HAS_CAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -54,7 +54,7 @@ def _slopes(
     for start in range(0, columns, BLOCK):
         at = start + tl.arange(0, BLOCK)
         x = _final(logits, at, columns, scale, softcap, HAS_CAP)
-        slope = tl.exp(x - normaliser) - tl.where(at == label, 1.0, 0.0)
+        gradient = tl.exp(x - normaliser) - tl.where(at == label, 1.0, 0.0)
         if HAS_CAP:
-            slope = slope * (1.0 - (x / softcap) * (x / softcap))
-        tl.store(logits + at, (slope * scale).to(logits.dtype.element_ty), mask=at < columns)
+            gradient = gradient * (1.0 - (x / softcap) * (x / softcap))
+        tl.store(logits + at, (gradient * scale).to(logits.dtype.element_ty), mask=at < columns)

@@ -1,12 +1,12 @@
-"""Lanes that are processes, forked from the one that trains.
+"""Workers that are processes, forked from the one that trains.
 
 Python's interpreter runs one thread at a time, and a step is thousands of small operations that
 each ask for it and for the one heap: two threads took half as long again as two processes
 (docs/lab-notes.md). The process is forked once the base is loaded and the loss is checked. A child
 has the base and all else as it was then, in the same memory until someone writes there; what
 learns, and the children's gradients, are put into memory that all of them see beforehand. So a step
-sends a child its micro-batches and gets back losses. Lane 0 stays in this process. Bits are those
-of threads: which lane trains what is decided alike, and gradients are summed in the lanes' order.
+sends a child its micro-batches and gets back losses. Worker 0 stays in this process. Bits are those
+of threads: which worker trains what is decided alike, and gradients are summed in their order.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from torch import Tensor, nn
 from lighten import allocator, hardware
 from lighten.data.batches import MicroBatch
 from lighten.forks import end_with_parent
-from lighten.forks import possible as possible  # whether lanes can be processes at all
-from lighten.train.lanes import Lanes, Pool, Slopes, in_order, shared_out
+from lighten.forks import possible as possible  # whether workers can be processes at all
+from lighten.train.workers import Workers, Pool, GradientSums, in_order, shared_out
 from lighten.train.loss import Objective
-from lighten.train.passes import measure
+from lighten.train.forward_backward import measure
 
 if TYPE_CHECKING:
     from lighten.train.prepare import Setup
@@ -45,17 +45,17 @@ START_S = 30.0  # a child starts in milliseconds; after this it never will
 
 
 def processes_for(setup: Setup) -> Forked:
-    """The lanes of a training whose loss was checked.
+    """The workers of a training whose loss was checked.
 
     Args:
-        setup: What learns, and how many lanes.
+        setup: What learns, and how many workers.
 
     Raises:
         OSError: See `Forked`.
     """
     groups = setup.groups(setup.members)
     learning = [[p for member in group for p in member.parameters.values()] for group in groups]
-    return Forked(setup.lanes, torch.get_num_threads(), setup.objective, learning)
+    return Forked(setup.workers, torch.get_num_threads(), setup.objective, learning)
 
 
 class SharedTensors:
@@ -100,12 +100,12 @@ class _Answer:
     own_bytes: int = 0
 
 
-class Forked(Lanes):
-    """Lanes of which all but the first are processes of their own.
+class Forked(Workers):
+    """Workers of which all but the first are processes of their own.
 
     Args:
-        count: How many lanes.
-        threads: Of PyTorch, over all lanes.
+        count: How many workers.
+        threads: Of PyTorch, over all workers.
         objective: The loss, as it will be asked from now on.
         groups: What learns, by what learns at the same time. From now on its memory is shared.
 
@@ -135,8 +135,8 @@ class Forked(Lanes):
         allocator.trim()  # a child would copy each free page that it writes to
         try:
             for _ in range(count - 1):
-                slopes = SharedTensors(largest)
-                self._children.append(_Child(self._serve, slopes, own, self._children))
+                gradients = SharedTensors(largest)
+                self._children.append(_Child(self._serve, gradients, own, self._children))
             for child in self._children:
                 child.await_start()
         except OSError:
@@ -157,17 +157,17 @@ class Forked(Lanes):
         per_token: Mapping[str, float],
         scales: Mapping[str, float],
     ) -> list[dict[str, float]]:
-        """See `Lanes`."""
+        """See `Workers`."""
         places = [self._places[id(parameter)] for parameter in parameters]
         first, others = self._each(
-            lambda own: Slopes(parameters).learn(own, objective, per_token, scales),
+            lambda own: GradientSums(parameters).learn(own, objective, per_token, scales),
             lambda own: ("learn", own, places, dict(per_token), dict(scales)),
             batches,
         )
-        slopes, lost = first
-        slopes.give()
+        gradients, lost = first
+        gradients.give()
         for child, (reached, own) in zip(self._children, others, strict=False):
-            sums = child.slopes.like(parameters)
+            sums = child.gradients.like(parameters)
             for parameter, total, is_there in zip(parameters, sums, reached, strict=True):
                 if is_there and parameter.grad is None:
                     parameter.grad = total.clone()
@@ -177,7 +177,7 @@ class Forked(Lanes):
         return lost
 
     def measure(self, objective: Objective, batches: Sequence[MicroBatch]) -> list[list[float]]:
-        """See `Lanes`."""
+        """See `Workers`."""
         if not batches:
             return []
         first, others = self._each(
@@ -188,7 +188,7 @@ class Forked(Lanes):
         return in_order(batches, [first, *others], self.count)
 
     def give_back(self) -> None:
-        """See `Lanes`."""
+        """See `Workers`."""
         for child in self._children:
             child.ask(("give_back",))
         for child in self._children:
@@ -210,7 +210,7 @@ class Forked(Lanes):
         errand: Callable[[list[MicroBatch]], tuple[Any, ...]],
         batches: Sequence[MicroBatch],
     ) -> tuple[Any, list[Any]]:
-        """What this process makes of the first lane, and the children of the others."""
+        """What this process makes of the first worker, and the children of the others."""
         first, *others = shared_out(batches, self.count)
         busy = self._children[: len(others)]
         for child, own in zip(busy, others, strict=True):
@@ -223,14 +223,14 @@ class Forked(Lanes):
                 raise answer.error
         return future.result(), [answer.found for answer in answers]
 
-    def _serve(self, slopes: SharedTensors, errand: tuple[Any, ...]) -> Any:
+    def _serve(self, gradients: SharedTensors, errand: tuple[Any, ...]) -> Any:
         """A child's errand, in the child."""
         what, *given = errand
         if what == "measure":
             return [measure(batch, self._objective) for batch in given[0]]
         batches, places, per_token, scales = given
         parameters = [self._parameters[place] for place in places]
-        own = Slopes(parameters, slopes.like(parameters))
+        own = GradientSums(parameters, gradients.like(parameters))
         _, lost = own.learn(batches, self._objective, per_token, scales)
         return [total is not None for total in own.sums], lost
 
@@ -240,7 +240,7 @@ class _Child:
 
     Args:
         work: What it makes of an errand.
-        slopes: Where it sums gradients.
+        gradients: Where it sums gradients.
         threads: That PyTorch uses in it.
         elder: Those forked before, whose pipes this one must not hold open.
     """
@@ -248,11 +248,11 @@ class _Child:
     def __init__(
         self,
         work: Callable[[SharedTensors, tuple[Any, ...]], Any],
-        slopes: SharedTensors,
+        gradients: SharedTensors,
         threads: int,
         elder: Sequence[_Child],
     ) -> None:
-        self.slopes, self.own_bytes = slopes, 0
+        self.gradients, self.own_bytes = gradients, 0
         self._pipe, there = Pipe()
         with warnings.catch_warnings():
             # Python 3.12 warns of threads; those of this process wait, and the child uses none.
@@ -267,11 +267,11 @@ class _Child:
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
                 end_with_parent()
                 # A thread of its own: OpenMP's team of the forked one has no members here.
-                lane = threading.Thread(
-                    target=_answer_all, args=(there, lambda own: work(slopes, own), threads)
+                worker = threading.Thread(
+                    target=_answer_all, args=(there, lambda own: work(gradients, own), threads)
                 )
-                lane.start()
-                lane.join()
+                worker.start()
+                worker.join()
             finally:
                 os._exit(0)
         there.close()
@@ -317,8 +317,8 @@ class _Child:
         status = os.waitpid(self._pid, 0)[1] if self._pid else 0
         self._pid = 0
         if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
-            return MemoryError("a lane's process was killed, as Linux does where memory runs out")
-        return RuntimeError(f"a lane's process ended by itself (status {status})")
+            return MemoryError("a worker's process was killed, as Linux does where memory runs out")
+        return RuntimeError(f"a worker's process ended by itself (status {status})")
 
 
 def _share(parameters: Sequence[nn.Parameter]) -> None:

@@ -1,6 +1,6 @@
-"""Cross-entropy in one kernel: losses and their slopes, in the logits' own memory.
+"""Cross-entropy in one kernel: losses and their gradients, in the logits' own memory.
 
-In operations of PyTorch's own, softmax, normaliser and slope read and write float32 logits some
+In operations of PyTorch's own, softmax, normaliser and gradient read and write float32 logits some
 eight times, which on a GPU takes longer than the head's products. Here each logit is read twice
 and written once, in its own format; sums are float32. A GPU has a kernel in Triton, a processor
 with bfloat16 one in C++ (`models/kernels`).
@@ -34,7 +34,7 @@ def available(device: str, dtype: torch.dtype) -> bool:
 
 @torch.library.custom_op("lighten::cross_entropy_", mutates_args={"logits"})
 def cross_entropy_(logits: Tensor, labels: Tensor, scale: float, softcap: float) -> Tensor:
-    """Turn raw logits into the slopes of each position's loss by them, and return the losses.
+    """Turn raw logits into the gradients of each position's loss by them, and return the losses.
 
     Args:
         logits: [S, V], contiguous, overwritten.
@@ -66,9 +66,9 @@ def plain(logits: Tensor, labels: Tensor, scale: float, softcap: float) -> Tenso
     if softcap:
         final = torch.tanh(final / softcap) * softcap
     nll = torch.nn.functional.cross_entropy(final, labels, reduction="none")
-    slope = final.softmax(-1)
-    slope[torch.arange(len(labels), device=labels.device), labels] -= 1.0
+    gradient = final.softmax(-1)
+    gradient[torch.arange(len(labels), device=labels.device), labels] -= 1.0
     if softcap:
-        slope *= 1.0 - (final / softcap).square()
-    logits.copy_(slope * scale)
+        gradient *= 1.0 - (final / softcap).square()
+    logits.copy_(gradient * scale)
     return nll

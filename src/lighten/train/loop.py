@@ -16,15 +16,15 @@ from lighten.folders import resume_command
 from lighten.hardware import PeakMemory
 from lighten.parallel import ranks
 from lighten.recipe.section import seconds
-from lighten.train import checkpoints, forked, short_memory
+from lighten.train import checkpoints, forked, out_of_memory
 from lighten.train.checkpoints import TrainerState
 from lighten.train.forked import Forked
-from lighten.train.heldout import HeldOut, held_out_over
+from lighten.train.validation import ValidationLoss, held_out_over
 from lighten.train.interrupt import Interrupted, StopSignals
-from lighten.train.judge import Judge
-from lighten.train.lanes import Lanes, Threads
-from lighten.train.member import Member
-from lighten.train.passes import undropped
+from lighten.train.pruner import Pruner
+from lighten.train.workers import Workers, Threads
+from lighten.train.adapter_optimizer import AdapterOptimizer
+from lighten.train.forward_backward import undropped
 from lighten.train.prediction import Prediction
 from lighten.train.prepare import Setup
 from lighten.train.progress import TrainingProgress
@@ -45,7 +45,7 @@ class Loop:
         prediction: What was planned, to say what took more if memory runs out.
         retries: Make a step for which memory runs out again with smaller micro-batches. A benchmark
             leaves it off: it would measure something else than it says.
-        judge: May take adapters out early. An adapter that diverges leaves with or without one; the
+        pruner: May take adapters out early. An adapter that diverges leaves with or without one; the
             last one ends the run.
         saves: Write checkpoints. A measurement leaves none.
     """
@@ -59,19 +59,19 @@ class Loop:
         memory: PeakMemory,
         prediction: Prediction | None = None,
         *,
-        judge: Judge | None = None,
+        pruner: Pruner | None = None,
         retries: bool = False,
         saves: bool = True,
     ) -> None:
         self.setup, self.folder, self.state = setup, folder, state
         self.progress, self.memory, self.prediction = progress, memory, prediction
-        self.judge, self._saves = judge, saves
-        self._losses: dict[str, HeldOut] = {}
+        self.pruner, self._saves = pruner, saves
+        self._losses: dict[str, ValidationLoss] = {}
         self._pages = allocator.KeptPages(setup.accelerator.device.type)
-        self._retries, self._watch = retries, short_memory.Watch(setup.members)
+        self._retries, self._watch = retries, out_of_memory.Watch(setup.members)
         self.main = setup.accelerator.is_main_process
         self._batches = StepBatches(setup)
-        self._lanes: Lanes | None = None
+        self._workers: Workers | None = None
         self._agreed = False
         self._saved_at, self._saving_s = time.monotonic(), 0.0
         self._first, self._forks = state.step, forked.possible()
@@ -135,7 +135,7 @@ class Loop:
         for group in self.setup.groups(self.setup.members):
             self._step_of(group, place, update=False)
 
-    def _step(self, members: list[Member]) -> dict[str, MemberStep]:
+    def _step(self, members: list[AdapterOptimizer]) -> dict[str, MemberStep]:
         """One step of all adapters that do not diverge in it."""
         report: dict[str, MemberStep] = {}
         for group in self.setup.groups(members):
@@ -150,7 +150,7 @@ class Loop:
         return report
 
     def _step_of(
-        self, members: list[Member], step: int, *, update: bool = True
+        self, members: list[AdapterOptimizer], step: int, *, update: bool = True
     ) -> dict[str, MemberStep]:
         """One step; where memory runs out, the same step with smaller micro-batches."""
         setup = self.setup
@@ -166,18 +166,18 @@ class Loop:
                 make = train_step if update else rehearse
                 return make(
                     batches, members, setup.objective, setup.accelerator, setup.scaler,
-                    self._lanes, setup.strategy, idle,
+                    self._workers, setup.strategy, idle,
                 )  # fmt: skip
             except (MemoryError, RuntimeError) as error:
-                if not (self._retries and short_memory.ran_out(error)):
+                if not (self._retries and out_of_memory.ran_out(error)):
                     raise
                 self._shrink(batches, error)
                 self._close_lanes()
             # Only here, with the exception and the step that it holds gone, is there memory again.
             batches.clear()
-            short_memory.clear(setup)
+            out_of_memory.clear(setup)
 
-    def _check_loss(self, batches: list[MicroBatch], members: list[Member]) -> bool:
+    def _check_loss(self, batches: list[MicroBatch], members: list[AdapterOptimizer]) -> bool:
         """The first batch's check, agreed by all ranks; whether rows have to be laid out anew."""
         objective = self.setup.objective
         packed = objective.packs
@@ -196,7 +196,7 @@ class Loop:
     def _open_lanes(self) -> None:
         """Processes as soon as what they inherit is complete: a checked loss, compiled layers."""
         setup = self.setup
-        if setup.lanes == 1 or isinstance(self._lanes, Forked):
+        if setup.workers == 1 or isinstance(self._workers, Forked):
             return
         compiles = setup.choices["compilation"].value == "on" and self.state.step == self._first
         if self._forks and not compiles:
@@ -205,62 +205,62 @@ class Loop:
                 made = forked.processes_for(setup)
             except OSError as error:
                 self._forks = False
-                self.progress.note(f"lanes are threads, for want of processes: {error}")
+                self.progress.note(f"workers are threads, for want of processes: {error}")
             else:
                 self._close_lanes()
-                self._lanes = made
-        self._lanes = self._lanes or Threads(setup.lanes, torch.get_num_threads())
+                self._workers = made
+        self._workers = self._workers or Threads(setup.workers, torch.get_num_threads())
 
     def _close_lanes(self) -> None:
-        if self._lanes is not None:
-            self._lanes.close()
-            self._lanes = None
+        if self._workers is not None:
+            self._workers.close()
+            self._workers = None
         self.memory.beside(0)
 
     def _give_back(self) -> None:
         self._pages.give_back()
-        if self._lanes is not None:
-            self._lanes.give_back()
+        if self._workers is not None:
+            self._workers.give_back()
 
     def _shrink(self, batches: list[MicroBatch], error: BaseException) -> None:
         """Halve the micro-batches from now on, and say why; raises where that is no way on."""
         setup, step = self.setup, self.state.step + 1
-        tokens, fewer = short_memory.smaller(setup, batches, self._watch, error, step)
-        why = short_memory.blame(self.prediction, setup, self.memory.read()["peak_bytes"], error)
+        tokens, fewer = out_of_memory.smaller(setup, batches, self._watch, error, step)
+        why = out_of_memory.blame(self.prediction, setup, self.memory.read()["peak_bytes"], error)
         setup.tokens_per_microbatch = fewer
         if self.main:
             run = runs.Run(self.folder)
-            retry = short_memory.Retry(step, tokens, fewer, why)
+            retry = out_of_memory.Retry(step, tokens, fewer, why)
             run.update(retries=[*run.info().get("retries", []), asdict(retry)])
         self.progress.note(
             f"memory ran out in step {step} ({why}); again with micro-batches of {fewer} tokens at "
             f"most in place of {tokens}, which gives the same result"
         )
 
-    def _active(self) -> list[Member]:
+    def _active(self) -> list[AdapterOptimizer]:
         return [member for member in self.setup.members if not member.progress.stopped]
 
     def _ask_judge(self) -> None:
-        """Take out what the judge names."""
-        if self.judge is not None:
+        """Take out what the pruner names."""
+        if self.pruner is not None:
             active = self._active()
             names = [member.name for member in active]
-            leaving = self.judge.leaving(self.state.step, self._losses, names)
+            leaving = self.pruner.leaving(self.state.step, self._losses, names)
             for member in active:
                 member.progress.stopped = member.name in leaving
         self._losses = {}
 
-    def _dropped_diverged(self, members: list[Member], error: TrainingDiverged) -> bool:
+    def _dropped_diverged(self, members: list[AdapterOptimizer], error: TrainingDiverged) -> bool:
         """Take out what diverged, if others go on; none of theirs has moved."""
         gone = [member for member in members if member.name in error.sentences]
         for member in members:
             member.optimizer.zero_grad(set_to_none=True)
-        if self.judge is None and len(gone) == len(self._active()):
+        if self.pruner is None and len(gone) == len(self._active()):
             return False
         for member in gone:
             member.progress.stopped = True
-            if self.judge is not None:
-                self.judge.diverged(self.state.step, member.name)
+            if self.pruner is not None:
+                self.pruner.diverged(self.state.step, member.name)
             self.progress.note(f"step {self.state.step + 1}: {member.name} diverged and leaves")
         return bool(self._active())
 
@@ -281,8 +281,8 @@ class Loop:
         """Append a line per adapter to metrics.jsonl and move the bar."""
         state, recipe = self.state, self.setup.recipe
         state.seconds += seconds
-        if self._lanes is not None:
-            self.memory.beside(self._lanes.own_bytes)
+        if self._workers is not None:
+            self.memory.beside(self._workers.own_bytes)
         peak = self.memory.read()["peak_bytes"]
         tokens = sum(own.tokens for own in report.values())
         state.tokens += tokens
@@ -309,7 +309,7 @@ class Loop:
         mean = sum(own.loss for own in report.values()) / len(report)
         self.progress.step(state.step, mean, tokens / seconds, peak)
 
-    def _evaluate(self, members: list[Member]) -> bool:
+    def _evaluate(self, members: list[AdapterOptimizer]) -> bool:
         """Held-out loss of each adapter; whether one of them is the best so far."""
         setup, state = self.setup, self.state
         any_best = False
@@ -342,7 +342,7 @@ class Loop:
         self._give_back()
         return any_best
 
-    def _held_out_loss(self, member: Member, rows: Sequence[TokenRow]) -> HeldOut:
+    def _held_out_loss(self, member: AdapterOptimizer, rows: Sequence[TokenRow]) -> ValidationLoss:
         setup = self.setup
         return held_out_over(
             setup.accelerator,
@@ -353,7 +353,7 @@ class Loop:
             max_rows=setup.recipe.per_device_eval_batch_size,
             max_tokens=setup.tokens_per_microbatch,
             device=setup.accelerator.device,
-            lanes=self._lanes,
+            workers=self._workers,
         )
 
     def _line(self, line: dict[str, Any], *, track: bool) -> None:

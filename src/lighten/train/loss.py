@@ -5,7 +5,7 @@ V vocabulary. The backbone runs without its head; the head's logits [S, V] are f
 chunk, and the gradient of the hidden states in the same pass, so that no more than one chunk of
 logits ever exists. The idea is that of Cut Cross-Entropy (arXiv 2411.09009) and of Liger's fused
 linear cross-entropy (arXiv 2410.10989), here in plain PyTorch; on a GPU one kernel turns a chunk
-of logits into its slopes (`fused_loss`).
+of logits into its gradients (`fused_loss`).
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ class Workspace(threading.local):
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Weighted sum of the cross-entropies over a head, chunk by chunk.
 
-    Kept for the backward pass: the slope of each position's own loss by its hidden state, without
-    the weight, so that float16 does not underflow; and the head's gradient if it learns.
+    Kept for the backward pass: the gradient of each position's loss by its hidden state, without the
+    weight, so that float16 does not underflow; and the head's gradient if it learns.
     """
 
     @staticmethod
@@ -131,7 +131,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if kernel:
                 nll[rows] = cross_entropy_(raw, labels[rows], rule.scale, rule.softcap or 0.0)
             else:
-                nll[rows] = _slopes_for_logits(raw, labels[rows], rule, space, learns)
+                nll[rows] = _gradients_for_logits(raw, labels[rows], rule, space, learns)
             if grad is not None:
                 torch.mm(raw, W, out=grad[rows])
             if grad_bias is not None:
@@ -156,7 +156,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad, None, None, grad_W, grad_bias, None, None, None
 
 
-def _add_product(total: Tensor, slopes: Tensor, hidden: Tensor) -> None:
+def _add_product(total: Tensor, gradients: Tensor, hidden: Tensor) -> None:
     """Add slopesᵀ hidden ([n, V], [n, H]) to a float32 total [V, H].
 
     A processor makes a float32 copy of what it adds in another format: as large as the head, so it
@@ -166,28 +166,28 @@ def _add_product(total: Tensor, slopes: Tensor, hidden: Tensor) -> None:
     if total.device.type == "cpu":
         size = max(1, PIECE_BYTES // (4 * total.shape[1]))
     for start in range(0, total.shape[0], size):
-        total[start : start + size] += slopes[:, start : start + size].T @ hidden
+        total[start : start + size] += gradients[:, start : start + size].T @ hidden
 
 
-def _slopes_for_logits(
+def _gradients_for_logits(
     raw: Tensor, labels: Tensor, rule: HeadRule, space: Workspace, wanted: bool
 ) -> Tensor:
     """As `fused_loss.cross_entropy_`, in a processor's operations; losses alone if not wanted."""
     own = labels[:, None]
     logits = rule.apply(raw)
-    slope = space.take("slope", len(raw), raw, raw.shape[1], torch.float32).copy_(logits)
-    torch.softmax(slope, -1, out=slope)
+    gradient = space.take("gradient", len(raw), raw, raw.shape[1], torch.float32).copy_(logits)
+    torch.softmax(gradient, -1, out=gradient)
     # log Σ exp from the largest: exact in float32 without another pass over exponentials.
-    normaliser = logits.amax(1).float() - slope.amax(1).log()
+    normaliser = logits.amax(1).float() - gradient.amax(1).log()
     nll = normaliser - logits.gather(1, own)[:, 0].float()
     if not wanted:
         return nll
-    slope.scatter_add_(1, own, slope.new_full(own.shape, -1.0))
+    gradient.scatter_add_(1, own, gradient.new_full(own.shape, -1.0))
     if rule.softcap is not None:
-        slope *= 1.0 - (logits.float() / rule.softcap).square_()
+        gradient *= 1.0 - (logits.float() / rule.softcap).square_()
     if rule.scale != 1.0:
-        slope *= rule.scale
-    raw.copy_(slope)
+        gradient *= rule.scale
+    raw.copy_(gradient)
     return nll
 
 
@@ -197,7 +197,7 @@ def _chunks(positions: int, weight: Tensor, kernel: str | None) -> list[slice]:
     Args:
         positions: All of them.
         weight: Of the head, [V, H].
-        kernel: The kind of device whose kernel turns logits into slopes; None: there is none.
+        kernel: The kind of device whose kernel turns logits into gradients; None: there is none.
     """
     bytes_, tile = CHUNKS[kernel]
     # Without a kernel they are float32 once more.
@@ -345,7 +345,7 @@ class Objective:
         quick = loss(batch)
         self._space = (
             self.workspace()
-        )  # this thread's may never be used again: lanes have their own
+        )  # this thread's may never be used again: workers have their own
         self._verified = True  # not before: where memory ran out above, it is asked again
         if batch.starts is not None:
             self.packing_reason = f"rows packed without padding; {apart(quick):.1e} from apart"

@@ -93,9 +93,9 @@ class _RootMeanSquare(torch.autograd.Function):
         if not ctx.needs_input_grad[0]:
             return None, grad_weight, None, None
         if ctx.plus_one:
-            slope = grad.float() * (1.0 + weight.float())
+            gradient = grad.float() * (1.0 + weight.float())
         else:
-            slope = (grad * weight).to(torch.float32)
-        along = torch.linalg.vecdot(slope, normal).unsqueeze(-1).div_(x.shape[-1])
-        slope = slope.addcmul_(normal, along, value=-1.0).mul_(scale)
-        return slope.to(x.dtype), grad_weight, None, None
+            gradient = (grad * weight).to(torch.float32)
+        along = torch.linalg.vecdot(gradient, normal).unsqueeze(-1).div_(x.shape[-1])
+        gradient = gradient.addcmul_(normal, along, value=-1.0).mul_(scale)
+        return gradient.to(x.dtype), grad_weight, None, None

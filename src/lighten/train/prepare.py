@@ -22,10 +22,10 @@ from lighten.parallel.strategies import Strategy
 from lighten.peft_config import WEIGHTS, tensor_shapes
 from lighten.recipe import AdapterOptions, Recipe
 from lighten.recipe.section import seconds
-from lighten.train import compiled, gates, lanes, norms, optimizers, streaming
+from lighten.train import compiled, gates, workers, norms, optimizers, streaming
 from lighten.train.batching import choose_packing, choose_passes, choose_tokens
 from lighten.train.loss import Objective
-from lighten.train.member import Member, MemberSettings
+from lighten.train.adapter_optimizer import AdapterOptimizer, AdapterOptimizerSettings
 from lighten.train.memory import checkpoint_layers
 from lighten.train.offload import offload_activations
 from lighten.train.rows import Rows
@@ -53,7 +53,7 @@ class Setup:
         total_steps: Of the whole run.
         tokens_per_microbatch: Tokens of one micro-batch at most, padding included.
         rows_per_microbatch: Rows of one micro-batch at most, over all adapters.
-        lanes: Micro-batches that train side by side.
+        workers: Micro-batches that train side by side.
         apart: Each adapter has micro-batches of its own and its optimiser moves right after them.
         choices: What was chosen for this machine, with reasons.
     """
@@ -62,7 +62,7 @@ class Setup:
     base: models.Base
     rows: Rows
     trained: Trained
-    members: list[Member]
+    members: list[AdapterOptimizer]
     objective: Objective
     accelerator: Accelerator
     strategy: Strategy
@@ -72,7 +72,7 @@ class Setup:
     total_steps: int
     rows_per_microbatch: int
     tokens_per_microbatch: int | None = None
-    lanes: int = 1
+    workers: int = 1
     apart: bool = False
     choices: dict[str, Choice] = field(default_factory=dict)
 
@@ -83,7 +83,7 @@ class Setup:
         for member in self.members:
             member.settings = replace(member.settings, total_steps=total, warmup=warmup)
 
-    def groups(self, members: Sequence[Member]) -> list[list[Member]]:
+    def groups(self, members: Sequence[AdapterOptimizer]) -> list[list[AdapterOptimizer]]:
         """The adapters that share micro-batches and are trained before the next ones."""
         return [[member] for member in members] if self.apart else [list(members)]
 
@@ -168,7 +168,7 @@ def prepare(
         choices["offload_base"] = streaming.describe(recipe.offload_base, base.feed)
         tokens, most_rows, why = streaming.micro_batch(recipe, len(trained.names))
     choices["micro-batch"] = Choice(f"{tokens} tokens" if tokens else "rows", why)
-    choices["lanes"] = side_by_side = (
+    choices["workers"] = side_by_side = (
         Choice("1", "ranks wait for each other in every layer")
         if strategy.in_step
         else _choose_lanes(recipe, trained, rows, per_step, accelerator)
@@ -289,8 +289,8 @@ def _choose_lanes(
     if recipe.activation_offload:
         return Choice("1", "activation_offload follows one micro-batch at a time")
     own = len(trained.names) * per_step // accelerator.num_processes
-    return lanes.choose(
-        recipe.lanes,
+    return workers.choose(
+        recipe.workers,
         trained,
         rows=own,
         tokens=own * rows.train.counts.tokens // max(1, len(rows.train.rows)),
@@ -412,8 +412,8 @@ def _whole(own: AdapterOptions) -> bool:
 def _member(
     own: AdapterOptions, recipe: Recipe, trained: Trained, strategy: Strategy, total_steps: int,
     optim: str,
-) -> Member:  # fmt: skip
-    settings = MemberSettings(
+) -> AdapterOptimizer:  # fmt: skip
+    settings = AdapterOptimizerSettings(
         learning_rate=own.learning_rate,
         lr_scheduler_type=recipe.lr_scheduler_type,
         warmup=warmup_length(total_steps, recipe.warmup_ratio, recipe.warmup_steps),
@@ -430,6 +430,6 @@ def _member(
     )
     undecayed = trained.undecayed(own.name)
     parameters = trained.parameters(own.name)
-    return Member(
+    return AdapterOptimizer(
         own.name, parameters, settings, undecayed=undecayed, learning=strategy.learning(parameters)
     )

@@ -23,13 +23,13 @@ from lighten.streams import heard_by
 from lighten.train import checkpoints, optimizers, quantization_aware, streaming, trackers
 from lighten.train.checkpoints import TrainerState, weights_of
 from lighten.train.export import export
-from lighten.train.judge import Judge
+from lighten.train.pruner import Pruner
 from lighten.train.loop import Loop
 from lighten.train.prediction import Prediction, beside
 from lighten.train.prepare import Setup, go_on_from_adapter, load_base, prepare, tokenizer_of
 from lighten.train.progress import TrainingProgress
 from lighten.train.rows import Rows, load_rows
-from lighten.train.short_memory import OutOfMemory, let_go, ran_out
+from lighten.train.out_of_memory import OutOfMemory, let_go, ran_out
 from lighten.train.suitable import require_trainable
 from lighten.wording import counted
 
@@ -43,7 +43,7 @@ def train(
     resume: bool = False,
     progress: bool = True,
     prediction: Prediction | None = None,
-    judge: Judge | None = None,
+    pruner: Pruner | None = None,
 ) -> Run:
     """Train what the recipe says.
 
@@ -52,7 +52,7 @@ def train(
         resume: Go on from the newest whole checkpoint of the recipe's run folder.
         progress: Show what happens on standard error.
         prediction: What was planned.
-        judge: May take adapters out before the end.
+        pruner: May take adapters out before the end.
 
     Returns:
         The run, with its adapters under `adapters/`, or the whole model under `model/`.
@@ -84,7 +84,7 @@ def train(
             _warn_of_slow_format(recipe, device.value, shown)
         try:
             with heard_by(shown.loading):
-                _train(run, recipe, accelerator, shown, prediction, judge, resume=resume)
+                _train(run, recipe, accelerator, shown, prediction, pruner, resume=resume)
         except BaseException as caught:
             error = _explained(caught, run, prediction)
             # Whatever ended the run is told truthfully in run.json, and then goes its way.
@@ -159,7 +159,7 @@ def _open(recipe: Recipe, accelerator: Accelerator, *, resume: bool) -> Run:
 
 def _train(
     run: Run, recipe: Recipe, accelerator: Accelerator, shown: TrainingProgress,
-    prediction: Prediction | None, judge: Judge | None, *, resume: bool,
+    prediction: Prediction | None, pruner: Pruner | None, *, resume: bool,
 ) -> None:  # fmt: skip
     transformers_logging.disable_progress_bar()
     planned = prediction is not None and prediction.record is not None
@@ -206,7 +206,7 @@ def _train(
         )
     ranks.wait(accelerator)
     trackers.start(accelerator, run.folder, recipe.completed())
-    Loop(setup, run.folder, state, shown, memory, prediction, judge=judge, retries=True).run()
+    Loop(setup, run.folder, state, shown, memory, prediction, pruner=pruner, retries=True).run()
     if recipe.load_best_model_at_end:
         _put_best_back(run, setup)
     setup.strategy.make_whole(base.model)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lighten.train.member import Member
+from lighten.train.adapter_optimizer import AdapterOptimizer
 
 # The values of PyTorch's GradScaler.
 INITIAL, GROWTH, BACKOFF, GROWTH_INTERVAL = 2.0**16, 2.0, 0.5, 2000
@@ -54,7 +54,7 @@ class LossScaler:
     def begin_backward(self) -> None:
         """A micro-batch's loss is there; a plan marks where its backward pass begins."""
 
-    def unscale(self, member: Member) -> None:
+    def unscale(self, member: AdapterOptimizer) -> None:
         """Divide the adapter's gradients by its factor, in place."""
         if self.enabled:
             torch._foreach_mul_(member.gradients(), 1.0 / self.factor(member.name))

@@ -14,12 +14,12 @@ from lighten.data.batches import MicroBatch
 from lighten.errors import UserError
 from lighten.parallel import ranks
 from lighten.parallel.strategies import Strategy
-from lighten.train.lanes import Lanes
+from lighten.train.workers import Workers
 from lighten.train.loss import Objective
-from lighten.train.member import Member
-from lighten.train.passes import learn, shares_of
+from lighten.train.adapter_optimizer import AdapterOptimizer
+from lighten.train.forward_backward import learn, shares_of
 from lighten.train.scaling import LossScaler
-from lighten.train.short_memory import ShortOfMemory, ran_out
+from lighten.train.out_of_memory import ShortOfMemory, ran_out
 
 
 class TrainingDiverged(UserError):
@@ -62,11 +62,11 @@ class MemberStep:
 
 def train_step(
     batches: Sequence[MicroBatch],
-    members: Sequence[Member],
+    members: Sequence[AdapterOptimizer],
     objective: Objective,
     accelerator: Accelerator,
     scaler: LossScaler,
-    lanes: Lanes | None = None,
+    workers: Workers | None = None,
     strategy: Strategy | None = None,
     idle: Sequence[MicroBatch] = (),
 ) -> dict[str, MemberStep]:
@@ -78,7 +78,7 @@ def train_step(
         objective: The loss.
         accelerator: The ranks.
         scaler: For float16: the factor of each adapter's loss.
-        lanes: Train micro-batches side by side; None: one after another.
+        workers: Train micro-batches side by side; None: one after another.
         strategy: How weights, gradients and state lie on the ranks; None: each holds everything.
         idle: Micro-batches that count nothing: this rank makes these passes for the others' sake.
 
@@ -105,7 +105,7 @@ def train_step(
     }
     broken: BaseException | None = None
     try:
-        lost = _passes(batches, idle, members, objective, per_token, accelerator, scaler, lanes)
+        lost = _passes(batches, idle, members, objective, per_token, accelerator, scaler, workers)
     except (MemoryError, RuntimeError) as error:
         if accelerator.num_processes == 1 or strategy.in_step or not ran_out(error):
             raise
@@ -150,11 +150,11 @@ def train_step(
 
 def rehearse(
     batches: Sequence[MicroBatch],
-    members: Sequence[Member],
+    members: Sequence[AdapterOptimizer],
     objective: Objective,
     accelerator: Accelerator,
     scaler: LossScaler,
-    lanes: Lanes | None = None,
+    workers: Workers | None = None,
     strategy: Strategy | None = None,
     idle: Sequence[MicroBatch] = (),
 ) -> dict[str, MemberStep]:
@@ -167,7 +167,7 @@ def rehearse(
     """
     counts = _counted(batches, members)[:, 1].clamp(min=1.0).tolist()
     per_token = {member.name: 1.0 / count for member, count in zip(members, counts, strict=True)}
-    _passes(batches, idle, members, objective, per_token, accelerator, scaler, lanes)
+    _passes(batches, idle, members, objective, per_token, accelerator, scaler, workers)
     strategy = strategy or Strategy("ddp", accelerator)
     strategy.sum_gradients([p for member in members for p in member.parameters.values()])
     for member in members:
@@ -179,23 +179,23 @@ def rehearse(
 def _passes(
     batches: Sequence[MicroBatch],
     idle: Sequence[MicroBatch],
-    members: Sequence[Member],
+    members: Sequence[AdapterOptimizer],
     objective: Objective,
     per_token: Mapping[str, float],
     accelerator: Accelerator,
     scaler: LossScaler,
-    lanes: Lanes | None,
+    workers: Workers | None,
 ) -> dict[str, float]:
     """`_backward`, and the passes for the sake of other ranks."""
     with ranks.lost_within(accelerator.process_index, accelerator.num_processes):
-        lost = _backward(batches, members, objective, per_token, scaler, lanes)
+        lost = _backward(batches, members, objective, per_token, scaler, workers)
         nothing, plain = dict.fromkeys(per_token, 0.0), dict.fromkeys(per_token, 1.0)
         for batch in idle:
             learn(batch, objective, nothing, plain, torch.Tensor.backward)
     return lost
 
 
-def _counted(batches: Sequence[MicroBatch], members: Sequence[Member]) -> Tensor:
+def _counted(batches: Sequence[MicroBatch], members: Sequence[AdapterOptimizer]) -> Tensor:
     """Of each adapter: 0.0 for its loss, supervised tokens, tokens and rows; [members, 4]."""
     order = {member.name: place for place, member in enumerate(members)}
     counted = torch.zeros(len(members), 4, dtype=torch.float64)
@@ -218,15 +218,15 @@ def _over_ranks(counted: Tensor, accelerator: Accelerator) -> Tensor:
 
 def _backward(
     batches: Sequence[MicroBatch],
-    members: Sequence[Member],
+    members: Sequence[AdapterOptimizer],
     objective: Objective,
     per_token: Mapping[str, float],
     scaler: LossScaler,
-    lanes: Lanes | None,
+    workers: Workers | None,
 ) -> dict[str, float]:
     """Gradients of all micro-batches into the parameters; each adapter's summed token losses."""
     scales = {member.name: scaler.factor(member.name) for member in members}
-    if lanes is None or not batches:  # the last step of an epoch may leave a rank without rows
+    if workers is None or not batches:  # the last step of an epoch may leave a rank without rows
 
         def backward(loss: Tensor) -> None:
             scaler.begin_backward()
@@ -235,13 +235,13 @@ def _backward(
         found = [learn(batch, objective, per_token, scales, backward) for batch in batches]
     else:
         parameters = [p for member in members for p in member.parameters.values()]
-        found = lanes.learn(objective, batches, parameters, per_token, scales)
+        found = workers.learn(objective, batches, parameters, per_token, scales)
     return {
         member.name: math.fsum(own.get(member.name, 0.0) for own in found) for member in members
     }
 
 
-def _check(members: Sequence[Member], report: Mapping[str, MemberStep], scaler: LossScaler) -> None:
+def _check(members: Sequence[AdapterOptimizer], report: Mapping[str, MemberStep], scaler: LossScaler) -> None:
     """Look at every adapter before the first one moves: a step given up has changed none."""
     diverged = {}
     for member in members:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from lighten.data import lengths_of
 from lighten.data.batches import Item, MicroBatch, collate, layout, steps_of_epoch
-from lighten.train.member import Member
+from lighten.train.adapter_optimizer import AdapterOptimizer
 from lighten.train.prepare import Setup
 
 
@@ -26,7 +26,7 @@ class StepBatches:
         self._epochs: dict[tuple[int, int], list[list[int]]] = {}
 
     def of(
-        self, step: int, members: Sequence[Member], rank: int | None = None
+        self, step: int, members: Sequence[AdapterOptimizer], rank: int | None = None
     ) -> Iterator[MicroBatch]:
         """A rank's micro-batches of a step (None: this one's), each adapter in its own order."""
         setup, accelerator = self._setup, self._setup.accelerator
@@ -45,13 +45,13 @@ class StepBatches:
             max_rows=setup.rows_per_microbatch,
             max_tokens=setup.tokens_per_microbatch,
             packed=packed,
-            lanes=setup.lanes,
+            workers=setup.workers,
         ):
             yield collate(
                 part, setup.rows.train.rows, names, packed=packed, device=accelerator.device
             )
 
-    def idle(self, batches: Sequence[MicroBatch], member: Member) -> list[MicroBatch]:
+    def idle(self, batches: Sequence[MicroBatch], member: AdapterOptimizer) -> list[MicroBatch]:
         """Micro-batches for the passes that this rank makes for the sake of others alone.
 
         Args:

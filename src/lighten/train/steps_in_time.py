@@ -11,8 +11,8 @@ from lighten.data import lengths_of
 from lighten.data.batches import TokenRow
 from lighten.parallel import ranks
 from lighten.train.checkpoints import TrainerState
-from lighten.train.heldout import HeldOut
-from lighten.train.member import Member
+from lighten.train.validation import ValidationLoss
+from lighten.train.adapter_optimizer import AdapterOptimizer
 from lighten.train.prepare import Setup
 from lighten.train.progress import TrainingProgress
 from lighten.train.time_budget import TimeBudget
@@ -39,7 +39,7 @@ class StepsInTime:
         self,
         tokens: Sequence[int],
         attempt: Callable[[int], None],
-        held_out_loss: Callable[[Member, Sequence[TokenRow]], HeldOut],
+        held_out_loss: Callable[[AdapterOptimizer, Sequence[TokenRow]], ValidationLoss],
     ) -> None:
         """Set the number of steps from the speed of a few tries, and say what will be done.
 
@@ -76,13 +76,13 @@ class StepsInTime:
                              f"{total}, so that max_time holds")  # fmt: skip
 
     def _evaluation_s(
-        self, held_out_loss: Callable[[Member, Sequence[TokenRow]], HeldOut]
+        self, held_out_loss: Callable[[AdapterOptimizer, Sequence[TokenRow]], ValidationLoss]
     ) -> float:
         """What an evaluation of all adapters would take, by one over a few rows."""
         setup, held_out = self.setup, self.setup.rows.held_out
         if held_out is None:
             return 0.0
-        together = setup.lanes * setup.accelerator.num_processes
+        together = setup.workers * setup.accelerator.num_processes
         few = setup.recipe.per_device_eval_batch_size * together
         rows = [row for row in held_out.rows if any(row.supervised[1:])]
         lengths, began = lengths_of(rows), time.perf_counter()

@@ -1,7 +1,7 @@
 """Follow every storage from its birth to its death while the engine's own code runs.
 
-`Follow` is a dispatch mode: it sees each operation below autograd, on real tensors and on fake ones
-alike, notes the storages that are new, and hears of their end through weak references. What it
+`StorageTracker` is a dispatch mode: it sees each operation below autograd, on real tensors and on
+fake ones alike, notes the storages that are new, and hears of their end through weak references. What it
 keeps is a timeline: births and deaths in order, each with the phase of the step and the decoder
 layer it happened in, and the work of each operation beside.
 
@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lighten.plan.fake_modules import run_fake
-from lighten.plan.work import Work, inside, work_of
+from lighten.plan.operation_cost import Work, inside, work_of
 
 # Whose frame is above what autograd does by itself, and what PyTorch puts between.
 ENGINE, WRAPPERS = "_engine_run_backward", ("_dynamo/eval_frame.py", "torch/_compile.py")
@@ -143,7 +143,7 @@ class Timeline:
         return found
 
 
-class Follow(TorchDispatchMode):
+class StorageTracker(TorchDispatchMode):
     """Records a `Timeline` of whatever runs inside.
 
     Attributes:

@@ -13,13 +13,13 @@ from accelerate import Accelerator
 from lighten.data import lengths_of
 from lighten.data.batches import Item, TokenRow, collate, layout
 from lighten.parallel import ranks
-from lighten.train.lanes import Lanes
+from lighten.train.workers import Workers
 from lighten.train.loss import Objective
-from lighten.train.passes import measure, undropped
+from lighten.train.forward_backward import measure, undropped
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class ValidationLoss:
     """Losses of one adapter on held-out rows.
 
     Attributes:
@@ -59,11 +59,11 @@ def held_out(
     max_tokens: int | None = None,
     pad_id: int = 0,
     device: torch.device | str = "cpu",
-    lanes: Lanes | None = None,
+    workers: Workers | None = None,
     progress: Callable[[int, int], None] | None = None,
     passes: Callable[[int], int] | None = None,
     spare: TokenRow | None = None,
-) -> HeldOut:
+) -> ValidationLoss:
     """Loss of one adapter (None: the base) on encoded rows; no logits are kept (trap 43).
 
     Args:
@@ -74,7 +74,7 @@ def held_out(
         max_tokens: Padded tokens per batch at most.
         pad_id: Padding.
         device: Where the model is.
-        lanes: Take batches side by side; None: one after another.
+        workers: Take batches side by side; None: one after another.
         progress: Told how many rows are measured, and of how many, where they are not side by side.
         passes: How many are made where there are so many batches: other ranks may have more.
         spare: A row for those that count nothing.
@@ -84,7 +84,7 @@ def held_out(
     nll, tokens = [0.0] * len(rows), [0] * len(rows)
     parts = layout(
         items, lengths, max_rows=max_rows, max_tokens=max_tokens, packed=objective.packs,
-        lanes=lanes.count if lanes else 1,
+        workers=workers.count if workers else 1,
     )  # fmt: skip
     batches = [
         collate(part, rows, [member], pad_id=pad_id, packed=objective.packs, device=device)
@@ -93,7 +93,7 @@ def held_out(
     if batches:
         objective.verify(batches[0], undropped(batches[0]))
 
-    if lanes is None or not batches:
+    if workers is None or not batches:
         lost, done = [], 0
         for batch in batches:
             if progress is not None:
@@ -103,7 +103,7 @@ def held_out(
         if progress is not None:
             progress(len(items), len(items))
     else:
-        lost = lanes.measure(objective, batches)
+        lost = workers.measure(objective, batches)
     idle = passes(len(batches)) - len(batches) if passes is not None else 0
     if idle:
         assert spare is not None
@@ -116,7 +116,7 @@ def held_out(
             nll[item.row] = own[place]
             tokens[item.row] = batch.supervised_in(place, place + 1)
     kept = [item.row for item in items]
-    return HeldOut(tuple(nll[i] for i in kept), tuple(tokens[i] for i in kept))
+    return ValidationLoss(tuple(nll[i] for i in kept), tuple(tokens[i] for i in kept))
 
 
 def held_out_over(
@@ -125,7 +125,7 @@ def held_out_over(
     rows: Sequence[TokenRow],
     member: str | None,
     **options: Any,
-) -> HeldOut:
+) -> ValidationLoss:
     """`held_out` with every rank measuring its share; all get the same figures, bit for bit.
 
     What follows from them (the best state, an early stop) is so decided alike on every rank.
@@ -148,4 +148,4 @@ def held_out_over(
     nll, tokens = [0.0] * len(supervised), [0] * len(supervised)
     for rank, each in enumerate(shares):
         nll[rank :: len(shares)], tokens[rank :: len(shares)] = each.nll, each.tokens
-    return HeldOut(tuple(nll), tuple(tokens))
+    return ValidationLoss(tuple(nll), tuple(tokens))

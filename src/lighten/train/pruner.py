@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
-from lighten.train.heldout import HeldOut
+from lighten.train.validation import ValidationLoss
 
 
-class Judge(Protocol):
+class Pruner(Protocol):
     """Asked after every step; what it names leaves the batch and keeps its weights."""
 
     def leaving(
-        self, step: int, losses: Mapping[str, HeldOut], active: Sequence[str]
+        self, step: int, losses: Mapping[str, ValidationLoss], active: Sequence[str]
     ) -> Collection[str]:
         """The adapters that train no further.
 

@@ -15,7 +15,7 @@ from lighten import devices
 from lighten.devices import Device
 from lighten.errors import UserError
 from lighten.models import IdsError
-from lighten.plan import asked, calibration, words
+from lighten.plan import predict, calibration, text
 from lighten.plan.distributed import Distributed, of_recipe, on_ranks
 from lighten.plan.result import Plan
 from lighten.recipe import Recipe
@@ -28,7 +28,7 @@ from lighten.train.suitable import require_trainable
 MOST_ADVICE = 3
 
 
-def predict(recipe: Recipe, *, force: bool = False, progress: bool = False) -> Prediction | None:
+def plan_first(recipe: Recipe, *, force: bool = False, progress: bool = False) -> Prediction | None:
     """Plan a run on this machine's device.
 
     Args:
@@ -50,17 +50,17 @@ def predict(recipe: Recipe, *, force: bool = False, progress: bool = False) -> P
         device = devices.named()
         notes: list[str] = []
         with TrainingProgress(enabled=progress) as shown:
-            if (slow := asked.slow_format_of(recipe, device)) is not None:
+            if (slow := predict.slow_format_of(recipe, device)) is not None:
                 shown.note(f"warning: {slow}")
-            rows = asked.read_rows(recipe, notes, shown.encoding, whole=True)
-        plan = asked.plan(recipe, device, rows=rows, read_data=False, changes=False)
+            rows = predict.read_rows(recipe, notes, shown.encoding, whole=True)
+        plan = predict.plan(recipe, device, rows=rows, read_data=False, changes=False)
     except IdsError:
         raise  # no run would come of these rows
     except Exception as error:  # whatever it is: the run does not depend on its plan
         return Prediction([f"no plan: {_first_line(error)}"])
-    lines, fits = words.lines(plan), plan.fits()
+    lines, fits = text.lines(plan), plan.fits()
     if (spread := _over_ranks(recipe, device, plan)) is not None:
-        lines.append(words.spread_verdict(spread))
+        lines.append(text.spread_verdict(spread))
         fits = spread.fits()
     if fits is False:
         if not force:
@@ -84,7 +84,7 @@ def remember(run: Run, *, whole: bool = True) -> None:
     if plan is None or pair is None or info.get("status") != "finished" or info.get("retries"):
         return  # a run that went on with smaller micro-batches is not what was planned
     try:
-        machine = asked.here(devices.named())
+        machine = predict.here(devices.named())
         uncorrected = plan.get("traced") or {}
         calibration.add(
             {
@@ -120,10 +120,10 @@ def _advice(
 ) -> Callable[[], Sequence[str]]:
     def told() -> list[str]:
         try:
-            found = asked.changes_of(recipe, device, plan, rows)
+            found = predict.changes_of(recipe, device, plan, rows)
         except Exception as error:  # memory may be short just now
             return [f"what would need less cannot be planned here: {_first_line(error)}"]
-        return [words.change(own) for own in found[:MOST_ADVICE]]
+        return [text.change(own) for own in found[:MOST_ADVICE]]
 
     return told
 
@@ -136,13 +136,13 @@ def _over_ranks(recipe: Recipe, device: Device, plan: Plan) -> Distributed | Non
     local = int(os.environ.get("LOCAL_WORLD_SIZE", str(ranks)))
     return on_ranks(
         plan, device, of_recipe(recipe.strategy), ranks=ranks, local=local,
-        layers=asked.layers_of(recipe),
+        layers=predict.layers_of(recipe),
     )  # fmt: skip
 
 
 def _refusal(plan: Plan, spread: Distributed | None, advice: Sequence[str]) -> str:
     mend = "".join(f"\n  - {line}" for line in advice)
-    verdict = words.verdict(plan) if spread is None else words.spread_verdict(spread)
+    verdict = text.verdict(plan) if spread is None else text.spread_verdict(spread)
     return f"{verdict}; --force trains all the same" + (
         f", and these would need less:{mend}" if advice else ""
     )

@@ -5,7 +5,7 @@ and autograd's own objects: half of it depends on the processor. So a tiny model
 in a fresh process, a few seconds once for each machine, and the figures are kept in the user's
 cache folder.
 
-    python -m lighten.plan.context
+    python -m lighten.plan.process_overhead
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class Context:
 
     Attributes:
         bytes: Resident in the process that trains, a tokenizer's aside.
-        lane_bytes: Of each further process that computes micro-batches, beside what it shares.
+        worker_bytes: Of each further process that computes micro-batches, beside what it shares.
     """
 
     bytes: int
-    lane_bytes: int
+    worker_bytes: int
 
 
 # Where it cannot be measured: a Xeon with AMX, torch 2.13.
@@ -61,12 +61,12 @@ def context_of(path: Path | None = None) -> Context:
     try:
         found: Any = json.loads(path.read_text(encoding="utf-8"))
         if found["of"] == stamp:
-            return Context(int(found["bytes"]), int(found["lane_bytes"]))
+            return Context(int(found["bytes"]), int(found["worker_bytes"]))
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not measured yet
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "lighten.plan.context"], capture_output=True, text=True,
+            [sys.executable, "-m", "lighten.plan.process_overhead"], capture_output=True, text=True,
             check=True, timeout=TIMEOUT_S,
         )  # fmt: skip
         context = Context(**json.loads(done.stdout.strip().splitlines()[-1]))
@@ -90,11 +90,11 @@ def measure() -> Context:
         config.write_text(json.dumps(MODEL), encoding="utf-8")
         recipe = Recipe.from_values({
             "model_name_or_path": folder, "dataset": str(config), "output_dir": folder,
-            "per_device_train_batch_size": ROWS, "max_length": TOKENS, "lanes": 2,
+            "per_device_train_batch_size": ROWS, "max_length": TOKENS, "workers": 2,
             "torch_compile": False,
         })  # fmt: skip
         found = probe.measure(recipe, "cpu", [TOKENS] * ROWS)
-    return Context(found["settled_bytes"], found.get("lane_bytes", UNMEASURED.lane_bytes))
+    return Context(found["settled_bytes"], found.get("worker_bytes", UNMEASURED.worker_bytes))
 
 
 if __name__ == "__main__":

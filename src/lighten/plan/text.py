@@ -11,7 +11,7 @@ from lighten.plan.result import Change, DataCost, Plan
 from lighten.plan.serving import Serving
 from lighten.report.planned import enough
 from lighten.report.planned import verdict as sentence
-from lighten.report.words import duration, gib, size
+from lighten.report.text import duration, gib, size
 from lighten.wording import counted
 
 if TYPE_CHECKING:
@@ -71,11 +71,11 @@ def part_rows(plan: Plan) -> list[list[str]]:
 def fact_rows(plan: Plan) -> list[list[str]]:
     """What else a plan says: shape, host memory, disk, download, time, choices."""
     shape, time = plan.shape, plan.time
-    lanes = f", {shape.lanes} at a time" if shape.lanes > 1 else ""
+    workers = f", {shape.workers} at a time" if shape.workers > 1 else ""
     rows = [
         ["micro-batch", f"{counted(shape.rows, 'row')} of "
                         f"{counted(shape.tokens_per_row, 'token')}, "
-                        f"{shape.micro_batches} per step{lanes}"],
+                        f"{shape.micro_batches} per step{workers}"],
         ["capacity", gib(plan.capacity)],
         ["main memory", gib(plan.host_bytes)],
         ["disk", size(plan.disk_bytes)],

@@ -97,9 +97,9 @@ def train_group(own: Group, place: Path) -> None:
 
     recipe = own.recipe(place)
     there = (recipe.run_folder / RECIPE).is_file()
-    judge = Halving(recipe.run_folder, recipe.max_steps or 0, recipe.eval_steps or 1, None, None)
+    pruner = Halving(recipe.run_folder, recipe.max_steps or 0, recipe.eval_steps or 1, None, None)
     with suppress(TrainingDiverged):  # run.json tells of it
-        train(recipe, resume=there, progress=False, judge=judge)
+        train(recipe, resume=there, progress=False, pruner=pruner)
 
 
 def _finished(own: Group, place: Path) -> bool:

@@ -21,7 +21,7 @@ from lighten.data.batches import MicroBatch
 from lighten.errors import UserError
 from lighten.folders import resume_command
 from lighten.parallel import ranks
-from lighten.train.member import Member
+from lighten.train.adapter_optimizer import AdapterOptimizer
 from lighten.train.prediction import Prediction
 from lighten.train.prepare import Setup
 
@@ -80,7 +80,7 @@ class Watch:
         members: Whose optimisers are watched.
     """
 
-    def __init__(self, members: Sequence[Member]) -> None:
+    def __init__(self, members: Sequence[AdapterOptimizer]) -> None:
         self.moved = False
         for member in members:
             member.optimizer.register_step_pre_hook(self._moves)

@@ -1,10 +1,10 @@
-"""Micro-batches side by side: each lane trains its own on its own cores.
+"""Micro-batches side by side: each worker trains its own on its own cores.
 
 A matrix product over all cores waits at its end for the slowest of them, and what is small between
 two products (norms, attention of short rows, low-rank updates) hardly gains from more than one.
 Micro-batches need nothing of each other until their gradients are summed, so on a processor every
-few cores take whole ones. Results do not depend on the threads' speed: which lane trains what is
-decided beforehand, and gradients are summed in the lanes' order.
+few cores take whole ones. Results do not depend on the threads' speed: which worker trains what is
+decided beforehand, and gradients are summed in the workers' order.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from lighten.adapters import Trained
 from lighten.data.batches import MicroBatch, even_shares
 from lighten.hardware import Choice
 from lighten.train.loss import Objective
-from lighten.train.passes import learn, measure
+from lighten.train.forward_backward import learn, measure
 
-# A lane of fewer tokens leaves its matrix products unfilled (docs/lab-notes.md).
+# A worker of fewer tokens leaves its matrix products unfilled (docs/lab-notes.md).
 FULL_TOKENS = 512
 Result = TypeVar("Result")
 
@@ -34,7 +34,7 @@ Result = TypeVar("Result")
 def choose(
     wanted: int | str, trained: Trained, *, rows: int, tokens: int, device: str, threads: int
 ) -> Choice:
-    """How many lanes, and why.
+    """How many workers, and why.
 
     Args:
         wanted: `auto`, or what the recipe says.
@@ -49,7 +49,7 @@ def choose(
     if (obstacle := trained.no_lanes) is not None:
         return Choice("1", obstacle)
     if isinstance(wanted, int):
-        return Choice(str(min(wanted, rows)), "lanes of the recipe")
+        return Choice(str(min(wanted, rows)), "workers of the recipe")
     most = max(1, min(threads, rows, tokens // FULL_TOKENS))
     count = max(n for n in range(1, most + 1) if threads % n == 0)
     if count == 1:
@@ -57,11 +57,11 @@ def choose(
     return Choice(str(count), "micro-batches side by side keep every core busy")
 
 
-class Lanes(ABC):
+class Workers(ABC):
     """What shares out the micro-batches of a step, or of an evaluation.
 
     Args:
-        count: How many lanes there are.
+        count: How many workers there are.
     """
 
     def __init__(self, count: int) -> None:
@@ -69,7 +69,7 @@ class Lanes(ABC):
 
     @property
     def own_bytes(self) -> int:
-        """The most that lanes held beside this process: nothing, where they are its threads."""
+        """The most that workers held beside this process: nothing, where they are its threads."""
         return 0
 
     @abstractmethod
@@ -83,7 +83,7 @@ class Lanes(ABC):
     ) -> list[dict[str, float]]:
         """`passes.learn` on every micro-batch, its gradients added to those of the parameters.
 
-        The first exception of a lane is raised here once all lanes have ended.
+        The first exception of a worker is raised here once all workers have ended.
         """
 
     @abstractmethod
@@ -92,11 +92,11 @@ class Lanes(ABC):
 
     @abstractmethod
     def give_back(self) -> None:
-        """Lanes that hold free memory of their own give it back to the system."""
+        """Workers that hold free memory of their own give it back to the system."""
 
     @abstractmethod
     def close(self) -> None:
-        """End what the lanes run in."""
+        """End what the workers run in."""
 
 
 class Pool:
@@ -109,7 +109,7 @@ class Pool:
 
     def __init__(self, count: int, threads: int) -> None:
         self._ids: list[int] = []
-        self._pool = ThreadPoolExecutor(count, "lane", self._begin, (threads,))
+        self._pool = ThreadPoolExecutor(count, "worker", self._begin, (threads,))
 
     def submit(self, work: Callable[..., Result], *arguments: Any) -> Future[Result]:
         """Have a thread do the work."""
@@ -130,12 +130,12 @@ class Pool:
         torch.set_num_threads(threads)  # their number is each calling thread's own
 
 
-class Threads(Lanes):
-    """Lanes that are threads of this process.
+class Threads(Workers):
+    """Workers that are threads of this process.
 
     Args:
         count: How many.
-        threads: Of PyTorch, over all lanes.
+        threads: Of PyTorch, over all workers.
     """
 
     def __init__(self, count: int, threads: int) -> None:
@@ -150,17 +150,17 @@ class Threads(Lanes):
         per_token: Mapping[str, float],
         scales: Mapping[str, float],
     ) -> list[dict[str, float]]:
-        """See `Lanes`."""
+        """See `Workers`."""
         lost: list[dict[str, float]] = []
-        for slopes, own in self._each(
-            lambda own: Slopes(parameters).learn(own, objective, per_token, scales), batches
+        for gradients, own in self._each(
+            lambda own: GradientSums(parameters).learn(own, objective, per_token, scales), batches
         ):
-            slopes.give()
+            gradients.give()
             lost += own
         return lost
 
     def measure(self, objective: Objective, batches: Sequence[MicroBatch]) -> list[list[float]]:
-        """See `Lanes`."""
+        """See `Workers`."""
         found = self._each(lambda own: [measure(batch, objective) for batch in own], batches)
         return in_order(batches, found, self.count)
 
@@ -174,7 +174,7 @@ class Threads(Lanes):
     def _each(
         self, work: Callable[[list[MicroBatch]], Result], batches: Sequence[MicroBatch]
     ) -> list[Result]:
-        """What the work makes of each lane's micro-batches, by lane."""
+        """What the work makes of each worker's micro-batches, by worker."""
         futures = [self._pool.submit(work, own) for own in shared_out(batches, self.count)]
         for future in futures:
             future.exception()
@@ -182,7 +182,7 @@ class Threads(Lanes):
 
 
 def shared_out(batches: Sequence[MicroBatch], count: int) -> list[list[MicroBatch]]:
-    """The micro-batches of each lane."""
+    """The micro-batches of each worker."""
     shares = even_shares([batch.input_ids.numel() for batch in batches], count)
     return [[batches[place] for place in own] for own in shares]
 
@@ -190,7 +190,7 @@ def shared_out(batches: Sequence[MicroBatch], count: int) -> list[list[MicroBatc
 def in_order(
     batches: Sequence[MicroBatch], found: Sequence[Sequence[Result]], count: int
 ) -> list[Result]:
-    """What the lanes found of each micro-batch, back in the batches' order."""
+    """What the workers found of each micro-batch, back in the batches' order."""
     places = {id(batch): place for place, batch in enumerate(batches)}
     made: dict[int, Result] = {}
     for own, results in zip(shared_out(batches, count), found, strict=True):
@@ -198,8 +198,8 @@ def in_order(
     return [made[place] for place in range(len(batches))]
 
 
-class Slopes:
-    """The summed gradients of one lane's micro-batches.
+class GradientSums:
+    """The summed gradients of one worker's micro-batches.
 
     Args:
         parameters: Whose.
@@ -222,7 +222,7 @@ class Slopes:
         per_token: Mapping[str, float],
         scales: Mapping[str, float],
     ) -> tuple[Self, list[dict[str, float]]]:
-        """Sum the gradients of a lane's micro-batches; itself, and what `passes.learn` says."""
+        """Sum the gradients of a worker's micro-batches; itself, and what `passes.learn` says."""
         return self, [
             learn(batch, objective, per_token, scales, self.backward) for batch in batches
         ]

@@ -14,7 +14,7 @@ from lighten.train.schedule import learning_rate_factor
 
 
 @dataclass(frozen=True)
-class MemberSettings:
+class AdapterOptimizerSettings:
     """How one adapter learns. Names and meaning are those of transformers' arguments."""
 
     learning_rate: float
@@ -33,7 +33,7 @@ class MemberSettings:
 
 
 @dataclass
-class MemberProgress:
+class AdapterOptimizerProgress:
     """What a checkpoint must keep of an adapter beside its tensors.
 
     Attributes:
@@ -54,7 +54,7 @@ class MemberProgress:
 
 
 @dataclass
-class Member:
+class AdapterOptimizer:
     """An adapter of the cohort together with its optimiser.
 
     Attributes:
@@ -69,8 +69,8 @@ class Member:
 
     name: str
     parameters: dict[str, nn.Parameter]
-    settings: MemberSettings
-    progress: MemberProgress = field(default_factory=MemberProgress)
+    settings: AdapterOptimizerSettings
+    progress: AdapterOptimizerProgress = field(default_factory=AdapterOptimizerProgress)
     undecayed: frozenset[str] = frozenset()
     learning: dict[str, nn.Parameter] = field(default_factory=dict)
 

@@ -1,4 +1,4 @@
-"""Lanes: micro-batches side by side give what they give one after another."""
+"""Workers: micro-batches side by side give what they give one after another."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from accelerate import Accelerator
 import lighten
 from lighten.adapters import AdapterSpec, Cohort
 from lighten.data.batches import START_TOKENS, Item, MicroBatch, even_shares, layout
-from lighten.train.lanes import Lanes, Threads, choose, shared_out
+from lighten.train.workers import Workers, Threads, choose, shared_out
 from lighten.train.loss import Objective
-from lighten.train.member import Member
+from lighten.train.adapter_optimizer import AdapterOptimizer
 from lighten.train.memory import checkpoint_layers
 from lighten.train.scaling import LossScaler
 from lighten.train.step import MemberStep, TrainingDiverged, train_step
@@ -34,16 +34,16 @@ from tests.tiny import ARCHITECTURES
 
 
 def step_in(
-    lanes: Lanes | None, cohort: Cohort, *, packed: bool = False, max_rows: int = 2
-) -> tuple[dict[str, MemberStep], list[Member]]:
-    members = [Member(name, cohort.parameters(name), settings()) for name in cohort.names]
+    workers: Workers | None, cohort: Cohort, *, packed: bool = False, max_rows: int = 2
+) -> tuple[dict[str, MemberStep], list[AdapterOptimizer]]:
+    members = [AdapterOptimizer(name, cohort.parameters(name), settings()) for name in cohort.names]
     report = train_step(
         micro_batches(UNEVEN, list(cohort.names), max_rows, packed=packed),
         members,
         Objective(cohort.model, cohort, packs=packed),
         Accelerator(cpu=True),
         LossScaler(enabled=False),
-        lanes,
+        workers,
     )
     return report, members
 
@@ -87,7 +87,7 @@ def test_gradients_lie_in_memory_as_their_parameters_do() -> None:
     """A fused optimiser reads both in the order of memory; a product's may be transposed."""
     cohort = cohort_of(random_spec())
     seen: list[bool] = []
-    members = [Member("a", cohort.parameters("a"), settings())]
+    members = [AdapterOptimizer("a", cohort.parameters("a"), settings())]
     step = members[0].optimizer.step
 
     def watched(*args: object) -> object:
@@ -127,46 +127,46 @@ def test_every_micro_batch_goes_to_the_lane_with_the_fewest_tokens() -> None:
         ids = torch.zeros(1, tokens, dtype=torch.long)
         return MicroBatch((Item("a", 0, 0),), ids, (tokens,), empty, empty, (0, 0))
 
-    lanes = shared_out([batch(n) for n in (3, 9, 5, 4)], 2)
-    assert [[b.tokens for b in lane] for lane in lanes] == [[9, 3], [5, 4]]
-    assert [len(lane) for lane in shared_out([batch(3)], 2)] == [1]
+    workers = shared_out([batch(n) for n in (3, 9, 5, 4)], 2)
+    assert [[b.tokens for b in worker] for worker in workers] == [[9, 3], [5, 4]]
+    assert [len(worker) for worker in shared_out([batch(3)], 2)] == [1]
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_step_is_cut_for_its_lanes(packed: bool) -> None:
     lengths = [100, 90, 80, 70, 60, 50, 40, 30]
     items = [Item("a", i, i) for i in range(8)]
-    parts = layout(items, lengths, max_rows=8, packed=packed, lanes=2)
+    parts = layout(items, lengths, max_rows=8, packed=packed, workers=2)
     sizes = [sum(lengths[item.row] for item in part) for part in parts]
     assert sorted(item.row for part in parts for item in part) == list(range(8))
     assert len(parts) >= 2
     if packed:
         assert len(parts) == 2
         assert max(sizes) - min(sizes) <= 20
-        assert len(layout(items, lengths, max_rows=8, max_tokens=200, packed=True, lanes=2)) == 4
+        assert len(layout(items, lengths, max_rows=8, max_tokens=200, packed=True, workers=2)) == 4
 
 
-def _slowest(tokens: Sequence[int], lanes: int) -> int:
-    """What the fullest lane does, a micro-batch's own cost included, in tokens."""
+def _slowest(tokens: Sequence[int], workers: int) -> int:
+    """What the fullest worker does, a micro-batch's own cost included, in tokens."""
     return max(
-        sum(tokens[place] + START_TOKENS for place in own) for own in even_shares(tokens, lanes)
+        sum(tokens[place] + START_TOKENS for place in own) for own in even_shares(tokens, workers)
     )
 
 
-@pytest.mark.parametrize("lanes", [2, 3])
-def test_padded_rows_are_cut_nearly_as_well_for_their_lanes_as_can_be(lanes: int) -> None:
+@pytest.mark.parametrize("workers", [2, 3])
+def test_padded_rows_are_cut_nearly_as_well_for_their_lanes_as_can_be(workers: int) -> None:
     random, ratios = Random(0), []
     for _ in range(60):
         rows = sorted((random.randint(100, 512) for _ in range(8)), reverse=True)
         items = [Item("a", row, row) for row in range(8)]
-        parts = layout(items, rows, max_rows=8, max_tokens=1536, lanes=lanes)
+        parts = layout(items, rows, max_rows=8, max_tokens=1536, workers=workers)
         every = [
             [(stop - start) * rows[start] for start, stop in pairwise((0, *cuts, 8))]
             for count in range(8)
             for cuts in combinations(range(1, 8), count)
         ]
-        best = min(_slowest(tokens, lanes) for tokens in every if max(tokens) <= 1536)
-        ratios.append(_slowest([len(part) * rows[part[0].row] for part in parts], lanes) / best)
+        best = min(_slowest(tokens, workers) for tokens in every if max(tokens) <= 1536)
+        ratios.append(_slowest([len(part) * rows[part[0].row] for part in parts], workers) / best)
     assert min(ratios) >= 1.0
     assert sum(ratios) / len(ratios) < 1.05  # rows of one text: 1.013 at random, 1.001 grouped
 
@@ -174,9 +174,9 @@ def test_padded_rows_are_cut_nearly_as_well_for_their_lanes_as_can_be(lanes: int
 def test_eight_rows_of_like_length_are_four_for_each_of_two_lanes() -> None:
     rows = [143, 142, 142, 140, 139, 137, 137, 134]
     items = [Item("a", row, row) for row in range(8)]
-    parts = layout(items, rows, max_rows=8, max_tokens=1536, lanes=2)
+    parts = layout(items, rows, max_rows=8, max_tokens=1536, workers=2)
     assert [len(part) for part in parts] == [4, 4]
-    assert layout([], rows, max_rows=8, lanes=2) == []
+    assert layout([], rows, max_rows=8, workers=2) == []
 
 
 def test_auto_gives_a_lane_enough_tokens_to_fill_its_products() -> None:
@@ -203,7 +203,7 @@ def test_auto_gives_a_lane_enough_tokens_to_fill_its_products() -> None:
 
 @pytest.fixture
 def two_threads() -> Iterator[None]:
-    """As many as lanes; the tests have one."""
+    """As many as workers; the tests have one."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -214,13 +214,13 @@ def two_threads() -> Iterator[None]:
 def test_a_run_in_lanes_trains_and_says_so(
     tmp_path: Path, tiny_folder: Path, chat_file: Path
 ) -> None:
-    def losses(lanes: int) -> list[float]:
+    def losses(workers: int) -> list[float]:
         run = lighten.train(
             model_name_or_path=str(tiny_folder), dataset=str(chat_file), max_steps=3,
-            dtype="float32", output_dir=str(tmp_path / str(lanes)), lanes=lanes, progress=False,
+            dtype="float32", output_dir=str(tmp_path / str(workers)), workers=workers, progress=False,
         )  # fmt: skip
         choices = {choice["what"]: choice["value"] for choice in run.info()["choices"]}
-        assert choices["lanes"] == str(lanes)
+        assert choices["workers"] == str(workers)
         return [line["loss"] for line in run.metrics()]
 
     assert losses(2) == pytest.approx(losses(1), rel=1e-5)
