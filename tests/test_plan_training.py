@@ -20,7 +20,7 @@ from lighten.errors import UserError
 from lighten.plan import predict, preflight, calibration
 from lighten.report.page import page
 from lighten.runs import Run
-from lighten.train import out_of_memory
+from lighten.train import memory_errors, out_of_memory
 from tests.tiny import tiny_model, tiny_tokenizer
 
 GIB = 2**30
@@ -129,17 +129,17 @@ def test_corrections_do_not_feed_on_themselves(settings: dict[str, Any]) -> None
 
 
 def test_errors_that_mean_too_little_memory_are_known() -> None:
-    assert out_of_memory.ran_out(MemoryError())
-    assert out_of_memory.ran_out(torch.OutOfMemoryError("CUDA out of memory."))
+    assert memory_errors.ran_out(MemoryError())
+    assert memory_errors.ran_out(torch.OutOfMemoryError("CUDA out of memory."))
     said = ("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate "
             "memory: you tried to allocate 4096000 bytes. Error code 12 (Cannot allocate "
             "memory)")  # fmt: skip
-    assert out_of_memory.ran_out(RuntimeError(said))
+    assert memory_errors.ran_out(RuntimeError(said))
     assert out_of_memory.wanted_bytes(RuntimeError(said)) == 4096000
     cuda = RuntimeError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has …")
     assert out_of_memory.wanted_bytes(cuda) == int(2.5 * GIB)
-    assert not out_of_memory.ran_out(RuntimeError("shape mismatch"))
-    assert not out_of_memory.ran_out(ValueError("out of memory"))
+    assert not memory_errors.ran_out(RuntimeError("shape mismatch"))
+    assert not memory_errors.ran_out(ValueError("out of memory"))
 
 
 def test_what_a_failed_run_held_is_free_when_its_advice_is_planned() -> None:

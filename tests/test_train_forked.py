@@ -19,7 +19,7 @@ from torch import nn
 import lighten
 from lighten.adapters import AdapterSpec, Cohort
 from lighten.hardware import PeakMemory
-from lighten.train import forked, out_of_memory
+from lighten.train import forked, memory_errors
 from lighten.train.forked import Forked
 from lighten.train.workers import Workers, Threads
 from lighten.train.loss import Objective
@@ -142,7 +142,7 @@ def test_a_killed_child_is_memory_that_ran_out() -> None:
         child.kill()
         with pytest.raises(MemoryError, match="killed") as caught:
             workers.learn(objective, batches, parameters, {"a": 1.0}, {"a": 1.0})
-        assert out_of_memory.ran_out(caught.value)
+        assert memory_errors.ran_out(caught.value)
     assert set(psutil.Process().children()) <= before
 
 

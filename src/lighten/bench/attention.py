@@ -39,7 +39,7 @@ def run(
     from lighten import allocator
     from lighten.hardware import PeakMemory
     from lighten.timing import measure_step
-    from lighten.train.out_of_memory import ran_out
+    from lighten.train.memory_errors import ran_out
 
     if obstacle(kind, device, training) is None:
         # What libraries take once, at their first call, is no length's.

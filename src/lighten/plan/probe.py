@@ -109,7 +109,7 @@ def probe(recipe: Recipe, plan: Plan, device: Device, rows: Rows | None = None) 
 
 def found_short(said: str) -> bool:
     """Whether an error's last line says that memory ran out."""
-    from lighten.train.out_of_memory import ran_out
+    from lighten.train.memory_errors import ran_out
 
     return "MemoryError" in said or ran_out(RuntimeError(said))
 
@@ -246,7 +246,9 @@ def _workers(setup: Setup) -> Workers | None:
 
     if setup.workers == 1:
         return None
-    return processes_for(setup) if possible() else Threads(setup.workers, torch.get_num_threads())
+    if not possible():
+        return Threads(setup.workers, torch.get_num_threads())
+    return processes_for(setup.workers, setup.objective, setup.groups(setup.members))
 
 
 def random_base(recipe: Recipe, device: str) -> Any:

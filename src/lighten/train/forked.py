@@ -23,7 +23,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import torch
@@ -33,29 +33,30 @@ from lighten import allocator, hardware
 from lighten.data.batches import MicroBatch
 from lighten.forks import end_with_parent
 from lighten.forks import possible as possible  # whether workers can be processes at all
+from lighten.train.adapter_optimizer import AdapterOptimizer
 from lighten.train.workers import Workers, Pool, GradientSums, in_order, shared_out
 from lighten.train.loss import Objective
 from lighten.train.forward_backward import measure
-
-if TYPE_CHECKING:
-    from lighten.train.prepare import Setup
 
 ALIGNED = 64  # bytes: a cache line, and the widest vector
 START_S = 30.0  # a child starts in milliseconds; after this it never will
 
 
-def processes_for(setup: Setup) -> Forked:
+def processes_for(
+    workers: int, objective: Objective, groups: Sequence[Sequence[AdapterOptimizer]]
+) -> Forked:
     """The workers of a training whose loss was checked.
 
     Args:
-        setup: What learns, and how many workers.
+        workers: How many, this process included.
+        objective: The loss.
+        groups: The adapters that share micro-batches, with what of them learns.
 
     Raises:
         OSError: See `Forked`.
     """
-    groups = setup.groups(setup.members)
     learning = [[p for member in group for p in member.parameters.values()] for group in groups]
-    return Forked(setup.workers, torch.get_num_threads(), setup.objective, learning)
+    return Forked(workers, torch.get_num_threads(), objective, learning)
 
 
 class SharedTensors:

@@ -25,6 +25,7 @@ from lighten.train.pruner import Pruner
 from lighten.train.workers import Workers, Threads
 from lighten.train.adapter_optimizer import AdapterOptimizer
 from lighten.train.forward_backward import undropped
+from lighten.train.memory_errors import ran_out
 from lighten.train.prediction import Prediction
 from lighten.train.prepare import Setup
 from lighten.train.progress import TrainingProgress
@@ -169,7 +170,7 @@ class Loop:
                     self._workers, setup.strategy, idle,
                 )  # fmt: skip
             except (MemoryError, RuntimeError) as error:
-                if not (self._retries and out_of_memory.ran_out(error)):
+                if not (self._retries and ran_out(error)):
                     raise
                 self._shrink(batches, error)
                 self._close_lanes()
@@ -202,7 +203,9 @@ class Loop:
         if self._forks and not compiles:
             self._pages.give_back()
             try:
-                made = forked.processes_for(setup)
+                made = forked.processes_for(
+                    setup.workers, setup.objective, setup.groups(setup.members)
+                )
             except OSError as error:
                 self._forks = False
                 self.progress.note(f"workers are threads, for want of processes: {error}")

@@ -22,16 +22,11 @@ from lighten.errors import UserError
 from lighten.folders import resume_command
 from lighten.parallel import ranks
 from lighten.train.adapter_optimizer import AdapterOptimizer
+from lighten.train.memory_errors import ShortOfMemory
 from lighten.train.prediction import Prediction
 from lighten.train.prepare import Setup
 
 GIB = 2**30
-# What PyTorch, oneDNN and the C++ library say when a processor's memory is short.
-_SAID = re.compile(
-    r"can't allocate memory|not enough memory|std::bad_alloc|out of memory|"
-    r"could not create a (memory|primitive)|cannot allocate memory",
-    re.IGNORECASE,
-)
 _WANTED = re.compile(r"[Tt]ried to allocate (?:([\d.]+) ([KMG])iB|(\d+) bytes)")
 # Parts of a plan that are told apart once memory has run out.
 _GROUPS = {
@@ -43,10 +38,6 @@ REST = "activations, logits and buffers"
 
 class OutOfMemory(UserError):
     """Memory ran out, and smaller micro-batches were no way on."""
-
-
-class ShortOfMemory(RuntimeError):
-    """Memory ran out on a rank before anything moved, and every rank knows."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +55,6 @@ class Retry:
     tokens: int
     new_tokens: int
     blame: str
-
-
-def ran_out(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a GPU or on a processor."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and _SAID.search(str(error)) is not None
 
 
 class Watch:

@@ -29,7 +29,8 @@ from lighten.train.prediction import Prediction, beside
 from lighten.train.prepare import Setup, go_on_from_adapter, load_base, prepare, tokenizer_of
 from lighten.train.progress import TrainingProgress
 from lighten.train.rows import Rows, load_rows
-from lighten.train.out_of_memory import OutOfMemory, let_go, ran_out
+from lighten.train.memory_errors import ran_out
+from lighten.train.out_of_memory import OutOfMemory, let_go
 from lighten.train.suitable import require_trainable
 from lighten.wording import counted
 

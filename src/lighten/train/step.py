@@ -19,7 +19,7 @@ from lighten.train.loss import Objective
 from lighten.train.adapter_optimizer import AdapterOptimizer
 from lighten.train.forward_backward import learn, shares_of
 from lighten.train.scaling import LossScaler
-from lighten.train.out_of_memory import ShortOfMemory, ran_out
+from lighten.train.memory_errors import ShortOfMemory, ran_out
 
 
 class TrainingDiverged(UserError):

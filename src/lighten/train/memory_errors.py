@@ -1,0 +1,25 @@
+"""Errors that say that memory ran out, whatever library raised them."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+# What PyTorch, oneDNN and the C++ library say when a processor's memory is short.
+_SAID = re.compile(
+    r"can't allocate memory|not enough memory|std::bad_alloc|out of memory|"
+    r"could not create a (memory|primitive)|cannot allocate memory",
+    re.IGNORECASE,
+)
+
+
+class ShortOfMemory(RuntimeError):
+    """Memory ran out on a rank before anything moved, and every rank knows."""
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or on a processor."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and _SAID.search(str(error)) is not None
