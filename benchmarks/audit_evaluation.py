@@ -56,10 +56,10 @@ def compare(
 def _job(run: Any, dtype: str, examples: int, new_tokens: int) -> dict[str, Any]:
     """What the peer is given: the tokens that `lighten evaluate` measures on."""
     from lighten import data, models
-    from lighten.evaluate.evaluation import askable, held_out_examples
-    from lighten.evaluate.generate import stop_tokens
+    from lighten.evaluation.evaluation import askable, held_out_examples
+    from lighten.evaluation.generate import stop_tokens
     from lighten.models import limits
-    from lighten.train import held_out_data
+    from lighten.training import held_out_data
 
     recipe = run.recipe()
     base = models.load(recipe.model_name_or_path)

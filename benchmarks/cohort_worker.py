@@ -25,10 +25,10 @@ from benchmarks import engine, plain_peft
 from benchmarks.comparison import loss_difference
 from benchmarks.steps import Steps
 from lighten import models
-from lighten.hardware import PeakMemory
-from lighten.train.batching import choose_passes
-from lighten.train.workers import FULL_TOKENS
-from lighten.train.prepare import load_base
+from lighten.engine.batching import choose_passes
+from lighten.engine.workers import FULL_TOKENS
+from lighten.machine.hardware import PeakMemory
+from lighten.training.prepare import load_base
 
 # Rows of a micro-batch never decide in a cohort: its tokens do.
 MANY_ROWS = 4096

@@ -135,7 +135,7 @@ def split(name: str) -> tuple[str, Contender]:
 
 def set_up(peers: Path) -> None:
     """Make the peers' environment, with this environment's versions of what both use."""
-    from lighten import hardware
+    from lighten.machine import hardware
 
     own = hardware.versions()
     shared = [

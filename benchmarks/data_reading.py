@@ -114,7 +114,7 @@ OURS = (
     MEASURE
     + """
 import gc
-import lighten.train.rows as rows_of
+import lighten.training.rows as rows_of
 from lighten.models import load_tokenizer
 from lighten.recipe import Recipe
 recipe = Recipe.from_values({"model_name_or_path": job["model"], "dataset": job["data"],
@@ -138,7 +138,7 @@ print(json.dumps({"seconds": peak.seconds, "cpu_s": peak.cpu_seconds, "peak_byte
 
 def python() -> Path:
     """The interpreter of the environment that has `datasets`."""
-    from lighten.hardware import cache_folder
+    from lighten.machine.hardware import cache_folder
 
     return cache_folder() / ENVIRONMENT / "bin" / "python"
 

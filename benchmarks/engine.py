@@ -23,21 +23,22 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.machine import synchronize
 from benchmarks.steps import Steps
-from lighten import allocator, models
+from lighten import models
 from lighten.adapters.files import read_weights
+from lighten.cpu import allocator
 from lighten.data import Encoded, Example, TemplateChoice
 from lighten.data import Row as EncodedRow
 from lighten.data.tokenise import EncodingCounts
+from lighten.engine.step import MemberStep
 from lighten.errors import UserError
-from lighten.hardware import Choice, PeakMemory
+from lighten.machine.hardware import Choice, PeakMemory
 from lighten.recipe import Recipe
-from lighten.train.checkpoints import TrainerState
-from lighten.train.loop import Loop
-from lighten.train.prepare import Setup, load_base, prepare
-from lighten.train.progress import TrainingProgress
-from lighten.train.rows import Rows
-from lighten.train.step import MemberStep
-from lighten.train.step_batches import StepBatches
+from lighten.training.checkpoints import TrainerState
+from lighten.training.loop import Loop
+from lighten.training.prepare import Setup, load_base, prepare
+from lighten.training.progress import TrainingProgress
+from lighten.training.rows import Rows
+from lighten.training.step_batches import StepBatches
 
 RANK = 8
 # transformers' names, which are the recipe's too. At half this rate a control that never learns was
@@ -50,7 +51,9 @@ OPTIMISER: dict[str, float] = {
 
 def before_loading() -> None:
     """What `lighten.train` does in its process before a base is loaded: keep it the same here."""
-    importlib.import_module("lighten.train.run")  # with PEFT and all else that a training imports
+    importlib.import_module(
+        "lighten.training.run"
+    )  # with PEFT and all else that a training imports
     transformers_logging.disable_progress_bar()
     set_seed(0)
     allocator.keep_pages("cuda" if torch.cuda.is_available() else "cpu")

@@ -11,7 +11,9 @@ import time
 from pathlib import Path
 
 import lighten
-from lighten.evaluate import evaluation as loaded  # imports are no part of the time, as the peer's
+from lighten.evaluation import (
+    evaluation as loaded,  # imports are no part of the time, as the peer's
+)
 
 
 def main() -> None:

@@ -36,9 +36,10 @@ from benchmarks import cohort_worker, engine, machine, plain_peft
 from benchmarks.cohort_worker import MANY_ROWS, Lessons
 from benchmarks.comparison import AGREEMENT
 from benchmarks.steps import Row
-from lighten import hardware, runs
+from lighten import runs
 from lighten.errors import UserError
-from lighten.hardware import PeakMemory
+from lighten.machine import hardware
+from lighten.machine.hardware import PeakMemory
 from lighten.models import quantized
 from lighten.models.load import set_attention
 

@@ -32,10 +32,10 @@ from benchmarks.contenders import LONG_RUN
 from benchmarks.parts import PARTS, Parts
 from benchmarks.steps import ROWS_PER_STEP, encoded, steps_of
 from lighten.data.batches import MicroBatch
-from lighten.hardware import PeakMemory
-from lighten.train.forward_backward import shares_of
-from lighten.train.prepare import Setup
-from lighten.train.step import train_step
+from lighten.engine.forward_backward import shares_of
+from lighten.engine.step import train_step
+from lighten.machine.hardware import PeakMemory
+from lighten.training.prepare import Setup
 
 
 def measure(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:

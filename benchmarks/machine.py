@@ -22,7 +22,7 @@ TURN = "turn"  # a worker's line: it waits until others had theirs
 
 def before_start() -> dict[str, Any]:
     """Commit, tree and load before a benchmark begins; a busy machine is told of."""
-    from lighten import hardware
+    from lighten.machine import hardware
 
     commit, clean = hardware.commit()
     busy = psutil.cpu_percent(3.0)
@@ -42,7 +42,8 @@ def store(
         before: What `before_start` gave.
         why_not: Reasons against quoting the result, and whether each holds.
     """
-    from lighten import hardware, runs
+    from lighten import runs
+    from lighten.machine import hardware
 
     commit, clean = hardware.commit()
     reasons = {

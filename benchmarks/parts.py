@@ -21,10 +21,10 @@ from benchmarks import arithmetic, machine
 from benchmarks.arithmetic import Work
 from lighten.adapters.frozen import product, weight_of
 from lighten.adapters.layers import CohortLinear
+from lighten.cpu import gates
 from lighten.data.batches import MicroBatch
-from lighten.train import gates
-from lighten.train.forward_backward import shares_of
-from lighten.train.prepare import Setup
+from lighten.engine.forward_backward import shares_of
+from lighten.training.prepare import Setup
 
 PARTS = ("linear", "low-rank", "attention", "norm", "activation", "loss", "optimiser")
 

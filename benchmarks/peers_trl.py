@@ -89,7 +89,7 @@ def main(loaded: Callable[[dict[str, Any]], Any] = load) -> None:
     """
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     on_cpu = job["device"] == "cpu"
-    if on_cpu:  # what lighten.hardware.PeakMemory does, in short
+    if on_cpu:  # what lighten.machine.hardware.PeakMemory does, in short
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         held = psutil.Process().memory_info().rss
     else:

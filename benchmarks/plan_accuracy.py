@@ -124,7 +124,7 @@ class Processor:
 
     def dtype(self, requested: str) -> Any:
         """The format that a run would choose."""
-        from lighten.hardware import choose_dtype
+        from lighten.machine.hardware import choose_dtype
 
         return choose_dtype(requested, "cpu")
 
@@ -150,7 +150,7 @@ def planned(case: Case, folder: Path, capacity: int) -> dict[str, Any]:
     """What the plan says of a case."""
     import time
 
-    from lighten.plan.trace import plan_recipe
+    from lighten.planning.trace import plan_recipe
     from lighten.recipe import Recipe
 
     began = time.perf_counter()
@@ -164,10 +164,10 @@ def planned(case: Case, folder: Path, capacity: int) -> dict[str, Any]:
 
 def measured(case: Case, folder: Path, scratch: Path) -> dict[str, Any]:
     """What the case really takes, its rates being timed between the steps; `error` if it fails."""
-    from lighten.plan import rates
-    from lighten.plan.build import config_of
-    from lighten.plan.step_time import workers_of, parts_of
-    from lighten.plan.steps import follow_recipe
+    from lighten.planning import rates
+    from lighten.planning.build import config_of
+    from lighten.planning.step_time import parts_of, workers_of
+    from lighten.planning.steps import follow_recipe
     from lighten.recipe import Recipe
 
     recipe = Recipe.from_values(case.recipe(folder))
@@ -239,7 +239,7 @@ def main() -> None:
         return
     import psutil
 
-    from lighten.hardware import cache_folder
+    from lighten.machine.hardware import cache_folder
 
     before = before_start()
     folder = cache_folder() / FOLDER
@@ -262,7 +262,8 @@ def main() -> None:
 
 def on_gpu(path: Path, device: str) -> None:
     """Plan the suite's rows, and print and store predicted beside measured."""
-    from lighten import hardware, runs
+    from lighten import runs
+    from lighten.machine import hardware
 
     commit, clean = hardware.commit()
     suite = json.loads(path.read_text(encoding="utf-8"))
@@ -298,8 +299,8 @@ GPU_ERRORS = ("allocated_error", "reserved_error", "time_error")
 def gpu_row(case: str, real: Mapping[str, Any], folder: Path, device: str) -> dict[str, Any] | None:
     """Predicted beside measured; None for a peer's row, a failed one, or one of compiled layers."""
     from benchmarks import engine
-    from lighten.devices import named
-    from lighten.plan.trace import plan_recipe
+    from lighten.machine.devices import named
+    from lighten.planning.trace import plan_recipe
 
     asked = real.get("asked")
     if asked is None or real["choices"].get("compilation") == "on":

@@ -39,7 +39,7 @@ CPU_TOKENS = 1024
 
 def python() -> Path:
     """The interpreter of its environment."""
-    from lighten.hardware import cache_folder
+    from lighten.machine.hardware import cache_folder
 
     return cache_folder() / ENVIRONMENT / "bin" / "python"
 

@@ -20,10 +20,10 @@ import torch
 from benchmarks import engine
 from benchmarks.machine import TURN
 from benchmarks.steps import Row
-from lighten.hardware import PeakMemory
+from lighten.engine.step import MemberStep
+from lighten.machine.hardware import PeakMemory
 from lighten.recipe import Recipe
-from lighten.train.prepare import load_base
-from lighten.train.step import MemberStep
+from lighten.training.prepare import load_base
 
 
 def rows_of(count: int, tokens: int, supervised: float, vocabulary: int, seed: int) -> list[Row]:

@@ -53,7 +53,7 @@ QUESTIONS = (
 OURS = """
 import sys
 from pathlib import Path
-from lighten.quantize.gguf_model import write_gguf
+from lighten.quantization.gguf_model import write_gguf
 write_gguf(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
 """
 CONVERT = """
@@ -93,7 +93,7 @@ atexit.register(tell)
 
 def tools() -> Path:
     """Where the converter and llama.cpp are kept."""
-    from lighten.hardware import cache_folder
+    from lighten.machine.hardware import cache_folder
 
     return cache_folder() / FOLDER
 
@@ -151,7 +151,7 @@ def convert(model: Path, folder: Path, type: str) -> dict[str, dict[str, float]]
 
 def losses(file: Path, tokens: list[int], windows: int) -> np.ndarray[Any, Any]:
     """Loss of each token after the first of each window, in nats."""
-    from lighten.quantize.llamacpp import Runtime
+    from lighten.quantization.llamacpp import Runtime
 
     found = []
     # One thread: two of llama.cpp wait for each other at every operation of a busy machine.
@@ -191,8 +191,8 @@ def greedy(model: Path, folder: Path, questions: tuple[str, ...]) -> dict[str, A
     import torch
 
     from lighten import models
-    from lighten.quantize.gguf_model import write_gguf
-    from lighten.quantize.llamacpp import Runtime
+    from lighten.quantization.gguf_model import write_gguf
+    from lighten.quantization.llamacpp import Runtime
 
     write_gguf(model, folder / "f32.gguf", "f32")
     base = models.load(str(model), dtype="float32")

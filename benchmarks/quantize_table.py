@@ -70,8 +70,8 @@ def sizes(run: Any, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def calibrated(run: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     """Gap to bfloat16 with calibration over the gap without, and its interval."""
-    from lighten.quantize import child
-    from lighten.quantize.model_source import calibration_of, evaluation_of, opened
+    from lighten.quantization import child
+    from lighten.quantization.model_source import calibration_of, evaluation_of, opened
 
     with tempfile.TemporaryDirectory(prefix="lighten-table-") as place:
         scratch = Path(place)
@@ -117,7 +117,7 @@ def calibrated(run: Any, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def gguf(run: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     """Against llama.cpp's own converter and quantiser, on the same merged model."""
-    from lighten.quantize.model_source import opened
+    from lighten.quantization.model_source import opened
 
     turns: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory(prefix="lighten-table-") as place:
@@ -142,8 +142,8 @@ def gguf(run: Any, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def qat(run: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     """The demo trained for 8-bit activations and 4-bit weights, against it rounded afterwards."""
-    from lighten.evaluate import metrics
-    from lighten.evaluate.bootstrap import Resamples
+    from lighten.evaluation import metrics
+    from lighten.evaluation.bootstrap import Resamples
 
     aware = demo(Path(f"{run.folder}-qat"), {**_settings(run), "qat": DYNAMIC})
     groups = aware.recipe().qat_group_size
@@ -175,13 +175,14 @@ def _settings(run: Any) -> dict[str, Any]:
 
 def _losses(run: Any, groups: int | None, arguments: argparse.Namespace) -> Any:
     """Held-out loss by row, the weights and activations rounded in groups of so many."""
-    from lighten import adapters, hardware
-    from lighten.evaluate.evaluation import held_out_examples
+    from lighten import adapters
+    from lighten.engine.loss import Objective
+    from lighten.engine.validation import held_out
+    from lighten.evaluation.evaluation import held_out_examples
+    from lighten.machine import hardware
     from lighten.models import limits_of
-    from lighten.train import held_out_data
-    from lighten.train.validation import held_out
-    from lighten.train.loss import Objective
-    from lighten.train.prepare import load_base
+    from lighten.training import held_out_data
+    from lighten.training.prepare import load_base
 
     recipe, device = run.recipe(), hardware.choose_device().value
     base = load_base(recipe, device)

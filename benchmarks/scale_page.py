@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lighten.devices import DEVICES
-from lighten.plan.distributed import TRAINED, states_per_rank, volume_per_rank
-from lighten.plan.result import States
+from lighten.machine.devices import DEVICES
+from lighten.planning.distributed import TRAINED, states_per_rank, volume_per_rank
+from lighten.planning.result import States
 
 PAGE = Path(__file__).parents[1] / "docs" / "scale.md"
 BEGIN, END = "<!-- made by benchmarks/scale_page.py -->", "<!-- end -->"

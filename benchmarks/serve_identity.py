@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lighten.serve.remote import Remote, ServerError
+from lighten.serving.remote import Remote, ServerError
 
 TIE = 0.01  # of llama.cpp in float32; our engine is held to equal numbers
 _TOKENS, _TOP = 16, 5
@@ -247,7 +247,7 @@ def under_load(
     for name, question, answer in answers:
         possible = held.possible(name, answer)
         report.either += len(possible) > 1
-        pruner(report, answer, [alone[content, question] for content in possible], name)
+        judge(report, answer, [alone[content, question] for content in possible], name)
     return report
 
 
@@ -259,7 +259,7 @@ def _replace(target: Path, source: Path) -> None:
     fresh.rename(target)
 
 
-def pruner(report: Report, answer: Answer, expected: Sequence[Answer], name: str) -> None:
+def judge(report: Report, answer: Answer, expected: Sequence[Answer], name: str) -> None:
     """Count one answer."""
     verdicts = [_verdict(answer, one, report.tie) for one in expected]
     kinds = Counter(kind for kind, _ in verdicts)

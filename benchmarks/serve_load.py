@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from lighten.serve.remote import Remote, ServerError, Streamed
+from lighten.serving.remote import Remote, ServerError, Streamed
 
 _TEXT = (
     "the river town answer colour stone music winter bread letter garden number evening mountain "

@@ -31,7 +31,7 @@ from lighten import adapters, models, runs
 from lighten.adapters import AdapterSpec
 from lighten.adapters.files import contents
 from lighten.errors import UserError
-from lighten.serve.remote import Remote, ServerError
+from lighten.serving.remote import Remote, ServerError
 from tests.serving import ADMIN, Server, serving
 
 CONTEXT = 2048
@@ -246,7 +246,7 @@ def _first(remote: Remote, pair: tuple[str, str]) -> dict[str, float]:
 def _expected(
     base: str, folder: Path, names: Sequence[str], asked: Sequence[str]
 ) -> dict[tuple[str, str], dict[str, float]]:
-    from lighten.serve.texts import Texts
+    from lighten.serving.texts import Texts
 
     opened = models.load(base, dtype="float32", device="cpu")
     texts = Texts(opened.tokenizer)

@@ -16,11 +16,11 @@ from typing import Any
 
 from benchmarks.serve_load import Round, Shape, one_round
 from lighten.errors import UserError
-from lighten.hardware import cache_folder
+from lighten.machine.hardware import cache_folder
 from lighten.models.load import locate
-from lighten.serve import adapters, running
-from lighten.serve.remote import Remote, ServerError
-from lighten.serve.vllm import server
+from lighten.serving import adapters, running
+from lighten.serving.remote import Remote, ServerError
+from lighten.serving.vllm import server
 
 ROOT = Path(__file__).parents[1]
 VLLM = ROOT / ".vllm" / "bin" / "vllm"  # `make vllm`
@@ -89,7 +89,7 @@ def llamacpp(
         "cache": "f16", "flags": {"port": port},
     }  # fmt: skip
     process = subprocess.Popen(
-        [sys.executable, "-m", "lighten.serve.child"], stdin=subprocess.PIPE, text=True,
+        [sys.executable, "-m", "lighten.serving.child"], stdin=subprocess.PIPE, text=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         env={"OMP_WAIT_POLICY": "passive", **os.environ},
     )  # fmt: skip

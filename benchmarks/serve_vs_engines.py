@@ -38,7 +38,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import serve_parts as parts
-from lighten import containers, hardware
+from lighten.machine import containers, hardware
 
 PARTS: dict[str, Callable[[parts.Bench], dict[str, Any]]] = {
     "decode": lambda bench: parts.speed(bench, "decode"),

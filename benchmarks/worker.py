@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import engine
-from lighten.hardware import PeakMemory
+from lighten.machine.hardware import PeakMemory
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lighten.hardware import PeakMemory
+from lighten.machine.hardware import PeakMemory
 
 
 def run(*, mib: int) -> Iterator[dict[str, Any]]:

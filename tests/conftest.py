@@ -21,7 +21,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from lighten.hardware import cache_folder
+from lighten.machine.hardware import cache_folder
 
 if TYPE_CHECKING:
     from lighten.models import Base

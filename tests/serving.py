@@ -22,9 +22,9 @@ import uvicorn
 from lighten import adapters, models, runs
 from lighten.adapters import AdapterSpec
 from lighten.adapters.files import contents
-from lighten.serve.answering import Front
-from lighten.serve.front import application
-from lighten.serve.running import Options, prepare
+from lighten.serving.answering import Front
+from lighten.serving.front import application
+from lighten.serving.running import Options, prepare
 
 ADMIN = "admin-key-of-tests"
 

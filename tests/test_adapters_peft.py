@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 from lighten.adapters import AdapterSpec, Cohort, attach, load
 from lighten.adapters.peft_backed import ENCODER
 from lighten.adapters.peft_methods import REFUSED, method_of
+from lighten.engine.scaling import LossScaler
 from lighten.errors import UserError
-from lighten.evaluate.generate import generate
-from lighten.train.scaling import LossScaler
+from lighten.evaluation.generate import generate
 from tests.test_train_step import UNEVEN, assert_close, full_batch, gradients, one_step
 from tests.tiny import VOCAB, tiny_model, tiny_tokenizer
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import lighten
 from lighten.adapters import files, load
 from lighten.errors import UserError
-from lighten.evaluate.chat import chat
+from lighten.evaluation.chat import chat
 from tests.test_adapters_peft import CLOSE, IDS, apart, in_peft, logits_of
 from tests.tiny import tiny_model
 

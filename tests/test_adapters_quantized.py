@@ -16,8 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lighten.adapters import AdapterSpec, Cohort, Share, attach, files
 from lighten.adapters.frozen import dense_copy, is_quantized, out_in_features, product, weight_of
+from lighten.engine.checkpointing import checkpoint_layers
 from lighten.models.quantized import Storage, finish
-from lighten.train.memory import checkpoint_layers
 from tests.test_adapters import CLOSE, IDS, apart, loss_of, spec
 from tests.test_train_step import UNEVEN, one_step
 from tests.tiny import ARCHITECTURES, save_tiny, tiny_model

@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 from lighten.adapters import AdapterSpec, attach, files, load
 from lighten.adapters.peft_backed import PeftBacked
 from lighten.adapters.peft_methods import configured
+from lighten.engine.checkpointing import checkpoint_layers
+from lighten.engine.loss import Objective
 from lighten.errors import UserError
 from lighten.models import attention
 from lighten.recipe import Recipe, RecipeError
-from lighten.train.loss import Objective
-from lighten.train.memory import checkpoint_layers
 from tests.test_adapters_peft import CLOSE, IDS, apart, in_peft, logits_of, lora_spec, save, stir
 from tests.test_train_step import UNEVEN, assert_close, full_batch, gradients, one_step
 from tests.tiny import ARCHITECTURES, VOCAB, tiny_model

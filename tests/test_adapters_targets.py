@@ -18,8 +18,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lighten.adapters import AdapterSpec, WholeBase, attach, files
 from lighten.adapters.decoder import decoder_layers
+from lighten.engine.checkpointing import checkpoint_layers
 from lighten.errors import UserError
-from lighten.train.memory import checkpoint_layers
 from tests.test_adapters_peft import CLOSE, IDS, apart, in_peft, logits_of, save
 from tests.tiny import ARCHITECTURES, tiny_model
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lighten.hardware import EXTRAS
+from lighten.machine.hardware import EXTRAS
 
 SOURCE = Path(__file__).parents[1] / "src" / "lighten"
 MODULES = {
@@ -93,17 +93,45 @@ ALLOWED: dict[str, set[str]] = {
             "paths", "recipe", "report", "runs", "streams", "sweep", "train"},
     "__main__": {"cli"},
 }  # fmt: skip
-LIGHT = ("lighten", "lighten.api", "lighten.api_bench", "lighten.api_plan",
-         "lighten.api_serve", "lighten.bench",
-         "lighten.timing", "lighten.bench.text", "lighten.cli", "lighten.errors",
-         "lighten.hardware", "lighten.recipe", "lighten.peft_config", "lighten.runs",
-         "lighten.models", "lighten.models.names", "lighten.models.catalogue",
-         "lighten.dialogue", "lighten.streams", "lighten.parallel.launch", "lighten.parallel.spawn",
-         "lighten.report.charts", "lighten.datasheets", "lighten.devices",
-         "lighten.console", "lighten.plan", "lighten.plan.text", "lighten.report.planned",
-         "lighten.data.read", "lighten.train", "lighten.evaluate", "lighten.report",
-         "lighten.quantize.gguf_model", "lighten.quantize.llamacpp",
-         "lighten.sweep", "lighten.sweep.arms", "lighten.sweep.recommend")  # fmt: skip
+LIGHT = (
+    "lighten",
+    "lighten.api",
+    "lighten.api_bench",
+    "lighten.api_plan",
+    "lighten.api_serve",
+    "lighten.benchmarking",
+    "lighten.benchmarking.text",
+    "lighten.cli.console",
+    "lighten.cli.main",
+    "lighten.data.read",
+    "lighten.dialogue",
+    "lighten.errors",
+    "lighten.evaluation",
+    "lighten.machine.datasheets",
+    "lighten.machine.devices",
+    "lighten.machine.hardware",
+    "lighten.machine.timing",
+    "lighten.models",
+    "lighten.models.catalogue",
+    "lighten.models.names",
+    "lighten.parallel.launch",
+    "lighten.parallel.spawn",
+    "lighten.peft_config",
+    "lighten.planning",
+    "lighten.planning.text",
+    "lighten.quantization.gguf_model",
+    "lighten.quantization.llamacpp",
+    "lighten.recipe",
+    "lighten.reporting",
+    "lighten.reporting.charts",
+    "lighten.reporting.planned",
+    "lighten.runs",
+    "lighten.streams",
+    "lighten.sweeps",
+    "lighten.sweeps.arms",
+    "lighten.sweeps.recommend",
+    "lighten.training",
+)
 HEAVY = {"torch", "transformers", "peft", "accelerate"}
 
 

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 import lighten
-from lighten.bench import audit as auditing
-from lighten.bench import measuring, ratios, techniques
-from lighten.bench.audit import Audit
+from lighten.benchmarking import audit as auditing
+from lighten.benchmarking import measuring, ratios, techniques
+from lighten.benchmarking.audit import Audit
 from lighten.errors import UserError
-from lighten.report import audit_table
+from lighten.reporting import audit_table
 from tests.processes import Forked, call, in_fork
 
 # Fewer steps than any budget would ask for, and a long row that is none.

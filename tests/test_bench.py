@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from lighten import api
-from lighten.bench import attention, comparing, generation, running, training, text
-from lighten.bench.limits import Try, search_from
+from lighten.benchmarking import attention, comparing, generation, running, text, training
+from lighten.benchmarking.limits import Try, search_from
 from lighten.errors import UserError
 from lighten.jobs import in_child
-from lighten.timing import Timing, measure_step
+from lighten.machine.timing import Timing, measure_step
 from tests.processes import call
 
 MIB = 2**20
@@ -25,7 +25,7 @@ def test_a_time_is_repeated_until_it_is_known(monkeypatch: pytest.MonkeyPatch) -
     """A clock that ticks as told: three slow steps, then steady ones."""
     took = iter([9.0, 1.0, 3.0, 1.0] + [1.0] * 60)
     now = [0.0]
-    monkeypatch.setattr("lighten.timing.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("lighten.machine.timing.time.perf_counter", lambda: now[0])
 
     def step() -> None:
         now[0] += next(took)
@@ -40,7 +40,7 @@ def test_a_time_is_repeated_until_it_is_known(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_time_that_does_not_settle_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     now, count = [0.0], [0]
-    monkeypatch.setattr("lighten.timing.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("lighten.machine.timing.time.perf_counter", lambda: now[0])
 
     def step() -> None:
         count[0] += 1

@@ -35,7 +35,7 @@ from benchmarks import plain_peft as peers
 from benchmarks.arithmetic import Work
 from benchmarks.steps import Steps, facts, largest_first, slices, steps_of
 from lighten.errors import UserError
-from lighten.hardware import PeakMemory
+from lighten.machine.hardware import PeakMemory
 from lighten.models.describe import of_model
 from lighten.recipe import Recipe
 from tests.tiny import VOCAB, save_tiny, tiny_model

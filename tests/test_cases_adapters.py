@@ -17,7 +17,7 @@ from lighten import api, models
 from lighten.adapters import files, spectrum
 from lighten.adapters import load as load_adapters
 from lighten.errors import UserError
-from lighten.evaluate.run_models import Models
+from lighten.evaluation.run_models import Models
 from lighten.models.names import packaged_as, public_name
 from tests.processes import call
 from tests.tiny import VOCAB, tiny_model

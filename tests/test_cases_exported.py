@@ -8,7 +8,7 @@ import pytest
 
 from lighten import api
 from lighten.errors import UserError
-from lighten.quantize.export_card import require_replaceable
+from lighten.quantization.export_card import require_replaceable
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "config.json", "README.md", "sub/x", ".hidden"])

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lighten import hardware, models
-from lighten.evaluate import metrics
-from lighten.evaluate.bootstrap import Resamples
+from lighten import models
+from lighten.evaluation import metrics
+from lighten.evaluation.bootstrap import Resamples
+from lighten.machine import hardware
 from lighten.models import links
-from lighten.train import checkpoints
+from lighten.training import checkpoints
 
 
 def samplers() -> set[threading.Thread]:

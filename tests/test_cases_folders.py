@@ -11,9 +11,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from lighten import data, hardware
+from lighten import data
 from lighten.errors import UserError
-from lighten.plan import calibration
+from lighten.machine import hardware
+from lighten.planning import calibration
 from lighten.recipe import Recipe
 
 

@@ -12,12 +12,12 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from lighten import data, models
-from lighten.devices import named
 from lighten.errors import UserError
-from lighten.evaluate.evaluation import evaluate_run
-from lighten.plan import predict, preflight
+from lighten.evaluation.evaluation import evaluate_run
+from lighten.machine.devices import named
+from lighten.planning import predict, preflight
 from lighten.recipe import Recipe
-from lighten.train.run import train
+from lighten.training.run import train
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 POSITIONS = 64

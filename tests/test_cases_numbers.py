@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lighten.console import overrides
+from lighten.cli.console import overrides
 from lighten.errors import UserError
 from lighten.recipe import Recipe
 

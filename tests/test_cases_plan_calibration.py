@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from lighten import api
-from lighten.plan import calibration
-from lighten.plan.result import States
+from lighten.planning import calibration
+from lighten.planning.result import States
 from tests.test_plan_calibration import GIB, a_plan, pair
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lighten.plan import predict, text
-from lighten.plan.changes import cheapest, differing
-from lighten.plan.result import Change
+from lighten.planning import predict, text
+from lighten.planning.changes import cheapest, differing
+from lighten.planning.result import Change
 from lighten.recipe import Recipe
 from tests.processes import call
 from tests.test_plan_changes import asked as recipe_for

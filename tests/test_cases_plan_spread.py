@@ -16,10 +16,10 @@ from torch import nn
 from lighten import api
 from lighten.adapters.decoder import decoder_layers
 from lighten.adapters.whole import WholeBase
-from lighten.devices import DEVICES
-from lighten.plan import predict, distributed
-from lighten.plan.distributed import Distributed, Strategy
-from lighten.plan.result import Plan
+from lighten.machine.devices import DEVICES
+from lighten.planning import distributed, predict
+from lighten.planning.distributed import Distributed, Strategy
+from lighten.planning.result import Plan
 from tests.processes import call
 from tests.tiny import tiny_config, tiny_model
 

@@ -16,17 +16,19 @@ import pytest
 import typer.testing
 
 import lighten
-from lighten import cli, hardware, locks
-from lighten.cli_settings import matching, settings
+from lighten import locks
+from lighten.cli import main as cli
+from lighten.cli.settings import matching, settings
 from lighten.errors import UserError
-from lighten.evaluate.result import Evaluation
-from lighten.plan.result import Memory, MemoryPart, Plan, Shape
+from lighten.evaluation.result import Evaluation
+from lighten.machine import hardware
+from lighten.planning.result import Memory, MemoryPart, Plan, Shape
 from lighten.recipe import EvaluateOptions, QuantizeOptions, SweepOptions
 from lighten.recipe.fields import RecipeFields
-from lighten.report import charts, comparison
-from lighten.report.page import next_commands
+from lighten.reporting import charts, comparison
+from lighten.reporting.page import next_commands
 from lighten.runs import Run
-from lighten.sweep.result import SweepResult
+from lighten.sweeps.result import SweepResult
 from lighten.wording import counted
 from tests.processes import call
 from tests.report_fixture import write_run

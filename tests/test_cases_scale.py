@@ -21,20 +21,21 @@ import psutil
 import pytest
 from rich.console import Console
 
-from lighten import data, devices, forks
+from lighten import data
 from lighten.data import Example, Message, choose_template, encode, files, storage
 from lighten.data.storage import ExampleStore, Spool
 from lighten.data.tokenise import PART_EXAMPLES
 from lighten.errors import UserError
+from lighten.machine import devices, forks
 from lighten.models import load_tokenizer
-from lighten.plan import predict, text
-from lighten.plan.predict import read_rows
-from lighten.plan.data_cost import cost_of, with_data
-from lighten.plan.result import MemoryPart
+from lighten.planning import predict, text
+from lighten.planning.data_cost import cost_of, with_data
+from lighten.planning.predict import read_rows
+from lighten.planning.result import MemoryPart
 from lighten.recipe import Recipe
-from lighten.train import progress, row_cache
-from lighten.train.prepare import tokenizer_of
-from lighten.train.rows import load_rows
+from lighten.training import progress, row_cache
+from lighten.training.prepare import tokenizer_of
+from lighten.training.rows import load_rows
 from tests.tiny import tiny_tokenizer
 
 # The room has functions of these names.

@@ -15,21 +15,21 @@ from typer.testing import CliRunner
 import lighten
 from lighten import data
 from lighten.api import recipe_of
-from lighten.cli import app
+from lighten.cli.main import app
 from lighten.data import Example, Message, encode
+from lighten.engine.validation import ValidationLoss
 from lighten.errors import NoHeldOut, UserError
-from lighten.evaluate import metrics
-from lighten.evaluate.bootstrap import Resamples
-from lighten.evaluate.evaluation import shortened_sentence
-from lighten.evaluate.generate import Answers
-from lighten.evaluate.result import Measured
-from lighten.evaluate.verdicts import verdict
-from lighten.report import comparison, page
+from lighten.evaluation import metrics
+from lighten.evaluation.bootstrap import Resamples
+from lighten.evaluation.evaluation import shortened_sentence
+from lighten.evaluation.generate import Answers
+from lighten.evaluation.result import Measured
+from lighten.evaluation.verdicts import verdict
+from lighten.reporting import comparison, page
 from lighten.runs import Run
-from lighten.sweep.recommend import Candidate, recommend
-from lighten.train.validation import ValidationLoss
-from lighten.train.prepare import tokenizer_of
-from lighten.train.rows import load_rows
+from lighten.sweeps.recommend import Candidate, recommend
+from lighten.training.prepare import tokenizer_of
+from lighten.training.rows import load_rows
 from tests.tiny import tiny_tokenizer
 
 
@@ -424,7 +424,9 @@ def test_a_verdict_and_a_recommendation_need_twenty_examples(count: int) -> None
     assert ("nothing is recommended" in " ".join(told.reasons)) != enough
     for own in told.comparisons:
         assert (own.se is None) == (own.low is None) == (own.high is None) == (count == 1)
-    assert (ValidationLoss(tuple(nll), tuple(map(int, tokens))).standard_error is None) == (count == 1)
+    assert (ValidationLoss(tuple(nll), tuple(map(int, tokens))).standard_error is None) == (
+        count == 1
+    )
 
 
 @pytest.mark.parametrize("count", [1, 3])

@@ -14,10 +14,12 @@ from huggingface_hub.utils.tqdm import _create_progress_bar, hf_thread_map
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from lighten import UserError, cli, console, models, streams
-from lighten.evaluate.chat import chat
+from lighten import UserError, models, streams
+from lighten.cli import console
+from lighten.cli import main as cli
+from lighten.evaluation.chat import chat
 from lighten.models import gguf
-from lighten.train.progress import TrainingProgress
+from lighten.training.progress import TrainingProgress
 from tests.gguf_files import write_gguf
 from tests.report_fixture import write_run
 from tests.tiny import tiny_model

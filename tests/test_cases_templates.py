@@ -16,7 +16,7 @@ import lighten
 from lighten import data
 from lighten.data import Example, Handling, Message, encode, prompt_of
 from lighten.errors import UserError
-from lighten.evaluate.chat import Conversation, chat
+from lighten.evaluation.chat import Conversation, chat
 from lighten.runs import Run
 from tests.test_data_encode import GEMMA, LLAMA3, THINKING, supervised_text, tokenizer_for
 from tests.test_data_encode import chat as talk

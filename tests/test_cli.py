@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import lighten
-from lighten.cli import overrides
+from lighten.cli.main import overrides
 from lighten.errors import UserError
 from lighten.runs import Run
 from tests.processes import call, python
@@ -144,9 +144,9 @@ def test_a_broken_data_file_names_its_line(tiny_folder: Path, tmp_path: Path) ->
 def test_a_verb_is_a_package_that_can_be_called() -> None:
     code = (
         "import lighten\n"
-        "import lighten.train.schedule, lighten.report.charts\n"
+        "import lighten.engine.schedule, lighten.reporting.charts\n"
         "assert all(map(callable, (lighten.train, lighten.evaluate, lighten.report)))\n"
-        "assert lighten.train.schedule.warmup_length(100, 0.03, None) == 3\n"
+        "assert lighten.engine.schedule.warmup_length(100, 0.03, None) == 3\n"
         "from lighten import Recipe, Run, UserError, train\n"
         "try: train(model='m', dataset='nowhere')\n"
         "except UserError as error: assert 'does not exist' in str(error)\n"

@@ -9,8 +9,8 @@ import psutil
 import pytest
 import torch
 
-from lighten import containers, devices, forks, hardware
-from lighten.quantize import llamacpp
+from lighten.machine import containers, devices, forks, hardware
+from lighten.quantization import llamacpp
 
 GIB = 2**30
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lighten import hardware
+from lighten.machine import hardware
 from tests.processes import call, python
 
 ROOT = Path(__file__).parents[1]

@@ -14,18 +14,19 @@ import sacrebleu
 import torch
 
 import lighten
-from lighten import data, hardware, models
+from lighten import data, models
 from lighten.adapters import AdapterSpec, attach
+from lighten.engine.loss import Objective
+from lighten.engine.validation import held_out
 from lighten.errors import UserError
-from lighten.evaluate import metrics
-from lighten.evaluate.bootstrap import Estimate, Resamples
-from lighten.evaluate.chat import Conversation, chat
-from lighten.evaluate.generate import generate, stop_tokens
-from lighten.evaluate.verdicts import verdict
+from lighten.evaluation import metrics
+from lighten.evaluation.bootstrap import Estimate, Resamples
+from lighten.evaluation.chat import Conversation, chat
+from lighten.evaluation.generate import generate, stop_tokens
+from lighten.evaluation.verdicts import verdict
+from lighten.machine import hardware
 from lighten.models import Base
 from lighten.runs import Run
-from lighten.train.validation import held_out
-from lighten.train.loss import Objective
 from tests.test_train_step import row
 from tests.tiny import ARCHITECTURES, save_tiny, tiny_model, tiny_tokenizer
 

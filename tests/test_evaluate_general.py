@@ -10,8 +10,8 @@ import torch
 
 import lighten
 from lighten.errors import UserError
-from lighten.evaluate import against, forgetting, metrics
-from lighten.evaluate.bootstrap import Resamples
+from lighten.evaluation import against, forgetting, metrics
+from lighten.evaluation.bootstrap import Resamples
 from lighten.runs import Run
 from tests.tiny import tiny_tokenizer
 

@@ -1,4 +1,4 @@
-"""A model as pruner: asked in both orders over a real HTTP server, ties counted, mistakes told."""
+"""A model as judge: asked in both orders over a real HTTP server, ties counted, mistakes told."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 import lighten
 from lighten.errors import UserError
-from lighten.evaluate.pruner import Pruner, judged
+from lighten.evaluation.judge import Judge, judged
 
 Opinion = Callable[[str, str], str]  # of the answers A and B, in their order
 
@@ -62,7 +62,7 @@ def server() -> Iterator[_Server]:
 
 def ask(server: _Server, ours: list[str], base: list[str]) -> dict[str, Any]:
     texts = ["?"] * len(ours)
-    return judged(Pruner(server.url, "pruner"), texts, texts, ours, base, samples=500, seed=0)
+    return judged(Judge(server.url, "judge"), texts, texts, ours, base, samples=500, seed=0)
 
 
 def test_a_better_answer_wins_in_either_order(server: _Server) -> None:
@@ -75,7 +75,7 @@ def test_a_better_answer_wins_in_either_order(server: _Server) -> None:
     assert found["rate"]["value"] == pytest.approx(100 * (15 + 2) / 24)
     assert found["rate"]["low"] < found["rate"]["value"] < found["rate"]["high"]
     assert len(server.asked) == 2 * 20  # answers that are the same are not sent
-    assert all(own["temperature"] == 0 and own["model"] == "pruner" for own in server.asked)
+    assert all(own["temperature"] == 0 and own["model"] == "judge" for own in server.asked)
 
 
 def test_a_judge_that_follows_the_order_has_no_opinion(server: _Server) -> None:
@@ -97,9 +97,9 @@ def test_a_key_is_sent_and_what_is_wrong_is_told(
     with pytest.raises(UserError, match=r"answered 404: .*no such model"):
         ask(server, ["x"], ["y"])
     with pytest.raises(UserError, match="cannot be reached"):
-        Pruner("http://127.0.0.1:9/v1", "pruner").ask("", "", "", "")
+        Judge("http://127.0.0.1:9/v1", "judge").ask("", "", "", "")
     with pytest.raises(UserError, match="is no address"):
-        Pruner("somewhere", "pruner").ask("", "", "", "")
+        Judge("somewhere", "judge").ask("", "", "", "")
 
 
 def test_an_evaluation_is_judged(
@@ -111,13 +111,13 @@ def test_an_evaluation_is_judged(
         learning_rate=5e-2, output_dir=str(tmp_path / "run"), progress=False,
     )  # fmt: skip
     with pytest.raises(UserError, match="give both"):
-        lighten.evaluate(run, pruner=server.url)
+        lighten.evaluate(run, judge=server.url)
     found = lighten.evaluate(
-        run, pruner=server.url, judge_model="pruner", max_examples=4, max_new_tokens=3
+        run, judge=server.url, judge_model="judge", max_examples=4, max_new_tokens=3
     )
     (own,) = found.judged
     assert own["adapter"] == "default"
     assert own["ties"] == 4
     stored = json.loads((run.folder / "evaluation.json").read_text())
     assert stored["judged"][0]["swapped"] == len(server.asked) // 2
-    assert stored["settings"]["judge_model"] == "pruner"
+    assert stored["settings"]["judge_model"] == "judge"

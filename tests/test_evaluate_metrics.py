@@ -15,8 +15,8 @@ import sacrebleu
 import lighten
 from lighten import api
 from lighten.errors import UserError
-from lighten.evaluate import against, registry
-from lighten.evaluate.metrics import chrf
+from lighten.evaluation import against, registry
+from lighten.evaluation.metrics import chrf
 from lighten.runs import Run
 from tests.test_evaluate import ANSWERS, REFERENCES
 

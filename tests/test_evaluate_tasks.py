@@ -11,7 +11,7 @@ import torch
 
 import lighten
 from lighten.errors import MissingExtra, UserError
-from lighten.evaluate import against, harness
+from lighten.evaluation import against, harness
 from lighten.runs import Run
 from tests.tiny import tiny_tokenizer
 

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 import lighten
 from lighten import api
 from lighten.errors import UserError
-from lighten.evaluate.truncated import truncated_curve
+from lighten.evaluation.truncated import truncated_curve
 from lighten.models import load_tokenizer
 from lighten.runs import Run
-from lighten.train.rows import load_rows
+from lighten.training.rows import load_rows
 
 
 @pytest.fixture(scope="module")

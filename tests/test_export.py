@@ -11,10 +11,10 @@ import pytest
 from typer.testing import CliRunner
 
 import lighten
-from lighten.cli import app
+from lighten.cli.main import app
 from lighten.errors import UserError
 from lighten.peft_config import CONFIG
-from lighten.quantize.verify import RECEIPT
+from lighten.quantization.verify import RECEIPT
 from lighten.runs import Run
 from tests.test_merge import trained
 from tests.tiny import save_tiny, tiny_model

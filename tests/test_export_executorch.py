@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lighten
 from lighten.errors import UserError
-from lighten.quantize import executorch
-from lighten.quantize.export import Exported
+from lighten.quantization import executorch
+from lighten.quantization.export import Exported
 from tests.test_merge import trained
 from tests.tiny import save_tiny, tiny_model
 
@@ -69,7 +69,7 @@ def adapter_base(made: Exported) -> Path:
 
 def test_it_answers_greedily_as_the_same_rounding_in_pytorch(made: Exported, adapter: Path) -> None:
     """An independent runtime; the prompt read at once and token by token; twice from one cache."""
-    from lighten.quantize.executorch_program import quantise
+    from lighten.quantization.executorch_program import quantise
 
     merged = lighten.export(
         adapter, "merged", output_dir=adapter.parent / "merged", dtype="float32", verify=False

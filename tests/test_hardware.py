@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lighten import devices, hardware
 from lighten.errors import UserError
+from lighten.machine import devices, hardware
 
 MIB = 2**20
 
@@ -19,7 +19,7 @@ def measured(mib: int) -> dict[str, float]:
     """Peak memory of a fresh process that takes and frees so much."""
     code = (
         "import json, numpy\n"
-        "from lighten.hardware import PeakMemory\n"
+        "from lighten.machine.hardware import PeakMemory\n"
         "peak = PeakMemory()\n"
         f"block = numpy.ones({mib} * 2**20, dtype=numpy.uint8) if {mib} else None\n"
         "del block\n"
@@ -93,7 +93,7 @@ def test_the_named_gpu_is_trained_on_and_measured(monkeypatch: pytest.MonkeyPatc
     import torch
     from accelerate import Accelerator
 
-    from lighten import devices
+    from lighten.machine import devices
 
     last = torch.cuda.device_count() - 1
     monkeypatch.setenv("LIGHTEN_DEVICE", f"cuda:{last}")

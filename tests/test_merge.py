@@ -15,8 +15,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lighten.errors import UserError
-from lighten.hardware import PeakMemory
-from lighten.quantize.merge import Unmergeable, merge
+from lighten.machine.hardware import PeakMemory
+from lighten.quantization.merge import Unmergeable, merge
 from tests.tiny import VOCAB, tiny_model
 
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -15,11 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from lighten import native
+from lighten.cpu import kernels, native
+from lighten.cpu.kernels import attention as kernel
+from lighten.engine.fused_loss import cross_entropy_
 from lighten.models import attention as blocks
-from lighten.models import kernels
-from lighten.models.kernels import attention as kernel
-from lighten.train.fused_loss import cross_entropy_
 
 here = pytest.mark.skipif(kernels.obstacle() is not None, reason=str(kernels.obstacle()))
 

@@ -15,7 +15,7 @@ import lighten
 from lighten import models
 from lighten.errors import UserError
 from lighten.models.trainable import require_gradients
-from lighten.train import run as training
+from lighten.training import run as training
 from tests.tiny import save_tiny
 
 quantization = pytest.importorskip("torchao.quantization")

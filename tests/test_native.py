@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lighten import native
+from lighten.cpu import native
 
 pytestmark = pytest.mark.skipif(
     not hasattr(os, "getuid") or shutil.which("g++") is None, reason="needs POSIX and g++"

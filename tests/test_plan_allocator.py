@@ -16,10 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lighten import allocator
-from lighten.allocator import arena
-from lighten.plan import process_overhead
-from lighten.plan.allocators import (
+from lighten.cpu import allocator
+from lighten.cpu.allocator import arena
+from lighten.planning import process_overhead
+from lighten.planning.allocators import (
     MIB,
     Arena,
     CachingAllocator,
@@ -29,7 +29,7 @@ from lighten.plan.allocators import (
     rounded,
     segment_size,
 )
-from lighten.plan.process_overhead import Context
+from lighten.planning.process_overhead import Context
 
 GLIBC = allocator._glibc() is not None
 
@@ -152,7 +152,7 @@ import json, sys, torch
 from lighten import allocator
 from lighten.plan import process_overhead
 assert allocator.keep_pages("cpu").value.startswith("glibc")
-from lighten.hardware import PeakMemory
+from lighten.machine.hardware import PeakMemory
 events = json.loads(sys.stdin.read())
 torch.ones(10)
 memory, blocks = PeakMemory("cpu"), {}
@@ -218,7 +218,7 @@ import json, os, sys, threading
 from pathlib import Path
 import torch
 from lighten import allocator
-from lighten.allocator import arena
+from lighten.cpu.allocator import arena
 torch.set_num_threads(1)
 print(allocator.keep_pages("cpu").value)
 start = f"{arena.opened():x}-"
@@ -321,7 +321,11 @@ def test_the_context_is_measured_once_for_a_machine(
 
     monkeypatch.setattr(process_overhead.subprocess, "run", run)
     path = tmp_path / "new" / "context.json"
-    assert process_overhead.context_of(path) == process_overhead.context_of(path) == Context(90_000_000, 50_000_000)
+    assert (
+        process_overhead.context_of(path)
+        == process_overhead.context_of(path)
+        == Context(90_000_000, 50_000_000)
+    )
     assert len(calls) == 1
     monkeypatch.setattr(process_overhead, "processor_name", lambda: "another")
     process_overhead.context_of(path)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from lighten.plan import calibration
-from lighten.plan.result import Memory, MemoryPart, Plan, Shape, StepTime
+from lighten.planning import calibration
+from lighten.planning.result import Memory, MemoryPart, Plan, Shape, StepTime
 
 GIB = 2**30
 

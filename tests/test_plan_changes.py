@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from lighten import api
-from lighten.plan import asked as asking
-from lighten.plan.changes import SHORTEST, cheapest
-from lighten.plan.result import Change, Memory, MemoryPart, Plan, Shape, StepTime
+from lighten.planning import asked as asking
+from lighten.planning.changes import SHORTEST, cheapest
+from lighten.planning.result import Change, Memory, MemoryPart, Plan, Shape, StepTime
 from lighten.recipe import Recipe
 from tests.test_plan_trace import Card, folder_of, recipe_of
 

@@ -9,8 +9,8 @@ import pytest
 
 import lighten
 from lighten import models
-from lighten.plan import PARTS
-from lighten.plan.result import Plan
+from lighten.planning import PARTS
+from lighten.planning.result import Plan
 from tests.processes import call
 from tests.tiny import tiny_config
 

@@ -8,11 +8,12 @@ from typing import get_args
 
 import pytest
 
-from lighten import cli_plan, devices, hardware
 from lighten.api import plan_search, recipe_of
-from lighten.devices import DEVICES, named
+from lighten.cli import plan as cli_plan
 from lighten.errors import UserError
-from lighten.plan import predict, rates, text
+from lighten.machine import devices, hardware
+from lighten.machine.devices import DEVICES, named
+from lighten.planning import predict, rates, text
 
 GIB = 2**30
 
@@ -196,7 +197,7 @@ def test_a_limit_on_address_space_counts() -> None:
 
     code = (
         "import resource, psutil\n"
-        "from lighten.devices import usable_memory_bytes\n"
+        "from lighten.machine.devices import usable_memory_bytes\n"
         "own = psutil.Process().memory_info()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (own.vms + 2**28, resource.RLIM_INFINITY))\n"
         "room = usable_memory_bytes() - psutil.Process().memory_info().rss\n"

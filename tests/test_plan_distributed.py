@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lighten.devices import DEVICES
-from lighten.plan.distributed import (
+from lighten.machine.devices import DEVICES
+from lighten.planning.distributed import (
     States,
     Volume,
     all_gather,
@@ -17,7 +17,7 @@ from lighten.plan.distributed import (
     states_per_rank,
     volume_per_rank,
 )
-from lighten.plan.result import Memory, MemoryPart, Plan, Shape, StepTime
+from lighten.planning.result import Memory, MemoryPart, Plan, Shape, StepTime
 
 GB = 1e9
 

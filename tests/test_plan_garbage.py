@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 
-from lighten.plan.gc_pause import spared, unsearched
+from lighten.planning.gc_pause import spared, unsearched
 
 
 class Ring:

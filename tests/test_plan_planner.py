@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from lighten import api
-from lighten.devices import named
 from lighten.errors import UserError
-from lighten.plan import predict
-from lighten.plan.planner import Planner
-from lighten.plan.result import Plan
+from lighten.machine.devices import named
+from lighten.planning import predict
+from lighten.planning.planner import Planner
+from lighten.planning.result import Plan
 from lighten.recipe import Recipe
 from tests.test_plan_changes import formula
 

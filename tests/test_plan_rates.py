@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from lighten.models import kernels
-from lighten.models.kernels import attention
-from lighten.plan import rates
-from lighten.plan.rates import Measured, Rate
-from lighten.plan.operation_cost import Shaped, Work, work_of
-from lighten.train import fused_loss
+from lighten.cpu import kernels
+from lighten.cpu.kernels import attention
+from lighten.engine import fused_loss
+from lighten.planning import rates
+from lighten.planning.operation_cost import Shaped, Work, work_of
+from lighten.planning.rates import Measured, Rate
 
 ATEN, OWN = torch.ops.aten, torch.ops.lighten
 assert fused_loss is not None  # its operation is known once it is imported

@@ -9,13 +9,15 @@ from xml.etree import ElementTree
 
 import pytest
 
-from lighten import cli_plan, devices, runs
-from lighten.cli_plan import print_changes, print_plan
-from lighten.plan import predict, text
-from lighten.plan.result import Change, Memory, MemoryPart, Plan, Shape, StepTime
-from lighten.report.bars import Bar, Segment, stacked_bars
-from lighten.report.page import page
-from lighten.report.planned import figure, section, verdict
+from lighten import runs
+from lighten.cli import plan as cli_plan
+from lighten.cli.plan import print_changes, print_plan
+from lighten.machine import devices
+from lighten.planning import predict, text
+from lighten.planning.result import Change, Memory, MemoryPart, Plan, Shape, StepTime
+from lighten.reporting.bars import Bar, Segment, stacked_bars
+from lighten.reporting.page import page
+from lighten.reporting.planned import figure, section, verdict
 from tests.report_fixture import write_run
 
 GIB = 2**30

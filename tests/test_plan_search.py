@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lighten import api
-from lighten.devices import DEVICES, Device
 from lighten.errors import UserError
-from lighten.plan import predict, search
-from lighten.plan.result import Plan
+from lighten.machine.devices import DEVICES, Device
+from lighten.planning import predict, search
+from lighten.planning.result import Plan
 from lighten.recipe import Recipe
 from tests.test_plan_changes import formula
 

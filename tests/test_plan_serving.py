@@ -11,10 +11,10 @@ import torch
 from transformers import DynamicCache
 
 from lighten import models
-from lighten.devices import DEVICES, named
-from lighten.plan import serving
-from lighten.plan.serve import quantize, serve
-from lighten.plan.serving import LayerCache, adapter_bytes, kv_cache_bytes, layer_caches
+from lighten.machine.devices import DEVICES, named
+from lighten.planning import serving
+from lighten.planning.serve import quantize, serve
+from lighten.planning.serving import LayerCache, adapter_bytes, kv_cache_bytes, layer_caches
 from tests.tiny import save_tiny, tiny_config, tiny_model
 
 GIB = 2**30

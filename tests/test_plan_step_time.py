@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from lighten.plan.build import config_of
-from lighten.plan.rates import Datasheet
-from lighten.plan.step_time import workers_of, parts_of, time_of
-from lighten.plan.steps import Traced, follow_recipe
+from lighten.planning.build import config_of
+from lighten.planning.rates import Datasheet
+from lighten.planning.step_time import parts_of, time_of, workers_of
+from lighten.planning.steps import Traced, follow_recipe
 from tests.test_plan_trace import FLOAT32, Card, Cpu, folder_of, recipe_of
 
 ROW = 32
@@ -21,7 +21,9 @@ def traced(folder: Path, rows: int, **values: Any) -> Traced:
     return follow_recipe(recipe, config_of(recipe)[0], FLOAT32, "cpu", given=(rows, ROW))
 
 
-@pytest.mark.parametrize(("workers", "rows", "waited"), [(1, 3, 3), (2, 3, 2), (2, 4, 2), (3, 2, 1)])
+@pytest.mark.parametrize(
+    ("workers", "rows", "waited"), [(1, 3, 3), (2, 3, 2), (2, 4, 2), (3, 2, 1)]
+)
 def test_a_step_waits_for_the_fullest_lane(
     workers: int, rows: int, waited: int, tmp_path: Path
 ) -> None:

@@ -14,17 +14,18 @@ from torch.utils.flop_counter import flop_registry
 
 from lighten import models
 from lighten.adapters.whole import decoder_layers
+from lighten.cpu import kernels
 from lighten.data import Encoded, TemplateChoice
 from lighten.data.tokenise import EncodingCounts
-from lighten.hardware import Choice
-from lighten.models import kernels, quantized
+from lighten.engine import loss
+from lighten.machine.hardware import Choice
+from lighten.models import quantized
 from lighten.models.load import set_attention
-from lighten.plan import few_chunks, memory, repeat
-from lighten.plan.build import config_of
-from lighten.plan.process_overhead import Context
-from lighten.plan.storage_tracker import StorageTracker, Pass, Timeline
-from lighten.plan.result import PARTS, Plan
-from lighten.plan.steps import (
+from lighten.planning import few_chunks, memory, repeat
+from lighten.planning.build import config_of
+from lighten.planning.process_overhead import Context
+from lighten.planning.result import PARTS, Plan
+from lighten.planning.steps import (
     OneRank,
     Traced,
     collated,
@@ -33,11 +34,11 @@ from lighten.plan.steps import (
     run_steps,
     traced_places,
 )
-from lighten.plan.trace import plan_recipe
+from lighten.planning.storage_tracker import Pass, StorageTracker, Timeline
+from lighten.planning.trace import plan_recipe
 from lighten.recipe import Recipe
-from lighten.train import loss
-from lighten.train.prepare import prepare
-from lighten.train.rows import Rows
+from lighten.training.prepare import prepare
+from lighten.training.rows import Rows
 from tests.tiny import tiny_config, tiny_model
 
 FLOAT32 = Choice("float32", "the test's")
@@ -494,7 +495,7 @@ def test_weights_of_another_format_are_mapped_while_they_are_converted(
 def test_a_plan_says_which_gpus_were_never_compared(
     device: str, said: bool, tmp_path: Path
 ) -> None:
-    from lighten.devices import named
+    from lighten.machine.devices import named
 
     plan = plan_recipe(recipe_of(folder_of(tmp_path)), named(device))
     assert any("of GPUs h100 has been compared" in line for line in plan.outside) is said

@@ -15,12 +15,13 @@ import pytest
 import torch
 
 import lighten
-from lighten.devices import named
+from lighten.engine import memory_errors
 from lighten.errors import UserError
-from lighten.plan import predict, preflight, calibration
-from lighten.report.page import page
+from lighten.machine.devices import named
+from lighten.planning import calibration, predict, preflight
+from lighten.reporting.page import page
 from lighten.runs import Run
-from lighten.train import memory_errors, out_of_memory
+from lighten.training import out_of_memory
 from tests.tiny import tiny_model, tiny_tokenizer
 
 GIB = 2**30

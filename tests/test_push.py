@@ -157,6 +157,6 @@ def test_a_hub_that_refuses_is_told_in_a_sentence(
     with pytest.raises(UserError, match=f"{hub.address} did not take me/tiny") as error:
         lighten.push(artefact, "me/tiny")
     assert "\n" not in str(error.value)
-    monkeypatch.setattr("lighten.quantize.push.get_token", lambda: None)
+    monkeypatch.setattr("lighten.quantization.push.get_token", lambda: None)
     with pytest.raises(UserError, match="HF_TOKEN"):
         lighten.push(artefact, "me/tiny")

@@ -23,12 +23,12 @@ from lighten.adapters.fake_quant import (
     really_quantised,
 )
 from lighten.errors import MissingExtra, UserError
-from lighten.quantize.model_source import ModelSource
-from lighten.quantize.weights import make
+from lighten.quantization.model_source import ModelSource
+from lighten.quantization.weights import make
 from lighten.recipe import Recipe, RecipeError
 from lighten.runs import Run
-from lighten.train import quantization_aware
-from lighten.train import run as training
+from lighten.training import quantization_aware
+from lighten.training import run as training
 from tests.tiny import save_tiny, tiny_model
 
 pytest.importorskip("torchao.quantization")

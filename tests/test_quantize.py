@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import lighten
 from lighten.errors import DiskFull, UserError
-from lighten.quantize import table
-from lighten.quantize.int4 import group_size
-from lighten.quantize.model_source import calibration_of, opened
-from lighten.quantize.scores import EvaluationRow, score, summary
-from lighten.quantize.table import Quantized
-from lighten.quantize.targets import DYNAMIC, parse, require_tools
+from lighten.quantization import table
+from lighten.quantization.int4 import group_size
+from lighten.quantization.model_source import calibration_of, opened
+from lighten.quantization.scores import EvaluationRow, score, summary
+from lighten.quantization.table import Quantized
+from lighten.quantization.targets import DYNAMIC, parse, require_tools
 from lighten.runs import Run
 from tests.tiny import tiny_model, tiny_tokenizer
 

@@ -13,12 +13,12 @@ from typer.testing import CliRunner
 
 import lighten
 from lighten import api
-from lighten.cli import app
+from lighten.cli.main import app
 from lighten.errors import DiskFull
-from lighten.quantize import forecast as forecasting
-from lighten.quantize.gguf_model import write_gguf
-from lighten.quantize.table import weight_bytes
-from lighten.quantize.weights import make
+from lighten.quantization import forecast as forecasting
+from lighten.quantization.gguf_model import write_gguf
+from lighten.quantization.table import weight_bytes
+from lighten.quantization.weights import make
 from tests.test_merge import trained
 from tests.tiny import tiny_model, tiny_tokenizer
 

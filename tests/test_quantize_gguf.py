@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lighten.errors import UserError
 from lighten.gguf_names import stored_name
-from lighten.quantize.gguf_model import plan_gguf, write_gguf
-from lighten.quantize.llamacpp import Runtime
+from lighten.quantization.gguf_model import plan_gguf, write_gguf
+from lighten.quantization.llamacpp import Runtime
 from tests.tiny import CHATML, tiny_model, tiny_tokenizer
 
 ROPE = {"rope_theta": 10000.0}

@@ -16,8 +16,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from lighten.errors import UserError
-from lighten.quantize.gguf_adapter import write_gguf_adapter
-from lighten.quantize.llamacpp import Runtime
+from lighten.quantization.gguf_adapter import write_gguf_adapter
+from lighten.quantization.llamacpp import Runtime
 from tests.gguf_files import write_gguf
 from tests.tiny import save_tiny, tiny_config, tiny_model
 

@@ -20,9 +20,9 @@ from tokenizers import (
 )
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lighten.quantize.gguf_model import write_gguf
-from lighten.quantize.gguf_tokenizer import _PATTERNS
-from lighten.quantize.llamacpp import Runtime
+from lighten.quantization.gguf_model import write_gguf
+from lighten.quantization.gguf_tokenizer import _PATTERNS
+from lighten.quantization.llamacpp import Runtime
 from tests.tiny import tiny_model
 
 ROWS = 700

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lighten.quantize import gptq, int4
-from lighten.quantize.weights import make
+from lighten.quantization import gptq, int4
+from lighten.quantization.weights import make
 from tests.tiny import tiny_model, tiny_tokenizer
 
 pytest.importorskip("auto_round")

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from lighten.quantize.gguf_tokenizer import stop_texts
-from lighten.quantize.modelfile import chat_pieces, modelfile
+from lighten.quantization.gguf_tokenizer import stop_texts
+from lighten.quantization.modelfile import chat_pieces, modelfile
 from tests.tiny import CHATML, save_tiny, tiny_tokenizer
 
 LLAMA3 = (

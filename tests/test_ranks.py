@@ -20,7 +20,7 @@ from lighten.errors import UserError
 from lighten.parallel import foreign, launch
 from lighten.parallel.launch import Launch
 from lighten.runs import Run
-from lighten.train import checkpoints
+from lighten.training import checkpoints
 from tests import processes
 from tests.processes import Forked
 from tests.tiny import tiny_model, tiny_tokenizer

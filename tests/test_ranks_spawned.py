@@ -15,7 +15,7 @@ import lighten
 from lighten.errors import UserError
 from lighten.parallel import launch, spawn
 from lighten.runs import Run
-from lighten.train import checkpoints
+from lighten.training import checkpoints
 from tests import processes
 from tests.processes import Forked
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 import lighten
-from lighten.report import charts, text
-from lighten.report.page import page
+from lighten.reporting import charts, text
+from lighten.reporting.page import page
 from tests.report_fixture import write_run
 
 

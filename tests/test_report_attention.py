@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from lighten.bench import running
-from lighten.report import attention
-from lighten.timing import Timing
+from lighten.benchmarking import running
+from lighten.machine.timing import Timing
+from lighten.reporting import attention
 
 
 def records(kind: str, power: int) -> list[dict[str, Any]]:

@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 from benchmarks import scale_page
-from lighten.devices import DEVICES
 from lighten.errors import UserError
+from lighten.machine.devices import DEVICES
 from lighten.parallel import launch
-from lighten.plan.distributed import cheapest, on_ranks, spread
+from lighten.planning.distributed import cheapest, on_ranks, spread
 from lighten.recipe import Recipe, RecipeError
 from tests.test_plan_distributed import a_plan
 

@@ -30,11 +30,11 @@ import lighten.api
 from benchmarks import serve_identity
 from lighten import data, models
 from lighten.errors import UserError
-from lighten.serve import adapters, checks
-from lighten.serve.remote import Remote
-from lighten.serve.running import Options
-from lighten.serve.stopping import StopTexts
-from lighten.serve.talk import talk
+from lighten.serving import adapters, checks
+from lighten.serving.remote import Remote
+from lighten.serving.running import Options
+from lighten.serving.stopping import StopTexts
+from lighten.serving.talk import talk
 from tests.serving import ADMIN, Server, in_process, save_adapter, serving
 from tests.tiny import CHATML, save_tiny
 
@@ -565,7 +565,7 @@ def test_a_crashed_engine_is_started_again(server: Server) -> None:
         pytest.skip("it lives in the server's process")
     before = text(server, "two", QUESTIONS[2])
     found = subprocess.run(
-        ["pgrep", "-P", str(server.process.pid), "-f", "lighten.serve.child"],
+        ["pgrep", "-P", str(server.process.pid), "-f", "lighten.serving.child"],
         capture_output=True, text=True, check=True,
     ).stdout.split()  # fmt: skip
     for pid in found:

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lighten.errors import UserError
-from lighten.serve.cohort import attention, kernels
-from lighten.serve.cohort.engine import Engine, Request
-from lighten.serve.cohort.sampling import Chosen, Sampler
-from lighten.serve.cohort.segments import Factors, Segments, Update
-from lighten.serve.engine import Sampling
+from lighten.serving.cohort import attention, kernels
+from lighten.serving.cohort.engine import Engine, Request
+from lighten.serving.cohort.sampling import Chosen, Sampler
+from lighten.serving.cohort.segments import Factors, Segments, Update
+from lighten.serving.engine import Sampling
 from tests.tiny import VOCAB, tiny_model
 
 SERVED = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "mistral", "phi3", "gpt2", "opt")

@@ -1,8 +1,8 @@
-"""The benchmark's pruner of identity, and the figures that it is read for."""
+"""The benchmark's judge of identity, and the figures that it is read for."""
 
 from __future__ import annotations
 
-from benchmarks.serve_identity import Answer, Contents, Report, pruner
+from benchmarks.serve_identity import Answer, Contents, Report, judge
 from benchmarks.serve_load import Compared, Round, Shape, planned
 from benchmarks.serve_vs_engines import headline
 
@@ -16,7 +16,7 @@ def answer(*tokens: str, gap: float = 3.0, move: float = 0.0) -> Answer:
 
 def judged(got: Answer, *alone: Answer, tie: float = 0.01) -> Report:
     report = Report(tie)
-    pruner(report, got, alone, "it")
+    judge(report, got, alone, "it")
     return report
 
 

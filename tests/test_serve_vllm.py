@@ -19,9 +19,9 @@ pytest.importorskip("xllamacpp")
 import lighten.api
 from lighten import models
 from lighten.errors import UserError
-from lighten.serve import vllm
-from lighten.serve.engine import Generation, Sampling
-from lighten.serve.remote import Remote
+from lighten.serving import vllm
+from lighten.serving.engine import Generation, Sampling
+from lighten.serving.remote import Remote
 from tests.serving import ADMIN, save_adapter, serving
 
 ROOT = Path(__file__).parents[1]

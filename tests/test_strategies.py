@@ -23,12 +23,12 @@ from transformers import AutoModelForCausalLM
 import lighten
 from lighten.adapters import dtensors
 from lighten.adapters.decoder import decoder_layers
+from lighten.engine import step as train_step_module
 from lighten.errors import UserError
 from lighten.parallel import strategies
 from lighten.recipe import Recipe, RecipeError
 from lighten.runs import Run
-from lighten.train import checkpoints, loop
-from lighten.train import step as train_step_module
+from lighten.training import checkpoints, loop
 from tests.processes import Forked
 from tests.tiny import save_tiny
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import lighten
 from lighten.errors import UserError
-from lighten.hardware import cache_folder
+from lighten.machine.hardware import cache_folder
 from lighten.parallel.streamed import build as building
 from lighten.parallel.streamed import shards as reading
 from lighten.parallel.streamed.cuda import CudaSlots
@@ -27,7 +27,7 @@ from lighten.parallel.streamed.feed import LayerFeed, LayerPieces
 from lighten.parallel.streamed.shards import RateLimit, Shards
 from lighten.recipe import RecipeError
 from lighten.runs import Run
-from lighten.train import checkpoints
+from lighten.training import checkpoints
 from tests.tiny import tiny_model, tiny_tokenizer
 
 LAYERS = 5
@@ -411,7 +411,7 @@ def test_a_plan_counts_two_layers_and_the_time_of_reading(
 
 
 def test_what_does_not_fit_is_told_that_its_base_can_wait(settings: dict[str, Any]) -> None:
-    from lighten.plan.changes import ideas
+    from lighten.planning.changes import ideas
     from lighten.recipe import Recipe
 
     recipe = Recipe.from_values(settings)

@@ -13,14 +13,14 @@ import pytest
 import torch
 
 import lighten
+from lighten.engine import workers
 from lighten.errors import UserError
-from lighten.evaluate.kept import Kept
-from lighten.report import charts
+from lighten.evaluation.kept import Kept
+from lighten.reporting import charts
 from lighten.runs import Run
-from lighten.sweep.arms import expand, group
-from lighten.sweep.budget import Speed, keep, longest
-from lighten.sweep.result import SweepResult
-from lighten.train import workers
+from lighten.sweeps.arms import expand, group
+from lighten.sweeps.budget import Speed, keep, longest
+from lighten.sweeps.result import SweepResult
 from tests import processes
 from tests.processes import Forked
 from tests.test_report import CONTRAST, opened

@@ -10,7 +10,7 @@ import pytest
 
 from lighten.recipe import Recipe, RecipeError
 from lighten.recipe.swept import gathered
-from lighten.sweep.arms import Arm, expand, full_arm, group
+from lighten.sweeps.arms import Arm, expand, full_arm, group
 
 
 @pytest.fixture

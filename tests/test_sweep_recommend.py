@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lighten.sweep.recommend import Candidate, Recommendation, recommend, seen, student
+from lighten.sweeps.recommend import Candidate, Recommendation, recommend, seen, student
 
 EXAMPLES = 160
 

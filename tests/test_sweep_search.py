@@ -11,8 +11,8 @@ import pytest
 
 from lighten.errors import MissingExtra, UserError
 from lighten.recipe import Recipe
-from lighten.sweep.arms import Arm, Group
-from lighten.sweep.search import JOURNAL, TOGETHER, Search, run_search
+from lighten.sweeps.arms import Arm, Group
+from lighten.sweeps.search import JOURNAL, TOGETHER, Search, run_search
 
 SPACE = {"lora_r": [2, 4, 8, 16], "learning_rate": {"min": 1e-5, "max": 1e-1, "log": True}}
 

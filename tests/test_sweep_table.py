@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lighten.report import sweep_table
+from lighten.reporting import sweep_table
 
 
 def arm(name: str, parameters: int, loss: float | None, **changes: Any) -> dict[str, Any]:

@@ -9,12 +9,12 @@ import pytest
 
 from lighten.errors import MissingExtra
 from lighten.recipe import Recipe, RecipeError
-from lighten.report.sweep_page import sweep_page
+from lighten.reporting.sweep_page import sweep_page
 from lighten.runs import Run
-from lighten.sweep import ray_tune
-from lighten.sweep.arms import expand, group
-from lighten.sweep.measure import Measurement
-from lighten.sweep.running import sweep
+from lighten.sweeps import ray_tune
+from lighten.sweeps.arms import expand, group
+from lighten.sweeps.measure import Measurement
+from lighten.sweeps.running import sweep
 
 
 def recipe(tiny_folder: Path, chat_file: Path, folder: Path, **own: Any) -> Recipe:

@@ -10,10 +10,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from lighten.adapters import AdapterSpec, attach
-from lighten.models import kernels
-from lighten.train import compiled, gates
-from lighten.train.memory import checkpoint_layers
-from lighten.train.offload import Offload, ScratchFile, wrap
+from lighten.cpu import gates, kernels
+from lighten.engine import compiled
+from lighten.engine.checkpointing import checkpoint_layers
+from lighten.engine.offload import Offload, ScratchFile, wrap
 from tests.test_train_step import UNEVEN, assert_close, cohort_of, gradients, in_blocks, one_step
 from tests.test_train_step import random_spec as spec
 from tests.tiny import tiny_model

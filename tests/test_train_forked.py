@@ -18,14 +18,14 @@ from torch import nn
 
 import lighten
 from lighten.adapters import AdapterSpec, Cohort
-from lighten.hardware import PeakMemory
-from lighten.train import forked, memory_errors
-from lighten.train.forked import Forked
-from lighten.train.workers import Workers, Threads
-from lighten.train.loss import Objective
-from lighten.train.adapter_optimizer import AdapterOptimizer
-from lighten.train.scaling import LossScaler
-from lighten.train.step import MemberStep, train_step
+from lighten.engine import forked, memory_errors
+from lighten.engine.adapter_optimizer import AdapterOptimizer
+from lighten.engine.forked import Forked
+from lighten.engine.loss import Objective
+from lighten.engine.scaling import LossScaler
+from lighten.engine.step import MemberStep, train_step
+from lighten.engine.workers import Threads, Workers
+from lighten.machine.hardware import PeakMemory
 from tests.test_train_step import (
     UNEVEN,
     cohort_of,
@@ -48,7 +48,9 @@ def threads(count: int) -> Make:
 
 
 @contextmanager
-def at_work(make: Make, cohort: Cohort) -> Iterator[tuple[Workers, Objective, list[AdapterOptimizer]]]:
+def at_work(
+    make: Make, cohort: Cohort
+) -> Iterator[tuple[Workers, Objective, list[AdapterOptimizer]]]:
     members = [AdapterOptimizer(name, cohort.parameters(name), settings()) for name in cohort.names]
     objective = Objective(cohort.model, cohort, packs=True)
     workers = make(objective, [[p for m in members for p in m.parameters.values()]])

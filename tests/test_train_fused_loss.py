@@ -1,4 +1,4 @@
-"""The loss in one operation for losses and gradients: on CUDA devices and in a processor's kernel"""
+"""One operation for losses and gradients: on CUDA devices and in a processor's kernel."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lighten.models import kernels
-from lighten.train.fused_loss import cross_entropy_, plain
-from lighten.train.loss import Objective
+from lighten.cpu import kernels
+from lighten.engine.fused_loss import cross_entropy_, plain
+from lighten.engine.loss import Objective
 from tests.test_train_step import UNEVEN, assert_close, cohort_of, gradients, one_step
 from tests.test_train_step import random_spec as spec
 

@@ -18,16 +18,17 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import lighten
-from lighten import allocator, hardware
 from lighten.adapters import Cohort
-from lighten.allocator.arena import SWITCH
+from lighten.cpu import allocator
+from lighten.cpu.allocator.arena import SWITCH
+from lighten.engine import offload
+from lighten.engine.checkpointing import checkpoint_layers
+from lighten.engine.forward_backward import shares_of
+from lighten.engine.loss import Objective
+from lighten.engine.offload import Offload, PinnedMemory, ScratchFile, wrap
 from lighten.errors import UserError
+from lighten.machine import hardware
 from lighten.recipe import Recipe, RecipeError
-from lighten.train import offload
-from lighten.train.loss import Objective
-from lighten.train.memory import checkpoint_layers
-from lighten.train.offload import Offload, PinnedMemory, ScratchFile, wrap
-from lighten.train.forward_backward import shares_of
 from tests.test_train_step import (
     UNEVEN,
     cohort_of,
@@ -330,7 +331,7 @@ def test_trap34_the_reentrant_form_is_refused_and_other_arguments_are_handed_on(
         seen.append({key: kwargs.pop(key) for key in options})
         return forward(*args, **kwargs)
 
-    monkeypatch.setattr("lighten.train.memory.checkpoint", noting)
+    monkeypatch.setattr("lighten.engine.checkpointing.checkpoint", noting)
     cohort = cohort_of(random_spec())
     checkpoint_layers(cohort.model, options=recipe.gradient_checkpointing_kwargs)
     one_step(cohort, UNEVEN, 6)

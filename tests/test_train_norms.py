@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from lighten.train import norms
+from lighten.cpu import norms
 from tests.test_train_step import UNEVEN, assert_close, cohort_of, gradients, one_step, random_spec
 
 KINDS = [LlamaRMSNorm, GemmaRMSNorm]

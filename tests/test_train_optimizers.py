@@ -19,14 +19,15 @@ from transformers import Trainer
 import lighten
 from lighten.adapters import Cohort, WholeBase, attach
 from lighten.adapters.peft_backed import PeftBacked
+from lighten.engine import optimizers
+from lighten.engine.adapter_optimizer import AdapterOptimizer
+from lighten.engine.loss import Objective
+from lighten.engine.scaling import LossScaler
+from lighten.engine.step import train_step
 from lighten.errors import MissingExtra
 from lighten.recipe import Recipe, RecipeError
 from lighten.recipe.fields import Optimizer
-from lighten.train import checkpoints, optimizers
-from lighten.train.loss import Objective
-from lighten.train.adapter_optimizer import AdapterOptimizer
-from lighten.train.scaling import LossScaler
-from lighten.train.step import train_step
+from lighten.training import checkpoints
 from tests.test_adapters_peft import METHODS, lora_spec, peft_spec
 from tests.test_train_step import UNEVEN, cohort_of, micro_batches, random_spec, settings
 from tests.tiny import ARCHITECTURES, tiny_model
@@ -36,7 +37,9 @@ CPU = sorted({optimizers.choose(name, "cpu").value for name in NAMES})
 A, B = "m.q.lora_A.weight", "m.q.lora_B.weight"
 
 
-def member_of(optim: str, start: dict[str, nn.Parameter] | None = None, **changes: Any) -> AdapterOptimizer:
+def member_of(
+    optim: str, start: dict[str, nn.Parameter] | None = None, **changes: Any
+) -> AdapterOptimizer:
     """Large enough for 8-bit states in A and too small for them in B; not whole blocks of 256."""
     generator = torch.Generator().manual_seed(0)
     shapes = {A: (8, 650), B: (40, 8)}
@@ -45,7 +48,9 @@ def member_of(optim: str, start: dict[str, nn.Parameter] | None = None, **change
     return AdapterOptimizer("a", made, settings(optim=optim, weight_decay=0.01, **changes))
 
 
-def move(member: AdapterOptimizer, steps: range, device: str = "cpu") -> list[dict[str, torch.Tensor]]:
+def move(
+    member: AdapterOptimizer, steps: range, device: str = "cpu"
+) -> list[dict[str, torch.Tensor]]:
     """Steps under gradients of fixed seeds, and those gradients."""
     seen = []
     for step in steps:

@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 import lighten
+from lighten.engine import workers
+from lighten.engine.workers import FULL_TOKENS
 from lighten.runs import Run
-from lighten.train import workers, loop
-from lighten.train.workers import FULL_TOKENS
+from lighten.training import loop
 from tests.tiny import save_tiny
 
 

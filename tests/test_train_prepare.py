@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 import lighten
-from lighten import hardware
+from lighten.engine.batching import choose_packing, choose_tokens
 from lighten.errors import UserError
+from lighten.machine import hardware
 from lighten.models import attention
-from lighten.train.batching import choose_packing, choose_tokens
 from tests.tiny import tiny_model
 
 

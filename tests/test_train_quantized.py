@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 import lighten
 from lighten import models
 from lighten.adapters import attach
+from lighten.engine.checkpointing import checkpoint_layers
 from lighten.errors import UserError
-from lighten.evaluate.chat import Conversation
+from lighten.evaluation.chat import Conversation
 from lighten.runs import Run
-from lighten.train import checkpoints
-from lighten.train.memory import checkpoint_layers
+from lighten.training import checkpoints
 from tests.test_train_step import UNEVEN, one_step, random_spec
 from tests.tiny import ARCHITECTURES, save_tiny
 

@@ -22,9 +22,9 @@ from lighten import adapters, models
 from lighten.errors import UserError
 from lighten.recipe import Recipe
 from lighten.runs import Run
-from lighten.train import checkpoints
-from lighten.train.interrupt import Interrupted
-from lighten.train.run import train as train_verb
+from lighten.training import checkpoints
+from lighten.training.interrupt import Interrupted
+from lighten.training.run import train as train_verb
 from tests import processes
 from tests.processes import Forked, python
 
@@ -154,7 +154,7 @@ def test_a_stopped_run_saves_says_so_and_resumes(
 def test_an_interrupt_in_the_same_process_raises_interrupted(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lighten.train import loop
+    from lighten.training import loop
 
     plain, sent = loop.train_step, []
 
@@ -501,9 +501,9 @@ def test_a_default_run_of_one_epoch_is_saved_by_time_before_its_end(
     assert saved() == ["checkpoint-8"]
     # Looks at the clock: two at the start, one a step, two at a save: the third step ends 640 s
     # after the first look.
-    monkeypatch.setattr("lighten.train.loop.time", Clock(160.0))
+    monkeypatch.setattr("lighten.training.loop.time", Clock(160.0))
     assert saved(save_every=None) == ["checkpoint-8"]
-    monkeypatch.setattr("lighten.train.loop.time", Clock(160.0))
+    monkeypatch.setattr("lighten.training.loop.time", Clock(160.0))
     first, *_, last = saved()
     assert (first, last) == ("checkpoint-3", "checkpoint-8")
 
@@ -512,7 +512,7 @@ def test_a_slow_disk_is_not_written_to_all_the_time(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A save takes 70 s here: the next one waits for 1400, whatever save_every says.
-    monkeypatch.setattr("lighten.train.loop.time", Clock(70.0))
+    monkeypatch.setattr("lighten.training.loop.time", Clock(70.0))
     run = train(settings, save_steps=100, eval_steps=100, lora_r=2, save_every="1m")
     names = [path.name for path in checkpoints.listing(run.folder / "checkpoints")]
     assert names == ["checkpoint-1", "checkpoint-8"]

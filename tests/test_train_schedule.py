@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from lighten.train.schedule import learning_rate_factor, warmup_length
+from lighten.engine.schedule import learning_rate_factor, warmup_length
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "constant", "constant_with_warmup"])

@@ -12,15 +12,15 @@ from transformers import PreTrainedModel
 
 from lighten.adapters import AdapterSpec, Cohort, attach
 from lighten.data.batches import Item, MicroBatch, collate, layout
+from lighten.engine.adapter_optimizer import AdapterOptimizer, AdapterOptimizerSettings
+from lighten.engine.checkpointing import checkpoint_layers
+from lighten.engine.forward_backward import shares_of
+from lighten.engine.loss import Objective
+from lighten.engine.scaling import LossScaler
+from lighten.engine.step import MemberStep, TrainingDiverged, train_step
+from lighten.engine.validation import held_out
 from lighten.errors import UserError
 from lighten.models import attention
-from lighten.train.validation import held_out
-from lighten.train.loss import Objective
-from lighten.train.adapter_optimizer import AdapterOptimizer, AdapterOptimizerSettings
-from lighten.train.memory import checkpoint_layers
-from lighten.train.forward_backward import shares_of
-from lighten.train.scaling import LossScaler
-from lighten.train.step import MemberStep, TrainingDiverged, train_step
 from tests.tiny import ARCHITECTURES, VOCAB, tiny_model
 
 
@@ -77,7 +77,10 @@ def one_step(
     packed: bool = False,
     **changes: object,
 ) -> tuple[dict[str, MemberStep], dict[str, AdapterOptimizer]]:
-    members = [AdapterOptimizer(name, cohort.parameters(name), settings(**changes)) for name in cohort.names]
+    members = [
+        AdapterOptimizer(name, cohort.parameters(name), settings(**changes))
+        for name in cohort.names
+    ]
     report = train_step(
         micro_batches(rows, list(cohort.names), max_rows, packed=packed),
         members,

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 import lighten
-from lighten.devices import named
-from lighten.plan import predict
+from lighten.engine.schedule import learning_rate_factor
+from lighten.machine.devices import named
+from lighten.planning import predict
 from lighten.recipe import Recipe, RecipeError
 from lighten.runs import Run
-from lighten.train import checkpoints, time_budget
-from lighten.train.schedule import learning_rate_factor
-from lighten.train.time_budget import Pace, TimeBudget, steps_within
+from lighten.training import checkpoints, time_budget
+from lighten.training.time_budget import Pace, TimeBudget, steps_within
 from tests.test_train_runs import losses, same, weights
 
 

@@ -22,18 +22,18 @@ from transformers.pytorch_utils import Conv1D
 import lighten
 from lighten import models, runs
 from lighten.adapters import WholeBase, shards
+from lighten.engine.adapter_optimizer import AdapterOptimizer
+from lighten.engine.checkpointing import checkpoint_layers
+from lighten.engine.forward_backward import shares_of
+from lighten.engine.loss import Objective
+from lighten.engine.scaling import LossScaler
+from lighten.engine.step import MemberStep
 from lighten.errors import UserError
-from lighten.evaluate.chat import chat
+from lighten.evaluation.chat import chat
 from lighten.models import attention
 from lighten.recipe import Recipe
 from lighten.runs import Run
-from lighten.train import checkpoints
-from lighten.train.loss import Objective
-from lighten.train.adapter_optimizer import AdapterOptimizer
-from lighten.train.memory import checkpoint_layers
-from lighten.train.forward_backward import shares_of
-from lighten.train.scaling import LossScaler
-from lighten.train.step import MemberStep
+from lighten.training import checkpoints
 from tests.test_train_step import (
     UNEVEN,
     Row,

@@ -14,12 +14,12 @@ from accelerate import Accelerator
 import lighten
 from lighten.adapters import AdapterSpec, Cohort
 from lighten.data.batches import START_TOKENS, Item, MicroBatch, even_shares, layout
-from lighten.train.workers import Workers, Threads, choose, shared_out
-from lighten.train.loss import Objective
-from lighten.train.adapter_optimizer import AdapterOptimizer
-from lighten.train.memory import checkpoint_layers
-from lighten.train.scaling import LossScaler
-from lighten.train.step import MemberStep, TrainingDiverged, train_step
+from lighten.engine.adapter_optimizer import AdapterOptimizer
+from lighten.engine.checkpointing import checkpoint_layers
+from lighten.engine.loss import Objective
+from lighten.engine.scaling import LossScaler
+from lighten.engine.step import MemberStep, TrainingDiverged, train_step
+from lighten.engine.workers import Threads, Workers, choose, shared_out
 from tests.test_train_step import (
     UNEVEN,
     assert_close,
@@ -217,7 +217,8 @@ def test_a_run_in_lanes_trains_and_says_so(
     def losses(workers: int) -> list[float]:
         run = lighten.train(
             model_name_or_path=str(tiny_folder), dataset=str(chat_file), max_steps=3,
-            dtype="float32", output_dir=str(tmp_path / str(workers)), workers=workers, progress=False,
+            dtype="float32", output_dir=str(tmp_path / str(workers)), workers=workers,
+            progress=False,
         )  # fmt: skip
         choices = {choice["what"]: choice["value"] for choice in run.info()["choices"]}
         assert choices["workers"] == str(workers)

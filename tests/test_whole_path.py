@@ -173,7 +173,7 @@ ELSEWHERE = {
     "torch_compile": "test_train_compiled: code changes, the result must not",
     "evaluate.extra_metrics": "test_evaluate_metrics",
     "evaluate.forgetting": "test_evaluate_general",
-    "evaluate.pruner": "test_evaluate_judge", "evaluate.judge_model": "test_evaluate_judge",
+    "evaluate.judge": "test_evaluate_judge", "evaluate.judge_model": "test_evaluate_judge",
     "evaluate.tasks": "test_evaluate_tasks", "evaluate.include_path": "test_evaluate_tasks",
     "evaluate.tasks_limit": "test_evaluate_tasks",
     "evaluate.tasks_chat_template": "test_evaluate_tasks",
@@ -239,7 +239,8 @@ def test_the_same_recipe_leaves_the_same(
 def test_layout_settings_change_batches_but_no_result(
     world: dict[str, Any], before: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lighten.train import validation, step_batches
+    from lighten.engine import validation
+    from lighten.training import step_batches
 
     sizes: list[tuple[int, bool]] = []
     for module in (step_batches, validation):

@@ -38,19 +38,7 @@ __all__ = [
     "quantize", "report", "resize_adapter", "run", "sweep", "train", "verify",
 ]  # fmt: skip
 
-_ROOMS = ("evaluate", "plan", "quantize", "report", "sweep", "train")
-_HOME = {
-    "Recipe": "lighten.recipe",
-    "Run": "lighten.runs",
-    "UserError": "lighten.errors",
-    "adapter_info": "lighten.api",
-    "audit": "lighten.api",
-    "export": "lighten.api",
-    "push": "lighten.api",
-    "resize_adapter": "lighten.api",
-    "run": "lighten.api",
-    "verify": "lighten.api",
-}
+_HOME = {"Recipe": "lighten.recipe", "Run": "lighten.runs", "UserError": "lighten.errors"}
 
 
 def __dir__() -> list[str]:
@@ -60,8 +48,6 @@ def __dir__() -> list[str]:
 
 def __getattr__(name: str) -> Any:
     """Load a verb or class when it is first asked for."""
-    if name in _ROOMS:
-        return importlib.import_module(f"lighten.{name}")
-    if name in _HOME:
-        return getattr(importlib.import_module(_HOME[name]), name)
+    if name in __all__:
+        return getattr(importlib.import_module(_HOME.get(name, "lighten.api")), name)
     raise AttributeError(f"module 'lighten' has no attribute {name!r}")

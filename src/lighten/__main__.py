@@ -1,5 +1,5 @@
 """`python -m lighten` is the command line."""
 
-from lighten.cli import main
+from lighten.cli.main import main
 
 main()

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lighten import looked
+from lighten import path_checks as looked
 from lighten.api_bench import audit as audit
 from lighten.api_bench import bench as bench
 from lighten.api_bench import bench_compare as bench_compare
@@ -19,22 +19,22 @@ from lighten.api_plan import plan_spread as plan_spread
 from lighten.api_serve import bench_serve as bench_serve
 from lighten.api_serve import serve as serve
 from lighten.errors import NoHeldOut, UserError
-from lighten.looked import RunLike, adapter_folder, run_of
 from lighten.parallel import launch
-from lighten.quantize.verbs import export as export
-from lighten.quantize.verbs import push as push
-from lighten.quantize.verbs import quantize as quantize
-from lighten.quantize.verbs import verify as verify
+from lighten.path_checks import RunLike, adapter_folder, run_of
+from lighten.quantization.verbs import export as export
+from lighten.quantization.verbs import push as push
+from lighten.quantization.verbs import quantize as quantize
+from lighten.quantization.verbs import verify as verify
 from lighten.recipe import Recipe
 from lighten.runs import Run
 
 if TYPE_CHECKING:
     from lighten.adapters.resize import Resized
-    from lighten.evaluate.result import Evaluation
-    from lighten.plan.probe import Probed
-    from lighten.plan.result import Plan
-    from lighten.plan.search import Found, Limits, Sized
-    from lighten.sweep.result import SweepResult
+    from lighten.evaluation.result import Evaluation
+    from lighten.planning.probe import Probed
+    from lighten.planning.result import Plan
+    from lighten.planning.search import Found, Limits, Sized
+    from lighten.sweeps.result import SweepResult
 
 RecipeLike = Recipe | str | os.PathLike[str]
 Progress = Callable[[str, int, int], None]
@@ -101,11 +101,11 @@ def train(
             flags=[flag for flag, given in (("--resume", resume), ("--force", force),
                                             ("--no-plan", not planned)) if given],
         )  # fmt: skip
-    from lighten.train.run import train as run_training
+    from lighten.training.run import train as run_training
 
     if not planned or os.environ.get("LIGHTEN_PLAN") == "off":
         return run_training(chosen, resume=resume, progress=progress)
-    from lighten.plan.preflight import plan_first, remember
+    from lighten.planning.preflight import plan_first, remember
 
     prediction = plan_first(chosen, force=force, progress=progress)
     done = run_training(chosen, resume=resume, progress=progress, prediction=prediction)
@@ -122,8 +122,8 @@ def _train_as_ranks(
 
     from lighten.folders import resume_command
     from lighten.parallel import spawn
-    from lighten.train.interrupt import Interrupted
-    from lighten.train.progress import TrainingProgress
+    from lighten.training.interrupt import Interrupted
+    from lighten.training.progress import TrainingProgress
 
     with TrainingProgress(enabled=shown) as told:
         for notice in recipe.notices:
@@ -164,12 +164,12 @@ def plan(
     Raises:
         UserError: Something the user can mend.
     """
-    from lighten.plan.gc_pause import unsearched
+    from lighten.planning.gc_pause import unsearched
 
     chosen = plannable(recipe, **overrides)
     with unsearched():
-        from lighten import devices
-        from lighten.plan.predict import plan as predict
+        from lighten.machine import devices
+        from lighten.planning.predict import plan as predict
 
     return predict(chosen, devices.named(device), changes=changes, told=told)
 
@@ -183,9 +183,9 @@ def plan_probe(
         UserError: Something the user can mend; the device is not of this machine.
     """
     chosen = plannable(recipe, **overrides)
-    from lighten import devices
-    from lighten.plan import predict
-    from lighten.plan.probe import probe
+    from lighten.machine import devices
+    from lighten.planning import predict
+    from lighten.planning.probe import probe
 
     where = devices.named(device)
     rows = predict.read_rows(chosen, [])
@@ -214,8 +214,8 @@ def plan_search(
         UserError: Something the user can mend.
     """
     chosen = plannable(recipe, **overrides)
-    from lighten import devices
-    from lighten.plan import predict, search
+    from lighten.machine import devices
+    from lighten.planning import predict, search
 
     rows = predict.read_rows(chosen, [])
     planner = predict.planner_for(devices.named(device), rows)
@@ -242,8 +242,8 @@ def plan_largest(
     Raises:
         UserError: Something the user can mend.
     """
-    from lighten import devices
-    from lighten.plan import predict, search
+    from lighten.machine import devices
+    from lighten.planning import predict, search
 
     return search.largest(
         [(name, predict.parameters_of(name)) for name in models],
@@ -263,8 +263,8 @@ def plan_limits(
         UserError: Something the user can mend.
     """
     chosen = plannable(recipe, **overrides)
-    from lighten import devices
-    from lighten.plan import predict, search
+    from lighten.machine import devices
+    from lighten.planning import predict, search
 
     planner = predict.planner_for(devices.named(device))
     return search.limits(chosen, planner, longest=predict.positions_of(chosen))
@@ -309,8 +309,8 @@ def evaluate(
     """
     chosen = run_of(run)
     other = None if against is None else run_of(against)
-    from lighten.evaluate import against as comparing
-    from lighten.evaluate.evaluation import evaluate_run
+    from lighten.evaluation import against as comparing
+    from lighten.evaluation.evaluation import evaluate_run
 
     theirs = None if other is None else comparing.read(other)
     found = evaluate_run(chosen, progress=progress, **options)
@@ -350,7 +350,7 @@ def sweep(
         )
     chosen = recipe_of(recipe, **swept.gathered(overrides))
     looked.require_model(chosen.model_name_or_path)
-    from lighten.sweep.running import sweep as run_sweep
+    from lighten.sweeps.running import sweep as run_sweep
 
     found = run_sweep(chosen, resume=resume, progress=progress, measuring=measuring_progress)
     report(found.folder)
@@ -371,8 +371,8 @@ def report(*runs: RunLike, output: str | os.PathLike[str] | None = None) -> Path
         raise UserError("report needs at least one run (see: lighten runs list)")
     chosen = [run_of(run) for run in runs]
     target = None if output is None else Path(output).expanduser()
-    from lighten.report.page import write_page
-    from lighten.report.sweep_page import is_sweep, write_sweep_page
+    from lighten.reporting.page import write_page
+    from lighten.reporting.sweep_page import is_sweep, write_sweep_page
 
     if len(chosen) == 1 and is_sweep(chosen[0].folder):
         return write_sweep_page(chosen[0].folder, target)
@@ -398,7 +398,7 @@ def run(
     """
     chosen = recipe_of(recipe, **overrides)
     if chosen.quantize.to:  # what it needs is missed before the training, not after
-        from lighten.quantize.targets import parse, require_tools
+        from lighten.quantization.targets import parse, require_tools
 
         require_tools(parse(chosen.quantize.to))
     done = train(chosen, resume=resume, progress=progress, planned=planned, force=force)

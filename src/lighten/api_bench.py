@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lighten import looked
+from lighten import path_checks as looked
 
 if TYPE_CHECKING:
-    from lighten.bench.audit import Audit
+    from lighten.benchmarking.audit import Audit
     from lighten.recipe import Recipe
 
 
@@ -52,7 +52,7 @@ def bench(
         UserError: Something the user can mend.
     """
     from lighten.api import plannable
-    from lighten.bench import running
+    from lighten.benchmarking import running
 
     given: dict[str, Any] = {
         "prompt_tokens": None if prompt_tokens is None else tuple(prompt_tokens),
@@ -114,12 +114,12 @@ def audit(
         UserError: Something the user can mend.
     """
     from lighten.api import recipe_of
-    from lighten.bench import running
-    from lighten.bench.audit import Settings
-    from lighten.bench.audit import audit as measure
+    from lighten.benchmarking import running
+    from lighten.benchmarking.audit import Settings
+    from lighten.benchmarking.audit import audit as measure
     from lighten.errors import UserError
     from lighten.recipe.section import duration
-    from lighten.report.audit_page import write_audit_page
+    from lighten.reporting.audit_page import write_audit_page
 
     looked.require_model(model)
     try:
@@ -155,6 +155,6 @@ def bench_compare(before: str | os.PathLike[str], after: str | os.PathLike[str])
     Raises:
         UserError: A file is not there, or is something else.
     """
-    from lighten.bench import comparing
+    from lighten.benchmarking import comparing
 
     return comparing.compare(comparing.read(Path(before)), comparing.read(Path(after)))

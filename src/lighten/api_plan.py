@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lighten import looked
+from lighten import path_checks as looked
 
 if TYPE_CHECKING:
     from lighten.api import RecipeLike
-    from lighten.plan.distributed import Distributed, Strategy
-    from lighten.plan.serve import Quantizing
-    from lighten.plan.serving import Serving
-    from lighten.quantize.forecast import Forecast
+    from lighten.planning.distributed import Distributed, Strategy
+    from lighten.planning.serve import Quantizing
+    from lighten.planning.serving import Serving
+    from lighten.quantization.forecast import Forecast
     from lighten.runs import Run
 
 
@@ -46,9 +46,9 @@ def plan_spread(
     from lighten.api import plannable
 
     chosen = plannable(recipe, **overrides)
-    from lighten import devices
-    from lighten.plan import predict
-    from lighten.plan.distributed import cheapest, of_recipe, spread
+    from lighten.machine import devices
+    from lighten.planning import predict
+    from lighten.planning.distributed import cheapest, of_recipe, spread
 
     where = devices.named(device)
     alone = predict.plan(chosen, where, changes=False)
@@ -75,8 +75,8 @@ def plan_serve(model: str, *, device: str | None = None, **options: Any) -> Serv
         UserError: Something the user can mend.
     """
     looked.require_model(model)
-    from lighten import devices
-    from lighten.plan.serve import serve
+    from lighten.machine import devices
+    from lighten.planning.serve import serve
 
     return serve(model, devices.named(device), **options)
 
@@ -88,8 +88,8 @@ def plan_quantize(model: str, **options: Any) -> Quantizing:
         UserError: Something the user can mend.
     """
     looked.require_model(model)
-    from lighten import devices
-    from lighten.plan.serve import quantize
+    from lighten.machine import devices
+    from lighten.planning.serve import quantize
 
     return quantize(model, capacity=devices.named("cpu").memory_bytes, **options)
 
@@ -112,8 +112,8 @@ def plan_formats(
     Raises:
         UserError: Something the user can mend.
     """
-    from lighten import devices
-    from lighten.quantize.forecast import forecast
+    from lighten.machine import devices
+    from lighten.quantization.forecast import forecast
 
     target = None if output_dir is None else Path(output_dir).expanduser()
     return forecast(

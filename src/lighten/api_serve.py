@@ -29,14 +29,14 @@ def serve(
         adapter_dir: Folder that adapters may be loaded from at run time.
         api_keys: Of clients, beside those in `LIGHTEN_API_KEY`.
         admin_keys: For loading adapters, beside those in `LIGHTEN_ADMIN_KEY`.
-        options: See `lighten.serve.running.Options`.
+        options: See `lighten.serving.running.Options`.
 
     Raises:
         UserError: Something the user can mend; an adapter cannot be served unmerged.
     """
     import sys
 
-    from lighten.serve import running
+    from lighten.serving import running
 
     if admin_keys and adapter_dir is None:
         raise UserError("--admin-key needs --adapter-dir FOLDER, which adapters are loaded from")
@@ -66,7 +66,7 @@ def bench_serve(
         output_dir: Where `bench-serve.json` and `bench-serve.svg` go; None: nowhere.
         identity_requests: Answers that are compared with those of the same model asked alone.
         told: Hears of each part when it is measured.
-        load: See `lighten.serve.load.Load`.
+        load: See `lighten.serving.load.Load`.
 
     Returns:
         What was measured (`loads`), and what was checked (`checks`, `identity`).
@@ -74,7 +74,7 @@ def bench_serve(
     Raises:
         UserError: Something the user can mend; the server does not answer.
     """
-    from lighten.serve import benching
+    from lighten.serving import benching
 
     target = None if output_dir is None else Path(output_dir)
     return benching.bench(

@@ -104,7 +104,7 @@ def in_child(
 
 
 def _short(said: str) -> bool:
-    from lighten.train.memory_errors import ran_out
+    from lighten.engine.memory_errors import ran_out
 
     return "MemoryError" in said or ran_out(RuntimeError(said))
 

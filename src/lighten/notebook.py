@@ -11,9 +11,9 @@ from html import escape
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lighten.evaluate.result import Evaluation
+    from lighten.evaluation.result import Evaluation
     from lighten.runs import Run
-    from lighten.sweep.result import SweepResult
+    from lighten.sweeps.result import SweepResult
 
 # Only inside the card: a notebook's page is not ours to style.
 _STYLE = """<style>
@@ -50,7 +50,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def run_html(run: Run) -> str:
     """A run: what training changed, its figures, and the loss over its steps."""
-    from lighten.report import page, text
+    from lighten.reporting import page, text
 
     info, evaluation = run.info(), run.evaluation()
     rows = [
@@ -67,9 +67,9 @@ def run_html(run: Run) -> str:
 
 def evaluation_html(evaluation: Evaluation) -> str:
     """An evaluation: the headline, and every metric of every model with its verdict."""
-    from lighten.evaluate.metrics import METRICS
-    from lighten.report import text
-    from lighten.report.charts import number
+    from lighten.evaluation.metrics import METRICS
+    from lighten.reporting import text
+    from lighten.reporting.charts import number
 
     rows = []
     for metric in METRICS:
@@ -90,7 +90,7 @@ def evaluation_html(evaluation: Evaluation) -> str:
 
 def sweep_html(found: SweepResult) -> str:
     """A sweep: what it recommends and why, and every arm."""
-    from lighten.report import sweep_page, sweep_table
+    from lighten.reporting import sweep_page, sweep_table
 
     metric = sweep_table.metric_of(found.folder)
     return _card(

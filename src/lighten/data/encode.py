@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from lighten import forks
 from lighten.data.conversation import Handling, Renderer
 from lighten.data.examples import Example, Message
 from lighten.data.findings import Findings
 from lighten.data.storage import EncodedRows, Row, RowWriter, flush
 from lighten.data.tokenise import PART_EXAMPLES, EncodingCounts, Tokenised, tokenise
 from lighten.errors import UserError
+from lighten.machine import forks
 from lighten.wording import counted
 
 LEFT_OUT = "left out: "

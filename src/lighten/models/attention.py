@@ -36,8 +36,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from lighten.models import kernels
-from lighten.models.kernels import attention as kernel
+from lighten.cpu import kernels
+from lighten.cpu.kernels import attention as kernel
 
 NAME, REPEATS = "lighten_blocks", "lighten_repeats"
 GROUPED_SINCE = (8, 0)  # compute capability from which half precision's kernels read grouped keys

@@ -27,7 +27,7 @@ from transformers.tokenization_utils_tokenizers import TokenizersBackend
 from lighten import streams
 from lighten.errors import UserError
 from lighten.gguf_names import LAYER, STEM, STEM_OF_GPT2, outer_names
-from lighten.hardware import cache_folder
+from lighten.machine.hardware import cache_folder
 from lighten.models import links
 from lighten.models.configuration import FAULTS, build_empty, reason
 from lighten.models.gguf_config import config_of, refused

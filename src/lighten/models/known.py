@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lighten.hardware import cache_folder
+from lighten.machine.hardware import cache_folder
 
 SOURCE = "public configurations (litgpt/config.py and others), read on 2026-11-28"
 

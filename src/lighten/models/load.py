@@ -26,11 +26,11 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from lighten import allocator
+from lighten.cpu import allocator, kernels
 from lighten.errors import UserError
-from lighten.hardware import Choice, choose_dtype
+from lighten.machine.hardware import Choice, choose_dtype
 from lighten.models import attention as blocks
-from lighten.models import gguf, kernels, known, links, packaged, quantized
+from lighten.models import gguf, known, links, packaged, quantized
 from lighten.models.configuration import FAULTS, check_json, read_config, reason
 from lighten.models.names import PACKAGED, Source, packaged_as, resolve
 from lighten.streams import download_bar, library_bars

@@ -13,7 +13,7 @@ import zipfile
 from pathlib import Path
 
 from lighten.errors import UserError
-from lighten.hardware import cache_folder
+from lighten.machine.hardware import cache_folder
 from lighten.models.names import PACKAGED, Package
 
 log = logging.getLogger(__name__)

@@ -30,7 +30,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lighten.errors import UserError, missing_extra
-from lighten.hardware import Choice
+from lighten.machine.hardware import Choice
 
 # On import bitsandbytes complains of lacking a kernel that is not used here; peft imports it too.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from lighten import forks
+from lighten.machine import forks
 from lighten.parallel.launch import ERROR_FILE
 
 # Ranks that lost one end by themselves, with their state told in the run's folder; what hangs in a

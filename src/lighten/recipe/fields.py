@@ -14,7 +14,7 @@ from lighten.recipe.section import Duration, Positive, Rate, Section, Seed, Shar
 from lighten.recipe.sweeping import SweepOptions
 
 AdapterName = Annotated[str, Field(pattern=r"^\w[\w.=-]*$", max_length=80)]
-# `lighten.quantize.targets` knows which of llama.cpp's types there are.
+# `lighten.quantization.targets` knows which of llama.cpp's types there are.
 QuantizedFormat = Annotated[
     str,
     Field(
@@ -56,12 +56,12 @@ class EvaluateOptions(Section):
         description="general text whose loss tells what training made the model forget: builtin "
         "(English and Korean), a text file (its paragraphs), or a data file",
     )
-    pruner: str | None = Field(
+    judge: str | None = Field(
         None,
         description="address of an OpenAI-compatible API whose model compares the answers with the "
         "base's: http://127.0.0.1:8000/v1 (its key: OPENAI_API_KEY)",
     )
-    judge_model: str | None = Field(None, description="the pruner's name there")
+    judge_model: str | None = Field(None, description="the judge's name there")
     tasks: list[str] = Field(
         [], description="tasks of lm-eval: names, or those of include_path (extra: lm-eval)"
     )

@@ -56,8 +56,8 @@ def problems(recipe: Recipe) -> list[str]:
         )
     if isinstance(recipe.workers, int) and recipe.workers > 1:
         found.append(
-            f"workers: {recipe.workers} would gather each layer as many times with strategy: {name}; "
-            "remove it"
+            f"workers: {recipe.workers} would gather each layer as many times with strategy: "
+            f"{name}; remove it"
         )
     if recipe.qat is not None:
         found.append(f"qat compares whole weights, of which strategy: {name} leaves a rank some "

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lighten.errors import UserError
-from lighten.hardware import cache_folder
+from lighten.machine.hardware import cache_folder
 from lighten.models import quantized
 from lighten.models.quantized import Storage
 from lighten.parallel.streamed.shards import DTYPES, Shards

@@ -1,0 +1,150 @@
+"""A training of some steps on the user's data: its times, its memory, and what it learnt.
+
+{"module": "lighten.benchmarking.learning", ...} is a job of `lighten.jobs`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lighten.recipe import Recipe
+    from lighten.training.rows import Rows
+
+
+def run(
+    recipe: Mapping[str, Any],
+    *,
+    kind: str,
+    steps: int,
+    measures_loss: bool = True,
+    adapter: str | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Train in the training loop itself; no checkpoint is written.
+
+    Args:
+        recipe: Completed.
+        kind: `cpu` or `cuda`.
+        steps: Optimiser steps.
+        measures_loss: Measure the held-out loss of what was trained.
+        adapter: Folder that the trained adapter is written to; None: it is not kept.
+
+    Yields:
+        `step_seconds`, `step_tokens` and memory; then `losses`, summed over each held-out row's
+        supervised tokens, with their number.
+
+    Raises:
+        UserError: Something the user can mend.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+
+    from lighten import runs
+    from lighten.cpu import allocator
+    from lighten.engine.validation import held_out
+    from lighten.machine.hardware import PeakMemory, choose_device
+    from lighten.recipe import Recipe
+    from lighten.training import run as training  # with all that a training imports
+    from lighten.training.checkpoints import TrainerState
+    from lighten.training.export import export_adapter
+    from lighten.training.loop import Loop
+    from lighten.training.prepare import load_base, prepare, tokenizer_of
+    from lighten.training.progress import TrainingProgress
+    from lighten.training.rows import load_rows
+
+    assert training is not None
+    with tempfile.TemporaryDirectory(prefix="lighten-audit-") as scratch:
+        folder = Path(scratch)
+        wanted = Recipe.model_validate(
+            {**recipe, "output_dir": scratch, "max_steps": steps, "report_to": []}
+        )
+        set_seed(0)
+        allocator.keep_pages(kind)
+        if kind == "cuda":
+            choose_device()  # in this process, too: the GPU that LIGHTEN_DEVICE names
+        accelerator = Accelerator(cpu=kind == "cpu")
+        memory = PeakMemory(kind)
+        rows = enough(load_rows(wanted, tokenizer_of(wanted)), wanted, steps)
+        base = load_base(wanted, str(accelerator.device), learns=True)
+        # The loss is measured once, after the last step and outside of what is timed.
+        setup = prepare(wanted, accelerator, base, replace(rows, held_out=None))
+        before = _samples(setup)
+        shown = TrainingProgress(enabled=False)
+        Loop(setup, folder, TrainerState(), shown, memory, saves=False).run()
+        _require_moved(before, _samples(setup))
+        lines = list(runs.read_lines(folder / runs.METRICS))
+        peak = memory.read()
+        (member,) = setup.members
+        trained = sum(p.numel() for p in member.parameters.values())
+        yield {
+            "step_seconds": [line["seconds"] for line in lines],
+            "step_tokens": [line["tokens"] for line in lines],
+            "train_losses": [line["loss"] for line in lines],
+            "peak_bytes": peak["peak_bytes"], "memory_by": peak["method"],
+            "reserved_bytes": peak.get("reserved_bytes"), "parameters": trained,
+            "shipped_bytes": shipped_bytes(setup, member.name),
+            "choices": {what: choice.value for what, choice in setup.choices.items()},
+        }  # fmt: skip
+        if measures_loss and rows.held_out is not None and len(rows.held_out.rows):
+            found = held_out(
+                setup.objective, rows.held_out.rows, member.name,
+                max_rows=wanted.per_device_eval_batch_size,
+                max_tokens=setup.tokens_per_microbatch, device=accelerator.device,
+            )  # fmt: skip
+            yield {"losses": [list(pair) for pair in zip(found.nll, found.tokens, strict=True)]}
+        if adapter is not None and wanted.method == "lora":
+            export_adapter(setup, member.name, Path(adapter))
+
+
+def enough(rows: Rows, recipe: Recipe, steps: int) -> Rows:
+    """As many training rows as some steps take, evenly spread over the data.
+
+    All of them are trained on, so that the longest step of the plan is among those that are made.
+
+    Args:
+        rows: Of the data.
+        recipe: Says how many make a step.
+        steps: Optimiser steps.
+    """
+    count = steps * recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
+    there = len(rows.train.rows)
+    if there <= count:
+        return rows
+    some = [rows.train.rows[place * there // count] for place in range(count)]
+    counts = replace(
+        rows.train.counts, examples=count, rows=count,
+        tokens=sum(len(row.input_ids) for row in some),
+        supervised_tokens=sum(sum(row.supervised[1:]) for row in some),
+    )  # fmt: skip
+    return replace(rows, train=replace(rows.train, rows=some, counts=counts))
+
+
+def shipped_bytes(setup: Any, member: str) -> int:
+    """What the files of the training's result hold: an adapter, or every weight of the model."""
+    if setup.recipe.method == "lora":
+        contents = dict(setup.trained.contents(member, base_model=setup.base.name, revision=None))
+        return sum(len(own) if isinstance(own, bytes) else own.size for own in contents.values())
+    # Weights that are tied are stored once, in the format of the products.
+    stored = {p.data_ptr(): p.numel() for p in setup.base.model.parameters()}
+    size = 4 if setup.base.dtype.value == "float32" else 2
+    return size * sum(stored.values())
+
+
+def _samples(setup: Any) -> list[Any]:
+    from lighten.planning.probe import samples_of
+
+    return samples_of([p for own in setup.members for p in own.parameters.values()])
+
+
+def _require_moved(before: list[Any], after: list[Any]) -> None:
+    """Trap 51: the time of a model that does not train says nothing."""
+    import torch
+
+    from lighten.errors import UserError
+
+    if all(bool(torch.equal(a, b)) for a, b in zip(before, after, strict=True)):
+        raise UserError("nothing was trained: no weight has changed after these steps")

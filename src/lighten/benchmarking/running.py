@@ -1,0 +1,307 @@
+"""The verb `bench`: all parts that apply, each in processes of its own, in one file."""
+
+from __future__ import annotations
+
+import datetime
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lighten import whole_files
+from lighten.artifacts.source import Artefact, open_source
+from lighten.benchmarking import PARTS, attention
+from lighten.benchmarking.limits import largest
+from lighten.benchmarking.size import file_bytes
+from lighten.benchmarking.training import WAYS
+from lighten.errors import UserError
+from lighten.jobs import in_child
+from lighten.machine import devices, hardware
+from lighten.models.load import checksum, weight_files
+from lighten.planning import predict
+from lighten.planning.build import config_of
+from lighten.recipe import Recipe
+
+VERSION = 1
+FILE = "bench.json"
+_UNITS = {"": 1, "k": 1, "m": 2, "g": 3, "t": 4}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b)?\s*", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is measured.
+
+    Attributes:
+        prompt_tokens: Of `generate`.
+        batch_sizes: Of `generate`.
+        new_tokens: Of an answer.
+        lengths: Of `attention`.
+        memory_bytes: What a process may hold; None: nine tenths of what is free.
+        seconds: For the repeats of each figure.
+        timeout_s: For each process.
+    """
+
+    prompt_tokens: tuple[int, ...] = (32, 128, 512)
+    batch_sizes: tuple[int, ...] = (1, 4)
+    new_tokens: int = 32
+    lengths: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384)
+    memory_bytes: int | None = None
+    seconds: float = 10.0
+    timeout_s: float = 600.0
+
+    def check(self) -> None:
+        """Raise what is wrong.
+
+        Raises:
+            UserError: A setting out of its bounds.
+        """
+        if self.new_tokens < 2:
+            raise UserError("new_tokens: an answer that is timed has 2 tokens or more")
+        for name in ("prompt_tokens", "batch_sizes", "lengths"):
+            values = getattr(self, name)
+            if not values or min(values) < 1:
+                raise UserError(f"{name}: give whole numbers from 1, such as 128,512")
+        if self.seconds <= 0 or self.timeout_s <= 0:
+            raise UserError("seconds and timeout_s must be above 0")
+
+
+def bytes_of(text: str | int) -> int:
+    """Bytes of `8GiB`, `512M` (powers of 1024), `8GB` (of 1000) or a number of bytes.
+
+    Raises:
+        UserError: It is none of these.
+    """
+    match = _SIZE.fullmatch(str(text))
+    if match is None or not float(match[1]):
+        raise UserError(f"memory: {text!r} is no amount of memory; write 8GiB or 512MiB")
+    decimal = (match[3] or "ib").lower() == "b" and match[2]
+    power = _UNITS[match[2].lower()] if match[2] else 0
+    return int(float(match[1]) * (1000 if decimal else 1024) ** power)
+
+
+class Bench:
+    """One target with its recipe, and what is measured of it.
+
+    Args:
+        target: What is measured.
+        recipe: The user's settings for training.
+        settings: How much.
+        told: Hears what is being done.
+    """
+
+    def __init__(
+        self, target: Artefact, recipe: Recipe, settings: Settings, told: Callable[[str], None]
+    ) -> None:
+        self.target, self.recipe, self.settings, self.told = target, recipe, settings, told
+        self.device = devices.named(None)
+        free = int(0.9 * (self.device.memory_bytes or 2**62))
+        self.limit = settings.memory_bytes or free
+
+    @property
+    def limit_of_children(self) -> int | None:
+        """What a process may hold of main memory."""
+        return self.limit if self.device.kind == "cpu" else None
+
+    def size(self) -> Iterator[dict[str, Any]]:
+        """Parameters, files and memory."""
+        found = self._child("size", {
+            "model": self.target.base, "adapter": self._adapter, "revision": self.target.revision,
+            "device": self.device.kind,
+        })  # fmt: skip
+        for record in found:
+            yield {"part": "size", "name": record.get("variant", "base"), **record}
+        if self.target.run is not None:
+            for folder in sorted(self.target.run.folder.glob("checkpoint-*")):
+                held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+                yield {"part": "size", "name": folder.name, "variant": folder.name,
+                       "file_bytes": held, "weight_file_bytes": file_bytes(folder)}  # fmt: skip
+
+    def generate(self) -> Iterator[dict[str, Any]]:
+        """Answers of the base, of the adapter, and of the two merged."""
+        own = self.settings
+        for variant in ("base", "adapter", "merged") if self._adapter else ("base",):
+            self.told(f"generate: {variant}")
+            found = self._child("generation", {
+                "model": self.target.base, "variant": variant, "adapter": self._adapter,
+                "revision": self.target.revision, "device": self.device.kind,
+                "dtype": self.recipe.compute_dtype, "prompt_tokens": own.prompt_tokens,
+                "batch_sizes": own.batch_sizes, "new_tokens": own.new_tokens,
+                "budget_s": own.seconds,
+            })  # fmt: skip
+            for record in found:
+                name = variant
+                if "prompt_tokens" in record:
+                    name += f", {record['prompt_tokens']} tokens, {record['batch_size']} at once"
+                yield {"part": "generate", "name": name, "variant": variant, **record}
+
+    def attention(self) -> Iterator[dict[str, Any]]:
+        """Attention of one layer of the model's shape."""
+        text = config_of(self.recipe)[0].get_text_config()
+        heads = int(text.num_attention_heads)
+        features = getattr(text, "head_dim", None) or text.hidden_size // heads
+        for training in (False, True):
+            for kind in attention.KINDS:
+                what = "training step" if training else "forward"
+                self.told(f"attention: {kind}, {what}")
+                found = list(self._child("attention", {
+                    "kind": kind, "heads": heads, "features": int(features),
+                    "key_heads": int(getattr(text, "num_key_value_heads", None) or heads),
+                    "lengths": self.settings.lengths, "device": self.device.kind,
+                    "dtype": hardware.choose_dtype("auto", self.device.kind).value,
+                    "training": training, "budget_s": self.settings.seconds,
+                }))  # fmt: skip
+                yield from attention_records(kind, what, self.settings.lengths, found)
+
+    def train(self) -> Iterator[dict[str, Any]]:
+        """Steps of each way to train, with and without checkpointing."""
+        notes: list[str] = []
+        rows = predict.read_rows(self.recipe, notes)
+        for note in notes:
+            self.told(note)
+        planner = predict.planner_for(self.device, rows, calibrate=False)
+        for way, settings in WAYS.items():
+            for checkpointing in (False, True):
+                name = f"{way}, checkpointing" if checkpointing else way
+                self.told(f"train: {name}")
+                record = {"part": "train", "name": name, "way": way, "checkpointing": checkpointing}
+                try:
+                    recipe = way_of(self.recipe, settings, checkpointing=checkpointing)
+                    plan = planner(recipe)
+                except UserError as error:
+                    yield {**record, "why": str(error).splitlines()[0]}
+                    continue
+                memory = plan.memory
+                predicted = memory.expected if memory.allocated is None else memory.allocated
+                found = self._child("training", {
+                    "recipe": recipe.completed(), "kind": self.device.kind,
+                    "lengths": predict.lengths_of(rows),
+                    "supervised": predict.supervised_share(rows),
+                    "least": 5, "most": 20, "budget_s": self.settings.seconds,
+                })  # fmt: skip
+                for measured in found:
+                    yield {**record, "predicted_bytes": predicted, **measured}
+
+    def max_batch(self) -> Iterator[dict[str, Any]]:
+        """The most rows and the longest context."""
+        yield from largest(
+            self.recipe, self.device, self.limit, timeout_s=self.settings.timeout_s,
+            told=self.told,
+        )  # fmt: skip
+
+    @property
+    def _adapter(self) -> str | None:
+        return None if self.target.adapter is None else str(self.target.adapter)
+
+    def _child(self, job: str, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The records of a job; the last one says why it ended early, if it did."""
+        found = in_child(
+            f"lighten.bench.{job}",
+            settings,
+            memory_bytes=self.limit_of_children,
+            timeout_s=self.settings.timeout_s,
+        )
+        yield from found.records
+        if found.error is not None:
+            yield {"why": found.error, "out_of_memory": found.out_of_memory,
+                   "process_peak_bytes": found.process_peak_bytes}  # fmt: skip
+
+
+def way_of(recipe: Recipe, settings: dict[str, Any], *, checkpointing: bool) -> Recipe:
+    """A recipe as one way to train; its rate is constant, so that every step moves the weights."""
+    return recipe.changed({
+        "load_in_4bit": False, "load_in_8bit": False, "trainable_layers": None, **settings,
+        "gradient_checkpointing": checkpointing, "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+    })  # fmt: skip
+
+
+def attention_records(
+    kind: str, what: str, lengths: Sequence[int], found: Sequence[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """A record for each length, and one with the growth over them.
+
+    Args:
+        kind: The implementation.
+        what: `forward` or `training step`.
+        lengths: That were to be measured.
+        found: What came of it; the last one may say why the process ended.
+    """
+    measured = {own["tokens"]: own for own in found if "tokens" in own}
+    ended = next((own for own in found if "tokens" not in own), None)
+    for tokens in sorted(lengths):
+        record = {"part": "attention", "name": f"{kind}, {what}, {tokens} tokens", "kind": kind,
+                  "what": what, "tokens": tokens}  # fmt: skip
+        if tokens in measured:
+            yield {**record, **measured[tokens]}
+        elif ended is not None:
+            yield {**record, **ended}
+            ended = {"why": "not tried: a shorter one did not end", "out_of_memory": False}
+    whole = [own for own in measured.values() if "seconds" in own]
+    if not whole:
+        return
+    sizes = [own["tokens"] for own in whole]
+    out = [own for own in found if own.get("out_of_memory")]
+    yield {
+        "part": "attention", "name": f"{kind}, {what}, growth", "kind": kind, "what": what,
+        "time_exponent": attention.growth(sizes, [own["seconds"]["median"] for own in whole]),
+        "memory_exponent": attention.growth(sizes, [own["peak_bytes"] for own in whole]),
+        "runs_out_at": min((t for t in lengths if t > max(sizes)), default=None) if out else None,
+    }  # fmt: skip
+
+
+def bench(
+    target: str,
+    parts: Sequence[str] = (),
+    *,
+    recipe: Callable[[str], Recipe],
+    adapter: str | None = None,
+    output: Path | None = None,
+    settings: Settings | None = None,
+    told: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Measure a model or a run here; see `lighten.bench`.
+
+    Args:
+        target: A model, or a run.
+        parts: Of `PARTS`; none: all.
+        recipe: Settings for training, from the base's name.
+        adapter: Of a run with several, which.
+        output: Where the file goes; None: `bench.json` in a run's folder.
+        settings: How much is measured.
+        told: Hears what is being done.
+
+    Raises:
+        UserError: Something the user can mend.
+    """
+    wanted = settings or Settings()
+    wanted.check()
+    for part in parts:
+        if part not in PARTS:
+            raise UserError(f"bench: {part!r} is no part; parts are {', '.join(PARTS)}")
+    source = open_source(target, adapter=adapter)
+    base = source.base
+    measured = Bench(source, recipe(base), wanted, told or (lambda _: None))
+    records: list[dict[str, Any]] = []
+    for part in parts or PARTS:
+        measured.told(part)
+        records += getattr(measured, part.replace("-", "_"))()
+    commit, clean = hardware.commit()
+    result = {
+        "version": VERSION, "created": now(), "target": target, "base": base,
+        "base_sha256": checksum(weight_files(source.base_folder)), "adapter": measured._adapter,
+        "machine": hardware.machine().to_dict(), "versions": hardware.versions(),
+        "commit": commit, "tree_clean": clean, "device": measured.device.label,
+        "settings": {**asdict(wanted), "memory_bytes": measured.limit}, "records": records,
+    }  # fmt: skip
+    place = output or (None if source.run is None else source.run.folder / FILE)
+    if place is not None:
+        whole_files.write_json(place, result)
+        result["path"] = str(place)
+    return result
+
+
+def now() -> str:
+    """Date and time, for files."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

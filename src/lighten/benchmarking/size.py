@@ -1,0 +1,63 @@
+"""What a model takes: parameters, files on disk, memory; an adapter beside its checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+WEIGHTS = ("*.safetensors", "*.gguf")
+
+
+def run(model: str, *, adapter: str | None, revision: str | None, device: str) -> Iterator[Any]:
+    """Records of the base and, where there is one, of the adapter.
+
+    Args:
+        model: As `lighten.models.load` takes it.
+        adapter: Folder in PEFT's format.
+        revision: Of the base on the hub.
+        device: Where it goes.
+    """
+    import gc
+
+    import psutil
+
+    from lighten import adapters, models
+    from lighten.cpu import allocator
+    from lighten.machine.hardware import PeakMemory
+
+    memory, before = PeakMemory(device), psutil.Process().memory_info().rss
+    base = models.load(model, revision=revision, device=device)
+    gc.collect()
+    allocator.trim()
+    stored = sum({p.data_ptr(): p.nbytes for p in base.model.parameters()}.values())
+    parameters = sum(p.numel() for p in base.model.parameters())
+    record: dict[str, Any] = {
+        "variant": "base", "parameters": parameters, "file_bytes": base.file_bytes,
+        "weights_bytes": stored, "dtype": base.dtype.value, **_peak(memory),
+    }  # fmt: skip
+    if device == "cpu":
+        record["resident_bytes"] = psutil.Process().memory_info().rss - before
+    yield record
+    if adapter is None:
+        return
+    folder = Path(adapter)
+    cohort = adapters.load(base.model, {"adapter": folder})
+    own = cohort.parameters("adapter")
+    files = file_bytes(folder)
+    yield {
+        "variant": "adapter", "parameters": sum(p.numel() for p in own.values()),
+        "file_bytes": files, "weights_bytes": sum(p.nbytes for p in own.values()),
+        "share_of_checkpoint": files / base.file_bytes if base.file_bytes else None,
+    }  # fmt: skip
+
+
+def file_bytes(folder: Path) -> int:
+    """Bytes of the weight files of a folder."""
+    return sum(path.stat().st_size for kind in WEIGHTS for path in folder.glob(kind))
+
+
+def _peak(memory: Any) -> dict[str, Any]:
+    found = memory.read()
+    return {"peak_bytes": found["peak_bytes"], "reserved_bytes": found.get("reserved_bytes"),
+            "memory_by": found["method"]}  # fmt: skip

@@ -1,0 +1,451 @@
+"""The command line: parse, call the API, print."""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import lighten
+from lighten import streams
+from lighten.cli import audit as cli_audit
+from lighten.cli import bench as cli_bench
+from lighten.cli import plan as cli_plan
+from lighten.cli import serve as cli_serve
+from lighten.cli.adapter import adapter_app
+from lighten.cli.console import (
+    OPEN,
+    Json,
+    Settings,
+    console,
+    is_assignment,
+    overrides,
+    print_json,
+    print_table,
+    progress_bar,
+)
+from lighten.cli.evaluate import print_evaluation
+from lighten.cli.export import export, push, verify
+from lighten.cli.quantize import quantize
+from lighten.cli.runs import runs_app
+from lighten.cli.settings import TakesSettings, TakesSweep, show_settings
+from lighten.errors import NoHeldOut
+from lighten.parallel import launch
+from lighten.wording import counted
+
+if TYPE_CHECKING:
+    from lighten.runs import Run
+
+
+class OnOff(StrEnum):
+    """Of a switch that has a third state: not given."""
+
+    ON = "on"
+    OFF = "off"
+
+
+class SystemRole(StrEnum):
+    """What happens to system messages."""
+
+    KEEP = "keep"
+    FOLD = "fold"
+    DROP = "drop"
+
+
+class Thoughts(StrEnum):
+    """What happens to thoughts in answers."""
+
+    KEEP = "keep"
+    DROP = "drop"
+
+
+app = typer.Typer(
+    name="lighten",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Make a large language model lighter, faster and cheaper, and prove it.",
+)
+data_app = typer.Typer(no_args_is_help=True, help="Look at data before training on it.")
+app.add_typer(runs_app, name="runs")
+app.add_typer(data_app, name="data")
+app.add_typer(adapter_app, name="adapter")
+app.command("export")(export)
+app.command("push")(push)
+app.command("merge", hidden=True)(export)
+app.command("verify")(verify)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lighten {lighten.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[  # noqa: ARG001  # acts by its callback
+        bool, typer.Option("--version", callback=_print_version, is_eager=True,
+                           help="Print the version and exit.")
+    ] = False,
+) -> None:  # fmt: skip
+    """Make a large language model lighter, faster and cheaper, and prove it."""
+    streams.prepare()
+
+
+def main() -> None:
+    """Run the command line and turn a user's mistake into one clean line."""
+    from lighten.errors import UserError
+
+    streams.prepare()
+    streams.quieten_libraries()
+    try:
+        app(prog_name="lighten")  # the name under which its completion is installed
+    except UserError as error:
+        if not launch.leave_word(error):
+            print(f"error: {error}", file=sys.stderr)  # noqa: T201  # before rich is worth loading
+        sys.exit(2)
+
+
+def _recipe_arguments(words: list[str]) -> tuple[str | None, dict[str, Any]]:
+    """A recipe file, a run's folder, or MODEL DATA, and the settings after them."""
+    from lighten.errors import UserError
+
+    named: list[str] = []
+    while words and not words[0].startswith("--") and not is_assignment(words[0]):
+        named.append(words.pop(0))
+    settings = overrides(words)
+    if len(named) == 1 and named[0].endswith((".yaml", ".yml")):
+        return named[0], settings
+    if len(named) == 1 and (recipe := Path(named[0]).expanduser() / "recipe.yaml").is_file():
+        return str(recipe), {"output_dir": str(recipe.parent), **settings}
+    if len(named) == 2:
+        return None, {"model_name_or_path": named[0], "dataset": named[1], **settings}
+    if not named and settings:
+        return None, settings
+    raise UserError("give a recipe (recipe.yaml), or a model and a data set: lighten train M DATA")
+
+
+def _trained(words: list[str], **how: Any) -> Run:
+    """Train what the words say; a run that was told to stop ends with its own words and code."""
+    from lighten import api
+    from lighten.training.interrupt import Interrupted
+
+    recipe, settings = _recipe_arguments(words)
+    try:
+        return api.train(recipe, **how, **settings)
+    except Interrupted as stopped:
+        if not launch.leave_word(stopped):
+            typer.echo(str(stopped), err=True)
+        raise typer.Exit(stopped.exit_code) from None
+
+
+_Words = Annotated[list[str] | None, typer.Argument(metavar="RECIPE | MODEL DATA", help=Settings)]
+_Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")]
+_Force = Annotated[bool, typer.Option("--force", help="Train although the plan says no.")]
+_Processes = Annotated[
+    int | None, typer.Option("--processes", help="Train as so many ranks on this processor.")
+]
+_Gpus = Annotated[int | None, typer.Option("--gpus", help="Train as one rank on each of N GPUs.")]
+_NoPlan = Annotated[bool, typer.Option("--no-plan", help="Do not predict memory and time first.")]
+
+
+@app.command(cls=TakesSettings, context_settings=OPEN)
+def run(
+    ctx: typer.Context, words: _Words = None, resume: _Resume = False, force: _Force = False,
+    no_plan: _NoPlan = False, processes: _Processes = None, gpus: _Gpus = None,
+) -> None:  # fmt: skip
+    """Train, evaluate and report, one after another."""
+    from lighten import api
+
+    done = _trained(
+        [*(words or []), *ctx.args], resume=resume, force=force, planned=not no_plan,
+        processes=processes, gpus=gpus,
+    )  # fmt: skip
+    if not launch.recognise().main:
+        return
+    try:
+        with progress_bar() as progress:
+            evaluation = api.evaluate(done, progress=progress)
+        print_evaluation(evaluation.to_dict())
+    except NoHeldOut as nothing:
+        console().print(f"not evaluated: {nothing}", highlight=False, markup=False)
+    console().print(f"report: {api.report(done)}", soft_wrap=True, highlight=False)
+
+
+@app.command(cls=TakesSettings, context_settings=OPEN)
+def train(
+    ctx: typer.Context, words: _Words = None, resume: _Resume = False, force: _Force = False,
+    no_plan: _NoPlan = False, processes: _Processes = None, gpus: _Gpus = None,
+) -> None:  # fmt: skip
+    """Train adapters, or a base's own weights, from a recipe or from a model and a data set."""
+    done = _trained(
+        [*(words or []), *ctx.args], resume=resume, force=force, planned=not no_plan,
+        processes=processes, gpus=gpus,
+    )  # fmt: skip
+    if launch.recognise().main:
+        console().print(f"run: {done.folder}", soft_wrap=True, highlight=False)
+
+
+app.command("sft", context_settings=OPEN, hidden=True)(train)
+cli_plan.register(app)
+app.command()(quantize)
+cli_bench.register(app)
+cli_audit.register(app)
+cli_serve.register(app)
+
+
+@app.command(cls=TakesSweep, context_settings=OPEN)
+def sweep(
+    ctx: typer.Context, words: _Words = None, resume: _Resume = False, as_json: Json = False
+) -> None:
+    """Train many settings in one pass, compare them, and say which to take: --lora_r 8,32,128."""
+    from lighten import api
+    from lighten.reporting.sweep_table import shown
+    from lighten.training.interrupt import Interrupted
+
+    recipe, settings = _recipe_arguments([*(words or []), *ctx.args])
+    try:
+        with progress_bar() as progress:
+            found = api.sweep(recipe, resume=resume, measuring_progress=progress, **settings)
+    except Interrupted as stopped:
+        typer.echo(str(stopped), err=True)
+        raise typer.Exit(stopped.exit_code) from None
+    if as_json:
+        print_json(found.to_dict())
+        return
+    columns, rows, sentences = shown(found.folder)
+    print_table(columns, rows)
+    for sentence in [*sentences, f"report: {found.folder / 'report.html'}"]:
+        console().print(sentence, highlight=False, markup=False)
+
+
+@app.command(context_settings=OPEN)
+def evaluate(
+    ctx: typer.Context, run: str,
+    against: Annotated[
+        str | None, typer.Option(help="Another evaluated run: compare with its models too.")
+    ] = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Measure the base and what a run trained on the same held-out examples."""
+    from lighten import api
+
+    with progress_bar() as progress:
+        found = api.evaluate(
+            run, against=against, progress=progress, **overrides(ctx.args)
+        ).to_dict()
+    if as_json:
+        print_json(found)
+    else:
+        print_evaluation(found)
+
+
+app.command("eval", context_settings=OPEN, hidden=True)(evaluate)
+
+
+@app.command()
+def report(
+    runs: list[str],
+    output: Annotated[Path | None, typer.Option(help="Where to write the page.")] = None,
+) -> None:
+    """Write the HTML page of one run, or of several side by side."""
+    from lighten import api
+
+    console().print(f"report: {api.report(*runs, output=output)}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def chat(
+    target: Annotated[str | None, typer.Argument(metavar="RUN | MODEL")] = None,
+    url: Annotated[str | None, typer.Option(help="Talk to a server instead.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Which adapter of the run.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Answer with base too.")] = False,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    thinking: Annotated[
+        OnOff | None, typer.Option(help="Answers begin with a thought; default: as trained.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "--max_new_tokens", help="Longest answer.")
+    ] = 256,
+    temperature: Annotated[float, typer.Option(help="0 answers greedily.")] = 0.0,
+) -> None:
+    """Talk to a base or an adapter in the terminal."""
+    from lighten import path_checks as looked
+
+    if url is not None or target is None:
+        cli_serve.chat(target, url, adapter, compare, system, max_new_tokens, temperature, thinking)
+        return
+    looked.require_answerable(target)
+    from lighten.evaluation.chat import chat as talk
+
+    with progress_bar():  # shows how the model is loaded
+        talk(
+            target, adapter=adapter, compare=compare, system=system,
+            thinking=None if thinking is None else thinking is OnOff.ON,
+            max_new_tokens=max_new_tokens, temperature=temperature,
+        )  # fmt: skip
+
+
+@app.command()
+def models(as_json: Json = False) -> None:
+    """Which models can be loaded by name, and which are on this machine."""
+    from lighten.models import available
+
+    found = available()
+    if as_json:
+        typer.echo(json.dumps([{**vars(e), "path": e.path and str(e.path)} for e in found]))
+        return
+    rows = [
+        [e.name, e.source, f"{(e.size_bytes or 0) / 1e6:,.0f} MB" if e.cached else "no", e.note]
+        for e in found
+    ]
+    print_table(["model", "source", "on this machine", "what it is"], rows)
+    console().print("Any hub id, model folder or GGUF file loads too, by its name or path.")
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """What this machine has, what it computes in, and which extras are installed."""
+    from lighten.machine.hardware import doctor as examine
+    from lighten.parallel.available import strategies
+
+    found = {**examine(), "strategies": strategies()}
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    machine = found["machine"]
+    gpus = [f"{g['name']}, {g['memory_bytes'] / 2**30:.0f} GiB" for g in machine["gpus"]]
+    rows = [
+        ["processor", f"{machine['processor']}, {machine['cores']} cores"],
+        ["memory", f"{machine['memory_bytes'] / 2**30:.1f} GiB, "
+                   f"{found['free_memory_bytes'] / 2**30:.1f} free"],
+        ["disk", f"{found['free_disk_bytes'] / 2**30:.0f} GiB free"],
+        ["GPUs", "; ".join(gpus) or "none"],
+        ["device", f"{found['device']['value']}: {found['device']['reason']}"],
+        ["base format", f"{found['dtype']['value']}: {found['dtype']['reason']}"],
+        ["computes in", ", ".join(f"{k}: {v}" for k, v in found["formats"].items())],
+        ["versions", ", ".join(f"{k} {v}" for k, v in found["versions"].items())],
+    ]  # fmt: skip
+    print_table(["this machine", ""], rows)
+    print_table(["several ranks", ""], [list(own) for own in found["strategies"].items()])
+    extras = [
+        [name, ", ".join(f"{k} {v}" for k, v in own["installed"].items()) or "–",
+         own["install"] if own["missing"] else "complete"]
+        for name, own in found["extras"].items()
+    ]  # fmt: skip
+    print_table(["extra", "installed", "to get the rest"], extras)
+
+
+app.command("env", hidden=True)(doctor)
+
+
+app.command("settings")(show_settings)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a recipe."""
+    from lighten.recipe import Recipe
+
+    typer.echo(json.dumps(Recipe.json_schema(), indent=2))
+
+
+app.command("config-schema", hidden=True)(schema)
+
+
+@data_app.command("check")
+def data_check(
+    file: str,
+    model: Annotated[str, typer.Option("--model", help="Whose tokenizer and template to use.")],
+    eval_dataset: Annotated[str | None, typer.Option(help="Look for overlap with this.")] = None,
+    max_length: Annotated[int, typer.Option(help="Tokens a row may have.")] = 1024,
+    chat_template: Annotated[str | None, typer.Option(help="As in the recipe.")] = None,
+    system_role: Annotated[SystemRole | None, typer.Option(help="As in the recipe.")] = None,
+    thinking: Annotated[Thoughts | None, typer.Option(help="As in the recipe.")] = None,
+    skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", "--skip_bad_rows")] = False,
+    dataset_columns: Annotated[
+        str | None, typer.Option("--dataset_columns", "--dataset-columns", help="As in the recipe.")
+    ] = None,
+    row: Annotated[int, typer.Option(help="Which example to show token by token.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Lengths, truncation, supervised tokens, duplicates, overlap, and one example's mask."""
+    from lighten import data
+    from lighten import path_checks as looked
+    from lighten.data.files import files_of
+    from lighten.paths import split_limit
+    from lighten.training.progress import TrainingProgress
+
+    # Paths are looked at before anything heavy is loaded.
+    looked.require_model(model)
+    files_of(split_limit(file)[0], "train")
+    from lighten.models import limits, load_tokenizer
+
+    of_model = limits(model)
+    longest, limit = of_model.longest(max_length)
+    tokenizer = load_tokenizer(model)
+    template = data.choose_template(tokenizer, chat_template)
+    options: dict[str, Any] = {"skip_bad_rows": skip_bad_rows}
+    if dataset_columns is not None:
+        options["columns"] = overrides(["--dataset_columns", dataset_columns])["dataset_columns"]
+    found = data.read(file, **options)
+    other = None
+    if eval_dataset is not None or data.has_split(file, "valid"):
+        other = data.read(eval_dataset or file, split="valid", **options)
+    with TrainingProgress() as shown:
+        checked = data.check(
+            found, tokenizer, max_length=longest, sample=row, verify=of_model.check_ids,
+            evaluation=None if other is None else other.examples,
+            template=f"{template.name}: {template.reason}", limit=limit,
+            skip_bad_rows=skip_bad_rows, system_role=system_role and system_role.value,
+            thinking=thinking and thinking.value, progress=shown.encoding,
+        )  # fmt: skip
+    if as_json:
+        print_json(checked.to_dict())
+    else:
+        beside = data.left_out("held-out", other) if other is not None else []
+        _print_check(checked.to_dict(), beside)
+
+
+def _print_check(found: dict[str, Any], beside: list[str]) -> None:
+    from rich.text import Text
+
+    counts, lengths = found["counts"], found["lengths"]
+    overlap = found["overlap"]
+    lost = counted(counts["lost_supervised_tokens"], "supervised token")
+    rows = [
+        ["rows", f"{found['rows']} ({found['format']}), {len(found['bad_rows'])} broken"],
+        ["chat template", found["template"]],
+        ["tokens per row", ", ".join(f"{k} {v:,.0f}" for k, v in lengths.items())],
+        ["supervised", f"{counts['supervised_tokens']:,} of {counts['tokens']:,} tokens"],
+        [f"over {found['max_length']}", f"{counted(counts['truncated'], 'row')} cut, "
+                                        f"{counts['dropped']} left out, {lost} lost"],
+        ["duplicates", f"{counted(found['duplicates'], 'row')} asking what an earlier row asked"],
+        ["overlap", "no evaluation data given" if overlap is None else
+                    f"{counted(overlap, 'row')} also in the evaluation data"],
+    ]  # fmt: skip
+    print_table(["data", ""], rows)
+    most = max((rows for _, rows in found["histogram"]), default=1)
+    bars = [
+        [f"up to {edge}" if edge else "longer", str(count), "█" * round(30 * count / most)]
+        for edge, count in found["histogram"]
+    ]
+    print_table(["tokens", "rows", ""], bars)
+    screen = console()
+    for sentence in (*found["left_out"], *beside, *found["problems"]):
+        screen.print(sentence, highlight=False, markup=False)
+    shown = Text("one example, supervised tokens in ⟦brackets⟧:\n")
+    inside = False
+    for token, supervised in found["sample"]:
+        if supervised != inside:
+            shown.append("⟦" if supervised else "⟧", style="bold green")
+        shown.append(token, style="green" if supervised else "dim")
+        inside = supervised
+    shown.append("⟧" if inside else "", style="bold green")
+    screen.print(shown)

@@ -1,0 +1,458 @@
+"""The command `lighten plan`: parse, call the API, print."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from lighten.cli.console import OPEN, Json, Settings, console, is_assignment, overrides, print_table
+from lighten.machine.datasheets import DEVICES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from lighten.planning.result import Plan
+
+FITS, DOES_NOT, CANNOT_TELL, ERROR = 0, 1, 2, 3
+_Words = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="RECIPE | MODEL [DATA] | serve BASE | quantize BASE", help=Settings),
+]
+_Device = Annotated[
+    str | None,
+    typer.Option(
+        help=f"{', '.join(DEVICES)}, cpu; default this machine. Laptops, mi300x and apple: memory "
+        "alone, no time."
+    ),
+]
+_Probe = Annotated[
+    bool, typer.Option("--probe", help="Make one true step of the planned shape, and compare.")
+]
+_Search = Annotated[bool, typer.Option("--search", help="The fastest configuration that fits.")]
+_Largest = Annotated[
+    bool, typer.Option("--largest", help="Which of the models given is the largest that fits.")
+]
+_Limits = Annotated[bool, typer.Option("--limits", help="The longest context, the most rows.")]
+_Write = Annotated[Path | None, typer.Option(help="Write what --search found as a recipe.")]
+_Gpus = Annotated[int | None, typer.Option(help="GPUs per node.")]
+_Nodes = Annotated[int, typer.Option(help="Nodes.")]
+_Zero = Annotated[
+    int | None,
+    typer.Option(
+        help="ZeRO stage, 1 to 3; without it: the recipe's strategy, or the cheapest that fits."
+    ),
+]
+_Fsdp = Annotated[
+    str | None, typer.Option(help="full (as ZeRO 3) or hybrid (sharded within each node).")
+]
+_Offload = Annotated[str | None, typer.Option(help="optimizer:cpu, param:cpu, or both.")]
+
+
+def plan(
+    ctx: typer.Context,
+    words: _Words = None,
+    device: _Device = None,
+    probe: _Probe = False,
+    search: _Search = False,
+    largest: _Largest = False,
+    limits: _Limits = False,
+    write: _Write = None,
+    gpus: _Gpus = None,
+    nodes: _Nodes = 1,
+    zero: _Zero = None,
+    fsdp: _Fsdp = None,
+    offload: _Offload = None,
+    as_json: Json = False,
+) -> None:
+    """Predict memory and time before anything is downloaded.
+
+    Exit codes: 0 it fits, 1 it does not, 2 cannot tell, 3 an error: there is no answer.
+    """
+    rest = [*(words or []), *ctx.args]
+    with _errors_apart():
+        fits = _answer(
+            rest, device, as_json, probe=probe, search=search, largest=largest, limits=limits,
+            write=write, spread=(gpus, nodes, zero, fsdp, offload),
+        )  # fmt: skip
+    raise typer.Exit(exit_code(fits))
+
+
+def _answer(
+    rest: list[str],
+    device: str | None,
+    as_json: bool,
+    *,
+    probe: bool,
+    search: bool,
+    largest: bool,
+    limits: bool,
+    write: Path | None,
+    spread: tuple[int | None, int, int | None, str | None, str | None],
+) -> bool | None:
+    """Print the answer to whichever question was asked, and say whether it fits."""
+    if rest[:1] in (["serve"], ["quantize"]):
+        return (_serve if rest[0] == "serve" else _quantize)(rest[1:], device, as_json)
+    if largest:
+        return _largest(rest, device, as_json)
+    recipe, settings = _what(rest)
+    if search or write is not None:
+        return _search(recipe, settings, device, write, as_json)
+    if limits:
+        return _limits(recipe, settings, device, as_json)
+    gpus, nodes, zero, fsdp, offload = spread
+    if gpus is not None or nodes > 1 or zero is not None or fsdp is not None:
+        how = {"strategy": _strategy(zero, fsdp), "gpus": gpus or 1, "nodes": nodes,
+               "offload": _places(offload)}  # fmt: skip
+        return _spread(recipe, settings, device, how, as_json)
+    return _plan(recipe, settings, device, as_json, probe=probe)
+
+
+class _Command(TyperCommand):
+    """A flag that is not understood is an error, too, and no "cannot tell"."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse, and give the error its own exit code."""
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            if getattr(error, "exit_code", 0):
+                error.exit_code = ERROR  # type: ignore[attr-defined]
+            raise
+
+
+@contextmanager
+def _errors_apart() -> Iterator[None]:
+    """Any error ends with a code of its own: a job's guard must not take it for an answer."""
+    from lighten.errors import UserError
+
+    try:
+        yield
+    except UserError as error:
+        typer.echo(f"error: {error}", err=True)
+    except Exception as error:  # Python's own exit code would mean that it does not fit
+        said = str(error).strip() or "no message"
+        typer.echo(f"error: the plan failed by a fault of lighten's own, "
+                   f"{type(error).__name__}: {said}", err=True)  # fmt: skip
+    else:
+        return
+    raise typer.Exit(ERROR)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command(cls=_Command, context_settings=OPEN)(plan)
+
+
+def exit_code(fits: bool | None) -> int:
+    """0 fits, 1 does not, 2 cannot tell: it can guard a job."""
+    return CANNOT_TELL if fits is None else FITS if fits else DOES_NOT
+
+
+def _named(words: list[str]) -> list[str]:
+    """Take the words before the first setting off the list."""
+    named: list[str] = []
+    while words and not words[0].startswith("--") and not is_assignment(words[0]):
+        named.append(words.pop(0))
+    return named
+
+
+def _what(words: list[str]) -> tuple[str | None, dict[str, Any]]:
+    """A recipe file, or a model and perhaps its data, and the settings after them."""
+    from lighten.errors import UserError
+
+    named, settings = _named(words), overrides(words)
+    if len(named) == 1 and named[0].endswith((".yaml", ".yml")):
+        return named[0], settings
+    if len(named) > 2 or not (named or settings):
+        raise UserError("give a recipe (recipe.yaml) or a model: lighten plan MODEL --device t4")
+    given = dict(zip(("model_name_or_path", "dataset"), named, strict=False))
+    return None, {**given, **settings}
+
+
+def _plan(
+    recipe: str | None, settings: dict[str, Any], device: str | None, as_json: bool, *, probe: bool
+) -> bool | None:
+    from lighten import api
+    from lighten.planning import text
+
+    probed = None
+    early: list[Plan] = []
+
+    def told(own: Plan) -> None:
+        early.append(own)
+        print_plan(own)
+
+    if probe:
+        made, probed = api.plan_probe(recipe, device=device, **settings)
+    else:
+        # What a plan says is printed while changes are looked for, each of them a plan of its own.
+        made = api.plan(recipe, device=device, told=None if as_json else told, **settings)
+    if as_json:
+        more = {} if probed is None else {"probe": probed.to_dict()}
+        typer.echo(json.dumps({**made.to_dict(), **more}))
+        return made.fits()
+    if probed is not None:
+        told(made)
+    print_changes(made)
+    _print_notes(note for note in made.notes if note not in early[0].notes)
+    if probed is not None:
+        print_table(["a true step", "predicted", "measured", "error"], text.probe_rows(probed))
+        if probed.error is not None:
+            _headline(f"memory ran out: {probed.error}", False)
+    return made.fits()
+
+
+def print_plan(made: Plan) -> None:
+    """The plan as tables: by part, and what else is needed."""
+    from lighten.planning import text
+
+    _headline(text.verdict(made), made.fits())
+    print_table(["peak memory by part", "GiB", ""], text.part_rows(made))
+    print_table(["", ""], text.fact_rows(made))
+    _print_notes((*made.notes, *made.outside))
+
+
+def _print_notes(notes: Iterable[str]) -> None:
+    for note in notes:
+        console().print(f"note: {note}", highlight=False, markup=False)
+
+
+def print_changes(made: Plan) -> None:
+    """What would need less, as a table, the flags of each, and whether one of them is enough."""
+    from lighten.planning import text
+
+    if not made.changes:
+        return
+    print_table(["", "what would need less", "saves", "time", "fits"], text.change_rows(made))
+    # Flags are copied: whole, whatever the width of the terminal.
+    for line in text.change_flags(made):
+        console().print(line, highlight=False, markup=False, soft_wrap=True)
+    if (said := text.with_change(made)) is not None:
+        _headline(said, made.fits())
+
+
+def _search(
+    recipe: str | None,
+    settings: dict[str, Any],
+    device: str | None,
+    write: Path | None,
+    as_json: bool,
+) -> bool | None:
+    from lighten import api, runs
+    from lighten.planning import text
+    from lighten.planning.changes import differing
+    from lighten.planning.search import recipe_text
+
+    with _told() as told:
+        found, best = api.plan_search(recipe, device=device, told=told, **settings)
+    if write is not None and best is not None and found.best is not None:
+        why = f"{text.best_of(found.best)}: {found.best.what}, on {device or 'this machine'}"
+        runs.write_text(write, recipe_text(best, f"lighten plan --search found {why}"))
+    if as_json:
+        typer.echo(json.dumps({**found.to_dict(), "recipe": best and best.completed()}))
+    else:
+        print_table(
+            ["configuration", "micro-batch", "peak", "tokens/s", "why"],
+            [text.candidate_row(own, own is found.best) for own in found.tried],
+        )
+        if found.best is None:
+            _headline("nothing fits", False)
+        else:
+            _headline(f"{text.best_of(found.best)}: {found.best.what}", True)
+            asked = api.plannable(recipe, **settings)
+            flags = text.flags(differing(asked, found.best.settings)) or "as it is"
+            console().print(flags, highlight=False, markup=False, soft_wrap=True)
+            if write is not None:
+                console().print(f"recipe: {write}", soft_wrap=True, highlight=False)
+    return found.best is not None
+
+
+def _largest(words: list[str], device: str | None, as_json: bool) -> bool:
+    from lighten import api
+    from lighten.errors import UserError
+    from lighten.planning.text import sized_row
+
+    models = _named(words)
+    if not models:
+        raise UserError("name the models: lighten plan --largest MODEL MODEL … --device t4")
+    with _told() as told:
+        found = api.plan_largest(models, device=device, told=told, **overrides(words))
+    if as_json:
+        typer.echo(json.dumps([own.to_dict() for own in found]))
+    else:
+        print_table(
+            ["model", "parameters", "fastest that fits", "peak", "tokens/s", ""],
+            [sized_row(own) for own in found],
+        )
+    return any(own.best is not None for own in found)
+
+
+def _limits(
+    recipe: str | None, settings: dict[str, Any], device: str | None, as_json: bool
+) -> bool:
+    from lighten import api
+
+    found = api.plan_limits(recipe, device=device, **settings)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict()))
+    else:
+        rows = [
+            ["longest context, one row", _tokens(found.context), found.context_limited_by],
+            ["most rows in a micro-batch", _none(found.rows), found.rows_limited_by],
+        ]
+        print_table(["", "", "limited by"], rows)
+    return found.context is not None
+
+
+def _spread(
+    recipe: str | None,
+    settings: dict[str, Any],
+    device: str | None,
+    how: dict[str, Any],
+    as_json: bool,
+) -> bool | None:
+    from lighten import api
+    from lighten.planning import text
+
+    found = api.plan_spread(recipe, device=device, **how, **settings)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict()))
+    else:
+        _headline(text.spread_verdict(found), found.fits())
+        print_table(["", "per rank"], text.spread_rows(found))
+    return found.fits()
+
+
+def _serve(words: list[str], device: str | None, as_json: bool) -> bool | None:
+    from lighten import api
+    from lighten.planning import text as said
+
+    model, options = _base(words, "serve")
+    found = api.plan_serve(model, device=device, **options)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict()))
+    else:
+        _headline(said.serving_verdict(found), found.fits())
+        print_table(["memory by part", "GiB", ""], said.serving_rows(found))
+    return found.fits()
+
+
+def _quantize(words: list[str], device: str | None, as_json: bool) -> bool | None:
+    from lighten import api
+    from lighten.errors import UserError
+    from lighten.planning.text import quantizing_rows
+
+    if device not in (None, "cpu", "this"):
+        raise UserError("plan quantize is of this machine's main memory; leave --device out")
+    model, options = _base(words, "quantize")
+    if "to" in options:
+        return _formats(model, options, as_json)
+    for name in ("adapter", "output_dir"):
+        if name in options:
+            raise UserError(f"--{name} goes with --to FORMATS: lighten plan quantize {model} --to")
+    found = api.plan_quantize(model, **options)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict()))
+    else:
+        print_table([found.model, found.storage], quantizing_rows(found))
+    return found.fits()
+
+
+def _formats(source: str, options: dict[str, Any], as_json: bool) -> bool | None:
+    from lighten import api
+    from lighten.errors import UserError
+
+    if alone := sorted({"storage", "double", "revision"} & options.keys()):
+        raise UserError(f"--{alone[0]} is of loading a base quantised; leave it or --to out")
+    found = api.plan_formats(source, **options)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict()))
+        return found.fits()
+    _headline(found.sentence(), found.fits())
+    header = ["format", "file MB", "of now", "MB at the peak", "rounding, s"]
+    print_table(header, found.rows())
+    for line in found.notes():
+        console().print(line, highlight=False)
+    return found.fits()
+
+
+_OPTIONS = {
+    "serve": ("adapters", "rank", "context", "concurrency", "storage", "cache_bytes", "revision"),
+    "quantize": ("to", "adapter", "output_dir", "storage", "double", "revision"),
+}
+
+
+def _base(words: list[str], verb: str) -> tuple[str, dict[str, Any]]:
+    from lighten.errors import UserError
+
+    named, options = _named(words), overrides(words)
+    if len(named) != 1:
+        raise UserError(f"give one base: lighten plan {verb} MODEL")
+    if unknown := sorted(options.keys() - set(_OPTIONS[verb])):
+        raise UserError(
+            f"plan {verb} has no --{unknown[0]}; it has --{', --'.join(_OPTIONS[verb])}"
+        )
+    return named[0], options
+
+
+def _strategy(zero: int | None, fsdp: str | None) -> str | None:
+    from lighten.errors import UserError
+
+    if zero is not None and fsdp is not None:
+        raise UserError("--zero and --fsdp exclude each other; keep one")
+    if zero is not None:
+        if zero not in (1, 2, 3):
+            raise UserError(f"--zero: {zero} is no stage; use 1, 2 or 3")
+        return f"zero{zero}"
+    if fsdp is None:
+        return None
+    if fsdp not in ("full", "hybrid"):
+        raise UserError(f"--fsdp: {fsdp!r} is not known; use full or hybrid")
+    return "fsdp" if fsdp == "full" else "fsdp_hybrid"
+
+
+def _places(offload: str | None) -> tuple[str, ...]:
+    """What is offloaded: `optimizer:cpu,param:cpu` gives both names."""
+    from lighten.errors import UserError
+
+    found = []
+    for word in (offload or "").split(","):
+        name, _, place = word.strip().partition(":")
+        if not name:
+            continue
+        if name not in ("optimizer", "param") or place not in ("", "cpu"):
+            raise UserError(f"--offload: {word!r} is not known; use optimizer:cpu or param:cpu")
+        found.append(name)
+    return tuple(found)
+
+
+def _headline(text: str, fits: bool | None) -> None:
+    style = {True: "bold green", False: "bold red", None: "bold yellow"}[fits]
+    console().print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _told() -> Iterator[Callable[[str], None] | None]:
+    """Says on a terminal what is being planned."""
+    from rich.console import Console
+
+    screen = Console(stderr=True)
+    if not screen.is_terminal:
+        yield None
+        return
+    with screen.status("planning") as status:
+        yield lambda what: status.update(f"planning {what}")
+
+
+def _tokens(value: int | None) -> str:
+    return "none" if value is None else f"{value:,} tokens"
+
+
+def _none(value: int | None) -> str:
+    return "none" if value is None else f"{value:,}"

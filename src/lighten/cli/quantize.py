@@ -1,0 +1,95 @@
+"""The verb `quantize`: parse, call the API, print."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lighten.cli.console import Json, console, print_table
+
+_Source = Annotated[str, typer.Argument(metavar="RUN | MODEL", help="What is made smaller.")]
+_To = Annotated[
+    str,
+    typer.Option(
+        help="Formats, with commas: int8 (torchao), int8:bitsandbytes (LLM.int8), nf4, int4 "
+        "(GPTQ, on your data), int4:rounded, int8-dynamic-act-int4-weight (torchao, as qat "
+        "trains for), gguf:q8_0, gguf:q4_k_m and other types."
+    ),
+]
+_Adapter = Annotated[str | None, typer.Option(help="Which adapter of the run.")]
+_Dataset = Annotated[
+    str | None,
+    typer.Option(help="Data to round for and to measure on; default the run's."),
+]
+_Output = Annotated[
+    Path | None,
+    typer.Option("--output_dir", "--output-dir", help="Folder of them; default RUN/exports."),
+]
+_Tokens = Annotated[int, typer.Option(min=16, help="Held-out tokens measured on at most.")]
+_Questions = Annotated[int, typer.Option(min=0, help="Held-out questions answered at most.")]
+
+
+def quantize(
+    source: _Source,
+    to: _To = "int8,nf4,int4",
+    adapter: _Adapter = None,
+    dataset: _Dataset = None,
+    output_dir: _Output = None,
+    tokens: _Tokens = 2048,
+    questions: _Questions = 16,
+    as_json: Json = False,
+) -> None:
+    """Write smaller copies of a model, and one table of what each costs and keeps."""
+    from lighten import api
+
+    def tell(line: str) -> None:
+        typer.echo(line, err=True)
+
+    found = api.quantize(
+        source, to, adapter=adapter, dataset=dataset, output_dir=output_dir, tokens=tokens,
+        questions=questions, tell=tell,
+    )  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps(found.to_dict()))
+        return
+    rows = found.formats
+    print_table(["format", *(row["name"] for row in rows)],
+                [[label, *(show(row) for row in rows)] for label, show in COLUMNS])  # fmt: skip
+    for line in (f"measured {found.settings['mode']}", *found.notes):
+        console().print(line, highlight=False)
+    console().print(f"written under {found.folder}", soft_wrap=True, highlight=False)
+
+
+def _number(key: str, shape: str, scale: float = 1.0) -> Any:
+    def show(row: dict[str, Any]) -> str:
+        value = row.get(key)
+        return "–" if value is None else format(value / scale, shape)
+
+    return show
+
+
+def _perplexity(row: dict[str, Any]) -> str:
+    if "perplexity" not in row:
+        return "–"
+    error = row["perplexity_standard_error"]
+    return f"{row['perplexity']:.3f}" + ("" if error is None else f" ± {error:.3f}")
+
+
+COLUMNS = (
+    ("file MB", _number("file_bytes", ",.1f", 1e6)),
+    ("of bfloat16", _number("ratio", ".3f")),
+    ("resident MB", _number("resident_bytes", ",.0f", 1e6)),
+    ("perplexity", _perplexity),
+    ("KL, nats", _number("kl", ".4f")),
+    ("top-1 agreement", _number("top1_agreement", ".1%")),
+    ("exact match %", _number("exact_match", ".1f")),
+    ("chrF", _number("chrf", ".1f")),
+    ("prefill tokens/s", _number("prefill_tokens_per_second", ",.0f")),
+    ("decode tokens/s", _number("decode_tokens_per_second", ",.1f")),
+    ("made in s", _number("made_seconds", ",.1f")),
+    ("peak MB of making", _number("made_peak_bytes", ",.0f", 1e6)),
+    ("on the frontier", lambda row: "yes" if row["frontier"] else "no"),
+)

@@ -1,0 +1,212 @@
+"""The command `lighten settings`, and the settings in the help of the commands that take them."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import textwrap
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from lighten.cli.console import Json, console, print_json
+
+# Parts of a recipe that have settings of their own: `evaluate.max_examples`.
+_SECTIONS = ("evaluate", "quantize", "sweep")
+_WIDTH = 100
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting of a recipe, as people read it.
+
+    Attributes:
+        name: As in a recipe, with its section's name before it (`evaluate.seed`).
+        group: What it belongs to: model, data, training, run, lora, evaluate or sweep.
+        type: Which values it takes.
+        default: What it is when nothing is said.
+        help: What it does.
+        aliases: Its names in other tools, which are understood too.
+    """
+
+    name: str
+    group: str
+    type: str
+    default: str
+    help: str
+    aliases: tuple[str, ...]
+
+
+def settings() -> list[Setting]:
+    """Every setting of a recipe, in the order in which they are declared."""
+    from lighten.recipe import Recipe, aliases
+
+    also: dict[str, list[str]] = {}
+    for alias, name in aliases.RENAMED.items():
+        also.setdefault(name, []).append(alias)
+    schema = Recipe.json_schema()
+    return list(_settings(schema, schema["$defs"], also))
+
+
+def _settings(
+    schema: Mapping[str, Any],
+    shared: Mapping[str, Any],
+    also: Mapping[str, list[str]],
+    section: str | None = None,
+) -> Iterator[Setting]:
+    required = set(schema.get("required", ()))
+    for name, own in schema["properties"].items():
+        if section is None and name in _SECTIONS:
+            yield from _settings(_resolved(own, shared), shared, {}, name)
+            continue
+        default = "required" if name in required else json.dumps(own.get("default"))
+        yield Setting(
+            name if section is None else f"{section}.{name}",
+            section or own.get("section", "recipe"),
+            _type(own, shared),
+            "none" if default == "null" else default.strip('"'),
+            own.get("description", ""),
+            tuple(also.get(name, ())),
+        )
+
+
+def _resolved(own: Mapping[str, Any], shared: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a reference of a JSON schema stands for."""
+    name = str(own.get("$ref", "")).rpartition("/")[2]
+    resolved: Mapping[str, Any] = shared[name] if name else own
+    return resolved
+
+
+def _type(own: Mapping[str, Any], shared: Mapping[str, Any]) -> str:
+    """The values that a JSON schema allows, in words."""
+    if "$ref" in own:
+        return "mapping"
+    for several in ("anyOf", "oneOf"):
+        if several in own:
+            words = [_type(each, shared) for each in own[several] if each.get("type") != "null"]
+            lists = {f"list of {word}": "a list of these" for word in words}
+            return " or ".join(dict.fromkeys(lists.get(word, word) for word in words))
+    if "enum" in own:
+        return " | ".join(map(str, own["enum"]))
+    if "const" in own:
+        return str(own["const"])
+    kind = own.get("type")
+    if kind == "array":
+        inner = _type(own["items"], shared) if own.get("items") else ""
+        return f"list of {inner}" if inner else "list"
+    if kind in ("integer", "number"):
+        word = "whole number" if kind == "integer" else "number"
+        bounds = (("minimum", "from"), ("exclusiveMinimum", "above"), ("maximum", "to"),
+                  ("exclusiveMaximum", "below"))  # fmt: skip
+        return " ".join([word, *(f"{said} {own[key]:g}" for key, said in bounds if key in own)])
+    return {"boolean": "true | false", "string": "text", "object": "mapping"}.get(str(kind), "any")
+
+
+def matching(words: list[str], known: list[Setting]) -> list[Setting]:
+    """The settings that hold every word in their name, their aliases or their help.
+
+    A lone word that is a group's or a setting's name means that alone.
+
+    Raises:
+        UserError: None does; names the nearest.
+    """
+    from lighten.errors import UserError
+
+    wanted = [word.lstrip("-").replace("-", "_").casefold() for word in words]
+    if len(wanted) == 1:
+        exact = [own for own in known if wanted[0] == own.group]
+        exact += [own for own in known if wanted[0] in (own.name, *own.aliases)]
+        if exact:
+            return list(dict.fromkeys(exact))
+    chosen = [
+        own
+        for own in known
+        if all(
+            word in f"{own.name} {' '.join(own.aliases)} {own.help}".casefold()
+            or word.replace("_", " ") in own.help.casefold()
+            for word in wanted
+        )
+    ]
+    if chosen:
+        return chosen
+    names = {alias: own.name for own in known for alias in (own.name, *own.aliases)}
+    names |= {own.name.rpartition(".")[2]: own.name for own in known}
+    near = [near for word in wanted for near in difflib.get_close_matches(word, names, n=3)]
+    offer = ", ".join(dict.fromkeys(names[each] for each in near))
+    raise UserError(
+        f"no setting is about {' '.join(words)!r}"
+        + (f"; did you mean {offer}?" if offer else "; lighten settings lists them all")
+    )
+
+
+def show_settings(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[WORD]...", help="What to look for, or a group such as lora."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the settings of a recipe: type, default, meaning and other names; search by a word."""
+    known = settings()
+    chosen = matching(words, known) if words else known
+    if as_json:
+        print_json([asdict(own) for own in chosen])
+        return
+    screen = console()
+    width = min(_WIDTH, screen.width)
+    group = None
+    for own in chosen:
+        if own.group != group:
+            group = own.group
+            screen.print(f"\n{group}", style="bold", highlight=False, markup=False)
+        default = own.default if own.default == "required" else f"default {own.default}"
+        screen.print(
+            f"  {own.name}  ({own.type}; {default})",
+            style="cyan", highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
+        also = f" Also called {', '.join(own.aliases)}." if own.aliases else ""
+        indent = " " * 6
+        told = textwrap.fill(
+            f"{own.help}.{also}", width, initial_indent=indent, subsequent_indent=indent
+        )
+        screen.print(told, highlight=False, markup=False, soft_wrap=True)
+
+
+class TakesSettings(TyperCommand):
+    """A command that takes a recipe's settings; its help names them, group by group."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Add the settings after the command's own options."""
+        super().format_options(ctx, formatter)
+        groups: dict[str, list[str]] = {}
+        for own in settings():
+            groups.setdefault(own.group, []).append(own.name.removeprefix(f"{own.group}."))
+        with formatter.section("Settings, as --name value; `lighten settings NAME` explains one"):
+            formatter.write_dl(
+                [(group, ", ".join(names)) for group, names in groups.items() if group != "sweep"]
+            )
+
+
+class TakesSweep(TyperCommand):
+    """`lighten sweep`: its help shows the settings of the `sweep` section, and how to give them."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Add what a sweep is told after the command's own options."""
+        super().format_options(ctx, formatter)
+        rows = [
+            (
+                f"--{own.name.removeprefix('sweep.')}",
+                f"{own.help} [{own.type}; default {own.default}]",
+            )
+            for own in settings()
+            if own.group == "sweep" and own.name != "sweep.grid"
+        ]
+        with formatter.section("Sweep"):
+            formatter.write_dl(
+                [("--SETTING A,B,C", "try each value of any setting: --lora_r 8,32,128"), *rows]
+            )
+        with formatter.section("Settings"):
+            formatter.write_text("Any setting of a recipe as --name value (see: lighten settings).")

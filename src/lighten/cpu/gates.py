@@ -1,0 +1,58 @@
+"""Gated feed-forward layers whose gate is one kernel, on processors that multiply bfloat16.
+
+`down(activation(gate(x)) · up(x))` is what Llama and most models since compute. PyTorch's
+operations read and write the wide vectors between many times, forward and backward, and keep three
+of them; the kernel reads and writes each once and keeps two. Compiled layers have it too: what a
+compiler makes of the gate takes them half as long again (docs/lab-notes.md).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import GELUTanh, SiLUActivation
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from lighten.cpu.forwards import Forward, replace_forwards, same_code
+from lighten.cpu.kernels import pointwise
+
+SILU, GELU = (nn.SiLU, SiLUActivation), (GELUTanh,)
+
+
+def quicken(model: nn.Module) -> int:
+    """Give the feed-forward layers that are known their gate in a kernel, for passes that learn.
+
+    Known are those whose code is that of Llama's, whatever their class is called.
+
+    Returns:
+        How many there are.
+    """
+    return replace_forwards(model, _forward_for)
+
+
+def _forward_for(module: nn.Module) -> Forward | None:
+    same = same_code(type(module).forward, LlamaMLP.forward)
+    return _forward if same and _known(module) else None
+
+
+def _known(layer: Any) -> bool:
+    """Whether the kernel has the layer's activation."""
+    return isinstance(layer.act_fn, (*SILU, *GELU))
+
+
+def activated(layer: Any, gate: Tensor, up: Tensor) -> Tensor:
+    """activation(gate) · up of a feed-forward layer, in the kernel where there is one."""
+    found: Tensor
+    if _known(layer) and pointwise.takes(gate, up):
+        found = pointwise.Gated.apply(gate, up, isinstance(layer.act_fn, GELU))
+    else:
+        found = layer.act_fn(gate) * up
+    return found
+
+
+def _forward(self: Any, x: Tensor) -> Any:
+    if not torch.is_grad_enabled():
+        return type(self).forward(self, x)
+    return self.down_proj(activated(self, self.gate_proj(x), self.up_proj(x)))

@@ -1,0 +1,78 @@
+"""Kernels of a processor, written in C++ and compiled on the machine that runs them.
+
+What PyTorch does in a dozen operations, each through memory, a kernel does in one pass through the
+caches. A compiler makes them for this very processor the first time that they are wanted, in a few
+seconds, and the user's cache keeps them. Where there is no compiler, or no bfloat16 arithmetic,
+callers fall back to PyTorch's operations, and `obstacle` says why.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lighten.cpu import native
+from lighten.machine.hardware import processor_flags
+
+FOLDER = Path(__file__).parent
+# GCC's own headers have values that are undefined on purpose.
+FLAGS = ("-O3", "-march=native", "-Wall", "-Wextra",
+         "-Wno-uninitialized", "-Wno-maybe-uninitialized")  # fmt: skip
+NEEDED = "avx512_bf16"
+SWITCH = "LIGHTEN_KERNELS"  # set to 0: PyTorch's operations in their place
+
+
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels; None where there are none, for the reason that `obstacle` gives."""
+    return _loaded()[0]
+
+
+@torch.compiler.assume_constant_result
+def there() -> bool:
+    """Whether there are kernels here; a compiler takes it for settled."""
+    return library() is not None
+
+
+def obstacle() -> str | None:
+    """Why there are no kernels here; None where there are."""
+    return _loaded()[1]
+
+
+Address = ctypes.c_void_p
+
+
+def call(name: str, *args: Any) -> int:
+    """Run a function of the library's; integers are 64 bits wide, numbers are float32."""
+    found = library()
+    assert found is not None
+    answer: int = found[name](*(_plain(arg) for arg in args))
+    return answer
+
+
+def _plain(arg: Any) -> Any:
+    if isinstance(arg, bool):
+        return ctypes.c_int(arg)
+    if isinstance(arg, int):
+        return ctypes.c_int64(arg)
+    return ctypes.c_float(arg) if isinstance(arg, float) else arg
+
+
+@functools.cache
+def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
+    if os.environ.get(SWITCH) == "0":
+        return None, f"{SWITCH} is 0"
+    flags = processor_flags()
+    if NEEDED not in flags:
+        return None, f"the processor has no {NEEDED}"
+    try:
+        found = ctypes.CDLL(str(native.compiled(FOLDER, FLAGS, sorted(flags))))
+    except (native.NotCompiled, OSError) as error:
+        return None, str(error)
+    if not found.lighten_allowed():
+        return None, "the system does not let processes use the processor's tiles"
+    return found, None

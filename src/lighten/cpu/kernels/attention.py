@@ -1,0 +1,204 @@
+"""Causal attention in one kernel per pass: `attention.cpp` as operations of PyTorch's.
+
+Dimensions: B rows, K key-value heads, H = K · G query heads, T tokens, D features of a head.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from lighten.cpu import kernels
+
+MOST_FEATURES = 256
+
+
+def takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the kernel attends to these."""
+    return (
+        fits(query)
+        and query.dtype == key.dtype == value.dtype
+        and query.shape[-1] == value.shape[-1]
+        and kernels.there()
+    )
+
+
+def fits(query: Tensor) -> bool:
+    """Whether queries are of a kind that the kernel, where there is one, attends with."""
+    half = query.device.type == "cpu" and query.dtype == torch.bfloat16
+    return half and query.shape[-1] <= MOST_FEATURES
+
+
+class _View(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p)] + [
+        (name, ctypes.c_int64) for name in ("batch", "head", "token")
+    ]
+
+    @classmethod
+    def of(cls, x: Tensor) -> _View:
+        return cls(x.data_ptr(), *x.stride()[:3])
+
+
+class _Row(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("batch", "start", "length", "before")]
+
+
+class _Job(ctypes.Structure):
+    """`Job` in `attention.cpp`."""
+
+    _fields_ = [
+        *((name, _View) for name in ("q", "k", "v", "out", "grad", "grad_q", "grad_k", "grad_v")),
+        ("sums", ctypes.c_void_p), ("rows", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("row_count", "tokens", "heads", "key_heads", "D")),
+        ("scale", ctypes.c_float), ("threads", ctypes.c_int64),
+    ]  # fmt: skip
+
+
+def _run(
+    function: str, views: Sequence[Tensor | None], sums: Tensor, scale: float, starts: Sequence[int]
+) -> None:
+    query, key = views[0], views[1]
+    assert query is not None
+    assert key is not None
+    if starts:
+        rows = [_Row(0, start, stop - start, start) for start, stop in pairwise(starts)]
+    else:
+        tokens = query.shape[2]
+        rows = [_Row(row, 0, tokens, row * tokens) for row in range(query.shape[0])]
+    array = (_Row * len(rows))(*rows)
+    job = _Job(
+        *(_View() if view is None else _View.of(view) for view in views),
+        sums.data_ptr(), ctypes.addressof(array), len(rows), sums.shape[1], query.shape[1],
+        key.shape[1], query.shape[3], scale, torch.get_num_threads(),
+    )  # fmt: skip
+    if kernels.call(function, ctypes.byref(job)):
+        raise MemoryError("the attention's kernel found no memory for its blocks")
+
+
+@torch.library.custom_op("lighten::attention", mutates_args=())
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, starts: list[int]
+) -> tuple[Tensor, Tensor]:
+    """softmax(scale · Q Kᵀ + causal) V.
+
+    Args:
+        query: [B, H, T, D], bfloat16, as `key` and `value`.
+        key: [B, K, T, D].
+        value: [B, K, T, D].
+        scale: Factor on the scores.
+        starts: Where each of the packed rows begins that the T tokens are (B is 1), and T; empty:
+            rows are not packed.
+
+    Returns:
+        [B, H, T, D], whose memory is [B, T, H, D], and [H, B · T] float32: the logarithms of each
+        query's sum of exponentials.
+    """
+    out, sums = outputs(query)
+    _run("lighten_attention", (*_dense(query, key, value), out, *[None] * 4), sums, scale, starts)
+    return out, sums
+
+
+@attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, scale: float, starts: list[int]) -> Any:
+    del key, value, scale, starts
+    return outputs(query)
+
+
+@torch.library.custom_op("lighten::attention_backward", mutates_args=())
+def attention_backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    sums: Tensor,
+    grad: Tensor,
+    scale: float,
+    starts: list[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the three inputs of `attention`.
+
+    Args:
+        query: As it was given.
+        key: As it was given.
+        value: As it was given.
+        out: As it was returned.
+        sums: As it was returned.
+        grad: Of `out`.
+        scale: As it was given.
+        starts: As it was given.
+    """
+    found = gradients(query, key, value)
+    views = (*_dense(query, key, value), out, *_dense(grad), *found)
+    _run("lighten_attention_backward", views, sums, scale, starts)
+    return found
+
+
+@attention_backward.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Any:
+    del others
+    return gradients(query, key, value)
+
+
+def outputs(query: Tensor) -> tuple[Tensor, Tensor]:
+    """Memory for the results of `attention`."""
+    batch, heads, tokens, features = query.shape
+    out = query.new_empty(batch, tokens, heads, features).transpose(1, 2)
+    return out, query.new_empty(heads, batch * tokens, dtype=torch.float32)
+
+
+def gradients(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for gradients: the heads of a token side by side, as the projections before want."""
+    query, key, value = (x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in inputs)
+    return query, key, value
+
+
+def _dense(*inputs: Tensor) -> list[Tensor]:
+    """With the features of a head side by side."""
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in inputs]
+
+
+@register_flop_formula(torch.ops.lighten.attention)
+def _flops(query: Any, key: Any, value: Any, scale: float, starts: Any, **_: Any) -> int:
+    """Two products over half the square of each row; shapes in place of tensors."""
+    del key, value, scale
+    batch, heads, tokens, features = query
+    lengths = [b - a for a, b in pairwise(starts)] if starts else [tokens] * batch
+    return sum(2 * 2 * heads * features * length * (length + 1) // 2 for length in lengths)
+
+
+@register_flop_formula(torch.ops.lighten.attention_backward)
+def _backward_flops(
+    query: Any, key: Any, value: Any, out: Any, sums: Any, grad: Any, scale: float, starts: Any,
+    **_: Any,
+) -> int:  # fmt: skip
+    """Five products where the forward pass has two."""
+    del out, sums, grad
+    return _flops(query, key, value, scale, starts) * 5 // 2
+
+
+class Attention(torch.autograd.Function):
+    """`attention` with its gradients; arguments and the first result are the same."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, starts: list[int]
+    ) -> Tensor:
+        """Compute, and keep what the backward pass reads."""
+        out, sums = torch.ops.lighten.attention(query, key, value, scale, starts)
+        ctx.save_for_backward(query, key, value, out, sums)
+        ctx.scale, ctx.starts = scale, starts
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the inputs."""
+        found = torch.ops.lighten.attention_backward(
+            *ctx.saved_tensors, grad, ctx.scale, ctx.starts
+        )
+        return *found, None, None

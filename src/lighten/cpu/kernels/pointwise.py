@@ -1,0 +1,161 @@
+"""Norms, gates and losses in one pass each: `pointwise.cpp` as operations of PyTorch's.
+
+Dimensions: H features of a token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lighten.cpu import kernels
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether the kernels compute on these."""
+    return (
+        all(x.device.type == "cpu" and x.dtype == torch.bfloat16 for x in tensors)
+        and kernels.there()
+    )
+
+
+def _address(x: Tensor) -> kernels.Address:
+    return kernels.Address(x.data_ptr())
+
+
+@torch.library.custom_op("lighten::rms_norm", mutates_args=())
+def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> tuple[Tensor, Tensor]:
+    """X over its root mean square, rounded, times the weight; or times 1 + weight, then rounded.
+
+    Args:
+        x: [..., H], bfloat16.
+        weight: [H], bfloat16.
+        eps: Added to the mean square.
+        plus_one: As Gemma does.
+
+    Returns:
+        [..., H], and [..., 1] float32: one over the root mean square.
+    """
+    x = x.contiguous()
+    y, scales = _norm_outputs(x)
+    kernels.call(
+        "lighten_rms_norm", _address(x), _address(weight.contiguous()), _address(y),
+        _address(scales), scales.numel(), x.shape[-1], eps, plus_one, torch.get_num_threads(),
+    )  # fmt: skip
+    return y, scales
+
+
+@rms_norm.register_fake
+def _(x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> tuple[Tensor, Tensor]:
+    del weight, eps, plus_one
+    return _norm_outputs(x)
+
+
+def _norm_outputs(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+
+
+@torch.library.custom_op("lighten::rms_norm_backward", mutates_args=())
+def rms_norm_backward(
+    x: Tensor, weight: Tensor, scales: Tensor, grad: Tensor, plus_one: bool
+) -> Tensor:
+    """The gradient of x.
+
+    Args:
+        x: As it was given.
+        weight: As it was given.
+        scales: As they were returned.
+        grad: Of the result.
+        plus_one: As it was given.
+    """
+    x, grad, found = x.contiguous(), grad.contiguous(), x.new_empty(x.shape)
+    kernels.call(
+        "lighten_rms_norm_backward", _address(x), _address(weight.contiguous()), _address(scales),
+        _address(grad), _address(found), scales.numel(), x.shape[-1], plus_one,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return found
+
+
+@rms_norm_backward.register_fake
+def _(x: Tensor, weight: Tensor, scales: Tensor, grad: Tensor, plus_one: bool) -> Tensor:
+    del weight, scales, grad, plus_one
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("lighten::gated", mutates_args=())
+def gated(gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
+    """activation(gate) · up.
+
+    Args:
+        gate: bfloat16, of any shape.
+        up: The same.
+        gelu: The activation is GELU by its tanh approximation, else SiLU.
+    """
+    gate, up, found = gate.contiguous(), up.contiguous(), gate.new_empty(gate.shape)
+    kernels.call(
+        "lighten_gated", _address(gate), _address(up), _address(found), gate.numel(), gelu,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return found
+
+
+@gated.register_fake
+def _(gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
+    del up, gelu
+    return gate.new_empty(gate.shape)
+
+
+@torch.library.custom_op("lighten::gated_backward", mutates_args=())
+def gated_backward(gate: Tensor, up: Tensor, grad: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
+    """The gradients of gate and up.
+
+    Args:
+        gate: As it was given.
+        up: As it was given.
+        grad: Of the result.
+        gelu: As it was given.
+    """
+    gate, up, grad = gate.contiguous(), up.contiguous(), grad.contiguous()
+    of_gate, of_up = gate.new_empty(gate.shape), gate.new_empty(gate.shape)
+    kernels.call(
+        "lighten_gated_backward", _address(gate), _address(up), _address(grad), _address(of_gate),
+        _address(of_up), gate.numel(), gelu, torch.get_num_threads(),
+    )  # fmt: skip
+    return of_gate, of_up
+
+
+@gated_backward.register_fake
+def _(gate: Tensor, up: Tensor, grad: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
+    del up, grad, gelu
+    return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
+
+
+def cross_entropy_(logits: Tensor, labels: Tensor, scale: float, softcap: float) -> Tensor:
+    """As `train.fused_loss.cross_entropy_`, where `takes` says so."""
+    assert logits.is_contiguous()
+    losses = logits.new_empty(logits.shape[0], dtype=torch.float32)
+    kernels.call(
+        "lighten_cross_entropy", _address(logits), _address(labels.contiguous()), _address(losses),
+        *logits.shape, float(scale), float(softcap), torch.get_num_threads(),
+    )  # fmt: skip
+    return losses
+
+
+class Gated(torch.autograd.Function):
+    """`gated` with its gradients: it keeps its two inputs alone."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
+        """Compute, and keep what the backward pass reads."""
+        ctx.save_for_backward(gate, up)
+        ctx.gelu = gelu
+        found: Tensor = torch.ops.lighten.gated(gate, up, gelu)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the inputs."""
+        return *torch.ops.lighten.gated_backward(*ctx.saved_tensors, grad, ctx.gelu), None

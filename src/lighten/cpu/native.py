@@ -1,0 +1,108 @@
+"""Libraries in C++, compiled on the machine that runs them the first time that they are wanted.
+
+That takes seconds; the user's cache keeps what was made, by its source, compiler and options. It is
+loaded again only where nobody else can have put it there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from lighten.machine.hardware import cache_folder
+
+OPTIONS = ("-std=c++17", "-fPIC", "-shared", "-pthread")
+# CXX may name a compiler of C, which leaves out the libraries of C++ and of mathematics: PEFT's
+# BOFT leaves "gcc" there.
+LIBRARIES = ("-lstdc++", "-lm") if sys.platform.startswith("linux") else ()
+LONGEST_S = 120.0  # of a compilation
+
+
+class NotCompiled(Exception):
+    """There is no library, for the reason that this says."""
+
+
+def compiled(folder: Path, options: Sequence[str], of: Sequence[str] = ()) -> Path:
+    """The library of a folder's sources, made now unless it was before.
+
+    Args:
+        folder: Has the sources (`*.cpp`) and what they include (`*.h`).
+        options: Of the compiler, beside those of every library.
+        of: What else decides what comes out.
+
+    Raises:
+        NotCompiled: There is no compiler, or it made nothing.
+    """
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    if compiler is None:
+        raise NotCompiled("there is no C++ compiler")
+    try:
+        return _made(compiler, folder, (*OPTIONS, *options), of)
+    except (OSError, subprocess.SubprocessError) as error:
+        told = getattr(error, "stderr", None) or str(error)
+        line = told.strip().splitlines()[0]
+        raise NotCompiled(f"{compiler} made nothing of {folder.name}: {line}") from error
+
+
+def _made(compiler: str, folder: Path, options: Sequence[str], of: Sequence[str]) -> Path:
+    version = subprocess.run(
+        [compiler, "--version"], capture_output=True, text=True, check=True, timeout=LONGEST_S
+    ).stdout
+    sources = sorted(folder.glob("*.cpp"))
+    texts = [path.read_text(encoding="utf-8") for path in (*sources, *sorted(folder.glob("*.h")))]
+    key = "\n".join([version, *options, *of, *texts])
+    name = f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    ready = cache_folder() / "kernels" / name  # the system's, if an image brings one
+    if _trusted(ready.parent, stat.S_ISDIR) and _trusted(ready):
+        return ready
+    kept = _private_folder(cache_folder())
+    path = kept / name
+    if not _trusted(path):
+        with tempfile.TemporaryDirectory(dir=kept) as scratch:
+            made = Path(scratch) / "made.so"
+            subprocess.run(
+                [compiler, "-o", str(made), *map(str, sources), *options, *LIBRARIES],
+                capture_output=True, text=True, check=True, timeout=LONGEST_S,
+            )  # fmt: skip
+            made.chmod(0o700)
+            made.replace(path)
+    return path
+
+
+def _private_folder(cache: Path) -> Path:
+    """A folder of the cache that nobody else puts anything into: what lies there is run.
+
+    A cache may be everybody's (`LIGHTEN_CACHE`), or another user's where a container's root uses
+    it: then each user has a folder of their own in it.
+
+    Raises:
+        NotCompiled: There is none.
+    """
+    if not hasattr(os, "getuid"):  # Windows: the user's profile is theirs
+        (cache / "kernels").mkdir(parents=True, exist_ok=True)
+        return cache / "kernels"
+    for folder in (cache / "kernels", cache / f"kernels-{os.getuid()}"):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder.stat().st_uid == os.getuid():
+            folder.chmod(0o700)  # earlier versions left it as open as the umask did
+            return folder
+    raise NotCompiled(f"{folder} belongs to another user; set LIGHTEN_CACHE to a folder of yours")
+
+
+def _trusted(path: Path, kind: Callable[[int], bool] = stat.S_ISREG) -> bool:
+    """Whether a file is this user's or the system's, and nobody else can have written to it."""
+    if not hasattr(os, "getuid"):
+        return path.exists()
+    try:
+        found = path.lstat()
+    except OSError:
+        return False
+    others = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return kind(found.st_mode) and found.st_uid in (os.getuid(), 0) and not others

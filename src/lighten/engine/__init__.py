@@ -1,0 +1,1 @@
+"""One optimiser step: micro-batches, loss, backward, clip, update."""

@@ -1,0 +1,160 @@
+"""One adapter in training: its parameters, optimiser, learning rate, clipping and early stop."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lighten.adapters import dtensors
+from lighten.engine import optimizers
+from lighten.engine.schedule import learning_rate_factor
+
+
+@dataclass(frozen=True)
+class AdapterOptimizerSettings:
+    """How one adapter learns. Names and meaning are those of transformers' arguments."""
+
+    learning_rate: float
+    lr_scheduler_type: str
+    warmup: int
+    total_steps: int
+    weight_decay: float
+    betas: tuple[float, float]
+    epsilon: float
+    max_grad_norm: float | None
+    seed: int
+    early_stopping_patience: int | None = None
+    early_stopping_threshold: float = 0.0
+    optim: str = "adamw_torch"
+    loraplus_lr_ratio: float | None = None
+
+
+@dataclass
+class AdapterOptimizerProgress:
+    """What a checkpoint must keep of an adapter beside its tensors.
+
+    Attributes:
+        steps: Optimiser steps made; one skipped for a non-finite float16 gradient is not counted.
+        best_loss: Lowest held-out loss so far.
+        best_step: The run's step where that was.
+        evaluations_without_gain: In a row, for early stopping.
+        stopped: The adapter has left the batch.
+        infinite: It left because its weights were no numbers any more.
+    """
+
+    steps: int = 0
+    best_loss: float | None = None
+    best_step: int | None = None
+    evaluations_without_gain: int = 0
+    stopped: bool = False
+    infinite: bool = False
+
+
+@dataclass
+class AdapterOptimizer:
+    """An adapter of the cohort together with its optimiser.
+
+    Attributes:
+        name: The adapter's name.
+        parameters: Trainable parameters by PEFT key, float32.
+        settings: How it learns.
+        progress: How far it is.
+        undecayed: Keys of the parameters that weight decay leaves alone.
+        learning: What gradients, clipping and the optimiser see of the parameters, by the same
+            keys: this rank's rows of them, where the optimiser's state is spread over ranks.
+    """
+
+    name: str
+    parameters: dict[str, nn.Parameter]
+    settings: AdapterOptimizerSettings
+    progress: AdapterOptimizerProgress = field(default_factory=AdapterOptimizerProgress)
+    undecayed: frozenset[str] = frozenset()
+    learning: dict[str, nn.Parameter] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        own = self.settings
+        self.learning = self.learning or self.parameters
+        self.optimizer = optimizers.make(
+            own.optim,
+            self.learning,
+            learning_rate=own.learning_rate,
+            weight_decay=own.weight_decay,
+            betas=own.betas,
+            epsilon=own.epsilon,
+            loraplus_lr_ratio=own.loraplus_lr_ratio,
+            undecayed=self.undecayed,
+        )
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate of the next step, before a group's own factor."""
+        own = self.settings
+        factor = learning_rate_factor(
+            self.progress.steps, own.total_steps, own.warmup, own.lr_scheduler_type
+        )
+        return own.learning_rate * factor
+
+    def is_finite(self) -> bool:
+        """Whether every weight is a number: one step at far too high a rate makes them infinite.
+
+        Of weights that are spread over ranks, this rank's part.
+        """
+        own = [getattr(p, "to_local", lambda p=p: p)() for p in self.parameters.values()]
+        return all(bool(part.isfinite().all()) for part in own)
+
+    def gradients(self) -> list[Tensor]:
+        """One gradient per parameter, zero where none has arrived, in a stable order."""
+        for parameter in self.learning.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return [p.grad for p in self.learning.values() if p.grad is not None]
+
+    def gradient_norm(self) -> float:
+        """Norm of the whole gradient; it is scaled down in place to `max_grad_norm` at most.
+
+        Where ranks hold different rows of it, all have to call this at the same time.
+        """
+        limit = self.settings.max_grad_norm
+        norm = nn.utils.clip_grad_norm_(
+            list(self.learning.values()), math.inf if limit is None else limit
+        )
+        return float(dtensors.whole(norm))
+
+    def note_evaluation(self, loss: float, step: int) -> bool:
+        """Remember a held-out loss; say whether it is the best so far, and stop if patience is out.
+
+        Lower is better (trap 45).
+        """
+        state, own = self.progress, self.settings
+        threshold = own.early_stopping_threshold
+        better = state.best_loss is None or loss < state.best_loss - threshold
+        if better:
+            state.best_loss, state.best_step, state.evaluations_without_gain = loss, step, 0
+        else:
+            state.evaluations_without_gain += 1
+            patience = own.early_stopping_patience
+            if patience is not None and state.evaluations_without_gain >= patience:
+                state.stopped = True
+        return better
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """The optimiser's state as tensors by parameter key."""
+        return {
+            f"{key}:{part}": value
+            for key, parameter in self.learning.items()
+            for part, value in optimizers.state_tensors(self.optimizer, parameter).items()
+        }
+
+    def restore_optimizer(self, tensors: dict[str, Tensor]) -> None:
+        """Put back what `optimizer_tensors` gave."""
+        for key, parameter in self.learning.items():
+            saved = {
+                name.rpartition(":")[2]: value
+                for name, value in tensors.items()
+                if name.rpartition(":")[0] == key
+            }
+            if saved:
+                optimizers.restore_state(self.optimizer, parameter, saved)

@@ -1,0 +1,85 @@
+"""How rows are laid out in micro-batches: chosen for machine and model, with the reasons."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from lighten import models
+from lighten.engine import workers
+from lighten.errors import UserError
+from lighten.machine import hardware
+from lighten.machine.hardware import Choice
+from lighten.models import attention
+
+# Matrix products of this many rows come near a processor's full rate. Each costs as much as some
+# more rows before its first one, and of the quicker ones on AMX tiles that is a larger share
+# (docs/lab-notes.md).
+CPU_TOKENS, TILES_TOKENS = 1024, 1536
+TILES = "amx_bf16"
+
+
+def choose_packing(
+    wanted: bool | str, model: PreTrainedModel, hindered: str | None = None
+) -> Choice:
+    """Whether rows stand behind each other in a micro-batch, and why.
+
+    Args:
+        wanted: The recipe's `packing`.
+        model: The base.
+        hindered: Why what learns cannot be packed, or None.
+
+    Raises:
+        UserError: It is wanted and the attention would look across rows.
+    """
+    name = str(model.config._attn_implementation)
+    if wanted is False:
+        return Choice("off", "packing of the recipe")
+    if hindered is not None:
+        if wanted is True:
+            raise UserError(f"packing: {hindered}; set it to false or auto")
+        return Choice("off", hindered)
+    if name in attention.PACKS:
+        return Choice("on", f"{name} attention keeps packed rows apart")
+    if wanted is True:
+        raise UserError(
+            f"packing: {name} attention would let rows look at each other; set packing to false, "
+            f"or attn_implementation to one of {', '.join(sorted(attention.PACKS))}"
+        )
+    return Choice("off", f"{name} attention does not keep packed rows apart")
+
+
+def choose_tokens(wanted: int | str | None, device: str, dtype: str) -> tuple[int | None, str]:
+    """Tokens of one micro-batch at most (None: as many as its rows have), and why.
+
+    Args:
+        wanted: `auto`, or what the recipe says.
+        device: `cpu` or `cuda`.
+        dtype: Of the products.
+    """
+    if isinstance(wanted, int):
+        return wanted, "tokens_per_microbatch of the recipe"
+    if wanted is None or device != "cpu":
+        return None, "per_device_train_batch_size alone decides"
+    if dtype == "bfloat16" and TILES in hardware.processor_flags():
+        return TILES_TOKENS, "it fills matrix products on AMX tiles; more would only cost memory"
+    return CPU_TOKENS, "it fills a processor's matrix products; more would only cost memory"
+
+
+def choose_passes(base: models.Base, tokens: int, most: int | None, side_by_side: int) -> Choice:
+    """Whether the adapters of a cohort share micro-batches, and why.
+
+    Args:
+        base: What it is trained on.
+        tokens: Of one adapter in one step on this rank, on average.
+        most: Tokens of a micro-batch at most; None: rows decide.
+        side_by_side: The number of workers.
+    """
+    if base.feed is not None:
+        return Choice("together", "a layer is brought once for all adapters")
+    if base.quantization is not None:
+        return Choice("together", "a weight is dequantised once for all adapters")
+    if most is None:
+        return Choice("together", "as many rows as fit read the base's weights once")
+    if tokens < side_by_side * workers.FULL_TOKENS:
+        return Choice("together", f"{tokens} tokens of one adapter alone fill no micro-batch")
+    return Choice("apart", "each fills micro-batches, and one adapter's gradients are kept at once")

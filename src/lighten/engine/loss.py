@@ -1,0 +1,403 @@
+"""The language-model loss of a micro-batch: logits only where a token is supervised.
+
+Dimensions: B rows, T padded tokens, S supervised positions of the micro-batch, H hidden size,
+V vocabulary. The backbone runs without its head; the head's logits [S, V] are formed chunk by
+chunk, and the gradient of the hidden states in the same pass, so that no more than one chunk of
+logits ever exists. The idea is that of Cut Cross-Entropy (arXiv 2411.09009) and of Liger's fused
+linear cross-entropy (arXiv 2410.10989), here in plain PyTorch; on a GPU one kernel turns a chunk
+of logits into its gradients (`fused_loss`).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from lighten.adapters.layers import CohortCopies, CohortLinear, Share
+from lighten.adapters.trained import Trained
+from lighten.data.batches import MicroBatch
+from lighten.engine import fused_loss
+from lighten.engine.fused_loss import cross_entropy_
+from lighten.models import attention
+
+# Bytes of one chunk of logits, large enough to fill a matrix product (benchmarks/limit.py), and the
+# rows that it holds a multiple of, by the kind of device that has a kernel. None: PyTorch's
+# operations, whose logits are float32; 256 rows of a 49k vocabulary. On a GPU 512 of 128k.
+CHUNKS: dict[str | None, tuple[int, int]] = {
+    None: (48 * 2**20, 1), "cpu": (64 * 2**20, 32), "cuda": (128 * 2**20, 128),
+}  # fmt: skip
+PIECE_BYTES = 16 * 2**20  # of the head's gradient, float32
+# How far the fast path may be from the model's own loss on the first batch, relative.
+AGREEMENT = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
+# Rows of the first batch, and positions of each, whose loss is compared with the model's own.
+CHECKED_ROWS, CHECKED_POSITIONS = 8, 64
+
+
+@dataclass(frozen=True)
+class HeadRule:
+    """What an architecture does to its logits after the head.
+
+    Attributes:
+        scale: Factor on the logits (Cohere's `logit_scale`, Granite's 1 / `logits_scaling`).
+        softcap: c in c · tanh(logits / c) (Gemma 2), or None.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> HeadRule:
+        """Read the rule from the model's configuration."""
+        config = model.config
+        scale = float(getattr(config, "logit_scale", None) or 1.0)
+        scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+        return cls(scale, getattr(config, "final_logit_softcapping", None))
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """[S, V] raw logits → [S, V] final ones."""
+        logits = logits * self.scale if self.scale != 1.0 else logits
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
+
+
+class Workspace(threading.local):
+    """A thread's memory for one chunk of logits: fresh blocks of this size cost page faults."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    def take(self, name: str, rows: int, like: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+        """[rows, columns] of what is in it; the values are whatever they were."""
+        held = self._held.get(name)
+        wanted = rows * columns
+        if (
+            held is None
+            or held.numel() < wanted
+            or held.dtype != dtype
+            or (held.device != like.device)
+        ):
+            held = torch.empty(wanted, dtype=dtype, device=like.device)
+            self._held[name] = held
+        return held[:wanted].view(rows, columns)
+
+    def chunks(self, positions: int, weight: Tensor, kernel: str | None) -> Iterable[slice]:
+        """Positions whose logits are formed together, as `_chunks` has them; a plan needs few."""
+        return _chunks(positions, weight, kernel)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Weighted sum of the cross-entropies over a head, chunk by chunk.
+
+    Kept for the backward pass: the gradient of each position's loss by its hidden state, without
+    the weight, so that float16 does not underflow; and the head's gradient if it learns.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        labels: Tensor,
+        weights: Tensor,
+        head_weight: Tensor,
+        head_bias: Tensor | None,
+        rule: HeadRule,
+        space: Workspace,
+        kernel: str | None,
+    ) -> tuple[Tensor, Tensor]:
+        W = head_weight.to(hidden.dtype)  # a head that learns may be float32 over bfloat16 states
+        bias = None if head_bias is None else head_bias.to(hidden.dtype)
+        nll = hidden.new_empty(labels.shape, dtype=torch.float32)
+        grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_W = torch.zeros_like(W, dtype=torch.float32) if ctx.needs_input_grad[3] else None
+        grad_bias = nll.new_zeros(W.shape[0]) if ctx.needs_input_grad[4] else None
+        learns = any(ctx.needs_input_grad)
+        for rows in space.chunks(len(labels), W, kernel):
+            raw = space.take("logits", rows.stop - rows.start, hidden, W.shape[0], W.dtype)
+            torch.mm(hidden[rows], W.T, out=raw)
+            if bias is not None:
+                raw.add_(bias)
+            if kernel:
+                nll[rows] = cross_entropy_(raw, labels[rows], rule.scale, rule.softcap or 0.0)
+            else:
+                nll[rows] = _gradients_for_logits(raw, labels[rows], rule, space, learns)
+            if grad is not None:
+                torch.mm(raw, W, out=grad[rows])
+            if grad_bias is not None:
+                grad_bias += (raw * weights[rows, None]).sum(0)
+            if grad_W is not None:
+                _add_product(grad_W, raw.mul_(weights[rows, None].to(raw.dtype)), hidden[rows])
+        ctx.formats = head_weight.dtype, None if head_bias is None else head_bias.dtype
+        ctx.save_for_backward(grad, grad_W, grad_bias, weights)
+        ctx.mark_non_differentiable(nll)
+        return (nll * weights).sum(), nll
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        grad, grad_W, grad_bias, weights = ctx.saved_tensors
+        if grad is not None:
+            grad = (grad * (weights * grad_total)[:, None]).to(grad.dtype)
+        if grad_W is not None:
+            # In place: it is as large as the head, and nobody goes backward twice.
+            grad_W = grad_W.mul_(grad_total).to(ctx.formats[0])
+        if grad_bias is not None:
+            grad_bias = (grad_bias * grad_total).to(ctx.formats[1])
+        return grad, None, None, grad_W, grad_bias, None, None, None
+
+
+def _add_product(total: Tensor, gradients: Tensor, hidden: Tensor) -> None:
+    """Add slopesᵀ hidden ([n, V], [n, H]) to a float32 total [V, H].
+
+    A processor makes a float32 copy of what it adds in another format: as large as the head, so it
+    is added piece by piece there.
+    """
+    size = total.shape[0]
+    if total.device.type == "cpu":
+        size = max(1, PIECE_BYTES // (4 * total.shape[1]))
+    for start in range(0, total.shape[0], size):
+        total[start : start + size] += gradients[:, start : start + size].T @ hidden
+
+
+def _gradients_for_logits(
+    raw: Tensor, labels: Tensor, rule: HeadRule, space: Workspace, wanted: bool
+) -> Tensor:
+    """As `fused_loss.cross_entropy_`, in a processor's operations; losses alone if not wanted."""
+    own = labels[:, None]
+    logits = rule.apply(raw)
+    gradient = space.take("gradient", len(raw), raw, raw.shape[1], torch.float32).copy_(logits)
+    torch.softmax(gradient, -1, out=gradient)
+    # log Σ exp from the largest: exact in float32 without another pass over exponentials.
+    normaliser = logits.amax(1).float() - gradient.amax(1).log()
+    nll = normaliser - logits.gather(1, own)[:, 0].float()
+    if not wanted:
+        return nll
+    gradient.scatter_add_(1, own, gradient.new_full(own.shape, -1.0))
+    if rule.softcap is not None:
+        gradient *= 1.0 - (logits.float() / rule.softcap).square_()
+    if rule.scale != 1.0:
+        gradient *= rule.scale
+    raw.copy_(gradient)
+    return nll
+
+
+def _chunks(positions: int, weight: Tensor, kernel: str | None) -> list[slice]:
+    """Positions whose logits are formed together.
+
+    Args:
+        positions: All of them.
+        weight: Of the head, [V, H].
+        kernel: The kind of device whose kernel turns logits into gradients; None: there is none.
+    """
+    bytes_, tile = CHUNKS[kernel]
+    # Without a kernel they are float32 once more.
+    size = max(1, bytes_ // ((weight.element_size() if kernel else 4) * weight.shape[0]))
+    size -= size % tile if size > tile else 0
+    return [slice(start, min(start + size, positions)) for start in range(0, positions, size)]
+
+
+class Objective:
+    """The loss of micro-batches under a cohort, by the fast path or by the model's own forward.
+
+    Attributes:
+        fast: Whether logits are formed at supervised positions only.
+        reason: Why, in words for the user.
+        packs: Whether rows may stand behind each other in one.
+        packing_reason: Why, in words for the user.
+
+    Args:
+        model: The base with what learns attached.
+        cohort: What learns.
+        fast: False: the model's own forward.
+        packs: Try to pack rows.
+        device: `cpu` or `cuda`, where that is not where the model's tensors are (a plan).
+        within: Does work that runs the model, where its weights have to be gathered for that.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, cohort: Trained, *, fast: bool = True, packs: bool = False,
+        device: str | None = None, within: Callable[[Callable[[], Any]], Any] | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.cohort = model, cohort
+        self._within = within or (lambda work: work())
+        self._device = device or model.device.type
+        self.packs, self.packing_reason = packs, "rows under each other, right-padded"
+        self.rule = HeadRule.of(model)
+        self.fast, self.reason = fast, "logits at supervised positions only"
+        self._verified = not fast
+        self.workspace: Callable[[], Workspace] = Workspace
+        self._space = Workspace()
+        self._head = model.get_output_embeddings()
+        self._backbone = model.base_model
+        if self._head is None or self._backbone is model:
+            self.fast, self.reason = False, f"{type(model).__name__} has no separate head"
+
+    def __call__(
+        self, batch: MicroBatch, shares: tuple[Share, ...], weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The weighted loss of a micro-batch, and what each supervised position lost.
+
+        Call it, and the backward pass after it, inside `at(batch, shares)`: layers that are
+        recomputed in the backward pass ask again which rows are whose.
+
+        Args:
+            batch: The micro-batch.
+            shares: Which rows take which adapter.
+            weights: [S] float32; the loss is the weighted sum over supervised positions.
+
+        Returns:
+            The scalar loss and the negative log-likelihoods [S], float32, without gradient.
+        """
+        result: tuple[Tensor, Tensor] = self._within(lambda: self._loss(batch, shares, weights))
+        return result
+
+    def _loss(
+        self, batch: MicroBatch, shares: tuple[Share, ...], weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        hidden_or_logits = self._positions(batch)
+        if not self.fast:
+            nll = F.cross_entropy(hidden_or_logits.float(), batch.labels, reduction="none")
+            return (nll * weights).sum(), nll.detach()
+        if isinstance(self._head, CohortLinear | CohortCopies):
+            return self._through_adapted_head(hidden_or_logits, batch, shares, weights)
+        return _ChunkedCrossEntropy.apply(
+            hidden_or_logits,
+            batch.labels,
+            weights,
+            self._head.weight,
+            self._head.bias,
+            self.rule,
+            self._space,
+            self._device if fused_loss.available(self._device, hidden_or_logits.dtype) else None,
+        )
+
+    @contextmanager
+    def at(self, batch: MicroBatch, shares: tuple[Share, ...]) -> Iterator[None]:
+        """The model knows which of the batch's rows are whose, and where packed ones begin."""
+        with self.cohort.sharing(shares, batch.starts), attention.packed(batch.starts):
+            yield
+
+    def _positions(self, batch: MicroBatch) -> Tensor:
+        """Hidden states [S, H] (fast) or logits [S, V] at the supervised positions."""
+        given: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
+        if batch.position_ids is not None:
+            given["position_ids"] = batch.position_ids
+        run = self._backbone if self.fast else self.model
+        out = run(**given)
+        states = out.last_hidden_state if self.fast else out.logits
+        return states.flatten(0, 1)[batch.positions]
+
+    def _through_adapted_head(
+        self, hidden: Tensor, batch: MicroBatch, shares: tuple[Share, ...], weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Chunks through a head that learns: each is recomputed in the backward pass (trap 8)."""
+
+        def chunk(member: str | None, hidden: Tensor, labels: Tensor) -> Tensor:
+            with self.cohort.using(member):
+                logits = self.rule.apply(self._head(hidden).float())
+            return F.cross_entropy(logits, labels, reduction="none")
+
+        parts = []
+        for share in shares:
+            start, stop = batch.supervised_before[share.start], batch.supervised_before[share.stop]
+            for rows in _chunks(stop - start, self._head.weight, None):
+                own = slice(start + rows.start, start + rows.stop)
+                args = (share.member, hidden[own], batch.labels[own])
+                parts.append(checkpoint(chunk, *args, use_reentrant=False))
+        nll = torch.cat(parts)
+        return (nll * weights).sum(), nll.detach()
+
+    @torch.no_grad()
+    def verify(self, batch: MicroBatch, shares: tuple[Share, ...]) -> bool:
+        """Compare what is quick with the model's own forward, and leave it where they differ.
+
+        The first call does so; later ones return at once.
+
+        Returns:
+            Whether `packs` has become false, so that the batch has to be laid out anew.
+        """
+        if self._verified or not (self.fast or batch.starts) or not len(batch.labels):
+            return False
+        packed = self.packs
+        batch = batch.thinned(CHECKED_ROWS, CHECKED_POSITIONS)
+        weights = torch.full_like(batch.labels, 1.0 / len(batch.labels), dtype=torch.float32)
+
+        def loss(batch: MicroBatch) -> float:
+            with self.at(batch, shares):
+                return float(self(batch, shares, weights)[0])
+
+        own = self._models_own(batch, shares)
+
+        def apart(value: float) -> float:
+            return abs(value - own) / max(abs(own), 1e-6)
+
+        allowed = AGREEMENT.get(self.cohort.dtype, 2e-2)
+        quick = loss(batch)
+        self._space = (
+            self.workspace()
+        )  # this thread's may never be used again: workers have their own
+        self._verified = True  # not before: where memory ran out above, it is asked again
+        if batch.starts is not None:
+            self.packing_reason = f"rows packed without padding; {apart(quick):.1e} from apart"
+            if apart(quick) > allowed:
+                self.packs = False
+                self.packing_reason = (
+                    f"the loss of packed rows was {quick:.4f} and that of the rows apart {own:.4f}:"
+                    f" {type(self.model).__name__} looks across rows that stand behind each other"
+                )
+                quick = loss(batch.padded())
+        if not self.fast:
+            return packed != self.packs
+        self.reason = (
+            f"logits at supervised positions only; {apart(quick):.1e} from the model's own loss on "
+            "the first batch"
+        )
+        if apart(quick) > allowed:
+            self.fast = False
+            self.reason = (
+                f"the loss at supervised positions was {quick:.4f} and the model's own "
+                f"{own:.4f}: {type(self.model).__name__} does something to its logits that "
+                "the fast path does not know"
+            )
+        return packed != self.packs
+
+    def agree(self, *, fast: bool, packs: bool) -> None:
+        """Take what all ranks found of their first batches: what one of them cannot, none does."""
+        if self.fast and not fast:
+            self.reason = "the loss at supervised positions differed from the model's on a rank"
+        if self.packs and not packs:
+            self.packing_reason = (
+                "the loss of packed rows differed from that of rows apart on a rank"
+            )
+        self.fast, self.packs, self._verified = fast, packs, True
+
+    def _models_own(self, batch: MicroBatch, shares: tuple[Share, ...]) -> float:
+        """The mean loss by the model's own forward, one row after another.
+
+        It keeps the logits of the asked positions alone, where the model can: all of a row's would
+        be the peak of a run whose vocabulary is large.
+        """
+        keeps = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        lost = []
+        for share in shares:
+            for row in range(share.start, share.stop):
+                one = batch.alone(row)
+                if not len(one.labels):
+                    continue
+                given: dict[str, Any] = {"logits_to_keep": one.positions} if keeps else {}
+                with self.at(one, (Share(share.member, 0, 1),)):
+                    given |= {"input_ids": one.input_ids, "use_cache": False}
+                    out = self._within(functools.partial(self.model, **given))
+                logits = out.logits[0] if keeps else out.logits[0, one.positions]
+                lost.append(F.cross_entropy(logits.float(), one.labels, reduction="none"))
+        return float(torch.cat(lost).mean())

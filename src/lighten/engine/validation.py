@@ -1,0 +1,151 @@
+"""The held-out loss during training: over all supervised tokens, with its standard error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from lighten.data import lengths_of
+from lighten.data.batches import Item, TokenRow, collate, layout
+from lighten.engine.forward_backward import measure, undropped
+from lighten.engine.loss import Objective
+from lighten.engine.workers import Workers
+from lighten.parallel import ranks
+
+
+@dataclass(frozen=True)
+class ValidationLoss:
+    """Losses of one adapter on held-out rows.
+
+    Attributes:
+        nll: Summed negative log-likelihood of each row's supervised tokens, in nats.
+        tokens: Supervised tokens of each row.
+    """
+
+    nll: tuple[float, ...]
+    tokens: tuple[int, ...]
+
+    @property
+    def loss(self) -> float:
+        """Total loss over total tokens (trap 44), nats per token."""
+        return sum(self.nll) / sum(self.tokens)
+
+    @property
+    def standard_error(self) -> float | None:
+        """Of the loss as a ratio of two sums over rows: a row's tokens are not independent.
+
+        None of one row, which has no spread.
+
+        Linearised ratio estimator (Cochran, Sampling Techniques, 1977, section 6.4).
+        """
+        rows, total, loss = len(self.nll), sum(self.tokens), self.loss
+        if rows < 2:
+            return None
+        residual = sum((n - loss * t) ** 2 for n, t in zip(self.nll, self.tokens, strict=True))
+        return math.sqrt(rows / (rows - 1) * residual) / total
+
+
+def held_out(
+    objective: Objective,
+    rows: Sequence[TokenRow],
+    member: str | None,
+    *,
+    max_rows: int,
+    max_tokens: int | None = None,
+    pad_id: int = 0,
+    device: torch.device | str = "cpu",
+    workers: Workers | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    passes: Callable[[int], int] | None = None,
+    spare: TokenRow | None = None,
+) -> ValidationLoss:
+    """Loss of one adapter (None: the base) on encoded rows; no logits are kept (trap 43).
+
+    Args:
+        objective: The loss, with the cohort it runs under.
+        rows: Encoded rows; those without a supervised token are passed over.
+        member: The adapter's name.
+        max_rows: Rows per batch at most.
+        max_tokens: Padded tokens per batch at most.
+        pad_id: Padding.
+        device: Where the model is.
+        workers: Take batches side by side; None: one after another.
+        progress: Told how many rows are measured, and of how many, where they are not side by side.
+        passes: How many are made where there are so many batches: other ranks may have more.
+        spare: A row for those that count nothing.
+    """
+    lengths = lengths_of(rows)
+    items = [Item(member, i, 0) for i, row in enumerate(rows) if any(row.supervised[1:])]
+    nll, tokens = [0.0] * len(rows), [0] * len(rows)
+    parts = layout(
+        items, lengths, max_rows=max_rows, max_tokens=max_tokens, packed=objective.packs,
+        workers=workers.count if workers else 1,
+    )  # fmt: skip
+    batches = [
+        collate(part, rows, [member], pad_id=pad_id, packed=objective.packs, device=device)
+        for part in parts
+    ]
+    if batches:
+        objective.verify(batches[0], undropped(batches[0]))
+
+    if workers is None or not batches:
+        lost, done = [], 0
+        for batch in batches:
+            if progress is not None:
+                progress(done, len(items))
+            lost.append(measure(batch, objective))
+            done += len(batch.items)
+        if progress is not None:
+            progress(len(items), len(items))
+    else:
+        lost = workers.measure(objective, batches)
+    idle = passes(len(batches)) - len(batches) if passes is not None else 0
+    if idle:
+        assert spare is not None
+        alone = collate([Item(member, 0, 0)], [spare], [member], pad_id=pad_id,
+                        packed=objective.packs, device=device)  # fmt: skip
+        for _ in range(idle):
+            measure(alone, objective)
+    for batch, own in zip(batches, lost, strict=True):
+        for place, item in enumerate(batch.items):
+            nll[item.row] = own[place]
+            tokens[item.row] = batch.supervised_in(place, place + 1)
+    kept = [item.row for item in items]
+    return ValidationLoss(tuple(nll[i] for i in kept), tuple(tokens[i] for i in kept))
+
+
+def held_out_over(
+    accelerator: Accelerator,
+    objective: Objective,
+    rows: Sequence[TokenRow],
+    member: str | None,
+    **options: Any,
+) -> ValidationLoss:
+    """`held_out` with every rank measuring its share; all get the same figures, bit for bit.
+
+    What follows from them (the best state, an early stop) is so decided alike on every rank.
+
+    Args:
+        accelerator: The ranks.
+        objective: The loss.
+        rows: Encoded rows, the same on every rank.
+        member: The adapter's name.
+        options: More arguments of `held_out`.
+
+    Raises:
+        PeerLost: A rank has ended.
+    """
+    supervised = [row for row in rows if any(row.supervised[1:])]
+    share = supervised[accelerator.process_index :: accelerator.num_processes]
+    spare = min(supervised, key=lambda row: len(row.input_ids), default=None)
+    own = held_out(objective, share, member, spare=spare, **options)
+    shares = ranks.gather(accelerator, own)
+    nll, tokens = [0.0] * len(supervised), [0] * len(supervised)
+    for rank, each in enumerate(shares):
+        nll[rank :: len(shares)], tokens[rank :: len(shares)] = each.nll, each.tokens
+    return ValidationLoss(tuple(nll), tuple(tokens))

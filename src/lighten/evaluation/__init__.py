@@ -1,0 +1,1 @@
+"""Evaluation: base and adapters on the same held-out examples, with intervals."""

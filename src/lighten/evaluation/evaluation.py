@@ -1,0 +1,322 @@
+"""The verb `evaluate`: what training changed, on held-out examples, with intervals."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from lighten import data, runs
+from lighten.data import Example
+from lighten.data.batches import TokenRow
+from lighten.engine.batching import choose_tokens
+from lighten.engine.loss import Objective
+from lighten.engine.validation import held_out
+from lighten.errors import NoHeldOut, UserError
+from lighten.evaluation import forgetting, harness, metrics, registry
+from lighten.evaluation.bootstrap import Array
+from lighten.evaluation.forgetting import GeneralText
+from lighten.evaluation.generate import as_shown, generate
+from lighten.evaluation.judge import Judge, judged
+from lighten.evaluation.kept import Kept, key_of
+from lighten.evaluation.result import Evaluation, Measured
+from lighten.evaluation.run_models import Models, Opened
+from lighten.evaluation.summary import summarise
+from lighten.machine import hardware
+from lighten.models import limits_of
+from lighten.recipe import EvaluateOptions, Recipe
+from lighten.runs import Run
+from lighten.training import held_out_data
+from lighten.training.held_out_data import HeldOutData
+from lighten.wording import counted
+
+Progress = Callable[[str, int, int], None]
+
+
+def evaluate_run(run: Run, *, progress: Progress | None = None, **options: Any) -> Evaluation:
+    """Measure the base and what a run trained, and write `evaluation.json`.
+
+    Args:
+        run: The run.
+        progress: Told what is being done, how far it is, and of how much.
+        options: Settings of the recipe's `evaluate` section.
+
+    Raises:
+        UserError: Nothing trained in the run, or no held-out example.
+    """
+    recipe = run.recipe()
+    settings = recipe.with_evaluate(options)
+    require(settings)
+    transformers_logging.disable_progress_bar()
+    device = hardware.choose_device().value
+    memory = hardware.PeakMemory(device)
+    models = Models(run, device, keep=False)
+    if not models.names:
+        what = "model" if recipe.method == "full" else "adapter"
+        raise UserError(f"{run.folder} has no trained {what} yet; train it first")
+    given = held_out_examples(recipe, run.info().get("data", {}).get("sha256"))
+    template, base = models.open(None).template, models.open(None).base
+    tokenizer, limits = base.tokenizer, limits_of(base.model)
+    del base  # another may be opened in its place
+    encoding = None if progress is None else functools.partial(progress, "encoding")
+    found = held_out_data.encoded(recipe, given, tokenizer, limits, settings.max_examples, encoding)
+    answered, unasked = askable(found.examples, recipe, tokenizer)
+    general = None
+    if settings.forgetting is not None:
+        general = forgetting.encoded(settings.forgetting, recipe, tokenizer, limits)
+    tasks = harness.begin(settings, tokenizer) if settings.tasks else None
+    results = []
+    for own in (None, *models.names):
+        results.append(
+            measure(models, own, found, answered, recipe, settings, memory, progress,
+                    general=general)
+        )  # fmt: skip
+        if tasks is not None:
+            opened = models.open(own)
+            using = opened.trained.using(opened.adapter)
+            harness.score(tasks, own or "base", opened.base.model, tokenizer, settings, using)
+    evaluation = summarise(results, answered, settings)
+    if tasks is not None:
+        evaluation.settings["lm_eval"] = tasks.settings
+        evaluation.tasks = harness.summary(tasks, settings)
+    if settings.judge is not None:
+        evaluation.judged = _pruner(evaluation.examples, results, settings, progress)
+    evaluation.settings["chat_template"] = template
+    if general is not None:
+        evaluation.settings["general_text"] = general.facts
+    if recipe.qat is not None:
+        evaluation.settings["qat"] = f"{recipe.qat}, groups of {recipe.qat_group_size}"
+    shortened = max(result.answers.shortened for result in results)
+    evaluation.dataset = {
+        "path": found.name,
+        "rows": len(found.examples),
+        "answered": len(answered),
+        "left_out": found.left_out + found.bad_rows,
+        "shared_prompts": found.shared,
+        "shortened": shortened,
+        # What is to be said wherever the figures are shown.
+        "notes": [
+            *found.sentences(),
+            *unasked,
+            *shortened_sentence(shortened, results),
+            *_qat_sentence(recipe),
+        ],
+    }
+    runs.write_json(run.folder / runs.EVALUATION, evaluation.to_dict())
+    return evaluation
+
+
+def require(settings: EvaluateOptions) -> None:
+    """What is measured can be: told before anything heavy is loaded.
+
+    Raises:
+        UserError: A metric, a file, an extra or a setting is missing.
+    """
+    for name in settings.extra_metrics:
+        registry.extra(name)
+    if settings.forgetting is not None:
+        forgetting.read(settings.forgetting)
+    if settings.tasks:
+        harness.require(settings)
+    if (settings.judge is None) != (settings.judge_model is None):
+        raise UserError(
+            "a judge is an address and a model there: give both, "
+            "--judge http://127.0.0.1:8000/v1 --judge_model NAME"
+        )
+
+
+def _pruner(
+    examples: Sequence[Mapping[str, Any]], results: Sequence[Measured],
+    settings: EvaluateOptions, progress: Progress | None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """What a judge says of each adapter's answers beside the base's."""
+    assert settings.judge is not None
+    assert settings.judge_model is not None
+    judge = Judge(settings.judge, settings.judge_model)
+    texts = [own["prompt"] for own in examples], [own["reference"] for own in examples]
+    base, *others = results
+    return [
+        {
+            "adapter": own.name, "against": base.name,
+            **judged(
+                judge, *texts, own.answers.texts, base.answers.texts,
+                samples=settings.bootstrap_samples, seed=settings.seed,
+                progress=progress and functools.partial(progress, f"{own.name}: judge"),
+            ),
+        }
+        for own in others if examples
+    ]  # fmt: skip
+
+
+def _qat_sentence(recipe: Recipe) -> list[str]:
+    """What of a quantisation-aware run is measured."""
+    if recipe.qat is None:
+        return []
+    return [
+        f"what was trained is measured as it will be once quantised ({recipe.qat}, groups of "
+        f"{recipe.qat_group_size}): weights and activations are rounded; the base is not"
+    ]
+
+
+def askable(
+    examples: Sequence[Example], recipe: Recipe, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Example], list[str]]:
+    """The examples that end with an answer which the chat template shows, and why others are not.
+
+    Returns:
+        Examples that can be asked, and a sentence per reason for the others: they count for the
+        loss alone.
+    """
+    handling = data.Handling(recipe.system_role, recipe.thinking)
+    kept: list[Example] = []
+    reasons: dict[str, list[str]] = {}
+    for example in examples:
+        try:
+            data.prompt_of(example, tokenizer, handling)
+        except UserError as error:
+            reason = str(error).splitlines()[0].replace(example.where, "").lstrip(": ")
+            reasons.setdefault(reason, []).append(example.where)
+            continue
+        kept.append(example)
+    return kept, [
+        f"{counted(len(rows), 'held-out example')} {'is' if len(rows) == 1 else 'are'} not asked "
+        f"and count for the loss alone: {rows[0]} {reason}"
+        for reason, rows in reasons.items()
+    ]
+
+
+def shortened_sentence(shortened: int, results: Sequence[Measured]) -> list[str]:
+    """What it means that answers ended where the model's positions end."""
+    if not shortened:
+        return []
+    whose = max(results, key=lambda result: result.answers.shortened)
+    return [
+        f"{counted(shortened, 'answer')} of {whose.name} {'ends' if shortened == 1 else 'end'} "
+        f"where the model's positions end, before max_new_tokens: long prompts leave no room"
+    ]
+
+
+def held_out_examples(recipe: Recipe, trained_on: str | None, *, test: bool = True) -> HeldOutData:
+    """Examples that the recipe's training never saw: the best set there is.
+
+    Args:
+        recipe: The run's recipe.
+        trained_on: SHA-256 of the data that the run was trained on.
+        test: A test set, if there is one; else the set that the loss is watched on, by which
+            settings may be chosen.
+
+    Raises:
+        NoHeldOut: There is none.
+        UserError: The data has changed so that the split would be another.
+    """
+    for split in ("test", "valid") if test else ("valid",):
+        found = held_out_data.apart(recipe, None, split)
+        if found is not None:
+            return held_out_data.beside_training(recipe, found, trained_on)
+    if not recipe.val_size:
+        raise NoHeldOut(
+            "the run has no held-out examples to evaluate on; set eval_dataset, or val_size above 0"
+        )
+    whole = held_out_data.read_as(recipe, recipe.dataset, "train")
+    if trained_on not in (None, whole.sha256):
+        raise UserError(
+            f"{whole.path} has changed since the run was trained, so rows it learnt might be "
+            "taken for held-out ones; put the file back, or train again"
+        )
+    _, found = held_out_data.split_off(recipe, whole)
+    if not found.examples:
+        raise NoHeldOut(f"the run has no held-out examples to evaluate on: {found.notes[0]}")
+    return found
+
+
+def measure(
+    models: Models,
+    own: str | None,
+    scored: HeldOutData,
+    answered: Sequence[Example],
+    recipe: Recipe,
+    settings: EvaluateOptions,
+    memory: hardware.PeakMemory,
+    progress: Progress | None = None,
+    kept: Kept | None = None,
+    general: GeneralText | None = None,
+) -> Measured:
+    """Likelihood and answers of one model (own None: the untouched base).
+
+    Args:
+        models: The run's.
+        own: Which of them.
+        scored: The examples whose likelihood is measured.
+        answered: Those that it answers.
+        recipe: Of the run.
+        settings: Of answers.
+        memory: Restarted for this model.
+        progress: Told what is being done, how far it is, and of how much.
+        kept: What an earlier session measured before it was ended; new parts are added.
+        general: Text beside the task.
+    """
+    name, opened = own or "base", models.open(own)
+    base, trained, adapter = opened.base, opened.trained, opened.adapter
+    memory.restart()
+    assert scored.rows is not None
+    statistics = {"loss": _likelihood(opened, scored.rows.rows, recipe, name, progress, kept)}
+    statistics["perplexity"] = statistics["loss"]
+    if general is not None:
+        statistics[forgetting.METRIC] = _likelihood(
+            opened, general.rows.rows, recipe, f"{name}, general text", progress, kept
+        )
+    prompts, references = [], []
+    handling = data.Handling(recipe.system_role, recipe.thinking)
+    for example in answered:
+        prompt, reference = data.prompt_of(example, base.tokenizer, handling)
+        prompts.append(prompt)
+        references.append(as_shown(reference, base.tokenizer))
+
+    def tell(done: int, total: int) -> None:
+        if progress is not None:
+            progress(f"{name}: answers", done, total)
+
+    with trained.using(adapter):
+        answers = generate(
+            base.model, base.tokenizer, prompts,
+            max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size,
+            learnt=models.learnt, limits=limits_of(base.model), progress=tell, kept=kept,
+        )  # fmt: skip
+    if answered:
+        registry.require_pairs(answers.texts, references)
+        said, right = registry.nfc(answers.texts), registry.nfc(references)
+        statistics["bleu"] = metrics.bleu().statistics(said, right)
+        statistics["chrf"] = metrics.chrf().statistics(said, right)
+        statistics["exact_match"] = metrics.exact_match_statistics(said, right)
+        for more in settings.extra_metrics:
+            statistics[more] = registry.extra(more).statistics(said, right)
+    return Measured(name, own, statistics, answers, memory.read())
+
+
+def _likelihood(
+    opened: Opened, rows: Sequence[TokenRow], recipe: Recipe, name: str,
+    progress: Progress | None, kept: Kept | None,
+) -> Array:  # fmt: skip
+    """Statistics of the loss on encoded rows, or what an earlier session kept of them."""
+    key = key_of("loss", [row.input_ids for row in rows])
+    before = None if kept is None else kept.get(key)
+    if before is not None:
+        return metrics.likelihood_statistics(before["nll"], before["tokens"])
+    base, trained = opened.base, opened.trained
+    losses = held_out(
+        Objective(base.model, trained, fast=trained.supports_fast_loss),
+        rows,
+        opened.adapter,
+        max_rows=recipe.per_device_eval_batch_size,
+        max_tokens=choose_tokens(
+            recipe.tokens_per_microbatch, base.model.device.type, base.dtype.value
+        )[0],
+        device=base.model.device,
+        progress=None if progress is None else functools.partial(progress, f"{name}: loss"),
+    )
+    if kept is not None:
+        kept.put(key, {"nll": losses.nll, "tokens": losses.tokens})
+    return metrics.likelihood_statistics(losses.nll, losses.tokens)

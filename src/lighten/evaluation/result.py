@@ -1,0 +1,82 @@
+"""What an evaluation gives: each model's figures, what differs, and every answer."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from lighten.evaluation.bootstrap import Array
+from lighten.evaluation.generate import Answers
+from lighten.wording import counted
+
+
+@dataclass
+class Measured:
+    """One model's raw results on the examples.
+
+    Attributes:
+        name: `base`, or what was trained.
+        adapter: The same name, None for the base.
+        statistics: Per-example statistics [examples, K] by metric.
+        answers: What it said.
+        memory: Peak memory while it was measured.
+    """
+
+    name: str
+    adapter: str | None
+    statistics: dict[str, Array]
+    answers: Answers
+    memory: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Evaluation:
+    """What `evaluation.json` holds.
+
+    Attributes:
+        settings: How it was measured.
+        dataset: On what.
+        models: Metrics per model with standard error and 95 % interval.
+        differences: Each adapter minus the base, paired, with a verdict.
+        examples: Prompt, reference and every model's answer.
+        judged: How often a judge preferred each adapter's answers to the base's.
+        tasks: Scores on tasks of lm-eval.
+        comparisons: Each model minus each of another run, where one was named; not in the file.
+    """
+
+    settings: dict[str, Any]
+    dataset: dict[str, Any]
+    models: list[dict[str, Any]]
+    differences: list[dict[str, Any]]
+    examples: list[dict[str, Any]]
+    version: int = 1
+    created: str = ""
+    judged: list[dict[str, Any]] = field(default_factory=list)
+    tasks: list[dict[str, Any]] = field(default_factory=list)
+    comparisons: list[dict[str, Any]] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        told = []
+        for model in self.models:
+            loss = model["metrics"].get("loss", {}).get("value")
+            told.append(model["name"] + ("" if loss is None else f" {loss:.3f}"))
+        rows = counted(self.dataset.get("rows", 0), "example")
+        return f"Evaluation({rows}; loss: {', '.join(told)})"
+
+    def _repr_html_(self) -> str:
+        """Every metric of every model, for notebooks."""
+        from lighten.notebook import evaluation_html
+
+        return evaluation_html(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    def metric(self, model: str, name: str) -> dict[str, float | None]:
+        """Value, standard error and interval of one metric of one model."""
+        for own in self.models:
+            if own["name"] == model:
+                found: dict[str, float | None] = own["metrics"][name]
+                return found
+        raise KeyError(model)

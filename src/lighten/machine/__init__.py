@@ -1,0 +1,1 @@
+"""Which machine this is, or a named one: memory, cores, formats, datasheets."""

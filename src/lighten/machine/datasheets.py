@@ -1,0 +1,288 @@
+"""Devices by name, as datasheets and public reports describe them.
+
+Memory is what a process can really take: PyTorch's `total_memory`, which drivers keep some hundred
+MiB below the label. Rates are a datasheet's for dense matrices (NVIDIA prints twice of that, "with
+sparsity", for most formats) and are reached by nobody: whoever predicts time with them says so.
+
+Of some devices only the memory is known. They are planned for memory alone: the format that they
+are taken to compute in is said, and no time is predicted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from lighten.machine.hardware import Choice, choose_dtype, formats
+
+GIB, MIB = 2**30, 2**20
+T = 1e12
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device that a run could be planned for.
+
+    Attributes:
+        name: What to call it: `t4`, `a100-80`, `cpu`.
+        label: Its full name.
+        kind: `cuda` or `cpu`, as PyTorch calls what a run would compute on: an AMD card is `cuda`,
+            and on a Mac a run computes on the processor.
+        memory_bytes: What a process can take; None where that is not known.
+        bandwidth: Of its memory, in bytes per second; None: not known, or to be measured here.
+        flops: Dense matrix products by format, in operations per second; empty: not known, or to
+            be measured here.
+        capability: Compute capability, as PyTorch gives it.
+        host_link: To main memory, bytes per second one way.
+        peer_link: To another such device of the same node, bytes per second one way: NVLink where
+            it has it, else the same PCIe.
+        node_link: To a device of another node, bytes per second one way, as commonly rented.
+        source: Where the figures come from.
+        driver_words: Words of the driver's name for it that tell it from others.
+    """
+
+    name: str
+    label: str
+    kind: Literal["cuda", "cpu"]
+    memory_bytes: int | None
+    bandwidth: float | None = None
+    flops: Mapping[str, float] = field(default_factory=dict)
+    capability: tuple[int, int] | None = None
+    host_link: float | None = None
+    peer_link: float | None = None
+    node_link: float | None = None
+    source: str = ""
+    driver_words: tuple[str, ...] = ()
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it is this machine's, so that what is not known of it can be measured."""
+        return self.name in ("cpu", "cuda")
+
+    @property
+    def memory_alone(self) -> bool:
+        """Whether neither datasheet nor measurement tells how fast it is."""
+        return not self.is_here and not self.flops
+
+    @property
+    def formats(self) -> Mapping[str, str]:
+        """Number formats that it computes in, each with a word on how well."""
+        if self.capability is None:
+            return formats("cpu") if self.is_here else {"float32": "assumed"}
+        return {
+            "float32": "yes",
+            "float16": "yes",
+            "bfloat16": "yes" if self.capability >= (8, 0) else "emulated, slow",
+            "float8": "yes" if self.capability >= (8, 9) else "no",
+        }
+
+    def dtype(self, requested: str = "auto") -> Choice:
+        """The format of the frozen base on this device, with the reason.
+
+        Args:
+            requested: `auto`, or the format by name.
+        """
+        if requested != "auto" or (self.capability is None and self.is_here):
+            return choose_dtype(requested, self.kind)
+        if self.capability is None:
+            return Choice("float32", f"assumed: of {self.name} only the memory is known")
+        has = self.capability >= (8, 0)
+        said = ".".join(map(str, self.capability))
+        return Choice(
+            "bfloat16" if has else "float16",
+            f"compute capability {said} has {'' if has else 'no '}bfloat16 units",
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+def _nvidia(
+    name: str, label: str, gib: float, bandwidth: float, capability: tuple[int, int],
+    flops: Mapping[str, float], source: str, words: tuple[str, ...], *, pcie: float,
+    nvlink: float | None = None, network: float = 100e9 / 8,
+) -> Device:  # fmt: skip
+    return Device(
+        name, label, "cuda", int(gib * GIB), bandwidth, {k: v * T for k, v in flops.items()},
+        capability, pcie, nvlink or pcie, network, source, words,
+    )  # fmt: skip
+
+
+# PCIe ×16, one way, before its protocol's share: generation 3, 4 and 5.
+_GEN3, _GEN4, _GEN5 = 16e9, 32e9, 64e9
+# Memory: the "total capacity" that PyTorch's out-of-memory messages state for the card under
+# recent drivers, the lowest of those found in public issues. Links between nodes: 100 Gbit/s
+# Ethernet where clouds rent nothing more for the card, one InfiniBand port per GPU in DGX systems.
+_LIST = (
+    _nvidia(
+        "t4", "NVIDIA T4", 14.56, 320e9, (7, 5),
+        {"float32": 8.1, "float16": 65, "int8": 130},
+        "NVIDIA T4 datasheet (nvidia.com/en-us/data-center/tesla-t4); no bfloat16",
+        ("tesla t4",), pcie=_GEN3,
+    ),
+    _nvidia(
+        "l4", "NVIDIA L4", 22.03, 300e9, (8, 9),
+        {"float32": 30.3, "tf32": 60, "bfloat16": 121, "float16": 121, "int8": 242,
+         "float8": 242},
+        "NVIDIA L4 datasheet (nvidia.com/en-us/data-center/l4), halved to dense",
+        ("nvidia l4",), pcie=_GEN4,
+    ),
+    _nvidia(
+        "l40s", "NVIDIA L40S", 44.39, 864e9, (8, 9),
+        {"float32": 91.6, "tf32": 183, "bfloat16": 362, "float16": 362, "int8": 733,
+         "float8": 733},
+        "NVIDIA L40S datasheet (nvidia.com/en-us/data-center/l40s), halved to dense",
+        ("l40s",), pcie=_GEN4,
+    ),
+    _nvidia(
+        "a10", "NVIDIA A10", 22.06, 600e9, (8, 6),
+        {"float32": 31.2, "tf32": 62.5, "bfloat16": 125, "float16": 125, "int8": 250},
+        "NVIDIA A10 datasheet (nvidia.com/en-us/data-center/products/a10-gpu)",
+        ("nvidia a10", "a10g"), pcie=_GEN4,
+    ),
+    _nvidia(
+        "rtx3060", "NVIDIA GeForce RTX 3060 12GB", 11.63, 360e9, (8, 6),
+        {"float32": 12.7, "tf32": 12.7, "bfloat16": 25.5, "float16": 25.5, "int8": 102},
+        "NVIDIA GA102 whitepaper's rates per multiprocessor, 28 of them at 1.78 GHz, float32 sums",
+        ("rtx 3060",), pcie=_GEN4,
+    ),
+    _nvidia(
+        "rtx3090", "NVIDIA GeForce RTX 3090", 23.56, 936e9, (8, 6),
+        {"float32": 35.6, "tf32": 35.6, "bfloat16": 71, "float16": 71, "int8": 284},
+        "NVIDIA GA102 whitepaper v2, table 9, float32 sums", ("rtx 3090",), pcie=_GEN4,
+    ),
+    _nvidia(
+        "a100-40", "NVIDIA A100 40GB", 39.38, 1555e9, (8, 0),
+        {"float32": 19.5, "tf32": 156, "bfloat16": 312, "float16": 312, "int8": 624},
+        "NVIDIA A100 datasheet (nvidia.com/en-us/data-center/a100), SXM",
+        ("a100-sxm4-40gb", "a100-pcie-40gb"), pcie=_GEN4, nvlink=300e9, network=200e9 / 8,
+    ),
+    _nvidia(
+        "a100-80", "NVIDIA A100 80GB", 79.14, 2039e9, (8, 0),
+        {"float32": 19.5, "tf32": 156, "bfloat16": 312, "float16": 312, "int8": 624},
+        "NVIDIA A100 datasheet (nvidia.com/en-us/data-center/a100), SXM",
+        ("a100-sxm4-80gb", "a100 80gb"), pcie=_GEN4, nvlink=300e9, network=200e9 / 8,
+    ),
+    _nvidia(
+        "h100", "NVIDIA H100 80GB", 79.10, 3350e9, (9, 0),
+        {"float32": 67, "tf32": 494.5, "bfloat16": 989.5, "float16": 989.5, "int8": 1979,
+         "float8": 1979},
+        "NVIDIA H100 datasheet (nvidia.com/en-us/data-center/h100), SXM, halved to dense",
+        ("h100 80gb",), pcie=_GEN5, nvlink=450e9, network=400e9 / 8,
+    ),
+    _nvidia(
+        "h200", "NVIDIA H200", 139.80, 4800e9, (9, 0),
+        {"float32": 67, "tf32": 494.5, "bfloat16": 989.5, "float16": 989.5, "int8": 1979,
+         "float8": 1979},
+        "NVIDIA H200 datasheet (nvidia.com/en-us/data-center/h200), SXM, halved to dense",
+        ("h200",), pcie=_GEN5, nvlink=450e9, network=400e9 / 8,
+    ),
+    _nvidia(
+        "b200", "NVIDIA B200", 178.35, 7672e9, (10, 0),
+        {"float32": 75, "tf32": 1100, "bfloat16": 2250, "float16": 2250, "int8": 4500,
+         "float8": 4500},
+        "NVIDIA HGX B200 datasheet (nvidia.com/en-us/data-center/hgx), an eighth, halved to dense",
+        ("b200",), pcie=_GEN5, nvlink=900e9, network=400e9 / 8,
+    ),
+)  # fmt: skip
+
+
+def _geforce(
+    name: str, label: str, gib: float, processors: int, ghz: float, bandwidth: float,
+    memory_from: str, *, lanes: int = 16,
+) -> Device:  # fmt: skip
+    """A GeForce card of the generations Ada and Blackwell: rates of its multiprocessors.
+
+    Args:
+        name: As of a device.
+        label: As of a device.
+        gib: What a process can take.
+        processors: Streaming multiprocessors.
+        ghz: Boost clock.
+        bandwidth: Of its memory, bytes per second.
+        memory_from: Where the memory comes from.
+        lanes: Of PCIe.
+    """
+    ada = label.startswith("RTX 4")
+    one = processors * ghz / 1e3 * 256  # TFLOP/s: 128 cores, each a product and a sum per clock
+    rates = {"float32": one, "tf32": one, "bfloat16": 2 * one, "float16": 2 * one,
+             "int8": 8 * one, "float8": 4 * one}  # fmt: skip
+    sheet = "Ada whitepaper v2, appendix A" if ada else "RTX Blackwell whitepaper, appendix A"
+    said = f"NVIDIA {sheet}: rates per multiprocessor, {processors} of them at {ghz} GHz, "
+    return _nvidia(
+        name, f"NVIDIA GeForce {label}", gib, bandwidth, (8, 9) if ada else (12, 0), rates,
+        f"{said}float32 sums; memory: {memory_from}", (label.partition(" 8GB")[0]
+        .partition(" 16GB")[0].lower(),), pcie=(_GEN4 if ada else _GEN5) * lanes / 16,
+    )  # fmt: skip
+
+
+# Under Linux the driver keeps 380 to 440 MiB of an Ada card's memory to itself and 460 to 500 of a
+# Blackwell card's, under Windows next to nothing. These are figures under Linux, the lowest that
+# public reports state ("Max memory" of Unsloth, "VRAM" of llama.cpp, "total capacity" of PyTorch);
+# where there is none, what `nvidia-smi` states as the total less the most that is kept.
+_REPORTED, _DERIVED = "public reports", "nvidia-smi's total less what the driver keeps of others"
+_GEFORCE = (
+    _geforce("rtx4060", "RTX 4060", 7.60, 24, 2.46, 272e9, _REPORTED, lanes=8),
+    _geforce("rtx4060ti-8gb", "RTX 4060 Ti 8GB", 7.56, 34, 2.54, 288e9, _DERIVED, lanes=8),
+    _geforce("rtx4060ti-16gb", "RTX 4060 Ti 16GB", 15.57, 34, 2.54, 288e9, _REPORTED, lanes=8),
+    _geforce("rtx4070", "RTX 4070", 11.58, 46, 2.48, 504e9, _REPORTED),
+    _geforce("rtx4070super", "RTX 4070 SUPER", 11.56, 56, 2.48, 504e9, _DERIVED),
+    _geforce("rtx4070ti", "RTX 4070 Ti", 11.56, 60, 2.61, 504e9, _DERIVED),
+    _geforce("rtx4070tisuper", "RTX 4070 Ti SUPER", 15.56, 66, 2.61, 672e9, _DERIVED),
+    _geforce("rtx4080", "RTX 4080", 15.56, 76, 2.51, 716.8e9, _DERIVED),
+    _geforce("rtx4080super", "RTX 4080 SUPER", 15.56, 80, 2.55, 736e9, _REPORTED),
+    _geforce("rtx4090", "RTX 4090", 23.52, 128, 2.52, 1008e9, _REPORTED),
+    _geforce("rtx5060", "RTX 5060", 7.47, 30, 2.50, 448e9, _DERIVED, lanes=8),
+    _geforce("rtx5060ti-8gb", "RTX 5060 Ti 8GB", 7.47, 36, 2.57, 448e9, _DERIVED, lanes=8),
+    _geforce("rtx5060ti-16gb", "RTX 5060 Ti 16GB", 15.44, 36, 2.57, 448e9, _REPORTED, lanes=8),
+    _geforce("rtx5070", "RTX 5070", 11.45, 48, 2.51, 672e9, _DERIVED),
+    _geforce("rtx5070ti", "RTX 5070 Ti", 15.43, 70, 2.45, 896e9, _REPORTED),
+    _geforce("rtx5080", "RTX 5080", 15.47, 84, 2.62, 960e9, _REPORTED),
+    _geforce("rtx5090", "RTX 5090", 31.34, 170, 2.41, 1792e9, _REPORTED),
+)  # fmt: skip
+
+
+def _laptop(model: str, gib: float, memory_from: str) -> Device:
+    """A laptop's GeForce card: its maker chooses power and clocks, so that no rates are known."""
+    name = model.lower().replace(" ", "")
+    return Device(
+        f"{name}-laptop", f"NVIDIA GeForce {model} Laptop GPU", "cuda", int(gib * GIB),
+        capability=(8, 9) if model.startswith("RTX 4") else (12, 0),
+        source=f"memory: {memory_from}; clocks are the laptop maker's choice",
+        driver_words=(f"{model.lower()} laptop",),
+    )  # fmt: skip
+
+
+_LAPTOPS = (
+    _laptop("RTX 4060", 7.60, _REPORTED), _laptop("RTX 4070", 7.56, _DERIVED),
+    _laptop("RTX 4080", 11.56, _DERIVED), _laptop("RTX 4090", 15.56, _DERIVED),
+    _laptop("RTX 5060", 7.47, _DERIVED), _laptop("RTX 5070", 7.47, _DERIVED),
+    _laptop("RTX 5070 Ti", 11.45, _DERIVED), _laptop("RTX 5080", 15.47, _REPORTED),
+    _laptop("RTX 5090", 23.4, _DERIVED),
+)  # fmt: skip
+
+# Of an AMD card's time nothing is said: its kernels are others, and none of it was compared.
+_AMD = (
+    Device(
+        "mi300x", "AMD Instinct MI300X", "cuda", int(191.69 * GIB), capability=(9, 4),
+        source="memory: public reports (what PyTorch on ROCm states, 191.69 to 191.98 GiB)",
+        driver_words=("mi300x",),
+    ),
+)  # fmt: skip
+
+
+def _apple(label_gib: int) -> Device:
+    """A Mac by its unified memory, of which a model may have two thirds or three quarters."""
+    share = 2 / 3 if label_gib <= 36 else 3 / 4
+    return Device(
+        f"apple-{label_gib}gb", f"Apple silicon with {label_gib} GB", "cpu",
+        int(share * label_gib * GIB),
+        source="memory: Metal's recommended working set, as llama.cpp's logs state it (10.67 GiB "
+               "of 16, 48 of 64); a run computes on the processor: lighten does not use Metal",
+    )  # fmt: skip
+
+
+_APPLE = tuple(_apple(gib) for gib in (8, 16, 18, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512))
+DEVICES = {device.name: device for device in (*_LIST, *_GEFORCE, *_LAPTOPS, *_AMD, *_APPLE)}

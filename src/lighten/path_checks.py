@@ -1,0 +1,118 @@
+"""What can be looked at before anything heavy is loaded: whether paths lead anywhere."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from lighten.errors import UserError
+from lighten.paths import exists, expanded
+from lighten.recipe import Recipe
+from lighten.runs import RECIPE, Run
+
+RunLike = Run | str | os.PathLike[str]
+
+
+def require_model(name: str) -> None:
+    """A local model is there.
+
+    Args:
+        name: As in a recipe; a hub id is not looked up.
+
+    Raises:
+        UserError: Nothing has that name.
+    """
+    from lighten.models.names import resolve
+
+    resolve(name)
+
+
+def require_answerable(target: str) -> None:
+    """There is a run or a model to talk to.
+
+    Raises:
+        UserError: Neither is there.
+    """
+    if not is_run(target):
+        require_model(target)
+
+
+def is_run(target: str) -> bool:
+    """Whether a run lies in that folder, or under `runs/` by that name."""
+    return any(exists(folder / RECIPE) for folder in (expanded(target), Path("runs") / target))
+
+
+def source_of(source: RunLike) -> Run | str:
+    """A run from its folder or its name under `runs/`, a model or an adapter by its own name.
+
+    Raises:
+        UserError: Nothing is there.
+    """
+    given = source if isinstance(source, Run) else os.fspath(source)
+    if isinstance(given, Run) or (expanded(given) / "adapter_config.json").is_file():
+        return given
+    require_answerable(given)
+    named = Path("runs") / given
+    return str(named) if exists(named / RECIPE) and not Path(given).exists() else given
+
+
+def finished(recipe: Recipe, *, resume: bool, told: bool) -> Run | None:
+    """The run, where it is to be resumed and has nothing left to do.
+
+    Args:
+        recipe: What shall be trained.
+        resume: A run in its folder goes on.
+        told: Say on standard error that it is finished.
+
+    Raises:
+        UserError: The model is not there, or the run's folder cannot be used.
+    """
+    require_model(recipe.model_name_or_path)
+    folder = recipe.run_folder
+    if os.environ.get("RANK", "0") == "0":  # another rank may see what this one has begun
+        Run.before(recipe, resume=resume)
+    if not (resume and exists(folder / RECIPE) and Run(folder).is_finished()):
+        return None
+    if told:
+        from lighten.training.progress import TrainingProgress
+
+        TrainingProgress().note(
+            f"{folder} is finished: nothing is left to train; choose another --output_dir for a "
+            "new run"
+        )
+    return Run(folder)
+
+
+def run_of(run: RunLike) -> Run:
+    """A run from its folder, or from its name under `runs/`.
+
+    Raises:
+        UserError: There is no such run.
+    """
+    if isinstance(run, Run):
+        return run
+    given, named = expanded(os.fspath(run)), Path("runs") / os.fspath(run)
+    return Run(named if not exists(given) and exists(named) else given)
+
+
+def adapter_folder(target: RunLike, name: str | None = None) -> Path:
+    """Folder of an adapter: of one that stands by itself, or of a run's (by name, or its only one).
+
+    Raises:
+        UserError: There is none, or there are several and none is named.
+    """
+    if not isinstance(target, Run):
+        alone = Path(target).expanduser()
+        if (alone / "adapter_config.json").is_file():
+            return alone
+    there = run_of(target)
+    folders = there.adapters()
+    if not folders:
+        raise UserError(f"{there.folder} has no adapter; train one first")
+    if name is None and len(folders) > 1:
+        raise UserError(f"{there.folder} has several adapters; name one: --adapter {min(folders)}")
+    if name is not None and name not in folders:
+        raise UserError(
+            f"{there.folder} has no adapter {name!r}; it has {', '.join(sorted(folders))}"
+        )
+    return folders[name] if name is not None else next(iter(folders.values()))

@@ -1,0 +1,140 @@
+"""A recipe's base on fake tensors: the real classes, from a configuration alone.
+
+Dense weights come from transformers' own constructors, quantised ones are bitsandbytes' parameters
+over fake bytes and scales in the shapes its quantisers give them. Nothing is downloaded but the
+configuration, and nothing is computed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.pytorch_utils import Conv1D
+
+from lighten import models
+from lighten.machine.hardware import Choice
+from lighten.models import gguf, quantized
+from lighten.models.configuration import read_config
+from lighten.models.load import locate, set_attention
+from lighten.planning import streamed
+from lighten.planning.storage_tracker import StorageTracker
+from lighten.recipe import Recipe
+
+BLOCK_OF_FOUR_BITS = 64  # numbers per scale, bitsandbytes' default
+BLOCK_OF_SCALES = 256  # scales per scale of their own, with double quantisation
+
+
+def config_of(recipe: Recipe) -> tuple[Any, str, Path]:
+    """The base's configuration, where it came from and its folder or file.
+
+    Raises:
+        UserError: No such model, or transformers does not know its architecture.
+    """
+    name, code = recipe.model_name_or_path, recipe.trust_remote_code
+    source, path = locate(name, revision=recipe.revision, weights=False, code=code)
+    if source == "gguf":
+        return gguf.read_config(path), source, path
+    return read_config(path, trust_remote_code=code), source, path
+
+
+def fake_base(
+    recipe: Recipe, config: Any, dtype: Choice, device: str, tracker: StorageTracker,
+    capability: tuple[int, int] | None = None,
+) -> models.Base:  # fmt: skip
+    """The base that `train.prepare.load_base` would load, inside fake tensors.
+
+    Args:
+        recipe: What is wanted.
+        config: Of the base.
+        dtype: The format of the products.
+        device: `cpu` or `cuda`: what it is planned for.
+        tracker: Learns what each weight is.
+        capability: Compute capability of a CUDA device, if known.
+    """
+    whole = recipe.method == "full" and recipe.last_layers is None
+    storage = quantized.choose(
+        recipe.load_in_4bit, recipe.load_in_8bit,
+        recipe.bnb_4bit_quant_type, recipe.bnb_4bit_use_double_quant,
+    )  # fmt: skip
+    compute: torch.dtype = getattr(torch, dtype.value)
+    with no_init_weights():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config,
+            dtype=torch.float32 if whole else compute,
+            trust_remote_code=recipe.trust_remote_code,
+        )
+    model.tie_weights()
+    if storage is not None:
+        _quantise(model, storage, compute)
+    feed = None if recipe.offload_base == "none" else streamed.stream(model, compute)
+    model.requires_grad_(False)
+    for tensor in feed.slots if feed is not None else ():
+        tracker.mark(tensor, "base weights")
+    for tensor in (*model.parameters(), *model.buffers()):
+        tracker.mark(tensor, "base weights")
+    for layer in model.modules():
+        if hasattr(layer, "dense_weight") and not hasattr(layer, "streamed_bytes"):
+            for tensor in quantized.scales_of(layer.weight):
+                tracker.mark(tensor, "quantisation constants")
+    return models.Base(
+        model=model.eval(), tokenizer=None, name=recipe.model_name_or_path, source="folder",
+        path=Path(), revision=None, file_bytes=None, dtype=dtype,
+        attention=set_attention(model, recipe.attn_implementation, device, capability),
+        quantization=None if storage is None else Choice(str(storage), "of the recipe"),
+        feed=feed,
+    )  # fmt: skip
+
+
+def _quantise(model: PreTrainedModel, storage: quantized.Storage, compute: torch.dtype) -> None:
+    """As `quantized.finish` does it, with bytes that are fake."""
+    head = model.get_output_embeddings()
+    shared: dict[str, Tensor] = {}
+    for path, module in list(model.named_modules()):
+        if module is head or type(module) not in (nn.Linear, Conv1D):
+            continue
+        weight: Tensor = module.weight.data
+        shape = weight.T.shape if isinstance(module, Conv1D) else weight.shape
+        made = _packed(shape, storage, compute, shared)
+        with _disable_current_modes():  # a layer makes a parameter of its own first
+            layer = quantized.packed_layer(
+                made, module.bias, torch.Size(shape), compute, type(module)
+            )
+        model.set_submodule(path, layer)
+
+
+def _packed(
+    shape: torch.Size, storage: quantized.Storage, compute: torch.dtype, shared: dict[str, Tensor]
+) -> Any:
+    """What bitsandbytes makes of a weight [O, I], without values.
+
+    A plain parameter: its own classes cannot be made of fake tensors, and nothing here needs them.
+    """
+    from bitsandbytes.functional import QuantState
+
+    numbers = shape[0] * shape[1]
+    if storage.kind == "int8":
+        made: Any = nn.Parameter(torch.empty(shape, dtype=torch.int8), requires_grad=False)
+        made.SCB = torch.empty(shape[0])
+        return made
+    code = shared.setdefault("code", torch.empty(16))
+    scales = -(-numbers // BLOCK_OF_FOUR_BITS)
+    absmax, nested, offset = torch.empty(scales), None, None
+    if storage.double:
+        second = -(-scales // BLOCK_OF_SCALES)
+        nested = QuantState(
+            absmax=torch.empty(second), code=shared.setdefault("code2", torch.empty(256)),
+            blocksize=BLOCK_OF_SCALES, dtype=torch.float32,
+        )  # fmt: skip
+        absmax, offset = torch.empty(scales, dtype=torch.uint8), torch.empty(())
+    made = nn.Parameter(torch.empty((numbers + 1) // 2, 1, dtype=torch.uint8), requires_grad=False)
+    made.quant_state = QuantState(
+        absmax=absmax, shape=shape, code=code, blocksize=BLOCK_OF_FOUR_BITS,
+        quant_type=storage.kind, dtype=compute, offset=offset, state2=nested,
+    )  # fmt: skip
+    return made

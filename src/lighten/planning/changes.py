@@ -1,0 +1,278 @@
+"""What would need less memory: each change planned like the rest, the cheapest first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lighten.errors import UserError
+from lighten.planning.result import Change, Plan
+from lighten.recipe import Recipe
+
+# A recipe in, its plan out: the device and the data are the caller's.
+Planner = Callable[[Recipe], Plan]
+SHORTEST = 128  # tokens; less is no context to train on
+
+
+@dataclass(frozen=True)
+class Idea:
+    """A change that has not been planned yet.
+
+    Attributes:
+        what: In words.
+        settings: What to set.
+        same_result: Whether the run computes the same, up to rounding.
+    """
+
+    what: str
+    settings: dict[str, Any]
+    same_result: bool
+
+
+def cheapest(
+    recipe: Recipe,
+    plan: Plan,
+    planner: Planner,
+    *,
+    over: Callable[[], bool] = lambda: False,
+    known: Callable[[Recipe], bool] = lambda _: False,
+) -> tuple[Change, ...]:
+    """Changes that need less memory, the best first; combined where none is enough alone.
+
+    First what fits, then by slowdown; among equals what leaves the result as it is. A change that
+    saves nothing is left out.
+
+    Args:
+        recipe: What does not fit.
+        plan: Its plan.
+        planner: Plans a recipe for the same device and data.
+        over: Whether to look no further: every change is a plan, and a user waits.
+        known: Whether a recipe is planned already: that takes no time any more.
+    """
+    found: list[tuple[Idea, Change]] = []
+    for idea in ideas(recipe, plan):
+        if over() and not _is_known(recipe, idea, known):
+            continue
+        change = _planned(recipe, plan, idea, planner)
+        if change is not None and change.saves_bytes > 0:
+            found.append((idea, change))
+    found.sort(key=lambda own: _rank(*own))
+    alone = [change for _, change in found]
+    if found and not any(change.fits for change in alone):
+        together = _together(recipe, plan, [idea for idea, _ in found], planner, over)
+        if together is not None:
+            return (together, *alone)
+    return tuple(alone)
+
+
+def ideas(recipe: Recipe, plan: Plan) -> Iterator[Idea]:
+    """What could be changed in this recipe, without knowing yet what it gives.
+
+    What one flag does and most saves by is first, in case there is no time for all of them.
+    """
+    if not recipe.gradient_checkpointing:
+        yield Idea("gradient checkpointing", {"gradient_checkpointing": True}, True)
+    elif recipe.gradient_checkpointing_layers > 1 or recipe.gradient_checkpointing_part != "layer":
+        yield Idea(
+            "gradient checkpointing of every layer",
+            {"gradient_checkpointing_layers": 1, "gradient_checkpointing_part": "layer"}, True,
+        )  # fmt: skip
+    if recipe.method == "lora" and recipe.peft is None:
+        if not recipe.load_in_4bit:
+            settings = {"load_in_4bit": True, "load_in_8bit": False}
+            yield Idea("the base in 4 bits (QLoRA)", settings, False)
+        elif not recipe.bnb_4bit_use_double_quant:
+            settings = {"bnb_4bit_use_double_quant": True}
+            yield Idea("the scales of the 4 bits quantised too", settings, False)
+    yield from _waiting(recipe, plan)
+    if smaller := smaller_micro_batch(recipe, plan.shape.rows, plan.shape.tokens_per_row):
+        settings, rows = smaller
+        yield Idea(f"micro-batches of {rows}, as many rows per step as before", settings, True)
+    if recipe.method == "full":
+        yield Idea("LoRA adapters in place of all weights", _as_lora(), False)
+    if recipe.optim in ("adamw_torch", "adamw_torch_fused"):
+        yield Idea("an 8-bit optimiser", {"optim": "adamw_8bit"}, False)
+    if recipe.dtype == "float32" and not recipe.load_in_4bit:
+        yield Idea("the base in bfloat16 or float16", {"dtype": "auto"}, False)
+    if recipe.max_length // 2 >= SHORTEST and plan.shape.tokens_per_row > recipe.max_length // 2:
+        half = recipe.max_length // 2
+        yield Idea(f"rows of {half} tokens at most", {"max_length": half}, False)
+    cohort = len(recipe.cohort())
+    if cohort > 1:
+        yield Idea(f"{cohort} runs, one per adapter", _first_alone(recipe), True)
+
+
+def _waiting(recipe: Recipe, plan: Plan) -> Iterator[Idea]:
+    """The base's layers somewhere else until they compute; the results stay as they are."""
+    if recipe.offload_base != "none" or recipe.method != "lora":
+        return
+    if plan.memory.allocated is not None:  # a GPU's
+        yield Idea("the base in main memory, streamed to the GPU", {"offload_base": "cpu"}, True)
+    else:
+        yield Idea("the base on disk, streamed", {"offload_base": "disk"}, True)
+
+
+def smaller_micro_batch(
+    recipe: Recipe, rows: int, tokens_per_row: int
+) -> tuple[dict[str, Any], str] | None:
+    """Settings for half the micro-batch with as many rows per step, and the size in words.
+
+    None where one row is all there is. `per_device_train_batch_size` times
+    `gradient_accumulation_steps` stays the same, so that the result does, too.
+
+    Args:
+        recipe: As it is.
+        rows: Rows of the largest micro-batch.
+        tokens_per_row: The longest of them.
+    """
+    batch, steps = recipe.per_device_train_batch_size, recipe.gradient_accumulation_steps
+    if rows <= 1:
+        return None
+    half = max(1, rows // 2)
+    if rows < batch and recipe.tokens_per_microbatch is not None:
+        # The token budget cuts the micro-batch, not the number of rows.
+        tokens = half * tokens_per_row
+        return {"tokens_per_microbatch": tokens}, f"{tokens} tokens"
+    while batch % half:
+        half -= 1
+    settings = {
+        "per_device_train_batch_size": half,
+        "gradient_accumulation_steps": steps * (batch // half),
+    }
+    return settings, "one row" if half == 1 else f"{half} rows"
+
+
+def _as_lora() -> dict[str, Any]:
+    return {"method": "lora", "trainable_layers": None, "learning_rate": 2e-4}
+
+
+def _first_alone(recipe: Recipe) -> dict[str, Any]:
+    """The settings of the cohort's first adapter alone."""
+    own = recipe.cohort()[0]
+    return {
+        "adapters": None, "lora_r": own.lora_r, "lora_alpha": own.lora_alpha, "seed": own.seed,
+        "lora_dropout": own.lora_dropout, "learning_rate": own.learning_rate,
+    }  # fmt: skip
+
+
+def _planned(recipe: Recipe, plan: Plan, idea: Idea, planner: Planner) -> Change | None:
+    """The change with its figures; None where the settings do not go together."""
+    try:
+        changed = planner(recipe.changed(idea.settings))
+    except UserError:
+        return None  # what cannot be run is no advice
+    return Change(
+        what=idea.what,
+        settings=idea.settings,
+        saves_bytes=plan.memory.expected - changed.memory.expected,
+        slowdown=_slowdown(plan, changed),
+        fits=changed.fits(),
+        differing=differing(recipe, idea.settings),
+    )
+
+
+def _is_known(recipe: Recipe, idea: Idea, known: Callable[[Recipe], bool]) -> bool:
+    try:
+        return known(recipe.changed(idea.settings))
+    except UserError:
+        return False
+
+
+def differing(recipe: Recipe, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of some settings those that a recipe does not have already, by default or as given."""
+    return {name: value for name, value in settings.items() if getattr(recipe, name) != value}
+
+
+def _slowdown(plan: Plan, changed: Plan) -> float | None:
+    """Seconds per token over those before: a shorter row is not a faster one."""
+    if plan.time is None or changed.time is None or not plan.time.seconds:
+        return None
+    before, after = plan.time.seconds / _tokens(plan), changed.time.seconds / _tokens(changed)
+    return after / before
+
+
+def _tokens(plan: Plan) -> int:
+    return max(1, plan.step_tokens or 1)
+
+
+def _rank(idea: Idea, change: Change) -> tuple[int, float, int, int]:
+    fits = {True: 0, None: 1, False: 2}[change.fits]
+    slowdown = change.slowdown if change.slowdown is not None else 1.0
+    # A per cent more or less is the prediction's noise: then the result decides.
+    return fits, round(slowdown, 2), int(not idea.same_result), -change.saves_bytes
+
+
+def _together(
+    recipe: Recipe, plan: Plan, found: list[Idea], planner: Planner, over: Callable[[], bool]
+) -> Change | None:
+    """The first ideas that fit when taken together, each halved or repeated as far as it goes."""
+    taken: dict[str, Any] = {}
+    said: dict[frozenset[str], str] = {}  # by what it sets: a repeated idea is told once
+    now = plan
+    if over() or _least(recipe, found, planner) is False:
+        return None  # one plan in place of a dozen
+    # What leaves the result as it is first; a shorter context, which a user notices most, last.
+    for idea in sorted(found, key=lambda own: (not own.same_result, "max_length" in own.settings)):
+        if "adapters" in idea.settings:
+            continue  # another run is no part of this one
+        for own in _repeated(idea, recipe, taken, now):
+            if over():
+                return None
+            try:
+                changed = planner(recipe.changed({**taken, **own.settings}))
+            except UserError:
+                break
+            if changed.memory.expected >= now.memory.expected:
+                break
+            taken, now = {**taken, **own.settings}, changed
+            said[frozenset(own.settings)] = own.what
+            if changed.fits():
+                return Change(
+                    "; ".join(said.values()), taken, plan.memory.expected - changed.memory.expected,
+                    _slowdown(plan, changed), True, differing(recipe, taken),
+                )  # fmt: skip
+    return None
+
+
+def _least(recipe: Recipe, found: Sequence[Idea], planner: Planner) -> bool | None:
+    """Whether everything together, each as far as it goes, fits; None where that cannot be told."""
+    settings: dict[str, Any] = {}
+    for idea in found:
+        if "adapters" not in idea.settings:
+            settings |= idea.settings
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps",
+                 "tokens_per_microbatch"):  # fmt: skip
+        if name in settings:
+            settings[name] = 1  # rows per step decide nothing about the peak of one of them
+    if "max_length" in settings:
+        settings["max_length"] = SHORTEST
+    try:
+        return planner(recipe.changed(settings)).fits()
+    except UserError:
+        return None
+
+
+def _repeated(idea: Idea, recipe: Recipe, taken: Mapping[str, Any], now: Plan) -> Iterator[Idea]:
+    """The idea, and again as long as it can be halved once more."""
+    if not idea.settings.keys() & {
+        "per_device_train_batch_size", "tokens_per_microbatch", "max_length",
+    }:  # fmt: skip
+        yield idea
+        return
+    if "max_length" in idea.settings:
+        length = int(idea.settings["max_length"])
+        while length >= SHORTEST:
+            yield replace(
+                idea, what=f"rows of {length} tokens at most", settings={"max_length": length}
+            )
+            length //= 2
+        return
+    rows, before = now.shape.rows, dict(taken)
+    while step := smaller_micro_batch(recipe.changed(before), rows, now.shape.tokens_per_row):
+        settings, size = step
+        yield replace(
+            idea, what=f"micro-batches of {size}, as many rows per step as before",
+            settings=settings,
+        )  # fmt: skip
+        before, rows = {**before, **settings}, max(1, rows // 2)

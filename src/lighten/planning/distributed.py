@@ -1,0 +1,365 @@
+"""Memory, communication and its time per rank for DDP, ZeRO 1, 2, 3 and FSDP, from formulas.
+
+Sources: ZeRO (Rajbhandari et al., arXiv 1910.02054): model states per rank in section 3 and figure
+1, communication volume in section 7. Ring collectives (Patarasuk and Yuan, J. Parallel Distrib.
+Comput. 69, 2009): of n ranks each sends (n-1)/n of the data in a reduce-scatter or an all-gather,
+and twice that in an all-reduce, which is both. FSDP with full sharding is ZeRO 3, with sharding
+inside a node (`HYBRID_SHARD`) ZeRO 3 there and an all-reduce between nodes (Zhao et al., arXiv
+2304.11277, section 3.2). Offload: ZeRO-Offload (Ren et al., arXiv 2101.06840, section 4).
+
+Left out: the latency of each hop (which counts for thousands of ranks and small messages),
+trees in place of rings, links that ranks share, overlap with computing (both ends of it are given),
+fragmentation of the gathered layers, and padding of shards to equal size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from lighten.machine.devices import Device
+from lighten.planning.result import Moment, Plan, States
+
+Strategy = Literal["ddp", "zero1", "zero2", "zero3", "fsdp", "fsdp_hybrid"]
+# Those that lighten trains with, each needing less memory than the one before.
+TRAINED: tuple[Strategy, ...] = ("ddp", "zero1", "zero2", "zero3")
+# Full layers that stand gathered at once under ZeRO 3 and FSDP: the one that computes and the one
+# that is fetched ahead (FSDP's `backward_prefetch`, DeepSpeed's prefetch bucket).
+GATHERED_LAYERS = 2
+_SHARDED = {  # which model states are split over the ranks, arXiv 1910.02054, figure 1
+    "ddp": (),
+    "zero1": ("optimiser",),
+    "zero2": ("optimiser", "gradients"),
+    "zero3": ("optimiser", "gradients", "weights"),
+    "fsdp": ("optimiser", "gradients", "weights"),
+    "fsdp_hybrid": ("optimiser", "gradients", "weights"),
+}
+
+
+@dataclass(frozen=True)
+class Volume:
+    """Bytes that each rank sends per optimiser step, by what for.
+
+    Attributes:
+        gather: All-gathers of weights.
+        reduce: Reduce-scatters and all-reduces of gradients inside the sharding group.
+        across: Between nodes alone (hybrid sharding).
+        host: To main memory and back (offload).
+    """
+
+    gather: float
+    reduce: float
+    across: float = 0.0
+    host: float = 0.0
+
+    @property
+    def network(self) -> float:
+        """What passes between ranks."""
+        return self.gather + self.reduce + self.across
+
+
+@dataclass(frozen=True)
+class Distributed:
+    """What one of the ranks needs.
+
+    Attributes:
+        strategy: How states are spread.
+        ranks: GPUs in all.
+        nodes: Machines.
+        offload: What waits in main memory.
+        device_bytes: Expected peak of each rank's GPU.
+        low: It surely reaches.
+        high: It surely stays below.
+        host_bytes: Main memory per rank for what is offloaded.
+        volume: What it sends per optimiser step.
+        communication_s: Time of that, were nothing hidden behind computing.
+        step_s: Seconds per step with all of it hidden as far as it can be, and with none.
+        capacity: What the GPU offers.
+        states: What is spread, on one device that holds all of it.
+    """
+
+    strategy: str
+    ranks: int
+    nodes: int
+    offload: tuple[str, ...]
+    device_bytes: float
+    low: float
+    high: float
+    host_bytes: float
+    volume: Volume
+    communication_s: float | None
+    step_s: tuple[float, float] | None
+    capacity: int | None
+    states: States
+
+    def fits(self) -> bool | None:
+        """Whether a rank's GPU is large enough; None where the prediction cannot tell."""
+        if self.capacity is None or self.low <= self.capacity < self.high:
+            return None
+        return self.high <= self.capacity
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {**asdict(self), "fits": self.fits()}
+
+
+def reduce_scatter(size: float, ranks: int) -> float:
+    """Bytes that each rank of a ring sends to reduce-scatter so many bytes."""
+    return size * (ranks - 1) / ranks
+
+
+def all_gather(size: float, ranks: int) -> float:
+    """Bytes that each rank of a ring sends until all of them hold the whole of so many bytes."""
+    return size * (ranks - 1) / ranks
+
+
+def all_reduce(size: float, ranks: int) -> float:
+    """Bytes that each rank of a ring sends: a reduce-scatter and an all-gather."""
+    return reduce_scatter(size, ranks) + all_gather(size, ranks)
+
+
+def states_per_rank(
+    states: States, strategy: Strategy, ranks: int, *, ranks_per_node: int | None = None
+) -> States:
+    """The states that stay on one rank (arXiv 1910.02054, figure 1).
+
+    A frozen weight has neither gradient nor moments, so only ZeRO 3 and FSDP make it smaller.
+
+    Args:
+        states: On one device alone.
+        strategy: How they are spread.
+        ranks: In all.
+        ranks_per_node: Needed for hybrid sharding, which shards inside a node.
+    """
+    group = ranks_per_node if strategy == "fsdp_hybrid" and ranks_per_node else ranks
+    sharded = _SHARDED[strategy]
+    weights = group if "weights" in sharded else 1
+    return States(
+        states.frozen / weights,
+        states.trained / weights,
+        states.gradients / (group if "gradients" in sharded else 1),
+        states.optimiser / (group if "optimiser" in sharded else 1),
+    )
+
+
+def volume_per_rank(
+    states: States,
+    strategy: Strategy,
+    ranks: int,
+    *,
+    ranks_per_node: int | None = None,
+    micro_batches: int = 1,
+) -> Volume:
+    """Bytes that each rank sends per optimiser step (arXiv 1910.02054, section 7).
+
+    Per micro-batch ZeRO 3 gathers all weights for the forward pass and again for the backward
+    pass; a layer that is recomputed there stays gathered until its backward is done, so that costs
+    no third time. ZeRO 2 and 3 scatter the gradients of each micro-batch, since no rank keeps them
+    whole. DDP and ZeRO 1 reduce once per step.
+
+    Args:
+        states: On one device alone.
+        strategy: How they are spread.
+        ranks: In all.
+        ranks_per_node: For hybrid sharding.
+        micro_batches: Per optimiser step.
+    """
+    weights = states.frozen + states.trained
+    if ranks == 1:
+        return Volume(0.0, 0.0)
+    if strategy == "ddp":
+        return Volume(0.0, all_reduce(states.gradients, ranks))
+    if strategy == "zero1":
+        return Volume(all_gather(states.trained, ranks), reduce_scatter(states.gradients, ranks))
+    if strategy == "zero2":
+        return Volume(
+            all_gather(states.trained, ranks),
+            micro_batches * reduce_scatter(states.gradients, ranks),
+        )
+    group = ranks_per_node if strategy == "fsdp_hybrid" and ranks_per_node else ranks
+    across = 0.0
+    if group < ranks:
+        # Each rank's shard is summed with the same shard of the other nodes.
+        across = micro_batches * all_reduce(states.gradients / group, ranks // group)
+    return Volume(
+        2 * micro_batches * all_gather(weights, group),
+        micro_batches * reduce_scatter(states.gradients, group),
+        across,
+    )
+
+
+def offloaded(
+    states: States, offload: tuple[str, ...], *, micro_batches: int = 1
+) -> tuple[States, float, float]:
+    """States left on the GPU, bytes moved to main memory, and bytes over its link per step.
+
+    With the optimiser in main memory, gradients go there and updated weights come back, once per
+    step each (arXiv 2101.06840, section 4.1: 4 bytes per parameter in 16 bits). Weights in main
+    memory come over twice per micro-batch.
+
+    Args:
+        states: Of one rank, already split.
+        offload: `optimizer`, `param`, or both.
+        micro_batches: Per optimiser step.
+    """
+    host, link = 0.0, 0.0
+    frozen, trained, optimiser = states.frozen, states.trained, states.optimiser
+    if "optimizer" in offload:
+        host += optimiser + states.gradients
+        link += states.gradients + trained
+        optimiser = 0.0
+    if "param" in offload:
+        host += frozen + trained
+        link += 2 * micro_batches * (frozen + trained)
+        frozen = trained = 0.0
+    return States(frozen, trained, states.gradients, optimiser), host, link
+
+
+def link_seconds(volume: Volume, device: Device, nodes: int) -> float | None:
+    """Seconds that each rank's links are busy per step; None where they are not known.
+
+    A ring that crosses nodes runs at the slower of the two links. To and from main memory one rank
+    has its own PCIe link.
+    """
+    if device.peer_link is None or device.node_link is None or device.host_link is None:
+        return None
+    ring = device.peer_link if nodes == 1 else min(device.peer_link, device.node_link)
+    inside = device.peer_link if volume.across else ring
+    return (
+        (volume.gather + volume.reduce) / inside
+        + volume.across / device.node_link
+        + volume.host / device.host_link
+    )
+
+
+def spread(
+    plan: Plan,
+    device: Device,
+    strategy: Strategy,
+    *,
+    gpus: int,
+    nodes: int = 1,
+    layers: int,
+    offload: tuple[str, ...] = (),
+) -> Distributed:
+    """A plan of one GPU spread over many, each with the plan's own micro-batch.
+
+    Args:
+        plan: Of one GPU.
+        device: The GPU, for its links.
+        strategy: How states are spread.
+        gpus: Per node.
+        nodes: Machines.
+        layers: Decoder layers: under ZeRO 3 and FSDP so many of them stand gathered at once.
+        offload: `optimizer`, `param`, or both, to main memory.
+    """
+    ranks = gpus * nodes
+    parts = {part.name: float(part.bytes) for part in plan.memory.parts}
+    states = plan.states if plan.states is not None else _of_parts(plan, parts)
+    own = states_per_rank(states, strategy, ranks, ranks_per_node=gpus)
+    micro = plan.shape.micro_batches
+    volume = volume_per_rank(states, strategy, ranks, ranks_per_node=gpus, micro_batches=micro)
+    left, host, link = offloaded(own, offload, micro_batches=micro)
+    volume = Volume(volume.gather, volume.reduce, volume.across, link)
+    gathered = 0.0
+    if ("weights" in _SHARDED[strategy] and ranks > 1) or "param" in offload:
+        gathered = min(1.0, GATHERED_LAYERS / max(1, layers)) * (states.frozen + states.trained)
+    if strategy == "ddp" and ranks > 1:
+        gathered = states.gradients  # the flat copy that is reduced
+    peak = _peak(plan, parts, states, left) + gathered
+    moved = plan.memory.expected - peak
+    busy = link_seconds(volume, device, nodes)
+    step = None
+    if busy is not None and plan.time is not None:
+        step = (max(plan.time.seconds, busy), plan.time.seconds + busy)
+    return Distributed(
+        strategy, ranks, nodes, offload, peak, plan.memory.low - moved, plan.memory.high - moved,
+        host, volume, busy, step, plan.capacity, states,
+    )  # fmt: skip
+
+
+def of_recipe(strategy: str) -> Strategy:
+    """The formula's name for a recipe's `strategy` on several ranks."""
+    for name in (*TRAINED, "fsdp"):
+        if name == strategy:
+            return name
+    return "ddp"
+
+
+def on_ranks(
+    plan: Plan, device: Device, strategy: Strategy, *, ranks: int, local: int, layers: int
+) -> Distributed:
+    """What each rank of a launch needs, of a plan of one process.
+
+    On a processor the ranks of a machine share its memory: each may have its part, and what they
+    map together, a frozen base that is whole on each, counts once.
+
+    Args:
+        plan: Of one process.
+        device: Of each rank.
+        strategy: How states are spread.
+        ranks: In all.
+        local: On this machine.
+        layers: Decoder layers of the base.
+    """
+    own = spread(
+        plan, device, strategy, gpus=local, nodes=max(1, ranks // local), layers=layers
+    )  # fmt: skip
+    if device.kind != "cpu" or own.capacity is None:
+        return own
+    mapped = 0.0 if "weights" in _SHARDED[strategy] else own.states.frozen
+    return replace(own, capacity=int((own.capacity + (local - 1) * mapped) / local))
+
+
+def cheapest(
+    plan: Plan, device: Device, *, gpus: int, nodes: int = 1, layers: int
+) -> Distributed | None:
+    """The strategy that surely fits and sends least over the network; None: none of them fits.
+
+    Args, as of `spread`.
+    """
+    tried = [
+        spread(plan, device, strategy, gpus=gpus, nodes=nodes, layers=layers)
+        for strategy in TRAINED
+    ]
+    fitting = [own for own in tried if own.fits()]
+    return min(fitting, key=lambda own: own.volume.network, default=None)
+
+
+def _peak(plan: Plan, parts: Mapping[str, float], states: States, left: States) -> float:
+    """The peak of a rank that keeps so much of the states, what it gathers left out.
+
+    With fewer states on the device another moment can be the fullest: the one that was on a single
+    GPU, the one with the most activations, and the optimiser's step, where all states are there.
+    """
+    always = sum(parts.get(name, 0.0) for name in ("allocator overhead", "device context"))
+    gradients, optimiser = parts.get("gradients", 0.0), parts.get("optimiser", 0.0)
+    weights = states.frozen + states.trained
+    beside = plan.memory.expected - weights - gradients - optimiser - always
+    moments = [Moment(int(gradients), int(optimiser), int(max(0.0, beside)))]
+    if plan.fullest is not None:
+        # It may be one of the first step, before there is optimiser state; later steps have all.
+        moments.append(replace(plan.fullest, optimiser=int(states.optimiser)))
+    kept = left.frozen + left.trained
+    alive = [
+        kept
+        + moment.beside
+        + left.gradients * _share(moment.gradients, states.gradients)
+        + left.optimiser * _share(moment.optimiser, states.optimiser)
+        for moment in moments
+    ]
+    return always + max(*alive, left.total)
+
+
+def _share(alive: float, whole: float) -> float:
+    return min(1.0, alive / whole) if whole else 0.0
+
+
+def _of_parts(plan: Plan, parts: Mapping[str, float]) -> States:
+    """The states of a plan that was made by hand: all of them are alive at its peak."""
+    adapters, gradients = parts.get("adapters", 0.0), parts.get("gradients", 0.0)
+    base = parts.get("base weights", 0.0) + parts.get("quantisation constants", 0.0)
+    # Weights of the base that learn are float32, as their gradients are.
+    learning = min(base, gradients) if plan.method in ("full", "last_layers") else 0.0
+    return States(base - learning, learning + adapters, gradients, parts.get("optimiser", 0.0))

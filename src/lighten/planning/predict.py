@@ -1,0 +1,378 @@
+"""The verb `plan`: a recipe and a device in, the prediction out, with what would make it fit."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lighten.data import lengths_of as token_lengths
+from lighten.errors import UserError
+from lighten.machine.devices import Device
+from lighten.machine.hardware import processor_name, slow_format
+from lighten.models import IdsError, Limits, describe, known, limits
+from lighten.models.load import locate
+from lighten.paths import split_limit
+from lighten.planning import calibration
+from lighten.planning.changes import cheapest, ideas
+from lighten.planning.data_cost import cost_of, with_data
+from lighten.planning.planner import Planner
+from lighten.planning.result import Change, Plan, StepTime
+from lighten.planning.trace import plan_recipe
+from lighten.recipe import Recipe
+from lighten.recipe.section import seconds
+from lighten.training.prepare import tokenizer_of
+from lighten.training.rows import Rows, cached_rows, load_rows, sample_rows
+from lighten.training.suitable import require_trainable
+from lighten.wording import counted
+
+# Of larger data a sample is encoded for a plan alone, if they are not in the cache; data beyond
+# what is read in seconds are not read: rows are then taken to be max_length long.
+LARGEST_DATA_BYTES, LARGEST_SAMPLED_BYTES = 32 * 2**20, 2**30
+SAMPLE_ROWS = 2000
+# A user waits no longer than about this for what would need less; then what there is is told.
+MOST_CHANGES_S = 30.0
+# The first step of a run takes as long as so many later ones: the loss is compared with the model's
+# own, memory is touched for the first time, kernels are chosen (SmolLM2 on two cores).
+FIRST_STEP = 2.0
+AT_ONCE = 4  # changes that are planned side by side before the clock is looked at
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+
+
+def plan(
+    recipe: Recipe,
+    device: Device,
+    *,
+    rows: Rows | None = None,
+    read_data: bool = True,
+    calibrate: bool = True,
+    changes: bool = True,
+    told: Callable[[Plan], None] | None = None,
+) -> Plan:
+    """Predict memory and time of a recipe on a device.
+
+    Args:
+        recipe: What would be trained; without a dataset its rows are taken to be `max_length` long.
+        device: Where.
+        rows: The encoded data, if it is at hand.
+        read_data: Read and encode the recipe's data where that is quick.
+        calibrate: Correct by what earlier runs on this machine measured.
+        changes: Where it does not surely fit, look for what would.
+        told: Hears of the plan before changes are looked for, each of which is a plan of its own.
+
+    Raises:
+        UserError: The model cannot be described, or the recipe does not fit it.
+    """
+    require_trainable(recipe)
+    notes: list[str] = []
+    if locate(recipe.model_name_or_path, revision=recipe.revision, weights=False)[0] == "known":
+        notes.append(f"the model is not on this machine; its shape is known from {known.SOURCE}")
+    if device.memory_alone:
+        notes.append(f"of {device.label} only the memory is known, so no time is predicted "
+                     f"({device.source})")  # fmt: skip
+    if (slow := slow_format_of(recipe, device)) is not None:
+        notes.append(slow)
+    if rows is None and read_data:
+        rows = read_rows(recipe, notes)
+    lengths = lengths_of(rows)
+    planner = planner_for(device, rows, calibrate=calibrate)
+    made = planner(recipe)
+    steps = steps_of(recipe, lengths)
+    run_s = run_seconds(recipe, made, steps, lengths)
+    if recipe.max_time is not None:
+        steps, run_s, said = _within_time(recipe, steps, run_s, made.time, lengths)
+        notes.append(said)
+    made = replace(made, steps=steps, run_seconds=run_s, notes=(*made.notes, *notes))
+    if told is not None:
+        told(made)
+    if changes and made.capacity is not None and made.fits() is not True:
+        found, whole = _changes(recipe, made, planner)
+        made = replace(made, changes=found)
+        if not whole:
+            waited = f"{MOST_CHANGES_S:.0f} s"
+            cut = f"after {waited} no further changes were looked for; lighten plan --search does"
+            made = replace(made, notes=(*made.notes, cut))
+    return made
+
+
+def slow_format_of(recipe: Recipe, device: Device) -> str | None:
+    """That a device only emulates the format of a recipe, and which one it computes; or None."""
+    name = "this processor" if device.kind == "cpu" else device.label
+    return slow_format(recipe.compute_dtype, device.formats, name, device.kind)
+
+
+def planner_for(device: Device, rows: Rows | None = None, *, calibrate: bool = True) -> Planner:
+    """What plans recipes for one device and data.
+
+    Args:
+        device: Where.
+        rows: The encoded data; a recipe's own `max_length` cuts its rows further. Without it rows
+            have `max_length` tokens, all of them supervised, which is the most.
+        calibrate: Correct by what earlier runs on this machine measured.
+    """
+    lengths = lengths_of(rows)
+    supervised = supervised_share(rows)
+    cost = cost_of(rows) if rows is not None else None
+    machine = here(device) if calibrate else None
+    known = calibration.pairs() if machine else []
+
+    def planned(recipe: Recipe) -> Plan:
+        cut = _longest_rows(recipe)
+        if lengths is not None:
+            cut = [min(own, recipe.max_length) for own in lengths]
+        with warnings.catch_warnings():
+            # What is prepared for a GPU that is not here warns that it is not here.
+            warnings.simplefilter("ignore", UserWarning)
+            made = plan_recipe(recipe, device, rows_tokens=cut, supervised=supervised)
+        if cost is not None:
+            made = with_data(made, cost, on_processor=device.kind == "cpu")
+        return calibration.corrected(made, machine, known) if machine else made
+
+    return Planner(planned, apart=here(device) is None)
+
+
+def _longest_rows(recipe: Recipe) -> tuple[int, int] | list[int] | None:
+    """Rows of a step without data where the model's positions end before `max_length` does."""
+    longest, _ = _limits(recipe).longest(recipe.max_length)
+    if longest == recipe.max_length:
+        return None
+    return recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps, longest
+
+
+def _limits(recipe: Recipe) -> Limits:
+    return _limits_of(recipe.model_name_or_path, recipe.revision, recipe.trust_remote_code)
+
+
+@functools.lru_cache(maxsize=8)
+def _limits_of(name: str, revision: str | None, trust_remote_code: bool) -> Limits:
+    """Kept, because a search plans one model many times."""
+    return limits(name, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def changes_of(
+    recipe: Recipe, device: Device, made: Plan, rows: Rows | None = None
+) -> tuple[Change, ...]:
+    """What would need less than a plan that is made already, the cheapest first."""
+    return _changes(recipe, made, planner_for(device, rows))[0]
+
+
+def _changes(recipe: Recipe, made: Plan, planner: Planner) -> tuple[tuple[Change, ...], bool]:
+    """Changes, and whether there was time for all that was to be looked at."""
+    end = time.monotonic() + MOST_CHANGES_S
+    cut = False
+
+    def over() -> bool:
+        nonlocal cut
+        cut = cut or time.monotonic() > end
+        return cut
+
+    settings = [idea.settings for idea in ideas(recipe, made)]
+    for place in range(0, len(settings), AT_ONCE):
+        if not over():
+            planner.plan_ahead(_valid(recipe, settings[place : place + AT_ONCE]))
+    return cheapest(recipe, made, planner, over=over, known=planner.knows), not cut
+
+
+def _valid(recipe: Recipe, changes: Sequence[Mapping[str, Any]]) -> Iterator[Recipe]:
+    """The recipe with each of the changes that go together with the rest of it."""
+    for settings in changes:
+        with contextlib.suppress(UserError):
+            yield recipe.changed(settings)
+
+
+def lengths_of(rows: Rows | None) -> list[int] | None:
+    """Tokens of each row, or as a sample has them; None where there is no data."""
+    if rows is None:
+        return None
+    lengths = token_lengths(rows.train.rows)
+    if rows.of_rows is None:
+        return lengths
+    return [lengths[place * len(lengths) // rows.of_rows] for place in range(rows.of_rows)]
+
+
+def supervised_share(rows: Rows | None) -> float:
+    """Share of the data's tokens that are supervised; all of them where there is no data."""
+    if rows is None or not rows.train.counts.tokens:
+        return 1.0
+    return rows.train.counts.supervised_tokens / rows.train.counts.tokens
+
+
+def steps_of(recipe: Recipe, lengths: Sequence[int] | None) -> int | None:
+    """Optimiser steps of the run; None where neither data nor recipe says.
+
+    Args:
+        recipe: What would be trained.
+        lengths: Tokens of each row of the data.
+    """
+    if recipe.max_steps is not None:
+        return recipe.max_steps
+    if lengths is None:
+        return None
+    return math.ceil(recipe.num_train_epochs * math.ceil(len(lengths) / _rows_per_step(recipe)))
+
+
+def _within_time(
+    recipe: Recipe,
+    steps: int | None,
+    run_s: float | None,
+    step: StepTime | None,
+    lengths: Sequence[int] | None,
+) -> tuple[int | None, float | None, str]:
+    """Steps, their seconds and a sentence on what `max_time` allows at the predicted speed.
+
+    Args:
+        recipe: It has a `max_time`.
+        steps: That the data and `num_train_epochs` make.
+        run_s: What they would take.
+        step: The planned step's time.
+        lengths: Tokens of each row of the data.
+    """
+    limit, limit_s = recipe.max_time, seconds(str(recipe.max_time))
+    if step is None:
+        return steps, None, (
+            f"max_time {limit}: no time is predicted here; training measures how many steps fit"
+        )  # fmt: skip
+    if steps is None or run_s is None or lengths is None:
+        count = max(1, int(limit_s / step.seconds))
+        return count, count * step.seconds, (
+            f"max_time {limit}: about {counted(count, 'step')} of this size, evaluations left out"
+        )  # fmt: skip
+    count = min(steps, max(1, int(steps * limit_s / run_s)))
+    share = count / math.ceil(len(lengths) / _rows_per_step(recipe))
+    told = f"max_time {limit}: about {counted(count, 'step')} of {steps:,}, {share:.2g} of an epoch"
+    if count == steps:
+        told = f"max_time {limit} is enough for all {counted(steps, 'step')}"
+    return count, run_s * count / steps, f"{told}, at the predicted speed without evaluations"
+
+
+def _rows_per_step(recipe: Recipe) -> int:
+    """Of one adapter, over all ranks of the launch that this process belongs to."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    return recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps * ranks
+
+
+def run_seconds(
+    recipe: Recipe, made: Plan, steps: int | None, lengths: Sequence[int] | None
+) -> float | None:
+    """Seconds of all steps: the planned step is the largest, others take less by their tokens.
+
+    The first one counts as `FIRST_STEP`.
+    """
+    if made.time is None or steps is None or not made.step_tokens:
+        return None
+    per_token, counted_steps = made.time.seconds / made.step_tokens, steps - 1 + FIRST_STEP
+    if lengths is None:
+        return made.time.seconds * counted_steps
+    mean = sum(min(own, recipe.max_length) for own in lengths) / len(lengths)
+    rows = min(_rows_per_step(recipe), len(lengths)) * len(recipe.cohort())
+    return per_token * mean * rows * counted_steps
+
+
+def layers_of(recipe: Recipe) -> int:
+    """Decoder layers of a recipe's base."""
+    return describe(
+        recipe.model_name_or_path, revision=recipe.revision,
+        trust_remote_code=recipe.trust_remote_code,
+    ).layers  # fmt: skip
+
+
+def positions_of(recipe: Recipe) -> int | None:
+    """Positions that a recipe's base was made for, if it says so."""
+    return describe(
+        recipe.model_name_or_path, revision=recipe.revision,
+        trust_remote_code=recipe.trust_remote_code,
+    ).context_length  # fmt: skip
+
+
+def parameters_of(model: str) -> int | None:
+    """Parameters of a model by its name; None where it cannot be described."""
+    try:
+        return describe(model).total_parameters
+    except UserError:
+        return None
+
+
+def here(device: Device) -> str | None:
+    """This machine's name in the calibration file; None for a device that is elsewhere."""
+    if not device.is_here:
+        return None
+    if device.kind == "cpu":
+        return f"cpu: {processor_name()}, {torch.get_num_threads()} threads"
+    return f"cuda: {device.label}"
+
+
+def read_rows(
+    recipe: Recipe,
+    notes: list[str],
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    whole: bool = False,
+) -> Rows | None:
+    """The recipe's data, encoded, or a sample of them; nothing is downloaded for that.
+
+    Args:
+        recipe: Which data, and how.
+        notes: Receives sentences about them.
+        whole: All of them however large they are, because they are to be trained on.
+        progress: Told how many examples are encoded, and of how many.
+
+    Raises:
+        IdsError: A row has an id that the model does not have.
+    """
+    longest = f"every row is taken to have {_limits(recipe).longest(recipe.max_length)[1]}"
+    if not recipe.dataset:
+        notes.append(f"no data set is given: {longest}")
+        return None
+    size = _size(split_limit(recipe.dataset)[0])
+    if size > LARGEST_SAMPLED_BYTES and not whole:
+        notes.append(f"the data's {size / 1e6:,.0f} MB are not read for a plan: {longest}")
+        return None
+    source, path = locate(
+        recipe.model_name_or_path, revision=recipe.revision, weights=False,
+        code=recipe.trust_remote_code,
+    )  # fmt: skip
+    if source in ("hub", "known") and not any((path / name).is_file() for name in TOKENIZERS):
+        notes.append(f"the model's tokenizer is not on this machine: {longest}")
+        return None
+    try:
+        rows = _rows_for(recipe, tokenizer_of(recipe), progress, whole=whole, size=size)
+    except IdsError:
+        raise  # no plan holds for rows that cannot be trained on
+    except UserError as error:
+        notes.append(f"the data cannot be encoded ({error}): {longest}")
+        return None
+    if rows.of_rows is not None:
+        notes.append(
+            f"{len(rows.train.rows):,} of {rows.of_rows:,} rows were encoded for this plan, evenly "
+            "spread over the data; a longer row among the others needs more"
+        )
+    notes.extend(rows.notes)
+    return rows
+
+
+def _rows_for(
+    recipe: Recipe,
+    tokenizer: Any,
+    progress: Callable[[int, int], None] | None,
+    *,
+    whole: bool,
+    size: int,
+) -> Rows:
+    """All rows, or a sample where they are many and were never encoded."""
+    if whole or size <= LARGEST_DATA_BYTES:
+        return load_rows(recipe, tokenizer, progress)
+    return cached_rows(recipe, tokenizer) or sample_rows(recipe, tokenizer, SAMPLE_ROWS)
+
+
+def _size(path: Path) -> int:
+    files = [path] if path.is_file() else [own for own in path.rglob("*") if own.is_file()]
+    return sum(own.stat().st_size for own in files)

@@ -1,0 +1,153 @@
+"""The plan that every training makes first, and what it leaves for later plans.
+
+A plan never breaks a run: whatever goes wrong with it is one line, and the run goes on. Only where
+it surely does not fit is the run refused.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lighten.errors import UserError
+from lighten.machine import devices
+from lighten.machine.devices import Device
+from lighten.models import IdsError
+from lighten.planning import calibration, predict, text
+from lighten.planning.distributed import Distributed, of_recipe, on_ranks
+from lighten.planning.result import Plan
+from lighten.recipe import Recipe
+from lighten.runs import Run
+from lighten.training.prediction import Prediction
+from lighten.training.progress import TrainingProgress
+from lighten.training.rows import Rows
+from lighten.training.suitable import require_trainable
+
+MOST_ADVICE = 3
+
+
+def plan_first(recipe: Recipe, *, force: bool = False, progress: bool = False) -> Prediction | None:
+    """Plan a run on this machine's device.
+
+    Args:
+        recipe: What will be trained.
+        force: Say that it does not fit, and go on.
+        progress: Show on standard error how far the data are encoded.
+
+    Returns:
+        The plan as training takes it; None on a rank that is not the first.
+
+    Raises:
+        UserError: It surely does not fit, no gradient passes through its base, or a row has an id
+            that the model does not have.
+    """
+    if int(os.environ.get("RANK", "0")) > 0:
+        return None
+    require_trainable(recipe)
+    try:
+        device = devices.named()
+        notes: list[str] = []
+        with TrainingProgress(enabled=progress) as shown:
+            if (slow := predict.slow_format_of(recipe, device)) is not None:
+                shown.note(f"warning: {slow}")
+            rows = predict.read_rows(recipe, notes, shown.encoding, whole=True)
+        plan = predict.plan(recipe, device, rows=rows, read_data=False, changes=False)
+    except IdsError:
+        raise  # no run would come of these rows
+    except Exception as error:  # whatever it is: the run does not depend on its plan
+        return Prediction([f"no plan: {_first_line(error)}"])
+    lines, fits = text.lines(plan), plan.fits()
+    if (spread := _over_ranks(recipe, device, plan)) is not None:
+        lines.append(text.spread_verdict(spread))
+        fits = spread.fits()
+    if fits is False:
+        if not force:
+            raise UserError(_refusal(plan, spread, _advice(recipe, device, plan, rows)()))
+        lines.append("it does not fit by this plan; going on, as --force says")
+    return Prediction(lines, plan.to_dict(), rows, _advice(recipe, device, plan, rows))
+
+
+def remember(run: Run, *, whole: bool = True) -> None:
+    """Add what was predicted and measured to this machine's calibration file, quietly.
+
+    Args:
+        run: A run that has ended.
+        whole: It was made in one go. What goes on from a checkpoint, or had nothing left to do,
+            measures something else than what was planned.
+    """
+    if not whole:
+        return
+    info, plan = run.info(), run.plan()
+    pair = info.get("prediction")
+    if plan is None or pair is None or info.get("status") != "finished" or info.get("retries"):
+        return  # a run that went on with smaller micro-batches is not what was planned
+    try:
+        machine = predict.here(devices.named())
+        uncorrected = plan.get("traced") or {}
+        calibration.add(
+            {
+                "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                "device": machine,
+                "model": plan["model"],
+                "weights_bytes": _weights_bytes(plan),
+                "method": plan["method"],
+                "shape": plan["shape"],
+                "memory": _against(uncorrected.get("expected"), pair.get("memory")),
+                "step_seconds": _against(uncorrected.get("seconds"), pair.get("step_seconds")),
+            }
+        )
+    except (UserError, OSError, KeyError) as error:
+        run.update(calibration=f"not kept: {_first_line(error)}")
+
+
+def _weights_bytes(plan: Mapping[str, Any]) -> float | None:
+    states = plan.get("states")
+    return None if states is None else float(states["frozen"] + states["trained"])
+
+
+def _against(traced: float | None, pair: dict[str, float] | None) -> dict[str, float] | None:
+    """Measured beside what the trace alone said: a correction must not feed on itself."""
+    if pair is None:
+        return None
+    return {"predicted": pair["predicted"] if traced is None else traced,
+            "measured": pair["measured"]}  # fmt: skip
+
+
+def _advice(
+    recipe: Recipe, device: Device, plan: Plan, rows: Rows | None
+) -> Callable[[], Sequence[str]]:
+    def told() -> list[str]:
+        try:
+            found = predict.changes_of(recipe, device, plan, rows)
+        except Exception as error:  # memory may be short just now
+            return [f"what would need less cannot be planned here: {_first_line(error)}"]
+        return [text.change(own) for own in found[:MOST_ADVICE]]
+
+    return told
+
+
+def _over_ranks(recipe: Recipe, device: Device, plan: Plan) -> Distributed | None:
+    """What each rank of this launch needs; None for one process."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks == 1:
+        return None
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", str(ranks)))
+    return on_ranks(
+        plan, device, of_recipe(recipe.strategy), ranks=ranks, local=local,
+        layers=predict.layers_of(recipe),
+    )  # fmt: skip
+
+
+def _refusal(plan: Plan, spread: Distributed | None, advice: Sequence[str]) -> str:
+    mend = "".join(f"\n  - {line}" for line in advice)
+    verdict = text.verdict(plan) if spread is None else text.spread_verdict(spread)
+    return f"{verdict}; --force trains all the same" + (
+        f", and these would need less:{mend}" if advice else ""
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,418 @@
+"""What fits best: the fastest configuration, the largest model, the longest context, the most rows.
+
+Every answer is a plan of the step that would run; nothing is guessed from parameter counts. Memory
+grows with the rows and the length of a micro-batch, nearly in a straight line, so the largest that
+fits is found by interpolation between a few plans, and is itself planned before it is named.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lighten.errors import UserError
+from lighten.planning.changes import SHORTEST, Planner
+from lighten.planning.result import MOST_TOKENS, Plan
+from lighten.recipe import Recipe
+from lighten.recipe.fields import RecipeFields
+
+# How a base may be trained, by name; what is not named stays as the recipe has it.
+METHODS: dict[str, dict[str, Any]] = {
+    "LoRA": {"method": "lora", "load_in_4bit": False, "load_in_8bit": False},
+    "QLoRA": {"method": "lora", "load_in_4bit": True, "load_in_8bit": False},
+    "full": {"method": "full", "load_in_4bit": False, "load_in_8bit": False},
+}
+# What a base that learns whole learns at unless the user says so; adapters take ten times that.
+FULL_LEARNING_RATE, LORA_LEARNING_RATE = 2e-5, 2e-4
+# Longest context that is looked for: models state less, and those that do not are old.
+LONGEST = 2**20
+MOST_ROWS = 4096
+Told = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A configuration that was looked at.
+
+    Attributes:
+        what: In words.
+        settings: What it sets.
+        plan: Its plan; None where it was not planned, or cannot be.
+        why: Why it is not the answer, or that it is.
+    """
+
+    what: str
+    settings: dict[str, Any]
+    plan: Plan | None
+    why: str
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Real tokens per second."""
+        plan = self.plan
+        if plan is None or plan.time is None or not plan.time.seconds or not plan.step_tokens:
+            return None
+        return plan.step_tokens / plan.time.seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "what": self.what, "settings": self.settings, "why": self.why,
+            "tokens_per_s": self.tokens_per_s,
+            "plan": None if self.plan is None else self.plan.to_dict(),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found.
+
+    Attributes:
+        best: The fastest that fits; None where nothing does.
+        tried: All that was looked at, in order, with reasons.
+    """
+
+    best: Candidate | None
+    tried: tuple[Candidate, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "best": None if self.best is None else self.best.to_dict(),
+            "tried": [own.to_dict() for own in self.tried],
+        }
+
+
+def fastest(
+    recipe: Recipe, planner: Planner, *, fixed: Sequence[str] = (), told: Told | None = None
+) -> Found:
+    """The configuration with the most tokens per second among those that fit.
+
+    Where no time is predicted it is the first that fits: they are tried in an order in which what
+    saves memory at the cost of time comes later.
+
+    Over method, checkpointing and micro-batch, the rows per step staying as they are; and
+    over shorter contexts where nothing fits at the recipe's. A configuration that another one
+    surely beats is not planned, which its reason says.
+
+    Args:
+        recipe: What is wanted; its settings stand wherever the search does not set them.
+        planner: Plans recipes for one device.
+        fixed: Settings that must stay as they are.
+        told: Told what is being looked at.
+    """
+    tried: list[Candidate] = []
+    length = recipe.max_length
+    while True:
+        own = recipe if length == recipe.max_length else recipe.changed({"max_length": length})
+        tried += _at_one_length(own, planner, fixed, told, len(recipe.cohort()))
+        fitting = [c for c in tried if c.plan is not None and c.plan.fits()]
+        if fitting or length // 2 < SHORTEST or "max_length" in fixed:
+            break
+        length //= 2
+    if not fitting:
+        return Found(None, tuple(tried))
+    best = max(fitting, key=lambda own: own.tokens_per_s or 0.0)
+    why = "the fastest" if best.tokens_per_s else "the first that fits; no time is predicted"
+    named = [own if own is not best else replace(own, why=why) for own in tried]
+    return Found(named[tried.index(best)], tuple(named))
+
+
+def _at_one_length(
+    recipe: Recipe, planner: Planner, fixed: Sequence[str], told: Told | None, cohort: int
+) -> list[Candidate]:
+    """Every method with and without memory savers, until each fits or cannot."""
+    tried: list[Candidate] = []
+    whole_step = False  # an adapter method fits with a whole step in one micro-batch
+    for name, settings in METHODS.items():
+        if not _allowed(recipe, settings, fixed) or (name == "full" and cohort > 1):
+            continue
+        if name == "QLoRA" and whole_step:
+            tried.append(Candidate("QLoRA", settings, None, "LoRA fits whole and is faster"))
+            continue
+        for saver, own in _savers(fixed):
+            what = ", ".join([name, *saver, f"{recipe.max_length} tokens"])
+            if told is not None:
+                told(what)
+            asked = {**as_method(recipe, name), **own}
+            candidate = largest_micro_batch(recipe, asked, planner, what)
+            tried.append(candidate)
+            plan = candidate.plan
+            if plan is not None and plan.fits() and plan.shape.micro_batches == 1:
+                whole_step |= name == "LoRA"
+                break  # what saves memory from here on only costs time
+    return tried
+
+
+def as_method(recipe: Recipe, name: str) -> dict[str, Any]:
+    """Settings that train the recipe by another method, with what that one does not know unset."""
+    settings = dict(METHODS[name])
+    if settings["method"] == recipe.method:
+        return settings
+    if name == "full":
+        adapters = [
+            key
+            for key, field in RecipeFields.model_fields.items()
+            if dict(field.json_schema_extra or {}).get("section") == "lora"  # type: ignore[arg-type]
+        ]
+        unset = {key: field_default(key) for key in adapters}
+        return {**unset, **settings, "learning_rate": FULL_LEARNING_RATE}
+    return {**settings, "trainable_layers": None, "learning_rate": LORA_LEARNING_RATE}
+
+
+def _savers(fixed: Sequence[str]) -> Iterator[tuple[list[str], dict[str, Any]]]:
+    """Memory savers, the cheapest in time first.
+
+    Offloaded activations are not among them: the trace does not follow them off the device yet.
+    """
+    if "gradient_checkpointing" in fixed:
+        yield [], {}
+        return
+    details = {
+        key: field_default(key)
+        for key in ("gradient_checkpointing_layers", "gradient_checkpointing_part",
+                    "gradient_checkpointing_kwargs")
+    }  # fmt: skip
+    yield [], {"gradient_checkpointing": False, **details}
+    yield ["checkpointing"], {"gradient_checkpointing": True, **details}
+
+
+def _allowed(recipe: Recipe, settings: Mapping[str, Any], fixed: Sequence[str]) -> bool:
+    return all(name not in fixed or getattr(recipe, name) == v for name, v in settings.items())
+
+
+def largest_micro_batch(
+    recipe: Recipe, settings: Mapping[str, Any], planner: Planner, what: str
+) -> Candidate:
+    """The recipe with the most rows per micro-batch that fit, and as many per step as before."""
+    per_step = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
+    sizes = [size for size in range(1, per_step + 1) if per_step % size == 0]
+    plans: dict[int, tuple[dict[str, Any], Plan]] = {}
+
+    def planned(size: int) -> Plan:
+        if size not in plans:
+            own = {
+                **settings,
+                "per_device_train_batch_size": size,
+                "gradient_accumulation_steps": per_step // size,
+            }
+            plans[size] = own, planner(recipe.changed(own))
+        return plans[size][1]
+
+    try:
+        if planned(1).fits() is not True:
+            own, plan = plans[1]
+            return Candidate(what, own, plan, _too_much(plan))
+        place = most(lambda i: _margin(planned(sizes[i])), 0, len(sizes) - 1)
+    except UserError as error:
+        return Candidate(what, dict(settings), None, str(error).splitlines()[0])
+    own, plan = plans[sizes[place]]
+    return Candidate(what, own, plan, "slower")
+
+
+def most(margin: Callable[[int], float], low: int, high: int) -> int:
+    """The largest number up to `high` whose margin is not negative; `low` is known to have one.
+
+    By interpolation between the two nearest margins, and by halves where that does not move: a
+    margin that falls in a straight line takes three or four calls.
+    """
+    margin = functools.cache(margin)
+    if high <= low or (top := margin(high)) >= 0:
+        return max(low, high)
+    bottom = margin(low)
+    while high - low > 1:
+        share = bottom / (bottom - top) if bottom > top else 0.5
+        guess = min(high - 1, max(low + 1, low + int((high - low) * share)))
+        if (found := margin(guess)) >= 0:
+            low, bottom = guess, found
+            if high - low > 1:  # a straight line is over at the next one
+                following = margin(low + 1)
+                if following < 0:
+                    return low
+                low, bottom = low + 1, following
+        else:
+            high, top = guess, found
+    return low
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How far a configuration goes on a device.
+
+    Attributes:
+        context: Tokens of the longest row, alone in its micro-batch; None: not one fits.
+        context_limited_by: What ends it: memory, or the model.
+        rows: Of the largest micro-batch at the recipe's length; None: not one fits.
+        rows_limited_by: What ends it: memory, or the token budget of a micro-batch.
+    """
+
+    context: int | None
+    context_limited_by: str
+    rows: int | None
+    rows_limited_by: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return dict(vars(self))
+
+
+def limits(recipe: Recipe, planner: Planner, *, longest: int | None = None) -> Limits:
+    """The longest context with one row, and the most rows at the recipe's length.
+
+    Args:
+        recipe: Its settings.
+        planner: Plans recipes for one device, without data: rows are `max_length` long.
+        longest: Positions that the model was made for.
+    """
+    one_row = recipe.changed({"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1})
+    step = SHORTEST // 2
+    end = max(1, (longest or LONGEST) // step)
+
+    def of_length(place: int) -> float:
+        return _margin(planner(one_row.changed({"max_length": place * step})))
+
+    context = None
+    if of_length(1) >= 0:
+        context = step * _doubled(of_length, 1, end)
+    free = recipe.changed({"tokens_per_microbatch": None, "gradient_accumulation_steps": 1})
+
+    def of_rows(rows: int) -> float:
+        return _margin(planner(free.changed({"per_device_train_batch_size": rows})))
+
+    most_rows = max(1, min(MOST_ROWS, MOST_TOKENS // recipe.max_length))
+    rows = _doubled(of_rows, 1, most_rows) if of_rows(1) >= 0 else None
+    model_ends = context is not None and context >= end * step
+    return Limits(
+        context, "the model's positions" if model_ends else "memory",
+        rows, "looked no further" if rows == most_rows else "memory",
+    )  # fmt: skip
+
+
+def _doubled(margin: Callable[[int], float], low: int, end: int) -> int:
+    """`most`, with an upper end that is raised until it is too much: far ends take long to plan."""
+    margin = functools.cache(margin)
+    high = min(end, max(2 * low, 8))
+    while margin(high) >= 0:
+        if high >= end:
+            return end
+        low, high = high, min(end, 4 * high)
+    return most(margin, low, high - 1) if high - low > 1 else low
+
+
+@dataclass(frozen=True)
+class Sized:
+    """One model of a list.
+
+    Attributes:
+        model: Its name.
+        parameters: Of it; None where it cannot be described.
+        best: The fastest configuration that fits.
+        why: Why there is none, or why it was not looked for.
+    """
+
+    model: str
+    parameters: int | None
+    best: Candidate | None
+    why: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "model": self.model, "parameters": self.parameters, "why": self.why,
+            "best": None if self.best is None else self.best.to_dict(),
+        }  # fmt: skip
+
+
+def largest(
+    models: Sequence[tuple[str, int | None]],
+    recipe: Callable[[str], Recipe],
+    planner: Planner,
+    *,
+    fixed: Sequence[str] = (),
+    told: Told | None = None,
+) -> list[Sized]:
+    """Which of the models is the largest that can be trained, from the largest down.
+
+    Args:
+        models: Names with their parameters; None where a model cannot be described.
+        recipe: The recipe of a model.
+        planner: Plans recipes for one device.
+        fixed: Settings that must stay as they are.
+        told: Told what is being looked at.
+    """
+    found: list[Sized] = []
+    there = False
+    for name, parameters in sorted(models, key=lambda own: -(own[1] or 0)):
+        if parameters is None:
+            found.append(Sized(name, None, None, "it cannot be described"))
+            continue
+        if there:
+            found.append(Sized(name, parameters, None, "smaller than one that fits"))
+            continue
+        if told is not None:
+            told(name)
+        own = recipe(name)
+        least = _least(own, planner, fixed)
+        if isinstance(least, str):
+            found.append(Sized(name, parameters, None, least))
+            continue
+        best = fastest(own, planner, fixed=fixed, told=told).best
+        there = best is not None
+        found.append(
+            Sized(name, parameters, best, "the largest that fits" if there else "too large")
+        )
+    return found
+
+
+def _least(recipe: Recipe, planner: Planner, fixed: Sequence[str]) -> Plan | str:
+    """The plan that needs the least, or why not even that one fits: it spares a whole search."""
+    settings: dict[str, Any] = {
+        "load_in_4bit": recipe.method == "lora", "gradient_checkpointing": True,
+        "per_device_train_batch_size": 1, "max_length": min(recipe.max_length, SHORTEST),
+    }  # fmt: skip
+    kept = {name: value for name, value in settings.items() if name not in fixed}
+    try:
+        plan = planner(recipe.changed(kept))
+    except UserError as error:
+        return str(error).splitlines()[0]
+    return _too_much(plan) if plan.fits() is False else plan
+
+
+def recipe_text(recipe: Recipe, why: str) -> str:
+    """A recipe file with what differs from the defaults, for `lighten train`.
+
+    Args:
+        recipe: What was found.
+        why: A line that says where it comes from.
+    """
+    import yaml
+
+    values = recipe.completed()
+    kept = {
+        name: value
+        for name, value in values.items()
+        if value != field_default(name) and not (name == "dataset" and not value)
+    }
+    text = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
+    missing = "" if recipe.dataset else "# add your data: dataset: data.jsonl (or --dataset)\n"
+    return f"# {why}\n{missing}{text}"
+
+
+def field_default(name: str) -> Any:
+    """The default of a setting, as a completed recipe writes it."""
+    default = RecipeFields.model_fields[name].get_default(call_default_factory=True)
+    return default.model_dump(mode="json") if hasattr(default, "model_dump") else default
+
+
+def _margin(plan: Plan) -> float:
+    """Bytes between the upper bound and what the device offers."""
+    return float("inf") if plan.capacity is None else float(plan.capacity - plan.memory.high)
+
+
+def _too_much(plan: Plan) -> str:
+    if plan.capacity is None:
+        return "how much memory there is, is not known"
+    over = plan.memory.high - plan.capacity
+    return f"one row needs {plan.memory.high / 2**30:.2f} GiB, {over / 2**30:.2f} too many"

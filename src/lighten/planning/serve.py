@@ -1,0 +1,260 @@
+"""`lighten plan serve` and `lighten plan quantize`: what a base needs to answer, and to shrink."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lighten.errors import UserError
+from lighten.machine.devices import Device
+from lighten.models import quantized, skeleton
+from lighten.models.load import locate, weight_files
+from lighten.planning import serving
+from lighten.planning.serving import Serving
+
+# Weights of the sample that the rate of quantising is measured on: a matrix of some MiB.
+SAMPLE = (2048, 2048)
+
+
+@dataclass(frozen=True)
+class Quantizing:
+    """What quantising a base needs.
+
+    Attributes:
+        model: The base.
+        storage: What its linear layers become.
+        peak_bytes: Main memory: what is made, and one layer in its old form.
+        result_bytes: What is made.
+        dense_bytes: The base as its files have it.
+        seconds: Of processor time, by a rate measured now on a sample.
+        capacity: Main memory that is free.
+    """
+
+    model: str
+    storage: str
+    peak_bytes: int
+    result_bytes: int
+    dense_bytes: int
+    seconds: float
+    capacity: int | None
+
+    def fits(self) -> bool | None:
+        """Whether main memory is large enough."""
+        return None if self.capacity is None else self.peak_bytes <= self.capacity
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {**asdict(self), "fits": self.fits()}
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Weights of a base: (in, out) of its linear layers without the head, and all others."""
+
+    linear: list[tuple[int, int]]
+    rest: int
+
+    @property
+    def linear_numbers(self) -> int:
+        return sum(inside * outside for inside, outside in self.linear)
+
+
+def serve(
+    model: str,
+    device: Device,
+    *,
+    adapters: int = 0,
+    rank: int = 16,
+    context: int = 4096,
+    concurrency: int = 1,
+    storage: str | None = None,
+    cache_bytes: float = 2.0,
+    revision: str | None = None,
+) -> Serving:
+    """Memory of a server with one base and many adapters.
+
+    Args:
+        model: As for `models.load`; only its configuration is read.
+        device: Where.
+        adapters: Held at once.
+        rank: Of the largest; engines pad the others to it.
+        context: Tokens of a sequence, prompt and answer.
+        concurrency: Sequences at once.
+        storage: One of `serving.BYTES_PER_WEIGHT`; default the device's own 16 bits.
+        cache_bytes: Of one number in the KV cache.
+        revision: Of a hub model.
+
+    Raises:
+        UserError: No such model, or no such storage.
+    """
+    compute = device.dtype().value
+    chosen = storage or compute
+    if chosen not in serving.BYTES_PER_WEIGHT:
+        raise UserError(
+            f"storage: {chosen!r} is not known; use {', '.join(serving.BYTES_PER_WEIGHT)}"
+        )
+    shape = skeleton(model, revision=revision)
+    config = shape.config.get_text_config()
+    sizes = _sizes(shape)
+    caches = serving.layer_caches(config.to_dict())
+    number = serving.BYTES_PER_WEIGHT[compute]
+    fixed = {
+        "base weights": serving.weight_bytes(sizes.linear_numbers, sizes.rest, chosen, compute),
+        "adapters": adapters * serving.adapter_bytes(sizes.linear, rank, number_bytes=number),
+        "workspace": serving.workspace_bytes(
+            config.hidden_size,
+            getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+            config.vocab_size,
+            concurrency,
+            number_bytes=number,
+        ),
+    }  # fmt: skip
+    cache = serving.kv_cache_bytes(caches, context, concurrency, number_bytes=cache_bytes)
+    one = serving.kv_cache_bytes(caches, context, 1, number_bytes=cache_bytes)
+    capacity = device.memory_bytes
+    if capacity is not None and device.kind == "cuda":
+        capacity = int(capacity * serving.SHARE)
+    most = None
+    if capacity is not None and one:
+        most = max(0, (capacity - sum(fixed.values())) // one)
+    rate = None
+    if device.bandwidth:
+        read = fixed["base weights"] + fixed["adapters"] + cache
+        rate = concurrency * device.bandwidth / read
+    return Serving(
+        model, device.name, {**fixed, "KV cache": cache}, capacity, concurrency, context, most, rate
+    )
+
+
+def answer_peak(
+    model: str,
+    *,
+    storage: str,
+    compute: str,
+    prompt_tokens: int,
+    new_tokens: int,
+    revision: str | None = None,
+) -> int:
+    """Bytes at the peak of one answer: weights, KV cache, and the prompt's widest layer.
+
+    Args:
+        model: As for `models.load`; only its configuration is read.
+        storage: Of the linear layers, one of `serving.BYTES_PER_WEIGHT`.
+        compute: Of the other weights, the cache and the products.
+        prompt_tokens: Read at once.
+        new_tokens: Written after them.
+        revision: Of a hub model.
+
+    Raises:
+        UserError: No such model.
+    """
+    shape = skeleton(model, revision=revision)
+    config = shape.config.get_text_config()
+    sizes = _sizes(shape)
+    number = serving.BYTES_PER_WEIGHT[compute]
+    weights = serving.weight_bytes(sizes.linear_numbers, sizes.rest, storage, compute)
+    cache = serving.kv_cache_bytes(
+        serving.layer_caches(config.to_dict()), prompt_tokens + new_tokens, 1, number_bytes=number
+    )
+    wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    widest = prompt_tokens * (2 * config.hidden_size + 3 * wide) * number
+    return round(weights + cache + widest + 2 * 4 * config.vocab_size)
+
+
+def quantize(
+    model: str,
+    *,
+    storage: str = "nf4",
+    double: bool = False,
+    capacity: int | None = None,
+    revision: str | None = None,
+) -> Quantizing:
+    """Main memory and time to quantise a base on this machine's processor.
+
+    The weights are quantised as they are read, one after another: what is dense at the same time is
+    one layer, in its file's format and in float32. The time is that of a sample, quantised now,
+    times the number of weights; reading the files is left out.
+
+    Args:
+        model: As for `models.load`; only its configuration is read.
+        storage: `nf4`, `fp4` or `int8`.
+        double: Quantise the scales, too (4 bits).
+        capacity: Main memory that is free.
+        revision: Of a hub model.
+
+    Raises:
+        UserError: No such model.
+        MissingExtra: bitsandbytes is not installed.
+    """
+    kind = quantized.Storage(storage, double)
+    shape = skeleton(model, revision=revision)
+    sizes = _sizes(shape)
+    name = "int8" if storage == "int8" else "nf4 double" if double else "nf4"
+    # The layers that stay dense are in the format that this machine computes in.
+    compute = Device("cpu", "", "cpu", None).dtype().value
+    result = serving.weight_bytes(sizes.linear_numbers, sizes.rest, name, compute)
+    in_files = _file_bytes(shape, model, revision)
+    per_number = in_files / (sizes.linear_numbers + sizes.rest)
+    largest = max((inside * outside for inside, outside in sizes.linear), default=0)
+    return Quantizing(
+        model=model,
+        storage=str(kind),
+        peak_bytes=round(result + largest * (per_number + 4)),
+        result_bytes=result,
+        dense_bytes=in_files,
+        seconds=sizes.linear_numbers * _seconds_per_weight(kind),
+        capacity=capacity,
+    )
+
+
+def _sizes(shape: PreTrainedModel) -> _Sizes:
+    head = shape.get_output_embeddings()
+    linear: list[tuple[int, int]] = []
+    for module in shape.modules():
+        if isinstance(module, nn.Linear | Conv1D) and module is not head:
+            rows, columns = module.weight.shape
+            both = (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
+            linear.append((int(both[0]), int(both[1])))
+    total = sum(parameter.numel() for parameter in shape.parameters())
+    return _Sizes(linear, total - sum(inside * outside for inside, outside in linear))
+
+
+def _file_bytes(shape: PreTrainedModel, model: str, revision: str | None) -> int:
+    """What the base's files hold, by their sizes or by their configuration's format."""
+    _, path = locate(model, revision=revision, weights=False)
+    if there := sum(file.stat().st_size for file in weight_files(path)):
+        return there
+    stated = getattr(shape.config, "dtype", None) or torch.bfloat16
+    size = torch.empty(0, dtype=stated).element_size()
+    return size * sum(parameter.numel() for parameter in shape.parameters())
+
+
+def _seconds_per_weight(kind: quantized.Storage) -> float:
+    """Measured now: the better of two, since the first one loads the library."""
+    layer = nn.Linear(SAMPLE[1], SAMPLE[0], bias=False).requires_grad_(False)
+    times = []
+    for _ in range(2):
+        model = _Holder(nn.Linear(SAMPLE[1], SAMPLE[0], bias=False, device="meta"))
+        model.layer = nn.Linear(SAMPLE[1], SAMPLE[0], bias=False)
+        model.layer.weight.data.copy_(layer.weight)
+        began = time.perf_counter()
+        quantized.finish(model, kind, torch.float32, "cpu")  # type: ignore[arg-type]
+        times.append(time.perf_counter() - began)
+    return min(times) / (SAMPLE[0] * SAMPLE[1])
+
+
+class _Holder(nn.Module):
+    """A model of one layer, as much of one as quantising asks for."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def get_output_embeddings(self) -> None:
+        """It has no head."""

@@ -1,0 +1,480 @@
+"""The engine's own steps on fake tensors.
+
+What runs here is what trains: `prepare` attaches what learns and makes the optimisers, the loss is
+first compared with the model's own, `train_step` makes two steps of up to two micro-batches (the
+second step has gradients, optimiser state and activations together). Only the weights are fake and
+the decoder layers that repeat are traced once (`repeat`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lighten import models
+from lighten.adapters.decoder import decoder_layers
+from lighten.data import Encoded, TemplateChoice
+from lighten.data.batches import Item, MicroBatch, collate, even_shares, layout, steps_of_epoch
+from lighten.data.tokenise import EncodingCounts
+from lighten.engine.adapter_optimizer import AdapterOptimizer
+from lighten.engine.forward_backward import undropped
+from lighten.engine.scaling import LossScaler
+from lighten.engine.step import train_step
+from lighten.errors import UserError
+from lighten.machine.hardware import Choice
+from lighten.models import attention, quantized
+from lighten.planning import repeat
+from lighten.planning.build import fake_base
+from lighten.planning.fake_modules import converted_in_place
+from lighten.planning.few_chunks import FewChunks
+from lighten.planning.on_cuda import as_on_cuda, as_unpacked
+from lighten.planning.result import MOST_TOKENS, Shape
+from lighten.planning.storage_tracker import StorageTracker, Timeline
+from lighten.recipe import Recipe
+from lighten.training.prepare import Setup, prepare
+from lighten.training.rows import Rows
+
+STEPS = 2
+ATTENTION_IS_HALF = 2048  # tokens of a row whose attention takes as much as the rest of a layer
+MICRO_BATCHES = 2  # of each step; further ones of the same adapters find what the second found
+
+
+@dataclass(frozen=True)
+class _Row:
+    """An example that is all answer but its first token and the prompt."""
+
+    input_ids: list[int]
+    supervised: list[bool]
+
+
+class OneRank:
+    """What `prepare` and `train_step` ask of an accelerator, for one rank."""
+
+    num_processes, process_index = 1, 0
+    is_main_process = True
+
+    def __init__(self, kind: str = "cpu") -> None:
+        self.device = torch.device(kind)
+
+    def reduce(self, tensor: Tensor, reduction: str = "sum") -> Tensor:
+        """Of one rank: the tensor."""
+        del reduction
+        return tensor
+
+
+class _Marking(LossScaler):
+    """Tells the trace where the backward pass and the optimiser begin; scales nothing."""
+
+    def __init__(self, tracker: StorageTracker) -> None:
+        super().__init__(enabled=False)
+        self.tracker, self.step_number, self.micro_batch = tracker, 0, -1
+
+    def begin_backward(self) -> None:
+        """The loss is there; the backward pass begins."""
+        self.tracker.begin("backward", self.micro_batch, self.step_number)
+
+    def unscale(self, member: AdapterOptimizer) -> None:
+        """All gradients are there."""
+        for group in member.optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self.tracker.mark(parameter.grad, "gradients")
+        if self.tracker.timeline.runs[-1].phase != "optimiser step":
+            self.tracker.begin("optimiser step", self.micro_batch, self.step_number)
+
+    def next_batch(self, _module: nn.Module, _args: Any) -> None:
+        """A forward pre-hook of the backbone."""
+        if torch.is_grad_enabled():
+            self.micro_batch += 1
+            self.tracker.begin("forward", self.micro_batch, self.step_number)
+
+    def backbone_done(self, _module: nn.Module, _args: Any, _out: Any) -> None:
+        """A forward hook of the backbone."""
+        if torch.is_grad_enabled():
+            self.tracker.begin("loss", self.micro_batch, self.step_number)
+
+
+@dataclass
+class Traced:
+    """Steps that were followed.
+
+    Attributes:
+        timeline: Of the whole model.
+        setup: What was prepared.
+        batches: All micro-batches of the step.
+        places: Which of them were traced.
+        lengths: Tokens of the rows that they count in.
+        first_run: The first pass of the timeline after loading.
+        weights: Bytes of the base's weights and constants.
+        largest: Bytes of its largest weight.
+        frozen: Bytes of its weights and constants that do not learn.
+    """
+
+    timeline: Timeline
+    setup: Setup
+    batches: list[list[Item]]
+    places: list[int]
+    lengths: list[int]
+    first_run: int
+    weights: int
+    largest: int
+    frozen: int
+
+    def tokens(self, place: int) -> int:
+        """Tokens of a micro-batch, padding included."""
+        lengths = [self.lengths[item.row] for item in self.batches[place]]
+        return sum(lengths) if self.setup.objective.packs else len(lengths) * max(lengths)
+
+    def share_of(self, index: int) -> float:
+        """How many times its own tokens a traced micro-batch stands for, with those after it."""
+        ends = [*self.places[1:], len(self.batches)]
+        tokens = [self.tokens(place) for place in range(self.places[index], ends[index])]
+        return sum(tokens) / tokens[0]
+
+    def further_sums(self, workers: int) -> int:
+        """Bytes of gradients' sums that workers have beyond one of each adapter's.
+
+        Each worker sums those of the adapters in its own micro-batches.
+        """
+        found = 0
+        for group in self.setup.groups(self.setup.members):
+            size: dict[str | None, int] = {
+                own.name: sum(4 * p.numel() for p in own.parameters.values()) for own in group
+            }
+            mine = [place for place, part in enumerate(self.batches) if part[0].member in size]
+            shares = even_shares([self.tokens(place) for place in mine], workers)
+            summed = [
+                {item.member for i in own for item in self.batches[mine[i]]} for own in shares
+            ]
+            every = sum(size[name] for names in summed for name in names)
+            found = max(found, every - sum(size.values()))
+        return found
+
+    @property
+    def step_tokens(self) -> int:
+        """Real tokens of the whole step."""
+        return sum(self.lengths[item.row] for part in self.batches for item in part)
+
+    def shape(self, workers: int = 1) -> Shape:
+        """Of the largest micro-batch."""
+        longest = max(self.lengths[item.row] for item in self.batches[0])
+        return Shape(len(self.batches[0]), longest, len(self.batches), workers)
+
+
+def largest_step(
+    setup: Setup, given: tuple[int, int] | Sequence[int] | None
+) -> tuple[list[list[Item]], list[int]]:
+    """The micro-batches of the step that decides the peak, and the lengths their items count in.
+
+    Args:
+        setup: Batch, accumulation, length, seeds, packing.
+        given: (examples of each adapter in a step, tokens of each), or the lengths of the data's
+            rows in a list, or None: every example is `max_length` long.
+    """
+    recipe, packed = setup.recipe, setup.objective.packs
+    names = [member.name for member in setup.members]
+
+    def cut(items: list[Item], lengths: Sequence[int]) -> list[list[Item]]:
+        found: list[list[Item]] = []
+        for group in setup.groups(setup.members):
+            own = {member.name for member in group}
+            found += layout(
+                [item for item in items if item.member in own], lengths,
+                max_rows=setup.rows_per_microbatch,
+                max_tokens=setup.tokens_per_microbatch, packed=packed, workers=setup.workers,
+            )  # fmt: skip
+        return found
+
+    if given is None or isinstance(given, tuple):
+        rows, tokens = given or (setup.examples_per_step, recipe.max_length)
+        return cut([Item(name, 0, row) for name in names for row in range(rows)], [tokens]), [
+            tokens
+        ]
+    lengths = [min(own, recipe.max_length) for own in given]
+    orders = [
+        steps_of_epoch(
+            lengths, setup.examples_per_step, seed=own.seed, epoch=0,
+            group_by_length=recipe.group_by_length,
+        )
+        for own in recipe.cohort()
+    ]  # fmt: skip
+    steps = [
+        cut([Item(name, row, row) for name, own in zip(names, rows, strict=True) for row in own],
+            lengths)
+        for rows in zip(*orders, strict=True)
+    ]  # fmt: skip
+
+    def weight(step: list[list[Item]]) -> float:
+        return max(_weight([lengths[item.row] for item in part], packed) for part in step)
+
+    return max(steps, key=weight), lengths
+
+
+def _weight(lengths: Sequence[int], packed: bool) -> float:
+    """What a micro-batch needs, in arbitrary units: to tell which of many is the largest."""
+    if not packed:
+        lengths = [max(lengths)] * len(lengths)
+    return sum(own * (1 + own / ATTENTION_IS_HALF) for own in lengths)
+
+
+def follow_recipe(
+    recipe: Recipe,
+    config: Any,
+    dtype: Choice,
+    kind: str,
+    *,
+    given: tuple[int, int] | Sequence[int] | None = None,
+    supervised: float = 1.0,
+    whole: bool = False,
+    capability: tuple[int, int] | None = None,
+) -> Traced:
+    """Trace a recipe's steps on fake tensors.
+
+    Args:
+        recipe: What would be trained.
+        config: The base's configuration.
+        dtype: The format of the products.
+        kind: `cpu` or `cuda`.
+        given: As `largest_step` takes it.
+        supervised: Share of each row's tokens that are supervised, at its end.
+        whole: Trace every layer, alike or not.
+        capability: Compute capability of a CUDA device, if known.
+    """
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    tracker = StorageTracker(kernels=kind == "cpu")
+    quiet = recipe.model_copy(update={"torch_compile": False, "activation_offload": False})
+    with ExitStack() as stack:
+        stack.enter_context(fake)
+        stack.enter_context(tracker)
+        base = fake_base(recipe, config, dtype, kind, tracker, capability)
+        sizes = _sizes(base)
+        # No rows, but as many tokens as one of them has: how many workers pay is a matter of that.
+        counts = EncodingCounts(tokens=_mean_tokens(recipe, given))
+        rows = Rows(Encoded([], counts), None, TemplateChoice("", "", ""), {})
+        rank = OneRank(kind)
+        with converted_in_place():
+            setup = prepare(quiet, rank, base, rows)
+        rank.device = torch.device("cpu")  # where fake tensors are, whatever is planned
+        layers, repetition = _layers(base.model, whole)
+        _mark_learning(setup, layers, repetition, tracker)
+        frozen = _frozen(setup)
+        units = _shrink(base.model, layers, repetition)
+    setup.objective.workspace = lambda: FewChunks(tracker.timeline)
+    cut, lengths = largest_step(setup, given)
+    _require_traceable(cut, lengths)
+    places = traced_places(setup, cut)
+    batches = collated(setup, [cut[place] for place in places], lengths, supervised)
+    attending = as_on_cuda(capability) if kind == "cuda" else as_unpacked(batches)
+    with fake, tracker, attending:
+        first_run = len(tracker.timeline.runs)
+        run_steps(setup, [_fake(batch, fake) for batch in batches], tracker, units)
+    timeline = tracker.timeline
+    tracker.settle(first_run)
+    timeline.forget_what_went_before(first_run)
+    if repetition.units > repeat.TRACED:
+        try:
+            timeline = repeat.unrolled(timeline, repetition.units, first_run)
+        except repeat.NotAlike:
+            return follow_recipe(
+                recipe, config, dtype, kind,
+                given=given, supervised=supervised, whole=True, capability=capability,
+            )  # fmt: skip
+    return Traced(
+        timeline, setup, cut, places, lengths, first_run, sum(sizes), max(sizes), frozen
+    )  # fmt: skip
+
+
+def _require_traceable(cut: list[list[Item]], lengths: Sequence[int]) -> None:
+    """Raise where tracing would take minutes, for a micro-batch that no device holds.
+
+    Raises:
+        UserError: A micro-batch has too many tokens.
+    """
+    part = max(cut, key=len)
+    tokens = len(part) * max(lengths[item.row] for item in part)
+    if tokens > MOST_TOKENS:
+        raise UserError(
+            f"a micro-batch of {len(part):,} rows and {tokens:,} tokens is more than is planned "
+            f"({MOST_TOKENS:,}), and than any device holds; lower per_device_train_batch_size or "
+            "max_length, or set tokens_per_microbatch"
+        )
+
+
+def _mean_tokens(recipe: Recipe, given: tuple[int, int] | Sequence[int] | None) -> int:
+    if given is None or isinstance(given, tuple):
+        return given[1] if given else recipe.max_length
+    return sum(min(own, recipe.max_length) for own in given) // max(1, len(given))
+
+
+def traced_places(setup: Setup, cut: list[list[Item]]) -> list[int]:
+    """The first micro-batches of each group of adapters, and of each adapter the first."""
+    found = []
+    for group in setup.groups(setup.members):
+        names = {member.name for member in group}
+        own = [place for place, part in enumerate(cut) if part[0].member in names]
+        seen: set[str | None] = set()
+        for count, place in enumerate(own):
+            members = {item.member for item in cut[place]}
+            # Whoever has not learnt yet has neither gradients nor optimiser state.
+            if count < MICRO_BATCHES or not members <= seen:
+                found.append(place)
+            seen |= members
+    return found
+
+
+def collated(
+    setup: Setup, cut: list[list[Item]], lengths: Sequence[int], supervised: float
+) -> list[MicroBatch]:
+    """Micro-batches of rows without meaning.
+
+    Args:
+        setup: Names and packing.
+        cut: The rows of each.
+        lengths: Tokens of the rows that they count in.
+        supervised: Share of each row's tokens that are supervised, at its end.
+    """
+    wanted = {item.row for part in cut for item in part}
+    data = [row_of(own if row in wanted else 1, supervised) for row, own in enumerate(lengths)]
+    names = [member.name for member in setup.members]
+    packed = setup.objective.packs
+    return [collate(part, data, names, packed=packed) for part in cut]
+
+
+def run_steps(
+    setup: Setup, batches: list[MicroBatch], tracker: StorageTracker, units: Mapping[int, int]
+) -> None:
+    """The check of the loss and the steps, as the training loop makes them.
+
+    Args:
+        setup: What was prepared; its scaler is not used.
+        batches: Micro-batches of each step.
+        tracker: Already entered.
+        units: Unit of each decoder layer by its id.
+    """
+    model = setup.base.model
+    scaler = _Marking(tracker)
+    hooks = [
+        model.base_model.register_forward_pre_hook(scaler.next_batch),
+        model.base_model.register_forward_hook(scaler.backbone_done),
+    ]
+    for batch in batches:
+        if batch.starts is not None:  # where rows begin decides shapes: real indices
+            with torch._C._DisableTorchDispatch():
+                attention.groups_of(batch.starts, batch.labels.device)
+    try:
+        with tracker.modules(model, units):
+            tracker.begin("check")
+            # Of few positions and without gradient it never is the peak: one row is enough to
+            # know which path is taken.
+            first = batches[0].alone(0)
+            setup.objective.verify(first, undropped(first))
+            for step in range(STEPS):
+                scaler.step_number, scaler.micro_batch = step, -1
+                for group in setup.groups(setup.members):
+                    names = {member.name for member in group}
+                    own = [batch for batch in batches if batch.items[0].member in names]
+                    train_step(own, group, setup.objective, setup.accelerator, scaler)
+                    _mark_state(group, tracker)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        tracker.close()
+
+
+def _layers(model: nn.Module, whole: bool) -> tuple[list[nn.Module], repeat.Repetition]:
+    layers = decoder_layers(model)  # type: ignore[arg-type]
+    if not layers:
+        return [], repeat.Repetition(1, 1)
+    if whole:
+        return layers, repeat.Repetition(len(layers), 1)
+    return layers, repeat.repetition([repeat.kind_of(layer) for layer in layers])
+
+
+def _shrink(
+    model: nn.Module, layers: list[nn.Module], repetition: repeat.Repetition
+) -> dict[int, int]:
+    """Leave the layers that are traced in the model; unit by the id of each."""
+    kept = [layers[i] for i in repetition.kept] if layers else []
+    if len(kept) < len(layers):
+        for module in model.modules():
+            for name, child in module.named_children():
+                if isinstance(child, nn.ModuleList) and list(child) == layers:
+                    setattr(module, name, nn.ModuleList(kept))
+    return {id(layer): repetition.unit(place) for place, layer in enumerate(kept)}
+
+
+def _mark_learning(
+    setup: Setup, layers: list[nn.Module], repetition: repeat.Repetition, tracker: StorageTracker
+) -> None:
+    """Adapters are adapters, and each of a traced layer belongs to its unit."""
+    places = {layer: place for place, layer in enumerate(repetition.kept)}
+    whole = setup.recipe.method == "full"
+    listed = next(
+        (name for name, child in setup.base.model.named_modules()
+         if isinstance(child, nn.ModuleList) and list(child) == layers), "",
+    )  # fmt: skip
+    pattern = re.compile(rf"{re.escape(listed)}\.(\d+)\.") if listed else None
+    for member in setup.members:
+        for key, parameter in member.parameters.items():
+            found = pattern.search(key) if pattern else None
+            place = places.get(int(found[1])) if found else None
+            unit = None if place is None else repetition.unit(place)
+            tracker.mark(parameter, "base weights" if whole else "adapters", unit)
+
+
+def _sizes(base: models.Base) -> list[int]:
+    """Bytes of each storage of the base's weights, buffers and constants."""
+    return [*_storages([*_weights(base.model), *base.model.buffers()]).values()]
+
+
+def _frozen(setup: Setup) -> int:
+    """Bytes of the weights and constants that do not learn, tied ones once."""
+    learning = _storages([p for own in setup.members for p in own.parameters.values()])
+    every = _storages(_weights(setup.base.model))
+    return sum(size for key, size in every.items() if key not in learning)
+
+
+def _weights(model: nn.Module) -> list[Tensor]:
+    """Parameters, and the scales of those that are quantised."""
+    found: list[Tensor] = [*model.parameters()]
+    for layer in model.modules():
+        if hasattr(layer, "dense_weight") and not hasattr(layer, "streamed_bytes"):
+            found += quantized.scales_of(layer.weight)
+    return found
+
+
+def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Bytes of each storage by its id."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return {id(storage): storage.nbytes() for storage in storages}
+
+
+def _mark_state(members: Sequence[AdapterOptimizer], tracker: StorageTracker) -> None:
+    for member in members:
+        for parameter, state in member.optimizer.state.items():
+            for value in state.values():
+                if isinstance(value, Tensor):
+                    tracker.mark(value, "optimiser", tracker.layer_of(parameter))
+
+
+def row_of(length: int, supervised: float) -> _Row:
+    """A row of so many tokens of which the last share is supervised."""
+    wanted = max(1, min(length - 1, round(length * supervised)))
+    return _Row([0] * length, [False] * (length - wanted) + [True] * wanted)
+
+
+def _fake(batch: MicroBatch, mode: FakeTensorMode) -> MicroBatch:
+    return replace(
+        batch,
+        input_ids=mode.from_tensor(batch.input_ids),
+        positions=mode.from_tensor(batch.positions),
+        labels=mode.from_tensor(batch.labels),
+        position_ids=None if batch.position_ids is None else mode.from_tensor(batch.position_ids),
+    )

@@ -1,0 +1,203 @@
+"""A base whose layers are streamed, on fake tensors; and the time that reading it takes."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lighten.adapters.decoder import decoder_layers
+from lighten.adapters.frozen import out_in_features
+from lighten.errors import UserError
+from lighten.models.load import weight_files
+from lighten.parallel.streamed.feed import SLOTS, LayerPieces, Piece
+from lighten.parallel.streamed.layers import (
+    Absent,
+    Replaced,
+    StreamedLinear,
+    StreamedLinear4bit,
+)
+from lighten.parallel.streamed.shards import DTYPES, Shards
+from lighten.planning.result import StepTime
+
+RATE = "LIGHTEN_READ_RATE"  # bytes per second, where a plan shall not measure
+MEASURED_BYTES = 256 * 2**20
+
+
+class PlannedFeed:
+    """As much of a `LayerFeed` as a trace asks for: slots, and which piece lies where.
+
+    Args:
+        layers: What is streamed of each layer.
+    """
+
+    def __init__(self, layers: list[LayerPieces]) -> None:
+        self.layers = layers
+        size = max(own.bytes for own in layers)
+        self.slots = [torch.empty(size, dtype=torch.uint8) for _ in range(SLOTS)]
+
+    @property
+    def base_bytes(self) -> int:
+        """Of all layers, in their slots' form."""
+        return sum(own.bytes for own in self.layers)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Of the slots together."""
+        return sum(slot.nbytes for slot in self.slots)
+
+    def get(self, layer: int, piece: Piece) -> Tensor:
+        """A piece, without numbers."""
+        return piece.of(self.slots[layer % SLOTS])
+
+
+def stream(model: PreTrainedModel, compute: torch.dtype) -> PlannedFeed:
+    """Put streamed layers in the place of the decoder layers' linear ones, dense or packed.
+
+    Args:
+        model: On fake tensors.
+        compute: The format of the products.
+
+    Raises:
+        UserError: The architecture does not say which of its layers are alike, or stacks experts.
+    """
+    layers = decoder_layers(model)
+    stacked = any(own.dim() == 3 for layer in layers for own in layer.parameters())
+    if not layers or stacked:
+        raise UserError(f"offload_base: the layers of {type(model).__name__} cannot be streamed")
+    paths = {id(module): path for path, module in model.named_modules()}
+    absent = []
+    for place, layer in enumerate(layers):
+        pieces, own = LayerPieces(), Absent(place)
+        for module in list(layer.modules()):
+            made = _streamed(module, compute, pieces, own)
+            if made is not None:
+                model.set_submodule(paths[id(module)], made)
+        absent.append((pieces, own))
+    feed = PlannedFeed([pieces for pieces, _ in absent])
+    for _, own in absent:
+        own.feed = feed
+    return feed
+
+
+def _streamed(
+    module: nn.Module, compute: torch.dtype, pieces: LayerPieces, absent: Absent
+) -> nn.Module | None:
+    packed = hasattr(module, "dense_weight")
+    if not packed and type(module) not in (nn.Linear, Conv1D):
+        return None
+    layer: Any = module
+    source = layer.source_cls if packed else type(module)
+    was = Replaced(source, out_in_features(module), layer.bias, compute, layer.weight.device)
+    if not packed:
+        return StreamedLinear(was, absent, pieces.add("", compute, layer.weight.shape))
+    state = layer.weight.quant_state
+    own = pieces.add("", torch.uint8, layer.weight.shape)
+    scales = pieces.add("", state.absmax.dtype, state.absmax.shape)
+    return StreamedLinear4bit(was, absent, own, scales, state)
+
+
+def with_reading(
+    time_of_step: StepTime, feed: Any, passes: int, folder: Path, *, where: str,
+    stored: torch.dtype, here: bool,
+) -> tuple[StepTime, str]:  # fmt: skip
+    """The time of a step that reads the base, and a sentence about it.
+
+    Computing and reading go on at the same time: the step takes as long as the longer of them.
+
+    Args:
+        time_of_step: Of the computation.
+        feed: What is streamed.
+        passes: Micro-batches of the step; each reads the base up and down.
+        folder: The model's files.
+        where: `disk`, or `cpu` for main memory.
+        stored: Format of dense weights in their files.
+        here: The device is this machine's.
+    """
+    size = feed.base_bytes if where == "cpu" else file_bytes(feed, stored)
+    # At each turn the layers in the slots are there already.
+    share = max(0.0, 1.0 - SLOTS / len(feed.layers))
+    read = int(2 * passes * share * size)
+    rate, how = read_rate(folder, where=where, here=here)
+    if rate is None:
+        return time_of_step, (
+            f"each step reads {read / 1e9:.1f} GB of layers, whose time is not in that of the "
+            f"step ({how}; {RATE}=BYTES_PER_SECOND says the rate)"
+        )
+    seconds = read / rate
+    said = f"each step reads {read / 1e9:.1f} GB of layers at {rate / 1e6:,.0f} MB/s ({how})"
+    slower = replace(
+        time_of_step,
+        seconds=max(time_of_step.seconds, seconds),
+        low=max(time_of_step.low, seconds / 1.5),
+        high=max(time_of_step.high, seconds * 1.5),
+        bytes_moved=time_of_step.bytes_moved + read,
+    )
+    return slower, said + ("" if seconds < time_of_step.seconds else ", which is what it waits for")
+
+
+def file_bytes(feed: Any, stored: torch.dtype) -> int:
+    """Of the streamed layers as they lie in their files."""
+    found = 0
+    for layer in feed.layers:
+        for piece in layer.pieces:
+            dense = piece.dtype.is_floating_point and len(piece.shape) == 2  # scales have one
+            size = stored.itemsize if dense else piece.dtype.itemsize
+            found += piece.bytes // piece.dtype.itemsize * size
+    return found
+
+
+def read_rate(folder: Path, *, where: str, here: bool) -> tuple[float | None, str]:
+    """Bytes per second that layers are read at, and how that is known.
+
+    Args:
+        folder: The model's files.
+        where: `disk`, or `cpu` for main memory.
+        here: The device is this machine's.
+
+    Raises:
+        UserError: `LIGHTEN_READ_RATE` is no number.
+    """
+    if given := os.environ.get(RATE):
+        try:
+            rate = float(given)
+        except ValueError:
+            rate = 0.0
+        if not rate > 0:
+            raise UserError(f"{RATE} is {given!r}; give bytes per second, such as 2e9")
+        return rate, RATE
+    if where == "cpu":
+        return None, "copies from main memory to the GPU are not measured"
+    if not here:
+        return None, "the disk is another machine's"
+    if not weight_files(folder):
+        return None, "the model is not on this machine"
+    return _measured(folder)
+
+
+def _measured(folder: Path) -> tuple[float | None, str]:
+    with _disable_current_modes():
+        shards = Shards.of(folder)
+        known = sorted(
+            (name for name, own in shards.items() if own.kind in DTYPES),
+            key=lambda name: -shards[name].bytes,
+        )
+        total, began = 0, time.perf_counter()
+        for name in known:
+            own = shards[name]
+            shards.read(name, torch.empty(own.shape, dtype=DTYPES[own.kind]))
+            total += own.bytes
+            if total >= MEASURED_BYTES:
+                break
+        seconds = time.perf_counter() - began
+    if not total:
+        return None, "its files hold nothing that could be read"
+    return total / seconds, f"measured on {total / 1e6:,.0f} MB of its files"

@@ -1,0 +1,270 @@
+"""A plan in words and in rows of a table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lighten.planning.distributed import Distributed
+from lighten.planning.result import Change, DataCost, Plan
+from lighten.planning.serving import Serving
+from lighten.reporting.planned import enough
+from lighten.reporting.planned import verdict as sentence
+from lighten.reporting.text import duration, gib, size
+from lighten.wording import counted
+
+if TYPE_CHECKING:
+    from lighten.planning.probe import Probed
+    from lighten.planning.search import Candidate, Sized
+    from lighten.planning.serve import Quantizing
+
+GIB = 2**30
+BAR = 32  # characters of the longest bar
+# Choices whose names would stand twice in the table.
+CHOICES = {"micro-batch": "micro-batch filled by"}
+
+
+def verdict(plan: Plan) -> str:
+    """Whether it fits, in a sentence."""
+    return sentence(plan.to_dict())
+
+
+def lines(plan: Plan) -> list[str]:
+    """What a training run says of its plan: a line, and a second one where it is in doubt."""
+    told = f"plan: {gib(plan.memory.expected)} at the peak"
+    if plan.capacity is not None:
+        told += f" of {gib(plan.capacity)}"
+    largest = sorted(plan.memory.parts, key=lambda part: -part.bytes)[:2]
+    told += f" ({', '.join(f'{part.name} {gib(part.bytes)}' for part in largest)})"
+    if plan.time is not None:
+        told += f", {seconds(plan.time.seconds)} per step"
+        if plan.run_seconds is not None:
+            told += f", {duration(plan.run_seconds)} in all"
+    found = [told]
+    if plan.fits() is None and plan.capacity is not None:
+        found.append(
+            f"it might not fit: between {gib(plan.memory.low)} and {gib(plan.memory.high)}; "
+            "lighten plan shows what would need less"
+        )
+    return found
+
+
+def part_rows(plan: Plan) -> list[list[str]]:
+    """A row per part: name, size and a bar; then the sum between its bounds."""
+    most = max((part.bytes for part in plan.memory.parts), default=1) or 1
+    rows = [
+        [part.name, gib(part.bytes), "█" * max(1, round(BAR * part.bytes / most))]
+        for part in plan.memory.parts
+        if part.bytes
+    ]
+    memory = plan.memory
+    rows.append(
+        [f"peak ({memory.when})", gib(memory.expected),
+         f"low {gib(memory.low)}, high {gib(memory.high)}"]
+    )  # fmt: skip
+    if memory.allocated is not None:
+        rows.append(["of it allocated", gib(memory.allocated), "the rest is reserved around it"])
+    return rows
+
+
+def fact_rows(plan: Plan) -> list[list[str]]:
+    """What else a plan says: shape, host memory, disk, download, time, choices."""
+    shape, time = plan.shape, plan.time
+    workers = f", {shape.workers} at a time" if shape.workers > 1 else ""
+    rows = [
+        ["micro-batch", f"{counted(shape.rows, 'row')} of "
+                        f"{counted(shape.tokens_per_row, 'token')}, "
+                        f"{shape.micro_batches} per step{workers}"],
+        ["capacity", gib(plan.capacity)],
+        ["main memory", gib(plan.host_bytes)],
+        ["disk", size(plan.disk_bytes)],
+        *_data_rows(plan.data),
+        ["download", "not known" if plan.download_bytes is None else size(plan.download_bytes)],
+    ]  # fmt: skip
+    if time is None:
+        rows.append(["time", f"not predicted: it is not known how fast {plan.device} computes"])
+    else:
+        rows.append(
+            ["time of the largest step", f"{seconds(time.seconds)} (low {seconds(time.low)}, high "
+                              f"{seconds(time.high)}); {time.rates}"]
+        )  # fmt: skip
+        told = "not known without data or max_steps"
+        if plan.run_seconds is not None:
+            told = f"{duration(plan.run_seconds)} for {counted(plan.steps or 0, 'step')}"
+        rows.append(["time of the run", told])
+    return rows + [[CHOICES.get(what, what), said] for what, said in plan.choices.items()]
+
+
+def _data_rows(data: DataCost | None) -> list[list[str]]:
+    """What the data take, if they were read."""
+    if data is None:
+        return []
+    told = f"{counted(data.rows, 'row')}, {counted(data.tokens, 'token')}: "
+    told += f"{size(data.resident_bytes)}, mapped from disk"
+    if data.encoding_bytes:
+        told += f"; {gib(data.encoding_bytes)} while they are encoded, before the model is loaded"
+    return [["data", told]]
+
+
+def change_rows(plan: Plan) -> list[list[str]]:
+    """A row per change: its number, what, what it saves, how much slower, whether it fits."""
+    fits = {True: "yes", False: "no", None: "maybe"}
+    return [
+        [str(place), own.what, gib(own.saves_bytes), slower(own), fits[own.fits]]
+        for place, own in enumerate(plan.changes, 1)
+    ]
+
+
+def change_flags(plan: Plan) -> list[str]:
+    """A line per change with the flags that make it, by the numbers of `change_rows`."""
+    return [f"{place}: {flags(own.differing)}" for place, own in enumerate(plan.changes, 1)]
+
+
+def with_change(plan: Plan) -> str | None:
+    """What makes it fit, where it does not as it is and a change was found that does."""
+    return enough(plan.to_dict())
+
+
+def change(own: Change) -> str:
+    """A change as one line."""
+    fits = {True: "it fits then", False: "not enough alone", None: "it might fit then"}[own.fits]
+    return f"{own.what}: saves {gib(own.saves_bytes)}, {slower(own)}; {fits}"
+
+
+def slower(own: Change) -> str:
+    """The slowdown in words."""
+    if own.slowdown is None:
+        return "time not known"
+    per_cent = round(100 * (own.slowdown - 1))
+    if per_cent == 0:
+        return "as fast"
+    return f"{abs(per_cent)} % {'slower' if per_cent > 0 else 'faster'}"
+
+
+def seconds(value: float) -> str:
+    """A time that may be short."""
+    if value >= 60:
+        return duration(value)
+    return f"{value:.2f} s" if value >= 0.1 else f"{1000 * value:.3g} ms"
+
+
+def flags(settings: Mapping[str, Any]) -> str:
+    """Settings as the command line takes them."""
+    return " ".join(f"--{name} {_value(value)}" for name, value in settings.items())
+
+
+def _value(value: Any) -> str:
+    """A value as YAML has it."""
+    return (
+        json.dumps(value) if isinstance(value, bool | list | dict) or value is None else str(value)
+    )
+
+
+def probe_rows(own: Probed) -> list[list[str]]:
+    """Predicted beside measured."""
+    rows = [["peak memory", gib(own.predicted_bytes), gib(own.peak_bytes),
+             _error(own.predicted_bytes, own.peak_bytes)]]  # fmt: skip
+    if own.predicted_seconds is not None and own.step_seconds is not None:
+        rows.append(["time per step", seconds(own.predicted_seconds), seconds(own.step_seconds),
+                     _error(own.predicted_seconds, own.step_seconds)])  # fmt: skip
+    return rows
+
+
+def _error(predicted: float, measured: float | None) -> str:
+    return f"{100 * (predicted / measured - 1):+.1f} %" if measured else "–"
+
+
+def candidate_row(own: Candidate, best: bool) -> list[str]:
+    """A row of what a search looked at."""
+    plan = own.plan
+    if plan is None:
+        return [own.what, "–", "–", "–", own.why]
+    rate = own.tokens_per_s
+    shape = plan.shape
+    return [
+        f"{'▶ ' if best else ''}{own.what}", f"{shape.rows} × {shape.micro_batches}",
+        gib(plan.memory.expected), "–" if rate is None else f"{rate:,.0f}", own.why,
+    ]  # fmt: skip
+
+
+def best_of(own: Candidate) -> str:
+    """What a search's answer is, by what is known of its time."""
+    if own.tokens_per_s is None:
+        return "the first that fits, as no time is predicted"
+    return "the fastest that fits"
+
+
+def sized_row(own: Sized) -> list[str]:
+    """A row of a list of models."""
+    size = "–" if own.parameters is None else f"{own.parameters / 1e9:,.2f} B"
+    if own.best is None or own.best.plan is None:
+        return [own.model, size, "–", "–", "–", own.why]
+    rate = own.best.tokens_per_s
+    return [own.model, size, own.best.what, gib(own.best.plan.memory.expected),
+            "–" if rate is None else f"{rate:,.0f}", own.why]  # fmt: skip
+
+
+def spread_verdict(own: Distributed) -> str:
+    """Whether each of many ranks fits, in a sentence."""
+    end = {True: "fits", False: "does not fit", None: "might not fit"}[own.fits()]
+    return (
+        f"{own.strategy} over {counted(own.ranks, 'rank')} on {counted(own.nodes, 'node')}: "
+        f"{gib(own.device_bytes)} "
+        f"per rank of {gib(own.capacity)}, which {end}"
+    )
+
+
+def spread_rows(own: Distributed) -> list[list[str]]:
+    """What one rank needs."""
+    volume, states = own.volume, own.states
+    rows = [
+        ["GPU memory", f"{gib(own.device_bytes)} (low {gib(own.low)}, high {gib(own.high)})"],
+        ["main memory", gib(own.host_bytes)],
+        ["weights gathered per step", f"{size(volume.gather)} sent by each rank"],
+        ["gradients reduced per step", f"{size(volume.reduce)} sent by each rank, of "
+                                       f"{size(states.gradients)} of gradients"],
+        ["of it between nodes alone", size(volume.across)],
+        ["to main memory and back", size(volume.host)],
+    ]  # fmt: skip
+    if own.communication_s is not None:
+        rows.append(["links busy per step", seconds(own.communication_s)])
+    if own.step_s is not None:
+        hidden, plain = own.step_s
+        rows.append(["time per step", f"{seconds(hidden)} (all of it behind computing) to "
+                                      f"{seconds(plain)} (none)"])  # fmt: skip
+    return rows
+
+
+def serving_verdict(own: Serving) -> str:
+    """Whether a server fits, in a sentence."""
+    told = f"{own.model} on {own.device}: {gib(own.total)}"
+    if own.capacity is None:
+        return told
+    told += f" of {gib(own.capacity)}, which {'fits' if own.fits() else 'does not fit'}"
+    if own.most_sequences is not None:
+        told += f"; {own.most_sequences:,} sequences of {own.context:,} tokens would"
+    return told
+
+
+def serving_rows(own: Serving) -> list[list[str]]:
+    """What fills a server's memory, and how fast it answers at best."""
+    most = max(own.parts.values()) or 1
+    rows = [
+        [name, gib(value), "█" * max(1, round(BAR * value / most))]
+        for name, value in own.parts.items()
+        if value
+    ]
+    if own.tokens_per_s is not None:
+        rows.append(["tokens per second at best", f"{own.tokens_per_s:,.0f}", "by the bandwidth"])
+    return rows
+
+
+def quantizing_rows(own: Quantizing) -> list[list[str]]:
+    """What quantising needs."""
+    return [
+        ["main memory at the peak", f"{gib(own.peak_bytes)} of {gib(own.capacity)}"],
+        ["result", gib(own.result_bytes)],
+        ["its files now", gib(own.dense_bytes)],
+        ["time, reading left out", seconds(own.seconds)],
+    ]

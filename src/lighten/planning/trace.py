@@ -1,0 +1,222 @@
+"""Plan a recipe: what its own steps, traced without data, take on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from lighten.adapters.spec import OWN_INITS
+from lighten.cpu import allocator
+from lighten.errors import UserError
+from lighten.machine.hardware import Choice
+from lighten.models.load import weight_files
+from lighten.models.quantized import stored_as
+from lighten.planning import memory, streamed
+from lighten.planning.build import config_of
+from lighten.planning.process_overhead import context_of
+from lighten.planning.result import Plan, States
+from lighten.planning.step_time import Timed, time_of, workers_of
+from lighten.planning.steps import Traced, follow_recipe
+from lighten.recipe import Recipe
+from lighten.reporting.text import size
+
+# What a process that trains on a GPU holds in main memory beside the base: the interpreter, PyTorch
+# and CUDA's libraries. Taken to be so, not measured.
+HOST_OF_CUDA_BYTES = 3 * 2**30
+# Architectures, and what of them, benchmarks/plan_accuracy.py has compared with measurements.
+TESTED, TESTED_GPUS = ("llama", "gemma3_text"), ("h100",)
+TESTED_TOKENS = 2048
+STATE_TENSORS = {"sgd": 0, "adafactor": 1, "lion_8bit": 1, "lion_32bit": 1}
+
+
+class Device(Timed, Protocol):
+    """What a plan asks of a device."""
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """What a process can take; None where that is not known."""
+
+    def dtype(self, requested: str) -> Choice:
+        """The format of the base on it, and why."""
+
+
+def plan_recipe(
+    recipe: Recipe,
+    device: Device,
+    *,
+    rows_tokens: tuple[int, int] | Sequence[int] | None = None,
+    supervised: float = 1.0,
+) -> Plan:
+    """Predict the peak memory and the time of a step, from the base's configuration alone.
+
+    Args:
+        recipe: What would be trained.
+        device: Where; `lighten.machine.devices` knows some by name.
+        rows_tokens: (examples of each adapter in a step, tokens of each), or the lengths of the
+            data's rows in a list; None: batch size and `max_length` of the recipe.
+        supervised: Share of the rows' tokens that are supervised; all of them is the worst case.
+
+    Raises:
+        UserError: No such model, or it cannot be traced.
+    """
+    config, source, path = config_of(recipe)
+    dtype = device.dtype(recipe.compute_dtype)
+    # A model that is made changes its config.
+    converts, stored = _converts(recipe, config, path, dtype), _stored(config)
+    try:
+        traced = follow_recipe(
+            recipe, config, dtype, device.kind, given=rows_tokens, supervised=supervised,
+            capability=getattr(device, "capability", None),
+        )  # fmt: skip
+    except UserError:
+        raise
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
+        name = recipe.model_name_or_path
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{name} cannot be planned: its step cannot be traced ({first})") from error
+    outside = tuple(_outside(recipe, config, device))
+    margin = memory.BEYOND if outside else memory.WITHIN
+    loading = memory.loading_of(source, path, traced.weights, converts)
+    feed = traced.setup.base.feed
+    whole = traced.weights
+    if feed is not None:
+        loading, whole = replace(loading, files=0, copies=0), whole + feed.base_bytes
+    workers = workers_of(traced)
+    arena = device.is_here and allocator.has_arena()
+    time = time_of(traced, device)
+    notes: tuple[str, ...] = ()
+    if feed is not None and time is not None:
+        time, said = streamed.with_reading(
+            time, feed, len(traced.batches), path, where=recipe.offload_base, stored=stored,
+            here=device.is_here,
+        )  # fmt: skip
+        notes = (said,)
+    if device.kind == "cpu":
+        verified = _numbers(traced) * 4
+        peak = memory.processor_memory(
+            traced.timeline, loading, context=context_of(), verified=verified, workers=workers,
+            sums=traced.further_sums(workers), arena=arena, margin=margin,
+        )  # fmt: skip
+        host = peak.expected
+    else:
+        peak = memory.cuda_memory(
+            traced.timeline, capability=getattr(device, "capability", None), margin=margin
+        )
+        waits = feed.base_bytes if recipe.offload_base == "cpu" else 0
+        host = HOST_OF_CUDA_BYTES + loading.files + traced.weights + waits
+    files = sum(file.stat().st_size for file in weight_files(path))
+    download = 0 if files or source not in ("hub", "known") else whole
+    allocator.trim()  # what the trace took must not look like room for whoever trains next
+    return Plan(
+        model=recipe.model_name_or_path,
+        device=device.name,
+        method=_method(recipe),
+        shape=traced.shape(workers),
+        memory=peak,
+        time=time,
+        capacity=device.memory_bytes,
+        host_bytes=host,
+        disk_bytes=download + _written(traced, recipe),
+        download_bytes=download,
+        choices=_choices(traced, dtype, loading),
+        outside=outside,
+        step_tokens=sum(traced.lengths[item.row] for part in traced.batches for item in part),
+        states=_states_of(traced),
+        fullest=memory.fullest_moment(traced.timeline),
+        notes=notes,
+    )
+
+
+def _states_of(traced: Traced) -> States:
+    """Weights, gradients and optimiser state of all layers, whatever is alive at the peak."""
+    learning = [p for member in traced.setup.members for p in member.parameters.values()]
+    timeline = traced.timeline
+    kept = timeline.alive_at(len(timeline.events) - 1)  # after the last optimiser's step
+    return States(
+        frozen=traced.frozen,
+        trained=sum(p.numel() * p.element_size() for p in learning),
+        gradients=sum(4 * p.numel() for p in learning),  # float32, as the weights that learn
+        optimiser=kept.get("optimiser", 0),
+    )
+
+
+def _method(recipe: Recipe) -> str:
+    if recipe.method == "full":
+        return "full" if recipe.last_layers is None else "last_layers"
+    if recipe.peft is not None:
+        return str(recipe.peft.get("peft_type", "peft")).lower()
+    name = "dora" if any(own.use_dora for own in recipe.cohort()) else "lora"
+    return f"q{name}" if recipe.load_in_4bit or recipe.load_in_8bit else name
+
+
+def _converts(recipe: Recipe, config: Any, path: Path, dtype: Choice) -> bool:
+    """Whether weights change their format when they are read."""
+    whole = recipe.method == "full" and recipe.last_layers is None
+    wanted = "float32" if whole else dtype.value
+    if recipe.load_in_4bit or recipe.load_in_8bit:
+        return path.is_dir() and stored_as(path) is None
+    return str(_stored(config)).removeprefix("torch.") != wanted
+
+
+def _stored(config: Any) -> torch.dtype:
+    """The format that the configuration says of the weights in their files."""
+    named = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    found: torch.dtype = getattr(torch, named)
+    return found
+
+
+def _written(traced: Traced, recipe: Recipe) -> int:
+    """Bytes of the run's files: checkpoints with weights and optimiser state, and the result."""
+    return _numbers(traced) * 4 * ((1 + _states(traced)) * (recipe.save_total_limit + 1) + 1)
+
+
+def _numbers(traced: Traced) -> int:
+    """How many numbers learn."""
+    return sum(p.numel() for m in traced.setup.members for p in m.parameters.values())
+
+
+def _states(traced: Traced) -> int:
+    """Tensors that the optimiser keeps of each parameter."""
+    return STATE_TENSORS.get(traced.setup.choices["optimizer"].value, 2)
+
+
+def _choices(traced: Traced, dtype: Choice, loading: memory.Loading) -> dict[str, str]:
+    found = {name: f"{own.value}: {own.reason}" for name, own in traced.setup.choices.items()
+             if name not in ("template", "compilation")}  # fmt: skip
+    found["dtype"] = f"{dtype.value}: {dtype.reason}"
+    if loading.files:
+        found["loading"] = (
+            f"{size(loading.files)} of weight files are mapped while they are converted; the "
+            "system takes these pages back where memory is short"
+        )
+    return found
+
+
+def _outside(recipe: Recipe, config: Any, device: Device) -> Iterator[str]:
+    """In what way a question is outside of what was compared with measurements."""
+    if device.kind != "cpu" and device.name not in TESTED_GPUS:
+        yield f"of GPUs {', '.join(TESTED_GPUS)} has been compared, not {device.name}"
+    if device.kind == "cpu" and not device.is_here:
+        yield f"{device.name} is traced as this machine's processor would compute, not compared"
+    elif device.kind == "cpu" and not allocator.has_arena():
+        yield "tensors lie in glibc's heap here, without an arena, and that has not been compared"
+    if (kind := getattr(config, "model_type", "")) not in TESTED:
+        yield f"architecture {kind} has not been compared; {', '.join(TESTED)} have"
+    if recipe.torch_compile is True:
+        yield "layers are traced as they are, but torch_compile fuses what they do"
+    if recipe.activation_offload:
+        yield "activation_offload is not traced: activations are counted as if they stayed"
+    if recipe.peft is not None or any(
+        own.use_dora or own.init_lora_weights not in OWN_INITS for own in recipe.cohort()
+    ):
+        yield "PEFT's own modules have not been compared"
+    if recipe.optim not in ("adamw_torch", "adamw_torch_fused"):
+        yield f"optim {recipe.optim} has not been compared"
+    if device.kind == "cpu" and recipe.attn_implementation != "sdpa":
+        yield f"attention {recipe.attn_implementation} has not been compared"
+    if recipe.max_length > TESTED_TOKENS:
+        yield f"rows of more than {TESTED_TOKENS} tokens have not been compared"

@@ -1,0 +1,1 @@
+"""Smaller models, in the formats of other software; what each promises is in its module."""

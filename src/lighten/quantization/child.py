@@ -1,0 +1,195 @@
+"""Making and measuring one artefact in a process of its own, so that its memory is its own."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from lighten.errors import UserError
+from lighten.jobs import in_child
+from lighten.quantization.scores import EvaluationRow, score, speeds, summary
+from lighten.quantization.targets import DYNAMIC, GROUP_SIZE
+
+
+def call(job: dict[str, Any]) -> dict[str, Any]:
+    """Run a job in a child process and return its result.
+
+    Raises:
+        UserError: What the job raised, or that the process was killed.
+    """
+    done = in_child("lighten.quantization.child", {"job": job})
+    if done.error is not None and done.out_of_memory:
+        raise UserError(f"{job['name']} failed: {done.error}")
+    if done.error is not None:
+        raise UserError(done.error if done.told else f"{job['name']} failed: {done.error}")
+    return done.records[-1]
+
+
+def run(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Do a job.
+
+    Args:
+        job: `do` is `make` or `measure`; the rest is what it takes.
+
+    Raises:
+        UserError: Something the user can mend.
+    """
+    try:
+        yield _make(job) if job["do"] == "make" else _measure(job)
+    except OSError as error:
+        from lighten.whole_files import cannot_write
+
+        raise cannot_write(error, Path(job["folder"])) from error
+
+
+def _make(job: dict[str, Any]) -> dict[str, Any]:
+    from lighten.machine.hardware import high_water
+
+    model, folder = Path(job["model"]), Path(job["folder"])
+    notes: list[str] = []
+    if job["kind"] == "gguf":
+        from lighten.quantization.gguf_model import write_gguf
+
+        began = time.perf_counter()
+        write_gguf(model, folder / f"{job['label']}.gguf", job["type"], name=job["label"])
+    elif job["kind"] == "executorch":
+        from lighten.quantization.executorch_program import write_program
+
+        began = time.perf_counter()
+        notes = write_program(
+            model, Path(job["file"]), context_tokens=job["context"], ends=job["ends"]
+        )
+    else:
+        from lighten.quantization.weights import make
+
+        began = time.perf_counter()
+        groups = job.get("group_size", GROUP_SIZE)
+        make(job["kind"], model, folder, job["calibration"], group_size=groups)
+    seconds = time.perf_counter() - began
+    return {"seconds": seconds, "peak_bytes": high_water(), "notes": notes}
+
+
+def _measure(job: dict[str, Any]) -> dict[str, Any]:
+    rows = [EvaluationRow(row["ids"], row["supervised"]) for row in job["rows"]]
+    found = _measure_gguf(job, rows) if job["kind"] == "gguf" else _measure_folder(job, rows)
+    statistics = found.pop("statistics")
+    return {**(summary(statistics) if rows else {}), **found, "rows": statistics}
+
+
+def _store(job: dict[str, Any]) -> Path | None:
+    return None if job["store"] is None else Path(job["store"])
+
+
+def _resident() -> int:
+    import ctypes
+
+    import psutil
+
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # what loading gave back would count otherwise (glibc)
+        trim(0)
+    return int(psutil.Process().memory_info().rss)
+
+
+def _measure_folder(job: dict[str, Any], rows: Sequence[EvaluationRow]) -> dict[str, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if job["kind"] != "reference":
+        _import_loader(job["kind"])
+    tokenizer = AutoTokenizer.from_pretrained(job["folder"], local_files_only=True)
+    before = _resident()
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        job["folder"], dtype=torch.bfloat16, local_files_only=True
+    ).eval()
+
+    @torch.inference_mode()
+    def log_probabilities(ids: list[int]) -> Any:
+        logits = model(input_ids=torch.tensor([ids])).logits[0]
+        return torch.log_softmax(logits.float(), -1).numpy()
+
+    log_probabilities(job["prompt"][:8])  # some weights are repacked when they are first used
+    resident = _resident() - before
+
+    @torch.inference_mode()
+    def prefill(ids: list[int]) -> Any:
+        return model(input_ids=torch.tensor([ids]), logits_to_keep=1)
+
+    def decode(ids: list[int], most: int) -> int:
+        return len(_greedy(model, ids, most, stops=[]))
+
+    statistics = score(rows, log_probabilities, _store(job), reference=job["reference"])
+    stops = _stops(model, tokenizer)
+    answers = [
+        tokenizer.decode(_greedy(model, ids, job["most"], stops), skip_special_tokens=True)
+        for ids in job["prompts"]
+    ]
+    return {
+        "resident_bytes": resident, "statistics": statistics, "answers": answers,
+        **speeds(job["prompt"], prefill, decode, job.get("repeats", 1)),
+    }  # fmt: skip
+
+
+def _import_loader(kind: str) -> None:
+    """What loads a format is imported first: its code is no part of the model's memory."""
+    import importlib
+
+    named = {"int8": "torchao.quantization", DYNAMIC: "torchao.quantization",
+             "int4": "auto_round", "int4:rounded": "auto_round"}  # fmt: skip
+    importlib.import_module(named.get(kind, "bitsandbytes"))
+
+
+def _stops(model: Any, tokenizer: Any) -> list[int]:
+    ends = model.generation_config.eos_token_id
+    several = list(ends) if isinstance(ends, list) else [ends]
+    return [end for end in [*several, tokenizer.eos_token_id] if end is not None]
+
+
+def _greedy(model: Any, ids: list[int], most: int, stops: list[int]) -> list[int]:
+    """The likeliest next tokens, by the model's own cache; nothing else has a say."""
+    import torch
+
+    answer: list[int] = []
+    cache, given = None, torch.tensor([ids])
+    with torch.inference_mode():
+        while len(answer) < most:
+            told = model(input_ids=given, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache, token = told.past_key_values, int(told.logits[0, -1].argmax())
+            if token in stops:
+                break
+            answer.append(token)
+            given = torch.tensor([[token]])
+    return answer
+
+
+def _measure_gguf(job: dict[str, Any], rows: Sequence[EvaluationRow]) -> dict[str, Any]:
+    from lighten.quantization.llamacpp import Runtime, library
+
+    library()
+    longest = max([len(row.ids) for row in rows] + [len(job["prompt"])]
+                  + [len(ids) for ids in job["prompts"]])  # fmt: skip
+    before = _resident()
+    file = next(Path(job["folder"]).glob("*.gguf"))
+    runtime = Runtime(file, context_tokens=longest + max(64, job["most"]), threads=os.cpu_count(),
+                      cache="f16")  # fmt: skip
+    runtime.logits(job["prompt"][:8])
+    resident = _resident() - before
+    statistics = score(rows, runtime.log_probabilities, _store(job), reference=job["reference"])
+    answers = []
+    for ids in job["prompts"]:
+        answer = runtime.greedy(ids, job["most"])
+        if answer and runtime.ends(answer[-1]):
+            answer.pop()
+        answers.append(runtime.text(answer))
+    rates = speeds(
+        job["prompt"],
+        lambda ids: runtime.greedy(ids, 1),
+        lambda ids, most: len(runtime.greedy(ids, most, stop=False)),
+        job.get("repeats", 1),
+    )
+    return {"resident_bytes": resident, "statistics": statistics, "answers": answers, **rates}

@@ -1,0 +1,207 @@
+"""A model as an ExecuTorch program for a phone, and what the program answers.
+
+Lowering and running happen in processes of their own (`executorch_program`, `executorch_runtime`).
+
+Dimensions: T tokens, V words.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lighten.errors import UserError, missing_extra
+from lighten.quantization import child
+from lighten.quantization.gguf_source import Array, read_json
+
+SUFFIX = ".pte"
+CONTEXT = 1024  # positions of a program's cache, prompt and answer together
+_HEADER = 40  # bytes, up to the end of the segments' offset and size
+
+
+def require() -> None:
+    """ExecuTorch and torchao are installed.
+
+    Raises:
+        MissingExtra: One is not.
+    """
+    for package in ("executorch", "torchao"):
+        if importlib.util.find_spec(package) is None:
+            raise missing_extra(package, "phone")
+
+
+def write_program(folder: Path, target: Path, *, context_tokens: int = CONTEXT) -> list[str]:
+    """Lower a model folder to an ExecuTorch program, in a process of its own.
+
+    Args:
+        folder: A transformers model in safetensors, with its tokenizer.
+        target: The `.pte` file, written whole or not at all.
+        context_tokens: Prompt and answer together; fewer where the model knows fewer positions.
+
+    Returns:
+        What a user should know, a sentence each.
+
+    Raises:
+        UserError: The model cannot be loaded or traced, or the disk or the memory is full.
+        MissingExtra: ExecuTorch or torchao is not installed.
+    """
+    require()
+    from lighten import models
+
+    positions = models.limits(str(folder)).positions
+    longest = min(context_tokens, positions or context_tokens)
+    job = {
+        "do": "make", "name": "executorch", "kind": "executorch", "model": str(folder),
+        "folder": str(target.parent), "file": str(target), "context": longest,
+        "ends": _ends(folder),
+    }  # fmt: skip
+    notes: list[str] = child.call(job)["notes"]
+    return [
+        *notes,
+        f"prompt and answer together take {longest} tokens at most (--context_tokens)",
+    ]
+
+
+def _ends(folder: Path) -> list[int]:
+    """Ids of the tokens that end an answer: the model's, and the tokenizer's."""
+    from transformers import AutoTokenizer
+
+    path = folder / "generation_config.json"
+    stated = (read_json(path) if path.is_file() else {}).get("eos_token_id")
+    several = stated if isinstance(stated, list) else [stated]
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    found = [int(end) for end in (*several, tokenizer.eos_token_id) if end is not None]
+    return list(dict.fromkeys(found))
+
+
+class Program:
+    """A program in ExecuTorch's Python runtime, which runs in a process of its own.
+
+    Args:
+        path: The `.pte` file.
+        tokenizer: Of its model.
+
+    Raises:
+        UserError: It is no program, a torn one, or one that was not made here.
+        MissingExtra: ExecuTorch is not installed.
+    """
+
+    def __init__(self, path: Path, tokenizer: Any) -> None:
+        require()
+        require_whole(path)
+        self.path, self.tokenizer = path, tokenizer
+        self.peak_bytes = 0
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "lighten.quantization.executorch_runtime", str(path)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        )  # fmt: skip
+        self._scratch = tempfile.TemporaryDirectory(prefix="lighten-program-")
+        try:
+            self.positions = int(self._answer()["positions"])
+        except UserError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+        self._scratch.cleanup()
+
+    def tokenise(self, text: str) -> list[int]:
+        """Token ids of a rendered prompt."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def log_probabilities(self, tokens: Sequence[int]) -> Array:
+        """Of the next token after every token, [T, V]; each is given alone, as in an answer."""
+        self._require_room(len(tokens))
+        file = Path(self._scratch.name) / "scores.npy"
+        self._ask({"do": "every", "ids": list(tokens), "file": str(file)})
+        scores = np.load(file).astype(np.float64)
+        scores -= scores.max(-1, keepdims=True)
+        found: Array = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
+        return found
+
+    def greedy(self, tokens: Sequence[int], most: int) -> list[int]:
+        """The likeliest continuation, token by token."""
+        answer: list[int] = self.timed(tokens, most)["answer"]
+        return answer
+
+    def timed(self, tokens: Sequence[int], most: int, stops: Sequence[int] = ()) -> dict[str, Any]:
+        """The likeliest continuation as `answer`, with `prefill_seconds` and `decode_seconds`."""
+        self._require_room(len(tokens) + most)
+        return self._ask({"do": "greedy", "ids": list(tokens), "most": most, "stops": list(stops)})
+
+    def _require_room(self, tokens: int) -> None:
+        if tokens > self.positions:
+            raise UserError(
+                f"{self.path} takes {self.positions} tokens, not {tokens}; export it with a larger "
+                "--context_tokens"
+            )
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # why it ended is said where its answer is missed
+        found = self._answer()
+        self.peak_bytes = int(found["peak_bytes"])
+        return found
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            code = self._process.wait()
+            why = f"signal {-code}" if code < 0 else f"exit code {code}"
+            raise UserError(f"ExecuTorch's runtime stopped while it ran {self.path} ({why})")
+        found: dict[str, Any] = json.loads(line)
+        if "error" in found:
+            raise UserError(f"{self.path} cannot be run by ExecuTorch: {found['error']}")
+        return found
+
+
+@contextmanager
+def running(path: Path, tokenizer: Any) -> Iterator[Program]:
+    """A program for as long as it is used."""
+    program = Program(path, tokenizer)
+    try:
+        yield program
+    finally:
+        program.close()
+
+
+def require_whole(path: Path) -> None:
+    """A file is a program, as long as its header says: the runtime maps it unseen.
+
+    Source: https://docs.pytorch.org/executorch/stable/pte-file-format.html
+
+    Raises:
+        UserError: It is not.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEADER)
+        size = path.stat().st_size
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    numbers = [int.from_bytes(head[start : start + 8], "little") for start in (16, 24, 32)]
+    program, offset, segments = numbers
+    kinds = (head[4:6], head[8:12]) == (b"ET", b"eh00")
+    if len(head) < _HEADER or not kinds or size < max(program, offset + segments):
+        raise UserError(f"{path} is not a whole ExecuTorch program; export it again")

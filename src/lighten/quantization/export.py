@@ -1,0 +1,383 @@
+"""What was trained as files that other software loads, each with a receipt."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lighten.artifacts import Artefact, copy_companions
+from lighten.errors import UserError
+from lighten.machine import hardware
+from lighten.peft_config import CONFIG, WEIGHTS, read_config
+from lighten.quantization import executorch, verify
+from lighten.quantization.export_card import MANIFEST, card, require_replaceable, write_manifest
+from lighten.quantization.gguf_source import read_json
+from lighten.quantization.merge import Unmergeable, merge
+from lighten.quantization.receipts import receipt_of
+from lighten.quantization.verify import Receipt
+from lighten.runs import whole_folder, write_json
+
+FORMS = ("adapter", "merged", "gguf", "gguf-adapter", "executorch")
+MERGED = ("merged", "gguf", "executorch")  # the forms that an adapter is merged for
+FEWEST = 16  # positions of a program
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+ONTO = ("original", "dequantized")
+MODELFILE = "Modelfile"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote.
+
+    Attributes:
+        folder: Where.
+        files: Its weights.
+        size_bytes: Of those.
+        notes: What is to be known of it.
+        receipt: Whether it answers as before; None where that was not asked for.
+    """
+
+    folder: Path
+    files: tuple[Path, ...]
+    size_bytes: int
+    notes: tuple[str, ...] = ()
+    receipt: Receipt | None = None
+
+
+def check(
+    artefact: Artefact, form: str, dtype: str, onto: str | None, context_tokens: int | None = None
+) -> tuple[str, str]:
+    """The form and its type, before anything is read; a program's type is its context.
+
+    Raises:
+        UserError: There is no such form, or it needs an adapter, or a package is missing.
+    """
+    form, _, kind = form.lower().partition(":")
+    if form not in FORMS:
+        raise UserError(f"--as: {form!r} is not one of {', '.join(FORMS)} (gguf:TYPE too)")
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
+    if kind and form != "gguf":
+        raise UserError(f"--as: {form} has no types; {form}:{kind} is not valid")
+    if onto is not None and onto not in ONTO:
+        raise UserError(f"--onto: {onto!r} is not one of {', '.join(ONTO)}")
+    if onto is not None and (artefact.stored is None or form not in MERGED):
+        raise UserError(
+            f"--onto: {artefact.name} did not learn on a quantised base, or is not merged"
+        )
+    if form in ("adapter", "gguf-adapter") and artefact.adapter is None:
+        raise UserError(f"{artefact.name} has no adapter; export it --as merged or --as gguf")
+    if form.startswith("gguf"):
+        from lighten.quantization.gguf_file import require_gguf
+        from lighten.quantization.gguf_types import file_type
+
+        require_gguf()
+        kind = kind or "f16"
+        file_type(kind)
+    if context_tokens is not None and form != "executorch":
+        raise UserError(f"--context_tokens is of executorch; {form} has the model's own context")
+    if form == "executorch":
+        executorch.require()
+        kind = str(executorch.CONTEXT if context_tokens is None else context_tokens)
+        if int(kind) < FEWEST:
+            raise UserError(f"--context_tokens: {kind} is too short for a question and an answer")
+    require_same_base(artefact)
+    return form, kind
+
+
+def require_same_base(artefact: Artefact) -> None:
+    """The adapter belongs to the base, and the base's files are those that it learnt on.
+
+    Raises:
+        UserError: Its configuration names another base, or the checksums differ.
+    """
+    if artefact.adapter is None or artefact.run is None:
+        return
+    from lighten.models.load import checksum, locate, weight_files
+    from lighten.models.names import public_name
+
+    named = read_config(artefact.adapter).get("base_model_name_or_path")
+    called = {artefact.base, public_name(artefact.base)}  # cards name what others can open
+    if named and named not in called and Path(named).resolve() != Path(artefact.base).resolve():
+        raise UserError(
+            f"{artefact.adapter} belongs to the base {named}, not to {artefact.base}; name the run "
+            "or the adapter that goes with it"
+        )
+    trained_on = (artefact.run.info().get("base") or {}).get("checksum")
+    _, path = locate(artefact.base, revision=artefact.revision)
+    if trained_on is not None and checksum(weight_files(path)) != trained_on:
+        raise UserError(
+            f"the weights of {artefact.base} are not those that {artefact.run.folder} was trained "
+            "on (their checksums differ); put those back, or train again"
+        )
+
+
+def export(
+    artefact: Artefact,
+    form: str,
+    target: Path | None = None,
+    *,
+    dtype: str = "auto",
+    onto: str | None = None,
+    context_tokens: int | None = None,
+    receipt: bool = True,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Exported:
+    """Write what was trained in a form that other software loads.
+
+    Args:
+        artefact: What.
+        form: `adapter`, `merged`, `gguf` (f16), `gguf:TYPE`, `gguf-adapter` or `executorch`.
+        target: Folder to write; None: under `exports` of the run, or of the current folder.
+        dtype: Of a merged model.
+        onto: For an adapter that learnt on a quantised base: `original` weights (when None) or
+            those `dequantized` ones that it learnt on.
+        context_tokens: Of a program for ExecuTorch: prompt and answer together; None: 1024.
+        receipt: Compare its answers with those of what it was made from.
+        tell: Given a line about each part of the work.
+
+    Raises:
+        UserError: The form is none, the adapter is of another base, a file is torn, a package is
+            missing, or the disk is full. An older export stays.
+    """
+    form, kind = check(artefact, form, dtype, onto, context_tokens)
+    label = f"{form}-{kind}" if kind and form == "gguf" else form
+    if target is None:
+        root = artefact.run.folder if artefact.run is not None else Path.cwd()
+        name = label if artefact.run is not None else f"{artefact.name}-{label}"
+        target = root / "exports" / name
+    target = target.expanduser()
+    require_replaceable(target)
+    tell(f"writing {target}")
+    made = _WRITERS[form](artefact, target, kind or dtype, onto == "dequantized")
+    if artefact.stored is not None and form in MERGED and receipt:
+        tell("measuring the held-out loss on either base")
+        made = _with_losses(made, artefact)
+    if not receipt:
+        return made
+    tell("comparing its answers with those before")
+    found = receipt_of(artefact, target, form, kind or dtype)
+    verify.write_receipt(found, target)
+    return Exported(made.folder, made.files, made.size_bytes, made.notes, found)
+
+
+def _exported(folder: Path, pattern: str, notes: tuple[str, ...] = ()) -> Exported:
+    files = tuple(sorted(folder.glob(pattern)))
+    return Exported(folder, files, sum(file.stat().st_size for file in files), notes)
+
+
+def _with_losses(made: Exported, artefact: Artefact) -> Exported:
+    """Write down what the adapter loses on each of the weights that it can be merged onto."""
+    from lighten.quantization.merge_losses import held_out_losses
+
+    losses = held_out_losses(artefact)
+    if losses is None:
+        return made
+    path = made.folder / MANIFEST
+    write_json(path, {**read_json(path), "held_out_loss": losses})
+    said = ", ".join(f"{name} {own['loss']:.4f}" for name, own in losses.items())
+    note = f"held-out loss of the adapter, nats per token, by the weights it is on: {said}"
+    return replace(made, notes=(*made.notes, note))
+
+
+def _adapter(artefact: Artefact, target: Path, _: str, __: bool) -> Exported:
+    assert artefact.adapter is not None
+    with whole_folder(target) as partial:
+        copy_companions(artefact, partial)
+        for name in (CONFIG, WEIGHTS, "README.md"):
+            if (artefact.adapter / name).is_file():
+                shutil.copyfile(artefact.adapter / name, partial / name)
+        write_manifest(artefact, partial, "adapter")
+    return _exported(target, "*.safetensors")
+
+
+def _merged(artefact: Artefact, target: Path, dtype: str, dequantized: bool) -> Exported:
+    notes: list[str] = []
+    onto = "dequantized" if dequantized else "original"
+
+    def beside(folder: Path) -> None:
+        copy_companions(artefact, folder)
+        if artefact.added_tokens and not (artefact.companions / "tokenizer.json").is_file():
+            raise UserError(f"{artefact.companions} lacks its tokenizer; train or save it again")
+        (folder / "README.md").write_text(card(artefact, notes), encoding="utf-8")
+        more = {"onto": onto} if artefact.stored else {}
+        write_manifest(artefact, folder, "merged", **more)
+
+    if artefact.stored is not None:
+        other = next(own for own in ONTO if own != onto)
+        notes.append(
+            f"the adapter learnt on {artefact.stored} weights and is merged onto the {onto} ones "
+            f"(the other choice is --onto {other})"
+        )
+    if artefact.adapter is None:
+        with whole_folder(target) as partial:
+            for path in artefact.base_folder.iterdir():
+                if path.suffix == ".safetensors" or path.name.endswith(".index.json"):
+                    shutil.copyfile(path, partial / path.name)
+            shutil.copyfile(artefact.base_folder / "config.json", partial / "config.json")
+            beside(partial)
+        return _exported(target, "*.safetensors")
+    try:
+        notes += merge(
+            artefact.base_folder, artefact.adapter, target, dtype=dtype, beside=beside,
+            words=added_words(artefact), **(_stored(artefact) if dequantized else {}),
+        )  # fmt: skip
+    except Unmergeable as why:
+        if dequantized:
+            raise UserError(
+                f"{artefact.adapter} cannot be merged onto dequantized weights ({why}); use --onto "
+                "original"
+            ) from None
+        notes.append(f"merged in memory by PEFT: {why}")
+        _merge_in_memory(artefact, target, dtype, beside)
+    return _exported(target, "*.safetensors", tuple(notes))
+
+
+def added_words(artefact: Artefact) -> int:
+    """Rows that the vocabulary needs for the run's added tokens; 0 where there are none."""
+    if not artefact.added_tokens:
+        return 0
+    from transformers import AutoTokenizer
+
+    return len(AutoTokenizer.from_pretrained(artefact.companions, local_files_only=True))
+
+
+def _stored(artefact: Artefact) -> dict[str, Any]:
+    """For `merge`: how the base was quantised in training, and the format of its products."""
+    import torch
+
+    from lighten.models import quantized
+
+    said = artefact.quantization
+    storage = quantized.choose(
+        said["load_in_4bit"], said["load_in_8bit"], said["bnb_4bit_quant_type"],
+        said["bnb_4bit_use_double_quant"],
+    )  # fmt: skip
+    return {"storage": storage, "compute": getattr(torch, trained_dtype(artefact))}
+
+
+def trained_dtype(artefact: Artefact) -> str:
+    """The format in which the products of the run's training were computed."""
+    assert artefact.run is not None
+    told = {own["what"]: own["value"] for own in artefact.run.info().get("choices", [])}
+    wanted = artefact.run.recipe().compute_dtype
+    return str(told.get("dtype") or hardware.choose_dtype(wanted, "cpu").value)
+
+
+def _merge_in_memory(
+    artefact: Artefact, target: Path, dtype: str, beside: Callable[[Path], None]
+) -> None:
+    """Through PEFT, for what only its own modules can merge; the whole model is in memory."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    assert artefact.adapter is not None
+    stored = str(read_json(artefact.base_folder / "config.json").get("dtype") or "bfloat16")
+    chosen = stored if dtype == "auto" else dtype
+    if dtype == "auto" and chosen == "float32":
+        chosen = "bfloat16"
+    try:
+        base = AutoModelForCausalLM.from_pretrained(
+            artefact.base_folder, dtype=torch.float32, local_files_only=True
+        )
+        model: Any = PeftModel.from_pretrained(base, artefact.adapter)
+        merged = model.merge_and_unload(safe_merge=True)
+    except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{artefact.adapter} cannot be merged: {first}") from error
+    with whole_folder(target) as partial:
+        merged.to(getattr(torch, chosen)).save_pretrained(partial)
+        beside(partial)
+
+
+@contextmanager
+def model_folder(
+    artefact: Artefact, near: Path, *, dequantized: bool = False, dtype: str = "auto"
+) -> Iterator[Path]:
+    """A folder with the artefact as one model: its own, or a merged one for as long as it is used.
+
+    Args:
+        artefact: What.
+        near: A merged one is made beside this.
+        dequantized: Merge onto the dequantised weights that the adapter learnt on.
+        dtype: Of a merged one.
+    """
+    if artefact.adapter is None:
+        yield artefact.base_folder
+        return
+    near.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=near.parent, prefix=".merged-") as scratch:
+        folder = Path(scratch) / "model"
+        _merged(artefact, folder, dtype, dequantized)
+        yield folder
+
+
+def _gguf(artefact: Artefact, target: Path, kind: str, dequantized: bool) -> Exported:
+    from lighten.quantization.gguf_model import write_gguf
+
+    file_name = f"{artefact.name}.{kind}.gguf"
+    with (
+        model_folder(artefact, target, dequantized=dequantized) as folder,
+        whole_folder(target) as partial,
+    ):
+        plan = write_gguf(folder, partial / file_name, kind, name=artefact.name)
+        _write_modelfile(folder, partial, file_name)
+        text = card(artefact, plan.sentences())
+        (partial / "README.md").write_text(text, encoding="utf-8")
+        if (folder / "generation_config.json").is_file():
+            shutil.copyfile(folder / "generation_config.json", partial / "generation_config.json")
+        write_manifest(artefact, partial, f"gguf:{kind}")
+    return _exported(target, "*.gguf", tuple(plan.sentences()))
+
+
+def _gguf_adapter(artefact: Artefact, target: Path, _: str, __: bool) -> Exported:
+    from transformers import AutoConfig
+
+    from lighten.quantization.gguf_adapter import write_gguf_adapter
+
+    assert artefact.adapter is not None
+    file_name = f"{artefact.name}.adapter.gguf"
+    with whole_folder(target) as partial:
+        config = AutoConfig.from_pretrained(artefact.base_folder, local_files_only=True)
+        write_gguf_adapter(artefact.adapter, config, partial / file_name)
+        (partial / "README.md").write_text(card(artefact, []), encoding="utf-8")
+        write_manifest(artefact, partial, "gguf-adapter")
+    note = "it goes on the base as GGUF: lighten export BASE --as gguf"
+    return _exported(target, "*.gguf", (note,))
+
+
+def _executorch(artefact: Artefact, target: Path, context: str, dequantized: bool) -> Exported:
+    file_name = f"{artefact.name}{executorch.SUFFIX}"
+    # It is rounded to 4 bits once, from as it learnt, and not from what 16 bits leave of that.
+    merged = model_folder(artefact, target, dequantized=dequantized, dtype="float32")
+    with merged as folder, whole_folder(target) as partial:
+        notes = executorch.write_program(folder, partial / file_name, context_tokens=int(context))
+        copy_companions(artefact, partial)
+        (partial / "README.md").write_text(card(artefact, notes), encoding="utf-8")
+        write_manifest(artefact, partial, "executorch")
+    return _exported(target, f"*{executorch.SUFFIX}", tuple(notes))
+
+
+def _write_modelfile(folder: Path, partial: Path, file_name: str) -> None:
+    from transformers import AutoTokenizer
+
+    from lighten.quantization.gguf_source import read_settings
+    from lighten.quantization.gguf_tokenizer import stop_texts
+    from lighten.quantization.modelfile import modelfile
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    stops, adds_bos = stop_texts(folder, int(read_settings(folder)["vocab_size"]))
+    text = modelfile(tokenizer, source=f"./{file_name}", stops=stops, adds_bos=adds_bos)
+    (partial / MODELFILE).write_text(text, encoding="utf-8")
+
+
+_WRITERS: dict[str, Callable[[Artefact, Path, str, bool], Exported]] = {
+    "adapter": _adapter, "merged": _merged, "gguf": _gguf, "gguf-adapter": _gguf_adapter,
+    "executorch": _executorch,
+}  # fmt: skip

@@ -1,0 +1,88 @@
+"""What an artefact says of itself: a card for people, `export.json` for other software."""
+
+from __future__ import annotations
+
+import json
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from lighten.artifacts import Artefact
+from lighten.errors import UserError
+from lighten.machine import hardware
+
+MANIFEST = "export.json"
+# What an artefact's folder may hold; anything else beside it is a person's.
+_BELONGS = (
+    "README.md", "*.json", "*.jinja", "*.safetensors", "*.gguf", "*.bin", "*.pte",
+    "Modelfile", "*.model",
+    "merges.txt", "vocab.txt", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+
+
+def require_replaceable(folder: Path) -> None:
+    """An artefact may be written here: nothing is there, or an older artefact and no more.
+
+    Raises:
+        UserError: Anything else is in it, which would be lost.
+    """
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise UserError(f"--output_dir {folder} is a link or a file; choose another name")
+    names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    foreign = [name for name in names if not any(fnmatch(name, p) for p in _BELONGS)]
+    if names and (foreign or not _is_artefact(folder)):
+        held = ", ".join((foreign or names)[:3])
+        raise UserError(
+            f"--output_dir {folder} holds files that are not an export's ({held}); nothing was "
+            "changed, choose another folder"
+        )
+
+
+def _is_artefact(folder: Path) -> bool:
+    if (folder / MANIFEST).is_file():
+        return True
+    card = folder / "README.md"  # a quantised copy has a card and no manifest
+    return card.is_file() and "tags: [lighten, quantized]" in card.read_text("utf-8", "replace")
+
+
+def write_manifest(artefact: Artefact, folder: Path, form: str, **facts: Any) -> None:
+    """What an artefact was made of, for other software: `export.json`."""
+    run, adapter = artefact.run, artefact.adapter
+    base = (run.info().get("base") or {}) if run else {}
+    manifest = {
+        "form": form,
+        "base": artefact.base if not Path(artefact.base).exists() else Path(artefact.base).name,
+        "base_revision": artefact.revision,
+        "base_sha256": base.get("checksum"),
+        "license": artefact.facts.get("license"),
+        "adapter": adapter.name if adapter else None,
+        "run": run.name if run else None,
+        "data": artefact.facts.get("data"),
+        "data_sha256": artefact.facts.get("data_sha256"),
+        "versions": hardware.versions(),
+        **facts,
+    }
+    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def card(artefact: Artefact, notes: list[str]) -> str:
+    """A model card for the hub."""
+    trained = ""
+    if artefact.run is not None:
+        checksum = artefact.facts.get("data_sha256")
+        trained = f"\nTrained on `{artefact.facts['data']}`" + (
+            f" (SHA-256 `{checksum}`).\n" if checksum else ".\n"
+        )
+    told = "".join(f"\n- {note}" for note in notes)
+    known = artefact.facts.get("license")
+    head = [f"license: {known.lower()}"] if known else []
+    if not Path(artefact.base).exists() and "/" in artefact.base:
+        head.append(f"base_model: {artefact.base}")
+    base = Path(artefact.base).name if Path(artefact.base).exists() else artefact.base
+    front = "\n".join(["---", *head, "tags: [lighten]", "---"])
+    return (
+        f"{front}\n\n# {artefact.name}\n\n"
+        f"Made with lighten from `{base}` (licence: {known or 'look at the base'}).\n"
+        f"{trained}{told}\n"
+    )

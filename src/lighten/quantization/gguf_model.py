@@ -1,0 +1,428 @@
+"""A model folder as one GGUF file for llama.cpp, Ollama and `lighten serve`.
+
+Tensors are read, brought into llama.cpp's order, quantised by its own code and written one after
+another, some rows at a time: no file of another format lies between, and the model is never in
+memory whole.
+"""
+
+from __future__ import annotations
+
+import collections
+import importlib.util
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lighten.errors import UserError
+from lighten.gguf_names import LAYER, has_bias, outer_names, stored_name
+from lighten.quantization import gguf_types as types
+from lighten.quantization.gguf_file import GgufContent, TensorPlan, require_gguf, write
+from lighten.quantization.gguf_settings import Settings, refused, settings_of
+from lighten.quantization.gguf_source import Weight, read_settings, read_weights, told
+from lighten.quantization.gguf_tokenizer import Vocabulary, read_vocabulary
+from lighten.quantization.gguf_weights import as_stored, is_transposed
+from lighten.quantization.llamacpp import available_threads, library, quantize_rows
+
+log = logging.getLogger(__name__)
+
+Array = np.ndarray[Any, Any]
+# Buffers that old checkpoints carry and no architecture reads.
+_BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+_PICTURES = ("vision_tower.", "multi_modal_projector.", "visual.")
+
+
+@dataclass(frozen=True)
+class GgufPlan:
+    """What a GGUF file will be, before it is written.
+
+    Attributes:
+        type: As users write it, such as `q4_k_m`.
+        bytes: Of its tensors; the header adds the vocabulary.
+        peak_bytes: Of memory that writing takes, beside the interpreter and its libraries.
+        formats: Number of tensors by format.
+        numbers: Numbers in tensors by ggml's number of their format.
+        fallbacks: Number of tensors by (format of the type, format taken instead), because their
+            rows are no multiple of the first one's block.
+        notes: What a user should know of the file, a sentence each.
+    """
+
+    type: str
+    bytes: int
+    peak_bytes: int
+    formats: Mapping[str, int]
+    numbers: Mapping[int, int]
+    fallbacks: Mapping[tuple[str, str], int]
+    notes: tuple[str, ...] = ()
+
+    def sentences(self) -> list[str]:
+        """The fall-backs and notes in words."""
+        total = sum(self.formats.values())
+        told = [
+            f"{count} of {total} tensors are {taken} and not {wanted}: their rows are no multiple "
+            "of 256"
+            for (wanted, taken), count in self.fallbacks.items()
+        ]
+        return [*told, *self.notes]
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor of the file and where its numbers come from."""
+
+    plan: TensorPlan
+    wanted: int
+    source: Weight | None  # None of what is computed
+    values: Array | None = None
+
+
+@dataclass
+class _Model:
+    """Everything that a file holds."""
+
+    type: types.FileType
+    settings: Settings
+    tensors: list[_Tensor]
+
+
+def plan_gguf(
+    model_folder: Path, type: str, *, weights: Mapping[str, Weight] | None = None
+) -> GgufPlan:
+    """What a GGUF file of a model will be: nothing is written, no weight is read.
+
+    Args:
+        model_folder: A transformers model in safetensors.
+        type: `f32`, `f16`, `bf16`, `q8_0`, `q4_k_m` or another of llama.cpp's.
+        weights: Names, formats and shapes of a model whose files are not there; None: the folder's.
+
+    Raises:
+        UserError: As of `write_gguf`, but for what only weights show.
+    """
+    return _plan(_model(model_folder, type, weights))
+
+
+def file_bytes(
+    model_folder: Path,
+    type: str,
+    *,
+    name: str | None = None,
+    weights: Mapping[str, Weight] | None = None,
+) -> int:
+    """Size that the file of `write_gguf` will have, to the byte.
+
+    Args:
+        model_folder: Of configuration and tokenizer.
+        type: As of `write_gguf`.
+        name: As of `write_gguf`.
+        weights: As of `plan_gguf`.
+
+    Raises:
+        UserError: As of `write_gguf`, but for what only weights show.
+    """
+    require_gguf()
+    model = _model(model_folder, type, weights)
+    return _content(model_folder, model, name, {}, 1)[0].file_bytes()
+
+
+def write_gguf(
+    model_folder: Path,
+    target: Path,
+    type: str,
+    *,
+    name: str | None = None,
+    about: Mapping[str, str] | None = None,
+    threads: int | None = None,
+) -> GgufPlan:
+    """Write a model as a GGUF file with its tokenizer and chat template.
+
+    Args:
+        model_folder: A transformers model in safetensors, with its tokenizer.
+        target: The file, written whole or not at all.
+        type: `f32`, `f16`, `bf16`, `q8_0`, `q4_k_m` or another of llama.cpp's.
+        name: What the file calls the model; the folder's name when None.
+        about: More of `general.` by key, such as `license`.
+        threads: Of the quantiser; the machine's when None.
+
+    Returns:
+        What was written.
+
+    Raises:
+        UserError: llama.cpp has no such model, type or tokenizer, a weight is missing, torn or not
+            finite, a package is missing, or the disk is full.
+    """
+    require_gguf()
+    model = _model(model_folder, type)
+    _require_quantiser(model)
+    plan = _plan(model)
+    content, vocabulary = _content(
+        model_folder, model, name, about or {}, threads or available_threads()
+    )
+    write(target, content)
+    _tell_ends(vocabulary, target)
+    for sentence in plan.sentences():
+        log.info("%s: %s", target, sentence)
+    return plan
+
+
+def _content(
+    folder: Path, model: _Model, name: str | None, about: Mapping[str, str], threads: int
+) -> tuple[GgufContent, Vocabulary]:
+    gguf = require_gguf()
+    with told(f"{folder / 'tokenizer.json'} is no tokenizer that can be read"):
+        vocabulary = read_vocabulary(folder, model.settings.vocabulary)
+
+    def header(writer: Any) -> None:
+        writer.add_type(gguf.GGUFType.MODEL)
+        writer.add_name(name or folder.resolve().name)
+        for key, text in about.items():
+            writer.add_string(f"general.{key}", text)
+        writer.add_file_type(model.type.number)
+        if model.type.kind not in types.PLAIN:
+            writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        _write_values(writer, model.settings)
+        vocabulary.write(writer)
+
+    tensors = [tensor.plan for tensor in model.tensors]
+    content = GgufContent(
+        model.settings.architecture, header, tensors, lambda: _data(model, threads)
+    )
+    return content, vocabulary
+
+
+def _tell_ends(vocabulary: Vocabulary, target: Path) -> None:
+    unsaid = [vocabulary.tokens[token] for token in vocabulary.ends[3:]]
+    if unsaid:
+        log.warning(
+            "%s names three of the tokens that end an answer; llama.cpp may not stop at %s",
+            target, ", ".join(unsaid),
+        )  # fmt: skip
+
+
+def _write_values(writer: Any, settings: Settings) -> None:
+    for key, value in settings.values.items():
+        full = f"{settings.architecture}.{key}"
+        if isinstance(value, bool):
+            writer.add_bool(full, value)
+        elif isinstance(value, int):
+            writer.add_uint32(full, value)
+        elif isinstance(value, float):
+            writer.add_float32(full, value)
+        elif isinstance(value, str):
+            writer.add_string(full, value)
+        else:
+            writer.add_array(full, value)
+
+
+def _model(folder: Path, type: str, weights: Mapping[str, Weight] | None = None) -> _Model:
+    """What the file will hold, from configuration and headers alone."""
+    kind = types.file_type(type)
+    config = read_settings(folder)
+    with told(f"{folder / 'config.json'} holds settings that no model has"):
+        settings = settings_of(config, str(folder))
+    weights = read_weights(folder) if weights is None else weights
+    architecture = settings.architecture
+    found: dict[str, tuple[str, Weight]] = {}
+    pictures = 0
+    for name, weight in weights.items():
+        base, _, suffix = name.rpartition(".")
+        if name.endswith(_BUFFERS):
+            continue
+        if any(part in name for part in _PICTURES):
+            pictures += 1
+            continue
+        stored = stored_name(architecture, base)
+        if stored is None or suffix not in ("weight", "bias"):
+            raise UserError(
+                f"{folder} holds {name}, which has no place in a GGUF file of the architecture "
+                f"{architecture}; where it is an adapter's, merge it first"
+            )
+        if stored == "output" and settings.tied:
+            continue
+        if suffix == "bias" and not has_bias(architecture, stored):
+            raise refused(str(folder), f"it has the bias {name}")
+        found[f"{stored}.{suffix}"] = (name, weight)
+    _require_all(folder, settings, found)
+    shape = types.Shape(
+        settings.layers,
+        settings.heads // settings.kv_heads,
+        "output.weight" not in found,
+        architecture,
+    )
+    tensors = []
+    extra = {} if settings.rope is None else settings.rope.tensors
+    for stored, values in extra.items():
+        tensors.append(
+            _Tensor(TensorPlan(stored, values.shape, types.F32), types.F32, None, values)
+        )
+    for stored, (name, weight) in sorted(found.items(), key=lambda own: _order(own[0])):
+        if weight.kind not in ("F32", "F16", "BF16", "F64"):
+            raise UserError(
+                f"{folder} holds {name} in the format {weight.kind}; a GGUF file is made from "
+                "plain weights (float32, float16 or bfloat16)"
+            )
+        dimensions = weight.shape
+        if is_transposed(stored, architecture):
+            dimensions = (dimensions[1], dimensions[0])
+        chosen = types.choose(kind, stored, dimensions, shape)
+        tensors.append(_Tensor(TensorPlan(stored, dimensions, chosen.kind), chosen.wanted, weight))
+    if pictures:
+        settings.notes.append(
+            f"the text model alone: {pictures} tensors of its picture tower are left out"
+        )
+    return _Model(kind, settings, tensors)
+
+
+def _order(name: str) -> tuple[int, int, str]:
+    """Word embeddings first, then layer by layer."""
+    if name.startswith("blk."):
+        return 1, int(name.split(".")[1]), name
+    return (0 if "embd" in name else 2), 0, name
+
+
+def _require_all(folder: Path, settings: Settings, found: Mapping[str, tuple[str, Weight]]) -> None:
+    """Every weight of the architecture is there, and as long as the configuration says."""
+    wanted = [f"{own}.weight" for own in outer_names(settings.architecture)]
+    if settings.tied:
+        wanted.remove("output.weight")
+    for layer in range(settings.layers):
+        wanted += [f"blk.{layer}.{part}.weight" for part in LAYER[settings.architecture]]
+    if missing := [name for name in wanted if name not in found]:
+        raise UserError(
+            f"{folder} lacks the weight that a GGUF file calls {missing[0]} ({len(missing)} are "
+            "missing); fetch or copy the model anew"
+        )
+    beyond = f"blk.{settings.layers}.attn_norm.weight"
+    if beyond in found:
+        raise UserError(f"{folder} holds more layers than its config.json says ({settings.layers})")
+    hidden = settings.values["embedding_length"]
+    embedding = found["token_embd.weight"][1].shape
+    if embedding != (settings.vocabulary, hidden):
+        raise UserError(
+            f"{folder} has word embeddings of the shape {embedding} where its config.json says "
+            f"{(settings.vocabulary, hidden)}; save the model again after resizing them"
+        )
+    head = settings.values.get("attention.key_length")
+    if head is not None and "blk.0.attn_q.weight" in found:
+        rows = found["blk.0.attn_q.weight"][1].shape[0]
+        if rows != settings.heads * int(head):
+            raise UserError(
+                f"{folder} has queries of {rows} rows where its config.json says {settings.heads} "
+                f"heads of {head} dimensions"
+            )
+
+
+def _require_quantiser(model: _Model) -> None:
+    """K-quants are llama.cpp's own code; the older formats are in the `gguf` package too."""
+    if any(tensor.plan.kind in types.K_QUANTS for tensor in model.tensors):
+        library()
+
+
+def _plan(model: _Model) -> GgufPlan:
+    formats: collections.Counter[str] = collections.Counter()
+    numbers: collections.Counter[int] = collections.Counter()
+    fallbacks: collections.Counter[tuple[str, str]] = collections.Counter()
+    for tensor in model.tensors:
+        taken = types.FORMAT_NAMES[tensor.plan.kind]
+        formats[taken] += 1
+        numbers[tensor.plan.kind] += math.prod(tensor.plan.shape)
+        if tensor.plan.kind != tensor.wanted:
+            fallbacks[types.FORMAT_NAMES[tensor.wanted], taken] += 1
+    largest = max(tensor.plan.nbytes for tensor in model.tensors)
+    return GgufPlan(
+        model.type.name,
+        sum(tensor.plan.stored_bytes for tensor in model.tensors),
+        # The packed tensor, and rows of it in float32 in several steps.
+        largest + 6 * 4 * 2**21,
+        dict(formats),
+        dict(numbers),
+        dict(fallbacks),
+        tuple(model.settings.notes),
+    )
+
+
+def _data(model: _Model, threads: int) -> Iterator[Array]:
+    """Every tensor in its format, in the order of the file."""
+    for tensor in model.tensors:
+        if tensor.source is None:
+            assert tensor.values is not None
+            yield tensor.values
+        else:
+            yield _packed(model, tensor, threads)
+
+
+def _packed(model: _Model, tensor: _Tensor, threads: int) -> Array:
+    source, plan = tensor.source, tensor.plan
+    assert source is not None
+    settings = model.settings
+    whole = len(plan.shape) == 1 or is_transposed(plan.name, settings.architecture)
+    turned = settings.architecture == "llama" and (
+        ".attn_q." in plan.name or ".attn_k." in plan.name
+    )
+    blocks = [source.whole()] if whole or turned else source.rows()
+    packed = np.empty(plan.packed_shape(), dtype=np.uint8)
+    row = 0
+    for block in blocks:
+        heads = (settings.heads, settings.kv_heads)
+        values = as_stored(block, plan.name, settings.architecture, heads)
+        scale = _scale(plan.name, settings)
+        if scale != 1.0:
+            values = values * np.float32(scale)
+        if not np.isfinite(values).all():
+            raise UserError(
+                f"{source.file} holds numbers in {plan.name} that are not finite; the model "
+                "diverged, or the file is damaged"
+            )
+        data = pack(np.ascontiguousarray(values), plan.kind, threads, plan.name)
+        if len(plan.shape) == 1:
+            return data
+        packed[row : row + len(values)] = data.view(np.uint8).reshape(len(values), -1)
+        row += len(values)
+    return packed
+
+
+def _scale(name: str, settings: Settings) -> float:
+    """What scores are multiplied by beyond llama.cpp's, folded into the queries.
+
+    Gemma 3 normalises queries: there it goes into that norm.
+    """
+    if math.isclose(settings.query_scale, 1.0, rel_tol=1e-9):
+        return 1.0
+    part = "attn_q_norm" if settings.architecture == "gemma3" else "attn_q"
+    return settings.query_scale if f".{part}." in name else 1.0
+
+
+def pack(values: Array, kind: int, threads: int, name: str) -> Array:
+    """Numbers in one of ggml's formats.
+
+    Args:
+        values: In float32; rows are a multiple of the format's block.
+        kind: ggml's number of the format.
+        threads: Of the quantiser.
+        name: What an error calls them.
+
+    Raises:
+        UserError: A number is beyond float16, or `xllamacpp` is missing for a K-quant.
+    """
+    if kind == types.F32:
+        return values
+    if kind == types.F16:
+        with np.errstate(over="ignore"):
+            half = values.astype(np.float16)
+        if not np.isfinite(half).all():
+            raise UserError(
+                f"{name} holds numbers beyond what float16 can say; choose bf16, f32 or q8_0"
+            )
+        return half
+    if kind == types.BF16:
+        bits = values.view(np.uint32)
+        # To the nearest, ties to even.
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    if importlib.util.find_spec("xllamacpp") is not None or kind in types.K_QUANTS:
+        return quantize_rows(values, kind, threads)
+    gguf = require_gguf()
+    packed: Array = gguf.quants.quantize(values, gguf.GGMLQuantizationType(kind))
+    return packed

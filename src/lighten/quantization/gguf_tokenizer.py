@@ -1,0 +1,324 @@
+"""A fast tokenizer's files as the tokenizer of a GGUF file.
+
+llama.cpp has two kinds for the models here: byte-level BPE, whose splitting of text before the
+merges is chosen by a name, and SentencePiece, whose merges are ordered by scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lighten.errors import UserError
+from lighten.quantization.gguf_source import read_json
+
+# llama.cpp's kinds of tokens.
+_NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
+_SPACE = "\u2581"  # SentencePiece's mark of a space
+_LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_APOSTROPHES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_WORD = r"[^\r\n\p{L}\p{N}]?"
+_REST_WITH_SLASH = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Patterns of `tokenizer.json` by llama.cpp's name of the splitting (`src/llama-vocab.cpp`).
+_PATTERNS = {
+    f"{_APOSTROPHES}|{_LETTERS}|\\p{{N}}{{1,3}}|{_REST}": "llama-bpe",
+    f"{_APOSTROPHES}|{_LETTERS}|\\p{{N}}|{_REST}": "qwen2",
+    f"{_WORD}{_UPPER}*{_LOWER}+{_APOSTROPHES}?|{_WORD}{_UPPER}+{_LOWER}*{_APOSTROPHES}?"
+    f"|\\p{{N}}{{1,3}}|{_REST_WITH_SLASH}": "gpt-4o",
+    f"{_WORD}{_UPPER}*{_LOWER}+|{_WORD}{_UPPER}+{_LOWER}*|\\p{{N}}|{_REST_WITH_SLASH}": "tekken",
+}
+# Names under which llama.cpp takes a word of the vocabulary whole before it merges.
+_WHOLE_WORDS = {"llama-bpe": True, "tekken": True}
+_WITHOUT_WHOLE_WORDS = {"llama-bpe": "dbrx"}
+# How `PreTrainedTokenizer` calls what llama.cpp calls so.
+_SPECIAL = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+
+
+@dataclass
+class Vocabulary:
+    """A tokenizer as a GGUF file says it.
+
+    Attributes:
+        model: `gpt2` for byte-level BPE, `llama` for SentencePiece.
+        pre: llama.cpp's name of the splitting.
+        tokens: Every token's text.
+        kinds: Every token's kind.
+        scores: Of SentencePiece, the order of merges.
+        merges: Of byte-level BPE.
+        special: Token id by role.
+        adds: Whether start or end tokens are added, by role.
+        space_prefix: Whether a space is put before a text; None says nothing.
+        template: The chat template.
+        ends: Ids that end an answer.
+    """
+
+    model: str
+    pre: str
+    tokens: list[str]
+    kinds: list[int]
+    scores: list[float] = field(default_factory=list)
+    merges: list[str] = field(default_factory=list)
+    special: dict[str, int] = field(default_factory=dict)
+    adds: dict[str, bool] = field(default_factory=dict)
+    space_prefix: bool | None = None
+    template: str | None = None
+    ends: tuple[int, ...] = ()
+
+    def write(self, writer: Any) -> None:
+        """Write it into the header of a `gguf.GGUFWriter`."""
+        writer.add_tokenizer_model(self.model)
+        writer.add_tokenizer_pre(self.pre)
+        writer.add_token_list(self.tokens)
+        if self.scores:
+            writer.add_token_scores(self.scores)
+        writer.add_token_types(self.kinds)
+        if self.merges:
+            writer.add_token_merges(self.merges)
+        for role, token in self.special.items():
+            writer.add_uint32(f"tokenizer.ggml.{role}_token_id", token)
+        for role, adds in self.adds.items():
+            writer.add_bool(f"tokenizer.ggml.add_{role}_token", adds)
+        if self.space_prefix is not None:
+            writer.add_add_space_prefix(self.space_prefix)
+        if self.template is not None:
+            writer.add_chat_template(self.template)
+
+
+def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
+    """The tokenizer of a model folder.
+
+    Args:
+        folder: With tokenizer.json and the files beside it.
+        rows: Of the model's word embeddings; tokens are made up to that number.
+
+    Raises:
+        UserError: There is none, or llama.cpp has no such tokenizer.
+    """
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise UserError(
+            f"{folder} holds no tokenizer.json; load its tokenizer with transformers and "
+            "save_pretrained(...) it into the folder"
+        )
+    tokenizer = read_json(file)
+    model = tokenizer.get("model") or {}
+    if model.get("type") != "BPE":
+        raise UserError(
+            f"{file} is a {model.get('type')} tokenizer; llama.cpp has byte-level BPE and "
+            "SentencePiece BPE for the models that are written here"
+        )
+    config_file = folder / "tokenizer_config.json"
+    config = read_json(config_file) if config_file.is_file() else {}
+    ids: dict[str, int] = dict(model["vocab"])
+    added = {int(own["id"]): own for own in tokenizer.get("added_tokens") or []}
+    ids |= {own["content"]: token for token, own in added.items()}
+    if ids and max(ids.values()) >= rows:
+        raise UserError(
+            f"{file} has token {max(ids.values())} and the model {rows} rows of embeddings; it "
+            "belongs to another model, or the embeddings have to be resized"
+        )
+    tokens = [f"[PAD{token}]" for token in range(rows)]
+    kinds = [_UNUSED] * rows
+    for text, token in ids.items():
+        tokens[token], kinds[token] = text, _NORMAL
+    pieces = _is_sentencepiece(tokenizer)
+    for token, own in added.items():
+        kinds[token] = _CONTROL if own.get("special") or _looks_special(own["content"]) else _USER
+        if pieces and kinds[token] == _USER:
+            tokens[token] = own["content"].replace(_SPACE, " ")
+    found = (
+        _sentencepiece(file, tokenizer, tokens, kinds, ids)
+        if pieces
+        else _byte_level(file, tokenizer, tokens, kinds)
+    )
+    _special(folder, config, tokenizer, ids, found)
+    found.template = _template(folder, config)
+    return found
+
+
+def _looks_special(text: str) -> bool:
+    """Control tokens that some models did not mark as such; llama.cpp knows them by their look."""
+    return (text.startswith("<|") and text.endswith("|>")) or (
+        text.startswith("<unused") and text.endswith(">")
+    )
+
+
+def _parts(tokenizer: Mapping[str, Any], what: str, inner: str) -> list[dict[str, Any]]:
+    """A tokenizer's normalisers or pre-tokenisers, a sequence of them or one."""
+    value = tokenizer.get(what)
+    if not value:
+        return []
+    return list(value[inner]) if value.get("type") == "Sequence" else [value]
+
+
+def _is_sentencepiece(tokenizer: Mapping[str, Any]) -> bool:
+    normalizers = _parts(tokenizer, "normalizer", "normalizers")
+    splitters = _parts(tokenizer, "pre_tokenizer", "pretokenizers")
+    marks = [own for own in normalizers if own.get("type") == "Replace"
+             and own.get("content") == _SPACE]  # fmt: skip
+    return bool(marks) or any(own.get("type") == "Metaspace" for own in splitters)
+
+
+def _sentencepiece(
+    file: Path,
+    tokenizer: Mapping[str, Any],
+    tokens: list[str],
+    kinds: list[int],
+    ids: Mapping[str, int],
+) -> Vocabulary:
+    model = tokenizer["model"]
+    if not model.get("byte_fallback"):
+        raise UserError(f"{file} has no tokens for bytes; llama.cpp's SentencePiece needs them")
+    # A merge's rank is the order in which its word's score sorts it.
+    scores = [0.0] * len(tokens)
+    for rank, merge in enumerate(model["merges"]):
+        token = ids.get("".join(merge) if isinstance(merge, list) else merge.replace(" ", ""))
+        if token is not None and scores[token] == 0.0:
+            scores[token] = -float(rank + 1)
+    unknown = model.get("unk_token")
+    for token, text in enumerate(tokens):
+        if kinds[token] == _NORMAL and len(text) == 6 and text.startswith("<0x") and text[5] == ">":
+            kinds[token] = _BYTE
+        elif text == unknown:
+            kinds[token] = _UNKNOWN
+        elif kinds[token] in (_CONTROL, _USER, _UNUSED):
+            scores[token] = -1e6
+    normalizers = _parts(tokenizer, "normalizer", "normalizers")
+    splitters = _parts(tokenizer, "pre_tokenizer", "pretokenizers")
+    prefix = any(own.get("type") == "Prepend" for own in normalizers) or any(
+        own.get("type") == "Metaspace" and own.get("prepend_scheme", "always") != "never"
+        for own in splitters
+    )
+    return Vocabulary("llama", "default", tokens, kinds, scores=scores, space_prefix=prefix)
+
+
+def _byte_level(
+    file: Path, tokenizer: Mapping[str, Any], tokens: list[str], kinds: list[int]
+) -> Vocabulary:
+    merges = [
+        # A space inside a part would be read as the border between parts.
+        " ".join(part.replace(" ", "\u0120") for part in merge)
+        if isinstance(merge, list)
+        else merge
+        for merge in tokenizer["model"]["merges"]
+    ]
+    return Vocabulary("gpt2", _splitting(file, tokenizer), tokens, kinds, merges=merges)
+
+
+def _splitting(file: Path, tokenizer: Mapping[str, Any]) -> str:
+    """llama.cpp's name for how text is split before merging.
+
+    Raises:
+        UserError: It has none for this one.
+    """
+    splitters = _parts(tokenizer, "pre_tokenizer", "pretokenizers")
+    whole = bool(tokenizer["model"].get("ignore_merges"))
+    kinds = [own.get("type") for own in splitters]
+    name = None
+    if kinds == ["ByteLevel"] and not splitters[0].get("add_prefix_space"):
+        name = "gpt-2" if splitters[0].get("use_regex", True) else None
+    elif kinds == ["Digits", "ByteLevel"] and splitters[0].get("individual_digits"):
+        plain = splitters[1].get("use_regex", True) and not splitters[1].get("add_prefix_space")
+        name = "smollm" if plain else None
+    elif kinds == ["Split", "ByteLevel"] and not splitters[1].get("use_regex", True):
+        name = _PATTERNS.get(str((splitters[0].get("pattern") or {}).get("Regex")))
+    if name is not None and whole != _WHOLE_WORDS.get(name, False):
+        name = None if whole else _WITHOUT_WHOLE_WORDS.get(name)
+    if name is None:
+        raise UserError(
+            f"{file} splits text in a way for which llama.cpp has no known name "
+            f"({', '.join(map(str, kinds)) or 'none'}), so the file would read other tokens; keep "
+            "this model in safetensors"
+        )
+    return name
+
+
+def _special(
+    folder: Path,
+    config: Mapping[str, Any],
+    tokenizer: Mapping[str, Any],
+    ids: Mapping[str, int],
+    found: Vocabulary,
+) -> None:
+    """Start, end and padding tokens, and all that end an answer."""
+    for role, key in _SPECIAL.items():
+        text = config.get(key)
+        text = text.get("content") if isinstance(text, dict) else text
+        if isinstance(text, str) and text in ids:
+            found.special[role] = ids[text]
+    generation_file = folder / "generation_config.json"
+    generation = read_json(generation_file) if generation_file.is_file() else {}
+    model_file = folder / "config.json"
+    model = read_json(model_file) if model_file.is_file() else {}
+    ends = generation.get("eos_token_id", model.get("eos_token_id"))
+    listed = [ends] if isinstance(ends, int) else list(ends or [])
+    if "eos" in found.special and found.special["eos"] not in listed:
+        listed.insert(0, found.special["eos"])
+    elif "eos" not in found.special and listed:
+        found.special["eos"] = listed[0]
+    if "bos" not in found.special and isinstance(model.get("bos_token_id"), int):
+        found.special["bos"] = model["bos_token_id"]
+    found.ends = tuple(dict.fromkeys(token for token in listed if 0 <= token < len(found.tokens)))
+    others = [token for token in found.ends if token != found.special.get("eos")]
+    # llama.cpp has names for three; it also knows the usual ones by their text.
+    found.special |= dict(zip(("eot", "eom"), others, strict=False))
+    found.adds = _added(tokenizer, found, ids)
+
+
+def _added(
+    tokenizer: Mapping[str, Any], found: Vocabulary, ids: Mapping[str, int]
+) -> dict[str, bool]:
+    """Whether a text gets a start and an end token: what tokenizer.json does decides."""
+    single: list[dict[str, Any]] = []
+    for part in _parts(tokenizer, "post_processor", "processors"):
+        if part.get("type") == "TemplateProcessing":
+            single = list(part.get("single") or [])
+    names = [str((own.get("SpecialToken") or {}).get("id")) for own in single]
+    first, last = (ids.get(names[place]) if names else None for place in (0, -1))
+    return {
+        "bos": first is not None and first == found.special.get("bos"),
+        "eos": last is not None and last == found.special.get("eos") and len(names) > 1,
+    }
+
+
+def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """The chat template, wherever it lies."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    older = folder / "chat_template.json"
+    value: Any = config.get("chat_template")
+    if value is None and older.is_file():
+        value = read_json(older).get("chat_template")
+    if isinstance(value, list):
+        named = {own.get("name"): own.get("template") for own in value}
+        value = named.get("default", next(iter(named.values()), None))
+    return value if isinstance(value, str) else None
+
+
+def template_of(folder: Path) -> str | None:
+    """The chat template of a model folder.
+
+    Raises:
+        UserError: Its tokenizer_config.json is torn.
+    """
+    file = folder / "tokenizer_config.json"
+    return _template(folder, read_json(file) if file.is_file() else {})
+
+
+def stop_texts(folder: Path, rows: int) -> tuple[list[str], bool]:
+    """Texts of the tokens that end an answer, and whether texts get a start token in front.
+
+    Args:
+        folder: A model folder with its tokenizer.
+        rows: Of the model's word embeddings.
+
+    Raises:
+        UserError: As of `read_vocabulary`.
+    """
+    found = read_vocabulary(folder, rows)
+    return [found.tokens[token] for token in found.ends], found.adds["bos"]

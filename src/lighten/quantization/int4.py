@@ -1,0 +1,205 @@
+"""A folder of INT4 weights in the layout that auto-round, transformers and vLLM load.
+
+Integers with a scale per group, symmetric: `qweight`, `scales` and `qzeros` of AutoGPTQ's layout,
+under `quant_method: auto-round`. Embedding, norms and head stay in bfloat16. One decoder layer is
+rounded at a time, on what the layers before it, rounded already, make of the calibration rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from lighten.adapters.decoder import decoder_layers
+from lighten.errors import UserError
+from lighten.quantization import gptq
+
+# Sizes of a group, the largest that divides every row first: a group across the edge of a row
+# is written and cannot be read back (auto-round 0.16.1).
+GROUPS = (128, 64, 32, 16)
+PACKED = 8  # numbers of 4 bits in an int32
+ZERO = 0x77777777  # the layout stores a zero point of 8 as 7, eight of them in an int32
+Rounded = dict[str, tuple[Tensor, Tensor]]  # integers and scales of a layer, by its path
+
+
+def write(model: Path, folder: Path, calibration: Sequence[Sequence[int]] | None) -> None:
+    """Write a model in 4 bits.
+
+    Args:
+        model: Folder of the model in 16 bits.
+        folder: Is filled.
+        calibration: Token ids of rows; None: each number goes to its nearest.
+
+    Raises:
+        UserError: The model's shapes do not suit the format, or there are no rows.
+    """
+    if calibration is not None and not calibration:
+        raise UserError("int4 looks at calibration rows and there are none; use int4:rounded")
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.float32, local_files_only=True
+    ).eval()
+    layers = decoder_layers(loaded)
+    size = group_size(loaded)
+    found: Rounded = {}
+    if calibration is None:
+        for path, layer in quantised_layers(loaded).items():
+            found[path] = gptq.rounded_plainly(layer.weight.detach(), size)
+    else:
+        found = _calibrated(loaded, layers, calibration, size)
+    paths = {id(module): path for path, module in loaded.named_modules()}
+    blocks = paths[id(layers[0])].rpartition(".")[0]
+    _save(loaded, folder, found, size, blocks)
+
+
+def quantised_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """The linear layers inside the decoder layers, by path."""
+    inside = {id(m) for layer in decoder_layers(model) for m in layer.modules()}
+    return {p: m for p, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) in inside}
+
+
+def group_size(model: PreTrainedModel) -> int:
+    """The largest group that divides the rows of every layer that is quantised.
+
+    Raises:
+        UserError: None does.
+    """
+    layers = quantised_layers(model).values()
+    rows = {layer.in_features for layer in layers}
+    if all(layer.out_features % PACKED == 0 for layer in layers):
+        for size in GROUPS:
+            if rows and all(row % size == 0 for row in rows):
+                return size
+    raise UserError(
+        f"int4 needs rows that groups of {GROUPS[-1]} divide and outputs in eights, and the "
+        f"model's linear layers have rows of {', '.join(map(str, sorted(rows))) or 'no kind'}; use "
+        "nf4 or int8"
+    )
+
+
+@torch.no_grad()
+def _calibrated(
+    model: PreTrainedModel,
+    layers: Sequence[nn.Module],
+    rows: Sequence[Sequence[int]],
+    size: int,
+) -> Rounded:
+    """Round layer after layer, each on the outputs of those before it."""
+    paths = {id(module): path for path, module in quantised_layers(model).items()}
+    states, calls = _inputs(model, layers, rows)
+    found: Rounded = {}
+    for number, layer in enumerate(layers):
+        moments = _moments(layer, states, [own[number] for own in calls])
+        for module in layer.modules():
+            if isinstance(module, nn.Linear):
+                weight = module.weight
+                seen = moments.get(id(module))
+                # An expert that no row went to has nothing to be rounded for.
+                integers, scales = (
+                    gptq.rounded_plainly(weight, size)
+                    if seen is None
+                    else gptq.rounded(weight.detach(), seen, size)
+                )
+                found[paths[id(module)]] = integers, scales
+                groups = integers.unflatten(1, (-1, size)) * scales[..., None]
+                weight.copy_(groups.flatten(1))
+        states = [_first(layer(x, **call[number])) for x, call in zip(states, calls, strict=True)]
+    return found
+
+
+class _Reached(Exception):
+    """The last decoder layer was called: the rest of the pass is not needed."""
+
+
+def _inputs(
+    model: PreTrainedModel, layers: Sequence[nn.Module], rows: Sequence[Sequence[int]]
+) -> tuple[list[Tensor], list[list[dict[str, Any]]]]:
+    """What enters the first layer, by row, and what else each layer is called with."""
+    states: list[Tensor] = []
+    calls: list[list[dict[str, Any]]] = []
+
+    def noted(layer: nn.Module, given: tuple[Any, ...], more: dict[str, Any]) -> None:
+        if layer is layers[0]:
+            states.append(given[0] if given else more["hidden_states"])
+            calls.append([])
+        calls[-1].append({key: own for key, own in more.items() if key != "hidden_states"})
+        if layer is layers[-1]:
+            raise _Reached
+
+    hooks = [layer.register_forward_pre_hook(noted, with_kwargs=True) for layer in layers]
+    try:
+        for row in rows:
+            with contextlib.suppress(_Reached):
+                model(input_ids=torch.tensor([list(row)]), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return states, calls
+
+
+def _moments(
+    layer: nn.Module, states: Sequence[Tensor], calls: Sequence[dict[str, Any]]
+) -> dict[int, Tensor]:
+    """Second moments of what each linear layer inside reads, by its id."""
+    found: dict[int, Tensor] = {}
+    last: tuple[Tensor, Tensor] | None = None  # what was read last, and its moments
+
+    def seen(module: nn.Module, given: tuple[Any, ...]) -> None:
+        nonlocal last
+        if last is None or last[0] is not given[0]:
+            x = given[0].reshape(-1, given[0].shape[-1]).float()
+            last = given[0], x.T @ x
+        if id(module) in found:
+            found[id(module)] += last[1]
+        else:
+            found[id(module)] = last[1].clone()
+
+    hooks = [m.register_forward_pre_hook(seen) for m in layer.modules()
+             if isinstance(m, nn.Linear)]  # fmt: skip
+    for x, call in zip(states, calls, strict=True):
+        layer(x, **call)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def _first(out: Any) -> Tensor:
+    """Some architectures' layers return more than what goes on."""
+    first: Tensor = out[0] if isinstance(out, tuple) else out
+    return first
+
+
+def packed(integers: Tensor) -> Tensor:
+    """Integers [O, I] as the layout has them: [I / 8, O] in int32, the lowest bits first."""
+    given = (integers.T.to(torch.int32) - gptq.LOWEST).unflatten(0, (-1, PACKED))
+    found = torch.zeros_like(given[:, 0])
+    for place in range(PACKED):
+        found |= given[:, place] << (4 * place)
+    return found
+
+
+def _save(model: PreTrainedModel, folder: Path, found: Rounded, size: int, blocks: str) -> None:
+    tensors: dict[str, Tensor] = {}
+    dense: dict[int, Tensor] = {}  # what is tied stays so, or it would be written twice
+    for name, value in model.state_dict().items():
+        path, _, kind = name.rpartition(".")
+        if path not in found or kind != "weight":
+            cast = value.to(torch.bfloat16) if value.is_floating_point() else value
+            tensors[name] = dense.setdefault(value.data_ptr(), cast)
+            continue
+        integers, scales = found[path]
+        outputs, groups = scales.shape
+        tensors[f"{path}.qweight"] = packed(integers)
+        tensors[f"{path}.scales"] = scales.T.contiguous().half()
+        tensors[f"{path}.qzeros"] = torch.full((groups, outputs // PACKED), ZERO, dtype=torch.int32)
+    model.config.quantization_config = {
+        "quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "bits": 4,
+        "group_size": size, "sym": True, "data_type": "int", "block_name_to_quantize": blocks,
+    }  # fmt: skip
+    model.config.dtype = "bfloat16"
+    model.save_pretrained(folder, state_dict=tensors)

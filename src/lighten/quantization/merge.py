@@ -1,0 +1,383 @@
+"""An adapter merged into its base's weights, tensor by tensor: the model is never in memory whole.
+
+    W' = W + scale · B A, and with DoRA each output's row is then brought to its trained length
+
+A tensor is read some rows at a time, changed in float32, rounded once and written, so that the peak
+of memory is that of a few rows and of the adapter, whatever the model. What PEFT trains beside
+low-rank factors (whole modules, biases, rows of tokens) takes its place too; other methods need
+PEFT's own code and the whole model in memory (`Unmergeable`).
+
+An adapter of a base that was quantised for training (QLoRA) corrects the rounding too. It is added
+to the original weights, or to those that it learnt on, dequantised; never to quantised ones.
+
+Dimensions: O output features, I input features, r rank.
+Source: LoRA, arXiv 2106.09685; DoRA, arXiv 2402.09353.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lighten.errors import DiskFull, UserError
+from lighten.models import quantized
+from lighten.models.configuration import build_empty, read_config
+from lighten.peft_config import more_than_low_rank
+from lighten.peft_config import read_config as read_adapter_config
+from lighten.quantization import safetensors_stream
+from lighten.quantization.gguf_source import Weight, read_weights
+from lighten.quantization.merge_update import (
+    Changes,
+    changed,
+    read_changes,
+    require_fit,
+    streamable,
+)
+from lighten.runs import whole_folder
+
+_FLOATS = ("F32", "F16", "BF16", "F64")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_COPIED = 2**22  # bytes of a tensor that is no weight, at a time
+
+
+class Unmergeable(Exception):
+    """The adapter holds what only PEFT's own code can merge, as this says."""
+
+
+def merge(
+    base: Path,
+    adapter: Path,
+    target: Path,
+    *,
+    dtype: str = "auto",
+    storage: quantized.Storage | None = None,
+    compute: torch.dtype = torch.float32,
+    words: int = 0,
+    beside: Callable[[Path], None] = lambda _: None,
+) -> list[str]:
+    """Write a base with an adapter merged into its weights as a model folder.
+
+    Args:
+        base: A model folder with safetensors files, in 16 or 32 bits.
+        adapter: In PEFT's format, trained on that base.
+        target: The folder to write; an older one stays if anything fails.
+        dtype: `auto` keeps the base's 16-bit format, float32 becomes bfloat16; or `float32`,
+            `bfloat16`, `float16`.
+        storage: How linear layers were quantised while the adapter learnt: it is added to those
+            weights dequantised. None: to the base's own.
+        compute: With `storage`, the format of the products then.
+        words: Rows that the vocabulary has at least, where tokens were added.
+        beside: Called with the folder before it is put in its place, to add what belongs there.
+
+    Returns:
+        What a user should know, a sentence each.
+
+    Raises:
+        UserError: The adapter is of another base, a file is torn, or the disk is full.
+        Unmergeable: It has to be merged in memory.
+    """
+    config = read_adapter_config(adapter)
+    if (stored := quantized.stored_as(base)) is not None:
+        raise Unmergeable(f"the base's files are quantised ({stored.get('quant_method')})")
+    if not streamable(config):
+        kind = more_than_low_rank(config) or f"LoRA adapter with bias {config.get('bias')}"
+        raise Unmergeable(f"it is a {kind}")
+    plan = _Plan(base, adapter, dtype, storage, compute, words)
+    _require_room(target, plan.nbytes)
+    with whole_folder(target) as partial:
+        plan.write(partial)
+        beside(partial)
+    return plan.notes
+
+
+def merged_shapes(
+    base: Path, adapter: Path, folder: Path, *, dtype: str = "auto", words: int = 0
+) -> dict[str, Weight]:
+    """What `merge` would write: the tensors by name; the configuration is put into a folder.
+
+    Args:
+        base: As of `merge`.
+        adapter: As of `merge`.
+        folder: For the configuration.
+        dtype: As of `merge`.
+        words: As of `merge`.
+
+    Raises:
+        UserError: The adapter is of another base, or a file is torn.
+        Unmergeable: It has to be merged in memory.
+    """
+    config = read_adapter_config(adapter)
+    if quantized.stored_as(base) is not None or not streamable(config):
+        raise Unmergeable("it is merged in memory")
+    plan = _Plan(base, adapter, dtype, None, torch.float32, words)
+    plan.write_config(folder)
+    return plan.shapes()
+
+
+def _dtype(weights: dict[str, Weight], wanted: str) -> torch.dtype:
+    if wanted != "auto":
+        return _DTYPES[wanted]
+    kinds = collections.Counter(weight.kind for weight in weights.values())
+    return torch.float16 if kinds["F16"] > kinds["BF16"] else torch.bfloat16
+
+
+def _require_room(target: Path, nbytes: int) -> None:
+    existing = next(path for path in (target, *target.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < nbytes:
+        raise DiskFull(
+            f"{target} needs {nbytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB left; free "
+            "some space or choose another --output_dir"
+        )
+
+
+class _Plan:
+    """Every tensor of the merged model, and where its numbers come from.
+
+    Attributes:
+        untied: The head becomes a tensor of its own.
+        notes: What a user should know.
+    """
+
+    def __init__(
+        self,
+        base: Path,
+        adapter: Path,
+        dtype: str,
+        storage: quantized.Storage | None,
+        compute: torch.dtype,
+        words: int,
+    ) -> None:
+        self._base, self._adapter, self._words = base, adapter, words
+        self._storage, self._compute = storage, compute
+        self._weights = read_weights(base)
+        self._dtype = _dtype(self._weights, dtype)
+        self._config = read_adapter_config(adapter)
+        self._model = build_empty(str(base), read_config(base))
+        self._changes: Changes = read_changes(adapter, self._config)
+        self.notes: list[str] = []
+        self._names = self._resolved()
+        self._look_at_vocabulary()
+        self._files = self._entries()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.nbytes for entries in self._files.values() for entry in entries)
+
+    def write(self, folder: Path) -> None:
+        """Write weights, index and configuration."""
+        for name, entries in self._files.items():
+            safetensors_stream.write(folder / name, entries)
+        if len(self._files) > 1:
+            places = {entry.name: name for name, own in self._files.items() for entry in own}
+            index = {"metadata": {"total_size": self.nbytes}, "weight_map": places}
+            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+            (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+        self.write_config(folder)
+
+    def shapes(self) -> dict[str, Weight]:
+        """The tensors by name, of files that are not there."""
+        return {
+            entry.name: Weight(Path(name), entry.kind, entry.shape, 0)
+            for name, entries in self._files.items()
+            for entry in entries
+        }
+
+    def write_config(self, folder: Path) -> None:
+        """Write the configuration alone."""
+        said = json.loads((self._base / "config.json").read_bytes())
+        rows = self._rows
+        for part in (said, said.get("text_config")):
+            if isinstance(part, dict):
+                part.pop("quantization_config", None)
+                part.pop("torch_dtype", None)
+                part["dtype"] = str(self._dtype)[6:]
+                if "vocab_size" in part or part is said:
+                    part["vocab_size"] = rows
+        if self.untied:
+            said["tie_word_embeddings"] = False
+            if isinstance(said.get("text_config"), dict):
+                said["text_config"]["tie_word_embeddings"] = False
+        (folder / "config.json").write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+
+    def _resolved(self) -> dict[str, str]:
+        """Name of a weight in the files by its name in the model, as the files have it."""
+        prefix = f"{self._model.base_model_prefix}."
+        found = {}
+        for name in self._model.state_dict():
+            candidates = (name, name.removeprefix(prefix), prefix + name)
+            key = next((own for own in candidates if own in self._weights), None)
+            if key is not None:
+                found[name] = key
+        return found
+
+    def _look_at_vocabulary(self) -> None:
+        """Find embedding and head, whether they part, and how many rows they have now."""
+        embedding = self._model.get_input_embeddings()
+        head = self._model.get_output_embeddings()
+        paths = {id(module): path for path, module in self._model.named_modules()}
+        self._embedding = f"{paths[id(embedding)]}.weight"
+        self._head = f"{paths[id(head)]}.weight" if head is not None else ""
+        tied = head is not None and head.weight is embedding.weight
+        changes = self._changes.by_name
+        touched = {
+            name for name in (self._embedding, self._head)
+            if name in changes and not _rows_alone(changes[name])
+        }  # fmt: skip
+        together = bool(self._config.get("ensure_weight_tying"))
+        self.untied = bool(tied and touched and not together)
+        self._tied = tied and not self.untied
+        self._rows = self._size = int(embedding.weight.shape[0])  # type: ignore[index]
+        taller = [self._changes.rows_of(name) or 0 for name in (self._embedding, self._head)]
+        self._rows = max(self._size, self._words, *taller)
+        if self.untied:
+            self.notes.append("the head and the embedding are no longer one tensor")
+        if self._rows > self._size:
+            self.notes.append(
+                f"{self._rows - self._size} rows were added to the vocabulary's {self._size}; "
+                "what was not trained of them begins as the mean of the others"
+            )
+
+    def _entries(self) -> dict[str, list[safetensors_stream.Entry]]:
+        """The tensors by file, in the order in which the base's files hold them."""
+        wanted = set(self._changes.by_name)
+        files: dict[str, list[safetensors_stream.Entry]] = {}
+        of_key = {key: name for name, key in self._names.items()}
+        names = _file_names(self._weights)
+        ordered = sorted(self._weights.items(), key=lambda own: (own[1].file.name, own[1].offset))
+        for key, weight in ordered:
+            name = of_key.get(key, key)
+            entries = files.setdefault(names[weight.file], [])
+            if name == self._head and (self._tied or self.untied):
+                wanted.discard(name)  # the embedding's, which stands beside it
+                continue
+            entries.append(self._entry(key, name, weight))
+            wanted.discard(name)
+            if name == self._embedding and self.untied:
+                entries.append(self._entry(self._head, self._head, weight))
+                wanted.discard(self._head)
+        if self._tied:
+            wanted.discard(self._head)
+        if wanted:
+            raise UserError(
+                f"{self._adapter} does not fit {self._base}: it changes "
+                f"{min(wanted)}, which the base does not have ({len(wanted)} such weights); it was "
+                "trained on another model"
+            )
+        return files
+
+    def _entry(self, key: str, name: str, weight: Weight) -> safetensors_stream.Entry:
+        if weight.kind not in _FLOATS:
+            nbytes = _nbytes(weight)
+            return safetensors_stream.Entry(
+                key, weight.kind, weight.shape, nbytes, lambda: _raw(weight, nbytes)
+            )
+        turned = isinstance(self._module(name), Conv1D)
+        vocabulary = name in (self._embedding, self._head)
+        shape = weight.shape
+        blocks: Callable[[], Iterator[Tensor]] = lambda: map(torch.from_numpy, weight.rows())  # noqa: E731
+        if self._storage is not None and name != self._head and self._is_linear(name):
+            blocks = lambda: self._dequantized(weight, turned)  # noqa: E731
+        elif self._storage is not None:
+            dense = blocks
+            blocks = lambda: (block.to(self._compute).float() for block in dense())  # noqa: E731
+        if vocabulary and self._rows > shape[0] and len(shape) == 2:
+            blocks = _grown(blocks, self._rows - shape[0])
+            shape = (self._rows, *shape[1:])
+        if name in self._changes.by_name:
+            require_fit(self._changes, name, shape, turned=turned, grown=vocabulary)
+            base, changes = blocks, self._changes
+            blocks = lambda: changed(changes, name, base, turned=turned)  # noqa: E731
+        return safetensors_stream.entry(key, shape, self._dtype, _finite(blocks, name))
+
+    def _module(self, name: str) -> nn.Module | None:
+        try:
+            return self._model.get_submodule(name.rpartition(".")[0])
+        except AttributeError:
+            return None
+
+    def _is_linear(self, name: str) -> bool:
+        return name.endswith(".weight") and type(self._module(name)) in (nn.Linear, Conv1D)
+
+    def _dequantized(self, weight: Weight, turned: bool) -> Iterator[Tensor]:
+        """A weight as the quantised layer of training computed with it."""
+        assert self._storage is not None
+        dense = torch.from_numpy(weight.whole()).to(self._compute)
+        dense = dense.T.contiguous() if turned else dense
+        rounded = quantized.rounded(dense, self._storage, self._compute)
+        yield (rounded.T if turned else rounded).float()
+
+
+def _rows_alone(change: Any) -> bool:
+    """Whether rows alone were trained: PEFT shares them with a tied head."""
+    return change.rows is not None and change.A is None and change.whole is None
+
+
+def _grown(blocks: Callable[[], Iterator[Tensor]], more: int) -> Callable[[], Iterator[Tensor]]:
+    """A weight of the vocabulary with rows added, each the mean of those there are."""
+
+    def grown() -> Iterator[Tensor]:
+        total, count = torch.zeros(()), 0
+        for block in blocks():
+            total, count = total + block.sum(0), count + len(block)
+            yield block
+        yield (total / count).expand(more, -1)
+
+    return grown
+
+
+def _finite(blocks: Callable[[], Iterator[Tensor]], name: str) -> Callable[[], Iterator[Tensor]]:
+    def looked_at() -> Iterator[Tensor]:
+        for block in blocks():
+            if not bool(block.isfinite().all()):
+                raise UserError(
+                    f"{name} would hold numbers that are not finite; the training diverged, or a "
+                    "file is damaged"
+                )
+            yield block
+
+    return looked_at
+
+
+def _file_names(weights: dict[str, Weight]) -> dict[Path, str]:
+    """Names of the merged model's files, one for each of the base's."""
+    files = sorted({weight.file for weight in weights.values()})
+    if len(files) == 1:
+        return {files[0]: "model.safetensors"}
+    return {
+        file: f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        for number, file in enumerate(files, 1)
+    }
+
+
+_SIZES = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+def _nbytes(weight: Weight) -> int:
+    if weight.kind not in _SIZES:
+        raise UserError(
+            f"{weight.file} holds numbers in the format {weight.kind}; merging needs plain weights "
+            "(float32, float16 or bfloat16)"
+        )
+    return math.prod(weight.shape) * _SIZES[weight.kind]
+
+
+def _raw(weight: Weight, nbytes: int) -> Iterator[bytes]:
+    with weight.file.open("rb") as file:
+        file.seek(weight.offset)
+        while nbytes:
+            data = file.read(min(nbytes, _COPIED))
+            if not data:
+                raise UserError(f"{weight.file} ends early; fetch or copy the model anew")
+            nbytes -= len(data)
+            yield data

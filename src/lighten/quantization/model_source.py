@@ -1,0 +1,194 @@
+"""The model that is quantised, in 16 bits, and the data that goes with it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lighten import data, models
+from lighten.artifacts import open_source
+from lighten.errors import NoHeldOut, UserError
+from lighten.evaluation.evaluation import askable, held_out_examples
+from lighten.models.load import load_tokenizer
+from lighten.quantization.export import model_folder
+from lighten.quantization.gguf_source import read_json
+from lighten.quantization.scores import EvaluationRow
+from lighten.quantization.targets import GROUP_SIZE
+from lighten.recipe import Recipe
+from lighten.runs import Run
+from lighten.training import held_out_data
+from lighten.training.rows import load_rows
+
+# Tokens of a calibration row, and rows at most: what 2 cores learn from in some minutes.
+CALIBRATION_TOKENS, CALIBRATION_ROWS = 256, 16
+
+
+@dataclass
+class ModelSource:
+    """What is quantised.
+
+    Attributes:
+        name: Short.
+        folder: The model in 16 bits with all that belongs to it.
+        recipe: Of the run, or of the data that were given; None: there are no data.
+        run: The run.
+        base: The base's name.
+        tokenizer: With its chat template chosen.
+    """
+
+    name: str
+    folder: Path
+    recipe: Recipe | None
+    run: Run | None
+    base: str
+    tokenizer: Any
+
+    @property
+    def group_size(self) -> int:
+        """Of 8-bit activations and 4-bit weights: what the run was trained for, else the usual."""
+        groups = None if self.run is None else self.run.recipe().qat_groups
+        return groups or GROUP_SIZE
+
+
+@contextmanager
+def opened(
+    source: str | Run, scratch: Path, *, adapter: str | None = None, dataset: str | None = None
+) -> Iterator[ModelSource]:
+    """A run or an adapter, merged in 16 bits, or a model as it is.
+
+    Args:
+        source: Run, its folder, an adapter's folder, or a model's name.
+        scratch: A merged model is written in this folder.
+        adapter: Whose, where a run has several.
+        dataset: Other data than the run's; of a model without a run the only ones.
+
+    Raises:
+        UserError: There is nothing, the model is quantised already, or the adapter is not of it.
+    """
+    artefact = open_source(source, adapter=adapter)
+    refuse_quantized(artefact.base, artefact.base_folder)
+    with model_folder(artefact, scratch / "model") as folder:
+        tokenizer = load_tokenizer(str(folder))
+        recipe = None if artefact.run is None else artefact.run.recipe()
+        if recipe is not None and dataset is not None:
+            recipe = recipe.changed({"dataset": dataset})
+        elif dataset is not None:
+            recipe = Recipe.from_values({"model_name_or_path": artefact.base, "dataset": dataset},
+                                        {})  # fmt: skip
+        if recipe is not None:
+            data.choose_template(tokenizer, recipe.chat_template)
+        yield ModelSource(artefact.name, folder, recipe, artefact.run, artefact.base, tokenizer)
+
+
+def refuse_quantized(name: str, folder: Path) -> None:
+    """Weights that were rounded once are not rounded again.
+
+    Raises:
+        UserError: They were.
+    """
+    config = read_json(folder / "config.json")
+    if (stored := config.get("quantization_config")) is not None:
+        how = stored.get("quant_method", "some format") if isinstance(stored, dict) else "a format"
+        raise UserError(
+            f"{name} is quantised already ({how}): rounding it again adds a second error to the "
+            "first; quantise the model that it was made from"
+        )
+
+
+def calibration_of(source: ModelSource) -> tuple[list[list[int]], dict[str, Any]]:
+    """Rows of training data behind each other, cut into one length, and what is recorded of them.
+
+    Raises:
+        UserError: There are no data, or too few.
+    """
+    if source.recipe is None:
+        raise UserError(
+            "int4 chooses its rounding on data like those that the model will see: give a run, or "
+            "--dataset FILE; int4:rounded needs none"
+        )
+    rows = load_rows(source.recipe, source.tokenizer).train.rows
+    ids: list[int] = []
+    for row in rows:
+        ids.extend(int(token) for token in row.input_ids)
+        if len(ids) >= CALIBRATION_TOKENS * CALIBRATION_ROWS:
+            break
+    length = min(CALIBRATION_TOKENS, len(ids))
+    count = min(CALIBRATION_ROWS, len(ids) // max(1, length))
+    if length < 16:
+        raise UserError(
+            f"{source.recipe.dataset} has {len(ids)} tokens, too few to calibrate int4 on; use "
+            "int4:rounded"
+        )
+    cut = [ids[i * length : (i + 1) * length] for i in range(count)]
+    digest = hashlib.sha256(np.asarray(cut, dtype="<i4").tobytes()).hexdigest()
+    return cut, {
+        "dataset": source.recipe.dataset, "rows": count, "row_tokens": length, "sha256": digest,
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class HeldOutSet:
+    """What every row of the table is measured on.
+
+    Attributes:
+        rows: For likelihoods.
+        prompts: Token ids of what is asked.
+        references: The answers to those.
+        name: Of the data.
+        sha256: Over the rows' token ids.
+        notes: What has to be said of them.
+    """
+
+    rows: list[EvaluationRow]
+    prompts: list[list[int]]
+    references: list[str]
+    name: str
+    sha256: str
+    notes: list[str]
+
+
+def evaluation_of(source: ModelSource, tokens: int, questions: int) -> HeldOutSet | None:
+    """Held-out rows up to so many tokens; None where nothing is held out.
+
+    Raises:
+        UserError: The data have changed since the run was trained.
+    """
+    recipe = source.recipe
+    if recipe is None:
+        return None
+    trained_on = None if source.run is None else source.run.info().get("data", {}).get("sha256")
+    limits = models.limits(str(source.folder))
+    try:
+        given = held_out_examples(recipe, trained_on)
+        found = held_out_data.encoded(recipe, given, source.tokenizer, limits, 200)
+    except NoHeldOut:
+        return None
+    assert found.rows is not None
+    rows: list[EvaluationRow] = []
+    total = 0
+    for row in found.rows.rows:
+        ids = [int(token) for token in row.input_ids]
+        if rows and total + len(ids) > tokens:
+            break
+        marks = [bool(on) for on in row.supervised]
+        if any(marks[1:]):
+            rows.append(EvaluationRow(ids, marks))
+            total += len(ids)
+    handling = data.Handling(recipe.system_role, recipe.thinking)
+    asked, unasked = askable(found.examples[:questions], recipe, source.tokenizer)
+    pairs = [data.prompt_of(example, source.tokenizer, handling) for example in asked]
+    digest = hashlib.sha256(np.asarray([t for row in rows for t in row.ids], "<i4").tobytes())
+    notes = [*found.sentences(), *unasked]
+    if len(rows) < len(found.rows.rows):
+        notes.append(
+            f"{len(rows)} of {len(found.rows.rows)} held-out rows, {total} tokens, are measured on "
+            "(--tokens)"
+        )
+    return HeldOutSet(rows, [ids for ids, _ in pairs], [text for _, text in pairs], found.name,
+                      digest.hexdigest(), notes)  # fmt: skip

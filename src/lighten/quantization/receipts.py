@@ -1,0 +1,134 @@
+"""Receipts of artefacts: each kind opened in its runtime, beside what it was made from."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+
+from lighten.artifacts import Artefact
+from lighten.errors import UserError
+from lighten.peft_config import CONFIG
+from lighten.quantization import executorch, verify
+from lighten.quantization.gguf_source import read_json
+from lighten.quantization.verify import Receipt
+
+
+def receipt_of(artefact: Artefact, target: Path, form: str, kind: str) -> Receipt:
+    """Compare what was written with what it was made from.
+
+    Args:
+        artefact: What it was made from.
+        target: The export's folder.
+        form: Of the export.
+        kind: Its type: a format of floating point, or of GGUF.
+    """
+    source, prompts = _source_of(artefact)
+    against = artefact.name
+    if form in ("adapter", "merged"):
+        if form == "merged":
+            kind = _dtype_of(target)
+            other = verify.InTransformers(target)
+        else:
+            kind = "adapter"
+            other = verify.InTransformers(artefact.base_folder, target, target)
+        return verify.compare(
+            source, other, prompts, artefact=target.name, kind=kind, against=against
+        )
+    if form == "executorch":
+        (file,) = target.glob(f"*{executorch.SUFFIX}")
+        return _of_program(artefact, file, source, prompts)
+    (file,) = target.glob("*.gguf")
+    if form == "gguf":
+        with verify.in_llamacpp(file) as opened:
+            return verify.compare(
+                source, opened, prompts, artefact=target.name, kind=kind, against=against
+            )
+    from lighten.quantization.gguf_model import write_gguf
+
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".base-") as scratch:
+        base = Path(scratch) / "base.gguf"
+        write_gguf(artefact.base_folder, base, "f32")
+        with verify.in_llamacpp(base, file) as opened:
+            return verify.compare(
+                source, opened, prompts, artefact=target.name, kind="f16", against=against
+            )
+
+
+def _of_program(
+    artefact: Artefact, file: Path, source: verify.InTransformers, prompts: list[str]
+) -> Receipt:
+    """A program beside its model, and beside the same rounding in PyTorch.
+
+    What the rounding costs is measured against the model; what the runtime adds to it, apart.
+    """
+    from lighten.quantization.executorch_program import quantise
+
+    rounded = verify.InTransformers(artefact.base_folder, artefact.adapter, artefact.companions)
+    if artefact.adapter is not None:
+        rounded.model = rounded.model.merge_and_unload()
+    quantise(rounded.model)
+    with executorch.running(file, source.tokenizer) as program:
+        found = verify.compare(
+            source, program, prompts, artefact=file.name, kind="executorch", against=artefact.name,
+        )  # fmt: skip
+        lost = verify.divergence(source, rounded, prompts)
+        added = verify.divergence(rounded, program, prompts)
+    return dataclasses.replace(found, rounding_kl=lost, runtime_kl=added)
+
+
+def verify_artefact(path: Path, against: Artefact) -> Receipt:
+    """The receipt of files that are there already; it is stored beside them.
+
+    Args:
+        path: An export's folder, a GGUF file, or an ExecuTorch program.
+        against: What it was made from.
+
+    Raises:
+        UserError: It is nothing that can be compared.
+    """
+    path = path.expanduser()
+    folder = path if path.is_dir() else path.parent
+    pattern = f"*{executorch.SUFFIX}"
+    programs = [path] if path.suffix == executorch.SUFFIX else sorted(path.glob(pattern))
+    files = [path] if path.is_file() else sorted(path.glob("*.gguf"))
+    if len(programs) == 1:
+        executorch.require_whole(programs[0])
+        found = _of_program(against, programs[0], *_source_of(against))
+    elif files:
+        if len(files) > 1 or files[0].suffix != ".gguf":
+            raise UserError(f"{path}: name one GGUF file or program, or an export's folder")
+        from lighten.models.gguf_header import read_header
+
+        facts = read_header(files[0]).settings
+        if facts.get("general.type") == "adapter":
+            found = receipt_of(against, folder, "gguf-adapter", "f16")
+        else:
+            kind = files[0].stem.rpartition(".")[2].lower()
+            source, prompts = _source_of(against)
+            with verify.in_llamacpp(files[0]) as opened:
+                found = verify.compare(
+                    source, opened, prompts, artefact=files[0].name, kind=kind,
+                    against=against.name,
+                )  # fmt: skip
+    elif (path / CONFIG).is_file():
+        found = receipt_of(against, path, "adapter", "adapter")
+    elif (path / "config.json").is_file():
+        found = receipt_of(against, path, "merged", "auto")
+    else:
+        raise UserError(
+            f"{path} is no GGUF file, no program and no folder with a model or an adapter"
+        )
+    verify.write_receipt(found, folder)
+    return found
+
+
+def _source_of(against: Artefact) -> tuple[verify.InTransformers, list[str]]:
+    """What an artefact is compared with, in memory, and the prompts that both are given."""
+    source = verify.InTransformers(against.base_folder, against.adapter, against.companions)
+    return source, verify.prompts_of(against, source.tokenizer)
+
+
+def _dtype_of(folder: Path) -> str:
+    config = read_json(folder / "config.json")
+    return str(config.get("dtype") or config.get("torch_dtype") or "float32")

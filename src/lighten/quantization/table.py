@@ -1,0 +1,260 @@
+"""The verb `quantize`: a model in several formats, and one table of what each costs and keeps."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lighten.quantization import child
+from lighten.quantization.export_card import require_replaceable
+from lighten.quantization.forecast import forecast, require_room
+from lighten.quantization.model_source import (
+    HeldOutSet,
+    ModelSource,
+    calibration_of,
+    evaluation_of,
+    opened,
+)
+from lighten.quantization.targets import DYNAMIC, Target, parse, require_tools
+from lighten.runs import QUANTIZE, Run
+from lighten.whole_files import whole_folder, write_json
+
+REFERENCE = "bfloat16"
+# Bounds that keep five formats of a small model under ten minutes on two cores.
+TOKENS, QUESTIONS, ANSWER_TOKENS, PROMPT_TOKENS = 2048, 16, 24, 128
+MODE = (
+    "one row at a time, without padding, activations in bfloat16; LLM.int8 in eval mode; GGUF "
+    "through llama.cpp with keys and values in float16"
+)
+Tell = Callable[[str], None]
+
+
+@dataclass
+class Quantized:
+    """What `quantize.json` holds.
+
+    Attributes:
+        model: What was quantised.
+        formats: A row per format, that of the unquantised model first.
+        settings: How it was measured.
+        notes: What has to be said of it.
+        folder: Where the artefacts are.
+    """
+
+    model: str
+    formats: list[dict[str, Any]]
+    settings: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+    folder: str = ""
+    version: int = 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    def format(self, name: str) -> dict[str, Any]:
+        """The row of a format."""
+        return next(row for row in self.formats if row["name"] == name)
+
+
+def quantize(
+    source: str | Run,
+    to: Sequence[str] | str,
+    *,
+    adapter: str | None = None,
+    dataset: str | None = None,
+    output_dir: Path | None = None,
+    tokens: int = TOKENS,
+    questions: int = QUESTIONS,
+    tell: Tell = lambda _: None,
+) -> Quantized:
+    """Write a model in each format, measure all on the same tokens, and write `quantize.json`.
+
+    Args:
+        source: Run, its folder, or a model's name.
+        to: Formats.
+        adapter: Whose, where a run has several.
+        dataset: Data to calibrate and measure on, for a model without a run.
+        output_dir: Each format is a folder in this; None: `exports` of the run, or of here.
+        tokens: Held-out tokens at most.
+        questions: Held-out questions at most that are answered for the metric.
+        tell: Given a line about each part of the work.
+
+    Raises:
+        UserError: Something the user can mend; what was written before it is whole.
+    """
+    targets = parse(to)
+    require_tools(targets)
+    expected = forecast(
+        source, to, adapter=adapter, output_dir=output_dir, tokens=tokens, timed=False
+    )
+    require_room(
+        Path(expected.folder), expected.disk_bytes, f"quantising {expected.model}",
+        temporary_bytes=expected.temporary_bytes,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="lighten-quantize-") as place:
+        scratch = Path(place)
+        with opened(source, scratch, adapter=adapter, dataset=dataset) as model:
+            root = output_dir or _exports(model)
+            for target in targets:
+                require_replaceable(root / target.folder)
+            calibration, told = ([], None) if not any(t.calibrated for t in targets) else (
+                calibration_of(model)
+            )  # fmt: skip
+            held_out = evaluation_of(model, tokens, questions)
+            measuring = _Measuring(held_out, model, scratch)
+            tell(f"measuring {model.name} in {REFERENCE}")
+            rows = [{"name": REFERENCE, "file_bytes": weight_bytes(model.folder),
+                     **measuring.of("reference", model.folder, REFERENCE)}]  # fmt: skip
+            for target in targets:
+                tell(f"making {target.name}")
+                folder = root / target.folder
+                costs = _make(target, model, folder, calibration, told)
+                tell(f"measuring {target.name}")
+                rows.append({"name": target.name, "folder": str(folder),
+                             "file_bytes": weight_bytes(folder), **costs,
+                             **measuring.of(target.kind, folder, target.name)})  # fmt: skip
+            notes = [*measuring.notes(), *_about_bytes(targets, model)]
+            found = Quantized(
+                model.name, _with_frontier(rows), measuring.settings(told), notes, str(root)
+            )
+            if model.run is not None:
+                write_json(model.run.folder / QUANTIZE, found.to_dict())
+            write_json(root / QUANTIZE, found.to_dict())
+    return found
+
+
+def _about_bytes(targets: Sequence[Target], model: ModelSource) -> list[str]:
+    """What has to be said of torchao's 4-bit weights."""
+    if all(target.kind != DYNAMIC for target in targets):
+        return []
+    learnt = model.recipe is not None and model.recipe.qat is not None and model.run is not None
+    return [
+        f"{DYNAMIC}: groups of {model.group_size}, "
+        f"{'which the run was trained for' if learnt else 'after training'}; torchao gives each "
+        "4-bit weight a byte on a processor, in the file too: the ExecuTorch export packs them"
+    ]
+
+
+def _exports(model: ModelSource) -> Path:
+    return (model.run.folder if model.run else Path.cwd()) / "exports"
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of a folder's weight files."""
+    return sum(file.stat().st_size for pattern in ("*.safetensors", "*.gguf")
+               for file in folder.glob(pattern))  # fmt: skip
+
+
+def _make(
+    target: Target,
+    model: ModelSource,
+    folder: Path,
+    calibration: list[list[int]],
+    told: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Write one format, whole or not at all; what it took."""
+    with whole_folder(folder) as partial:
+        job = {
+            "do": "make", "name": target.name, "kind": target.kind, "type": target.type,
+            "model": str(model.folder), "folder": str(partial), "label": model.name,
+            "calibration": calibration if target.calibrated else [],
+            "group_size": model.group_size,
+        }  # fmt: skip
+        costs = child.call(job)
+        if target.calibrated:
+            write_json(partial / "calibration.json", told)
+        (partial / "README.md").write_text(_card(target, model, told), encoding="utf-8")
+    return {"made_seconds": costs["seconds"], "made_peak_bytes": costs["peak_bytes"]}
+
+
+def _card(target: Target, model: ModelSource, told: dict[str, Any] | None) -> str:
+    library = "gguf" if target.kind == "gguf" else "transformers"
+    how = ""
+    if target.calibrated and told is not None:
+        data = Path(told["dataset"]).name
+        how = (
+            f" Its rounding was chosen on {told['rows']} rows of {told['row_tokens']} tokens of "
+            f"`{data}` (SHA-256 of the ids {told['sha256']})."
+        )
+    use = (
+        f"```\nllama-cli -m {model.name}.gguf\n```\n"
+        if library == "gguf"
+        else "```python\nfrom transformers import AutoModelForCausalLM\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", '
+        'dtype="bfloat16")\n```\n'
+    )
+    return (
+        f"---\nbase_model: {model.base}\nlibrary_name: {library}\ntags: [lighten, quantized]\n"
+        f"---\n\n# {model.name}, {target.name}\n\n`{model.base}` "
+        f"{'as it came' if model.run is None else f'as trained in `{model.run.name}`'}, quantised "
+        f"to {target.name}.{how}\n\n{use}"
+    )
+
+
+class _Measuring:
+    """The same tokens for every row of the table."""
+
+    def __init__(self, held_out: HeldOutSet | None, model: ModelSource, scratch: Path) -> None:
+        self._held_out, self._store = held_out, scratch / "predictions"
+        self._store.mkdir()
+        text = "The quick brown fox jumps over the lazy dog. " * 64
+        ids = [int(token) for token in model.tokenizer(text)["input_ids"]]
+        self._prompt = ids[:PROMPT_TOKENS]
+
+    def of(self, kind: str, folder: Path, name: str) -> dict[str, Any]:
+        """Quality, memory and speed of one artefact, from a process of its own."""
+        held_out = self._held_out
+        job = {
+            "do": "measure", "name": name, "kind": kind, "folder": str(folder),
+            "rows": [] if held_out is None else [asdict(row) for row in held_out.rows],
+            "prompts": [] if held_out is None else held_out.prompts,
+            "prompt": self._prompt, "store": str(self._store), "most": ANSWER_TOKENS,
+            "reference": kind == "reference",
+        }  # fmt: skip
+        found = child.call(job)
+        found.pop("rows")
+        found.pop("decode_samples")
+        answers = found.pop("answers")
+        if held_out is not None and answers:
+            from lighten.evaluation.metrics import chrf, exact_match_statistics, percent
+
+            counts = exact_match_statistics(answers, held_out.references).sum(axis=0)
+            found["exact_match"] = float(percent(counts))
+            text = chrf()
+            found["chrf"] = float(text(text.statistics(answers, held_out.references).sum(axis=0)))
+        return found
+
+    def settings(self, calibration: dict[str, Any] | None) -> dict[str, Any]:
+        """How all was measured."""
+        held_out = self._held_out
+        return {
+            "mode": MODE,
+            "dataset": None if held_out is None else held_out.name,
+            "tokens_sha256": None if held_out is None else held_out.sha256,
+            "questions": 0 if held_out is None else len(held_out.prompts),
+            "answer_tokens": ANSWER_TOKENS,
+            "prefill_tokens": len(self._prompt),
+            "calibration": calibration,
+        }
+
+    def notes(self) -> list[str]:
+        """What has to be said of the figures."""
+        if self._held_out is None:
+            return ["no held-out data: sizes and speeds alone; give --dataset FILE"]
+        return self._held_out.notes
+
+
+def _with_frontier(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mark the rows than which none is both smaller and nearer to the data."""
+    for row in rows:
+        row["ratio"] = row["file_bytes"] / rows[0]["file_bytes"]
+        row["frontier"] = "loss" in row and not any(
+            other["file_bytes"] <= row["file_bytes"] and other["loss"] <= row["loss"]
+            and (other["file_bytes"], other["loss"]) != (row["file_bytes"], row["loss"])
+            for other in rows
+        )  # fmt: skip
+    return rows

@@ -1,0 +1,339 @@
+"""The receipt: whether an artefact still answers as what it was made from.
+
+Both are given the same prompts, one after another and never in a batch: first the texts must be the
+same tokens in both, then the probabilities of every next token are compared, then greedy answers,
+token by token.
+
+Dimensions: T tokens of a prompt, V words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from lighten.artifacts import Artefact
+from lighten.errors import UserError
+from lighten.quantization.gguf_source import Array
+from lighten.runs import write_json
+
+RECEIPT = "receipt.json"
+PROMPTS, LONGEST, ANSWER = 8, 256, 24
+# A next token whose probability is so near (in nats) to the likeliest's is a tie that rounding
+# breaks either way.
+NEAR = 0.05
+# Mean KL divergence (nats a token) that each kind of artefact may be away. The numbers are of what
+# its format rounds away on models of 0.1 to 8 billion parameters, doubled.
+ALLOWED = {
+    "adapter": 1e-6, "float32": 1e-5, "float16": 1e-3, "bfloat16": 0.02, "f32": 1e-4,
+    "f16": 1e-3, "bf16": 0.02, "q8_0": 0.02, "q6_k": 0.04, "q5": 0.08, "q4": 0.25, "int8": 0.05,
+    "nf4": 0.25, "int4": 0.25, "executorch": 0.25,
+}  # fmt: skip
+# What a runtime may add to the rounding of its format, as a share of that.
+RUNTIME_SHARE = 0.25
+OTHERWISE = 0.5
+QUESTIONS = (
+    "What is the capital of France?",
+    "Write a Python function that adds two numbers.",
+    "대한민국의 수도는 어디인가요?",
+    "Summarise in one sentence: the cat sat on the mat because it was warm.",
+    "List three colours.",
+    "Translate to Korean: good morning.",
+)
+
+
+class Answering(Protocol):
+    """Something that continues texts."""
+
+    def tokenise(self, text: str) -> list[int]:
+        """Token ids of a rendered prompt."""
+
+    def log_probabilities(self, tokens: Sequence[int]) -> Array:
+        """Of the next token after every token, [T, V], natural logarithms."""
+
+    def greedy(self, tokens: Sequence[int], most: int) -> list[int]:
+        """What follows when the likeliest token is taken each time."""
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """How far an artefact's answers are from its source's.
+
+    Attributes:
+        artefact: Name of what was compared.
+        kind: Its format: what `ALLOWED` names.
+        against: What it was compared with.
+        prompts: How many.
+        tokens: Of all prompts.
+        other_tokens: Prompts that are other tokens in the artefact: nothing else of them counts.
+        largest_difference: Of any log-probability among the source's likeliest 50 of a token.
+        mean_kl: Mean KL divergence from the source, nats a token.
+        allowed_kl: What its kind may be away.
+        same_likeliest: Share of tokens after which both find the same next one likeliest.
+        same_answers: Prompts with the same greedy answer.
+        ties: Answers that differ first at a near tie.
+        answers: Prompts answered.
+        rounding_kl: Where the same rounding was computed in PyTorch too: mean KL divergence from
+            the source to that.
+        runtime_kl: Mean KL divergence from that to the artefact: what its runtime adds.
+    """
+
+    artefact: str
+    kind: str
+    against: str
+    prompts: int
+    tokens: int
+    other_tokens: int
+    largest_difference: float
+    mean_kl: float
+    allowed_kl: float
+    same_likeliest: float
+    same_answers: int
+    ties: int
+    answers: int
+    rounding_kl: float | None = None
+    runtime_kl: float | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether it answers as its kind may."""
+        near = not self.other_tokens and self.mean_kl <= self.allowed_kl
+        if self.rounding_kl is None or self.runtime_kl is None:
+            return near
+        return near and self.runtime_kl <= RUNTIME_SHARE * self.rounding_kl + ALLOWED["f32"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `receipt.json`."""
+        return {**asdict(self), "passed": self.passed}
+
+    def sentence(self) -> str:
+        """In words."""
+        if self.other_tokens:
+            return (
+                f"{self.artefact}: {self.other_tokens} of {self.prompts} prompts are other tokens "
+                "than in training; it will not answer as it learnt"
+            )
+        ties = f" (and {self.ties} that differ at a near tie)" if self.ties else ""
+        return (
+            f"{self.artefact}: mean KL {self.mean_kl:.2g} nats a token (allowed "
+            f"{self.allowed_kl:g}), the same likeliest token after "
+            f"{100 * self.same_likeliest:.1f} % of {self.tokens}, "
+            f"{self.same_answers} of {self.answers} greedy answers the same{ties}{self._runtime()}"
+        )
+
+    def _runtime(self) -> str:
+        if self.rounding_kl is None or self.runtime_kl is None:
+            return ""
+        return (
+            f"; the same rounding in PyTorch is {self.rounding_kl:.2g} away, and its runtime "
+            f"{self.runtime_kl:.2g} from that (allowed {100 * RUNTIME_SHARE:.0f} % of it)"
+        )
+
+
+class InTransformers:
+    """A model folder or a base with an adapter, in transformers and PEFT, in float32.
+
+    Args:
+        folder: Of the model.
+        adapter: Folder of an adapter on it.
+        tokenizer: Folder of the tokenizer; the model's when None.
+    """
+
+    def __init__(
+        self, folder: Path, adapter: Path | None = None, tokenizer: Path | None = None
+    ) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self._torch = torch
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True
+            )
+            if adapter is not None:
+                from peft import PeftModel
+
+                model = PeftModel.from_pretrained(model, adapter)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(
+                tokenizer or folder, local_files_only=True
+            )
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"{adapter or folder} cannot be loaded: {first}") from error
+        self.model = model.eval()
+
+    def tokenise(self, text: str) -> list[int]:
+        """Token ids of a rendered prompt."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def log_probabilities(self, tokens: Sequence[int]) -> Array:
+        """Of the next token after every token, [T, V]."""
+        with self._torch.inference_mode():
+            logits = self.model(input_ids=self._torch.tensor([list(tokens)])).logits[0]
+            found: Array = logits.float().log_softmax(-1).numpy()
+        return found
+
+    def greedy(self, tokens: Sequence[int], most: int) -> list[int]:
+        """The likeliest continuation, token by token."""
+        from transformers import GenerationConfig
+
+        from lighten.evaluation.generate import settings_alone
+
+        bare = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+        ids = self._torch.tensor([list(tokens)])
+        with self._torch.inference_mode(), settings_alone(bare):
+            out = self.model.generate(
+                input_ids=ids,
+                attention_mask=self._torch.ones_like(ids),
+                generation_config=GenerationConfig(
+                    do_sample=False, max_new_tokens=most, pad_token_id=0
+                ),
+            )
+        answer: list[int] = out[0, len(tokens) :].tolist()
+        return answer
+
+
+@contextmanager
+def in_llamacpp(
+    model: Path, adapter: Path | None = None, context_tokens: int = LONGEST + ANSWER
+) -> Iterator[Answering]:
+    """A GGUF file, with a GGUF adapter on it, in llama.cpp with float32 keys and values."""
+    import torch
+
+    from lighten.quantization.llamacpp import Runtime
+
+    class Bare(Runtime):
+        def greedy(self, tokens: Sequence[int], most: int, *, stop: bool = False) -> list[int]:
+            return super().greedy(tokens, most, stop=stop)
+
+    adapters = {adapter: 1.0} if adapter else None
+    threads = torch.get_num_threads()
+    with Bare(model, adapters, context_tokens=context_tokens, threads=threads) as opened:
+        yield opened
+
+
+def prompts_of(artefact: Artefact, tokenizer: Any, count: int = PROMPTS) -> list[str]:
+    """Rendered prompts to compare answers on: the run's held-out ones, else questions of ours."""
+    rendered: list[str] = []
+    if artefact.run is not None:
+        rendered = _held_out_prompts(artefact, tokenizer, count)
+    if rendered:
+        return rendered
+    if getattr(tokenizer, "chat_template", None):
+        return [
+            str(
+                tokenizer.apply_chat_template(
+                    [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+                )
+            )
+            for text in QUESTIONS
+        ]
+    return list(QUESTIONS)
+
+
+def _held_out_prompts(artefact: Artefact, tokenizer: Any, count: int) -> list[str]:
+    from lighten import data
+    from lighten.evaluation.evaluation import askable, held_out_examples
+
+    assert artefact.run is not None
+    recipe = artefact.run.recipe()
+    handling = data.Handling(recipe.system_role, recipe.thinking)
+    try:
+        given = held_out_examples(recipe, artefact.facts.get("data_sha256"))
+    except UserError:
+        return []  # gone or changed since: the artefact can be checked all the same
+    data.choose_template(tokenizer, recipe.chat_template)
+    examples, _ = askable(given.examples[:count], recipe, tokenizer)
+    prompts = [data.prompt_of(example, tokenizer, handling)[0] for example in examples]
+    return [str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)) for ids in prompts]
+
+
+def compare(
+    source: Answering,
+    other: Answering,
+    prompts: Sequence[str],
+    *,
+    artefact: str,
+    kind: str,
+    against: str,
+) -> Receipt:
+    """The receipt of an artefact.
+
+    Args:
+        source: What it was made from.
+        other: The artefact.
+        prompts: Rendered texts.
+        artefact: Its name.
+        kind: Its format.
+        against: Name of the source.
+    """
+    apart = tokens = same = equal = ties = answers = 0
+    largest = divergence = 0.0
+    for prompt in prompts:
+        ids = source.tokenise(prompt)[-LONGEST:]
+        if other.tokenise(prompt)[-LONGEST:] != ids:
+            apart += 1
+            continue
+        p, q = source.log_probabilities(ids), other.log_probabilities(ids)
+        words = min(p.shape[1], q.shape[1])  # one of them may be padded
+        p, q = p[:, :words], q[:, :words]
+        likely = np.argpartition(-p, min(50, words - 1), axis=1)[:, :50]
+        between = np.abs(np.take_along_axis(p, likely, 1) - np.take_along_axis(q, likely, 1))
+        largest = max(largest, float(between.max()))
+        divergence += float((np.exp(p) * (p - q)).sum())
+        same += int((p.argmax(1) == q.argmax(1)).sum())
+        tokens += len(ids)
+        mine, theirs = source.greedy(ids, ANSWER), other.greedy(ids, ANSWER)
+        answers += 1
+        if mine == theirs:
+            equal += 1
+        else:
+            ties += _at_a_tie(source, ids, mine, theirs)
+    return Receipt(
+        artefact, kind, against, len(prompts), tokens, apart, largest,
+        max(divergence, 0.0) / max(tokens, 1), allowed(kind), same / max(tokens, 1), equal, ties,
+        answers,
+    )  # fmt: skip
+
+
+def divergence(source: Answering, other: Answering, prompts: Sequence[str]) -> float:
+    """Mean KL divergence of the next token from a source to another, nats a token."""
+    total, tokens = 0.0, 0
+    for prompt in prompts:
+        ids = source.tokenise(prompt)[-LONGEST:]
+        p, q = source.log_probabilities(ids), other.log_probabilities(ids)
+        total += float((np.exp(p) * (p - q)).sum())
+        tokens += len(ids)
+    return max(total, 0.0) / max(tokens, 1)
+
+
+def _at_a_tie(
+    source: Answering, ids: Sequence[int], mine: Sequence[int], theirs: Sequence[int]
+) -> bool:
+    place = next(
+        (i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b), len(theirs)
+    )
+    if place >= min(len(mine), len(theirs)):
+        return False
+    last = source.log_probabilities([*ids, *mine[:place]])[-1]
+    return bool(last[mine[place]] - last[theirs[place]] < NEAR)
+
+
+def allowed(kind: str) -> float:
+    """Mean KL divergence that a kind of artefact may be away, nats a token."""
+    kind = kind.removeprefix("gguf:").removesuffix("_0").removesuffix("_1")
+    near = [value for name, value in ALLOWED.items() if kind.startswith(name.removesuffix("_0"))]
+    return near[0] if near else OTHERWISE
+
+
+def write_receipt(receipt: Receipt, folder: Path) -> Path:
+    """Store a receipt beside its artefact."""
+    path = folder / RECEIPT
+    write_json(path, receipt.to_dict())
+    return path

@@ -1,0 +1,75 @@
+"""What `lighten audit` prints: a line per technique."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lighten.reporting.text import gib, size
+
+Table = tuple[list[str], list[list[str]]]
+GROUPS = ("training", "long context", "answers")
+COLUMNS = ("tokens/s", "speed ×", "memory ×", "peak", "planned", "ships", "held-out loss")
+
+
+def tables(audit: Mapping[str, Any]) -> list[Table]:
+    """A table for each group of rows: what each cost, brought and lost."""
+    found: list[Table] = []
+    for group in GROUPS:
+        rows = [row for row in audit["rows"] if row["group"] == group]
+        if rows:
+            found.append(([group, *COLUMNS], [[row["name"], *cells(row)] for row in rows]))
+    return found
+
+
+def cells(row: Mapping[str, Any]) -> list[str]:
+    """A row's figures under `COLUMNS`."""
+    if row["status"] != "measured":
+        planned = gib(row["predicted_bytes"]) if row.get("predicted_bytes") else "–"
+        return ["–", "–", "–", _ran_out(row), planned, "–", "–"]
+    brought, quality = row["brought"], row.get("quality") or {}
+    planned = "–"
+    if row.get("predicted_bytes"):
+        planned = f"{gib(row['predicted_bytes'])} ({100 * row['plan_error']:+.0f} %)"
+    return [
+        f"{1 / row['seconds_per_token']:,.1f}", ratio(brought["speed"]), ratio(brought["memory"]),
+        gib(row["peak_bytes"]), planned, ships(row), loss(quality),
+    ]  # fmt: skip
+
+
+def _ran_out(row: Mapping[str, Any]) -> str:
+    return "out of memory" if row.get("out_of_memory") else "–"
+
+
+def ratio(found: Mapping[str, Any] | None) -> str:
+    """A ratio with its interval."""
+    if found is None:
+        return "–"
+    if found["low"] is None:
+        return f"{found['value']:.2f}"
+    return f"{found['value']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+
+
+def ships(row: Mapping[str, Any]) -> str:
+    """Size of the files that a row ends with."""
+    found = [process["shipped_bytes"] for process in row["processes"]
+             if process.get("shipped_bytes")]  # fmt: skip
+    return size(found[0]) if found else "–"
+
+
+def loss(quality: Mapping[str, Any]) -> str:
+    """The held-out loss, or its difference from the plain row's with its interval."""
+    if "difference" not in quality:
+        return f"{quality['loss']:.3f}" if quality else "–"
+    interval = ""
+    if quality["low"] is not None:
+        interval = f" [{quality['low']:+.3f}, {quality['high']:+.3f}]"
+    return f"{quality['difference']:+.3f}{interval}"
+
+
+def reasons(audit: Mapping[str, Any]) -> list[str]:
+    """A sentence for each row that was not measured."""
+    return [
+        f"{row['group']}: {row['name']} was not measured: {row['why']}"
+        for row in audit["rows"] if row["status"] != "measured"
+    ]  # fmt: skip

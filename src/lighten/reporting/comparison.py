@@ -1,0 +1,348 @@
+"""Several runs side by side: which is best in what, and whether that can be told from chance."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+
+from lighten import runs as run_files
+from lighten.data import FEWEST
+from lighten.evaluation.bootstrap import LEVEL, Resamples
+from lighten.evaluation.metrics import METRICS, mean_loss
+from lighten.reporting import text
+from lighten.reporting.charts import number
+from lighten.runs import Run
+
+# An interval for many comparisons at once looks at the far tails, which take more resamples.
+SAMPLES = 4000
+# More names than this are counted instead.
+MOST_NAMES = 3
+_LONGEST_SETTING = 60
+
+
+@dataclass(frozen=True)
+class Column:
+    """One figure of the comparison.
+
+    Attributes:
+        name: Its key.
+        label: Its head.
+        short: Its head in a terminal.
+        lower_is_better: Whether less is more; None: no value is better than another.
+        text: How a value reads.
+    """
+
+    name: str
+    label: str
+    short: str
+    lower_is_better: bool | None
+    text: Callable[[float], str] = number
+
+
+@dataclass
+class Entry:
+    """What one run trained (an adapter, or the base's own weights), or an untouched base.
+
+    Attributes:
+        run: Name of the run.
+        label: What to call it: the run's name, with the adapter's where it has several.
+        is_base: Whether it is a base, for reference.
+        figures: Measured values by column.
+        intervals: Their intervals, where known.
+        differs: The settings in which its run differs from the others.
+        measured_on: What its held-out figures were measured on; equal ones can be compared.
+        losses: Negative log-likelihood and tokens of each held-out example, if recorded.
+        difference: From the lowest held-out loss, with bounds that hold for all entries at once.
+        verdict: How its loss stands to the lowest.
+    """
+
+    run: str
+    label: str
+    is_base: bool
+    figures: dict[str, float] = field(default_factory=dict)
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    differs: str = ""
+    measured_on: tuple[Any, ...] | None = None
+    losses: list[list[float]] | None = None
+    difference: tuple[float, float, float] | None = None
+    verdict: str = ""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs beside each other.
+
+    Attributes:
+        entries: What was trained, in the order of the runs; bases last.
+        columns: The figures that any of them has.
+        best: The places in `entries` of the best of each column, by the column's name.
+        sentences: The verdict, and what to know about it.
+    """
+
+    entries: list[Entry]
+    columns: list[Column]
+    best: dict[str, set[int]]
+    sentences: list[str]
+
+
+_COLUMNS = (
+    *(
+        Column(metric.name, metric.label, metric.name, metric.lower_is_better)
+        for metric in METRICS
+        if metric.name != "perplexity"  # it is the loss in another unit
+    ),
+    Column("watched", "held-out loss while training", "watched loss", True),
+    Column("seconds", "training time", "time", True, text.duration),
+    Column("tokens_per_second", "real tokens/s", "tok/s", False),
+    Column("peak_bytes", "peak memory", "GiB", True, text.gib),
+    Column("file_bytes", "to ship", "MB", True, text.size),
+)  # fmt: skip
+
+
+# The columns for which a terminal has room, and the unit that their head names.
+_NARROW = {
+    "loss": None, "watched": None, "chrf": None, "seconds": None, "peak_bytes": 2**30,
+    "file_bytes": 1e6,
+}  # fmt: skip
+
+
+def compare(runs: Sequence[Run]) -> Comparison:
+    """Compare what the runs trained.
+
+    Args:
+        runs: Two or more; the same one twice is called by its place too.
+    """
+    names = _names(runs)
+    differs = _differences(runs)
+    entries: list[Entry] = []
+    bases: dict[tuple[Any, ...], Entry] = {}
+    for run, name, own in zip(runs, names, differs, strict=True):
+        trained, base = _entries(run, name)
+        for entry in trained:
+            entry.differs = own
+        entries += trained
+        if base is not None:
+            bases.setdefault((base.label, base.measured_on), base)
+    sentences = [*_pruner(entries), *_notes(runs, names)]
+    everything = [*entries, *bases.values()]
+    columns = [
+        column
+        for column in _COLUMNS
+        if any(column.name in entry.figures for entry in entries)
+        and not (column.name == "watched" and all("loss" in entry.figures for entry in entries))
+    ]
+    best = {column.name: _best(column, entries) for column in columns}
+    return Comparison(everything, columns, best, sentences)
+
+
+def _notes(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
+    """What has to be said of the runs' held-out examples: each thing once, with its runs."""
+    told: dict[str, list[str]] = {}
+    for run, name in zip(runs, names, strict=True):
+        for note in text.held_out_notes(run.info(), run.evaluation()):
+            told.setdefault(note, []).append(name)
+    return [f"{', '.join(dict.fromkeys(own))}: {note}" for note, own in told.items()]
+
+
+def _names(runs: Sequence[Run]) -> list[str]:
+    """The runs' names; the folder's whole path where two share a name."""
+    names = [run.name for run in runs]
+    return [
+        name if names.count(name) == 1 else str(run.folder)
+        for run, name in zip(runs, names, strict=True)
+    ]
+
+
+def _differences(runs: Sequence[Run]) -> list[str]:
+    """The settings in which each run differs, in a line."""
+    rows = [row for row in run_files.compare(runs) if row["kind"] == "setting"]
+    return [
+        "; ".join(f"{row['what']} {setting(row['values'][place])}" for row in rows)
+        for place in range(len(runs))
+    ]
+
+
+def setting(value: Any) -> str:
+    """A recipe's value in a few characters."""
+    if value is None:
+        return "not set"
+    if isinstance(value, bool | Mapping | list):
+        text = json.dumps(value, ensure_ascii=False)
+    else:
+        text = f"{value:g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= _LONGEST_SETTING else f"{text[: _LONGEST_SETTING - 1]}…"
+
+
+def _entries(run: Run, name: str) -> tuple[list[Entry], Entry | None]:
+    """What a run trained with its figures, and its base if that was measured."""
+    info, evaluation = run.info(), run.evaluation() or {}
+    measured = {model["name"]: model for model in evaluation.get("models", [])}
+    saved = {own["name"]: own for own in info.get("adapters") or []}
+    trained = list(dict.fromkeys([*saved, *(own for own in measured if own != "base")]))
+    status = str(info.get("status", "not started"))
+    tail = "" if status == "finished" else f" ({status})"
+    entries = []
+    for adapter in trained or [""]:
+        label = name if len(trained) <= 1 else f"{name} {adapter}"
+        entry = Entry(name, label + tail, is_base=False)
+        _add(entry, info.get("training") or {}, ("seconds", "tokens_per_second", "peak_bytes"))
+        _add(entry, saved.get(adapter, {}), ("file_bytes",))
+        watched = saved.get(adapter, {}).get("eval_loss")
+        if watched is not None:
+            entry.figures["watched"] = float(watched)
+        if adapter in measured:
+            _add_measured(entry, measured[adapter], evaluation, info)
+        entries.append(entry)
+    if "base" not in measured:
+        return entries, None
+    model = Path(str((info.get("base") or {}).get("name", ""))).name
+    base = Entry(name, f"base {model}".strip(), is_base=True)
+    _add_measured(base, measured["base"], evaluation, info)
+    return entries, base
+
+
+def _add(entry: Entry, source: Mapping[str, Any], keys: Sequence[str]) -> None:
+    entry.figures |= {key: float(source[key]) for key in keys if source.get(key) is not None}
+
+
+def _add_measured(
+    entry: Entry, model: Mapping[str, Any], evaluation: Mapping[str, Any], info: Mapping[str, Any]
+) -> None:
+    """Held-out figures of one model."""
+    for metric, own in model["metrics"].items():
+        if own.get("value") is None:
+            continue
+        entry.figures[metric] = float(own["value"])
+        if own.get("low") is not None and own.get("high") is not None:
+            entry.intervals[metric] = (float(own["low"]), float(own["high"]))
+    entry.losses = model.get("losses")
+    dataset = evaluation.get("dataset") or {}
+    # Losses per token of two tokenizers cannot be compared, whatever the examples are.
+    tokens = tuple(tokens for _, tokens in entry.losses) if entry.losses else None
+    base = None if tokens else (info.get("base") or {}).get("name")
+    entry.measured_on = (dataset.get("rows"), tokens or dataset.get("path"), base)
+
+
+def _best(column: Column, entries: Sequence[Entry]) -> set[int]:
+    """Places of the best values of a column, where some are better than others."""
+    values = {place: own.figures[column.name] for place, own in enumerate(entries)
+              if column.name in own.figures}  # fmt: skip
+    if column.lower_is_better is None or len(set(values.values())) < 2:
+        return set()
+    held_out = column.name in {metric.name for metric in METRICS}
+    if held_out and len({entries[place].measured_on for place in values}) > 1:
+        return set()
+    best = (min if column.lower_is_better else max)(values.values())
+    return {place for place, value in values.items() if value == best}
+
+
+def _pruner(entries: Sequence[Entry]) -> list[str]:
+    """Set each entry's difference and verdict, and say it in sentences."""
+    measured = [entry for entry in entries if "loss" in entry.figures]
+    missing = [entry.run for entry in entries if "loss" not in entry.figures]
+    sentences = []
+    if missing:
+        names = list(dict.fromkeys(missing))
+        sentences.append(
+            f"Not evaluated: {', '.join(names)} (lighten evaluate RUN); without that there is no "
+            "verdict on it."
+        )
+    if len(measured) < 2:
+        return sentences
+    if len({entry.measured_on for entry in measured}) > 1:
+        return [
+            "The runs were measured on different held-out examples or with different tokenizers, "
+            "so their figures do not say which is better.",
+            *sentences,
+        ]
+    lowest = min(measured, key=lambda entry: entry.figures["loss"])
+    lowest.verdict = "lowest"
+    others = [entry for entry in measured if entry is not lowest]
+    few = int((lowest.measured_on or (0,))[0] or 0) < FEWEST
+    for entry in others:
+        entry.difference = _difference(entry, lowest, len(others))
+        if few:
+            entry.verdict = "too few examples"
+        elif entry.difference is None:
+            entry.verdict = "not compared"
+        elif entry.difference[1] > 0:
+            entry.verdict = "worse"
+        else:
+            entry.verdict = "cannot be told apart"
+    return [_verdict(lowest, others), *sentences]
+
+
+def _difference(entry: Entry, lowest: Entry, comparisons: int) -> tuple[float, float, float] | None:
+    """How far a loss is above the lowest, and between which bounds (95 %, over all comparisons).
+
+    Paired over the same examples where each example's loss is known (`evaluation.json` since 0.1),
+    else from standard errors, which takes the runs for independent and so finds less.
+    """
+    tail = (1 - LEVEL) / comparisons / 2
+    value = entry.figures["loss"] - lowest.figures["loss"]
+    if entry.losses and len(entry.losses) < 2:  # a single example has no interval
+        return None
+    if entry.losses and lowest.losses and len(entry.losses) == len(lowest.losses):
+        ours, theirs = np.asarray(entry.losses, float), np.asarray(lowest.losses, float)
+        resamples = Resamples(len(ours), SAMPLES)
+        differences = mean_loss(resamples.sums(ours)) - mean_loss(resamples.sums(theirs))
+        low, high = np.quantile(differences, [tail, 1 - tail])
+        return value, float(low), float(high)
+    intervals = [own.intervals.get("loss") for own in (entry, lowest)]
+    if None in intervals:
+        return None
+    quantile = NormalDist().inv_cdf((1 + LEVEL) / 2)
+    errors = [(high - low) / 2 / quantile for low, high in filter(None, intervals)]
+    reach = NormalDist().inv_cdf(1 - tail) * sum(error**2 for error in errors) ** 0.5
+    return value, value - reach, value + reach
+
+
+def _verdict(lowest: Entry, others: Sequence[Entry]) -> str:
+    """Which is best, and what cannot be told apart from it."""
+    parts = [f"{lowest.label} has the lowest held-out loss ({number(lowest.figures['loss'])})"]
+    for verdict, said in (
+        ("cannot be told apart", "cannot be told apart from it"),
+        ("worse", "worse"),
+        ("too few examples", f"measured on too few examples to tell (fewer than {FEWEST})"),
+        ("not compared", "not compared"),
+    ):
+        told = [entry.label for entry in others if entry.verdict == verdict]
+        if told:
+            verb = "" if verdict == "cannot be told apart" else "is " if len(told) == 1 else "are "
+            who = ", ".join(told) if len(told) <= MOST_NAMES else f"{len(told)} others"
+            parts.append(f"{who} {verb}{said}")
+    advice = ""
+    if any(entry.verdict == "cannot be told apart" for entry in others):
+        advice = " Of those that cannot be told apart, take the cheapest."
+    return f"{'; '.join(parts)}.{advice}"
+
+
+def difference_text(entry: Entry) -> str:
+    """An entry's difference with its bounds, or nothing."""
+    if entry.difference is None:
+        return ""
+    return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*entry.difference)
+
+
+def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """The comparison for a terminal: heads, and a row per entry; `*` marks the best of a column."""
+    chosen = [own for own in comparison.columns if own.name in _NARROW]
+    rows = []
+    for place, entry in enumerate(comparison.entries):
+        row = [entry.label]
+        for column in chosen:
+            value = entry.figures.get(column.name)
+            mark = "*" if place in comparison.best[column.name] else ""
+            if value is None:
+                row.append("–")
+            else:
+                unit = _NARROW[column.name]
+                row.append((number(value / unit) if unit else column.text(value)) + mark)
+        rows.append([*row, f"{difference_text(entry)} {entry.verdict}".strip()])
+    return ["", *(own.short for own in chosen), "above the lowest loss"], rows

@@ -1,0 +1,189 @@
+"""A sweep's table, for the terminal and for the page: one row per arm."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lighten import runs
+from lighten.evaluation.metrics import METRICS
+from lighten.reporting.charts import number
+from lighten.reporting.text import duration, gib, size
+
+FILE = "sweep.json"
+LABELS = {metric.name: metric.label for metric in METRICS}
+
+
+def table(data: Mapping[str, Any], metric: str) -> tuple[list[str], list[list[str]]]:
+    """Columns, and a row per arm: recommended ones marked, references last.
+
+    Args:
+        data: What `sweep.json` holds.
+        metric: Which metric stands beside the loss.
+    """
+    columns = ["arm", "held-out loss"]
+    if metric != "loss":
+        columns.append(LABELS[metric])
+    columns += ["time", "real tokens/s", "peak memory", "trainable", "to ship", "served adds", ""]
+    rows = []
+    for arm in ordered(data):
+        row = [arm["name"], with_error(arm.get("loss"), 4)]
+        if metric != "loss":
+            row.append(with_error(arm.get("metrics", {}).get(metric), 2))
+        served = arm["served"]["share_of_base"]
+        row += [
+            "–" if arm["seconds"] is None else duration(arm["seconds"]),
+            number(arm["tokens_per_second"]),
+            "–" if arm["peak_bytes"] is None else gib(arm["peak_bytes"]),
+            f"{arm['trainable_parameters']:,}" if arm["trainable_parameters"] else "–",
+            size(arm["file_bytes"]) if arm["file_bytes"] else "–",
+            "–" if not served else f"{100 * served:.2g} % FLOPs",
+            remark(arm, data),
+        ]
+        rows.append(row)
+    return columns, rows
+
+
+def narrow(data: Mapping[str, Any], metric: str) -> tuple[list[str], list[list[str]]]:
+    """The same table in as few characters as it takes, units in the heads."""
+    columns = ["arm", "held-out loss"]
+    if metric != "loss":
+        columns.append(metric)
+    columns += ["time", "tok/s", "GiB", "params", "MB", "served", ""]
+    rows = []
+    for arm in ordered(data):
+        row = [arm["name"], with_error(arm.get("loss"), 3)]
+        if metric != "loss":
+            row.append(with_error(arm.get("metrics", {}).get(metric), 1))
+        served, count, size_bytes = (
+            arm["served"]["share_of_base"], arm["trainable_parameters"], arm["file_bytes"],
+        )  # fmt: skip
+        row += [
+            "–" if arm["seconds"] is None else _clock(arm["seconds"]),
+            number(arm["tokens_per_second"]),
+            "–" if arm["peak_bytes"] is None else f"{arm['peak_bytes'] / 2**30:.2f}",
+            f"{count / 1e6:.3g}M" if count else "–",
+            f"{size_bytes / 1e6:.3g}" if size_bytes else "–",
+            f"+{100 * served:.2g}%" if served else "–",
+            remark(arm, data).replace("← take this", "← take"),
+        ]
+        rows.append(row)
+    return columns, rows
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"
+
+
+def shown(folder: Path) -> tuple[list[str], list[list[str]], list[str]]:
+    """Table and sentences of a sweep's folder, for the terminal."""
+    data = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    metric = metric_of(folder)
+    sentences = [*data["recommendation"]["reasons"], *data.get("notes", []),
+                 against_full(data, metric), shared_peak(data), *truncated(data)]  # fmt: skip
+    return *narrow(data, metric), [sentence for sentence in sentences if sentence]
+
+
+def truncated(data: Mapping[str, Any]) -> list[str]:
+    """A sentence per arm that was cut to lower ranks."""
+    sentences = []
+    for name, curve in (data.get("truncated") or {}).items():
+        losses = {point["rank"]: point["loss"] for point in curve["points"]}
+        full, enough = curve["trained_rank"], curve["enough"]
+        what = (
+            f"cut to rank {enough} it is not found to be worse ({losses[enough]:.4f} against "
+            f"{losses[full]:.4f})"
+            if enough < full
+            else "every lower rank that it was cut to is worse"
+        )
+        sentences.append(f"{name}, trained at rank {full}: {what}. Trained at a lower rank an "
+                         "adapter may do better than one cut to it.")  # fmt: skip
+    return sentences
+
+
+def metric_of(folder: Path) -> str:
+    """The metric that a sweep reports beside the loss."""
+    recipe = yaml.safe_load((folder / runs.RECIPE).read_text(encoding="utf-8"))
+    return str(recipe["sweep"]["metric"])
+
+
+def ordered(data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Arms by size, references last."""
+    arms: Sequence[dict[str, Any]] = data.get("arms", [])
+    return sorted(
+        arms, key=lambda arm: (arm["reference"] is not None, arm["trainable_parameters"] or 0)
+    )
+
+
+def recommended(data: Mapping[str, Any]) -> set[str]:
+    """Names of the arms of the setting that is recommended."""
+    for own in data.get("settings", []):
+        if own["recommended"]:
+            return set(own["arms"])
+    return set()
+
+
+def remark(arm: Mapping[str, Any], data: Mapping[str, Any]) -> str:
+    """What is special about an arm."""
+    if arm["name"] in recommended(data):
+        return "← take this"
+    if arm["reference"]:
+        return "reference"
+    if arm["status"] == "left":
+        return f"left after step {arm['steps']}"
+    return "" if arm["status"] == "finished" else str(arm["status"])
+
+
+def with_error(estimate: Mapping[str, Any] | None, decimals: int) -> str:
+    """A value with its standard error."""
+    if estimate is None or estimate.get("value") is None:
+        return "–"
+    error = estimate.get("se")
+    told = f"{estimate['value']:.{decimals}f}"
+    return told if error is None else f"{told} ± {error:.{decimals}f}"
+
+
+def shared_peak(data: Mapping[str, Any]) -> str:
+    """Why several arms have one peak."""
+    together = [arm for arm in data.get("arms", []) if arm.get("together", 1) > 1]
+    if not together:
+        return ""
+    return (
+        "Arms that trained in one pass share its peak memory; their time is the pass's by their "
+        "share of its arithmetic."
+    )
+
+
+def against_full(data: Mapping[str, Any], metric: str) -> str | None:
+    """The recommended arm beside full fine-tuning, both measured here."""
+    arms = {arm["name"]: arm for arm in data.get("arms", [])}
+    full = arms.get("full")
+    name = data.get("recommendation", {}).get("arm")
+    if full is None or name not in arms or "loss" not in full:
+        return None
+    own = arms[name]
+    parts = []
+    if full["peak_bytes"] and own["peak_bytes"]:
+        with_others = f" (shared with {own['together'] - 1} more)" if own["together"] > 1 else ""
+        parts.append(
+            f"peak memory {gib(full['peak_bytes'])} → {gib(own['peak_bytes'])}{with_others}"
+        )
+    if full["tokens_per_second"] and own["tokens_per_second"]:
+        ratio = own["tokens_per_second"] / full["tokens_per_second"]
+        faster = f"{ratio:.2g}x faster" if ratio >= 1 else f"{1 / ratio:.2g}x slower"
+        parts.append(f"{faster} per token")
+    difference = own["loss"]["value"] - full["loss"]["value"]
+    parts.append(f"held-out loss {difference:+.3f}")
+    found = own.get("against", {}).get("full")
+    if found and metric not in ("loss", "perplexity"):
+        parts.append(f"{LABELS[metric]} {found['value']:+.2f} ({found['verdict']})")
+    parts.append(f"{size(full['file_bytes'])} → {size(own['file_bytes'])} to ship")
+    rate = full["sets"].get("learning_rate")
+    return (
+        f"Against full fine-tuning (learning rate {rate:g}, not tuned), {name}: {', '.join(parts)}."
+    )

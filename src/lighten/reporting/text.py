@@ -1,0 +1,113 @@
+"""What the numbers of a run say, in sentences and in marks on answers."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup, escape
+
+from lighten.reporting.charts import number
+
+_WORD = re.compile(r"\s+|\w+|[^\w\s]")
+
+
+def headline(info: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> list[str]:
+    """One honest sentence per adapter about what training changed."""
+    if evaluation is None:
+        nothing = (info.get("data") or {}).get("nothing_held_out")
+        if nothing and info.get("status") == "finished":
+            return [f"This run is trained, and not measured: {nothing}."]
+        ended = {"failed": "This run failed", "interrupted": "This run was interrupted"}
+        start = ended.get(str(info.get("status")), "This run is trained")
+        return [f"{start}; it has not been evaluated yet (lighten evaluate)."]
+    values = {model["name"]: model["metrics"] for model in evaluation["models"]}
+    sentences = []
+    for name, own in values.items():
+        if name == "base":
+            continue
+        told = [
+            _change(label, values["base"], own, evaluation.get("differences", []), name, metric)
+            for metric, label in (("perplexity", "perplexity"), ("chrf", "chrF"))
+            if metric in own and metric in values.get("base", {})
+        ]
+        if not told:
+            continue
+        lead = "Held-out " if name == "default" else f"{name}: held-out "
+        sentences.append(f"{lead}{' and '.join(told)}.")
+    return sentences or ["Evaluated, without a base to compare with."]
+
+
+def held_out_notes(info: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> list[str]:
+    """What has to be said of the examples that the held-out figures were measured on."""
+    if evaluation is None:
+        return list((info.get("data") or {}).get("held_out_notes", []))
+    return list(evaluation["dataset"].get("notes", []))
+
+
+def _change(
+    label: str,
+    base: Mapping[str, Any],
+    own: Mapping[str, Any],
+    differences: Sequence[Mapping[str, Any]],
+    name: str,
+    metric: str,
+) -> str:
+    verdict = verdict_of(differences, name, metric)
+    said = {
+        "better": "better, outside the 95 % interval",
+        "worse": "worse, outside the 95 % interval",
+        "": "not compared",
+    }.get(verdict, verdict)
+    return f"{label} {number(base[metric]['value'])} → {number(own[metric]['value'])} ({said})"
+
+
+def verdict_of(differences: Sequence[Mapping[str, Any]], adapter: str, metric: str) -> str:
+    """The verdict on one adapter and metric, empty if it was not compared."""
+    for difference in differences:
+        if difference["adapter"] == adapter and difference["metric"] == metric:
+            return str(difference["verdict"])
+    return ""
+
+
+def marked(answer: str, reference: str) -> Markup:
+    """The answer with the words that the reference has too in `<mark>`, underlined by the page."""
+    said, wanted = _WORD.findall(answer), _WORD.findall(reference)
+    matcher = difflib.SequenceMatcher(
+        a=[word.casefold() for word in said], b=[word.casefold() for word in wanted], autojunk=False
+    )
+    out, place = [], 0
+    for start, _, size in matcher.get_matching_blocks():
+        out.append(escape("".join(said[place:start])))
+        common = "".join(said[start : start + size])
+        if common.strip():
+            out.append(Markup("<mark>{}</mark>").format(common))
+        else:
+            out.append(escape(common))
+        place = start + size
+    return Markup("").join(out)
+
+
+def size(count: float | None) -> str:
+    """Bytes as MB of files (10^6)."""
+    if count is None:
+        return "not known"
+    return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.2f} GB"
+
+
+def gib(count: float | None) -> str:
+    """Bytes of memory as GiB (2^30)."""
+    return "not known" if count is None else f"{count / 2**30:.2f} GiB"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as people say them."""
+    if seconds is None:
+        return "not known"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

@@ -1,0 +1,275 @@
+"""What is served: a base and adapters by name, checked and converted before an engine sees them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lighten import data, models
+from lighten.errors import UserError
+from lighten.machine.hardware import cache_folder
+from lighten.models import configuration, gguf
+from lighten.models.load import checksum, locate, tokenizer_in, weight_files
+from lighten.peft_config import CONFIG, WEIGHTS, read_config
+from lighten.quantization.gguf_adapter import write_gguf_adapter
+from lighten.runs import INFO, RECIPE, Run, whole_folder
+from lighten.serving.engine import Adapter
+from lighten.serving.prompts import Asking, asking
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
+# Beside the weights and settings, what decides how an adapter is asked.
+_FILES = (CONFIG, WEIGHTS, "chat_template.jinja", "tokenizer.json", "tokenizer_config.json",
+          "generation_config.json")  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """Something that answers under a name.
+
+    Attributes:
+        name: What clients call it.
+        asking: How it is asked.
+        adapter: Which adapter it is; None: the base.
+        created: Unix time at which it was named.
+        path: Where it lies, as it was given.
+    """
+
+    name: str
+    asking: Asking
+    adapter: Adapter | None
+    created: int
+    path: str
+
+
+@dataclass
+class Base:
+    """The base: where it lies, and how it is asked."""
+
+    name: str
+    folder: Path
+    config: Any
+    asking: Asking
+    gguf: Path | None  # where it is a GGUF file itself
+    checksum: str | None = None
+    declared: Any = None
+
+    def contents(self) -> str:
+        """SHA-256 over all that its conversion reads."""
+        if self.checksum is None:
+            self.checksum = checksum(weight_files(self.folder))
+        whole = hashlib.sha256(str(self.checksum).encode())
+        for file in sorted(self.folder.glob("*.json")) + sorted(self.folder.glob("*.jinja")):
+            whole.update(file.name.encode() + file.read_bytes())
+        return whole.hexdigest()
+
+
+def open_base(name: str, *, revision: str | None = None) -> Base:
+    """Find a base and read all but its weights.
+
+    Args:
+        name: As for `lighten train`: a hub id, a folder, a GGUF file, a packaged model; or a run
+            of full fine-tuning.
+        revision: Of a hub id.
+
+    Raises:
+        UserError: No such model, or no tokenizer.
+    """
+    run = run_of(name)
+    if run is not None:
+        model = run.model()
+        if model is None:
+            raise UserError(
+                f"{name} is a run of adapters; serve its base: lighten serve "
+                f"{run.recipe().model_name_or_path} --adapters {name}"
+            )
+        name, recipe, info = str(model), run.recipe(), run.info()
+        handling = data.Handling(recipe.system_role, recipe.thinking)
+        learnt, template = data.LearntAnswers.of(info), recipe.chat_template
+    else:
+        handling, learnt, template = data.Handling(), data.LearntAnswers(), None
+    source, path = locate(name, revision=revision)
+    folder = gguf.converted(path) if source == "gguf" else path
+    tokenizer = models.load_tokenizer(name, revision=revision)
+    config = configuration.read_config(folder)
+    declared = _declared(folder, config)
+    asked = asking(tokenizer, template, declared, handling, learnt)
+    return Base(name, folder, config, asked, path if source == "gguf" else None, declared=declared)
+
+
+def open_adapter(name: str, folder: Path, base: Base) -> Model:
+    """Read an adapter: how it is asked, and a fingerprint of what it is.
+
+    Raises:
+        UserError: It is no adapter, or one of another base.
+    """
+    if not _NAME.fullmatch(name):
+        raise UserError(
+            f"{name!r} cannot be the name of a model; use letters, digits, '.', '_', '-' and '/', "
+            "beginning with a letter or a digit, 128 at most"
+        )
+    read_config(folder)
+    key = fingerprint(folder)
+    run = run_of_adapter(folder)
+    handling, learnt, template = data.Handling(), data.LearntAnswers(), None
+    if run is not None:
+        recipe, info = run.recipe(), run.info()
+        _require_same_base(folder, info, base)
+        handling = data.Handling(recipe.system_role, recipe.thinking)
+        learnt, template = data.LearntAnswers.of(info), recipe.chat_template
+    there = any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model"))
+    tokenizer = tokenizer_in(folder, str(folder)) if there else models.load_tokenizer(base.name)
+    if len(tokenizer) > base.config.get_text_config().vocab_size:
+        raise UserError(
+            f"{folder} has a tokenizer of {len(tokenizer):,} tokens and the base "
+            f"{base.config.get_text_config().vocab_size:,}: tokens were added, which cannot be "
+            f"served unmerged; merge it first: {_merge(folder)}"
+        )
+    if there and template is None and tokenizer.chat_template is None:
+        tokenizer.chat_template = base.asking.tokenizer.chat_template
+    declared = _declared(folder, None) or base.declared
+    asked = asking(tokenizer, None if there else template, declared, handling, learnt)
+    return Model(name, asked, Adapter(key, folder), now(), str(folder))
+
+
+def resolve(given: Mapping[str, str] | Iterable[str]) -> dict[str, Path]:
+    """Folders of adapters by name from what a user gives.
+
+    Args:
+        given: `name=path`, or paths alone: a path is an adapter's folder, a run, or a folder of
+            adapters.
+
+    Raises:
+        UserError: No adapter there, or two of one name.
+    """
+    pairs = given.items() if isinstance(given, Mapping) else [_pair(word) for word in given]
+    found: dict[str, Path] = {}
+    for name, path in pairs:
+        for own, folder in _below(name, Path(path).expanduser()).items():
+            if own in found:
+                raise UserError(
+                    f"two adapters are called {own!r}: {found[own]} and {folder}; name them: "
+                    f"--adapters first={found[own]} second={folder}"
+                )
+            found[own] = folder
+    return found
+
+
+def _pair(word: str) -> tuple[str | None, str]:
+    name, equals, path = word.partition("=")
+    return (name, path) if equals and not Path(word).exists() else (None, word)
+
+
+def _below(name: str | None, path: Path) -> dict[str, Path]:
+    """The adapters at a path."""
+    if (path / CONFIG).is_file():
+        return {name or path.resolve().name: path}
+    run = run_of(str(path))
+    if run is not None:
+        there = run.adapters()
+        if not there and run.model() is not None:
+            raise UserError(f"{path} trained a whole model, no adapter: lighten serve {path}")
+    elif path.is_dir():
+        there = {own.parent.name: own.parent for own in sorted(path.glob(f"*/{CONFIG}"))}
+    else:
+        raise UserError(f"{path} does not exist; give an adapter's folder, a run, or NAME=PATH")
+    if not there:
+        raise UserError(f"{path} holds no adapter ({CONFIG})")
+    if name is None:
+        return there
+    if len(there) == 1:
+        return {name: next(iter(there.values()))}
+    return {f"{name}/{own}": folder for own, folder in there.items()}
+
+
+def run_of(target: str) -> Run | None:
+    """The run at a path, or of a name under `runs/`."""
+    for folder in (Path(target), Path("runs") / target):
+        if (folder / RECIPE).is_file():
+            return Run(folder)
+    return None
+
+
+def run_of_adapter(folder: Path) -> Run | None:
+    """The run that an adapter's folder lies in."""
+    above = folder.resolve().parent
+    inside = above.name == "adapters" and (above.parent / RECIPE).is_file()
+    return Run(above.parent) if inside and (above.parent / INFO).is_file() else None
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 over the files that decide what an adapter answers."""
+    whole = hashlib.sha256()
+    for name in _FILES:
+        path = folder / name
+        whole.update(name.encode())
+        if path.is_file():
+            with path.open("rb") as file:
+                whole.update(hashlib.file_digest(file, "sha256").digest())
+    return whole.hexdigest()[:32]
+
+
+def adapter_as_gguf(adapter: Adapter, base: Base) -> Path:
+    """The adapter as GGUF, from the cache or written there.
+
+    Raises:
+        UserError: It cannot be served unmerged; says why, and how to merge it.
+    """
+    folder = cache_folder() / "serve" / f"{adapter.key}-{base.config.model_type}"
+    target = folder / "adapter.gguf"
+    if not target.is_file():
+        with whole_folder(folder) as partial:
+            write_gguf_adapter(adapter.folder, base.config, partial / "adapter.gguf")
+            require_unchanged(adapter)
+    return target
+
+
+def require_unchanged(adapter: Adapter) -> None:
+    """Refuse an adapter whose folder was written to since it was named: after it was read.
+
+    Raises:
+        UserError: Its contents are others now.
+    """
+    if fingerprint(adapter.folder) != adapter.key:
+        raise UserError(f"{adapter.folder} was changed while it was read; load it again")
+
+
+def now() -> int:
+    """Unix time, in seconds."""
+    return int(time.time())
+
+
+def _merge(folder: Path) -> str:
+    return f"lighten export {folder} --as merged"
+
+
+def _require_same_base(folder: Path, info: Mapping[str, Any], base: Base) -> None:
+    """Refuse an adapter whose run names another base of known contents."""
+    of_run = info.get("base") or {}
+    if of_run.get("checksum") is None or base.gguf is not None:
+        return
+    if base.checksum is None:
+        base.checksum = checksum(weight_files(base.folder))
+    if of_run["checksum"] != base.checksum:
+        raise UserError(
+            f"{folder} was trained on another base ({of_run.get('name')}) than {base.name}: their "
+            "weights differ; serve it over its own"
+        )
+
+
+def _declared(folder: Path, config: Any) -> Any:
+    """`eos_token_id` of the generation settings, else of the configuration."""
+    file = folder / "generation_config.json"
+    if file.is_file():
+        try:
+            found = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{file} is not valid JSON: {error}; fetch it again") from error
+        if found is not None:
+            return found
+    return None if config is None else config.get_text_config().eos_token_id

@@ -1,0 +1,252 @@
+"""The answers of one request: made together, whole or as a stream, and counted."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
+
+from lighten.errors import UserError
+from lighten.serving.adapters import Model
+from lighten.serving.answers import Choice, Form, Usage, failure_event
+from lighten.serving.engine import Engine, EngineFailed, EngineRefused, Generation, Piece
+from lighten.serving.metrics import Metrics
+from lighten.serving.registry import Registry
+from lighten.serving.requests import Refused
+from lighten.serving.stopping import StopTexts
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+
+T = TypeVar("T")
+
+
+class Gone(Exception):
+    """The client hung up before it was answered."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a client may ask for.
+
+    Attributes:
+        body_bytes: Of a request.
+        waiting: Answers under way and waiting; more are told to come back.
+    """
+
+    body_bytes: int = 8 * 2**20
+    waiting: int = 512
+
+
+@dataclass
+class Front:
+    """Everything that the routes share.
+
+    Attributes:
+        registry: What is served.
+        engine: Who makes tokens.
+        api_keys: One of them opens the routes below `/v1`; none: they are open.
+        admin_keys: One of them opens loading and unloading; none: these are shut.
+        hosts: Values of `Host` that are answered; None: all.
+    """
+
+    registry: Registry
+    engine: Engine
+    api_keys: tuple[str, ...] = ()
+    admin_keys: tuple[str, ...] = ()
+    hosts: frozenset[str] | None = None
+    limits: Limits = Limits()
+    metrics: Metrics = field(default_factory=Metrics)
+    ready: bool = False
+    stopping: bool = False
+    answering: int = 0
+
+    async def warm_up(self) -> None:
+        """Answer one request; only then is the server ready.
+
+        Raises:
+            UserError: The engine does not answer.
+        """
+        asked = self.registry.models[self.registry.name].asking
+        prompt = asked.text("Hello") or [0]
+        try:
+            async for _ in self.engine.generate(Generation(prompt, None, 1)):
+                pass
+        except (EngineRefused, EngineFailed) as error:
+            raise UserError(f"the engine does not answer: {error}") from error
+        self.ready = True
+
+
+async def unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """The result, unless the client hangs up first: then the work is cancelled."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Gone
+        return task.result()
+    finally:
+        for own in (task, gone):
+            own.cancel()
+        with contextlib.suppress(asyncio.CancelledError, Exception):
+            await task
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def chained(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
+    """A stream whose first event was waited for."""
+    async with contextlib.aclosing(rest):  # type: ignore[type-var]
+        yield first
+        async for event in rest:
+            yield event
+
+
+class Answering:
+    """The answers of one request while they are made."""
+
+    def __init__(
+        self, front: Front, model: Model, wanted: Sequence[Generation], stops: Sequence[str],
+        prompt_tokens: int,
+    ) -> None:  # fmt: skip
+        self._front, self._model, self._wanted = front, model, wanted
+        self._stops, self._prompt_tokens = stops, prompt_tokens
+        self._began = time.perf_counter()
+        self._first = True
+
+    def usage(self, choices: Sequence[Choice]) -> Usage:
+        """Tokens; a prompt that has several answers counts once."""
+        made = sum(own.tokens for own in choices)
+        return Usage(self._prompt_tokens, made, min(self._prompt_tokens, choices[0].cached))
+
+    async def whole(self) -> list[Choice]:
+        """All answers, when all are made."""
+        choices = [Choice() for _ in self._wanted]
+        async with self._counted(), asyncio.TaskGroup() as group:
+            for wanted, choice in zip(self._wanted, choices, strict=True):
+                group.create_task(self._fill(wanted, choice))
+        self._note(choices)
+        return choices
+
+    async def events(self, form: Form, *, usage: bool) -> AsyncIterator[str]:
+        """The events of a stream; parts of several answers as they come."""
+        choices = [Choice() for _ in self._wanted]
+        parts: asyncio.Queue[tuple[int, Piece] | BaseException | None] = asyncio.Queue()
+
+        async def make(number: int, wanted: Generation) -> None:
+            try:
+                async for piece in self._pieces(wanted, choices[number]):
+                    parts.put_nowait((number, piece))
+                parts.put_nowait(None)
+            except Exception as error:
+                parts.put_nowait(error)
+
+        async with self._counted():
+            tasks = [asyncio.create_task(make(*own)) for own in enumerate(self._wanted)]
+            try:
+                left = len(tasks)
+                begun: set[int] = set()
+                while left:
+                    part = await parts.get()
+                    if part is None:
+                        left -= 1
+                        continue
+                    if isinstance(part, BaseException):
+                        if not begun:
+                            raise part
+                        yield failure_event(Refused(500, str(part)).body())
+                        return
+                    number, piece = part
+                    if number not in begun:
+                        begun.add(number)
+                        if (opening := form.first(number)) is not None:
+                            yield opening
+                    if piece.text or piece.logprobs or piece.finish:
+                        yield form.part(number, piece.text, piece.logprobs, piece.finish)
+                if usage:
+                    yield form.usage(self.usage(choices))
+                yield "data: [DONE]\n\n"
+                self._note(choices)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _fill(self, wanted: Generation, choice: Choice) -> None:
+        async for _ in self._pieces(wanted, choice):
+            pass
+
+    async def _pieces(self, wanted: Generation, choice: Choice) -> AsyncIterator[Piece]:
+        """The engine's pieces up to a stop text, each added to the choice before it is given."""
+        stops = StopTexts(self._stops)
+        made = self._front.engine.generate(wanted)
+        async with contextlib.aclosing(made):  # type: ignore[type-var]
+            async for piece in made:
+                self._tell_first()
+                text = stops.take(piece.text)
+                finish = "stop" if stops.stopped else piece.finish
+                if finish is not None and not stops.stopped:
+                    text += stops.rest()
+                choice.text += text
+                choice.logprobs += piece.logprobs
+                choice.finish, choice.tokens = finish, piece.tokens
+                choice.cached = piece.cached
+                choice.untold += piece.untold
+                yield Piece(text, piece.logprobs, finish, piece.tokens, piece.cached)
+                if finish is not None:
+                    return
+
+    def _tell_first(self) -> None:
+        if self._first:
+            self._first = False
+            took = time.perf_counter() - self._began
+            self._front.metrics.observe("time_to_first_token", took, model=self._model.name)
+
+    def _note(self, choices: Sequence[Choice]) -> None:
+        metrics, took = self._front.metrics, time.perf_counter() - self._began
+        metrics.observe("request", took, model=self._model.name)
+        metrics.count("prompt_tokens", self._prompt_tokens, model=self._model.name)
+        metrics.count(
+            "generated_tokens", sum(own.tokens for own in choices), model=self._model.name
+        )
+
+    @contextlib.asynccontextmanager
+    async def _counted(self) -> AsyncIterator[None]:
+        """Count answers under way, and tell an engine's errors as a client's or the server's."""
+        self._front.answering += len(self._wanted)
+        try:
+            yield
+        except Exception as error:
+            cause = _cause(error)
+            if isinstance(cause, EngineRefused):
+                raise Refused(400, str(cause), _blamed(str(cause))) from error
+            if isinstance(cause, EngineFailed):
+                self._front.metrics.count("engine_failures", model=self._model.name)
+                raise Refused(503, f"the engine failed: {cause}") from error
+            raise cause from None
+        finally:
+            self._front.answering -= len(self._wanted)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The first error of those that the answers of one request ended with."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+# Fields that an engine may refuse.
+_BLAMED = {"response_format", "presence_penalty", "frequency_penalty"}
+
+
+def _blamed(said: str) -> str | None:
+    """The field that an engine refuses, which it names first; others are checked in the front."""
+    name = said.partition(" ")[0].rstrip(":")
+    return name if name in _BLAMED else None

@@ -1,0 +1,190 @@
+"""What clients get: OpenAI's bodies, whole and streamed."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from lighten.serving.engine import Finish, TokenLogprob
+
+
+@dataclass
+class Choice:
+    """One answer as far as it is made."""
+
+    text: str = ""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish: Finish | None = None
+    tokens: int = 0
+    cached: int = 0
+    untold: int = 0
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of a request and its answers."""
+
+    prompt: int
+    completion: int
+    cached: int = 0
+
+    def body(self) -> dict[str, Any]:
+        """As OpenAI writes it."""
+        return {
+            "prompt_tokens": self.prompt, "completion_tokens": self.completion,
+            "total_tokens": self.prompt + self.completion,
+            "prompt_tokens_details": {"cached_tokens": self.cached},
+        }  # fmt: skip
+
+
+class Form(Protocol):
+    """How one of the two routes writes its answers."""
+
+    def whole(self, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]:
+        """The body of an answer that is not streamed."""
+
+    def first(self, number: int) -> str | None:
+        """What a stream begins each answer with."""
+
+    def part(
+        self, number: int, text: str, logprobs: Sequence[TokenLogprob], finish: Finish | None
+    ) -> str:
+        """The next part of a streamed answer."""
+
+    def usage(self, usage: Usage) -> str:
+        """The last event of a stream whose client wants to know."""
+
+
+class _Written:
+    def __init__(self, kind: str, chunk: str, prefix: str, model: str, logprobs: bool) -> None:
+        self._kind, self._chunk, self._logprobs = kind, chunk, logprobs
+        self._head = {"id": f"{prefix}-{secrets.token_hex(12)}", "created": int(time.time()),
+                      "model": model}  # fmt: skip
+
+    def _event(self, choices: list[dict[str, Any]], **more: Any) -> str:
+        body = {**self._head, "object": self._chunk, "choices": choices, **more}
+        return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+
+    def usage(self, usage: Usage) -> str:
+        """See `Form`."""
+        return self._event([], usage=usage.body())
+
+
+class ChatForm(_Written):
+    """`/v1/chat/completions`."""
+
+    def __init__(self, model: str, logprobs: bool) -> None:
+        super().__init__("chat.completion", "chat.completion.chunk", "chatcmpl", model, logprobs)
+
+    def whole(self, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]:
+        """See `Form`."""
+        return {
+            **self._head, "object": self._kind,
+            "choices": [
+                {"index": number, "finish_reason": own.finish,
+                 "message": {"role": "assistant", "content": own.text, "refusal": None},
+                 "logprobs": self._probabilities(own.logprobs, own.untold)}
+                for number, own in enumerate(choices)
+            ],
+            "usage": usage.body(),
+        }  # fmt: skip
+
+    def first(self, number: int) -> str | None:
+        """See `Form`."""
+        delta = {"role": "assistant", "content": ""}
+        return self._event([{"index": number, "delta": delta, "logprobs": None,
+                             "finish_reason": None}])  # fmt: skip
+
+    def part(
+        self, number: int, text: str, logprobs: Sequence[TokenLogprob], finish: Finish | None
+    ) -> str:
+        """See `Form`."""
+        delta = {"content": text} if text or finish is None else {}
+        told = self._probabilities(logprobs) if logprobs else None
+        return self._event([{"index": number, "delta": delta, "logprobs": told,
+                             "finish_reason": finish}])  # fmt: skip
+
+    def _probabilities(
+        self, found: Sequence[TokenLogprob], untold: int = 0
+    ) -> dict[str, Any] | None:
+        if not self._logprobs:
+            return None
+        content = [
+            {**_token(own), "top_logprobs": [_token(top) for top in own.top]}
+            for own in found
+        ]  # fmt: skip
+        told = {"content": content, "refusal": None}
+        return {**told, "missing_tokens": untold} if untold else told
+
+
+class CompletionForm(_Written):
+    """`/v1/completions`."""
+
+    def __init__(self, model: str, logprobs: bool) -> None:
+        super().__init__("text_completion", "text_completion", "cmpl", model, logprobs)
+        self._offsets: dict[int, int] = {}
+
+    def whole(self, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]:
+        """See `Form`."""
+        return {
+            **self._head, "object": self._kind,
+            "choices": [
+                {"index": number, "text": own.text, "finish_reason": own.finish,
+                 "logprobs": self._probabilities(number, own.logprobs)}
+                for number, own in enumerate(choices)
+            ],
+            "usage": usage.body(),
+        }  # fmt: skip
+
+    def first(self, number: int) -> str | None:  # noqa: ARG002  # the other route needs it
+        """See `Form`."""
+        return None
+
+    def part(
+        self, number: int, text: str, logprobs: Sequence[TokenLogprob], finish: Finish | None
+    ) -> str:
+        """See `Form`."""
+        told = self._probabilities(number, logprobs) if logprobs else None
+        return self._event([{"index": number, "text": text, "logprobs": told,
+                             "finish_reason": finish}])  # fmt: skip
+
+    def _probabilities(self, number: int, found: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+        if not self._logprobs:
+            return None
+        offsets, at = [], self._offsets.get(number, 0)
+        for own in found:
+            offsets.append(at)
+            at += len(own.text)
+        self._offsets[number] = at
+        return {
+            "tokens": [_named(own) for own in found],
+            "token_logprobs": [own.logprob for own in found],
+            "top_logprobs": [{_named(top): top.logprob for top in own.top} for own in found],
+            "text_offset": offsets,
+        }
+
+
+def _token(own: TokenLogprob) -> dict[str, Any]:
+    return {"token": own.text, "logprob": own.logprob, "bytes": list(own.bytes)}
+
+
+def _named(own: TokenLogprob) -> str:
+    """A token as the key of a mapping, where no two may look alike.
+
+    Parts of a character have their bytes in their name, as at OpenAI, and tokens without a text
+    their id, as at vLLM.
+    """
+    if not own.text:
+        return f"token_id:{own.id}"
+    if "\N{REPLACEMENT CHARACTER}" not in own.text:
+        return own.text
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in own.bytes)
+
+
+def failure_event(body: dict[str, Any]) -> str:
+    """An error inside a stream, as OpenAI's clients raise it."""
+    return f"data: {json.dumps(body)}\n\n"

@@ -1,0 +1,68 @@
+"""An adapter as it is served unmerged, read from a folder in PEFT's format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from lighten.adapters import files
+from lighten.errors import UserError
+from lighten.peft_config import FACTOR, more_than_low_rank, read_config
+from lighten.serving.cohort.segments import Factors
+
+
+class LoadedAdapter:
+    """An adapter in memory. A folder loaded anew is another object: no cache takes it for the old.
+
+    Attributes:
+        name: What it is called.
+        size_bytes: Memory of its factors.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.size_bytes = 0
+
+
+def read_factors(folder: Path, served: Iterable[str]) -> dict[str, Factors]:
+    """The low-rank factors of an adapter, by path of the layer.
+
+    Args:
+        folder: In PEFT's format.
+        served: Paths of the layers that take updates.
+
+    Raises:
+        UserError: It holds anything that is not a low-rank update of one of these layers, or is
+            of another base.
+    """
+    config = read_config(folder)
+    if (what := more_than_low_rank(config)) is not None:
+        raise _unserved(folder, f"a {what}")
+    if config.get("bias") not in (None, "none"):
+        raise _unserved(folder, f"trained biases (bias: {config['bias']})")
+    weights = files.read_weights(folder)
+    spec = files.spec_from_peft(folder.name, config, folder, weights)
+    if spec.modules_to_save:
+        raise _unserved(folder, f"modules trained whole ({', '.join(spec.modules_to_save)})")
+    layers = set(served)
+    halves: dict[str, dict[str, str]] = {}
+    for key in weights:
+        match = FACTOR.match(key)
+        if match is None or match["path"] not in layers:
+            raise _unserved(
+                folder, f"the tensor {key}, which is no factor of a linear layer of this base"
+            )
+        halves.setdefault(match["path"], {})[match["factor"]] = key
+    found = {}
+    for path, keys in halves.items():
+        if set(keys) != {"A", "B"}:
+            raise UserError(f"{folder}: one of the two factors of {path} is missing")
+        found[path] = Factors(weights[keys["A"]], weights[keys["B"]], spec.scale_at(path))
+    return found
+
+
+def _unserved(folder: Path, what: str) -> UserError:
+    return UserError(
+        f"{folder} holds {what}, which cannot be served beside other adapters; merge it with "
+        "`lighten export RUN --as merged` and serve the merged model"
+    )

@@ -1,0 +1,271 @@
+"""Attention over a cache of slots: one sequence per slot, many sequences per step.
+
+A step's tokens stand behind each other in one row, whatever sequences they are of. Sequences that
+write their answer have one token in a step; those whose prompt is being read have many.
+
+Dimensions: N tokens of a step, H query heads, K key heads, D features of a head, S slots.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from lighten.serving.cohort import kernels
+
+NAME = "lighten_slots"
+# Room of a slot grows by so many tokens at least.
+GRANULE = 256
+# Tokens of a prompt that attend in one product. A block of a prompt is always computed whole and at
+# the same place, whatever else a step reads: sums of another shape are rounded in another way, and
+# an answer would depend on its neighbours.
+BLOCK = 64
+
+
+class SlotCache:
+    """Keys and values of every layer, [S, K, capacity, D] each; room grows as sequences do.
+
+    Args:
+        slots: Sequences held at once.
+        most_tokens: Of one sequence.
+    """
+
+    def __init__(self, slots: int, most_tokens: int) -> None:
+        self.slots, self.most_tokens = slots, most_tokens
+        self._capacity = 0
+        self._keys: dict[int, Tensor] = {}
+        self._values: dict[int, Tensor] = {}
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory that keys and values take now."""
+        return sum(x.nbytes for held in (self._keys, self._values) for x in held.values())
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for sequences of this many tokens."""
+        if tokens <= self._capacity:
+            return
+        wanted = max(-(-tokens // GRANULE) * GRANULE, self._capacity * 3 // 2)
+        self._capacity = max(tokens, min(wanted, self.most_tokens))
+        for held in (self._keys, self._values):
+            for layer, x in held.items():
+                held[layer] = self._room(x)
+                held[layer][:, :, : x.shape[2]] = x
+
+    def _room(self, like: Tensor) -> Tensor:
+        return like.new_zeros(self.slots, like.shape[1], self._capacity, like.shape[3])
+
+    def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values.
+
+        Args:
+            index: Of the layer.
+            key: New ones of the layer, [1, K, N, D].
+            value: The same.
+        """
+        if index not in self._keys:
+            self._keys[index], self._values[index] = self._room(key), self._room(value)
+        return self._keys[index], self._values[index]
+
+
+@dataclass(frozen=True)
+class Read:
+    """A sequence whose prompt is being read in a step: its tokens [start, stop) of the step.
+
+    Attributes:
+        start: First of its tokens.
+        stop: One past the last.
+        slot: Where its keys and values are.
+        before: Tokens that the slot held already.
+    """
+
+    start: int
+    stop: int
+    slot: int
+    before: int
+
+
+@dataclass
+class Batch:
+    """The sequences of one step.
+
+    Attributes:
+        cache: Where their keys and values are.
+        slots: Of each token, [N].
+        positions: Of each token in its sequence, [N].
+        written: Tokens of the step that are one sequence's newest each.
+        reads: The other sequences.
+        block: Tokens of a prompt that attend in one product.
+    """
+
+    cache: SlotCache
+    slots: Tensor
+    positions: Tensor
+    written: Sequence[int]
+    reads: Sequence[Read]
+    block: int = BLOCK
+    _arrays: Any = field(default=None, repr=False)
+
+    def arrays(self) -> Any:
+        """For the kernel: tokens, slots and lengths of the sequences that write."""
+        if self._arrays is None:
+            rows = torch.tensor(list(self.written), dtype=torch.int64)
+            self._arrays = rows, self.slots.cpu()[rows], self.positions.cpu()[rows] + 1
+        return self._arrays
+
+    def blocks(self, read: Read) -> Iterator[Read]:
+        """The parts of a prompt that attend one after another; on a GPU all of it at once."""
+        if self.slots.is_cuda:
+            yield read
+            return
+        for start in range(read.start, read.stop, self.block):
+            stop = min(start + self.block, read.stop)
+            yield Read(start, stop, read.slot, read.before + start - read.start)
+
+
+_batch: ContextVar[Batch | None] = ContextVar("batch", default=None)
+
+
+@contextmanager
+def attending(batch: Batch) -> Iterator[None]:
+    """A model that runs inside attends within this batch's sequences."""
+    before = _batch.set(batch)
+    try:
+        yield
+    finally:
+        _batch.reset(before)
+
+
+class _Job(ctypes.Structure):
+    """`Job` in `attention.cpp`."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("query", "keys", "values", "out")),
+        *((name, ctypes.c_int64) for name in ("query_row", "query_head", "out_row", "out_head")),
+        *((name, ctypes.c_int64) for name in ("slot", "head", "token")),
+        *((name, ctypes.c_void_p) for name in ("rows", "slots", "lengths")),
+        *((name, ctypes.c_int64)
+          for name in ("count", "heads", "key_heads", "features", "window")),
+        *((name, ctypes.c_float) for name in ("scale", "softcap")),
+    ]  # fmt: skip
+
+
+def _forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls: [1, H, N, D] → [1, N, H, D]."""
+    del attention_mask
+    if others.get("s_aux") is not None:
+        raise NotImplementedError("attention sinks")
+    batch = _batch.get()
+    assert batch is not None
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    keys, values = batch.cache.layer(int(module.layer_idx), key, value)  # type: ignore[arg-type]
+    keys[batch.slots, :, batch.positions] = key[0].transpose(0, 1)
+    values[batch.slots, :, batch.positions] = value[0].transpose(0, 1)
+    out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
+    window = sliding_window or 0
+    if batch.written:
+        _attend_written(batch, query[0], keys, values, out[0], scale, window, softcap or 0.0)
+    for read in batch.reads:
+        for own in batch.blocks(read):
+            out[0, own.start : own.stop] = _attended(
+                query[:, :, own.start : own.stop], keys, values, own, scale, window, softcap
+            )
+    return out, None
+
+
+def _attend_written(
+    batch: Batch, query: Tensor, keys: Tensor, values: Tensor, out: Tensor,
+    scale: float, window: int, softcap: float,
+) -> None:  # fmt: skip
+    """One query per sequence: [H, N, D], into [N, H, D]."""
+    rows, slots, lengths = batch.arrays()
+    alike = keys.shape == values.shape and query.dtype == keys.dtype == values.dtype
+    if not (alike and kernels.takes(query)):
+        for row, slot, length in zip(rows.tolist(), slots.tolist(), lengths.tolist(), strict=True):
+            read = Read(row, row + 1, slot, length - 1)
+            out[row : row + 1] = _attended(
+                query[None, :, row : row + 1], keys, values, read, scale, window, softcap
+            )
+        return
+    if query.stride(-1) != 1:
+        query = query.contiguous()
+    job = _Job(
+        query.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr(), query.stride(1),
+        query.stride(0), out.stride(0), out.stride(1), *keys.stride()[:3], rows.data_ptr(),
+        slots.data_ptr(), lengths.data_ptr(), len(rows), query.shape[0], keys.shape[1],
+        keys.shape[3], window, scale, softcap,
+    )  # fmt: skip
+    library = kernels.library()
+    assert library is not None
+    failed = library.lighten_decode_attention(
+        ctypes.byref(job), ctypes.c_int(query.dtype == torch.bfloat16),
+        ctypes.c_int64(torch.get_num_threads()),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError("the attention's kernel found no memory for its scores")
+
+
+def _attended(
+    query: Tensor, keys: Tensor, values: Tensor, read: Read,
+    scale: float, window: int, softcap: float | None,
+) -> Tensor:  # fmt: skip
+    """One sequence's tokens over all that its slot holds: [1, H, n, D] → [n, H, D]."""
+    count, length = query.shape[2], read.before + query.shape[2]
+    first = max(0, read.before + 1 - window) if window else 0
+    key = keys[read.slot : read.slot + 1, :, first:length]
+    value = values[read.slot : read.slot + 1, :, first:length]
+    mask = None
+    if read.before or (window and length > window):
+        places = torch.arange(read.before, length, device=query.device)[:, None]
+        seen = torch.arange(first, length, device=query.device)[None]
+        mask = seen <= places
+        if window:
+            mask &= seen > places - window
+    if softcap:
+        found = _softcapped(query, key, value, mask, scale, softcap)
+    else:
+        found = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None and count > 1,
+            scale=scale, enable_gqa=query.shape[1] != key.shape[1],
+        )  # fmt: skip
+    return found[0].transpose(0, 1)
+
+
+def _softcapped(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float
+) -> Tensor:
+    """Attention whose scores are bent as Gemma 2 does."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    scores = softcap * torch.tanh(query @ key.mT * (scale / softcap))
+    if mask is None:
+        size = scores.shape[-1]
+        mask = torch.ones(size, size, dtype=torch.bool, device=query.device).tril_()
+    scores = scores.masked_fill(~mask, float("-inf"))
+    return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+
+
+def register() -> None:
+    """Let transformers' models take this attention by its name."""
+    AttentionInterface.register(NAME, _forward)
+    AttentionMaskInterface.register(NAME, lambda *_, **__: None)

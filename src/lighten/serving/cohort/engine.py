@@ -1,0 +1,441 @@
+"""Continuous batching of answers by many adapters.
+
+Every step computes one token of each answer under way and a part of the prompts that wait.
+
+The model is transformers' own. Its linear layers are products of rows sorted by adapter
+(`linears`), its attention reads a cache of slots (`attention`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from lighten.errors import UserError
+from lighten.serving.cohort import attention
+from lighten.serving.cohort.adapter import LoadedAdapter, read_factors
+from lighten.serving.cohort.attention import Batch, Read, SlotCache
+from lighten.serving.cohort.grammar import Grammar
+from lighten.serving.cohort.linears import install
+from lighten.serving.cohort.sampling import Chosen, Sampler
+from lighten.serving.cohort.segments import Segments
+from lighten.serving.engine import Sampling
+
+
+@dataclass
+class Request:
+    """An answer that is wanted.
+
+    Attributes:
+        prompt: Its tokens.
+        adapter: Name of the adapter; None: the base.
+        max_tokens: Longest answer.
+        stops: Tokens that end it.
+        sampling: How tokens are chosen.
+        top_logprobs: Alternatives to tell of for each token; None: no log-probabilities at all.
+        chosen: Called with each token, in the engine's thread; the token that ends an answer is
+            not among them.
+        ended: Called at the end with "stop" (a token ended it), "complete" (its grammar did),
+            "length", "cancelled" or the error, and with the tokens of the prompt that were in the
+            cache.
+        grammar: That the answer has to follow; of this request alone.
+    """
+
+    prompt: Sequence[int]
+    adapter: str | None
+    max_tokens: int
+    stops: frozenset[int]
+    sampling: Sampling
+    top_logprobs: int | None
+    chosen: Callable[[Chosen], None]
+    ended: Callable[[str | BaseException, int], None]
+    grammar: Grammar | None = None
+
+
+@dataclass(eq=False)
+class _Sequence:
+    """A request that the engine has."""
+
+    request: Request
+    adapter: LoadedAdapter | None
+    sampler: Sampler
+    tokens: list[int]
+    cached: int = 0  # tokens whose keys and values the slot holds
+    reused: int = 0  # of those, what it held before
+    slot: int = -1
+    cancelled: bool = False
+    answer: list[int] = field(default_factory=list)
+
+    @property
+    def waiting_tokens(self) -> int:
+        return len(self.tokens) - self.cached
+
+    @property
+    def writes(self) -> bool:
+        """Whether its prompt has been read."""
+        return bool(self.answer)
+
+
+@dataclass
+class _Slot:
+    """What a free slot still holds: keys and values of these tokens under this adapter.
+
+    Whole blocks of a prompt alone, whose numbers are the same wherever they are computed: an
+    answer does not depend on what a cache held.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    adapter: LoadedAdapter | None = None
+
+
+class Engine:
+    """A base in memory, adapters on it, and a thread that answers.
+
+    Args:
+        model: In eval mode, with plain attention; its linear layers are replaced.
+        max_sequences: Answers under way at once; more requests wait.
+        max_tokens: Of prompt and answer together.
+        prefill_tokens: Of prompts, read in one step: fewer keep answers under way fluent.
+        prefix_caching: Whether what a free slot holds serves prompts with the same beginning.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        max_sequences: int = 16,
+        max_tokens: int = 4096,
+        prefill_tokens: int = 512,
+        prefix_caching: bool = True,
+    ) -> None:
+        _check(model)
+        attention.register()
+        self._model = model
+        model.set_attn_implementation(attention.NAME)
+        self._step, self._groups = install(model)
+        self._each_group = tuple(dict.fromkeys(self._groups.values()))
+        self._cache = SlotCache(max_sequences, max_tokens)
+        self._slots = [_Slot() for _ in range(max_sequences)]
+        self._free = set(range(max_sequences))
+        self.max_tokens = max_tokens
+        self._prefill_tokens, self._prefix_caching = prefill_tokens, prefix_caching
+        self._block = min(attention.BLOCK, prefill_tokens)
+        self._adapters: dict[str, LoadedAdapter] = {}
+        self._waiting: deque[_Sequence] = deque()
+        self._running: list[_Sequence] = []
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._plans: dict[Any, Segments] = {}
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="lighten-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters in memory."""
+        return tuple(self._adapters)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it takes requests."""
+        return not self._closed and self._thread.is_alive()
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """Answers under way, and requests that wait."""
+        return len(self._running), len(self._waiting)
+
+    @property
+    def memory_bytes(self) -> dict[str, int]:
+        """Memory of adapters and of the cache."""
+        adapters = sum(adapter.size_bytes for adapter in self._adapters.values())
+        return {"adapters": adapters, "cache": self._cache.size_bytes}
+
+    def submit(self, request: Request) -> Callable[[], None]:
+        """Answer a request; what it returns cancels it.
+
+        Raises:
+            UserError: The prompt is empty or too long, or no such adapter is loaded.
+        """
+        if self._closed:
+            raise UserError("the engine has stopped")
+        if not request.prompt:
+            raise UserError("the prompt has no tokens")
+        if len(request.prompt) + 1 > self.max_tokens:
+            raise UserError(
+                f"the prompt has {len(request.prompt)} tokens; with its answer at most "
+                f"{self.max_tokens} fit"
+            )
+        if request.adapter is not None and request.adapter not in self._adapters:
+            raise UserError(f"no adapter is called {request.adapter!r}")
+        adapter = None if request.adapter is None else self._adapters[request.adapter]
+        sampler = Sampler(request.sampling, request.top_logprobs, request.grammar)
+        sequence = _Sequence(request, adapter, sampler, list(request.prompt))
+        self._inbox.put(lambda: self._waiting.append(sequence))
+
+        def cancel() -> None:
+            sequence.cancelled = True
+
+        return cancel
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Take an adapter in, in place of one of the same name: answers under way end with that.
+
+        Raises:
+            UserError: It cannot be served unmerged, or is of another base.
+        """
+        factors = read_factors(folder, self._groups)
+        for path, one in factors.items():
+            group = self._groups[path]
+            columns = group.columns[group.paths.index(path)]
+            wanted = (group.inputs, columns.stop - columns.start, one.A.shape[0])
+            if (one.A.shape[1], one.B.shape[0], one.B.shape[1]) != wanted:
+                raise UserError(
+                    f"{folder}: the factors of {path} do not fit this base; it was trained on "
+                    "another model"
+                )
+        made = LoadedAdapter(name)
+        device = self._model.device
+        made.size_bytes = sum(group.add(made, factors, device) for group in self._each_group)
+        self._call(lambda: self._adopt(made))
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter; answers under way end with it.
+
+        Raises:
+            UserError: There is none of that name.
+        """
+        if name not in self._adapters:
+            raise UserError(f"no adapter is called {name!r}")
+        self._call(lambda: self._drop(name))
+
+    def close(self, timeout_s: float | None = None) -> None:
+        """End the thread when the answers under way are complete; what waits is answered too."""
+        self._closed = True
+        self._inbox.put(None)
+        self._thread.join(timeout_s)
+
+    def _call(self, action: Callable[[], None]) -> None:
+        """Run something between two steps, and wait for it."""
+        done = threading.Event()
+
+        def run() -> None:
+            action()
+            done.set()
+
+        self._inbox.put(run)
+        while not done.wait(1.0):
+            if not self._thread.is_alive():
+                raise RuntimeError("the engine's thread has ended")
+
+    def _adopt(self, adapter: LoadedAdapter) -> None:
+        before = self._adapters.get(adapter.name)
+        self._adapters[adapter.name] = adapter
+        if before is not None:
+            self._forget(before)
+
+    def _drop(self, name: str) -> None:
+        self._forget(self._adapters.pop(name))
+
+    def _forget(self, adapter: LoadedAdapter) -> None:
+        """Free the memory of an adapter that no answer under way takes."""
+        loaded = any(one is adapter for one in self._adapters.values())
+        used = any(one.adapter is adapter for one in (*self._running, *self._waiting))
+        if loaded or used:
+            return
+        self._plans.clear()
+        for group in self._each_group:
+            group.forget(adapter)
+        for slot in self._slots:
+            if slot.adapter is adapter:
+                slot.tokens, slot.adapter = [], None
+
+    def _work(self) -> None:
+        stopping = False
+        while True:
+            idle = not self._running and not self._waiting
+            if idle and stopping:
+                return
+            try:
+                item = self._inbox.get(block=idle)
+                while True:
+                    if item is None:
+                        stopping = True
+                    else:
+                        item()
+                    item = self._inbox.get(block=False)
+            except queue.Empty:
+                pass
+            self._admit()
+            if self._running:
+                try:
+                    self._advance()
+                except Exception as error:  # told to each request; the server goes on
+                    self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        for sequence in list(self._running):
+            self._end(sequence, error)
+
+    def _admit(self) -> None:
+        for sequence in [one for one in self._waiting if one.cancelled]:
+            self._waiting.remove(sequence)
+            sequence.request.ended("cancelled", 0)
+            if sequence.adapter is not None:
+                self._forget(sequence.adapter)
+        while self._waiting and self._free:
+            sequence = self._waiting.popleft()
+            slot = max(self._free, key=lambda free: (self._shared(sequence, free), -free))
+            sequence.cached = sequence.reused = self._shared(sequence, slot)
+            self._free.remove(slot)
+            sequence.slot = slot
+            self._running.append(sequence)
+
+    def _shared(self, sequence: _Sequence, slot: int) -> int:
+        """Tokens of the prompt whose keys and values a free slot holds; its last is computed."""
+        held = self._slots[slot]
+        if held.adapter is not sequence.adapter or not self._prefix_caching:
+            return 0
+        both = zip(sequence.tokens[:-1], held.tokens, strict=False)
+        same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both))
+        return same - same % self._block
+
+    def _end(self, sequence: _Sequence, how: str | BaseException) -> None:
+        self._running.remove(sequence)
+        held = self._slots[sequence.slot]
+        read = min(sequence.cached, len(sequence.request.prompt))
+        kept = 0 if isinstance(how, BaseException) else read - read % self._block
+        held.tokens, held.adapter = sequence.tokens[:kept], sequence.adapter
+        self._free.add(sequence.slot)
+        sequence.request.ended(how, sequence.reused)
+        if sequence.adapter is not None:
+            self._forget(sequence.adapter)
+
+    @torch.inference_mode()
+    def _advance(self) -> None:
+        """One step."""
+        for sequence in [one for one in self._running if one.cancelled]:
+            self._end(sequence, "cancelled")
+        parts = self._parts()
+        if not parts:
+            return
+        ids: list[int] = []
+        slots: list[int] = []
+        positions: list[int] = []
+        written: list[int] = []
+        reads: list[Read] = []
+        lasts: list[int] = []  # tokens of the step that a next one follows on
+        done: list[_Sequence] = []
+        for sequence, count in parts:
+            start = len(ids)
+            ids += sequence.tokens[sequence.cached : sequence.cached + count]
+            slots += [sequence.slot] * count
+            positions += range(sequence.cached, sequence.cached + count)
+            if sequence.writes:
+                written.append(start)
+            else:
+                reads.append(Read(start, start + count, sequence.slot, sequence.cached))
+            if sequence.cached + count == len(sequence.tokens):
+                lasts.append(len(ids) - 1)
+                done.append(sequence)
+        device = self._model.device
+        self._cache.reserve(max(positions) + 1)
+        batch = Batch(
+            self._cache, torch.tensor(slots, device=device),
+            torch.tensor(positions, device=device), written, reads, self._block,
+        )  # fmt: skip
+        self._step.segments = self._segments(parts)
+        with attention.attending(batch):
+            logits = self._model(
+                input_ids=torch.tensor([ids], device=device),
+                position_ids=batch.positions[None],
+                use_cache=False,
+                logits_to_keep=torch.tensor(lasts or [0], device=device),
+            ).logits[0]
+        for sequence, count in parts:
+            sequence.cached += count
+        if done:
+            self._choose(done, logits)
+
+    def _parts(self) -> list[tuple[_Sequence, int]]:
+        """Sequences of the next step and how many of their tokens, sorted by adapter."""
+        room = self._prefill_tokens
+        parts = []
+        for sequence in self._running:
+            count = sequence.waiting_tokens
+            if not sequence.writes:
+                if count > room:  # whole blocks
+                    count = room - room % self._block
+                room -= count
+            if count:
+                parts.append((sequence, count))
+        return sorted(parts, key=lambda part: id(part[0].adapter) if part[0].adapter else 0)
+
+    def _segments(self, parts: Sequence[tuple[_Sequence, int]]) -> Segments:
+        names, starts, stops = [], [], []
+        row = 0
+        for adapter, own in itertools.groupby(parts, key=lambda part: part[0].adapter):
+            count = sum(part[1] for part in own)
+            if adapter is not None:
+                names.append(adapter)
+                starts.append(row)
+                stops.append(row + count)
+            row += count
+        key = (*names, *starts, *stops)
+        if key not in self._plans:
+            if len(self._plans) > 64:
+                self._plans.clear()
+            self._plans[key] = Segments(tuple(names), tuple(starts), tuple(stops))
+        return self._plans[key]
+
+    def _choose(self, sequences: Sequence[_Sequence], logits: torch.Tensor) -> None:
+        greedy = logits.argmax(-1).tolist()
+        for row, sequence in enumerate(sequences):
+            try:
+                chosen = (
+                    Chosen(greedy[row]) if sequence.sampler.plain
+                    else sequence.sampler.choose(
+                        logits[row], sequence.request.prompt, sequence.answer
+                    )
+                )  # fmt: skip
+            except Exception as error:  # of this request's settings: others go on
+                self._end(sequence, error)
+                continue
+            if chosen.token in sequence.request.stops:
+                self._end(sequence, "stop")
+                continue
+            sequence.tokens.append(chosen.token)
+            sequence.answer.append(chosen.token)
+            sequence.request.chosen(chosen)
+            full = len(sequence.tokens) >= self.max_tokens
+            if sequence.sampler.ended:
+                self._end(sequence, "complete")
+            elif len(sequence.answer) >= sequence.request.max_tokens or full:
+                self._end(sequence, "length")
+
+
+def _check(model: PreTrainedModel) -> None:
+    """Refuse what the cache of slots would get wrong.
+
+    Raises:
+        UserError: The base's attention is of another kind.
+    """
+    config = model.config.get_text_config()
+    name = config.model_type
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if not kinds <= {"full_attention", "sliding_attention"}:
+        raise UserError(f"{name} has layers of another kind ({', '.join(sorted(kinds))})")
+    rope = getattr(config, "rope_parameters", None) or {}
+    each = [rope] if "rope_type" in rope or not rope else [r for r in rope.values() if r]
+    if any(r.get("rope_type") in ("dynamic", "longrope") for r in each if isinstance(r, dict)):
+        raise UserError(f"{name}'s rotary embedding depends on the length of the whole batch")
+    if not model._supports_attention_backend:
+        raise UserError(f"{name}'s attention cannot be replaced")

@@ -1,0 +1,81 @@
+"""Answers that follow a JSON schema: which tokens may come next, by llguidance.
+
+A schema becomes a grammar of bytes, and the grammar a mask over the vocabulary for each token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lighten.errors import UserError
+from lighten.serving.schemas import compiled
+
+
+class Grammar:
+    """One answer's place in its grammar.
+
+    Args:
+        matcher: llguidance's, at its beginning.
+        stops: Tokens that end an answer; allowed where the JSON is whole.
+    """
+
+    def __init__(self, matcher: Any, stops: frozenset[int]) -> None:
+        self._matcher, self._stops = matcher, stops
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing can follow any more."""
+        return bool(self._matcher.is_stopped())
+
+    def restrict(self, logits: Tensor) -> None:
+        """Set the logits of all tokens that may not come next to -inf, in place: [V]."""
+        mask = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        self._require_no_error()
+        allowed = np.unpackbits(mask, bitorder="little", count=len(logits)).astype(bool)
+        allowed[[token for token in self._stops if token < len(allowed)]] = (
+            self._matcher.is_accepting()
+        )
+        logits.masked_fill_(torch.from_numpy(~allowed), float("-inf"))
+
+    def take(self, token: int) -> None:
+        """Go on by the token that was chosen."""
+        if token not in self._stops:
+            self._matcher.consume_token(token)
+            self._require_no_error()
+
+    def _require_no_error(self) -> None:
+        if self._matcher.is_error():
+            raise RuntimeError(f"the JSON schema's grammar failed: {self._matcher.get_error()}")
+
+
+class Grammars:
+    """Grammars over one vocabulary.
+
+    Args:
+        tokenizer: Of the base, with its Rust core.
+        vocabulary: Logits of a token.
+    """
+
+    def __init__(self, tokenizer: Any, vocabulary: int) -> None:
+        self._tokenizer, self._vocabulary = tokenizer, vocabulary
+        self._words: Any = None
+
+    def of(self, schema: dict[str, Any], stops: frozenset[int]) -> Grammar:
+        """The grammar of a JSON schema; takes milliseconds, and a second for the first one.
+
+        Raises:
+            UserError: See `schemas.compiled`.
+        """
+        text = compiled(schema)
+        import llguidance.hf
+
+        if self._words is None:
+            self._words = llguidance.hf.from_tokenizer(self._tokenizer, self._vocabulary)
+        matcher = llguidance.LLMatcher(self._words, text, log_level=0)
+        if matcher.is_error():
+            raise UserError(f"this JSON schema cannot be followed: {matcher.get_error()[:300]}")
+        return Grammar(matcher, stops)

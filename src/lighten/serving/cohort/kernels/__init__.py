@@ -1,0 +1,50 @@
+"""Kernels of the serving engine for processors, compiled on the machine that runs them.
+
+Any processor with a C++ compiler beside it has them: with AVX2, FMA and F16C eight numbers go at
+a time, elsewhere the compiler decides. Without a compiler callers take PyTorch's operations.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from pathlib import Path
+
+import torch
+
+from lighten.cpu import native
+from lighten.cpu.kernels import FLAGS, SWITCH
+from lighten.cpu.kernels import FOLDER as SHARED
+from lighten.machine.hardware import processor_flags
+
+FOLDER = Path(__file__).parent
+
+
+def takes(x: torch.Tensor) -> bool:
+    """Whether the kernels compute on tensors such as this."""
+    on_processor = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
+    return on_processor and library() is not None
+
+
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels; None where there are none, for the reason that `obstacle` gives."""
+    return _loaded()[0]
+
+
+def obstacle() -> str | None:
+    """Why there are no kernels here; None where there are."""
+    return _loaded()[1]
+
+
+@functools.cache
+def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
+    if os.environ.get(SWITCH) == "0":
+        return None, f"{SWITCH} is 0"
+    # -ffast-math lets the compiler take the exponentials of several scores at a time.
+    flags = (*FLAGS, "-ffast-math", f"-I{SHARED}")
+    try:
+        path = native.compiled(FOLDER, flags, sorted(processor_flags()))
+        return ctypes.CDLL(str(path)), None
+    except (native.NotCompiled, OSError) as error:
+        return None, str(error)

@@ -1,0 +1,179 @@
+"""The base's linear layers as they serve: those that read the same input are one product.
+
+Dimensions: N tokens of a step, I input features, O output features of all layers together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from lighten.adapters.frozen import is_linear, is_quantized, out_in_features, weight_of
+from lighten.adapters.targets import sibling_paths
+from lighten.serving.cohort.segments import Factors, Segments, Update
+
+# Rows that a packed weight is laid out for: any number is right, few are quickest.
+PACKED_FOR = 16
+
+
+class Weights:
+    """The weights of layers that read one input, as one matrix.
+
+    On a processor oneDNN's own layout is made once: with few rows PyTorch's products of plain
+    weights take up to twice as long. Quantised layers stay as they are.
+
+    Args:
+        layers: Their modules; dense ones give their weights up.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self._layers = list(layers)
+        self._whole: Tensor | None = None
+        self._packed: Tensor | None = None
+        self._bias: Tensor | None = None
+        if any(is_quantized(layer) for layer in layers):
+            return
+        weights = [weight_of(layer) for layer in layers]
+        whole = torch.cat(weights) if len(weights) > 1 else weights[0]
+        biases: list[Any] = [layer.bias for layer in layers]
+        if any(bias is not None for bias in biases):
+            parts = [
+                whole.new_zeros(len(weight)) if bias is None else bias
+                for weight, bias in zip(weights, biases, strict=True)
+            ]
+            self._bias = torch.cat(parts)
+        self._layers = []
+        if packs(whole):
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(whole.contiguous(), PACKED_FOR)
+        else:
+            self._whole = whole
+
+    def product(self, x: Tensor) -> Tensor:
+        """X Wᵀ + b: [N, I] → [N, O]."""
+        if self._packed is not None:
+            # A lone row is added up in another order than each of many; two rows are not.
+            alone = len(x) == 1
+            found: Tensor = torch.ops.mkldnn._linear_pointwise(
+                x.expand(2, -1).contiguous() if alone else x,
+                self._packed, self._bias, "none", [], "",
+            )  # fmt: skip
+            return found[:1] if alone else found
+        if self._whole is not None:
+            return F.linear(x, self._whole, self._bias)
+        return torch.cat([F.linear(x, weight_of(one), one.bias) for one in self._layers], -1)  # type: ignore[arg-type]
+
+
+def packs(weight: Tensor) -> bool:
+    """Whether oneDNN multiplies with a weight of this kind in a layout of its own."""
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype in (torch.float32, torch.bfloat16)
+        and torch.backends.mkldnn.is_available()
+        and (weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    )
+
+
+class Step:
+    """Which segments the layers see now; one object shared by all of a model's layers."""
+
+    def __init__(self) -> None:
+        self.segments = Segments()
+
+
+class Group:
+    """Layers that read the same input, computed together when the first is called.
+
+    Args:
+        paths: Of the layers in the base.
+        layers: Their modules.
+        step: Of the model.
+    """
+
+    def __init__(self, paths: Sequence[str], layers: Sequence[nn.Module], step: Step) -> None:
+        self.paths = tuple(paths)
+        self.updates: dict[Any, Update] = {}
+        self._step = step
+        shapes = [out_in_features(layer) for layer in layers]
+        self.inputs = shapes[0][1]
+        ends = [sum(out for out, _ in shapes[: i + 1]) for i in range(len(shapes))]
+        starts = [0, *ends[:-1]]
+        self.columns = tuple(slice(a, b) for a, b in zip(starts, ends, strict=True))
+        self._weights = Weights(layers)
+        self._read: Tensor | None = None
+        self._outputs: dict[int, Tensor] = {}
+
+    def output(self, place: int, x: Tensor) -> Tensor:
+        """The output of the layer at a place on x: [..., I] → [..., its O]."""
+        if self._read is not x or place not in self._outputs:
+            flat = x.reshape(-1, x.shape[-1])
+            y = self._weights.product(flat)
+            self._step.segments.add(y, flat, self.updates)
+            y = y.view(*x.shape[:-1], y.shape[-1])
+            self._read = x
+            self._outputs = {i: y[..., columns] for i, columns in enumerate(self.columns)}
+        found = self._outputs.pop(place)
+        if not self._outputs:
+            self._read = None
+        return found
+
+    def add(self, adapter: Any, factors: Mapping[str, Factors], device: torch.device) -> int:
+        """Take in what an adapter adds to these layers.
+
+        Args:
+            adapter: What segments name it by.
+            factors: By path; other paths are left out.
+            device: Where the base is.
+
+        Returns:
+            Bytes of memory.
+        """
+        here = {place: factors[path] for place, path in enumerate(self.paths) if path in factors}
+        self.updates[adapter] = Update(here, self.columns, self.inputs, device)
+        return self.updates[adapter].size_bytes
+
+    def forget(self, adapter: Any) -> None:
+        """Give an adapter's memory back."""
+        self.updates.pop(adapter, None)
+
+
+class ServedLinear(nn.Module):
+    """In the place of a base's linear layer: its share of a group's output."""
+
+    def __init__(self, group: Group, place: int) -> None:
+        super().__init__()
+        self._group = group
+        self._place = place
+        columns = group.columns[place]
+        self.in_features, self.out_features = group.inputs, columns.stop - columns.start
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., I] → [..., O]."""
+        return self._group.output(self._place, x)
+
+
+def install(model: PreTrainedModel) -> tuple[Step, dict[str, Group]]:
+    """Put groups in the place of every linear layer of a model outside of experts.
+
+    Returns:
+        What the layers follow, and each layer's group by path.
+    """
+    step = Step()
+    paths = [
+        path
+        for path, module in model.named_modules()
+        if is_linear(module) and ".experts." not in path
+    ]
+    together = sibling_paths(paths)
+    lone = set(paths) - {path for group in together for path in group}
+    found: dict[str, Group] = {}
+    for members in (*together, *([path] for path in paths if path in lone)):
+        group = Group(members, [model.get_submodule(path) for path in members], step)
+        for place, path in enumerate(members):
+            found[path] = group
+            model.set_submodule(path, ServedLinear(group, place))
+    return step, found

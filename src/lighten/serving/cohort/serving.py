@@ -1,0 +1,178 @@
+"""Our engine as the front sees it: texts in place of tokens, and answers piece by piece."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import torch
+
+from lighten import models
+from lighten.errors import UserError
+from lighten.serving.adapters import require_unchanged
+from lighten.serving.cohort import kernels
+from lighten.serving.cohort.engine import Engine, Request
+from lighten.serving.cohort.grammar import Grammar, Grammars
+from lighten.serving.cohort.sampling import Chosen
+from lighten.serving.engine import Adapter, EngineFailed, EngineRefused, Finish, Generation, Piece
+from lighten.serving.texts import Texts
+
+
+class CohortEngine:
+    """The base in this process, in transformers, with the cohort's product for all adapters.
+
+    Args:
+        base: Name of the base, as `lighten.models.load` takes it.
+        context: Tokens of a prompt with its answer.
+        slots: Answers made at the same time.
+        revision: Of a hub id.
+        dtype: Format of the base; `auto`: bfloat16 where the processor computes in it.
+        threads: Of the processor.
+        prefix_caching: Whether a slot's state serves prompts with the same beginning.
+    """
+
+    name = "lighten"
+
+    def __init__(
+        self, base: str, *, context: int, slots: int, revision: str | None = None,
+        dtype: str = "auto", threads: int | None = None, prefix_caching: bool = True,
+    ) -> None:  # fmt: skip
+        self.context, self.slots = context, slots
+        self._base, self._revision, self._dtype = base, revision, dtype
+        self._threads, self._prefix_caching = threads, prefix_caching
+        self._engine: Engine | None = None
+        self._opened: models.Base | None = None
+        self._texts: Texts | None = None
+        self._grammars: Grammars | None = None
+
+    async def start(self, adapters: Sequence[Adapter]) -> None:
+        """Load base and adapters.
+
+        Raises:
+            UserError: The base or an adapter cannot be served.
+        """
+        await asyncio.to_thread(self._open)
+        await self.set_adapters(adapters)
+
+    def _open(self) -> None:
+        if self._threads:
+            torch.set_num_threads(self._threads)
+        opened = models.load(
+            self._base, revision=self._revision, dtype=self._dtype, attn_implementation="eager",
+            device="cuda" if torch.cuda.is_available() else "cpu",
+        )  # fmt: skip
+        self._engine = Engine(
+            opened.model, max_sequences=self.slots, max_tokens=self.context,
+            prefix_caching=self._prefix_caching,
+        )  # fmt: skip
+        self._texts, self._opened = Texts(opened.tokenizer), opened
+        vocabulary: int = opened.model.config.get_text_config().vocab_size
+        self._grammars = Grammars(opened.tokenizer, vocabulary)
+
+    async def stop(self) -> None:
+        """End it."""
+        if self._engine is not None:
+            await asyncio.to_thread(self._engine.close, 10.0)
+
+    async def set_adapters(self, adapters: Sequence[Adapter]) -> None:
+        """Serve these adapters from now on; answers in progress go on under the old ones.
+
+        Raises:
+            UserError: One of them cannot be served; the old ones stay.
+        """
+        engine = self._running()
+        before, wanted = set(engine.adapters), {own.key: own.folder for own in adapters}
+        loaded: list[str] = []
+        try:
+            for key, folder in wanted.items():
+                if key not in before:
+                    await asyncio.to_thread(engine.load_adapter, key, folder)
+                    loaded.append(key)
+                    await asyncio.to_thread(require_unchanged, Adapter(key, folder))
+        except UserError:
+            for key in loaded:
+                await asyncio.to_thread(engine.unload_adapter, key)
+            raise
+        for key in before - set(wanted):
+            await asyncio.to_thread(engine.unload_adapter, key)
+
+    async def generate(self, wanted: Generation) -> AsyncIterator[Piece]:
+        """The answer piece by piece; closing the iterator stops the generation.
+
+        Raises:
+            EngineRefused: The client has to change the request.
+            EngineFailed: The engine broke.
+        """
+        engine, texts, grammars = self._running(), self._texts, self._grammars
+        assert texts is not None
+        assert grammars is not None
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[Chosen | tuple[str | BaseException, int]] = asyncio.Queue()
+
+        def put(event: Any) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        try:
+            grammar = None
+            if wanted.schema is not None:
+                grammar = await self._grammar(grammars, wanted)
+            request = Request(
+                list(wanted.prompt), wanted.adapter, wanted.max_tokens, wanted.stop_ids,
+                wanted.sampling, wanted.logprobs, put, lambda how, cached: put((how, cached)),
+                grammar,
+            )  # fmt: skip
+            cancel = engine.submit(request)
+        except UserError as error:
+            raise EngineRefused(str(error)) from error
+        stream = texts.stream(wanted.shown)
+        tokens, ended = 0, False
+        try:
+            while not ended:
+                event = await events.get()
+                if isinstance(event, Chosen):
+                    tokens += 1
+                    told = () if event.logprob is None else (
+                        texts.told(event.token, event.logprob, event.top),
+                    )  # fmt: skip
+                    yield Piece(stream.text(event.token), told, tokens=tokens)
+                    continue
+                how, cached = event
+                ended = True
+                if isinstance(how, BaseException):
+                    raise EngineFailed(str(how) or type(how).__name__) from how
+                if how == "cancelled":
+                    raise EngineFailed("the answer was cancelled")
+                finish: Finish = "length" if how == "length" else "stop"
+                yield Piece("", finish=finish, tokens=tokens + (how == "stop"), cached=cached)
+        finally:
+            if not ended:
+                cancel()
+
+    async def _grammar(self, grammars: Grammars, wanted: Generation) -> Grammar:
+        assert wanted.schema is not None
+        try:
+            return await asyncio.to_thread(grammars.of, wanted.schema, wanted.stop_ids)
+        except UserError as error:
+            raise EngineRefused(f"response_format: {error}") from error
+
+    def alive(self) -> bool:
+        """Whether it can take requests now."""
+        return self._engine is not None and self._engine.alive
+
+    def facts(self) -> dict[str, Any]:
+        """What it is and how it is set."""
+        opened = self._opened
+        return {
+            "engine": self.name,
+            "context": self.context,
+            "slots": self.slots,
+            "dtype": None if opened is None else opened.dtype.value,
+            "kernels": kernels.obstacle() or "compiled for this processor",
+            "threads": torch.get_num_threads(),
+        }
+
+    def _running(self) -> Engine:
+        if self._engine is None:
+            raise EngineFailed("the engine has not started")
+        return self._engine

@@ -1,0 +1,310 @@
+"""The routes: checks, names and limits; the engine makes the tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lighten.errors import UserError
+from lighten.serving.adapters import Model
+from lighten.serving.answering import Answering, Front, Gone, chained, unless_gone
+from lighten.serving.answers import ChatForm, CompletionForm, Form
+from lighten.serving.engine import Generation
+from lighten.serving.page import page
+from lighten.serving.requests import ChatRequest, CompletionRequest, Refused, parse
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+log = logging.getLogger(__name__)
+_LONG_TEXT = 16_384  # bytes of a body above which it is read in a thread
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a route answers.
+
+    Attributes:
+        body: JSON, a text, or the events of a stream.
+        status: Of HTTP.
+        media: Kind of content.
+        headers: More of them.
+    """
+
+    body: dict[str, Any] | str | AsyncIterator[str]
+    status: int = 200
+    media: str = "application/json"
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def response(self) -> Response:
+        """As the web framework sends it."""
+        from starlette.responses import JSONResponse, Response, StreamingResponse
+
+        if isinstance(self.body, dict):
+            return JSONResponse(self.body, self.status, dict(self.headers))
+        kind = Response if isinstance(self.body, str) else StreamingResponse
+        return kind(self.body, self.status, dict(self.headers), self.media)
+
+
+def application(front: Front, lifespan: Any = None) -> Starlette:
+    """The server's routes."""
+    from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
+    from starlette.routing import Route
+
+    routes = [
+        ("/", "GET", _page), ("/health", "GET", _health), ("/ready", "GET", _ready),
+        ("/metrics", "GET", _metrics), ("/v1/models", "GET", _models),
+        ("/v1/models/{name:path}", "GET", _model),
+        ("/v1/chat/completions", "POST", _chat), ("/v1/completions", "POST", _completions),
+        ("/v1/load_lora_adapter", "POST", _load), ("/v1/unload_lora_adapter", "POST", _unload),
+    ]  # fmt: skip
+    app = Starlette(
+        routes=[Route(path, _guarded(call), methods=[method]) for path, method, call in routes],
+        lifespan=lifespan,
+        exception_handlers={HTTPException: _http_error},
+    )
+    app.state.front = front
+    return app
+
+
+_Call = Callable[["Request", Front], Awaitable[Reply]]
+
+
+def _guarded(call: _Call) -> Callable[[Request], Awaitable[Response]]:
+    """A route with its checks; whatever happens is answered in OpenAI's form."""
+    from starlette.requests import ClientDisconnect
+
+    async def route(request: Request) -> Response:
+        front: Front = request.app.state.front
+        try:
+            _check(request, front, call)
+            reply = await call(request, front)
+        except Refused as refused:
+            headers = {429: {"Retry-After": "1"}, 503: {"Retry-After": "1"},
+                       401: {"WWW-Authenticate": "Bearer"}}.get(refused.status, {})  # fmt: skip
+            reply = Reply(refused.body(), refused.status, headers=headers)
+        except (Gone, ClientDisconnect):
+            reply = Reply("", 499, "text/plain")  # nobody reads it
+        except Exception:
+            log.exception("a request failed")
+            reply = Reply(Refused(500, "the server failed; see its log").body(), 500)
+        front.metrics.count("http_responses", status=str(reply.status), path=_path_of(request))
+        return reply.response()
+
+    return route
+
+
+def _path_of(request: Request) -> str:
+    """The route's own path, so that a client cannot invent labels."""
+    path = request.scope["path"]
+    return "/v1/models" if path.startswith("/v1/models") else str(path)
+
+
+def _check(request: Request, front: Front, call: _Call) -> None:
+    """Host, key and kind of body.
+
+    A page of another origin can send a browser's user here: it cannot send JSON without being
+    asked for leave, which is never given, nor pass as another host.
+    """
+    host = request.headers.get("host", "").rsplit(":", 1)[0].strip("[]").lower()
+    if front.hosts is not None and host not in front.hosts:
+        raise Refused(421, "this server answers to requests for this machine alone; see "
+                      "--host and --api-key to serve others")  # fmt: skip
+    admin = call in (_load, _unload)
+    keys = front.admin_keys if admin else front.api_keys
+    if admin and not keys:
+        raise Refused(403, "loading adapters is turned off; start the server with --admin-key")
+    if keys and request.url.path.startswith("/v1/"):
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not given:
+            raise Refused(401, "a key is missing: send it as 'Authorization: Bearer KEY'",
+                          None, "missing_api_key")  # fmt: skip
+        if not any(hmac.compare_digest(given.strip().encode(), key.encode()) for key in keys):
+            raise Refused(401, "the key is not known here", None, "invalid_api_key")
+    if request.method == "POST":
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise Refused(415, "the body has to be sent as 'Content-Type: application/json'")
+
+
+async def _http_error(_: Request, error: Exception) -> Response:
+    status: int = getattr(error, "status_code", 500)
+    said = {404: "there is no such path; see /v1/models, /v1/chat/completions, /v1/completions",
+            405: "this path takes another method"}.get(status, str(error))  # fmt: skip
+    return Reply(Refused(status, said).body(), status).response()
+
+
+async def _body(request: Request, front: Front) -> Any:
+    """The JSON of a request, as far as the limit."""
+    most = front.limits.body_bytes
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > most:
+            raise Refused(413, f"the body is larger than {most:,} bytes, the limit here")
+        parts.append(part)
+    text = b"".join(parts)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Refused(400, f"the body is not valid JSON: {error}") from error
+
+
+async def _page(_: Request, front: Front) -> Reply:
+    security = ("default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+                "connect-src 'self'; frame-ancestors 'none'")  # fmt: skip
+    return Reply(page(front.registry.name), 200, "text/html",
+                 {"Content-Security-Policy": security})  # fmt: skip
+
+
+async def _health(_: Request, front: Front) -> Reply:
+    alive = front.engine.alive()
+    facts = {"status": "ok" if alive else "engine down", **front.engine.facts()}
+    return Reply(facts)
+
+
+async def _ready(_: Request, front: Front) -> Reply:
+    ready = front.ready and front.engine.alive() and not front.stopping
+    return Reply({"ready": ready}, 200 if ready else 503)
+
+
+async def _metrics(_: Request, front: Front) -> Reply:
+    facts = front.engine.facts()
+    gauges = {
+        "requests_running": front.answering, "ready": float(front.ready),
+        "engine_up": float(front.engine.alive()), "adapters": len(front.registry.models) - 1,
+        "engine_restarts": facts.get("restarts", 0), "engine_slots": front.engine.slots,
+    }  # fmt: skip
+    return Reply(front.metrics.text(gauges), 200, "text/plain; version=0.0.4")
+
+
+def _shown(model: Model, front: Front) -> dict[str, Any]:
+    base = front.registry.name
+    return {
+        "id": model.name, "object": "model", "created": model.created, "owned_by": "lighten",
+        "root": base if model.adapter is None else model.adapter.key,
+        "parent": None if model.adapter is None else base,
+        "max_model_len": front.engine.context,
+    }  # fmt: skip
+
+
+async def _models(_: Request, front: Front) -> Reply:
+    shown = [_shown(own, front) for own in front.registry.models.values()]
+    return Reply({"object": "list", "data": shown})
+
+
+async def _model(request: Request, front: Front) -> Reply:
+    return Reply(_shown(front.registry.named(request.path_params["name"]), front))
+
+
+async def _load(request: Request, front: Front) -> Reply:
+    name, path = _words(await _body(request, front), "lora_name", "lora_path")
+    return Reply({"message": await front.registry.load(name, path, front.engine)})
+
+
+async def _unload(request: Request, front: Front) -> Reply:
+    (name,) = _words(await _body(request, front), "lora_name")
+    return Reply({"message": await front.registry.unload(name, front.engine)})
+
+
+def _words(body: Any, *names: str) -> list[str]:
+    for name in names:
+        if not isinstance(body, dict) or not isinstance(body.get(name), str) or not body[name]:
+            raise Refused(400, f"{name} is missing", name)
+    if extra := sorted(body.keys() - {*names}):
+        raise Refused(400, f"{extra[0]} is not applied by this server; leave it out", extra[0])
+    return [body[name] for name in names]
+
+
+async def _chat(request: Request, front: Front) -> Reply:
+    body = await _body(request, front)
+    asked = parse(ChatRequest, body)
+    model = front.registry.named(asked.model, asked.adapter_id)
+    messages = asked.conversation()
+    long = sum(len(own.content) for own in messages) > _LONG_TEXT
+    try:
+        ids = (
+            await asyncio.to_thread(model.asking.conversation, messages)
+            if long
+            else model.asking.conversation(messages)
+        )
+    except UserError as error:
+        raise Refused(400, str(error), "messages") from error
+    form = ChatForm(model.name, asked.alternatives is not None)
+    return await _answer(request, front, model, asked, [ids], form)
+
+
+async def _completions(request: Request, front: Front) -> Reply:
+    asked = parse(CompletionRequest, await _body(request, front))
+    model = front.registry.named(asked.model, asked.adapter_id)
+    vocabulary = front.registry.vocabulary
+    prompts = await asyncio.to_thread(asked.prompts, model.asking.text, vocabulary)
+    form = CompletionForm(model.name, asked.alternatives is not None)
+    return await _answer(request, front, model, asked, prompts, form)
+
+
+async def _answer(
+    request: Request, front: Front, model: Model, asked: ChatRequest | CompletionRequest,
+    prompts: Sequence[Sequence[int]], form: Form,
+) -> Reply:  # fmt: skip
+    """Generate every answer of a request, whole or streamed."""
+    wanted = [
+        _generation(front, model, asked, prompt, number)
+        for prompt in prompts
+        for number in range(asked.answers)
+    ]
+    if front.stopping:
+        raise Refused(503, "the server is being stopped")
+    if not front.ready or not front.engine.alive():
+        raise Refused(503, "the engine is not ready; try again in a few seconds")
+    if front.answering + len(wanted) > front.limits.waiting:
+        raise Refused(429, f"{front.answering} answers are under way or wait; try again later",
+                      None, "rate_limit_exceeded")  # fmt: skip
+    run = Answering(front, model, wanted, asked.stops, sum(map(len, prompts)))
+    if asked.stream:
+        options = asked.stream_options
+        events = run.events(form, usage=options is not None and options.include_usage)
+        # Errors before the first token are answered as such; after it the status is sent.
+        first = await unless_gone(request, anext(events))
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        return Reply(chained(first, events), 200, "text/event-stream", headers)
+    choices = await unless_gone(request, run.whole())
+    return Reply(form.whole(choices, run.usage(choices)))
+
+
+def _generation(
+    front: Front, model: Model, asked: ChatRequest | CompletionRequest, prompt: Sequence[int],
+    number: int,
+) -> Generation:  # fmt: skip
+    context = front.engine.context
+    room, most = context - len(prompt), asked.most_tokens
+    if room < 1:
+        raise Refused(400, f"the prompt has {len(prompt)} tokens; prompt and answer may have "
+                      f"{context} together here (--max-model-len)",
+                      "prompt" if isinstance(asked, CompletionRequest) else "messages",
+                      "context_length_exceeded")  # fmt: skip
+    if asked.max_tokens is None and isinstance(asked, CompletionRequest):
+        most = min(16, room)
+    if most is not None and most > room:
+        raise Refused(400, f"max_tokens: {most} are more than the {room} that the prompt's "
+                      f"{len(prompt)} tokens leave of a context of {context}", "max_tokens",
+                      "context_length_exceeded")  # fmt: skip
+    kind = asked.response_format
+    return Generation(
+        prompt,
+        None if model.adapter is None else model.adapter.key,
+        most or room,
+        asked.sampling(front.registry.vocabulary, number),
+        model.asking.stop_ids,
+        model.asking.shown,
+        asked.alternatives,
+        None if kind is None else kind.schema_wanted(),
+    )

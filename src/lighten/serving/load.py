@@ -1,0 +1,212 @@
+"""The load generator: many clients, arrivals, popularity of adapters, and what they felt."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import queue
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from lighten.errors import UserError
+from lighten.serving.remote import Remote, ServerError, Streamed
+
+Popularity = Literal["one", "uniform", "zipf"]
+_WORDS = ("river", "stone", "answer", "light", "paper", "north", "seven", "garden", "metal",
+          "reason", "glass", "winter", "doubt", "market", "signal", "bread")  # fmt: skip
+_PERCENTILES = (50, 90, 99)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is sent.
+
+    Attributes:
+        requests: How many.
+        clients: At the same time; each asks again when it is answered.
+        rate: Arrivals per second, at random intervals, whatever is answered; None: as clients do.
+        prompt_words: Words of a prompt.
+        max_tokens: Tokens of an answer.
+        popularity: Which adapter a request names: always the first, all alike, or Zipf's law.
+        seed: Of prompts, arrivals and adapters.
+    """
+
+    requests: int = 64
+    clients: int = 16
+    rate: float | None = None
+    prompt_words: int = 32
+    max_tokens: int = 64
+    popularity: Popularity = "uniform"
+    seed: int = 0
+
+    def check(self) -> None:
+        """Refuse a load that cannot be sent.
+
+        Raises:
+            UserError: Names the flag.
+        """
+        for name in ("requests", "clients", "prompt_words", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} is at least 1")
+        if self.rate is not None and not 0 < self.rate < math.inf:
+            raise UserError("--rate is a number of requests per second, above 0")
+        if self.popularity not in ("one", "uniform", "zipf"):
+            raise UserError(f"--popularity {self.popularity} is not known; one, uniform or zipf")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a load met.
+
+    Attributes:
+        what: Which models were asked: `base`, `one`, `mixed`, or a number of adapters.
+        adapters: How many different ones.
+        seconds: From the first request to the last answer.
+        answered: Whole answers.
+        errors: Errors by what was said.
+        tokens: Tokens generated.
+        prompt_tokens: Tokens of prompts.
+        first_token_s: Percentiles of the time to the first text.
+        between_tokens_s: Percentiles of the time between parts of a stream.
+        by_model: Answers by model.
+    """
+
+    what: str
+    adapters: int
+    seconds: float
+    answered: int
+    errors: dict[str, int]
+    tokens: int
+    prompt_tokens: int
+    first_token_s: dict[str, float | None]
+    between_tokens_s: dict[str, float | None]
+    by_model: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Generated tokens of all answers."""
+        return self.tokens / self.seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            **asdict(self),
+            "tokens_per_s": self.tokens_per_s,
+            "requests_per_s": self.answered / self.seconds,
+        }
+
+
+def run(remote: Remote, what: str, models: Sequence[str], load: Load) -> Outcome:
+    """Send a load and measure.
+
+    Args:
+        remote: The server.
+        what: What the outcome is called.
+        models: Who is asked, the most popular first.
+        load: How.
+    """
+    rng = random.Random(load.seed)
+    planned = list(_requests(models, load, rng))
+    waiting: queue.SimpleQueue[tuple[str, str] | None] = queue.SimpleQueue()
+    done: queue.SimpleQueue[tuple[str, Streamed | str]] = queue.SimpleQueue()
+
+    def client() -> None:
+        while (request := waiting.get()) is not None:
+            done.put((request[0], _asked(remote, *request, load.max_tokens)))
+
+    began = time.perf_counter()
+    # Arrivals do not wait for answers: as many clients as there may be requests under way.
+    number = load.clients if load.rate is None else min(load.requests, 512)
+    threads = [threading.Thread(target=client, daemon=True) for _ in range(number)]
+    for thread in threads:
+        thread.start()
+    for request in planned:
+        if load.rate is not None:
+            time.sleep(rng.expovariate(load.rate))
+        waiting.put(request)
+    for _ in threads:
+        waiting.put(None)
+    for thread in threads:
+        thread.join()
+    seconds = time.perf_counter() - began
+    return _outcome(what, models, seconds, [done.get() for _ in planned])
+
+
+def series(
+    remote: Remote, load: Load, told: Callable[[Outcome], None] | None = None
+) -> list[Outcome]:
+    """The base, one adapter, and twice as many adapters each time up to all of them, mixed.
+
+    Raises:
+        UserError: The server does not answer.
+    """
+    load.check()
+    parents = remote.models()
+    base = next((name for name, parent in parents.items() if parent is None), None)
+    adapters = [name for name, parent in parents.items() if parent is not None]
+    if base is None:
+        raise UserError(f"{remote.url} lists no base among its models")
+    numbers = [2**power for power in range(len(adapters).bit_length())]
+    steps = sorted({*numbers, len(adapters)} - {0})
+    found = []
+    planned = [("base", [base])]
+    planned += [(f"{n} adapter{'s' * (n > 1)}", adapters[:n]) for n in steps if n <= len(adapters)]
+    if adapters:
+        planned.append(("base and adapters", [base, *adapters]))
+    _asked(remote, base, "Hello", 2)  # warm
+    for what, models in planned:
+        found.append(run(remote, what, models, load))
+        if told is not None:
+            told(found[-1])
+    return found
+
+
+def _requests(models: Sequence[str], load: Load, rng: random.Random) -> Any:
+    weights = [1.0 / rank if load.popularity == "zipf" else 1.0
+               for rank in range(1, len(models) + 1)]  # fmt: skip
+    for number in range(load.requests):
+        chosen = models[0] if load.popularity == "one" else rng.choices(models, weights)[0]
+        # The number keeps a server from answering out of its prompt cache.
+        words = " ".join(rng.choices(_WORDS, k=load.prompt_words))
+        yield chosen, f"{number}: {words}"
+
+
+def _asked(remote: Remote, model: str, question: str, max_tokens: int) -> Streamed | str:
+    """What came, or the error's words."""
+    into = Streamed()
+    messages = [{"role": "user", "content": question}]
+    try:
+        for _ in remote.stream(model, messages, into, max_completion_tokens=max_tokens):
+            pass
+    except (ServerError, OSError, ValueError) as error:
+        return f"{getattr(error, 'status', 0) or 'no answer'}: {error}"[:200]
+    return into
+
+
+def _outcome(
+    what: str, models: Sequence[str], seconds: float, done: Sequence[tuple[str, Streamed | str]]
+) -> Outcome:
+    answers = [(model, own) for model, own in done if isinstance(own, Streamed)]
+    first = [own.arrivals[0] - own.began for _, own in answers if own.arrivals]
+    between = [
+        later - earlier for _, own in answers for earlier, later in itertools.pairwise(own.arrivals)
+    ]
+    return Outcome(
+        what, len(models), seconds, len(answers),
+        dict(Counter(own for _, own in done if isinstance(own, str))),
+        sum(own.tokens for _, own in answers), sum(own.prompt_tokens for _, own in answers),
+        _percentiles(first), _percentiles(between), dict(Counter(model for model, _ in answers)),
+    )  # fmt: skip
+
+
+def _percentiles(values: Sequence[float]) -> dict[str, float | None]:
+    ordered = sorted(values)
+    return {
+        f"p{share}": ordered[math.ceil(share / 100 * len(ordered)) - 1] if ordered else None
+        for share in _PERCENTILES
+    }

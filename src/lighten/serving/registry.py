@@ -1,0 +1,137 @@
+"""Names and what answers under them, changed while the server runs."""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+
+from lighten.errors import UserError
+from lighten.serving import adapters
+from lighten.serving.adapters import Base, Model
+from lighten.serving.engine import Adapter, Engine
+from lighten.serving.requests import Refused
+
+
+class Registry:
+    """The base and its adapters by name.
+
+    Args:
+        base: The base.
+        name: What clients call it.
+        root: Folder that adapters may be loaded from at run time; None: from nowhere.
+        most: Adapters at most.
+    """
+
+    def __init__(self, base: Base, name: str, *, root: Path | None, most: int) -> None:
+        self.base, self.name, self._most = base, name, most
+        self._root = None if root is None else root.resolve()
+        first = Model(name, base.asking, None, adapters.now(), str(base.folder))
+        self.models: dict[str, Model] = {name: first}
+        self._changing = asyncio.Lock()
+        # Models as long as somebody holds one: a request that was taken under a name is answered
+        # by what had the name then, even if it is loaded anew before the engine hears of it.
+        self._held: weakref.WeakSet[Model] = weakref.WeakSet()
+
+    def open(self, given: Mapping[str, Path]) -> None:
+        """Take the adapters that are there from the start."""
+        if len(given) > self._most:
+            raise UserError(f"{len(given)} adapters are more than --max-cpu-loras {self._most}")
+        for name, folder in given.items():
+            self.models[name] = self._read(name, folder)
+            self._held.add(self.models[name])
+
+    def _read(self, name: str, folder: Path) -> Model:
+        if name == self.name:
+            raise UserError(f"{name!r} is the base's name; give the adapter another one")
+        return adapters.open_adapter(name, folder, self.base)
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the base knows."""
+        size: int = self.base.config.get_text_config().vocab_size
+        return size
+
+    @property
+    def adapters(self) -> list[Adapter]:
+        """What the engine has to hold, each once: what is served, and what answers still take."""
+        wanted = [*self.models.values(), *self._held]
+        return list({own.adapter.key: own.adapter for own in wanted if own.adapter}.values())
+
+    def named(self, name: str, adapter: str | None = None) -> Model:
+        """The model of a request.
+
+        Raises:
+            Refused: There is none of this name.
+        """
+        if adapter is not None and name != self.name and name != adapter:
+            raise Refused(400, "adapter_id and model name two adapters; leave one out",
+                          "adapter_id")  # fmt: skip
+        wanted = adapter or name
+        if wanted not in self.models:
+            known = ", ".join(list(self.models)[:20]) + ", …" * (len(self.models) > 20)
+            raise Refused(404, f"the model {wanted[:200]!r} is not served here; there are: {known}",
+                          "model", "model_not_found")  # fmt: skip
+        return self.models[wanted]
+
+    async def load(self, name: str, path: str, engine: Engine) -> str:
+        """Serve one more adapter, or a newer state of one; says what happened.
+
+        Raises:
+            Refused: Its path lies elsewhere, or it cannot be served.
+        """
+        folder = self._inside(path)
+        async with self._changing:
+            before = self.models.get(name)
+            if before is None and len(self.models) > self._most:
+                raise Refused(409, f"there are {self._most} adapters already, which is the limit "
+                              "(--max-cpu-loras); unload one first", "lora_name")  # fmt: skip
+            try:
+                model = await asyncio.to_thread(self._read, name, folder)
+            except UserError as error:
+                raise Refused(400, str(error), "lora_path") from error
+            if before is not None and before.adapter == model.adapter:
+                return f"{name} is loaded already, as it is now"
+            self._held.add(model)
+            try:
+                await engine.set_adapters(self.adapters)  # this one is held, too
+            except UserError as error:
+                self._held.discard(model)
+                raise Refused(400, str(error), "lora_path") from error
+            self.models = {**self.models, name: model}
+            said = f"{name} is loaded" if before is None else f"{name} is loaded anew"
+            del before  # the engine forgets it now, unless an answer takes it
+            await engine.set_adapters(self.adapters)
+            return said
+
+    async def unload(self, name: str, engine: Engine) -> str:
+        """Serve an adapter no more; its answers in progress go on.
+
+        Raises:
+            Refused: There is none of this name.
+        """
+        async with self._changing:
+            if name == self.name or name not in self.models:
+                raise Refused(404, f"no adapter is called {name[:200]!r}", "lora_name",
+                              "model_not_found")  # fmt: skip
+            self.models = {key: own for key, own in self.models.items() if key != name}
+            await engine.set_adapters(self.adapters)
+            return f"{name} is unloaded"
+
+    def _inside(self, path: str) -> Path:
+        """A folder below the root, links followed."""
+        if self._root is None:
+            raise Refused(403, "this server loads no adapters; start it with --adapter-dir FOLDER",
+                          "lora_path")  # fmt: skip
+        try:
+            folder = (self._root / path).resolve()
+        except (OSError, ValueError) as error:  # a null character, a loop of links
+            raise Refused(400, "lora_path is no path", "lora_path") from error
+        if self._root not in folder.parents:
+            raise Refused(403, "lora_path lies outside the folder that adapters may be loaded from",
+                          "lora_path")  # fmt: skip
+        if not folder.is_dir():
+            raise Refused(404, f"there is no folder {path[:200]!r} in the adapters' folder",
+                          "lora_path")  # fmt: skip
+        return folder

@@ -1,0 +1,303 @@
+"""What clients send: OpenAI's bodies. A field that is not applied is refused by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    field_validator,
+)
+
+from lighten.data import Message
+from lighten.serving.engine import Sampling
+
+MOST_ANSWERS = 16  # `n`
+MOST_STOPS = 16
+MOST_LOGPROBS = 20
+
+# Fields that change no answer, and values at which others change none: many clients send them.
+_LABELS = {"user", "metadata", "safety_identifier", "prompt_cache_key"}
+_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
+    "store": (False,), "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],),
+    "parallel_tool_calls": (True, False), "service_tier": ("auto", "default"), "echo": (False,),
+    "suffix": ("",), "best_of": (1,), "modalities": (["text"],),
+}  # fmt: skip
+_ROLES = {"system", "developer", "user", "assistant"}
+
+
+class Refused(Exception):
+    """A request that is answered with an error.
+
+    Args:
+        status: HTTP status.
+        message: What is wrong and what to do.
+        param: Which field.
+        code: OpenAI's word for it.
+    """
+
+    def __init__(
+        self, status: int, message: str, param: str | None = None, code: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+
+    def body(self) -> dict[str, Any]:
+        """As OpenAI's clients read it."""
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        if self.status == 401:
+            kind = "authentication_error"
+        return {"error": {"message": self.message, "type": kind, "param": self.param,
+                          "code": self.code}}  # fmt: skip
+
+
+class _JsonSchema(BaseModel):
+    model_config = ConfigDict(extra="ignore")  # name, strict and description change no grammar
+    json_schema: dict[str, Any] = Field(alias="schema")
+
+
+class ResponseFormat(BaseModel):
+    """`response_format`."""
+
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: _JsonSchema | None = None
+
+    def schema_wanted(self) -> dict[str, Any] | None:
+        """The JSON schema that the answer has to follow."""
+        if self.type == "json_object":
+            return {"type": "object"}
+        if self.type == "json_schema":
+            if self.json_schema is None:
+                raise Refused(400, "response_format: json_schema needs json_schema.schema",
+                              "response_format.json_schema")  # fmt: skip
+            return self.json_schema.json_schema
+        return None
+
+
+class _StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    include_usage: StrictBool = False
+
+
+_Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+_Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+
+
+class _Common(BaseModel):
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    model: StrictStr
+    adapter_id: StrictStr | None = None
+    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    top_k: Annotated[StrictInt, Field(ge=-1)] | None = None
+    min_p: _Fraction | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] | None = None
+    presence_penalty: _Penalty | None = None
+    frequency_penalty: _Penalty | None = None
+    seed: StrictInt | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    n: Annotated[StrictInt, Field(ge=1, le=MOST_ANSWERS)] | None = None
+    stop: StrictStr | list[StrictStr] | None = None
+    stream: StrictBool | None = None
+    stream_options: _StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+
+    @field_validator("stop")
+    @classmethod
+    def _usable_stops(cls, value: str | list[str] | None) -> list[str]:
+        stops = [value] if isinstance(value, str) else list(value or ())
+        if len(stops) > MOST_STOPS:
+            raise ValueError(f"at most {MOST_STOPS} texts")
+        if "" in stops:
+            raise ValueError("an empty text would end every answer at once")
+        return stops
+
+    @property
+    def stops(self) -> Sequence[str]:
+        """Texts that end the answer."""
+        return self.stop or ()
+
+    @property
+    def answers(self) -> int:
+        """How many answers are wanted."""
+        return self.n or 1
+
+    @property
+    def most_tokens(self) -> int | None:
+        """Tokens at most, None for as many as there is room for."""
+        return self.max_tokens
+
+    @property
+    def alternatives(self) -> int | None:
+        """Log-probabilities: alternatives for each token; None: none at all."""
+        raise NotImplementedError
+
+    def sampling(self, vocabulary: int, answer: int) -> Sampling:
+        """How tokens are chosen.
+
+        Args:
+            vocabulary: Tokens that the model knows.
+            answer: Which of `n` answers; each has a seed of its own.
+        """
+        bias: dict[int, float] = {}
+        for token, value in (self.logit_bias or {}).items():
+            if not token.isdecimal() or int(token) >= vocabulary:
+                raise Refused(400, f"logit_bias: {token!r} is no token of this model, which has "
+                              f"ids from 0 to {vocabulary - 1}", "logit_bias")  # fmt: skip
+            bias[int(token)] = value
+        given = {
+            "temperature": self.temperature, "top_p": self.top_p, "min_p": self.min_p,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "repetition_penalty": self.repetition_penalty,
+            "top_k": None if self.top_k is None else max(0, self.top_k),
+            "seed": None if self.seed is None else self.seed + answer,
+        }  # fmt: skip
+        return Sampling(
+            logit_bias=bias,
+            **{key: value for key, value in given.items() if value is not None},  # type: ignore[arg-type]
+        )
+
+
+class _TextPart(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["text"]
+    text: StrictStr
+
+
+class _Turn(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    role: StrictStr
+    content: StrictStr | list[_TextPart] | None = None
+
+    def message(self, place: int) -> Message:
+        where = f"messages[{place}]"
+        if self.role not in _ROLES:
+            raise Refused(400, f"{where}.role: {self.role!r} is not applied by this server; use "
+                          f"{', '.join(sorted(_ROLES))}", f"{where}.role")  # fmt: skip
+        extra = {key: value for key, value in (self.model_extra or {}).items() if value}
+        if extra:
+            name = min(extra)
+            raise Refused(400, f"{where}.{name} is not applied by this server; leave it out",
+                          f"{where}.{name}", "unsupported_parameter")  # fmt: skip
+        if self.content is None:
+            raise Refused(400, f"{where}.content is missing", f"{where}.content")
+        parts = self.content if isinstance(self.content, list) else []
+        text = "\n".join(part.text for part in parts) if parts else self.content
+        # OpenAI's newer name for the same.
+        return Message("system" if self.role == "developer" else self.role, str(text or ""))
+
+
+class ChatRequest(_Common):
+    """The body of `/v1/chat/completions`."""
+
+    messages: Annotated[list[_Turn], Field(min_length=1)]
+    max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    logprobs: StrictBool | None = None
+    top_logprobs: Annotated[StrictInt, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+
+    @property
+    def most_tokens(self) -> int | None:
+        """See `_Common`."""
+        given = {value for value in (self.max_completion_tokens, self.max_tokens) if value}
+        if len(given) > 1:
+            raise Refused(400, "max_tokens and max_completion_tokens say different things; keep "
+                          "one", "max_tokens")  # fmt: skip
+        return next(iter(given), None)
+
+    @property
+    def alternatives(self) -> int | None:
+        """See `_Common`."""
+        if not self.logprobs:
+            if self.top_logprobs:
+                raise Refused(400, "top_logprobs needs logprobs: true", "top_logprobs")
+            return None
+        return self.top_logprobs or 0
+
+    def conversation(self) -> list[Message]:
+        """The messages; the last one is a user's."""
+        messages = [turn.message(place) for place, turn in enumerate(self.messages)]
+        if messages[-1].role != "user":
+            raise Refused(400, "messages: the last one has to be the user's; going on with an "
+                          "assistant's is not applied by this server", "messages")  # fmt: skip
+        return messages
+
+
+class CompletionRequest(_Common):
+    """The body of `/v1/completions`."""
+
+    prompt: StrictStr | list[StrictStr] | list[StrictInt] | list[list[StrictInt]]
+    logprobs: Annotated[StrictInt, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+
+    @property
+    def alternatives(self) -> int | None:
+        """See `_Common`."""
+        return self.logprobs
+
+    def prompts(self, encode: Callable[[str], list[int]], vocabulary: int) -> list[list[int]]:
+        """Token ids of each prompt."""
+        given: Any = self.prompt if isinstance(self.prompt, list) else [self.prompt]
+        if given and isinstance(given[0], int):
+            given = [given]
+        if not given:
+            raise Refused(400, "prompt is empty", "prompt")
+        found = []
+        for own in given:
+            ids = encode(own) if isinstance(own, str) else list(own)
+            if not ids:
+                raise Refused(400, "prompt is empty", "prompt")
+            if not all(0 <= token < vocabulary for token in ids):
+                raise Refused(400, "prompt holds ids that are no tokens of this model, which has "
+                              f"ids from 0 to {vocabulary - 1}", "prompt")  # fmt: skip
+            found.append(ids)
+        return found
+
+    @property
+    def most_tokens(self) -> int:
+        """OpenAI's default is 16 here."""
+        return self.max_tokens or 16
+
+
+Body = TypeVar("Body", bound=_Common)
+
+
+def parse(kind: type[Body], body: Any) -> Body:
+    """A body as one of the above.
+
+    Raises:
+        Refused: It is not valid, or asks for what is not applied.
+    """
+    if not isinstance(body, dict):
+        raise Refused(400, "the body has to be a JSON object")
+    try:
+        request = kind.model_validate(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        place = [str(part) for part in first["loc"] if not _is_variant(part)]
+        field = ".".join(place)
+        raise Refused(400, f"{field}: {first['msg']}", field) from error
+    for name, value in (request.model_extra or {}).items():
+        if value is None or name in _LABELS or value in _WITHOUT_EFFECT.get(name, ()):
+            continue
+        raise Refused(400, f"{name} is not applied by this server; leave it out", name,
+                      "unsupported_parameter")  # fmt: skip
+    if request.stream_options is not None and not request.stream:
+        raise Refused(400, "stream_options needs stream: true", "stream_options")
+    return request
+
+
+def _is_variant(part: int | str) -> bool:
+    """Whether part of an error's place is pydantic's name of a union's member."""
+    return isinstance(part, str) and (
+        "[" in part or part in ("str", "int", "float", "constrained-str")
+    )

@@ -1,0 +1,48 @@
+"""Runs a command that never outlives its parent: it ends when standard input does.
+
+    python -m lighten.serving.tether COMMAND [ARGUMENT ...]
+
+The command has a process group of its own, which is ended as a whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+_GRACE_S = 20.0
+
+
+def main() -> int:
+    """Run the command; its exit code."""
+    child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True)
+
+    def end_with_parent() -> None:
+        sys.stdin.buffer.read()
+        _end(child)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    code = child.wait()
+    _signal(child, signal.SIGKILL)  # what it left behind
+    return code
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    _signal(child, signal.SIGTERM)
+    try:
+        child.wait(_GRACE_S)
+    except subprocess.TimeoutExpired:
+        _signal(child, signal.SIGKILL)
+
+
+def _signal(child: subprocess.Popen[bytes], number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

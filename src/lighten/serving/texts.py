@@ -1,0 +1,69 @@
+"""Token ids as text, for engines that tell ids alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from tokenizers.decoders import DecodeStream
+
+from lighten.serving.engine import TokenLogprob
+
+_BYTE = re.compile(r"^<0x([0-9A-Fa-f]{2})>$")
+
+
+class Texts:
+    """Token ids as text."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._special = set(tokenizer.all_special_ids) | {
+            token for token, added in tokenizer.added_tokens_decoder.items() if added.special
+        }
+        from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+        byte_level = "ByteLevel" in str(getattr(tokenizer.backend_tokenizer, "decoder", ""))
+        self._bytes = {c: b for b, c in bytes_to_unicode().items()} if byte_level else {}
+
+    def stream(self, shown: Sequence[str]) -> Stream:
+        """A decoder of one answer.
+
+        Args:
+            shown: Special tokens that are part of its text.
+        """
+        hidden = self._special - set(self._tokenizer.convert_tokens_to_ids(list(shown)))
+        return Stream(self._tokenizer.backend_tokenizer, hidden)
+
+    def told(self, token: int, logprob: float, top: Sequence[tuple[int, float]]) -> TokenLogprob:
+        """A token and its alternatives with their texts and bytes."""
+        return self._one(token, logprob, tuple(self._one(*other) for other in top))
+
+    def _one(self, token: int, logprob: float, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
+        data = self.bytes_of(token)
+        return TokenLogprob(token, data.decode(errors="replace"), tuple(data), logprob, top)
+
+    def bytes_of(self, token: int) -> bytes:
+        """What a token writes; it may be a part of a character."""
+        piece = str(self._tokenizer.convert_ids_to_tokens(token))
+        if token in self._tokenizer.added_tokens_decoder:
+            return piece.encode()
+        if match := _BYTE.match(piece):
+            return bytes([int(match[1], 16)])
+        if self._bytes and all(letter in self._bytes for letter in piece):
+            return bytes(self._bytes[letter] for letter in piece)
+        return piece.replace("\u2581", " ").encode()
+
+
+class Stream:
+    """The text of an answer, whole characters at a time."""
+
+    def __init__(self, core: Any, hidden: set[int]) -> None:
+        self._core, self._hidden = core, hidden
+        self._decoder = DecodeStream(skip_special_tokens=False)
+
+    def text(self, token: int) -> str:
+        """What one more token adds; nothing while a character is not whole."""
+        if token in self._hidden:
+            return ""
+        return self._decoder.step(self._core, token) or ""

@@ -1,0 +1,179 @@
+"""What can be done in the time there is: successive halving on held-out loss.
+
+Source: Jamieson and Talwalkar, Non-stochastic Best Arm Identification and Hyperparameter
+Optimization (arXiv 1502.07943). Here arms are dropped only where the measured speed says that not
+all of them can be trained to the end, and no more of them than that.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lighten import runs
+from lighten.engine.validation import ValidationLoss
+from lighten.runs import Run
+
+EVENTS = "left.jsonl"
+TIME_UP = "the time was up"
+# Rungs where arms may be dropped, if the recipe names no eval_steps.
+RUNGS = 8
+# Losses say little before this share of the steps: the rate has only just warmed up.
+FIRST_RUNG = 0.125
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What was measured of the work.
+
+    Attributes:
+        step_s: One step of one arm.
+        evaluation_s: One evaluation of one arm while training.
+        measuring_s: Measuring one arm when it is trained.
+        starting_s: Loading model and data once.
+    """
+
+    step_s: float
+    evaluation_s: float
+    measuring_s: float
+    starting_s: float = 0.0
+
+    def to_dict(self) -> dict[str, float]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+def keep(arms: int, left_s: float, steps: int, rung: int, speed: Speed) -> int:
+    """How many arms can go on so that halving at every later rung ends in time; at least one.
+
+    Args:
+        arms: Still training.
+        left_s: Time there is.
+        steps: Steps still to make.
+        rung: Steps between evaluations.
+        speed: What the work takes.
+    """
+    while arms > 1 and not _feasible(arms, left_s, steps, rung, speed, 1):
+        arms -= 1
+    return arms
+
+
+def longest(arms: int, left_s: float, steps: int, rung: Callable[[int], int], speed: Speed) -> int:
+    """The most steps, up to those wanted, that half of the arms can train in time.
+
+    Fewer at the end would leave too little to compare.
+    """
+    low, high = 1, steps
+    while low < high:  # the cost grows with the steps
+        middle = (low + high + 1) // 2
+        if _feasible(arms, left_s, middle, rung(middle), speed, (arms + 1) // 2):
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _feasible(arms: int, left_s: float, steps: int, rung: int, speed: Speed, least: int) -> bool:
+    """Whether so many arms can go on to the next rung, halved there and later down to the least."""
+    if _to_the_end(arms, steps, rung, speed) <= left_s:
+        return True
+    if arms <= least or steps <= rung:
+        return False
+    spent = arms * (rung * speed.step_s + speed.evaluation_s)
+    after = max(least, (arms + 1) // 2)
+    # What leaves is measured too, at least on what chooses.
+    left = left_s - spent - (arms - after) * speed.measuring_s
+    return left > 0 and _feasible(after, left, steps - rung, rung, speed, least)
+
+
+def _to_the_end(arms: int, steps: int, rung: int, speed: Speed) -> float:
+    evaluations = -(-steps // rung)
+    each = steps * speed.step_s + evaluations * speed.evaluation_s + speed.measuring_s
+    return arms * each
+
+
+class Halving:
+    """The pruner of one group's run.
+
+    Args:
+        folder: The run's folder, where it writes who left and why.
+        total_steps: Of the run.
+        rung: Steps between evaluations.
+        left_s: Time left for this group, asked anew each time; None: no limit.
+        speed: What the work takes, until this run has measured it itself.
+        beat: Called after every step.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        total_steps: int,
+        rung: int,
+        left_s: Callable[[], float] | None,
+        speed: Speed | None,
+        beat: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._beat = beat
+        self._path, self._total, self._rung = folder / EVENTS, total_steps, rung
+        self._left_s, self._speed = left_s, speed
+        self._last_s: float | None = None
+
+    def leaving(
+        self, step: int, losses: Mapping[str, ValidationLoss], active: Sequence[str]
+    ) -> Collection[str]:
+        """Who trains no further after this step."""
+        self._beat()
+        speed = self._measured(losses, len(active))
+        if self._left_s is None or speed is None or step == self._total:
+            return ()
+        left = self._left_s()
+        if left < len(active) * speed.measuring_s:
+            for name in active:
+                self._say(step, name, TIME_UP)
+            return active
+        if not losses or step < FIRST_RUNG * self._total:
+            return ()
+        kept = keep(len(active), left, self._total - step, self._rung, speed)
+        ranked = sorted(active, key=lambda name: losses[name].loss)
+        for name in ranked[kept:]:
+            self._say(
+                step, name,
+                f"held-out loss {losses[name].loss:.4f}, the lowest {losses[ranked[0]].loss:.4f}; "
+                f"the time does for {kept} of {len(ranked)}",
+            )  # fmt: skip
+        return ranked[kept:]
+
+    def diverged(self, step: int, name: str) -> None:
+        """Note an arm whose loss is not a number."""
+        self._say(step, name, "its loss or gradient was not a number", diverged=True)
+
+    def _measured(self, losses: Mapping[str, ValidationLoss], active: int) -> Speed | None:
+        """The speed, followed as a moving mean over the steps of this very run."""
+        now, last = time.monotonic(), self._last_s
+        # The next step follows an evaluation and perhaps a checkpoint: it is no measure.
+        self._last_s = None if losses else now
+        if last is not None and not losses and self._speed is not None:
+            each = (now - last) / max(1, active)
+            own = self._speed
+            self._speed = replace(own, step_s=0.9 * own.step_s + 0.1 * each)
+        return self._speed
+
+    def _say(self, step: int, name: str, why: str, *, diverged: bool = False) -> None:
+        line = {"step": step, "arm": name, "why": why, "diverged": diverged}
+        runs.append_line(self._path, line)
+
+
+def left_early(run: Run) -> dict[str, dict[str, Any]]:
+    """Who left an ended run early and why, by adapter.
+
+    What a kill undid, because the run went on from an earlier checkpoint, is passed over.
+    """
+    steps = {own["name"]: own["steps"] for own in run.info().get("adapters") or []}
+    return {
+        str(line["arm"]): line
+        for line in runs.read_lines(run.folder / EVENTS)
+        if steps.get(line["arm"], 0) <= line["step"]
+    }

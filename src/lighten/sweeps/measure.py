@@ -1,0 +1,177 @@
+"""What an arm is worth: its losses on the examples that choose, its answers on those that tell.
+
+Arms are chosen by their loss on the validation examples; the metric is reported on the test
+examples where the data has some, so that what is reported did not choose.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from lighten import runs
+from lighten.data import Example
+from lighten.evaluation import metrics
+from lighten.evaluation.bootstrap import Array, Estimate, FromSums, Resamples
+from lighten.evaluation.evaluation import Progress, askable, held_out_examples, measure
+from lighten.evaluation.kept import Kept
+from lighten.evaluation.run_models import Models
+from lighten.machine import hardware
+from lighten.models import limits_of
+from lighten.recipe import Recipe
+from lighten.runs import Run
+from lighten.training.held_out_data import encoded
+
+ARMS = "arms"
+BASE = "base"
+# What needs no answers.
+LIKELIHOODS = ("loss", "perplexity")
+
+
+@dataclass
+class Measurement:
+    """What was measured of one arm, example by example.
+
+    Attributes:
+        name: The arm's name, or `base`.
+        nll: Summed negative log-likelihood of each choosing example's supervised tokens, nats.
+        tokens: Supervised tokens of each.
+        statistics: Per-example statistics [examples, K] of the metrics on the telling examples.
+        chosen_on: Name of the choosing examples.
+        told_on: Name of the telling examples.
+        generated_tokens_per_second: How fast it answered, if it did.
+        seconds: How long measuring it took.
+        notes: What is to be said wherever the figures are shown.
+    """
+
+    name: str
+    nll: list[float]
+    tokens: list[int]
+    statistics: dict[str, list[list[float]]] = field(default_factory=dict)
+    chosen_on: str = ""
+    told_on: str = ""
+    generated_tokens_per_second: float | None = None
+    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+    def write(self, folder: Path) -> None:
+        """Keep it in the sweep's folder."""
+        runs.write_json(_path(folder, self.name), vars(self))
+
+    @classmethod
+    def read(cls, folder: Path, name: str) -> Measurement | None:
+        """What was kept of an arm, or None."""
+        path = _path(folder, name)
+        if not path.is_file():
+            return None
+        return cls(**json.loads(path.read_text(encoding="utf-8")))
+
+    def loss(self, draws: Resamples) -> Estimate:
+        """Nats per token on the choosing examples."""
+        counts = np.stack([np.asarray(self.nll), np.asarray(self.tokens, float)], axis=1)
+        return draws.estimate(counts, metrics.mean_loss)
+
+
+def _path(folder: Path, name: str) -> Path:
+    return folder / ARMS / f"{name}.json"
+
+
+def formulas() -> dict[str, FromSums]:
+    """From summed statistics to each metric."""
+    return {**metrics.FROM_SUMS, "bleu": metrics.bleu(), "chrf": metrics.chrf()}
+
+
+def statistics_of(measurement: Measurement, metric: str) -> Array | None:
+    """Per-example statistics of a metric, or None where it was not measured."""
+    name = "loss" if metric == "perplexity" else metric
+    found = measurement.statistics.get(name)
+    return None if found is None else np.asarray(found, float)
+
+
+def measure_run(
+    run: Run,
+    names: Sequence[tuple[str, str | None]],
+    folder: Path,
+    recipe: Recipe,
+    *,
+    progress: Progress | None = None,
+    answers: bool = True,
+    time_for_answers: Callable[[], bool] = lambda: True,
+) -> list[Measurement]:
+    """Measure models of a run that have not been measured yet, and keep what was found.
+
+    Args:
+        run: A finished run.
+        names: Name of each arm, and of the adapter inside the run (None: the untouched base).
+        folder: The sweep's folder.
+        recipe: The sweep's recipe: its metric and `evaluate` section.
+        progress: Told what is being done.
+        answers: Let the models answer, if the metric needs it.
+        time_for_answers: Asked before each model: without time, its losses alone are measured.
+
+    Raises:
+        UserError: There are no held-out examples.
+    """
+    kept = {name: Measurement.read(folder, name) for name, _ in names}
+    missing = [(name, own) for name, own in names if kept[name] is None]
+    if missing:
+        device = hardware.choose_device().value
+        own_recipe, settings = run.recipe(), recipe.evaluate
+        trained_on = run.info().get("data", {}).get("sha256")
+        choosing = held_out_examples(own_recipe, trained_on, test=False)
+        telling = held_out_examples(own_recipe, trained_on)
+        texts = answers and recipe.sweep.metric not in LIKELIHOODS
+        models = Models(run, device, keep=False)
+        base = models.open(None).base
+        tokenizer, limits = base.tokenizer, limits_of(base.model)
+        del base  # another may be opened in its place
+        choosing = encoded(own_recipe, choosing, tokenizer, limits, settings.max_examples)
+        said = choosing.sentences()
+        answered: Sequence[Example] = []
+        if texts:
+            telling = encoded(own_recipe, telling, tokenizer, limits, settings.max_examples)
+            answered, unasked = askable(telling.examples, own_recipe, tokenizer)
+            said = list(dict.fromkeys([*said, *telling.sentences(), *unasked]))
+        memory = hardware.PeakMemory(device)
+        for name, own in missing:
+            began = time.perf_counter()
+            # A sweep that is killed here goes on with the batch that it was at.
+            parts = Kept(folder / ARMS / f"{name}.partial.jsonl")
+            found = measure(
+                models,
+                own,
+                choosing,
+                answered if time_for_answers() else (),
+                own_recipe,
+                settings,
+                memory,
+                _named(progress, name),
+                parts,
+            )
+            likelihood = found.statistics.pop("loss")
+            del found.statistics["perplexity"]
+            made = Measurement(
+                name, likelihood[:, 0].tolist(), [int(own) for own in likelihood[:, 1]],
+                {key: value.tolist() for key, value in found.statistics.items()},
+                choosing.name, telling.name,
+                found.answers.tokens / found.answers.seconds if found.answers.tokens else None,
+                time.perf_counter() - began, said,
+            )  # fmt: skip
+            if recipe.sweep.metric == "perplexity":
+                made.statistics["loss"] = likelihood.tolist()
+            made.write(folder)
+            parts.forget()
+            kept[name] = made
+    return [own for own in kept.values() if own is not None]
+
+
+def _named(progress: Progress | None, name: str) -> Progress | None:
+    """Progress under the arm's name, whatever its adapter is called."""
+    if progress is None:
+        return None
+    return lambda what, done, total: progress(f"{name}: {what.rpartition(': ')[2]}", done, total)

@@ -1,0 +1,379 @@
+"""Which arm to take: the smallest that cannot be told apart from the best, in words.
+
+Dimensions: S seeds, E held-out examples, C candidates, B resamples.
+
+Choosing the best of several and then comparing with it is itself a source of error: among equals
+one is lowest by luck. So a candidate counts as worse than the best only beyond a bound that holds
+for all pairs at once (multiple comparisons with the best: Hsu, Multiple Comparisons, 1996, chapter
+4), with the joint distribution of the differences taken from a bootstrap over examples that is
+paired over candidates. Among true equals the smallest is so left out in at most one of twenty
+sweeps, however many candidates there are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from lighten.data import FEWEST
+from lighten.evaluation.bootstrap import LEVEL, Array, Resamples
+from lighten.wording import counted
+
+# Arms that have seen less of the data than this, in fewer steps than this, have hardly warmed up:
+# which of them is ahead says next to nothing of the end.
+LEAST_SEEN, LEAST_STEPS = 0.01, 100
+# Its one-sided normal quantile, against which Student's is compared.
+_Z = 1.6448536269514722
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One setting that was trained to the end, perhaps with several seeds.
+
+    Attributes:
+        name: What to call it.
+        nll: [S, E] summed negative log-likelihood of each example's supervised tokens, nats.
+        size_bytes: What it adds to ship.
+        extra_flops: What it adds to a token when served unmerged, as a share of the base's.
+    """
+
+    name: str
+    nll: Array
+    size_bytes: int
+    extra_flops: float = 0.0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A candidate beside the best one.
+
+    Attributes:
+        name: The candidate's.
+        loss: Nats per token, mean over its seeds.
+        se: Standard error of the loss, over examples and seeds; None of a single example.
+        difference: Loss minus the best one's.
+        low: Bound below the difference that holds for all candidates at once; None like `se`.
+        high: The same above.
+        worse: The bound is above zero: it can be told apart from the best.
+    """
+
+    name: str
+    loss: float
+    se: float | None
+    difference: float
+    low: float | None
+    high: float | None
+    worse: bool
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What to take and why.
+
+    Attributes:
+        name: The candidate to take; None where nothing can be recommended, and of too few examples.
+        best: The candidate with the lowest loss.
+        verdict: `smallest as good as the best`, `no difference found`, `too few examples`,
+            `no better than the base`, or `too little training`.
+        reasons: Sentences for people.
+        comparisons: Every candidate beside the best, smallest first.
+        resolution: The smallest difference, nats per token, that could have been told apart.
+    """
+
+    name: str | None
+    best: str | None
+    verdict: str
+    reasons: list[str]
+    comparisons: list[Comparison] = field(default_factory=list)
+    resolution: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+class _Losses:
+    """Losses of all candidates on all examples and on the same resamples of them."""
+
+    def __init__(self, candidates: Sequence[Candidate], tokens: Array, draws: Resamples) -> None:
+        self.examples = len(tokens)
+        self.seeds = [own.nll / tokens.sum() for own in candidates]
+        mean = np.stack([own.nll.mean(0) for own in candidates], axis=1)  # [E, C]
+        self.value = mean.sum(0) / tokens.sum()
+        totals = draws.sums(np.concatenate([mean, tokens[:, None]], axis=1))
+        self.drawn = totals[:, :-1] / totals[:, -1:]  # [B, C]
+
+    def difference(self, a: int, b: int) -> tuple[float, float, float]:
+        """Loss of a minus that of b, its standard error, and the error's degrees of freedom."""
+        examples = float((self.drawn[:, a] - self.drawn[:, b]).std(ddof=1))
+        ours, theirs = self.seeds[a].sum(1), self.seeds[b].sum(1)
+        if len(ours) == len(theirs):  # the same seeds: the same order of examples
+            parts = [_spread(ours - theirs)]
+        else:
+            parts = [_spread(ours), _spread(theirs)]
+        return float(self.value[a] - self.value[b]), *_together(examples, parts)
+
+    def error(self, a: int) -> float:
+        """Standard error of one loss, over examples and seeds."""
+        parts = [_spread(self.seeds[a].sum(1))]
+        return _together(float(self.drawn[:, a].std(ddof=1)), parts)[0]
+
+    def bound(self, a: int) -> float:
+        """Standard errors by which a true best seems worse than any other, in one of twenty."""
+        t = []
+        for b in range(len(self.value)):
+            drawn = self.drawn[:, a] - self.drawn[:, b]
+            if b != a and drawn.std() > 0:
+                t.append((drawn - drawn.mean()) / drawn.std(ddof=1))
+        return float(np.quantile(np.max(t, axis=0), LEVEL)) if t else _Z
+
+
+def _spread(values: Array) -> tuple[float, int]:
+    """Variance of the mean over seeds, and its degrees of freedom."""
+    count = len(values)
+    return (float(values.var(ddof=1)) / count, count - 1) if count > 1 else (0.0, 0)
+
+
+def _together(examples: float, seeds: Sequence[tuple[float, int]]) -> tuple[float, float]:
+    """Standard error from both sources, and its degrees of freedom (Welch and Satterthwaite).
+
+    All seeds are measured on the same examples, so what differs between seeds holds nothing of the
+    examples' error and the variances add.
+    """
+    variance = examples**2 + sum(own for own, _ in seeds)
+    lost = sum(own**2 / freedom for own, freedom in seeds if freedom)
+    return math.sqrt(variance), variance**2 / lost if lost > 0 else math.inf
+
+
+def recommend(
+    candidates: Sequence[Candidate],
+    tokens: Array,
+    *,
+    base: Array | None = None,
+    left_out: Sequence[str] = (),
+    samples: int = 1000,
+    seed: int = 0,
+) -> Recommendation:
+    """The smallest candidate whose held-out loss cannot be told apart from the best.
+
+    Args:
+        candidates: What was trained to the end; sizes decide what is small, losses between equals.
+        tokens: [E] supervised tokens of each example, the same for all.
+        base: [E] the untouched base's, like `Candidate.nll`.
+        left_out: What was tried and not trained to the end.
+        samples: Resamples.
+        seed: Of the resampling.
+    """
+    if not candidates:
+        return Recommendation(None, None, "too few examples", ["Nothing was trained to the end."])
+    ordered = sorted(candidates, key=lambda own: (own.size_bytes, own.nll.mean(0).sum()))
+    losses = _Losses(ordered, tokens, Resamples(len(tokens), samples, seed))
+    best = int(np.argmin(losses.value))
+    compared = [_compare(losses, ordered, place, best) for place in range(len(ordered))]
+    bounds = [
+        own.difference - own.low
+        for own in compared
+        if own.name != ordered[best].name and own.low is not None
+    ]
+    resolution = max(bounds) if bounds else None
+    few = len(tokens) < FEWEST
+    chosen = best if few else next(i for i, own in enumerate(compared) if not own.worse)
+    verdict = _verdict(few, compared)
+    reasons = _reasons(ordered, compared, chosen, best, verdict, len(tokens), resolution)
+    reasons += [] if few else _neighbours(losses, ordered, chosen)
+    if base is not None and not few:
+        against, worse = _against_base(ordered[chosen], base, tokens, samples, seed)
+        reasons.append(against)
+        verdict = "no better than the base" if worse else verdict
+    if not few and all(len(own.nll) == 1 for own in ordered):
+        reasons.append(
+            "Trained with one seed: what another would change is not in these bounds; --seed 0,1,2 "
+            "would say."
+        )
+    if left_out:
+        reasons.append(
+            f"{_listed(left_out)} did not train to the end, so nothing is said about "
+            f"{'it' if len(left_out) == 1 else 'them'}."
+        )
+    none = few or verdict == "no better than the base"
+    name = None if none else ordered[chosen].name
+    return Recommendation(name, ordered[best].name, verdict, reasons, compared, resolution)
+
+
+def seen(found: Recommendation, share: float, steps: int) -> Recommendation:
+    """The recommendation with how much of the data it rests on; none after next to nothing.
+
+    Args:
+        found: As the losses have it.
+        share: Of an epoch that the compared settings trained on, the least of them.
+        steps: That they made.
+    """
+    said = f"{counted(steps, 'step')}, {share:.2g} of an epoch"
+    if share < LEAST_SEEN and steps < LEAST_STEPS:
+        reason = (
+            f"Nothing is recommended after {said}: settings that are told apart so early often "
+            "change places later; train longer."
+        )
+        return replace(found, name=None, verdict="too little training", reasons=[reason])
+    return replace(found, reasons=[*found.reasons, f"The arms were trained for {said}."])
+
+
+def _compare(losses: _Losses, ordered: Sequence[Candidate], place: int, best: int) -> Comparison:
+    value, error, freedom = losses.difference(place, best)
+    if losses.examples < 2:
+        name = ordered[place].name
+        return Comparison(name, float(losses.value[place]), None, value, None, None, False)
+    half = losses.bound(place) * student(LEVEL, freedom) / _Z * error if place != best else 0.0
+    return Comparison(
+        ordered[place].name, float(losses.value[place]), losses.error(place), value,
+        value - half, value + half, place != best and value - half > 0,
+    )  # fmt: skip
+
+
+def _verdict(few: bool, compared: Sequence[Comparison]) -> str:
+    if few:
+        return "too few examples"
+    if len(compared) > 1 and not any(own.worse for own in compared):
+        return "no difference found"
+    return "smallest as good as the best"
+
+
+def _reasons(
+    ordered: Sequence[Candidate],
+    compared: Sequence[Comparison],
+    chosen: int,
+    best: int,
+    verdict: str,
+    examples: int,
+    resolution: float | None,
+) -> list[str]:
+    """The choice itself, in words."""
+    own, name = compared[chosen], ordered[chosen].name
+    seen = []
+    if resolution is not None:
+        seen.append(
+            f"With {examples} examples, differences below about {resolution:.2g} nats per token "
+            "cannot be told apart."
+        )
+    if verdict == "too few examples":
+        return [
+            f"{counted(examples, 'held-out example')} {'is' if examples == 1 else 'are'} too few "
+            f"to compare by, so nothing is recommended; {name} has the lowest loss, "
+            f"{own.loss:.4f}. Give at least {FEWEST}."
+        ]
+    if len(ordered) == 1:
+        return [f"{name} is all that was trained to the end: held-out loss {own.loss:.4f}."]
+    if verdict == "no difference found":
+        sizes = {candidate.size_bytes for candidate in ordered}
+        least = "the smallest" if len(sizes) > 1 else "the one with the lowest loss"
+        return [
+            f"No difference found between {_listed([c.name for c in compared])}; take {name}, "
+            f"{least}.",
+            *seen,
+        ]
+    if chosen == best:
+        worse = [c.name for c in compared if c.worse]
+        after = f"; {_listed(worse)} can be told apart from it and {_is(worse)} worse"
+        same = [c.name for c in compared[chosen + 1 :] if not c.worse]
+        beyond = f"; {_listed(same)} {_is(same)} no better" if same else ""
+        return [
+            f"Take {name}: the lowest held-out loss, {own.loss:.4f}"
+            f"{after if worse else ''}{beyond}.",
+            *seen,
+        ]
+    return [
+        f"Take {name}: the smallest whose held-out loss cannot be told apart from the best, "
+        f"{ordered[best].name} (difference {own.difference:+.4f} nats per token, bounds "
+        f"{own.low:+.4f} to {own.high:+.4f}).",
+        *seen,
+    ]
+
+
+def _neighbours(losses: _Losses, ordered: Sequence[Candidate], chosen: int) -> list[str]:
+    """What the next smaller and the next larger one would cost or bring."""
+    own = ordered[chosen]
+    smaller = [i for i, c in enumerate(ordered) if c.size_bytes < own.size_bytes]
+    larger = [i for i, c in enumerate(ordered) if c.size_bytes > own.size_bytes]
+    told = []
+    for what, places, pick in (("smaller", smaller, max), ("larger", larger, min)):
+        if not places:
+            continue
+        size = pick(ordered[i].size_bytes for i in places)
+        place = min((i for i in places if ordered[i].size_bytes == size),
+                    key=lambda i: losses.value[i])  # fmt: skip
+        value, error, freedom = losses.difference(place, chosen)
+        half = student((1 + LEVEL) / 2, freedom) * error
+        change = "costs" if value > 0 else "brings"
+        found = "" if abs(value) > half else ", which may be noise"
+        other = ordered[place]
+        told.append(
+            f"The next {what}, {other.name}, {change} {abs(value):.4f} nats per token (95 % "
+            f"interval of the difference {value - half:+.4f} to {value + half:+.4f}{found}) and "
+            f"has {other.size_bytes / 1e6:.3g} MB instead of {own.size_bytes / 1e6:.3g} MB"
+            f"{_served(own, other)}."
+        )
+    return told
+
+
+def _served(own: Candidate, other: Candidate) -> str:
+    if own.extra_flops == other.extra_flops:
+        return ""
+    return (
+        f"; served unmerged it adds {100 * other.extra_flops:.2g} % to the arithmetic of a token "
+        f"instead of {100 * own.extra_flops:.2g} %"
+    )
+
+
+def _against_base(
+    chosen: Candidate, base: Array, tokens: Array, samples: int, seed: int
+) -> tuple[str, bool]:
+    """The chosen one beside the untouched base, and whether it is no better."""
+    untouched = Candidate("base", base[None], 0)
+    losses = _Losses([chosen, untouched], tokens, Resamples(len(tokens), samples, seed))
+    value, error, freedom = losses.difference(0, 1)
+    half = student((1 + LEVEL) / 2, freedom) * error
+    interval = (
+        f"{value:+.4f} nats per token, 95 % interval {value - half:+.4f} to {value + half:+.4f}"
+    )
+    if value + half < 0:
+        return f"Against the untouched base: {interval}.", False
+    return f"It is no better than the untouched base ({interval}): take none of these.", True
+
+
+def _is(names: Sequence[str]) -> str:
+    return "is" if len(names) == 1 else "are"
+
+
+def _listed(names: Sequence[str]) -> str:
+    if len(names) < 2:
+        return "".join(names)
+    return f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def student(level: float, freedom: float) -> float:
+    """Quantile of Student's t distribution; the normal one for infinitely many degrees.
+
+    By bisection of the distribution function, itself by Simpson's rule over the angle whose
+    tangent is t / sqrt(freedom); degrees of freedom need not be whole.
+    """
+    if math.isinf(freedom) or freedom > 1e4:
+        return _normal(level)
+    freedom = max(freedom, 1.0)
+    # With t = sqrt(n) tan(a) the density becomes cos(a)^(n - 1), up to its normalisation.
+    angles = np.linspace(0.0, math.pi / 2, 20001)
+    heights = np.cos(angles) ** (freedom - 1)
+    step = angles[1]
+    pairs = (heights[:-2:2] + 4 * heights[1:-1:2] + heights[2::2]) * step / 3
+    area = np.concatenate([[0.0], np.cumsum(pairs)])
+    angle = float(np.interp((2 * level - 1) * area[-1], area, angles[::2]))
+    return math.sqrt(freedom) * math.tan(angle)
+
+
+def _normal(level: float) -> float:
+    from statistics import NormalDist
+
+    return NormalDist().inv_cdf(level)

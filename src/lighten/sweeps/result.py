@@ -1,0 +1,326 @@
+"""What a sweep found: `sweep.json`, made from the runs and measurements in its folder."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lighten import runs
+from lighten.evaluation import metrics
+from lighten.evaluation.bootstrap import Resamples
+from lighten.evaluation.verdicts import verdict
+from lighten.recipe import Recipe
+from lighten.runs import Run
+from lighten.sweeps import costs
+from lighten.sweeps.arms import FULL, Group
+from lighten.sweeps.budget import left_early
+from lighten.sweeps.measure import BASE, Measurement, formulas, statistics_of
+from lighten.sweeps.recommend import Candidate, Recommendation, recommend, seen
+from lighten.wording import counted
+
+FILE = "sweep.json"
+
+
+@dataclass
+class SweepResult:
+    """A sweep's folder and what `sweep.json` holds.
+
+    Attributes:
+        folder: Where everything is.
+        data: The file's content.
+    """
+
+    folder: Path
+    data: dict[str, Any]
+
+    def __repr__(self) -> str:
+        arms = counted(sum(arm["reference"] is None for arm in self.arms), "arm")
+        return f"SweepResult({str(self.folder)!r}, {arms}, recommended={self.recommended!r})"
+
+    def _repr_html_(self) -> str:
+        """The recommendation and every arm, for notebooks."""
+        from lighten.notebook import sweep_html
+
+        return sweep_html(self)
+
+    @classmethod
+    def read(cls, folder: Path) -> SweepResult:
+        """What is in a sweep's folder."""
+        return cls(folder, json.loads((folder / FILE).read_text(encoding="utf-8")))
+
+    @property
+    def recommended(self) -> str | None:
+        """Name of the arm to take (the first of its seeds), or None."""
+        found: str | None = self.data["recommendation"]["arm"]
+        return found
+
+    @property
+    def arms(self) -> list[dict[str, Any]]:
+        """Every arm with its figures, references last."""
+        found: list[dict[str, Any]] = self.data["arms"]
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return self.data
+
+
+def collect(folder: Path, recipe: Recipe, groups: Sequence[Group]) -> dict[str, Any]:
+    """Arms and recommendation from what lies in the sweep's folder by now.
+
+    Args:
+        folder: The sweep's.
+        recipe: The sweep's.
+        groups: All of them, trained or not; the full reference among them.
+    """
+    told = [row for each in groups for row in _group_rows(folder, each)]
+    measured = {
+        name: own
+        for name in (*(row["name"] for row in told), BASE)
+        if (own := Measurement.read(folder, name)) is not None
+    }
+    if BASE in measured:
+        told.append(_base_row(groups[0].name))
+    settings = recipe.evaluate
+    for row in told:
+        if row["name"] in measured:
+            own = measured[row["name"]]
+            _add_measured(row, own, recipe.sweep.metric, settings.bootstrap_samples)
+    _add_differences(told, measured, recipe)
+    notes = dict.fromkeys(said for own in measured.values() for said in own.notes)
+    finished = _comparable(told)
+    found, members = _recommended(told, finished, measured, recipe)
+    return {
+        "arms": told,
+        "settings": _settings(found, members, told),
+        "notes": list(notes),
+        "recommendation": {
+            **found.to_dict(),
+            "arm": members[found.name][0] if found.name is not None else None,
+        },
+    }
+
+
+def _group_rows(folder: Path, group: Group) -> list[dict[str, Any]]:
+    """What training says of each arm of one group."""
+    place = folder / group.name
+    run = Run(place) if (place / runs.RECIPE).is_file() else None
+    info = run.info() if run else {}
+    training, adapters = info.get("training", {}), info.get("adapters", [])
+    by_name = {own["name"]: own for own in adapters}
+    lines, events = (run.metrics(), left_early(run)) if run else ([], {})
+    total = max((line["step"] for line in lines), default=0)
+    base = info.get("base", {}).get("parameters", 0)
+    rows = []
+    for arm in group.arms:
+        name = group.adapter(arm)
+        own, gone = by_name.get(name, {}), events.get(name)
+        curve = [[m["step"], m["loss"], m.get("loss_se")] for m in lines
+                 if m["adapter"] == name and m["kind"] == "eval"]  # fmt: skip
+        train = [m for m in lines if m["adapter"] == name and m["kind"] == "train"]
+        low_rank = 0
+        if run is not None and name in run.adapters():
+            low_rank = costs.low_rank_parameters(run.adapters()[name])
+        parameters = own.get("trainable_parameters")
+        rows.append(
+            {
+                "name": arm.name,
+                "sets": dict(arm.sets),
+                "setting": arm.setting,
+                "group": group.name,
+                "adapter": name,
+                "reference": FULL if arm.name == FULL else None,
+                "status": "left" if gone else info.get("status", "waiting"),
+                "why": gone["why"] if gone else info.get("error"),
+                "steps": own.get("steps", len(train)),
+                "of_steps": total,
+                "epochs": _epochs(own.get("steps", len(train)), arm.recipe, info),
+                "tokens": sum(m["tokens"] for m in train),
+                "trainable_parameters": parameters,
+                "file_bytes": own.get("file_bytes"),
+                "state_bytes": None if parameters is None
+                else costs.state_bytes(parameters, arm.recipe.optim),
+                "peak_bytes": training.get("peak_bytes"),
+                "peak_method": training.get("method"),
+                "together": len(group.arms),
+                "run_seconds": training.get("seconds"),
+                "run_tokens_per_second": training.get("tokens_per_second"),
+                "served": {
+                    "adapter_bytes": own.get("file_bytes"),
+                    "flops_per_token": costs.serving_flops(low_rank),
+                    "share_of_base": low_rank / base if base else None,
+                },
+                "curve": curve,
+                "train_curve": [[m["step"], m["loss"]] for m in train],
+            }
+        )  # fmt: skip
+    _add_times(rows, base)
+    return rows
+
+
+def _epochs(steps: int, recipe: Recipe, info: Mapping[str, Any]) -> float | None:
+    """Passes over the data that so many steps are; None before the data were read."""
+    rows = info.get("data", {}).get("train_rows")
+    per_step = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
+    return steps / math.ceil(rows / per_step) if rows else None
+
+
+def _add_times(rows: Sequence[dict[str, Any]], base: int) -> None:
+    """The run's seconds by each arm's share of its arithmetic."""
+    work = [
+        row["tokens"] * costs.training_flops(base, row["trainable_parameters"] or 0) for row in rows
+    ]
+    for row, share in zip(rows, costs.shares(work), strict=True):
+        row["time_share"] = share
+        row["seconds"] = None if row["run_seconds"] is None else share * row["run_seconds"]
+        row["tokens_per_second"] = row["tokens"] / row["seconds"] if row["seconds"] else None
+
+
+def _base_row(measured_in: str) -> dict[str, Any]:
+    """The untouched base as a row like the arms'."""
+    empty = dict.fromkeys(
+        ("why", "seconds", "tokens_per_second", "time_share", "peak_bytes", "peak_method",
+         "run_seconds", "run_tokens_per_second", "state_bytes")
+    )  # fmt: skip
+    return {
+        **empty, "name": BASE, "sets": {}, "setting": BASE, "group": measured_in,
+        "adapter": None, "reference": BASE, "status": "finished", "steps": 0, "of_steps": 0,
+        "epochs": 0.0,
+        "tokens": 0, "trainable_parameters": 0, "file_bytes": 0, "together": 1,
+        "served": {"adapter_bytes": 0, "flops_per_token": 0.0, "share_of_base": 0.0},
+        "curve": [], "train_curve": [],
+    }  # fmt: skip
+
+
+def _add_measured(row: dict[str, Any], found: Measurement, metric: str, samples: int) -> None:
+    """Held-out loss and metric with their standard errors."""
+    row["loss"] = found.loss(Resamples(len(found.nll), samples)).to_dict()
+    row["chosen_on"], row["told_on"] = found.chosen_on, found.told_on
+    row["generated_tokens_per_second"] = found.generated_tokens_per_second
+    values = {}
+    for one in metrics.METRICS:
+        counts = statistics_of(found, one.name)
+        if counts is not None and len(counts) and (one.name != "loss" or metric == "loss"):
+            draws = Resamples(len(counts), samples)
+            values[one.name] = draws.estimate(counts, formulas()[one.name]).to_dict()
+    row["metrics"] = values
+
+
+def _add_differences(
+    rows: Sequence[dict[str, Any]], measured: Mapping[str, Measurement], recipe: Recipe
+) -> None:
+    """Each arm's metric minus each reference's, paired over the telling examples."""
+    metric = recipe.sweep.metric
+    lower = next(own.lower_is_better for own in metrics.METRICS if own.name == metric)
+    references = [row["name"] for row in rows if row["reference"]]
+    for row in rows:
+        row["against"] = {}
+        for name in references:
+            if name == row["name"] or not {name, row["name"]} <= set(measured):
+                continue
+            a = statistics_of(measured[row["name"]], metric)
+            b = statistics_of(measured[name], metric)
+            if a is None or b is None or len(a) != len(b) or not len(a):
+                continue
+            draws = Resamples(len(a), recipe.evaluate.bootstrap_samples)
+            found = draws.difference(a, b, formulas()[metric])
+            row["against"][name] = {
+                **found.to_dict(), "verdict": verdict(found, len(a), lower_is_better=lower),
+            }  # fmt: skip
+
+
+def _comparable(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Arms that trained to their end; where none did, those that were cut short together."""
+    arms = [row for row in rows if row["reference"] is None and "loss" in row]
+    ended = [row for row in arms if row["status"] != "left"]
+    if ended:
+        return ended
+    most = max((row["steps"] for row in arms), default=0)
+    return [row for row in arms if row["steps"] == most]
+
+
+def _recommended(
+    rows: Sequence[dict[str, Any]],
+    finished: Sequence[dict[str, Any]],
+    measured: Mapping[str, Measurement],
+    recipe: Recipe,
+) -> tuple[Recommendation, dict[str, list[str]]]:
+    """The recommendation over settings, and the arms of each setting by its name."""
+    together: dict[str, list[dict[str, Any]]] = {}
+    for row in finished:
+        together.setdefault(row["setting"], []).append(row)
+    # A setting one of whose seeds left early has another mean than the rest.
+    most = max((len(own) for own in together.values()), default=0)
+    whole = {
+        own[0]["name"] if len(own) == 1 else _without_seed(own): own
+        for own in together.values()
+        if len(own) == most
+    }
+    members = {name: [row["name"] for row in own] for name, own in whole.items()}
+    used = [name for names in members.values() for name in names]
+    counts = [measured[name].tokens for name in used]
+    if any(own != counts[0] for own in counts):
+        reason = (
+            "The arms' tokenizers cut the same answers into different tokens, so their losses per "
+            "token cannot be compared; compare the metric."
+        )
+        return Recommendation(None, None, "not comparable", [reason]), members
+    candidates = [
+        Candidate(
+            name,
+            np.stack([np.asarray(measured[row["name"]].nll) for row in own]),
+            int(own[0]["file_bytes"] or 0),
+            float(own[0]["served"]["share_of_base"] or 0.0),
+        )
+        for name, own in whole.items()
+    ]
+    tried = [row["name"] for row in rows if row["reference"] is None]
+    found = recommend(
+        candidates,
+        np.asarray(counts[0] if counts else [], float),
+        base=np.asarray(measured[BASE].nll) if BASE in measured else None,
+        left_out=[name for name in tried if name not in used],
+        samples=recipe.evaluate.bootstrap_samples,
+        seed=recipe.evaluate.seed,
+    )
+    shares = [row["epochs"] for row in finished if row["name"] in used and row["epochs"]]
+    steps = [row["steps"] for row in finished if row["name"] in used]
+    return (seen(found, min(shares), min(steps)) if shares else found), members
+
+
+def _without_seed(own: Sequence[Mapping[str, Any]]) -> str:
+    """The arms' name without what tells the seeds apart."""
+    parts = str(own[0]["name"]).split("-")
+    seed = f"seed{own[0]['sets'].get('seed')}"
+    return "-".join(part for part in parts if part != seed) or str(own[0]["name"])
+
+
+def _settings(
+    found: Recommendation, members: Mapping[str, Sequence[str]], rows: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """One row per setting that was compared, seeds averaged, smallest first."""
+    by_name = {row["name"]: row for row in rows}
+    told = []
+    for own in found.comparisons:
+        first = by_name[members[own.name][0]]
+        told.append(
+            {
+                **vars(own),
+                "arms": list(members[own.name]),
+                "recommended": own.name == found.name,
+                "file_bytes": first["file_bytes"],
+                "trainable_parameters": first["trainable_parameters"],
+            }
+        )
+    return told
+
+
+def group_names(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """What `sweep.json` keeps of the plan."""
+    return [{"name": own.name, "arms": [arm.name for arm in own.arms]} for own in groups]

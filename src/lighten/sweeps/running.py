@@ -1,0 +1,465 @@
+"""Running a sweep: tune, train each group, measure each arm; killed at any moment, it goes on."""
+
+from __future__ import annotations
+
+import datetime
+import shutil
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from lighten import folders, locks, runs
+from lighten.engine.step import TrainingDiverged
+from lighten.errors import UserError
+from lighten.evaluation.evaluation import Progress, held_out_examples
+from lighten.evaluation.truncated import truncated_curve
+from lighten.machine import hardware
+from lighten.paths import expanded
+from lighten.recipe import Recipe
+from lighten.recipe.section import seconds
+from lighten.runs import Run
+from lighten.sweeps import ray_tune, result, tuning
+from lighten.sweeps.arms import FULL, Group, expand, full_arm, grid_of, group
+from lighten.sweeps.budget import RUNGS, Halving, Speed, left_early, longest
+from lighten.sweeps.measure import BASE, Measurement, measure_run
+from lighten.sweeps.result import FILE, SweepResult
+from lighten.sweeps.search import Search
+from lighten.training.progress import TrainingProgress
+from lighten.training.run import train
+from lighten.training.time_budget import Pace, steps_within
+from lighten.wording import counted
+
+# How often the time spent is written down while a group trains: what a kill can lose of it.
+HEARTBEAT_S = 20.0
+# A look at the speed: the first step is not counted, it checks the loss and warms up.
+LOOK_STEPS = 3
+
+
+def folder_of(recipe: Recipe) -> Path:
+    """Where the sweep of a recipe goes."""
+    return (
+        expanded(recipe.output_dir) if recipe.output_dir else Path("runs") / f"{recipe.name}-sweep"
+    )
+
+
+def sweep(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    measuring: Progress | None = None,
+) -> SweepResult:
+    """Train every arm, measure it, and say which to take.
+
+    Args:
+        recipe: What the arms share, and in its `sweep` section what differs.
+        resume: Take up an ended sweep again; an unfinished one is taken up anyway.
+        progress: Show what happens on standard error.
+        measuring: Told how far measuring is.
+
+    Raises:
+        UserError: Something the user can mend.
+        Interrupted: Told to stop; the state is saved.
+    """
+    if not recipe.sweep.grid and len(recipe.cohort()) < 2:
+        raise UserError(
+            "nothing to sweep: give a list, such as --lora_r 8,32,128, or a sweep section in the "
+            "recipe"
+        )
+    held_out_examples(recipe, None, test=False)  # says so if there are none, before anything runs
+    running = Sweep(recipe, resume=resume, progress=progress, measuring=measuring)
+    try:
+        return running.run()
+    except BaseException as error:
+        ended = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        with suppress(OSError, ValueError):
+            if not running.came_to_nothing(error):
+                running.write(status=ended, error=str(error) or type(error).__name__, ended=_now())
+        raise
+    finally:
+        locks.release(running.folder)
+
+
+class Sweep:
+    """One sweep in its folder.
+
+    Args:
+        recipe: What all arms share and how they differ.
+        resume: Take up an ended sweep again.
+        progress: Show what happens on standard error.
+        measuring: Told how far measuring is.
+
+    Raises:
+        UserError: The folder holds another sweep that has not ended.
+    """
+
+    def __init__(
+        self, recipe: Recipe, *, resume: bool, progress: bool, measuring: Progress | None
+    ) -> None:
+        self.recipe, self.folder = recipe, folder_of(recipe)
+        self.shown, self.measuring = TrainingProgress(enabled=progress), measuring
+        self._progress = progress
+        self._told: dict[str, Any] = {}
+        self._late = False
+        self._claim: folders.Claim | None = None
+        self._state = self._open(resume=resume)
+        self._spent_before = float(self._state.get("spent_s") or 0.0)
+        self._began = self._beat = time.monotonic()
+
+    def run(self) -> SweepResult:
+        """Everything that has not been done yet, in order."""
+        for notice in self.recipe.notices:
+            self.shown.note(notice)
+        commit, clean = hardware.commit()
+        self.write(
+            status="running", error=None, ended=None,
+            started=self._state.get("started") or _now(), commit=commit, tree_clean=clean,
+            machine=hardware.machine().to_dict(), versions=hardware.versions(),
+        )  # fmt: skip
+        groups = self._groups() if self.recipe.sweep.search is None else self._searched()
+        self.write(groups=result.group_names(groups))
+        self._train_apart(groups)
+        for place, own in enumerate(groups):
+            self._train(own, groups[place:])
+            self._measure(own)
+            self._collect(groups)
+        if self.recipe.sweep.truncate:
+            self.write(truncated=self._truncated(groups))
+        self.write(status="finished", ended=_now())
+        return SweepResult(self.folder, self._state)
+
+    def write(self, **parts: Any) -> None:
+        """Set parts of `sweep.json`."""
+        self._state |= {**parts, "spent_s": self.spent_s()}
+        runs.write_json(self.folder / FILE, self._state)
+        told = ("name", "status", "error", "started", "ended", "base", "data", "commit",
+                "tree_clean", "machine", "versions")  # fmt: skip
+        info = {key: self._state[key] for key in told if key in self._state}
+        if info != self._told:  # for `lighten runs list`
+            Run(self.folder).update(kind="sweep", **info)
+            self._told = info
+
+    def spent_s(self) -> float:
+        """Seconds that this sweep took until now, earlier sessions included."""
+        return self._spent_before + time.monotonic() - self._began
+
+    def came_to_nothing(self, error: BaseException) -> bool:
+        """Whether a mistake of the user's ended it before anything began: nothing is left then."""
+        if self._claim is None or not isinstance(error, UserError):
+            return False
+        return self._claim.undo()
+
+    def _open(self, *, resume: bool) -> dict[str, Any]:
+        """The state of a sweep that is taken up, or of a new one."""
+        there = (self.folder / FILE).is_file()
+        if there:
+            before = SweepResult.read(self.folder).data
+            ended = before.get("status") == "finished"
+            if not ended or resume:
+                self._require_same()
+                locks.acquire(self.folder)
+                self.recipe.notices.append(f"going on with the sweep in {self.folder}")
+                return before
+        folders.require_ours(self.folder)
+        ended = there or (self.folder / runs.METRICS).exists()
+        if not there and ended and Run(self.folder).is_unfinished():
+            raise UserError(f"{self.folder} holds an unfinished run; choose another --output_dir")
+        self._claim = folders.claim(self.folder, self.recipe.to_yaml(), aside=ended)
+        if self._claim.aside is not None:
+            self.recipe.notices.append(
+                f"{self.folder} held an ended run, which is now {self._claim.aside}"
+            )
+        return {"version": 1, "name": self.folder.resolve().name}
+
+    def _require_same(self) -> None:
+        """The same sweep may go on, with another budget too.
+
+        Raises:
+            UserError: The recipe has changed.
+        """
+        free = ("output_dir", "report_to", "logging_steps", "save_every", "save_total_limit")
+        before, now = Run(self.folder).recipe().completed(), self.recipe.completed()
+        for settings in (before, now):
+            settings["sweep"] = {k: v for k, v in settings["sweep"].items() if k != "budget"}
+        changed = [key for key in now if key not in free and now[key] != before.get(key)]
+        if changed:
+            key = changed[0]
+            raise UserError(
+                f"{self.folder} holds another sweep that is not finished: {key} was "
+                f"{before.get(key)!r} and is now {now[key]!r}; go on with the same settings, or "
+                "choose another --output_dir"
+            )
+
+    # What is trained
+
+    def _groups(self) -> list[Group]:
+        """The groups to train, the full reference last."""
+        recipe, grid = self._planned(), grid_of(self.recipe)
+        if recipe.sweep.truncate:
+            grid["lora_r"] = [max(grid["lora_r"])]
+        if recipe.sweep.tune is None:
+            arms = expand(recipe, grid)
+        else:
+            rates = tuning.rates_of(recipe, grid)
+            tried = tuning.tuning_arms(recipe, grid, rates)
+            self._tune(group(tried))
+            arms = tuning.with_best_rates(recipe, grid, self._state["tuned"])
+        groups = ray_tune.spread(group(arms), self._slots())
+        if "full" in recipe.sweep.reference:
+            groups += group([full_arm(recipe)])
+        return groups
+
+    def _searched(self) -> list[Group]:
+        """Draw settings, train and measure them, until every trial has been made."""
+        recipe = self._planned()
+        search = Search(recipe, self.folder, self._slots())
+        while asked := search.ask():
+            self._train_apart(asked)
+            losses: dict[str, float | None] = {}
+            for own in asked:
+                self._run(own, self.folder, None)
+                # Losses choose; answers of every trial would take longer than training them.
+                self._measure(own, answers=False)
+                for arm in own.arms:
+                    found = Measurement.read(self.folder, arm.name)
+                    losses[arm.name] = sum(found.nll) / sum(found.tokens) if found else None
+            search.tell(losses)
+            self._collect(search.groups())
+        groups = search.groups()
+        if "full" in recipe.sweep.reference:
+            groups += group([full_arm(recipe)])
+        return groups
+
+    def _slots(self) -> int:
+        """Cohorts that are trained at once: as many as when the sweep began, whatever is there."""
+        if self.recipe.sweep.executor != "ray":
+            return 1
+        if self._state.get("slots") is None:
+            self.write(slots=ray_tune.slots())
+        return int(self._state["slots"])
+
+    def _train_apart(self, groups: Sequence[Group]) -> None:
+        """Let Ray train the groups, if it shall; what follows finds them finished."""
+        if self.recipe.sweep.executor == "ray":
+            self.shown.note(f"{len(groups)} groups through Ray, {self._slots()} at once")
+            ray_tune.train_apart(groups, self.folder)
+
+    def _truncated(self, groups: Sequence[Group]) -> dict[str, Any]:
+        """Of each arm, its loss when it is cut to the lower ranks."""
+        ranks = grid_of(self.recipe)["lora_r"]
+        return {
+            arm.name: truncated_curve(
+                Run(self.folder / own.name), ranks, adapter=own.adapter(arm),
+                progress=self.measuring,
+            ).to_dict()
+            for own in groups
+            for arm in own.arms
+            if Measurement.read(self.folder, arm.name) is not None and arm.name != FULL
+        }  # fmt: skip
+
+    def _collect(self, groups: Sequence[Group]) -> None:
+        """Put what is known by now into `sweep.json`."""
+        self.write(**self._run_facts(groups), **result.collect(self.folder, self.recipe, groups))
+
+    def _tune(self, groups: Sequence[Group]) -> None:
+        """Train the arms that find the rates; keep their held-out losses."""
+        if self._state.get("tuned"):
+            return
+        found: dict[str, dict[str, float | None]] = {}
+        place = self.folder / "tune"
+        for own in groups:
+            run = self._run(own, place, None)
+            last = {m["adapter"]: m["loss"] for m in run.metrics() if m["kind"] == "eval"}
+            for arm in own.arms:
+                rate = f"{arm.options.learning_rate:g}"
+                gone = own.adapter(arm) in left_early(run)
+                loss = None if gone else last.get(own.adapter(arm))
+                found.setdefault(tuning.untuned(arm), {})[rate] = loss
+        self.write(tuned=tuning.chosen(found))
+        for sentence in tuning.told(self._state["tuned"]):
+            self.shown.note(sentence)
+
+    def _planned(self) -> Recipe:
+        """The recipe with as many steps as the budget allows, and each arm's `max_time`."""
+        budget_s = self.recipe.sweep.budget_s
+        if budget_s is None and self.recipe.max_time is None:
+            return self.recipe
+        if self._state.get("plan") is None:
+            plan = self._arm_plan() if budget_s is None else self._plan(budget_s)
+            self.write(plan=plan)
+            self.shown.note(f"the plan for the time there is: {plan['note']}")
+        plan = self._state["plan"]
+        changes = {"max_steps": plan["steps"], "eval_steps": plan["rung"], "max_time": None}
+        return self.recipe.changed(changes)
+
+    def _arm_plan(self) -> dict[str, Any]:
+        """As many steps for every arm as `max_time` allows one of them, by a look at the speed.
+
+        All make the same number: arms that differ in steps say nothing about each other.
+        """
+        recipe = self.recipe
+        # A search draws its arms later; they are as fast as the recipe's own adapter.
+        arms = expand(recipe, {} if recipe.sweep.search else None)
+        speed, wanted = self._look(group(arms)[0])
+        steps = self._steps_of_arm(speed, wanted)
+        note = f"{steps} of {counted(wanted, 'step')} per arm, {recipe.max_time}"
+        return {"steps": steps, "wanted_steps": wanted, "rung": recipe.eval_steps,
+                "speed": speed.to_dict(), "note": note}  # fmt: skip
+
+    def _steps_of_arm(self, speed: Speed, wanted: int) -> int:
+        """How many of the steps an arm has time for by `max_time`; all of them without one."""
+        if self.recipe.max_time is None:
+            return wanted
+        pace = Pace(speed.step_s, speed.evaluation_s)
+        every = self.recipe.eval_steps or wanted
+        return steps_within(seconds(self.recipe.max_time), pace, wanted, every)
+
+    def _plan(self, budget_s: float) -> dict[str, Any]:
+        """Look at the speed with a few steps, then lay out what the time does for."""
+        recipe = self.recipe
+        tuned = recipe.sweep.tune is not None
+        grid = {k: v for k, v in grid_of(recipe).items() if not (tuned and k == "learning_rate")}
+        arms = expand(recipe, grid)
+        speed, wanted = self._look(group(arms)[0])
+        most = self._steps_of_arm(speed, wanted)
+        fixed = speed.starting_s * 2 * len(group(arms)) + speed.measuring_s
+        left = budget_s - self.spent_s() - fixed
+        count = len(arms) + ("full" in recipe.sweep.reference)
+        if tuned:
+            tried = tuning.tuning_arms(
+                recipe, grid_of(recipe), tuning.rates_of(recipe, grid_of(recipe))
+            )
+            left -= min(left / 2, len(tried) * tuning.steps_of(wanted) * speed.step_s)
+
+        def rung(steps: int) -> int:
+            asked = recipe.eval_steps
+            fits = asked is not None and 2 <= steps / asked <= 2 * RUNGS
+            return asked if asked is not None and fits else max(1, steps // RUNGS)
+
+        steps = longest(count, left, most, rung, speed)
+        note = f"{counted(count, 'arm')}, {steps} of {counted(wanted, 'step')}, "
+        note += f"{budget_s / 60:.3g} min"
+        return {"steps": steps, "wanted_steps": wanted, "rung": rung(steps),
+                "speed": speed.to_dict(), "note": note}  # fmt: skip
+
+    def _look(self, own: Group) -> tuple[Speed, int]:
+        """Measure speed on a few steps, and how many steps a whole run has."""
+        place = self.folder / "look"
+        first = own.arms[0]
+        small = self.recipe.evaluate.batch_size
+        recipe = own.recipe(place).changed(
+            {"max_steps": LOOK_STEPS, "eval_steps": LOOK_STEPS, "save_steps": LOOK_STEPS,
+             "max_time": None, "warmup_steps": None, "report_to": []}
+        )  # fmt: skip
+        shutil.rmtree(place, ignore_errors=True)
+        began = time.monotonic()
+        run = train(recipe, progress=False)
+        took = time.monotonic() - began
+        lines = run.metrics()
+        took_s = {m["step"]: m["seconds"] for m in lines if m["kind"] == "train"}
+        watched = [m["seconds"] for m in lines if m["kind"] == "eval"]
+        short = self.recipe.changed({"evaluate.max_examples": small})
+        names: list[tuple[str, str | None]] = [(first.name, own.adapter(first))]
+        (told,) = measure_run(run, names, place, short, progress=self.measuring)
+        examples = len(held_out_examples(self.recipe, None, test=False).examples)
+        most = self.recipe.evaluate.max_examples or examples
+        speed = Speed(
+            step_s=(sum(took_s.values()) - took_s[1]) / (LOOK_STEPS - 1) / len(own.arms),
+            evaluation_s=sum(watched) / len(watched),
+            measuring_s=told.seconds * max(1.0, min(most, examples) / len(told.nll)),
+            starting_s=took - sum(took_s.values()) - sum(watched),
+        )
+        rows = int(run.info()["data"]["train_rows"])
+        shutil.rmtree(place)
+        return speed, steps_of(self.recipe, rows)
+
+    # Training and measuring
+
+    def _train(self, own: Group, to_come: Sequence[Group]) -> None:
+        budget = self.recipe.sweep.budget_s
+        deadline = None
+        if budget is not None:
+            # Groups still to come get the time in proportion to their arms.
+            share = len(own.arms) / sum(len(other.arms) for other in to_come)
+            deadline = self.spent_s() + share * (budget - self.spent_s())
+        self._run(own, self.folder, deadline)
+
+    def _run(self, own: Group, place: Path, deadline: float | None) -> Run:
+        """Train a group, or go on with it, unless it is finished."""
+        recipe = own.recipe(place)
+        there = (recipe.run_folder / runs.RECIPE).is_file()
+        if there and Run(recipe.run_folder).info().get("status") == "finished":
+            return Run(recipe.run_folder)
+        self.shown.note(f"{own.name}: {', '.join(arm.name for arm in own.arms)}")
+        plan = self._state.get("plan")
+        pruner = Halving(
+            recipe.run_folder,
+            recipe.max_steps or 0,
+            recipe.eval_steps or 1,
+            None if deadline is None else lambda: self._left(deadline),
+            None if plan is None else Speed(**plan["speed"]),
+            self._keep_time,
+        )
+        try:
+            return train(recipe, resume=there, progress=self._progress, pruner=pruner)
+        except TrainingDiverged as error:
+            self.shown.note(f"{own.name}: nothing is left to train ({error})")
+            return Run(recipe.run_folder)
+
+    def _left(self, deadline: float) -> float:
+        return deadline - self.spent_s()
+
+    def _keep_time(self) -> None:
+        """Write down the time spent, now and then."""
+        if time.monotonic() - self._beat > HEARTBEAT_S:
+            self._beat = time.monotonic()
+            self.write()
+
+    def _measure(self, own: Group, *, answers: bool = True) -> None:
+        """Measure the arms of a trained group, and the base with the first of them."""
+        run = Run(self.folder / own.name)
+        if run.info().get("status") != "finished":
+            return
+        diverged = {name for name, event in left_early(run).items()
+                    if event.get("diverged")}  # fmt: skip
+        names: list[tuple[str, str | None]] = [
+            (arm.name, own.adapter(arm)) for arm in own.arms if own.adapter(arm) not in diverged
+        ]
+        unknown = Measurement.read(self.folder, BASE) is None
+        if unknown and "base" in self.recipe.sweep.reference:
+            names.insert(0, (BASE, None))
+        measure_run(
+            run, names, self.folder, self.recipe, progress=self.measuring, answers=answers,
+            time_for_answers=self._time_for_answers,
+        )  # fmt: skip
+
+    def _time_for_answers(self) -> bool:
+        """Whether the budget has room for the answers of one more model."""
+        budget_s = self.recipe.sweep.budget_s
+        if budget_s is None:
+            return True
+        takes_s = (self._state.get("plan") or {"speed": {}})["speed"].get("measuring_s", 0.0)
+        if self.spent_s() + takes_s <= budget_s:
+            return True
+        if not self._late:
+            self.shown.note("the time is up: losses are measured, answers are not")
+        self._late = True
+        return False
+
+    def _run_facts(self, groups: Sequence[Group]) -> dict[str, Any]:
+        """Base and data, as the first run found them."""
+        info = Run(self.folder / groups[0].name).info()
+        return {"base": info.get("base"), "data": info.get("data")}
+
+
+def steps_of(recipe: Recipe, rows: int) -> int:
+    """Optimiser steps of a run of the recipe on so many examples, in one process."""
+    per_step = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
+    per_epoch = -(-rows // per_step)
+    return recipe.max_steps or -(-int(recipe.num_train_epochs * per_epoch * 1000) // 1000)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

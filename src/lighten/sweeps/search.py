@@ -1,0 +1,256 @@
+"""Search beyond a grid: Optuna asks for settings, cohorts train them, and it is told the losses.
+
+Several settings are asked for at once and trained as one cohort, so a search costs little more than
+its share of a run. The study lives in the sweep's folder as Optuna's own journal file (a line per
+change, so a kill loses none; `optuna-dashboard` opens it); what was asked for and not yet told is
+asked for again under its old name, so that its run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from lighten.errors import UserError, missing_extra
+from lighten.recipe import Range, Recipe
+from lighten.recipe.fields import RecipeFields
+from lighten.sweeps.arms import Arm, Group, expand, group
+from lighten.sweeps.ray_tune import spread
+
+JOURNAL, STUDY, BATCH = "search.journal", "sweep", "batch"
+TRIALS = 20
+# Settings that one cohort tries together: more would be drawn before anything was learnt of them.
+TOGETHER = 4
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A setting that was drawn.
+
+    Attributes:
+        arm: Its name is the trial's number.
+        loss: Held-out, nats per token; None: not trained to the end yet, or its loss is no number.
+        state: `complete`, `fail`, `pruned` or `running`, as Optuna says.
+        batch: Number of the first trial that was asked for together with it; None: it was not to
+            be trained.
+    """
+
+    arm: Arm
+    loss: float | None
+    state: str
+    batch: int | None = None
+
+
+class Search:
+    """A study over the swept settings of a recipe, by held-out loss.
+
+    Lists are drawn from as unordered choices, ranges evenly between their ends (`log: true`: evenly
+    in the logarithm); `count` and `factor` mean nothing here.
+
+    Args:
+        recipe: Its `sweep` section says what is drawn, how (`search`), and how often (`trials`).
+        folder: The sweep's.
+        slots: Cohorts that can be trained at once; what is drawn together is spread over them.
+
+    Raises:
+        UserError: Optuna is not installed, nothing is swept, or the study is of other settings.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path, slots: int = 1) -> None:
+        options, self._slots = recipe.sweep, slots
+        if not options.grid:
+            raise UserError("sweep: search draws swept settings, and there are none; name some")
+        if len(recipe.cohort()) > 1:
+            raise UserError(
+                "sweep: search draws the settings of one adapter, and the recipe spells out "
+                f"{len(recipe.cohort())}; keep one"
+            )
+        self.recipe, self.trials = recipe, options.trials or TRIALS
+        self._arms: dict[int, Arm] = {}
+        self._space = {key: _distribution(key, tried) for key, tried in options.grid.items()}
+        self._study = _study(folder, options.search or "tpe", recipe.cohort()[0].seed)
+        self._require_same_space(folder)
+
+    def ask(self) -> list[Group]:
+        """What to train next, in cohorts; nothing at the end.
+
+        First comes what was asked for before and never told. A setting that has a loss already is
+        not trained again: the study is told the same.
+        """
+        if waiting := [own for own in self.groups() if self._waits(own)]:
+            return waiting
+        # Of a small space every setting comes at last; what is drawn again counts as a trial too.
+        known = {own.arm.setting: own.loss for own in self._drawn() if own.state == "complete"}
+        asked: dict[str, int] = {}
+        while len(asked) < max(TOGETHER, self._slots) and len(self._study.trials) < self.trials:
+            with _quiet():
+                drawn = self._study.ask(self._space)
+            setting = self._arm(drawn.number, drawn.params).setting
+            if setting in known:
+                self._study.tell(drawn.number, known[setting])
+            elif setting in asked:
+                self._study.tell(drawn.number, state=_states().PRUNED)
+            else:
+                asked[setting] = drawn.number
+                drawn.set_user_attr(BATCH, min(asked.values()))
+        return [own for own in self.groups() if self._waits(own)]
+
+    def groups(self) -> list[Group]:
+        """Every cohort asked for so far, in order: the same after a restart."""
+        batches: dict[int, list[Arm]] = {}
+        for own in self._drawn():
+            if own.batch is not None:
+                batches.setdefault(own.batch, []).append(own.arm)
+        return [
+            replace(own, name=f"with-{own.arms[0].name}")
+            for arms in batches.values()
+            for own in spread(group(arms), self._slots)
+        ]
+
+    def tell(self, losses: Mapping[str, float | None]) -> None:
+        """Give the study the losses by arm; None, or no number: the setting came to nothing."""
+        for own in self._drawn():
+            if own.arm.name in losses and own.state == "running":
+                loss = losses[own.arm.name]
+                number = int(own.arm.name.rpartition("-")[2])
+                if loss is not None and math.isfinite(loss):
+                    self._study.tell(number, loss)
+                else:
+                    self._study.tell(number, state=_states().FAIL)
+
+    def found(self) -> list[Trial]:
+        """The settings that were trained to the end, best first."""
+        done = [own for own in self._drawn() if own.state == "complete" and own.loss is not None]
+        return sorted(done, key=lambda own: float(own.loss or 0.0))
+
+    def _drawn(self) -> list[Trial]:
+        return [
+            Trial(self._arm(own.number, own.params), own.value, own.state.name.lower(),
+                  own.user_attrs.get(BATCH))
+            for own in self._study.trials
+        ]  # fmt: skip
+
+    def _waits(self, own: Group) -> bool:
+        """Whether an arm of the group has not been told of."""
+        running = {trial.arm.name for trial in self._drawn() if trial.state == "running"}
+        return any(arm.name in running for arm in own.arms)
+
+    def _arm(self, number: int, params: Mapping[str, Any]) -> Arm:
+        if number not in self._arms:
+            grid = {key: [_value(drawn)] for key, drawn in params.items()}
+            (arm,) = expand(self.recipe, grid, self.recipe.sweep.scaling)
+            self._arms[number] = replace(arm, name=f"trial-{number}")
+        return self._arms[number]
+
+    def _require_same_space(self, folder: Path) -> None:
+        said = json.dumps(
+            {key: str(own) for key, own in sorted(self._space.items())}, sort_keys=True
+        )
+        before = self._study.user_attrs.get("space")
+        if before is None:
+            self._study.set_user_attr("space", said)
+        elif before != said:
+            raise UserError(
+                f"{folder / JOURNAL} holds a search over other settings; choose another "
+                "--output_dir, or give the same ones to go on with it"
+            )
+
+
+def run_search(
+    search: Search, train: Callable[[Sequence[Group]], Mapping[str, float | None]]
+) -> list[Trial]:
+    """Ask, train, tell, until every trial has been made.
+
+    Args:
+        search: The study.
+        train: Trains cohorts to the end and gives each arm its held-out loss; it is called again
+            with those that were being trained when the search was stopped.
+
+    Returns:
+        The settings that were trained to the end, best first.
+    """
+    while asked := search.ask():
+        search.tell(train(asked))
+    return search.found()
+
+
+def _distribution(key: str, tried: list[Any] | Range) -> Any:
+    """What Optuna draws from."""
+    optuna = _optuna()
+    if not isinstance(tried, Range):
+        # As text, for Optuna's choices are plain values and a list of modules is none.
+        return optuna.distributions.CategoricalDistribution([json.dumps(own) for own in tried])
+    if _is_whole(key, tried.min):
+        return optuna.distributions.IntDistribution(int(tried.min), int(tried.max), log=tried.log)
+    return optuna.distributions.FloatDistribution(tried.min, tried.max, log=tried.log)
+
+
+def _is_whole(key: str, low: float) -> bool:
+    """Whether a setting takes whole numbers only."""
+    try:
+        RecipeFields.model_validate(
+            {"model_name_or_path": "m", "dataset": "d", key: math.floor(low) + 0.5}
+        )
+    except ValidationError as error:
+        return any(item["type"].startswith("int") for item in error.errors())
+    return False
+
+
+def _value(drawn: Any) -> Any:
+    """A choice is text; a number was drawn from a range."""
+    return json.loads(drawn) if isinstance(drawn, str) else drawn
+
+
+def _study(folder: Path, method: str, seed: int) -> Any:
+    optuna = _optuna()
+    folder.mkdir(parents=True, exist_ok=True)
+    backend = optuna.storages.journal.JournalFileBackend(str(folder / JOURNAL))
+    with _quiet():
+        study = optuna.create_study(
+            study_name=STUDY, direction="minimize", load_if_exists=True,
+            storage=optuna.storages.JournalStorage(backend),
+        )  # fmt: skip
+        # A sampler that began anew with the same seed would draw the same settings again.
+        seed += len(study.trials)
+        if method == "random":
+            study.sampler = optuna.samplers.RandomSampler(seed=seed)
+        else:
+            # Several are asked for at once: those being trained count as bad until they are told.
+            study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+    return study
+
+
+def _states() -> Any:
+    return _optuna().trial.TrialState
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError as error:
+        raise missing_extra("optuna", "search") from error
+    return optuna
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Optuna's own lines, and its notice that a useful option is still called new."""
+    import logging
+    import warnings
+
+    logger = logging.getLogger("optuna")
+    before = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", _optuna().exceptions.ExperimentalWarning)
+            yield
+    finally:
+        logger.setLevel(before)

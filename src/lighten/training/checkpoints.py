@@ -1,0 +1,223 @@
+"""Resumable states of a run: `checkpoints/checkpoint-<step>/`, whole or not there.
+
+A checkpoint is written under a hidden name and renamed when every file is on disk, with the
+checksum of each file in `trainer_state.json`, so that a kill at any moment, a full disk or a
+truncated file never costs more than the newest state. Random numbers need no saving: order and
+dropout are functions of seed, epoch and step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lighten.adapters import Trained, dtensors, shards
+from lighten.engine.adapter_optimizer import AdapterOptimizer, AdapterOptimizerProgress
+from lighten.errors import UserError
+from lighten.runs import write_bytes, write_json
+
+STATE, OPTIMIZER = "trainer_state.json", "optimizer"
+
+
+@dataclass
+class TrainerState:
+    """Where a run stands.
+
+    Attributes:
+        step: Optimiser steps of the run made.
+        tokens: Real tokens trained on, all adapters.
+        supervised_tokens: Those whose loss counted.
+        seconds: Time spent in steps.
+        members: Progress of each adapter by name.
+        scaler: Factor of each adapter's float16 loss, empty where nothing is scaled.
+        elapsed_s: Time spent training, evaluations and checkpoints included.
+        total_steps: Of the whole run, where `max_time` set them; else 0.
+        examples_per_step: Rows of one optimiser step over all ranks, which a run keeps when it goes
+            on with another number of them; 0 in checkpoints of older versions.
+        global_step: The step again under transformers' name, for tools that read it.
+        files: SHA-256 of the checkpoint's other files by relative path.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    seconds: float = 0.0
+    elapsed_s: float = 0.0
+    total_steps: int = 0
+    members: dict[str, AdapterOptimizerProgress] = field(default_factory=dict)
+    scaler: dict[str, Any] = field(default_factory=dict)
+    examples_per_step: int = 0
+    global_step: int = 0
+    files: dict[str, str] = field(default_factory=dict)
+
+
+def save(
+    folder: Path,
+    state: TrainerState,
+    trained: Trained,
+    members: Sequence[AdapterOptimizer],
+    *,
+    base_model: str,
+    revision: str | None,
+) -> Path:
+    """Write `checkpoint-<step>` under the folder and return its path.
+
+    Raises:
+        UserError: The disk is full; older checkpoints are untouched.
+    """
+    final = folder / f"checkpoint-{state.step}"
+    partial = folder / f".checkpoint-{state.step}.partial"
+    for left in folder.glob(".checkpoint-*.partial"):  # of runs that were killed while they wrote
+        shutil.rmtree(left, ignore_errors=True)
+    tensors = _optimizer_tensors(members)
+    state.global_step, state.files = state.step, {}
+    try:
+        _write(partial, "", shards.Shards(tensors, OPTIMIZER), state)
+        for member in members:
+            # One adapter's files at a time are in memory.
+            files = trained.contents(member.name, base_model=base_model, revision=revision)
+            _write(partial, f"{trained.folder}/{member.name}/", files, state)
+            del files
+        for member in members:
+            if member.progress.infinite:
+                continue  # it left, so that the others go on
+            trained.verify(member.name, weights_of(partial, trained, member.name))
+        write_json(partial / STATE, asdict(state))
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return final
+
+
+def take_part(trained: Trained, members: Sequence[AdapterOptimizer]) -> None:
+    """What every other rank does while the main one saves: hand over the rows that it holds.
+
+    Raises:
+        PeerLost: A rank has ended.
+    """
+    shards.Shards(_optimizer_tensors(members), OPTIMIZER).take_part()
+    for member in members:
+        if dtensors.any_spread(member.parameters.values()):
+            for content in trained.contents(member.name).values():
+                assert isinstance(content, shards.Shard)
+                content.take_part()
+
+
+def _optimizer_tensors(members: Sequence[AdapterOptimizer]) -> dict[str, torch.Tensor]:
+    return {
+        f"{member.name}/{key}": value
+        for member in members
+        for key, value in member.optimizer_tensors().items()
+    }
+
+
+def _write(
+    folder: Path, prefix: str, files: Mapping[str, bytes | shards.Shard], state: TrainerState
+) -> None:
+    """Write files under a prefix and note their checksums."""
+    with ThreadPoolExecutor(1, "checksum") as pool:
+        sums = {}
+        for name, content in files.items():
+            write_bytes(folder / prefix / name, content)
+            sums[prefix + name] = pool.submit(_checksum, folder / prefix / name)
+    state.files |= {name: own.result() for name, own in sums.items()}
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_of(checkpoint: Path, trained: Trained, name: str) -> Path:
+    """The folder of a checkpoint that holds what was trained under a name."""
+    return checkpoint / trained.folder / name
+
+
+def newest_complete(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose files are all whole, and a sentence per newer one that is not."""
+    broken: list[str] = []
+    for checkpoint in reversed(listing(folder)):
+        fault = _fault(checkpoint)
+        if fault is None:
+            return checkpoint, broken
+        broken.append(f"{checkpoint.name} is not whole ({fault}); using an older one")
+    return None, broken
+
+
+def listing(folder: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    found = folder.glob("checkpoint-*") if folder.is_dir() else []
+    return sorted(
+        (path for path in found if path.name.partition("-")[2].isdigit()),
+        key=lambda path: int(path.name.partition("-")[2]),
+    )
+
+
+def restore(
+    checkpoint: Path, trained: Trained, members: Sequence[AdapterOptimizer], device: torch.device
+) -> TrainerState:
+    """Put weights and optimisers back as they were.
+
+    Raises:
+        UserError: The checkpoint is of another cohort.
+    """
+    state = read_state(checkpoint)
+    if set(state.members) != {member.name for member in members}:
+        raise UserError(
+            f"{checkpoint} holds the adapters {sorted(state.members)}, the recipe has "
+            f"{sorted(member.name for member in members)}"
+        )
+    optimizer = shards.load(checkpoint, OPTIMIZER)
+    for member in members:
+        trained.restore(member.name, weights_of(checkpoint, trained, member.name))
+        prefix = f"{member.name}/"
+        member.restore_optimizer(
+            {
+                key.removeprefix(prefix): value.to(device)
+                for key, value in optimizer.items()
+                if key.startswith(prefix)
+            }
+        )
+        member.progress = state.members[member.name]
+    return state
+
+
+def read_state(checkpoint: Path) -> TrainerState:
+    """The `trainer_state.json` of a checkpoint."""
+    raw = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    raw["members"] = {name: AdapterOptimizerProgress(**own) for name, own in raw["members"].items()}
+    return TrainerState(**raw)
+
+
+def prune(folder: Path, limit: int, keep: Sequence[int | None]) -> None:
+    """Delete the oldest checkpoints beyond the limit, never one of the steps to keep (trap 40)."""
+    checkpoints = listing(folder)
+    kept = {f"checkpoint-{step}" for step in keep if step is not None}
+    for checkpoint in checkpoints[: max(0, len(checkpoints) - limit)]:
+        if checkpoint.name not in kept:
+            shutil.rmtree(checkpoint)
+
+
+def _fault(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None."""
+    try:
+        state = read_state(checkpoint)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return f"{STATE} is missing or cut off"
+    for name, digest in state.files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if _checksum(path) != digest:
+            return f"{name} has changed or was cut off"
+    return None

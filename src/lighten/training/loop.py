@@ -1,0 +1,423 @@
+"""The training loop: steps, evaluations and checkpoints of a cohort, from any step to the last."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lighten import runs
+from lighten.cpu import allocator
+from lighten.data.batches import MicroBatch, TokenRow
+from lighten.engine import forked
+from lighten.engine.adapter_optimizer import AdapterOptimizer
+from lighten.engine.forked import Forked
+from lighten.engine.forward_backward import undropped
+from lighten.engine.memory_errors import ran_out
+from lighten.engine.step import MemberStep, TrainingDiverged, rehearse, train_step
+from lighten.engine.validation import ValidationLoss, held_out_over
+from lighten.engine.workers import Threads, Workers
+from lighten.folders import resume_command
+from lighten.machine.hardware import PeakMemory
+from lighten.parallel import ranks
+from lighten.recipe.section import seconds
+from lighten.training import checkpoints, out_of_memory
+from lighten.training.checkpoints import TrainerState
+from lighten.training.interrupt import Interrupted, StopSignals
+from lighten.training.prediction import Prediction
+from lighten.training.prepare import Setup
+from lighten.training.progress import TrainingProgress
+from lighten.training.pruner import Pruner
+from lighten.training.step_batches import StepBatches
+from lighten.training.steps_in_time import StepsInTime
+
+
+class Loop:
+    """A run's steps over its setup.
+
+    Args:
+        setup: What to train.
+        folder: The run folder.
+        state: Where the run stands.
+        progress: Where to show it.
+        memory: Started before the base was loaded.
+        prediction: What was planned, to say what took more if memory runs out.
+        retries: Make a step for which memory runs out again with smaller micro-batches. A benchmark
+            leaves it off: it would measure something else than it says.
+        pruner: May take adapters out early. An adapter that diverges leaves with or without one;
+            the last one ends the run.
+        saves: Write checkpoints. A measurement leaves none.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        folder: Path,
+        state: TrainerState,
+        progress: TrainingProgress,
+        memory: PeakMemory,
+        prediction: Prediction | None = None,
+        *,
+        pruner: Pruner | None = None,
+        retries: bool = False,
+        saves: bool = True,
+    ) -> None:
+        self.setup, self.folder, self.state = setup, folder, state
+        self.progress, self.memory, self.prediction = progress, memory, prediction
+        self.pruner, self._saves = pruner, saves
+        self._losses: dict[str, ValidationLoss] = {}
+        self._pages = allocator.KeptPages(setup.accelerator.device.type)
+        self._retries, self._watch = retries, out_of_memory.Watch(setup.members)
+        self.main = setup.accelerator.is_main_process
+        self._batches = StepBatches(setup)
+        self._workers: Workers | None = None
+        self._agreed = False
+        self._saved_at, self._saving_s = time.monotonic(), 0.0
+        self._first, self._forks = state.step, forked.possible()
+        self._time: StepsInTime | None = None
+
+    def run(self) -> None:
+        """Train from the state's step to the end.
+
+        Raises:
+            Interrupted: SIGINT or SIGTERM came; the state is saved.
+            UserError: A loss is not finite, or the disk is full.
+        """
+        setup, state = self.setup, self.state
+        self._began = time.monotonic() - state.elapsed_s
+        with StopSignals() as signals:
+            try:
+                if setup.recipe.max_time is not None:
+                    self._time = StepsInTime(setup, state, self.progress, self.folder)
+                    if not state.total_steps:
+                        first = self._batches.steps(setup.members[0].settings.seed, 0)
+                        lengths = self._batches.lengths
+                        tokens = [sum(lengths[row] for row in rows) for rows in first]
+                        self._time.fit(tokens, self._try_step, self._held_out_loss)
+                self.progress.begin(setup.total_steps, state.step)
+                self._steps(signals)
+            finally:
+                self._close_lanes()
+
+    def _steps(self, signals: StopSignals) -> None:
+        setup, state, recipe = self.setup, self.state, self.setup.recipe
+        while state.step < setup.total_steps and self._active():
+            began = time.perf_counter()
+            members = self._active()
+            report = self._step(members)
+            state.step += 1
+            took_s = time.perf_counter() - began
+            self._record(report, took_s)
+            self._pages.after_step()
+            if self._time is not None:
+                self._time.after_step(took_s)
+
+            last = state.step == setup.total_steps
+            best = False
+            if setup.rows.held_out and (last or self._due(recipe.eval_steps)):
+                best = self._evaluate(members) and recipe.load_best_model_at_end
+            self._ask_judge()
+            done = last or not self._active()
+            stop = ranks.agreed_stop(setup.accelerator, signals.received)
+            due = done or best or stop or self._due(recipe.save_steps) or self._due_by_time()
+            if due and self._saves:
+                self._save()
+            if stop is not None and not done:
+                raise Interrupted(
+                    f"stopped by {stop.name} after step {state.step}; the state is "
+                    f"saved, go on with: {resume_command(self.folder)}",
+                    stop,
+                )
+
+    def _try_step(self, place: int) -> None:
+        """The passes of a step of the first epoch, for their time alone."""
+        for group in self.setup.groups(self.setup.members):
+            self._step_of(group, place, update=False)
+
+    def _step(self, members: list[AdapterOptimizer]) -> dict[str, MemberStep]:
+        """One step of all adapters that do not diverge in it."""
+        report: dict[str, MemberStep] = {}
+        for group in self.setup.groups(members):
+            while group:
+                try:
+                    report |= self._step_of(group, self.state.step)
+                    break
+                except TrainingDiverged as error:
+                    if not self._dropped_diverged(group, error):
+                        raise
+                    group = [member for member in group if not member.progress.stopped]
+        return report
+
+    def _step_of(
+        self, members: list[AdapterOptimizer], step: int, *, update: bool = True
+    ) -> dict[str, MemberStep]:
+        """One step; where memory runs out, the same step with smaller micro-batches."""
+        setup = self.setup
+        while True:
+            self._watch.moved = False
+            batches: list[MicroBatch] = []
+            try:
+                batches = list(self._batches.of(step, members))
+                if self._check_loss(batches, members):
+                    batches = list(self._batches.of(step, members))
+                self._open_lanes()
+                idle = self._batches.idle(batches, members[0])
+                make = train_step if update else rehearse
+                return make(
+                    batches, members, setup.objective, setup.accelerator, setup.scaler,
+                    self._workers, setup.strategy, idle,
+                )  # fmt: skip
+            except (MemoryError, RuntimeError) as error:
+                if not (self._retries and ran_out(error)):
+                    raise
+                self._shrink(batches, error)
+                self._close_lanes()
+            # Only here, with the exception and the step that it holds gone, is there memory again.
+            batches.clear()
+            out_of_memory.clear(setup)
+
+    def _check_loss(self, batches: list[MicroBatch], members: list[AdapterOptimizer]) -> bool:
+        """The first batch's check, agreed by all ranks; whether rows have to be laid out anew."""
+        objective = self.setup.objective
+        packed = objective.packs
+        if self.setup.strategy.in_step and not self._agreed:
+            # Ranks that wait for each other make the same passes: those of the main rank's batch.
+            batches = list(self._batches.of(self.state.step, members, rank=0))
+        if batches and not self._agreed:
+            objective.verify(batches[0], undropped(batches[0]))
+        if not self._agreed:
+            fast, packs = ranks.agreed_all(self.setup.accelerator, objective.fast, objective.packs)
+            if self.setup.accelerator.num_processes > 1:
+                objective.agree(fast=fast, packs=packs)
+            self._agreed = True
+        return packed != objective.packs
+
+    def _open_lanes(self) -> None:
+        """Processes as soon as what they inherit is complete: a checked loss, compiled layers."""
+        setup = self.setup
+        if setup.workers == 1 or isinstance(self._workers, Forked):
+            return
+        compiles = setup.choices["compilation"].value == "on" and self.state.step == self._first
+        if self._forks and not compiles:
+            self._pages.give_back()
+            try:
+                made = forked.processes_for(
+                    setup.workers, setup.objective, setup.groups(setup.members)
+                )
+            except OSError as error:
+                self._forks = False
+                self.progress.note(f"workers are threads, for want of processes: {error}")
+            else:
+                self._close_lanes()
+                self._workers = made
+        self._workers = self._workers or Threads(setup.workers, torch.get_num_threads())
+
+    def _close_lanes(self) -> None:
+        if self._workers is not None:
+            self._workers.close()
+            self._workers = None
+        self.memory.beside(0)
+
+    def _give_back(self) -> None:
+        self._pages.give_back()
+        if self._workers is not None:
+            self._workers.give_back()
+
+    def _shrink(self, batches: list[MicroBatch], error: BaseException) -> None:
+        """Halve the micro-batches from now on, and say why; raises where that is no way on."""
+        setup, step = self.setup, self.state.step + 1
+        tokens, fewer = out_of_memory.smaller(setup, batches, self._watch, error, step)
+        why = out_of_memory.blame(self.prediction, setup, self.memory.read()["peak_bytes"], error)
+        setup.tokens_per_microbatch = fewer
+        if self.main:
+            run = runs.Run(self.folder)
+            retry = out_of_memory.Retry(step, tokens, fewer, why)
+            run.update(retries=[*run.info().get("retries", []), asdict(retry)])
+        self.progress.note(
+            f"memory ran out in step {step} ({why}); again with micro-batches of {fewer} tokens at "
+            f"most in place of {tokens}, which gives the same result"
+        )
+
+    def _active(self) -> list[AdapterOptimizer]:
+        return [member for member in self.setup.members if not member.progress.stopped]
+
+    def _ask_judge(self) -> None:
+        """Take out what the pruner names."""
+        if self.pruner is not None:
+            active = self._active()
+            names = [member.name for member in active]
+            leaving = self.pruner.leaving(self.state.step, self._losses, names)
+            for member in active:
+                member.progress.stopped = member.name in leaving
+        self._losses = {}
+
+    def _dropped_diverged(self, members: list[AdapterOptimizer], error: TrainingDiverged) -> bool:
+        """Take out what diverged, if others go on; none of theirs has moved."""
+        gone = [member for member in members if member.name in error.sentences]
+        for member in members:
+            member.optimizer.zero_grad(set_to_none=True)
+        if self.pruner is None and len(gone) == len(self._active()):
+            return False
+        for member in gone:
+            member.progress.stopped = True
+            if self.pruner is not None:
+                self.pruner.diverged(self.state.step, member.name)
+            self.progress.note(f"step {self.state.step + 1}: {member.name} diverged and leaves")
+        return bool(self._active())
+
+    def _due(self, every: int | None) -> bool:
+        return self.state.step % (every or self.setup.steps_per_epoch) == 0
+
+    def _due_by_time(self) -> bool:
+        """Whether the last checkpoint is old enough for another one, by the main rank's clock."""
+        every = self.setup.recipe.save_every
+        if every is None:
+            return False
+        # Where a checkpoint is large and the disk slow, it may cost a twentieth of the time.
+        wait_s = max(seconds(every), 20 * self._saving_s)
+        due = time.monotonic() - self._saved_at >= wait_s
+        return ranks.of_main(self.setup.accelerator, due)
+
+    def _record(self, report: dict[str, MemberStep], seconds: float) -> None:
+        """Append a line per adapter to metrics.jsonl and move the bar."""
+        state, recipe = self.state, self.setup.recipe
+        state.seconds += seconds
+        if self._workers is not None:
+            self.memory.beside(self._workers.own_bytes)
+        peak = self.memory.read()["peak_bytes"]
+        tokens = sum(own.tokens for own in report.values())
+        state.tokens += tokens
+        state.supervised_tokens += sum(own.supervised_tokens for own in report.values())
+        for name, own in report.items():
+            self._line(
+                {
+                    "kind": "train",
+                    "step": state.step,
+                    "epoch": round(state.step / self.setup.steps_per_epoch, 6),
+                    "adapter": name,
+                    "loss": own.loss,
+                    "learning_rate": own.learning_rate,
+                    "grad_norm": own.grad_norm,
+                    "examples": own.examples,
+                    "supervised_tokens": own.supervised_tokens,
+                    "tokens": own.tokens,
+                    "seconds": seconds,
+                    "peak_bytes": peak,
+                    "skipped": own.skipped,
+                },
+                track=state.step % recipe.logging_steps == 0,
+            )
+        mean = sum(own.loss for own in report.values()) / len(report)
+        self.progress.step(state.step, mean, tokens / seconds, peak)
+
+    def _evaluate(self, members: list[AdapterOptimizer]) -> bool:
+        """Held-out loss of each adapter; whether one of them is the best so far."""
+        setup, state = self.setup, self.state
+        any_best = False
+        assert setup.rows.held_out is not None
+        self._give_back()
+        for member in members:
+            began = time.perf_counter()
+            found = self._held_out_loss(member, setup.rows.held_out.rows)
+            spread = found.standard_error
+            any_best |= member.note_evaluation(found.loss, state.step)
+            self._losses[member.name] = found
+            self._line(
+                {
+                    "kind": "eval",
+                    "step": state.step,
+                    "epoch": round(state.step / setup.steps_per_epoch, 6),
+                    "adapter": member.name,
+                    "loss": found.loss,
+                    "loss_se": spread,
+                    "supervised_tokens": sum(found.tokens),
+                    "seconds": time.perf_counter() - began,
+                },
+                track=True,
+            )
+            error = "" if spread is None else f" ± {spread:.4f}"
+            ends = ", which stops it early" if member.progress.stopped else ""
+            self.progress.note(
+                f"step {state.step}: {member.name} held-out loss {found.loss:.4f}{error}{ends}"
+            )
+        self._give_back()
+        return any_best
+
+    def _held_out_loss(self, member: AdapterOptimizer, rows: Sequence[TokenRow]) -> ValidationLoss:
+        setup = self.setup
+        return held_out_over(
+            setup.accelerator,
+            setup.objective,
+            rows,
+            member.name,
+            passes=setup.strategy.passes,
+            max_rows=setup.recipe.per_device_eval_batch_size,
+            max_tokens=setup.tokens_per_microbatch,
+            device=setup.accelerator.device,
+            workers=self._workers,
+        )
+
+    def _line(self, line: dict[str, Any], *, track: bool) -> None:
+        if not self.main:
+            return
+        runs.append_line(self.folder / "metrics.jsonl", line)
+        if track and self.setup.accelerator.log_with:
+            keys = ("loss", "loss_se", "learning_rate", "grad_norm", "tokens", "peak_bytes")
+            values = {
+                f"{line['kind']}/{line['adapter']}/{key}": line[key]
+                for key in keys
+                if line.get(key) is not None
+            }
+            self.setup.accelerator.log(values, step=line["step"])
+
+    def _drop_infinite(self) -> None:
+        """Take out adapters whose weights are no numbers any more: no checkpoint is whole of them.
+
+        Raises:
+            TrainingDiverged: No other is left.
+        """
+        active = self._active()
+        finite = ranks.agreed_all(self.setup.accelerator, *(own.is_finite() for own in active))
+        sentences = {}
+        for member, whole in zip(active, finite, strict=True):
+            if not whole:
+                member.progress.infinite = True
+                sentences[member.name] = (
+                    f"adapter {member.name!r}: weights that are not finite after step "
+                    f"{self.state.step} (a lower learning_rate than "
+                    f"{member.settings.learning_rate:g} may help)"
+                )
+        error = TrainingDiverged(sentences)
+        if sentences and not self._dropped_diverged(active, error):
+            raise error
+
+    def _save(self) -> None:
+        self._drop_infinite()
+        setup, state = self.setup, self.state
+        began = time.monotonic()
+        self._give_back()
+        if self.main:
+            state.members = {member.name: member.progress for member in setup.members}
+            state.scaler = setup.scaler.state_dict()
+            state.elapsed_s = time.monotonic() - self._began
+            checkpoints.save(
+                self.folder / "checkpoints",
+                state,
+                setup.trained,
+                setup.members,
+                base_model=setup.base.name,
+                revision=setup.base.revision,
+            )
+            best = [m.progress.best_step for m in setup.members]
+            keep = best if setup.recipe.load_best_model_at_end else []
+            checkpoints.prune(self.folder / "checkpoints", setup.recipe.save_total_limit, keep)
+        else:
+            checkpoints.take_part(setup.trained, setup.members)
+        ranks.wait(setup.accelerator)
+        self._give_back()
+        self._saved_at = time.monotonic()
+        self._saving_s = self._saved_at - began

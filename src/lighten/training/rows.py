@@ -1,0 +1,208 @@
+"""The data of a run: read, split, encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from lighten import data, models
+from lighten.data import Encoded, TemplateChoice
+from lighten.data.files import Content, files_of
+from lighten.errors import NoHeldOut
+from lighten.models import Limits
+from lighten.paths import split_limit
+from lighten.recipe import Recipe
+from lighten.training import held_out_data
+from lighten.training.encoding import Progress, encode_as, lost_sentences
+from lighten.training.held_out_data import held_out_source
+from lighten.training.row_cache import RowCache
+
+
+@dataclass
+class Rows:
+    """The encoded data of a run.
+
+    Attributes:
+        train: What is trained on.
+        held_out: What the loss is watched on, or None.
+        template: The chat template and why it was taken.
+        facts: What `run.json` keeps of the data.
+        longest: What cuts rows, in words: `max_length`, or the model's positions.
+        notes: What reading, the longest length and the model's positions do to the rows, a
+            sentence each.
+        cached: They were encoded before.
+        of_rows: Where only a sample of the training rows was encoded: how many there are.
+    """
+
+    train: Encoded
+    held_out: Encoded | None
+    template: TemplateChoice
+    facts: dict[str, Any]
+    longest: str = "max_length"
+    notes: list[str] = field(default_factory=list)
+    cached: bool = False
+    of_rows: int | None = None
+
+
+def load_rows(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, progress: Progress | None = None
+) -> Rows:
+    """Read, split and encode the recipe's data.
+
+    Args:
+        recipe: Which data, and how.
+        tokenizer: With its chat template chosen.
+        progress: Told how many examples are encoded, and of how many.
+
+    Raises:
+        UserError: The data is broken, holds nothing to learn from, or has ids that the model does
+            not have.
+    """
+    limits = _limits(recipe, tokenizer)
+    template = data.choose_template(tokenizer, recipe.chat_template)
+    cache = RowCache(recipe, _files(recipe), tokenizer, limits)
+    kept = cache.load()
+    if kept is not None:
+        return _rows(recipe, limits, template, *kept, cached=True)
+    train, held_out, facts, notes = _read_rows(recipe, tokenizer, limits, cache.contents, progress)
+    beside = {"facts": facts, "notes": notes}
+    parts = cache.save({"train": train, "held_out": held_out}, beside)
+    return _rows(recipe, limits, template, parts, beside, cached=False)
+
+
+def cached_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows | None:
+    """The recipe's data if they are in the cache.
+
+    Raises:
+        UserError: There are no such files.
+    """
+    limits = _limits(recipe, tokenizer)
+    template = data.choose_template(tokenizer, recipe.chat_template)
+    kept = RowCache(recipe, _files(recipe), tokenizer, limits).load()
+    return None if kept is None else _rows(recipe, limits, template, *kept, cached=True)
+
+
+def sample_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, count: int) -> Rows:
+    """Some of the recipe's training rows, evenly spread over its data; nothing is held out.
+
+    Args:
+        recipe: Which data, and how.
+        tokenizer: With its chat template chosen.
+        count: About how many rows.
+
+    Raises:
+        UserError: As for `load_rows`.
+    """
+    limits = _limits(recipe, tokenizer)
+    template = data.choose_template(tokenizer, recipe.chat_template)
+    unhashed = Content((), (), "")  # the checksum is for runs
+    found = held_out_data.read_as(recipe, recipe.dataset, "train", unhashed)
+    train = found.examples
+    if held_out_source(recipe) is None:
+        train, _ = held_out_data.split_off(recipe, found)
+    some = train[:: max(1, len(train) // count)]
+    encoded = encode_as(recipe, some, tokenizer, limits)
+    beside = {"facts": {}, "notes": data.left_out("training", found)}
+    parts = {"train": encoded, "held_out": None}
+    of_rows = round(len(train) * len(encoded.rows) / len(some))
+    return _rows(recipe, limits, template, parts, beside, cached=False, of_rows=of_rows)
+
+
+def _limits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Limits:
+    return models.limits(
+        recipe.model_name_or_path,
+        tokens=len(tokenizer) if recipe.added_tokens else 0,
+        revision=recipe.revision,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+
+
+def _rows(
+    recipe: Recipe,
+    limits: Limits,
+    template: TemplateChoice,
+    parts: Mapping[str, Encoded | None],
+    beside: Mapping[str, Any],
+    *,
+    cached: bool,
+    of_rows: int | None = None,
+) -> Rows:
+    encoded, facts = parts["train"], beside["facts"]
+    assert encoded is not None
+    facts["template"] = {"name": template.name, "reason": template.reason}
+    longest = limits.longest(recipe.max_length)[1]
+    notes = [*beside["notes"], *lost_sentences(encoded, limits, longest)]
+    if parts["held_out"] is None and of_rows is None:
+        notes += [
+            f"{key} has no effect: nothing is held out"
+            for key in ("early_stopping_patience", "load_best_model_at_end")
+            if getattr(recipe, key)
+        ]
+    return Rows(encoded, parts["held_out"], template, facts, longest, notes, cached, of_rows)
+
+
+def _read_rows(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Limits,
+    contents: Mapping[str, Content],
+    progress: Progress | None,
+) -> tuple[Encoded, Encoded | None, dict[str, Any], list[str]]:
+    """Training and held-out rows, what `run.json` keeps of them, and what is to be said of them."""
+    found = held_out_data.read_as(recipe, recipe.dataset, "train", contents.get("train"))
+    watched = held_out_data.apart(recipe, found.examples, content=contents.get("valid"))
+    train = found.examples
+    if watched is None:
+        train, watched = held_out_data.split_off(recipe, found)
+    test = held_out_data.apart(recipe, train, "test", content=contents.get("test"))
+    encoded = encode_as(recipe, train, tokenizer, limits, progress)
+    why_none = None
+    try:
+        watched = held_out_data.encoded(
+            recipe, watched, tokenizer, limits, recipe.max_eval_samples, progress
+        )
+    except NoHeldOut as nothing:
+        if not watched.split_off:  # a file that was named for it
+            raise
+        watched, why_none = replace(watched, examples=[]), str(nothing)
+    held_out = watched.rows
+    said = watched.sentences() if why_none is None else [why_none] if recipe.val_size else []
+    if test is not None:
+        said += held_out_data.shared_sentence(test.shared, len(test.examples), test.name)
+    facts = {
+        "path": str(found.path),
+        "sha256": found.sha256,
+        "format": found.format,
+        "train_rows": len(encoded.rows),
+        "eval_rows": len(held_out.rows) if held_out else 0,
+        "tokens": encoded.counts.tokens,
+        "supervised_tokens": encoded.counts.supervised_tokens,
+        "eval_supervised_tokens": held_out.counts.supervised_tokens if held_out else 0,
+        "truncated": encoded.counts.truncated,
+        "dropped": encoded.counts.dropped,
+        "lost_supervised_tokens": encoded.counts.lost_supervised_tokens,
+        "bad_rows": len(found.bad_rows) + encoded.counts.refused,
+        "eval_bad_rows": watched.bad_rows + (held_out.counts.refused if held_out else 0),
+        "eval_dropped": held_out.counts.dropped if held_out else 0,
+        "eval_shared_prompts": watched.shared,
+        "test_shared_prompts": None if test is None else test.shared,
+        # What is said wherever figures on these examples are shown; why there are none.
+        "held_out_notes": said,
+        "nothing_held_out": why_none if test is None else None,
+        "answers": data.learnt_answers(encoded.findings).to_dict(),
+    }
+    return encoded, held_out, facts, [*data.left_out("training", found), *said]
+
+
+def _files(recipe: Recipe) -> dict[str, list[Path]]:
+    """Every file that the rows come from, or are compared with, by split."""
+    files = {"train": files_of(split_limit(recipe.dataset)[0], "train")}
+    if (source := held_out_source(recipe)) is not None:
+        files["valid"] = files_of(split_limit(source)[0], "valid")
+    if data.has_split(recipe.dataset, "test"):
+        files["test"] = files_of(split_limit(recipe.dataset)[0], "test")
+    return files

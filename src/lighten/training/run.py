@@ -1,0 +1,432 @@
+"""The verb `train`: a recipe in, a run folder out."""
+
+from __future__ import annotations
+
+import datetime
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from transformers.utils import logging as transformers_logging
+
+from lighten import locks, models
+from lighten.adapters import dtensors
+from lighten.adapters.peft_methods import method_of
+from lighten.cpu import allocator
+from lighten.engine import optimizers
+from lighten.engine.memory_errors import ran_out
+from lighten.errors import DiskFull, UserError
+from lighten.folders import resume_command
+from lighten.machine import hardware
+from lighten.parallel import launch, ranks
+from lighten.recipe import Recipe
+from lighten.runs import PLAN, Run, write_json
+from lighten.streams import heard_by
+from lighten.training import checkpoints, quantization_aware, streaming, trackers
+from lighten.training.checkpoints import TrainerState, weights_of
+from lighten.training.export import export
+from lighten.training.loop import Loop
+from lighten.training.out_of_memory import OutOfMemory, let_go
+from lighten.training.prediction import Prediction, beside
+from lighten.training.prepare import Setup, go_on_from_adapter, load_base, prepare, tokenizer_of
+from lighten.training.progress import TrainingProgress
+from lighten.training.pruner import Pruner
+from lighten.training.rows import Rows, load_rows
+from lighten.training.suitable import require_trainable
+from lighten.wording import counted
+
+# After quantisation-aware training, so many rows go through the converted model too.
+COMPARED_ROWS = 8
+
+
+def train(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    prediction: Prediction | None = None,
+    pruner: Pruner | None = None,
+) -> Run:
+    """Train what the recipe says.
+
+    Args:
+        recipe: What to train.
+        resume: Go on from the newest whole checkpoint of the recipe's run folder.
+        progress: Show what happens on standard error.
+        prediction: What was planned.
+        pruner: May take adapters out before the end.
+
+    Returns:
+        The run, with its adapters under `adapters/`, or the whole model under `model/`.
+
+    Raises:
+        UserError: Something the user can mend; the run is marked failed.
+        Interrupted: SIGINT or SIGTERM; the state is saved and the run is marked interrupted.
+    """
+    place = launch.recognise()
+    trackers.check_installed(recipe.report_to)
+    if recipe.peft is not None:
+        method_of(recipe.peft)  # says what is wrong with it before anything is loaded
+    device = hardware.choose_device()
+    optimizers.choose(recipe.optim, device.value)  # a missing package is told before anything loads
+    require_trainable(recipe)
+    accelerator = ranks.connect(
+        place,
+        device.value,
+        f"{recipe.run_folder}\n{recipe.to_yaml()}",
+        log_with=list(recipe.report_to) or None,
+        project_config=trackers.places(recipe.run_folder),
+    )
+    streaming.require_possible(recipe, accelerator.device.type, accelerator.num_processes)
+    run = _open(recipe, accelerator, resume=resume)
+    with TrainingProgress(enabled=progress and accelerator.is_main_process) as shown:
+        for notice in recipe.notices:
+            shown.note(notice)
+        if prediction is None:  # else it was said before the plan was made
+            _warn_of_slow_format(recipe, device.value, shown)
+        try:
+            with heard_by(shown.loading):
+                _train(run, recipe, accelerator, shown, prediction, pruner, resume=resume)
+        except BaseException as caught:
+            error = _explained(caught, run, prediction)
+            # Whatever ended the run is told truthfully in run.json, and then goes its way.
+            cut_short = isinstance(error, KeyboardInterrupt | ranks.PeerLost)
+            ended = "interrupted" if cut_short else "failed"
+            if accelerator.is_main_process:
+                with suppress(OSError, ValueError):
+                    if not _came_to_nothing(run, error):
+                        run.update(status=ended, error=str(error) or type(error).__name__,
+                                   ended=_now())  # fmt: skip
+            if error is not caught:
+                raise error from caught
+            raise
+        finally:
+            with suppress(Exception):
+                accelerator.end_training()
+            if accelerator.is_main_process:
+                locks.release(run.folder)
+    return run
+
+
+def _warn_of_slow_format(recipe: Recipe, device: str, shown: TrainingProgress) -> None:
+    kind = device.partition(":")[0]
+    if kind not in ("cpu", "cuda"):
+        return
+    name = "this processor" if kind == "cpu" else "this GPU"
+    known = hardware.formats(device)
+    if (slow := hardware.slow_format(recipe.compute_dtype, known, name, kind)) is not None:
+        shown.note(f"warning: {slow}")
+
+
+def _came_to_nothing(run: Run, error: BaseException) -> bool:
+    """Whether a mistake of the user's ended a run before it began: nothing of it is left then."""
+    if run.claim is None or not isinstance(error, UserError) or "base" in run.info():
+        return False
+    return run.claim.undo()
+
+
+def _explained(error: BaseException, run: Run, prediction: Prediction | None) -> BaseException:
+    """An error that means too little memory or disk, with what to do about it."""
+    if isinstance(error, DiskFull):
+        return DiskFull(f"{error}, then go on with: {resume_command(run.folder)}")
+    if not (isinstance(error, OutOfMemory) or ran_out(error)):
+        return error
+    told = str(error) if isinstance(error, OutOfMemory) else f"memory ran out: {_line(error)}"
+    let_go(error)  # what would need less is planned in the same memory
+    advice = prediction.advice() if prediction is not None else []
+    return OutOfMemory("\n  - ".join([f"{told}{'; cheapest ways to need less:' if advice else ''}",
+                                      *advice]))  # fmt: skip
+
+
+def _line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _open(recipe: Recipe, accelerator: Accelerator, *, resume: bool) -> Run:
+    if accelerator.is_main_process:
+        run = Run.create(recipe, resume=resume)
+        commit, clean = hardware.commit()
+        run.update(
+            version=1, name=run.name, status="running", error=None, ended=None,
+            started=(run.info().get("started") if resume else None) or _now(),
+            commit=commit, tree_clean=clean,
+            machine=hardware.machine().to_dict(), versions=hardware.versions(),
+        )  # fmt: skip
+        ranks.wait(accelerator)
+        return run
+    ranks.wait(accelerator)
+    return Run(recipe.run_folder)
+
+
+def _train(
+    run: Run, recipe: Recipe, accelerator: Accelerator, shown: TrainingProgress,
+    prediction: Prediction | None, pruner: Pruner | None, *, resume: bool,
+) -> None:  # fmt: skip
+    transformers_logging.disable_progress_bar()
+    planned = prediction is not None and prediction.record is not None
+    if planned:
+        _plan_said(run, accelerator, shown, prediction)
+    set_seed(0)  # nothing below draws from the global generators; a model's own code might
+    pages = allocator.keep_pages(accelerator.device.type)
+    memory = hardware.PeakMemory(accelerator.device.type)
+    rows = prediction.rows if prediction is not None else None
+    if rows is None:  # what is wrong with them is told before a base is loaded
+        rows = load_rows(recipe, tokenizer_of(recipe), shown.encoding)
+    newest, before = _newest(run, accelerator, shown) if resume else (None, TrainerState())
+    base = load_base(recipe, str(accelerator.device), learns=True)
+    # The rows may have been encoded with a tokenizer of their own; this one is saved.
+    base.tokenizer.chat_template = rows.template.text
+    facts = _base_facts(base)  # of the base alone: PEFT puts its parameters into the model
+    # What a step is belongs to the run: another number of ranks shares the same steps.
+    setup = prepare(
+        recipe, accelerator, base, rows,
+        before.examples_per_step or None, before.total_steps or None,
+    )  # fmt: skip
+    setup.choices["memory"] = pages
+    if recipe.qat is not None:
+        tried = quantization_aware.try_conversion(base.model)
+    if not planned:  # what kept the plan from being made may have been told as an error by now
+        _plan_said(run, accelerator, shown, prediction)
+    _tell(setup, shown)
+    if resume:
+        _require_same_inputs(run, base, rows)
+    state = _resume(newest, setup, shown) if newest is not None else TrainerState()
+    state.examples_per_step = setup.examples_per_step
+    if state.step == 0:
+        go_on_from_adapter(recipe, setup.trained)
+    if accelerator.is_main_process:
+        run.truncate_metrics(state.step)
+        run.update(
+            base=facts,
+            data=rows.facts,
+            choices=[
+                {"what": what, "value": choice.value, "reason": choice.reason}
+                for what, choice in setup.choices.items()
+            ],
+            **({} if recipe.qat is None else {"qat": _qat_facts(recipe, tried)}),
+        )
+    ranks.wait(accelerator)
+    trackers.start(accelerator, run.folder, recipe.completed())
+    Loop(setup, run.folder, state, shown, memory, prediction, pruner=pruner, retries=True).run()
+    if recipe.load_best_model_at_end:
+        _put_best_back(run, setup)
+    setup.strategy.make_whole(base.model)
+    if accelerator.is_main_process:
+        _finish(run, setup, state, memory.read(), shown)
+        _beside_the_plan(run, shown)
+    ranks.wait(accelerator)
+
+
+def _plan_said(
+    run: Run, accelerator: Accelerator, shown: TrainingProgress, prediction: Prediction | None
+) -> None:
+    """Tell the plan and write it into the run folder; a plan of an earlier run goes."""
+    if not accelerator.is_main_process:
+        return
+    if prediction is None or prediction.record is None:
+        (run.folder / PLAN).unlink(missing_ok=True)
+    else:
+        write_json(run.folder / PLAN, prediction.record)
+    for line in prediction.lines if prediction is not None else ():
+        shown.note(line)
+
+
+def _beside_the_plan(run: Run, shown: TrainingProgress) -> None:
+    """Put what was measured beside what was predicted."""
+    plan, info = run.plan(), run.info()
+    if plan is None:
+        return
+    pair = beside(plan, info["training"], run.metrics())
+    run.update(prediction=pair)
+    said = [
+        f"{what} {show(own['measured'])}, {show(own['predicted'])} predicted "
+        f"({100 * (own['predicted'] / own['measured'] - 1):+.0f} %)"
+        for what, own, show in (
+            ("peak memory", pair["memory"], lambda value: f"{value / 2**30:.2f} GiB"),
+            ("a step of the planned size", pair["step_seconds"], lambda value: f"{value:.2f} s"),
+        )
+        if own is not None and own["measured"]
+    ]
+    shown.note("; ".join(said))
+
+
+def _require_same_inputs(run: Run, base: models.Base, rows: Rows) -> None:
+    """A resumed run must see the model and data that it began with.
+
+    Raises:
+        UserError: A file has changed since.
+    """
+    info = run.info()
+    before = (info.get("base", {}).get("checksum"), info.get("data", {}).get("sha256"))
+    for what, old, new in zip(
+        (f"the model {base.name}", f"the dataset {rows.facts['path']}"),
+        before, (base.checksum, rows.facts["sha256"]), strict=True,
+    ):  # fmt: skip
+        if old is not None and old != new:
+            raise UserError(
+                f"cannot resume {run.folder}: {what} has changed since the run began; put it back, "
+                "or choose another --output_dir"
+            )
+
+
+def _newest(
+    run: Run, accelerator: Accelerator, shown: TrainingProgress
+) -> tuple[Path | None, TrainerState]:
+    """The newest whole checkpoint, which one rank looks for, and what its state says."""
+    found: tuple[Path | None, list[str]] = (None, [])
+    if accelerator.is_main_process:
+        found = checkpoints.newest_complete(run.folder / "checkpoints")
+    newest, broken = ranks.of_main(accelerator, found)
+    for sentence in broken:
+        shown.note(sentence)
+    if newest is None:
+        shown.note(f"{run.folder} has no whole checkpoint; starting from the first step")
+        return None, TrainerState()
+    return newest, checkpoints.read_state(newest)
+
+
+def _resume(newest: Path, setup: Setup, shown: TrainingProgress) -> TrainerState:
+    """Put a checkpoint back."""
+    state = checkpoints.restore(newest, setup.trained, setup.members, setup.accelerator.device)
+    if state.scaler:
+        setup.scaler.load_state_dict(state.scaler)
+    shown.note(f"going on after step {state.step} ({newest.name})")
+    return state
+
+
+def _tell(setup: Setup, shown: TrainingProgress) -> None:
+    """What a user wants to know before the first step."""
+    base, rows = setup.base, setup.rows
+    shown.note(f"{base.name}: {base.dtype.value}, because {base.dtype.reason}")
+    if base.quantization is not None:
+        shown.note(f"linear layers: {base.quantization.value}, {base.quantization.reason}")
+    shown.note(f"chat template: {rows.template.name}, {rows.template.reason}")
+    counts = rows.train.counts
+    held_out = rows.facts["eval_rows"]
+    shown.note(
+        f"{counted(counts.rows, 'example')}, {counted(counts.tokens, 'token')}, "
+        f"{counts.supervised_tokens:,} of them supervised; {counted(held_out, 'example')} held out"
+    )
+    for problem in (*rows.train.problems, *rows.notes):
+        shown.note(f"note: {problem}")
+    if (tokens := setup.choices.get("added_tokens")) is not None:
+        shown.note(f"note: the new tokens are not trained: {tokens.reason}")
+    for member in setup.members:
+        size = sum(parameter.numel() for parameter in member.parameters.values())
+        shown.note(f"{setup.trained.describe(member.name)}, {size:,} parameters")
+
+
+def _finish(
+    run: Run, setup: Setup, state: TrainerState, memory: dict[str, Any], shown: TrainingProgress
+) -> None:
+    """Write what was trained and what was measured."""
+    if setup.recipe.qat is not None:
+        _compare_with_converted(run, setup, shown)
+    adapters = []
+    for member in setup.members:
+        # One whose weights became infinite is nothing to ship, unless its best state was put back.
+        best = setup.recipe.load_best_model_at_end and member.progress.best_step is not None
+        whole = best or not member.progress.infinite
+        adapters.append(
+            {
+                "name": member.name,
+                **setup.trained.facts(member.name),
+                "trainable_parameters": sum(p.numel() for p in member.parameters.values()),
+                "file_bytes": export(setup, member.name, run) if whole else 0,
+                "diverged": not whole,
+                "steps": member.progress.steps,
+                "best_step": member.progress.best_step,
+                "eval_loss": _last_held_out(run, member.name, setup, member.progress.best_step),
+            }
+        )
+    run.update(
+        status="finished",
+        ended=_now(),
+        adapters=adapters,
+        choices=[
+            *(own for own in run.info()["choices"] if own["what"] != "packing"),
+            {
+                "what": "loss",
+                "value": "supervised positions" if setup.objective.fast else "whole forward",
+                "reason": setup.objective.reason,
+            },
+            {
+                "what": "packing",
+                "value": "on" if setup.objective.packs else "off",
+                "reason": setup.objective.packing_reason,
+            },
+        ],
+        training={
+            "steps": state.step,
+            "seconds": state.seconds,
+            "tokens": state.tokens,
+            "supervised_tokens": state.supervised_tokens,
+            "tokens_per_second": state.tokens / state.seconds if state.seconds else None,
+            **memory,
+            **({} if setup.base.feed is None else {"offload_base": setup.base.feed.facts()}),
+        },
+    )
+
+
+def _qat_facts(recipe: Recipe, tried: float) -> dict[str, Any]:
+    return {"scheme": recipe.qat, "group_size": recipe.qat_group_size, "tried_difference": tried}
+
+
+def _compare_with_converted(run: Run, setup: Setup, shown: TrainingProgress) -> None:
+    """Convert what was trained for real, and note how far its answers are from those in training.
+
+    It is put beside the rest of `run.json`'s `qat`, by name.
+    """
+    source = setup.rows.held_out or setup.rows.train
+    rows = [row.input_ids for row in source.rows[:COMPARED_ROWS]]
+    found = {name: quantization_aware.agreement(setup.trained, name, rows)
+             for name in setup.trained.names}  # fmt: skip
+    run.update(qat={**run.info()["qat"], "converted": found})
+    for name, own in found.items():
+        shown.note(
+            f"{name}: converted by torchao, log-probabilities differ by at most "
+            f"{own['largest_difference']:.2g} from those in training ({own['tokens']} tokens)"
+        )
+
+
+def _put_best_back(run: Run, setup: Setup) -> None:
+    """Each adapter as it was at its lowest held-out loss."""
+    for member in setup.members:
+        step = member.progress.best_step
+        if step is None:  # it left before it was ever evaluated
+            continue
+        spread = dtensors.any_spread(member.parameters.values())
+        if not (setup.accelerator.is_main_process or spread):
+            continue  # the main rank writes what it holds itself
+        checkpoint = run.folder / "checkpoints" / f"checkpoint-{step}"
+        setup.trained.restore(member.name, weights_of(checkpoint, setup.trained, member.name))
+
+
+def _last_held_out(run: Run, name: str, setup: Setup, best: int | None) -> float | None:
+    """The held-out loss of the adapter as it was saved."""
+    lines = [m for m in run.metrics() if m["kind"] == "eval" and m["adapter"] == name]
+    if setup.recipe.load_best_model_at_end:
+        lines = [line for line in lines if line["step"] == best]
+    return lines[-1]["loss"] if lines else None
+
+
+def _base_facts(base: models.Base) -> dict[str, Any]:
+    found = models.census(base.model)
+    return {
+        "name": base.name,
+        "source": base.source,
+        "revision": base.revision,
+        "checksum": base.checksum,
+        "parameters": found.parameters,
+        "weights_bytes": found.weight_bytes,
+        "quantization": None if found.storage is None else str(found.storage),
+        "quantized_parameters": found.quantized,
+        "file_bytes": base.file_bytes,
+    }
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -1,0 +1,133 @@
+"""A base whose layers come when a pass asks for them: whether it can be, and its steps."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from lighten.adapters import AdapterSpec
+from lighten.adapters.decoder import decoder_layers
+from lighten.adapters.targets import saved_paths
+from lighten.errors import UserError
+from lighten.machine.hardware import Choice
+from lighten.models.load import Build
+from lighten.models.quantized import Storage
+from lighten.parallel.streamed.build import build
+from lighten.parallel.streamed.feed import LayerFeed
+from lighten.recipe import Recipe
+
+log = logging.getLogger(__name__)
+
+
+def require_possible(recipe: Recipe, device: str, ranks: int) -> None:
+    """Say what stands against `offload_base` here, before anything is loaded.
+
+    Args:
+        recipe: What is wanted.
+        device: `cpu` or `cuda`.
+        ranks: How many processes train together.
+
+    Raises:
+        UserError: The layers have nowhere to wait, or several ranks would each stream them.
+    """
+    where = recipe.offload_base
+    if where == "none":
+        return
+    if device not in ("cpu", "cuda"):
+        raise UserError(f"offload_base: {where} knows processors and CUDA GPUs, not {device}")
+    if where == "cpu" and device == "cpu":
+        raise UserError(
+            "offload_base: cpu keeps the layers in main memory for a GPU, but this run computes on "
+            "the processor; use offload_base: disk"
+        )
+    if ranks > 1:
+        raise UserError(
+            f"offload_base: {where} trains in one process, and {ranks} ranks were started, each of "
+            "which would read the whole base; start one, or set offload_base to none"
+        )
+
+
+def builder(
+    recipe: Recipe, device: str, specs: Sequence[AdapterSpec], learns: bool
+) -> Build | None:
+    """What makes the recipe's base for `models.load`; None: it is loaded whole.
+
+    Args:
+        recipe: What is wanted.
+        device: Where it computes.
+        specs: The adapters that will be attached.
+        learns: It is about to be trained.
+    """
+    if recipe.offload_base == "none":
+        return None
+    if not learns:
+        log.warning(
+            "offload_base: %s streams the base while it trains; here it is loaded whole",
+            recipe.offload_base,
+        )
+        return None
+
+    def made(
+        folder: Path, dtype: torch.dtype, storage: Storage | None
+    ) -> tuple[PreTrainedModel, LayerFeed]:
+        found = build(
+            recipe.model_name_or_path, folder, dtype, device=device, storage=storage,
+            keeps=recipe.offload_base, trust_remote_code=recipe.trust_remote_code,
+            check=functools.partial(_require_outside, specs),
+        )  # fmt: skip
+        return found.model, found.feed
+
+    return made
+
+
+def _require_outside(specs: Sequence[AdapterSpec], model: PreTrainedModel) -> None:
+    """No whole copy is made of what is streamed.
+
+    Raises:
+        UserError: `modules_to_save` names a part of a decoder layer.
+    """
+    inside = {id(module) for layer in decoder_layers(model) for module in layer.modules()}
+    for spec in specs:
+        for path in saved_paths(model, spec):
+            if any(id(module) in inside for module in model.get_submodule(path).modules()):
+                raise UserError(
+                    f"offload_base: modules_to_save of adapter {spec.name!r} names {path}, whose "
+                    "weights are streamed and would have to stay for a copy that learns; name the "
+                    "embedding or the head alone, or set offload_base to none"
+                )
+
+
+def describe(where: str, feed: Any) -> Choice:
+    """What is in memory, and where the rest waits.
+
+    Args:
+        where: `cpu` or `disk`.
+        feed: What brings the layers.
+    """
+    waits = {"disk": "in the model's files", "cpu": "in pinned main memory"}[where]
+    return Choice(
+        where,
+        f"{feed.base_bytes / 2**30:.2f} GiB of {len(feed.layers)} layers wait {waits}, "
+        f"{feed.slot_bytes / 2**30:.2f} GiB for two of them are in memory",
+    )
+
+
+def micro_batch(recipe: Recipe, adapters: int) -> tuple[int | None, int, str]:
+    """Tokens and rows of a micro-batch at most, and why: each reads the whole base again.
+
+    Args:
+        recipe: What is wanted.
+        adapters: How many of them share each pass.
+    """
+    rows = recipe.per_device_train_batch_size * adapters
+    if isinstance(recipe.tokens_per_microbatch, int):
+        return recipe.tokens_per_microbatch, rows, "tokens_per_microbatch of the recipe"
+    return None, rows, (
+        "each micro-batch reads the base again: per_device_train_batch_size rows of every adapter"
+    )  # fmt: skip
