@@ -16,83 +16,177 @@ MODULES = {
     ".".join(path.relative_to(SOURCE.parent).with_suffix("").parts).removesuffix(".__init__"): path
     for path in SOURCE.rglob("*.py")
 }
-# Rooms that a room may import; `errors` and `wording` are everybody's, and so is the room itself.
+# Rooms that a room may import, from the lowest to the highest: each imports only rooms above it in
+# this table, so no two need each other. `errors` and `wording` are everybody's.
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
-    "wording": set(),
-    "paths": set(),
-    "containers": set(),
-    "forks": {"containers"},
-    "verbs": {"api"},
-    "peft_config": set(),
     "gguf_names": set(),
-    "recipe": {"paths", "peft_config"},
-    "hardware": {"containers"},
-    "native": {"hardware"},
-    "parallel": {"adapters", "forks", "hardware", "models", "recipe", "whole_files"},
-    "allocator": {"hardware", "native"},
-    # Drawing in notebooks goes the other way round, when a notebook asks for it.
-    "notebook": {"evaluate", "report", "runs", "sweep"},
     "locks": set(),
+    "machine": set(),
+    "paths": set(),
+    "peft_config": set(),
     "streams": set(),
-    "dialogue": {"streams"},
     "whole_files": set(),
-    "folders": {"locks", "whole_files"},
-    "runs": {"folders", "locks", "notebook", "recipe", "whole_files"},
-    "models": {"allocator", "gguf_names", "hardware", "native", "streams"},
-    "data": {"forks", "paths"},
+    "wording": set(),
     "adapters": {"peft_config"},
-    "train": {"adapters", "allocator", "data", "devices", "folders", "forks", "locks", "models",
-              "parallel", "paths", "peft_config", "recipe", "hardware", "runs", "verbs", "streams"},
-    "evaluate": {"adapters", "data", "dialogue", "models", "recipe", "hardware", "notebook", "runs",
-                 "train", "verbs", "streams"},
-    "datasheets": {"hardware"},
-    "devices": {"containers", "datasheets", "hardware"},
-    "report": {"data", "evaluate", "folders", "runs", "verbs"},
-    "sweep": {"adapters", "data", "folders", "locks", "models", "notebook", "paths", "recipe",
-              "hardware", "runs", "train", "evaluate", "verbs"},
-    # It traces the step of `train`, and draws its picture with `report`'s figures.
-    "plan": {"adapters", "allocator", "containers", "data", "devices", "forks", "models",
-             "recipe", "hardware", "parallel", "paths", "report", "runs", "timing", "train",
-             "verbs"},
+    "cpu": {"machine"},
+    "data": {"machine", "paths"},
+    "dialogue": {"streams"},
+    "folders": {"locks", "whole_files"},
+    "recipe": {"paths", "peft_config"},
+    "models": {"cpu", "gguf_names", "machine", "streams"},
+    "runs": {"folders", "locks", "recipe", "whole_files"},
     "artifacts": {"models", "peft_config", "runs"},
-    # A receipt asks the prompts that an evaluation asks.
-    "quantize": {"adapters", "artifacts", "containers", "data", "evaluate", "gguf_names",
-                 "hardware", "jobs", "looked", "models", "peft_config", "recipe", "runs", "streams",
-                 "train", "verbs", "whole_files"},
-    "serve": {"adapters", "containers", "data", "dialogue", "hardware", "models", "native",
-              "peft_config", "quantize", "report", "runs", "whole_files"},
-    "timing": set(),
-    # Its children's errors are read as the training's are.
-    "jobs": {"train"},
-    # It measures the steps of `train` against what `plan` says, and the answers of `evaluate`.
-    "bench": {"adapters", "allocator", "artifacts", "devices", "evaluate", "hardware", "jobs",
-              "models", "plan", "quantize", "recipe", "runs", "timing", "train", "whole_files"},
-    "api_serve": {"serve"},
-    "api_plan": {"api", "devices", "looked", "plan", "quantize", "runs"},
-    "api_bench": {"api", "bench", "looked", "recipe", "report"},
-    "api": {"adapters", "api_bench", "api_plan", "api_serve", "artifacts", "devices", "evaluate",
-            "folders",
-            "looked", "parallel", "paths", "plan", "quantize", "recipe", "report", "runs", "sweep",
-            "train"},
-    "looked": {"models", "paths", "recipe", "runs", "train"},
-    "console": {"recipe", "streams"},
-    "cli_runs": {"console", "looked", "report", "runs"},
-    "cli_adapter": {"api", "console"},
-    "cli_audit": {"api", "console", "report"},
-    "cli_bench": {"api", "bench", "cli_serve", "console"},
-    "cli_evaluate": {"console"},
-    "cli_export": {"api", "console", "quantize"},
-    "cli_quantize": {"api", "console"},
-    "cli_plan": {"api", "console", "datasheets", "plan", "runs"},
-    "cli_serve": {"api", "cli_plan", "console", "plan", "serve"},
-    "cli_settings": {"console", "recipe"},
-    "cli": {"api", "cli_adapter", "cli_audit", "cli_bench", "cli_evaluate", "cli_export",
-            "cli_plan", "cli_quantize", "cli_runs", "cli_serve", "cli_settings", "console", "data",
-            "evaluate", "hardware", "looked", "models", "parallel",
-            "paths", "recipe", "report", "runs", "streams", "sweep", "train"},
+    "parallel": {"adapters", "machine", "models", "recipe", "whole_files"},
+    "engine": {"adapters", "cpu", "data", "machine", "models", "parallel"},
+    "jobs": {"engine"},
+    "training": {
+        "adapters",
+        "cpu",
+        "data",
+        "engine",
+        "folders",
+        "locks",
+        "machine",
+        "models",
+        "parallel",
+        "paths",
+        "peft_config",
+        "recipe",
+        "runs",
+        "streams",
+    },
+    "evaluation": {
+        "adapters",
+        "data",
+        "dialogue",
+        "engine",
+        "machine",
+        "models",
+        "recipe",
+        "runs",
+        "training",
+    },
+    "path_checks": {"models", "paths", "recipe", "runs", "training"},
+    "api_recipe": {"path_checks", "recipe"},
+    "quantization": {
+        "adapters",
+        "artifacts",
+        "data",
+        "engine",
+        "evaluation",
+        "gguf_names",
+        "jobs",
+        "machine",
+        "models",
+        "path_checks",
+        "peft_config",
+        "recipe",
+        "runs",
+        "streams",
+        "training",
+        "whole_files",
+    },
+    "sweeps": {
+        "data",
+        "engine",
+        "evaluation",
+        "folders",
+        "locks",
+        "machine",
+        "models",
+        "paths",
+        "recipe",
+        "runs",
+        "training",
+    },
+    "reporting": {"data", "evaluation", "folders", "runs", "sweeps"},
+    "planning": {
+        "adapters",
+        "cpu",
+        "data",
+        "engine",
+        "machine",
+        "models",
+        "parallel",
+        "paths",
+        "recipe",
+        "reporting",
+        "runs",
+        "training",
+    },
+    "serving": {
+        "adapters",
+        "cpu",
+        "data",
+        "dialogue",
+        "machine",
+        "models",
+        "peft_config",
+        "quantization",
+        "reporting",
+        "runs",
+        "whole_files",
+    },
+    "api_plan": {"api_recipe", "machine", "path_checks", "planning", "quantization", "runs"},
+    "api_serve": {"serving"},
+    "benchmarking": {
+        "adapters",
+        "artifacts",
+        "cpu",
+        "engine",
+        "evaluation",
+        "jobs",
+        "machine",
+        "models",
+        "planning",
+        "quantization",
+        "recipe",
+        "runs",
+        "training",
+        "whole_files",
+    },
+    "api_bench": {"api_recipe", "benchmarking", "path_checks", "recipe", "reporting"},
+    "api": {
+        "adapters",
+        "api_bench",
+        "api_plan",
+        "api_recipe",
+        "api_serve",
+        "evaluation",
+        "folders",
+        "machine",
+        "parallel",
+        "path_checks",
+        "planning",
+        "quantization",
+        "recipe",
+        "reporting",
+        "runs",
+        "sweeps",
+        "training",
+    },
+    "cli": {
+        "api",
+        "benchmarking",
+        "data",
+        "evaluation",
+        "machine",
+        "models",
+        "parallel",
+        "path_checks",
+        "paths",
+        "planning",
+        "quantization",
+        "recipe",
+        "reporting",
+        "runs",
+        "serving",
+        "streams",
+        "training",
+    },
     "__main__": {"cli"},
-}  # fmt: skip
+}
 LIGHT = (
     "lighten",
     "lighten.api",
@@ -159,6 +253,40 @@ def test_a_room_imports_only_what_it_may(module: str) -> None:
     own = room(module)
     allowed = ALLOWED[own] | {own, "errors", "wording"}
     assert imports(MODULES[module]) <= allowed
+
+
+def test_no_room_needs_one_that_needs_it() -> None:
+    rooms = list(ALLOWED)
+    assert [
+        (name, needed)
+        for name, allowed in ALLOWED.items()
+        for needed in allowed
+        if rooms.index(needed) >= rooms.index(name)
+    ] == []
+
+
+def test_no_circle_between_files() -> None:
+    """Imports within functions count; those for annotations alone are never run."""
+    unseen = {module: _needs(module) for module in MODULES}
+    while ready := [module for module, needed in unseen.items() if not needed & set(unseen)]:
+        for module in ready:
+            del unseen[module]
+    assert unseen == {}
+
+
+def _needs(module: str) -> set[str]:
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = [ast.Pass()]
+    needed: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            needed |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            needed |= names & set(MODULES) or {node.module}
+    return needed & set(MODULES) - {module}
 
 
 def test_nobody_imports_the_command_line() -> None:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lighten import path_checks as looked
+from lighten import path_checks
 from lighten.api_bench import audit as audit
 from lighten.api_bench import bench as bench
 from lighten.api_bench import bench_compare as bench_compare
@@ -16,6 +16,8 @@ from lighten.api_plan import plan_formats as plan_formats
 from lighten.api_plan import plan_quantize as plan_quantize
 from lighten.api_plan import plan_serve as plan_serve
 from lighten.api_plan import plan_spread as plan_spread
+from lighten.api_recipe import RecipeLike, recipe_of
+from lighten.api_recipe import plannable as plannable
 from lighten.api_serve import bench_serve as bench_serve
 from lighten.api_serve import serve as serve
 from lighten.errors import NoHeldOut, UserError
@@ -36,21 +38,7 @@ if TYPE_CHECKING:
     from lighten.planning.search import Found, Limits, Sized
     from lighten.sweeps.result import SweepResult
 
-RecipeLike = Recipe | str | os.PathLike[str]
 Progress = Callable[[str, int, int], None]
-
-
-def recipe_of(recipe: RecipeLike | None = None, **overrides: Any) -> Recipe:
-    """A recipe from a file or from settings alone; overrides win.
-
-    Raises:
-        RecipeError: Every problem found.
-    """
-    if isinstance(recipe, Recipe):
-        return recipe.changed(overrides) if overrides else recipe
-    if recipe is None:
-        return Recipe.from_values({}, overrides)
-    return Recipe.from_file(os.fspath(recipe), overrides)
 
 
 def train(
@@ -92,7 +80,7 @@ def train(
                 f"says strategy: {chosen.strategy}; change one of the two"
             )
         chosen = chosen.changed({"strategy": place.strategy})
-    done = looked.finished(chosen, resume=resume, told=progress)
+    done = path_checks.finished(chosen, resume=resume, told=progress)
     if done is not None:
         return done
     if count > 1:
@@ -277,19 +265,6 @@ def fixed_by(overrides: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(aliases.translate(overrides)[0])
 
 
-def plannable(recipe: RecipeLike | None = None, **overrides: Any) -> Recipe:
-    """A recipe to plan: like `recipe_of`, but settings alone need no data.
-
-    Raises:
-        RecipeError: Every problem found.
-    """
-    if recipe is None:
-        overrides = {"dataset": "", **overrides}
-    chosen = recipe_of(recipe, **overrides)
-    looked.require_model(chosen.model_name_or_path)
-    return chosen
-
-
 def evaluate(
     run: RunLike, *, against: RunLike | None = None, progress: Progress | None = None,
     **options: Any,
@@ -349,7 +324,7 @@ def sweep(
             "it with: lighten sweep RECIPE"
         )
     chosen = recipe_of(recipe, **swept.gathered(overrides))
-    looked.require_model(chosen.model_name_or_path)
+    path_checks.require_model(chosen.model_name_or_path)
     from lighten.sweeps.running import sweep as run_sweep
 
     found = run_sweep(chosen, resume=resume, progress=progress, measuring=measuring_progress)

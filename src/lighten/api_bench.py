@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lighten import path_checks as looked
+from lighten import path_checks
 
 if TYPE_CHECKING:
     from lighten.benchmarking.audit import Audit
@@ -51,7 +51,7 @@ def bench(
     Raises:
         UserError: Something the user can mend.
     """
-    from lighten.api import plannable
+    from lighten.api_recipe import plannable
     from lighten.benchmarking import running
 
     given: dict[str, Any] = {
@@ -63,7 +63,7 @@ def bench(
         "seconds": seconds,
     }
     settings = running.Settings(**{k: v for k, v in given.items() if v is not None})
-    run = looked.run_of(target) if looked.is_run(target) else None
+    run = path_checks.run_of(target) if path_checks.is_run(target) else None
 
     def recipe(base: str) -> Recipe:
         if run is None:
@@ -113,7 +113,7 @@ def audit(
     Raises:
         UserError: Something the user can mend.
     """
-    from lighten.api import recipe_of
+    from lighten.api_recipe import recipe_of
     from lighten.benchmarking import running
     from lighten.benchmarking.audit import Settings
     from lighten.benchmarking.audit import audit as measure
@@ -121,7 +121,7 @@ def audit(
     from lighten.recipe.section import duration
     from lighten.reporting.audit_page import write_audit_page
 
-    looked.require_model(model)
+    path_checks.require_model(model)
     try:
         budget_s = duration(budget)
     except ValueError as error:

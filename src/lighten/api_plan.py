@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lighten import path_checks as looked
+from lighten import path_checks
 
 if TYPE_CHECKING:
-    from lighten.api import RecipeLike
+    from lighten.api_recipe import RecipeLike
     from lighten.planning.distributed import Distributed, Strategy
     from lighten.planning.serve import Quantizing
     from lighten.planning.serving import Serving
@@ -43,7 +43,7 @@ def plan_spread(
     Raises:
         UserError: Something the user can mend.
     """
-    from lighten.api import plannable
+    from lighten.api_recipe import plannable
 
     chosen = plannable(recipe, **overrides)
     from lighten.machine import devices
@@ -74,7 +74,7 @@ def plan_serve(model: str, *, device: str | None = None, **options: Any) -> Serv
     Raises:
         UserError: Something the user can mend.
     """
-    looked.require_model(model)
+    path_checks.require_model(model)
     from lighten.machine import devices
     from lighten.planning.serve import serve
 
@@ -87,7 +87,7 @@ def plan_quantize(model: str, **options: Any) -> Quantizing:
     Raises:
         UserError: Something the user can mend.
     """
-    looked.require_model(model)
+    path_checks.require_model(model)
     from lighten.machine import devices
     from lighten.planning.serve import quantize
 
@@ -117,6 +117,6 @@ def plan_formats(
 
     target = None if output_dir is None else Path(output_dir).expanduser()
     return forecast(
-        looked.source_of(source), to, adapter=adapter, output_dir=target,
+        path_checks.source_of(source), to, adapter=adapter, output_dir=target,
         memory_bytes=devices.named("cpu").memory_bytes,
     )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,8 @@ class Run:
 
     def _repr_html_(self) -> str:
         """What it changed, and its loss, for notebooks."""
-        from lighten.notebook import run_html
-
-        return run_html(self)
+        # The report knows what it draws; it is looked up when a notebook asks.
+        return str(import_module("lighten.reporting.notebook").run_html(self))
 
     @classmethod
     def create(cls, recipe: Recipe, *, resume: bool = False) -> Run:

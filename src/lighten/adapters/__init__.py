@@ -1,7 +1,7 @@
 """Many adapters over one frozen base: what they are, how they attach, and their files."""
 
-from lighten.adapters.cohort import Cohort, attach
-from lighten.adapters.files import load
+from lighten.adapters.attach import attach, load
+from lighten.adapters.cohort import Cohort
 from lighten.adapters.layers import Share
 from lighten.adapters.spec import AdapterSpec
 from lighten.adapters.trained import Trained

@@ -174,7 +174,7 @@ class Cohort(Trained):
         self, name: str, *, base_model: str | None = None, revision: str | None = None
     ) -> Mapping[str, bytes]:
         """The adapter's files in PEFT's format."""
-        from lighten.adapters import files  # which knows this module
+        from lighten.adapters import files
 
         return files.contents(self, name, base_model=base_model, revision=revision)
 
@@ -229,41 +229,3 @@ class Cohort(Trained):
         if said is not None:
             self.model.config.merged_base = said
             log.warning("adapter %s is merged into %s", name, said)
-
-
-def attach(
-    model: PreTrainedModel, specs: Sequence[AdapterSpec], *, qat_group_size: int | None = None
-) -> Cohort:
-    """Freeze the base and attach a cohort of adapters to it.
-
-    Args:
-        model: The base.
-        specs: The adapters.
-        qat_group_size: Compute as once quantised to int8 activations and int4 weights in groups of
-            so many; None: as the weights are.
-
-    Raises:
-        UserError: Two adapters share a name, an adapter's targets match nothing, one of several
-            needs PEFT's own modules, or one cannot be rounded together with the base.
-    """
-    model.requires_grad_(False)
-    if needy := [spec for spec in specs if spec.needs_peft]:
-        if qat_group_size is not None:
-            raise UserError(
-                f"adapter {needy[0].name!r} is trained by PEFT's own modules, which round nothing: "
-                "it cannot be trained with qat"
-            )
-        from lighten.adapters.peft_backed import PeftBacked  # which knows the cohort
-
-        if len(specs) > 1:
-            raise UserError(
-                f"adapter {needy[0].name!r} is trained by PEFT's own modules, which cannot tell "
-                f"the rows of {len(specs)} adapters in one batch apart; train it alone"
-            )
-        return PeftBacked(model, needy[0])
-    cohort = Cohort(model)
-    if qat_group_size is not None:
-        cohort.fake_quantise(qat_group_size)
-    for spec in specs:
-        cohort.add(spec)
-    return cohort

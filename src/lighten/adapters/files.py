@@ -6,24 +6,24 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from lighten.adapters import dtensors, shards
-from lighten.adapters.cohort import Cohort, attach
 from lighten.adapters.frozen import is_conv1d
 from lighten.adapters.spec import AdapterSpec
 from lighten.adapters.targets import shortest_names
-from lighten.adapters.trained import Trained
-from lighten.adapters.whole import STEM
 from lighten.errors import UserError
-from lighten.peft_config import CONFIG, WEIGHTS, needs_peft, read_config, settings
+from lighten.peft_config import CONFIG, WEIGHTS, settings
+
+if TYPE_CHECKING:
+    from lighten.adapters.cohort import Cohort
+    from lighten.adapters.trained import Trained
 
 
 def contents(
@@ -114,48 +114,6 @@ def verify(folder: str | os.PathLike[str], expected: Mapping[str, tuple[int, ...
         raise UserError(f"{path}: holds values that are not finite")
 
 
-def load(
-    model: PreTrainedModel,
-    folders: Mapping[str, str | os.PathLike[str]],
-    *,
-    qat_group_size: int | None = None,
-) -> Cohort:
-    """Attach saved adapters (ours or PEFT's) to a base, frozen.
-
-    Args:
-        model: The base.
-        folders: Adapter folder by the name it shall have.
-        qat_group_size: As for `attach`.
-
-    Raises:
-        UserError: A folder is not an adapter, or does not fit the base or the others.
-    """
-    cohort = attach(model, [], qat_group_size=qat_group_size)
-    for name, folder in folders.items():
-        config = read_config(folder)
-        weights = read_weights(Path(folder))
-        vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
-        for key, value in weights.items():
-            # An adapter that brought its own tokens has a taller embedding than the base.
-            if key.endswith("embed_tokens.weight") and value.shape[0] > vocabulary:
-                model.resize_token_embeddings(value.shape[0], mean_resizing=False)
-                model.requires_grad_(False)
-        if needs_peft(config):
-            if len(folders) > 1:
-                raise UserError(
-                    f"{folder} is run by PEFT's own modules, which cannot tell the rows of "
-                    f"{len(folders)} adapters in one batch apart; load it alone"
-                )
-            from lighten.adapters import peft_backed  # which knows the cohort
-
-            return peft_backed.load(model, name, folder)
-        cohort.add(spec_from_peft(name, config, folder, weights))
-        restore(cohort, name, weights, where=str(folder))
-        for parameter in cohort.parameters(name).values():
-            parameter.requires_grad_(False)
-    return cohort
-
-
 @torch.no_grad()
 def restore(
     trained: Trained,
@@ -238,7 +196,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         UserError: There are none, or a file is broken.
     """
     path = folder / WEIGHTS
-    if not path.is_file() and not shards.listing(folder, STEM):
+    if not path.is_file() and not shards.listing(folder, shards.STEM):
         beside = path.with_name("adapter_model.bin")
         hint = (
             "; only safetensors are read, never pickle, which can run code: where you trust "
@@ -248,6 +206,6 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         )
         raise UserError(f"{path} does not exist{hint}")
     try:
-        return load_file(path) if path.is_file() else shards.load(folder, STEM)
+        return load_file(path) if path.is_file() else shards.load(folder, shards.STEM)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a whole safetensors file: {error}") from error

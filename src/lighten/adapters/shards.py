@@ -16,6 +16,8 @@ from lighten.adapters import dtensors
 # What a file holds of a GPU is copied to main memory while it is written, and a file is mapped
 # while it is verified.
 SHARD_BYTES = 2**28
+# Files of weights in checkpoints: trained.safetensors, or trained-00001-of-00002.safetensors, ...
+STEM = "trained"
 
 
 class Shard:

@@ -20,11 +20,9 @@ from transformers import PreTrainedModel
 from lighten.adapters import fake_quant
 from lighten.adapters.decoder import decoder_layers
 from lighten.adapters.layers import Share
-from lighten.adapters.shards import Shard, Shards
+from lighten.adapters.shards import STEM, Shard, Shards
 from lighten.adapters.trained import Trained
 from lighten.errors import UserError
-
-STEM = "trained"
 
 
 class WholeBase(Trained):

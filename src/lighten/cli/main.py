@@ -276,12 +276,12 @@ def chat(
     temperature: Annotated[float, typer.Option(help="0 answers greedily.")] = 0.0,
 ) -> None:
     """Talk to a base or an adapter in the terminal."""
-    from lighten import path_checks as looked
+    from lighten import path_checks
 
     if url is not None or target is None:
         cli_serve.chat(target, url, adapter, compare, system, max_new_tokens, temperature, thinking)
         return
-    looked.require_answerable(target)
+    path_checks.require_answerable(target)
     from lighten.evaluation.chat import chat as talk
 
     with progress_bar():  # shows how the model is loaded
@@ -376,14 +376,13 @@ def data_check(
     as_json: Json = False,
 ) -> None:
     """Lengths, truncation, supervised tokens, duplicates, overlap, and one example's mask."""
-    from lighten import data
-    from lighten import path_checks as looked
+    from lighten import data, path_checks
     from lighten.data.files import files_of
     from lighten.paths import split_limit
     from lighten.training.progress import TrainingProgress
 
     # Paths are looked at before anything heavy is loaded.
-    looked.require_model(model)
+    path_checks.require_model(model)
     files_of(split_limit(file)[0], "train")
     from lighten.models import limits, load_tokenizer
 

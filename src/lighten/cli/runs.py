@@ -47,11 +47,10 @@ def runs_list(
 @runs_app.command("compare")
 def runs_compare(names: list[str], as_json: Json = False) -> None:
     """Compare two or more runs: settings that differ, then measurements."""
-    from lighten import path_checks as looked
-    from lighten import runs
+    from lighten import path_checks, runs
     from lighten.reporting import comparison
 
-    chosen = [looked.run_of(name) for name in names]
+    chosen = [path_checks.run_of(name) for name in names]
     found = comparison.compare(chosen)
     if as_json:
         told = {"what": "verdict", "kind": "verdict", "values": found.sentences}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from typing import Any
 
 from lighten.evaluation.bootstrap import Array
@@ -65,9 +66,8 @@ class Evaluation:
 
     def _repr_html_(self) -> str:
         """Every metric of every model, for notebooks."""
-        from lighten.notebook import evaluation_html
-
-        return evaluation_html(self)
+        # The report knows what it draws; it is looked up when a notebook asks.
+        return str(import_module("lighten.reporting.notebook").evaluation_html(self))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

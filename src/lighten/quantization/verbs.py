@@ -130,11 +130,11 @@ def quantize(
     Raises:
         UserError: Something the user can mend.
     """
-    from lighten import path_checks as looked
+    from lighten import path_checks
     from lighten.quantization.targets import parse, require_tools
 
     require_tools(parse(to))
-    given = looked.source_of(source)
+    given = path_checks.source_of(source)
     from lighten.quantization.table import quantize as quantize_model
 
     target = None if output_dir is None else Path(output_dir).expanduser()

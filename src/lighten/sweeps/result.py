@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,8 @@ class SweepResult:
 
     def _repr_html_(self) -> str:
         """The recommendation and every arm, for notebooks."""
-        from lighten.notebook import sweep_html
-
-        return sweep_html(self)
+        # The report knows what it draws; it is looked up when a notebook asks.
+        return str(import_module("lighten.reporting.notebook").sweep_html(self))
 
     @classmethod
     def read(cls, folder: Path) -> SweepResult:
