@@ -42,7 +42,7 @@ CHILD = """
 import json, sys
 settings, rate = json.loads(sys.argv[1])
 import lighten
-from lighten import hardware
+from lighten.machine import hardware
 from lighten.parallel.streamed import shards
 if rate is not None:
     shards.limit = shards.RateLimit(rate)

@@ -303,7 +303,7 @@ def test_paths_are_looked_at_before_anything_heavy_is_loaded(tmp_path: Path) -> 
     data.write_text('{"prompt": "a", "completion": "b"}\n')
     calls = [
         "api.evaluate('none')", "api.report('none')", "api.adapter_info('none')",
-        "looked.require_answerable('./none')", "api.plan(model='./none')",
+        "path_checks.require_answerable('./none')", "api.plan(model='./none')",
         "api.plan_serve('./none')", "api.plan_limits(model='./none')",
         f"api.train(model='./none', dataset={str(data)!r})",
         f"api.train(model='no.gguf', dataset={str(data)!r})",
@@ -311,9 +311,7 @@ def test_paths_are_looked_at_before_anything_heavy_is_loaded(tmp_path: Path) -> 
         f"api.sweep(model='./none', dataset={str(data)!r}, lora_r=[2, 4])",
         "cli.data_check('none.jsonl', model='a/b')", "cli.data_check('none.jsonl', model='./no')",
     ]  # fmt: skip
-    code = (
-        "import sys\nfrom lighten import api, cli, looked\nfrom lighten.errors import UserError\n"
-    )
+    code = "import sys\nfrom lighten import api, path_checks\nfrom lighten.cli import main as cli\nfrom lighten.errors import UserError\n"
     for call in calls:
         code += f"try:\n    {call}\nexcept UserError as error:\n    print(error)\n"
     code += "cli.models()\nheavy = {'torch', 'transformers', 'peft', 'sacrebleu'}\n"

@@ -19,7 +19,7 @@ from tests.processes import call, python
 def test_help_loads_nothing_heavy() -> None:
     code = (
         "import sys\nsys.argv = ['lighten', '--help']\n"
-        "from lighten.cli import main\n"
+        "from lighten.cli.main import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
         "heavy = {'torch', 'transformers', 'numpy', 'pydantic', 'peft', 'matplotlib', 'jinja2'}\n"
@@ -141,7 +141,7 @@ def test_a_broken_data_file_names_its_line(tiny_folder: Path, tmp_path: Path) ->
     assert Run(tmp_path / "out").info()["data"]["bad_rows"] == 1
 
 
-def test_a_verb_is_a_package_that_can_be_called() -> None:
+def test_the_verbs_are_functions_whatever_is_imported_first() -> None:
     code = (
         "import lighten\n"
         "import lighten.engine.schedule, lighten.reporting.charts\n"

@@ -196,7 +196,7 @@ def test_a_compiler_of_c_links_the_library_of_cpp_too(
 def test_without_kernels_it_is_said_why(
     environment: dict[str, str], told: str, tmp_path: Path
 ) -> None:
-    code = "from lighten.models import kernels; print(kernels.library(), kernels.obstacle())"
+    code = "from lighten.cpu import kernels; print(kernels.library(), kernels.obstacle())"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True,
         env={**os.environ, "LIGHTEN_CACHE": str(tmp_path), **environment},

@@ -149,8 +149,8 @@ def test_blocks_of_the_heap_never_overlap() -> None:
 
 REAL = """
 import json, sys, torch
-from lighten import allocator
-from lighten.plan import process_overhead
+from lighten.cpu import allocator
+from lighten.planning import process_overhead
 assert allocator.keep_pages("cpu").value.startswith("glibc")
 from lighten.machine.hardware import PeakMemory
 events = json.loads(sys.stdin.read())
@@ -217,7 +217,7 @@ IN_ARENA = """
 import json, os, sys, threading
 from pathlib import Path
 import torch
-from lighten import allocator
+from lighten.cpu import allocator
 from lighten.cpu.allocator import arena
 torch.set_num_threads(1)
 print(allocator.keep_pages("cpu").value)
@@ -283,7 +283,7 @@ def test_the_arena_holds_what_its_model_says(seed: int) -> None:
      ("ulimit -v 40000000;", "a limit on address space")],
 )  # fmt: skip
 def test_without_an_arena_the_reason_is_said(how: str, said: str, tmp_path: Path) -> None:
-    code = "from lighten import allocator; print(allocator.keep_pages('cpu'))"
+    code = "from lighten.cpu import allocator; print(allocator.keep_pages('cpu'))"
     command = f'LIGHTEN_CACHE={tmp_path} {sys.executable} -c "{code}"'
     done = subprocess.run(
         f"{how} {command}", shell=True, capture_output=True, text=True, check=True

@@ -170,7 +170,7 @@ def test_what_a_failed_run_held_is_free_when_its_advice_is_planned() -> None:
 LIMITED = """
 import json, resource, sys, psutil
 import lighten
-from lighten.train import loop
+from lighten.training import loop
 given = json.loads(sys.argv[1])
 more = given.pop("more")
 real = loop.Loop.run

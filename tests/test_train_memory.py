@@ -44,7 +44,7 @@ GLIBC = allocator._glibc() is not None
 # Blocks of growing size, written and freed as activations are: how many pages had to be fetched?
 WORK = """
 import resource, sys
-from lighten import allocator
+from lighten.cpu import allocator
 import torch
 if sys.argv[1] == "kept":
     print(allocator.keep_pages("cpu").value)

@@ -202,7 +202,7 @@ def test_trap39_a_full_disk_leaves_the_older_checkpoint_and_names_the_file(
     before, _ = checkpoints.newest_complete(run.folder / "checkpoints")
     code = (
         "import lighten, json, sys, resource\n"
-        "from lighten.train import checkpoints\n"
+        "from lighten.training import checkpoints\n"
         "plain = checkpoints.save\n"
         "def full(*a, **k):\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, resource.RLIM_INFINITY))\n"

@@ -197,7 +197,7 @@ class Bench:
     def _child(self, job: str, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The records of a job; the last one says why it ended early, if it did."""
         found = in_child(
-            f"lighten.bench.{job}",
+            f"lighten.benchmarking.{job}",
             settings,
             memory_bytes=self.limit_of_children,
             timeout_s=self.settings.timeout_s,
@@ -261,7 +261,7 @@ def bench(
     settings: Settings | None = None,
     told: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Measure a model or a run here; see `lighten.bench`.
+    """Measure a model or a run here; see `lighten.benchmarking`.
 
     Args:
         target: A model, or a run.
