@@ -311,7 +311,10 @@ def test_paths_are_looked_at_before_anything_heavy_is_loaded(tmp_path: Path) -> 
         f"api.sweep(model='./none', dataset={str(data)!r}, lora_r=[2, 4])",
         "cli.data_check('none.jsonl', model='a/b')", "cli.data_check('none.jsonl', model='./no')",
     ]  # fmt: skip
-    code = "import sys\nfrom lighten import api, path_checks\nfrom lighten.cli import main as cli\nfrom lighten.errors import UserError\n"
+    code = (
+        "import sys\nfrom lighten import api, path_checks\nfrom lighten.cli import main as cli\n"
+        "from lighten.errors import UserError\n"
+    )
     for call in calls:
         code += f"try:\n    {call}\nexcept UserError as error:\n    print(error)\n"
     code += "cli.models()\nheavy = {'torch', 'transformers', 'peft', 'sacrebleu'}\n"
