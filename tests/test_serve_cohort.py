@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lighten.errors import UserError
-from lighten.serving.cohort import attention, kernels
-from lighten.serving.cohort.engine import Engine, Request
-from lighten.serving.cohort.sampling import Chosen, Sampler
-from lighten.serving.cohort.segments import Factors, Segments, Update
-from lighten.serving.engine import Sampling
+from lighten.generation import attention, kernels
+from lighten.generation.engine import Engine, Request
+from lighten.generation.sampling import Chosen, Sampler
+from lighten.generation.segments import Factors, Segments, Update
+from lighten.generation.settings import Sampling
 from tests.tiny import VOCAB, tiny_model
 
 SERVED = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "mistral", "phi3", "gpt2", "opt")

@@ -19,8 +19,9 @@ pytest.importorskip("xllamacpp")
 import lighten.api
 from lighten import models
 from lighten.errors import UserError
+from lighten.generation.settings import Sampling
 from lighten.serving import vllm
-from lighten.serving.engine import Generation, Sampling
+from lighten.serving.engine import Generation
 from lighten.serving.remote import Remote
 from tests.serving import ADMIN, save_adapter, serving
 

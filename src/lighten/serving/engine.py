@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from lighten.generation.settings import Sampling
+
 Finish = Literal["stop", "length"]
 
 
@@ -16,33 +18,6 @@ class EngineRefused(Exception):
 
 class EngineFailed(Exception):
     """The engine broke while it answered, or is not there just now."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen; the defaults are OpenAI's, for every engine.
-
-    Attributes:
-        temperature: 0 takes the most likely token.
-        top_p: Nucleus.
-        top_k: 0 for no limit.
-        min_p: 0 for no limit.
-        presence_penalty: Subtracted once from the logits of what was generated.
-        frequency_penalty: Subtracted as often as it was generated.
-        repetition_penalty: 1 for none.
-        seed: None for a different one each time.
-        logit_bias: Added to the logits, by token id.
-    """
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-    logit_bias: dict[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -64,7 +39,7 @@ class Generation:
     prompt: Sequence[int]
     adapter: str | None
     max_tokens: int
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     stop_ids: frozenset[int] = frozenset()
     shown: tuple[str, ...] = ()
     logprobs: int | None = None

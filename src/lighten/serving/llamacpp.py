@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from lighten.errors import UserError
+from lighten.generation.settings import Sampling
 from lighten.machine import containers
 from lighten.serving import wire
 from lighten.serving.engine import (
@@ -41,7 +42,6 @@ from lighten.serving.engine import (
     Finish,
     Generation,
     Piece,
-    Sampling,
     TokenLogprob,
 )
 from lighten.serving.schemas import compiled, laid_out

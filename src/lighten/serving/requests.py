@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from lighten.data import Message
-from lighten.serving.engine import Sampling
+from lighten.generation.settings import Sampling
 
 MOST_ANSWERS = 16  # `n`
 MOST_STOPS = 16

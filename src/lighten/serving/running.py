@@ -211,7 +211,7 @@ def choose_engine(options: Options, adapters: int) -> Choice:
 def _cohort(
     registry: Registry, options: Options, context: int, told: Callable[[str], None]
 ) -> Engine:
-    from lighten.serving.cohort.serving import CohortEngine
+    from lighten.serving.cohort import CohortEngine
 
     told("base: transformers' model in this process")
     return CohortEngine(

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from lighten.adapters import files
 from lighten.errors import UserError
+from lighten.generation.segments import Factors
 from lighten.peft_config import FACTOR, more_than_low_rank, read_config
-from lighten.serving.cohort.segments import Factors
 
 
 class LoadedAdapter:

@@ -10,12 +10,12 @@ import torch
 
 from lighten import models
 from lighten.errors import UserError
+from lighten.generation import kernels
+from lighten.generation.engine import Engine, Request
+from lighten.generation.sampling import Chosen
 from lighten.serving.adapters import require_unchanged
-from lighten.serving.cohort import kernels
-from lighten.serving.cohort.engine import Engine, Request
-from lighten.serving.cohort.grammar import Grammar, Grammars
-from lighten.serving.cohort.sampling import Chosen
 from lighten.serving.engine import Adapter, EngineFailed, EngineRefused, Finish, Generation, Piece
+from lighten.serving.grammar import Grammar, Grammars
 from lighten.serving.texts import Texts
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from lighten.adapters.frozen import is_linear, is_quantized, out_in_features, weight_of
 from lighten.adapters.targets import sibling_paths
-from lighten.serving.cohort.segments import Factors, Segments, Update
+from lighten.generation.segments import Factors, Segments, Update
 
 # Rows that a packed weight is laid out for: any number is right, few are quickest.
 PACKED_FOR = 16

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from lighten.serving.cohort import kernels
+from lighten.generation import kernels
 
 NAME = "lighten_slots"
 # Room of a slot grows by so many tokens at least.

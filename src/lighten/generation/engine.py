@@ -21,14 +21,13 @@ import torch
 from transformers import PreTrainedModel
 
 from lighten.errors import UserError
-from lighten.serving.cohort import attention
-from lighten.serving.cohort.adapter import LoadedAdapter, read_factors
-from lighten.serving.cohort.attention import Batch, Read, SlotCache
-from lighten.serving.cohort.grammar import Grammar
-from lighten.serving.cohort.linears import install
-from lighten.serving.cohort.sampling import Chosen, Sampler
-from lighten.serving.cohort.segments import Segments
-from lighten.serving.engine import Sampling
+from lighten.generation import attention
+from lighten.generation.adapter import LoadedAdapter, read_factors
+from lighten.generation.attention import Batch, Read, SlotCache
+from lighten.generation.linears import install
+from lighten.generation.sampling import Chosen, Grammar, Sampler
+from lighten.generation.segments import Segments
+from lighten.generation.settings import Sampling
 
 
 @dataclass

@@ -8,12 +8,26 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from lighten.serving.cohort.grammar import Grammar
-from lighten.serving.engine import Sampling
+from lighten.generation.settings import Sampling
+
+
+class Grammar(Protocol):
+    """One answer's place in a grammar that it has to follow."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing can follow any more."""
+
+    def restrict(self, logits: Tensor) -> None:
+        """Set the logits of all tokens that may not come next to -inf, in place: [V]."""
+
+    def take(self, token: int) -> None:
+        """Go on by the token that was chosen."""
 
 
 def is_plain(sampling: Sampling) -> bool:

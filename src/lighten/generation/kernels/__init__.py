@@ -1,4 +1,4 @@
-"""Kernels of the serving engine for processors, compiled on the machine that runs them.
+"""Kernels of generation for processors, compiled on the machine that runs them.
 
 Any processor with a C++ compiler beside it has them: with AVX2, FMA and F16C eight numbers go at
 a time, elsewhere the compiler decides. Without a compiler callers take PyTorch's operations.

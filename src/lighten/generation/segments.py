@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lighten.serving.cohort import kernels
+from lighten.generation import kernels
 
 
 class _Layer(ctypes.Structure):
