@@ -8,8 +8,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from lighten.machine.hardware import cache_folder
 from lighten.models.load import locate
 from lighten.serving import adapters, running
 from lighten.serving.remote import Remote, ServerError
-from lighten.serving.vllm import server
+from lighten.serving.vllm import environment, server
 
 ROOT = Path(__file__).parents[1]
 VLLM = ROOT / ".vllm" / "bin" / "vllm"  # `make vllm`
@@ -44,20 +44,43 @@ def _free_port() -> int:
         return int(one.getsockname()[1])
 
 
-def _until_ready(process: subprocess.Popen[str], remote: Remote, path: str) -> None:
-    deadline = time.monotonic() + _START_S
-    while True:
-        if process.poll() is not None:
-            raise UserError(f"it ended with code {process.returncode}")
+@contextmanager
+def _served(
+    name: str, words: Sequence[str], port: int, *, environment: Mapping[str, str],
+    first_line: str = "",
+) -> Iterator[tuple[Remote, int]]:  # fmt: skip
+    """A server that ends with its standard input; a client of it when it is ready, and its pid."""
+    log = cache_folder() / f"{name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            words, stdin=subprocess.PIPE, stdout=out, stderr=out, text=True, env=environment
+        )
+        assert process.stdin is not None
         try:
-            remote.request("GET", path)
+            process.stdin.write(first_line)
+            process.stdin.flush()
+            remote = Remote(f"http://127.0.0.1:{port}")
+            _until_ready(process, remote, log)
+            yield remote, process.pid
+        finally:
+            process.stdin.close()
+            try:
+                process.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _until_ready(process: subprocess.Popen[str], remote: Remote, log: Path) -> None:
+    deadline = time.monotonic() + _START_S
+    while process.poll() is None and time.monotonic() < deadline:
+        with suppress(ServerError):
+            with suppress(ValueError):  # an answer that is no JSON is one
+                remote.request("GET", "/health")
             return
-        except (ServerError, ValueError) as error:
-            if isinstance(error, ValueError):  # an answer that is no JSON is one
-                return
-        if time.monotonic() > deadline:
-            raise UserError(f"it did not answer within {_START_S:.0f} s")
         time.sleep(0.2)
+    raise UserError(f"it did not start (code {process.poll()}); see {log}")
 
 
 @contextmanager
@@ -88,37 +111,23 @@ def llamacpp(
         "threads": threads, "poll": 0, "gpu_layers": 0, "adapters": files, "verbosity": 1,
         "cache": "f16", "flags": {"port": port},
     }  # fmt: skip
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lighten.serving.child"], stdin=subprocess.PIPE, text=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        env={"OMP_WAIT_POLICY": "passive", **os.environ},
-    )  # fmt: skip
-    assert process.stdin is not None
-    process.stdin.write(json.dumps(settings) + "\n")
-    process.stdin.flush()
-    remote = Remote(f"http://127.0.0.1:{port}")
     names = list(there)
 
     def more(model: str) -> dict[str, Any]:
         return {"lora": [{"id": number, "scale": float(name == model)}
                          for number, name in enumerate(names)]}  # fmt: skip
 
-    try:
-        _until_ready(process, remote, "/health")
-        yield Peer(
-            lambda models, shape, seed: one_round(
-                remote,
-                [model or "" for model in models],
-                shape,
-                pid=process.pid,
-                seed=seed,
-                more=more,
-                streamed=streamed,
-            )
-        )
-    finally:
-        process.stdin.close()
-        process.wait(timeout=30)
+    with _served(
+        "llamacpp", [sys.executable, "-m", "lighten.serving.child"], port,
+        environment={"OMP_WAIT_POLICY": "passive", **os.environ},
+        first_line=json.dumps(settings) + "\n",
+    ) as (remote, pid):  # fmt: skip
+
+        def run(models: Sequence[str | None], shape: Shape, seed: int) -> Round:
+            named = [model or "" for model in models]
+            return one_round(remote, named, shape, pid=pid, seed=seed, more=more, streamed=streamed)
+
+        yield Peer(run)
 
 
 @contextmanager
@@ -142,44 +151,22 @@ def vllm(
         raise UserError(f"{program} is missing: make vllm")
     there = adapters.resolve([str(folder)])
     port = _free_port()
-    log = cache_folder() / "vllm.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
     words = [
-        *server(str(program)), "--model", str(locate(base)[1]), "--served-model-name", "base",
-        "--host", "127.0.0.1", "--port", str(port), "--max-num-seqs", str(slots), "--max-model-len",
-        str(context), "--enable-lora", "--max-loras", str(len(there)), "--max-lora-rank",
-        str(rank), "--generation-config", "vllm", "--lora-modules",
+        sys.executable, "-m", "lighten.serving.tether", *server(str(program)),
+        "--model", str(locate(base)[1]), "--served-model-name", "base", "--host", "127.0.0.1",
+        "--port", str(port), "--max-num-seqs", str(slots), "--max-model-len", str(context),
+        "--enable-lora", "--max-loras", str(len(there)), "--max-lora-rank", str(rank),
+        "--generation-config", "vllm", "--lora-modules",
         *(f"{name}={path}" for name, path in there.items()),
     ]  # fmt: skip
-    environment = {
-        key: value for key, value in os.environ.items()
-        if key not in ("PYTHONPATH", "OMP_NUM_THREADS")
-    }  # fmt: skip
-    environment |= {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1",
-                    "HF_HUB_OFFLINE": "1"}  # fmt: skip
-    with log.open("w") as out:
-        process = subprocess.Popen(words, stdout=out, stderr=out, text=True, env=environment)
-        remote = Remote(f"http://127.0.0.1:{port}")
-        try:
-            _until_ready(process, remote, "/health")
-            yield Peer(
-                lambda models, shape, seed: one_round(
-                    remote,
-                    [model or "base" for model in models],
-                    shape,
-                    pid=process.pid,
-                    seed=seed,
-                )
-            )
-        except UserError as error:
-            raise UserError(f"vLLM: {error}; see {log}") from error
-        finally:
-            process.terminate()
-            try:
-                process.wait(timeout=60)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+    offline = {**environment(), "HF_HUB_OFFLINE": "1"}
+    with _served("vllm", words, port, environment=offline) as (remote, pid):
+
+        def run(models: Sequence[str | None], shape: Shape, seed: int) -> Round:
+            return one_round(remote, [model or "base" for model in models], shape, pid=pid,
+                             seed=seed)  # fmt: skip
+
+        yield Peer(run)
 
 
 @contextmanager

@@ -8,7 +8,6 @@ import json
 import random
 import shutil
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from xml.etree import ElementTree
 
 import httpx
 import openai
+import psutil
 import pytest
 import torch
 from peft import PeftModel
@@ -564,12 +564,20 @@ def test_a_crashed_engine_is_started_again(server: Server) -> None:
     if engine_of(server) == "lighten":
         pytest.skip("it lives in the server's process")
     before = text(server, "two", QUESTIONS[2])
-    found = subprocess.run(
-        ["pgrep", "-P", str(server.process.pid), "-f", "lighten.serving.child"],
-        capture_output=True, text=True, check=True,
-    ).stdout.split()  # fmt: skip
-    for pid in found:
-        subprocess.run(["kill", "-9", pid], check=True)
+    (child,) = (
+        own for own in psutil.Process(server.process.pid).children(recursive=True)
+        if "lighten.serving.child" in own.cmdline()
+    )  # fmt: skip
+    child.suspend()  # so that the request is under way for as long as it takes
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(server.http().post, "/v1/chat/completions", json=_chat())
+        while "lighten_requests_running 0" in server.http().get("/metrics").text:
+            time.sleep(0.02)
+        child.kill()
+        answer = asking.result()
+    assert answer.status_code == 503
+    assert "ended while it answered" in answer.json()["error"]["message"]
+    assert answer.headers["Retry-After"]
     deadline = time.monotonic() + 60
     while (
         server.http().get("/ready").status_code != 200

@@ -64,6 +64,14 @@ class Front:
     stopping: bool = False
     answering: int = 0
 
+    def obstacle(self) -> str | None:
+        """Why no request is taken now, in words for clients; None: they are."""
+        if self.stopping:
+            return "the server is being stopped"
+        if not self.ready:
+            return "the engine is being started"
+        return self.engine.obstacle()
+
     async def warm_up(self) -> None:
         """Answer one request; only then is the server ready.
 
@@ -161,7 +169,9 @@ class Answering:
                     if isinstance(part, BaseException):
                         if not begun:
                             raise part
-                        yield failure_event(Refused(500, str(part)).body())
+                        error = self._refused(part)
+                        refused = error if isinstance(error, Refused) else Refused(500, str(error))
+                        yield failure_event(refused.body())
                         return
                     number, piece = part
                     if number not in begun:
@@ -225,14 +235,19 @@ class Answering:
             yield
         except Exception as error:
             cause = _cause(error)
-            if isinstance(cause, EngineRefused):
-                raise Refused(400, str(cause), _blamed(str(cause))) from error
-            if isinstance(cause, EngineFailed):
-                self._front.metrics.count("engine_failures", model=self._model.name)
-                raise Refused(503, f"the engine failed: {cause}") from error
-            raise cause from None
+            refused = self._refused(cause)
+            raise refused from (None if refused is cause else error)
         finally:
             self._front.answering -= len(self._wanted)
+
+    def _refused(self, error: BaseException) -> BaseException:
+        """An engine's error as a client hears of it; others as they are."""
+        if isinstance(error, EngineRefused):
+            return Refused(400, str(error), _blamed(str(error)))
+        if isinstance(error, EngineFailed):
+            self._front.metrics.count("engine_failures", model=self._model.name)
+            return Refused(503, f"the engine failed: {error}")
+        return error
 
 
 def _cause(error: BaseException) -> BaseException:

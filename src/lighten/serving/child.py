@@ -1,7 +1,7 @@
 """The process that llama.cpp's server lives in: a crash there is no crash of the front.
 
-Reads its settings from the first line of standard input, prints `READY` when it listens at its
-Unix socket, and ends when standard input does: it never outlives the front.
+Reads its settings from the first line of standard input, listens at its Unix socket, and ends when
+standard input does: it never outlives the front.
 """
 
 from __future__ import annotations
@@ -63,9 +63,8 @@ def main() -> None:
     try:
         server = xllamacpp.Server(parameters(settings))
     except BaseException as error:
-        print(f"FAILED {type(error).__name__}: {error}", flush=True)  # noqa: T201  # the protocol
+        print(f"FAILED {type(error).__name__}: {error}", flush=True)  # noqa: T201  # the front's log
         os._exit(1)
-    print("READY", flush=True)  # noqa: T201  # the front waits for it
     watcher.join()
     del server
 

@@ -14,7 +14,15 @@ from lighten.generation import kernels
 from lighten.generation.engine import Engine, Request
 from lighten.generation.sampling import Chosen
 from lighten.serving.adapters import require_unchanged
-from lighten.serving.engine import Adapter, EngineFailed, EngineRefused, Finish, Generation, Piece
+from lighten.serving.engine import (
+    Adapter,
+    EngineFailed,
+    EngineRefused,
+    Finish,
+    Generation,
+    Piece,
+    change_adapters,
+)
 from lighten.serving.grammar import Grammar, Grammars
 from lighten.serving.texts import Texts
 
@@ -82,20 +90,19 @@ class CohortEngine:
             UserError: One of them cannot be served; the old ones stay.
         """
         engine = self._running()
-        before, wanted = set(engine.adapters), {own.key: own.folder for own in adapters}
-        loaded: list[str] = []
-        try:
-            for key, folder in wanted.items():
-                if key not in before:
-                    await asyncio.to_thread(engine.load_adapter, key, folder)
-                    loaded.append(key)
-                    await asyncio.to_thread(require_unchanged, Adapter(key, folder))
-        except UserError:
-            for key in loaded:
-                await asyncio.to_thread(engine.unload_adapter, key)
-            raise
-        for key in before - set(wanted):
+
+        async def load(adapter: Adapter) -> None:
+            await asyncio.to_thread(engine.load_adapter, adapter.key, adapter.folder)
+            try:
+                await asyncio.to_thread(require_unchanged, adapter)
+            except UserError:
+                await unload(adapter.key)
+                raise
+
+        async def unload(key: str) -> None:
             await asyncio.to_thread(engine.unload_adapter, key)
+
+        await change_adapters(engine.adapters, adapters, load, unload)
 
     async def generate(self, wanted: Generation) -> AsyncIterator[Piece]:
         """The answer piece by piece; closing the iterator stops the generation.
@@ -156,9 +163,15 @@ class CohortEngine:
         except UserError as error:
             raise EngineRefused(f"response_format: {error}") from error
 
+    def obstacle(self) -> str | None:
+        """Why it takes no requests now; see `Engine`."""
+        if self._engine is None:
+            return "the engine is being started"
+        return None if self._engine.alive else "the engine has ended; start the server again"
+
     def alive(self) -> bool:
-        """Whether it can take requests now."""
-        return self._engine is not None and self._engine.alive
+        """Whether it takes requests now or will by itself; see `Engine`."""
+        return self._engine is None or self._engine.alive
 
     def facts(self) -> dict[str, Any]:
         """What it is and how it is set."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from lighten.errors import UserError
 from lighten.generation.settings import Sampling
 
 Finish = Literal["stop", "length"]
@@ -116,6 +117,7 @@ class Engine(Protocol):
 
         Raises:
             UserError: One of them cannot be served; the old ones stay.
+            EngineFailed: The engine takes none now; see `obstacle`.
         """
 
     def generate(self, wanted: Generation) -> AsyncIterator[Piece]:
@@ -126,8 +128,44 @@ class Engine(Protocol):
             EngineFailed: The engine broke.
         """
 
+    def obstacle(self) -> str | None:
+        """Why it takes no requests now, in words for clients; None: it does."""
+
     def alive(self) -> bool:
-        """Whether it can take requests now."""
+        """Whether it takes requests now or will by itself; else the server has to be restarted."""
 
     def facts(self) -> dict[str, Any]:
         """What it is and how it is set, for logs and `/health`."""
+
+
+async def change_adapters(
+    held: Iterable[str],
+    adapters: Sequence[Adapter],
+    load: Callable[[Adapter], Awaitable[None]],
+    unload: Callable[[str], Awaitable[None]],
+) -> None:
+    """Load what is missing, then unload what is not wanted; nothing changes where one fails.
+
+    Args:
+        held: Keys of the adapters that are loaded.
+        adapters: Wanted.
+        load: Loads one.
+        unload: Unloads one, by its key.
+
+    Raises:
+        UserError: One of them cannot be served; the old ones stay.
+    """
+    before, wanted = list(held), {adapter.key: adapter for adapter in adapters}
+    loaded: list[str] = []
+    try:
+        for key, adapter in wanted.items():
+            if key not in before:
+                await load(adapter)
+                loaded.append(key)
+    except UserError:
+        for key in loaded:
+            await unload(key)
+        raise
+    for key in before:
+        if key not in wanted:
+            await unload(key)

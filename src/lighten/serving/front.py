@@ -14,7 +14,7 @@ from lighten.errors import UserError
 from lighten.serving.adapters import Model
 from lighten.serving.answering import Answering, Front, Gone, chained, unless_gone
 from lighten.serving.answers import ChatForm, CompletionForm, Form
-from lighten.serving.engine import Generation
+from lighten.serving.engine import EngineFailed, Generation
 from lighten.serving.page import page
 from lighten.serving.requests import ChatRequest, CompletionRequest, Refused, parse
 
@@ -91,6 +91,8 @@ def _guarded(call: _Call) -> Callable[[Request], Awaitable[Response]]:
             headers = {429: {"Retry-After": "1"}, 503: {"Retry-After": "1"},
                        401: {"WWW-Authenticate": "Bearer"}}.get(refused.status, {})  # fmt: skip
             reply = Reply(refused.body(), refused.status, headers=headers)
+        except EngineFailed as error:  # while adapters are loaded
+            reply = Reply(Refused(503, str(error)).body(), 503, headers={"Retry-After": "1"})
         except (Gone, ClientDisconnect):
             reply = Reply("", 499, "text/plain")  # nobody reads it
         except Exception:
@@ -166,21 +168,23 @@ async def _page(_: Request, front: Front) -> Reply:
 
 
 async def _health(_: Request, front: Front) -> Reply:
-    alive = front.engine.alive()
-    facts = {"status": "ok" if alive else "engine down", **front.engine.facts()}
-    return Reply(facts)
+    facts = {"status": front.engine.obstacle() or "ok", **front.engine.facts()}
+    return Reply(facts, 200 if front.engine.alive() else 503)
 
 
 async def _ready(_: Request, front: Front) -> Reply:
-    ready = front.ready and front.engine.alive() and not front.stopping
-    return Reply({"ready": ready}, 200 if ready else 503)
+    obstacle = front.obstacle()
+    if obstacle is None:
+        return Reply({"ready": True})
+    return Reply({"ready": False, "reason": obstacle}, 503)
 
 
 async def _metrics(_: Request, front: Front) -> Reply:
     facts = front.engine.facts()
     gauges = {
-        "requests_running": front.answering, "ready": float(front.ready),
-        "engine_up": float(front.engine.alive()), "adapters": len(front.registry.models) - 1,
+        "requests_running": front.answering, "ready": float(front.obstacle() is None),
+        "engine_up": float(front.engine.obstacle() is None),
+        "adapters": len(front.registry.models) - 1,
         "engine_restarts": facts.get("restarts", 0), "engine_slots": front.engine.slots,
     }  # fmt: skip
     return Reply(front.metrics.text(gauges), 200, "text/plain; version=0.0.4")
@@ -261,10 +265,8 @@ async def _answer(
         for prompt in prompts
         for number in range(asked.answers)
     ]
-    if front.stopping:
-        raise Refused(503, "the server is being stopped")
-    if not front.ready or not front.engine.alive():
-        raise Refused(503, "the engine is not ready; try again in a few seconds")
+    if (obstacle := front.obstacle()) is not None:
+        raise Refused(503, f"{obstacle}; try again in a few seconds")
     if front.answering + len(wanted) > front.limits.waiting:
         raise Refused(429, f"{front.answering} answers are under way or wait; try again later",
                       None, "rate_limit_exceeded")  # fmt: skip

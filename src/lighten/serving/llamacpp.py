@@ -20,14 +20,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import logging
 import os
-import shutil
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,35 +41,14 @@ from lighten.serving.engine import (
     TokenLogprob,
 )
 from lighten.serving.schemas import compiled, laid_out
+from lighten.serving.server_process import ServerProcess, Supervisor
 
-log = logging.getLogger(__name__)
 _START_S = 600.0  # a large model from a slow disk
-_MOST_CRASHES = 3  # within `_CRASH_WINDOW_S`; then it is left down
-_CRASH_WINDOW_S = 60.0
 _MOST_SCHEMAS = 1000  # remembered
 # Threads that wait for each other sleep instead of spinning. A spinning one keeps the others from
 # the core as soon as anything else runs, the front for one: on two busy cores 4 tokens per second
 # became 74.
 _ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
-
-
-@dataclass
-class _Process:
-    """One process with its set of adapters."""
-
-    folder: Path
-    adapters: tuple[str, ...]  # keys, by llama.cpp's id
-    child: asyncio.subprocess.Process | None = None
-    log: list[str] = field(default_factory=list)
-    answering: int = 0
-    idle: asyncio.Event = field(default_factory=asyncio.Event)
-
-    @property
-    def socket(self) -> Path:
-        return self.folder / "engine.sock"
-
-    def alive(self) -> bool:
-        return self.child is not None and self.child.returncode is None
 
 
 class LlamaCpp:
@@ -112,31 +87,19 @@ class LlamaCpp:
         self._gpu_layers, self._cache, self._flags = gpu_layers, cache, flags or {}
         self._prefix_caching = prefix_caching
         self._adapters: tuple[Adapter, ...] = ()
-        self._current: _Process | None = None
-        self._draining: set[asyncio.Task[None]] = set()
-        self._watchers: set[asyncio.Task[None]] = set()
-        self._crashes: list[float] = []
-        self._swap = asyncio.Lock()
+        self._supervisor = Supervisor(self.name, self._spawn)
         self._letter: int | None = None
         self._obeyed: dict[str, bool] = {}
-        self._stopped = False
-        self.restarts = 0
 
     async def start(self, adapters: Sequence[Adapter]) -> None:
         """Load base and adapters; see `Engine`."""
         self._adapters = tuple(adapters)
-        self._current = await self._spawn(self._adapters)
-        self._watch(self._current)
+        async with self._supervisor.exchanging:
+            await self._supervisor.exchange()
 
     async def stop(self) -> None:
         """End all processes."""
-        self._stopped = True
-        tasks = [*self._watchers, *self._draining]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        if self._current is not None:
-            await _end(self._current)
+        await self._supervisor.stop()
 
     async def set_adapters(self, adapters: Sequence[Adapter]) -> None:
         """Move to a process with these; see `Engine`.
@@ -144,58 +107,48 @@ class LlamaCpp:
         Adapters that are there already cost nothing: what is no longer wanted stays loaded until
         something new has to be.
         """
-        async with self._swap:
-            here = set() if self._current is None else set(self._current.adapters)
-            wanted = tuple(adapters)
-            if self._current is not None and {own.key for own in wanted} <= here:
-                self._adapters = wanted
-                return
-            fresh = await self._spawn(wanted)
-            self._adapters, old, self._current = wanted, self._current, fresh
-            self._watch(fresh)
-            if old is not None:
-                task = asyncio.create_task(self._drain(old))
-                self._draining.add(task)
-                task.add_done_callback(self._draining.discard)
+        async with self._supervisor.exchanging:
+            before, self._adapters = self._adapters, tuple(adapters)
+            if self.obstacle() is None:
+                here = self._supervisor.running().adapters
+                if {adapter.key for adapter in adapters} <= set(here):
+                    return
+            try:
+                await self._supervisor.exchange()
+            except BaseException:
+                self._adapters = before
+                raise
+
+    def obstacle(self) -> str | None:
+        """Why it takes no requests now; see `Engine`."""
+        return self._supervisor.obstacle()
 
     def alive(self) -> bool:
-        """Whether the process is there."""
-        return self._current is not None and self._current.alive()
+        """Whether its process is there, or will be; see `Engine`."""
+        return not self._supervisor.given_up
 
     def facts(self) -> dict[str, Any]:
         """What it is; see `Engine`."""
         return {
             "engine": self.name, "model": self.model.name, "context": self.context,
-            "slots": self.slots, "threads": self._threads, "restarts": self.restarts,
-            "processes": 1 + len(self._draining),
+            "slots": self.slots, "threads": self._threads, "restarts": self._supervisor.restarts,
+            "processes": self._supervisor.processes,
         }  # fmt: skip
 
     async def generate(self, wanted: Generation) -> AsyncIterator[Piece]:
         """The answer piece by piece; see `Engine`."""
         _require_applied(wanted.sampling)
-        process = self._current
-        if process is None or not process.alive():
-            raise EngineFailed("the engine is being started again; try again in a few seconds")
+        process = self._supervisor.running()
         if wanted.adapter is not None and wanted.adapter not in process.adapters:
             raise EngineFailed("this adapter is not loaded any more")
-        process.answering += 1
-        try:
+        with process.answering():
             if wanted.schema is not None:
                 await self._require_obeyed(process, wanted.schema)
             body = request_body(wanted, process.adapters, prefix_caching=self._prefix_caching)
             async for piece in _pieces(process, wanted, body):
                 yield piece
-        except EngineFailed as error:
-            status, said = (*error.args, "")[:2] if len(error.args) > 1 else (0, str(error))
-            if 400 <= int(status) < 500:
-                raise EngineRefused(said) from error
-            raise EngineFailed(said) from error
-        finally:
-            process.answering -= 1
-            if not process.answering:
-                process.idle.set()
 
-    async def _require_obeyed(self, process: _Process, schema: dict[str, Any]) -> None:
+    async def _require_obeyed(self, process: ServerProcess, schema: dict[str, Any]) -> None:
         """Refuse a schema that llama.cpp cannot follow: it would answer as if there were none.
 
         llguidance says what is wrong with it. Once for each other schema one token is generated
@@ -227,71 +180,24 @@ class LlamaCpp:
                 "response_format: llama.cpp cannot follow this JSON schema; make it simpler"
             )
 
-    async def _spawn(self, adapters: Sequence[Adapter]) -> _Process:
-        files = [await asyncio.to_thread(self._convert, own) for own in adapters]
-        process = _Process(
-            # Short, for a socket's path has 108 characters at most; readable by this user alone.
-            Path(tempfile.mkdtemp(prefix="lighten-engine-")),
-            tuple(own.key for own in adapters),
-        )
+    async def _spawn(self) -> ServerProcess:
+        """A process, ready, with the adapters that are to be served."""
+        adapters = self._adapters
+        files = [await asyncio.to_thread(self._convert, adapter) for adapter in adapters]
+        process = ServerProcess(self.name)
+        process.adapters += [adapter.key for adapter in adapters]
         settings = {
             "model": str(self.model), "socket": str(process.socket), "slots": self.slots,
             "context": self.context, "threads": self._threads, "poll": 0,
             "gpu_layers": self._gpu_layers, "adapters": [str(file) for file in files],
             "verbosity": 2, "cache": self._cache, "flags": self._flags,
         }  # fmt: skip
-        try:
-            process.child = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "lighten.serving.child",
-                stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE, env={**_ENVIRONMENT, **os.environ},
-            )  # fmt: skip
-            assert process.child.stdin is not None
-            process.child.stdin.write(json.dumps(settings).encode() + b"\n")
-            await process.child.stdin.drain()
-            asyncio.get_running_loop().create_task(_keep_log(process))
-            await asyncio.wait_for(_until_ready(process), _START_S)
-        except BaseException:
-            await _end(process)
-            raise
+        await process.start(
+            [sys.executable, "-m", "lighten.serving.child"],
+            environment={**_ENVIRONMENT, **os.environ},
+            first_line=json.dumps(settings) + "\n", within_s=_START_S,
+        )  # fmt: skip
         return process
-
-    async def _drain(self, process: _Process) -> None:
-        """End a process with its last answer."""
-        try:
-            while process.answering:
-                process.idle.clear()
-                await process.idle.wait()
-        finally:
-            await _end(process)
-
-    def _watch(self, process: _Process) -> None:
-        task = asyncio.create_task(self._restart_if_crashed(process))
-        self._watchers.add(task)
-        task.add_done_callback(self._watchers.discard)
-
-    async def _restart_if_crashed(self, process: _Process) -> None:
-        """Start a process again that ended by itself, unless they do so again and again."""
-        assert process.child is not None
-        await process.child.wait()
-        async with self._swap:
-            if process is not self._current or self._stopped:
-                return
-            now = asyncio.get_running_loop().time()
-            self._crashes = [at for at in self._crashes if now - at < _CRASH_WINDOW_S] + [now]
-            said = " / ".join(process.log[-3:])
-            log.error("the engine ended with code %s: %s", process.child.returncode, said)
-            await _end(process)
-            if len(self._crashes) > _MOST_CRASHES:
-                log.error("the engine crashed %d times in a minute: left down", len(self._crashes))
-                return
-            try:
-                self._current = await self._spawn(self._adapters)
-            except (UserError, EngineFailed) as error:
-                log.error("the engine does not start again: %s", error)
-                return
-            self.restarts += 1
-            self._watch(self._current)
 
 
 def _require_applied(sampling: Sampling) -> None:
@@ -348,7 +254,7 @@ def request_body(
 
 
 async def _pieces(
-    process: _Process, wanted: Generation, body: dict[str, Any]
+    process: ServerProcess, wanted: Generation, body: dict[str, Any]
 ) -> AsyncIterator[Piece]:
     events = wire.post_stream(process.socket, "/completion", body)
     async with contextlib.aclosing(events):
@@ -382,42 +288,3 @@ def _logprobs(event: dict[str, Any], wanted: Generation) -> list[TokenLogprob]:
 
 def _token(told: dict[str, Any], top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
     return TokenLogprob(told["id"], told["token"], tuple(told["bytes"]), told["logprob"], top)
-
-
-async def _keep_log(process: _Process) -> None:
-    """Read the process's log, so that it never waits for a reader; its end is kept."""
-    assert process.child is not None
-    assert process.child.stderr is not None
-    with contextlib.suppress(ValueError):
-        while line := await process.child.stderr.readline():
-            process.log.append(line.decode(errors="replace").strip())
-            del process.log[:-40]
-
-
-async def _until_ready(process: _Process) -> None:
-    assert process.child is not None
-    assert process.child.stdout is not None
-    while line := await process.child.stdout.readline():
-        if line.strip() == b"READY":
-            break
-        process.log.append(line.decode(errors="replace").strip())
-    else:
-        await process.child.wait()
-        await asyncio.sleep(0)
-        said = next((own for own in reversed(process.log) if own), "no message")
-        raise UserError(f"llama.cpp could not be started: {said}")
-    while (await wire.get(process.socket, "/health"))[0] != 200:
-        await asyncio.sleep(0.05)
-
-
-async def _end(process: _Process) -> None:
-    child = process.child
-    if child is not None and child.returncode is None:
-        assert child.stdin is not None
-        child.stdin.close()  # it ends by itself
-        try:
-            await asyncio.wait_for(child.wait(), 5)
-        except TimeoutError:
-            child.kill()
-            await child.wait()
-    shutil.rmtree(process.folder, ignore_errors=True)

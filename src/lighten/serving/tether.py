@@ -28,7 +28,7 @@ def main() -> int:
     threading.Thread(target=end_with_parent, daemon=True).start()
     code = child.wait()
     _signal(child, signal.SIGKILL)  # what it left behind
-    return code
+    return code if code >= 0 else 128 - code  # as a shell tells a signal
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:

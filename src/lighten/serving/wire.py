@@ -17,6 +17,18 @@ from lighten.serving.engine import EngineFailed
 _LARGEST_LINE = 64 * 2**20  # bytes; an event with many log-probabilities is long
 
 
+class WireError(EngineFailed):
+    """An engine's server answered with an error, or hung up.
+
+    Attributes:
+        status: Of HTTP; 0: it hung up, or was not there.
+    """
+
+    def __init__(self, status: int, said: str) -> None:
+        super().__init__(said)
+        self.status = status
+
+
 async def get(socket: Path, path: str) -> tuple[int, bytes]:
     """Status and body of a GET request."""
     return await _whole(socket, f"GET {path} HTTP/1.1\r\nHost: engine\r\nConnection: close\r\n\r\n")
@@ -41,7 +53,7 @@ async def post(socket: Path, path: str, body: Any) -> list[Any]:
     """The `tokens` that a request is answered with."""
     status, text = await _posted(socket, path, body)
     if status != 200:
-        raise EngineFailed(status, _said(text))
+        raise WireError(status, _said(text))
     found: list[Any] = json.loads(text)["tokens"]
     return found
 
@@ -50,8 +62,7 @@ async def post_stream(socket: Path, path: str, body: Any) -> AsyncGenerator[dict
     """The events of a streamed answer; closing the iterator hangs up, which stops the engine.
 
     Raises:
-        EngineFailed: The connection broke, or the engine answered with an error; `status` and the
-            engine's words are the exception's arguments.
+        WireError: The connection broke, or the engine answered with an error.
     """
     content = json.dumps(body).encode()
     head = (
@@ -65,15 +76,15 @@ async def post_stream(socket: Path, path: str, body: Any) -> AsyncGenerator[dict
         status, chunked = await _head(reader)
         if status != 200:
             text = await _body(reader, chunked)
-            raise EngineFailed(status, _said(text))
+            raise WireError(status, _said(text))
         async for line in _lines(reader, chunked):
             if line.startswith(b"data: ") and line != b"data: [DONE]":
                 yield json.loads(line[6:])
             elif line.startswith(b"error: "):
                 event = json.loads(line[7:])
-                raise EngineFailed(int(event.get("code", 500)), str(event.get("message", event)))
+                raise WireError(int(event.get("code", 500)), str(event.get("message", event)))
     except (OSError, asyncio.IncompleteReadError, ValueError) as error:
-        raise EngineFailed(0, f"the engine hung up: {error}") from error
+        raise WireError(0, f"the engine hung up: {error}") from error
     finally:
         writer.close()
 
@@ -82,7 +93,7 @@ async def _connect(socket: Path) -> tuple[asyncio.StreamReader, asyncio.StreamWr
     try:
         return await asyncio.open_unix_connection(str(socket), limit=_LARGEST_LINE)
     except OSError as error:
-        raise EngineFailed(0, f"the engine does not answer: {error}") from error
+        raise WireError(0, f"the engine does not answer: {error}") from error
 
 
 async def _whole(socket: Path, request: str) -> tuple[int, bytes]:
@@ -92,7 +103,7 @@ async def _whole(socket: Path, request: str) -> tuple[int, bytes]:
         status, chunked = await _head(reader)
         return status, await _body(reader, chunked)
     except (OSError, asyncio.IncompleteReadError, ValueError) as error:
-        raise EngineFailed(0, f"the engine hung up: {error}") from error
+        raise WireError(0, f"the engine hung up: {error}") from error
     finally:
         writer.close()
 
@@ -101,7 +112,7 @@ async def _head(reader: asyncio.StreamReader) -> tuple[int, bool]:
     """Status of a response, and whether its body comes in chunks."""
     first = await reader.readline()
     if not first:
-        raise EngineFailed(0, "the engine hung up before it answered")
+        raise WireError(0, "the engine hung up before it answered")
     status, chunked = int(first.split(b" ", 2)[1]), False
     while (line := (await reader.readline()).strip()) != b"":
         chunked |= line.lower() == b"transfer-encoding: chunked"
