@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from lighten import api
+from lighten.errors import UserError
 from lighten.planning import predict, text
 from lighten.planning.changes import cheapest, differing
 from lighten.planning.result import Change
@@ -36,6 +41,27 @@ def test_the_exit_codes_are_in_the_help() -> None:
     done = call("plan", "--help")
     assert done.returncode == 0
     assert "3 an error" in " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "rows",
+    ['{"prompt": "a", "completion": "b"}\n{"prompt": "a", "compl',
+     '{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}\n',
+     '{"input_ids": [5, 6, 7], "labels": [5, 6, 8]}\n',
+     '{"prompt": "a", "completion": null}\n', ""],
+)  # fmt: skip
+@pytest.mark.parametrize("verb", [api.plan, api.plan_search, api.plan_spread])
+def test_rows_that_training_refuses_are_no_plan_that_fits(
+    rows: str, verb: Callable[..., Any], tiny_folder: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(rows, encoding="utf-8")
+    settings = {"model": str(tiny_folder), "dataset": str(file), "val_size": 0}
+    with pytest.raises(UserError) as refused:
+        api.train(**settings, output_dir=str(tmp_path / "run"), progress=False, planned=False)
+    assert "rows.jsonl" in str(refused.value)
+    with pytest.raises(UserError, match=re.escape(str(refused.value))):
+        verb(**settings, device="t4")
 
 
 def test_one_change_that_is_enough_stands_in_the_headline(tiny_folder: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lighten import api
-from lighten.planning import asked as asking
+from lighten.planning import predict
 from lighten.planning.changes import SHORTEST, cheapest
 from lighten.planning.result import Change, Memory, MemoryPart, Plan, Shape, StepTime
 from lighten.recipe import Recipe
@@ -124,7 +124,7 @@ def test_a_plan_is_told_before_its_changes_and_none_is_made_twice(
     folder = folder_of(tmp_path)
     recipe = recipe_of(folder, max_length=256, gradient_accumulation_steps=1)
     counts = tmp_path / "planned.txt"  # forked processes plan too
-    one = asking.plan_recipe
+    one = predict.plan_recipe
 
     def counted(recipe: Recipe, *args: Any, **kwargs: Any) -> Plan:
         with counts.open("a") as file:
@@ -134,9 +134,9 @@ def test_a_plan_is_told_before_its_changes_and_none_is_made_twice(
     def planned() -> list[str]:
         return counts.read_text().splitlines()
 
-    monkeypatch.setattr(asking, "plan_recipe", counted)
+    monkeypatch.setattr(predict, "plan_recipe", counted)
     heard: list[tuple[Plan, int]] = []
-    made = asking.plan(recipe, Card(2**20), told=lambda plan: heard.append((plan, len(planned()))))
+    made = predict.plan(recipe, Card(2**20), told=lambda plan: heard.append((plan, len(planned()))))
     assert made.fits() is False
     assert [(plan.changes, plans) for plan, plans in heard] == [((), 1)]
     assert made.changes

@@ -13,10 +13,6 @@ from lighten.errors import UserError
 _POSITION_TABLES = ("wpe", "pos")
 
 
-class IdsError(UserError):
-    """A row has a token id that the model has no embedding for."""
-
-
 class _Row(Protocol):
     @property
     def input_ids(self) -> Sequence[int]: ...
@@ -59,7 +55,7 @@ class Limits:
         """Every id has an embedding.
 
         Raises:
-            IdsError: One has none: which row and which id.
+            UserError: One has none: which row and which id.
         """
         highest_of_all = getattr(rows, "highest", None)  # where rows are kept in arrays
         if highest_of_all is not None and highest_of_all < self.vocabulary:
@@ -67,7 +63,7 @@ class Limits:
         for row in rows:
             highest = int(max(row.input_ids, default=0))
             if highest >= self.vocabulary:
-                raise IdsError(self._unknown(row, highest, tokenizer))
+                raise UserError(self._unknown(row, highest, tokenizer))
 
     def _unknown(self, row: _Row, highest: int, tokenizer: Any) -> str:
         said = (

@@ -19,8 +19,8 @@ from lighten.data import lengths_of as token_lengths
 from lighten.errors import UserError
 from lighten.machine.devices import Device
 from lighten.machine.hardware import processor_name, slow_format
-from lighten.models import IdsError, Limits, describe, known, limits
-from lighten.models.load import locate
+from lighten.models import Limits, describe, known, limits
+from lighten.models.load import TOKENIZER_FILES, locate
 from lighten.paths import split_limit
 from lighten.planning import calibration
 from lighten.planning.changes import cheapest, ideas
@@ -70,7 +70,8 @@ def plan(
         told: Hears of the plan before changes are looked for, each of which is a plan of its own.
 
     Raises:
-        UserError: The model cannot be described, or the recipe does not fit it.
+        UserError: The model cannot be described, or the recipe does not fit it; or no run would
+            come of the data.
     """
     require_trainable(recipe)
     notes: list[str] = []
@@ -326,7 +327,8 @@ def read_rows(
         progress: Told how many examples are encoded, and of how many.
 
     Raises:
-        IdsError: A row has an id that the model does not have.
+        UserError: No run would come of these data: a row is broken, refused by the template, or has
+            an id that the model does not have.
     """
     longest = f"every row is taken to have {_limits(recipe).longest(recipe.max_length)[1]}"
     if not recipe.dataset:
@@ -340,16 +342,11 @@ def read_rows(
         recipe.model_name_or_path, revision=recipe.revision, weights=False,
         code=recipe.trust_remote_code,
     )  # fmt: skip
-    if source in ("hub", "known") and not any((path / name).is_file() for name in TOKENIZERS):
+    wanted = TOKENIZERS if source in ("hub", "known") else TOKENIZER_FILES
+    if source != "gguf" and not any((path / name).is_file() for name in wanted):
         notes.append(f"the model's tokenizer is not on this machine: {longest}")
         return None
-    try:
-        rows = _rows_for(recipe, tokenizer_of(recipe), progress, whole=whole, size=size)
-    except IdsError:
-        raise  # no plan holds for rows that cannot be trained on
-    except UserError as error:
-        notes.append(f"the data cannot be encoded ({error}): {longest}")
-        return None
+    rows = _rows_for(recipe, tokenizer_of(recipe), progress, whole=whole, size=size)
     if rows.of_rows is not None:
         notes.append(
             f"{len(rows.train.rows):,} of {rows.of_rows:,} rows were encoded for this plan, evenly "

@@ -14,7 +14,6 @@ from typing import Any
 from lighten.errors import UserError
 from lighten.machine import devices
 from lighten.machine.devices import Device
-from lighten.models import IdsError
 from lighten.planning import calibration, predict, text
 from lighten.planning.distributed import Distributed, of_recipe, on_ranks
 from lighten.planning.result import Plan
@@ -40,24 +39,23 @@ def plan_first(recipe: Recipe, *, force: bool = False, progress: bool = False) -
         The plan as training takes it; None on a rank that is not the first.
 
     Raises:
-        UserError: It surely does not fit, no gradient passes through its base, or a row has an id
-            that the model does not have.
+        UserError: It surely does not fit, no gradient passes through its base, or no run would
+            come of the data.
     """
     if int(os.environ.get("RANK", "0")) > 0:
         return None
     require_trainable(recipe)
     try:
         device = devices.named()
-        notes: list[str] = []
-        with TrainingProgress(enabled=progress) as shown:
-            if (slow := predict.slow_format_of(recipe, device)) is not None:
-                shown.note(f"warning: {slow}")
-            rows = predict.read_rows(recipe, notes, shown.encoding, whole=True)
+        rows = _rows(recipe, device, progress=progress)
+    except UserError:
+        raise  # the run would end with it, too
+    except Exception as error:
+        return _none(error)
+    try:
         plan = predict.plan(recipe, device, rows=rows, read_data=False, changes=False)
-    except IdsError:
-        raise  # no run would come of these rows
-    except Exception as error:  # whatever it is: the run does not depend on its plan
-        return Prediction([f"no plan: {_first_line(error)}"])
+    except Exception as error:
+        return _none(error)
     lines, fits = text.lines(plan), plan.fits()
     if (spread := _over_ranks(recipe, device, plan)) is not None:
         lines.append(text.spread_verdict(spread))
@@ -67,6 +65,19 @@ def plan_first(recipe: Recipe, *, force: bool = False, progress: bool = False) -
             raise UserError(_refusal(plan, spread, _advice(recipe, device, plan, rows)()))
         lines.append("it does not fit by this plan; going on, as --force says")
     return Prediction(lines, plan.to_dict(), rows, _advice(recipe, device, plan, rows))
+
+
+def _rows(recipe: Recipe, device: Device, *, progress: bool) -> Rows | None:
+    """All rows of the data, encoded; on the way what is slow on the device is said."""
+    with TrainingProgress(enabled=progress) as shown:
+        if (slow := predict.slow_format_of(recipe, device)) is not None:
+            shown.note(f"warning: {slow}")
+        return predict.read_rows(recipe, [], shown.encoding, whole=True)
+
+
+def _none(error: Exception) -> Prediction:
+    """Why there is no plan; whatever it is, the run does not depend on it."""
+    return Prediction([f"no plan: {_first_line(error)}"])
 
 
 def remember(run: Run, *, whole: bool = True) -> None:

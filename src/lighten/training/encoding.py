@@ -32,8 +32,7 @@ def encode_as(
         progress: Told how many examples are encoded, and of how many.
 
     Raises:
-        UserError: As for `data.encode`.
-        IdsError: A row has an id that the model does not have.
+        UserError: As for `data.encode`; or a row has an id that the model does not have.
     """
     max_length, limit = limits.longest(recipe.max_length)
     encoded = data.encode(
