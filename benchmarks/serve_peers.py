@@ -18,7 +18,7 @@ from benchmarks.serve_load import Round, Shape, one_round
 from lighten.errors import UserError
 from lighten.machine.hardware import cache_folder
 from lighten.models.load import locate
-from lighten.serving import adapters, running
+from lighten.serving import adapters, engines
 from lighten.serving.remote import Remote, ServerError
 from lighten.serving.vllm import environment, server
 
@@ -98,7 +98,7 @@ def llamacpp(
         streamed: Read the answers as streams.
     """
     opened = adapters.open_base(base)
-    model, _ = running.base_as_gguf(opened, "q8_0")
+    model, _ = engines.base_as_gguf(opened, "q8_0")
     there = adapters.resolve([str(folder)])
     files = []
     for name, path in there.items():

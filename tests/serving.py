@@ -24,7 +24,8 @@ from lighten.adapters import AdapterSpec
 from lighten.adapters.files import contents
 from lighten.serving.answering import Front
 from lighten.serving.front import application
-from lighten.serving.running import Options, prepare
+from lighten.serving.options import Options
+from lighten.serving.running import prepare
 
 ADMIN = "admin-key-of-tests"
 

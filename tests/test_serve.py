@@ -31,8 +31,8 @@ from benchmarks import serve_identity
 from lighten import data, models
 from lighten.errors import UserError
 from lighten.serving import adapters, checks
+from lighten.serving.options import Options
 from lighten.serving.remote import Remote
-from lighten.serving.running import Options
 from lighten.serving.stopping import StopTexts
 from lighten.serving.talk import talk
 from tests.serving import ADMIN, Server, in_process, save_adapter, serving

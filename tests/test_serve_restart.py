@@ -20,7 +20,8 @@ from lighten.errors import UserError
 from lighten.serving.answering import Front
 from lighten.serving.engine import EngineFailed
 from lighten.serving.front import application
-from lighten.serving.running import Options, prepare
+from lighten.serving.options import Options
+from lighten.serving.running import prepare
 from lighten.serving.server_process import ServerProcess, Supervisor
 from tests.serving import ADMIN, save_adapter
 

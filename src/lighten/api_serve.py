@@ -29,21 +29,22 @@ def serve(
         adapter_dir: Folder that adapters may be loaded from at run time.
         api_keys: Of clients, beside those in `LIGHTEN_API_KEY`.
         admin_keys: For loading adapters, beside those in `LIGHTEN_ADMIN_KEY`.
-        options: See `lighten.serving.running.Options`.
+        options: See `lighten.serving.options.Options`.
 
     Raises:
         UserError: Something the user can mend; an adapter cannot be served unmerged.
     """
     import sys
 
+    from lighten.serving import options as settings
     from lighten.serving import running
 
     if admin_keys and adapter_dir is None:
         raise UserError("--admin-key needs --adapter-dir FOLDER, which adapters are loaded from")
-    chosen = running.Options(
+    chosen = settings.Options(
         adapter_dir=None if adapter_dir is None else Path(adapter_dir),
-        api_keys=running.keys(api_keys, "LIGHTEN_API_KEY"),
-        admin_keys=running.keys(admin_keys, "LIGHTEN_ADMIN_KEY"),
+        api_keys=settings.keys(api_keys, "LIGHTEN_API_KEY"),
+        admin_keys=settings.keys(admin_keys, "LIGHTEN_ADMIN_KEY"),
         **options,
     )
     running.serve(base, chosen, told or (lambda line: print(line, file=sys.stderr)))  # noqa: T201

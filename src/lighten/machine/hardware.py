@@ -61,6 +61,12 @@ class Gpu:
     memory_bytes: int
     capability: str
 
+    @property
+    def capability_numbers(self) -> tuple[int, int]:
+        """Its compute capability, to be compared."""
+        major, _, minor = self.capability.partition(".")
+        return int(major), int(minor or 0)
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -89,17 +95,36 @@ def machine() -> Machine:
     """Look at this computer (imports torch, to see the GPUs)."""
     import torch
 
-    gpus = []
-    for index in range(torch.cuda.device_count()):
-        own = torch.cuda.get_device_properties(index)
-        gpus.append(Gpu(own.name, own.total_memory, f"{own.major}.{own.minor}"))
     return Machine(
         processor=processor_name(),
         cores=containers.cores(),
         memory_bytes=containers.memory_bytes(),
-        gpus=tuple(gpus),
+        gpus=tuple(map(_gpu, range(torch.cuda.device_count()))),
         system=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
     )
+
+
+def _gpu(index: int) -> Gpu:
+    import torch
+
+    properties = torch.cuda.get_device_properties(index)
+    return Gpu(
+        properties.name, properties.total_memory, f"{properties.major}.{properties.minor}"
+    )  # fmt: skip
+
+
+def chosen_gpu() -> Gpu | None:
+    """The GPU of `choose_device`; None: it is the processor.
+
+    Raises:
+        UserError: `LIGHTEN_DEVICE` names none of this machine's.
+    """
+    import torch
+
+    device = torch.device(choose_device().value)
+    if device.type != "cuda":
+        return None
+    return _gpu(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def choose_device() -> Choice:

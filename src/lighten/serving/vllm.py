@@ -109,7 +109,7 @@ class Vllm:
         flags = {
             "served-model-name": "base", "uds": str(socket), "dtype": self._dtype,
             "max-model-len": self.context, "max-num-seqs": self.slots,
-            "max-lora-rank": self._rank, 
+            "max-lora-rank": self._rank,
             "max-loras": min(self.slots, max(4, len(self._adapters))),
             "max-cpu-loras": max(self._most, self.slots), "generation-config": "vllm",
             "structured-outputs-config": '{"backend": "guidance"}', "max-logprobs": 32,
@@ -247,15 +247,27 @@ def program() -> str:
     Raises:
         UserError: It is not installed; says how.
     """
-    given = os.environ.get(PROGRAM)
-    beside = [Path(sys.executable).with_name("vllm"), Path(".vllm/bin/vllm")]
-    for path in [Path(given)] if given else beside:
+    command = installed()
+    if command is None:
+        raise UserError(f"vLLM is not installed: {_INSTALL}")
+    return command
+
+
+def installed() -> str | None:
+    """Its command; None where it is not installed.
+
+    Raises:
+        UserError: `LIGHTEN_VLLM` names what is not there.
+    """
+    named = os.environ.get(PROGRAM)
+    if named:
+        if not Path(named).is_file():
+            raise UserError(f"vLLM is not at {named}: {_INSTALL}")
+        return str(Path(named).absolute())
+    for path in (Path(sys.executable).with_name("vllm"), Path(".vllm/bin/vllm")):
         if path.is_file():
             return str(path.absolute())
-    at_path = None if given else shutil.which("vllm")
-    if at_path is None:
-        raise UserError(f"vLLM is not {f'at {given}' if given else 'installed'}: {_INSTALL}")
-    return at_path
+    return shutil.which("vllm")
 
 
 def server(command: str) -> list[str]:
@@ -300,8 +312,29 @@ def _copied(adapter: Adapter) -> Path:
 
 
 def environment() -> dict[str, str]:
-    """Adapters are loaded at run time; memory of its KV cache (GiB) unless it is told."""
+    """Adapters are loaded at run time; its KV cache on a processor has 2 GiB unless it is told.
+
+    Raises:
+        UserError: `LIGHTEN_DEVICE` names no GPU of `CUDA_VISIBLE_DEVICES`.
+    """
     return {
         "VLLM_CPU_KVCACHE_SPACE": "2", **os.environ, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
-        "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1",
+        "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", **_visible(),
     }  # fmt: skip
+
+
+def _visible() -> dict[str, str]:
+    """The GPU that `LIGHTEN_DEVICE` names by its number, as CUDA is told of it."""
+    kind, _, number = os.environ.get("LIGHTEN_DEVICE", "").strip().lower().partition(":")
+    if kind != "cuda" or not number.isdecimal():
+        return {}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if not visible:
+        return {"CUDA_VISIBLE_DEVICES": number}
+    names = visible.split(",")
+    if int(number) >= len(names):
+        raise UserError(
+            f"LIGHTEN_DEVICE: cuda:{number} is not there; CUDA_VISIBLE_DEVICES={visible} has "
+            f"{len(names)}"
+        )
+    return {"CUDA_VISIBLE_DEVICES": names[int(number)]}

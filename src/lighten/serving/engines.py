@@ -1,0 +1,182 @@
+"""Which engine answers, and why; and each of them over what is served, not started yet."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from lighten.errors import UserError
+from lighten.machine import hardware
+from lighten.machine.hardware import Choice, Gpu, cache_folder
+from lighten.serving import adapters, vllm
+from lighten.serving.adapters import Base
+from lighten.serving.engine import Adapter, Engine
+from lighten.serving.options import STORAGE, STORED, STORED_BY_VLLM, Options
+from lighten.serving.registry import Registry
+
+# Of a GPU; older ones vLLM does not compute on (its documentation, "GPU: requirements").
+_CAPABILITY_OF_VLLM = (7, 0)
+
+
+def choose_engine(
+    options: Options,
+    adapters: Sequence[Adapter],
+    *,
+    gguf: bool = False,
+    gpu: Gpu | None = None,
+    program: str | None = None,
+) -> Choice:
+    """Which engine answers, and why.
+
+    On a GPU vLLM. llama.cpp takes the least memory and answers one adapter after another; ours
+    computes the tokens of all adapters together.
+
+    Args:
+        options: How it is served.
+        adapters: Served from the start.
+        gguf: Whether the base is a GGUF file.
+        gpu: The one that is computed on; None: the processor is.
+        program: vLLM's command; None: it is not installed.
+    """
+    if options.engine != "auto":
+        return Choice(options.engine, "as wanted")
+    if options.engine_flags or options.storage != STORAGE:
+        return Choice("llamacpp", "whose settings were given")
+    without_vllm = ""
+    if gpu is not None:
+        obstacle = _obstacle_of_vllm(adapters, gguf, gpu, program)
+        if obstacle is None:
+            return Choice("vllm", f"which is installed and computes on the {gpu.name}")
+        without_vllm = f" (not vLLM, for the {gpu.name}: {obstacle})"
+    if len(adapters) < 2:
+        return Choice("llamacpp", f"the embedded one, which takes the least memory{without_vllm}")
+    return Choice(
+        "lighten",
+        f"which computes the tokens of all {len(adapters)} adapters together{without_vllm}",
+    )
+
+
+def _obstacle_of_vllm(
+    adapters: Sequence[Adapter], gguf: bool, gpu: Gpu, program: str | None
+) -> str | None:
+    """Why vLLM does not serve this here, or None."""
+    if program is None:
+        return "it is not installed; `make vllm VLLM=vllm` does that"
+    if gpu.capability_numbers < _CAPABILITY_OF_VLLM:
+        return (
+            f"it needs compute capability {_CAPABILITY_OF_VLLM[0]}.0, and this has {gpu.capability}"
+        )
+    if gguf:
+        return "the base is a GGUF file"
+    try:
+        for adapter in adapters:
+            vllm.require_servable(adapter.folder)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def choose_here(options: Options, registry: Registry) -> Choice:
+    """Which engine answers on this machine, and why.
+
+    Raises:
+        UserError: `LIGHTEN_VLLM` or `LIGHTEN_DEVICE` names what is not there.
+    """
+    gpu = hardware.chosen_gpu() if options.engine == "auto" else None
+    return choose_engine(
+        options, registry.adapters, gguf=registry.base.gguf is not None, gpu=gpu,
+        program=None if gpu is None else vllm.installed(),
+    )  # fmt: skip
+
+
+def engine_of(
+    kind: str, registry: Registry, options: Options, context: int, told: Callable[[str], None]
+) -> Engine:
+    """An engine over what is served; it tells what it does to the base.
+
+    Args:
+        kind: One of `ENGINES`.
+        registry: What is served.
+        options: How.
+        context: Tokens of a prompt with its answer.
+        told: Hears of it.
+
+    Raises:
+        UserError: It cannot serve this.
+    """
+    return _BUILDERS[kind](registry, options, context, told)
+
+
+def _cohort(
+    registry: Registry, options: Options, context: int, told: Callable[[str], None]
+) -> Engine:
+    from lighten.serving.cohort import CohortEngine
+
+    told("base: transformers' model in this process")
+    return CohortEngine(
+        registry.base.name, context=context, slots=options.slots, revision=options.revision,
+        dtype=STORED[options.storage] if options.storage != STORAGE else "auto",
+        threads=options.threads, prefix_caching=options.prefix_caching,
+    )  # fmt: skip
+
+
+def _llamacpp(
+    registry: Registry, options: Options, context: int, told: Callable[[str], None]
+) -> Engine:
+    from lighten.serving.llamacpp import LlamaCpp
+
+    base = registry.base
+    model, why = base_as_gguf(base, options.storage)
+    told(f"base: {model.stat().st_size / 1e6:,.0f} MB, {why}")
+    for own in registry.adapters:  # refused here, with the reason, and not while it serves
+        adapters.adapter_as_gguf(own, base)
+    return LlamaCpp(
+        model, lambda own: adapters.adapter_as_gguf(own, base),
+        context=context, slots=options.slots, threads=options.threads,
+        gpu_layers=options.gpu_layers, cache="f32" if options.storage == "f32" else "f16",
+        flags=dict(options.engine_flags), prefix_caching=options.prefix_caching,
+    )  # fmt: skip
+
+
+def _vllm(
+    registry: Registry, options: Options, context: int, told: Callable[[str], None]
+) -> Engine:
+    base = registry.base
+    if base.gguf is not None:
+        raise UserError(f"--engine vllm does not serve the GGUF file {base.gguf}; give its folder")
+    for own in registry.adapters:
+        vllm.require_servable(own.folder)
+    told(f"base: as it is, in {vllm.program()}")
+    return vllm.Vllm(
+        base.folder, base.asking.tokenizer, context=context, slots=options.slots,
+        most_adapters=options.most_adapters, flags=dict(options.engine_flags),
+        dtype=STORED_BY_VLLM.get(options.storage, "auto"), prefix_caching=options.prefix_caching,
+    )  # fmt: skip
+
+
+_BUILDERS: dict[str, Callable[[Registry, Options, int, Callable[[str], None]], Engine]] = {
+    "llamacpp": _llamacpp,
+    "lighten": _cohort,
+    "vllm": _vllm,
+}
+
+
+def base_as_gguf(base: Base, storage: str) -> tuple[Path, str]:
+    """The base as GGUF, from the cache or written there; and what was done.
+
+    Raises:
+        UserError: It has no GGUF form.
+    """
+    from lighten.quantization.gguf_model import write_gguf
+
+    if base.gguf is not None:
+        return base.gguf, "the GGUF file as it is"
+    key = base.contents()
+    target = cache_folder() / "serve" / "bases" / f"{key[:32]}-{storage}.gguf"
+    if target.is_file():
+        return target, f"{storage}, converted before"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    write_gguf(base.folder, target, storage, name=base.name)
+    return target, f"converted to {storage} in {time.perf_counter() - began:.1f} s"

@@ -1,0 +1,112 @@
+"""Which engine `--engine auto` takes, and why, on machines that are described."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("xllamacpp")
+pytest.importorskip("uvicorn")
+
+from lighten.errors import UserError
+from lighten.machine import hardware
+from lighten.machine.hardware import Gpu
+from lighten.serving import vllm
+from lighten.serving.engine import Adapter
+from lighten.serving.engines import choose_engine, choose_here
+from lighten.serving.options import Options
+from lighten.serving.running import open_served
+from tests.serving import save_adapter
+
+T4 = Gpu("NVIDIA T4", 16 * 10**9, "7.5")
+PASCAL = Gpu("NVIDIA P100", 16 * 10**9, "6.0")
+VLLM = "/somewhere/bin/vllm"
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Adapter]:
+    folder = save_adapter(tiny_folder, tmp_path_factory.mktemp("adapters") / "one", seed=1)
+    return [Adapter("first", folder), Adapter("second", folder)]
+
+
+def test_a_processor_has_llama_cpp_or_ours(adapters: list[Adapter]) -> None:
+    assert choose_engine(Options(), []).value == "llamacpp"
+    assert choose_engine(Options(), adapters[:1]).value == "llamacpp"
+    ours = choose_engine(Options(), adapters, program=VLLM)
+    assert ours.value == "lighten"
+    assert "all 2 adapters" in ours.reason
+    assert "vLLM" not in ours.reason
+
+
+def test_a_gpu_has_vllm_where_it_is_installed_and_the_reason_is_said(
+    adapters: list[Adapter],
+) -> None:
+    for served in ([], adapters):
+        chosen = choose_engine(Options(), served, gpu=T4, program=VLLM)
+        assert chosen.value == "vllm"
+        assert "NVIDIA T4" in chosen.reason
+
+
+def test_why_a_gpu_has_another_engine_is_said(adapters: list[Adapter], tmp_path: Path) -> None:
+    folder = tmp_path / "biased"
+    folder.mkdir()
+    config = json.loads((adapters[0].folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "bias": "all"}))
+    biased = [*adapters, Adapter("third", folder)]
+    missing = choose_engine(Options(), adapters, gpu=T4)
+    assert missing.value == "lighten"
+    assert "NVIDIA T4" in missing.reason
+    assert "make vllm" in missing.reason
+    old = choose_engine(Options(), [], gpu=PASCAL, program=VLLM)
+    assert (old.value, "7.0" in old.reason, "6.0" in old.reason) == ("llamacpp", True, True)
+    file = choose_engine(Options(), [], gpu=T4, program=VLLM, gguf=True)
+    assert (file.value, "GGUF" in file.reason) == ("llamacpp", True)
+    refused = choose_engine(Options(), biased, gpu=T4, program=VLLM)
+    assert (refused.value, "trained bias" in refused.reason) == ("lighten", True)
+
+
+def test_what_is_wanted_is_taken(adapters: list[Adapter]) -> None:
+    for engine in ("llamacpp", "lighten", "vllm"):
+        chosen = choose_engine(Options(engine=engine), adapters, gpu=T4, program=VLLM)
+        assert chosen.value == engine
+    for options in (Options(storage="f16"), Options(engine_flags={"n_batch": 512})):
+        assert choose_engine(options, adapters, gpu=T4, program=VLLM).value == "llamacpp"
+
+
+def test_it_is_looked_for_where_it_is_installed(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole choice on a machine that has a GPU, by what lies where `make vllm` puts it."""
+    registry, context = open_served(str(tiny_folder), Options())
+    assert context == 256
+    monkeypatch.setattr(hardware, "chosen_gpu", lambda: T4)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv(vllm.PROGRAM, raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert choose_here(Options(), registry).value == "llamacpp"
+    program = tmp_path / ".vllm" / "bin" / "vllm"
+    program.parent.mkdir(parents=True)
+    program.touch()
+    assert choose_here(Options(), registry).value == "vllm"
+    assert vllm.program() == str(program)
+    monkeypatch.setenv(vllm.PROGRAM, str(program))
+    monkeypatch.chdir("/")
+    assert choose_here(Options(), registry).value == "vllm"
+    monkeypatch.setenv(vllm.PROGRAM, "/nowhere/vllm")
+    with pytest.raises(UserError, match=r"/nowhere/vllm.*pip install vllm"):
+        choose_here(Options(), registry)
+
+
+def test_vllm_computes_on_the_gpu_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("LIGHTEN_DEVICE", "cuda:2")
+    assert vllm.environment()["CUDA_VISIBLE_DEVICES"] == "2"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-b,6")
+    assert vllm.environment()["CUDA_VISIBLE_DEVICES"] == "6"
+    monkeypatch.setenv("LIGHTEN_DEVICE", "cuda")
+    assert vllm.environment()["CUDA_VISIBLE_DEVICES"] == "4,GPU-b,6"
+    monkeypatch.setenv("LIGHTEN_DEVICE", "cuda:3")
+    with pytest.raises(UserError, match="cuda:3"):
+        vllm.environment()
