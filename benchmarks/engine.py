@@ -29,7 +29,7 @@ from lighten.cpu import allocator
 from lighten.data import Encoded, Example, TemplateChoice
 from lighten.data import Row as EncodedRow
 from lighten.data.tokenise import EncodingCounts
-from lighten.engine.step import MemberStep
+from lighten.engine.step import AdapterStep
 from lighten.errors import UserError
 from lighten.machine.hardware import Choice, PeakMemory
 from lighten.recipe import Recipe
@@ -137,7 +137,7 @@ class GivenSteps(Loop):
     def __init__(
         self, setup: Setup, lessons: Mapping[str, Steps], folder: Path, memory: PeakMemory
     ) -> None:
-        self.reports: list[dict[str, MemberStep]] = []
+        self.reports: list[dict[str, AdapterStep]] = []
         self.ends: list[float] = []
         self.device = setup.accelerator.device.type
         self.orders: dict[int, list[list[int]]] = {}
@@ -152,7 +152,7 @@ class GivenSteps(Loop):
         super().__init__(setup, folder, TrainerState(), TrainingProgress(enabled=False), memory)
         self._batches = _GivenBatches(setup, self.orders)
 
-    def _record(self, report: dict[str, MemberStep], seconds: float) -> None:
+    def _record(self, report: dict[str, AdapterStep], seconds: float) -> None:
         super()._record(report, seconds)
         synchronize(self.device)
         self.reports.append(report)

@@ -20,7 +20,7 @@ import torch
 from benchmarks import engine
 from benchmarks.machine import TURN
 from benchmarks.steps import Row
-from lighten.engine.step import MemberStep
+from lighten.engine.step import AdapterStep
 from lighten.machine.hardware import PeakMemory
 from lighten.recipe import Recipe
 from lighten.training.prepare import load_base
@@ -45,7 +45,7 @@ class Watched(engine.GivenSteps):
         self.seconds: list[float] = []
         self.peaks: list[int] = []
 
-    def _record(self, report: dict[str, MemberStep], seconds: float) -> None:
+    def _record(self, report: dict[str, AdapterStep], seconds: float) -> None:
         super()._record(report, seconds)
         self.seconds.append(seconds)
         self.peaks.append(int(self.memory.read()["peak_bytes"]))

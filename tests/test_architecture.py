@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -314,6 +315,38 @@ def test_extras_are_imported_only_where_they_are_used(module: str) -> None:
         for alias in node.names
     }
     assert not {name.split(".")[0] for name in at_the_top} & set(EXTRAS)
+
+
+def test_from_the_command_to_the_backward_pass_it_is_not_far(
+    tiny_folder: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a run with one worker: functions of ours that are under way, and the files they are in."""
+    import torch
+
+    from lighten.cli.main import app
+    from lighten.engine.scaling import LossScaler
+
+    chain: list[tuple[str, str]] = []
+    backward = torch.Tensor.backward
+
+    def watched(loss: torch.Tensor, *args: object, **options: object) -> None:
+        if not chain:
+            for frame, _ in traceback.walk_stack(sys._getframe(1)):
+                path = Path(frame.f_code.co_filename)
+                if path.is_relative_to(SOURCE):
+                    chain.insert(0, (path.relative_to(SOURCE).as_posix(), frame.f_code.co_name))
+        backward(loss, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.Tensor, "backward", watched)
+    monkeypatch.setattr(LossScaler, "backward", staticmethod(watched))
+    app(
+        ["train", str(tiny_folder), str(chat_file), "--max_steps", "1", "--workers", "1",
+         "--dtype", "float32", "--output_dir", str(tmp_path / "run")],
+        standalone_mode=False,
+    )  # fmt: skip
+    assert chain[0] == ("cli/main.py", "train")
+    assert len(chain) <= 8, chain
+    assert len({file for file, _ in chain}) <= 6, chain
 
 
 def test_no_file_is_two_things() -> None:

@@ -23,7 +23,7 @@ from lighten.engine.adapter_optimizer import AdapterOptimizer
 from lighten.engine.forked import Forked
 from lighten.engine.loss import Objective
 from lighten.engine.scaling import LossScaler
-from lighten.engine.step import MemberStep, train_step
+from lighten.engine.step import AdapterStep, train_step
 from lighten.engine.workers import Threads, Workers
 from lighten.machine.hardware import PeakMemory
 from tests.test_train_step import (
@@ -60,7 +60,7 @@ def at_work(
         workers.close()
 
 
-def trained(make: Make, steps: int = 3) -> tuple[list[dict[str, MemberStep]], dict[str, Any]]:
+def trained(make: Make, steps: int = 3) -> tuple[list[dict[str, AdapterStep]], dict[str, Any]]:
     """Reports of some steps of two adapters, and where their weights are after them."""
     specs = (random_spec("a"), AdapterSpec("b", r=8, dropout=0.2, init_lora_weights=False, seed=3))
     cohort = in_blocks(cohort_of(*specs, arch="llama"))

@@ -69,9 +69,9 @@ def test_apart_one_adapters_gradients_are_kept_at_a_time(
     plain = loop.train_step
     everyone: list[Any] = []
 
-    def watched(batches: Any, members: Any, *rest: Any) -> Any:
+    def watched(batches: Any, members: Any, *rest: Any, **options: Any) -> Any:
         everyone.extend(own for own in members if own not in everyone)
-        report = plain(batches, members, *rest)
+        report = plain(batches, members, *rest, **options)
         left = any(p.grad is not None for own in everyone for p in own.parameters.values())
         seen.append(([own.name for own in members], left))
         return report

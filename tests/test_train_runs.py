@@ -158,10 +158,10 @@ def test_an_interrupt_in_the_same_process_raises_interrupted(
 
     plain, sent = loop.train_step, []
 
-    def interrupting(*args: Any) -> Any:
+    def interrupting(*args: Any, **options: Any) -> Any:
         if not sent:  # a second one would stop at once
             sent.append(os.kill(os.getpid(), signal.SIGINT))
-        return plain(*args)
+        return plain(*args, **options)
 
     monkeypatch.setattr(loop, "train_step", interrupting)
     with pytest.raises(Interrupted, match="stopped by SIGINT after step 1"):

@@ -17,7 +17,7 @@ from lighten.engine.checkpointing import checkpoint_layers
 from lighten.engine.forward_backward import shares_of
 from lighten.engine.loss import Objective
 from lighten.engine.scaling import LossScaler
-from lighten.engine.step import MemberStep, TrainingDiverged, train_step
+from lighten.engine.step import AdapterStep, TrainingDiverged, train_step
 from lighten.engine.validation import held_out
 from lighten.errors import UserError
 from lighten.models import attention
@@ -76,7 +76,7 @@ def one_step(
     objective: Objective | None = None,
     packed: bool = False,
     **changes: object,
-) -> tuple[dict[str, MemberStep], dict[str, AdapterOptimizer]]:
+) -> tuple[dict[str, AdapterStep], dict[str, AdapterOptimizer]]:
     members = [
         AdapterOptimizer(name, cohort.parameters(name), settings(**changes))
         for name in cohort.names

@@ -27,7 +27,7 @@ from lighten.engine.checkpointing import checkpoint_layers
 from lighten.engine.forward_backward import shares_of
 from lighten.engine.loss import Objective
 from lighten.engine.scaling import LossScaler
-from lighten.engine.step import MemberStep
+from lighten.engine.step import AdapterStep
 from lighten.errors import UserError
 from lighten.evaluation.chat import chat
 from lighten.models import attention
@@ -86,7 +86,7 @@ def close(
         assert apart < tolerance * max(float(value.abs().max()), 1e-2 * largest), (key, apart)
 
 
-def step(trained: WholeBase, **options: Any) -> tuple[MemberStep, AdapterOptimizer]:
+def step(trained: WholeBase, **options: Any) -> tuple[AdapterStep, AdapterOptimizer]:
     report, members = one_step(trained, UNEVEN, 2, **options)  # type: ignore[arg-type]
     return report["default"], members["default"]
 

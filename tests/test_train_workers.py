@@ -18,7 +18,7 @@ from lighten.engine.adapter_optimizer import AdapterOptimizer
 from lighten.engine.checkpointing import checkpoint_layers
 from lighten.engine.loss import Objective
 from lighten.engine.scaling import LossScaler
-from lighten.engine.step import MemberStep, TrainingDiverged, train_step
+from lighten.engine.step import AdapterStep, TrainingDiverged, train_step
 from lighten.engine.workers import Threads, Workers, choose, shared_out
 from tests.test_train_step import (
     UNEVEN,
@@ -35,7 +35,7 @@ from tests.tiny import ARCHITECTURES
 
 def step_in(
     workers: Workers | None, cohort: Cohort, *, packed: bool = False, max_rows: int = 2
-) -> tuple[dict[str, MemberStep], list[AdapterOptimizer]]:
+) -> tuple[dict[str, AdapterStep], list[AdapterOptimizer]]:
     members = [AdapterOptimizer(name, cohort.parameters(name), settings()) for name in cohort.names]
     report = train_step(
         micro_batches(UNEVEN, list(cohort.names), max_rows, packed=packed),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -36,9 +38,6 @@ from lighten.cli.settings import TakesSettings, TakesSweep, show_settings
 from lighten.errors import NoHeldOut
 from lighten.parallel import launch
 from lighten.wording import counted
-
-if TYPE_CHECKING:
-    from lighten.runs import Run
 
 
 class OnOff(StrEnum):
@@ -131,14 +130,13 @@ def _recipe_arguments(words: list[str]) -> tuple[str | None, dict[str, Any]]:
     raise UserError("give a recipe (recipe.yaml), or a model and a data set: lighten train M DATA")
 
 
-def _trained(words: list[str], **how: Any) -> Run:
-    """Train what the words say; a run that was told to stop ends with its own words and code."""
-    from lighten import api
+@contextmanager
+def _stopped_cleanly() -> Iterator[None]:
+    """A training or sweep that was told to stop ends the command with its words and exit code."""
     from lighten.training.interrupt import Interrupted
 
-    recipe, settings = _recipe_arguments(words)
     try:
-        return api.train(recipe, **how, **settings)
+        yield
     except Interrupted as stopped:
         if not launch.leave_word(stopped):
             typer.echo(str(stopped), err=True)
@@ -163,10 +161,12 @@ def run(
     """Train, evaluate and report, one after another."""
     from lighten import api
 
-    done = _trained(
-        [*(words or []), *ctx.args], resume=resume, force=force, planned=not no_plan,
-        processes=processes, gpus=gpus,
-    )  # fmt: skip
+    recipe, settings = _recipe_arguments([*(words or []), *ctx.args])
+    with _stopped_cleanly():
+        done = api.train(
+            recipe, resume=resume, force=force, planned=not no_plan, processes=processes,
+            gpus=gpus, **settings,
+        )  # fmt: skip
     if not launch.recognise().main:
         return
     try:
@@ -184,10 +184,14 @@ def train(
     no_plan: _NoPlan = False, processes: _Processes = None, gpus: _Gpus = None,
 ) -> None:  # fmt: skip
     """Train adapters, or a base's own weights, from a recipe or from a model and a data set."""
-    done = _trained(
-        [*(words or []), *ctx.args], resume=resume, force=force, planned=not no_plan,
-        processes=processes, gpus=gpus,
-    )  # fmt: skip
+    from lighten import api
+
+    recipe, settings = _recipe_arguments([*(words or []), *ctx.args])
+    with _stopped_cleanly():
+        done = api.train(
+            recipe, resume=resume, force=force, planned=not no_plan, processes=processes,
+            gpus=gpus, **settings,
+        )  # fmt: skip
     if launch.recognise().main:
         console().print(f"run: {done.folder}", soft_wrap=True, highlight=False)
 
@@ -207,21 +211,16 @@ def sweep(
     """Train many settings in one pass, compare them, and say which to take: --lora_r 8,32,128."""
     from lighten import api
     from lighten.reporting.sweep_table import shown
-    from lighten.training.interrupt import Interrupted
 
     recipe, settings = _recipe_arguments([*(words or []), *ctx.args])
-    try:
-        with progress_bar() as progress:
-            found = api.sweep(recipe, resume=resume, measuring_progress=progress, **settings)
-    except Interrupted as stopped:
-        typer.echo(str(stopped), err=True)
-        raise typer.Exit(stopped.exit_code) from None
+    with _stopped_cleanly(), progress_bar() as progress:
+        result = api.sweep(recipe, resume=resume, measuring_progress=progress, **settings)
     if as_json:
-        print_json(found.to_dict())
+        print_json(result.to_dict())
         return
-    columns, rows, sentences = shown(found.folder)
+    columns, rows, sentences = shown(result.folder)
     print_table(columns, rows)
-    for sentence in [*sentences, f"report: {found.folder / 'report.html'}"]:
+    for sentence in [*sentences, f"report: {result.folder / 'report.html'}"]:
         console().print(sentence, highlight=False, markup=False)
 
 

@@ -8,11 +8,12 @@ everything that a backward pass reaches, and no way back once a step is given up
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lighten.engine.adapter_optimizer import AdapterOptimizer
 
@@ -43,6 +44,9 @@ class LossScaler:
         initial: The factor of an adapter's first step.
     """
 
+    # Of a micro-batch's scaled loss; a plan marks where its backward pass begins.
+    backward: Callable[[Tensor], None] = staticmethod(Tensor.backward)
+
     def __init__(self, *, enabled: bool = True, initial: float = INITIAL) -> None:
         self.enabled, self.initial = enabled, initial
         self._scales: dict[str, LossScale] = {}
@@ -50,9 +54,6 @@ class LossScaler:
     def factor(self, name: str) -> float:
         """What the named adapter's loss is multiplied by in the next step."""
         return self._of(name).scale if self.enabled else 1.0
-
-    def begin_backward(self) -> None:
-        """A micro-batch's loss is there; a plan marks where its backward pass begins."""
 
     def unscale(self, member: AdapterOptimizer) -> None:
         """Divide the adapter's gradients by its factor, in place."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +38,7 @@ class TrainingDiverged(UserError):
 
 
 @dataclass
-class MemberStep:
+class AdapterStep:
     """What one step was for one adapter, over all ranks.
 
     Attributes:
@@ -62,25 +62,28 @@ class MemberStep:
 
 def train_step(
     batches: Sequence[MicroBatch],
-    members: Sequence[AdapterOptimizer],
+    adapters: Sequence[AdapterOptimizer],
     objective: Objective,
     accelerator: Accelerator,
     scaler: LossScaler,
     workers: Workers | None = None,
     strategy: Strategy | None = None,
     idle: Sequence[MicroBatch] = (),
-) -> dict[str, MemberStep]:
+    *,
+    update: bool = True,
+) -> dict[str, AdapterStep]:
     """Forward, backward and update of every adapter on one step's micro-batches of this rank.
 
     Args:
         batches: The micro-batches.
-        members: The adapters that they hold.
+        adapters: Those that the micro-batches hold, with their optimisers.
         objective: The loss.
         accelerator: The ranks.
         scaler: For float16: the factor of each adapter's loss.
         workers: Train micro-batches side by side; None: one after another.
         strategy: How weights, gradients and state lie on the ranks; None: each holds everything.
         idle: Micro-batches that count nothing: this rank makes these passes for the others' sake.
+        update: False: the gradients are thrown away and nothing has changed; to time a step.
 
     Raises:
         ShortOfMemory: Memory ran out on one of several ranks; all of them raise it.
@@ -88,179 +91,149 @@ def train_step(
         UserError: An adapter has no supervised token in this step, or no gradient at all.
     """
     strategy = strategy or Strategy("ddp", accelerator)
-    counted = _counted(batches, members)
     # The loss is a mean over the supervised tokens of the whole step: all micro-batches and all
     # ranks (traps 1 to 3). So the counts have to be known before the first backward pass.
-    totals = _over_ranks(counted, accelerator)
-    for member, supervised in zip(members, totals[:, 1].tolist(), strict=True):
-        if supervised == 0:
-            raise UserError(
-                f"adapter {member.name!r}: a step without one supervised token; every answer in "
-                "it was cut off or empty (raise max_length, or see: lighten data check)"
-            )
-
-    per_token = {
-        member.name: 1.0 / supervised
-        for member, supervised in zip(members, totals[:, 1].tolist(), strict=True)
-    }
-    broken: BaseException | None = None
+    report = _counted(batches, adapters, accelerator)
+    if update:
+        _require_supervised(report)
+    per_token = {name: 1.0 / max(1, step.supervised_tokens) for name, step in report.items()}
+    scales = {adapter.name: scaler.factor(adapter.name) for adapter in adapters}
+    parameters = [p for adapter in adapters for p in adapter.parameters.values()]
+    losses: list[dict[str, float]] = []
+    out_of_memory: BaseException | None = None
     try:
-        lost = _passes(batches, idle, members, objective, per_token, accelerator, scaler, workers)
+        with ranks.lost_within(accelerator.process_index, accelerator.num_processes):
+            if workers is not None and batches:  # an epoch's last step may have no rows for a rank
+                losses = workers.learn(objective, batches, parameters, per_token, scales)
+            else:
+                for batch in batches:
+                    losses.append(learn(batch, objective, per_token, scales, scaler.backward))
+            for batch in idle:
+                uncounted, unscaled = dict.fromkeys(per_token, 0.0), dict.fromkeys(per_token, 1.0)
+                learn(batch, objective, uncounted, unscaled, torch.Tensor.backward)
     except (MemoryError, RuntimeError) as error:
         if accelerator.num_processes == 1 or strategy.in_step or not ran_out(error):
             raise
-        lost, broken = dict.fromkeys(per_token, 0.0), error
-    # What each has lost, and whether memory ran out on a rank, which all have to know.
-    told = torch.tensor([*(lost[name] for name in per_token), broken is not None]).double()
-    summed = _over_ranks(told, accelerator)
-    # A plan's tensors have no values, and one process has raised by now.
-    if accelerator.num_processes > 1 and (short := int(summed[-1])):
-        raise ShortOfMemory(
-            f"out of memory on {short} of {accelerator.num_processes} ranks"
-        ) from broken
-    totals[:, 0] = summed[:-1]
-    report = {
-        member.name: MemberStep(
-            loss=nll / supervised,
-            learning_rate=member.learning_rate,
+        losses, out_of_memory = [], error
+    for name, loss in _losses_of_all_ranks(losses, per_token, out_of_memory, accelerator).items():
+        report[name].loss = loss / max(1, report[name].supervised_tokens)
+
+    strategy.sum_gradients(parameters)
+    for adapter in adapters:
+        scaler.unscale(adapter)
+        report[adapter.name].grad_norm = adapter.gradient_norm()
+    if update:
+        _require_finite(adapters, report, scaler)
+    for adapter in adapters:
+        if update:
+            _move(adapter, report[adapter.name], scaler, strategy)
+        adapter.optimizer.zero_grad(set_to_none=True)
+    return report
+
+
+def _counted(
+    batches: Sequence[MicroBatch], adapters: Sequence[AdapterOptimizer], accelerator: Accelerator
+) -> dict[str, AdapterStep]:
+    """Rows and tokens of each adapter in the step, over all ranks, and its learning rate."""
+    places = {adapter.name: place for place, adapter in enumerate(adapters)}
+    counts = torch.zeros(len(adapters), 3, dtype=torch.float64)
+    for batch in batches:
+        for share in shares_of(batch):
+            rows = slice(share.start, share.stop)
+            supervised = batch.supervised_in(share.start, share.stop)
+            counts[places[str(share.member)]] += torch.tensor(
+                [supervised, sum(batch.lengths[rows]), share.stop - share.start]
+            )
+    return {
+        adapter.name: AdapterStep(
+            learning_rate=adapter.learning_rate,
             examples=int(rows),
             tokens=int(tokens),
             supervised_tokens=int(supervised),
         )
-        for member, (nll, supervised, tokens, rows) in zip(members, totals.tolist(), strict=True)
+        for adapter, (supervised, tokens, rows) in zip(
+            adapters, _over_ranks(counts, accelerator).tolist(), strict=True
+        )
     }
-    parameters = [p for member in members for p in member.parameters.values()]
-    strategy.sum_gradients(parameters)
-    for member in members:
-        scaler.unscale(member)
-        report[member.name].grad_norm = member.gradient_norm()
-    _check(members, report, scaler)
-    for member in members:
-        own = report[member.name]
-        if not own.skipped:  # trap 42: neither weights nor schedule move
-            for group in member.optimizer.param_groups:
-                group["lr"] = own.learning_rate * group["lr_factor"]
-            member.optimizer.step()
-            strategy.moved(list(member.parameters.values()))
-            member.progress.steps += 1
-        member.optimizer.zero_grad(set_to_none=True)
-        scaler.update(member.name, finite=not own.skipped)
-    return report
 
 
-def rehearse(
-    batches: Sequence[MicroBatch],
-    members: Sequence[AdapterOptimizer],
-    objective: Objective,
+def _require_supervised(report: Mapping[str, AdapterStep]) -> None:
+    for name, step in report.items():
+        if step.supervised_tokens == 0:
+            raise UserError(
+                f"adapter {name!r}: a step without one supervised token; every answer in "
+                "it was cut off or empty (raise max_length, or see: lighten data check)"
+            )
+
+
+def _losses_of_all_ranks(
+    losses: Sequence[Mapping[str, float]],
+    names: Iterable[str],
+    out_of_memory: BaseException | None,
     accelerator: Accelerator,
-    scaler: LossScaler,
-    workers: Workers | None = None,
-    strategy: Strategy | None = None,
-    idle: Sequence[MicroBatch] = (),
-) -> dict[str, MemberStep]:
-    """A step but for its update, to see how long it takes; the gradients go.
+) -> dict[str, float]:
+    """Each adapter's summed token losses, once all ranks have agreed that memory sufficed.
 
-    Args, as of `train_step`; nothing is changed by it.
+    Args:
+        losses: Of this rank, by micro-batch and adapter.
+        names: The adapters.
+        out_of_memory: What was raised where memory ran out on this rank.
+        accelerator: The ranks.
 
-    Returns:
-        Nothing of any adapter.
+    Raises:
+        ShortOfMemory: It ran out on one rank: all raise this, so that all make the step again.
     """
-    counts = _counted(batches, members)[:, 1].clamp(min=1.0).tolist()
-    per_token = {member.name: 1.0 / count for member, count in zip(members, counts, strict=True)}
-    _passes(batches, idle, members, objective, per_token, accelerator, scaler, workers)
-    strategy = strategy or Strategy("ddp", accelerator)
-    strategy.sum_gradients([p for member in members for p in member.parameters.values()])
-    for member in members:
-        member.gradient_norm()
-        member.optimizer.zero_grad(set_to_none=True)
-    return {}
+    sums = {name: math.fsum(loss.get(name, 0.0) for loss in losses) for name in names}
+    sent = torch.tensor([*sums.values(), out_of_memory is not None], dtype=torch.float64)
+    *totals, failed = _over_ranks(sent, accelerator).tolist()
+    # One process has raised by now, and a plan's tensors have no values.
+    if accelerator.num_processes > 1 and failed:
+        raise ShortOfMemory(
+            f"out of memory on {int(failed)} of {accelerator.num_processes} ranks"
+        ) from out_of_memory
+    return dict(zip(sums, totals, strict=True))
 
 
-def _passes(
-    batches: Sequence[MicroBatch],
-    idle: Sequence[MicroBatch],
-    members: Sequence[AdapterOptimizer],
-    objective: Objective,
-    per_token: Mapping[str, float],
-    accelerator: Accelerator,
-    scaler: LossScaler,
-    workers: Workers | None,
-) -> dict[str, float]:
-    """`_backward`, and the passes for the sake of other ranks."""
-    with ranks.lost_within(accelerator.process_index, accelerator.num_processes):
-        lost = _backward(batches, members, objective, per_token, scaler, workers)
-        nothing, plain = dict.fromkeys(per_token, 0.0), dict.fromkeys(per_token, 1.0)
-        for batch in idle:
-            learn(batch, objective, nothing, plain, torch.Tensor.backward)
-    return lost
-
-
-def _counted(batches: Sequence[MicroBatch], members: Sequence[AdapterOptimizer]) -> Tensor:
-    """Of each adapter: 0.0 for its loss, supervised tokens, tokens and rows; [members, 4]."""
-    order = {member.name: place for place, member in enumerate(members)}
-    counted = torch.zeros(len(members), 4, dtype=torch.float64)
-    for batch in batches:
-        for share in shares_of(batch):
-            rows = slice(share.start, share.stop)
-            counted[order[str(share.member)], 1:] += torch.tensor(
-                [batch.supervised_in(share.start, share.stop), sum(batch.lengths[rows]),
-                 share.stop - share.start]
-            )  # fmt: skip
-    return counted
-
-
-def _over_ranks(counted: Tensor, accelerator: Accelerator) -> Tensor:
-    """Float64 counts summed over ranks; one rank's stay on the processor: not every device can."""
+def _over_ranks(values: Tensor, accelerator: Accelerator) -> Tensor:
+    """Float64 values summed over ranks; one rank's stay on the processor: not every device can."""
     if accelerator.num_processes == 1:
-        return counted.clone()
-    return ranks.total(accelerator, counted.to(accelerator.device)).cpu()
+        return values
+    return ranks.total(accelerator, values.to(accelerator.device)).cpu()
 
 
-def _backward(
-    batches: Sequence[MicroBatch],
-    members: Sequence[AdapterOptimizer],
-    objective: Objective,
-    per_token: Mapping[str, float],
-    scaler: LossScaler,
-    workers: Workers | None,
-) -> dict[str, float]:
-    """Gradients of all micro-batches into the parameters; each adapter's summed token losses."""
-    scales = {member.name: scaler.factor(member.name) for member in members}
-    if workers is None or not batches:  # the last step of an epoch may leave a rank without rows
-
-        def backward(loss: Tensor) -> None:
-            scaler.begin_backward()
-            loss.backward()
-
-        found = [learn(batch, objective, per_token, scales, backward) for batch in batches]
-    else:
-        parameters = [p for member in members for p in member.parameters.values()]
-        found = workers.learn(objective, batches, parameters, per_token, scales)
-    return {
-        member.name: math.fsum(own.get(member.name, 0.0) for own in found) for member in members
-    }
-
-
-def _check(
-    members: Sequence[AdapterOptimizer], report: Mapping[str, MemberStep], scaler: LossScaler
+def _require_finite(
+    adapters: Sequence[AdapterOptimizer], report: Mapping[str, AdapterStep], scaler: LossScaler
 ) -> None:
     """Look at every adapter before the first one moves: a step given up has changed none."""
     diverged = {}
-    for member in members:
-        own = report[member.name]
-        finite = math.isfinite(own.grad_norm)
-        if not math.isfinite(own.loss) or (not finite and scaler.hopeless(member.name)):
-            diverged[member.name] = (
-                f"adapter {member.name!r}: loss {own.loss} and gradient norm {own.grad_norm} at "
-                f"its step {member.progress.steps + 1}; the weights were not changed (a lower "
-                f"learning_rate than {member.settings.learning_rate:g} may help)"
+    for adapter in adapters:
+        step = report[adapter.name]
+        finite = math.isfinite(step.grad_norm)
+        if not math.isfinite(step.loss) or (not finite and scaler.hopeless(adapter.name)):
+            diverged[adapter.name] = (
+                f"adapter {adapter.name!r}: loss {step.loss} and gradient norm {step.grad_norm} at "
+                f"its step {adapter.progress.steps + 1}; the weights were not changed (a lower "
+                f"learning_rate than {adapter.settings.learning_rate:g} may help)"
             )
-        own.skipped = not finite
+        step.skipped = not finite
     if diverged:
         raise TrainingDiverged(diverged)
-    for member in members:
-        if report[member.name].grad_norm == 0.0 and member.progress.steps == 0:
+    for adapter in adapters:
+        if report[adapter.name].grad_norm == 0.0 and adapter.progress.steps == 0:
             raise UserError(
-                f"adapter {member.name!r} has no gradient at its first step: nothing it changes "
+                f"adapter {adapter.name!r} has no gradient at its first step: nothing it changes "
                 "reaches the loss (check lora_target_modules)"
             )
+
+
+def _move(
+    adapter: AdapterOptimizer, step: AdapterStep, scaler: LossScaler, strategy: Strategy
+) -> None:
+    """The optimiser's update; of a step to be skipped neither weights nor schedule (trap 42)."""
+    if not step.skipped:
+        for group in adapter.optimizer.param_groups:
+            group["lr"] = step.learning_rate * group["lr_factor"]
+        adapter.optimizer.step()
+        strategy.moved(list(adapter.parameters.values()))
+        adapter.progress.steps += 1
+    scaler.update(adapter.name, finite=not step.skipped)

@@ -76,9 +76,9 @@ class _Marking(LossScaler):
         super().__init__(enabled=False)
         self.tracker, self.step_number, self.micro_batch = tracker, 0, -1
 
-    def begin_backward(self) -> None:
-        """The loss is there; the backward pass begins."""
+    def backward(self, loss: Tensor) -> None:
         self.tracker.begin("backward", self.micro_batch, self.step_number)
+        loss.backward()
 
     def unscale(self, member: AdapterOptimizer) -> None:
         """All gradients are there."""

@@ -18,7 +18,7 @@ from lighten.engine.adapter_optimizer import AdapterOptimizer
 from lighten.engine.forked import Forked
 from lighten.engine.forward_backward import undropped
 from lighten.engine.memory_errors import ran_out
-from lighten.engine.step import MemberStep, TrainingDiverged, rehearse, train_step
+from lighten.engine.step import AdapterStep, TrainingDiverged, train_step
 from lighten.engine.validation import ValidationLoss, held_out_over
 from lighten.engine.workers import Threads, Workers
 from lighten.folders import resume_command
@@ -87,106 +87,107 @@ class Loop:
             Interrupted: SIGINT or SIGTERM came; the state is saved.
             UserError: A loss is not finite, or the disk is full.
         """
-        setup, state = self.setup, self.state
+        setup, state, recipe = self.setup, self.state, self.setup.recipe
         self._began = time.monotonic() - state.elapsed_s
         with StopSignals() as signals:
             try:
-                if setup.recipe.max_time is not None:
+                if recipe.max_time is not None:
                     self._time = StepsInTime(setup, state, self.progress, self.folder)
                     if not state.total_steps:
-                        first = self._batches.steps(setup.members[0].settings.seed, 0)
-                        lengths = self._batches.lengths
-                        tokens = [sum(lengths[row] for row in rows) for rows in first]
-                        self._time.fit(tokens, self._try_step, self._held_out_loss)
+                        self._fit_to_time(self._time)
                 self.progress.begin(setup.total_steps, state.step)
-                self._steps(signals)
+                while state.step < setup.total_steps and self._active():
+                    began = time.perf_counter()
+                    adapters = self._active()
+                    report = self._step(adapters, state.step)
+                    state.step += 1
+                    self._after_step(report, time.perf_counter() - began)
+
+                    last = state.step == setup.total_steps
+                    best = False
+                    if setup.rows.held_out and (last or self._due(recipe.eval_steps)):
+                        best = self._evaluate(adapters) and recipe.load_best_model_at_end
+                    self._prune()
+                    done = last or not self._active()
+                    stop = ranks.agreed_stop(setup.accelerator, signals.received)
+                    due = done or best or stop or self._due(recipe.save_steps)
+                    if (due or self._due_by_time()) and self._saves:
+                        self._save()
+                    if stop is not None and not done:
+                        raise Interrupted(
+                            f"stopped by {stop.name} after step {state.step}; the state is "
+                            f"saved, go on with: {resume_command(self.folder)}",
+                            stop,
+                        )
             finally:
-                self._close_lanes()
+                self._close_workers()
 
-    def _steps(self, signals: StopSignals) -> None:
-        setup, state, recipe = self.setup, self.state, self.setup.recipe
-        while state.step < setup.total_steps and self._active():
-            began = time.perf_counter()
-            members = self._active()
-            report = self._step(members)
-            state.step += 1
-            took_s = time.perf_counter() - began
-            self._record(report, took_s)
-            self._pages.after_step()
-            if self._time is not None:
-                self._time.after_step(took_s)
+    def _fit_to_time(self, steps_in_time: StepsInTime) -> None:
+        """Set the number of steps by the time that some of the first epoch's take."""
+        first_epoch = self._batches.steps(self.setup.members[0].settings.seed, 0)
+        lengths = self._batches.lengths
+        tokens = [sum(lengths[row] for row in rows) for rows in first_epoch]
+        steps_in_time.fit(tokens, self._rehearse, self._held_out_loss)
 
-            last = state.step == setup.total_steps
-            best = False
-            if setup.rows.held_out and (last or self._due(recipe.eval_steps)):
-                best = self._evaluate(members) and recipe.load_best_model_at_end
-            self._ask_judge()
-            done = last or not self._active()
-            stop = ranks.agreed_stop(setup.accelerator, signals.received)
-            due = done or best or stop or self._due(recipe.save_steps) or self._due_by_time()
-            if due and self._saves:
-                self._save()
-            if stop is not None and not done:
-                raise Interrupted(
-                    f"stopped by {stop.name} after step {state.step}; the state is "
-                    f"saved, go on with: {resume_command(self.folder)}",
-                    stop,
-                )
-
-    def _try_step(self, place: int) -> None:
+    def _rehearse(self, step: int) -> None:
         """The passes of a step of the first epoch, for their time alone."""
-        for group in self.setup.groups(self.setup.members):
-            self._step_of(group, place, update=False)
+        self._step(self.setup.members, step, update=False)
 
-    def _step(self, members: list[AdapterOptimizer]) -> dict[str, MemberStep]:
-        """One step of all adapters that do not diverge in it."""
-        report: dict[str, MemberStep] = {}
-        for group in self.setup.groups(members):
-            while group:
-                try:
-                    report |= self._step_of(group, self.state.step)
-                    break
-                except TrainingDiverged as error:
-                    if not self._dropped_diverged(group, error):
-                        raise
-                    group = [member for member in group if not member.progress.stopped]
-        return report
+    def _step(
+        self, adapters: Sequence[AdapterOptimizer], step: int, *, update: bool = True
+    ) -> dict[str, AdapterStep]:
+        """One step, without the adapters that diverge in it.
 
-    def _step_of(
-        self, members: list[AdapterOptimizer], step: int, *, update: bool = True
-    ) -> dict[str, MemberStep]:
-        """One step; where memory runs out, the same step with smaller micro-batches."""
+        Where memory runs out, the same step is made again with smaller micro-batches.
+        """
         setup = self.setup
-        while True:
+        report: dict[str, AdapterStep] = {}
+        groups = setup.groups(adapters)
+        while groups:
+            group = groups[0]
             self._watch.moved = False
             batches: list[MicroBatch] = []
             try:
-                batches = list(self._batches.of(step, members))
-                if self._check_loss(batches, members):
-                    batches = list(self._batches.of(step, members))
-                self._open_lanes()
-                idle = self._batches.idle(batches, members[0])
-                make = train_step if update else rehearse
-                return make(
-                    batches, members, setup.objective, setup.accelerator, setup.scaler,
-                    self._workers, setup.strategy, idle,
+                batches = list(self._batches.of(step, group))
+                if self._check_loss(batches, group):
+                    batches = list(self._batches.of(step, group))
+                self._open_workers()
+                idle = self._batches.idle(batches, group[0])
+                report |= train_step(
+                    batches, group, setup.objective, setup.accelerator, setup.scaler,
+                    self._workers, setup.strategy, idle, update=update,
                 )  # fmt: skip
+                del groups[0]
+                continue
+            except TrainingDiverged as error:
+                if not self._dropped_diverged(group, error):
+                    raise
+                left = [adapter for adapter in group if not adapter.progress.stopped]
+                groups[:1] = [left] if left else []
+                continue
             except (MemoryError, RuntimeError) as error:
                 if not (self._retries and ran_out(error)):
                     raise
                 self._shrink(batches, error)
-                self._close_lanes()
+                self._close_workers()
             # Only here, with the exception and the step that it holds gone, is there memory again.
             batches.clear()
             out_of_memory.clear(setup)
+        return report
 
-    def _check_loss(self, batches: list[MicroBatch], members: list[AdapterOptimizer]) -> bool:
+    def _after_step(self, report: dict[str, AdapterStep], took_s: float) -> None:
+        self._record(report, took_s)
+        self._pages.after_step()
+        if self._time is not None:
+            self._time.after_step(took_s)
+
+    def _check_loss(self, batches: list[MicroBatch], adapters: Sequence[AdapterOptimizer]) -> bool:
         """The first batch's check, agreed by all ranks; whether rows have to be laid out anew."""
         objective = self.setup.objective
         packed = objective.packs
         if self.setup.strategy.in_step and not self._agreed:
             # Ranks that wait for each other make the same passes: those of the main rank's batch.
-            batches = list(self._batches.of(self.state.step, members, rank=0))
+            batches = list(self._batches.of(self.state.step, adapters, rank=0))
         if batches and not self._agreed:
             objective.verify(batches[0], undropped(batches[0]))
         if not self._agreed:
@@ -196,7 +197,7 @@ class Loop:
             self._agreed = True
         return packed != objective.packs
 
-    def _open_lanes(self) -> None:
+    def _open_workers(self) -> None:
         """Processes as soon as what they inherit is complete: a checked loss, compiled layers."""
         setup = self.setup
         if setup.workers == 1 or isinstance(self._workers, Forked):
@@ -212,11 +213,11 @@ class Loop:
                 self._forks = False
                 self.progress.note(f"workers are threads, for want of processes: {error}")
             else:
-                self._close_lanes()
+                self._close_workers()
                 self._workers = made
         self._workers = self._workers or Threads(setup.workers, torch.get_num_threads())
 
-    def _close_lanes(self) -> None:
+    def _close_workers(self) -> None:
         if self._workers is not None:
             self._workers.close()
             self._workers = None
@@ -245,7 +246,7 @@ class Loop:
     def _active(self) -> list[AdapterOptimizer]:
         return [member for member in self.setup.members if not member.progress.stopped]
 
-    def _ask_judge(self) -> None:
+    def _prune(self) -> None:
         """Take out what the pruner names."""
         if self.pruner is not None:
             active = self._active()
@@ -255,7 +256,9 @@ class Loop:
                 member.progress.stopped = member.name in leaving
         self._losses = {}
 
-    def _dropped_diverged(self, members: list[AdapterOptimizer], error: TrainingDiverged) -> bool:
+    def _dropped_diverged(
+        self, members: Sequence[AdapterOptimizer], error: TrainingDiverged
+    ) -> bool:
         """Take out what diverged, if others go on; none of theirs has moved."""
         gone = [member for member in members if member.name in error.sentences]
         for member in members:
@@ -282,7 +285,7 @@ class Loop:
         due = time.monotonic() - self._saved_at >= wait_s
         return ranks.of_main(self.setup.accelerator, due)
 
-    def _record(self, report: dict[str, MemberStep], seconds: float) -> None:
+    def _record(self, report: dict[str, AdapterStep], seconds: float) -> None:
         """Append a line per adapter to metrics.jsonl and move the bar."""
         state, recipe = self.state, self.setup.recipe
         state.seconds += seconds
