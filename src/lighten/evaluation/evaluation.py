@@ -19,12 +19,14 @@ from lighten.errors import NoHeldOut, UserError
 from lighten.evaluation import forgetting, harness, metrics, registry
 from lighten.evaluation.bootstrap import Array
 from lighten.evaluation.forgetting import GeneralText
-from lighten.evaluation.generate import as_shown, generate
+from lighten.evaluation.generate import Answers, as_shown, generate
 from lighten.evaluation.judge import Judge, judged
 from lighten.evaluation.kept import Kept, key_of
 from lighten.evaluation.result import Evaluation, Measured
 from lighten.evaluation.run_models import Models, Opened
 from lighten.evaluation.summary import summarise
+from lighten.evaluation.together import Disagrees, Pass
+from lighten.generation import slotted
 from lighten.machine import hardware
 from lighten.models import limits_of
 from lighten.recipe import EvaluateOptions, Recipe
@@ -262,12 +264,7 @@ def measure(
     base, trained, adapter = opened.base, opened.trained, opened.adapter
     memory.restart()
     assert scored.rows is not None
-    statistics = {"loss": _likelihood(opened, scored.rows.rows, recipe, name, progress, kept)}
-    statistics["perplexity"] = statistics["loss"]
-    if general is not None:
-        statistics[forgetting.METRIC] = _likelihood(
-            opened, general.rows.rows, recipe, f"{name}, general text", progress, kept
-        )
+    rows = scored.rows.rows
     prompts, references = [], []
     handling = data.Handling(recipe.system_role, recipe.thinking)
     for example in answered:
@@ -275,16 +272,25 @@ def measure(
         prompts.append(prompt)
         references.append(as_shown(reference, base.tokenizer))
 
-    def tell(done: int, total: int) -> None:
-        if progress is not None:
-            progress(f"{name}: answers", done, total)
-
-    with trained.using(adapter):
-        answers = generate(
-            base.model, base.tokenizer, prompts,
-            max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size,
-            learnt=models.learnt, limits=limits_of(base.model), progress=tell, kept=kept,
-        )  # fmt: skip
+    both = _together(opened, models, rows, prompts, recipe, settings, name, progress, kept)
+    if both is None:
+        loss = _likelihood(opened, rows, recipe, name, progress, kept)
+        with trained.using(adapter):
+            answers = generate(
+                base.model, base.tokenizer, prompts,
+                max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size,
+                learnt=models.learnt, limits=limits_of(base.model), kept=kept,
+                progress=None if progress is None else functools.partial(
+                    progress, f"{name}: answers"
+                ),
+            )  # fmt: skip
+    else:
+        loss, answers = both
+    statistics = {"loss": loss, "perplexity": loss}
+    if general is not None:
+        statistics[forgetting.METRIC] = _likelihood(
+            opened, general.rows.rows, recipe, f"{name}, general text", progress, kept
+        )
     if answered:
         registry.require_pairs(answers.texts, references)
         said, right = registry.nfc(answers.texts), registry.nfc(references)
@@ -294,6 +300,35 @@ def measure(
         for more in settings.extra_metrics:
             statistics[more] = registry.extra(more).statistics(said, right)
     return Measured(name, own, statistics, answers, memory.read())
+
+
+def _together(
+    opened: Opened, models: Models, rows: Sequence[TokenRow], prompts: Sequence[Sequence[int]],
+    recipe: Recipe, settings: EvaluateOptions, name: str, progress: Progress | None,
+    kept: Kept | None,
+) -> tuple[Array, Answers] | None:  # fmt: skip
+    """Statistics of the loss and answers by one pass; None where this machine or model has none."""
+    base, trained = opened.base, opened.trained
+    apart = base.feed is not None or recipe.packing is False or trained.no_packing is not None
+    if not prompts or apart or slotted.obstacle(base.model) is not None:
+        return None
+    said = f"{name}: loss and answers"
+    found = Pass(
+        base.model, base.tokenizer, trained, opened.adapter, models.learnt,
+        settings.max_new_tokens, recipe.per_device_eval_batch_size, _most_tokens(opened, recipe),
+        settings.batch_size, None if progress is None else functools.partial(progress, said), kept,
+    )  # fmt: skip
+    try:
+        losses, answers = found.run(rows, prompts)
+    except Disagrees:
+        return None
+    return metrics.likelihood_statistics(losses.nll, losses.tokens), answers
+
+
+def _most_tokens(opened: Opened, recipe: Recipe) -> int | None:
+    base = opened.base
+    wanted, device = recipe.tokens_per_microbatch, base.model.device.type
+    return choose_tokens(wanted, device, base.dtype.value)[0]
 
 
 def _likelihood(
@@ -311,9 +346,7 @@ def _likelihood(
         rows,
         opened.adapter,
         max_rows=recipe.per_device_eval_batch_size,
-        max_tokens=choose_tokens(
-            recipe.tokens_per_microbatch, base.model.device.type, base.dtype.value
-        )[0],
+        max_tokens=_most_tokens(opened, recipe),
         device=base.model.device,
         progress=None if progress is None else functools.partial(progress, f"{name}: loss"),
     )

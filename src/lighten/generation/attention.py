@@ -18,10 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from lighten.errors import UserError
 from lighten.generation import kernels
+from lighten.models import attention as blocks
 
 NAME = "lighten_slots"
 # Room of a slot grows by so many tokens at least.
@@ -106,6 +109,9 @@ class Batch:
         written: Tokens of the step that are one sequence's newest each.
         reads: The other sequences.
         block: Tokens of a prompt that attend in one product.
+        packed: All sequences are read from their beginning, as rows that stand behind each other
+            in one (`models.attention.packed`): the attention they train with reads them, and
+            slots take their keys and values alone.
     """
 
     cache: SlotCache
@@ -114,6 +120,7 @@ class Batch:
     written: Sequence[int]
     reads: Sequence[Read]
     block: int = BLOCK
+    packed: bool = False
     _arrays: Any = field(default=None, repr=False)
 
     def arrays(self) -> Any:
@@ -170,17 +177,22 @@ def _forward(
     sliding_window: int | None = None,
     softcap: float | None = None,
     **others: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Any]:
     """What transformers calls: [1, H, N, D] → [1, N, H, D]."""
-    del attention_mask
     if others.get("s_aux") is not None:
         raise NotImplementedError("attention sinks")
     batch = _batch.get()
-    assert batch is not None
+    if batch is not None:
+        keys, values = batch.cache.layer(int(module.layer_idx), key, value)  # type: ignore[arg-type]
+        keys[batch.slots, :, batch.positions] = key[0].transpose(0, 1)
+        values[batch.slots, :, batch.positions] = value[0].transpose(0, 1)
+    if batch is None or batch.packed:
+        found: tuple[Tensor, Any] = ALL_ATTENTION_FUNCTIONS[blocks.NAME](
+            module, query, key, value, attention_mask, scaling=scaling,
+            sliding_window=sliding_window, softcap=softcap, **others,
+        )  # fmt: skip
+        return found
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    keys, values = batch.cache.layer(int(module.layer_idx), key, value)  # type: ignore[arg-type]
-    keys[batch.slots, :, batch.positions] = key[0].transpose(0, 1)
-    values[batch.slots, :, batch.positions] = value[0].transpose(0, 1)
     out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
     window = sliding_window or 0
     if batch.written:
@@ -265,7 +277,35 @@ def _softcapped(
     return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
 
 
+def _mask(*arguments: Any, **options: Any) -> Tensor | None:
+    """None: slots know who sees whom; for whole rows, what the attention they train with takes."""
+    batch = _batch.get()
+    if batch is None or batch.packed:
+        mask: Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS[blocks.NAME](*arguments, **options)
+        return mask
+    return None
+
+
 def register() -> None:
     """Let transformers' models take this attention by its name."""
     AttentionInterface.register(NAME, _forward)
-    AttentionMaskInterface.register(NAME, lambda *_, **__: None)
+    AttentionMaskInterface.register(NAME, _mask)
+
+
+def require_plain(model: PreTrainedModel) -> None:
+    """Refuse what a cache of slots would get wrong.
+
+    Raises:
+        UserError: The base's attention is of another kind.
+    """
+    config = model.config.get_text_config()
+    name = config.model_type
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if not kinds <= {"full_attention", "sliding_attention"}:
+        raise UserError(f"{name} has layers of another kind ({', '.join(sorted(kinds))})")
+    rope = getattr(config, "rope_parameters", None) or {}
+    each = [rope] if "rope_type" in rope or not rope else [r for r in rope.values() if r]
+    if any(r.get("rope_type") in ("dynamic", "longrope") for r in each if isinstance(r, dict)):
+        raise UserError(f"{name}'s rotary embedding depends on the length of the whole batch")
+    if not model._supports_attention_backend:
+        raise UserError(f"{name}'s attention cannot be replaced")

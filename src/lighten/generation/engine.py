@@ -116,7 +116,7 @@ class Engine:
         prefill_tokens: int = 512,
         prefix_caching: bool = True,
     ) -> None:
-        _check(model)
+        attention.require_plain(model)
         attention.register()
         self._model = model
         model.set_attn_implementation(attention.NAME)
@@ -419,22 +419,3 @@ class Engine:
                 self._end(sequence, "complete")
             elif len(sequence.answer) >= sequence.request.max_tokens or full:
                 self._end(sequence, "length")
-
-
-def _check(model: PreTrainedModel) -> None:
-    """Refuse what the cache of slots would get wrong.
-
-    Raises:
-        UserError: The base's attention is of another kind.
-    """
-    config = model.config.get_text_config()
-    name = config.model_type
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if not kinds <= {"full_attention", "sliding_attention"}:
-        raise UserError(f"{name} has layers of another kind ({', '.join(sorted(kinds))})")
-    rope = getattr(config, "rope_parameters", None) or {}
-    each = [rope] if "rope_type" in rope or not rope else [r for r in rope.values() if r]
-    if any(r.get("rope_type") in ("dynamic", "longrope") for r in each if isinstance(r, dict)):
-        raise UserError(f"{name}'s rotary embedding depends on the length of the whole batch")
-    if not model._supports_attention_backend:
-        raise UserError(f"{name}'s attention cannot be replaced")

@@ -1,0 +1,264 @@
+"""Losses and greedy answers in one pass over the rows, on a processor.
+
+A row whose loss is measured begins with the prompt that is answered, so the prompt goes through the
+model once: its keys and values stay in a slot (`generation.slotted`), and the answer goes on from
+there. Rows are packed, without padding. What cannot be done so is measured apart.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from lighten.adapters import Trained
+from lighten.data import LearntAnswers
+from lighten.data.batches import Item, TokenRow, collate, layout
+from lighten.data.special import visible
+from lighten.engine.forward_backward import measure, undropped
+from lighten.engine.loss import Objective
+from lighten.engine.validation import ValidationLoss, held_out
+from lighten.evaluation.generate import Answers, hidden_tokens, stop_tokens
+from lighten.evaluation.kept import Kept, key_of
+from lighten.generation import slotted
+from lighten.generation.slotted import Slotted
+from lighten.models import limits_of
+
+Progress = Callable[[int, int], None]
+
+# Keys and values of the rows that answer at the same time, and how many rows more of them gain
+# nothing: their products run at a processor's full rate.
+CACHE_BYTES = 512 * 2**20
+ENOUGH_ROWS = 64
+# How far logits from the slots may be from the model's, relative.
+AGREEMENT = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+class Disagrees(Exception):
+    """The model does something to its rows that slots do not know."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A row that is read, and the answer that it is continued with.
+
+    Attributes:
+        input_ids: The prompt, and what follows it in the row that is scored.
+        supervised: Whether each token is a target.
+        row: Which of the scored rows it is; None: a prompt alone.
+        prompt: Which of the prompts it begins with.
+        prompt_tokens: Of that.
+        room: Tokens that it is answered with at most.
+    """
+
+    input_ids: Sequence[int]
+    supervised: Sequence[bool]
+    row: int | None
+    prompt: int
+    prompt_tokens: int
+    room: int
+
+    @property
+    def tokens(self) -> int:
+        """Of the row or of prompt and answer, whichever is longer."""
+        return max(len(self.input_ids), self.prompt_tokens + self.room)
+
+
+@dataclass
+class Pass:
+    """One model's pass over rows and prompts.
+
+    Attributes:
+        model: In eval mode.
+        tokenizer: Its.
+        trained: What was trained on it.
+        adapter: Which of that answers; None: the base.
+        learnt: What the answers that it was trained on end with and hold.
+        max_new_tokens: Longest answer.
+        max_rows: Read at once at most.
+        max_tokens: Read at once at most.
+        at_once: Rows that answer at the same time at least, where there are so many.
+        progress: Told how many prompts are answered, and of how many.
+        kept: What an earlier session measured before it was ended; new parts are added.
+    """
+
+    model: PreTrainedModel
+    tokenizer: Any
+    trained: Trained
+    adapter: str | None
+    learnt: LearntAnswers
+    max_new_tokens: int
+    max_rows: int
+    max_tokens: int | None
+    at_once: int
+    progress: Progress | None = None
+    kept: Kept | None = None
+    _compared: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        self._stops = stop_tokens(self.model, self.tokenizer, self.learnt)
+        self._hidden = hidden_tokens(self.tokenizer, self.learnt)
+        self._objective = Objective(
+            self.model, self.trained, fast=self.trained.supports_fast_loss, packs=True
+        )
+
+    def run(
+        self, rows: Sequence[TokenRow], prompts: Sequence[Sequence[int]]
+    ) -> tuple[ValidationLoss, Answers]:
+        """The loss of each row that has a supervised token, and the answer to each prompt.
+
+        Raises:
+            Disagrees: It has to be measured otherwise.
+        """
+        limits = limits_of(self.model)
+        rooms = [limits.room(len(prompt), self.max_new_tokens) for prompt in prompts]
+        jobs = _jobs(rows, prompts, rooms)
+        nll, supervised = [0.0] * len(rows), [0] * len(rows)
+        texts, tokens, shortened, seconds = [""] * len(prompts), 0, 0, 0.0
+        done = 0
+        with slotted.slots_in(self.model):
+            for wave in self._waves(jobs):
+                part = self._kept(wave)
+                for place, job in enumerate(wave):
+                    texts[job.prompt] = part["texts"][place]
+                    if job.row is not None:
+                        nll[job.row], supervised[job.row] = part["nll"][place], part["of"][place]
+                tokens, seconds = tokens + part["tokens"], seconds + part["seconds"]
+                shortened += part["shortened"]
+                done += len(wave)
+                if self.progress is not None:
+                    self.progress(done, len(jobs))
+        read = {job.row for job in jobs}
+        scored = [place for place, row in enumerate(rows) if any(row.supervised[1:])]
+        alone = [place for place in scored if place not in read]
+        for place, lost, count in zip(alone, *self._scored([rows[i] for i in alone]), strict=True):
+            nll[place], supervised[place] = lost, count
+        losses = ValidationLoss(tuple(nll[i] for i in scored), tuple(supervised[i] for i in scored))
+        return losses, Answers(texts, tokens, seconds, shortened)
+
+    def _waves(self, jobs: Sequence[Job]) -> Iterator[list[Job]]:
+        """Jobs that answer at the same time: the same ones however often a session is ended."""
+        token = slotted.bytes_per_token(self.model)
+        left = sorted(jobs, key=lambda job: -job.tokens)
+        while left:
+            within = CACHE_BYTES // max(1, token * left[0].tokens)
+            count = max(self.at_once, min(ENOUGH_ROWS, within))
+            yield left[:count]
+            left = left[count:]
+
+    def _kept(self, wave: Sequence[Job]) -> dict[str, Any]:
+        """What an earlier session kept of a wave, or what is measured now."""
+        # A wave is kept whole: in other company an answer may be rounded to another.
+        made_of = [part for job in wave for part in (job.input_ids, (job.prompt_tokens, job.room))]
+        key = key_of("loss-and-answers", made_of)
+        before = None if self.kept is None else self.kept.get(key)
+        if before is not None:
+            return before
+        part = self._measure(wave)
+        if self.kept is not None:
+            self.kept.put(key, part)
+        return part
+
+    def _measure(self, wave: Sequence[Job]) -> dict[str, Any]:
+        began = time.perf_counter()
+        slots = Slotted(self.model, len(wave), max(job.tokens for job in wave))
+        nll, of = self._read(wave, slots)
+        with torch.inference_mode(), self.trained.using(self.adapter):
+            answers = slots.answers(
+                [job.input_ids[: job.prompt_tokens] for job in wave],
+                [job.room for job in wave], set(self._stops),
+            )  # fmt: skip
+        texts, shortened = [], 0
+        for job, answer in zip(wave, answers, strict=True):
+            said = answer[:-1] if answer and answer[-1] in self._stops else answer
+            texts.append(visible(said, self.tokenizer, hidden=self._hidden))
+            shortened += job.room < self.max_new_tokens and len(said) == job.room
+        return {
+            "nll": nll, "of": of, "texts": texts, "tokens": sum(map(len, answers)),
+            "shortened": shortened, "seconds": time.perf_counter() - began,
+        }  # fmt: skip
+
+    @torch.no_grad()
+    def _read(self, wave: Sequence[Job], slots: Slotted) -> tuple[list[float], list[int]]:
+        """Put each row into the slot of its place; its loss, and the tokens that this is of."""
+        nll, of = [0.0] * len(wave), [0] * len(wave)
+        parts = layout(
+            [Item(self.adapter, place, 0) for place in range(len(wave))],
+            [len(job.input_ids) for job in wave],
+            max_rows=self.max_rows, max_tokens=self.max_tokens, packed=True,
+        )  # fmt: skip
+        for part in parts:
+            batch = collate(part, wave, [self.adapter], packed=True)
+            self._objective.verify(batch, undropped(batch))
+            if not self._objective.packs:
+                raise Disagrees(self._objective.packing_reason)
+            places = [item.row for item in batch.items]
+            assert batch.starts is not None
+            with slots.reading(batch.starts, places):
+                lost = measure(batch, self._objective)
+            for number, place in enumerate(places):
+                nll[place] = lost[number]
+                of[place] = batch.supervised_in(number, number + 1)
+            if not self._compared:
+                self._compare(wave, slots, places)
+        return nll, of
+
+    def _compare(self, wave: Sequence[Job], slots: Slotted, places: Sequence[int]) -> None:
+        """Two rows' last tokens by the slots and by the model as it stands.
+
+        Raises:
+            Disagrees: They are another.
+        """
+        two = list(dict.fromkeys((places[0], places[-1])))
+        with self.trained.using(self.adapter):
+            apart = slots.apart([wave[place].input_ids for place in two], two)
+        if not apart <= AGREEMENT.get(self.trained.dtype, 1e-1):
+            raise Disagrees(f"logits from the slots are {apart:.1e} from the model's")
+        self._compared = True
+
+    def _scored(self, rows: Sequence[TokenRow]) -> tuple[Sequence[float], Sequence[int]]:
+        """Losses and supervised tokens of rows that no prompt begins."""
+        if not rows:
+            return (), ()
+        key = key_of("loss", [row.input_ids for row in rows])
+        before = None if self.kept is None else self.kept.get(key)
+        if before is None:
+            found = held_out(
+                self._objective, rows, self.adapter, max_rows=self.max_rows,
+                max_tokens=self.max_tokens, device=self.model.device,
+            )  # fmt: skip
+            before = {"nll": found.nll, "tokens": found.tokens}
+            if self.kept is not None:
+                self.kept.put(key, before)
+        return before["nll"], before["tokens"]
+
+
+def _jobs(
+    rows: Sequence[TokenRow], prompts: Sequence[Sequence[int]], rooms: Sequence[int]
+) -> list[Job]:
+    """One for each prompt: with a row that it begins, up to one of its answers, or by itself."""
+    waiting: dict[tuple[int, ...], list[int]] = {}
+    for prompt in reversed(range(len(prompts))):
+        waiting.setdefault(tuple(map(int, prompts[prompt])), []).append(prompt)
+    lengths = {len(prompt) for prompt in prompts}
+    jobs = []
+    for row, scored in enumerate(rows):
+        ids = list(map(int, scored.input_ids))
+        marks = [*map(bool, scored.supervised)]
+        for start in reversed(range(1, len(ids))):
+            if not marks[start] or marks[start - 1] or start not in lengths:
+                continue
+            asking = waiting.get(tuple(ids[:start]))
+            if asking:
+                prompt = asking.pop()
+                jobs.append(Job(ids, marks, row, prompt, start, rooms[prompt]))
+                break
+    for asking in waiting.values():
+        for prompt in asking:
+            ids = list(map(int, prompts[prompt]))
+            jobs.append(Job(ids, [False] * len(ids), None, prompt, len(ids), rooms[prompt]))
+    return jobs
