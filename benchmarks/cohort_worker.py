@@ -28,7 +28,7 @@ from lighten import models
 from lighten.engine.batching import choose_passes
 from lighten.engine.workers import FULL_TOKENS
 from lighten.machine.hardware import PeakMemory
-from lighten.training.prepare import load_base
+from lighten.training.base import load_base
 
 # Rows of a micro-batch never decide in a cohort: its tokens do.
 MANY_ROWS = 4096
@@ -70,7 +70,7 @@ def run_ours(
     if len(lessons) > 1:
         each = sum(len(ids) for ids, _ in first) // len(lessons)
         passes = choose_passes(base, each, setup.tokens_per_microbatch, side_by_side)
-        setup.choices["passes"], setup.apart = passes, passes.value == "apart"
+        setup.choices["passes"], setup.one_adapter_at_a_time = passes, passes.value == "apart"
     try:
         return engine.train(setup, lessons, Path(job["scratch"]), memory, start=start)
     finally:

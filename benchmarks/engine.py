@@ -33,11 +33,13 @@ from lighten.engine.step import AdapterStep
 from lighten.errors import UserError
 from lighten.machine.hardware import Choice, PeakMemory
 from lighten.recipe import Recipe
+from lighten.training.base import load_base
 from lighten.training.checkpoints import TrainerState
 from lighten.training.loop import Loop
-from lighten.training.prepare import Setup, load_base, prepare
+from lighten.training.prepare import prepare
 from lighten.training.progress import TrainingProgress
 from lighten.training.rows import Rows
+from lighten.training.setup import Setup
 from lighten.training.step_batches import StepBatches
 
 RANK = 8
@@ -142,7 +144,7 @@ class GivenSteps(Loop):
         self.device = setup.accelerator.device.type
         self.orders: dict[int, list[list[int]]] = {}
         first = 0
-        for member in setup.members:
+        for member in setup.adapters:
             order = []
             for step in lessons[member.name]:
                 order.append(list(range(first, first + len(step))))
@@ -200,12 +202,12 @@ def train(
     """
     for name, own in (start or {}).items():
         setup.trained.restore(name, own)
-    for member in setup.members:
+    for member in setup.adapters:
         if not learns:
             member.settings = replace(member.settings, learning_rate=0.0)
     before = {
         member.name: _copies(member.parameters)
-        for member in setup.members
+        for member in setup.adapters
         if member.name not in (start or {})
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -217,11 +219,11 @@ def train(
     peak = memory.read()
     for name, own in (start or {}).items():  # a copy of them would have counted as training's
         before[name] = read_weights(Path(own))
-    names = [member.name for member in setup.members]
+    names = [member.name for member in setup.adapters]
     return {
         "losses": {name: [report[name].loss for report in loop.reports] for name in names},
         "grad_norms": {name: [report[name].grad_norm for report in loop.reports] for name in names},
-        "moved": {m.name: largest_move(before[m.name], m.parameters) for m in setup.members},
+        "moved": {m.name: largest_move(before[m.name], m.parameters) for m in setup.adapters},
         "step_seconds": [end - start for start, end in zip(starts, loop.ends, strict=True)],
         "first_step_at": loop.ends[0],
         **peak,

@@ -35,7 +35,7 @@ from lighten.data.batches import MicroBatch
 from lighten.engine.forward_backward import shares_of
 from lighten.engine.step import train_step
 from lighten.machine.hardware import PeakMemory
-from lighten.training.prepare import Setup
+from lighten.training.setup import Setup
 
 
 def measure(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
@@ -90,9 +90,9 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 def first_micro_batch(setup: Setup, lessons: Mapping[str, Any], scratch: Path) -> MicroBatch:
     """The largest micro-batch of the step, laid out as the loop does."""
     loop = engine.GivenSteps(setup, lessons, scratch, PeakMemory(setup.accelerator.device.type))
-    batch = next(loop._batches.of(0, setup.members))
+    batch = next(loop._batches.of(0, setup.adapters))
     if setup.objective.verify(batch, shares_of(batch)):
-        batch = next(loop._batches.of(0, setup.members))
+        batch = next(loop._batches.of(0, setup.adapters))
     return batch
 
 
@@ -104,7 +104,7 @@ def whole_step(
     seconds = []
     for _ in range(repeats + 2):
         began = time.perf_counter()
-        train_step([batch], setup.members, setup.objective, setup.accelerator, setup.scaler)
+        train_step([batch], setup.adapters, setup.objective, setup.accelerator, setup.scaler)
         machine.synchronize(setup.accelerator.device.type)
         seconds.append(time.perf_counter() - began)
     return seconds[2:]

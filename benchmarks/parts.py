@@ -24,7 +24,7 @@ from lighten.adapters.layers import CohortLinear
 from lighten.cpu import gates
 from lighten.data.batches import MicroBatch
 from lighten.engine.forward_backward import shares_of
-from lighten.training.prepare import Setup
+from lighten.training.setup import Setup
 
 PARTS = ("linear", "low-rank", "attention", "norm", "activation", "loss", "optimiser")
 
@@ -185,7 +185,7 @@ class Parts:
         yield call
 
     def _optimiser(self) -> Iterator[Callable[[], None]]:
-        for member in self.setup.members:
+        for member in self.setup.adapters:
             for parameter in member.parameters.values():
                 parameter.grad = torch.zeros_like(parameter)
 
@@ -223,7 +223,7 @@ class Parts:
             V, H = self.setup.base.model.get_output_embeddings().weight.shape
             total = arithmetic.loss(len(batch.labels), H, V, size)
         else:
-            for member in self.setup.members:
+            for member in self.setup.adapters:
                 count = sum(p.numel() for p in member.parameters.values())
                 total += arithmetic.optimiser(count)
         return total

@@ -23,7 +23,7 @@ from benchmarks.steps import Row
 from lighten.engine.step import AdapterStep
 from lighten.machine.hardware import PeakMemory
 from lighten.recipe import Recipe
-from lighten.training.prepare import load_base
+from lighten.training.base import load_base
 
 
 def rows_of(count: int, tokens: int, supervised: float, vocabulary: int, seed: int) -> list[Row]:

@@ -182,7 +182,7 @@ def _losses(run: Any, groups: int | None, arguments: argparse.Namespace) -> Any:
     from lighten.machine import hardware
     from lighten.models import limits_of
     from lighten.training import held_out_data
-    from lighten.training.prepare import load_base
+    from lighten.training.base import load_base
 
     recipe, device = run.recipe(), hardware.choose_device().value
     base = load_base(recipe, device)

@@ -286,7 +286,7 @@ def test_the_work_of_parts_sums_to_that_of_the_step(tmp_path: Path) -> None:
         work = parts.work(part)
         assert work.bytes > 0.0
         total += work
-    count = sum(p.numel() for p in setup.members[0].parameters.values())
+    count = sum(p.numel() for p in setup.adapters[0].parameters.values())
     whole = arithmetic.step_flops(description, count, lessons["a"])
     # The step's formula knows no filler behind packed rows, and takes a first layer's gradient in.
     filler = batch.input_ids.numel() / batch.tokens

@@ -34,7 +34,7 @@ from lighten.planning.predict import read_rows
 from lighten.planning.result import MemoryPart
 from lighten.recipe import Recipe
 from lighten.training import progress, row_cache
-from lighten.training.prepare import tokenizer_of
+from lighten.training.base import tokenizer_of
 from lighten.training.rows import load_rows
 from tests.tiny import tiny_tokenizer
 

@@ -28,7 +28,7 @@ from lighten.evaluation.verdicts import verdict
 from lighten.reporting import comparison, page
 from lighten.runs import Run
 from lighten.sweeps.recommend import Candidate, recommend
-from lighten.training.prepare import tokenizer_of
+from lighten.training.base import tokenizer_of
 from lighten.training.rows import load_rows
 from tests.tiny import tiny_tokenizer
 

@@ -14,7 +14,7 @@ import lighten
 from lighten import adapters, models
 from lighten.errors import UserError
 from lighten.runs import Run
-from lighten.training.prepare import load_base
+from lighten.training.base import load_base
 from tests.tiny import save_tiny
 
 IDS = torch.randint(0, 320, (2, 17), generator=torch.Generator().manual_seed(3))

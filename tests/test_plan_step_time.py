@@ -45,7 +45,7 @@ def test_adapters_one_after_another_wait_for_each_other(tmp_path: Path) -> None:
         return sum(part.times for part in parts_of(step) if not part.alone)
 
     assert waited() == pytest.approx(1.0), "side by side"
-    step.setup.apart = True
+    step.setup.one_adapter_at_a_time = True
     assert waited() == pytest.approx(2.0)
 
 

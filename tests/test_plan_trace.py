@@ -170,7 +170,7 @@ def test_of_many_chunks_of_the_loss_a_few_are_traced_and_all_are_counted(
 def same_course(short: Traced, whole: Traced) -> None:
     """Bytes alive after every event, but for the vector of norms: one number per parameter."""
     live, other = short.timeline.live(), whole.timeline.live()
-    parameters = sum(len(member.parameters) for member in whole.setup.members)
+    parameters = sum(len(member.parameters) for member in whole.setup.adapters)
     assert len(live) == len(other)
     assert max(abs(a - b) for a, b in zip(live, other, strict=True)) <= 4 * parameters
 
@@ -417,7 +417,7 @@ def test_every_adapter_learns_in_a_traced_step_and_lanes_sum_what_is_theirs(
     four = recipe_of(folder, lora_r=[8] * 4, seed=[0, 1, 2, 3], tokens_per_microbatch=64, workers=2)
     traced = follow(four, (1, 64))
     assert len(traced.batches) == 4, "one for each adapter"
-    each = [sum(p.numel() for p in own.parameters.values()) for own in traced.setup.members]
+    each = [sum(p.numel() for p in own.parameters.values()) for own in traced.setup.adapters]
     held = traced.timeline.alive_at(len(traced.timeline.events) - 1)
     assert held["optimiser"] == pytest.approx(2 * 4 * sum(each), rel=0.02)
     assert traced.further_sums(2) == 0, "each adapter's gradients are summed in one worker"

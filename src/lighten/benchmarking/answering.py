@@ -90,7 +90,7 @@ def _losses(recipe: Any, base: Any, trained: Any, member: str | None) -> Iterato
     from lighten.engine.batching import choose_tokens
     from lighten.engine.loss import Objective
     from lighten.engine.validation import held_out
-    from lighten.training.prepare import tokenizer_of
+    from lighten.training.base import tokenizer_of
     from lighten.training.rows import load_rows
 
     rows = load_rows(recipe, tokenizer_of(recipe)).held_out

@@ -49,10 +49,11 @@ def run(
     from lighten.machine.hardware import PeakMemory, choose_device
     from lighten.recipe import Recipe
     from lighten.training import run as training  # with all that a training imports
+    from lighten.training.base import load_base, tokenizer_of
     from lighten.training.checkpoints import TrainerState
     from lighten.training.export import export_adapter
     from lighten.training.loop import Loop
-    from lighten.training.prepare import load_base, prepare, tokenizer_of
+    from lighten.training.prepare import prepare
     from lighten.training.progress import TrainingProgress
     from lighten.training.rows import load_rows
 
@@ -78,7 +79,7 @@ def run(
         _require_moved(before, _samples(setup))
         lines = list(runs.read_lines(folder / runs.METRICS))
         peak = memory.read()
-        (member,) = setup.members
+        (member,) = setup.adapters
         trained = sum(p.numel() for p in member.parameters.values())
         yield {
             "step_seconds": [line["seconds"] for line in lines],
@@ -137,7 +138,7 @@ def shipped_bytes(setup: Any, member: str) -> int:
 def _samples(setup: Any) -> list[Any]:
     from lighten.planning.probe import samples_of
 
-    return samples_of([p for own in setup.members for p in own.parameters.values()])
+    return samples_of([p for own in setup.adapters for p in own.parameters.values()])
 
 
 def _require_moved(before: list[Any], after: list[Any]) -> None:

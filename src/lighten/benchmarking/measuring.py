@@ -180,7 +180,7 @@ class Measuring:
         Raises:
             UserError: They cannot be.
         """
-        from lighten.training.prepare import tokenizer_of
+        from lighten.training.base import tokenizer_of
         from lighten.training.rows import load_rows
 
         if self._rows is None:

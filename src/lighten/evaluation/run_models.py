@@ -10,7 +10,7 @@ from lighten.adapters import Trained
 from lighten.adapters.fake_quant import fake_quantise
 from lighten.recipe import Recipe
 from lighten.runs import Run
-from lighten.training.prepare import load_base
+from lighten.training.base import load_base
 
 
 @dataclass

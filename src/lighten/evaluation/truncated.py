@@ -29,8 +29,8 @@ from lighten.machine import hardware
 from lighten.models import Base, limits_of
 from lighten.recipe import Recipe
 from lighten.runs import Run
+from lighten.training.base import load_base
 from lighten.training.held_out_data import encoded
-from lighten.training.prepare import load_base
 
 Progress = Callable[[str, int, int], None]
 

@@ -30,9 +30,8 @@ from lighten.planning.result import Change, Plan, StepTime
 from lighten.planning.trace import plan_recipe
 from lighten.recipe import Recipe
 from lighten.recipe.section import seconds
-from lighten.training.prepare import tokenizer_of
+from lighten.training.base import require_trainable, tokenizer_of
 from lighten.training.rows import Rows, cached_rows, load_rows, sample_rows
-from lighten.training.suitable import require_trainable
 from lighten.wording import counted
 
 # Of larger data a sample is encoded for a plan alone, if they are not in the cache; data beyond

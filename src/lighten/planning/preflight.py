@@ -19,10 +19,10 @@ from lighten.planning.distributed import Distributed, of_recipe, on_ranks
 from lighten.planning.result import Plan
 from lighten.recipe import Recipe
 from lighten.runs import Run
+from lighten.training.base import require_trainable
 from lighten.training.prediction import Prediction
 from lighten.training.progress import TrainingProgress
 from lighten.training.rows import Rows
-from lighten.training.suitable import require_trainable
 
 MOST_ADVICE = 3
 

@@ -29,8 +29,8 @@ from lighten.recipe import Recipe
 if TYPE_CHECKING:
     from lighten.data.batches import MicroBatch
     from lighten.engine.workers import Workers
-    from lighten.training.prepare import Setup
     from lighten.training.rows import Rows
+    from lighten.training.setup import Setup
 
 # Steps that are timed, after one that warms up.
 STEPS = 2
@@ -159,7 +159,8 @@ def measure(
     from lighten.machine.hardware import PeakMemory, choose_device
     from lighten.machine.timing import measure_step
     from lighten.training import run
-    from lighten.training.prepare import load_base, prepare
+    from lighten.training.base import load_base
+    from lighten.training.prepare import prepare
 
     assert run is not None  # everything is imported, as when a training begins to measure
     allocator.keep_pages(kind)
@@ -175,12 +176,12 @@ def measure(
     largest = batches()
     setup.objective.verify(largest[0], undropped(largest[0]))
     workers = _workers(setup)
-    weights = [p for member in setup.members for p in member.parameters.values()]
+    weights = [p for member in setup.adapters for p in member.parameters.values()]
     at_first = samples_of(weights)
 
     def step() -> None:
         made = batches()
-        for group in setup.groups(setup.members):
+        for group in setup.groups(setup.adapters):
             own = {member.name for member in group}
             part = [batch for batch in made if batch.items[0].member in own]
             train_step(part, group, setup.objective, accelerator, setup.scaler, workers)
@@ -231,7 +232,7 @@ def _batches(
 
     cut, of_rows = largest_step(setup, lengths)
     rows = _rows(of_rows, supervised).train.rows
-    names = [member.name for member in setup.members]
+    names = [member.name for member in setup.adapters]
     packed, device = setup.objective.packs, setup.accelerator.device
     return lambda: [collate(part, rows, names, packed=packed, device=device) for part in cut]
 
@@ -248,7 +249,7 @@ def _workers(setup: Setup) -> Workers | None:
         return None
     if not possible():
         return Threads(setup.workers, torch.get_num_threads())
-    return processes_for(setup.workers, setup.objective, setup.groups(setup.members))
+    return processes_for(setup.workers, setup.objective, setup.groups(setup.adapters))
 
 
 def random_base(recipe: Recipe, device: str) -> Any:

@@ -79,7 +79,7 @@ def _waits(traced: Traced) -> float:
     """How many times its even share of the tokens the fullest worker has."""
     workers = workers_of(traced)
     longest = total = 0
-    for group in traced.setup.groups(traced.setup.members):
+    for group in traced.setup.groups(traced.setup.adapters):
         names = {own.name for own in group}
         tokens = [traced.tokens(place) for place, part in enumerate(traced.batches)
                   if part[0].member in names]  # fmt: skip

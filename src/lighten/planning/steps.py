@@ -25,7 +25,6 @@ from lighten.data.batches import Item, MicroBatch, collate, even_shares, layout,
 from lighten.data.tokenise import EncodingCounts
 from lighten.engine.adapter_optimizer import AdapterOptimizer
 from lighten.engine.forward_backward import undropped
-from lighten.engine.scaling import LossScaler
 from lighten.engine.step import train_step
 from lighten.errors import UserError
 from lighten.machine.hardware import Choice
@@ -36,10 +35,11 @@ from lighten.planning.fake_modules import converted_in_place
 from lighten.planning.few_chunks import FewChunks
 from lighten.planning.on_cuda import as_on_cuda, as_unpacked
 from lighten.planning.result import MOST_TOKENS, Shape
-from lighten.planning.storage_tracker import StorageTracker, Timeline
+from lighten.planning.storage_tracker import StepMarker, StorageTracker, Timeline
 from lighten.recipe import Recipe
-from lighten.training.prepare import Setup, prepare
+from lighten.training.prepare import prepare
 from lighten.training.rows import Rows
+from lighten.training.setup import Setup
 
 STEPS = 2
 ATTENTION_IS_HALF = 2048  # tokens of a row whose attention takes as much as the rest of a layer
@@ -67,38 +67,6 @@ class OneRank:
         """Of one rank: the tensor."""
         del reduction
         return tensor
-
-
-class _Marking(LossScaler):
-    """Tells the trace where the backward pass and the optimiser begin; scales nothing."""
-
-    def __init__(self, tracker: StorageTracker) -> None:
-        super().__init__(enabled=False)
-        self.tracker, self.step_number, self.micro_batch = tracker, 0, -1
-
-    def backward(self, loss: Tensor) -> None:
-        self.tracker.begin("backward", self.micro_batch, self.step_number)
-        loss.backward()
-
-    def unscale(self, member: AdapterOptimizer) -> None:
-        """All gradients are there."""
-        for group in member.optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self.tracker.mark(parameter.grad, "gradients")
-        if self.tracker.timeline.runs[-1].phase != "optimiser step":
-            self.tracker.begin("optimiser step", self.micro_batch, self.step_number)
-
-    def next_batch(self, _module: nn.Module, _args: Any) -> None:
-        """A forward pre-hook of the backbone."""
-        if torch.is_grad_enabled():
-            self.micro_batch += 1
-            self.tracker.begin("forward", self.micro_batch, self.step_number)
-
-    def backbone_done(self, _module: nn.Module, _args: Any, _out: Any) -> None:
-        """A forward hook of the backbone."""
-        if torch.is_grad_enabled():
-            self.tracker.begin("loss", self.micro_batch, self.step_number)
 
 
 @dataclass
@@ -144,7 +112,7 @@ class Traced:
         Each worker sums those of the adapters in its own micro-batches.
         """
         found = 0
-        for group in self.setup.groups(self.setup.members):
+        for group in self.setup.groups(self.setup.adapters):
             size: dict[str | None, int] = {
                 own.name: sum(4 * p.numel() for p in own.parameters.values()) for own in group
             }
@@ -179,11 +147,11 @@ def largest_step(
             rows in a list, or None: every example is `max_length` long.
     """
     recipe, packed = setup.recipe, setup.objective.packs
-    names = [member.name for member in setup.members]
+    names = [member.name for member in setup.adapters]
 
     def cut(items: list[Item], lengths: Sequence[int]) -> list[list[Item]]:
         found: list[list[Item]] = []
-        for group in setup.groups(setup.members):
+        for group in setup.groups(setup.adapters):
             own = {member.name for member in group}
             found += layout(
                 [item for item in items if item.member in own], lengths,
@@ -316,7 +284,7 @@ def _mean_tokens(recipe: Recipe, given: tuple[int, int] | Sequence[int] | None) 
 def traced_places(setup: Setup, cut: list[list[Item]]) -> list[int]:
     """The first micro-batches of each group of adapters, and of each adapter the first."""
     found = []
-    for group in setup.groups(setup.members):
+    for group in setup.groups(setup.adapters):
         names = {member.name for member in group}
         own = [place for place, part in enumerate(cut) if part[0].member in names]
         seen: set[str | None] = set()
@@ -342,7 +310,7 @@ def collated(
     """
     wanted = {item.row for part in cut for item in part}
     data = [row_of(own if row in wanted else 1, supervised) for row, own in enumerate(lengths)]
-    names = [member.name for member in setup.members]
+    names = [member.name for member in setup.adapters]
     packed = setup.objective.packs
     return [collate(part, data, names, packed=packed) for part in cut]
 
@@ -359,7 +327,7 @@ def run_steps(
         units: Unit of each decoder layer by its id.
     """
     model = setup.base.model
-    scaler = _Marking(tracker)
+    scaler = StepMarker(tracker)
     hooks = [
         model.base_model.register_forward_pre_hook(scaler.next_batch),
         model.base_model.register_forward_hook(scaler.backbone_done),
@@ -377,7 +345,7 @@ def run_steps(
             setup.objective.verify(first, undropped(first))
             for step in range(STEPS):
                 scaler.step_number, scaler.micro_batch = step, -1
-                for group in setup.groups(setup.members):
+                for group in setup.groups(setup.adapters):
                     names = {member.name for member in group}
                     own = [batch for batch in batches if batch.items[0].member in names]
                     train_step(own, group, setup.objective, setup.accelerator, scaler)
@@ -421,7 +389,7 @@ def _mark_learning(
          if isinstance(child, nn.ModuleList) and list(child) == layers), "",
     )  # fmt: skip
     pattern = re.compile(rf"{re.escape(listed)}\.(\d+)\.") if listed else None
-    for member in setup.members:
+    for member in setup.adapters:
         for key, parameter in member.parameters.items():
             found = pattern.search(key) if pattern else None
             place = places.get(int(found[1])) if found else None
@@ -436,7 +404,7 @@ def _sizes(base: models.Base) -> list[int]:
 
 def _frozen(setup: Setup) -> int:
     """Bytes of the weights and constants that do not learn, tied ones once."""
-    learning = _storages([p for own in setup.members for p in own.parameters.values()])
+    learning = _storages([p for own in setup.adapters for p in own.parameters.values()])
     every = _storages(_weights(setup.base.model))
     return sum(size for key, size in every.items() if key not in learning)
 

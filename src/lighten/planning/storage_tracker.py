@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lighten.engine.adapter_optimizer import AdapterOptimizer
+from lighten.engine.scaling import LossScaler
 from lighten.planning.fake_modules import run_fake
 from lighten.planning.operation_cost import Work, inside, work_of
 
@@ -367,6 +369,39 @@ class StorageTracker(TorchDispatchMode):
     def close(self) -> None:
         """Hear of no more deaths."""
         self._open = False
+
+
+class StepMarker(LossScaler):
+    """Tells the trace where the backward pass and the optimiser begin; scales nothing."""
+
+    def __init__(self, tracker: StorageTracker) -> None:
+        super().__init__(enabled=False)
+        self.tracker, self.step_number, self.micro_batch = tracker, 0, -1
+
+    def backward(self, loss: Tensor) -> None:
+        """The loss is there; the backward pass begins."""
+        self.tracker.begin("backward", self.micro_batch, self.step_number)
+        loss.backward()
+
+    def unscale(self, member: AdapterOptimizer) -> None:
+        """All gradients are there."""
+        for group in member.optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self.tracker.mark(parameter.grad, "gradients")
+        if self.tracker.timeline.runs[-1].phase != "optimiser step":
+            self.tracker.begin("optimiser step", self.micro_batch, self.step_number)
+
+    def next_batch(self, _module: nn.Module, _args: Any) -> None:
+        """A forward pre-hook of the backbone."""
+        if torch.is_grad_enabled():
+            self.micro_batch += 1
+            self.tracker.begin("forward", self.micro_batch, self.step_number)
+
+    def backbone_done(self, _module: nn.Module, _args: Any, _out: Any) -> None:
+        """A forward hook of the backbone."""
+        if torch.is_grad_enabled():
+            self.tracker.begin("loss", self.micro_batch, self.step_number)
 
 
 def _asked_by_autograd() -> bool:

@@ -133,7 +133,7 @@ def plan_recipe(
 
 def _states_of(traced: Traced) -> States:
     """Weights, gradients and optimiser state of all layers, whatever is alive at the peak."""
-    learning = [p for member in traced.setup.members for p in member.parameters.values()]
+    learning = [p for member in traced.setup.adapters for p in member.parameters.values()]
     timeline = traced.timeline
     kept = timeline.alive_at(len(timeline.events) - 1)  # after the last optimiser's step
     return States(
@@ -176,7 +176,7 @@ def _written(traced: Traced, recipe: Recipe) -> int:
 
 def _numbers(traced: Traced) -> int:
     """How many numbers learn."""
-    return sum(p.numel() for m in traced.setup.members for p in m.parameters.values())
+    return sum(p.numel() for m in traced.setup.adapters for p in m.parameters.values())
 
 
 def _states(traced: Traced) -> int:

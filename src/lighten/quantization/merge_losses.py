@@ -15,7 +15,7 @@ from lighten.engine.validation import held_out
 from lighten.errors import UserError
 from lighten.evaluation.evaluation import held_out_examples
 from lighten.training import held_out_data
-from lighten.training.prepare import load_base
+from lighten.training.base import load_base
 
 ROWS = 64  # at most: two models are loaded and measured
 

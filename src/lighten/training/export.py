@@ -15,7 +15,7 @@ from lighten.errors import DiskFull
 from lighten.machine import hardware
 from lighten.models import Base
 from lighten.models.names import public_name
-from lighten.training.prepare import Setup
+from lighten.training.setup import Setup
 
 # What other tools and the hub's web pages can fetch without trouble.
 SHARD_SIZE = "5GB"

@@ -29,9 +29,9 @@ from lighten.training import checkpoints, out_of_memory
 from lighten.training.checkpoints import TrainerState
 from lighten.training.interrupt import Interrupted, StopSignals
 from lighten.training.prediction import Prediction
-from lighten.training.prepare import Setup
 from lighten.training.progress import TrainingProgress
 from lighten.training.pruner import Pruner
+from lighten.training.setup import Setup
 from lighten.training.step_batches import StepBatches
 from lighten.training.steps_in_time import StepsInTime
 
@@ -71,7 +71,7 @@ class Loop:
         self.pruner, self._saves = pruner, saves
         self._losses: dict[str, ValidationLoss] = {}
         self._pages = allocator.KeptPages(setup.accelerator.device.type)
-        self._retries, self._watch = retries, out_of_memory.Watch(setup.members)
+        self._retries, self._watch = retries, out_of_memory.Watch(setup.adapters)
         self.main = setup.accelerator.is_main_process
         self._batches = StepBatches(setup)
         self._workers: Workers | None = None
@@ -124,14 +124,14 @@ class Loop:
 
     def _fit_to_time(self, steps_in_time: StepsInTime) -> None:
         """Set the number of steps by the time that some of the first epoch's take."""
-        first_epoch = self._batches.steps(self.setup.members[0].settings.seed, 0)
+        first_epoch = self._batches.steps(self.setup.adapters[0].settings.seed, 0)
         lengths = self._batches.lengths
         tokens = [sum(lengths[row] for row in rows) for rows in first_epoch]
         steps_in_time.fit(tokens, self._rehearse, self._held_out_loss)
 
     def _rehearse(self, step: int) -> None:
         """The passes of a step of the first epoch, for their time alone."""
-        self._step(self.setup.members, step, update=False)
+        self._step(self.setup.adapters, step, update=False)
 
     def _step(
         self, adapters: Sequence[AdapterOptimizer], step: int, *, update: bool = True
@@ -207,7 +207,7 @@ class Loop:
             self._pages.give_back()
             try:
                 made = forked.processes_for(
-                    setup.workers, setup.objective, setup.groups(setup.members)
+                    setup.workers, setup.objective, setup.groups(setup.adapters)
                 )
             except OSError as error:
                 self._forks = False
@@ -244,7 +244,7 @@ class Loop:
         )
 
     def _active(self) -> list[AdapterOptimizer]:
-        return [member for member in self.setup.members if not member.progress.stopped]
+        return [member for member in self.setup.adapters if not member.progress.stopped]
 
     def _prune(self) -> None:
         """Take out what the pruner names."""
@@ -404,22 +404,22 @@ class Loop:
         began = time.monotonic()
         self._give_back()
         if self.main:
-            state.members = {member.name: member.progress for member in setup.members}
+            state.members = {member.name: member.progress for member in setup.adapters}
             state.scaler = setup.scaler.state_dict()
             state.elapsed_s = time.monotonic() - self._began
             checkpoints.save(
                 self.folder / "checkpoints",
                 state,
                 setup.trained,
-                setup.members,
+                setup.adapters,
                 base_model=setup.base.name,
                 revision=setup.base.revision,
             )
-            best = [m.progress.best_step for m in setup.members]
+            best = [m.progress.best_step for m in setup.adapters]
             keep = best if setup.recipe.load_best_model_at_end else []
             checkpoints.prune(self.folder / "checkpoints", setup.recipe.save_total_limit, keep)
         else:
-            checkpoints.take_part(setup.trained, setup.members)
+            checkpoints.take_part(setup.trained, setup.adapters)
         ranks.wait(setup.accelerator)
         self._give_back()
         self._saved_at = time.monotonic()

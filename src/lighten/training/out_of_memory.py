@@ -25,7 +25,7 @@ from lighten.errors import UserError
 from lighten.folders import resume_command
 from lighten.parallel import ranks
 from lighten.training.prediction import Prediction
-from lighten.training.prepare import Setup
+from lighten.training.setup import Setup
 
 GIB = 2**30
 _WANTED = re.compile(r"[Tt]ried to allocate (?:([\d.]+) ([KMG])iB|(\d+) bytes)")
@@ -106,7 +106,7 @@ def smaller(
 
 def clear(setup: Setup) -> None:
     """Let go of a broken step: its gradients, what its exception held, and what is cached."""
-    for member in setup.members:
+    for member in setup.adapters:
         member.optimizer.zero_grad(set_to_none=True)
         for parameter in member.parameters.values():  # of which ranks may move some rows each
             parameter.grad = None
@@ -175,14 +175,14 @@ def _grouped(memory: Mapping[str, Any]) -> dict[str, int]:
 
 def _held(setup: Setup) -> dict[str, int]:
     """Bytes of what stays between steps; gradients as large as they become in a step."""
-    learning = [p for member in setup.members for p in member.parameters.values()]
+    learning = [p for member in setup.adapters for p in member.parameters.values()]
     own = sum(p.numel() * p.element_size() for p in learning)
     inside = {id(p) for p in setup.base.model.parameters()}
     shared = sum(p.numel() * p.element_size() for p in learning if id(p) in inside)
     weights = models.census(setup.base.model).weight_bytes - shared
     state = sum(
         tensor.numel() * tensor.element_size()
-        for member in setup.members
+        for member in setup.adapters
         for tensor in member.optimizer_tensors().values()
     )
     whole = setup.recipe.method == "full"

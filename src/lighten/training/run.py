@@ -25,16 +25,18 @@ from lighten.recipe import Recipe
 from lighten.runs import PLAN, Run, write_json
 from lighten.streams import heard_by
 from lighten.training import checkpoints, quantization_aware, streaming, trackers
+from lighten.training.base import load_base, require_trainable, tokenizer_of
 from lighten.training.checkpoints import TrainerState, weights_of
 from lighten.training.export import export
 from lighten.training.loop import Loop
+from lighten.training.method import go_on_from_adapter
 from lighten.training.out_of_memory import OutOfMemory, let_go
 from lighten.training.prediction import Prediction, beside
-from lighten.training.prepare import Setup, go_on_from_adapter, load_base, prepare, tokenizer_of
+from lighten.training.prepare import prepare
 from lighten.training.progress import TrainingProgress
 from lighten.training.pruner import Pruner
 from lighten.training.rows import Rows, load_rows
-from lighten.training.suitable import require_trainable
+from lighten.training.setup import Setup
 from lighten.wording import counted
 
 # After quantisation-aware training, so many rows go through the converted model too.
@@ -290,7 +292,7 @@ def _newest(
 
 def _resume(newest: Path, setup: Setup, shown: TrainingProgress) -> TrainerState:
     """Put a checkpoint back."""
-    state = checkpoints.restore(newest, setup.trained, setup.members, setup.accelerator.device)
+    state = checkpoints.restore(newest, setup.trained, setup.adapters, setup.accelerator.device)
     if state.scaler:
         setup.scaler.load_state_dict(state.scaler)
     shown.note(f"going on after step {state.step} ({newest.name})")
@@ -314,7 +316,7 @@ def _tell(setup: Setup, shown: TrainingProgress) -> None:
         shown.note(f"note: {problem}")
     if (tokens := setup.choices.get("added_tokens")) is not None:
         shown.note(f"note: the new tokens are not trained: {tokens.reason}")
-    for member in setup.members:
+    for member in setup.adapters:
         size = sum(parameter.numel() for parameter in member.parameters.values())
         shown.note(f"{setup.trained.describe(member.name)}, {size:,} parameters")
 
@@ -326,7 +328,7 @@ def _finish(
     if setup.recipe.qat is not None:
         _compare_with_converted(run, setup, shown)
     adapters = []
-    for member in setup.members:
+    for member in setup.adapters:
         # One whose weights became infinite is nothing to ship, unless its best state was put back.
         best = setup.recipe.load_best_model_at_end and member.progress.best_step is not None
         whole = best or not member.progress.infinite
@@ -394,7 +396,7 @@ def _compare_with_converted(run: Run, setup: Setup, shown: TrainingProgress) -> 
 
 def _put_best_back(run: Run, setup: Setup) -> None:
     """Each adapter as it was at its lowest held-out loss."""
-    for member in setup.members:
+    for member in setup.adapters:
         step = member.progress.best_step
         if step is None:  # it left before it was ever evaluated
             continue

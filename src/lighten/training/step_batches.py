@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from lighten.data import lengths_of
 from lighten.data.batches import Item, MicroBatch, collate, layout, steps_of_epoch
 from lighten.engine.adapter_optimizer import AdapterOptimizer
-from lighten.training.prepare import Setup
+from lighten.training.setup import Setup
 
 
 class StepBatches:

@@ -13,8 +13,8 @@ from lighten.engine.adapter_optimizer import AdapterOptimizer
 from lighten.engine.validation import ValidationLoss
 from lighten.parallel import ranks
 from lighten.training.checkpoints import TrainerState
-from lighten.training.prepare import Setup
 from lighten.training.progress import TrainingProgress
+from lighten.training.setup import Setup
 from lighten.training.time_budget import TimeBudget
 
 
@@ -86,9 +86,9 @@ class StepsInTime:
         few = setup.recipe.per_device_eval_batch_size * together
         rows = [row for row in held_out.rows if any(row.supervised[1:])]
         lengths, began = lengths_of(rows), time.perf_counter()
-        held_out_loss(setup.members[0], rows[:few])
+        held_out_loss(setup.adapters[0], rows[:few])
         share = sum(lengths) / max(1, sum(lengths[:few]))
-        return (time.perf_counter() - began) * share * len(setup.members)
+        return (time.perf_counter() - began) * share * len(setup.adapters)
 
     def _set(self, total: int, told: str) -> None:
         """Take the number of steps for the rest of the run and its checkpoints, and say so."""

@@ -1,0 +1,113 @@
+"""The recipe's base and its tokenizer, as training, evaluation and chat all see them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lighten import models
+from lighten.machine.hardware import choose_dtype
+from lighten.models.load import locate
+from lighten.models.trainable import refuse_rounded_activations, require_gradients
+from lighten.recipe import Recipe
+from lighten.training import quantization_aware, streaming
+from lighten.training.method import adapter_specs
+
+
+def load_base(recipe: Recipe, device: str, *, learns: bool = False) -> models.Base:
+    """The recipe's base with its new tokens, as training, evaluation and chat all see it.
+
+    Args:
+        recipe: Which.
+        device: Where it goes.
+        learns: It is about to be trained: a base that learns whole comes in float32 from its
+            files, and `dtype` of the result is still the format of the products.
+
+    Raises:
+        UserError: The base cannot be had.
+    """
+    whole = learns and recipe.method == "full" and recipe.last_layers is None
+    if learns:
+        require_trainable(recipe)
+    base = models.load(
+        recipe.model_name_or_path,
+        revision=recipe.revision,
+        dtype="float32" if whole else recipe.compute_dtype,
+        attn_implementation=recipe.attn_implementation,
+        trust_remote_code=recipe.trust_remote_code,
+        device=device,
+        load_in_4bit=recipe.load_in_4bit,
+        load_in_8bit=recipe.load_in_8bit,
+        bnb_4bit_quant_type=recipe.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=recipe.bnb_4bit_use_double_quant,
+        build=streaming.builder(recipe, device, adapter_specs(recipe), learns),
+    )
+    if learns:
+        require_gradients(base.name, base.model)
+    if whole:
+        base = replace(base, dtype=choose_dtype(recipe.dtype, device))
+    add_tokens(base.model, base.tokenizer, recipe.added_tokens)
+    return base
+
+
+def require_trainable(recipe: Recipe) -> None:
+    """What a base's configuration alone says against training on it.
+
+    Raises:
+        UserError: Its layers pass no gradient on, or qat does not suit them.
+        MissingExtra: qat is wanted without torchao.
+    """
+    source, folder = locate(
+        recipe.model_name_or_path, revision=recipe.revision, weights=False,
+        code=recipe.trust_remote_code,
+    )  # fmt: skip
+    if source != "gguf":
+        refuse_rounded_activations(recipe.model_name_or_path, folder)
+    quantization_aware.require(recipe, folder)
+
+
+def tokenizer_of(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The tokenizer that `load_base` would give, without the base.
+
+    Raises:
+        UserError: It cannot be had.
+    """
+    tokenizer: PreTrainedTokenizerBase = models.load_tokenizer(
+        recipe.model_name_or_path,
+        revision=recipe.revision,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+    new_tokens(tokenizer, recipe.added_tokens)
+    return tokenizer
+
+
+def add_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]
+) -> None:
+    """Give the base new special tokens; they start as the mean of the embeddings.
+
+    Without any it stays as it is: a tokenizer that knows more tokens than its model is not asked
+    for them (`Limits.check_ids`).
+    """
+    if not tokens:
+        return
+    new_tokens(tokenizer, tokens)
+    size = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
+    if len(tokenizer) > size:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        with torch.no_grad():
+            for layer in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:
+                weight: torch.Tensor = layer.weight
+                weight[size:] = weight[:size].float().mean(0).to(weight.dtype)
+        model.requires_grad_(False)
+
+
+def new_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> None:
+    """Give the tokenizer alone new special tokens."""
+    if tokens:
+        tokenizer.add_special_tokens(
+            {"additional_special_tokens": list(tokens)}, replace_extra_special_tokens=False
+        )

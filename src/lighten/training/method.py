@@ -1,0 +1,141 @@
+"""What the recipe's method trains on a base: adapters, or the base's own weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from lighten import models
+from lighten.adapters import AdapterSpec, Trained, WholeBase, attach
+from lighten.adapters.files import check_fit, read_weights
+from lighten.errors import UserError
+from lighten.machine.hardware import Choice
+from lighten.peft_config import WEIGHTS, tensor_shapes
+from lighten.recipe import AdapterOptions, Recipe
+
+
+def what_learns(recipe: Recipe, base: models.Base) -> Trained:
+    """What the recipe's method trains on this base.
+
+    Raises:
+        UserError: The recipe does not fit the model.
+    """
+    if recipe.method == "full":
+        return WholeBase(
+            base.model, dtype=getattr(torch, base.dtype.value), last=recipe.last_layers,
+            qat_group_size=recipe.qat_groups,
+        )  # fmt: skip
+    start = recipe.adapter_name_or_path
+    try:
+        trained = attach(base.model, adapter_specs(recipe), qat_group_size=recipe.qat_groups)
+    except UserError as error:
+        if start is None:
+            raise
+        raise UserError(
+            f"adapter_name_or_path: {start} does not fit {base.name}: {error}"
+        ) from error
+    # A run that is resumed needs it no more.
+    if start is not None and (weights := Path(start) / WEIGHTS).is_file():
+        shapes = tensor_shapes(weights)
+        for name in trained.names:
+            check_fit(shapes, trained.shapes(name), f"adapter_name_or_path: {start}")
+    return trained
+
+
+def go_on_from_adapter(recipe: Recipe, trained: Trained) -> None:
+    """Put the weights of `adapter_name_or_path` into every adapter, if it names some.
+
+    Raises:
+        UserError: They are not whole, or belong to another base.
+    """
+    if recipe.adapter_name_or_path is None:
+        return
+    weights = read_weights(Path(recipe.adapter_name_or_path))
+    for name in trained.names:
+        trained.restore(name, weights)
+
+
+def adapter_specs(recipe: Recipe) -> list[AdapterSpec]:
+    """The adapters of the recipe, as `attach` takes them."""
+    return [_spec(options) for options in recipe.cohort()]
+
+
+def _spec(options: AdapterOptions) -> AdapterSpec:
+    targets = options.lora_target_modules
+    return AdapterSpec(
+        name=options.name,
+        r=options.lora_r,
+        alpha=options.lora_alpha,
+        dropout=options.lora_dropout,
+        target_modules=targets if isinstance(targets, str) else tuple(targets),
+        use_rslora=options.use_rslora,
+        init_lora_weights=options.init_lora_weights,
+        modules_to_save=tuple(options.modules_to_save or ()),
+        rank_pattern=dict(options.rank_pattern),
+        alpha_pattern=dict(options.alpha_pattern),
+        seed=options.seed,
+        use_dora=options.use_dora,
+        peft=options.peft,
+    )
+
+
+def choices_of(
+    recipe: Recipe, base: models.Base, template: Choice, trained: Trained
+) -> dict[str, Choice]:
+    """What is trained on what, and in which format, with the reasons."""
+    choices = {
+        "method": Choice(recipe.method, "; ".join(map(trained.describe, trained.names))),
+        "dtype": base.dtype,
+        "attention": base.attention,
+        "template": template,
+    }
+    if recipe.adapter_name_or_path is not None:
+        choices["start"] = Choice(recipe.adapter_name_or_path, "adapter_name_or_path")
+    if isinstance(trained, WholeBase):
+        choices["precision"] = _precision(trained)
+    if untrained := _untrained_tokens(recipe):
+        choices["added_tokens"] = Choice("untrained", untrained)
+    if base.quantization is not None:
+        choices["quantization"] = base.quantization
+    if recipe.qat is not None:
+        choices["qat"] = Choice(
+            f"{recipe.qat}, groups of {recipe.qat_group_size}",
+            "qat of the recipe; every linear layer but the head, held-out losses too",
+        )
+    return choices
+
+
+def _precision(trained: WholeBase) -> Choice:
+    if trained.dtype == torch.float32:
+        return Choice("float32", "weights, optimiser and products alike")
+    products = str(trained.dtype).removeprefix("torch.")
+    scaled = ", its gradients scaled" if trained.dtype == torch.float16 else ""
+    return Choice(
+        f"mixed: float32 and {products}",
+        f"weights that learn and AdamW's state in float32, products in {products} "
+        f"(autocast{scaled})",
+    )
+
+
+def _untrained_tokens(recipe: Recipe) -> str | None:
+    """Why new tokens stay as they began, if they do."""
+    if not recipe.added_tokens:
+        return None
+    if recipe.method == "full":
+        frozen = recipe.last_layers is not None
+        return "the embedding is below the layers that learn" if frozen else None
+    if all(map(_may_train_embedding, recipe.cohort())):
+        return None
+    return "modules_to_save does not name the embedding, so they stay as they began"
+
+
+def _may_train_embedding(options: AdapterOptions) -> bool:
+    """Whether the adapter trains anything that might be the embedding."""
+    peft = options.peft or {}
+    return bool(
+        options.modules_to_save
+        or peft.get("modules_to_save")
+        or peft.get("peft_type") == "TRAINABLE_TOKENS"
+        or peft.get("trainable_token_indices")
+    )
