@@ -133,7 +133,7 @@ ALLOWED: dict[str, set[str]] = {
         "whole_files",
     },
     "api_plan": {"api_recipe", "machine", "path_checks", "planning", "quantization", "runs"},
-    "api_serve": {"serving"},
+    "api_serve": {"machine", "planning", "serving"},
     "benchmarking": {
         "adapters",
         "artifacts",

@@ -19,6 +19,7 @@ from lighten.api_plan import plan_spread as plan_spread
 from lighten.api_recipe import RecipeLike, recipe_of
 from lighten.api_recipe import plannable as plannable
 from lighten.api_serve import bench_serve as bench_serve
+from lighten.api_serve import plan_server as plan_server
 from lighten.api_serve import serve as serve
 from lighten.errors import NoHeldOut, UserError
 from lighten.parallel import launch

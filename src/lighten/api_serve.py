@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lighten.errors import UserError
+
+if TYPE_CHECKING:
+    from lighten.planning.serving import Serving
+    from lighten.serving.options import Options
+    from lighten.serving.sizing import Sizes
 
 
 def serve(
@@ -34,20 +40,55 @@ def serve(
     Raises:
         UserError: Something the user can mend; an adapter cannot be served unmerged.
     """
-    import sys
-
-    from lighten.serving import options as settings
     from lighten.serving import running
+
+    running.serve(
+        base, _options(adapter_dir, api_keys, admin_keys, options),
+        told or (lambda line: print(line, file=sys.stderr)),  # noqa: T201
+    )  # fmt: skip
+
+
+def plan_server(base: str, **options: Any) -> tuple[Sizes, Serving]:
+    """What `serve` with the same settings will hold, and the memory of it; nothing is started.
+
+    Args:
+        base: As of `serve`; only its configuration is fetched.
+        options: As of `serve`.
+
+    Raises:
+        UserError: It cannot be served so.
+    """
+    from lighten.machine import devices
+    from lighten.planning.serve import serve as memory
+    from lighten.serving.sizing import sizes
+
+    planned = sizes(base, _options(
+        options.pop("adapter_dir", None), options.pop("api_keys", ()),
+        options.pop("admin_keys", ()), options,
+    ))  # fmt: skip
+    return planned, memory(
+        planned.model, devices.named(planned.device), adapters=planned.adapters,
+        rank=planned.rank, context=planned.context, concurrency=planned.slots,
+        cache_bytes=planned.cache_number_bytes, weight_bytes=planned.base_bytes,
+        adapter_bytes=planned.adapter_bytes, windows=planned.cache_has_windows,
+        revision=options.get("revision"),
+    )  # fmt: skip
+
+
+def _options(
+    adapter_dir: str | os.PathLike[str] | None, api_keys: Sequence[str],
+    admin_keys: Sequence[str], others: Mapping[str, Any],
+) -> Options:  # fmt: skip
+    from lighten.serving.options import Options, keys
 
     if admin_keys and adapter_dir is None:
         raise UserError("--admin-key needs --adapter-dir FOLDER, which adapters are loaded from")
-    chosen = settings.Options(
+    return Options(
         adapter_dir=None if adapter_dir is None else Path(adapter_dir),
-        api_keys=settings.keys(api_keys, "LIGHTEN_API_KEY"),
-        admin_keys=settings.keys(admin_keys, "LIGHTEN_ADMIN_KEY"),
-        **options,
+        api_keys=keys(api_keys, "LIGHTEN_API_KEY"),
+        admin_keys=keys(admin_keys, "LIGHTEN_ADMIN_KEY"),
+        **others,
     )
-    running.serve(base, chosen, told or (lambda line: print(line, file=sys.stderr)))  # noqa: T201
 
 
 def bench_serve(

@@ -66,18 +66,19 @@ def serve(
     """Serve a base and many adapters behind one OpenAI-compatible address."""
     from lighten import api
 
-    given = _adapters([*(adapters or ()), *ctx.args])
+    options: dict[str, Any] = {
+        "adapters": _adapters([*(adapters or ()), *ctx.args]), "engine": engine,
+        "served_name": served_model_name, "host": host, "port": port, "storage": storage,
+        "context": max_model_len, "slots": max_num_seqs, "threads": threads,
+        "gpu_layers": gpu_layers, "adapter_dir": adapter_dir, "most_adapters": max_cpu_loras,
+        "api_keys": api_key or (), "admin_keys": admin_key or (), "waiting": max_waiting,
+        "engine_flags": _flags(engine_flag or []), "prefix_caching": prefix_caching,
+        "revision": revision,
+    }  # fmt: skip
     if plan:
-        _plan(base, given, max_model_len, max_num_seqs, storage)
+        _plan(base, options)
         return
-    api.serve(
-        base, adapters=given, engine=engine, served_name=served_model_name, host=host, port=port,
-        storage=storage, context=max_model_len, slots=max_num_seqs, threads=threads,
-        gpu_layers=gpu_layers, adapter_dir=adapter_dir, most_adapters=max_cpu_loras,
-        api_keys=api_key or (), admin_keys=admin_key or (), waiting=max_waiting,
-        engine_flags=_flags(engine_flag or []), prefix_caching=prefix_caching, revision=revision,
-        told=lambda line: typer.echo(line, err=True),
-    )  # fmt: skip
+    api.serve(base, told=lambda line: typer.echo(line, err=True), **options)
 
 
 def bench_serve(
@@ -164,19 +165,14 @@ def _flags(words: list[str]) -> dict[str, Any]:
     return found
 
 
-def _plan(base: str, adapters: list[str], context: int | None, slots: int, storage: str) -> None:
+def _plan(base: str, options: dict[str, Any]) -> None:
     from lighten import api
     from lighten.cli.console import console, print_table
     from lighten.cli.plan import exit_code
     from lighten.planning import text as said
 
-    stored = {"q8_0": "int8", "f16": "float16", "bf16": "bfloat16", "f32": "float32"}
-    options: dict[str, Any] = {"concurrency": slots, "storage": stored.get(storage, storage)}
-    if adapters:
-        options["adapters"] = len(adapters)
-    if context is not None:
-        options["context"] = context
-    found = api.plan_serve(base, **options)
-    console().print(said.serving_verdict(found), highlight=False, markup=False, soft_wrap=True)
-    print_table(["memory by part", "GiB", ""], said.serving_rows(found))
-    raise typer.Exit(exit_code(found.fits()))
+    sizes, memory = api.plan_server(base, **options)
+    for line in (sizes.sentence(), said.serving_verdict(memory)):
+        console().print(line, highlight=False, markup=False, soft_wrap=True)
+    print_table(["memory by part", "GiB", ""], said.serving_rows(memory))
+    raise typer.Exit(exit_code(memory.fits()))

@@ -75,6 +75,9 @@ def serve(
     concurrency: int = 1,
     storage: str | None = None,
     cache_bytes: float = 2.0,
+    weight_bytes: int | None = None,
+    adapter_bytes: int | None = None,
+    windows: bool = True,
     revision: str | None = None,
 ) -> Serving:
     """Memory of a server with one base and many adapters.
@@ -88,6 +91,9 @@ def serve(
         concurrency: Sequences at once.
         storage: One of `serving.BYTES_PER_WEIGHT`; default the device's own 16 bits.
         cache_bytes: Of one number in the KV cache.
+        weight_bytes: Of the base, where that is known; None: by `storage`.
+        adapter_bytes: Of all adapters, where that is known; None: by `rank`.
+        windows: Whether layers with a window keep no more than that of a sequence.
         revision: Of a hub model.
 
     Raises:
@@ -103,10 +109,16 @@ def serve(
     config = shape.config.get_text_config()
     sizes = _sizes(shape)
     caches = serving.layer_caches(config.to_dict())
+    if not windows:
+        caches = [serving.LayerCache(layer.numbers) for layer in caches]
     number = serving.BYTES_PER_WEIGHT[compute]
+    if weight_bytes is None:
+        weight_bytes = serving.weight_bytes(sizes.linear_numbers, sizes.rest, chosen, compute)
+    if adapter_bytes is None:
+        adapter_bytes = adapters * serving.adapter_bytes(sizes.linear, rank, number_bytes=number)
     fixed = {
-        "base weights": serving.weight_bytes(sizes.linear_numbers, sizes.rest, chosen, compute),
-        "adapters": adapters * serving.adapter_bytes(sizes.linear, rank, number_bytes=number),
+        "base weights": weight_bytes,
+        "adapters": adapter_bytes,
         "workspace": serving.workspace_bytes(
             config.hidden_size,
             getattr(config, "intermediate_size", None) or 4 * config.hidden_size,

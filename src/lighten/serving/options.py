@@ -15,6 +15,7 @@ ENGINES = ("llamacpp", "lighten", "vllm")
 STORAGES = ("q8_0", "f16", "bf16", "f32")
 STORAGE = STORAGES[0]  # unless another is asked for; ours has the processor's own format then
 STORED = {"f32": "float32", "bf16": "bfloat16"}  # what our engine holds a base as
+_CONTEXT = 4096  # of a server whose user names none, where the base has so many positions
 STORED_BY_VLLM = {**STORED, "f16": "float16"}
 
 
@@ -94,6 +95,26 @@ def require_valid(options: Options) -> None:
         raise UserError("--max-num-seqs is at least 1 and --max-model-len at least 16")
     if options.adapter_dir is not None and not options.adapter_dir.is_dir():
         raise UserError(f"--adapter-dir {options.adapter_dir} is no folder")
+
+
+def context_of(options: Options, config: Any, name: str) -> int:
+    """Tokens that a prompt may have with its answer.
+
+    Args:
+        options: How it is served.
+        config: Of the base.
+        name: Of the base.
+
+    Raises:
+        UserError: More are wanted than the base has positions.
+    """
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or _CONTEXT
+    context = options.context or min(positions, _CONTEXT)
+    if context > positions:
+        raise UserError(
+            f"--max-model-len {context} is more than the {positions} positions of {name}"
+        )
+    return int(context)
 
 
 def is_loopback(host: str) -> bool:

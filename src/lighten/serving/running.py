@@ -16,12 +16,11 @@ from lighten.serving.answering import Front, Limits
 from lighten.serving.engine import Engine
 from lighten.serving.engines import choose_here, engine_of
 from lighten.serving.front import application
-from lighten.serving.options import Options, is_loopback, require_valid
+from lighten.serving.options import Options, context_of, is_loopback, require_valid
 from lighten.serving.registry import Registry
 
 log = logging.getLogger(__name__)
 _GRACE_S = 25  # running answers have so long after SIGTERM; the process ends within 30 s
-_CONTEXT = 4096
 
 
 def serve(base: str, options: Options, told: Callable[[str], None]) -> None:
@@ -137,13 +136,7 @@ def open_served(name: str, options: Options) -> tuple[Registry, int]:
     called = options.served_name or name
     registry = Registry(base, called, root=options.adapter_dir, most=options.most_adapters)
     registry.open(adapters.resolve(options.adapters))
-    positions = getattr(base.config.get_text_config(), "max_position_embeddings", None) or _CONTEXT
-    context = options.context or min(positions, _CONTEXT)
-    if context > positions:
-        raise UserError(
-            f"--max-model-len {context} is more than the {positions} positions of {name}"
-        )
-    return registry, context
+    return registry, context_of(options, base.config, name)
 
 
 def require_extra() -> None:
