@@ -17,6 +17,7 @@ from lighten.data.conversation import Rendered, Renderer
 from lighten.data.examples import Example
 from lighten.data.spans import endless, unaligned
 from lighten.data.special import unchanged
+from lighten.data.token_bytes import TokenBytes, bytes_before
 from lighten.errors import UserError
 
 # Examples that are rendered and tokenised together: enough to keep a tokenizer's threads busy.
@@ -107,6 +108,8 @@ def tokenise(
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()  # what a file of the tokenizer may have set
     backend.no_padding()
+    token_bytes = TokenBytes.of(backend)
+    encode = backend.encode_batch if token_bytes is None else backend.encode_batch_fast
     with unchanged(tokenizer), ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as thread:
         waiting: _Part | None = None
         for start in range(0, len(examples), PART_EXAMPLES):
@@ -117,22 +120,26 @@ def tokenise(
                 for example in examples[start : start + PART_EXAMPLES]
             ]
             texts = [rendered.text for _, rendered in part if rendered is not None]
-            encodings = thread.submit(backend.encode_batch, texts, add_special_tokens=False)
+            encodings = thread.submit(encode, texts, add_special_tokens=False)
             if waiting is not None:
-                yield from _rows(waiting, renderer, counts, problems)
+                yield from _rows(waiting, renderer, token_bytes, counts, problems)
             waiting = start, part, encodings
         if waiting is not None:
-            yield from _rows(waiting, renderer, counts, problems)
+            yield from _rows(waiting, renderer, token_bytes, counts, problems)
 
 
 def _rows(
-    part: _Part, renderer: Renderer, counts: EncodingCounts, problems: dict[str, str]
+    part: _Part,
+    renderer: Renderer,
+    token_bytes: TokenBytes | None,
+    counts: EncodingCounts,
+    problems: dict[str, str],
 ) -> Iterator[Tokenised]:
     start, pairs, future = part
     encodings = iter(future.result())
     for place, (example, rendered) in enumerate(pairs, start):
         if rendered is not None:
-            row = _conversation(rendered, next(encodings), renderer, place)
+            row = _conversation(rendered, next(encodings), renderer, token_bytes, place)
             counts.unaligned += not rendered.aligned
             counts.endless += rendered.endless
             if not rendered.aligned:
@@ -148,10 +155,16 @@ def _rows(
         yield row
 
 
-def _conversation(rendered: Rendered, encoding: Any, renderer: Renderer, place: int) -> Tokenised:
+def _conversation(
+    rendered: Rendered,
+    encoding: Any,
+    renderer: Renderer,
+    token_bytes: TokenBytes | None,
+    place: int,
+) -> Tokenised:
     ids = np.asarray(encoding.ids, dtype=np.int32)
     supervised = np.zeros(len(ids), dtype=np.bool_)
-    tokens = _Tokens(encoding, len(rendered.text))
+    tokens = _tokens_of(rendered.text, ids, encoding, renderer, token_bytes)
     for begin, end in rendered.learnt:
         supervised[tokens.of(begin, end)] = True
     if rendered.moved:
@@ -181,15 +194,50 @@ def _other(example: Example, renderer: Renderer, place: int) -> Tokenised:
     return Tokenised(ids, supervised, example, place)
 
 
-class _Tokens:
-    """Which tokens hold anything of a stretch of text.
+def _tokens_of(
+    text: str, ids: Array, encoding: Any, renderer: Renderer, token_bytes: TokenBytes | None
+) -> _ByBytes | _ByOffsets:
+    if token_bytes is None:
+        return _ByOffsets(encoding)
+    ends = token_bytes.ends(ids, text)
+    if ends is not None:
+        return _ByBytes(text, ends)
+    # The quick way to encode tells no offsets: this row once more.
+    backend = renderer.tokenizer.backend_tokenizer
+    return _ByOffsets(backend.encode(text, add_special_tokens=False))
 
-    A tokenizer's offsets as Python objects cost more than the tokens themselves, so the two ends
-    are asked for; only where the tokenizer cannot tell are all offsets compared.
+
+class _ByBytes:
+    """Which tokens hold anything of a stretch of text, by the bytes of each.
+
+    Args:
+        text: The whole text.
+        ends: [T] where each token ends, in bytes.
     """
 
-    def __init__(self, encoding: Any, length: int) -> None:
-        self._encoding, self._length = encoding, length
+    def __init__(self, text: str, ends: Array) -> None:
+        self._text, self._ends = text, ends
+
+    def of(self, begin: int, end: int) -> slice:
+        """The tokens of a span: those that end behind its begin and begin before its end."""
+        if begin >= end:
+            return slice(0, 0)
+        first, last = (bytes_before(self._text, place) for place in (begin, end))
+        return slice(
+            int(np.searchsorted(self._ends, first, side="right")),
+            int(np.searchsorted(self._ends, last, side="left")) + 1,
+        )
+
+
+class _ByOffsets:
+    """The same by the tokenizer's offsets.
+
+    As Python objects all offsets cost more than the tokens themselves, so the two ends are asked
+    for; only where the tokenizer cannot tell are all of them compared.
+    """
+
+    def __init__(self, encoding: Any) -> None:
+        self._encoding = encoding
         self._count = len(encoding)
         self._offsets: Array | None = None
 
