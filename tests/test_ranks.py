@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import lighten
 from lighten.errors import UserError
 from lighten.parallel import foreign, launch
 from lighten.parallel.launch import Launch
+from lighten.parallel.spawn import free_port
 from lighten.runs import Run
 from lighten.training import checkpoints
 from tests import processes
@@ -38,17 +38,11 @@ def settings(tiny_folder: Path, chat_file: Path, tmp_path: Path) -> dict[str, An
     }  # fmt: skip
 
 
-def free_port() -> str:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return str(found.getsockname()[1])
-
-
 def ranks(settings: dict[str, Any], *words: str, count: int = 2, **changes: Any) -> list[Forked]:
     """`lighten train` as so many ranks, as torchrun starts them."""
     flags = [f"{key}={json.dumps(value) if isinstance(value, list) else value}"
              for key, value in {**settings, **changes}.items()]  # fmt: skip
-    port = free_port()
+    port = str(free_port())
     return [
         processes.start(
             "train", *flags, *words, LIGHTEN_DEVICE="cpu", WORLD_SIZE=str(count), RANK=str(rank),

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from lighten.adapters.decoder import decoder_layers
 from lighten.engine import step as train_step_module
 from lighten.errors import UserError
 from lighten.parallel import strategies
+from lighten.parallel.spawn import free_port
 from lighten.recipe import Recipe, RecipeError
 from lighten.runs import Run
 from lighten.training import checkpoints, loop
@@ -72,7 +72,7 @@ def settings(
     }  # fmt: skip
 
 
-def train_all(port: str, file: str) -> None:
+def train_all(ports: str, file: str) -> None:
     """In a rank: one run after another, and what was gathered and held in their steps."""
     from accelerate.state import AcceleratorState
 
@@ -106,8 +106,9 @@ def train_all(port: str, file: str) -> None:
         if hasattr(distributed, name):
             setattr(distributed, name, counted(getattr(distributed, name)))
             break
-    for number, own in enumerate(json.loads(Path(file).read_text())):
-        os.environ["MASTER_PORT"] = str(int(port) + number)  # the last run's may still be there
+    # A port each: the last run's may still be there.
+    for port, own in zip(ports.split(","), json.loads(Path(file).read_text()), strict=True):
+        os.environ["MASTER_PORT"] = port
         notes.append({})
         if own["output_dir"].endswith("short-ddp-1") and os.environ["RANK"] == "1":
             memory_runs_out_once()
@@ -132,17 +133,17 @@ def root(tmp_path_factory: pytest.TempPathFactory, chat_file: Path) -> Path:
     """The runs of two ranks and of one process, and what the ranks noted."""
     root = tmp_path_factory.mktemp("strategies")
     save_tiny(root / "base", "qwen2")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(min(free.getsockname()[1], 65000))
+    ports: dict[int, None] = {}
+    while len(ports) < len(RUNS):
+        ports[free_port()] = None
     file = root / "runs.json"
     file.write_text(json.dumps([settings(root, chat_file, *own, ranks=2) for own in RUNS]))
     started = [
         Forked(
-            train_all, (port, str(file)),
+            train_all, (",".join(map(str, ports)), str(file)),
             environment={
                 "LIGHTEN_DEVICE": "cpu", "WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank,
-                "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+                "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
             },
         )
         for rank in ("0", "1")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from lighten.errors import UserError
 from lighten.machine import forks
 from lighten.parallel.launch import ERROR_FILE
 
@@ -25,6 +27,7 @@ from lighten.parallel.launch import ERROR_FILE
 # collective is told to end, and then ended. Together well below half a minute.
 SETTLE_S, END_S, POLL_S = 5.0, 10.0, 0.05
 LOST = "PeerLost"
+PORTS = range(20000, 32000)
 LAST_LINES = 15
 
 
@@ -75,7 +78,7 @@ class _Ranks:
         shared = {
             **os.environ,
             "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
             "LIGHTEN_DEVICE": device,
         }  # fmt: skip
         # Each would take all cores; PyTorch reads this when it is loaded.
@@ -218,8 +221,16 @@ def _hangup() -> list[signal.Signals]:
     return [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-    return port
+def free_port() -> int:
+    """A port that ranks can meet at.
+
+    It lies below those that the system gives to connections: between here and the rank that
+    listens, another program's connection would take one of them.
+    """
+    chance = random.SystemRandom()  # a program that sets seeds draws the same ones everywhere
+    for _ in range(100):
+        port = chance.choice(PORTS)
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
+    raise UserError(f"no port of {PORTS.start} to {PORTS.stop} is free for the ranks to meet at")
