@@ -38,7 +38,7 @@ def test_spans_are_those_of_offsets_or_nothing_is_said(
     kind: str, text: str, ends: tuple[int, int]
 ) -> None:
     backend = KINDS[kind]
-    token_bytes = TokenBytes.of(backend)
+    token_bytes = TokenBytes._read(backend)
     assert token_bytes is not None
     text = text.encode("utf-8", "replace").decode()
     begin, end = sorted(min(place, len(text)) for place in ends)
@@ -54,7 +54,7 @@ def test_spans_are_those_of_offsets_or_nothing_is_said(
 
 
 def test_a_token_that_takes_spaces_with_it_is_left_to_offsets() -> None:
-    token_bytes = TokenBytes.of(STRIPPING)
+    token_bytes = TokenBytes._read(STRIPPING)
     assert token_bytes is not None
     for text, known in (("the <cut> answer", False), ("the<cut>answer", True), ("질문", True)):
         ids = tokenise.np.asarray(STRIPPING.encode(text, add_special_tokens=False).ids)
@@ -63,17 +63,18 @@ def test_a_token_that_takes_spaces_with_it_is_left_to_offsets() -> None:
 
 def test_tokenizers_whose_tokens_are_no_plain_bytes_are_left_to_offsets() -> None:
     assert (
-        TokenBytes.of(Tokenizer(models.WordPiece({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))) is None
+        TokenBytes._read(Tokenizer(models.WordPiece({"a": 0, "[UNK]": 1}, unk_token="[UNK]")))
+        is None
     )
     pieces = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     pieces.pre_tokenizer = pre_tokenizers.Metaspace()
-    assert TokenBytes.of(pieces) is None
+    assert TokenBytes._read(pieces) is None
     prefixed = tiny_tokenizer().backend_tokenizer
     prefixed.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    assert TokenBytes.of(prefixed) is None
+    assert TokenBytes._read(prefixed) is None
     changing = tiny_tokenizer().backend_tokenizer
     changing.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    assert TokenBytes.of(changing) is None
+    assert TokenBytes._read(changing) is None
 
 
 @pytest.mark.parametrize("backend", [COMPOSING, STRIPPING])
@@ -91,9 +92,23 @@ def test_marks_are_those_of_offsets(backend: Tokenizer, monkeypatch: pytest.Monk
         for line, answer in enumerate(answers, 1)
     ]
     quick = data.encode(examples, tokenizer, max_length=64)
-    monkeypatch.setattr(TokenBytes, "of", lambda backend: None)
+    monkeypatch.setattr(TokenBytes, "of", lambda tokenizer: None)
     plain = data.encode(examples, tokenizer, max_length=64)
     assert [(row.input_ids, row.supervised) for row in quick.rows] == [
         (row.input_ids, row.supervised) for row in plain.rows
     ]
     assert quick.counts == plain.counts
+
+
+def test_a_vocabulary_is_read_once_and_again_when_tokens_were_added() -> None:
+    tokenizer = tiny_tokenizer()
+    known = TokenBytes.of(tokenizer)
+    assert known is TokenBytes.of(tokenizer)
+    tokenizer.add_tokens([AddedToken("<new>")])
+    text = "a<new>b"
+    ids = tokenise.np.asarray(tokenizer.backend_tokenizer.encode(text).ids)
+    found = TokenBytes.of(tokenizer)
+    assert found is not None
+    ends = found.ends(ids, text)
+    assert ends is not None
+    assert ends.tolist() == [1, 6, 7]

@@ -10,12 +10,14 @@ from __future__ import annotations
 import json
 import unicodedata
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
 Array = np.ndarray[Any, Any]
+_KNOWN: WeakKeyDictionary[Any, tuple[int, TokenBytes | None]] = WeakKeyDictionary()
 
 
 class TokenBytes:
@@ -30,8 +32,20 @@ class TokenBytes:
         self._lengths, self._composes = lengths, composes
 
     @classmethod
-    def of(cls, backend: Tokenizer) -> TokenBytes | None:
-        """Those of a tokenizer; None where its tokens are no plain bytes of the text."""
+    def of(cls, tokenizer: Any) -> TokenBytes | None:
+        """Those of a fast tokenizer; None where its tokens are no plain bytes of the text.
+
+        A vocabulary takes as long to read as 200 rows to encode, so it is read once, and again
+        when tokens were added. A forked process has what was read before the fork.
+        """
+        size, known = _KNOWN.get(tokenizer, (-1, None))
+        if size != len(tokenizer):
+            known = cls._read(tokenizer.backend_tokenizer)
+            _KNOWN[tokenizer] = len(tokenizer), known
+        return known
+
+    @classmethod
+    def _read(cls, backend: Tokenizer) -> TokenBytes | None:
         model, normalizer = backend.model, _state(backend.normalizer)
         steps = _steps(_state(backend.pre_tokenizer), "pretokenizers")
         kinds = [step["type"] for step in steps]

@@ -108,7 +108,7 @@ def tokenise(
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()  # what a file of the tokenizer may have set
     backend.no_padding()
-    token_bytes = TokenBytes.of(backend)
+    token_bytes = TokenBytes.of(tokenizer)
     encode = backend.encode_batch if token_bytes is None else backend.encode_batch_fast
     with unchanged(tokenizer), ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as thread:
         waiting: _Part | None = None
