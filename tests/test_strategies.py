@@ -86,9 +86,9 @@ def train_all(ports: str, file: str) -> None:
         layers = decoder_layers(objective.model)
         notes[-1] = {
             "passes": len(batches) + len(idle), "gathers": gathered[0] - before,
-            "layer_bytes": sum(dtensors.own(p).untyped_storage().nbytes()
+            "layer_bytes": sum(dtensors.local_part(p).untyped_storage().nbytes()
                                for layer in layers for p in layer.parameters()),
-            "state": sum(dtensors.own(value).numel() for member in args[1]
+            "state": sum(dtensors.local_part(value).numel() for member in args[1]
                          for value in member.optimizer_tensors().values()),
             "learns": sum(p.numel() for member in args[1] for p in member.parameters.values()),
         }  # fmt: skip

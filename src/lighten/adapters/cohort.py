@@ -94,7 +94,7 @@ class Cohort(Trained):
 
         def untouched() -> bool:
             now = routing.now
-            return now.everyone is None and all(own.member is None for own in now.shares)
+            return now.everyone is None and all(share.member is None for share in now.shares)
 
         fake_quant.fake_quantise(self.model, group_size, plain=untouched)
         self.group_size = group_size
@@ -125,16 +125,16 @@ class Cohort(Trained):
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         """The adapter's trainable parameters by their key in PEFT's file format."""
-        found: dict[str, nn.Parameter] = {}
+        parameters: dict[str, nn.Parameter] = {}
         for path, linear in self.linears.items():
             if name in linear.specs:
-                found[f"base_model.model.{path}.lora_A.weight"] = linear.lora_A[name]
-                found[f"base_model.model.{path}.lora_B.weight"] = linear.lora_B[name]
+                parameters[f"base_model.model.{path}.lora_A.weight"] = linear.lora_A[name]
+                parameters[f"base_model.model.{path}.lora_B.weight"] = linear.lora_B[name]
         for path, copies in self.copies.items():
             if name in copies.copies:
                 for key, value in copies.copies[name].named_parameters():
-                    found[f"base_model.model.{path}.{key}"] = value
-        return found
+                    parameters[f"base_model.model.{path}.{key}"] = value
+        return parameters
 
     def _modules(self, name: str) -> Iterator[nn.Module]:
         """The copies trained whole; the factors of low-rank layers are no modules."""
@@ -224,8 +224,8 @@ class Cohort(Trained):
             self.model.config.tie_word_embeddings = False
         return self.model
 
-    def _note_dense(self, name: str, said: str | None) -> None:
+    def _note_dense(self, name: str, sentence: str | None) -> None:
         """Write down what a quantised base became when the adapter was merged (trap 30)."""
-        if said is not None:
-            self.model.config.merged_base = said
-            log.warning("adapter %s is merged into %s", name, said)
+        if sentence is not None:
+            self.model.config.merged_base = sentence
+            log.warning("adapter %s is merged into %s", name, sentence)

@@ -52,8 +52,8 @@ class DenseView(nn.Linear):
     @property
     def bias(self) -> Tensor | None:  # type: ignore[override]
         """The layer's bias, [O]."""
-        found: Tensor | None = self.held.bias  # type: ignore[assignment]
-        return found
+        bias: Tensor | None = self.held.bias  # type: ignore[assignment]
+        return bias
 
     def forward(self, x: Tensor) -> Tensor:
         """The quantised layer's own product."""
@@ -85,10 +85,10 @@ def settle(model: PreTrainedModel) -> str | None:
     Returns:
         What was dequantised to what, or None if nothing was quantised.
     """
-    said = None
+    sentence = None
     for path, view in list(model.named_modules()):
         if isinstance(view, DenseView):
-            said = said_of(view.held)
+            sentence = said_of(view.held)
             with torch.device("meta"):
                 plain = nn.Linear(view.in_features, view.out_features, view.bias is not None)
             plain.weight = view.weight
@@ -96,9 +96,9 @@ def settle(model: PreTrainedModel) -> str | None:
                 plain.bias = nn.Parameter(view.bias.detach().clone(), requires_grad=False)
             plain.turns = is_conv1d(view.held)  # type: ignore[assignment]
             model.set_submodule(path, plain.eval())
-    if said is not None:
+    if sentence is not None:
         forget_quantization(model)
-    return said
+    return sentence
 
 
 def turn(model: PreTrainedModel) -> None:
@@ -106,8 +106,8 @@ def turn(model: PreTrainedModel) -> None:
     for path, plain in list(model.named_modules()):
         if getattr(plain, "turns", False):
             with torch.device("meta"):
-                made = Conv1D(plain.out_features, plain.in_features)
+                conv = Conv1D(plain.out_features, plain.in_features)
             weight: Tensor = plain.weight.detach()
-            made.weight = nn.Parameter(weight.T.contiguous(), requires_grad=False)
-            made.bias = plain.bias
-            model.set_submodule(path, made.eval())
+            conv.weight = nn.Parameter(weight.T.contiguous(), requires_grad=False)
+            conv.bias = plain.bias
+            model.set_submodule(path, conv.eval())

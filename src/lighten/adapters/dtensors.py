@@ -43,7 +43,7 @@ def whole(tensor: Tensor) -> Tensor:
     return gathered
 
 
-def own(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor, in its own memory."""
     if not isinstance(tensor, DTensor):
         return tensor

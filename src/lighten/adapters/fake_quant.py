@@ -113,10 +113,10 @@ class _Rounded(torch.autograd.Function):
         )  # fmt: skip
         integers = torch.int8, lowest, highest
         codes = quantize_affine(x, block, scale, zero, *integers)
-        found: Tensor = dequantize_affine(
+        weight: Tensor = dequantize_affine(
             codes, block, scale, zero, *integers, output_dtype=x.dtype
         )
-        return found
+        return weight
 
     @staticmethod
     def backward(_ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -125,14 +125,14 @@ class _Rounded(torch.autograd.Function):
 
 def fake_weight(weight: Tensor, group_size: int) -> Tensor:
     """A weight [O, I] rounded to 4 bits, symmetric per group, and dequantised."""
-    found: Tensor = _Rounded.apply(weight, [1, group_size], -8, 7)
-    return found
+    rounded: Tensor = _Rounded.apply(weight, [1, group_size], -8, 7)
+    return rounded
 
 
 def fake_activations(x: Tensor) -> Tensor:
     """Inputs [..., I] rounded to 8 bits, asymmetric per token, and dequantised."""
-    found: Tensor = _Rounded.apply(x, [*[1] * (x.dim() - 1), x.shape[-1]], -128, 127)
-    return found
+    rounded: Tensor = _Rounded.apply(x, [*[1] * (x.dim() - 1), x.shape[-1]], -128, 127)
+    return rounded
 
 
 def scheme(group_size: int) -> Any:
@@ -156,24 +156,24 @@ def rows_that_suit(model: nn.Module, head: nn.Module | None, group_size: int) ->
     Raises:
         UserError: There is none, or groups do not divide the rows of one.
     """
-    found = [
+    unsuitable = [
         (path, layer)
         for path, layer in model.named_modules()
         if isinstance(layer, nn.Linear) and layer is not head
     ]
-    if not found:
+    if not unsuitable:
         raise UserError(
             f"qat: {type(model).__name__} has no linear layer beside its head that torchao could "
             "quantise; leave qat out"
         )
-    for path, layer in found:
+    for path, layer in unsuitable:
         if layer.in_features % group_size:
             raise UserError(
                 f"qat_group_size: {group_size} does not divide the rows of {path}, which have "
                 f"{layer.in_features} numbers; choose a multiple of {GROUP_MULTIPLE} that does, or "
                 "leave qat out"
             )
-    return [path for path, _ in found]
+    return [path for path, _ in unsuitable]
 
 
 def fake_quantise(
@@ -230,13 +230,13 @@ def really_quantised(layer: FakeQuantLinear, weight: Tensor | None = None) -> nn
     from torchao.quantization import quantize_
 
     with torch.device("meta"):
-        made = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-    given = layer.weight if weight is None else weight
-    made.weight = nn.Parameter(given.detach().to(layer.computes), requires_grad=False)
+        linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    trained_weight = layer.weight if weight is None else weight
+    linear.weight = nn.Parameter(trained_weight.detach().to(layer.computes), requires_grad=False)
     if layer.bias is not None:
-        made.bias = nn.Parameter(layer.bias.detach().to(layer.computes), requires_grad=False)
-    quantize_(made, scheme(layer.group_size))
-    return made.eval()
+        linear.bias = nn.Parameter(layer.bias.detach().to(layer.computes), requires_grad=False)
+    quantize_(linear, scheme(layer.group_size))
+    return linear.eval()
 
 
 @contextmanager

@@ -82,8 +82,8 @@ def _saved_names(cohort: Cohort, name: str) -> list[str]:
     """The modules saved whole as PEFT finds them again: it matches ends of paths, dots or not."""
     paths = {path for path, copies in cohort.copies.items() if name in copies.copies}
     short = sorted({path.rpartition(".")[2] for path in paths})
-    found = {path for path, _ in cohort.model.named_modules() if path.endswith(tuple(short))}
-    return short if found == paths else sorted(paths)
+    matching = {path for path, _ in cohort.model.named_modules() if path.endswith(tuple(short))}
+    return short if matching == paths else sorted(paths)
 
 
 def verify(folder: str | os.PathLike[str], expected: Mapping[str, tuple[int, ...]]) -> None:

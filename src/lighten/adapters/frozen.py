@@ -56,8 +56,8 @@ def weight_of(base: nn.Module) -> Tensor:
     """
     dense: Any = getattr(base, "dense_weight", None)
     if dense is not None:
-        found: Tensor = dense()
-        return found
+        dense_weight: Tensor = dense()
+        return dense_weight
     weight: Tensor = base.weight  # type: ignore[assignment]
     if is_of_torchao(weight):
         return weight.dequantize()
@@ -71,11 +71,11 @@ def product(base: nn.Module, x: Tensor) -> Tensor:
 
 def formats(module: nn.Module) -> dict[str, torch.dtype]:
     """The format in which each parameter of the module takes part in products, by its name."""
-    found = {name: parameter.dtype for name, parameter in module.named_parameters()}
+    dtypes = {name: parameter.dtype for name, parameter in module.named_parameters()}
     for path, layer in module.named_modules():
         if is_quantized(layer):
-            found[f"{path}.weight" if path else "weight"] = computes_in(layer)
-    return found
+            dtypes[f"{path}.weight" if path else "weight"] = computes_in(layer)
+    return dtypes
 
 
 def dense_copy(module: nn.Module) -> nn.Module:
@@ -90,18 +90,18 @@ def dense_copy(module: nn.Module) -> nn.Module:
 def _dense(layer: nn.Module) -> nn.Module:
     outputs, inputs = out_in_features(layer)
     weight, bias = weight_of(layer), layer.bias
-    made: nn.Module
+    layer_copy: nn.Module
     with torch.device("meta"):
         if is_conv1d(layer):
-            made = Conv1D(outputs, inputs)
+            layer_copy = Conv1D(outputs, inputs)
         else:
-            made = nn.Linear(inputs, outputs, bias=bias is not None)
+            layer_copy = nn.Linear(inputs, outputs, bias=bias is not None)
     if is_conv1d(layer):
         weight = weight.T.contiguous()
-    made.weight = nn.Parameter(weight, requires_grad=False)
+    layer_copy.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
-        made.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)  # type: ignore[operator]
-    return made.eval()
+        layer_copy.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)  # type: ignore[operator]
+    return layer_copy.eval()
 
 
 def make_dense(model: PreTrainedModel) -> str | None:
@@ -110,14 +110,14 @@ def make_dense(model: PreTrainedModel) -> str | None:
     Returns:
         What was dequantised to what, or None if nothing was quantised.
     """
-    found = [(path, layer) for path, layer in model.named_modules() if is_quantized(layer)]
-    said = None
-    for path, layer in found:
-        said = said_of(layer)
+    quantized = [(path, layer) for path, layer in model.named_modules() if is_quantized(layer)]
+    sentence = None
+    for path, layer in quantized:
+        sentence = said_of(layer)
         model.set_submodule(path, dense_copy(layer))
-    if found:
+    if quantized:
         forget_quantization(model)
-    return said
+    return sentence
 
 
 def said_of(layer: nn.Module) -> str:
@@ -128,8 +128,8 @@ def said_of(layer: nn.Module) -> str:
 
 def computes_in(layer: nn.Module) -> torch.dtype:
     """The format of a quantised layer's products."""
-    found: torch.dtype = getattr(layer, "compute_dtype", None) or layer.weight.dtype  # type: ignore[assignment]
-    return found
+    dtype: torch.dtype = getattr(layer, "compute_dtype", None) or layer.weight.dtype  # type: ignore[assignment]
+    return dtype
 
 
 def forget_quantization(model: PreTrainedModel) -> None:

@@ -152,8 +152,8 @@ class Routing(threading.local):
 
 def routings(model: nn.Module) -> set[Routing]:
     """What the cohort's layers inside follow; empty where there are none."""
-    made = (CohortLinear, CohortCopies)
-    return {module.routing for module in model.modules() if isinstance(module, made)}
+    adapted = (CohortLinear, CohortCopies)
+    return {module.routing for module in model.modules() if isinstance(module, adapted)}
 
 
 class CohortLinear(nn.Module):
@@ -345,20 +345,24 @@ class Siblings:
 
     def output(self, layer: CohortLinear, x: Tensor) -> Tensor:
         """The output of the layer on x."""
-        own = self._traced if torch.compiler.is_compiling() else self._passes.own
-        if own.waiting:
-            if x is own.read and layer.place in own.waiting and own.holds_for(layer):
-                return own.taken(layer.place)
-            self._together = self._together and x is own.read
-            own.waiting = {}
+        pass_state = self._traced if torch.compiler.is_compiling() else self._passes.own
+        if pass_state.waiting:
+            if (
+                x is pass_state.read
+                and layer.place in pass_state.waiting
+                and pass_state.holds_for(layer)
+            ):
+                return pass_state.taken(layer.place)
+            self._together = self._together and x is pass_state.read
+            pass_state.waiting = {}
         if not self._together or layer.drops:
             return joint_outputs([layer], x)[0]
         outputs = joint_outputs(self.layers, x)
-        own.waiting = dict(enumerate(outputs))
-        own.read = x
+        pass_state.waiting = dict(enumerate(outputs))
+        pass_state.read = x
         if not torch.compiler.is_compiling():
-            own.route = layer.route
-        return own.taken(layer.place)
+            pass_state.route = layer.route
+        return pass_state.taken(layer.place)
 
 
 class _Pass:
@@ -409,9 +413,9 @@ class CohortCopies(nn.Module):
 
     def add(self, name: str) -> None:
         """Add a trainable copy, equal to the base's module at the start, dense if that is not."""
-        made = dense_copy(self.base).float()
-        made.requires_grad_(True)
-        self.copies[name] = made
+        weights = dense_copy(self.base).float()
+        weights.requires_grad_(True)
+        self.copies[name] = weights
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base's module, or each adapter's copy on its own rows."""
@@ -431,22 +435,22 @@ class CohortCopies(nn.Module):
     def _one(self, name: str | None, x: Tensor, args: Any, kwargs: Any) -> Tensor:
         if name is None or name not in self.copies:
             return self.base(x, *args, **kwargs)
-        made = self.copies[name]
-        own = formats(self.base)
-        cast = {key: value.to(own[key]) for key, value in made.named_parameters()}
-        return torch.func.functional_call(made, cast, (x, *args), kwargs)
+        weights = self.copies[name]
+        dtypes = formats(self.base)
+        cast = {key: value.to(dtypes[key]) for key, value in weights.named_parameters()}
+        return torch.func.functional_call(weights, cast, (x, *args), kwargs)
 
     @torch.no_grad()
     def fused(self, name: str | None) -> nn.Module:
         """The plain module with one adapter's copy in its place (None: as it was)."""
         if name is None or name not in self.copies:
             return self.base
-        own = formats(self.base)
-        made = copy.deepcopy(self.copies[name])
-        for key, value in made.named_parameters():
-            value.data = value.data.to(own[key])
+        dtypes = formats(self.base)
+        weights = copy.deepcopy(self.copies[name])
+        for key, value in weights.named_parameters():
+            value.data = value.data.to(dtypes[key])
             value.requires_grad_(False)
-        return made
+        return weights
 
 
 def _orthogonal(

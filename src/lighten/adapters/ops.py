@@ -163,14 +163,18 @@ class _Block:
 
     def outer(self, factors: Sequence[Tensor], like: Tensor) -> list[tuple[int, slice, Tensor]]:
         """For each layer: which of the R ranks are its own, and its B side by side, [O, own]."""
-        found = []
+        products = []
         rank = 0
         for layer in sorted({part.layer for part in self.parts}):
-            own = [factors[2 * i + 1] for i, part in self._counted() if part.layer == layer]
-            whole = torch.cat(own, 1) if len(own) > 1 else own[0]
-            found.append((layer, slice(rank, rank + whole.shape[1]), whole.to(like.dtype)))
+            factors_of_layer = [
+                factors[2 * i + 1] for i, part in self._counted() if part.layer == layer
+            ]
+            whole = (
+                torch.cat(factors_of_layer, 1) if len(factors_of_layer) > 1 else factors_of_layer[0]
+            )
+            products.append((layer, slice(rank, rank + whole.shape[1]), whole.to(like.dtype)))
             rank += whole.shape[1]
-        return found
+        return products
 
     def scaled(self, low: Tensor, factors: Sequence[Tensor]) -> Tensor:
         """Each rank times its scale, and zero on rows of other adapters; in place, [n, R]."""
@@ -209,13 +213,13 @@ def _blocks(parts: Sequence[Part], ranks: Sequence[int], *, merge: bool) -> list
         # A dropped input is a layer's own, so its product is too.
         key = i if part.dropout else ("all" if merge else (part.start, part.stop))
         groups.setdefault(key, []).append(i)
-    found = []
+    blocks = []
     for group in groups.values():
         order = tuple(sorted(group, key=lambda i: parts[i].layer))
-        own = tuple(parts[i] for i in order)
-        start, stop = min(part.start for part in own), max(part.stop for part in own)
-        found.append(_Block(start, stop, order, own))
-    return found
+        members = tuple(parts[i] for i in order)
+        start, stop = min(part.start for part in members), max(part.stop for part in members)
+        blocks.append(_Block(start, stop, order, members))
+    return blocks
 
 
 class _LowRankLinears(torch.autograd.Function):
@@ -237,8 +241,8 @@ class _LowRankLinears(torch.autograd.Function):
         for block in blocks:
             rows = _dropped(flat[block.start : block.stop], block.parts[0])
             low = block.scaled(rows @ block.inner(factors, x).T, factors)
-            for layer, own, B in block.outer(factors, x):
-                outs[layer][block.start : block.stop].addmm_(low[:, own], B.T)
+            for layer, columns, B in block.outer(factors, x):
+                outs[layer][block.start : block.stop].addmm_(low[:, columns], B.T)
             lows.append(low)
         ctx.bases, ctx.blocks = bases, blocks
         ctx.set_materialize_grads(False)
@@ -251,32 +255,32 @@ class _LowRankLinears(torch.autograd.Function):
         x, *saved = ctx.saved_tensors
         factors, lows = saved[: len(saved) - len(blocks)], saved[len(saved) - len(blocks) :]
         flat = x.reshape(-1, x.shape[-1])
-        given = {
+        gradients_out = {
             layer: grad.reshape(-1, grad.shape[-1])
             for layer, grad in enumerate(grads)
             if grad is not None
         }
         grad_x: Tensor | None = None
         if ctx.needs_input_grad[0]:
-            for layer, grad in given.items():
+            for layer, grad in gradients_out.items():
                 weight = weight_of(ctx.bases[layer])
                 grad_x = grad @ weight if grad_x is None else grad_x.addmm_(grad, weight)
-        found: list[Tensor | None] = [None] * len(factors)
+        factor_gradients: list[Tensor | None] = [None] * len(factors)
         for block, low in zip(blocks, lows, strict=True):
             span = slice(block.start, block.stop)
             gradients = torch.zeros_like(low)  # of x Aᵀ, [n, R]
             grads_B: dict[int, Tensor] = {}
-            for layer, own, B in block.outer(factors, x):
-                if layer in given:
-                    torch.mm(given[layer][span], B, out=gradients[:, own])
+            for layer, columns, B in block.outer(factors, x):
+                if layer in gradients_out:
+                    torch.mm(gradients_out[layer][span], B, out=gradients[:, columns])
                     # [own, O]: reading the gradient row by row is twice as fast as its transpose.
-                    grads_B[layer] = low[:, own].T @ given[layer][span]
+                    grads_B[layer] = low[:, columns].T @ gradients_out[layer][span]
             gradients = block.scaled(gradients, factors)
             A = block.inner(factors, x)
             dropout = block.parts[0].dropout
             mask = None if dropout is None else dropout.factors(flat.shape[-1], flat)
             grad_A = gradients.T @ (flat[span] if mask is None else flat[span] * mask)
-            _hand_out(block, grad_A, grads_B, factors, found)
+            _hand_out(block, grad_A, grads_B, factors, factor_gradients)
             if grad_x is None:
                 continue
             if mask is None:
@@ -284,7 +288,7 @@ class _LowRankLinears(torch.autograd.Function):
             else:
                 grad_x[span].addcmul_(gradients @ A, mask)
         grad_x = None if grad_x is None else grad_x.view(x.shape)
-        return (grad_x, None, None, *found)
+        return (grad_x, None, None, *factor_gradients)
 
 
 # From `addmm_` a compiler makes `addmm`, which copies what is added to: two of three times as much
@@ -336,9 +340,11 @@ class _LoneLinears(torch.autograd.Function):
         outs = []
         column = 0
         for weight, bias, B, scale in zip(weights, biases, Bs, scales, strict=True):
-            own = low[:, column : column + B.shape[1]]
+            products = low[:, column : column + B.shape[1]]
             column += B.shape[1]
-            outs.append(torch.ops.lighten.linear_plus(x, weight, bias, own * scale, B.to(x.dtype)))
+            outs.append(
+                torch.ops.lighten.linear_plus(x, weight, bias, products * scale, B.to(x.dtype))
+            )
         ctx.save_for_backward(x, low, A, *weights, *Bs)
         ctx.scales = scales
         return tuple(outs)
@@ -351,10 +357,10 @@ class _LoneLinears(torch.autograd.Function):
         gradients, grads_B = [], []
         column = 0
         for grad, B, scale in zip(grads, Bs, ctx.scales, strict=True):
-            own = low[:, column : column + B.shape[1]]
+            products = low[:, column : column + B.shape[1]]
             column += B.shape[1]
             gradients.append((grad @ B.to(x.dtype)) * scale)
-            grads_B.append(((own.T @ grad) * scale).T.to(B.dtype))
+            grads_B.append(((products.T @ grad) * scale).T.to(B.dtype))
         gradient = torch.cat(gradients, 1)
         grad_A = (gradient.T @ x).to(Bs[0].dtype).split([B.shape[1] for B in Bs])
         grad_x = torch.ops.lighten.sum_of_products([*grads, gradient], [*weights, A])
@@ -381,7 +387,7 @@ def _hand_out(
     grad_A: Tensor,
     grads_B: dict[int, Tensor],
     factors: Sequence[Tensor],
-    found: list[Tensor | None],
+    factor_gradients: list[Tensor | None],
 ) -> None:
     """Cut the block's gradients, [R, I] and [own, O] by layer, into those of its parts."""
     column, last, within = 0, None, 0
@@ -390,9 +396,9 @@ def _hand_out(
         within = 0 if part.layer != last else within
         last = part.layer
         if part.layer in grads_B:
-            found[2 * i] = grad_A[column : column + rank].to(factors[2 * i].dtype)
-            own = grads_B[part.layer][within : within + rank]
-            found[2 * i + 1] = own.T.to(factors[2 * i + 1].dtype)
+            factor_gradients[2 * i] = grad_A[column : column + rank].to(factors[2 * i].dtype)
+            rows = grads_B[part.layer][within : within + rank]
+            factor_gradients[2 * i + 1] = rows.T.to(factors[2 * i + 1].dtype)
         column += rank
         within += rank
 

@@ -155,13 +155,13 @@ class PeftBacked(Cohort):
         plain = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
         text = json.dumps(plain, indent=2, sort_keys=True, default=str) + "\n"
         weights = {key: _on_cpu(value) for key, value in self._saved().items()}
-        made = {
+        files = {
             "adapter_config.json": text.encode(),
             "adapter_model.safetensors": to_bytes(weights, metadata={"format": "pt"}),
         }
         if encoder := self._encoder():
-            made[ENCODER] = to_bytes({key: _on_cpu(value) for key, value in encoder.items()})
-        return made
+            files[ENCODER] = to_bytes({key: _on_cpu(value) for key, value in encoder.items()})
+        return files
 
     def shapes(self, name: str) -> dict[str, tuple[int, ...]]:
         """Shape by key of what `contents` saves."""
@@ -239,9 +239,11 @@ class PeftBacked(Cohort):
         """Take the adapter off and give the untouched base back."""
         self._switch(True)
         for path, part in self._parts.items():
-            own: Any = part
+            module: Any = part
             wrapped = isinstance(part, AuxiliaryTrainingWrapper)
-            self.model.set_submodule(path, own.original_module if wrapped else _base_layer(own))
+            self.model.set_submodule(
+                path, module.original_module if wrapped else _base_layer(module)
+            )
         if self._prompted is not None:
             del self._prompted.forward
             self._prompted = None
@@ -264,14 +266,14 @@ class PeftBacked(Cohort):
         if self._config.is_prompt_learning or not hasattr(tuner, "merge_and_unload"):
             raise UserError(f"{self.method} is no change of weights, so it cannot be merged")
         self._untie()
-        said = dense_view.settle(self.model)
+        sentence = dense_view.settle(self.model)
         self._starts.merge()
         try:
             tuner.merge_and_unload(safe_merge=True)  # type: ignore[operator]
         except (ValueError, NotImplementedError, AttributeError, TypeError) as error:
             raise UserError(f"{self.method} cannot be merged: {error}") from error
         dense_view.turn(self.model)
-        self._note_dense(name, said)
+        self._note_dense(name, sentence)
         for key, parameter in self.model.named_parameters():
             parameter.data = parameter.data.to(self._formats.get(key, self._format))
         self._parts = {}
@@ -282,13 +284,13 @@ class PeftBacked(Cohort):
 
     def _outermost(self) -> dict[str, nn.Module]:
         """PEFT's modules that stand in the base's places, by path."""
-        found: dict[str, nn.Module] = {}
+        outermost: dict[str, nn.Module] = {}
         last: str | None = None
         for path, module in self.model.named_modules():
             inside = last is not None and path.startswith(f"{last}.")
             if not inside and _is_pefts(module):
-                found[path], last = module, path
-        return found
+                outermost[path], last = module, path
+        return outermost
 
     def _in_format(self, path: str, part: nn.Module) -> Any:
         """The part's forward in the base's format, what the start took from the base taken off."""
@@ -296,11 +298,11 @@ class PeftBacked(Cohort):
         device = self.model.device.type
         takes = path in self._starts
 
-        def run(x: Tensor, *args: Any, **given: Any) -> Any:
+        def run(x: Tensor, *args: Any, **options: Any) -> Any:
             if not self._on:
-                return forward(x, *args, **given)
+                return forward(x, *args, **options)
             with torch.autocast(device, dtype=wanted, enabled=wanted != torch.float32):
-                out = forward(x, *args, **given)
+                out = forward(x, *args, **options)
             if takes:
                 out = out - self._starts.product(path, x)
             return out.to(wanted) if isinstance(out, Tensor) else out
@@ -334,10 +336,10 @@ class PeftBacked(Cohort):
             self._peft.prompt_encoder.train(on)
 
     def _state(self) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = get_peft_model_state_dict(
+        state: dict[str, Tensor] = get_peft_model_state_dict(
             self._peft, adapter_name=KEY, save_embedding_layers=False
         )
-        return found
+        return state
 
     def _saved(self) -> dict[str, Tensor]:
         """What goes into the adapter's file: with a start from the base, twice the rank."""
@@ -382,11 +384,11 @@ def load(model: PreTrainedModel, name: str, folder: str | os.PathLike[str]) -> P
         spec = AdapterSpec(
             name, settings["r"], settings["lora_alpha"], use_dora=bool(settings.get("use_dora"))
         )
-    made = PeftBacked(model, spec, config)
-    made.restore(name, folder)
-    for parameter in made.parameters(name).values():
+    adapter = PeftBacked(model, spec, config)
+    adapter.restore(name, folder)
+    for parameter in adapter.parameters(name).values():
         parameter.requires_grad_(False)
-    return made
+    return adapter
 
 
 @contextmanager

@@ -53,7 +53,7 @@ def method_of(settings: Mapping[str, Any]) -> str:
     if method not in known:
         mend = _mend(method, offered, "there are")
         raise UserError(f"peft: peft_type {settings.get('peft_type')!r} does not exist; {mend}")
-    keys = [own.name for own in dataclasses.fields(known[method]) if own.init]
+    keys = [setting.name for setting in dataclasses.fields(known[method]) if setting.init]
     for key in settings:
         if key in _OURS:
             raise UserError(f"peft: {key} is set by lighten itself; leave it out")
@@ -122,17 +122,17 @@ def configured(spec: AdapterSpec, model: PreTrainedModel) -> PeftConfig:
 
 def _verbatim(settings: Mapping[str, Any], model: PreTrainedModel) -> PeftConfig:
     method = method_of(settings)
-    given = {key: value for key, value in settings.items() if key != "peft_type"}
-    targets = given.get("target_modules")
+    verbatim = {key: value for key, value in settings.items() if key != "peft_type"}
+    targets = verbatim.get("target_modules")
     if targets and targets != ALL_LINEAR:
         named = without_groups(model, targets)
-        given["target_modules"] = named if isinstance(named, str) else list(named)
-    given["task_type"] = "CAUSAL_LM"
+        verbatim["target_modules"] = named if isinstance(named, str) else list(named)
+    verbatim["task_type"] = "CAUSAL_LM"
     if method in ("PROMPT_TUNING", "P_TUNING"):
         # PEFT takes the hidden size, which OPT's small embeddings do not have.
-        given.setdefault("token_dim", int(model.get_input_embeddings().weight.shape[1]))  # type: ignore[index]
+        verbatim.setdefault("token_dim", int(model.get_input_embeddings().weight.shape[1]))  # type: ignore[index]
     makers = {str(kind.value): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     try:
-        return makers[method](**given)
+        return makers[method](**verbatim)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"peft: {method}: {error}") from error

@@ -72,10 +72,10 @@ class Starts:
         """Add the updates to the base's weights, rounded once, and leave PEFT none to merge."""
         for path, (A, B) in self._factors.items():
             layer = self._layers[path]
-            own, weight = layer.lora_B[self._key].weight, layer.get_base_layer().weight
-            delta = self._scale(path) * (own @ layer.lora_A[self._key].weight - B @ A)
+            factor, weight = layer.lora_B[self._key].weight, layer.get_base_layer().weight
+            delta = self._scale(path) * (factor @ layer.lora_A[self._key].weight - B @ A)
             weight.copy_((weight.float() + _lying(layer, delta)).to(weight.dtype))
-            own.zero_()
+            factor.zero_()
 
     def joined(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """PEFT's state of the adapter with the start beside it, in twice the rank."""

@@ -80,19 +80,19 @@ class Resized:
     @property
     def energy_kept(self) -> float:
         """Share of the squared norm of all updates together; 1 of an adapter that does nothing."""
-        energy = sum(own.energy for own in self.cuts)
-        return 1.0 - sum(own.lost for own in self.cuts) / energy if energy else 1.0
+        energy = sum(cut.energy for cut in self.cuts)
+        return 1.0 - sum(cut.lost for cut in self.cuts) / energy if energy else 1.0
 
     @property
     def error(self) -> float:
         """Norm of what is gone over that of all updates together."""
-        energy = sum(own.energy for own in self.cuts)
-        return math.sqrt(sum(own.lost for own in self.cuts) / energy) if energy else 0.0
+        energy = sum(cut.energy for cut in self.cuts)
+        return math.sqrt(sum(cut.lost for cut in self.cuts) / energy) if energy else 0.0
 
     @property
     def largest_rank(self) -> int:
         """Of all its layers."""
-        return max(own.after for own in self.cuts)
+        return max(cut.after for cut in self.cuts)
 
     @property
     def parameters(self) -> int:
@@ -101,14 +101,14 @@ class Resized:
 
     def facts(self) -> dict[str, Any]:
         """What `lighten adapter resize` says."""
-        worst = max(self.cuts, key=lambda own: own.error)
+        worst = max(self.cuts, key=lambda cut: cut.error)
         return {
             "r": self.config["r"],
             "largest_rank": self.largest_rank,
             "left_behind": list(self.left_behind),
             "lora_alpha": self.config["lora_alpha"],
             "parameters": self.parameters,
-            "layers_cut": sum(own.after < own.before for own in self.cuts),
+            "layers_cut": sum(cut.after < cut.before for cut in self.cuts),
             "energy_kept": self.energy_kept,
             "error": self.error,
             "worst_layer": {"path": worst.path, "error": worst.error},
@@ -134,7 +134,7 @@ def at_rank(adapter: SavedAdapter, rank: int) -> Resized:
         energy = float(layer.values.square().sum())
         lost = 0.0 if A is layer.A else layer.scale**2 * distance(layer.B, layer.A, B, A) ** 2
         cuts.append(Cut(layer.path, layer.rank, int(A.shape[0]), energy, lost))
-    config = _config(adapter, rank, {own.path: own.after for own in cuts})
+    config = _config(adapter, rank, {cut.path: cut.after for cut in cuts})
     return Resized(config, weights, tuple(cuts), tuple(left_behind(adapter)))
 
 
@@ -171,13 +171,13 @@ def contents(adapter: SavedAdapter, resized: Resized) -> dict[str, bytes]:
         if path.is_file() and _belongs(path.name)
     }
     facts = resized.facts()
-    said = (
+    sentence = (
         f"Resized by lighten from rank {adapter.largest_rank} to {resized.largest_rank}: each "
         "layer's best "
         f"approximation, {facts['energy_kept']:.2%} of the update's energy kept.\n"
     )
     card = files.get(CARD, f"# {adapter.folder.name}\n".encode())
-    files[CARD] = card.rstrip() + b"\n\n" + said.encode()
+    files[CARD] = card.rstrip() + b"\n\n" + sentence.encode()
     files[CONFIG] = (json.dumps(resized.config, indent=2, sort_keys=True) + "\n").encode()
     files[WEIGHTS] = to_bytes(resized.weights, metadata={"format": "pt", **WRITTEN_BY})
     return files
@@ -234,11 +234,11 @@ def _config(adapter: SavedAdapter, rank: int, ranks: Mapping[str, int]) -> dict[
     alpha = _alpha(spec.alpha / (math.sqrt(spec.r) if spec.use_rslora else spec.r), r, spec)
     rank_pattern, alpha_pattern = {}, {}
     for layer in adapter.layers:
-        own = ranks[layer.path]
+        kept = ranks[layer.path]
         # Anchored, for a pattern matches the end of a path.
-        if own != r:
-            rank_pattern[f"^{layer.path}"] = own
-        if (wanted := _alpha(layer.scale, own, spec)) != alpha:
+        if kept != r:
+            rank_pattern[f"^{layer.path}"] = kept
+        if (wanted := _alpha(layer.scale, kept, spec)) != alpha:
             alpha_pattern[f"^{layer.path}"] = wanted
     return {
         **adapter.config, "r": r, "lora_alpha": alpha,

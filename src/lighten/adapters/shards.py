@@ -40,12 +40,12 @@ class Shard:
         Raises:
             OSError: It cannot be written.
         """
-        own = {
+        shard = {
             key: dtensors.whole(value.detach()).cpu().contiguous()
             for key, value in self._tensors.items()
         }
         try:
-            save_file(own, path, metadata={"format": "pt"})
+            save_file(shard, path, metadata={"format": "pt"})
         except SafetensorError as error:  # its only word of what the system said
             number = re.search(r"os error (\d+)", str(error))
             if number is None:
@@ -110,10 +110,10 @@ def load(folder: Path, stem: str) -> dict[str, Tensor]:
     Raises:
         SafetensorError: A file is broken.
     """
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for path in listing(folder, stem):
-        found |= load_file(path)
-    return found
+        tensors |= load_file(path)
+    return tensors
 
 
 def _numbered(stem: str, number: int, count: int) -> str:

@@ -55,8 +55,8 @@ class AdapterSpec:
     @property
     def needs_peft(self) -> bool:
         """Whether PEFT's own modules train it, one adapter at a time."""
-        own = self.init_lora_weights in OWN_INITS
-        return self.use_dora or self.peft is not None or not own
+        ours = self.init_lora_weights in OWN_INITS
+        return self.use_dora or self.peft is not None or not ours
 
     def rank_at(self, path: str) -> int:
         """Rank at the module path, `rank_pattern` honoured."""

@@ -174,15 +174,15 @@ class SavedAdapter:
             "lora_alpha": self.spec.alpha,
             "use_rslora": self.spec.use_rslora,
             "target_modules": self.config.get("target_modules")
-            or [own.path for own in self.layers],
+            or [layer.path for layer in self.layers],
             "layers_adapted": len(self.layers),
             "modules_to_save": list(self.spec.modules_to_save),
             "parameters": self.parameters,
             "file_bytes": self.file_bytes,
             "largest_rank": self.largest_rank,
-            "effective_rank_mean": sum(own["effective_rank"] for own in layers) / len(layers),
-            "rank_90_max": max(own["rank_90"] for own in layers),
-            "rank_99_max": max(own["rank_99"] for own in layers),
+            "effective_rank_mean": sum(layer["effective_rank"] for layer in layers) / len(layers),
+            "rank_90_max": max(layer["rank_90"] for layer in layers),
+            "rank_99_max": max(layer["rank_99"] for layer in layers),
             "layers": layers,
         }
 
@@ -213,15 +213,15 @@ def _apart(
     keys: dict[str, dict[str, str]] = {}
     others: dict[str, Tensor] = {}
     for key, value in weights.items():
-        if found := FACTOR.match(key):
-            keys.setdefault(found["path"], {})[found["factor"]] = key
+        if match := FACTOR.match(key):
+            keys.setdefault(match["path"], {})[match["factor"]] = key
         else:
             others[key] = value
     layers = []
-    for path, own in keys.items():
-        if set(own) != {"A", "B"}:
+    for path, factors in keys.items():
+        if set(factors) != {"A", "B"}:
             raise UserError(f"{folder}: {path} has only one of lora_A and lora_B; it is not whole")
-        A, B = weights[own["A"]], weights[own["B"]]
+        A, B = weights[factors["A"]], weights[factors["B"]]
         if A.dim() != 2 or B.dim() != 2:
             raise UserError(f"{folder}: {path} is a convolution's; only linear layers can be cut")
         if not all(bool(factor.isfinite().all()) for factor in (A, B)):
@@ -231,7 +231,7 @@ def _apart(
                 f"{folder}: {path} has factors {tuple(B.shape)} and {tuple(A.shape)}, but "
                 f"{CONFIG} says rank {spec.rank_at(path)}; the two do not belong together"
             )
-        layers.append(Layer(path, (own["A"], own["B"]), A, B, spec.scale_at(path)))
+        layers.append(Layer(path, (factors["A"], factors["B"]), A, B, spec.scale_at(path)))
     if not layers:
         raise UserError(f"{folder}: there is no lora_A among its weights")
     return tuple(layers), others

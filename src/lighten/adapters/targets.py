@@ -34,19 +34,19 @@ def low_rank_paths(model: PreTrainedModel, spec: AdapterSpec) -> list[str]:
     head = model.get_output_embeddings()
     linear = [path for path, module in model.named_modules() if is_linear(module)]
     if spec.target_modules == ALL_LINEAR:
-        found = [path for path in linear if model.get_submodule(path) is not head]
+        paths = [path for path in linear if model.get_submodule(path) is not head]
     else:
         targets = without_groups(model, spec.target_modules)
-        found = [path for path, _ in model.named_modules() if _matches(path, targets)]
+        paths = [path for path, _ in model.named_modules() if _matches(path, targets)]
     whole = saved_paths(model, spec)
-    found = [p for p in found if not any(p == w or p.startswith(f"{w}.") for w in whole)]
-    if not found:
+    paths = [p for p in paths if not any(p == w or p.startswith(f"{w}.") for w in whole)]
+    if not paths:
         raise UserError(
             f"adapter {spec.name!r}: lora_target_modules {_shown(spec.target_modules)} matches no "
             f"module of {type(model).__name__}; its linear layers are "
             f"{', '.join(sorted({path.rpartition('.')[2] for path in linear}))}"
         )
-    for path in found:
+    for path in paths:
         module = model.get_submodule(path)
         if not is_linear(module):
             raise UserError(
@@ -54,7 +54,7 @@ def low_rank_paths(model: PreTrainedModel, spec: AdapterSpec) -> list[str]:
                 f"{type(module).__name__}, but low-rank updates go on linear layers; use "
                 f"modules_to_save to train it whole"
             )
-    return found
+    return paths
 
 
 def sibling_paths(paths: Iterable[str]) -> list[list[str]]:
@@ -80,10 +80,10 @@ def without_groups(model: PreTrainedModel, targets: str | Iterable[str]) -> str 
     groups = [name for name in GROUPS if not any(_ends_with_any(p, (name,)) for p in linear)]
     if isinstance(targets, str):
         return tuple(group_paths(model, targets)) if targets in groups else targets
-    found: list[str] = []
+    names: list[str] = []
     for target in targets:
-        found += group_paths(model, target) if target in groups else [target]
-    return tuple(found)
+        names += group_paths(model, target) if target in groups else [target]
+    return tuple(names)
 
 
 def group_paths(model: PreTrainedModel, group: str) -> list[str]:
@@ -93,20 +93,20 @@ def group_paths(model: PreTrainedModel, group: str) -> list[str]:
         UserError: There is none.
     """
     layers = decoder_layers(model)
-    found = [
+    paths = [
         path
         for path, module in model.named_modules()
         if is_linear(module)
         and (parents := _parents_within(model, path, layers)) is not None
         and any(map(_is_attention, parents)) == (group == "attention")
     ]
-    if not found:
+    if not paths:
         raise UserError(
             f"lora_target_modules: {group}: the decoder layers of {type(model).__name__} have no "
             "such linear layers; fused experts are reached through peft: {peft_type: LORA, "
             "target_parameters: [...]}"
         )
-    return found
+    return paths
 
 
 def _parents_within(

@@ -44,38 +44,38 @@ def install(owner: PeftModel, model: PreTrainedModel, on: Callable[[], bool]) ->
     prefix = owner.active_peft_config.peft_type in PREFIXES
 
     @functools.wraps(plain)
-    def run(input_ids: Tensor | None = None, **given: Any) -> Any:
+    def run(input_ids: Tensor | None = None, **options: Any) -> Any:
         if not on():
-            return plain(input_ids=input_ids, **given)
-        embedded = given.pop("inputs_embeds", None)
+            return plain(input_ids=input_ids, **options)
+        embedded = options.pop("inputs_embeds", None)
         if embedded is None and not prefix:
             embedded, input_ids = embedding(input_ids), None
         rows = len(embedded if input_ids is None else input_ids)
-        positions, mask = given.get("position_ids"), given.get("attention_mask")
+        positions, mask = options.get("position_ids"), options.get("attention_mask")
         if positions is not None:
-            given["position_ids"] = positions + virtual
-        begun = given.get(kept) is not None and given[kept].get_seq_length() > 0
+            options["position_ids"] = positions + virtual
+        begun = options.get(kept) is not None and options[kept].get_seq_length() > 0
         if mask is not None:
-            given["attention_mask"] = torch.cat([mask.new_ones(rows, virtual), mask], 1)
+            options["attention_mask"] = torch.cat([mask.new_ones(rows, virtual), mask], 1)
             if not prefix:
                 # Padding comes before the prompt, so that a sliding window sees what it saw.
                 order = _order(mask, virtual)
-                given["attention_mask"] = given["attention_mask"].gather(1, order)
+                options["attention_mask"] = options["attention_mask"].gather(1, order)
         if begun or prefix:
             if not begun:
-                given[kept] = owner.get_prompt(rows)
-            return plain(input_ids=input_ids, inputs_embeds=embedded, **given)
+                options[kept] = owner.get_prompt(rows)
+            return plain(input_ids=input_ids, inputs_embeds=embedded, **options)
         prompts = owner.get_prompt(rows).to(embedded.dtype)
         embedded = torch.cat([prompts, embedded], 1)
         if positions is not None:
             first = torch.arange(virtual, device=positions.device).expand(len(positions), -1)
-            given["position_ids"] = torch.cat([first, given["position_ids"]], 1)
+            options["position_ids"] = torch.cat([first, options["position_ids"]], 1)
         if mask is not None:
             embedded = embedded.gather(1, order[..., None].expand_as(embedded))
             if positions is not None:
-                own = given["position_ids"].expand(rows, -1)
-                given["position_ids"] = own.gather(1, order)
-        out = plain(inputs_embeds=embedded, **given)
+                spread = options["position_ids"].expand(rows, -1)
+                options["position_ids"] = spread.gather(1, order)
+        out = plain(inputs_embeds=embedded, **options)
         out.last_hidden_state = out.last_hidden_state[:, virtual:]
         return out
 

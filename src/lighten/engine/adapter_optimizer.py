@@ -75,35 +75,35 @@ class AdapterOptimizer:
     learning: dict[str, nn.Parameter] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        own = self.settings
+        settings = self.settings
         self.learning = self.learning or self.parameters
         self.optimizer = optimizers.make(
-            own.optim,
+            settings.optim,
             self.learning,
-            learning_rate=own.learning_rate,
-            weight_decay=own.weight_decay,
-            betas=own.betas,
-            epsilon=own.epsilon,
-            loraplus_lr_ratio=own.loraplus_lr_ratio,
+            learning_rate=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            betas=settings.betas,
+            epsilon=settings.epsilon,
+            loraplus_lr_ratio=settings.loraplus_lr_ratio,
             undecayed=self.undecayed,
         )
 
     @property
     def learning_rate(self) -> float:
         """The rate of the next step, before a group's own factor."""
-        own = self.settings
+        settings = self.settings
         factor = learning_rate_factor(
-            self.progress.steps, own.total_steps, own.warmup, own.lr_scheduler_type
+            self.progress.steps, settings.total_steps, settings.warmup, settings.lr_scheduler_type
         )
-        return own.learning_rate * factor
+        return settings.learning_rate * factor
 
     def is_finite(self) -> bool:
         """Whether every weight is a number: one step at far too high a rate makes them infinite.
 
         Of weights that are spread over ranks, this rank's part.
         """
-        own = [getattr(p, "to_local", lambda p=p: p)() for p in self.parameters.values()]
-        return all(bool(part.isfinite().all()) for part in own)
+        parts = [getattr(p, "to_local", lambda p=p: p)() for p in self.parameters.values()]
+        return all(bool(part.isfinite().all()) for part in parts)
 
     def gradients(self) -> list[Tensor]:
         """One gradient per parameter, zero where none has arrived, in a stable order."""
@@ -128,14 +128,14 @@ class AdapterOptimizer:
 
         Lower is better (trap 45).
         """
-        state, own = self.progress, self.settings
-        threshold = own.early_stopping_threshold
+        state, settings = self.progress, self.settings
+        threshold = settings.early_stopping_threshold
         better = state.best_loss is None or loss < state.best_loss - threshold
         if better:
             state.best_loss, state.best_step, state.evaluations_without_gain = loss, step, 0
         else:
             state.evaluations_without_gain += 1
-            patience = own.early_stopping_patience
+            patience = settings.early_stopping_patience
             if patience is not None and state.evaluations_without_gain >= patience:
                 state.stopped = True
         return better

@@ -78,8 +78,8 @@ def _first_that_learns(model: PreTrainedModel, layers: list[nn.Module]) -> int:
 
 def _part(layer: nn.Module, part: str, model: PreTrainedModel) -> nn.Module:
     for name in PARTS[part]:
-        if isinstance(own := getattr(layer, name, None), nn.Module):
-            return own
+        if isinstance(module := getattr(layer, name, None), nn.Module):
+            return module
     raise UserError(
         f"gradient_checkpointing_part: the layers of {type(model).__name__} have no {part} of "
         "their own; use layer"

@@ -74,13 +74,13 @@ class SharedTensors:
 
     def like(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Tensors of these shapes and formats, one behind the other from the memory's start."""
-        found, start = [], 0
+        views, start = [], 0
         for tensor in tensors:
             size = tensor.numel() * tensor.element_size()
-            own = self._memory[start : start + size].view(tensor.dtype)
-            found.append(own.view(tensor.shape))
+            piece = self._memory[start : start + size].view(tensor.dtype)
+            views.append(piece.view(tensor.shape))
             start += _room(tensor)
-        return found
+        return views
 
 
 def _room(tensor: Tensor) -> int:
@@ -128,7 +128,7 @@ class Forked(Workers):
         self._places = {id(parameter): place for place, parameter in enumerate(self._parameters)}
         _share(self._parameters)
         largest = max(sum(map(_room, group)) for group in groups)
-        own = max(1, threads // count)
+        threads_each = max(1, threads // count)
         self._children: list[_Child] = []
         # Looking for garbage writes to every object, and each page that one side writes to is there
         # twice from then on.
@@ -138,13 +138,13 @@ class Forked(Workers):
         try:
             for _ in range(count - 1):
                 gradients = SharedTensors(largest)
-                self._children.append(_Child(self._serve, gradients, own, self._children))
+                self._children.append(_Child(self._serve, gradients, threads_each, self._children))
             for child in self._children:
                 child.await_start()
         except OSError:
             self._end_children()
             raise
-        self._first = Pool(1, own)
+        self._first = Pool(1, threads_each)
 
     @property
     def own_bytes(self) -> int:
@@ -162,20 +162,20 @@ class Forked(Workers):
         """See `Workers`."""
         places = [self._places[id(parameter)] for parameter in parameters]
         first, others = self._each(
-            lambda own: GradientSums(parameters).learn(own, objective, per_token, scales),
-            lambda own: ("learn", own, places, dict(per_token), dict(scales)),
+            lambda share: GradientSums(parameters).learn(share, objective, per_token, scales),
+            lambda share: ("learn", share, places, dict(per_token), dict(scales)),
             batches,
         )
         gradients, lost = first
         gradients.give()
-        for child, (reached, own) in zip(self._children, others, strict=False):
+        for child, (reached, losses) in zip(self._children, others, strict=False):
             sums = child.gradients.like(parameters)
             for parameter, total, is_there in zip(parameters, sums, reached, strict=True):
                 if is_there and parameter.grad is None:
                     parameter.grad = total.clone()
                 elif is_there and parameter.grad is not None:
                     parameter.grad += total
-            lost = lost + own
+            lost = lost + losses
         return lost
 
     def measure(self, objective: Objective, batches: Sequence[MicroBatch]) -> list[list[float]]:
@@ -183,8 +183,8 @@ class Forked(Workers):
         if not batches:
             return []
         first, others = self._each(
-            lambda own: [measure(batch, objective) for batch in own],
-            lambda own: ("measure", own),
+            lambda share: [measure(batch, objective) for batch in share],
+            lambda share: ("measure", share),
             batches,
         )
         return in_order(batches, [first, *others], self.count)
@@ -215,8 +215,8 @@ class Forked(Workers):
         """What this process makes of the first worker, and the children of the others."""
         first, *others = shared_out(batches, self.count)
         busy = self._children[: len(others)]
-        for child, own in zip(busy, others, strict=True):
-            child.ask(errand(own))
+        for child, share in zip(busy, others, strict=True):
+            child.ask(errand(share))
         future: Future[Any] = self._first.submit(here, first)
         answers = [child.answer() for child in busy]
         future.exception()
@@ -227,14 +227,14 @@ class Forked(Workers):
 
     def _serve(self, gradients: SharedTensors, errand: tuple[Any, ...]) -> Any:
         """A child's errand, in the child."""
-        what, *given = errand
+        what, *arguments = errand
         if what == "measure":
-            return [measure(batch, self._objective) for batch in given[0]]
-        batches, places, per_token, scales = given
+            return [measure(batch, self._objective) for batch in arguments[0]]
+        batches, places, per_token, scales = arguments
         parameters = [self._parameters[place] for place in places]
-        own = GradientSums(parameters, gradients.like(parameters))
-        _, lost = own.learn(batches, self._objective, per_token, scales)
-        return [total is not None for total in own.sums], lost
+        sums = GradientSums(parameters, gradients.like(parameters))
+        _, lost = sums.learn(batches, self._objective, per_token, scales)
+        return [total is not None for total in sums.sums], lost
 
 
 class _Child:
@@ -270,7 +270,8 @@ class _Child:
                 end_with_parent()
                 # A thread of its own: OpenMP's team of the forked one has no members here.
                 worker = threading.Thread(
-                    target=_answer_all, args=(there, lambda own: work(gradients, own), threads)
+                    target=_answer_all,
+                    args=(there, lambda errand: work(gradients, errand), threads),
                 )
                 worker.start()
                 worker.join()

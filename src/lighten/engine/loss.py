@@ -173,16 +173,16 @@ def _gradients_for_logits(
     raw: Tensor, labels: Tensor, rule: HeadRule, space: Workspace, wanted: bool
 ) -> Tensor:
     """As `fused_loss.cross_entropy_`, in a processor's operations; losses alone if not wanted."""
-    own = labels[:, None]
+    columns = labels[:, None]
     logits = rule.apply(raw)
     gradient = space.take("gradient", len(raw), raw, raw.shape[1], torch.float32).copy_(logits)
     torch.softmax(gradient, -1, out=gradient)
     # log Σ exp from the largest: exact in float32 without another pass over exponentials.
     normaliser = logits.amax(1).float() - gradient.amax(1).log()
-    nll = normaliser - logits.gather(1, own)[:, 0].float()
+    nll = normaliser - logits.gather(1, columns)[:, 0].float()
     if not wanted:
         return nll
-    gradient.scatter_add_(1, own, gradient.new_full(own.shape, -1.0))
+    gradient.scatter_add_(1, columns, gradient.new_full(columns.shape, -1.0))
     if rule.softcap is not None:
         gradient *= 1.0 - (logits.float() / rule.softcap).square_()
     if rule.scale != 1.0:
@@ -289,11 +289,11 @@ class Objective:
 
     def _positions(self, batch: MicroBatch) -> Tensor:
         """Hidden states [S, H] (fast) or logits [S, V] at the supervised positions."""
-        given: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
         if batch.position_ids is not None:
-            given["position_ids"] = batch.position_ids
+            inputs["position_ids"] = batch.position_ids
         run = self._backbone if self.fast else self.model
-        out = run(**given)
+        out = run(**inputs)
         states = out.last_hidden_state if self.fast else out.logits
         return states.flatten(0, 1)[batch.positions]
 
@@ -311,8 +311,8 @@ class Objective:
         for share in shares:
             start, stop = batch.supervised_before[share.start], batch.supervised_before[share.stop]
             for rows in _chunks(stop - start, self._head.weight, None):
-                own = slice(start + rows.start, start + rows.stop)
-                args = (share.member, hidden[own], batch.labels[own])
+                span = slice(start + rows.start, start + rows.stop)
+                args = (share.member, hidden[span], batch.labels[span])
                 parts.append(checkpoint(chunk, *args, use_reentrant=False))
         nll = torch.cat(parts)
         return (nll * weights).sum(), nll.detach()
@@ -336,10 +336,10 @@ class Objective:
             with self.at(batch, shares):
                 return float(self(batch, shares, weights)[0])
 
-        own = self._models_own(batch, shares)
+        reference = self._models_own(batch, shares)
 
-        def apart(value: float) -> float:
-            return abs(value - own) / max(abs(own), 1e-6)
+        def difference(value: float) -> float:
+            return abs(value - reference) / max(abs(reference), 1e-6)
 
         allowed = AGREEMENT.get(self.cohort.dtype, 2e-2)
         quick = loss(batch)
@@ -348,25 +348,26 @@ class Objective:
         )  # this thread's may never be used again: workers have their own
         self._verified = True  # not before: where memory ran out above, it is asked again
         if batch.starts is not None:
-            self.packing_reason = f"rows packed without padding; {apart(quick):.1e} from apart"
-            if apart(quick) > allowed:
+            self.packing_reason = f"rows packed without padding; {difference(quick):.1e} from apart"
+            if difference(quick) > allowed:
                 self.packs = False
                 self.packing_reason = (
-                    f"the loss of packed rows was {quick:.4f} and that of the rows apart {own:.4f}:"
-                    f" {type(self.model).__name__} looks across rows that stand behind each other"
+                    f"the loss of packed rows was {quick:.4f} and that of the rows apart "
+                    f"{reference:.4f}: {type(self.model).__name__} looks across rows that stand "
+                    "behind each other"
                 )
                 quick = loss(batch.padded())
         if not self.fast:
             return packed != self.packs
         self.reason = (
-            f"logits at supervised positions only; {apart(quick):.1e} from the model's own loss on "
-            "the first batch"
+            f"logits at supervised positions only; {difference(quick):.1e} from the model's own "
+            "loss on the first batch"
         )
-        if apart(quick) > allowed:
+        if difference(quick) > allowed:
             self.fast = False
             self.reason = (
                 f"the loss at supervised positions was {quick:.4f} and the model's own "
-                f"{own:.4f}: {type(self.model).__name__} does something to its logits that "
+                f"{reference:.4f}: {type(self.model).__name__} does something to its logits that "
                 "the fast path does not know"
             )
         return packed != self.packs
@@ -394,10 +395,10 @@ class Objective:
                 one = batch.alone(row)
                 if not len(one.labels):
                     continue
-                given: dict[str, Any] = {"logits_to_keep": one.positions} if keeps else {}
+                inputs: dict[str, Any] = {"logits_to_keep": one.positions} if keeps else {}
                 with self.at(one, (Share(share.member, 0, 1),)):
-                    given |= {"input_ids": one.input_ids, "use_cache": False}
-                    out = self._within(functools.partial(self.model, **given))
+                    inputs |= {"input_ids": one.input_ids, "use_cache": False}
+                    out = self._within(functools.partial(self.model, **inputs))
                 logits = out.logits[0] if keeps else out.logits[0, one.positions]
                 lost.append(F.cross_entropy(logits.float(), one.labels, reduction="none"))
         return float(torch.cat(lost).mean())

@@ -241,9 +241,9 @@ def offload_activations(
     else:
         store = ScratchFile(folder)
         choice = Choice("scratch file", "activation_offload; the main memory is what is scarce")
-    made = Offload(model, store)
-    wrap(model, made)
-    return made, choice
+    offload = Offload(model, store)
+    wrap(model, offload)
+    return offload, choice
 
 
 def wrap(model: PreTrainedModel, offload: Offload) -> None:

@@ -46,15 +46,15 @@ def choose(name: str, device: str) -> Choice:
     Raises:
         MissingExtra: It needs bitsandbytes, which is not installed.
     """
-    own, reason = SAME.get(name, name), "optim of the recipe"
-    if device == "cpu" and own in UNPAGED:
-        own = UNPAGED[own]
+    optimizer, reason = SAME.get(name, name), "optim of the recipe"
+    if device == "cpu" and optimizer in UNPAGED:
+        optimizer = UNPAGED[optimizer]
         reason = f"{name} without paging, which moves state out of a GPU's memory: there is no GPU"
-    if own.endswith("8bit"):
+    if optimizer.endswith("8bit"):
         reason += "; tensors of fewer than 4096 numbers keep a 32-bit state"
-    if own in BITSANDBYTES and importlib.util.find_spec("bitsandbytes") is None:
+    if optimizer in BITSANDBYTES and importlib.util.find_spec("bitsandbytes") is None:
         raise missing_extra("bitsandbytes", "quant")
-    return Choice(own, reason)
+    return Choice(optimizer, reason)
 
 
 def make(
@@ -84,12 +84,12 @@ def make(
     """
     groups = [
         {
-            "params": own,
+            "params": members,
             "lr_factor": factor,
             "lr": learning_rate * factor,
             "weight_decay": weight_decay if decays else 0.0,
         }
-        for (factor, decays), own in _groups(
+        for (factor, decays), members in _groups(
             parameters, loraplus_lr_ratio or 1.0, undecayed
         ).items()
     ]
@@ -108,21 +108,21 @@ def make(
 
     if "adamw" in name:
         common["eps"] = epsilon
-    made: torch.optim.Optimizer = getattr(bitsandbytes.optim, BITSANDBYTES[name])(
+    optimizer: torch.optim.Optimizer = getattr(bitsandbytes.optim, BITSANDBYTES[name])(
         groups, betas=betas, **common
     )
-    return made
+    return optimizer
 
 
 def _groups(
     parameters: Mapping[str, nn.Parameter], ratio: float, undecayed: Collection[str]
 ) -> dict[tuple[float, bool], list[nn.Parameter]]:
     """Parameters by the factor of their learning rate and whether they decay, in order."""
-    found: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for key, parameter in parameters.items():
         factor = ratio if key.endswith("lora_B.weight") else 1.0
-        found.setdefault((factor, key not in undecayed), []).append(parameter)
-    return found
+        groups.setdefault((factor, key not in undecayed), []).append(parameter)
+    return groups
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
@@ -130,15 +130,15 @@ def state_tensors(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> 
 
     Plain numbers become tensors whose names say so: some optimisers count their steps in an int.
     """
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for part, value in optimizer.state.get(parameter, {}).items():
         if isinstance(value, Tensor):
             if part not in CONSTANTS:
-                found[part] = value
+                tensors[part] = value
         elif value is not None:
             exact = torch.int64 if isinstance(value, int) else torch.float64
-            found[NUMBER + part] = torch.tensor(value, dtype=exact)
-    return found
+            tensors[NUMBER + part] = torch.tensor(value, dtype=exact)
+    return tensors
 
 
 @torch.no_grad()

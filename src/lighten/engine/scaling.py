@@ -68,17 +68,17 @@ class LossScaler:
         """Take in whether the adapter's gradients were finite in the step that has just ended."""
         if not self.enabled:
             return
-        own = self._of(name)
+        scale = self._of(name)
         if not finite:
-            own.scale, own.good_steps = own.scale * BACKOFF, 0
+            scale.scale, scale.good_steps = scale.scale * BACKOFF, 0
             return
-        own.good_steps += 1
-        if own.good_steps == GROWTH_INTERVAL:
-            own.scale, own.good_steps = own.scale * GROWTH, 0
+        scale.good_steps += 1
+        if scale.good_steps == GROWTH_INTERVAL:
+            scale.scale, scale.good_steps = scale.scale * GROWTH, 0
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values by adapter, for a checkpoint; empty where there is nothing to scale."""
-        return {name: asdict(own) for name, own in self._scales.items()} if self.enabled else {}
+        return {name: asdict(scale) for name, scale in self._scales.items()} if self.enabled else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put back what `state_dict` gave.
@@ -90,7 +90,7 @@ class LossScaler:
         if "scale" in state:
             self.initial, self._scales = float(state["scale"]), {}
         else:
-            self._scales = {name: LossScale(**own) for name, own in state.items()}
+            self._scales = {name: LossScale(**values) for name, values in state.items()}
 
     def _of(self, name: str) -> LossScale:
         return self._scales.setdefault(name, LossScale(self.initial))

@@ -111,9 +111,9 @@ def held_out(
                         packed=objective.packs, device=device)  # fmt: skip
         for _ in range(idle):
             measure(alone, objective)
-    for batch, own in zip(batches, lost, strict=True):
+    for batch, losses in zip(batches, lost, strict=True):
         for place, item in enumerate(batch.items):
-            nll[item.row] = own[place]
+            nll[item.row] = losses[place]
             tokens[item.row] = batch.supervised_in(place, place + 1)
     kept = [item.row for item in items]
     return ValidationLoss(tuple(nll[i] for i in kept), tuple(tokens[i] for i in kept))
@@ -143,8 +143,8 @@ def held_out_over(
     supervised = [row for row in rows if any(row.supervised[1:])]
     share = supervised[accelerator.process_index :: accelerator.num_processes]
     spare = min(supervised, key=lambda row: len(row.input_ids), default=None)
-    own = held_out(objective, share, member, spare=spare, **options)
-    shares = ranks.gather(accelerator, own)
+    part = held_out(objective, share, member, spare=spare, **options)
+    shares = ranks.gather(accelerator, part)
     nll, tokens = [0.0] * len(supervised), [0] * len(supervised)
     for rank, each in enumerate(shares):
         nll[rank :: len(shares)], tokens[rank :: len(shares)] = each.nll, each.tokens

@@ -122,7 +122,7 @@ class Pool:
         meanwhile. A process forked then would inherit them locked for ever, so this waits (Linux).
         """
         self._pool.shutdown()
-        while any(Path(f"/proc/self/task/{own}").exists() for own in self._ids):
+        while any(Path(f"/proc/self/task/{thread}").exists() for thread in self._ids):
             time.sleep(0.001)
 
     def _begin(self, threads: int) -> None:
@@ -152,17 +152,20 @@ class Threads(Workers):
     ) -> list[dict[str, float]]:
         """See `Workers`."""
         lost: list[dict[str, float]] = []
-        for gradients, own in self._each(
-            lambda own: GradientSums(parameters).learn(own, objective, per_token, scales), batches
+        for gradients, losses in self._each(
+            lambda share: GradientSums(parameters).learn(share, objective, per_token, scales),
+            batches,
         ):
             gradients.give()
-            lost += own
+            lost += losses
         return lost
 
     def measure(self, objective: Objective, batches: Sequence[MicroBatch]) -> list[list[float]]:
         """See `Workers`."""
-        found = self._each(lambda own: [measure(batch, objective) for batch in own], batches)
-        return in_order(batches, found, self.count)
+        by_worker = self._each(
+            lambda share: [measure(batch, objective) for batch in share], batches
+        )
+        return in_order(batches, by_worker, self.count)
 
     def give_back(self) -> None:
         """Threads hold nothing of their own."""
@@ -175,7 +178,7 @@ class Threads(Workers):
         self, work: Callable[[list[MicroBatch]], Result], batches: Sequence[MicroBatch]
     ) -> list[Result]:
         """What the work makes of each worker's micro-batches, by worker."""
-        futures = [self._pool.submit(work, own) for own in shared_out(batches, self.count)]
+        futures = [self._pool.submit(work, share) for share in shared_out(batches, self.count)]
         for future in futures:
             future.exception()
         return [future.result() for future in futures]
@@ -184,18 +187,18 @@ class Threads(Workers):
 def shared_out(batches: Sequence[MicroBatch], count: int) -> list[list[MicroBatch]]:
     """The micro-batches of each worker."""
     shares = even_shares([batch.input_ids.numel() for batch in batches], count)
-    return [[batches[place] for place in own] for own in shares]
+    return [[batches[place] for place in places] for places in shares]
 
 
 def in_order(
-    batches: Sequence[MicroBatch], found: Sequence[Sequence[Result]], count: int
+    batches: Sequence[MicroBatch], by_worker: Sequence[Sequence[Result]], count: int
 ) -> list[Result]:
     """What the workers found of each micro-batch, back in the batches' order."""
     places = {id(batch): place for place, batch in enumerate(batches)}
-    made: dict[int, Result] = {}
-    for own, results in zip(shared_out(batches, count), found, strict=True):
-        made |= {places[id(batch)]: one for batch, one in zip(own, results, strict=True)}
-    return [made[place] for place in range(len(batches))]
+    results_of: dict[int, Result] = {}
+    for share, results in zip(shared_out(batches, count), by_worker, strict=True):
+        results_of |= {places[id(batch)]: one for batch, one in zip(share, results, strict=True)}
+    return [results_of[place] for place in range(len(batches))]
 
 
 class GradientSums:
@@ -229,8 +232,8 @@ class GradientSums:
 
     def backward(self, loss: Tensor) -> None:
         """Add the loss's gradients; parameters that it does not depend on are left out."""
-        found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-        for place, (total, more) in enumerate(zip(self.sums, found, strict=True)):
+        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        for place, (total, more) in enumerate(zip(self.sums, gradients, strict=True)):
             if total is not None and more is not None:
                 total += more
             elif more is not None:
@@ -243,9 +246,9 @@ class GradientSums:
 
     def give(self) -> None:
         """Add the sums to the parameters' own gradients, and let go of them."""
-        for parameter, own in zip(self.parameters, self.sums, strict=True):
+        for parameter, total in zip(self.parameters, self.sums, strict=True):
             if parameter.grad is None:
-                parameter.grad = own
-            elif own is not None:
-                parameter.grad += own
+                parameter.grad = total
+            elif total is not None:
+                parameter.grad += total
         self.sums = []

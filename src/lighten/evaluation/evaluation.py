@@ -215,7 +215,7 @@ def held_out_examples(recipe: Recipe, trained_on: str | None, *, test: bool = Tr
         UserError: The data has changed so that the split would be another.
     """
     for split in ("test", "valid") if test else ("valid",):
-        found = held_out_data.apart(recipe, None, split)
+        found = held_out_data.separate(recipe, None, split)
         if found is not None:
             return held_out_data.beside_training(recipe, found, trained_on)
     if not recipe.val_size:

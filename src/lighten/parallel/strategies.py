@@ -143,7 +143,7 @@ class SpreadState(Strategy):
         sizes = [_rows_size(parameter, count) for parameter in parameters]
         sent = parameters[0].new_zeros(sum(sizes))
         for parameter, room in zip(parameters, sent.split(sizes), strict=True):
-            local = dtensors.own(self._rows[parameter].data)
+            local = dtensors.local_part(self._rows[parameter].data)
             room[: local.numel()].copy_(local.flatten())
         received = [torch.empty_like(sent) for _ in range(count)]
         with ranks.lost_peers(rank, count):
@@ -199,7 +199,7 @@ def require_share(name: str, what: str, tensors: Sequence[Tensor], count: int) -
     Raises:
         UserError: It holds more: the engine has not done what the strategy says.
     """
-    held = sum(dtensors.own(tensor).numel() * tensor.element_size() for tensor in tensors)
+    held = sum(dtensors.local_part(tensor).numel() * tensor.element_size() for tensor in tensors)
     share = sum(_rows_size(tensor, count) * tensor.element_size() for tensor in tensors)
     if held > share:
         raise UserError(

@@ -130,7 +130,7 @@ def _write(
         for name, content in files.items():
             write_bytes(folder / prefix / name, content)
             sums[prefix + name] = pool.submit(_checksum, folder / prefix / name)
-    state.files |= {name: own.result() for name, own in sums.items()}
+    state.files |= {name: checksum.result() for name, checksum in sums.items()}
 
 
 def _checksum(path: Path) -> str:
@@ -156,9 +156,9 @@ def newest_complete(folder: Path) -> tuple[Path | None, list[str]]:
 
 def listing(folder: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    found = folder.glob("checkpoint-*") if folder.is_dir() else []
+    folders = folder.glob("checkpoint-*") if folder.is_dir() else []
     return sorted(
-        (path for path in found if path.name.partition("-")[2].isdigit()),
+        (path for path in folders if path.name.partition("-")[2].isdigit()),
         key=lambda path: int(path.name.partition("-")[2]),
     )
 
@@ -195,7 +195,9 @@ def restore(
 def read_state(checkpoint: Path) -> TrainerState:
     """The `trainer_state.json` of a checkpoint."""
     raw = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    raw["members"] = {name: AdapterOptimizerProgress(**own) for name, own in raw["members"].items()}
+    raw["members"] = {
+        name: AdapterOptimizerProgress(**values) for name, values in raw["members"].items()
+    }
     return TrainerState(**raw)
 
 

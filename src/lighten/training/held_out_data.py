@@ -114,7 +114,7 @@ def held_out_source(recipe: Recipe) -> str | None:
     return recipe.dataset if data.has_split(recipe.dataset, "valid") else None
 
 
-def apart(
+def separate(
     recipe: Recipe,
     trained: Sequence[data.Example] | None,
     split: str = "valid",
@@ -137,50 +137,50 @@ def apart(
         source = held_out_source(recipe)
     if source is None:
         return None
-    found = read_as(recipe, source, split, content)
-    prompts = None if trained is None else data.shared_prompts(trained, found.examples)
+    dataset = read_as(recipe, source, split, content)
+    prompts = None if trained is None else data.shared_prompts(trained, dataset.examples)
     return HeldOutData(
-        found.examples, str(found.path), bad_rows=len(found.bad_rows),
-        notes=data.left_out("held-out", found), trained_prompts=prompts,
+        dataset.examples, str(dataset.path), bad_rows=len(dataset.bad_rows),
+        notes=data.left_out("held-out", dataset), trained_prompts=prompts,
     )  # fmt: skip
 
 
-def beside_training(recipe: Recipe, given: HeldOutData, trained_on: str | None) -> HeldOutData:
+def beside_training(recipe: Recipe, held_out: HeldOutData, trained_on: str | None) -> HeldOutData:
     """The same with what the training data asks, if those are still what was trained on.
 
     Args:
         recipe: The run's.
-        given: Held-out examples with files of their own.
+        held_out: Held-out examples with files of their own.
         trained_on: SHA-256 of the data that the run was trained on; None: as they are now.
     """
     try:
         trained = read_as(recipe, recipe.dataset, "train")
     except UserError:  # gone, or broken since
-        return replace(given, trained_prompts=None)
+        return replace(held_out, trained_prompts=None)
     if trained_on not in (None, trained.sha256):
-        return replace(given, trained_prompts=None)
-    prompts = data.shared_prompts(trained.examples, given.examples)
-    return replace(given, trained_prompts=prompts)
+        return replace(held_out, trained_prompts=None)
+    prompts = data.shared_prompts(trained.examples, held_out.examples)
+    return replace(held_out, trained_prompts=prompts)
 
 
-def split_off(recipe: Recipe, found: data.Dataset) -> tuple[Sequence[data.Example], HeldOutData]:
+def split_off(recipe: Recipe, dataset: data.Dataset) -> tuple[Sequence[data.Example], HeldOutData]:
     """What is left to train on, and what is held out of the training data.
 
     Raises:
         UserError: Too little is left to train on.
     """
     if not recipe.val_size:
-        return found.examples, HeldOutData([], str(found.path), split_off=True)
-    train, held_out, note = data.split(found.examples, recipe.val_size)
+        return dataset.examples, HeldOutData([], str(dataset.path), split_off=True)
+    train, held_out, note = data.split(dataset.examples, recipe.val_size)
     return train, HeldOutData(
-        held_out, f"held out of {found.path}", split_off=True,
+        held_out, f"held out of {dataset.path}", split_off=True,
         notes=[] if note is None else [note],
     )  # fmt: skip
 
 
 def encoded(
     recipe: Recipe,
-    given: HeldOutData,
+    held_out: HeldOutData,
     tokenizer: PreTrainedTokenizerBase,
     limits: Limits,
     most: int | None = None,
@@ -190,7 +190,7 @@ def encoded(
 
     Args:
         recipe: How.
-        given: All of them.
+        held_out: All of them.
         tokenizer: With its chat template chosen.
         limits: Of the model that will see them.
         most: Examples at most.
@@ -200,18 +200,18 @@ def encoded(
         NoHeldOut: None is left.
         UserError: As for `data.encode`.
     """
-    count = len(given.examples)
+    count = len(held_out.examples)
     if not count:
-        raise NoHeldOut(given.notes[0] if given.notes else "nothing is held out (val_size 0)")
+        raise NoHeldOut(held_out.notes[0] if held_out.notes else "nothing is held out (val_size 0)")
     looked_at = count if most is None else min(most, count)
     while True:
-        part = given.examples[:looked_at]
+        part = held_out.examples[:looked_at]
         try:
             rows = encode_as(recipe, part, tokenizer, limits, progress)
         except NothingSupervised as nothing:
             if looked_at == count:
                 raise NoHeldOut(
-                    f"no held-out example of {given.name} can be measured on: none has a "
+                    f"no held-out example of {held_out.name} can be measured on: none has a "
                     f"supervised token, because {nothing.reason}"
                 ) from nothing
         else:
@@ -222,12 +222,12 @@ def encoded(
     kept = chosen(part, rows.places[:most])
     if len(rows.rows) > len(kept):
         rows = encode_as(recipe, kept, tokenizer, limits)
-    told = [said for said in rows.problems if said not in rows.findings.sentences()]
-    told += lost_sentences(rows, limits, limits.longest(recipe.max_length)[1])
+    problems = [sentence for sentence in rows.problems if sentence not in rows.findings.sentences()]
+    problems += lost_sentences(rows, limits, limits.longest(recipe.max_length)[1])
     return replace(
-        given,
+        held_out,
         examples=kept,
         rows=rows,
         left_out=left_out,
-        notes=[*given.notes, *(f"held out: {said}" for said in told)],
+        notes=[*held_out.notes, *(f"held out: {sentence}" for sentence in problems)],
     )

@@ -206,7 +206,7 @@ class Loop:
         if self._forks and not compiles:
             self._pages.give_back()
             try:
-                made = forked.processes_for(
+                processes = forked.processes_for(
                     setup.workers, setup.objective, setup.groups(setup.adapters)
                 )
             except OSError as error:
@@ -214,7 +214,7 @@ class Loop:
                 self.progress.note(f"workers are threads, for want of processes: {error}")
             else:
                 self._close_workers()
-                self._workers = made
+                self._workers = processes
         self._workers = self._workers or Threads(setup.workers, torch.get_num_threads())
 
     def _close_workers(self) -> None:
@@ -292,29 +292,29 @@ class Loop:
         if self._workers is not None:
             self.memory.beside(self._workers.own_bytes)
         peak = self.memory.read()["peak_bytes"]
-        tokens = sum(own.tokens for own in report.values())
+        tokens = sum(step.tokens for step in report.values())
         state.tokens += tokens
-        state.supervised_tokens += sum(own.supervised_tokens for own in report.values())
-        for name, own in report.items():
+        state.supervised_tokens += sum(step.supervised_tokens for step in report.values())
+        for name, step in report.items():
             self._line(
                 {
                     "kind": "train",
                     "step": state.step,
                     "epoch": round(state.step / self.setup.steps_per_epoch, 6),
                     "adapter": name,
-                    "loss": own.loss,
-                    "learning_rate": own.learning_rate,
-                    "grad_norm": own.grad_norm,
-                    "examples": own.examples,
-                    "supervised_tokens": own.supervised_tokens,
-                    "tokens": own.tokens,
+                    "loss": step.loss,
+                    "learning_rate": step.learning_rate,
+                    "grad_norm": step.grad_norm,
+                    "examples": step.examples,
+                    "supervised_tokens": step.supervised_tokens,
+                    "tokens": step.tokens,
                     "seconds": seconds,
                     "peak_bytes": peak,
-                    "skipped": own.skipped,
+                    "skipped": step.skipped,
                 },
                 track=state.step % recipe.logging_steps == 0,
             )
-        mean = sum(own.loss for own in report.values()) / len(report)
+        mean = sum(step.loss for step in report.values()) / len(report)
         self.progress.step(state.step, mean, tokens / seconds, peak)
 
     def _evaluate(self, members: list[AdapterOptimizer]) -> bool:
@@ -325,19 +325,19 @@ class Loop:
         self._give_back()
         for member in members:
             began = time.perf_counter()
-            found = self._held_out_loss(member, setup.rows.held_out.rows)
-            spread = found.standard_error
-            any_best |= member.note_evaluation(found.loss, state.step)
-            self._losses[member.name] = found
+            validation = self._held_out_loss(member, setup.rows.held_out.rows)
+            spread = validation.standard_error
+            any_best |= member.note_evaluation(validation.loss, state.step)
+            self._losses[member.name] = validation
             self._line(
                 {
                     "kind": "eval",
                     "step": state.step,
                     "epoch": round(state.step / setup.steps_per_epoch, 6),
                     "adapter": member.name,
-                    "loss": found.loss,
+                    "loss": validation.loss,
                     "loss_se": spread,
-                    "supervised_tokens": sum(found.tokens),
+                    "supervised_tokens": sum(validation.tokens),
                     "seconds": time.perf_counter() - began,
                 },
                 track=True,
@@ -345,7 +345,7 @@ class Loop:
             error = "" if spread is None else f" ± {spread:.4f}"
             ends = ", which stops it early" if member.progress.stopped else ""
             self.progress.note(
-                f"step {state.step}: {member.name} held-out loss {found.loss:.4f}{error}{ends}"
+                f"step {state.step}: {member.name} held-out loss {validation.loss:.4f}{error}{ends}"
             )
         self._give_back()
         return any_best
@@ -384,7 +384,9 @@ class Loop:
             TrainingDiverged: No other is left.
         """
         active = self._active()
-        finite = ranks.agreed_all(self.setup.accelerator, *(own.is_finite() for own in active))
+        finite = ranks.agreed_all(
+            self.setup.accelerator, *(adapter.is_finite() for adapter in active)
+        )
         sentences = {}
         for member, whole in zip(active, finite, strict=True):
             if not whole:

@@ -94,8 +94,8 @@ def smaller(
             f"memory ran out on one of {setup.accelerator.num_processes} ranks in step {step}, "
             "while others waited for it; start again with a smaller per_device_train_batch_size"
         ) from error
-    own = max((batch.input_ids.numel() for batch in batches if len(batch.items) > 1), default=0)
-    tokens = max(ranks.gather(setup.accelerator, own))
+    largest = max((batch.input_ids.numel() for batch in batches if len(batch.items) > 1), default=0)
+    tokens = max(ranks.gather(setup.accelerator, largest))
     if not tokens:
         raise OutOfMemory(
             f"memory ran out in step {step} with single rows for micro-batches, up to "
@@ -159,24 +159,24 @@ def blame(
 
 def wanted_bytes(error: BaseException) -> int:
     """The request that failed, where the error names it."""
-    found = _WANTED.search(str(error))
-    if found is None:
+    match = _WANTED.search(str(error))
+    if match is None:
         return 0
-    if found[3]:
-        return int(found[3])
-    return int(float(found[1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[found[2]])
+    if match[3]:
+        return int(match[3])
+    return int(float(match[1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[match[2]])
 
 
 def _grouped(memory: Mapping[str, Any]) -> dict[str, int]:
     sizes = {part["name"]: part["bytes"] for part in memory["parts"]}
-    found = {name: sum(sizes.pop(p, 0) for p in parts) for name, parts in _GROUPS.items()}
-    return {**found, REST: sum(sizes.values())}
+    grouped = {name: sum(sizes.pop(p, 0) for p in parts) for name, parts in _GROUPS.items()}
+    return {**grouped, REST: sum(sizes.values())}
 
 
 def _held(setup: Setup) -> dict[str, int]:
     """Bytes of what stays between steps; gradients as large as they become in a step."""
     learning = [p for member in setup.adapters for p in member.parameters.values()]
-    own = sum(p.numel() * p.element_size() for p in learning)
+    learning_bytes = sum(p.numel() * p.element_size() for p in learning)
     inside = {id(p) for p in setup.base.model.parameters()}
     shared = sum(p.numel() * p.element_size() for p in learning if id(p) in inside)
     weights = models.census(setup.base.model).weight_bytes - shared
@@ -187,8 +187,8 @@ def _held(setup: Setup) -> dict[str, int]:
     )
     whole = setup.recipe.method == "full"
     return {
-        "base weights": weights + (own if whole else 0),
-        "adapters": 0 if whole else own,
-        "gradients": own,
+        "base weights": weights + (learning_bytes if whole else 0),
+        "adapters": 0 if whole else learning_bytes,
+        "gradients": learning_bytes,
         "optimiser": state,
     }

@@ -50,21 +50,21 @@ def beside(
     peak = memory["peak_bytes"]
     if "reserved_bytes" in memory:
         peak = memory["reserved_bytes"] + parts.get("device context", 0)
-    found: dict[str, Any] = {
+    pair: dict[str, Any] = {
         "memory": {"predicted": record["memory"]["expected"], "measured": peak},
         "step_seconds": None,
     }
     if "reserved_bytes" in memory and record["memory"].get("allocated"):
-        found["allocated"] = {
+        pair["allocated"] = {
             "predicted": record["memory"]["allocated"], "measured": memory["peak_bytes"],
         }  # fmt: skip
     per_token = _seconds_per_token(metrics)
     if record.get("time") and record.get("step_tokens") and per_token is not None:
-        found["step_seconds"] = {
+        pair["step_seconds"] = {
             "predicted": record["time"]["seconds"],
             "measured": per_token * record["step_tokens"],
         }
-    return found
+    return pair
 
 
 def _seconds_per_token(metrics: Sequence[Mapping[str, Any]]) -> float | None:

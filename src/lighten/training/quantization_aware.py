@@ -46,12 +46,12 @@ def require(recipe: Recipe, folder: Path) -> None:
         return
     if importlib.util.find_spec("torchao") is None:
         raise missing_extra("torchao", "quantize")
-    said = stored_as(folder) if folder.is_dir() else None
-    if said is not None:
+    quantization = stored_as(folder) if folder.is_dir() else None
+    if quantization is not None:
         raise UserError(
             f"qat: {recipe.model_name_or_path} is quantised already "
-            f"({said.get('quant_method', 'unknown method')}), and its rounded weights would be "
-            "rounded anew; take the model it was made from, or leave qat out"
+            f"({quantization.get('quant_method', 'unknown method')}), and its rounded weights "
+            "would be rounded anew; take the model it was made from, or leave qat out"
         )
     model = skeleton(
         recipe.model_name_or_path, revision=recipe.revision,
@@ -128,15 +128,15 @@ def agreement(trained: Trained, name: str, rows: Sequence[Sequence[int]]) -> dic
 
 def _converted(trained: Trained, name: str) -> dict[str, nn.Module]:
     """Every layer as torchao makes it, by the path where it stands."""
-    found: dict[str, nn.Module] = {}
+    converted: dict[str, nn.Module] = {}
     for path, layer in fake_layers(trained.model).items():
         if path.endswith(".base") and isinstance(trained, Cohort):
             path = path.removesuffix(".base")
             around = trained.linears[path]
-            found[path] = really_quantised(layer, _merged(around, name))
+            converted[path] = really_quantised(layer, _merged(around, name))
         else:
-            found[path] = really_quantised(layer)
-    return found
+            converted[path] = really_quantised(layer)
+    return converted
 
 
 def _merged(layer: CohortLinear, name: str) -> Tensor:

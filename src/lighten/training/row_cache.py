@@ -84,9 +84,12 @@ class RowCache:
         self.contents: dict[str, Content] = {}
         if os.environ.get("LIGHTEN_DATA_CACHE") == "off":
             return
-        if sum(file.stat().st_size for own in files.values() for file in own) < LEAST_BYTES:
+        if (
+            sum(file.stat().st_size for of_split in files.values() for file in of_split)
+            < LEAST_BYTES
+        ):
             return
-        self.contents = {split: Content.of(own) for split, own in files.items()}
+        self.contents = {split: Content.of(of_split) for split, of_split in files.items()}
         template = str(tokenizer.chat_template)
         described = {
             "code": _code(),
@@ -170,14 +173,14 @@ class RowCache:
             arrays[key] = np.memmap(file, dtype=dtype, mode="r") if file.stat().st_size else (
                 np.zeros(0, dtype)
             )  # fmt: skip
-        found = kept["findings"]
+        kept_findings = kept["findings"]
         findings = Findings(
-            counts=Counter(found["counts"]),
-            first=found["first"],
-            ends=Counter({int(token): count for token, count in found["ends"]}),
-            inside=set(found["inside"]),
-            refused=found["refused"],
-            dates=set(found["dates"]),
+            counts=Counter(kept_findings["counts"]),
+            first=kept_findings["first"],
+            ends=Counter({int(token): count for token, count in kept_findings["ends"]}),
+            inside=set(kept_findings["inside"]),
+            refused=kept_findings["refused"],
+            dates=set(kept_findings["dates"]),
         )
         rows = EncodedRows(arrays, kept["names"])
         return Encoded(rows, EncodingCounts(**kept["counts"]), kept["problems"], findings)
@@ -197,7 +200,7 @@ def _write(folder: Path, name: str, part: Encoded | None) -> dict[str, Any] | No
                 stream.write(content)
                 total = zlib.crc32(content, total)
         sizes[key], sums[key] = array.nbytes, total
-    found = part.findings
+    findings = part.findings
     return {
         "bytes": sizes,
         "crc": sums,
@@ -205,12 +208,12 @@ def _write(folder: Path, name: str, part: Encoded | None) -> dict[str, Any] | No
         "counts": asdict(part.counts),
         "problems": part.problems,
         "findings": {
-            "counts": dict(found.counts),
-            "first": found.first,
-            "ends": found.ends.most_common(),
-            "inside": sorted(found.inside),
-            "refused": found.refused,
-            "dates": sorted(found.dates),
+            "counts": dict(findings.counts),
+            "first": findings.first,
+            "ends": findings.ends.most_common(),
+            "inside": sorted(findings.inside),
+            "refused": findings.refused,
+            "dates": sorted(findings.dates),
         },
     }
 

@@ -100,13 +100,13 @@ def sample_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, count: int) 
     limits = _limits(recipe, tokenizer)
     template = data.choose_template(tokenizer, recipe.chat_template)
     unhashed = Content((), (), "")  # the checksum is for runs
-    found = held_out_data.read_as(recipe, recipe.dataset, "train", unhashed)
-    train = found.examples
+    dataset = held_out_data.read_as(recipe, recipe.dataset, "train", unhashed)
+    train = dataset.examples
     if held_out_source(recipe) is None:
-        train, _ = held_out_data.split_off(recipe, found)
+        train, _ = held_out_data.split_off(recipe, dataset)
     some = train[:: max(1, len(train) // count)]
     encoded = encode_as(recipe, some, tokenizer, limits)
-    beside = {"facts": {}, "notes": data.left_out("training", found)}
+    beside = {"facts": {}, "notes": data.left_out("training", dataset)}
     parts = {"train": encoded, "held_out": None}
     of_rows = round(len(train) * len(encoded.rows) / len(some))
     return _rows(recipe, limits, template, parts, beside, cached=False, of_rows=of_rows)
@@ -153,12 +153,12 @@ def _read_rows(
     progress: Progress | None,
 ) -> tuple[Encoded, Encoded | None, dict[str, Any], list[str]]:
     """Training and held-out rows, what `run.json` keeps of them, and what is to be said of them."""
-    found = held_out_data.read_as(recipe, recipe.dataset, "train", contents.get("train"))
-    watched = held_out_data.apart(recipe, found.examples, content=contents.get("valid"))
-    train = found.examples
+    dataset = held_out_data.read_as(recipe, recipe.dataset, "train", contents.get("train"))
+    watched = held_out_data.separate(recipe, dataset.examples, content=contents.get("valid"))
+    train = dataset.examples
     if watched is None:
-        train, watched = held_out_data.split_off(recipe, found)
-    test = held_out_data.apart(recipe, train, "test", content=contents.get("test"))
+        train, watched = held_out_data.split_off(recipe, dataset)
+    test = held_out_data.separate(recipe, train, "test", content=contents.get("test"))
     encoded = encode_as(recipe, train, tokenizer, limits, progress)
     why_none = None
     try:
@@ -170,13 +170,13 @@ def _read_rows(
             raise
         watched, why_none = replace(watched, examples=[]), str(nothing)
     held_out = watched.rows
-    said = watched.sentences() if why_none is None else [why_none] if recipe.val_size else []
+    notes = watched.sentences() if why_none is None else [why_none] if recipe.val_size else []
     if test is not None:
-        said += held_out_data.shared_sentence(test.shared, len(test.examples), test.name)
+        notes += held_out_data.shared_sentence(test.shared, len(test.examples), test.name)
     facts = {
-        "path": str(found.path),
-        "sha256": found.sha256,
-        "format": found.format,
+        "path": str(dataset.path),
+        "sha256": dataset.sha256,
+        "format": dataset.format,
         "train_rows": len(encoded.rows),
         "eval_rows": len(held_out.rows) if held_out else 0,
         "tokens": encoded.counts.tokens,
@@ -185,17 +185,17 @@ def _read_rows(
         "truncated": encoded.counts.truncated,
         "dropped": encoded.counts.dropped,
         "lost_supervised_tokens": encoded.counts.lost_supervised_tokens,
-        "bad_rows": len(found.bad_rows) + encoded.counts.refused,
+        "bad_rows": len(dataset.bad_rows) + encoded.counts.refused,
         "eval_bad_rows": watched.bad_rows + (held_out.counts.refused if held_out else 0),
         "eval_dropped": held_out.counts.dropped if held_out else 0,
         "eval_shared_prompts": watched.shared,
         "test_shared_prompts": None if test is None else test.shared,
         # What is said wherever figures on these examples are shown; why there are none.
-        "held_out_notes": said,
+        "held_out_notes": notes,
         "nothing_held_out": why_none if test is None else None,
         "answers": data.learnt_answers(encoded.findings).to_dict(),
     }
-    return encoded, held_out, facts, [*data.left_out("training", found), *said]
+    return encoded, held_out, facts, [*data.left_out("training", dataset), *notes]
 
 
 def _files(recipe: Recipe) -> dict[str, list[Path]]:

@@ -135,11 +135,12 @@ def _explained(error: BaseException, run: Run, prediction: Prediction | None) ->
         return DiskFull(f"{error}, then go on with: {resume_command(run.folder)}")
     if not (isinstance(error, OutOfMemory) or ran_out(error)):
         return error
-    told = str(error) if isinstance(error, OutOfMemory) else f"memory ran out: {_line(error)}"
+    reason = str(error) if isinstance(error, OutOfMemory) else f"memory ran out: {_line(error)}"
     let_go(error)  # what would need less is planned in the same memory
     advice = prediction.advice() if prediction is not None else []
-    return OutOfMemory("\n  - ".join([f"{told}{'; cheapest ways to need less:' if advice else ''}",
-                                      *advice]))  # fmt: skip
+    if advice:
+        reason = "\n  - ".join([f"{reason}; cheapest ways to need less:", *advice])
+    return OutOfMemory(reason)
 
 
 def _line(error: BaseException) -> str:
@@ -243,16 +244,16 @@ def _beside_the_plan(run: Run, shown: TrainingProgress) -> None:
         return
     pair = beside(plan, info["training"], run.metrics())
     run.update(prediction=pair)
-    said = [
-        f"{what} {show(own['measured'])}, {show(own['predicted'])} predicted "
-        f"({100 * (own['predicted'] / own['measured'] - 1):+.0f} %)"
-        for what, own, show in (
+    comparisons = [
+        f"{what} {show(figures['measured'])}, {show(figures['predicted'])} predicted "
+        f"({100 * (figures['predicted'] / figures['measured'] - 1):+.0f} %)"
+        for what, figures, show in (
             ("peak memory", pair["memory"], lambda value: f"{value / 2**30:.2f} GiB"),
             ("a step of the planned size", pair["step_seconds"], lambda value: f"{value:.2f} s"),
         )
-        if own is not None and own["measured"]
+        if figures is not None and figures["measured"]
     ]
-    shown.note("; ".join(said))
+    shown.note("; ".join(comparisons))
 
 
 def _require_same_inputs(run: Run, base: models.Base, rows: Rows) -> None:
@@ -278,10 +279,10 @@ def _newest(
     run: Run, accelerator: Accelerator, shown: TrainingProgress
 ) -> tuple[Path | None, TrainerState]:
     """The newest whole checkpoint, which one rank looks for, and what its state says."""
-    found: tuple[Path | None, list[str]] = (None, [])
+    newest_and_broken: tuple[Path | None, list[str]] = (None, [])
     if accelerator.is_main_process:
-        found = checkpoints.newest_complete(run.folder / "checkpoints")
-    newest, broken = ranks.of_main(accelerator, found)
+        newest_and_broken = checkpoints.newest_complete(run.folder / "checkpoints")
+    newest, broken = ranks.of_main(accelerator, newest_and_broken)
     for sentence in broken:
         shown.note(sentence)
     if newest is None:
@@ -349,7 +350,7 @@ def _finish(
         ended=_now(),
         adapters=adapters,
         choices=[
-            *(own for own in run.info()["choices"] if own["what"] != "packing"),
+            *(choice for choice in run.info()["choices"] if choice["what"] != "packing"),
             {
                 "what": "loss",
                 "value": "supervised positions" if setup.objective.fast else "whole forward",
@@ -384,13 +385,14 @@ def _compare_with_converted(run: Run, setup: Setup, shown: TrainingProgress) -> 
     """
     source = setup.rows.held_out or setup.rows.train
     rows = [row.input_ids for row in source.rows[:COMPARED_ROWS]]
-    found = {name: quantization_aware.agreement(setup.trained, name, rows)
+    agreements = {name: quantization_aware.agreement(setup.trained, name, rows)
              for name in setup.trained.names}  # fmt: skip
-    run.update(qat={**run.info()["qat"], "converted": found})
-    for name, own in found.items():
+    run.update(qat={**run.info()["qat"], "converted": agreements})
+    for name, agreement in agreements.items():
         shown.note(
             f"{name}: converted by torchao, log-probabilities differ by at most "
-            f"{own['largest_difference']:.2g} from those in training ({own['tokens']} tokens)"
+            f"{agreement['largest_difference']:.2g} from those in training "
+            f"({agreement['tokens']} tokens)"
         )
 
 
@@ -416,16 +418,16 @@ def _last_held_out(run: Run, name: str, setup: Setup, best: int | None) -> float
 
 
 def _base_facts(base: models.Base) -> dict[str, Any]:
-    found = models.census(base.model)
+    census = models.census(base.model)
     return {
         "name": base.name,
         "source": base.source,
         "revision": base.revision,
         "checksum": base.checksum,
-        "parameters": found.parameters,
-        "weights_bytes": found.weight_bytes,
-        "quantization": None if found.storage is None else str(found.storage),
-        "quantized_parameters": found.quantized,
+        "parameters": census.parameters,
+        "weights_bytes": census.weight_bytes,
+        "quantization": None if census.storage is None else str(census.storage),
+        "quantized_parameters": census.quantized,
         "file_bytes": base.file_bytes,
     }
 

@@ -35,8 +35,8 @@ class StepBatches:
         items = []
         for member in members:
             rows = self.steps(member.settings.seed, epoch)[place]
-            own = rows[rank :: accelerator.num_processes]
-            items += [Item(member.name, row, step * len(self.lengths) + row) for row in own]
+            of_rank = rows[rank :: accelerator.num_processes]
+            items += [Item(member.name, row, step * len(self.lengths) + row) for row in of_rank]
         names = [member.name for member in members]
         packed = setup.objective.packs
         for part in layout(

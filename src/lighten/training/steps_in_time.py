@@ -64,7 +64,7 @@ class StepsInTime:
         most = self.setup.total_steps
         pace = self.budget.measure(timed, lambda: self._evaluation_s(held_out_loss), agree)
         total = ranks.of_main(self.setup.accelerator, self.budget.steps(pace, most))
-        self._set(total, self.budget.told(pace, total, most, self.setup.steps_per_epoch))
+        self._set(total, self.budget.described(pace, total, most, self.setup.steps_per_epoch))
 
     def after_step(self, took_s: float) -> None:
         """End earlier where steps take much longer than those that were tried."""
@@ -90,12 +90,12 @@ class StepsInTime:
         share = sum(lengths) / max(1, sum(lengths[:few]))
         return (time.perf_counter() - began) * share * len(setup.adapters)
 
-    def _set(self, total: int, told: str) -> None:
+    def _set(self, total: int, sentence: str) -> None:
         """Take the number of steps for the rest of the run and its checkpoints, and say so."""
         self.state.total_steps = total
         self.setup.set_total_steps(total)
-        self.progress.note(told)
+        self.progress.note(sentence)
         if self.setup.accelerator.is_main_process:
             run = runs.Run(self.folder)
-            kept = [own for own in run.info().get("choices", []) if own["what"] != "steps"]
-            run.update(choices=[*kept, {"what": "steps", "value": str(total), "reason": told}])
+            kept = [choice for choice in run.info().get("choices", []) if choice["what"] != "steps"]
+            run.update(choices=[*kept, {"what": "steps", "value": str(total), "reason": sentence}])

@@ -73,17 +73,17 @@ def builder(
         )
         return None
 
-    def made(
+    def build_streamed(
         folder: Path, dtype: torch.dtype, storage: Storage | None
     ) -> tuple[PreTrainedModel, LayerFeed]:
-        found = build(
+        streamed = build(
             recipe.model_name_or_path, folder, dtype, device=device, storage=storage,
             keeps=recipe.offload_base, trust_remote_code=recipe.trust_remote_code,
             check=functools.partial(_require_outside, specs),
         )  # fmt: skip
-        return found.model, found.feed
+        return streamed.model, streamed.feed
 
-    return made
+    return build_streamed
 
 
 def _require_outside(specs: Sequence[AdapterSpec], model: PreTrainedModel) -> None:

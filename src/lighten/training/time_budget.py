@@ -107,7 +107,7 @@ class TimeBudget:
         """Of the whole run."""
         return steps_within(self.budget_s - self.spent_s(), pace, most, self.every)
 
-    def told(self, pace: Pace, steps: int, most: int, per_epoch: int) -> str:
+    def described(self, pace: Pace, steps: int, most: int, per_epoch: int) -> str:
         """What will be done, before it starts."""
         share = f"{steps / per_epoch:.2g} of an epoch"
         speed = f"a step takes about {pace.step_s:.2g} s"
