@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import traceback
@@ -347,6 +348,18 @@ def test_from_the_command_to_the_backward_pass_it_is_not_far(
     assert chain[0] == ("cli/main.py", "train")
     assert len(chain) <= 8, chain
     assert len({file for file, _ in chain}) <= 6, chain
+
+
+def test_the_page_about_the_house_names_files_that_are_there() -> None:
+    page = (SOURCE.parents[1] / "docs" / "design.md").read_text(encoding="utf-8")
+    house, _, _ = page.partition("## Kernels and environment variables")
+    named = set(re.findall(r"`((?:[a-z_]+/)*[a-z_]+(?:\.(?:py|cpp)|/))`", house))
+    assert len(named) > 30
+    assert {name for name in named if not (SOURCE / name).exists()} == {
+        "tests/test_architecture.py"
+    }
+    rooms = {path.name for path in SOURCE.iterdir() if (path / "__init__.py").is_file()}
+    assert {room for room in rooms if f"**`{room}/`**" not in house} - {"cli"} == set()
 
 
 def test_no_file_is_two_things() -> None:
