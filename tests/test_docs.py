@@ -33,7 +33,7 @@ NEEDS = {
 }
 
 
-LAYERS = 2  # of the real model: most pages show what commands take and print
+LAYERS = 2  # of the real model: the pages show what commands take and print
 
 
 def can_run(command: str) -> bool:
@@ -67,16 +67,11 @@ def small_cache(tmp_path_factory: pytest.TempPathFactory, smollm2_folder: Path) 
 
 
 @pytest.mark.slow
-def test_every_command_of_the_readme_runs(
-    tmp_path: Path, smollm2_folder: Path, small_cache: Path
-) -> None:
-    """The way of a first day on the real model; methods and sweeps on its first layers."""
+def test_every_command_of_the_readme_runs(tmp_path: Path, small_cache: Path) -> None:
+    """The way of a first day; the README's Python goes its way on the whole model."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    lines = commands(README)
-    ways = next(n for n, line in enumerate(lines) if line.startswith("lighten sweep "))
     with ExitStack() as servers:
-        run_all(lines[:ways], tmp_path, servers, hardware.cache_folder())
-        run_all(lines[ways:], tmp_path, servers, small_cache)
+        run_all(commands(README), tmp_path, servers, small_cache)
 
 
 @pytest.mark.slow
@@ -139,7 +134,10 @@ def test_what_a_page_shows_of_a_command_is_what_it_prints(
     assert re.search(pattern(shown), done.stdout, flags=re.S), done.stdout
 
 
-def test_the_python_of_the_readme_runs(tmp_path: Path, smollm2_folder: Path) -> None:
+def test_the_python_of_the_readme_runs_and_its_run_is_shipped(
+    tmp_path: Path, smollm2_folder: Path
+) -> None:
+    """On the whole model, to a file that llama.cpp answers from as the run does."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.S)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
@@ -151,6 +149,9 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, smollm2_folder: Path) -> 
     done = python(short, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "docstrings" / "report.html").is_file()
+    if importlib.util.find_spec("xllamacpp"):
+        done = call("export", "runs/docstrings", "--as", "gguf:q8_0", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_make_targets_that_the_readme_promises_exist() -> None:
