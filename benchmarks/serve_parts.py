@@ -55,6 +55,7 @@ class Bench:
         identity: Answers compared for each engine.
         minutes: Of the soak.
         peers: Which others are measured.
+        engines: Whose answers are compared with each adapter's alone.
     """
 
     base: str
@@ -68,6 +69,7 @@ class Bench:
     identity: int
     minutes: float
     peers: Sequence[str]
+    engines: Sequence[str]
 
     def shape(self, what: str) -> Shape:
         """Of a round."""
@@ -162,7 +164,7 @@ def identity(bench: Bench) -> dict[str, Any]:
         (8, serve_identity.questions()) if whole else (2, serve_identity.questions()[::2])
     )
     found = {}
-    for engine in ("lighten", "llamacpp"):
+    for engine in bench.engines:
         folder = bench.root / f"identity-{engine}"
         shutil.copytree(bench.adapters(count), folder)
         changing = bench.adapters(count // 2, first=100)

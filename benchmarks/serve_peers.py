@@ -20,7 +20,7 @@ from lighten.machine.hardware import cache_folder
 from lighten.models.load import locate
 from lighten.serving import adapters, engines
 from lighten.serving.remote import Remote, ServerError
-from lighten.serving.vllm import environment, server
+from lighten.serving.vllm import environment, installed, server
 
 ROOT = Path(__file__).parents[1]
 VLLM = ROOT / ".vllm" / "bin" / "vllm"  # `make vllm`
@@ -132,8 +132,8 @@ def llamacpp(
 
 @contextmanager
 def vllm(
-    base: str, folder: Path, *, slots: int, context: int, rank: int, program: Path = VLLM
-) -> Iterator[Peer]:
+    base: str, folder: Path, *, slots: int, context: int, rank: int
+) -> Iterator[Peer]:  # fmt: skip
     """VLLM's server.
 
     Args:
@@ -142,17 +142,17 @@ def vllm(
         slots: Answers at once.
         context: Tokens of a prompt with its answer.
         rank: Of the largest adapter.
-        program: Its command, in an environment of its own.
 
     Raises:
         UserError: It is not installed, or does not start.
     """
-    if not program.is_file():
+    program = installed() or str(VLLM)
+    if not Path(program).is_file():
         raise UserError(f"{program} is missing: make vllm")
     there = adapters.resolve([str(folder)])
     port = _free_port()
     words = [
-        sys.executable, "-m", "lighten.serving.tether", *server(str(program)),
+        sys.executable, "-m", "lighten.serving.tether", *server(program),
         "--model", str(locate(base)[1]), "--served-model-name", "base", "--host", "127.0.0.1",
         "--port", str(port), "--max-num-seqs", str(slots), "--max-model-len", str(context),
         "--enable-lora", "--max-loras", str(len(there)), "--max-lora-rank", str(rank),

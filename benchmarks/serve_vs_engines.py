@@ -2,6 +2,8 @@
 
     python benchmarks/serve_vs_engines.py                          # all parts, about 75 minutes
     python benchmarks/serve_vs_engines.py --only identity          # or some: decode,prefill,...
+    python benchmarks/serve_vs_engines.py --only identity --engines lighten
+    python benchmarks/serve_vs_engines.py --only soak --minutes 5
     python benchmarks/serve_vs_engines.py --small                  # each part at its smallest
 
 Our engine serves SmolLM2-135M with adapters of rank 16 on all linear layers. Parts, with minutes on
@@ -11,7 +13,8 @@ two cores:
   same of the peers: llama.cpp's own server, PEFT's mixed batch, and vLLM where `make vllm` made it.
 - `prefill` (8): prompts of 400 words, one token.
 - `rank64` (4), `many` (5): eight adapters of rank 64; 64 adapters.
-- `identity` (10): 500 answers of each engine while adapters change, against each adapter alone.
+- `identity` (10): 500 answers of each of `--engines` while adapters change, against each adapter
+  alone.
 - `logprobs` (4): first tokens of mixed requests against PEFT in float32.
 - `front` (3): our front before llama.cpp against its bare server.
 - `broken` (3): throughput while broken clients come.
@@ -19,8 +22,10 @@ two cores:
 
 Rates are tokens per second of the server's processor time, and of the clock. A ratio is the median
 over rounds with the smallest and the largest. The last line is JSON: `mixed_vs_base`,
-`mixed_vs_best_engine`, `prefill_vs_base` (per processor second), `identity_wrong`; null where the
-part was not run. A part that fails is told as `failed`, and the next ones run.
+`mixed_vs_best_engine`, `prefill_vs_base` (per processor second), `identity_wrong`, `logprob_mean`
+(the largest mean difference over its bar), `front_cost`, `broken_wrong`, `throughput_kept`,
+`soak_errors`, `soak_growth`; null where the part was not run. A part that fails is told as such,
+the next ones run, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -67,7 +72,29 @@ def headline(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "prefill_vs_base": ratio("prefill"),
         "identity_wrong": sum(own["wrong"] for own in identity.values())
         if identity and "failed" not in identity else None,
+        "logprob_mean": _against_bars(found.get("logprobs", {})),
+        "front_cost": found.get("front", {}).get("cost_wall"),
+        **_of_long_loads(found.get("broken", {}), found.get("soak", {})),
     }  # fmt: skip
+
+
+def _against_bars(logprobs: dict[str, Any]) -> float | None:
+    """The largest mean difference of an engine and format, as a share of what it may be."""
+    shares = [
+        max(part["mean_base"], part["mean_adapters"]) / part["at_most"]
+        for part in logprobs.values() if isinstance(part, dict)
+    ]  # fmt: skip
+    return max(shares, default=None)
+
+
+def _of_long_loads(broken: dict[str, Any], soak: dict[str, Any]) -> dict[str, Any]:
+    kept = broken.get("throughput_kept")
+    return {
+        "broken_wrong": len(broken["wrong"]) if "wrong" in broken else None,
+        "throughput_kept": None if kept is None else kept["median"],
+        "soak_errors": sum(soak["errors"].values()) if "errors" in soak else None,
+        "soak_growth": soak.get("growth"),
+    }
 
 
 def _against_best(decode: dict[str, Any]) -> float | None:
@@ -89,6 +116,7 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(PARTS))
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--peers", default="llamacpp,peft,vllm", help="'' for none")
+    parser.add_argument("--engines", default="lighten,llamacpp", help="of the part identity")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests", type=int, default=48, help="of a round")
     parser.add_argument("--tokens", type=int, default=64, help="of an answer")
@@ -111,6 +139,7 @@ def main() -> None:
             chosen.model, Path(scratch), hardware.cache_folder(), chosen.threads, chosen.rounds,
             chosen.requests, chosen.tokens, chosen.clients, chosen.identity, chosen.minutes,
             [name for name in chosen.peers.split(",") if name],
+            [name for name in chosen.engines.split(",") if name],
         )  # fmt: skip
         for name in wanted:
             began = time.perf_counter()
@@ -128,6 +157,7 @@ def main() -> None:
     if chosen.output is not None:
         chosen.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result))
+    sys.exit(int(any("failed" in part for part in found.values())))
 
 
 if __name__ == "__main__":

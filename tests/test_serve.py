@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import json
 import random
 import shutil
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -546,6 +548,31 @@ def test_a_client_that_hangs_up_frees_its_slot(server: Server) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.parametrize(
+    ("sent", "said"),
+    [
+        (b"GARBAGE\r\n\r\n", b"400"),
+        (b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 200_000, b"400"),
+        (b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+         b"Content-Length: 1000\r\n\r\n{", b""),
+    ],
+    ids=["no HTTP", "endless header", "half a request"],
+)  # fmt: skip
+def test_what_is_no_request_is_ended_and_others_are_answered(
+    server: Server, sent: bytes, said: bytes
+) -> None:
+    address = httpx.URL(server.url)
+    with socket.create_connection((address.host, address.port or 80), timeout=60) as connection:
+        with contextlib.suppress(ConnectionError):  # it hung up before all was sent
+            connection.sendall(sent)
+            connection.shutdown(socket.SHUT_WR)
+        got = b""
+        with contextlib.suppress(ConnectionError):
+            got = connection.recv(100)
+    assert said in got
+    assert text(server, "one", QUESTIONS[0])
+
+
 def test_health_and_metrics(server: Server) -> None:
     text(server, "one", QUESTIONS[0])  # something to count, whichever tests ran before
     http = server.http()
@@ -589,28 +616,26 @@ def test_a_crashed_engine_is_started_again(server: Server) -> None:
 
 
 def test_sigterm_lets_running_answers_finish(server: Server) -> None:
-    """The last test: it ends the module's server."""
-    ended: list[str] = []
-    began = threading.Event()
+    """The last test: it ends the module's server, with three answers under way."""
+    began = threading.Barrier(4, timeout=60)
 
-    def stream() -> None:
+    def stream() -> list[str]:
         with server.http().stream(
             "POST", "/v1/chat/completions",
             json=_chat(max_tokens=220, stream=True, logit_bias={"4": -100, "2": -100}),
         ) as events:  # fmt: skip
-            for line in events.iter_lines():
-                began.set()
-                ended.append(line)
+            lines = events.iter_lines()
+            first = next(lines)
+            began.wait()
+            return [first, *lines]
 
-    with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(stream)
-        assert began.wait(30)
-        at = time.monotonic()
+    with ThreadPoolExecutor(3) as pool:
+        running = [pool.submit(stream) for _ in range(3)]
+        began.wait()
         server.process.send_signal(signal.SIGTERM)
-        running.result(timeout=30)
-    assert "data: [DONE]" in ended
-    assert server.process.wait(timeout=30) == 0
-    assert time.monotonic() - at < 30
+        for answer in running:
+            assert "data: [DONE]" in answer.result(timeout=60)
+    assert server.process.wait(timeout=60) == 0
     with pytest.raises(httpx.ConnectError):
         server.http().get("/health")
 

@@ -67,6 +67,22 @@ def test_ratios_are_taken_round_by_round() -> None:
     assert headline({"identity": {"failed": "it"}})["identity_wrong"] is None
 
 
+def test_the_other_parts_have_their_figures_in_the_last_line() -> None:
+    line = headline({
+        "logprobs": {"ours": {"mean_base": 1e-6, "mean_adapters": 0.005, "at_most": 0.01},
+                     "llamacpp q8_0": {"mean_base": 0.03, "mean_adapters": 0.02, "at_most": 0.06}},
+        "front": {"cost_wall": 0.02},
+        "broken": {"wrong": ["one"], "throughput_kept": {"median": 0.98, "min": 0.9, "max": 1.0}},
+        "soak": {"errors": {"503: it": 2, "500: it": 1}, "growth": 0.01},
+    })  # fmt: skip
+    assert (line["logprob_mean"], line["front_cost"]) == (0.5, 0.02)
+    assert (line["broken_wrong"], line["throughput_kept"]) == (1, 0.98)
+    assert (line["soak_errors"], line["soak_growth"]) == (3, 0.01)
+    parts = ("logprobs", "front", "broken", "soak")
+    for figures in (headline({}), headline({part: {"failed": "it"} for part in parts})):
+        assert {value for name, value in figures.items()} == {None}
+
+
 def test_every_model_is_asked_as_often_and_no_prompt_twice() -> None:
     order = planned(["a", "b", None], Shape(9, 2, 4, 1), 0)
     assert [sum(model == name for model, _ in order) for name in ("a", "b", None)] == [3, 3, 3]

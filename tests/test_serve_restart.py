@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ pytest.importorskip("xllamacpp")
 pytest.importorskip("uvicorn")
 
 from lighten.errors import UserError
-from lighten.serving.answering import Front
+from lighten.serving.answering import Front, Limits
 from lighten.serving.engine import EngineFailed
 from lighten.serving.front import application
 from lighten.serving.options import Options
@@ -137,6 +140,26 @@ def test_a_process_that_is_exchanged_ends_after_its_last_answer() -> None:
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("killed", [True, False])
+@pytest.mark.skipif(sys.platform != "linux", reason="the system ends it on Linux alone")
+def test_a_command_never_outlives_its_tether(killed: bool) -> None:
+    command = [sys.executable, "-m", "lighten.serving.tether", "sleep", "1000"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as tether:
+        while not (children := psutil.Process(tether.pid).children()):
+            time.sleep(0.01)
+        (child,) = children
+        while child.name() != "sleep":
+            time.sleep(0.01)
+        if killed:
+            tether.kill()
+        else:
+            assert tether.stdin is not None
+            tether.stdin.close()
+        code = tether.wait()
+        assert child.wait(timeout=60) is None or not child.is_running()
+    assert code == (-signal.SIGKILL if killed else 128 + signal.SIGTERM)
+
+
 def serve(base: Path, options: Options, work: Callable[..., Awaitable[None]]) -> None:
     """Work with a client of the whole front, and the real engine behind it."""
 
@@ -179,6 +202,9 @@ def test_llama_cpp_that_is_killed_comes_back_with_its_adapters(
         child.suspend()
         asking = asyncio.create_task(ask("later"))
         await until(lambda: front.answering == 1)
+        front.limits = Limits(waiting=1)
+        waiting = await ask("later")
+        assert (waiting.status_code, waiting.headers["Retry-After"]) == (429, "1")
         child.kill()
         answer = await asking
         assert answer.status_code == 503

@@ -265,6 +265,9 @@ async def _answer(
         for prompt in prompts
         for number in range(asked.answers)
     ]
+    if len(wanted) > (most := front.limits.waiting):
+        raise Refused(400, f"prompt: {len(wanted)} answers in one request are more than the {most} "
+                      "that this server makes at a time (--max-waiting)", "prompt")  # fmt: skip
     if (obstacle := front.obstacle()) is not None:
         raise Refused(503, f"{obstacle}; try again in a few seconds")
     if front.answering + len(wanted) > front.limits.waiting:

@@ -2,12 +2,14 @@
 
     python -m lighten.serving.tether COMMAND [ARGUMENT ...]
 
-The command has a process group of its own, which is ended as a whole.
+The command has a process group of its own, which is ended as a whole. If this process is killed, so
+that it cannot do that, the system ends the command itself (Linux).
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -15,11 +17,21 @@ import sys
 import threading
 
 _GRACE_S = 20.0
+_PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 
 def main() -> int:
     """Run the command; its exit code."""
-    child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True)
+    system = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+    def end_if_this_is_killed() -> None:
+        if system is not None:
+            system.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+    child = subprocess.Popen(
+        sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True,
+        preexec_fn=end_if_this_is_killed,
+    )  # fmt: skip
 
     def end_with_parent() -> None:
         sys.stdin.buffer.read()
