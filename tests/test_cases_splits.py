@@ -23,7 +23,7 @@ from lighten.evaluation import metrics
 from lighten.evaluation.bootstrap import Resamples
 from lighten.evaluation.evaluation import shortened_sentence
 from lighten.evaluation.generate import Answers
-from lighten.evaluation.result import Measured
+from lighten.evaluation.result import Evaluation, Measured
 from lighten.evaluation.verdicts import verdict
 from lighten.reporting import comparison, page
 from lighten.runs import Run
@@ -336,9 +336,27 @@ def test_held_out_prompts_that_are_trained_on_are_counted_wherever_figures_are_s
     assert evaluation["dataset"]["shared_prompts"] == shared
     shown = [done.output, measured.output, page.page([run])]
     shown += ["\n".join(comparison.compare([run, run]).sentences),
-              "\n".join(evaluation["dataset"]["notes"])]  # fmt: skip
+              "\n".join(evaluation["dataset"]["notes"]),
+              run._repr_html_(), Evaluation(**evaluation)._repr_html_(),
+              runner.invoke(app, ["runs", "list", str(run.folder.parent)]).output]  # fmt: skip
     for text in shown:
         assert (sentence in " ".join(text.split())) == bool(shared)
+
+
+def test_of_the_loss_that_is_watched_it_is_said_too_where_others_were_measured(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write(folder / "train.jsonl", asked(40))
+    write(folder / "valid.jsonl", asked(30))
+    write(folder / "test.jsonl", asked(25, "other "))
+    run = lighten.train(progress=False, planned=False, dataset=str(folder), **settings)
+    lighten.evaluate(run, max_new_tokens=1)
+    sentence = "30 of 30 held-out examples ask what a training example asks"
+    assert sentence not in " ".join((run.evaluation() or {})["dataset"]["notes"])
+    for shown in (page.page([run]), run._repr_html_()):
+        assert shown.count(sentence) == 1
 
 
 def test_overlap_with_training_data_that_changed_is_not_known(

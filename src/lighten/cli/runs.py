@@ -20,6 +20,7 @@ def runs_list(
 ) -> None:
     """List the runs of a folder, oldest first."""
     from lighten import runs
+    from lighten.reporting import text
 
     folder = folder.expanduser()
     found = [(run, run.info()) for run in runs.find(folder)]
@@ -29,7 +30,7 @@ def runs_list(
     if not found:
         console().print(f"no runs in {folder}", highlight=False, markup=False, soft_wrap=True)
         return
-    rows = []
+    rows, notes = [], dict[str, list[str]]()
     for run, info in found:
         losses = [f"{own['eval_loss']:.3f}" for own in info.get("adapters", [])
                   if own.get("eval_loss") is not None]  # fmt: skip
@@ -38,10 +39,14 @@ def runs_list(
         base = str(info.get("base", {}).get("name", "?")).rstrip("/").rpartition("/")[2]
         # `lighten evaluate NAME` looks for the name under runs/.
         name = run.name if folder == Path("runs") else str(run.folder)
+        for note in text.held_out_notes(info, None) if losses else ():
+            notes.setdefault(note, []).append(name)
         rows.append([name, started, info.get("status", "?"), base,
                      "–" if steps is None else str(steps), ", ".join(losses) or "–"])  # fmt: skip
     columns = ["run", "started (UTC)", "status", "base", "steps", "held-out"]
     print_table(columns, rows, whole=(0, 1, 2))
+    for note, names in notes.items():
+        console().print(f"{', '.join(names)}: {note}", highlight=False, markup=False)
 
 
 @runs_app.command("compare")

@@ -58,8 +58,9 @@ def run_html(run: Run) -> str:
         for tile in page.tiles(info, evaluation)
     ]
     status = f"{run.folder}, {info.get('status', 'not started')}"
+    notes = [*text.held_out_notes(info, evaluation), *text.watched_notes(info, evaluation)]
     return _card(
-        [status, *text.headline(info, evaluation)],
+        [status, *text.headline(info, evaluation), *notes],
         _table(["", "", ""], rows) if rows else "",
         page.loss_chart([(run.name, run.metrics())], named=False),
     )
@@ -85,7 +86,9 @@ def evaluation_html(evaluation: Evaluation) -> str:
             cells.append(f"{number(own['value'])}{interval} {verdict}")
         rows.append([metric.label, *cells])
     names = [model["name"] for model in evaluation.models]
-    return _card(text.headline({}, evaluation.to_dict()), _table(["", *names], rows))
+    told = evaluation.to_dict()
+    sentences = [*text.headline({}, told), *text.held_out_notes({}, told)]
+    return _card(sentences, _table(["", *names], rows))
 
 
 def sweep_html(found: SweepResult) -> str:
@@ -94,7 +97,7 @@ def sweep_html(found: SweepResult) -> str:
 
     metric = sweep_table.metric_of(found.folder)
     return _card(
-        found.data["recommendation"]["reasons"],
+        [*found.data["recommendation"]["reasons"], *found.data.get("notes", [])],
         _table(*sweep_table.table(found.data, metric)),
         sweep_page.held_out_chart(sweep_table.ordered(found.data)),
     )

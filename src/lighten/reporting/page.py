@@ -98,6 +98,7 @@ def _run(run: Run) -> dict[str, Any]:
         "example_count": len((evaluation or {}).get("examples", [])),
         "evaluation": evaluation,
         "held_out_notes": text.held_out_notes(info, evaluation),
+        "watched_notes": text.watched_notes(info, evaluation),
         "sizes": _sizes(info),
         "recipe": (run.folder / run_files.RECIPE).read_text(encoding="utf-8"),
     }

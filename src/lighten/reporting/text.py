@@ -47,6 +47,15 @@ def held_out_notes(info: Mapping[str, Any], evaluation: Mapping[str, Any] | None
     return list(evaluation["dataset"].get("notes", []))
 
 
+def watched_notes(info: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> list[str]:
+    """What has to be said of the examples that the loss was watched on, and is not said above.
+
+    An evaluation may be of others: a test set, or fewer of them.
+    """
+    said = held_out_notes(info, evaluation)
+    return [note for note in held_out_notes(info, None) if note not in said]
+
+
 def _change(
     label: str,
     base: Mapping[str, Any],
