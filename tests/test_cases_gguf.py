@@ -82,6 +82,10 @@ EXACT: dict[str, tuple[str, dict[str, Any], dict[str, Any], Callable[[Any], dict
     "qwen3 biases": ("qwen3", {"attention_bias": True}, {}, lambda _: {}),
     "gemma": ("gemma", {"head_dim": 8}, {}, lambda _: {}),
     "gemma2": ("gemma2", {}, {}, lambda _: {}),
+    "gemma2 windows": (
+        "gemma2", {"layer_types": ["full_attention", "sliding_attention"]},
+        {"attention.sliding_window_pattern": [False, True]}, lambda _: {},
+    ),
     "gemma3": ("gemma3_text", SIX, {}, lambda _: {}),
     "gemma3 linear": (
         "gemma3_text", {"rope_parameters": GLOBAL_LINEAR, **SIX},
@@ -155,6 +159,24 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], st
     "qwen window without layers": (
         "qwen2", {}, {"attention.sliding_window": 8}, {}, "does not say in which layers",
     ),
+    "attention factor": ("llama", {}, {"rope.scaling.attn_factor": 1.5}, {}, "attention factor"),
+    "yarn with an attention factor": (
+        "llama", {},
+        {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0,
+         "rope.scaling.original_context_length": 64, "rope.scaling.attn_factor": 1.5}, {},
+        "attention factor",
+    ),
+    "capped scores": (
+        "llama", {}, {"attn_logit_softcapping": 30.0}, {}, "attn_logit_softcapping = 30",
+    ),
+    "capped logits": ("gemma", {"head_dim": 8}, {"final_logit_softcapping": 30.0}, {}, "softcap"),
+    "a window of GPT-2": ("gpt2", {}, {"attention.sliding_window": 8}, {}, "sliding_window = 8"),
+    "windows in some layers of Mistral": (
+        "mistral", {"sliding_window": 8},
+        {"attention.sliding_window": 8, "attention.sliding_window_pattern": [True, False]}, {},
+        "sliding_window_pattern",
+    ),
+    "parallel layers": ("llama", {}, {"use_parallel_residual": True}, {}, "parallel_residual"),
     "unknown tensor": (
         "llama", {}, {}, {"tensors": {"blk.0.attn_gate.weight": np.ones((4, 4), np.float32)}},
         r"holds the tensor blk\.0\.attn_gate\.weight",
@@ -207,6 +229,14 @@ def test_a_copy_is_kept_for_the_file_and_made_anew_when_it_changes(
     write_gguf(path, tiny_model("llama", seed=1), quantized=True)
     assert gguf.converted(path) != first
     assert not list((tmp_path / "cache" / "gguf").rglob(".convert-*"))
+
+
+def test_what_gemmas_file_leaves_open_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_gguf(tmp_path / "m.gguf", tiny_model("gemma2"))
+    models.load(str(path), dtype="float32")
+    assert caplog.text.count("does not say by what scores are divided") == 1
 
 
 def test_a_quantised_file_is_its_dequantised_weights(tmp_path: Path) -> None:

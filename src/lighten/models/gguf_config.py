@@ -7,6 +7,7 @@ Keys and their meanings: llama.cpp's `gguf-py/gguf/constants.py` and `convert_hf
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import re
@@ -26,14 +27,22 @@ log = logging.getLogger(__name__)
 _READ = {
     "attention.head_count", "attention.head_count_kv", "attention.key_length",
     "attention.value_length", "attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon",
-    "attention.sliding_window", "attention.sliding_window_pattern", "attention.causal",
-    "attn_logit_softcapping", "final_logit_softcapping", "rope.freq_base", "rope.freq_base_swa",
-    "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear",
+    "attention.causal", "rope.freq_base", "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear",
     "rope.scaling.original_context_length", "rope.scaling.finetuned", "rope.scaling.attn_factor",
     "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
 }  # fmt: skip
+# Settings that are read for these architectures alone.
+_READ_FOR = {
+    "attention.sliding_window": {"llama", "qwen2", "qwen3", "phi3", "gemma2", "gemma3"},
+    "attention.sliding_window_pattern": {"qwen2", "qwen3", "gemma2", "gemma3"},
+    "attn_logit_softcapping": {"gemma2", "gemma3"},
+    "final_logit_softcapping": {"gemma2", "gemma3"},
+    "rope.freq_base_swa": {"gemma3"},
+}
 # Others of these kinds would change it.
-_MATTERS = re.compile(r"^(rope|attention|expert|ssm)[._]|scale|softcap|bias|clamp|leading_dense")
+_MATTERS = re.compile(
+    r"^(rope|attention|expert|ssm)[._]|scale|softcap|bias|clamp|leading_dense|parallel"
+)
 _WINDOW_OF_PHI3_4K = 2047  # microsoft/Phi-3-mini-4k-instruct and -medium-4k-, config.json
 # mistralai/Mistral-7B-v0.1, config.json
 _WINDOW_OF_MISTRAL = 4096
@@ -82,6 +91,8 @@ def _refuse_unread(header: Header) -> None:
     for key, value in header.settings.items():
         owner, _, name = key.partition(".")
         if owner != header.architecture or name in _READ or not _MATTERS.search(name):
+            continue
+        if owner in _READ_FOR.get(name, ()):
             continue
         if value not in (0, 0.0, False, ""):
             raise refused(header, f"says {key} = {value}, which cannot be rebuilt")
@@ -158,6 +169,8 @@ def _rope(header: Header, head: int) -> dict[str, Any]:
         raise refused(header, "has longrope positions and not their factors")
     elif kind not in ("none", "linear", "longrope"):
         raise refused(header, f"scales its positions by {kind!r}")
+    if header.architecture != "phi3" and float(header.get("rope.scaling.attn_factor", 1.0)) != 1.0:
+        raise refused(header, "has an attention factor beside its positions")
     factors = "rope_freqs.weight" in header.tensors
     if factors and rope["rope_type"] != "default":
         raise refused(header, "scales its positions in two ways")
@@ -175,8 +188,6 @@ def _yarn(header: Header, factor: float) -> dict[str, Any]:
     before = header.get("rope.scaling.original_context_length")
     if before is None:
         raise refused(header, "has yarn positions and does not say the context before them")
-    if float(header.get("rope.scaling.attn_factor", 1.0)) != 1.0:
-        raise refused(header, "has yarn positions with an attention factor of their own")
     rope = {
         "rope_type": "yarn", "factor": factor, "original_max_position_embeddings": int(before),
     }  # fmt: skip
@@ -304,8 +315,10 @@ def _gemma2(header: Header) -> tuple[str, dict[str, Any]]:
     window = _window(header)
     if window is None:
         raise refused(header, "does not say its attention's window")
+    kinds = _layer_kinds(header)
     return "gemma2", {
         **values,
+        **({} if kinds is None else {"layer_types": kinds}),
         "sliding_window": window,
         **_gemma_scores(header, values, _GEMMA2_27B_LAYERS),
     }
@@ -348,12 +361,18 @@ def _gemma_scores(header: Header, values: dict[str, Any], largest: int) -> dict[
         scale = values["hidden_size"] // values["num_attention_heads"]
         return {**found, "query_pre_attn_scalar": scale}
     if values["head_dim"] != _GEMMA_HEAD:
-        log.warning(
-            "%s: its heads have %s dimensions and those of every released Gemma of its depth %s; "
-            "the file does not say by what scores are divided, %s is taken",
-            header.path, values["head_dim"], _GEMMA_HEAD, _GEMMA_HEAD,
-        )  # fmt: skip
+        _warn_once(
+            f"{header.path}: its heads have {values['head_dim']} dimensions and those of every "
+            f"released Gemma of its depth {_GEMMA_HEAD}; the file does not say by what scores are "
+            f"divided, {_GEMMA_HEAD} is taken"
+        )
     return {**found, "query_pre_attn_scalar": _GEMMA_HEAD}
+
+
+@functools.cache
+def _warn_once(said: str) -> None:
+    """A header is read several times on the way to a model."""
+    log.warning(said)
 
 
 def _layer_kinds(header: Header) -> list[str] | None:
