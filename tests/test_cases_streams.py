@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +20,10 @@ from lighten.cli import console
 from lighten.cli import main as cli
 from lighten.evaluation.chat import chat
 from lighten.models import gguf
+from lighten.runs import Run
 from lighten.training.progress import TrainingProgress
 from tests.gguf_files import write_gguf
+from tests.processes import python
 from tests.report_fixture import write_run
 from tests.tiny import tiny_model
 
@@ -65,6 +68,47 @@ def test_every_mark_is_written_in_every_encoding(
     assert ("한국어" in shown) == (encoding in ("cp949", "euc-kr", "utf-8"))
     if encoding == "ascii":
         assert shown == "# - > x + . [??????] ?? e ? *"
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+def test_a_reader_that_leaves_ends_nothing(buffered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "wb", buffering=-1 if buffered else 0) as file:
+        screen = io.TextIOWrapper(file, "ascii", write_through=not buffered)
+        monkeypatch.setattr(sys, "stdout", screen)
+        streams.prepare()
+        for _ in range(3):
+            print(MARKS, flush=True)  # noqa: T201
+            Console().print(MARKS)
+        os.write(writing, b"by a library")
+        assert os.path.samestat(os.fstat(writing), os.stat(os.devnull))
+        monkeypatch.undo()
+        screen.detach()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_is_still_an_error() -> None:
+    with (
+        open("/dev/full", "wb", buffering=0) as file,
+        pytest.raises(OSError, match="No space"),
+    ):
+        streams._Outlet(file.fileno(), "w", closefd=False).write(b"lost")
+
+
+def test_a_training_whose_reader_leaves_goes_on(
+    tiny_folder: Path, chat_file: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    words = ["train", str(tiny_folder), str(chat_file), "--max_steps", "2", "--no-plan",
+             "--max_length", "64", "--output_dir", str(folder)]  # fmt: skip
+    code = (
+        "import os, sys, runpy; reading, writing = os.pipe(); os.close(reading)\n"
+        "os.dup2(writing, 1); os.dup2(writing, 2)\n"
+        "sys.argv[0] = 'lighten'; runpy.run_module('lighten', run_name='__main__')"
+    )
+    assert python(code, *words).returncode == 0
+    assert Run(folder).info()["status"] == "finished"
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)

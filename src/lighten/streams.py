@@ -7,6 +7,7 @@ whoever listens, and what no user of a command can act on is not shown.
 from __future__ import annotations
 
 import codecs
+import errno
 import io
 import logging
 import os
@@ -55,11 +56,48 @@ def _instead(mark: str) -> str:
 codecs.register_error(PLAIN, _plain)
 
 
+class _Outlet(io.FileIO):
+    """An open descriptor whose reader may leave: what is written from then on goes nowhere.
+
+    `lighten train … 2>&1 | head`, a pager that is left, a terminal that is gone: nobody reads any
+    more, and no training is lost for that.
+    """
+
+    def write(self, data: Any) -> int:
+        """Write, or pass over what nobody can read."""
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())  # for libraries and child processes, too
+            os.close(nowhere)
+            return memoryview(data).nbytes
+
+
 def prepare() -> None:
-    """Let standard output and error take any text, whatever the console's encoding."""
-    for stream in (sys.stdout, sys.stderr):
+    """Let standard output and error take any text, whatever the console's encoding, at any time."""
+    for name in ("stdout", "stderr"):
         with suppress(AttributeError, ValueError, OSError):  # none, closed, or somebody's own
-            stream.reconfigure(errors=PLAIN)  # type: ignore[union-attr]
+            stream = _lasting(getattr(sys, name))
+            stream.reconfigure(errors=PLAIN)
+            setattr(sys, name, stream)
+
+
+def _lasting(stream: Any) -> Any:
+    """The stream over an outlet, where it is one of Python's own."""
+    plain = isinstance(stream.buffer, io.FileIO)  # python -u
+    raw = stream.buffer if plain else getattr(stream.buffer, "raw", None)
+    if type(stream) is not io.TextIOWrapper or not isinstance(raw, io.FileIO):
+        return stream
+    stream.flush()
+    outlet = _Outlet(stream.fileno(), "w", closefd=False)
+    return io.TextIOWrapper(
+        outlet if plain else io.BufferedWriter(outlet),
+        encoding=stream.encoding, errors=stream.errors, newline=None if os.name == "nt" else "\n",
+        line_buffering=stream.line_buffering, write_through=stream.write_through,
+    )  # fmt: skip
 
 
 def encodable(text: str, stream: TextIO) -> str:
