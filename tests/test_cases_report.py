@@ -17,6 +17,7 @@ import typer.testing
 
 import lighten
 from lighten import locks
+from lighten.adapters import spectrum
 from lighten.cli import main as cli
 from lighten.cli.settings import matching, settings
 from lighten.errors import UserError
@@ -29,7 +30,7 @@ from lighten.reporting import charts, comparison
 from lighten.reporting.page import next_commands
 from lighten.runs import Run
 from lighten.sweeps.result import SweepResult
-from lighten.wording import counted
+from lighten.wording import counted, with_article
 from tests.processes import call
 from tests.report_fixture import write_run
 from tests.test_sweep_table import arm
@@ -342,6 +343,22 @@ def test_steps_are_whole_numbers_and_amounts_start_at_zero(steps: list[int]) -> 
                                              (1200, "1,200 rows")])  # fmt: skip
 def test_one_thing_is_not_called_several(count: int, said: str) -> None:
     assert counted(count, "row") == said
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["an IA3", "an Embedding", "a LoRA", "a DoRA", "an NF4", "a BOFT", "an OFT", "a VERA", "a LOHA",
+     "an LN_TUNING", "a FOURIERFT", "an ADALORA", "an X-LoRA", "a str", "an int", "a Unigram",
+     "a Linear", "an RMSNorm", "a QLoRA adapter", "a Conv1D", "an L2 norm"],
+)  # fmt: skip
+def test_an_article_is_that_of_the_spoken_noun(said: str) -> None:
+    assert with_article(said.partition(" ")[2]) == said
+
+
+def test_an_ia3_adapter_is_refused_in_english(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "IA3", "base_model": null}')
+    with pytest.raises(UserError, match="an IA3"):
+        spectrum.read(tmp_path)
 
 
 def test_a_page_calls_one_step_one_step_and_each_line_its_own_name(tmp_path: Path) -> None:

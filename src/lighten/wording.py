@@ -2,6 +2,19 @@
 
 from __future__ import annotations
 
+import re
+
+# Capitals without a vowel are spelt; these are letters whose names begin with a vowel's sound.
+_SPELT = re.compile(r"[B-DF-HJ-NP-TV-Z](?:[B-DF-HJ-NP-TV-Z]|(?![A-Za-z]))")
+_SPOKEN_AS_VOWELS = frozenset("FHLMNRSX")
+
+
+def with_article(noun: str) -> str:
+    """A noun behind its article, as it is spoken: a LOHA, an Embedding, an IA3, an NF4."""
+    first = noun[:1]
+    vowel = first in _SPOKEN_AS_VOWELS if _SPELT.match(noun) else first.lower() in "aeio"
+    return f"{'an' if vowel else 'a'} {noun}"
+
 
 def counted(count: int, noun: str) -> str:
     """A number with its noun, which takes an s unless it is one: 1 step, 0 steps, 1,200 steps."""

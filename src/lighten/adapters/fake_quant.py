@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from lighten.errors import UserError
+from lighten.wording import with_article
 
 # XNNPACK, which runs the format on phones, takes groups of whole multiples of this.
 GROUP_MULTIPLE = 32
@@ -198,8 +199,8 @@ def fake_quantise(
         layer = model.get_submodule(path)
         if type(layer) is not nn.Linear:
             raise UserError(
-                f"qat: {path} is a {type(layer).__name__}, which torchao would not quantise; "
-                "train on the plain, unquantised model"
+                f"qat: {path} is {with_article(type(layer).__name__)}, which torchao would not "
+                "quantise; train on the plain, unquantised model"
             )
         fake: Any = layer
         fake.__class__ = FakeQuantLinear

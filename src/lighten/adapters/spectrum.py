@@ -23,6 +23,7 @@ from lighten.adapters.files import read_weights, spec_from_peft
 from lighten.adapters.spec import AdapterSpec
 from lighten.errors import UserError
 from lighten.peft_config import CONFIG, FACTOR, more_than_low_rank, read_config
+from lighten.wording import with_article
 
 
 @dataclass(frozen=True)
@@ -196,8 +197,8 @@ def read(folder: Path) -> SavedAdapter:
     config = read_config(folder)
     if what := more_than_low_rank(config):
         raise UserError(
-            f"{folder / CONFIG}: a {what} is more than scale·B·A, which singular values do not "
-            "tell; only plain LoRA adapters can be taken apart"
+            f"{folder / CONFIG}: {with_article(what)} is more than scale·B·A, which singular "
+            "values do not tell; only plain LoRA adapters can be taken apart"
         )
     weights = read_weights(folder)
     spec = spec_from_peft(folder.name, config, folder, weights)

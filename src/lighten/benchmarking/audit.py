@@ -23,6 +23,7 @@ from lighten.errors import UserError
 from lighten.machine import devices, hardware
 from lighten.models.load import checksum, weight_files
 from lighten.recipe import Recipe
+from lighten.wording import counted
 
 VERSION = 1
 FILE = "audit.json"
@@ -202,7 +203,7 @@ def _taken_up(
     status = "running" if richer else before["status"]
     kept = [row for row in before["rows"] if not (row.get("budget") and status == "running")]
     if status == "running":
-        told(f"going on: {len(kept)} rows are measured or explained already")
+        told(f"going on: {counted(len(kept), 'row')} measured or explained already")
     first = {**{key: before[key] for key in facts}, "settings": facts["settings"]}
     return Audit(folder, first, kept, before["steps"], before["spent_s"], status)
 

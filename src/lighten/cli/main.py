@@ -321,7 +321,7 @@ def doctor(as_json: Json = False) -> None:
     machine = found["machine"]
     gpus = [f"{g['name']}, {g['memory_bytes'] / 2**30:.0f} GiB" for g in machine["gpus"]]
     rows = [
-        ["processor", f"{machine['processor']}, {machine['cores']} cores"],
+        ["processor", f"{machine['processor']}, {counted(machine['cores'], 'core')}"],
         ["memory", f"{machine['memory_bytes'] / 2**30:.1f} GiB, "
                    f"{found['free_memory_bytes'] / 2**30:.1f} free"],
         ["disk", f"{found['free_disk_bytes'] / 2**30:.0f} GiB free"],

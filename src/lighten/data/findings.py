@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from lighten.data.examples import Example
 from lighten.data.spans import RefusedError
 from lighten.errors import UserError
+from lighten.wording import counted
 
 SYSTEM = ("system", "developer")
 # As many refused rows of one reason are named before the rest is only counted.
@@ -84,7 +85,8 @@ class Findings:
             if others:
                 left = len(others) - SHOWN_ROWS
                 more = f"; and {len(others)} more row{'s' * (len(others) > 1)}: "
-                more += ", ".join(others[:SHOWN_ROWS]) + (f" and {left} others" * (left > 0))
+                more += ", ".join(others[:SHOWN_ROWS])
+                more += f" and {counted(left, 'other')}" if left > 0 else ""
             said.append(f"{rows[0]}: {reason}{more}")
         return said
 

@@ -53,7 +53,8 @@ def choose(
     most = max(1, min(threads, rows, tokens // FULL_TOKENS))
     count = max(n for n in range(1, most + 1) if threads % n == 0)
     if count == 1:
-        return Choice("1", f"{threads} threads share a step of about {tokens} tokens")
+        who = "one thread takes" if threads == 1 else f"{threads} threads share"
+        return Choice("1", f"{who} a step of about {tokens} tokens")
     return Choice(str(count), "micro-batches side by side keep every core busy")
 
 

@@ -9,6 +9,7 @@ from lighten.adapters import files
 from lighten.errors import UserError
 from lighten.generation.segments import Factors
 from lighten.peft_config import FACTOR, more_than_low_rank, read_config
+from lighten.wording import with_article
 
 
 class LoadedAdapter:
@@ -37,7 +38,7 @@ def read_factors(folder: Path, served: Iterable[str]) -> dict[str, Factors]:
     """
     config = read_config(folder)
     if (what := more_than_low_rank(config)) is not None:
-        raise _unserved(folder, f"a {what}")
+        raise _unserved(folder, with_article(what))
     if config.get("bias") not in (None, "none"):
         raise _unserved(folder, f"trained biases (bias: {config['bias']})")
     weights = files.read_weights(folder)

@@ -13,6 +13,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lighten.errors import UserError
+from lighten.wording import with_article
 
 # What transformers raises for configurations that it cannot use.
 FAULTS = (
@@ -134,6 +135,6 @@ def check_json(file: Path) -> None:
         ) from error
     if not isinstance(found, dict):
         raise UserError(
-            f"{file} holds a {type(found).__name__} where settings by name are expected; fetch or "
-            "copy the model anew"
+            f"{file} holds {with_article(type(found).__name__)} where settings by name are "
+            "expected; fetch or copy the model anew"
         )

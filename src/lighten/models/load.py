@@ -34,6 +34,7 @@ from lighten.models import gguf, known, links, packaged, quantized
 from lighten.models.configuration import FAULTS, check_json, read_config, reason
 from lighten.models.names import PACKAGED, Source, packaged_as, resolve
 from lighten.streams import download_bar, library_bars
+from lighten.wording import counted
 
 log = logging.getLogger(__name__)
 # What of a hub repository is fetched: never pickle.
@@ -257,13 +258,14 @@ def _require_whole(name: str, path: Path, loaded: dict[str, Any]) -> None:
         raise UserError(
             f"the weights in {path} do not fit its config.json: {weight} is "
             f"{tuple(stored)} in the file and {tuple(built)} by the configuration "
-            f"({len(other_shapes)} weights in all); put back the config.json that belongs to them"
+            f"({counted(len(other_shapes), 'weight')} in all); put back the config.json that "
+            "belongs to them"
         )
     lacking = sorted(loaded["missing_keys"])
     if lacking:
         raise UserError(
-            f"{name} is not whole: {path} lacks {lacking[0]} ({len(lacking)} weights in all), "
-            "which would be random; fetch or convert the model anew"
+            f"{name} is not whole: {path} lacks {lacking[0]} ({counted(len(lacking), 'weight')} in "
+            "all), which would be random; fetch or convert the model anew"
         )
     # Extra weights are common (heads for other tasks, encoders of images), extra layers are not.
     layers = sorted(key for key in loaded["unexpected_keys"] if _LAYER.match(key))

@@ -18,6 +18,7 @@ from typing import Any
 from lighten import runs
 from lighten.machine.hardware import cache_folder
 from lighten.planning.result import MemoryPart, Plan
+from lighten.wording import counted
 
 FILE = "calibration.json"
 MOST_PAIRS = 400
@@ -153,4 +154,5 @@ def _shifted(parts: Sequence[MemoryPart], by: int) -> tuple[MemoryPart, ...]:
 
 
 def _said(what: str, factor: float, count: int) -> str:
-    return f"{what}: corrected by {100 * (factor - 1):+.1f} %, from {count} runs on this machine"
+    runs = counted(count, "run")
+    return f"{what}: corrected by {100 * (factor - 1):+.1f} %, from {runs} on this machine"

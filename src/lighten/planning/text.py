@@ -243,7 +243,7 @@ def serving_verdict(own: Serving) -> str:
         return told
     told += f" of {gib(own.capacity)}, which {'fits' if own.fits() else 'does not fit'}"
     if own.most_sequences is not None:
-        told += f"; {own.most_sequences:,} sequences of {own.context:,} tokens would"
+        told += f"; {counted(own.most_sequences, 'sequence')} of {own.context:,} tokens would"
     return told
 
 

@@ -27,6 +27,7 @@ from lighten.quantization.gguf_source import Weight, read_settings, read_weights
 from lighten.quantization.gguf_tokenizer import Vocabulary, read_vocabulary
 from lighten.quantization.gguf_weights import as_stored, is_transposed
 from lighten.quantization.llamacpp import available_threads, library, quantize_rows
+from lighten.wording import counted
 
 log = logging.getLogger(__name__)
 
@@ -271,7 +272,7 @@ def _model(folder: Path, type: str, weights: Mapping[str, Weight] | None = None)
         tensors.append(_Tensor(TensorPlan(stored, dimensions, chosen.kind), chosen.wanted, weight))
     if pictures:
         settings.notes.append(
-            f"the text model alone: {pictures} tensors of its picture tower are left out"
+            f"the text model alone: without {counted(pictures, 'tensor')} of its picture tower"
         )
     return _Model(kind, settings, tensors)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from lighten.errors import UserError
 from lighten.quantization.gguf_source import read_json
+from lighten.wording import with_article
 
 # llama.cpp's kinds of tokens.
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
@@ -108,8 +109,8 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
     model = tokenizer.get("model") or {}
     if model.get("type") != "BPE":
         raise UserError(
-            f"{file} is a {model.get('type')} tokenizer; llama.cpp has byte-level BPE and "
-            "SentencePiece BPE for the models that are written here"
+            f"{file} is {with_article(str(model.get('type')))} tokenizer; llama.cpp has byte-level "
+            "BPE and SentencePiece BPE for the models that are written here"
         )
     config_file = folder / "tokenizer_config.json"
     config = read_json(config_file) if config_file.is_file() else {}

@@ -43,6 +43,7 @@ from lighten.quantization.merge_update import (
     streamable,
 )
 from lighten.runs import whole_folder
+from lighten.wording import with_article
 
 _FLOATS = ("F32", "F16", "BF16", "F64")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -90,7 +91,7 @@ def merge(
         raise Unmergeable(f"the base's files are quantised ({stored.get('quant_method')})")
     if not streamable(config):
         kind = more_than_low_rank(config) or f"LoRA adapter with bias {config.get('bias')}"
-        raise Unmergeable(f"it is a {kind}")
+        raise Unmergeable(f"it is {with_article(kind)}")
     plan = _Plan(base, adapter, dtype, storage, compute, words)
     _require_room(target, plan.nbytes)
     with whole_folder(target) as partial:

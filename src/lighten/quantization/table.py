@@ -21,6 +21,7 @@ from lighten.quantization.model_source import (
 from lighten.quantization.targets import DYNAMIC, Target, parse, require_tools
 from lighten.runs import QUANTIZE, Run
 from lighten.whole_files import whole_folder, write_json
+from lighten.wording import counted
 
 REFERENCE = "bfloat16"
 # Bounds that keep five formats of a small model under ten minutes on two cores.
@@ -177,8 +178,8 @@ def _card(target: Target, model: ModelSource, told: dict[str, Any] | None) -> st
     if target.calibrated and told is not None:
         data = Path(told["dataset"]).name
         how = (
-            f" Its rounding was chosen on {told['rows']} rows of {told['row_tokens']} tokens of "
-            f"`{data}` (SHA-256 of the ids {told['sha256']})."
+            f" Its rounding was chosen on {counted(told['rows'], 'row')} of {told['row_tokens']} "
+            f"tokens of `{data}` (SHA-256 of the ids {told['sha256']})."
         )
     use = (
         f"```\nllama-cli -m {model.name}.gguf\n```\n"

@@ -18,6 +18,7 @@ from lighten.serving.engines import choose_here, engine_of
 from lighten.serving.front import application
 from lighten.serving.options import Options, context_of, is_loopback, require_valid
 from lighten.serving.registry import Registry
+from lighten.wording import counted
 
 log = logging.getLogger(__name__)
 _GRACE_S = 25  # running answers have so long after SIGTERM; the process ends within 30 s
@@ -104,7 +105,7 @@ def _listening(config: Any, front: Front, told: Callable[[str], None]) -> Any:
         async def shutdown(self, sockets: Any = None) -> None:
             front.stopping = True
             if front.answering:
-                told(f"stopping: {front.answering} answers are finished first")
+                told(f"stopping, after {counted(front.answering, 'answer')} under way")
             await super().shutdown(sockets)
 
     return Server(config)
@@ -120,8 +121,8 @@ def prepare(name: str, options: Options, told: Callable[[str], None]) -> tuple[R
     chosen = choose_here(options, registry)
     engine = engine_of(chosen.value, registry, options, context, told)
     told(
-        f"engine: {chosen.value}, {chosen.reason}; {options.slots} answers at once, each of "
-        f"{context} tokens with its prompt"
+        f"engine: {chosen.value}, {chosen.reason}; {counted(options.slots, 'answer')} at once, "
+        f"each of {context} tokens with its prompt"
     )
     return registry, engine
 

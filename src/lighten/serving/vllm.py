@@ -40,6 +40,7 @@ from lighten.serving.schemas import compiled, laid_out
 from lighten.serving.server_process import ServerProcess, Supervisor
 from lighten.serving.texts import Texts
 from lighten.whole_files import whole_folder
+from lighten.wording import with_article
 
 PROGRAM = "LIGHTEN_VLLM"  # environment variable: path of its command
 _INSTALL = (
@@ -294,8 +295,8 @@ def require_servable(folder: Path) -> int:
         what = "module trained whole"
     if what is not None:
         raise UserError(
-            f"{folder} holds a {what}, which vLLM does not serve unmerged; merge it with `lighten "
-            "export RUN --as merged` and serve the merged model"
+            f"{folder} holds {with_article(what)}, which vLLM does not serve unmerged; merge it "
+            "with `lighten export RUN --as merged` and serve the merged model"
         )
     return max(int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values()), 0)
 
