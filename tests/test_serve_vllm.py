@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,8 @@ from lighten import models
 from lighten.errors import UserError
 from lighten.generation.settings import Sampling
 from lighten.serving import vllm
-from lighten.serving.engine import Generation
+from lighten.serving.adapters import fingerprint
+from lighten.serving.engine import Adapter, Generation
 from lighten.serving.remote import Remote
 from tests.serving import ADMIN, save_adapter, serving
 
@@ -58,6 +62,70 @@ def test_nothing_of_a_request_is_left_to_its_defaults() -> None:
     assert (body["model"], body["prompt"], body["max_tokens"]) == ("key", [5, 6], 7)
     assert (body["stop_token_ids"], body["logprobs"], body["seed"]) == ([2], 1, 2**63 - 1)
     assert vllm.request_body(Generation([5], None, 1))["model"] == "base"
+
+
+# What stands for vLLM's server where it is not installed: its command line, /health, and the two
+# paths that load and unload; each is written down with the process that took it.
+STAND_IN = """#!{python}
+import http.server, json, os, socketserver, sys
+assert sys.argv[1:3] == ["-m", "vllm.entrypoints.openai.api_server"], sys.argv
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with open({calls!r}, "a") as file:
+            print(os.getpid(), self.path.split("/")[-1], body["lora_name"], file=file)
+        assert "lora_path" not in body or os.path.isfile(body["lora_path"] + "/adapter_config.json")
+        self.send_response(200)
+        self.end_headers()
+    def address_string(self):
+        return "it"
+socketserver.UnixStreamServer(sys.argv[sys.argv.index("--uds") + 1], Handler).serve_forever()
+"""
+
+
+def test_a_server_that_dies_gets_all_its_adapters_again(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of run time, too, and one whose folder is gone by then."""
+    calls = tmp_path / "calls"
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(STAND_IN.format(python=sys.executable, calls=str(calls)))
+    python.chmod(0o755)
+    python.with_name("vllm").touch()
+    monkeypatch.setenv(vllm.PROGRAM, str(python.with_name("vllm")))
+    monkeypatch.setenv("LIGHTEN_CACHE", str(tmp_path / "cache"))
+    held = [
+        Adapter(fingerprint(folder), folder)
+        for folder in (save_adapter(tiny_folder, tmp_path / str(n), seed=n) for n in range(3))
+    ]
+
+    async def run() -> None:
+        engine = vllm.Vllm(
+            tiny_folder, models.load_tokenizer(str(tiny_folder)), context=64, slots=2
+        )
+        await engine.start(held[:2])
+        await engine.set_adapters(held[1:])
+        shutil.rmtree(held[2].folder)
+        os.kill(int(calls.read_text().split()[0]), signal.SIGKILL)
+        while not engine.facts()["restarts"]:
+            await asyncio.sleep(0.02)
+        assert engine.obstacle() is None
+        await engine.stop()
+
+    asyncio.run(run())
+    lines = [line.split() for line in calls.read_text().splitlines()]
+    before, after = (
+        [(what, name) for pid, what, name in lines if (pid == lines[0][0]) == first]
+        for first in (True, False)
+    )
+    first, second, third = (adapter.key for adapter in held)
+    load, unload = "load_lora_adapter", "unload_lora_adapter"
+    assert before == [(load, first), (load, second), (load, third), (unload, first)]
+    assert after == [(load, second), (load, third)]
 
 
 def wide(source: Path, folder: Path) -> Path:

@@ -137,7 +137,9 @@ class Vllm:
             self._adapters = tuple(adapters)
 
     async def _load(self, process: ServerProcess, adapter: Adapter) -> None:
-        rank = require_servable(adapter.folder)
+        # Of one that is loaded again the copy counts: its folder may be another's by now, or gone.
+        copied = (_copy_of(adapter) / CONFIG).is_file()
+        rank = require_servable(_copy_of(adapter) if copied else adapter.folder)
         if rank > self._rank:
             raise UserError(
                 f"{adapter.folder} has rank {rank} and vLLM was started for {self._rank}: start "
@@ -301,9 +303,13 @@ def require_servable(folder: Path) -> int:
     return max(int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values()), 0)
 
 
+def _copy_of(adapter: Adapter) -> Path:
+    return cache_folder() / "serve" / f"{adapter.key}-vllm"
+
+
 def _copied(adapter: Adapter) -> Path:
     """An adapter in a folder that is written once."""
-    target = cache_folder() / "serve" / f"{adapter.key}-vllm"
+    target = _copy_of(adapter)
     if not (target / CONFIG).is_file():
         with whole_folder(target) as partial:
             for name in (CONFIG, WEIGHTS):
