@@ -339,6 +339,20 @@ def test_steps_are_whole_numbers_and_amounts_start_at_zero(steps: list[int]) -> 
     assert float(axis(free, "end")[0]) > 0
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_watched_losses_of_other_examples_have_no_best(same: bool, tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, steps=2, evaluated=False) for name in ("a", "b")]
+    for run, loss in zip(runs, (2.0, 1.0), strict=True):
+        info = run.info()
+        rows = 60 if same else int(60 * loss)
+        run.update(
+            adapters=[{**own, "eval_loss": loss} for own in info["adapters"]],
+            data={**info["data"], "eval_rows": rows, "eval_supervised_tokens": 10 * rows},
+        )
+    best = comparison.compare(runs).best["watched"]
+    assert best == ({1} if same else set())
+
+
 @pytest.mark.parametrize(("count", "said"), [(0, "0 rows"), (1, "1 row"), (2, "2 rows"),
                                              (1200, "1,200 rows")])  # fmt: skip
 def test_one_thing_is_not_called_several(count: int, said: str) -> None:

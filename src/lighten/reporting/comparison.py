@@ -57,6 +57,7 @@ class Entry:
         intervals: Their intervals, where known.
         differs: The settings in which its run differs from the others.
         measured_on: What its held-out figures were measured on; equal ones can be compared.
+        watched_on: The same of the loss that was watched while it trained.
         losses: Negative log-likelihood and tokens of each held-out example, if recorded.
         difference: From the lowest held-out loss, with bounds that hold for all entries at once.
         verdict: How its loss stands to the lowest.
@@ -69,6 +70,7 @@ class Entry:
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     differs: str = ""
     measured_on: tuple[Any, ...] | None = None
+    watched_on: tuple[Any, ...] | None = None
     losses: list[list[float]] | None = None
     difference: tuple[float, float, float] | None = None
     verdict: str = ""
@@ -196,6 +198,9 @@ def _entries(run: Run, name: str) -> tuple[list[Entry], Entry | None]:
         watched = saved.get(adapter, {}).get("eval_loss")
         if watched is not None:
             entry.figures["watched"] = float(watched)
+            # As many examples with as many tokens to tell are the same ones.
+            data = info.get("data") or {}
+            entry.watched_on = (data.get("eval_rows"), data.get("eval_supervised_tokens"))
         if adapter in measured:
             _add_measured(entry, measured[adapter], evaluation, info)
         entries.append(entry)
@@ -237,6 +242,8 @@ def _best(column: Column, entries: Sequence[Entry]) -> set[int]:
         return set()
     held_out = column.name in {metric.name for metric in METRICS}
     if held_out and len({entries[place].measured_on for place in values}) > 1:
+        return set()
+    if column.name == "watched" and len({entries[place].watched_on for place in values}) > 1:
         return set()
     best = (min if column.lower_is_better else max)(values.values())
     return {place for place, value in values.items() if value == best}
