@@ -18,7 +18,7 @@ from lighten.evaluation.generate import stop_tokens
 from lighten.evaluation.together import Disagrees, Pass
 from lighten.generation import attention, kernels, slotted
 from lighten.models.load import set_attention
-from tests.test_train_step import row
+from tests.test_train_step import Row, row
 from tests.tiny import tiny_model, tiny_tokenizer
 
 READ_IN_SLOTS = ("llama", "qwen2", "qwen3", "gemma3_text", "mistral", "phi3", "gpt2", "opt",
@@ -44,11 +44,18 @@ def one_pass(trained: Any, adapter: str | None = "a", **changes: Any) -> Pass:
     })  # fmt: skip
 
 
-def examples() -> tuple[list[Any], list[list[int]]]:
-    """Rows of several lengths with the prompts they begin with; one of each stands alone."""
+def examples(system: int = 0) -> tuple[list[Any], list[list[int]]]:
+    """Rows of several lengths with the prompts they begin with; one of each stands alone.
+
+    Args:
+        system: Tokens that all of them begin with.
+    """
     rows = [row(length, length - 4, seed=length) for length in (9, 30, 14, 6, 22)]
     prompts = [list(own.input_ids[:4]) for own in rows[:4]] + [[7, 8, 9, 10, 11]]
-    return rows, [prompts[3], prompts[0], prompts[4], prompts[1], prompts[2]]
+    same = row(system, 0).input_ids
+    rows = [Row([*same, *own.input_ids], [*[False] * system, *own.supervised]) for own in rows]
+    prompts = [[*same, *prompts[at]] for at in (3, 0, 4, 1, 2)]
+    return rows, prompts
 
 
 def plain_loss(model: PreTrainedModel, own: Any) -> float:
@@ -68,13 +75,16 @@ def plain_answer(model: PreTrainedModel, prompt: list[int], stops: list[int]) ->
 
 @needs_kernels
 @pytest.mark.parametrize("arch", READ_IN_SLOTS)
-def test_one_pass_measures_what_transformers_does(arch: str) -> None:
+@pytest.mark.parametrize("system", [0, 12])
+def test_one_pass_measures_what_transformers_does(arch: str, system: int) -> None:
     trained = adapted(arch)
     model, tokenizer = trained.model, tiny_tokenizer()
     assert slotted.obstacle(model) is None
-    rows, prompts = examples()
+    rows, prompts = examples(system)
     before = model.config._attn_implementation
-    found = {own: one_pass(trained, own).run(rows, prompts) for own in (None, "a")}
+    passes = {own: one_pass(trained, own) for own in (None, "a")}
+    found = {own: subject.run(rows, prompts) for own, subject in passes.items()}
+    assert {subject._shared for subject in passes.values()} == {system}
     assert model.config._attn_implementation == before
     for adapter, (losses, answers) in found.items():
         with torch.no_grad(), trained.using(adapter):
@@ -108,6 +118,39 @@ def test_prompts_that_rows_begin_with_are_read_once() -> None:
     in_slots = sum(len(own.input_ids) for own in rows[:4]) + len(prompts[2])
     assert in_slots in seen
     assert sum(seen) - in_slots - len(rows[4].input_ids) <= NEW_TOKENS * len(prompts)
+
+
+@needs_kernels
+def test_an_answer_that_the_row_holds_is_not_computed_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trained = adapted("llama")
+    with torch.no_grad():
+        trained.model.get_output_embeddings().weight *= 1000  # sure of every token
+    prompts = [[5, 6, 7], [8, 9, 10, 11]]
+    stops = stop_tokens(trained.model, tiny_tokenizer())
+    with torch.no_grad(), trained.using("a"):
+        said = [plain_answer(trained.model, prompt, stops) for prompt in prompts]
+    other = (said[1][2] + 1) % 300 + 3
+    follows = [said[0], [*said[1][:2], other, other]]  # the second row answers otherwise
+    rows = [
+        Row([*prompt, *more], [False] * len(prompt) + [True] * len(more))
+        for prompt, more in zip(prompts, follows, strict=True)
+    ]
+    steps: list[int] = []
+    step = slotted.Slotted.step
+
+    def counted(self: Any, tokens: Any, *others: Any) -> Any:
+        steps.append(len(tokens))
+        return step(self, tokens, *others)
+
+    monkeypatch.setattr(slotted.Slotted, "step", counted)
+    subject = one_pass(trained)
+    subject._compared = True
+    found = subject.run(rows, prompts)[1]
+    assert found.texts == [visible(own, tiny_tokenizer(), hidden={0, 1}) for own in said]
+    assert len(said[0]) == len(said[1]) == NEW_TOKENS
+    assert steps == [1] * (NEW_TOKENS - 2)
 
 
 @needs_kernels

@@ -2,14 +2,17 @@
 
 A row whose loss is measured begins with the prompt that is answered, so the prompt goes through the
 model once: its keys and values stay in a slot (`generation.slotted`), and the answer goes on from
-there. Rows are packed, without padding. What cannot be done so is measured apart.
+there. Where the answer begins as the row does, that is known from the row's losses. What all rows
+begin with, a chat template's system message, is computed once. Rows are packed, without padding.
+What cannot be done so is measured apart.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -17,9 +20,9 @@ from transformers import PreTrainedModel
 
 from lighten.adapters import Trained
 from lighten.data import LearntAnswers
-from lighten.data.batches import Item, TokenRow, collate, layout
+from lighten.data.batches import Item, MicroBatch, TokenRow, collate, layout
 from lighten.data.special import visible
-from lighten.engine.forward_backward import measure, undropped
+from lighten.engine.forward_backward import undropped
 from lighten.engine.loss import Objective
 from lighten.engine.validation import ValidationLoss, held_out
 from lighten.evaluation.generate import Answers, hidden_tokens, stop_tokens
@@ -34,6 +37,11 @@ Progress = Callable[[int, int], None]
 # nothing: their products run at a processor's full rate.
 CACHE_BYTES = 512 * 2**20
 ENOUGH_ROWS = 64
+# Tokens that all rows begin with are computed once where they are so many, and such a share of a
+# row: the attention behind them is slower than that of whole rows.
+FEWEST_SHARED, SHARE = 8, 0.1
+# A token that is lost less than this, in nats, is likelier than all others together (ln 2 = 0.69).
+CERTAIN = 0.6
 # How far logits from the slots may be from the model's, relative.
 AGREEMENT = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
@@ -68,6 +76,14 @@ class Job:
         return max(len(self.input_ids), self.prompt_tokens + self.room)
 
 
+@dataclass(frozen=True)
+class Rest:
+    """What of a row is read behind the tokens that all rows begin with."""
+
+    input_ids: Sequence[int]
+    supervised: Sequence[bool]
+
+
 @dataclass
 class Pass:
     """One model's pass over rows and prompts.
@@ -97,6 +113,7 @@ class Pass:
     at_once: int
     progress: Progress | None = None
     kept: Kept | None = None
+    _shared: int = field(default=0, init=False)
     _compared: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
@@ -117,6 +134,7 @@ class Pass:
         limits = limits_of(self.model)
         rooms = [limits.room(len(prompt), self.max_new_tokens) for prompt in prompts]
         jobs = _jobs(rows, prompts, rooms)
+        self._shared = _shared_tokens(jobs)
         nll, supervised = [0.0] * len(rows), [0] * len(rows)
         texts, tokens, shortened, seconds = [""] * len(prompts), 0, 0, 0.0
         done = 0
@@ -166,11 +184,11 @@ class Pass:
     def _measure(self, wave: Sequence[Job]) -> dict[str, Any]:
         began = time.perf_counter()
         slots = Slotted(self.model, len(wave), max(job.tokens for job in wave))
-        nll, of = self._read(wave, slots)
+        nll, of, begun = self._read(wave, slots)
         with torch.inference_mode(), self.trained.using(self.adapter):
             answers = slots.answers(
-                [job.input_ids[: job.prompt_tokens] for job in wave],
-                [job.room for job in wave], set(self._stops),
+                [job.input_ids[: job.prompt_tokens] for job in wave], begun,
+                [job.room for job in wave], self._stops,
             )  # fmt: skip
         texts, shortened = [], 0
         for job, answer in zip(wave, answers, strict=True):
@@ -183,29 +201,87 @@ class Pass:
         }  # fmt: skip
 
     @torch.no_grad()
-    def _read(self, wave: Sequence[Job], slots: Slotted) -> tuple[list[float], list[int]]:
-        """Put each row into the slot of its place; its loss, and the tokens that this is of."""
+    def _read(
+        self, wave: Sequence[Job], slots: Slotted
+    ) -> tuple[list[float], list[int], list[list[int]]]:
+        """Put each row into the slot of its place.
+
+        Returns:
+            Each row's loss, the tokens that this is of, and how its answer is known to begin.
+        """
         nll, of = [0.0] * len(wave), [0] * len(wave)
-        parts = layout(
-            [Item(self.adapter, place, 0) for place in range(len(wave))],
-            [len(job.input_ids) for job in wave],
-            max_rows=self.max_rows, max_tokens=self.max_tokens, packed=True,
-        )  # fmt: skip
-        for part in parts:
-            batch = collate(part, wave, [self.adapter], packed=True)
-            self._objective.verify(batch, undropped(batch))
-            if not self._objective.packs:
-                raise Disagrees(self._objective.packing_reason)
+        begun: list[list[int]] = [[] for _ in wave]
+        rests = [
+            Rest(job.input_ids[self._shared :], job.supervised[self._shared :]) for job in wave
+        ]
+        if not self._compared:
+            self._verify(wave)
+        if self._shared:
+            with self.trained.using(self.adapter):
+                slots.begin(wave[0].input_ids[: self._shared])
+        items = [Item(self.adapter, place, 0) for place in range(len(wave))]
+        lengths = [len(rest.input_ids) for rest in rests]
+        for part in layout(
+            items, lengths, max_rows=self.max_rows, max_tokens=self.max_tokens, packed=True
+        ):
+            batch = collate(part, rests, [self.adapter], packed=True)
             places = [item.row for item in batch.items]
-            assert batch.starts is not None
-            with slots.reading(batch.starts, places):
-                lost = measure(batch, self._objective)
+            lost = self._losses(batch, slots, places)
             for number, place in enumerate(places):
-                nll[place] = lost[number]
-                of[place] = batch.supervised_in(number, number + 1)
+                own = slice(batch.supervised_before[number], batch.supervised_before[number + 1])
+                nll[place], of[place] = float(lost[own].double().sum()), own.stop - own.start
+                begun[place] = self._begun(wave[place], lost[own].tolist())
             if not self._compared:
                 self._compare(wave, slots, places)
-        return nll, of
+        return nll, of, begun
+
+    def _losses(self, batch: MicroBatch, slots: Slotted, places: Sequence[int]) -> torch.Tensor:
+        """Of each supervised token, in nats, [S]; keys and values go into slots."""
+        assert batch.starts is not None
+        assert batch.position_ids is not None
+        batch = replace(batch, position_ids=batch.position_ids + self._shared)
+        shares = undropped(batch)
+        weights = torch.ones(len(batch.labels))
+        with self._objective.at(batch, shares), slots.reading(batch.starts, places, self._shared):
+            _, lost = self._objective(batch, shares, weights)
+        return lost
+
+    def _begun(self, job: Job, lost: Sequence[float]) -> list[int]:
+        """What is known of an answer: the row's tokens as long as each is likelier than others.
+
+        Args:
+            job: Whose.
+            lost: Of each of its supervised tokens.
+        """
+        begun: list[int] = []
+        place = job.prompt_tokens
+        targets = [at for at, marked in enumerate(job.supervised) if marked and at > 0]
+        for at, nats in zip(targets, lost, strict=True):
+            if at < place:  # an answer before the one that is asked for
+                continue
+            if at != place or nats >= CERTAIN or len(begun) == job.room:
+                break
+            begun.append(job.input_ids[at])
+            place += 1
+            if begun[-1] in self._stops:
+                break
+        return begun
+
+    def _verify(self, wave: Sequence[Job]) -> None:
+        """Two rows' losses by the objective's quick ways and by the model's own forward.
+
+        Raises:
+            Disagrees: They are another when the rows stand behind each other.
+        """
+        scored = [place for place, job in enumerate(wave) if any(job.supervised[1:])]
+        if not scored:
+            return
+        two = dict.fromkeys((scored[0], scored[-1]))
+        batch = collate([Item(self.adapter, place, 0) for place in two], wave, [self.adapter],
+                        packed=True)  # fmt: skip
+        self._objective.verify(batch, undropped(batch))
+        if not self._objective.packs:
+            raise Disagrees(self._objective.packing_reason)
 
     def _compare(self, wave: Sequence[Job], slots: Slotted, places: Sequence[int]) -> None:
         """Two rows' last tokens by the slots and by the model as it stands.
@@ -262,3 +338,19 @@ def _jobs(
             ids = list(map(int, prompts[prompt]))
             jobs.append(Job(ids, [False] * len(ids), None, prompt, len(ids), rooms[prompt]))
     return jobs
+
+
+def _shared_tokens(jobs: Sequence[Job]) -> int:
+    """How many tokens all rows begin with, 0 where they are too few to be read apart.
+
+    Each row has one more token that its prompt's last and its first target are predicted from.
+    """
+    if len(jobs) < 2:
+        return 0
+    first, last = min(job.input_ids for job in jobs), max(job.input_ids for job in jobs)
+    pairs = zip(first, last, strict=False)  # what these two share, all between them share
+    alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    targets = [at for job in jobs for at, marked in enumerate(job.supervised) if marked and at]
+    shared = min(alike, *(job.prompt_tokens - 1 for job in jobs), *(at - 1 for at in targets))
+    share = shared * len(jobs) / sum(len(job.input_ids) for job in jobs)
+    return shared if shared >= FEWEST_SHARED and share >= SHARE else 0

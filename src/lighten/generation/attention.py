@@ -68,6 +68,12 @@ class SlotCache:
     def _room(self, like: Tensor) -> Tensor:
         return like.new_zeros(self.slots, like.shape[1], self._capacity, like.shape[3])
 
+    def repeat(self, tokens: int) -> None:
+        """Copy the first slot's first tokens into all others."""
+        for held in (self._keys, self._values):
+            for x in held.values():
+                x[1:, :, :tokens] = x[:1, :, :tokens]
+
     def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """A layer's keys and values.
 

@@ -10,7 +10,7 @@ Dimensions: n answers under way, V words.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -24,6 +24,8 @@ from lighten.generation import attention, kernels
 from lighten.generation.attention import Batch, Read, SlotCache
 from lighten.models import attention as blocks
 
+# Tokens of a row, behind what all rows begin with, that attend in one product.
+BLOCK = 512
 # Last positions of a row whose logits are compared with the model's.
 COMPARED = 2
 
@@ -77,22 +79,34 @@ class Slotted:
         self._cache.reserve(tokens)
 
     @contextmanager
-    def reading(self, starts: Sequence[int], slots: Sequence[int]) -> Iterator[None]:
+    def reading(
+        self, starts: Sequence[int], slots: Sequence[int], before: int = 0
+    ) -> Iterator[None]:
         """A forward of packed rows inside leaves their keys and values in slots.
 
         Args:
             starts: Where each row begins, and where the last one ends.
             slots: Of each row.
+            before: Tokens of each row that its slot holds already; the forward has the others.
         """
         lengths = torch.tensor([stop - start for start, stop in pairwise(starts)])
-        positions = torch.arange(starts[-1]) - torch.tensor(starts[:-1]).repeat_interleave(lengths)
+        first = torch.tensor(starts[:-1]).repeat_interleave(lengths) - before
+        positions = torch.arange(starts[-1]) - first
         reads = [
-            Read(start, stop, slot, 0)
+            Read(start, stop, slot, before)
             for (start, stop), slot in zip(pairwise(starts), slots, strict=True)
         ]
         of_tokens = torch.tensor(slots).repeat_interleave(lengths)
-        with attention.attending(Batch(self._cache, of_tokens, positions, (), reads, packed=True)):
+        batch = Batch(self._cache, of_tokens, positions, (), reads, BLOCK, packed=not before)
+        with attention.attending(batch):
             yield
+
+    def begin(self, tokens: Sequence[int]) -> None:
+        """Let every slot hold the tokens that all rows begin with."""
+        ids = torch.tensor([list(tokens)])
+        with self.reading([0, len(tokens)], [0]):
+            self._model.base_model(input_ids=ids, use_cache=False)
+        self._cache.repeat(len(tokens))
 
     def step(self, tokens: Sequence[int], slots: Sequence[int], positions: Sequence[int]) -> Tensor:
         """The logits [n, V] that follow on a token of each of n rows.
@@ -132,33 +146,34 @@ class Slotted:
         return furthest
 
     def answers(
-        self, prompts: Sequence[Sequence[int]], rooms: Sequence[int], stops: set[int]
-    ) -> list[list[int]]:
+        self, prompts: Sequence[Sequence[int]], begun: Sequence[Sequence[int]],
+        rooms: Sequence[int], stops: Container[int],
+    ) -> list[list[int]]:  # fmt: skip
         """The likeliest tokens one after another.
 
         Args:
             prompts: Each is the beginning of the row that was read into the slot of its place.
+            begun: What is known of each answer: the row goes on with it behind the prompt.
             rooms: Tokens that each is answered with at most.
             stops: Tokens that end an answer.
 
         Returns:
             Each answer's tokens, the one that ended it among them.
         """
-        answers: list[list[int]] = [[] for _ in prompts]
-        newest = [prompt[-1] for prompt in prompts]
-        # A prompt's last token is computed once more, so that its first answer comes like others.
-        under_way = [place for place, room in enumerate(rooms) if room]
+        answers = [list(tokens) for tokens in begun]
+
+        def goes_on(place: int) -> bool:
+            answer = answers[place]
+            return len(answer) < rooms[place] and not (answer and answer[-1] in stops)
+
+        under_way = [place for place in range(len(prompts)) if goes_on(place)]
         while under_way:
+            # The last token of what was read is computed once more: then all go on alike.
             logits = self.step(
-                [newest[place] for place in under_way], under_way,
+                [(answers[place] or prompts[place])[-1] for place in under_way], under_way,
                 [len(prompts[place]) + len(answers[place]) - 1 for place in under_way],
             )  # fmt: skip
             for place, token in zip(under_way, logits.argmax(-1).tolist(), strict=True):
                 answers[place].append(token)
-                newest[place] = token
-            under_way = [
-                place
-                for place in under_way
-                if newest[place] not in stops and len(answers[place]) < rooms[place]
-            ]
+            under_way = [place for place in under_way if goes_on(place)]
         return answers
