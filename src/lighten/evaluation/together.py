@@ -63,8 +63,8 @@ class Job:
         room: Tokens that it is answered with at most.
     """
 
-    input_ids: Sequence[int]
-    supervised: Sequence[bool]
+    input_ids: list[int]
+    supervised: list[bool]
     row: int | None
     prompt: int
     prompt_tokens: int
@@ -237,12 +237,13 @@ class Pass:
 
     def _losses(self, batch: MicroBatch, slots: Slotted, places: Sequence[int]) -> torch.Tensor:
         """Of each supervised token, in nats, [S]; keys and values go into slots."""
-        assert batch.starts is not None
+        starts = batch.starts
+        assert starts is not None
         assert batch.position_ids is not None
         batch = replace(batch, position_ids=batch.position_ids + self._shared)
         shares = undropped(batch)
         weights = torch.ones(len(batch.labels))
-        with self._objective.at(batch, shares), slots.reading(batch.starts, places, self._shared):
+        with self._objective.at(batch, shares), slots.reading(starts, places, self._shared):
             _, lost = self._objective(batch, shares, weights)
         return lost
 
