@@ -96,7 +96,7 @@ def calibrated(run: Any, arguments: argparse.Namespace) -> dict[str, Any]:
                     {"do": "measure", "name": kind, "kind": kind, "folder": str(folder),
                      "rows": [asdict(row) for row in held_out.rows], "prompts": [],
                      "prompt": held_out.rows[0].ids[:16], "store": str(scratch / "store"),
-                     "most": 1, "reference": kind == "reference"}
+                     "rooms": [], "reference": kind == "reference"}
                 )["rows"]  # fmt: skip
                 losses[kind] = measured["nll"]
                 tokens = np.asarray(measured["tokens"], dtype=float)

@@ -27,6 +27,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, chat_file: 
     return lighten.train(
         model_name_or_path=str(tiny_folder), dataset=str(chat_file), output_dir=str(folder),
         max_steps=2, learning_rate=0.05, val_size=8, dtype="float32",
+        evaluate={"max_new_tokens": 30, "extra_metrics": ["rougeL"], "batch_size": 1},
         adapters=[{"name": "a", "lora_r": 4}, {"name": "b", "lora_r": 8, "use_rslora": True}],
     )  # fmt: skip
 
@@ -64,6 +65,26 @@ def test_an_export_answers_as_its_adapter(
     other = lighten.verify(tmp_path / "out", run, adapter="a")
     assert other.mean_kl > 10 * max(receipt.mean_kl, 1e-7)
     assert form == "gguf:q8_0" or not other.passed
+
+
+def test_a_receipt_has_the_metrics_of_the_recipe(run: Run, tmp_path: Path) -> None:
+    """As `lighten evaluate` measures them on the same questions, whole answers and all."""
+    measured = lighten.evaluate(run, max_examples=8)
+    receipt = lighten.export(run, "gguf:f32", adapter="b", output_dir=tmp_path / "out").receipt
+    assert receipt is not None
+    assert list(receipt.metrics) == ["rougeL", "chrf", "exact_match"]
+    for name, value in receipt.metrics.items():
+        assert value["before"] == pytest.approx(measured.metric("b", name)["value"]), name
+    assert receipt.metrics["chrf"]["before"] > 0
+    if receipt.same_answers == receipt.answers:
+        assert receipt.metrics["chrf"]["after"] == receipt.metrics["chrf"]["before"]
+    other = lighten.verify(tmp_path / "out", run, adapter="a")
+    assert other.metrics["chrf"]["after"] == receipt.metrics["chrf"]["after"]
+    assert other.metrics["chrf"]["before"] == pytest.approx(measured.metric("a", "chrf")["value"])
+    before = receipt.metrics["rougeL"]["before"]
+    assert f"ROUGE-L {receipt.metrics['rougeL']['after']:.1f} ({before:.1f} before)" in (
+        receipt.sentence()
+    )
 
 
 def test_an_export_brings_all_that_speaks_to_it(run: Run) -> None:

@@ -51,6 +51,16 @@ def test_trap_30_an_adapter_of_an_nf4_base_is_merged_onto_either_weights(
     assert losses["original"]["loss"] != losses["dequantized"]["loss"]
     assert "nf4" in made.notes[0]
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    # The receipt is against the weights that it was merged onto: the manifest says which.
+    assert made.receipt is not None
+    assert made.receipt.mean_kl < 1e-6
+    assert ("dequantized" in made.receipt.against) is (onto == "dequantized")
+    again = lighten.verify(tmp_path / "out", qlora)
+    assert again == made.receipt
+    (tmp_path / "out" / "export.json").write_text(
+        json.dumps(said | {"onto": {"original": "dequantized"}.get(onto, "original")})
+    )
+    assert lighten.verify(tmp_path / "out", qlora).mean_kl > 100 * made.receipt.mean_kl
     settings = {"load_in_4bit": True, "bnb_4bit_use_double_quant": True}
     base = models.load(
         qlora.recipe().model_name_or_path, dtype="float32",

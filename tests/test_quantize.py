@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import lighten
-from lighten.errors import DiskFull, UserError
+from lighten.errors import UserError
 from lighten.quantization import table
 from lighten.quantization.int4 import group_size
 from lighten.quantization.model_source import calibration_of, opened
@@ -21,6 +21,7 @@ from lighten.quantization.scores import EvaluationRow, score, summary
 from lighten.quantization.table import Quantized
 from lighten.quantization.targets import DYNAMIC, parse, require_tools
 from lighten.runs import Run
+from tests.processes import python
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
@@ -42,6 +43,7 @@ def run(model_folder: Path, chat_file: Path, tmp_path_factory: pytest.TempPathFa
     return lighten.train(
         model_name_or_path=str(model_folder), dataset=str(chat_file), output_dir=str(folder),
         max_steps=2, lora_r=2, val_size=0.5, progress=False, planned=False,
+        evaluate={"max_new_tokens": 20, "extra_metrics": ["token_f1"]},
     )  # fmt: skip
 
 
@@ -63,7 +65,8 @@ def test_each_row_is_of_a_whole_artefact(done: Quantized, run: Run) -> None:
         assert row["made_seconds"] > 0
         assert row["decode_tokens_per_second"] > 0
         assert row["resident_bytes"] > 0
-        assert {"exact_match", "chrf", "prefill_tokens_per_second"} <= row.keys()
+        assert row["prefill_tokens_per_second"] > 0
+        assert list(row["metrics"]) == ["token_f1", "chrf", "exact_match"]
     assert run.quantized() == json.loads(json.dumps(done.to_dict()))
     assert done.settings["mode"] == table.MODE
 
@@ -79,6 +82,29 @@ def test_quality_is_ordered_and_on_the_same_tokens(done: Quantized) -> None:
     assert base["frontier"] == all(row["loss"] > base["loss"] for row in smaller)
     assert base["ratio"] == 1
     assert int8["ratio"] < 0.75  # the tied embedding is in it
+
+
+def test_answers_are_scored_as_transformers_writes_them(done: Quantized, run: Run) -> None:
+    """The recipe's metric, of a folder's answers by transformers' own generation."""
+    from sacrebleu.metrics.chrf import CHRF
+
+    with opened(run, Path(done.folder)) as source:
+        held_out = table.evaluation_of(source, 300, 2)
+    assert held_out is not None
+    folder = done.format(DYNAMIC)["folder"]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    answers = []
+    for ids in held_out.prompts:
+        whole = model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)),
+                               max_new_tokens=20, do_sample=False)  # fmt: skip
+        answer = held_out.task.until_stop(whole[0, len(ids) :].tolist())
+        answers.append(held_out.task.text(answer))
+    metrics = done.format(DYNAMIC)["metrics"]
+    expected = CHRF().corpus_score(answers, [held_out.references]).score
+    assert metrics["chrf"]["value"] == pytest.approx(expected, abs=0.01)
+    assert metrics["chrf"]["se"] >= 0
+    assert done.settings["answer_tokens"] == 20
+    assert done.settings["metrics"]["token_f1"] == "token F1, %"
 
 
 def test_folders_load_in_transformers_and_say_the_same(done: Quantized, run: Run) -> None:
@@ -169,19 +195,34 @@ def test_rows_that_no_group_divides_are_refused() -> None:
         group_size(tiny_model("llama", hidden_size=24, intermediate_size=40))
 
 
+@pytest.mark.parametrize("kind", ["nf4", "gguf:q8_0"])
 def test_a_full_disk_leaves_nothing_half_written(
-    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, model_folder: Path, tmp_path: Path
 ) -> None:
-    def full(job: dict[str, Any]) -> dict[str, Any]:
-        if job["do"] == "measure":
-            return {"rows": {}, "answers": [], "decode_samples": []}
-        (Path(job["folder"]) / "model.safetensors").write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(table.child, "call", full)
-    with pytest.raises(DiskFull):
-        lighten.quantize(str(model_folder), "int8", output_dir=tmp_path)
-    assert not list(tmp_path.iterdir())
+    """A limit on a file's size ends a write in the middle, as a full disk does."""
+    code = (
+        "import lighten, resource, signal, sys\n"
+        "from lighten.errors import DiskFull\n"
+        "from lighten.quantization import table\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "table._Measuring.of = lambda *_: {}  # nothing is left to measure\n"
+        "make = table._make\n"
+        "def full(*a):\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, resource.RLIM_INFINITY))\n"
+        "    return make(*a)\n"
+        "table._make = full\n"
+        "model, kind, folder = sys.argv[1:]\n"
+        "try:\n"
+        "    lighten.quantize(model, kind, output_dir=folder)\n"
+        "except lighten.errors.UserError as error:\n"
+        "    print(error)\n"
+        "    sys.exit(7)\n"
+    )
+    done = python(code, str(model_folder), kind, str(tmp_path / "out"))
+    assert done.returncode == 7, done.stderr
+    assert "the disk is full" in done.stdout
+    assert len(done.stdout.splitlines()) == 1
+    assert not list((tmp_path / "out").rglob("*"))
 
 
 def test_a_recipe_quantises_and_its_page_marks_the_frontier(
@@ -201,6 +242,7 @@ def test_a_recipe_quantises_and_its_page_marks_the_frontier(
     assert "Size against quality" in page
     assert "gguf:q4_0" in page
     assert "on the frontier" in page
+    assert "exact match, %" in page
 
 
 def test_a_recipe_refuses_a_format_that_is_none() -> None:

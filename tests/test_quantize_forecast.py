@@ -15,9 +15,10 @@ import lighten
 from lighten import api
 from lighten.cli.main import app
 from lighten.errors import DiskFull
-from lighten.quantization import forecast as forecasting
+from lighten.quantization import room
 from lighten.quantization.gguf_model import write_gguf
 from lighten.quantization.table import weight_bytes
+from lighten.quantization.targets import DYNAMIC
 from lighten.quantization.weights import make
 from tests.test_merge import trained
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -97,15 +98,34 @@ def test_a_run_s_adapter_is_planned_as_it_will_be_merged(
     assert told.temporary_bytes == pytest.approx(merged.size_bytes, rel=0.01)
 
 
+def test_groups_are_those_that_the_run_was_trained_for(
+    models: dict[str, Path], chat_file: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("torchao")
+    run = lighten.train(
+        model_name_or_path=str(models["tied"]), dataset=str(chat_file), max_steps=1, lora_r=2,
+        qat=DYNAMIC, qat_group_size=128, val_size=0, output_dir=str(tmp_path / "run"),
+        progress=False, planned=False,
+    )  # fmt: skip
+    (own,) = api.plan_formats(run, DYNAMIC).formats
+    (usual,) = api.plan_formats(models["tied"], DYNAMIC).formats
+    make(DYNAMIC, models["tied"], tmp_path, [], group_size=128)
+    assert own.file_bytes == pytest.approx(weight_bytes(tmp_path), rel=0.01)
+    assert own.file_bytes < 0.97 * (usual.file_bytes or 0)
+
+
 def test_what_is_missing_is_said_and_stops_before_anything_is_written(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(forecasting.shutil, "disk_usage", lambda _: free._replace(free=1000))
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda _: free._replace(free=1000))
     told = api.plan_formats(models["tied"], "int8", output_dir=tmp_path / "out")
     assert told.fits() is False
     with pytest.raises(DiskFull, match=r"needs 1\.\d MB .* has 0\.0 MB left; free some"):
         lighten.quantize(models["tied"], "int8", output_dir=tmp_path / "out")
+    for form in ("merged", "gguf:q8_0"):
+        with pytest.raises(DiskFull, match=r"exporting tied as \w+ needs \d\.\d MB .* free some"):
+            lighten.export(models["tied"], form, output_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()
     monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)

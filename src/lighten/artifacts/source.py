@@ -179,3 +179,12 @@ def copy_companions(artefact: Artefact, folder: Path) -> None:
         for name in COMPANIONS:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
+
+
+def added_words(artefact: Artefact) -> int:
+    """Rows that the vocabulary needs for the run's added tokens; 0 where there are none."""
+    if not artefact.added_tokens:
+        return 0
+    from transformers import AutoTokenizer
+
+    return len(AutoTokenizer.from_pretrained(artefact.companions, local_files_only=True))

@@ -169,7 +169,7 @@ class Measuring:
         ]  # fmt: skip
         words = max(2, self.settings.prompt_tokens)
         return {
-            "rows": held_out, "prompts": [], "store": None, "most": self.settings.new_tokens,
+            "rows": held_out, "prompts": [], "rooms": [], "store": None,
             "prompt": [place % 64 + 5 for place in range(words)], "reference": False,
             "repeats": QUANTIZED_REPEATS,
         }  # fmt: skip

@@ -56,8 +56,10 @@ def quantize(
         typer.echo(json.dumps(found.to_dict()))
         return
     rows = found.formats
+    columns = [*COLUMNS, *((label, _metric(name)) for name, label in
+                           found.settings["metrics"].items()), *COSTS]  # fmt: skip
     print_table(["format", *(row["name"] for row in rows)],
-                [[label, *(show(row) for row in rows)] for label, show in COLUMNS])  # fmt: skip
+                [[label, *(show(row) for row in rows)] for label, show in columns])  # fmt: skip
     for line in (f"measured {found.settings['mode']}", *found.notes):
         console().print(line, highlight=False)
     console().print(f"written under {found.folder}", soft_wrap=True, highlight=False)
@@ -78,6 +80,19 @@ def _perplexity(row: dict[str, Any]) -> str:
     return f"{row['perplexity']:.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
+def _metric(name: str) -> Any:
+    """Of the answers, with its standard error over the questions."""
+
+    def show(row: dict[str, Any]) -> str:
+        value = row.get("metrics", {}).get(name)
+        if value is None:
+            return "–"
+        error = value["se"]
+        return f"{value['value']:.1f}" + ("" if error is None else f" ± {error:.1f}")
+
+    return show
+
+
 COLUMNS = (
     ("file MB", _number("file_bytes", ",.1f", 1e6)),
     ("of bfloat16", _number("ratio", ".3f")),
@@ -85,8 +100,8 @@ COLUMNS = (
     ("perplexity", _perplexity),
     ("KL, nats", _number("kl", ".4f")),
     ("top-1 agreement", _number("top1_agreement", ".1%")),
-    ("exact match %", _number("exact_match", ".1f")),
-    ("chrF", _number("chrf", ".1f")),
+)
+COSTS = (
     ("prefill tokens/s", _number("prefill_tokens_per_second", ",.0f")),
     ("decode tokens/s", _number("decode_tokens_per_second", ",.1f")),
     ("made in s", _number("made_seconds", ",.1f")),

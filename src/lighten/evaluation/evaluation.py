@@ -294,11 +294,8 @@ def measure(
     if answered:
         registry.require_pairs(answers.texts, references)
         said, right = registry.nfc(answers.texts), registry.nfc(references)
-        statistics["bleu"] = metrics.bleu().statistics(said, right)
-        statistics["chrf"] = metrics.chrf().statistics(said, right)
-        statistics["exact_match"] = metrics.exact_match_statistics(said, right)
-        for more in settings.extra_metrics:
-            statistics[more] = registry.extra(more).statistics(said, right)
+        for metric in (*registry.OF_ANSWERS, *settings.extra_metrics):
+            statistics[metric] = registry.scorer(metric).statistics(said, right)
     return Measured(name, own, statistics, answers, memory.read())
 
 

@@ -23,7 +23,15 @@ from sacrebleu.metrics.chrf import CHRF
 
 from lighten.errors import UserError
 from lighten.evaluation.bootstrap import Array, FromSums
-from lighten.evaluation.metrics import Metric, TextMetric, percent
+from lighten.evaluation.metrics import (
+    METRICS,
+    Metric,
+    TextMetric,
+    bleu,
+    chrf,
+    exact_match_statistics,
+    percent,
+)
 
 # Letters and digits in a row, or one sign of scripts that glue particles to words or have no
 # spaces: Hangul, kana, Han.
@@ -107,6 +115,7 @@ SCORES: dict[str, tuple[str, Score]] = {
 }
 CHRF_SPACES = "chrf_spaces"
 NAMES = (*SCORES, CHRF_SPACES)
+OF_ANSWERS = ("bleu", "chrf", "exact_match")  # that every evaluation has
 ROUGE_SIGNATURE = "f1|case:lc|tok:words, Hangul, kana and Han by sign|stemmer:no"
 
 
@@ -132,6 +141,21 @@ def described(name: str) -> Metric:
     if name == CHRF_SPACES:
         return Metric(name, "chrF with spaces", False)
     return Metric(name, SCORES[name][0] if name in SCORES else name, False)
+
+
+def scorer(name: str) -> Extra:
+    """Any metric of answers by its name: those of every evaluation, and more.
+
+    Raises:
+        UserError: There is no such metric, module or function.
+    """
+    if name not in OF_ANSWERS:
+        return extra(name)
+    metric = next(own for own in METRICS if own.name == name)
+    if name == "exact_match":
+        return Extra(metric, exact_match_statistics, percent, name)
+    text = bleu() if name == "bleu" else chrf()
+    return Extra(metric, text.statistics, text, text.signature)
 
 
 def extra(name: str) -> Extra:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -38,12 +39,19 @@ def run(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
     Raises:
         UserError: Something the user can mend.
     """
+    from safetensors import SafetensorError
+
+    from lighten.whole_files import cannot_write
+
     try:
         yield _make(job) if job["do"] == "make" else _measure(job)
     except OSError as error:
-        from lighten.whole_files import cannot_write
-
         raise cannot_write(error, Path(job["folder"])) from error
+    except SafetensorError as error:  # how its files tell of a full disk
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise cannot_write(OSError(int(number[1]), str(error)), Path(job["folder"])) from error
 
 
 def _make(job: dict[str, Any]) -> dict[str, Any]:
@@ -126,8 +134,8 @@ def _measure_folder(job: dict[str, Any], rows: Sequence[EvaluationRow]) -> dict[
     statistics = score(rows, log_probabilities, _store(job), reference=job["reference"])
     stops = _stops(model, tokenizer)
     answers = [
-        tokenizer.decode(_greedy(model, ids, job["most"], stops), skip_special_tokens=True)
-        for ids in job["prompts"]
+        _greedy(model, ids, room, stops)
+        for ids, room in zip(job["prompts"], job["rooms"], strict=True)
     ]
     return {
         "resident_bytes": resident, "statistics": statistics, "answers": answers,
@@ -175,17 +183,17 @@ def _measure_gguf(job: dict[str, Any], rows: Sequence[EvaluationRow]) -> dict[st
                   + [len(ids) for ids in job["prompts"]])  # fmt: skip
     before = _resident()
     file = next(Path(job["folder"]).glob("*.gguf"))
-    runtime = Runtime(file, context_tokens=longest + max(64, job["most"]), threads=os.cpu_count(),
-                      cache="f16")  # fmt: skip
+    room = max([64, *job["rooms"]])
+    runtime = Runtime(file, context_tokens=longest + room, threads=os.cpu_count(), cache="f16")
     runtime.logits(job["prompt"][:8])
     resident = _resident() - before
     statistics = score(rows, runtime.log_probabilities, _store(job), reference=job["reference"])
     answers = []
-    for ids in job["prompts"]:
-        answer = runtime.greedy(ids, job["most"])
+    for ids, room in zip(job["prompts"], job["rooms"], strict=True):
+        answer = runtime.greedy(ids, room) if room else []
         if answer and runtime.ends(answer[-1]):
             answer.pop()
-        answers.append(runtime.text(answer))
+        answers.append(answer)
     rates = speeds(
         job["prompt"],
         lambda ids: runtime.greedy(ids, 1),

@@ -10,15 +10,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lighten.artifacts import Artefact, copy_companions
+from lighten.artifacts import Artefact, added_words, copy_companions
 from lighten.errors import UserError
-from lighten.machine import hardware
 from lighten.peft_config import CONFIG, WEIGHTS, read_config
 from lighten.quantization import executorch, verify
-from lighten.quantization.export_card import MANIFEST, card, require_replaceable, write_manifest
+from lighten.quantization.export_card import (
+    DEQUANTIZED,
+    MANIFEST,
+    ONTO_KEY,
+    ORIGINAL,
+    card,
+    require_replaceable,
+    write_manifest,
+)
 from lighten.quantization.gguf_source import read_json
 from lighten.quantization.merge import Unmergeable, merge
 from lighten.quantization.receipts import receipt_of
+from lighten.quantization.room import require_export_room
+from lighten.quantization.rounding import rounding_of
 from lighten.quantization.verify import Receipt
 from lighten.runs import whole_folder, write_json
 
@@ -26,7 +35,7 @@ FORMS = ("adapter", "merged", "gguf", "gguf-adapter", "executorch")
 MERGED = ("merged", "gguf", "executorch")  # the forms that an adapter is merged for
 FEWEST = 16  # positions of a program
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-ONTO = ("original", "dequantized")
+ONTO = (ORIGINAL, DEQUANTIZED)
 MODELFILE = "Modelfile"
 
 
@@ -153,15 +162,17 @@ def export(
         target = root / "exports" / name
     target = target.expanduser()
     require_replaceable(target)
+    if form in MERGED:
+        require_export_room(artefact, form, kind or dtype, target)
     tell(f"writing {target}")
-    made = _WRITERS[form](artefact, target, kind or dtype, onto == "dequantized")
+    made = _WRITERS[form](artefact, target, kind or dtype, onto == DEQUANTIZED)
     if artefact.stored is not None and form in MERGED and receipt:
         tell("measuring the held-out loss on either base")
         made = _with_losses(made, artefact)
     if not receipt:
         return made
     tell("comparing its answers with those before")
-    found = receipt_of(artefact, target, form, kind or dtype)
+    found = receipt_of(artefact, target, form, kind or dtype, onto == DEQUANTIZED)
     verify.write_receipt(found, target)
     return Exported(made.folder, made.files, made.size_bytes, made.notes, found)
 
@@ -198,15 +209,14 @@ def _adapter(artefact: Artefact, target: Path, _: str, __: bool) -> Exported:
 
 def _merged(artefact: Artefact, target: Path, dtype: str, dequantized: bool) -> Exported:
     notes: list[str] = []
-    onto = "dequantized" if dequantized else "original"
+    onto = DEQUANTIZED if dequantized else ORIGINAL
 
     def beside(folder: Path) -> None:
         copy_companions(artefact, folder)
         if artefact.added_tokens and not (artefact.companions / "tokenizer.json").is_file():
             raise UserError(f"{artefact.companions} lacks its tokenizer; train or save it again")
         (folder / "README.md").write_text(card(artefact, notes), encoding="utf-8")
-        more = {"onto": onto} if artefact.stored else {}
-        write_manifest(artefact, folder, "merged", **more)
+        write_manifest(artefact, folder, "merged", **_onto(artefact, dequantized))
 
     if artefact.stored is not None:
         other = next(own for own in ONTO if own != onto)
@@ -225,7 +235,7 @@ def _merged(artefact: Artefact, target: Path, dtype: str, dequantized: bool) -> 
     try:
         notes += merge(
             artefact.base_folder, artefact.adapter, target, dtype=dtype, beside=beside,
-            words=added_words(artefact), **(_stored(artefact) if dequantized else {}),
+            words=added_words(artefact), rounding=rounding_of(artefact) if dequantized else None,
         )  # fmt: skip
     except Unmergeable as why:
         if dequantized:
@@ -238,35 +248,11 @@ def _merged(artefact: Artefact, target: Path, dtype: str, dequantized: bool) -> 
     return _exported(target, "*.safetensors", tuple(notes))
 
 
-def added_words(artefact: Artefact) -> int:
-    """Rows that the vocabulary needs for the run's added tokens; 0 where there are none."""
-    if not artefact.added_tokens:
-        return 0
-    from transformers import AutoTokenizer
-
-    return len(AutoTokenizer.from_pretrained(artefact.companions, local_files_only=True))
-
-
-def _stored(artefact: Artefact) -> dict[str, Any]:
-    """For `merge`: how the base was quantised in training, and the format of its products."""
-    import torch
-
-    from lighten.models import quantized
-
-    said = artefact.quantization
-    storage = quantized.choose(
-        said["load_in_4bit"], said["load_in_8bit"], said["bnb_4bit_quant_type"],
-        said["bnb_4bit_use_double_quant"],
-    )  # fmt: skip
-    return {"storage": storage, "compute": getattr(torch, trained_dtype(artefact))}
-
-
-def trained_dtype(artefact: Artefact) -> str:
-    """The format in which the products of the run's training were computed."""
-    assert artefact.run is not None
-    told = {own["what"]: own["value"] for own in artefact.run.info().get("choices", [])}
-    wanted = artefact.run.recipe().compute_dtype
-    return str(told.get("dtype") or hardware.choose_dtype(wanted, "cpu").value)
+def _onto(artefact: Artefact, dequantized: bool) -> dict[str, str]:
+    """For the manifest: what an adapter of a quantised base was merged onto."""
+    if artefact.stored is None:
+        return {}
+    return {ONTO_KEY: DEQUANTIZED if dequantized else ORIGINAL}
 
 
 def _merge_in_memory(
@@ -332,7 +318,7 @@ def _gguf(artefact: Artefact, target: Path, kind: str, dequantized: bool) -> Exp
         (partial / "README.md").write_text(text, encoding="utf-8")
         if (folder / "generation_config.json").is_file():
             shutil.copyfile(folder / "generation_config.json", partial / "generation_config.json")
-        write_manifest(artefact, partial, f"gguf:{kind}")
+        write_manifest(artefact, partial, f"gguf:{kind}", **_onto(artefact, dequantized))
     return _exported(target, "*.gguf", tuple(plan.sentences()))
 
 
@@ -360,7 +346,7 @@ def _executorch(artefact: Artefact, target: Path, context: str, dequantized: boo
         notes = executorch.write_program(folder, partial / file_name, context_tokens=int(context))
         copy_companions(artefact, partial)
         (partial / "README.md").write_text(card(artefact, notes), encoding="utf-8")
-        write_manifest(artefact, partial, "executorch")
+        write_manifest(artefact, partial, "executorch", **_onto(artefact, dequantized))
     return _exported(target, f"*{executorch.SUFFIX}", tuple(notes))
 
 

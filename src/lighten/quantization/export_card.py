@@ -12,6 +12,8 @@ from lighten.errors import UserError
 from lighten.machine import hardware
 
 MANIFEST = "export.json"
+# In it, of an adapter that learnt on a quantised base: the weights that it was merged onto.
+ONTO_KEY, ORIGINAL, DEQUANTIZED = "onto", "original", "dequantized"
 # What an artefact's folder may hold; anything else beside it is a person's.
 _BELONGS = (
     "README.md", "*.json", "*.jinja", "*.safetensors", "*.gguf", "*.bin", "*.pte",

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lighten.artifacts import Artefact, copy_companions, open_source
-from lighten.errors import DiskFull, MissingExtra
-from lighten.quantization.gguf_source import Weight, read_weights
-from lighten.quantization.targets import DYNAMIC, Target, parse, require_tools
+from lighten.artifacts import open_source
+from lighten.errors import MissingExtra
+from lighten.quantization.gguf_source import Weight
+from lighten.quantization.room import described, free_bytes, size_text, tensor_bytes
+from lighten.quantization.targets import (
+    DYNAMIC,
+    Target,
+    dynamic_group_size,
+    parse,
+    require_tools,
+)
 from lighten.runs import Run
 
 SAMPLE_ROWS = 256  # of the matrix that a rate is measured on
@@ -83,10 +88,10 @@ class Forecast:
 
     def sentence(self) -> str:
         """What it needs of disks, in a line."""
-        meanwhile = f", and meanwhile {_size(self.temporary_bytes)} in {self.temporary}"
+        meanwhile = f", and meanwhile {size_text(self.temporary_bytes)} in {self.temporary}"
         return (
-            f"{self.model}: {_size(self.disk_bytes)} in {self.folder}, where "
-            f"{_size(self.free_bytes)} are free{meanwhile if self.temporary_bytes else ''}"
+            f"{self.model}: {size_text(self.disk_bytes)} in {self.folder}, where "
+            f"{size_text(self.free_bytes)} are free{meanwhile if self.temporary_bytes else ''}"
         )
 
     def rows(self) -> list[list[str]]:
@@ -146,13 +151,14 @@ def forecast(
     artefact = open_source(source, adapter=adapter)
     refuse_quantized(artefact.base, artefact.base_folder)
     with described(artefact) as (folder, weights):
-        formats = [_format(target, artefact.name, folder, weights, timed) for target in targets]
+        model = _Source(artefact.name, folder, weights, dynamic_group_size(artefact.run))
+        formats = [_format(target, model, timed) for target in targets]
         words = _words(folder)
     merged = sum(own.numbers * 2 for own in weights.values()) if artefact.adapter else 0
     root = output_dir or (artefact.run.folder if artefact.run else Path.cwd()) / "exports"
     return Forecast(
         artefact.name,
-        sum(_nbytes(own) for own in weights.values()),
+        sum(tensor_bytes(own) for own in weights.values()),
         formats,
         str(root),
         # A format that is there already is replaced when the new one is whole.
@@ -164,72 +170,26 @@ def forecast(
     )
 
 
-@contextmanager
-def described(artefact: Artefact) -> Iterator[tuple[Path, dict[str, Weight]]]:
-    """Configuration and tokenizer of the model that will be quantised, and its tensors' shapes."""
-    if artefact.adapter is None:
-        yield artefact.base_folder, read_weights(artefact.base_folder)
-        return
-    from lighten.quantization.export import added_words
-    from lighten.quantization.merge import Unmergeable, merged_shapes
+@dataclass(frozen=True)
+class _Source:
+    """The model that is quantised: its name, its configuration and tokenizer, and its tensors.
 
-    with tempfile.TemporaryDirectory(prefix="lighten-plan-") as scratch:
-        folder = Path(scratch)
-        shutil.copyfile(artefact.base_folder / "config.json", folder / "config.json")
-        copy_companions(artefact, folder)
-        try:
-            weights = merged_shapes(
-                artefact.base_folder, artefact.adapter, folder, words=added_words(artefact)
-            )
-        except Unmergeable:  # in memory, by PEFT: of the base's own shapes
-            weights = read_weights(artefact.base_folder)
-        yield folder, weights
-
-
-def require_room(folder: Path, nbytes: int, what: str, *, temporary_bytes: int = 0) -> None:
-    """A disk has room for what will be written.
-
-    Args:
-        folder: Where.
-        nbytes: How much.
-        what: Its name in the error.
-        temporary_bytes: That are needed meanwhile in the folder of temporary files.
-
-    Raises:
-        DiskFull: It has not.
+    Attributes:
+        group: Weights of a scale of 8da4w.
     """
-    temporary = Path(tempfile.gettempdir())
-    needs = {_there(folder): nbytes}
-    one_disk = _there(folder).stat().st_dev == temporary.stat().st_dev
-    place = _there(folder) if one_disk else temporary
-    needs[place] = needs.get(place, 0) + temporary_bytes
-    for where, needed in needs.items():
-        free = shutil.disk_usage(where).free
-        if free < needed:
-            raise DiskFull(
-                f"{what} needs {_size(needed)} in {where} and the disk has {_size(free)} left; "
-                "free some space or choose another --output_dir"
-            )
+
+    model: str
+    folder: Path
+    weights: dict[str, Weight]
+    group: int
 
 
-def free_bytes(folder: Path) -> int:
-    """Free bytes of the disk of a folder that may not be there yet."""
-    return shutil.disk_usage(_there(folder)).free
-
-
-def _there(folder: Path) -> Path:
-    folder = folder.absolute()
-    return next(path for path in (folder, *folder.parents) if path.exists())
-
-
-def _format(
-    target: Target, model: str, folder: Path, weights: dict[str, Weight], timed: bool
-) -> Format:
+def _format(target: Target, source: _Source, timed: bool) -> Format:
     missing = _missing(target)
     try:
         if target.kind == "gguf":
-            return _gguf(target, model, folder, weights, timed, missing)
-        return _folder_format(target, folder, weights, timed, missing)
+            return _gguf(target, source, timed, missing)
+        return _folder_format(target, source, timed, missing)
     except MissingExtra as error:
         return Format(target.name, None, None, None, str(error))
 
@@ -242,14 +202,11 @@ def _missing(target: Target) -> str | None:
     return None
 
 
-def _gguf(
-    target: Target, model: str, folder: Path, weights: dict[str, Weight], timed: bool,
-    missing: str | None,
-) -> Format:  # fmt: skip
+def _gguf(target: Target, source: _Source, timed: bool, missing: str | None) -> Format:
     from lighten.quantization.gguf_model import file_bytes, plan_gguf
 
-    plan = plan_gguf(folder, target.type, weights=weights)
-    size = file_bytes(folder, target.type, name=model, weights=weights)
+    plan = plan_gguf(source.folder, target.type, weights=source.weights)
+    size = file_bytes(source.folder, target.type, name=source.model, weights=source.weights)
     seconds = _gguf_seconds(plan.numbers) if timed and missing is None else None
     return Format(target.name, size, plan.peak_bytes, seconds, missing, "; ".join(plan.sentences()))
 
@@ -278,19 +235,18 @@ def _rate(call: Any, numbers: int) -> float:
     return min(times) / numbers
 
 
-def _folder_format(
-    target: Target, folder: Path, weights: dict[str, Weight], timed: bool, missing: str | None
-) -> Format:
+def _folder_format(target: Target, source: _Source, timed: bool, missing: str | None) -> Format:
     from lighten.models import skeleton
     from lighten.quantization.file_sizes import folder_bytes
 
-    size = folder_bytes(target.kind, skeleton(str(folder)))
+    size = folder_bytes(target.kind, skeleton(str(source.folder)), group=source.group)
+    weights = source.weights
     if target.kind.startswith("int4") or target.kind == DYNAMIC:
         note = "its peak memory and time are not known beforehand"
         return Format(target.name, size, None, None, missing, note)
     largest = max(own.numbers for own in weights.values())
     # What is made, and one weight as its file has it and in 16 bits.
-    peak = size + max(_nbytes(own) for own in weights.values()) + 2 * largest
+    peak = size + max(tensor_bytes(own) for own in weights.values()) + 2 * largest
     seconds = None
     if timed and missing is None:
         matrices = sum(own.numbers for own in weights.values() if len(own.shape) == 2)
@@ -319,14 +275,6 @@ def _folder_rate(kind: str) -> float:
                 functional.int8_vectorwise_quant(sample.half())
 
     return _rate(call, sample.numel())
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
-
-
-def _nbytes(weight: Weight) -> int:
-    return weight.numbers * {"F32": 4, "F64": 8}.get(weight.kind, 2)
 
 
 def _words(folder: Path) -> int:

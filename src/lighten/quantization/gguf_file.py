@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -96,7 +97,14 @@ class GgufContent:
             self._write_header(writer)
             for tensor, data in _paired(self._tensors, self._data()):
                 assert data.nbytes == tensor.nbytes, tensor
-                writer.write_tensor_data(data)
+                try:
+                    writer.write_tensor_data(data)
+                except OSError as error:
+                    if error.errno is not None:
+                        raise
+                    # NumPy tells of a write that ended early by its bytes alone; of a plain file
+                    # that is a full disk.
+                    raise OSError(errno.ENOSPC, str(error)) from error
         finally:
             writer.close()
 

@@ -42,6 +42,7 @@ from lighten.quantization.merge_update import (
     require_fit,
     streamable,
 )
+from lighten.quantization.rounding import Rounding
 from lighten.runs import whole_folder
 from lighten.wording import with_article
 
@@ -60,8 +61,7 @@ def merge(
     target: Path,
     *,
     dtype: str = "auto",
-    storage: quantized.Storage | None = None,
-    compute: torch.dtype = torch.float32,
+    rounding: Rounding | None = None,
     words: int = 0,
     beside: Callable[[Path], None] = lambda _: None,
 ) -> list[str]:
@@ -73,9 +73,8 @@ def merge(
         target: The folder to write; an older one stays if anything fails.
         dtype: `auto` keeps the base's 16-bit format, float32 becomes bfloat16; or `float32`,
             `bfloat16`, `float16`.
-        storage: How linear layers were quantised while the adapter learnt: it is added to those
+        rounding: How the base was quantised while the adapter learnt: it is added to those
             weights dequantised. None: to the base's own.
-        compute: With `storage`, the format of the products then.
         words: Rows that the vocabulary has at least, where tokens were added.
         beside: Called with the folder before it is put in its place, to add what belongs there.
 
@@ -92,7 +91,7 @@ def merge(
     if not streamable(config):
         kind = more_than_low_rank(config) or f"LoRA adapter with bias {config.get('bias')}"
         raise Unmergeable(f"it is {with_article(kind)}")
-    plan = _Plan(base, adapter, dtype, storage, compute, words)
+    plan = _Plan(base, adapter, dtype, rounding, words)
     _require_room(target, plan.nbytes)
     with whole_folder(target) as partial:
         plan.write(partial)
@@ -119,7 +118,7 @@ def merged_shapes(
     config = read_adapter_config(adapter)
     if quantized.stored_as(base) is not None or not streamable(config):
         raise Unmergeable("it is merged in memory")
-    plan = _Plan(base, adapter, dtype, None, torch.float32, words)
+    plan = _Plan(base, adapter, dtype, None, words)
     plan.write_config(folder)
     return plan.shapes()
 
@@ -154,12 +153,11 @@ class _Plan:
         base: Path,
         adapter: Path,
         dtype: str,
-        storage: quantized.Storage | None,
-        compute: torch.dtype,
+        rounding: Rounding | None,
         words: int,
     ) -> None:
         self._base, self._adapter, self._words = base, adapter, words
-        self._storage, self._compute = storage, compute
+        self._rounding = rounding
         self._weights = read_weights(base)
         self._dtype = _dtype(self._weights, dtype)
         self._config = read_adapter_config(adapter)
@@ -287,11 +285,8 @@ class _Plan:
         vocabulary = name in (self._embedding, self._head)
         shape = weight.shape
         blocks: Callable[[], Iterator[Tensor]] = lambda: map(torch.from_numpy, weight.rows())  # noqa: E731
-        if self._storage is not None and name != self._head and self._is_linear(name):
-            blocks = lambda: self._dequantized(weight, turned)  # noqa: E731
-        elif self._storage is not None:
-            dense = blocks
-            blocks = lambda: (block.to(self._compute).float() for block in dense())  # noqa: E731
+        if self._rounding is not None:
+            blocks = self._as_trained(self._rounding, weight, name, turned=turned)
         if vocabulary and self._rows > shape[0] and len(shape) == 2:
             blocks = _grown(blocks, self._rows - shape[0])
             shape = (self._rows, *shape[1:])
@@ -310,13 +305,19 @@ class _Plan:
     def _is_linear(self, name: str) -> bool:
         return name.endswith(".weight") and type(self._module(name)) in (nn.Linear, Conv1D)
 
-    def _dequantized(self, weight: Weight, turned: bool) -> Iterator[Tensor]:
-        """A weight as the quantised layer of training computed with it."""
-        assert self._storage is not None
-        dense = torch.from_numpy(weight.whole()).to(self._compute)
-        dense = dense.T.contiguous() if turned else dense
-        rounded = quantized.rounded(dense, self._storage, self._compute)
-        yield (rounded.T if turned else rounded).float()
+    def _as_trained(
+        self, rounding: Rounding, weight: Weight, name: str, *, turned: bool
+    ) -> Callable[[], Iterator[Tensor]]:
+        """A weight as training computed with it."""
+
+        def blocks() -> Iterator[Tensor]:
+            if name != self._head and self._is_linear(name):
+                yield rounding.rounded(torch.from_numpy(weight.whole()), turned=turned)
+                return
+            for block in map(torch.from_numpy, weight.rows()):
+                yield block.to(rounding.compute).float()
+
+        return blocks
 
 
 def _rows_alone(change: Any) -> bool:

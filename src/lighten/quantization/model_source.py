@@ -18,8 +18,9 @@ from lighten.evaluation.evaluation import askable, held_out_examples
 from lighten.models.load import load_tokenizer
 from lighten.quantization.export import model_folder
 from lighten.quantization.gguf_source import read_json
+from lighten.quantization.questions import TaskMetrics, declared_ends, task_metrics
 from lighten.quantization.scores import EvaluationRow
-from lighten.quantization.targets import GROUP_SIZE
+from lighten.quantization.targets import dynamic_group_size
 from lighten.recipe import Recipe
 from lighten.runs import Run
 from lighten.training import held_out_data
@@ -52,8 +53,7 @@ class ModelSource:
     @property
     def group_size(self) -> int:
         """Of 8-bit activations and 4-bit weights: what the run was trained for, else the usual."""
-        groups = None if self.run is None else self.run.recipe().qat_groups
-        return groups or GROUP_SIZE
+        return dynamic_group_size(self.run)
 
 
 @contextmanager
@@ -139,7 +139,9 @@ class HeldOutSet:
     Attributes:
         rows: For likelihoods.
         prompts: Token ids of what is asked.
+        rooms: Tokens that the answer to each may have.
         references: The answers to those.
+        task: How answers are scored.
         name: Of the data.
         sha256: Over the rows' token ids.
         notes: What has to be said of them.
@@ -147,7 +149,9 @@ class HeldOutSet:
 
     rows: list[EvaluationRow]
     prompts: list[list[int]]
+    rooms: list[int]
     references: list[str]
+    task: TaskMetrics
     name: str
     sha256: str
     notes: list[str]
@@ -157,7 +161,7 @@ def evaluation_of(source: ModelSource, tokens: int, questions: int) -> HeldOutSe
     """Held-out rows up to so many tokens; None where nothing is held out.
 
     Raises:
-        UserError: The data have changed since the run was trained.
+        UserError: The data have changed since the run was trained, or a metric is not at hand.
     """
     recipe = source.recipe
     if recipe is None:
@@ -190,5 +194,9 @@ def evaluation_of(source: ModelSource, tokens: int, questions: int) -> HeldOutSe
             f"{len(rows)} of {len(found.rows.rows)} held-out rows, {total} tokens, are measured on "
             "(--tokens)"
         )
-    return HeldOutSet(rows, [ids for ids, _ in pairs], [text for _, text in pairs], found.name,
-                      digest.hexdigest(), notes)  # fmt: skip
+    task = task_metrics(recipe, source.tokenizer, declared_ends(source.folder), source.run)
+    return HeldOutSet(
+        rows, [ids for ids, _ in pairs],
+        [limits.room(len(ids), task.answer_tokens) for ids, _ in pairs],
+        [text for _, text in pairs], task, found.name, digest.hexdigest(), notes,
+    )  # fmt: skip

@@ -117,4 +117,6 @@ def push(folder: Path, repo_id: str, *, private: bool = True, force: bool = Fals
 
 def _line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    first = lines[0] if lines else type(error).__name__
+    # Of a large file it says which, and why is in the cause.
+    return first if error.__cause__ is None else f"{first.rstrip('.')}: {_line(error.__cause__)}"

@@ -10,11 +10,16 @@ from lighten.artifacts import Artefact
 from lighten.errors import UserError
 from lighten.peft_config import CONFIG
 from lighten.quantization import executorch, verify
+from lighten.quantization.export_card import DEQUANTIZED, MANIFEST, ONTO_KEY
 from lighten.quantization.gguf_source import read_json
+from lighten.quantization.questions import Questions, questions_of
+from lighten.quantization.rounding import rounding_of
 from lighten.quantization.verify import Receipt
 
 
-def receipt_of(artefact: Artefact, target: Path, form: str, kind: str) -> Receipt:
+def receipt_of(
+    artefact: Artefact, target: Path, form: str, kind: str, dequantized: bool = False
+) -> Receipt:
     """Compare what was written with what it was made from.
 
     Args:
@@ -22,9 +27,11 @@ def receipt_of(artefact: Artefact, target: Path, form: str, kind: str) -> Receip
         target: The export's folder.
         form: Of the export.
         kind: Its type: a format of floating point, or of GGUF.
+        dequantized: It holds the adapter on the weights that it learnt on, and not on those that
+            these were quantised from.
     """
-    source, prompts = _source_of(artefact)
-    against = artefact.name
+    source, questions = _source_of(artefact, dequantized)
+    against = _against(artefact, dequantized)
     if form in ("adapter", "merged"):
         if form == "merged":
             kind = _dtype_of(target)
@@ -33,16 +40,16 @@ def receipt_of(artefact: Artefact, target: Path, form: str, kind: str) -> Receip
             kind = "adapter"
             other = verify.InTransformers(artefact.base_folder, target, target)
         return verify.compare(
-            source, other, prompts, artefact=target.name, kind=kind, against=against
+            source, other, questions, artefact=target.name, kind=kind, against=against
         )
     if form == "executorch":
         (file,) = target.glob(f"*{executorch.SUFFIX}")
-        return _of_program(artefact, file, source, prompts)
+        return _of_program(artefact, file, source, questions, dequantized)
     (file,) = target.glob("*.gguf")
     if form == "gguf":
         with verify.in_llamacpp(file) as opened:
             return verify.compare(
-                source, opened, prompts, artefact=target.name, kind=kind, against=against
+                source, opened, questions, artefact=target.name, kind=kind, against=against
             )
     from lighten.quantization.gguf_model import write_gguf
 
@@ -51,29 +58,32 @@ def receipt_of(artefact: Artefact, target: Path, form: str, kind: str) -> Receip
         write_gguf(artefact.base_folder, base, "f32")
         with verify.in_llamacpp(base, file) as opened:
             return verify.compare(
-                source, opened, prompts, artefact=target.name, kind="f16", against=against
+                source, opened, questions, artefact=target.name, kind="f16", against=against
             )
 
 
 def _of_program(
-    artefact: Artefact, file: Path, source: verify.InTransformers, prompts: list[str]
-) -> Receipt:
+    artefact: Artefact, file: Path, source: verify.InTransformers, questions: Questions,
+    dequantized: bool,
+) -> Receipt:  # fmt: skip
     """A program beside its model, and beside the same rounding in PyTorch.
 
     What the rounding costs is measured against the model; what the runtime adds to it, apart.
     """
     from lighten.quantization.executorch_program import quantise
 
-    rounded = verify.InTransformers(artefact.base_folder, artefact.adapter, artefact.companions)
+    rounded = _in_transformers(artefact, dequantized)
     if artefact.adapter is not None:
         rounded.model = rounded.model.merge_and_unload()
     quantise(rounded.model)
     with executorch.running(file, source.tokenizer) as program:
         found = verify.compare(
-            source, program, prompts, artefact=file.name, kind="executorch", against=artefact.name,
+            source, program, questions, artefact=file.name, kind="executorch",
+            against=_against(artefact, dequantized), context_tokens=program.positions,
         )  # fmt: skip
-        lost = verify.divergence(source, rounded, prompts)
-        added = verify.divergence(rounded, program, prompts)
+        longest = min(verify.LONGEST, program.positions)
+        lost = verify.divergence(source, rounded, questions.prompts, longest)
+        added = verify.divergence(rounded, program, questions.prompts, longest)
     return dataclasses.replace(found, rounding_kl=lost, runtime_kl=added)
 
 
@@ -89,12 +99,12 @@ def verify_artefact(path: Path, against: Artefact) -> Receipt:
     """
     path = path.expanduser()
     folder = path if path.is_dir() else path.parent
-    pattern = f"*{executorch.SUFFIX}"
+    pattern, dequantized = f"*{executorch.SUFFIX}", _is_dequantized(against, folder)
     programs = [path] if path.suffix == executorch.SUFFIX else sorted(path.glob(pattern))
     files = [path] if path.is_file() else sorted(path.glob("*.gguf"))
     if len(programs) == 1:
         executorch.require_whole(programs[0])
-        found = _of_program(against, programs[0], *_source_of(against))
+        found = _of_program(against, programs[0], *_source_of(against, dequantized), dequantized)
     elif files:
         if len(files) > 1 or files[0].suffix != ".gguf":
             raise UserError(f"{path}: name one GGUF file or program, or an export's folder")
@@ -105,16 +115,16 @@ def verify_artefact(path: Path, against: Artefact) -> Receipt:
             found = receipt_of(against, folder, "gguf-adapter", "f16")
         else:
             kind = files[0].stem.rpartition(".")[2].lower()
-            source, prompts = _source_of(against)
+            source, questions = _source_of(against, dequantized)
             with verify.in_llamacpp(files[0]) as opened:
                 found = verify.compare(
-                    source, opened, prompts, artefact=files[0].name, kind=kind,
-                    against=against.name,
+                    source, opened, questions, artefact=files[0].name, kind=kind,
+                    against=_against(against, dequantized),
                 )  # fmt: skip
     elif (path / CONFIG).is_file():
         found = receipt_of(against, path, "adapter", "adapter")
     elif (path / "config.json").is_file():
-        found = receipt_of(against, path, "merged", "auto")
+        found = receipt_of(against, path, "merged", "auto", dequantized)
     else:
         raise UserError(
             f"{path} is no GGUF file, no program and no folder with a model or an adapter"
@@ -123,10 +133,29 @@ def verify_artefact(path: Path, against: Artefact) -> Receipt:
     return found
 
 
-def _source_of(against: Artefact) -> tuple[verify.InTransformers, list[str]]:
-    """What an artefact is compared with, in memory, and the prompts that both are given."""
-    source = verify.InTransformers(against.base_folder, against.adapter, against.companions)
-    return source, verify.prompts_of(against, source.tokenizer)
+def _source_of(against: Artefact, dequantized: bool) -> tuple[verify.InTransformers, Questions]:
+    """What an artefact is compared with, in memory, and what both are asked."""
+    source = _in_transformers(against, dequantized)
+    return source, questions_of(against, source.tokenizer)
+
+
+def _in_transformers(artefact: Artefact, dequantized: bool) -> verify.InTransformers:
+    return verify.InTransformers(
+        artefact.base_folder, artefact.adapter, artefact.companions,
+        rounding_of(artefact) if dequantized else None,
+    )  # fmt: skip
+
+
+def _is_dequantized(against: Artefact, folder: Path) -> bool:
+    """Whether an export's manifest says that it holds the dequantised weights of training."""
+    path = folder / MANIFEST
+    if against.stored is None or not path.is_file():
+        return False
+    return bool(read_json(path).get(ONTO_KEY) == DEQUANTIZED)
+
+
+def _against(artefact: Artefact, dequantized: bool) -> str:
+    return f"{artefact.name} on its dequantized base" if dequantized else artefact.name
 
 
 def _dtype_of(folder: Path) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from lighten.quantization import child
 from lighten.quantization.export_card import require_replaceable
-from lighten.quantization.forecast import forecast, require_room
+from lighten.quantization.forecast import forecast
 from lighten.quantization.model_source import (
     HeldOutSet,
     ModelSource,
@@ -18,6 +18,7 @@ from lighten.quantization.model_source import (
     evaluation_of,
     opened,
 )
+from lighten.quantization.room import require_room
 from lighten.quantization.targets import DYNAMIC, Target, parse, require_tools
 from lighten.runs import QUANTIZE, Run
 from lighten.whole_files import whole_folder, write_json
@@ -25,7 +26,7 @@ from lighten.wording import counted
 
 REFERENCE = "bfloat16"
 # Bounds that keep five formats of a small model under ten minutes on two cores.
-TOKENS, QUESTIONS, ANSWER_TOKENS, PROMPT_TOKENS = 2048, 16, 24, 128
+TOKENS, QUESTIONS, PROMPT_TOKENS = 2048, 16, 128
 MODE = (
     "one row at a time, without padding, activations in bfloat16; LLM.int8 in eval mode; GGUF "
     "through llama.cpp with keys and values in float16"
@@ -213,20 +214,15 @@ class _Measuring:
             "do": "measure", "name": name, "kind": kind, "folder": str(folder),
             "rows": [] if held_out is None else [asdict(row) for row in held_out.rows],
             "prompts": [] if held_out is None else held_out.prompts,
-            "prompt": self._prompt, "store": str(self._store), "most": ANSWER_TOKENS,
-            "reference": kind == "reference",
+            "rooms": [] if held_out is None else held_out.rooms,
+            "prompt": self._prompt, "store": str(self._store), "reference": kind == "reference",
         }  # fmt: skip
         found = child.call(job)
         found.pop("rows")
         found.pop("decode_samples")
         answers = found.pop("answers")
         if held_out is not None and answers:
-            from lighten.evaluation.metrics import chrf, exact_match_statistics, percent
-
-            counts = exact_match_statistics(answers, held_out.references).sum(axis=0)
-            found["exact_match"] = float(percent(counts))
-            text = chrf()
-            found["chrf"] = float(text(text.statistics(answers, held_out.references).sum(axis=0)))
+            found["metrics"] = held_out.task.values(answers, held_out.references)
         return found
 
     def settings(self, calibration: dict[str, Any] | None) -> dict[str, Any]:
@@ -237,7 +233,8 @@ class _Measuring:
             "dataset": None if held_out is None else held_out.name,
             "tokens_sha256": None if held_out is None else held_out.sha256,
             "questions": 0 if held_out is None else len(held_out.prompts),
-            "answer_tokens": ANSWER_TOKENS,
+            "answer_tokens": None if held_out is None else held_out.task.answer_tokens,
+            "metrics": {} if held_out is None else held_out.task.labels,
             "prefill_tokens": len(self._prompt),
             "calibration": calibration,
         }
@@ -246,7 +243,7 @@ class _Measuring:
         """What has to be said of the figures."""
         if self._held_out is None:
             return ["no held-out data: sizes and speeds alone; give --dataset FILE"]
-        return self._held_out.notes
+        return [*self._held_out.notes, *self._held_out.task.notes]
 
 
 def _with_frontier(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -6,8 +6,12 @@ import importlib.util
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from lighten.errors import UserError, missing_extra
+
+if TYPE_CHECKING:
+    from lighten.runs import Run
 
 DYNAMIC = "int8-dynamic-act-int4-weight"
 GROUP_SIZE = 32  # of its weights: the smallest that XNNPACK takes, and so the nearest
@@ -47,6 +51,12 @@ class Target:
     def calibrated(self) -> bool:
         """Whether it looks at data."""
         return self.kind == "int4"
+
+
+def dynamic_group_size(run: Run | None) -> int:
+    """Weights of a scale of 8da4w: those that a run was trained for, else the usual."""
+    groups = None if run is None else run.recipe().qat_groups
+    return groups or GROUP_SIZE
 
 
 def parse(words: Sequence[str] | str) -> list[Target]:

@@ -11,19 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from lighten.artifacts import Artefact
 from lighten.errors import UserError
 from lighten.quantization.gguf_source import Array
+from lighten.quantization.questions import LONGEST_ANSWER, Questions
+from lighten.quantization.rounding import Rounding
 from lighten.runs import write_json
 
 RECEIPT = "receipt.json"
-PROMPTS, LONGEST, ANSWER = 8, 256, 24
+LONGEST, ANSWER = 256, 24
 # A next token whose probability is so near (in nats) to the likeliest's is a tie that rounding
 # breaks either way.
 NEAR = 0.05
@@ -37,14 +38,6 @@ ALLOWED = {
 # What a runtime may add to the rounding of its format, as a share of that.
 RUNTIME_SHARE = 0.25
 OTHERWISE = 0.5
-QUESTIONS = (
-    "What is the capital of France?",
-    "Write a Python function that adds two numbers.",
-    "대한민국의 수도는 어디인가요?",
-    "Summarise in one sentence: the cat sat on the mat because it was warm.",
-    "List three colours.",
-    "Translate to Korean: good morning.",
-)
 
 
 class Answering(Protocol):
@@ -81,6 +74,9 @@ class Receipt:
         rounding_kl: Where the same rounding was computed in PyTorch too: mean KL divergence from
             the source to that.
         runtime_kl: Mean KL divergence from that to the artefact: what its runtime adds.
+        metrics: Of the answers against the right ones, where those are known: by name the `label`,
+            and the values `before` and `after`. They are told and not judged by: so few questions
+            cannot tell a small loss from chance.
     """
 
     artefact: str
@@ -98,6 +94,7 @@ class Receipt:
     answers: int
     rounding_kl: float | None = None
     runtime_kl: float | None = None
+    metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -124,6 +121,7 @@ class Receipt:
             f"{self.allowed_kl:g}), the same likeliest token after "
             f"{100 * self.same_likeliest:.1f} % of {self.tokens}, "
             f"{self.same_answers} of {self.answers} greedy answers the same{ties}{self._runtime()}"
+            f"{self._task()}"
         )
 
     def _runtime(self) -> str:
@@ -134,6 +132,13 @@ class Receipt:
             f"{self.runtime_kl:.2g} from that (allowed {100 * RUNTIME_SHARE:.0f} % of it)"
         )
 
+    def _task(self) -> str:
+        told = (
+            f"{own['label']} {own['after']:.1f} ({own['before']:.1f} before)"
+            for own in self.metrics.values()
+        )
+        return "".join(f"; {text}" for text in told)
+
 
 class InTransformers:
     """A model folder or a base with an adapter, in transformers and PEFT, in float32.
@@ -142,11 +147,13 @@ class InTransformers:
         folder: Of the model.
         adapter: Folder of an adapter on it.
         tokenizer: Folder of the tokenizer; the model's when None.
+        rounding: What its weights became in training; None: they stay as they are.
     """
 
     def __init__(
-        self, folder: Path, adapter: Path | None = None, tokenizer: Path | None = None
-    ) -> None:
+        self, folder: Path, adapter: Path | None = None, tokenizer: Path | None = None,
+        rounding: Rounding | None = None,
+    ) -> None:  # fmt: skip
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -155,6 +162,8 @@ class InTransformers:
             model: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.float32, local_files_only=True
             )
+            if rounding is not None:
+                rounding.apply(model)
             if adapter is not None:
                 from peft import PeftModel
 
@@ -201,7 +210,7 @@ class InTransformers:
 
 @contextmanager
 def in_llamacpp(
-    model: Path, adapter: Path | None = None, context_tokens: int = LONGEST + ANSWER
+    model: Path, adapter: Path | None = None, context_tokens: int = LONGEST + LONGEST_ANSWER
 ) -> Iterator[Answering]:
     """A GGUF file, with a GGUF adapter on it, in llama.cpp with float32 keys and values."""
     import torch
@@ -218,66 +227,38 @@ def in_llamacpp(
         yield opened
 
 
-def prompts_of(artefact: Artefact, tokenizer: Any, count: int = PROMPTS) -> list[str]:
-    """Rendered prompts to compare answers on: the run's held-out ones, else questions of ours."""
-    rendered: list[str] = []
-    if artefact.run is not None:
-        rendered = _held_out_prompts(artefact, tokenizer, count)
-    if rendered:
-        return rendered
-    if getattr(tokenizer, "chat_template", None):
-        return [
-            str(
-                tokenizer.apply_chat_template(
-                    [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-                )
-            )
-            for text in QUESTIONS
-        ]
-    return list(QUESTIONS)
-
-
-def _held_out_prompts(artefact: Artefact, tokenizer: Any, count: int) -> list[str]:
-    from lighten import data
-    from lighten.evaluation.evaluation import askable, held_out_examples
-
-    assert artefact.run is not None
-    recipe = artefact.run.recipe()
-    handling = data.Handling(recipe.system_role, recipe.thinking)
-    try:
-        given = held_out_examples(recipe, artefact.facts.get("data_sha256"))
-    except UserError:
-        return []  # gone or changed since: the artefact can be checked all the same
-    data.choose_template(tokenizer, recipe.chat_template)
-    examples, _ = askable(given.examples[:count], recipe, tokenizer)
-    prompts = [data.prompt_of(example, tokenizer, handling)[0] for example in examples]
-    return [str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)) for ids in prompts]
-
-
 def compare(
     source: Answering,
     other: Answering,
-    prompts: Sequence[str],
+    questions: Questions,
     *,
     artefact: str,
     kind: str,
     against: str,
+    context_tokens: int | None = None,
 ) -> Receipt:
     """The receipt of an artefact.
 
     Args:
         source: What it was made from.
         other: The artefact.
-        prompts: Rendered texts.
+        questions: What both are asked.
         artefact: Its name.
         kind: Its format.
         against: Name of the source.
+        context_tokens: Prompt and answer together, where the artefact takes no more.
+
+    Raises:
+        UserError: A runtime fails, or a metric of the user's does.
     """
+    most = ANSWER if context_tokens is None else min(ANSWER, context_tokens // 2)
+    longest = LONGEST if context_tokens is None else min(LONGEST, context_tokens - most)
+    scored = _Scored(questions, context_tokens)
     apart = tokens = same = equal = ties = answers = 0
     largest = divergence = 0.0
-    for prompt in prompts:
-        ids = source.tokenise(prompt)[-LONGEST:]
-        if other.tokenise(prompt)[-LONGEST:] != ids:
+    for number, prompt in enumerate(questions.prompts):
+        ids = source.tokenise(prompt)[-longest:]
+        if other.tokenise(prompt)[-longest:] != ids:
             apart += 1
             continue
         p, q = source.log_probabilities(ids), other.log_probabilities(ids)
@@ -289,24 +270,70 @@ def compare(
         divergence += float((np.exp(p) * (p - q)).sum())
         same += int((p.argmax(1) == q.argmax(1)).sum())
         tokens += len(ids)
-        mine, theirs = source.greedy(ids, ANSWER), other.greedy(ids, ANSWER)
+        mine, theirs = source.greedy(ids, most), other.greedy(ids, most)
+        scored.add(number, ids, (source, mine), (other, theirs))
         answers += 1
         if mine == theirs:
             equal += 1
         else:
             ties += _at_a_tie(source, ids, mine, theirs)
     return Receipt(
-        artefact, kind, against, len(prompts), tokens, apart, largest,
+        artefact, kind, against, len(questions.prompts), tokens, apart, largest,
         max(divergence, 0.0) / max(tokens, 1), allowed(kind), same / max(tokens, 1), equal, ties,
-        answers,
+        answers, metrics=scored.metrics(),
     )  # fmt: skip
 
 
-def divergence(source: Answering, other: Answering, prompts: Sequence[str]) -> float:
+class _Scored:
+    """Whole answers of source and artefact, against the right ones."""
+
+    def __init__(self, questions: Questions, context_tokens: int | None) -> None:
+        self._questions, self._context = questions, context_tokens
+        self._before: list[list[int]] = []
+        self._after: list[list[int]] = []
+        self._references: list[str] = []
+
+    def add(
+        self, number: int, ids: list[int], before: tuple[Answering, list[int]],
+        after: tuple[Answering, list[int]],
+    ) -> None:  # fmt: skip
+        """Two answers to a question as far as they were compared; they are finished here."""
+        task = self._questions.task
+        if task is None:
+            return
+        room = task.answer_tokens
+        if self._questions.limits is not None:
+            room = self._questions.limits.room(len(ids), room)
+        if self._context is not None:
+            room = min(room, self._context - len(ids))
+        for answers, (model, begun) in ((self._before, before), (self._after, after)):
+            answer = task.until_stop(begun)
+            if len(answer) == len(begun) < room:  # it had not ended
+                more = model.greedy([*ids, *begun], room - len(begun))
+                answer = task.until_stop([*begun, *more])
+            answers.append(answer[:room])
+        self._references.append(self._questions.references[number])
+
+    def metrics(self) -> dict[str, dict[str, Any]]:
+        """As a receipt has them."""
+        task = self._questions.task
+        if task is None or not self._references:
+            return {}
+        before = task.values(self._before, self._references)
+        after = task.values(self._after, self._references)
+        return {
+            name: {"label": label, "before": before[name]["value"], "after": after[name]["value"]}
+            for name, label in task.labels.items()
+        }
+
+
+def divergence(
+    source: Answering, other: Answering, prompts: Sequence[str], longest: int = LONGEST
+) -> float:
     """Mean KL divergence of the next token from a source to another, nats a token."""
     total, tokens = 0.0, 0
     for prompt in prompts:
-        ids = source.tokenise(prompt)[-LONGEST:]
+        ids = source.tokenise(prompt)[-longest:]
         p, q = source.log_probabilities(ids), other.log_probabilities(ids)
         total += float((np.exp(p) * (p - q)).sum())
         tokens += len(ids)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lighten.reporting import text
@@ -13,7 +13,7 @@ def section(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """The chart, the rows and the notes; None where nothing was quantised."""
     if found is None:
         return None
-    rows = found["formats"]
+    rows, metrics = found["formats"], found["settings"].get("metrics", {})
     points = [
         Point(
             row["name"],
@@ -34,15 +34,15 @@ def section(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
         )
     return {
         "chart": chart,
-        "columns": COLUMNS,
-        "rows": [_row(row) for row in rows],
+        "columns": (*COLUMNS, *metrics.values(), *SPEEDS),
+        "rows": [_row(row, list(metrics)) for row in rows],
         "notes": [f"measured {found['settings']['mode']}", *found["notes"]],
         "calibration": found["settings"].get("calibration"),
     }
 
 
-def _row(row: Mapping[str, Any]) -> dict[str, Any]:
-    error = row.get("perplexity_standard_error")
+def _row(row: Mapping[str, Any], metrics: Sequence[str]) -> dict[str, Any]:
+    answers = [row.get("metrics", {}).get(name, {}) for name in metrics]
     agreement = row.get("top1_agreement")
     return {
         "name": row["name"],
@@ -51,18 +51,19 @@ def _row(row: Mapping[str, Any]) -> dict[str, Any]:
             text.size(row["file_bytes"]),
             f"{row['ratio']:.2f}",
             text.size(row["resident_bytes"]),
-            number(row.get("perplexity")) + ("" if error is None else f" ± {number(error)}"),
+            _with_error(row.get("perplexity"), row.get("perplexity_standard_error")),
             number(row.get("kl")),
             "–" if agreement is None else f"{agreement:.1%}",
-            number(row.get("exact_match")),
-            number(row.get("chrf")),
+            *(_with_error(own.get("value"), own.get("se")) for own in answers),
             number(row["prefill_tokens_per_second"]),
             number(row["decode_tokens_per_second"]),
         ],
     }
 
 
-COLUMNS = (
-    "file", "of bfloat16", "resident", "perplexity", "KL, nats", "top-1 agreement",
-    "exact match %", "chrF", "prefill tokens/s", "decode tokens/s",
-)  # fmt: skip
+def _with_error(value: float | None, error: float | None) -> str:
+    return number(value) + ("" if error is None else f" ± {number(error)}")
+
+
+COLUMNS = ("file", "of bfloat16", "resident", "perplexity", "KL, nats", "top-1 agreement")
+SPEEDS = ("prefill tokens/s", "decode tokens/s")

@@ -1,0 +1,198 @@
+"""What an artefact is asked, and how its answers are scored: as `lighten evaluate` scores them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lighten import data, models
+from lighten.artifacts import Artefact
+from lighten.data.special import visible
+from lighten.errors import UserError
+from lighten.evaluation import registry
+from lighten.evaluation.bootstrap import Resamples
+from lighten.evaluation.evaluation import askable, held_out_examples
+from lighten.evaluation.generate import as_shown, hidden_tokens
+from lighten.models import Limits
+from lighten.quantization.gguf_source import read_json
+from lighten.recipe import Recipe
+from lighten.runs import Run
+
+# Of an answer at most: every format of a table answers every question, one at a time.
+LONGEST_ANSWER = 64
+PROMPTS = 8  # of a run's held-out ones
+PLAIN = (  # asked where nothing is held out
+    "What is the capital of France?",
+    "Write a Python function that adds two numbers.",
+    "대한민국의 수도는 어디인가요?",
+    "Summarise in one sentence: the cat sat on the mat because it was warm.",
+    "List three colours.",
+    "Translate to Korean: good morning.",
+)
+METRICS = ("exact_match", "chrf")  # beside those that the recipe names
+SAMPLES = 1000  # resamples behind each interval
+Values = dict[str, dict[str, float | None]]
+
+
+@dataclass(frozen=True)
+class TaskMetrics:
+    """How answers are scored.
+
+    Attributes:
+        names: Of metrics, the recipe's first.
+        answer_tokens: An answer's most tokens.
+        stops: Ids that end an answer.
+        hidden: Ids that no answer shows.
+        tokenizer: Of the model.
+        notes: What has to be said of the figures.
+    """
+
+    names: tuple[str, ...]
+    answer_tokens: int
+    stops: frozenset[int]
+    hidden: frozenset[int]
+    tokenizer: Any
+    notes: tuple[str, ...] = ()
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """Names as people read them."""
+        return {name: registry.scorer(name).metric.label for name in self.names}
+
+    def until_stop(self, answer: Sequence[int]) -> list[int]:
+        """An answer's ids before the one that ends it."""
+        ends = (place for place, token in enumerate(answer) if token in self.stops)
+        return list(answer[: next(ends, None)])
+
+    def text(self, answer: Sequence[int]) -> str:
+        """An answer's ids as `lighten evaluate` shows them."""
+        return visible(answer, self.tokenizer, hidden=self.hidden)
+
+    def values(self, answers: Sequence[Sequence[int]], references: Sequence[str]) -> Values:
+        """Each metric with its standard error and 95 % interval over the questions.
+
+        Args:
+            answers: Token ids, without the one that ended each.
+            references: The right answer to each.
+
+        Raises:
+            UserError: A metric of the user's cannot be imported, or returned no number.
+        """
+        said = registry.nfc([self.text(answer) for answer in answers])
+        right = registry.nfc([as_shown(reference, self.tokenizer) for reference in references])
+        draws = Resamples(len(said), SAMPLES)
+        found = {}
+        for name in self.names:
+            scorer = registry.scorer(name)
+            statistics = scorer.statistics(said, right)
+            found[name] = draws.estimate(statistics, scorer.formula).to_dict()
+        return found
+
+
+def task_metrics(
+    recipe: Recipe, tokenizer: Any, ends: int | Sequence[int] | None, run: Run | None
+) -> TaskMetrics:
+    """The metrics that a recipe names, and the two of every table.
+
+    Args:
+        recipe: Of the run, or of the data.
+        tokenizer: With its chat template chosen.
+        ends: `eos_token_id` of the model's generation settings.
+        run: Whose training showed what ends an answer.
+
+    Raises:
+        UserError: A metric of the user's cannot be imported.
+    """
+    learnt = None if run is None else data.LearntAnswers.of(run.info())
+    chosen = [recipe.sweep.metric] if recipe.sweep.metric in registry.OF_ANSWERS else []
+    names = dict.fromkeys([*recipe.evaluate.extra_metrics, *chosen, *METRICS])
+    for name in names:
+        registry.scorer(name)
+    wanted = recipe.evaluate.max_new_tokens
+    notes = []
+    if wanted > LONGEST_ANSWER:
+        notes.append(
+            f"answers end after {LONGEST_ANSWER} tokens, where evaluate.max_new_tokens is {wanted}"
+        )
+    return TaskMetrics(
+        tuple(names), min(wanted, LONGEST_ANSWER),
+        frozenset(data.stop_tokens(tokenizer, ends, learnt)),
+        frozenset(hidden_tokens(tokenizer, learnt)), tokenizer, tuple(notes),
+    )  # fmt: skip
+
+
+def declared_ends(folder: Path) -> int | list[int] | None:
+    """`eos_token_id` of a model folder's generation settings, else of its configuration."""
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            settings = read_json(folder / name)
+            for part in (settings, settings.get("text_config") or {}):
+                ends: int | list[int] | None = part.get("eos_token_id")
+                if ends is not None:
+                    return ends
+    return None
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What is asked of an artefact and of its source.
+
+    Attributes:
+        prompts: Rendered texts.
+        references: The right answers, where they are known.
+        task: How answers are scored; None without references.
+        limits: Of the model.
+    """
+
+    prompts: list[str]
+    references: list[str] = field(default_factory=list)
+    task: TaskMetrics | None = None
+    limits: Limits | None = None
+
+
+def questions_of(artefact: Artefact, tokenizer: Any, count: int = PROMPTS) -> Questions:
+    """What an artefact is compared on: the run's held-out questions, else some of ours.
+
+    Args:
+        artefact: What it was made from.
+        tokenizer: Of that.
+        count: Held-out questions at most.
+
+    Raises:
+        UserError: A metric of the recipe's cannot be imported.
+    """
+    if artefact.run is not None:
+        held_out = _held_out(artefact, artefact.run, tokenizer, count)
+        if held_out is not None:
+            return held_out
+    if not getattr(tokenizer, "chat_template", None):
+        return Questions(list(PLAIN))
+    return Questions([
+        str(
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+            )
+        )
+        for text in PLAIN
+    ])  # fmt: skip
+
+
+def _held_out(artefact: Artefact, run: Run, tokenizer: Any, count: int) -> Questions | None:
+    recipe = run.recipe()
+    handling = data.Handling(recipe.system_role, recipe.thinking)
+    try:
+        held_out = held_out_examples(recipe, artefact.facts.get("data_sha256"))
+    except UserError:
+        return None  # gone or changed since: the artefact can be checked all the same
+    data.choose_template(tokenizer, recipe.chat_template)
+    examples, _ = askable(held_out.examples[:count], recipe, tokenizer)
+    pairs = [data.prompt_of(example, tokenizer, handling) for example in examples]
+    if not pairs:
+        return None
+    texts = [str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)) for ids, _ in pairs]
+    task = task_metrics(recipe, tokenizer, declared_ends(artefact.companions), run)
+    return Questions(
+        texts, [reference for _, reference in pairs], task, models.limits(str(artefact.base_folder))
+    )

@@ -1,0 +1,112 @@
+"""Room on the disk for what will be written, by the model's shapes alone: no weight is read."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lighten.artifacts import Artefact, added_words, copy_companions
+from lighten.errors import DiskFull
+from lighten.quantization.gguf_source import Weight, read_weights
+
+# Of a program's weights at least: 4 bits each, where the words alone have 8.
+_PROGRAM_BYTES = 0.5
+
+
+def require_export_room(artefact: Artefact, form: str, kind: str, target: Path) -> None:
+    """The disk has room for an export, and for the merged model that it is made from.
+
+    Args:
+        artefact: What is exported.
+        form: `merged`, `gguf` or `executorch`.
+        kind: Type of a GGUF file, or format of a merged model.
+        target: The folder to write.
+
+    Raises:
+        UserError: The model cannot have this form.
+        DiskFull: The disk has not.
+    """
+    with described(artefact) as (folder, weights):
+        numbers = sum(weight.numbers for weight in weights.values())
+        merged = 0 if artefact.adapter is None or form == "merged" else 2 * numbers
+        if form == "gguf":
+            from lighten.quantization.gguf_model import file_bytes
+
+            size = file_bytes(folder, kind, name=artefact.name, weights=weights)
+        elif form == "executorch":
+            size, merged = int(_PROGRAM_BYTES * numbers), 2 * merged
+        elif artefact.adapter is None:
+            size = sum(map(tensor_bytes, weights.values()))
+        else:
+            size = numbers * (4 if kind == "float32" else 2)
+    require_room(target, size + merged, f"exporting {artefact.name} as {form}")
+
+
+@contextmanager
+def described(artefact: Artefact) -> Iterator[tuple[Path, dict[str, Weight]]]:
+    """Configuration and tokenizer of the model that will be quantised, and its tensors' shapes."""
+    if artefact.adapter is None:
+        yield artefact.base_folder, read_weights(artefact.base_folder)
+        return
+    from lighten.quantization.merge import Unmergeable, merged_shapes
+
+    with tempfile.TemporaryDirectory(prefix="lighten-plan-") as scratch:
+        folder = Path(scratch)
+        shutil.copyfile(artefact.base_folder / "config.json", folder / "config.json")
+        copy_companions(artefact, folder)
+        try:
+            weights = merged_shapes(
+                artefact.base_folder, artefact.adapter, folder, words=added_words(artefact)
+            )
+        except Unmergeable:  # in memory, by PEFT: of the base's own shapes
+            weights = read_weights(artefact.base_folder)
+        yield folder, weights
+
+
+def require_room(folder: Path, nbytes: int, what: str, *, temporary_bytes: int = 0) -> None:
+    """A disk has room for what will be written.
+
+    Args:
+        folder: Where.
+        nbytes: How much.
+        what: Its name in the error.
+        temporary_bytes: That are needed meanwhile in the folder of temporary files.
+
+    Raises:
+        DiskFull: It has not.
+    """
+    temporary = Path(tempfile.gettempdir())
+    needs = {_there(folder): nbytes}
+    one_disk = _there(folder).stat().st_dev == temporary.stat().st_dev
+    place = _there(folder) if one_disk else temporary
+    needs[place] = needs.get(place, 0) + temporary_bytes
+    for where, needed in needs.items():
+        free = shutil.disk_usage(where).free
+        if free < needed:
+            raise DiskFull(
+                f"{what} needs {size_text(needed)} in {where} and the disk has {size_text(free)} "
+                "left; free some space or choose another --output_dir"
+            )
+
+
+def free_bytes(folder: Path) -> int:
+    """Free bytes of the disk of a folder that may not be there yet."""
+    return shutil.disk_usage(_there(folder)).free
+
+
+def _there(folder: Path) -> Path:
+    folder = folder.absolute()
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def tensor_bytes(weight: Weight) -> int:
+    """Bytes of a tensor as its file has it."""
+    return weight.numbers * {"F32": 4, "F64": 8}.get(weight.kind, 2)
+
+
+def size_text(nbytes: int) -> str:
+    """Bytes as people write them."""
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
