@@ -30,6 +30,7 @@ NEEDS = {
     "--executor": "ray",
     "int8-dynamic-act-int4-weight": "torchao",
     "runs/qat": "torchao",
+    "--as executorch": "executorch",
 }
 
 
