@@ -75,6 +75,11 @@ def test_ranks_of_one_machine_s_processor_share_its_memory() -> None:
       "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "betas": [0.8, 0.9]}}},
      {"strategy": "zero1", "max_grad_norm": 0.5, "per_device_train_batch_size": 3,
       "dtype": "bfloat16", "learning_rate": 1e-3, "adam_beta1": 0.8, "adam_beta2": 0.9}),
+    ({"zero_optimization": {"stage": 2, "offload_optimizer": {
+        "device": "nvme", "nvme_path": "/data", "pin_memory": True, "buffer_count": 4}}},
+     {"strategy": "zero2", "offload_optimizer": "nvme", "nvme_path": "/data"}),
+    ({"train_batch_size": 8, "train_micro_batch_size_per_gpu": 2,
+      "gradient_accumulation_steps": 4}, {"strategy": "ddp", "per_device_train_batch_size": 2}),
 ])  # fmt: skip
 def test_a_deepspeed_configuration_is_read(
     given: Any, settings: dict[str, Any], chat_file: Path, tmp_path: Path
@@ -90,6 +95,10 @@ def test_a_deepspeed_configuration_is_read(
 @pytest.mark.parametrize(("given", "says"), [
     ({"deepspeed": {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}},
      "offload_param to cpu is not built"),
+    ({"deepspeed": {"zero_optimization": {"offload_optimizer": {"device": "tape"}}}},
+     "device 'tape' is none of none, cpu, nvme"),
+    ({"deepspeed": {"train_batch_size": 8, "gradient_accumulation_steps": 4,
+                    "gradient_clipping": 1.0}}, "train_batch_size depends"),
     ({"deepspeed": {"zero_optimization": {"stage": 4}}}, "stage 4 is none of 0, 1, 2, 3"),
     ({"deepspeed": {"scheduler": {"type": "WarmupLR"}}}, "scheduler has no equal here"),
     ({"deepspeed": {"optimizer": {"type": "Lamb"}}}, "optimizer Lamb has no equal"),

@@ -45,6 +45,7 @@ COHORT = {
 WHAT: dict[str, dict[str, Any]] = {
     "cohort": COHORT,
     "full": {"method": "full", "learning_rate": 1e-3},
+    "nvme": {"method": "full", "learning_rate": 1e-3, "offload_optimizer": "nvme"},
     "last": {"trainable_layers": "last_1", "learning_rate": 1e-3},
     "short": {"lora_r": 2, "learning_rate": 1e-3},
     "four": {"lora_r": [1, 2, 3, 4], "max_steps": 1},
@@ -53,7 +54,8 @@ WHAT: dict[str, dict[str, Any]] = {
 RUNS = [
     *(("cohort", strategy, count) for strategy in ("fsdp", "zero1", "zero2") for count in (1, 3)),
     ("full", "zero3", 1), ("full", "fsdp", 3), ("full", "zero2", 1), ("full", "zero1", 3),
-    ("last", "fsdp", 1), ("last", "zero2", 1), ("four", "fsdp", 1), ("short", "ddp", 1),
+    ("nvme", "zero1", 1), ("nvme", "zero2", 1), ("last", "fsdp", 1), ("last", "zero2", 1),
+    ("four", "fsdp", 1), ("short", "ddp", 1),
 ]  # fmt: skip
 
 
@@ -217,7 +219,7 @@ def test_ranks_hold_what_the_strategy_says(root: Path) -> None:
         if run[1] in ("fsdp", "zero3"):
             assert all(rank["layer_bytes"] < 0.55 * whole for rank in held), run
         state = [rank["state"] / rank["learns"] for rank in held]
-        spread = run[1] in ("zero1", "zero2") or run[0] in ("full", "last")
+        spread = run[1] in ("zero1", "zero2") or run[0] in ("full", "nvme", "last")
         # AdamW has two numbers for each that learns.
         assert sum(state) == pytest.approx(2.0 if spread else 4.0, rel=0.02), run
 

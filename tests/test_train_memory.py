@@ -21,13 +21,12 @@ import lighten
 from lighten.adapters import Cohort
 from lighten.cpu import allocator
 from lighten.cpu.allocator.arena import SWITCH
-from lighten.engine import offload
 from lighten.engine.checkpointing import checkpoint_layers
 from lighten.engine.forward_backward import shares_of
 from lighten.engine.loss import Objective
 from lighten.engine.offload import Offload, PinnedMemory, ScratchFile, wrap
 from lighten.errors import UserError
-from lighten.machine import hardware
+from lighten.machine import filesystems, hardware
 from lighten.recipe import Recipe, RecipeError
 from tests.test_train_step import (
     UNEVEN,
@@ -284,7 +283,7 @@ def test_a_full_disk_and_a_folder_in_memory_are_told(
     monkeypatch.setattr(store, "file", Full())
     with pytest.raises(UserError, match=r"activation_offload: cannot write 8 bytes: No space left"):
         store.put(torch.zeros(8, dtype=torch.uint8))
-    monkeypatch.setattr(offload, "_file_system", lambda folder: "tmpfs")
+    monkeypatch.setattr(filesystems, "kind_of", lambda folder: "tmpfs")
     with pytest.raises(UserError, match="is in memory"):
         ScratchFile(tmp_path)
 

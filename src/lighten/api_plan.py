@@ -37,7 +37,7 @@ def plan_spread(
             or the one that fits and sends least (`ddp` where none fits).
         gpus: Per node.
         nodes: Machines.
-        offload: `optimizer`, `param`, or both, to main memory.
+        offload: `optimizer`, `param`, or both, to main memory; none: what the recipe says.
         overrides: Settings by name.
 
     Raises:
@@ -47,11 +47,13 @@ def plan_spread(
 
     chosen = plannable(recipe, **overrides)
     from lighten.machine import devices
-    from lighten.planning import predict
+    from lighten.planning import offloaded, predict
     from lighten.planning.distributed import cheapest, of_recipe, spread
 
     where = devices.named(device)
     alone = predict.plan(chosen, where, changes=False)
+    if not offload and offloaded.leaves_device(chosen, where.kind):
+        offload = ("optimizer",)
     layers = predict.layers_of(chosen)
     if strategy is None and chosen.strategy == "auto":
         best = cheapest(alone, where, gpus=gpus, nodes=nodes, layers=layers)

@@ -118,7 +118,9 @@ class Run:
 
     def _require_same(self, recipe: Recipe) -> None:
         free = {"output_dir", "report_to", "logging_steps", "save_every", "save_total_limit",
-                "evaluate", "quantize", "sweep"}  # fmt: skip
+                "evaluate", "quantize", "sweep",
+                # Which change where things lie, and no result.
+                "strategy", "offload_optimizer", "nvme_path"}  # fmt: skip
         before, now = self.recipe().completed(), recipe.completed()
         changed = [key for key in now if key not in free and now[key] != before.get(key)]
         if changed:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lighten.adapters import dtensors
 from lighten.engine import optimizers
 from lighten.engine.schedule import learning_rate_factor
+from lighten.parallel.offloaded.stores import Store
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class AdapterOptimizer:
         undecayed: Keys of the parameters that weight decay leaves alone.
         learning: What gradients, clipping and the optimiser see of the parameters, by the same
             keys: this rank's rows of them, where the optimiser's state is spread over ranks.
+        store: Where the optimiser's state waits; None: beside what learns.
     """
 
     name: str
@@ -73,6 +75,7 @@ class AdapterOptimizer:
     progress: AdapterOptimizerProgress = field(default_factory=AdapterOptimizerProgress)
     undecayed: frozenset[str] = frozenset()
     learning: dict[str, nn.Parameter] = field(default_factory=dict)
+    store: Store | None = None
 
     def __post_init__(self) -> None:
         settings = self.settings
@@ -86,6 +89,7 @@ class AdapterOptimizer:
             epsilon=settings.epsilon,
             loraplus_lr_ratio=settings.loraplus_lr_ratio,
             undecayed=self.undecayed,
+            store=self.store,
         )
 
     @property

@@ -10,24 +10,22 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import tempfile
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-import psutil
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import PreTrainedModel
 
 from lighten.errors import UserError
+from lighten.machine import filesystems
 from lighten.machine.hardware import Choice
 
 SMALLEST_BYTES = 256 * 1024  # what is smaller costs more to move than it frees
-MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs")
 
 
 class Store(Protocol):
@@ -86,7 +84,7 @@ class ScratchFile:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        if (kind := _file_system(folder)) in MEMORY_FILE_SYSTEMS:
+        if (kind := filesystems.kind_of(folder)) in filesystems.IN_MEMORY:
             raise UserError(
                 f"activation_offload: {folder} is in memory ({kind}), where nothing would be "
                 "saved; choose an --output_dir on a disk"
@@ -259,14 +257,3 @@ def wrap(model: PreTrainedModel, offload: Offload) -> None:
             return forward(*args, **kwargs)
 
     backbone.forward = run
-
-
-def _file_system(folder: Path) -> str:
-    """Kind of the file system that holds a folder, empty if the system does not say."""
-    where = os.path.realpath(folder)
-    mounts = [
-        part
-        for part in psutil.disk_partitions(all=True)
-        if os.path.commonpath([where, part.mountpoint]) == part.mountpoint
-    ] if os.name == "posix" else []  # fmt: skip
-    return max(mounts, key=lambda part: len(part.mountpoint)).fstype if mounts else ""

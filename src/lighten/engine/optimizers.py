@@ -17,6 +17,8 @@ from torch.distributed.tensor import DTensor
 from lighten.adapters import dtensors
 from lighten.errors import missing_extra
 from lighten.machine.hardware import Choice
+from lighten.parallel.offloaded.adamw import OffloadedAdamW
+from lighten.parallel.offloaded.stores import Store
 
 # Names for the same thing.
 SAME = {"adamw_bnb_8bit": "adamw_8bit", "adamw_torch_fused": "adamw_torch"}
@@ -67,6 +69,7 @@ def make(
     epsilon: float,
     loraplus_lr_ratio: float | None = None,
     undecayed: Collection[str] = (),
+    store: Store | None = None,
 ) -> torch.optim.Optimizer:
     """An optimiser over the parameters.
 
@@ -81,6 +84,7 @@ def make(
         epsilon: AdamW's.
         loraplus_lr_ratio: Factor of the B factors' rate, or None.
         undecayed: Keys of the parameters that do not decay.
+        store: Where the state waits (AdamW's alone); None: beside the parameters.
     """
     groups = [
         {
@@ -94,6 +98,9 @@ def make(
         ).items()
     ]
     common: dict[str, Any] = {"lr": learning_rate, "weight_decay": weight_decay}
+    if store is not None:
+        assert name == "adamw_torch"
+        return OffloadedAdamW(groups, store, betas=betas, eps=epsilon, **common)
     if name == "adamw_torch":
         # One kernel for hundreds of small factors, on CPU and GPU alike.
         return torch.optim.AdamW(groups, betas=betas, eps=epsilon, fused=True, **common)

@@ -26,5 +26,6 @@ def strategies() -> dict[str, str]:
         "zero3": sharded, "fsdp": sharded,
         "offload_base: disk": "yes, in one process",
         "offload_base: cpu": "yes, in one process" if gpu else "no: there is no GPU",
-        "offload_optimizer, offload_params": "no: not built",
+        "offload_optimizer: nvme": "yes, in a file on a disk",
+        "offload_optimizer: cpu": "yes" if gpu else "yes, but there is no GPU: nothing moves",
     }  # fmt: skip

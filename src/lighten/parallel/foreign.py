@@ -57,8 +57,13 @@ def _of_deepspeed(variables: Mapping[str, str]) -> str:
         raise ValueError(f"DeepSpeed by {path}: name the file in the recipe, deepspeed: {path}, "
                          "and choose plain multi-GPU in accelerate config")  # fmt: skip
     for part in ("OPTIMIZER", "PARAM"):
-        if variables.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part}_DEVICE", "none") not in _NONE:
-            raise ValueError(f"DeepSpeed with offload_{part.lower()}, which is not built")
+        device = variables.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part}_DEVICE", "none")
+        if device in _NONE:
+            continue
+        if part == "OPTIMIZER":
+            raise ValueError("DeepSpeed with offload_optimizer: set "
+                             f"offload_optimizer: {device} in the recipe")  # fmt: skip
+        raise ValueError("DeepSpeed with offload_param, which is not built")
     stage = variables.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
     if stage not in ("0", "1", "2", "3"):
         raise ValueError(f"DeepSpeed's stage {stage}, which is none of 0, 1, 2, 3")

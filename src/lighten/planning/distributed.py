@@ -288,8 +288,9 @@ def of_recipe(strategy: str) -> Strategy:
 
 
 def on_ranks(
-    plan: Plan, device: Device, strategy: Strategy, *, ranks: int, local: int, layers: int
-) -> Distributed:
+    plan: Plan, device: Device, strategy: Strategy, *, ranks: int, local: int, layers: int,
+    offload: tuple[str, ...] = (),
+) -> Distributed:  # fmt: skip
     """What each rank of a launch needs, of a plan of one process.
 
     On a processor the ranks of a machine share its memory: each may have its part, and what they
@@ -302,9 +303,11 @@ def on_ranks(
         ranks: In all.
         local: On this machine.
         layers: Decoder layers of the base.
+        offload: `optimizer`: its state waits elsewhere.
     """
     own = spread(
-        plan, device, strategy, gpus=local, nodes=max(1, ranks // local), layers=layers
+        plan, device, strategy, gpus=local, nodes=max(1, ranks // local), layers=layers,
+        offload=offload,
     )  # fmt: skip
     if device.kind != "cpu" or own.capacity is None:
         return own

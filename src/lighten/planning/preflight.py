@@ -14,7 +14,7 @@ from typing import Any
 from lighten.errors import UserError
 from lighten.machine import devices
 from lighten.machine.devices import Device
-from lighten.planning import calibration, predict, text
+from lighten.planning import calibration, offloaded, predict, text
 from lighten.planning.distributed import Distributed, of_recipe, on_ranks
 from lighten.planning.result import Plan
 from lighten.recipe import Recipe
@@ -148,6 +148,7 @@ def _over_ranks(recipe: Recipe, device: Device, plan: Plan) -> Distributed | Non
     return on_ranks(
         plan, device, of_recipe(recipe.strategy), ranks=ranks, local=local,
         layers=predict.layers_of(recipe),
+        offload=("optimizer",) if offloaded.leaves_device(recipe, device.kind) else (),
     )  # fmt: skip
 
 

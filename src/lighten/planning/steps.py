@@ -29,7 +29,7 @@ from lighten.engine.step import train_step
 from lighten.errors import UserError
 from lighten.machine.hardware import Choice
 from lighten.models import attention, quantized
-from lighten.planning import repeat
+from lighten.planning import offloaded, repeat
 from lighten.planning.build import fake_base
 from lighten.planning.fake_modules import converted_in_place
 from lighten.planning.few_chunks import FewChunks
@@ -217,7 +217,7 @@ def follow_recipe(
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     tracker = StorageTracker(kernels=kind == "cpu")
-    quiet = recipe.model_copy(update={"torch_compile": False, "activation_offload": False})
+    quiet = recipe.model_copy(update=offloaded.UNTRACED)
     with ExitStack() as stack:
         stack.enter_context(fake)
         stack.enter_context(tracker)

@@ -15,7 +15,7 @@ from lighten.errors import UserError
 from lighten.machine.hardware import Choice
 from lighten.models.load import weight_files
 from lighten.models.quantized import stored_as
-from lighten.planning import memory, streamed
+from lighten.planning import memory, offloaded, streamed
 from lighten.planning.build import config_of
 from lighten.planning.process_overhead import context_of
 from lighten.planning.result import Plan, States
@@ -85,6 +85,9 @@ def plan_recipe(
     whole = traced.weights
     if feed is not None:
         loading, whole = replace(loading, files=0, copies=0), whole + feed.base_bytes
+    timeline, states, waiting = traced.timeline, _states_of(traced), 0
+    if offloaded.leaves_device(recipe, device.kind):
+        timeline, waiting = offloaded.without_state(timeline), int(states.optimiser)
     workers = workers_of(traced)
     arena = device.is_here and allocator.has_arena()
     time = time_of(traced, device)
@@ -95,19 +98,22 @@ def plan_recipe(
             here=device.is_here,
         )  # fmt: skip
         notes = (said,)
+    if waiting:
+        notes += ("what it takes to bring the optimiser's state is not in the time of a step",)
     if device.kind == "cpu":
         verified = _numbers(traced) * 4
         peak = memory.processor_memory(
-            traced.timeline, loading, context=context_of(), verified=verified, workers=workers,
+            timeline, loading, context=context_of(), verified=verified, workers=workers,
             sums=traced.further_sums(workers), arena=arena, margin=margin,
         )  # fmt: skip
         host = peak.expected
     else:
         peak = memory.cuda_memory(
-            traced.timeline, capability=getattr(device, "capability", None), margin=margin
+            timeline, capability=getattr(device, "capability", None), margin=margin
         )
         waits = feed.base_bytes if recipe.offload_base == "cpu" else 0
         host = HOST_OF_CUDA_BYTES + loading.files + traced.weights + waits
+        host += waiting if recipe.offload_optimizer == "cpu" else 0
     files = sum(file.stat().st_size for file in weight_files(path))
     download = 0 if files or source not in ("hub", "known") else whole
     allocator.trim()  # what the trace took must not look like room for whoever trains next
@@ -120,13 +126,15 @@ def plan_recipe(
         time=time,
         capacity=device.memory_bytes,
         host_bytes=host,
-        disk_bytes=download + _written(traced, recipe),
+        disk_bytes=download
+        + _written(traced, recipe)
+        + (waiting if recipe.offload_optimizer == "nvme" else 0),
         download_bytes=download,
-        choices=_choices(traced, dtype, loading),
+        choices=_choices(traced, dtype, loading) | offloaded.choices(recipe, device.kind),
         outside=outside,
         step_tokens=sum(traced.lengths[item.row] for part in traced.batches for item in part),
-        states=_states_of(traced),
-        fullest=memory.fullest_moment(traced.timeline),
+        states=states,
+        fullest=memory.fullest_moment(timeline),
         notes=notes,
     )
 

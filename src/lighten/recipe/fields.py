@@ -296,6 +296,15 @@ class RecipeFields(Section):
         "where the frozen layers wait: disk streams them from the model's files, cpu from main "
         "memory to a GPU, each while the one before computes; a few are in memory at a time",
     )
+    offload_optimizer: Literal["none", "cpu", "nvme"] = _field(
+        "none",
+        "training",
+        "where AdamW's state waits: cpu in main memory beside a GPU, nvme in a file on a disk; it "
+        "is brought and moved piece by piece",
+    )
+    nvme_path: str | None = _field(
+        None, "training", "folder on the disk for what is offloaded; null: the run's own folder"
+    )
     strategy: Literal["auto", "single", "ddp", "fsdp", "zero1", "zero2", "zero3"] = _field(
         "auto",
         "training",

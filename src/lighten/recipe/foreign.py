@@ -28,6 +28,7 @@ _SAME = {
     "gradient_accumulation_steps": "gradient_accumulation_steps",
     "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
 }
+_STEP = {"gradient_accumulation_steps", "per_device_train_batch_size"}
 _OPTIMIZER = {"lr": "learning_rate", "eps": "adam_epsilon", "weight_decay": "weight_decay"}
 
 
@@ -46,21 +47,14 @@ def deepspeed(given: Any) -> dict[str, Any]:
     zero = config.get("zero_optimization") or {}
     if zero.get("stage", 0) not in STAGES:
         raise ValueError(f"stage {zero.get('stage')!r} is none of 0, 1, 2, 3")
-    for part in ("offload_optimizer", "offload_param"):
-        device = (zero.get(part) or {}).get("device", "none")
-        if device not in ("none", None):
-            raise ValueError(
-                f"{part} to {device} is not built; remove it (for a frozen base that is larger "
-                "than memory: offload_base: cpu or disk, in one process)"
-            )
-    found: dict[str, Any] = {"strategy": STAGES[zero.get("stage", 0)]}
+    found: dict[str, Any] = {"strategy": STAGES[zero.get("stage", 0)], **_offload(zero)}
     for theirs, name in _SAME.items():
         if config.get(theirs, "auto") != "auto":
             found[name] = config[theirs]
-    if isinstance(config.get("train_batch_size"), int) and len(found) < len(_SAME):
+    if isinstance(config.get("train_batch_size"), int) and not found.keys() >= _STEP:
         raise ValueError(
-            "train_batch_size depends on the number of ranks; set train_micro_batch_size_per_gpu, "
-            "gradient_accumulation_steps and gradient_clipping beside it, or set it to auto"
+            "train_batch_size depends on the number of ranks; set train_micro_batch_size_per_gpu "
+            "and gradient_accumulation_steps beside it, or set it to auto"
         )
     for section, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
         if (config.get(section) or {}).get("enabled") is True:
@@ -87,6 +81,36 @@ def fsdp(given: Any) -> dict[str, Any]:
             raise ValueError(
                 f"{word!r} is not built; use full_shard, shard_grad_op or no_shard, with auto_wrap"
             )
+    return found
+
+
+def _offload(zero: Mapping[str, Any]) -> dict[str, Any]:
+    """Where states wait. How many buffers they pass through changes no result.
+
+    Raises:
+        ValueError: A device is not known, or parameters are to wait that are not spread.
+    """
+    found: dict[str, Any] = {}
+    for part, name in (("offload_optimizer", "offload_optimizer"),):
+        section = zero.get(part) or {}
+        device = section.get("device") or "none"
+        if device not in ("none", "cpu", "nvme"):
+            raise ValueError(f"{part}: device {device!r} is none of none, cpu, nvme")
+        if device == "none":
+            continue
+        found[name] = device
+        folder = section.get("nvme_path")
+        if device != "nvme" or folder is None:
+            continue
+        if found.setdefault("nvme_path", folder) != folder:
+            raise ValueError(
+                f"nvme_path is {found['nvme_path']} and {folder}; there is one folder here"
+            )
+    if (device := (zero.get("offload_param") or {}).get("device", "none")) not in ("none", None):
+        raise ValueError(
+            f"offload_param to {device} is not built; remove it (for a frozen base that is larger "
+            "than memory: offload_base: cpu or disk, in one process)"
+        )
     return found
 
 

@@ -1,4 +1,4 @@
-"""What a base whose layers are not in memory does not go together with."""
+"""What does not go together with a base or a state that is not where the computing is."""
 
 from __future__ import annotations
 
@@ -9,10 +9,30 @@ if TYPE_CHECKING:
 
 # As `adapters.spec.OWN_INITS`: the others read the base's weights, and train in PEFT's modules.
 OWN_INITS = (True, False, "gaussian", "orthogonal")
+# Optimisers whose state can wait elsewhere.
+OFFLOADED = ("adamw_torch", "adamw_torch_fused")
 
 
 def problems(recipe: Recipe) -> list[str]:
-    """What a recipe with `offload_base` asks for and cannot have, a sentence each."""
+    """What a recipe that offloads something asks for and cannot have, a sentence each."""
+    return _of_base(recipe) + _of_states(recipe)
+
+
+def _of_states(recipe: Recipe) -> list[str]:
+    problems = []
+    where = recipe.offload_optimizer
+    if where != "none" and recipe.optim not in OFFLOADED:
+        problems.append(
+            f"offload_optimizer: {where} moves AdamW's state, and optim: {recipe.optim} has "
+            f"another or none; use optim: {OFFLOADED[0]}, or remove it"
+        )
+    if recipe.nvme_path is not None and where != "nvme":
+        problems.append("nvme_path is the folder of offload_optimizer: nvme; set that, or remove "
+                        "nvme_path")  # fmt: skip
+    return problems
+
+
+def _of_base(recipe: Recipe) -> list[str]:
     if recipe.offload_base == "none":
         return []
     said = f"offload_base: {recipe.offload_base}"

@@ -23,6 +23,7 @@ import torch
 from lighten.adapters import Trained, dtensors, shards
 from lighten.engine.adapter_optimizer import AdapterOptimizer, AdapterOptimizerProgress
 from lighten.errors import UserError
+from lighten.parallel.offloaded import stores
 from lighten.runs import write_bytes, write_json
 
 STATE, OPTIMIZER = "trainer_state.json", "optimizer"
@@ -129,6 +130,7 @@ def _write(
         sums = {}
         for name, content in files.items():
             write_bytes(folder / prefix / name, content)
+            stores.let_all_go()  # of what was read for it
             sums[prefix + name] = pool.submit(_checksum, folder / prefix / name)
     state.files |= {name: checksum.result() for name, checksum in sums.items()}
 
@@ -164,7 +166,7 @@ def listing(folder: Path) -> list[Path]:
 
 
 def restore(
-    checkpoint: Path, trained: Trained, members: Sequence[AdapterOptimizer], device: torch.device
+    checkpoint: Path, trained: Trained, members: Sequence[AdapterOptimizer]
 ) -> TrainerState:
     """Put weights and optimisers back as they were.
 
@@ -183,12 +185,13 @@ def restore(
         prefix = f"{member.name}/"
         member.restore_optimizer(
             {
-                key.removeprefix(prefix): value.to(device)
+                key.removeprefix(prefix): value
                 for key, value in optimizer.items()
                 if key.startswith(prefix)
             }
         )
         member.progress = state.members[member.name]
+    stores.let_all_go()
     return state
 
 

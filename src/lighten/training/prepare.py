@@ -27,11 +27,13 @@ from lighten.errors import UserError
 from lighten.machine import hardware
 from lighten.machine.hardware import Choice
 from lighten.parallel.choose import choose
+from lighten.parallel.offloaded.stores import Store
 from lighten.parallel.strategies import Strategy
 from lighten.recipe import AdapterOptions, Recipe
 from lighten.recipe.section import seconds
 from lighten.training import streaming
 from lighten.training.method import choices_of, what_learns
+from lighten.training.offloaded import Stores
 from lighten.training.rows import Rows
 from lighten.training.setup import Setup
 
@@ -107,10 +109,16 @@ def prepare(
     choices["optimizer"] = optimizer = optimizers.choose(recipe.optim, device)
     strategy.spread(trained)
     choices["strategy"] = Choice(strategy.name, strategy.describe())
+    stores = Stores(recipe, device)
+    state_store = stores.optimizer()
+    choices |= stores.choices
     adapters = [
-        _adapter_optimizer(options, recipe, trained, strategy, lengths.total_steps, optimizer.value)
+        _adapter_optimizer(
+            options, recipe, trained, strategy, lengths.total_steps, optimizer.value,
+            None if state_store is None else state_store(),
+        )
         for options in recipe.cohort()
-    ]
+    ]  # fmt: skip
     choices["packing"] = packing = choose_packing(recipe.packing, base.model, trained.no_packing)
     micro_batches, reasons = _micro_batches(recipe, base, trained, strategy, accelerator, lengths)
     objective = Objective(
@@ -244,7 +252,7 @@ def _choose_workers(
 
 def _adapter_optimizer(
     options: AdapterOptions, recipe: Recipe, trained: Trained, strategy: Strategy, total_steps: int,
-    optim: str,
+    optim: str, store: Store | None,
 ) -> AdapterOptimizer:  # fmt: skip
     settings = AdapterOptimizerSettings(
         learning_rate=options.learning_rate,
@@ -269,4 +277,5 @@ def _adapter_optimizer(
         settings,
         undecayed=undecayed,
         learning=strategy.learning(parameters),
+        store=store,
     )

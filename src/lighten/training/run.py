@@ -24,7 +24,7 @@ from lighten.parallel import launch, ranks
 from lighten.recipe import Recipe
 from lighten.runs import PLAN, Run, write_json
 from lighten.streams import heard_by
-from lighten.training import checkpoints, quantization_aware, streaming, trackers
+from lighten.training import checkpoints, offloaded, quantization_aware, streaming, trackers
 from lighten.training.base import load_base, require_trainable, tokenizer_of
 from lighten.training.checkpoints import TrainerState, weights_of
 from lighten.training.export import export
@@ -81,7 +81,9 @@ def train(
         log_with=list(recipe.report_to) or None,
         project_config=trackers.places(recipe.run_folder),
     )
-    streaming.require_possible(recipe, accelerator.device.type, accelerator.num_processes)
+    place_of = accelerator.device.type, accelerator.num_processes
+    streaming.require_possible(recipe, *place_of)
+    offloaded.require_possible(recipe, accelerator.device.type)
     run = _open(recipe, accelerator, resume=resume)
     with TrainingProgress(enabled=progress and accelerator.is_main_process) as shown:
         for notice in recipe.notices:
@@ -293,7 +295,7 @@ def _newest(
 
 def _resume(newest: Path, setup: Setup, shown: TrainingProgress) -> TrainerState:
     """Put a checkpoint back."""
-    state = checkpoints.restore(newest, setup.trained, setup.adapters, setup.accelerator.device)
+    state = checkpoints.restore(newest, setup.trained, setup.adapters)
     if state.scaler:
         setup.scaler.load_state_dict(state.scaler)
     shown.note(f"going on after step {state.step} ({newest.name})")

@@ -1,0 +1,57 @@
+"""What a step's timeline is where optimiser state waits outside of the device."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from lighten.parallel.offloaded.adamw import MOMENTS, PIECE_NUMBERS
+from lighten.planning.storage_tracker import OUTSIDE, Block, Event, Timeline
+from lighten.recipe import Recipe
+
+STEP = "optimiser step"
+# What is left out of the trace, or comes into its result afterwards.
+UNTRACED = {"torch_compile": False, "activation_offload": False, "offload_optimizer": "none"}
+
+
+def leaves_device(recipe: Recipe, kind: str) -> bool:
+    """Whether the optimiser's state is not in the memory that is planned.
+
+    Args:
+        recipe: What would be trained.
+        kind: `cpu` or `cuda`.
+    """
+    where = recipe.offload_optimizer
+    return where == "nvme" or (where == "cpu" and kind != "cpu")
+
+
+def choices(recipe: Recipe, kind: str) -> dict[str, str]:
+    """What a plan says of it."""
+    if recipe.offload_optimizer == "none":
+        return {}
+    where = "on a disk" if recipe.offload_optimizer == "nvme" else "in main memory"
+    moved = "" if leaves_device(recipe, kind) else ", where the run computes: nothing moves"
+    return {"offload_optimizer": f"{recipe.offload_optimizer}: AdamW's state waits {where}{moved}"}
+
+
+def without_state(timeline: Timeline) -> Timeline:
+    """The timeline with two pieces of the optimiser's state within its steps, in place of all."""
+    whole = {event.block for event in timeline.events if event.block.part == "optimiser"}
+    # One is moved while the next is brought.
+    bytes_held = min(
+        2 * len(MOMENTS) * 4 * PIECE_NUMBERS, sum(block.bytes for block in whole)
+    )  # fmt: skip
+    events: list[Event] = []
+    held: Block | None = None
+    for event in timeline.events:
+        stepping = timeline.runs[event.run].phase == STEP
+        if stepping and held is None:
+            held = Block(bytes_held, "optimiser", OUTSIDE, event.run)
+            events.append(Event(held, True, event.run, OUTSIDE))
+        elif held is not None and not stepping:
+            events.append(Event(held, False, event.run, OUTSIDE))
+            held = None
+        if event.block not in whole:
+            events.append(event)
+    if held is not None:
+        events.append(Event(held, False, held.run, OUTSIDE))
+    return replace(timeline, events=events)

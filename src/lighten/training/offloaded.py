@@ -1,0 +1,61 @@
+"""Optimiser state and weights outside of the device that computes: whether, and where."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from lighten.errors import UserError
+from lighten.machine.hardware import Choice
+from lighten.parallel.offloaded.stores import MainMemory, Scratch, Store
+from lighten.recipe import Recipe
+
+SETTINGS = ("offload_optimizer",)
+
+
+def require_possible(recipe: Recipe, device: str) -> None:
+    """Say what stands against `offload_optimizer` and `offload_params` before anything is loaded.
+
+    Args:
+        recipe: What is wanted.
+        device: `cpu` or `cuda`.
+
+    Raises:
+        UserError: It cannot be done on this device.
+    """
+    for setting in SETTINGS:
+        where = getattr(recipe, setting)
+        if where != "none" and device not in ("cpu", "cuda"):
+            raise UserError(f"{setting}: {where} knows processors and CUDA GPUs, not {device}")
+
+
+class Stores:
+    """What a recipe's settings mean on a device.
+
+    Args:
+        recipe: What is wanted.
+        device: `cpu` or `cuda`.
+    """
+
+    def __init__(self, recipe: Recipe, device: str) -> None:
+        self._recipe, self._device = recipe, device
+        self.choices: dict[str, Choice] = {}
+
+    def optimizer(self) -> Callable[[], Store] | None:
+        """Makes the store of an optimiser's state; None: it stays on the device."""
+        return self._store("offload_optimizer")
+
+    def _store(self, setting: str) -> Callable[[], Store] | None:
+        where = getattr(self._recipe, setting)
+        if where == "none":
+            return None
+        if where == "nvme":
+            folder = Path(self._recipe.nvme_path or self._recipe.run_folder).expanduser()
+            self.choices[setting] = Choice(f"a file in {folder}", f"{setting}: nvme")
+            named = "nvme_path" if self._recipe.nvme_path else setting
+            return lambda: Scratch(folder, named)
+        reason = f"{setting}: cpu"
+        if self._device == "cpu":
+            reason += "; this run computes there, so nothing moves (nvme would need less of it)"
+        self.choices[setting] = Choice("main memory", reason)
+        return None if self._device == "cpu" else MainMemory
