@@ -38,10 +38,12 @@ class TokenBytes:
         A vocabulary takes as long to read as 200 rows to encode, so it is read once, and again
         when tokens were added. A forked process has what was read before the fork.
         """
-        size, known = _KNOWN.get(tokenizer, (-1, None))
-        if size != len(tokenizer):
-            known = cls._read(tokenizer.backend_tokenizer)
-            _KNOWN[tokenizer] = len(tokenizer), known
+        backend = tokenizer.backend_tokenizer
+        size = backend.get_vocab_size(with_added_tokens=True)
+        read_at, known = _KNOWN.get(tokenizer, (-1, None))
+        if read_at != size:
+            known = cls._read(backend)
+            _KNOWN[tokenizer] = size, known
         return known
 
     @classmethod
