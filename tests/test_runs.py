@@ -165,3 +165,15 @@ def test_folders_that_a_killed_process_left_unfinished_go_and_others_stay(tmp_pa
     assert (tmp_path / "q8" / "a").read_text() == "a"
     assert (tmp_path / "other" / "b").read_text() == "b"
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_run_of_another_version_is_read_or_refused_in_words(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    path = run.folder / "recipe.yaml"
+    text = path.read_text()
+    path.write_text(text.replace("workers: auto", "lanes: 2"))  # its name before 0.1.0
+    assert "lanes: 2" in path.read_text()
+    assert run.recipe().workers == 2
+    path.write_text(text + "of_next_year: 3\n")
+    with pytest.raises(UserError, match=r"recipe.yaml: this version .* of_next_year"):
+        run.recipe()

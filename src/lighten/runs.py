@@ -19,7 +19,7 @@ from lighten.folders import MODEL as MODEL
 from lighten.folders import PLAN as PLAN
 from lighten.folders import QUANTIZE as QUANTIZE
 from lighten.folders import RECIPE as RECIPE
-from lighten.recipe import Recipe, yaml_lines
+from lighten.recipe import Recipe, aliases, yaml_lines
 from lighten.whole_files import FileContent as FileContent
 from lighten.whole_files import append_line as append_line
 from lighten.whole_files import read_lines as read_lines
@@ -136,11 +136,24 @@ class Run:
         return self.folder.resolve().name
 
     def recipe(self) -> Recipe:
-        """The completed recipe of the run."""
+        """The completed recipe of the run; settings that were renamed since have their new names.
+
+        Raises:
+            UserError: It holds what this version does not know.
+        """
         values, _ = yaml_lines.read(self.folder / RECIPE)
+        settings, _, problems = aliases.translate(values)
         # A completed recipe holds every default, also those that contradict each other only when
         # somebody asks for them.
-        recipe = Recipe.model_validate(values)
+        try:
+            recipe = Recipe.model_validate(settings)
+        except ValueError as error:
+            problems += [line.strip() for line in str(error).splitlines()[1:2]]
+        if problems:
+            raise UserError(
+                f"{self.folder / RECIPE}: this version of lighten does not know {problems[0]}; "
+                "train again, or use the version that wrote the run"
+            )
         recipe._name = self.name
         return recipe
 
