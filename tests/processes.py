@@ -8,6 +8,7 @@ and of what it holds in memory start Python instead.
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import json
 import multiprocessing
@@ -16,9 +17,10 @@ import runpy
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lighten.jobs import Outcome
 
@@ -30,6 +32,7 @@ LIBRARIES = [
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(LIBRARIES)
 MOST_SECONDS = 900.0
+T = TypeVar("T")
 
 
 class Forked:
@@ -168,3 +171,9 @@ def _job() -> None:
 def _code(code: str, *words: str) -> None:
     sys.argv = ["-c", *words]
     exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
+
+
+def run_async(work: Coroutine[Any, Any, T]) -> T:
+    """What a coroutine returns; in a thread, for another test's browser has a loop at work here."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, work).result()

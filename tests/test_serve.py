@@ -569,7 +569,8 @@ def test_what_is_no_request_is_ended_and_others_are_answered(
         got = b""
         with contextlib.suppress(ConnectionError):
             got = connection.recv(100)
-    assert said in got
+    # Who hangs up while more is being sent takes its answer along.
+    assert said in got or (not got and len(sent) > 100_000)
     assert text(server, "one", QUESTIONS[0])
 
 

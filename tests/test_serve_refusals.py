@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from lighten.serving.answering import Front, Limits
 from lighten.serving.front import application
 from lighten.serving.options import Options
 from lighten.serving.running import prepare
+from tests.processes import run_async
 
 CHAT: dict[str, Any] = {"model": "base", "messages": [{"role": "user", "content": "a"}]}
 LOAD = {"lora_name": "more", "lora_path": "more"}
@@ -51,7 +51,7 @@ def answered(
         async with client:
             return [await call(client) for call in calls]
 
-    return asyncio.run(run())
+    return run_async(run())
 
 
 def test_without_a_clients_key_nothing_below_v1_is_answered(served: Served) -> None:

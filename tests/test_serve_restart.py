@@ -26,6 +26,7 @@ from lighten.serving.front import application
 from lighten.serving.options import Options
 from lighten.serving.running import prepare
 from lighten.serving.server_process import ServerProcess, Supervisor
+from tests.processes import run_async
 from tests.serving import ADMIN, save_adapter
 
 # A server that answers /health at the socket it is told, and ends when its standard input does; or
@@ -70,9 +71,9 @@ def children(word: str) -> list[psutil.Process]:
 
 def test_what_a_process_said_last_is_told_when_it_does_not_start() -> None:
     with pytest.raises(UserError, match=r"it could not be started: ValueError: no such model$"):
-        asyncio.run(started("fails"))
+        run_async(started("fails"))
     with pytest.raises(UserError, match="it was not ready after 1 s"):
-        asyncio.run(started("never", within_s=1))
+        run_async(started("never", within_s=1))
     assert children("socketserver") == []
 
 
@@ -84,7 +85,7 @@ def test_a_process_that_writes_without_end_of_line_goes_on() -> None:
         await process.end()
         return folder
 
-    assert not asyncio.run(run()).exists()
+    assert not run_async(run()).exists()
 
 
 def test_one_that_crashes_again_and_again_is_left_down_until_it_is_exchanged() -> None:
@@ -116,7 +117,7 @@ def test_one_that_crashes_again_and_again_is_left_down_until_it_is_exchanged() -
         await supervisor.stop()
         assert supervisor.processes == 0
 
-    asyncio.run(run())
+    run_async(run())
     assert children("socketserver") == []
 
 
@@ -137,7 +138,7 @@ def test_a_process_that_is_exchanged_ends_after_its_last_answer() -> None:
         assert supervisor.restarts == 0
         await supervisor.stop()
 
-    asyncio.run(run())
+    run_async(run())
 
 
 @pytest.mark.parametrize("killed", [True, False])
@@ -176,7 +177,7 @@ def serve(base: Path, options: Options, work: Callable[..., Awaitable[None]]) ->
             finally:
                 await engine.stop()
 
-    asyncio.run(run())
+    run_async(run())
 
 
 def test_llama_cpp_that_is_killed_comes_back_with_its_adapters(

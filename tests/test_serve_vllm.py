@@ -27,6 +27,7 @@ from lighten.serving import vllm
 from lighten.serving.adapters import fingerprint
 from lighten.serving.engine import Adapter, Generation
 from lighten.serving.remote import Remote
+from tests.processes import run_async
 from tests.serving import ADMIN, save_adapter, serving
 
 ROOT = Path(__file__).parents[1]
@@ -116,7 +117,7 @@ def test_a_server_that_dies_gets_all_its_adapters_again(
         assert engine.obstacle() is None
         await engine.stop()
 
-    asyncio.run(run())
+    run_async(run())
     lines = [line.split() for line in calls.read_text().splitlines()]
     before, after = (
         [(what, name) for pid, what, name in lines if (pid == lines[0][0]) == first]
