@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import pytest
 import torch
 from filelock import FileLock
@@ -27,6 +28,12 @@ if TYPE_CHECKING:
     from lighten.models import Base
 
 HUB_COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+# A busy machine is no reason for a property to fail.
+hypothesis.settings.register_profile(
+    "patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("patient")
 
 
 # What tests measure is no experience that this machine's plans should learn from.
