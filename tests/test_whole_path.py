@@ -170,6 +170,8 @@ ELSEWHERE = {
     "qat": "test_qat", "qat_group_size": "test_qat",
     "strategy": "test_strategies: where the state lies changes, the result must not",
     "offload_base": "test_streamed_base: memory changes, the result must not",
+    "offload_optimizer": "test_offloaded: memory changes, the result must not",
+    "nvme_path": "test_offloaded: where the state lies",
     "torch_compile": "test_train_compiled: code changes, the result must not",
     "evaluate.extra_metrics": "test_evaluate_metrics",
     "evaluate.forgetting": "test_evaluate_general",
