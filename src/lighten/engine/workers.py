@@ -82,14 +82,14 @@ class Workers(ABC):
         per_token: Mapping[str, float],
         scales: Mapping[str, float],
     ) -> list[dict[str, float]]:
-        """`passes.learn` on every micro-batch, its gradients added to those of the parameters.
+        """`forward_backward.learn` on every micro-batch, added to the parameters' gradients.
 
         The first exception of a worker is raised here once all workers have ended.
         """
 
     @abstractmethod
     def measure(self, objective: Objective, batches: Sequence[MicroBatch]) -> list[list[float]]:
-        """`passes.measure` of every micro-batch, in the batches' order."""
+        """`forward_backward.measure` of every micro-batch, in the batches' order."""
 
     @abstractmethod
     def give_back(self) -> None:
@@ -226,7 +226,7 @@ class GradientSums:
         per_token: Mapping[str, float],
         scales: Mapping[str, float],
     ) -> tuple[Self, list[dict[str, float]]]:
-        """Sum the gradients of a worker's micro-batches; itself, and what `passes.learn` says."""
+        """Sum the gradients of a worker's micro-batches; itself, and what `learn` says."""
         return self, [
             learn(batch, objective, per_token, scales, self.backward) for batch in batches
         ]
