@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -95,3 +97,16 @@ def test_a_library_of_the_system_is_taken(source: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(os, "getuid", lambda: 4322)
     assert native.compiled(source, []) == path
     assert path.stat().st_mtime_ns == before
+
+
+def test_loading_the_kernels_leaves_subnormal_numbers_alone() -> None:
+    """In a process of its own: others may have loaded libraries that change the mode."""
+    script = (
+        "from lighten.generation import kernels; from lighten.cpu import kernels as shared; "
+        "import sys; kernels.library(); shared.library(); tiny = sys.float_info.min; "
+        "print(tiny / 4 > 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "True\n", done.stderr

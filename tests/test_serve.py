@@ -563,11 +563,12 @@ def test_what_is_no_request_is_ended_and_others_are_answered(
 ) -> None:
     address = httpx.URL(server.url)
     with socket.create_connection((address.host, address.port or 80), timeout=60) as connection:
-        with contextlib.suppress(ConnectionError):  # it hung up before all was sent
+        # The server may hang up before all was sent: reset, broken pipe or no longer connected.
+        with contextlib.suppress(OSError):
             connection.sendall(sent)
             connection.shutdown(socket.SHUT_WR)
         got = b""
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(OSError):
             got = connection.recv(100)
     # Who hangs up while more is being sent takes its answer along.
     assert said in got or (not got and len(sent) > 100_000)

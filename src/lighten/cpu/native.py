@@ -18,10 +18,13 @@ from pathlib import Path
 
 from lighten.machine.hardware import cache_folder
 
-OPTIONS = ("-std=c++17", "-fPIC", "-shared", "-pthread")
+OPTIONS = ("-std=c++17", "-fPIC", "-pthread")
 # CXX may name a compiler of C, which leaves out the libraries of C++ and of mathematics: PEFT's
 # BOFT leaves "gcc" there.
 LIBRARIES = ("-lstdc++", "-lm") if sys.platform.startswith("linux") else ()
+# Linked apart from compiling and without its options: a linker that is told -ffast-math adds (GCC
+# before 13) code that turns subnormal numbers off for all threads of the process that loads it.
+LINKING = ("-shared", "-pthread", *LIBRARIES)
 LONGEST_S = 120.0  # of a compilation
 
 
@@ -57,7 +60,7 @@ def _made(compiler: str, folder: Path, options: Sequence[str], of: Sequence[str]
     ).stdout
     sources = sorted(folder.glob("*.cpp"))
     texts = [path.read_text(encoding="utf-8") for path in (*sources, *sorted(folder.glob("*.h")))]
-    key = "\n".join([version, *options, *of, *texts])
+    key = "\n".join([version, *options, *LINKING, *of, *texts])
     name = f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     ready = cache_folder() / "kernels" / name  # the system's, if an image brings one
     if _trusted(ready.parent, stat.S_ISDIR) and _trusted(ready):
@@ -67,10 +70,15 @@ def _made(compiler: str, folder: Path, options: Sequence[str], of: Sequence[str]
     if not _trusted(path):
         with tempfile.TemporaryDirectory(dir=kept) as scratch:
             made = Path(scratch) / "made.so"
-            subprocess.run(
-                [compiler, "-o", str(made), *map(str, sources), *options, *LIBRARIES],
-                capture_output=True, text=True, check=True, timeout=LONGEST_S,
-            )  # fmt: skip
+            objects = [f"{source.stem}.o" for source in sources]
+            for command in (
+                [compiler, "-c", *(str(source.resolve()) for source in sources), *options],
+                [compiler, *objects, "-o", str(made), *LINKING],
+            ):
+                subprocess.run(
+                    command, cwd=scratch,
+                    capture_output=True, text=True, check=True, timeout=LONGEST_S,
+                )  # fmt: skip
             made.chmod(0o700)
             made.replace(path)
     return path
