@@ -69,7 +69,7 @@ def adapter_base(made: Exported) -> Path:
 
 def test_it_answers_greedily_as_the_same_rounding_in_pytorch(made: Exported, adapter: Path) -> None:
     """An independent runtime; the prompt read at once and token by token; twice from one cache."""
-    from lighten.quantization.executorch_program import quantise
+    from lighten.quantization.executorch_rounding import ProgramRounding
 
     merged = lighten.export(
         adapter, "merged", output_dir=adapter.parent / "merged", dtype="float32", verify=False
@@ -78,7 +78,7 @@ def test_it_answers_greedily_as_the_same_rounding_in_pytorch(made: Exported, ada
     ids = torch.tensor([PROMPT])
     with torch.no_grad():
         plain = model(ids).logits[0].log_softmax(-1)
-        quantise(model)
+        ProgramRounding().apply(model)
         rounded = model(ids).logits[0].log_softmax(-1)
         expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12,
                                   do_sample=False, eos_token_id=None, pad_token_id=0)  # fmt: skip

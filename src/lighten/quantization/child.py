@@ -66,11 +66,13 @@ def _make(job: dict[str, Any]) -> dict[str, Any]:
         write_gguf(model, folder / f"{job['label']}.gguf", job["type"], name=job["label"])
     elif job["kind"] == "executorch":
         from lighten.quantization.executorch_program import write_program
+        from lighten.quantization.executorch_rounding import ProgramRounding
 
         began = time.perf_counter()
         notes = write_program(
-            model, Path(job["file"]), context_tokens=job["context"], ends=job["ends"]
-        )
+            model, Path(job["file"]), context_tokens=job["context"], ends=job["ends"],
+            rounding=ProgramRounding(job["group_size"], job["calibration"]),
+        )  # fmt: skip
     else:
         from lighten.quantization.weights import make
 

@@ -19,12 +19,19 @@ from typing import Any
 
 import numpy as np
 
+from lighten import data
+from lighten.artifacts import Artefact
 from lighten.errors import UserError, missing_extra
+from lighten.models.load import load_tokenizer
 from lighten.quantization import child
+from lighten.quantization.calibration import calibration_rows
+from lighten.quantization.executorch_rounding import ProgramRounding
 from lighten.quantization.gguf_source import Array, read_json
+from lighten.quantization.targets import dynamic_group_size
 
 SUFFIX = ".pte"
 CONTEXT = 1024  # positions of a program's cache, prompt and answer together
+_NEAREST = "weights are rounded to their nearest, which loses more than rounding by data"
 _HEADER = 40  # bytes, up to the end of the segments' offset and size
 
 
@@ -39,12 +46,39 @@ def require() -> None:
             raise missing_extra(package, "phone")
 
 
-def write_program(folder: Path, target: Path, *, context_tokens: int = CONTEXT) -> list[str]:
+def program_rounding(artefact: Artefact) -> tuple[ProgramRounding, dict[str, Any], list[str]]:
+    """How a program of an artefact is rounded: by rows that the run was trained on.
+
+    A run that learnt with the rounding in place is rounded to the nearest, as it learnt.
+
+    Returns:
+        The rounding, what is recorded of it, and what a user should know, a sentence each.
+    """
+    run, groups = artefact.run, dynamic_group_size(artefact.run)
+    nearest = ProgramRounding(groups), {"group_size": groups, "calibration": None}
+    if run is None:
+        return *nearest, [f"{_NEAREST}: no run says what data it will see"]
+    recipe = run.recipe()
+    if recipe.qat_groups is not None:
+        return *nearest, []
+    try:
+        tokenizer = load_tokenizer(str(artefact.companions))
+        data.choose_template(tokenizer, recipe.chat_template)
+        rows, told = calibration_rows(recipe, tokenizer)
+    except UserError as error:
+        return *nearest, [f"{_NEAREST}: the data of the run cannot be read ({error})"]
+    return ProgramRounding(groups, rows), {"group_size": groups, "calibration": told}, []
+
+
+def write_program(
+    folder: Path, target: Path, rounding: ProgramRounding, *, context_tokens: int = CONTEXT
+) -> list[str]:
     """Lower a model folder to an ExecuTorch program, in a process of its own.
 
     Args:
         folder: A transformers model in safetensors, with its tokenizer.
         target: The `.pte` file, written whole or not at all.
+        rounding: How weights are rounded.
         context_tokens: Prompt and answer together; fewer where the model knows fewer positions.
 
     Returns:
@@ -62,7 +96,8 @@ def write_program(folder: Path, target: Path, *, context_tokens: int = CONTEXT) 
     job = {
         "do": "make", "name": "executorch", "kind": "executorch", "model": str(folder),
         "folder": str(target.parent), "file": str(target), "context": longest,
-        "ends": _ends(folder),
+        "ends": _ends(folder), "group_size": rounding.group_size,
+        "calibration": rounding.calibration,
     }  # fmt: skip
     notes: list[str] = child.call(job)["notes"]
     return [

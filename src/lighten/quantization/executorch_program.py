@@ -1,7 +1,6 @@
 """A model as an ExecuTorch program for a phone's processor: XNNPACK, 4-bit weights.
 
-Linear layers have 4-bit weights in groups along a row and 8-bit activations, rounded anew for each
-token (8da4w); words are looked up in 8 bits; the rest computes in float32. The program keeps keys
+How it is rounded says `executorch_rounding`; the rest computes in float32. The program keeps keys
 and values as its state. Its method and its facts are those of ExecuTorch's runner of language
 models: `forward(tokens [1, T], start [1])` gives the scores of the token after the last, [1, V];
 start is the position of the first of the tokens.
@@ -23,14 +22,20 @@ from transformers.cache_utils import Cache, StaticLayer
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from lighten.errors import UserError
+from lighten.quantization.executorch_rounding import ProgramRounding
 
-# A row is cut into groups of as many weights: the largest that divides it.
-GROUPS = (128, 64, 32)
 PREFILL_TOKENS = 128  # of one call at most; ExecuTorch's runner cuts longer prompts
 ATTENTION = "lighten_grouped"
 
 
-def write_program(folder: Path, target: Path, *, context_tokens: int, ends: list[int]) -> list[str]:
+def write_program(
+    folder: Path,
+    target: Path,
+    *,
+    context_tokens: int,
+    ends: list[int],
+    rounding: ProgramRounding,
+) -> list[str]:
     """Lower a model folder to an ExecuTorch program.
 
     Args:
@@ -38,6 +43,7 @@ def write_program(folder: Path, target: Path, *, context_tokens: int, ends: list
         target: The `.pte` file.
         context_tokens: Positions of the cache: prompt and answer together.
         ends: Ids of the tokens that end an answer.
+        rounding: How weights are rounded.
 
     Returns:
         What a user should know, a sentence each.
@@ -50,7 +56,7 @@ def write_program(folder: Path, target: Path, *, context_tokens: int, ends: list
     AttentionInterface.register(ATTENTION, grouped_attention)
     AttentionMaskInterface.register(ATTENTION, eager_mask)
     model = load(folder, ATTENTION)
-    notes = quantise(model)
+    notes = rounding.apply(model)
     words = int(model.get_output_embeddings().weight.shape[0])
     first = model.config.bos_token_id
     facts = {
@@ -132,62 +138,6 @@ def grouped_attention(
     weights = torch.softmax(scores + attention_mask[0], dim=-1).flatten(1, 2)
     mixed = (weights @ value[0]).unflatten(1, (each, tokens)).flatten(0, 1)
     return mixed.transpose(0, 1)[None].contiguous(), None
-
-
-def quantise(model: Any) -> list[str]:
-    """Round a model's weights as the program has them, in place; activations from then on, too.
-
-    Returns:
-        What is not in 4 bits, a sentence each.
-    """
-    from torchao.quantization import (
-        Int8DynamicActivationIntxWeightConfig,
-        IntxWeightOnlyConfig,
-        quantize_,
-    )
-    from torchao.quantization.granularity import PerAxis, PerGroup
-
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if head is not None and head.weight is embedding.weight:
-        # Words are looked up in 8 bits and scored in 4: the two are one tensor no more.
-        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-    _with_linear_layers(model)
-    layers = [own for own in model.modules() if isinstance(own, nn.Linear)]
-    odd = 0
-    for layer in layers:
-        group = next((size for size in GROUPS if layer.in_features % size == 0), None)
-        odd += group is None
-        config = Int8DynamicActivationIntxWeightConfig(
-            weight_dtype=getattr(torch, "int4" if group else "int8"),
-            weight_granularity=PerGroup(group) if group else PerAxis(0),
-        )
-        quantize_(layer, config)
-    embedding.padding_idx = None  # of training alone, and a lookup with it stays in float32
-    quantize_(
-        model,
-        IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=PerAxis(0)),
-        lambda own, _: own is embedding,
-    )
-    if not odd:
-        return []
-    return [
-        f"{odd} of {len(layers)} linear layers have 8-bit weights: their rows are no multiple of "
-        f"{GROUPS[-1]}"
-    ]
-
-
-def _with_linear_layers(model: nn.Module) -> None:
-    """GPT-2's layers, which hold their weights the other way round, as linear ones."""
-    from transformers.pytorch_utils import Conv1D
-
-    for parent in list(model.modules()):
-        for name, layer in list(parent.named_children()):
-            if isinstance(layer, Conv1D):
-                inputs, outputs = layer.weight.shape
-                linear = nn.Linear(inputs, outputs)
-                linear.weight = nn.Parameter(layer.weight.detach().T.contiguous(), False)
-                linear.bias = nn.Parameter(layer.bias.detach(), False)
-                setattr(parent, name, linear)
 
 
 class _Layer(StaticLayer):

@@ -342,11 +342,16 @@ def _executorch(artefact: Artefact, target: Path, context: str, dequantized: boo
     file_name = f"{artefact.name}{executorch.SUFFIX}"
     # It is rounded to 4 bits once, from as it learnt, and not from what 16 bits leave of that.
     merged = model_folder(artefact, target, dequantized=dequantized, dtype="float32")
+    rounding, told, notes = executorch.program_rounding(artefact)
     with merged as folder, whole_folder(target) as partial:
-        notes = executorch.write_program(folder, partial / file_name, context_tokens=int(context))
+        notes += executorch.write_program(
+            folder, partial / file_name, rounding, context_tokens=int(context)
+        )
         copy_companions(artefact, partial)
         (partial / "README.md").write_text(card(artefact, notes), encoding="utf-8")
-        write_manifest(artefact, partial, "executorch", **_onto(artefact, dequantized))
+        write_manifest(
+            artefact, partial, "executorch", rounding=told, **_onto(artefact, dequantized)
+        )
     return _exported(target, f"*{executorch.SUFFIX}", tuple(notes))
 
 

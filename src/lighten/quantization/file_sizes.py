@@ -15,7 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lighten.quantization.int4 import group_size, quantised_layers
+from lighten.quantization.calibrated import quantised_layers
+from lighten.quantization.int4 import group_size
 from lighten.quantization.targets import DYNAMIC, GROUP_SIZE
 
 _WIDTH = {"F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I8": 1, "U8": 1}

@@ -10,6 +10,8 @@ Dimensions: O outputs, I inputs, G = I / g groups of g inputs.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -21,34 +23,62 @@ SHARES = tuple(1.0 - 0.01 * step for step in range(41))
 SMALLEST = 1e-7  # of a scale in float16
 
 
-def plain_scales(weight: Tensor, group_size: int) -> Tensor:
-    """Scales [O, G] at which the largest of each group becomes -8, whatever its sign.
+@dataclass(frozen=True)
+class Scales:
+    """How a format stores scales.
+
+    Attributes:
+        dtype: Its format of floating point: a scale is rounded to it before weights are.
+        signed: A scale may be negative, so that the largest number of a group becomes -8 whatever
+            its sign.
+    """
+
+    dtype: torch.dtype
+    signed: bool
+
+    def stored(self, scales: Tensor) -> Tensor:
+        """As they are read back, in float32."""
+        return scales.to(self.dtype).float()
+
+
+HALF = Scales(torch.float16, signed=True)
+
+
+def plain_scales(weight: Tensor, group_size: int, kind: Scales = HALF) -> Tensor:
+    """Scales [O, G] that clip no number of their group.
 
     Args:
         weight: [O, I].
         group_size: g.
+        kind: How they are stored.
     """
     groups = weight.unflatten(1, (-1, group_size))
     high, low = groups.amax(-1), groups.amin(-1)
-    largest = torch.where(high.abs() > low.abs(), high, low)
-    scales = largest / LOWEST
-    return _stored(torch.where(scales.abs() < SMALLEST, torch.full_like(scales, SMALLEST), scales))
+    if kind.signed:
+        scales = torch.where(high.abs() > low.abs(), high, low) / LOWEST
+    else:
+        scales = torch.maximum(high / HIGHEST, low / LOWEST)
+    least = torch.full_like(scales, SMALLEST)
+    return kind.stored(torch.where(scales.abs() < SMALLEST, least, scales))
 
 
-def searched_scales(weight: Tensor, group_size: int, importance: Tensor) -> Tensor:
+def searched_scales(
+    weight: Tensor, group_size: int, importance: Tensor, kind: Scales = HALF
+) -> Tensor:
     """Scales [O, G] of the least weighted error: large numbers may be clipped for the others' sake.
 
     Args:
         weight: [O, I].
         group_size: g.
         importance: Of each input, [I].
+        kind: How they are stored.
     """
     groups = weight.unflatten(1, (-1, group_size))
     weights = importance.unflatten(0, (-1, group_size))
-    widest = plain_scales(weight, group_size)
+    widest = plain_scales(weight, group_size, kind)
     best, least = widest, torch.full_like(widest, torch.inf)
     for share in SHARES:
-        scales = _stored(widest * share)
+        scales = kind.stored(widest * share)
         error = _rounded(groups, scales[..., None]).mul_(scales[..., None]).sub_(groups)
         errors = error.square_().mul_(weights).sum(-1)
         better = errors < least
@@ -56,29 +86,32 @@ def searched_scales(weight: Tensor, group_size: int, importance: Tensor) -> Tens
     return best
 
 
-def rounded_plainly(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+def rounded_plainly(weight: Tensor, group_size: int, kind: Scales = HALF) -> tuple[Tensor, Tensor]:
     """Each number to its nearest: integers [O, I] in int8, scales [O, G]."""
-    scales = plain_scales(weight, group_size)
+    scales = plain_scales(weight, group_size, kind)
     groups = weight.unflatten(1, (-1, group_size))
     return _rounded(groups, scales[..., None]).flatten(1).to(torch.int8), scales
 
 
-def rounded(weight: Tensor, moments: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+def rounded(
+    weight: Tensor, moments: Tensor, group_size: int, kind: Scales = HALF
+) -> tuple[Tensor, Tensor]:
     """A weight rounded for the inputs that it will see.
 
     Args:
         weight: [O, I], float32.
         moments: Sum over inputs x of x xᵀ, [I, I], float32.
         group_size: g.
+        kind: How scales are stored.
 
     Returns:
-        Integers [O, I] in int8 and scales [O, G] in float32, exact in float16.
+        Integers [O, I] in int8 and scales [O, G] in float32, exact in the format of `kind`.
     """
     inputs = weight.shape[1]
     moments = moments.clone()
     moments.diagonal().add_(DAMPING * moments.diagonal().mean() + 1e-12)
     importance = moments.diagonal().clone()
-    scales = searched_scales(weight, group_size, importance)
+    scales = searched_scales(weight, group_size, importance, kind)
     order = torch.argsort(importance, descending=True, stable=True)
     left = weight[:, order]  # what columns are to become, errors of earlier ones added
     factor = _factor(moments[order][:, order])
@@ -113,8 +146,3 @@ def _factor(moments: Tensor) -> Tensor:
 
 def _rounded(values: Tensor, scales: Tensor) -> Tensor:
     return values.div(scales).round_().clamp_(LOWEST, HIGHEST)
-
-
-def _stored(scales: Tensor) -> Tensor:
-    """As float16 holds them."""
-    return scales.half().float()

@@ -1,31 +1,29 @@
 """A folder of INT4 weights in the layout that auto-round, transformers and vLLM load.
 
 Integers with a scale per group, symmetric: `qweight`, `scales` and `qzeros` of AutoGPTQ's layout,
-under `quant_method: auto-round`. Embedding, norms and head stay in bfloat16. One decoder layer is
-rounded at a time, on what the layers before it, rounded already, make of the calibration rows.
+under `quant_method: auto-round`. Embedding, norms and head stay in bfloat16.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lighten.adapters.decoder import decoder_layers
 from lighten.errors import UserError
 from lighten.quantization import gptq
+from lighten.quantization.calibrated import Rounded, quantised_layers, rounded_layers
 
 # Sizes of a group, the largest that divides every row first: a group across the edge of a row
 # is written and cannot be read back (auto-round 0.16.1).
 GROUPS = (128, 64, 32, 16)
 PACKED = 8  # numbers of 4 bits in an int32
 ZERO = 0x77777777  # the layout stores a zero point of 8 as 7, eight of them in an int32
-Rounded = dict[str, tuple[Tensor, Tensor]]  # integers and scales of a layer, by its path
 
 
 def write(model: Path, folder: Path, calibration: Sequence[Sequence[int]] | None) -> None:
@@ -51,16 +49,10 @@ def write(model: Path, folder: Path, calibration: Sequence[Sequence[int]] | None
         for path, layer in quantised_layers(loaded).items():
             found[path] = gptq.rounded_plainly(layer.weight.detach(), size)
     else:
-        found = _calibrated(loaded, layers, calibration, size)
+        found = rounded_layers(loaded, calibration, lambda _: size)
     paths = {id(module): path for path, module in loaded.named_modules()}
     blocks = paths[id(layers[0])].rpartition(".")[0]
     _save(loaded, folder, found, size, blocks)
-
-
-def quantised_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
-    """The linear layers inside the decoder layers, by path."""
-    inside = {id(m) for layer in decoder_layers(model) for m in layer.modules()}
-    return {p: m for p, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) in inside}
 
 
 def group_size(model: PreTrainedModel) -> int:
@@ -80,98 +72,6 @@ def group_size(model: PreTrainedModel) -> int:
         f"model's linear layers have rows of {', '.join(map(str, sorted(rows))) or 'no kind'}; use "
         "nf4 or int8"
     )
-
-
-@torch.no_grad()
-def _calibrated(
-    model: PreTrainedModel,
-    layers: Sequence[nn.Module],
-    rows: Sequence[Sequence[int]],
-    size: int,
-) -> Rounded:
-    """Round layer after layer, each on the outputs of those before it."""
-    paths = {id(module): path for path, module in quantised_layers(model).items()}
-    states, calls = _inputs(model, layers, rows)
-    found: Rounded = {}
-    for number, layer in enumerate(layers):
-        moments = _moments(layer, states, [own[number] for own in calls])
-        for module in layer.modules():
-            if isinstance(module, nn.Linear):
-                weight = module.weight
-                seen = moments.get(id(module))
-                # An expert that no row went to has nothing to be rounded for.
-                integers, scales = (
-                    gptq.rounded_plainly(weight, size)
-                    if seen is None
-                    else gptq.rounded(weight.detach(), seen, size)
-                )
-                found[paths[id(module)]] = integers, scales
-                groups = integers.unflatten(1, (-1, size)) * scales[..., None]
-                weight.copy_(groups.flatten(1))
-        states = [_first(layer(x, **call[number])) for x, call in zip(states, calls, strict=True)]
-    return found
-
-
-class _Reached(Exception):
-    """The last decoder layer was called: the rest of the pass is not needed."""
-
-
-def _inputs(
-    model: PreTrainedModel, layers: Sequence[nn.Module], rows: Sequence[Sequence[int]]
-) -> tuple[list[Tensor], list[list[dict[str, Any]]]]:
-    """What enters the first layer, by row, and what else each layer is called with."""
-    states: list[Tensor] = []
-    calls: list[list[dict[str, Any]]] = []
-
-    def noted(layer: nn.Module, given: tuple[Any, ...], more: dict[str, Any]) -> None:
-        if layer is layers[0]:
-            states.append(given[0] if given else more["hidden_states"])
-            calls.append([])
-        calls[-1].append({key: own for key, own in more.items() if key != "hidden_states"})
-        if layer is layers[-1]:
-            raise _Reached
-
-    hooks = [layer.register_forward_pre_hook(noted, with_kwargs=True) for layer in layers]
-    try:
-        for row in rows:
-            with contextlib.suppress(_Reached):
-                model(input_ids=torch.tensor([list(row)]), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return states, calls
-
-
-def _moments(
-    layer: nn.Module, states: Sequence[Tensor], calls: Sequence[dict[str, Any]]
-) -> dict[int, Tensor]:
-    """Second moments of what each linear layer inside reads, by its id."""
-    found: dict[int, Tensor] = {}
-    last: tuple[Tensor, Tensor] | None = None  # what was read last, and its moments
-
-    def seen(module: nn.Module, given: tuple[Any, ...]) -> None:
-        nonlocal last
-        if last is None or last[0] is not given[0]:
-            x = given[0].reshape(-1, given[0].shape[-1]).float()
-            last = given[0], x.T @ x
-        if id(module) in found:
-            found[id(module)] += last[1]
-        else:
-            found[id(module)] = last[1].clone()
-
-    hooks = [m.register_forward_pre_hook(seen) for m in layer.modules()
-             if isinstance(m, nn.Linear)]  # fmt: skip
-    for x, call in zip(states, calls, strict=True):
-        layer(x, **call)
-    for hook in hooks:
-        hook.remove()
-    return found
-
-
-def _first(out: Any) -> Tensor:
-    """Some architectures' layers return more than what goes on."""
-    first: Tensor = out[0] if isinstance(out, tuple) else out
-    return first
 
 
 def packed(integers: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from lighten.artifacts import open_source
 from lighten.errors import NoHeldOut, UserError
 from lighten.evaluation.evaluation import askable, held_out_examples
 from lighten.models.load import load_tokenizer
+from lighten.quantization.calibration import TooFewTokens, calibration_rows
 from lighten.quantization.export import model_folder
 from lighten.quantization.gguf_source import read_json
 from lighten.quantization.questions import TaskMetrics, declared_ends, task_metrics
@@ -24,10 +25,6 @@ from lighten.quantization.targets import dynamic_group_size
 from lighten.recipe import Recipe
 from lighten.runs import Run
 from lighten.training import held_out_data
-from lighten.training.rows import load_rows
-
-# Tokens of a calibration row, and rows at most: what 2 cores learn from in some minutes.
-CALIBRATION_TOKENS, CALIBRATION_ROWS = 256, 16
 
 
 @dataclass
@@ -112,24 +109,10 @@ def calibration_of(source: ModelSource) -> tuple[list[list[int]], dict[str, Any]
             "int4 chooses its rounding on data like those that the model will see: give a run, or "
             "--dataset FILE; int4:rounded needs none"
         )
-    rows = load_rows(source.recipe, source.tokenizer).train.rows
-    ids: list[int] = []
-    for row in rows:
-        ids.extend(int(token) for token in row.input_ids)
-        if len(ids) >= CALIBRATION_TOKENS * CALIBRATION_ROWS:
-            break
-    length = min(CALIBRATION_TOKENS, len(ids))
-    count = min(CALIBRATION_ROWS, len(ids) // max(1, length))
-    if length < 16:
-        raise UserError(
-            f"{source.recipe.dataset} has {len(ids)} tokens, too few to calibrate int4 on; use "
-            "int4:rounded"
-        )
-    cut = [ids[i * length : (i + 1) * length] for i in range(count)]
-    digest = hashlib.sha256(np.asarray(cut, dtype="<i4").tobytes()).hexdigest()
-    return cut, {
-        "dataset": source.recipe.dataset, "rows": count, "row_tokens": length, "sha256": digest,
-    }  # fmt: skip
+    try:
+        return calibration_rows(source.recipe, source.tokenizer)
+    except TooFewTokens as error:
+        raise UserError(f"{error}; use int4:rounded") from error
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,124 @@
+"""How a program for a phone is rounded.
+
+Linear layers but the head have 4-bit weights, symmetric, a scale per group along a
+row, and 8-bit activations, rounded anew for each token (8da4w): what `qat` trains for. The head has
+8-bit weights, and words are looked up in 8 bits.
+
+Dimensions: O outputs, I inputs, G groups of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lighten.quantization import gptq
+from lighten.quantization.calibrated import rounded_layers
+from lighten.quantization.targets import GROUP_SIZE
+
+# XNNPACK computes with scales in bfloat16: weights are rounded for those.
+SCALES = gptq.Scales(torch.bfloat16, signed=False)
+
+
+@dataclass(frozen=True)
+class ProgramRounding:
+    """How a model's weights are rounded.
+
+    Attributes:
+        group_size: Numbers of a row that share a scale.
+        calibration: Token ids of rows that the rounding is chosen on; None: each number goes to
+            its nearest, as after a training that rounded so.
+    """
+
+    group_size: int = GROUP_SIZE
+    calibration: Sequence[Sequence[int]] | None = None
+
+    def apply(self, model: Any) -> list[str]:
+        """Round a model's weights, in place; activations from then on, too.
+
+        Args:
+            model: A transformers model in float32.
+
+        Returns:
+            What is not in 4 bits, or not calibrated, a sentence each.
+        """
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        if head is not None and head.weight is embedding.weight:
+            # Words are looked up in another granularity than they are scored: two tensors from now.
+            head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        _with_linear_layers(model)
+        rounded = {} if self.calibration is None else rounded_layers(
+            model, self.calibration, self._groups_of, SCALES
+        )  # fmt: skip
+        layers = {p: m for p, m in model.named_modules() if isinstance(m, nn.Linear)}
+        odd = 0
+        for path, layer in layers.items():
+            groups = None if layer is head else self._groups_of(layer)
+            odd += layer is not head and groups is None
+            _round_layer(layer, groups)
+            if path in rounded:
+                _replace(layer, *rounded[path])
+        _round_words(model, embedding)
+        notes = []
+        if odd:
+            notes.append(
+                f"{odd} of {len(layers)} linear layers have 8-bit weights: their rows are no "
+                f"multiple of {GROUP_SIZE}"
+            )
+        if self.calibration is not None and not rounded and odd < len(layers):
+            notes.append("weights are rounded to their nearest: its decoder layers are not known")
+        return notes
+
+    def _groups_of(self, layer: nn.Linear) -> int | None:
+        """The size of a layer's groups; None: its rows are no multiple of one that is known."""
+        sizes = dict.fromkeys((self.group_size, GROUP_SIZE))
+        return next((size for size in sizes if layer.in_features % size == 0), None)
+
+
+def _round_layer(layer: nn.Linear, group_size: int | None) -> None:
+    """To 4 bits in groups, or to 8 bits with a scale a row; each number to its nearest."""
+    from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize_
+    from torchao.quantization.granularity import PerAxis, PerGroup
+
+    config = Int8DynamicActivationIntxWeightConfig(
+        weight_dtype=getattr(torch, "int4" if group_size else "int8"),
+        weight_granularity=PerGroup(group_size) if group_size else PerAxis(0),
+    )
+    quantize_(layer, config)
+
+
+def _replace(layer: nn.Linear, integers: Tensor, scales: Tensor) -> None:
+    """Give a rounded layer other integers [O, I] and scales [O, G]."""
+    weight: Any = layer.weight
+    weight.qdata.copy_(integers)
+    weight.scale.copy_(scales)
+
+
+def _round_words(model: nn.Module, embedding: Any) -> None:
+    from torchao.quantization import IntxWeightOnlyConfig, quantize_
+    from torchao.quantization.granularity import PerAxis
+
+    embedding.padding_idx = None  # of training alone, and a lookup with it stays in float32
+    quantize_(
+        model,
+        IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=PerAxis(0)),
+        lambda module, _: module is embedding,
+    )
+
+
+def _with_linear_layers(model: nn.Module) -> None:
+    """GPT-2's layers, which hold their weights the other way round, as linear ones."""
+    from transformers.pytorch_utils import Conv1D
+
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, Conv1D):
+                inputs, outputs = layer.weight.shape
+                linear = nn.Linear(inputs, outputs)
+                linear.weight = nn.Parameter(layer.weight.detach().T.contiguous(), False)
+                linear.bias = nn.Parameter(layer.bias.detach(), False)
+                setattr(parent, name, linear)
