@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import re
 import time
@@ -12,6 +11,7 @@ from typing import Any
 
 from lighten.errors import UserError
 from lighten.jobs import in_child
+from lighten.quantization.resident import drop_mapped_weights, load_code, resident_bytes
 from lighten.quantization.scores import EvaluationRow, score, speeds, summary
 from lighten.quantization.targets import DYNAMIC, GROUP_SIZE
 
@@ -94,18 +94,6 @@ def _store(job: dict[str, Any]) -> Path | None:
     return None if job["store"] is None else Path(job["store"])
 
 
-def _resident() -> int:
-    import ctypes
-
-    import psutil
-
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:  # what loading gave back would count otherwise (glibc)
-        trim(0)
-    return int(psutil.Process().memory_info().rss)
-
-
 def _measure_folder(job: dict[str, Any], rows: Sequence[EvaluationRow]) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -113,7 +101,8 @@ def _measure_folder(job: dict[str, Any], rows: Sequence[EvaluationRow]) -> dict[
     if job["kind"] != "reference":
         _import_loader(job["kind"])
     tokenizer = AutoTokenizer.from_pretrained(job["folder"], local_files_only=True)
-    before = _resident()
+    load_code(job["folder"])
+    before = resident_bytes()
     model: Any = AutoModelForCausalLM.from_pretrained(
         job["folder"], dtype=torch.bfloat16, local_files_only=True
     ).eval()
@@ -124,7 +113,9 @@ def _measure_folder(job: dict[str, Any], rows: Sequence[EvaluationRow]) -> dict[
         return torch.log_softmax(logits.float(), -1).numpy()
 
     log_probabilities(job["prompt"][:8])  # some weights are repacked when they are first used
-    resident = _resident() - before
+    drop_mapped_weights()
+    log_probabilities(job["prompt"][:8])
+    resident = resident_bytes() - before
 
     @torch.inference_mode()
     def prefill(ids: list[int]) -> Any:
@@ -183,12 +174,12 @@ def _measure_gguf(job: dict[str, Any], rows: Sequence[EvaluationRow]) -> dict[st
     library()
     longest = max([len(row.ids) for row in rows] + [len(job["prompt"])]
                   + [len(ids) for ids in job["prompts"]])  # fmt: skip
-    before = _resident()
+    before = resident_bytes()
     file = next(Path(job["folder"]).glob("*.gguf"))
     room = max([64, *job["rooms"]])
     runtime = Runtime(file, context_tokens=longest + room, threads=os.cpu_count(), cache="f16")
     runtime.logits(job["prompt"][:8])
-    resident = _resident() - before
+    resident = resident_bytes() - before
     statistics = score(rows, runtime.log_probabilities, _store(job), reference=job["reference"])
     answers = []
     for ids, room in zip(job["prompts"], job["rooms"], strict=True):
