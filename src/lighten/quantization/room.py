@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from lighten.artifacts import Artefact, added_words, copy_companions
 from lighten.errors import DiskFull
-from lighten.quantization.gguf_source import Weight, read_weights
+from lighten.quantization.gguf_source import Weight, read_settings, read_weights
+from lighten.quantization.targets import GROUP_SIZE
 
-# Of a program's weights at least: 4 bits each, where the words alone have 8.
-_PROGRAM_BYTES = 0.5
+# Of a program's weight: 4 bits and its share of a scale in bfloat16.
+_PROGRAM_BYTES = 0.5 + 2 / GROUP_SIZE
 
 
 def require_export_room(artefact: Artefact, form: str, kind: str, target: Path) -> None:
@@ -37,12 +38,20 @@ def require_export_room(artefact: Artefact, form: str, kind: str, target: Path) 
 
             size = file_bytes(folder, kind, name=artefact.name, weights=weights)
         elif form == "executorch":
-            size, merged = int(_PROGRAM_BYTES * numbers), 2 * merged
+            size, merged = _program_bytes(folder, weights), 2 * merged
         elif artefact.adapter is None:
             size = sum(map(tensor_bytes, weights.values()))
         else:
             size = numbers * (4 if kind == "float32" else 2)
     require_room(target, size + merged, f"exporting {artefact.name} as {form}")
+
+
+def _program_bytes(folder: Path, weights: Mapping[str, Weight]) -> int:
+    """Of a program for a phone: words to look up and head have 8 bits, tied or not."""
+    words = int(read_settings(folder)["vocab_size"])
+    tables = [weight.numbers for weight in weights.values() if weight.shape[:1] == (words,)]
+    layers = sum(weight.numbers for weight in weights.values()) - sum(tables)
+    return 2 * max(tables, default=0) + int(_PROGRAM_BYTES * layers)
 
 
 @contextmanager
