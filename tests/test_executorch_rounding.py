@@ -1,4 +1,4 @@
-"""How a program for a phone is rounded, before it is lowered: each layer's bits, scales and loss."""
+"""How a program for a phone is rounded, before it is lowered: bits, scales and what is lost."""
 
 from __future__ import annotations
 
