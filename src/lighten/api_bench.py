@@ -72,7 +72,7 @@ def bench(
 
     return running.bench(
         target if run is None else str(run.folder), parts, recipe=recipe, adapter=adapter,
-        output=None if output is None else Path(output), settings=settings, told=told,
+        output=None if output is None else Path(output), settings=settings, log=told,
     )  # fmt: skip
 
 
@@ -137,7 +137,7 @@ def audit(
         shared = {"model_name_or_path": model, "dataset": os.fspath(data)}
         return recipe_of(None, **{**shared, **overrides, **changes})
 
-    found = measure(model, recipe=recipe, folder=folder.expanduser(), settings=settings, told=told)
+    found = measure(model, recipe=recipe, folder=folder.expanduser(), settings=settings, log=told)
     write_audit_page(found.folder)
     return found
 

@@ -52,38 +52,40 @@ def run(
     from lighten.machine.hardware import PeakMemory
     from lighten.recipe import Recipe
 
-    wanted = Recipe.model_validate(recipe)
+    settings = Recipe.model_validate(recipe)
     allocator.keep_pages(device)
     memory = PeakMemory(device)
     with tempfile.TemporaryDirectory(prefix="lighten-audit-") as scratch:
-        name, revision = wanted.model_name_or_path, wanted.revision
+        name, revision = settings.model_name_or_path, settings.revision
         if merged and adapter is not None:
             folder = Path(scratch) / "merged"
             merge_into(adapter, folder, dtype)
             name, revision = str(folder), None
         base = models.load(
             name, revision=revision, dtype=dtype, attn_implementation=attention, device=device,
-            trust_remote_code=wanted.trust_remote_code,
+            trust_remote_code=settings.trust_remote_code,
         )  # fmt: skip
-        beside = {"adapter": Path(adapter)} if adapter is not None and not merged else {}
-        trained = adapters.load(base.model, beside)
-        member = next(iter(beside), None)
+        adapter_paths = {"adapter": Path(adapter)} if adapter is not None and not merged else {}
+        trained = adapters.load(base.model, adapter_paths)
+        member = next(iter(adapter_paths), None)
         allocator.trim()
         memory.restart()
         with trained.using(member), head_reads_whole_rows(base.model), torch.inference_mode():
-            found = generation.answer(base.model, 1, prompt_tokens, new_tokens, device, budget_s)
+            timings = generation.answer(base.model, 1, prompt_tokens, new_tokens, device, budget_s)
         peak = memory.read()
-        shipped = base.file_bytes if not beside else file_bytes(beside["adapter"])
+        shipped_bytes = (
+            base.file_bytes if not adapter_paths else file_bytes(adapter_paths["adapter"])
+        )
         yield {
-            "decode_samples": [own / (new_tokens - 1) for own in found["decode_s"]["samples"]],
-            "prefill_tokens_per_s": found["prefill_tokens_per_s"],
-            "decode_tokens_per_s": found["decode_tokens_per_s"],
+            "decode_samples": [lap / (new_tokens - 1) for lap in timings["decode_s"]["samples"]],
+            "prefill_tokens_per_s": timings["prefill_tokens_per_s"],
+            "decode_tokens_per_s": timings["decode_tokens_per_s"],
             "peak_bytes": peak["peak_bytes"], "memory_by": peak["method"],
-            "reserved_bytes": peak.get("reserved_bytes"), "shipped_bytes": shipped,
+            "reserved_bytes": peak.get("reserved_bytes"), "shipped_bytes": shipped_bytes,
             "dtype": base.dtype.value, "attention": base.attention.value,
         }  # fmt: skip
         if measures_loss:
-            yield from _losses(wanted, base, trained, member)
+            yield from _losses(settings, base, trained, member)
 
 
 def _losses(recipe: Any, base: Any, trained: Any, member: str | None) -> Iterator[dict[str, Any]]:
@@ -96,12 +98,12 @@ def _losses(recipe: Any, base: Any, trained: Any, member: str | None) -> Iterato
     rows = load_rows(recipe, tokenizer_of(recipe)).held_out
     if rows is None or not len(rows.rows):
         return
-    most, _ = choose_tokens("auto", base.model.device.type, base.dtype.value)
-    found = held_out(
+    max_tokens, _ = choose_tokens("auto", base.model.device.type, base.dtype.value)
+    losses = held_out(
         Objective(base.model, trained, fast=trained.supports_fast_loss), rows.rows, member,
-        max_rows=recipe.per_device_eval_batch_size, max_tokens=most, device=base.model.device,
+        max_rows=recipe.per_device_eval_batch_size, max_tokens=max_tokens, device=base.model.device,
     )  # fmt: skip
-    yield {"losses": [list(pair) for pair in zip(found.nll, found.tokens, strict=True)]}
+    yield {"losses": [list(pair) for pair in zip(losses.nll, losses.tokens, strict=True)]}
 
 
 def merge_into(adapter: str, folder: Path, dtype: str) -> None:
@@ -114,9 +116,9 @@ def merge_into(adapter: str, folder: Path, dtype: str) -> None:
     from lighten.errors import UserError
     from lighten.quantization.merge import Unmergeable, merge
 
-    shipped = open_source(adapter)
+    source = open_source(adapter)
     try:
-        merge(shipped.base_folder, Path(adapter), folder, dtype=dtype,
-              beside=lambda target: copy_companions(shipped, target))  # fmt: skip
+        merge(source.base_folder, Path(adapter), folder, dtype=dtype,
+              beside=lambda target: copy_companions(source, target))  # fmt: skip
     except Unmergeable as error:
         raise UserError(f"{adapter} cannot be merged: {error}") from error

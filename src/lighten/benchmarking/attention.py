@@ -68,14 +68,14 @@ def run(
             step = functools.partial(_step, attend, (q, k, v), training)
             timing = measure_step(step, device=device, least=3, budget_s=budget_s)
         except (RuntimeError, ValueError, ImportError, NotImplementedError) as error:
-            said = str(error).strip().splitlines()
-            yield {**cell, "why": said[0] if said else type(error).__name__,
+            lines = str(error).strip().splitlines()
+            yield {**cell, "why": lines[0] if lines else type(error).__name__,
                    "out_of_memory": ran_out(error)}  # fmt: skip
             continue
-        found = memory.read()
-        yield {**cell, "seconds": timing.to_dict(), "peak_bytes": found["peak_bytes"],
-               "memory_by": found["method"],
-               "reserved_bytes": found.get("reserved_bytes")}  # fmt: skip
+        peak = memory.read()
+        yield {**cell, "seconds": timing.to_dict(), "peak_bytes": peak["peak_bytes"],
+               "memory_by": peak["method"],
+               "reserved_bytes": peak.get("reserved_bytes")}  # fmt: skip
 
 
 def obstacle(kind: str, device: str, training: bool) -> str | None:
@@ -104,10 +104,10 @@ def implementation(kind: str, tokens: int, device: str) -> Callable[..., Any]:
     if kind == "flex":
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-        def seen(_row: Any, _head: Any, query: Any, key: Any) -> Any:
+        def causal(_row: Any, _head: Any, query: Any, key: Any) -> Any:
             return query >= key
 
-        mask = create_block_mask(seen, None, None, tokens, tokens, device)
+        mask = create_block_mask(causal, None, None, tokens, tokens, device)
         compiled = torch.compile(flex_attention, dynamic=False)
         return functools.partial(compiled, block_mask=mask, enable_gqa=True)
     if kind == "lighten":
@@ -126,8 +126,8 @@ def _eager(q: Any, k: Any, v: Any) -> Any:
     groups, tokens = q.shape[1] // k.shape[1], q.shape[2]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     scores = q @ k.mT * q.shape[-1] ** -0.5
-    hidden = torch.full((tokens, tokens), float("-inf"), dtype=q.dtype, device=q.device).triu_(1)
-    weights = torch.softmax(scores + hidden, -1, dtype=torch.float32).to(q.dtype)
+    mask = torch.full((tokens, tokens), float("-inf"), dtype=q.dtype, device=q.device).triu_(1)
+    weights = torch.softmax(scores + mask, -1, dtype=torch.float32).to(q.dtype)
     return weights @ v
 
 

@@ -106,9 +106,9 @@ class Audit:
         Raises:
             KeyError: There is none.
         """
-        for own in self.rows:
-            if (own["group"], own["name"]) == (group, name):
-                return own
+        for row in self.rows:
+            if (row["group"], row["name"]) == (group, name):
+                return row
         raise KeyError(f"{group}: {name}")
 
     def to_dict(self) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def audit(
     recipe: Callable[[Mapping[str, Any]], Recipe],
     folder: Path,
     settings: Settings,
-    told: Callable[[str], None] = lambda _: None,
+    log: Callable[[str], None] = lambda _: None,
 ) -> Audit:
     """Measure all that applies; see `lighten.audit`.
 
@@ -134,7 +134,7 @@ def audit(
         recipe: The user's recipe under some settings.
         folder: Where `audit.json` goes.
         settings: How much.
-        told: Hears what is being done.
+        log: Hears what is being done.
 
     Raises:
         UserError: Something the user can mend.
@@ -144,17 +144,17 @@ def audit(
     source = open_source(model)
     if source.adapter is not None or source.run is not None:
         raise UserError(f"{model} is trained already; give the model that an audit is to begin at")
-    given = recipe({"method": "lora"})
-    facts = _facts(model, given, settings)
-    found = _taken_up(folder, facts, settings, told)
-    if found.status == "finished":
-        told(f"{folder / FILE} is complete; choose another --output_dir to measure anew")
-        return found
-    work = _Work(found, recipe, settings, began - found.spent_s, told)
+    base_recipe = recipe({"method": "lora"})
+    facts = _facts(model, base_recipe, settings)
+    result = _load_or_start(folder, facts, settings, log)
+    if result.status == "finished":
+        log(f"{folder / FILE} is complete; choose another --output_dir to measure anew")
+        return result
+    work = _AuditRunner(result, recipe, settings, began - result.spent_s, log)
     work.all_rows()
-    found.status = "finished"
+    result.status = "finished"
     work.store()
-    return found
+    return result
 
 
 def _facts(model: str, recipe: Recipe, settings: Settings) -> dict[str, Any]:
@@ -170,8 +170,8 @@ def _facts(model: str, recipe: Recipe, settings: Settings) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _taken_up(
-    folder: Path, facts: dict[str, Any], settings: Settings, told: Callable[[str], None]
+def _load_or_start(
+    folder: Path, facts: dict[str, Any], settings: Settings, log: Callable[[str], None]
 ) -> Audit:
     """The audit of a folder, where it is of the same thing; rows that a budget left out are free.
 
@@ -185,8 +185,8 @@ def _taken_up(
         return Audit(folder, facts)
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
-        same = ("base_sha256", "recipe", "device", "versions")
-        changed = [name for name in same if before[name] != facts[name]]
+        compared_keys = ("base_sha256", "recipe", "device", "versions")
+        changed = [name for name in compared_keys if before[name] != facts[name]]
         changed += [
             name for name, value in facts["settings"].items()
             if name != "budget_s" and before["settings"].get(name) != value
@@ -201,31 +201,31 @@ def _taken_up(
         )
     richer = settings.budget_s > before["settings"]["budget_s"]
     status = "running" if richer else before["status"]
-    kept = [row for row in before["rows"] if not (row.get("budget") and status == "running")]
+    kept_rows = [row for row in before["rows"] if not (row.get("budget") and status == "running")]
     if status == "running":
-        told(f"going on: {counted(len(kept), 'row')} measured or explained already")
-    first = {**{key: before[key] for key in facts}, "settings": facts["settings"]}
-    return Audit(folder, first, kept, before["steps"], before["spent_s"], status)
+        log(f"going on: {counted(len(kept_rows), 'row')} measured or explained already")
+    merged_facts = {**{key: before[key] for key in facts}, "settings": facts["settings"]}
+    return Audit(folder, merged_facts, kept_rows, before["steps"], before["spent_s"], status)
 
 
-class _Work:
+class _AuditRunner:
     """One audit at work.
 
     Args:
-        found: Where results go.
+        result: Where results go.
         recipe: The user's, under some settings.
         settings: How much.
         began: When the budget began to run, on the monotonic clock.
-        told: Hears what is being done.
+        log: Hears what is being done.
     """
 
     def __init__(
-        self, found: Audit, recipe: Callable[[Mapping[str, Any]], Recipe], settings: Settings,
-        began: float, told: Callable[[str], None],
+        self, result: Audit, recipe: Callable[[Mapping[str, Any]], Recipe], settings: Settings,
+        began: float, log: Callable[[str], None],
     ) -> None:  # fmt: skip
-        self.found, self.settings, self.began, self.told = found, settings, began, told
+        self.result, self.settings, self.began, self.log = result, settings, began, log
         self.device = devices.named(None)
-        self.measuring = Measuring(recipe, self.device, settings, found.folder)
+        self.measuring = Measuring(recipe, self.device, settings, result.folder)
         self.techniques: Sequence[Technique] = ()
 
     def left_s(self) -> float:
@@ -235,56 +235,56 @@ class _Work:
 
     def store(self) -> None:
         """Write what there is."""
-        self.found.spent_s = time.monotonic() - self.began
-        order = {own.key: place for place, own in enumerate(self.techniques)}
-        self.found.rows.sort(key=lambda row: order.get(f"{row['group']}: {row['name']}", 0))
-        self.found.rows = ratios.summarised(self.found.rows)
-        whole_files.write_json(self.found.folder / FILE, self.found.to_dict())
+        self.result.spent_s = time.monotonic() - self.began
+        order = {technique.key: place for place, technique in enumerate(self.techniques)}
+        self.result.rows.sort(key=lambda row: order.get(f"{row['group']}: {row['name']}", 0))
+        self.result.rows = ratios.summarised(self.result.rows)
+        whole_files.write_json(self.result.folder / FILE, self.result.to_dict())
 
     def all_rows(self) -> None:
         """Each row once, then again while there is time."""
-        self._look()
+        self._choose_steps()
         long = self._long_tokens()
         self.techniques = techniques.techniques(self.device.kind, long)
-        known = {f"{row['group']}: {row['name']}" for row in self.found.rows}
-        for technique in sorted(self.techniques, key=lambda own: -own.value):
-            if technique.key in known:
+        existing_keys = {f"{row['group']}: {row['name']}" for row in self.result.rows}
+        for technique in sorted(self.techniques, key=lambda technique: -technique.value):
+            if technique.key in existing_keys:
                 continue
-            self.found.rows.append(self._row(technique))
+            self.result.rows.append(self._row(technique))
             self.store()
-        self._again()
+        self._repeat()
 
-    def _look(self) -> None:
+    def _choose_steps(self) -> None:
         """What a row costs, and so how many steps there is room for."""
-        if self.found.steps is not None and any(row["processes"] for row in self.found.rows):
-            self.measuring.steps = self.found.steps
+        if self.result.steps is not None and any(row["processes"] for row in self.result.rows):
+            self.measuring.steps = self.result.steps
             return
         if self.settings.steps is not None or self.left_s() <= 0:
-            self.found.steps = self.measuring.steps = self.settings.steps or FEWEST_STEPS
+            self.result.steps = self.measuring.steps = self.settings.steps or FEWEST_STEPS
             return
-        self.told("a first look: what a row costs here")
+        self.log("a first look: what a row costs here")
         self.measuring.steps = LOOK_STEPS
         plain = Technique("plain", TRAINING, "", 0, techniques.PLAIN)
         allowed = min(self.left_s(), MOST_OF_ONE * self.settings.budget_s)
         outcome, seconds = self.measuring.process(plain, allowed, measures_loss=True)
         steps = FEWEST_STEPS
         if outcome.records:
-            first = outcome.records[0]
-            per_step = first["step_seconds"][-1]
-            beside = max(0.0, seconds - sum(first["step_seconds"]))
+            record = outcome.records[0]
+            per_step = record["step_seconds"][-1]
+            overhead_s = max(0.0, seconds - sum(record["step_seconds"]))
             rows = len(techniques.techniques(self.device.kind, 1))
-            steps = int((FIRST_ROUND * self.left_s() / rows - beside) / max(per_step, 1e-9))
-        self.found.steps = max(FEWEST_STEPS, min(MOST_STEPS, steps))
-        self.measuring.steps = self.found.steps
+            steps = int((FIRST_ROUND * self.left_s() / rows - overhead_s) / max(per_step, 1e-9))
+        self.result.steps = max(FEWEST_STEPS, min(MOST_STEPS, steps))
+        self.measuring.steps = self.result.steps
         self.store()
 
     def _long_tokens(self) -> int | None:
-        for row in self.found.rows:
+        for row in self.result.rows:
             if row["group"] == LONG:
                 return int(row["tokens"])
         if self.settings.long_tokens == 0:
             return None
-        self.told("planning a long row")
+        self.log("planning a long row")
         return self.settings.long_tokens or self.measuring.long_tokens(self.left_s())
 
     def _row(self, technique: Technique) -> dict[str, Any]:
@@ -295,17 +295,17 @@ class _Work:
         }  # fmt: skip
         if technique.group == LONG:
             row["tokens"] = technique.settings["max_length"]
-        if (why := technique.obstacle or self._lacks(technique)) is not None:
+        if (why := technique.obstacle or self._missing_adapter(technique)) is not None:
             return {**row, "why": why}
-        if (wanted := self._cost(technique)) > self.left_s():
-            return {**row, **_budget(wanted, self.left_s(), self.settings.budget_s)}
-        self.told(f"{technique.key}")
+        if (cost_s := self._cost(technique)) > self.left_s():
+            return {**row, **_out_of_budget(cost_s, self.left_s(), self.settings.budget_s)}
+        self.log(f"{technique.key}")
         try:
             row |= self.measuring.predicted(technique)
         except UserError as error:
             return {**row, "status": "failed", "why": str(error).splitlines()[0]}
         if self.left_s() <= 0:
-            return {**row, **_budget(wanted, 0.0, self.settings.budget_s)}
+            return {**row, **_out_of_budget(cost_s, 0.0, self.settings.budget_s)}
         allowed = min(self.left_s(), MOST_OF_ONE * self.settings.budget_s)
         outcome, seconds = self.measuring.process(technique, allowed, measures_loss=True)
         row["cost_s"] = seconds
@@ -325,40 +325,40 @@ class _Work:
             "process_peak_bytes": outcome.process_peak_bytes,
         }  # fmt: skip
 
-    def _lacks(self, technique: Technique) -> str | None:
+    def _missing_adapter(self, technique: Technique) -> str | None:
         if technique.needs is None or self.measuring.adapter.is_dir():
             return None
         return f"it needs the adapter of “{technique.needs}”, which was not measured"
 
     def _cost(self, technique: Technique) -> float:
         """Seconds that a row is expected to take: as the dearest of its group did; 0: not known."""
-        same = [row.get("cost_s", 0.0) for row in self.found.rows
-                if row["group"] == technique.group]  # fmt: skip
-        return max(same, default=0.0)
+        costs = [row.get("cost_s", 0.0) for row in self.result.rows
+                 if row["group"] == technique.group]  # fmt: skip
+        return max(costs, default=0.0)
 
-    def _again(self) -> None:
+    def _repeat(self) -> None:
         """Second processes, and more, in turn, while there is time."""
-        by_key = {own.key: own for own in self.techniques}
+        by_key = {technique.key: technique for technique in self.techniques}
         for count in range(1, MOST_PROCESSES):
-            for row in self.found.rows:
+            for row in self.result.rows:
                 key = f"{row['group']}: {row['name']}"
                 few = row["status"] == "measured" and len(row["processes"]) == count
                 if not few or row["cost_s"] > self.left_s() or key not in by_key:
                     continue
-                self.told(f"{key}, process {count + 1}")
+                self.log(f"{key}, process {count + 1}")
                 outcome, _ = self.measuring.process(by_key[key], self.left_s(), measures_loss=False)
                 merged = measuring.merged(outcome.records)
                 if outcome.error is None and merged:
                     row["processes"].append(merged)
                     self.store()
-            if not any(len(row["processes"]) > count for row in self.found.rows):
+            if not any(len(row["processes"]) > count for row in self.result.rows):
                 return
 
 
-def _budget(wanted: float, left: float, budget: float) -> dict[str, Any]:
-    takes = f"it takes about {wanted:.0f} s, and " if wanted else ""
+def _out_of_budget(cost_s: float, remaining_s: float, budget_s: float) -> dict[str, Any]:
+    takes = f"it takes about {cost_s:.0f} s, and " if cost_s else ""
     return {
         "budget": True,
-        "why": f"budget: {takes}{max(0.0, left):.0f} s of {budget:.0f} were left; a larger "
-        "--budget measures it",
+        "why": f"budget: {takes}{max(0.0, remaining_s):.0f} s of {budget_s:.0f} were left; a "
+        "larger --budget measures it",
     }  # fmt: skip

@@ -26,14 +26,14 @@ def read(path: Path) -> dict[str, Any]:
         UserError: There is none, or it is something else.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        result = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise UserError(f"{path} is no JSON: {error}") from error
-    if not isinstance(found, dict) or not isinstance(found.get("records"), list):
+    if not isinstance(result, dict) or not isinstance(result.get("records"), list):
         raise UserError(f"{path} is no result of lighten bench: it has no records")
-    return found
+    return result
 
 
 def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,14 +61,14 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, An
 
 
 def _by_name(result: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
-    return {(own["part"], own["name"]): own for own in result["records"]}
+    return {(record["part"], record["name"]): record for record in result["records"]}
 
 
 def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
-    for what in ("base_sha256", "device", "machine", "versions"):
-        if before.get(what) != after.get(what):
-            said = "the model's weights" if what == "base_sha256" else f"the {what}"
-            yield f"{said} differ: the ratios are not of the code alone"
+    for key in ("base_sha256", "device", "machine", "versions"):
+        if before.get(key) != after.get(key):
+            subject = "the model's weights" if key == "base_sha256" else f"the {key}"
+            yield f"{subject} differ: the ratios are not of the code alone"
 
 
 def _figures(
@@ -103,11 +103,11 @@ def significance(before: Sequence[float], after: Sequence[float]) -> dict[str, A
     if min(len(before), len(after)) < FEWEST:
         return {"low": None, "high": None, "verdict": f"fewer than {FEWEST} repeats"}
     random = np.random.default_rng(0)
-    drawn = [
-        np.median(random.choice(np.asarray(own), (DRAWS, len(own))), axis=1)
-        for own in (before, after)
+    medians = [
+        np.median(random.choice(np.asarray(samples), (DRAWS, len(samples))), axis=1)
+        for samples in (before, after)
     ]
-    low, high = np.quantile(drawn[1] / drawn[0], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.quantile(medians[1] / medians[0], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     verdict = "no difference found"
     if high < 1:
         verdict = "less"

@@ -57,33 +57,35 @@ def run(
     with tempfile.TemporaryDirectory(prefix="lighten-bench-") as scratch:
         if variant == "merged":
             assert adapter is not None
-            shipped, merged = open_source(adapter), Path(scratch) / "merged"
-            merge(shipped.base_folder, Path(adapter), merged, dtype=_stored(dtype, device),
-                  beside=lambda folder: copy_companions(shipped, folder))  # fmt: skip
+            source, merged = open_source(adapter), Path(scratch) / "merged"
+            merge(source.base_folder, Path(adapter), merged, dtype=_storage_dtype(dtype, device),
+                  beside=lambda folder: copy_companions(source, folder))  # fmt: skip
             model, revision = str(merged), None
         base = models.load(model, revision=revision, dtype=dtype, device=device)
-        used: Any = nullcontext()
+        context: Any = nullcontext()
         if variant == "adapter":
             assert adapter is not None
-            used = adapters.load(base.model, {"adapter": Path(adapter)}).using("adapter")
+            context = adapters.load(base.model, {"adapter": Path(adapter)}).using("adapter")
         limits = models.limits_of(base.model)
-        shape = [(rows, tokens) for tokens in sorted(prompt_tokens) for rows in sorted(batch_sizes)]
-        with used, head_reads_whole_rows(base.model), torch.inference_mode():
-            for rows, tokens in shape:
+        shapes = [
+            (rows, tokens) for tokens in sorted(prompt_tokens) for rows in sorted(batch_sizes)
+        ]
+        with context, head_reads_whole_rows(base.model), torch.inference_mode():
+            for rows, tokens in shapes:
                 cell = {"variant": variant, "prompt_tokens": tokens, "batch_size": rows,
                         "new_tokens": new_tokens}  # fmt: skip
                 if limits.room(tokens, new_tokens) < new_tokens:
                     yield {**cell, "why": f"the model has no {tokens + new_tokens} positions"}
                     continue
                 memory.restart()
-                found = answer(base.model, rows, tokens, new_tokens, device, budget_s)
+                timings = answer(base.model, rows, tokens, new_tokens, device, budget_s)
                 peak = memory.read()
-                yield {**cell, **found, "dtype": base.dtype.value,
+                yield {**cell, **timings, "dtype": base.dtype.value,
                        "peak_bytes": peak["peak_bytes"], "memory_by": peak["method"],
                        "reserved_bytes": peak.get("reserved_bytes")}  # fmt: skip
 
 
-def _stored(dtype: str, device: str) -> str:
+def _storage_dtype(dtype: str, device: str) -> str:
     from lighten.machine.hardware import choose_dtype
 
     return choose_dtype(dtype, device).value
@@ -110,39 +112,43 @@ def answer(
     from lighten.machine.timing import Timing, measure_step, synchronize
 
     # transformers 5.24 calls it `cache`, and warns of the older name.
-    named = inspect.signature(model.forward).parameters
-    name = "cache" if "cache" in named else "past_key_values"
+    parameters = inspect.signature(model.forward).parameters
+    cache_argument = "cache" if "cache" in parameters else "past_key_values"
 
     generator = torch.Generator().manual_seed(0)
-    most = int(model.get_input_embeddings().weight.shape[0])
-    prompt = torch.randint(0, most, (rows, tokens), generator=generator).to(model.device)
+    vocab_size = int(model.get_input_embeddings().weight.shape[0])
+    prompt = torch.randint(0, vocab_size, (rows, tokens), generator=generator).to(model.device)
     firsts: list[float] = []
     laps: list[list[float]] = []
 
-    def whole() -> None:
+    def generate() -> None:
         synchronize(device)
         began = time.perf_counter()
-        options = {name: DynamicCache(config=model.config), "use_cache": True, "logits_to_keep": 1}
+        options = {
+            cache_argument: DynamicCache(config=model.config),
+            "use_cache": True,
+            "logits_to_keep": 1,
+        }
         out = model(input_ids=prompt, **options)
         ids = out.logits[:, -1:].argmax(-1)
         synchronize(device)
         last = time.perf_counter()
         firsts.append(last - began)
-        own: list[float] = []
+        times: list[float] = []
         for _ in range(new_tokens - 1):
             out = model(input_ids=ids, **options)
             ids = out.logits[:, -1:].argmax(-1)
             synchronize(device)
             now = time.perf_counter()
-            own.append(now - last)
+            times.append(now - last)
             last = now
-        laps.append(own)
+        laps.append(times)
 
-    timing = measure_step(whole, device=device, budget_s=budget_s, least=3)
-    counted = len(timing.samples)  # those that warmed up came first
-    first = Timing(tuple(firsts[-counted:]), timing.warmup, timing.bound)
-    decode = Timing(tuple(sum(own) for own in laps[-counted:]), timing.warmup, timing.bound)
-    between = [lap for own in laps[-counted:] for lap in own]
+    timing = measure_step(generate, device=device, budget_s=budget_s, least=3)
+    repeats = len(timing.samples)  # those that warmed up came first
+    first = Timing(tuple(firsts[-repeats:]), timing.warmup, timing.bound)
+    decode = Timing(tuple(sum(times) for times in laps[-repeats:]), timing.warmup, timing.bound)
+    between = [lap for times in laps[-repeats:] for lap in times]
     return {
         "seconds": timing.to_dict(), "first_token_s": first.to_dict(),
         "decode_s": decode.to_dict(),

@@ -60,7 +60,7 @@ def run(
     assert training is not None
     with tempfile.TemporaryDirectory(prefix="lighten-audit-") as scratch:
         folder = Path(scratch)
-        wanted = Recipe.model_validate(
+        settings = Recipe.model_validate(
             {**recipe, "output_dir": scratch, "max_steps": steps, "report_to": []}
         )
         set_seed(0)
@@ -69,39 +69,39 @@ def run(
             choose_device()  # in this process, too: the GPU that LIGHTEN_DEVICE names
         accelerator = Accelerator(cpu=kind == "cpu")
         memory = PeakMemory(kind)
-        rows = enough(load_rows(wanted, tokenizer_of(wanted)), wanted, steps)
-        base = load_base(wanted, str(accelerator.device), learns=True)
+        rows = select_rows(load_rows(settings, tokenizer_of(settings)), settings, steps)
+        base = load_base(settings, str(accelerator.device), learns=True)
         # The loss is measured once, after the last step and outside of what is timed.
-        setup = prepare(wanted, accelerator, base, replace(rows, held_out=None))
+        setup = prepare(settings, accelerator, base, replace(rows, held_out=None))
         before = _samples(setup)
-        shown = TrainingProgress(enabled=False)
-        Loop(setup, folder, TrainerState(), shown, memory, saves=False).run()
+        progress = TrainingProgress(enabled=False)
+        Loop(setup, folder, TrainerState(), progress, memory, saves=False).run()
         _require_moved(before, _samples(setup))
         lines = list(runs.read_lines(folder / runs.METRICS))
         peak = memory.read()
         (member,) = setup.adapters
-        trained = sum(p.numel() for p in member.parameters.values())
+        parameters = sum(p.numel() for p in member.parameters.values())
         yield {
             "step_seconds": [line["seconds"] for line in lines],
             "step_tokens": [line["tokens"] for line in lines],
             "train_losses": [line["loss"] for line in lines],
             "peak_bytes": peak["peak_bytes"], "memory_by": peak["method"],
-            "reserved_bytes": peak.get("reserved_bytes"), "parameters": trained,
+            "reserved_bytes": peak.get("reserved_bytes"), "parameters": parameters,
             "shipped_bytes": shipped_bytes(setup, member.name),
-            "choices": {what: choice.value for what, choice in setup.choices.items()},
+            "choices": {name: choice.value for name, choice in setup.choices.items()},
         }  # fmt: skip
         if measures_loss and rows.held_out is not None and len(rows.held_out.rows):
-            found = held_out(
+            losses = held_out(
                 setup.objective, rows.held_out.rows, member.name,
-                max_rows=wanted.per_device_eval_batch_size,
+                max_rows=settings.per_device_eval_batch_size,
                 max_tokens=setup.tokens_per_microbatch, device=accelerator.device,
             )  # fmt: skip
-            yield {"losses": [list(pair) for pair in zip(found.nll, found.tokens, strict=True)]}
-        if adapter is not None and wanted.method == "lora":
+            yield {"losses": [list(pair) for pair in zip(losses.nll, losses.tokens, strict=True)]}
+        if adapter is not None and settings.method == "lora":
             export_adapter(setup, member.name, Path(adapter))
 
 
-def enough(rows: Rows, recipe: Recipe, steps: int) -> Rows:
+def select_rows(rows: Rows, recipe: Recipe, steps: int) -> Rows:
     """As many training rows as some steps take, evenly spread over the data.
 
     All of them are trained on, so that the longest step of the plan is among those that are made.
@@ -112,23 +112,26 @@ def enough(rows: Rows, recipe: Recipe, steps: int) -> Rows:
         steps: Optimiser steps.
     """
     count = steps * recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
-    there = len(rows.train.rows)
-    if there <= count:
+    available = len(rows.train.rows)
+    if available <= count:
         return rows
-    some = [rows.train.rows[place * there // count] for place in range(count)]
+    selected = [rows.train.rows[place * available // count] for place in range(count)]
     counts = replace(
         rows.train.counts, examples=count, rows=count,
-        tokens=sum(len(row.input_ids) for row in some),
-        supervised_tokens=sum(sum(row.supervised[1:]) for row in some),
+        tokens=sum(len(row.input_ids) for row in selected),
+        supervised_tokens=sum(sum(row.supervised[1:]) for row in selected),
     )  # fmt: skip
-    return replace(rows, train=replace(rows.train, rows=some, counts=counts))
+    return replace(rows, train=replace(rows.train, rows=selected, counts=counts))
 
 
 def shipped_bytes(setup: Any, member: str) -> int:
     """What the files of the training's result hold: an adapter, or every weight of the model."""
     if setup.recipe.method == "lora":
         contents = dict(setup.trained.contents(member, base_model=setup.base.name, revision=None))
-        return sum(len(own) if isinstance(own, bytes) else own.size for own in contents.values())
+        return sum(
+            len(content) if isinstance(content, bytes) else content.size
+            for content in contents.values()
+        )
     # Weights that are tied are stored once, in the format of the products.
     stored = {p.data_ptr(): p.numel() for p in setup.base.model.parameters()}
     size = 4 if setup.base.dtype.value == "float32" else 2
@@ -138,7 +141,7 @@ def shipped_bytes(setup: Any, member: str) -> int:
 def _samples(setup: Any) -> list[Any]:
     from lighten.planning.probe import samples_of
 
-    return samples_of([p for own in setup.adapters for p in own.parameters.values()])
+    return samples_of([p for adapter in setup.adapters for p in adapter.parameters.values()])
 
 
 def _require_moved(before: list[Any], after: list[Any]) -> None:

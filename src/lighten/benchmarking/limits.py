@@ -54,9 +54,9 @@ def search_from(
     size = max(step, planned // step * step)
     factor = GROWTH
     for _ in range(MOST_TRIES):
-        found = attempt(size)
-        tries.append(found)
-        if found.fits:
+        trial = attempt(size)
+        tries.append(trial)
+        if trial.fits:
             fits = size
         else:
             too_much = size
@@ -75,7 +75,7 @@ def search_from(
             factor **= 2
         else:
             size = max(fits + step, (fits + too_much) // 2 // step * step)
-        if size in (own.size for own in tries):
+        if size in (trial.size for trial in tries):
             break
     return fits or None, tries
 
@@ -86,7 +86,7 @@ def largest(
     memory_bytes: int,
     *,
     timeout_s: float,
-    told: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """Records of the most rows at the recipe's length and of the longest row.
 
@@ -95,13 +95,13 @@ def largest(
         device: Of this machine.
         memory_bytes: What the whole process may hold; on a GPU, what it may reserve.
         timeout_s: A try that takes longer counts as one that does not fit, and says so.
-        told: Hears of each try.
+        log: Hears of each try.
     """
     recipe = recipe.changed({"gradient_accumulation_steps": 1, "tokens_per_microbatch": None})
     room = memory_bytes
     if device.kind == "cpu":  # a plan is of what comes on top of the libraries
         smallest = recipe.changed({"per_device_train_batch_size": 1})
-        first = _steps(smallest, device, memory_bytes, timeout_s)
+        first = _run_steps(smallest, device, memory_bytes, timeout_s)
         if first.records:
             room -= max(0, first.process_peak_bytes - first.records[0]["peak_bytes"])
     planner = predict.planner_for(replace(device, memory_bytes=room))
@@ -109,7 +109,7 @@ def largest(
     planned = search.limits(recipe, planner, longest=positions)
     step = SHORTEST // 2
     records = []
-    for what, size, setting, most, each in (
+    for quantity, size, setting, maximum, multiple in (
         ("micro-batch", planned.rows, "per_device_train_batch_size", None, 1),
         ("context", planned.context, "max_length", positions, step),
     ):
@@ -118,33 +118,33 @@ def largest(
             changed = {setting: size}
             if setting == "max_length":
                 changed["per_device_train_batch_size"] = 1
-            found = _steps(recipe.changed(changed), device, memory_bytes, timeout_s)
-            record = found.records[0] if found.records else {}
-            held = record.get("reserved_bytes") or found.process_peak_bytes
-            why = found.error
-            if why is None and record.get("reserved_bytes") and held > memory_bytes:
+            outcome = _run_steps(recipe.changed(changed), device, memory_bytes, timeout_s)
+            record = outcome.records[0] if outcome.records else {}
+            process_bytes = record.get("reserved_bytes") or outcome.process_peak_bytes
+            why = outcome.error
+            if why is None and record.get("reserved_bytes") and process_bytes > memory_bytes:
                 why = f"it reserves more than {memory_bytes / 2**30:.2f} GiB"
-            tried = Try(size, why is None, held, why)
-            said = "fits" if tried.fits else f"does not fit: {tried.why}"
-            told(f"{setting} {size}: {held / 2**30:.2f} GiB, {said}")
-            return tried
+            trial = Try(size, why is None, process_bytes, why)
+            verdict = "fits" if trial.fits else f"does not fit: {trial.why}"
+            log(f"{setting} {size}: {process_bytes / 2**30:.2f} GiB, {verdict}")
+            return trial
 
-        found, tries = search_from(size or each, attempt, most=most, step=each)
-        misfits = [own for own in tries if not own.fits]
+        best, tries = search_from(size or multiple, attempt, most=maximum, step=multiple)
+        misfits = [trial for trial in tries if not trial.fits]
         records.append(
             {
-                "part": "max-batch", "name": f"{what} within {memory_bytes / 2**30:.2f} GiB",
-                "what": what, "memory_bytes": memory_bytes, "planned": size, "largest": found,
-                "smallest_too_much": min((own.size for own in misfits), default=None),
-                "max_length": recipe.max_length if what == "micro-batch" else None,
-                "tries": [vars(own) for own in tries],
-                "why": None if found else f"not even {each} fits: {misfits[-1].why}",
+                "part": "max-batch", "name": f"{quantity} within {memory_bytes / 2**30:.2f} GiB",
+                "what": quantity, "memory_bytes": memory_bytes, "planned": size, "largest": best,
+                "smallest_too_much": min((trial.size for trial in misfits), default=None),
+                "max_length": recipe.max_length if quantity == "micro-batch" else None,
+                "tries": [vars(trial) for trial in tries],
+                "why": None if best else f"not even {multiple} fits: {misfits[-1].why}",
             }
         )  # fmt: skip
     return records
 
 
-def _steps(recipe: Recipe, device: Device, memory_bytes: int, timeout_s: float) -> Outcome:
+def _run_steps(recipe: Recipe, device: Device, memory_bytes: int, timeout_s: float) -> Outcome:
     return in_child(
         "lighten.benchmarking.training",
         {"recipe": recipe.completed(), "kind": device.kind, "lengths": None, "supervised": 1.0,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lighten.artifacts.source import open_source
-from lighten.benchmarking.learning import enough
+from lighten.benchmarking.learning import select_rows
 from lighten.benchmarking.techniques import CHOSEN, LONG, TOGETHER, TRAINING, Technique, storage_of
 from lighten.jobs import Outcome, in_child
 from lighten.machine.devices import Device
@@ -80,7 +80,7 @@ class Measuring:
         """What a process may hold."""
         return self.settings.memory_bytes or int(0.9 * (self.device.memory_bytes or 2**62))
 
-    def of(self, technique: Technique) -> Recipe:
+    def training_recipe(self, technique: Technique) -> Recipe:
         """The recipe of a training row."""
         return self.recipe({
             **technique.settings, "max_eval_samples": self.settings.examples,
@@ -90,24 +90,24 @@ class Measuring:
     def _job(self, technique: Technique, *, measures_loss: bool) -> tuple[str, dict[str, Any]]:
         """The job of a row, and what it takes."""
         if technique.group == TRAINING:
-            kept = technique.name == TOGETHER and measures_loss
+            keeps_adapter = technique.name == TOGETHER and measures_loss
             return "lighten.benchmarking.learning", {
-                "recipe": self.of(technique).completed(), "kind": self.device.kind,
+                "recipe": self.training_recipe(technique).completed(), "kind": self.device.kind,
                 "steps": self.steps, "measures_loss": measures_loss,
-                "adapter": str(self.adapter) if kept else None,
+                "adapter": str(self.adapter) if keeps_adapter else None,
             }  # fmt: skip
         if technique.group == LONG:
-            recipe = self.of(technique)
+            recipe = self.training_recipe(technique)
             return "lighten.benchmarking.training", {
                 "recipe": recipe.completed(), "kind": self.device.kind,
                 "lengths": [recipe.max_length], "supervised": 1.0, "least": 2, "most": 2,
                 "budget_s": 0.0,
             }  # fmt: skip
-        taken = None if technique.needs is None else str(self.adapter)
+        adapter = None if technique.needs is None else str(self.adapter)
         return "lighten.benchmarking.answering", {
             "recipe": self._base_recipe().completed(), "device": self.device.kind,
             "prompt_tokens": self.settings.prompt_tokens,
-            "new_tokens": self.settings.new_tokens, "budget_s": ANSWER_S, "adapter": taken,
+            "new_tokens": self.settings.new_tokens, "budget_s": ANSWER_S, "adapter": adapter,
             "measures_loss": measures_loss, **technique.settings,
         }  # fmt: skip
 
@@ -121,10 +121,10 @@ class Measuring:
 
         assert technique.target is not None
         (target,) = parse(technique.target)
-        ends = time.monotonic() + timeout_s
-        with tempfile.TemporaryDirectory(prefix="lighten-audit-") as place:
-            scratch = Path(place)
-            model, made = open_source(self._base_recipe().model_name_or_path).base_folder, {}
+        deadline = time.monotonic() + timeout_s
+        with tempfile.TemporaryDirectory(prefix="lighten-audit-") as temporary:
+            scratch = Path(temporary)
+            model, conversion = open_source(self._base_recipe().model_name_or_path).base_folder, {}
             if technique.needs is not None:
                 model = scratch / "merged"
                 merging = {"adapter": str(self.adapter), "folder": str(model)}
@@ -140,15 +140,17 @@ class Measuring:
             outcome = self._child(
                 "lighten.quantization.child",
                 {"job": {**job, "do": "make"}},
-                ends - time.monotonic(),
+                deadline - time.monotonic(),
             )
             if outcome.error is not None:
                 return outcome
-            made = outcome.records[-1]
+            conversion = outcome.records[-1]
             outcome = self._child(
                 "lighten.quantization.child",
-                {"job": {**job, "do": "measure", **self._asked(measures_loss=measures_loss)}},
-                ends - time.monotonic(),
+                {"job": {
+                    **job, "do": "measure", **self._measuring_options(measures_loss=measures_loss),
+                }},
+                deadline - time.monotonic(),
             )  # fmt: skip
             for record in outcome.records:
                 rows = record.pop("rows", None) or {"nll": [], "tokens": []}
@@ -156,21 +158,24 @@ class Measuring:
                     list(pair) for pair in zip(rows["nll"], rows["tokens"], strict=True)
                 ]
                 record["shipped_bytes"] = weight_bytes(folder)
-                record["made_s"], record["made_peak_bytes"] = made["seconds"], made["peak_bytes"]
+                record["made_s"], record["made_peak_bytes"] = (
+                    conversion["seconds"],
+                    conversion["peak_bytes"],
+                )
                 record["memory_by"] = "resident set after loading"
         return outcome
 
-    def _asked(self, *, measures_loss: bool) -> dict[str, Any]:
+    def _measuring_options(self, *, measures_loss: bool) -> dict[str, Any]:
         rows = self.rows(self._base_recipe()).held_out
         held_out = [] if rows is None or not measures_loss else [
-            {"ids": [int(own) for own in row.input_ids],
-             "supervised": [bool(own) for own in row.supervised]}
+            {"ids": [int(token) for token in row.input_ids],
+             "supervised": [bool(flag) for flag in row.supervised]}
             for row in rows.rows if any(row.supervised[1:])
         ]  # fmt: skip
-        words = max(2, self.settings.prompt_tokens)
+        length = max(2, self.settings.prompt_tokens)
         return {
             "rows": held_out, "prompts": [], "rooms": [], "store": None,
-            "prompt": [place % 64 + 5 for place in range(words)], "reference": False,
+            "prompt": [place % 64 + 5 for place in range(length)], "reference": False,
             "repeats": QUANTIZED_REPEATS,
         }  # fmt: skip
 
@@ -194,11 +199,11 @@ class Measuring:
             UserError: It cannot be planned.
         """
         if technique.group == TRAINING:
-            recipe = self.of(technique).changed({"max_steps": self.steps})
-            rows = enough(self.rows(recipe), recipe, self.steps)
+            recipe = self.training_recipe(technique).changed({"max_steps": self.steps})
+            rows = select_rows(self.rows(recipe), recipe, self.steps)
             planner = predict.planner_for(self.device, rows, calibrate=False)
         elif technique.group == LONG:
-            recipe = self.of(technique)
+            recipe = self.training_recipe(technique)
             planner = predict.planner_for(self.device, None, calibrate=False)
         else:
             return self._answer_predicted(technique)
@@ -228,7 +233,7 @@ class Measuring:
         planner = predict.planner_for(self.device, None, calibrate=False)
         positions = predict.positions_of(self._base_recipe()) or LONG_LENGTHS[-1]
         longest = None
-        for tokens in (own for own in LONG_LENGTHS if own <= positions):
+        for tokens in (length for length in LONG_LENGTHS if length <= positions):
             plan = planner(self.recipe({
                 **CHOSEN, "gradient_checkpointing": True, "max_length": tokens,
                 "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1,
@@ -241,10 +246,11 @@ class Measuring:
 
 def merged(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """What a process measured, its records in one."""
-    found: dict[str, Any] = {}
+    combined: dict[str, Any] = {}
     for record in records:
-        found |= record
-    if "seconds" in found and "tokens" in found:  # a long row, of `lighten.benchmarking.training`
-        samples = found["seconds"]["samples"]
-        found |= {"step_seconds": samples, "step_tokens": [found["tokens"]] * len(samples)}
-    return found
+        combined |= record
+    # A long row, of `lighten.benchmarking.training`.
+    if "seconds" in combined and "tokens" in combined:
+        samples = combined["seconds"]["samples"]
+        combined |= {"step_seconds": samples, "step_tokens": [combined["tokens"]] * len(samples)}
+    return combined

@@ -101,8 +101,8 @@ def ratio(
 
 
 def _logs(row: Mapping[str, Any], figure: str) -> list[float]:
-    found = (FIGURES[figure](process) for process in row.get("processes", ()))
-    return [math.log(value) for value in found if value]
+    figures = (FIGURES[figure](process) for process in row.get("processes", ()))
+    return [math.log(value) for value in figures if value]
 
 
 def student(freedom: int) -> float:
@@ -113,7 +113,7 @@ def student(freedom: int) -> float:
     return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
-def lost(row: Mapping[str, Any], plain: Mapping[str, Any]) -> dict[str, Any] | None:
+def loss_difference(row: Mapping[str, Any], plain: Mapping[str, Any]) -> dict[str, Any] | None:
     """Held-out loss of a row, minus the plain one's, paired over the examples.
 
     Returns:
@@ -124,14 +124,14 @@ def lost(row: Mapping[str, Any], plain: Mapping[str, Any]) -> dict[str, Any] | N
     if ours is None:
         return None
     counts = np.asarray(ours, float)
-    found: dict[str, Any] = {"loss": float(metrics.mean_loss(counts.sum(0)))}
+    result: dict[str, Any] = {"loss": float(metrics.mean_loss(counts.sum(0)))}
     if theirs is None or row is plain or len(theirs) != len(ours):
-        return found
+        return result
     reference = np.asarray(theirs, float)
-    own = Resamples(len(counts), DRAWS).difference(counts, reference, metrics.mean_loss)
+    difference = Resamples(len(counts), DRAWS).difference(counts, reference, metrics.mean_loss)
     return {
-        **found, "difference": own.value, "low": own.low, "high": own.high,
-        "verdict": verdict(own, len(counts), lower_is_better=True),
+        **result, "difference": difference.value, "low": difference.low, "high": difference.high,
+        "verdict": verdict(difference, len(counts), lower_is_better=True),
     }  # fmt: skip
 
 
@@ -139,31 +139,31 @@ def losses(row: Mapping[str, Any]) -> list[list[float]] | None:
     """[[summed loss, tokens], …] by held-out example."""
     for process in row.get("processes", ()):
         if process.get("losses"):
-            found: list[list[float]] = process["losses"]
-            return found
+            by_example: list[list[float]] = process["losses"]
+            return by_example
     return None
 
 
 def summarised(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each row with what it `brought` as ratios, its `quality`, and the plan's error."""
     between = {figure: spread(rows, figure) for figure in FIGURES}
-    found = []
+    summaries = []
     for row in rows:
         plain = reference(rows, row["group"])
-        own = {key: value for key, value in row.items() if key != "brought"}
-        own["against"] = None if plain is None else plain["name"]
+        summary = {key: value for key, value in row.items() if key != "brought"}
+        summary["against"] = None if plain is None else plain["name"]
         if plain is not None and row["status"] == "measured":
-            own["brought"] = {f: ratio(row, plain, f, between[f]) for f in FIGURES}
-            sizes = [_first(one, "shipped_bytes") for one in (plain, row)]
-            own["brought"]["size"] = sizes[0] / sizes[1] if all(sizes) else None
-            own["quality"] = lost(row, plain)
+            summary["brought"] = {f: ratio(row, plain, f, between[f]) for f in FIGURES}
+            sizes = [_first(entry, "shipped_bytes") for entry in (plain, row)]
+            summary["brought"]["size"] = sizes[0] / sizes[1] if all(sizes) else None
+            summary["quality"] = loss_difference(row, plain)
             measured = [value for p in row["processes"] if (value := peak(p))]
-            own["peak_bytes"] = max(measured, default=None)
-            own["seconds_per_token"] = _geometric(row)
-            if own["peak_bytes"] and row.get("predicted_bytes"):
-                own["plan_error"] = row["predicted_bytes"] / own["peak_bytes"] - 1
-        found.append(own)
-    return found
+            summary["peak_bytes"] = max(measured, default=None)
+            summary["seconds_per_token"] = _geometric(row)
+            if summary["peak_bytes"] and row.get("predicted_bytes"):
+                summary["plan_error"] = row["predicted_bytes"] / summary["peak_bytes"] - 1
+        summaries.append(summary)
+    return summaries
 
 
 def reference(rows: Sequence[Mapping[str, Any]], group: str) -> Mapping[str, Any] | None:

@@ -88,13 +88,13 @@ class Bench:
         target: What is measured.
         recipe: The user's settings for training.
         settings: How much.
-        told: Hears what is being done.
+        log: Hears what is being done.
     """
 
     def __init__(
-        self, target: Artefact, recipe: Recipe, settings: Settings, told: Callable[[str], None]
+        self, target: Artefact, recipe: Recipe, settings: Settings, log: Callable[[str], None]
     ) -> None:
-        self.target, self.recipe, self.settings, self.told = target, recipe, settings, told
+        self.target, self.recipe, self.settings, self.log = target, recipe, settings, log
         self.device = devices.named(None)
         free = int(0.9 * (self.device.memory_bytes or 2**62))
         self.limit = settings.memory_bytes or free
@@ -106,31 +106,34 @@ class Bench:
 
     def size(self) -> Iterator[dict[str, Any]]:
         """Parameters, files and memory."""
-        found = self._child("size", {
+        records = self._child("size", {
             "model": self.target.base, "adapter": self._adapter, "revision": self.target.revision,
             "device": self.device.kind,
         })  # fmt: skip
-        for record in found:
+        for record in records:
             yield {"part": "size", "name": record.get("variant", "base"), **record}
         if self.target.run is not None:
             for folder in sorted(self.target.run.folder.glob("checkpoint-*")):
-                held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+                size_bytes = sum(
+                    path.stat().st_size for path in folder.rglob("*") if path.is_file()
+                )
                 yield {"part": "size", "name": folder.name, "variant": folder.name,
-                       "file_bytes": held, "weight_file_bytes": file_bytes(folder)}  # fmt: skip
+                       "file_bytes": size_bytes,
+                       "weight_file_bytes": file_bytes(folder)}  # fmt: skip
 
     def generate(self) -> Iterator[dict[str, Any]]:
         """Answers of the base, of the adapter, and of the two merged."""
-        own = self.settings
+        settings = self.settings
         for variant in ("base", "adapter", "merged") if self._adapter else ("base",):
-            self.told(f"generate: {variant}")
-            found = self._child("generation", {
+            self.log(f"generate: {variant}")
+            records = self._child("generation", {
                 "model": self.target.base, "variant": variant, "adapter": self._adapter,
                 "revision": self.target.revision, "device": self.device.kind,
-                "dtype": self.recipe.compute_dtype, "prompt_tokens": own.prompt_tokens,
-                "batch_sizes": own.batch_sizes, "new_tokens": own.new_tokens,
-                "budget_s": own.seconds,
+                "dtype": self.recipe.compute_dtype, "prompt_tokens": settings.prompt_tokens,
+                "batch_sizes": settings.batch_sizes, "new_tokens": settings.new_tokens,
+                "budget_s": settings.seconds,
             })  # fmt: skip
-            for record in found:
+            for record in records:
                 name = variant
                 if "prompt_tokens" in record:
                     name += f", {record['prompt_tokens']} tokens, {record['batch_size']} at once"
@@ -143,28 +146,28 @@ class Bench:
         features = getattr(text, "head_dim", None) or text.hidden_size // heads
         for training in (False, True):
             for kind in attention.KINDS:
-                what = "training step" if training else "forward"
-                self.told(f"attention: {kind}, {what}")
-                found = list(self._child("attention", {
+                phase = "training step" if training else "forward"
+                self.log(f"attention: {kind}, {phase}")
+                records = list(self._child("attention", {
                     "kind": kind, "heads": heads, "features": int(features),
                     "key_heads": int(getattr(text, "num_key_value_heads", None) or heads),
                     "lengths": self.settings.lengths, "device": self.device.kind,
                     "dtype": hardware.choose_dtype("auto", self.device.kind).value,
                     "training": training, "budget_s": self.settings.seconds,
                 }))  # fmt: skip
-                yield from attention_records(kind, what, self.settings.lengths, found)
+                yield from attention_records(kind, phase, self.settings.lengths, records)
 
     def train(self) -> Iterator[dict[str, Any]]:
         """Steps of each way to train, with and without checkpointing."""
         notes: list[str] = []
         rows = predict.read_rows(self.recipe, notes)
         for note in notes:
-            self.told(note)
+            self.log(note)
         planner = predict.planner_for(self.device, rows, calibrate=False)
         for way, settings in WAYS.items():
             for checkpointing in (False, True):
                 name = f"{way}, checkpointing" if checkpointing else way
-                self.told(f"train: {name}")
+                self.log(f"train: {name}")
                 record = {"part": "train", "name": name, "way": way, "checkpointing": checkpointing}
                 try:
                     recipe = way_of(self.recipe, settings, checkpointing=checkpointing)
@@ -174,20 +177,20 @@ class Bench:
                     continue
                 memory = plan.memory
                 predicted = memory.expected if memory.allocated is None else memory.allocated
-                found = self._child("training", {
+                records = self._child("training", {
                     "recipe": recipe.completed(), "kind": self.device.kind,
                     "lengths": predict.lengths_of(rows),
                     "supervised": predict.supervised_share(rows),
                     "least": 5, "most": 20, "budget_s": self.settings.seconds,
                 })  # fmt: skip
-                for measured in found:
+                for measured in records:
                     yield {**record, "predicted_bytes": predicted, **measured}
 
     def max_batch(self) -> Iterator[dict[str, Any]]:
         """The most rows and the longest context."""
         yield from largest(
             self.recipe, self.device, self.limit, timeout_s=self.settings.timeout_s,
-            told=self.told,
+            log=self.log,
         )  # fmt: skip
 
     @property
@@ -196,16 +199,16 @@ class Bench:
 
     def _child(self, job: str, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The records of a job; the last one says why it ended early, if it did."""
-        found = in_child(
+        outcome = in_child(
             f"lighten.benchmarking.{job}",
             settings,
             memory_bytes=self.limit_of_children,
             timeout_s=self.settings.timeout_s,
         )
-        yield from found.records
-        if found.error is not None:
-            yield {"why": found.error, "out_of_memory": found.out_of_memory,
-                   "process_peak_bytes": found.process_peak_bytes}  # fmt: skip
+        yield from outcome.records
+        if outcome.error is not None:
+            yield {"why": outcome.error, "out_of_memory": outcome.out_of_memory,
+                   "process_peak_bytes": outcome.process_peak_bytes}  # fmt: skip
 
 
 def way_of(recipe: Recipe, settings: dict[str, Any], *, checkpointing: bool) -> Recipe:
@@ -218,36 +221,36 @@ def way_of(recipe: Recipe, settings: dict[str, Any], *, checkpointing: bool) -> 
 
 
 def attention_records(
-    kind: str, what: str, lengths: Sequence[int], found: Sequence[dict[str, Any]]
+    kind: str, phase: str, lengths: Sequence[int], records: Sequence[dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
     """A record for each length, and one with the growth over them.
 
     Args:
         kind: The implementation.
-        what: `forward` or `training step`.
+        phase: `forward` or `training step`.
         lengths: That were to be measured.
-        found: What came of it; the last one may say why the process ended.
+        records: What came of it; the last one may say why the process ended.
     """
-    measured = {own["tokens"]: own for own in found if "tokens" in own}
-    ended = next((own for own in found if "tokens" not in own), None)
+    measured = {entry["tokens"]: entry for entry in records if "tokens" in entry}
+    failure = next((entry for entry in records if "tokens" not in entry), None)
     for tokens in sorted(lengths):
-        record = {"part": "attention", "name": f"{kind}, {what}, {tokens} tokens", "kind": kind,
-                  "what": what, "tokens": tokens}  # fmt: skip
+        record = {"part": "attention", "name": f"{kind}, {phase}, {tokens} tokens", "kind": kind,
+                  "what": phase, "tokens": tokens}  # fmt: skip
         if tokens in measured:
             yield {**record, **measured[tokens]}
-        elif ended is not None:
-            yield {**record, **ended}
-            ended = {"why": "not tried: a shorter one did not end", "out_of_memory": False}
-    whole = [own for own in measured.values() if "seconds" in own]
-    if not whole:
+        elif failure is not None:
+            yield {**record, **failure}
+            failure = {"why": "not tried: a shorter one did not end", "out_of_memory": False}
+    timed = [entry for entry in measured.values() if "seconds" in entry]
+    if not timed:
         return
-    sizes = [own["tokens"] for own in whole]
-    out = [own for own in found if own.get("out_of_memory")]
+    sizes = [entry["tokens"] for entry in timed]
+    oom = [entry for entry in records if entry.get("out_of_memory")]
     yield {
-        "part": "attention", "name": f"{kind}, {what}, growth", "kind": kind, "what": what,
-        "time_exponent": attention.growth(sizes, [own["seconds"]["median"] for own in whole]),
-        "memory_exponent": attention.growth(sizes, [own["peak_bytes"] for own in whole]),
-        "runs_out_at": min((t for t in lengths if t > max(sizes)), default=None) if out else None,
+        "part": "attention", "name": f"{kind}, {phase}, growth", "kind": kind, "what": phase,
+        "time_exponent": attention.growth(sizes, [entry["seconds"]["median"] for entry in timed]),
+        "memory_exponent": attention.growth(sizes, [entry["peak_bytes"] for entry in timed]),
+        "runs_out_at": min((t for t in lengths if t > max(sizes)), default=None) if oom else None,
     }  # fmt: skip
 
 
@@ -259,7 +262,7 @@ def bench(
     adapter: str | None = None,
     output: Path | None = None,
     settings: Settings | None = None,
-    told: Callable[[str], None] | None = None,
+    log: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Measure a model or a run here; see `lighten.benchmarking`.
 
@@ -270,35 +273,35 @@ def bench(
         adapter: Of a run with several, which.
         output: Where the file goes; None: `bench.json` in a run's folder.
         settings: How much is measured.
-        told: Hears what is being done.
+        log: Hears what is being done.
 
     Raises:
         UserError: Something the user can mend.
     """
-    wanted = settings or Settings()
-    wanted.check()
+    effective = settings or Settings()
+    effective.check()
     for part in parts:
         if part not in PARTS:
             raise UserError(f"bench: {part!r} is no part; parts are {', '.join(PARTS)}")
     source = open_source(target, adapter=adapter)
     base = source.base
-    measured = Bench(source, recipe(base), wanted, told or (lambda _: None))
+    benchmark = Bench(source, recipe(base), effective, log or (lambda _: None))
     records: list[dict[str, Any]] = []
     for part in parts or PARTS:
-        measured.told(part)
-        records += getattr(measured, part.replace("-", "_"))()
+        benchmark.log(part)
+        records += getattr(benchmark, part.replace("-", "_"))()
     commit, clean = hardware.commit()
     result = {
         "version": VERSION, "created": now(), "target": target, "base": base,
-        "base_sha256": checksum(weight_files(source.base_folder)), "adapter": measured._adapter,
+        "base_sha256": checksum(weight_files(source.base_folder)), "adapter": benchmark._adapter,
         "machine": hardware.machine().to_dict(), "versions": hardware.versions(),
-        "commit": commit, "tree_clean": clean, "device": measured.device.label,
-        "settings": {**asdict(wanted), "memory_bytes": measured.limit}, "records": records,
+        "commit": commit, "tree_clean": clean, "device": benchmark.device.label,
+        "settings": {**asdict(effective), "memory_bytes": benchmark.limit}, "records": records,
     }  # fmt: skip
-    place = output or (None if source.run is None else source.run.folder / FILE)
-    if place is not None:
-        whole_files.write_json(place, result)
-        result["path"] = str(place)
+    path = output or (None if source.run is None else source.run.folder / FILE)
+    if path is not None:
+        whole_files.write_json(path, result)
+        result["path"] = str(path)
     return result
 
 

@@ -43,21 +43,21 @@ def run(model: str, *, adapter: str | None, revision: str | None, device: str) -
         return
     folder = Path(adapter)
     cohort = adapters.load(base.model, {"adapter": folder})
-    own = cohort.parameters("adapter")
+    weights = cohort.parameters("adapter")
     files = file_bytes(folder)
     yield {
-        "variant": "adapter", "parameters": sum(p.numel() for p in own.values()),
-        "file_bytes": files, "weights_bytes": sum(p.nbytes for p in own.values()),
+        "variant": "adapter", "parameters": sum(p.numel() for p in weights.values()),
+        "file_bytes": files, "weights_bytes": sum(p.nbytes for p in weights.values()),
         "share_of_checkpoint": files / base.file_bytes if base.file_bytes else None,
     }  # fmt: skip
 
 
 def file_bytes(folder: Path) -> int:
     """Bytes of the weight files of a folder."""
-    return sum(path.stat().st_size for kind in WEIGHTS for path in folder.glob(kind))
+    return sum(path.stat().st_size for pattern in WEIGHTS for path in folder.glob(pattern))
 
 
 def _peak(memory: Any) -> dict[str, Any]:
-    found = memory.read()
-    return {"peak_bytes": found["peak_bytes"], "reserved_bytes": found.get("reserved_bytes"),
-            "memory_by": found["method"]}  # fmt: skip
+    peak = memory.read()
+    return {"peak_bytes": peak["peak_bytes"], "reserved_bytes": peak.get("reserved_bytes"),
+            "memory_by": peak["method"]}  # fmt: skip

@@ -118,12 +118,12 @@ def _training(device: str) -> list[Technique]:
 
 
 def _long(tokens: int) -> list[Technique]:
-    said = f"one row of {tokens:,} tokens"
+    prefix = f"one row of {tokens:,} tokens"
 
     def row(name: str, what: str, value: int, settings: Mapping[str, Any]) -> Technique:
         settings = {**settings, "max_length": tokens, "per_device_train_batch_size": 1,
                     "gradient_accumulation_steps": 1}  # fmt: skip
-        return Technique(name, LONG, f"{said}: {what}", value, settings)
+        return Technique(name, LONG, f"{prefix}: {what}", value, settings)
 
     return [
         row(NAME_OF_PLAIN, "the plain way", 86, PLAIN),
@@ -141,8 +141,8 @@ def _answers(device: str) -> list[Technique]:
     best = {"dtype": half.value, "attention": "sdpa"}
 
     def row(name: str, what: str, value: int, settings: Mapping[str, Any],
-            **more: Any) -> Technique:  # fmt: skip
-        return Technique(name, ANSWERS, what, value, settings, **more)
+            **options: Any) -> Technique:  # fmt: skip
+        return Technique(name, ANSWERS, what, value, settings, **options)
 
     rows = [
         row(NAME_OF_PLAIN, "the untouched model in float32, token by token", 98, plain),
@@ -171,8 +171,8 @@ def storage_of(technique: Technique) -> tuple[str | None, str]:
     if technique.target is None:
         dtype = str(technique.settings["dtype"])
         return dtype, dtype
-    known = {"int8": "int8", "nf4": "nf4"}
-    return known.get(technique.target), "bfloat16"
+    storages = {"int8": "int8", "nf4": "nf4"}
+    return storages.get(technique.target), "bfloat16"
 
 
 def _missing_for(target: str) -> str | None:

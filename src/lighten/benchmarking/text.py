@@ -10,7 +10,7 @@ Table = tuple[list[str], list[list[str]]]
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
     """A table for each part of a result."""
-    shown = {
+    parts = {
         "size": (["size", "parameters", "files", "in memory", "of checkpoint"], _size),
         "generate": (["generate", "prefill tokens/s", "decode tokens/s", "first token",
                       "between p50 / p99", "peak", "spread"], _generate),
@@ -18,96 +18,104 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
         "train": (["train", "step", "real tokens/s", "peak", "planned", "spread"], _train),
         "max-batch": (["max-batch", "largest", "planned", "too much from"], _largest),
     }  # fmt: skip
-    found: list[Table] = []
-    for part, (columns, cells) in shown.items():
-        own = [record for record in result["records"] if record["part"] == part]
-        if own:
+    rendered: list[Table] = []
+    for part, (columns, cells) in parts.items():
+        records = [record for record in result["records"] if record["part"] == part]
+        if records:
             rows = []
-            for record in own:
+            for record in records:
                 row = ["–"] * (len(columns) - 1) if record.get("why") else cells(record)
                 rows.append([record["name"], *row])
-            found.append((columns, rows))
-    return found
+            rendered.append((columns, rows))
+    return rendered
 
 
 def reasons(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """A sentence for each reason that something could not be measured, with what it was."""
-    found: dict[str, list[str]] = {}
-    for own in records:
-        if own.get("why"):
-            found.setdefault(own["why"], []).append(f"{own['part']}: {own['name']}")
+    names_by_reason: dict[str, list[str]] = {}
+    for record in records:
+        if record.get("why"):
+            names_by_reason.setdefault(record["why"], []).append(
+                f"{record['part']}: {record['name']}"
+            )
     return [
         f"not measured: {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {why}"
-        for why, names in found.items()
+        for why, names in names_by_reason.items()
     ]
 
 
-def _size(own: Mapping[str, Any]) -> list[str]:
-    share = own.get("share_of_checkpoint")
-    count = own.get("parameters")
+def _size(record: Mapping[str, Any]) -> list[str]:
+    share = record.get("share_of_checkpoint")
+    count = record.get("parameters")
     return [
-        "–" if count is None else f"{count:,}", size(own.get("file_bytes")),
-        size(own.get("resident_bytes") or own.get("weights_bytes")),
+        "–" if count is None else f"{count:,}", size(record.get("file_bytes")),
+        size(record.get("resident_bytes") or record.get("weights_bytes")),
         "–" if share is None else f"{100 * share:.2f} %",
     ]  # fmt: skip
 
 
-def _generate(own: Mapping[str, Any]) -> list[str]:
-    between = own["between_tokens_s"]
+def _generate(record: Mapping[str, Any]) -> list[str]:
+    between = record["between_tokens_s"]
     return [
-        f"{own['prefill_tokens_per_s']:,.0f}", f"{own['decode_tokens_per_s']:,.1f}",
-        time(own["first_token_s"]["median"]),
-        f"{time(between['p50'])} / {time(between['p99'])}", size(own["peak_bytes"]),
-        spread(own["seconds"]),
+        f"{record['prefill_tokens_per_s']:,.0f}", f"{record['decode_tokens_per_s']:,.1f}",
+        time(record["first_token_s"]["median"]),
+        f"{time(between['p50'])} / {time(between['p99'])}", size(record["peak_bytes"]),
+        spread(record["seconds"]),
     ]  # fmt: skip
 
 
-def _attention(own: Mapping[str, Any]) -> list[str]:
-    if "time_exponent" in own:
-        ends = own["runs_out_at"]
+def _attention(record: Mapping[str, Any]) -> list[str]:
+    if "time_exponent" in record:
+        ends = record["runs_out_at"]
         return [
-            _power(own["time_exponent"]), _power(own["memory_exponent"]),
+            _power(record["time_exponent"]), _power(record["memory_exponent"]),
             f"runs out at {ends:,} tokens" if ends else "–",
         ]  # fmt: skip
-    return [time(own["seconds"]["median"]), size(own["peak_bytes"]), spread(own["seconds"])]
-
-
-def _train(own: Mapping[str, Any]) -> list[str]:
     return [
-        time(own["seconds"]["median"]), f"{own['tokens_per_s']:,.0f}", size(own["peak_bytes"]),
-        size(own.get("predicted_bytes")), spread(own["seconds"]),
+        time(record["seconds"]["median"]), size(record["peak_bytes"]), spread(record["seconds"]),
     ]  # fmt: skip
 
 
-def _largest(own: Mapping[str, Any]) -> list[str]:
-    return [_count(own["largest"]), _count(own["planned"]), _count(own["smallest_too_much"])]
+def _train(record: Mapping[str, Any]) -> list[str]:
+    return [
+        time(record["seconds"]["median"]), f"{record['tokens_per_s']:,.0f}",
+        size(record["peak_bytes"]), size(record.get("predicted_bytes")), spread(record["seconds"]),
+    ]  # fmt: skip
+
+
+def _largest(record: Mapping[str, Any]) -> list[str]:
+    return [
+        _count(record["largest"]),
+        _count(record["planned"]),
+        _count(record["smallest_too_much"]),
+    ]
 
 
 def _count(value: int | None) -> str:
     return "–" if value is None else f"{value:,}"
 
 
-def comparison(found: Mapping[str, Any]) -> Table:
+def comparison(result: Mapping[str, Any]) -> Table:
     """The table of `lighten bench --compare`."""
     rows = []
-    for own in found["rows"]:
-        shown = size if own["figure"].endswith("_bytes") else time
-        if own["figure"] == "largest":
-            shown = _count  # type: ignore[assignment]  # of whole numbers
-        ratio = "–" if own["ratio"] is None else f"{own['ratio']:.3f}"
-        if own["low"] is not None:
-            ratio += f" [{own['low']:.3f}, {own['high']:.3f}]"
+    for row in result["rows"]:
+        show = size if row["figure"].endswith("_bytes") else time
+        if row["figure"] == "largest":
+            show = _count  # type: ignore[assignment]  # of whole numbers
+        ratio = "–" if row["ratio"] is None else f"{row['ratio']:.3f}"
+        if row["low"] is not None:
+            ratio += f" [{row['low']:.3f}, {row['high']:.3f}]"
         rows.append([
-            f"{own['part']}: {own['name']}", own["figure"], shown(own["before"]),
-            shown(own["after"]), ratio, own["verdict"],
+            f"{row['part']}: {row['name']}", row["figure"], show(row["before"]),
+            show(row["after"]), ratio, row["verdict"],
         ])  # fmt: skip
     return ["what", "figure", "before", "after", "ratio", ""], rows
 
 
 def spread(timing: Mapping[str, Any]) -> str:
     """How well a time is known, and from how many repeats."""
-    said = f"±{100 * timing['spread']:.1f} % of {timing['repeats']}"
-    return said if timing["settled"] else f"{said}, not settled"
+    text = f"±{100 * timing['spread']:.1f} % of {timing['repeats']}"
+    return text if timing["settled"] else f"{text}, not settled"
 
 
 def time(seconds: float | None) -> str:
@@ -135,7 +143,9 @@ def _power(exponent: float | None) -> str:
 
 def unsettled(records: Sequence[Mapping[str, Any]]) -> str | None:
     """A sentence on times that did not come within their bound."""
-    loose = [own for own in records if "seconds" in own and not own["seconds"]["settled"]]
+    loose = [
+        record for record in records if "seconds" in record and not record["seconds"]["settled"]
+    ]
     if not loose:
         return None
     noun = "time" if len(loose) == 1 else "times"

@@ -45,16 +45,16 @@ def run(
     with tempfile.TemporaryDirectory(prefix="lighten-bench-") as scratch:
         # Offloaded activations would go into the run's folder; nothing is resumed or watched here.
         scratched = {"output_dir": scratch, "torch_compile": False}
-        found = measure(
+        measurement = measure(
             Recipe.model_validate({**recipe, **scratched}), kind, lengths, supervised,
             random=False, least=least, most=most, budget_s=budget_s,
         )  # fmt: skip
-    memory = found["memory"]
+    memory = measurement["memory"]
     yield {
-        "seconds": found["timing"],
-        "tokens_per_s": found["tokens"] / found["seconds"],
-        "tokens": found["tokens"], "rows": found["rows"], "longest": found["longest"],
-        "parameters": found["parameters"],
+        "seconds": measurement["timing"],
+        "tokens_per_s": measurement["tokens"] / measurement["seconds"],
+        "tokens": measurement["tokens"], "rows": measurement["rows"],
+        "longest": measurement["longest"], "parameters": measurement["parameters"],
         "peak_bytes": memory["peak_bytes"], "memory_by": memory["method"],
         "reserved_bytes": memory.get("reserved_bytes"),
     }  # fmt: skip
