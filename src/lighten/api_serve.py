@@ -121,5 +121,5 @@ def bench_serve(
     target = None if output_dir is None else Path(output_dir)
     return benching.bench(
         url, key=key, output=target, identity_requests=identity_requests,
-        told=told or (lambda _: None), **load,
+        report=told or (lambda _: None), **load,
     )  # fmt: skip

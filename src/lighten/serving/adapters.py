@@ -63,10 +63,10 @@ class Base:
         """SHA-256 over all that its conversion reads."""
         if self.checksum is None:
             self.checksum = checksum(weight_files(self.folder))
-        whole = hashlib.sha256(str(self.checksum).encode())
+        digest = hashlib.sha256(str(self.checksum).encode())
         for file in sorted(self.folder.glob("*.json")) + sorted(self.folder.glob("*.jinja")):
-            whole.update(file.name.encode() + file.read_bytes())
-        return whole.hexdigest()
+            digest.update(file.name.encode() + file.read_bytes())
+        return digest.hexdigest()
 
 
 def open_base(name: str, *, revision: str | None = None) -> Base:
@@ -98,8 +98,10 @@ def open_base(name: str, *, revision: str | None = None) -> Base:
     tokenizer = models.load_tokenizer(name, revision=revision)
     config = configuration.read_config(folder)
     declared = _declared(folder, config)
-    asked = asking(tokenizer, template, declared, handling, learnt)
-    return Base(name, folder, config, asked, path if source == "gguf" else None, declared=declared)
+    how_asked = asking(tokenizer, template, declared, handling, learnt)
+    return Base(
+        name, folder, config, how_asked, path if source == "gguf" else None, declared=declared
+    )
 
 
 def open_adapter(name: str, folder: Path, base: Base) -> Model:
@@ -122,42 +124,44 @@ def open_adapter(name: str, folder: Path, base: Base) -> Model:
         _require_same_base(folder, info, base)
         handling = data.Handling(recipe.system_role, recipe.thinking)
         learnt, template = data.LearntAnswers.of(info), recipe.chat_template
-    there = any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model"))
-    tokenizer = tokenizer_in(folder, str(folder)) if there else models.load_tokenizer(base.name)
+    has_tokenizer = any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model"))
+    tokenizer = (
+        tokenizer_in(folder, str(folder)) if has_tokenizer else models.load_tokenizer(base.name)
+    )
     if len(tokenizer) > base.config.get_text_config().vocab_size:
         raise UserError(
             f"{folder} has a tokenizer of {len(tokenizer):,} tokens and the base "
             f"{base.config.get_text_config().vocab_size:,}: tokens were added, which cannot be "
             f"served unmerged; merge it first: {_merge(folder)}"
         )
-    if there and template is None and tokenizer.chat_template is None:
+    if has_tokenizer and template is None and tokenizer.chat_template is None:
         tokenizer.chat_template = base.asking.tokenizer.chat_template
     declared = _declared(folder, None) or base.declared
-    asked = asking(tokenizer, None if there else template, declared, handling, learnt)
-    return Model(name, asked, Adapter(key, folder), now(), str(folder))
+    how_asked = asking(tokenizer, None if has_tokenizer else template, declared, handling, learnt)
+    return Model(name, how_asked, Adapter(key, folder), now(), str(folder))
 
 
-def resolve(given: Mapping[str, str] | Iterable[str]) -> dict[str, Path]:
+def resolve(paths: Mapping[str, str] | Iterable[str]) -> dict[str, Path]:
     """Folders of adapters by name from what a user gives.
 
     Args:
-        given: `name=path`, or paths alone: a path is an adapter's folder, a run, or a folder of
+        paths: `name=path`, or paths alone: a path is an adapter's folder, a run, or a folder of
             adapters.
 
     Raises:
         UserError: No adapter there, or two of one name.
     """
-    pairs = given.items() if isinstance(given, Mapping) else [_pair(word) for word in given]
-    found: dict[str, Path] = {}
+    pairs = paths.items() if isinstance(paths, Mapping) else [_pair(word) for word in paths]
+    folders: dict[str, Path] = {}
     for name, path in pairs:
-        for own, folder in _below(name, Path(path).expanduser()).items():
-            if own in found:
+        for key, folder in _below(name, Path(path).expanduser()).items():
+            if key in folders:
                 raise UserError(
-                    f"two adapters are called {own!r}: {found[own]} and {folder}; name them: "
-                    f"--adapters first={found[own]} second={folder}"
+                    f"two adapters are called {key!r}: {folders[key]} and {folder}; name them: "
+                    f"--adapters first={folders[key]} second={folder}"
                 )
-            found[own] = folder
-    return found
+            folders[key] = folder
+    return folders
 
 
 def _pair(word: str) -> tuple[str | None, str]:
@@ -171,20 +175,20 @@ def _below(name: str | None, path: Path) -> dict[str, Path]:
         return {name or path.resolve().name: path}
     run = run_of(str(path))
     if run is not None:
-        there = run.adapters()
-        if not there and run.model() is not None:
+        folders = run.adapters()
+        if not folders and run.model() is not None:
             raise UserError(f"{path} trained a whole model, no adapter: lighten serve {path}")
     elif path.is_dir():
-        there = {own.parent.name: own.parent for own in sorted(path.glob(f"*/{CONFIG}"))}
+        folders = {config.parent.name: config.parent for config in sorted(path.glob(f"*/{CONFIG}"))}
     else:
         raise UserError(f"{path} does not exist; give an adapter's folder, a run, or NAME=PATH")
-    if not there:
+    if not folders:
         raise UserError(f"{path} holds no adapter ({CONFIG})")
     if name is None:
-        return there
-    if len(there) == 1:
-        return {name: next(iter(there.values()))}
-    return {f"{name}/{own}": folder for own, folder in there.items()}
+        return folders
+    if len(folders) == 1:
+        return {name: next(iter(folders.values()))}
+    return {f"{name}/{key}": folder for key, folder in folders.items()}
 
 
 def run_of(target: str) -> Run | None:
@@ -204,14 +208,14 @@ def run_of_adapter(folder: Path) -> Run | None:
 
 def fingerprint(folder: Path) -> str:
     """SHA-256 over the files that decide what an adapter answers."""
-    whole = hashlib.sha256()
+    digest = hashlib.sha256()
     for name in _FILES:
         path = folder / name
-        whole.update(name.encode())
+        digest.update(name.encode())
         if path.is_file():
             with path.open("rb") as file:
-                whole.update(hashlib.file_digest(file, "sha256").digest())
-    return whole.hexdigest()[:32]
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:32]
 
 
 def adapter_as_gguf(adapter: Adapter, base: Base) -> Path:
@@ -267,9 +271,9 @@ def _declared(folder: Path, config: Any) -> Any:
     file = folder / "generation_config.json"
     if file.is_file():
         try:
-            found = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+            token_ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
         except (ValueError, AttributeError) as error:
             raise UserError(f"{file} is not valid JSON: {error}; fetch it again") from error
-        if found is not None:
-            return found
+        if token_ids is not None:
+            return token_ids
     return None if config is None else config.get_text_config().eos_token_id

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Gone(Exception):
+class Disconnected(Exception):
     """The client hung up before it was answered."""
 
 
@@ -78,8 +78,8 @@ class Front:
         Raises:
             UserError: The engine does not answer.
         """
-        asked = self.registry.models[self.registry.name].asking
-        prompt = asked.text("Hello") or [0]
+        how_asked = self.registry.models[self.registry.name].asking
+        prompt = how_asked.text("Hello") or [0]
         try:
             async for _ in self.engine.generate(Generation(prompt, None, 1)):
                 pass
@@ -88,32 +88,32 @@ class Front:
         self.ready = True
 
 
-async def unless_gone(request: Request, work: Awaitable[T]) -> T:
+async def unless_disconnected(request: Request, work: Awaitable[T]) -> T:
     """The result, unless the client hangs up first: then the work is cancelled."""
     task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_gone(request))
+    disconnect = asyncio.ensure_future(_wait_for_disconnect(request))
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, disconnect}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise Gone
+            raise Disconnected
         return task.result()
     finally:
-        for own in (task, gone):
-            own.cancel()
+        for future in (task, disconnect):
+            future.cancel()
         with contextlib.suppress(asyncio.CancelledError, Exception):
             await task
 
 
-async def _gone(request: Request) -> None:
+async def _wait_for_disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
-async def chained(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
+async def chained(first: str, events: AsyncIterator[str]) -> AsyncIterator[str]:
     """A stream whose first event was waited for."""
-    async with contextlib.aclosing(rest):  # type: ignore[type-var]
+    async with contextlib.aclosing(events):  # type: ignore[type-var]
         yield first
-        async for event in rest:
+        async for event in events:
             yield event
 
 
@@ -121,50 +121,52 @@ class Answering:
     """The answers of one request while they are made."""
 
     def __init__(
-        self, front: Front, model: Model, wanted: Sequence[Generation], stops: Sequence[str],
+        self, front: Front, model: Model, generations: Sequence[Generation], stops: Sequence[str],
         prompt_tokens: int,
     ) -> None:  # fmt: skip
-        self._front, self._model, self._wanted = front, model, wanted
+        self._front, self._model, self._generations = front, model, generations
         self._stops, self._prompt_tokens = stops, prompt_tokens
         self._began = time.perf_counter()
         self._first = True
 
     def usage(self, choices: Sequence[Choice]) -> Usage:
         """Tokens; a prompt that has several answers counts once."""
-        made = sum(own.tokens for own in choices)
-        return Usage(self._prompt_tokens, made, min(self._prompt_tokens, choices[0].cached))
+        completion = sum(choice.tokens for choice in choices)
+        return Usage(self._prompt_tokens, completion, min(self._prompt_tokens, choices[0].cached))
 
     async def whole(self) -> list[Choice]:
         """All answers, when all are made."""
-        choices = [Choice() for _ in self._wanted]
+        choices = [Choice() for _ in self._generations]
         async with self._counted(), asyncio.TaskGroup() as group:
-            for wanted, choice in zip(self._wanted, choices, strict=True):
-                group.create_task(self._fill(wanted, choice))
+            for generation, choice in zip(self._generations, choices, strict=True):
+                group.create_task(self._fill(generation, choice))
         self._note(choices)
         return choices
 
     async def events(self, form: Form, *, usage: bool) -> AsyncIterator[str]:
         """The events of a stream; parts of several answers as they come."""
-        choices = [Choice() for _ in self._wanted]
+        choices = [Choice() for _ in self._generations]
         parts: asyncio.Queue[tuple[int, Piece] | BaseException | None] = asyncio.Queue()
 
-        async def make(number: int, wanted: Generation) -> None:
+        async def make(number: int, generation: Generation) -> None:
             try:
-                async for piece in self._pieces(wanted, choices[number]):
+                async for piece in self._pieces(generation, choices[number]):
                     parts.put_nowait((number, piece))
                 parts.put_nowait(None)
             except Exception as error:
                 parts.put_nowait(error)
 
         async with self._counted():
-            tasks = [asyncio.create_task(make(*own)) for own in enumerate(self._wanted)]
+            tasks = [
+                asyncio.create_task(make(*numbered)) for numbered in enumerate(self._generations)
+            ]
             try:
-                left = len(tasks)
+                unfinished = len(tasks)
                 begun: set[int] = set()
-                while left:
+                while unfinished:
                     part = await parts.get()
                     if part is None:
-                        left -= 1
+                        unfinished -= 1
                         continue
                     if isinstance(part, BaseException):
                         if not begun:
@@ -189,16 +191,16 @@ class Answering:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _fill(self, wanted: Generation, choice: Choice) -> None:
-        async for _ in self._pieces(wanted, choice):
+    async def _fill(self, generation: Generation, choice: Choice) -> None:
+        async for _ in self._pieces(generation, choice):
             pass
 
-    async def _pieces(self, wanted: Generation, choice: Choice) -> AsyncIterator[Piece]:
+    async def _pieces(self, generation: Generation, choice: Choice) -> AsyncIterator[Piece]:
         """The engine's pieces up to a stop text, each added to the choice before it is given."""
         stops = StopTexts(self._stops)
-        made = self._front.engine.generate(wanted)
-        async with contextlib.aclosing(made):  # type: ignore[type-var]
-            async for piece in made:
+        pieces = self._front.engine.generate(generation)
+        async with contextlib.aclosing(pieces):  # type: ignore[type-var]
+            async for piece in pieces:
                 self._tell_first()
                 text = stops.take(piece.text)
                 finish = "stop" if stops.stopped else piece.finish
@@ -208,7 +210,7 @@ class Answering:
                 choice.logprobs += piece.logprobs
                 choice.finish, choice.tokens = finish, piece.tokens
                 choice.cached = piece.cached
-                choice.untold += piece.untold
+                choice.missing_logprobs += piece.missing_logprobs
                 yield Piece(text, piece.logprobs, finish, piece.tokens, piece.cached)
                 if finish is not None:
                     return
@@ -224,13 +226,13 @@ class Answering:
         metrics.observe("request", took, model=self._model.name)
         metrics.count("prompt_tokens", self._prompt_tokens, model=self._model.name)
         metrics.count(
-            "generated_tokens", sum(own.tokens for own in choices), model=self._model.name
+            "generated_tokens", sum(choice.tokens for choice in choices), model=self._model.name
         )
 
     @contextlib.asynccontextmanager
     async def _counted(self) -> AsyncIterator[None]:
         """Count answers under way, and tell an engine's errors as a client's or the server's."""
-        self._front.answering += len(self._wanted)
+        self._front.answering += len(self._generations)
         try:
             yield
         except Exception as error:
@@ -238,12 +240,12 @@ class Answering:
             refused = self._refused(cause)
             raise refused from (None if refused is cause else error)
         finally:
-            self._front.answering -= len(self._wanted)
+            self._front.answering -= len(self._generations)
 
     def _refused(self, error: BaseException) -> BaseException:
         """An engine's error as a client hears of it; others as they are."""
         if isinstance(error, EngineRefused):
-            return Refused(400, str(error), _blamed(str(error)))
+            return Refused(400, str(error), _refused_field(str(error)))
         if isinstance(error, EngineFailed):
             self._front.metrics.count("engine_failures", model=self._model.name)
             return Refused(503, f"the engine failed: {error}")
@@ -261,7 +263,7 @@ def _cause(error: BaseException) -> BaseException:
 _BLAMED = {"response_format", "presence_penalty", "frequency_penalty"}
 
 
-def _blamed(said: str) -> str | None:
+def _refused_field(message: str) -> str | None:
     """The field that an engine refuses, which it names first; others are checked in the front."""
-    name = said.partition(" ")[0].rstrip(":")
+    name = message.partition(" ")[0].rstrip(":")
     return name if name in _BLAMED else None

@@ -21,7 +21,7 @@ class Choice:
     finish: Finish | None = None
     tokens: int = 0
     cached: int = 0
-    untold: int = 0
+    missing_logprobs: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,14 @@ class Form(Protocol):
         """The last event of a stream whose client wants to know."""
 
 
-class _Written:
+class _BaseForm:
     def __init__(self, kind: str, chunk: str, prefix: str, model: str, logprobs: bool) -> None:
         self._kind, self._chunk, self._logprobs = kind, chunk, logprobs
         self._head = {"id": f"{prefix}-{secrets.token_hex(12)}", "created": int(time.time()),
                       "model": model}  # fmt: skip
 
-    def _event(self, choices: list[dict[str, Any]], **more: Any) -> str:
-        body = {**self._head, "object": self._chunk, "choices": choices, **more}
+    def _event(self, choices: list[dict[str, Any]], **extra: Any) -> str:
+        body = {**self._head, "object": self._chunk, "choices": choices, **extra}
         return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
 
     def usage(self, usage: Usage) -> str:
@@ -74,7 +74,7 @@ class _Written:
         return self._event([], usage=usage.body())
 
 
-class ChatForm(_Written):
+class ChatForm(_BaseForm):
     """`/v1/chat/completions`."""
 
     def __init__(self, model: str, logprobs: bool) -> None:
@@ -85,10 +85,10 @@ class ChatForm(_Written):
         return {
             **self._head, "object": self._kind,
             "choices": [
-                {"index": number, "finish_reason": own.finish,
-                 "message": {"role": "assistant", "content": own.text, "refusal": None},
-                 "logprobs": self._probabilities(own.logprobs, own.untold)}
-                for number, own in enumerate(choices)
+                {"index": number, "finish_reason": choice.finish,
+                 "message": {"role": "assistant", "content": choice.text, "refusal": None},
+                 "logprobs": self._probabilities(choice.logprobs, choice.missing_logprobs)}
+                for number, choice in enumerate(choices)
             ],
             "usage": usage.body(),
         }  # fmt: skip
@@ -104,24 +104,24 @@ class ChatForm(_Written):
     ) -> str:
         """See `Form`."""
         delta = {"content": text} if text or finish is None else {}
-        told = self._probabilities(logprobs) if logprobs else None
-        return self._event([{"index": number, "delta": delta, "logprobs": told,
+        token_logprobs = self._probabilities(logprobs) if logprobs else None
+        return self._event([{"index": number, "delta": delta, "logprobs": token_logprobs,
                              "finish_reason": finish}])  # fmt: skip
 
     def _probabilities(
-        self, found: Sequence[TokenLogprob], untold: int = 0
+        self, logprobs: Sequence[TokenLogprob], missing: int = 0
     ) -> dict[str, Any] | None:
         if not self._logprobs:
             return None
         content = [
-            {**_token(own), "top_logprobs": [_token(top) for top in own.top]}
-            for own in found
+            {**_token(token), "top_logprobs": [_token(top) for top in token.top]}
+            for token in logprobs
         ]  # fmt: skip
-        told = {"content": content, "refusal": None}
-        return {**told, "missing_tokens": untold} if untold else told
+        body = {"content": content, "refusal": None}
+        return {**body, "missing_tokens": missing} if missing else body
 
 
-class CompletionForm(_Written):
+class CompletionForm(_BaseForm):
     """`/v1/completions`."""
 
     def __init__(self, model: str, logprobs: bool) -> None:
@@ -133,9 +133,9 @@ class CompletionForm(_Written):
         return {
             **self._head, "object": self._kind,
             "choices": [
-                {"index": number, "text": own.text, "finish_reason": own.finish,
-                 "logprobs": self._probabilities(number, own.logprobs)}
-                for number, own in enumerate(choices)
+                {"index": number, "text": choice.text, "finish_reason": choice.finish,
+                 "logprobs": self._probabilities(number, choice.logprobs)}
+                for number, choice in enumerate(choices)
             ],
             "usage": usage.body(),
         }  # fmt: skip
@@ -148,41 +148,45 @@ class CompletionForm(_Written):
         self, number: int, text: str, logprobs: Sequence[TokenLogprob], finish: Finish | None
     ) -> str:
         """See `Form`."""
-        told = self._probabilities(number, logprobs) if logprobs else None
-        return self._event([{"index": number, "text": text, "logprobs": told,
+        token_logprobs = self._probabilities(number, logprobs) if logprobs else None
+        return self._event([{"index": number, "text": text, "logprobs": token_logprobs,
                              "finish_reason": finish}])  # fmt: skip
 
-    def _probabilities(self, number: int, found: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+    def _probabilities(
+        self, number: int, logprobs: Sequence[TokenLogprob]
+    ) -> dict[str, Any] | None:
         if not self._logprobs:
             return None
         offsets, at = [], self._offsets.get(number, 0)
-        for own in found:
+        for token in logprobs:
             offsets.append(at)
-            at += len(own.text)
+            at += len(token.text)
         self._offsets[number] = at
         return {
-            "tokens": [_named(own) for own in found],
-            "token_logprobs": [own.logprob for own in found],
-            "top_logprobs": [{_named(top): top.logprob for top in own.top} for own in found],
+            "tokens": [_token_key(token) for token in logprobs],
+            "token_logprobs": [token.logprob for token in logprobs],
+            "top_logprobs": [
+                {_token_key(top): top.logprob for top in token.top} for token in logprobs
+            ],
             "text_offset": offsets,
         }
 
 
-def _token(own: TokenLogprob) -> dict[str, Any]:
-    return {"token": own.text, "logprob": own.logprob, "bytes": list(own.bytes)}
+def _token(token: TokenLogprob) -> dict[str, Any]:
+    return {"token": token.text, "logprob": token.logprob, "bytes": list(token.bytes)}
 
 
-def _named(own: TokenLogprob) -> str:
+def _token_key(token: TokenLogprob) -> str:
     """A token as the key of a mapping, where no two may look alike.
 
     Parts of a character have their bytes in their name, as at OpenAI, and tokens without a text
     their id, as at vLLM.
     """
-    if not own.text:
-        return f"token_id:{own.id}"
-    if "\N{REPLACEMENT CHARACTER}" not in own.text:
-        return own.text
-    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in own.bytes)
+    if not token.text:
+        return f"token_id:{token.id}"
+    if "\N{REPLACEMENT CHARACTER}" not in token.text:
+        return token.text
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token.bytes)
 
 
 def failure_event(body: dict[str, Any]) -> str:

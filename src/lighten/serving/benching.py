@@ -30,7 +30,7 @@ def bench(
     key: str | None,
     output: Path | None,
     identity_requests: int,
-    told: Callable[[str], None],
+    report: Callable[[str], None],
     **load: Any,
 ) -> dict[str, Any]:
     """Measure and check a server; see `lighten.bench_serve`.
@@ -38,56 +38,58 @@ def bench(
     Raises:
         UserError: A setting of the load, or the server does not answer.
     """
-    wanted = Load(**load)
-    wanted.check()
+    settings = Load(**load)
+    settings.check()
     remote = Remote(url, key)
     models = list(remote.models())
     try:
-        looked = checks.fields(remote, models[0])
-        for own in looked:
-            told(f"{'ok   ' if own.passed else 'FAILS'} {own.name}: {own.detail}")
+        field_checks = checks.fields(remote, models[0])
+        for check in field_checks:
+            report(f"{'ok   ' if check.passed else 'FAILS'} {check.name}: {check.detail}")
         same = checks.identity(remote, models, requests=identity_requests) if models else None
     except ServerError as error:
         raise UserError(f"{remote.url}: {error}") from error
     if same is not None:
-        told(f"identity: {same.same} of {same.requests} answers as alone, {same.rounding} with "
+        report(f"identity: {same.same} of {same.requests} answers as alone, {same.rounding} with "
              f"rounding, {same.wrong} of another model")  # fmt: skip
-    found = series(remote, wanted, lambda own: told(_line(own)))
+    outcomes = series(remote, settings, lambda outcome: report(_line(outcome)))
     result = {
-        "url": remote.url, "machine": machine().to_dict(), "load": asdict(wanted),
-        "models": models, "checks": [asdict(own) for own in looked],
+        "url": remote.url, "machine": machine().to_dict(), "load": asdict(settings),
+        "models": models, "checks": [asdict(check) for check in field_checks],
         "identity": None if same is None else asdict(same),
-        "loads": [own.to_dict() for own in found],
+        "loads": [outcome.to_dict() for outcome in outcomes],
     }  # fmt: skip
     if output is not None:
         write_bytes(output / "bench-serve.json", json.dumps(result, indent=2).encode() + b"\n")
-        write_bytes(output / "bench-serve.svg", picture(found).encode())
+        write_bytes(output / "bench-serve.svg", picture(outcomes).encode())
     return result
 
 
-def picture(found: Sequence[Outcome]) -> str:
+def picture(outcomes: Sequence[Outcome]) -> str:
     """Throughput against the number of adapters, as an SVG of its own."""
-    shown = [own for own in found if own.what != "base and adapters"]
-    counts = [0 if own.what == "base" else own.adapters for own in shown]
-    line = Series("tokens/s", [float(n) for n in counts], [own.tokens_per_s for own in shown],
-                  markers=True)  # fmt: skip
-    drawn = line_chart(
+    plotted = [outcome for outcome in outcomes if outcome.what != "base and adapters"]
+    counts = [0 if outcome.what == "base" else outcome.adapters for outcome in plotted]
+    line = Series(
+        "tokens/s", [float(n) for n in counts], [outcome.tokens_per_s for outcome in plotted],
+        markers=True,
+    )  # fmt: skip
+    chart = line_chart(
         [line], title="Throughput against the number of adapters",
         x_label="adapters (0: the base)", y_label="tokens/s", from_zero=True,
     )  # fmt: skip
-    svg = drawn[drawn.index("<svg") : drawn.index("</svg>") + 6]
+    svg = chart[chart.index("<svg") : chart.index("</svg>") + 6]
     svg = svg.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
     head, _, rest = svg.partition(">")
     return f"{head}>{_STYLE}{rest}\n"
 
 
-def _line(own: Outcome) -> str:
-    first, between = own.first_token_s, own.between_tokens_s
-    errors = sum(own.errors.values())
+def _line(outcome: Outcome) -> str:
+    first, between = outcome.first_token_s, outcome.between_tokens_s
+    errors = sum(outcome.errors.values())
     return (
-        f"{own.what}: {own.tokens_per_s:.1f} tokens/s, first text {_ms(first['p50'])} (p99 "
+        f"{outcome.what}: {outcome.tokens_per_s:.1f} tokens/s, first text {_ms(first['p50'])} (p99 "
         f"{_ms(first['p99'])}), between {_ms(between['p50'])} (p99 {_ms(between['p99'])}), "
-        f"{own.answered} answered, {errors} errors"
+        f"{outcome.answered} answered, {errors} errors"
     )
 
 

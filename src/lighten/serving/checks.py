@@ -56,16 +56,16 @@ def fields(remote: Remote, model: str) -> list[Check]:
         ServerError: The server does not answer at all.
     """
     return [
-        _one(name, check, remote, model)
+        _run_check(name, check, remote, model)
         for name, check in (
-            ("n", _several), ("max_completion_tokens", _limited), ("stop", _stopped),
-            ("logprobs", _probable), ("unknown model", _unknown_model),
-            ("unknown field", _unknown_field),
+            ("n", _check_n), ("max_completion_tokens", _check_max_tokens), ("stop", _check_stop),
+            ("logprobs", _check_logprobs), ("unknown model", _check_unknown_model),
+            ("unknown field", _check_unknown_field),
         )
     ]  # fmt: skip
 
 
-def _one(
+def _run_check(
     name: str, check: Callable[[Remote, str], tuple[bool, str]], remote: Remote, model: str
 ) -> Check:
     try:
@@ -83,38 +83,38 @@ def _ask(remote: Remote, model: str, question: str = _QUESTIONS[0], **options: A
     return remote.chat(model, [{"role": "user", "content": question}], **settings)
 
 
-def _several(remote: Remote, model: str) -> tuple[bool, str]:
+def _check_n(remote: Remote, model: str) -> tuple[bool, str]:
     choices = _ask(remote, model, n=2, temperature=1.0, seed=1)["choices"]
     return len(choices) == 2, f"{len(choices)} answers to n = 2"
 
 
-def _limited(remote: Remote, model: str) -> tuple[bool, str]:
+def _check_max_tokens(remote: Remote, model: str) -> tuple[bool, str]:
     answer = _ask(remote, model, "Count from one to a hundred.", max_completion_tokens=3)
     tokens, finish = answer["usage"]["completion_tokens"], answer["choices"][0]["finish_reason"]
-    ended = tokens <= 3 and (finish == "length" or tokens < 3)
-    return ended, f"{tokens} tokens for a limit of 3, finish_reason {finish}"
+    within_limit = tokens <= 3 and (finish == "length" or tokens < 3)
+    return within_limit, f"{tokens} tokens for a limit of 3, finish_reason {finish}"
 
 
-def _stopped(remote: Remote, model: str) -> tuple[bool, str]:
-    whole = _ask(remote, model)["choices"][0]["message"]["content"]
-    if len(whole) < 2:
+def _check_stop(remote: Remote, model: str) -> tuple[bool, str]:
+    answer = _ask(remote, model)["choices"][0]["message"]["content"]
+    if len(answer) < 2:
         return True, "the answer is too short to stop inside"
-    stop = whole[len(whole) // 2 :][:2]
+    stop = answer[len(answer) // 2 :][:2]
     choice = _ask(remote, model, stop=[stop])["choices"][0]
-    got = choice["message"]["content"]
-    right = got == whole[: whole.index(stop)] and choice["finish_reason"] == "stop"
-    return right, f"{got!r} of {whole!r} with stop {stop!r}"
+    stopped_answer = choice["message"]["content"]
+    passed = stopped_answer == answer[: answer.index(stop)] and choice["finish_reason"] == "stop"
+    return passed, f"{stopped_answer!r} of {answer!r} with stop {stop!r}"
 
 
-def _probable(remote: Remote, model: str) -> tuple[bool, str]:
+def _check_logprobs(remote: Remote, model: str) -> tuple[bool, str]:
     choice = _ask(remote, model, logprobs=True, top_logprobs=3)["choices"][0]
-    told = (choice.get("logprobs") or {}).get("content") or []
+    tokens = (choice.get("logprobs") or {}).get("content") or []
     missing = (choice.get("logprobs") or {}).get("missing_tokens", 0)
-    whole = all(len(own["top_logprobs"]) == 3 and own["logprob"] <= 0 for own in told)
-    return bool(told) and whole, f"{len(told)} tokens told, {missing} not"
+    complete = all(len(token["top_logprobs"]) == 3 and token["logprob"] <= 0 for token in tokens)
+    return bool(tokens) and complete, f"{len(tokens)} tokens told, {missing} not"
 
 
-def _unknown_model(remote: Remote, _: str) -> tuple[bool, str]:
+def _check_unknown_model(remote: Remote, _: str) -> tuple[bool, str]:
     try:
         _ask(remote, "no-such-model-is-here")
     except ServerError as error:
@@ -122,7 +122,7 @@ def _unknown_model(remote: Remote, _: str) -> tuple[bool, str]:
     return False, "answered by another model"
 
 
-def _unknown_field(remote: Remote, model: str) -> tuple[bool, str]:
+def _check_unknown_field(remote: Remote, model: str) -> tuple[bool, str]:
     try:
         _ask(remote, model, no_such_field=1)
     except ServerError as error:
@@ -145,28 +145,30 @@ def identity(
     with ThreadPoolExecutor(clients) as pool:
         answers = list(pool.map(lambda pair: _answer(remote, *pair), order))
     same = rounding = 0
-    for (model, question), got in zip(order, answers, strict=True):
-        if got[0] == alone[model, question][0]:
+    for (model, question), answer in zip(order, answers, strict=True):
+        if answer[0] == alone[model, question][0]:
             same += 1
             continue
-        apart = {own: _apart(got[1], alone[own, question][1]) for own in models}
-        nearest = min(apart.values())
-        rounding += apart[model] == nearest and nearest <= _ROUNDING
+        distances = {
+            name: _largest_difference(answer[1], alone[name, question][1]) for name in models
+        }
+        nearest = min(distances.values())
+        rounding += distances[model] == nearest and nearest <= _ROUNDING
     return Identity(requests, same, rounding, requests - same - rounding)
 
 
 def _answer(remote: Remote, model: str, question: str) -> tuple[str, dict[str, float]]:
     choice = _ask(remote, model, question, logprobs=True, top_logprobs=5)["choices"][0]
-    told = choice["logprobs"]["content"]
-    first = {own["token"]: own["logprob"] for own in told[0]["top_logprobs"]} if told else {}
+    tokens = choice["logprobs"]["content"]
+    first = {top["token"]: top["logprob"] for top in tokens[0]["top_logprobs"]} if tokens else {}
     return choice["message"]["content"], first
 
 
-def _apart(one: dict[str, float], other: dict[str, float]) -> float:
+def _largest_difference(first: dict[str, float], second: dict[str, float]) -> float:
     """Largest difference of log-probabilities; tokens that one alone names count fully."""
-    if one.keys() != other.keys():
-        shared = one.keys() & other.keys()
+    if first.keys() != second.keys():
+        shared = first.keys() & second.keys()
         if len(shared) < 3:
             return float("inf")
-        return max(abs(one[token] - other[token]) for token in shared)
-    return max((abs(one[token] - other[token]) for token in one), default=0.0)
+        return max(abs(first[token] - second[token]) for token in shared)
+    return max((abs(first[token] - second[token]) for token in first), default=0.0)

@@ -104,7 +104,7 @@ class CohortEngine:
 
         await change_adapters(engine.adapters, adapters, load, unload)
 
-    async def generate(self, wanted: Generation) -> AsyncIterator[Piece]:
+    async def generate(self, generation: Generation) -> AsyncIterator[Piece]:
         """The answer piece by piece; closing the iterator stops the generation.
 
         Raises:
@@ -122,44 +122,44 @@ class CohortEngine:
 
         try:
             grammar = None
-            if wanted.schema is not None:
-                grammar = await self._grammar(grammars, wanted)
+            if generation.schema is not None:
+                grammar = await self._grammar(grammars, generation)
             request = Request(
-                list(wanted.prompt), wanted.adapter, wanted.max_tokens, wanted.stop_ids,
-                wanted.sampling, wanted.logprobs, put, lambda how, cached: put((how, cached)),
-                grammar,
+                list(generation.prompt), generation.adapter, generation.max_tokens,
+                generation.stop_ids, generation.sampling, generation.logprobs,
+                put, lambda end, cached: put((end, cached)), grammar,
             )  # fmt: skip
             cancel = engine.submit(request)
         except UserError as error:
             raise EngineRefused(str(error)) from error
-        stream = texts.stream(wanted.shown)
+        stream = texts.stream(generation.shown)
         tokens, ended = 0, False
         try:
             while not ended:
                 event = await events.get()
                 if isinstance(event, Chosen):
                     tokens += 1
-                    told = () if event.logprob is None else (
-                        texts.told(event.token, event.logprob, event.top),
+                    logprobs = () if event.logprob is None else (
+                        texts.token_logprob(event.token, event.logprob, event.top),
                     )  # fmt: skip
-                    yield Piece(stream.text(event.token), told, tokens=tokens)
+                    yield Piece(stream.text(event.token), logprobs, tokens=tokens)
                     continue
-                how, cached = event
+                end, cached = event
                 ended = True
-                if isinstance(how, BaseException):
-                    raise EngineFailed(str(how) or type(how).__name__) from how
-                if how == "cancelled":
+                if isinstance(end, BaseException):
+                    raise EngineFailed(str(end) or type(end).__name__) from end
+                if end == "cancelled":
                     raise EngineFailed("the answer was cancelled")
-                finish: Finish = "length" if how == "length" else "stop"
-                yield Piece("", finish=finish, tokens=tokens + (how == "stop"), cached=cached)
+                finish: Finish = "length" if end == "length" else "stop"
+                yield Piece("", finish=finish, tokens=tokens + (end == "stop"), cached=cached)
         finally:
             if not ended:
                 cancel()
 
-    async def _grammar(self, grammars: Grammars, wanted: Generation) -> Grammar:
-        assert wanted.schema is not None
+    async def _grammar(self, grammars: Grammars, generation: Generation) -> Grammar:
+        assert generation.schema is not None
         try:
-            return await asyncio.to_thread(grammars.of, wanted.schema, wanted.stop_ids)
+            return await asyncio.to_thread(grammars.of, generation.schema, generation.stop_ids)
         except UserError as error:
             raise EngineRefused(f"response_format: {error}") from error
 

@@ -76,7 +76,7 @@ class Piece:
     finish: Finish | None = None
     tokens: int = 0
     cached: int = 0
-    untold: int = 0
+    missing_logprobs: int = 0
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Engine(Protocol):
             EngineFailed: The engine takes none now; see `obstacle`.
         """
 
-    def generate(self, wanted: Generation) -> AsyncIterator[Piece]:
+    def generate(self, generation: Generation) -> AsyncIterator[Piece]:
         """The answer piece by piece; closing the iterator stops the generation.
 
         Raises:
@@ -139,7 +139,7 @@ class Engine(Protocol):
 
 
 async def change_adapters(
-    held: Iterable[str],
+    loaded_keys: Iterable[str],
     adapters: Sequence[Adapter],
     load: Callable[[Adapter], Awaitable[None]],
     unload: Callable[[str], Awaitable[None]],
@@ -147,7 +147,7 @@ async def change_adapters(
     """Load what is missing, then unload what is not wanted; nothing changes where one fails.
 
     Args:
-        held: Keys of the adapters that are loaded.
+        loaded_keys: Keys of the adapters that are loaded.
         adapters: Wanted.
         load: Loads one.
         unload: Unloads one, by its key.
@@ -155,17 +155,17 @@ async def change_adapters(
     Raises:
         UserError: One of them cannot be served; the old ones stay.
     """
-    before, wanted = list(held), {adapter.key: adapter for adapter in adapters}
+    previous, by_key = list(loaded_keys), {adapter.key: adapter for adapter in adapters}
     loaded: list[str] = []
     try:
-        for key, adapter in wanted.items():
-            if key not in before:
+        for key, adapter in by_key.items():
+            if key not in previous:
                 await load(adapter)
                 loaded.append(key)
     except UserError:
         for key in loaded:
             await unload(key)
         raise
-    for key in before:
-        if key not in wanted:
+    for key in previous:
+        if key not in by_key:
             await unload(key)

@@ -91,29 +91,29 @@ def choose_here(options: Options, registry: Registry) -> Choice:
 
 
 def engine_of(
-    kind: str, registry: Registry, options: Options, context: int, told: Callable[[str], None]
+    engine: str, registry: Registry, options: Options, context: int, report: Callable[[str], None]
 ) -> Engine:
     """An engine over what is served; it tells what it does to the base.
 
     Args:
-        kind: One of `ENGINES`.
+        engine: One of `ENGINES`.
         registry: What is served.
         options: How.
         context: Tokens of a prompt with its answer.
-        told: Hears of it.
+        report: Hears of it.
 
     Raises:
         UserError: It cannot serve this.
     """
-    return _BUILDERS[kind](registry, options, context, told)
+    return _BUILDERS[engine](registry, options, context, report)
 
 
 def _cohort(
-    registry: Registry, options: Options, context: int, told: Callable[[str], None]
+    registry: Registry, options: Options, context: int, report: Callable[[str], None]
 ) -> Engine:
     from lighten.serving.cohort import CohortEngine
 
-    told("base: transformers' model in this process")
+    report("base: transformers' model in this process")
     return CohortEngine(
         registry.base.name, context=context, slots=options.slots, revision=options.revision,
         dtype=STORED[options.storage] if options.storage != STORAGE else "auto",
@@ -122,17 +122,17 @@ def _cohort(
 
 
 def _llamacpp(
-    registry: Registry, options: Options, context: int, told: Callable[[str], None]
+    registry: Registry, options: Options, context: int, report: Callable[[str], None]
 ) -> Engine:
     from lighten.serving.llamacpp import LlamaCpp
 
     base = registry.base
-    model, why = base_as_gguf(base, options.storage)
-    told(f"base: {model.stat().st_size / 1e6:,.0f} MB, {why}")
-    for own in registry.adapters:  # refused here, with the reason, and not while it serves
-        adapters.adapter_as_gguf(own, base)
+    model, origin = base_as_gguf(base, options.storage)
+    report(f"base: {model.stat().st_size / 1e6:,.0f} MB, {origin}")
+    for adapter in registry.adapters:  # refused here, with the reason, and not while it serves
+        adapters.adapter_as_gguf(adapter, base)
     return LlamaCpp(
-        model, lambda own: adapters.adapter_as_gguf(own, base),
+        model, lambda adapter: adapters.adapter_as_gguf(adapter, base),
         context=context, slots=options.slots, threads=options.threads,
         gpu_layers=options.gpu_layers, cache="f32" if options.storage == "f32" else "f16",
         flags=dict(options.engine_flags), prefix_caching=options.prefix_caching,
@@ -140,14 +140,14 @@ def _llamacpp(
 
 
 def _vllm(
-    registry: Registry, options: Options, context: int, told: Callable[[str], None]
+    registry: Registry, options: Options, context: int, report: Callable[[str], None]
 ) -> Engine:
     base = registry.base
     if base.gguf is not None:
         raise UserError(f"--engine vllm does not serve the GGUF file {base.gguf}; give its folder")
-    for own in registry.adapters:
-        vllm.require_servable(own.folder)
-    told(f"base: as it is, in {vllm.program()}")
+    for adapter in registry.adapters:
+        vllm.require_servable(adapter.folder)
+    report(f"base: as it is, in {vllm.program()}")
     return vllm.Vllm(
         base.folder, base.asking.tokenizer, context=context, slots=options.slots,
         most_adapters=options.most_adapters, flags=dict(options.engine_flags),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lighten.errors import UserError
 from lighten.serving.adapters import Model
-from lighten.serving.answering import Answering, Front, Gone, chained, unless_gone
+from lighten.serving.answering import Answering, Disconnected, Front, chained, unless_disconnected
 from lighten.serving.answers import ChatForm, CompletionForm, Form
 from lighten.serving.engine import EngineFailed, Generation
 from lighten.serving.page import page
@@ -49,8 +49,8 @@ class Reply:
 
         if isinstance(self.body, dict):
             return JSONResponse(self.body, self.status, dict(self.headers))
-        kind = Response if isinstance(self.body, str) else StreamingResponse
-        return kind(self.body, self.status, dict(self.headers), self.media)
+        response_class = Response if isinstance(self.body, str) else StreamingResponse
+        return response_class(self.body, self.status, dict(self.headers), self.media)
 
 
 def application(front: Front, lifespan: Any = None) -> Starlette:
@@ -93,7 +93,7 @@ def _guarded(call: _Call) -> Callable[[Request], Awaitable[Response]]:
             reply = Reply(refused.body(), refused.status, headers=headers)
         except EngineFailed as error:  # while adapters are loaded
             reply = Reply(Refused(503, str(error)).body(), 503, headers={"Retry-After": "1"})
-        except (Gone, ClientDisconnect):
+        except (Disconnected, ClientDisconnect):
             reply = Reply("", 499, "text/plain")  # nobody reads it
         except Exception:
             log.exception("a request failed")
@@ -125,33 +125,33 @@ def _check(request: Request, front: Front, call: _Call) -> None:
     if admin and not keys:
         raise Refused(403, "loading adapters is turned off; start the server with --admin-key")
     if keys and request.url.path.startswith("/v1/"):
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not given:
+        scheme, _, key_sent = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not key_sent:
             raise Refused(401, "a key is missing: send it as 'Authorization: Bearer KEY'",
                           None, "missing_api_key")  # fmt: skip
-        if not any(hmac.compare_digest(given.strip().encode(), key.encode()) for key in keys):
+        if not any(hmac.compare_digest(key_sent.strip().encode(), key.encode()) for key in keys):
             raise Refused(401, "the key is not known here", None, "invalid_api_key")
     if request.method == "POST":
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
+        content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if content_type != "application/json":
             raise Refused(415, "the body has to be sent as 'Content-Type: application/json'")
 
 
 async def _http_error(_: Request, error: Exception) -> Response:
     status: int = getattr(error, "status_code", 500)
-    said = {404: "there is no such path; see /v1/models, /v1/chat/completions, /v1/completions",
+    message = {404: "there is no such path; see /v1/models, /v1/chat/completions, /v1/completions",
             405: "this path takes another method"}.get(status, str(error))  # fmt: skip
-    return Reply(Refused(status, said).body(), status).response()
+    return Reply(Refused(status, message).body(), status).response()
 
 
 async def _body(request: Request, front: Front) -> Any:
     """The JSON of a request, as far as the limit."""
-    most = front.limits.body_bytes
+    limit = front.limits.body_bytes
     parts, size = [], 0
     async for part in request.stream():
         size += len(part)
-        if size > most:
-            raise Refused(413, f"the body is larger than {most:,} bytes, the limit here")
+        if size > limit:
+            raise Refused(413, f"the body is larger than {limit:,} bytes, the limit here")
         parts.append(part)
     text = b"".join(parts)
     try:
@@ -190,7 +190,7 @@ async def _metrics(_: Request, front: Front) -> Reply:
     return Reply(front.metrics.text(gauges), 200, "text/plain; version=0.0.4")
 
 
-def _shown(model: Model, front: Front) -> dict[str, Any]:
+def _describe(model: Model, front: Front) -> dict[str, Any]:
     base = front.registry.name
     return {
         "id": model.name, "object": "model", "created": model.created, "owned_by": "lighten",
@@ -201,25 +201,25 @@ def _shown(model: Model, front: Front) -> dict[str, Any]:
 
 
 async def _models(_: Request, front: Front) -> Reply:
-    shown = [_shown(own, front) for own in front.registry.models.values()]
-    return Reply({"object": "list", "data": shown})
+    descriptions = [_describe(model, front) for model in front.registry.models.values()]
+    return Reply({"object": "list", "data": descriptions})
 
 
 async def _model(request: Request, front: Front) -> Reply:
-    return Reply(_shown(front.registry.named(request.path_params["name"]), front))
+    return Reply(_describe(front.registry.named(request.path_params["name"]), front))
 
 
 async def _load(request: Request, front: Front) -> Reply:
-    name, path = _words(await _body(request, front), "lora_name", "lora_path")
+    name, path = _text_fields(await _body(request, front), "lora_name", "lora_path")
     return Reply({"message": await front.registry.load(name, path, front.engine)})
 
 
 async def _unload(request: Request, front: Front) -> Reply:
-    (name,) = _words(await _body(request, front), "lora_name")
+    (name,) = _text_fields(await _body(request, front), "lora_name")
     return Reply({"message": await front.registry.unload(name, front.engine)})
 
 
-def _words(body: Any, *names: str) -> list[str]:
+def _text_fields(body: Any, *names: str) -> list[str]:
     for name in names:
         if not isinstance(body, dict) or not isinstance(body.get(name), str) or not body[name]:
             raise Refused(400, f"{name} is missing", name)
@@ -230,10 +230,10 @@ def _words(body: Any, *names: str) -> list[str]:
 
 async def _chat(request: Request, front: Front) -> Reply:
     body = await _body(request, front)
-    asked = parse(ChatRequest, body)
-    model = front.registry.named(asked.model, asked.adapter_id)
-    messages = asked.conversation()
-    long = sum(len(own.content) for own in messages) > _LONG_TEXT
+    chat_request = parse(ChatRequest, body)
+    model = front.registry.named(chat_request.model, chat_request.adapter_id)
+    messages = chat_request.conversation()
+    long = sum(len(message.content) for message in messages) > _LONG_TEXT
     try:
         ids = (
             await asyncio.to_thread(model.asking.conversation, messages)
@@ -242,74 +242,75 @@ async def _chat(request: Request, front: Front) -> Reply:
         )
     except UserError as error:
         raise Refused(400, str(error), "messages") from error
-    form = ChatForm(model.name, asked.alternatives is not None)
-    return await _answer(request, front, model, asked, [ids], form)
+    form = ChatForm(model.name, chat_request.alternatives is not None)
+    return await _answer(request, front, model, chat_request, [ids], form)
 
 
 async def _completions(request: Request, front: Front) -> Reply:
-    asked = parse(CompletionRequest, await _body(request, front))
-    model = front.registry.named(asked.model, asked.adapter_id)
+    completion_request = parse(CompletionRequest, await _body(request, front))
+    model = front.registry.named(completion_request.model, completion_request.adapter_id)
     vocabulary = front.registry.vocabulary
-    prompts = await asyncio.to_thread(asked.prompts, model.asking.text, vocabulary)
-    form = CompletionForm(model.name, asked.alternatives is not None)
-    return await _answer(request, front, model, asked, prompts, form)
+    prompts = await asyncio.to_thread(completion_request.prompts, model.asking.text, vocabulary)
+    form = CompletionForm(model.name, completion_request.alternatives is not None)
+    return await _answer(request, front, model, completion_request, prompts, form)
 
 
 async def _answer(
-    request: Request, front: Front, model: Model, asked: ChatRequest | CompletionRequest,
+    request: Request, front: Front, model: Model, parsed: ChatRequest | CompletionRequest,
     prompts: Sequence[Sequence[int]], form: Form,
 ) -> Reply:  # fmt: skip
     """Generate every answer of a request, whole or streamed."""
-    wanted = [
-        _generation(front, model, asked, prompt, number)
+    generations = [
+        _generation(front, model, parsed, prompt, number)
         for prompt in prompts
-        for number in range(asked.answers)
+        for number in range(parsed.answers)
     ]
-    if len(wanted) > (most := front.limits.waiting):
-        raise Refused(400, f"prompt: {len(wanted)} answers in one request are more than the {most} "
-                      "that this server makes at a time (--max-waiting)", "prompt")  # fmt: skip
+    if len(generations) > (most := front.limits.waiting):
+        raise Refused(400, f"prompt: {len(generations)} answers in one request are more than "
+                      f"the {most} that this server makes at a time (--max-waiting)",
+                      "prompt")  # fmt: skip
     if (obstacle := front.obstacle()) is not None:
         raise Refused(503, f"{obstacle}; try again in a few seconds")
-    if front.answering + len(wanted) > front.limits.waiting:
+    if front.answering + len(generations) > front.limits.waiting:
         raise Refused(429, f"{front.answering} answers are under way or wait; try again later",
                       None, "rate_limit_exceeded")  # fmt: skip
-    run = Answering(front, model, wanted, asked.stops, sum(map(len, prompts)))
-    if asked.stream:
-        options = asked.stream_options
+    run = Answering(front, model, generations, parsed.stops, sum(map(len, prompts)))
+    if parsed.stream:
+        options = parsed.stream_options
         events = run.events(form, usage=options is not None and options.include_usage)
         # Errors before the first token are answered as such; after it the status is sent.
-        first = await unless_gone(request, anext(events))
+        first = await unless_disconnected(request, anext(events))
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         return Reply(chained(first, events), 200, "text/event-stream", headers)
-    choices = await unless_gone(request, run.whole())
+    choices = await unless_disconnected(request, run.whole())
     return Reply(form.whole(choices, run.usage(choices)))
 
 
 def _generation(
-    front: Front, model: Model, asked: ChatRequest | CompletionRequest, prompt: Sequence[int],
+    front: Front, model: Model, parsed: ChatRequest | CompletionRequest, prompt: Sequence[int],
     number: int,
 ) -> Generation:  # fmt: skip
     context = front.engine.context
-    room, most = context - len(prompt), asked.most_tokens
+    room, most = context - len(prompt), parsed.most_tokens
     if room < 1:
         raise Refused(400, f"the prompt has {len(prompt)} tokens; prompt and answer may have "
                       f"{context} together here (--max-model-len)",
-                      "prompt" if isinstance(asked, CompletionRequest) else "messages",
+                      "prompt" if isinstance(parsed, CompletionRequest) else "messages",
                       "context_length_exceeded")  # fmt: skip
-    if asked.max_tokens is None and isinstance(asked, CompletionRequest):
+    if parsed.max_tokens is None and isinstance(parsed, CompletionRequest):
         most = min(16, room)
     if most is not None and most > room:
         raise Refused(400, f"max_tokens: {most} are more than the {room} that the prompt's "
                       f"{len(prompt)} tokens leave of a context of {context}", "max_tokens",
                       "context_length_exceeded")  # fmt: skip
-    kind = asked.response_format
+    response_format = parsed.response_format
     return Generation(
         prompt,
         None if model.adapter is None else model.adapter.key,
         most or room,
-        asked.sampling(front.registry.vocabulary, number),
+        parsed.sampling(front.registry.vocabulary, number),
         model.asking.stop_ids,
         model.asking.shown,
-        asked.alternatives,
-        None if kind is None else kind.schema_wanted(),
+        parsed.alternatives,
+        None if response_format is None else response_format.schema_wanted(),
     )

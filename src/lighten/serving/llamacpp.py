@@ -108,15 +108,15 @@ class LlamaCpp:
         something new has to be.
         """
         async with self._supervisor.exchanging:
-            before, self._adapters = self._adapters, tuple(adapters)
+            previous, self._adapters = self._adapters, tuple(adapters)
             if self.obstacle() is None:
-                here = self._supervisor.running().adapters
-                if {adapter.key for adapter in adapters} <= set(here):
+                loaded = self._supervisor.running().adapters
+                if {adapter.key for adapter in adapters} <= set(loaded):
                     return
             try:
                 await self._supervisor.exchange()
             except BaseException:
-                self._adapters = before
+                self._adapters = previous
                 raise
 
     def obstacle(self) -> str | None:
@@ -135,17 +135,17 @@ class LlamaCpp:
             "processes": self._supervisor.processes,
         }  # fmt: skip
 
-    async def generate(self, wanted: Generation) -> AsyncIterator[Piece]:
+    async def generate(self, generation: Generation) -> AsyncIterator[Piece]:
         """The answer piece by piece; see `Engine`."""
-        _require_applied(wanted.sampling)
+        _require_applied(generation.sampling)
         process = self._supervisor.running()
-        if wanted.adapter is not None and wanted.adapter not in process.adapters:
+        if generation.adapter is not None and generation.adapter not in process.adapters:
             raise EngineFailed("this adapter is not loaded any more")
         with process.answering():
-            if wanted.schema is not None:
-                await self._require_obeyed(process, wanted.schema)
-            body = request_body(wanted, process.adapters, prefix_caching=self._prefix_caching)
-            async for piece in _pieces(process, wanted, body):
+            if generation.schema is not None:
+                await self._require_obeyed(process, generation.schema)
+            body = request_body(generation, process.adapters, prefix_caching=self._prefix_caching)
+            async for piece in _pieces(process, generation, body):
                 yield piece
 
     async def _require_obeyed(self, process: ServerProcess, schema: dict[str, Any]) -> None:
@@ -215,17 +215,17 @@ def _require_applied(sampling: Sampling) -> None:
 
 
 def request_body(
-    wanted: Generation, adapters: Sequence[str], *, prefix_caching: bool = True
+    generation: Generation, adapters: Sequence[str], *, prefix_caching: bool = True
 ) -> dict[str, Any]:
     """A generation as llama.cpp's `/completion` takes it; nothing is left to its defaults."""
-    sampling = wanted.sampling
+    sampling = generation.sampling
     bias = dict(sampling.logit_bias)
     if sampling.frequency_penalty:
-        for token, times in Counter(wanted.prompt).items():
+        for token, times in Counter(generation.prompt).items():
             bias[token] = bias.get(token, 0.0) + sampling.frequency_penalty * times
     body: dict[str, Any] = {
-        "prompt": list(wanted.prompt),
-        "n_predict": wanted.max_tokens,
+        "prompt": list(generation.prompt),
+        "n_predict": generation.max_tokens,
         "stream": True,
         "return_tokens": True,
         "cache_prompt": prefix_caching,
@@ -236,29 +236,29 @@ def request_body(
         "presence_penalty": sampling.presence_penalty,
         "frequency_penalty": sampling.frequency_penalty,
         "repeat_penalty": sampling.repetition_penalty,
-        "repeat_last_n": len(wanted.prompt) + wanted.max_tokens,  # all there is
+        "repeat_last_n": len(generation.prompt) + generation.max_tokens,  # all there is
         # The largest number stands for a different seed each time.
         "seed": -1 if sampling.seed is None else sampling.seed % (2**32 - 1),
         "logit_bias": [[token, value] for token, value in bias.items()],
         "samplers": ["penalties", "temperature", "top_k", "top_p", "min_p"],
-        "preserved_tokens": list(wanted.shown),
-        "n_probs": 0 if wanted.logprobs is None else max(1, wanted.logprobs),
+        "preserved_tokens": list(generation.shown),
+        "n_probs": 0 if generation.logprobs is None else max(1, generation.logprobs),
         "lora": [
-            {"id": number, "scale": float(key == wanted.adapter)}
+            {"id": number, "scale": float(key == generation.adapter)}
             for number, key in enumerate(adapters)
         ],
     }
-    if wanted.schema is not None:
-        body["json_schema"] = laid_out(wanted.schema)
+    if generation.schema is not None:
+        body["json_schema"] = laid_out(generation.schema)
     return body
 
 
 async def _pieces(
-    process: ServerProcess, wanted: Generation, body: dict[str, Any]
+    process: ServerProcess, generation: Generation, body: dict[str, Any]
 ) -> AsyncIterator[Piece]:
     events = wire.post_stream(process.socket, "/completion", body)
     async with contextlib.aclosing(events):
-        tokens = told = 0
+        tokens = reported_tokens = 0
         async for event in events:
             tokens = event.get("tokens_predicted", tokens)
             if event.get("stop"):
@@ -266,25 +266,27 @@ async def _pieces(
                 cached = event.get("timings", {}).get("cache_n", 0)
                 yield Piece(event.get("content", ""), (), finish, tokens, cached)
                 return
-            if any(token in wanted.stop_ids for token in event["tokens"]):
+            if any(token in generation.stop_ids for token in event["tokens"]):
                 yield Piece("", (), "stop", tokens)  # hanging up frees its slot
                 return
-            logprobs = tuple(_logprobs(event, wanted))
+            logprobs = tuple(_logprobs(event, generation))
             # A character of several tokens is told with its last one.
-            untold = 0 if wanted.logprobs is None else tokens - told - len(logprobs)
-            told = tokens
-            yield Piece(event["content"], logprobs, None, tokens, 0, untold)
+            missing_logprobs = (
+                0 if generation.logprobs is None else tokens - reported_tokens - len(logprobs)
+            )
+            reported_tokens = tokens
+            yield Piece(event["content"], logprobs, None, tokens, 0, missing_logprobs)
     raise EngineFailed("the engine ended its answer without an end")
 
 
-def _logprobs(event: dict[str, Any], wanted: Generation) -> list[TokenLogprob]:
-    if wanted.logprobs is None:
+def _logprobs(event: dict[str, Any], generation: Generation) -> list[TokenLogprob]:
+    if generation.logprobs is None:
         return []
     return [
-        _token(own, tuple(_token(top) for top in own["top_logprobs"][: wanted.logprobs]))
-        for own in event.get("completion_probabilities", ())
+        _token(entry, tuple(_token(top) for top in entry["top_logprobs"][: generation.logprobs]))
+        for entry in event.get("completion_probabilities", ())
     ]
 
 
-def _token(told: dict[str, Any], top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
-    return TokenLogprob(told["id"], told["token"], tuple(told["bytes"]), told["logprob"], top)
+def _token(entry: dict[str, Any], top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
+    return TokenLogprob(entry["id"], entry["token"], tuple(entry["bytes"]), entry["logprob"], top)

@@ -113,11 +113,11 @@ def run(remote: Remote, what: str, models: Sequence[str], load: Load) -> Outcome
     rng = random.Random(load.seed)
     planned = list(_requests(models, load, rng))
     waiting: queue.SimpleQueue[tuple[str, str] | None] = queue.SimpleQueue()
-    done: queue.SimpleQueue[tuple[str, Streamed | str]] = queue.SimpleQueue()
+    answers: queue.SimpleQueue[tuple[str, Streamed | str]] = queue.SimpleQueue()
 
     def client() -> None:
         while (request := waiting.get()) is not None:
-            done.put((request[0], _asked(remote, *request, load.max_tokens)))
+            answers.put((request[0], _ask(remote, *request, load.max_tokens)))
 
     began = time.perf_counter()
     # Arrivals do not wait for answers: as many clients as there may be requests under way.
@@ -134,11 +134,11 @@ def run(remote: Remote, what: str, models: Sequence[str], load: Load) -> Outcome
     for thread in threads:
         thread.join()
     seconds = time.perf_counter() - began
-    return _outcome(what, models, seconds, [done.get() for _ in planned])
+    return _outcome(what, models, seconds, [answers.get() for _ in planned])
 
 
 def series(
-    remote: Remote, load: Load, told: Callable[[Outcome], None] | None = None
+    remote: Remote, load: Load, report: Callable[[Outcome], None] | None = None
 ) -> list[Outcome]:
     """The base, one adapter, and twice as many adapters each time up to all of them, mixed.
 
@@ -153,17 +153,17 @@ def series(
         raise UserError(f"{remote.url} lists no base among its models")
     numbers = [2**power for power in range(len(adapters).bit_length())]
     steps = sorted({*numbers, len(adapters)} - {0})
-    found = []
+    outcomes = []
     planned = [("base", [base])]
     planned += [(f"{n} adapter{'s' * (n > 1)}", adapters[:n]) for n in steps if n <= len(adapters)]
     if adapters:
         planned.append(("base and adapters", [base, *adapters]))
-    _asked(remote, base, "Hello", 2)  # warm
+    _ask(remote, base, "Hello", 2)  # warm
     for what, models in planned:
-        found.append(run(remote, what, models, load))
-        if told is not None:
-            told(found[-1])
-    return found
+        outcomes.append(run(remote, what, models, load))
+        if report is not None:
+            report(outcomes[-1])
+    return outcomes
 
 
 def _requests(models: Sequence[str], load: Load, rng: random.Random) -> Any:
@@ -176,30 +176,33 @@ def _requests(models: Sequence[str], load: Load, rng: random.Random) -> Any:
         yield chosen, f"{number}: {words}"
 
 
-def _asked(remote: Remote, model: str, question: str, max_tokens: int) -> Streamed | str:
+def _ask(remote: Remote, model: str, question: str, max_tokens: int) -> Streamed | str:
     """What came, or the error's words."""
-    into = Streamed()
+    answer = Streamed()
     messages = [{"role": "user", "content": question}]
     try:
-        for _ in remote.stream(model, messages, into, max_completion_tokens=max_tokens):
+        for _ in remote.stream(model, messages, answer, max_completion_tokens=max_tokens):
             pass
     except (ServerError, OSError, ValueError) as error:
         return f"{getattr(error, 'status', 0) or 'no answer'}: {error}"[:200]
-    return into
+    return answer
 
 
 def _outcome(
-    what: str, models: Sequence[str], seconds: float, done: Sequence[tuple[str, Streamed | str]]
+    what: str, models: Sequence[str], seconds: float, results: Sequence[tuple[str, Streamed | str]]
 ) -> Outcome:
-    answers = [(model, own) for model, own in done if isinstance(own, Streamed)]
-    first = [own.arrivals[0] - own.began for _, own in answers if own.arrivals]
+    answers = [(model, answer) for model, answer in results if isinstance(answer, Streamed)]
+    first = [answer.arrivals[0] - answer.began for _, answer in answers if answer.arrivals]
     between = [
-        later - earlier for _, own in answers for earlier, later in itertools.pairwise(own.arrivals)
+        later - earlier
+        for _, answer in answers
+        for earlier, later in itertools.pairwise(answer.arrivals)
     ]
     return Outcome(
         what, len(models), seconds, len(answers),
-        dict(Counter(own for _, own in done if isinstance(own, str))),
-        sum(own.tokens for _, own in answers), sum(own.prompt_tokens for _, own in answers),
+        dict(Counter(answer for _, answer in results if isinstance(answer, str))),
+        sum(answer.tokens for _, answer in answers),
+        sum(answer.prompt_tokens for _, answer in answers),
         _percentiles(first), _percentiles(between), dict(Counter(model for model, _ in answers)),
     )  # fmt: skip
 

@@ -40,7 +40,7 @@ class Metrics:
         for name, rows in self._counters.items():
             yield f"# TYPE lighten_{name}_total counter"
             for labels, value in rows.items():
-                yield f"lighten_{name}_total{_written(labels)} {value:.15g}"
+                yield f"lighten_{name}_total{_format_labels(labels)} {value:.15g}"
         for name, series in self._histograms.items():
             yield f"# TYPE lighten_{name}_seconds histogram"
             for labels, row in series.items():
@@ -48,12 +48,12 @@ class Metrics:
                 for bound, number in zip([*map(str, _SECONDS), "+Inf"], row, strict=False):
                     total += number
                     bounded = (*labels, ("le", bound))
-                    yield f"lighten_{name}_seconds_bucket{_written(bounded)} {total:g}"
-                yield f"lighten_{name}_seconds_sum{_written(labels)} {row[-1]:.15g}"
-                yield f"lighten_{name}_seconds_count{_written(labels)} {total:g}"
+                    yield f"lighten_{name}_seconds_bucket{_format_labels(bounded)} {total:g}"
+                yield f"lighten_{name}_seconds_sum{_format_labels(labels)} {row[-1]:.15g}"
+                yield f"lighten_{name}_seconds_count{_format_labels(labels)} {total:g}"
 
 
-def _written(labels: _Labels) -> str:
+def _format_labels(labels: _Labels) -> str:
     if not labels:
         return ""
     escaped = (

@@ -127,7 +127,7 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def keys(given: Iterable[str], variable: str) -> tuple[str, ...]:
+def keys(flags: Iterable[str], variable: str) -> tuple[str, ...]:
     """Keys from flags and from an environment variable, which no list of processes shows."""
-    words = [*given, *os.environ.get(variable, "").split(",")]
+    words = [*flags, *os.environ.get(variable, "").split(",")]
     return tuple(dict.fromkeys(word.strip() for word in words if word.strip()))

@@ -32,15 +32,15 @@ class Registry:
         self._changing = asyncio.Lock()
         # Models as long as somebody holds one: a request that was taken under a name is answered
         # by what had the name then, even if it is loaded anew before the engine hears of it.
-        self._held: weakref.WeakSet[Model] = weakref.WeakSet()
+        self._in_use: weakref.WeakSet[Model] = weakref.WeakSet()
 
-    def open(self, given: Mapping[str, Path]) -> None:
+    def open(self, folders: Mapping[str, Path]) -> None:
         """Take the adapters that are there from the start."""
-        if len(given) > self._most:
-            raise UserError(f"{len(given)} adapters are more than --max-cpu-loras {self._most}")
-        for name, folder in given.items():
+        if len(folders) > self._most:
+            raise UserError(f"{len(folders)} adapters are more than --max-cpu-loras {self._most}")
+        for name, folder in folders.items():
             self.models[name] = self._read(name, folder)
-            self._held.add(self.models[name])
+            self._in_use.add(self.models[name])
 
     def _read(self, name: str, folder: Path) -> Model:
         if name == self.name:
@@ -56,8 +56,10 @@ class Registry:
     @property
     def adapters(self) -> list[Adapter]:
         """What the engine has to hold, each once: what is served, and what answers still take."""
-        wanted = [*self.models.values(), *self._held]
-        return list({own.adapter.key: own.adapter for own in wanted if own.adapter}.values())
+        models = [*self.models.values(), *self._in_use]
+        return list(
+            {model.adapter.key: model.adapter for model in models if model.adapter}.values()
+        )
 
     def named(self, name: str, adapter: str | None = None) -> Model:
         """The model of a request.
@@ -68,12 +70,12 @@ class Registry:
         if adapter is not None and name != self.name and name != adapter:
             raise Refused(400, "adapter_id and model name two adapters; leave one out",
                           "adapter_id")  # fmt: skip
-        wanted = adapter or name
-        if wanted not in self.models:
-            known = ", ".join(list(self.models)[:20]) + ", …" * (len(self.models) > 20)
-            raise Refused(404, f"the model {wanted[:200]!r} is not served here; there are: {known}",
-                          "model", "model_not_found")  # fmt: skip
-        return self.models[wanted]
+        model_name = adapter or name
+        if model_name not in self.models:
+            served = ", ".join(list(self.models)[:20]) + ", …" * (len(self.models) > 20)
+            raise Refused(404, f"the model {model_name[:200]!r} is not served here; "
+                          f"there are: {served}", "model", "model_not_found")  # fmt: skip
+        return self.models[model_name]
 
     async def load(self, name: str, path: str, engine: Engine) -> str:
         """Serve one more adapter, or a newer state of one; says what happened.
@@ -83,27 +85,27 @@ class Registry:
         """
         folder = self._inside(path)
         async with self._changing:
-            before = self.models.get(name)
-            if before is None and len(self.models) > self._most:
+            previous = self.models.get(name)
+            if previous is None and len(self.models) > self._most:
                 raise Refused(409, f"there are {self._most} adapters already, which is the limit "
                               "(--max-cpu-loras); unload one first", "lora_name")  # fmt: skip
             try:
                 model = await asyncio.to_thread(self._read, name, folder)
             except UserError as error:
                 raise Refused(400, str(error), "lora_path") from error
-            if before is not None and before.adapter == model.adapter:
+            if previous is not None and previous.adapter == model.adapter:
                 return f"{name} is loaded already, as it is now"
-            self._held.add(model)
+            self._in_use.add(model)
             try:
                 await engine.set_adapters(self.adapters)  # this one is held, too
             except UserError as error:
-                self._held.discard(model)
+                self._in_use.discard(model)
                 raise Refused(400, str(error), "lora_path") from error
             self.models = {**self.models, name: model}
-            said = f"{name} is loaded" if before is None else f"{name} is loaded anew"
-            del before  # the engine forgets it now, unless an answer takes it
+            message = f"{name} is loaded" if previous is None else f"{name} is loaded anew"
+            del previous  # the engine forgets it now, unless an answer takes it
             await engine.set_adapters(self.adapters)
-            return said
+            return message
 
     async def unload(self, name: str, engine: Engine) -> str:
         """Serve an adapter no more; its answers in progress go on.
@@ -115,7 +117,7 @@ class Registry:
             if name == self.name or name not in self.models:
                 raise Refused(404, f"no adapter is called {name[:200]!r}", "lora_name",
                               "model_not_found")  # fmt: skip
-            self.models = {key: own for key, own in self.models.items() if key != name}
+            self.models = {key: model for key, model in self.models.items() if key != name}
             await engine.set_adapters(self.adapters)
             return f"{name} is unloaded"
 

@@ -77,7 +77,7 @@ class Remote:
         """
         try:
             listed = self.request("GET", "/v1/models")["data"]
-            return {own["id"]: own.get("parent") for own in listed}
+            return {model["id"]: model.get("parent") for model in listed}
         except (ServerError, KeyError, TypeError) as error:
             raise UserError(f"{self.url} does not list its models: {error}") from error
 
@@ -100,14 +100,14 @@ class Remote:
         return self.request("POST", "/v1/chat/completions", body)
 
     def stream(
-        self, model: str, messages: Sequence[dict[str, str]], into: Streamed, **options: Any
+        self, model: str, messages: Sequence[dict[str, str]], answer: Streamed, **options: Any
     ) -> Iterator[str]:
         """An answer's parts as they come.
 
         Args:
             model: Who answers.
             messages: The conversation.
-            into: Filled on the way.
+            answer: Filled on the way.
             options: More of the request's fields.
 
         Raises:
@@ -115,7 +115,7 @@ class Remote:
         """
         body = {"model": model, "messages": list(messages), "stream": True,
                 "stream_options": {"include_usage": True}, **options}  # fmt: skip
-        into.began = time.perf_counter()
+        answer.began = time.perf_counter()
         with self._open("POST", "/v1/chat/completions", body) as response:
             ended = False
             while line := response.readline():
@@ -128,24 +128,26 @@ class Remote:
                 if "error" in event:
                     raise ServerError(500, str(event["error"].get("message", event["error"])))
                 if usage := event.get("usage"):
-                    into.tokens = usage["completion_tokens"]
-                    into.prompt_tokens = usage["prompt_tokens"]
+                    answer.tokens = usage["completion_tokens"]
+                    answer.prompt_tokens = usage["prompt_tokens"]
                 for choice in event["choices"]:
-                    into.finish = choice.get("finish_reason") or into.finish
+                    answer.finish = choice.get("finish_reason") or answer.finish
                     if text := choice["delta"].get("content"):
-                        into.arrivals.append(time.perf_counter())
-                        into.text += text
+                        answer.arrivals.append(time.perf_counter())
+                        answer.text += text
                         yield text
             if not ended:
                 raise ServerError(0, "the stream broke off")
 
     def _open(self, method: str, path: str, body: Any) -> http.client.HTTPResponse:
-        kind = (
+        connection_class = (
             http.client.HTTPSConnection
             if self._parts.scheme == "https"
             else http.client.HTTPConnection
         )
-        connection = kind(str(self._parts.hostname), self._parts.port, timeout=self._timeout_s)
+        connection = connection_class(
+            str(self._parts.hostname), self._parts.port, timeout=self._timeout_s
+        )
         content = None if body is None else json.dumps(body).encode()
         headers = {**self._headers, "Connection": "close"}
         try:
@@ -155,9 +157,9 @@ class Remote:
             connection.close()
             raise ServerError(0, f"{self.url} does not answer: {error}") from error
         if response.status != 200:
-            said = response.read()
+            error_body = response.read()
             response.close()
-            raise ServerError(response.status, _message(said))
+            raise ServerError(response.status, _message(error_body))
         return response
 
 

@@ -51,10 +51,10 @@ class Refused(Exception):
 
     def body(self) -> dict[str, Any]:
         """As OpenAI's clients read it."""
-        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        error_type = "server_error" if self.status >= 500 else "invalid_request_error"
         if self.status == 401:
-            kind = "authentication_error"
-        return {"error": {"message": self.message, "type": kind, "param": self.param,
+            error_type = "authentication_error"
+        return {"error": {"message": self.message, "type": error_type, "param": self.param,
                           "code": self.code}}  # fmt: skip
 
 
@@ -155,7 +155,7 @@ class _Common(BaseModel):
                 raise Refused(400, f"logit_bias: {token!r} is no token of this model, which has "
                               f"ids from 0 to {vocabulary - 1}", "logit_bias")  # fmt: skip
             bias[int(token)] = value
-        given = {
+        settings = {
             "temperature": self.temperature, "top_p": self.top_p, "min_p": self.min_p,
             "presence_penalty": self.presence_penalty,
             "frequency_penalty": self.frequency_penalty,
@@ -165,7 +165,7 @@ class _Common(BaseModel):
         }  # fmt: skip
         return Sampling(
             logit_bias=bias,
-            **{key: value for key, value in given.items() if value is not None},  # type: ignore[arg-type]
+            **{key: value for key, value in settings.items() if value is not None},  # type: ignore[arg-type]
         )
 
 
@@ -209,11 +209,11 @@ class ChatRequest(_Common):
     @property
     def most_tokens(self) -> int | None:
         """See `_Common`."""
-        given = {value for value in (self.max_completion_tokens, self.max_tokens) if value}
-        if len(given) > 1:
+        limits = {value for value in (self.max_completion_tokens, self.max_tokens) if value}
+        if len(limits) > 1:
             raise Refused(400, "max_tokens and max_completion_tokens say different things; keep "
                           "one", "max_tokens")  # fmt: skip
-        return next(iter(given), None)
+        return next(iter(limits), None)
 
     @property
     def alternatives(self) -> int | None:
@@ -246,21 +246,21 @@ class CompletionRequest(_Common):
 
     def prompts(self, encode: Callable[[str], list[int]], vocabulary: int) -> list[list[int]]:
         """Token ids of each prompt."""
-        given: Any = self.prompt if isinstance(self.prompt, list) else [self.prompt]
-        if given and isinstance(given[0], int):
-            given = [given]
-        if not given:
+        prompts: Any = self.prompt if isinstance(self.prompt, list) else [self.prompt]
+        if prompts and isinstance(prompts[0], int):
+            prompts = [prompts]
+        if not prompts:
             raise Refused(400, "prompt is empty", "prompt")
-        found = []
-        for own in given:
-            ids = encode(own) if isinstance(own, str) else list(own)
+        token_ids = []
+        for prompt in prompts:
+            ids = encode(prompt) if isinstance(prompt, str) else list(prompt)
             if not ids:
                 raise Refused(400, "prompt is empty", "prompt")
             if not all(0 <= token < vocabulary for token in ids):
                 raise Refused(400, "prompt holds ids that are no tokens of this model, which has "
                               f"ids from 0 to {vocabulary - 1}", "prompt")  # fmt: skip
-            found.append(ids)
-        return found
+            token_ids.append(ids)
+        return token_ids
 
     @property
     def most_tokens(self) -> int:
@@ -271,7 +271,7 @@ class CompletionRequest(_Common):
 Body = TypeVar("Body", bound=_Common)
 
 
-def parse(kind: type[Body], body: Any) -> Body:
+def parse(request_type: type[Body], body: Any) -> Body:
     """A body as one of the above.
 
     Raises:
@@ -280,7 +280,7 @@ def parse(kind: type[Body], body: Any) -> Body:
     if not isinstance(body, dict):
         raise Refused(400, "the body has to be a JSON object")
     try:
-        request = kind.model_validate(body)
+        request = request_type.model_validate(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         place = [str(part) for part in first["loc"] if not _is_variant(part)]

@@ -24,13 +24,13 @@ log = logging.getLogger(__name__)
 _GRACE_S = 25  # running answers have so long after SIGTERM; the process ends within 30 s
 
 
-def serve(base: str, options: Options, told: Callable[[str], None]) -> None:
+def serve(base: str, options: Options, report: Callable[[str], None]) -> None:
     """Serve until SIGTERM or SIGINT; running answers are finished first.
 
     Args:
         base: The base; see `adapters.open_base`.
         options: How.
-        told: Hears what is served, with which choices and why.
+        report: Hears what is served, with which choices and why.
 
     Raises:
         UserError: Something the user can mend.
@@ -39,7 +39,7 @@ def serve(base: str, options: Options, told: Callable[[str], None]) -> None:
     import uvicorn
 
     require_valid(options)
-    registry, engine = prepare(base, options, told)
+    registry, engine = prepare(base, options, report)
     front = Front(
         registry, engine, options.api_keys, options.admin_keys,
         _hosts(options), Limits(waiting=options.waiting),
@@ -58,7 +58,7 @@ def serve(base: str, options: Options, told: Callable[[str], None]) -> None:
                 server.should_exit = True
                 return
             names = ", ".join(registry.models)
-            told(f"ready after {time.perf_counter() - began:.1f} s: {names}")
+            report(f"ready after {time.perf_counter() - began:.1f} s: {names}")
 
         starting = asyncio.create_task(start())
         try:
@@ -73,9 +73,9 @@ def serve(base: str, options: Options, told: Callable[[str], None]) -> None:
         app, host=options.host, port=options.port, log_config=None, access_log=False,
         timeout_graceful_shutdown=_GRACE_S, server_header=False, lifespan="on",
     )  # fmt: skip
-    server = _listening(config, front, told)
+    server = _listening(config, front, report)
     # uvicorn raises the signal once more when it has ended: that is no way to end a server.
-    before = {number: signal.signal(number, lambda *_: None)
+    previous = {number: signal.signal(number, lambda *_: None)
               for number in (signal.SIGTERM, signal.SIGINT)}  # fmt: skip
     try:
         server.run()
@@ -85,13 +85,13 @@ def serve(base: str, options: Options, told: Callable[[str], None]) -> None:
             "or the address is not this machine's; choose another --port"
         ) from error
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
     if failed:
         raise failed[0]
 
 
-def _listening(config: Any, front: Front, told: Callable[[str], None]) -> Any:
+def _listening(config: Any, front: Front, report: Callable[[str], None]) -> Any:
     """A server that tells its address, and refuses new requests from the first signal on."""
     import uvicorn
 
@@ -100,18 +100,18 @@ def _listening(config: Any, front: Front, told: Callable[[str], None]) -> Any:
             await super().startup(sockets)
             if not self.should_exit:
                 host, port = self.servers[0].sockets[0].getsockname()[:2]
-                told(f"listening at http://{f'[{host}]' if ':' in host else host}:{port}")
+                report(f"listening at http://{f'[{host}]' if ':' in host else host}:{port}")
 
         async def shutdown(self, sockets: Any = None) -> None:
             front.stopping = True
             if front.answering:
-                told(f"stopping, after {counted(front.answering, 'answer')} under way")
+                report(f"stopping, after {counted(front.answering, 'answer')} under way")
             await super().shutdown(sockets)
 
     return Server(config)
 
 
-def prepare(name: str, options: Options, told: Callable[[str], None]) -> tuple[Registry, Engine]:
+def prepare(name: str, options: Options, report: Callable[[str], None]) -> tuple[Registry, Engine]:
     """The models that are served, and an engine for them that is not started yet.
 
     Raises:
@@ -119,8 +119,8 @@ def prepare(name: str, options: Options, told: Callable[[str], None]) -> tuple[R
     """
     registry, context = open_served(name, options)
     chosen = choose_here(options, registry)
-    engine = engine_of(chosen.value, registry, options, context, told)
-    told(
+    engine = engine_of(chosen.value, registry, options, context, report)
+    report(
         f"engine: {chosen.value}, {chosen.reason}; {counted(options.slots, 'answer')} at once, "
         f"each of {context} tokens with its prompt"
     )

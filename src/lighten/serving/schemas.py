@@ -37,7 +37,7 @@ def compiled(schema: Mapping[str, Any]) -> str:
     except RecursionError:
         raise UserError("this JSON schema is nested too deeply") from None
     grammar: str = llguidance.LLMatcher.grammar_from_json_schema(text)
-    said: list[str] = str(llguidance.LLMatcher.validate_grammar(grammar)).strip().splitlines()
-    if said:
-        raise UserError(f"this JSON schema cannot be followed: {said[0][:300]}")
+    problems: list[str] = str(llguidance.LLMatcher.validate_grammar(grammar)).strip().splitlines()
+    if problems:
+        raise UserError(f"this JSON schema cannot be followed: {problems[0][:300]}")
     return grammar

@@ -88,17 +88,17 @@ def sizes(name: str, options: Options) -> Sizes:
         name = str(run.model())
     source, path = locate(name, revision=options.revision, weights=False)
     shape = models.skeleton(name, revision=options.revision)
-    held = [Adapter(key, folder) for key, folder in adapters.resolve(options.adapters).items()]
+    served = [Adapter(key, folder) for key, folder in adapters.resolve(options.adapters).items()]
     gpu = hardware.chosen_gpu() if options.engine == "auto" else None
     engine = choose_engine(
-        options, held, gguf=source == "gguf", gpu=gpu,
+        options, served, gguf=source == "gguf", gpu=gpu,
         program=None if gpu is None else vllm.installed(),
     )  # fmt: skip
-    factors = [factor for adapter in held for factor in _factors(adapter.folder)]
+    factors = [factor for adapter in served for factor in _factors(adapter.folder)]
     rank = max((rows for rows, _ in factors), default=0)
     numbers = sum(rows * columns for rows, columns in factors)
     common: dict[str, Any] = {
-        "model": name, "engine": engine, "adapters": len(held), "rank": rank,
+        "model": name, "engine": engine, "adapters": len(served), "rank": rank,
         "context": context_of(options, shape.config, name), "slots": options.slots,
     }  # fmt: skip
     if engine.value == "llamacpp":
@@ -128,16 +128,16 @@ def _factors(folder: Path) -> list[tuple[int, int]]:
     """Shapes of an adapter's factors, [r, in] and [r, out]."""
     from safetensors import SafetensorError, safe_open
 
-    found = []
+    shapes = []
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118  # it is no dictionary
                 if (match := FACTOR.match(key)) is not None:
                     rows, columns = file.get_slice(key).get_shape()
-                    found.append((rows, columns) if match["factor"] == "A" else (columns, rows))
+                    shapes.append((rows, columns) if match["factor"] == "A" else (columns, rows))
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder / WEIGHTS} cannot be read: {error}; fetch it again") from error
-    return found
+    return shapes
 
 
 def _gguf_bytes(folder: Path, shape: Any, options: Options) -> int:

@@ -35,11 +35,17 @@ class Texts:
         hidden = self._special - set(self._tokenizer.convert_tokens_to_ids(list(shown)))
         return Stream(self._tokenizer.backend_tokenizer, hidden)
 
-    def told(self, token: int, logprob: float, top: Sequence[tuple[int, float]]) -> TokenLogprob:
+    def token_logprob(
+        self, token: int, logprob: float, top: Sequence[tuple[int, float]]
+    ) -> TokenLogprob:
         """A token and its alternatives with their texts and bytes."""
-        return self._one(token, logprob, tuple(self._one(*other) for other in top))
+        return self._with_text(
+            token, logprob, tuple(self._with_text(*alternative) for alternative in top)
+        )
 
-    def _one(self, token: int, logprob: float, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
+    def _with_text(
+        self, token: int, logprob: float, top: tuple[TokenLogprob, ...] = ()
+    ) -> TokenLogprob:
         data = self.bytes_of(token)
         return TokenLogprob(token, data.decode(errors="replace"), tuple(data), logprob, top)
 

@@ -84,7 +84,7 @@ class Vllm:
 
     async def start(self, adapters: Sequence[Adapter]) -> None:
         """Start its server and load adapters; see `Engine`."""
-        ranks = [require_servable(own.folder) for own in adapters]
+        ranks = [require_servable(adapter.folder) for adapter in adapters]
         self._rank = next(rank for rank in _RANKS if rank >= max(ranks, default=16))
         self._rank = int(self._flags.get("max_lora_rank", self._rank))
         self._adapters = tuple(adapters)
@@ -95,7 +95,7 @@ class Vllm:
         """A process, ready, with the adapters that are to be served."""
         process = ServerProcess(self.name, grace_s=_GRACE_S)
         await process.start(
-            [sys.executable, "-m", "lighten.serving.tether", *self._words(process.socket)],
+            [sys.executable, "-m", "lighten.serving.tether", *self._command(process.socket)],
             environment=environment(), within_s=_START_S,
         )  # fmt: skip
         try:
@@ -106,7 +106,7 @@ class Vllm:
             raise
         return process
 
-    def _words(self, socket: Path) -> list[str]:
+    def _command(self, socket: Path) -> list[str]:
         flags = {
             "served-model-name": "base", "uds": str(socket), "dtype": self._dtype,
             "max-model-len": self.context, "max-num-seqs": self.slots,
@@ -116,11 +116,11 @@ class Vllm:
             "structured-outputs-config": '{"backend": "guidance"}', "max-logprobs": 32,
             **{name.replace("_", "-"): value for name, value in self._flags.items()},
         }  # fmt: skip
-        words = [*server(program()), "--model", str(self.model), "--enable-lora"]
-        words.append(f"--{'' if self._prefix_caching else 'no-'}enable-prefix-caching")
+        command = [*server(program()), "--model", str(self.model), "--enable-lora"]
+        command.append(f"--{'' if self._prefix_caching else 'no-'}enable-prefix-caching")
         for name, value in flags.items():
-            words += [f"--{name}", str(value)] if value is not True else [f"--{name}"]
-        return words
+            command += [f"--{name}", str(value)] if value is not True else [f"--{name}"]
+        return command
 
     async def stop(self) -> None:
         """End its server."""
@@ -138,8 +138,8 @@ class Vllm:
 
     async def _load(self, process: ServerProcess, adapter: Adapter) -> None:
         # Of one that is loaded again the copy counts: its folder may be another's by now, or gone.
-        copied = (_copy_of(adapter) / CONFIG).is_file()
-        rank = require_servable(_copy_of(adapter) if copied else adapter.folder)
+        has_copy = (_copy_of(adapter) / CONFIG).is_file()
+        rank = require_servable(_copy_of(adapter) if has_copy else adapter.folder)
         if rank > self._rank:
             raise UserError(
                 f"{adapter.folder} has rank {rank} and vLLM was started for {self._rank}: start "
@@ -147,9 +147,9 @@ class Vllm:
             )
         folder = await asyncio.to_thread(_copied, adapter)
         body = {"lora_name": adapter.key, "lora_path": str(folder)}
-        status, said = await wire.request(process.socket, "/v1/load_lora_adapter", body)
+        status, message = await wire.request(process.socket, "/v1/load_lora_adapter", body)
         if status != 200:
-            raise UserError(f"vLLM does not take {adapter.folder}: {said[:300]}")
+            raise UserError(f"vLLM does not take {adapter.folder}: {message[:300]}")
         process.adapters.append(adapter.key)
 
     async def _unload(self, process: ServerProcess, key: str) -> None:
@@ -157,52 +157,59 @@ class Vllm:
         process.adapters.remove(key)
         await wire.request(process.socket, "/v1/unload_lora_adapter", {"lora_name": key})
 
-    async def generate(self, wanted: Generation) -> AsyncIterator[Piece]:
+    async def generate(self, generation: Generation) -> AsyncIterator[Piece]:
         """The answer piece by piece; see `Engine`."""
-        if wanted.schema is not None:
+        if generation.schema is not None:
             try:
-                await asyncio.to_thread(compiled, wanted.schema)
+                await asyncio.to_thread(compiled, generation.schema)
             except UserError as error:
                 raise EngineRefused(f"response_format: {error}") from error
         process = self._supervisor.running()
-        stream, tokens = self._texts.stream(wanted.shown), 0
+        stream, tokens = self._texts.stream(generation.shown), 0
         with process.answering():
-            events = wire.post_stream(process.socket, "/v1/completions", request_body(wanted))
+            events = wire.post_stream(process.socket, "/v1/completions", request_body(generation))
             async with contextlib.aclosing(events):
                 async for event in events:
                     if "error" in event:
-                        said = str(event["error"].get("message", event["error"]))
-                        raise wire.WireError(500, said)
+                        message = str(event["error"].get("message", event["error"]))
+                        raise wire.WireError(500, message)
                     for choice in event["choices"]:
-                        piece, tokens = self._piece(choice, wanted, stream, tokens)
+                        piece, tokens = self._piece(choice, generation, stream, tokens)
                         yield piece
                         if piece.finish is not None:
                             return
             raise wire.WireError(0, "an answer without an end")
 
     def _piece(
-        self, choice: dict[str, Any], wanted: Generation, stream: Any, before: int
+        self, choice: dict[str, Any], generation: Generation, stream: Any, tokens_before: int
     ) -> tuple[Piece, int]:
         ids: list[int] = choice.get("token_ids") or []
         finish: Finish | None = choice["finish_reason"]
         text, logprobs = "", []
         for place, token in enumerate(ids):
-            if token in wanted.stop_ids:
+            if token in generation.stop_ids:
                 finish = "stop"
                 ids = ids[: place + 1]
                 break
             text += stream.text(token)
-            if wanted.logprobs is not None:
-                logprobs.append(self._told(choice["logprobs"], place, token, wanted.logprobs))
-        tokens = before + len(ids)
+            if generation.logprobs is not None:
+                logprobs.append(
+                    self._token_logprob(choice["logprobs"], place, token, generation.logprobs)
+                )
+        tokens = tokens_before + len(ids)
         return Piece(text, tuple(logprobs), finish, tokens), tokens
 
-    def _told(self, told: dict[str, Any], place: int, token: int, most: int) -> TokenLogprob:
+    def _token_logprob(
+        self, logprobs: dict[str, Any], place: int, token: int, most: int
+    ) -> TokenLogprob:
         top = sorted(
-            ((int(name.removeprefix(_ID)), p) for name, p in told["top_logprobs"][place].items()),
+            (
+                (int(name.removeprefix(_ID)), p)
+                for name, p in logprobs["top_logprobs"][place].items()
+            ),
             key=lambda pair: -pair[1],
         )  # fmt: skip
-        return self._texts.told(token, told["token_logprobs"][place], top[:most])
+        return self._texts.token_logprob(token, logprobs["token_logprobs"][place], top[:most])
 
     def obstacle(self) -> str | None:
         """Why it takes no requests now; see `Engine`."""
@@ -221,26 +228,26 @@ class Vllm:
         }  # fmt: skip
 
 
-def request_body(wanted: Generation) -> dict[str, Any]:
+def request_body(generation: Generation) -> dict[str, Any]:
     """A generation as `/v1/completions` of vLLM takes it; nothing is left to its defaults."""
-    sampling = wanted.sampling
+    sampling = generation.sampling
     body: dict[str, Any] = {
-        "model": wanted.adapter or "base", "prompt": list(wanted.prompt), "stream": True,
-        "max_tokens": wanted.max_tokens, "temperature": sampling.temperature,
+        "model": generation.adapter or "base", "prompt": list(generation.prompt), "stream": True,
+        "max_tokens": generation.max_tokens, "temperature": sampling.temperature,
         "top_p": sampling.top_p, "top_k": sampling.top_k, "min_p": sampling.min_p,
         "presence_penalty": sampling.presence_penalty,
         "frequency_penalty": sampling.frequency_penalty,
         "repetition_penalty": sampling.repetition_penalty,
         "logit_bias": {str(token): value for token, value in sampling.logit_bias.items()},
-        "ignore_eos": True, "stop_token_ids": sorted(wanted.stop_ids),
+        "ignore_eos": True, "stop_token_ids": sorted(generation.stop_ids),
         "return_token_ids": True, "return_tokens_as_token_ids": True,
     }  # fmt: skip
     if sampling.seed is not None:
         body["seed"] = sampling.seed % 2**63
-    if wanted.logprobs is not None:
-        body["logprobs"] = max(1, wanted.logprobs)
-    if wanted.schema is not None:
-        body["structured_outputs"] = {"json": laid_out(wanted.schema)}
+    if generation.logprobs is not None:
+        body["logprobs"] = max(1, generation.logprobs)
+    if generation.schema is not None:
+        body["structured_outputs"] = {"json": laid_out(generation.schema)}
     return body
 
 
@@ -290,15 +297,15 @@ def require_servable(folder: Path) -> int:
         UserError: It holds more than low-rank updates of linear layers.
     """
     config = read_config(folder)
-    what = more_than_low_rank(config)
-    if what is None and config.get("bias") not in (None, "none"):
-        what = "trained bias"
-    if what is None and config.get("modules_to_save"):
-        what = "module trained whole"
-    if what is not None:
+    obstacle = more_than_low_rank(config)
+    if obstacle is None and config.get("bias") not in (None, "none"):
+        obstacle = "trained bias"
+    if obstacle is None and config.get("modules_to_save"):
+        obstacle = "module trained whole"
+    if obstacle is not None:
         raise UserError(
-            f"{folder} holds {with_article(what)}, which vLLM does not serve unmerged; merge it "
-            "with `lighten export RUN --as merged` and serve the merged model"
+            f"{folder} holds {with_article(obstacle)}, which vLLM does not serve unmerged; "
+            "merge it with `lighten export RUN --as merged` and serve the merged model"
         )
     return max(int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values()), 0)
 
@@ -332,8 +339,8 @@ def environment() -> dict[str, str]:
 
 def _visible() -> dict[str, str]:
     """The GPU that `LIGHTEN_DEVICE` names by its number, as CUDA is told of it."""
-    kind, _, number = os.environ.get("LIGHTEN_DEVICE", "").strip().lower().partition(":")
-    if kind != "cuda" or not number.isdecimal():
+    device, _, number = os.environ.get("LIGHTEN_DEVICE", "").strip().lower().partition(":")
+    if device != "cuda" or not number.isdecimal():
         return {}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     if not visible:

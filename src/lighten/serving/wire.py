@@ -24,25 +24,27 @@ class WireError(EngineFailed):
         status: Of HTTP; 0: it hung up, or was not there.
     """
 
-    def __init__(self, status: int, said: str) -> None:
-        super().__init__(said)
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
         self.status = status
 
 
 async def get(socket: Path, path: str) -> tuple[int, bytes]:
     """Status and body of a GET request."""
-    return await _whole(socket, f"GET {path} HTTP/1.1\r\nHost: engine\r\nConnection: close\r\n\r\n")
+    return await _exchange(
+        socket, f"GET {path} HTTP/1.1\r\nHost: engine\r\nConnection: close\r\n\r\n"
+    )
 
 
 async def request(socket: Path, path: str, body: Any) -> tuple[int, str]:
     """Status of a POST request, and its body or the message of the error in it."""
     status, text = await _posted(socket, path, body)
-    return status, text.decode(errors="replace") if status == 200 else _said(text)
+    return status, text.decode(errors="replace") if status == 200 else _error_message(text)
 
 
 async def _posted(socket: Path, path: str, body: Any) -> tuple[int, bytes]:
     content = json.dumps(body)
-    return await _whole(
+    return await _exchange(
         socket,
         f"POST {path} HTTP/1.1\r\nHost: engine\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(content)}\r\nConnection: close\r\n\r\n{content}",
@@ -53,9 +55,9 @@ async def post(socket: Path, path: str, body: Any) -> list[Any]:
     """The `tokens` that a request is answered with."""
     status, text = await _posted(socket, path, body)
     if status != 200:
-        raise WireError(status, _said(text))
-    found: list[Any] = json.loads(text)["tokens"]
-    return found
+        raise WireError(status, _error_message(text))
+    tokens: list[Any] = json.loads(text)["tokens"]
+    return tokens
 
 
 async def post_stream(socket: Path, path: str, body: Any) -> AsyncGenerator[dict[str, Any], None]:
@@ -76,7 +78,7 @@ async def post_stream(socket: Path, path: str, body: Any) -> AsyncGenerator[dict
         status, chunked = await _head(reader)
         if status != 200:
             text = await _body(reader, chunked)
-            raise WireError(status, _said(text))
+            raise WireError(status, _error_message(text))
         async for line in _lines(reader, chunked):
             if line.startswith(b"data: ") and line != b"data: [DONE]":
                 yield json.loads(line[6:])
@@ -96,7 +98,7 @@ async def _connect(socket: Path) -> tuple[asyncio.StreamReader, asyncio.StreamWr
         raise WireError(0, f"the engine does not answer: {error}") from error
 
 
-async def _whole(socket: Path, request: str) -> tuple[int, bytes]:
+async def _exchange(socket: Path, request: str) -> tuple[int, bytes]:
     reader, writer = await _connect(socket)
     try:
         writer.write(request.encode())
@@ -145,10 +147,10 @@ async def _lines(reader: asyncio.StreamReader, chunked: bool) -> AsyncIterator[b
         yield rest
 
 
-def _said(text: bytes) -> str:
+def _error_message(text: bytes) -> str:
     """The message of an error's body."""
     try:
-        found = json.loads(text)["error"]["message"]
+        message = json.loads(text)["error"]["message"]
     except (ValueError, KeyError, TypeError):
-        found = text.decode(errors="replace")
-    return str(found)
+        message = text.decode(errors="replace")
+    return str(message)
