@@ -16,7 +16,7 @@ import lighten
 from lighten.engine import workers
 from lighten.errors import UserError
 from lighten.evaluation import together
-from lighten.evaluation.kept import Kept
+from lighten.evaluation.kept import PartialResults
 from lighten.generation import kernels
 from lighten.reporting import charts
 from lighten.runs import Run
@@ -298,13 +298,13 @@ def test_a_sweep_killed_while_it_measures_loses_no_batch(
     settings |= {"lora_r": [2, 4], "evaluate.batch_size": 4, "evaluate.max_examples": 12}
     settings |= {"eval_steps": 6, "max_steps": 6}
     parts: list[str] = []
-    put = Kept.put
+    put = PartialResults.put
 
-    def noting(self: Kept, key: str, values: Any) -> None:
+    def noting(self: PartialResults, key: str, values: Any) -> None:
         parts.append(f"{self.path.name} {key}")
         put(self, key, values)
 
-    monkeypatch.setattr(Kept, "put", noting)
+    monkeypatch.setattr(PartialResults, "put", noting)
     monkeypatch.setattr(together, "ENOUGH_ROWS", 4)
     whole = sweep(settings, output_dir=str(tmp_path / "whole"))
     every, parts[:] = list(parts), []

@@ -21,7 +21,7 @@ class Answerer(Protocol):
 
     system: str | None
 
-    def known(self, name: str | None) -> str | None:
+    def resolve(self, name: str | None) -> str | None:
         """The model of a name; None and the empty name mean the one that answers by default.
 
         Raises:
@@ -68,7 +68,7 @@ def converse(
     source, sink = lines or sys.stdin, _Sink(out or sys.stdout)
     if source is None:
         raise UserError("there is nothing to read questions from: standard input is closed")
-    model = answerer.known(model)
+    model = answerer.resolve(model)
     typed = source.isatty()
     if typed:
         sink.write(f"{HELP}\n")
@@ -87,7 +87,7 @@ def converse(
             answerer.system = rest or None
         elif word == "/adapter":
             try:
-                model = answerer.known(rest)
+                model = answerer.resolve(rest)
             except UserError as error:
                 sink.write(f"{error}\n")
         elif word.startswith("/"):

@@ -29,12 +29,12 @@ def read(run: Run) -> dict[str, Any]:
     """
     path = run.folder / runs.EVALUATION
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        evaluation: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
             f"{run.folder} was not evaluated yet; first: lighten evaluate {run.folder}"
         ) from error
-    return found
+    return evaluation
 
 
 def compare(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -56,17 +56,17 @@ def compare(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[dict[str
     rows = []
     samples, seed = ours["settings"]["bootstrap_samples"], ours["settings"]["seed"]
     first, second = _statistics(ours), _statistics(theirs)
-    for name, own in first.items():
-        for other, counts in second.items():
-            for metric, (statistics, formula) in own.items():
-                reference = counts[metric][0]
+    for name, our_metrics in first.items():
+        for their_name, their_metrics in second.items():
+            for metric, (statistics, formula) in our_metrics.items():
+                reference = their_metrics[metric][0]
                 draws = Resamples(len(statistics), samples, seed)
-                found = draws.difference(statistics, reference, formula)
+                difference = draws.difference(statistics, reference, formula)
                 lower = _metric(metric).lower_is_better
                 rows.append({
-                    "model": name, "against": other, "metric": metric,
-                    "difference": found.value, "low": found.low, "high": found.high,
-                    "verdict": verdict(found, len(statistics), lower_is_better=lower),
+                    "model": name, "against": their_name, "metric": metric,
+                    "difference": difference.value, "low": difference.low, "high": difference.high,
+                    "verdict": verdict(difference, len(statistics), lower_is_better=lower),
                 })  # fmt: skip
     return [*rows, *_tasks(ours, theirs)]
 
@@ -75,26 +75,31 @@ def _tasks(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[dict[str,
     """Scores on the tasks that both were asked, paired over the documents."""
     rows = []
     samples, seed = ours["settings"]["bootstrap_samples"], ours["settings"]["seed"]
-    other = {(own["task"], own["metric"], own["filter"]): own for own in theirs.get("tasks", [])}
-    for own in ours.get("tasks", []):
-        same = other.get((own["task"], own["metric"], own["filter"]))
+    their_tasks = {
+        (task["task"], task["metric"], task["filter"]): task for task in theirs.get("tasks", [])
+    }
+    for task in ours.get("tasks", []):
+        counterpart = their_tasks.get((task["task"], task["metric"], task["filter"]))
         for (name, values), (against, references) in itertools.product(
-            own["values"].items(), (same or {"values": {}})["values"].items()
+            task["values"].items(), (counterpart or {"values": {}})["values"].items()
         ):
             first, second = (
-                np.stack([np.asarray(own), np.ones(len(own))], 1) for own in (values, references)
+                np.stack([np.asarray(scores), np.ones(len(scores))], 1)
+                for scores in (values, references)
             )
             draws = Resamples(len(values), samples, seed)
-            found = harness.difference(first, second, draws, higher=own["higher_is_better"])
+            difference = harness.difference(first, second, draws, higher=task["higher_is_better"])
             rows.append({
-                "model": name, "against": against, "metric": f"{own['task']}, {own['metric']}",
-                "difference": found.pop("value"), **found,
+                "model": name, "against": against, "metric": f"{task['task']}, {task['metric']}",
+                "difference": difference.pop("value"), **difference,
             })  # fmt: skip
     return rows
 
 
 def _metric(name: str) -> metrics.Metric:
-    return next((own for own in metrics.METRICS if own.name == name), registry.described(name))
+    return next(
+        (metric for metric in metrics.METRICS if metric.name == name), registry.described(name)
+    )
 
 
 def _require_same(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
@@ -105,7 +110,7 @@ def _require_same(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
         if ours["settings"].get(name) != theirs["settings"].get(name)
     ]
     if "lm_eval" in ours["settings"] and "lm_eval" in theirs["settings"]:
-        first, second = (own["settings"]["lm_eval"] for own in (ours, theirs))
+        first, second = (evaluation["settings"]["lm_eval"] for evaluation in (ours, theirs))
         different += [
             f"of the tasks, {name} is {first[name]!r} and {second[name]!r}"
             for name in first
@@ -115,7 +120,7 @@ def _require_same(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
         different.append(
             f"{ours['dataset']['rows']} and {theirs['dataset']['rows']} held-out examples"
         )
-    elif _asked(ours) != _asked(theirs):
+    elif _questions(ours) != _questions(theirs):
         different.append("the held-out examples are not the same")
     elif _supervised(ours) != _supervised(theirs):
         different.append("the same examples have other tokens: the losses are per token")
@@ -126,37 +131,37 @@ def _require_same(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
         )
 
 
-def _asked(found: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(own["prompt"], own["reference"]) for own in found["examples"]]
+def _questions(evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(example["prompt"], example["reference"]) for example in evaluation["examples"]]
 
 
-def _supervised(found: Mapping[str, Any]) -> list[float]:
-    return [tokens for _, tokens in found["models"][0]["losses"]]
+def _supervised(evaluation: Mapping[str, Any]) -> list[float]:
+    return [tokens for _, tokens in evaluation["models"][0]["losses"]]
 
 
-def _statistics(found: Mapping[str, Any]) -> dict[str, dict[str, tuple[Array, FromSums]]]:
+def _statistics(evaluation: Mapping[str, Any]) -> dict[str, dict[str, tuple[Array, FromSums]]]:
     """Per-example statistics of each model by metric, from its losses and its answers."""
     result = {}
-    references = registry.nfc([own["reference"] for own in found["examples"]])
-    for model in found["models"]:
+    references = registry.nfc([example["reference"] for example in evaluation["examples"]])
+    for model in evaluation["models"]:
         losses = np.asarray(model["losses"], float)
-        own: dict[str, tuple[Array, FromSums]] = {
+        by_metric: dict[str, tuple[Array, FromSums]] = {
             "loss": (losses, metrics.mean_loss), "perplexity": (losses, metrics.perplexity),
         }  # fmt: skip
         if "general_losses" in model:
             general = np.asarray(model["general_losses"], float)
-            own[forgetting.METRIC] = (general, metrics.mean_loss)
+            by_metric[forgetting.METRIC] = (general, metrics.mean_loss)
         if references:
             answers = registry.nfc(
-                [example["answers"][model["name"]] for example in found["examples"]]
+                [example["answers"][model["name"]] for example in evaluation["examples"]]
             )
             for name, text in (("chrf", metrics.chrf()), ("bleu", metrics.bleu())):
-                own[name] = (text.statistics(answers, references), text)
-            own["exact_match"] = (
+                by_metric[name] = (text.statistics(answers, references), text)
+            by_metric["exact_match"] = (
                 metrics.exact_match_statistics(answers, references), metrics.percent,
             )  # fmt: skip
-            for name in found["settings"].get("extra_metrics", []):
-                more = registry.extra(name)
-                own[name] = (more.statistics(answers, references), more.formula)
-        result[model["name"]] = own
+            for name in evaluation["settings"].get("extra_metrics", []):
+                extra = registry.extra(name)
+                by_metric[name] = (extra.statistics(answers, references), extra.formula)
+        result[model["name"]] = by_metric
     return result

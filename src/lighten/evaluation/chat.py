@@ -38,10 +38,10 @@ class _Visible(TextIteratorStreamer):
     def put(self, value: torch.Tensor) -> None:
         """Take the next tokens; the first are the prompt."""
         if not self.next_tokens_are_prompt:
-            kept = [token for token in value.flatten().tolist() if token not in self._hidden]
-            if not kept:
+            visible = [token for token in value.flatten().tolist() if token not in self._hidden]
+            if not visible:
                 return
-            value = torch.tensor(kept)
+            value = torch.tensor(visible)
         super().put(value)
 
 
@@ -79,10 +79,10 @@ class Conversation:
             first = Opened(base, adapters.attach(base.model, []), template)
             self._open: Callable[[str | None], Opened] = lambda _: first
         else:
-            there = Models(run, device, keep=True)
-            self.names, self._open = there.names, there.open
-            self.learnt, self.handling = there.learnt, there.handling
-            first = there.open(there.names[0] if there.names else None)
+            run_models = Models(run, device, keep=True)
+            self.names, self._open = run_models.names, run_models.open
+            self.learnt, self.handling = run_models.learnt, run_models.handling
+            first = run_models.open(run_models.names[0] if run_models.names else None)
         self.base, self.cohort = first.base, first.trained
         self.system = system
         self.thinking = self.learnt.thinks if thinking is None else thinking
@@ -106,15 +106,15 @@ class Conversation:
             self.base.tokenizer, self.handling, self.learnt, thinking=self.thinking,
         )  # fmt: skip
 
-    def known(self, name: str | None) -> str | None:
+    def resolve(self, name: str | None) -> str | None:
         """The adapter of a name, by default the run's first; None is the base."""
         if not name:
             return self.names[0] if self.names else None
         if name == "base":
             return None
         if name not in self.names:
-            there = ", ".join(self.names) or "none"
-            raise UserError(f"no adapter is called {name!r}; there are: {there}, and base")
+            names = ", ".join(self.names) or "none"
+            raise UserError(f"no adapter is called {name!r}; there are: {names}, and base")
         return name
 
     def compared(self, name: str | None) -> tuple[str | None, ...]:
@@ -148,7 +148,7 @@ class Conversation:
             pad_token_id=tokenizer.pad_token_id,
             **{"do_sample": False, **sampling},
         )
-        failed: list[BaseException] = []
+        errors: list[BaseException] = []
 
         def work() -> None:
             try:
@@ -157,7 +157,7 @@ class Conversation:
                     generation_config=settings, streamer=streamer,
                 )  # fmt: skip
             except BaseException as error:
-                failed.append(error)
+                errors.append(error)
                 streamer.end()
 
         with ExitStack() as stack:
@@ -169,8 +169,8 @@ class Conversation:
                 yield opened_thought[0].lstrip()
             yield from streamer
             thread.join()
-        if failed:
-            raise failed[0]
+        if errors:
+            raise errors[0]
 
     def remember(self, question: str, answer: str) -> None:
         """Make a question and its answer part of the conversation."""

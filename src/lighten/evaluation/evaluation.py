@@ -21,7 +21,7 @@ from lighten.evaluation.bootstrap import Array
 from lighten.evaluation.forgetting import GeneralText
 from lighten.evaluation.generate import Answers, as_shown, generate
 from lighten.evaluation.judge import Judge, judged
-from lighten.evaluation.kept import Kept, key_of
+from lighten.evaluation.kept import PartialResults, key_of
 from lighten.evaluation.result import Evaluation, Measured
 from lighten.evaluation.run_models import Models, Opened
 from lighten.evaluation.summary import summarise
@@ -59,33 +59,37 @@ def evaluate_run(run: Run, *, progress: Progress | None = None, **options: Any) 
     if not models.names:
         what = "model" if recipe.method == "full" else "adapter"
         raise UserError(f"{run.folder} has no trained {what} yet; train it first")
-    given = held_out_examples(recipe, run.info().get("data", {}).get("sha256"))
+    raw_data = held_out_examples(recipe, run.info().get("data", {}).get("sha256"))
     template, base = models.open(None).template, models.open(None).base
     tokenizer, limits = base.tokenizer, limits_of(base.model)
     del base  # another may be opened in its place
     encoding = None if progress is None else functools.partial(progress, "encoding")
-    found = held_out_data.encoded(recipe, given, tokenizer, limits, settings.max_examples, encoding)
-    answered, unasked = askable(found.examples, recipe, tokenizer)
+    encoded_data = held_out_data.encoded(
+        recipe, raw_data, tokenizer, limits, settings.max_examples, encoding
+    )
+    answered, unasked = askable(encoded_data.examples, recipe, tokenizer)
     general = None
     if settings.forgetting is not None:
         general = forgetting.encoded(settings.forgetting, recipe, tokenizer, limits)
     tasks = harness.begin(settings, tokenizer) if settings.tasks else None
     results = []
-    for own in (None, *models.names):
+    for model_name in (None, *models.names):
         results.append(
-            measure(models, own, found, answered, recipe, settings, memory, progress,
+            measure(models, model_name, encoded_data, answered, recipe, settings, memory, progress,
                     general=general)
         )  # fmt: skip
         if tasks is not None:
-            opened = models.open(own)
+            opened = models.open(model_name)
             using = opened.trained.using(opened.adapter)
-            harness.score(tasks, own or "base", opened.base.model, tokenizer, settings, using)
+            harness.score(
+                tasks, model_name or "base", opened.base.model, tokenizer, settings, using
+            )
     evaluation = summarise(results, answered, settings)
     if tasks is not None:
         evaluation.settings["lm_eval"] = tasks.settings
         evaluation.tasks = harness.summary(tasks, settings)
     if settings.judge is not None:
-        evaluation.judged = _pruner(evaluation.examples, results, settings, progress)
+        evaluation.judged = _judge_answers(evaluation.examples, results, settings, progress)
     evaluation.settings["chat_template"] = template
     if general is not None:
         evaluation.settings["general_text"] = general.facts
@@ -93,15 +97,15 @@ def evaluate_run(run: Run, *, progress: Progress | None = None, **options: Any) 
         evaluation.settings["qat"] = f"{recipe.qat}, groups of {recipe.qat_group_size}"
     shortened = max(result.answers.shortened for result in results)
     evaluation.dataset = {
-        "path": found.name,
-        "rows": len(found.examples),
+        "path": encoded_data.name,
+        "rows": len(encoded_data.examples),
         "answered": len(answered),
-        "left_out": found.left_out + found.bad_rows,
-        "shared_prompts": found.shared,
+        "left_out": encoded_data.left_out + encoded_data.bad_rows,
+        "shared_prompts": encoded_data.shared,
         "shortened": shortened,
         # What is to be said wherever the figures are shown.
         "notes": [
-            *found.sentences(),
+            *encoded_data.sentences(),
             *unasked,
             *shortened_sentence(shortened, results),
             *_qat_sentence(recipe),
@@ -130,7 +134,7 @@ def require(settings: EvaluateOptions) -> None:
         )
 
 
-def _pruner(
+def _judge_answers(
     examples: Sequence[Mapping[str, Any]], results: Sequence[Measured],
     settings: EvaluateOptions, progress: Progress | None,
 ) -> list[dict[str, Any]]:  # fmt: skip
@@ -138,18 +142,21 @@ def _pruner(
     assert settings.judge is not None
     assert settings.judge_model is not None
     judge = Judge(settings.judge, settings.judge_model)
-    texts = [own["prompt"] for own in examples], [own["reference"] for own in examples]
-    base, *others = results
+    texts = (
+        [example["prompt"] for example in examples],
+        [example["reference"] for example in examples],
+    )
+    base, *trained = results
     return [
         {
-            "adapter": own.name, "against": base.name,
+            "adapter": result.name, "against": base.name,
             **judged(
-                judge, *texts, own.answers.texts, base.answers.texts,
+                judge, *texts, result.answers.texts, base.answers.texts,
                 samples=settings.bootstrap_samples, seed=settings.seed,
-                progress=progress and functools.partial(progress, f"{own.name}: judge"),
+                progress=progress and functools.partial(progress, f"{result.name}: judge"),
             ),
         }
-        for own in others if examples
+        for result in trained if examples
     ]  # fmt: skip
 
 
@@ -173,7 +180,7 @@ def askable(
         loss alone.
     """
     handling = data.Handling(recipe.system_role, recipe.thinking)
-    kept: list[Example] = []
+    answerable: list[Example] = []
     reasons: dict[str, list[str]] = {}
     for example in examples:
         try:
@@ -182,8 +189,8 @@ def askable(
             reason = str(error).splitlines()[0].replace(example.where, "").lstrip(": ")
             reasons.setdefault(reason, []).append(example.where)
             continue
-        kept.append(example)
-    return kept, [
+        answerable.append(example)
+    return answerable, [
         f"{counted(len(rows), 'held-out example')} {'is' if len(rows) == 1 else 'are'} not asked "
         f"and count for the loss alone: {rows[0]} {reason}"
         for reason, rows in reasons.items()
@@ -215,52 +222,52 @@ def held_out_examples(recipe: Recipe, trained_on: str | None, *, test: bool = Tr
         UserError: The data has changed so that the split would be another.
     """
     for split in ("test", "valid") if test else ("valid",):
-        found = held_out_data.separate(recipe, None, split)
-        if found is not None:
-            return held_out_data.beside_training(recipe, found, trained_on)
+        held_out_set = held_out_data.separate(recipe, None, split)
+        if held_out_set is not None:
+            return held_out_data.beside_training(recipe, held_out_set, trained_on)
     if not recipe.val_size:
         raise NoHeldOut(
             "the run has no held-out examples to evaluate on; set eval_dataset, or val_size above 0"
         )
-    whole = held_out_data.read_as(recipe, recipe.dataset, "train")
-    if trained_on not in (None, whole.sha256):
+    training = held_out_data.read_as(recipe, recipe.dataset, "train")
+    if trained_on not in (None, training.sha256):
         raise UserError(
-            f"{whole.path} has changed since the run was trained, so rows it learnt might be "
+            f"{training.path} has changed since the run was trained, so rows it learnt might be "
             "taken for held-out ones; put the file back, or train again"
         )
-    _, found = held_out_data.split_off(recipe, whole)
-    if not found.examples:
-        raise NoHeldOut(f"the run has no held-out examples to evaluate on: {found.notes[0]}")
-    return found
+    _, held_out_set = held_out_data.split_off(recipe, training)
+    if not held_out_set.examples:
+        raise NoHeldOut(f"the run has no held-out examples to evaluate on: {held_out_set.notes[0]}")
+    return held_out_set
 
 
 def measure(
     models: Models,
-    own: str | None,
+    model_name: str | None,
     scored: HeldOutData,
     answered: Sequence[Example],
     recipe: Recipe,
     settings: EvaluateOptions,
     memory: hardware.PeakMemory,
     progress: Progress | None = None,
-    kept: Kept | None = None,
+    partial: PartialResults | None = None,
     general: GeneralText | None = None,
 ) -> Measured:
-    """Likelihood and answers of one model (own None: the untouched base).
+    """Likelihood and answers of one model (model_name None: the untouched base).
 
     Args:
         models: The run's.
-        own: Which of them.
+        model_name: Which of them.
         scored: The examples whose likelihood is measured.
         answered: Those that it answers.
         recipe: Of the run.
         settings: Of answers.
         memory: Restarted for this model.
         progress: Told what is being done, how far it is, and of how much.
-        kept: What an earlier session measured before it was ended; new parts are added.
+        partial: What an earlier session measured before it was ended; new parts are added.
         general: Text beside the task.
     """
-    name, opened = own or "base", models.open(own)
+    name, opened = model_name or "base", models.open(model_name)
     base, trained, adapter = opened.base, opened.trained, opened.adapter
     memory.restart()
     assert scored.rows is not None
@@ -272,51 +279,52 @@ def measure(
         prompts.append(prompt)
         references.append(as_shown(reference, base.tokenizer))
 
-    both = _together(opened, models, rows, prompts, recipe, settings, name, progress, kept)
-    if both is None:
-        loss = _likelihood(opened, rows, recipe, name, progress, kept)
+    combined = _together(opened, models, rows, prompts, recipe, settings, name, progress, partial)
+    if combined is None:
+        loss = _likelihood(opened, rows, recipe, name, progress, partial)
         with trained.using(adapter):
             answers = generate(
                 base.model, base.tokenizer, prompts,
                 max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size,
-                learnt=models.learnt, limits=limits_of(base.model), kept=kept,
+                learnt=models.learnt, limits=limits_of(base.model), partial=partial,
                 progress=None if progress is None else functools.partial(
                     progress, f"{name}: answers"
                 ),
             )  # fmt: skip
     else:
-        loss, answers = both
+        loss, answers = combined
     statistics = {"loss": loss, "perplexity": loss}
     if general is not None:
         statistics[forgetting.METRIC] = _likelihood(
-            opened, general.rows.rows, recipe, f"{name}, general text", progress, kept
+            opened, general.rows.rows, recipe, f"{name}, general text", progress, partial
         )
     if answered:
         registry.require_pairs(answers.texts, references)
-        said, right = registry.nfc(answers.texts), registry.nfc(references)
+        answer_texts, reference_texts = registry.nfc(answers.texts), registry.nfc(references)
         for metric in (*registry.OF_ANSWERS, *settings.extra_metrics):
-            statistics[metric] = registry.scorer(metric).statistics(said, right)
-    return Measured(name, own, statistics, answers, memory.read())
+            statistics[metric] = registry.scorer(metric).statistics(answer_texts, reference_texts)
+    return Measured(name, model_name, statistics, answers, memory.read())
 
 
 def _together(
     opened: Opened, models: Models, rows: Sequence[TokenRow], prompts: Sequence[Sequence[int]],
     recipe: Recipe, settings: EvaluateOptions, name: str, progress: Progress | None,
-    kept: Kept | None,
+    partial: PartialResults | None,
 ) -> tuple[Array, Answers] | None:  # fmt: skip
     """Statistics of the loss and answers by one pass; None where this machine or model has none."""
     base, trained = opened.base, opened.trained
-    apart = base.feed is not None or recipe.packing is False or trained.no_packing is not None
-    if not prompts or apart or slotted.obstacle(base.model) is not None:
+    separate = base.feed is not None or recipe.packing is False or trained.no_packing is not None
+    if not prompts or separate or slotted.obstacle(base.model) is not None:
         return None
-    said = f"{name}: loss and answers"
-    found = Pass(
+    label = f"{name}: loss and answers"
+    single_pass = Pass(
         base.model, base.tokenizer, trained, opened.adapter, models.learnt,
         settings.max_new_tokens, recipe.per_device_eval_batch_size, _most_tokens(opened, recipe),
-        settings.batch_size, None if progress is None else functools.partial(progress, said), kept,
+        settings.batch_size, None if progress is None else functools.partial(progress, label),
+        partial,
     )  # fmt: skip
     try:
-        losses, answers = found.run(rows, prompts)
+        losses, answers = single_pass.run(rows, prompts)
     except Disagrees:
         return None
     return metrics.likelihood_statistics(losses.nll, losses.tokens), answers
@@ -324,17 +332,17 @@ def _together(
 
 def _most_tokens(opened: Opened, recipe: Recipe) -> int | None:
     base = opened.base
-    wanted, device = recipe.tokens_per_microbatch, base.model.device.type
-    return choose_tokens(wanted, device, base.dtype.value)[0]
+    setting, device = recipe.tokens_per_microbatch, base.model.device.type
+    return choose_tokens(setting, device, base.dtype.value)[0]
 
 
 def _likelihood(
     opened: Opened, rows: Sequence[TokenRow], recipe: Recipe, name: str,
-    progress: Progress | None, kept: Kept | None,
+    progress: Progress | None, partial: PartialResults | None,
 ) -> Array:  # fmt: skip
     """Statistics of the loss on encoded rows, or what an earlier session kept of them."""
     key = key_of("loss", [row.input_ids for row in rows])
-    before = None if kept is None else kept.get(key)
+    before = None if partial is None else partial.get(key)
     if before is not None:
         return metrics.likelihood_statistics(before["nll"], before["tokens"])
     base, trained = opened.base, opened.trained
@@ -347,6 +355,6 @@ def _likelihood(
         device=base.model.device,
         progress=None if progress is None else functools.partial(progress, f"{name}: loss"),
     )
-    if kept is not None:
-        kept.put(key, {"nll": losses.nll, "tokens": losses.tokens})
+    if partial is not None:
+        partial.put(key, {"nll": losses.nll, "tokens": losses.tokens})
     return metrics.likelihood_statistics(losses.nll, losses.tokens)

@@ -89,7 +89,7 @@ def encoded(
         UserError: As for `read`.
     """
     examples = read(source)
-    content = "\x1e".join(repr((own.text, own.messages)) for own in examples)
+    content = "\x1e".join(repr((example.text, example.messages)) for example in examples)
     cut = recipe.changed({"truncation_strategy": "truncate"})
     rows = encode_as(cut, examples, tokenizer, limits)
     name = BUILTIN if source == BUILTIN else str(Path(source).expanduser())

@@ -19,7 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from lighten import data
 from lighten.data import LearntAnswers
 from lighten.data.special import special_tokens, visible
-from lighten.evaluation.kept import Kept, key_of
+from lighten.evaluation.kept import PartialResults, key_of
 from lighten.models import Limits
 
 
@@ -76,12 +76,12 @@ def settings_alone(model: PreTrainedModel) -> Iterator[None]:
     transformers fills what they leave open from the model's own (a repetition penalty, beams), so
     that "greedy" would not be.
     """
-    own = model.generation_config
+    original = model.generation_config
     model.generation_config = GenerationConfig()
     try:
         yield
     finally:
-        model.generation_config = own
+        model.generation_config = original
 
 
 @contextmanager
@@ -113,7 +113,7 @@ def generate(
     learnt: LearntAnswers | None = None,
     limits: Limits | None = None,
     progress: Callable[[int, int], None] | None = None,
-    kept: Kept | None = None,
+    partial: PartialResults | None = None,
 ) -> Answers:
     """Answer prompts greedily, longest first.
 
@@ -127,7 +127,7 @@ def generate(
         limits: Of the model; where its positions end an answer ends too, and a prompt that fills
             them has an empty one.
         progress: Told how many are done, and of how many.
-        kept: Answers of an earlier session that was ended in the middle; new ones are added.
+        partial: Answers of an earlier session that was ended in the middle; new ones are added.
     """
     stops = stop_tokens(model, tokenizer, learnt)
     hidden = hidden_tokens(tokenizer, learnt)
@@ -148,7 +148,7 @@ def generate(
             continue
         # A batch is kept whole: in other company an answer may be rounded to another.
         key = key_of("answers", [prompts[i] for i in batch], room)
-        if kept is not None and (before := kept.get(key)) is not None:
+        if partial is not None and (before := partial.get(key)) is not None:
             for i, text in zip(batch, before["texts"], strict=True):
                 texts[i] = text
             tokens, seconds = tokens + before["tokens"], seconds + before["seconds"]
@@ -171,14 +171,14 @@ def generate(
                 generation_config=settings,
             )
         for i, answer in zip(batch, out[:, width:].tolist(), strict=True):
-            said = _until_stop(answer, set(stops))
-            tokens += len(said) + (len(said) < len(answer))
-            texts[i] = visible(said, tokenizer, hidden=hidden)
-            shortened += room < max_new_tokens and len(said) == room
+            answer_ids = _until_stop(answer, set(stops))
+            tokens += len(answer_ids) + (len(answer_ids) < len(answer))
+            texts[i] = visible(answer_ids, tokenizer, hidden=hidden)
+            shortened += room < max_new_tokens and len(answer_ids) == room
         took_s = time.perf_counter() - began
         seconds += took_s
-        if kept is not None:
-            kept.put(
+        if partial is not None:
+            partial.put(
                 key,
                 {"texts": [texts[i] for i in batch], "tokens": tokens - so_far[0],
                  "shortened": shortened - so_far[1], "seconds": took_s},
@@ -192,8 +192,8 @@ def _batches(
     order: Sequence[int], rooms: Sequence[int], batch_size: int
 ) -> Iterator[tuple[list[int], int]]:
     """Prompts that are answered together and the tokens that each may answer with."""
-    for room, same in groupby(order, key=lambda i: rooms[i]):
-        members = list(same)
+    for room, group in groupby(order, key=lambda i: rooms[i]):
+        members = list(group)
         for start in range(0, len(members), batch_size):
             yield members[start : start + batch_size], room
 

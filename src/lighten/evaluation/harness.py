@@ -97,24 +97,24 @@ def score(
     )
     unknown = [task for task in options.tasks if task not in manager.all_tasks]
     if unknown:
-        where = options.include_path or "lm-eval"
-        raise UserError(f"tasks: {where} has no task {', '.join(map(repr, unknown))}")
+        source = options.include_path or "lm-eval"
+        raise UserError(f"tasks: {source} has no task {', '.join(map(repr, unknown))}")
     with using:
-        asked = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size)
+        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size)
         try:
-            found = lm_eval.simple_evaluate(
-                model=asked, tasks=list(options.tasks), task_manager=manager,
+            results = lm_eval.simple_evaluate(
+                model=lm, tasks=list(options.tasks), task_manager=manager,
                 limit=options.tasks_limit, bootstrap_iters=0, log_samples=True,
                 apply_chat_template=tasks.settings["chat_template"],
                 random_seed=SEED, numpy_random_seed=SEED, torch_random_seed=SEED,
                 fewshot_random_seed=SEED,
             )  # fmt: skip
         except (ValueError, KeyError, TypeError, OSError) as error:
-            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"tasks: lm-eval failed: {said}") from error
-    assert found is not None
-    for task, samples in found["samples"].items():
-        direction = found["higher_is_better"].get(task, {})
+            message = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(f"tasks: lm-eval failed: {message}") from error
+    assert results is not None
+    for task, samples in results["samples"].items():
+        direction = results["higher_is_better"].get(task, {})
         for sample in samples:
             for metric in sample.get("metrics", ()):
                 value = sample.get(metric)
@@ -137,19 +137,19 @@ def summary(tasks: Tasks, options: EvaluateOptions) -> list[dict[str, Any]]:
     for key, by_model in tasks.scores.items():
         task, metric, filtered = key
         documents = sorted(next(iter(by_model.values())))
-        statistics = {name: _counts(own, documents) for name, own in by_model.items()}
+        statistics = {name: _counts(scores, documents) for name, scores in by_model.items()}
         draws = Resamples(len(documents), options.bootstrap_samples, options.seed)
         base = next(iter(statistics))
         rows.append({
             "task": task, "metric": metric, "filter": filtered, "documents": len(documents),
             "higher_is_better": tasks.better[key],
-            "models": {name: draws.estimate(own, mean_loss).to_dict()
-                       for name, own in statistics.items()},
+            "models": {name: draws.estimate(counts, mean_loss).to_dict()
+                       for name, counts in statistics.items()},
             "differences": {
-                name: difference(own, statistics[base], draws, higher=tasks.better[key])
-                for name, own in statistics.items() if name != base
+                name: difference(counts, statistics[base], draws, higher=tasks.better[key])
+                for name, counts in statistics.items() if name != base
             },
-            "values": {name: own[:, 0].tolist() for name, own in statistics.items()},
+            "values": {name: counts[:, 0].tolist() for name, counts in statistics.items()},
         })  # fmt: skip
     return rows
 
@@ -163,11 +163,11 @@ def difference(ours: Array, theirs: Array, draws: Resamples, *, higher: bool) ->
         draws: Over the documents.
         higher: More is better.
     """
-    found = draws.difference(ours, theirs, mean_loss)
-    said = verdict(found, len(ours), lower_is_better=not higher)
-    return {"value": found.value, "low": found.low, "high": found.high, "verdict": said}
+    estimate = draws.difference(ours, theirs, mean_loss)
+    label = verdict(estimate, len(ours), lower_is_better=not higher)
+    return {"value": estimate.value, "low": estimate.low, "high": estimate.high, "verdict": label}
 
 
 def _counts(scores: Mapping[int, float], documents: Sequence[int]) -> Array:
-    values = [scores[own] for own in documents]
+    values = [scores[document] for document in documents]
     return np.stack([np.asarray(values), np.ones(len(values))], axis=1)

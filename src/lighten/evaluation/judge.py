@@ -79,11 +79,11 @@ class Judge:
         request = urllib.request.Request(address, json.dumps(body).encode(), headers)
         try:
             with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
-                found = json.load(answer)
-            return str(found["choices"][0]["message"]["content"] or "")
+                completion = json.load(answer)
+            return str(completion["choices"][0]["message"]["content"] or "")
         except urllib.error.HTTPError as error:
-            said = error.read().decode(errors="replace").strip().splitlines()
-            why = f": {said[0][:200]}" if said else ""
+            lines = error.read().decode(errors="replace").strip().splitlines()
+            why = f": {lines[0][:200]}" if lines else ""
             raise UserError(f"judge: {address} answered {error.code}{why}") from error
         except OSError as error:
             raise UserError(f"judge: {address} cannot be reached: {error}") from error
@@ -125,16 +125,16 @@ def judged(
     count, done = len(ours), 0
     pairs = list(zip(questions, references, ours, base, strict=True))
 
-    def both(pair: tuple[str, str, str, str]) -> tuple[str | None, str | None]:
-        question, reference, own, other = pair
-        if own.strip() == other.strip():
+    def ask_both_orders(pair: tuple[str, str, str, str]) -> tuple[str | None, str | None]:
+        question, reference, our_answer, base_answer = pair
+        if our_answer.strip() == base_answer.strip():
             return "tie", "tie"  # nothing to judge
-        first = judge.ask(question, reference, own, other)
-        return first, judge.ask(question, reference, other, own)
+        first = judge.ask(question, reference, our_answer, base_answer)
+        return first, judge.ask(question, reference, base_answer, our_answer)
 
     outcomes: list[tuple[str | None, str | None]] = []
     with ThreadPoolExecutor(TOGETHER) as pool:
-        for outcome in pool.map(both, pairs):
+        for outcome in pool.map(ask_both_orders, pairs):
             outcomes.append(outcome)
             done += 1
             if progress is not None:
@@ -153,7 +153,10 @@ def judged(
 
 def _statistics(outcomes: Sequence[tuple[str | None, str | None]]) -> Array:
     """[examples, 2]: 1 for a win, ½ for a tie; and 1."""
-    points = [1.0 if own == ("A", "B") else 0.0 if own == ("B", "A") else 0.5 for own in outcomes]
+    points = [
+        1.0 if outcome == ("A", "B") else 0.0 if outcome == ("B", "A") else 0.5
+        for outcome in outcomes
+    ]
     return np.stack([np.asarray(points), np.ones(len(points))], axis=1)
 
 

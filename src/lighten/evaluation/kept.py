@@ -16,7 +16,7 @@ from typing import Any
 from lighten import runs
 
 
-class Kept:
+class PartialResults:
     """The lines of one model's measurement.
 
     Args:
@@ -48,13 +48,13 @@ class Kept:
         self._lines = {}
 
 
-def key_of(what: str, made_of: Sequence[Sequence[int]], *more: int) -> str:
+def key_of(part: str, made_of: Sequence[Sequence[int]], *numbers: int) -> str:
     """The name of a part: what it is, and a digest of the tokens it was made of.
 
     Args:
-        what: `loss` or `answers`.
+        part: `loss` or `answers`.
         made_of: Token ids, row by row.
-        more: Numbers that decide what comes out.
+        numbers: Numbers that decide what comes out.
     """
     digest = hashlib.sha256(json.dumps([[*map(int, ids)] for ids in made_of]).encode())
-    return "-".join([what, *map(str, more), digest.hexdigest()[:24]])
+    return "-".join([part, *map(str, numbers), digest.hexdigest()[:24]])

@@ -101,8 +101,8 @@ def chrf() -> TextMetric:
 
 def exact_match_statistics(answers: Sequence[str], references: Sequence[str]) -> Array:
     """[examples, 2]: whether the answer is the reference but for outer white space, and 1."""
-    same = [a.strip() == r.strip() for a, r in zip(answers, references, strict=True)]
-    return np.stack([np.asarray(same, float), np.ones(len(same))], axis=1)
+    matches = [a.strip() == r.strip() for a, r in zip(answers, references, strict=True)]
+    return np.stack([np.asarray(matches, float), np.ones(len(matches))], axis=1)
 
 
 def percent(sums: Array) -> Array:

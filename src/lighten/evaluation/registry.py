@@ -58,8 +58,8 @@ def tokens_of(text: str) -> list[str]:
 def rouge_n(answer: str, reference: str, n: int) -> float:
     """F1 of the n-grams, 0 to 1."""
     ours, theirs = (
-        Counter(zip(*(own[i:] for i in range(n)), strict=False))
-        for own in (tokens_of(answer), tokens_of(reference))
+        Counter(zip(*(tokens[i:] for i in range(n)), strict=False))
+        for tokens in (tokens_of(answer), tokens_of(reference))
     )
     return _f1((ours & theirs).total(), ours.total(), theirs.total())
 
@@ -98,8 +98,8 @@ def _no_constant(name: str) -> float:
 
 
 def _words(text: str) -> list[str]:
-    kept = "".join(sign for sign in text.lower() if sign not in string.punctuation)
-    return _ARTICLES.sub(" ", kept).split()
+    bare = "".join(sign for sign in text.lower() if sign not in string.punctuation)
+    return _ARTICLES.sub(" ", bare).split()
 
 
 def _f1(shared: int, ours: int, theirs: int) -> float:
@@ -151,7 +151,7 @@ def scorer(name: str) -> Extra:
     """
     if name not in OF_ANSWERS:
         return extra(name)
-    metric = next(own for own in METRICS if own.name == name)
+    metric = next(candidate for candidate in METRICS if candidate.name == name)
     if name == "exact_match":
         return Extra(metric, exact_match_statistics, percent, name)
     text = bleu() if name == "bleu" else chrf()
@@ -228,5 +228,5 @@ def _user_function(name: str) -> Score:
         sys.path.remove(folder)
     if not callable(score):
         raise UserError(f"metric {name}: {function} is no function")
-    found: Score = score
-    return found
+    user_score: Score = score
+    return user_score

@@ -57,12 +57,12 @@ class Evaluation:
     comparisons: list[dict[str, Any]] = field(default_factory=list)
 
     def __repr__(self) -> str:
-        told = []
+        labels = []
         for model in self.models:
             loss = model["metrics"].get("loss", {}).get("value")
-            told.append(model["name"] + ("" if loss is None else f" {loss:.3f}"))
+            labels.append(model["name"] + ("" if loss is None else f" {loss:.3f}"))
         rows = counted(self.dataset.get("rows", 0), "example")
-        return f"Evaluation({rows}; loss: {', '.join(told)})"
+        return f"Evaluation({rows}; loss: {', '.join(labels)})"
 
     def _repr_html_(self) -> str:
         """Every metric of every model, for notebooks."""
@@ -75,8 +75,8 @@ class Evaluation:
 
     def metric(self, model: str, name: str) -> dict[str, float | None]:
         """Value, standard error and interval of one metric of one model."""
-        for own in self.models:
-            if own["name"] == model:
-                found: dict[str, float | None] = own["metrics"][name]
-                return found
+        for entry in self.models:
+            if entry["name"] == model:
+                values: dict[str, float | None] = entry["metrics"][name]
+                return values
         raise KeyError(model)

@@ -51,20 +51,20 @@ class Models:
 
     def __init__(self, run: Run, device: str, *, keep: bool) -> None:
         self._recipe, self._device, self._keep = run.recipe(), device, keep
-        self._adapters, self._whole = run.adapters(), run.model()
-        if self._whole is None:
+        self._adapters, self._model_folder = run.adapters(), run.model()
+        if self._model_folder is None:
             self.names = tuple(self._adapters)
         else:
-            self.names = tuple(own.name for own in self._recipe.cohort())
+            self.names = tuple(adapter.name for adapter in self._recipe.cohort())
         self.learnt = data.LearntAnswers.of(run.info())
         self.handling = data.Handling(self._recipe.system_role, self._recipe.thinking)
         self._opened: dict[Path | None, Opened] = {}
 
     def open(self, name: str | None) -> Opened:
         """The model that answers under this name."""
-        if self._whole is None:
+        if self._model_folder is None:
             return replace(self._get(None), adapter=name)
-        return self._get(None if name is None else self._whole)
+        return self._get(None if name is None else self._model_folder)
 
     def _get(self, folder: Path | None) -> Opened:
         """The base, or the model of a folder."""

@@ -20,36 +20,38 @@ def summarise(
 ) -> Evaluation:
     """Metrics with intervals, and each adapter's paired difference from the base."""
     text = {"bleu": metrics.bleu(), "chrf": metrics.chrf()}
-    signatures = {name: own.signature for name, own in text.items()}
-    extras = {own: registry.extra(own) for own in settings.extra_metrics}
+    signatures = {name: metric.signature for name, metric in text.items()}
+    extras = {name: registry.extra(name) for name in settings.extra_metrics}
     formulas: dict[str, FromSums] = {
-        **metrics.FROM_SUMS, **text, **{name: own.formula for name, own in extras.items()},
+        **metrics.FROM_SUMS, **text, **{name: extra.formula for name, extra in extras.items()},
     }  # fmt: skip
-    signatures |= {name: own.signature for name, own in extras.items()}
+    signatures |= {name: extra.signature for name, extra in extras.items()}
     base = results[0]
     draws = {
-        len(own): Resamples(len(own), settings.bootstrap_samples, settings.seed)
-        for own in base.statistics.values()
+        len(statistics): Resamples(len(statistics), settings.bootstrap_samples, settings.seed)
+        for statistics in base.statistics.values()
     }
     summaries, differences = [], []
     for result in results:
-        own: dict[str, Any] = {}
-        for metric in (*metrics.METRICS, *(more.metric for more in extras.values())):
+        estimates: dict[str, Any] = {}
+        for metric in (*metrics.METRICS, *(extra.metric for extra in extras.values())):
             if metric.name not in result.statistics:
                 continue
             counts, formula = result.statistics[metric.name], formulas[metric.name]
-            own[metric.name] = draws[len(counts)].estimate(counts, formula).to_dict()
+            estimates[metric.name] = draws[len(counts)].estimate(counts, formula).to_dict()
             if result is not base:
-                found = draws[len(counts)].difference(counts, base.statistics[metric.name], formula)
+                difference = draws[len(counts)].difference(
+                    counts, base.statistics[metric.name], formula
+                )
                 differences.append(
                     {
                         "adapter": result.name,
                         "metric": metric.name,
-                        "difference": found.value,
-                        "low": found.low,
-                        "high": found.high,
+                        "difference": difference.value,
+                        "low": difference.low,
+                        "high": difference.high,
                         "verdict": verdict(
-                            found, len(counts), lower_is_better=metric.lower_is_better
+                            difference, len(counts), lower_is_better=metric.lower_is_better
                         ),
                     }
                 )
@@ -58,7 +60,7 @@ def summarise(
             {
                 "name": result.name,
                 "adapter": result.adapter,
-                "metrics": own,
+                "metrics": estimates,
                 "losses": result.statistics["loss"].tolist(),
                 **general_losses(result.statistics),
                 "seconds": result.answers.seconds,
@@ -77,17 +79,17 @@ def summarise(
         }
         for place, example in enumerate(answered)
     ]
-    how = {
+    recorded_settings = {
         **settings.model_dump(),
         "interval": "95 % percentile bootstrap over examples, paired for differences",
         "normalisation": "NFC",
         "signatures": signatures if answered else {},
     }
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return Evaluation(how, {}, summaries, differences, examples, created=now)
+    return Evaluation(recorded_settings, {}, summaries, differences, examples, created=now)
 
 
 def general_losses(statistics: Mapping[str, Array]) -> dict[str, Any]:
     """Losses on general text by example, where they were measured."""
-    found = statistics.get(forgetting.METRIC)
-    return {} if found is None else {"general_losses": found.tolist()}
+    losses = statistics.get(forgetting.METRIC)
+    return {} if losses is None else {"general_losses": losses.tolist()}

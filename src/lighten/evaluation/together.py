@@ -26,7 +26,7 @@ from lighten.engine.forward_backward import undropped
 from lighten.engine.loss import Objective
 from lighten.engine.validation import ValidationLoss, held_out
 from lighten.evaluation.generate import Answers, hidden_tokens, stop_tokens
-from lighten.evaluation.kept import Kept, key_of
+from lighten.evaluation.kept import PartialResults, key_of
 from lighten.generation import slotted
 from lighten.generation.slotted import Slotted
 from lighten.models import limits_of
@@ -77,7 +77,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Rest:
+class Suffix:
     """What of a row is read behind the tokens that all rows begin with."""
 
     input_ids: Sequence[int]
@@ -99,7 +99,7 @@ class Pass:
         max_tokens: Read at once at most.
         at_once: Rows that answer at the same time at least, where there are so many.
         progress: Told how many prompts are answered, and of how many.
-        kept: What an earlier session measured before it was ended; new parts are added.
+        partial: What an earlier session measured before it was ended; new parts are added.
     """
 
     model: PreTrainedModel
@@ -112,7 +112,7 @@ class Pass:
     max_tokens: int | None
     at_once: int
     progress: Progress | None = None
-    kept: Kept | None = None
+    partial: PartialResults | None = None
     _shared: int = field(default=0, init=False)
     _compared: bool = field(default=False, init=False)
 
@@ -140,7 +140,7 @@ class Pass:
         done = 0
         with slotted.slots_in(self.model):
             for wave in self._waves(jobs):
-                part = self._kept(wave)
+                part = self._resume_or_measure(wave)
                 for place, job in enumerate(wave):
                     texts[job.prompt] = part["texts"][place]
                     if job.row is not None:
@@ -153,32 +153,32 @@ class Pass:
         read = {job.row for job in jobs}
         scored = [place for place, row in enumerate(rows) if any(row.supervised[1:])]
         alone = [place for place in scored if place not in read]
-        for place, lost, count in zip(alone, *self._scored([rows[i] for i in alone]), strict=True):
-            nll[place], supervised[place] = lost, count
+        for place, loss, count in zip(alone, *self._scored([rows[i] for i in alone]), strict=True):
+            nll[place], supervised[place] = loss, count
         losses = ValidationLoss(tuple(nll[i] for i in scored), tuple(supervised[i] for i in scored))
         return losses, Answers(texts, tokens, seconds, shortened)
 
     def _waves(self, jobs: Sequence[Job]) -> Iterator[list[Job]]:
         """Jobs that answer at the same time: the same ones however often a session is ended."""
         token = slotted.bytes_per_token(self.model)
-        left = sorted(jobs, key=lambda job: -job.tokens)
-        while left:
-            within = CACHE_BYTES // max(1, token * left[0].tokens)
-            count = max(self.at_once, min(ENOUGH_ROWS, within))
-            yield left[:count]
-            left = left[count:]
+        remaining = sorted(jobs, key=lambda job: -job.tokens)
+        while remaining:
+            rows_in_cache = CACHE_BYTES // max(1, token * remaining[0].tokens)
+            count = max(self.at_once, min(ENOUGH_ROWS, rows_in_cache))
+            yield remaining[:count]
+            remaining = remaining[count:]
 
-    def _kept(self, wave: Sequence[Job]) -> dict[str, Any]:
+    def _resume_or_measure(self, wave: Sequence[Job]) -> dict[str, Any]:
         """What an earlier session kept of a wave, or what is measured now."""
         # A wave is kept whole: in other company an answer may be rounded to another.
         made_of = [part for job in wave for part in (job.input_ids, (job.prompt_tokens, job.room))]
         key = key_of("loss-and-answers", made_of)
-        before = None if self.kept is None else self.kept.get(key)
+        before = None if self.partial is None else self.partial.get(key)
         if before is not None:
             return before
         part = self._measure(wave)
-        if self.kept is not None:
-            self.kept.put(key, part)
+        if self.partial is not None:
+            self.partial.put(key, part)
         return part
 
     def _measure(self, wave: Sequence[Job]) -> dict[str, Any]:
@@ -192,9 +192,9 @@ class Pass:
             )  # fmt: skip
         texts, shortened = [], 0
         for job, answer in zip(wave, answers, strict=True):
-            said = answer[:-1] if answer and answer[-1] in self._stops else answer
-            texts.append(visible(said, self.tokenizer, hidden=self._hidden))
-            shortened += job.room < self.max_new_tokens and len(said) == job.room
+            answer_ids = answer[:-1] if answer and answer[-1] in self._stops else answer
+            texts.append(visible(answer_ids, self.tokenizer, hidden=self._hidden))
+            shortened += job.room < self.max_new_tokens and len(answer_ids) == job.room
         return {
             "nll": nll, "of": of, "texts": texts, "tokens": sum(map(len, answers)),
             "shortened": shortened, "seconds": time.perf_counter() - began,
@@ -211,8 +211,8 @@ class Pass:
         """
         nll, of = [0.0] * len(wave), [0] * len(wave)
         begun: list[list[int]] = [[] for _ in wave]
-        rests = [
-            Rest(job.input_ids[self._shared :], job.supervised[self._shared :]) for job in wave
+        suffixes = [
+            Suffix(job.input_ids[self._shared :], job.supervised[self._shared :]) for job in wave
         ]
         if not self._compared:
             self._verify(wave)
@@ -220,17 +220,17 @@ class Pass:
             with self.trained.using(self.adapter):
                 slots.begin(wave[0].input_ids[: self._shared])
         items = [Item(self.adapter, place, 0) for place in range(len(wave))]
-        lengths = [len(rest.input_ids) for rest in rests]
+        lengths = [len(suffix.input_ids) for suffix in suffixes]
         for part in layout(
             items, lengths, max_rows=self.max_rows, max_tokens=self.max_tokens, packed=True
         ):
-            batch = collate(part, rests, [self.adapter], packed=True)
+            batch = collate(part, suffixes, [self.adapter], packed=True)
             places = [item.row for item in batch.items]
             lost = self._losses(batch, slots, places)
             for number, place in enumerate(places):
-                own = slice(batch.supervised_before[number], batch.supervised_before[number + 1])
-                nll[place], of[place] = float(lost[own].double().sum()), own.stop - own.start
-                begun[place] = self._begun(wave[place], lost[own].tolist())
+                span = slice(batch.supervised_before[number], batch.supervised_before[number + 1])
+                nll[place], of[place] = float(lost[span].double().sum()), span.stop - span.start
+                begun[place] = self._begun(wave[place], lost[span].tolist())
             if not self._compared:
                 self._compare(wave, slots, places)
         return nll, of, begun
@@ -255,15 +255,17 @@ class Pass:
             lost: Of each of its supervised tokens.
         """
         begun: list[int] = []
-        place = job.prompt_tokens
-        targets = [at for at, marked in enumerate(job.supervised) if marked and at > 0]
-        for at, nats in zip(targets, lost, strict=True):
-            if at < place:  # an answer before the one that is asked for
+        expected = job.prompt_tokens
+        targets = [
+            position for position, marked in enumerate(job.supervised) if marked and position > 0
+        ]
+        for position, nats in zip(targets, lost, strict=True):
+            if position < expected:  # an answer before the one that is asked for
                 continue
-            if at != place or nats >= CERTAIN or len(begun) == job.room:
+            if position != expected or nats >= CERTAIN or len(begun) == job.room:
                 break
-            begun.append(job.input_ids[at])
-            place += 1
+            begun.append(job.input_ids[position])
+            expected += 1
             if begun[-1] in self._stops:
                 break
         return begun
@@ -292,9 +294,9 @@ class Pass:
         """
         two = list(dict.fromkeys((places[0], places[-1])))
         with self.trained.using(self.adapter):
-            apart = slots.apart([wave[place].input_ids for place in two], two)
-        if not apart <= AGREEMENT.get(self.trained.dtype, 1e-1):
-            raise Disagrees(f"logits from the slots are {apart:.1e} from the model's")
+            difference = slots.apart([wave[place].input_ids for place in two], two)
+        if not difference <= AGREEMENT.get(self.trained.dtype, 1e-1):
+            raise Disagrees(f"logits from the slots are {difference:.1e} from the model's")
         self._compared = True
 
     def _scored(self, rows: Sequence[TokenRow]) -> tuple[Sequence[float], Sequence[int]]:
@@ -302,15 +304,15 @@ class Pass:
         if not rows:
             return (), ()
         key = key_of("loss", [row.input_ids for row in rows])
-        before = None if self.kept is None else self.kept.get(key)
+        before = None if self.partial is None else self.partial.get(key)
         if before is None:
-            found = held_out(
+            losses = held_out(
                 self._objective, rows, self.adapter, max_rows=self.max_rows,
                 max_tokens=self.max_tokens, device=self.model.device,
             )  # fmt: skip
-            before = {"nll": found.nll, "tokens": found.tokens}
-            if self.kept is not None:
-                self.kept.put(key, before)
+            before = {"nll": losses.nll, "tokens": losses.tokens}
+            if self.partial is not None:
+                self.partial.put(key, before)
         return before["nll"], before["tokens"]
 
 
@@ -351,7 +353,14 @@ def _shared_tokens(jobs: Sequence[Job]) -> int:
     first, last = min(job.input_ids for job in jobs), max(job.input_ids for job in jobs)
     pairs = zip(first, last, strict=False)  # what these two share, all between them share
     alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-    targets = [at for job in jobs for at, marked in enumerate(job.supervised) if marked and at]
-    shared = min(alike, *(job.prompt_tokens - 1 for job in jobs), *(at - 1 for at in targets))
+    targets = [
+        position
+        for job in jobs
+        for position, marked in enumerate(job.supervised)
+        if marked and position
+    ]
+    shared = min(
+        alike, *(job.prompt_tokens - 1 for job in jobs), *(position - 1 for position in targets)
+    )
     share = shared * len(jobs) / sum(len(job.input_ids) for job in jobs)
     return shared if shared >= FEWEST_SHARED and share >= SHARE else 0

@@ -87,12 +87,12 @@ class TruncatedCurve:
     @property
     def enough(self) -> int:
         """The smallest rank whose loss, like every larger one's, is not found to be worse."""
-        found = self.trained_rank
+        rank = self.trained_rank
         for point in self.points:
             if point.verdict == "worse":
                 break
-            found = point.rank
-        return found
+            rank = point.rank
+        return rank
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -133,25 +133,25 @@ def truncated_curve(
     recipe = run.recipe()
     transformers_logging.disable_progress_bar()
     # Those that a sweep's arms are chosen on, so that both curves stand on the same examples.
-    given = held_out_examples(recipe, run.info().get("data", {}).get("sha256"), test=False)
+    raw_data = held_out_examples(recipe, run.info().get("data", {}).get("sha256"), test=False)
     base = load_base(recipe, hardware.choose_device().value)
     data.choose_template(base.tokenizer, recipe.chat_template)
-    found = encoded(
-        recipe, given, base.tokenizer, limits_of(base.model), recipe.evaluate.max_examples
+    encoded_data = encoded(
+        recipe, raw_data, base.tokenizer, limits_of(base.model), recipe.evaluate.max_examples
     )
-    assert found.rows is not None
-    rows = found.rows.rows
+    assert encoded_data.rows is not None
+    rows = encoded_data.rows.rows
     cuts = [resize.at_rank(saved, rank) for rank in (saved.largest_rank, *lower)]
     measured: list[ValidationLoss] = []
     for place, cut in enumerate([None, *cuts]):
         if progress is not None:
-            said = "base" if cut is None else f"rank {cut.config['r']}"
-            progress(f"{name}: {said}", place, len(cuts) + 1)
+            label = "base" if cut is None else f"rank {cut.config['r']}"
+            progress(f"{name}: {label}", place, len(cuts) + 1)
         measured.append(_loss(base, recipe, cut, rows))
-    untouched, whole, *_ = measured
-    draws = Resamples(len(whole.nll), recipe.evaluate.bootstrap_samples, recipe.evaluate.seed)
+    untouched, full, *_ = measured
+    draws = Resamples(len(full.nll), recipe.evaluate.bootstrap_samples, recipe.evaluate.seed)
     points = [
-        _point(rank, cut, losses, whole, draws)
+        _point(rank, cut, losses, full, draws)
         for rank, cut, losses in zip((saved.largest_rank, *lower), cuts, measured[1:], strict=True)
     ]
     return TruncatedCurve(name, saved.largest_rank, untouched, tuple(points))
@@ -164,9 +164,9 @@ def _largest(run: Run, adapter: str | None) -> tuple[str, SavedAdapter]:
         raise UserError(f"{run.folder} has no adapter to truncate; train one first")
     if adapter is not None and adapter not in folders:
         raise UserError(f"{run.folder} has no adapter {adapter!r}; it has {', '.join(folders)}")
-    found = {name: spectrum.read(folders[name]) for name in ([adapter] if adapter else folders)}
-    name = max(found, key=lambda own: found[own].largest_rank)
-    return name, found[name]
+    saved = {name: spectrum.read(folders[name]) for name in ([adapter] if adapter else folders)}
+    name = max(saved, key=lambda candidate: saved[candidate].largest_rank)
+    return name, saved[name]
 
 
 def _loss(base: Base, recipe: Recipe, cut: Resized | None, rows: Sequence[Any]) -> ValidationLoss:
@@ -194,9 +194,11 @@ def _loss(base: Base, recipe: Recipe, cut: Resized | None, rows: Sequence[Any]) 
 
 
 def _point(
-    rank: int, cut: Resized, losses: ValidationLoss, whole: ValidationLoss, draws: Resamples
+    rank: int, cut: Resized, losses: ValidationLoss, full: ValidationLoss, draws: Resamples
 ) -> Point:
-    ours, theirs = (metrics.likelihood_statistics(own.nll, own.tokens) for own in (losses, whole))
+    ours, theirs = (
+        metrics.likelihood_statistics(measured.nll, measured.tokens) for measured in (losses, full)
+    )
     difference = draws.difference(ours, theirs, metrics.mean_loss)
-    said = verdict(difference, len(losses.nll), lower_is_better=True)
-    return Point(rank, losses, difference, said, cut.energy_kept, cut.parameters)
+    outcome = verdict(difference, len(losses.nll), lower_is_better=True)
+    return Point(rank, losses, difference, outcome, cut.energy_kept, cut.parameters)

@@ -20,7 +20,7 @@ class _Models:
         self._base = next((name for name, parent in self._parents.items() if parent is None), None)
         self._messages: list[dict[str, str]] = []
 
-    def known(self, name: str | None) -> str | None:
+    def resolve(self, name: str | None) -> str | None:
         """A model of the server; by default its first adapter, else the base."""
         if not name:
             adapters = (name for name, parent in self._parents.items() if parent is not None)

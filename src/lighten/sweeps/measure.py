@@ -19,7 +19,7 @@ from lighten.data import Example
 from lighten.evaluation import metrics
 from lighten.evaluation.bootstrap import Array, Estimate, FromSums, Resamples
 from lighten.evaluation.evaluation import Progress, askable, held_out_examples, measure
-from lighten.evaluation.kept import Kept
+from lighten.evaluation.kept import PartialResults
 from lighten.evaluation.run_models import Models
 from lighten.machine import hardware
 from lighten.models import limits_of
@@ -141,7 +141,7 @@ def measure_run(
         for name, own in missing:
             began = time.perf_counter()
             # A sweep that is killed here goes on with the batch that it was at.
-            parts = Kept(folder / ARMS / f"{name}.partial.jsonl")
+            parts = PartialResults(folder / ARMS / f"{name}.partial.jsonl")
             found = measure(
                 models,
                 own,
