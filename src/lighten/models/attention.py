@@ -81,9 +81,9 @@ class Group:
         """[heads, rows, tokens, D] with zeros where it is padding."""
         if len(self.real) == len(self.index):
             return x
-        kept = x.new_zeros(self.rows * self.tokens, 1)
-        kept[self.real] = 1.0
-        return x * kept.view(self.rows, self.tokens, 1)
+        mask = x.new_zeros(self.rows * self.tokens, 1)
+        mask[self.real] = 1.0
+        return x * mask.view(self.rows, self.tokens, 1)
 
 
 @functools.lru_cache(maxsize=16)
@@ -101,15 +101,15 @@ def groups_of(starts: tuple[int, ...], device: torch.device | str = "cpu") -> tu
         if row[1] - row[0] < ALIKE * longest or not groups:
             groups.append([])
         groups[-1].append(row)
-    found = []
+    packed_groups = []
     for group in groups:
         tokens = group[0][1] - group[0][0]
         places = torch.arange(tokens)
         index = torch.stack([(places + a).clamp_max(b - 1) for a, b in group])
         real = torch.stack([places < b - a for a, b in group]).flatten().nonzero()[:, 0]
         index, real = index.flatten().to(device), real.to(device)
-        found.append(Group(len(group), tokens, index, real))
-    return tuple(found)
+        packed_groups.append(Group(len(group), tokens, index, real))
+    return tuple(packed_groups)
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, list[Ten
         value: [Z, T, D].
     """
     out = query.new_empty(*query.shape[:-1], value.shape[-1])
-    kept = []
+    probabilities = []
     for block in _blocks(query.shape[2]):
         scores = _stacked(query, block) @ key[:, : block.stop].mT
         size = block.stop - block.start
@@ -157,17 +157,17 @@ def _attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, list[Ten
         _unstacked(scores, block)[..., block.start :].masked_fill_(later, float("-inf"))
         weights = scores.softmax(-1)  # float32 inside, rounded once
         out[:, :, block] = _unstacked(weights @ value[:, : block.stop], block)
-        kept.append(weights)
-    return out, kept
+        probabilities.append(weights)
+    return out, probabilities
 
 
 def _attend_backward(
-    query: Tensor, key: Tensor, value: Tensor, kept: Sequence[Tensor], grad: Tensor
+    query: Tensor, key: Tensor, value: Tensor, probabilities: Sequence[Tensor], grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the three inputs of `_attend`."""
     grad_query, grad_key = torch.empty_like(query), torch.zeros_like(key)
     grad_value = torch.zeros_like(value)
-    for block, weights in zip(_blocks(query.shape[2]), kept, strict=True):
+    for block, weights in zip(_blocks(query.shape[2]), probabilities, strict=True):
         upstream = _stacked(grad, block)
         grad_value[:, : block.stop].baddbmm_(weights.mT, upstream)
         gradient = upstream @ value[:, : block.stop].mT
@@ -217,16 +217,16 @@ class _BlockAttention(torch.autograd.Function):
             ]  # fmt: skip
         out = query.new_empty(*query.shape[:-1], value.shape[-1])
         saved: list[Tensor] = []
-        ctx.kept = []
+        ctx.block_counts = []
         for number, (q, k, v) in enumerate(parts):
             q = q * scale
-            own, kept = _attend(q, k, v)
-            saved += [q, k, v, *kept]
-            ctx.kept.append(len(kept))
+            attended, probabilities = _attend(q, k, v)
+            saved += [q, k, v, *probabilities]
+            ctx.block_counts.append(len(probabilities))
             if groups is None:
-                out = own.view(out.shape)
+                out = attended.view(out.shape)
             else:
-                groups[number].put_back(_by_head(own, groups[number].rows), out)
+                groups[number].put_back(_by_head(attended, groups[number].rows), out)
         ctx.save_for_backward(*saved)
         return out
 
@@ -235,22 +235,24 @@ class _BlockAttention(torch.autograd.Function):
         saved = list(ctx.saved_tensors)
         keys = ctx.shapes[1][1]
         outs = [grad.new_empty(shape) for shape in ctx.shapes]
-        for number, kept in enumerate(ctx.kept):
-            (q, k, v, *weights), saved = saved[: 3 + kept], saved[3 + kept :]
+        for number, block_count in enumerate(ctx.block_counts):
+            (q, k, v, *weights), saved = saved[: 3 + block_count], saved[3 + block_count :]
             if ctx.groups is None:
                 upstream = _by_key(grad, keys)
             else:
                 group = ctx.groups[number]
                 gathered = group.without_padding(group.gathered(grad))
                 upstream = _by_key_packed(gathered, keys)
-            found = _attend_backward(q, k, v, weights, upstream)
-            found[0].mul_(ctx.scale)
+            gradients = _attend_backward(q, k, v, weights, upstream)
+            gradients[0].mul_(ctx.scale)
             if ctx.groups is None:
-                outs = [own.view(out.shape) for own, out in zip(found, outs, strict=True)]
+                outs = [
+                    gradient.view(out.shape) for gradient, out in zip(gradients, outs, strict=True)
+                ]
                 continue
-            group.put_back(_by_head(found[0], group.rows), outs[0])
-            for own, out in zip(found[1:], outs[1:], strict=True):
-                group.put_back(own.unflatten(0, (keys, group.rows)), out)
+            group.put_back(_by_head(gradients[0], group.rows), outs[0])
+            for gradient, out in zip(gradients[1:], outs[1:], strict=True):
+                group.put_back(gradient.unflatten(0, (keys, group.rows)), out)
         return *outs, None, None
 
 
@@ -308,9 +310,9 @@ def attention_here(
         Its two results, and [T + 1] where rows begin, from there on −1.
     """
     starts = _starts_within(query) or ()
-    kept = torch.full((query.shape[2] + 1,), -1, dtype=torch.int64)
-    kept[: len(starts)] = torch.tensor(starts, dtype=torch.int64)
-    return *kernel.attention(query, key, value, scale, list(starts)), kept
+    padded_starts = torch.full((query.shape[2] + 1,), -1, dtype=torch.int64)
+    padded_starts[: len(starts)] = torch.tensor(starts, dtype=torch.int64)
+    return *kernel.attention(query, key, value, scale, list(starts)), padded_starts
 
 
 @attention_here.register_fake
@@ -321,17 +323,17 @@ def _(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, 
 
 @torch.library.custom_op("lighten::attention_here_backward", mutates_args=())
 def attention_here_backward(
-    query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor, kept: Tensor,
+    query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor, padded_starts: Tensor,
     grad: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of the three inputs of `attention_here`, from them and its results."""
-    starts = kept[kept >= 0].tolist()
+    starts = padded_starts[padded_starts >= 0].tolist()
     return kernel.attention_backward(query, key, value, out, sums, grad, scale, starts)
 
 
 @attention_here_backward.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    del others
+def _(query: Tensor, key: Tensor, value: Tensor, *unused: Any) -> tuple[Tensor, Tensor, Tensor]:
+    del unused
     return kernel.gradients(query, key, value)
 
 
@@ -340,22 +342,22 @@ class _AttentionHere(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        out, sums, kept = torch.ops.lighten.attention_here(query, key, value, scale)
-        ctx.save_for_backward(query, key, value, out, sums, kept)
+        out, sums, padded_starts = torch.ops.lighten.attention_here(query, key, value, scale)
+        ctx.save_for_backward(query, key, value, out, sums, padded_starts)
         ctx.scale = scale
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        found = torch.ops.lighten.attention_here_backward(*ctx.saved_tensors, grad, ctx.scale)
-        return *found, None
+        gradients = torch.ops.lighten.attention_here_backward(*ctx.saved_tensors, grad, ctx.scale)
+        return *gradients, None
 
 
 def _starts_within(query: Tensor) -> tuple[int, ...] | None:
     """Where the packed rows begin that these queries are; None where they are not packed."""
-    own = _packed.get()
-    fits = own is not None and (query.shape[0], query.shape[2]) == (1, own.tokens)
-    return own.starts if own and fits else None
+    packing = _packed.get()
+    fits = packing is not None and (query.shape[0], query.shape[2]) == (1, packing.tokens)
+    return packing.starts if packing and fits else None
 
 
 def _forward(
@@ -366,8 +368,8 @@ def _forward(
     causal = options.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     plain = attention_mask is None and causal and not options.get("dropout")
-    same = query.shape[2] == key.shape[2] > 1 and query.shape[-1] == value.shape[-1]
-    if not (plain and same) or options.get("position_bias") is not None:
+    same_shape = query.shape[2] == key.shape[2] > 1 and query.shape[-1] == value.shape[-1]
+    if not (plain and same_shape) or options.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     scale = options.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -379,16 +381,16 @@ def _forward(
 
 
 # A compiler leaves the blocks as they are: they differ from batch to batch.
-_forward_apart = torch.compiler.disable(_forward)
+_forward_uncompiled = torch.compiler.disable(_forward)
 
 
 def _forward_in_kernel(
-    module: nn.Module, query: Tensor, *others: Any, **options: Any
+    module: nn.Module, query: Tensor, *args: Any, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
     """`_forward`, of which a compiler sees the kernel as one operation."""
     if torch.compiler.is_compiling() and not kernel.fits(query):
-        return _forward_apart(module, query, *others, **options)
-    return _forward(module, query, *others, **options)
+        return _forward_uncompiled(module, query, *args, **options)
+    return _forward(module, query, *args, **options)
 
 
 def _forward_repeated(
@@ -411,13 +413,13 @@ _NO_MODULE = nn.Module()
 
 def _mask(*args: Any, **options: Any) -> Tensor | None:
     """No mask where the blocks know themselves who sees whom, else PyTorch's."""
-    own, window = _packed.get(), options.get("local_size")
+    packing, window = _packed.get(), options.get("local_size")
     if (
-        own is not None
-        and options.get("q_length") == options.get("kv_length") == own.tokens
+        packing is not None
+        and options.get("q_length") == options.get("kv_length") == packing.tokens
         and options.get("attention_mask") is None
         and not options.get("use_vmap")  # a mask of the model's own making
-        and (window is None or own.longest <= window)
+        and (window is None or packing.longest <= window)
     ):
         return None
     return sdpa_mask(*args, **options)
@@ -425,8 +427,8 @@ def _mask(*args: Any, **options: Any) -> Tensor | None:
 
 def register() -> None:
     """Make the attention known to transformers under `NAME`."""
-    own = _forward_in_kernel if kernels.there() else _forward_apart
-    AttentionInterface.register(NAME, own)
+    forward = _forward_in_kernel if kernels.there() else _forward_uncompiled
+    AttentionInterface.register(NAME, forward)
     AttentionMaskInterface.register(NAME, _mask)
 
 

@@ -35,22 +35,22 @@ def available() -> list[ModelEntry]:
     from huggingface_hub import scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
-    found: list[ModelEntry] = []
+    entries: list[ModelEntry] = []
     for name, package in PACKAGED.items():
         folder = folder_of(name)
         cached = (folder / "config.json").is_file()
         size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) if cached else None
         note = f"{package.note}, {package.license}"
-        found.append(ModelEntry(name, "packaged", cached, folder if cached else None, size, note))
+        entries.append(ModelEntry(name, "packaged", cached, folder if cached else None, size, note))
     try:
         repos = scan_cache_dir().repos
     except CacheNotFound:
-        return found
+        return entries
     for repo in sorted(repos, key=lambda repo: repo.repo_id):
         if repo.repo_type == "model":
-            found.append(
+            entries.append(
                 ModelEntry(
                     repo.repo_id, "hub", True, repo.repo_path, repo.size_on_disk, "hub cache"
                 )
             )
-    return found
+    return entries

@@ -56,12 +56,12 @@ def check(config: Any, file: str) -> None:
     layers = getattr(text, "num_hidden_layers", None)
     if isinstance(layers, int) and layers < 1:
         raise UserError(f"{file}: num_hidden_layers is {layers}; a model has at least 1")
-    for kind in rope_types(text):
-        if kind != _PLAIN_ROPE and kind not in ROPE_INIT_FUNCTIONS:
-            known = ", ".join(sorted({_PLAIN_ROPE, *ROPE_INIT_FUNCTIONS}))
+    for rope_type in rope_types(text):
+        if rope_type != _PLAIN_ROPE and rope_type not in ROPE_INIT_FUNCTIONS:
+            supported = ", ".join(sorted({_PLAIN_ROPE, *ROPE_INIT_FUNCTIONS}))
             raise UserError(
-                f"{file}: the rope type {kind!r} is unknown to the installed "
-                f"transformers, which has {known}; correct it, or update transformers"
+                f"{file}: the rope type {rope_type!r} is unknown to the installed "
+                f"transformers, which has {supported}; correct it, or update transformers"
             )
     for key in ("hidden_act", "hidden_activation", "activation_function"):
         activation = getattr(text, key, None)
@@ -74,17 +74,17 @@ def check(config: Any, file: str) -> None:
 
 def rope_types(config: Any) -> set[str]:
     """The kinds of rotary positions that a configuration asks for; a model may have several."""
-    found: set[str] = set()
+    types: set[str] = set()
     for key in ("rope_parameters", "rope_scaling"):
-        given = getattr(config, key, None)
-        if not isinstance(given, dict):
+        settings = getattr(config, key, None)
+        if not isinstance(settings, dict):
             continue
-        kinds = [given, *(value for value in given.values() if isinstance(value, dict))]
-        for own in kinds:
-            kind = own.get("rope_type", own.get("type"))
-            if kind is not None:
-                found.add(str(kind))
-    return found
+        entries = [settings, *(value for value in settings.values() if isinstance(value, dict))]
+        for entry in entries:
+            rope_type = entry.get("rope_type", entry.get("type"))
+            if rope_type is not None:
+                types.add(str(rope_type))
+    return types
 
 
 def build_empty(
@@ -114,9 +114,9 @@ def reason(error: BaseException) -> str:
     if not lines:
         return type(error).__name__
     # Validators announce the fault on their first line and tell it on the second.
-    told = lines[1] if len(lines) > 1 and lines[0].endswith(":") else lines[0]
-    told = told.removeprefix("ValueError: ").removeprefix("TypeError: ")
-    return told.partition(". Errors: ")[0]
+    message = lines[1] if len(lines) > 1 and lines[0].endswith(":") else lines[0]
+    message = message.removeprefix("ValueError: ").removeprefix("TypeError: ")
+    return message.partition(". Errors: ")[0]
 
 
 def check_json(file: Path) -> None:
@@ -126,15 +126,15 @@ def check_json(file: Path) -> None:
         UserError: It cannot be read, is torn, or holds something else.
     """
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{file} cannot be read: {reason(error)}") from error
     except ValueError as error:
         raise UserError(
             f"{file} is not valid JSON ({reason(error)}); fetch or copy the model anew"
         ) from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise UserError(
-            f"{file} holds {with_article(type(found).__name__)} where settings by name are "
+            f"{file} holds {with_article(type(content).__name__)} where settings by name are "
             "expected; fetch or copy the model anew"
         )

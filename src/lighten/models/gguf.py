@@ -64,25 +64,27 @@ def converted(path: Path) -> Path:
             is no room for the copy.
     """
     header = read_header(path)
-    folder = _kept(header, "model")
+    folder = _cache_path(header, "model")
     if (folder / "config.json").is_file():
         return folder
     config_of(header)  # what it refuses costs nothing yet
     tokenizer = read_tokenizer(path)
-    needed = sum(4 * tensor.numbers for tensor in header.tensors.values())
+    needed_bytes = sum(4 * tensor.numbers for tensor in header.tensors.values())
     folder.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder.parent).free
-    if free < needed + _SPARE_BYTES:
+    if free < needed_bytes + _SPARE_BYTES:
         raise UserError(
-            f"{path} takes {needed / 1e9:.1f} GB as a model in float32, and {folder.parent} has "
-            f"{free / 1e9:.1f} GB free; set LIGHTEN_CACHE to a folder with more room"
+            f"{path} takes {needed_bytes / 1e9:.1f} GB as a model in float32, and {folder.parent} "
+            f"has {free / 1e9:.1f} GB free; set LIGHTEN_CACHE to a folder with more room"
         )
-    log.warning("converting %s once; the copy (%.1f GB) is kept in %s", path, needed / 1e9, folder)
+    log.warning(
+        "converting %s once; the copy (%.1f GB) is kept in %s", path, needed_bytes / 1e9, folder
+    )
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".convert-") as scratch:
-        made = Path(scratch) / "model"
-        _write(header, made)
-        tokenizer.save_pretrained(made)
-        _put(made, folder)
+        output = Path(scratch) / "model"
+        _write(header, output)
+        tokenizer.save_pretrained(output)
+        _move_into_place(output, folder)
     return folder
 
 
@@ -104,16 +106,16 @@ def read_tokenizer(path: Path) -> Any:
         UserError: `gguf` is missing, or the file cannot be read.
     """
     header = read_header(path)
-    folder = _kept(header, "tokenizer")
-    kind = _tokenizer_class(header)
+    folder = _cache_path(header, "tokenizer")
+    tokenizer_class = _tokenizer_class(header)
     if (folder / "tokenizer.json").is_file():
-        return kind.from_pretrained(folder, local_files_only=True)
-    tokenizer = _build_tokenizer(header, kind)
+        return tokenizer_class.from_pretrained(folder, local_files_only=True)
+    tokenizer = _build_tokenizer(header, tokenizer_class)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".convert-") as scratch:
-        made = Path(scratch) / "tokenizer"
-        tokenizer.save_pretrained(made)
-        _put(made, folder)
+        output = Path(scratch) / "tokenizer"
+        tokenizer.save_pretrained(output)
+        _move_into_place(output, folder)
     return tokenizer
 
 
@@ -128,35 +130,37 @@ def convert(path: Path, folder: Path) -> None:
     _build_tokenizer(header, _tokenizer_class(header)).save_pretrained(folder)
 
 
-def _kept(header: Header, what: str) -> Path:
-    return cache_folder() / "gguf" / f"{header.fingerprint[:24]}-{LAYOUT}" / what
+def _cache_path(header: Header, name: str) -> Path:
+    return cache_folder() / "gguf" / f"{header.fingerprint[:24]}-{LAYOUT}" / name
 
 
-def _put(made: Path, folder: Path) -> None:
+def _move_into_place(output: Path, folder: Path) -> None:
     try:
-        os.replace(made, folder)
+        os.replace(output, folder)
     except OSError:
         # Another process was quicker; its folder is as good.
-        if not any((folder / own).is_file() for own in ("config.json", "tokenizer.json")):
+        if not any((folder / file).is_file() for file in ("config.json", "tokenizer.json")):
             raise
 
 
 def _tokenizer_class(header: Header) -> Any:
     """The class that transformers takes for the architecture."""
-    named = TOKENIZER_MAPPING_NAMES.get(config_of(header).model_type)
-    found = tokenizer_class_from_name(named) if named else None
-    if found is None or not issubclass(found, TokenizersBackend):
+    class_name = TOKENIZER_MAPPING_NAMES.get(config_of(header).model_type)
+    tokenizer_class = tokenizer_class_from_name(class_name) if class_name else None
+    if tokenizer_class is None or not issubclass(tokenizer_class, TokenizersBackend):
         return TokenizersBackend
-    return found
+    return tokenizer_class
 
 
-def _build_tokenizer(header: Header, kind: Any) -> Any:
+def _build_tokenizer(header: Header, tokenizer_class: Any) -> Any:
     path = header.path
     # Alone in a folder: transformers prefers tokenizer files that lie beside it to its own.
     with tempfile.TemporaryDirectory() as scratch:
         links.show(path, Path(scratch) / path.name)
         try:
-            tokenizer = kind.from_pretrained(scratch, gguf_file=path.name, local_files_only=True)
+            tokenizer = tokenizer_class.from_pretrained(
+                scratch, gguf_file=path.name, local_files_only=True
+            )
         except FAULTS as error:
             raise UserError(f"{path} has no usable tokenizer: {reason(error)}") from error
     _restore_digits(header, tokenizer)
@@ -186,9 +190,9 @@ def _write(header: Header, folder: Path) -> None:
     """
     config = config_of(header)
     empty = build_empty(str(header.path), config)
-    wanted = {name: own.shape for name, own in empty.state_dict().items()}
+    shapes = {name: tensor.shape for name, tensor in empty.state_dict().items()}
     if config.tie_word_embeddings:
-        wanted.pop("lm_head.weight", None)
+        shapes.pop("lm_head.weight", None)
     folder.mkdir(parents=True)
     shard: dict[str, Tensor] = {}
     places: dict[str, str] = {}
@@ -201,20 +205,22 @@ def _write(header: Header, folder: Path) -> None:
         places.update(dict.fromkeys(shard, name))
         shard.clear()
 
-    told = f"converting {header.path.name}"
-    for name, weight in streams.counted(_weights(header, config), told, len(header.tensors)):
-        if wanted.get(name) != weight.shape:
-            there = tuple(wanted[name]) if name in wanted else "no such weight"
-            raise refused(header, f"holds {name} as {tuple(weight.shape)}, the model has {there}")
+    label = f"converting {header.path.name}"
+    for name, weight in streams.counted(_weights(header, config), label, len(header.tensors)):
+        if shapes.get(name) != weight.shape:
+            expected = tuple(shapes[name]) if name in shapes else "no such weight"
+            raise refused(
+                header, f"holds {name} as {tuple(weight.shape)}, the model has {expected}"
+            )
         shard[name] = weight
-        if sum(own.nbytes for own in shard.values()) >= _SHARD_BYTES:
+        if sum(tensor.nbytes for tensor in shard.values()) >= _SHARD_BYTES:
             flush()
-    for name in sorted(set(wanted) - set(places) - set(shard)):
+    for name in sorted(set(shapes) - set(places) - set(shard)):
         if not name.endswith("bias"):
             raise refused(header, f"lacks the weight {name}")
-        shard[name] = torch.zeros(wanted[name])  # one projection has a bias, its neighbours none
+        shard[name] = torch.zeros(shapes[name])  # one projection has a bias, its neighbours none
     flush()
-    _index(folder, places, 4 * sum(shape.numel() for shape in wanted.values()))
+    _index(folder, places, 4 * sum(shape.numel() for shape in shapes.values()))
     config.dtype = torch.float32
     config.architectures = [type(empty).__name__]
     GenerationConfig.from_model_config(config).save_pretrained(folder)
@@ -253,12 +259,14 @@ def _weights(header: Header, config: Any) -> Iterator[tuple[str, Tensor]]:
         yield (
             name,
             torch.from_numpy(
-                np.array(_undone(header.dense(stored), stored, architecture, config), order="C")
+                np.array(
+                    _to_transformers(header.dense(stored), stored, architecture, config), order="C"
+                )
             ),
         )
 
 
-def _undone(
+def _to_transformers(
     weight: np.ndarray[Any, Any], stored: str, architecture: str, config: Any
 ) -> np.ndarray[Any, Any]:
     """A weight as transformers has it: what llama.cpp's conversion did to it is taken back."""

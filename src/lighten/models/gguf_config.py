@@ -69,8 +69,8 @@ def config_of(header: Header) -> Any:
         )
     _refuse_unread(header)
     try:
-        kind, values = ARCHITECTURES[architecture](header)
-        config = AutoConfig.for_model(kind, **{**_tokens(header), **values})
+        model_type, values = ARCHITECTURES[architecture](header)
+        config = AutoConfig.for_model(model_type, **{**_tokens(header), **values})
     except UserError:
         raise
     except FAULTS as error:
@@ -104,8 +104,8 @@ def _refuse_unread(header: Header) -> None:
 def _tokens(header: Header) -> dict[str, Any]:
     keys = {"bos": "bos", "eos": "eos", "pad": "padding"}
     return {
-        f"{own}_token_id": header.settings.get(f"tokenizer.ggml.{theirs}_token_id")
-        for own, theirs in keys.items()
+        f"{name}_token_id": header.settings.get(f"tokenizer.ggml.{gguf_name}_token_id")
+        for name, gguf_name in keys.items()
     }
 
 
@@ -158,18 +158,18 @@ def _rope(header: Header, head: int) -> dict[str, Any]:
         if header.architecture != "phi3":
             raise refused(header, f"turns {turned} of {head} dimensions of a head")
         rope["partial_rotary_factor"] = turned / head
-    kind = header.get("rope.scaling.type", "none")
+    scaling = header.get("rope.scaling.type", "none")
     factor = float(header.get("rope.scaling.factor") or header.get("rope.scale_linear") or 1.0)
     if "rope.scaling.type" not in _keys(header) and factor != 1.0:
-        kind = "linear"  # files of 2023 have the factor alone
-    if kind == "linear" and factor != 1.0:
+        scaling = "linear"  # files of 2023 have the factor alone
+    if scaling == "linear" and factor != 1.0:
         rope |= {"rope_type": "linear", "factor": factor}
-    elif kind == "yarn":
+    elif scaling == "yarn":
         rope |= _yarn(header, factor)
-    elif kind == "longrope" and "rope_factors_long.weight" not in header.tensors:
+    elif scaling == "longrope" and "rope_factors_long.weight" not in header.tensors:
         raise refused(header, "has longrope positions and not their factors")
-    elif kind not in ("none", "linear", "longrope"):
-        raise refused(header, f"scales its positions by {kind!r}")
+    elif scaling not in ("none", "linear", "longrope"):
+        raise refused(header, f"scales its positions by {scaling!r}")
     if header.architecture != "phi3" and float(header.get("rope.scaling.attn_factor", 1.0)) != 1.0:
         raise refused(header, "has an attention factor beside its positions")
     factors = "rope_freqs.weight" in header.tensors
@@ -227,14 +227,14 @@ def _window(header: Header) -> int | None:
     return int(value) if value else None
 
 
-def _has(header: Header, *parts: str) -> bool:
+def _has_bias(header: Header, *parts: str) -> bool:
     return any(f"blk.0.{part}.bias" in header.tensors for part in parts)
 
 
 def _llama(header: Header) -> tuple[str, dict[str, Any]]:
     values = _common(header)
-    attention = _has(header, "attn_q", "attn_k", "attn_v", "attn_output")
-    mlp = _has(header, "ffn_gate", "ffn_up", "ffn_down")
+    attention = _has_bias(header, "attn_q", "attn_k", "attn_v", "attn_output")
+    mlp = _has_bias(header, "ffn_gate", "ffn_up", "ffn_down")
     window = _window(header)
     if window is not None:
         if attention or mlp:
@@ -256,11 +256,11 @@ def _llama(header: Header) -> tuple[str, dict[str, Any]]:
 
 
 def _qwen2(header: Header) -> tuple[str, dict[str, Any]]:
-    return "qwen2", {**_without(_common(header), "head_dim", header), **_qwen_window(header)}
+    return "qwen2", {**_drop_key(_common(header), "head_dim", header), **_qwen_window(header)}
 
 
 def _qwen3(header: Header) -> tuple[str, dict[str, Any]]:
-    biased = _has(header, "attn_q", "attn_k", "attn_v", "attn_output")
+    biased = _has_bias(header, "attn_q", "attn_k", "attn_v", "attn_output")
     return "qwen3", {**_common(header), "attention_bias": biased, **_qwen_window(header)}
 
 
@@ -268,21 +268,21 @@ def _qwen_window(header: Header) -> dict[str, Any]:
     window = _window(header)
     if window is None:
         return {"use_sliding_window": False}
-    kinds = _layer_kinds(header)
-    if kinds is None:
+    layer_types = _layer_types(header)
+    if layer_types is None:
         raise refused(header, "has an attention window and does not say in which layers")
-    return {"use_sliding_window": True, "sliding_window": window, "layer_types": kinds}
+    return {"use_sliding_window": True, "sliding_window": window, "layer_types": layer_types}
 
 
-def _without(values: dict[str, Any], key: str, header: Header) -> dict[str, Any]:
+def _drop_key(values: dict[str, Any], key: str, header: Header) -> dict[str, Any]:
     """The values for a kind whose heads share the hidden size."""
     if values[key] * values["num_attention_heads"] != values["hidden_size"]:
         raise refused(header, "has heads of a size that its architecture does not have")
-    return {own: value for own, value in values.items() if own != key}
+    return {name: value for name, value in values.items() if name != key}
 
 
 def _phi3(header: Header) -> tuple[str, dict[str, Any]]:
-    values = _without(_common(header), "head_dim", header)
+    values = _drop_key(_common(header), "head_dim", header)
     positions = values["max_position_embeddings"]
     window = _window(header)
     if "attention.sliding_window" not in _keys(header):
@@ -316,10 +316,10 @@ def _gemma2(header: Header) -> tuple[str, dict[str, Any]]:
     window = _window(header)
     if window is None:
         raise refused(header, "does not say its attention's window")
-    kinds = _layer_kinds(header)
+    layer_types = _layer_types(header)
     return "gemma2", {
         **values,
-        **({} if kinds is None else {"layer_types": kinds}),
+        **({} if layer_types is None else {"layer_types": layer_types}),
         "sliding_window": window,
         **_gemma_scores(header, values, _GEMMA2_27B_LAYERS),
     }
@@ -332,14 +332,14 @@ def _gemma3(header: Header) -> tuple[str, dict[str, Any]]:
         raise refused(header, "does not say its attention's window")
     local = {"rope_type": "default", "rope_theta": float(header.get("rope.freq_base_swa", 1e4))}
     layers = values["num_hidden_layers"]
-    kinds = _layer_kinds(header) or [
+    layer_types = _layer_types(header) or [
         "full_attention" if (place + 1) % _GEMMA3_PATTERN == 0 else "sliding_attention"
         for place in range(layers)
     ]
     return "gemma3_text", {
         **values,
         "sliding_window": window,
-        "layer_types": kinds,
+        "layer_types": layer_types,
         "rope_parameters": {
             "full_attention": values["rope_parameters"], "sliding_attention": local,
         },
@@ -353,41 +353,41 @@ def _gemma_scores(header: Header, values: dict[str, Any], largest: int) -> dict[
     By what they are divided no file says. It is 256 in every released size but the largest, which
     llama.cpp knows by its layers.
     """
-    found = {
+    softcaps = {
         key: header.get(key)
         for key in ("attn_logit_softcapping", "final_logit_softcapping")
         if header.get(key) is not None
     }
     if values["num_hidden_layers"] == largest:
         scale = values["hidden_size"] // values["num_attention_heads"]
-        return {**found, "query_pre_attn_scalar": scale}
+        return {**softcaps, "query_pre_attn_scalar": scale}
     if values["head_dim"] != _GEMMA_HEAD:
         _warn_once(
             f"{header.path}: its heads have {values['head_dim']} dimensions and those of every "
             f"released Gemma of its depth {_GEMMA_HEAD}; the file does not say by what scores are "
             f"divided, {_GEMMA_HEAD} is taken"
         )
-    return {**found, "query_pre_attn_scalar": _GEMMA_HEAD}
+    return {**softcaps, "query_pre_attn_scalar": _GEMMA_HEAD}
 
 
 @functools.cache
-def _warn_once(said: str) -> None:
+def _warn_once(message: str) -> None:
     """A header is read several times on the way to a model."""
-    log.warning(said)
+    log.warning(message)
 
 
-def _layer_kinds(header: Header) -> list[str] | None:
+def _layer_types(header: Header) -> list[str] | None:
     """Which layers have a window, where the header says so."""
     pattern, layers = header.get("attention.sliding_window_pattern"), header.get("block_count")
     if pattern is None:
         return None
     if isinstance(pattern, list):
-        windowed = [bool(own) for own in pattern]
+        windowed = [bool(has_window) for has_window in pattern]
         if len(windowed) != layers:
             raise refused(header, f"says windows for {len(windowed)} of {layers} layers")
     else:
         windowed = [(place + 1) % int(pattern) != 0 for place in range(layers)]
-    return ["sliding_attention" if own else "full_attention" for own in windowed]
+    return ["sliding_attention" if has_window else "full_attention" for has_window in windowed]
 
 
 def _gpt2(header: Header) -> tuple[str, dict[str, Any]]:

@@ -34,13 +34,13 @@ class StoredTensor:
 
     Attributes:
         shape: As PyTorch orders it, the fastest dimension last.
-        kind: ggml's number of its format.
+        ggml_type: ggml's number of its format.
         offset: Of its first byte in the file.
         nbytes: Its bytes.
     """
 
     shape: tuple[int, ...]
-    kind: int
+    ggml_type: int
     offset: int
     nbytes: int
 
@@ -84,10 +84,10 @@ class Header:
             self.path, dtype=np.uint8, mode="r", offset=tensor.offset, shape=(tensor.nbytes,)
         )
         rows = raw.reshape(*tensor.shape[:-1], -1) if tensor.shape else raw
-        plain = {0: np.float32, 1: np.float16}.get(tensor.kind)
+        plain = {0: np.float32, 1: np.float16}.get(tensor.ggml_type)
         if plain is not None:
             return np.asarray(rows.view(plain), dtype=np.float32)
-        return np.asarray(dequantize(rows, _format(tensor.kind)), dtype=np.float32)
+        return np.asarray(dequantize(rows, _format(tensor.ggml_type)), dtype=np.float32)
 
 
 def read_header(path: Path) -> Header:
@@ -148,14 +148,14 @@ class _Reader:
         table = [self._entry() for _ in range(tensors)]
         alignment = int(settings.get("general.alignment", 32))
         start = -(-self.place // alignment) * alignment
-        placed = {name: self._placed(name, own, start) for name, own in table}
+        placed = {name: self._placed(name, entry, start) for name, entry in table}
         digest = hashlib.sha256(self.data[: self.place])
         digest.update(f"{self.size} {changed}".encode())
         return Header(self.path, settings, placed, digest.hexdigest())
 
-    def _scalar(self, kind: str) -> Any:
-        (value,) = struct.unpack_from(kind, self.data, self.place)
-        self.place += struct.calcsize(kind)
+    def _scalar(self, layout: str) -> Any:
+        (value,) = struct.unpack_from(layout, self.data, self.place)
+        self.place += struct.calcsize(layout)
         return value
 
     def _text(self) -> str:
@@ -167,29 +167,29 @@ class _Reader:
         self.place = end
         return text
 
-    def _value(self, kind: int) -> Any:
-        if kind in _SCALARS:
-            return self._scalar(_SCALARS[kind])
-        if kind == _TEXT:
+    def _value(self, value_type: int) -> Any:
+        if value_type in _SCALARS:
+            return self._scalar(_SCALARS[value_type])
+        if value_type == _TEXT:
             return self._text()
-        if kind != _LIST:
-            raise ValueError(kind)
-        inner, count = self._scalar("<I"), self._scalar("<Q")
-        if inner == _TEXT:
+        if value_type != _LIST:
+            raise ValueError(value_type)
+        item_type, count = self._scalar("<I"), self._scalar("<Q")
+        if item_type == _TEXT:
             unpack, place, data = struct.Struct("<Q").unpack_from, self.place, self.data
             for _ in range(count):
                 place += 8 + unpack(data, place)[0]
             self.place = place
             return count
-        if inner not in _SCALARS:
-            raise ValueError(inner)
-        width = struct.calcsize(_SCALARS[inner])
+        if item_type not in _SCALARS:
+            raise ValueError(item_type)
+        width = struct.calcsize(_SCALARS[item_type])
         place, self.place = self.place, self.place + width * count
         if self.place > self.size:
             raise IndexError(self.place)
         if count > _LONGEST_LIST:
             return count
-        return list(struct.unpack_from(f"<{count}{_SCALARS[inner][1]}", self.data, place))
+        return list(struct.unpack_from(f"<{count}{_SCALARS[item_type][1]}", self.data, place))
 
     def _entry(self) -> tuple[str, tuple[tuple[int, ...], int, int]]:
         name, dimensions = self._text(), self._scalar("<I")
@@ -201,32 +201,33 @@ class _Reader:
     def _placed(
         self, name: str, entry: tuple[tuple[int, ...], int, int], start: int
     ) -> StoredTensor:
-        shape, kind, offset = entry
-        block, size = _block(kind, f"{self.path}: the tensor {name}")
+        shape, ggml_type, offset = entry
+        block, size = _block(ggml_type, f"{self.path}: the tensor {name}")
         nbytes = math.prod(shape) // block * size
         if start + offset + nbytes > self.size:
             raise UserError(
                 f"{self.path} is torn: it ends before the tensor {name}; fetch or copy it anew"
             )
-        return StoredTensor(shape, kind, start + offset, nbytes)
+        return StoredTensor(shape, ggml_type, start + offset, nbytes)
 
 
-def _block(kind: int, where: str) -> tuple[int, int]:
+def _block(ggml_type: int, label: str) -> tuple[int, int]:
     """Numbers and bytes of a block of a format."""
     from gguf.constants import GGML_QUANT_SIZES
 
     try:
-        block, size = GGML_QUANT_SIZES[_format(kind)]
+        block, size = GGML_QUANT_SIZES[_format(ggml_type)]
     except (ValueError, KeyError):
         raise UserError(
-            f"{where} has a format (number {kind}) that the installed gguf does not know; update it"
+            f"{label} has a format (number {ggml_type}) that the installed gguf does not know; "
+            "update it"
         ) from None
     return int(block), int(size)
 
 
-def _format(kind: int) -> Any:
+def _format(ggml_type: int) -> Any:
     try:
         from gguf.constants import GGMLQuantizationType
     except ImportError:
         raise missing_extra("gguf", "gguf") from None
-    return GGMLQuantizationType(kind)
+    return GGMLQuantizationType(ggml_type)

@@ -33,28 +33,28 @@ class Shape:
         hub_id: What the hub calls it.
         config: Its `config.json`, as far as shapes and positions go.
         parameters: As published, in billions.
-        others: Hub ids of the same shape: its instruction-tuned or base sibling.
+        siblings: Hub ids of the same shape: its instruction-tuned or base sibling.
     """
 
     hub_id: str
     config: dict[str, Any] = field(repr=False)
     parameters: float
-    others: tuple[str, ...] = ()
+    siblings: tuple[str, ...] = ()
 
 
 def _llama(
-    kind: str, layers: int, width: int, heads: int, groups: int, inner: int, words: int,
-    positions: int, theta: float, *, tied: bool = False, eps: float = 1e-5, **more: Any,
+    model_type: str, layers: int, width: int, heads: int, groups: int, inner: int, words: int,
+    positions: int, theta: float, *, tied: bool = False, eps: float = 1e-5, **extra: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """A configuration in the names that Llama's relatives share."""
     names = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3",
              "phi3": "Phi3", "smollm3": "SmolLM3", "exaone4": "Exaone4"}  # fmt: skip
     return {
-        "architectures": [f"{names[kind]}ForCausalLM"], "model_type": kind,
+        "architectures": [f"{names[model_type]}ForCausalLM"], "model_type": model_type,
         "num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads,
         "num_key_value_heads": groups, "intermediate_size": inner, "vocab_size": words,
         "max_position_embeddings": positions, "rope_theta": theta, "rms_norm_eps": eps,
-        "tie_word_embeddings": tied, "dtype": "bfloat16", **more,
+        "tie_word_embeddings": tied, "dtype": "bfloat16", **extra,
     }  # fmt: skip
 
 
@@ -211,11 +211,11 @@ SHAPES = (
 
 def _names() -> dict[str, tuple[Shape, str]]:
     """Shape and hub id by full id and by the part after the owner, in small letters."""
-    known: dict[str, tuple[Shape, str]] = {}
+    by_name: dict[str, tuple[Shape, str]] = {}
     for shape in SHAPES:
-        for hub_id in (shape.hub_id, *shape.others):
-            known[hub_id.lower()] = known[hub_id.lower().rpartition("/")[2]] = shape, hub_id
-    return known
+        for hub_id in (shape.hub_id, *shape.siblings):
+            by_name[hub_id.lower()] = by_name[hub_id.lower().rpartition("/")[2]] = shape, hub_id
+    return by_name
 
 
 _BY_NAME = _names()
@@ -228,8 +228,8 @@ def shape_of(name: str) -> tuple[Shape, str] | None:
 
 def near(name: str) -> str | None:
     """The known name that resembles this one most, if any does."""
-    found = difflib.get_close_matches(name.lower(), _BY_NAME, n=1, cutoff=0.75)
-    return found[0] if found else None
+    matches = difflib.get_close_matches(name.lower(), _BY_NAME, n=1, cutoff=0.75)
+    return matches[0] if matches else None
 
 
 def folder_of(shape: Shape) -> Path:

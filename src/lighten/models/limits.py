@@ -45,11 +45,11 @@ class Limits:
             return self.positions, f"the model's {self.positions} positions"
         return max_length, f"max_length {max_length}"
 
-    def room(self, prompt_tokens: int, wanted: int) -> int:
+    def room(self, prompt_tokens: int, max_new_tokens: int) -> int:
         """Tokens that can be answered after a prompt of so many tokens."""
         if self.positions is None:
-            return wanted
-        return max(0, min(wanted, self.positions - prompt_tokens))
+            return max_new_tokens
+        return max(0, min(max_new_tokens, self.positions - prompt_tokens))
 
     def check_ids(self, rows: Iterable[_Row], tokenizer: Any) -> None:
         """Every id has an embedding.
@@ -63,20 +63,20 @@ class Limits:
         for row in rows:
             highest = int(max(row.input_ids, default=0))
             if highest >= self.vocabulary:
-                raise UserError(self._unknown(row, highest, tokenizer))
+                raise UserError(self._describe_unknown_id(row, highest, tokenizer))
 
-    def _unknown(self, row: _Row, highest: int, tokenizer: Any) -> str:
-        said = (
+    def _describe_unknown_id(self, row: _Row, highest: int, tokenizer: Any) -> str:
+        message = (
             f"{row.example.where} has the id {highest}, the model has {self.vocabulary} "
             f"(0 to {self.vocabulary - 1})"
         )
         if row.example.input_ids is not None:
-            return f"{said}; encode the rows with this model's own tokenizer"
+            return f"{message}; encode the rows with this model's own tokenizer"
         token = tokenizer.convert_ids_to_tokens(highest)
         return (
-            f"{said}: the tokenizer knows the token {token!r} and the model's embedding has no row "
-            "for it; list it in added_tokens (and the embedding in modules_to_save, so that it is "
-            "learnt), or use the tokenizer that belongs to the model"
+            f"{message}: the tokenizer knows the token {token!r} and the model's embedding has no "
+            "row for it; list it in added_tokens (and the embedding in modules_to_save, so that it "
+            "is learnt), or use the tokenizer that belongs to the model"
         )
 
     def beyond(self, lengths: Iterable[int]) -> str | None:
@@ -101,11 +101,11 @@ def limits_of(model: PreTrainedModel, tokens: int = 0) -> Limits:
         tokens: Tokens of its tokenizer, where the embedding will grow to them.
     """
     stated = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    known = stated if isinstance(stated, int) and stated > 0 else None
+    positions = stated if isinstance(stated, int) and stated > 0 else None
     embedding = model.get_input_embeddings()
     rows = int(embedding.weight.shape[0])  # type: ignore[index]
-    looked_up = known is not None and _has_position_table(model, known, embedding.weight)
-    return Limits(max(rows, tokens), known if looked_up else None, known)
+    looked_up = positions is not None and _has_position_table(model, positions, embedding.weight)
+    return Limits(max(rows, tokens), positions if looked_up else None, positions)
 
 
 def _has_position_table(model: PreTrainedModel, positions: int, words: Any) -> bool:

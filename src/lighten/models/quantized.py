@@ -136,8 +136,8 @@ def layer_types() -> tuple[type[nn.Linear], type[nn.Linear]]:
                 offset=state.offset,
                 state2=state.state2,
             )
-            found: Tensor = dequantize_4bit(packed, row)
-            return found.reshape(-1)[: state.shape.numel()].view(state.shape)
+            dense: Tensor = dequantize_4bit(packed, row)
+            return dense.reshape(-1)[: state.shape.numel()].view(state.shape)
 
         def forward(self, x: Tensor) -> Tensor:
             """The product, x Wᵀ + b."""
@@ -152,8 +152,8 @@ def layer_types() -> tuple[type[nn.Linear], type[nn.Linear]]:
         def dense_weight(self) -> Tensor:
             """The weight [O, I] in the format of the products."""
             # As int8_vectorwise_dequant does it, but rounded on the way: no float32 copy is made.
-            made = torch.empty_like(self.weight.data, dtype=self.compute_dtype)
-            return torch.mul(self.weight.data, self.weight.SCB[:, None] / 127, out=made)
+            dense = torch.empty_like(self.weight.data, dtype=self.compute_dtype)
+            return torch.mul(self.weight.data, self.weight.SCB[:, None] / 127, out=dense)
 
         def forward(self, x: Tensor) -> Tensor:
             """The product, x Wᵀ + b; the activations are not quantised."""
@@ -162,7 +162,7 @@ def layer_types() -> tuple[type[nn.Linear], type[nn.Linear]]:
     return Linear4bit, Linear8bit
 
 
-def choose(four: bool, eight: bool, kind: str, double: bool) -> Storage | None:
+def choose(four: bool, eight: bool, quant_type: str, double: bool) -> Storage | None:
     """The storage that the settings ask for, None if they ask for none.
 
     Raises:
@@ -174,63 +174,63 @@ def choose(four: bool, eight: bool, kind: str, double: bool) -> Storage | None:
     if not (four or eight):
         return None
     require_bitsandbytes()
-    return Storage(kind, double) if four else Storage("int8")
+    return Storage(quant_type, double) if four else Storage("int8")
 
 
 def stored_as(folder: Path) -> dict[str, Any] | None:
     """What a model folder's configuration says of weights that are quantised already."""
     try:
-        said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    found: dict[str, Any] | None = said.get("quantization_config")
-    return found
+    quantization: dict[str, Any] | None = config.get("quantization_config")
+    return quantization
 
 
-def left_to_do(name: str, folder: Path, wanted: Storage | None) -> Storage | None:
+def remaining_storage(name: str, folder: Path, storage: Storage | None) -> Storage | None:
     """What is left to quantise of a folder's model: nothing if its files are so already.
 
     Raises:
         UserError: They are quantised in another way.
         MissingExtra: bitsandbytes wrote them and is not installed.
     """
-    said = stored_as(folder)
-    if said is None:
-        return wanted
-    if said.get("quant_method") == "bitsandbytes":
+    stored = stored_as(folder)
+    if stored is None:
+        return storage
+    if stored.get("quant_method") == "bitsandbytes":
         require_bitsandbytes()
-        eight = bool(said.get("load_in_8bit"))
-        if wanted is None or eight == (wanted.kind == "int8"):
+        eight = bool(stored.get("load_in_8bit"))
+        if storage is None or eight == (storage.kind == "int8"):
             return None
-    elif wanted is None:
+    elif storage is None:
         return None
     raise UserError(
-        f"{name} is quantised already ({said.get('quant_method', 'unknown method')}) and cannot be "
-        f"stored as {wanted.kind}; remove load_in_4bit and load_in_8bit, or take the model it was "
-        "made from"
+        f"{name} is quantised already ({stored.get('quant_method', 'unknown method')}) and cannot "
+        f"be stored as {storage.kind}; remove load_in_4bit and load_in_8bit, or take the model it "
+        "was made from"
     )
 
 
 def finish(
-    model: PreTrainedModel, wanted: Storage | None, compute: torch.dtype, device: str
+    model: PreTrainedModel, storage: Storage | None, compute: torch.dtype, device: str
 ) -> None:
     """Bring a model's linear layers into our form, one by one: no more than one is dense twice.
 
     Args:
         model: Its layers are dense, or bitsandbytes' own.
-        wanted: What becomes of dense layers other than the head; None leaves them as they are.
+        storage: What becomes of dense layers other than the head; None leaves them as they are.
         compute: The format that products are computed in.
         device: Where quantised layers go.
     """
     head = model.get_output_embeddings()
     for path, module in list(model.named_modules()):
         if type(module).__name__ in ("Linear4bit", "Linear8bitLt"):
-            made = _adopted(module, compute)
-        elif wanted is not None and module is not head and type(module) in (nn.Linear, Conv1D):
-            made = quantised(module, wanted, compute, device)
+            layer = _adopted(module, compute)
+        elif storage is not None and module is not head and type(module) in (nn.Linear, Conv1D):
+            layer = quantised(module, storage, compute, device)
         else:
             continue
-        model.set_submodule(path, made)
+        model.set_submodule(path, layer)
 
 
 def let_go_of_files(model: nn.Module) -> None:
@@ -244,12 +244,12 @@ def let_go_of_files(model: nn.Module) -> None:
             tensor.data = tensor.data.clone()
 
 
-def quantised(module: nn.Module, wanted: Storage, compute: torch.dtype, device: str) -> nn.Module:
+def quantised(module: nn.Module, storage: Storage, compute: torch.dtype, device: str) -> nn.Module:
     """A dense linear layer's weight in few bits, in our layer.
 
     Args:
         module: `nn.Linear` or `Conv1D`.
-        wanted: How it is stored.
+        storage: How it is stored.
         compute: The format of the products.
         device: Where it goes.
 
@@ -261,14 +261,14 @@ def quantised(module: nn.Module, wanted: Storage, compute: torch.dtype, device: 
 
     weight: Tensor = module.weight.data  # type: ignore[assignment]
     dense = weight.T.contiguous() if isinstance(module, Conv1D) else weight
-    made: Any
-    if wanted.kind == "int8":
-        made = bnb.nn.Int8Params(dense.cpu(), requires_grad=False).to(device)
+    packed: Any
+    if storage.kind == "int8":
+        packed = bnb.nn.Int8Params(dense.cpu(), requires_grad=False).to(device)
     else:
-        made = bnb.nn.Params4bit(
-            dense, quant_type=wanted.kind, compress_statistics=wanted.double
+        packed = bnb.nn.Params4bit(
+            dense, quant_type=storage.kind, compress_statistics=storage.double
         ).to(device)
-    return packed_layer(made, module.bias, dense.shape, compute, type(module))
+    return packed_layer(packed, module.bias, dense.shape, compute, type(module))
 
 
 def rounded(weight: Tensor, storage: Storage, compute: torch.dtype) -> Tensor:
@@ -289,8 +289,8 @@ def rounded(weight: Tensor, storage: Storage, compute: torch.dtype) -> Tensor:
         plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     plain.weight = nn.Parameter(weight, requires_grad=False)
     layer: Any = quantised(plain, storage, compute, "cpu")
-    found: Tensor = layer.dense_weight()
-    return found
+    dense: Tensor = layer.dense_weight()
+    return dense
 
 
 def _adopted(module: nn.Module, compute: torch.dtype) -> nn.Module:
@@ -312,29 +312,31 @@ def packed_layer(
         source: What the layer was.
     """
     four, eight = layer_types()
-    made: Any
+    layer: Any
     with torch.device("meta"):  # nothing is drawn at random only to be thrown away
         if weight.dtype == torch.int8:
-            made = eight(shape[1], shape[0], bias is not None, has_fp16_weights=False)  # type: ignore[call-arg]
+            layer = eight(shape[1], shape[0], bias is not None, has_fp16_weights=False)  # type: ignore[call-arg]
         else:
-            made = four(shape[1], shape[0], bias is not None, compute_dtype=compute)  # type: ignore[call-arg]
-    made.weight, made.bias = weight, bias
-    made.compute_dtype = compute
+            layer = four(shape[1], shape[0], bias is not None, compute_dtype=compute)  # type: ignore[call-arg]
+    layer.weight, layer.bias = weight, bias
+    layer.compute_dtype = compute
     # GPT-2's Conv1D keeps its weight as [I, O]; a dense copy must become one again.
-    made.source_cls = source
+    layer.source_cls = source
     if weight.dtype != torch.int8:
-        weight.module, made.quant_state = made, weight.quant_state
-    return made.requires_grad_(False).eval()
+        weight.module, layer.quant_state = layer, weight.quant_state
+    return layer.requires_grad_(False).eval()
 
 
 def census(model: nn.Module) -> Census:
     """Count a model's weights as they are stored."""
-    held = {id(m.weight): m for m in model.modules() if hasattr(m, "dense_weight")}
-    layers = [layer for layer in held.values() if getattr(layer, "storage", None) is not None]
+    layers_by_weight = {id(m.weight): m for m in model.modules() if hasattr(m, "dense_weight")}
+    layers = [
+        layer for layer in layers_by_weight.values() if getattr(layer, "storage", None) is not None
+    ]
     parameters = quantized = stacked = weight_bytes = 0
-    seen: set[int] = set()
+    counted: set[int] = set()
     for parameter in model.parameters():
-        layer: Any = held.get(id(parameter))
+        layer: Any = layers_by_weight.get(id(parameter))
         numbers = parameter.numel() if layer is None else layer.in_features * layer.out_features
         parameters += numbers
         quantized += numbers if getattr(layer, "storage", None) is not None else 0
@@ -343,25 +345,25 @@ def census(model: nn.Module) -> Census:
             weight_bytes += layer.streamed_bytes
             continue
         for part in (parameter, *(scales_of(parameter) if layer is not None else ())):
-            if part.data_ptr() not in seen:  # layers share tables
-                seen.add(part.data_ptr())
+            if part.data_ptr() not in counted:  # layers share tables
+                counted.add(part.data_ptr())
                 weight_bytes += part.numel() * part.element_size()
     storage: Any = layers[0].storage if layers else None
     return Census(parameters, quantized, stacked, weight_bytes, storage)
 
 
-def explain(model: PreTrainedModel, wanted: Storage | None) -> Choice | None:
+def explain(model: PreTrainedModel, storage: Storage | None) -> Choice | None:
     """How a model's linear layers are stored, and why; None if in no special way."""
-    found = census(model)
-    if found.storage is None:
+    totals = census(model)
+    if totals.storage is None:
         return None
-    setting = "load_in_8bit" if found.storage.kind == "int8" else "load_in_4bit"
-    why = f"{setting} of the recipe" if wanted is not None else "the model's files hold them so"
-    share = found.quantized / found.parameters
+    setting = "load_in_8bit" if totals.storage.kind == "int8" else "load_in_4bit"
+    why = f"{setting} of the recipe" if storage is not None else "the model's files hold them so"
+    share = totals.quantized / totals.parameters
     dense = "the rest is dense"
-    if found.stacked:
-        dense += f", {found.stacked:,} of fused experts, which bitsandbytes has no layer for"
-    return Choice(str(found.storage), f"{why}; {share:.0%} of the parameters, {dense}")
+    if totals.stacked:
+        dense += f", {totals.stacked:,} of fused experts, which bitsandbytes has no layer for"
+    return Choice(str(totals.storage), f"{why}; {share:.0%} of the parameters, {dense}")
 
 
 def scales_of(weight: Any) -> Iterator[Tensor]:

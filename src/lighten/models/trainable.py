@@ -32,27 +32,27 @@ def refuse_rounded_activations(name: str, folder: Path) -> None:
     Raises:
         UserError: It is one of torchao with dynamic (or static) activations.
     """
-    said = stored_as(folder)
-    if said is None or said.get("quant_method") != "torchao":
+    config = stored_as(folder)
+    if config is None or config.get("quant_method") != "torchao":
         return
-    for kind in _kinds(said.get("quant_type")):
-        if "activation" in kind.lower():
+    for config_name in _config_names(config.get("quant_type")):
+        if "activation" in config_name.lower():
             raise UserError(
-                f"{name} cannot be trained on: torchao's {kind} rounds activations while it runs "
-                f"and passes no gradient on, so {ADVICE}"
+                f"{name} cannot be trained on: torchao's {config_name} rounds activations while it "
+                f"runs and passes no gradient on, so {ADVICE}"
             )
 
 
-def _kinds(said: Any) -> Iterator[str]:
+def _config_names(config: Any) -> Iterator[str]:
     """Names of torchao's configurations, whatever they are nested in."""
-    if isinstance(said, str):  # as older files have it
-        yield said
-    elif isinstance(said, dict):
-        if isinstance(said.get("_type"), str):
-            yield said["_type"]
-        for value in said.values():
+    if isinstance(config, str):  # as older files have it
+        yield config
+    elif isinstance(config, dict):
+        if isinstance(config.get("_type"), str):
+            yield config["_type"]
+        for value in config.values():
             if isinstance(value, dict):
-                yield from _kinds(value)
+                yield from _config_names(value)
 
 
 def require_gradients(name: str, model: nn.Module) -> None:
@@ -65,20 +65,20 @@ def require_gradients(name: str, model: nn.Module) -> None:
     Raises:
         UserError: One does not.
     """
-    seen: set[tuple[type, type]] = set()
+    checked: set[tuple[type, type]] = set()
     for path, layer in model.named_modules():
         weight = getattr(layer, "weight", None)
-        kind = (type(layer), type(weight))
+        layer_type = (type(layer), type(weight))
         plain = type(weight) in (torch.Tensor, nn.Parameter)
-        if not isinstance(layer, nn.Linear) or plain or kind in seen:
+        if not isinstance(layer, nn.Linear) or plain or layer_type in checked:
             continue
-        seen.add(kind)
+        checked.add(layer_type)
         device, dtype = layer.weight.device, model.dtype
         x = torch.ones(1, layer.in_features, device=device, dtype=dtype, requires_grad=True)  # type: ignore[call-overload]
         with torch.enable_grad():
             out = layer(x)
         if not out.requires_grad:
             raise UserError(
-                f"{name} cannot be trained on: {path} ({kind[1].__name__}) passes no gradient to "
-                f"its input, so {ADVICE}"
+                f"{name} cannot be trained on: {path} ({layer_type[1].__name__}) passes no "
+                f"gradient to its input, so {ADVICE}"
             )
