@@ -114,26 +114,26 @@ class Recipe(RecipeFields):
         cls,
         values: Mapping[str, Any],
         overrides: Mapping[str, Any] | None,
-        where: str,
+        source: str,
         lines: Mapping[str, int],
-        known_start: str | None = None,
+        applied_adapter: str | None = None,
         folder: Path | None = None,
     ) -> Recipe:
         settings, notices, problems = aliases.translate(values)
         for name in _PATHS:
             if folder is not None and isinstance(settings.get(name), str):
                 settings[name] = _beside(folder, settings[name])
-        over, more_notices, more_problems = aliases.translate(overrides or {})
+        over, override_notices, override_problems = aliases.translate(overrides or {})
         for key, value in over.items():
             section, _, name = key.partition(".")
             if name and isinstance(settings.get(section, {}), Mapping):
                 settings[section] = {**settings.get(section, {}), name: value}
             else:
                 settings[key] = value
-        more_notices += aliases.one_end(settings, over) + swept.translate(settings)
-        told, faults = start.take(settings, known_start)
-        more_notices += told
-        problems = [f"{where}: {problem}" for problem in problems + more_problems + faults]
+        override_notices += aliases.keep_one_end(settings, over) + swept.translate(settings)
+        start_notices, faults = start.fill_in(settings, applied_adapter)
+        override_notices += start_notices
+        problems = [f"{source}: {problem}" for problem in problems + override_problems + faults]
         if settings.get("trainable_layers") is not None:
             settings.setdefault("method", "full")
         if settings.get("method") == "full":
@@ -141,16 +141,18 @@ class Recipe(RecipeFields):
         try:
             recipe = cls.model_validate(settings)
         except ValidationError as error:
-            given = set(over)
+            overridden = set(over)
             problems += [
-                _sentence(item, "command line" if str(item["loc"][0]) in given else where, lines)
+                _sentence(
+                    item, "command line" if str(item["loc"][0]) in overridden else source, lines
+                )
                 for item in _merged(error)
             ]
         else:
-            problems += [f"{where}: {problem}" for problem in _contradictions(recipe, settings)]
+            problems += [f"{source}: {problem}" for problem in _contradictions(recipe, settings)]
         if problems:
             raise RecipeError("\n".join(problems))
-        recipe._notices = [*notices, *more_notices, *recipe._notices]
+        recipe._notices = [*notices, *override_notices, *recipe._notices]
         return recipe
 
     @property
@@ -163,26 +165,26 @@ class Recipe(RecipeFields):
     def cohort(self) -> list[AdapterOptions]:
         """The adapters to train, every setting filled in; one entry for a base that learns."""
         if self.adapters is not None:
-            given = [entry.model_dump(exclude_none=True) for entry in self.adapters]
+            adapters = [entry.model_dump(exclude_none=True) for entry in self.adapters]
         else:
             size = max((len(v) for v in map(self._list, COHORT_LISTS) if v), default=1)
-            given = [
+            adapters = [
                 {key: values[i] for key in COHORT_LISTS if (values := self._list(key))}
                 for i in range(size)
             ]
-            for name, own in zip(_names(given), given, strict=True):
-                own["name"] = name
-        return [self._filled(own) for own in given]
+            for name, adapter in zip(_names(adapters), adapters, strict=True):
+                adapter["name"] = name
+        return [self._filled(adapter) for adapter in adapters]
 
     def _list(self, key: str) -> list[Any] | None:
         value = getattr(self, key)
         return value if isinstance(value, list) else None
 
-    def _filled(self, own: dict[str, Any]) -> AdapterOptions:
+    def _filled(self, adapter: dict[str, Any]) -> AdapterOptions:
         flat = {
             key: getattr(self, key) for key in AdapterFields.model_fields if self._list_free(key)
         }
-        filled = {**flat, **own}
+        filled = {**flat, **adapter}
         if filled.get("lora_alpha") is None:
             filled["lora_alpha"] = 2 * filled["lora_r"]
         filled["peft"] = self.peft
@@ -197,11 +199,11 @@ class Recipe(RecipeFields):
         Raises:
             RecipeError: Every problem found.
         """
-        known = self.adapter_name_or_path
-        made = Recipe._build(self.completed(), overrides, "recipe", {}, known_start=known)
-        made._name = self._name
-        made._notices = [*self._notices, *made._notices]
-        return made
+        applied = self.adapter_name_or_path
+        recipe = Recipe._build(self.completed(), overrides, "recipe", {}, applied_adapter=applied)
+        recipe._name = self._name
+        recipe._notices = [*self._notices, *recipe._notices]
+        return recipe
 
     def with_evaluate(self, options: Mapping[str, Any]) -> EvaluateOptions:
         """The `evaluate` section with other settings, given as `name` or `evaluate.name`.
@@ -209,15 +211,15 @@ class Recipe(RecipeFields):
         Raises:
             RecipeError: Every problem found.
         """
-        named = {key.removeprefix("evaluate."): value for key, value in options.items()}
+        settings = {key.removeprefix("evaluate."): value for key, value in options.items()}
         try:
-            return EvaluateOptions.model_validate({**self.evaluate.model_dump(), **named})
+            return EvaluateOptions.model_validate({**self.evaluate.model_dump(), **settings})
         except ValidationError as error:
-            told = [
+            problems = [
                 _sentence({**item, "key": f"evaluate.{item['loc'][0]}"}, "command line", {})
                 for item in error.errors()
             ]
-            raise RecipeError("\n".join(told)) from error
+            raise RecipeError("\n".join(problems)) from error
 
     def completed(self) -> dict[str, Any]:
         """Every setting with its value, defaults written out."""
@@ -239,31 +241,31 @@ def _beside(folder: Path, value: str) -> str:
     if Path(value).expanduser().is_absolute():
         return value
     path, limit = split_limit(str(folder / value))
-    there = f"{path}#{limit}" if limit is not None else str(path)
-    return there if exists(path) else value
+    candidate = f"{path}#{limit}" if limit is not None else str(path)
+    return candidate if exists(path) else value
 
 
-def _names(given: list[dict[str, Any]]) -> list[str]:
+def _names(adapters: list[dict[str, Any]]) -> list[str]:
     """A name per adapter that says what differs."""
-    if len(given) == 1:
+    if len(adapters) == 1:
         return ["default"]
     short = {
         "lora_r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout", "learning_rate": "lr",
         "seed": "seed",
     }  # fmt: skip
-    differing = [key for key in given[0] if len({str(own[key]) for own in given}) > 1]
-    names = ["-".join(f"{short[key]}{own[key]:g}" for key in differing) for own in given]
+    differing = [key for key in adapters[0] if len({str(adapter[key]) for adapter in adapters}) > 1]
+    names = ["-".join(f"{short[key]}{adapter[key]:g}" for key in differing) for adapter in adapters]
     if len(set(names)) < len(names):
         names = [f"{name or 'adapter'}-{i + 1}" for i, name in enumerate(names)]
     return names
 
 
-def _contradictions(recipe: Recipe, given: Mapping[str, Any]) -> list[str]:
+def _contradictions(recipe: Recipe, settings: Mapping[str, Any]) -> list[str]:
     """Settings that cannot hold together, or that have no effect in the chosen mode."""
     # A completed recipe writes every default out; those contradict nothing.
-    given = {
+    settings = {
         key: value
-        for key, value in given.items()
+        for key, value in settings.items()
         if value != RecipeFields.model_fields[key].default
     }
     problems = [
@@ -275,8 +277,8 @@ def _contradictions(recipe: Recipe, given: Mapping[str, Any]) -> list[str]:
     if any(size == 0 for size in sizes.values()):
         problems.append(f"{next(k for k, s in sizes.items() if s == 0)} is an empty list")
     elif len(set(sizes.values())) > 1:
-        said = ", ".join(f"{key} has {size}" for key, size in sizes.items())
-        problems.append(f"lists that make a cohort must be of one length, but {said}")
+        lengths = ", ".join(f"{key} has {size}" for key, size in sizes.items())
+        problems.append(f"lists that make a cohort must be of one length, but {lengths}")
     if recipe.adapters is not None:
         problems += [
             f"{key} is a list, but adapters: spells the cohort out already; keep one of the two"
@@ -289,38 +291,38 @@ def _contradictions(recipe: Recipe, given: Mapping[str, Any]) -> list[str]:
             f"adapters: two are called {name!r}; give each its own name"
             for name in sorted({n for n in names if names.count(n) > 1})
         ]
-    problems += _method_problems(recipe, given)
+    problems += _method_problems(recipe, settings)
     if not problems:
-        problems += _peft_problems(recipe, given)
-    if "warmup_ratio" in given and recipe.warmup_steps is not None:
+        problems += _peft_problems(recipe, settings)
+    if "warmup_ratio" in settings and recipe.warmup_steps is not None:
         problems.append("warmup_ratio has no effect beside warmup_steps; keep one")
     if recipe.lr_scheduler_type == "constant":
         problems += [
             f"{key} has no effect with lr_scheduler_type: constant; use constant_with_warmup"
             for key in ("warmup_ratio", "warmup_steps")
-            if given.get(key)
+            if settings.get(key)
         ]
     if not recipe.gradient_checkpointing:
         problems += [
             f"{key} has no effect without gradient_checkpointing: true"
-            for key in given
+            for key in settings
             if key.startswith("gradient_checkpointing_")
         ]
     unread = {"sgd": 3, "adafactor": 3}.get(recipe.optim, 1 if "lion" in recipe.optim else 0)
     problems += [
         f"{key} has no effect with optim: {recipe.optim}; remove it"
         for key in ("adam_epsilon", "adam_beta1", "adam_beta2")[:unread]
-        if key in given
+        if key in settings
     ]
-    if "num_train_epochs" in given and "max_steps" in given:
+    if "num_train_epochs" in settings and "max_steps" in settings:
         # transformers lets max_steps win silently; many recipes carry both, so it is no error.
         recipe._notices.append("max_steps is set, so num_train_epochs has no effect")
-    if "max_steps" in given and "max_time" in given:
+    if "max_steps" in settings and "max_time" in settings:
         problems.append(
             "max_steps and max_time both say when training ends; keep one (max_time makes as many "
             "steps as fit, up to num_train_epochs)"
         )
-    if recipe.eval_dataset is not None and "val_size" in given:
+    if recipe.eval_dataset is not None and "val_size" in settings:
         problems.append("val_size has no effect beside eval_dataset; remove one")
     if not _has_held_out(recipe):
         problems += [
@@ -329,16 +331,16 @@ def _contradictions(recipe: Recipe, given: Mapping[str, Any]) -> list[str]:
                         "max_eval_samples")
             if getattr(recipe, key)
         ]  # fmt: skip
-    problems += bits.problems(recipe, recipe.cohort() if not problems else [], given)
+    problems += bits.problems(recipe, recipe.cohort() if not problems else [], settings)
     problems += offloading.problems(recipe)
     problems += spread.problems(recipe) if not problems else []
     problems += swept.problems(recipe.sweep)
-    if "early_stopping_threshold" in given and recipe.early_stopping_patience is None:
+    if "early_stopping_threshold" in settings and recipe.early_stopping_patience is None:
         problems.append("early_stopping_threshold has no effect without early_stopping_patience")
     return problems
 
 
-def _method_problems(recipe: Recipe, given: Mapping[str, Any]) -> list[str]:
+def _method_problems(recipe: Recipe, settings: Mapping[str, Any]) -> list[str]:
     """Settings that the method does not know."""
     if recipe.method != "full":
         return [
@@ -350,7 +352,7 @@ def _method_problems(recipe: Recipe, given: Mapping[str, Any]) -> list[str]:
         for key, field in RecipeFields.model_fields.items()
         if isinstance(field.json_schema_extra, dict)
         and field.json_schema_extra["section"] == "lora"
-        and key in given
+        and key in settings
     ]
     quantised = [
         f"{key}: weights in so few bits cannot learn; with method: full leave it out, or use lora"
@@ -372,25 +374,29 @@ def _method_problems(recipe: Recipe, given: Mapping[str, Any]) -> list[str]:
     )
 
 
-def _peft_problems(recipe: Recipe, given: Mapping[str, Any]) -> list[str]:
+def _peft_problems(recipe: Recipe, settings: Mapping[str, Any]) -> list[str]:
     """What cannot hold where PEFT's own modules train the adapter."""
     options = recipe.cohort()
     problems = []
-    own_starts = (True, False, "gaussian", "orthogonal")
-    for own in options:
-        taken = own.init_lora_weights not in own_starts
-        if len(options) > 1 and (own.use_dora or taken or own.peft is not None):
-            what = "peft" if own.peft is not None else "use_dora" if own.use_dora else "init"
-            said = {"init": f"init_lora_weights: {own.init_lora_weights}"}.get(what, what)
+    plain_inits = (True, False, "gaussian", "orthogonal")
+    for adapter in options:
+        custom_init = adapter.init_lora_weights not in plain_inits
+        if len(options) > 1 and (adapter.use_dora or custom_init or adapter.peft is not None):
+            feature = (
+                "peft" if adapter.peft is not None else "use_dora" if adapter.use_dora else "init"
+            )
+            label = {"init": f"init_lora_weights: {adapter.init_lora_weights}"}.get(
+                feature, feature
+            )
             problems.append(
-                f"{said} trains one adapter at a time: PEFT's own modules cannot tell the rows of "
+                f"{label} trains one adapter at a time: PEFT's own modules cannot tell the rows of "
                 f"a cohort's {len(options)} adapters apart; train them in runs of their own"
             )
             break
-        if own.use_dora and taken:
+        if adapter.use_dora and custom_init:
             problems.append(
-                f"use_dora and init_lora_weights: {own.init_lora_weights} exclude each other: what "
-                "they train could not be used on the untouched base; keep one"
+                f"use_dora and init_lora_weights: {adapter.init_lora_weights} exclude each other: "
+                "what they train could not be used on the untouched base; keep one"
             )
     if recipe.peft is None:
         return problems
@@ -401,7 +407,7 @@ def _peft_problems(recipe: Recipe, given: Mapping[str, Any]) -> list[str]:
         for key, field in RecipeFields.model_fields.items()
         if dict(field.json_schema_extra or {}).get("section") == "lora"  # type: ignore[arg-type]
         and key not in ("peft", "adapters")
-        and (key in given or any(getattr(e, key, None) for e in recipe.adapters or ()))
+        and (key in settings or any(getattr(e, key, None) for e in recipe.adapters or ()))
     ]
     problems += [
         f"{key} has no effect beside peft: put what the method needs into the peft section"
@@ -417,21 +423,21 @@ def _has_held_out(recipe: Recipe) -> bool:
 
 def _merged(error: ValidationError) -> list[dict[str, Any]]:
     """One problem per setting: pydantic tells a union's every branch."""
-    seen: dict[str, dict[str, Any]] = {}
+    by_key: dict[str, dict[str, Any]] = {}
     for item in error.errors():
         loc = item["loc"]
-        names = [str(part) for part in loc if str(part) in _known() or isinstance(part, int)]
+        names = [str(part) for part in loc if str(part) in _all_keys() or isinstance(part, int)]
         if loc[0] == "sweep" and "grid" in names:
             names.remove("grid")  # users write swept settings beside the options
         key = str(loc[0]) if not names else ".".join(names)
         if item["type"] == "extra_forbidden":
-            shown = [part for part in loc if loc[0] != "sweep" or part not in ("grid", "range")]
-            key = ".".join(str(part) for part in shown)
-        seen.setdefault(key, {**item, "key": key})
-    return list(seen.values())
+            parts = [part for part in loc if loc[0] != "sweep" or part not in ("grid", "range")]
+            key = ".".join(str(part) for part in parts)
+        by_key.setdefault(key, {**item, "key": key})
+    return list(by_key.values())
 
 
-def _known() -> set[str]:
+def _all_keys() -> set[str]:
     return (
         set(RecipeFields.model_fields)
         | set(EvaluateOptions.model_fields)
@@ -442,9 +448,9 @@ def _known() -> set[str]:
     )
 
 
-def _sentence(item: Mapping[str, Any], where: str, lines: Mapping[str, int]) -> str:
+def _sentence(item: Mapping[str, Any], source: str, lines: Mapping[str, int]) -> str:
     key: str = item["key"]
-    at = f"{where}:{lines[key]}" if key in lines and where != "command line" else where
+    at = f"{source}:{lines[key]}" if key in lines and source != "command line" else source
     if item["type"] == "extra_forbidden":
         pool = [*RecipeFields.model_fields, *aliases.RENAMED, *aliases.SPECIAL]
         if "." in key:

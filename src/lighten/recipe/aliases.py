@@ -78,10 +78,10 @@ def translate(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], lis
         if alias != name:
             notices.append(f"{alias} is called {name} here; read as {name}: {value}")
 
-    for key, given in values.items():
+    for key, raw in values.items():
         # Switches of other tools are often quoted.
-        quoted = isinstance(given, str) and key in SPECIAL
-        value = {"true": True, "false": False}.get(given.lower(), given) if quoted else given
+        quoted = isinstance(raw, str) and key in SPECIAL
+        value = {"true": True, "false": False}.get(raw.lower(), raw) if quoted else raw
         if key in RENAMED and not (key == "data" and isinstance(value, Mapping)):
             put(key, RENAMED[key], value)
         elif key == "data":
@@ -116,20 +116,20 @@ def translate(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], lis
                 problems.append(f"freeze_trainable_layers: {value!r} does not do; only the last "
                                 "layers can be trained, use trainable_layers: last_N")  # fmt: skip
         elif key in ("bf16", "fp16"):
-            full = {"bf16": "bfloat16", "fp16": "float16"}[key]
+            dtype = {"bf16": "bfloat16", "fp16": "float16"}[key]
             if value == "auto":
                 put(key, "dtype", "auto")
             elif value:
-                put(key, "dtype", full)
+                put(key, "dtype", dtype)
         elif key in ("deepspeed", "fsdp"):
             try:
-                found = foreign.deepspeed(value) if key == "deepspeed" else foreign.fsdp(value)
+                converted = foreign.deepspeed(value) if key == "deepspeed" else foreign.fsdp(value)
             except ValueError as error:
                 problems.append(f"{key}: {error}")
             else:
-                for name, own in found.items():
-                    if values.get(name) != own:  # many recipes say it a second time
-                        put(key, name, own)
+                for name, setting in converted.items():
+                    if values.get(name) != setting:  # many recipes say it a second time
+                        put(key, name, setting)
         elif key == "flash_attn":
             flash = _FLASH.get(str(value).lower())
             if flash is None:
@@ -137,8 +137,8 @@ def translate(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], lis
             else:
                 put(key, "attn_implementation", flash)
         elif key in _BITS:
-            said = str(value).lower().removesuffix("bit").rstrip("-")
-            bits = {"4": "load_in_4bit", "8": "load_in_8bit"}.get(said)
+            count = str(value).lower().removesuffix("bit").rstrip("-")
+            bits = {"4": "load_in_4bit", "8": "load_in_8bit"}.get(count)
             if bits is not None:
                 put(key, bits, True)
             elif value not in (None, "none", False):
@@ -159,7 +159,7 @@ def translate(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], lis
     return out, notices, problems
 
 
-def one_end(settings: MutableMapping[str, Any], overrides: Mapping[str, Any]) -> list[str]:
+def keep_one_end(settings: MutableMapping[str, Any], overrides: Mapping[str, Any]) -> list[str]:
     """Let `max_steps` of the command line take the place of a file's `max_time`, or the reverse.
 
     Args:
@@ -169,8 +169,8 @@ def one_end(settings: MutableMapping[str, Any], overrides: Mapping[str, Any]) ->
     Returns:
         A notice where one was replaced.
     """
-    for name, other in (("max_steps", "max_time"), ("max_time", "max_steps")):
-        if overrides.get(name) is not None and other not in overrides and settings.get(other):
-            settings[other] = None
-            return [f"{name} takes the place of the recipe's {other}"]
+    for name, replaced in (("max_steps", "max_time"), ("max_time", "max_steps")):
+        if overrides.get(name) is not None and replaced not in overrides and settings.get(replaced):
+            settings[replaced] = None
+            return [f"{name} takes the place of the recipe's {replaced}"]
     return []

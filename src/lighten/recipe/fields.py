@@ -396,16 +396,16 @@ class RecipeFields(Section):
     @classmethod
     def _trackers(cls, value: Any) -> Any:
         """`none` and a lone name are as good as a list."""
-        named = [value] if isinstance(value, str) else list(value or [])
-        return [name for name in named if name != "none"]
+        names = [value] if isinstance(value, str) else list(value or [])
+        return [name for name in names if name != "none"]
 
     @field_validator("dataset_columns")
     @classmethod
     def _columns(cls, value: dict[str, str]) -> dict[str, str]:
-        for name, theirs in value.items():
+        for name, column in value.items():
             if name not in COLUMNS:
-                turned = f"; write {theirs}: {name}" if theirs in COLUMNS else ""
-                raise ValueError(f"{name} is not one of {', '.join(COLUMNS)}{turned}")
+                hint = f"; write {column}: {name}" if column in COLUMNS else ""
+                raise ValueError(f"{name} is not one of {', '.join(COLUMNS)}{hint}")
         if len(set(value.values())) < len(value):
             raise ValueError("two of them name the same column; each needs its own")
         return value
@@ -422,10 +422,10 @@ class RecipeFields(Section):
             "use_reentrant": (False,), "preserve_rng_state": (True, False),
             "determinism_check": ("default", "none"),
         }  # fmt: skip
-        for name, own in value.items():
+        for name, choice in value.items():
             if name not in allowed:
                 raise ValueError(f"{name} is not one of {', '.join(allowed)}")
-            if own not in allowed[name]:
+            if choice not in allowed[name]:
                 raise ValueError(f"{name} must be {' or '.join(map(str, allowed[name]))}")
         return value
 

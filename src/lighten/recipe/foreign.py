@@ -23,7 +23,7 @@ _QUIET = {
     "zero_force_ds_cpu_optimizer", "communication_data_type", "prescale_gradients",
     "train_batch_size",
 }  # fmt: skip
-_SAME = {
+_EQUIVALENT = {
     "gradient_clipping": "max_grad_norm",
     "gradient_accumulation_steps": "gradient_accumulation_steps",
     "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
@@ -32,56 +32,56 @@ _STEP = {"gradient_accumulation_steps", "per_device_train_batch_size"}
 _OPTIMIZER = {"lr": "learning_rate", "eps": "adam_epsilon", "weight_decay": "weight_decay"}
 
 
-def deepspeed(given: Any) -> dict[str, Any]:
+def deepspeed(source: Any) -> dict[str, Any]:
     """Our settings for a DeepSpeed configuration.
 
     Args:
-        given: Its values, the path of its file, or a short name (`zero2`).
+        source: Its values, the path of its file, or a short name (`zero2`).
 
     Raises:
         ValueError: It cannot be read, or asks for what is not the same here; says what to change.
     """
-    if isinstance(given, str) and given in STAGES.values():
-        return {"strategy": given}
-    config = given if isinstance(given, Mapping) else _read(str(given))
+    if isinstance(source, str) and source in STAGES.values():
+        return {"strategy": source}
+    config = source if isinstance(source, Mapping) else _read(str(source))
     zero = config.get("zero_optimization") or {}
     if zero.get("stage", 0) not in STAGES:
         raise ValueError(f"stage {zero.get('stage')!r} is none of 0, 1, 2, 3")
-    found: dict[str, Any] = {"strategy": STAGES[zero.get("stage", 0)], **_offload(zero)}
-    for theirs, name in _SAME.items():
-        if config.get(theirs, "auto") != "auto":
-            found[name] = config[theirs]
-    if isinstance(config.get("train_batch_size"), int) and not found.keys() >= _STEP:
+    settings: dict[str, Any] = {"strategy": STAGES[zero.get("stage", 0)], **_offload(zero)}
+    for deepspeed_key, name in _EQUIVALENT.items():
+        if config.get(deepspeed_key, "auto") != "auto":
+            settings[name] = config[deepspeed_key]
+    if isinstance(config.get("train_batch_size"), int) and not settings.keys() >= _STEP:
         raise ValueError(
             "train_batch_size depends on the number of ranks; set train_micro_batch_size_per_gpu "
             "and gradient_accumulation_steps beside it, or set it to auto"
         )
     for section, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
         if (config.get(section) or {}).get("enabled") is True:
-            found["dtype"] = dtype
-    found |= _optimizer(config.get("optimizer") or {})
-    known = {*_SAME, *_QUIET, "zero_optimization", "bf16", "fp16", "optimizer"}
-    if unknown := sorted(key for key in config if key not in known and config[key] != "auto"):
+            settings["dtype"] = dtype
+    settings |= _optimizer(config.get("optimizer") or {})
+    supported = {*_EQUIVALENT, *_QUIET, "zero_optimization", "bf16", "fp16", "optimizer"}
+    if unknown := sorted(key for key in config if key not in supported and config[key] != "auto"):
         raise ValueError(f"{unknown[0]} has no equal here; set it in the recipe, or remove it")
-    return found
+    return settings
 
 
-def fsdp(given: Any) -> dict[str, Any]:
+def fsdp(value: Any) -> dict[str, Any]:
     """Our settings for the words of transformers' `fsdp`, such as `full_shard auto_wrap`.
 
     Raises:
         ValueError: A word asks for what is not the same here.
     """
-    words = given.split() if isinstance(given, str) else list(given or [])
-    found = {}
+    words = value.split() if isinstance(value, str) else list(value or [])
+    settings = {}
     for word in words:
         if word in SHARDING:
-            found["strategy"] = SHARDING[word]
+            settings["strategy"] = SHARDING[word]
         elif word != "auto_wrap":  # decoder layers, as here
             raise ValueError(
                 f"{word!r} is not built; use full_shard, shard_grad_op or no_shard, with auto_wrap"
             )
-    return found
+    return settings
 
 
 def _offload(zero: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def _offload(zero: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: A device is not known, or parameters are to wait that are not spread.
     """
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for part, name in (("offload_optimizer", "offload_optimizer"),):
         section = zero.get(part) or {}
         device = section.get("device") or "none"
@@ -98,20 +98,20 @@ def _offload(zero: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{part}: device {device!r} is none of none, cpu, nvme")
         if device == "none":
             continue
-        found[name] = device
+        settings[name] = device
         folder = section.get("nvme_path")
         if device != "nvme" or folder is None:
             continue
-        if found.setdefault("nvme_path", folder) != folder:
+        if settings.setdefault("nvme_path", folder) != folder:
             raise ValueError(
-                f"nvme_path is {found['nvme_path']} and {folder}; there is one folder here"
+                f"nvme_path is {settings['nvme_path']} and {folder}; there is one folder here"
             )
     if (device := (zero.get("offload_param") or {}).get("device", "none")) not in ("none", None):
         raise ValueError(
             f"offload_param to {device} is not built; remove it (for a frozen base that is larger "
             "than memory: offload_base: cpu or disk, in one process)"
         )
-    return found
+    return settings
 
 
 def _optimizer(section: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,11 +119,11 @@ def _optimizer(section: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     if str(section.get("type", "AdamW")).lower() not in ("adam", "adamw"):
         raise ValueError(f"optimizer {section['type']} has no equal here; set optim in the recipe")
-    values = {key: own for key, own in (section.get("params") or {}).items() if own != "auto"}
-    found: dict[str, Any] = {_OPTIMIZER[key]: values[key] for key in _OPTIMIZER if key in values}
+    values = {key: value for key, value in (section.get("params") or {}).items() if value != "auto"}
+    settings: dict[str, Any] = {_OPTIMIZER[key]: values[key] for key in _OPTIMIZER if key in values}
     if isinstance(values.get("betas"), list | tuple):
-        found["adam_beta1"], found["adam_beta2"] = values["betas"]
-    return found
+        settings["adam_beta1"], settings["adam_beta2"] = values["betas"]
+    return settings
 
 
 def _read(path: str) -> Mapping[str, Any]:

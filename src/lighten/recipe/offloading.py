@@ -15,48 +15,49 @@ OFFLOADED = ("adamw_torch", "adamw_torch_fused")
 
 def problems(recipe: Recipe) -> list[str]:
     """What a recipe that offloads something asks for and cannot have, a sentence each."""
-    return _of_base(recipe) + _of_states(recipe)
+    return _base_problems(recipe) + _state_problems(recipe)
 
 
-def _of_states(recipe: Recipe) -> list[str]:
+def _state_problems(recipe: Recipe) -> list[str]:
     problems = []
-    where = recipe.offload_optimizer
-    if where != "none" and recipe.optim not in OFFLOADED:
+    device = recipe.offload_optimizer
+    if device != "none" and recipe.optim not in OFFLOADED:
         problems.append(
-            f"offload_optimizer: {where} moves AdamW's state, and optim: {recipe.optim} has "
+            f"offload_optimizer: {device} moves AdamW's state, and optim: {recipe.optim} has "
             f"another or none; use optim: {OFFLOADED[0]}, or remove it"
         )
-    if recipe.nvme_path is not None and where != "nvme":
+    if recipe.nvme_path is not None and device != "nvme":
         problems.append("nvme_path is the folder of offload_optimizer: nvme; set that, or remove "
                         "nvme_path")  # fmt: skip
     return problems
 
 
-def _of_base(recipe: Recipe) -> list[str]:
+def _base_problems(recipe: Recipe) -> list[str]:
     if recipe.offload_base == "none":
         return []
-    said = f"offload_base: {recipe.offload_base}"
+    label = f"offload_base: {recipe.offload_base}"
     if recipe.method == "full":
         return [
-            f"{said} streams layers that are frozen, and method: full trains them; use method: "
+            f"{label} streams layers that are frozen, and method: full trains them; use method: "
             "lora, or remove it"
         ]
-    found = []
+    faults = []
     if recipe.peft is not None or any(
-        own.use_dora or own.init_lora_weights not in OWN_INITS for own in recipe.cohort()
+        adapter.use_dora or adapter.init_lora_weights not in OWN_INITS
+        for adapter in recipe.cohort()
     ):
-        found.append(
-            f"{said} goes with plain LoRA: PEFT's own modules (peft, use_dora, init_lora_weights "
+        faults.append(
+            f"{label} goes with plain LoRA: PEFT's own modules (peft, use_dora, init_lora_weights "
             "from the base's weights) keep the weights that they compute with; remove one of the "
             "two"
         )
     if recipe.load_in_8bit:
-        found.append(f"{said} streams dense layers or 4 bits; use load_in_4bit, or remove it")
+        faults.append(f"{label} streams dense layers or 4 bits; use load_in_4bit, or remove it")
     if recipe.torch_compile is True:
-        found.append(f"{said} brings weights to code that is not compiled; remove torch_compile")
+        faults.append(f"{label} brings weights to code that is not compiled; remove torch_compile")
     if isinstance(recipe.workers, int) and recipe.workers > 1:
-        found.append(
-            f"{said} follows one micro-batch at a time: workers would each need a layer; "
+        faults.append(
+            f"{label} follows one micro-batch at a time: workers would each need a layer; "
             "set workers to 1 or auto"
         )
-    return found
+    return faults

@@ -9,7 +9,7 @@ from lighten.recipe.offloading import OWN_INITS
 if TYPE_CHECKING:
     from lighten.recipe import Recipe
 
-WHOLE = ("auto", "single", "ddp")
+UNSHARDED = ("auto", "single", "ddp")
 # Optimisers whose state has the parameter's shape and that treat each number by itself.
 BY_NUMBER = ("adamw_torch", "adamw_torch_fused", "sgd")
 
@@ -27,51 +27,52 @@ def gathers(strategy: str, *, full: bool) -> bool:
 def problems(recipe: Recipe) -> list[str]:
     """What cannot hold together, each with what to change."""
     name, full = recipe.strategy, recipe.method == "full"
-    if name in WHOLE:
+    if name in UNSHARDED:
         return []
-    found = []
+    faults = []
     spreads_state = full or name in ("zero1", "zero2")
     if spreads_state and recipe.optim not in BY_NUMBER:
-        found.append(
+        faults.append(
             f"optim: {recipe.optim} needs whole parameters, of which strategy: {name} leaves a "
             f"rank some rows; use {BY_NUMBER[0]} or sgd, or strategy: ddp"
         )
     if not gathers(name, full=full):
-        return found
+        return faults
     if recipe.activation_offload:
-        found.append(
+        faults.append(
             f"activation_offload would keep gathered weights with strategy: {name}; use "
             "gradient_checkpointing"
         )
-    found += [
+    faults += [
         f"{key}: a weight in so few bits is whole on every rank, so strategy: {name} would save "
         "nothing; use strategy: ddp, or an unquantised base"
         for key in ("load_in_4bit", "load_in_8bit")
         if getattr(recipe, key)
     ]
     if recipe.torch_compile is True:
-        found.append(
+        faults.append(
             f"torch_compile: layers are gathered as they are needed with strategy: {name}; set it "
             "to false or auto"
         )
     if isinstance(recipe.workers, int) and recipe.workers > 1:
-        found.append(
+        faults.append(
             f"workers: {recipe.workers} would gather each layer as many times with strategy: "
             f"{name}; remove it"
         )
     if recipe.qat is not None:
-        found.append(f"qat compares whole weights, of which strategy: {name} leaves a rank some "
+        faults.append(f"qat compares whole weights, of which strategy: {name} leaves a rank some "
                      "rows; use strategy: ddp")  # fmt: skip
     if recipe.offload_base != "none":
-        found.append(
+        faults.append(
             f"offload_base: {recipe.offload_base} streams the layers that strategy: {name} spreads "
             "over ranks; keep one of the two"
         )
     if not full and (recipe.peft is not None or any(
-        own.use_dora or own.init_lora_weights not in OWN_INITS for own in recipe.cohort()
+        adapter.use_dora or adapter.init_lora_weights not in OWN_INITS
+        for adapter in recipe.cohort()
     )):  # fmt: skip
-        found.append(
+        faults.append(
             "PEFT's own modules (peft, use_dora, init_lora_weights from the base's weights) need "
             f"whole weights, of which strategy: {name} leaves a rank some rows; use strategy: ddp"
         )
-    return found
+    return faults

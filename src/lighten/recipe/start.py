@@ -20,7 +20,7 @@ from lighten.peft_config import (
 )
 
 # Settings that say what an adapter is, by their names in its file.
-SAID = {
+ADAPTER_SETTINGS = {
     "lora_r": "r", "lora_alpha": "alpha", "lora_target_modules": "target_modules",
     "use_rslora": "use_rslora", "modules_to_save": "modules_to_save",
     "rank_pattern": "rank_pattern", "alpha_pattern": "alpha_pattern",
@@ -29,45 +29,47 @@ MODEL, START = "model_name_or_path", "adapter_name_or_path"
 COHORT = ("lora_r", "lora_alpha")  # of the settings above, those that a cohort lists
 
 
-def take(given: MutableMapping[str, Any], known: str | None = None) -> tuple[list[str], list[str]]:
+def fill_in(
+    recipe: MutableMapping[str, Any], applied: str | None = None
+) -> tuple[list[str], list[str]]:
     """Fill in what the adapter that a recipe starts from says, in place.
 
     Args:
-        given: The recipe's settings by their own names.
-        known: The adapter whose settings are filled in already; it may have moved since.
+        recipe: The recipe's settings by their own names.
+        applied: The adapter whose settings are filled in already; it may have moved since.
 
     Returns:
         What is told to the user, and a sentence per problem.
     """
-    told: list[str] = []
+    notices: list[str] = []
     try:
-        told += _split(given)
-        if given.get(START) is None:
-            return told, []
-        if problem := _excluded(given):
-            del given[START]
-            return told, [problem]
-        if known is not None and given[START] == known and not exists(_path(known)):
-            return told, []
-        folder = find(str(given[START]))
-        said = said_by(folder)
+        notices += _split(recipe)
+        if recipe.get(START) is None:
+            return notices, []
+        if problem := _excluded(recipe):
+            del recipe[START]
+            return notices, [problem]
+        if applied is not None and recipe[START] == applied and not exists(_path(applied)):
+            return notices, []
+        folder = find(str(recipe[START]))
+        adapter = settings_of(folder)
     except UserError as error:
-        given.pop(START, None)
-        return told, [str(error)]
-    problems = _conflicts(given, said, folder, "")
-    for entry in _entries(given):
-        problems += _conflicts(entry, said, folder, f"adapters: {entry.get('name')}: ")
-    given[START] = str(folder)
-    for key, value in said.items():
+        recipe.pop(START, None)
+        return notices, [str(error)]
+    problems = _conflicts(recipe, adapter, folder, "")
+    for entry in _entries(recipe):
+        problems += _conflicts(entry, adapter, folder, f"adapters: {entry.get('name')}: ")
+    recipe[START] = str(folder)
+    for key, value in adapter.items():
         # A list of equal ranks still says how many adapters there are.
-        if key not in COHORT or not isinstance(given.get(key), list):
-            given[key] = value
-    return told, problems
+        if key not in COHORT or not isinstance(recipe.get(key), list):
+            recipe[key] = value
+    return notices, problems
 
 
-def _split(given: MutableMapping[str, Any]) -> list[str]:
+def _split(recipe: MutableMapping[str, Any]) -> list[str]:
     """A model that is an adapter's folder becomes its base, and the adapter to start from."""
-    name = given.get(MODEL)
+    name = recipe.get(MODEL)
     if not isinstance(name, str) or not name:
         return []
     folder = _path(name)
@@ -75,9 +77,9 @@ def _split(given: MutableMapping[str, Any]) -> list[str]:
         return []
     config = read_config(folder)
     base = config.get("base_model_name_or_path")
-    if given.get(START) is not None and _path(str(given[START])) != folder:
+    if recipe.get(START) is not None and _path(str(recipe[START])) != folder:
         raise UserError(
-            f"{MODEL} is the adapter {name} and {START} is {given[START]}; name the base and one "
+            f"{MODEL} is the adapter {name} and {START} is {recipe[START]}; name the base and one "
             "adapter"
         )
     if not isinstance(base, str) or not base:
@@ -85,27 +87,30 @@ def _split(given: MutableMapping[str, Any]) -> list[str]:
             f"{MODEL}: {name} is an adapter whose {CONFIG} names no base model; give the base as "
             f"{MODEL} and this folder as {START}"
         )
-    given[MODEL], given[START] = base, name
-    if given.get("revision") is None and isinstance(config.get("revision"), str):
-        given["revision"] = config["revision"]
+    recipe[MODEL], recipe[START] = base, name
+    if recipe.get("revision") is None and isinstance(config.get("revision"), str):
+        recipe["revision"] = config["revision"]
     return [f"{name} is an adapter of {base}: read as {MODEL}: {base} and {START}: {name}"]
 
 
-def _excluded(given: Mapping[str, Any]) -> str | None:
+def _excluded(recipe: Mapping[str, Any]) -> str | None:
     """Why the recipe cannot start from an adapter at all."""
-    if given.get("method") == "full" or given.get("trainable_layers") is not None:
+    if recipe.get("method") == "full" or recipe.get("trainable_layers") is not None:
         return (
             f"{START} has no effect with method: full, which trains the base's own weights; remove "
             "it, or use method: lora"
         )
-    if given.get("peft") is not None:
+    if recipe.get("peft") is not None:
         return f"{START} goes on with a plain LoRA adapter, not with peft:; remove one of the two"
-    entries = _entries(given)
-    if any(own.get("use_dora") is True for own in (given, *entries)):
+    entries = _entries(recipe)
+    if any(entry.get("use_dora") is True for entry in (recipe, *entries)):
         return f"{START} goes on with a plain LoRA adapter, not with use_dora; remove one of them"
-    starts = [own.get("init_lora_weights", True) for own in (given, *entries)]
-    if other := [start for start in starts if start not in (True, None)]:
-        return f"init_lora_weights: {other[0]} has no effect beside {START}; remove one of the two"
+    inits = [entry.get("init_lora_weights", True) for entry in (recipe, *entries)]
+    if custom_inits := [init for init in inits if init not in (True, None)]:
+        return (
+            f"init_lora_weights: {custom_inits[0]} has no effect beside {START}; remove one of the "
+            "two"
+        )
     return None
 
 
@@ -134,7 +139,7 @@ def find(name: str) -> Path:
     return inside[0]
 
 
-def said_by(folder: Path) -> dict[str, Any]:
+def settings_of(folder: Path) -> dict[str, Any]:
     """The settings of a recipe that an adapter's files say.
 
     Raises:
@@ -142,39 +147,43 @@ def said_by(folder: Path) -> dict[str, Any]:
     """
     config = read_config(folder)
     if needs_peft(config):
-        what = more_than_low_rank(config) or "LoRA adapter with biases or tokens of its own"
+        method = more_than_low_rank(config) or "LoRA adapter with biases or tokens of its own"
         raise UserError(
-            f"{START}: {folder} is of another kind ({what}); training goes on from plain LoRA "
+            f"{START}: {folder} is of another kind ({method}); training goes on from plain LoRA "
             "adapters alone"
         )
-    found = settings(config, folder, tensor_shapes(folder / WEIGHTS))
-    found["target_modules"] = _listed(found["target_modules"])
-    found["modules_to_save"] = _listed(found["modules_to_save"]) or None
-    return {key: found[name] for key, name in SAID.items()}
+    values = settings(config, folder, tensor_shapes(folder / WEIGHTS))
+    values["target_modules"] = _listed(values["target_modules"])
+    values["modules_to_save"] = _listed(values["modules_to_save"]) or None
+    return {key: values[name] for key, name in ADAPTER_SETTINGS.items()}
 
 
 def _conflicts(
-    given: Mapping[str, Any], said: Mapping[str, Any], folder: Path, prefix: str
+    recipe: Mapping[str, Any], adapter: Mapping[str, Any], folder: Path, prefix: str
 ) -> list[str]:
     """A sentence per setting that differs from the adapter's."""
-    found = []
-    for key, value in said.items():
-        mine = given.get(key)
+    conflicts = []
+    for key, value in adapter.items():
+        mine = recipe.get(key)
         cohort = isinstance(mine, list) and key in COHORT
-        for one in mine if cohort and isinstance(mine, list) else [mine]:
-            if one is not None and _comparable(one) != _comparable(value):
-                found.append(
-                    f"{prefix}{key} is {one!r}, but the adapter {folder} that training starts from "
-                    f"has {value!r}; remove {key}"
+        for entry in mine if cohort and isinstance(mine, list) else [mine]:
+            if entry is not None and _comparable(entry) != _comparable(value):
+                conflicts.append(
+                    f"{prefix}{key} is {entry!r}, but the adapter {folder} that training starts "
+                    f"from has {value!r}; remove {key}"
                 )
                 break
-    return found
+    return conflicts
 
 
-def _entries(given: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def _entries(recipe: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """What the recipe's `adapters` spells out, as far as it has the right form."""
-    entries = given.get("adapters")
-    return [own for own in entries if isinstance(own, Mapping)] if isinstance(entries, list) else []
+    entries = recipe.get("adapters")
+    return (
+        [entry for entry in entries if isinstance(entry, Mapping)]
+        if isinstance(entries, list)
+        else []
+    )
 
 
 def _comparable(value: Any) -> Any:

@@ -43,27 +43,27 @@ class Range(Section):
         """
         if self.factor is not None:
             steps = math.floor(math.log(self.max / self.min) / math.log(self.factor) + 1e-9)
-            found = [self.min * self.factor**i for i in range(steps + 1)]
+            values = [self.min * self.factor**i for i in range(steps + 1)]
         elif self.count is None:
             raise ValueError("add count or factor to say how many values are tried")
         elif self.log:
             ratio = math.log(self.max / self.min) / (self.count - 1)
-            found = [self.min * math.exp(i * ratio) for i in range(self.count)]
+            values = [self.min * math.exp(i * ratio) for i in range(self.count)]
         else:
             step = (self.max - self.min) / (self.count - 1)
-            found = [self.min + i * step for i in range(self.count)]
+            values = [self.min + i * step for i in range(self.count)]
         if self.min.is_integer() and self.max.is_integer():
-            return list(dict.fromkeys(round(value) for value in found))
-        return [float(f"{value:.6g}") for value in found]
+            return list(dict.fromkeys(round(value) for value in values))
+        return [float(f"{value:.6g}") for value in values]
 
 
-def _kind(value: Any) -> str:
+def _form(value: Any) -> str:
     return "range" if isinstance(value, Mapping | Range) else "values"
 
 
 # The tags let an error speak of the form that was meant alone.
-Tried = Annotated[
-    Annotated[list[Any], Tag("values")] | Annotated[Range, Tag("range")], Discriminator(_kind)
+SweptValues = Annotated[
+    Annotated[list[Any], Tag("values")] | Annotated[Range, Tag("range")], Discriminator(_form)
 ]
 
 
@@ -75,7 +75,7 @@ class SweepOptions(Section):
             arm. In a recipe they stand in the section under their own names.
     """
 
-    grid: dict[str, Tried] = Field({}, description="swept settings by name")
+    grid: dict[str, SweptValues] = Field({}, description="swept settings by name")
     scaling: Literal["fixed", "rslora", "alpha"] = Field(
         "fixed",
         description="over swept ranks, fixed: alpha / r stays the recipe's; rslora: alpha / "
@@ -107,15 +107,15 @@ class SweepOptions(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _gather(cls, given: Any) -> Any:
+    def _gather(cls, section: Any) -> Any:
         """Swept settings stand beside the options; `grid` holds them from here on."""
-        if not isinstance(given, Mapping):
-            return given
-        options = {key: value for key, value in given.items() if key in cls.model_fields}
-        swept = {key: value for key, value in given.items() if key not in cls.model_fields}
+        if not isinstance(section, Mapping):
+            return section
+        options = {key: value for key, value in section.items() if key in cls.model_fields}
+        swept = {key: value for key, value in section.items() if key not in cls.model_fields}
         grid = options.get("grid") or {}
         if not isinstance(grid, Mapping):
-            return given
+            return section
         return {**options, "grid": {**grid, **swept}} if grid or swept else options
 
     @field_validator("grid", mode="before")
@@ -123,15 +123,15 @@ class SweepOptions(Section):
     def _listed(cls, value: Any) -> Any:
         """A lone value is a list of one."""
         return {
-            key: own if isinstance(own, list | Mapping | Range) else [own]
-            for key, own in value.items()
+            key: entry if isinstance(entry, list | Mapping | Range) else [entry]
+            for key, entry in value.items()
         }
 
     @field_validator("reference", mode="before")
     @classmethod
     def _references(cls, value: Any) -> Any:
-        named = [value] if isinstance(value, str) else list(value or [])
-        return [name for name in named if name != "none"]
+        names = [value] if isinstance(value, str) else list(value or [])
+        return [name for name in names if name != "none"]
 
     @property
     def budget_s(self) -> float | None:

@@ -51,20 +51,20 @@ def gathered(overrides: Mapping[str, Any]) -> dict[str, Any]:
     A list of a setting that takes a list itself (`lora_target_modules`) is one value; to sweep it,
     write `sweep.lora_target_modules`.
     """
-    found: dict[str, Any] = {}
+    routed: dict[str, Any] = {}
     for key, value in overrides.items():
         name = aliases.RENAMED.get(key, key)
         if key in SweepOptions.model_fields and key != "grid":
-            found[f"sweep.{key}"] = value
+            routed[f"sweep.{key}"] = value
         elif name in _NEVER or name not in RecipeFields.model_fields:
-            found[key] = value
+            routed[key] = value
         elif isinstance(value, Mapping) and {"min", "max"} <= set(value):
-            found[f"sweep.{name}"] = value
+            routed[f"sweep.{name}"] = value
         elif isinstance(value, list | tuple) and not _takes_lists(name):
-            found[f"sweep.{name}"] = list(value)
+            routed[f"sweep.{name}"] = list(value)
         else:
-            found[key] = value
-    return found
+            routed[key] = value
+    return routed
 
 
 def _takes_lists(key: str) -> bool:
@@ -74,40 +74,40 @@ def _takes_lists(key: str) -> bool:
 
 def problems(options: SweepOptions) -> list[str]:
     """A sentence per problem, with the key's path."""
-    found = []
-    for key, tried in options.grid.items():
+    faults = []
+    for key, choices in options.grid.items():
         if key not in RecipeFields.model_fields:
             pool = [*RecipeFields.model_fields, *SweepOptions.model_fields]
             near = difflib.get_close_matches(key, pool, n=1, cutoff=0.55)
             mend = f"did you mean {near[0]}?" if near else "see: lighten schema"
-            found.append(f"sweep.{key} is not a setting; {mend}")
+            faults.append(f"sweep.{key} is not a setting; {mend}")
         elif key in _NEVER:
-            found.append(f"sweep.{key} cannot be swept: {_NEVER[key]}")
-        elif isinstance(tried, Range):
+            faults.append(f"sweep.{key} cannot be swept: {_NEVER[key]}")
+        elif isinstance(choices, Range):
             # Without a number of values only a search can draw from it: `values_of` says so.
-            ends: list[Any] = [tried.min, tried.max]
-            if tried.count is not None or tried.factor is not None:
-                ends = tried.values()
-            found += [said for end in ends if (said := _fault(key, _whole(end)))]
-        elif not tried:
-            found.append(f"sweep.{key} is an empty list; give the values to try, or remove it")
+            ends: list[Any] = [choices.min, choices.max]
+            if choices.count is not None or choices.factor is not None:
+                ends = choices.values()
+            faults += [fault for end in ends if (fault := _fault(key, _as_integer(end)))]
+        elif not choices:
+            faults.append(f"sweep.{key} is an empty list; give the values to try, or remove it")
         else:
-            found += [said for value in tried if (said := _fault(key, value))]
-            if len({repr(value) for value in tried}) < len(tried):
-                found.append(f"sweep.{key}: {tried!r} holds a value twice; remove one")
+            faults += [fault for value in choices if (fault := _fault(key, value))]
+            if len({repr(value) for value in choices}) < len(choices):
+                faults.append(f"sweep.{key}: {choices!r} holds a value twice; remove one")
     if options.scaling == "alpha" and "lora_alpha" in options.grid:
-        found.append("sweep.scaling: alpha has no effect where sweep.lora_alpha says every alpha")
-    found += _contradictions(options)
-    return list(dict.fromkeys(found))
+        faults.append("sweep.scaling: alpha has no effect where sweep.lora_alpha says every alpha")
+    faults += _contradictions(options)
+    return list(dict.fromkeys(faults))
 
 
 def _contradictions(options: SweepOptions) -> list[str]:
     """Options that cannot hold together."""
-    found = []
+    faults = []
     if options.search is None and options.trials is not None:
-        found.append("sweep.trials has no effect without sweep.search; set search: tpe")
+        faults.append("sweep.trials has no effect without sweep.search; set search: tpe")
     if options.search is not None:
-        found += [
+        faults += [
             f"sweep.{key} has no effect with sweep.search, which {why}; remove one of the two"
             for key, why in (("tune", "draws the rate with the rest if it is swept"),
                              ("budget", "ends after its trials"),
@@ -115,16 +115,16 @@ def _contradictions(options: SweepOptions) -> list[str]:
             if getattr(options, key)
         ]  # fmt: skip
     if options.executor == "ray" and options.budget is not None:
-        found.append("sweep.budget is not kept over Ray's machines; remove it, or executor: ray")
+        faults.append("sweep.budget is not kept over Ray's machines; remove it, or executor: ray")
     if options.executor == "ray" and options.tune is not None:
-        found.append("sweep.tune runs on this machine alone; use search: tpe with executor: ray")
+        faults.append("sweep.tune runs on this machine alone; use search: tpe with executor: ray")
     ranks = options.grid.get("lora_r")
     if options.truncate and (ranks is None or (isinstance(ranks, list) and len(ranks) < 2)):
-        found.append("sweep.truncate needs several ranks: give them as lora_r: [8, 32, 128]")
-    return found
+        faults.append("sweep.truncate needs several ranks: give them as lora_r: [8, 32, 128]")
+    return faults
 
 
-def _whole(value: float) -> float | int:
+def _as_integer(value: float) -> float | int:
     return int(value) if float(value).is_integer() else value
 
 
@@ -135,9 +135,9 @@ def _fault(key: str, value: Any) -> str | None:
         RecipeFields.model_fields[key].annotation
     ):
         return f"sweep.{key}: {value!r} is a list inside the list; give single values"
-    given = {"model_name_or_path": "m", "dataset": "d", key: value}
+    settings = {"model_name_or_path": "m", "dataset": "d", key: value}
     try:
-        RecipeFields.model_validate(given)
+        RecipeFields.model_validate(settings)
     except ValidationError as error:
         item = error.errors()[0]
         choices = item.get("ctx", {}).get("expected")

@@ -51,9 +51,9 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         values = parse(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        location = f"{path}:{mark.line + 1}" if mark else str(path)
         reason = getattr(error, "problem", None) or "it cannot be parsed"
-        raise UserError(f"{where} is not valid YAML: {reason}") from error
+        raise UserError(f"{location} is not valid YAML: {reason}") from error
     except (ValueError, RecursionError) as error:  # 2026-13-45 reads as a date
         deep = isinstance(error, RecursionError)
         reason = "it is nested too deeply" if deep else str(error)
