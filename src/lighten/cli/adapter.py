@@ -28,21 +28,21 @@ def info(
     """Rank, alpha, targets, size, and how much of its rank it uses; --layers: each layer."""
     from lighten import api
 
-    found = api.adapter_info(target, adapter=adapter)
+    details = api.adapter_info(target, adapter=adapter)
     if as_json:
-        typer.echo(json.dumps(found))
+        typer.echo(json.dumps(details))
         return
-    facts = _facts(found)
+    facts = _facts(details)
     print_table(["adapter", ""], facts)
     if not layers:
         console().print(
-            f"{counted(len(found['layers']), 'layer')}; a row for each: --layers", highlight=False
+            f"{counted(len(details['layers']), 'layer')}; a row for each: --layers", highlight=False
         )
         return
     rows = [
-        [own["path"], str(own["rank"]), f"{own['effective_rank']:.1f}", str(own["rank_90"]),
-         str(own["rank_99"]), f"{own['norm']:.3g}"]
-        for own in found["layers"]
+        [layer["path"], str(layer["rank"]), f"{layer['effective_rank']:.1f}", str(layer["rank_90"]),
+         str(layer["rank_99"]), f"{layer['norm']:.3g}"]
+        for layer in details["layers"]
     ]  # fmt: skip
     print_table(["layer", "rank", "used", "for 90 %", "for 99 %", "norm"], rows)
     console().print(
@@ -54,21 +54,21 @@ def info(
     console().print(": ".join(facts[-1]), highlight=False)
 
 
-def _facts(found: dict[str, Any]) -> list[list[str]]:
-    targets = found["target_modules"]
-    root = "sqrt(r)" if found["use_rslora"] else "r"
+def _facts(details: dict[str, Any]) -> list[list[str]]:
+    targets = details["target_modules"]
+    root = "sqrt(r)" if details["use_rslora"] else "r"
     return [
-        ["folder", found["folder"]],
-        ["base", found["base_model"] or "not said"],
-        ["rank", f"{found['r']}, at most {found['largest_rank']} in a layer"],
-        ["alpha", f"{found['lora_alpha']:g}, divided by {root}"],
+        ["folder", details["folder"]],
+        ["base", details["base_model"] or "not said"],
+        ["rank", f"{details['r']}, at most {details['largest_rank']} in a layer"],
+        ["alpha", f"{details['lora_alpha']:g}, divided by {root}"],
         ["targets", targets if isinstance(targets, str) else ", ".join(targets)],
-        ["trained whole", ", ".join(found["modules_to_save"]) or "nothing"],
-        ["parameters", f"{found['parameters']:,}"],
-        ["file", f"{found['file_bytes'] / 1e6:,.1f} MB"],
-        ["rank used", f"{found['effective_rank_mean']:.1f} on average; rank "
-                      f"{found['rank_90_max']} keeps 90 % and rank {found['rank_99_max']} 99 % of "
-                      "every layer's update"],
+        ["trained whole", ", ".join(details["modules_to_save"]) or "nothing"],
+        ["parameters", f"{details['parameters']:,}"],
+        ["file", f"{details['file_bytes'] / 1e6:,.1f} MB"],
+        ["rank used", f"{details['effective_rank_mean']:.1f} on average; rank "
+                      f"{details['rank_90_max']} keeps 90 % and rank {details['rank_99_max']} 99 % "
+                      "of every layer's update"],
     ]  # fmt: skip
 
 
@@ -85,8 +85,8 @@ def resize(
     """Write an adapter at a lower rank, each layer's best approximation, in PEFT's format."""
     from lighten import api
 
-    folder, done = api.resize_adapter(target, rank, adapter=adapter, output_dir=output_dir)
-    facts = done.facts()
+    folder, resized = api.resize_adapter(target, rank, adapter=adapter, output_dir=output_dir)
+    facts = resized.facts()
     if as_json:
         typer.echo(json.dumps({"folder": str(folder), **facts}))
         return
@@ -94,7 +94,7 @@ def resize(
     print_table(
         ["resized", ""],
         [
-            ["rank", _cut(facts, len(done.cuts), rank)],
+            ["rank", _cut(facts, len(resized.cuts), rank)],
             ["alpha", f"{facts['lora_alpha']:g}"],
             ["parameters", f"{facts['parameters']:,}"],
             ["energy kept", f"{facts['energy_kept']:.2%} of the update's squared norm"],

@@ -37,21 +37,21 @@ def audit(
     """Before and after, in one command: the plain way beside each technique, on your data."""
     from lighten import api
 
-    found = api.audit(
+    result = api.audit(
         model, data=data, budget=budget, output_dir=output_dir, memory=memory, examples=examples,
         steps=steps, new_tokens=new_tokens, long_tokens=long_tokens,
         told=lambda line: typer.echo(line, err=True), **overrides(ctx.args),
     )  # fmt: skip
     if as_json:
-        print_json(found.to_dict())
+        print_json(result.to_dict())
         return
     from lighten.reporting import audit_table
 
-    for columns, rows in audit_table.tables(found.to_dict()):
-        print_table(columns, rows, whole=(0,))
+    for columns, rows in audit_table.tables(result.to_dict()):
+        print_table(columns, rows, fold_last=(0,))
     for line in (
-        *audit_table.reasons(found.to_dict()),
-        f"report: {found.folder / 'report.html'}",
+        *audit_table.reasons(result.to_dict()),
+        f"report: {result.folder / 'report.html'}",
     ):
         console().print(line, highlight=False, markup=False, soft_wrap=True)
 

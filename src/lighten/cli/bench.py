@@ -85,35 +85,35 @@ def bench(
     from lighten import api
     from lighten.errors import UserError
 
-    rest = [*(words or []), *ctx.args]
-    named: list[str] = []
-    while rest and not rest[0].startswith("--") and not is_assignment(rest[0]):
-        named.append(rest.pop(0))
+    remaining = [*(words or []), *ctx.args]
+    targets: list[str] = []
+    while remaining and not remaining[0].startswith("--") and not is_assignment(remaining[0]):
+        targets.append(remaining.pop(0))
     if compare:
-        if len(named) != 2 or rest:
+        if len(targets) != 2 or remaining:
             raise UserError("give two files: lighten bench --compare before.json after.json")
-        _print_comparison(api.bench_compare(*named), as_json)
+        _print_comparison(api.bench_compare(*targets), as_json)
         return
-    if not named:
+    if not targets:
         raise UserError("give a model or a run: lighten bench smollm2-135m size")
-    found = api.bench(
-        named[0], named[1:], adapter=adapter, memory=memory, output=output,
+    result = api.bench(
+        targets[0], targets[1:], adapter=adapter, memory=memory, output=output,
         prompt_tokens=_numbers(prompt_tokens, "prompt-tokens"),
         batch_sizes=_numbers(batch_sizes, "batch-sizes"), new_tokens=new_tokens,
         lengths=_numbers(lengths, "lengths"), seconds=seconds,
-        told=lambda line: typer.echo(line, err=True), **overrides(rest),
+        told=lambda line: typer.echo(line, err=True), **overrides(remaining),
     )  # fmt: skip
     if as_json:
-        print_json(found)
+        print_json(result)
         return
-    from lighten.benchmarking import text as said
+    from lighten.benchmarking import text
 
-    for columns, rows in said.tables(found):
-        print_table(columns, rows, whole=(0,))
-    loose = said.unsettled(found["records"])
-    stored = found.get("path")
+    for columns, rows in text.tables(result):
+        print_table(columns, rows, fold_last=(0,))
+    loose = text.unsettled(result["records"])
+    stored = result.get("path")
     for line in (
-        *said.reasons(found["records"]),
+        *text.reasons(result["records"]),
         loose,
         f"written to {stored}" if stored else "not stored; --output FILE does",
     ):
@@ -121,15 +121,15 @@ def bench(
             console().print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _print_comparison(found: dict[str, Any], as_json: bool) -> None:
+def _print_comparison(comparison: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        print_json(found)
+        print_json(comparison)
         return
-    from lighten.benchmarking import text as said
+    from lighten.benchmarking import text
 
-    columns, rows = said.comparison(found)
-    print_table(columns, rows, whole=(0, 5))
-    for note in found["notes"]:
+    columns, rows = text.comparison(comparison)
+    print_table(columns, rows, fold_last=(0, 5))
+    for note in comparison["notes"]:
         console().print(note, highlight=False, markup=False, soft_wrap=True)
 
 

@@ -44,28 +44,28 @@ def overrides(words: Sequence[str]) -> dict[str, Any]:
     from lighten.recipe.numbers import ambiguous_list
     from lighten.recipe.yaml_lines import parse
 
-    found: dict[str, Any] = {}
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
+    settings: dict[str, Any] = {}
+    remaining = list(words)
+    while remaining:
+        word = remaining.pop(0)
         key, equals, value = word.lstrip("-").partition("=")
         if not word.startswith("--") and not equals:
             raise UserError(f"{word!r} is not a setting; write --name value or name=value")
         if not equals:
-            lone = not rest or rest[0].startswith("--") or is_assignment(rest[0])
-            value = "true" if lone else rest.pop(0)
+            is_flag = not remaining or remaining[0].startswith("--") or is_assignment(remaining[0])
+            value = "true" if is_flag else remaining.pop(0)
         listed = "," in value and not value.startswith(("[", "{", '"', "'"))
         head, dot, tail = key.partition(".")
         name = f"{head.replace('-', '_')}{dot}{tail.replace('-', '_')}"
         if listed and (why := ambiguous_list(name, value, RecipeFields.model_fields)) is not None:
             raise UserError(why)
         try:
-            found[name] = parse(f"[{value}]" if listed and name not in TEXTS else value)
+            settings[name] = parse(f"[{value}]" if listed and name not in TEXTS else value)
         except yaml.YAMLError:
-            found[name] = value
-        if name in TEXTS and not isinstance(found[name], str | None):
-            found[name] = value  # a path or a commit is never a number or a list
-    return found
+            settings[name] = value
+        if name in TEXTS and not isinstance(settings[name], str | None):
+            settings[name] = value  # a path or a commit is never a number or a list
+    return settings
 
 
 def is_assignment(word: str) -> bool:
@@ -126,14 +126,14 @@ def print_json(value: Any) -> None:
 
 
 def print_table(
-    columns: Sequence[str], rows: Sequence[Sequence[str]], *, whole: Sequence[int] = ()
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, fold_last: Sequence[int] = ()
 ) -> None:
     """Print rows under their columns.
 
     Args:
         columns: Their names.
         rows: Text of each cell.
-        whole: Columns that are folded last, the first of them before the others.
+        fold_last: Columns that are folded last, the first of them before the others.
     """
     from rich.box import SIMPLE
     from rich.cells import cell_len
@@ -141,13 +141,18 @@ def print_table(
     from rich.table import Table
 
     screen = console()
-    width = [max(map(cell_len, own)) for own in zip(columns, *rows, strict=True)]
+    width = [max(map(cell_len, cells)) for cells in zip(columns, *rows, strict=True)]
     room = screen.width - _BETWEEN * len(columns)
-    short = bool(whole) and sum(width) > room
+    short = bool(fold_last) and sum(width) > room
     if short:
-        width = [own if place in whole else min(own, _NARROWEST) for place, own in enumerate(width)]
-        others = sum(width) - width[whole[0]]
-        width[whole[0]] = max(min(width[whole[0]], _NARROWEST), min(width[whole[0]], room - others))
+        width = [
+            cell_width if place in fold_last else min(cell_width, _NARROWEST)
+            for place, cell_width in enumerate(width)
+        ]
+        other_width = sum(width) - width[fold_last[0]]
+        width[fold_last[0]] = max(
+            min(width[fold_last[0]], _NARROWEST), min(width[fold_last[0]], room - other_width)
+        )
     table = Table(box=SIMPLE, pad_edge=False)
     for place, column in enumerate(columns):
         # A name that is cut names nothing: it goes on in the next line.

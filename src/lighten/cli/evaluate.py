@@ -7,45 +7,48 @@ from typing import Any
 from lighten.cli.console import cell, console, print_table
 
 
-def print_evaluation(found: dict[str, Any]) -> None:
+def print_evaluation(evaluation: dict[str, Any]) -> None:
     """Print every metric of every model, what changed, and what is to be said of it."""
-    differences = {(d["adapter"], d["metric"]): d for d in found["differences"]}
-    names = [model["name"] for model in found["models"]]
+    differences = {(d["adapter"], d["metric"]): d for d in evaluation["differences"]}
+    names = [model["name"] for model in evaluation["models"]]
     rows = []
-    for metric in found["models"][0]["metrics"]:
+    for metric in evaluation["models"][0]["metrics"]:
         cells = []
-        for model in found["models"]:
+        for model in evaluation["models"]:
             change = differences.get((model["name"], metric))
-            said = f" {change['verdict']}" if change else ""
-            cells.append(cell(model["metrics"][metric]) + said)
+            wording = f" {change['verdict']}" if change else ""
+            cells.append(cell(model["metrics"][metric]) + wording)
         rows.append([metric, *cells])
     print_table(["metric", *names], rows)
-    if found["comparisons"]:
+    if evaluation["comparisons"]:
         compared = [
-            [own["model"], own["against"], own["metric"],
-             cell({**own, "value": own["difference"]}), own["verdict"]]
-            for own in found["comparisons"]
+            [comparison["model"], comparison["against"], comparison["metric"],
+             cell({**comparison, "value": comparison["difference"]}), comparison["verdict"]]
+            for comparison in evaluation["comparisons"]
         ]  # fmt: skip
         print_table(["model", "against", "metric", "difference", ""], compared)
-    for own in found["judged"]:
-        rate = cell({**own["rate"]})
+    for judgement in evaluation["judged"]:
+        rate = cell({**judgement["rate"]})
         console().print(
-            f"judge: {own['adapter']} against {own['against']}: {own['wins']} better, "
-            f"{own['losses']} worse, {own['ties']} ties ({own['swapped']} swapped with the order, "
-            f"{own['unclear']} unclear); {rate} % ({own['verdict']})",
+            f"judge: {judgement['adapter']} against {judgement['against']}: "
+            f"{judgement['wins']} better, {judgement['losses']} worse, {judgement['ties']} ties "
+            f"({judgement['swapped']} swapped with the order, {judgement['unclear']} unclear); "
+            f"{rate} % ({judgement['verdict']})",
             highlight=False, markup=False,
         )  # fmt: skip
-    if found["tasks"]:
-        print_table(["task", "metric", *names], [_task(own, names) for own in found["tasks"]])
-    for sentence in found["dataset"].get("notes", []):
+    if evaluation["tasks"]:
+        print_table(
+            ["task", "metric", *names], [_task(task, names) for task in evaluation["tasks"]]
+        )
+    for sentence in evaluation["dataset"].get("notes", []):
         console().print(sentence, highlight=False, markup=False)
 
 
-def _task(own: dict[str, Any], names: list[str]) -> list[str]:
+def _task(task: dict[str, Any], names: list[str]) -> list[str]:
     """A task's metric: each model's mean, and whether it differs from the base's."""
     cells = []
     for name in names:
-        change = own["differences"].get(name)
-        cells.append(cell(own["models"][name]) + (f" {change['verdict']}" if change else ""))
-    filtered = "" if own["filter"] == "none" else f", {own['filter']}"
-    return [own["task"], f"{own['metric']}{filtered}", *cells]
+        change = task["differences"].get(name)
+        cells.append(cell(task["models"][name]) + (f" {change['verdict']}" if change else ""))
+    filtered = "" if task["filter"] == "none" else f", {task['filter']}"
+    return [task["task"], f"{task['metric']}{filtered}", *cells]

@@ -70,7 +70,7 @@ def export(
 
     from lighten import api
 
-    made = api.export(
+    artefact = api.export(
         source,
         form,
         adapter=adapter,
@@ -85,21 +85,21 @@ def export(
         typer.echo(
             json.dumps(
                 {
-                    "folder": str(made.folder),
-                    "files": [str(file) for file in made.files],
-                    "size_bytes": made.size_bytes,
-                    "notes": list(made.notes),
-                    "receipt": made.receipt.to_dict() if made.receipt else None,
+                    "folder": str(artefact.folder),
+                    "files": [str(file) for file in artefact.files],
+                    "size_bytes": artefact.size_bytes,
+                    "notes": list(artefact.notes),
+                    "receipt": artefact.receipt.to_dict() if artefact.receipt else None,
                 }
             )
         )
     else:
-        for file in made.files:
+        for file in artefact.files:
             size = file.stat().st_size / 1e6
             console().print(f"{file}: {size:,.1f} MB", highlight=False, soft_wrap=True)
-        for note in made.notes:
+        for note in artefact.notes:
             console().print(note, highlight=False)
-    _tell_receipt(made.receipt, quiet=as_json)
+    _tell_receipt(artefact.receipt, quiet=as_json)
 
 
 def verify(

@@ -80,8 +80,8 @@ app.command("merge", hidden=True)(export)
 app.command("verify")(verify)
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"lighten {lighten.__version__}")
         raise typer.Exit
 
@@ -115,17 +115,20 @@ def _recipe_arguments(words: list[str]) -> tuple[str | None, dict[str, Any]]:
     """A recipe file, a run's folder, or MODEL DATA, and the settings after them."""
     from lighten.errors import UserError
 
-    named: list[str] = []
+    positionals: list[str] = []
     while words and not words[0].startswith("--") and not is_assignment(words[0]):
-        named.append(words.pop(0))
+        positionals.append(words.pop(0))
     settings = overrides(words)
-    if len(named) == 1 and named[0].endswith((".yaml", ".yml")):
-        return named[0], settings
-    if len(named) == 1 and (recipe := Path(named[0]).expanduser() / "recipe.yaml").is_file():
+    if len(positionals) == 1 and positionals[0].endswith((".yaml", ".yml")):
+        return positionals[0], settings
+    if (
+        len(positionals) == 1
+        and (recipe := Path(positionals[0]).expanduser() / "recipe.yaml").is_file()
+    ):
         return str(recipe), {"output_dir": str(recipe.parent), **settings}
-    if len(named) == 2:
-        return None, {"model_name_or_path": named[0], "dataset": named[1], **settings}
-    if not named and settings:
+    if len(positionals) == 2:
+        return None, {"model_name_or_path": positionals[0], "dataset": positionals[1], **settings}
+    if not positionals and settings:
         return None, settings
     raise UserError("give a recipe (recipe.yaml), or a model and a data set: lighten train M DATA")
 
@@ -163,7 +166,7 @@ def run(
 
     recipe, settings = _recipe_arguments([*(words or []), *ctx.args])
     with _stopped_cleanly():
-        done = api.train(
+        trained_run = api.train(
             recipe, resume=resume, force=force, planned=not no_plan, processes=processes,
             gpus=gpus, **settings,
         )  # fmt: skip
@@ -171,11 +174,11 @@ def run(
         return
     try:
         with progress_bar() as progress:
-            evaluation = api.evaluate(done, progress=progress)
+            evaluation = api.evaluate(trained_run, progress=progress)
         print_evaluation(evaluation.to_dict())
-    except NoHeldOut as nothing:
-        console().print(f"not evaluated: {nothing}", highlight=False, markup=False)
-    console().print(f"report: {api.report(done)}", soft_wrap=True, highlight=False)
+    except NoHeldOut as error:
+        console().print(f"not evaluated: {error}", highlight=False, markup=False)
+    console().print(f"report: {api.report(trained_run)}", soft_wrap=True, highlight=False)
 
 
 @app.command(cls=TakesSettings, context_settings=OPEN)
@@ -188,12 +191,12 @@ def train(
 
     recipe, settings = _recipe_arguments([*(words or []), *ctx.args])
     with _stopped_cleanly():
-        done = api.train(
+        trained_run = api.train(
             recipe, resume=resume, force=force, planned=not no_plan, processes=processes,
             gpus=gpus, **settings,
         )  # fmt: skip
     if launch.recognise().main:
-        console().print(f"run: {done.folder}", soft_wrap=True, highlight=False)
+        console().print(f"run: {trained_run.folder}", soft_wrap=True, highlight=False)
 
 
 app.command("sft", context_settings=OPEN, hidden=True)(train)
@@ -236,13 +239,13 @@ def evaluate(
     from lighten import api
 
     with progress_bar() as progress:
-        found = api.evaluate(
+        evaluation = api.evaluate(
             run, against=against, progress=progress, **overrides(ctx.args)
         ).to_dict()
     if as_json:
-        print_json(found)
+        print_json(evaluation)
     else:
-        print_evaluation(found)
+        print_evaluation(evaluation)
 
 
 app.command("eval", context_settings=OPEN, hidden=True)(evaluate)
@@ -296,13 +299,13 @@ def models(as_json: Json = False) -> None:
     """Which models can be loaded by name, and which are on this machine."""
     from lighten.models import available
 
-    found = available()
+    entries = available()
     if as_json:
-        typer.echo(json.dumps([{**vars(e), "path": e.path and str(e.path)} for e in found]))
+        typer.echo(json.dumps([{**vars(e), "path": e.path and str(e.path)} for e in entries]))
         return
     rows = [
         [e.name, e.source, f"{(e.size_bytes or 0) / 1e6:,.0f} MB" if e.cached else "no", e.note]
-        for e in found
+        for e in entries
     ]
     print_table(["model", "source", "on this machine", "what it is"], rows)
     console().print("Any hub id, model folder or GGUF file loads too, by its name or path.")
@@ -314,29 +317,29 @@ def doctor(as_json: Json = False) -> None:
     from lighten.machine.hardware import doctor as examine
     from lighten.parallel.available import strategies
 
-    found = {**examine(), "strategies": strategies()}
+    facts = {**examine(), "strategies": strategies()}
     if as_json:
-        typer.echo(json.dumps(found))
+        typer.echo(json.dumps(facts))
         return
-    machine = found["machine"]
+    machine = facts["machine"]
     gpus = [f"{g['name']}, {g['memory_bytes'] / 2**30:.0f} GiB" for g in machine["gpus"]]
     rows = [
         ["processor", f"{machine['processor']}, {counted(machine['cores'], 'core')}"],
         ["memory", f"{machine['memory_bytes'] / 2**30:.1f} GiB, "
-                   f"{found['free_memory_bytes'] / 2**30:.1f} free"],
-        ["disk", f"{found['free_disk_bytes'] / 2**30:.0f} GiB free"],
+                   f"{facts['free_memory_bytes'] / 2**30:.1f} free"],
+        ["disk", f"{facts['free_disk_bytes'] / 2**30:.0f} GiB free"],
         ["GPUs", "; ".join(gpus) or "none"],
-        ["device", f"{found['device']['value']}: {found['device']['reason']}"],
-        ["base format", f"{found['dtype']['value']}: {found['dtype']['reason']}"],
-        ["computes in", ", ".join(f"{k}: {v}" for k, v in found["formats"].items())],
-        ["versions", ", ".join(f"{k} {v}" for k, v in found["versions"].items())],
+        ["device", f"{facts['device']['value']}: {facts['device']['reason']}"],
+        ["base format", f"{facts['dtype']['value']}: {facts['dtype']['reason']}"],
+        ["computes in", ", ".join(f"{k}: {v}" for k, v in facts["formats"].items())],
+        ["versions", ", ".join(f"{k} {v}" for k, v in facts["versions"].items())],
     ]  # fmt: skip
     print_table(["this machine", ""], rows)
-    print_table(["several ranks", ""], [list(own) for own in found["strategies"].items()])
+    print_table(["several ranks", ""], [list(item) for item in facts["strategies"].items()])
     extras = [
-        [name, ", ".join(f"{k} {v}" for k, v in own["installed"].items()) or "–",
-         own["install"] if own["missing"] else "complete"]
-        for name, own in found["extras"].items()
+        [name, ", ".join(f"{k} {v}" for k, v in extra["installed"].items()) or "–",
+         extra["install"] if extra["missing"] else "complete"]
+        for name, extra in facts["extras"].items()
     ]  # fmt: skip
     print_table(["extra", "installed", "to get the rest"], extras)
 
@@ -392,58 +395,58 @@ def data_check(
     options: dict[str, Any] = {"skip_bad_rows": skip_bad_rows}
     if dataset_columns is not None:
         options["columns"] = overrides(["--dataset_columns", dataset_columns])["dataset_columns"]
-    found = data.read(file, **options)
-    other = None
+    dataset = data.read(file, **options)
+    held_out = None
     if eval_dataset is not None or data.has_split(file, "valid"):
-        other = data.read(eval_dataset or file, split="valid", **options)
-    with TrainingProgress() as shown:
-        checked = data.check(
-            found, tokenizer, max_length=longest, sample=row, verify=of_model.check_ids,
-            evaluation=None if other is None else other.examples,
+        held_out = data.read(eval_dataset or file, split="valid", **options)
+    with TrainingProgress() as progress:
+        summary = data.check(
+            dataset, tokenizer, max_length=longest, sample=row, verify=of_model.check_ids,
+            evaluation=None if held_out is None else held_out.examples,
             template=f"{template.name}: {template.reason}", limit=limit,
             skip_bad_rows=skip_bad_rows, system_role=system_role and system_role.value,
-            thinking=thinking and thinking.value, progress=shown.encoding,
+            thinking=thinking and thinking.value, progress=progress.encoding,
         )  # fmt: skip
     if as_json:
-        print_json(checked.to_dict())
+        print_json(summary.to_dict())
     else:
-        beside = data.left_out("held-out", other) if other is not None else []
-        _print_check(checked.to_dict(), beside)
+        held_out_notes = data.left_out("held-out", held_out) if held_out is not None else []
+        _print_check(summary.to_dict(), held_out_notes)
 
 
-def _print_check(found: dict[str, Any], beside: list[str]) -> None:
+def _print_check(summary: dict[str, Any], held_out_notes: list[str]) -> None:
     from rich.text import Text
 
-    counts, lengths = found["counts"], found["lengths"]
-    overlap = found["overlap"]
+    counts, lengths = summary["counts"], summary["lengths"]
+    overlap = summary["overlap"]
     lost = counted(counts["lost_supervised_tokens"], "supervised token")
     rows = [
-        ["rows", f"{found['rows']} ({found['format']}), {len(found['bad_rows'])} broken"],
-        ["chat template", found["template"]],
+        ["rows", f"{summary['rows']} ({summary['format']}), {len(summary['bad_rows'])} broken"],
+        ["chat template", summary["template"]],
         ["tokens per row", ", ".join(f"{k} {v:,.0f}" for k, v in lengths.items())],
         ["supervised", f"{counts['supervised_tokens']:,} of {counts['tokens']:,} tokens"],
-        [f"over {found['max_length']}", f"{counted(counts['truncated'], 'row')} cut, "
+        [f"over {summary['max_length']}", f"{counted(counts['truncated'], 'row')} cut, "
                                         f"{counts['dropped']} left out, {lost} lost"],
-        ["duplicates", f"{counted(found['duplicates'], 'row')} asking what an earlier row asked"],
+        ["duplicates", f"{counted(summary['duplicates'], 'row')} asking what an earlier row asked"],
         ["overlap", "no evaluation data given" if overlap is None else
                     f"{counted(overlap, 'row')} also in the evaluation data"],
     ]  # fmt: skip
     print_table(["data", ""], rows)
-    most = max((rows for _, rows in found["histogram"]), default=1)
+    largest_count = max((rows for _, rows in summary["histogram"]), default=1)
     bars = [
-        [f"up to {edge}" if edge else "longer", str(count), "█" * round(30 * count / most)]
-        for edge, count in found["histogram"]
+        [f"up to {edge}" if edge else "longer", str(count), "█" * round(30 * count / largest_count)]
+        for edge, count in summary["histogram"]
     ]
     print_table(["tokens", "rows", ""], bars)
     screen = console()
-    for sentence in (*found["left_out"], *beside, *found["problems"]):
+    for sentence in (*summary["left_out"], *held_out_notes, *summary["problems"]):
         screen.print(sentence, highlight=False, markup=False)
-    shown = Text("one example, supervised tokens in ⟦brackets⟧:\n")
+    example = Text("one example, supervised tokens in ⟦brackets⟧:\n")
     inside = False
-    for token, supervised in found["sample"]:
+    for token, supervised in summary["sample"]:
         if supervised != inside:
-            shown.append("⟦" if supervised else "⟧", style="bold green")
-        shown.append(token, style="green" if supervised else "dim")
+            example.append("⟦" if supervised else "⟧", style="bold green")
+        example.append(token, style="green" if supervised else "dim")
         inside = supervised
-    shown.append("⟧" if inside else "", style="bold green")
-    screen.print(shown)
+    example.append("⟧" if inside else "", style="bold green")
+    screen.print(example)

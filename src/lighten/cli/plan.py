@@ -74,17 +74,17 @@ def plan(
 
     Exit codes: 0 it fits, 1 it does not, 2 cannot tell, 3 an error: there is no answer.
     """
-    rest = [*(words or []), *ctx.args]
-    with _errors_apart():
+    arguments = [*(words or []), *ctx.args]
+    with _error_exit_code():
         fits = _answer(
-            rest, device, as_json, probe=probe, search=search, largest=largest, limits=limits,
+            arguments, device, as_json, probe=probe, search=search, largest=largest, limits=limits,
             write=write, spread=(gpus, nodes, zero, fsdp, offload),
         )  # fmt: skip
     raise typer.Exit(exit_code(fits))
 
 
 def _answer(
-    rest: list[str],
+    arguments: list[str],
     device: str | None,
     as_json: bool,
     *,
@@ -96,11 +96,11 @@ def _answer(
     spread: tuple[int | None, int, int | None, str | None, str | None],
 ) -> bool | None:
     """Print the answer to whichever question was asked, and say whether it fits."""
-    if rest[:1] in (["serve"], ["quantize"]):
-        return (_serve if rest[0] == "serve" else _quantize)(rest[1:], device, as_json)
+    if arguments[:1] in (["serve"], ["quantize"]):
+        return (_serve if arguments[0] == "serve" else _quantize)(arguments[1:], device, as_json)
     if largest:
-        return _largest(rest, device, as_json)
-    recipe, settings = _what(rest)
+        return _largest(arguments, device, as_json)
+    recipe, settings = _recipe_and_settings(arguments)
     if search or write is not None:
         return _search(recipe, settings, device, write, as_json)
     if limits:
@@ -127,7 +127,7 @@ class _Command(TyperCommand):
 
 
 @contextmanager
-def _errors_apart() -> Iterator[None]:
+def _error_exit_code() -> Iterator[None]:
     """Any error ends with a code of its own: a job's guard must not take it for an answer."""
     from lighten.errors import UserError
 
@@ -136,9 +136,9 @@ def _errors_apart() -> Iterator[None]:
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
     except Exception as error:  # Python's own exit code would mean that it does not fit
-        said = str(error).strip() or "no message"
+        message = str(error).strip() or "no message"
         typer.echo(f"error: the plan failed by a fault of lighten's own, "
-                   f"{type(error).__name__}: {said}", err=True)  # fmt: skip
+                   f"{type(error).__name__}: {message}", err=True)  # fmt: skip
     else:
         return
     raise typer.Exit(ERROR)
@@ -154,25 +154,25 @@ def exit_code(fits: bool | None) -> int:
     return CANNOT_TELL if fits is None else FITS if fits else DOES_NOT
 
 
-def _named(words: list[str]) -> list[str]:
+def _take_positionals(words: list[str]) -> list[str]:
     """Take the words before the first setting off the list."""
-    named: list[str] = []
+    positionals: list[str] = []
     while words and not words[0].startswith("--") and not is_assignment(words[0]):
-        named.append(words.pop(0))
-    return named
+        positionals.append(words.pop(0))
+    return positionals
 
 
-def _what(words: list[str]) -> tuple[str | None, dict[str, Any]]:
+def _recipe_and_settings(words: list[str]) -> tuple[str | None, dict[str, Any]]:
     """A recipe file, or a model and perhaps its data, and the settings after them."""
     from lighten.errors import UserError
 
-    named, settings = _named(words), overrides(words)
-    if len(named) == 1 and named[0].endswith((".yaml", ".yml")):
-        return named[0], settings
-    if len(named) > 2 or not (named or settings):
+    positionals, settings = _take_positionals(words), overrides(words)
+    if len(positionals) == 1 and positionals[0].endswith((".yaml", ".yml")):
+        return positionals[0], settings
+    if len(positionals) > 2 or not (positionals or settings):
         raise UserError("give a recipe (recipe.yaml) or a model: lighten plan MODEL --device t4")
-    given = dict(zip(("model_name_or_path", "dataset"), named, strict=False))
-    return None, {**given, **settings}
+    named_settings = dict(zip(("model_name_or_path", "dataset"), positionals, strict=False))
+    return None, {**named_settings, **settings}
 
 
 def _plan(
@@ -184,38 +184,40 @@ def _plan(
     probed = None
     early: list[Plan] = []
 
-    def told(own: Plan) -> None:
-        early.append(own)
-        print_plan(own)
+    def print_first(first: Plan) -> None:
+        early.append(first)
+        print_plan(first)
 
     if probe:
-        made, probed = api.plan_probe(recipe, device=device, **settings)
+        prediction, probed = api.plan_probe(recipe, device=device, **settings)
     else:
         # What a plan says is printed while changes are looked for, each of them a plan of its own.
-        made = api.plan(recipe, device=device, told=None if as_json else told, **settings)
+        prediction = api.plan(
+            recipe, device=device, told=None if as_json else print_first, **settings
+        )
     if as_json:
-        more = {} if probed is None else {"probe": probed.to_dict()}
-        typer.echo(json.dumps({**made.to_dict(), **more}))
-        return made.fits()
+        probe_result = {} if probed is None else {"probe": probed.to_dict()}
+        typer.echo(json.dumps({**prediction.to_dict(), **probe_result}))
+        return prediction.fits()
     if probed is not None:
-        told(made)
-    print_changes(made)
-    _print_notes(note for note in made.notes if note not in early[0].notes)
+        print_first(prediction)
+    print_changes(prediction)
+    _print_notes(note for note in prediction.notes if note not in early[0].notes)
     if probed is not None:
         print_table(["a true step", "predicted", "measured", "error"], text.probe_rows(probed))
         if probed.error is not None:
             _headline(f"memory ran out: {probed.error}", False)
-    return made.fits()
+    return prediction.fits()
 
 
-def print_plan(made: Plan) -> None:
+def print_plan(prediction: Plan) -> None:
     """The plan as tables: by part, and what else is needed."""
     from lighten.planning import text
 
-    _headline(text.verdict(made), made.fits())
-    print_table(["peak memory by part", "GiB", ""], text.part_rows(made))
-    print_table(["", ""], text.fact_rows(made))
-    _print_notes((*made.notes, *made.outside))
+    _headline(text.verdict(prediction), prediction.fits())
+    print_table(["peak memory by part", "GiB", ""], text.part_rows(prediction))
+    print_table(["", ""], text.fact_rows(prediction))
+    _print_notes((*prediction.notes, *prediction.outside))
 
 
 def _print_notes(notes: Iterable[str]) -> None:
@@ -223,18 +225,18 @@ def _print_notes(notes: Iterable[str]) -> None:
         console().print(f"note: {note}", highlight=False, markup=False)
 
 
-def print_changes(made: Plan) -> None:
+def print_changes(prediction: Plan) -> None:
     """What would need less, as a table, the flags of each, and whether one of them is enough."""
     from lighten.planning import text
 
-    if not made.changes:
+    if not prediction.changes:
         return
-    print_table(["", "what would need less", "saves", "time", "fits"], text.change_rows(made))
+    print_table(["", "what would need less", "saves", "time", "fits"], text.change_rows(prediction))
     # Flags are copied: whole, whatever the width of the terminal.
-    for line in text.change_flags(made):
+    for line in text.change_flags(prediction):
         console().print(line, highlight=False, markup=False, soft_wrap=True)
-    if (said := text.with_change(made)) is not None:
-        _headline(said, made.fits())
+    if (sentence := text.with_change(prediction)) is not None:
+        _headline(sentence, prediction.fits())
 
 
 def _search(
@@ -249,28 +251,28 @@ def _search(
     from lighten.planning.changes import differing
     from lighten.planning.search import recipe_text
 
-    with _told() as told:
-        found, best = api.plan_search(recipe, device=device, told=told, **settings)
-    if write is not None and best is not None and found.best is not None:
-        why = f"{text.best_of(found.best)}: {found.best.what}, on {device or 'this machine'}"
+    with _planning_status() as show_status:
+        result, best = api.plan_search(recipe, device=device, told=show_status, **settings)
+    if write is not None and best is not None and result.best is not None:
+        why = f"{text.best_of(result.best)}: {result.best.what}, on {device or 'this machine'}"
         runs.write_text(write, recipe_text(best, f"lighten plan --search found {why}"))
     if as_json:
-        typer.echo(json.dumps({**found.to_dict(), "recipe": best and best.completed()}))
+        typer.echo(json.dumps({**result.to_dict(), "recipe": best and best.completed()}))
     else:
         print_table(
             ["configuration", "micro-batch", "peak", "tokens/s", "why"],
-            [text.candidate_row(own, own is found.best) for own in found.tried],
+            [text.candidate_row(candidate, candidate is result.best) for candidate in result.tried],
         )
-        if found.best is None:
+        if result.best is None:
             _headline("nothing fits", False)
         else:
-            _headline(f"{text.best_of(found.best)}: {found.best.what}", True)
-            asked = api.plannable(recipe, **settings)
-            flags = text.flags(differing(asked, found.best.settings)) or "as it is"
+            _headline(f"{text.best_of(result.best)}: {result.best.what}", True)
+            requested = api.plannable(recipe, **settings)
+            flags = text.flags(differing(requested, result.best.settings)) or "as it is"
             console().print(flags, highlight=False, markup=False, soft_wrap=True)
             if write is not None:
                 console().print(f"recipe: {write}", soft_wrap=True, highlight=False)
-    return found.best is not None
+    return result.best is not None
 
 
 def _largest(words: list[str], device: str | None, as_json: bool) -> bool:
@@ -278,19 +280,19 @@ def _largest(words: list[str], device: str | None, as_json: bool) -> bool:
     from lighten.errors import UserError
     from lighten.planning.text import sized_row
 
-    models = _named(words)
+    models = _take_positionals(words)
     if not models:
         raise UserError("name the models: lighten plan --largest MODEL MODEL … --device t4")
-    with _told() as told:
-        found = api.plan_largest(models, device=device, told=told, **overrides(words))
+    with _planning_status() as show_status:
+        candidates = api.plan_largest(models, device=device, told=show_status, **overrides(words))
     if as_json:
-        typer.echo(json.dumps([own.to_dict() for own in found]))
+        typer.echo(json.dumps([candidate.to_dict() for candidate in candidates]))
     else:
         print_table(
             ["model", "parameters", "fastest that fits", "peak", "tokens/s", ""],
-            [sized_row(own) for own in found],
+            [sized_row(candidate) for candidate in candidates],
         )
-    return any(own.best is not None for own in found)
+    return any(candidate.best is not None for candidate in candidates)
 
 
 def _limits(
@@ -298,16 +300,16 @@ def _limits(
 ) -> bool:
     from lighten import api
 
-    found = api.plan_limits(recipe, device=device, **settings)
+    limits = api.plan_limits(recipe, device=device, **settings)
     if as_json:
-        typer.echo(json.dumps(found.to_dict()))
+        typer.echo(json.dumps(limits.to_dict()))
     else:
         rows = [
-            ["longest context, one row", _tokens(found.context), found.context_limited_by],
-            ["most rows in a micro-batch", _none(found.rows), found.rows_limited_by],
+            ["longest context, one row", _tokens(limits.context), limits.context_limited_by],
+            ["most rows in a micro-batch", _count(limits.rows), limits.rows_limited_by],
         ]
         print_table(["", "", "limited by"], rows)
-    return found.context is not None
+    return limits.context is not None
 
 
 def _spread(
@@ -320,27 +322,27 @@ def _spread(
     from lighten import api
     from lighten.planning import text
 
-    found = api.plan_spread(recipe, device=device, **how, **settings)
+    spread_plan = api.plan_spread(recipe, device=device, **how, **settings)
     if as_json:
-        typer.echo(json.dumps(found.to_dict()))
+        typer.echo(json.dumps(spread_plan.to_dict()))
     else:
-        _headline(text.spread_verdict(found), found.fits())
-        print_table(["", "per rank"], text.spread_rows(found))
-    return found.fits()
+        _headline(text.spread_verdict(spread_plan), spread_plan.fits())
+        print_table(["", "per rank"], text.spread_rows(spread_plan))
+    return spread_plan.fits()
 
 
 def _serve(words: list[str], device: str | None, as_json: bool) -> bool | None:
     from lighten import api
-    from lighten.planning import text as said
+    from lighten.planning import text
 
     model, options = _base(words, "serve")
-    found = api.plan_serve(model, device=device, **options)
+    forecast = api.plan_serve(model, device=device, **options)
     if as_json:
-        typer.echo(json.dumps(found.to_dict()))
+        typer.echo(json.dumps(forecast.to_dict()))
     else:
-        _headline(said.serving_verdict(found), found.fits())
-        print_table(["memory by part", "GiB", ""], said.serving_rows(found))
-    return found.fits()
+        _headline(text.serving_verdict(forecast), forecast.fits())
+        print_table(["memory by part", "GiB", ""], text.serving_rows(forecast))
+    return forecast.fits()
 
 
 def _quantize(words: list[str], device: str | None, as_json: bool) -> bool | None:
@@ -356,30 +358,30 @@ def _quantize(words: list[str], device: str | None, as_json: bool) -> bool | Non
     for name in ("adapter", "output_dir"):
         if name in options:
             raise UserError(f"--{name} goes with --to FORMATS: lighten plan quantize {model} --to")
-    found = api.plan_quantize(model, **options)
+    forecast = api.plan_quantize(model, **options)
     if as_json:
-        typer.echo(json.dumps(found.to_dict()))
+        typer.echo(json.dumps(forecast.to_dict()))
     else:
-        print_table([found.model, found.storage], quantizing_rows(found))
-    return found.fits()
+        print_table([forecast.model, forecast.storage], quantizing_rows(forecast))
+    return forecast.fits()
 
 
 def _formats(source: str, options: dict[str, Any], as_json: bool) -> bool | None:
     from lighten import api
     from lighten.errors import UserError
 
-    if alone := sorted({"storage", "double", "revision"} & options.keys()):
-        raise UserError(f"--{alone[0]} is of loading a base quantised; leave it or --to out")
-    found = api.plan_formats(source, **options)
+    if conflicting := sorted({"storage", "double", "revision"} & options.keys()):
+        raise UserError(f"--{conflicting[0]} is of loading a base quantised; leave it or --to out")
+    forecast = api.plan_formats(source, **options)
     if as_json:
-        typer.echo(json.dumps(found.to_dict()))
-        return found.fits()
-    _headline(found.sentence(), found.fits())
+        typer.echo(json.dumps(forecast.to_dict()))
+        return forecast.fits()
+    _headline(forecast.sentence(), forecast.fits())
     header = ["format", "file MB", "of now", "MB at the peak", "rounding, s"]
-    print_table(header, found.rows())
-    for line in found.notes():
+    print_table(header, forecast.rows())
+    for line in forecast.notes():
         console().print(line, highlight=False)
-    return found.fits()
+    return forecast.fits()
 
 
 _OPTIONS = {
@@ -391,14 +393,14 @@ _OPTIONS = {
 def _base(words: list[str], verb: str) -> tuple[str, dict[str, Any]]:
     from lighten.errors import UserError
 
-    named, options = _named(words), overrides(words)
-    if len(named) != 1:
+    positionals, options = _take_positionals(words), overrides(words)
+    if len(positionals) != 1:
         raise UserError(f"give one base: lighten plan {verb} MODEL")
     if unknown := sorted(options.keys() - set(_OPTIONS[verb])):
         raise UserError(
             f"plan {verb} has no --{unknown[0]}; it has --{', --'.join(_OPTIONS[verb])}"
         )
-    return named[0], options
+    return positionals[0], options
 
 
 def _strategy(zero: int | None, fsdp: str | None) -> str | None:
@@ -421,15 +423,15 @@ def _places(offload: str | None) -> tuple[str, ...]:
     """What is offloaded: `optimizer:cpu,param:cpu` gives both names."""
     from lighten.errors import UserError
 
-    found = []
+    offloaded = []
     for word in (offload or "").split(","):
         name, _, place = word.strip().partition(":")
         if not name:
             continue
         if name not in ("optimizer", "param") or place not in ("", "cpu"):
             raise UserError(f"--offload: {word!r} is not known; use optimizer:cpu or param:cpu")
-        found.append(name)
-    return tuple(found)
+        offloaded.append(name)
+    return tuple(offloaded)
 
 
 def _headline(text: str, fits: bool | None) -> None:
@@ -438,7 +440,7 @@ def _headline(text: str, fits: bool | None) -> None:
 
 
 @contextmanager
-def _told() -> Iterator[Callable[[str], None] | None]:
+def _planning_status() -> Iterator[Callable[[str], None] | None]:
     """Says on a terminal what is being planned."""
     from rich.console import Console
 
@@ -454,5 +456,5 @@ def _tokens(value: int | None) -> str:
     return "none" if value is None else f"{value:,} tokens"
 
 
-def _none(value: int | None) -> str:
+def _count(value: int | None) -> str:
     return "none" if value is None else f"{value:,}"

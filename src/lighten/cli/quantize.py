@@ -48,21 +48,21 @@ def quantize(
     def tell(line: str) -> None:
         typer.echo(line, err=True)
 
-    found = api.quantize(
+    result = api.quantize(
         source, to, adapter=adapter, dataset=dataset, output_dir=output_dir, tokens=tokens,
         questions=questions, tell=tell,
     )  # fmt: skip
     if as_json:
-        typer.echo(json.dumps(found.to_dict()))
+        typer.echo(json.dumps(result.to_dict()))
         return
-    rows = found.formats
+    rows = result.formats
     columns = [*COLUMNS, *((label, _metric(name)) for name, label in
-                           found.settings["metrics"].items()), *COSTS]  # fmt: skip
+                           result.settings["metrics"].items()), *COSTS]  # fmt: skip
     print_table(["format", *(row["name"] for row in rows)],
                 [[label, *(show(row) for row in rows)] for label, show in columns])  # fmt: skip
-    for line in (f"measured {found.settings['mode']}", *found.notes):
+    for line in (f"measured {result.settings['mode']}", *result.notes):
         console().print(line, highlight=False)
-    console().print(f"written under {found.folder}", soft_wrap=True, highlight=False)
+    console().print(f"written under {result.folder}", soft_wrap=True, highlight=False)
 
 
 def _number(key: str, shape: str, scale: float = 1.0) -> Any:

@@ -23,17 +23,17 @@ def runs_list(
     from lighten.reporting import text
 
     folder = folder.expanduser()
-    found = [(run, run.info()) for run in runs.find(folder)]
+    run_infos = [(run, run.info()) for run in runs.find(folder)]
     if as_json:
-        typer.echo(json.dumps([{"folder": str(r.folder), **info} for r, info in found]))
+        typer.echo(json.dumps([{"folder": str(r.folder), **info} for r, info in run_infos]))
         return
-    if not found:
+    if not run_infos:
         console().print(f"no runs in {folder}", highlight=False, markup=False, soft_wrap=True)
         return
     rows, notes = [], dict[str, list[str]]()
-    for run, info in found:
-        losses = [f"{own['eval_loss']:.3f}" for own in info.get("adapters", [])
-                  if own.get("eval_loss") is not None]  # fmt: skip
+    for run, info in run_infos:
+        losses = [f"{adapter['eval_loss']:.3f}" for adapter in info.get("adapters", [])
+                  if adapter.get("eval_loss") is not None]  # fmt: skip
         steps = info.get("training", {}).get("steps")
         started = str(info.get("started", "?"))[:16].replace("T", " ")
         base = str(info.get("base", {}).get("name", "?")).rstrip("/").rpartition("/")[2]
@@ -44,7 +44,7 @@ def runs_list(
         rows.append([name, started, info.get("status", "?"), base,
                      "–" if steps is None else str(steps), ", ".join(losses) or "–"])  # fmt: skip
     columns = ["run", "started (UTC)", "status", "base", "steps", "held-out"]
-    print_table(columns, rows, whole=(0, 1, 2))
+    print_table(columns, rows, fold_last=(0, 1, 2))
     for note, names in notes.items():
         console().print(f"{', '.join(names)}: {note}", highlight=False, markup=False)
 
@@ -56,14 +56,16 @@ def runs_compare(names: list[str], as_json: Json = False) -> None:
     from lighten.reporting import comparison
 
     chosen = [path_checks.run_of(name) for name in names]
-    found = comparison.compare(chosen)
+    result = comparison.compare(chosen)
     if as_json:
-        told = {"what": "verdict", "kind": "verdict", "values": found.sentences}
-        typer.echo(json.dumps([*runs.compare(chosen), told]))
+        verdict = {"what": "verdict", "kind": "verdict", "values": result.sentences}
+        typer.echo(json.dumps([*runs.compare(chosen), verdict]))
         return
     screen = console()
-    for sentence in found.sentences:
+    for sentence in result.sentences:
         screen.print(sentence, style="bold", highlight=False, markup=False)
-    print_table(*comparison.table(found))
-    for run, differs in {own.run: own.differs for own in found.entries if own.differs}.items():
+    print_table(*comparison.table(result))
+    for run, differs in {
+        entry.run: entry.differs for entry in result.entries if entry.differs
+    }.items():
         screen.print(f"{run}: {differs}", highlight=False, markup=False)

@@ -105,16 +105,16 @@ def bench_serve(
     """
     from lighten import api
 
-    found = api.bench_serve(
+    result = api.bench_serve(
         url, key=api_key or os.environ.get("LIGHTEN_API_KEY"), output_dir=output_dir,
         identity_requests=identity_requests, told=lambda line: typer.echo(line, err=as_json),
         requests=requests, clients=clients, rate=rate, prompt_words=prompt_words,
         max_tokens=max_tokens, popularity=popularity, seed=seed,
     )  # fmt: skip
     if as_json:
-        typer.echo(json.dumps(found))
-    wrong = (found["identity"] or {}).get("wrong", 0)
-    raise typer.Exit(int(bool(wrong) or not all(own["passed"] for own in found["checks"])))
+        typer.echo(json.dumps(result))
+    wrong = (result["identity"] or {}).get("wrong", 0)
+    raise typer.Exit(int(bool(wrong) or not all(check["passed"] for check in result["checks"])))
 
 
 def chat(
@@ -156,23 +156,23 @@ def _flags(words: list[str]) -> dict[str, Any]:
 
     from lighten.errors import UserError
 
-    found = {}
+    flags = {}
     for word in words:
         name, equals, value = word.partition("=")
         if not equals:
             raise UserError(f"--engine-flag {word!r}: write NAME=VALUE")
-        found[name.replace("-", "_")] = yaml.safe_load(value)
-    return found
+        flags[name.replace("-", "_")] = yaml.safe_load(value)
+    return flags
 
 
 def _plan(base: str, options: dict[str, Any]) -> None:
     from lighten import api
     from lighten.cli.console import console, print_table
     from lighten.cli.plan import exit_code
-    from lighten.planning import text as said
+    from lighten.planning import text
 
     sizes, memory = api.plan_server(base, **options)
-    for line in (sizes.sentence(), said.serving_verdict(memory)):
+    for line in (sizes.sentence(), text.serving_verdict(memory)):
         console().print(line, highlight=False, markup=False, soft_wrap=True)
-    print_table(["memory by part", "GiB", ""], said.serving_rows(memory))
+    print_table(["memory by part", "GiB", ""], text.serving_rows(memory))
     raise typer.Exit(exit_code(memory.fits()))

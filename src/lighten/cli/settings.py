@@ -58,54 +58,58 @@ def _settings(
     section: str | None = None,
 ) -> Iterator[Setting]:
     required = set(schema.get("required", ()))
-    for name, own in schema["properties"].items():
+    for name, field in schema["properties"].items():
         if section is None and name in _SECTIONS:
-            yield from _settings(_resolved(own, shared), shared, {}, name)
+            yield from _settings(_resolved(field, shared), shared, {}, name)
             continue
-        default = "required" if name in required else json.dumps(own.get("default"))
+        default = "required" if name in required else json.dumps(field.get("default"))
         yield Setting(
             name if section is None else f"{section}.{name}",
-            section or own.get("section", "recipe"),
-            _type(own, shared),
+            section or field.get("section", "recipe"),
+            _type(field, shared),
             "none" if default == "null" else default.strip('"'),
-            own.get("description", ""),
+            field.get("description", ""),
             tuple(also.get(name, ())),
         )
 
 
-def _resolved(own: Mapping[str, Any], shared: Mapping[str, Any]) -> Mapping[str, Any]:
+def _resolved(field: Mapping[str, Any], shared: Mapping[str, Any]) -> Mapping[str, Any]:
     """What a reference of a JSON schema stands for."""
-    name = str(own.get("$ref", "")).rpartition("/")[2]
-    resolved: Mapping[str, Any] = shared[name] if name else own
+    name = str(field.get("$ref", "")).rpartition("/")[2]
+    resolved: Mapping[str, Any] = shared[name] if name else field
     return resolved
 
 
-def _type(own: Mapping[str, Any], shared: Mapping[str, Any]) -> str:
+def _type(field: Mapping[str, Any], shared: Mapping[str, Any]) -> str:
     """The values that a JSON schema allows, in words."""
-    if "$ref" in own:
+    if "$ref" in field:
         return "mapping"
-    for several in ("anyOf", "oneOf"):
-        if several in own:
-            words = [_type(each, shared) for each in own[several] if each.get("type") != "null"]
+    for union in ("anyOf", "oneOf"):
+        if union in field:
+            words = [
+                _type(option, shared) for option in field[union] if option.get("type") != "null"
+            ]
             lists = {f"list of {word}": "a list of these" for word in words}
             return " or ".join(dict.fromkeys(lists.get(word, word) for word in words))
-    if "enum" in own:
-        return " | ".join(map(str, own["enum"]))
-    if "const" in own:
-        return str(own["const"])
-    kind = own.get("type")
+    if "enum" in field:
+        return " | ".join(map(str, field["enum"]))
+    if "const" in field:
+        return str(field["const"])
+    kind = field.get("type")
     if kind == "array":
-        inner = _type(own["items"], shared) if own.get("items") else ""
+        inner = _type(field["items"], shared) if field.get("items") else ""
         return f"list of {inner}" if inner else "list"
     if kind in ("integer", "number"):
         word = "whole number" if kind == "integer" else "number"
         bounds = (("minimum", "from"), ("exclusiveMinimum", "above"), ("maximum", "to"),
                   ("exclusiveMaximum", "below"))  # fmt: skip
-        return " ".join([word, *(f"{said} {own[key]:g}" for key, said in bounds if key in own)])
+        return " ".join(
+            [word, *(f"{label} {field[key]:g}" for key, label in bounds if key in field)]
+        )
     return {"boolean": "true | false", "string": "text", "object": "mapping"}.get(str(kind), "any")
 
 
-def matching(words: list[str], known: list[Setting]) -> list[Setting]:
+def matching(words: list[str], all_settings: list[Setting]) -> list[Setting]:
     """The settings that hold every word in their name, their aliases or their help.
 
     A lone word that is a group's or a setting's name means that alone.
@@ -115,27 +119,33 @@ def matching(words: list[str], known: list[Setting]) -> list[Setting]:
     """
     from lighten.errors import UserError
 
-    wanted = [word.lstrip("-").replace("-", "_").casefold() for word in words]
-    if len(wanted) == 1:
-        exact = [own for own in known if wanted[0] == own.group]
-        exact += [own for own in known if wanted[0] in (own.name, *own.aliases)]
+    terms = [word.lstrip("-").replace("-", "_").casefold() for word in words]
+    if len(terms) == 1:
+        exact = [setting for setting in all_settings if terms[0] == setting.group]
+        exact += [
+            setting for setting in all_settings if terms[0] in (setting.name, *setting.aliases)
+        ]
         if exact:
             return list(dict.fromkeys(exact))
     chosen = [
-        own
-        for own in known
+        setting
+        for setting in all_settings
         if all(
-            word in f"{own.name} {' '.join(own.aliases)} {own.help}".casefold()
-            or word.replace("_", " ") in own.help.casefold()
-            for word in wanted
+            word in f"{setting.name} {' '.join(setting.aliases)} {setting.help}".casefold()
+            or word.replace("_", " ") in setting.help.casefold()
+            for word in terms
         )
     ]
     if chosen:
         return chosen
-    names = {alias: own.name for own in known for alias in (own.name, *own.aliases)}
-    names |= {own.name.rpartition(".")[2]: own.name for own in known}
-    near = [near for word in wanted for near in difflib.get_close_matches(word, names, n=3)]
-    offer = ", ".join(dict.fromkeys(names[each] for each in near))
+    names = {
+        alias: setting.name
+        for setting in all_settings
+        for alias in (setting.name, *setting.aliases)
+    }
+    names |= {setting.name.rpartition(".")[2]: setting.name for setting in all_settings}
+    near = [near for word in terms for near in difflib.get_close_matches(word, names, n=3)]
+    offer = ", ".join(dict.fromkeys(names[name] for name in near))
     raise UserError(
         f"no setting is about {' '.join(words)!r}"
         + (f"; did you mean {offer}?" if offer else "; lighten settings lists them all")
@@ -150,29 +160,29 @@ def show_settings(
     as_json: Json = False,
 ) -> None:
     """List the settings of a recipe: type, default, meaning and other names; search by a word."""
-    known = settings()
-    chosen = matching(words, known) if words else known
+    all_settings = settings()
+    chosen = matching(words, all_settings) if words else all_settings
     if as_json:
-        print_json([asdict(own) for own in chosen])
+        print_json([asdict(setting) for setting in chosen])
         return
     screen = console()
     width = min(_WIDTH, screen.width)
     group = None
-    for own in chosen:
-        if own.group != group:
-            group = own.group
+    for setting in chosen:
+        if setting.group != group:
+            group = setting.group
             screen.print(f"\n{group}", style="bold", highlight=False, markup=False)
-        default = own.default if own.default == "required" else f"default {own.default}"
+        default = setting.default if setting.default == "required" else f"default {setting.default}"
         screen.print(
-            f"  {own.name}  ({own.type}; {default})",
+            f"  {setting.name}  ({setting.type}; {default})",
             style="cyan", highlight=False, markup=False, soft_wrap=True,
         )  # fmt: skip
-        also = f" Also called {', '.join(own.aliases)}." if own.aliases else ""
+        also = f" Also called {', '.join(setting.aliases)}." if setting.aliases else ""
         indent = " " * 6
-        told = textwrap.fill(
-            f"{own.help}.{also}", width, initial_indent=indent, subsequent_indent=indent
+        paragraph = textwrap.fill(
+            f"{setting.help}.{also}", width, initial_indent=indent, subsequent_indent=indent
         )
-        screen.print(told, highlight=False, markup=False, soft_wrap=True)
+        screen.print(paragraph, highlight=False, markup=False, soft_wrap=True)
 
 
 class TakesSettings(TyperCommand):
@@ -182,8 +192,10 @@ class TakesSettings(TyperCommand):
         """Add the settings after the command's own options."""
         super().format_options(ctx, formatter)
         groups: dict[str, list[str]] = {}
-        for own in settings():
-            groups.setdefault(own.group, []).append(own.name.removeprefix(f"{own.group}."))
+        for setting in settings():
+            groups.setdefault(setting.group, []).append(
+                setting.name.removeprefix(f"{setting.group}.")
+            )
         with formatter.section("Settings, as --name value; `lighten settings NAME` explains one"):
             formatter.write_dl(
                 [(group, ", ".join(names)) for group, names in groups.items() if group != "sweep"]
@@ -198,11 +210,11 @@ class TakesSweep(TyperCommand):
         super().format_options(ctx, formatter)
         rows = [
             (
-                f"--{own.name.removeprefix('sweep.')}",
-                f"{own.help} [{own.type}; default {own.default}]",
+                f"--{setting.name.removeprefix('sweep.')}",
+                f"{setting.help} [{setting.type}; default {setting.default}]",
             )
-            for own in settings()
-            if own.group == "sweep" and own.name != "sweep.grid"
+            for setting in settings()
+            if setting.group == "sweep" and setting.name != "sweep.grid"
         ]
         with formatter.section("Sweep"):
             formatter.write_dl(
