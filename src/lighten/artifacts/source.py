@@ -102,7 +102,7 @@ def open_source(
         )
     folder = _folder(str(source), None)
     facts = {"license": license_of(str(source), None)}
-    return Artefact(_short(str(source)), str(source), folder, None, None, folder, facts=facts)
+    return Artefact(_short_name(str(source)), str(source), folder, None, None, folder, facts=facts)
 
 
 def _of_run(run: runs.Run, adapter: str | None) -> Artefact:
@@ -114,11 +114,11 @@ def _of_run(run: runs.Run, adapter: str | None) -> Artefact:
     }
     keys = QUANTIZED if recipe.load_in_4bit or recipe.load_in_8bit else ()
     quantization = {key: getattr(recipe, key) for key in keys}
-    whole = run.model()
-    if whole is not None:
+    full_model = run.model()
+    if full_model is not None:
         if adapter is not None:
             raise UserError(f"{run.folder} trained the model whole; it has no adapter {adapter!r}")
-        return Artefact(run.name, str(whole), whole, None, None, whole, run, facts)
+        return Artefact(run.name, str(full_model), full_model, None, None, full_model, run, facts)
     trained = run.adapters()
     if not trained:
         raise UserError(f"{run.folder} has nothing trained yet; train it first")
@@ -153,8 +153,8 @@ def license_of(base: str, revision: str | None) -> str | None:
     if not card.is_file():
         return None
     head = card.read_text(encoding="utf-8", errors="replace").split("\n---", 1)[0]
-    found = _LICENSE.search(head) if head.startswith("---") else None
-    return found[1] if found else None
+    match = _LICENSE.search(head) if head.startswith("---") else None
+    return match[1] if match else None
 
 
 def _folder(base: str, revision: str | None) -> Path:
@@ -166,7 +166,7 @@ def _folder(base: str, revision: str | None) -> Path:
     return converted(path) if source == "gguf" else path
 
 
-def _short(name: str) -> str:
+def _short_name(name: str) -> str:
     return name.rstrip("/").rpartition("/")[2].removesuffix(".gguf")
 
 

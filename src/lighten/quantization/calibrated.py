@@ -52,25 +52,25 @@ def rounded_layers(
         return {}
     paths = {id(module): path for path, module in quantised_layers(model).items()}
     states, calls = _inputs(model, layers, rows)
-    found: Rounded = {}
+    rounded: Rounded = {}
     for number, layer in enumerate(layers):
-        moments = _moments(layer, states, [own[number] for own in calls])
+        moments = _moments(layer, states, [call[number] for call in calls])
         for module in layer.modules():
             if not isinstance(module, nn.Linear) or (size := group_size(module)) is None:
                 continue
             weight = module.weight
-            seen = moments.get(id(module))
+            second_moments = moments.get(id(module))
             # An expert that no row went to has nothing to be rounded for.
             integers, factors = (
                 gptq.rounded_plainly(weight, size, scales)
-                if seen is None
-                else gptq.rounded(weight.detach(), seen, size, scales)
+                if second_moments is None
+                else gptq.rounded(weight.detach(), second_moments, size, scales)
             )
-            found[paths[id(module)]] = integers, factors
+            rounded[paths[id(module)]] = integers, factors
             groups = integers.unflatten(1, (-1, size)) * factors[..., None]
             weight.copy_(groups.flatten(1))
         states = [_first(layer(x, **call[number])) for x, call in zip(states, calls, strict=True)]
-    return found
+    return rounded
 
 
 class _Reached(Exception):
@@ -84,15 +84,15 @@ def _inputs(
     states: list[Tensor] = []
     calls: list[list[dict[str, Any]]] = []
 
-    def noted(layer: nn.Module, given: tuple[Any, ...], more: dict[str, Any]) -> None:
+    def capture(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if layer is layers[0]:
-            states.append(given[0] if given else more["hidden_states"])
+            states.append(args[0] if args else kwargs["hidden_states"])
             calls.append([])
-        calls[-1].append({key: own for key, own in more.items() if key != "hidden_states"})
+        calls[-1].append({key: value for key, value in kwargs.items() if key != "hidden_states"})
         if layer is layers[-1]:
             raise _Reached
 
-    hooks = [layer.register_forward_pre_hook(noted, with_kwargs=True) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(capture, with_kwargs=True) for layer in layers]
     try:
         for row in rows:
             with contextlib.suppress(_Reached):
@@ -107,29 +107,29 @@ def _moments(
     layer: nn.Module, states: Sequence[Tensor], calls: Sequence[dict[str, Any]]
 ) -> dict[int, Tensor]:
     """Second moments of what each linear layer inside reads, by its id."""
-    found: dict[int, Tensor] = {}
+    moments: dict[int, Tensor] = {}
     last: tuple[Tensor, Tensor] | None = None  # what was read last, and its moments
 
-    def seen(module: nn.Module, given: tuple[Any, ...]) -> None:
+    def add_moments(module: nn.Module, args: tuple[Any, ...]) -> None:
         nonlocal last
-        if last is None or last[0] is not given[0]:
-            x = given[0].reshape(-1, given[0].shape[-1]).float()
-            last = given[0], x.T @ x
-        if id(module) in found:
-            found[id(module)] += last[1]
+        if last is None or last[0] is not args[0]:
+            x = args[0].reshape(-1, args[0].shape[-1]).float()
+            last = args[0], x.T @ x
+        if id(module) in moments:
+            moments[id(module)] += last[1]
         else:
-            found[id(module)] = last[1].clone()
+            moments[id(module)] = last[1].clone()
 
-    hooks = [m.register_forward_pre_hook(seen) for m in layer.modules()
+    hooks = [m.register_forward_pre_hook(add_moments) for m in layer.modules()
              if isinstance(m, nn.Linear)]  # fmt: skip
     for x, call in zip(states, calls, strict=True):
         layer(x, **call)
     for hook in hooks:
         hook.remove()
-    return found
+    return moments
 
 
 def _first(out: Any) -> Tensor:
     """Some architectures' layers return more than what goes on."""
-    first: Tensor = out[0] if isinstance(out, tuple) else out
-    return first
+    hidden_states: Tensor = out[0] if isinstance(out, tuple) else out
+    return hidden_states

@@ -22,12 +22,12 @@ def call(job: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: What the job raised, or that the process was killed.
     """
-    done = in_child("lighten.quantization.child", {"job": job})
-    if done.error is not None and done.out_of_memory:
-        raise UserError(f"{job['name']} failed: {done.error}")
-    if done.error is not None:
-        raise UserError(done.error if done.told else f"{job['name']} failed: {done.error}")
-    return done.records[-1]
+    outcome = in_child("lighten.quantization.child", {"job": job})
+    if outcome.error is not None and outcome.out_of_memory:
+        raise UserError(f"{job['name']} failed: {outcome.error}")
+    if outcome.error is not None:
+        raise UserError(outcome.error if outcome.told else f"{job['name']} failed: {outcome.error}")
+    return outcome.records[-1]
 
 
 def run(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -85,9 +85,9 @@ def _make(job: dict[str, Any]) -> dict[str, Any]:
 
 def _measure(job: dict[str, Any]) -> dict[str, Any]:
     rows = [EvaluationRow(row["ids"], row["supervised"]) for row in job["rows"]]
-    found = _measure_gguf(job, rows) if job["kind"] == "gguf" else _measure_folder(job, rows)
-    statistics = found.pop("statistics")
-    return {**(summary(statistics) if rows else {}), **found, "rows": statistics}
+    result = _measure_gguf(job, rows) if job["kind"] == "gguf" else _measure_folder(job, rows)
+    statistics = result.pop("statistics")
+    return {**(summary(statistics) if rows else {}), **result, "rows": statistics}
 
 
 def _store(job: dict[str, Any]) -> Path | None:
@@ -102,7 +102,7 @@ def _measure_folder(job: dict[str, Any], rows: Sequence[EvaluationRow]) -> dict[
         _import_loader(job["kind"])
     tokenizer = AutoTokenizer.from_pretrained(job["folder"], local_files_only=True)
     load_code(job["folder"])
-    before = resident_bytes()
+    resident_before = resident_bytes()
     model: Any = AutoModelForCausalLM.from_pretrained(
         job["folder"], dtype=torch.bfloat16, local_files_only=True
     ).eval()
@@ -115,7 +115,7 @@ def _measure_folder(job: dict[str, Any], rows: Sequence[EvaluationRow]) -> dict[
     log_probabilities(job["prompt"][:8])  # some weights are repacked when they are first used
     drop_mapped_weights()
     log_probabilities(job["prompt"][:8])
-    resident = resident_bytes() - before
+    resident = resident_bytes() - resident_before
 
     @torch.inference_mode()
     def prefill(ids: list[int]) -> Any:
@@ -140,15 +140,15 @@ def _import_loader(kind: str) -> None:
     """What loads a format is imported first: its code is no part of the model's memory."""
     import importlib
 
-    named = {"int8": "torchao.quantization", DYNAMIC: "torchao.quantization",
+    modules = {"int8": "torchao.quantization", DYNAMIC: "torchao.quantization",
              "int4": "auto_round", "int4:rounded": "auto_round"}  # fmt: skip
-    importlib.import_module(named.get(kind, "bitsandbytes"))
+    importlib.import_module(modules.get(kind, "bitsandbytes"))
 
 
 def _stops(model: Any, tokenizer: Any) -> list[int]:
     ends = model.generation_config.eos_token_id
-    several = list(ends) if isinstance(ends, list) else [ends]
-    return [end for end in [*several, tokenizer.eos_token_id] if end is not None]
+    end_ids = list(ends) if isinstance(ends, list) else [ends]
+    return [end for end in [*end_ids, tokenizer.eos_token_id] if end is not None]
 
 
 def _greedy(model: Any, ids: list[int], most: int, stops: list[int]) -> list[int]:
@@ -156,15 +156,17 @@ def _greedy(model: Any, ids: list[int], most: int, stops: list[int]) -> list[int
     import torch
 
     answer: list[int] = []
-    cache, given = None, torch.tensor([ids])
+    cache, input_ids = None, torch.tensor([ids])
     with torch.inference_mode():
         while len(answer) < most:
-            told = model(input_ids=given, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache, token = told.past_key_values, int(told.logits[0, -1].argmax())
+            output = model(
+                input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1
+            )
+            cache, token = output.past_key_values, int(output.logits[0, -1].argmax())
             if token in stops:
                 break
             answer.append(token)
-            given = torch.tensor([[token]])
+            input_ids = torch.tensor([[token]])
     return answer
 
 
@@ -174,12 +176,12 @@ def _measure_gguf(job: dict[str, Any], rows: Sequence[EvaluationRow]) -> dict[st
     library()
     longest = max([len(row.ids) for row in rows] + [len(job["prompt"])]
                   + [len(ids) for ids in job["prompts"]])  # fmt: skip
-    before = resident_bytes()
+    resident_before = resident_bytes()
     file = next(Path(job["folder"]).glob("*.gguf"))
     room = max([64, *job["rooms"]])
     runtime = Runtime(file, context_tokens=longest + room, threads=os.cpu_count(), cache="f16")
     runtime.logits(job["prompt"][:8])
-    resident = resident_bytes() - before
+    resident = resident_bytes() - resident_before
     statistics = score(rows, runtime.log_probabilities, _store(job), reference=job["reference"])
     answers = []
     for ids, room in zip(job["prompts"], job["rooms"], strict=True):

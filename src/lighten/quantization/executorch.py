@@ -64,10 +64,10 @@ def program_rounding(artefact: Artefact) -> tuple[ProgramRounding, dict[str, Any
     try:
         tokenizer = load_tokenizer(str(artefact.companions))
         data.choose_template(tokenizer, recipe.chat_template)
-        rows, told = calibration_rows(recipe, tokenizer)
+        rows, record = calibration_rows(recipe, tokenizer)
     except UserError as error:
         return *nearest, [f"{_NEAREST}: the data of the run cannot be read ({error})"]
-    return ProgramRounding(groups, rows), {"group_size": groups, "calibration": told}, []
+    return ProgramRounding(groups, rows), {"group_size": groups, "calibration": record}, []
 
 
 def write_program(
@@ -111,11 +111,11 @@ def _ends(folder: Path) -> list[int]:
     from transformers import AutoTokenizer
 
     path = folder / "generation_config.json"
-    stated = (read_json(path) if path.is_file() else {}).get("eos_token_id")
-    several = stated if isinstance(stated, list) else [stated]
+    declared = (read_json(path) if path.is_file() else {}).get("eos_token_id")
+    declared_ids = declared if isinstance(declared, list) else [declared]
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    found = [int(end) for end in (*several, tokenizer.eos_token_id) if end is not None]
-    return list(dict.fromkeys(found))
+    ids = [int(end) for end in (*declared_ids, tokenizer.eos_token_id) if end is not None]
+    return list(dict.fromkeys(ids))
 
 
 class Program:
@@ -167,8 +167,8 @@ class Program:
         self._ask({"do": "every", "ids": list(tokens), "file": str(file)})
         scores = np.load(file).astype(np.float64)
         scores -= scores.max(-1, keepdims=True)
-        found: Array = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
-        return found
+        log_probs: Array = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
+        return log_probs
 
     def greedy(self, tokens: Sequence[int], most: int) -> list[int]:
         """The likeliest continuation, token by token."""
@@ -194,9 +194,9 @@ class Program:
             self._process.stdin.flush()
         except BrokenPipeError:
             pass  # why it ended is said where its answer is missed
-        found = self._answer()
-        self.peak_bytes = int(found["peak_bytes"])
-        return found
+        answer = self._answer()
+        self.peak_bytes = int(answer["peak_bytes"])
+        return answer
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -205,10 +205,10 @@ class Program:
             code = self._process.wait()
             why = f"signal {-code}" if code < 0 else f"exit code {code}"
             raise UserError(f"ExecuTorch's runtime stopped while it ran {self.path} ({why})")
-        found: dict[str, Any] = json.loads(line)
-        if "error" in found:
-            raise UserError(f"{self.path} cannot be run by ExecuTorch: {found['error']}")
-        return found
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise UserError(f"{self.path} cannot be run by ExecuTorch: {answer['error']}")
+        return answer
 
 
 @contextmanager

@@ -58,11 +58,11 @@ def write_program(
     model = load(folder, ATTENTION)
     notes = rounding.apply(model)
     words = int(model.get_output_embeddings().weight.shape[0])
-    first = model.config.bos_token_id
+    bos = model.config.bos_token_id
     facts = {
         "get_max_seq_len": min(PREFILL_TOKENS, context_tokens),
         "get_max_context_len": context_tokens, "get_vocab_size": words,
-        "get_bos_id": ends[0] if first is None else int(first), "get_eos_ids": ends,
+        "get_bos_id": ends[0] if bos is None else int(bos), "get_eos_ids": ends,
         "use_kv_cache": True, "use_sdpa_with_kv_cache": False, "enable_dynamic_shape": True,
     }  # fmt: skip
     try:
@@ -104,7 +104,7 @@ def grouped_attention(
     attention_mask: Tensor,
     scaling: float | None = None,
     softcap: float | None = None,
-    **others: Any,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention whose query heads share a key head without a copy of it for each.
 
@@ -116,7 +116,7 @@ def grouped_attention(
         attention_mask: Added to scores, [1, 1, T, L].
         scaling: Of scores; 1 / √D when None.
         softcap: Scores are held within ± this (Gemma 2).
-        others: What transformers passes along, of no effect here but for attention sinks.
+        kwargs: What transformers passes along, of no effect here but for attention sinks.
 
     Returns:
         [1, T, H, D], and no weights.
@@ -124,19 +124,19 @@ def grouped_attention(
     Raises:
         ValueError: The layer has attention sinks.
     """
-    if others.get("s_aux") is not None:
+    if kwargs.get("s_aux") is not None:
         raise ValueError("attention sinks")
     _, heads, tokens, width = query.shape
     shared = key.shape[1]
-    each = heads // shared
+    group = heads // shared
     # Dimensions are split and joined one at a time: tracing cannot follow more for every T.
     scaled = query[0] * (width**-0.5 if scaling is None else scaling)
-    rows = scaled.unflatten(0, (shared, each)).flatten(1, 2)
-    scores = (rows @ key[0].transpose(1, 2)).unflatten(1, (each, tokens))
+    rows = scaled.unflatten(0, (shared, group)).flatten(1, 2)
+    scores = (rows @ key[0].transpose(1, 2)).unflatten(1, (group, tokens))
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     weights = torch.softmax(scores + attention_mask[0], dim=-1).flatten(1, 2)
-    mixed = (weights @ value[0]).unflatten(1, (each, tokens)).flatten(0, 1)
+    mixed = (weights @ value[0]).unflatten(1, (group, tokens)).flatten(0, 1)
     return mixed.transpose(0, 1)[None].contiguous(), None
 
 

@@ -47,7 +47,7 @@ class Stepper:
         (scores,) = self._forward.execute([self._tensor([ids]), self._tensor([start])])
         return scores[0]
 
-    def every(self, ids: list[int]) -> Any:
+    def scores_of_all(self, ids: list[int]) -> Any:
         """Scores after every token [T, V], one at a time, as in an answer."""
         return np.stack([self.step([token], at).numpy().copy() for at, token in enumerate(ids)])
 
@@ -56,7 +56,7 @@ class Stepper:
         began = time.perf_counter()
         for start in range(0, len(ids), self.most):
             scores = self.step(ids[start : start + self.most], start)
-        read = time.perf_counter()
+        prefill_end = time.perf_counter()
         answer: list[int] = []
         while len(answer) < most:
             token = int(scores.argmax())
@@ -64,8 +64,12 @@ class Stepper:
             if token in stops or len(answer) == most:
                 break
             scores = self.step([token], len(ids) + len(answer) - 1)
-        wrote = time.perf_counter()
-        return {"answer": answer, "prefill_seconds": read - began, "decode_seconds": wrote - read}
+        decode_end = time.perf_counter()
+        return {
+            "answer": answer,
+            "prefill_seconds": prefill_end - began,
+            "decode_seconds": decode_end - prefill_end,
+        }
 
 
 def main(path: str) -> None:
@@ -79,16 +83,16 @@ def main(path: str) -> None:
         return
     _answer(answers, {"most": stepper.most, "positions": stepper.positions})
     for line in sys.stdin:
-        asked = json.loads(line)
+        request = json.loads(line)
         try:
-            if asked["do"] == "every":
-                np.save(asked["file"], stepper.every(asked["ids"]))
-                found: dict[str, Any] = {}
+            if request["do"] == "every":
+                np.save(request["file"], stepper.scores_of_all(request["ids"]))
+                response: dict[str, Any] = {}
             else:
-                found = stepper.greedy(asked["ids"], asked["most"], asked["stops"])
+                response = stepper.greedy(request["ids"], request["most"], request["stops"])
         except RuntimeError as error:
-            found = {"error": str(error)}
-        _answer(answers, {**found, "peak_bytes": _peak()})
+            response = {"error": str(error)}
+        _answer(answers, {**response, "peak_bytes": _peak()})
 
 
 def _answer(to: TextIO, value: dict[str, Any]) -> None:

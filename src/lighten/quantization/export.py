@@ -110,12 +110,16 @@ def require_same_base(artefact: Artefact) -> None:
     from lighten.models.load import checksum, locate, weight_files
     from lighten.models.names import public_name
 
-    named = read_config(artefact.adapter).get("base_model_name_or_path")
-    called = {artefact.base, public_name(artefact.base)}  # cards name what others can open
-    if named and named not in called and Path(named).resolve() != Path(artefact.base).resolve():
+    base_name = read_config(artefact.adapter).get("base_model_name_or_path")
+    base_names = {artefact.base, public_name(artefact.base)}  # cards name what others can open
+    if (
+        base_name
+        and base_name not in base_names
+        and Path(base_name).resolve() != Path(artefact.base).resolve()
+    ):
         raise UserError(
-            f"{artefact.adapter} belongs to the base {named}, not to {artefact.base}; name the run "
-            "or the adapter that goes with it"
+            f"{artefact.adapter} belongs to the base {base_name}, not to {artefact.base}; name the "
+            "run or the adapter that goes with it"
         )
     trained_on = (artefact.run.info().get("base") or {}).get("checksum")
     _, path = locate(artefact.base, revision=artefact.revision)
@@ -165,16 +169,18 @@ def export(
     if form in MERGED:
         require_export_room(artefact, form, kind or dtype, target)
     tell(f"writing {target}")
-    made = _WRITERS[form](artefact, target, kind or dtype, onto == DEQUANTIZED)
+    exported = _WRITERS[form](artefact, target, kind or dtype, onto == DEQUANTIZED)
     if artefact.stored is not None and form in MERGED and receipt:
         tell("measuring the held-out loss on either base")
-        made = _with_losses(made, artefact)
+        exported = _with_losses(exported, artefact)
     if not receipt:
-        return made
+        return exported
     tell("comparing its answers with those before")
-    found = receipt_of(artefact, target, form, kind or dtype, onto == DEQUANTIZED)
-    verify.write_receipt(found, target)
-    return Exported(made.folder, made.files, made.size_bytes, made.notes, found)
+    comparison = receipt_of(artefact, target, form, kind or dtype, onto == DEQUANTIZED)
+    verify.write_receipt(comparison, target)
+    return Exported(
+        exported.folder, exported.files, exported.size_bytes, exported.notes, comparison
+    )
 
 
 def _exported(folder: Path, pattern: str, notes: tuple[str, ...] = ()) -> Exported:
@@ -182,18 +188,18 @@ def _exported(folder: Path, pattern: str, notes: tuple[str, ...] = ()) -> Export
     return Exported(folder, files, sum(file.stat().st_size for file in files), notes)
 
 
-def _with_losses(made: Exported, artefact: Artefact) -> Exported:
+def _with_losses(exported: Exported, artefact: Artefact) -> Exported:
     """Write down what the adapter loses on each of the weights that it can be merged onto."""
     from lighten.quantization.merge_losses import held_out_losses
 
     losses = held_out_losses(artefact)
     if losses is None:
-        return made
-    path = made.folder / MANIFEST
+        return exported
+    path = exported.folder / MANIFEST
     write_json(path, {**read_json(path), "held_out_loss": losses})
-    said = ", ".join(f"{name} {own['loss']:.4f}" for name, own in losses.items())
-    note = f"held-out loss of the adapter, nats per token, by the weights it is on: {said}"
-    return replace(made, notes=(*made.notes, note))
+    text = ", ".join(f"{name} {loss['loss']:.4f}" for name, loss in losses.items())
+    note = f"held-out loss of the adapter, nats per token, by the weights it is on: {text}"
+    return replace(exported, notes=(*exported.notes, note))
 
 
 def _adapter(artefact: Artefact, target: Path, _: str, __: bool) -> Exported:
@@ -211,7 +217,7 @@ def _merged(artefact: Artefact, target: Path, dtype: str, dequantized: bool) -> 
     notes: list[str] = []
     onto = DEQUANTIZED if dequantized else ORIGINAL
 
-    def beside(folder: Path) -> None:
+    def add_companions(folder: Path) -> None:
         copy_companions(artefact, folder)
         if artefact.added_tokens and not (artefact.companions / "tokenizer.json").is_file():
             raise UserError(f"{artefact.companions} lacks its tokenizer; train or save it again")
@@ -219,10 +225,10 @@ def _merged(artefact: Artefact, target: Path, dtype: str, dequantized: bool) -> 
         write_manifest(artefact, folder, "merged", **_onto(artefact, dequantized))
 
     if artefact.stored is not None:
-        other = next(own for own in ONTO if own != onto)
+        alternative = next(choice for choice in ONTO if choice != onto)
         notes.append(
             f"the adapter learnt on {artefact.stored} weights and is merged onto the {onto} ones "
-            f"(the other choice is --onto {other})"
+            f"(the other choice is --onto {alternative})"
         )
     if artefact.adapter is None:
         with whole_folder(target) as partial:
@@ -230,11 +236,11 @@ def _merged(artefact: Artefact, target: Path, dtype: str, dequantized: bool) -> 
                 if path.suffix == ".safetensors" or path.name.endswith(".index.json"):
                     shutil.copyfile(path, partial / path.name)
             shutil.copyfile(artefact.base_folder / "config.json", partial / "config.json")
-            beside(partial)
+            add_companions(partial)
         return _exported(target, "*.safetensors")
     try:
         notes += merge(
-            artefact.base_folder, artefact.adapter, target, dtype=dtype, beside=beside,
+            artefact.base_folder, artefact.adapter, target, dtype=dtype, beside=add_companions,
             words=added_words(artefact), rounding=rounding_of(artefact) if dequantized else None,
         )  # fmt: skip
     except Unmergeable as why:
@@ -244,7 +250,7 @@ def _merged(artefact: Artefact, target: Path, dtype: str, dequantized: bool) -> 
                 "original"
             ) from None
         notes.append(f"merged in memory by PEFT: {why}")
-        _merge_in_memory(artefact, target, dtype, beside)
+        _merge_in_memory(artefact, target, dtype, add_companions)
     return _exported(target, "*.safetensors", tuple(notes))
 
 
@@ -256,7 +262,7 @@ def _onto(artefact: Artefact, dequantized: bool) -> dict[str, str]:
 
 
 def _merge_in_memory(
-    artefact: Artefact, target: Path, dtype: str, beside: Callable[[Path], None]
+    artefact: Artefact, target: Path, dtype: str, add_companions: Callable[[Path], None]
 ) -> None:
     """Through PEFT, for what only its own modules can merge; the whole model is in memory."""
     import torch
@@ -265,9 +271,9 @@ def _merge_in_memory(
 
     assert artefact.adapter is not None
     stored = str(read_json(artefact.base_folder / "config.json").get("dtype") or "bfloat16")
-    chosen = stored if dtype == "auto" else dtype
-    if dtype == "auto" and chosen == "float32":
-        chosen = "bfloat16"
+    dtype_name = stored if dtype == "auto" else dtype
+    if dtype == "auto" and dtype_name == "float32":
+        dtype_name = "bfloat16"
     try:
         base = AutoModelForCausalLM.from_pretrained(
             artefact.base_folder, dtype=torch.float32, local_files_only=True
@@ -275,30 +281,30 @@ def _merge_in_memory(
         model: Any = PeftModel.from_pretrained(base, artefact.adapter)
         merged = model.merge_and_unload(safe_merge=True)
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{artefact.adapter} cannot be merged: {first}") from error
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{artefact.adapter} cannot be merged: {first_line}") from error
     with whole_folder(target) as partial:
-        merged.to(getattr(torch, chosen)).save_pretrained(partial)
-        beside(partial)
+        merged.to(getattr(torch, dtype_name)).save_pretrained(partial)
+        add_companions(partial)
 
 
 @contextmanager
 def model_folder(
-    artefact: Artefact, near: Path, *, dequantized: bool = False, dtype: str = "auto"
+    artefact: Artefact, sibling: Path, *, dequantized: bool = False, dtype: str = "auto"
 ) -> Iterator[Path]:
     """A folder with the artefact as one model: its own, or a merged one for as long as it is used.
 
     Args:
         artefact: What.
-        near: A merged one is made beside this.
+        sibling: A merged one is made beside this.
         dequantized: Merge onto the dequantised weights that the adapter learnt on.
         dtype: Of a merged one.
     """
     if artefact.adapter is None:
         yield artefact.base_folder
         return
-    near.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=near.parent, prefix=".merged-") as scratch:
+    sibling.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=sibling.parent, prefix=".merged-") as scratch:
         folder = Path(scratch) / "model"
         _merged(artefact, folder, dtype, dequantized)
         yield folder
@@ -342,7 +348,7 @@ def _executorch(artefact: Artefact, target: Path, context: str, dequantized: boo
     file_name = f"{artefact.name}{executorch.SUFFIX}"
     # It is rounded to 4 bits once, from as it learnt, and not from what 16 bits leave of that.
     merged = model_folder(artefact, target, dequantized=dequantized, dtype="float32")
-    rounding, told, notes = executorch.program_rounding(artefact)
+    rounding, record, notes = executorch.program_rounding(artefact)
     with merged as folder, whole_folder(target) as partial:
         notes += executorch.write_program(
             folder, partial / file_name, rounding, context_tokens=int(context)
@@ -350,7 +356,7 @@ def _executorch(artefact: Artefact, target: Path, context: str, dequantized: boo
         copy_companions(artefact, partial)
         (partial / "README.md").write_text(card(artefact, notes), encoding="utf-8")
         write_manifest(
-            artefact, partial, "executorch", rounding=told, **_onto(artefact, dequantized)
+            artefact, partial, "executorch", rounding=record, **_onto(artefact, dequantized)
         )
     return _exported(target, f"*{executorch.SUFFIX}", tuple(notes))
 

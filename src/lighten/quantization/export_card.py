@@ -33,9 +33,9 @@ def require_replaceable(folder: Path) -> None:
     names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     foreign = [name for name in names if not any(fnmatch(name, p) for p in _BELONGS)]
     if names and (foreign or not _is_artefact(folder)):
-        held = ", ".join((foreign or names)[:3])
+        listing = ", ".join((foreign or names)[:3])
         raise UserError(
-            f"--output_dir {folder} holds files that are not an export's ({held}); nothing was "
+            f"--output_dir {folder} holds files that are not an export's ({listing}); nothing was "
             "changed, choose another folder"
         )
 
@@ -76,15 +76,15 @@ def card(artefact: Artefact, notes: list[str]) -> str:
         trained = f"\nTrained on `{artefact.facts['data']}`" + (
             f" (SHA-256 `{checksum}`).\n" if checksum else ".\n"
         )
-    told = "".join(f"\n- {note}" for note in notes)
-    known = artefact.facts.get("license")
-    head = [f"license: {known.lower()}"] if known else []
+    bullets = "".join(f"\n- {note}" for note in notes)
+    licence = artefact.facts.get("license")
+    head = [f"license: {licence.lower()}"] if licence else []
     if not Path(artefact.base).exists() and "/" in artefact.base:
         head.append(f"base_model: {artefact.base}")
     base = Path(artefact.base).name if Path(artefact.base).exists() else artefact.base
     front = "\n".join(["---", *head, "tags: [lighten]", "---"])
     return (
         f"{front}\n\n# {artefact.name}\n\n"
-        f"Made with lighten from `{base}` (licence: {known or 'look at the base'}).\n"
-        f"{trained}{told}\n"
+        f"Made with lighten from `{base}` (licence: {licence or 'look at the base'}).\n"
+        f"{trained}{bullets}\n"
     )

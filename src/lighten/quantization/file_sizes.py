@@ -71,24 +71,26 @@ def folder_bytes(kind: str, model: PreTrainedModel, *, group: int = GROUP_SIZE) 
     return file.nbytes
 
 
-def _parts(
+def _parameters(
     model: PreTrainedModel, *, head: bool, conv: bool
 ) -> Iterator[tuple[str, tuple[int, int] | None, tuple[int, ...]]]:
     """Parameters by name, each once: outputs and inputs of those that are rounded, else None."""
     output = model.get_output_embeddings()
-    seen: set[int] = set()
+    seen_ids: set[int] = set()
     for path, module in model.named_modules():
         kinds = (nn.Linear, Conv1D) if conv else (nn.Linear,)
         rounded = isinstance(module, kinds) and (head or module is not output)
         for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in seen:
+            if id(parameter) in seen_ids:
                 continue
-            seen.add(id(parameter))
+            seen_ids.add(id(parameter))
             shape = tuple(int(size) for size in parameter.shape)
-            both = None
+            matrix_shape = None
             if rounded and name == "weight":
-                both = (shape[1], shape[0]) if isinstance(module, Conv1D) else (shape[0], shape[1])
-            yield f"{path}.{name}", both, shape
+                matrix_shape = (
+                    (shape[1], shape[0]) if isinstance(module, Conv1D) else (shape[0], shape[1])
+                )
+            yield f"{path}.{name}", matrix_shape, shape
 
 
 def _torchao(file: _File, model: PreTrainedModel) -> None:
@@ -96,7 +98,7 @@ def _torchao(file: _File, model: PreTrainedModel) -> None:
     tied = head is not None and head.weight is embedding.weight
     paths = {id(module): path for path, module in model.named_modules()}
     names = []
-    for name, rounded, shape in _parts(model, head=True, conv=False):
+    for name, rounded, shape in _parameters(model, head=True, conv=False):
         names.append(name)
         if tied and name == f"{paths[id(embedding)]}.weight":
             rounded = (shape[0], shape[1])
@@ -114,7 +116,7 @@ def _torchao(file: _File, model: PreTrainedModel) -> None:
 
 
 def _bitsandbytes(file: _File, model: PreTrainedModel, *, four: bool) -> None:
-    for name, rounded, shape in _parts(model, head=False, conv=True):
+    for name, rounded, shape in _parameters(model, head=False, conv=True):
         if rounded is None:
             file.add(name, "BF16", *shape)
             continue
@@ -135,7 +137,7 @@ def _bitsandbytes(file: _File, model: PreTrainedModel, *, four: bool) -> None:
 
 def _auto_round(file: _File, model: PreTrainedModel) -> None:
     group, layers = group_size(model), quantised_layers(model)
-    for name, rounded, shape in _parts(model, head=False, conv=False):
+    for name, rounded, shape in _parameters(model, head=False, conv=False):
         stem = name.rpartition(".")[0]
         if rounded is None or stem not in layers:
             file.add(name, "BF16", *shape)
@@ -148,7 +150,7 @@ def _auto_round(file: _File, model: PreTrainedModel) -> None:
 
 def _dynamic(file: _File, model: PreTrainedModel, group: int) -> None:
     names = []
-    for name, rounded, shape in _parts(model, head=False, conv=False):
+    for name, rounded, shape in _parameters(model, head=False, conv=False):
         names.append(name)
         if rounded is None:
             file.add(name, "BF16", *shape)

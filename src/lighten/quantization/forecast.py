@@ -79,8 +79,8 @@ class Forecast:
 
     def fits(self) -> bool | None:
         """Whether disk and memory are enough and nothing is missing; None where one is unknown."""
-        peaks = [own.peak_bytes for own in self.formats]
-        if self.disk_bytes > self.free_bytes or any(own.missing for own in self.formats):
+        peaks = [entry.peak_bytes for entry in self.formats]
+        if self.disk_bytes > self.free_bytes or any(entry.missing for entry in self.formats):
             return False
         if self.memory_bytes is None or None in peaks:
             return None
@@ -98,21 +98,21 @@ class Forecast:
         """A row for each format; a dash where something is not known."""
         return [
             [
-                own.name,
-                "–" if own.file_bytes is None else f"{own.file_bytes / 1e6:,.1f}",
-                "–" if own.file_bytes is None else f"{own.file_bytes / self.weight_bytes:.2f}",
-                "–" if own.peak_bytes is None else f"{own.peak_bytes / 1e6:,.1f}",
-                "–" if own.seconds is None else f"{own.seconds:.2g}",
+                entry.name,
+                "–" if entry.file_bytes is None else f"{entry.file_bytes / 1e6:,.1f}",
+                "–" if entry.file_bytes is None else f"{entry.file_bytes / self.weight_bytes:.2f}",
+                "–" if entry.peak_bytes is None else f"{entry.peak_bytes / 1e6:,.1f}",
+                "–" if entry.seconds is None else f"{entry.seconds:.2g}",
             ]
-            for own in self.formats
+            for entry in self.formats
         ]
 
     def notes(self) -> list[str]:
         """What is missing, and what has to be said of formats."""
         return [
-            f"{own.name}: {line}"
-            for own in self.formats
-            for line in (own.missing, own.note)
+            f"{entry.name}: {line}"
+            for entry in self.formats
+            for line in (entry.missing, entry.note)
             if line
         ]
 
@@ -153,17 +153,17 @@ def forecast(
     with described(artefact) as (folder, weights):
         model = _Source(artefact.name, folder, weights, dynamic_group_size(artefact.run))
         formats = [_format(target, model, timed) for target in targets]
-        words = _words(folder)
-    merged = sum(own.numbers * 2 for own in weights.values()) if artefact.adapter else 0
+        vocabulary_size = _vocabulary_size(folder)
+    merged = sum(weight.numbers * 2 for weight in weights.values()) if artefact.adapter else 0
     root = output_dir or (artefact.run.folder if artefact.run else Path.cwd()) / "exports"
     return Forecast(
         artefact.name,
-        sum(tensor_bytes(own) for own in weights.values()),
+        sum(tensor_bytes(weight) for weight in weights.values()),
         formats,
         str(root),
         # A format that is there already is replaced when the new one is whole.
-        sum(own.file_bytes or 0 for own in formats),
-        merged + (tokens * words * PREDICTION_BYTES if artefact.run else 0),
+        sum(entry.file_bytes or 0 for entry in formats),
+        merged + (tokens * vocabulary_size * PREDICTION_BYTES if artefact.run else 0),
         tempfile.gettempdir(),
         free_bytes(root),
         memory_bytes,
@@ -244,12 +244,12 @@ def _folder_format(target: Target, source: _Source, timed: bool, missing: str | 
     if target.kind.startswith("int4") or target.kind == DYNAMIC:
         note = "its peak memory and time are not known beforehand"
         return Format(target.name, size, None, None, missing, note)
-    largest = max(own.numbers for own in weights.values())
+    largest = max(weight.numbers for weight in weights.values())
     # What is made, and one weight as its file has it and in 16 bits.
-    peak = size + max(tensor_bytes(own) for own in weights.values()) + 2 * largest
+    peak = size + max(tensor_bytes(weight) for weight in weights.values()) + 2 * largest
     seconds = None
     if timed and missing is None:
-        matrices = sum(own.numbers for own in weights.values() if len(own.shape) == 2)
+        matrices = sum(weight.numbers for weight in weights.values() if len(weight.shape) == 2)
         seconds = matrices * _folder_rate(target.kind)
     return Format(target.name, size, peak, seconds, missing)
 
@@ -277,7 +277,7 @@ def _folder_rate(kind: str) -> float:
     return _rate(call, sample.numel())
 
 
-def _words(folder: Path) -> int:
+def _vocabulary_size(folder: Path) -> int:
     from lighten.quantization.gguf_source import read_settings
 
     return int(read_settings(folder)["vocab_size"])

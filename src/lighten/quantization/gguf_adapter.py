@@ -129,7 +129,7 @@ def _layers(folder: Path, config: Any) -> list[_Layer]:
         match = FACTOR.match(key)
         assert match is not None, key  # others are refused above
         pairs.setdefault(match["path"], {})[match["factor"]] = key
-    wanted = _linear_shapes(str(folder), config, architecture)
+    base_shapes = _linear_shapes(str(folder), config, architecture)
     layers = []
     for path, keys in sorted(pairs.items()):
         stored = f"{stored_name(architecture, path)}.weight"
@@ -137,24 +137,28 @@ def _layers(folder: Path, config: Any) -> list[_Layer]:
             raise UserError(
                 f"{folder / WEIGHTS} has one half of the update of {path}; save it again"
             )
-        own = {factor: shapes[key] for factor, key in keys.items()}
-        if stored == "output.weight" and stored not in wanted:
+        factor_shapes = {factor: shapes[key] for factor, key in keys.items()}
+        if stored == "output.weight" and stored not in base_shapes:
             raise UserError(
                 f"{folder} changes {path}, which this base shares with its word embeddings: "
                 f"llama.cpp would change both; {_MERGE}"
             )
-        if stored not in wanted:
+        if stored not in base_shapes:
             raise UserError(
                 f"{folder} changes {path}, which this base ({config.model_type}) does not have as "
                 "a linear layer; it was trained on another model"
             )
-        rows, columns = wanted[stored]
-        if own["A"] != (own["B"][-1], columns) or own["B"] != (rows, own["A"][0]):
+        rows, columns = base_shapes[stored]
+        if factor_shapes["A"] != (factor_shapes["B"][-1], columns) or factor_shapes["B"] != (
+            rows,
+            factor_shapes["A"][0],
+        ):
             raise UserError(
-                f"{folder} does not fit this base: {path} has factors {own['B']} and {own['A']} "
-                f"where the base has {(rows, columns)}; it was trained on another model"
+                f"{folder} does not fit this base: {path} has factors {factor_shapes['B']} and "
+                f"{factor_shapes['A']} where the base has {(rows, columns)}; it was trained on "
+                "another model"
             )
-        layers.append(_Layer(stored, keys, own, spec.scale_at(path)))
+        layers.append(_Layer(stored, keys, factor_shapes, spec.scale_at(path)))
     return layers
 
 

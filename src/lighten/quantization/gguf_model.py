@@ -23,7 +23,7 @@ from lighten.gguf_names import LAYER, has_bias, outer_names, stored_name
 from lighten.quantization import gguf_types as types
 from lighten.quantization.gguf_file import GgufContent, TensorPlan, require_gguf, write
 from lighten.quantization.gguf_settings import Settings, refused, settings_of
-from lighten.quantization.gguf_source import Weight, read_settings, read_weights, told
+from lighten.quantization.gguf_source import Weight, as_user_error, read_settings, read_weights
 from lighten.quantization.gguf_tokenizer import Vocabulary, read_vocabulary
 from lighten.quantization.gguf_weights import as_stored, is_transposed
 from lighten.quantization.llamacpp import available_threads, library, quantize_rows
@@ -63,12 +63,12 @@ class GgufPlan:
     def sentences(self) -> list[str]:
         """The fall-backs and notes in words."""
         total = sum(self.formats.values())
-        told = [
-            f"{count} of {total} tensors are {taken} and not {wanted}: their rows are no multiple "
-            "of 256"
-            for (wanted, taken), count in self.fallbacks.items()
+        lines = [
+            f"{count} of {total} tensors are {actual} and not {preferred}: their rows are no "
+            "multiple of 256"
+            for (preferred, actual), count in self.fallbacks.items()
         ]
-        return [*told, *self.notes]
+        return [*lines, *self.notes]
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class _Tensor:
     """A tensor of the file and where its numbers come from."""
 
     plan: TensorPlan
-    wanted: int
+    preferred: int
     source: Weight | None  # None of what is computed
     values: Array | None = None
 
@@ -173,7 +173,7 @@ def _content(
     folder: Path, model: _Model, name: str | None, about: Mapping[str, str], threads: int
 ) -> tuple[GgufContent, Vocabulary]:
     gguf = require_gguf()
-    with told(f"{folder / 'tokenizer.json'} is no tokenizer that can be read"):
+    with as_user_error(f"{folder / 'tokenizer.json'} is no tokenizer that can be read"):
         vocabulary = read_vocabulary(folder, model.settings.vocabulary)
 
     def header(writer: Any) -> None:
@@ -205,28 +205,28 @@ def _tell_ends(vocabulary: Vocabulary, target: Path) -> None:
 
 def _write_values(writer: Any, settings: Settings) -> None:
     for key, value in settings.values.items():
-        full = f"{settings.architecture}.{key}"
+        full_key = f"{settings.architecture}.{key}"
         if isinstance(value, bool):
-            writer.add_bool(full, value)
+            writer.add_bool(full_key, value)
         elif isinstance(value, int):
-            writer.add_uint32(full, value)
+            writer.add_uint32(full_key, value)
         elif isinstance(value, float):
-            writer.add_float32(full, value)
+            writer.add_float32(full_key, value)
         elif isinstance(value, str):
-            writer.add_string(full, value)
+            writer.add_string(full_key, value)
         else:
-            writer.add_array(full, value)
+            writer.add_array(full_key, value)
 
 
 def _model(folder: Path, type: str, weights: Mapping[str, Weight] | None = None) -> _Model:
     """What the file will hold, from configuration and headers alone."""
     kind = types.file_type(type)
     config = read_settings(folder)
-    with told(f"{folder / 'config.json'} holds settings that no model has"):
+    with as_user_error(f"{folder / 'config.json'} holds settings that no model has"):
         settings = settings_of(config, str(folder))
     weights = read_weights(folder) if weights is None else weights
     architecture = settings.architecture
-    found: dict[str, tuple[str, Weight]] = {}
+    sources: dict[str, tuple[str, Weight]] = {}
     pictures = 0
     for name, weight in weights.items():
         base, _, suffix = name.rpartition(".")
@@ -245,12 +245,12 @@ def _model(folder: Path, type: str, weights: Mapping[str, Weight] | None = None)
             continue
         if suffix == "bias" and not has_bias(architecture, stored):
             raise refused(str(folder), f"it has the bias {name}")
-        found[f"{stored}.{suffix}"] = (name, weight)
-    _require_all(folder, settings, found)
+        sources[f"{stored}.{suffix}"] = (name, weight)
+    _require_all(folder, settings, sources)
     shape = types.Shape(
         settings.layers,
         settings.heads // settings.kv_heads,
-        "output.weight" not in found,
+        "output.weight" not in sources,
         architecture,
     )
     tensors = []
@@ -259,7 +259,7 @@ def _model(folder: Path, type: str, weights: Mapping[str, Weight] | None = None)
         tensors.append(
             _Tensor(TensorPlan(stored, values.shape, types.F32), types.F32, None, values)
         )
-    for stored, (name, weight) in sorted(found.items(), key=lambda own: _order(own[0])):
+    for stored, (name, weight) in sorted(sources.items(), key=lambda item: _order(item[0])):
         if weight.kind not in ("F32", "F16", "BF16", "F64"):
             raise UserError(
                 f"{folder} holds {name} in the format {weight.kind}; a GGUF file is made from "
@@ -268,8 +268,12 @@ def _model(folder: Path, type: str, weights: Mapping[str, Weight] | None = None)
         dimensions = weight.shape
         if is_transposed(stored, architecture):
             dimensions = (dimensions[1], dimensions[0])
-        chosen = types.choose(kind, stored, dimensions, shape)
-        tensors.append(_Tensor(TensorPlan(stored, dimensions, chosen.kind), chosen.wanted, weight))
+        tensor_format = types.choose(kind, stored, dimensions, shape)
+        tensors.append(
+            _Tensor(
+                TensorPlan(stored, dimensions, tensor_format.kind), tensor_format.preferred, weight
+            )
+        )
     if pictures:
         settings.notes.append(
             f"the text model alone: without {counted(pictures, 'tensor')} of its picture tower"
@@ -284,31 +288,33 @@ def _order(name: str) -> tuple[int, int, str]:
     return (0 if "embd" in name else 2), 0, name
 
 
-def _require_all(folder: Path, settings: Settings, found: Mapping[str, tuple[str, Weight]]) -> None:
+def _require_all(
+    folder: Path, settings: Settings, sources: Mapping[str, tuple[str, Weight]]
+) -> None:
     """Every weight of the architecture is there, and as long as the configuration says."""
-    wanted = [f"{own}.weight" for own in outer_names(settings.architecture)]
+    required = [f"{name}.weight" for name in outer_names(settings.architecture)]
     if settings.tied:
-        wanted.remove("output.weight")
+        required.remove("output.weight")
     for layer in range(settings.layers):
-        wanted += [f"blk.{layer}.{part}.weight" for part in LAYER[settings.architecture]]
-    if missing := [name for name in wanted if name not in found]:
+        required += [f"blk.{layer}.{module}.weight" for module in LAYER[settings.architecture]]
+    if missing := [name for name in required if name not in sources]:
         raise UserError(
             f"{folder} lacks the weight that a GGUF file calls {missing[0]} ({len(missing)} are "
             "missing); fetch or copy the model anew"
         )
     beyond = f"blk.{settings.layers}.attn_norm.weight"
-    if beyond in found:
+    if beyond in sources:
         raise UserError(f"{folder} holds more layers than its config.json says ({settings.layers})")
     hidden = settings.values["embedding_length"]
-    embedding = found["token_embd.weight"][1].shape
+    embedding = sources["token_embd.weight"][1].shape
     if embedding != (settings.vocabulary, hidden):
         raise UserError(
             f"{folder} has word embeddings of the shape {embedding} where its config.json says "
             f"{(settings.vocabulary, hidden)}; save the model again after resizing them"
         )
     head = settings.values.get("attention.key_length")
-    if head is not None and "blk.0.attn_q.weight" in found:
-        rows = found["blk.0.attn_q.weight"][1].shape[0]
+    if head is not None and "blk.0.attn_q.weight" in sources:
+        rows = sources["blk.0.attn_q.weight"][1].shape[0]
         if rows != settings.heads * int(head):
             raise UserError(
                 f"{folder} has queries of {rows} rows where its config.json says {settings.heads} "
@@ -327,11 +333,11 @@ def _plan(model: _Model) -> GgufPlan:
     numbers: collections.Counter[int] = collections.Counter()
     fallbacks: collections.Counter[tuple[str, str]] = collections.Counter()
     for tensor in model.tensors:
-        taken = types.FORMAT_NAMES[tensor.plan.kind]
-        formats[taken] += 1
+        format_name = types.FORMAT_NAMES[tensor.plan.kind]
+        formats[format_name] += 1
         numbers[tensor.plan.kind] += math.prod(tensor.plan.shape)
-        if tensor.plan.kind != tensor.wanted:
-            fallbacks[types.FORMAT_NAMES[tensor.wanted], taken] += 1
+        if tensor.plan.kind != tensor.preferred:
+            fallbacks[types.FORMAT_NAMES[tensor.preferred], format_name] += 1
     largest = max(tensor.plan.nbytes for tensor in model.tensors)
     return GgufPlan(
         model.type.name,
@@ -359,11 +365,11 @@ def _packed(model: _Model, tensor: _Tensor, threads: int) -> Array:
     source, plan = tensor.source, tensor.plan
     assert source is not None
     settings = model.settings
-    whole = len(plan.shape) == 1 or is_transposed(plan.name, settings.architecture)
+    one_block = len(plan.shape) == 1 or is_transposed(plan.name, settings.architecture)
     turned = settings.architecture == "llama" and (
         ".attn_q." in plan.name or ".attn_k." in plan.name
     )
-    blocks = [source.whole()] if whole or turned else source.rows()
+    blocks = [source.read_all()] if one_block or turned else source.rows()
     packed = np.empty(plan.packed_shape(), dtype=np.uint8)
     row = 0
     for block in blocks:

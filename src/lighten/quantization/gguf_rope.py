@@ -46,10 +46,10 @@ def rope_of(config: Mapping[str, Any], architecture: str, head: int, where: str)
     """
     parameters = parameters_of(config)
     local = parameters.get("sliding_attention")
-    whole = parameters.get("full_attention", parameters)
-    kind = str(whole.get("rope_type", "default"))
-    theta = float(whole.get("rope_theta", 10000.0))
-    turned = int(head * float(whole.get("partial_rotary_factor") or 1.0))
+    full_attention = parameters.get("full_attention", parameters)
+    kind = str(full_attention.get("rope_type", "default"))
+    theta = float(full_attention.get("rope_theta", 10000.0))
+    turned = int(head * float(full_attention.get("partial_rotary_factor") or 1.0))
     if turned != head and architecture != "phi3":
         raise _refused(where, f"turns {turned} of {head} dimensions of a head")
     rope = Rope(
@@ -63,14 +63,14 @@ def rope_of(config: Mapping[str, Any], architecture: str, head: int, where: str)
     if kind == "linear":
         rope.values |= {
             "rope.scaling.type": "linear",
-            "rope.scaling.factor": float(whole["factor"]),
+            "rope.scaling.factor": float(full_attention["factor"]),
         }
     elif kind == "yarn":
-        rope.values |= _yarn(config, whole, where)
+        rope.values |= _yarn(config, full_attention, where)
     elif kind == "llama3":
-        rope.tensors["rope_freqs.weight"] = _llama3(whole, theta, head)
+        rope.tensors["rope_freqs.weight"] = _llama3(full_attention, theta, head)
     elif kind in ("longrope", "su"):
-        _longrope(rope, config, whole, turned, where)
+        _longrope(rope, config, full_attention, turned, where)
     elif kind == "dynamic":
         rope.notes.append(
             f"the context is {rope.context} tokens: llama.cpp does not stretch positions beyond as "
@@ -91,15 +91,15 @@ def parameters_of(config: Mapping[str, Any]) -> dict[str, Any]:
         return dict(config["rope_parameters"])
     scaling = dict(config.get("rope_scaling") or {})
     scaling["rope_type"] = scaling.get("rope_type", scaling.pop("type", "default"))
-    whole = {
+    full_attention = {
         "rope_theta": config.get("rope_theta", 10000.0),
         "partial_rotary_factor": config.get("partial_rotary_factor", 1.0),
         **scaling,
     }
     if "rope_local_base_freq" in config:  # Gemma 3
         local = {"rope_type": "default", "rope_theta": config["rope_local_base_freq"]}
-        return {"full_attention": whole, "sliding_attention": local}
-    return whole
+        return {"full_attention": full_attention, "sliding_attention": local}
+    return full_attention
 
 
 def _refused(where: str, why: str) -> UserError:
@@ -113,10 +113,12 @@ def _yarn(config: Mapping[str, Any], rope: Mapping[str, Any], where: str) -> dic
     if rope.get("truncate") is False:
         raise _refused(where, "has yarn positions that are not truncated")
     factor = float(rope["factor"])
-    before = rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
+    original_context = (
+        rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
+    )
     values = {
         "rope.scaling.type": "yarn", "rope.scaling.factor": factor,
-        "rope.scaling.original_context_length": int(before),
+        "rope.scaling.original_context_length": int(original_context),
     }  # fmt: skip
     for key, usual in {"beta_fast": 32, "beta_slow": 1}.items():
         # There are keys for both in the format; llama.cpp does not read them for these models.
@@ -138,42 +140,44 @@ def _stretch(factor: float, scale: float = 1.0) -> float:
 
 def _llama3(rope: Mapping[str, Any], theta: float, head: int) -> Floats:
     """By what Llama 3 divides each frequency: long wavelengths by the factor, short ones by 1."""
-    before = float(rope["original_max_position_embeddings"])
+    original_context = float(rope["original_max_position_embeddings"])
     low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
     wavelengths = 2 * math.pi * theta ** (np.arange(0, head, 2) / head)
-    smooth = np.clip((before / wavelengths - low) / (high - low), 0.0, 1.0)
+    smooth = np.clip((original_context / wavelengths - low) / (high - low), 0.0, 1.0)
     return (1 / ((1 - smooth) / float(rope["factor"]) + smooth)).astype(np.float32)
 
 
 def _longrope(
-    found: Rope, config: Mapping[str, Any], rope: Mapping[str, Any], turned: int, where: str
+    target: Rope, config: Mapping[str, Any], rope: Mapping[str, Any], turned: int, where: str
 ) -> None:
     if rope.get("short_mscale") or rope.get("long_mscale"):
         raise _refused(where, "scales attention by the length (short_mscale, long_mscale)")
-    before = int(
+    original_context = int(
         config.get("original_max_position_embeddings")
         or rope.get("original_max_position_embeddings")
-        or found.context
+        or target.context
     )
     factor = rope.get("factor")
     if config.get("original_max_position_embeddings") or factor is None:
-        factor = found.context / before
+        factor = target.context / original_context
     attention = rope.get("attention_factor")
     if attention is None:
-        attention = math.sqrt(1 + math.log(factor) / math.log(before)) if factor > 1 else 1.0
+        attention = (
+            math.sqrt(1 + math.log(factor) / math.log(original_context)) if factor > 1 else 1.0
+        )
     for name in ("short", "long"):
         factors = np.asarray(rope[f"{name}_factor"], dtype=np.float32)
         if factors.shape != (turned // 2,):
             raise UserError(
                 f"{where}: {name}_factor has {factors.size} numbers where {turned // 2} are turned"
             )
-        found.tensors[f"rope_factors_{name}.weight"] = factors
-    found.values |= {
+        target.tensors[f"rope_factors_{name}.weight"] = factors
+    target.values |= {
         "rope.scaling.type": "longrope", "rope.scaling.attn_factor": float(attention),
-        "rope.scaling.original_context_length": before,
+        "rope.scaling.original_context_length": original_context,
     }  # fmt: skip
-    if found.context > before:
-        found.notes.append(
-            f"open it with a context of at most {before} tokens for short texts: llama.cpp takes "
-            "the factors of long texts for every text once its context is longer"
+    if target.context > original_context:
+        target.notes.append(
+            f"open it with a context of at most {original_context} tokens for short texts: "
+            "llama.cpp takes the factors of long texts for every text once its context is longer"
         )

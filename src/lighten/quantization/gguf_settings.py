@@ -92,11 +92,13 @@ def settings_of(config: Mapping[str, Any], where: str) -> Settings:
     )
     if activation not in _ACTIVATIONS.get(architecture, {"silu", "swish"}):
         raise refused(where, f"its activation is {activation!r}")
-    found = _gpt2(config, where) if architecture == "gpt2" else _common(config, architecture, where)
+    settings = (
+        _gpt2(config, where) if architecture == "gpt2" else _common(config, architecture, where)
+    )
     if architecture in _LARGEST:
-        _gemma(config, found, where)
-    _limit_to_window(config, found)
-    return found
+        _gemma(config, settings, where)
+    _limit_to_window(config, settings)
+    return settings
 
 
 def refused(where: str, why: str) -> UserError:
@@ -137,7 +139,7 @@ def _common(config: Mapping[str, Any], architecture: str, where: str) -> Setting
     tied = bool(config.get("tie_word_embeddings", default))
     if not tied and architecture in _TIED_ALWAYS:
         raise refused(where, "its head is not its word embeddings")
-    found = Settings(
+    settings = Settings(
         architecture, values, rope, 1.0, int(config["num_hidden_layers"]), heads, kv_heads,
         int(config["vocab_size"]), tied, list(rope.notes),
     )  # fmt: skip
@@ -145,7 +147,7 @@ def _common(config: Mapping[str, Any], architecture: str, where: str) -> Setting
         values["attention.sliding_window"] = int(config.get("sliding_window") or 0)
     if config.get("model_type") == "mistral" and config.get("sliding_window"):
         values["attention.sliding_window"] = int(config["sliding_window"])
-    return found
+    return settings
 
 
 def _gpt2(config: Mapping[str, Any], where: str) -> Settings:
@@ -168,14 +170,14 @@ def _gpt2(config: Mapping[str, Any], where: str) -> Settings:
     )
 
 
-def _gemma(config: Mapping[str, Any], found: Settings, where: str) -> None:
+def _gemma(config: Mapping[str, Any], settings: Settings, where: str) -> None:
     """Gemma 2 and 3: windows in some layers, scores divided by a number of their own."""
-    architecture, values = found.architecture, found.values
+    architecture, values = settings.architecture, settings.values
     head, hidden = int(values["attention.key_length"]), int(config["hidden_size"])
-    divided = hidden // found.heads if found.layers == _LARGEST[architecture] else head
-    wanted = float(config.get("query_pre_attn_scalar") or 256)
+    divided = hidden // settings.heads if settings.layers == _LARGEST[architecture] else head
+    query_scalar = float(config.get("query_pre_attn_scalar") or 256)
     # Scores are query · key / sqrt(divided) there.
-    found.query_scale = math.sqrt(divided / wanted)
+    settings.query_scale = math.sqrt(divided / query_scalar)
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         cap = config.get(name)
         if cap:
@@ -187,7 +189,7 @@ def _gemma(config: Mapping[str, Any], found: Settings, where: str) -> None:
     if config.get("use_bidirectional_attention"):
         raise refused(where, "its attention is not causal")
     window = config.get("sliding_window")
-    period = _period(config, found.layers, _PERIOD[architecture], where)
+    period = _period(config, settings.layers, _PERIOD[architecture], where)
     if window and period != 1:
         values["attention.sliding_window"] = int(window)
         if period != _PERIOD[architecture]:
@@ -202,26 +204,26 @@ def _period(config: Mapping[str, Any], layers: int, usual: int, where: str) -> i
     kinds = config.get("layer_types")
     if kinds is None:
         return int(config.get("sliding_window_pattern") or usual)
-    full = [kind == "full_attention" for kind in kinds]
+    is_full = [kind == "full_attention" for kind in kinds]
     for period in (usual, *range(1, layers + 2)):
-        if full == [(layer + 1) % period == 0 for layer in range(layers)]:
+        if is_full == [(layer + 1) % period == 0 for layer in range(layers)]:
             return period
     raise refused(where, "its layers with and without a window do not alternate regularly")
 
 
-def _limit_to_window(config: Mapping[str, Any], found: Settings) -> None:
+def _limit_to_window(config: Mapping[str, Any], settings: Settings) -> None:
     """llama.cpp has no windows for these: the model is right up to the window, and not beyond."""
     window = config.get("sliding_window")
-    if found.architecture not in ("llama", "qwen2", "qwen3", "phi3") or not window:
+    if settings.architecture not in ("llama", "qwen2", "qwen3", "phi3") or not window:
         return
-    if found.architecture.startswith("qwen") and not config.get("use_sliding_window"):
+    if settings.architecture.startswith("qwen") and not config.get("use_sliding_window"):
         return
     kinds = config.get("layer_types")
     if kinds is not None and "sliding_attention" not in kinds:
         return
-    if int(window) < int(found.values["context_length"]):
-        found.values["context_length"] = int(window)
-        found.notes.append(
+    if int(window) < int(settings.values["context_length"]):
+        settings.values["context_length"] = int(window)
+        settings.notes.append(
             f"the context is limited to {window} tokens, the window of its attention: llama.cpp "
             "computes this architecture without windows and would answer otherwise beyond"
         )

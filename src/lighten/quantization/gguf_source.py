@@ -71,8 +71,8 @@ class Weight:
         try:
             with self.file.open("rb", buffering=0) as file:
                 file.seek(self.offset)
-                for first in range(0, count, step):
-                    size = min(step, count - first) * columns
+                for start in range(0, count, step):
+                    size = min(step, count - start) * columns
                     raw = np.empty(size, dtype=dtype)
                     _fill(file, raw.data.cast("B"))
                     values = _float32(raw, self.kind)
@@ -82,7 +82,7 @@ class Weight:
                 f"{self.file} cannot be read to its end ({error}); fetch or copy the model anew"
             ) from error
 
-    def whole(self) -> Array:
+    def read_all(self) -> Array:
         """All its numbers in float32.
 
         Raises:
@@ -94,12 +94,12 @@ class Weight:
 
 
 def _fill(file: Any, room: memoryview) -> None:
-    done = 0
-    while done < len(room):
-        count = file.readinto(room[done:])
+    filled = 0
+    while filled < len(room):
+        count = file.readinto(room[filled:])
         if not count:
             raise EOFError("it ends early")
-        done += count
+        filled += count
 
 
 def _float32(raw: Array, kind: str) -> Array:
@@ -127,15 +127,15 @@ def read_weights(folder: Path) -> dict[str, Weight]:
         raise UserError(
             f"{folder} holds no safetensors files; a model's weights are read from them"
         )
-    found: dict[str, Weight] = {}
+    weights: dict[str, Weight] = {}
     for file in files:
-        found |= _header(file)
-    if missing := sorted(set(places) - set(found)):
+        weights |= _header(file)
+    if missing := sorted(set(places) - set(weights)):
         raise UserError(
             f"{index} names {missing[0]}, which {places[missing[0]]} does not hold; fetch or copy "
             "the model anew"
         )
-    return found
+    return weights
 
 
 def _header(file: Path) -> dict[str, Weight]:
@@ -148,10 +148,10 @@ def _header(file: Path) -> dict[str, Weight]:
         for name, facts in header.items():
             if name == "__metadata__":
                 continue
-            first, last = facts["data_offsets"]
-            shape = tuple(int(own) for own in facts["shape"])
-            weights[name] = Weight(file, facts["dtype"], shape, 8 + length + int(first))
-            if 8 + length + int(last) > size:
+            start, end = facts["data_offsets"]
+            shape = tuple(int(dimension) for dimension in facts["shape"])
+            weights[name] = Weight(file, facts["dtype"], shape, 8 + length + int(start))
+            if 8 + length + int(end) > size:
                 raise UserError(
                     f"{file} is torn: it ends before {name}; fetch or copy the model anew"
                 )
@@ -184,11 +184,11 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def told(what: str) -> Iterator[None]:
+def as_user_error(problem: str) -> Iterator[None]:
     """What others' files hold in places where nobody looked is one sentence too.
 
     Args:
-        what: The file, and what is wrong with it in general.
+        problem: The file, and what is wrong with it in general.
 
     Raises:
         UserError: Something in the block met a value that it cannot use.
@@ -199,7 +199,7 @@ def told(what: str) -> Iterator[None]:
         raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"{what} ({reason}); fetch or copy the model anew") from error
+        raise UserError(f"{problem} ({reason}); fetch or copy the model anew") from error
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -212,9 +212,11 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is no model folder: it has no config.json")
-    whole = read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     values = (
-        {**whole, **whole["text_config"]} if isinstance(whole.get("text_config"), dict) else whole
+        {**config, **config["text_config"]}
+        if isinstance(config.get("text_config"), dict)
+        else config
     )
     kind = str(values.get("model_type"))
     if all(key in values for key in _NEEDED_BY.get(kind, _NEEDED)):

@@ -115,8 +115,8 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
     config_file = folder / "tokenizer_config.json"
     config = read_json(config_file) if config_file.is_file() else {}
     ids: dict[str, int] = dict(model["vocab"])
-    added = {int(own["id"]): own for own in tokenizer.get("added_tokens") or []}
-    ids |= {own["content"]: token for token, own in added.items()}
+    added = {int(entry["id"]): entry for entry in tokenizer.get("added_tokens") or []}
+    ids |= {entry["content"]: token for token, entry in added.items()}
     if ids and max(ids.values()) >= rows:
         raise UserError(
             f"{file} has token {max(ids.values())} and the model {rows} rows of embeddings; it "
@@ -127,18 +127,20 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
     for text, token in ids.items():
         tokens[token], kinds[token] = text, _NORMAL
     pieces = _is_sentencepiece(tokenizer)
-    for token, own in added.items():
-        kinds[token] = _CONTROL if own.get("special") or _looks_special(own["content"]) else _USER
+    for token, entry in added.items():
+        kinds[token] = (
+            _CONTROL if entry.get("special") or _looks_special(entry["content"]) else _USER
+        )
         if pieces and kinds[token] == _USER:
-            tokens[token] = own["content"].replace(_SPACE, " ")
-    found = (
+            tokens[token] = entry["content"].replace(_SPACE, " ")
+    vocabulary = (
         _sentencepiece(file, tokenizer, tokens, kinds, ids)
         if pieces
         else _byte_level(file, tokenizer, tokens, kinds)
     )
-    _special(folder, config, tokenizer, ids, found)
-    found.template = _template(folder, config)
-    return found
+    _special(folder, config, tokenizer, ids, vocabulary)
+    vocabulary.template = _template(folder, config)
+    return vocabulary
 
 
 def _looks_special(text: str) -> bool:
@@ -148,20 +150,20 @@ def _looks_special(text: str) -> bool:
     )
 
 
-def _parts(tokenizer: Mapping[str, Any], what: str, inner: str) -> list[dict[str, Any]]:
+def _steps(tokenizer: Mapping[str, Any], key: str, inner: str) -> list[dict[str, Any]]:
     """A tokenizer's normalisers or pre-tokenisers, a sequence of them or one."""
-    value = tokenizer.get(what)
+    value = tokenizer.get(key)
     if not value:
         return []
     return list(value[inner]) if value.get("type") == "Sequence" else [value]
 
 
 def _is_sentencepiece(tokenizer: Mapping[str, Any]) -> bool:
-    normalizers = _parts(tokenizer, "normalizer", "normalizers")
-    splitters = _parts(tokenizer, "pre_tokenizer", "pretokenizers")
-    marks = [own for own in normalizers if own.get("type") == "Replace"
-             and own.get("content") == _SPACE]  # fmt: skip
-    return bool(marks) or any(own.get("type") == "Metaspace" for own in splitters)
+    normalizers = _steps(tokenizer, "normalizer", "normalizers")
+    splitters = _steps(tokenizer, "pre_tokenizer", "pretokenizers")
+    marks = [step for step in normalizers if step.get("type") == "Replace"
+             and step.get("content") == _SPACE]  # fmt: skip
+    return bool(marks) or any(step.get("type") == "Metaspace" for step in splitters)
 
 
 def _sentencepiece(
@@ -188,11 +190,11 @@ def _sentencepiece(
             kinds[token] = _UNKNOWN
         elif kinds[token] in (_CONTROL, _USER, _UNUSED):
             scores[token] = -1e6
-    normalizers = _parts(tokenizer, "normalizer", "normalizers")
-    splitters = _parts(tokenizer, "pre_tokenizer", "pretokenizers")
-    prefix = any(own.get("type") == "Prepend" for own in normalizers) or any(
-        own.get("type") == "Metaspace" and own.get("prepend_scheme", "always") != "never"
-        for own in splitters
+    normalizers = _steps(tokenizer, "normalizer", "normalizers")
+    splitters = _steps(tokenizer, "pre_tokenizer", "pretokenizers")
+    prefix = any(step.get("type") == "Prepend" for step in normalizers) or any(
+        step.get("type") == "Metaspace" and step.get("prepend_scheme", "always") != "never"
+        for step in splitters
     )
     return Vocabulary("llama", "default", tokens, kinds, scores=scores, space_prefix=prefix)
 
@@ -216,9 +218,9 @@ def _splitting(file: Path, tokenizer: Mapping[str, Any]) -> str:
     Raises:
         UserError: It has none for this one.
     """
-    splitters = _parts(tokenizer, "pre_tokenizer", "pretokenizers")
-    whole = bool(tokenizer["model"].get("ignore_merges"))
-    kinds = [own.get("type") for own in splitters]
+    splitters = _steps(tokenizer, "pre_tokenizer", "pretokenizers")
+    whole_words = bool(tokenizer["model"].get("ignore_merges"))
+    kinds = [step.get("type") for step in splitters]
     name = None
     if kinds == ["ByteLevel"] and not splitters[0].get("add_prefix_space"):
         name = "gpt-2" if splitters[0].get("use_regex", True) else None
@@ -227,8 +229,8 @@ def _splitting(file: Path, tokenizer: Mapping[str, Any]) -> str:
         name = "smollm" if plain else None
     elif kinds == ["Split", "ByteLevel"] and not splitters[1].get("use_regex", True):
         name = _PATTERNS.get(str((splitters[0].get("pattern") or {}).get("Regex")))
-    if name is not None and whole != _WHOLE_WORDS.get(name, False):
-        name = None if whole else _WITHOUT_WHOLE_WORDS.get(name)
+    if name is not None and whole_words != _WHOLE_WORDS.get(name, False):
+        name = None if whole_words else _WITHOUT_WHOLE_WORDS.get(name)
     if name is None:
         raise UserError(
             f"{file} splits text in a way for which llama.cpp has no known name "
@@ -243,46 +245,48 @@ def _special(
     config: Mapping[str, Any],
     tokenizer: Mapping[str, Any],
     ids: Mapping[str, int],
-    found: Vocabulary,
+    vocabulary: Vocabulary,
 ) -> None:
     """Start, end and padding tokens, and all that end an answer."""
     for role, key in _SPECIAL.items():
         text = config.get(key)
         text = text.get("content") if isinstance(text, dict) else text
         if isinstance(text, str) and text in ids:
-            found.special[role] = ids[text]
+            vocabulary.special[role] = ids[text]
     generation_file = folder / "generation_config.json"
     generation = read_json(generation_file) if generation_file.is_file() else {}
     model_file = folder / "config.json"
     model = read_json(model_file) if model_file.is_file() else {}
     ends = generation.get("eos_token_id", model.get("eos_token_id"))
     listed = [ends] if isinstance(ends, int) else list(ends or [])
-    if "eos" in found.special and found.special["eos"] not in listed:
-        listed.insert(0, found.special["eos"])
-    elif "eos" not in found.special and listed:
-        found.special["eos"] = listed[0]
-    if "bos" not in found.special and isinstance(model.get("bos_token_id"), int):
-        found.special["bos"] = model["bos_token_id"]
-    found.ends = tuple(dict.fromkeys(token for token in listed if 0 <= token < len(found.tokens)))
-    others = [token for token in found.ends if token != found.special.get("eos")]
+    if "eos" in vocabulary.special and vocabulary.special["eos"] not in listed:
+        listed.insert(0, vocabulary.special["eos"])
+    elif "eos" not in vocabulary.special and listed:
+        vocabulary.special["eos"] = listed[0]
+    if "bos" not in vocabulary.special and isinstance(model.get("bos_token_id"), int):
+        vocabulary.special["bos"] = model["bos_token_id"]
+    vocabulary.ends = tuple(
+        dict.fromkeys(token for token in listed if 0 <= token < len(vocabulary.tokens))
+    )
+    other_ends = [token for token in vocabulary.ends if token != vocabulary.special.get("eos")]
     # llama.cpp has names for three; it also knows the usual ones by their text.
-    found.special |= dict(zip(("eot", "eom"), others, strict=False))
-    found.adds = _added(tokenizer, found, ids)
+    vocabulary.special |= dict(zip(("eot", "eom"), other_ends, strict=False))
+    vocabulary.adds = _added(tokenizer, vocabulary, ids)
 
 
 def _added(
-    tokenizer: Mapping[str, Any], found: Vocabulary, ids: Mapping[str, int]
+    tokenizer: Mapping[str, Any], vocabulary: Vocabulary, ids: Mapping[str, int]
 ) -> dict[str, bool]:
     """Whether a text gets a start and an end token: what tokenizer.json does decides."""
     single: list[dict[str, Any]] = []
-    for part in _parts(tokenizer, "post_processor", "processors"):
-        if part.get("type") == "TemplateProcessing":
-            single = list(part.get("single") or [])
-    names = [str((own.get("SpecialToken") or {}).get("id")) for own in single]
-    first, last = (ids.get(names[place]) if names else None for place in (0, -1))
+    for processor in _steps(tokenizer, "post_processor", "processors"):
+        if processor.get("type") == "TemplateProcessing":
+            single = list(processor.get("single") or [])
+    names = [str((item.get("SpecialToken") or {}).get("id")) for item in single]
+    start, end = (ids.get(names[place]) if names else None for place in (0, -1))
     return {
-        "bos": first is not None and first == found.special.get("bos"),
-        "eos": last is not None and last == found.special.get("eos") and len(names) > 1,
+        "bos": start is not None and start == vocabulary.special.get("bos"),
+        "eos": end is not None and end == vocabulary.special.get("eos") and len(names) > 1,
     }
 
 
@@ -296,8 +300,8 @@ def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
     if value is None and older.is_file():
         value = read_json(older).get("chat_template")
     if isinstance(value, list):
-        named = {own.get("name"): own.get("template") for own in value}
-        value = named.get("default", next(iter(named.values()), None))
+        templates = {template.get("name"): template.get("template") for template in value}
+        value = templates.get("default", next(iter(templates.values()), None))
     return value if isinstance(value, str) else None
 
 
@@ -321,5 +325,5 @@ def stop_texts(folder: Path, rows: int) -> tuple[list[str], bool]:
     Raises:
         UserError: As of `read_vocabulary`.
     """
-    found = read_vocabulary(folder, rows)
-    return [found.tokens[token] for token in found.ends], found.adds["bos"]
+    vocabulary = read_vocabulary(folder, rows)
+    return [vocabulary.tokens[token] for token in vocabulary.ends], vocabulary.adds["bos"]

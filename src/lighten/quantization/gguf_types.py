@@ -45,8 +45,8 @@ class FileType:
 
 
 FILE_TYPES = {
-    own.name: own
-    for own in (
+    entry.name: entry
+    for entry in (
         FileType("f32", 0, F32), FileType("f16", 1, F16), FileType("bf16", 32, BF16),
         FileType("q8_0", 7, Q8_0), FileType("q6_k", 18, Q6_K), FileType("q5_k_m", 17, Q5_K),
         FileType("q5_k_s", 16, Q5_K), FileType("q5_1", 9, Q5_1), FileType("q5_0", 8, Q5_0),
@@ -64,26 +64,26 @@ def file_type(name: str) -> FileType:
     Raises:
         UserError: There is no such type.
     """
-    found = FILE_TYPES.get(name.lower())
-    if found is None:
+    entry = FILE_TYPES.get(name.lower())
+    if entry is None:
         raise UserError(
             f"{name!r} is not a type of GGUF file that can be written; those are "
             f"{', '.join(FILE_TYPES)}"
         )
-    return found
+    return entry
 
 
 @dataclass(frozen=True)
-class Chosen:
+class TensorFormat:
     """The format of a tensor.
 
     Attributes:
         kind: ggml's number of it.
-        wanted: The one that the type would give rows of any length.
+        preferred: The one that the type would give rows of any length.
     """
 
     kind: int
-    wanted: int
+    preferred: int
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Shape:
     architecture: str
 
 
-def choose(kind: FileType, name: str, shape: tuple[int, ...], model: Shape) -> Chosen:
+def choose(kind: FileType, name: str, shape: tuple[int, ...], model: Shape) -> TensorFormat:
     """The format of one tensor.
 
     Args:
@@ -113,21 +113,21 @@ def choose(kind: FileType, name: str, shape: tuple[int, ...], model: Shape) -> C
         model: Whose it is.
     """
     if len(shape) < 2 or name == "position_embd.weight" or not name.endswith("weight"):
-        return Chosen(F32, F32)
+        return TensorFormat(F32, F32)
     if kind.kind in PLAIN:
-        return Chosen(kind.kind, kind.kind)
-    wanted = _mixture(kind, name, shape, model)
+        return TensorFormat(kind.kind, kind.kind)
+    preferred = _mixture(kind, name, shape, model)
     columns = shape[-1]
-    found = wanted
-    if columns % _BLOCK[found]:
-        found = _FALLBACK.get(found, F16)
-    if columns % _BLOCK[found]:
-        found = F16
-    return Chosen(found, wanted)
+    ggml_type = preferred
+    if columns % _BLOCK[ggml_type]:
+        ggml_type = _FALLBACK.get(ggml_type, F16)
+    if columns % _BLOCK[ggml_type]:
+        ggml_type = F16
+    return TensorFormat(ggml_type, preferred)
 
 
 def _mixture(kind: FileType, name: str, shape: tuple[int, ...], model: Shape) -> int:
-    block, named = kind.kind, kind.name
+    block, type_name = kind.kind, kind.name
     if name == "output.weight" or (model.tied and name == "token_embd.weight"):
         if shape[-1] % _BLOCK[block]:
             return Q8_0
@@ -137,42 +137,42 @@ def _mixture(kind: FileType, name: str, shape: tuple[int, ...], model: Shape) ->
         return block
     layer, part = int(match[1]), match[2]
     if part in ("attn_v", "attn_qkv"):
-        return _values(named, block, layer, model)
+        return _values(type_name, block, layer, model)
     if part == "ffn_down":
-        return _down(named, block, layer, model)
+        return _down(type_name, block, layer, model)
     if part == "attn_output":
-        return {"q2_k": Q3_K, "q3_k_m": Q4_K, "q3_k_l": Q5_K}.get(named, block)
+        return {"q2_k": Q3_K, "q3_k_m": Q4_K, "q3_k_l": Q5_K}.get(type_name, block)
     return block
 
 
-def _values(named: str, block: int, layer: int, model: Shape) -> int:
+def _values(type_name: str, block: int, layer: int, model: Shape) -> int:
     """Of the projections to values, which suffer most."""
-    many = model.grouped >= _GROUPED
-    found = block
-    if named == "q2_k":
-        found = Q4_K if many else Q3_K
-    elif named == "q3_k_m":
-        found = Q5_K if layer < 2 else Q4_K
-    elif named == "q3_k_l" or (named.startswith("iq4") and many):
-        found = Q5_K
-    elif named in ("q4_k_m", "q5_k_m") and _more_bits(layer, model.layers):
-        found = Q6_K
-    elif named == "q4_k_s" and layer < 4:
-        found = Q5_K
+    heavily_grouped = model.grouped >= _GROUPED
+    ggml_type = block
+    if type_name == "q2_k":
+        ggml_type = Q4_K if heavily_grouped else Q3_K
+    elif type_name == "q3_k_m":
+        ggml_type = Q5_K if layer < 2 else Q4_K
+    elif type_name == "q3_k_l" or (type_name.startswith("iq4") and heavily_grouped):
+        ggml_type = Q5_K
+    elif type_name in ("q4_k_m", "q5_k_m") and _more_bits(layer, model.layers):
+        ggml_type = Q6_K
+    elif type_name == "q4_k_s" and layer < 4:
+        ggml_type = Q5_K
     large = model.architecture in ("llama", "qwen2") and model.layers == _LAYERS_OF_70B
-    return Q5_K if large and model.grouped > 1 and found in (Q3_K, Q4_K) else found
+    return Q5_K if large and model.grouped > 1 and ggml_type in (Q3_K, Q4_K) else ggml_type
 
 
-def _down(named: str, block: int, layer: int, model: Shape) -> int:
+def _down(type_name: str, block: int, layer: int, model: Shape) -> int:
     """Of the projections out of the MLP."""
-    first = layer < model.layers // 8
-    if named == "q2_k":
+    early = layer < model.layers // 8
+    if type_name == "q2_k":
         return Q3_K
-    if named == "q3_k_m":
+    if type_name == "q3_k_m":
         return Q5_K if layer < model.layers // 16 else Q4_K
-    if named == "q3_k_l" or (first and (named.startswith("iq4") or named == "q4_k_s")):
+    if type_name == "q3_k_l" or (early and (type_name.startswith("iq4") or type_name == "q4_k_s")):
         return Q5_K
-    if named in ("q4_k_m", "q5_k_m") and _more_bits(layer, model.layers):
+    if type_name in ("q4_k_m", "q5_k_m") and _more_bits(layer, model.layers):
         return Q6_K
     return block
 

@@ -113,13 +113,13 @@ def rounded(
     importance = moments.diagonal().clone()
     scales = searched_scales(weight, group_size, importance, kind)
     order = torch.argsort(importance, descending=True, stable=True)
-    left = weight[:, order]  # what columns are to become, errors of earlier ones added
+    adjusted = weight[:, order]  # what columns are to become, errors of earlier ones added
     factor = _factor(moments[order][:, order])
     columns = scales[:, order // group_size]  # [O, I]
-    integers = torch.empty_like(left)
+    integers = torch.empty_like(adjusted)
     for start in range(0, inputs, BLOCK):
         stop = min(start + BLOCK, inputs)
-        block, errors = left[:, start:stop], torch.empty_like(left[:, start:stop])
+        block, errors = adjusted[:, start:stop], torch.empty_like(adjusted[:, start:stop])
         within = factor[start:stop, start:stop]
         for place in range(stop - start):
             scale = columns[:, start + place]
@@ -128,7 +128,7 @@ def rounded(
             error /= within[place, place]
             block[:, place + 1 :].addr_(error, within[place, place + 1 :], alpha=-1)
             errors[:, place] = error
-        left[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)
+        adjusted[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)
     return integers[:, torch.argsort(order)].to(torch.int8), scales
 
 

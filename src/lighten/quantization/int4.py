@@ -44,15 +44,15 @@ def write(model: Path, folder: Path, calibration: Sequence[Sequence[int]] | None
     ).eval()
     layers = decoder_layers(loaded)
     size = group_size(loaded)
-    found: Rounded = {}
+    rounded: Rounded = {}
     if calibration is None:
         for path, layer in quantised_layers(loaded).items():
-            found[path] = gptq.rounded_plainly(layer.weight.detach(), size)
+            rounded[path] = gptq.rounded_plainly(layer.weight.detach(), size)
     else:
-        found = rounded_layers(loaded, calibration, lambda _: size)
+        rounded = rounded_layers(loaded, calibration, lambda _: size)
     paths = {id(module): path for path, module in loaded.named_modules()}
     blocks = paths[id(layers[0])].rpartition(".")[0]
-    _save(loaded, folder, found, size, blocks)
+    _save(loaded, folder, rounded, size, blocks)
 
 
 def group_size(model: PreTrainedModel) -> int:
@@ -76,23 +76,23 @@ def group_size(model: PreTrainedModel) -> int:
 
 def packed(integers: Tensor) -> Tensor:
     """Integers [O, I] as the layout has them: [I / 8, O] in int32, the lowest bits first."""
-    given = (integers.T.to(torch.int32) - gptq.LOWEST).unflatten(0, (-1, PACKED))
-    found = torch.zeros_like(given[:, 0])
+    nibbles = (integers.T.to(torch.int32) - gptq.LOWEST).unflatten(0, (-1, PACKED))
+    words = torch.zeros_like(nibbles[:, 0])
     for place in range(PACKED):
-        found |= given[:, place] << (4 * place)
-    return found
+        words |= nibbles[:, place] << (4 * place)
+    return words
 
 
-def _save(model: PreTrainedModel, folder: Path, found: Rounded, size: int, blocks: str) -> None:
+def _save(model: PreTrainedModel, folder: Path, rounded: Rounded, size: int, blocks: str) -> None:
     tensors: dict[str, Tensor] = {}
     dense: dict[int, Tensor] = {}  # what is tied stays so, or it would be written twice
     for name, value in model.state_dict().items():
         path, _, kind = name.rpartition(".")
-        if path not in found or kind != "weight":
+        if path not in rounded or kind != "weight":
             cast = value.to(torch.bfloat16) if value.is_floating_point() else value
             tensors[name] = dense.setdefault(value.data_ptr(), cast)
             continue
-        integers, scales = found[path]
+        integers, scales = rounded[path]
         outputs, groups = scales.shape
         tensors[f"{path}.qweight"] = packed(integers)
         tensors[f"{path}.scales"] = scales.T.contiguous().half()

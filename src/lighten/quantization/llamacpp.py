@@ -107,14 +107,14 @@ _LOG_CALL = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_
 _log: list[str] = []
 
 
-def _keep(level: int, text: bytes | None, _: Any) -> None:
+def _collect_log(level: int, text: bytes | None, _: Any) -> None:
     """llama.cpp writes pages of log to the terminal; the last errors are kept instead."""
     if level == _ERROR and text:
         _log.append(text.decode(errors="replace").strip())
         del _log[:-_KEPT_LINES]
 
 
-_keeper = _LOG_CALL(_keep)  # has to live as long as the library
+_log_callback = _LOG_CALL(_collect_log)  # has to live as long as the library
 
 
 @functools.cache
@@ -134,14 +134,14 @@ def library() -> ctypes.CDLL:
             call.restype, call.argtypes = result, arguments
     except (OSError, AttributeError) as error:
         raise UserError(_other_release(str(error))) from error
-    lib.llama_log_set(ctypes.cast(_keeper, _VOID), None)
+    lib.llama_log_set(ctypes.cast(_log_callback, _VOID), None)
     defaults = bytes(lib.llama_context_default_params().raw)
     if any(struct.unpack_from("<i", defaults, at)[0] != value for at, value in _DEFAULTS.items()):
         raise UserError(_other_release("its settings lie elsewhere"))
     lib.llama_backend_init()
     batch = lib.llama_batch_init(1, 0, 1)
-    parts = (batch.token, batch.pos, batch.n_seq_id, batch.seq_id, batch.logits)
-    if batch.embd or not all(parts):
+    fields = (batch.token, batch.pos, batch.n_seq_id, batch.seq_id, batch.logits)
+    if batch.embd or not all(fields):
         raise UserError(_other_release("its batches lie elsewhere"))
     lib.llama_batch_free(batch)
     return lib
@@ -178,14 +178,16 @@ def quantize_rows(rows: Floats, kind: int, threads: int = 1) -> np.ndarray[Any, 
     packed = np.empty((count, columns // block * size), dtype=np.uint8)
     lib.ggml_quantize_init(kind)
 
-    def part(first: int, last: int) -> None:
+    def quantize_chunk(start: int, stop: int) -> None:
         # ctypes lets other threads run while it waits.
         lib.ggml_quantize_chunk(
-            kind, rows.ctypes.data, packed.ctypes.data, first * columns, last - first, columns, None
+            kind, rows.ctypes.data, packed.ctypes.data, start * columns, stop - start, columns, None
         )
 
     edges = np.linspace(0, count, min(threads, count) + 1).astype(int).tolist()
-    workers = [threading.Thread(target=part, args=edge) for edge in itertools.pairwise(edges)]
+    workers = [
+        threading.Thread(target=quantize_chunk, args=edge) for edge in itertools.pairwise(edges)
+    ]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -358,7 +360,7 @@ class Runtime:
             UserError: The sequence is longer than the context, or could not be computed.
         """
         self._clear()
-        return self._decode(tokens, 0, every=True)
+        return self._decode(tokens, 0, all_positions=True)
 
     def log_probabilities(self, tokens: Sequence[int]) -> Floats:
         """Natural logarithm of the next token's probabilities after every token, shape (T, V).
@@ -384,18 +386,18 @@ class Runtime:
         """
         self._clear()
         answer: list[int] = []
-        scores = self._decode(tokens, 0, every=False)
+        scores = self._decode(tokens, 0, all_positions=False)
         while len(answer) < most:
             answer.append(int(scores[-1].argmax()))
             if len(answer) == most or (stop and self.ends(answer[-1])):
                 break
-            scores = self._decode(answer[-1:], len(tokens) + len(answer) - 1, every=False)
+            scores = self._decode(answer[-1:], len(tokens) + len(answer) - 1, all_positions=False)
         return answer
 
     def _clear(self) -> None:
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
 
-    def _decode(self, tokens: Sequence[int], start: int, *, every: bool) -> Floats:
+    def _decode(self, tokens: Sequence[int], start: int, *, all_positions: bool) -> Floats:
         count = len(tokens)
         if not count or start + count > self.context_tokens:
             raise UserError(
@@ -413,12 +415,12 @@ class Runtime:
                 batch.pos[place] = start + place
                 batch.n_seq_id[place] = 1
                 batch.seq_id[place][0] = 0
-                batch.logits[place] = every or place == count - 1
+                batch.logits[place] = all_positions or place == count - 1
             if self._lib.llama_decode(self._context, batch):
                 raise self._refused(self.path)
         finally:
             self._lib.llama_batch_free(batch)
-        places = range(count) if every else [count - 1]
+        places = range(count) if all_positions else [count - 1]
         rows = [self._lib.llama_get_logits_ith(self._context, place) for place in places]
         return np.stack([np.ctypeslib.as_array(row, shape=(size,)) for row in rows])
 

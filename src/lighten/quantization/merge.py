@@ -123,9 +123,9 @@ def merged_shapes(
     return plan.shapes()
 
 
-def _dtype(weights: dict[str, Weight], wanted: str) -> torch.dtype:
-    if wanted != "auto":
-        return _DTYPES[wanted]
+def _dtype(weights: dict[str, Weight], requested: str) -> torch.dtype:
+    if requested != "auto":
+        return _DTYPES[requested]
     kinds = collections.Counter(weight.kind for weight in weights.values())
     return torch.float16 if kinds["F16"] > kinds["BF16"] else torch.bfloat16
 
@@ -178,7 +178,9 @@ class _Plan:
         for name, entries in self._files.items():
             safetensors_stream.write(folder / name, entries)
         if len(self._files) > 1:
-            places = {entry.name: name for name, own in self._files.items() for entry in own}
+            places = {
+                entry.name: name for name, entries in self._files.items() for entry in entries
+            }
             index = {"metadata": {"total_size": self.nbytes}, "weight_map": places}
             text = json.dumps(index, indent=2, sort_keys=True) + "\n"
             (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
@@ -194,31 +196,31 @@ class _Plan:
 
     def write_config(self, folder: Path) -> None:
         """Write the configuration alone."""
-        said = json.loads((self._base / "config.json").read_bytes())
+        config = json.loads((self._base / "config.json").read_bytes())
         rows = self._rows
-        for part in (said, said.get("text_config")):
-            if isinstance(part, dict):
-                part.pop("quantization_config", None)
-                part.pop("torch_dtype", None)
-                part["dtype"] = str(self._dtype)[6:]
-                if "vocab_size" in part or part is said:
-                    part["vocab_size"] = rows
+        for section in (config, config.get("text_config")):
+            if isinstance(section, dict):
+                section.pop("quantization_config", None)
+                section.pop("torch_dtype", None)
+                section["dtype"] = str(self._dtype)[6:]
+                if "vocab_size" in section or section is config:
+                    section["vocab_size"] = rows
         if self.untied:
-            said["tie_word_embeddings"] = False
-            if isinstance(said.get("text_config"), dict):
-                said["text_config"]["tie_word_embeddings"] = False
-        (folder / "config.json").write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+            config["tie_word_embeddings"] = False
+            if isinstance(config.get("text_config"), dict):
+                config["text_config"]["tie_word_embeddings"] = False
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     def _resolved(self) -> dict[str, str]:
         """Name of a weight in the files by its name in the model, as the files have it."""
         prefix = f"{self._model.base_model_prefix}."
-        found = {}
+        keys = {}
         for name in self._model.state_dict():
             candidates = (name, name.removeprefix(prefix), prefix + name)
-            key = next((own for own in candidates if own in self._weights), None)
+            key = next((candidate for candidate in candidates if candidate in self._weights), None)
             if key is not None:
-                found[name] = key
-        return found
+                keys[name] = key
+        return keys
 
     def _look_at_vocabulary(self) -> None:
         """Find embedding and head, whether they part, and how many rows they have now."""
@@ -249,29 +251,31 @@ class _Plan:
 
     def _entries(self) -> dict[str, list[safetensors_stream.Entry]]:
         """The tensors by file, in the order in which the base's files hold them."""
-        wanted = set(self._changes.by_name)
+        unplaced = set(self._changes.by_name)
         files: dict[str, list[safetensors_stream.Entry]] = {}
         of_key = {key: name for name, key in self._names.items()}
         names = _file_names(self._weights)
-        ordered = sorted(self._weights.items(), key=lambda own: (own[1].file.name, own[1].offset))
+        ordered = sorted(
+            self._weights.items(), key=lambda item: (item[1].file.name, item[1].offset)
+        )
         for key, weight in ordered:
             name = of_key.get(key, key)
             entries = files.setdefault(names[weight.file], [])
             if name == self._head and (self._tied or self.untied):
-                wanted.discard(name)  # the embedding's, which stands beside it
+                unplaced.discard(name)  # the embedding's, which stands beside it
                 continue
             entries.append(self._entry(key, name, weight))
-            wanted.discard(name)
+            unplaced.discard(name)
             if name == self._embedding and self.untied:
                 entries.append(self._entry(self._head, self._head, weight))
-                wanted.discard(self._head)
+                unplaced.discard(self._head)
         if self._tied:
-            wanted.discard(self._head)
-        if wanted:
+            unplaced.discard(self._head)
+        if unplaced:
             raise UserError(
                 f"{self._adapter} does not fit {self._base}: it changes "
-                f"{min(wanted)}, which the base does not have ({len(wanted)} such weights); it was "
-                "trained on another model"
+                f"{min(unplaced)}, which the base does not have ({len(unplaced)} such weights); it "
+                "was trained on another model"
             )
         return files
 
@@ -312,7 +316,7 @@ class _Plan:
 
         def blocks() -> Iterator[Tensor]:
             if name != self._head and self._is_linear(name):
-                yield rounding.rounded(torch.from_numpy(weight.whole()), turned=turned)
+                yield rounding.rounded(torch.from_numpy(weight.read_all()), turned=turned)
                 return
             for block in map(torch.from_numpy, weight.rows()):
                 yield block.to(rounding.compute).float()
@@ -322,10 +326,12 @@ class _Plan:
 
 def _rows_alone(change: Any) -> bool:
     """Whether rows alone were trained: PEFT shares them with a tied head."""
-    return change.rows is not None and change.A is None and change.whole is None
+    return change.rows is not None and change.A is None and change.replacement is None
 
 
-def _grown(blocks: Callable[[], Iterator[Tensor]], more: int) -> Callable[[], Iterator[Tensor]]:
+def _grown(
+    blocks: Callable[[], Iterator[Tensor]], extra_rows: int
+) -> Callable[[], Iterator[Tensor]]:
     """A weight of the vocabulary with rows added, each the mean of those there are."""
 
     def grown() -> Iterator[Tensor]:
@@ -333,7 +339,7 @@ def _grown(blocks: Callable[[], Iterator[Tensor]], more: int) -> Callable[[], It
         for block in blocks():
             total, count = total + block.sum(0), count + len(block)
             yield block
-        yield (total / count).expand(more, -1)
+        yield (total / count).expand(extra_rows, -1)
 
     return grown
 

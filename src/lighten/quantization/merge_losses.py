@@ -34,25 +34,26 @@ def held_out_losses(artefact: Artefact) -> dict[str, dict[str, Any]] | None:
     assert artefact.adapter is not None
     recipe = artefact.run.recipe()
     try:
-        given = held_out_examples(recipe, artefact.facts.get("data_sha256"))
+        examples = held_out_examples(recipe, artefact.facts.get("data_sha256"))
     except UserError:
         return None  # gone or changed since: the artefact is written all the same
-    found = {}
+    losses = {}
     for onto, settings in {"original": {key: False for key in artefact.quantization
                                         if key.startswith("load_in")},
                            "dequantized": {}}.items():  # fmt: skip
-        own = recipe.model_copy(update=settings)
-        base = load_base(own, "cpu")
+        variant = recipe.model_copy(update=settings)
+        base = load_base(variant, "cpu")
         trained = adapters.load(base.model, {"adapter": artefact.adapter})
         limits = models.limits_of(base.model)
-        rows = held_out_data.encoded(own, given, base.tokenizer, limits, ROWS, None).rows
+        rows = held_out_data.encoded(variant, examples, base.tokenizer, limits, ROWS, None).rows
         assert rows is not None
-        lost = held_out(
+        validation = held_out(
             Objective(base.model, trained, fast=trained.supports_fast_loss), rows.rows, "adapter",
             max_rows=recipe.per_device_eval_batch_size,
         )  # fmt: skip
-        found[onto] = {
-            "loss": lost.loss, "standard_error": lost.standard_error, "rows": len(lost.nll),
+        losses[onto] = {
+            "loss": validation.loss, "standard_error": validation.standard_error,
+            "rows": len(validation.nll),
         }  # fmt: skip
         del base, trained
-    return found
+    return losses

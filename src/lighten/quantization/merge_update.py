@@ -34,7 +34,7 @@ class Change:
     """What an adapter does to one weight.
 
     Attributes:
-        whole: Key of the tensor that takes the weight's place.
+        replacement: Key of the tensor that takes the weight's place.
         A: Key of the factor [r, I] (of an embedding [r, V]).
         B: Key of the factor [O, r] (of an embedding [H, r]).
         scale: Before B·A.
@@ -44,7 +44,7 @@ class Change:
         indices: Which rows they are.
     """
 
-    whole: str | None = None
+    replacement: str | None = None
     A: str | None = None
     B: str | None = None
     scale: float = 1.0
@@ -90,15 +90,15 @@ class Changes:
     def rows_of(self, name: str) -> int | None:
         """Rows of the tensor that takes a weight's place, None where none does."""
         change = self.by_name.get(name)
-        return self.shapes[change.whole][0] if change and change.whole else None
+        return self.shapes[change.replacement][0] if change and change.replacement else None
 
 
 def streamable(config: Mapping[str, Any]) -> bool:
     """Whether an adapter's change of each weight can be told from that weight alone."""
-    said = more_than_low_rank(config)
+    reason = more_than_low_rank(config)
     if config.get("peft_type") == "TRAINABLE_TOKENS":
         return True
-    return said in (None, _DORA) and config.get("bias") in (None, "none", "all", "lora_only")
+    return reason in (None, _DORA) and config.get("bias") in (None, "none", "all", "lora_only")
 
 
 def read_changes(folder: Path, config: Mapping[str, Any]) -> Changes:
@@ -136,7 +136,7 @@ def read_changes(folder: Path, config: Mapping[str, Any]) -> Changes:
         elif ".lora_" in name:
             raise UserError(f"{folder / WEIGHTS}: {key} is not known here; merge it with PEFT")
         else:
-            changes.by_name.setdefault(name, Change()).whole = key
+            changes.by_name.setdefault(name, Change()).replacement = key
     for name, change in changes.by_name.items():
         if (change.A is None) != (change.B is None):
             raise UserError(f"{folder}: {name} has only one of lora_A and lora_B; it is not whole")
@@ -149,12 +149,12 @@ def read_changes(folder: Path, config: Mapping[str, Any]) -> Changes:
 
 def _indices(config: Mapping[str, Any], path: str, folder: Path) -> tuple[int, ...]:
     """Which rows of a weight were trained."""
-    told = config.get("trainable_token_indices") or config.get("token_indices")
-    if isinstance(told, dict):
-        told = next((v for k, v in told.items() if path == k or path.endswith(f".{k}")), None)
-    if not isinstance(told, list):
+    indices = config.get("trainable_token_indices") or config.get("token_indices")
+    if isinstance(indices, dict):
+        indices = next((v for k, v in indices.items() if path == k or path.endswith(f".{k}")), None)
+    if not isinstance(indices, list):
         raise UserError(f"{folder}: its configuration does not say which rows of {path} it trained")
-    return tuple(int(index) for index in told)
+    return tuple(int(index) for index in indices)
 
 
 def require_fit(
@@ -174,17 +174,17 @@ def require_fit(
     """
     change, shapes = changes.by_name[name], changes.shapes
 
-    def refuse(what: tuple[int, ...]) -> UserError:
+    def refuse(actual: tuple[int, ...]) -> UserError:
         return UserError(
             f"{changes.folder} does not fit this base: {name} is {shape} there and the adapter has "
-            f"{what}; it was trained on another model"
+            f"{actual}; it was trained on another model"
         )
 
-    if change.whole is not None:
-        own = shapes[change.whole]
-        if own != shape and not (grown and own[1:] == shape[1:]):
-            raise refuse(own)
-        shape = own
+    if change.replacement is not None:
+        tensor_shape = shapes[change.replacement]
+        if tensor_shape != shape and not (grown and tensor_shape[1:] == shape[1:]):
+            raise refuse(tensor_shape)
+        shape = tensor_shape
     if change.A is not None and change.B is not None:
         A, B = shapes[change.A], shapes[change.B]
         if len(A) != 2 or len(B) != 2 or A[0] != B[1]:
@@ -193,9 +193,9 @@ def require_fit(
         if product != shape and not (grown and product[1:] == shape[1:]):
             raise refuse(product)
     if change.rows is not None:
-        own = shapes[change.rows]
-        if own[1:] != shape[1:] or len(change.indices) != own[0]:
-            raise refuse(own)
+        tensor_shape = shapes[change.rows]
+        if tensor_shape[1:] != shape[1:] or len(change.indices) != tensor_shape[0]:
+            raise refuse(tensor_shape)
         if max(change.indices, default=0) >= shape[0]:
             raise UserError(f"{changes.folder} trained row {max(change.indices)} of {name}, "
                             f"which has {shape[0]} rows")  # fmt: skip
@@ -211,9 +211,9 @@ def changed(changes: Changes, name: str, blocks: Callable[[], Blocks], *, turned
         turned: The weight is kept as [I, O] (GPT-2).
     """
     change = changes.by_name[name]
-    if change.whole is not None:
-        whole = changes.read(change.whole)
-        blocks = lambda: iter([whole])  # noqa: E731  # the same kind of thing, from elsewhere
+    if change.replacement is not None:
+        replacement = changes.read(change.replacement)
+        blocks = lambda: iter([replacement])  # noqa: E731  # the same kind of thing, from elsewhere
     if change.A is not None and change.B is not None:
         blocks = _low_rank(changes, change, blocks, turned=turned)
     if change.rows is None:

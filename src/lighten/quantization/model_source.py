@@ -152,14 +152,14 @@ def evaluation_of(source: ModelSource, tokens: int, questions: int) -> HeldOutSe
     trained_on = None if source.run is None else source.run.info().get("data", {}).get("sha256")
     limits = models.limits(str(source.folder))
     try:
-        given = held_out_examples(recipe, trained_on)
-        found = held_out_data.encoded(recipe, given, source.tokenizer, limits, 200)
+        examples = held_out_examples(recipe, trained_on)
+        held_out = held_out_data.encoded(recipe, examples, source.tokenizer, limits, 200)
     except NoHeldOut:
         return None
-    assert found.rows is not None
+    assert held_out.rows is not None
     rows: list[EvaluationRow] = []
     total = 0
-    for row in found.rows.rows:
+    for row in held_out.rows.rows:
         ids = [int(token) for token in row.input_ids]
         if rows and total + len(ids) > tokens:
             break
@@ -168,18 +168,18 @@ def evaluation_of(source: ModelSource, tokens: int, questions: int) -> HeldOutSe
             rows.append(EvaluationRow(ids, marks))
             total += len(ids)
     handling = data.Handling(recipe.system_role, recipe.thinking)
-    asked, unasked = askable(found.examples[:questions], recipe, source.tokenizer)
-    pairs = [data.prompt_of(example, source.tokenizer, handling) for example in asked]
+    answerable, skip_notes = askable(held_out.examples[:questions], recipe, source.tokenizer)
+    pairs = [data.prompt_of(example, source.tokenizer, handling) for example in answerable]
     digest = hashlib.sha256(np.asarray([t for row in rows for t in row.ids], "<i4").tobytes())
-    notes = [*found.sentences(), *unasked]
-    if len(rows) < len(found.rows.rows):
+    notes = [*held_out.sentences(), *skip_notes]
+    if len(rows) < len(held_out.rows.rows):
         notes.append(
-            f"{len(rows)} of {len(found.rows.rows)} held-out rows, {total} tokens, are measured on "
-            "(--tokens)"
+            f"{len(rows)} of {len(held_out.rows.rows)} held-out rows, {total} tokens, are measured "
+            "on (--tokens)"
         )
     task = task_metrics(recipe, source.tokenizer, declared_ends(source.folder), source.run)
     return HeldOutSet(
         rows, [ids for ids, _ in pairs],
         [limits.room(len(ids), task.answer_tokens) for ids, _ in pairs],
-        [text for _, text in pairs], task, found.name, digest.hexdigest(), notes,
+        [text for _, text in pairs], task, held_out.name, digest.hexdigest(), notes,
     )  # fmt: skip

@@ -120,14 +120,14 @@ def chat_pieces(tokenizer: Any, *, adds_bos: bool = False) -> ChatPieces | None:
 
     try:
         pieces = _pieces(render)
-        same = pieces is not None and all(
+        matches = pieces is not None and all(
             render(chat) == pieces.render(chat) for chat in _chats(pieces)
         )
     # Templates refuse roles and orders in words of their own.
     except (TemplateError, ValueError, KeyError, TypeError):
         return None
     unquotable = pieces is not None and '"""' in pieces.go_template()
-    return pieces if same and not unquotable else None
+    return pieces if matches and not unquotable else None
 
 
 def _pieces(render: Callable[..., str]) -> ChatPieces | None:

@@ -102,7 +102,7 @@ def push(folder: Path, repo_id: str, *, private: bool = True, force: bool = Fals
     hub = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token)
     try:
         hub.create_repo(repo_id, private=private, exist_ok=True)
-        done = hub.upload_folder(
+        commit = hub.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
             allow_patterns=[path.relative_to(folder).as_posix() for path in files],
@@ -112,11 +112,15 @@ def push(folder: Path, repo_id: str, *, private: bool = True, force: bool = Fals
         raise UserError("HF_HUB_OFFLINE is set; unset it to upload") from error
     except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{hub.endpoint} did not take {repo_id}: {_line(error)}") from error
-    return str(done.commit_url)
+    return str(commit.commit_url)
 
 
 def _line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    first = lines[0] if lines else type(error).__name__
+    first_line = lines[0] if lines else type(error).__name__
     # Of a large file it says which, and why is in the cause.
-    return first if error.__cause__ is None else f"{first.rstrip('.')}: {_line(error.__cause__)}"
+    return (
+        first_line
+        if error.__cause__ is None
+        else f"{first_line.rstrip('.')}: {_line(error.__cause__)}"
+    )

@@ -80,15 +80,15 @@ class TaskMetrics:
         Raises:
             UserError: A metric of the user's cannot be imported, or returned no number.
         """
-        said = registry.nfc([self.text(answer) for answer in answers])
+        predictions = registry.nfc([self.text(answer) for answer in answers])
         right = registry.nfc([as_shown(reference, self.tokenizer) for reference in references])
-        draws = Resamples(len(said), SAMPLES)
-        found = {}
+        draws = Resamples(len(predictions), SAMPLES)
+        estimates = {}
         for name in self.names:
             scorer = registry.scorer(name)
-            statistics = scorer.statistics(said, right)
-            found[name] = draws.estimate(statistics, scorer.formula).to_dict()
-        return found
+            statistics = scorer.statistics(predictions, right)
+            estimates[name] = draws.estimate(statistics, scorer.formula).to_dict()
+        return estimates
 
 
 def task_metrics(
@@ -106,18 +106,19 @@ def task_metrics(
         UserError: A metric of the user's cannot be imported.
     """
     learnt = None if run is None else data.LearntAnswers.of(run.info())
-    chosen = [recipe.sweep.metric] if recipe.sweep.metric in registry.OF_ANSWERS else []
-    names = dict.fromkeys([*recipe.evaluate.extra_metrics, *chosen, *METRICS])
+    sweep_metrics = [recipe.sweep.metric] if recipe.sweep.metric in registry.OF_ANSWERS else []
+    names = dict.fromkeys([*recipe.evaluate.extra_metrics, *sweep_metrics, *METRICS])
     for name in names:
         registry.scorer(name)
-    wanted = recipe.evaluate.max_new_tokens
+    answer_tokens = recipe.evaluate.max_new_tokens
     notes = []
-    if wanted > LONGEST_ANSWER:
+    if answer_tokens > LONGEST_ANSWER:
         notes.append(
-            f"answers end after {LONGEST_ANSWER} tokens, where evaluate.max_new_tokens is {wanted}"
+            f"answers end after {LONGEST_ANSWER} tokens, where evaluate.max_new_tokens is "
+            f"{answer_tokens}"
         )
     return TaskMetrics(
-        tuple(names), min(wanted, LONGEST_ANSWER),
+        tuple(names), min(answer_tokens, LONGEST_ANSWER),
         frozenset(data.stop_tokens(tokenizer, ends, learnt)),
         frozenset(hidden_tokens(tokenizer, learnt)), tokenizer, tuple(notes),
     )  # fmt: skip

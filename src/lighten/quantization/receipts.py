@@ -35,12 +35,12 @@ def receipt_of(
     if form in ("adapter", "merged"):
         if form == "merged":
             kind = _dtype_of(target)
-            other = verify.InTransformers(target)
+            exported = verify.InTransformers(target)
         else:
             kind = "adapter"
-            other = verify.InTransformers(artefact.base_folder, target, target)
+            exported = verify.InTransformers(artefact.base_folder, target, target)
         return verify.compare(
-            source, other, questions, artefact=target.name, kind=kind, against=against
+            source, exported, questions, artefact=target.name, kind=kind, against=against
         )
     if form == "executorch":
         (file,) = target.glob(f"*{executorch.SUFFIX}")
@@ -70,17 +70,17 @@ def _of_program(
 
     What the rounding costs is measured against the model; what the runtime adds to it, apart.
     """
-    rounding, told, _ = executorch.program_rounding(artefact)
+    rounding, record, _ = executorch.program_rounding(artefact)
     manifest = file.parent / MANIFEST
     # Of other data than there are now the rounding cannot be computed again.
-    known = manifest.is_file() and read_json(manifest).get("rounding") == told
+    reproducible = manifest.is_file() and read_json(manifest).get("rounding") == record
     with executorch.running(file, source.tokenizer) as program:
-        found = verify.compare(
+        receipt = verify.compare(
             source, program, questions, artefact=file.name, kind="executorch",
             against=_against(artefact, dequantized), context_tokens=program.positions,
         )  # fmt: skip
-        if not known:
-            return found
+        if not reproducible:
+            return receipt
         rounded = _in_transformers(artefact, dequantized)
         if artefact.adapter is not None:
             rounded.model = rounded.model.merge_and_unload()
@@ -88,7 +88,7 @@ def _of_program(
         longest = min(verify.LONGEST, program.positions)
         lost = verify.divergence(source, rounded, questions.prompts, longest)
         added = verify.divergence(rounded, program, questions.prompts, longest)
-    return dataclasses.replace(found, rounding_kl=lost, runtime_kl=added)
+    return dataclasses.replace(receipt, rounding_kl=lost, runtime_kl=added)
 
 
 def verify_artefact(path: Path, against: Artefact) -> Receipt:
@@ -108,7 +108,7 @@ def verify_artefact(path: Path, against: Artefact) -> Receipt:
     files = [path] if path.is_file() else sorted(path.glob("*.gguf"))
     if len(programs) == 1:
         executorch.require_whole(programs[0])
-        found = _of_program(against, programs[0], *_source_of(against, dequantized), dequantized)
+        receipt = _of_program(against, programs[0], *_source_of(against, dequantized), dequantized)
     elif files:
         if len(files) > 1 or files[0].suffix != ".gguf":
             raise UserError(f"{path}: name one GGUF file or program, or an export's folder")
@@ -116,25 +116,25 @@ def verify_artefact(path: Path, against: Artefact) -> Receipt:
 
         facts = read_header(files[0]).settings
         if facts.get("general.type") == "adapter":
-            found = receipt_of(against, folder, "gguf-adapter", "f16")
+            receipt = receipt_of(against, folder, "gguf-adapter", "f16")
         else:
             kind = files[0].stem.rpartition(".")[2].lower()
             source, questions = _source_of(against, dequantized)
             with verify.in_llamacpp(files[0]) as opened:
-                found = verify.compare(
+                receipt = verify.compare(
                     source, opened, questions, artefact=files[0].name, kind=kind,
                     against=_against(against, dequantized),
                 )  # fmt: skip
     elif (path / CONFIG).is_file():
-        found = receipt_of(against, path, "adapter", "adapter")
+        receipt = receipt_of(against, path, "adapter", "adapter")
     elif (path / "config.json").is_file():
-        found = receipt_of(against, path, "merged", "auto", dequantized)
+        receipt = receipt_of(against, path, "merged", "auto", dequantized)
     else:
         raise UserError(
             f"{path} is no GGUF file, no program and no folder with a model or an adapter"
         )
-    verify.write_receipt(found, folder)
-    return found
+    verify.write_receipt(receipt, folder)
+    return receipt
 
 
 def _source_of(against: Artefact, dequantized: bool) -> tuple[verify.InTransformers, Questions]:

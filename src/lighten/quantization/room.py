@@ -88,9 +88,9 @@ def require_room(folder: Path, nbytes: int, what: str, *, temporary_bytes: int =
         DiskFull: It has not.
     """
     temporary = Path(tempfile.gettempdir())
-    needs = {_there(folder): nbytes}
-    one_disk = _there(folder).stat().st_dev == temporary.stat().st_dev
-    place = _there(folder) if one_disk else temporary
+    needs = {_existing_parent(folder): nbytes}
+    one_disk = _existing_parent(folder).stat().st_dev == temporary.stat().st_dev
+    place = _existing_parent(folder) if one_disk else temporary
     needs[place] = needs.get(place, 0) + temporary_bytes
     for where, needed in needs.items():
         free = shutil.disk_usage(where).free
@@ -103,10 +103,10 @@ def require_room(folder: Path, nbytes: int, what: str, *, temporary_bytes: int =
 
 def free_bytes(folder: Path) -> int:
     """Free bytes of the disk of a folder that may not be there yet."""
-    return shutil.disk_usage(_there(folder)).free
+    return shutil.disk_usage(_existing_parent(folder)).free
 
 
-def _there(folder: Path) -> Path:
+def _existing_parent(folder: Path) -> Path:
     folder = folder.absolute()
     return next(path for path in (folder, *folder.parents) if path.exists())
 

@@ -70,6 +70,6 @@ def rounding_of(artefact: Artefact) -> Rounding:
 def _trained_dtype(artefact: Artefact) -> str:
     """The format in which the products of the run's training were computed."""
     assert artefact.run is not None
-    told = {own["what"]: own["value"] for own in artefact.run.info().get("choices", [])}
-    wanted = artefact.run.recipe().compute_dtype
-    return str(told.get("dtype") or hardware.choose_dtype(wanted, "cpu").value)
+    choices = {choice["what"]: choice["value"] for choice in artefact.run.info().get("choices", [])}
+    requested = artefact.run.recipe().compute_dtype
+    return str(choices.get("dtype") or hardware.choose_dtype(requested, "cpu").value)

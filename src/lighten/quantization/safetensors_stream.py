@@ -62,18 +62,18 @@ def write(path: Path, entries: Sequence[Entry]) -> None:
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     place = 0
-    for own in entries:
-        header[own.name] = {
-            "dtype": own.kind,
-            "shape": list(own.shape),
-            "data_offsets": [place, place + own.nbytes],
+    for tensor in entries:
+        header[tensor.name] = {
+            "dtype": tensor.kind,
+            "shape": list(tensor.shape),
+            "data_offsets": [place, place + tensor.nbytes],
         }
-        place += own.nbytes
+        place += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(_HEADER, "little"))
         file.write(text)
-        for own in entries:
-            written = sum(file.write(block) for block in own.blocks())
-            assert written == own.nbytes, (own.name, written, own.nbytes)
+        for tensor in entries:
+            written = sum(file.write(block) for block in tensor.blocks())
+            assert written == tensor.nbytes, (tensor.name, written, tensor.nbytes)

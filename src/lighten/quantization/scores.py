@@ -55,32 +55,42 @@ def score(
         By row: `nll` in nats and `tokens`; unless it is the reference `kl` (reference from model,
         in nats, summed) and `agreed` (tokens whose likeliest is the same).
     """
-    found: dict[str, list[float]] = {"nll": [], "tokens": [], "kl": [], "agreed": []}
+    by_row: dict[str, list[float]] = {"nll": [], "tokens": [], "kl": [], "agreed": []}
     for number, row in enumerate(rows):
         places = row.places
-        told = log_probabilities(row.ids)[places]
-        after = [row.ids[place + 1] for place in places]
-        found["nll"].append(float(-told[np.arange(len(places)), after].sum(dtype=np.float64)))
-        found["tokens"].append(len(places))
+        log_probs = log_probabilities(row.ids)[places]
+        next_ids = [row.ids[place + 1] for place in places]
+        by_row["nll"].append(
+            float(-log_probs[np.arange(len(places)), next_ids].sum(dtype=np.float64))
+        )
+        by_row["tokens"].append(len(places))
         if store is None:
             continue
         file = store / f"{number}.npy"
         if reference:
-            np.save(file, told)
+            np.save(file, log_probs)
             continue
-        theirs = np.load(file)
-        words = min(theirs.shape[1], told.shape[1])  # a file may pad its vocabulary
-        theirs, told = theirs[:, :words], told[:, :words]
-        found["kl"].append(float((np.exp(theirs) * (theirs - told)).sum(dtype=np.float64)))
-        found["agreed"].append(int((theirs.argmax(-1) == told.argmax(-1)).sum()))
-    return found
+        reference_log_probs = np.load(file)
+        words = min(
+            reference_log_probs.shape[1], log_probs.shape[1]
+        )  # a file may pad its vocabulary
+        reference_log_probs, log_probs = reference_log_probs[:, :words], log_probs[:, :words]
+        by_row["kl"].append(
+            float(
+                (np.exp(reference_log_probs) * (reference_log_probs - log_probs)).sum(
+                    dtype=np.float64
+                )
+            )
+        )
+        by_row["agreed"].append(int((reference_log_probs.argmax(-1) == log_probs.argmax(-1)).sum()))
+    return by_row
 
 
-def summary(found: dict[str, list[float]]) -> dict[str, Any]:
+def summary(by_row: dict[str, list[float]]) -> dict[str, Any]:
     """Perplexity with its standard error, mean KL and agreement over all tokens."""
     from lighten.engine.validation import ValidationLoss
 
-    rows = ValidationLoss(tuple(found["nll"]), tuple(int(n) for n in found["tokens"]))
+    rows = ValidationLoss(tuple(by_row["nll"]), tuple(int(n) for n in by_row["tokens"]))
     perplexity, error = math.exp(min(rows.loss, 700)), rows.standard_error
     values: dict[str, Any] = {
         "loss": rows.loss,
@@ -90,9 +100,9 @@ def summary(found: dict[str, list[float]]) -> dict[str, Any]:
         "perplexity_standard_error": None if error is None else perplexity * error,
         "tokens": sum(rows.tokens),
     }
-    if found["kl"]:
-        values["kl"] = sum(found["kl"]) / values["tokens"]
-        values["top1_agreement"] = sum(found["agreed"]) / values["tokens"]
+    if by_row["kl"]:
+        values["kl"] = sum(by_row["kl"]) / values["tokens"]
+        values["top1_agreement"] = sum(by_row["agreed"]) / values["tokens"]
     else:
         values["kl"], values["top1_agreement"] = 0.0, 1.0
     return values
@@ -117,15 +127,15 @@ def speeds(
     """
     ids = list(prompt)
     prefill(ids)  # what is allocated at first is no part of it
-    read = min(_seconds(lambda: prefill(ids)) for _ in range(2))
+    prefill_seconds = min(_seconds(lambda: prefill(ids)) for _ in range(2))
     samples = []
     for _ in range(repeats):
         began = time.perf_counter()
         count = decode(ids, DECODED)
-        wrote = max(time.perf_counter() - began - read, 1e-9)
-        samples.append(wrote / max(1, count - 1))
+        decode_seconds = max(time.perf_counter() - began - prefill_seconds, 1e-9)
+        samples.append(decode_seconds / max(1, count - 1))
     return {
-        "prefill_tokens_per_second": len(ids) / read,
+        "prefill_tokens_per_second": len(ids) / prefill_seconds,
         "decode_tokens_per_second": 1 / statistics.median(samples),
         "decode_samples": samples,
     }

@@ -103,7 +103,7 @@ def quantize(
             root = output_dir or _exports(model)
             for target in targets:
                 require_replaceable(root / target.folder)
-            calibration, told = ([], None) if not any(t.calibrated for t in targets) else (
+            calibration, record = ([], None) if not any(t.calibrated for t in targets) else (
                 calibration_of(model)
             )  # fmt: skip
             held_out = evaluation_of(model, tokens, questions)
@@ -114,19 +114,19 @@ def quantize(
             for target in targets:
                 tell(f"making {target.name}")
                 folder = root / target.folder
-                costs = _make(target, model, folder, calibration, told)
+                costs = _make(target, model, folder, calibration, record)
                 tell(f"measuring {target.name}")
                 rows.append({"name": target.name, "folder": str(folder),
                              "file_bytes": weight_bytes(folder), **costs,
                              **measuring.of(target.kind, folder, target.name)})  # fmt: skip
             notes = [*measuring.notes(), *_about_bytes(targets, model)]
-            found = Quantized(
-                model.name, _with_frontier(rows), measuring.settings(told), notes, str(root)
+            result = Quantized(
+                model.name, _with_frontier(rows), measuring.settings(record), notes, str(root)
             )
             if model.run is not None:
-                write_json(model.run.folder / QUANTIZE, found.to_dict())
-            write_json(root / QUANTIZE, found.to_dict())
-    return found
+                write_json(model.run.folder / QUANTIZE, result.to_dict())
+            write_json(root / QUANTIZE, result.to_dict())
+    return result
 
 
 def _about_bytes(targets: Sequence[Target], model: ModelSource) -> list[str]:
@@ -156,7 +156,7 @@ def _make(
     model: ModelSource,
     folder: Path,
     calibration: list[list[int]],
-    told: dict[str, Any] | None,
+    record: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Write one format, whole or not at all; what it took."""
     with whole_folder(folder) as partial:
@@ -168,19 +168,19 @@ def _make(
         }  # fmt: skip
         costs = child.call(job)
         if target.calibrated:
-            write_json(partial / "calibration.json", told)
-        (partial / "README.md").write_text(_card(target, model, told), encoding="utf-8")
+            write_json(partial / "calibration.json", record)
+        (partial / "README.md").write_text(_card(target, model, record), encoding="utf-8")
     return {"made_seconds": costs["seconds"], "made_peak_bytes": costs["peak_bytes"]}
 
 
-def _card(target: Target, model: ModelSource, told: dict[str, Any] | None) -> str:
+def _card(target: Target, model: ModelSource, record: dict[str, Any] | None) -> str:
     library = "gguf" if target.kind == "gguf" else "transformers"
     how = ""
-    if target.calibrated and told is not None:
-        data = Path(told["dataset"]).name
+    if target.calibrated and record is not None:
+        data = Path(record["dataset"]).name
         how = (
-            f" Its rounding was chosen on {counted(told['rows'], 'row')} of {told['row_tokens']} "
-            f"tokens of `{data}` (SHA-256 of the ids {told['sha256']})."
+            f" Its rounding was chosen on {counted(record['rows'], 'row')} of "
+            f"{record['row_tokens']} tokens of `{data}` (SHA-256 of the ids {record['sha256']})."
         )
     use = (
         f"```\nllama-cli -m {model.name}.gguf\n```\n"
@@ -217,13 +217,13 @@ class _Measuring:
             "rooms": [] if held_out is None else held_out.rooms,
             "prompt": self._prompt, "store": str(self._store), "reference": kind == "reference",
         }  # fmt: skip
-        found = child.call(job)
-        found.pop("rows")
-        found.pop("decode_samples")
-        answers = found.pop("answers")
+        measurement = child.call(job)
+        measurement.pop("rows")
+        measurement.pop("decode_samples")
+        answers = measurement.pop("answers")
         if held_out is not None and answers:
-            found["metrics"] = held_out.task.values(answers, held_out.references)
-        return found
+            measurement["metrics"] = held_out.task.values(answers, held_out.references)
+        return measurement
 
     def settings(self, calibration: dict[str, Any] | None) -> dict[str, Any]:
         """How all was measured."""

@@ -67,10 +67,10 @@ def parse(words: Sequence[str] | str) -> list[Target]:
     """
     names = [words] if isinstance(words, str) else list(words)
     parts = [part.strip().lower() for name in names for part in str(name).split(",")]
-    found = {target.name: target for part in parts if part for target in [_target(part)]}
-    if not found:
+    targets = {target.name: target for part in parts if part for target in [_target(part)]}
+    if not targets:
         raise UserError(f"--to names no format; use {', '.join(KINDS)} or gguf:TYPE")
-    return list(found.values())
+    return list(targets.values())
 
 
 def _target(name: str) -> Target:

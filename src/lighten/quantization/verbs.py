@@ -134,10 +134,16 @@ def quantize(
     from lighten.quantization.targets import parse, require_tools
 
     require_tools(parse(to))
-    given = path_checks.source_of(source)
+    checked_source = path_checks.source_of(source)
     from lighten.quantization.table import quantize as quantize_model
 
     target = None if output_dir is None else Path(output_dir).expanduser()
     return quantize_model(
-        given, to, adapter=adapter, dataset=dataset, output_dir=target, tell=tell, **options
+        checked_source,
+        to,
+        adapter=adapter,
+        dataset=dataset,
+        output_dir=target,
+        tell=tell,
+        **options,
     )

@@ -99,10 +99,10 @@ class Receipt:
     @property
     def passed(self) -> bool:
         """Whether it answers as its kind may."""
-        near = not self.other_tokens and self.mean_kl <= self.allowed_kl
+        close_enough = not self.other_tokens and self.mean_kl <= self.allowed_kl
         if self.rounding_kl is None or self.runtime_kl is None:
-            return near
-        return near and self.runtime_kl <= RUNTIME_SHARE * self.rounding_kl + ALLOWED["f32"]
+            return close_enough
+        return close_enough and self.runtime_kl <= RUNTIME_SHARE * self.rounding_kl + ALLOWED["f32"]
 
     def to_dict(self) -> dict[str, Any]:
         """For `receipt.json`."""
@@ -133,11 +133,11 @@ class Receipt:
         )
 
     def _task(self) -> str:
-        told = (
-            f"{own['label']} {own['after']:.1f} ({own['before']:.1f} before)"
-            for own in self.metrics.values()
+        texts = (
+            f"{metric['label']} {metric['after']:.1f} ({metric['before']:.1f} before)"
+            for metric in self.metrics.values()
         )
-        return "".join(f"; {text}" for text in told)
+        return "".join(f"; {text}" for text in texts)
 
 
 class InTransformers:
@@ -172,8 +172,8 @@ class InTransformers:
                 tokenizer or folder, local_files_only=True
             )
         except (OSError, ValueError, RuntimeError, KeyError) as error:
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"{adapter or folder} cannot be loaded: {first}") from error
+            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"{adapter or folder} cannot be loaded: {first_line}") from error
         self.model = model.eval()
 
     def tokenise(self, text: str) -> list[int]:
@@ -185,8 +185,8 @@ class InTransformers:
         """Of the next token after every token, [T, V]."""
         with self._torch.inference_mode():
             logits = self.model(input_ids=self._torch.tensor([list(tokens)])).logits[0]
-            found: Array = logits.float().log_softmax(-1).numpy()
-        return found
+            log_probs: Array = logits.float().log_softmax(-1).numpy()
+        return log_probs
 
     def greedy(self, tokens: Sequence[int], most: int) -> list[int]:
         """The likeliest continuation, token by token."""
@@ -254,12 +254,12 @@ def compare(
     most = ANSWER if context_tokens is None else min(ANSWER, context_tokens // 2)
     longest = LONGEST if context_tokens is None else min(LONGEST, context_tokens - most)
     scored = _Scored(questions, context_tokens)
-    apart = tokens = same = equal = ties = answers = 0
+    other_tokens = tokens = same_likeliest = same_answers = ties = answers = 0
     largest = divergence = 0.0
     for number, prompt in enumerate(questions.prompts):
         ids = source.tokenise(prompt)[-longest:]
         if other.tokenise(prompt)[-longest:] != ids:
-            apart += 1
+            other_tokens += 1
             continue
         p, q = source.log_probabilities(ids), other.log_probabilities(ids)
         words = min(p.shape[1], q.shape[1])  # one of them may be padded
@@ -268,19 +268,19 @@ def compare(
         between = np.abs(np.take_along_axis(p, likely, 1) - np.take_along_axis(q, likely, 1))
         largest = max(largest, float(between.max()))
         divergence += float((np.exp(p) * (p - q)).sum())
-        same += int((p.argmax(1) == q.argmax(1)).sum())
+        same_likeliest += int((p.argmax(1) == q.argmax(1)).sum())
         tokens += len(ids)
-        mine, theirs = source.greedy(ids, most), other.greedy(ids, most)
-        scored.add(number, ids, (source, mine), (other, theirs))
+        source_answer, other_answer = source.greedy(ids, most), other.greedy(ids, most)
+        scored.add(number, ids, (source, source_answer), (other, other_answer))
         answers += 1
-        if mine == theirs:
-            equal += 1
+        if source_answer == other_answer:
+            same_answers += 1
         else:
-            ties += _at_a_tie(source, ids, mine, theirs)
+            ties += _at_a_tie(source, ids, source_answer, other_answer)
     return Receipt(
-        artefact, kind, against, len(questions.prompts), tokens, apart, largest,
-        max(divergence, 0.0) / max(tokens, 1), allowed(kind), same / max(tokens, 1), equal, ties,
-        answers, metrics=scored.metrics(),
+        artefact, kind, against, len(questions.prompts), tokens, other_tokens, largest,
+        max(divergence, 0.0) / max(tokens, 1), allowed(kind), same_likeliest / max(tokens, 1),
+        same_answers, ties, answers, metrics=scored.metrics(),
     )  # fmt: skip
 
 
@@ -309,8 +309,8 @@ class _Scored:
         for answers, (model, begun) in ((self._before, before), (self._after, after)):
             answer = task.until_stop(begun)
             if len(answer) == len(begun) < room:  # it had not ended
-                more = model.greedy([*ids, *begun], room - len(begun))
-                answer = task.until_stop([*begun, *more])
+                continuation = model.greedy([*ids, *begun], room - len(begun))
+                answer = task.until_stop([*begun, *continuation])
             answers.append(answer[:room])
         self._references.append(self._questions.references[number])
 
@@ -341,22 +341,23 @@ def divergence(
 
 
 def _at_a_tie(
-    source: Answering, ids: Sequence[int], mine: Sequence[int], theirs: Sequence[int]
+    source: Answering, ids: Sequence[int], source_answer: Sequence[int], other_answer: Sequence[int]
 ) -> bool:
     place = next(
-        (i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b), len(theirs)
+        (i for i, (a, b) in enumerate(zip(source_answer, other_answer, strict=False)) if a != b),
+        len(other_answer),
     )
-    if place >= min(len(mine), len(theirs)):
+    if place >= min(len(source_answer), len(other_answer)):
         return False
-    last = source.log_probabilities([*ids, *mine[:place]])[-1]
-    return bool(last[mine[place]] - last[theirs[place]] < NEAR)
+    log_probs = source.log_probabilities([*ids, *source_answer[:place]])[-1]
+    return bool(log_probs[source_answer[place]] - log_probs[other_answer[place]] < NEAR)
 
 
 def allowed(kind: str) -> float:
     """Mean KL divergence that a kind of artefact may be away, nats a token."""
     kind = kind.removeprefix("gguf:").removesuffix("_0").removesuffix("_1")
-    near = [value for name, value in ALLOWED.items() if kind.startswith(name.removesuffix("_0"))]
-    return near[0] if near else OTHERWISE
+    limits = [value for name, value in ALLOWED.items() if kind.startswith(name.removesuffix("_0"))]
+    return limits[0] if limits else OTHERWISE
 
 
 def write_receipt(receipt: Receipt, folder: Path) -> Path:

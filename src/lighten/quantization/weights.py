@@ -114,7 +114,9 @@ def _with_embedding(model: Any) -> bool:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None or embedding.weight is not head.weight:
         return False
-    quantize_(model, Int8WeightOnlyConfig(version=2), filter_fn=lambda own, _: own is embedding)
+    quantize_(
+        model, Int8WeightOnlyConfig(version=2), filter_fn=lambda module, _: module is embedding
+    )
     head.weight = embedding.weight
     return True
 
@@ -122,8 +124,10 @@ def _with_embedding(model: Any) -> bool:
 def _companions(model: Path, folder: Path) -> None:
     """Tokenizer, template and generation settings as the 16-bit folder has them."""
     for path in model.iterdir():
-        kept = path.suffix in (".jinja", ".txt", ".model") or path.name.startswith("tokenizer")
-        if path.is_file() and (kept or path.name in ("generation_config.json", "vocab.json",
+        is_companion = path.suffix in (".jinja", ".txt", ".model") or path.name.startswith(
+            "tokenizer"
+        )
+        if path.is_file() and (is_companion or path.name in ("generation_config.json", "vocab.json",
                                                      "special_tokens_map.json")):  # fmt: skip
             shutil.copyfile(path, folder / path.name)
 
@@ -139,7 +143,7 @@ def _without_head(file: Path) -> None:
 
     with safe_open(file, "pt") as opened:
         facts = opened.metadata()
-        kept = {k: opened.get_tensor(k) for k in opened.keys() if not k.startswith("lm_head.")}  # noqa: SIM118
+        tensors = {k: opened.get_tensor(k) for k in opened.keys() if not k.startswith("lm_head.")}  # noqa: SIM118
     facts = {key: value for key, value in facts.items() if not key.startswith("lm_head.")}
     names = [name for name in json.loads(facts["tensor_names"]) if not name.startswith("lm_head.")]
-    save_file(kept, file, metadata={**facts, "tensor_names": json.dumps(names)})
+    save_file(tensors, file, metadata={**facts, "tensor_names": json.dumps(names)})
