@@ -170,14 +170,14 @@ def test_the_driver_s_names_lead_to_the_listed_cards() -> None:
         "NVIDIA GeForce RTX 5070 Ti Laptop GPU": "rtx5070ti-laptop",
         "NVIDIA GeForce RTX 4090 D": None, "AMD Instinct MI300X": "mi300x",
     }  # fmt: skip
-    found = {said: devices._known(said, 0) for said in names}
+    found = {said: devices._listed_by_driver(said, 0) for said in names}
     assert {said: device and device.name for said, device in found.items()} == names
 
 
 def test_of_two_cards_with_one_name_the_memory_tells() -> None:
     said = "NVIDIA GeForce RTX 4060 Ti"
     for label, name in ((8, "rtx4060ti-8gb"), (16, "rtx4060ti-16gb")):
-        found = devices._known(said, int(0.97 * label * GIB))
+        found = devices._listed_by_driver(said, int(0.97 * label * GIB))
         assert found is not None
         assert found.name == name
 

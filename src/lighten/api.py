@@ -72,7 +72,7 @@ def train(
         Interrupted: SIGINT or SIGTERM; the state is saved and the run is marked interrupted.
     """
     place = launch.recognise()  # what it says is needed before anything else looks at the rank
-    count = launch.wanted(place, processes=processes, gpus=gpus)
+    count = launch.rank_count(place, processes=processes, gpus=gpus)
     chosen = recipe_of(recipe, **overrides)
     if place.strategy is not None and place.strategy != chosen.strategy:
         if chosen.strategy != "auto":

@@ -87,14 +87,14 @@ def _quota(group: Path) -> float | None:
 
 
 def _inactive_files(group: Path) -> int:
-    found = {}
+    values = {}
     for line in _text(group / "memory.stat").splitlines():
         key, _, value = line.partition(" ")
-        found[key] = int(value) if value.strip().isdecimal() else 0
-    return found.get("total_inactive_file", found.get("inactive_file", 0))
+        values[key] = int(value) if value.strip().isdecimal() else 0
+    return values.get("total_inactive_file", values.get("inactive_file", 0))
 
 
-def _groups(kind: str) -> Iterator[Path]:
+def _groups(resource: str) -> Iterator[Path]:
     """Folders of this process's groups that limit a kind of resource, up to the root.
 
     Where the tree is the container's own, the path in the membership is the host's and not there:
@@ -102,10 +102,10 @@ def _groups(kind: str) -> Iterator[Path]:
     """
     for line in _text(MEMBERSHIP).splitlines():
         _, _, rest = line.partition(":")
-        kinds, _, path = rest.partition(":")
-        if kinds and kind not in kinds.split(","):
+        resources, _, path = rest.partition(":")
+        if resources and resource not in resources.split(","):
             continue
-        tops = (ROOT,) if not kinds else (ROOT / kind, ROOT / kinds)
+        tops = (ROOT,) if not resources else (ROOT / resource, ROOT / resources)
         for top in dict.fromkeys(tops):
             if not top.is_dir():
                 continue

@@ -88,10 +88,10 @@ class Device:
         if self.capability is None:
             return Choice("float32", f"assumed: of {self.name} only the memory is known")
         has = self.capability >= (8, 0)
-        said = ".".join(map(str, self.capability))
+        capability = ".".join(map(str, self.capability))
         return Choice(
             "bfloat16" if has else "float16",
-            f"compute capability {said} has {'' if has else 'no '}bfloat16 units",
+            f"compute capability {capability} has {'' if has else 'no '}bfloat16 units",
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -206,14 +206,14 @@ def _geforce(
         lanes: Of PCIe.
     """
     ada = label.startswith("RTX 4")
-    one = processors * ghz / 1e3 * 256  # TFLOP/s: 128 cores, each a product and a sum per clock
-    rates = {"float32": one, "tf32": one, "bfloat16": 2 * one, "float16": 2 * one,
-             "int8": 8 * one, "float8": 4 * one}  # fmt: skip
+    rate = processors * ghz / 1e3 * 256  # TFLOP/s: 128 cores, each a product and a sum per clock
+    rates = {"float32": rate, "tf32": rate, "bfloat16": 2 * rate, "float16": 2 * rate,
+             "int8": 8 * rate, "float8": 4 * rate}  # fmt: skip
     sheet = "Ada whitepaper v2, appendix A" if ada else "RTX Blackwell whitepaper, appendix A"
-    said = f"NVIDIA {sheet}: rates per multiprocessor, {processors} of them at {ghz} GHz, "
+    source = f"NVIDIA {sheet}: rates per multiprocessor, {processors} of them at {ghz} GHz, "
     return _nvidia(
         name, f"NVIDIA GeForce {label}", gib, bandwidth, (8, 9) if ada else (12, 0), rates,
-        f"{said}float32 sums; memory: {memory_from}", (label.partition(" 8GB")[0]
+        f"{source}float32 sums; memory: {memory_from}", (label.partition(" 8GB")[0]
         .partition(" 16GB")[0].lower(),), pcie=(_GEN4 if ada else _GEN5) * lanes / 16,
     )  # fmt: skip
 

@@ -22,16 +22,16 @@ def named(name: str | None = None) -> Device:
     Raises:
         UserError: No such device.
     """
-    wanted = (name or "this").lower().replace("_", "-").replace(" ", "")
-    if wanted in ("this", "here", "auto"):
+    query = (name or "this").lower().replace("_", "-").replace(" ", "")
+    if query in ("this", "here", "auto"):
         return here(choose_device().value)
-    if wanted == "cpu":
+    if query == "cpu":
         return here("cpu")
-    if wanted in ("cuda", "gpu"):
+    if query in ("cuda", "gpu"):
         return here("cuda")
-    if (device := _listed(wanted)) is not None:
+    if (device := _listed(query)) is not None:
         return device
-    near = difflib.get_close_matches(_plain(wanted), [*_BY_PLAIN], n=1, cutoff=0.5)
+    near = difflib.get_close_matches(_plain(query), [*_BY_PLAIN], n=1, cutoff=0.5)
     mend = f"did you mean {_BY_PLAIN[near[0]].name}? " if near else ""
     raise UserError(
         f"device: {name!r} is not known; {mend}lighten plan --help lists the known ones"
@@ -49,80 +49,82 @@ _BY_PLAIN = {_plain(device.name): device for device in DEVICES.values()}
 _APPLE_CHIP = re.compile(r"(?:apple)?m\d(?:pro|max|ultra)?(?:(\d+)gb?)?")
 
 
-def _listed(wanted: str) -> Device | None:
+def _listed(name: str) -> Device | None:
     """A listed device by what people call it.
 
     Raises:
         UserError: Its name leaves open how much memory it has.
     """
-    plain = _plain(wanted)
+    plain = _plain(name)
     for alias in (plain, plain.removesuffix("gb"), f"{plain}gb", f"{plain}80"):
         if alias in _BY_PLAIN:
             return _BY_PLAIN[alias]
     if chip := _APPLE_CHIP.fullmatch(plain):
         if chip[1] is None:
-            raise UserError(f"device: of {wanted} only the memory counts; name it: apple-16gb, …")
+            raise UserError(f"device: of {name} only the memory counts; name it: apple-16gb, …")
         return _BY_PLAIN.get(f"apple{chip[1]}gb")
     sizes = [
-        own for known, own in _BY_PLAIN.items() if re.fullmatch(rf"{re.escape(plain)}\d+gb", known)
+        device
+        for plain_name, device in _BY_PLAIN.items()
+        if re.fullmatch(rf"{re.escape(plain)}\d+gb", plain_name)
     ]
     if plain and sizes:
-        told = " or ".join(own.name for own in sizes)
-        raise UserError(f"device: {wanted} is sold with more than one memory; say {told}")
+        choices = " or ".join(device.name for device in sizes)
+        raise UserError(f"device: {name} is sold with more than one memory; say {choices}")
     # With its memory behind its name, where there is but one: `t4-16gb`.
-    if sized := re.fullmatch(r"(.+)-(\d+)gb?", wanted):
+    if sized := re.fullmatch(r"(.+)-(\d+)gb?", name):
         card = _BY_PLAIN.get(_plain(sized[1]))
         if card and 0.88 < (card.memory_bytes or 0) / (int(sized[2]) * 1e9) < 1.08:
             return card
     return None
 
 
-def here(kind: str) -> Device:
+def here(device: str) -> Device:
     """This machine's processor or a GPU of it, with the memory that is free at this moment.
 
     Args:
-        kind: `cpu`; `cuda`, which is the GPU that `LIGHTEN_DEVICE` names or the first; `cuda:1`.
+        device: `cpu`; `cuda`, which is the GPU that `LIGHTEN_DEVICE` names or the first; `cuda:1`.
 
     Raises:
         UserError: A GPU is asked for and there is none.
     """
-    if not kind.startswith("cuda"):
+    if not device.startswith("cuda"):
         return Device("cpu", "this machine's processor", "cpu", usable_memory_bytes(),
                       source="this machine")  # fmt: skip
     import torch
 
     if not torch.cuda.is_available():
         raise UserError("device: this machine has no CUDA device; name one, or use cpu")
-    gpu = torch.device(kind)
+    gpu = torch.device(device)
     if gpu.index is None:
         # The one that a run takes, or CUDA's current one where the processor shall be used.
         chosen = torch.device(choose_device().value)
         current = torch.cuda.current_device()
         gpu = torch.device("cuda", current if chosen.index is None else chosen.index)
-    own = torch.cuda.get_device_properties(gpu)
+    properties = torch.cuda.get_device_properties(gpu)
     free, _ = torch.cuda.mem_get_info(gpu)
-    rates = _known(own.name, int(own.total_memory))
+    rates = _listed_by_driver(properties.name, int(properties.total_memory))
     return Device(
-        "cuda", own.name, "cuda", int(free) + int(torch.cuda.memory_reserved(gpu)),
+        "cuda", properties.name, "cuda", int(free) + int(torch.cuda.memory_reserved(gpu)),
         rates.bandwidth if rates else None, rates.flops if rates else {},
-        (own.major, own.minor), rates.host_link if rates else None,
+        (properties.major, properties.minor), rates.host_link if rates else None,
         rates.peer_link if rates else None, rates.node_link if rates else None,
         rates.source if rates else "no datasheet of this GPU is listed",
     )  # fmt: skip
 
 
-def _known(driver_name: str, memory_bytes: int) -> Device | None:
+def _listed_by_driver(driver_name: str, memory_bytes: int) -> Device | None:
     """The listed device that a driver names; of two that it calls the same, the nearer in memory.
 
     Whole words, and no relative of the card: an L40S is no L4, a 3060 Ti no 3060.
     """
-    said = driver_name.lower()
+    lowered = driver_name.lower()
     candidates = [
         device for device in DEVICES.values()
-        if any(re.search(rf"\b{re.escape(words)}\b(?! (ti|super|laptop|d)\b)", said)
+        if any(re.search(rf"\b{re.escape(words)}\b(?! (ti|super|laptop|d)\b)", lowered)
                for words in device.driver_words)
     ]  # fmt: skip
-    return min(candidates, key=lambda own: abs((own.memory_bytes or 0) - memory_bytes),
+    return min(candidates, key=lambda device: abs((device.memory_bytes or 0) - memory_bytes),
                default=None)  # fmt: skip
 
 
@@ -131,16 +133,16 @@ def usable_memory_bytes() -> int:
 
     A container's limit counts too (cgroup 2 and 1), and so does `ulimit -v`.
     """
-    own = psutil.Process().memory_info()
-    room = min(containers.free_memory_bytes() + own.rss, containers.memory_bytes())
-    return min(room, _address_limit(own.vms) + own.rss)
+    memory = psutil.Process().memory_info()
+    room = min(containers.free_memory_bytes() + memory.rss, containers.memory_bytes())
+    return min(room, _address_limit(memory.vms) + memory.rss)
 
 
-def _address_limit(taken: int) -> int:
+def _address_limit(used_bytes: int) -> int:
     """Bytes of address space left under `ulimit -v`; more than any machine has where unlimited."""
     if os.name != "posix":
         return 2**62
     import resource
 
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    return 2**62 if limit == resource.RLIM_INFINITY else max(0, limit - taken)
+    return 2**62 if limit == resource.RLIM_INFINITY else max(0, limit - used_bytes)

@@ -61,7 +61,7 @@ def in_order(
     """
     crew = _Crew(work, pieces, processes)
     try:
-        yield from crew.made(patience_s)
+        yield from crew.results(patience_s)
     finally:
         crew.end()
 
@@ -71,7 +71,7 @@ class _Crew:
 
     def __init__(self, work: Callable[[int], Any], pieces: int, processes: int) -> None:
         self._work, self._pieces, self._next = work, pieces, 0
-        self._asked: dict[Connection, deque[int]] = {}
+        self._pending: dict[Connection, deque[int]] = {}
         self._pids: dict[Connection, int] = {}
         # Looking for garbage writes to every object, and each page that one side writes to is
         # there twice from then on.
@@ -85,36 +85,38 @@ class _Crew:
                 gc.unfreeze()
 
     def _fork(self) -> None:
-        here, there = Pipe()
+        parent_end, child_end = Pipe()
         with warnings.catch_warnings():
             # Python 3.12 warns of threads; those of this process wait, and the child uses none.
             warnings.simplefilter("ignore", DeprecationWarning)
             pid = os.fork()
         if pid == 0:
             try:
-                for pipe in (here, *self._pids):
+                for pipe in (parent_end, *self._pids):
                     pipe.close()
                 # Ctrl-C reaches the whole group, and it is the parent's to tell of.
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 end_with_parent()
-                _make_all(self._work, there)
+                _make_all(self._work, child_end)
             finally:
                 os._exit(0)
-        there.close()
-        self._pids[here], self._asked[here] = pid, deque()
+        child_end.close()
+        self._pids[parent_end], self._pending[parent_end] = pid, deque()
 
-    def made(self, patience_s: float) -> Iterator[Any]:
+    def results(self, patience_s: float) -> Iterator[Any]:
         """Every piece in order."""
         ready: dict[int, Any] = {}
         for place in range(self._pieces):
             while place not in ready:
                 self._ask(most=place + len(self._pids) * WAITING)
-                if not any(place in asked for asked in self._asked.values()):
+                if not any(place in pending for pending in self._pending.values()):
                     ready[place] = self._work(place)  # nobody makes it
                     self._next = max(self._next, place + 1)
                     break
-                answered = wait([pipe for pipe, asked in self._asked.items() if asked], patience_s)
+                answered = wait(
+                    [pipe for pipe, pending in self._pending.items() if pending], patience_s
+                )
                 if not answered:
                     self.end()
                 for pipe in answered:
@@ -125,14 +127,14 @@ class _Crew:
     def _ask(self, most: int) -> None:
         """Ask each process for more, up to the piece `most`."""
         for _ in range(AHEAD):
-            for pipe, asked in list(self._asked.items()):
-                if len(asked) < AHEAD and self._next < min(most, self._pieces):
+            for pipe, pending in list(self._pending.items()):
+                if len(pending) < AHEAD and self._next < min(most, self._pieces):
                     try:
                         pipe.send(self._next)
                     except OSError:
                         self._give_up(pipe)
                         continue
-                    asked.append(self._next)
+                    pending.append(self._next)
                     self._next += 1
 
     def _take(self, pipe: Connection, ready: dict[int, Any]) -> None:
@@ -141,14 +143,14 @@ class _Crew:
         except (EOFError, OSError):  # the system has ended it
             self._give_up(pipe)
             return
-        place = self._asked[pipe].popleft()
+        place = self._pending[pipe].popleft()
         if well:
             ready[place] = piece
 
     def _give_up(self, pipe: Connection) -> None:
         """End one process; what it was asked for is made here."""
         pid = self._pids.pop(pipe)
-        del self._asked[pipe]
+        del self._pending[pipe]
         pipe.close()
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)

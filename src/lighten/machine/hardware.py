@@ -167,8 +167,8 @@ def _use(named: str) -> str:
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if count <= (device.index or 0):
-            there = "no CUDA device" if count == 0 else f"cuda:0 to cuda:{count - 1} alone"
-            raise UserError(f"LIGHTEN_DEVICE: {named} is not there; this machine has {there}")
+            available = "no CUDA device" if count == 0 else f"cuda:0 to cuda:{count - 1} alone"
+            raise UserError(f"LIGHTEN_DEVICE: {named} is not there; this machine has {available}")
         if device.index is not None:
             torch.cuda.set_device(device)
     return str(device)
@@ -197,18 +197,20 @@ def choose_dtype(requested: str, device: str) -> Choice:
     return Choice("float32", "the processor has no bfloat16 arithmetic")
 
 
-def slow_format(requested: str, formats: Mapping[str, str], name: str, kind: str) -> str | None:
+def slow_format(
+    requested: str, formats: Mapping[str, str], name: str, device_type: str
+) -> str | None:
     """Why another format would be much faster than the one a recipe names, or None.
 
     Args:
         requested: `auto`, or the format by name.
         formats: Of the device, as `formats` gives them.
         name: What to call the device.
-        kind: `cpu` or `cuda`.
+        device_type: `cpu` or `cuda`.
     """
     if not formats.get(requested, "").startswith("emulated"):
         return None
-    better = "float32" if kind == "cpu" else "float16"
+    better = "float32" if device_type == "cpu" else "float16"
     return (
         f"dtype: {requested} is not computed by {name} itself but emulated, which takes several "
         f"times as long; {better} is faster: --dtype {better} (or auto, which looks at the machine)"
@@ -225,7 +227,7 @@ def processor_flags() -> frozenset[str]:
     except OSError:
         return frozenset()
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
-    without = next((own for isa, own in ISA_WITHOUT.items() if limit.startswith(isa)), ())
+    without = next((prefixes for isa, prefixes in ISA_WITHOUT.items() if limit.startswith(isa)), ())
     for line in lines:
         if line.startswith(("flags", "Features")):
             every = line.partition(":")[2].split()
@@ -268,7 +270,7 @@ def commit(folder: Path | None = None) -> tuple[str | None, bool | None]:
     if not any((parent / "pyproject.toml").is_file() for parent in where.parents[:2]):
         return None, None  # installed into an environment that lies in somebody else's checkout
     try:
-        found = subprocess.run(
+        status = subprocess.run(
             ["git", "-C", str(where), "status", "--porcelain", "--branch", "--untracked-files=no"],
             capture_output=True, text=True, check=True, timeout=10,
         ).stdout.splitlines()  # fmt: skip
@@ -278,7 +280,7 @@ def commit(folder: Path | None = None) -> tuple[str | None, bool | None]:
         ).stdout.strip()  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return None, None
-    return head, len(found) <= 1
+    return head, len(status) <= 1
 
 
 def doctor() -> dict[str, Any]:
@@ -287,13 +289,13 @@ def doctor() -> dict[str, Any]:
     dtype = choose_dtype("auto", device.value)
     extras: dict[str, dict[str, Any]] = {}
     for module, extra in EXTRAS.items():
-        own = extras.setdefault(
+        entry = extras.setdefault(
             extra, {"installed": {}, "missing": [], "install": f"pip install 'lighten[{extra}]'"}
         )
         if importlib.util.find_spec(module) is None:
-            own["missing"].append(module)
+            entry["missing"].append(module)
         else:
-            own["installed"][module] = _version(module)
+            entry["installed"][module] = _version(module)
     return {
         "machine": machine().to_dict(),
         "device": asdict(device),

@@ -39,8 +39,8 @@ class Timing:
         Source: Conover, Practical Nonparametric Statistics (3rd edition, 1999), section 3.2.
         """
         ordered = sorted(self.samples)
-        left = _rank(len(ordered))
-        return ordered[left], ordered[len(ordered) - 1 - left]
+        omitted = _rank(len(ordered))
+        return ordered[omitted], ordered[len(ordered) - 1 - omitted]
 
     @property
     def spread(self) -> float:
@@ -65,13 +65,13 @@ class Timing:
 
 def _rank(count: int) -> int:
     """Samples to leave out at each end, so that the rest spans the median in 95 % of all cases."""
-    left, below = 0, 0.0
+    omitted, below = 0, 0.0
     for place in range(count // 2):
         below += math.comb(count, place) * 0.5**count
         if 2 * below > 1 - LEVEL:
             break
-        left = place
-    return left
+        omitted = place
+    return omitted
 
 
 def measure_step(

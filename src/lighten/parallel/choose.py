@@ -10,11 +10,11 @@ from lighten.parallel.sharded import Sharded
 from lighten.parallel.strategies import SpreadState, Strategy
 
 
-def choose(wanted: str, accelerator: Accelerator, trained: Trained) -> Strategy:
+def choose(strategy: str, accelerator: Accelerator, trained: Trained) -> Strategy:
     """The strategy of a run.
 
     Args:
-        wanted: `auto`, or a strategy by name.
+        strategy: `auto`, or a strategy by name.
         accelerator: The ranks.
         trained: What learns.
 
@@ -22,15 +22,15 @@ def choose(wanted: str, accelerator: Accelerator, trained: Trained) -> Strategy:
         UserError: One process is wanted and there are more.
     """
     count = accelerator.num_processes
-    if wanted == "single" and count > 1:
+    if strategy == "single" and count > 1:
         raise UserError(
             f"strategy: single trains in one process, but {count} ranks were started; leave it "
             "out, or start one"
         )
     if count == 1:
         return Strategy("single", accelerator)
-    if wanted in ("auto", "ddp"):
+    if strategy in ("auto", "ddp"):
         return Strategy("ddp", accelerator)
-    if wanted == "zero1" or (wanted == "zero2" and not trained.learns_base):
-        return SpreadState(wanted, accelerator)
-    return Sharded(wanted, accelerator)
+    if strategy == "zero1" or (strategy == "zero2" and not trained.learns_base):
+        return SpreadState(strategy, accelerator)
+    return Sharded(strategy, accelerator)

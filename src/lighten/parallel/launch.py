@@ -70,7 +70,7 @@ def recognise(environment: MutableMapping[str, str] | None = None) -> Launch:
     return launch
 
 
-def wanted(place: Launch, *, processes: int | None, gpus: int | None) -> int:
+def rank_count(place: Launch, *, processes: int | None, gpus: int | None) -> int:
     """How many ranks to start here; 1 trains in this process.
 
     Raises:

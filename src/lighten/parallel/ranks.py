@@ -61,14 +61,14 @@ def connect(launch: Launch, device: str, recipe: str, **options: Any) -> Acceler
             "again with: lighten train RECIPE --processes N (or --gpus N)"
         )
     if launch.world_size > 1:
-        seen = gather(accelerator, (launch.rank, _digest(recipe), accelerator.device.type))
-        if sorted(rank for rank, *_ in seen) != list(range(launch.world_size)):
+        answers = gather(accelerator, (launch.rank, _digest(recipe), accelerator.device.type))
+        if sorted(rank for rank, *_ in answers) != list(range(launch.world_size)):
             raise UserError(
-                f"of {launch.world_size} ranks these answered: {sorted(own[0] for own in seen)}; "
-                "every rank needs a RANK of its own"
+                f"of {launch.world_size} ranks these answered: "
+                f"{sorted(answer[0] for answer in answers)}; every rank needs a RANK of its own"
             )
-        for rank, *same in seen:
-            if same != list(seen[0][1:]):
+        for rank, *same in answers:
+            if same != list(answers[0][1:]):
                 raise UserError(
                     f"rank {rank} was started with another recipe or device than rank 0; start all "
                     "ranks with the same words"
@@ -139,7 +139,7 @@ def agreed_stop(accelerator: Accelerator, received: signal.Signals | None) -> si
         return received
     flags = torch.tensor([received == number for number in STOPS], dtype=torch.int32)
     counts = total(accelerator, flags.to(accelerator.device)).tolist()
-    return next((own for own, count in zip(STOPS, counts, strict=True) if count), None)
+    return next((number for number, count in zip(STOPS, counts, strict=True) if count), None)
 
 
 def agreed_all(accelerator: Accelerator, *held: bool) -> list[bool]:
@@ -150,7 +150,7 @@ def agreed_all(accelerator: Accelerator, *held: bool) -> list[bool]:
     """
     if accelerator.num_processes == 1:
         return list(held)
-    against = torch.tensor([not own for own in held], dtype=torch.int32)
+    against = torch.tensor([not holds for holds in held], dtype=torch.int32)
     return [not count for count in total(accelerator, against.to(accelerator.device)).tolist()]
 
 

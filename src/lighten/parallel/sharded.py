@@ -60,7 +60,7 @@ class Sharded(Strategy):
         # Adapters of PEFT's are parameters of the base's modules: they stay whole, as ours do.
         adapters = set() if trained.learns_base else _learning(trained)
         if self.name == "zero2":  # frozen weights stay as they are
-            layers = [own for own in layers if any(p.requires_grad for p in own.parameters())]
+            layers = [layer for layer in layers if any(p.requires_grad for p in layer.parameters())]
         for layer in layers:
             fully_shard(
                 layer, mesh=mesh, reshard_after_forward=self.name != "zero2",
@@ -119,16 +119,18 @@ class Sharded(Strategy):
     @torch.no_grad()
     def make_whole(self, model: PreTrainedModel) -> None:
         """Gather weight by weight into the main rank's memory; the others let go of theirs."""
-        whole: dict[nn.Parameter, nn.Parameter] = {}
+        gathered: dict[nn.Parameter, nn.Parameter] = {}
         for module in model.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if not isinstance(parameter, DTensor):
                     continue
-                if parameter not in whole:  # a tied one is gathered once
+                if parameter not in gathered:  # a tied one is gathered once
                     full = dtensors.whole(parameter.detach()).cpu()
-                    kept = full if self._accelerator.is_main_process else full.new_empty(0)
-                    whole[parameter] = nn.Parameter(kept, requires_grad=parameter.requires_grad)
-                setattr(module, name, whole[parameter])
+                    weight = full if self._accelerator.is_main_process else full.new_empty(0)
+                    gathered[parameter] = nn.Parameter(
+                        weight, requires_grad=parameter.requires_grad
+                    )
+                setattr(module, name, gathered[parameter])
 
     def describe(self) -> str:
         """In words for the user."""

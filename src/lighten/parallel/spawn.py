@@ -96,12 +96,12 @@ class _Ranks:
     def _start(
         self, words: Sequence[str], rank: int, shared: Mapping[str, str], *, heard: bool
     ) -> subprocess.Popen[bytes]:
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), ERROR_FILE: str(self._word(rank))}
+        variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), ERROR_FILE: str(self._word(rank))}
         with contextlib.ExitStack() as stack:
             log = None if heard else stack.enter_context(self._log(rank).open("wb"))
             return subprocess.Popen(
                 [sys.executable, "-m", "lighten", *words],
-                env={**shared, **own},
+                env={**shared, **variables},
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log,
                 # Ctrl-C of a terminal goes to this process alone, which passes it on once.
                 process_group=0 if os.name == "posix" else None,
@@ -128,9 +128,9 @@ class _Ranks:
                 signal.signal(number, handler)
 
     def _forward(self, number: int, _frame: FrameType | None) -> None:
-        told = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
-        self._stopped = told
-        self._send(told)
+        stop = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
+        self._stopped = stop
+        self._send(stop)
 
     def _send(self, number: signal.Signals) -> None:
         for process in self._processes:
@@ -150,7 +150,7 @@ class _Ranks:
         # What a rank ended by itself counts; what is ended from here on was not its fault.
         codes = [process.poll() for process in self._processes]
         self.end()
-        return self._judged(codes)
+        return self._first_failure(codes)
 
     def _wait_for(self, seconds: float) -> None:
         until = time.monotonic() + seconds
@@ -166,15 +166,17 @@ class _Ranks:
                 process.kill()
             process.wait()
 
-    def _judged(self, codes: Sequence[int | None]) -> Ended:
+    def _first_failure(self, codes: Sequence[int | None]) -> Ended:
         """Which rank's end was the cause of the others'."""
-        words = [self._left(rank) for rank in range(self._count)]
+        records = [self._error_record(rank) for rank in range(self._count)]
         if self._stopped is not None:
-            said = next((own["message"] for own in words if own.get("kind") == "Interrupted"),
-                        f"stopped by {self._stopped.name}")  # fmt: skip
-            return Ended(said, self._stopped)
+            message = next(
+                (record["message"] for record in records if record.get("kind") == "Interrupted"),
+                f"stopped by {self._stopped.name}",
+            )
+            return Ended(message, self._stopped)
         failed = [rank for rank, code in enumerate(codes) if code]
-        rank = min(failed, key=lambda rank: (_innocence(codes[rank] or 0, words[rank]), rank))
+        rank = min(failed, key=lambda rank: (_innocence(codes[rank] or 0, records[rank]), rank))
         code, name = codes[rank] or 1, f"rank {rank} of {self._count}"
         if code < 0:
             memory = ", as Linux does where memory runs out" if code == -signal.SIGKILL else ""
@@ -183,19 +185,19 @@ class _Ranks:
                 f"{_signal_name(-code)}{memory}; the other ranks were ended",
                 resumable=True,
             )  # fmt: skip
-        if (told := words[rank].get("message")) is not None:
-            lost = words[rank].get("kind") == LOST
-            return Ended(str(told), resumable=lost)
-        return Ended(f"{name} ended with exit code {code}{self._said(rank)}", resumable=True)
+        if (message := records[rank].get("message")) is not None:
+            lost = records[rank].get("kind") == LOST
+            return Ended(str(message), resumable=lost)
+        return Ended(f"{name} ended with exit code {code}{self._last_lines(rank)}", resumable=True)
 
-    def _left(self, rank: int) -> dict[str, Any]:
+    def _error_record(self, rank: int) -> dict[str, Any]:
         try:
-            left: dict[str, Any] = json.loads(self._word(rank).read_text(encoding="utf-8"))
+            record: dict[str, Any] = json.loads(self._word(rank).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
-        return left
+        return record
 
-    def _said(self, rank: int) -> str:
+    def _last_lines(self, rank: int) -> str:
         try:
             lines = self._log(rank).read_text(encoding="utf-8", errors="replace").splitlines()
         except OSError:

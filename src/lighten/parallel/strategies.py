@@ -121,20 +121,20 @@ class SpreadState(Strategy):
         for parameter in parameters.values():
             local = dtensors.rows_of(parameter.data, *self._place)
             self._rows[parameter] = nn.Parameter(dtensors.spread(local, parameter, self._mesh))
-        kept = {key: self._rows[parameter] for key, parameter in parameters.items()}
-        require_share(self.name, "optimiser state", list(kept.values()), self._mesh.size())
-        return kept
+        shards = {key: self._rows[parameter] for key, parameter in parameters.items()}
+        require_share(self.name, "optimiser state", list(shards.values()), self._mesh.size())
+        return shards
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Stage 1 sums whole gradients, stage 2 each rank's rows alone."""
         if self.name == "zero1":
             super().sum_gradients(parameters)
-            mine = [dtensors.rows_of(g, *self._place) for g in _gradients(parameters)]
+            local_gradients = [dtensors.rows_of(g, *self._place) for g in _gradients(parameters)]
         else:
-            mine = self._scattered(parameters)
-        for parameter, rows in zip(parameters, mine, strict=True):
-            kept = self._rows[parameter]
-            kept.grad = dtensors.spread(rows, parameter, self._mesh)
+            local_gradients = self._scattered(parameters)
+        for parameter, rows in zip(parameters, local_gradients, strict=True):
+            shard = self._rows[parameter]
+            shard.grad = dtensors.spread(rows, parameter, self._mesh)
             parameter.grad = None
 
     def moved(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -175,11 +175,11 @@ class SpreadState(Strategy):
         received = torch.empty_like(sent[0])
         with ranks.lost_peers(rank, count):
             torch.distributed.reduce_scatter(received, sent)
-        found = []
+        shards = []
         for parameter, room in zip(parameters, received.split(sizes), strict=True):
             rows = dtensors.rows_of(parameter.data, rank, count)
-            found.append(room[: rows.numel()].view_as(rows).clone())
-        return found
+            shards.append(room[: rows.numel()].view_as(rows).clone())
+        return shards
 
 
 def mesh_of(accelerator: Accelerator) -> DeviceMesh:

@@ -112,12 +112,12 @@ class OffloadedAdamW(torch.optim.AdamW):
         assert parameter.grad is not None
         state = self.state[parameter]
         weight, gradient, *moments = (
-            dtensors.local_part(own)
-            for own in (parameter.detach(), parameter.grad, *(state[name] for name in MOMENTS))
+            dtensors.local_part(tensor)
+            for tensor in (parameter.detach(), parameter.grad, *(state[name] for name in MOMENTS))
         )
         if weight.is_contiguous():
-            flat = [own.reshape(-1) for own in (weight, gradient, *moments)]
-            for parts in zip(*(own.split(PIECE_NUMBERS) for own in flat), strict=True):
+            flat = [tensor.reshape(-1) for tensor in (weight, gradient, *moments)]
+            for parts in zip(*(tensor.split(PIECE_NUMBERS) for tensor in flat), strict=True):
                 yield _Piece(parameter, parts[0], parts[1], (parts[2], parts[3]))
         else:
             yield _Piece(parameter, weight, gradient, (moments[0], moments[1]))

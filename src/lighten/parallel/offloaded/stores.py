@@ -47,7 +47,7 @@ class MainMemory:
 
     def zeros_like(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """See `Store`."""
-        return [torch.zeros(own.shape, dtype=own.dtype) for own in tensors]
+        return [torch.zeros(tensor.shape, dtype=tensor.dtype) for tensor in tensors]
 
     def fetch(self, tensors: Iterable[Tensor]) -> None:
         """They are there."""
@@ -80,10 +80,10 @@ class Scratch:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise cannot_write(error, folder) from error
-        if (kind := filesystems.kind_of(folder)) in filesystems.IN_MEMORY:
+        if (filesystem := filesystems.kind_of(folder)) in filesystems.IN_MEMORY:
             raise UserError(
-                f"{setting}: {folder} is in memory ({kind}), where nothing would be saved; choose "
-                "a folder on a disk"
+                f"{setting}: {folder} is in memory ({filesystem}), where nothing would be saved; "
+                "choose a folder on a disk"
             )
         self.folder, self.bytes = folder, 0
         self._files: list[mmap.mmap] = []
@@ -96,19 +96,19 @@ class Scratch:
         Raises:
             DiskFull: The disk is.
         """
-        sizes = [own.numel() * own.element_size() for own in tensors]
+        sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
         starts = [0]
         for size in sizes:
             starts.append(starts[-1] + _whole_pages(size))
         mapped = self._file(starts[-1]) if starts[-1] else None
         zeros = []
-        for own, start, size in zip(tensors, starts, sizes, strict=False):
+        for tensor, start, size in zip(tensors, starts, sizes, strict=False):
             if mapped is None or not size:
-                zeros.append(torch.zeros(own.shape, dtype=own.dtype))
+                zeros.append(torch.zeros(tensor.shape, dtype=tensor.dtype))
                 continue
-            flat = torch.frombuffer(mapped, dtype=own.dtype, count=own.numel(), offset=start)
+            flat = torch.frombuffer(mapped, dtype=tensor.dtype, count=tensor.numel(), offset=start)
             self._places[flat.data_ptr()] = _Place(mapped, start, size)
-            zeros.append(flat.view(own.shape))
+            zeros.append(flat.view(tensor.shape))
         return zeros
 
     def fetch(self, tensors: Iterable[Tensor]) -> None:
@@ -130,11 +130,11 @@ class Scratch:
             return
         for tensor in tensors:
             local = dtensors.local_part(tensor)
-            whole = local.untyped_storage().data_ptr() if local.numel() else 0
-            place = self._places.get(whole)
+            address = local.untyped_storage().data_ptr() if local.numel() else 0
+            place = self._places.get(address)
             if place is None:
                 continue
-            inside = local.data_ptr() - whole
+            inside = local.data_ptr() - address
             first = place.start + inside - inside % mmap.PAGESIZE
             size = place.start + inside + local.numel() * local.element_size() - first
             place.mapped.madvise(getattr(mmap, what), first, size)

@@ -79,15 +79,15 @@ def build(
     if storage is not None:
         packed = quantised(folder, shards, linears, storage, dtype)
     layers = [
-        _replaced(place, model, own, packed or shards, dtype, where)
-        for place, own in enumerate(linears)
+        _replaced(place, model, layer, packed or shards, dtype, where)
+        for place, layer in enumerate(linears)
     ]
     _fill(name, model, names, where)
     finish(model, storage, dtype, device)  # linear layers outside of the decoder's
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.config._name_or_path = str(folder)
-    pieces = [own for own, _ in layers]
+    pieces = [layer_pieces for layer_pieces, _ in layers]
     feed = LayerFeed(pieces, _slots(pieces, packed or shards, where, keeps))
     for _, absent in layers:
         absent.feed = feed
@@ -110,9 +110,9 @@ class Names:
 
     def get(self, weight: str) -> str | None:
         """The name in the files of the model's weight; None: there is none."""
-        for own in (weight, weight.removeprefix(self._prefix), f"{self._prefix}{weight}"):
-            if own in self.shards:
-                return own
+        for name in (weight, weight.removeprefix(self._prefix), f"{self._prefix}{weight}"):
+            if name in self.shards:
+                return name
         return None
 
     def linear(self, weight: str, module: nn.Module) -> str:
@@ -172,7 +172,7 @@ def _linears(name: str, model: PreTrainedModel, names: Names) -> list[list[Linea
             "none can be streamed; set it to none"
         )
     paths = {id(module): path for path, module in model.named_modules()}
-    found: list[list[Linear]] = []
+    linears: list[list[Linear]] = []
     for layer in layers:
         stacked = [key for key, value in layer.named_parameters() if value.dim() == 3]
         if stacked:
@@ -180,12 +180,12 @@ def _linears(name: str, model: PreTrainedModel, names: Names) -> list[list[Linea
                 f"offload_base: the experts of {name} are stacked ({stacked[0]}) and would stay in "
                 "memory; set it to none"
             )
-        found.append([])
+        linears.append([])
         for module in layer.modules():
             if type(module) in (nn.Linear, Conv1D):
                 path = paths[id(module)]
-                found[-1].append((path, module, names.linear(f"{path}.weight", module)))
-    return found
+                linears[-1].append((path, module, names.linear(f"{path}.weight", module)))
+    return linears
 
 
 def _replaced(
@@ -199,10 +199,10 @@ def _replaced(
         weight = dense if dense in shards else f"{path}.weight"
         state, features = state_of(weight, shards, device), out_in_features(module)
         was = Replaced(type(module), features, module.bias, dtype, device)  # type: ignore[arg-type]
-        made: StreamedLinear
+        layer: StreamedLinear
         if state is None:
             piece = pieces.add(weight, dtype, module.weight.shape)  # type: ignore[arg-type]
-            made = StreamedLinear(was, absent, piece)
+            layer = StreamedLinear(was, absent, piece)
         else:
             if tuple(state.shape) != features:
                 raise UserError(
@@ -212,8 +212,8 @@ def _replaced(
             piece = pieces.add(weight, torch.uint8, shards[weight].shape)
             scales = shards[f"{weight}.absmax"]
             blocks = pieces.add(f"{weight}.absmax", DTYPES[scales.kind], scales.shape)
-            made = StreamedLinear4bit(was, absent, piece, blocks, state)
-        model.set_submodule(path, made)
+            layer = StreamedLinear4bit(was, absent, piece, blocks, state)
+        model.set_submodule(path, layer)
     return pieces, absent
 
 
@@ -235,18 +235,19 @@ def _fill(name: str, model: PreTrainedModel, names: Names, device: torch.device)
                 continue
             if id(value) not in read:
                 weight = f"{path}.{key}".lstrip(".")
-                there = nn.Parameter(
+                resident = nn.Parameter(
                     _resident(names, weight, value).to(device), requires_grad=False
                 )
-                there.files = names.shards  # type: ignore[attr-defined]  # mapped as long as it is
-                read[id(value)] = there
+                # Mapped for as long as it is there.
+                resident.files = names.shards  # type: ignore[attr-defined]
+                read[id(value)] = resident
             setattr(module, key, read[id(value)])
     for path, module in model.named_modules():
         for key, buffer in list(module.named_buffers(recurse=False)):
             weight = f"{path}.{key}".lstrip(".")
-            own_name = names.get(weight)
-            if own_name is not None and key not in module._non_persistent_buffers_set:
-                names.shards.read(own_name, buffer)
+            stored_name = names.get(weight)
+            if stored_name is not None and key not in module._non_persistent_buffers_set:
+                names.shards.read(stored_name, buffer)
             module._buffers[key] = buffer.to(device)
     if any(value.device.type == "meta" for value in model.parameters()):
         raise UserError(f"{name} is not whole: a weight is in none of its files; fetch it anew")
@@ -257,12 +258,12 @@ def _resident(names: Names, weight: str, like: Tensor) -> Tensor:
 
     Of an embedding the rows that are looked up are, and the system takes back what it needs.
     """
-    own, stored = names.dense(weight, tuple(like.shape))
+    name, stored = names.dense(weight, tuple(like.shape))
     if DTYPES[stored.kind] == like.dtype and stored.bytes >= LEFT_IN_FILE_BYTES:
-        return names.shards.mapped(own)
-    there = torch.empty(like.shape, dtype=like.dtype)
-    names.shards.read(own, there)
-    return there
+        return names.shards.mapped(name)
+    weight_in_memory = torch.empty(like.shape, dtype=like.dtype)
+    names.shards.read(name, weight_in_memory)
+    return weight_in_memory
 
 
 def _follow_passes(model: PreTrainedModel, feed: LayerFeed) -> None:

@@ -29,11 +29,11 @@ class CudaSlots:
         self, layers: Sequence[LayerPieces], read: Read, device: torch.device, *, all_pinned: bool
     ) -> None:
         self._layers, self._read, self._device = layers, read, device
-        size = max(own.bytes for own in layers)
+        size = max(layer.bytes for layer in layers)
         self._slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(SLOTS)]
         self._stream = torch.cuda.Stream(device)
         self._filled = [torch.cuda.Event() for _ in range(SLOTS)]
-        self._left = [torch.cuda.Event() for _ in range(SLOTS)]
+        self._released = [torch.cuda.Event() for _ in range(SLOTS)]
         self._pinned: list[list[Tensor]] = []
         self._buffers: list[Tensor] = []
         if all_pinned:
@@ -56,7 +56,7 @@ class CudaSlots:
             self._gather(self._layers[layer], self._buffers[place])
             blocks = [self._buffers[place][: self._layers[layer].bytes]]
         with torch.cuda.stream(self._stream):
-            self._stream.wait_event(self._left[place])
+            self._stream.wait_event(self._released[place])
             start = 0
             for block in blocks:
                 self._slots[place][start : start + len(block)].copy_(block, non_blocking=True)
@@ -69,7 +69,7 @@ class CudaSlots:
 
     def end(self, place: int) -> None:
         """The next copy waits for what was computed until here."""
-        self._left[place].record(torch.cuda.current_stream(self._device))
+        self._released[place].record(torch.cuda.current_stream(self._device))
 
     def _gather(self, layer: LayerPieces, into: Tensor) -> None:
         for piece in layer.pieces:
@@ -78,8 +78,8 @@ class CudaSlots:
     def _blocks(self, layer: LayerPieces, room: Tensor) -> list[Tensor]:
         """A layer in pinned memory."""
         self._gather(layer, room)
-        found = []
+        blocks = []
         for part in room[: layer.bytes].split(BLOCK_BYTES):
             block = torch.empty(BLOCK_BYTES, dtype=torch.uint8, pin_memory=True)[: len(part)]
-            found.append(block.copy_(part))
-        return found
+            blocks.append(block.copy_(part))
+        return blocks

@@ -89,7 +89,7 @@ class MemorySlots:
 
     def __init__(self, layers: Sequence[LayerPieces], read: Callable[[str, Tensor], None]) -> None:
         self._layers, self._read = layers, read
-        size = max(own.bytes for own in layers)
+        size = max(layer.bytes for layer in layers)
         self._slots = [torch.empty(size, dtype=torch.uint8) for _ in range(SLOTS)]
 
     def __getitem__(self, place: int) -> Tensor:
@@ -134,12 +134,12 @@ class LayerFeed:
     @property
     def base_bytes(self) -> int:
         """Of all layers, in the form in which they are read."""
-        return sum(own.bytes for own in self.layers)
+        return sum(layer.bytes for layer in self.layers)
 
     @property
     def slot_bytes(self) -> int:
         """Of the slots together."""
-        return SLOTS * max(own.bytes for own in self.layers)
+        return SLOTS * max(layer.bytes for layer in self.layers)
 
     def facts(self) -> dict[str, Any]:
         """What `run.json` keeps."""
@@ -167,7 +167,7 @@ class LayerFeed:
             return piece.of(self._slots[self._now])
 
     def _turn_to(self, layer: int) -> None:
-        left = None if self._now is None else self._held[self._now]
+        previous = None if self._now is None else self._held[self._now]
         if self._now is not None:
             self._slots.end(self._now)
         if layer not in self._held:
@@ -177,7 +177,7 @@ class LayerFeed:
             self._settle()
         self._now = self._held.index(layer)
         self._slots.begin(self._now)
-        rising = left is None or layer > left
+        rising = previous is None or layer > previous
         last = len(self.layers) - 1
         if rising and layer < last:
             self._prefetch(layer + 1)

@@ -97,8 +97,8 @@ class StreamedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """The product, x Wᵀ + b."""
-        found: Tensor = WeightFetched.apply(x, self)
-        return found
+        product: Tensor = WeightFetched.apply(x, self)
+        return product
 
 
 class StreamedLinear4bit(StreamedLinear):
@@ -140,6 +140,6 @@ class StreamedLinear4bit(StreamedLinear):
             offset=state.offset,
             state2=state.state2,
         )
-        found: Tensor = dequantize_4bit(packed, row)
+        weight: Tensor = dequantize_4bit(packed, row)
         numbers = self.out_features * self.in_features
-        return found.reshape(-1)[:numbers].view(self.out_features, self.in_features)
+        return weight.reshape(-1)[:numbers].view(self.out_features, self.in_features)

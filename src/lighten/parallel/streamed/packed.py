@@ -50,51 +50,51 @@ def quantised(
     Raises:
         UserError: There is no room for the copy.
     """
-    kept = cache_folder() / "streamed" / _fingerprint(shards, storage, compute) / str(LAYOUT)
-    if not (kept / _DONE).is_file():
-        stored = [shards[own] for layer in layers for _, _, own in layer]
-        numbers = sum(own.bytes // DTYPES[own.kind].itemsize for own in stored)
+    copy = cache_folder() / "streamed" / _fingerprint(shards, storage, compute) / str(LAYOUT)
+    if not (copy / _DONE).is_file():
+        stored = [shards[name] for layer in layers for _, _, name in layer]
+        numbers = sum(tensor.bytes // DTYPES[tensor.kind].itemsize for tensor in stored)
         needed = int(0.57 * numbers)  # half a byte, and a float32 for 64 of them
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(kept.parent).free
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(copy.parent).free
         if free < needed + _SPARE_BYTES:
             raise UserError(
-                f"offload_base: {folder} takes {needed / 1e9:.1f} GB in 4 bits, and {kept.parent} "
+                f"offload_base: {folder} takes {needed / 1e9:.1f} GB in 4 bits, and {copy.parent} "
                 f"has {free / 1e9:.1f} GB free; set LIGHTEN_CACHE to a folder with more room"
             )
         log.warning(
             "quantising %s to %s once; the copy (%.1f GB) is kept in %s",
-            folder, storage, needed / 1e9, kept,
+            folder, storage, needed / 1e9, copy,
         )  # fmt: skip
-        with whole_folder(kept) as partial:
+        with whole_folder(copy) as partial:
             for place, layer in enumerate(layers):
                 tensors: dict[str, Tensor] = {}
-                for path, module, own in layer:
-                    tensors |= _packed(path, module, own, shards, storage, compute)
+                for path, module, name in layer:
+                    tensors |= _packed(path, module, name, shards, storage, compute)
                 save_file(tensors, partial / f"layer-{place:05d}.safetensors")
             (partial / _DONE).touch()
-    return Shards(sorted(kept.glob("*.safetensors")))
+    return Shards(sorted(copy.glob("*.safetensors")))
 
 
 def _packed(
-    path: str, module: nn.Module, own: str, shards: Shards, storage: Storage, compute: torch.dtype
+    path: str, module: nn.Module, name: str, shards: Shards, storage: Storage, compute: torch.dtype
 ) -> dict[str, Tensor]:
     weight = torch.empty(module.weight.shape, dtype=compute)  # type: ignore[arg-type]
-    shards.read(own, weight)
+    shards.read(name, weight)
     with torch.device("meta"):
         plain: Any = type(module)(1, 1)  # Linear or Conv1D, of which the weight alone is read
     plain.weight, plain.bias = nn.Parameter(weight, requires_grad=False), None
-    made: Any = quantized.quantised(plain, storage, compute, "cpu")
-    state = made.weight.quant_state.as_dict(packed=True)
-    found = {f"{path}.weight": made.weight.data}
-    return found | {f"{path}.weight.{key}": value.clone() for key, value in state.items()}
+    packed: Any = quantized.quantised(plain, storage, compute, "cpu")
+    state = packed.weight.quant_state.as_dict(packed=True)
+    tensors = {f"{path}.weight": packed.weight.data}
+    return tensors | {f"{path}.weight.{key}": value.clone() for key, value in state.items()}
 
 
 def _fingerprint(shards: Shards, storage: Storage, compute: torch.dtype) -> str:
     """Of the files as they are now, and of what is made of them."""
-    files = sorted({own.path.resolve() for own in shards.values()})
-    said = [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
-    return hashlib.sha256("\n".join([*said, str(storage), str(compute)]).encode()).hexdigest()[:24]
+    files = sorted({stored.path.resolve() for stored in shards.values()})
+    lines = [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
+    return hashlib.sha256("\n".join([*lines, str(storage), str(compute)]).encode()).hexdigest()[:24]
 
 
 def state_of(weight: str, shards: Shards, device: torch.device) -> Any | None:

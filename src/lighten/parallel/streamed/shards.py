@@ -159,8 +159,8 @@ class Shards(Mapping[str, Stored]):
         for first in range(0, stored.bytes, STRETCH_BYTES):
             start, size = stored.start + first, min(STRETCH_BYTES, stored.bytes - first)
             file.fetch(start, min(2 * STRETCH_BYTES, stored.bytes - first))
-            own = slice(first // dtype.itemsize, (first + size) // dtype.itemsize)
-            flat[own].copy_(file.tensor(start, size, dtype))
+            span = slice(first // dtype.itemsize, (first + size) // dtype.itemsize)
+            flat[span].copy_(file.tensor(start, size, dtype))
             file.let_go(start, size)
             if limit is not None:
                 limit.after(size)
@@ -183,18 +183,19 @@ def _header(path: Path) -> dict[str, Stored]:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(_HEADER), "little")
             text = file.read(length) if length <= size else b""
-        known = json.loads(text)
-        found = {
+        header = json.loads(text)
+        tensors = {
             name: Stored(
-                path, own["dtype"], tuple(own["shape"]), _HEADER + length + own["data_offsets"][0],
-                own["data_offsets"][1] - own["data_offsets"][0],
+                path, entry["dtype"], tuple(entry["shape"]),
+                _HEADER + length + entry["data_offsets"][0],
+                entry["data_offsets"][1] - entry["data_offsets"][0],
             )
-            for name, own in known.items()
+            for name, entry in header.items()
             if name != "__metadata__"
         }  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no safetensors file ({error}); fetch it anew") from error
     # Memory that is mapped beyond a file's end cannot be read, and the process would be ended.
-    if any(own.start + own.bytes > size for own in found.values()):
+    if any(tensor.start + tensor.bytes > size for tensor in tensors.values()):
         raise UserError(f"{path} is torn: it ends before its last tensor does; fetch it anew")
-    return found
+    return tensors
