@@ -20,7 +20,7 @@ from lighten.evaluation.kept import PartialResults
 from lighten.generation import kernels
 from lighten.reporting import charts
 from lighten.runs import Run
-from lighten.sweeps.arms import expand, group
+from lighten.sweeps.arms import expand, group_arms
 from lighten.sweeps.budget import Speed, keep, longest
 from lighten.sweeps.result import SweepResult
 from tests import processes
@@ -397,4 +397,4 @@ def test_groups_of_the_recipe_are_what_the_result_names(settings: dict[str, Any]
     recipe = lighten.Recipe.from_values(
         {k: v for k, v in settings.items() if "." not in k} | {"sweep": {"lora_r": [2, 4]}}
     )
-    assert [own.name for own in group(expand(recipe))] == ["cohort-1"]
+    assert [own.name for own in group_arms(expand(recipe))] == ["cohort-1"]

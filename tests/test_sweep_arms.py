@@ -10,7 +10,7 @@ import pytest
 
 from lighten.recipe import Recipe, RecipeError
 from lighten.recipe.swept import gathered
-from lighten.sweeps.arms import Arm, expand, full_arm, group
+from lighten.sweeps.arms import Arm, expand, full_arm, group_arms
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_target_modules_may_be_names_or_lists_of_them(values: dict[str, Any]) ->
     found = arms(values, lora_target_modules=["attention", ["q_proj", "v_proj"]])
     assert [arm.name for arm in found] == ["attention", "q_proj.v_proj"]
     assert found[1].options.lora_target_modules == ["q_proj", "v_proj"]
-    assert len(group(found)) == 1
+    assert len(group_arms(found)) == 1
 
 
 def test_a_cohort_of_the_recipe_is_crossed_with_the_grid(values: dict[str, Any]) -> None:
@@ -91,7 +91,7 @@ def test_arms_that_can_share_a_run_share_one(values: dict[str, Any], tmp_path: P
         values, lora_r=[4, 8], learning_rate=[1e-4], seed=[0, 1], lora_dropout=[0.0, 0.1],
         init_lora_weights=[True, "gaussian"],
     )  # fmt: skip
-    (one,) = group(found)
+    (one,) = group_arms(found)
     cohort = one.recipe(tmp_path).cohort()
     for arm, own in zip(found, cohort, strict=True):
         assert own.model_dump(exclude={"name"}) == arm.options.model_dump(exclude={"name"})
@@ -105,7 +105,7 @@ def test_what_one_arm_sets_and_another_does_not_stays_apart(
     found = arms(
         values, loraplus_lr_ratio=[16, None], modules_to_save=[["lm_head"], None], lora_r=[4]
     )
-    (one,) = group(found)
+    (one,) = group_arms(found)
     cohort = one.recipe(tmp_path).cohort()
     assert [(own.loraplus_lr_ratio, own.modules_to_save) for own in cohort] == [
         (16, ["lm_head"]), (16, None), (None, ["lm_head"]), (None, None),
@@ -114,14 +114,14 @@ def test_what_one_arm_sets_and_another_does_not_stays_apart(
 
 def test_what_cannot_share_runs_apart(values: dict[str, Any], tmp_path: Path) -> None:
     found = arms(values, lora_r=[4, 8], dtype=["float32", "bfloat16"])
-    assert [[arm.name for arm in own.arms] for own in group(found)] == [
+    assert [[arm.name for arm in own.arms] for own in group_arms(found)] == [
         ["r4-float32", "r8-float32"], ["r4-bfloat16", "r8-bfloat16"],
     ]  # fmt: skip
     alone = arms(values, lora_r=[4, 8], use_dora=[True, False])
-    assert [len(own.arms) for own in group(alone)] == [1, 2, 1]
+    assert [len(own.arms) for own in group_arms(alone)] == [1, 2, 1]
     batch = arms(values, per_device_train_batch_size=[4, 8])
-    assert len(group(batch)) == 2
-    assert len({own.name for own in group([*found, *batch])}) == 4
+    assert len(group_arms(batch)) == 2
+    assert len({own.name for own in group_arms([*found, *batch])}) == 4
 
 
 def test_the_full_reference_is_a_recipe_of_its_own(values: dict[str, Any], tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_the_full_reference_is_a_recipe_of_its_own(values: dict[str, Any], tmp_p
     assert (arm.recipe.method, arm.recipe.learning_rate, arm.recipe.max_steps) == ("full", 3e-5, 7)
     assert not arm.recipe.load_in_4bit
     assert arm.alone
-    (own,) = group([arm])
+    (own,) = group_arms([arm])
     assert own.recipe(tmp_path).run_folder == tmp_path / "full"
     assert own.recipe(tmp_path).cohort()[0].name == own.adapter(arm)
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lighten.sweeps.recommend import Candidate, Recommendation, recommend, seen, student
+from lighten.sweeps.recommend import Candidate, Recommendation, after_training, recommend, student
 
 EXAMPLES = 160
 
@@ -156,11 +156,11 @@ def test_students_quantiles(level: float, freedom: float, wanted: float) -> None
 
 def test_what_it_rests_on_is_said_and_next_to_nothing_recommends_nothing() -> None:
     found = recommend(*drawn({"r1": 0.3, "r4": 0.0}))
-    enough = seen(found, 0.5, 8)
+    enough = after_training(found, 0.5, 8)
     assert (enough.name, enough.verdict) == (found.name, found.verdict)
     assert enough.reasons == [*found.reasons, "The arms were trained for 8 steps, 0.5 of an epoch."]
-    early = seen(found, 0.005, 8)
+    early = after_training(found, 0.005, 8)
     assert (early.name, early.verdict) == (None, "too little training")
     assert early.best == "r4"
     assert "Nothing is recommended after 8 steps, 0.005 of an epoch" in said(early)
-    assert seen(found, 0.005, 1000).name == found.name  # many steps over very large data
+    assert after_training(found, 0.005, 1000).name == found.name  # many steps over very large data

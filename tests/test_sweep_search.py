@@ -102,7 +102,9 @@ def test_a_search_that_was_killed_goes_on_with_the_same_trials(
 
     with pytest.raises(KeyboardInterrupt):
         run_search(Search(recipe(chat_file), tmp_path), killed)
-    before = {own.arm.name: own.loss for own in Search(recipe(chat_file), tmp_path).found()}
+    before = {
+        own.arm.name: own.loss for own in Search(recipe(chat_file), tmp_path).completed_trials()
+    }
     assert 0 < len(before) <= 2 * TOGETHER
     again = Search(recipe(chat_file), tmp_path)
     waiting = again.ask()

@@ -12,7 +12,7 @@ from lighten.recipe import Recipe, RecipeError
 from lighten.reporting.sweep_page import sweep_page
 from lighten.runs import Run
 from lighten.sweeps import ray_tune
-from lighten.sweeps.arms import expand, group
+from lighten.sweeps.arms import expand, group_arms
 from lighten.sweeps.measure import Measurement
 from lighten.sweeps.running import sweep
 
@@ -91,7 +91,7 @@ def test_groups_are_spread_over_what_there_is(
     tiny_folder: Path, chat_file: Path, tmp_path: Path
 ) -> None:
     section = {"lora_r": [1, 2, 4, 8, 16]}
-    groups = group(expand(recipe(tiny_folder, chat_file, tmp_path, sweep=section)))
+    groups = group_arms(expand(recipe(tiny_folder, chat_file, tmp_path, sweep=section)))
     assert len(groups) == 1
     assert ray_tune.spread(groups, 1) == groups
     two = ray_tune.spread(groups, 2)

@@ -15,11 +15,11 @@ from lighten.recipe import COHORT_LISTS, AdapterOptions, Range, Recipe, RecipeEr
 from lighten.recipe.fields import AdapterFields, RecipeFields
 
 # May differ between the adapters of one run.
-OWN = tuple(AdapterFields.model_fields)
-# Where the result goes and how it is followed; makes no other training.
-_ELSEWHERE = ("output_dir", "report_to", "logging_steps", "evaluate", "quantize", "sweep",
-              "adapters")  # fmt: skip
-_SHORT = {
+ADAPTER_SETTINGS = tuple(AdapterFields.model_fields)
+# Where the result goes and how it is followed; they change nothing in the training.
+_OUTPUT_SETTINGS = ("output_dir", "report_to", "logging_steps", "evaluate", "quantize", "sweep",
+                    "adapters")  # fmt: skip
+_SHORT_NAMES = {
     "lora_r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout", "learning_rate": "lr",
     "seed": "seed", "lora_target_modules": "", "use_rslora": "rslora", "use_dora": "dora",
     "init_lora_weights": "init", "loraplus_lr_ratio": "loraplus", "optim": "", "dtype": "",
@@ -55,9 +55,11 @@ class Arm:
     @property
     def alone(self) -> bool:
         """Whether no other arm can share its run: PEFT's own modules, or no adapter at all."""
-        own = self.options
-        taken = own.init_lora_weights not in (True, False, "gaussian", "orthogonal")
-        return self.recipe.method == FULL or own.use_dora or own.peft is not None or taken
+        options = self.options
+        peft_init = options.init_lora_weights not in (True, False, "gaussian", "orthogonal")
+        return (
+            self.recipe.method == FULL or options.use_dora or options.peft is not None or peft_init
+        )
 
 
 @dataclass(frozen=True)
@@ -79,14 +81,16 @@ class Group:
             folder: The sweep's folder; the run goes into a folder of the group's name there.
         """
         first = self.arms[0].recipe
-        out = {"output_dir": str(folder / self.name)}
+        changes = {"output_dir": str(folder / self.name)}
         if first.method == FULL:
-            return first.changed(out)
+            return first.changed(changes)
         if len(self.arms) == 1:
-            return first.changed({**out, "adapters": [{"name": self.arms[0].name}]})
+            return first.changed({**changes, "adapters": [{"name": self.arms[0].name}]})
         # An entry says what is set; where an arm sets nothing, the first arm's must not fill in.
-        plain = {key: RecipeFields.model_fields[key].default for key in OWN}
-        return first.changed({**plain, **out, "adapters": [_entry(arm) for arm in self.arms]})
+        defaults = {key: RecipeFields.model_fields[key].default for key in ADAPTER_SETTINGS}
+        return first.changed(
+            {**defaults, **changes, "adapters": [_entry(arm) for arm in self.arms]}
+        )
 
     def adapter(self, arm: Arm) -> str:
         """What the arm is called inside the run."""
@@ -94,8 +98,8 @@ class Group:
 
 
 def _entry(arm: Arm) -> dict[str, Any]:
-    own = arm.options
-    values = {key: getattr(own, key) for key in OWN}
+    options = arm.options
+    values = {key: getattr(options, key) for key in ADAPTER_SETTINGS}
     return {"name": arm.name, **{k: v for k, v in values.items() if v is not None}}
 
 
@@ -121,8 +125,8 @@ def values_of(key: str, tried: list[Any] | Range) -> list[Any]:
             raise RecipeError(f"sweep.{key}: {error}") from error
     # `1e-4` on a command line and in YAML are numbers already; text that a field reads as a
     # number becomes one here, so that names and sorting are right.
-    given = {"model_name_or_path": "m", "dataset": "d"}
-    return [getattr(RecipeFields.model_validate({**given, key: value}), key) for value in tried]
+    required = {"model_name_or_path": "m", "dataset": "d"}
+    return [getattr(RecipeFields.model_validate({**required, key: value}), key) for value in tried]
 
 
 def expand(
@@ -145,27 +149,32 @@ def expand(
     grid = grid_of(recipe) if grid is None else grid
     scaling = recipe.sweep.scaling if scaling is None else scaling
     entries, shared = _entries(recipe)
-    made: list[tuple[dict[str, Any], Recipe]] = []
-    called: list[str] = []
-    spelled = [entry.name for entry in recipe.adapters or ()] or [""] * len(entries)
-    for name, own in zip(spelled, entries, strict=True):
+    combinations: list[tuple[dict[str, Any], Recipe]] = []
+    adapter_names: list[str] = []
+    entry_names = [entry.name for entry in recipe.adapters or ()] or [""] * len(entries)
+    for name, entry in zip(entry_names, entries, strict=True):
         for values in itertools.product(*grid.values()):
-            sets = {**own, **dict(zip(grid, values, strict=True))}
-            sets |= _scale(shared, own, sets, grid, scaling)
+            sets = {**entry, **dict(zip(grid, values, strict=True))}
+            sets |= _scale(shared, entry, sets, grid, scaling)
             try:
-                made.append((sets, shared.changed(sets)))
-                called.append(name)
+                combinations.append((sets, shared.changed(sets)))
+                adapter_names.append(name)
             except RecipeError as error:
-                said = str(error).replace("recipe: ", "", 1)
-                raise RecipeError(f"arm {_said(sets)}: {said}") from error
-    names = _names([sets for sets, _ in made], called, grid)
-    arms = [Arm(name, sets, own) for name, (sets, own) in zip(names, made, strict=True)]
-    known: dict[str, str] = {}
+                reason = str(error).replace("recipe: ", "", 1)
+                raise RecipeError(f"arm {_describe(sets)}: {reason}") from error
+    names = _names([sets for sets, _ in combinations], adapter_names, grid)
+    arms = [
+        Arm(name, sets, arm_recipe)
+        for name, (sets, arm_recipe) in zip(names, combinations, strict=True)
+    ]
+    arm_by_recipe: dict[str, str] = {}
     for arm in arms:
-        trained = json.dumps(arm.recipe.completed(), sort_keys=True)
-        if trained in known:
-            raise RecipeError(f"arms {known[trained]} and {arm.name} are the same; remove one")
-        known[trained] = arm.name
+        recipe_text = json.dumps(arm.recipe.completed(), sort_keys=True)
+        if recipe_text in arm_by_recipe:
+            raise RecipeError(
+                f"arms {arm_by_recipe[recipe_text]} and {arm.name} are the same; remove one"
+            )
+        arm_by_recipe[recipe_text] = arm.name
     return arms
 
 
@@ -179,16 +188,16 @@ def _entries(recipe: Recipe) -> tuple[list[dict[str, Any]], Recipe]:
         return [{}], shared
     flat = shared.cohort()[0]
     differing = [
-        key for key in OWN
-        if any(getattr(own, key) != getattr(flat, key) for own in cohort)
+        key for key in ADAPTER_SETTINGS
+        if any(getattr(adapter, key) != getattr(flat, key) for adapter in cohort)
         or key in lists
     ]  # fmt: skip
-    return [{key: getattr(own, key) for key in differing} for own in cohort], shared
+    return [{key: getattr(adapter, key) for key in differing} for adapter in cohort], shared
 
 
 def _scale(
     shared: Recipe,
-    own: Mapping[str, Any],
+    entry: Mapping[str, Any],
     sets: Mapping[str, Any],
     grid: Mapping[str, Sequence[Any]],
     scaling: str,
@@ -197,7 +206,7 @@ def _scale(
     if "lora_r" not in grid or "lora_alpha" in grid:
         return {"use_rslora": True} if scaling == "rslora" and "lora_r" in grid else {}
     flat = shared.cohort()[0]
-    rank, alpha = own.get("lora_r", flat.lora_r), own.get("lora_alpha", flat.lora_alpha)
+    rank, alpha = entry.get("lora_r", flat.lora_r), entry.get("lora_alpha", flat.lora_alpha)
     squared = bool(sets.get("use_rslora", flat.use_rslora))
     if scaling == "alpha":
         return {"lora_alpha": alpha}
@@ -211,17 +220,17 @@ def _scale(
 
 
 def _names(
-    all_sets: Sequence[Mapping[str, Any]], spelled: Sequence[str], grid: Mapping[str, Any]
+    all_sets: Sequence[Mapping[str, Any]], adapter_names: Sequence[str], grid: Mapping[str, Any]
 ) -> list[str]:
     """A name per arm from what differs; alpha is left out where it follows the rank.
 
     Args:
         all_sets: What each arm sets.
-        spelled: The name of the recipe's own adapter that each arm came from, or nothing.
+        adapter_names: The name of the recipe's own adapter that each arm came from, or nothing.
         grid: The swept settings.
     """
     keys = dict.fromkeys(key for sets in all_sets for key in sets)
-    if any(spelled):
+    if any(adapter_names):
         keys = dict.fromkeys(key for key in keys if key in grid)
     lone = len(all_sets) == 1
     differing = [
@@ -234,14 +243,16 @@ def _names(
         if len(pairs) == len({rank for rank, _ in pairs}):
             differing.remove("lora_alpha")
     names: list[str] = []
-    for own, sets in zip(spelled, all_sets, strict=True):
-        made = "-".join(filter(None, (own, _name({key: sets.get(key) for key in differing}))))
+    for adapter_name, sets in zip(adapter_names, all_sets, strict=True):
+        label = "-".join(
+            filter(None, (adapter_name, _name({key: sets.get(key) for key in differing})))
+        )
         # `base` and `full` are the references' names.
         name = (
-            made[:74]
-            if made and made not in ("base", FULL)
-            else f"{made}-arm"
-            if made
+            label[:74]
+            if label and label not in ("base", FULL)
+            else f"{label}-arm"
+            if label
             else "default"
         )
         names.append(name if name not in names else f"{name}-{names.count(name) + len(names)}")
@@ -251,7 +262,7 @@ def _names(
 def _name(sets: Mapping[str, Any]) -> str:
     parts = []
     for key, value in sets.items():
-        short = _SHORT.get(key, key)
+        short = _SHORT_NAMES.get(key, key)
         if isinstance(value, bool):
             parts.append(short if value else f"no-{short}")
         elif value is not None:
@@ -264,17 +275,17 @@ def _text(value: Any) -> str:
     if isinstance(value, float | int):
         return f"{value:g}"
     if isinstance(value, list | tuple):
-        return ".".join(_text(own) for own in value)
+        return ".".join(_text(item) for item in value)
     if isinstance(value, Mapping):
-        return ".".join(f"{key}={_text(own)}" for key, own in value.items())
+        return ".".join(f"{key}={_text(item)}" for key, item in value.items())
     return Path(value).name if isinstance(value, str) else str(value)
 
 
-def _said(sets: Mapping[str, Any]) -> str:
+def _describe(sets: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in sets.items()) or "default"
 
 
-def group(arms: Sequence[Arm]) -> list[Group]:
+def group_arms(arms: Sequence[Arm]) -> list[Group]:
     """Arms that can share one cohort run stand together; groups run one after another.
 
     Only what an adapter may have for itself may differ inside a group; what PEFT's own modules
@@ -282,8 +293,8 @@ def group(arms: Sequence[Arm]) -> list[Group]:
     """
     shared: dict[str, list[Arm]] = {}
     for place, arm in enumerate(arms):
-        left_out = (*OWN, *_ELSEWHERE)
-        common = {k: v for k, v in arm.recipe.completed().items() if k not in left_out}
+        ignored = (*ADAPTER_SETTINGS, *_OUTPUT_SETTINGS)
+        common = {k: v for k, v in arm.recipe.completed().items() if k not in ignored}
         key = f"alone {place}" if arm.alone else json.dumps(common, sort_keys=True)
         shared.setdefault(key, []).append(arm)
     groups = []
@@ -308,7 +319,7 @@ def full_arm(recipe: Recipe) -> Arm:
         and declared.json_schema_extra["section"] == "lora"
     } | {"load_in_4bit", "load_in_8bit", "learning_rate", "method"}  # fmt: skip
     drop |= {key for key in RecipeFields.model_fields if key.startswith("bnb_4bit_")}
-    kept = {key: value for key, value in shared.completed().items() if key not in drop}
+    values = {key: value for key, value in shared.completed().items() if key not in drop}
     rate = recipe.sweep.full_learning_rate
-    made = Recipe.from_values({**kept, "method": FULL, "learning_rate": rate})
-    return Arm(FULL, {"method": FULL, "learning_rate": rate}, made)
+    full_recipe = Recipe.from_values({**values, "method": FULL, "learning_rate": rate})
+    return Arm(FULL, {"method": FULL, "learning_rate": rate}, full_recipe)

@@ -82,11 +82,11 @@ def _feasible(arms: int, left_s: float, steps: int, rung: int, speed: Speed, lea
         return True
     if arms <= least or steps <= rung:
         return False
-    spent = arms * (rung * speed.step_s + speed.evaluation_s)
+    spent_s = arms * (rung * speed.step_s + speed.evaluation_s)
     after = max(least, (arms + 1) // 2)
     # What leaves is measured too, at least on what chooses.
-    left = left_s - spent - (arms - after) * speed.measuring_s
-    return left > 0 and _feasible(after, left, steps - rung, rung, speed, least)
+    left_after_s = left_s - spent_s - (arms - after) * speed.measuring_s
+    return left_after_s > 0 and _feasible(after, left_after_s, steps - rung, rung, speed, least)
 
 
 def _to_the_end(arms: int, steps: int, rung: int, speed: Speed) -> float:
@@ -129,22 +129,22 @@ class Halving:
         speed = self._measured(losses, len(active))
         if self._left_s is None or speed is None or step == self._total:
             return ()
-        left = self._left_s()
-        if left < len(active) * speed.measuring_s:
+        left_s = self._left_s()
+        if left_s < len(active) * speed.measuring_s:
             for name in active:
                 self._say(step, name, TIME_UP)
             return active
         if not losses or step < FIRST_RUNG * self._total:
             return ()
-        kept = keep(len(active), left, self._total - step, self._rung, speed)
+        kept_count = keep(len(active), left_s, self._total - step, self._rung, speed)
         ranked = sorted(active, key=lambda name: losses[name].loss)
-        for name in ranked[kept:]:
+        for name in ranked[kept_count:]:
             self._say(
                 step, name,
                 f"held-out loss {losses[name].loss:.4f}, the lowest {losses[ranked[0]].loss:.4f}; "
-                f"the time does for {kept} of {len(ranked)}",
+                f"the time does for {kept_count} of {len(ranked)}",
             )  # fmt: skip
-        return ranked[kept:]
+        return ranked[kept_count:]
 
     def diverged(self, step: int, name: str) -> None:
         """Note an arm whose loss is not a number."""
@@ -156,9 +156,9 @@ class Halving:
         # The next step follows an evaluation and perhaps a checkpoint: it is no measure.
         self._last_s = None if losses else now
         if last is not None and not losses and self._speed is not None:
-            each = (now - last) / max(1, active)
-            own = self._speed
-            self._speed = replace(own, step_s=0.9 * own.step_s + 0.1 * each)
+            step_s = (now - last) / max(1, active)
+            speed = self._speed
+            self._speed = replace(speed, step_s=0.9 * speed.step_s + 0.1 * step_s)
         return self._speed
 
     def _say(self, step: int, name: str, why: str, *, diverged: bool = False) -> None:
@@ -171,7 +171,7 @@ def left_early(run: Run) -> dict[str, dict[str, Any]]:
 
     What a kill undid, because the run went on from an earlier checkpoint, is passed over.
     """
-    steps = {own["name"]: own["steps"] for own in run.info().get("adapters") or []}
+    steps = {adapter["name"]: adapter["steps"] for adapter in run.info().get("adapters") or []}
     return {
         str(line["arm"]): line
         for line in runs.read_lines(run.folder / EVENTS)

@@ -24,8 +24,8 @@ def state_bytes(parameters: int, optim: str) -> int | None:
 
     None for adafactor, whose state depends on the shapes.
     """
-    own = OPTIMIZER_BYTES.get(optim)
-    return None if own is None else round(parameters * (8 + own))
+    optimizer_bytes = OPTIMIZER_BYTES.get(optim)
+    return None if optimizer_bytes is None else round(parameters * (8 + optimizer_bytes))
 
 
 def training_flops(base_parameters: int, adapter_parameters: int) -> float:

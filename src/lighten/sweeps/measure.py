@@ -89,8 +89,8 @@ def formulas() -> dict[str, FromSums]:
 def statistics_of(measurement: Measurement, metric: str) -> Array | None:
     """Per-example statistics of a metric, or None where it was not measured."""
     name = "loss" if metric == "perplexity" else metric
-    found = measurement.statistics.get(name)
-    return None if found is None else np.asarray(found, float)
+    statistics = measurement.statistics.get(name)
+    return None if statistics is None else np.asarray(statistics, float)
 
 
 def measure_run(
@@ -117,57 +117,58 @@ def measure_run(
     Raises:
         UserError: There are no held-out examples.
     """
-    kept = {name: Measurement.read(folder, name) for name, _ in names}
-    missing = [(name, own) for name, own in names if kept[name] is None]
+    measurements = {name: Measurement.read(folder, name) for name, _ in names}
+    missing = [(name, adapter) for name, adapter in names if measurements[name] is None]
     if missing:
         device = hardware.choose_device().value
-        own_recipe, settings = run.recipe(), recipe.evaluate
+        run_recipe, settings = run.recipe(), recipe.evaluate
         trained_on = run.info().get("data", {}).get("sha256")
-        choosing = held_out_examples(own_recipe, trained_on, test=False)
-        telling = held_out_examples(own_recipe, trained_on)
+        choosing = held_out_examples(run_recipe, trained_on, test=False)
+        telling = held_out_examples(run_recipe, trained_on)
         texts = answers and recipe.sweep.metric not in LIKELIHOODS
         models = Models(run, device, keep=False)
         base = models.open(None).base
         tokenizer, limits = base.tokenizer, limits_of(base.model)
         del base  # another may be opened in its place
-        choosing = encoded(own_recipe, choosing, tokenizer, limits, settings.max_examples)
-        said = choosing.sentences()
+        choosing = encoded(run_recipe, choosing, tokenizer, limits, settings.max_examples)
+        notes = choosing.sentences()
         answered: Sequence[Example] = []
         if texts:
-            telling = encoded(own_recipe, telling, tokenizer, limits, settings.max_examples)
-            answered, unasked = askable(telling.examples, own_recipe, tokenizer)
-            said = list(dict.fromkeys([*said, *telling.sentences(), *unasked]))
+            telling = encoded(run_recipe, telling, tokenizer, limits, settings.max_examples)
+            answered, unasked = askable(telling.examples, run_recipe, tokenizer)
+            notes = list(dict.fromkeys([*notes, *telling.sentences(), *unasked]))
         memory = hardware.PeakMemory(device)
-        for name, own in missing:
+        for name, adapter in missing:
             began = time.perf_counter()
             # A sweep that is killed here goes on with the batch that it was at.
             parts = PartialResults(folder / ARMS / f"{name}.partial.jsonl")
-            found = measure(
+            evaluation = measure(
                 models,
-                own,
+                adapter,
                 choosing,
                 answered if time_for_answers() else (),
-                own_recipe,
+                run_recipe,
                 settings,
                 memory,
                 _named(progress, name),
                 parts,
             )
-            likelihood = found.statistics.pop("loss")
-            del found.statistics["perplexity"]
-            made = Measurement(
-                name, likelihood[:, 0].tolist(), [int(own) for own in likelihood[:, 1]],
-                {key: value.tolist() for key, value in found.statistics.items()},
+            likelihood = evaluation.statistics.pop("loss")
+            del evaluation.statistics["perplexity"]
+            measurement = Measurement(
+                name, likelihood[:, 0].tolist(), [int(count) for count in likelihood[:, 1]],
+                {key: value.tolist() for key, value in evaluation.statistics.items()},
                 choosing.name, telling.name,
-                found.answers.tokens / found.answers.seconds if found.answers.tokens else None,
-                time.perf_counter() - began, said,
+                evaluation.answers.tokens / evaluation.answers.seconds
+                if evaluation.answers.tokens else None,
+                time.perf_counter() - began, notes,
             )  # fmt: skip
             if recipe.sweep.metric == "perplexity":
-                made.statistics["loss"] = likelihood.tolist()
-            made.write(folder)
+                measurement.statistics["loss"] = likelihood.tolist()
+            measurement.write(folder)
             parts.forget()
-            kept[name] = made
-    return [own for own in kept.values() if own is not None]
+            measurements[name] = measurement
+    return [measurement for measurement in measurements.values() if measurement is not None]
 
 
 def _named(progress: Progress | None, name: str) -> Progress | None:

@@ -35,21 +35,21 @@ def slots() -> int:
 
 def spread(groups: Sequence[Group], count: int) -> list[Group]:
     """The groups with the largest ones cut, until there are `count` or every arm is alone."""
-    found = list(groups)
-    while len(found) < count:
-        place = max(range(len(found)), key=lambda i: len(found[i].arms))
-        own = found[place]
-        if len(own.arms) == 1:
+    cohorts = list(groups)
+    while len(cohorts) < count:
+        place = max(range(len(cohorts)), key=lambda i: len(cohorts[i].arms))
+        largest = cohorts[place]
+        if len(largest.arms) == 1:
             break
-        half = (len(own.arms) + 1) // 2
-        found[place : place + 1] = [
-            replace(own, name=f"{own.name}.{side}", arms=arms)
-            for side, arms in (("a", own.arms[:half]), ("b", own.arms[half:]))
+        half = (len(largest.arms) + 1) // 2
+        cohorts[place : place + 1] = [
+            replace(largest, name=f"{largest.name}.{side}", arms=arms)
+            for side, arms in (("a", largest.arms[:half]), ("b", largest.arms[half:]))
         ]
-    return found
+    return cohorts
 
 
-def train_apart(groups: Sequence[Group], place: Path) -> None:
+def train_in_parallel(groups: Sequence[Group], place: Path) -> None:
     """Train every group that is not finished, as many at once as there is room for.
 
     Args:
@@ -60,13 +60,14 @@ def train_apart(groups: Sequence[Group], place: Path) -> None:
         UserError: Ray is not installed, or a group failed.
     """
     ray, tune = _ray()
-    waiting = [own for own in groups if not _finished(own, place)]
+    waiting = [group for group in groups if not _finished(group, place)]
     if not waiting:
         return
-    there, folder = str(Path.cwd()), place.resolve()
+    working_dir, folder = str(Path.cwd()), place.resolve()
 
     def trial(config: dict[str, Any]) -> None:
-        os.chdir(there)  # Tune begins in a folder of its own; paths are as the user wrote them
+        # Tune begins in a folder of its own; paths are as the user wrote them.
+        os.chdir(working_dir)
         train_group(waiting[config["group"]], place)
         tune.report({"trained": 1})
 
@@ -78,47 +79,47 @@ def train_apart(groups: Sequence[Group], place: Path) -> None:
         run_config=tune.RunConfig(name="ray", storage_path=str(folder), verbose=0),
     ).fit()
     if results.errors:
-        said = str(results.errors[0]).strip().splitlines()[-1]
+        reason = str(results.errors[0]).strip().splitlines()[-1]
         raise UserError(
-            f"{len(results.errors)} of {len(waiting)} groups failed on Ray ({said}); mend it and "
+            f"{len(results.errors)} of {len(waiting)} groups failed on Ray ({reason}); mend it and "
             "start the sweep again: it goes on where it was"
         )
-    if not all(_finished(own, place) for own in waiting):
+    if not all(_finished(group, place) for group in waiting):
         raise UserError(
             f"{place}: Ray has ended before every group was trained; start the sweep again, and "
             "with several machines let all of them see this folder"
         )
 
 
-def train_group(own: Group, place: Path) -> None:
+def train_group(group: Group, place: Path) -> None:
     """Train a group in its run folder, or go on with it; an arm that diverges leaves alone."""
     from lighten.engine.step import TrainingDiverged
     from lighten.training.run import train
 
-    recipe = own.recipe(place)
-    there = (recipe.run_folder / RECIPE).is_file()
+    recipe = group.recipe(place)
+    exists = (recipe.run_folder / RECIPE).is_file()
     pruner = Halving(recipe.run_folder, recipe.max_steps or 0, recipe.eval_steps or 1, None, None)
     with suppress(TrainingDiverged):  # run.json tells of it
-        train(recipe, resume=there, progress=False, pruner=pruner)
+        train(recipe, resume=exists, progress=False, pruner=pruner)
 
 
-def _finished(own: Group, place: Path) -> bool:
+def _finished(group: Group, place: Path) -> bool:
     """Whether there is nothing left to do: trained, or every arm has diverged."""
-    folder = place / own.name
+    folder = place / group.name
     if not (folder / RECIPE).is_file():
         return False
-    gone = {name for name, event in left_early(Run(folder)).items() if event.get("diverged")}
+    diverged = {name for name, event in left_early(Run(folder)).items() if event.get("diverged")}
     done = Run(folder).info().get("status") == "finished"
-    return done or gone >= {own.adapter(arm) for arm in own.arms}
+    return done or diverged >= {group.adapter(arm) for arm in group.arms}
 
 
 def _resources(ray: Any) -> tuple[float, int, float]:
     """GPUs and machines of the cluster, and the cores of its smallest machine."""
     if not ray.is_initialized():
         ray.init(log_to_driver=False, logging_level="error")
-    nodes = [own["Resources"] for own in ray.nodes() if own["Alive"]]
-    cores = [float(own["CPU"]) for own in nodes if own.get("CPU")]
-    gpus = sum(float(own.get("GPU", 0.0)) for own in nodes)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cores = [float(node["CPU"]) for node in nodes if node.get("CPU")]
+    gpus = sum(float(node.get("GPU", 0.0)) for node in nodes)
     return gpus, max(1, len(cores)), min(cores, default=1.0)
 
 

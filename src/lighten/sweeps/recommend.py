@@ -101,8 +101,8 @@ class _Losses:
 
     def __init__(self, candidates: Sequence[Candidate], tokens: Array, draws: Resamples) -> None:
         self.examples = len(tokens)
-        self.seeds = [own.nll / tokens.sum() for own in candidates]
-        mean = np.stack([own.nll.mean(0) for own in candidates], axis=1)  # [E, C]
+        self.seeds = [candidate.nll / tokens.sum() for candidate in candidates]
+        mean = np.stack([candidate.nll.mean(0) for candidate in candidates], axis=1)  # [E, C]
         self.value = mean.sum(0) / tokens.sum()
         totals = draws.sums(np.concatenate([mean, tokens[:, None]], axis=1))
         self.drawn = totals[:, :-1] / totals[:, -1:]  # [B, C]
@@ -144,8 +144,8 @@ def _together(examples: float, seeds: Sequence[tuple[float, int]]) -> tuple[floa
     All seeds are measured on the same examples, so what differs between seeds holds nothing of the
     examples' error and the variances add.
     """
-    variance = examples**2 + sum(own for own, _ in seeds)
-    lost = sum(own**2 / freedom for own, freedom in seeds if freedom)
+    variance = examples**2 + sum(seed_variance for seed_variance, _ in seeds)
+    lost = sum(seed_variance**2 / freedom for seed_variance, freedom in seeds if freedom)
     return math.sqrt(variance), variance**2 / lost if lost > 0 else math.inf
 
 
@@ -170,26 +170,30 @@ def recommend(
     """
     if not candidates:
         return Recommendation(None, None, "too few examples", ["Nothing was trained to the end."])
-    ordered = sorted(candidates, key=lambda own: (own.size_bytes, own.nll.mean(0).sum()))
+    ordered = sorted(
+        candidates, key=lambda candidate: (candidate.size_bytes, candidate.nll.mean(0).sum())
+    )
     losses = _Losses(ordered, tokens, Resamples(len(tokens), samples, seed))
     best = int(np.argmin(losses.value))
-    compared = [_compare(losses, ordered, place, best) for place in range(len(ordered))]
+    comparisons = [_compare(losses, ordered, place, best) for place in range(len(ordered))]
     bounds = [
-        own.difference - own.low
-        for own in compared
-        if own.name != ordered[best].name and own.low is not None
+        comparison.difference - comparison.low
+        for comparison in comparisons
+        if comparison.name != ordered[best].name and comparison.low is not None
     ]
     resolution = max(bounds) if bounds else None
     few = len(tokens) < FEWEST
-    chosen = best if few else next(i for i, own in enumerate(compared) if not own.worse)
-    verdict = _verdict(few, compared)
-    reasons = _reasons(ordered, compared, chosen, best, verdict, len(tokens), resolution)
+    chosen = (
+        best if few else next(i for i, comparison in enumerate(comparisons) if not comparison.worse)
+    )
+    verdict = _verdict(few, comparisons)
+    reasons = _reasons(ordered, comparisons, chosen, best, verdict, len(tokens), resolution)
     reasons += [] if few else _neighbours(losses, ordered, chosen)
     if base is not None and not few:
         against, worse = _against_base(ordered[chosen], base, tokens, samples, seed)
         reasons.append(against)
         verdict = "no better than the base" if worse else verdict
-    if not few and all(len(own.nll) == 1 for own in ordered):
+    if not few and all(len(candidate.nll) == 1 for candidate in ordered):
         reasons.append(
             "Trained with one seed: what another would change is not in these bounds; --seed 0,1,2 "
             "would say."
@@ -201,25 +205,27 @@ def recommend(
         )
     none = few or verdict == "no better than the base"
     name = None if none else ordered[chosen].name
-    return Recommendation(name, ordered[best].name, verdict, reasons, compared, resolution)
+    return Recommendation(name, ordered[best].name, verdict, reasons, comparisons, resolution)
 
 
-def seen(found: Recommendation, share: float, steps: int) -> Recommendation:
+def after_training(recommendation: Recommendation, share: float, steps: int) -> Recommendation:
     """The recommendation with how much of the data it rests on; none after next to nothing.
 
     Args:
-        found: As the losses have it.
+        recommendation: As the losses have it.
         share: Of an epoch that the compared settings trained on, the least of them.
         steps: That they made.
     """
-    said = f"{counted(steps, 'step')}, {share:.2g} of an epoch"
+    amount = f"{counted(steps, 'step')}, {share:.2g} of an epoch"
     if share < LEAST_SEEN and steps < LEAST_STEPS:
         reason = (
-            f"Nothing is recommended after {said}: settings that are told apart so early often "
+            f"Nothing is recommended after {amount}: settings that are told apart so early often "
             "change places later; train longer."
         )
-        return replace(found, name=None, verdict="too little training", reasons=[reason])
-    return replace(found, reasons=[*found.reasons, f"The arms were trained for {said}."])
+        return replace(recommendation, name=None, verdict="too little training", reasons=[reason])
+    return replace(
+        recommendation, reasons=[*recommendation.reasons, f"The arms were trained for {amount}."]
+    )
 
 
 def _compare(losses: _Losses, ordered: Sequence[Candidate], place: int, best: int) -> Comparison:
@@ -234,17 +240,17 @@ def _compare(losses: _Losses, ordered: Sequence[Candidate], place: int, best: in
     )  # fmt: skip
 
 
-def _verdict(few: bool, compared: Sequence[Comparison]) -> str:
+def _verdict(few: bool, comparisons: Sequence[Comparison]) -> str:
     if few:
         return "too few examples"
-    if len(compared) > 1 and not any(own.worse for own in compared):
+    if len(comparisons) > 1 and not any(comparison.worse for comparison in comparisons):
         return "no difference found"
     return "smallest as good as the best"
 
 
 def _reasons(
     ordered: Sequence[Candidate],
-    compared: Sequence[Comparison],
+    comparisons: Sequence[Comparison],
     chosen: int,
     best: int,
     verdict: str,
@@ -252,10 +258,10 @@ def _reasons(
     resolution: float | None,
 ) -> list[str]:
     """The choice itself, in words."""
-    own, name = compared[chosen], ordered[chosen].name
-    seen = []
+    comparison, name = comparisons[chosen], ordered[chosen].name
+    notes = []
     if resolution is not None:
-        seen.append(
+        notes.append(
             f"With {examples} examples, differences below about {resolution:.2g} nats per token "
             "cannot be told apart."
         )
@@ -263,42 +269,42 @@ def _reasons(
         return [
             f"{counted(examples, 'held-out example')} {'is' if examples == 1 else 'are'} too few "
             f"to compare by, so nothing is recommended; {name} has the lowest loss, "
-            f"{own.loss:.4f}. Give at least {FEWEST}."
+            f"{comparison.loss:.4f}. Give at least {FEWEST}."
         ]
     if len(ordered) == 1:
-        return [f"{name} is all that was trained to the end: held-out loss {own.loss:.4f}."]
+        return [f"{name} is all that was trained to the end: held-out loss {comparison.loss:.4f}."]
     if verdict == "no difference found":
         sizes = {candidate.size_bytes for candidate in ordered}
         least = "the smallest" if len(sizes) > 1 else "the one with the lowest loss"
         return [
-            f"No difference found between {_listed([c.name for c in compared])}; take {name}, "
+            f"No difference found between {_listed([c.name for c in comparisons])}; take {name}, "
             f"{least}.",
-            *seen,
+            *notes,
         ]
     if chosen == best:
-        worse = [c.name for c in compared if c.worse]
+        worse = [c.name for c in comparisons if c.worse]
         after = f"; {_listed(worse)} can be told apart from it and {_is(worse)} worse"
-        same = [c.name for c in compared[chosen + 1 :] if not c.worse]
+        same = [c.name for c in comparisons[chosen + 1 :] if not c.worse]
         beyond = f"; {_listed(same)} {_is(same)} no better" if same else ""
         return [
-            f"Take {name}: the lowest held-out loss, {own.loss:.4f}"
+            f"Take {name}: the lowest held-out loss, {comparison.loss:.4f}"
             f"{after if worse else ''}{beyond}.",
-            *seen,
+            *notes,
         ]
     return [
         f"Take {name}: the smallest whose held-out loss cannot be told apart from the best, "
-        f"{ordered[best].name} (difference {own.difference:+.4f} nats per token, bounds "
-        f"{own.low:+.4f} to {own.high:+.4f}).",
-        *seen,
+        f"{ordered[best].name} (difference {comparison.difference:+.4f} nats per token, bounds "
+        f"{comparison.low:+.4f} to {comparison.high:+.4f}).",
+        *notes,
     ]
 
 
 def _neighbours(losses: _Losses, ordered: Sequence[Candidate], chosen: int) -> list[str]:
     """What the next smaller and the next larger one would cost or bring."""
-    own = ordered[chosen]
-    smaller = [i for i, c in enumerate(ordered) if c.size_bytes < own.size_bytes]
-    larger = [i for i, c in enumerate(ordered) if c.size_bytes > own.size_bytes]
-    told = []
+    candidate = ordered[chosen]
+    smaller = [i for i, c in enumerate(ordered) if c.size_bytes < candidate.size_bytes]
+    larger = [i for i, c in enumerate(ordered) if c.size_bytes > candidate.size_bytes]
+    sentences = []
     for what, places, pick in (("smaller", smaller, max), ("larger", larger, min)):
         if not places:
             continue
@@ -308,23 +314,23 @@ def _neighbours(losses: _Losses, ordered: Sequence[Candidate], chosen: int) -> l
         value, error, freedom = losses.difference(place, chosen)
         half = student((1 + LEVEL) / 2, freedom) * error
         change = "costs" if value > 0 else "brings"
-        found = "" if abs(value) > half else ", which may be noise"
+        noise = "" if abs(value) > half else ", which may be noise"
         other = ordered[place]
-        told.append(
+        sentences.append(
             f"The next {what}, {other.name}, {change} {abs(value):.4f} nats per token (95 % "
-            f"interval of the difference {value - half:+.4f} to {value + half:+.4f}{found}) and "
-            f"has {other.size_bytes / 1e6:.3g} MB instead of {own.size_bytes / 1e6:.3g} MB"
-            f"{_served(own, other)}."
+            f"interval of the difference {value - half:+.4f} to {value + half:+.4f}{noise}) and "
+            f"has {other.size_bytes / 1e6:.3g} MB instead of {candidate.size_bytes / 1e6:.3g} MB"
+            f"{_served(candidate, other)}."
         )
-    return told
+    return sentences
 
 
-def _served(own: Candidate, other: Candidate) -> str:
-    if own.extra_flops == other.extra_flops:
+def _served(chosen: Candidate, other: Candidate) -> str:
+    if chosen.extra_flops == other.extra_flops:
         return ""
     return (
         f"; served unmerged it adds {100 * other.extra_flops:.2g} % to the arithmetic of a token "
-        f"instead of {100 * own.extra_flops:.2g} %"
+        f"instead of {100 * chosen.extra_flops:.2g} %"
     )
 
 

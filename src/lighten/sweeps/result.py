@@ -22,7 +22,7 @@ from lighten.sweeps import costs
 from lighten.sweeps.arms import FULL, Group
 from lighten.sweeps.budget import left_early
 from lighten.sweeps.measure import BASE, Measurement, formulas, statistics_of
-from lighten.sweeps.recommend import Candidate, Recommendation, recommend, seen
+from lighten.sweeps.recommend import Candidate, Recommendation, after_training, recommend
 from lighten.wording import counted
 
 FILE = "sweep.json"
@@ -57,14 +57,14 @@ class SweepResult:
     @property
     def recommended(self) -> str | None:
         """Name of the arm to take (the first of its seeds), or None."""
-        found: str | None = self.data["recommendation"]["arm"]
-        return found
+        name: str | None = self.data["recommendation"]["arm"]
+        return name
 
     @property
     def arms(self) -> list[dict[str, Any]]:
         """Every arm with its figures, references last."""
-        found: list[dict[str, Any]] = self.data["arms"]
-        return found
+        arms: list[dict[str, Any]] = self.data["arms"]
+        return arms
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -79,55 +79,55 @@ def collect(folder: Path, recipe: Recipe, groups: Sequence[Group]) -> dict[str, 
         recipe: The sweep's.
         groups: All of them, trained or not; the full reference among them.
     """
-    told = [row for each in groups for row in _group_rows(folder, each)]
+    rows = [row for group in groups for row in _group_rows(folder, group)]
     measured = {
-        name: own
-        for name in (*(row["name"] for row in told), BASE)
-        if (own := Measurement.read(folder, name)) is not None
+        name: measurement
+        for name in (*(row["name"] for row in rows), BASE)
+        if (measurement := Measurement.read(folder, name)) is not None
     }
     if BASE in measured:
-        told.append(_base_row(groups[0].name))
+        rows.append(_base_row(groups[0].name))
     settings = recipe.evaluate
-    for row in told:
+    for row in rows:
         if row["name"] in measured:
-            own = measured[row["name"]]
-            _add_measured(row, own, recipe.sweep.metric, settings.bootstrap_samples)
-    _add_differences(told, measured, recipe)
-    notes = dict.fromkeys(said for own in measured.values() for said in own.notes)
-    finished = _comparable(told)
-    found, members = _recommended(told, finished, measured, recipe)
+            measurement = measured[row["name"]]
+            _add_measured(row, measurement, recipe.sweep.metric, settings.bootstrap_samples)
+    _add_differences(rows, measured, recipe)
+    notes = dict.fromkeys(note for measurement in measured.values() for note in measurement.notes)
+    finished = _comparable(rows)
+    recommendation, members = _recommended(rows, finished, measured, recipe)
     return {
-        "arms": told,
-        "settings": _settings(found, members, told),
+        "arms": rows,
+        "settings": _settings(recommendation, members, rows),
         "notes": list(notes),
         "recommendation": {
-            **found.to_dict(),
-            "arm": members[found.name][0] if found.name is not None else None,
+            **recommendation.to_dict(),
+            "arm": members[recommendation.name][0] if recommendation.name is not None else None,
         },
     }
 
 
 def _group_rows(folder: Path, group: Group) -> list[dict[str, Any]]:
     """What training says of each arm of one group."""
-    place = folder / group.name
-    run = Run(place) if (place / runs.RECIPE).is_file() else None
+    run_folder = folder / group.name
+    run = Run(run_folder) if (run_folder / runs.RECIPE).is_file() else None
     info = run.info() if run else {}
     training, adapters = info.get("training", {}), info.get("adapters", [])
-    by_name = {own["name"]: own for own in adapters}
+    by_name = {adapter["name"]: adapter for adapter in adapters}
     lines, events = (run.metrics(), left_early(run)) if run else ([], {})
     total = max((line["step"] for line in lines), default=0)
     base = info.get("base", {}).get("parameters", 0)
     rows = []
     for arm in group.arms:
         name = group.adapter(arm)
-        own, gone = by_name.get(name, {}), events.get(name)
+        adapter, event = by_name.get(name, {}), events.get(name)
         curve = [[m["step"], m["loss"], m.get("loss_se")] for m in lines
                  if m["adapter"] == name and m["kind"] == "eval"]  # fmt: skip
         train = [m for m in lines if m["adapter"] == name and m["kind"] == "train"]
         low_rank = 0
         if run is not None and name in run.adapters():
             low_rank = costs.low_rank_parameters(run.adapters()[name])
-        parameters = own.get("trainable_parameters")
+        parameters = adapter.get("trainable_parameters")
         rows.append(
             {
                 "name": arm.name,
@@ -136,14 +136,14 @@ def _group_rows(folder: Path, group: Group) -> list[dict[str, Any]]:
                 "group": group.name,
                 "adapter": name,
                 "reference": FULL if arm.name == FULL else None,
-                "status": "left" if gone else info.get("status", "waiting"),
-                "why": gone["why"] if gone else info.get("error"),
-                "steps": own.get("steps", len(train)),
+                "status": "left" if event else info.get("status", "waiting"),
+                "why": event["why"] if event else info.get("error"),
+                "steps": adapter.get("steps", len(train)),
                 "of_steps": total,
-                "epochs": _epochs(own.get("steps", len(train)), arm.recipe, info),
+                "epochs": _epochs(adapter.get("steps", len(train)), arm.recipe, info),
                 "tokens": sum(m["tokens"] for m in train),
                 "trainable_parameters": parameters,
-                "file_bytes": own.get("file_bytes"),
+                "file_bytes": adapter.get("file_bytes"),
                 "state_bytes": None if parameters is None
                 else costs.state_bytes(parameters, arm.recipe.optim),
                 "peak_bytes": training.get("peak_bytes"),
@@ -152,7 +152,7 @@ def _group_rows(folder: Path, group: Group) -> list[dict[str, Any]]:
                 "run_seconds": training.get("seconds"),
                 "run_tokens_per_second": training.get("tokens_per_second"),
                 "served": {
-                    "adapter_bytes": own.get("file_bytes"),
+                    "adapter_bytes": adapter.get("file_bytes"),
                     "flops_per_token": costs.serving_flops(low_rank),
                     "share_of_base": low_rank / base if base else None,
                 },
@@ -198,17 +198,17 @@ def _base_row(measured_in: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _add_measured(row: dict[str, Any], found: Measurement, metric: str, samples: int) -> None:
+def _add_measured(row: dict[str, Any], measurement: Measurement, metric: str, samples: int) -> None:
     """Held-out loss and metric with their standard errors."""
-    row["loss"] = found.loss(Resamples(len(found.nll), samples)).to_dict()
-    row["chosen_on"], row["told_on"] = found.chosen_on, found.told_on
-    row["generated_tokens_per_second"] = found.generated_tokens_per_second
+    row["loss"] = measurement.loss(Resamples(len(measurement.nll), samples)).to_dict()
+    row["chosen_on"], row["told_on"] = measurement.chosen_on, measurement.told_on
+    row["generated_tokens_per_second"] = measurement.generated_tokens_per_second
     values = {}
-    for one in metrics.METRICS:
-        counts = statistics_of(found, one.name)
-        if counts is not None and len(counts) and (one.name != "loss" or metric == "loss"):
+    for definition in metrics.METRICS:
+        counts = statistics_of(measurement, definition.name)
+        if counts is not None and len(counts) and (definition.name != "loss" or metric == "loss"):
             draws = Resamples(len(counts), samples)
-            values[one.name] = draws.estimate(counts, formulas()[one.name]).to_dict()
+            values[definition.name] = draws.estimate(counts, formulas()[definition.name]).to_dict()
     row["metrics"] = values
 
 
@@ -217,7 +217,9 @@ def _add_differences(
 ) -> None:
     """Each arm's metric minus each reference's, paired over the telling examples."""
     metric = recipe.sweep.metric
-    lower = next(own.lower_is_better for own in metrics.METRICS if own.name == metric)
+    lower = next(
+        definition.lower_is_better for definition in metrics.METRICS if definition.name == metric
+    )
     references = [row["name"] for row in rows if row["reference"]]
     for row in rows:
         row["against"] = {}
@@ -229,9 +231,10 @@ def _add_differences(
             if a is None or b is None or len(a) != len(b) or not len(a):
                 continue
             draws = Resamples(len(a), recipe.evaluate.bootstrap_samples)
-            found = draws.difference(a, b, formulas()[metric])
+            difference = draws.difference(a, b, formulas()[metric])
             row["against"][name] = {
-                **found.to_dict(), "verdict": verdict(found, len(a), lower_is_better=lower),
+                **difference.to_dict(),
+                "verdict": verdict(difference, len(a), lower_is_better=lower),
             }  # fmt: skip
 
 
@@ -256,16 +259,16 @@ def _recommended(
     for row in finished:
         together.setdefault(row["setting"], []).append(row)
     # A setting one of whose seeds left early has another mean than the rest.
-    most = max((len(own) for own in together.values()), default=0)
-    whole = {
-        own[0]["name"] if len(own) == 1 else _without_seed(own): own
-        for own in together.values()
-        if len(own) == most
+    most = max((len(seed_rows) for seed_rows in together.values()), default=0)
+    complete = {
+        seed_rows[0]["name"] if len(seed_rows) == 1 else _without_seed(seed_rows): seed_rows
+        for seed_rows in together.values()
+        if len(seed_rows) == most
     }
-    members = {name: [row["name"] for row in own] for name, own in whole.items()}
+    members = {name: [row["name"] for row in seed_rows] for name, seed_rows in complete.items()}
     used = [name for names in members.values() for name in names]
     counts = [measured[name].tokens for name in used]
-    if any(own != counts[0] for own in counts):
+    if any(tokens != counts[0] for tokens in counts):
         reason = (
             "The arms' tokenizers cut the same answers into different tokens, so their losses per "
             "token cannot be compared; compare the metric."
@@ -274,14 +277,14 @@ def _recommended(
     candidates = [
         Candidate(
             name,
-            np.stack([np.asarray(measured[row["name"]].nll) for row in own]),
-            int(own[0]["file_bytes"] or 0),
-            float(own[0]["served"]["share_of_base"] or 0.0),
+            np.stack([np.asarray(measured[row["name"]].nll) for row in seed_rows]),
+            int(seed_rows[0]["file_bytes"] or 0),
+            float(seed_rows[0]["served"]["share_of_base"] or 0.0),
         )
-        for name, own in whole.items()
+        for name, seed_rows in complete.items()
     ]
     tried = [row["name"] for row in rows if row["reference"] is None]
-    found = recommend(
+    recommendation = recommend(
         candidates,
         np.asarray(counts[0] if counts else [], float),
         base=np.asarray(measured[BASE].nll) if BASE in measured else None,
@@ -291,36 +294,40 @@ def _recommended(
     )
     shares = [row["epochs"] for row in finished if row["name"] in used and row["epochs"]]
     steps = [row["steps"] for row in finished if row["name"] in used]
-    return (seen(found, min(shares), min(steps)) if shares else found), members
+    return (
+        after_training(recommendation, min(shares), min(steps)) if shares else recommendation
+    ), members
 
 
-def _without_seed(own: Sequence[Mapping[str, Any]]) -> str:
+def _without_seed(seed_rows: Sequence[Mapping[str, Any]]) -> str:
     """The arms' name without what tells the seeds apart."""
-    parts = str(own[0]["name"]).split("-")
-    seed = f"seed{own[0]['sets'].get('seed')}"
-    return "-".join(part for part in parts if part != seed) or str(own[0]["name"])
+    parts = str(seed_rows[0]["name"]).split("-")
+    seed = f"seed{seed_rows[0]['sets'].get('seed')}"
+    return "-".join(part for part in parts if part != seed) or str(seed_rows[0]["name"])
 
 
 def _settings(
-    found: Recommendation, members: Mapping[str, Sequence[str]], rows: Sequence[Mapping[str, Any]]
+    recommendation: Recommendation,
+    members: Mapping[str, Sequence[str]],
+    rows: Sequence[Mapping[str, Any]],
 ) -> list[dict[str, Any]]:
     """One row per setting that was compared, seeds averaged, smallest first."""
     by_name = {row["name"]: row for row in rows}
-    told = []
-    for own in found.comparisons:
-        first = by_name[members[own.name][0]]
-        told.append(
+    settings = []
+    for comparison in recommendation.comparisons:
+        first = by_name[members[comparison.name][0]]
+        settings.append(
             {
-                **vars(own),
-                "arms": list(members[own.name]),
-                "recommended": own.name == found.name,
+                **vars(comparison),
+                "arms": list(members[comparison.name]),
+                "recommended": comparison.name == recommendation.name,
                 "file_bytes": first["file_bytes"],
                 "trainable_parameters": first["trainable_parameters"],
             }
         )
-    return told
+    return settings
 
 
 def group_names(groups: Sequence[Group]) -> list[dict[str, Any]]:
     """What `sweep.json` keeps of the plan."""
-    return [{"name": own.name, "arms": [arm.name for arm in own.arms]} for own in groups]
+    return [{"name": group.name, "arms": [arm.name for arm in group.arms]} for group in groups]

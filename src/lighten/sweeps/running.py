@@ -21,7 +21,7 @@ from lighten.recipe import Recipe
 from lighten.recipe.section import seconds
 from lighten.runs import Run
 from lighten.sweeps import ray_tune, result, tuning
-from lighten.sweeps.arms import FULL, Group, expand, full_arm, grid_of, group
+from lighten.sweeps.arms import FULL, Group, expand, full_arm, grid_of, group_arms
 from lighten.sweeps.budget import RUNGS, Halving, Speed, left_early, longest
 from lighten.sweeps.measure import BASE, Measurement, measure_run
 from lighten.sweeps.result import FILE, SweepResult
@@ -101,7 +101,7 @@ class Sweep:
         self.recipe, self.folder = recipe, folder_of(recipe)
         self.shown, self.measuring = TrainingProgress(enabled=progress), measuring
         self._progress = progress
-        self._told: dict[str, Any] = {}
+        self._run_info: dict[str, Any] = {}
         self._late = False
         self._claim: folders.Claim | None = None
         self._state = self._open(resume=resume)
@@ -120,10 +120,10 @@ class Sweep:
         )  # fmt: skip
         groups = self._groups() if self.recipe.sweep.search is None else self._searched()
         self.write(groups=result.group_names(groups))
-        self._train_apart(groups)
-        for place, own in enumerate(groups):
-            self._train(own, groups[place:])
-            self._measure(own)
+        self._train_in_parallel(groups)
+        for place, group in enumerate(groups):
+            self._train(group, groups[place:])
+            self._measure(group)
             self._collect(groups)
         if self.recipe.sweep.truncate:
             self.write(truncated=self._truncated(groups))
@@ -134,12 +134,12 @@ class Sweep:
         """Set parts of `sweep.json`."""
         self._state |= {**parts, "spent_s": self.spent_s()}
         runs.write_json(self.folder / FILE, self._state)
-        told = ("name", "status", "error", "started", "ended", "base", "data", "commit",
-                "tree_clean", "machine", "versions")  # fmt: skip
-        info = {key: self._state[key] for key in told if key in self._state}
-        if info != self._told:  # for `lighten runs list`
+        shared_keys = ("name", "status", "error", "started", "ended", "base", "data", "commit",
+                       "tree_clean", "machine", "versions")  # fmt: skip
+        info = {key: self._state[key] for key in shared_keys if key in self._state}
+        if info != self._run_info:  # for `lighten runs list`
             Run(self.folder).update(kind="sweep", **info)
-            self._told = info
+            self._run_info = info
 
     def spent_s(self) -> float:
         """Seconds that this sweep took until now, earlier sessions included."""
@@ -153,8 +153,8 @@ class Sweep:
 
     def _open(self, *, resume: bool) -> dict[str, Any]:
         """The state of a sweep that is taken up, or of a new one."""
-        there = (self.folder / FILE).is_file()
-        if there:
+        exists = (self.folder / FILE).is_file()
+        if exists:
             before = SweepResult.read(self.folder).data
             ended = before.get("status") == "finished"
             if not ended or resume:
@@ -163,8 +163,8 @@ class Sweep:
                 self.recipe.notices.append(f"going on with the sweep in {self.folder}")
                 return before
         folders.require_ours(self.folder)
-        ended = there or (self.folder / runs.METRICS).exists()
-        if not there and ended and Run(self.folder).is_unfinished():
+        ended = exists or (self.folder / runs.METRICS).exists()
+        if not exists and ended and Run(self.folder).is_unfinished():
             raise UserError(f"{self.folder} holds an unfinished run; choose another --output_dir")
         self._claim = folders.claim(self.folder, self.recipe.to_yaml(), aside=ended)
         if self._claim.aside is not None:
@@ -204,32 +204,34 @@ class Sweep:
         else:
             rates = tuning.rates_of(recipe, grid)
             tried = tuning.tuning_arms(recipe, grid, rates)
-            self._tune(group(tried))
+            self._tune(group_arms(tried))
             arms = tuning.with_best_rates(recipe, grid, self._state["tuned"])
-        groups = ray_tune.spread(group(arms), self._slots())
+        groups = ray_tune.spread(group_arms(arms), self._slots())
         if "full" in recipe.sweep.reference:
-            groups += group([full_arm(recipe)])
+            groups += group_arms([full_arm(recipe)])
         return groups
 
     def _searched(self) -> list[Group]:
         """Draw settings, train and measure them, until every trial has been made."""
         recipe = self._planned()
         search = Search(recipe, self.folder, self._slots())
-        while asked := search.ask():
-            self._train_apart(asked)
+        while batch := search.ask():
+            self._train_in_parallel(batch)
             losses: dict[str, float | None] = {}
-            for own in asked:
-                self._run(own, self.folder, None)
+            for group in batch:
+                self._run(group, self.folder, None)
                 # Losses choose; answers of every trial would take longer than training them.
-                self._measure(own, answers=False)
-                for arm in own.arms:
-                    found = Measurement.read(self.folder, arm.name)
-                    losses[arm.name] = sum(found.nll) / sum(found.tokens) if found else None
+                self._measure(group, answers=False)
+                for arm in group.arms:
+                    measurement = Measurement.read(self.folder, arm.name)
+                    losses[arm.name] = (
+                        sum(measurement.nll) / sum(measurement.tokens) if measurement else None
+                    )
             search.tell(losses)
             self._collect(search.groups())
         groups = search.groups()
         if "full" in recipe.sweep.reference:
-            groups += group([full_arm(recipe)])
+            groups += group_arms([full_arm(recipe)])
         return groups
 
     def _slots(self) -> int:
@@ -240,22 +242,22 @@ class Sweep:
             self.write(slots=ray_tune.slots())
         return int(self._state["slots"])
 
-    def _train_apart(self, groups: Sequence[Group]) -> None:
+    def _train_in_parallel(self, groups: Sequence[Group]) -> None:
         """Let Ray train the groups, if it shall; what follows finds them finished."""
         if self.recipe.sweep.executor == "ray":
             self.shown.note(f"{len(groups)} groups through Ray, {self._slots()} at once")
-            ray_tune.train_apart(groups, self.folder)
+            ray_tune.train_in_parallel(groups, self.folder)
 
     def _truncated(self, groups: Sequence[Group]) -> dict[str, Any]:
         """Of each arm, its loss when it is cut to the lower ranks."""
         ranks = grid_of(self.recipe)["lora_r"]
         return {
             arm.name: truncated_curve(
-                Run(self.folder / own.name), ranks, adapter=own.adapter(arm),
+                Run(self.folder / group.name), ranks, adapter=group.adapter(arm),
                 progress=self.measuring,
             ).to_dict()
-            for own in groups
-            for arm in own.arms
+            for group in groups
+            for arm in group.arms
             if Measurement.read(self.folder, arm.name) is not None and arm.name != FULL
         }  # fmt: skip
 
@@ -267,18 +269,18 @@ class Sweep:
         """Train the arms that find the rates; keep their held-out losses."""
         if self._state.get("tuned"):
             return
-        found: dict[str, dict[str, float | None]] = {}
-        place = self.folder / "tune"
-        for own in groups:
-            run = self._run(own, place, None)
+        losses: dict[str, dict[str, float | None]] = {}
+        folder = self.folder / "tune"
+        for group in groups:
+            run = self._run(group, folder, None)
             last = {m["adapter"]: m["loss"] for m in run.metrics() if m["kind"] == "eval"}
-            for arm in own.arms:
+            for arm in group.arms:
                 rate = f"{arm.options.learning_rate:g}"
-                gone = own.adapter(arm) in left_early(run)
-                loss = None if gone else last.get(own.adapter(arm))
-                found.setdefault(tuning.untuned(arm), {})[rate] = loss
-        self.write(tuned=tuning.chosen(found))
-        for sentence in tuning.told(self._state["tuned"]):
+                stopped_early = group.adapter(arm) in left_early(run)
+                loss = None if stopped_early else last.get(group.adapter(arm))
+                losses.setdefault(tuning.untuned(arm), {})[rate] = loss
+        self.write(tuned=tuning.chosen(losses))
+        for sentence in tuning.describe(self._state["tuned"]):
             self.shown.note(sentence)
 
     def _planned(self) -> Recipe:
@@ -302,19 +304,19 @@ class Sweep:
         recipe = self.recipe
         # A search draws its arms later; they are as fast as the recipe's own adapter.
         arms = expand(recipe, {} if recipe.sweep.search else None)
-        speed, wanted = self._look(group(arms)[0])
-        steps = self._steps_of_arm(speed, wanted)
-        note = f"{steps} of {counted(wanted, 'step')} per arm, {recipe.max_time}"
-        return {"steps": steps, "wanted_steps": wanted, "rung": recipe.eval_steps,
+        speed, total_steps = self._look(group_arms(arms)[0])
+        steps = self._steps_of_arm(speed, total_steps)
+        note = f"{steps} of {counted(total_steps, 'step')} per arm, {recipe.max_time}"
+        return {"steps": steps, "wanted_steps": total_steps, "rung": recipe.eval_steps,
                 "speed": speed.to_dict(), "note": note}  # fmt: skip
 
-    def _steps_of_arm(self, speed: Speed, wanted: int) -> int:
+    def _steps_of_arm(self, speed: Speed, total_steps: int) -> int:
         """How many of the steps an arm has time for by `max_time`; all of them without one."""
         if self.recipe.max_time is None:
-            return wanted
+            return total_steps
         pace = Pace(speed.step_s, speed.evaluation_s)
-        every = self.recipe.eval_steps or wanted
-        return steps_within(seconds(self.recipe.max_time), pace, wanted, every)
+        every = self.recipe.eval_steps or total_steps
+        return steps_within(seconds(self.recipe.max_time), pace, total_steps, every)
 
     def _plan(self, budget_s: float) -> dict[str, Any]:
         """Look at the speed with a few steps, then lay out what the time does for."""
@@ -322,34 +324,34 @@ class Sweep:
         tuned = recipe.sweep.tune is not None
         grid = {k: v for k, v in grid_of(recipe).items() if not (tuned and k == "learning_rate")}
         arms = expand(recipe, grid)
-        speed, wanted = self._look(group(arms)[0])
-        most = self._steps_of_arm(speed, wanted)
-        fixed = speed.starting_s * 2 * len(group(arms)) + speed.measuring_s
-        left = budget_s - self.spent_s() - fixed
+        speed, total_steps = self._look(group_arms(arms)[0])
+        most = self._steps_of_arm(speed, total_steps)
+        fixed = speed.starting_s * 2 * len(group_arms(arms)) + speed.measuring_s
+        left_s = budget_s - self.spent_s() - fixed
         count = len(arms) + ("full" in recipe.sweep.reference)
         if tuned:
             tried = tuning.tuning_arms(
                 recipe, grid_of(recipe), tuning.rates_of(recipe, grid_of(recipe))
             )
-            left -= min(left / 2, len(tried) * tuning.steps_of(wanted) * speed.step_s)
+            left_s -= min(left_s / 2, len(tried) * tuning.steps_of(total_steps) * speed.step_s)
 
         def rung(steps: int) -> int:
-            asked = recipe.eval_steps
-            fits = asked is not None and 2 <= steps / asked <= 2 * RUNGS
-            return asked if asked is not None and fits else max(1, steps // RUNGS)
+            eval_steps = recipe.eval_steps
+            fits = eval_steps is not None and 2 <= steps / eval_steps <= 2 * RUNGS
+            return eval_steps if eval_steps is not None and fits else max(1, steps // RUNGS)
 
-        steps = longest(count, left, most, rung, speed)
-        note = f"{counted(count, 'arm')}, {steps} of {counted(wanted, 'step')}, "
+        steps = longest(count, left_s, most, rung, speed)
+        note = f"{counted(count, 'arm')}, {steps} of {counted(total_steps, 'step')}, "
         note += f"{budget_s / 60:.3g} min"
-        return {"steps": steps, "wanted_steps": wanted, "rung": rung(steps),
+        return {"steps": steps, "wanted_steps": total_steps, "rung": rung(steps),
                 "speed": speed.to_dict(), "note": note}  # fmt: skip
 
-    def _look(self, own: Group) -> tuple[Speed, int]:
+    def _look(self, group: Group) -> tuple[Speed, int]:
         """Measure speed on a few steps, and how many steps a whole run has."""
         place = self.folder / "look"
-        first = own.arms[0]
+        first = group.arms[0]
         small = self.recipe.evaluate.batch_size
-        recipe = own.recipe(place).changed(
+        recipe = group.recipe(place).changed(
             {"max_steps": LOOK_STEPS, "eval_steps": LOOK_STEPS, "save_steps": LOOK_STEPS,
              "max_time": None, "warmup_steps": None, "report_to": []}
         )  # fmt: skip
@@ -361,14 +363,14 @@ class Sweep:
         took_s = {m["step"]: m["seconds"] for m in lines if m["kind"] == "train"}
         watched = [m["seconds"] for m in lines if m["kind"] == "eval"]
         short = self.recipe.changed({"evaluate.max_examples": small})
-        names: list[tuple[str, str | None]] = [(first.name, own.adapter(first))]
-        (told,) = measure_run(run, names, place, short, progress=self.measuring)
+        names: list[tuple[str, str | None]] = [(first.name, group.adapter(first))]
+        (measurement,) = measure_run(run, names, place, short, progress=self.measuring)
         examples = len(held_out_examples(self.recipe, None, test=False).examples)
         most = self.recipe.evaluate.max_examples or examples
         speed = Speed(
-            step_s=(sum(took_s.values()) - took_s[1]) / (LOOK_STEPS - 1) / len(own.arms),
+            step_s=(sum(took_s.values()) - took_s[1]) / (LOOK_STEPS - 1) / len(group.arms),
             evaluation_s=sum(watched) / len(watched),
-            measuring_s=told.seconds * max(1.0, min(most, examples) / len(told.nll)),
+            measuring_s=measurement.seconds * max(1.0, min(most, examples) / len(measurement.nll)),
             starting_s=took - sum(took_s.values()) - sum(watched),
         )
         rows = int(run.info()["data"]["train_rows"])
@@ -377,38 +379,38 @@ class Sweep:
 
     # Training and measuring
 
-    def _train(self, own: Group, to_come: Sequence[Group]) -> None:
+    def _train(self, group: Group, to_come: Sequence[Group]) -> None:
         budget = self.recipe.sweep.budget_s
         deadline = None
         if budget is not None:
             # Groups still to come get the time in proportion to their arms.
-            share = len(own.arms) / sum(len(other.arms) for other in to_come)
+            share = len(group.arms) / sum(len(other.arms) for other in to_come)
             deadline = self.spent_s() + share * (budget - self.spent_s())
-        self._run(own, self.folder, deadline)
+        self._run(group, self.folder, deadline)
 
-    def _run(self, own: Group, place: Path, deadline: float | None) -> Run:
+    def _run(self, group: Group, place: Path, deadline: float | None) -> Run:
         """Train a group, or go on with it, unless it is finished."""
-        recipe = own.recipe(place)
-        there = (recipe.run_folder / runs.RECIPE).is_file()
-        if there and Run(recipe.run_folder).info().get("status") == "finished":
+        recipe = group.recipe(place)
+        exists = (recipe.run_folder / runs.RECIPE).is_file()
+        if exists and Run(recipe.run_folder).info().get("status") == "finished":
             return Run(recipe.run_folder)
-        self.shown.note(f"{own.name}: {', '.join(arm.name for arm in own.arms)}")
+        self.shown.note(f"{group.name}: {', '.join(arm.name for arm in group.arms)}")
         plan = self._state.get("plan")
         pruner = Halving(
             recipe.run_folder,
             recipe.max_steps or 0,
             recipe.eval_steps or 1,
-            None if deadline is None else lambda: self._left(deadline),
+            None if deadline is None else lambda: self._left_s(deadline),
             None if plan is None else Speed(**plan["speed"]),
             self._keep_time,
         )
         try:
-            return train(recipe, resume=there, progress=self._progress, pruner=pruner)
+            return train(recipe, resume=exists, progress=self._progress, pruner=pruner)
         except TrainingDiverged as error:
-            self.shown.note(f"{own.name}: nothing is left to train ({error})")
+            self.shown.note(f"{group.name}: nothing is left to train ({error})")
             return Run(recipe.run_folder)
 
-    def _left(self, deadline: float) -> float:
+    def _left_s(self, deadline: float) -> float:
         return deadline - self.spent_s()
 
     def _keep_time(self) -> None:
@@ -417,18 +419,20 @@ class Sweep:
             self._beat = time.monotonic()
             self.write()
 
-    def _measure(self, own: Group, *, answers: bool = True) -> None:
+    def _measure(self, group: Group, *, answers: bool = True) -> None:
         """Measure the arms of a trained group, and the base with the first of them."""
-        run = Run(self.folder / own.name)
+        run = Run(self.folder / group.name)
         if run.info().get("status") != "finished":
             return
         diverged = {name for name, event in left_early(run).items()
                     if event.get("diverged")}  # fmt: skip
         names: list[tuple[str, str | None]] = [
-            (arm.name, own.adapter(arm)) for arm in own.arms if own.adapter(arm) not in diverged
+            (arm.name, group.adapter(arm))
+            for arm in group.arms
+            if group.adapter(arm) not in diverged
         ]
-        unknown = Measurement.read(self.folder, BASE) is None
-        if unknown and "base" in self.recipe.sweep.reference:
+        base_unmeasured = Measurement.read(self.folder, BASE) is None
+        if base_unmeasured and "base" in self.recipe.sweep.reference:
             names.insert(0, (BASE, None))
         measure_run(
             run, names, self.folder, self.recipe, progress=self.measuring, answers=answers,

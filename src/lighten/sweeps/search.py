@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from lighten.errors import UserError, missing_extra
 from lighten.recipe import Range, Recipe
 from lighten.recipe.fields import RecipeFields
-from lighten.sweeps.arms import Arm, Group, expand, group
+from lighten.sweeps.arms import Arm, Group, expand, group_arms
 from lighten.sweeps.ray_tune import spread
 
 JOURNAL, STUDY, BATCH = "search.journal", "sweep", "batch"
@@ -84,63 +84,73 @@ class Search:
         First comes what was asked for before and never told. A setting that has a loss already is
         not trained again: the study is told the same.
         """
-        if waiting := [own for own in self.groups() if self._waits(own)]:
+        if waiting := [group for group in self.groups() if self._waits(group)]:
             return waiting
         # Of a small space every setting comes at last; what is drawn again counts as a trial too.
-        known = {own.arm.setting: own.loss for own in self._drawn() if own.state == "complete"}
-        asked: dict[str, int] = {}
-        while len(asked) < max(TOGETHER, self._slots) and len(self._study.trials) < self.trials:
+        losses = {
+            trial.arm.setting: trial.loss
+            for trial in self._drawn_trials()
+            if trial.state == "complete"
+        }
+        new_trials: dict[str, int] = {}
+        while (
+            len(new_trials) < max(TOGETHER, self._slots) and len(self._study.trials) < self.trials
+        ):
             with _quiet():
-                drawn = self._study.ask(self._space)
-            setting = self._arm(drawn.number, drawn.params).setting
-            if setting in known:
-                self._study.tell(drawn.number, known[setting])
-            elif setting in asked:
-                self._study.tell(drawn.number, state=_states().PRUNED)
+                optuna_trial = self._study.ask(self._space)
+            setting = self._arm(optuna_trial.number, optuna_trial.params).setting
+            if setting in losses:
+                self._study.tell(optuna_trial.number, losses[setting])
+            elif setting in new_trials:
+                self._study.tell(optuna_trial.number, state=_states().PRUNED)
             else:
-                asked[setting] = drawn.number
-                drawn.set_user_attr(BATCH, min(asked.values()))
-        return [own for own in self.groups() if self._waits(own)]
+                new_trials[setting] = optuna_trial.number
+                optuna_trial.set_user_attr(BATCH, min(new_trials.values()))
+        return [group for group in self.groups() if self._waits(group)]
 
     def groups(self) -> list[Group]:
         """Every cohort asked for so far, in order: the same after a restart."""
         batches: dict[int, list[Arm]] = {}
-        for own in self._drawn():
-            if own.batch is not None:
-                batches.setdefault(own.batch, []).append(own.arm)
+        for trial in self._drawn_trials():
+            if trial.batch is not None:
+                batches.setdefault(trial.batch, []).append(trial.arm)
         return [
-            replace(own, name=f"with-{own.arms[0].name}")
+            replace(group, name=f"with-{group.arms[0].name}")
             for arms in batches.values()
-            for own in spread(group(arms), self._slots)
+            for group in spread(group_arms(arms), self._slots)
         ]
 
     def tell(self, losses: Mapping[str, float | None]) -> None:
         """Give the study the losses by arm; None, or no number: the setting came to nothing."""
-        for own in self._drawn():
-            if own.arm.name in losses and own.state == "running":
-                loss = losses[own.arm.name]
-                number = int(own.arm.name.rpartition("-")[2])
+        for trial in self._drawn_trials():
+            if trial.arm.name in losses and trial.state == "running":
+                loss = losses[trial.arm.name]
+                number = int(trial.arm.name.rpartition("-")[2])
                 if loss is not None and math.isfinite(loss):
                     self._study.tell(number, loss)
                 else:
                     self._study.tell(number, state=_states().FAIL)
 
-    def found(self) -> list[Trial]:
+    def completed_trials(self) -> list[Trial]:
         """The settings that were trained to the end, best first."""
-        done = [own for own in self._drawn() if own.state == "complete" and own.loss is not None]
-        return sorted(done, key=lambda own: float(own.loss or 0.0))
+        done = [
+            trial
+            for trial in self._drawn_trials()
+            if trial.state == "complete" and trial.loss is not None
+        ]
+        return sorted(done, key=lambda trial: float(trial.loss or 0.0))
 
-    def _drawn(self) -> list[Trial]:
+    def _drawn_trials(self) -> list[Trial]:
         return [
-            Trial(self._arm(own.number, own.params), own.value, own.state.name.lower(),
-                  own.user_attrs.get(BATCH))
-            for own in self._study.trials
+            Trial(self._arm(trial.number, trial.params), trial.value, trial.state.name.lower(),
+                  trial.user_attrs.get(BATCH))
+            for trial in self._study.trials
         ]  # fmt: skip
 
-    def _waits(self, own: Group) -> bool:
-        """Whether an arm of the group has not been told of."""
-        running = {trial.arm.name for trial in self._drawn() if trial.state == "running"}
-        return any(arm.name in running for arm in own.arms)
+    def _waits(self, group: Group) -> bool:
+        """Whether an arm of the group still waits for its loss."""
+        running = {trial.arm.name for trial in self._drawn_trials() if trial.state == "running"}
+        return any(arm.name in running for arm in group.arms)
 
     def _arm(self, number: int, params: Mapping[str, Any]) -> Arm:
         if number not in self._arms:
@@ -150,13 +160,14 @@ class Search:
         return self._arms[number]
 
     def _require_same_space(self, folder: Path) -> None:
-        said = json.dumps(
-            {key: str(own) for key, own in sorted(self._space.items())}, sort_keys=True
+        space = json.dumps(
+            {key: str(distribution) for key, distribution in sorted(self._space.items())},
+            sort_keys=True,
         )
         before = self._study.user_attrs.get("space")
         if before is None:
-            self._study.set_user_attr("space", said)
-        elif before != said:
+            self._study.set_user_attr("space", space)
+        elif before != space:
             raise UserError(
                 f"{folder / JOURNAL} holds a search over other settings; choose another "
                 "--output_dir, or give the same ones to go on with it"
@@ -176,9 +187,9 @@ def run_search(
     Returns:
         The settings that were trained to the end, best first.
     """
-    while asked := search.ask():
-        search.tell(train(asked))
-    return search.found()
+    while groups := search.ask():
+        search.tell(train(groups))
+    return search.completed_trials()
 
 
 def _distribution(key: str, tried: list[Any] | Range) -> Any:
@@ -186,7 +197,9 @@ def _distribution(key: str, tried: list[Any] | Range) -> Any:
     optuna = _optuna()
     if not isinstance(tried, Range):
         # As text, for Optuna's choices are plain values and a list of modules is none.
-        return optuna.distributions.CategoricalDistribution([json.dumps(own) for own in tried])
+        return optuna.distributions.CategoricalDistribution(
+            [json.dumps(choice) for choice in tried]
+        )
     if _is_whole(key, tried.min):
         return optuna.distributions.IntDistribution(int(tried.min), int(tried.max), log=tried.log)
     return optuna.distributions.FloatDistribution(tried.min, tried.max, log=tried.log)

@@ -23,14 +23,14 @@ def rates_of(recipe: Recipe, grid: Mapping[str, Sequence[Any]]) -> list[float]:
     """The rates to try."""
     if RATE in grid:
         return list(grid[RATE])
-    own = recipe.learning_rate
-    middle = own[0] if isinstance(own, list) else own
+    rate = recipe.learning_rate
+    middle = rate[0] if isinstance(rate, list) else rate
     return [float(f"{middle * factor:.3g}") for factor in FACTORS]
 
 
-def steps_of(wanted: int) -> int:
+def steps_of(total_steps: int) -> int:
     """Steps of a tuning run."""
-    return max(1, round(wanted * SHARE))
+    return max(1, round(total_steps * SHARE))
 
 
 def tuning_arms(
@@ -60,14 +60,18 @@ def chosen(losses: Mapping[str, Mapping[str, float | None]]) -> dict[str, Any]:
     Args:
         losses: By setting, by rate; None where it diverged.
     """
-    found = {}
-    for setting, own in losses.items():
-        known = {rate: loss for rate, loss in own.items() if loss is not None}
-        best = min(known, key=lambda rate: known[rate]) if known else min(own, key=float)
-        ordered = sorted(own, key=float)
+    best_rates = {}
+    for setting, by_rate in losses.items():
+        converged = {rate: loss for rate, loss in by_rate.items() if loss is not None}
+        best = (
+            min(converged, key=lambda rate: converged[rate])
+            if converged
+            else min(by_rate, key=float)
+        )
+        ordered = sorted(by_rate, key=float)
         edge = len(ordered) > 1 and best in (ordered[0], ordered[-1])
-        found[setting] = {"losses": dict(own), "best": float(best), "at_the_edge": edge}
-    return found
+        best_rates[setting] = {"losses": dict(by_rate), "best": float(best), "at_the_edge": edge}
+    return best_rates
 
 
 def with_best_rates(
@@ -75,18 +79,20 @@ def with_best_rates(
 ) -> list[Arm]:
     """The arms to compare, each at its own rate."""
     arms = expand(recipe, {key: values for key, values in grid.items() if key != RATE})
-    made = []
+    tuned_arms = []
     for arm in arms:
         rate = tuned[untuned(arm)]["best"]
-        made.append(Arm(arm.name, {**arm.sets, RATE: rate}, arm.recipe.changed({RATE: rate})))
-    return made
+        tuned_arms.append(Arm(arm.name, {**arm.sets, RATE: rate}, arm.recipe.changed({RATE: rate})))
+    return tuned_arms
 
 
-def told(tuned: Mapping[str, Any]) -> list[str]:
+def describe(tuned: Mapping[str, Any]) -> list[str]:
     """What was found, in words."""
     sentences = []
-    for setting, own in tuned.items():
-        edge = ", at the edge of those tried: more may be had beyond" if own["at_the_edge"] else ""
+    for setting, outcome in tuned.items():
+        edge = (
+            ", at the edge of those tried: more may be had beyond" if outcome["at_the_edge"] else ""
+        )
         what = ", ".join(f"{key} {value}" for key, value in json.loads(setting).items())
-        sentences.append(f"{what}: best learning rate {own['best']:g}{edge}")
+        sentences.append(f"{what}: best learning rate {outcome['best']:g}{edge}")
     return sentences
