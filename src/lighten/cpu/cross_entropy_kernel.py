@@ -38,7 +38,7 @@ def _gradients(
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     label = tl.load(labels + row)
-    own = _final(logits, label, columns, scale, softcap, HAS_CAP)
+    label_logit = _final(logits, label, columns, scale, softcap, HAS_CAP)
     largest = -float("inf")
     total = 0.0
     for start in range(0, columns, BLOCK):
@@ -49,7 +49,7 @@ def _gradients(
         total = total * tl.exp(largest - now) + tl.sum(tl.exp(x - now), 0)
         largest = now
     normaliser = largest + tl.log(total)
-    tl.store(losses + row, normaliser - own)
+    tl.store(losses + row, normaliser - label_logit)
     tl.debug_barrier()  # every thread has read the label's logit before one overwrites it
     for start in range(0, columns, BLOCK):
         at = start + tl.arange(0, BLOCK)

@@ -31,9 +31,9 @@ def replace_forwards(model: nn.Module, choose: Callable[[nn.Module], Forward | N
     return count
 
 
-def same_code(one: Any, other: Any) -> bool:
+def same_code(first: Any, second: Any) -> bool:
     """Whether two functions were compiled from the same lines."""
-    a, b = getattr(one, "__code__", None), getattr(other, "__code__", None)
+    a, b = getattr(first, "__code__", None), getattr(second, "__code__", None)
     return a is not None and b is not None and _meaning(a) == _meaning(b)
 
 

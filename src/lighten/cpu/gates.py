@@ -34,22 +34,22 @@ def quicken(model: nn.Module) -> int:
 
 def _forward_for(module: nn.Module) -> Forward | None:
     same = same_code(type(module).forward, LlamaMLP.forward)
-    return _forward if same and _known(module) else None
+    return _forward if same and _has_kernel(module) else None
 
 
-def _known(layer: Any) -> bool:
+def _has_kernel(layer: Any) -> bool:
     """Whether the kernel has the layer's activation."""
     return isinstance(layer.act_fn, (*SILU, *GELU))
 
 
 def activated(layer: Any, gate: Tensor, up: Tensor) -> Tensor:
     """activation(gate) · up of a feed-forward layer, in the kernel where there is one."""
-    found: Tensor
-    if _known(layer) and pointwise.takes(gate, up):
-        found = pointwise.Gated.apply(gate, up, isinstance(layer.act_fn, GELU))
+    output: Tensor
+    if _has_kernel(layer) and pointwise.takes(gate, up):
+        output = pointwise.Gated.apply(gate, up, isinstance(layer.act_fn, GELU))
     else:
-        found = layer.act_fn(gate) * up
-    return found
+        output = layer.act_fn(gate) * up
+    return output
 
 
 def _forward(self: Any, x: Tensor) -> Any:

@@ -47,14 +47,14 @@ def compiled(folder: Path, options: Sequence[str], of: Sequence[str] = ()) -> Pa
     if compiler is None:
         raise NotCompiled("there is no C++ compiler")
     try:
-        return _made(compiler, folder, (*OPTIONS, *options), of)
+        return _compile(compiler, folder, (*OPTIONS, *options), of)
     except (OSError, subprocess.SubprocessError) as error:
-        told = getattr(error, "stderr", None) or str(error)
-        line = told.strip().splitlines()[0]
+        output = getattr(error, "stderr", None) or str(error)
+        line = output.strip().splitlines()[0]
         raise NotCompiled(f"{compiler} made nothing of {folder.name}: {line}") from error
 
 
-def _made(compiler: str, folder: Path, options: Sequence[str], of: Sequence[str]) -> Path:
+def _compile(compiler: str, folder: Path, options: Sequence[str], of: Sequence[str]) -> Path:
     version = subprocess.run(
         [compiler, "--version"], capture_output=True, text=True, check=True, timeout=LONGEST_S
     ).stdout
@@ -65,22 +65,22 @@ def _made(compiler: str, folder: Path, options: Sequence[str], of: Sequence[str]
     ready = cache_folder() / "kernels" / name  # the system's, if an image brings one
     if _trusted(ready.parent, stat.S_ISDIR) and _trusted(ready):
         return ready
-    kept = _private_folder(cache_folder())
-    path = kept / name
+    private = _private_folder(cache_folder())
+    path = private / name
     if not _trusted(path):
-        with tempfile.TemporaryDirectory(dir=kept) as scratch:
-            made = Path(scratch) / "made.so"
+        with tempfile.TemporaryDirectory(dir=private) as scratch:
+            library = Path(scratch) / "made.so"
             objects = [f"{source.stem}.o" for source in sources]
             for command in (
                 [compiler, "-c", *(str(source.resolve()) for source in sources), *options],
-                [compiler, *objects, "-o", str(made), *LINKING],
+                [compiler, *objects, "-o", str(library), *LINKING],
             ):
                 subprocess.run(
                     command, cwd=scratch,
                     capture_output=True, text=True, check=True, timeout=LONGEST_S,
                 )  # fmt: skip
-            made.chmod(0o700)
-            made.replace(path)
+            library.chmod(0o700)
+            library.replace(path)
     return path
 
 
@@ -104,13 +104,13 @@ def _private_folder(cache: Path) -> Path:
     raise NotCompiled(f"{folder} belongs to another user; set LIGHTEN_CACHE to a folder of yours")
 
 
-def _trusted(path: Path, kind: Callable[[int], bool] = stat.S_ISREG) -> bool:
+def _trusted(path: Path, is_type: Callable[[int], bool] = stat.S_ISREG) -> bool:
     """Whether a file is this user's or the system's, and nobody else can have written to it."""
     if not hasattr(os, "getuid"):
         return path.exists()
     try:
-        found = path.lstat()
+        status = path.lstat()
     except OSError:
         return False
-    others = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    return kind(found.st_mode) and found.st_uid in (os.getuid(), 0) and not others
+    others_write = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return is_type(status.st_mode) and status.st_uid in (os.getuid(), 0) and not others_write

@@ -33,11 +33,11 @@ def quicken(model: nn.Module) -> int:
 
 
 def _forward_for(module: nn.Module) -> Forward | None:
-    kind = type(module)
-    if same_code(kind.forward, LlamaRMSNorm.forward):
+    cls = type(module)
+    if same_code(cls.forward, LlamaRMSNorm.forward):
         return _llama
-    norm = getattr(kind, "_norm", None)
-    if same_code(kind.forward, GemmaRMSNorm.forward) and same_code(norm, GemmaRMSNorm._norm):
+    norm = getattr(cls, "_norm", None)
+    if same_code(cls.forward, GemmaRMSNorm.forward) and same_code(norm, GemmaRMSNorm._norm):
         return _gemma
     return None
 
@@ -66,9 +66,9 @@ class _RootMeanSquare(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> Tensor:
         ctx.plus_one = plus_one
         if pointwise.takes(x, weight):
-            found: tuple[Tensor, Tensor] = torch.ops.lighten.rms_norm(x, weight, eps, plus_one)
-            ctx.save_for_backward(x, weight, found[1])
-            return found[0]
+            outputs: tuple[Tensor, Tensor] = torch.ops.lighten.rms_norm(x, weight, eps, plus_one)
+            ctx.save_for_backward(x, weight, outputs[1])
+            return outputs[0]
         normal = x.to(torch.float32, copy=True)
         scale = torch.linalg.vector_norm(normal, dim=-1, keepdim=True)
         scale = scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
@@ -82,8 +82,8 @@ class _RootMeanSquare(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
         if pointwise.takes(x, weight) and not ctx.needs_input_grad[1]:
-            found = torch.ops.lighten.rms_norm_backward(x, weight, scale, grad, ctx.plus_one)
-            return found, None, None, None
+            grad_x = torch.ops.lighten.rms_norm_backward(x, weight, scale, grad, ctx.plus_one)
+            return grad_x, None, None, None
         normal = x.to(torch.float32, copy=True).mul_(scale)
         grad_weight = None
         if ctx.needs_input_grad[1]:

@@ -28,7 +28,7 @@ def available(device: str, dtype: torch.dtype) -> bool:
         dtype: Of the logits.
     """
     if device == "cpu":
-        return dtype == torch.bfloat16 and kernels.there()
+        return dtype == torch.bfloat16 and kernels.available()
     return not torch.cuda.is_available() or importlib.util.find_spec("triton") is not None
 
 

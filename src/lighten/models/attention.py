@@ -427,7 +427,7 @@ def _mask(*args: Any, **options: Any) -> Tensor | None:
 
 def register() -> None:
     """Make the attention known to transformers under `NAME`."""
-    forward = _forward_in_kernel if kernels.there() else _forward_uncompiled
+    forward = _forward_in_kernel if kernels.available() else _forward_uncompiled
     AttentionInterface.register(NAME, forward)
     AttentionMaskInterface.register(NAME, _mask)
 

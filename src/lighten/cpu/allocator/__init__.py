@@ -44,7 +44,7 @@ PILED_UP = 1.25
 # Steps until everything that stays (the optimiser's state) is there.
 FIRST_STEPS = 2
 
-_kept: list[tuple[int, int]] = []  # what `keep_pages` set, once it was called
+_thresholds: list[tuple[int, int]] = []  # what `keep_pages` set, once it was called
 
 
 def keep_pages(device: str) -> Choice:
@@ -68,12 +68,12 @@ def keep_pages(device: str) -> Choice:
     if (named := _chosen_by_user()) is not None:
         return Choice("as it is", f"{named} is set")
     large = LARGE_BYTES if libc.mallopt(M_MMAP_THRESHOLD, LARGE_BYTES) else OLD_LARGE_BYTES
-    _kept[:] = [(M_MMAP_THRESHOLD, large), (M_TRIM_THRESHOLD, NEVER_BYTES)]
-    taken = all(libc.mallopt(parameter, size) for parameter, size in _kept)
+    _thresholds[:] = [(M_MMAP_THRESHOLD, large), (M_TRIM_THRESHOLD, NEVER_BYTES)]
+    accepted = all(libc.mallopt(parameter, size) for parameter, size in _thresholds)
     # Workers share the one heap whose top is kept: a thread's own arena gives its pages back, and
     # takes no block above 64 MiB.
-    taken = taken and libc.mallopt(M_ARENA_MAX, 1)
-    if not (taken and libc.mallopt(M_TOP_PAD, GROWTH_BYTES)):
+    accepted = accepted and libc.mallopt(M_ARENA_MAX, 1)
+    if not (accepted and libc.mallopt(M_TOP_PAD, GROWTH_BYTES)):
         return Choice("as it is", "glibc did not take the thresholds")
     why = "fresh pages for every micro-batch's activations cost time"
     if arena.opened():
@@ -110,7 +110,7 @@ class KeptPages:
     """
 
     def __init__(self, device: str) -> None:
-        self._on = device == "cpu" and bool(_kept)
+        self._on = device == "cpu" and bool(_thresholds)
         self._needed, self._settling = 0, FIRST_STEPS
 
     def after_step(self) -> None:
@@ -149,7 +149,7 @@ def temporaries_given_back() -> Iterator[None]:
         yield
     finally:
         arena.use(True)
-        for parameter, size in _kept or ADAPTED:
+        for parameter, size in _thresholds or ADAPTED:
             libc.mallopt(parameter, size)
 
 

@@ -69,8 +69,8 @@ def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
         f"-I{root / 'include'}", f"-L{root / 'lib'}", "-lc10",
     )  # fmt: skip
     try:
-        found = ctypes.CDLL(str(native.compiled(FOLDER, options, [torch.__version__])))
+        library = ctypes.CDLL(str(native.compiled(FOLDER, options, [torch.__version__])))
     except (native.NotCompiled, OSError) as error:
         return None, str(error)
-    found.lighten_arena_open.restype = ctypes.c_uint64
-    return found, None
+    library.lighten_arena_open.restype = ctypes.c_uint64
+    return library, None

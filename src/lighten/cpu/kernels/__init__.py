@@ -33,7 +33,7 @@ def library() -> ctypes.CDLL | None:
 
 
 @torch.compiler.assume_constant_result
-def there() -> bool:
+def available() -> bool:
     """Whether there are kernels here; a compiler takes it for settled."""
     return library() is not None
 
@@ -48,9 +48,9 @@ Address = ctypes.c_void_p
 
 def call(name: str, *args: Any) -> int:
     """Run a function of the library's; integers are 64 bits wide, numbers are float32."""
-    found = library()
-    assert found is not None
-    answer: int = found[name](*(_plain(arg) for arg in args))
+    dll = library()
+    assert dll is not None
+    answer: int = dll[name](*(_plain(arg) for arg in args))
     return answer
 
 
@@ -70,9 +70,9 @@ def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
     if NEEDED not in flags:
         return None, f"the processor has no {NEEDED}"
     try:
-        found = ctypes.CDLL(str(native.compiled(FOLDER, FLAGS, sorted(flags))))
+        dll = ctypes.CDLL(str(native.compiled(FOLDER, FLAGS, sorted(flags))))
     except (native.NotCompiled, OSError) as error:
         return None, str(error)
-    if not found.lighten_allowed():
+    if not dll.lighten_allowed():
         return None, "the system does not let processes use the processor's tiles"
-    return found, None
+    return dll, None

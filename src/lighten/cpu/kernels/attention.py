@@ -25,7 +25,7 @@ def takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
         fits(query)
         and query.dtype == key.dtype == value.dtype
         and query.shape[-1] == value.shape[-1]
-        and kernels.there()
+        and kernels.available()
     )
 
 
@@ -133,15 +133,15 @@ def attention_backward(
         scale: As it was given.
         starts: As it was given.
     """
-    found = gradients(query, key, value)
-    views = (*_dense(query, key, value), out, *_dense(grad), *found)
+    grads = gradients(query, key, value)
+    views = (*_dense(query, key, value), out, *_dense(grad), *grads)
     _run("lighten_attention_backward", views, sums, scale, starts)
-    return found
+    return grads
 
 
 @attention_backward.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Any:
-    del others
+def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Any:
+    del rest
     return gradients(query, key, value)
 
 
@@ -198,7 +198,7 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the inputs."""
-        found = torch.ops.lighten.attention_backward(
+        grads = torch.ops.lighten.attention_backward(
             *ctx.saved_tensors, grad, ctx.scale, ctx.starts
         )
-        return *found, None, None
+        return *grads, None, None

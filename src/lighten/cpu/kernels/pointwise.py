@@ -17,7 +17,7 @@ def takes(*tensors: Tensor) -> bool:
     """Whether the kernels compute on these."""
     return (
         all(x.device.type == "cpu" and x.dtype == torch.bfloat16 for x in tensors)
-        and kernels.there()
+        and kernels.available()
     )
 
 
@@ -70,13 +70,13 @@ def rms_norm_backward(
         grad: Of the result.
         plus_one: As it was given.
     """
-    x, grad, found = x.contiguous(), grad.contiguous(), x.new_empty(x.shape)
+    x, grad, grad_x = x.contiguous(), grad.contiguous(), x.new_empty(x.shape)
     kernels.call(
         "lighten_rms_norm_backward", _address(x), _address(weight.contiguous()), _address(scales),
-        _address(grad), _address(found), scales.numel(), x.shape[-1], plus_one,
+        _address(grad), _address(grad_x), scales.numel(), x.shape[-1], plus_one,
         torch.get_num_threads(),
     )  # fmt: skip
-    return found
+    return grad_x
 
 
 @rms_norm_backward.register_fake
@@ -94,12 +94,12 @@ def gated(gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
         up: The same.
         gelu: The activation is GELU by its tanh approximation, else SiLU.
     """
-    gate, up, found = gate.contiguous(), up.contiguous(), gate.new_empty(gate.shape)
+    gate, up, out = gate.contiguous(), up.contiguous(), gate.new_empty(gate.shape)
     kernels.call(
-        "lighten_gated", _address(gate), _address(up), _address(found), gate.numel(), gelu,
+        "lighten_gated", _address(gate), _address(up), _address(out), gate.numel(), gelu,
         torch.get_num_threads(),
     )  # fmt: skip
-    return found
+    return out
 
 
 @gated.register_fake
@@ -152,8 +152,8 @@ class Gated(torch.autograd.Function):
         """Compute, and keep what the backward pass reads."""
         ctx.save_for_backward(gate, up)
         ctx.gelu = gelu
-        found: Tensor = torch.ops.lighten.gated(gate, up, gelu)
-        return found
+        out: Tensor = torch.ops.lighten.gated(gate, up, gelu)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
