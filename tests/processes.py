@@ -119,17 +119,17 @@ def python(code: str, *words: str, cwd: Path | None = None) -> subprocess.Comple
 
 def in_fork(
     module: str, settings: Mapping[str, Any], *, memory_bytes: int | None = None,
-    timeout_s: float | None = None, told: Any = None,
+    timeout_s: float | None = None, on_record: Any = None,
 ) -> Outcome:  # fmt: skip
     """`lighten.jobs.in_child` from a process that has the libraries already; it watches nothing."""
-    del memory_bytes, timeout_s, told
+    del memory_bytes, timeout_s, on_record
     job = json.dumps({"module": module, "settings": dict(settings)})
     process = Forked(_job, (), stdin=job)
     out, err = process.communicate()
     records = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
     outcome = Outcome(records)
     if process.wait():
-        outcome.error, outcome.told = (err.strip().splitlines() or ["?"])[-1], True
+        outcome.error, outcome.is_user_error = (err.strip().splitlines() or ["?"])[-1], True
     return outcome
 
 

@@ -81,14 +81,14 @@ def train(
                 f"says strategy: {chosen.strategy}; change one of the two"
             )
         chosen = chosen.changed({"strategy": place.strategy})
-    done = path_checks.finished(chosen, resume=resume, told=progress)
+    done = path_checks.finished(chosen, resume=resume, announce=progress)
     if done is not None:
         return done
     if count > 1:
         return _train_as_ranks(
             chosen, count, device="cuda" if processes is None else "cpu", shown=progress,
-            flags=[flag for flag, given in (("--resume", resume), ("--force", force),
-                                            ("--no-plan", not planned)) if given],
+            flags=[flag for flag, is_set in (("--resume", resume), ("--force", force),
+                                             ("--no-plan", not planned)) if is_set],
         )  # fmt: skip
     from lighten.training.run import train as run_training
 
@@ -114,9 +114,9 @@ def _train_as_ranks(
     from lighten.training.interrupt import Interrupted
     from lighten.training.progress import TrainingProgress
 
-    with TrainingProgress(enabled=shown) as told:
+    with TrainingProgress(enabled=shown) as display:
         for notice in recipe.notices:
-            told.note(notice)
+            display.note(notice)
     chosen = recipe.changed({"output_dir": str(recipe.run_folder)})
     with tempfile.TemporaryDirectory(prefix="lighten-") as folder:
         file = Path(folder) / f"{recipe.name}.yaml"
@@ -178,8 +178,8 @@ def plan_probe(
 
     where = devices.named(device)
     rows = predict.read_rows(chosen, [])
-    made = predict.plan(chosen, where, rows=rows, read_data=False)
-    return made, probe(chosen, made, where, rows)
+    prediction = predict.plan(chosen, where, rows=rows, read_data=False)
+    return prediction, probe(chosen, prediction, where, rows)
 
 
 def plan_search(
@@ -208,9 +208,9 @@ def plan_search(
 
     rows = predict.read_rows(chosen, [])
     planner = predict.planner_for(devices.named(device), rows)
-    found = search.fastest(chosen, planner, fixed=fixed_by(overrides), told=told)
-    best = found.best
-    return found, None if best is None else chosen.changed(best.settings)
+    result = search.fastest(chosen, planner, fixed=fixed_by(overrides), told=told)
+    best = result.best
+    return result, None if best is None else chosen.changed(best.settings)
 
 
 def plan_largest(
@@ -288,11 +288,11 @@ def evaluate(
     from lighten.evaluation import against as comparing
     from lighten.evaluation.evaluation import evaluate_run
 
-    theirs = None if other is None else comparing.read(other)
-    found = evaluate_run(chosen, progress=progress, **options)
-    if theirs is not None:
-        found.comparisons = comparing.compare(found.to_dict(), theirs)
-    return found
+    reference = None if other is None else comparing.read(other)
+    evaluation = evaluate_run(chosen, progress=progress, **options)
+    if reference is not None:
+        evaluation.comparisons = comparing.compare(evaluation.to_dict(), reference)
+    return evaluation
 
 
 def sweep(
@@ -328,9 +328,9 @@ def sweep(
     path_checks.require_model(chosen.model_name_or_path)
     from lighten.sweeps.running import sweep as run_sweep
 
-    found = run_sweep(chosen, resume=resume, progress=progress, measuring=measuring_progress)
-    report(found.folder)
-    return found
+    result = run_sweep(chosen, resume=resume, progress=progress, measuring=measuring_progress)
+    report(result.folder)
+    return result
 
 
 def report(*runs: RunLike, output: str | os.PathLike[str] | None = None) -> Path:

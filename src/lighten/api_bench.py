@@ -54,7 +54,7 @@ def bench(
     from lighten.api_recipe import plannable
     from lighten.benchmarking import running
 
-    given: dict[str, Any] = {
+    options: dict[str, Any] = {
         "prompt_tokens": None if prompt_tokens is None else tuple(prompt_tokens),
         "batch_sizes": None if batch_sizes is None else tuple(batch_sizes),
         "new_tokens": new_tokens,
@@ -62,7 +62,7 @@ def bench(
         "memory_bytes": None if memory is None else running.bytes_of(memory),
         "seconds": seconds,
     }
-    settings = running.Settings(**{k: v for k, v in given.items() if v is not None})
+    settings = running.Settings(**{k: v for k, v in options.items() if v is not None})
     run = path_checks.run_of(target) if path_checks.is_run(target) else None
 
     def recipe(base: str) -> Recipe:
@@ -137,9 +137,9 @@ def audit(
         shared = {"model_name_or_path": model, "dataset": os.fspath(data)}
         return recipe_of(None, **{**shared, **overrides, **changes})
 
-    found = measure(model, recipe=recipe, folder=folder.expanduser(), settings=settings, log=told)
-    write_audit_page(found.folder)
-    return found
+    result = measure(model, recipe=recipe, folder=folder.expanduser(), settings=settings, log=told)
+    write_audit_page(result.folder)
+    return result
 
 
 def bench_compare(before: str | os.PathLike[str], after: str | os.PathLike[str]) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def plan_server(base: str, **options: Any) -> tuple[Sizes, Serving]:
 
 def _options(
     adapter_dir: str | os.PathLike[str] | None, api_keys: Sequence[str],
-    admin_keys: Sequence[str], others: Mapping[str, Any],
+    admin_keys: Sequence[str], options: Mapping[str, Any],
 ) -> Options:  # fmt: skip
     from lighten.serving.options import Options, keys
 
@@ -87,7 +87,7 @@ def _options(
         adapter_dir=None if adapter_dir is None else Path(adapter_dir),
         api_keys=keys(api_keys, "LIGHTEN_API_KEY"),
         admin_keys=keys(admin_keys, "LIGHTEN_ADMIN_KEY"),
-        **others,
+        **options,
     )
 
 

@@ -40,13 +40,13 @@ class Claim:
     Attributes:
         folder: The run's.
         new: There was no run in it: all that is there now was made since.
-        made: Folders that were made for it, the deepest first.
+        created: Folders that were made for it, the deepest first.
         aside: Where the ended run is that was in its place.
     """
 
     folder: Path
     new: bool
-    made: list[Path]
+    created: list[Path]
     aside: Path | None = None
 
     def undo(self) -> bool:
@@ -63,7 +63,7 @@ class Claim:
         for name in before_training:
             (self.folder / name).unlink(missing_ok=True)
         with suppress(OSError):  # somebody has put something there since
-            for path in self.made:
+            for path in self.created:
                 path.rmdir()
             if self.aside is not None:
                 os.rename(self.aside, self.folder)
@@ -89,11 +89,11 @@ def claim(folder: Path, recipe: str, *, aside: bool) -> Claim:
     except OSError as error:
         raise cannot_write(error, folder) from error
     locks.acquire(folder)
-    taken = Claim(folder, new=not is_run(folder), made=missing, aside=moved)
-    if taken.new:
+    claimed = Claim(folder, new=not is_run(folder), created=missing, aside=moved)
+    if claimed.new:
         write_json(folder / INFO, {"version": 1})
     write_text(folder / RECIPE, recipe)
-    return taken
+    return claimed
 
 
 def require_ours(folder: Path) -> None:
@@ -109,8 +109,8 @@ def require_ours(folder: Path) -> None:
             return
         if not folder.is_dir():
             raise UserError(f"output_dir: {folder} is a file; choose another name for the folder")
-        here, whole = Path.cwd(), folder.resolve()
-        if whole in (here, *here.parents, Path(os.path.expanduser("~")).resolve()):
+        current, resolved = Path.cwd(), folder.resolve()
+        if resolved in (current, *current.parents, Path(os.path.expanduser("~")).resolve()):
             raise UserError(
                 f"output_dir: {folder} is not a folder of its own for a run; choose one such as "
                 "runs/NAME"
@@ -120,10 +120,10 @@ def require_ours(folder: Path) -> None:
     except OSError as error:
         raise cannot_write(error, folder) from error
     if foreign:
-        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+        remainder = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
         raise UserError(
             f"output_dir: {folder} holds files that are not a run's "
-            f"({', '.join(foreign[:3])}{more}); nothing was changed, choose another folder"
+            f"({', '.join(foreign[:3])}{remainder}); nothing was changed, choose another folder"
         )
 
 

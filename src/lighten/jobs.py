@@ -40,7 +40,7 @@ class Outcome:
         records: What it measured before it ended.
         error: Why it ended early; None: it did not.
         out_of_memory: Whether that was for memory.
-        told: The error is a sentence for the user (`UserError`), not the end of a traceback.
+        is_user_error: The error is a sentence for the user, not the end of a traceback.
         timed_out: Whether that was for time.
         process_peak_bytes: The most that it held as a whole, as last seen from outside.
     """
@@ -48,7 +48,7 @@ class Outcome:
     records: list[dict[str, Any]] = field(default_factory=list)
     error: str | None = None
     out_of_memory: bool = False
-    told: bool = False
+    is_user_error: bool = False
     timed_out: bool = False
     process_peak_bytes: int = 0
 
@@ -59,7 +59,7 @@ def in_child(
     *,
     memory_bytes: int | None = None,
     timeout_s: float | None = None,
-    told: Callable[[dict[str, Any]], None] | None = None,
+    on_record: Callable[[dict[str, Any]], None] | None = None,
 ) -> Outcome:
     """Run a job in a process of its own.
 
@@ -68,15 +68,15 @@ def in_child(
         settings: What it takes, as JSON has it.
         memory_bytes: It is ended when it and its own children hold more.
         timeout_s: It is ended when it takes longer.
-        told: Hears of each record when it is there.
+        on_record: Hears of each record when it is there.
     """
     outcome = Outcome()
-    with tempfile.TemporaryFile() as said:
+    with tempfile.TemporaryFile() as stderr:
         worker = subprocess.Popen(
             [sys.executable, "-m", "lighten.jobs"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr,
         )  # fmt: skip
-        reader = threading.Thread(target=_read, args=(worker, outcome, told), daemon=True)
+        reader = threading.Thread(target=_read, args=(worker, outcome, on_record), daemon=True)
         reader.start()
         assert worker.stdin is not None
         try:
@@ -90,10 +90,10 @@ def in_child(
                 _end(worker)
             worker.wait()
             reader.join()
-        said.seek(0)
-        text = said.read().decode(errors="replace")
+        stderr.seek(0)
+        text = stderr.read().decode(errors="replace")
     if outcome.error is None and worker.returncode:
-        outcome.told = worker.returncode == USER_ERROR
+        outcome.is_user_error = worker.returncode == USER_ERROR
         lines = text.strip().splitlines()
         outcome.error = lines[-1] if lines else f"it ended with {worker.returncode}"
         # The kernel ends a process by signal 9 where memory is short.
@@ -103,16 +103,16 @@ def in_child(
     return outcome
 
 
-def _short(said: str) -> bool:
+def _short(message: str) -> bool:
     from lighten.engine.memory_errors import ran_out
 
-    return "MemoryError" in said or ran_out(RuntimeError(said))
+    return "MemoryError" in message or ran_out(RuntimeError(message))
 
 
 def _read(
     worker: subprocess.Popen[bytes],
     outcome: Outcome,
-    told: Callable[[dict[str, Any]], None] | None,
+    on_record: Callable[[dict[str, Any]], None] | None,
 ) -> None:
     assert worker.stdout is not None
     for line in worker.stdout:
@@ -122,8 +122,8 @@ def _read(
             continue  # a library's words, or a line torn by the process's end
         if isinstance(record, dict):
             outcome.records.append(record)
-            if told is not None:
-                told(record)
+            if on_record is not None:
+                on_record(record)
 
 
 def _watch(

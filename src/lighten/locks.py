@@ -83,8 +83,10 @@ def is_held(folder: Path) -> bool:
         return False
     if held["host"] != platform.node():
         return True  # nothing here can tell
-    began, said = _began(held["pid"]), held.get("began")
-    return began is not None and isinstance(said, int | float) and abs(began - said) < CLOCK_S
+    began, recorded = _began(held["pid"]), held.get("began")
+    return (
+        began is not None and isinstance(recorded, int | float) and abs(began - recorded) < CLOCK_S
+    )
 
 
 def holder(folder: Path) -> dict[str, Any] | None:
@@ -93,12 +95,12 @@ def holder(folder: Path) -> dict[str, Any] | None:
         value = json.loads((folder / LOCK).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    whole = (
+    complete = (
         isinstance(value, dict)
         and isinstance(value.get("pid"), int)
         and isinstance(value.get("host"), str)
     )
-    return value if whole else None
+    return value if complete else None
 
 
 def _this_process() -> dict[str, Any]:

@@ -48,21 +48,21 @@ def source_of(source: RunLike) -> Run | str:
     Raises:
         UserError: Nothing is there.
     """
-    given = source if isinstance(source, Run) else os.fspath(source)
-    if isinstance(given, Run) or (expanded(given) / "adapter_config.json").is_file():
-        return given
-    require_answerable(given)
-    named = Path("runs") / given
-    return str(named) if exists(named / RECIPE) and not Path(given).exists() else given
+    target = source if isinstance(source, Run) else os.fspath(source)
+    if isinstance(target, Run) or (expanded(target) / "adapter_config.json").is_file():
+        return target
+    require_answerable(target)
+    named = Path("runs") / target
+    return str(named) if exists(named / RECIPE) and not Path(target).exists() else target
 
 
-def finished(recipe: Recipe, *, resume: bool, told: bool) -> Run | None:
+def finished(recipe: Recipe, *, resume: bool, announce: bool) -> Run | None:
     """The run, where it is to be resumed and has nothing left to do.
 
     Args:
         recipe: What shall be trained.
         resume: A run in its folder goes on.
-        told: Say on standard error that it is finished.
+        announce: Say on standard error that it is finished.
 
     Raises:
         UserError: The model is not there, or the run's folder cannot be used.
@@ -73,7 +73,7 @@ def finished(recipe: Recipe, *, resume: bool, told: bool) -> Run | None:
         Run.before(recipe, resume=resume)
     if not (resume and exists(folder / RECIPE) and Run(folder).is_finished()):
         return None
-    if told:
+    if announce:
         from lighten.training.progress import TrainingProgress
 
         TrainingProgress().note(
@@ -91,8 +91,8 @@ def run_of(run: RunLike) -> Run:
     """
     if isinstance(run, Run):
         return run
-    given, named = expanded(os.fspath(run)), Path("runs") / os.fspath(run)
-    return Run(named if not exists(given) and exists(named) else given)
+    path, named = expanded(os.fspath(run)), Path("runs") / os.fspath(run)
+    return Run(named if not exists(path) and exists(named) else path)
 
 
 def adapter_folder(target: RunLike, name: str | None = None) -> Path:
@@ -102,17 +102,17 @@ def adapter_folder(target: RunLike, name: str | None = None) -> Path:
         UserError: There is none, or there are several and none is named.
     """
     if not isinstance(target, Run):
-        alone = Path(target).expanduser()
-        if (alone / "adapter_config.json").is_file():
-            return alone
-    there = run_of(target)
-    folders = there.adapters()
+        folder = Path(target).expanduser()
+        if (folder / "adapter_config.json").is_file():
+            return folder
+    run = run_of(target)
+    folders = run.adapters()
     if not folders:
-        raise UserError(f"{there.folder} has no adapter; train one first")
+        raise UserError(f"{run.folder} has no adapter; train one first")
     if name is None and len(folders) > 1:
-        raise UserError(f"{there.folder} has several adapters; name one: --adapter {min(folders)}")
+        raise UserError(f"{run.folder} has several adapters; name one: --adapter {min(folders)}")
     if name is not None and name not in folders:
         raise UserError(
-            f"{there.folder} has no adapter {name!r}; it has {', '.join(sorted(folders))}"
+            f"{run.folder} has no adapter {name!r}; it has {', '.join(sorted(folders))}"
         )
     return folders[name] if name is not None else next(iter(folders.values()))

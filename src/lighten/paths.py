@@ -15,15 +15,15 @@ def split_limit(text: str) -> tuple[Path, int | None]:
     Raises:
         UserError: What follows `#` is no number of rows, and nothing has the whole as its name.
     """
-    whole = expanded(text)
-    if "#" not in text or exists(whole):
-        return whole, None
+    full = expanded(text)
+    if "#" not in text or exists(full):
+        return full, None
     name, _, count = text.rpartition("#")
     path = expanded(name)
     if count.isascii() and count.isdigit() and int(count[:18]) > 0:
         return path, int(count[:18])
     if "/" in count or "\\" in count or not exists(path):
-        return whole, None
+        return full, None
     raise UserError(f"{text}: what follows # must be a number of rows, from 1")
 
 

@@ -83,7 +83,7 @@ def from_hub(name: str) -> Path:
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{missing}, and the hub cannot be reached ({first})") from error
-    if absent := [own for own in (CONFIG, WEIGHTS) if not (folder / own).is_file()]:
+    if absent := [file for file in (CONFIG, WEIGHTS) if not (folder / file).is_file()]:
         raise UserError(f"the hub's {name} is not an adapter in safetensors: it has no {absent[0]}")
     return folder
 
@@ -130,18 +130,18 @@ def settings(
         raise UserError(f"{where}: {CONFIG} names no target_modules")
     if not isinstance(targets, str) and not _texts(targets):
         raise UserError(f"{where}: target_modules in {CONFIG} is neither a text nor a list of them")
-    whole = config.get("modules_to_save") or ()
-    if not _texts(whole):
+    saved_modules = config.get("modules_to_save") or ()
+    if not _texts(saved_modules):
         raise UserError(f"{where}: modules_to_save in {CONFIG} is not a list of names")
     ranks, alphas = (_pattern(config, f"{what}_pattern", where) for what in ("rank", "alpha"))
     return {
-        "r": _whole(config, "r", where),
+        "r": _rank(config, "r", where),
         "alpha": _number(config, "lora_alpha", where),
         "dropout": _number(config, "lora_dropout", where),
         "target_modules": targets if isinstance(targets, str) else tuple(targets),
         "use_rslora": bool(config.get("use_rslora")),
-        "modules_to_save": tuple(whole),
-        "rank_pattern": {key: _whole(ranks, key, where) for key in ranks},
+        "modules_to_save": tuple(saved_modules),
+        "rank_pattern": {key: _rank(ranks, key, where) for key in ranks},
         "alpha_pattern": {key: _number(alphas, key, where) for key in alphas},
     }
 
@@ -159,7 +159,7 @@ def _number(values: Mapping[str, Any], key: str, where: str | os.PathLike[str]) 
     return value
 
 
-def _whole(values: Mapping[str, Any], key: str, where: str | os.PathLike[str]) -> int:
+def _rank(values: Mapping[str, Any], key: str, where: str | os.PathLike[str]) -> int:
     value = _number(values, key, where)
     if value < 1 or value != int(value):
         raise UserError(f"{where}: {key} in {CONFIG} is {value!r}, which is no rank")

@@ -106,11 +106,11 @@ class Run:
     def is_finished(self) -> bool:
         """Whether it has ended as it should, and all that it trained is there."""
         recipe = self.recipe()
-        whole = self.model() is not None
-        lost = sum(bool(own.get("diverged")) for own in self.info().get("adapters", []))
-        wanted = len(recipe.cohort()) - lost
-        there = whole if recipe.method == "full" else len(self.adapters()) == wanted
-        return there and self.info().get("status") == "finished"
+        has_model = self.model() is not None
+        lost = sum(bool(adapter.get("diverged")) for adapter in self.info().get("adapters", []))
+        expected = len(recipe.cohort()) - lost
+        complete = has_model if recipe.method == "full" else len(self.adapters()) == expected
+        return complete and self.info().get("status") == "finished"
 
     def is_unfinished(self) -> bool:
         """Whether it can go on: it was stopped, killed, or is at work."""
@@ -177,8 +177,8 @@ class Run:
     def truncate_metrics(self, step: int) -> None:
         """Drop what was logged after a step, and a torn last line: the run goes on from there."""
         if (self.folder / METRICS).exists():
-            kept = [line for line in self.metrics() if line["step"] <= step]
-            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
+            lines = [line for line in self.metrics() if line["step"] <= step]
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             write_text(self.folder / METRICS, text)
 
     def evaluation(self) -> dict[str, Any] | None:
@@ -199,7 +199,7 @@ class Run:
 
     def adapters(self) -> dict[str, Path]:
         """Folder of each saved adapter by name, in the recipe's order."""
-        names = [own.name for own in self.recipe().cohort()]
+        names = [spec.name for spec in self.recipe().cohort()]
         folders = {name: self.folder / "adapters" / name for name in names}
         return {
             name: path
@@ -226,8 +226,8 @@ class Run:
 def find(folder: str | os.PathLike[str] = "runs") -> list[Run]:
     """The runs directly under a folder, by time of their start."""
     root = Path(folder)
-    found = [Run(path.parent) for path in root.glob(f"*/{RECIPE}")] if root.is_dir() else []
-    return sorted(found, key=lambda run: (str(run.info().get("started", "")), run.name))
+    runs = [Run(path.parent) for path in root.glob(f"*/{RECIPE}")] if root.is_dir() else []
+    return sorted(runs, key=lambda run: (str(run.info().get("started", "")), run.name))
 
 
 def compare(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -238,15 +238,15 @@ def compare(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """
     recipes = [run.recipe().completed() for run in runs]
     rows = [
-        {"what": key, "kind": "setting", "values": [own.get(key) for own in recipes]}
+        {"what": key, "kind": "setting", "values": [recipe.get(key) for recipe in recipes]}
         for key in recipes[0]
         if key not in ("output_dir", "evaluate", "quantize", "sweep")
-        and any(own.get(key) != recipes[0].get(key) for own in recipes)
+        and any(recipe.get(key) != recipes[0].get(key) for recipe in recipes)
     ]
     measured = [_measured(run) for run in runs]
-    names = dict.fromkeys(name for own in measured for name in own)
+    names = dict.fromkeys(name for figures in measured for name in figures)
     return rows + [
-        {"what": name, "kind": "measured", "values": [own.get(name) for own in measured]}
+        {"what": name, "kind": "measured", "values": [figures.get(name) for figures in measured]}
         for name in names
     ]
 
@@ -255,14 +255,16 @@ def _measured(run: Run) -> dict[str, Any]:
     """The figures of one run that a comparison shows, by label."""
     info, evaluation = run.info(), run.evaluation()
     training = info.get("training", {})
-    found: dict[str, Any] = {"status": info.get("status")}
-    for own in info.get("adapters", []):
-        found[f"{own['name']}: held-out loss"] = own.get("eval_loss")
-        found[f"{own['name']}: {own.get('kind', 'adapter')} MB"] = round(own["file_bytes"] / 1e6, 2)
+    figures: dict[str, Any] = {"status": info.get("status")}
+    for adapter in info.get("adapters", []):
+        figures[f"{adapter['name']}: held-out loss"] = adapter.get("eval_loss")
+        figures[f"{adapter['name']}: {adapter.get('kind', 'adapter')} MB"] = round(
+            adapter["file_bytes"] / 1e6, 2
+        )
     for model in (evaluation or {}).get("models", []):
         for metric, value in model["metrics"].items():
-            found[f"{model['name']}: {metric}"] = value
-    found["tokens/s"] = training.get("tokens_per_second")
-    found["peak GiB"] = training["peak_bytes"] / 2**30 if "peak_bytes" in training else None
-    found["training s"] = training.get("seconds")
-    return found
+            figures[f"{model['name']}: {metric}"] = value
+    figures["tokens/s"] = training.get("tokens_per_second")
+    figures["peak GiB"] = training["peak_bytes"] / 2**30 if "peak_bytes" in training else None
+    figures["training s"] = training.get("seconds")
+    return figures

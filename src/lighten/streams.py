@@ -218,9 +218,9 @@ class LibraryBar:
     def __exit__(self, *_error: object) -> None:
         self.close()
 
-    def update(self, more: float = 1) -> None:
+    def update(self, count: float = 1) -> None:
         """So much more is done."""
-        before, self.n = self.n, min(self.n + int(more), self.total or sys.maxsize)
+        before, self.n = self.n, min(self.n + int(count), self.total or sys.maxsize)
         # A model has thousands of weights; a hundred redraws are enough.
         step = max(1, self.total // 100)
         if self._listener is not None and (self.n // step > before // step or self.n == self.total):

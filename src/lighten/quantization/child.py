@@ -26,7 +26,9 @@ def call(job: dict[str, Any]) -> dict[str, Any]:
     if outcome.error is not None and outcome.out_of_memory:
         raise UserError(f"{job['name']} failed: {outcome.error}")
     if outcome.error is not None:
-        raise UserError(outcome.error if outcome.told else f"{job['name']} failed: {outcome.error}")
+        raise UserError(
+            outcome.error if outcome.is_user_error else f"{job['name']} failed: {outcome.error}"
+        )
     return outcome.records[-1]
 
 
