@@ -115,7 +115,7 @@ class Cohort(Trained):
             )
 
     @property
-    def no_lanes(self) -> str | None:
+    def no_workers(self) -> str | None:
         """Why threads cannot each train on a micro-batch of their own, or None."""
         if self.group_size is not None:
             return "quantisation-aware layers round their weights once for each micro-batch"

@@ -296,9 +296,9 @@ def joint_outputs(layers: Sequence[CohortLinear], x: Tensor) -> tuple[Tensor, ..
         return tuple(_fake_quantised(layer, x) for layer in layers)
     parts, factors = [], []
     for place, layer in enumerate(layers):
-        for member, part in layer.parts(x, place):
+        for adapter, part in layer.parts(x, place):
             parts.append(part)
-            factors += [layer.lora_A[member], layer.lora_B[member]]
+            factors += [layer.lora_A[adapter], layer.lora_B[adapter]]
     return low_rank_linears(x, [layer.base for layer in layers], parts, factors)
 
 

@@ -216,9 +216,9 @@ def _blocks(parts: Sequence[Part], ranks: Sequence[int], *, merge: bool) -> list
     blocks = []
     for group in groups.values():
         order = tuple(sorted(group, key=lambda i: parts[i].layer))
-        members = tuple(parts[i] for i in order)
-        start, stop = min(part.start for part in members), max(part.stop for part in members)
-        blocks.append(_Block(start, stop, order, members))
+        joined = tuple(parts[i] for i in order)
+        start, stop = min(part.start for part in joined), max(part.stop for part in joined)
+        blocks.append(_Block(start, stop, order, joined))
     return blocks
 
 

@@ -103,7 +103,7 @@ class PeftBacked(Cohort):
         return None
 
     @property
-    def no_lanes(self) -> str | None:
+    def no_workers(self) -> str | None:
         """Why threads cannot each train on a micro-batch of their own, or None."""
         return f"{self.method} is computed by PEFT's own modules, one micro-batch at a time"
 
@@ -218,9 +218,9 @@ class PeftBacked(Cohort):
         PEFT draws its dropout for the batch as a whole. The draws are a function of the seed and of
         the rows' keys, so that a resumed run repeats them, but not of a row alone.
         """
-        members = {share.member for share in shares}
-        assert len(members) == 1, "PEFT's modules cannot tell rows apart"
-        name = members.pop()
+        adapters = {share.member for share in shares}
+        assert len(adapters) == 1, "PEFT's modules cannot tell rows apart"
+        name = adapters.pop()
         keys = [key for share in shares for key in share.dropout_keys or ()]
         learns = name is not None and bool(keys)
         with super().sharing(shares, starts), self.using(name):

@@ -49,7 +49,7 @@ class Trained(ABC):
         return None
 
     @property
-    def no_lanes(self) -> str | None:
+    def no_workers(self) -> str | None:
         """Why threads cannot each train on a micro-batch of their own, or None."""
         return "micro-batches train side by side for low-rank adapters alone"
 

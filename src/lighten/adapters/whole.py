@@ -26,13 +26,13 @@ from lighten.errors import UserError
 
 
 class WholeBase(Trained):
-    """A base that learns itself: the one member's parameters are the base's, by their own names.
+    """A base that learns itself: its parameters are trained, under their own names.
 
     Args:
         model: The base; what learns of it becomes float32.
         dtype: Format of the products, and of the frozen weights and the finished model.
         last: Train the last so many decoder layers only; None: everything.
-        name: What the one member is called.
+        name: What the base is called where adapters have names.
         qat_group_size: Compute as once quantised to int8 activations and int4 weights in groups of
             so many; None: as the weights are.
 
@@ -119,7 +119,7 @@ class WholeBase(Trained):
     def sharing(
         self, shares: Sequence[Share], starts: Sequence[int] | None = None
     ) -> Iterator[PreTrainedModel]:
-        """Every row is the one member's."""
+        """Every row takes the base."""
         assert {share.member for share in shares} == {self._name}
         del starts  # rows are told apart by attention alone
         yield self.model

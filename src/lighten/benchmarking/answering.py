@@ -67,10 +67,10 @@ def run(
         )  # fmt: skip
         adapter_paths = {"adapter": Path(adapter)} if adapter is not None and not merged else {}
         trained = adapters.load(base.model, adapter_paths)
-        member = next(iter(adapter_paths), None)
+        adapter_name = next(iter(adapter_paths), None)
         allocator.trim()
         memory.restart()
-        with trained.using(member), head_reads_whole_rows(base.model), torch.inference_mode():
+        with trained.using(adapter_name), head_reads_whole_rows(base.model), torch.inference_mode():
             timings = generation.answer(base.model, 1, prompt_tokens, new_tokens, device, budget_s)
         peak = memory.read()
         shipped_bytes = (
@@ -85,10 +85,10 @@ def run(
             "dtype": base.dtype.value, "attention": base.attention.value,
         }  # fmt: skip
         if measures_loss:
-            yield from _losses(settings, base, trained, member)
+            yield from _losses(settings, base, trained, adapter_name)
 
 
-def _losses(recipe: Any, base: Any, trained: Any, member: str | None) -> Iterator[dict[str, Any]]:
+def _losses(recipe: Any, base: Any, trained: Any, adapter: str | None) -> Iterator[dict[str, Any]]:
     from lighten.engine.batching import choose_tokens
     from lighten.engine.loss import Objective
     from lighten.engine.validation import held_out
@@ -100,7 +100,7 @@ def _losses(recipe: Any, base: Any, trained: Any, member: str | None) -> Iterato
         return
     max_tokens, _ = choose_tokens("auto", base.model.device.type, base.dtype.value)
     losses = held_out(
-        Objective(base.model, trained, fast=trained.supports_fast_loss), rows.rows, member,
+        Objective(base.model, trained, fast=trained.supports_fast_loss), rows.rows, adapter,
         max_rows=recipe.per_device_eval_batch_size, max_tokens=max_tokens, device=base.model.device,
     )  # fmt: skip
     yield {"losses": [list(pair) for pair in zip(losses.nll, losses.tokens, strict=True)]}

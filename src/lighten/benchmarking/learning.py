@@ -79,26 +79,26 @@ def run(
         _require_moved(before, _samples(setup))
         lines = list(runs.read_lines(folder / runs.METRICS))
         peak = memory.read()
-        (member,) = setup.adapters
-        parameters = sum(p.numel() for p in member.parameters.values())
+        (learner,) = setup.adapters
+        parameters = sum(p.numel() for p in learner.parameters.values())
         yield {
             "step_seconds": [line["seconds"] for line in lines],
             "step_tokens": [line["tokens"] for line in lines],
             "train_losses": [line["loss"] for line in lines],
             "peak_bytes": peak["peak_bytes"], "memory_by": peak["method"],
             "reserved_bytes": peak.get("reserved_bytes"), "parameters": parameters,
-            "shipped_bytes": shipped_bytes(setup, member.name),
+            "shipped_bytes": shipped_bytes(setup, learner.name),
             "choices": {name: choice.value for name, choice in setup.choices.items()},
         }  # fmt: skip
         if measures_loss and rows.held_out is not None and len(rows.held_out.rows):
             losses = held_out(
-                setup.objective, rows.held_out.rows, member.name,
+                setup.objective, rows.held_out.rows, learner.name,
                 max_rows=settings.per_device_eval_batch_size,
                 max_tokens=setup.tokens_per_microbatch, device=accelerator.device,
             )  # fmt: skip
             yield {"losses": [list(pair) for pair in zip(losses.nll, losses.tokens, strict=True)]}
         if adapter is not None and settings.method == "lora":
-            export_adapter(setup, member.name, Path(adapter))
+            export_adapter(setup, learner.name, Path(adapter))
 
 
 def select_rows(rows: Rows, recipe: Recipe, steps: int) -> Rows:
@@ -124,10 +124,10 @@ def select_rows(rows: Rows, recipe: Recipe, steps: int) -> Rows:
     return replace(rows, train=replace(rows.train, rows=selected, counts=counts))
 
 
-def shipped_bytes(setup: Any, member: str) -> int:
+def shipped_bytes(setup: Any, adapter: str) -> int:
     """What the files of the training's result hold: an adapter, or every weight of the model."""
     if setup.recipe.method == "lora":
-        contents = dict(setup.trained.contents(member, base_model=setup.base.name, revision=None))
+        contents = dict(setup.trained.contents(adapter, base_model=setup.base.name, revision=None))
         return sum(
             len(content) if isinstance(content, bytes) else content.size
             for content in contents.values()

@@ -56,7 +56,7 @@ def processes_for(
     Raises:
         OSError: See `Forked`.
     """
-    learning = [[p for member in group for p in member.parameters.values()] for group in groups]
+    learning = [[p for adapter in group for p in adapter.parameters.values()] for group in groups]
     return Forked(workers, torch.get_num_threads(), objective, learning)
 
 

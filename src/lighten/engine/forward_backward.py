@@ -70,8 +70,8 @@ def shares_of(batch: MicroBatch) -> tuple[Share, ...]:
         ends = stop == len(batch.items) or batch.items[stop].member != batch.items[start].member
         if ends:
             keys = tuple(item.key for item in batch.items[start:stop])
-            member = batch.items[start].member
-            shares.append(Share(member, start, stop, keys))
+            adapter = batch.items[start].member
+            shares.append(Share(adapter, start, stop, keys))
             start = stop
     return tuple(shares)
 

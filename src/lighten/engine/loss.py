@@ -157,7 +157,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _add_product(total: Tensor, gradients: Tensor, hidden: Tensor) -> None:
-    """Add slopesᵀ hidden ([n, V], [n, H]) to a float32 total [V, H].
+    """Add gradientsᵀ hidden ([n, V], [n, H]) to a float32 total [V, H].
 
     A processor makes a float32 copy of what it adds in another format: as large as the head, so it
     is added piece by piece there.
@@ -302,8 +302,8 @@ class Objective:
     ) -> tuple[Tensor, Tensor]:
         """Chunks through a head that learns: each is recomputed in the backward pass (trap 8)."""
 
-        def chunk(member: str | None, hidden: Tensor, labels: Tensor) -> Tensor:
-            with self.cohort.using(member):
+        def chunk(adapter: str | None, hidden: Tensor, labels: Tensor) -> Tensor:
+            with self.cohort.using(adapter):
                 logits = self.rule.apply(self._head(hidden).float())
             return F.cross_entropy(logits, labels, reduction="none")
 

@@ -88,12 +88,12 @@ def make(
     """
     groups = [
         {
-            "params": members,
+            "params": group,
             "lr_factor": factor,
             "lr": learning_rate * factor,
             "weight_decay": weight_decay if decays else 0.0,
         }
-        for (factor, decays), members in _groups(
+        for (factor, decays), group in _groups(
             parameters, loraplus_lr_ratio or 1.0, undecayed
         ).items()
     ]

@@ -55,10 +55,10 @@ class LossScaler:
         """What the named adapter's loss is multiplied by in the next step."""
         return self._of(name).scale if self.enabled else 1.0
 
-    def unscale(self, member: AdapterOptimizer) -> None:
+    def unscale(self, adapter: AdapterOptimizer) -> None:
         """Divide the adapter's gradients by its factor, in place."""
         if self.enabled:
-            torch._foreach_mul_(member.gradients(), 1.0 / self.factor(member.name))
+            torch._foreach_mul_(adapter.gradients(), 1.0 / self.factor(adapter.name))
 
     def hopeless(self, name: str) -> bool:
         """Whether a gradient that is not finite can no longer be the factor's fault."""

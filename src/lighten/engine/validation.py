@@ -53,7 +53,7 @@ class ValidationLoss:
 def held_out(
     objective: Objective,
     rows: Sequence[TokenRow],
-    member: str | None,
+    adapter: str | None,
     *,
     max_rows: int,
     max_tokens: int | None = None,
@@ -69,7 +69,7 @@ def held_out(
     Args:
         objective: The loss, with the cohort it runs under.
         rows: Encoded rows; those without a supervised token are passed over.
-        member: The adapter's name.
+        adapter: The adapter's name.
         max_rows: Rows per batch at most.
         max_tokens: Padded tokens per batch at most.
         pad_id: Padding.
@@ -80,14 +80,14 @@ def held_out(
         spare: A row for those that count nothing.
     """
     lengths = lengths_of(rows)
-    items = [Item(member, i, 0) for i, row in enumerate(rows) if any(row.supervised[1:])]
+    items = [Item(adapter, i, 0) for i, row in enumerate(rows) if any(row.supervised[1:])]
     nll, tokens = [0.0] * len(rows), [0] * len(rows)
     parts = layout(
         items, lengths, max_rows=max_rows, max_tokens=max_tokens, packed=objective.packs,
         workers=workers.count if workers else 1,
     )  # fmt: skip
     batches = [
-        collate(part, rows, [member], pad_id=pad_id, packed=objective.packs, device=device)
+        collate(part, rows, [adapter], pad_id=pad_id, packed=objective.packs, device=device)
         for part in parts
     ]
     if batches:
@@ -107,7 +107,7 @@ def held_out(
     idle = passes(len(batches)) - len(batches) if passes is not None else 0
     if idle:
         assert spare is not None
-        alone = collate([Item(member, 0, 0)], [spare], [member], pad_id=pad_id,
+        alone = collate([Item(adapter, 0, 0)], [spare], [adapter], pad_id=pad_id,
                         packed=objective.packs, device=device)  # fmt: skip
         for _ in range(idle):
             measure(alone, objective)
@@ -123,7 +123,7 @@ def held_out_over(
     accelerator: Accelerator,
     objective: Objective,
     rows: Sequence[TokenRow],
-    member: str | None,
+    adapter: str | None,
     **options: Any,
 ) -> ValidationLoss:
     """`held_out` with every rank measuring its share; all get the same figures, bit for bit.
@@ -134,7 +134,7 @@ def held_out_over(
         accelerator: The ranks.
         objective: The loss.
         rows: Encoded rows, the same on every rank.
-        member: The adapter's name.
+        adapter: The adapter's name.
         options: More arguments of `held_out`.
 
     Raises:
@@ -143,7 +143,7 @@ def held_out_over(
     supervised = [row for row in rows if any(row.supervised[1:])]
     share = supervised[accelerator.process_index :: accelerator.num_processes]
     spare = min(supervised, key=lambda row: len(row.input_ids), default=None)
-    part = held_out(objective, share, member, spare=spare, **options)
+    part = held_out(objective, share, adapter, spare=spare, **options)
     shares = ranks.gather(accelerator, part)
     nll, tokens = [0.0] * len(supervised), [0] * len(supervised)
     for rank, each in enumerate(shares):

@@ -46,7 +46,7 @@ def choose(
     """
     if device != "cpu":
         return Choice("1", "a GPU is filled by one micro-batch")
-    if (obstacle := trained.no_lanes) is not None:
+    if (obstacle := trained.no_workers) is not None:
         return Choice("1", obstacle)
     if isinstance(wanted, int):
         return Choice(str(min(wanted, rows)), "workers of the recipe")

@@ -193,9 +193,9 @@ def _batches(
 ) -> Iterator[tuple[list[int], int]]:
     """Prompts that are answered together and the tokens that each may answer with."""
     for room, group in groupby(order, key=lambda i: rooms[i]):
-        members = list(group)
-        for start in range(0, len(members), batch_size):
-            yield members[start : start + batch_size], room
+        indices = list(group)
+        for start in range(0, len(indices), batch_size):
+            yield indices[start : start + batch_size], room
 
 
 def _until_stop(answer: list[int], stops: set[int]) -> list[int]:

@@ -172,17 +172,17 @@ def _largest(run: Run, adapter: str | None) -> tuple[str, SavedAdapter]:
 def _loss(base: Base, recipe: Recipe, cut: Resized | None, rows: Sequence[Any]) -> ValidationLoss:
     """Held-out loss of one truncation (None: the base), which is taken off again."""
     cohort = adapters.attach(base.model, [])
-    member = None
+    adapter = None
     if cut is not None:
-        member = "cut"
-        cohort.add(files.spec_from_peft(member, cut.config, "a truncation"))
-        files.restore(cohort, member, cut.weights, where="a truncation")
+        adapter = "cut"
+        cohort.add(files.spec_from_peft(adapter, cut.config, "a truncation"))
+        files.restore(cohort, adapter, cut.weights, where="a truncation")
     packs = choose_packing(recipe.packing, base.model, cohort.no_packing).value == "on"
     try:
         return held_out(
             Objective(base.model, cohort, fast=cohort.supports_fast_loss, packs=packs),
             rows,
-            member,
+            adapter,
             max_rows=recipe.per_device_eval_batch_size,
             max_tokens=choose_tokens(
                 recipe.tokens_per_microbatch, base.model.device.type, base.dtype.value

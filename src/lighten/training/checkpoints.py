@@ -65,7 +65,7 @@ def save(
     folder: Path,
     state: TrainerState,
     trained: Trained,
-    members: Sequence[AdapterOptimizer],
+    adapters: Sequence[AdapterOptimizer],
     *,
     base_model: str,
     revision: str | None,
@@ -79,19 +79,19 @@ def save(
     partial = folder / f".checkpoint-{state.step}.partial"
     for left in folder.glob(".checkpoint-*.partial"):  # of runs that were killed while they wrote
         shutil.rmtree(left, ignore_errors=True)
-    tensors = _optimizer_tensors(members)
+    tensors = _optimizer_tensors(adapters)
     state.global_step, state.files = state.step, {}
     try:
         _write(partial, "", shards.Shards(tensors, OPTIMIZER), state)
-        for member in members:
+        for adapter in adapters:
             # One adapter's files at a time are in memory.
-            files = trained.contents(member.name, base_model=base_model, revision=revision)
-            _write(partial, f"{trained.folder}/{member.name}/", files, state)
+            files = trained.contents(adapter.name, base_model=base_model, revision=revision)
+            _write(partial, f"{trained.folder}/{adapter.name}/", files, state)
             del files
-        for member in members:
-            if member.progress.infinite:
+        for adapter in adapters:
+            if adapter.progress.infinite:
                 continue  # it left, so that the others go on
-            trained.verify(member.name, weights_of(partial, trained, member.name))
+            trained.verify(adapter.name, weights_of(partial, trained, adapter.name))
         write_json(partial / STATE, asdict(state))
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
@@ -100,25 +100,25 @@ def save(
     return final
 
 
-def take_part(trained: Trained, members: Sequence[AdapterOptimizer]) -> None:
+def take_part(trained: Trained, adapters: Sequence[AdapterOptimizer]) -> None:
     """What every other rank does while the main one saves: hand over the rows that it holds.
 
     Raises:
         PeerLost: A rank has ended.
     """
-    shards.Shards(_optimizer_tensors(members), OPTIMIZER).take_part()
-    for member in members:
-        if dtensors.any_spread(member.parameters.values()):
-            for content in trained.contents(member.name).values():
+    shards.Shards(_optimizer_tensors(adapters), OPTIMIZER).take_part()
+    for adapter in adapters:
+        if dtensors.any_spread(adapter.parameters.values()):
+            for content in trained.contents(adapter.name).values():
                 assert isinstance(content, shards.Shard)
                 content.take_part()
 
 
-def _optimizer_tensors(members: Sequence[AdapterOptimizer]) -> dict[str, torch.Tensor]:
+def _optimizer_tensors(adapters: Sequence[AdapterOptimizer]) -> dict[str, torch.Tensor]:
     return {
-        f"{member.name}/{key}": value
-        for member in members
-        for key, value in member.optimizer_tensors().items()
+        f"{adapter.name}/{key}": value
+        for adapter in adapters
+        for key, value in adapter.optimizer_tensors().items()
     }
 
 
@@ -166,7 +166,7 @@ def listing(folder: Path) -> list[Path]:
 
 
 def restore(
-    checkpoint: Path, trained: Trained, members: Sequence[AdapterOptimizer]
+    checkpoint: Path, trained: Trained, adapters: Sequence[AdapterOptimizer]
 ) -> TrainerState:
     """Put weights and optimisers back as they were.
 
@@ -174,23 +174,23 @@ def restore(
         UserError: The checkpoint is of another cohort.
     """
     state = read_state(checkpoint)
-    if set(state.members) != {member.name for member in members}:
+    if set(state.members) != {adapter.name for adapter in adapters}:
         raise UserError(
             f"{checkpoint} holds the adapters {sorted(state.members)}, the recipe has "
-            f"{sorted(member.name for member in members)}"
+            f"{sorted(adapter.name for adapter in adapters)}"
         )
     optimizer = shards.load(checkpoint, OPTIMIZER)
-    for member in members:
-        trained.restore(member.name, weights_of(checkpoint, trained, member.name))
-        prefix = f"{member.name}/"
-        member.restore_optimizer(
+    for adapter in adapters:
+        trained.restore(adapter.name, weights_of(checkpoint, trained, adapter.name))
+        prefix = f"{adapter.name}/"
+        adapter.restore_optimizer(
             {
                 key.removeprefix(prefix): value
                 for key, value in optimizer.items()
                 if key.startswith(prefix)
             }
         )
-        member.progress = state.members[member.name]
+        adapter.progress = state.members[adapter.name]
     stores.let_all_go()
     return state
 

@@ -244,32 +244,32 @@ class Loop:
         )
 
     def _active(self) -> list[AdapterOptimizer]:
-        return [member for member in self.setup.adapters if not member.progress.stopped]
+        return [adapter for adapter in self.setup.adapters if not adapter.progress.stopped]
 
     def _prune(self) -> None:
         """Take out what the pruner names."""
         if self.pruner is not None:
             active = self._active()
-            names = [member.name for member in active]
+            names = [adapter.name for adapter in active]
             leaving = self.pruner.leaving(self.state.step, self._losses, names)
-            for member in active:
-                member.progress.stopped = member.name in leaving
+            for adapter in active:
+                adapter.progress.stopped = adapter.name in leaving
         self._losses = {}
 
     def _dropped_diverged(
-        self, members: Sequence[AdapterOptimizer], error: TrainingDiverged
+        self, adapters: Sequence[AdapterOptimizer], error: TrainingDiverged
     ) -> bool:
         """Take out what diverged, if others go on; none of theirs has moved."""
-        gone = [member for member in members if member.name in error.sentences]
-        for member in members:
-            member.optimizer.zero_grad(set_to_none=True)
-        if self.pruner is None and len(gone) == len(self._active()):
+        diverged = [adapter for adapter in adapters if adapter.name in error.sentences]
+        for adapter in adapters:
+            adapter.optimizer.zero_grad(set_to_none=True)
+        if self.pruner is None and len(diverged) == len(self._active()):
             return False
-        for member in gone:
-            member.progress.stopped = True
+        for adapter in diverged:
+            adapter.progress.stopped = True
             if self.pruner is not None:
-                self.pruner.diverged(self.state.step, member.name)
-            self.progress.note(f"step {self.state.step + 1}: {member.name} diverged and leaves")
+                self.pruner.diverged(self.state.step, adapter.name)
+            self.progress.note(f"step {self.state.step + 1}: {adapter.name} diverged and leaves")
         return bool(self._active())
 
     def _due(self, every: int | None) -> bool:
@@ -317,24 +317,24 @@ class Loop:
         mean = sum(step.loss for step in report.values()) / len(report)
         self.progress.step(state.step, mean, tokens / seconds, peak)
 
-    def _evaluate(self, members: list[AdapterOptimizer]) -> bool:
+    def _evaluate(self, adapters: list[AdapterOptimizer]) -> bool:
         """Held-out loss of each adapter; whether one of them is the best so far."""
         setup, state = self.setup, self.state
         any_best = False
         assert setup.rows.held_out is not None
         self._give_back()
-        for member in members:
+        for adapter in adapters:
             began = time.perf_counter()
-            validation = self._held_out_loss(member, setup.rows.held_out.rows)
+            validation = self._held_out_loss(adapter, setup.rows.held_out.rows)
             spread = validation.standard_error
-            any_best |= member.note_evaluation(validation.loss, state.step)
-            self._losses[member.name] = validation
+            any_best |= adapter.note_evaluation(validation.loss, state.step)
+            self._losses[adapter.name] = validation
             self._line(
                 {
                     "kind": "eval",
                     "step": state.step,
                     "epoch": round(state.step / setup.steps_per_epoch, 6),
-                    "adapter": member.name,
+                    "adapter": adapter.name,
                     "loss": validation.loss,
                     "loss_se": spread,
                     "supervised_tokens": sum(validation.tokens),
@@ -343,20 +343,21 @@ class Loop:
                 track=True,
             )
             error = "" if spread is None else f" ± {spread:.4f}"
-            ends = ", which stops it early" if member.progress.stopped else ""
+            ends = ", which stops it early" if adapter.progress.stopped else ""
             self.progress.note(
-                f"step {state.step}: {member.name} held-out loss {validation.loss:.4f}{error}{ends}"
+                f"step {state.step}: {adapter.name} held-out loss "
+                f"{validation.loss:.4f}{error}{ends}"
             )
         self._give_back()
         return any_best
 
-    def _held_out_loss(self, member: AdapterOptimizer, rows: Sequence[TokenRow]) -> ValidationLoss:
+    def _held_out_loss(self, adapter: AdapterOptimizer, rows: Sequence[TokenRow]) -> ValidationLoss:
         setup = self.setup
         return held_out_over(
             setup.accelerator,
             setup.objective,
             rows,
-            member.name,
+            adapter.name,
             passes=setup.strategy.passes,
             max_rows=setup.recipe.per_device_eval_batch_size,
             max_tokens=setup.tokens_per_microbatch,
@@ -388,13 +389,13 @@ class Loop:
             self.setup.accelerator, *(adapter.is_finite() for adapter in active)
         )
         sentences = {}
-        for member, whole in zip(active, finite, strict=True):
-            if not whole:
-                member.progress.infinite = True
-                sentences[member.name] = (
-                    f"adapter {member.name!r}: weights that are not finite after step "
+        for adapter, is_finite in zip(active, finite, strict=True):
+            if not is_finite:
+                adapter.progress.infinite = True
+                sentences[adapter.name] = (
+                    f"adapter {adapter.name!r}: weights that are not finite after step "
                     f"{self.state.step} (a lower learning_rate than "
-                    f"{member.settings.learning_rate:g} may help)"
+                    f"{adapter.settings.learning_rate:g} may help)"
                 )
         error = TrainingDiverged(sentences)
         if sentences and not self._dropped_diverged(active, error):
@@ -406,7 +407,7 @@ class Loop:
         began = time.monotonic()
         self._give_back()
         if self.main:
-            state.members = {member.name: member.progress for member in setup.adapters}
+            state.members = {adapter.name: adapter.progress for adapter in setup.adapters}
             state.scaler = setup.scaler.state_dict()
             state.elapsed_s = time.monotonic() - self._began
             checkpoints.save(

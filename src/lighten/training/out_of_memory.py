@@ -62,13 +62,13 @@ class Watch:
     """Sees to it that a step is made again only while the optimiser has not moved.
 
     Args:
-        members: Whose optimisers are watched.
+        adapters: Whose optimisers are watched.
     """
 
-    def __init__(self, members: Sequence[AdapterOptimizer]) -> None:
+    def __init__(self, adapters: Sequence[AdapterOptimizer]) -> None:
         self.moved = False
-        for member in members:
-            member.optimizer.register_step_pre_hook(self._moves)
+        for adapter in adapters:
+            adapter.optimizer.register_step_pre_hook(self._moves)
 
     def _moves(self, *_: Any) -> None:
         self.moved = True
@@ -106,9 +106,9 @@ def smaller(
 
 def clear(setup: Setup) -> None:
     """Let go of a broken step: its gradients, what its exception held, and what is cached."""
-    for member in setup.adapters:
-        member.optimizer.zero_grad(set_to_none=True)
-        for parameter in member.parameters.values():  # of which ranks may move some rows each
+    for adapter in setup.adapters:
+        adapter.optimizer.zero_grad(set_to_none=True)
+        for parameter in adapter.parameters.values():  # of which ranks may move some rows each
             parameter.grad = None
     gc.collect()
     if setup.accelerator.device.type == "cuda":
@@ -175,15 +175,15 @@ def _grouped(memory: Mapping[str, Any]) -> dict[str, int]:
 
 def _held(setup: Setup) -> dict[str, int]:
     """Bytes of what stays between steps; gradients as large as they become in a step."""
-    learning = [p for member in setup.adapters for p in member.parameters.values()]
+    learning = [p for adapter in setup.adapters for p in adapter.parameters.values()]
     learning_bytes = sum(p.numel() * p.element_size() for p in learning)
     inside = {id(p) for p in setup.base.model.parameters()}
     shared = sum(p.numel() * p.element_size() for p in learning if id(p) in inside)
     weights = models.census(setup.base.model).weight_bytes - shared
     state = sum(
         tensor.numel() * tensor.element_size()
-        for member in setup.adapters
-        for tensor in member.optimizer_tensors().values()
+        for adapter in setup.adapters
+        for tensor in adapter.optimizer_tensors().values()
     )
     whole = setup.recipe.method == "full"
     return {

@@ -319,9 +319,9 @@ def _tell(setup: Setup, shown: TrainingProgress) -> None:
         shown.note(f"note: {problem}")
     if (tokens := setup.choices.get("added_tokens")) is not None:
         shown.note(f"note: the new tokens are not trained: {tokens.reason}")
-    for member in setup.adapters:
-        size = sum(parameter.numel() for parameter in member.parameters.values())
-        shown.note(f"{setup.trained.describe(member.name)}, {size:,} parameters")
+    for adapter in setup.adapters:
+        size = sum(parameter.numel() for parameter in adapter.parameters.values())
+        shown.note(f"{setup.trained.describe(adapter.name)}, {size:,} parameters")
 
 
 def _finish(
@@ -331,20 +331,20 @@ def _finish(
     if setup.recipe.qat is not None:
         _compare_with_converted(run, setup, shown)
     adapters = []
-    for member in setup.adapters:
+    for adapter in setup.adapters:
         # One whose weights became infinite is nothing to ship, unless its best state was put back.
-        best = setup.recipe.load_best_model_at_end and member.progress.best_step is not None
-        whole = best or not member.progress.infinite
+        best = setup.recipe.load_best_model_at_end and adapter.progress.best_step is not None
+        whole = best or not adapter.progress.infinite
         adapters.append(
             {
-                "name": member.name,
-                **setup.trained.facts(member.name),
-                "trainable_parameters": sum(p.numel() for p in member.parameters.values()),
-                "file_bytes": export(setup, member.name, run) if whole else 0,
+                "name": adapter.name,
+                **setup.trained.facts(adapter.name),
+                "trainable_parameters": sum(p.numel() for p in adapter.parameters.values()),
+                "file_bytes": export(setup, adapter.name, run) if whole else 0,
                 "diverged": not whole,
-                "steps": member.progress.steps,
-                "best_step": member.progress.best_step,
-                "eval_loss": _last_held_out(run, member.name, setup, member.progress.best_step),
+                "steps": adapter.progress.steps,
+                "best_step": adapter.progress.best_step,
+                "eval_loss": _last_held_out(run, adapter.name, setup, adapter.progress.best_step),
             }
         )
     run.update(
@@ -400,15 +400,15 @@ def _compare_with_converted(run: Run, setup: Setup, shown: TrainingProgress) -> 
 
 def _put_best_back(run: Run, setup: Setup) -> None:
     """Each adapter as it was at its lowest held-out loss."""
-    for member in setup.adapters:
-        step = member.progress.best_step
+    for adapter in setup.adapters:
+        step = adapter.progress.best_step
         if step is None:  # it left before it was ever evaluated
             continue
-        spread = dtensors.any_spread(member.parameters.values())
+        spread = dtensors.any_spread(adapter.parameters.values())
         if not (setup.accelerator.is_main_process or spread):
             continue  # the main rank writes what it holds itself
         checkpoint = run.folder / "checkpoints" / f"checkpoint-{step}"
-        setup.trained.restore(member.name, weights_of(checkpoint, setup.trained, member.name))
+        setup.trained.restore(adapter.name, weights_of(checkpoint, setup.trained, adapter.name))
 
 
 def _last_held_out(run: Run, name: str, setup: Setup, best: int | None) -> float | None:

@@ -26,18 +26,18 @@ class StepBatches:
         self._epochs: dict[tuple[int, int], list[list[int]]] = {}
 
     def of(
-        self, step: int, members: Sequence[AdapterOptimizer], rank: int | None = None
+        self, step: int, adapters: Sequence[AdapterOptimizer], rank: int | None = None
     ) -> Iterator[MicroBatch]:
         """A rank's micro-batches of a step (None: this one's), each adapter in its own order."""
         setup, accelerator = self._setup, self._setup.accelerator
         rank = accelerator.process_index if rank is None else rank
         epoch, place = divmod(step, setup.steps_per_epoch)
         items = []
-        for member in members:
-            rows = self.steps(member.settings.seed, epoch)[place]
+        for adapter in adapters:
+            rows = self.steps(adapter.settings.seed, epoch)[place]
             of_rank = rows[rank :: accelerator.num_processes]
-            items += [Item(member.name, row, step * len(self.lengths) + row) for row in of_rank]
-        names = [member.name for member in members]
+            items += [Item(adapter.name, row, step * len(self.lengths) + row) for row in of_rank]
+        names = [adapter.name for adapter in adapters]
         packed = setup.objective.packs
         for part in layout(
             items,
@@ -51,12 +51,12 @@ class StepBatches:
                 part, setup.rows.train.rows, names, packed=packed, device=accelerator.device
             )
 
-    def idle(self, batches: Sequence[MicroBatch], member: AdapterOptimizer) -> list[MicroBatch]:
+    def idle(self, batches: Sequence[MicroBatch], adapter: AdapterOptimizer) -> list[MicroBatch]:
         """Micro-batches for the passes that this rank makes for the sake of others alone.
 
         Args:
             batches: This rank's own.
-            member: Whose adapter is run through, with nothing to learn.
+            adapter: Whose adapter is run through, with nothing to learn.
         """
         setup = self._setup
         missing = setup.strategy.passes(len(batches)) - len(batches)
@@ -64,7 +64,7 @@ class StepBatches:
             return []
         row = min(range(len(self.lengths)), key=self.lengths.__getitem__)
         shortest = collate(
-            [Item(member.name, row, 0)], setup.rows.train.rows, [member.name],
+            [Item(adapter.name, row, 0)], setup.rows.train.rows, [adapter.name],
             packed=setup.objective.packs, device=setup.accelerator.device,
         )  # fmt: skip
         return [shortest] * missing
