@@ -11,24 +11,27 @@ from lighten.reporting.charts import Series, line_chart
 _HALFWAY = 1.5
 
 
-def section(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def section(bench: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """Charts and growth; None where attention was not measured.
 
     Args:
-        found: `bench.json`.
+        bench: `bench.json`.
     """
-    records = [own for own in (found or {}).get("records", []) if own["part"] == "attention"]
-    measured = [own for own in records if own.get("seconds")]
+    records = [
+        record for record in (bench or {}).get("records", []) if record["part"] == "attention"
+    ]
+    measured = [record for record in records if record.get("seconds")]
     if not measured:
         return None
     return {
         "memory": _chart(measured, "Peak memory of one layer's attention over row length", "MiB",
-                         lambda own: own["peak_bytes"] / 2**20),
+                         lambda record: record["peak_bytes"] / 2**20),
         "time": _chart(measured, "Time of one layer's attention over row length", "ms",
-                       lambda own: 1000 * own["seconds"]["median"]),
-        "growth": [_growth(own) for own in records if "memory_exponent" in own],
+                       lambda record: 1000 * record["seconds"]["median"]),
+        "growth": [_growth(record) for record in records if "memory_exponent" in record],
         "absent": list(dict.fromkeys(
-            f"{own['kind']}, {own['what']}: {own['why']}" for own in records if own.get("why")
+            f"{record['kind']}, {record['what']}: {record['why']}"
+            for record in records if record.get("why")
         )),
     }  # fmt: skip
 
@@ -36,22 +39,29 @@ def section(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
 def _chart(records: list[Mapping[str, Any]], title: str, unit: str, value: Any) -> str:
     """A line for each implementation, of the training step where there is one."""
     what = "training step" if any(r["what"] == "training step" for r in records) else "forward"
-    kinds = list(dict.fromkeys(own["kind"] for own in records if own["what"] == what))
+    implementations = list(
+        dict.fromkeys(record["kind"] for record in records if record["what"] == what)
+    )
     series = []
-    for place, kind in enumerate(kinds):
-        own = [one for one in records if (one["kind"], one["what"]) == (kind, what)]
-        series.append(Series(kind, [one["tokens"] for one in own], [value(one) for one in own],
+    for place, implementation in enumerate(implementations):
+        points = [
+            record
+            for record in records
+            if (record["kind"], record["what"]) == (implementation, what)
+        ]
+        series.append(Series(implementation, [point["tokens"] for point in points],
+                             [value(point) for point in points],
                              markers=True, colour=place))  # fmt: skip
     return line_chart(
         series, title=f"{title}, {what}", x_label="tokens", y_label=unit, from_zero=True
     )
 
 
-def _growth(own: Mapping[str, Any]) -> dict[str, str]:
-    ends = own["runs_out_at"]
+def _growth(record: Mapping[str, Any]) -> dict[str, str]:
+    ends = record["runs_out_at"]
     return {
-        "name": f"{own['kind']}, {own['what']}", "memory": _named(own["memory_exponent"]),
-        "time": _named(own["time_exponent"]), "ends": f"{ends:,} tokens" if ends else "–",
+        "name": f"{record['kind']}, {record['what']}", "memory": _named(record["memory_exponent"]),
+        "time": _named(record["time_exponent"]), "ends": f"{ends:,} tokens" if ends else "–",
     }  # fmt: skip
 
 

@@ -52,23 +52,23 @@ def audit_page(data: Mapping[str, Any]) -> str:
 
 def headline(rows: Sequence[Mapping[str, Any]]) -> str:
     """What all techniques together brought, in a sentence."""
-    own = _measured(rows, "training", TOGETHER)
-    if own is None or own["against"] in (None, TOGETHER):
+    together = _measured(rows, "training", TOGETHER)
+    if together is None or together["against"] in (None, TOGETHER):
         count = sum(row["status"] == "measured" for row in rows)
         return f"{count} of {len(rows)} techniques were measured."
-    brought = own["brought"]
-    said = (
+    brought = together["brought"]
+    sentence = (
         f"All together train {_times(brought['speed'])} as fast as the plain way in "
         f"{1 / brought['memory']['value']:.2f} of its memory"
     )
-    quality = own.get("quality") or {}
+    quality = together.get("quality") or {}
     if "difference" in quality:
-        said += f"; held-out loss {quality['difference']:+.3f} ({quality['verdict']})"
-    return f"{said}."
+        sentence += f"; held-out loss {quality['difference']:+.3f} ({quality['verdict']})"
+    return f"{sentence}."
 
 
-def _times(found: Mapping[str, Any]) -> str:
-    return f"{found['value']:.2f} times"
+def _times(ratio: Mapping[str, Any]) -> str:
+    return f"{ratio['value']:.2f} times"
 
 
 def _measured(rows: Sequence[Mapping[str, Any]], group: str, name: str) -> Mapping[str, Any] | None:
@@ -80,10 +80,10 @@ def _measured(rows: Sequence[Mapping[str, Any]], group: str, name: str) -> Mappi
 
 def tiles(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """Before and after of what people ask first."""
-    found = []
-    plain, together = (_measured(rows, "training", own) for own in ("plain", TOGETHER))
+    tiles = []
+    plain, together = (_measured(rows, "training", name) for name in ("plain", TOGETHER))
     if plain and together:
-        found += [
+        tiles += [
             {"label": "Training, tokens/s", "before": number(1 / plain["seconds_per_token"]),
              "after": number(1 / together["seconds_per_token"]),
              "note": _interval(together["brought"]["speed"])},
@@ -94,11 +94,11 @@ def tiles(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
              "after": audit_table.ships(together), "note": "a model, and an adapter"},
         ]  # fmt: skip
     first = _measured(rows, "answers", "plain")
-    others = [row for row in rows if row["group"] == "answers" and row["status"] == "measured"]
-    if first and others:
-        best = min(others, key=lambda row: float(row["seconds_per_token"]))
-        smallest = min(others, key=lambda row: float(row["peak_bytes"]))
-        found += [
+    answer_rows = [row for row in rows if row["group"] == "answers" and row["status"] == "measured"]
+    if first and answer_rows:
+        best = min(answer_rows, key=lambda row: float(row["seconds_per_token"]))
+        smallest = min(answer_rows, key=lambda row: float(row["peak_bytes"]))
+        tiles += [
             {"label": f"Answers, tokens/s: {best['name']}",
              "before": number(1 / first["seconds_per_token"]),
              "after": number(1 / best["seconds_per_token"]),
@@ -107,26 +107,26 @@ def tiles(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
              "before": text.gib(first["peak_bytes"]), "after": text.gib(smallest["peak_bytes"]),
              "note": _interval(smallest["brought"]["memory"])},
         ]  # fmt: skip
-    return found
+    return tiles
 
 
-def _interval(found: Mapping[str, Any] | None) -> str:
-    if found is None:
+def _interval(ratio: Mapping[str, Any] | None) -> str:
+    if ratio is None:
         return ""
-    return f"{audit_table.ratio(found)} ×"
+    return f"{audit_table.ratio(ratio)} ×"
 
 
 def _group(rows: Sequence[Mapping[str, Any]], group: str) -> dict[str, Any]:
-    own = [row for row in rows if row["group"] == group]
+    group_rows = [row for row in rows if row["group"] == group]
     return {
         "name": group, "title": TITLES[group],
         "rows": [
             {"name": row["name"], "what": row["what"], "cells": audit_table.cells(row),
              "chosen": row["name"] == TOGETHER, "why": row.get("why"), "cost": cost(row),
              "verdict": (row.get("quality") or {}).get("verdict", "")}
-            for row in own
+            for row in group_rows
         ],
-        "against": next((row["against"] for row in own if row.get("against")), None),
+        "against": next((row["against"] for row in group_rows if row.get("against")), None),
     }  # fmt: skip
 
 
@@ -134,8 +134,8 @@ def cost(row: Mapping[str, Any]) -> str:
     """What using it takes beside memory: steps, or the making of a file."""
     for process in row["processes"]:
         if process.get("made_s") is not None:
-            made = text.gib(process["made_peak_bytes"])
-            return f"made in {text.duration(process['made_s'])}, {made}"
+            peak = text.gib(process["made_peak_bytes"])
+            return f"made in {text.duration(process['made_s'])}, {peak}"
         if process.get("step_seconds"):
             steps = process["step_seconds"][1:] or process["step_seconds"]
             return f"{number(sum(steps) / len(steps))} s a step"
@@ -144,7 +144,7 @@ def cost(row: Mapping[str, Any]) -> str:
 
 def _scatter(rows: Sequence[Mapping[str, Any]], group: str) -> str:
     points = []
-    for place, row in enumerate(own for own in rows if own["group"] == group):
+    for place, row in enumerate(row for row in rows if row["group"] == group):
         quality = row.get("quality")
         if row["status"] == "measured" and quality and row.get("peak_bytes"):
             points.append(Point(row["name"], row["peak_bytes"] / 2**30, quality["loss"],

@@ -14,12 +14,12 @@ COLUMNS = ("tokens/s", "speed ×", "memory ×", "peak", "planned", "ships", "hel
 
 def tables(audit: Mapping[str, Any]) -> list[Table]:
     """A table for each group of rows: what each cost, brought and lost."""
-    found: list[Table] = []
+    tables: list[Table] = []
     for group in GROUPS:
         rows = [row for row in audit["rows"] if row["group"] == group]
         if rows:
-            found.append(([group, *COLUMNS], [[row["name"], *cells(row)] for row in rows]))
-    return found
+            tables.append(([group, *COLUMNS], [[row["name"], *cells(row)] for row in rows]))
+    return tables
 
 
 def cells(row: Mapping[str, Any]) -> list[str]:
@@ -41,20 +41,20 @@ def _ran_out(row: Mapping[str, Any]) -> str:
     return "out of memory" if row.get("out_of_memory") else "–"
 
 
-def ratio(found: Mapping[str, Any] | None) -> str:
+def ratio(estimate: Mapping[str, Any] | None) -> str:
     """A ratio with its interval."""
-    if found is None:
+    if estimate is None:
         return "–"
-    if found["low"] is None:
-        return f"{found['value']:.2f}"
-    return f"{found['value']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+    if estimate["low"] is None:
+        return f"{estimate['value']:.2f}"
+    return f"{estimate['value']:.2f} [{estimate['low']:.2f}, {estimate['high']:.2f}]"
 
 
 def ships(row: Mapping[str, Any]) -> str:
     """Size of the files that a row ends with."""
-    found = [process["shipped_bytes"] for process in row["processes"]
+    sizes = [process["shipped_bytes"] for process in row["processes"]
              if process.get("shipped_bytes")]  # fmt: skip
-    return size(found[0]) if found else "–"
+    return size(sizes[0]) if sizes else "–"
 
 
 def loss(quality: Mapping[str, Any]) -> str:

@@ -125,10 +125,10 @@ def _bar(bar: Bar, y: int, scale: float, unit: str) -> str:
     x = float(LEFT)
     for segment in bar.segments:
         width = segment.value * scale
-        told = f"{segment.label}: {number(segment.value)} {unit}"
+        tooltip = f"{segment.label}: {number(segment.value)} {unit}"
         parts.append(
             f'<rect x="{x:.2f}" y="{y}" width="{max(width, 0):.2f}" height="{BAR}" '
-            f'style="{segment.style}"><title>{escape(told)}</title></rect>'
+            f'style="{segment.style}"><title>{escape(tooltip)}</title></rect>'
         )
         if width >= ROOM_FOR_TEXT:
             parts.append(
@@ -140,9 +140,9 @@ def _bar(bar: Bar, y: int, scale: float, unit: str) -> str:
         x += width
     if bar.low is not None and bar.high is not None:
         low, high = LEFT + bar.low * scale, LEFT + bar.high * scale
-        told = f"between {number(bar.low)} and {number(bar.high)} {unit}"
+        tooltip = f"between {number(bar.low)} and {number(bar.high)} {unit}"
         parts.append(
-            f'<g stroke="currentColor" stroke-width="1.6"><title>{escape(told)}</title>'
+            f'<g stroke="currentColor" stroke-width="1.6"><title>{escape(tooltip)}</title>'
             f'<line x1="{low:.1f}" x2="{high:.1f}" y1="{middle}" y2="{middle}"/>'
             f'<line x1="{low:.1f}" x2="{low:.1f}" y1="{middle - 6}" y2="{middle + 6}"/>'
             f'<line x1="{high:.1f}" x2="{high:.1f}" y1="{middle - 6}" y2="{middle + 6}"/></g>'

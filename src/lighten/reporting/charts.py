@@ -69,7 +69,7 @@ def line_chart(
         y_label: What runs upwards, with its unit.
         from_zero: Start the vertical axis at zero, for amounts.
     """
-    drawn = [(one, _thinned(one.points())) for one in series if one.points()]
+    drawn = [(line, _thinned(line.points())) for line in series if line.points()]
     if not drawn:
         return f'<p class="absent">{escape(title)}: nothing was recorded.</p>'
     xs = [x for _, points in drawn for x, _, _ in points]
@@ -77,8 +77,8 @@ def line_chart(
     highs = [y + (e or 0) for _, points in drawn for _, y, e in points]
     if from_zero:
         lows.append(0.0)
-    whole = all(float(x).is_integer() for x in xs)
-    x_ticks, y_ticks = ticks(min(xs), max(xs), whole=whole), ticks(min(lows), max(highs))
+    integers = all(float(x).is_integer() for x in xs)
+    x_ticks, y_ticks = ticks(min(xs), max(xs), integers=integers), ticks(min(lows), max(highs))
     across = _Scale(min(xs), max(xs), LEFT, WIDTH - RIGHT)
     up = _Scale(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, TOP)
     x_shown = [
@@ -87,9 +87,9 @@ def line_chart(
         if min(xs) <= tick <= max(xs)
     ]
     parts = [_frame(title, x_label, y_label, x_shown, y_ticks, up)]
-    for one, points in drawn:
-        parts.append(_line(one, points, across, up))
-    return "".join(parts) + "</svg>" + _legend([one for one, _ in drawn if not one.faint])
+    for line, points in drawn:
+        parts.append(_line(line, points, across, up))
+    return "".join(parts) + "</svg>" + _legend([line for line, _ in drawn if not line.faint])
 
 
 @dataclass(frozen=True)
@@ -113,11 +113,11 @@ class Point:
 
 def frontier(points: Sequence[Point]) -> list[Point]:
     """The points that no other beats in both: nothing lower costs less. By place."""
-    kept: list[Point] = []
-    for point in sorted(points, key=lambda own: (own.x, own.y)):
-        if not kept or point.y < kept[-1].y:
-            kept.append(point)
-    return kept
+    best: list[Point] = []
+    for point in sorted(points, key=lambda point: (point.x, point.y)):
+        if not best or point.y < best[-1].y:
+            best.append(point)
+    return best
 
 
 def scatter_chart(points: Sequence[Point], *, title: str, x_label: str, y_label: str) -> str:
@@ -129,40 +129,44 @@ def scatter_chart(points: Sequence[Point], *, title: str, x_label: str, y_label:
         x_label: What runs to the right, with its unit.
         y_label: What runs upwards, with its unit.
     """
-    drawn = [own for own in points if own.x > 0 and math.isfinite(own.x) and math.isfinite(own.y)]
+    drawn = [
+        point
+        for point in points
+        if point.x > 0 and math.isfinite(point.x) and math.isfinite(point.y)
+    ]
     if not drawn:
         return f'<p class="absent">{escape(title)}: nothing was recorded.</p>'
-    low, high = min(own.x for own in drawn), max(own.x for own in drawn)
+    low, high = min(point.x for point in drawn), max(point.x for point in drawn)
     low, high = low / 1.25, high * 1.25  # room for labels
     y_ticks = ticks(
-        min(own.y - (own.error or 0) for own in drawn),
-        max(own.y + (own.error or 0) for own in drawn),
+        min(point.y - (point.error or 0) for point in drawn),
+        max(point.y + (point.error or 0) for point in drawn),
     )
     log = _Scale(math.log(low), math.log(high), LEFT + 12, WIDTH - RIGHT - 60)
     up = _Scale(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, TOP)
     x_shown = [(log(math.log(tick)), number(tick)) for tick in log_ticks(low, high)]
     parts = [_frame(title, x_label, y_label, x_shown, y_ticks, up)]
     path = " ".join(
-        f"{'M' if place == 0 else 'L'}{log(math.log(own.x)):.1f} {up(own.y):.1f}"
-        for place, own in enumerate(frontier(drawn))
+        f"{'M' if place == 0 else 'L'}{log(math.log(point.x)):.1f} {up(point.y):.1f}"
+        for place, point in enumerate(frontier(drawn))
     )
     parts.append(f'<path class="frontier" d="{path}"><title>frontier</title></path>')
-    for own in drawn:
-        px, py = log(math.log(own.x)), up(own.y)
+    for point in drawn:
+        px, py = log(math.log(point.x)), up(point.y)
         side = 1 if px < (LEFT + WIDTH) / 2 else -1  # its label stays on the drawing
-        told = f"{escape(own.label)}: {number(own.y)} at {number(own.x)}"
+        tooltip = f"{escape(point.label)}: {number(point.y)} at {number(point.x)}"
         bar = ""
-        if own.error:
-            told += f" ± {number(own.error)}"
+        if point.error:
+            tooltip += f" ± {number(point.error)}"
             bar = (
-                f'<line class="error" x1="{px:.1f}" x2="{px:.1f}" y1="{up(own.y - own.error):.1f}" '
-                f'y2="{up(own.y + own.error):.1f}"/>'
+                f'<line class="error" x1="{px:.1f}" x2="{px:.1f}" '
+                f'y1="{up(point.y - point.error):.1f}" y2="{up(point.y + point.error):.1f}"/>'
             )
         parts.append(
-            f'<g class="series" style="--ink: var(--series-{own.colour % COLOURS + 1})">{bar}'
-            f'<circle cx="{px:.1f}" cy="{py:.1f}" r="4.5"><title>{told}</title></circle>'
+            f'<g class="series" style="--ink: var(--series-{point.colour % COLOURS + 1})">{bar}'
+            f'<circle cx="{px:.1f}" cy="{py:.1f}" r="4.5"><title>{tooltip}</title></circle>'
             f'<text class="point" x="{px + side * 8:.1f}" y="{py - 6:.1f}" '
-            f'text-anchor="{"start" if side > 0 else "end"}">{escape(own.label)}</text></g>'
+            f'text-anchor="{"start" if side > 0 else "end"}">{escape(point.label)}</text></g>'
         )
     return "".join(parts) + "</svg>"
 
@@ -171,8 +175,8 @@ def log_ticks(low: float, high: float) -> list[float]:
     """Values 1, 2 and 5 times a power of ten inside the range; powers alone where many."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     steps = (1, 2, 5) if last - first <= 3 else (1,)
-    found = [m * 10.0**power for power in range(first, last + 1) for m in steps]
-    inside = [value for value in found if low <= value <= high]
+    candidates = [m * 10.0**power for power in range(first, last + 1) for m in steps]
+    inside = [value for value in candidates if low <= value <= high]
     return inside or [math.sqrt(low * high)]
 
 
@@ -227,28 +231,30 @@ class _Scale:
 
 
 def _line(
-    one: Series, points: Sequence[tuple[float, float, float | None]], across: _Scale, up: _Scale
+    line: Series, points: Sequence[tuple[float, float, float | None]], across: _Scale, up: _Scale
 ) -> str:
-    style = f"--ink: var(--series-{one.colour % COLOURS + 1})"
+    style = f"--ink: var(--series-{line.colour % COLOURS + 1})"
     path = " ".join(
         f"{'M' if place == 0 else 'L'}{across(x):.1f} {up(y):.1f}"
         for place, (x, y, _) in enumerate(points)
     )
-    dash = DASHES[one.colour % len(DASHES)]
+    dash = DASHES[line.colour % len(DASHES)]
     parts = [
-        f'<g class="series{" faint" if one.faint else ""}" style="{style}">'
+        f'<g class="series{" faint" if line.faint else ""}" style="{style}">'
         f'<path d="{path}"{f""" stroke-dasharray="{dash}" """ if dash else ""}/>'
     ]
-    for x, y, error in points if one.markers or len(points) == 1 else []:
+    for x, y, error in points if line.markers or len(points) == 1 else []:
         px, py = across(x), up(y)
-        told = f"{escape(one.label)}, {number(x)}: {number(y)}"
+        tooltip = f"{escape(line.label)}, {number(x)}: {number(y)}"
         if error:
             parts.append(
                 f'<line class="error" x1="{px:.1f}" x2="{px:.1f}" y1="{up(y - error):.1f}" '
                 f'y2="{up(y + error):.1f}"/>'
             )
-            told += f" ± {number(error)}"
-        parts.append(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="3.5"><title>{told}</title></circle>')
+            tooltip += f" ± {number(error)}"
+        parts.append(
+            f'<circle cx="{px:.1f}" cy="{py:.1f}" r="3.5"><title>{tooltip}</title></circle>'
+        )
     return "".join(parts) + "</g>"
 
 
@@ -256,12 +262,12 @@ def _legend(series: Sequence[Series]) -> str:
     if len(series) < 2:
         return ""
     items = []
-    for one in series:
-        dash = DASHES[one.colour % len(DASHES)]
+    for line in series:
+        dash = DASHES[line.colour % len(DASHES)]
         items.append(
-            f'<li style="--ink: var(--series-{one.colour % COLOURS + 1})">'
+            f'<li style="--ink: var(--series-{line.colour % COLOURS + 1})">'
             f'<svg viewBox="0 0 28 8" aria-hidden="true"><line x1="1" x2="27" y1="4" y2="4" '
-            f'stroke-dasharray="{dash}"/></svg>{escape(one.label)}</li>'
+            f'stroke-dasharray="{dash}"/></svg>{escape(line.label)}</li>'
         )
     return f'<ul class="legend">{"".join(items)}</ul>'
 
@@ -272,43 +278,44 @@ def _thinned(
     if len(points) <= MOST_POINTS:
         return points
     size = len(points) / MOST_POINTS
-    bins = [points[int(i * size) : int((i + 1) * size)] for i in range(MOST_POINTS)]
+    chunks = [points[int(i * size) : int((i + 1) * size)] for i in range(MOST_POINTS)]
     return [
-        (sum(p[0] for p in own) / len(own), sum(p[1] for p in own) / len(own), None) for own in bins
+        (sum(p[0] for p in chunk) / len(chunk), sum(p[1] for p in chunk) / len(chunk), None)
+        for chunk in chunks
     ]
 
 
 def smoothed(values: Sequence[float | None], weight: float = 0.9) -> list[float | None]:
     """Exponential moving average, corrected for its start as in Adam (arXiv 1412.6980)."""
     out: list[float | None] = []
-    total, seen = 0.0, 0
+    total, count = 0.0, 0
     for value in values:
         if value is None or not math.isfinite(value):
             out.append(None)
             continue
-        total, seen = weight * total + (1 - weight) * value, seen + 1
-        out.append(total / (1 - weight**seen))
+        total, count = weight * total + (1 - weight) * value, count + 1
+        out.append(total / (1 - weight**count))
     return out
 
 
-def ticks(low: float, high: float, wanted: int = 5, *, whole: bool = False) -> list[float]:
+def ticks(low: float, high: float, count: int = 5, *, integers: bool = False) -> list[float]:
     """Round numbers that enclose the range; their steps are 1, 2 or 5 times a power of ten.
 
     Args:
         low: Where the range begins.
         high: Where it ends.
-        wanted: About how many.
-        whole: Whole numbers alone, for what is counted.
+        count: About how many.
+        integers: Whole numbers alone, for what is counted.
     """
-    if whole and low == high:
+    if integers and low == high:
         return [low]
     if high - low <= 1e-6 * max(abs(low), abs(high)):  # flat, but for rounding
         pad = abs(low) * 0.1 or 1.0
         low, high = low - pad, high + pad
-    rough = (high - low) / wanted
+    rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
-    step = max(1.0, step) if whole else step
+    step = max(1.0, step) if integers else step
     first = math.floor(low / step + 1e-9)
     last = math.ceil(high / step - 1e-9)
     return [round(i * step, 12) for i in range(first, last + 1)]

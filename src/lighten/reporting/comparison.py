@@ -124,14 +124,14 @@ def compare(runs: Sequence[Run]) -> Comparison:
     differs = _differences(runs)
     entries: list[Entry] = []
     bases: dict[tuple[Any, ...], Entry] = {}
-    for run, name, own in zip(runs, names, differs, strict=True):
+    for run, name, differing in zip(runs, names, differs, strict=True):
         trained, base = _entries(run, name)
         for entry in trained:
-            entry.differs = own
+            entry.differs = differing
         entries += trained
         if base is not None:
             bases.setdefault((base.label, base.measured_on), base)
-    sentences = [*_pruner(entries), *_notes(runs, names)]
+    sentences = [*_judge(entries), *_notes(runs, names)]
     everything = [*entries, *bases.values()]
     columns = [
         column
@@ -145,11 +145,13 @@ def compare(runs: Sequence[Run]) -> Comparison:
 
 def _notes(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
     """What has to be said of the runs' held-out examples: each thing once, with its runs."""
-    told: dict[str, list[str]] = {}
+    runs_by_note: dict[str, list[str]] = {}
     for run, name in zip(runs, names, strict=True):
         for note in text.held_out_notes(run.info(), run.evaluation()):
-            told.setdefault(note, []).append(name)
-    return [f"{', '.join(dict.fromkeys(own))}: {note}" for note, own in told.items()]
+            runs_by_note.setdefault(note, []).append(name)
+    return [
+        f"{', '.join(dict.fromkeys(run_names))}: {note}" for note, run_names in runs_by_note.items()
+    ]
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
@@ -185,8 +187,8 @@ def _entries(run: Run, name: str) -> tuple[list[Entry], Entry | None]:
     """What a run trained with its figures, and its base if that was measured."""
     info, evaluation = run.info(), run.evaluation() or {}
     measured = {model["name"]: model for model in evaluation.get("models", [])}
-    saved = {own["name"]: own for own in info.get("adapters") or []}
-    trained = list(dict.fromkeys([*saved, *(own for own in measured if own != "base")]))
+    saved = {record["name"]: record for record in info.get("adapters") or []}
+    trained = list(dict.fromkeys([*saved, *(model for model in measured if model != "base")]))
     status = str(info.get("status", "not started"))
     tail = "" if status == "finished" else f" ({status})"
     entries = []
@@ -220,12 +222,12 @@ def _add_measured(
     entry: Entry, model: Mapping[str, Any], evaluation: Mapping[str, Any], info: Mapping[str, Any]
 ) -> None:
     """Held-out figures of one model."""
-    for metric, own in model["metrics"].items():
-        if own.get("value") is None:
+    for metric, estimate in model["metrics"].items():
+        if estimate.get("value") is None:
             continue
-        entry.figures[metric] = float(own["value"])
-        if own.get("low") is not None and own.get("high") is not None:
-            entry.intervals[metric] = (float(own["low"]), float(own["high"]))
+        entry.figures[metric] = float(estimate["value"])
+        if estimate.get("low") is not None and estimate.get("high") is not None:
+            entry.intervals[metric] = (float(estimate["low"]), float(estimate["high"]))
     entry.losses = model.get("losses")
     dataset = evaluation.get("dataset") or {}
     # Losses per token of two tokenizers cannot be compared, whatever the examples are.
@@ -236,8 +238,8 @@ def _add_measured(
 
 def _best(column: Column, entries: Sequence[Entry]) -> set[int]:
     """Places of the best values of a column, where some are better than others."""
-    values = {place: own.figures[column.name] for place, own in enumerate(entries)
-              if column.name in own.figures}  # fmt: skip
+    values = {place: entry.figures[column.name] for place, entry in enumerate(entries)
+              if column.name in entry.figures}  # fmt: skip
     if column.lower_is_better is None or len(set(values.values())) < 2:
         return set()
     held_out = column.name in {metric.name for metric in METRICS}
@@ -249,7 +251,7 @@ def _best(column: Column, entries: Sequence[Entry]) -> set[int]:
     return {place for place, value in values.items() if value == best}
 
 
-def _pruner(entries: Sequence[Entry]) -> list[str]:
+def _judge(entries: Sequence[Entry]) -> list[str]:
     """Set each entry's difference and verdict, and say it in sentences."""
     measured = [entry for entry in entries if "loss" in entry.figures]
     missing = [entry.run for entry in entries if "loss" not in entry.figures]
@@ -270,10 +272,10 @@ def _pruner(entries: Sequence[Entry]) -> list[str]:
         ]
     lowest = min(measured, key=lambda entry: entry.figures["loss"])
     lowest.verdict = "lowest"
-    others = [entry for entry in measured if entry is not lowest]
+    other_entries = [entry for entry in measured if entry is not lowest]
     few = int((lowest.measured_on or (0,))[0] or 0) < FEWEST
-    for entry in others:
-        entry.difference = _difference(entry, lowest, len(others))
+    for entry in other_entries:
+        entry.difference = _difference(entry, lowest, len(other_entries))
         if few:
             entry.verdict = "too few examples"
         elif entry.difference is None:
@@ -282,7 +284,7 @@ def _pruner(entries: Sequence[Entry]) -> list[str]:
             entry.verdict = "worse"
         else:
             entry.verdict = "cannot be told apart"
-    return [_verdict(lowest, others), *sentences]
+    return [_verdict(lowest, other_entries), *sentences]
 
 
 def _difference(entry: Entry, lowest: Entry, comparisons: int) -> tuple[float, float, float] | None:
@@ -301,7 +303,7 @@ def _difference(entry: Entry, lowest: Entry, comparisons: int) -> tuple[float, f
         differences = mean_loss(resamples.sums(ours)) - mean_loss(resamples.sums(theirs))
         low, high = np.quantile(differences, [tail, 1 - tail])
         return value, float(low), float(high)
-    intervals = [own.intervals.get("loss") for own in (entry, lowest)]
+    intervals = [candidate.intervals.get("loss") for candidate in (entry, lowest)]
     if None in intervals:
         return None
     quantile = NormalDist().inv_cdf((1 + LEVEL) / 2)
@@ -310,22 +312,24 @@ def _difference(entry: Entry, lowest: Entry, comparisons: int) -> tuple[float, f
     return value, value - reach, value + reach
 
 
-def _verdict(lowest: Entry, others: Sequence[Entry]) -> str:
+def _verdict(lowest: Entry, other_entries: Sequence[Entry]) -> str:
     """Which is best, and what cannot be told apart from it."""
     parts = [f"{lowest.label} has the lowest held-out loss ({number(lowest.figures['loss'])})"]
-    for verdict, said in (
+    for verdict, phrase in (
         ("cannot be told apart", "cannot be told apart from it"),
         ("worse", "worse"),
         ("too few examples", f"measured on too few examples to tell (fewer than {FEWEST})"),
         ("not compared", "not compared"),
     ):
-        told = [entry.label for entry in others if entry.verdict == verdict]
-        if told:
-            verb = "" if verdict == "cannot be told apart" else "is " if len(told) == 1 else "are "
-            who = ", ".join(told) if len(told) <= MOST_NAMES else f"{len(told)} others"
-            parts.append(f"{who} {verb}{said}")
+        labels = [entry.label for entry in other_entries if entry.verdict == verdict]
+        if labels:
+            verb = (
+                "" if verdict == "cannot be told apart" else "is " if len(labels) == 1 else "are "
+            )
+            who = ", ".join(labels) if len(labels) <= MOST_NAMES else f"{len(labels)} others"
+            parts.append(f"{who} {verb}{phrase}")
     advice = ""
-    if any(entry.verdict == "cannot be told apart" for entry in others):
+    if any(entry.verdict == "cannot be told apart" for entry in other_entries):
         advice = " Of those that cannot be told apart, take the cheapest."
     return f"{'; '.join(parts)}.{advice}"
 
@@ -339,7 +343,7 @@ def difference_text(entry: Entry) -> str:
 
 def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """The comparison for a terminal: heads, and a row per entry; `*` marks the best of a column."""
-    chosen = [own for own in comparison.columns if own.name in _NARROW]
+    chosen = [column for column in comparison.columns if column.name in _NARROW]
     rows = []
     for place, entry in enumerate(comparison.entries):
         row = [entry.label]
@@ -352,4 +356,4 @@ def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
                 unit = _NARROW[column.name]
                 row.append((number(value / unit) if unit else column.text(value)) + mark)
         rows.append([*row, f"{difference_text(entry)} {entry.verdict}".strip()])
-    return ["", *(own.short for own in chosen), "above the lowest loss"], rows
+    return ["", *(column.short for column in chosen), "above the lowest loss"], rows

@@ -36,8 +36,8 @@ _INKS = ("#0b8f7a", "#d06a1c", "#6d7be0", "#b8479a", "#8d931d", "#4b8ab3", "#cf4
 
 def _card(sentences: Sequence[str], *parts: str) -> str:
     inks = ";".join(f"--series-{place + 1}:{ink}" for place, ink in enumerate(_INKS))
-    told = "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences)
-    return f'<div class="lighten-card" style="{inks}">{_STYLE}{told}{"".join(parts)}</div>'
+    paragraphs = "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences)
+    return f'<div class="lighten-card" style="{inks}">{_STYLE}{paragraphs}{"".join(parts)}</div>'
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -78,26 +78,28 @@ def evaluation_html(evaluation: Evaluation) -> str:
             continue
         cells = []
         for model in evaluation.models:
-            own = model["metrics"][metric.name]
+            estimate = model["metrics"][metric.name]
             verdict = text.verdict_of(evaluation.differences, model["name"], metric.name)
             interval = (
-                "" if own["low"] is None else f" [{number(own['low'])}, {number(own['high'])}]"
+                ""
+                if estimate["low"] is None
+                else f" [{number(estimate['low'])}, {number(estimate['high'])}]"
             )
-            cells.append(f"{number(own['value'])}{interval} {verdict}")
+            cells.append(f"{number(estimate['value'])}{interval} {verdict}")
         rows.append([metric.label, *cells])
     names = [model["name"] for model in evaluation.models]
-    told = evaluation.to_dict()
-    sentences = [*text.headline({}, told), *text.held_out_notes({}, told)]
+    values = evaluation.to_dict()
+    sentences = [*text.headline({}, values), *text.held_out_notes({}, values)]
     return _card(sentences, _table(["", *names], rows))
 
 
-def sweep_html(found: SweepResult) -> str:
+def sweep_html(sweep: SweepResult) -> str:
     """A sweep: what it recommends and why, and every arm."""
     from lighten.reporting import sweep_page, sweep_table
 
-    metric = sweep_table.metric_of(found.folder)
+    metric = sweep_table.metric_of(sweep.folder)
     return _card(
-        [*found.data["recommendation"]["reasons"], *found.data.get("notes", [])],
-        _table(*sweep_table.table(found.data, metric)),
-        sweep_page.held_out_chart(sweep_table.ordered(found.data)),
+        [*sweep.data["recommendation"]["reasons"], *sweep.data.get("notes", [])],
+        _table(*sweep_table.table(sweep.data, metric)),
+        sweep_page.held_out_chart(sweep_table.ordered(sweep.data)),
     )

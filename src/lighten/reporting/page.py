@@ -41,18 +41,18 @@ def write_page(runs: Sequence[Run], output: Path | None = None) -> Path:
 
 def environment() -> jinja2.Environment:
     """Where templates come from and what they may call."""
-    made = jinja2.Environment(
+    env = jinja2.Environment(
         loader=jinja2.PackageLoader("lighten.reporting", "templates"),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    made.filters |= {
+    env.filters |= {
         "count": counted, "mb": text.size, "gib": text.gib, "duration": text.duration,
         "number": number,
     }  # fmt: skip
-    return made
+    return env
 
 
 def page(runs: Sequence[Run]) -> str:
@@ -143,13 +143,15 @@ def tiles(info: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> list
             }
         )
     if info.get("adapters"):
-        own = info["adapters"][0]
-        kind = str(own.get("kind", "adapter")).capitalize()
+        adapter = info["adapters"][0]
+        kind = str(adapter.get("kind", "adapter")).capitalize()
         tiles.append(
             {
-                "label": f"{kind} file" if len(info["adapters"]) == 1 else f"File of {own['name']}",
+                "label": f"{kind} file"
+                if len(info["adapters"]) == 1
+                else f"File of {adapter['name']}",
                 "before": "",
-                "after": text.size(own["file_bytes"]),
+                "after": text.size(adapter["file_bytes"]),
                 "note": f"beside the base's {text.size(info['base']['weights_bytes'])}",
             }
         )
@@ -203,11 +205,11 @@ def loss_chart(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], *, named
 
 def _per_step(lines: Sequence[Mapping[str, Any]], key: str) -> dict[int, float]:
     """A figure of each step, summed over its adapters."""
-    found: dict[int, float] = {}
+    totals: dict[int, float] = {}
     for line in lines:
         if line["kind"] == "train":
-            found[line["step"]] = found.get(line["step"], 0.0) + line[key]
-    return found
+            totals[line["step"]] = totals.get(line["step"], 0.0) + line[key]
+    return totals
 
 
 def _speed_chart(lines: Sequence[Mapping[str, Any]]) -> str:
@@ -269,9 +271,12 @@ def _sizes(info: Mapping[str, Any]) -> list[dict[str, Any]]:
         return []
     bars = [{"label": "base model, as loaded", "bytes": info["base"]["weights_bytes"]}]
     bars += [
-        {"label": f"{own.get('kind', 'adapter')} {own['name']}", "bytes": own["file_bytes"]}
-        for own in info.get("adapters") or []
-        if own.get("file_bytes")
+        {
+            "label": f"{adapter.get('kind', 'adapter')} {adapter['name']}",
+            "bytes": adapter["file_bytes"],
+        }
+        for adapter in info.get("adapters") or []
+        if adapter.get("file_bytes")
     ]
     longest = max(bar["bytes"] for bar in bars)
     return [{**bar, "share": 100 * bar["bytes"] / longest} for bar in bars]
@@ -327,7 +332,7 @@ def next_commands(run: Run, info: Mapping[str, Any], *, evaluated: bool) -> list
         commands.append((f"lighten report {folder}", "write this page again, with the figures"))
     commands.append((f"lighten chat {folder} --compare", "ask it yourself, beside the base"))
     trained = recipe.cohort()
-    rank = max((own.lora_r for own in trained), default=0)
+    rank = max((adapter.lora_r for adapter in trained), default=0)
     plain = recipe.method == "lora" and recipe.peft is None and not recipe.use_dora
     if plain and rank > 1:
         which = f" --adapter {shlex.quote(trained[0].name)}" if len(trained) > 1 else ""

@@ -70,7 +70,7 @@ def verdict(plan: Mapping[str, Any]) -> str:
 
 def enough(plan: Mapping[str, Any]) -> str | None:
     """Which change makes a plan fit that does not as it is; None where none was found."""
-    first = next((own for own in plan.get("changes", ()) if own["fits"]), None)
+    first = next((change for change in plan.get("changes", ()) if change["fits"]), None)
     if plan["fits"] is not False or first is None:
         return None
     peak = plan["memory"]["expected"] - first["saves_bytes"]
@@ -89,7 +89,7 @@ def section(plan: Mapping[str, Any] | None, info: Mapping[str, Any]) -> dict[str
         return None
     beside = info.get("prediction") or {}
     rows = []
-    for label, key, told in (
+    for label, key, as_text in (
         ("peak memory", "memory", gib), ("seconds per step", "step_seconds", _seconds),
     ):  # fmt: skip
         pair = beside.get(key)
@@ -97,8 +97,8 @@ def section(plan: Mapping[str, Any] | None, info: Mapping[str, Any]) -> dict[str
             rows.append(
                 {
                     "label": label,
-                    "predicted": told(pair["predicted"]),
-                    "measured": told(pair["measured"]),
+                    "predicted": as_text(pair["predicted"]),
+                    "measured": as_text(pair["measured"]),
                     "error": f"{100 * (pair['predicted'] / pair['measured'] - 1):+.1f} %",
                 }
             )

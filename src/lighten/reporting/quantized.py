@@ -9,11 +9,11 @@ from lighten.reporting import text
 from lighten.reporting.charts import Point, number, scatter_chart
 
 
-def section(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def section(quantization: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """The chart, the rows and the notes; None where nothing was quantised."""
-    if found is None:
+    if quantization is None:
         return None
-    rows, metrics = found["formats"], found["settings"].get("metrics", {})
+    rows, metrics = quantization["formats"], quantization["settings"].get("metrics", {})
     points = [
         Point(
             row["name"],
@@ -36,8 +36,8 @@ def section(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
         "chart": chart,
         "columns": (*COLUMNS, *metrics.values(), *SPEEDS),
         "rows": [_row(row, list(metrics)) for row in rows],
-        "notes": [f"measured {found['settings']['mode']}", *found["notes"]],
-        "calibration": found["settings"].get("calibration"),
+        "notes": [f"measured {quantization['settings']['mode']}", *quantization["notes"]],
+        "calibration": quantization["settings"].get("calibration"),
     }
 
 
@@ -54,7 +54,7 @@ def _row(row: Mapping[str, Any], metrics: Sequence[str]) -> dict[str, Any]:
             _with_error(row.get("perplexity"), row.get("perplexity_standard_error")),
             number(row.get("kl")),
             "–" if agreement is None else f"{agreement:.1%}",
-            *(_with_error(own.get("value"), own.get("se")) for own in answers),
+            *(_with_error(estimate.get("value"), estimate.get("se")) for estimate in answers),
             number(row["prefill_tokens_per_second"]),
             number(row["decode_tokens_per_second"]),
         ],

@@ -56,7 +56,7 @@ def sweep_page(folder: Path) -> str:
         ],
         shared_peak=sweep_table.shared_peak(data),
         settings=data.get("settings", []),
-        left=[arm for arm in arms if arm["status"] == "left"],
+        left_early=[arm for arm in arms if arm["status"] == "left"],
         measured_on=next((arm for arm in arms if "chosen_on" in arm), None),
         metric=sweep_table.LABELS[metric],
         metric_name=metric,
@@ -82,27 +82,27 @@ def _tiles(data: Mapping[str, Any], metric: str) -> list[dict[str, str]]:
               "note": f"in {text.duration(data.get('spent_s'))}"}]  # fmt: skip
     if name not in arms:
         return tiles
-    own, base = arms[name], arms.get("base", {})
+    arm, base = arms[name], arms.get("base", {})
     before = base.get("loss")
     tiles = [
         {"label": "Take", "value": name,
-         "note": f"learning rate {own['sets']['learning_rate']:g}"
-         if "learning_rate" in own["sets"] else ""},
-        {"label": "Held-out loss", "value": f"{own['loss']['value']:.3f}",
+         "note": f"learning rate {arm['sets']['learning_rate']:g}"
+         if "learning_rate" in arm["sets"] else ""},
+        {"label": "Held-out loss", "value": f"{arm['loss']['value']:.3f}",
          "note": f"base {before['value']:.3f}" if before else ""},
         *tiles,
     ]  # fmt: skip
-    found = own.get("metrics", {}).get(metric)
-    if found and metric != "loss":
+    estimate = arm.get("metrics", {}).get(metric)
+    if estimate and metric != "loss":
         untouched = base.get("metrics", {}).get(metric)
         note = f"base {number(untouched['value'])}" if untouched else ""
         tiles.append({"label": sweep_table.LABELS[metric].split(",")[0].capitalize()
                       if metric == "exact_match" else sweep_table.LABELS[metric],
-                      "value": number(found["value"]), "note": note})  # fmt: skip
-    tiles.append({"label": "To ship", "value": text.size(own["file_bytes"]),
-                  "note": f"{own['trainable_parameters']:,} parameters"})  # fmt: skip
-    tiles.append({"label": "Peak memory", "value": text.gib(own["peak_bytes"]),
-                  "note": f"for {own['together']} arms in one pass" if own["together"] > 1
+                      "value": number(estimate["value"]), "note": note})  # fmt: skip
+    tiles.append({"label": "To ship", "value": text.size(arm["file_bytes"]),
+                  "note": f"{arm['trainable_parameters']:,} parameters"})  # fmt: skip
+    tiles.append({"label": "Peak memory", "value": text.gib(arm["peak_bytes"]),
+                  "note": f"for {arm['together']} arms in one pass" if arm["together"] > 1
                   else ""})  # fmt: skip
     return tiles
 
@@ -153,11 +153,11 @@ def _scatter(
 
 def _tuned(data: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What the short runs found, one row per setting."""
-    found = []
-    for setting, own in (data.get("tuned") or {}).items():
+    rows = []
+    for setting, outcome in (data.get("tuned") or {}).items():
         sets = {k: v for k, v in json.loads(setting).items() if k != "lora_alpha"}
         what = ", ".join(f"{key} {value}" for key, value in sets.items())
-        losses = sorted(own["losses"].items(), key=lambda pair: float(pair[0]))
-        found.append({"what": what or "default", "best": own["best"], "losses": losses,
-                      "at_the_edge": own["at_the_edge"]})  # fmt: skip
-    return found
+        losses = sorted(outcome["losses"].items(), key=lambda pair: float(pair[0]))
+        rows.append({"what": what or "default", "best": outcome["best"], "losses": losses,
+                     "at_the_edge": outcome["at_the_edge"]})  # fmt: skip
+    return rows

@@ -122,9 +122,9 @@ def ordered(data: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def recommended(data: Mapping[str, Any]) -> set[str]:
     """Names of the arms of the setting that is recommended."""
-    for own in data.get("settings", []):
-        if own["recommended"]:
-            return set(own["arms"])
+    for setting in data.get("settings", []):
+        if setting["recommended"]:
+            return set(setting["arms"])
     return set()
 
 
@@ -144,8 +144,8 @@ def with_error(estimate: Mapping[str, Any] | None, decimals: int) -> str:
     if estimate is None or estimate.get("value") is None:
         return "–"
     error = estimate.get("se")
-    told = f"{estimate['value']:.{decimals}f}"
-    return told if error is None else f"{told} ± {error:.{decimals}f}"
+    text = f"{estimate['value']:.{decimals}f}"
+    return text if error is None else f"{text} ± {error:.{decimals}f}"
 
 
 def shared_peak(data: Mapping[str, Any]) -> str:
@@ -166,23 +166,25 @@ def against_full(data: Mapping[str, Any], metric: str) -> str | None:
     name = data.get("recommendation", {}).get("arm")
     if full is None or name not in arms or "loss" not in full:
         return None
-    own = arms[name]
+    arm = arms[name]
     parts = []
-    if full["peak_bytes"] and own["peak_bytes"]:
-        with_others = f" (shared with {own['together'] - 1} more)" if own["together"] > 1 else ""
+    if full["peak_bytes"] and arm["peak_bytes"]:
+        with_others = f" (shared with {arm['together'] - 1} more)" if arm["together"] > 1 else ""
         parts.append(
-            f"peak memory {gib(full['peak_bytes'])} → {gib(own['peak_bytes'])}{with_others}"
+            f"peak memory {gib(full['peak_bytes'])} → {gib(arm['peak_bytes'])}{with_others}"
         )
-    if full["tokens_per_second"] and own["tokens_per_second"]:
-        ratio = own["tokens_per_second"] / full["tokens_per_second"]
+    if full["tokens_per_second"] and arm["tokens_per_second"]:
+        ratio = arm["tokens_per_second"] / full["tokens_per_second"]
         faster = f"{ratio:.2g}x faster" if ratio >= 1 else f"{1 / ratio:.2g}x slower"
         parts.append(f"{faster} per token")
-    difference = own["loss"]["value"] - full["loss"]["value"]
+    difference = arm["loss"]["value"] - full["loss"]["value"]
     parts.append(f"held-out loss {difference:+.3f}")
-    found = own.get("against", {}).get("full")
-    if found and metric not in ("loss", "perplexity"):
-        parts.append(f"{LABELS[metric]} {found['value']:+.2f} ({found['verdict']})")
-    parts.append(f"{size(full['file_bytes'])} → {size(own['file_bytes'])} to ship")
+    metric_difference = arm.get("against", {}).get("full")
+    if metric_difference and metric not in ("loss", "perplexity"):
+        parts.append(
+            f"{LABELS[metric]} {metric_difference['value']:+.2f} ({metric_difference['verdict']})"
+        )
+    parts.append(f"{size(full['file_bytes'])} → {size(arm['file_bytes'])} to ship")
     rate = full["sets"].get("learning_rate")
     return (
         f"Against full fine-tuning (learning rate {rate:g}, not tuned), {name}: {', '.join(parts)}."

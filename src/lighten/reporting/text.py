@@ -25,18 +25,18 @@ def headline(info: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> l
         return [f"{start}; it has not been evaluated yet (lighten evaluate)."]
     values = {model["name"]: model["metrics"] for model in evaluation["models"]}
     sentences = []
-    for name, own in values.items():
+    for name, metrics in values.items():
         if name == "base":
             continue
-        told = [
-            _change(label, values["base"], own, evaluation.get("differences", []), name, metric)
+        changes = [
+            _change(label, values["base"], metrics, evaluation.get("differences", []), name, metric)
             for metric, label in (("perplexity", "perplexity"), ("chrf", "chrF"))
-            if metric in own and metric in values.get("base", {})
+            if metric in metrics and metric in values.get("base", {})
         ]
-        if not told:
+        if not changes:
             continue
         lead = "Held-out " if name == "default" else f"{name}: held-out "
-        sentences.append(f"{lead}{' and '.join(told)}.")
+        sentences.append(f"{lead}{' and '.join(changes)}.")
     return sentences or ["Evaluated, without a base to compare with."]
 
 
@@ -52,25 +52,25 @@ def watched_notes(info: Mapping[str, Any], evaluation: Mapping[str, Any] | None)
 
     An evaluation may be of others: a test set, or fewer of them.
     """
-    said = held_out_notes(info, evaluation)
-    return [note for note in held_out_notes(info, None) if note not in said]
+    shown = held_out_notes(info, evaluation)
+    return [note for note in held_out_notes(info, None) if note not in shown]
 
 
 def _change(
     label: str,
     base: Mapping[str, Any],
-    own: Mapping[str, Any],
+    tuned: Mapping[str, Any],
     differences: Sequence[Mapping[str, Any]],
     name: str,
     metric: str,
 ) -> str:
     verdict = verdict_of(differences, name, metric)
-    said = {
+    phrase = {
         "better": "better, outside the 95 % interval",
         "worse": "worse, outside the 95 % interval",
         "": "not compared",
     }.get(verdict, verdict)
-    return f"{label} {number(base[metric]['value'])} → {number(own[metric]['value'])} ({said})"
+    return f"{label} {number(base[metric]['value'])} → {number(tuned[metric]['value'])} ({phrase})"
 
 
 def verdict_of(differences: Sequence[Mapping[str, Any]], adapter: str, metric: str) -> str:
@@ -83,14 +83,16 @@ def verdict_of(differences: Sequence[Mapping[str, Any]], adapter: str, metric: s
 
 def marked(answer: str, reference: str) -> Markup:
     """The answer with the words that the reference has too in `<mark>`, underlined by the page."""
-    said, wanted = _WORD.findall(answer), _WORD.findall(reference)
+    words, reference_words = _WORD.findall(answer), _WORD.findall(reference)
     matcher = difflib.SequenceMatcher(
-        a=[word.casefold() for word in said], b=[word.casefold() for word in wanted], autojunk=False
+        a=[word.casefold() for word in words],
+        b=[word.casefold() for word in reference_words],
+        autojunk=False,
     )
     out, place = [], 0
     for start, _, size in matcher.get_matching_blocks():
-        out.append(escape("".join(said[place:start])))
-        common = "".join(said[start : start + size])
+        out.append(escape("".join(words[place:start])))
+        common = "".join(words[start : start + size])
         if common.strip():
             out.append(Markup("<mark>{}</mark>").format(common))
         else:
