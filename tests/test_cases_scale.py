@@ -282,7 +282,7 @@ def test_large_files_are_read_without_being_held(
     monkeypatch.setattr(ExampleStore.__init__, "__defaults__", (0,))
     stored = data.read(str(path)).examples
     assert isinstance(stored, ExampleStore)
-    assert not stored._held
+    assert not stored._objects
     assert list(stored) == list(held)
 
 

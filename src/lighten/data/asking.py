@@ -44,17 +44,17 @@ def question_ids(
     Raises:
         UserError: The chat template refuses it.
     """
-    asked = Example("chat", 1, tuple(messages))
+    question = Example("chat", 1, tuple(messages))
     if learnt.answers and thinking <= learnt.thinks:
         answer = Message("assistant", _THOUGHT + _ANSWER if thinking else _ANSWER)
-        with_answer = replace(asked, messages=(*asked.messages, answer))
+        with_answer = replace(question, messages=(*question.messages, answer))
         try:
             return prompt_of(with_answer, tokenizer, handling)[0]
         except UserError:  # the template may refuse or rewrite what it need not show here
             pass
-    asked, _ = Renderer(tokenizer, handling).system(asked)
+    question, _ = Renderer(tokenizer, handling).system(question)
     text = render(
-        asked.messages, tokenizer, "chat", add_generation_prompt=True, enable_thinking=thinking
+        question.messages, tokenizer, "chat", add_generation_prompt=True, enable_thinking=thinking
     )
     # Not every template knows enable_thinking.
     text = (_EMPTY if thinking else OPENED).sub("", text)

@@ -89,16 +89,16 @@ class MicroBatch:
             rows: Rows that keep any, at most.
             most: Positions that each of these keeps, at most.
         """
-        kept: list[int] = []
+        kept_positions: list[int] = []
         before = [0]
         spans = list(pairwise(self.supervised_before))
-        asked = [row for row, (start, stop) in enumerate(spans) if stop > start]
-        asked = asked[:: -(-len(asked) // rows) or 1]
+        supervised_rows = [row for row, (start, stop) in enumerate(spans) if stop > start]
+        supervised_rows = supervised_rows[:: -(-len(supervised_rows) // rows) or 1]
         for row, (start, stop) in enumerate(spans):
-            count = min(most, stop - start) if row in asked else 0
-            kept += [start + i * (stop - start) // count for i in range(count)]
-            before.append(len(kept))
-        chosen = torch.tensor(kept, dtype=torch.long, device=self.positions.device)
+            count = min(most, stop - start) if row in supervised_rows else 0
+            kept_positions += [start + i * (stop - start) // count for i in range(count)]
+            before.append(len(kept_positions))
+        chosen = torch.tensor(kept_positions, dtype=torch.long, device=self.positions.device)
         return replace(
             self, positions=self.positions[chosen], labels=self.labels[chosen],
             supervised_before=tuple(before),
@@ -108,14 +108,14 @@ class MicroBatch:
         """One row by itself, without padding."""
         start = row * self.input_ids.shape[1] if self.starts is None else self.starts[row]
         length = self.lengths[row]
-        own = slice(self.supervised_before[row], self.supervised_before[row + 1])
+        span = slice(self.supervised_before[row], self.supervised_before[row + 1])
         return MicroBatch(
             items=self.items[row : row + 1],
             input_ids=self.input_ids.flatten()[start : start + length][None],
             lengths=(length,),
-            positions=self.positions[own] - start,
-            labels=self.labels[own],
-            supervised_before=(0, own.stop - own.start),
+            positions=self.positions[span] - start,
+            labels=self.labels[span],
+            supervised_before=(0, span.stop - span.start),
         )
 
     def padded(self) -> MicroBatch:
@@ -128,8 +128,8 @@ class MicroBatch:
         positions = self.positions.clone()
         for row, (start, length) in enumerate(zip(self.starts, self.lengths, strict=False)):
             ids[row, :length] = self.input_ids[0, start : start + length]
-            own = slice(self.supervised_before[row], self.supervised_before[row + 1])
-            positions[own] += row * width - start
+            span = slice(self.supervised_before[row], self.supervised_before[row + 1])
+            positions[span] += row * width - start
         return replace(self, input_ids=ids, positions=positions, starts=None, position_ids=None)
 
 
@@ -247,14 +247,14 @@ def _side_by_side(
     def slowest(parts: list[list[Item]]) -> int:
         tokens = [padded(part) for part in parts]
         shares = even_shares(tokens, workers)
-        return max(sum(tokens[place] + START_TOKENS for place in own) for own in shares)
+        return max(sum(tokens[place] + START_TOKENS for place in share) for share in shares)
 
     if not longest_first:
         return []
     room = padded(longest_first) if max_tokens is None else max_tokens
     fewest = len(cut(room))
     cuts = [
-        cut(bisect_left(range(room), -count, key=lambda own: -len(cut(own))))
+        cut(bisect_left(range(room), -count, key=lambda size: -len(cut(size))))
         for count in range(fewest, fewest + 2 * workers)
     ]
     best = min(cuts, key=slowest)
@@ -285,17 +285,17 @@ def _even(
         fits = True
         for item in longest_first:
             filled, place = emptiest[0]
-            own = parts[place]
-            fits = not own or filled + lengths[item.row] <= room
+            part = parts[place]
+            fits = not part or filled + lengths[item.row] <= room
             if not fits:
                 break
-            own.append(item)
-            if len(own) < max_rows:
+            part.append(item)
+            if len(part) < max_rows:
                 heapreplace(emptiest, (filled + lengths[item.row], place))
             else:
                 heappop(emptiest)
         if fits:
-            tokens = [sum(lengths[item.row] for item in own) for own in parts]
+            tokens = [sum(lengths[item.row] for item in part) for part in parts]
             order = sorted(range(count), key=lambda place: -tokens[place])
             return [parts[place] for place in order if parts[place]]
         # One by one would take hours where there are very many.
@@ -331,14 +331,16 @@ def collate(
         starts = [place * width for place in range(len(items) + 1)]
     size = starts[-1]
     ids = np.full(size, pad_id, dtype=np.int64)
-    wanted = np.zeros(size, dtype=bool)
+    supervised = np.zeros(size, dtype=bool)
     supervised_before = [0]
     for item, start, length in zip(items, starts, lengths, strict=False):
         ids[start : start + length] = rows[item.row].input_ids
         # Nothing stands before a row's first token to predict it from (trap 22).
-        wanted[start + 1 : start + length] = rows[item.row].supervised[1:]
-        supervised_before.append(supervised_before[-1] + int(wanted[start : start + length].sum()))
-    where = np.flatnonzero(wanted)
+        supervised[start + 1 : start + length] = rows[item.row].supervised[1:]
+        supervised_before.append(
+            supervised_before[-1] + int(supervised[start : start + length].sum())
+        )
+    targets = np.flatnonzero(supervised)
     # Packed rows count from 0 each.
     position = np.arange(size) - np.repeat(starts[:-1], lengths) if packed else None
     shape = (1, size) if packed else (len(items), width)
@@ -346,8 +348,8 @@ def collate(
         items=tuple(items),
         input_ids=torch.from_numpy(ids.reshape(shape)).to(device),
         lengths=tuple(lengths),
-        positions=torch.from_numpy(where - 1).to(device),
-        labels=torch.from_numpy(ids[where]).to(device),
+        positions=torch.from_numpy(targets - 1).to(device),
+        labels=torch.from_numpy(ids[targets]).to(device),
         supervised_before=tuple(supervised_before),
         starts=tuple(starts) if packed else None,
         position_ids=None if position is None else torch.from_numpy(position[None]).to(device),

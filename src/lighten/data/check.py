@@ -62,7 +62,7 @@ class CheckReport:
 
 
 def check(
-    found: Dataset,
+    dataset: Dataset,
     tokenizer: Any,
     *,
     max_length: int,
@@ -76,7 +76,7 @@ def check(
     """Look at a data set as a run would see it.
 
     Args:
-        found: The data set.
+        dataset: The data set.
         tokenizer: With its chat template chosen.
         max_length: Tokens a row may have.
         template: What to say of the chat template.
@@ -86,22 +86,22 @@ def check(
         limit: What sets `max_length`, in words; None: the setting of that name.
         options: As for `encode`.
     """
-    whole = encode(found.examples, tokenizer, max_length=2**31, limit=limit, **options)
+    encoded = encode(dataset.examples, tokenizer, max_length=2**31, limit=limit, **options)
     if verify is not None:
-        verify(whole.rows, tokenizer)
-    kept = cut(whole, max_length, limit)
-    lengths = np.asarray(lengths_of(whole.rows))
-    keys = Counter(example.prompt_key for example in found.examples)
+        verify(encoded.rows, tokenizer)
+    shortened = cut(encoded, max_length, limit)
+    lengths = np.asarray(lengths_of(encoded.rows))
+    keys = Counter(example.prompt_key for example in dataset.examples)
     overlap = (
         None
         if evaluation is None
-        else sum(keys[key] for key in shared_prompts(found.examples, evaluation))
+        else sum(keys[key] for key in shared_prompts(dataset.examples, evaluation))
     )
     return CheckReport(
-        format=found.format,
-        rows=len(found.examples),
-        bad_rows=[*map(str, found.bad_rows), *kept.findings.refusals()],
-        left_out=[*left_out("training", found), *kept.findings.refusals()],
+        format=dataset.format,
+        rows=len(dataset.examples),
+        bad_rows=[*map(str, dataset.bad_rows), *shortened.findings.refusals()],
+        left_out=[*left_out("training", dataset), *shortened.findings.refusals()],
         lengths={
             "min": int(lengths.min()),
             "median": float(np.median(lengths)),
@@ -110,11 +110,11 @@ def check(
             "max": int(lengths.max()),
         },
         histogram=_histogram(lengths),
-        counts=asdict(kept.counts),
-        problems=[said for said in kept.problems if not said.startswith(LEFT_OUT)],
+        counts=asdict(shortened.counts),
+        problems=[problem for problem in shortened.problems if not problem.startswith(LEFT_OUT)],
         duplicates=sum(count - 1 for count in keys.values()),
         overlap=overlap,
-        sample=_tokens(whole, min(sample, len(whole.rows) - 1), tokenizer),
+        sample=_tokens(encoded, min(sample, len(encoded.rows) - 1), tokenizer),
         max_length=max_length,
         template=template,
     )
@@ -136,7 +136,7 @@ def _tokens(encoded: Encoded, place: int, tokenizer: Any) -> list[tuple[str, boo
     """Each token's text with its mask; tokens that hold parts of a character stand together."""
     row = encoded.rows[place]
     ids, mask = [int(token) for token in row.input_ids], [bool(on) for on in row.supervised]
-    shown: list[tuple[str, bool]] = []
+    tokens: list[tuple[str, bool]] = []
     begin = 0
     while begin < len(ids):
         text, end = tokenizer.decode([ids[begin]]), begin + 1
@@ -144,10 +144,11 @@ def _tokens(encoded: Encoded, place: int, tokenizer: Any) -> list[tuple[str, boo
             if BROKEN not in text:
                 break
             joined = tokenizer.decode(ids[begin:longer])
-            whole = tokenizer(joined, add_special_tokens=False)["input_ids"]
-            if BROKEN not in joined or whole == ids[begin:longer]:  # the text may hold that mark
+            joined_ids = tokenizer(joined, add_special_tokens=False)["input_ids"]
+            # The text itself may hold that mark.
+            if BROKEN not in joined or joined_ids == ids[begin:longer]:
                 text, end = joined, longer
                 break
-        shown.append((text, any(mask[begin:end])))
+        tokens.append((text, any(mask[begin:end])))
         begin = end
-    return shown
+    return tokens

@@ -21,9 +21,9 @@ from lighten.data.spans import (
     ends,
     learnt,
     mark,
-    named,
     places,
     render,
+    tokenizer_name,
 )
 from lighten.data.special import special_tokens
 from lighten.data.thoughts import raw_answer, thought_of, without_thought
@@ -92,14 +92,14 @@ class Renderer:
         self._begun = False
         formats = _DATE_FORMAT.findall(str(tokenizer.chat_template or ""))
         now = datetime.now(UTC).astimezone()  # templates write the local date
-        self._dates = [now.strftime(wanted) for _, wanted in formats]
+        self._dates = [now.strftime(date_format) for _, date_format in formats]
 
-    def render(self, example: Example, *, whole: bool = False) -> Rendered | None:
+    def render(self, example: Example, *, supervise_all: bool = False) -> Rendered | None:
         """A conversation as text; None, and remembered, where the template refuses it.
 
         Args:
             example: With messages.
-            whole: All of it is to be learnt, not its answers alone.
+            supervise_all: All of it is to be learnt, not its answers alone.
 
         Raises:
             UserError: The template needs a token that the tokenizer has not.
@@ -108,7 +108,7 @@ class Renderer:
             require_end(self.tokenizer)
             self._begun = True
         try:
-            return self._render(example, whole)
+            return self._render(example, supervise_all)
         except RefusedError as error:
             self.findings.refuse(error, example)
             return None
@@ -133,15 +133,15 @@ class Renderer:
         Raises:
             RefusedError: The template refuses it all the same.
         """
-        role, where, findings = self.handling.system_role, example.where, self.findings
+        role, location, findings = self.handling.system_role, example.where, self.findings
         number = sum(message.role in SYSTEM for message in example.messages)
-        findings.add("system", where, number)
+        findings.add("system", location, number)
         if number and role == "drop":
-            findings.add("system drop", where, number)
-            kept = tuple(m for m in example.messages if m.role not in SYSTEM)
-            example = replace(example, messages=kept)
+            findings.add("system drop", location, number)
+            messages = tuple(m for m in example.messages if m.role not in SYSTEM)
+            example = replace(example, messages=messages)
         elif number and role == "fold":
-            findings.add("system fold", where, number)
+            findings.add("system fold", location, number)
             example = replace(example, messages=fold(example.messages))
         elif number and role is None:
             folded = replace(example, messages=fold(example.messages))
@@ -153,36 +153,36 @@ class Renderer:
                     if message.role in SYSTEM
                 ):
                     return example, text
-                shown = self._text(folded)
+                folded_text = self._text(folded)
             except RefusedError as refused:
                 try:
-                    shown = self._text(folded)
+                    folded_text = self._text(folded)
                 except RefusedError:  # it is something else that it refuses
                     raise refused from None
-            findings.add("system folded", where, number)
-            return folded, shown
+            findings.add("system folded", location, number)
+            return folded, folded_text
         return example, self._text(example)
 
-    def _render(self, example: Example, whole: bool) -> Rendered:
-        findings, where = self.findings, example.where
+    def _render(self, example: Example, supervise_all: bool) -> Rendered:
+        findings, location = self.findings, example.where
         example, text = self.system(example)
         if self.handling.thinking == "drop":
             thoughts = sum(bool(thought_of(example.messages[place])) for place in learnt(example))
-            findings.add("thoughts", where, thoughts)
-            findings.add("thoughts dropped", where, thoughts)
+            findings.add("thoughts", location, thoughts)
+            findings.add("thoughts dropped", location, thoughts)
             if any(map(thought_of, example.messages)):
                 example = replace(example, messages=tuple(map(without_thought, example.messages)))
                 text = self._text(example)
         answers = places(example, text, self.tokenizer)
         if self.handling.thinking != "drop":
             example, text, answers = self._thoughts(example, text, answers)
-        findings.add("conversations", where)
-        findings.add("dated", where, self._dated(example, text))
+        findings.add("conversations", location)
+        findings.add("dated", location, self._dated(example, text))
         self._look(example, text, answers)
         stand = tuple(place.span for place in answers if place.span and not place.moved)
-        if whole:
+        if supervise_all:
             return Rendered(example, text, ((0, len(text)),), stand)
-        findings.add("answers moved", where, sum(place.moved for place in answers))
+        findings.add("answers moved", location, sum(place.moved for place in answers))
         return Rendered(
             example, text, stand, stand,
             tuple(place.span for place in answers if place.span and place.moved),
@@ -205,18 +205,18 @@ class Renderer:
         marked = list(example.messages)
         marked[place] = replace(message, content=mark(place))
         try:
-            shown = self._text(replace(example, messages=tuple(marked)))
+            rendered_text = self._text(replace(example, messages=tuple(marked)))
         except RefusedError:
             return True
         # As JSON the mark's first character is written \u2060.
-        return mark(place).casefold() in shown.casefold() or "u2060lighten" in shown
+        return mark(place).casefold() in rendered_text.casefold() or "u2060lighten" in rendered_text
 
     def _thoughts(
         self, example: Example, text: str, answers: list[Place]
     ) -> tuple[Example, str, list[Place]]:
         """Count the thoughts that the template cut out, and write them back if that is wanted."""
-        findings, where = self.findings, example.where
-        shown = {
+        findings, location = self.findings, example.where
+        answer_texts = {
             answer.message: text if answer.span is None else text[slice(*answer.span)]
             for answer in answers
         }
@@ -224,36 +224,38 @@ class Renderer:
         for at, message in enumerate(example.messages):
             thought = thought_of(message)
             if thought and not (
-                thought in shown[at] if at in shown else self._shows_thought(example, at)
+                thought in answer_texts[at]
+                if at in answer_texts
+                else self._shows_thought(example, at)
             ):
                 cut.append(at)
-            elif thought and at in shown:
-                findings.add("thoughts learnt", where)
-            findings.add("thoughts", where, bool(thought) and at in shown)
+            elif thought and at in answer_texts:
+                findings.add("thoughts learnt", location)
+            findings.add("thoughts", location, bool(thought) and at in answer_texts)
         if not cut:
             return example, text, answers
         messages = list(example.messages)
         if self.handling.thinking != "keep":
-            findings.add("thoughts cut", where, len(shown.keys() & set(cut)))
+            findings.add("thoughts cut", location, len(answer_texts.keys() & set(cut)))
             for at in cut:
                 messages[at] = without_thought(messages[at])
             return replace(example, messages=tuple(messages)), text, answers
         for at in cut:
-            extra = tuple(own for own in messages[at].extra if own[0] != "reasoning_content")
+            extra = tuple(entry for entry in messages[at].extra if entry[0] != "reasoning_content")
             messages[at] = replace(messages[at], content=raw_answer(messages[at]), extra=extra)
-        held = [
-            replace(message, content=_held(at)) if at in cut else message
+        placeholders = [
+            replace(message, content=_placeholder(at)) if at in cut else message
             for at, message in enumerate(messages)
         ]
-        marked = replace(example, messages=tuple(held))
+        marked = replace(example, messages=tuple(placeholders))
         text = self._text(marked)
         answers = places(marked, text, self.tokenizer)
         raw = {at: messages[at].content for at in cut}
-        text, answers, written = _written_back(text, answers, raw)
-        kept = len(shown.keys() & written)
-        findings.add("thoughts kept", where, kept)
-        findings.add("thoughts learnt", where, kept)
-        findings.add("thoughts lost", where, len(shown.keys() & set(cut)) - kept)
+        text, answers, restored = _restore_answers(text, answers, raw)
+        count = len(answer_texts.keys() & restored)
+        findings.add("thoughts kept", location, count)
+        findings.add("thoughts learnt", location, count)
+        findings.add("thoughts lost", location, len(answer_texts.keys() & set(cut)) - count)
         return replace(example, messages=tuple(messages)), text, answers
 
     def _shows_thought(self, example: Example, place: int) -> bool:
@@ -271,25 +273,29 @@ class Renderer:
 
     def _look(self, example: Example, text: str, answers: Sequence[Place]) -> None:
         """Count what the template did to an example's words."""
-        findings, where = self.findings, example.where
-        findings.add("answers", where, len(answers))
+        findings, location = self.findings, example.where
+        findings.add("answers", location, len(answers))
         for answer in answers:
             message = example.messages[answer.message]
             if answer.span is None or thought_of(message) or not message.content.strip():
                 continue
             if message.content.strip() not in text[slice(*answer.span)]:
-                findings.add("answers changed", where)
+                findings.add("answers changed", location)
         if example.tools and self._text(replace(example, tools=None)) == text:
-            findings.add("tools left out", where)
-        findings.add("calls left out", where, sum(name not in text for name in _called(example)))
+            findings.add("tools left out", location)
+        findings.add(
+            "calls left out", location, sum(name not in text for name in _call_names(example))
+        )
         first = next((answer.span for answer in answers if answer.span is not None), None)
         for place, message in enumerate(example.messages):
             if message.role == "assistant" or not message.content.strip():
                 continue
             if not self._shows(example, place, text):
-                findings.add(f"left out {message.role}", where)
+                findings.add(f"left out {message.role}", location)
             elif place == 0 and message.role in SYSTEM and first is not None:
-                findings.add("system moved", where, text.find(message.content.strip()) > first[1])
+                findings.add(
+                    "system moved", location, text.find(message.content.strip()) > first[1]
+                )
 
     def _dated(self, example: Example, text: str) -> bool:
         """Whether the template wrote today's date into a text."""
@@ -301,7 +307,7 @@ class Renderer:
         return bool(dates)
 
 
-def _called(example: Example) -> list[str]:
+def _call_names(example: Example) -> list[str]:
     """Names of the functions that an example's messages call."""
     names = []
     for message in example.messages:
@@ -312,26 +318,26 @@ def _called(example: Example) -> list[str]:
     return names
 
 
-def _held(place: int) -> str:
+def _placeholder(place: int) -> str:
     """What stands for an answer whose thought the template would cut out."""
     return f"\u2060lighten\u2060held{place}\u2060"
 
 
-def _written_back(
+def _restore_answers(
     text: str, answers: Sequence[Place], raw: Mapping[int, str]
 ) -> tuple[str, list[Place], set[int]]:
     """Put answers with their thoughts where marks hold their places; which could be put."""
     edits: list[tuple[int, int, str]] = []
-    written: set[int] = set()
+    restored: set[int] = set()
     for place, words in raw.items():
-        held = _held(place)
-        at = text.find(held)
+        placeholder = _placeholder(place)
+        at = text.find(placeholder)
         if at < 0:
             continue
         # A template puts an empty thought before an answer that it takes to be without one.
         empty = _EMPTY_BEFORE.search(text, 0, at)
-        edits.append((empty.start(1) if empty else at, at + len(held), words))
-        written.add(place)
+        edits.append((empty.start(1) if empty else at, at + len(placeholder), words))
+        restored.add(place)
 
     def moved(position: int) -> int:
         shift = 0
@@ -351,7 +357,7 @@ def _written_back(
     for begin, end, words in edits:
         pieces += [text[at:begin], words]
         at = end
-    return "".join([*pieces, text[at:]]), placed, written
+    return "".join([*pieces, text[at:]]), placed, restored
 
 
 def require_end(tokenizer: Any) -> None:
@@ -375,8 +381,8 @@ def require_end(tokenizer: Any) -> None:
     if text and ("eos_token" not in missing or ends(text, tokenizer)):
         return
     raise UserError(
-        f"the tokenizer {named(tokenizer)} has no {' and no '.join(missing)}, which the chat "
-        f"template writes; set {'it' if len(missing) == 1 else 'them'} in its "
+        f"the tokenizer {tokenizer_name(tokenizer)} has no {' and no '.join(missing)}, which the "
+        f"chat template writes; set {'it' if len(missing) == 1 else 'them'} in its "
         "tokenizer_config.json, or choose another chat_template"
     )
 

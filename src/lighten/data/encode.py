@@ -72,11 +72,11 @@ class Encoded:
     @property
     def sha256(self) -> str:
         """Of all ids and masks: two equal data sets train alike."""
-        whole = hashlib.sha256()
+        digest = hashlib.sha256()
         for row in self.rows:
-            whole.update(np.asarray(row.input_ids, dtype=np.int64).tobytes())
-            whole.update(np.asarray(row.supervised, dtype=np.bool_).tobytes() + b"|")
-        return whole.hexdigest()
+            digest.update(np.asarray(row.input_ids, dtype=np.int64).tobytes())
+            digest.update(np.asarray(row.supervised, dtype=np.bool_).tobytes() + b"|")
+        return digest.hexdigest()
 
 
 def encode(
@@ -118,37 +118,37 @@ def encode(
     job = _Job(
         examples, tokenizer, Handling(system_role, thinking), max_length,
         limit or f"max_length {max_length}", cut=truncation_strategy == "truncate",
-        whole_chats=not assistant_only_loss, whole_pairs=not completion_only_loss,
+        chats_in_full=not assistant_only_loss, pairs_in_full=not completion_only_loss,
     )  # fmt: skip
-    made = _all_of(job, progress or _unheard)
-    counts, problems = made.counts, made.problems
+    result = _encode_all(job, progress or _no_progress)
+    counts, problems = result.counts, result.problems
     counts.examples = len(examples)
     if not skip_bad_rows:
-        made.findings.require_none_refused()
-    if made.too_long and truncation_strategy == "raise":
+        result.findings.require_none_refused()
+    if result.too_long and truncation_strategy == "raise":
         raise UserError(
-            f"{made.too_long}; shorten it, or set truncation_strategy to truncate or drop"
+            f"{result.too_long}; shorten it, or set truncation_strategy to truncate or drop"
         )
-    counts.refused = made.findings.refused_rows
-    counts.rows, counts.tokens = len(made.written), made.written.tokens
-    if not len(made.written):
-        worst = made.causes.most_common(1)
+    counts.refused = result.findings.refused_rows
+    counts.rows, counts.tokens = len(result.writer), result.writer.tokens
+    if not len(result.writer):
+        worst = result.causes.most_common(1)
         reason = problems[worst[0][0]] if worst else "there are no examples"
         raise NothingSupervised(reason)
     if "empty" in problems:
-        others = made.causes["empty"] - 1
-        more = f", nor {'has' if others == 1 else 'have'} {counted(others, 'other row')}"
-        problems["empty"] += f"{more if others else ''}: left out"
-    told = [*problems.values(), *made.findings.sentences()]
-    told += [f"{LEFT_OUT}{sentence}" for sentence in made.findings.refusals()]
-    return Encoded(made.written.rows(), counts, told, made.findings, made.places)
+        other_rows = result.causes["empty"] - 1
+        suffix = f", nor {'has' if other_rows == 1 else 'have'} {counted(other_rows, 'other row')}"
+        problems["empty"] += f"{suffix if other_rows else ''}: left out"
+    sentences = [*problems.values(), *result.findings.sentences()]
+    sentences += [f"{LEFT_OUT}{sentence}" for sentence in result.findings.refusals()]
+    return Encoded(result.writer.rows(), counts, sentences, result.findings, result.places)
 
 
-def cut(whole: Encoded, max_length: int, limit: str | None = None) -> Encoded:
+def cut(encoded: Encoded, max_length: int, limit: str | None = None) -> Encoded:
     """What encoding to a longest length would give, from rows that were encoded without one.
 
     Args:
-        whole: Rows of any length.
+        encoded: Rows of any length.
         max_length: Tokens a row may have; longer ones are cut.
         limit: What sets it, in words; None: the setting of that name.
 
@@ -157,30 +157,30 @@ def cut(whole: Encoded, max_length: int, limit: str | None = None) -> Encoded:
     """
     job = _Job(
         [], None, Handling(), max_length, limit or f"max_length {max_length}",
-        cut=True, whole_chats=False, whole_pairs=False,
+        cut=True, chats_in_full=False, pairs_in_full=False,
     )  # fmt: skip
-    made = _Made(counts=replace(whole.counts, supervised_tokens=0))
-    for place, row in enumerate(whole.rows):
+    result = _Result(counts=replace(encoded.counts, supervised_tokens=0))
+    for place, row in enumerate(encoded.rows):
         ids = np.asarray(row.input_ids, dtype=np.int32)
         supervised = np.asarray(row.supervised, dtype=np.bool_)
-        job.keep(Tokenised(ids, supervised, row.example, place), made, place)
-    told = [*made.problems.values(), *whole.problems]
-    made.counts.rows, made.counts.tokens = len(made.written), made.written.tokens
-    if not len(made.written):
-        raise NothingSupervised(told[0])
-    return Encoded(made.written.rows(), made.counts, told, whole.findings)
+        job.keep(Tokenised(ids, supervised, row.example, place), result, place)
+    sentences = [*result.problems.values(), *encoded.problems]
+    result.counts.rows, result.counts.tokens = len(result.writer), result.writer.tokens
+    if not len(result.writer):
+        raise NothingSupervised(sentences[0])
+    return Encoded(result.writer.rows(), result.counts, sentences, encoded.findings)
 
 
-def _unheard(done: int, total: int) -> None:
+def _no_progress(encoded: int, total: int) -> None:
     """Progress that nobody wants to see."""
 
 
 @dataclass
-class _Made:
+class _Result:
     """What came of some of the examples.
 
     Attributes:
-        written: Their rows.
+        writer: Their rows.
         places: Which of the examples each row is.
         counts: What was kept and lost.
         problems: The first sentence of each kind of loss.
@@ -189,7 +189,7 @@ class _Made:
         findings: What the chat template did.
     """
 
-    written: RowWriter = field(default_factory=RowWriter)
+    writer: RowWriter = field(default_factory=RowWriter)
     places: array[int] = field(default_factory=lambda: array("q"))
     counts: EncodingCounts = field(default_factory=EncodingCounts)
     problems: dict[str, str] = field(default_factory=dict)
@@ -197,9 +197,9 @@ class _Made:
     too_long: str | None = None
     findings: Findings = field(default_factory=Findings)
 
-    def merge(self, rows: EncodedRows, later: _Made) -> None:
+    def merge(self, rows: EncodedRows, later: _Result) -> None:
         """Add what came of later examples, and their rows."""
-        self.written.extend(rows)
+        self.writer.extend(rows)
         self.places.extend(later.places)
         self.counts.add(later.counts)
         self.problems = {**later.problems, **self.problems}
@@ -219,8 +219,8 @@ class _Job:
         max_length: Tokens a row may have.
         limit: What sets it, in words.
         cut: A longer row is cut, not left out.
-        whole_chats: Conversations are learnt whole, not their answers alone.
-        whole_pairs: And so are single pairs.
+        chats_in_full: Conversations are learnt whole, not their answers alone.
+        pairs_in_full: And so are single pairs.
     """
 
     examples: Sequence[Example]
@@ -229,80 +229,85 @@ class _Job:
     max_length: int
     limit: str
     cut: bool
-    whole_chats: bool
-    whole_pairs: bool
+    chats_in_full: bool
+    pairs_in_full: bool
 
-    def make(self, some: range, made: _Made, progress: Callable[[int], None]) -> None:
+    def make(self, some: range, result: _Result, progress: Callable[[int], None]) -> None:
         """Encode some of the examples.
 
         Args:
             some: Their places.
-            made: Receives what comes of them.
+            result: Receives what comes of them.
             progress: Told how many of them are encoded.
         """
         examples = self.examples if len(some) == len(self.examples) else (
             self.examples[some.start : some.stop]
         )  # fmt: skip
         renderer = Renderer(self.tokenizer, self.handling)
-        tokenised = tokenise(examples, renderer, self._whole, made.counts, made.problems)
+        tokenised = tokenise(
+            examples, renderer, self._supervises_all, result.counts, result.problems
+        )
         for number, row in enumerate(tokenised, 1):
             progress(number + renderer.findings.refused_rows)
-            self.keep(row, made, some.start + row.place)
-        made.findings.merge(renderer.findings)
+            self.keep(row, result, some.start + row.place)
+        result.findings.merge(renderer.findings)
 
-    def part(self, some: range) -> tuple[dict[str, np.ndarray[Any, Any]], list[str], _Made]:
+    def part(self, some: range) -> tuple[dict[str, np.ndarray[Any, Any]], list[str], _Result]:
         """What comes of some of the examples, as it can be sent from process to process."""
-        made = _Made()
-        self.make(some, made, lambda _: None)
-        rows, made.written = made.written.rows(), RowWriter()
+        result = _Result()
+        self.make(some, result, lambda _: None)
+        rows, result.writer = result.writer.rows(), RowWriter()
         arrays = {name: np.asarray(array) for name, array in rows.arrays().items()}
-        return arrays, rows.names, made
+        return arrays, rows.names, result
 
-    def _whole(self, example: Example) -> bool:
-        return self.whole_pairs if example.single_turn else self.whole_chats
+    def _supervises_all(self, example: Example) -> bool:
+        return self.pairs_in_full if example.single_turn else self.chats_in_full
 
-    def keep(self, row: Tokenised, made: _Made, place: int) -> None:
+    def keep(self, row: Tokenised, result: _Result, place: int) -> None:
         """Write a row as far as it may go and has something to learn."""
-        counts, where = made.counts, row.example.where
+        counts, location = result.counts, row.example.where
         before = int(np.count_nonzero(row.supervised))
         if before == 0:
             counts.dropped += 1
-            made.causes["empty" if row.aligned else "unaligned"] += 1
+            result.causes["empty" if row.aligned else "unaligned"] += 1
             if row.aligned:
-                made.problems.setdefault("empty", f"{where} has no answer to learn from")
+                result.problems.setdefault("empty", f"{location} has no answer to learn from")
             return
-        kept = before
+        remaining = before
         ids, supervised = row.ids[: self.max_length], row.supervised[: self.max_length]
         if len(row.ids) > self.max_length:
-            made.too_long = made.too_long or f"{where} has {len(row.ids)} tokens, over {self.limit}"
-            kept = int(np.count_nonzero(supervised)) if self.cut else 0
-            counts.lost_supervised_tokens += before - kept
-            made.problems.setdefault(
-                "long",
-                f"{made.too_long}: {before - kept} of its {before} supervised tokens are lost",
+            result.too_long = (
+                result.too_long or f"{location} has {len(row.ids)} tokens, over {self.limit}"
             )
-            if kept == 0:
+            remaining = int(np.count_nonzero(supervised)) if self.cut else 0
+            counts.lost_supervised_tokens += before - remaining
+            result.problems.setdefault(
+                "long",
+                f"{result.too_long}: {before - remaining} of its {before} supervised tokens are "
+                "lost",
+            )
+            if remaining == 0:
                 counts.dropped += 1
-                made.causes["long"] += 1
+                result.causes["long"] += 1
                 return
             counts.truncated += 1
-        counts.supervised_tokens += kept
-        made.written.append(ids, supervised, row.example)
-        made.places.append(place)
+        counts.supervised_tokens += remaining
+        result.writer.append(ids, supervised, row.example)
+        result.places.append(place)
 
 
-def _all_of(job: _Job, progress: Callable[[int, int], None]) -> _Made:
+def _encode_all(job: _Job, progress: Callable[[int, int], None]) -> _Result:
     """Encode all examples: the first here, the others side by side where that is quicker."""
-    made, total = _Made(), len(job.examples)
+    result, total = _Result(), len(job.examples)
     first = min(total, PART_EXAMPLES)
     began = time.perf_counter()
-    job.make(range(first), made, lambda done: progress(done, total))
+    job.make(range(first), result, lambda encoded: progress(encoded, total))
     took_s = time.perf_counter() - began
     starts = range(first, total, FORKED_EXAMPLES)
     processes = min(forks.processors(), len(starts)) if forks.possible() else 1
     if processes < 2 or took_s * (total - first) / first < PAYS_S:
-        job.make(range(first, total), made, lambda done: progress(first + done, total))
-        return made
+        job.make(range(first, total), result, lambda encoded: progress(first + encoded, total))
+        return result
 
     def part(number: int) -> Any:
         start = starts[number]
@@ -312,9 +317,9 @@ def _all_of(job: _Job, progress: Callable[[int, int], None]) -> _Made:
     with single_threaded():
         parts = forks.in_order(part, len(starts), processes, max(PATIENCE_S, 100 * took_s))
         for start, (arrays, names, later) in zip(starts, parts, strict=True):
-            made.merge(EncodedRows(arrays, names), later)
+            result.merge(EncodedRows(arrays, names), later)
             progress(min(start + FORKED_EXAMPLES, total), total)
-    return made
+    return result
 
 
 @contextmanager
@@ -352,10 +357,10 @@ def prompt_of(
         raise UserError(f"{example.where} does not end with an answer to compare with")
     only_last = [Message(m.role, m.content, False, m.extra) for m in example.messages[:-1]]
     last = Message("assistant", reference, True, example.messages[-1].extra)
-    asked = Example(example.file, example.line, (*only_last, last), tools=example.tools)
+    masked = Example(example.file, example.line, (*only_last, last), tools=example.tools)
     problems: dict[str, str] = {}
     renderer = Renderer(tokenizer, handling)
-    rows = list(tokenise([asked], renderer, lambda _: False, EncodingCounts(), problems))
+    rows = list(tokenise([masked], renderer, lambda _: False, EncodingCounts(), problems))
     renderer.findings.require_none_refused()
     ids, supervised = rows[0].ids, rows[0].supervised
     if not supervised.any():

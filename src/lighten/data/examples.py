@@ -62,14 +62,14 @@ class Example:
     def prompt_key(self) -> str:
         """A fingerprint of what is asked: two examples with the same one are the same question."""
         if self.messages:
-            asked = [
+            prompt = [
                 (m.role, " ".join(m.content.split()).casefold())
                 for m in self.messages
                 if m.role != "assistant"
             ]
         else:
-            asked = [("text", self.text if self.text is not None else str(self.input_ids))]
-        return hashlib.sha256(json.dumps(asked, ensure_ascii=False).encode()).hexdigest()
+            prompt = [("text", self.text if self.text is not None else str(self.input_ids))]
+        return hashlib.sha256(json.dumps(prompt, ensure_ascii=False).encode()).hexdigest()
 
     @property
     def reference(self) -> str | None:

@@ -56,16 +56,16 @@ def files_of(path: Path, split: str) -> list[Path]:
     if exists(path) and path.is_dir():
         groups = _groups(path, split)
         if not groups:
-            wanted = " or ".join(f"{split}{suffix}" for suffix in SUFFIXES)
-            raise UserError(f"the folder {path} has no {split} file ({wanted})")
+            expected = " or ".join(f"{split}{suffix}" for suffix in SUFFIXES)
+            raise UserError(f"the folder {path} has no {split} file ({expected})")
         if len(groups) > 1:
             first, second = groups[0][0].path, groups[1][0].path
-            more = f" and {len(groups) - 2} more" if len(groups) > 2 else ""
+            and_more = f" and {len(groups) - 2} more" if len(groups) > 2 else ""
             raise UserError(
-                f"{first} and {second}{more} could each be the {split} data of {path}; "
+                f"{first} and {second}{and_more} could each be the {split} data of {path}; "
                 "name the file, or move the others away"
             )
-        return _whole(groups[0])
+        return _complete_paths(groups[0])
     if not exists(path) or not path.is_file():
         raise UserError(f"the dataset {path} does not exist")
     if path.suffix.lower() not in SUFFIXES:
@@ -81,12 +81,12 @@ def has_split(path: str, split: str) -> bool:
 
 def checksum(files: Sequence[Path]) -> str:
     """SHA-256 over the bytes of all files, in order."""
-    whole = hashlib.sha256()
+    digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
             while chunk := stream.read(1 << 20):
-                whole.update(chunk)
-    return whole.hexdigest()
+                digest.update(chunk)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -137,29 +137,32 @@ class Content:
 
 
 def _stamp(file: Path) -> tuple[int, int, int]:
-    found = file.stat()
-    return found.st_size, found.st_mtime_ns, found.st_ino
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def _groups(folder: Path, split: str) -> list[list[_Candidate]]:
     """Sets of shards that could each be the split, each in the order of its numbers."""
     candidates = list(_candidates(folder))
-    named = [one for one in candidates if one.split == split]
-    if not named and split == "train" and not any(one.split for one in candidates):
-        named = candidates  # a folder that speaks of no split holds training data
-    if any(one.exact for one in named):
-        named = [one for one in named if one.exact]
+    matching = [candidate for candidate in candidates if candidate.split == split]
+    if not matching and split == "train" and not any(candidate.split for candidate in candidates):
+        matching = candidates  # a folder that speaks of no split holds training data
+    if any(candidate.exact for candidate in matching):
+        matching = [candidate for candidate in matching if candidate.exact]
     groups: dict[tuple[str, ...], list[_Candidate]] = {}
-    for one in named:
-        groups.setdefault(one.group, []).append(one)
-    return [sorted(groups[key], key=lambda one: _natural(one.path.name)) for key in sorted(groups)]
+    for candidate in matching:
+        groups.setdefault(candidate.group, []).append(candidate)
+    return [
+        sorted(groups[key], key=lambda candidate: _natural(candidate.path.name))
+        for key in sorted(groups)
+    ]
 
 
 def _candidates(folder: Path) -> Iterator[_Candidate]:
     for place, folders, names in os.walk(folder):
         inside = Path(place).relative_to(folder).parts
-        kept = [name for name in folders if not name.startswith((".", "_"))]
-        folders[:] = sorted(kept) if len(inside) < _DEPTH else []
+        visible = [name for name in folders if not name.startswith((".", "_"))]
+        folders[:] = sorted(visible) if len(inside) < _DEPTH else []
         for name in sorted(names):
             path = Path(place) / name
             if (
@@ -174,28 +177,30 @@ def _candidate(path: Path, inside: tuple[str, ...]) -> _Candidate:
     stem, suffix = path.stem.lower(), path.suffix.lower()
     numbered = _NUMBERED.match(stem)
     number = total = None
-    bare = stem
+    base_name = stem
     if numbered is not None:
-        bare, number = numbered["stem"], int(numbered["number"])
+        base_name, number = numbered["stem"], int(numbered["number"])
         total = None if numbered["total"] is None else int(numbered["total"])
-    where = str(path.parent)
-    about = _SPLIT_OF.get(bare)
-    if about is not None:
-        group = (where, bare, suffix, "" if number is None else "#", str(total))
-        return _Candidate(path, about, True, group, number, total)
-    above = next((_SPLIT_OF[part.lower()] for part in reversed(inside)
-                  if part.lower() in _SPLIT_OF), None)  # fmt: skip
-    if above is not None:  # all files of a folder `train` are its shards, whatever their names
-        return _Candidate(path, above, True, (where, suffix, str(total)), number, total)
-    words = re.split(r"[-_. ]", bare)
-    about = next((_SPLIT_OF[word] for word in words if word in _SPLIT_OF), None)
-    return _Candidate(path, about, False, (where, bare, suffix, str(total)), number, total)
+    parent = str(path.parent)
+    split_name = _SPLIT_OF.get(base_name)
+    if split_name is not None:
+        group = (parent, base_name, suffix, "" if number is None else "#", str(total))
+        return _Candidate(path, split_name, True, group, number, total)
+    folder_split = next((_SPLIT_OF[part.lower()] for part in reversed(inside)
+                         if part.lower() in _SPLIT_OF), None)  # fmt: skip
+    if folder_split is not None:  # all files of a folder `train` are its shards, by any name
+        return _Candidate(path, folder_split, True, (parent, suffix, str(total)), number, total)
+    words = re.split(r"[-_. ]", base_name)
+    split_name = next((_SPLIT_OF[word] for word in words if word in _SPLIT_OF), None)
+    return _Candidate(
+        path, split_name, False, (parent, base_name, suffix, str(total)), number, total
+    )
 
 
-def _whole(group: list[_Candidate]) -> list[Path]:
+def _complete_paths(group: list[_Candidate]) -> list[Path]:
     """The group's paths, if none of the shards that their names count is missing."""
     total = group[0].total
-    numbers = {one.number for one in group}
+    numbers = {candidate.number for candidate in group}
     if total is not None:
         first = 0 if 0 in numbers or total not in numbers else 1
         missing = [n for n in range(first, first + total) if n not in numbers]
@@ -206,7 +211,7 @@ def _whole(group: list[_Candidate]) -> list[Path]:
                 f"{', '.join(map(str, missing[:5]))}{', …' if len(missing) > 5 else ''}); "
                 "download the folder again"
             )
-    return [one.path for one in group]
+    return [candidate.path for candidate in group]
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

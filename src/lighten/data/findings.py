@@ -35,20 +35,20 @@ class Findings:
     refused: dict[str, list[str]] = field(default_factory=dict)
     dates: set[str] = field(default_factory=set)
 
-    def add(self, kind: str, where: str, number: int = 1) -> None:
+    def add(self, kind: str, location: str, number: int = 1) -> None:
         """Count something that befell a row."""
         if number:
             self.counts[kind] += number
-            self.first.setdefault(kind, where)
+            self.first.setdefault(kind, location)
 
-    def merge(self, other: Findings) -> None:
+    def merge(self, later: Findings) -> None:
         """Add what was found in a later part of the data."""
-        self.counts += other.counts
-        self.first = {**other.first, **self.first}
-        self.ends += other.ends
-        self.inside |= other.inside
-        self.dates |= other.dates
-        for reason, rows in other.refused.items():
+        self.counts += later.counts
+        self.first = {**later.first, **self.first}
+        self.ends += later.ends
+        self.inside |= later.inside
+        self.dates |= later.dates
+        for reason, rows in later.refused.items():
             self.refused.setdefault(reason, []).extend(rows)
 
     @property
@@ -70,44 +70,44 @@ class Findings:
             UserError: Every such row, by reason.
         """
         if self.refused:
-            told = "\n".join(self.refusals())
-            raise UserError(f"{told}\nfix these rows, or go on without them: --skip-bad-rows")
+            sentences = "\n".join(self.refusals())
+            raise UserError(f"{sentences}\nfix these rows, or go on without them: --skip-bad-rows")
 
     def refusals(self) -> list[str]:
         """A sentence per reason, with its rows."""
-        said = []
+        sentences = []
         for reason, rows in self.refused.items():
             file = rows[0].rpartition(":")[0]
-            others = [
+            other_rows = [
                 row.rpartition(":")[2] if row.startswith(f"{file}:") else row for row in rows[1:]
             ]
-            more = ""
-            if others:
-                left = len(others) - SHOWN_ROWS
-                more = f"; and {len(others)} more row{'s' * (len(others) > 1)}: "
-                more += ", ".join(others[:SHOWN_ROWS])
-                more += f" and {counted(left, 'other')}" if left > 0 else ""
-            said.append(f"{rows[0]}: {reason}{more}")
-        return said
+            continuation = ""
+            if other_rows:
+                unlisted = len(other_rows) - SHOWN_ROWS
+                continuation = f"; and {len(other_rows)} more row{'s' * (len(other_rows) > 1)}: "
+                continuation += ", ".join(other_rows[:SHOWN_ROWS])
+                continuation += f" and {counted(unlisted, 'other')}" if unlisted > 0 else ""
+            sentences.append(f"{rows[0]}: {reason}{continuation}")
+        return sentences
 
     def sentences(self) -> list[str]:
         """What to tell a user, a sentence per kind."""
-        said = [
+        sentences = [
             template.format(
-                n=self.counts[kind], of=self.counts[whole], first=self.first[kind],
+                n=self.counts[kind], of=self.counts[total], first=self.first[kind],
                 tokens=self.counts["tokens moved"], dates=", ".join(sorted(self.dates)),
             )
-            for kind, (whole, template) in _SENTENCES.items()
+            for kind, (total, template) in _SENTENCES.items()
             if self.counts[kind]
         ]  # fmt: skip
         for kind, number in self.counts.items():
             if kind.startswith("left out "):
                 role = kind.removeprefix("left out ")
-                said.append(
+                sentences.append(
                     f"the chat template leaves out {number} {role} "
                     f"message{'s' * (number != 1)}, first in {self.first[kind]}"
                 )
-        return said
+        return sentences
 
 
 _SENTENCES = {

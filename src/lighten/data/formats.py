@@ -89,9 +89,9 @@ def _csv(stream: io.BufferedReader, file: Path, columns: set[str]) -> Iterator[t
         if header is None:
             return
         names = [name.strip() for name in header]
-        twice = sorted({name for name in names if name and names.count(name) > 1})
-        if twice:
-            raise UserError(f"{file}:1 has two columns called {twice[0]!r}; rename one")
+        duplicates = sorted({name for name in names if name and names.count(name) > 1})
+        if duplicates:
+            raise UserError(f"{file}:1 has two columns called {duplicates[0]!r}; rename one")
         line = reader.line_num + 1
         for record in reader:
             if record:
@@ -114,28 +114,28 @@ def _record(record: list[str], names: list[str], separator: str) -> Any:
 def _separator(header: str, columns: set[str], tabs_first: bool) -> str:
     """The separator under which the header shows known columns, else the most columns."""
     ranked = sorted(_SEPARATORS, key=lambda mark: mark != "\t") if tabs_first else [*_SEPARATORS]
-    shown = {
+    names_by_mark = {
         mark: {name.strip() for name in next(csv.reader([header], delimiter=mark), [])}
         for mark in ranked
     }
-    for mark, names in shown.items():
-        if (columns and columns <= names) or any(known <= names for known in _HEADERS):
+    for mark, names in names_by_mark.items():
+        if (columns and columns <= names) or any(required <= names for required in _HEADERS):
             return mark
-    if len(shown[ranked[0]]) > 1:
+    if len(names_by_mark[ranked[0]]) > 1:
         return ranked[0]
-    return max(ranked, key=lambda mark: len(shown[mark]))
+    return max(ranked, key=lambda mark: len(names_by_mark[mark]))
 
 
 def _without_returns(text: io.TextIOWrapper) -> Iterator[str]:
     """Lines that end where a line feed stands; pandas quotes no lone carriage return."""
-    whole = ""
+    line = ""
     for part in text:
-        whole += part
+        line += part
         if not part.endswith("\r"):
-            yield _guarded(whole)
-            whole = ""
-    if whole:
-        yield _guarded(whole)
+            yield _guarded(line)
+            line = ""
+    if line:
+        yield _guarded(line)
 
 
 def _guarded(line: str) -> str:
@@ -153,20 +153,20 @@ def _table(file: Path) -> Iterator[Any]:
     except ImportError:
         raise missing_extra("pyarrow", "parquet") from None
     try:
-        whole = _whole_columns(file)
+        integer_columns = _integer_columns(file)
         for batch in _batches(file):
-            twice = [name for name in batch.schema.names if batch.schema.names.count(name) > 1]
-            if twice:
-                raise UserError(f"{file} has two columns called {twice[0]!r}; rename one")
+            duplicates = [name for name in batch.schema.names if batch.schema.names.count(name) > 1]
+            if duplicates:
+                raise UserError(f"{file} has two columns called {duplicates[0]!r}; rename one")
             for row in batch.to_pylist(maps_as_pydicts="lossy"):
-                for name in whole & row.keys():
+                for name in integer_columns & row.keys():
                     if row[name] is not None and math.isfinite(row[name]):
                         row[name] = int(row[name])
                 yield {key: _unfilled(value) for key, value in row.items()}
     except (pyarrow.ArrowException, ValueError, OverflowError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        kind = "Parquet" if file.suffix.lower() == ".parquet" else "Arrow"
-        raise UserError(f"{file} is not valid {kind}: {reason}") from error
+        format_name = "Parquet" if file.suffix.lower() == ".parquet" else "Arrow"
+        raise UserError(f"{file} is not valid {format_name}: {reason}") from error
 
 
 def _batches(file: Path) -> Iterator[Any]:
@@ -181,24 +181,24 @@ def _batches(file: Path) -> Iterator[Any]:
             yield from pyarrow.ipc.open_stream(stream)
 
 
-def _whole_columns(file: Path) -> set[str]:
+def _integer_columns(file: Path) -> set[str]:
     """Columns of whole numbers that pandas made floats because a value was missing."""
     import pyarrow
 
-    whole: dict[str, bool] = {}
+    integral: dict[str, bool] = {}
     missing: set[str] = set()
     for batch in _batches(file):
         for place, field in enumerate(batch.schema):
-            if not pyarrow.types.is_floating(field.type) or not whole.get(field.name, True):
+            if not pyarrow.types.is_floating(field.type) or not integral.get(field.name, True):
                 continue
             numbers = batch.column(place).to_pylist()
             values = [n for n in numbers if n is not None and math.isfinite(n)]
-            whole[field.name] = all(n.is_integer() for n in values)
+            integral[field.name] = all(n.is_integer() for n in values)
             if len(values) < len(numbers):
                 missing.add(field.name)
-        if not any(whole.values()):
+        if not any(integral.values()):
             break
-    return {name for name in missing if whole[name]}
+    return {name for name in missing if integral[name]}
 
 
 def _unfilled(value: Any) -> Any:

@@ -121,35 +121,36 @@ def _value_at(text: str, at: int) -> tuple[Any, int]:
     except json.JSONDecodeError as error:
         return BadRowError(f"not valid JSON ({_reason(text, at, error)})"), at
     except (ValueError, RecursionError) as error:
-        return BadRowError(f"not valid JSON ({_deep(error)})"), at
+        return BadRowError(f"not valid JSON ({_describe(error)})"), at
     stop = text.find("\n", end)
-    rest = text[end : len(text) if stop < 0 else stop].strip()
-    if rest:
-        return BadRowError(f"not valid JSON (after the value stands {rest[:20]!r})"), at
+    trailing = text[end : len(text) if stop < 0 else stop].strip()
+    if trailing:
+        return BadRowError(f"not valid JSON (after the value stands {trailing[:20]!r})"), at
     return value, end
 
 
 def _elements(text: str, at: int, line: int, file: Path) -> Iterator[tuple[int, Any]]:
     """The elements of the list that begins there, which is all that the file holds."""
     begin = line
-    counted = at
+    counted_to = at
 
     def broken(place: int, why: str) -> UserError:
-        where = line + text.count("\n", counted, place)
+        line_number = line + text.count("\n", counted_to, place)
         return UserError(
-            f"{file}:{where} is not valid JSON: {why}, in the list that begins on line {begin}"
+            f"{file}:{line_number} is not valid JSON: {why}, in the list that begins on line "
+            f"{begin}"
         )
 
     at = _after_space(text, at + 1)
     if not text.startswith("]", at):
         while True:
-            line, counted = line + text.count("\n", counted, at), at
+            line, counted_to = line + text.count("\n", counted_to, at), at
             try:
                 value, end = JSON.raw_decode(text, at)
             except json.JSONDecodeError as error:
                 raise broken(error.pos, error.msg) from error
             except (ValueError, RecursionError) as error:
-                raise broken(at, _deep(error)) from error
+                raise broken(at, _describe(error)) from error
             yield line, value
             at = _after_space(text, end)
             if text.startswith("]", at):
@@ -164,7 +165,7 @@ def _elements(text: str, at: int, line: int, file: Path) -> Iterator[tuple[int, 
 
 def _refuse_document(text: str, at: int, line: int, file: Path) -> None:
     """Raise if the file is one broken value, not JSON lines of which the first is broken."""
-    lines = [one for one in text.split("\n") if one.strip()]
+    lines = [text_line for text_line in text.split("\n") if text_line.strip()]
     if 2 * sum(map(_is_object, lines)) >= len(lines):
         return
     try:
@@ -172,12 +173,13 @@ def _refuse_document(text: str, at: int, line: int, file: Path) -> None:
     except json.JSONDecodeError as error:
         place, why = error.pos, error.msg
     except (ValueError, RecursionError) as error:
-        place, why = at, _deep(error)
+        place, why = at, _describe(error)
     else:
         place, why = at, "after the value stands more"
-    where = line + text.count("\n", at, place)
+    line_number = line + text.count("\n", at, place)
     raise UserError(
-        f"{file}:{where} is not valid JSON: {why}; a file holds one object a line, or one list"
+        f"{file}:{line_number} is not valid JSON: {why}; a file holds one object a line, or one "
+        "list"
     )
 
 
@@ -267,9 +269,9 @@ def _is_split(value: Mapping[str, Any]) -> bool:
 
 
 def _after_space(text: str, at: int) -> int:
-    found = _SPACE.match(text, at)
-    assert found is not None
-    return found.end()
+    space = _SPACE.match(text, at)
+    assert space is not None
+    return space.end()
 
 
 def _reason(text: str, at: int, error: json.JSONDecodeError) -> str:
@@ -282,5 +284,5 @@ def _reason(text: str, at: int, error: json.JSONDecodeError) -> str:
     return f"{error.msg} at column {error.pos - begin + 1}"
 
 
-def _deep(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     return "nested too deeply" if isinstance(error, RecursionError) else str(error)

@@ -91,7 +91,7 @@ def read(
     examples = ExampleStore()
     bad: list[BadRow] = []
     shapes: dict[str, int] = {}
-    unseen, seen = set(columns.values()), dict[str, None]()
+    missing_columns, present_columns = set(columns.values()), dict[str, None]()
     for name, line, row in _numbered(files, columns):
         if limit is not None and len(examples) >= limit:
             break
@@ -99,8 +99,8 @@ def read(
             if isinstance(row, BadRowError):
                 raise row
             if columns and isinstance(row, Mapping):
-                unseen -= row.keys()
-                seen.update(dict.fromkeys(map(str, row)))
+                missing_columns -= row.keys()
+                present_columns.update(dict.fromkeys(map(str, row)))
                 row = renamed(row, columns)
             shape, example = example_of(row, name, line)
         except BadRowError as error:
@@ -109,59 +109,61 @@ def read(
         shapes[shape] = shapes.get(shape, 0) + 1
         examples.append(example)
     content.require_unchanged()
-    where = files[0] if len(files) == 1 else files[0].parent
-    if unseen and seen:
+    location = files[0] if len(files) == 1 else files[0].parent
+    if missing_columns and present_columns:
         raise UserError(
-            f"{where} has no column {' or '.join(sorted(unseen))}, which dataset_columns names; "
-            f"its columns are {', '.join(seen)}"
+            f"{location} has no column {' or '.join(sorted(missing_columns))}, which "
+            f"dataset_columns names; its columns are {', '.join(present_columns)}"
         )
     if bad and not skip_bad_rows:
-        sentences = "\n".join(_told(bad))
+        sentences = "\n".join(_sentences(bad))
         raise UserError(f"{sentences}\nfix these rows, or go on without them: --skip-bad-rows")
     if not examples:
-        sentences = "".join(f"\n{sentence}" for sentence in _told(bad))
-        raise UserError(f"{where} holds no example; it needs rows of {SHAPES}{sentences}")
-    return Dataset(examples, bad, max(shapes, key=lambda s: shapes[s]), where, content.sha256)
+        sentences = "".join(f"\n{sentence}" for sentence in _sentences(bad))
+        raise UserError(f"{location} holds no example; it needs rows of {SHAPES}{sentences}")
+    return Dataset(examples, bad, max(shapes, key=lambda s: shapes[s]), location, content.sha256)
 
 
-def left_out(what: str, dataset: Dataset) -> list[str]:
+def left_out(purpose: str, dataset: Dataset) -> list[str]:
     """How many broken rows a data set goes without, then a sentence per kind of them.
 
     Args:
-        what: What the rows are for: training, held-out.
+        purpose: What the rows are for: training, held-out.
         dataset: As read with `skip_bad_rows`.
     """
     broken = len(dataset.bad_rows)
     if not broken:
         return []
     count = (
-        f"{broken} of {broken + len(dataset.examples)} {what} rows "
+        f"{broken} of {broken + len(dataset.examples)} {purpose} rows "
         f"{'is' if broken == 1 else 'are'} broken and left out:"
     )
-    return [count, *_told(dataset.bad_rows)]
+    return [count, *_sentences(dataset.bad_rows)]
 
 
-def _told(bad: Sequence[BadRow]) -> list[str]:
+def _sentences(bad: Sequence[BadRow]) -> list[str]:
     """A sentence per kind of broken row, with its lines; kinds beyond ten are only counted."""
     kinds: dict[tuple[str, str], list[BadRow]] = {}
     for row in bad:
         kinds.setdefault((row.file, re.sub(r"\d+", "0", row.reason)), []).append(row)
     sentences = [_sentence(rows) for rows in list(kinds.values())[:SHOWN_PROBLEMS]]
-    rest = [len(rows) for rows in list(kinds.values())[SHOWN_PROBLEMS:]]
-    if rest:
-        sentences.append(f"… and {sum(rest)} more rows that are broken in {len(rest)} other ways")
+    unlisted = [len(rows) for rows in list(kinds.values())[SHOWN_PROBLEMS:]]
+    if unlisted:
+        sentences.append(
+            f"… and {sum(unlisted)} more rows that are broken in {len(unlisted)} other ways"
+        )
     return sentences
 
 
 def _sentence(rows: Sequence[BadRow]) -> str:
-    first, *others = rows
-    if not others:
+    first, *later_rows = rows
+    if not later_rows:
         return str(first)
-    lines = [str(row.line) for row in others[:SHOWN_LINES]]
-    if len(others) > SHOWN_LINES:
-        lines.append(f"{len(others) - SHOWN_LINES} more")
+    lines = [str(row.line) for row in later_rows[:SHOWN_LINES]]
+    if len(later_rows) > SHOWN_LINES:
+        lines.append(f"{len(later_rows) - SHOWN_LINES} more")
     listed = lines[0] if len(lines) == 1 else f"{', '.join(lines[:-1])} and {lines[-1]}"
-    return f"{first} (so {'is line' if len(others) == 1 else 'are lines'} {listed})"
+    return f"{first} (so {'is line' if len(later_rows) == 1 else 'are lines'} {listed})"
 
 
 def _numbered(files: Sequence[Path], columns: Mapping[str, str]) -> Iterator[tuple[str, int, Any]]:

@@ -37,7 +37,7 @@ class _Compiled:
         self.compared = 0
 
 
-_KNOWN: WeakKeyDictionary[Any, _Compiled] = WeakKeyDictionary()
+_COMPILED: WeakKeyDictionary[Any, _Compiled] = WeakKeyDictionary()
 
 
 def rendered(messages: Sequence[Message], tokenizer: Any, options: Mapping[str, Any]) -> str:
@@ -53,11 +53,11 @@ def rendered(messages: Sequence[Message], tokenizer: Any, options: Mapping[str, 
     """
     compiled = None
     if isinstance(tokenizer.chat_template, str) and messages and not any(options.values()):
-        compiled = _KNOWN.get(tokenizer)
+        compiled = _COMPILED.get(tokenizer)
         if compiled is None or compiled.text != tokenizer.chat_template:
-            compiled = _KNOWN[tokenizer] = _Compiled(tokenizer.chat_template)
+            compiled = _COMPILED[tokenizer] = _Compiled(tokenizer.chat_template)
     if compiled is None or compiled.template is None or any(m.extra for m in messages):
-        return _whole_way(messages, tokenizer, options)
+        return _apply_template(messages, tokenizer, options)
     text: str = compiled.template.render(
         messages=[{"role": message.role, "content": message.content} for message in messages],
         tools=None,
@@ -66,7 +66,7 @@ def rendered(messages: Sequence[Message], tokenizer: Any, options: Mapping[str, 
         **tokenizer.special_tokens_map,
     )
     if compiled.compared < COMPARED:
-        expected = _whole_way(messages, tokenizer, options)
+        expected = _apply_template(messages, tokenizer, options)
         if text != expected:
             compiled.template = None
             return expected
@@ -74,7 +74,7 @@ def rendered(messages: Sequence[Message], tokenizer: Any, options: Mapping[str, 
     return text
 
 
-def _whole_way(messages: Sequence[Message], tokenizer: Any, options: Mapping[str, Any]) -> str:
+def _apply_template(messages: Sequence[Message], tokenizer: Any, options: Mapping[str, Any]) -> str:
     text: str = tokenizer.apply_chat_template(
         [message.for_template() for message in messages], tokenize=False, **options
     )

@@ -47,13 +47,13 @@ _LARGEST_ID = 2**31 - 1
 def renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     """The row under our names for its columns, without columns of other shapes."""
     shapes = {_SHAPE_OF[name] for name in columns if name in _SHAPE_OF}
-    theirs = set(columns.values())
-    kept = {
+    sources = set(columns.values())
+    remaining = {
         name: value
         for name, value in row.items()
-        if name not in theirs and (name not in _SHAPE_OF or _SHAPE_OF[name] in shapes)
+        if name not in sources and (name not in _SHAPE_OF or _SHAPE_OF[name] in shapes)
     }
-    return kept | {name: row[theirs] for name, theirs in columns.items() if theirs in row}
+    return remaining | {name: row[column] for name, column in columns.items() if column in row}
 
 
 def example_of(row: Any, file: str, line: int) -> tuple[str, Example]:
@@ -64,19 +64,19 @@ def example_of(row: Any, file: str, line: int) -> tuple[str, Example]:
     """
     if not isinstance(row, Mapping):
         raise BadRowError(f"a row must be an object, not {type(row).__name__}")
-    given = without_missing(row)
-    if "input_ids" in given:
-        return "tokens", _tokens(given, file, line)
+    values = without_missing(row)
+    if "input_ids" in values:
+        return "tokens", _tokens(values, file, line)
     for shape in ("messages", "conversations"):
-        if shape in given:
-            messages = _messages(decoded(given[shape], shape), shape)
-            system = optional_text(given, "system")
+        if shape in values:
+            messages = _messages(decoded(values[shape], shape), shape)
+            system = optional_text(values, "system")
             if system and messages[0].role != "system":
                 messages = (Message("system", system), *messages)
-            return shape, Example(file, line, messages, tools=tools_of(given))
+            return shape, Example(file, line, messages, tools=tools_of(values))
     if "instruction" in row or "output" in row:
-        messages, single = _alpaca(given, row)
-        return "alpaca", Example(file, line, messages, single_turn=single, tools=tools_of(given))
+        messages, single = _alpaca(values, row)
+        return "alpaca", Example(file, line, messages, single_turn=single, tools=tools_of(values))
     if "prompt" in row and "completion" in row:
         return "prompt-completion", _prompt_completion(row, file, line)
     if "text" in row:
@@ -84,38 +84,38 @@ def example_of(row: Any, file: str, line: int) -> tuple[str, Example]:
         if not text.strip():
             raise BadRowError("text is empty")
         return "text", Example(file, line, text=text)
-    raise BadRowError(_unknown(row))
+    raise BadRowError(_describe_unknown_shape(row))
 
 
-def _unknown(row: Mapping[str, Any]) -> str:
+def _describe_unknown_shape(row: Mapping[str, Any]) -> str:
     """What to do about columns that no shape has."""
     names = [str(name) for name in row]
     question = next((name for name in names if name.lower() in _QUESTIONS), None)
     answer = next((name for name in names if name.lower() in _ANSWERS and name != question), None)
     chat = next((name for name in names if name.lower() in _CHATS), None)
     text = next((name for name in names if name.lower() in _TEXTS), None)
-    said = f"unknown shape, its columns are {', '.join(names) or 'none'}; "
+    message = f"unknown shape, its columns are {', '.join(names) or 'none'}; "
     if question and answer:
-        return f"{said}set dataset_columns: {{instruction: {question}, output: {answer}}}"
+        return f"{message}set dataset_columns: {{instruction: {question}, output: {answer}}}"
     if chat:
-        return f"{said}set dataset_columns: {{messages: {chat}}}"
+        return f"{message}set dataset_columns: {{messages: {chat}}}"
     if text:
-        return f"{said}set dataset_columns: {{text: {text}}} to learn it whole"
-    return f"{said}a row needs {SHAPES} (dataset_columns says which column is which)"
+        return f"{message}set dataset_columns: {{text: {text}}} to learn it whole"
+    return f"{message}a row needs {SHAPES} (dataset_columns says which column is which)"
 
 
-def _alpaca(given: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[tuple[Message, ...], bool]:
+def _alpaca(values: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[tuple[Message, ...], bool]:
     """The conversation, and whether it is a single pair."""
     for key in ("instruction", "output"):
-        if key not in given:
+        if key not in values:
             if key in row:
                 raise BadRowError(f"{key} must be text, not nothing (null or NaN)")
             raise BadRowError(f"{key} is missing beside {', '.join(map(str, row))}")
-    parts = [text_of(given["instruction"], "instruction"), optional_text(given, "input")]
+    parts = [text_of(values["instruction"], "instruction"), optional_text(values, "input")]
     messages: list[Message] = []
-    if system := optional_text(given, "system"):
+    if system := optional_text(values, "system"):
         messages.append(Message("system", system))
-    history = decoded(given.get("history"), "history")
+    history = decoded(values.get("history"), "history")
     if is_missing(history):
         history = []
     if not isinstance(history, list):
@@ -128,7 +128,7 @@ def _alpaca(given: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[tuple[Mes
             Message("assistant", text_of(pair[1], "history")),
         ]
     messages.append(Message("user", "\n".join(part for part in parts if part)))
-    messages.append(Message("assistant", text_of(given["output"], "output")))
+    messages.append(Message("assistant", text_of(values["output"], "output")))
     return tuple(messages), not history
 
 
@@ -192,18 +192,18 @@ def _trained(raw: Mapping[str, Any], name: str) -> bool | None:
     return bool(weight) if is_missing(train) else bool(train)
 
 
-def _tokens(given: Mapping[str, Any], file: str, line: int) -> Example:
+def _tokens(values: Mapping[str, Any], file: str, line: int) -> Example:
     """Ready tokens without their padding; a label is its token or -100."""
-    ids = _integers(given["input_ids"], "input_ids", "token ids")
+    ids = _integers(values["input_ids"], "input_ids", "token ids")
     if not ids:
         raise BadRowError("input_ids is empty")
     if min(ids) < 0 or max(ids) > _LARGEST_ID:
         raise BadRowError(f"input_ids must be token ids, from 0 to {_LARGEST_ID}")
     begin, end = 0, len(ids)
-    if "attention_mask" in given:
-        mask = decoded(given["attention_mask"], "attention_mask")
+    if "attention_mask" in values:
+        mask = decoded(values["attention_mask"], "attention_mask")
         if isinstance(mask, list):
-            mask = [int(one) if isinstance(one, bool) else one for one in mask]
+            mask = [int(flag) if isinstance(flag, bool) else flag for flag in mask]
         mask = _integers(mask, "attention_mask", "0 and 1", len(ids))
         if set(mask) - {0, 1} or 1 not in mask:
             raise BadRowError("attention_mask must hold 1 for each token and 0 for padding")
@@ -214,9 +214,9 @@ def _tokens(given: Mapping[str, Any], file: str, line: int) -> Example:
                 "others; only padding at an end can be left out"
             )
     labels: Sequence[int] = list(ids)
-    if "labels" in given:
+    if "labels" in values:
         labels = _integers(
-            given["labels"], "labels", "token ids, or -100 where a token is not supervised",
+            values["labels"], "labels", "token ids, or -100 where a token is not supervised",
             len(ids),
         )  # fmt: skip
     for place in range(begin, end):
@@ -230,10 +230,10 @@ def _tokens(given: Mapping[str, Any], file: str, line: int) -> Example:
     return Example(file, line, input_ids=tuple(ids[begin:end]), labels=tuple(labels[begin:end]))
 
 
-def _integers(value: Any, name: str, what: str, size: int | None = None) -> Sequence[int]:
+def _integers(value: Any, name: str, description: str, size: int | None = None) -> Sequence[int]:
     numbers = decoded(value, name)
     if size is not None and (not isinstance(numbers, list) or len(numbers) != size):
         raise BadRowError(f"{name} must be as long as input_ids ({size})")
     if not isinstance(numbers, list) or not all(type(number) is int for number in numbers):
-        raise BadRowError(f"{name} must be {'a list of ' * (size is None)}{what}")
+        raise BadRowError(f"{name} must be {'a list of ' * (size is None)}{description}")
     return numbers

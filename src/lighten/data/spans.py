@@ -52,12 +52,12 @@ class RefusedError(UserError):
         reason: What the template says.
     """
 
-    def __init__(self, where: str, reason: str) -> None:
-        super().__init__(f"{where}: {reason}")
+    def __init__(self, location: str, reason: str) -> None:
+        super().__init__(f"{location}: {reason}")
         self.reason = reason
 
 
-def render(messages: Sequence[Message], tokenizer: Any, where: str, **options: Any) -> str:
+def render(messages: Sequence[Message], tokenizer: Any, location: str, **options: Any) -> str:
     """The conversation as text, by the tokenizer's chat template.
 
     Raises:
@@ -72,7 +72,7 @@ def render(messages: Sequence[Message], tokenizer: Any, where: str, **options: A
         ) from error
     except _REFUSALS as error:
         raise RefusedError(
-            where, f"the chat template refuses this conversation: {error}"
+            location, f"the chat template refuses this conversation: {error}"
         ) from error
     return text
 
@@ -83,19 +83,19 @@ def places(example: Example, text: str, tokenizer: Any) -> list[Place]:
     Raises:
         RefusedError: The template refuses a part of the conversation.
     """
-    wanted = learnt(example)
+    targets = learnt(example)
     if _GENERATION.search(tokenizer.chat_template or ""):
         tagged = _tagged(example, tokenizer)
         answers = [p for p, m in enumerate(example.messages) if m.role == "assistant"]
         if len(tagged) != len(answers):
-            return [Place(place, None) for place in wanted]
+            return [Place(place, None) for place in targets]
         at = dict(zip(answers, tagged, strict=True))
         return [
             Place(place, _trimmed(at[place], example.messages[place], text, tokenizer))
-            for place in wanted
+            for place in targets
         ]
-    quick = _around_marks(example, wanted, text, tokenizer)
-    return [_place(example, place, text, tokenizer, quick.get(place)) for place in wanted]
+    quick = _around_marks(example, targets, text, tokenizer)
+    return [_place(example, place, text, tokenizer, quick.get(place)) for place in targets]
 
 
 def learnt(example: Example) -> list[int]:
@@ -122,30 +122,30 @@ def _place(example: Example, place: int, text: str, tokenizer: Any, quick: Span 
 
 
 def _around_marks(
-    example: Example, wanted: Sequence[int], text: str, tokenizer: Any
+    example: Example, targets: Sequence[int], text: str, tokenizer: Any
 ) -> dict[int, Span]:
     """Spans of the answers that the template writes as it writes a mark in their place.
 
     Empty where it does not: it looks at the words, or writes calls of tools where they would be.
     """
     messages = list(example.messages)
-    for place in wanted:
+    for place in targets:
         messages[place] = replace(messages[place], content=mark(place))
     try:
-        shown = render(messages, tokenizer, example.where, tools=example.tools)
+        marked_text = render(messages, tokenizer, example.where, tools=example.tools)
     except RefusedError:
         return {}
-    if any(shown.count(mark(place)) != 1 for place in wanted):
+    if any(marked_text.count(mark(place)) != 1 for place in targets):
         return {}
     spans: dict[int, Span] = {}
     special, at = special_tokens(tokenizer), 0
-    for number, place in enumerate(wanted):
-        before, _, shown = shown.partition(mark(place))
+    for number, place in enumerate(targets):
+        before, _, marked_text = marked_text.partition(mark(place))
         if not text.startswith(before, at):
             return {}
         begin = at + len(before)
-        final = number + 1 == len(wanted)
-        after = shown if final else shown.partition(mark(wanted[number + 1]))[0]
+        final = number + 1 == len(targets)
+        after = marked_text if final else marked_text.partition(mark(targets[number + 1]))[0]
         end = _end_of(example.messages[place].content, text, begin, after, final=final)
         if end is None:
             return {}
@@ -177,17 +177,17 @@ def _answer(example: Example, place: int, text: str, tokenizer: Any) -> Span | N
     if prompt is None:
         return None
     try:
-        shown = render(upto, tokenizer, example.where, tools=example.tools)
+        beginning = render(upto, tokenizer, example.where, tools=example.tools)
     except RefusedError:  # a conversation may be whole where its beginning is not
-        shown = ""
-    if text.startswith(shown) and len(shown) > len(prompt):
-        span = len(prompt), len(shown)
+        beginning = ""
+    if text.startswith(beginning) and len(beginning) > len(prompt):
+        span = len(prompt), len(beginning)
     else:
         # The template writes the last turn otherwise than earlier ones: look for the words.
-        found = _words_after(prompt, upto[-1].content, text)
-        if found is None:
+        words = _words_after(prompt, upto[-1].content, text)
+        if words is None:
             return None
-        begin, end = found
+        begin, end = words
         if token := special_tokens(tokenizer).starts(text[end:].lstrip()):
             end = text.index(token, end) + len(token)
         span = begin, end
@@ -204,17 +204,17 @@ def _prompt_before(example: Example, place: int, text: str, tokenizer: Any) -> s
     before = example.messages[:place]
     marker = Message("assistant", MARKER, extra=example.messages[place].extra)
     options: dict[str, Any] = {"tools": example.tools}
-    for messages, more in (
+    for messages, extra_options in (
         ((*before, marker), {}),
         (before, {"add_generation_prompt": True}),
     ):
         if not messages:
             continue
         try:
-            prompt = render(messages, tokenizer, example.where, **options, **more)
+            prompt = render(messages, tokenizer, example.where, **options, **extra_options)
         except RefusedError:
             continue
-        if not more:
+        if not extra_options:
             prompt = prompt[: prompt.find(MARKER)] if MARKER in prompt else ""
         if prompt and text.startswith(prompt):
             return prompt
@@ -275,9 +275,9 @@ def endless(example: Example, tokenizer: Any) -> str:
     if tokenizer.eos_token is None and not special_tokens(tokenizer).tail:
         return (
             f"{example.where}: the answer has no end, because the tokenizer "
-            f"{named(tokenizer)} has no eos_token and the chat template writes no other token "
-            "after an answer; the model cannot learn to stop: choose another chat_template, or "
-            "add its end to added_tokens"
+            f"{tokenizer_name(tokenizer)} has no eos_token and the chat template writes no other "
+            "token after an answer; the model cannot learn to stop: choose another chat_template, "
+            "or add its end to added_tokens"
         )
     return (
         f"{example.where}: the chat template does not end the answer with a special token, so the "
@@ -285,6 +285,6 @@ def endless(example: Example, tokenizer: Any) -> str:
     )
 
 
-def named(tokenizer: Any) -> str:
+def tokenizer_name(tokenizer: Any) -> str:
     """A tokenizer's name, for messages."""
     return str(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)

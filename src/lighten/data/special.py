@@ -33,24 +33,24 @@ class SpecialTokens:
         return next((token for token in self.texts if text.startswith(token)), None)
 
 
-_KNOWN: WeakKeyDictionary[Any, tuple[Any, SpecialTokens]] = WeakKeyDictionary()
+_CACHE: WeakKeyDictionary[Any, tuple[Any, SpecialTokens]] = WeakKeyDictionary()
 
 
 # Of tokenizers that are `unchanged` just now, by identity.
-_HELD: dict[int, SpecialTokens] = {}
+_UNCHANGED: dict[int, SpecialTokens] = {}
 
 
 @contextmanager
 def unchanged(tokenizer: Any) -> Iterator[None]:
     """Until the end of the block nothing is looked up again: that takes longer than a short row."""
-    before = _HELD.get(id(tokenizer))
-    _HELD[id(tokenizer)] = special_tokens(tokenizer)
+    before = _UNCHANGED.get(id(tokenizer))
+    _UNCHANGED[id(tokenizer)] = special_tokens(tokenizer)
     try:
         yield
     finally:
-        del _HELD[id(tokenizer)]
+        del _UNCHANGED[id(tokenizer)]
         if before is not None:
-            _HELD[id(tokenizer)] = before
+            _UNCHANGED[id(tokenizer)] = before
 
 
 def special_tokens(tokenizer: Any) -> SpecialTokens:
@@ -60,14 +60,14 @@ def special_tokens(tokenizer: Any) -> SpecialTokens:
     `all_special_tokens` does not name it. What the template itself writes after an answer ends it
     too, where that is one added token, declared special or not.
     """
-    if (held := _HELD.get(id(tokenizer))) is not None:
-        return held
+    if (tokens := _UNCHANGED.get(id(tokenizer))) is not None:
+        return tokens
     state = (_size(tokenizer), tuple(tokenizer.all_special_tokens), _template(tokenizer))
-    known = _KNOWN.get(tokenizer)
-    if known is None or known[0] != state:
-        known = state, _special_tokens(tokenizer)
-        _KNOWN[tokenizer] = known
-    return known[1]
+    entry = _CACHE.get(tokenizer)
+    if entry is None or entry[0] != state:
+        entry = state, _special_tokens(tokenizer)
+        _CACHE[tokenizer] = entry
+    return entry[1]
 
 
 def _size(tokenizer: Any) -> int:
@@ -83,20 +83,20 @@ def _template(tokenizer: Any) -> Any:
 
 def _special_tokens(tokenizer: Any) -> SpecialTokens:
     added = tokenizer.added_tokens_decoder
-    named = {str(token) for token in tokenizer.all_special_tokens}
-    named |= {token.content for token in added.values() if token.special}
+    texts = {str(token) for token in tokenizer.all_special_tokens}
+    texts |= {token.content for token in added.values() if token.special}
     tail = _tail(tokenizer)
     terminator = next(
         (t.content for t in added.values() if tail.lstrip().startswith(t.content)), None
     )
     if terminator is not None:
-        named.add(terminator)
-    named.discard("")
-    ids = {text: tokenizer.convert_tokens_to_ids(text) for text in named}
-    first = next((t for t in sorted(named, key=len, reverse=True)
+        texts.add(terminator)
+    texts.discard("")
+    ids = {text: tokenizer.convert_tokens_to_ids(text) for text in texts}
+    first = next((t for t in sorted(texts, key=len, reverse=True)
                   if tail.lstrip().startswith(t)), None)  # fmt: skip
     return SpecialTokens(
-        tuple(sorted(named, key=lambda text: (-len(text), text))),
+        tuple(sorted(texts, key=lambda text: (-len(text), text))),
         frozenset(number for number in ids.values() if number is not None),
         tail,
         ids[first] if first is not None else None,
@@ -117,8 +117,8 @@ def _tail(tokenizer: Any) -> str:
 
 def visible(ids: Sequence[int], tokenizer: Any, *, hidden: Collection[int] = ()) -> str:
     """Ids as text, special tokens included but for the hidden ones."""
-    kept = [token for token in ids if token not in hidden]
+    visible_ids = [token for token in ids if token not in hidden]
     text: str = tokenizer.decode(
-        kept, skip_special_tokens=False, spaces_between_special_tokens=False
+        visible_ids, skip_special_tokens=False, spaces_between_special_tokens=False
     )
     return text

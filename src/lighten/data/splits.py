@@ -51,75 +51,75 @@ def split(examples: Sequence[Example], size: float, seed: int = 0) -> Split:
         UserError: Less than two rows would be left to train on.
     """
     rows = len(examples)
-    wanted = asked = round(size * rows) if size < 1 else int(size)
-    said = f"val_size {size:g}"
+    target = requested = round(size * rows) if size < 1 else int(size)
+    setting = f"val_size {size:g}"
     if size < 1 and rows > SMALL_ROWS:
-        wanted = max(asked, min(FEWEST, rows // 5))
-    if size < 1 and wanted < 2:
+        target = max(requested, min(FEWEST, rows // 5))
+    if size < 1 and target < 2:
         return Split(
             examples, chosen(examples, ()),
             f"nothing is held out: {counted(rows, 'row')} {'is' if rows == 1 else 'are'} too few "
-            f"for {said}, so nothing will say what training has changed; give an eval_dataset, or "
-            "a number as val_size",
+            f"for {setting}, so nothing will say what training has changed; give an eval_dataset, "
+            "or a number as val_size",
         )  # fmt: skip
-    if asked > rows - 2:
+    if requested > rows - 2:
         raise UserError(
-            f"{said} holds out {asked:,} of the {counted(rows, 'row')} of {examples[0].file}, "
-            f"which leaves {counted(max(0, rows - asked), 'row')} to train on; give a smaller "
-            "number, or a share such as 0.1"
+            f"{setting} holds out {requested:,} of the {counted(rows, 'row')} of "
+            f"{examples[0].file}, which leaves {counted(max(0, rows - requested), 'row')} to train "
+            "on; give a smaller number, or a share such as 0.1"
         )
     keys = [example.prompt_key for example in examples]
     times = Counter(keys)
     ranked = sorted(times, key=lambda key: hashlib.sha256(f"{seed}/{key}".encode()).digest())
-    aside = _aside(ranked, times, wanted, rows)
+    aside = _aside(ranked, times, target, rows)
     inside = [place for place, key in enumerate(keys) if key not in aside]
     outside = [place for place, key in enumerate(keys) if key in aside]
-    note = _note(said, asked, wanted, len(outside), times)
+    note = _note(setting, requested, target, len(outside), times)
     return Split(chosen(examples, inside), chosen(examples, outside), note)
 
 
-def _aside(ranked: Sequence[str], times: Counter[str], wanted: int, rows: int) -> set[str]:
+def _aside(ranked: Sequence[str], times: Counter[str], target: int, rows: int) -> set[str]:
     """Prompts whose rows together come nearest to the number wanted."""
-    most = max(int(MOST_PROMPTS * len(ranked)), round(len(ranked) * wanted / rows))
+    most = max(int(MOST_PROMPTS * len(ranked)), round(len(ranked) * target / rows))
     aside: set[str] = set()
     count = 0
     for key in ranked:
-        if count == wanted or len(aside) == most:
+        if count == target or len(aside) == most:
             break
-        if count + times[key] <= wanted:
+        if count + times[key] <= target:
             aside.add(key)
             count += times[key]
-    left = [key for key in ranked if key not in aside]
-    if count < wanted and len(aside) < most and len(left) > 1:
-        least = min(left, key=lambda key: times[key])
-        more = count + times[least]
+    remaining = [key for key in ranked if key not in aside]
+    if count < target and len(aside) < most and len(remaining) > 1:
+        least = min(remaining, key=lambda key: times[key])
+        with_least = count + times[least]
         # Too many are better than none, but not at the price of most of what is learnt.
-        if 2 * more <= rows and (count == 0 or more - wanted < wanted - count):
+        if 2 * with_least <= rows and (count == 0 or with_least - target < target - count):
             aside.add(least)
     return aside
 
 
-def _note(said: str, asked: int, wanted: int, count: int, times: Counter[str]) -> str | None:
+def _note(setting: str, requested: int, target: int, count: int, times: Counter[str]) -> str | None:
     """How a split differs from what was asked for."""
     rows = times.total()
-    if abs(count - wanted) > wanted / 10:
+    if abs(count - target) > target / 10:
         largest = max(times.values())
         shared = "all rows ask the same" if len(times) == 1 else (
             f"rows that ask the same stay together, and {largest:,} of {rows:,} ask one thing"
         )  # fmt: skip
-        what = "nothing is" if not count else f"{count:,} {'is' if count == 1 else 'are'}"
-        return f"{what} held out, where {said} asks for {wanted:,} of {rows:,} rows: {shared}"
-    if wanted > asked:
+        subject = "nothing is" if not count else f"{count:,} {'is' if count == 1 else 'are'}"
+        return f"{subject} held out, where {setting} asks for {target:,} of {rows:,} rows: {shared}"
+    if target > requested:
         return (
-            f"{count:,} of {rows:,} rows are held out instead of the {asked:,} of {said}: fewer "
-            f"than {FEWEST} tell nothing"
+            f"{count:,} of {rows:,} rows are held out instead of the {requested:,} of {setting}: "
+            f"fewer than {FEWEST} tell nothing"
         )
     if count > rows - count:
-        return f"more rows are held out ({count:,}) than trained on ({rows - count:,}): {said}"
+        return f"more rows are held out ({count:,}) than trained on ({rows - count:,}): {setting}"
     return None
 
 
 def shared_prompts(train: Iterable[Example], held_out: Iterable[Example]) -> frozenset[str]:
     """Keys of the prompts that stand on both sides."""
-    asked = {example.prompt_key for example in held_out}
-    return frozenset(key for example in train if (key := example.prompt_key) in asked)
+    held_out_keys = {example.prompt_key for example in held_out}
+    return frozenset(key for example in train if (key := example.prompt_key) in held_out_keys)

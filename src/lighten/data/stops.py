@@ -39,12 +39,12 @@ class LearntAnswers:
     @classmethod
     def of(cls, info: dict[str, Any]) -> LearntAnswers:
         """As a run's `run.json` keeps them; none where it does not."""
-        kept = (info.get("data") or {}).get("answers") or {}
+        answers = (info.get("data") or {}).get("answers") or {}
         return cls(
-            tuple(kept.get("ends", ())),
-            tuple(kept.get("inside", ())),
-            kept.get("answers", 0),
-            kept.get("thoughts", 0),
+            tuple(answers.get("ends", ())),
+            tuple(answers.get("inside", ())),
+            answers.get("answers", 0),
+            answers.get("thoughts", 0),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -77,13 +77,15 @@ def stop_tokens(
         learnt: The answers that the model learnt, if it did.
     """
     learnt = learnt or LearntAnswers()
-    known: list[int | None] = [declared] if isinstance(declared, int) else list(declared or ())
-    known.append(tokenizer.eos_token_id)
+    candidates: list[int | None] = [declared] if isinstance(declared, int) else list(declared or ())
+    candidates.append(tokenizer.eos_token_id)
     if not learnt.ends:
-        known.append(special_tokens(tokenizer).terminator)
+        candidates.append(special_tokens(tokenizer).terminator)
         special = special_tokens(tokenizer).texts
-        known += [tokenizer.convert_tokens_to_ids(name) for name in TURN_ENDS if name in special]
-    stops = [*learnt.ends, *(token for token in known if token not in learnt.inside)]
+        candidates += [
+            tokenizer.convert_tokens_to_ids(name) for name in TURN_ENDS if name in special
+        ]
+    stops = [*learnt.ends, *(token for token in candidates if token not in learnt.inside)]
     return list(dict.fromkeys(int(token) for token in stops if token is not None))
 
 
@@ -95,23 +97,23 @@ def end_token(tokenizer: Any, learnt: LearntAnswers) -> str | None:
     return token
 
 
-def writes_alike(one: Any, other: Any) -> bool:
+def writes_alike(first: Any, second: Any) -> bool:
     """Whether two tokenizers' chat template writes conversations alike."""
     turns = [
         Message("system", "s"), Message("user", "q"), Message("assistant", "a"),
         Message("user", "r"), Message("assistant", "b"),
     ]  # fmt: skip
-    asked: dict[str, Any] = {"add_generation_prompt": True}
-    ways: list[tuple[list[Message], dict[str, Any]]] = [
-        (turns[1:], {}), (turns, {}), (turns[1:2], asked),
+    prompt_options: dict[str, Any] = {"add_generation_prompt": True}
+    cases: list[tuple[list[Message], dict[str, Any]]] = [
+        (turns[1:], {}), (turns, {}), (turns[1:2], prompt_options),
     ]  # fmt: skip
-    for messages, options in ways:
+    for messages, options in cases:
         try:
-            text = render(messages, one, "", **options)
+            text = render(messages, first, "", **options)
         except RefusedError:
             continue
         try:
-            if render(messages, other, "", **options) != text:
+            if render(messages, second, "", **options) != text:
                 return False
         except RefusedError:
             return False

@@ -62,7 +62,7 @@ class Spool:
         self._limit = in_memory_bytes
         self._memory: bytearray | None = bytearray()
         self._file: IO[bytes] | None = None
-        self._written = True
+        self._flushed = True
         self.length = 0
 
     def append(self, data: bytes) -> None:
@@ -76,7 +76,7 @@ class Spool:
             data, self._memory = bytes(self._memory), None
         assert self._file is not None
         self._file.write(data)
-        self._written = False
+        self._flushed = False
 
     def read(self, start: int, stop: int) -> bytes:
         """The bytes [start, stop)."""
@@ -101,9 +101,9 @@ class Spool:
 
     def flush(self) -> None:
         """Hand what was appended to the system, so that other processes see it."""
-        if self._file is not None and not self._written:
+        if self._file is not None and not self._flushed:
             self._file.flush()
-            self._written = True
+            self._flushed = True
 
     def mapped(self, dtype: type) -> np.ndarray[Any, Any]:
         """All bytes as an array of numbers; of a file, mapped."""
@@ -121,7 +121,7 @@ class ExampleStore(Sequence[Example]):
     """
 
     def __init__(self, in_memory_bytes: int = IN_MEMORY_BYTES) -> None:
-        self._held: dict[int, Example] = {}
+        self._objects: dict[int, Example] = {}
         self._size, self._limit = 0, in_memory_bytes
         self._spool: Spool | None = None
         self._ends = array("q", [0])
@@ -131,12 +131,12 @@ class ExampleStore(Sequence[Example]):
     def append(self, example: Example) -> None:
         """Add an example at the end."""
         if self._spool is None:
-            self._held[len(self._held)] = example
+            self._objects[len(self._objects)] = example
             self._size += sum(len(message.content) for message in example.messages)
             self._size += len(example.text or "") + 8 * len(example.input_ids or ())
             if self._size > self._limit:
-                held, self._held, self._spool = list(self._held.values()), {}, Spool(0)
-                for earlier in held:
+                objects, self._objects, self._spool = list(self._objects.values()), {}, Spool(0)
+                for earlier in objects:
                     self._write(earlier)
             return
         self._write(example)
@@ -155,7 +155,7 @@ class ExampleStore(Sequence[Example]):
             # Python's own format for plain values; JSON took three times as long.
             data = marshal.dumps(values)
         except ValueError:  # Parquet has values, a date say, that are none
-            self._held[len(self)] = example
+            self._objects[len(self)] = example
             data = b""
         self._spool.append(data)
         self._ends.append(self._spool.length)
@@ -166,7 +166,7 @@ class ExampleStore(Sequence[Example]):
             self._spool.flush()
 
     def __len__(self) -> int:
-        return len(self._held) if self._spool is None else len(self._ends) - 1
+        return len(self._objects) if self._spool is None else len(self._ends) - 1
 
     @overload
     def __getitem__(self, place: int) -> Example: ...
@@ -176,8 +176,8 @@ class ExampleStore(Sequence[Example]):
         if isinstance(place, slice):
             return chosen(self, range(*place.indices(len(self))))
         at = range(len(self))[place]
-        if at in self._held:
-            return self._held[at]
+        if at in self._objects:
+            return self._objects[at]
         assert self._spool is not None
         return self._example(self._spool.read(self._ends[at], self._ends[at + 1]))
 
@@ -278,7 +278,7 @@ class EncodedRows(Sequence[Row]):
             return [self[i] for i in range(*place.indices(len(self)))]
         at = range(len(self))[place]
         tokens = slice(int(self.starts[at]), int(self.starts[at + 1]))
-        where = Example(
+        origin = Example(
             self.names[self.files[at]],
             int(self.lines[at]),
             input_ids=() if self.ready[at] else None,
@@ -286,7 +286,7 @@ class EncodedRows(Sequence[Row]):
         marks = np.unpackbits(
             self.supervised[self._marks[at] : self._marks[at + 1]], count=tokens.stop - tokens.start
         )
-        return Row(self.ids[tokens].tolist(), marks.astype(np.bool_).tolist(), where)
+        return Row(self.ids[tokens].tolist(), marks.astype(np.bool_).tolist(), origin)
 
 
 def pieces(array: np.ndarray[Any, Any]) -> Iterator[np.ndarray[Any, Any]]:

@@ -55,10 +55,12 @@ def choose_template(tokenizer: Any, requested: str | None) -> TemplateChoice:
     Raises:
         UserError: The file does not exist, or the name is unknown.
     """
-    own = tokenizer.chat_template
-    own = own.get("default") if isinstance(own, dict) else own
-    if requested is None and own:
-        choice = TemplateChoice("model", own, "the model's own chat template")
+    model_template = tokenizer.chat_template
+    model_template = (
+        model_template.get("default") if isinstance(model_template, dict) else model_template
+    )
+    if requested is None and model_template:
+        choice = TemplateChoice("model", model_template, "the model's own chat template")
     elif requested is None:
         # chatml ends a turn with a token of its own; without it the model could not learn to stop.
         name = "chatml" if "<|im_end|>" in tokenizer.all_special_tokens else "alpaca"
@@ -66,7 +68,7 @@ def choose_template(tokenizer: Any, requested: str | None) -> TemplateChoice:
         why += "it has chatml's tokens" if name == "chatml" else "alpaca needs no special tokens"
         choice = TemplateChoice(name, NAMED[name], why)
     elif requested in NAMED:
-        instead = " in place of the model's own" if own else ""
+        instead = " in place of the model's own" if model_template else ""
         choice = TemplateChoice(requested, NAMED[requested], f"the recipe asks for it{instead}")
     elif Path(requested).is_file():
         text = Path(requested).read_text(encoding="utf-8")

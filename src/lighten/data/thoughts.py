@@ -23,22 +23,22 @@ def thought_of(message: Message) -> str:
     """The words of an answer's thought, empty without one."""
     if message.role != "assistant":
         return ""
-    aside = dict(message.extra).get("reasoning_content")
-    if isinstance(aside, str) and aside.strip():
-        return aside.strip()
+    reasoning = dict(message.extra).get("reasoning_content")
+    if isinstance(reasoning, str) and reasoning.strip():
+        return reasoning.strip()
     if "</" not in message.content and "[/THINK]" not in message.content:
         return ""  # most answers: nothing closes a thought
-    found = _THOUGHT.match(message.content) or _CLOSED.match(message.content)
-    if not found or EMPTY_THOUGHT.fullmatch(found[0]):
+    match = _THOUGHT.match(message.content) or _CLOSED.match(message.content)
+    if not match or EMPTY_THOUGHT.fullmatch(match[0]):
         return ""
-    return re.sub(r"</?\w+>|\[/?THINK\]", "", found[0]).strip()
+    return re.sub(r"</?\w+>|\[/?THINK\]", "", match[0]).strip()
 
 
 def without_thought(message: Message) -> Message:
     """A message without its thought."""
     if not thought_of(message):
         return message
-    extra = tuple(own for own in message.extra if own[0] != "reasoning_content")
+    extra = tuple(entry for entry in message.extra if entry[0] != "reasoning_content")
     if _THOUGHT.match(message.content):  # and those between its words
         content = _THOUGHT.sub("\n\n", message.content).strip()
     else:
@@ -48,7 +48,7 @@ def without_thought(message: Message) -> Message:
 
 def raw_answer(message: Message) -> str:
     """An answer with its thought, as a model would write it."""
-    aside = dict(message.extra).get("reasoning_content")
-    if isinstance(aside, str) and aside.strip():
-        return f"<think>\n{aside.strip()}\n</think>\n\n{message.content.strip()}"
+    reasoning = dict(message.extra).get("reasoning_content")
+    if isinstance(reasoning, str) and reasoning.strip():
+        return f"<think>\n{reasoning.strip()}\n</think>\n\n{message.content.strip()}"
     return message.content.strip()

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
 Array = np.ndarray[Any, Any]
-_KNOWN: WeakKeyDictionary[Any, tuple[int, TokenBytes | None]] = WeakKeyDictionary()
+_CACHE: WeakKeyDictionary[Any, tuple[int, TokenBytes | None]] = WeakKeyDictionary()
 
 
 class TokenBytes:
@@ -40,11 +40,11 @@ class TokenBytes:
         """
         backend = tokenizer.backend_tokenizer
         size = backend.get_vocab_size(with_added_tokens=True)
-        read_at, known = _KNOWN.get(tokenizer, (-1, None))
-        if read_at != size:
-            known = cls._read(backend)
-            _KNOWN[tokenizer] = size, known
-        return known
+        cached_size, token_bytes = _CACHE.get(tokenizer, (-1, None))
+        if cached_size != size:
+            token_bytes = cls._read(backend)
+            _CACHE[tokenizer] = size, token_bytes
+        return token_bytes
 
     @classmethod
     def _read(cls, backend: Tokenizer) -> TokenBytes | None:

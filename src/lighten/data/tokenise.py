@@ -84,7 +84,7 @@ _Part = tuple[int, list[tuple[Example, Rendered | None]], Future[list[Any]]]
 def tokenise(
     examples: Sequence[Example],
     renderer: Renderer,
-    whole: Callable[[Example], bool],
+    supervise_all: Callable[[Example], bool],
     counts: EncodingCounts,
     problems: dict[str, str],
 ) -> Iterator[Tokenised]:
@@ -95,7 +95,7 @@ def tokenise(
     Args:
         examples: What to encode.
         renderer: Renders conversations.
-        whole: Whether all of a conversation is learnt, not its answers alone.
+        supervise_all: Whether all of a conversation is learnt, not its answers alone.
         counts: Receives `unaligned` and `endless`.
         problems: Receives the first sentence of each kind.
 
@@ -114,7 +114,7 @@ def tokenise(
         waiting: _Part | None = None
         for start in range(0, len(examples), PART_EXAMPLES):
             part = [
-                (example, renderer.render(example, whole=whole(example)))
+                (example, renderer.render(example, supervise_all=supervise_all(example)))
                 if example.messages
                 else (example, None)
                 for example in examples[start : start + PART_EXAMPLES]
@@ -149,7 +149,7 @@ def _rows(
         elif example.messages:
             continue
         else:
-            row = _other(example, renderer, place)
+            row = _text_or_tokens(example, renderer, place)
         if len(row.supervised):
             row.supervised[0] = False  # nothing stands before the first token to predict it from
         yield row
@@ -177,17 +177,17 @@ def _conversation(
     return Tokenised(ids, supervised, rendered.example, place, rendered.aligned)
 
 
-def _other(example: Example, renderer: Renderer, place: int) -> Tokenised:
+def _text_or_tokens(example: Example, renderer: Renderer, place: int) -> Tokenised:
     """An example that came as tokens, or as plain text."""
     tokenizer = renderer.tokenizer
     if example.input_ids is not None and example.labels is not None:
-        given = np.asarray(example.input_ids)
+        token_ids = np.asarray(example.input_ids)
         supervised = np.asarray([label != -100 for label in example.labels], dtype=np.bool_)
     else:
-        given = np.asarray(_plain_text(example.text or "", tokenizer))
-        supervised = np.ones(len(given), dtype=np.bool_)
+        token_ids = np.asarray(_plain_text(example.text or "", tokenizer))
+        supervised = np.ones(len(token_ids), dtype=np.bool_)
         renderer.findings.add("texts endless", example.where, tokenizer.eos_token_id is None)
-    ids = given.astype(np.int32)
+    ids = token_ids.astype(np.int32)
     edges = np.flatnonzero(np.diff(supervised.astype(np.int8), prepend=0, append=0))
     for begin, end in zip(edges[::2], edges[1::2], strict=True):
         renderer.count_end(ids[begin:end].tolist())

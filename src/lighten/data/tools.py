@@ -33,7 +33,9 @@ def _functions(functions: Any) -> Any:
     """OpenAI's older `functions` as `tools`."""
     if not isinstance(functions, list):
         return functions
-    return [{"type": "function", "function": decoded(one, "functions")} for one in functions]
+    return [
+        {"type": "function", "function": decoded(function, "functions")} for function in functions
+    ]
 
 
 def tool_calls_of(message: Mapping[str, Any], name: str) -> list[Any] | None:
@@ -44,10 +46,10 @@ def tool_calls_of(message: Mapping[str, Any], name: str) -> list[Any] | None:
     """
     calls = decoded(message.get("tool_calls"), f"{name}: tool_calls")
     if is_missing(calls):
-        called = message.get("function_call")  # OpenAI's older form, one call
-        if not isinstance(called, Mapping):
+        legacy_call = message.get("function_call")  # OpenAI's older form, one call
+        if not isinstance(legacy_call, Mapping):
             return None
-        calls = [{"type": "function", "function": called}]
+        calls = [{"type": "function", "function": legacy_call}]
     calls = [calls] if isinstance(calls, Mapping) else calls
     if not isinstance(calls, list):
         raise BadRowError(f"{name}: tool_calls must be a list")

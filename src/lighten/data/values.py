@@ -35,17 +35,19 @@ def text_of(value: Any, name: str) -> str:
     if is_missing(value):
         raise BadRowError(f"{name} must be text, not nothing (null or NaN)")
     if isinstance(value, list) and value and all(isinstance(part, Mapping) for part in value):
-        other = [kind for part in value if (kind := part.get("type", "text")) != "text"]
-        if other:
+        non_text = [
+            part_type for part in value if (part_type := part.get("type", "text")) != "text"
+        ]
+        if non_text:
             raise BadRowError(
-                f"{name} holds a part of type {other[0]!r}; only text can be trained here"
+                f"{name} holds a part of type {non_text[0]!r}; only text can be trained here"
             )
         return "".join(text_of(part.get("text"), f"{name}: a part") for part in value)
     if isinstance(value, bool):
         raise BadRowError(f"{name} must be text, not {str(value).lower()}")
     if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
         return str(value)
-    raise BadRowError(f"{name} must be text, not {_kind(value)}")
+    raise BadRowError(f"{name} must be text, not {_type_name(value)}")
 
 
 def optional_text(row: Mapping[str, Any], key: str) -> str:
@@ -97,7 +99,7 @@ def _check_characters(value: str, name: str) -> None:
         raise BadRowError(f"{name} holds half of a surrogate pair, no character") from None
 
 
-def _kind(value: Any) -> str:
+def _type_name(value: Any) -> str:
     kinds = {dict: "an object", list: "a list", float: "an infinite number"}
     return kinds.get(type(value), type(value).__name__)
 
