@@ -225,12 +225,12 @@ class _Space:
     def _put(self, start: int, size: int) -> None:
         """A free chunk, joined with free neighbours and with the top."""
         if (before := self._ends.get(start)) is not None:
-            own = self._starts[before]
-            self._drop(before, own)
-            start, size = before, size + own
-        if (own := self._starts.get(start + size, 0)) > 0:
-            self._drop(start + size, own)
-            size += own
+            added = self._starts[before]
+            self._drop(before, added)
+            start, size = before, size + added
+        if (added := self._starts.get(start + size, 0)) > 0:
+            self._drop(start + size, added)
+            size += added
         if start + size == self._top:
             self._top = start
             return
@@ -248,22 +248,22 @@ class Arena(_Space):
 
     def take(self, size: int) -> tuple[int, int, int]:
         """(start, its own bytes, size) of a block."""
-        own = -(-size // LINE_BYTES) * LINE_BYTES + LINE_BYTES
-        start, whole = self._found(own)
-        if whole > own:
-            self._put(start + own, whole - own)
+        needed = -(-size // LINE_BYTES) * LINE_BYTES + LINE_BYTES
+        start, whole = self._found(needed)
+        if whole > needed:
+            self._put(start + needed, whole - needed)
         if self._dry:
-            self._write(start, start + own)
+            self._write(start, start + needed)
         self.allocated += size
         self._count()
-        return start, own, size
+        return start, needed, size
 
     def give(self, block: object) -> None:
         """Free a block."""
         assert isinstance(block, tuple)
-        start, own, size = block
+        start, taken, size = block
         self.allocated -= size
-        self._put(start, own)
+        self._put(start, taken)
         self._count()
 
 
@@ -293,7 +293,7 @@ class Heap(_Space):
         start, chunk = self._aligned(size)
         if self._dry and start >= 0:
             self._write(start, start + chunk)
-        objects = tuple(self._plain(own) for own in self.objects)
+        objects = tuple(self._plain(size) for size in self.objects)
         self._count()
         return start, chunk, size, objects
 
@@ -342,8 +342,8 @@ class Heap(_Space):
 
     def _plain(self, chunk: int) -> tuple[int, int]:
         """As `malloc` takes a small chunk."""
-        if own := self._aside.get(chunk):
-            return own.pop(), chunk
+        if chunks := self._aside.get(chunk):
+            return chunks.pop(), chunk
         start, whole = self._found(chunk)
         if whole - chunk >= LEAST:
             self._put(start + chunk, whole - chunk)
@@ -351,10 +351,10 @@ class Heap(_Space):
         return start, whole
 
     def _found(self, wanted: int) -> tuple[int, int]:
-        found = super()._found(wanted)
+        place = super()._found(wanted)
         if self._top > self._end:
             self._end = self._top + self.pad_bytes
-        return found
+        return place
 
     def _count(self) -> None:
         self.held = self._touched - self._dry_bytes + self._mapped
@@ -362,9 +362,9 @@ class Heap(_Space):
 
     def _free(self, start: int, size: int) -> None:
         if size <= SET_ASIDE:
-            own = self._aside.setdefault(size, [])
-            if len(own) < OF_EACH:
-                own.append(start)
+            aside = self._aside.setdefault(size, [])
+            if len(aside) < OF_EACH:
+                aside.append(start)
                 return
         self._put(start, size)
 

@@ -119,9 +119,9 @@ def _packed(
 
     numbers = shape[0] * shape[1]
     if storage.kind == "int8":
-        made: Any = nn.Parameter(torch.empty(shape, dtype=torch.int8), requires_grad=False)
-        made.SCB = torch.empty(shape[0])
-        return made
+        weight: Any = nn.Parameter(torch.empty(shape, dtype=torch.int8), requires_grad=False)
+        weight.SCB = torch.empty(shape[0])
+        return weight
     code = shared.setdefault("code", torch.empty(16))
     scales = -(-numbers // BLOCK_OF_FOUR_BITS)
     absmax, nested, offset = torch.empty(scales), None, None
@@ -132,9 +132,11 @@ def _packed(
             blocksize=BLOCK_OF_SCALES, dtype=torch.float32,
         )  # fmt: skip
         absmax, offset = torch.empty(scales, dtype=torch.uint8), torch.empty(())
-    made = nn.Parameter(torch.empty((numbers + 1) // 2, 1, dtype=torch.uint8), requires_grad=False)
-    made.quant_state = QuantState(
+    weight = nn.Parameter(
+        torch.empty((numbers + 1) // 2, 1, dtype=torch.uint8), requires_grad=False
+    )
+    weight.quant_state = QuantState(
         absmax=absmax, shape=shape, code=code, blocksize=BLOCK_OF_FOUR_BITS,
         quant_type=storage.kind, dtype=compute, offset=offset, state2=nested,
     )  # fmt: skip
-    return made
+    return weight

@@ -41,11 +41,11 @@ def path() -> Path:
 def pairs() -> list[dict[str, Any]]:
     """The pairs so far, oldest first; a file that cannot be read counts as none."""
     try:
-        found = json.loads(path().read_text(encoding="utf-8"))
+        content = json.loads(path().read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
-    kept = found.get("pairs") if isinstance(found, dict) else None
-    return [own for own in kept if isinstance(own, dict)] if isinstance(kept, list) else []
+    kept = content.get("pairs") if isinstance(content, dict) else None
+    return [pair for pair in kept if isinstance(pair, dict)] if isinstance(kept, list) else []
 
 
 def add(pair: Mapping[str, Any]) -> None:
@@ -69,13 +69,13 @@ def corrected(plan: Plan, machine: str, known: Sequence[Mapping[str, Any]] | Non
         machine: This machine and device, as in the pairs' `device`.
         known: The pairs; default those of the file.
     """
-    own = [
+    matching = [
         pair
         for pair in (pairs() if known is None else known)
         if pair.get("device") == machine and comparable(pair, plan)
     ]
     memory, notes = plan.memory, list(plan.notes)
-    factor, count = _factor(own, "memory", SMALLEST_BYTES)
+    factor, count = _factor(matching, "memory", SMALLEST_BYTES)
     if count and memory.expected >= SMALLEST_BYTES:
         wanted = round(memory.expected * factor)
         memory = replace(
@@ -87,7 +87,7 @@ def corrected(plan: Plan, machine: str, known: Sequence[Mapping[str, Any]] | Non
         )
         notes.append(_said("peak memory", factor, count))
     time = plan.time
-    factor, count = _factor(own, "step_seconds", SHORTEST_S)
+    factor, count = _factor(matching, "step_seconds", SHORTEST_S)
     if count and time is not None:
         time = replace(
             time, seconds=time.seconds * factor, low=time.low * min(factor, 1.0),
@@ -120,10 +120,10 @@ def weights_bytes(plan: Plan) -> float | None:
     return None if plan.states is None else plan.states.frozen + plan.states.trained
 
 
-def _factor(own: Sequence[Mapping[str, Any]], key: str, least: float) -> tuple[float, int]:
+def _factor(matching: Sequence[Mapping[str, Any]], key: str, least: float) -> tuple[float, int]:
     """The median of measured over predicted and of how many; (1, 0) where they are too few."""
     ratios = []
-    for pair in own:
+    for pair in matching:
         both = pair.get(key) or {}
         predicted, measured = both.get("predicted"), both.get("measured")
         if predicted and measured and predicted >= least:

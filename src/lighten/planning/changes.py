@@ -50,17 +50,17 @@ def cheapest(
         over: Whether to look no further: every change is a plan, and a user waits.
         known: Whether a recipe is planned already: that takes no time any more.
     """
-    found: list[tuple[Idea, Change]] = []
+    changes: list[tuple[Idea, Change]] = []
     for idea in ideas(recipe, plan):
         if over() and not _is_known(recipe, idea, known):
             continue
         change = _planned(recipe, plan, idea, planner)
         if change is not None and change.saves_bytes > 0:
-            found.append((idea, change))
-    found.sort(key=lambda own: _rank(*own))
-    alone = [change for _, change in found]
-    if found and not any(change.fits for change in alone):
-        together = _together(recipe, plan, [idea for idea, _ in found], planner, over)
+            changes.append((idea, change))
+    changes.sort(key=lambda entry: _rank(*entry))
+    alone = [change for _, change in changes]
+    if changes and not any(change.fits for change in alone):
+        together = _together(recipe, plan, [idea for idea, _ in changes], planner, over)
         if together is not None:
             return (together, *alone)
     return tuple(alone)
@@ -149,10 +149,11 @@ def _as_lora() -> dict[str, Any]:
 
 def _first_alone(recipe: Recipe) -> dict[str, Any]:
     """The settings of the cohort's first adapter alone."""
-    own = recipe.cohort()[0]
+    first = recipe.cohort()[0]
     return {
-        "adapters": None, "lora_r": own.lora_r, "lora_alpha": own.lora_alpha, "seed": own.seed,
-        "lora_dropout": own.lora_dropout, "learning_rate": own.learning_rate,
+        "adapters": None, "lora_r": first.lora_r, "lora_alpha": first.lora_alpha,
+        "seed": first.seed, "lora_dropout": first.lora_dropout,
+        "learning_rate": first.learning_rate,
     }  # fmt: skip
 
 
@@ -204,41 +205,44 @@ def _rank(idea: Idea, change: Change) -> tuple[int, float, int, int]:
 
 
 def _together(
-    recipe: Recipe, plan: Plan, found: list[Idea], planner: Planner, over: Callable[[], bool]
+    recipe: Recipe, plan: Plan, ideas_left: list[Idea], planner: Planner, over: Callable[[], bool]
 ) -> Change | None:
     """The first ideas that fit when taken together, each halved or repeated as far as it goes."""
     taken: dict[str, Any] = {}
-    said: dict[frozenset[str], str] = {}  # by what it sets: a repeated idea is told once
+    sentences: dict[frozenset[str], str] = {}  # by what it sets: a repeated idea is told once
     now = plan
-    if over() or _least(recipe, found, planner) is False:
+    if over() or _least(recipe, ideas_left, planner) is False:
         return None  # one plan in place of a dozen
     # What leaves the result as it is first; a shorter context, which a user notices most, last.
-    for idea in sorted(found, key=lambda own: (not own.same_result, "max_length" in own.settings)):
+    for idea in sorted(
+        ideas_left, key=lambda idea: (not idea.same_result, "max_length" in idea.settings)
+    ):
         if "adapters" in idea.settings:
             continue  # another run is no part of this one
-        for own in _repeated(idea, recipe, taken, now):
+        for repeated in _repeated(idea, recipe, taken, now):
             if over():
                 return None
             try:
-                changed = planner(recipe.changed({**taken, **own.settings}))
+                changed = planner(recipe.changed({**taken, **repeated.settings}))
             except UserError:
                 break
             if changed.memory.expected >= now.memory.expected:
                 break
-            taken, now = {**taken, **own.settings}, changed
-            said[frozenset(own.settings)] = own.what
+            taken, now = {**taken, **repeated.settings}, changed
+            sentences[frozenset(repeated.settings)] = repeated.what
             if changed.fits():
                 return Change(
-                    "; ".join(said.values()), taken, plan.memory.expected - changed.memory.expected,
+                    "; ".join(sentences.values()), taken,
+                    plan.memory.expected - changed.memory.expected,
                     _slowdown(plan, changed), True, differing(recipe, taken),
                 )  # fmt: skip
     return None
 
 
-def _least(recipe: Recipe, found: Sequence[Idea], planner: Planner) -> bool | None:
+def _least(recipe: Recipe, ideas_left: Sequence[Idea], planner: Planner) -> bool | None:
     """Whether everything together, each as far as it goes, fits; None where that cannot be told."""
     settings: dict[str, Any] = {}
-    for idea in found:
+    for idea in ideas_left:
         if "adapters" not in idea.settings:
             settings |= idea.settings
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps",

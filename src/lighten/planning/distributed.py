@@ -257,10 +257,10 @@ def spread(
     ranks = gpus * nodes
     parts = {part.name: float(part.bytes) for part in plan.memory.parts}
     states = plan.states if plan.states is not None else _of_parts(plan, parts)
-    own = states_per_rank(states, strategy, ranks, ranks_per_node=gpus)
+    of_rank = states_per_rank(states, strategy, ranks, ranks_per_node=gpus)
     micro = plan.shape.micro_batches
     volume = volume_per_rank(states, strategy, ranks, ranks_per_node=gpus, micro_batches=micro)
-    left, host, link = offloaded(own, offload, micro_batches=micro)
+    left, host, link = offloaded(of_rank, offload, micro_batches=micro)
     volume = Volume(volume.gather, volume.reduce, volume.across, link)
     gathered = 0.0
     if ("weights" in _SHARDED[strategy] and ranks > 1) or "param" in offload:
@@ -305,14 +305,16 @@ def on_ranks(
         layers: Decoder layers of the base.
         offload: `optimizer`: its state waits elsewhere.
     """
-    own = spread(
+    spread_states = spread(
         plan, device, strategy, gpus=local, nodes=max(1, ranks // local), layers=layers,
         offload=offload,
     )  # fmt: skip
-    if device.kind != "cpu" or own.capacity is None:
-        return own
-    mapped = 0.0 if "weights" in _SHARDED[strategy] else own.states.frozen
-    return replace(own, capacity=int((own.capacity + (local - 1) * mapped) / local))
+    if device.kind != "cpu" or spread_states.capacity is None:
+        return spread_states
+    mapped = 0.0 if "weights" in _SHARDED[strategy] else spread_states.states.frozen
+    return replace(
+        spread_states, capacity=int((spread_states.capacity + (local - 1) * mapped) / local)
+    )
 
 
 def cheapest(
@@ -326,8 +328,8 @@ def cheapest(
         spread(plan, device, strategy, gpus=gpus, nodes=nodes, layers=layers)
         for strategy in TRAINED
     ]
-    fitting = [own for own in tried if own.fits()]
-    return min(fitting, key=lambda own: own.volume.network, default=None)
+    fitting = [candidate for candidate in tried if candidate.fits()]
+    return min(fitting, key=lambda candidate: candidate.volume.network, default=None)
 
 
 def _peak(plan: Plan, parts: Mapping[str, float], states: States, left: States) -> float:

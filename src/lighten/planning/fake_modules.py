@@ -53,15 +53,15 @@ def run_fake(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
     The product of experts runs in every format, but its shapes are told for bfloat16 alone
     (torch 2.13): they are the same in the others.
     """
-    own = args[0] if args else None
+    first = args[0] if args else None
     if (
         func is not torch.ops.aten._grouped_mm.default
-        or not isinstance(own, FakeTensor)
-        or own.dtype == torch.bfloat16
+        or not isinstance(first, FakeTensor)
+        or first.dtype == torch.bfloat16
     ):
         return func(*args, **kwargs)
     alike = [
         x.to(torch.bfloat16) if isinstance(x, Tensor) and x.is_floating_point() else x for x in args
     ]
     out: Tensor = func(*alike, **kwargs)
-    return torch.empty_strided(out.shape, out.stride(), dtype=own.dtype, device=out.device)
+    return torch.empty_strided(out.shape, out.stride(), dtype=first.dtype, device=out.device)

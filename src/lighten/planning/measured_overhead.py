@@ -31,8 +31,8 @@ def measure() -> Context:
             "per_device_train_batch_size": ROWS, "max_length": TOKENS, "workers": 2,
             "torch_compile": False,
         })  # fmt: skip
-        found = probe.measure(recipe, "cpu", [TOKENS] * ROWS)
-    return Context(found["settled_bytes"], found.get("worker_bytes", UNMEASURED.worker_bytes))
+        measured = probe.measure(recipe, "cpu", [TOKENS] * ROWS)
+    return Context(measured["settled_bytes"], measured.get("worker_bytes", UNMEASURED.worker_bytes))
 
 
 if __name__ == "__main__":

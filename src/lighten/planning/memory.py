@@ -109,7 +109,7 @@ def processor_memory(
         arena: Whether tensors' large blocks have an arena of their own.
         margin: Share of the peak that it may be off by.
     """
-    own = context.bytes + int(TOKENIZER_FACTOR * loading.tokenizer)
+    of_process = context.bytes + int(TOKENIZER_FACTOR * loading.tokenizer)
     phases = [timeline.runs[event.run].phase for event in timeline.events]
     forked = next((place for place, phase in enumerate(phases) if phase in IN_LANES), len(phases))
     # Free pages are given back before workers are opened.
@@ -117,20 +117,22 @@ def processor_memory(
     weights = {name: timeline.alive_at(forked - 1).get(name, 0) for name in WEIGHTS}
     loaded = {**weights, "temporary buffers": loading.files + loading.copies}
     stages = [
-        _Stage("loading", loaded, 0, own),
-        _stage(timeline, course, own, 0, forked),
-        _stage(timeline, course, own, forked).with_lanes(
+        _Stage("loading", loaded, 0, of_process),
+        _stage(timeline, course, of_process, 0, forked),
+        _stage(timeline, course, of_process, forked).with_lanes(
             _other_workers(timeline, workers - 1, context.worker_bytes, sums, arena)
         ),
     ]
     # Free pages are given back before a checkpoint is written, too.
     kept = timeline.alive_at(len(phases) - 1)
     mapped = {"temporary buffers": kept.get("temporary buffers", 0) + verified}
-    stages.append(_Stage("saving", {**kept, **mapped}, 0, own))
+    stages.append(_Stage("saving", {**kept, **mapped}, 0, of_process))
     # Pages that an earlier stage wrote are there in a later one, as its overhead: where both hold
     # as much, it is the earlier that needs them.
     enough = ALIKE * max(stage.bytes for stage in stages)
-    most = min((own for own in stages if own.bytes >= enough), key=lambda stage: stage.overhead)
+    most = min(
+        (stage for stage in stages if stage.bytes >= enough), key=lambda stage: stage.overhead
+    )
     parts = {**most.parts, "allocator overhead": most.overhead}
     parts["device context"] = parts.get("device context", 0) + most.context
     return _memory(timeline, parts, PHASES.get(most.when, most.when), margin, None)
@@ -248,16 +250,16 @@ def _other_workers(timeline: Timeline, count: int, context: int, sums: int, aren
     """
     if count == 0:
         return _Stage("", {}, 0, 0)
-    own = {
+    blocks = {
         id(event.block) for event in timeline.events
         if timeline.runs[event.block.run].phase in IN_LANES and event.block.part.startswith(EACH)
     }  # fmt: skip
-    events = [event for event in timeline.events if id(event.block) in own]
+    events = [event for event in timeline.events if id(event.block) in blocks]
     alone = Timeline(events, timeline.runs, timeline.work)
     most = _stage(alone, _course(alone, arena), context, 0)
-    found = {name: count * size for name, size in most.parts.items()}
-    found["gradients"] = found.get("gradients", 0) + sums
-    return _Stage(most.when, found, count * most.overhead, count * context)
+    parts = {name: count * size for name, size in most.parts.items()}
+    parts["gradients"] = parts.get("gradients", 0) + sums
+    return _Stage(most.when, parts, count * most.overhead, count * context)
 
 
 def lasting_bytes(timeline: Timeline) -> int:
@@ -297,8 +299,10 @@ def _most_of(timeline: Timeline, parts: Sequence[str]) -> int:
 def _memory(
     timeline: Timeline, parts: Mapping[str, int], when: str, margin: float, allocated: int | None
 ) -> Memory:
-    made = tuple(MemoryPart(name, max(0, parts.get(name, 0))) for name in PARTS)
-    expected = sum(part.bytes for part in made)
+    listed = tuple(MemoryPart(name, max(0, parts.get(name, 0))) for name in PARTS)
+    expected = sum(part.bytes for part in listed)
     # What is there in any case is no matter of prediction.
     low = max(lasting_bytes(timeline), int(expected * (1 - margin)))
-    return Memory(made, min(low, expected), expected, int(expected * (1 + margin)), when, allocated)
+    return Memory(
+        listed, min(low, expected), expected, int(expected * (1 + margin)), when, allocated
+    )

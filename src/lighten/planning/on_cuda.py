@@ -96,15 +96,15 @@ def _attend(
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
         if attn_mask is not None:
             attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
-        found = aten._scaled_dot_product_efficient_attention(
+        outputs = aten._scaled_dot_product_efficient_attention(
             query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale
         )
     else:
-        found = aten._scaled_dot_product_attention_math(
+        outputs = aten._scaled_dot_product_attention_math(
             query, key, value, attn_mask, dropout_p, is_causal,
             scale=scale, enable_gqa=enable_gqa,
         )  # fmt: skip
-    return found[0]
+    return outputs[0]
 
 
 class _Flash(torch.autograd.Function):
@@ -119,10 +119,10 @@ class _Flash(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, dropout_p: float, is_causal: bool,
         scale: float | None, at_once: bool,
     ) -> Tensor:  # fmt: skip
-        found = torch.ops.aten._scaled_dot_product_flash_attention(
+        outputs = torch.ops.aten._scaled_dot_product_flash_attention(
             query, key, value, dropout_p, is_causal, False, scale=scale
         )
-        out, lse, cum_q, cum_k, max_q, max_k, seed, offset, _ = found
+        out, lse, cum_q, cum_k, max_q, max_k, seed, offset, _ = outputs
         ctx.save_for_backward(query, key, value, out, lse, cum_q, cum_k, seed, offset)
         ctx.longest, ctx.options = (max_q, max_k), (dropout_p, is_causal, scale, at_once)
         return out
@@ -131,7 +131,7 @@ class _Flash(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse, cum_q, cum_k, seed, offset = ctx.saved_tensors
         dropout_p, is_causal, scale, at_once = ctx.options
-        found = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+        gradients = torch.ops.aten._scaled_dot_product_flash_attention_backward(
             grad, query, key, value, out, lse, cum_q, cum_k, *ctx.longest, dropout_p, is_causal,
             seed, offset, scale=scale,
         )  # fmt: skip
@@ -143,7 +143,7 @@ class _Flash(torch.autograd.Function):
         room = [query.new_empty(size, dtype=torch.uint8)
                 for size in ([sum(sizes)] if at_once else sizes)]  # fmt: skip
         del room
-        return *found, None, None, None, None
+        return *gradients, None, None, None, None
 
 
 def _none(*args: Any, **kwargs: Any) -> None:

@@ -61,8 +61,8 @@ class Shaped:
         shape = [
             1 if stride == 0 else size for size, stride in zip(self.shape, self.stride, strict=True)
         ]
-        made = torch.empty_strided(shape, self.stride, dtype=self.dtype)
-        return made.fill_(0.5 if self.dtype.is_floating_point else 0).expand(self.shape)
+        tensor = torch.empty_strided(shape, self.stride, dtype=self.dtype)
+        return tensor.fill_(0.5 if self.dtype.is_floating_point else 0).expand(self.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,30 +98,30 @@ class Work:
         return (*self.operands, *inside(self.kwargs, Shaped))
 
 
-def inside(given: Any, kind: type[Kind]) -> Iterator[Kind]:
+def inside(tree: Any, kind: type[Kind]) -> Iterator[Kind]:
     """All of a kind in an operation's arguments or results, lists and tuples of them included.
 
     PyTorch's trees do this for any structure, and took a tenth of a plan.
     """
-    if isinstance(given, kind):
-        yield given
-    elif isinstance(given, (tuple, list)):
-        for own in given:
-            yield from inside(own, kind)
-    elif isinstance(given, Mapping):
-        for own in given.values():
-            yield from inside(own, kind)
+    if isinstance(tree, kind):
+        yield tree
+    elif isinstance(tree, (tuple, list)):
+        for branch in tree:
+            yield from inside(branch, kind)
+    elif isinstance(tree, Mapping):
+        for branch in tree.values():
+            yield from inside(branch, kind)
 
 
-def _with(given: Any, kind: type[Kind], change: Callable[[Kind], Any]) -> Any:
+def _with(tree: Any, kind: type[Kind], change: Callable[[Kind], Any]) -> Any:
     """The same arguments with all of a kind changed."""
-    if isinstance(given, kind):
-        return change(given)
-    if isinstance(given, (tuple, list)):
-        return type(given)([_with(own, kind, change) for own in given])
-    if isinstance(given, Mapping):
-        return {name: _with(own, kind, change) for name, own in given.items()}
-    return given
+    if isinstance(tree, kind):
+        return change(tree)
+    if isinstance(tree, (tuple, list)):
+        return type(tree)([_with(branch, kind, change) for branch in tree])
+    if isinstance(tree, Mapping):
+        return {name: _with(branch, kind, change) for name, branch in tree.items()}
+    return tree
 
 
 def work_of(
@@ -138,17 +138,17 @@ def work_of(
     name = func.name() if hasattr(func, "name") else str(func)
     if getattr(func, "is_view", False) or name.startswith(FREE):
         return None
-    given = [*inside(args, Tensor), *inside(kwargs, Tensor)]
-    everything = {id(x): x for x in (*given, *outs)}.values()
+    tensors = [*inside(args, Tensor), *inside(kwargs, Tensor)]
+    everything = {id(x): x for x in (*tensors, *outs)}.values()
     if not everything:
         return None
     touched = [*everything]
     if name.partition(".")[0] in LOOKUPS:
-        touched = [*outs, *outs, *given[1:]]
+        touched = [*outs, *outs, *tensors[1:]]
     moved = sum(x.numel() * x.element_size() for x in touched)
     flops = flops_of(func, args, kwargs, outs[0] if len(outs) == 1 else tuple(outs)) if outs else 0
     kept, named = _with((tuple(args), kwargs), Tensor, Shaped.of)
-    dtype = outs[0].dtype if outs else given[0].dtype
+    dtype = outs[0].dtype if outs else tensors[0].dtype
     return Work(name, flops, moved, dtype, func, kept, named)
 
 

@@ -48,10 +48,10 @@ class Planner:
         key = _key(recipe)
         if key not in self._known:
             self._known[key] = _told(self._planned, recipe)
-        found = self._known[key]
-        if isinstance(found, UserError):
-            raise found
-        return found
+        known = self._known[key]
+        if isinstance(known, UserError):
+            raise known
+        return known
 
     def knows(self, recipe: Recipe) -> bool:
         """Whether the recipe is planned already."""
@@ -65,7 +65,7 @@ class Planner:
         Args:
             recipes: Their recipes.
         """
-        wanted = {_key(own): own for own in recipes if _key(own) not in self._known}
+        wanted = {_key(recipe): recipe for recipe in recipes if _key(recipe) not in self._known}
         count = min(len(wanted), containers.cores(), MOST_PROCESSES) if self._apart else 1
         if count < 2:
             return

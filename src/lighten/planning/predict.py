@@ -85,23 +85,23 @@ def plan(
         rows = read_rows(recipe, notes)
     lengths = lengths_of(rows)
     planner = planner_for(device, rows, calibrate=calibrate)
-    made = planner(recipe)
+    predicted = planner(recipe)
     steps = steps_of(recipe, lengths)
-    run_s = run_seconds(recipe, made, steps, lengths)
+    run_s = run_seconds(recipe, predicted, steps, lengths)
     if recipe.max_time is not None:
-        steps, run_s, said = _within_time(recipe, steps, run_s, made.time, lengths)
-        notes.append(said)
-    made = replace(made, steps=steps, run_seconds=run_s, notes=(*made.notes, *notes))
+        steps, run_s, note = _within_time(recipe, steps, run_s, predicted.time, lengths)
+        notes.append(note)
+    predicted = replace(predicted, steps=steps, run_seconds=run_s, notes=(*predicted.notes, *notes))
     if told is not None:
-        told(made)
-    if changes and made.capacity is not None and made.fits() is not True:
-        found, whole = _changes(recipe, made, planner)
-        made = replace(made, changes=found)
+        told(predicted)
+    if changes and predicted.capacity is not None and predicted.fits() is not True:
+        changes_found, whole = _changes(recipe, predicted, planner)
+        predicted = replace(predicted, changes=changes_found)
         if not whole:
             waited = f"{MOST_CHANGES_S:.0f} s"
             cut = f"after {waited} no further changes were looked for; lighten plan --search does"
-            made = replace(made, notes=(*made.notes, cut))
-    return made
+            predicted = replace(predicted, notes=(*predicted.notes, cut))
+    return predicted
 
 
 def slow_format_of(recipe: Recipe, device: Device) -> str | None:
@@ -128,14 +128,14 @@ def planner_for(device: Device, rows: Rows | None = None, *, calibrate: bool = T
     def planned(recipe: Recipe) -> Plan:
         cut = _longest_rows(recipe)
         if lengths is not None:
-            cut = [min(own, recipe.max_length) for own in lengths]
+            cut = [min(length, recipe.max_length) for length in lengths]
         with warnings.catch_warnings():
             # What is prepared for a GPU that is not here warns that it is not here.
             warnings.simplefilter("ignore", UserWarning)
-            made = plan_recipe(recipe, device, rows_tokens=cut, supervised=supervised)
+            predicted = plan_recipe(recipe, device, rows_tokens=cut, supervised=supervised)
         if cost is not None:
-            made = with_data(made, cost, on_processor=device.kind == "cpu")
-        return calibration.corrected(made, machine, known) if machine else made
+            predicted = with_data(predicted, cost, on_processor=device.kind == "cpu")
+        return calibration.corrected(predicted, machine, known) if machine else predicted
 
     return Planner(planned, apart=here(device) is None)
 
@@ -159,13 +159,13 @@ def _limits_of(name: str, revision: str | None, trust_remote_code: bool) -> Limi
 
 
 def changes_of(
-    recipe: Recipe, device: Device, made: Plan, rows: Rows | None = None
+    recipe: Recipe, device: Device, predicted: Plan, rows: Rows | None = None
 ) -> tuple[Change, ...]:
     """What would need less than a plan that is made already, the cheapest first."""
-    return _changes(recipe, made, planner_for(device, rows))[0]
+    return _changes(recipe, predicted, planner_for(device, rows))[0]
 
 
-def _changes(recipe: Recipe, made: Plan, planner: Planner) -> tuple[tuple[Change, ...], bool]:
+def _changes(recipe: Recipe, predicted: Plan, planner: Planner) -> tuple[tuple[Change, ...], bool]:
     """Changes, and whether there was time for all that was to be looked at."""
     end = time.monotonic() + MOST_CHANGES_S
     cut = False
@@ -175,11 +175,11 @@ def _changes(recipe: Recipe, made: Plan, planner: Planner) -> tuple[tuple[Change
         cut = cut or time.monotonic() > end
         return cut
 
-    settings = [idea.settings for idea in ideas(recipe, made)]
+    settings = [idea.settings for idea in ideas(recipe, predicted)]
     for place in range(0, len(settings), AT_ONCE):
         if not over():
             planner.plan_ahead(_valid(recipe, settings[place : place + AT_ONCE]))
-    return cheapest(recipe, made, planner, over=over, known=planner.knows), not cut
+    return cheapest(recipe, predicted, planner, over=over, known=planner.knows), not cut
 
 
 def _valid(recipe: Recipe, changes: Sequence[Mapping[str, Any]]) -> Iterator[Recipe]:
@@ -248,10 +248,12 @@ def _within_time(
         )  # fmt: skip
     count = min(steps, max(1, int(steps * limit_s / run_s)))
     share = count / math.ceil(len(lengths) / _rows_per_step(recipe))
-    told = f"max_time {limit}: about {counted(count, 'step')} of {steps:,}, {share:.2g} of an epoch"
+    sentence = (
+        f"max_time {limit}: about {counted(count, 'step')} of {steps:,}, {share:.2g} of an epoch"
+    )
     if count == steps:
-        told = f"max_time {limit} is enough for all {counted(steps, 'step')}"
-    return count, run_s * count / steps, f"{told}, at the predicted speed without evaluations"
+        sentence = f"max_time {limit} is enough for all {counted(steps, 'step')}"
+    return count, run_s * count / steps, f"{sentence}, at the predicted speed without evaluations"
 
 
 def _rows_per_step(recipe: Recipe) -> int:
@@ -261,18 +263,21 @@ def _rows_per_step(recipe: Recipe) -> int:
 
 
 def run_seconds(
-    recipe: Recipe, made: Plan, steps: int | None, lengths: Sequence[int] | None
+    recipe: Recipe, predicted: Plan, steps: int | None, lengths: Sequence[int] | None
 ) -> float | None:
     """Seconds of all steps: the planned step is the largest, others take less by their tokens.
 
     The first one counts as `FIRST_STEP`.
     """
-    if made.time is None or steps is None or not made.step_tokens:
+    if predicted.time is None or steps is None or not predicted.step_tokens:
         return None
-    per_token, counted_steps = made.time.seconds / made.step_tokens, steps - 1 + FIRST_STEP
+    per_token, counted_steps = (
+        predicted.time.seconds / predicted.step_tokens,
+        steps - 1 + FIRST_STEP,
+    )
     if lengths is None:
-        return made.time.seconds * counted_steps
-    mean = sum(min(own, recipe.max_length) for own in lengths) / len(lengths)
+        return predicted.time.seconds * counted_steps
+    mean = sum(min(length, recipe.max_length) for length in lengths) / len(lengths)
     rows = min(_rows_per_step(recipe), len(lengths)) * len(recipe.cohort())
     return per_token * mean * rows * counted_steps
 
@@ -370,5 +375,5 @@ def _rows_for(
 
 
 def _size(path: Path) -> int:
-    files = [path] if path.is_file() else [own for own in path.rglob("*") if own.is_file()]
-    return sum(own.stat().st_size for own in files)
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)

@@ -129,14 +129,14 @@ def _against(traced: float | None, pair: dict[str, float] | None) -> dict[str, f
 def _advice(
     recipe: Recipe, device: Device, plan: Plan, rows: Rows | None
 ) -> Callable[[], Sequence[str]]:
-    def told() -> list[str]:
+    def advice() -> list[str]:
         try:
-            found = predict.changes_of(recipe, device, plan, rows)
+            changes = predict.changes_of(recipe, device, plan, rows)
         except Exception as error:  # memory may be short just now
             return [f"what would need less cannot be planned here: {_first_line(error)}"]
-        return [text.change(own) for own in found[:MOST_ADVICE]]
+        return [text.change(change) for change in changes[:MOST_ADVICE]]
 
-    return told
+    return advice
 
 
 def _over_ranks(recipe: Recipe, device: Device, plan: Plan) -> Distributed | None:

@@ -81,37 +81,41 @@ def probe(recipe: Recipe, plan: Plan, device: Device, rows: Rows | None = None) 
         raise UserError(
             f"--probe runs the step here, and {device.name} is elsewhere; leave --device out"
         )
-    asked = {
+    request = {
         "recipe": recipe.completed(), "kind": device.kind, "lengths": lengths_of(rows),
         "supervised": supervised_share(rows),
     }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-m", "lighten.planning.probe"], input=json.dumps(asked),
+        [sys.executable, "-m", "lighten.planning.probe"], input=json.dumps(request),
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     time_s = None if plan.time is None else plan.time.seconds
     lines = done.stdout.strip().splitlines()
-    found = json.loads(lines[-1]) if done.returncode == 0 and lines else None
-    if found is None:
-        said = _last_line(done.stderr)
+    measured = json.loads(lines[-1]) if done.returncode == 0 and lines else None
+    if measured is None:
+        message = _last_line(done.stderr)
         # The kernel ends a process by signal 9 where memory is short.
-        if done.returncode != -9 and not found_short(said):
-            raise UserError(f"the probe failed: {said}")
-        return Probed(None, None, None, plan.memory.expected, time_s, said or "killed")
+        if done.returncode != -9 and not found_short(message):
+            raise UserError(f"the probe failed: {message}")
+        return Probed(None, None, None, plan.memory.expected, time_s, message or "killed")
     context = sum(p.bytes for p in plan.memory.parts if p.name == "device context")
-    on_gpu = "reserved_bytes" in found["memory"]
-    peak = found["memory"]["reserved_bytes"] + context if on_gpu else found["memory"]["peak_bytes"]
+    on_gpu = "reserved_bytes" in measured["memory"]
+    peak = (
+        measured["memory"]["reserved_bytes"] + context
+        if on_gpu
+        else measured["memory"]["peak_bytes"]
+    )
     return Probed(
-        peak, found["memory"]["peak_bytes"] if on_gpu else None, found["seconds"],
+        peak, measured["memory"]["peak_bytes"] if on_gpu else None, measured["seconds"],
         plan.memory.expected, time_s,
     )  # fmt: skip
 
 
-def found_short(said: str) -> bool:
+def found_short(message: str) -> bool:
     """Whether an error's last line says that memory ran out."""
     from lighten.engine.memory_errors import ran_out
 
-    return "MemoryError" in said or ran_out(RuntimeError(said))
+    return "MemoryError" in message or ran_out(RuntimeError(message))
 
 
 def _last_line(text: str) -> str:
@@ -180,10 +184,10 @@ def measure(
     at_first = samples_of(weights)
 
     def step() -> None:
-        made = batches()
+        all_batches = batches()
         for group in setup.groups(setup.adapters):
-            own = {member.name for member in group}
-            part = [batch for batch in made if batch.items[0].member in own]
+            names = {member.name for member in group}
+            part = [batch for batch in all_batches if batch.items[0].member in names]
             train_step(part, group, setup.objective, accelerator, setup.scaler, workers)
         if workers is not None:
             memory.beside(workers.own_bytes)
@@ -193,7 +197,7 @@ def measure(
         raise UserError(
             "nothing was trained: no weight has changed after a few steps, so its time says nothing"
         )
-    found: dict[str, Any] = {
+    measured: dict[str, Any] = {
         "memory": memory.read(), "seconds": timing.median, "timing": timing.to_dict(),
         "tokens": sum(sum(batch.lengths) for batch in largest),
         "rows": max(len(batch.lengths) for batch in largest),
@@ -201,12 +205,12 @@ def measure(
         "parameters": sum(p.numel() for p in weights),
     }  # fmt: skip
     if workers is not None:
-        found["worker_bytes"] = workers.own_bytes // (workers.count - 1)
+        measured["worker_bytes"] = workers.own_bytes // (workers.count - 1)
         workers.close()
     if kind == "cpu":
         allocator.trim()
-        found["settled_bytes"] = psutil.Process().memory_info().rss - before
-    return found
+        measured["settled_bytes"] = psutil.Process().memory_info().rss - before
+    return measured
 
 
 def samples_of(weights: Sequence[Any]) -> list[Any]:
@@ -291,8 +295,8 @@ def random_base(recipe: Recipe, device: str) -> Any:
                 parameter.normal_(std=0.02) if parameter.dim() > 1 else parameter.fill_(0.5)
             linear = type(module) in (nn.Linear, Conv1D) and module is not head
             if storage is not None and linear:
-                made = quantized.quantised(module, storage, compute, device)
-                model.set_submodule(path, made)
+                packed = quantized.quantised(module, storage, compute, device)
+                model.set_submodule(path, packed)
     model.requires_grad_(False)
     return models.Base(
         model=model.to(device).eval(), tokenizer=None, name=recipe.model_name_or_path,
@@ -316,12 +320,12 @@ def _rows(lengths: Sequence[int], supervised: float) -> Rows:
 
 def main() -> None:
     """Read a request from standard input, make the step, print what it took."""
-    asked = json.load(sys.stdin)
+    request = json.load(sys.stdin)
     with tempfile.TemporaryDirectory(prefix="lighten-probe-") as scratch:
         # Offloaded activations would go into the run's folder, and compiling takes longer than all.
-        own = {"output_dir": scratch, "torch_compile": False}
-        recipe = Recipe.model_validate({**asked.pop("recipe"), **own})
-        print(json.dumps(measure(recipe, **asked)))  # noqa: T201
+        scratch_settings = {"output_dir": scratch, "torch_compile": False}
+        recipe = Recipe.model_validate({**request.pop("recipe"), **scratch_settings})
+        print(json.dumps(measure(recipe, **request)))  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -51,9 +51,9 @@ def context_of(path: Path | None = None) -> Context:
     path = path or cache_folder() / FILE
     stamp = [processor_name(), os.cpu_count(), versions().get("torch"), versions()["transformers"]]
     try:
-        found: Any = json.loads(path.read_text(encoding="utf-8"))
-        if found["of"] == stamp:
-            return Context(int(found["bytes"]), int(found["worker_bytes"]))
+        kept: Any = json.loads(path.read_text(encoding="utf-8"))
+        if kept["of"] == stamp:
+            return Context(int(kept["bytes"]), int(kept["worker_bytes"]))
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not measured yet
     try:

@@ -83,13 +83,13 @@ class Datasheet:
 
     def seconds(self, work: Iterable[Work]) -> float:
         """Arithmetic or memory of each operation; launches where they take longer than all."""
-        found = [self._one(own) for own in work]
-        return max(sum(found), LAUNCH_S * len(found))
+        times = [self._one(operation) for operation in work]
+        return max(sum(times), LAUNCH_S * len(times))
 
-    def _one(self, own: Work) -> float:
-        rate = self.flops.get(str(own.dtype).removeprefix("torch."), min(self.flops.values()))
+    def _one(self, work: Work) -> float:
+        rate = self.flops.get(str(work.dtype).removeprefix("torch."), min(self.flops.values()))
         return max(
-            own.flops / (rate * REACHED_FLOPS), own.bytes / (self.bandwidth * REACHED_BANDWIDTH)
+            work.flops / (rate * REACHED_FLOPS), work.bytes / (self.bandwidth * REACHED_BANDWIDTH)
         )
 
 
@@ -169,20 +169,20 @@ class Measured:
 
     def seconds(self, work: Iterable[Work]) -> float:
         """The sum of their times and of the interpreter's."""
-        found = _kinds(work)
-        missing = self._sample_missing(found)
-        if self._until_sure(found) or missing:
+        kinds = _kinds(work)
+        missing = self._sample_missing(kinds)
+        if self._until_sure(kinds) or missing:
             self._write()
-        return sum(kind.amount * self._rate(key).mean for key, kind in found.items())
+        return sum(kind.amount * self._rate(key).mean for key, kind in kinds.items())
 
-    def _sample_missing(self, found: Mapping[str, Kind]) -> bool:
+    def _sample_missing(self, kinds: Mapping[str, Kind]) -> bool:
         """Time what was never timed, the largest part first, while there is time for it."""
-        missing = [key for key in found if key not in self._known]
-        missing.sort(key=lambda key: -found[key].expected_s)
+        missing = [key for key in kinds if key not in self._known]
+        missing.sort(key=lambda key: -kinds[key].expected_s)
         began = time.perf_counter()
         for key in missing:
             if time.perf_counter() - began < self._first_s or self._like(key) is None:
-                self._sample(key, found[key].example)
+                self._sample(key, kinds[key].example)
         self._first_s -= time.perf_counter() - began
         return bool(missing)
 
@@ -195,9 +195,9 @@ class Measured:
 
     def _like(self, key: str) -> str | None:
         """The known kind of the same format and unit that is most like one."""
-        kinds = [own for own in self._known if _unit(own) == _unit(key)]
+        kinds = [known for known in self._known if _unit(known) == _unit(key)]
         name, size = key.partition("|")[0], _size(key)
-        kinds.sort(key=lambda own: (own.partition("|")[0] != name, abs(_size(own) - size)))
+        kinds.sort(key=lambda known: (known.partition("|")[0] != name, abs(_size(known) - size)))
         return kinds[0] if kinds else None
 
     def _most_flops(self, dtype: torch.dtype) -> float:
@@ -213,50 +213,50 @@ class Measured:
             self._sample(key, kind.example)
         self._write()
 
-    def _until_sure(self, found: Mapping[str, Kind]) -> bool:
+    def _until_sure(self, kinds: Mapping[str, Kind]) -> bool:
         """Take samples of what adds most to the sum's error; whether there were any."""
         began, taken = time.perf_counter(), False
-        while found:
-            known = {key: self._rate(key) for key in found}
-            total = sum(kind.amount * known[key].mean for key, kind in found.items())
-            errors = {key: kind.amount * known[key].error() for key, kind in found.items()}
+        while kinds:
+            known = {key: self._rate(key) for key in kinds}
+            total = sum(kind.amount * known[key].mean for key, kind in kinds.items())
+            errors = {key: kind.amount * known[key].error() for key, kind in kinds.items()}
             late = time.perf_counter() - began > self._patience_s
             if late or math.hypot(*errors.values()) <= SURE * total:
                 break
             worst = max(errors, key=lambda key: errors[key])
-            self._sample(worst, found[worst].example)
+            self._sample(worst, kinds[worst].example)
             taken = True
         self._patience_s -= time.perf_counter() - began
         return taken
 
-    def _sample(self, key: str, own: Work | None) -> None:
+    def _sample(self, key: str, work: Work | None) -> None:
         """Time an operation once more; None: the interpreter."""
         rate = self._known.setdefault(key, Rate())
-        if own is None:
+        if work is None:
             rate.add(interpreted())
             return
-        most = self._most_flops(own.dtype) if own.flops else MOST_FLOPS
-        tried = self._stand_ins.get(key) or _smaller(own, most)
+        most = self._most_flops(work.dtype) if work.flops else MOST_FLOPS
+        tried = self._stand_ins.get(key) or _smaller(work, most)
         try:
             seconds = self._timed(tried)
         except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError):
             # It does not work on numbers that mean nothing: taken to cost what its kind does.
-            tried = self._stand_ins[key] = _product(own.dtype) if own.flops else _copy()
+            tried = self._stand_ins[key] = _product(work.dtype) if work.flops else _copy()
             seconds = self._timed(tried)
         rate.add(seconds / max(1, tried.flops or tried.bytes))
 
-    def _timed(self, own: Work) -> float:
-        found = [worker.submit(timed, own) for worker in self._workers]
-        return sum(each.result() for each in found) / len(found)
+    def _timed(self, work: Work) -> float:
+        timings = [worker.submit(timed, work) for worker in self._workers]
+        return sum(each.result() for each in timings) / len(timings)
 
     def _read(self) -> dict[str, Rate]:
         if self.path is None:
             return {}
         try:
-            found = json.loads(self.path.read_text(encoding="utf-8"))
-            if found["of"] != self._stamp:
+            kept = json.loads(self.path.read_text(encoding="utf-8"))
+            if kept["of"] != self._stamp:
                 return {}
-            return {key: Rate(**values) for key, values in found["rates"].items()}
+            return {key: Rate(**values) for key, values in kept["rates"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return {}
 
@@ -289,28 +289,28 @@ class Kind:
 
 def _kinds(work: Iterable[Work]) -> dict[str, Kind]:
     """Operations by kind and class of size, and the interpreter's calls for all of them."""
-    found: dict[str, Kind] = {}
-    for own, times in Counter(work).items():
-        kind = found.setdefault(_class_of(own), Kind(own))
-        kind.amount += times * (own.flops or own.bytes)
-        found.setdefault("interpreter", Kind(None)).amount += times * CALLS_PER_OPERATION
-    return found
+    kinds: dict[str, Kind] = {}
+    for operation, times in Counter(work).items():
+        kind = kinds.setdefault(_class_of(operation), Kind(operation))
+        kind.amount += times * (operation.flops or operation.bytes)
+        kinds.setdefault("interpreter", Kind(None)).amount += times * CALLS_PER_OPERATION
+    return kinds
 
 
-def key_of(own: Work) -> str:
+def key_of(work: Work) -> str:
     """The kind of an operation: what it is and in which format."""
-    return f"{own.name}|{str(own.dtype).removeprefix('torch.')}"
+    return f"{work.name}|{str(work.dtype).removeprefix('torch.')}"
 
 
-def _class_of(own: Work) -> str:
+def _class_of(work: Work) -> str:
     """Kind and size: a product's three sizes, another's bytes, in steps of √2 and 2; and layout."""
-    turned = "".join("t" if x.turned() else "-" for x in own.operands)
-    if own.flops:
+    turned = "".join("t" if x.turned() else "-" for x in work.operands)
+    if work.flops:
         sizes = "x".join(
-            str(round(2 * math.log2(max(1, n)))) for x in own.operands[-2:] for n in x.shape
+            str(round(2 * math.log2(max(1, n)))) for x in work.operands[-2:] for n in x.shape
         )
-        return f"{key_of(own)}|{sizes}|{turned}"
-    return f"{key_of(own)}|{round(math.log2(max(1, own.bytes)))}|{turned}"
+        return f"{key_of(work)}|{sizes}|{turned}"
+    return f"{key_of(work)}|{round(math.log2(max(1, work.bytes)))}|{turned}"
 
 
 def _unit(key: str) -> tuple[str, ...]:
@@ -330,28 +330,30 @@ def _copy() -> Work:
     return Work("aten::clone", 0, MOST_BYTES // 4, torch.uint8, clone, (flat,), {})
 
 
-def _smaller(own: Work, most_flops: float | None = None) -> Work:
+def _smaller(work: Work, most_flops: float | None = None) -> Work:
     """An operation as it is or, where that would take long, with fewer rows."""
     most_flops = most_flops or MOST_FLOPS
-    if not own.flops:
-        return _fewer_bytes(own)
-    if own.flops <= most_flops:
-        return own
-    last = own.operands[-2:]
+    if not work.flops:
+        return _fewer_bytes(work)
+    if work.flops <= most_flops:
+        return work
+    last = work.operands[-2:]
     if [len(x.shape) for x in last] == [2, 2]:
         a, b = last
-        rows = max(16, int(a.shape[0] * most_flops / own.flops))
+        rows = max(16, int(a.shape[0] * most_flops / work.flops))
         a = Shaped((rows, a.shape[1]), a.stride, a.dtype)
         flops = 2 * rows * math.prod(b.shape)
-        return Work("aten::mm", flops, own.bytes, own.dtype, torch.ops.aten.mm.default, (a, b), {})
-    if len(own.operands[0].shape) == 4:
-        return _shorter(own, most_flops)
-    return _product(own.dtype)
+        return Work(
+            "aten::mm", flops, work.bytes, work.dtype, torch.ops.aten.mm.default, (a, b), {}
+        )
+    if len(work.operands[0].shape) == 4:
+        return _shorter(work, most_flops)
+    return _product(work.dtype)
 
 
-def _fewer_bytes(own: Work) -> Work:
+def _fewer_bytes(work: Work) -> Work:
     """With fewer tensors where it takes lists of them, then with fewer rows; or a copy."""
-    made = own
+    made = work
     while made.bytes > MOST_BYTES:
         share = MOST_BYTES / made.bytes
         longest = max((len(x) for x in made.args if _lists(x)), default=1)
@@ -366,18 +368,18 @@ def _lists(arg: Any) -> bool:
     return isinstance(arg, (list, tuple)) and any(isinstance(x, Shaped) for x in arg)
 
 
-def _fewer_tensors(own: Work, length: int, share: float) -> Work:
+def _fewer_tensors(work: Work, length: int, share: float) -> Work:
     """The largest of each of the longest lists."""
-    first = next(x for x in own.args if _lists(x) and len(x) == length)
+    first = next(x for x in work.args if _lists(x) and len(x) == length)
     order = sorted(range(length), key=lambda place: -first[place].bytes)
     kept = order[: max(1, int(length * share))]
-    args = tuple([x[i] for i in kept] if _lists(x) and len(x) == length else x for x in own.args)
-    return _counted_anew(own, args, own.kwargs)
+    args = tuple([x[i] for i in kept] if _lists(x) and len(x) == length else x for x in work.args)
+    return _counted_anew(work, args, work.kwargs)
 
 
-def _fewer_rows(own: Work, share: float) -> Work:
+def _fewer_rows(work: Work, share: float) -> Work:
     """Of every tensor that is as long as the largest is along its first dimension."""
-    largest = max(own.tensors, key=lambda x: math.prod(x.shape))
+    largest = max(work.tensors, key=lambda x: math.prod(x.shape))
     axis = next((place for place, n in enumerate(largest.shape) if n > 1), 0)
     length = largest.shape[axis]
     kept = max(1, int(length * share))
@@ -388,20 +390,20 @@ def _fewer_rows(own: Work, share: float) -> Work:
             shape[axis] = kept
         return Shaped(tuple(shape), x.stride, x.dtype)
 
-    args, kwargs = tree_map_only(Shaped, cut, (own.args, dict(own.kwargs)))
-    return _counted_anew(own, args, kwargs)
+    args, kwargs = tree_map_only(Shaped, cut, (work.args, dict(work.kwargs)))
+    return _counted_anew(work, args, kwargs)
 
 
-def _counted_anew(own: Work, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Work:
+def _counted_anew(work: Work, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Work:
     """The operation on less; its results shrink as what it is given does."""
-    made = replace(own, args=args, kwargs=kwargs)
-    before, now = (sum(x.bytes for x in each.tensors) for each in (own, made))
-    return replace(made, bytes=own.bytes * now // max(1, before))
+    changed = replace(work, args=args, kwargs=kwargs)
+    before, now = (sum(x.bytes for x in each.tensors) for each in (work, changed))
+    return replace(changed, bytes=work.bytes * now // max(1, before))
 
 
-def _shorter(own: Work, most_flops: float) -> Work:
+def _shorter(work: Work, most_flops: float) -> Work:
     """Attention over fewer tokens, in one row where several were packed."""
-    rows, _, tokens, _ = own.operands[0].shape
+    rows, _, tokens, _ = work.operands[0].shape
     kept = tokens
 
     def cut(x: Shaped) -> Shaped:
@@ -411,13 +413,13 @@ def _shorter(own: Work, most_flops: float) -> Work:
         ]
         return Shaped(tuple(shape), x.stride, x.dtype)
 
-    made = own
-    while made.flops > most_flops and kept > 1:
+    smaller = work
+    while smaller.flops > most_flops and kept > 1:
         kept //= 2
-        args, kwargs = tree_map_only(Shaped, cut, (own.args, dict(own.kwargs)))
+        args, kwargs = tree_map_only(Shaped, cut, (work.args, dict(work.kwargs)))
         args = tuple([] if isinstance(x, (list, tuple)) else x for x in args)
-        made = replace(own, flops=flops_of(own.func, args, kwargs), args=args, kwargs=kwargs)
-    return made
+        smaller = replace(work, flops=flops_of(work.func, args, kwargs), args=args, kwargs=kwargs)
+    return smaller
 
 
 def _product(dtype: torch.dtype = torch.float32, side: int = 1024) -> Work:
@@ -453,20 +455,22 @@ def interpreted() -> float:
 
 
 @torch.no_grad()
-def timed(own: Work) -> float:
+def timed(work: Work) -> float:
     """Seconds of an operation on real tensors: the mean of a few.
 
     Each time on other tensors: in a step, further operations have used the caches meanwhile.
     """
-    sets = 1 + REPEATS if own.bytes <= MOST_COPIED_BYTES else 1
-    given = [tree_map_only(Shaped, Shaped.made, (own.args, dict(own.kwargs))) for _ in range(sets)]
-    args, kwargs = given[0]
-    result: Any = own.func(*args, **kwargs)  # the first call makes its kernel and its pages
+    sets = 1 + REPEATS if work.bytes <= MOST_COPIED_BYTES else 1
+    copies = [
+        tree_map_only(Shaped, Shaped.made, (work.args, dict(work.kwargs))) for _ in range(sets)
+    ]
+    args, kwargs = copies[0]
+    result: Any = work.func(*args, **kwargs)  # the first call makes its kernel and its pages
     began, times = time.perf_counter(), 0
     while times < REPEATS and (not times or time.perf_counter() - began < BUDGET_S):
         times += 1
-        args, kwargs = given[times % sets]
-        result = own.func(*args, **kwargs)
+        args, kwargs = copies[times % sets]
+        result = work.func(*args, **kwargs)
     seconds = (time.perf_counter() - began) / times
     del result
     return seconds

@@ -64,20 +64,22 @@ def repetition(kinds: Sequence[Any]) -> Repetition:
 
 def kind_of(layer: nn.Module) -> tuple[Any, ...]:
     """What two layers must share to do the same: modules, shapes, formats, what learns of them."""
-    found: list[Any] = []
+    kind: list[Any] = []
     for name, module in layer.named_modules():
-        own: list[Any] = [name, type(module).__name__, "forward" in vars(module)]
+        facts: list[Any] = [name, type(module).__name__, "forward" in vars(module)]
         for key in ("attention_type", "is_sliding", "sliding_window", "use_rope", "layer_type"):
-            own.append(str(getattr(module, key, None)))
+            facts.append(str(getattr(module, key, None)))
         for factors in (getattr(module, "lora_A", None), getattr(module, "lora_B", None)):
             if factors is not None:
-                own += [(key, tuple(getattr(value, "shape", ()))) for key, value in factors.items()]
-        own += [
+                facts += [
+                    (key, tuple(getattr(value, "shape", ()))) for key, value in factors.items()
+                ]
+        facts += [
             (key, tuple(value.shape), value.dtype, value.requires_grad)
             for key, value in module.named_parameters(recurse=False)
         ]
-        found.append(tuple(map(str, own)))
-    return tuple(found)
+        kind.append(tuple(map(str, facts)))
+    return tuple(kind)
 
 
 class NotAlike(Exception):
@@ -97,28 +99,28 @@ def unrolled(timeline: Timeline, units: int, first_run: int) -> Timeline:
     """
     _require_alike(timeline, first_run)
     names = _Names(units)
-    made = Timeline(runs=timeline.runs)
+    whole = Timeline(runs=timeline.runs)
     grouped = groupby(timeline.events, key=lambda event: (event.run, event.layer))
     stretches = [(run, layer, list(events)) for (run, layer), events in grouped]
     for place, (run, layer, events) in enumerate(stretches):
         if run < first_run or layer in (OUTSIDE, 0):
-            made.events += [names.event(e, {}) for e in events]
+            whole.events += [names.event(e, {}) for e in events]
             continue
         if layer == TRACED - 1:
-            made.events += [names.event(e, {layer: units - 1, 2: units - 2}) for e in events]
+            whole.events += [names.event(e, {layer: units - 1, 2: units - 2}) for e in events]
             continue
         if layer == 1:
-            made.events += [names.event(e, {}) for e in events]
+            whole.events += [names.event(e, {}) for e in events]
             continue
         rising = timeline.runs[run].phase != "backward"
         other = events if rising else _stretch_of(stretches, place, run, 1)
         for unit, template, shift in _copies(units, rising):
             source = events if template == 2 else other
-            made.events += [names.event(e, shift) for e in source]
+            whole.events += [names.event(e, shift) for e in source]
             del unit
-    _require_born(made)
-    made.work = _repeated_work(timeline, units, first_run)
-    return made
+    _require_born(whole)
+    whole.work = _repeated_work(timeline, units, first_run)
+    return whole
 
 
 def _require_born(timeline: Timeline) -> None:
@@ -168,11 +170,11 @@ class _Names:
         block = event.block
         layer = self._moved(block.layer, shift)
         key = (block.run, layer, block.ordinal)
-        made = self._made.get(key)
-        if made is None:
-            made = Block(block.bytes, block.part, layer, block.run, block.ordinal)
-            self._made[key] = made
-        return Event(made, event.born, event.run, self._moved(event.place, shift))
+        repeated = self._made.get(key)
+        if repeated is None:
+            repeated = Block(block.bytes, block.part, layer, block.run, block.ordinal)
+            self._made[key] = repeated
+        return Event(repeated, event.born, event.run, self._moved(event.place, shift))
 
     def _moved(self, layer: int, shift: dict[int, int]) -> int:
         if layer in shift:
@@ -192,16 +194,16 @@ def _require_alike(timeline: Timeline, first_run: int) -> None:
             block = event.block
             if block.run < first_run:
                 continue
-            own = (event.born, block.bytes, block.run, block.ordinal)
+            facts = (event.born, block.bytes, block.run, block.ordinal)
             if block.layer == event.layer:
-                seen[event.layer].setdefault(event.run, []).append(own)
+                seen[event.layer].setdefault(event.run, []).append(facts)
     if seen[1] != seen[2]:
         raise NotAlike("the layers in the middle differ")
 
 
 def _repeated_work(timeline: Timeline, units: int, first_run: int) -> list[Any]:
-    found = []
+    works = []
     for run, layer, work in timeline.work:
         times = units - TRACED + 1 if layer == 2 and run >= first_run else 1
-        found += [(run, layer, work)] * times
-    return found
+        works += [(run, layer, work)] * times
+    return works

@@ -81,7 +81,7 @@ class Found:
         """Plain values, for JSON."""
         return {
             "best": None if self.best is None else self.best.to_dict(),
-            "tried": [own.to_dict() for own in self.tried],
+            "tried": [candidate.to_dict() for candidate in self.tried],
         }
 
 
@@ -106,17 +106,21 @@ def fastest(
     tried: list[Candidate] = []
     length = recipe.max_length
     while True:
-        own = recipe if length == recipe.max_length else recipe.changed({"max_length": length})
-        tried += _at_one_length(own, planner, fixed, told, len(recipe.cohort()))
+        shortened = (
+            recipe if length == recipe.max_length else recipe.changed({"max_length": length})
+        )
+        tried += _at_one_length(shortened, planner, fixed, told, len(recipe.cohort()))
         fitting = [c for c in tried if c.plan is not None and c.plan.fits()]
         if fitting or length // 2 < SHORTEST or "max_length" in fixed:
             break
         length //= 2
     if not fitting:
         return Found(None, tuple(tried))
-    best = max(fitting, key=lambda own: own.tokens_per_s or 0.0)
+    best = max(fitting, key=lambda candidate: candidate.tokens_per_s or 0.0)
     why = "the fastest" if best.tokens_per_s else "the first that fits; no time is predicted"
-    named = [own if own is not best else replace(own, why=why) for own in tried]
+    named = [
+        candidate if candidate is not best else replace(candidate, why=why) for candidate in tried
+    ]
     return Found(named[tried.index(best)], tuple(named))
 
 
@@ -132,11 +136,11 @@ def _at_one_length(
         if name == "QLoRA" and whole_step:
             tried.append(Candidate("QLoRA", settings, None, "LoRA fits whole and is faster"))
             continue
-        for saver, own in _savers(fixed):
+        for saver, saver_settings in _savers(fixed):
             what = ", ".join([name, *saver, f"{recipe.max_length} tokens"])
             if told is not None:
                 told(what)
-            asked = {**as_method(recipe, name), **own}
+            asked = {**as_method(recipe, name), **saver_settings}
             candidate = largest_micro_batch(recipe, asked, planner, what)
             tried.append(candidate)
             plan = candidate.plan
@@ -225,15 +229,15 @@ def most(margin: Callable[[int], float], low: int, high: int) -> int:
     while high - low > 1:
         share = bottom / (bottom - top) if bottom > top else 0.5
         guess = min(high - 1, max(low + 1, low + int((high - low) * share)))
-        if (found := margin(guess)) >= 0:
-            low, bottom = guess, found
+        if (margin_there := margin(guess)) >= 0:
+            low, bottom = guess, margin_there
             if high - low > 1:  # a straight line is over at the next one
                 following = margin(low + 1)
                 if following < 0:
                     return low
                 low, bottom = low + 1, following
         else:
-            high, top = guess, found
+            high, top = guess, margin_there
     return low
 
 
@@ -342,28 +346,28 @@ def largest(
         fixed: Settings that must stay as they are.
         told: Told what is being looked at.
     """
-    found: list[Sized] = []
+    sized: list[Sized] = []
     there = False
-    for name, parameters in sorted(models, key=lambda own: -(own[1] or 0)):
+    for name, parameters in sorted(models, key=lambda model: -(model[1] or 0)):
         if parameters is None:
-            found.append(Sized(name, None, None, "it cannot be described"))
+            sized.append(Sized(name, None, None, "it cannot be described"))
             continue
         if there:
-            found.append(Sized(name, parameters, None, "smaller than one that fits"))
+            sized.append(Sized(name, parameters, None, "smaller than one that fits"))
             continue
         if told is not None:
             told(name)
-        own = recipe(name)
-        least = _least(own, planner, fixed)
+        of_model = recipe(name)
+        least = _least(of_model, planner, fixed)
         if isinstance(least, str):
-            found.append(Sized(name, parameters, None, least))
+            sized.append(Sized(name, parameters, None, least))
             continue
-        best = fastest(own, planner, fixed=fixed, told=told).best
+        best = fastest(of_model, planner, fixed=fixed, told=told).best
         there = best is not None
-        found.append(
+        sized.append(
             Sized(name, parameters, best, "the largest that fits" if there else "too large")
         )
-    return found
+    return sized
 
 
 def _least(recipe: Recipe, planner: Planner, fixed: Sequence[str]) -> Plan | str:

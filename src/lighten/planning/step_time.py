@@ -61,14 +61,14 @@ def workers_of(traced: Traced) -> int:
 
 def parts_of(traced: Traced) -> list[Part]:
     """The last traced step, micro-batch by micro-batch, and its optimiser's part."""
-    found: dict[int, list[Work]] = {}
+    works_of: dict[int, list[Work]] = {}
     for run, _, work in traced.timeline.work:
-        own = traced.timeline.runs[run]
-        if own.step == STEPS - 1:
-            place = -1 if own.phase == "optimiser step" else own.micro_batch
-            found.setdefault(place, []).append(work)
+        pass_run = traced.timeline.runs[run]
+        if pass_run.step == STEPS - 1:
+            place = -1 if pass_run.phase == "optimiser step" else pass_run.micro_batch
+            works_of.setdefault(place, []).append(work)
     parts, waited = [], _waits(traced) / workers_of(traced)
-    for place, works in found.items():
+    for place, works in works_of.items():
         alone = place < 0
         share = 1.0 if alone else traced.share_of(place)
         parts.append(Part(works, share, share if alone else share * waited, alone))
@@ -80,10 +80,10 @@ def _waits(traced: Traced) -> float:
     workers = workers_of(traced)
     longest = total = 0
     for group in traced.setup.groups(traced.setup.adapters):
-        names = {own.name for own in group}
+        names = {adapter.name for adapter in group}
         tokens = [traced.tokens(place) for place, part in enumerate(traced.batches)
                   if part[0].member in names]  # fmt: skip
-        longest += max(sum(tokens[i] for i in own) for own in even_shares(tokens, workers))
+        longest += max(sum(tokens[i] for i in share) for share in even_shares(tokens, workers))
         total += sum(tokens)
     return longest * workers / total
 

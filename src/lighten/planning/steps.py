@@ -111,19 +111,20 @@ class Traced:
 
         Each worker sums those of the adapters in its own micro-batches.
         """
-        found = 0
+        most = 0
         for group in self.setup.groups(self.setup.adapters):
             size: dict[str | None, int] = {
-                own.name: sum(4 * p.numel() for p in own.parameters.values()) for own in group
+                adapter.name: sum(4 * p.numel() for p in adapter.parameters.values())
+                for adapter in group
             }
             mine = [place for place, part in enumerate(self.batches) if part[0].member in size]
             shares = even_shares([self.tokens(place) for place in mine], workers)
             summed = [
-                {item.member for i in own for item in self.batches[mine[i]]} for own in shares
+                {item.member for i in share for item in self.batches[mine[i]]} for share in shares
             ]
             every = sum(size[name] for names in summed for name in names)
-            found = max(found, every - sum(size.values()))
-        return found
+            most = max(most, every - sum(size.values()))
+        return most
 
     @property
     def step_tokens(self) -> int:
@@ -150,28 +151,28 @@ def largest_step(
     names = [member.name for member in setup.adapters]
 
     def cut(items: list[Item], lengths: Sequence[int]) -> list[list[Item]]:
-        found: list[list[Item]] = []
+        parts: list[list[Item]] = []
         for group in setup.groups(setup.adapters):
-            own = {member.name for member in group}
-            found += layout(
-                [item for item in items if item.member in own], lengths,
+            names_of_group = {member.name for member in group}
+            parts += layout(
+                [item for item in items if item.member in names_of_group], lengths,
                 max_rows=setup.rows_per_microbatch,
                 max_tokens=setup.tokens_per_microbatch, packed=packed, workers=setup.workers,
             )  # fmt: skip
-        return found
+        return parts
 
     if given is None or isinstance(given, tuple):
         rows, tokens = given or (setup.examples_per_step, recipe.max_length)
         return cut([Item(name, 0, row) for name in names for row in range(rows)], [tokens]), [
             tokens
         ]
-    lengths = [min(own, recipe.max_length) for own in given]
+    lengths = [min(length, recipe.max_length) for length in given]
     orders = [
         steps_of_epoch(
-            lengths, setup.examples_per_step, seed=own.seed, epoch=0,
+            lengths, setup.examples_per_step, seed=options.seed, epoch=0,
             group_by_length=recipe.group_by_length,
         )
-        for own in recipe.cohort()
+        for options in recipe.cohort()
     ]  # fmt: skip
     steps = [
         cut([Item(name, row, row) for name, own in zip(names, rows, strict=True) for row in own],
@@ -189,7 +190,7 @@ def _weight(lengths: Sequence[int], packed: bool) -> float:
     """What a micro-batch needs, in arbitrary units: to tell which of many is the largest."""
     if not packed:
         lengths = [max(lengths)] * len(lengths)
-    return sum(own * (1 + own / ATTENTION_IS_HALF) for own in lengths)
+    return sum(length * (1 + length / ATTENTION_IS_HALF) for length in lengths)
 
 
 def follow_recipe(
@@ -278,23 +279,23 @@ def _require_traceable(cut: list[list[Item]], lengths: Sequence[int]) -> None:
 def _mean_tokens(recipe: Recipe, given: tuple[int, int] | Sequence[int] | None) -> int:
     if given is None or isinstance(given, tuple):
         return given[1] if given else recipe.max_length
-    return sum(min(own, recipe.max_length) for own in given) // max(1, len(given))
+    return sum(min(length, recipe.max_length) for length in given) // max(1, len(given))
 
 
 def traced_places(setup: Setup, cut: list[list[Item]]) -> list[int]:
     """The first micro-batches of each group of adapters, and of each adapter the first."""
-    found = []
+    places = []
     for group in setup.groups(setup.adapters):
         names = {member.name for member in group}
-        own = [place for place, part in enumerate(cut) if part[0].member in names]
+        places_of_group = [place for place, part in enumerate(cut) if part[0].member in names]
         seen: set[str | None] = set()
-        for count, place in enumerate(own):
+        for count, place in enumerate(places_of_group):
             members = {item.member for item in cut[place]}
             # Whoever has not learnt yet has neither gradients nor optimiser state.
             if count < MICRO_BATCHES or not members <= seen:
-                found.append(place)
+                places.append(place)
             seen |= members
-    return found
+    return places
 
 
 def collated(
@@ -309,7 +310,9 @@ def collated(
         supervised: Share of each row's tokens that are supervised, at its end.
     """
     wanted = {item.row for part in cut for item in part}
-    data = [row_of(own if row in wanted else 1, supervised) for row, own in enumerate(lengths)]
+    data = [
+        row_of(length if row in wanted else 1, supervised) for row, length in enumerate(lengths)
+    ]
     names = [member.name for member in setup.adapters]
     packed = setup.objective.packs
     return [collate(part, data, names, packed=packed) for part in cut]
@@ -347,8 +350,8 @@ def run_steps(
                 scaler.step_number, scaler.micro_batch = step, -1
                 for group in setup.groups(setup.adapters):
                     names = {member.name for member in group}
-                    own = [batch for batch in batches if batch.items[0].member in names]
-                    train_step(own, group, setup.objective, setup.accelerator, scaler)
+                    of_group = [batch for batch in batches if batch.items[0].member in names]
+                    train_step(of_group, group, setup.objective, setup.accelerator, scaler)
                     _mark_state(group, tracker)
     finally:
         for hook in hooks:
@@ -391,8 +394,8 @@ def _mark_learning(
     pattern = re.compile(rf"{re.escape(listed)}\.(\d+)\.") if listed else None
     for member in setup.adapters:
         for key, parameter in member.parameters.items():
-            found = pattern.search(key) if pattern else None
-            place = places.get(int(found[1])) if found else None
+            match = pattern.search(key) if pattern else None
+            place = places.get(int(match[1])) if match else None
             unit = None if place is None else repetition.unit(place)
             tracker.mark(parameter, "base weights" if whole else "adapters", unit)
 
@@ -404,18 +407,18 @@ def _sizes(base: models.Base) -> list[int]:
 
 def _frozen(setup: Setup) -> int:
     """Bytes of the weights and constants that do not learn, tied ones once."""
-    learning = _storages([p for own in setup.adapters for p in own.parameters.values()])
+    learning = _storages([p for adapter in setup.adapters for p in adapter.parameters.values()])
     every = _storages(_weights(setup.base.model))
     return sum(size for key, size in every.items() if key not in learning)
 
 
 def _weights(model: nn.Module) -> list[Tensor]:
     """Parameters, and the scales of those that are quantised."""
-    found: list[Tensor] = [*model.parameters()]
+    weights: list[Tensor] = [*model.parameters()]
     for layer in model.modules():
         if hasattr(layer, "dense_weight") and not hasattr(layer, "streamed_bytes"):
-            found += quantized.scales_of(layer.weight)
-    return found
+            weights += quantized.scales_of(layer.weight)
+    return weights
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:

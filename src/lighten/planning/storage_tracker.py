@@ -122,11 +122,11 @@ class Timeline:
 
     def live(self) -> list[int]:
         """Bytes alive after each event."""
-        found, now = [], 0
+        sizes, now = [], 0
         for event in self.events:
             now += event.block.bytes if event.born else -event.block.bytes
-            found.append(now)
-        return found
+            sizes.append(now)
+        return sizes
 
     def forget_what_went_before(self, first_run: int) -> None:
         """Leave out what was born and died before a pass.
@@ -138,11 +138,11 @@ class Timeline:
 
     def alive_at(self, place: int) -> dict[str, int]:
         """Bytes by part after the event of that index."""
-        found: dict[str, int] = {}
+        parts: dict[str, int] = {}
         for event in self.events[: place + 1]:
             size = event.block.bytes if event.born else -event.block.bytes
-            found[event.block.part] = found.get(event.block.part, 0) + size
-        return found
+            parts[event.block.part] = parts.get(event.block.part, 0) + size
+        return parts
 
 
 class StorageTracker(TorchDispatchMode):
@@ -200,35 +200,35 @@ class StorageTracker(TorchDispatchMode):
         given = [*inside(args, Tensor)] if fresh else []
         for place, tensor in enumerate(fresh):
             # A result of a list (one norm per gradient) belongs where its own input does.
-            own = given[place : place + 1] if len(fresh) > 1 else given[:1]
-            self._birth(tensor, own)
+            sources = given[place : place + 1] if len(fresh) > 1 else given[:1]
+            self._birth(tensor, sources)
 
     def _makes_kernel(self, func: Any, args: tuple[Any, ...]) -> bool:
         """Whether this is the first product of its shapes in a format that oneDNN multiplies."""
         if func not in PRODUCTS:
             return False
-        given = [x for x in args if isinstance(x, Tensor)]
-        key = (func, *((x.shape, x.stride(), x.dtype) for x in given))
-        if given[0].dtype not in OF_ONEDNN or key in self._products:
+        tensors = [x for x in args if isinstance(x, Tensor)]
+        key = (func, *((x.shape, x.stride(), x.dtype) for x in tensors))
+        if tensors[0].dtype not in OF_ONEDNN or key in self._products:
             return False
         self._products.add(key)
         return True
 
-    def _birth(self, tensor: Tensor, given: list[Tensor]) -> Block:
+    def _birth(self, tensor: Tensor, sources: list[Tensor]) -> Block:
         storage = tensor.untyped_storage()
         if (known := self._seen.get(id(storage))) is not None:
             return known[1]
         layer = self._layer
-        if layer == OUTSIDE and given:
-            source = self._seen.get(id(given[0].untyped_storage()))
+        if layer == OUTSIDE and sources:
+            source = self._seen.get(id(sources[0].untyped_storage()))
             layer = source[1].layer if source is not None else OUTSIDE
         block = self._born(storage.nbytes(), self._part(), layer)
         key = id(storage)
 
         def gone(_: Any) -> None:
-            _, own = self._seen.pop(key, (None, block))
-            if self._open and not self._taken_over(own):
-                self._event(own, False)
+            _, gone_block = self._seen.pop(key, (None, block))
+            if self._open and not self._taken_over(gone_block):
+                self._event(gone_block, False)
 
         self._seen[key] = (weakref.ref(storage, gone), block)
         return block

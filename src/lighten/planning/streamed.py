@@ -41,13 +41,13 @@ class PlannedFeed:
 
     def __init__(self, layers: list[LayerPieces]) -> None:
         self.layers = layers
-        size = max(own.bytes for own in layers)
+        size = max(layer.bytes for layer in layers)
         self.slots = [torch.empty(size, dtype=torch.uint8) for _ in range(SLOTS)]
 
     @property
     def base_bytes(self) -> int:
         """Of all layers, in their slots' form."""
-        return sum(own.bytes for own in self.layers)
+        return sum(layer.bytes for layer in self.layers)
 
     @property
     def slot_bytes(self) -> int:
@@ -70,21 +70,21 @@ def stream(model: PreTrainedModel, compute: torch.dtype) -> PlannedFeed:
         UserError: The architecture does not say which of its layers are alike, or stacks experts.
     """
     layers = decoder_layers(model)
-    stacked = any(own.dim() == 3 for layer in layers for own in layer.parameters())
+    stacked = any(parameter.dim() == 3 for layer in layers for parameter in layer.parameters())
     if not layers or stacked:
         raise UserError(f"offload_base: the layers of {type(model).__name__} cannot be streamed")
     paths = {id(module): path for path, module in model.named_modules()}
     absent = []
     for place, layer in enumerate(layers):
-        pieces, own = LayerPieces(), Absent(place)
+        pieces, absent_weights = LayerPieces(), Absent(place)
         for module in list(layer.modules()):
-            made = _streamed(module, compute, pieces, own)
-            if made is not None:
-                model.set_submodule(paths[id(module)], made)
-        absent.append((pieces, own))
+            streamed = _streamed(module, compute, pieces, absent_weights)
+            if streamed is not None:
+                model.set_submodule(paths[id(module)], streamed)
+        absent.append((pieces, absent_weights))
     feed = PlannedFeed([pieces for pieces, _ in absent])
-    for _, own in absent:
-        own.feed = feed
+    for _, absent_weights in absent:
+        absent_weights.feed = feed
     return feed
 
 
@@ -100,9 +100,9 @@ def _streamed(
     if not packed:
         return StreamedLinear(was, absent, pieces.add("", compute, layer.weight.shape))
     state = layer.weight.quant_state
-    own = pieces.add("", torch.uint8, layer.weight.shape)
+    place = pieces.add("", torch.uint8, layer.weight.shape)
     scales = pieces.add("", state.absmax.dtype, state.absmax.shape)
-    return StreamedLinear4bit(was, absent, own, scales, state)
+    return StreamedLinear4bit(was, absent, place, scales, state)
 
 
 def with_reading(
@@ -133,7 +133,7 @@ def with_reading(
             f"step ({how}; {RATE}=BYTES_PER_SECOND says the rate)"
         )
     seconds = read / rate
-    said = f"each step reads {read / 1e9:.1f} GB of layers at {rate / 1e6:,.0f} MB/s ({how})"
+    sentence = f"each step reads {read / 1e9:.1f} GB of layers at {rate / 1e6:,.0f} MB/s ({how})"
     slower = replace(
         time_of_step,
         seconds=max(time_of_step.seconds, seconds),
@@ -141,18 +141,20 @@ def with_reading(
         high=max(time_of_step.high, seconds * 1.5),
         bytes_moved=time_of_step.bytes_moved + read,
     )
-    return slower, said + ("" if seconds < time_of_step.seconds else ", which is what it waits for")
+    return slower, sentence + (
+        "" if seconds < time_of_step.seconds else ", which is what it waits for"
+    )
 
 
 def file_bytes(feed: Any, stored: torch.dtype) -> int:
     """Of the streamed layers as they lie in their files."""
-    found = 0
+    total = 0
     for layer in feed.layers:
         for piece in layer.pieces:
             dense = piece.dtype.is_floating_point and len(piece.shape) == 2  # scales have one
             size = stored.itemsize if dense else piece.dtype.itemsize
-            found += piece.bytes // piece.dtype.itemsize * size
-    return found
+            total += piece.bytes // piece.dtype.itemsize * size
+    return total
 
 
 def read_rate(folder: Path, *, where: str, here: bool) -> tuple[float | None, str]:
@@ -166,13 +168,13 @@ def read_rate(folder: Path, *, where: str, here: bool) -> tuple[float | None, st
     Raises:
         UserError: `LIGHTEN_READ_RATE` is no number.
     """
-    if given := os.environ.get(RATE):
+    if text := os.environ.get(RATE):
         try:
-            rate = float(given)
+            rate = float(text)
         except ValueError:
             rate = 0.0
         if not rate > 0:
-            raise UserError(f"{RATE} is {given!r}; give bytes per second, such as 2e9")
+            raise UserError(f"{RATE} is {text!r}; give bytes per second, such as 2e9")
         return rate, RATE
     if where == "cpu":
         return None, "copies from main memory to the GPU are not measured"
@@ -187,14 +189,14 @@ def _measured(folder: Path) -> tuple[float | None, str]:
     with _disable_current_modes():
         shards = Shards.of(folder)
         known = sorted(
-            (name for name, own in shards.items() if own.kind in DTYPES),
+            (name for name, shard in shards.items() if shard.kind in DTYPES),
             key=lambda name: -shards[name].bytes,
         )
         total, began = 0, time.perf_counter()
         for name in known:
-            own = shards[name]
-            shards.read(name, torch.empty(own.shape, dtype=DTYPES[own.kind]))
-            total += own.bytes
+            shard = shards[name]
+            shards.read(name, torch.empty(shard.shape, dtype=DTYPES[shard.kind]))
+            total += shard.bytes
             if total >= MEASURED_BYTES:
                 break
         seconds = time.perf_counter() - began

@@ -32,22 +32,22 @@ def verdict(plan: Plan) -> str:
 
 def lines(plan: Plan) -> list[str]:
     """What a training run says of its plan: a line, and a second one where it is in doubt."""
-    told = f"plan: {gib(plan.memory.expected)} at the peak"
+    verdict = f"plan: {gib(plan.memory.expected)} at the peak"
     if plan.capacity is not None:
-        told += f" of {gib(plan.capacity)}"
+        verdict += f" of {gib(plan.capacity)}"
     largest = sorted(plan.memory.parts, key=lambda part: -part.bytes)[:2]
-    told += f" ({', '.join(f'{part.name} {gib(part.bytes)}' for part in largest)})"
+    verdict += f" ({', '.join(f'{part.name} {gib(part.bytes)}' for part in largest)})"
     if plan.time is not None:
-        told += f", {seconds(plan.time.seconds)} per step"
+        verdict += f", {seconds(plan.time.seconds)} per step"
         if plan.run_seconds is not None:
-            told += f", {duration(plan.run_seconds)} in all"
-    found = [told]
+            verdict += f", {duration(plan.run_seconds)} in all"
+    lines = [verdict]
     if plan.fits() is None and plan.capacity is not None:
-        found.append(
+        lines.append(
             f"it might not fit: between {gib(plan.memory.low)} and {gib(plan.memory.high)}; "
             "lighten plan shows what would need less"
         )
-    return found
+    return lines
 
 
 def part_rows(plan: Plan) -> list[list[str]]:
@@ -89,36 +89,38 @@ def fact_rows(plan: Plan) -> list[list[str]]:
             ["time of the largest step", f"{seconds(time.seconds)} (low {seconds(time.low)}, high "
                               f"{seconds(time.high)}); {time.rates}"]
         )  # fmt: skip
-        told = "not known without data or max_steps"
+        duration_text = "not known without data or max_steps"
         if plan.run_seconds is not None:
-            told = f"{duration(plan.run_seconds)} for {counted(plan.steps or 0, 'step')}"
-        rows.append(["time of the run", told])
-    return rows + [[CHOICES.get(what, what), said] for what, said in plan.choices.items()]
+            duration_text = f"{duration(plan.run_seconds)} for {counted(plan.steps or 0, 'step')}"
+        rows.append(["time of the run", duration_text])
+    return rows + [[CHOICES.get(what, what), choice] for what, choice in plan.choices.items()]
 
 
 def _data_rows(data: DataCost | None) -> list[list[str]]:
     """What the data take, if they were read."""
     if data is None:
         return []
-    told = f"{counted(data.rows, 'row')}, {counted(data.tokens, 'token')}: "
-    told += f"{size(data.resident_bytes)}, mapped from disk"
+    sentence = f"{counted(data.rows, 'row')}, {counted(data.tokens, 'token')}: "
+    sentence += f"{size(data.resident_bytes)}, mapped from disk"
     if data.encoding_bytes:
-        told += f"; {gib(data.encoding_bytes)} while they are encoded, before the model is loaded"
-    return [["data", told]]
+        sentence += (
+            f"; {gib(data.encoding_bytes)} while they are encoded, before the model is loaded"
+        )
+    return [["data", sentence]]
 
 
 def change_rows(plan: Plan) -> list[list[str]]:
     """A row per change: its number, what, what it saves, how much slower, whether it fits."""
     fits = {True: "yes", False: "no", None: "maybe"}
     return [
-        [str(place), own.what, gib(own.saves_bytes), slower(own), fits[own.fits]]
-        for place, own in enumerate(plan.changes, 1)
+        [str(place), change.what, gib(change.saves_bytes), slower(change), fits[change.fits]]
+        for place, change in enumerate(plan.changes, 1)
     ]
 
 
 def change_flags(plan: Plan) -> list[str]:
     """A line per change with the flags that make it, by the numbers of `change_rows`."""
-    return [f"{place}: {flags(own.differing)}" for place, own in enumerate(plan.changes, 1)]
+    return [f"{place}: {flags(change.differing)}" for place, change in enumerate(plan.changes, 1)]
 
 
 def with_change(plan: Plan) -> str | None:
@@ -126,17 +128,17 @@ def with_change(plan: Plan) -> str | None:
     return enough(plan.to_dict())
 
 
-def change(own: Change) -> str:
+def change(change: Change) -> str:
     """A change as one line."""
-    fits = {True: "it fits then", False: "not enough alone", None: "it might fit then"}[own.fits]
-    return f"{own.what}: saves {gib(own.saves_bytes)}, {slower(own)}; {fits}"
+    fits = {True: "it fits then", False: "not enough alone", None: "it might fit then"}[change.fits]
+    return f"{change.what}: saves {gib(change.saves_bytes)}, {slower(change)}; {fits}"
 
 
-def slower(own: Change) -> str:
+def slower(change: Change) -> str:
     """The slowdown in words."""
-    if own.slowdown is None:
+    if change.slowdown is None:
         return "time not known"
-    per_cent = round(100 * (own.slowdown - 1))
+    per_cent = round(100 * (change.slowdown - 1))
     if per_cent == 0:
         return "as fast"
     return f"{abs(per_cent)} % {'slower' if per_cent > 0 else 'faster'}"
@@ -161,13 +163,15 @@ def _value(value: Any) -> str:
     )
 
 
-def probe_rows(own: Probed) -> list[list[str]]:
+def probe_rows(probed: Probed) -> list[list[str]]:
     """Predicted beside measured."""
-    rows = [["peak memory", gib(own.predicted_bytes), gib(own.peak_bytes),
-             _error(own.predicted_bytes, own.peak_bytes)]]  # fmt: skip
-    if own.predicted_seconds is not None and own.step_seconds is not None:
-        rows.append(["time per step", seconds(own.predicted_seconds), seconds(own.step_seconds),
-                     _error(own.predicted_seconds, own.step_seconds)])  # fmt: skip
+    rows = [["peak memory", gib(probed.predicted_bytes), gib(probed.peak_bytes),
+             _error(probed.predicted_bytes, probed.peak_bytes)]]  # fmt: skip
+    if probed.predicted_seconds is not None and probed.step_seconds is not None:
+        rows.append(
+            ["time per step", seconds(probed.predicted_seconds), seconds(probed.step_seconds),
+             _error(probed.predicted_seconds, probed.step_seconds)]
+        )  # fmt: skip
     return rows
 
 
@@ -175,96 +179,101 @@ def _error(predicted: float, measured: float | None) -> str:
     return f"{100 * (predicted / measured - 1):+.1f} %" if measured else "–"
 
 
-def candidate_row(own: Candidate, best: bool) -> list[str]:
+def candidate_row(candidate: Candidate, best: bool) -> list[str]:
     """A row of what a search looked at."""
-    plan = own.plan
+    plan = candidate.plan
     if plan is None:
-        return [own.what, "–", "–", "–", own.why]
-    rate = own.tokens_per_s
+        return [candidate.what, "–", "–", "–", candidate.why]
+    rate = candidate.tokens_per_s
     shape = plan.shape
     return [
-        f"{'▶ ' if best else ''}{own.what}", f"{shape.rows} × {shape.micro_batches}",
-        gib(plan.memory.expected), "–" if rate is None else f"{rate:,.0f}", own.why,
+        f"{'▶ ' if best else ''}{candidate.what}", f"{shape.rows} × {shape.micro_batches}",
+        gib(plan.memory.expected), "–" if rate is None else f"{rate:,.0f}", candidate.why,
     ]  # fmt: skip
 
 
-def best_of(own: Candidate) -> str:
+def best_of(candidate: Candidate) -> str:
     """What a search's answer is, by what is known of its time."""
-    if own.tokens_per_s is None:
+    if candidate.tokens_per_s is None:
         return "the first that fits, as no time is predicted"
     return "the fastest that fits"
 
 
-def sized_row(own: Sized) -> list[str]:
+def sized_row(sized: Sized) -> list[str]:
     """A row of a list of models."""
-    size = "–" if own.parameters is None else f"{own.parameters / 1e9:,.2f} B"
-    if own.best is None or own.best.plan is None:
-        return [own.model, size, "–", "–", "–", own.why]
-    rate = own.best.tokens_per_s
-    return [own.model, size, own.best.what, gib(own.best.plan.memory.expected),
-            "–" if rate is None else f"{rate:,.0f}", own.why]  # fmt: skip
+    size = "–" if sized.parameters is None else f"{sized.parameters / 1e9:,.2f} B"
+    if sized.best is None or sized.best.plan is None:
+        return [sized.model, size, "–", "–", "–", sized.why]
+    rate = sized.best.tokens_per_s
+    return [sized.model, size, sized.best.what, gib(sized.best.plan.memory.expected),
+            "–" if rate is None else f"{rate:,.0f}", sized.why]  # fmt: skip
 
 
-def spread_verdict(own: Distributed) -> str:
+def spread_verdict(spread: Distributed) -> str:
     """Whether each of many ranks fits, in a sentence."""
-    end = {True: "fits", False: "does not fit", None: "might not fit"}[own.fits()]
+    end = {True: "fits", False: "does not fit", None: "might not fit"}[spread.fits()]
     return (
-        f"{own.strategy} over {counted(own.ranks, 'rank')} on {counted(own.nodes, 'node')}: "
-        f"{gib(own.device_bytes)} "
-        f"per rank of {gib(own.capacity)}, which {end}"
+        f"{spread.strategy} over {counted(spread.ranks, 'rank')} "
+        f"on {counted(spread.nodes, 'node')}: {gib(spread.device_bytes)} "
+        f"per rank of {gib(spread.capacity)}, which {end}"
     )
 
 
-def spread_rows(own: Distributed) -> list[list[str]]:
+def spread_rows(spread: Distributed) -> list[list[str]]:
     """What one rank needs."""
-    volume, states = own.volume, own.states
+    volume, states = spread.volume, spread.states
     rows = [
-        ["GPU memory", f"{gib(own.device_bytes)} (low {gib(own.low)}, high {gib(own.high)})"],
-        ["main memory", gib(own.host_bytes)],
+        ["GPU memory",
+         f"{gib(spread.device_bytes)} (low {gib(spread.low)}, high {gib(spread.high)})"],
+        ["main memory", gib(spread.host_bytes)],
         ["weights gathered per step", f"{size(volume.gather)} sent by each rank"],
         ["gradients reduced per step", f"{size(volume.reduce)} sent by each rank, of "
                                        f"{size(states.gradients)} of gradients"],
         ["of it between nodes alone", size(volume.across)],
         ["to main memory and back", size(volume.host)],
     ]  # fmt: skip
-    if own.communication_s is not None:
-        rows.append(["links busy per step", seconds(own.communication_s)])
-    if own.step_s is not None:
-        hidden, plain = own.step_s
+    if spread.communication_s is not None:
+        rows.append(["links busy per step", seconds(spread.communication_s)])
+    if spread.step_s is not None:
+        hidden, plain = spread.step_s
         rows.append(["time per step", f"{seconds(hidden)} (all of it behind computing) to "
                                       f"{seconds(plain)} (none)"])  # fmt: skip
     return rows
 
 
-def serving_verdict(own: Serving) -> str:
+def serving_verdict(serving: Serving) -> str:
     """Whether a server fits, in a sentence."""
-    told = f"{own.model} on {own.device}: {gib(own.total)}"
-    if own.capacity is None:
-        return told
-    told += f" of {gib(own.capacity)}, which {'fits' if own.fits() else 'does not fit'}"
-    if own.most_sequences is not None:
-        told += f"; {counted(own.most_sequences, 'sequence')} of {own.context:,} tokens would"
-    return told
+    verdict = f"{serving.model} on {serving.device}: {gib(serving.total)}"
+    if serving.capacity is None:
+        return verdict
+    verdict += f" of {gib(serving.capacity)}, which {'fits' if serving.fits() else 'does not fit'}"
+    if serving.most_sequences is not None:
+        verdict += (
+            f"; {counted(serving.most_sequences, 'sequence')} of {serving.context:,} tokens would"
+        )
+    return verdict
 
 
-def serving_rows(own: Serving) -> list[list[str]]:
+def serving_rows(serving: Serving) -> list[list[str]]:
     """What fills a server's memory, and how fast it answers at best."""
-    most = max(own.parts.values()) or 1
+    most = max(serving.parts.values()) or 1
     rows = [
         [name, gib(value), "█" * max(1, round(BAR * value / most))]
-        for name, value in own.parts.items()
+        for name, value in serving.parts.items()
         if value
     ]
-    if own.tokens_per_s is not None:
-        rows.append(["tokens per second at best", f"{own.tokens_per_s:,.0f}", "by the bandwidth"])
+    if serving.tokens_per_s is not None:
+        rows.append(
+            ["tokens per second at best", f"{serving.tokens_per_s:,.0f}", "by the bandwidth"]
+        )
     return rows
 
 
-def quantizing_rows(own: Quantizing) -> list[list[str]]:
+def quantizing_rows(quantizing: Quantizing) -> list[list[str]]:
     """What quantising needs."""
     return [
-        ["main memory at the peak", f"{gib(own.peak_bytes)} of {gib(own.capacity)}"],
-        ["result", gib(own.result_bytes)],
-        ["its files now", gib(own.dense_bytes)],
-        ["time, reading left out", seconds(own.seconds)],
+        ["main memory at the peak", f"{gib(quantizing.peak_bytes)} of {gib(quantizing.capacity)}"],
+        ["result", gib(quantizing.result_bytes)],
+        ["its files now", gib(quantizing.dense_bytes)],
+        ["time, reading left out", seconds(quantizing.seconds)],
     ]

@@ -93,11 +93,11 @@ def plan_recipe(
     time = time_of(traced, device)
     notes: tuple[str, ...] = ()
     if feed is not None and time is not None:
-        time, said = streamed.with_reading(
+        time, note = streamed.with_reading(
             time, feed, len(traced.batches), path, where=recipe.offload_base, stored=stored,
             here=device.is_here,
         )  # fmt: skip
-        notes = (said,)
+        notes = (note,)
     if waiting:
         notes += ("what it takes to bring the optimiser's state is not in the time of a step",)
     if device.kind == "cpu":
@@ -157,7 +157,7 @@ def _method(recipe: Recipe) -> str:
         return "full" if recipe.last_layers is None else "last_layers"
     if recipe.peft is not None:
         return str(recipe.peft.get("peft_type", "peft")).lower()
-    name = "dora" if any(own.use_dora for own in recipe.cohort()) else "lora"
+    name = "dora" if any(options.use_dora for options in recipe.cohort()) else "lora"
     return f"q{name}" if recipe.load_in_4bit or recipe.load_in_8bit else name
 
 
@@ -173,8 +173,8 @@ def _converts(recipe: Recipe, config: Any, path: Path, dtype: Choice) -> bool:
 def _stored(config: Any) -> torch.dtype:
     """The format that the configuration says of the weights in their files."""
     named = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
-    found: torch.dtype = getattr(torch, named)
-    return found
+    dtype: torch.dtype = getattr(torch, named)
+    return dtype
 
 
 def _written(traced: Traced, recipe: Recipe) -> int:
@@ -193,15 +193,18 @@ def _states(traced: Traced) -> int:
 
 
 def _choices(traced: Traced, dtype: Choice, loading: memory.Loading) -> dict[str, str]:
-    found = {name: f"{own.value}: {own.reason}" for name, own in traced.setup.choices.items()
-             if name not in ("template", "compilation")}  # fmt: skip
-    found["dtype"] = f"{dtype.value}: {dtype.reason}"
+    choices = {
+        name: f"{choice.value}: {choice.reason}"
+        for name, choice in traced.setup.choices.items()
+        if name not in ("template", "compilation")
+    }
+    choices["dtype"] = f"{dtype.value}: {dtype.reason}"
     if loading.files:
-        found["loading"] = (
+        choices["loading"] = (
             f"{size(loading.files)} of weight files are mapped while they are converted; the "
             "system takes these pages back where memory is short"
         )
-    return found
+    return choices
 
 
 def _outside(recipe: Recipe, config: Any, device: Device) -> Iterator[str]:
@@ -219,7 +222,8 @@ def _outside(recipe: Recipe, config: Any, device: Device) -> Iterator[str]:
     if recipe.activation_offload:
         yield "activation_offload is not traced: activations are counted as if they stayed"
     if recipe.peft is not None or any(
-        own.use_dora or own.init_lora_weights not in OWN_INITS for own in recipe.cohort()
+        options.use_dora or options.init_lora_weights not in OWN_INITS
+        for options in recipe.cohort()
     ):
         yield "PEFT's own modules have not been compared"
     if recipe.optim not in ("adamw_torch", "adamw_torch_fused"):
