@@ -173,7 +173,7 @@ def measured(case: Case, folder: Path, scratch: Path) -> dict[str, Any]:
     recipe = Recipe.from_values(case.recipe(folder))
     dtype = Processor().dtype(recipe.compute_dtype)
     traced = follow_recipe(
-        recipe, config_of(recipe)[0], dtype, "cpu", given=(case.rows, case.tokens),
+        recipe, config_of(recipe)[0], dtype, "cpu", rows_tokens=(case.rows, case.tokens),
         supervised=SUPERVISED,
     )  # fmt: skip
     parts, workers = parts_of(traced), workers_of(traced)

@@ -109,7 +109,7 @@ def test_changes_that_are_planned_already_are_told_though_time_is_over(tiny_fold
     recipe = recipe_for(tiny_folder)
     plan = planner(recipe)
     found = cheapest(
-        recipe, plan, planner, over=lambda: True, known=lambda own: bool(own.load_in_4bit)
+        recipe, plan, planner, over=lambda: True, is_planned=lambda own: bool(own.load_in_4bit)
     )
     assert {own.what for own in found} == {"the base in 4 bits (QLoRA)"}
 

@@ -50,7 +50,7 @@ def test_the_peak_with_a_learnt_prompt_is_that_of_real_steps(method: str, tmp_pa
 @pytest.mark.parametrize("method", ["DoRA", "IA3", "LoHa", "norms", "prefix"])
 def test_repeated_layers_of_a_method_are_the_whole_model(method: str, tmp_path: Path) -> None:
     recipe = recipe_of(folder_of(tmp_path, "llama", 8), **METHODS[method])
-    same_course(follow(recipe, (3, 32)), follow(recipe, (3, 32), whole=True))
+    same_course(follow(recipe, (3, 32)), follow(recipe, (3, 32), all_layers=True))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -652,7 +652,7 @@ def test_a_plan_takes_large_data_from_the_cache_and_else_a_sample(
     assert set(lengths) == {len(row.input_ids) for row in sample.train.rows}
     whole = loaded(recipe, tiny_folder)
     notes.clear()
-    for kept in (read_rows(recipe, notes), read_rows(recipe, notes, whole=True)):
+    for kept in (read_rows(recipe, notes), read_rows(recipe, notes, all_rows=True)):
         assert kept is not None
         assert kept.cached
         same(whole, kept)

@@ -80,7 +80,7 @@ def test_of_a_device_known_for_memory_alone_nothing_is_measured_here(
     assert chosen.value == ("float32" if device.kind == "cpu" else "bfloat16")
     assert "assumed" in chosen.reason or "compute capability" in chosen.reason
     assert device.dtype("float16").value == "float16"
-    assert predict.here(device) is None
+    assert predict.machine_name(device) is None
 
 
 @pytest.mark.parametrize("name", ["apple-16gb", "mi300x", "rtx4070-laptop"])

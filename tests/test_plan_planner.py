@@ -26,7 +26,7 @@ def recipes(folder: Path) -> list[Recipe]:
 
 def test_no_recipe_is_planned_twice(tiny_folder: Path) -> None:
     seen: list[Recipe] = []
-    planner = Planner(formula(900, seen), apart=False)
+    planner = Planner(formula(900, seen), in_processes=False)
     for own in (*recipes(tiny_folder), *recipes(tiny_folder)):
         planner(own)
     assert [own.per_device_train_batch_size for own in seen] == [1, 2, 4]
@@ -35,7 +35,7 @@ def test_no_recipe_is_planned_twice(tiny_folder: Path) -> None:
 @linux
 def test_what_is_planned_ahead_is_planned_in_other_processes(tiny_folder: Path) -> None:
     seen: list[Recipe] = []
-    planner = Planner(formula(900, seen), apart=True)
+    planner = Planner(formula(900, seen), in_processes=True)
     planner.plan_ahead(recipes(tiny_folder))
     made = [planner(own) for own in recipes(tiny_folder)]
     if len(os.sched_getaffinity(0)) > 1:
@@ -48,7 +48,7 @@ def test_an_error_of_another_process_comes_when_the_plan_is_asked_for(tiny_folde
     def refuse(recipe: Recipe) -> Plan:
         raise UserError(f"not {recipe.per_device_train_batch_size} rows")
 
-    planner = Planner(refuse, apart=True)
+    planner = Planner(refuse, in_processes=True)
     planner.plan_ahead(recipes(tiny_folder))
     for own in recipes(tiny_folder):
         with pytest.raises(UserError, match=f"not {own.per_device_train_batch_size} rows"):
@@ -65,7 +65,7 @@ def test_where_a_process_is_killed_this_one_plans(tiny_folder: Path) -> None:
             os._exit(9)  # as where memory runs out
         return here(recipe)
 
-    planner = Planner(deadly, apart=True)
+    planner = Planner(deadly, in_processes=True)
     planner.plan_ahead(recipes(tiny_folder))
     assert [planner(own).shape.rows for own in recipes(tiny_folder)] == [1, 2, 4]
     assert len(seen) == 3

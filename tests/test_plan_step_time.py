@@ -18,7 +18,7 @@ ROW = 32
 
 def traced(folder: Path, rows: int, **values: Any) -> Traced:
     recipe = recipe_of(folder, tokens_per_microbatch=ROW, **values)
-    return follow_recipe(recipe, config_of(recipe)[0], FLOAT32, "cpu", given=(rows, ROW))
+    return follow_recipe(recipe, config_of(recipe)[0], FLOAT32, "cpu", rows_tokens=(rows, ROW))
 
 
 @pytest.mark.parametrize(

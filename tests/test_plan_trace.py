@@ -92,7 +92,7 @@ def folder_of(tmp_path: Path, arch: str = "llama", layers: int = 2, **changes: A
 
 
 def follow(recipe: Recipe, given: tuple[int, int], **options: Any) -> Traced:
-    return follow_recipe(recipe, config_of(recipe)[0], FLOAT32, "cpu", given=given, **options)
+    return follow_recipe(recipe, config_of(recipe)[0], FLOAT32, "cpu", rows_tokens=given, **options)
 
 
 def really(recipe: Recipe, given: tuple[int, int], arch: str, layers: int) -> Timeline:
@@ -141,7 +141,7 @@ def test_experts_are_planned_in_every_format(dtype: str, tmp_path: Path) -> None
     """PyTorch tells the shapes of their product for bfloat16 alone."""
     recipe = recipe_of(folder_of(tmp_path, "mixtral"), dtype=dtype)
     format_ = Choice(dtype, "the test's")
-    fake = follow_recipe(recipe, config_of(recipe)[0], format_, "cpu", given=(2, 32)).timeline
+    fake = follow_recipe(recipe, config_of(recipe)[0], format_, "cpu", rows_tokens=(2, 32)).timeline
     if dtype == "float32":
         assert steps_of(fake) == steps_of(really(recipe, (2, 32), "mixtral", 2))
     assert any(work.name.startswith("aten::_grouped_mm") for _, _, work in fake.work)
@@ -184,7 +184,7 @@ def test_repeated_layers_are_the_whole_model(
     arch: str, layers: int, way: str, tmp_path: Path
 ) -> None:
     recipe = recipe_of(folder_of(tmp_path, arch, layers), **WAYS[way])
-    short, whole = follow(recipe, (3, 32)), follow(recipe, (3, 32), whole=True)
+    short, whole = follow(recipe, (3, 32)), follow(recipe, (3, 32), all_layers=True)
     same_course(short, whole)
     peak = short.timeline.live().index(max(short.timeline.live()))
     assert short.timeline.alive_at(peak) == pytest.approx(whole.timeline.alive_at(peak), abs=4096)
@@ -196,8 +196,8 @@ def test_what_repeats_is_found() -> None:
     assert repeat.repetition("aaaaaaaa") == repeat.Repetition(1, 8, 0)
     assert repeat.repetition("aabaabaabaabaabaa") == repeat.Repetition(3, 5, 2)
     assert repeat.repetition("abcdefgh").units == 1
-    assert repeat.repetition("aabaabaabaabaabaa").kept == [*range(9), *range(12, 17)]
-    assert repeat.Repetition(1, 3).kept == [0, 1, 2]
+    assert repeat.repetition("aabaabaabaabaabaa").traced == [*range(9), *range(12, 17)]
+    assert repeat.Repetition(1, 3).traced == [0, 1, 2]
 
 
 def test_every_other_layer_recomputed_repeats_by_two(tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_every_other_layer_recomputed_repeats_by_two(tmp_path: Path) -> None:
         folder_of(tmp_path, layers=12), gradient_checkpointing=True,
         gradient_checkpointing_layers=2,
     )  # fmt: skip
-    same_course(follow(recipe, (3, 32)), follow(recipe, (3, 32), whole=True))
+    same_course(follow(recipe, (3, 32)), follow(recipe, (3, 32), all_layers=True))
 
 
 def expected(plan: Plan) -> int:
@@ -299,7 +299,7 @@ def test_recomputed_layers_can_be_planned_for_a_gpu(part: str, tmp_path: Path) -
 
 def half_steps_on_cuda(folder: Path, given: tuple[int, int], **options: Any) -> Traced:
     recipe, half = recipe_of(folder), Choice("bfloat16", "the test's")
-    return follow_recipe(recipe, config_of(recipe)[0], half, "cuda", given=given, **options)
+    return follow_recipe(recipe, config_of(recipe)[0], half, "cuda", rows_tokens=given, **options)
 
 
 def grouped_folder(tmp_path: Path, heads: int, groups: int, features: int) -> Path:
@@ -453,7 +453,7 @@ def test_each_product_of_a_format_that_onednn_multiplies_makes_a_kernel(
             tiny_config("llama", num_hidden_layers=layers),
             Choice(dtype, "the test's"),
             "cpu",
-            given=(4, 16),
+            rows_tokens=(4, 16),
         ).timeline
         for layers in (4, 8)
     )

@@ -99,7 +99,7 @@ def train(
     prediction = plan_first(chosen, force=force, progress=progress)
     done = run_training(chosen, resume=resume, progress=progress, prediction=prediction)
     # Ranks share the cores of a machine: their times say nothing of one process's.
-    remember(done, whole=not resume and place.world_size == 1)
+    remember(done, uninterrupted=not resume and place.world_size == 1)
     return done
 
 

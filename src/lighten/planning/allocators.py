@@ -82,14 +82,16 @@ class CachingAllocator:
         if place < len(free):
             piece = free.pop(place)[-1]
         else:
-            whole = segment_size(size)
-            piece = _Piece(0, whole, self._segments, small)
+            segment_bytes = segment_size(size)
+            piece = _Piece(0, segment_bytes, self._segments, small)
             self._segments += 1
-            self.held += whole
+            self.held += segment_bytes
             self.highest = max(self.highest, self.held)
-        left = piece.size - size
-        if left >= MIN_BLOCK if small else left > SMALL_SIZE:
-            rest = _Piece(piece.start + size, left, piece.segment, small, False, piece, piece.after)
+        unused = piece.size - size
+        if unused >= MIN_BLOCK if small else unused > SMALL_SIZE:
+            rest = _Piece(
+                piece.start + size, unused, piece.segment, small, False, piece, piece.after
+            )
             if piece.after is not None:
                 piece.after.before = rest
             piece.after, piece.size = rest, size
@@ -186,9 +188,9 @@ class _Space:
     def trim(self) -> None:
         """Give the pages of all free chunks back."""
         self._touched = -(-self._top // PAGE) * PAGE
-        whole = [(-(-start // PAGE) * PAGE, (start + size) // PAGE * PAGE)
+        pages = [(-(-start // PAGE) * PAGE, (start + size) // PAGE * PAGE)
                  for start, size in self._starts.items()]  # fmt: skip
-        self._dry = sorted((start, end) for start, end in whole if start < end)
+        self._dry = sorted((start, end) for start, end in pages if start < end)
         self._dry_bytes = sum(end - start for start, end in self._dry)
         self._count()
 
@@ -196,27 +198,29 @@ class _Space:
         """Pages that were given back are there again."""
         first = max(0, bisect.bisect_left(self._dry, (start,)) - 1)
         last = bisect.bisect_left(self._dry, (end,))
-        left: list[tuple[int, int]] = []
+        still_dry: list[tuple[int, int]] = []
         for low, high in self._dry[first:last]:
             wet = max(0, min(high, end) - max(low, start))
             self._dry_bytes -= wet
             if not wet:
-                left.append((low, high))
+                still_dry.append((low, high))
                 continue
-            left += [(a, b) for a, b in ((low, min(high, start)), (max(low, end), high)) if a < b]
-        self._dry[first:last] = left
+            still_dry += [
+                (a, b) for a, b in ((low, min(high, start)), (max(low, end), high)) if a < b
+            ]
+        self._dry[first:last] = still_dry
 
-    def _found(self, wanted: int) -> tuple[int, int]:
+    def _find_chunk(self, needed: int) -> tuple[int, int]:
         """The smallest free chunk that holds so much, or a piece of the top."""
-        place = bisect.bisect_left(self._sizes, (wanted,))
+        place = bisect.bisect_left(self._sizes, (needed,))
         if place < len(self._sizes):
-            whole, start = self._sizes[place]
-            self._drop(start, whole)
-            return start, whole
+            free_size, start = self._sizes[place]
+            self._drop(start, free_size)
+            return start, free_size
         start = self._top
-        self._top += wanted
+        self._top += needed
         self._touched = max(self._touched, self._top)
-        return start, wanted
+        return start, needed
 
     def _count(self) -> None:
         self.held = self._touched - self._dry_bytes
@@ -225,12 +229,12 @@ class _Space:
     def _put(self, start: int, size: int) -> None:
         """A free chunk, joined with free neighbours and with the top."""
         if (before := self._ends.get(start)) is not None:
-            added = self._starts[before]
-            self._drop(before, added)
-            start, size = before, size + added
-        if (added := self._starts.get(start + size, 0)) > 0:
-            self._drop(start + size, added)
-            size += added
+            neighbour_size = self._starts[before]
+            self._drop(before, neighbour_size)
+            start, size = before, size + neighbour_size
+        if (neighbour_size := self._starts.get(start + size, 0)) > 0:
+            self._drop(start + size, neighbour_size)
+            size += neighbour_size
         if start + size == self._top:
             self._top = start
             return
@@ -249,9 +253,9 @@ class Arena(_Space):
     def take(self, size: int) -> tuple[int, int, int]:
         """(start, its own bytes, size) of a block."""
         needed = -(-size // LINE_BYTES) * LINE_BYTES + LINE_BYTES
-        start, whole = self._found(needed)
-        if whole > needed:
-            self._put(start + needed, whole - needed)
+        start, free_size = self._find_chunk(needed)
+        if free_size > needed:
+            self._put(start + needed, free_size - needed)
         if self._dry:
             self._write(start, start + needed)
         self.allocated += size
@@ -261,9 +265,9 @@ class Arena(_Space):
     def give(self, block: object) -> None:
         """Free a block."""
         assert isinstance(block, tuple)
-        start, taken, size = block
+        start, needed, size = block
         self.allocated -= size
-        self._put(start, taken)
+        self._put(start, needed)
         self._count()
 
 
@@ -306,8 +310,8 @@ class Heap(_Space):
             self._mapped -= chunk
         else:
             self._free(start, chunk)
-        for own in objects:
-            self._free(*own)
+        for object_chunk in objects:
+            self._free(*object_chunk)
         if self._end - self._top > self.trim_bytes:
             self._end = -(-(self._top + self.pad_bytes) // PAGE) * PAGE
             self._touched = min(self._touched, self._end)
@@ -322,18 +326,18 @@ class Heap(_Space):
         """As `posix_memalign` takes it."""
         chunk = _chunk(size)
         # Room for the alignment is asked for as well; what it does not need is free again.
-        wanted = _chunk(chunk + ALIGNMENT + LEAST)
-        if wanted >= self.mmap_bytes:
+        padded = _chunk(chunk + ALIGNMENT + LEAST)
+        if padded >= self.mmap_bytes:
             chunk = -(-(size + HEADER + ALIGNMENT) // PAGE) * PAGE
             self._mapped += chunk
             return -1, chunk
-        start, whole = self._found(wanted)
+        start, free_size = self._find_chunk(padded)
         aligned = -(-(start + HEADER) // ALIGNMENT) * ALIGNMENT - HEADER
         if aligned != start and aligned - start < LEAST:
             aligned += ALIGNMENT
         if aligned > start and not (size >= LARGE and aligned - start <= ALIGNMENT + LEAST):
             self._free(start, aligned - start)
-        rest = start + whole - aligned - chunk
+        rest = start + free_size - aligned - chunk
         if rest >= LEAST:
             self._free(aligned + chunk, rest)
         else:
@@ -344,17 +348,17 @@ class Heap(_Space):
         """As `malloc` takes a small chunk."""
         if chunks := self._aside.get(chunk):
             return chunks.pop(), chunk
-        start, whole = self._found(chunk)
-        if whole - chunk >= LEAST:
-            self._put(start + chunk, whole - chunk)
-            whole = chunk
-        return start, whole
+        start, free_size = self._find_chunk(chunk)
+        if free_size - chunk >= LEAST:
+            self._put(start + chunk, free_size - chunk)
+            free_size = chunk
+        return start, free_size
 
-    def _found(self, wanted: int) -> tuple[int, int]:
-        place = super()._found(wanted)
+    def _find_chunk(self, needed: int) -> tuple[int, int]:
+        chunk = super()._find_chunk(needed)
         if self._top > self._end:
             self._end = self._top + self.pad_bytes
-        return place
+        return chunk
 
     def _count(self) -> None:
         self.held = self._touched - self._dry_bytes + self._mapped

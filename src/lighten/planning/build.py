@@ -57,7 +57,7 @@ def fake_base(
         tracker: Learns what each weight is.
         capability: Compute capability of a CUDA device, if known.
     """
-    whole = recipe.method == "full" and recipe.last_layers is None
+    trains_all = recipe.method == "full" and recipe.last_layers is None
     storage = quantized.choose(
         recipe.load_in_4bit, recipe.load_in_8bit,
         recipe.bnb_4bit_quant_type, recipe.bnb_4bit_use_double_quant,
@@ -66,7 +66,7 @@ def fake_base(
     with no_init_weights():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config,
-            dtype=torch.float32 if whole else compute,
+            dtype=torch.float32 if trains_all else compute,
             trust_remote_code=recipe.trust_remote_code,
         )
     model.tie_weights()
@@ -100,10 +100,10 @@ def _quantise(model: PreTrainedModel, storage: quantized.Storage, compute: torch
             continue
         weight: Tensor = module.weight.data
         shape = weight.T.shape if isinstance(module, Conv1D) else weight.shape
-        made = _packed(shape, storage, compute, shared)
+        packed = _packed(shape, storage, compute, shared)
         with _disable_current_modes():  # a layer makes a parameter of its own first
             layer = quantized.packed_layer(
-                made, module.bias, torch.Size(shape), compute, type(module)
+                packed, module.bias, torch.Size(shape), compute, type(module)
             )
         model.set_submodule(path, layer)
 

@@ -34,8 +34,8 @@ OVERHEAD = "allocator overhead"
 
 def path() -> Path:
     """Where the pairs are kept: `LIGHTEN_CALIBRATION`, else in the cache folder."""
-    named = os.environ.get("LIGHTEN_CALIBRATION")
-    return Path(named).expanduser() if named else cache_folder() / FILE
+    override = os.environ.get("LIGHTEN_CALIBRATION")
+    return Path(override).expanduser() if override else cache_folder() / FILE
 
 
 def pairs() -> list[dict[str, Any]]:
@@ -44,8 +44,8 @@ def pairs() -> list[dict[str, Any]]:
         content = json.loads(path().read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
-    kept = content.get("pairs") if isinstance(content, dict) else None
-    return [pair for pair in kept if isinstance(pair, dict)] if isinstance(kept, list) else []
+    entries = content.get("pairs") if isinstance(content, dict) else None
+    return [pair for pair in entries if isinstance(pair, dict)] if isinstance(entries, list) else []
 
 
 def add(pair: Mapping[str, Any]) -> None:
@@ -61,31 +61,33 @@ def add(pair: Mapping[str, Any]) -> None:
     runs.write_json(path(), {"version": 1, "pairs": [*pairs(), dict(pair)][-MOST_PAIRS:]})
 
 
-def corrected(plan: Plan, machine: str, known: Sequence[Mapping[str, Any]] | None = None) -> Plan:
+def corrected(
+    plan: Plan, machine: str, earlier_pairs: Sequence[Mapping[str, Any]] | None = None
+) -> Plan:
     """The plan with what this machine's earlier runs say about it.
 
     Args:
         plan: As traced.
         machine: This machine and device, as in the pairs' `device`.
-        known: The pairs; default those of the file.
+        earlier_pairs: The pairs; default those of the file.
     """
     matching = [
         pair
-        for pair in (pairs() if known is None else known)
+        for pair in (pairs() if earlier_pairs is None else earlier_pairs)
         if pair.get("device") == machine and comparable(pair, plan)
     ]
     memory, notes = plan.memory, list(plan.notes)
     factor, count = _factor(matching, "memory", SMALLEST_BYTES)
     if count and memory.expected >= SMALLEST_BYTES:
-        wanted = round(memory.expected * factor)
+        expected = round(memory.expected * factor)
         memory = replace(
             memory,
-            parts=_shifted(memory.parts, wanted - memory.expected),
-            low=min(memory.low, wanted),
-            expected=wanted,
-            high=max(round(memory.high * factor), wanted),
+            parts=_shifted(memory.parts, expected - memory.expected),
+            low=min(memory.low, expected),
+            expected=expected,
+            high=max(round(memory.high * factor), expected),
         )
-        notes.append(_said("peak memory", factor, count))
+        notes.append(_note("peak memory", factor, count))
     time = plan.time
     factor, count = _factor(matching, "step_seconds", SHORTEST_S)
     if count and time is not None:
@@ -93,7 +95,7 @@ def corrected(plan: Plan, machine: str, known: Sequence[Mapping[str, Any]] | Non
             time, seconds=time.seconds * factor, low=time.low * min(factor, 1.0),
             high=time.high * max(factor, 1.0),
         )  # fmt: skip
-        notes.append(_said("time per step", factor, count))
+        notes.append(_note("time per step", factor, count))
     if len(notes) == len(plan.notes):
         return plan
     traced = {"expected": float(plan.memory.expected)}
@@ -124,8 +126,8 @@ def _factor(matching: Sequence[Mapping[str, Any]], key: str, least: float) -> tu
     """The median of measured over predicted and of how many; (1, 0) where they are too few."""
     ratios = []
     for pair in matching:
-        both = pair.get(key) or {}
-        predicted, measured = both.get("predicted"), both.get("measured")
+        figures = pair.get(key) or {}
+        predicted, measured = figures.get("predicted"), figures.get("measured")
         if predicted and measured and predicted >= least:
             ratios.append(measured / predicted)
     if len(ratios) < FEWEST_PAIRS:
@@ -153,6 +155,6 @@ def _shifted(parts: Sequence[MemoryPart], by: int) -> tuple[MemoryPart, ...]:
     return (replace(scaled[0], bytes=scaled[0].bytes + lost), *scaled[1:])
 
 
-def _said(what: str, factor: float, count: int) -> str:
+def _note(what: str, factor: float, count: int) -> str:
     runs = counted(count, "run")
     return f"{what}: corrected by {100 * (factor - 1):+.1f} %, from {runs} on this machine"

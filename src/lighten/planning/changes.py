@@ -36,7 +36,7 @@ def cheapest(
     planner: Planner,
     *,
     over: Callable[[], bool] = lambda: False,
-    known: Callable[[Recipe], bool] = lambda _: False,
+    is_planned: Callable[[Recipe], bool] = lambda _: False,
 ) -> tuple[Change, ...]:
     """Changes that need less memory, the best first; combined where none is enough alone.
 
@@ -48,22 +48,22 @@ def cheapest(
         plan: Its plan.
         planner: Plans a recipe for the same device and data.
         over: Whether to look no further: every change is a plan, and a user waits.
-        known: Whether a recipe is planned already: that takes no time any more.
+        is_planned: Whether a recipe is planned already: that takes no time any more.
     """
     changes: list[tuple[Idea, Change]] = []
     for idea in ideas(recipe, plan):
-        if over() and not _is_known(recipe, idea, known):
+        if over() and not _is_planned(recipe, idea, is_planned):
             continue
         change = _planned(recipe, plan, idea, planner)
         if change is not None and change.saves_bytes > 0:
             changes.append((idea, change))
     changes.sort(key=lambda entry: _rank(*entry))
-    alone = [change for _, change in changes]
-    if changes and not any(change.fits for change in alone):
+    single = [change for _, change in changes]
+    if changes and not any(change.fits for change in single):
         together = _together(recipe, plan, [idea for idea, _ in changes], planner, over)
         if together is not None:
-            return (together, *alone)
-    return tuple(alone)
+            return (together, *single)
+    return tuple(single)
 
 
 def ideas(recipe: Recipe, plan: Plan) -> Iterator[Idea]:
@@ -85,7 +85,7 @@ def ideas(recipe: Recipe, plan: Plan) -> Iterator[Idea]:
         elif not recipe.bnb_4bit_use_double_quant:
             settings = {"bnb_4bit_use_double_quant": True}
             yield Idea("the scales of the 4 bits quantised too", settings, False)
-    yield from _waiting(recipe, plan)
+    yield from _offloading(recipe, plan)
     if smaller := smaller_micro_batch(recipe, plan.shape.rows, plan.shape.tokens_per_row):
         settings, rows = smaller
         yield Idea(f"micro-batches of {rows}, as many rows per step as before", settings, True)
@@ -103,7 +103,7 @@ def ideas(recipe: Recipe, plan: Plan) -> Iterator[Idea]:
         yield Idea(f"{cohort} runs, one per adapter", _first_alone(recipe), True)
 
 
-def _waiting(recipe: Recipe, plan: Plan) -> Iterator[Idea]:
+def _offloading(recipe: Recipe, plan: Plan) -> Iterator[Idea]:
     """The base's layers somewhere else until they compute; the results stay as they are."""
     if recipe.offload_base != "none" or recipe.method != "lora":
         return
@@ -173,9 +173,9 @@ def _planned(recipe: Recipe, plan: Plan, idea: Idea, planner: Planner) -> Change
     )
 
 
-def _is_known(recipe: Recipe, idea: Idea, known: Callable[[Recipe], bool]) -> bool:
+def _is_planned(recipe: Recipe, idea: Idea, is_planned: Callable[[Recipe], bool]) -> bool:
     try:
-        return known(recipe.changed(idea.settings))
+        return is_planned(recipe.changed(idea.settings))
     except UserError:
         return False
 
@@ -205,44 +205,44 @@ def _rank(idea: Idea, change: Change) -> tuple[int, float, int, int]:
 
 
 def _together(
-    recipe: Recipe, plan: Plan, ideas_left: list[Idea], planner: Planner, over: Callable[[], bool]
+    recipe: Recipe, plan: Plan, saving_ideas: list[Idea], planner: Planner, over: Callable[[], bool]
 ) -> Change | None:
     """The first ideas that fit when taken together, each halved or repeated as far as it goes."""
-    taken: dict[str, Any] = {}
+    combined: dict[str, Any] = {}
     sentences: dict[frozenset[str], str] = {}  # by what it sets: a repeated idea is told once
-    now = plan
-    if over() or _least(recipe, ideas_left, planner) is False:
+    current_plan = plan
+    if over() or _least(recipe, saving_ideas, planner) is False:
         return None  # one plan in place of a dozen
     # What leaves the result as it is first; a shorter context, which a user notices most, last.
     for idea in sorted(
-        ideas_left, key=lambda idea: (not idea.same_result, "max_length" in idea.settings)
+        saving_ideas, key=lambda idea: (not idea.same_result, "max_length" in idea.settings)
     ):
         if "adapters" in idea.settings:
             continue  # another run is no part of this one
-        for repeated in _repeated(idea, recipe, taken, now):
+        for repeated in _repeated(idea, recipe, combined, current_plan):
             if over():
                 return None
             try:
-                changed = planner(recipe.changed({**taken, **repeated.settings}))
+                changed = planner(recipe.changed({**combined, **repeated.settings}))
             except UserError:
                 break
-            if changed.memory.expected >= now.memory.expected:
+            if changed.memory.expected >= current_plan.memory.expected:
                 break
-            taken, now = {**taken, **repeated.settings}, changed
+            combined, current_plan = {**combined, **repeated.settings}, changed
             sentences[frozenset(repeated.settings)] = repeated.what
             if changed.fits():
                 return Change(
-                    "; ".join(sentences.values()), taken,
+                    "; ".join(sentences.values()), combined,
                     plan.memory.expected - changed.memory.expected,
-                    _slowdown(plan, changed), True, differing(recipe, taken),
+                    _slowdown(plan, changed), True, differing(recipe, combined),
                 )  # fmt: skip
     return None
 
 
-def _least(recipe: Recipe, ideas_left: Sequence[Idea], planner: Planner) -> bool | None:
+def _least(recipe: Recipe, saving_ideas: Sequence[Idea], planner: Planner) -> bool | None:
     """Whether everything together, each as far as it goes, fits; None where that cannot be told."""
     settings: dict[str, Any] = {}
-    for idea in ideas_left:
+    for idea in saving_ideas:
         if "adapters" not in idea.settings:
             settings |= idea.settings
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps",
@@ -257,7 +257,9 @@ def _least(recipe: Recipe, ideas_left: Sequence[Idea], planner: Planner) -> bool
         return None
 
 
-def _repeated(idea: Idea, recipe: Recipe, taken: Mapping[str, Any], now: Plan) -> Iterator[Idea]:
+def _repeated(
+    idea: Idea, recipe: Recipe, combined: Mapping[str, Any], current_plan: Plan
+) -> Iterator[Idea]:
     """The idea, and again as long as it can be halved once more."""
     if not idea.settings.keys() & {
         "per_device_train_batch_size", "tokens_per_microbatch", "max_length",
@@ -272,8 +274,10 @@ def _repeated(idea: Idea, recipe: Recipe, taken: Mapping[str, Any], now: Plan) -
             )
             length //= 2
         return
-    rows, before = now.shape.rows, dict(taken)
-    while step := smaller_micro_batch(recipe.changed(before), rows, now.shape.tokens_per_row):
+    rows, before = current_plan.shape.rows, dict(combined)
+    while step := smaller_micro_batch(
+        recipe.changed(before), rows, current_plan.shape.tokens_per_row
+    ):
         settings, size = step
         yield replace(
             idea, what=f"micro-batches of {size}, as many rows per step as before",

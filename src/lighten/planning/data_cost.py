@@ -71,12 +71,13 @@ def with_data(plan: Plan, cost: DataCost, *, on_processor: bool) -> Plan:
     plan = replace(plan, data=cost, host_bytes=host, disk_bytes=disk)
     if not on_processor:
         return plan
-    memory, more = plan.memory, cost.resident_bytes
+    memory, data_bytes = plan.memory, cost.resident_bytes
     parts = tuple(
-        MemoryPart(part.name, part.bytes + more * (part.name == ROWS)) for part in memory.parts
+        MemoryPart(part.name, part.bytes + data_bytes * (part.name == ROWS))
+        for part in memory.parts
     )
     memory = replace(
-        memory, parts=parts, low=memory.low + more, expected=memory.expected + more,
-        high=memory.high + more,
+        memory, parts=parts, low=memory.low + data_bytes, expected=memory.expected + data_bytes,
+        high=memory.high + data_bytes,
     )  # fmt: skip
     return replace(plan, memory=memory)

@@ -260,14 +260,14 @@ def spread(
     of_rank = states_per_rank(states, strategy, ranks, ranks_per_node=gpus)
     micro = plan.shape.micro_batches
     volume = volume_per_rank(states, strategy, ranks, ranks_per_node=gpus, micro_batches=micro)
-    left, host, link = offloaded(of_rank, offload, micro_batches=micro)
+    device_states, host, link = offloaded(of_rank, offload, micro_batches=micro)
     volume = Volume(volume.gather, volume.reduce, volume.across, link)
     gathered = 0.0
     if ("weights" in _SHARDED[strategy] and ranks > 1) or "param" in offload:
         gathered = min(1.0, GATHERED_LAYERS / max(1, layers)) * (states.frozen + states.trained)
     if strategy == "ddp" and ranks > 1:
         gathered = states.gradients  # the flat copy that is reduced
-    peak = _peak(plan, parts, states, left) + gathered
+    peak = _peak(plan, parts, states, device_states) + gathered
     moved = plan.memory.expected - peak
     busy = link_seconds(volume, device, nodes)
     step = None
@@ -324,15 +324,15 @@ def cheapest(
 
     Args, as of `spread`.
     """
-    tried = [
+    spreads = [
         spread(plan, device, strategy, gpus=gpus, nodes=nodes, layers=layers)
         for strategy in TRAINED
     ]
-    fitting = [candidate for candidate in tried if candidate.fits()]
+    fitting = [candidate for candidate in spreads if candidate.fits()]
     return min(fitting, key=lambda candidate: candidate.volume.network, default=None)
 
 
-def _peak(plan: Plan, parts: Mapping[str, float], states: States, left: States) -> float:
+def _peak(plan: Plan, parts: Mapping[str, float], states: States, device_states: States) -> float:
     """The peak of a rank that keeps so much of the states, what it gathers left out.
 
     With fewer states on the device another moment can be the fullest: the one that was on a single
@@ -346,19 +346,19 @@ def _peak(plan: Plan, parts: Mapping[str, float], states: States, left: States) 
     if plan.fullest is not None:
         # It may be one of the first step, before there is optimiser state; later steps have all.
         moments.append(replace(plan.fullest, optimiser=int(states.optimiser)))
-    kept = left.frozen + left.trained
+    weights_on_device = device_states.frozen + device_states.trained
     alive = [
-        kept
+        weights_on_device
         + moment.beside
-        + left.gradients * _share(moment.gradients, states.gradients)
-        + left.optimiser * _share(moment.optimiser, states.optimiser)
+        + device_states.gradients * _share(moment.gradients, states.gradients)
+        + device_states.optimiser * _share(moment.optimiser, states.optimiser)
         for moment in moments
     ]
-    return always + max(*alive, left.total)
+    return always + max(*alive, device_states.total)
 
 
-def _share(alive: float, whole: float) -> float:
-    return min(1.0, alive / whole) if whole else 0.0
+def _share(alive: float, total: float) -> float:
+    return min(1.0, alive / total) if total else 0.0
 
 
 def _of_parts(plan: Plan, parts: Mapping[str, float]) -> States:

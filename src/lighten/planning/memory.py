@@ -76,14 +76,14 @@ def loading_of(source: str, path: Path, weights: int, converts: bool) -> Loading
     files = weight_files(path)
     size = sum(file.stat().st_size for file in files)
     tokenizer = path / "tokenizer.json"
-    known = tokenizer.stat().st_size if tokenizer.is_file() else 0
+    tokenizer_bytes = tokenizer.stat().st_size if tokenizer.is_file() else 0
     if source == "gguf":
         # It is converted to float32 first, before there is a model; the copy is then a folder's.
         dense, making = gguf.conversion_bytes(path)
         return Loading(dense if converts else 0, max(0, making - weights), size // 20)
     if not files:
-        return Loading(weights if converts else 0, 0, known)
-    return Loading(size if converts else 0, 0, known)
+        return Loading(weights if converts else 0, 0, tokenizer_bytes)
+    return Loading(size if converts else 0, 0, tokenizer_bytes)
 
 
 def processor_memory(
@@ -109,7 +109,7 @@ def processor_memory(
         arena: Whether tensors' large blocks have an arena of their own.
         margin: Share of the peak that it may be off by.
     """
-    of_process = context.bytes + int(TOKENIZER_FACTOR * loading.tokenizer)
+    process_bytes = context.bytes + int(TOKENIZER_FACTOR * loading.tokenizer)
     phases = [timeline.runs[event.run].phase for event in timeline.events]
     forked = next((place for place, phase in enumerate(phases) if phase in IN_LANES), len(phases))
     # Free pages are given back before workers are opened.
@@ -117,16 +117,16 @@ def processor_memory(
     weights = {name: timeline.alive_at(forked - 1).get(name, 0) for name in WEIGHTS}
     loaded = {**weights, "temporary buffers": loading.files + loading.copies}
     stages = [
-        _Stage("loading", loaded, 0, of_process),
-        _stage(timeline, course, of_process, 0, forked),
-        _stage(timeline, course, of_process, forked).with_lanes(
+        _Stage("loading", loaded, 0, process_bytes),
+        _stage(timeline, course, process_bytes, 0, forked),
+        _stage(timeline, course, process_bytes, forked).with_lanes(
             _other_workers(timeline, workers - 1, context.worker_bytes, sums, arena)
         ),
     ]
     # Free pages are given back before a checkpoint is written, too.
-    kept = timeline.alive_at(len(phases) - 1)
-    mapped = {"temporary buffers": kept.get("temporary buffers", 0) + verified}
-    stages.append(_Stage("saving", {**kept, **mapped}, 0, of_process))
+    alive = timeline.alive_at(len(phases) - 1)
+    mapped = {"temporary buffers": alive.get("temporary buffers", 0) + verified}
+    stages.append(_Stage("saving", {**alive, **mapped}, 0, process_bytes))
     # Pages that an earlier stage wrote are there in a later one, as its overhead: where both hold
     # as much, it is the earlier that needs them.
     enough = ALIKE * max(stage.bytes for stage in stages)
@@ -159,14 +159,14 @@ class _Stage:
         """All of it."""
         return sum(self.parts.values()) + self.overhead + self.context
 
-    def with_lanes(self, others: _Stage) -> _Stage:
+    def with_lanes(self, lanes: _Stage) -> _Stage:
         """The same, with what other processes hold meanwhile."""
-        names = {*self.parts, *others.parts}
+        names = {*self.parts, *lanes.parts}
         return _Stage(
             self.when,
-            {name: self.parts.get(name, 0) + others.parts.get(name, 0) for name in names},
-            self.overhead + others.overhead,
-            self.context + others.context,
+            {name: self.parts.get(name, 0) + lanes.parts.get(name, 0) for name in names},
+            self.overhead + lanes.overhead,
+            self.context + lanes.context,
         )
 
 
@@ -229,7 +229,7 @@ def _course(timeline: Timeline, arena: bool, trimmed: Sequence[int] = ()) -> Cou
             (
                 id(event.block),
                 event.born,
-                event.block.bytes if _apart(event.block) == tensors else 0,
+                event.block.bytes if _in_arena(event.block) == tensors else 0,
             )
             for event in timeline.events
         ]
@@ -237,7 +237,7 @@ def _course(timeline: Timeline, arena: bool, trimmed: Sequence[int] = ()) -> Cou
     return replay(Arena(), of(True), trimmed) + replay(Heap(), of(False), trimmed)
 
 
-def _apart(block: Block) -> bool:
+def _in_arena(block: Block) -> bool:
     """Whether a block has its place in the arena: large, and a tensor's."""
     return block.bytes >= LEAST_BYTES and block.part != "device context"
 
@@ -255,8 +255,8 @@ def _other_workers(timeline: Timeline, count: int, context: int, sums: int, aren
         if timeline.runs[event.block.run].phase in IN_LANES and event.block.part.startswith(EACH)
     }  # fmt: skip
     events = [event for event in timeline.events if id(event.block) in blocks]
-    alone = Timeline(events, timeline.runs, timeline.work)
-    most = _stage(alone, _course(alone, arena), context, 0)
+    worker_timeline = Timeline(events, timeline.runs, timeline.work)
+    most = _stage(worker_timeline, _course(worker_timeline, arena), context, 0)
     parts = {name: count * size for name, size in most.parts.items()}
     parts["gradients"] = parts.get("gradients", 0) + sums
     return _Stage(most.when, parts, count * most.overhead, count * context)
@@ -288,21 +288,21 @@ def fullest_moment(timeline: Timeline) -> Moment:
 
 
 def _most_of(timeline: Timeline, parts: Sequence[str]) -> int:
-    now = most = 0
+    alive = most = 0
     for event in timeline.events:
         if event.block.part in parts:
-            now += event.block.bytes if event.born else -event.block.bytes
-            most = max(most, now)
+            alive += event.block.bytes if event.born else -event.block.bytes
+            most = max(most, alive)
     return most
 
 
 def _memory(
     timeline: Timeline, parts: Mapping[str, int], when: str, margin: float, allocated: int | None
 ) -> Memory:
-    listed = tuple(MemoryPart(name, max(0, parts.get(name, 0))) for name in PARTS)
-    expected = sum(part.bytes for part in listed)
+    memory_parts = tuple(MemoryPart(name, max(0, parts.get(name, 0))) for name in PARTS)
+    expected = sum(part.bytes for part in memory_parts)
     # What is there in any case is no matter of prediction.
     low = max(lasting_bytes(timeline), int(expected * (1 - margin)))
     return Memory(
-        listed, min(low, expected), expected, int(expected * (1 + margin)), when, allocated
+        memory_parts, min(low, expected), expected, int(expected * (1 + margin)), when, allocated
     )

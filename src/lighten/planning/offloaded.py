@@ -35,10 +35,10 @@ def choices(recipe: Recipe, kind: str) -> dict[str, str]:
 
 def without_state(timeline: Timeline) -> Timeline:
     """The timeline with two pieces of the optimiser's state within its steps, in place of all."""
-    whole = {event.block for event in timeline.events if event.block.part == "optimiser"}
+    state_blocks = {event.block for event in timeline.events if event.block.part == "optimiser"}
     # One is moved while the next is brought.
     bytes_held = min(
-        2 * len(MOMENTS) * 4 * PIECE_NUMBERS, sum(block.bytes for block in whole)
+        2 * len(MOMENTS) * 4 * PIECE_NUMBERS, sum(block.bytes for block in state_blocks)
     )  # fmt: skip
     events: list[Event] = []
     held: Block | None = None
@@ -50,7 +50,7 @@ def without_state(timeline: Timeline) -> Timeline:
         elif held is not None and not stepping:
             events.append(Event(held, False, event.run, OUTSIDE))
             held = None
-        if event.block not in whole:
+        if event.block not in state_blocks:
             events.append(event)
     if held is not None:
         events.append(Event(held, False, held.run, OUTSIDE))

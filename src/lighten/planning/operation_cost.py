@@ -55,7 +55,7 @@ class Shaped:
         """A tensor of this shape that has no memory."""
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
 
-    def made(self) -> Tensor:
+    def to_tensor(self) -> Tensor:
         """A real tensor of this shape; its numbers mean nothing, as indices they are valid."""
         # What was expanded is one number along that dimension.
         shape = [
@@ -147,9 +147,9 @@ def work_of(
         touched = [*outs, *outs, *tensors[1:]]
     moved = sum(x.numel() * x.element_size() for x in touched)
     flops = flops_of(func, args, kwargs, outs[0] if len(outs) == 1 else tuple(outs)) if outs else 0
-    kept, named = _with((tuple(args), kwargs), Tensor, Shaped.of)
+    shaped_args, shaped_kwargs = _with((tuple(args), kwargs), Tensor, Shaped.of)
     dtype = outs[0].dtype if outs else tensors[0].dtype
-    return Work(name, flops, moved, dtype, func, kept, named)
+    return Work(name, flops, moved, dtype, func, shaped_args, shaped_kwargs)
 
 
 def flops_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any = None) -> int:

@@ -30,14 +30,14 @@ class Planner:
 
     Args:
         planned: Plans one recipe.
-        apart: Whether a forked process may plan: not where rates are measured meanwhile, which
-            others beside it would disturb, nor with a GPU that this process has opened.
+        in_processes: Whether forked processes may plan: not where rates are measured meanwhile,
+            which others beside it would disturb, nor with a GPU that this process has opened.
     """
 
-    def __init__(self, planned: Callable[[Recipe], Plan], *, apart: bool) -> None:
+    def __init__(self, planned: Callable[[Recipe], Plan], *, in_processes: bool) -> None:
         self._planned = planned
-        self._apart = apart and sys.platform.startswith("linux")
-        self._known: dict[str, Plan | UserError] = {}
+        self._in_processes = in_processes and sys.platform.startswith("linux")
+        self._plans: dict[str, Plan | UserError] = {}
 
     def __call__(self, recipe: Recipe) -> Plan:
         """The plan of a recipe.
@@ -46,16 +46,16 @@ class Planner:
             UserError: It cannot be planned.
         """
         key = _key(recipe)
-        if key not in self._known:
-            self._known[key] = _told(self._planned, recipe)
-        known = self._known[key]
-        if isinstance(known, UserError):
-            raise known
-        return known
+        if key not in self._plans:
+            self._plans[key] = _plan_or_error(self._planned, recipe)
+        outcome = self._plans[key]
+        if isinstance(outcome, UserError):
+            raise outcome
+        return outcome
 
     def knows(self, recipe: Recipe) -> bool:
         """Whether the recipe is planned already."""
-        return _key(recipe) in self._known
+        return _key(recipe) in self._plans
 
     def plan_ahead(self, recipes: Iterable[Recipe]) -> None:
         """Make plans side by side that will be asked for.
@@ -65,22 +65,22 @@ class Planner:
         Args:
             recipes: Their recipes.
         """
-        wanted = {_key(recipe): recipe for recipe in recipes if _key(recipe) not in self._known}
-        count = min(len(wanted), containers.cores(), MOST_PROCESSES) if self._apart else 1
+        unplanned = {_key(recipe): recipe for recipe in recipes if _key(recipe) not in self._plans}
+        count = min(len(unplanned), containers.cores(), MOST_PROCESSES) if self._in_processes else 1
         if count < 2:
             return
         try:
-            plans = _side_by_side(self._planned, [*wanted.values()], count)
+            plans = _side_by_side(self._planned, [*unplanned.values()], count)
         except (BrokenExecutor, OSError):
             return  # no room for more processes
-        self._known.update(zip(wanted, plans, strict=True))
+        self._plans.update(zip(unplanned, plans, strict=True))
 
 
 def _key(recipe: Recipe) -> str:
     return f"{recipe.model_dump_json()} {sorted(recipe.model_fields_set)}"
 
 
-def _told(planned: Callable[[Recipe], Plan], recipe: Recipe) -> Plan | UserError:
+def _plan_or_error(planned: Callable[[Recipe], Plan], recipe: Recipe) -> Plan | UserError:
     try:
         with spared():
             return planned(recipe)
@@ -117,4 +117,4 @@ def _begin(planned: Callable[[Recipe], Plan]) -> None:
 
 
 def _plan_here(recipe: Recipe) -> Plan | UserError:
-    return _told(_planned_here, recipe)
+    return _plan_or_error(_planned_here, recipe)

@@ -95,11 +95,13 @@ def plan(
     if told is not None:
         told(predicted)
     if changes and predicted.capacity is not None and predicted.fits() is not True:
-        changes_found, whole = _changes(recipe, predicted, planner)
+        changes_found, complete = _changes(recipe, predicted, planner)
         predicted = replace(predicted, changes=changes_found)
-        if not whole:
-            waited = f"{MOST_CHANGES_S:.0f} s"
-            cut = f"after {waited} no further changes were looked for; lighten plan --search does"
+        if not complete:
+            time_limit = f"{MOST_CHANGES_S:.0f} s"
+            cut = (
+                f"after {time_limit} no further changes were looked for; lighten plan --search does"
+            )
             predicted = replace(predicted, notes=(*predicted.notes, cut))
     return predicted
 
@@ -122,8 +124,8 @@ def planner_for(device: Device, rows: Rows | None = None, *, calibrate: bool = T
     lengths = lengths_of(rows)
     supervised = supervised_share(rows)
     cost = cost_of(rows) if rows is not None else None
-    machine = here(device) if calibrate else None
-    known = calibration.pairs() if machine else []
+    machine = machine_name(device) if calibrate else None
+    pairs = calibration.pairs() if machine else []
 
     def planned(recipe: Recipe) -> Plan:
         cut = _longest_rows(recipe)
@@ -135,9 +137,9 @@ def planner_for(device: Device, rows: Rows | None = None, *, calibrate: bool = T
             predicted = plan_recipe(recipe, device, rows_tokens=cut, supervised=supervised)
         if cost is not None:
             predicted = with_data(predicted, cost, on_processor=device.kind == "cpu")
-        return calibration.corrected(predicted, machine, known) if machine else predicted
+        return calibration.corrected(predicted, machine, pairs) if machine else predicted
 
-    return Planner(planned, apart=here(device) is None)
+    return Planner(planned, in_processes=machine_name(device) is None)
 
 
 def _longest_rows(recipe: Recipe) -> tuple[int, int] | list[int] | None:
@@ -179,7 +181,7 @@ def _changes(recipe: Recipe, predicted: Plan, planner: Planner) -> tuple[tuple[C
     for place in range(0, len(settings), AT_ONCE):
         if not over():
             planner.plan_ahead(_valid(recipe, settings[place : place + AT_ONCE]))
-    return cheapest(recipe, predicted, planner, over=over, known=planner.knows), not cut
+    return cheapest(recipe, predicted, planner, over=over, is_planned=planner.knows), not cut
 
 
 def _valid(recipe: Recipe, changes: Sequence[Mapping[str, Any]]) -> Iterator[Recipe]:
@@ -306,7 +308,7 @@ def parameters_of(model: str) -> int | None:
         return None
 
 
-def here(device: Device) -> str | None:
+def machine_name(device: Device) -> str | None:
     """This machine's name in the calibration file; None for a device that is elsewhere."""
     if not device.is_here:
         return None
@@ -320,14 +322,14 @@ def read_rows(
     notes: list[str],
     progress: Callable[[int, int], None] | None = None,
     *,
-    whole: bool = False,
+    all_rows: bool = False,
 ) -> Rows | None:
     """The recipe's data, encoded, or a sample of them; nothing is downloaded for that.
 
     Args:
         recipe: Which data, and how.
         notes: Receives sentences about them.
-        whole: All of them however large they are, because they are to be trained on.
+        all_rows: All of them however large they are, because they are to be trained on.
         progress: Told how many examples are encoded, and of how many.
 
     Raises:
@@ -339,18 +341,18 @@ def read_rows(
         notes.append(f"no data set is given: {longest}")
         return None
     size = _size(split_limit(recipe.dataset)[0])
-    if size > LARGEST_SAMPLED_BYTES and not whole:
+    if size > LARGEST_SAMPLED_BYTES and not all_rows:
         notes.append(f"the data's {size / 1e6:,.0f} MB are not read for a plan: {longest}")
         return None
     source, path = locate(
         recipe.model_name_or_path, revision=recipe.revision, weights=False,
         code=recipe.trust_remote_code,
     )  # fmt: skip
-    wanted = TOKENIZERS if source in ("hub", "known") else TOKENIZER_FILES
-    if source != "gguf" and not any((path / name).is_file() for name in wanted):
+    tokenizer_files = TOKENIZERS if source in ("hub", "known") else TOKENIZER_FILES
+    if source != "gguf" and not any((path / name).is_file() for name in tokenizer_files):
         notes.append(f"the model's tokenizer is not on this machine: {longest}")
         return None
-    rows = _rows_for(recipe, tokenizer_of(recipe), progress, whole=whole, size=size)
+    rows = _rows_for(recipe, tokenizer_of(recipe), progress, all_rows=all_rows, size=size)
     if rows.of_rows is not None:
         notes.append(
             f"{len(rows.train.rows):,} of {rows.of_rows:,} rows were encoded for this plan, evenly "
@@ -365,11 +367,11 @@ def _rows_for(
     tokenizer: Any,
     progress: Callable[[int, int], None] | None,
     *,
-    whole: bool,
+    all_rows: bool,
     size: int,
 ) -> Rows:
     """All rows, or a sample where they are many and were never encoded."""
-    if whole or size <= LARGEST_DATA_BYTES:
+    if all_rows or size <= LARGEST_DATA_BYTES:
         return load_rows(recipe, tokenizer, progress)
     return cached_rows(recipe, tokenizer) or sample_rows(recipe, tokenizer, SAMPLE_ROWS)
 

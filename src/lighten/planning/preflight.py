@@ -72,7 +72,7 @@ def _rows(recipe: Recipe, device: Device, *, progress: bool) -> Rows | None:
     with TrainingProgress(enabled=progress) as shown:
         if (slow := predict.slow_format_of(recipe, device)) is not None:
             shown.note(f"warning: {slow}")
-        return predict.read_rows(recipe, [], shown.encoding, whole=True)
+        return predict.read_rows(recipe, [], shown.encoding, all_rows=True)
 
 
 def _none(error: Exception) -> Prediction:
@@ -80,22 +80,22 @@ def _none(error: Exception) -> Prediction:
     return Prediction([f"no plan: {_first_line(error)}"])
 
 
-def remember(run: Run, *, whole: bool = True) -> None:
+def remember(run: Run, *, uninterrupted: bool = True) -> None:
     """Add what was predicted and measured to this machine's calibration file, quietly.
 
     Args:
         run: A run that has ended.
-        whole: It was made in one go. What goes on from a checkpoint, or had nothing left to do,
-            measures something else than what was planned.
+        uninterrupted: It was made in one go. What goes on from a checkpoint, or had nothing left
+            to do, measures something else than what was planned.
     """
-    if not whole:
+    if not uninterrupted:
         return
     info, plan = run.info(), run.plan()
     pair = info.get("prediction")
     if plan is None or pair is None or info.get("status") != "finished" or info.get("retries"):
         return  # a run that went on with smaller micro-batches is not what was planned
     try:
-        machine = predict.here(devices.named())
+        machine = predict.machine_name(devices.named())
         uncorrected = plan.get("traced") or {}
         calibration.add(
             {

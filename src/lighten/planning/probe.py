@@ -85,17 +85,17 @@ def probe(recipe: Recipe, plan: Plan, device: Device, rows: Rows | None = None) 
         "recipe": recipe.completed(), "kind": device.kind, "lengths": lengths_of(rows),
         "supervised": supervised_share(rows),
     }  # fmt: skip
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-m", "lighten.planning.probe"], input=json.dumps(request),
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     time_s = None if plan.time is None else plan.time.seconds
-    lines = done.stdout.strip().splitlines()
-    measured = json.loads(lines[-1]) if done.returncode == 0 and lines else None
+    lines = completed.stdout.strip().splitlines()
+    measured = json.loads(lines[-1]) if completed.returncode == 0 and lines else None
     if measured is None:
-        message = _last_line(done.stderr)
+        message = _last_line(completed.stderr)
         # The kernel ends a process by signal 9 where memory is short.
-        if done.returncode != -9 and not found_short(message):
+        if completed.returncode != -9 and not found_short(message):
             raise UserError(f"the probe failed: {message}")
         return Probed(None, None, None, plan.memory.expected, time_s, message or "killed")
     context = sum(p.bytes for p in plan.memory.parts if p.name == "device context")
@@ -277,14 +277,14 @@ def random_base(recipe: Recipe, device: str) -> Any:
     config = config_of(recipe)[0]
     dtype = choose_dtype(recipe.compute_dtype, device)
     compute: torch.dtype = getattr(torch, dtype.value)
-    whole = recipe.method == "full" and recipe.last_layers is None
+    trains_all = recipe.method == "full" and recipe.last_layers is None
     storage = quantized.choose(
         recipe.load_in_4bit, recipe.load_in_8bit,
         recipe.bnb_4bit_quant_type, recipe.bnb_4bit_use_double_quant,
     )  # fmt: skip
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32 if whole else compute,
+            config, dtype=torch.float32 if trains_all else compute,
             trust_remote_code=recipe.trust_remote_code,
         )  # fmt: skip
     head = model.get_output_embeddings()

@@ -51,17 +51,17 @@ def context_of(path: Path | None = None) -> Context:
     path = path or cache_folder() / FILE
     stamp = [processor_name(), os.cpu_count(), versions().get("torch"), versions()["transformers"]]
     try:
-        kept: Any = json.loads(path.read_text(encoding="utf-8"))
-        if kept["of"] == stamp:
-            return Context(int(kept["bytes"]), int(kept["worker_bytes"]))
+        record: Any = json.loads(path.read_text(encoding="utf-8"))
+        if record["of"] == stamp:
+            return Context(int(record["bytes"]), int(record["worker_bytes"]))
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not measured yet
     try:
-        done = subprocess.run(
+        completed = subprocess.run(
             [sys.executable, "-m", "lighten.planning.measured_overhead"], capture_output=True,
             text=True, check=True, timeout=TIMEOUT_S,
         )  # fmt: skip
-        context = Context(**json.loads(done.stdout.strip().splitlines()[-1]))
+        context = Context(**json.loads(completed.stdout.strip().splitlines()[-1]))
     except (OSError, subprocess.SubprocessError, ValueError, IndexError, TypeError):
         return UNMEASURED
     try:

@@ -83,10 +83,10 @@ class Datasheet:
 
     def seconds(self, work: Iterable[Work]) -> float:
         """Arithmetic or memory of each operation; launches where they take longer than all."""
-        times = [self._one(operation) for operation in work]
+        times = [self._seconds_of(operation) for operation in work]
         return max(sum(times), LAUNCH_S * len(times))
 
-    def _one(self, work: Work) -> float:
+    def _seconds_of(self, work: Work) -> float:
         rate = self.flops.get(str(work.dtype).removeprefix("torch."), min(self.flops.values()))
         return max(
             work.flops / (rate * REACHED_FLOPS), work.bytes / (self.bandwidth * REACHED_BANDWIDTH)
@@ -160,7 +160,7 @@ class Measured:
         self._patience_s, self._first_s = PATIENCE_S, MOST_FIRST_S
         self._stand_ins: dict[str, Work] = {}
         self._flops: dict[torch.dtype, float] = {}
-        self._known = self._read()
+        self._rates = self._read()
 
     @classmethod
     def cached(cls, workers: int = 1) -> Measured:
@@ -177,7 +177,7 @@ class Measured:
 
     def _sample_missing(self, kinds: Mapping[str, Kind]) -> bool:
         """Time what was never timed, the largest part first, while there is time for it."""
-        missing = [key for key in kinds if key not in self._known]
+        missing = [key for key in kinds if key not in self._rates]
         missing.sort(key=lambda key: -kinds[key].expected_s)
         began = time.perf_counter()
         for key in missing:
@@ -188,16 +188,16 @@ class Measured:
 
     def _rate(self, key: str) -> Rate:
         """A kind's rate, or that of the one most like it, which is less sure."""
-        like = key if key in self._known else self._like(key)
+        like = key if key in self._rates else self._like(key)
         assert like is not None
-        rate = self._known[like]
+        rate = self._rates[like]
         return rate if like == key else Rate(rate.mean, count=1, when=time.time())
 
     def _like(self, key: str) -> str | None:
         """The known kind of the same format and unit that is most like one."""
-        kinds = [known for known in self._known if _unit(known) == _unit(key)]
+        kinds = [other for other in self._rates if _unit(other) == _unit(key)]
         name, size = key.partition("|")[0], _size(key)
-        kinds.sort(key=lambda known: (known.partition("|")[0] != name, abs(_size(known) - size)))
+        kinds.sort(key=lambda other: (other.partition("|")[0] != name, abs(_size(other) - size)))
         return kinds[0] if kinds else None
 
     def _most_flops(self, dtype: torch.dtype) -> float:
@@ -215,55 +215,55 @@ class Measured:
 
     def _until_sure(self, kinds: Mapping[str, Kind]) -> bool:
         """Take samples of what adds most to the sum's error; whether there were any."""
-        began, taken = time.perf_counter(), False
+        began, sampled = time.perf_counter(), False
         while kinds:
-            known = {key: self._rate(key) for key in kinds}
-            total = sum(kind.amount * known[key].mean for key, kind in kinds.items())
-            errors = {key: kind.amount * known[key].error() for key, kind in kinds.items()}
+            rates = {key: self._rate(key) for key in kinds}
+            total = sum(kind.amount * rates[key].mean for key, kind in kinds.items())
+            errors = {key: kind.amount * rates[key].error() for key, kind in kinds.items()}
             late = time.perf_counter() - began > self._patience_s
             if late or math.hypot(*errors.values()) <= SURE * total:
                 break
             worst = max(errors, key=lambda key: errors[key])
             self._sample(worst, kinds[worst].example)
-            taken = True
+            sampled = True
         self._patience_s -= time.perf_counter() - began
-        return taken
+        return sampled
 
     def _sample(self, key: str, work: Work | None) -> None:
         """Time an operation once more; None: the interpreter."""
-        rate = self._known.setdefault(key, Rate())
+        rate = self._rates.setdefault(key, Rate())
         if work is None:
             rate.add(interpreted())
             return
         most = self._most_flops(work.dtype) if work.flops else MOST_FLOPS
-        tried = self._stand_ins.get(key) or _smaller(work, most)
+        operation = self._stand_ins.get(key) or _smaller(work, most)
         try:
-            seconds = self._timed(tried)
+            seconds = self._timed(operation)
         except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError):
             # It does not work on numbers that mean nothing: taken to cost what its kind does.
-            tried = self._stand_ins[key] = _product(work.dtype) if work.flops else _copy()
-            seconds = self._timed(tried)
-        rate.add(seconds / max(1, tried.flops or tried.bytes))
+            operation = self._stand_ins[key] = _product(work.dtype) if work.flops else _copy()
+            seconds = self._timed(operation)
+        rate.add(seconds / max(1, operation.flops or operation.bytes))
 
     def _timed(self, work: Work) -> float:
-        timings = [worker.submit(timed, work) for worker in self._workers]
-        return sum(each.result() for each in timings) / len(timings)
+        futures = [worker.submit(timed, work) for worker in self._workers]
+        return sum(future.result() for future in futures) / len(futures)
 
     def _read(self) -> dict[str, Rate]:
         if self.path is None:
             return {}
         try:
-            kept = json.loads(self.path.read_text(encoding="utf-8"))
-            if kept["of"] != self._stamp:
+            record = json.loads(self.path.read_text(encoding="utf-8"))
+            if record["of"] != self._stamp:
                 return {}
-            return {key: Rate(**values) for key, values in kept["rates"].items()}
+            return {key: Rate(**values) for key, values in record["rates"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return {}
 
     def _write(self) -> None:
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            rates = {key: asdict(rate) for key, rate in self._known.items()}
+            rates = {key: asdict(rate) for key, rate in self._rates.items()}
             runs.write_json(self.path, {"of": self._stamp, "rates": rates})
 
 
@@ -353,15 +353,15 @@ def _smaller(work: Work, most_flops: float | None = None) -> Work:
 
 def _fewer_bytes(work: Work) -> Work:
     """With fewer tensors where it takes lists of them, then with fewer rows; or a copy."""
-    made = work
-    while made.bytes > MOST_BYTES:
-        share = MOST_BYTES / made.bytes
-        longest = max((len(x) for x in made.args if _lists(x)), default=1)
-        smaller = _fewer_tensors(made, longest, share) if longest > 1 else _fewer_rows(made, share)
-        if smaller.bytes >= made.bytes:
+    less = work
+    while less.bytes > MOST_BYTES:
+        share = MOST_BYTES / less.bytes
+        longest = max((len(x) for x in less.args if _lists(x)), default=1)
+        smaller = _fewer_tensors(less, longest, share) if longest > 1 else _fewer_rows(less, share)
+        if smaller.bytes >= less.bytes:
             return _copy()
-        made = smaller
-    return made
+        less = smaller
+    return less
 
 
 def _lists(arg: Any) -> bool:
@@ -372,8 +372,8 @@ def _fewer_tensors(work: Work, length: int, share: float) -> Work:
     """The largest of each of the longest lists."""
     first = next(x for x in work.args if _lists(x) and len(x) == length)
     order = sorted(range(length), key=lambda place: -first[place].bytes)
-    kept = order[: max(1, int(length * share))]
-    args = tuple([x[i] for i in kept] if _lists(x) and len(x) == length else x for x in work.args)
+    top = order[: max(1, int(length * share))]
+    args = tuple([x[i] for i in top] if _lists(x) and len(x) == length else x for x in work.args)
     return _counted_anew(work, args, work.kwargs)
 
 
@@ -382,12 +382,12 @@ def _fewer_rows(work: Work, share: float) -> Work:
     largest = max(work.tensors, key=lambda x: math.prod(x.shape))
     axis = next((place for place, n in enumerate(largest.shape) if n > 1), 0)
     length = largest.shape[axis]
-    kept = max(1, int(length * share))
+    rows = max(1, int(length * share))
 
     def cut(x: Shaped) -> Shaped:
         shape = list(x.shape)
         if len(shape) > axis and shape[axis] == length:
-            shape[axis] = kept
+            shape[axis] = rows
         return Shaped(tuple(shape), x.stride, x.dtype)
 
     args, kwargs = tree_map_only(Shaped, cut, (work.args, dict(work.kwargs)))
@@ -404,18 +404,18 @@ def _counted_anew(work: Work, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
 def _shorter(work: Work, most_flops: float) -> Work:
     """Attention over fewer tokens, in one row where several were packed."""
     rows, _, tokens, _ = work.operands[0].shape
-    kept = tokens
+    fewer = tokens
 
     def cut(x: Shaped) -> Shaped:
         shape = [
-            (kept if n == tokens else rows * kept if n == rows * tokens else n) if place else n
+            (fewer if n == tokens else rows * fewer if n == rows * tokens else n) if place else n
             for place, n in enumerate(x.shape)
         ]
         return Shaped(tuple(shape), x.stride, x.dtype)
 
     smaller = work
-    while smaller.flops > most_flops and kept > 1:
-        kept //= 2
+    while smaller.flops > most_flops and fewer > 1:
+        fewer //= 2
         args, kwargs = tree_map_only(Shaped, cut, (work.args, dict(work.kwargs)))
         args = tuple([] if isinstance(x, (list, tuple)) else x for x in args)
         smaller = replace(work, flops=flops_of(work.func, args, kwargs), args=args, kwargs=kwargs)
@@ -462,7 +462,7 @@ def timed(work: Work) -> float:
     """
     sets = 1 + REPEATS if work.bytes <= MOST_COPIED_BYTES else 1
     copies = [
-        tree_map_only(Shaped, Shaped.made, (work.args, dict(work.kwargs))) for _ in range(sets)
+        tree_map_only(Shaped, Shaped.to_tensor, (work.args, dict(work.kwargs))) for _ in range(sets)
     ]
     args, kwargs = copies[0]
     result: Any = work.func(*args, **kwargs)  # the first call makes its kernel and its pages

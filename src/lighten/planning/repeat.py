@@ -36,7 +36,7 @@ class Repetition:
     rest: int = 0
 
     @property
-    def kept(self) -> list[int]:
+    def traced(self) -> list[int]:
         """Which layers are traced."""
         layers = self.period * self.units + self.rest
         if self.units <= TRACED:
@@ -99,28 +99,28 @@ def unrolled(timeline: Timeline, units: int, first_run: int) -> Timeline:
     """
     _require_alike(timeline, first_run)
     names = _Names(units)
-    whole = Timeline(runs=timeline.runs)
+    deep = Timeline(runs=timeline.runs)
     grouped = groupby(timeline.events, key=lambda event: (event.run, event.layer))
     stretches = [(run, layer, list(events)) for (run, layer), events in grouped]
     for place, (run, layer, events) in enumerate(stretches):
         if run < first_run or layer in (OUTSIDE, 0):
-            whole.events += [names.event(e, {}) for e in events]
+            deep.events += [names.event(e, {}) for e in events]
             continue
         if layer == TRACED - 1:
-            whole.events += [names.event(e, {layer: units - 1, 2: units - 2}) for e in events]
+            deep.events += [names.event(e, {layer: units - 1, 2: units - 2}) for e in events]
             continue
         if layer == 1:
-            whole.events += [names.event(e, {}) for e in events]
+            deep.events += [names.event(e, {}) for e in events]
             continue
         rising = timeline.runs[run].phase != "backward"
         other = events if rising else _stretch_of(stretches, place, run, 1)
         for unit, template, shift in _copies(units, rising):
             source = events if template == 2 else other
-            whole.events += [names.event(e, shift) for e in source]
+            deep.events += [names.event(e, shift) for e in source]
             del unit
-    _require_born(whole)
-    whole.work = _repeated_work(timeline, units, first_run)
-    return whole
+    _require_born(deep)
+    deep.work = _repeated_work(timeline, units, first_run)
+    return deep
 
 
 def _require_born(timeline: Timeline) -> None:
@@ -163,17 +163,17 @@ class _Names:
 
     def __init__(self, units: int) -> None:
         self.units = units
-        self._made: dict[tuple[int, int, int], Block] = {}
+        self._blocks: dict[tuple[int, int, int], Block] = {}
 
     def event(self, event: Event, shift: dict[int, int]) -> Event:
         """The same event, its layers moved."""
         block = event.block
         layer = self._moved(block.layer, shift)
         key = (block.run, layer, block.ordinal)
-        repeated = self._made.get(key)
+        repeated = self._blocks.get(key)
         if repeated is None:
             repeated = Block(block.bytes, block.part, layer, block.run, block.ordinal)
-            self._made[key] = repeated
+            self._blocks[key] = repeated
         return Event(repeated, event.born, event.run, self._moved(event.place, shift))
 
     def _moved(self, layer: int, shift: dict[int, int]) -> int:
@@ -188,16 +188,16 @@ def _require_alike(timeline: Timeline, first_run: int) -> None:
     Raises:
         NotAlike: They differ.
     """
-    seen: dict[int, dict[int, list[tuple[bool, int, int, int]]]] = {1: {}, 2: {}}
+    events_of: dict[int, dict[int, list[tuple[bool, int, int, int]]]] = {1: {}, 2: {}}
     for event in timeline.events:
-        if event.run >= first_run and event.layer in seen:
+        if event.run >= first_run and event.layer in events_of:
             block = event.block
             if block.run < first_run:
                 continue
             facts = (event.born, block.bytes, block.run, block.ordinal)
             if block.layer == event.layer:
-                seen[event.layer].setdefault(event.run, []).append(facts)
-    if seen[1] != seen[2]:
+                events_of[event.layer].setdefault(event.run, []).append(facts)
+    if events_of[1] != events_of[2]:
         raise NotAlike("the layers in the middle differ")
 
 

@@ -118,10 +118,10 @@ def fastest(
         return Found(None, tuple(tried))
     best = max(fitting, key=lambda candidate: candidate.tokens_per_s or 0.0)
     why = "the fastest" if best.tokens_per_s else "the first that fits; no time is predicted"
-    named = [
+    explained = [
         candidate if candidate is not best else replace(candidate, why=why) for candidate in tried
     ]
-    return Found(named[tried.index(best)], tuple(named))
+    return Found(explained[tried.index(best)], tuple(explained))
 
 
 def _at_one_length(
@@ -140,8 +140,8 @@ def _at_one_length(
             what = ", ".join([name, *saver, f"{recipe.max_length} tokens"])
             if told is not None:
                 told(what)
-            asked = {**as_method(recipe, name), **saver_settings}
-            candidate = largest_micro_batch(recipe, asked, planner, what)
+            candidate_settings = {**as_method(recipe, name), **saver_settings}
+            candidate = largest_micro_batch(recipe, candidate_settings, planner, what)
             tried.append(candidate)
             plan = candidate.plan
             if plan is not None and plan.fits() and plan.shape.micro_batches == 1:
@@ -197,23 +197,23 @@ def largest_micro_batch(
 
     def planned(size: int) -> Plan:
         if size not in plans:
-            own = {
+            candidate_settings = {
                 **settings,
                 "per_device_train_batch_size": size,
                 "gradient_accumulation_steps": per_step // size,
             }
-            plans[size] = own, planner(recipe.changed(own))
+            plans[size] = candidate_settings, planner(recipe.changed(candidate_settings))
         return plans[size][1]
 
     try:
         if planned(1).fits() is not True:
-            own, plan = plans[1]
-            return Candidate(what, own, plan, _too_much(plan))
+            candidate_settings, plan = plans[1]
+            return Candidate(what, candidate_settings, plan, _too_much(plan))
         place = most(lambda i: _margin(planned(sizes[i])), 0, len(sizes) - 1)
     except UserError as error:
         return Candidate(what, dict(settings), None, str(error).splitlines()[0])
-    own, plan = plans[sizes[place]]
-    return Candidate(what, own, plan, "slower")
+    candidate_settings, plan = plans[sizes[place]]
+    return Candidate(what, candidate_settings, plan, "slower")
 
 
 def most(margin: Callable[[int], float], low: int, high: int) -> int:
@@ -229,15 +229,15 @@ def most(margin: Callable[[int], float], low: int, high: int) -> int:
     while high - low > 1:
         share = bottom / (bottom - top) if bottom > top else 0.5
         guess = min(high - 1, max(low + 1, low + int((high - low) * share)))
-        if (margin_there := margin(guess)) >= 0:
-            low, bottom = guess, margin_there
+        if (guess_margin := margin(guess)) >= 0:
+            low, bottom = guess, guess_margin
             if high - low > 1:  # a straight line is over at the next one
                 following = margin(low + 1)
                 if following < 0:
                     return low
                 low, bottom = low + 1, following
         else:
-            high, top = guess, margin_there
+            high, top = guess, guess_margin
     return low
 
 
@@ -347,25 +347,25 @@ def largest(
         told: Told what is being looked at.
     """
     sized: list[Sized] = []
-    there = False
+    fits = False
     for name, parameters in sorted(models, key=lambda model: -(model[1] or 0)):
         if parameters is None:
             sized.append(Sized(name, None, None, "it cannot be described"))
             continue
-        if there:
+        if fits:
             sized.append(Sized(name, parameters, None, "smaller than one that fits"))
             continue
         if told is not None:
             told(name)
-        of_model = recipe(name)
-        least = _least(of_model, planner, fixed)
+        model_recipe = recipe(name)
+        least = _least(model_recipe, planner, fixed)
         if isinstance(least, str):
             sized.append(Sized(name, parameters, None, least))
             continue
-        best = fastest(of_model, planner, fixed=fixed, told=told).best
-        there = best is not None
+        best = fastest(model_recipe, planner, fixed=fixed, told=told).best
+        fits = best is not None
         sized.append(
-            Sized(name, parameters, best, "the largest that fits" if there else "too large")
+            Sized(name, parameters, best, "the largest that fits" if fits else "too large")
         )
     return sized
 
@@ -376,9 +376,9 @@ def _least(recipe: Recipe, planner: Planner, fixed: Sequence[str]) -> Plan | str
         "load_in_4bit": recipe.method == "lora", "gradient_checkpointing": True,
         "per_device_train_batch_size": 1, "max_length": min(recipe.max_length, SHORTEST),
     }  # fmt: skip
-    kept = {name: value for name, value in settings.items() if name not in fixed}
+    unfixed = {name: value for name, value in settings.items() if name not in fixed}
     try:
-        plan = planner(recipe.changed(kept))
+        plan = planner(recipe.changed(unfixed))
     except UserError as error:
         return str(error).splitlines()[0]
     return _too_much(plan) if plan.fits() is False else plan
@@ -394,12 +394,12 @@ def recipe_text(recipe: Recipe, why: str) -> str:
     import yaml
 
     values = recipe.completed()
-    kept = {
+    non_defaults = {
         name: value
         for name, value in values.items()
         if value != field_default(name) and not (name == "dataset" and not value)
     }
-    text = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(non_defaults, sort_keys=False, allow_unicode=True)
     missing = "" if recipe.dataset else "# add your data: dataset: data.jsonl (or --dataset)\n"
     return f"# {why}\n{missing}{text}"
 

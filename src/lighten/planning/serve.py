@@ -128,13 +128,13 @@ def serve(
         ),
     }  # fmt: skip
     cache = serving.kv_cache_bytes(caches, context, concurrency, number_bytes=cache_bytes)
-    one = serving.kv_cache_bytes(caches, context, 1, number_bytes=cache_bytes)
+    per_sequence = serving.kv_cache_bytes(caches, context, 1, number_bytes=cache_bytes)
     capacity = device.memory_bytes
     if capacity is not None and device.kind == "cuda":
         capacity = int(capacity * serving.SHARE)
     most = None
-    if capacity is not None and one:
-        most = max(0, (capacity - sum(fixed.values())) // one)
+    if capacity is not None and per_sequence:
+        most = max(0, (capacity - sum(fixed.values())) // per_sequence)
     rate = None
     if device.bandwidth:
         read = fixed["base weights"] + fixed["adapters"] + cache
@@ -231,8 +231,8 @@ def _sizes(shape: PreTrainedModel) -> _Sizes:
     for module in shape.modules():
         if isinstance(module, nn.Linear | Conv1D) and module is not head:
             rows, columns = module.weight.shape
-            both = (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
-            linear.append((int(both[0]), int(both[1])))
+            in_out = (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
+            linear.append((int(in_out[0]), int(in_out[1])))
     total = sum(parameter.numel() for parameter in shape.parameters())
     return _Sizes(linear, total - sum(inside * outside for inside, outside in linear))
 
@@ -240,8 +240,8 @@ def _sizes(shape: PreTrainedModel) -> _Sizes:
 def _file_bytes(shape: PreTrainedModel, model: str, revision: str | None) -> int:
     """What the base's files hold, by their sizes or by their configuration's format."""
     _, path = locate(model, revision=revision, weights=False)
-    if there := sum(file.stat().st_size for file in weight_files(path)):
-        return there
+    if stored_bytes := sum(file.stat().st_size for file in weight_files(path)):
+        return stored_bytes
     stated = getattr(shape.config, "dtype", None) or torch.bfloat16
     size = torch.empty(0, dtype=stated).element_size()
     return size * sum(parameter.numel() for parameter in shape.parameters())

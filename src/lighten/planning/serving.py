@@ -130,8 +130,8 @@ def kv_cache_bytes(
     """
     total = 0.0
     for layer in layers:
-        kept = context if layer.window is None else min(context, layer.window)
-        blocks = -(-kept // BLOCK_TOKENS)
+        tokens = context if layer.window is None else min(context, layer.window)
+        blocks = -(-tokens // BLOCK_TOKENS)
         total += sequences * blocks * BLOCK_TOKENS * layer.numbers * number_bytes
     return round(total)
 

@@ -61,17 +61,17 @@ def workers_of(traced: Traced) -> int:
 
 def parts_of(traced: Traced) -> list[Part]:
     """The last traced step, micro-batch by micro-batch, and its optimiser's part."""
-    works_of: dict[int, list[Work]] = {}
+    work_by_place: dict[int, list[Work]] = {}
     for run, _, work in traced.timeline.work:
         pass_run = traced.timeline.runs[run]
         if pass_run.step == STEPS - 1:
             place = -1 if pass_run.phase == "optimiser step" else pass_run.micro_batch
-            works_of.setdefault(place, []).append(work)
-    parts, waited = [], _waits(traced) / workers_of(traced)
-    for place, works in works_of.items():
+            work_by_place.setdefault(place, []).append(work)
+    parts, wait_share = [], _waits(traced) / workers_of(traced)
+    for place, works in work_by_place.items():
         alone = place < 0
         share = 1.0 if alone else traced.share_of(place)
-        parts.append(Part(works, share, share if alone else share * waited, alone))
+        parts.append(Part(works, share, share if alone else share * wait_share, alone))
     return parts
 
 
@@ -91,20 +91,20 @@ def _waits(traced: Traced) -> float:
 def time_of(traced: Traced, device: Timed) -> StepTime | None:
     """The time of a step; None: the device's rates are not known."""
     in_workers: rates.Rates
-    known: rates.Rates
+    alone_rates: rates.Rates
     if device.kind == "cpu" and device.is_here:
         workers = workers_of(traced)
-        known = rates.Measured.cached()
+        alone_rates = rates.Measured.cached()
         # Two of the same file would each write it without what the other has timed.
-        in_workers = known if workers == 1 else rates.Measured.cached(workers)
+        in_workers = alone_rates if workers == 1 else rates.Measured.cached(workers)
     elif device.flops and device.bandwidth:
-        in_workers = known = rates.Datasheet(device.name, device.flops, device.bandwidth)
+        in_workers = alone_rates = rates.Datasheet(device.name, device.flops, device.bandwidth)
     else:
         return None
     seconds = flops = moved = 0.0
     for part in parts_of(traced):
-        seconds += part.times * (known if part.alone else in_workers).seconds(part.work)
+        seconds += part.times * (alone_rates if part.alone else in_workers).seconds(part.work)
         flops += part.share * sum(work.flops for work in part.work)
         moved += part.share * sum(work.bytes for work in part.work)
-    low, high = seconds / known.spread, seconds * known.spread
-    return StepTime(seconds, low, high, flops, moved, known.source)
+    low, high = seconds / alone_rates.spread, seconds * alone_rates.spread
+    return StepTime(seconds, low, high, flops, moved, alone_rates.source)

@@ -138,14 +138,14 @@ class Traced:
 
 
 def largest_step(
-    setup: Setup, given: tuple[int, int] | Sequence[int] | None
+    setup: Setup, rows_tokens: tuple[int, int] | Sequence[int] | None
 ) -> tuple[list[list[Item]], list[int]]:
     """The micro-batches of the step that decides the peak, and the lengths their items count in.
 
     Args:
         setup: Batch, accumulation, length, seeds, packing.
-        given: (examples of each adapter in a step, tokens of each), or the lengths of the data's
-            rows in a list, or None: every example is `max_length` long.
+        rows_tokens: (examples of each adapter in a step, tokens of each), or the lengths of the
+            data's rows in a list, or None: every example is `max_length` long.
     """
     recipe, packed = setup.recipe, setup.objective.packs
     names = [member.name for member in setup.adapters]
@@ -161,12 +161,12 @@ def largest_step(
             )  # fmt: skip
         return parts
 
-    if given is None or isinstance(given, tuple):
-        rows, tokens = given or (setup.examples_per_step, recipe.max_length)
+    if rows_tokens is None or isinstance(rows_tokens, tuple):
+        rows, tokens = rows_tokens or (setup.examples_per_step, recipe.max_length)
         return cut([Item(name, 0, row) for name in names for row in range(rows)], [tokens]), [
             tokens
         ]
-    lengths = [min(length, recipe.max_length) for length in given]
+    lengths = [min(length, recipe.max_length) for length in rows_tokens]
     orders = [
         steps_of_epoch(
             lengths, setup.examples_per_step, seed=options.seed, epoch=0,
@@ -175,8 +175,10 @@ def largest_step(
         for options in recipe.cohort()
     ]  # fmt: skip
     steps = [
-        cut([Item(name, row, row) for name, own in zip(names, rows, strict=True) for row in own],
-            lengths)
+        cut(
+            [Item(name, row, row) for name, batch in zip(names, rows, strict=True)
+             for row in batch], lengths,
+        )
         for rows in zip(*orders, strict=True)
     ]  # fmt: skip
 
@@ -199,9 +201,9 @@ def follow_recipe(
     dtype: Choice,
     kind: str,
     *,
-    given: tuple[int, int] | Sequence[int] | None = None,
+    rows_tokens: tuple[int, int] | Sequence[int] | None = None,
     supervised: float = 1.0,
-    whole: bool = False,
+    all_layers: bool = False,
     capability: tuple[int, int] | None = None,
 ) -> Traced:
     """Trace a recipe's steps on fake tensors.
@@ -211,9 +213,9 @@ def follow_recipe(
         config: The base's configuration.
         dtype: The format of the products.
         kind: `cpu` or `cuda`.
-        given: As `largest_step` takes it.
+        rows_tokens: As `largest_step` takes it.
         supervised: Share of each row's tokens that are supervised, at its end.
-        whole: Trace every layer, alike or not.
+        all_layers: Trace every layer, alike or not.
         capability: Compute capability of a CUDA device, if known.
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -225,18 +227,18 @@ def follow_recipe(
         base = fake_base(recipe, config, dtype, kind, tracker, capability)
         sizes = _sizes(base)
         # No rows, but as many tokens as one of them has: how many workers pay is a matter of that.
-        counts = EncodingCounts(tokens=_mean_tokens(recipe, given))
+        counts = EncodingCounts(tokens=_mean_tokens(recipe, rows_tokens))
         rows = Rows(Encoded([], counts), None, TemplateChoice("", "", ""), {})
         rank = OneRank(kind)
         with converted_in_place():
             setup = prepare(quiet, rank, base, rows)
         rank.device = torch.device("cpu")  # where fake tensors are, whatever is planned
-        layers, repetition = _layers(base.model, whole)
+        layers, repetition = _layers(base.model, all_layers)
         _mark_learning(setup, layers, repetition, tracker)
         frozen = _frozen(setup)
         units = _shrink(base.model, layers, repetition)
     setup.objective.workspace = lambda: FewChunks(tracker.timeline)
-    cut, lengths = largest_step(setup, given)
+    cut, lengths = largest_step(setup, rows_tokens)
     _require_traceable(cut, lengths)
     places = traced_places(setup, cut)
     batches = collated(setup, [cut[place] for place in places], lengths, supervised)
@@ -253,7 +255,8 @@ def follow_recipe(
         except repeat.NotAlike:
             return follow_recipe(
                 recipe, config, dtype, kind,
-                given=given, supervised=supervised, whole=True, capability=capability,
+                rows_tokens=rows_tokens, supervised=supervised, all_layers=True,
+                capability=capability,
             )  # fmt: skip
     return Traced(
         timeline, setup, cut, places, lengths, first_run, sum(sizes), max(sizes), frozen
@@ -276,10 +279,10 @@ def _require_traceable(cut: list[list[Item]], lengths: Sequence[int]) -> None:
         )
 
 
-def _mean_tokens(recipe: Recipe, given: tuple[int, int] | Sequence[int] | None) -> int:
-    if given is None or isinstance(given, tuple):
-        return given[1] if given else recipe.max_length
-    return sum(min(length, recipe.max_length) for length in given) // max(1, len(given))
+def _mean_tokens(recipe: Recipe, rows_tokens: tuple[int, int] | Sequence[int] | None) -> int:
+    if rows_tokens is None or isinstance(rows_tokens, tuple):
+        return rows_tokens[1] if rows_tokens else recipe.max_length
+    return sum(min(length, recipe.max_length) for length in rows_tokens) // max(1, len(rows_tokens))
 
 
 def traced_places(setup: Setup, cut: list[list[Item]]) -> list[int]:
@@ -288,13 +291,13 @@ def traced_places(setup: Setup, cut: list[list[Item]]) -> list[int]:
     for group in setup.groups(setup.adapters):
         names = {member.name for member in group}
         places_of_group = [place for place, part in enumerate(cut) if part[0].member in names]
-        seen: set[str | None] = set()
+        seen_members: set[str | None] = set()
         for count, place in enumerate(places_of_group):
             members = {item.member for item in cut[place]}
             # Whoever has not learnt yet has neither gradients nor optimiser state.
-            if count < MICRO_BATCHES or not members <= seen:
+            if count < MICRO_BATCHES or not members <= seen_members:
                 places.append(place)
-            seen |= members
+            seen_members |= members
     return places
 
 
@@ -309,9 +312,9 @@ def collated(
         lengths: Tokens of the rows that they count in.
         supervised: Share of each row's tokens that are supervised, at its end.
     """
-    wanted = {item.row for part in cut for item in part}
+    used_rows = {item.row for part in cut for item in part}
     data = [
-        row_of(length if row in wanted else 1, supervised) for row, length in enumerate(lengths)
+        row_of(length if row in used_rows else 1, supervised) for row, length in enumerate(lengths)
     ]
     names = [member.name for member in setup.adapters]
     packed = setup.objective.packs
@@ -350,8 +353,8 @@ def run_steps(
                 scaler.step_number, scaler.micro_batch = step, -1
                 for group in setup.groups(setup.adapters):
                     names = {member.name for member in group}
-                    of_group = [batch for batch in batches if batch.items[0].member in names]
-                    train_step(of_group, group, setup.objective, setup.accelerator, scaler)
+                    group_batches = [batch for batch in batches if batch.items[0].member in names]
+                    train_step(group_batches, group, setup.objective, setup.accelerator, scaler)
                     _mark_state(group, tracker)
     finally:
         for hook in hooks:
@@ -359,11 +362,11 @@ def run_steps(
         tracker.close()
 
 
-def _layers(model: nn.Module, whole: bool) -> tuple[list[nn.Module], repeat.Repetition]:
+def _layers(model: nn.Module, all_layers: bool) -> tuple[list[nn.Module], repeat.Repetition]:
     layers = decoder_layers(model)  # type: ignore[arg-type]
     if not layers:
         return [], repeat.Repetition(1, 1)
-    if whole:
+    if all_layers:
         return layers, repeat.Repetition(len(layers), 1)
     return layers, repeat.repetition([repeat.kind_of(layer) for layer in layers])
 
@@ -372,21 +375,21 @@ def _shrink(
     model: nn.Module, layers: list[nn.Module], repetition: repeat.Repetition
 ) -> dict[int, int]:
     """Leave the layers that are traced in the model; unit by the id of each."""
-    kept = [layers[i] for i in repetition.kept] if layers else []
-    if len(kept) < len(layers):
+    traced = [layers[i] for i in repetition.traced] if layers else []
+    if len(traced) < len(layers):
         for module in model.modules():
             for name, child in module.named_children():
                 if isinstance(child, nn.ModuleList) and list(child) == layers:
-                    setattr(module, name, nn.ModuleList(kept))
-    return {id(layer): repetition.unit(place) for place, layer in enumerate(kept)}
+                    setattr(module, name, nn.ModuleList(traced))
+    return {id(layer): repetition.unit(place) for place, layer in enumerate(traced)}
 
 
 def _mark_learning(
     setup: Setup, layers: list[nn.Module], repetition: repeat.Repetition, tracker: StorageTracker
 ) -> None:
     """Adapters are adapters, and each of a traced layer belongs to its unit."""
-    places = {layer: place for place, layer in enumerate(repetition.kept)}
-    whole = setup.recipe.method == "full"
+    places = {layer: place for place, layer in enumerate(repetition.traced)}
+    full = setup.recipe.method == "full"
     listed = next(
         (name for name, child in setup.base.model.named_modules()
          if isinstance(child, nn.ModuleList) and list(child) == layers), "",
@@ -397,7 +400,7 @@ def _mark_learning(
             match = pattern.search(key) if pattern else None
             place = places.get(int(match[1])) if match else None
             unit = None if place is None else repetition.unit(place)
-            tracker.mark(parameter, "base weights" if whole else "adapters", unit)
+            tracker.mark(parameter, "base weights" if full else "adapters", unit)
 
 
 def _sizes(base: models.Base) -> list[int]:
@@ -437,8 +440,8 @@ def _mark_state(members: Sequence[AdapterOptimizer], tracker: StorageTracker) ->
 
 def row_of(length: int, supervised: float) -> _Row:
     """A row of so many tokens of which the last share is supervised."""
-    wanted = max(1, min(length - 1, round(length * supervised)))
-    return _Row([0] * length, [False] * (length - wanted) + [True] * wanted)
+    supervised_tokens = max(1, min(length - 1, round(length * supervised)))
+    return _Row([0] * length, [False] * (length - supervised_tokens) + [True] * supervised_tokens)
 
 
 def _fake(batch: MicroBatch, mode: FakeTensorMode) -> MicroBatch:

@@ -122,10 +122,10 @@ class Timeline:
 
     def live(self) -> list[int]:
         """Bytes alive after each event."""
-        sizes, now = [], 0
+        sizes, alive = [], 0
         for event in self.events:
-            now += event.block.bytes if event.born else -event.block.bytes
-            sizes.append(now)
+            alive += event.block.bytes if event.born else -event.block.bytes
+            sizes.append(alive)
         return sizes
 
     def forget_what_went_before(self, first_run: int) -> None:
@@ -133,8 +133,10 @@ class Timeline:
 
         A fake base is made whole and then quantised; a real one weight by weight.
         """
-        gone = {event.block for event in self.events if not event.born and event.run < first_run}
-        self.events = [event for event in self.events if event.block not in gone]
+        dead_blocks = {
+            event.block for event in self.events if not event.born and event.run < first_run
+        }
+        self.events = [event for event in self.events if event.block not in dead_blocks]
 
     def alive_at(self, place: int) -> dict[str, int]:
         """Bytes by part after the event of that index."""
@@ -162,7 +164,7 @@ class StorageTracker(TorchDispatchMode):
         self._summed: tuple[Block | None, Block | None] = (None, None)
         self._products: set[tuple[Any, ...]] = set()
         self.timeline = Timeline(runs=[Pass("loading")])
-        self._seen: dict[int, tuple[weakref.ref[Any], Block]] = {}
+        self._storages: dict[int, tuple[weakref.ref[Any], Block]] = {}
         self._names: dict[int, str] = {}
         self._units: dict[int, int] = {}
         self._stack: list[nn.Module] = []
@@ -179,7 +181,7 @@ class StorageTracker(TorchDispatchMode):
         """Run an operation and note what came of it."""
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            return _one(args[0].dtype)
+            return _fake_item(args[0].dtype)
         out = run_fake(func, args, kwargs)
         self._note(func, args, kwargs, out)
         if func is torch.ops.aten.add.Tensor and _asked_by_autograd():
@@ -196,11 +198,11 @@ class StorageTracker(TorchDispatchMode):
         if self.kernels and self._makes_kernel(func, args):
             for _ in range(BLOCKS_OF_KERNEL):
                 self._born(BLOCK_OF_KERNEL_BYTES, "device context", OUTSIDE)
-        fresh = [x for x in tensors if id(x.untyped_storage()) not in self._seen]
-        given = [*inside(args, Tensor)] if fresh else []
+        fresh = [x for x in tensors if id(x.untyped_storage()) not in self._storages]
+        inputs = [*inside(args, Tensor)] if fresh else []
         for place, tensor in enumerate(fresh):
             # A result of a list (one norm per gradient) belongs where its own input does.
-            sources = given[place : place + 1] if len(fresh) > 1 else given[:1]
+            sources = inputs[place : place + 1] if len(fresh) > 1 else inputs[:1]
             self._birth(tensor, sources)
 
     def _makes_kernel(self, func: Any, args: tuple[Any, ...]) -> bool:
@@ -216,28 +218,28 @@ class StorageTracker(TorchDispatchMode):
 
     def _birth(self, tensor: Tensor, sources: list[Tensor]) -> Block:
         storage = tensor.untyped_storage()
-        if (known := self._seen.get(id(storage))) is not None:
-            return known[1]
+        if (record := self._storages.get(id(storage))) is not None:
+            return record[1]
         layer = self._layer
         if layer == OUTSIDE and sources:
-            source = self._seen.get(id(sources[0].untyped_storage()))
+            source = self._storages.get(id(sources[0].untyped_storage()))
             layer = source[1].layer if source is not None else OUTSIDE
         block = self._born(storage.nbytes(), self._part(), layer)
         key = id(storage)
 
-        def gone(_: Any) -> None:
-            _, gone_block = self._seen.pop(key, (None, block))
-            if self._open and not self._taken_over(gone_block):
-                self._event(gone_block, False)
+        def storage_died(_: Any) -> None:
+            _, freed = self._storages.pop(key, (None, block))
+            if self._open and not self._taken_over(freed):
+                self._event(freed, False)
 
-        self._seen[key] = (weakref.ref(storage, gone), block)
+        self._storages[key] = (weakref.ref(storage, storage_died), block)
         return block
 
     def _block_of(self, tensor: Tensor) -> Block | None:
-        known = self._seen.get(id(tensor.untyped_storage()))
-        return None if known is None else known[1]
+        record = self._storages.get(id(tensor.untyped_storage()))
+        return None if record is None else record[1]
 
-    def _taken_over(self, gone: Block) -> bool:
+    def _taken_over(self, freed: Block) -> bool:
         """Whether the sum that was just made lies where this block was.
 
         Autograd adds two gradients of one tensor in place where nobody else has the first, but not
@@ -245,12 +247,12 @@ class StorageTracker(TorchDispatchMode):
         """
         (first, total), self._summed = self._summed, (None, None)
         events = self.timeline.events
-        if first is not gone or total is None or total.bytes != gone.bytes:
+        if first is not freed or total is None or total.bytes != freed.bytes:
             return False
         if not (events and events[-1].born and events[-1].block is total):
             return False
-        key = next(key for key, (_, block) in self._seen.items() if block is total)
-        self._seen[key] = (self._seen[key][0], gone)
+        key = next(key for key, (_, block) in self._storages.items() if block is total)
+        self._storages[key] = (self._storages[key][0], freed)
         events.pop()
         return True
 
@@ -308,8 +310,8 @@ class StorageTracker(TorchDispatchMode):
 
     def layer_of(self, tensor: Tensor) -> int:
         """The unit of decoder layers that a storage belongs to."""
-        known = self._seen.get(id(tensor.untyped_storage()))
-        return OUTSIDE if known is None else known[1].layer
+        record = self._storages.get(id(tensor.untyped_storage()))
+        return OUTSIDE if record is None else record[1].layer
 
     def settle(self, first_run: int) -> None:
         """Call what did not outlive the pass that made it temporary, from a pass on.
@@ -412,7 +414,7 @@ def _asked_by_autograd() -> bool:
     return frame.f_code.co_name == ENGINE
 
 
-def _one(dtype: torch.dtype) -> float | int | bool:
+def _fake_item(dtype: torch.dtype) -> float | int | bool:
     if dtype == torch.bool:
         return True
     return 1.0 if dtype.is_floating_point else 1

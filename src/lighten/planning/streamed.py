@@ -100,14 +100,14 @@ def _streamed(
     if not packed:
         return StreamedLinear(was, absent, pieces.add("", compute, layer.weight.shape))
     state = layer.weight.quant_state
-    place = pieces.add("", torch.uint8, layer.weight.shape)
+    weight_piece = pieces.add("", torch.uint8, layer.weight.shape)
     scales = pieces.add("", state.absmax.dtype, state.absmax.shape)
-    return StreamedLinear4bit(was, absent, place, scales, state)
+    return StreamedLinear4bit(was, absent, weight_piece, scales, state)
 
 
 def with_reading(
     time_of_step: StepTime, feed: Any, passes: int, folder: Path, *, where: str,
-    stored: torch.dtype, here: bool,
+    stored: torch.dtype, is_here: bool,
 ) -> tuple[StepTime, str]:  # fmt: skip
     """The time of a step that reads the base, and a sentence about it.
 
@@ -120,13 +120,13 @@ def with_reading(
         folder: The model's files.
         where: `disk`, or `cpu` for main memory.
         stored: Format of dense weights in their files.
-        here: The device is this machine's.
+        is_here: The device is this machine's.
     """
     size = feed.base_bytes if where == "cpu" else file_bytes(feed, stored)
     # At each turn the layers in the slots are there already.
     share = max(0.0, 1.0 - SLOTS / len(feed.layers))
     read = int(2 * passes * share * size)
-    rate, how = read_rate(folder, where=where, here=here)
+    rate, how = read_rate(folder, where=where, is_here=is_here)
     if rate is None:
         return time_of_step, (
             f"each step reads {read / 1e9:.1f} GB of layers, whose time is not in that of the "
@@ -157,13 +157,13 @@ def file_bytes(feed: Any, stored: torch.dtype) -> int:
     return total
 
 
-def read_rate(folder: Path, *, where: str, here: bool) -> tuple[float | None, str]:
+def read_rate(folder: Path, *, where: str, is_here: bool) -> tuple[float | None, str]:
     """Bytes per second that layers are read at, and how that is known.
 
     Args:
         folder: The model's files.
         where: `disk`, or `cpu` for main memory.
-        here: The device is this machine's.
+        is_here: The device is this machine's.
 
     Raises:
         UserError: `LIGHTEN_READ_RATE` is no number.
@@ -178,7 +178,7 @@ def read_rate(folder: Path, *, where: str, here: bool) -> tuple[float | None, st
         return rate, RATE
     if where == "cpu":
         return None, "copies from main memory to the GPU are not measured"
-    if not here:
+    if not is_here:
         return None, "the disk is another machine's"
     if not weight_files(folder):
         return None, "the model is not on this machine"
@@ -188,12 +188,12 @@ def read_rate(folder: Path, *, where: str, here: bool) -> tuple[float | None, st
 def _measured(folder: Path) -> tuple[float | None, str]:
     with _disable_current_modes():
         shards = Shards.of(folder)
-        known = sorted(
+        readable = sorted(
             (name for name, shard in shards.items() if shard.kind in DTYPES),
             key=lambda name: -shards[name].bytes,
         )
         total, began = 0, time.perf_counter()
-        for name in known:
+        for name in readable:
             shard = shards[name]
             shards.read(name, torch.empty(shard.shape, dtype=DTYPES[shard.kind]))
             total += shard.bytes

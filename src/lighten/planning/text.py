@@ -32,22 +32,22 @@ def verdict(plan: Plan) -> str:
 
 def lines(plan: Plan) -> list[str]:
     """What a training run says of its plan: a line, and a second one where it is in doubt."""
-    verdict = f"plan: {gib(plan.memory.expected)} at the peak"
+    headline = f"plan: {gib(plan.memory.expected)} at the peak"
     if plan.capacity is not None:
-        verdict += f" of {gib(plan.capacity)}"
+        headline += f" of {gib(plan.capacity)}"
     largest = sorted(plan.memory.parts, key=lambda part: -part.bytes)[:2]
-    verdict += f" ({', '.join(f'{part.name} {gib(part.bytes)}' for part in largest)})"
+    headline += f" ({', '.join(f'{part.name} {gib(part.bytes)}' for part in largest)})"
     if plan.time is not None:
-        verdict += f", {seconds(plan.time.seconds)} per step"
+        headline += f", {seconds(plan.time.seconds)} per step"
         if plan.run_seconds is not None:
-            verdict += f", {duration(plan.run_seconds)} in all"
-    lines = [verdict]
+            headline += f", {duration(plan.run_seconds)} in all"
+    report = [headline]
     if plan.fits() is None and plan.capacity is not None:
-        lines.append(
+        report.append(
             f"it might not fit: between {gib(plan.memory.low)} and {gib(plan.memory.high)}; "
             "lighten plan shows what would need less"
         )
-    return lines
+    return report
 
 
 def part_rows(plan: Plan) -> list[list[str]]:
@@ -100,13 +100,13 @@ def _data_rows(data: DataCost | None) -> list[list[str]]:
     """What the data take, if they were read."""
     if data is None:
         return []
-    sentence = f"{counted(data.rows, 'row')}, {counted(data.tokens, 'token')}: "
-    sentence += f"{size(data.resident_bytes)}, mapped from disk"
+    description = f"{counted(data.rows, 'row')}, {counted(data.tokens, 'token')}: "
+    description += f"{size(data.resident_bytes)}, mapped from disk"
     if data.encoding_bytes:
-        sentence += (
+        description += (
             f"; {gib(data.encoding_bytes)} while they are encoded, before the model is loaded"
         )
-    return [["data", sentence]]
+    return [["data", description]]
 
 
 def change_rows(plan: Plan) -> list[list[str]]:

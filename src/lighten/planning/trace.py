@@ -69,7 +69,7 @@ def plan_recipe(
     converts, stored = _converts(recipe, config, path, dtype), _stored(config)
     try:
         traced = follow_recipe(
-            recipe, config, dtype, device.kind, given=rows_tokens, supervised=supervised,
+            recipe, config, dtype, device.kind, rows_tokens=rows_tokens, supervised=supervised,
             capability=getattr(device, "capability", None),
         )  # fmt: skip
     except UserError:
@@ -82,12 +82,12 @@ def plan_recipe(
     margin = memory.BEYOND if outside else memory.WITHIN
     loading = memory.loading_of(source, path, traced.weights, converts)
     feed = traced.setup.base.feed
-    whole = traced.weights
+    base_bytes = traced.weights
     if feed is not None:
-        loading, whole = replace(loading, files=0, copies=0), whole + feed.base_bytes
-    timeline, states, waiting = traced.timeline, _states_of(traced), 0
+        loading, base_bytes = replace(loading, files=0, copies=0), base_bytes + feed.base_bytes
+    timeline, states, offloaded_bytes = traced.timeline, _states_of(traced), 0
     if offloaded.leaves_device(recipe, device.kind):
-        timeline, waiting = offloaded.without_state(timeline), int(states.optimiser)
+        timeline, offloaded_bytes = offloaded.without_state(timeline), int(states.optimiser)
     workers = workers_of(traced)
     arena = device.is_here and allocator.has_arena()
     time = time_of(traced, device)
@@ -95,10 +95,10 @@ def plan_recipe(
     if feed is not None and time is not None:
         time, note = streamed.with_reading(
             time, feed, len(traced.batches), path, where=recipe.offload_base, stored=stored,
-            here=device.is_here,
+            is_here=device.is_here,
         )  # fmt: skip
         notes = (note,)
-    if waiting:
+    if offloaded_bytes:
         notes += ("what it takes to bring the optimiser's state is not in the time of a step",)
     if device.kind == "cpu":
         verified = _numbers(traced) * 4
@@ -113,9 +113,9 @@ def plan_recipe(
         )
         waits = feed.base_bytes if recipe.offload_base == "cpu" else 0
         host = HOST_OF_CUDA_BYTES + loading.files + traced.weights + waits
-        host += waiting if recipe.offload_optimizer == "cpu" else 0
+        host += offloaded_bytes if recipe.offload_optimizer == "cpu" else 0
     files = sum(file.stat().st_size for file in weight_files(path))
-    download = 0 if files or source not in ("hub", "known") else whole
+    download = 0 if files or source not in ("hub", "known") else base_bytes
     allocator.trim()  # what the trace took must not look like room for whoever trains next
     return Plan(
         model=recipe.model_name_or_path,
@@ -128,7 +128,7 @@ def plan_recipe(
         host_bytes=host,
         disk_bytes=download
         + _written(traced, recipe)
-        + (waiting if recipe.offload_optimizer == "nvme" else 0),
+        + (offloaded_bytes if recipe.offload_optimizer == "nvme" else 0),
         download_bytes=download,
         choices=_choices(traced, dtype, loading) | offloaded.choices(recipe, device.kind),
         outside=outside,
@@ -143,12 +143,12 @@ def _states_of(traced: Traced) -> States:
     """Weights, gradients and optimiser state of all layers, whatever is alive at the peak."""
     learning = [p for member in traced.setup.adapters for p in member.parameters.values()]
     timeline = traced.timeline
-    kept = timeline.alive_at(len(timeline.events) - 1)  # after the last optimiser's step
+    alive = timeline.alive_at(len(timeline.events) - 1)  # after the last optimiser's step
     return States(
         frozen=traced.frozen,
         trained=sum(p.numel() * p.element_size() for p in learning),
         gradients=sum(4 * p.numel() for p in learning),  # float32, as the weights that learn
-        optimiser=kept.get("optimiser", 0),
+        optimiser=alive.get("optimiser", 0),
     )
 
 
@@ -163,17 +163,17 @@ def _method(recipe: Recipe) -> str:
 
 def _converts(recipe: Recipe, config: Any, path: Path, dtype: Choice) -> bool:
     """Whether weights change their format when they are read."""
-    whole = recipe.method == "full" and recipe.last_layers is None
-    wanted = "float32" if whole else dtype.value
+    trains_all = recipe.method == "full" and recipe.last_layers is None
+    target = "float32" if trains_all else dtype.value
     if recipe.load_in_4bit or recipe.load_in_8bit:
         return path.is_dir() and stored_as(path) is None
-    return str(_stored(config)).removeprefix("torch.") != wanted
+    return str(_stored(config)).removeprefix("torch.") != target
 
 
 def _stored(config: Any) -> torch.dtype:
     """The format that the configuration says of the weights in their files."""
-    named = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
-    dtype: torch.dtype = getattr(torch, named)
+    name = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    dtype: torch.dtype = getattr(torch, name)
     return dtype
 
 
