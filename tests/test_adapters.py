@@ -70,7 +70,7 @@ def test_loss_and_gradients_equal_peft_alone_and_in_a_cohort(arch: str) -> None:
     for share in shares:
         rows = slice(share.start, share.stop)
         ours = F.cross_entropy(logits[rows].flatten(0, 1), IDS[rows, 1:].flatten())
-        theirs_model = in_peft(arch, cohort, str(share.member))
+        theirs_model = in_peft(arch, cohort, str(share.adapter))
         theirs = loss_of(theirs_model, IDS[rows])
         assert apart(ours, theirs) < CLOSE
         ours.backward(retain_graph=True)
@@ -80,7 +80,7 @@ def test_loss_and_gradients_equal_peft_alone_and_in_a_cohort(arch: str) -> None:
             for key, p in theirs_model.named_parameters()
             if p.grad is not None
         }
-        found = cohort.parameters(str(share.member))
+        found = cohort.parameters(str(share.adapter))
         assert set(found) == set(wanted)
         for key, parameter in found.items():
             assert parameter.grad is not None

@@ -79,13 +79,13 @@ def assert_like_peft(cohort: Cohort, theirs: dict[str, nn.Module]) -> None:
         ]  # fmt: skip
         torch.stack(losses).sum().backward()
     for share, ours in zip(shares, losses, strict=True):
-        model = theirs[str(share.member)]
+        model = theirs[str(share.adapter)]
         wanted_loss = loss_of(model, IDS[share.start : share.stop])
         wanted_loss.backward()
         assert apart(ours, wanted_loss) < CLOSE
         wanted = {k.replace(".default", ""): p.grad for k, p in model.named_parameters()
                   if "lora_" in k}  # fmt: skip
-        found = cohort.parameters(str(share.member))
+        found = cohort.parameters(str(share.adapter))
         assert set(found) == set(wanted)
         for key, parameter in found.items():
             assert parameter.grad is not None

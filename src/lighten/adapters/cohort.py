@@ -94,7 +94,7 @@ class Cohort(Trained):
 
         def untouched() -> bool:
             now = routing.now
-            return now.everyone is None and all(share.member is None for share in now.shares)
+            return now.everyone is None and all(share.adapter is None for share in now.shares)
 
         fake_quant.fake_quantise(self.model, group_size, plain=untouched)
         self.group_size = group_size

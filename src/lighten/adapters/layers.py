@@ -34,13 +34,13 @@ class Share:
     """The rows [start, stop) of a batch that take one adapter, or the base alone (None).
 
     Attributes:
-        member: Name of the adapter, or None for the base.
+        adapter: Name of the adapter, or None for the base.
         start: First row of the batch.
         stop: One past the last row.
         dropout_keys: One number per row that names its example and step; None turns dropout off.
     """
 
-    member: str | None
+    adapter: str | None
     start: int
     stop: int
     dropout_keys: tuple[int, ...] | None = None
@@ -67,7 +67,7 @@ class Route:
     @property
     def lone(self) -> str | None:
         """The adapter that every row takes, if it is one."""
-        return self.shares[0].member if len(self.shares) == 1 else self.everyone
+        return self.shares[0].adapter if len(self.shares) == 1 else self.everyone
 
     def widths(self, leading: Sequence[int], path: str) -> tuple[int, ...]:
         """How many flattened rows of x each row of the batch has there.
@@ -224,17 +224,17 @@ class CohortLinear(nn.Module):
         starts = (0, *accumulate(widths))
         return [
             (
-                share.member,
+                share.adapter,
                 Part(
                     starts[share.start],
                     starts[share.stop],
-                    self.scales[share.member],
+                    self.scales[share.adapter],
                     self._dropout(share, widths[share.start : share.stop], x.device),
                     layer,
                 ),
             )
             for share in route.shares
-            if share.member in self.specs
+            if share.adapter in self.specs
         ]
 
     @property
@@ -255,8 +255,8 @@ class CohortLinear(nn.Module):
     def _dropout(
         self, share: Share, widths: tuple[int, ...], device: torch.device
     ) -> Dropout | None:
-        assert share.member is not None
-        spec = self.specs[share.member]
+        assert share.adapter is not None
+        spec = self.specs[share.adapter]
         if spec.dropout == 0.0 or share.dropout_keys is None:
             return None
         key = spec.seed, share.dropout_keys, widths
@@ -425,7 +425,7 @@ class CohortCopies(nn.Module):
         # Token ids come as [B, T]; hidden vectors as [B, T, ·] or [B·T, ·].
         leading = x.shape if not x.is_floating_point() else x.shape[:-1]
         starts = (0, *accumulate(route.widths(leading, self.path)))
-        spans = [(s.member, starts[s.start], starts[s.stop]) for s in route.shares]
+        spans = [(s.adapter, starts[s.start], starts[s.stop]) for s in route.shares]
         if len(spans) == 1:
             return self._one(spans[0][0], x, args, kwargs)
         flat = x.flatten(0, len(leading) - 1)

@@ -218,7 +218,7 @@ class PeftBacked(Cohort):
         PEFT draws its dropout for the batch as a whole. The draws are a function of the seed and of
         the rows' keys, so that a resumed run repeats them, but not of a row alone.
         """
-        adapters = {share.member for share in shares}
+        adapters = {share.adapter for share in shares}
         assert len(adapters) == 1, "PEFT's modules cannot tell rows apart"
         name = adapters.pop()
         keys = [key for share in shares for key in share.dropout_keys or ()]

@@ -120,7 +120,7 @@ class WholeBase(Trained):
         self, shares: Sequence[Share], starts: Sequence[int] | None = None
     ) -> Iterator[PreTrainedModel]:
         """Every row takes the base."""
-        assert {share.member for share in shares} == {self._name}
+        assert {share.adapter for share in shares} == {self._name}
         del starts  # rows are told apart by attention alone
         yield self.model
 

@@ -32,8 +32,8 @@ def learn(
     """
     shares = shares_of(batch)
     weights = torch.empty(len(batch.labels), dtype=torch.float32, device=batch.labels.device)
-    spans = {str(s.member): slice(batch.supervised_before[s.start],
-                                  batch.supervised_before[s.stop]) for s in shares}  # fmt: skip
+    spans = {str(s.adapter): slice(batch.supervised_before[s.start],
+                                   batch.supervised_before[s.stop]) for s in shares}  # fmt: skip
     # The common factor stays outside of the weights, which may be put into float16 (a head that
     # learns): a supervised token alone in its step times the factor is more than that can hold.
     common = max(scales[name] for name in spans)

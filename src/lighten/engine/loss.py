@@ -312,7 +312,7 @@ class Objective:
             start, stop = batch.supervised_before[share.start], batch.supervised_before[share.stop]
             for rows in _chunks(stop - start, self._head.weight, None):
                 span = slice(start + rows.start, start + rows.stop)
-                args = (share.member, hidden[span], batch.labels[span])
+                args = (share.adapter, hidden[span], batch.labels[span])
                 parts.append(checkpoint(chunk, *args, use_reentrant=False))
         nll = torch.cat(parts)
         return (nll * weights).sum(), nll.detach()
@@ -396,7 +396,7 @@ class Objective:
                 if not len(one.labels):
                     continue
                 inputs: dict[str, Any] = {"logits_to_keep": one.positions} if keeps else {}
-                with self.at(one, (Share(share.member, 0, 1),)):
+                with self.at(one, (Share(share.adapter, 0, 1),)):
                     inputs |= {"input_ids": one.input_ids, "use_cache": False}
                     out = self._within(functools.partial(self.model, **inputs))
                 logits = out.logits[0] if keeps else out.logits[0, one.positions]

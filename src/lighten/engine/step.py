@@ -141,7 +141,7 @@ def _counted(
         for share in shares_of(batch):
             rows = slice(share.start, share.stop)
             supervised = batch.supervised_in(share.start, share.stop)
-            counts[places[str(share.member)]] += torch.tensor(
+            counts[places[str(share.adapter)]] += torch.tensor(
                 [supervised, sum(batch.lengths[rows]), share.stop - share.start]
             )
     return {
