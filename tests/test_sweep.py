@@ -16,7 +16,7 @@ import lighten
 from lighten.engine import workers
 from lighten.errors import UserError
 from lighten.evaluation import together
-from lighten.evaluation.kept import PartialResults
+from lighten.evaluation.partial_results import PartialResults
 from lighten.generation import kernels
 from lighten.reporting import charts
 from lighten.runs import Run

@@ -21,7 +21,7 @@ from lighten.evaluation.bootstrap import Array
 from lighten.evaluation.forgetting import GeneralText
 from lighten.evaluation.generate import Answers, as_shown, generate
 from lighten.evaluation.judge import Judge, judged
-from lighten.evaluation.kept import PartialResults, key_of
+from lighten.evaluation.partial_results import PartialResults, key_of
 from lighten.evaluation.result import Evaluation, Measured
 from lighten.evaluation.run_models import Models, Opened
 from lighten.evaluation.summary import summarise

@@ -19,7 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from lighten import data
 from lighten.data import LearntAnswers
 from lighten.data.special import special_tokens, visible
-from lighten.evaluation.kept import PartialResults, key_of
+from lighten.evaluation.partial_results import PartialResults, key_of
 from lighten.models import Limits
 
 

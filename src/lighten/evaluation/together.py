@@ -26,7 +26,7 @@ from lighten.engine.forward_backward import undropped
 from lighten.engine.loss import Objective
 from lighten.engine.validation import ValidationLoss, held_out
 from lighten.evaluation.generate import Answers, hidden_tokens, stop_tokens
-from lighten.evaluation.kept import PartialResults, key_of
+from lighten.evaluation.partial_results import PartialResults, key_of
 from lighten.generation import slotted
 from lighten.generation.slotted import Slotted
 from lighten.models import limits_of

@@ -91,21 +91,14 @@ def _offload(zero: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: A device is not known, or parameters are to wait that are not spread.
     """
     settings: dict[str, Any] = {}
-    for part, name in (("offload_optimizer", "offload_optimizer"),):
-        section = zero.get(part) or {}
-        device = section.get("device") or "none"
-        if device not in ("none", "cpu", "nvme"):
-            raise ValueError(f"{part}: device {device!r} is none of none, cpu, nvme")
-        if device == "none":
-            continue
-        settings[name] = device
-        folder = section.get("nvme_path")
-        if device != "nvme" or folder is None:
-            continue
-        if settings.setdefault("nvme_path", folder) != folder:
-            raise ValueError(
-                f"nvme_path is {settings['nvme_path']} and {folder}; there is one folder here"
-            )
+    section = zero.get("offload_optimizer") or {}
+    device = section.get("device") or "none"
+    if device not in ("none", "cpu", "nvme"):
+        raise ValueError(f"offload_optimizer: device {device!r} is none of none, cpu, nvme")
+    if device != "none":
+        settings["offload_optimizer"] = device
+    if device == "nvme" and section.get("nvme_path") is not None:
+        settings["nvme_path"] = section["nvme_path"]
     if (device := (zero.get("offload_param") or {}).get("device", "none")) not in ("none", None):
         raise ValueError(
             f"offload_param to {device} is not built; remove it (for a frozen base that is larger "

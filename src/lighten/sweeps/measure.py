@@ -19,7 +19,7 @@ from lighten.data import Example
 from lighten.evaluation import metrics
 from lighten.evaluation.bootstrap import Array, Estimate, FromSums, Resamples
 from lighten.evaluation.evaluation import Progress, askable, held_out_examples, measure
-from lighten.evaluation.kept import PartialResults
+from lighten.evaluation.partial_results import PartialResults
 from lighten.evaluation.run_models import Models
 from lighten.machine import hardware
 from lighten.models import limits_of
