@@ -42,7 +42,7 @@ class TokenRow(Protocol):
 class Item(NamedTuple):
     """One row of one step: which adapter trains on it, and a number naming row and step."""
 
-    member: str | None
+    adapter: str | None
     row: int
     key: int
 
@@ -305,7 +305,7 @@ def _even(
 def collate(
     items: Sequence[Item],
     rows: Sequence[TokenRow],
-    members: Sequence[str | None],
+    adapters: Sequence[str | None],
     *,
     pad_id: int = 0,
     packed: bool = False,
@@ -316,13 +316,13 @@ def collate(
     Args:
         items: The rows and their adapters.
         rows: The encoded data that `Item.row` counts in.
-        members: The adapters in their order.
+        adapters: The adapters in their order.
         pad_id: What stands right of a row; it is never attended to and never supervised.
         packed: Rows behind each other in place of under each other.
         device: Where the tensors go.
     """
-    rank = {member: place for place, member in enumerate(members)}
-    items = sorted(items, key=lambda item: rank[item.member])
+    rank = {adapter: place for place, adapter in enumerate(adapters)}
+    items = sorted(items, key=lambda item: rank[item.adapter])
     lengths = [len(rows[item.row].input_ids) for item in items]
     width = max(lengths)
     if packed:

@@ -67,10 +67,10 @@ def shares_of(batch: MicroBatch) -> tuple[Share, ...]:
     shares: list[Share] = []
     start = 0
     for stop in range(1, len(batch.items) + 1):
-        ends = stop == len(batch.items) or batch.items[stop].member != batch.items[start].member
+        ends = stop == len(batch.items) or batch.items[stop].adapter != batch.items[start].adapter
         if ends:
             keys = tuple(item.key for item in batch.items[start:stop])
-            adapter = batch.items[start].member
+            adapter = batch.items[start].adapter
             shares.append(Share(adapter, start, stop, keys))
             start = stop
     return tuple(shares)

@@ -45,7 +45,7 @@ WEIGHTS, KEPT, LASTING = PARTS[:2], PARTS[:3], PARTS[:5]
 PHASES = {"check": "forward"}
 # What each worker has of its own, and when.
 EACH = ("activations", "logits", "temporary", "gradients", "device context")
-IN_LANES = ("forward", "loss", "backward")
+IN_WORKERS = ("forward", "loss", "backward")
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def processor_memory(
     """
     process_bytes = context.bytes + int(TOKENIZER_FACTOR * loading.tokenizer)
     phases = [timeline.runs[event.run].phase for event in timeline.events]
-    forked = next((place for place, phase in enumerate(phases) if phase in IN_LANES), len(phases))
+    forked = next((place for place, phase in enumerate(phases) if phase in IN_WORKERS), len(phases))
     # Free pages are given back before workers are opened.
     course = _course(timeline, arena, [forked] if workers > 1 else [])
     weights = {name: timeline.alive_at(forked - 1).get(name, 0) for name in WEIGHTS}
@@ -119,7 +119,7 @@ def processor_memory(
     stages = [
         _Stage("loading", loaded, 0, process_bytes),
         _stage(timeline, course, process_bytes, 0, forked),
-        _stage(timeline, course, process_bytes, forked).with_lanes(
+        _stage(timeline, course, process_bytes, forked).with_workers(
             _other_workers(timeline, workers - 1, context.worker_bytes, sums, arena)
         ),
     ]
@@ -159,14 +159,14 @@ class _Stage:
         """All of it."""
         return sum(self.parts.values()) + self.overhead + self.context
 
-    def with_lanes(self, lanes: _Stage) -> _Stage:
+    def with_workers(self, workers: _Stage) -> _Stage:
         """The same, with what other processes hold meanwhile."""
-        names = {*self.parts, *lanes.parts}
+        names = {*self.parts, *workers.parts}
         return _Stage(
             self.when,
-            {name: self.parts.get(name, 0) + lanes.parts.get(name, 0) for name in names},
-            self.overhead + lanes.overhead,
-            self.context + lanes.context,
+            {name: self.parts.get(name, 0) + workers.parts.get(name, 0) for name in names},
+            self.overhead + workers.overhead,
+            self.context + workers.context,
         )
 
 
@@ -252,7 +252,7 @@ def _other_workers(timeline: Timeline, count: int, context: int, sums: int, aren
         return _Stage("", {}, 0, 0)
     blocks = {
         id(event.block) for event in timeline.events
-        if timeline.runs[event.block.run].phase in IN_LANES and event.block.part.startswith(EACH)
+        if timeline.runs[event.block.run].phase in IN_WORKERS and event.block.part.startswith(EACH)
     }  # fmt: skip
     events = [event for event in timeline.events if id(event.block) in blocks]
     worker_timeline = Timeline(events, timeline.runs, timeline.work)

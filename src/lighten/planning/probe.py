@@ -180,14 +180,14 @@ def measure(
     largest = batches()
     setup.objective.verify(largest[0], undropped(largest[0]))
     workers = _workers(setup)
-    weights = [p for member in setup.adapters for p in member.parameters.values()]
+    weights = [p for adapter in setup.adapters for p in adapter.parameters.values()]
     at_first = samples_of(weights)
 
     def step() -> None:
         all_batches = batches()
         for group in setup.groups(setup.adapters):
-            names = {member.name for member in group}
-            part = [batch for batch in all_batches if batch.items[0].member in names]
+            names = {adapter.name for adapter in group}
+            part = [batch for batch in all_batches if batch.items[0].adapter in names]
             train_step(part, group, setup.objective, accelerator, setup.scaler, workers)
         if workers is not None:
             memory.beside(workers.own_bytes)
@@ -236,7 +236,7 @@ def _batches(
 
     cut, of_rows = largest_step(setup, lengths)
     rows = _rows(of_rows, supervised).train.rows
-    names = [member.name for member in setup.adapters]
+    names = [adapter.name for adapter in setup.adapters]
     packed, device = setup.objective.packs, setup.accelerator.device
     return lambda: [collate(part, rows, names, packed=packed, device=device) for part in cut]
 

@@ -82,7 +82,7 @@ def _waits(traced: Traced) -> float:
     for group in traced.setup.groups(traced.setup.adapters):
         names = {adapter.name for adapter in group}
         tokens = [traced.tokens(place) for place, part in enumerate(traced.batches)
-                  if part[0].member in names]  # fmt: skip
+                  if part[0].adapter in names]  # fmt: skip
         longest += max(sum(tokens[i] for i in share) for share in even_shares(tokens, workers))
         total += sum(tokens)
     return longest * workers / total

@@ -117,10 +117,11 @@ class Traced:
                 adapter.name: sum(4 * p.numel() for p in adapter.parameters.values())
                 for adapter in group
             }
-            mine = [place for place, part in enumerate(self.batches) if part[0].member in size]
-            shares = even_shares([self.tokens(place) for place in mine], workers)
+            places = [place for place, part in enumerate(self.batches) if part[0].adapter in size]
+            shares = even_shares([self.tokens(place) for place in places], workers)
             summed = [
-                {item.member for i in share for item in self.batches[mine[i]]} for share in shares
+                {item.adapter for i in share for item in self.batches[places[i]]}
+                for share in shares
             ]
             every = sum(size[name] for names in summed for name in names)
             most = max(most, every - sum(size.values()))
@@ -148,14 +149,14 @@ def largest_step(
             data's rows in a list, or None: every example is `max_length` long.
     """
     recipe, packed = setup.recipe, setup.objective.packs
-    names = [member.name for member in setup.adapters]
+    names = [adapter.name for adapter in setup.adapters]
 
     def cut(items: list[Item], lengths: Sequence[int]) -> list[list[Item]]:
         parts: list[list[Item]] = []
         for group in setup.groups(setup.adapters):
-            names_of_group = {member.name for member in group}
+            names_of_group = {adapter.name for adapter in group}
             parts += layout(
-                [item for item in items if item.member in names_of_group], lengths,
+                [item for item in items if item.adapter in names_of_group], lengths,
                 max_rows=setup.rows_per_microbatch,
                 max_tokens=setup.tokens_per_microbatch, packed=packed, workers=setup.workers,
             )  # fmt: skip
@@ -289,15 +290,15 @@ def traced_places(setup: Setup, cut: list[list[Item]]) -> list[int]:
     """The first micro-batches of each group of adapters, and of each adapter the first."""
     places = []
     for group in setup.groups(setup.adapters):
-        names = {member.name for member in group}
-        places_of_group = [place for place, part in enumerate(cut) if part[0].member in names]
-        seen_members: set[str | None] = set()
+        names = {adapter.name for adapter in group}
+        places_of_group = [place for place, part in enumerate(cut) if part[0].adapter in names]
+        seen_adapters: set[str | None] = set()
         for count, place in enumerate(places_of_group):
-            members = {item.member for item in cut[place]}
+            adapters = {item.adapter for item in cut[place]}
             # Whoever has not learnt yet has neither gradients nor optimiser state.
-            if count < MICRO_BATCHES or not members <= seen_members:
+            if count < MICRO_BATCHES or not adapters <= seen_adapters:
                 places.append(place)
-            seen_members |= members
+            seen_adapters |= adapters
     return places
 
 
@@ -316,7 +317,7 @@ def collated(
     data = [
         row_of(length if row in used_rows else 1, supervised) for row, length in enumerate(lengths)
     ]
-    names = [member.name for member in setup.adapters]
+    names = [adapter.name for adapter in setup.adapters]
     packed = setup.objective.packs
     return [collate(part, data, names, packed=packed) for part in cut]
 
@@ -352,8 +353,8 @@ def run_steps(
             for step in range(STEPS):
                 scaler.step_number, scaler.micro_batch = step, -1
                 for group in setup.groups(setup.adapters):
-                    names = {member.name for member in group}
-                    group_batches = [batch for batch in batches if batch.items[0].member in names]
+                    names = {adapter.name for adapter in group}
+                    group_batches = [batch for batch in batches if batch.items[0].adapter in names]
                     train_step(group_batches, group, setup.objective, setup.accelerator, scaler)
                     _mark_state(group, tracker)
     finally:
@@ -395,8 +396,8 @@ def _mark_learning(
          if isinstance(child, nn.ModuleList) and list(child) == layers), "",
     )  # fmt: skip
     pattern = re.compile(rf"{re.escape(listed)}\.(\d+)\.") if listed else None
-    for member in setup.adapters:
-        for key, parameter in member.parameters.items():
+    for adapter in setup.adapters:
+        for key, parameter in adapter.parameters.items():
             match = pattern.search(key) if pattern else None
             place = places.get(int(match[1])) if match else None
             unit = None if place is None else repetition.unit(place)
@@ -430,9 +431,9 @@ def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     return {id(storage): storage.nbytes() for storage in storages}
 
 
-def _mark_state(members: Sequence[AdapterOptimizer], tracker: StorageTracker) -> None:
-    for member in members:
-        for parameter, state in member.optimizer.state.items():
+def _mark_state(adapters: Sequence[AdapterOptimizer], tracker: StorageTracker) -> None:
+    for adapter in adapters:
+        for parameter, state in adapter.optimizer.state.items():
             for value in state.values():
                 if isinstance(value, Tensor):
                     tracker.mark(value, "optimiser", tracker.layer_of(parameter))

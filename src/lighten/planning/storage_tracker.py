@@ -385,9 +385,9 @@ class StepMarker(LossScaler):
         self.tracker.begin("backward", self.micro_batch, self.step_number)
         loss.backward()
 
-    def unscale(self, member: AdapterOptimizer) -> None:
+    def unscale(self, adapter: AdapterOptimizer) -> None:
         """All gradients are there."""
-        for group in member.optimizer.param_groups:
+        for group in adapter.optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self.tracker.mark(parameter.grad, "gradients")

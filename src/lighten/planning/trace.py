@@ -141,7 +141,7 @@ def plan_recipe(
 
 def _states_of(traced: Traced) -> States:
     """Weights, gradients and optimiser state of all layers, whatever is alive at the peak."""
-    learning = [p for member in traced.setup.adapters for p in member.parameters.values()]
+    learning = [p for adapter in traced.setup.adapters for p in adapter.parameters.values()]
     timeline = traced.timeline
     alive = timeline.alive_at(len(timeline.events) - 1)  # after the last optimiser's step
     return States(

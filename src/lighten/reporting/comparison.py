@@ -131,7 +131,7 @@ def compare(runs: Sequence[Run]) -> Comparison:
         entries += trained
         if base is not None:
             bases.setdefault((base.label, base.measured_on), base)
-    sentences = [*_judge(entries), *_notes(runs, names)]
+    sentences = [*_conclusions(entries), *_notes(runs, names)]
     everything = [*entries, *bases.values()]
     columns = [
         column
@@ -251,7 +251,7 @@ def _best(column: Column, entries: Sequence[Entry]) -> set[int]:
     return {place for place, value in values.items() if value == best}
 
 
-def _judge(entries: Sequence[Entry]) -> list[str]:
+def _conclusions(entries: Sequence[Entry]) -> list[str]:
     """Set each entry's difference and verdict, and say it in sentences."""
     measured = [entry for entry in entries if "loss" in entry.figures]
     missing = [entry.run for entry in entries if "loss" not in entry.figures]

@@ -298,9 +298,9 @@ def group_arms(arms: Sequence[Arm]) -> list[Group]:
         key = f"alone {place}" if arm.alone else json.dumps(common, sort_keys=True)
         shared.setdefault(key, []).append(arm)
     groups = []
-    for number, members in enumerate(shared.values(), start=1):
-        name = members[0].name if len(members) == 1 else f"cohort-{number}"
-        groups.append(Group(name, tuple(members)))
+    for number, group in enumerate(shared.values(), start=1):
+        name = group[0].name if len(group) == 1 else f"cohort-{number}"
+        groups.append(Group(name, tuple(group)))
     return groups
 
 

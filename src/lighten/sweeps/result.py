@@ -95,14 +95,14 @@ def collect(folder: Path, recipe: Recipe, groups: Sequence[Group]) -> dict[str, 
     _add_differences(rows, measured, recipe)
     notes = dict.fromkeys(note for measurement in measured.values() for note in measurement.notes)
     finished = _comparable(rows)
-    recommendation, members = _recommended(rows, finished, measured, recipe)
+    recommendation, arms_of = _recommended(rows, finished, measured, recipe)
     return {
         "arms": rows,
-        "settings": _settings(recommendation, members, rows),
+        "settings": _settings(recommendation, arms_of, rows),
         "notes": list(notes),
         "recommendation": {
             **recommendation.to_dict(),
-            "arm": members[recommendation.name][0] if recommendation.name is not None else None,
+            "arm": arms_of[recommendation.name][0] if recommendation.name is not None else None,
         },
     }
 
@@ -265,15 +265,15 @@ def _recommended(
         for seed_rows in together.values()
         if len(seed_rows) == most
     }
-    members = {name: [row["name"] for row in seed_rows] for name, seed_rows in complete.items()}
-    used = [name for names in members.values() for name in names]
+    arms_of = {name: [row["name"] for row in seed_rows] for name, seed_rows in complete.items()}
+    used = [name for names in arms_of.values() for name in names]
     counts = [measured[name].tokens for name in used]
     if any(tokens != counts[0] for tokens in counts):
         reason = (
             "The arms' tokenizers cut the same answers into different tokens, so their losses per "
             "token cannot be compared; compare the metric."
         )
-        return Recommendation(None, None, "not comparable", [reason]), members
+        return Recommendation(None, None, "not comparable", [reason]), arms_of
     candidates = [
         Candidate(
             name,
@@ -296,7 +296,7 @@ def _recommended(
     steps = [row["steps"] for row in finished if row["name"] in used]
     return (
         after_training(recommendation, min(shares), min(steps)) if shares else recommendation
-    ), members
+    ), arms_of
 
 
 def _without_seed(seed_rows: Sequence[Mapping[str, Any]]) -> str:
@@ -308,18 +308,18 @@ def _without_seed(seed_rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _settings(
     recommendation: Recommendation,
-    members: Mapping[str, Sequence[str]],
+    arms_of: Mapping[str, Sequence[str]],
     rows: Sequence[Mapping[str, Any]],
 ) -> list[dict[str, Any]]:
     """One row per setting that was compared, seeds averaged, smallest first."""
     by_name = {row["name"]: row for row in rows}
     settings = []
     for comparison in recommendation.comparisons:
-        first = by_name[members[comparison.name][0]]
+        first = by_name[arms_of[comparison.name][0]]
         settings.append(
             {
                 **vars(comparison),
-                "arms": list(members[comparison.name]),
+                "arms": list(arms_of[comparison.name]),
                 "recommended": comparison.name == recommendation.name,
                 "file_bytes": first["file_bytes"],
                 "trainable_parameters": first["trainable_parameters"],
