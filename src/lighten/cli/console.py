@@ -153,10 +153,19 @@ def print_table(
         width[fold_last[0]] = max(
             min(width[fold_last[0]], _NARROWEST), min(width[fold_last[0]], room - other_width)
         )
+    # Cells are folded between words where there is room for the longest word of each column.
+    words = [
+        max((cell_len(word) for text in cells for word in text.split()), default=1)
+        for cells in zip(columns, *rows, strict=True)
+    ]
+    whole_words = not short and sum(words) <= room
     table = Table(box=SIMPLE, pad_edge=False)
     for place, column in enumerate(columns):
         # A name that is cut names nothing: it goes on in the next line.
-        table.add_column(column, overflow="fold", width=width[place] if short else None)
+        table.add_column(
+            column, overflow="fold", width=width[place] if short else None,
+            min_width=words[place] if whole_words else None,
+        )  # fmt: skip
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     screen.print(table)

@@ -58,7 +58,7 @@ def quantize(
     rows = result.formats
     columns = [*COLUMNS, *((label, _metric(name)) for name, label in
                            result.settings["metrics"].items()), *COSTS]  # fmt: skip
-    print_table(["format", *(row["name"] for row in rows)],
+    print_table(["format", *(row["name"].replace(":", ": ") for row in rows)],
                 [[label, *(show(row) for row in rows)] for label, show in columns])  # fmt: skip
     for line in (f"measured {result.settings['mode']}", *result.notes):
         console().print(line, highlight=False)
@@ -77,7 +77,7 @@ def _perplexity(row: dict[str, Any]) -> str:
     if "perplexity" not in row:
         return "–"
     error = row["perplexity_standard_error"]
-    return f"{row['perplexity']:.3f}" + ("" if error is None else f" ± {error:.3f}")
+    return f"{row['perplexity']:.2f}" + ("" if error is None else f" ±{error:.2f}")
 
 
 def _metric(name: str) -> Any:
@@ -88,7 +88,7 @@ def _metric(name: str) -> Any:
         if value is None:
             return "–"
         error = value["se"]
-        return f"{value['value']:.1f}" + ("" if error is None else f" ± {error:.1f}")
+        return f"{value['value']:.1f}" + ("" if error is None else f" ±{error:.1f}")
 
     return show
 
