@@ -78,43 +78,47 @@ def main() -> None:
     if "context" in parts and not peers.exists():
         parser.error(f"no environment at {arguments.peers_venv}: run train_vs_peers.py --setup")
     before = machine.before_start()
-    found: dict[str, Any] = {"audit": None, "context": None, "evaluate": {}}
+    results: dict[str, Any] = {"audit": None, "context": None, "evaluate": {}}
     with tempfile.TemporaryDirectory() as temporary:
         scratch = Path(temporary)
         if "audit" in parts:
-            found["audit"] = rows_of(arguments.audit)
+            results["audit"] = rows_of(arguments.audit)
         if "context" in parts:
             model, _ = first_adapter(arguments.model, scratch)
-            found["context"] = audit_context.compare(
+            results["context"] = audit_context.compare(
                 model, str(scratch / "adapter"), peers, scratch,
                 memory_bytes=int(arguments.memory_gib * 2**30), timeout_s=arguments.timeout_s,
                 most=arguments.most_tokens,
             )  # fmt: skip
         for dtype in arguments.dtypes.split(",") if "evaluate" in parts else ():
-            found["evaluate"][dtype] = audit_evaluation.compare(
+            results["evaluate"][dtype] = audit_evaluation.compare(
                 arguments.model, arguments.data, dtype, scratch, examples=arguments.examples,
                 new_tokens=arguments.new_tokens,
             )  # fmt: skip
-            print(f"evaluate, {dtype}: {found['evaluate'][dtype]}", flush=True)
-    ratios = [own["ratio"] for own in found["evaluate"].values()]
-    last = {
-        "rows_explained": (found["audit"] or {}).get("rows_explained"),
-        "plan_max_error": (found["audit"] or {}).get("plan_max_error"),
-        "longest_context_vs_trl": (found["context"] or {}).get("ratio"),
+            print(f"evaluate, {dtype}: {results['evaluate'][dtype]}", flush=True)
+    ratios = [evaluation["ratio"] for evaluation in results["evaluate"].values()]
+    headline = {
+        "rows_explained": (results["audit"] or {}).get("rows_explained"),
+        "plan_max_error": (results["audit"] or {}).get("plan_max_error"),
+        "longest_context_vs_trl": (results["context"] or {}).get("ratio"),
         "evaluate_vs_transformers": max(ratios) if ratios and all(ratios) else None,
     }
     why_not = {
         "parts were left out": set(parts) != set(PARTS),
         "examples were left out": arguments.examples < 160,
-        "a long row took too long": bool((found["context"] or {}).get("timed_out")),
+        "a long row took too long": bool((results["context"] or {}).get("timed_out")),
     }
-    machine.store("audit_check", {**last, **found, "asked": _plain(arguments)}, before, why_not)
-    print(json.dumps(last))
+    machine.store(
+        "audit_check", {**headline, **results, "asked": _plain(arguments)}, before, why_not
+    )
+    print(json.dumps(headline))
 
 
 def _plain(arguments: argparse.Namespace) -> dict[str, Any]:
-    kept = {key: value for key, value in vars(arguments).items() if key != "peers_venv"}
-    return {key: str(value) if isinstance(value, Path) else value for key, value in kept.items()}
+    settings = {key: value for key, value in vars(arguments).items() if key != "peers_venv"}
+    return {
+        key: str(value) if isinstance(value, Path) else value for key, value in settings.items()
+    }
 
 
 if __name__ == "__main__":

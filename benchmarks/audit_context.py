@@ -62,30 +62,30 @@ class Longest:
         tries: list[dict[str, Any]] = []
 
         def fits(tokens: int) -> bool:
-            found = self.attempt(CONTENDERS[name], tokens)
-            tries.append({"tokens": tokens, **found})
-            said = found["why_not"] or f"loss {found['loss']:.4f}"
-            print(f"{name}, {tokens} tokens: {found['held_bytes'] / 2**30:.2f} GiB, "
-                  f"{found['seconds']:.0f} s, {said}", flush=True)  # fmt: skip
-            return found["why_not"] is None
+            outcome = self.attempt(CONTENDERS[name], tokens)
+            tries.append({"tokens": tokens, **outcome})
+            status = outcome["why_not"] or f"loss {outcome['loss']:.4f}"
+            print(f"{name}, {tokens} tokens: {outcome['held_bytes'] / 2**30:.2f} GiB, "
+                  f"{outcome['seconds']:.0f} s, {status}", flush=True)  # fmt: skip
+            return outcome["why_not"] is None
 
         return {"longest": longest(fits, most), "tries": tries}
 
-    def attempt(self, own: Contender, tokens: int) -> dict[str, Any]:
+    def attempt(self, contender: Contender, tokens: int) -> dict[str, Any]:
         """One step on one row of so many tokens."""
         step = [slices(self.text, tokens, 1)]
-        job = own.job(step, self.model, self.adapter, "cpu")
+        job = contender.job(step, self.model, self.adapter, "cpu")
         path = self.scratch / "job.json"
         job |= {"scratch": str(self.scratch / "out"), "began": time.time()}
         path.write_text(json.dumps(job), encoding="utf-8")
-        python = sys.executable if own.engine == "lighten" else str(self.peers)
-        command = [python, str(Path(__file__).with_name(own.script)), str(path)]
-        began, held, why = time.monotonic(), 0, None
-        with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as errors:
-            worker = subprocess.Popen(command, stdout=said, stderr=errors, text=True)
+        python = sys.executable if contender.engine == "lighten" else str(self.peers)
+        command = [python, str(Path(__file__).with_name(contender.script)), str(path)]
+        began, peak_bytes, why = time.monotonic(), 0, None
+        with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+            worker = subprocess.Popen(command, stdout=output, stderr=errors, text=True)
             while worker.poll() is None:
-                held = max(held, held_bytes(worker.pid))
-                if held > self.memory_bytes:
+                peak_bytes = max(peak_bytes, held_bytes(worker.pid))
+                if peak_bytes > self.memory_bytes:
                     why = f"it holds more than {self.memory_bytes / 2**30:.2f} GiB"
                 elif time.monotonic() - began > self.timeout_s:
                     why = f"it takes more than {self.timeout_s:.0f} s"
@@ -94,16 +94,16 @@ class Longest:
                     break
                 time.sleep(0.05)
             worker.wait()
-            said.seek(0)
+            output.seek(0)
             errors.seek(0)
-            lines, told = said.read().strip().splitlines(), errors.read()
+            lines, error_text = output.read().strip().splitlines(), errors.read()
         seconds = time.monotonic() - began
         if why is None and worker.returncode:
-            why = (told.strip().splitlines() or [f"exit {worker.returncode}"])[-1]
+            why = (error_text.strip().splitlines() or [f"exit {worker.returncode}"])[-1]
         losses: Any = [] if why else json.loads(lines[-1])["losses"]
         if isinstance(losses, dict):
             losses = losses["default"]
-        return {"why_not": why, "held_bytes": held, "seconds": seconds,
+        return {"why_not": why, "held_bytes": peak_bytes, "seconds": seconds,
                 "loss": losses[0] if losses else None}  # fmt: skip
 
 
@@ -142,33 +142,43 @@ def compare(
     search = Longest(
         str(stretched), encoded(model), adapter, peers, memory_bytes, timeout_s, scratch
     )
-    found = {name: search.search(name, most) for name in CONTENDERS}
-    ours = [own for name, own in found.items() if CONTENDERS[name].engine == "lighten"]
-    theirs = [own for name, own in found.items() if CONTENDERS[name].engine != "lighten"]
-    apart = loss_difference(ours, theirs)
-    lengths = [max((own["longest"] or 0 for own in group), default=0) for group in (ours, theirs)]
+    searches = {name: search.search(name, most) for name in CONTENDERS}
+    ours = [result for name, result in searches.items() if CONTENDERS[name].engine == "lighten"]
+    theirs = [result for name, result in searches.items() if CONTENDERS[name].engine != "lighten"]
+    difference = loss_difference(ours, theirs)
+    lengths = [
+        max((result["longest"] or 0 for result in group), default=0) for group in (ours, theirs)
+    ]
     why = None
-    if apart is None or apart > AGREEMENT:
-        why = f"losses are {apart} apart on rows that both train"
+    if difference is None or difference > AGREEMENT:
+        why = f"losses are {difference} apart on rows that both train"
     elif not all(lengths):
         why = "one of the two trains no row"
     return {
         "ratio": None if why else lengths[0] / lengths[1], "why_not": why,
-        "ours": lengths[0], "theirs": lengths[1], "loss_difference": apart, "contenders": found,
+        "ours": lengths[0], "theirs": lengths[1], "loss_difference": difference,
+        "contenders": searches,
         # A try that took too long says nothing of memory.
-        "timed_out": any("takes more" in (own["why_not"] or "")
-                         for one in found.values() for own in one["tries"]),
+        "timed_out": any("takes more" in (attempt["why_not"] or "")
+                         for result in searches.values() for attempt in result["tries"]),
     }  # fmt: skip
 
 
 def loss_difference(ours: list[Any], theirs: list[Any]) -> float | None:
     """Largest relative difference on rows that both have trained; None: there are none."""
-    first, second = (
-        {own["tokens"]: own["loss"] for one in group for own in one["tries"] if own["loss"]}
+    our_losses, their_losses = (
+        {
+            attempt["tokens"]: attempt["loss"]
+            for result in group
+            for attempt in result["tries"]
+            if attempt["loss"]
+        }
         for group in (ours, theirs)
     )
-    shared = first.keys() & second.keys()
-    return max((abs(first[t] - second[t]) / second[t] for t in shared), default=None)
+    shared = our_losses.keys() & their_losses.keys()
+    return max(
+        (abs(our_losses[t] - their_losses[t]) / their_losses[t] for t in shared), default=None
+    )
 
 
 def with_positions(model: Path, folder: Path, positions: int) -> Path:

@@ -36,21 +36,21 @@ def compare(
     )  # fmt: skip
     job = _job(run, dtype, examples, new_tokens)
     few = {**job, "prompts": job["prompts"][:TRIED], "rows": job["rows"][:TRIED]}
-    tried: dict[int, float] = {}
+    times: dict[int, float] = {}
     for size in BATCH_SIZES:
-        found = machine.in_fresh_process("peers_generate.py", {**few, "batch_size": size}, scratch)
-        if "error" not in found:
-            tried[size] = found["seconds"]
-    if not tried:
-        return {"ratio": None, "why_not": found["error"]}
-    best = min(tried, key=lambda size: tried[size])
+        result = machine.in_fresh_process("peers_generate.py", {**few, "batch_size": size}, scratch)
+        if "error" not in result:
+            times[size] = result["seconds"]
+    if not times:
+        return {"ratio": None, "why_not": result["error"]}
+    best = min(times, key=lambda size: times[size])
     theirs = machine.in_fresh_process("peers_generate.py", {**job, "batch_size": best}, scratch)
-    asked = {"run": str(run.folder), "examples": examples, "new_tokens": new_tokens}
-    ours = machine.in_fresh_process("evaluate_worker.py", asked, scratch)
-    for own in (theirs, ours):
-        if "error" in own:
-            return {"ratio": None, "why_not": own["error"], "tried": tried}
-    return {"batch_size": best, "tried": tried, **judged(ours, theirs, run, dtype)}
+    our_job = {"run": str(run.folder), "examples": examples, "new_tokens": new_tokens}
+    ours = machine.in_fresh_process("evaluate_worker.py", our_job, scratch)
+    for measurement in (theirs, ours):
+        if "error" in measurement:
+            return {"ratio": None, "why_not": measurement["error"], "tried": times}
+    return {"batch_size": best, "tried": times, **judged(ours, theirs, run, dtype)}
 
 
 def _job(run: Any, dtype: str, examples: int, new_tokens: int) -> dict[str, Any]:
@@ -64,13 +64,13 @@ def _job(run: Any, dtype: str, examples: int, new_tokens: int) -> dict[str, Any]
     recipe = run.recipe()
     base = models.load(recipe.model_name_or_path)
     data.choose_template(base.tokenizer, recipe.chat_template)
-    given = held_out_examples(recipe, run.info()["data"]["sha256"])
-    found = held_out_data.encoded(
-        recipe, given, base.tokenizer, limits(recipe.model_name_or_path), examples
+    held_out = held_out_examples(recipe, run.info()["data"]["sha256"])
+    encoded = held_out_data.encoded(
+        recipe, held_out, base.tokenizer, limits(recipe.model_name_or_path), examples
     )
-    assert found.rows is not None
+    assert encoded.rows is not None
     handling = data.Handling(recipe.system_role, recipe.thinking)
-    kept, _ = askable(found.examples, recipe, base.tokenizer)
+    askable_examples, _ = askable(encoded.examples, recipe, base.tokenizer)
     learnt = data.LearntAnswers.of(run.info())
     stops = stop_tokens(base.model, base.tokenizer, learnt)
     return {
@@ -78,11 +78,12 @@ def _job(run: Any, dtype: str, examples: int, new_tokens: int) -> dict[str, Any]
         "dtype": dtype, "new_tokens": new_tokens, "stops": stops,
         "pad": base.tokenizer.pad_token_id,
         "rows": [
-            ([int(own) for own in row.input_ids], [bool(own) for own in row.supervised])
-            for row in found.rows.rows
+            ([int(token) for token in row.input_ids], [bool(mark) for mark in row.supervised])
+            for row in encoded.rows.rows
         ],
         "prompts": [
-            [int(own) for own in data.prompt_of(one, base.tokenizer, handling)[0]] for one in kept
+            [int(token) for token in data.prompt_of(example, base.tokenizer, handling)[0]]
+            for example in askable_examples
         ],
     }  # fmt: skip
 
@@ -99,21 +100,25 @@ def judged(ours: Any, theirs: Any, run: Any, dtype: str) -> dict[str, Any]:
     from lighten.models import load_tokenizer
 
     tokenizer = load_tokenizer(run.recipe().model_name_or_path)
-    apart, same, count = 0.0, 0, 0
-    for name, own in ours["models"].items():
-        other = theirs["models"][name]
-        total = sum(other["losses"])
-        apart = max(apart, abs(sum(own["losses"]) - total) / total)
-        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in other["answers"]]
-        same += sum(a.strip() == b.strip() for a, b in zip(own["texts"], texts, strict=True))
+    difference, same_answers, count = 0.0, 0, 0
+    for name, our_figures in ours["models"].items():
+        their_figures = theirs["models"][name]
+        total = sum(their_figures["losses"])
+        difference = max(difference, abs(sum(our_figures["losses"]) - total) / total)
+        texts = [
+            tokenizer.decode(ids, skip_special_tokens=True) for ids in their_figures["answers"]
+        ]
+        same_answers += sum(
+            a.strip() == b.strip() for a, b in zip(our_figures["texts"], texts, strict=True)
+        )
         count += len(texts)
     why = None
-    if apart > AGREEMENT[dtype]:
-        why = f"the losses are {apart:.1e} apart"
-    elif same < SAME_ANSWERS[dtype] * count:
-        why = f"{same} of {count} answers alone are the same"
+    if difference > AGREEMENT[dtype]:
+        why = f"the losses are {difference:.1e} apart"
+    elif same_answers < SAME_ANSWERS[dtype] * count:
+        why = f"{same_answers} of {count} answers alone are the same"
     return {
         "ratio": None if why else ours["seconds"] / theirs["seconds"], "why_not": why,
         "ours_s": ours["seconds"], "theirs_s": theirs["seconds"],
-        "loss_difference": apart, "same_answers": same / count,
+        "loss_difference": difference, "same_answers": same_answers / count,
     }  # fmt: skip

@@ -49,9 +49,11 @@ Result = dict[str, Any]
 def lessons(rows: list[Row], names: Sequence[str], tokens: int, steps: int) -> dict[str, Steps]:
     """Rows of its own for each adapter, `tokens` of them in every step."""
     length = min(tokens, LONGEST_ROW)
-    each = tokens // length
-    cut = iter(slices(rows, length, each * steps * len(names)))
-    return {name: [[next(cut) for _ in range(each)] for _ in range(steps)] for name in names}
+    rows_per_step = tokens // length
+    cut = iter(slices(rows, length, rows_per_step * steps * len(names)))
+    return {
+        name: [[next(cut) for _ in range(rows_per_step)] for _ in range(steps)] for name in names
+    }
 
 
 def starts(model: str, names: Sequence[str], scratch: Path) -> tuple[str, dict[str, str]]:
@@ -92,10 +94,10 @@ def measure(arguments: argparse.Namespace) -> Result:
         }  # fmt: skip
 
         def run(label: str, job: Mapping[str, Any]) -> Result:
-            found = machine.in_fresh_process("cohort_worker.py", {**shared, **job}, scratch)
-            said = found["error"].strip().splitlines()[-1] if "error" in found else "done"
-            print(f"{label}: {said}, {found.get('wall_s', 0.0):.0f} s", flush=True)
-            return found
+            result = machine.in_fresh_process("cohort_worker.py", {**shared, **job}, scratch)
+            status = result["error"].strip().splitlines()[-1] if "error" in result else "done"
+            print(f"{label}: {status}, {result.get('wall_s', 0.0):.0f} s", flush=True)
+            return result
 
         for base in arguments.bases:
             for tokens in arguments.tokens:
@@ -106,17 +108,17 @@ def measure(arguments: argparse.Namespace) -> Result:
         for repeat in range(arguments.repeats):
             for base in arguments.bases:
                 for tokens in arguments.tokens:
-                    kept = results.setdefault(base, {}).setdefault(tokens, {})
+                    by_engine = results.setdefault(base, {}).setdefault(tokens, {})
                     for engine in ("lighten", "peft"):
                         job = {"engine": engine, "settings": BASES[base],
                                "lessons": taught[tokens]}  # fmt: skip
                         label = f"repeat {repeat + 1}, {base}, {tokens} tokens, {engine}"
-                        kept.setdefault(engine, []).append(run(label, job))
+                        by_engine.setdefault(engine, []).append(run(label, job))
             for size in (1, 4):
                 # Each adapter has a full micro-batch for each of two workers.
-                own = lessons(rows, names[:size], 2 * MEMORY_TOKENS, 2)
+                memory_lessons = lessons(rows, names[:size], 2 * MEMORY_TOKENS, 2)
                 settings = {**BASES["bfloat16"], "tokens_per_microbatch": MEMORY_TOKENS}
-                job = {"engine": "memory", "settings": settings, "lessons": own}
+                job = {"engine": "memory", "settings": settings, "lessons": memory_lessons}
                 label = f"repeat {repeat + 1}, memory of {size}"
                 memory.setdefault(size, []).append(run(label, job))
     table = [
@@ -166,8 +168,8 @@ def tabulate(
         row["cohort_s_per_step"] = statistics.median(together) / timed
         if row["why_not"]:
             continue
-        each = [a / b for a, b in zip(together, alone, strict=True)]
-        row["time"], row["time_spread"] = statistics.median(each), [min(each), max(each)]
+        shares = [a / b for a, b in zip(together, alone, strict=True)]
+        row["time"], row["time_spread"] = statistics.median(shares), [min(shares), max(shares)]
         if row["why_not_peft"] is None:
             theirs = size * statistics.median(statistics.mean(run["alone_s"]) for run in peft)
             row["peft_s_per_step"] = theirs / timed
@@ -182,11 +184,11 @@ def why_not(ours: Sequence[Result], size: int, exact: Result) -> str | None:
     unrounded = np.max(list(exact["largest_loss_difference"].values()) or [0.0])
     if not unrounded <= AGREEMENT["float32"]:
         return f"in float32 an adapter's losses are up to {unrounded:.1e} from those of it alone"
-    apart = np.max([run["largest_loss_difference"].get(str(size), 0.0) for run in ours])
+    difference = np.max([run["largest_loss_difference"].get(str(size), 0.0) for run in ours])
     allowed = 2 * rounding(ours, exact)
-    if not apart <= allowed:
+    if not difference <= allowed:
         return (
-            f"an adapter's losses are up to {apart:.1e} from those that it has alone, "
+            f"an adapter's losses are up to {difference:.1e} from those that it has alone, "
             f"over {allowed:.1e}"
         )
     return None
@@ -214,12 +216,12 @@ def _trained(runs: Sequence[Result]) -> str | None:
 
 def ratios(table: Sequence[Result], memory: Mapping[int, Sequence[Result]]) -> Result:
     """What the issue's table asks for; null where a row does not count or was not measured."""
-    found: Result = {"memory_4": None}
+    figures: Result = {"memory_4": None}
     if all(memory.get(size) and _trained(memory[size]) is None for size in (1, 4)):
         one, four = (
             statistics.median(run["peak_bytes"] for run in memory[size]) for size in (1, 4)
         )
-        found["memory_4"] = four / one
+        figures["memory_4"] = four / one
     for base, prefix in (("bfloat16", ""), ("nf4", "nf4_")):
         for tokens in TOKENS:
             key = f"{prefix}time_8_at_{tokens}"
@@ -227,24 +229,24 @@ def ratios(table: Sequence[Result], memory: Mapping[int, Sequence[Result]]) -> R
                 (r for r in table
                  if (r["base"], r["tokens"], r["adapters"]) == (base, tokens, 8)), None
             )  # fmt: skip
-            found[key] = row and row["time"]
-            found[f"{key}_vs_peft"] = row and row["time_vs_peft"]
-    return found
+            figures[key] = row and row["time"]
+            figures[f"{key}_vs_peft"] = row and row["time_vs_peft"]
+    return figures
 
 
-def show(found: Mapping[str, Any]) -> None:
+def show(result: Mapping[str, Any]) -> None:
     """Print the table."""
     print("seconds per step: N runs one after another, one cohort of N, PEFT one after another")
-    for row in found["table"]:
-        said = f"{row['base']:9} {row['tokens']:4} tokens per adapter, N = {row['adapters']}: "
+    for row in result["table"]:
+        line = f"{row['base']:9} {row['tokens']:4} tokens per adapter, N = {row['adapters']}: "
         if row["time"] is None:
-            print(said + f"DOES NOT COUNT: {row['why_not']}")
+            print(line + f"DOES NOT COUNT: {row['why_not']}")
             continue
-        said += f"{row['alone_s_per_step']:7.3f} {row['cohort_s_per_step']:7.3f} "
+        line += f"{row['alone_s_per_step']:7.3f} {row['cohort_s_per_step']:7.3f} "
         if row["time_vs_peft"] is None:
-            print(f"{said} ratio {row['time']:.2f}, PEFT failed: {row['why_not_peft']}")
+            print(f"{line} ratio {row['time']:.2f}, PEFT failed: {row['why_not_peft']}")
         else:
-            print(f"{said}{row['peft_s_per_step']:7.3f}  ratio {row['time']:.2f}, "
+            print(f"{line}{row['peft_s_per_step']:7.3f}  ratio {row['time']:.2f}, "
                   f"against PEFT {row['time_vs_peft']:.2f}")  # fmt: skip
 
 
@@ -259,17 +261,17 @@ def main() -> None:
     parser.add_argument("--largest", type=int, choices=SIZES, default=SIZES[-1])
     arguments = parser.parse_args()
     before = machine.before_start()
-    found = measure(arguments)
-    show(found)
+    result = measure(arguments)
+    show(result)
     why = {
         "fewer than 3 repeats": arguments.repeats < 3,
-        "parts were left out": len(found["table"]) < len(BASES) * len(TOKENS) * len(SIZES),
-        "a row does not count": any(row["why_not"] for row in found["table"]),
+        "parts were left out": len(result["table"]) < len(BASES) * len(TOKENS) * len(SIZES),
+        "a row does not count": any(row["why_not"] for row in result["table"]),
     }
     name = f"cohort-{Path(arguments.model).name}-{arguments.device}"
-    machine.store(name, {**vars(arguments), **found}, before, why)
+    machine.store(name, {**vars(arguments), **result}, before, why)
     skip = ("table", "memory", "runs", "exact")
-    print(json.dumps({key: value for key, value in found.items() if key not in skip}))
+    print(json.dumps({key: value for key, value in result.items() if key not in skip}))
 
 
 if __name__ == "__main__":

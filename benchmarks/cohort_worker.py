@@ -55,11 +55,11 @@ def run_ours(
     The peak is above what the process held when `memory` was made, or else when this begins.
     """
     steps = len(next(iter(lessons.values())))
-    first = [row for own in lessons.values() for row in own[0]]
+    first_rows = [row for lesson in lessons.values() for row in lesson[0]]
     # What the run would decide if its batch were this step, and not as many rows as a micro-batch
     # may hold. Compiled layers stay behind when a cohort is taken off, and several cannot use them.
-    full = sum(len(ids) for ids, _ in first) // FULL_TOKENS
-    side_by_side = max(1, min(torch.get_num_threads(), len(first), full))
+    full_workers = sum(len(ids) for ids, _ in first_rows) // FULL_TOKENS
+    side_by_side = max(1, min(torch.get_num_threads(), len(first_rows), full_workers))
     settings = {
         "per_device_train_batch_size": MANY_ROWS, "torch_compile": False, "workers": side_by_side,
         **job["settings"],
@@ -68,8 +68,8 @@ def run_ours(
     memory = memory or PeakMemory(job["device"])
     setup = engine.set_up(recipe, lessons, job["device"], base)
     if len(lessons) > 1:
-        each = sum(len(ids) for ids, _ in first) // len(lessons)
-        passes = choose_passes(base, each, setup.tokens_per_microbatch, side_by_side)
+        tokens_per_adapter = sum(len(ids) for ids, _ in first_rows) // len(lessons)
+        passes = choose_passes(base, tokens_per_adapter, setup.tokens_per_microbatch, side_by_side)
         setup.choices["passes"], setup.one_adapter_at_a_time = passes, passes.value == "apart"
     try:
         return engine.train(setup, lessons, Path(job["scratch"]), memory, start=start)
@@ -82,13 +82,13 @@ def ours(job: Mapping[str, Any], base: models.Base) -> dict[str, Any]:
     lessons, start = job["lessons"], job["start"]
     names = list(lessons)
 
-    def of(chosen: Sequence[str]) -> dict[str, Any]:
+    def train_members(members: Sequence[str]) -> dict[str, Any]:
         return run_ours(
-            base, {name: lessons[name] for name in chosen}, job, {n: start[n] for n in chosen}
+            base, {name: lessons[name] for name in members}, job, {n: start[n] for n in members}
         )
 
-    alone = {name: of([name]) for name in names}
-    together = {size: of(names[:size]) for size in job["sizes"] if size > 1}
+    alone = {name: train_members([name]) for name in names}
+    together = {size: train_members(names[:size]) for size in job["sizes"] if size > 1}
     losses_alone = {name: run["losses"][name] for name, run in alone.items()}
     return {
         "passes": {size: run["choices"]["passes"] for size, run in together.items()},
@@ -106,14 +106,14 @@ def ours(job: Mapping[str, Any], base: models.Base) -> dict[str, Any]:
 
 def peft(job: Mapping[str, Any], load: Callable[[], Any]) -> dict[str, Any]:
     """PEFT's adapters one after another in a plain loop."""
-    chosen = list(job["lessons"])[:PEFT_RUNS]
+    names = list(job["lessons"])[:PEFT_RUNS]
     model = PeftModel.from_pretrained(
-        load(), job["start"][chosen[0]], adapter_name=chosen[0], is_trainable=True
+        load(), job["start"][names[0]], adapter_name=names[0], is_trainable=True
     )
-    for name in chosen[1:]:
+    for name in names[1:]:
         model.load_adapter(job["start"][name], adapter_name=name, is_trainable=True)
-    own = {name: job["lessons"][name] for name in chosen}
-    run = plain_peft.train(model, own, job["device"], engine.OPTIMISER)
+    lessons = {name: job["lessons"][name] for name in names}
+    run = plain_peft.train(model, lessons, job["device"], engine.OPTIMISER)
     return {
         "alone_s": [timed(seconds) for seconds in run["step_seconds"].values()],
         "losses": run["losses"],
@@ -122,10 +122,10 @@ def peft(job: Mapping[str, Any], load: Callable[[], Any]) -> dict[str, Any]:
 
 
 def largest_difference(
-    own: Mapping[str, Sequence[float]], other: Mapping[str, Sequence[float]]
+    losses: Mapping[str, Sequence[float]], reference: Mapping[str, Sequence[float]]
 ) -> float:
     """Largest relative difference of any adapter's loss at any step; of no number, no number."""
-    return float(np.max([loss_difference(own[name], other[name]) for name in own]))
+    return float(np.max([loss_difference(losses[name], reference[name]) for name in losses]))
 
 
 def idle(run: Mapping[str, Any]) -> bool:
@@ -163,9 +163,9 @@ def main() -> None:
     base = load_base(recipe, job["device"])
     if job["engine"] == "memory":
         # The same meter throughout: the one that the loop tells of its workers' processes.
-        found = run_ours(base, job["lessons"], job, None, memory)
-        kept = ("peak_bytes", "method", "choices")
-        print(json.dumps({**{key: found[key] for key in kept}, "idle": idle(found)}))
+        result = run_ours(base, job["lessons"], job, None, memory)
+        keys = ("peak_bytes", "method", "choices")
+        print(json.dumps({**{key: result[key] for key in keys}, "idle": idle(result)}))
     else:
         print(json.dumps(ours(job, base)))
 

@@ -38,7 +38,7 @@ Table = dict[str, dict[str, Any]]
 def speed(run: Run, steps: Steps, warmup: int) -> float:
     """Real tokens per second: the median over the steps after warm-up."""
     pairs = list(zip(tokens_of(steps), run["step_seconds"], strict=True))[warmup:]
-    return statistics.median(own / seconds for own, seconds in pairs)
+    return statistics.median(tokens / seconds for tokens, seconds in pairs)
 
 
 def loss_difference(losses: Sequence[float], reference: Sequence[float]) -> float:
@@ -46,8 +46,8 @@ def loss_difference(losses: Sequence[float], reference: Sequence[float]) -> floa
 
     A loss that is no number makes the difference none either, which Python's `max` would hide.
     """
-    own, other = np.asarray(losses), np.asarray(reference[: len(losses)])
-    return float(np.max(np.abs(own - other) / np.abs(other)))
+    values, expected = np.asarray(losses), np.asarray(reference[: len(losses)])
+    return float(np.max(np.abs(values - expected) / np.abs(expected)))
 
 
 def idle(run: Run) -> str | None:
@@ -73,16 +73,16 @@ def why_not(run: Run, reference: Run | None, allowed: float) -> str | None:
         return reason
     if reference is None or "error" in reference:
         return "there is no reference for its losses"
-    apart = loss_difference(run["losses"], reference["losses"])
-    if not apart <= allowed:
-        return f"its losses are up to {apart:.1e} from the reference's, over {allowed:.1e}"
+    difference = loss_difference(run["losses"], reference["losses"])
+    if not difference <= allowed:
+        return f"its losses are up to {difference:.1e} from the reference's, over {allowed:.1e}"
     return None
 
 
 def exact(contender: Contender, run: Run, results: Mapping[str, Sequence[Run]]) -> Run | None:
     """Float32 arithmetic on the weights of a contender's run; None if it was not measured."""
     weights = contender.rounded or run.get("dtype")
-    return _first(results, REFERENCES.get((contender.data, str(weights))))
+    return _first_run(results, REFERENCES.get((contender.data, str(weights))))
 
 
 def reference_of(
@@ -105,7 +105,7 @@ def reference_of(
         controls: Who never learnt, by set of steps.
     """
     if follows_trl(name, contender, run):
-        return _first(results, ROUNDED[contender.data]), SAME_FORMAT
+        return _first_run(results, ROUNDED[contender.data]), SAME_FORMAT
     of_float32 = exact(contender, run, results)
     rounding = contender.rounding or run.get("dtype")
     if rounding == "float32":
@@ -122,19 +122,19 @@ def follows_trl(name: str, contender: Contender, run: Run) -> bool:
     return rounding != "float32" and name != ROUNDED[contender.data]
 
 
-def _first(results: Mapping[str, Sequence[Run]], name: str | None) -> Run | None:
+def _first_run(results: Mapping[str, Sequence[Run]], name: str | None) -> Run | None:
     return next(iter(results.get(name or "", [])), None)
 
 
 def unlearned(controls: Mapping[str, Run], results: Mapping[str, Sequence[Run]]) -> float | None:
     """How far who never learns is from TRL at least, with rounded products; None: not measured."""
-    found = []
+    differences = []
     for data, control in controls.items():
-        other = _first(results, ROUNDED[data])
-        if "error" in control or other is None or "error" in other:
+        reference = _first_run(results, ROUNDED[data])
+        if "error" in control or reference is None or "error" in reference:
             return None
-        found.append(loss_difference(control["losses"], other["losses"]))
-    return min(found, default=None)
+        differences.append(loss_difference(control["losses"], reference["losses"]))
+    return min(differences, default=None)
 
 
 def tabulate(
@@ -155,20 +155,21 @@ def tabulate(
     """
     table: Table = {}
     for name, runs in results.items():
-        own = contenders[name]
-        reference, allowed = reference_of(name, own, runs[0], results, controls)
+        contender = contenders[name]
+        reference, allowed = reference_of(name, contender, runs[0], results, controls)
         reasons = [why_not(run, reference, allowed) for run in runs]
         row: dict[str, Any] = {
             "valid": not any(reasons), "why_not": next(filter(None, reasons), None),
-            "steps": own.data, "repeats": len(runs),
+            "steps": contender.data, "repeats": len(runs),
         }  # fmt: skip
         table[name] = row
         if any("error" in run for run in runs):
             continue
-        speeds = [speed(run, steps[own.data][: len(run["losses"])], warmup) for run in runs]
+        speeds = [speed(run, steps[contender.data][: len(run["losses"])], warmup) for run in runs]
         row |= {
             "largest_loss_difference": _largest(runs, reference), "tolerance": allowed,
-            "largest_loss_difference_from_float32": _largest(runs, exact(own, runs[0], results)),
+            "largest_loss_difference_from_float32":
+                _largest(runs, exact(contender, runs[0], results)),
             "tokens_per_s": statistics.median(speeds),
             "tokens_per_s_spread": [min(speeds), max(speeds)],
             "peak_bytes": statistics.median(run["peak_bytes"] for run in runs),
@@ -176,11 +177,11 @@ def tabulate(
             "wall_s": statistics.median(run["wall_s"] for run in runs),
         }  # fmt: skip
     for name, row in table.items():
-        other = ROUNDED[contenders[name].data]
+        trl_name = ROUNDED[contenders[name].data]
         if row["valid"] and follows_trl(name, contenders[name], results[name][0]):
-            row["valid"] = table[other]["valid"]
+            row["valid"] = table[trl_name]["valid"]
             row["why_not"] = (
-                None if row["valid"] else f"{other!r}, which it follows, does not count"
+                None if row["valid"] else f"{trl_name!r}, which it follows, does not count"
             )
     return table
 
@@ -191,12 +192,12 @@ def _largest(runs: Sequence[Run], reference: Run | None) -> float | None:
     return float(np.max([loss_difference(run["losses"], reference["losses"]) for run in runs]))
 
 
-def over(table: Table, figure: str, own: str, other: str) -> float | None:
+def over(table: Table, figure: str, numerator: str, denominator: str) -> float | None:
     """A figure of one row over that of another; null where one is missing or does not count."""
-    rows = [table.get(own), table.get(other)]
+    rows = [table.get(numerator), table.get(denominator)]
     if any(row is None or not row["valid"] for row in rows):
         return None
-    return float(table[own][figure] / table[other][figure])
+    return float(table[numerator][figure] / table[denominator][figure])
 
 
 def wall_ratio(walls: Mapping[str, Sequence[Run]]) -> float | None:
@@ -206,20 +207,20 @@ def wall_ratio(walls: Mapping[str, Sequence[Run]]) -> float | None:
         return None
     if any("error" in run or idle(run) for run in (*ours, *theirs)):
         return None
-    apart = np.max(
+    difference = np.max(
         [loss_difference(a["losses"], b["losses"]) for a, b in zip(ours, theirs, strict=True)]
     )
-    if not apart <= 2 * AGREEMENT["bfloat16"]:  # both are rounded
+    if not difference <= 2 * AGREEMENT["bfloat16"]:  # both are rounded
         return None
-    own, other = ([run["wall_s"] for run in runs] for runs in (ours, theirs))
-    return statistics.median(own) / statistics.median(other)
+    our_seconds, their_seconds = ([run["wall_s"] for run in runs] for runs in (ours, theirs))
+    return statistics.median(our_seconds) / statistics.median(their_seconds)
 
 
 def ratios(
     table: Table,
     walls: Mapping[str, Sequence[Run]],
     wall_steps: int,
-    tried: Mapping[str, Mapping[str, Any]],
+    trials: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, float | None]:
     """Ours over theirs; null where a row does not count or was not measured.
 
@@ -227,19 +228,21 @@ def ratios(
         table: Of `tabulate`.
         walls: The long runs.
         wall_steps: Their steps.
-        tried: What the search for TRL's best found, by candidate.
+        trials: What the search for TRL's best found, by candidate.
     """
-    own = table.get(OURS)
+    our_row = table.get(OURS)
 
     def memory_over(accumulate: int) -> float | None:
         """Against the fastest candidate that cuts a step so: one short run."""
-        those = [t for t in tried.values() if t["accumulate"] == accumulate and not t["why_not"]]
-        if own is None or not own["valid"] or not those:
+        candidates = [
+            t for t in trials.values() if t["accumulate"] == accumulate and not t["why_not"]
+        ]
+        if our_row is None or not our_row["valid"] or not candidates:
             return None
-        fastest = max(those, key=lambda t: float(t["tokens_per_s"]))
-        return float(own["peak_bytes"] / fastest["peak_bytes"])
+        fastest = max(candidates, key=lambda t: float(t["tokens_per_s"]))
+        return float(our_row["peak_bytes"] / fastest["peak_bytes"])
 
-    cuts = {t["accumulate"] for t in tried.values()}
+    cuts = {t["accumulate"] for t in trials.values()}
     return {
         "speed_vs_best": over(table, "tokens_per_s", OURS, BEST),
         "speed_vs_defaults": over(table, "tokens_per_s", OURS_SHUFFLED, DEFAULTS),
@@ -254,33 +257,33 @@ def ratios(
     }  # fmt: skip
 
 
-def show_settings(found: Mapping[str, Any]) -> None:
+def show_settings(result: Mapping[str, Any]) -> None:
     """Print what stands above a table: TRL's settings, and whether the losses tell anything."""
-    print(f"TRL's best settings here: {found['best_settings']}")
+    print(f"TRL's best settings here: {result['best_settings']}")
     print(f"loss difference of a control that never learns: "
-          f"{found['control_loss_difference']}")  # fmt: skip
+          f"{result['control_loss_difference']}")  # fmt: skip
 
 
-def show(found: Mapping[str, Any]) -> None:
+def show(result: Mapping[str, Any]) -> None:
     """Print the table."""
-    show_settings(found)
-    for name, row in found["table"].items():
+    show_settings(result)
+    for name, row in result["table"].items():
         if "tokens_per_s" not in row:
             print(f"{name:26} failed: {str(row['why_not']).strip().splitlines()[-1]}")
             continue
         low, high = row["tokens_per_s_spread"]
-        apart = row["largest_loss_difference"]
+        difference = row["largest_loss_difference"]
         print(
             f"{name:26} {row['tokens_per_s']:6.0f} ({low:.0f} to {high:.0f}) tokens/s  "
             f"{row['peak_bytes'] / 2**30:5.2f} GiB  first step after {row['first_step_s']:4.0f} s  "
             + (
                 "no reference"
-                if apart is None
-                else f"loss within {apart:.1e} ({row['tolerance']:.1e})"
+                if difference is None
+                else f"loss within {difference:.1e} ({row['tolerance']:.1e})"
             )
             + ("" if row["valid"] else f"  DOES NOT COUNT: {row['why_not']}")
         )
-    for name, reason in found["absent"].items():
+    for name, reason in result["absent"].items():
         print(f"{name:26} {reason}")
     print(
         "TRL's defaults are bfloat16 autocast, gradient checkpointing, the loss in chunks and "

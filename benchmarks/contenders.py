@@ -129,17 +129,17 @@ OPTIONAL: dict[str, Contender] = {
 
 def split(name: str) -> tuple[str, Contender]:
     """A candidate with its step cut into small micro-batches, and what that is called."""
-    own = replace(CANDIDATES[name], accumulate=SPLIT)
-    return f"{name}, {ROWS_PER_STEP // SPLIT} rows x {SPLIT}", own
+    contender = replace(CANDIDATES[name], accumulate=SPLIT)
+    return f"{name}, {ROWS_PER_STEP // SPLIT} rows x {SPLIT}", contender
 
 
 def set_up(peers: Path) -> None:
     """Make the peers' environment, with this environment's versions of what both use."""
     from lighten.machine import hardware
 
-    own = hardware.versions()
+    versions = hardware.versions()
     shared = [
-        f"{name}=={own[name].partition('+')[0]}"
+        f"{name}=={versions[name].partition('+')[0]}"
         for name in ("torch", "transformers", "peft", "accelerate", "numpy")
     ]
     subprocess.run([sys.executable, "-m", "venv", str(peers)], check=True)
@@ -158,8 +158,8 @@ def installed(peers: Path) -> dict[str, str | None]:
         "        return None\n"
         f"print(json.dumps({{name: version(name) for name in {list(OPTIONAL)!r}}}))"
     )
-    done = subprocess.run(
+    process = subprocess.run(
         [str(peers / "bin" / "python"), "-c", code], capture_output=True, text=True, check=True
     )
-    found: dict[str, str | None] = json.loads(done.stdout)
-    return found
+    versions: dict[str, str | None] = json.loads(process.stdout)
+    return versions

@@ -172,15 +172,15 @@ def write_rows(path: Path, rows: int, megabytes: float) -> None:
 
 def with_generation_tags(template: str) -> str:
     """SmolLM2's template, its assistant turns between the tags that `datasets` users need."""
-    whole = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
-    if template.count(whole) != 1:
+    turn = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    if template.count(turn) != 1:
         raise ValueError("the template is not the one that this benchmark knows")
     tagged = (
         "{% if message['role'] == 'assistant' %}{{ '<|im_start|>assistant\n' }}{% generation %}"
         "{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
-        "{% else %}" + whole + "{% endif %}"
+        "{% else %}" + turn + "{% endif %}"
     )
-    return template.replace(whole, tagged)
+    return template.replace(turn, tagged)
 
 
 def measured(code: str, job: dict[str, Any], interpreter: str, cache: Path) -> dict[str, Any]:
@@ -189,14 +189,14 @@ def measured(code: str, job: dict[str, Any], interpreter: str, cache: Path) -> d
     environment = {**os.environ, "HF_HOME": str(cache / "hf"), "LIGHTEN_CACHE": str(cache / "ours")}
     if interpreter == sys.executable:
         environment["PYTHONPATH"] = source
-    done = subprocess.run(
+    process = subprocess.run(
         [interpreter, "-c", code, json.dumps({**job, "cache": str(cache)})],
         capture_output=True, text=True, check=False, env=environment,
     )  # fmt: skip
-    if done.returncode:
-        raise RuntimeError(done.stderr[-2000:])
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    if process.returncode:
+        raise RuntimeError(process.stderr[-2000:])
+    result: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
+    return result
 
 
 def main() -> None:
@@ -219,20 +219,20 @@ def main() -> None:
     for name, row in table.items():
         print(f"{name:28} {row['seconds']:7.2f} s {row['cpu_s']:7.2f} CPU s "
               f"{row['peak_bytes'] / 2**20:8.1f} MiB above what was held")  # fmt: skip
-    first, second = table["lighten"], table["lighten, second start"]
+    first_start, second_start = table["lighten"], table["lighten, second start"]
     peer, plain = table["datasets, marks"], table["datasets, ids alone"]
     alike = all(
-        first[key] == peer[key] for key in ("rows", "first_1000_tokens", "first_1000_marks")
+        first_start[key] == peer[key] for key in ("rows", "first_1000_tokens", "first_1000_marks")
     )
     figures = {
-        "time_vs_datasets": first["seconds"] / peer["seconds"] if alike else None,
-        "memory_vs_datasets": first["peak_bytes"] / peer["peak_bytes"] if alike else None,
-        "second_start": second["seconds"] / peer["seconds"] if alike else None,
-        "bytes_per_token": first["all_touched_bytes"] / first["tokens"],
-        "bytes_per_token_after_encoding": first["held_bytes"] / first["tokens"],
-        "time_vs_ids_alone": first["seconds"] / plain["seconds"],
-        "memory_vs_ids_alone": first["peak_bytes"] / plain["peak_bytes"],
-        "time_vs_datasets_on_each_core": first["seconds"]
+        "time_vs_datasets": first_start["seconds"] / peer["seconds"] if alike else None,
+        "memory_vs_datasets": first_start["peak_bytes"] / peer["peak_bytes"] if alike else None,
+        "second_start": second_start["seconds"] / peer["seconds"] if alike else None,
+        "bytes_per_token": first_start["all_touched_bytes"] / first_start["tokens"],
+        "bytes_per_token_after_encoding": first_start["held_bytes"] / first_start["tokens"],
+        "time_vs_ids_alone": first_start["seconds"] / plain["seconds"],
+        "memory_vs_ids_alone": first_start["peak_bytes"] / plain["peak_bytes"],
+        "time_vs_datasets_on_each_core": first_start["seconds"]
         / table["datasets, marks, on each core"]["seconds"],
     }
     machine.store(
@@ -266,12 +266,12 @@ def measure(scratch: Path, count: int, repeats: int, cores: int) -> dict[str, li
             ("datasets, marks, on each core", {"marks": True, "processes": cores}),
         ):
             with tempfile.TemporaryDirectory(dir=scratch) as cache:
-                found = measured(THEIRS, {**theirs, **settings}, str(python()), Path(cache))
-            rows.setdefault(name, []).append(found)
+                result = measured(THEIRS, {**theirs, **settings}, str(python()), Path(cache))
+            rows.setdefault(name, []).append(result)
         with tempfile.TemporaryDirectory(dir=scratch) as cache:
             for name in ("lighten", "lighten, second start"):
-                found = measured(OURS, ours, sys.executable, Path(cache))
-                rows.setdefault(name, []).append(found)
+                result = measured(OURS, ours, sys.executable, Path(cache))
+                rows.setdefault(name, []).append(result)
         print(f"turn {turn + 1} of {repeats + 1}", flush=True)
     return rows
 

@@ -83,7 +83,7 @@ def recipe_of(
     """
     if "load_in_4bit" in (settings or {}) and "load_in_4bit" not in Recipe.model_fields:
         raise UserError("an NF4 base needs a version of lighten whose recipe has load_in_4bit")
-    whole = (settings or {}).get("method") == "full"
+    full_method = (settings or {}).get("method") == "full"
     adapters = {
         "lora_r": RANK,
         "adapters": [{"name": name, "seed": place} for place, name in enumerate(names)],
@@ -95,7 +95,7 @@ def recipe_of(
             "val_size": 0,
             "max_steps": steps,
             "lr_scheduler_type": "constant",
-            **({} if whole else adapters),
+            **({} if full_method else adapters),
             **optimiser,
             **(settings or {}),
         }
@@ -113,7 +113,7 @@ def base_in_memory(model: PreTrainedModel, dtype: str) -> models.Base:
     )  # fmt: skip
 
 
-class _GivenBatches(StepBatches):
+class _FixedBatches(StepBatches):
     """The micro-batches of steps that are given, by each adapter's seed."""
 
     def __init__(self, setup: Setup, orders: Mapping[int, list[list[int]]]) -> None:
@@ -126,7 +126,7 @@ class _GivenBatches(StepBatches):
         return self._orders[seed]
 
 
-class GivenSteps(Loop):
+class FixedSteps(Loop):
     """The training loop over steps that are given, with a clock.
 
     Args:
@@ -143,16 +143,16 @@ class GivenSteps(Loop):
         self.ends: list[float] = []
         self.device = setup.accelerator.device.type
         self.orders: dict[int, list[list[int]]] = {}
-        first = 0
+        start = 0
         for member in setup.adapters:
             order = []
             for step in lessons[member.name]:
-                order.append(list(range(first, first + len(step))))
-                first += len(step)
+                order.append(list(range(start, start + len(step))))
+                start += len(step)
             self.orders[member.settings.seed] = order
         setup.steps_per_epoch = setup.total_steps = len(order)
         super().__init__(setup, folder, TrainerState(), TrainingProgress(enabled=False), memory)
-        self._batches = _GivenBatches(setup, self.orders)
+        self._batches = _FixedBatches(setup, self.orders)
 
     def _record(self, report: dict[str, AdapterStep], seconds: float) -> None:
         super()._record(report, seconds)
@@ -174,7 +174,7 @@ def set_up(
     """
     accelerator = Accelerator(cpu=device == "cpu")
     base = base or load_base(recipe, str(accelerator.device))
-    rows = [row for own in lessons.values() for step in own for row in step]
+    rows = [row for lesson in lessons.values() for step in lesson for row in step]
     counts = EncodingCounts(rows=len(rows), tokens=sum(len(ids) for ids, _ in rows))
     encoded = Encoded([EncodedRow(*row, Example("", 0)) for row in rows], counts)
     data = Rows(encoded, None, TemplateChoice("given", "", "the rows are encoded"), {})
@@ -200,30 +200,33 @@ def train(
         start: Folder by adapter name of the weights to begin with.
         learns: False is the control: its optimiser runs at rate 0.
     """
-    for name, own in (start or {}).items():
-        setup.trained.restore(name, own)
+    for name, weights_folder in (start or {}).items():
+        setup.trained.restore(name, weights_folder)
     for member in setup.adapters:
         if not learns:
             member.settings = replace(member.settings, learning_rate=0.0)
-    before = {
+    initial_weights = {
         member.name: _copies(member.parameters)
         for member in setup.adapters
         if member.name not in (start or {})
     }
     folder.mkdir(parents=True, exist_ok=True)
-    loop = GivenSteps(setup, lessons, Path(mkdtemp(dir=folder)), memory)
+    loop = FixedSteps(setup, lessons, Path(mkdtemp(dir=folder)), memory)
     synchronize(loop.device)
     began = time.time()
     loop.run()
     starts = [began, *loop.ends[:-1]]
     peak = memory.read()
-    for name, own in (start or {}).items():  # a copy of them would have counted as training's
-        before[name] = read_weights(Path(own))
+    # A copy of these made earlier would have counted as training's.
+    for name, weights_folder in (start or {}).items():
+        initial_weights[name] = read_weights(Path(weights_folder))
     names = [member.name for member in setup.adapters]
     return {
         "losses": {name: [report[name].loss for report in loop.reports] for name in names},
         "grad_norms": {name: [report[name].grad_norm for report in loop.reports] for name in names},
-        "moved": {m.name: largest_move(before[m.name], m.parameters) for m in setup.adapters},
+        "moved": {
+            m.name: largest_move(initial_weights[m.name], m.parameters) for m in setup.adapters
+        },
         "step_seconds": [end - start for start, end in zip(starts, loop.ends, strict=True)],
         "first_step_at": loop.ends[0],
         **peak,

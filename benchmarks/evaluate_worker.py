@@ -21,16 +21,16 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     assert loaded is not None
     began = time.perf_counter()
-    found = lighten.evaluate(
+    evaluation = lighten.evaluate(
         lighten.Run(job["run"]), max_examples=job["examples"], max_new_tokens=job["new_tokens"]
     )
     seconds = time.perf_counter() - began
     models = {
         "base" if model["adapter"] is None else "adapter": {
             "losses": [loss for loss, _ in model["losses"]],
-            "texts": [own["answers"][model["name"]] for own in found.examples],
+            "texts": [example["answers"][model["name"]] for example in evaluation.examples],
         }
-        for model in found.models
+        for model in evaluation.models
     }
     print(json.dumps({"seconds": seconds, "models": models}))
 

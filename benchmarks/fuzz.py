@@ -95,11 +95,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     core = Tokenizer(models.BPE(vocab=words, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    made = PreTrainedTokenizerFast(
+    fast_tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, eos_token="<|im_end|>", additional_special_tokens=["<|im_start|>"]
     )
-    made.chat_template = TEMPLATE
-    return made
+    fast_tokenizer.chat_template = TEMPLATE
+    return fast_tokenizer
 
 
 def data_target() -> Target:
@@ -137,12 +137,12 @@ def data_target() -> Target:
     def read(folder: Path) -> None:
         for skip in (False, True):
             try:
-                found = data.read(str(folder), skip_bad_rows=skip)
+                dataset = data.read(str(folder), skip_bad_rows=skip)
             except UserError:
                 if skip:
                     raise
                 continue
-            data.encode(found.examples, reader, max_length=64, skip_bad_rows=skip)
+            data.encode(dataset.examples, reader, max_length=64, skip_bad_rows=skip)
             return
 
     return Target("data", files, read)
@@ -195,10 +195,10 @@ def adapter_target() -> Target:
     import torch
     from safetensors.torch import save
 
-    def folder(kind: torch.dtype, **more: Any) -> dict[str, bytes]:
+    def folder(kind: torch.dtype, **changes: Any) -> dict[str, bytes]:
         config = {
             "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "m",
-            "r": 4, "lora_alpha": 8, "bias": "none", "target_modules": ["q_proj"], **more,
+            "r": 4, "lora_alpha": 8, "bias": "none", "target_modules": ["q_proj"], **changes,
         }  # fmt: skip
         weights = {}
         for layer in range(2):
@@ -274,7 +274,7 @@ def state(folder: Path) -> dict[str, tuple[int, int]]:
     }
 
 
-def fuzz(target: Target, inputs: int, seed: int, work: Path, kept: Path) -> Outcome:
+def fuzz(target: Target, inputs: int, seed: int, work: Path, failures_folder: Path) -> Outcome:
     """Try damaged inputs of a kind.
 
     Args:
@@ -282,7 +282,7 @@ def fuzz(target: Target, inputs: int, seed: int, work: Path, kept: Path) -> Outc
         inputs: How many.
         seed: Of the damage; each input has its own, so that one can be tried alone.
         work: A folder for the inputs; home and working directory are beside them.
-        kept: Where inputs that fail are put.
+        failures_folder: Where inputs that fail are put.
     """
     outcome = Outcome()
     place = work / "input"
@@ -304,11 +304,11 @@ def fuzz(target: Target, inputs: int, seed: int, work: Path, kept: Path) -> Outc
         except UserError:
             outcome.refused += 1
         except Exception as error:  # what this looks for: it is counted, kept and told
-            last = traceback.extract_tb(error.__traceback__)[-1]
-            why = f"{type(error).__name__} at {Path(last.filename).name}:{last.lineno}"
-            _keep(outcome, target, why, number, place, kept)
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            why = f"{type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}"
+            _keep_failure(outcome, target, why, number, place, failures_folder)
         if state(work) != before:
-            _keep(outcome, target, "changed files", number, place, kept)
+            _keep_failure(outcome, target, "changed files", number, place, failures_folder)
     return outcome
 
 
@@ -319,10 +319,12 @@ def _write(files: dict[str, bytes], place: Path) -> None:
         (place / path).write_bytes(content)
 
 
-def _keep(outcome: Outcome, target: Target, why: str, number: int, place: Path, kept: Path) -> None:
-    there = kept / f"{target.name}-{number}"
-    shutil.copytree(place, there, dirs_exist_ok=True)
-    outcome.failures.setdefault(f"{target.name}: {why}", []).append(str(there))
+def _keep_failure(
+    outcome: Outcome, target: Target, why: str, number: int, place: Path, failures_folder: Path
+) -> None:
+    destination = failures_folder / f"{target.name}-{number}"
+    shutil.copytree(place, destination, dirs_exist_ok=True)
+    outcome.failures.setdefault(f"{target.name}: {why}", []).append(str(destination))
 
 
 TARGETS: dict[str, Callable[[], Target]] = {
@@ -337,12 +339,12 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=sorted(TARGETS))
     parser.add_argument("--kept", type=Path, help="where failing inputs are put")
-    given = parser.parse_args(words)
-    kept = given.kept or Path(tempfile.mkdtemp(prefix="lighten-fuzz-"))
-    names = [given.only] if given.only else list(TARGETS)
+    arguments = parser.parse_args(words)
+    failures_folder = arguments.kept or Path(tempfile.mkdtemp(prefix="lighten-fuzz-"))
+    names = [arguments.only] if arguments.only else list(TARGETS)
     started = time.monotonic()
     outcomes = {}
-    home, here = os.environ.get("HOME"), os.getcwd()
+    home, start_folder = os.environ.get("HOME"), os.getcwd()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         work = Path(folder)
@@ -352,21 +354,23 @@ def main(words: list[str] | None = None) -> int:
         os.chdir(work / "home")
         try:
             for place, name in enumerate(names):
-                share = given.inputs * (place + 1) // len(names) - given.inputs * place // len(
+                share = arguments.inputs * (place + 1) // len(
                     names
-                )
-                outcomes[name] = fuzz(TARGETS[name](), share, given.seed, work, kept)
+                ) - arguments.inputs * place // len(names)
+                outcomes[name] = fuzz(TARGETS[name](), share, arguments.seed, work, failures_folder)
         finally:
-            os.chdir(here)
+            os.chdir(start_folder)
             if home is not None:
                 os.environ["HOME"] = home
-    failures = {why: kept for one in outcomes.values() for why, kept in one.failures.items()}
+    failures = {
+        why: inputs for outcome in outcomes.values() for why, inputs in outcome.failures.items()
+    }
     for why, inputs in sorted(failures.items()):
         print(f"{why}: {len(inputs)} inputs, first {inputs[0]}")
     print(json.dumps({
-        "inputs": sum(one.inputs for one in outcomes.values()),
-        "read": sum(one.read for one in outcomes.values()),
-        "refused": sum(one.refused for one in outcomes.values()),
+        "inputs": sum(outcome.inputs for outcome in outcomes.values()),
+        "read": sum(outcome.read for outcome in outcomes.values()),
+        "refused": sum(outcome.refused for outcome in outcomes.values()),
         "failures": sum(map(len, failures.values())),
         "seconds": round(time.monotonic() - started, 1),
     }))  # fmt: skip

@@ -142,21 +142,21 @@ class Suite:
             "per_device_train_batch_size": MANY_ROWS, "torch_compile": False, **settings,
         }  # fmt: skip
         recipe = engine.recipe_of("random", list(lessons), steps, settings=settings)
-        whole = recipe.method == "full"
-        if whole:  # one member, of the recipe's own naming
+        full = recipe.method == "full"
+        if full:  # one member, of the recipe's own naming
             lessons = {recipe.cohort()[0].name: next(iter(lessons.values()))}
         model = self.model(
-            dtype="float32" if whole else None, four_bits=bool(settings.get("load_in_4bit"))
+            dtype="float32" if full else None, four_bits=bool(settings.get("load_in_4bit"))
         )
         set_attention(model, "sdpa", self.device)
         base = engine.base_in_memory(model, self.dtype)
         setup = engine.set_up(recipe, lessons, self.device, base)
-        found = engine.train(setup, lessons, self.scratch, memory)
-        lengths = [[len(ids) for ids, _ in own[0]] for own in lessons.values()]
+        result = engine.train(setup, lessons, self.scratch, memory)
+        lengths = [[len(ids) for ids, _ in lesson[0]] for lesson in lessons.values()]
         # What a plan has to be told to predict this row (benchmarks/plan_accuracy.py --gpu).
-        asked = {"adapters": list(lessons), "lengths": lengths[0], "settings": settings}
-        facts = self._facts(found, found["step_seconds"], memory, lessons)
-        return {**facts, "asked": asked, "choices": found["choices"]}
+        request = {"adapters": list(lessons), "lengths": lengths[0], "settings": settings}
+        facts = self._facts(result, result["step_seconds"], memory, lessons)
+        return {**facts, "asked": request, "choices": result["choices"]}
 
     def peft(
         self, lessons: Lessons, adapters: str, *, checkpointing: bool, four_bits: bool = False
@@ -183,11 +183,11 @@ class Suite:
             autocast_adapter_dtype=adapters == "float32",
         )
         set_peft_model_state_dict(model, self._start(name), adapter_name=name)
-        found = plain_peft.train(
+        result = plain_peft.train(
             model, {name: lessons[name]}, self.device, engine.OPTIMISER,
             checkpointing=checkpointing,
         )  # fmt: skip
-        return self._facts(found, found["step_seconds"][name], memory, {name: lessons[name]})
+        return self._facts(result, result["step_seconds"][name], memory, {name: lessons[name]})
 
     def _start(self, name: str) -> dict[str, Any]:
         """The first weights that lighten gives an adapter, without a base in memory."""
@@ -206,77 +206,77 @@ class Suite:
         return {key: value.detach() for key, value in cohort.parameters(name).items()}
 
     def _facts(
-        self, found: Mapping[str, Any], seconds: list[float], memory: PeakMemory, lessons: Lessons
+        self, result: Mapping[str, Any], seconds: list[float], memory: PeakMemory, lessons: Lessons
     ) -> dict[str, Any]:
         tokens = sum(len(ids) for steps in lessons.values() for ids, _ in steps[0])
         peak = memory.read()
-        counted = seconds[min(WARMUP, len(seconds) - 1) :]
+        timed_seconds = seconds[min(WARMUP, len(seconds) - 1) :]
         return {
-            "tokens_per_step": tokens, "tokens_per_s": tokens / statistics.median(counted),
-            "step_seconds": counted, "losses": found["losses"],
-            "idle": cohort_worker.idle(found), "allocated_bytes": peak["peak_bytes"],
+            "tokens_per_step": tokens, "tokens_per_s": tokens / statistics.median(timed_seconds),
+            "step_seconds": timed_seconds, "losses": result["losses"],
+            "idle": cohort_worker.idle(result), "allocated_bytes": peak["peak_bytes"],
             "reserved_bytes": peak.get("reserved_bytes"),
         }  # fmt: skip
 
     def measurements(self) -> dict[str, Callable[[], dict[str, Any]]]:
         """What there is to measure, by name."""
-        found: dict[str, Callable[[], dict[str, Any]]] = {}
+        calls: dict[str, Callable[[], dict[str, Any]]] = {}
         rows, longest = SPEED[self.name]
         lessons = self.lessons(["a0"], rows, longest, even=False)
-        found["speed, lighten"] = partial(self.ours, lessons)
+        calls["speed, lighten"] = partial(self.ours, lessons)
         if self.name != "tiny":  # compiling takes longer than all of a tiny model's rows
-            found["speed, lighten, compiled"] = partial(self.ours, lessons, torch_compile=True)
+            calls["speed, lighten, compiled"] = partial(self.ours, lessons, torch_compile=True)
         for adapters in ("float32", "bfloat16"):
             name = f"speed, peft, {adapters} adapters"
-            found[name] = partial(self.peft, lessons, adapters, checkpointing=False)
+            calls[name] = partial(self.peft, lessons, adapters, checkpointing=False)
         for tokens in COHORT_TOKENS[self.name]:
             for size in (1, 2, 4, 8):
                 names = [f"a{i}" for i in range(size)]
-                own = self.lessons(names, max(1, tokens // 128), min(tokens, 128), even=True)
-                found[f"cohort of {size}, {tokens} tokens each"] = partial(self.ours, own)
+                lesson_set = self.lessons(names, max(1, tokens // 128), min(tokens, 128), even=True)
+                calls[f"cohort of {size}, {tokens} tokens each"] = partial(self.ours, lesson_set)
         for rows, longest in MEMORY[self.name]:
-            own = self.lessons(["a0"], rows, longest, even=True, steps=2)
+            lesson_set = self.lessons(["a0"], rows, longest, even=True, steps=2)
             for saving in (False, True):
                 label = f"{rows} x {longest}" + (", checkpointing" if saving else "")
-                found[f"memory, lighten, {label}"] = partial(
-                    self.ours, own, gradient_checkpointing=saving
+                calls[f"memory, lighten, {label}"] = partial(
+                    self.ours, lesson_set, gradient_checkpointing=saving
                 )
-                found[f"memory, peft, {label}"] = partial(
-                    self.peft, own, "float32", checkpointing=saving
+                calls[f"memory, peft, {label}"] = partial(
+                    self.peft, lesson_set, "float32", checkpointing=saving
                 )
         rows, longest = MEMORY[self.name][1]
-        own = self.lessons(["a0"], rows, longest, even=True, steps=WARMUP + 2)
+        lesson_set = self.lessons(["a0"], rows, longest, even=True, steps=WARMUP + 2)
         saving_too = {"gradient_checkpointing": True}
         if self.name != "7b":  # its weights, gradients and moments in float32 take 105 GiB
-            found[f"memory, lighten, {rows} x {longest}, full"] = partial(
-                self.ours, own, method="full", **saving_too
+            calls[f"memory, lighten, {rows} x {longest}, full"] = partial(
+                self.ours, lesson_set, method="full", **saving_too
             )
-            found[f"memory, lighten, {rows} x {longest}, full, 8-bit AdamW"] = partial(
-                self.ours, own, method="full", optim="adamw_8bit", **saving_too
+            calls[f"memory, lighten, {rows} x {longest}, full, 8-bit AdamW"] = partial(
+                self.ours, lesson_set, method="full", optim="adamw_8bit", **saving_too
             )
         for saving in (False, True):
             label = f"{rows} x {longest}, NF4" + (", checkpointing" if saving else "")
-            found[f"memory, lighten, {label}"] = partial(
-                self.ours, own, load_in_4bit=True, gradient_checkpointing=saving
+            calls[f"memory, lighten, {label}"] = partial(
+                self.ours, lesson_set, load_in_4bit=True, gradient_checkpointing=saving
             )
-            found[f"memory, peft, {label}"] = partial(
-                self.peft, own, "float32", checkpointing=saving, four_bits=True
+            calls[f"memory, peft, {label}"] = partial(
+                self.peft, lesson_set, "float32", checkpointing=saving, four_bits=True
             )
         for size in (1, 8):
             names = [f"a{i}" for i in range(size)]
-            own = self.lessons(names, 1, 64, even=True)
-            found[f"cohort of {size}, 64 tokens each, NF4"] = partial(
-                self.ours, own, load_in_4bit=True
+            lesson_set = self.lessons(names, 1, 64, even=True)
+            calls[f"cohort of {size}, 64 tokens each, NF4"] = partial(
+                self.ours, lesson_set, load_in_4bit=True
             )
-        return found
+        return calls
 
 
 def context_bytes(device: str) -> int | None:
     """What the process, if it is alone there, holds of the device beside PyTorch's memory."""
     if device == "cpu":
         return None
-    free, whole = torch.cuda.mem_get_info()
-    return whole - free - torch.cuda.memory_reserved()
+    free, total = torch.cuda.mem_get_info()
+    return total - free - torch.cuda.memory_reserved()
 
 
 def attempt(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -299,33 +299,33 @@ def ratios(rows: Mapping[str, Mapping[str, Any]], allowed: float) -> dict[str, f
         allowed: How far two losses of the same step may be apart, relative.
     """
 
-    def over(figure: str, own: str, other: str) -> float | None:
-        a, b = rows.get(own, {}), rows.get(other, {})
+    def over(figure: str, numerator: str, denominator: str) -> float | None:
+        a, b = rows.get(numerator, {}), rows.get(denominator, {})
         if a.get("idle", True) or b.get("idle", True) or not b[figure]:
             return None
         shared = [name for name in a["losses"] if name in b["losses"]]
-        apart = cohort_worker.largest_difference(
+        difference = cohort_worker.largest_difference(
             {name: a["losses"][name] for name in shared}, b["losses"]
         )
-        return float(a[figure] / b[figure]) if apart <= allowed else None
+        return float(a[figure] / b[figure]) if difference <= allowed else None
 
-    found = {
+    figures = {
         f"speed_{kind}vs_peft_{adapters}": over(
-            "tokens_per_s", f"speed, lighten{own}", f"speed, peft, {adapters} adapters"
+            "tokens_per_s", f"speed, lighten{suffix}", f"speed, peft, {adapters} adapters"
         )
-        for kind, own in (("", ""), ("compiled_", ", compiled"))
+        for kind, suffix in (("", ""), ("compiled_", ", compiled"))
         for adapters in ("float32", "bfloat16")
     }
     for name in rows:
         kind, _, rest = name.partition(", lighten, ")
         if kind == "memory":
             key = f"memory_vs_peft, {rest}"
-            found[key] = over("allocated_bytes", name, f"memory, peft, {rest}")
+            figures[key] = over("allocated_bytes", name, f"memory, peft, {rest}")
         elif name.startswith("cohort of ") and not name.startswith("cohort of 1,"):
             size, _, rest = name.removeprefix("cohort of ").partition(", ")
             # As many tokens per adapter: the ratio of times is that of the speeds, inverted.
-            found[f"time_{size}, {rest}"] = over("tokens_per_s", f"cohort of 1, {rest}", name)
-    return found
+            figures[f"time_{size}, {rest}"] = over("tokens_per_s", f"cohort of 1, {rest}", name)
+    return figures
 
 
 def main() -> None:
@@ -345,7 +345,7 @@ def main() -> None:
     shapes = TINY if arguments.tiny else {name: SHAPES[name] for name in arguments.models}
     dtype = "float32" if arguments.tiny else "bfloat16"
     commit, clean = hardware.commit()
-    found: dict[str, Any] = {
+    report: dict[str, Any] = {
         "benchmark": "gpu_suite", "commit": commit, "tree_clean": clean, "tiny": arguments.tiny,
         "device": arguments.device, "steps": arguments.steps, "lora_r": engine.RANK,
         "machine": hardware.machine().to_dict(), "versions": hardware.versions(),
@@ -359,23 +359,23 @@ def main() -> None:
         }
         for model, suite in suites.items():
             rows: dict[str, Any] = {}
-            found["models"][model] = {"shape": suite.shape, "dtype": dtype, "rows": rows}
+            report["models"][model] = {"shape": suite.shape, "dtype": dtype, "rows": rows}
             for name, call in suite.measurements().items():
                 if time.monotonic() - began > arguments.limit_s:
-                    found["left_out"].append(f"{model}: {name}")
+                    report["left_out"].append(f"{model}: {name}")
                     continue
                 rows[name] = attempt(call)
-                said = rows[name].get("error") or (
+                status = rows[name].get("error") or (
                     f"{rows[name]['tokens_per_s']:.0f} tokens/s, "
                     f"{rows[name]['allocated_bytes'] / 2**30:.2f} GiB"
                 )
-                print(f"{model}: {name}: {said}", flush=True)
-                found["models"][model]["ratios"] = ratios(rows, AGREEMENT[dtype])
-                found["seconds"] = time.monotonic() - began
-                found["context_bytes"] = context_bytes(arguments.device)
-                runs.write_json(path, found)
+                print(f"{model}: {name}: {status}", flush=True)
+                report["models"][model]["ratios"] = ratios(rows, AGREEMENT[dtype])
+                report["seconds"] = time.monotonic() - began
+                report["context_bytes"] = context_bytes(arguments.device)
+                runs.write_json(path, report)
     print(f"written to {path}")
-    print(json.dumps({model: own["ratios"] for model, own in found["models"].items()}))
+    print(json.dumps({model: result["ratios"] for model, result in report["models"].items()}))
 
 
 if __name__ == "__main__":

@@ -48,11 +48,11 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     if device != "cpu":
         settings["tokens_per_microbatch"] = 16384
 
-    def setup_with(more: Mapping[str, Any]) -> Setup:
-        recipe = engine.recipe_of(arguments.model, ["default"], 1, settings={**settings, **more})
+    def setup_with(changes: Mapping[str, Any]) -> Setup:
+        recipe = engine.recipe_of(arguments.model, ["default"], 1, settings={**settings, **changes})
         return engine.set_up(recipe, lessons, device)
 
-    whole = whole_step(setup_with(LONG_RUN), lessons, arguments.repeats, scratch)
+    whole_steps = whole_step(setup_with(LONG_RUN), lessons, arguments.repeats, scratch)
     setup = setup_with({})
     batch = first_micro_batch(setup, lessons, scratch)
     parts = Parts(setup, batch)
@@ -70,12 +70,12 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             "bound": "arithmetic" if work.flops / flops_per_s >= work.bytes / bytes_per_s
             else "memory",
         }  # fmt: skip
-    whole_s = statistics.median(whole)
+    whole_s = statistics.median(whole_steps)
     least = sum(row["least_seconds"] for row in rows.values())
     flops = sum(row["flops"] for row in rows.values())
     rows["rest"] = {"seconds": whole_s - sum(row["seconds"] for row in rows.values())}
     rows["whole"] = {
-        "seconds": whole_s, "spread": [min(whole), max(whole)], "least_seconds": least,
+        "seconds": whole_s, "spread": [min(whole_steps), max(whole_steps)], "least_seconds": least,
         "flops": flops, "limit_share": least / whole_s,
         "matmul_share": flops / flops_per_s / whole_s,
     }  # fmt: skip
@@ -89,7 +89,7 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
 def first_micro_batch(setup: Setup, lessons: Mapping[str, Any], scratch: Path) -> MicroBatch:
     """The largest micro-batch of the step, laid out as the loop does."""
-    loop = engine.GivenSteps(setup, lessons, scratch, PeakMemory(setup.accelerator.device.type))
+    loop = engine.FixedSteps(setup, lessons, scratch, PeakMemory(setup.accelerator.device.type))
     batch = next(loop._batches.of(0, setup.adapters))
     if setup.objective.verify(batch, shares_of(batch)):
         batch = next(loop._batches.of(0, setup.adapters))
@@ -110,12 +110,12 @@ def whole_step(
     return seconds[2:]
 
 
-def show(found: Mapping[str, Any]) -> None:
+def show(result: Mapping[str, Any]) -> None:
     """Print the table."""
-    print(f"{found['tokens']} tokens in {found['rows']} rows; matrix products reach "
-          f"{found['matmul_flops_per_s'] / 1e9:.0f} GFLOP/s, copies "
-          f"{found['memory_bytes_per_s'] / 1e9:.1f} GB/s")  # fmt: skip
-    for name, row in found["parts"].items():
+    print(f"{result['tokens']} tokens in {result['rows']} rows; matrix products reach "
+          f"{result['matmul_flops_per_s'] / 1e9:.0f} GFLOP/s, copies "
+          f"{result['memory_bytes_per_s'] / 1e9:.1f} GB/s")  # fmt: skip
+    for name, row in result["parts"].items():
         line = f"{name:12} {1000 * row['seconds']:9.2f} ms"
         if "least_seconds" in row:
             line += f"  at least {1000 * row['least_seconds']:8.2f} ms"
@@ -135,15 +135,17 @@ def main() -> None:
     arguments = parser.parse_args()
     before = machine.before_start()
     with tempfile.TemporaryDirectory() as temporary:
-        found = measure(arguments, Path(temporary))
-    show(found)
+        result = measure(arguments, Path(temporary))
+    show(result)
     why = {"fewer than 3 repeats": arguments.repeats < 3}
     name = f"limit-{Path(arguments.model).name}-{arguments.device}"
-    machine.store(name, {**vars(arguments), **found}, before, why)
-    shares = {name: row.get("limit_share") for name, row in found["parts"].items()}
+    machine.store(name, {**vars(arguments), **result}, before, why)
+    shares = {name: row.get("limit_share") for name, row in result["parts"].items()}
     shares.pop("rest")
     print(
-        json.dumps({"limit_share": shares, "matmul_share": found["parts"]["whole"]["matmul_share"]})
+        json.dumps(
+            {"limit_share": shares, "matmul_share": result["parts"]["whole"]["matmul_share"]}
+        )
     )
 
 

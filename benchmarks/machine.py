@@ -32,13 +32,13 @@ def before_start() -> dict[str, Any]:
 
 
 def store(
-    name: str, found: Mapping[str, Any], before: Mapping[str, Any], why_not: Mapping[str, bool]
+    name: str, result: Mapping[str, Any], before: Mapping[str, Any], why_not: Mapping[str, bool]
 ) -> Path:
     """Write a result; one that should not be quoted goes to a folder that git ignores.
 
     Args:
         name: File name without its ending.
-        found: What was measured.
+        result: What was measured.
         before: What `before_start` gave.
         why_not: Reasons against quoting the result, and whether each holds.
     """
@@ -62,7 +62,7 @@ def store(
         path,
         {
             "benchmark": name, "started": dict(before), "trial": trial,
-            "machine": asdict(hardware.machine()), "versions": hardware.versions(), **found,
+            "machine": asdict(hardware.machine()), "versions": hardware.versions(), **result,
         },
     )  # fmt: skip
     print(f"written to {path}" + (f", a trial: {'; '.join(trial)}" if trial else ""))
@@ -94,28 +94,28 @@ def in_fresh_process(
         json.dumps({**job, "scratch": str(scratch / "out"), "began": began}), encoding="utf-8"
     )
     command = [python, str(Path(__file__).with_name(script)), str(path)]
-    last = ""
+    last_line = ""
     with (
-        tempfile.TemporaryFile("w+", encoding="utf-8") as told,
+        tempfile.TemporaryFile("w+", encoding="utf-8") as stderr,
         subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=told, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True
         ) as worker,
     ):
         assert worker.stdin is not None
         assert worker.stdout is not None
         for line in worker.stdout:
-            last = line if line.strip() else last
+            last_line = line if line.strip() else last_line
             if turn is not None and line.strip() == TURN:
                 turn()
                 print(file=worker.stdin, flush=True)
         worker.wait()
         wall_s = time.time() - began
-        told.seek(0)
-        errors = told.read()
+        stderr.seek(0)
+        errors = stderr.read()
     if worker.returncode:
         return {"error": f"exit {worker.returncode}: {errors[-2000:]}"}
-    found: dict[str, Any] = json.loads(last)
-    return {**found, "wall_s": wall_s}
+    result: dict[str, Any] = json.loads(last_line)
+    return {**result, "wall_s": wall_s}
 
 
 def synchronize(device: str) -> None:

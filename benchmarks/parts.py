@@ -49,30 +49,30 @@ class Captured:
 
 
 @contextmanager
-def capturing(setup: Setup, found: Captured) -> Iterator[None]:
+def capturing(setup: Setup, captured: Captured) -> Iterator[None]:
     """Hooks on every layer of the base while the block runs."""
     model = setup.base.model
     name = str(model.config._attn_implementation)
     attend = ALL_ATTENTION_FUNCTIONS[name]
 
     def watched(*args: Any, **kwargs: Any) -> Any:
-        found.attentions.append((args, kwargs))
+        captured.attentions.append((args, kwargs))
         return attend(*args, **kwargs)
 
     def keep(where: list[Any]) -> Callable[..., None]:
         return lambda module, args: where.append((module, args[0]))
 
     def keep_output(layer: nn.Module) -> Callable[..., None]:
-        return lambda _module, _args, out: found.activations.append((layer, out))
+        return lambda _module, _args, out: captured.activations.append((layer, out))
 
     hooks = []
     for path, module in model.named_modules():
-        last = path.rpartition(".")[2]
+        module_name = path.rpartition(".")[2]
         if isinstance(module, CohortLinear):
-            hooks.append(module.register_forward_pre_hook(keep(found.linears)))
+            hooks.append(module.register_forward_pre_hook(keep(captured.linears)))
         elif "norm" in type(module).__name__.lower():
-            hooks.append(module.register_forward_pre_hook(keep(found.norms)))
-        if last == "gate_proj":
+            hooks.append(module.register_forward_pre_hook(keep(captured.norms)))
+        if module_name == "gate_proj":
             # What is activated, whether or not its gate is one kernel, and by which layer.
             layer = model.get_submodule(path.rpartition(".")[0])
             hooks.append(module.register_forward_hook(keep_output(layer)))
@@ -87,10 +87,10 @@ def capturing(setup: Setup, found: Captured) -> Iterator[None]:
 
 def capture(setup: Setup, batch: MicroBatch) -> Captured:
     """One forward pass of the micro-batch, watched."""
-    found = Captured()
-    with setup.objective.at(batch, shares_of(batch)), capturing(setup, found):
-        found.hidden = setup.objective._positions(batch)
-    return found
+    captured = Captured()
+    with setup.objective.at(batch, shares_of(batch)), capturing(setup, captured):
+        captured.hidden = setup.objective._positions(batch)
+    return captured
 
 
 class Parts:
@@ -103,7 +103,7 @@ class Parts:
 
     def __init__(self, setup: Setup, batch: MicroBatch) -> None:
         self.setup, self.batch = setup, batch
-        self.got = capture(setup, batch)
+        self.captured = capture(setup, batch)
 
     def run(self, part: str) -> float:
         """Seconds of a part, forward and backward."""
@@ -111,11 +111,11 @@ class Parts:
         with self.setup.objective.at(self.batch, shares_of(self.batch)):
             if part == "low-rank":
                 return self._sum(device, self._adapted) - self._sum(device, self._frozen)
-            own = {
+            operation = {
                 "linear": self._frozen, "attention": self._attention, "norm": self._norms,
                 "activation": self._activations, "loss": self._loss, "optimiser": self._optimiser,
             }[part]  # fmt: skip
-            return self._sum(device, own)
+            return self._sum(device, operation)
 
     @staticmethod
     def _sum(device: str, calls: Callable[[], Iterator[Callable[[], None]]]) -> float:
@@ -129,7 +129,7 @@ class Parts:
         return total
 
     def _frozen(self) -> Iterator[Callable[[], None]]:
-        for layer, x in self.got.linears:
+        for layer, x in self.captured.linears:
             flat = x.detach().reshape(-1, x.shape[-1])
             grad = flat.new_ones(len(flat), weight_of(layer.base).shape[0])
 
@@ -142,15 +142,15 @@ class Parts:
             yield call
 
     def _adapted(self) -> Iterator[Callable[[], None]]:
-        for layer, x in self.got.linears:
+        for layer, x in self.captured.linears:
             yield _both_ways(layer, x, trained=_factors(layer))
 
     def _norms(self) -> Iterator[Callable[[], None]]:
-        return (_both_ways(module, x) for module, x in self.got.norms)
+        return (_both_ways(module, x) for module, x in self.captured.norms)
 
     def _activations(self) -> Iterator[Callable[[], None]]:
         """The activation times the other half of a gated layer."""
-        for layer, x in self.got.activations:
+        for layer, x in self.captured.activations:
             up = x.detach().clone().requires_grad_()
 
             def gated(x: Tensor, layer: nn.Module = layer, up: Tensor = up) -> Tensor:
@@ -161,20 +161,20 @@ class Parts:
     def _attention(self) -> Iterator[Callable[[], None]]:
         name = str(self.setup.base.model.config._attn_implementation)
         attend = ALL_ATTENTION_FUNCTIONS[name]
-        for (module, *qkv, mask), kwargs in self.got.attentions:
-            own = [x.detach().requires_grad_() for x in qkv]
+        for (module, *qkv, mask), kwargs in self.captured.attentions:
+            inputs = [x.detach().requires_grad_() for x in qkv]
 
-            def call(module: nn.Module = module, own: list[Tensor] = own, mask: Any = mask,
+            def call(module: nn.Module = module, inputs: list[Tensor] = inputs, mask: Any = mask,
                      kwargs: dict[str, Any] = kwargs) -> None:  # fmt: skip
-                out = attend(module, *own, mask, **kwargs)[0]
-                torch.autograd.grad(out, own, torch.ones_like(out))
+                out = attend(module, *inputs, mask, **kwargs)[0]
+                torch.autograd.grad(out, inputs, torch.ones_like(out))
 
             yield call
 
     def _loss(self) -> Iterator[Callable[[], None]]:
         objective, batch = self.setup.objective, self.batch
-        assert self.got.hidden is not None
-        hidden = self.got.hidden.detach().requires_grad_()
+        assert self.captured.hidden is not None
+        hidden = self.captured.hidden.detach().requires_grad_()
         weights = torch.full_like(batch.labels, 1 / len(batch.labels), dtype=torch.float32)
 
         def call() -> None:
@@ -198,26 +198,26 @@ class Parts:
 
     def work(self, part: str) -> Work:
         """What a part has to do at least."""
-        got, batch, total = self.got, self.batch, Work()
+        captured, batch, total = self.captured, self.batch, Work()
         size = self.setup.base.model.dtype.itemsize
         if part in ("linear", "low-rank"):
-            for layer, x in got.linears:
+            for layer, x in captured.linears:
                 O, I = weight_of(layer.base).shape  # noqa: E741
                 shape = x.numel() // I, I, O
                 if part == "linear":
                     stored = layer.weight.numel() * layer.weight.element_size()
                     total += arithmetic.linear(*shape, size, stored, backward=x.requires_grad)
-                for own in layer.lora_A.values() if part == "low-rank" else ():
-                    total += arithmetic.low_rank(*shape, len(own), backward=x.requires_grad)
+                for factor in layer.lora_A.values() if part == "low-rank" else ():
+                    total += arithmetic.low_rank(*shape, len(factor), backward=x.requires_grad)
         elif part == "attention":
-            for (_, query, key, *_), _ in got.attentions:
+            for (_, query, key, *_), _ in captured.attentions:
                 width, kv_width = (x.shape[1] * x.shape[3] for x in (query, key))
                 total += arithmetic.attention(batch.lengths, width, kv_width, size)
         elif part == "norm":
-            for _, x in got.norms:
+            for _, x in captured.norms:
                 total += arithmetic.elementwise(x.numel(), size)
         elif part == "activation":
-            for _, x in got.activations:
+            for _, x in captured.activations:
                 total += arithmetic.elementwise(x.numel(), size, inputs=2)
         elif part == "loss":
             V, H = self.setup.base.model.get_output_embeddings().weight.shape
@@ -237,12 +237,12 @@ def _both_ways(
     module: Callable[[Tensor], Tensor], x: Tensor, trained: list[Tensor] | None = None
 ) -> Callable[[], None]:
     """A call of the module and of the gradients that a step takes from it."""
-    own = x.detach().requires_grad_(x.requires_grad)
-    wanted = [*([own] if x.requires_grad else []), *(trained or [])]
+    leaf = x.detach().requires_grad_(x.requires_grad)
+    leaves = [*([leaf] if x.requires_grad else []), *(trained or [])]
 
     def call() -> None:
-        out = module(own)
-        if wanted and out.requires_grad:
-            torch.autograd.grad(out, wanted, torch.ones_like(out))
+        out = module(leaf)
+        if leaves and out.requires_grad:
+            torch.autograd.grad(out, leaves, torch.ones_like(out))
 
     return call

@@ -30,48 +30,48 @@ def batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
 @torch.inference_mode()
 def losses(model: Any, rows: Sequence[Any], size: int, pad: int) -> list[float]:
     """Summed loss of each row's supervised tokens, rows padded on the right."""
-    found = [0.0] * len(rows)
-    for part in batches([len(ids) for ids, _ in rows], size):
-        width = max(len(rows[place][0]) for place in part)
-        ids = torch.full((len(part), width), pad)
-        labels = torch.full((len(part), width), -100)
+    row_losses = [0.0] * len(rows)
+    for batch in batches([len(ids) for ids, _ in rows], size):
+        width = max(len(rows[place][0]) for place in batch)
+        ids = torch.full((len(batch), width), pad)
+        labels = torch.full((len(batch), width), -100)
         mask = torch.zeros_like(ids)
-        for row, place in enumerate(part):
-            own, marks = rows[place]
-            ids[row, : len(own)] = torch.tensor(own)
-            mask[row, : len(own)] = 1
-            labels[row, : len(own)] = torch.tensor(
-                [token if on else -100 for token, on in zip(own, marks, strict=True)]
+        for row, place in enumerate(batch):
+            row_ids, marks = rows[place]
+            ids[row, : len(row_ids)] = torch.tensor(row_ids)
+            mask[row, : len(row_ids)] = 1
+            labels[row, : len(row_ids)] = torch.tensor(
+                [token if on else -100 for token, on in zip(row_ids, marks, strict=True)]
             )
         logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
-        each = torch.nn.functional.cross_entropy(
+        token_losses = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="none"
-        ).view(len(part), -1)
-        for row, place in enumerate(part):
-            found[place] = float(each[row].sum())
-    return found
+        ).view(len(batch), -1)
+        for row, place in enumerate(batch):
+            row_losses[place] = float(token_losses[row].sum())
+    return row_losses
 
 
 @torch.inference_mode()
 def answers(model: Any, prompts: Sequence[list[int]], job: dict[str, Any]) -> list[list[int]]:
     """Greedy answers, prompts padded on the left."""
-    found: list[list[int]] = [[] for _ in prompts]
+    outputs: list[list[int]] = [[] for _ in prompts]
     stops = set(job["stops"])
-    for part in batches([len(own) for own in prompts], job["batch_size"]):
-        width = max(len(prompts[place]) for place in part)
-        ids = torch.full((len(part), width), job["pad"])
+    for batch in batches([len(prompt) for prompt in prompts], job["batch_size"]):
+        width = max(len(prompts[place]) for place in batch)
+        ids = torch.full((len(batch), width), job["pad"])
         mask = torch.zeros_like(ids)
-        for row, place in enumerate(part):
+        for row, place in enumerate(batch):
             ids[row, width - len(prompts[place]) :] = torch.tensor(prompts[place])
             mask[row, width - len(prompts[place]) :] = 1
         out = model.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=job["new_tokens"],
             do_sample=False, eos_token_id=job["stops"], pad_token_id=job["pad"],
         )  # fmt: skip
-        for place, answer in zip(part, out[:, width:].tolist(), strict=True):
+        for place, answer in zip(batch, out[:, width:].tolist(), strict=True):
             end = next((at for at, token in enumerate(answer) if token in stops), len(answer))
-            found[place] = answer[:end]
-    return found
+            outputs[place] = answer[:end]
+    return outputs
 
 
 def main() -> None:
@@ -80,18 +80,18 @@ def main() -> None:
     began = time.perf_counter()
     base = AutoModelForCausalLM.from_pretrained(job["model"], dtype=job["dtype"]).eval()
     model = PeftModel.from_pretrained(base, job["adapter"]).eval()
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for name in ("base", "adapter"):
         if name == "base":
             with model.disable_adapter():
-                own = _both(model, job)
+                result = _measure(model, job)
         else:
-            own = _both(model, job)
-        found[name] = own
-    print(json.dumps({"seconds": time.perf_counter() - began, "models": found}))
+            result = _measure(model, job)
+        figures[name] = result
+    print(json.dumps({"seconds": time.perf_counter() - began, "models": figures}))
 
 
-def _both(model: Any, job: dict[str, Any]) -> dict[str, Any]:
+def _measure(model: Any, job: dict[str, Any]) -> dict[str, Any]:
     return {
         "losses": losses(model, job["rows"], job["batch_size"], job["pad"]),
         "answers": answers(model, job["prompts"], job),

@@ -59,9 +59,11 @@ def load(job: dict[str, Any]) -> Any:
         parameter.data = parameter.data.float()
     for key, value in load_file(Path(job["adapter"]) / "adapter_model.safetensors").items():
         words = key.removeprefix("base_model.model.model.").split(".")
-        own = ".".join(NAMES.get(word, word) for word in words).replace("lora_A", "lora_a")
+        parameter_name = ".".join(NAMES.get(word, word) for word in words).replace(
+            "lora_A", "lora_a"
+        )
         with torch.no_grad():
-            trained[own.replace("lora_B", "lora_b")].copy_(value)
+            trained[parameter_name.replace("lora_B", "lora_b")].copy_(value)
     return model
 
 
@@ -70,17 +72,18 @@ def main() -> None:
     from peers_trl import high_water
 
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    device, own = job["device"], job["optimiser"]
+    device, settings = job["device"], job["optimiser"]
     on_cpu = device == "cpu"
     if on_cpu:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        held = psutil.Process().memory_info().rss
+        held_bytes = psutil.Process().memory_info().rss
     model = load(job)
     trained = get_adapter_params(model)
     before = {key: value.detach().to("cpu", copy=True) for key, value in trained.items()}
     adamw = torch.optim.AdamW(
-        trained.values(), lr=own["learning_rate"], weight_decay=own["weight_decay"],
-        betas=(own["adam_beta1"], own["adam_beta2"]), eps=own["adam_epsilon"], fused=True,
+        trained.values(), lr=settings["learning_rate"], weight_decay=settings["weight_decay"],
+        betas=(settings["adam_beta1"], settings["adam_beta2"]), eps=settings["adam_epsilon"],
+        fused=True,
     )  # fmt: skip
     losses, norms, seconds = [], [], []
     first_step_s = 0.0
@@ -88,13 +91,13 @@ def main() -> None:
         began = time.time()
         longest = max(len(ids) for ids, _ in step)
         tokens = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in step], device=device)
-        wanted = torch.tensor([mask + [False] * (longest - len(mask)) for _, mask in step])
-        labels = tokens.masked_fill(~wanted.to(device), -100)[:, 1:]
+        supervised = torch.tensor([mask + [False] * (longest - len(mask)) for _, mask in step])
+        labels = tokens.masked_fill(~supervised.to(device), -100)[:, 1:]
         with torch.autocast(device, torch.bfloat16, enabled=job["dtype"] == "bfloat16"):
             logits = model(tokens)[:, :-1]
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(list(trained.values()), own["max_grad_norm"])
+        norm = torch.nn.utils.clip_grad_norm_(list(trained.values()), settings["max_grad_norm"])
         adamw.step()
         adamw.zero_grad(set_to_none=True)
         losses.append(float(loss.detach()))
@@ -109,7 +112,8 @@ def main() -> None:
             {
                 "losses": losses, "grad_norms": norms, "moved": moved, "step_seconds": seconds,
                 "first_step_s": first_step_s, "dtype": job["dtype"],
-                "peak_bytes": high_water() - held if on_cpu else torch.cuda.max_memory_allocated(),
+                "peak_bytes":
+                    high_water() - held_bytes if on_cpu else torch.cuda.max_memory_allocated(),
                 "versions": {n: importlib.metadata.version(n) for n in ("torch", "torchtune")},
             }
         )

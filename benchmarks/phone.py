@@ -37,18 +37,18 @@ def exported(run: Path, form: str, folder: Path, context: int) -> dict[str, Any]
     if form == "executorch":
         words += ["--context_tokens", str(context)]
     began = time.perf_counter()
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
-        process = subprocess.Popen([sys.executable, "-m", "lighten", *words], stdout=said)
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
+        process = subprocess.Popen([sys.executable, "-m", "lighten", *words], stdout=output)
         # Of this process and of those that it waited for, whichever held most.
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
-        said.seek(0)
-        text = said.read()
+        output.seek(0)
+        text = output.read()
     if process.returncode not in (0, 1):  # 1: the receipt did not pass, which is a figure too
         raise SystemExit(f"lighten {' '.join(words)} failed with exit code {process.returncode}")
-    told = json.loads(text)
+    export = json.loads(text)
     return {
-        "file": told["files"][0], "bytes": told["size_bytes"], "receipt": told["receipt"],
+        "file": export["files"][0], "bytes": export["size_bytes"], "receipt": export["receipt"],
         "seconds": time.perf_counter() - began, "peak_bytes": usage.ru_maxrss * 1024,
     }  # fmt: skip
 
@@ -66,9 +66,9 @@ def speed_of_program(file: Path, repeats: int) -> dict[str, float]:
         times = [program.timed(ids, ANSWER_TOKENS) for _ in range(repeats)]
         return {
             "prefill_tokens_per_second": len(ids)
-            / statistics.median(own["prefill_seconds"] for own in times),
+            / statistics.median(timing["prefill_seconds"] for timing in times),
             "decode_tokens_per_second": (ANSWER_TOKENS - 1)
-            / statistics.median(own["decode_seconds"] for own in times),
+            / statistics.median(timing["decode_seconds"] for timing in times),
             "runtime_bytes": program.peak_bytes,
         }
 
@@ -77,15 +77,15 @@ def speed_of_gguf(file: Path, tokenizer: Any, repeats: int) -> dict[str, float]:
     """Tokens a second of llama.cpp, and what the file takes in memory."""
     from lighten.quantization import child
 
-    told = child.call(
+    figures = child.call(
         {"do": "measure", "name": file.name, "kind": "gguf", "folder": str(file.parent),
          "rows": [], "prompts": [], "rooms": [], "prompt": prompt(tokenizer), "store": None,
          "reference": False, "repeats": repeats}
     )  # fmt: skip
     return {
-        "prefill_tokens_per_second": told["prefill_tokens_per_second"],
-        "decode_tokens_per_second": told["decode_tokens_per_second"],
-        "runtime_bytes": told["resident_bytes"],
+        "prefill_tokens_per_second": figures["prefill_tokens_per_second"],
+        "decode_tokens_per_second": figures["decode_tokens_per_second"],
+        "runtime_bytes": figures["resident_bytes"],
     }
 
 
@@ -116,36 +116,36 @@ def main() -> None:
     arguments = parser.parse_args()
     before = machine.before_start()
     run = trained(arguments.run or machine.RESULTS / "trial" / "runs" / "demo")
-    found: dict[str, dict[str, Any]] = {}
+    forms: dict[str, dict[str, Any]] = {}
     # Their processes begin as large as this one is, so nothing large is imported before them.
     with tempfile.TemporaryDirectory(prefix="lighten-phone-") as scratch:
         for form in FORMS:
             print(f"{form} ...", flush=True)
             folder = Path(scratch) / form.replace(":", "-")
-            found[form] = exported(run, form, folder, arguments.context)
+            forms[form] = exported(run, form, folder, arguments.context)
         from transformers import AutoTokenizer
 
-        program = Path(found["executorch"]["file"])
+        program = Path(forms["executorch"]["file"])
         tokenizer = AutoTokenizer.from_pretrained(program.parent, local_files_only=True)
-        found["executorch"] |= speed_of_program(program, arguments.repeats)
-        file = Path(found["gguf:q4_k_m"]["file"])
-        found["gguf:q4_k_m"] |= speed_of_gguf(file, tokenizer, arguments.repeats)
-    for form, own in found.items():
-        receipt = own["receipt"]
+        forms["executorch"] |= speed_of_program(program, arguments.repeats)
+        file = Path(forms["gguf:q4_k_m"]["file"])
+        forms["gguf:q4_k_m"] |= speed_of_gguf(file, tokenizer, arguments.repeats)
+    for form, row in forms.items():
+        receipt = row["receipt"]
         print(
-            f"{form:14} {own['bytes'] / 1e6:7.1f} MB, made and compared in {own['seconds']:.0f} s, "
-            f"{own['peak_bytes'] / 1e9:.1f} GB; "
-            f"{own['prefill_tokens_per_second']:.0f} tokens/s read, "
-            f"{own['decode_tokens_per_second']:.1f} written, {own['runtime_bytes'] / 1e6:.0f} MB; "
+            f"{form:14} {row['bytes'] / 1e6:7.1f} MB, made and compared in {row['seconds']:.0f} s, "
+            f"{row['peak_bytes'] / 1e9:.1f} GB; "
+            f"{row['prefill_tokens_per_second']:.0f} tokens/s read, "
+            f"{row['decode_tokens_per_second']:.1f} written, {row['runtime_bytes'] / 1e6:.0f} MB; "
             f"KL {receipt['mean_kl']:.3g}, {receipt['same_likeliest']:.1%} the same likeliest, "
             f"passed: {receipt['passed']}"
         )
     machine.store(
-        "phone", {"forms": found}, before, {"fewer than 3 repeats": arguments.repeats < 3}
+        "phone", {"forms": forms}, before, {"fewer than 3 repeats": arguments.repeats < 3}
     )
     print(json.dumps(
-        {form.partition(":")[0]: {key: value for key, value in own.items() if key != "file"}
-         for form, own in found.items()}
+        {form.partition(":")[0]: {key: value for key, value in row.items() if key != "file"}
+         for form, row in forms.items()}
     ))  # fmt: skip
 
 

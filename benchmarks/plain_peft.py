@@ -28,9 +28,9 @@ def batch_of(rows: list[Row], device: str) -> tuple[Tensor, Tensor]:
     tokens = torch.zeros(len(rows), longest, dtype=torch.int64)
     labels = torch.full_like(tokens, -100)
     for place, (ids, mask) in enumerate(rows):
-        own = torch.tensor(ids)
-        tokens[place, : len(ids)] = own
-        labels[place, : len(ids)] = own.masked_fill(~torch.tensor(mask), -100)
+        row = torch.tensor(ids)
+        tokens[place, : len(ids)] = row
+        labels[place, : len(ids)] = row.masked_fill(~torch.tensor(mask), -100)
     return tokens.to(device), labels.to(device)
 
 
@@ -63,15 +63,16 @@ def train(
         enable = getattr(model, f"{kind}_checkpointing_enable")
         enable(**{f"{kind}_checkpointing_kwargs": {"use_reentrant": False}})
         model.train()
-    found: dict[str, dict[str, Any]] = {
+    results: dict[str, dict[str, Any]] = {
         key: {} for key in ("losses", "grad_norms", "moved", "step_seconds")
     }
     for name, steps in lessons.items():
         model.set_adapter(name)
-        own = {key: value for key, value in model.named_parameters() if value.requires_grad}
-        before = {key: value.detach().to("cpu", copy=True) for key, value in own.items()}
+        parameters = {key: value for key, value in model.named_parameters() if value.requires_grad}
+        before = {key: value.detach().to("cpu", copy=True) for key, value in parameters.items()}
         adamw = torch.optim.AdamW(
-            own.values(), lr=optimiser["learning_rate"], weight_decay=optimiser["weight_decay"],
+            parameters.values(), lr=optimiser["learning_rate"],
+            weight_decay=optimiser["weight_decay"],
             betas=(optimiser["adam_beta1"], optimiser["adam_beta2"]),
             eps=optimiser["adam_epsilon"], fused=True,
         )  # fmt: skip
@@ -84,16 +85,21 @@ def train(
             loss = 0.0
             for start in range(0, len(step), size):
                 ids, labels = batch_of(step[start : start + size], device)
-                part = model(input_ids=ids, labels=labels, num_items_in_batch=supervised).loss
-                part.backward()
-                loss += float(part.detach())
-            norm = torch.nn.utils.clip_grad_norm_(list(own.values()), optimiser["max_grad_norm"])
+                part_loss = model(input_ids=ids, labels=labels, num_items_in_batch=supervised).loss
+                part_loss.backward()
+                loss += float(part_loss.detach())
+            norm = torch.nn.utils.clip_grad_norm_(
+                list(parameters.values()), optimiser["max_grad_norm"]
+            )
             adamw.step()
             adamw.zero_grad(set_to_none=True)
             synchronize(device)
             seconds.append(time.perf_counter() - began)
             losses.append(loss)
             norms.append(float(norm))
-        found["losses"][name], found["grad_norms"][name] = losses, norms
-        found["step_seconds"][name], found["moved"][name] = seconds, largest_move(before, own)
-    return found
+        results["losses"][name], results["grad_norms"][name] = losses, norms
+        results["step_seconds"][name], results["moved"][name] = (
+            seconds,
+            largest_move(before, parameters),
+        )
+    return results

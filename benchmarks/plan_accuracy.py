@@ -55,14 +55,14 @@ class Case:
     @property
     def name(self) -> str:
         """In words."""
-        said = [f"{key}={value}" for key, value in self.settings.items()]
-        return " ".join([self.model, f"{self.rows}x{self.tokens}", *said])
+        settings = [f"{key}={value}" for key, value in self.settings.items()]
+        return " ".join([self.model, f"{self.rows}x{self.tokens}", *settings])
 
     def recipe(self, folder: Path) -> dict[str, Any]:
         """The recipe's values."""
-        made = self.model in ARCHITECTURES
+        generated = self.model in ARCHITECTURES
         return {
-            "model_name_or_path": str(folder / self.model) if made else self.model,
+            "model_name_or_path": str(folder / self.model) if generated else self.model,
             "dataset": __file__,  # a file that exists: the rows are given otherwise
             "val_size": 0, "max_steps": STEPS, "lr_scheduler_type": "constant",
             "per_device_train_batch_size": self.rows, "max_length": self.tokens,
@@ -180,8 +180,10 @@ def measured(case: Case, folder: Path, scratch: Path) -> dict[str, Any]:
 
     def turn() -> None:
         for alone in (False, True):
-            known = rates.Measured.cached(1 if alone else workers)
-            known.sample(work for part in parts if part.alone is alone for work in part.work)
+            measured_rates = rates.Measured.cached(1 if alone else workers)
+            measured_rates.sample(
+                work for part in parts if part.alone is alone for work in part.work
+            )
 
     job = {"recipe": case.recipe(folder), "rows": case.rows, "tokens": case.tokens,
            "supervised": SUPERVISED}  # fmt: skip
@@ -225,12 +227,12 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> None:
     """Plan, measure, print the table and one line of JSON."""
-    asked = argparse.ArgumentParser(description=__doc__)
-    asked.add_argument("--peers", action="store_true", help="make the estimators' environment")
-    asked.add_argument("--only", help="cases whose name holds this text")
-    asked.add_argument("--gpu", type=Path, help="a file that gpu_suite.py wrote")
-    asked.add_argument("--device", default="h100", help="the device of that file")
-    options = asked.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--peers", action="store_true", help="make the estimators' environment")
+    parser.add_argument("--only", help="cases whose name holds this text")
+    parser.add_argument("--gpu", type=Path, help="a file that gpu_suite.py wrote")
+    parser.add_argument("--device", default="h100", help="the device of that file")
+    options = parser.parse_args()
     if options.gpu:
         on_gpu(options.gpu, options.device)
         return
@@ -254,9 +256,9 @@ def main() -> None:
             row["peers"] = plan_peers.estimates(case, folder)
             rows.append(row)
             show(row)
-    found = {"supervised": SUPERVISED, "table": rows, **summary(rows)}
+    result = {"supervised": SUPERVISED, "table": rows, **summary(rows)}
     partly = len(cases) < len(CASES)
-    store("plan_accuracy", found, before, {"cases were left out": partly})
+    store("plan_accuracy", result, before, {"cases were left out": partly})
     print(json.dumps(summary(rows)))
 
 
@@ -269,18 +271,22 @@ def on_gpu(path: Path, device: str) -> None:
     suite = json.loads(path.read_text(encoding="utf-8"))
     table = []
     with tempfile.TemporaryDirectory() as scratch:
-        for model, own in suite["models"].items():
+        for model, measurements in suite["models"].items():
             folder = Path(scratch) / model
             folder.mkdir()
-            config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **own["shape"]}
+            config = {
+                "model_type": "llama",
+                "architectures": ["LlamaForCausalLM"],
+                **measurements["shape"],
+            }
             (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-            for name, real in own["rows"].items():
+            for name, real in measurements["rows"].items():
                 if row := gpu_row(f"{model}: {name}", real, folder, device):
                     table.append(row)
                     print(f"{row['case']:60} " + "  ".join(
                         f"{key.removesuffix('_error')} {row[key]:+.1%}" for key in GPU_ERRORS
                     ), flush=True)  # fmt: skip
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "suite": {key: suite[key] for key in ("commit", "machine", "versions")}, "table": table,
     }  # fmt: skip
     line: dict[str, Any] = {"configurations": len(table)}
@@ -288,8 +294,8 @@ def on_gpu(path: Path, device: str) -> None:
         errors = [abs(row[key]) for row in table]
         line[f"max_{key}"], line[f"mean_{key}"] = max(errors), statistics.mean(errors)
     # Nothing was timed here: it is as good on a busy machine.
-    found = {"commit": commit, "tree_clean": clean, **found, **line}
-    runs.write_json(Path(__file__).parent / "results" / f"plan_accuracy-{device}.json", found)
+    result = {"commit": commit, "tree_clean": clean, **result, **line}
+    runs.write_json(Path(__file__).parent / "results" / f"plan_accuracy-{device}.json", result)
     print(json.dumps(line))
 
 
@@ -302,17 +308,17 @@ def gpu_row(case: str, real: Mapping[str, Any], folder: Path, device: str) -> di
     from lighten.machine.devices import named
     from lighten.planning.trace import plan_recipe
 
-    asked = real.get("asked")
-    if asked is None or real["choices"].get("compilation") == "on":
+    request = real.get("asked")
+    if request is None or real["choices"].get("compilation") == "on":
         return None
-    lengths = asked["lengths"]
+    lengths = request["lengths"]
     if len(set(lengths)) > 1:  # a plan is told how many rows of how many tokens
         return None
     # The suite gives more rows to a micro-batch than a plan would believe of one adapter's.
-    settings = {**asked["settings"]}
-    if len(asked["adapters"]) == 1:
+    settings = {**request["settings"]}
+    if len(request["adapters"]) == 1:
         settings["per_device_train_batch_size"] = len(lengths)
-    recipe = engine.recipe_of(str(folder), asked["adapters"], 3, settings=settings)
+    recipe = engine.recipe_of(str(folder), request["adapters"], 3, settings=settings)
     plan = plan_recipe(
         recipe, named(device), rows_tokens=(len(lengths), lengths[0]), supervised=0.75
     ).to_dict()
@@ -345,7 +351,7 @@ def show(row: Mapping[str, Any]) -> None:
         f" ({row['time_error']:+.0%})  planned in {plan['seconds_to_plan']:.1f} s"
         f"  loading {stages['loading'] / 2**20:.0f}, steps "
         + " ".join(f"{peak / 2**20:.0f}" for peak in stages["steps"])
-        + "".join(f"  {name} {own:+.0%}" for name, own in plan_peers.errors(row).items()),
+        + "".join(f"  {name} {error:+.0%}" for name, error in plan_peers.errors(row).items()),
         flush=True,
     )
 

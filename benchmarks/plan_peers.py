@@ -61,39 +61,41 @@ def estimates(case: Any, folder: Path) -> dict[str, Any]:
     if not python().is_file():
         return {}
     job = {"config": str(_config(case, folder)), "training": _training(case)}
-    done = subprocess.run(
+    process = subprocess.run(
         [str(python()), "-c", ASK], input=json.dumps(job), capture_output=True, text=True,
         check=False,
     )  # fmt: skip
-    if done.returncode:
-        return {NAME: {"error": done.stderr.strip().splitlines()[-1]}}
-    found = json.loads(done.stdout)
-    mib = found["total_mib"] - found["overhead_mib"]
-    return {NAME: {"bytes": int(mib * 2**20), "overhead_bytes": int(found["overhead_mib"] * 2**20)}}
+    if process.returncode:
+        return {NAME: {"error": process.stderr.strip().splitlines()[-1]}}
+    answer = json.loads(process.stdout)
+    mib = answer["total_mib"] - answer["overhead_mib"]
+    return {
+        NAME: {"bytes": int(mib * 2**20), "overhead_bytes": int(answer["overhead_mib"] * 2**20)}
+    }
 
 
 def _config(case: Any, folder: Path) -> Path:
-    made = folder / case.model / "config.json"
-    if made.is_file():
-        return made
+    path = folder / case.model / "config.json"
+    if path.is_file():
+        return path
     from lighten.models.load import locate
 
     return locate(case.model)[1] / "config.json"
 
 
 def _training(case: Any) -> dict[str, Any]:
-    own = case.settings
-    ranks = own.get("lora_r", 8)
+    settings = case.settings
+    ranks = settings.get("lora_r", 8)
     ranks = ranks if isinstance(ranks, list) else [ranks]
-    rows = case.rows if "tokens_per_microbatch" in own else CPU_TOKENS // case.tokens
+    rows = case.rows if "tokens_per_microbatch" in settings else CPU_TOKENS // case.tokens
     return {
-        "precision": "fp32" if own.get("dtype") == "float32" else "bf16",
-        "quantization": "nf4" if own.get("load_in_4bit") else "none",
-        "double_quant": bool(own.get("bnb_4bit_use_double_quant")),
+        "precision": "fp32" if settings.get("dtype") == "float32" else "bf16",
+        "quantization": "nf4" if settings.get("load_in_4bit") else "none",
+        "double_quant": bool(settings.get("bnb_4bit_use_double_quant")),
         "batch_size": max(1, min(rows, case.rows * len(ranks))),
         "seq_len": case.tokens,
-        "lora_rank": None if own.get("method") == "full" else sum(ranks),
-        "grad_checkpoint": bool(own.get("gradient_checkpointing")),
+        "lora_rank": None if settings.get("method") == "full" else sum(ranks),
+        "grad_checkpoint": bool(settings.get("gradient_checkpointing")),
     }
 
 
@@ -101,20 +103,20 @@ def errors(row: Mapping[str, Any]) -> dict[str, float]:
     """Predicted over measured, less one, by estimator."""
     peak = row["measured"].get("peak_bytes")
     return {
-        name: own["bytes"] / peak - 1.0
-        for name, own in row["peers"].items()
-        if peak and "bytes" in own
+        name: estimate["bytes"] / peak - 1.0
+        for name, estimate in row["peers"].items()
+        if peak and "bytes" in estimate
     }
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | int]]:
     """Largest and mean error of each estimator, over the cases that it could estimate."""
-    found: dict[str, list[float]] = {}
+    by_estimator: dict[str, list[float]] = {}
     for row in rows:
-        for name, own in errors(row).items():
-            found.setdefault(name, []).append(abs(own))
+        for name, error in errors(row).items():
+            by_estimator.setdefault(name, []).append(abs(error))
     return {
-        name: {"configurations": len(own), "max_error": max(own),
-               "mean_error": statistics.mean(own)}
-        for name, own in found.items()
+        name: {"configurations": len(values), "max_error": max(values),
+               "mean_error": statistics.mean(values)}
+        for name, values in by_estimator.items()
     }  # fmt: skip

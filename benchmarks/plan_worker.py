@@ -37,7 +37,7 @@ def rows_of(count: int, tokens: int, supervised: float, vocabulary: int, seed: i
     ]
 
 
-class Watched(engine.GivenSteps):
+class Watched(engine.FixedSteps):
     """The training loop, noting the peak after each step and waiting for its turn."""
 
     def __init__(self, *args: Any) -> None:
@@ -64,20 +64,20 @@ def main() -> None:
     vocabulary = int(base.model.config.get_text_config().vocab_size)
     steps = recipe.max_steps or 1
     lessons = {
-        own.name: [
+        member.name: [
             rows_of(job["rows"], job["tokens"], job["supervised"], vocabulary, place * steps + step)
             for step in range(steps)
         ]
-        for place, own in enumerate(recipe.cohort())
+        for place, member in enumerate(recipe.cohort())
     }
     setup = engine.set_up(recipe, lessons, "cpu", base)
     scratch = Path(job["scratch"])
     scratch.mkdir(parents=True, exist_ok=True)
     loop = Watched(setup, lessons, Path(mkdtemp(dir=scratch)), memory)
     loop.run()
-    found = memory.read()
+    peak = memory.read()
     print(json.dumps({
-        **found, "stages": {**stages, "steps": loop.peaks}, "step_seconds": loop.seconds,
+        **peak, "stages": {**stages, "steps": loop.peaks}, "step_seconds": loop.seconds,
         "choices": {what: choice.value for what, choice in setup.choices.items()},
         "micro_batches": job["rows"],
     }))  # fmt: skip

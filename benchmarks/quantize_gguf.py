@@ -100,10 +100,10 @@ def tools() -> Path:
 
 def library() -> Path:
     """llama.cpp's built library."""
-    found = sorted((tools() / "package" / "bins").glob("*/libllama.v*.so"))
-    if not found:
+    libraries = sorted((tools() / "package" / "bins").glob("*/libllama.v*.so"))
+    if not libraries:
         raise SystemExit("no llama.cpp here: run quantize_gguf.py --setup first")
-    return found[0]
+    return libraries[0]
 
 
 def set_up() -> None:
@@ -123,44 +123,49 @@ def timed(code: str, *arguments: str) -> dict[str, float]:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "src"),
                    "LD_LIBRARY_PATH": str(library().parent)}  # fmt: skip
     began = time.perf_counter()
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", PEAK + code, *arguments],
         capture_output=True, text=True, check=False, env=environment,
     )  # fmt: skip
     seconds = time.perf_counter() - began
-    if done.returncode:
-        raise RuntimeError(done.stderr[-2000:])
-    peak = next(line for line in done.stderr.splitlines()[::-1] if line.startswith("PEAK"))
+    if process.returncode:
+        raise RuntimeError(process.stderr[-2000:])
+    peak = next(line for line in process.stderr.splitlines()[::-1] if line.startswith("PEAK"))
     return {"seconds": seconds, "peak_bytes": float(peak.split()[1])}
 
 
 def convert(model: Path, folder: Path, type: str) -> dict[str, dict[str, float]]:
     """One turn: the file made by ours and by theirs."""
     ours = timed(OURS, str(model), str(folder / f"ours-{type}.gguf"), type)
-    first = timed(CONVERT, str(tools() / "converter"), str(model), str(folder / "f16.gguf"))
-    second = timed(
+    converter = timed(CONVERT, str(tools() / "converter"), str(model), str(folder / "f16.gguf"))
+    quantiser = timed(
         QUANTIZE, str(library()), str(folder / "f16.gguf"), str(folder / f"theirs-{type}.gguf"),
         str(FILE_TYPES[type]),
     )  # fmt: skip
     theirs = {
-        "seconds": first["seconds"] + second["seconds"],
-        "peak_bytes": max(first["peak_bytes"], second["peak_bytes"]),
+        "seconds": converter["seconds"] + quantiser["seconds"],
+        "peak_bytes": max(converter["peak_bytes"], quantiser["peak_bytes"]),
     }
-    return {"lighten": ours, "llama.cpp": theirs, "its converter": first, "its quantiser": second}
+    return {
+        "lighten": ours,
+        "llama.cpp": theirs,
+        "its converter": converter,
+        "its quantiser": quantiser,
+    }
 
 
 def losses(file: Path, tokens: list[int], windows: int) -> np.ndarray[Any, Any]:
     """Loss of each token after the first of each window, in nats."""
     from lighten.quantization.llamacpp import Runtime
 
-    found = []
+    window_losses = []
     # One thread: two of llama.cpp wait for each other at every operation of a busy machine.
     with Runtime(file, context_tokens=WINDOW_TOKENS, threads=1) as runtime:
         for window in range(windows):
             ids = tokens[window * WINDOW_TOKENS : (window + 1) * WINDOW_TOKENS]
             rows = runtime.log_probabilities(ids)
-            found.append(-rows[np.arange(len(ids) - 1), ids[1:]])
-    return np.concatenate(found)
+            window_losses.append(-rows[np.arange(len(ids) - 1), ids[1:]])
+    return np.concatenate(window_losses)
 
 
 def perplexities(folder: Path, model: Path, type: str, windows: int) -> dict[str, Any]:
@@ -208,11 +213,11 @@ def greedy(model: Path, folder: Path, questions: tuple[str, ...]) -> dict[str, A
             answer = runtime.greedy(prompt, ANSWER_TOKENS, stop=False)
             scores = runtime.logits(prompt + answer)
             with torch.no_grad():
-                wanted = base.model(torch.tensor([prompt + answer])).logits[0].numpy()
-            largest = max(largest, float(np.abs(scores - wanted).max()))
+                expected = base.model(torch.tensor([prompt + answer])).logits[0].numpy()
+            largest = max(largest, float(np.abs(scores - expected).max()))
             for place, token in enumerate(answer, len(prompt) - 1):
-                gap = float(wanted[place].max() - wanted[place, token])
-                differ += wanted[place].argmax() != token
+                gap = float(expected[place].max() - expected[place, token])
+                differ += expected[place].argmax() != token
                 unexplained += gap > NEAR_TIE
     return {
         "prompts": len(questions),

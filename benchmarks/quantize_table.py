@@ -60,12 +60,12 @@ def sizes(run: Any, arguments: argparse.Namespace) -> dict[str, Any]:
 
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="lighten-table-") as scratch:
-        done = quantize(
+        result = quantize(
             run, TO, output_dir=scratch, tokens=arguments.tokens, questions=arguments.questions,
             tell=lambda line: print(f"  {line}", flush=True),
         )  # fmt: skip
-    return {"seconds": time.perf_counter() - began, "formats": done.formats,
-            "settings": done.settings, "notes": done.notes}  # fmt: skip
+    return {"seconds": time.perf_counter() - began, "formats": result.formats,
+            "settings": result.settings, "notes": result.notes}  # fmt: skip
 
 
 def calibrated(run: Any, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def calibrated(run: Any, arguments: argparse.Namespace) -> dict[str, Any]:
         scratch = Path(place)
         (scratch / "store").mkdir()
         with opened(run, scratch / "near") as model:
-            rows, told = calibration_of(model)
+            rows, record = calibration_of(model)
             held_out = evaluation_of(model, arguments.tokens * 4, 0)
             assert held_out is not None, "the run holds nothing out"
             losses: dict[str, Any] = {}
@@ -108,10 +108,10 @@ def calibrated(run: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     ratios = ours[draws].sum(1) / plain[draws].sum(1)
     return {
         "gap": float(ours.sum() / plain.sum()),
-        "interval": [float(own) for own in np.percentile(ratios, [2.5, 97.5])],
+        "interval": [float(bound) for bound in np.percentile(ratios, [2.5, 97.5])],
         "gap_in_nats": {"int4": float(ours.sum() / tokens.sum()),
                         "int4:rounded": float(plain.sum() / tokens.sum())},
-        "tokens": int(tokens.sum()), "calibration": told, "costs": costs,
+        "tokens": int(tokens.sum()), "calibration": record, "costs": costs,
     }  # fmt: skip
 
 
@@ -147,17 +147,17 @@ def qat(run: Any, arguments: argparse.Namespace) -> dict[str, Any]:
 
     aware = demo(Path(f"{run.folder}-qat"), {**_settings(run), "qat": DYNAMIC})
     groups = aware.recipe().qat_group_size
-    found = {
+    losses = {
         "unquantised": _losses(run, None, arguments),
         "ptq": _losses(run, groups, arguments),
         "qat": _losses(aware, groups, arguments),
     }
-    counts = {name: metrics.likelihood_statistics(own.nll, own.tokens)
-              for name, own in found.items()}  # fmt: skip
+    counts = {name: metrics.likelihood_statistics(loss.nll, loss.tokens)
+              for name, loss in losses.items()}  # fmt: skip
     draws = Resamples(len(counts["qat"]), RESAMPLES, 0)
     difference = draws.difference(counts["qat"], counts["ptq"], metrics.FROM_SUMS["loss"])
     return {
-        "loss": {name: own.loss for name, own in found.items()},
+        "loss": {name: loss.loss for name, loss in losses.items()},
         "difference": difference.value, "low": difference.low, "high": difference.high,
         "rows": len(counts["qat"]), "group_size": groups, "converted": aware.info()["qat"],
         "seconds": {"plain": run.info()["training"]["seconds"],
@@ -167,10 +167,10 @@ def qat(run: Any, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _settings(run: Any) -> dict[str, Any]:
     """What a given run was trained with, for the other one."""
-    kept = run.recipe().completed()
+    settings = run.recipe().completed()
     for name in ("output_dir", "qat", "qat_group_size"):
-        kept.pop(name)
-    return {name: value for name, value in kept.items() if not isinstance(value, dict)}
+        settings.pop(name)
+    return {name: value for name, value in settings.items() if not isinstance(value, dict)}
 
 
 def _losses(run: Any, groups: int | None, arguments: argparse.Namespace) -> Any:
@@ -186,9 +186,9 @@ def _losses(run: Any, groups: int | None, arguments: argparse.Namespace) -> Any:
 
     recipe, device = run.recipe(), hardware.choose_device().value
     base = load_base(recipe, device)
-    given = held_out_examples(recipe, run.info()["data"]["sha256"])
+    examples = held_out_examples(recipe, run.info()["data"]["sha256"])
     encoded = held_out_data.encoded(
-        recipe, given, base.tokenizer, limits_of(base.model), arguments.rows
+        recipe, examples, base.tokenizer, limits_of(base.model), arguments.rows
     )
     trained = adapters.load(base.model, run.adapters(), qat_group_size=groups)
     assert encoded.rows is not None
@@ -204,15 +204,15 @@ PARTS: dict[str, Callable[[Any, argparse.Namespace], dict[str, Any]]] = {
 
 
 @contextmanager
-def kept(path: Path, key: dict[str, Any], fresh: bool) -> Any:
+def stored_parts(path: Path, key: dict[str, Any], fresh: bool) -> Any:
     """Parts that are done already, written after each; those of another commit or run are not."""
     from lighten.runs import write_json
 
-    there = json.loads(path.read_text(encoding="utf-8")) if path.is_file() and not fresh else {}
-    parts = there.get("parts", {}) if there.get("key") == key else {}
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() and not fresh else {}
+    parts = stored.get("parts", {}) if stored.get("key") == key else {}
 
-    def add(name: str, found: dict[str, Any]) -> None:
-        parts[name] = found
+    def add(name: str, result: dict[str, Any]) -> None:
+        parts[name] = result
         path.parent.mkdir(parents=True, exist_ok=True)
         (path.parent / ".gitignore").write_text("*\n", encoding="ascii")
         write_json(path, {"key": key, "parts": parts})
@@ -256,10 +256,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="of the gguf part")
     parser.add_argument("--windows", type=int, default=40, help="of the gguf part's text")
     arguments = parser.parse_args()
-    wanted = [name.strip() for name in arguments.only.split(",") if name.strip()]
-    if unknown := [name for name in wanted if name not in PARTS]:
+    requested = [name.strip() for name in arguments.only.split(",") if name.strip()]
+    if unknown := [name for name in requested if name not in PARTS]:
         parser.error(f"--only: {unknown[0]} is not one of {', '.join(PARTS)}")
-    if "gguf" in wanted:
+    if "gguf" in requested:
         quantize_gguf.library()  # told before anything long starts
     before = machine.before_start()
     folder = arguments.run or machine.RESULTS / "trial" / "runs" / "demo"
@@ -270,21 +270,21 @@ def main() -> None:
            for name in ("tokens", "questions", "rows", "repeats", "windows")},
     }  # fmt: skip
     path = machine.RESULTS / "trial" / "quantize_table_parts.json"
-    with kept(path, key, arguments.fresh) as (parts, add):
-        for name in wanted:
+    with stored_parts(path, key, arguments.fresh) as (parts, add):
+        for name in requested:
             if name not in parts:
                 print(f"{name} ...", flush=True)
                 began = time.perf_counter()
                 add(name, PARTS[name](run, arguments))
                 print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
-        found = figures(parts)
+        headline = figures(parts)
         for row in parts.get("sizes", {}).get("formats", []):
             loss, seconds = row.get("loss", float("nan")), row.get("made_seconds", 0)
             print(f"{row['name']:14} {row['file_bytes'] / 1e6:8.1f} MB {row['ratio']:6.3f} "
                   f"loss {loss:.4f} {seconds:6.1f} s")  # fmt: skip
         machine.store(
             "quantize_table",
-            {"parts": parts, "figures": found, "run": run.info()},
+            {"parts": parts, "figures": headline, "run": run.info()},
             before,
             {
                 "parts are missing": set(parts) != set(PARTS),
@@ -292,7 +292,7 @@ def main() -> None:
                 "fewer tokens or rows": arguments.tokens < 2048 or arguments.rows < ROWS,
             },
         )
-    print(json.dumps(found))
+    print(json.dumps(headline))
 
 
 if __name__ == "__main__":

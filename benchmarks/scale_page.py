@@ -79,10 +79,14 @@ def memory_table() -> str:
         for method in ("full", "LoRA"):
             states = states_of(shape, method)
             for gpus in GPUS:
-                held = [states_per_rank(states, own, gpus).total / GIB for own in TRAINED]
-                sent = [volume_per_rank(states, own, gpus).network / GB for own in TRAINED]
+                states_gib = [
+                    states_per_rank(states, strategy, gpus).total / GIB for strategy in TRAINED
+                ]
+                sent = [
+                    volume_per_rank(states, strategy, gpus).network / GB for strategy in TRAINED
+                ]
                 rows.append([shape.name, method, f"{gpus:,}",
-                             *(f"{value:,.2f}" for value in held),
+                             *(f"{value:,.2f}" for value in states_gib),
                              *(f"{value:,.2f}" for value in sent)])  # fmt: skip
     return _table(head, rows)
 
@@ -103,7 +107,7 @@ def hidden_table() -> str:
                 sent = volume_per_rank(states, strategy, 4096).network
                 tokens = [sent / link * flops / per_token
                           for link in (device.peer_link, device.node_link)]  # fmt: skip
-                rows.append([shape.name, method, strategy, *(f"{own:,.0f}" for own in tokens)])
+                rows.append([shape.name, method, strategy, *(f"{count:,.0f}" for count in tokens)])
     return _table(["model", "method", "strategy", "inside a node", "between nodes"], rows)
 
 

@@ -69,27 +69,27 @@ def train(folder: Path, settings: dict[str, Any], ranks: int) -> Path:
     Raises:
         SystemExit: It failed.
     """
-    said = start(folder, settings, ranks)
-    _, errors = said.communicate(timeout=LONGEST_S)
-    if said.returncode:
+    process = start(folder, settings, ranks)
+    _, errors = process.communicate(timeout=LONGEST_S)
+    if process.returncode:
         raise SystemExit(f"{settings['output_dir']} with {ranks} ranks: {errors[-2000:]}")
     return Path(settings["output_dir"])
 
 
-def difference(one: Path, other: Path) -> dict[str, float]:
+def difference(run_folder: Path, reference: Path) -> dict[str, float]:
     """The largest relative difference of a loss, and the largest difference of a weight."""
     from safetensors.torch import load_file
 
     losses = [
         [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-        for run in (one, other)
+        for run in (run_folder, reference)
     ]
     assert len(losses[0]) == len(losses[1])
     weights = 0.0
-    files = [*one.glob("adapters/*/*.safetensors"), *one.glob("model/*.safetensors")]
+    files = [*run_folder.glob("adapters/*/*.safetensors"), *run_folder.glob("model/*.safetensors")]
     assert files
     for file in files:
-        theirs = load_file(other / file.relative_to(one))
+        theirs = load_file(reference / file.relative_to(run_folder))
         for key, value in load_file(file).items():
             weights = max(weights, float((value - theirs[key]).abs().max()))
     return {
@@ -109,12 +109,12 @@ def strategies(folder: Path, base: dict[str, Any]) -> list[dict[str, Any]]:
                 "output_dir": str(folder / f"{what}-one-{count}"),
             }, 1)  # fmt: skip
             for strategy in STRATEGIES:
-                both = train(folder, {
+                distributed = train(folder, {
                     **shared, "gradient_accumulation_steps": count, "strategy": strategy,
                     "output_dir": str(folder / f"{what}-{strategy}-{count}"),
                 }, 2)  # fmt: skip
                 rows.append({"method": what, "strategy": strategy, "micro_batches": count,
-                             **difference(both, alone)})  # fmt: skip
+                             **difference(distributed, alone)})  # fmt: skip
                 print(json.dumps(rows[-1]), flush=True)
     return rows
 
@@ -127,32 +127,34 @@ def kills(folder: Path, base: dict[str, Any], count: int) -> list[dict[str, Any]
         "strategy": "fsdp", "gradient_accumulation_steps": 1,
     }  # fmt: skip
     began = time.monotonic()
-    whole = train(folder, {**shared, "output_dir": str(folder / "whole")}, 2)
+    reference = train(folder, {**shared, "output_dir": str(folder / "whole")}, 2)
     usual_s = time.monotonic() - began
     rows: list[dict[str, Any]] = []
     for number in range(count):
         settings = {**shared, "output_dir": str(folder / f"killed-{number}")}
-        run, others = Path(settings["output_dir"]), number % 4 == 3
+        run, other_ranks = Path(settings["output_dir"]), number % 4 == 3
         process = start(folder, settings, 2)
         time.sleep(draw.uniform(0.1, 1.0) * usual_s)
         ranks = psutil.Process(process.pid).children() if process.poll() is None else []
         victims = draw.sample(ranks, draw.choice([1, len(ranks)])) if ranks else []
-        for one in victims:
-            one.send_signal(signal.SIGKILL)
+        for victim in victims:
+            victim.send_signal(signal.SIGKILL)
         ended = time.monotonic()
         process.communicate(timeout=60)
         ended = time.monotonic() - ended
-        again = start(folder, settings, 1 if others else 2, *(["--resume"] if run.exists() else []))
-        _, said = again.communicate(timeout=LONGEST_S)
+        resumed = start(
+            folder, settings, 1 if other_ranks else 2, *(["--resume"] if run.exists() else [])
+        )
+        _, errors = resumed.communicate(timeout=LONGEST_S)
         row: dict[str, Any] = {
-            "kill": number, "another_number_of_ranks": others, "ended_s": ended,
-            "ranks_killed": len(victims), "resumed": again.returncode == 0,
+            "kill": number, "another_number_of_ranks": other_ranks, "ended_s": ended,
+            "ranks_killed": len(victims), "resumed": resumed.returncode == 0,
         }  # fmt: skip
-        if again.returncode == 0:
-            row |= difference(run, whole)
-            row["equal"] = row["weights"] <= (1e-5 if others else 0.0)
+        if resumed.returncode == 0:
+            row |= difference(run, reference)
+            row["equal"] = row["weights"] <= (1e-5 if other_ranks else 0.0)
         else:
-            row |= {"said": said[-500:], "equal": False}
+            row |= {"said": errors[-500:], "equal": False}
         rows.append(row)
         print(json.dumps(row), flush=True)
     return rows
@@ -160,12 +162,12 @@ def kills(folder: Path, base: dict[str, Any], count: int) -> list[dict[str, Any]
 
 def streamed() -> dict[str, Any]:
     """The figures of `streamed_base.py`, by its last line."""
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("streamed_base.py"))],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    figures: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
+    return figures
 
 
 def main() -> None:
@@ -174,9 +176,9 @@ def main() -> None:
     parser.add_argument("--only", choices=PARTS, action="append")
     parser.add_argument("--kills", type=int, default=20)
     arguments = parser.parse_args()
-    wanted = arguments.only or PARTS
+    requested = arguments.only or PARTS
     before = machine.before_start()
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="lighten-scale-") as scratch:
         folder = Path(scratch)
         subprocess.run(
@@ -189,15 +191,15 @@ def main() -> None:
             "model_name_or_path": str(folder / "base"), "dataset": str(data), "dtype": "float32",
             "per_device_train_batch_size": 2, "max_train_samples": 13, "val_size": 0,
         }  # fmt: skip
-        if "strategies" in wanted:
-            found["strategies"] = strategies(folder, base)
-        if "kills" in wanted:
-            found["kills"] = kills(folder, base, arguments.kills)
-    if "streamed" in wanted:
-        found["streamed"] = streamed()
-    machine.store("scale_table", found, before, {"few kills": arguments.kills < 20})
-    rows, ended = found.get("strategies"), found.get("kills")
-    of_streamed = found.get("streamed", {})
+        if "strategies" in requested:
+            results["strategies"] = strategies(folder, base)
+        if "kills" in requested:
+            results["kills"] = kills(folder, base, arguments.kills)
+    if "streamed" in requested:
+        results["streamed"] = streamed()
+    machine.store("scale_table", results, before, {"few kills": arguments.kills < 20})
+    rows, ended = results.get("strategies"), results.get("kills")
+    of_streamed = results.get("streamed", {})
     print(json.dumps({
         "strategies_max_difference":
             max(max(row["loss"], row["weights"]) for row in rows) if rows else None,

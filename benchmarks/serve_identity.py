@@ -74,23 +74,23 @@ class Report:
         return {**vars(self), "wrong": len(self.wrong), "wrong_ones": self.wrong[:5]}
 
 
-def questions(words: int = 40, more: int = 8) -> list[str]:
+def questions(words: int = 40, added_words: int = 8) -> list[str]:
     """Prompts that begin alike in four ways, each the beginning of the next of its kind.
 
     Args:
         words: Of the first of each kind.
-        more: Words of the next one.
+        added_words: Words of the next one.
     """
     rng = random.Random(5)
-    words_known = "the river town answer colour stone music winter bread letter garden number"
-    known = words_known.split()
-    found = []
+    words_text = "the river town answer colour stone music winter bread letter garden number"
+    vocabulary = words_text.split()
+    prompts = []
     for start in ("Tell me about", "List all of", "Why is it that", "Write a poem on"):
-        text = f"{start} {' '.join(rng.choices(known, k=words))}"
+        text = f"{start} {' '.join(rng.choices(vocabulary, k=words))}"
         for _ in range(3):
-            found.append(text)
-            text += " " + " ".join(rng.choices(known, k=more))
-    return found
+            prompts.append(text)
+            text += " " + " ".join(rng.choices(vocabulary, k=added_words))
+    return prompts
 
 
 def ask(remote: Remote, model: str, question: str) -> Answer:
@@ -105,12 +105,12 @@ def ask(remote: Remote, model: str, question: str) -> Answer:
         max_completion_tokens=_TOKENS, logprobs=True, top_logprobs=_TOP,
     )  # fmt: skip
     choice = answer["choices"][0]
-    told = (choice["logprobs"] or {}).get("content") or []
+    entries = (choice["logprobs"] or {}).get("content") or []
     return Answer(
         choice["message"]["content"],
-        tuple(_key(own) for own in told),
-        tuple(own["logprob"] for own in told),
-        tuple({_key(top): top["logprob"] for top in own["top_logprobs"]} for own in told),
+        tuple(_key(entry) for entry in entries),
+        tuple(entry["logprob"] for entry in entries),
+        tuple({_key(top): top["logprob"] for top in entry["top_logprobs"]} for entry in entries),
         began, time.perf_counter(),
     )  # fmt: skip
 
@@ -121,7 +121,7 @@ def _key(token: dict[str, Any]) -> str:
 
 
 def references(
-    remote: Remote, admin: Remote, contents: dict[str, str | None], asked: Sequence[str]
+    remote: Remote, admin: Remote, contents: dict[str, str | None], prompts: Sequence[str]
 ) -> dict[tuple[str, str], Answer]:
     """Each content's answers alone; at most one adapter is loaded at any time.
 
@@ -129,20 +129,20 @@ def references(
         remote: A server without adapters, prefix caching turned off.
         admin: The same with its key.
         contents: Folder below the server's `--adapter-dir`, by name of the content; the base: None.
-        asked: Questions.
+        prompts: Questions.
     """
-    found = {}
+    answers = {}
     base = next(name for name, parent in remote.models().items() if parent is None)
     for content, folder in contents.items():
         name = base
         if folder is not None:
             name = "alone"
             load(admin, name, folder)
-        for question in asked:
-            found[content, question] = ask(remote, name, question)
+        for question in prompts:
+            answers[content, question] = ask(remote, name, question)
         if folder is not None:
             unload(admin, name)
-    return found
+    return answers
 
 
 def load(admin: Remote, name: str, path: str) -> None:
@@ -158,11 +158,11 @@ def unload(admin: Remote, name: str) -> None:
 class Contents:
     """Which contents a name had, and when."""
 
-    def __init__(self, first: dict[str, str]) -> None:
+    def __init__(self, initial: dict[str, str]) -> None:
         self._lock = threading.Lock()
         # Each with the time from which an answer may be its, and until when.
-        self._had = {name: [(content, 0.0)] for name, content in first.items()}
-        self._until: dict[str, list[float]] = {name: [] for name in first}
+        self._had = {name: [(content, 0.0)] for name, content in initial.items()}
+        self._until: dict[str, list[float]] = {name: [] for name in initial}
 
     def now(self, name: str) -> str:
         """The newest one."""
@@ -186,7 +186,7 @@ class Contents:
 
 def under_load(
     remote: Remote, admin: Remote, folder: Path, versions: dict[str, Sequence[str]],
-    alone: dict[tuple[str, str], Answer], asked: Sequence[str], *,
+    alone: dict[tuple[str, str], Answer], prompts: Sequence[str], *,
     requests: int, clients: int, tie: float, seed: int = 0, pause_s: float = 0.0,
 ) -> Report:  # fmt: skip
     """Ask at random while adapters change, and compare.
@@ -197,7 +197,7 @@ def under_load(
         folder: Its `--adapter-dir`; each adapter lies below it under its name.
         versions: Contents that each name may have, folders below `folder`; of one: it stays.
         alone: See `references`.
-        asked: Questions.
+        prompts: Questions.
         requests: How many.
         clients: At the same time.
         tie: Bound of log-probabilities, see above; 0: all numbers have to be equal.
@@ -205,28 +205,28 @@ def under_load(
         pause_s: Between two changes of adapters.
     """
     rng = random.Random(seed)
-    planned = [(rng.choice(list(versions)), rng.choice(asked)) for _ in range(requests)]
-    held = Contents({name: contents[0] for name, contents in versions.items()})
-    report, done = Report(tie), threading.Event()
+    planned = [(rng.choice(list(versions)), rng.choice(prompts)) for _ in range(requests)]
+    current = Contents({name: contents[0] for name, contents in versions.items()})
+    report, finished = Report(tie), threading.Event()
 
     def change() -> None:
         names = [name for name, contents in versions.items() if len(contents) > 1]
         for turn in itertools.count():
-            if done.is_set() or not names:
+            if finished.is_set() or not names:
                 return
             name = names[turn % len(names)]
             contents = versions[name]
-            wanted = contents[(contents.index(held.now(name)) + 1) % len(contents)]
+            next_content = contents[(contents.index(current.now(name)) + 1) % len(contents)]
             began = time.perf_counter()
             if turn % 2:
                 unload(admin, name)
-            _replace(folder / name, folder / wanted)
+            _replace(folder / name, folder / next_content)
             load(admin, name, name)
-            held.change(name, wanted, began, time.perf_counter())
+            current.change(name, next_content, began, time.perf_counter())
             report.reloads += 1
-            done.wait(pause_s)
+            finished.wait(pause_s)
 
-    def one(pair: tuple[str, str]) -> tuple[str, str, Answer]:
+    def ask_retrying(pair: tuple[str, str]) -> tuple[str, str, Answer]:
         while True:
             try:
                 return (*pair, ask(remote, *pair))
@@ -240,12 +240,12 @@ def under_load(
     changing.start()
     try:
         with ThreadPoolExecutor(clients) as pool:
-            answers = list(pool.map(one, planned))
+            answers = list(pool.map(ask_retrying, planned))
     finally:
-        done.set()
+        finished.set()
         changing.join()
     for name, question, answer in answers:
-        possible = held.possible(name, answer)
+        possible = current.possible(name, answer)
         report.either += len(possible) > 1
         judge(report, answer, [alone[content, question] for content in possible], name)
     return report
@@ -261,38 +261,39 @@ def _replace(target: Path, source: Path) -> None:
 
 def judge(report: Report, answer: Answer, expected: Sequence[Answer], name: str) -> None:
     """Count one answer."""
-    verdicts = [_verdict(answer, one, report.tie) for one in expected]
+    verdicts = [_verdict(answer, reference, report.tie) for reference in expected]
     kinds = Counter(kind for kind, _ in verdicts)
     if kinds["equal"]:
         report.equal += 1
         report.largest = max(
-            report.largest, min(apart for kind, apart in verdicts if kind == "equal")
+            report.largest, min(difference for kind, difference in verdicts if kind == "equal")
         )
     elif kinds["tie"]:
         report.ties += 1
     else:
         report.wrong.append(
-            f"{name}: {answer.text!r} is not {' or '.join(repr(one.text) for one in expected)}"
+            f"{name}: {answer.text!r} is not "
+            f"{' or '.join(repr(reference.text) for reference in expected)}"
         )
 
 
 def _verdict(answer: Answer, alone: Answer, tie: float) -> tuple[str, float]:
     """Equal, tie or wrong, and the largest difference of log-probabilities up to there."""
-    apart = 0.0
-    for place, (token, wanted) in enumerate(zip(answer.tokens, alone.tokens, strict=False)):
-        if token != wanted:
-            other = alone.top[place].get(token, float("-inf"))
-            near = alone.logprobs[place] - other <= tie and apart <= tie
-            return ("tie" if near else "wrong"), apart
-        apart = max(apart, abs(answer.logprobs[place] - alone.logprobs[place]))
+    difference = 0.0
+    for place, (token, expected) in enumerate(zip(answer.tokens, alone.tokens, strict=False)):
+        if token != expected:
+            other_logprob = alone.top[place].get(token, float("-inf"))
+            is_tie = alone.logprobs[place] - other_logprob <= tie and difference <= tie
+            return ("tie" if is_tie else "wrong"), difference
+        difference = max(difference, abs(answer.logprobs[place] - alone.logprobs[place]))
     if answer.text == alone.text and len(answer.tokens) == len(alone.tokens):
-        return ("equal" if apart <= tie else "wrong"), apart
+        return ("equal" if difference <= tie else "wrong"), difference
     # One of them ended where the other went on: was the end as likely?
-    shorter, longer = sorted((answer, alone), key=lambda one: len(one.tokens))
+    shorter, longer = sorted((answer, alone), key=lambda candidate: len(candidate.tokens))
     place = len(shorter.tokens)
     if place == len(longer.tokens):
-        return "wrong", apart
-    chosen = longer.logprobs[place]
-    others = [p for token, p in longer.top[place].items() if token != longer.tokens[place]]
-    near = bool(others) and chosen - max(others) <= tie and apart <= tie
-    return ("tie" if near else "wrong"), apart
+        return "wrong", difference
+    chosen_logprob = longer.logprobs[place]
+    alternatives = [p for token, p in longer.top[place].items() if token != longer.tokens[place]]
+    is_tie = bool(alternatives) and chosen_logprob - max(alternatives) <= tie and difference <= tie
+    return ("tie" if is_tie else "wrong"), difference

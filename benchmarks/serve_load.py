@@ -22,7 +22,7 @@ _TEXT = (
 )
 _WORDS = _TEXT.split()
 # What a model alone says of a request; a server that is told more says more.
-Asked = Callable[[str], dict[str, Any]]
+ExtraFields = Callable[[str], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def planned(
 
 def one_round(
     remote: Remote, models: Sequence[str], shape: Shape, *, pid: int | None, seed: int,
-    more: Asked | None = None, streamed: bool = False,
+    extra_fields: ExtraFields | None = None, streamed: bool = False,
 ) -> Round:  # fmt: skip
     """Send requests that name models at random and wait for the answers.
 
@@ -118,7 +118,7 @@ def one_round(
         shape: What.
         pid: Of the server's first process; None: it is not of this machine.
         seed: Of models and prompts; a prompt never comes twice, so no cache answers it.
-        more: More fields of a request, by model.
+        extra_fields: More fields of a request, by model.
         streamed: Read the answers as streams.
     """
     waiting: queue.SimpleQueue[tuple[str, str] | None] = queue.SimpleQueue()
@@ -126,24 +126,29 @@ def one_round(
         waiting.put(pair)
     for _ in range(shape.clients):
         waiting.put(None)
-    found, lock = Round(), threading.Lock()
+    result, lock = Round(), threading.Lock()
 
     def client() -> None:
         while (request := waiting.get()) is not None:
             model, question = request
             began = time.perf_counter()
             try:
-                tokens, prompt = _asked(
-                    remote, model, question, shape.tokens, more(model) if more else {}, streamed
+                tokens, prompt = _ask(
+                    remote,
+                    model,
+                    question,
+                    shape.tokens,
+                    extra_fields(model) if extra_fields else {},
+                    streamed,
                 )
             except ServerError as error:
                 with lock:
-                    found.errors[str(error)[:200]] = found.errors.get(str(error)[:200], 0) + 1
+                    result.errors[str(error)[:200]] = result.errors.get(str(error)[:200], 0) + 1
                 continue
             with lock:
-                found.tokens += tokens
-                found.prompt_tokens += prompt
-                found.latencies.append(time.perf_counter() - began)
+                result.tokens += tokens
+                result.prompt_tokens += prompt
+                result.latencies.append(time.perf_counter() - began)
 
     before, began = cpu_seconds(pid), time.perf_counter()
     threads = [threading.Thread(target=client) for _ in range(shape.clients)]
@@ -151,23 +156,30 @@ def one_round(
         thread.start()
     for thread in threads:
         thread.join()
-    found.seconds = time.perf_counter() - began
+    result.seconds = time.perf_counter() - began
     after = cpu_seconds(pid)
-    found.cpu_seconds = None if before is None or after is None else after - before
-    return found
+    result.cpu_seconds = None if before is None or after is None else after - before
+    return result
 
 
-def _asked(
-    remote: Remote, model: str, question: str, tokens: int, more: dict[str, Any], streamed: bool
+def _ask(
+    remote: Remote,
+    model: str,
+    question: str,
+    tokens: int,
+    extra_fields: dict[str, Any],
+    streamed: bool,
 ) -> tuple[int, int]:
     """Tokens of the answer and of the prompt."""
     messages = [{"role": "user", "content": question}]
     if streamed:
         into = Streamed()
-        for _ in remote.stream(model, messages, into, temperature=0, max_tokens=tokens, **more):
+        for _ in remote.stream(
+            model, messages, into, temperature=0, max_tokens=tokens, **extra_fields
+        ):
             pass
         return into.tokens, into.prompt_tokens
-    answer = remote.chat(model, messages, temperature=0, max_tokens=tokens, **more)
+    answer = remote.chat(model, messages, temperature=0, max_tokens=tokens, **extra_fields)
     return answer["usage"]["completion_tokens"], answer["usage"]["prompt_tokens"]
 
 
@@ -185,28 +197,28 @@ class Compared:
 
     def rates(self, kind: str, per: str) -> list[float]:
         """Of each round; empty where they are not known."""
-        found = [own.rate(self.what, per) for own in self.rounds[kind]]
-        return [rate for rate in found if rate is not None]
+        values = [turn.rate(self.what, per) for turn in self.rounds[kind]]
+        return [rate for rate in values if rate is not None]
 
     def ratio(self, kind: str, other: str, per: str) -> dict[str, float] | None:
         """Median, smallest and largest of one kind's rate over the other's, round by round."""
         pairs = list(zip(self.rates(kind, per), self.rates(other, per), strict=True))
         if not pairs:
             return None
-        ratios = [one / another for one, another in pairs]
+        ratios = [a / b for a, b in pairs]
         return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
 
     def to_dict(self) -> dict[str, Any]:
         """Medians and spreads, for JSON."""
-        found: dict[str, Any] = {}
+        figures: dict[str, Any] = {}
         for kind, rounds in self.rounds.items():
             for per in ("cpu", "wall"):
                 if rates := self.rates(kind, per):
-                    found[f"{kind}_per_{per}_s"] = [round(rate, 1) for rate in rates]
-            errors: Counter[str] = sum((Counter(own.errors) for own in rounds), Counter())
+                    figures[f"{kind}_per_{per}_s"] = [round(rate, 1) for rate in rates]
+            errors: Counter[str] = sum((Counter(turn.errors) for turn in rounds), Counter())
             if errors:
-                found[f"{kind}_errors"] = dict(errors)
-        return found
+                figures[f"{kind}_errors"] = dict(errors)
+        return figures
 
 
 def in_turns(
@@ -219,10 +231,10 @@ def in_turns(
         kinds: A round of each, by the round's seed.
         rounds: Of each; one more before them warms up.
     """
-    found: dict[str, list[Round]] = {kind: [] for kind in kinds}
+    results: dict[str, list[Round]] = {kind: [] for kind in kinds}
     for number in range(rounds + 1):
         for place, (kind, run) in enumerate(kinds.items()):
-            made = run(1000 * number + place)
+            result = run(1000 * number + place)
             if number:
-                found[kind].append(made)
-    return Compared(what, found)
+                results[kind].append(result)
+    return Compared(what, results)

@@ -108,10 +108,10 @@ def write_adapters(base: str, folder: Path, names: Sequence[str], rank: int, fir
             runs.write_bytes(folder / name / file, data)
 
 
-def _rounds(server: Server, shape: Shape, **more: Any) -> Callable[[Sequence[str]], Any]:
+def _rounds(server: Server, shape: Shape, **options: Any) -> Callable[[Sequence[str]], Any]:
     remote = Remote(server.url)
     pid = server.process.pid
-    return lambda names: lambda seed: one_round(remote, names, shape, pid=pid, seed=seed, **more)
+    return lambda names: lambda seed: one_round(remote, names, shape, pid=pid, seed=seed, **options)
 
 
 def _summary(compared: Compared, kind: str = "mixed") -> dict[str, Any]:
@@ -127,11 +127,11 @@ def speed(bench: Bench, what: str, *, count: int = 8, rank: int = 16) -> dict[st
     folder = bench.adapters(count, rank)
     names = sorted(path.name for path in folder.iterdir())
     shape = bench.shape(what)
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     with bench.server("lighten", "--adapters", str(folder)) as server:
         rounds = _rounds(server, shape)
         kinds = {"base": rounds(["base"]), "mixed": rounds(names)}
-        found["lighten"] = _summary(in_turns(what, kinds, bench.rounds))
+        results["lighten"] = _summary(in_turns(what, kinds, bench.rounds))
     for peer in bench.peers if count == 8 and rank == 16 else ():
         try:
             with _peer(bench, peer, folder, rank) as running:
@@ -139,10 +139,10 @@ def speed(bench: Bench, what: str, *, count: int = 8, rank: int = 16) -> dict[st
                     "base": lambda seed, run=running.run: run([None], shape, seed),
                     "mixed": lambda seed, run=running.run: run(names, shape, seed),
                 }
-                found[peer] = _summary(in_turns(what, kinds, bench.rounds))
+                results[peer] = _summary(in_turns(what, kinds, bench.rounds))
         except UserError as error:
-            found[peer] = {"missing": str(error)}
-    return found
+            results[peer] = {"missing": str(error)}
+    return results
 
 
 def _peer(
@@ -159,24 +159,24 @@ def _peer(
 def identity(bench: Bench) -> dict[str, Any]:
     """Each engine under load while adapters are loaded anew, against each content alone."""
     # Of few requests few contents are asked, for each is asked alone first.
-    whole = bench.identity >= 100
-    count, asked = (
-        (8, serve_identity.questions()) if whole else (2, serve_identity.questions()[::2])
+    full = bench.identity >= 100
+    count, prompts = (
+        (8, serve_identity.questions()) if full else (2, serve_identity.questions()[::2])
     )
-    found = {}
+    reports = {}
     for engine in bench.engines:
         folder = bench.root / f"identity-{engine}"
         shutil.copytree(bench.adapters(count), folder)
         changing = bench.adapters(count // 2, first=100)
-        for other in changing.iterdir():  # the first half have another content
-            shutil.copytree(folder / other.name, folder / f"{other.name}-1")
-            shutil.copytree(other, folder / f"{other.name}-2")
+        for adapter in changing.iterdir():  # the first half have another content
+            shutil.copytree(folder / adapter.name, folder / f"{adapter.name}-1")
+            shutil.copytree(adapter, folder / f"{adapter.name}-2")
         names = [f"a{place}" for place in range(count)]
         versions = {
             name: [f"{name}-1", f"{name}-2"] if place < count // 2 else [name]
             for place, name in enumerate(names)
         }
-        every: dict[str, str | None] = {
+        folders: dict[str, str | None] = {
             content: content for contents in versions.values() for content in contents
         }
         words = ["--adapter-dir", str(folder)]
@@ -185,75 +185,75 @@ def identity(bench: Bench) -> dict[str, Any]:
         words += ["--storage", "f32"] if engine == "llamacpp" else []
         with bench.server(engine, *words, "--no-prefix-caching") as server:
             alone = serve_identity.references(
-                Remote(server.url), Remote(server.url, ADMIN), {"base": None, **every}, asked
+                Remote(server.url), Remote(server.url, ADMIN), {"base": None, **folders}, prompts
             )
-        given = [f"{name}={folder / name}" for name in names]
-        with bench.server(engine, *words, "--adapters", *given) as server:
+        adapter_flags = [f"{name}={folder / name}" for name in names]
+        with bench.server(engine, *words, "--adapters", *adapter_flags) as server:
             report = serve_identity.under_load(
                 Remote(server.url), Remote(server.url, ADMIN), folder,
-                {"base": ["base"], **versions}, alone, asked,
+                {"base": ["base"], **versions}, alone, prompts,
                 requests=bench.identity, clients=bench.clients, pause_s=1.0,
                 tie=0.0 if engine == "lighten" else serve_identity.TIE,
             )  # fmt: skip
-        found[engine] = report.to_dict()
-    return found
+        reports[engine] = report.to_dict()
+    return reports
 
 
 def logprobs(bench: Bench) -> dict[str, Any]:
     """First tokens of mixed requests against PEFT in float32, each adapter alone."""
     folder = bench.adapters(8)
     names = ["base", *sorted(path.name for path in folder.iterdir())]
-    asked = [*serve_identity.questions()[::3], "What is the capital of France?", "Hello"]
-    expected = _expected(bench.base, folder, names, asked)
-    found = {}
+    prompts = [*serve_identity.questions()[::3], "What is the capital of France?", "Hello"]
+    expected = _expected(bench.base, folder, names, prompts)
+    results = {}
     for engine, storage in (("lighten", "f32"), ("lighten", "bf16"), ("llamacpp", "q8_0")):
         with bench.server(engine, "--storage", storage, "--adapters", str(folder)) as server:
             remote = Remote(server.url)
-            pairs = [(name, question) for name in names for question in asked]
+            pairs = [(name, question) for name in names for question in prompts]
             random.Random(1).shuffle(pairs)
             with ThreadPoolExecutor(bench.clients) as pool:
-                told = list(pool.map(functools.partial(_first, remote), pairs))
-        apart: dict[str, list[float]] = {"base": [], "adapters": []}
-        greedy = untold = 0
-        for pair, got in zip(pairs, told, strict=True):
-            if not got:  # its first token ended it, or is a part of a character (llama.cpp)
-                untold += 1
+                answers = list(pool.map(functools.partial(_first_token, remote), pairs))
+        errors: dict[str, list[float]] = {"base": [], "adapters": []}
+        greedy = missing = 0
+        for pair, ours in zip(pairs, answers, strict=True):
+            if not ours:  # its first token ended it, or is a part of a character (llama.cpp)
+                missing += 1
                 continue
-            wanted = expected[pair]
+            exact = expected[pair]
             kind = "base" if pair[0] == "base" else "adapters"
-            apart[kind] += [abs(p - wanted[token]) for token, p in got.items() if token in wanted]
-            greedy += pair[0] == "base" and max(got, key=lambda t: got[t]) == max(
-                wanted, key=lambda t: wanted[t]
+            errors[kind] += [abs(p - exact[token]) for token, p in ours.items() if token in exact]
+            greedy += pair[0] == "base" and max(ours, key=lambda t: ours[t]) == max(
+                exact, key=lambda t: exact[t]
             )
         name = {"f32": "float32", "bf16": "bfloat16"}.get(storage, storage)
-        found[f"{engine} {name}"] = {
-            **{f"mean_{kind}": statistics.mean(own) for kind, own in apart.items()},
-            "largest": max(max(own) for own in apart.values()), "at_most": CLOSE[name],
-            "base_answers": f"{greedy} of {len(asked)}", "untold": untold,
+        results[f"{engine} {name}"] = {
+            **{f"mean_{kind}": statistics.mean(values) for kind, values in errors.items()},
+            "largest": max(max(values) for values in errors.values()), "at_most": CLOSE[name],
+            "base_answers": f"{greedy} of {len(prompts)}", "untold": missing,
         }  # fmt: skip
-    return found
+    return results
 
 
-def _first(remote: Remote, pair: tuple[str, str]) -> dict[str, float]:
+def _first_token(remote: Remote, pair: tuple[str, str]) -> dict[str, float]:
     """Log-probabilities of the first token by its bytes: of a model and a question."""
     name, question = pair
     answer = remote.chat(
         name, [{"role": "user", "content": question}], temperature=0, max_tokens=1, logprobs=True,
         top_logprobs=10,
     )  # fmt: skip
-    told = answer["choices"][0]["logprobs"]["content"]
-    return {str(top["bytes"]): top["logprob"] for top in told[0]["top_logprobs"]} if told else {}
+    items = answer["choices"][0]["logprobs"]["content"]
+    return {str(top["bytes"]): top["logprob"] for top in items[0]["top_logprobs"]} if items else {}
 
 
 def _expected(
-    base: str, folder: Path, names: Sequence[str], asked: Sequence[str]
+    base: str, folder: Path, names: Sequence[str], prompts: Sequence[str]
 ) -> dict[tuple[str, str], dict[str, float]]:
     from lighten.serving.texts import Texts
 
     opened = models.load(base, dtype="float32", device="cpu")
     texts = Texts(opened.tokenizer)
     model: Any = opened.model
-    found = {}
+    expected = {}
     for name in names:
         if name != "base" and model is opened.model:
             model = PeftModel.from_pretrained(model, str(folder / name), adapter_name=name)
@@ -261,7 +261,7 @@ def _expected(
         elif name != "base":
             model.load_adapter(str(folder / name), name)
             model.set_adapter(name)
-        for question in asked:
+        for question in prompts:
             ids = opened.tokenizer.apply_chat_template(
                 [{"role": "user", "content": question}], add_generation_prompt=True,
                 return_tensors="pt", return_dict=True,
@@ -269,11 +269,11 @@ def _expected(
             with torch.inference_mode():
                 row = model(ids).logits[0, -1].log_softmax(-1)
             values, tokens = row.topk(40)
-            found[name, question] = {
+            expected[name, question] = {
                 str(list(texts.bytes_of(token))): value
                 for token, value in zip(tokens.tolist(), values.tolist(), strict=True)
             }
-    return found
+    return expected
 
 
 def front(bench: Bench) -> dict[str, Any]:
@@ -307,21 +307,21 @@ def soak(bench: Bench) -> dict[str, Any]:
         shutil.copytree(folder / "a0", folder / "other-1")
         shutil.copytree(folder / "a1", folder / "other-2")
     names = ["base", *(f"a{place}" for place in range(8))]
-    given = [f"a{place}={folder / f'a{place}'}" for place in range(8)]
+    adapter_flags = [f"a{place}={folder / f'a{place}'}" for place in range(8)]
     shape = Shape(bench.requests, bench.clients, 16, bench.tokens // 2)
     with bench.server(
-        "lighten", "--adapter-dir", str(folder), "--adapters", *given
+        "lighten", "--adapter-dir", str(folder), "--adapters", *adapter_flags
     ) as server:  # fmt: skip
         remote, admin = Remote(server.url), Remote(server.url, ADMIN)
         one_round(remote, names, shape, pid=None, seed=1)
         closed = one_round(remote, names, shape, pid=None, seed=2)
         rate = 0.8 * len(closed.latencies) / closed.seconds
-        errors, memory, changes, done = _soak(bench, server, remote, admin, names, shape, rate)
+        errors, memory, changes, answered = _soak(bench, server, remote, admin, names, shape, rate)
     fifth = max(1, len(memory) // 5)
     early, late = (statistics.median(part) for part in (memory[fifth : 2 * fifth] or memory,
                                                         memory[-fifth:]))  # fmt: skip
     return {
-        "minutes": bench.minutes, "arrivals_per_s": rate, "answered": done, "errors": errors,
+        "minutes": bench.minutes, "arrivals_per_s": rate, "answered": answered, "errors": errors,
         "adapters_changed": changes, "memory_mib_early": early / 2**20,
         "memory_mib_late": late / 2**20, "growth": late / early - 1,
     }  # fmt: skip
@@ -334,7 +334,7 @@ def _soak(
     rng, end = random.Random(3), time.monotonic() + 60 * bench.minutes
     errors: Counter[str] = Counter()
     memory: list[int] = []
-    changes, done = [0], [0]
+    changes, answered = [0], [0]
     process = psutil.Process(server.process.pid)
 
     def change() -> None:
@@ -342,8 +342,8 @@ def _soak(
             for path in ("other-1", "other-2"):
                 try:
                     serve_identity.load(admin, "other", path)
-                    one = _chat(remote, "other", "1: hello", 4)
-                    assert one["usage"]["completion_tokens"] > 0
+                    answer = _chat(remote, "other", "1: hello", 4)
+                    assert answer["usage"]["completion_tokens"] > 0
                 except ServerError as error:
                     errors[f"changing: {error}"[:200]] += 1
                 changes[0] += 1
@@ -351,10 +351,10 @@ def _soak(
             serve_identity.unload(admin, "other")
             memory.append(process.memory_full_info().uss)
 
-    def one(number: int, name: str) -> None:
+    def send(number: int, name: str) -> None:
         try:
             _chat(remote, name, f"{number}: write a long story", shape.tokens)
-            done[0] += 1
+            answered[0] += 1
         except ServerError as error:
             errors[f"{error.status}: {error}"[:200]] += 1
 
@@ -363,22 +363,22 @@ def _soak(
     with ThreadPoolExecutor(256) as pool:
         number = 0
         while time.monotonic() < end:
-            pool.submit(one, number, rng.choice(names))
+            pool.submit(send, number, rng.choice(names))
             number += 1
             time.sleep(rng.expovariate(rate))
     changing.join()
-    return dict(errors), memory, changes[0], done[0]
+    return dict(errors), memory, changes[0], answered[0]
 
 
-def _chat(remote: Remote, name: str, question: str, tokens: int, **more: Any) -> Any:
-    return remote.chat(name, [{"role": "user", "content": question}], max_tokens=tokens, **more)
+def _chat(remote: Remote, name: str, question: str, tokens: int, **options: Any) -> Any:
+    return remote.chat(name, [{"role": "user", "content": question}], max_tokens=tokens, **options)
 
 
 def broken(bench: Bench) -> dict[str, Any]:
     """Throughput while broken clients come, and what each of them is answered."""
     folder = bench.adapters(8)
     names = sorted(path.name for path in folder.iterdir())
-    seen: Counter[str] = Counter()
+    answers: Counter[str] = Counter()
     wrong: list[str] = []
     with bench.server(
         "lighten", "--adapter-dir", str(folder), "--adapters", str(folder)
@@ -394,7 +394,7 @@ def broken(bench: Bench) -> dict[str, Any]:
                 if not paused.is_set():
                     continue
                 name, status, expected = _BROKEN[place % len(_BROKEN)](str(url.hostname), url.port)
-                seen[f"{name}: {status}"] += 1
+                answers[f"{name}: {status}"] += 1
                 if status not in expected:
                     wrong.append(f"{name}: {status}, not {expected}")
                 time.sleep(0.05)
@@ -407,8 +407,8 @@ def broken(bench: Bench) -> dict[str, Any]:
         def with_broken(seed: int) -> Round:
             coming.set()
             try:
-                made: Round = rounds(names)(seed)
-                return made
+                result: Round = rounds(names)(seed)
+                return result
             finally:
                 coming.clear()
 
@@ -418,7 +418,7 @@ def broken(bench: Bench) -> dict[str, Any]:
         alive = Remote(server.url).request("GET", "/ready")
     return {
         **compared.to_dict(), "throughput_kept": compared.ratio("broken", "base", "wall"),
-        "answers": dict(seen), "wrong": wrong[:10], "ready_after": alive,
+        "answers": dict(answers), "wrong": wrong[:10], "ready_after": alive,
     }  # fmt: skip
 
 
@@ -446,22 +446,22 @@ def _sent(
 
 def _half(host: str, port: int | None) -> tuple[str, int, Sequence[int]]:
     """A client that dies in the middle of its request."""
-    with socket.create_connection((host, port or 80)) as one:
-        one.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: "
-                    b"application/json\r\nContent-Length: 1000\r\n\r\n{")  # fmt: skip
+    with socket.create_connection((host, port or 80)) as client:
+        client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: "
+                       b"application/json\r\nContent-Length: 1000\r\n\r\n{")  # fmt: skip
     return "half a request", 0, (0,)
 
 
-def _gone(host: str, port: int | None) -> tuple[str, int, Sequence[int]]:
+def _abandoned(host: str, port: int | None) -> tuple[str, int, Sequence[int]]:
     """A client that leaves its stream."""
     body = json.dumps({"model": "a0", "stream": True, "max_tokens": 500,
                        "messages": [{"role": "user", "content": "a story"}]}).encode()  # fmt: skip
     head = (f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: "
             f"application/json\r\nContent-Length: {len(body)}\r\n\r\n")  # fmt: skip
-    with socket.create_connection((host, port or 80)) as one:
-        one.sendall(head.encode() + body)
-        one.settimeout(60)
-        one.recv(100)
+    with socket.create_connection((host, port or 80)) as client:
+        client.sendall(head.encode() + body)
+        client.settimeout(60)
+        client.recv(100)
     return "left its stream", 0, (0,)
 
 
@@ -479,7 +479,7 @@ _BROKEN = (
     _sent("path outside", _LOAD, {"lora_name": "x", "lora_path": "../../etc"}, (403,), ADMIN),
     _sent("schema that is none", _CHAT, {"model": "a0", "messages": _HELLO, "response_format": {
         "type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}}}, (400,)),
-    _half, _gone,
+    _half, _abandoned,
 )  # fmt: skip
 
 

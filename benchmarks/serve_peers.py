@@ -39,9 +39,9 @@ class Peer:
 
 
 def _free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 @contextmanager
@@ -99,21 +99,21 @@ def llamacpp(
     """
     opened = adapters.open_base(base)
     model, _ = engines.base_as_gguf(opened, "q8_0")
-    there = adapters.resolve([str(folder)])
+    adapter_paths = adapters.resolve([str(folder)])
     files = []
-    for name, path in there.items():
-        one = adapters.open_adapter(name, path, opened).adapter
-        assert one is not None
-        files.append(str(adapters.adapter_as_gguf(one, opened)))
+    for name, path in adapter_paths.items():
+        adapter = adapters.open_adapter(name, path, opened).adapter
+        assert adapter is not None
+        files.append(str(adapters.adapter_as_gguf(adapter, opened)))
     port = _free_port()
     settings = {
         "model": str(model), "socket": "127.0.0.1", "slots": slots, "context": context,
         "threads": threads, "poll": 0, "gpu_layers": 0, "adapters": files, "verbosity": 1,
         "cache": "f16", "flags": {"port": port},
     }  # fmt: skip
-    names = list(there)
+    names = list(adapter_paths)
 
-    def more(model: str) -> dict[str, Any]:
+    def lora_fields(model: str) -> dict[str, Any]:
         return {"lora": [{"id": number, "scale": float(name == model)}
                          for number, name in enumerate(names)]}  # fmt: skip
 
@@ -124,8 +124,16 @@ def llamacpp(
     ) as (remote, pid):  # fmt: skip
 
         def run(models: Sequence[str | None], shape: Shape, seed: int) -> Round:
-            named = [model or "" for model in models]
-            return one_round(remote, named, shape, pid=pid, seed=seed, more=more, streamed=streamed)
+            model_names = [model or "" for model in models]
+            return one_round(
+                remote,
+                model_names,
+                shape,
+                pid=pid,
+                seed=seed,
+                extra_fields=lora_fields,
+                streamed=streamed,
+            )
 
         yield Peer(run)
 
@@ -149,15 +157,15 @@ def vllm(
     program = installed() or str(VLLM)
     if not Path(program).is_file():
         raise UserError(f"{program} is missing: make vllm")
-    there = adapters.resolve([str(folder)])
+    adapter_paths = adapters.resolve([str(folder)])
     port = _free_port()
     words = [
         sys.executable, "-m", "lighten.serving.tether", *server(program),
         "--model", str(locate(base)[1]), "--served-model-name", "base", "--host", "127.0.0.1",
         "--port", str(port), "--max-num-seqs", str(slots), "--max-model-len", str(context),
-        "--enable-lora", "--max-loras", str(len(there)), "--max-lora-rank", str(rank),
+        "--enable-lora", "--max-loras", str(len(adapter_paths)), "--max-lora-rank", str(rank),
         "--generation-config", "vllm", "--lora-modules",
-        *(f"{name}={path}" for name, path in there.items()),
+        *(f"{name}={path}" for name, path in adapter_paths.items()),
     ]  # fmt: skip
     offline = {**environment(), "HF_HUB_OFFLINE": "1"}
     with _served("vllm", words, port, environment=offline) as (remote, pid):
@@ -188,8 +196,8 @@ def peft(base: str, folder: Path, *, threads: int) -> Iterator[Peer]:
     stdin, stdout = process.stdin, process.stdout
 
     def run(models: Sequence[str | None], shape: Shape, seed: int) -> Round:
-        wanted = {"models": list(models), "shape": vars(shape), "seed": seed}
-        stdin.write(json.dumps(wanted) + "\n")
+        request = {"models": list(models), "shape": vars(shape), "seed": seed}
+        stdin.write(json.dumps(request) + "\n")
         stdin.flush()
         line = stdout.readline()
         if not line:

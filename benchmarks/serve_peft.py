@@ -32,9 +32,9 @@ def main() -> None:
     tokenizer = opened.tokenizer
     tokenizer.padding_side = "left"
     for line in sys.stdin:
-        wanted = json.loads(line)
-        shape = Shape(**wanted["shape"])
-        order = planned(wanted["models"], shape, wanted["seed"])
+        request = json.loads(line)
+        shape = Shape(**request["shape"])
+        order = planned(request["models"], shape, request["seed"])
         tokens = prompt_tokens = 0
         began, cpu = time.perf_counter(), time.process_time()
         for start in range(0, len(order), shape.clients):
@@ -45,11 +45,11 @@ def main() -> None:
                 padding=True,
             )  # fmt: skip
             with torch.inference_mode():
-                made = model.generate(
+                output = model.generate(
                     **ids, adapter_names=[name or "__base__" for name, _ in batch],
                     max_new_tokens=shape.tokens, min_new_tokens=shape.tokens, do_sample=False,
                 )  # fmt: skip
-            tokens += (made.shape[1] - ids["input_ids"].shape[1]) * len(batch)
+            tokens += (output.shape[1] - ids["input_ids"].shape[1]) * len(batch)
             prompt_tokens += int(ids["attention_mask"].sum())
         took = {
             "seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu,

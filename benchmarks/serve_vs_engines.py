@@ -58,23 +58,23 @@ PARTS: dict[str, Callable[[parts.Bench], dict[str, Any]]] = {
 }
 
 
-def headline(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def headline(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The figures that the bars are about; null where they were not measured."""
 
     def ratio(part: str) -> float | None:
-        told = found.get(part, {}).get("lighten", {}).get("mixed_vs_base_cpu")
-        return None if told is None else float(told["median"])
+        spread = results.get(part, {}).get("lighten", {}).get("mixed_vs_base_cpu")
+        return None if spread is None else float(spread["median"])
 
-    identity = found.get("identity", {})
+    identity = results.get("identity", {})
     return {
         "mixed_vs_base": ratio("decode"),
-        "mixed_vs_best_engine": _against_best(found.get("decode", {})),
+        "mixed_vs_best_engine": _against_best(results.get("decode", {})),
         "prefill_vs_base": ratio("prefill"),
-        "identity_wrong": sum(own["wrong"] for own in identity.values())
+        "identity_wrong": sum(report["wrong"] for report in identity.values())
         if identity and "failed" not in identity else None,
-        "logprob_mean": _against_bars(found.get("logprobs", {})),
-        "front_cost": found.get("front", {}).get("cost_wall"),
-        **_of_long_loads(found.get("broken", {}), found.get("soak", {})),
+        "logprob_mean": _against_bars(results.get("logprobs", {})),
+        "front_cost": results.get("front", {}).get("cost_wall"),
+        **_of_long_loads(results.get("broken", {}), results.get("soak", {})),
     }  # fmt: skip
 
 
@@ -88,10 +88,10 @@ def _against_bars(logprobs: dict[str, Any]) -> float | None:
 
 
 def _of_long_loads(broken: dict[str, Any], soak: dict[str, Any]) -> dict[str, Any]:
-    kept = broken.get("throughput_kept")
+    throughput = broken.get("throughput_kept")
     return {
         "broken_wrong": len(broken["wrong"]) if "wrong" in broken else None,
-        "throughput_kept": None if kept is None else kept["median"],
+        "throughput_kept": None if throughput is None else throughput["median"],
         "soak_errors": sum(soak["errors"].values()) if "errors" in soak else None,
         "soak_growth": soak.get("growth"),
     }
@@ -100,9 +100,9 @@ def _of_long_loads(broken: dict[str, Any], soak: dict[str, Any]) -> dict[str, An
 def _against_best(decode: dict[str, Any]) -> float | None:
     """Our mixed rate over the best peer's, medians of tokens per processor second."""
     rates = {
-        name: sorted(own["mixed_per_cpu_s"])[len(own["mixed_per_cpu_s"]) // 2]
-        for name, own in decode.items()
-        if "mixed_per_cpu_s" in own
+        name: sorted(figures["mixed_per_cpu_s"])[len(figures["mixed_per_cpu_s"]) // 2]
+        for name, figures in decode.items()
+        if "mixed_per_cpu_s" in figures
     }
     ours = rates.pop("lighten", None)
     return None if ours is None or not rates else ours / max(rates.values())
@@ -126,38 +126,39 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=containers.cores())
     parser.add_argument("--small", action="store_true", help="see that it runs; no figures")
     parser.add_argument("--output", type=Path, help="file of the results")
-    chosen = parser.parse_args()
-    wanted = [name for name in chosen.only.split(",") if name]
-    if unknown := set(wanted) - set(PARTS):
+    arguments = parser.parse_args()
+    requested = [name for name in arguments.only.split(",") if name]
+    if unknown := set(requested) - set(PARTS):
         parser.error(f"no such part: {', '.join(sorted(unknown))}; use {', '.join(PARTS)}")
-    if chosen.small:
-        chosen.rounds, chosen.requests, chosen.tokens, chosen.clients = 1, 8, 8, 4
-        chosen.identity, chosen.minutes = 40, 0.2
-    found: dict[str, dict[str, Any]] = {}
+    if arguments.small:
+        arguments.rounds, arguments.requests, arguments.tokens, arguments.clients = 1, 8, 8, 4
+        arguments.identity, arguments.minutes = 40, 0.2
+    results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         bench = parts.Bench(
-            chosen.model, Path(scratch), hardware.cache_folder(), chosen.threads, chosen.rounds,
-            chosen.requests, chosen.tokens, chosen.clients, chosen.identity, chosen.minutes,
-            [name for name in chosen.peers.split(",") if name],
-            [name for name in chosen.engines.split(",") if name],
+            arguments.model, Path(scratch), hardware.cache_folder(), arguments.threads,
+            arguments.rounds, arguments.requests, arguments.tokens, arguments.clients,
+            arguments.identity, arguments.minutes,
+            [name for name in arguments.peers.split(",") if name],
+            [name for name in arguments.engines.split(",") if name],
         )  # fmt: skip
-        for name in wanted:
+        for name in requested:
             began = time.perf_counter()
             try:
-                found[name] = PARTS[name](bench)
+                results[name] = PARTS[name](bench)
             except Exception as error:  # the other parts are worth their hour
                 traceback.print_exc()
-                found[name] = {"failed": f"{type(error).__name__}: {error}"}
+                results[name] = {"failed": f"{type(error).__name__}: {error}"}
             took = time.perf_counter() - began
-            print(f"{name} ({took:.0f} s): {json.dumps(found[name])}", flush=True)
+            print(f"{name} ({took:.0f} s): {json.dumps(results[name])}", flush=True)
     result = {
-        **headline(found), "parts": found, "small": chosen.small,
+        **headline(results), "parts": results, "small": arguments.small,
         "machine": hardware.machine().to_dict(),
     }  # fmt: skip
-    if chosen.output is not None:
-        chosen.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    if arguments.output is not None:
+        arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result))
-    sys.exit(int(any("failed" in part for part in found.values())))
+    sys.exit(int(any("failed" in part for part in results.values())))
 
 
 if __name__ == "__main__":

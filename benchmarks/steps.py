@@ -19,7 +19,7 @@ Steps = list[list[Row]]
 
 def documentation() -> list[dict[str, str]]:
     """Real text of real lengths: objects of the standard library and their whole docstrings."""
-    found = []
+    examples = []
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8", errors="ignore"))
         for node in ast.walk(tree):
@@ -27,8 +27,8 @@ def documentation() -> list[dict[str, str]]:
                 text = ast.get_docstring(node) or ""
                 if 400 < len(text) < 2400:
                     prompt = f"Document {node.name} of the Python module {path.stem}."
-                    found.append({"prompt": prompt, "completion": text})
-    return found
+                    examples.append({"prompt": prompt, "completion": text})
+    return examples
 
 
 def encoded(model: str, longest: int = LONGEST_TOKENS) -> list[Row]:

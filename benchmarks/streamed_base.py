@@ -117,12 +117,12 @@ def write_llama(folder: Path, shape: Shape) -> Path:
     generator = torch.Generator().manual_seed(0)
     for number, tensors in enumerate(files.values(), 1):
         file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        made = {
+        weights = {
             name: (torch.ones(value.shape) if value.dim() == 1 else
                    torch.empty(value.shape).normal_(std=0.02, generator=generator)).bfloat16()
             for name, value in tensors.items()
         }  # fmt: skip
-        save_file(made, folder / file, metadata={"format": "pt"})
+        save_file(weights, folder / file, metadata={"format": "pt"})
         places |= dict.fromkeys(tensors, file)
     index = {"metadata": {}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
@@ -182,14 +182,14 @@ def train(
         "gradient_checkpointing": True, "max_length": TOKENS, "lora_r": RANK,
         "report_to": "none", **settings,
     }  # fmt: skip
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", CHILD, json.dumps([recipe, rate])],
         capture_output=True, text=True, check=False, env=machine_environment(),
     )  # fmt: skip
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip()[-2000:])
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    if process.returncode:
+        raise RuntimeError(process.stderr.strip()[-2000:])
+    result: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
+    return result
 
 
 def machine_environment() -> dict[str, str]:
@@ -199,14 +199,14 @@ def machine_environment() -> dict[str, str]:
     return {**os.environ, "LIGHTEN_PLAN": "off"}
 
 
-def step_s(found: Mapping[str, Any]) -> float:
+def step_s(result: Mapping[str, Any]) -> float:
     """The median step after the first."""
-    return statistics.median(found["step_s"][1:] or found["step_s"])
+    return statistics.median(result["step_s"][1:] or result["step_s"])
 
 
-def difference(one: Sequence[float], other: Sequence[float]) -> float:
+def difference(losses: Sequence[float], reference: Sequence[float]) -> float:
     """The largest of two loss trajectories' relative differences."""
-    return max(abs(a - b) / abs(b) for a, b in zip(one, other, strict=True))
+    return max(abs(a - b) / abs(b) for a, b in zip(losses, reference, strict=True))
 
 
 def memory_and_losses(folder: Path, scratch: Path, steps: int) -> dict[str, Any]:
@@ -234,14 +234,14 @@ def cohort_against_runs(
         for seed in seeds
     ]
     total = sum(map(step_s, alone))
-    apart = [
-        difference(together["losses"][f"seed{seed}"], own["losses"]["default"])
-        for seed, own in zip(seeds, alone, strict=True)
+    differences = [
+        difference(together["losses"][f"seed{seed}"], run["losses"]["default"])
+        for seed, run in zip(seeds, alone, strict=True)
     ]
     return {
         "rate_bytes_per_s": rate, "adapters": adapters, "together_step_s": step_s(together),
         "one_after_another_step_s": total, "ratio": step_s(together) / total,
-        "loss_difference": max(apart), "together_reads": together["feed"]["reads"],
+        "loss_difference": max(differences), "together_reads": together["feed"]["reads"],
         "alone_reads": alone[0]["feed"]["reads"], "together_waited_s": together["feed"]["waited_s"],
     }  # fmt: skip
 
@@ -258,14 +258,14 @@ def largest(scratch: Path, limit_bytes: int, hidden: int, vocabulary: int) -> di
         shape = Shape(layers, hidden, vocabulary)
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
             write_llama(Path(folder), shape)
-            found = train(Path(folder), scratch, steps=1, offload_base=how)
+            result = train(Path(folder), scratch, steps=1, offload_base=how)
         print(f"{how:>6} {layers:4} layers {shape.parameters / 1e9:6.2f} B parameters: "
-              f"{found['peak_bytes'] / GIB:.2f} GiB", flush=True)  # fmt: skip
-        return int(found["peak_bytes"])
+              f"{result['peak_bytes'] / GIB:.2f} GiB", flush=True)  # fmt: skip
+        return int(result["peak_bytes"])
 
-    few, more = 2, 6
-    low, high = peak(few, "none"), peak(more, "none")
-    layers = few + math.floor((limit_bytes - low) * (more - few) / (high - low))
+    few, many = 2, 6
+    low, high = peak(few, "none"), peak(many, "none")
+    layers = few + math.floor((limit_bytes - low) * (many - few) / (high - low))
     while (plain := peak(layers, "none")) > limit_bytes:
         layers -= max(1, layers // 20)
     parameters = Shape(layers, hidden, vocabulary).parameters
@@ -287,38 +287,38 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     shape = Shape(arguments.layers, arguments.hidden, arguments.vocabulary)
     folder = write_llama(Path(arguments.cache or scratch) / "llama", shape)
     print(f"{shape.parameters / 1e9:.2f} B parameters in {shape.layers} layers", flush=True)
-    found: dict[str, Any] = {"shape": vars(shape), "parameters": shape.parameters}
-    found["memory"] = memory_and_losses(folder, scratch, arguments.steps)
-    show("a streamed base against one in memory", found["memory"])
+    results: dict[str, Any] = {"shape": vars(shape), "parameters": shape.parameters}
+    results["memory"] = memory_and_losses(folder, scratch, arguments.steps)
+    show("a streamed base against one in memory", results["memory"])
     for name, rate in (("limited", arguments.rate * 1e6), ("unlimited", None)):
-        found[name] = cohort_against_runs(folder, scratch, arguments.steps, rate,
+        results[name] = cohort_against_runs(folder, scratch, arguments.steps, rate,
                                           arguments.adapters)  # fmt: skip
-        show(f"{arguments.adapters} adapters against as many runs, reading {name}", found[name])
-    found["largest"] = None
+        show(f"{arguments.adapters} adapters against as many runs, reading {name}", results[name])
+    results["largest"] = None
     if arguments.gib:
         limit = int(arguments.gib * GIB)
-        found["largest"] = largest(scratch, limit, arguments.hidden, arguments.vocabulary)
-        show("the largest model", found["largest"])
-    return found
+        results["largest"] = largest(scratch, limit, arguments.hidden, arguments.vocabulary)
+        show("the largest model", results["largest"])
+    return results
 
 
 def show(title: str, rows: Mapping[str, Any]) -> None:
     """Print a table."""
     print(f"\n{title}")
     for name, value in rows.items():
-        told = f"{value / GIB:.3f} GiB" if name.endswith("_bytes") else value
-        print(f"  {name:28} {told:.4g}" if isinstance(told, float) else f"  {name:28} {told}",
+        text = f"{value / GIB:.3f} GiB" if name.endswith("_bytes") else value
+        print(f"  {name:28} {text:.4g}" if isinstance(text, float) else f"  {name:28} {text}",
               flush=True)  # fmt: skip
 
 
-def summary(found: Mapping[str, Any]) -> dict[str, Any]:
+def summary(results: Mapping[str, Any]) -> dict[str, Any]:
     """The figures that the last line holds; what was not measured is null."""
     return {
-        "streamed_8_vs_8_runs": found["limited"]["ratio"],
-        "streamed_8_vs_8_runs_unlimited": found["unlimited"]["ratio"],
-        "largest_vs_plain": (found["largest"] or {}).get("largest_vs_plain"),
-        "resident_share": found["memory"]["resident_share"],
-        "loss_difference": found["memory"]["loss_difference"],
+        "streamed_8_vs_8_runs": results["limited"]["ratio"],
+        "streamed_8_vs_8_runs_unlimited": results["unlimited"]["ratio"],
+        "largest_vs_plain": (results["largest"] or {}).get("largest_vs_plain"),
+        "resident_share": results["memory"]["resident_share"],
+        "loss_difference": results["memory"]["loss_difference"],
         "streamed_vs_zero3_nvme": None,
     }
 
@@ -337,11 +337,11 @@ def main() -> None:
     arguments = parser.parse_args()
     before = machine.before_start()
     with tempfile.TemporaryDirectory(prefix="lighten-streamed-") as scratch:
-        found = measure(arguments, Path(scratch))
+        results = measure(arguments, Path(scratch))
     small = arguments.layers < 20 or arguments.hidden < 2048 or arguments.adapters != ADAPTERS
-    found |= summary(found)
-    machine.store("streamed_base", found, before, {"the model was small": small})
-    print(json.dumps(summary(found)))
+    results |= summary(results)
+    machine.store("streamed_base", results, before, {"the model was small": small})
+    print(json.dumps(summary(results)))
 
 
 if __name__ == "__main__":

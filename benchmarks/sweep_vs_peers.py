@@ -82,44 +82,46 @@ class Bench:
                 "tokens_per_microbatch": TOKENS_PER_MICROBATCH,
             },
         }  # fmt: skip
-        return self._said(label, machine.in_fresh_process("worker.py", job, self.scratch))
+        return self._print_result(label, machine.in_fresh_process("worker.py", job, self.scratch))
 
-    def trl(self, label: str, own: Contender, rank: int, steps: Steps | None = None) -> Run:
+    def trl(self, label: str, contender: Contender, rank: int, steps: Steps | None = None) -> Run:
         """One rank in TRL + PEFT, whose losses are put under the arm's name as ours are."""
-        job = own.job(steps or self.steps, self.model, self.starts[rank], self.arguments.device)
+        job = contender.job(
+            steps or self.steps, self.model, self.starts[rank], self.arguments.device
+        )
         if steps is None:  # as TRL does by default, and as lighten does: the last state is saved
             job["options"] = {**job["options"], "save_strategy": "steps"}
         python = str(self.arguments.peers_venv / "bin" / "python")
-        found = machine.in_fresh_process(own.script, job, self.scratch, python=python)
-        if "error" not in found:
+        result = machine.in_fresh_process(contender.script, job, self.scratch, python=python)
+        if "error" not in result:
             for key in ("losses", "grad_norms", "moved"):
-                found[key] = {name_of(rank): found[key]}
-        return self._said(label, found)
+                result[key] = {name_of(rank): result[key]}
+        return self._print_result(label, result)
 
     def search(self) -> dict[str, dict[str, Any]]:
         """Try TRL's settings on the middle rank: whole steps, then the two fastest in parts."""
         rank = sorted(self.arguments.ranks)[len(self.arguments.ranks) // 2]
-        tried: dict[str, dict[str, Any]] = {}
+        trials: dict[str, dict[str, Any]] = {}
 
-        def attempt(name: str, own: Contender) -> None:
-            found = self.trl(f"TRL's best? {name}", own, rank, self.steps[:FEW])
-            why = why_idle(found)
-            tried[name] = {"why_not": why, "step_s": None if why else found["step_seconds"][-1]}
+        def attempt(name: str, contender: Contender) -> None:
+            result = self.trl(f"TRL's best? {name}", contender, rank, self.steps[:FEW])
+            why = why_idle(result)
+            trials[name] = {"why_not": why, "step_s": None if why else result["step_seconds"][-1]}
 
-        for name, own in who.CANDIDATES.items():
-            attempt(name, own)
-        for name in fastest_first(tried)[:2]:
+        for name, contender in who.CANDIDATES.items():
+            attempt(name, contender)
+        for name in fastest_first(trials)[:2]:
             attempt(*who.split(name))
-        return tried
+        return trials
 
     @staticmethod
-    def _said(label: str, found: Run) -> Run:
-        if "error" in found:
-            print(f"{label}: {found['error']}", flush=True)
+    def _print_result(label: str, result: Run) -> Run:
+        if "error" in result:
+            print(f"{label}: {result['error']}", flush=True)
         else:
-            print(f"{label}: {found['wall_s']:.0f} s, {found['peak_bytes'] / 2**30:.2f} GiB",
+            print(f"{label}: {result['wall_s']:.0f} s, {result['peak_bytes'] / 2**30:.2f} GiB",
                   flush=True)  # fmt: skip
-        return found
+        return result
 
 
 def starts(model: str, ranks: Sequence[int], scratch: Path) -> tuple[str, dict[int, str]]:
@@ -140,10 +142,10 @@ def starts(model: str, ranks: Sequence[int], scratch: Path) -> tuple[str, dict[i
     return str(base.path), folders
 
 
-def fastest_first(tried: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def fastest_first(trials: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The settings that trained, by the time of their last step."""
-    valid = [name for name, own in tried.items() if own["why_not"] is None]
-    return sorted(valid, key=lambda name: float(tried[name]["step_s"]))
+    valid = [name for name, outcome in trials.items() if outcome["why_not"] is None]
+    return sorted(valid, key=lambda name: float(trials[name]["step_s"]))
 
 
 def why_idle(run: Run) -> str | None:
@@ -159,19 +161,19 @@ def why_idle(run: Run) -> str | None:
 def measure(bench: Bench) -> dict[str, Any]:
     """Every run, repeated, and the ratios."""
     arguments = bench.arguments
-    tried: dict[str, dict[str, Any]] = {}
+    trials: dict[str, dict[str, Any]] = {}
     best = arguments.best
     if best is None and arguments.trl:
-        tried = bench.search()
-        best = next(iter(fastest_first(tried)), None)
+        trials = bench.search()
+        best = next(iter(fastest_first(trials)), None)
     candidates = who.CANDIDATES | dict(map(who.split, who.CANDIDATES))
     runs: Rows = {}
     for repeat in range(arguments.repeats):
         for rank in arguments.ranks:
             label = f"repeat {repeat + 1}, rank {rank}"
             if best is not None:
-                found = bench.trl(f"{label}, trl", candidates[best], rank)
-                runs.setdefault(f"trl, {name_of(rank)}", []).append(found)
+                result = bench.trl(f"{label}, trl", candidates[best], rank)
+                runs.setdefault(f"trl, {name_of(rank)}", []).append(result)
             runs.setdefault(f"alone, {name_of(rank)}", []).append(
                 bench.ours(f"{label}, lighten alone", [rank])
             )
@@ -181,7 +183,7 @@ def measure(bench: Bench) -> dict[str, Any]:
     names = [name_of(rank) for rank in arguments.ranks]
     return {
         **ratios(runs, names), "control_loss_difference": unlearned(control, runs, names[0]),
-        "best_settings": best, "best_tried": tried, "table": tabulate(runs, names),
+        "best_settings": best, "best_tried": trials, "table": tabulate(runs, names),
         "choices": runs["cohort"][0].get("choices"), "runs": runs,
     }  # fmt: skip
 
@@ -194,16 +196,16 @@ def unlearned(control: Run, runs: Rows, name: str) -> float | None:
     return loss_difference(control["losses"][name], learnt["losses"][name])
 
 
-def apart(runs: Rows, names: Sequence[str], other: str) -> float | None:
+def largest_loss_difference(runs: Rows, names: Sequence[str], other: str) -> float | None:
     """Largest relative difference of an arm's loss in the cohort from `other`'s, at any step."""
-    found = []
+    differences = []
     for name in names:
         for cohort, single in zip(runs["cohort"], runs.get(f"{other}, {name}", []), strict=False):
             if "error" in cohort or "error" in single:
                 return None
-            found.append(loss_difference(cohort["losses"][name], single["losses"][name]))
+            differences.append(loss_difference(cohort["losses"][name], single["losses"][name]))
     # `max` would hide a loss that is no number.
-    return max(found, key=lambda own: (own != own, own)) if found else None
+    return max(differences, key=lambda value: (value != value, value)) if differences else None
 
 
 def ratios(runs: Rows, names: Sequence[str]) -> dict[str, float | None]:
@@ -213,14 +215,14 @@ def ratios(runs: Rows, names: Sequence[str]) -> dict[str, float | None]:
         runs: By contender: `cohort`, and `alone, NAME` and `trl, NAME` of each arm.
         names: The arms.
     """
-    found: dict[str, float | None] = dict.fromkeys(KEYS)
+    figures: dict[str, float | None] = dict.fromkeys(KEYS)
     for other in ("alone", "trl"):
-        found[f"largest_loss_difference_{other}"] = apart(runs, names, other)
+        figures[f"largest_loss_difference_{other}"] = largest_loss_difference(runs, names, other)
 
     def counts(other: str) -> bool:
         rows = [runs["cohort"], *(runs.get(f"{other}, {name}", []) for name in names)]
-        trained = all(rows) and not any(why_idle(run) for own in rows for run in own)
-        distance = found[f"largest_loss_difference_{other}"]
+        trained = all(rows) and not any(why_idle(run) for row in rows for run in row)
+        distance = figures[f"largest_loss_difference_{other}"]
         return trained and distance is not None and distance <= APART[other]
 
     def total(other: str, figure: str) -> float:
@@ -229,15 +231,15 @@ def ratios(runs: Rows, names: Sequence[str]) -> dict[str, float | None]:
 
     if counts("alone"):
         largest = max(_median(runs[f"alone, {name}"], "peak_bytes") for name in names)
-        found["peak_vs_largest_single"] = _median(runs["cohort"], "peak_bytes") / largest
-        own = _median(runs["cohort"], "wall_s")
-        found["wall_vs_three_own_runs"] = own / total("alone", "wall_s")
+        figures["peak_vs_largest_single"] = _median(runs["cohort"], "peak_bytes") / largest
+        cohort_wall = _median(runs["cohort"], "wall_s")
+        figures["wall_vs_three_own_runs"] = cohort_wall / total("alone", "wall_s")
     if counts("trl"):
-        own = _median(runs["cohort"], "wall_s")
-        found["wall_vs_three_trl_runs"] = own / total("trl", "wall_s")
+        cohort_wall = _median(runs["cohort"], "wall_s")
+        figures["wall_vs_three_trl_runs"] = cohort_wall / total("trl", "wall_s")
         steady = _median(runs["cohort"], "steady_s") / total("trl", "steady_s")
-        found["steps_vs_three_trl_runs"] = steady
-    return found
+        figures["steps_vs_three_trl_runs"] = steady
+    return figures
 
 
 def _median(runs: Sequence[Run], figure: str) -> float:
@@ -250,24 +252,29 @@ def _median(runs: Sequence[Run], figure: str) -> float:
 def tabulate(runs: Rows, names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """A row per contender: medians, and why it does not count."""
     table: dict[str, dict[str, Any]] = {}
-    for label, own in runs.items():
-        row: dict[str, Any] = {"repeats": len(own),
-                               "why_not": next(filter(None, map(why_idle, own)), None)}  # fmt: skip
+    for label, repeats in runs.items():
+        row: dict[str, Any] = {
+            "repeats": len(repeats),
+            "why_not": next(filter(None, map(why_idle, repeats)), None),
+        }
         table[label] = row
-        if any("error" in run for run in own):
+        if any("error" in run for run in repeats):
             continue
         for figure in ("wall_s", "peak_bytes", "steady_s"):
-            row[figure] = _median(own, figure)
-        row["wall_s_spread"] = [min(r["wall_s"] for r in own), max(r["wall_s"] for r in own)]
-        row["last_loss"] = {name: own[0]["losses"][name][-1] for name in names
-                            if name in own[0]["losses"]}  # fmt: skip
+            row[figure] = _median(repeats, figure)
+        row["wall_s_spread"] = [
+            min(r["wall_s"] for r in repeats),
+            max(r["wall_s"] for r in repeats),
+        ]
+        row["last_loss"] = {name: repeats[0]["losses"][name][-1] for name in names
+                            if name in repeats[0]["losses"]}  # fmt: skip
     return table
 
 
-def show(found: Mapping[str, Any]) -> None:
+def show(result: Mapping[str, Any]) -> None:
     """Print the table."""
-    show_settings(found)
-    for label, row in found["table"].items():
+    show_settings(result)
+    for label, row in result["table"].items():
         if "wall_s" not in row:
             print(f"{label:14} failed: {row['why_not']}")
             continue
@@ -289,9 +296,9 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-trl", dest="trl", action="store_false", help="leave TRL out")
     parser.add_argument("--peers-venv", type=Path, default=PEERS)
     arguments = parser.parse_args(words)
-    known = [*who.CANDIDATES, *(who.split(name)[0] for name in who.CANDIDATES)]
-    if arguments.best is not None and arguments.best not in known:
-        parser.error(f"--best: {arguments.best!r} is none of {'; '.join(known)}")
+    valid_settings = [*who.CANDIDATES, *(who.split(name)[0] for name in who.CANDIDATES)]
+    if arguments.best is not None and arguments.best not in valid_settings:
+        parser.error(f"--best: {arguments.best!r} is none of {'; '.join(valid_settings)}")
     if arguments.steps < FEW:
         parser.error(f"--steps has to be {FEW} at least")
     if not arguments.trl:
@@ -312,31 +319,31 @@ def main(words: Sequence[str] | None = None, steps: Steps | None = None) -> None
     """
     arguments = parse(words)
     before = machine.before_start()
-    given = steps or largest_first(
+    training_steps = steps or largest_first(
         steps_of(encoded(arguments.model), arguments.steps, grouped=True)
     )
     with tempfile.TemporaryDirectory() as temporary:
-        found = measure(Bench(arguments, given, Path(temporary)))
-    show(found)
-    unmoved = found["control_loss_difference"]
+        result = measure(Bench(arguments, training_steps, Path(temporary)))
+    show(result)
+    unmoved = result["control_loss_difference"]
     why = {
         "parts were left out": not arguments.trl or tuple(arguments.ranks) != RANKS,
         f"fewer than {ENOUGH_STEPS} steps": arguments.steps < ENOUGH_STEPS,
-        "a run does not count": any(found[key] is None for key in KEYS),
+        "a run does not count": any(result[key] is None for key in KEYS),
         "the losses would not tell an adapter that never learns": unmoved is None
         or unmoved <= max(APART.values()),
     }
-    asked = {key: value for key, value in vars(arguments).items() if key != "peers_venv"}
+    settings = {key: value for key, value in vars(arguments).items() if key != "peers_venv"}
     machine.store(
         f"sweep_vs_peers-{Path(arguments.model).name}-{arguments.device}",
         {
-            **asked, "optimiser": OPTIMISER, "scale": SCALE, "rows_per_step": ROWS_PER_STEP,
-            "tokens_per_microbatch": TOKENS_PER_MICROBATCH, **found, "data": facts(given),
+            **settings, "optimiser": OPTIMISER, "scale": SCALE, "rows_per_step": ROWS_PER_STEP,
+            "tokens_per_microbatch": TOKENS_PER_MICROBATCH, **result, "data": facts(training_steps),
         },
         before,
         why,
     )  # fmt: skip
-    print(json.dumps({key: found[key] for key in KEYS}))
+    print(json.dumps({key: result[key] for key in KEYS}))
 
 
 if __name__ == "__main__":

@@ -73,52 +73,52 @@ class Bench:
         }
         self.model, self.adapter_parameters = first_adapter(arguments.model, scratch)
 
-    def run(self, label: str, own: Contender, steps: Steps | None = None) -> Run:
+    def run(self, label: str, contender: Contender, steps: Steps | None = None) -> Run:
         """One contender on a set's steps, or on those given."""
-        steps = self.steps[own.data] if steps is None else steps
+        steps = self.steps[contender.data] if steps is None else steps
         python = sys.executable
-        if own.engine != "lighten":
+        if contender.engine != "lighten":
             python = str(self.arguments.peers_venv / "bin" / "python")
-        job = own.job(steps, self.model, str(self.scratch / "adapter"), self.arguments.device)
-        found = machine.in_fresh_process(own.script, job, self.scratch, python=python)
-        if "error" in found:
-            print(f"{label}: {found['error']}", flush=True)
-            return found
-        if own.engine == "lighten":  # one adapter among several that there could be
+        job = contender.job(steps, self.model, str(self.scratch / "adapter"), self.arguments.device)
+        result = machine.in_fresh_process(contender.script, job, self.scratch, python=python)
+        if "error" in result:
+            print(f"{label}: {result['error']}", flush=True)
+            return result
+        if contender.engine == "lighten":  # one adapter among several that there could be
             alone = ("losses", "grad_norms", "moved")
-            found |= {key: found[key]["default"] for key in alone}
+            result |= {key: result[key]["default"] for key in alone}
         warmup = min(self.arguments.warmup, len(steps) - 1)
         print(
-            f"{label}: {speed(found, steps, warmup):.0f} tokens/s, "
-            f"{found['peak_bytes'] / 2**30:.2f} GiB, {found['wall_s']:.0f} s", flush=True,
+            f"{label}: {speed(result, steps, warmup):.0f} tokens/s, "
+            f"{result['peak_bytes'] / 2**30:.2f} GiB, {result['wall_s']:.0f} s", flush=True,
         )  # fmt: skip
-        return found
+        return result
 
     def search(self, reference: Run) -> dict[str, dict[str, Any]]:
         """Try TRL's settings for a few steps each: whole steps, then the two fastest in parts."""
-        tried: dict[str, dict[str, Any]] = {}
+        trials: dict[str, dict[str, Any]] = {}
 
-        def attempt(name: str, own: Contender) -> None:
+        def attempt(name: str, contender: Contender) -> None:
             few = self.steps[GROUPED][:FEW]
-            found = self.run(f"TRL's best? {name}", own, few)
-            tried[name] = {
-                "accumulate": own.accumulate,
-                "why_not": why_not(found, reference, AGREEMENT["bfloat16"]),
-                "tokens_per_s": None if "error" in found else speed(found, few, 1),
-                "peak_bytes": found.get("peak_bytes"),
+            result = self.run(f"TRL's best? {name}", contender, few)
+            trials[name] = {
+                "accumulate": contender.accumulate,
+                "why_not": why_not(result, reference, AGREEMENT["bfloat16"]),
+                "tokens_per_s": None if "error" in result else speed(result, few, 1),
+                "peak_bytes": result.get("peak_bytes"),
             }  # fmt: skip
 
-        for name, own in who.CANDIDATES.items():
-            attempt(name, own)
-        for name in ranked(tried)[:2]:
+        for name, contender in who.CANDIDATES.items():
+            attempt(name, contender)
+        for name in ranked(trials)[:2]:
             attempt(*who.split(name))
-        return tried
+        return trials
 
 
-def ranked(tried: dict[str, dict[str, Any]]) -> list[str]:
+def ranked(trials: dict[str, dict[str, Any]]) -> list[str]:
     """The candidates that count, fastest first."""
-    valid = [name for name, own in tried.items() if own["why_not"] is None]
-    return sorted(valid, key=lambda name: -float(tried[name]["tokens_per_s"]))
+    valid = [name for name, outcome in trials.items() if outcome["why_not"] is None]
+    return sorted(valid, key=lambda name: -float(trials[name]["tokens_per_s"]))
 
 
 def first_adapter(model: str, scratch: Path) -> tuple[str, int]:
@@ -142,11 +142,11 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         parts: set[str] = arguments.only
         reference = bench.run(who.REFERENCE, who.CONTENDERS[who.REFERENCE])
         results: dict[str, list[Run]] = {who.REFERENCE: [reference]}
-        tried: dict[str, dict[str, Any]] = {}
+        trials: dict[str, dict[str, Any]] = {}
         best = arguments.best
         if best is None and parts & {"best", "checkpointed", "wall"}:
-            tried = bench.search(reference)
-            best = next(iter(ranked(tried)), None)
+            trials = bench.search(reference)
+            best = next(iter(ranked(trials)), None)
         contenders = dict(who.CONTENDERS)
         if best is not None:
             candidates = who.CANDIDATES | dict(map(who.split, who.CANDIDATES))
@@ -159,32 +159,38 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
             else:
                 contenders[name] = who.OPTIONAL[name]
         for repeat in range(arguments.repeats):
-            for name, own in contenders.items():
-                if own.part not in parts or name == who.REFERENCE or (own.once and repeat):
+            for name, contender in contenders.items():
+                if (
+                    contender.part not in parts
+                    or name == who.REFERENCE
+                    or (contender.once and repeat)
+                ):
                     continue
-                steps = bench.steps[own.data][: FEW if own.part == "checkpointed" else None]
-                found = bench.run(f"repeat {repeat + 1}, {name}", own, steps)
-                results.setdefault(name, []).append(found)
+                steps = bench.steps[contender.data][
+                    : FEW if contender.part == "checkpointed" else None
+                ]
+                result = bench.run(f"repeat {repeat + 1}, {name}", contender, steps)
+                results.setdefault(name, []).append(result)
         walls: dict[str, list[Run]] = {}
         if "wall" in parts and arguments.wall_steps and best is not None:
             long = bench.long[: arguments.wall_steps]
             # Ours decides here itself what pays in so short a run.
             by_itself = {who.OURS: Contender("lighten"), who.BEST: contenders[who.BEST]}
             for repeat in range(arguments.wall_repeats):
-                for name, own in by_itself.items():
+                for name, contender in by_itself.items():
                     label = f"{arguments.wall_steps} steps, repeat {repeat + 1}, {name}"
-                    walls.setdefault(name, []).append(bench.run(label, own, long))
+                    walls.setdefault(name, []).append(bench.run(label, contender, long))
         controls = {
-            data: bench.run(f"control that does not learn, {data}", own)
-            for data, own in who.CONTROLS.items() if "control" in parts
+            data: bench.run(f"control that does not learn, {data}", contender)
+            for data, contender in who.CONTROLS.items() if "control" in parts
         }  # fmt: skip
     table = tabulate(results, contenders, bench.steps, arguments.warmup, controls)
     return {
-        **ratios(table, walls, arguments.wall_steps, tried),
+        **ratios(table, walls, arguments.wall_steps, trials),
         **limit(bench, table, results),
         "table": table, "absent": absent,
         "control_loss_difference": unlearned(controls, results), "controls": controls,
-        "best_settings": best, "best_tried": tried,
+        "best_settings": best, "best_tried": trials,
         "wall_runs": walls, "runs": results,
         "data": {name: facts(steps) for name, steps in bench.steps.items()},
     }  # fmt: skip
@@ -224,9 +230,9 @@ def parse() -> argparse.Namespace:
     arguments.only = set(arguments.only.split(","))
     if unknown := arguments.only - set(PARTS):
         parser.error(f"--only: {sorted(unknown)[0]!r} is none of {', '.join(PARTS)}")
-    known = [*who.CANDIDATES, *(who.split(name)[0] for name in who.CANDIDATES)]
-    if arguments.best is not None and arguments.best not in known:
-        parser.error(f"--best: {arguments.best!r} is none of {'; '.join(known)}")
+    valid_settings = [*who.CANDIDATES, *(who.split(name)[0] for name in who.CANDIDATES)]
+    if arguments.best is not None and arguments.best not in valid_settings:
+        parser.error(f"--best: {arguments.best!r} is none of {'; '.join(valid_settings)}")
     if arguments.setup:
         return arguments
     if min(arguments.steps, FEW) <= arguments.warmup:
@@ -243,28 +249,28 @@ def main() -> None:
         who.set_up(arguments.peers_venv)
         return
     before = machine.before_start()
-    found = compare(arguments)
-    show(found)
-    unmoved = found["control_loss_difference"]
+    result = compare(arguments)
+    show(result)
+    unmoved = result["control_loss_difference"]
     why = {
         "parts were left out": arguments.only != set(PARTS) or not arguments.wall_steps,
         "fewer than 3 repeats": arguments.repeats < 3,
-        "a row does not count": not all(row["valid"] for row in found["table"].values()),
+        "a row does not count": not all(row["valid"] for row in result["table"].values()),
         "the losses would not tell an adapter that never learns": unmoved is None
         or unmoved <= SAME_FORMAT,
     }
-    asked = {key: value for key, value in vars(arguments).items()
+    settings = {key: value for key, value in vars(arguments).items()
              if key not in ("peers_venv", "setup", "only")}  # fmt: skip
     machine.store(
         f"train_vs_peers-{Path(arguments.model).name}-{arguments.device}",
         {
-            **asked, "only": sorted(arguments.only), "optimiser": OPTIMISER, "lora_r": RANK,
-            "rows_per_step": ROWS_PER_STEP, **found,
+            **settings, "only": sorted(arguments.only), "optimiser": OPTIMISER, "lora_r": RANK,
+            "rows_per_step": ROWS_PER_STEP, **result,
         },
         before,
         why,
     )  # fmt: skip
-    print(json.dumps({key: found[key] for key in KEYS}))
+    print(json.dumps({key: result[key] for key in KEYS}))
 
 
 if __name__ == "__main__":

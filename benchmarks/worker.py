@@ -26,11 +26,11 @@ def main() -> None:
         optimiser=job["optimiser"], settings=job["settings"],
     )  # fmt: skip
     setup = engine.set_up(recipe, job["lessons"], job["device"])
-    found = engine.train(
+    result = engine.train(
         setup, job["lessons"], Path(job["scratch"]), memory, start=job["start"],
         learns=job.get("learns", True),
     )  # fmt: skip
-    print(json.dumps({**found, "first_step_s": found["first_step_at"] - job["began"]}))
+    print(json.dumps({**result, "first_step_s": result["first_step_at"] - job["began"]}))
 
 
 if __name__ == "__main__":
