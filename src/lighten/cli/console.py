@@ -142,29 +142,31 @@ def print_table(
 
     screen = console()
     width = [max(map(cell_len, cells)) for cells in zip(columns, *rows, strict=True)]
-    room = screen.width - _BETWEEN * len(columns)
-    short = bool(fold_last) and sum(width) > room
-    if short:
-        width = [
-            cell_width if place in fold_last else min(cell_width, _NARROWEST)
-            for place, cell_width in enumerate(width)
-        ]
-        other_width = sum(width) - width[fold_last[0]]
-        width[fold_last[0]] = max(
-            min(width[fold_last[0]], _NARROWEST), min(width[fold_last[0]], room - other_width)
-        )
     # Cells are folded between words where there is room for the longest word of each column.
-    words = [
+    word = [
         max((cell_len(word) for text in cells for word in text.split()), default=1)
         for cells in zip(columns, *rows, strict=True)
     ]
-    whole_words = not short and sum(words) <= room
+    room = screen.width - _BETWEEN * len(columns)
+    whole_words = sum(word) <= room
+    short = bool(fold_last) and sum(width) > room
+    if short:
+        narrowest = [min(cell_width, _NARROWEST) for cell_width in width]
+        least = word if whole_words else narrowest
+        width = [
+            cell_width if place in fold_last and not whole_words else least[place]
+            for place, cell_width in enumerate(width)
+        ]
+        first = fold_last[0]
+        natural = max(cell_len(cells[first]) for cells in (columns, *rows))
+        others = sum(width) - width[first]
+        width[first] = max(min(natural, least[first]), min(natural, room - others))
     table = Table(box=SIMPLE, pad_edge=False)
     for place, column in enumerate(columns):
         # A name that is cut names nothing: it goes on in the next line.
         table.add_column(
             column, overflow="fold", width=width[place] if short else None,
-            min_width=words[place] if whole_words else None,
+            min_width=word[place] if whole_words else None,
         )  # fmt: skip
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))

@@ -30,7 +30,7 @@ def cells(row: Mapping[str, Any]) -> list[str]:
     brought, quality = row["brought"], row.get("quality") or {}
     planned = "–"
     if row.get("predicted_bytes"):
-        planned = f"{gib(row['predicted_bytes'])} ({100 * row['plan_error']:+.0f} %)"
+        planned = f"{gib(row['predicted_bytes'])} ({100 * row['plan_error']:+.0f}%)"
     return [
         f"{1 / row['seconds_per_token']:,.1f}", ratio(brought["speed"]), ratio(brought["memory"]),
         gib(row["peak_bytes"]), planned, ships(row), loss(quality),
