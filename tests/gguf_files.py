@@ -39,14 +39,14 @@ def write_gguf(
         name: `general.name`.
     """
     config = model.config
-    kind = ARCHITECTURES.get(config.model_type, config.model_type)
-    writer = GGUFWriter(path, kind)
+    architecture = ARCHITECTURES.get(config.model_type, config.model_type)
+    writer = GGUFWriter(path, architecture)
     writer.add_name(name)
-    values = {**_settings(config, kind), **(settings or {})}
+    values = {**_settings(config, architecture), **(settings or {})}
     for key, value in values.items():
         if value is None:
             continue
-        key = f"{kind}.{key}"
+        key = f"{architecture}.{key}"
         if isinstance(value, bool):
             writer.add_bool(key, value)
         elif isinstance(value, int):
@@ -58,8 +58,10 @@ def write_gguf(
         else:
             writer.add_string(key, value)
     _tokenizer(writer, tokens or config.vocab_size)
-    arch = next(own for own, known in MODEL_ARCH_NAMES.items() if known == kind)
-    for stored, data in {**_weights(model, kind, arch), **(tensors or {})}.items():
+    arch = next(
+        candidate for candidate, arch_name in MODEL_ARCH_NAMES.items() if arch_name == architecture
+    )
+    for stored, data in {**_weights(model, architecture, arch), **(tensors or {})}.items():
         if quantized and data.ndim == 2 and data.shape[1] % 32 == 0:
             raw = quantize(data, GGMLQuantizationType.Q8_0)
             writer.add_tensor(stored, raw, raw_dtype=GGMLQuantizationType.Q8_0)
@@ -72,7 +74,7 @@ def write_gguf(
     return path
 
 
-def _settings(config: Any, kind: str) -> dict[str, Any]:
+def _settings(config: Any, architecture: str) -> dict[str, Any]:
     heads = config.num_attention_heads
     values: dict[str, Any] = {
         "context_length": config.max_position_embeddings,
@@ -80,7 +82,7 @@ def _settings(config: Any, kind: str) -> dict[str, Any]:
         "block_count": config.num_hidden_layers,
         "attention.head_count": heads,
     }
-    if kind == "gpt2":
+    if architecture == "gpt2":
         return {
             **values,
             "feed_forward_length": config.n_inner or 4 * config.n_embd,
@@ -96,19 +98,19 @@ def _settings(config: Any, kind: str) -> dict[str, Any]:
         "rope.freq_base": float(rope["rope_theta"]),
         "rope.dimension_count": int(head * rope.get("partial_rotary_factor", 1.0)),
     }
-    if kind in ("qwen3", "gemma2", "gemma3"):
+    if architecture in ("qwen3", "gemma2", "gemma3"):
         values |= {"attention.key_length": head, "attention.value_length": head}
-    if kind in ("gemma2", "gemma3"):
+    if architecture in ("gemma2", "gemma3"):
         values["attention.sliding_window"] = config.sliding_window
-    if kind == "gemma2":
+    if architecture == "gemma2":
         values["attn_logit_softcapping"] = config.attn_logit_softcapping
         values["final_logit_softcapping"] = config.final_logit_softcapping
-    if kind == "phi3":
+    if architecture == "phi3":
         values["attention.sliding_window"] = config.sliding_window or 0
     return values
 
 
-def _weights(model: PreTrainedModel, kind: str, arch: MODEL_ARCH) -> dict[str, Any]:
+def _weights(model: PreTrainedModel, architecture: str, arch: MODEL_ARCH) -> dict[str, Any]:
     config = model.config
     names = get_tensor_name_map(arch, config.num_hidden_layers)
     stored: dict[str, Any] = {}
@@ -116,32 +118,32 @@ def _weights(model: PreTrainedModel, kind: str, arch: MODEL_ARCH) -> dict[str, A
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         base, _, suffix = name.rpartition(".")
-        known = names.get_name(base)
-        assert known is not None, name
+        stored_name = names.get_name(base)
+        assert stored_name is not None, name
         data = weight.detach().float().numpy()
-        if kind == "llama" and ("q_proj" in name or "k_proj" in name):
+        if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
             heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
             halves = data.reshape(heads, 2, data.shape[0] // heads // 2, *data.shape[1:])
             data = halves.swapaxes(1, 2).reshape(data.shape)
-        if kind.startswith("gemma") and "norm" in name:
+        if architecture.startswith("gemma") and "norm" in name:
             data = data + np.float32(1)
-        if kind == "gpt2" and "c_" in name and suffix == "weight":
+        if architecture == "gpt2" and "c_" in name and suffix == "weight":
             data = data.T
-        stored[f"{known}.{suffix}"] = np.ascontiguousarray(data)
+        stored[f"{stored_name}.{suffix}"] = np.ascontiguousarray(data)
     return stored
 
 
 def _tokenizer(writer: GGUFWriter, tokens: int) -> None:
     tokenizer = tiny_tokenizer()
     vocabulary = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
-    special = {own.content for own in tokenizer.added_tokens_decoder.values()}
-    kinds = [3 if own in special else 1 for own in vocabulary]
-    more = tokens - len(vocabulary)
+    special = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    types = [3 if token in special else 1 for token in vocabulary]
+    fillers = tokens - len(vocabulary)
     merges = [" ".join(pair) for pair in _merges(tokenizer)]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([*vocabulary, *(f"zz{i}" for i in range(more))])
-    writer.add_token_types([*kinds, *([1] * more)])
+    writer.add_token_list([*vocabulary, *(f"zz{i}" for i in range(fillers))])
+    writer.add_token_types([*types, *([1] * fillers)])
     writer.add_token_merges(merges)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(4)
@@ -152,8 +154,8 @@ def _tokenizer(writer: GGUFWriter, tokens: int) -> None:
 def _merges(tokenizer: Any) -> list[list[str]]:
     import json
 
-    found: list[list[str]] = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    return found
+    merges: list[list[str]] = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    return merges
 
 
 def llama3_factors(config: Any) -> np.ndarray[Any, Any]:

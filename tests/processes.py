@@ -83,15 +83,17 @@ class Forked:
         self._process.join(timeout)
         if self._process.exitcode is None:
             self._process.kill()
-            raise TimeoutError(f"still running after {timeout} s; it said: {self._said(2)[-2000:]}")
+            raise TimeoutError(
+                f"still running after {timeout} s; it said: {self._output(2)[-2000:]}"
+            )
         return self._process.exitcode
 
     def communicate(self, timeout: float = MOST_SECONDS) -> tuple[str, str]:
         """All that it said until its end, and as errors."""
         self.wait(timeout)
-        return self._said(1), "" if self._merged else self._said(2)
+        return self._output(1), "" if self._merged else self._output(2)
 
-    def _said(self, number: int) -> str:
+    def _output(self, number: int) -> str:
         return self._paths[number].read_text(encoding="utf-8")
 
 
@@ -109,12 +111,12 @@ def call(
     """`lighten` with these words, to its end, on a wide screen."""
     wide = {"COLUMNS": "200", **(environment or {})}
     process = Forked(_lighten, words, cwd=cwd, stdin=stdin, environment=wide)
-    return _ended(process, words)
+    return _completed(process, words)
 
 
 def python(code: str, *words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """`python -c` with this code and these arguments, to its end."""
-    return _ended(Forked(_code, (code, *words), cwd=cwd), words)
+    return _completed(Forked(_code, (code, *words), cwd=cwd), words)
 
 
 def in_fork(
@@ -133,7 +135,7 @@ def in_fork(
     return outcome
 
 
-def _ended(process: Forked, words: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+def _completed(process: Forked, words: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
     out, err = process.communicate()
     return subprocess.CompletedProcess(words, process.wait(), out, err)
 

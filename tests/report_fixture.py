@@ -52,10 +52,10 @@ def write_run(
                      "loss": loss + 0.1, "loss_se": 0.08, "supervised_tokens": 1200,
                      "seconds": 4.0},
                 )  # fmt: skip
-    ended = status == "finished"
+    finished = status == "finished"
     run.update(
         version=1, name=folder.name, status=status, started=started,
-        error=None if ended else "stopped by SIGINT", ended="2026-01-01T10:04:00+00:00",
+        error=None if finished else "stopped by SIGINT", ended="2026-01-01T10:04:00+00:00",
         commit="0123456789abcdef", tree_clean=False,
         machine={"processor": "Some Processor", "cores": 2, "memory_bytes": 25 * 10**9,
                  "gpus": [], "system": "Linux x86_64, Python 3.11.7"},
@@ -69,7 +69,7 @@ def write_run(
         choices=[{"what": "dtype", "value": "bfloat16", "reason": "avx512_bf16"}],
         adapters=[{"name": name, "r": 8, "alpha": 16, "trainable_parameters": 2442240,
                    "file_bytes": 9785000, "steps": steps, "best_step": steps, "eval_loss": 2.1}
-                  for name in adapters] if ended else [],
+                  for name in adapters] if finished else [],
         training={"steps": steps, "seconds": 170.0, "tokens": 122357, "supervised_tokens": 19059,
                   "tokens_per_second": 731.8, "peak_bytes": 3849428992,
                   "method": "kernel high-water mark"},

@@ -96,9 +96,9 @@ def serving(
     cwd: Path | None = None,
 ) -> Iterator[Server]:
     """`lighten serve` as a process of its own, ready."""
-    given = [] if threads is None else ["--threads", str(threads)]
+    thread_flags = [] if threads is None else ["--threads", str(threads)]
     process = subprocess.Popen(
-        [sys.executable, "-m", "lighten", "serve", *words, "--port", "0", *given],
+        [sys.executable, "-m", "lighten", "serve", *words, "--port", "0", *thread_flags],
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
@@ -119,9 +119,9 @@ def serving(
             assert process.poll() is None, server.lines
             assert time.monotonic() < deadline, server.lines
             time.sleep(0.05)
-        found = re.search(r"listening at (http://\S+)", "\n".join(server.lines))
-        assert found is not None
-        server.url = found[1]
+        address = re.search(r"listening at (http://\S+)", "\n".join(server.lines))
+        assert address is not None
+        server.url = address[1]
         yield server
     finally:
         if process.poll() is None:

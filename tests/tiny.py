@@ -27,7 +27,7 @@ _COMMON = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-_OWN: dict[str, dict[str, Any]] = {
+_SETTINGS: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"head_dim": 8},
@@ -39,7 +39,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 16},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
-ARCHITECTURES = tuple(_OWN)
+ARCHITECTURES = tuple(_SETTINGS)
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"
@@ -56,7 +56,7 @@ def tiny_config(arch: str, **changes: Any) -> Any:
         if arch != "gpt2"
         else {k: _COMMON[k] for k in ("vocab_size", "bos_token_id", "eos_token_id")}
     )
-    return AutoConfig.for_model(arch, **{**common, **_OWN.get(arch, {}), **changes})
+    return AutoConfig.for_model(arch, **{**common, **_SETTINGS.get(arch, {}), **changes})
 
 
 def tiny_model(
