@@ -156,12 +156,12 @@ def test_an_answer_that_the_row_holds_is_not_computed_again(
 @needs_kernels
 def test_a_model_that_slots_get_wrong_is_measured_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     trained = adapted("llama")
-    right = attention._attend_written
+    right = attention._attend_decode_rows
 
     def wrong(batch: Any, query: Any, *others: Any) -> None:
         right(batch, query * 1.5, *others)
 
-    monkeypatch.setattr(attention, "_attend_written", wrong)
+    monkeypatch.setattr(attention, "_attend_decode_rows", wrong)
     before = trained.model.config._attn_implementation
     with pytest.raises(Disagrees, match="from the model's"):
         one_pass(trained).run(*examples())

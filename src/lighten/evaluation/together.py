@@ -294,7 +294,7 @@ class Pass:
         """
         two = list(dict.fromkeys((places[0], places[-1])))
         with self.trained.using(self.adapter):
-            difference = slots.apart([wave[place].input_ids for place in two], two)
+            difference = slots.largest_difference([wave[place].input_ids for place in two], two)
         if not difference <= AGREEMENT.get(self.trained.dtype, 1e-1):
             raise Disagrees(f"logits from the slots are {difference:.1e} from the model's")
         self._compared = True

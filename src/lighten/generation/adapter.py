@@ -37,8 +37,8 @@ def read_factors(folder: Path, served: Iterable[str]) -> dict[str, Factors]:
             of another base.
     """
     config = read_config(folder)
-    if (what := more_than_low_rank(config)) is not None:
-        raise _unserved(folder, with_article(what))
+    if (extra := more_than_low_rank(config)) is not None:
+        raise _unserved(folder, with_article(extra))
     if config.get("bias") not in (None, "none"):
         raise _unserved(folder, f"trained biases (bias: {config['bias']})")
     weights = files.read_weights(folder)
@@ -54,16 +54,16 @@ def read_factors(folder: Path, served: Iterable[str]) -> dict[str, Factors]:
                 folder, f"the tensor {key}, which is no factor of a linear layer of this base"
             )
         halves.setdefault(match["path"], {})[match["factor"]] = key
-    found = {}
+    factors = {}
     for path, keys in halves.items():
         if set(keys) != {"A", "B"}:
             raise UserError(f"{folder}: one of the two factors of {path} is missing")
-        found[path] = Factors(weights[keys["A"]], weights[keys["B"]], spec.scale_at(path))
-    return found
+        factors[path] = Factors(weights[keys["A"]], weights[keys["B"]], spec.scale_at(path))
+    return factors
 
 
-def _unserved(folder: Path, what: str) -> UserError:
+def _unserved(folder: Path, content: str) -> UserError:
     return UserError(
-        f"{folder} holds {what}, which cannot be served beside other adapters; merge it with "
+        f"{folder} holds {content}, which cannot be served beside other adapters; merge it with "
         "`lighten export RUN --as merged` and serve the merged model"
     )

@@ -52,26 +52,26 @@ class SlotCache:
     @property
     def size_bytes(self) -> int:
         """Memory that keys and values take now."""
-        return sum(x.nbytes for held in (self._keys, self._values) for x in held.values())
+        return sum(x.nbytes for tensors in (self._keys, self._values) for x in tensors.values())
 
     def reserve(self, tokens: int) -> None:
         """Make room for sequences of this many tokens."""
         if tokens <= self._capacity:
             return
-        wanted = max(-(-tokens // GRANULE) * GRANULE, self._capacity * 3 // 2)
-        self._capacity = max(tokens, min(wanted, self.most_tokens))
-        for held in (self._keys, self._values):
-            for layer, x in held.items():
-                held[layer] = self._room(x)
-                held[layer][:, :, : x.shape[2]] = x
+        capacity = max(-(-tokens // GRANULE) * GRANULE, self._capacity * 3 // 2)
+        self._capacity = max(tokens, min(capacity, self.most_tokens))
+        for tensors in (self._keys, self._values):
+            for layer, x in tensors.items():
+                tensors[layer] = self._room(x)
+                tensors[layer][:, :, : x.shape[2]] = x
 
     def _room(self, like: Tensor) -> Tensor:
         return like.new_zeros(self.slots, like.shape[1], self._capacity, like.shape[3])
 
     def repeat(self, tokens: int) -> None:
         """Copy the first slot's first tokens into all others."""
-        for held in (self._keys, self._values):
-            for x in held.values():
+        for tensors in (self._keys, self._values):
+            for x in tensors.values():
                 x[1:, :, :tokens] = x[:1, :, :tokens]
 
     def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,20 +88,20 @@ class SlotCache:
 
 
 @dataclass(frozen=True)
-class Read:
+class Prefill:
     """A sequence whose prompt is being read in a step: its tokens [start, stop) of the step.
 
     Attributes:
         start: First of its tokens.
         stop: One past the last.
         slot: Where its keys and values are.
-        before: Tokens that the slot held already.
+        cached: Tokens that the slot held already.
     """
 
     start: int
     stop: int
     slot: int
-    before: int
+    cached: int
 
 
 @dataclass
@@ -112,8 +112,8 @@ class Batch:
         cache: Where their keys and values are.
         slots: Of each token, [N].
         positions: Of each token in its sequence, [N].
-        written: Tokens of the step that are one sequence's newest each.
-        reads: The other sequences.
+        decode_rows: Tokens of the step that are one sequence's newest each.
+        prefills: The other sequences.
         block: Tokens of a prompt that attend in one product.
         packed: All sequences are read from their beginning, as rows that stand behind each other
             in one (`models.attention.packed`): the attention they train with reads them, and
@@ -123,8 +123,8 @@ class Batch:
     cache: SlotCache
     slots: Tensor
     positions: Tensor
-    written: Sequence[int]
-    reads: Sequence[Read]
+    decode_rows: Sequence[int]
+    prefills: Sequence[Prefill]
     block: int = BLOCK
     packed: bool = False
     _arrays: Any = field(default=None, repr=False)
@@ -132,18 +132,18 @@ class Batch:
     def arrays(self) -> Any:
         """For the kernel: tokens, slots and lengths of the sequences that write."""
         if self._arrays is None:
-            rows = torch.tensor(list(self.written), dtype=torch.int64)
+            rows = torch.tensor(list(self.decode_rows), dtype=torch.int64)
             self._arrays = rows, self.slots.cpu()[rows], self.positions.cpu()[rows] + 1
         return self._arrays
 
-    def blocks(self, read: Read) -> Iterator[Read]:
+    def blocks(self, prefill: Prefill) -> Iterator[Prefill]:
         """The parts of a prompt that attend one after another; on a GPU all of it at once."""
         if self.slots.is_cuda:
-            yield read
+            yield prefill
             return
-        for start in range(read.start, read.stop, self.block):
-            stop = min(start + self.block, read.stop)
-            yield Read(start, stop, read.slot, read.before + start - read.start)
+        for start in range(prefill.start, prefill.stop, self.block):
+            stop = min(start + self.block, prefill.stop)
+            yield Prefill(start, stop, prefill.slot, prefill.cached + start - prefill.start)
 
 
 _batch: ContextVar[Batch | None] = ContextVar("batch", default=None)
@@ -152,11 +152,11 @@ _batch: ContextVar[Batch | None] = ContextVar("batch", default=None)
 @contextmanager
 def attending(batch: Batch) -> Iterator[None]:
     """A model that runs inside attends within this batch's sequences."""
-    before = _batch.set(batch)
+    reset_token = _batch.set(batch)
     try:
         yield
     finally:
-        _batch.reset(before)
+        _batch.reset(reset_token)
 
 
 class _Job(ctypes.Structure):
@@ -182,10 +182,10 @@ def _forward(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    **others: Any,
+    **options: Any,
 ) -> tuple[Tensor, Any]:
     """What transformers calls: [1, H, N, D] → [1, N, H, D]."""
-    if others.get("s_aux") is not None:
+    if options.get("s_aux") is not None:
         raise NotImplementedError("attention sinks")
     batch = _batch.get()
     if batch is not None:
@@ -193,25 +193,25 @@ def _forward(
         keys[batch.slots, :, batch.positions] = key[0].transpose(0, 1)
         values[batch.slots, :, batch.positions] = value[0].transpose(0, 1)
     if batch is None or batch.packed:
-        found: tuple[Tensor, Any] = ALL_ATTENTION_FUNCTIONS[blocks.NAME](
+        output: tuple[Tensor, Any] = ALL_ATTENTION_FUNCTIONS[blocks.NAME](
             module, query, key, value, attention_mask, scaling=scaling,
-            sliding_window=sliding_window, softcap=softcap, **others,
+            sliding_window=sliding_window, softcap=softcap, **options,
         )  # fmt: skip
-        return found
+        return output
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
     window = sliding_window or 0
-    if batch.written:
-        _attend_written(batch, query[0], keys, values, out[0], scale, window, softcap or 0.0)
-    for read in batch.reads:
-        for own in batch.blocks(read):
-            out[0, own.start : own.stop] = _attended(
-                query[:, :, own.start : own.stop], keys, values, own, scale, window, softcap
+    if batch.decode_rows:
+        _attend_decode_rows(batch, query[0], keys, values, out[0], scale, window, softcap or 0.0)
+    for prefill in batch.prefills:
+        for part in batch.blocks(prefill):
+            out[0, part.start : part.stop] = _attend_sequence(
+                query[:, :, part.start : part.stop], keys, values, part, scale, window, softcap
             )
     return out, None
 
 
-def _attend_written(
+def _attend_decode_rows(
     batch: Batch, query: Tensor, keys: Tensor, values: Tensor, out: Tensor,
     scale: float, window: int, softcap: float,
 ) -> None:  # fmt: skip
@@ -220,9 +220,9 @@ def _attend_written(
     alike = keys.shape == values.shape and query.dtype == keys.dtype == values.dtype
     if not (alike and kernels.takes(query)):
         for row, slot, length in zip(rows.tolist(), slots.tolist(), lengths.tolist(), strict=True):
-            read = Read(row, row + 1, slot, length - 1)
-            out[row : row + 1] = _attended(
-                query[None, :, row : row + 1], keys, values, read, scale, window, softcap
+            prefill = Prefill(row, row + 1, slot, length - 1)
+            out[row : row + 1] = _attend_sequence(
+                query[None, :, row : row + 1], keys, values, prefill, scale, window, softcap
             )
         return
     if query.stride(-1) != 1:
@@ -243,30 +243,30 @@ def _attend_written(
         raise MemoryError("the attention's kernel found no memory for its scores")
 
 
-def _attended(
-    query: Tensor, keys: Tensor, values: Tensor, read: Read,
+def _attend_sequence(
+    query: Tensor, keys: Tensor, values: Tensor, prefill: Prefill,
     scale: float, window: int, softcap: float | None,
 ) -> Tensor:  # fmt: skip
     """One sequence's tokens over all that its slot holds: [1, H, n, D] → [n, H, D]."""
-    count, length = query.shape[2], read.before + query.shape[2]
-    first = max(0, read.before + 1 - window) if window else 0
-    key = keys[read.slot : read.slot + 1, :, first:length]
-    value = values[read.slot : read.slot + 1, :, first:length]
+    count, length = query.shape[2], prefill.cached + query.shape[2]
+    first = max(0, prefill.cached + 1 - window) if window else 0
+    key = keys[prefill.slot : prefill.slot + 1, :, first:length]
+    value = values[prefill.slot : prefill.slot + 1, :, first:length]
     mask = None
-    if read.before or (window and length > window):
-        places = torch.arange(read.before, length, device=query.device)[:, None]
-        seen = torch.arange(first, length, device=query.device)[None]
-        mask = seen <= places
+    if prefill.cached or (window and length > window):
+        query_positions = torch.arange(prefill.cached, length, device=query.device)[:, None]
+        key_positions = torch.arange(first, length, device=query.device)[None]
+        mask = key_positions <= query_positions
         if window:
-            mask &= seen > places - window
+            mask &= key_positions > query_positions - window
     if softcap:
-        found = _softcapped(query, key, value, mask, scale, softcap)
+        output = _softcapped(query, key, value, mask, scale, softcap)
     else:
-        found = F.scaled_dot_product_attention(
+        output = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None and count > 1,
             scale=scale, enable_gqa=query.shape[1] != key.shape[1],
         )  # fmt: skip
-    return found[0].transpose(0, 1)
+    return output[0].transpose(0, 1)
 
 
 def _softcapped(
@@ -310,8 +310,8 @@ def require_plain(model: PreTrainedModel) -> None:
     if not kinds <= {"full_attention", "sliding_attention"}:
         raise UserError(f"{name} has layers of another kind ({', '.join(sorted(kinds))})")
     rope = getattr(config, "rope_parameters", None) or {}
-    each = [rope] if "rope_type" in rope or not rope else [r for r in rope.values() if r]
-    if any(r.get("rope_type") in ("dynamic", "longrope") for r in each if isinstance(r, dict)):
+    ropes = [rope] if "rope_type" in rope or not rope else [r for r in rope.values() if r]
+    if any(r.get("rope_type") in ("dynamic", "longrope") for r in ropes if isinstance(r, dict)):
         raise UserError(f"{name}'s rotary embedding depends on the length of the whole batch")
     if not model._supports_attention_backend:
         raise UserError(f"{name}'s attention cannot be replaced")

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from lighten.errors import UserError
 from lighten.generation import attention
 from lighten.generation.adapter import LoadedAdapter, read_factors
-from lighten.generation.attention import Batch, Read, SlotCache
+from lighten.generation.attention import Batch, Prefill, SlotCache
 from lighten.generation.linears import install
 from lighten.generation.sampling import Chosen, Grammar, Sampler
 from lighten.generation.segments import Segments
@@ -41,9 +41,9 @@ class Request:
         stops: Tokens that end it.
         sampling: How tokens are chosen.
         top_logprobs: Alternatives to tell of for each token; None: no log-probabilities at all.
-        chosen: Called with each token, in the engine's thread; the token that ends an answer is
+        on_token: Called with each token, in the engine's thread; the token that ends an answer is
             not among them.
-        ended: Called at the end with "stop" (a token ended it), "complete" (its grammar did),
+        on_end: Called at the end with "stop" (a token ended it), "complete" (its grammar did),
             "length", "cancelled" or the error, and with the tokens of the prompt that were in the
             cache.
         grammar: That the answer has to follow; of this request alone.
@@ -55,8 +55,8 @@ class Request:
     stops: frozenset[int]
     sampling: Sampling
     top_logprobs: int | None
-    chosen: Callable[[Chosen], None]
-    ended: Callable[[str | BaseException, int], None]
+    on_token: Callable[[Chosen], None]
+    on_end: Callable[[str | BaseException, int], None]
     grammar: Grammar | None = None
 
 
@@ -79,7 +79,7 @@ class _Sequence:
         return len(self.tokens) - self.cached
 
     @property
-    def writes(self) -> bool:
+    def decoding(self) -> bool:
         """Whether its prompt has been read."""
         return bool(self.answer)
 
@@ -192,19 +192,19 @@ class Engine:
             UserError: It cannot be served unmerged, or is of another base.
         """
         factors = read_factors(folder, self._groups)
-        for path, one in factors.items():
+        for path, pair in factors.items():
             group = self._groups[path]
             columns = group.columns[group.paths.index(path)]
-            wanted = (group.inputs, columns.stop - columns.start, one.A.shape[0])
-            if (one.A.shape[1], one.B.shape[0], one.B.shape[1]) != wanted:
+            expected = (group.inputs, columns.stop - columns.start, pair.A.shape[0])
+            if (pair.A.shape[1], pair.B.shape[0], pair.B.shape[1]) != expected:
                 raise UserError(
                     f"{folder}: the factors of {path} do not fit this base; it was trained on "
                     "another model"
                 )
-        made = LoadedAdapter(name)
+        adapter = LoadedAdapter(name)
         device = self._model.device
-        made.size_bytes = sum(group.add(made, factors, device) for group in self._each_group)
-        self._call(lambda: self._adopt(made))
+        adapter.size_bytes = sum(group.add(adapter, factors, device) for group in self._each_group)
+        self._call(lambda: self._adopt(adapter))
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter; answers under way end with it.
@@ -236,18 +236,18 @@ class Engine:
                 raise RuntimeError("the engine's thread has ended")
 
     def _adopt(self, adapter: LoadedAdapter) -> None:
-        before = self._adapters.get(adapter.name)
+        previous = self._adapters.get(adapter.name)
         self._adapters[adapter.name] = adapter
-        if before is not None:
-            self._forget(before)
+        if previous is not None:
+            self._forget(previous)
 
     def _drop(self, name: str) -> None:
         self._forget(self._adapters.pop(name))
 
     def _forget(self, adapter: LoadedAdapter) -> None:
         """Free the memory of an adapter that no answer under way takes."""
-        loaded = any(one is adapter for one in self._adapters.values())
-        used = any(one.adapter is adapter for one in (*self._running, *self._waiting))
+        loaded = any(other is adapter for other in self._adapters.values())
+        used = any(sequence.adapter is adapter for sequence in (*self._running, *self._waiting))
         if loaded or used:
             return
         self._plans.clear()
@@ -285,9 +285,9 @@ class Engine:
             self._end(sequence, error)
 
     def _admit(self) -> None:
-        for sequence in [one for one in self._waiting if one.cancelled]:
+        for sequence in [queued for queued in self._waiting if queued.cancelled]:
             self._waiting.remove(sequence)
-            sequence.request.ended("cancelled", 0)
+            sequence.request.on_end("cancelled", 0)
             if sequence.adapter is not None:
                 self._forget(sequence.adapter)
         while self._waiting and self._free:
@@ -300,28 +300,30 @@ class Engine:
 
     def _shared(self, sequence: _Sequence, slot: int) -> int:
         """Tokens of the prompt whose keys and values a free slot holds; its last is computed."""
-        held = self._slots[slot]
-        if held.adapter is not sequence.adapter or not self._prefix_caching:
+        content = self._slots[slot]
+        if content.adapter is not sequence.adapter or not self._prefix_caching:
             return 0
-        both = zip(sequence.tokens[:-1], held.tokens, strict=False)
-        same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both))
-        return same - same % self._block
+        pairs = zip(sequence.tokens[:-1], content.tokens, strict=False)
+        matching = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        return matching - matching % self._block
 
-    def _end(self, sequence: _Sequence, how: str | BaseException) -> None:
+    def _end(self, sequence: _Sequence, reason: str | BaseException) -> None:
         self._running.remove(sequence)
-        held = self._slots[sequence.slot]
-        read = min(sequence.cached, len(sequence.request.prompt))
-        kept = 0 if isinstance(how, BaseException) else read - read % self._block
-        held.tokens, held.adapter = sequence.tokens[:kept], sequence.adapter
+        content = self._slots[sequence.slot]
+        prompt_tokens = min(sequence.cached, len(sequence.request.prompt))
+        reusable = (
+            0 if isinstance(reason, BaseException) else prompt_tokens - prompt_tokens % self._block
+        )
+        content.tokens, content.adapter = sequence.tokens[:reusable], sequence.adapter
         self._free.add(sequence.slot)
-        sequence.request.ended(how, sequence.reused)
+        sequence.request.on_end(reason, sequence.reused)
         if sequence.adapter is not None:
             self._forget(sequence.adapter)
 
     @torch.inference_mode()
     def _advance(self) -> None:
         """One step."""
-        for sequence in [one for one in self._running if one.cancelled]:
+        for sequence in [running for running in self._running if running.cancelled]:
             self._end(sequence, "cancelled")
         parts = self._parts()
         if not parts:
@@ -329,27 +331,27 @@ class Engine:
         ids: list[int] = []
         slots: list[int] = []
         positions: list[int] = []
-        written: list[int] = []
-        reads: list[Read] = []
-        lasts: list[int] = []  # tokens of the step that a next one follows on
-        done: list[_Sequence] = []
+        decode_rows: list[int] = []
+        prefills: list[Prefill] = []
+        last_rows: list[int] = []  # tokens of the step that a next one follows on
+        complete: list[_Sequence] = []
         for sequence, count in parts:
             start = len(ids)
             ids += sequence.tokens[sequence.cached : sequence.cached + count]
             slots += [sequence.slot] * count
             positions += range(sequence.cached, sequence.cached + count)
-            if sequence.writes:
-                written.append(start)
+            if sequence.decoding:
+                decode_rows.append(start)
             else:
-                reads.append(Read(start, start + count, sequence.slot, sequence.cached))
+                prefills.append(Prefill(start, start + count, sequence.slot, sequence.cached))
             if sequence.cached + count == len(sequence.tokens):
-                lasts.append(len(ids) - 1)
-                done.append(sequence)
+                last_rows.append(len(ids) - 1)
+                complete.append(sequence)
         device = self._model.device
         self._cache.reserve(max(positions) + 1)
         batch = Batch(
             self._cache, torch.tensor(slots, device=device),
-            torch.tensor(positions, device=device), written, reads, self._block,
+            torch.tensor(positions, device=device), decode_rows, prefills, self._block,
         )  # fmt: skip
         self._step.segments = self._segments(parts)
         with attention.attending(batch):
@@ -357,12 +359,12 @@ class Engine:
                 input_ids=torch.tensor([ids], device=device),
                 position_ids=batch.positions[None],
                 use_cache=False,
-                logits_to_keep=torch.tensor(lasts or [0], device=device),
+                logits_to_keep=torch.tensor(last_rows or [0], device=device),
             ).logits[0]
         for sequence, count in parts:
             sequence.cached += count
-        if done:
-            self._choose(done, logits)
+        if complete:
+            self._choose(complete, logits)
 
     def _parts(self) -> list[tuple[_Sequence, int]]:
         """Sequences of the next step and how many of their tokens, sorted by adapter."""
@@ -370,7 +372,7 @@ class Engine:
         parts = []
         for sequence in self._running:
             count = sequence.waiting_tokens
-            if not sequence.writes:
+            if not sequence.decoding:
                 if count > room:  # whole blocks
                     count = room - room % self._block
                 room -= count
@@ -381,8 +383,8 @@ class Engine:
     def _segments(self, parts: Sequence[tuple[_Sequence, int]]) -> Segments:
         names, starts, stops = [], [], []
         row = 0
-        for adapter, own in itertools.groupby(parts, key=lambda part: part[0].adapter):
-            count = sum(part[1] for part in own)
+        for adapter, group in itertools.groupby(parts, key=lambda part: part[0].adapter):
+            count = sum(part[1] for part in group)
             if adapter is not None:
                 names.append(adapter)
                 starts.append(row)
@@ -413,7 +415,7 @@ class Engine:
                 continue
             sequence.tokens.append(chosen.token)
             sequence.answer.append(chosen.token)
-            sequence.request.chosen(chosen)
+            sequence.request.on_token(chosen)
             full = len(sequence.tokens) >= self.max_tokens
             if sequence.sampler.ended:
                 self._end(sequence, "complete")

@@ -33,39 +33,39 @@ class Weights:
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         self._layers = list(layers)
-        self._whole: Tensor | None = None
+        self._weight: Tensor | None = None
         self._packed: Tensor | None = None
         self._bias: Tensor | None = None
         if any(is_quantized(layer) for layer in layers):
             return
         weights = [weight_of(layer) for layer in layers]
-        whole = torch.cat(weights) if len(weights) > 1 else weights[0]
+        stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
         biases: list[Any] = [layer.bias for layer in layers]
         if any(bias is not None for bias in biases):
             parts = [
-                whole.new_zeros(len(weight)) if bias is None else bias
+                stacked.new_zeros(len(weight)) if bias is None else bias
                 for weight, bias in zip(weights, biases, strict=True)
             ]
             self._bias = torch.cat(parts)
         self._layers = []
-        if packs(whole):
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(whole.contiguous(), PACKED_FOR)
+        if packs(stacked):
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(stacked.contiguous(), PACKED_FOR)
         else:
-            self._whole = whole
+            self._weight = stacked
 
     def product(self, x: Tensor) -> Tensor:
         """X Wᵀ + b: [N, I] → [N, O]."""
         if self._packed is not None:
             # A lone row is added up in another order than each of many; two rows are not.
-            alone = len(x) == 1
-            found: Tensor = torch.ops.mkldnn._linear_pointwise(
-                x.expand(2, -1).contiguous() if alone else x,
+            single = len(x) == 1
+            output: Tensor = torch.ops.mkldnn._linear_pointwise(
+                x.expand(2, -1).contiguous() if single else x,
                 self._packed, self._bias, "none", [], "",
             )  # fmt: skip
-            return found[:1] if alone else found
-        if self._whole is not None:
-            return F.linear(x, self._whole, self._bias)
-        return torch.cat([F.linear(x, weight_of(one), one.bias) for one in self._layers], -1)  # type: ignore[arg-type]
+            return output[:1] if single else output
+        if self._weight is not None:
+            return F.linear(x, self._weight, self._bias)
+        return torch.cat([F.linear(x, weight_of(layer), layer.bias) for layer in self._layers], -1)  # type: ignore[arg-type]
 
 
 def packs(weight: Tensor) -> bool:
@@ -104,22 +104,22 @@ class Group:
         starts = [0, *ends[:-1]]
         self.columns = tuple(slice(a, b) for a, b in zip(starts, ends, strict=True))
         self._weights = Weights(layers)
-        self._read: Tensor | None = None
+        self._input: Tensor | None = None
         self._outputs: dict[int, Tensor] = {}
 
     def output(self, place: int, x: Tensor) -> Tensor:
         """The output of the layer at a place on x: [..., I] → [..., its O]."""
-        if self._read is not x or place not in self._outputs:
+        if self._input is not x or place not in self._outputs:
             flat = x.reshape(-1, x.shape[-1])
             y = self._weights.product(flat)
             self._step.segments.add(y, flat, self.updates)
             y = y.view(*x.shape[:-1], y.shape[-1])
-            self._read = x
+            self._input = x
             self._outputs = {i: y[..., columns] for i, columns in enumerate(self.columns)}
-        found = self._outputs.pop(place)
+        output = self._outputs.pop(place)
         if not self._outputs:
-            self._read = None
-        return found
+            self._input = None
+        return output
 
     def add(self, adapter: Any, factors: Mapping[str, Factors], device: torch.device) -> int:
         """Take in what an adapter adds to these layers.
@@ -132,8 +132,10 @@ class Group:
         Returns:
             Bytes of memory.
         """
-        here = {place: factors[path] for place, path in enumerate(self.paths) if path in factors}
-        self.updates[adapter] = Update(here, self.columns, self.inputs, device)
+        by_place = {
+            place: factors[path] for place, path in enumerate(self.paths) if path in factors
+        }
+        self.updates[adapter] = Update(by_place, self.columns, self.inputs, device)
         return self.updates[adapter].size_bytes
 
     def forget(self, adapter: Any) -> None:
@@ -168,12 +170,12 @@ def install(model: PreTrainedModel) -> tuple[Step, dict[str, Group]]:
         for path, module in model.named_modules()
         if is_linear(module) and ".experts." not in path
     ]
-    together = sibling_paths(paths)
-    lone = set(paths) - {path for group in together for path in group}
-    found: dict[str, Group] = {}
-    for members in (*together, *([path] for path in paths if path in lone)):
+    siblings = sibling_paths(paths)
+    lone = set(paths) - {path for group in siblings for path in group}
+    groups: dict[str, Group] = {}
+    for members in (*siblings, *([path] for path in paths if path in lone)):
         group = Group(members, [model.get_submodule(path) for path in members], step)
         for place, path in enumerate(members):
-            found[path] = group
+            groups[path] = group
             model.set_submodule(path, ServedLinear(group, place))
-    return step, found
+    return step, groups

@@ -20,7 +20,7 @@ class Grammar(Protocol):
     """One answer's place in a grammar that it has to follow."""
 
     @property
-    def whole(self) -> bool:
+    def complete(self) -> bool:
         """Whether nothing can follow any more."""
 
     def restrict(self, logits: Tensor) -> None:
@@ -82,23 +82,23 @@ class Sampler:
     @property
     def ended(self) -> bool:
         """Whether the grammar lets nothing follow."""
-        return self._grammar is not None and self._grammar.whole
+        return self._grammar is not None and self._grammar.complete
 
-    def choose(self, logits: Tensor, prompt: Sequence[int], written: Sequence[int]) -> Chosen:
+    def choose(self, logits: Tensor, prompt: Sequence[int], answer: Sequence[int]) -> Chosen:
         """The next token.
 
         Args:
             logits: [V].
             prompt: Tokens before the answer.
-            written: Tokens of the answer so far.
+            answer: Tokens of the answer so far.
         """
-        how = self.sampling
+        settings = self.sampling
         logits = logits.float().cpu()
-        bent = logits if is_plain(how) else self._bent(logits.clone(), prompt, written)
+        adjusted = logits if is_plain(settings) else self._adjust(logits.clone(), prompt, answer)
         if self._grammar is not None:
-            bent = bent.clone()
-            self._grammar.restrict(bent)
-        token = int(bent.argmax()) if how.temperature == 0.0 else self._draw(bent)
+            adjusted = adjusted.clone()
+            self._grammar.restrict(adjusted)
+        token = int(adjusted.argmax()) if settings.temperature == 0.0 else self._draw(adjusted)
         if self._grammar is not None:
             self._grammar.take(token)
         if self._top is None:
@@ -108,33 +108,33 @@ class Sampler:
         top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
         return Chosen(token, float(logprobs[token]), top)
 
-    def _bent(self, logits: Tensor, prompt: Sequence[int], written: Sequence[int]) -> Tensor:
+    def _adjust(self, logits: Tensor, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
         """Logits after biases and penalties, in place."""
-        how = self.sampling
-        for token, bias in how.logit_bias.items():
+        settings = self.sampling
+        for token, bias in settings.logit_bias.items():
             logits[token] += bias
-        if how.repetition_penalty != 1.0:
+        if settings.repetition_penalty != 1.0:
             # Source: https://arxiv.org/abs/1909.05858, section 4.1; prompt and answer count.
-            seen = torch.tensor(sorted({*prompt, *written}))
-            values = logits[seen]
-            factor = how.repetition_penalty
-            logits[seen] = torch.where(values > 0, values / factor, values * factor)
-        for token, times in Counter(written).items():
-            logits[token] -= how.presence_penalty + how.frequency_penalty * times
+            token_ids = torch.tensor(sorted({*prompt, *answer}))
+            values = logits[token_ids]
+            factor = settings.repetition_penalty
+            logits[token_ids] = torch.where(values > 0, values / factor, values * factor)
+        for token, times in Counter(answer).items():
+            logits[token] -= settings.presence_penalty + settings.frequency_penalty * times
         return logits
 
     def _draw(self, logits: Tensor) -> int:
-        how = self.sampling
-        values, ids = (logits / how.temperature).sort(descending=True, stable=True)
-        if how.top_k:
-            values, ids = values[: how.top_k], ids[: how.top_k]
-        chances = values.softmax(-1)
-        kept = torch.ones_like(chances, dtype=torch.bool)
-        if how.top_p < 1.0:
+        settings = self.sampling
+        values, ids = (logits / settings.temperature).sort(descending=True, stable=True)
+        if settings.top_k:
+            values, ids = values[: settings.top_k], ids[: settings.top_k]
+        probabilities = values.softmax(-1)
+        allowed = torch.ones_like(probabilities, dtype=torch.bool)
+        if settings.top_p < 1.0:
             # Each whose predecessors do not yet make up top_p stays.
-            kept &= chances.cumsum(-1) - chances < how.top_p
-        if how.min_p > 0.0:
-            kept &= chances >= how.min_p * chances[0]
-        kept[0] = True
-        place = torch.multinomial(chances * kept, 1, generator=self._generator)
+            allowed &= probabilities.cumsum(-1) - probabilities < settings.top_p
+        if settings.min_p > 0.0:
+            allowed &= probabilities >= settings.min_p * probabilities[0]
+        allowed[0] = True
+        place = torch.multinomial(probabilities * allowed, 1, generator=self._generator)
         return int(ids[place])

@@ -84,12 +84,12 @@ class Update:
         self._parts: list[_Part] = []
         inner: list[Tensor] = []
         rank = 0
-        for place, one in sorted(factors.items()):
-            A, of_A = _normalised(one.A)
-            B, of_B = _normalised(one.B.T)
+        for place, pair in sorted(factors.items()):
+            A, scale_A = _normalise(pair.A)
+            B, scale_B = _normalise(pair.B.T)
             inner.append(A)
             ranks = slice(rank, rank + len(A))
-            scale = one.scale * of_A * of_B
+            scale = pair.scale * scale_A * scale_B
             self._parts.append(_Part(B.to(device), ranks, columns[place], scale))
             rank += len(A)
         stacked = torch.cat(inner) if inner else torch.empty(0, inputs, dtype=torch.float16)
@@ -103,14 +103,14 @@ class Update:
                 for part in self._parts
             )
         )  # fmt: skip
-        self._described = _Adapter(
+        self._struct = _Adapter(
             self._A.data_ptr(), rank, ctypes.addressof(self._layers), len(self._parts)
         )
 
     @property
     def address(self) -> int:
         """Where the kernel reads it; it lives as long as this object."""
-        return ctypes.addressof(self._described)
+        return ctypes.addressof(self._struct)
 
     @property
     def size_bytes(self) -> int:
@@ -126,7 +126,7 @@ class Update:
             y[:, part.columns].addmm_(low[:, part.ranks], part.B.to(x.dtype), alpha=part.scale)
 
 
-def _normalised(x: Tensor) -> tuple[Tensor, float]:
+def _normalise(x: Tensor) -> tuple[Tensor, float]:
     """A matrix over its largest number as float16, and that number."""
     x = x.detach().float()
     largest = float(x.abs().max()) if x.numel() else 0.0

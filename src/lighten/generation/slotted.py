@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from lighten.errors import UserError
 from lighten.generation import attention, kernels
-from lighten.generation.attention import Batch, Read, SlotCache
+from lighten.generation.attention import Batch, Prefill, SlotCache
 from lighten.models import attention as blocks
 
 # Tokens of a row, behind what all rows begin with, that attend in one product.
@@ -55,13 +55,13 @@ def bytes_per_token(model: PreTrainedModel) -> int:
 @contextmanager
 def slots_in(model: PreTrainedModel) -> Iterator[None]:
     """Let a model's attention leave keys and values in slots where it is told to."""
-    before = str(model.config._attn_implementation)
+    implementation = str(model.config._attn_implementation)
     attention.register()
     model.set_attn_implementation(attention.NAME)
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        model.set_attn_implementation(implementation)
 
 
 class Slotted:
@@ -80,24 +80,24 @@ class Slotted:
 
     @contextmanager
     def reading(
-        self, starts: Sequence[int], slots: Sequence[int], before: int = 0
+        self, starts: Sequence[int], slots: Sequence[int], cached: int = 0
     ) -> Iterator[None]:
         """A forward of packed rows inside leaves their keys and values in slots.
 
         Args:
             starts: Where each row begins, and where the last one ends.
             slots: Of each row.
-            before: Tokens of each row that its slot holds already; the forward has the others.
+            cached: Tokens of each row that its slot holds already; the forward has the others.
         """
         lengths = torch.tensor([stop - start for start, stop in pairwise(starts)])
-        first = torch.tensor(starts[:-1]).repeat_interleave(lengths) - before
+        first = torch.tensor(starts[:-1]).repeat_interleave(lengths) - cached
         positions = torch.arange(starts[-1]) - first
-        reads = [
-            Read(start, stop, slot, before)
+        prefills = [
+            Prefill(start, stop, slot, cached)
             for (start, stop), slot in zip(pairwise(starts), slots, strict=True)
         ]
-        of_tokens = torch.tensor(slots).repeat_interleave(lengths)
-        batch = Batch(self._cache, of_tokens, positions, (), reads, BLOCK, packed=not before)
+        token_slots = torch.tensor(slots).repeat_interleave(lengths)
+        batch = Batch(self._cache, token_slots, positions, (), prefills, BLOCK, packed=not cached)
         with attention.attending(batch):
             yield
 
@@ -126,7 +126,7 @@ class Slotted:
             ).logits[0]  # fmt: skip
         return logits
 
-    def apart(self, rows: Sequence[Sequence[int]], slots: Sequence[int]) -> float:
+    def largest_difference(self, rows: Sequence[Sequence[int]], slots: Sequence[int]) -> float:
         """How far logits from the slots are from the model's, relative to these; the largest.
 
         Args:
@@ -135,15 +135,15 @@ class Slotted:
         """
         keeps = "logits_to_keep" in inspect.signature(self._model.forward).parameters
         options: dict[str, Any] = {"logits_to_keep": COMPARED} if keeps else {}
-        furthest = 0.0
+        largest = 0.0
         for ids, slot in zip(rows, slots, strict=True):
             first = max(0, len(ids) - COMPARED)
-            whole = self._model(input_ids=torch.tensor([list(ids)]), use_cache=False, **options)
+            reference = self._model(input_ids=torch.tensor([list(ids)]), use_cache=False, **options)
             for place in range(first, len(ids)):
                 logits = self.step([ids[place]], [slot], [place])[0].double()
-                wanted = whole.logits[0, place - len(ids)].double()
-                furthest = max(furthest, float((logits - wanted).norm() / wanted.norm()))
-        return furthest
+                expected = reference.logits[0, place - len(ids)].double()
+                largest = max(largest, float((logits - expected).norm() / expected.norm()))
+        return largest
 
     def answers(
         self, prompts: Sequence[Sequence[int]], begun: Sequence[Sequence[int]],

@@ -27,7 +27,7 @@ class Grammar:
         self._matcher, self._stops = matcher, stops
 
     @property
-    def whole(self) -> bool:
+    def complete(self) -> bool:
         """Whether nothing can follow any more."""
         return bool(self._matcher.is_stopped())
 
