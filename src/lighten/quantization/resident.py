@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import sys
@@ -39,11 +40,15 @@ def drop_mapped_weights() -> None:
 
 
 def load_code(folder: str) -> None:
-    """Import what runs a model folder, and start what computes: both are no part of the model."""
+    """Import what runs a model folder, and start what computes: both are no part of the model.
+
+    Code that a model brings along is imported with it.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    AutoModelForCausalLM._model_mapping.get(type(config), None)  # imports the architecture's module
+    with contextlib.suppress(OSError, ValueError, KeyError):  # what is wrong is said when it loads
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        AutoModelForCausalLM._model_mapping.get(type(config), None)  # imports its module
     for dtype in (torch.float32, torch.bfloat16):
         torch.ones(64, 64, dtype=dtype) @ torch.ones(64, 64, dtype=dtype)
