@@ -19,12 +19,12 @@ TILES = "amx_bf16"
 
 
 def choose_packing(
-    wanted: bool | str, model: PreTrainedModel, hindered: str | None = None
+    setting: bool | str, model: PreTrainedModel, hindered: str | None = None
 ) -> Choice:
     """Whether rows stand behind each other in a micro-batch, and why.
 
     Args:
-        wanted: The recipe's `packing`.
+        setting: The recipe's `packing`.
         model: The base.
         hindered: Why what learns cannot be packed, or None.
 
@@ -32,15 +32,15 @@ def choose_packing(
         UserError: It is wanted and the attention would look across rows.
     """
     name = str(model.config._attn_implementation)
-    if wanted is False:
+    if setting is False:
         return Choice("off", "packing of the recipe")
     if hindered is not None:
-        if wanted is True:
+        if setting is True:
             raise UserError(f"packing: {hindered}; set it to false or auto")
         return Choice("off", hindered)
     if name in attention.PACKS:
         return Choice("on", f"{name} attention keeps packed rows apart")
-    if wanted is True:
+    if setting is True:
         raise UserError(
             f"packing: {name} attention would let rows look at each other; set packing to false, "
             f"or attn_implementation to one of {', '.join(sorted(attention.PACKS))}"
@@ -48,17 +48,17 @@ def choose_packing(
     return Choice("off", f"{name} attention does not keep packed rows apart")
 
 
-def choose_tokens(wanted: int | str | None, device: str, dtype: str) -> tuple[int | None, str]:
+def choose_tokens(setting: int | str | None, device: str, dtype: str) -> tuple[int | None, str]:
     """Tokens of one micro-batch at most (None: as many as its rows have), and why.
 
     Args:
-        wanted: `auto`, or what the recipe says.
+        setting: `auto`, or what the recipe says.
         device: `cpu` or `cuda`.
         dtype: Of the products.
     """
-    if isinstance(wanted, int):
-        return wanted, "tokens_per_microbatch of the recipe"
-    if wanted is None or device != "cpu":
+    if isinstance(setting, int):
+        return setting, "tokens_per_microbatch of the recipe"
+    if setting is None or device != "cpu":
         return None, "per_device_train_batch_size alone decides"
     if dtype == "bfloat16" and TILES in hardware.processor_flags():
         return TILES_TOKENS, "it fills matrix products on AMX tiles; more would only cost memory"

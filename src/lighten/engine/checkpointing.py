@@ -72,8 +72,8 @@ def _first_that_learns(model: PreTrainedModel, layers: list[nn.Module]) -> int:
     """
     learn = [any(p.requires_grad for p in layer.parameters()) for layer in layers]
     inside = {id(p) for layer in layers for p in layer.parameters()}
-    beside = any(p.requires_grad and id(p) not in inside for p in model.parameters())
-    return 0 if beside or not any(learn) else learn.index(True)
+    outside = any(p.requires_grad and id(p) not in inside for p in model.parameters())
+    return 0 if outside or not any(learn) else learn.index(True)
 
 
 def _part(layer: nn.Module, part: str, model: PreTrainedModel) -> nn.Module:

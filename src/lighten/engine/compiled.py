@@ -41,7 +41,7 @@ CHECKS = ("size_asserts", "alignment_asserts", "scalar_asserts")
 
 
 def choose(
-    wanted: bool | str,
+    setting: bool | str,
     trained: Trained,
     *,
     tokens: int,
@@ -52,19 +52,19 @@ def choose(
     """Whether layers are compiled, and why.
 
     Args:
-        wanted: `auto`, or what the recipe says.
+        setting: `auto`, or what the recipe says.
         trained: What learns.
         tokens: That the whole run will train on.
         device: `cpu` or `cuda`.
         cores: Of the processor.
         most_s: The time that the run may take, if it is limited.
     """
-    if wanted is False:
+    if setting is False:
         return Choice("off", "torch_compile of the recipe")
     model = trained.model
     if (obstacle := _obstacle(trained, device)) is not None:
         return Choice("off", obstacle)
-    if wanted is True:
+    if setting is True:
         return Choice("on", "torch_compile of the recipe")
     parameters = sum(p.numel() for p in model.parameters())
     rate = NOMINAL_FLOPS_PER_CORE * cores if device == "cpu" else _gpu_rate(trained.dtype)
@@ -118,8 +118,8 @@ def compile_layers(model: PreTrainedModel) -> None:
             output.requires_grad_(True)
 
     model.get_input_embeddings().register_forward_hook(wants_gradient)
-    known = torch._inductor.list_options()
-    unchecked = {name: False for name in CHECKS if name in known}
+    inductor_options = torch._inductor.list_options()
+    unchecked = {name: False for name in CHECKS if name in inductor_options}
     for layer in decoder_layers(model):
         layer.forward = _compiled(layer, unchecked)
 

@@ -89,15 +89,15 @@ def _room(tensor: Tensor) -> int:
 
 @dataclass(frozen=True)
 class _Answer:
-    """What a child says of one errand.
+    """What a child says of one job.
 
     Attributes:
-        found: What the errand makes.
+        result: What the job makes.
         error: Why it makes nothing.
         own_bytes: The most that the child held so far and shared with nobody.
     """
 
-    found: Any = None
+    result: Any = None
     error: BaseException | None = None
     own_bytes: int = 0
 
@@ -161,33 +161,33 @@ class Forked(Workers):
     ) -> list[dict[str, float]]:
         """See `Workers`."""
         places = [self._places[id(parameter)] for parameter in parameters]
-        first, others = self._each(
+        first, child_results = self._run_workers(
             lambda share: GradientSums(parameters).learn(share, objective, per_token, scales),
             lambda share: ("learn", share, places, dict(per_token), dict(scales)),
             batches,
         )
-        gradients, lost = first
+        gradients, losses = first
         gradients.give()
-        for child, (reached, losses) in zip(self._children, others, strict=False):
+        for child, (reached, child_losses) in zip(self._children, child_results, strict=False):
             sums = child.gradients.like(parameters)
             for parameter, total, is_there in zip(parameters, sums, reached, strict=True):
                 if is_there and parameter.grad is None:
                     parameter.grad = total.clone()
                 elif is_there and parameter.grad is not None:
                     parameter.grad += total
-            lost = lost + losses
-        return lost
+            losses = losses + child_losses
+        return losses
 
     def measure(self, objective: Objective, batches: Sequence[MicroBatch]) -> list[list[float]]:
         """See `Workers`."""
         if not batches:
             return []
-        first, others = self._each(
+        first, child_results = self._run_workers(
             lambda share: [measure(batch, objective) for batch in share],
             lambda share: ("measure", share),
             batches,
         )
-        return in_order(batches, [first, *others], self.count)
+        return in_order(batches, [first, *child_results], self.count)
 
     def give_back(self) -> None:
         """See `Workers`."""
@@ -206,42 +206,42 @@ class Forked(Workers):
             child.end()
         gc.unfreeze()
 
-    def _each(
+    def _run_workers(
         self,
-        here: Callable[[list[MicroBatch]], Any],
-        errand: Callable[[list[MicroBatch]], tuple[Any, ...]],
+        work: Callable[[list[MicroBatch]], Any],
+        job_for: Callable[[list[MicroBatch]], tuple[Any, ...]],
         batches: Sequence[MicroBatch],
     ) -> tuple[Any, list[Any]]:
         """What this process makes of the first worker, and the children of the others."""
-        first, *others = shared_out(batches, self.count)
-        busy = self._children[: len(others)]
-        for child, share in zip(busy, others, strict=True):
-            child.ask(errand(share))
-        future: Future[Any] = self._first.submit(here, first)
+        first, *child_shares = shared_out(batches, self.count)
+        busy = self._children[: len(child_shares)]
+        for child, share in zip(busy, child_shares, strict=True):
+            child.ask(job_for(share))
+        future: Future[Any] = self._first.submit(work, first)
         answers = [child.answer() for child in busy]
         future.exception()
         for answer in answers:
             if answer.error is not None:
                 raise answer.error
-        return future.result(), [answer.found for answer in answers]
+        return future.result(), [answer.result for answer in answers]
 
-    def _serve(self, gradients: SharedTensors, errand: tuple[Any, ...]) -> Any:
-        """A child's errand, in the child."""
-        what, *arguments = errand
-        if what == "measure":
+    def _serve(self, gradients: SharedTensors, job: tuple[Any, ...]) -> Any:
+        """A child's job, in the child."""
+        task, *arguments = job
+        if task == "measure":
             return [measure(batch, self._objective) for batch in arguments[0]]
         batches, places, per_token, scales = arguments
         parameters = [self._parameters[place] for place in places]
         sums = GradientSums(parameters, gradients.like(parameters))
-        _, lost = sums.learn(batches, self._objective, per_token, scales)
-        return [total is not None for total in sums.sums], lost
+        _, losses = sums.learn(batches, self._objective, per_token, scales)
+        return [total is not None for total in sums.sums], losses
 
 
 class _Child:
-    """A process that answers errands until its pipe is closed.
+    """A process that answers jobs until its pipe is closed.
 
     Args:
-        work: What it makes of an errand.
+        work: What it makes of a job.
         gradients: Where it sums gradients.
         threads: That PyTorch uses in it.
         elder: Those forked before, whose pipes this one must not hold open.
@@ -255,7 +255,7 @@ class _Child:
         elder: Sequence[_Child],
     ) -> None:
         self.gradients, self.own_bytes = gradients, 0
-        self._pipe, there = Pipe()
+        self._pipe, child_pipe = Pipe()
         with warnings.catch_warnings():
             # Python 3.12 warns of threads; those of this process wait, and the child uses none.
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -271,13 +271,13 @@ class _Child:
                 # A thread of its own: OpenMP's team of the forked one has no members here.
                 worker = threading.Thread(
                     target=_answer_all,
-                    args=(there, lambda errand: work(gradients, errand), threads),
+                    args=(child_pipe, lambda job: work(gradients, job), threads),
                 )
                 worker.start()
                 worker.join()
             finally:
                 os._exit(0)
-        there.close()
+        child_pipe.close()
 
     def await_start(self) -> None:
         """Wait until the child has computed something.
@@ -292,10 +292,10 @@ class _Child:
         if (error := self.answer().error) is not None:
             raise OSError(f"it does not compute: {error}")
 
-    def ask(self, errand: tuple[Any, ...]) -> None:
-        """Send an errand."""
+    def ask(self, job: tuple[Any, ...]) -> None:
+        """Send a job."""
         try:
-            self._pipe.send_bytes(pickle.dumps(errand))
+            self._pipe.send_bytes(pickle.dumps(job))
         except OSError as error:
             raise self._ended() from error
 
@@ -332,7 +332,7 @@ def _share(parameters: Sequence[nn.Parameter]) -> None:
 
 
 def _answer_all(pipe: Connection, work: Callable[[tuple[Any, ...]], Any], threads: int) -> None:
-    """Answer errands until the other end is closed."""
+    """Answer jobs until the other end is closed."""
     torch.set_num_threads(threads)
     pages, memory = allocator.KeptPages("cpu"), _Memory()
     for dtype in (torch.float32, torch.bfloat16):  # products of different libraries
@@ -340,20 +340,20 @@ def _answer_all(pipe: Connection, work: Callable[[tuple[Any, ...]], Any], thread
     pipe.send_bytes(pickle.dumps(_Answer()))
     while True:
         try:
-            errand = pickle.loads(pipe.recv_bytes())
+            job = pickle.loads(pipe.recv_bytes())
         except EOFError:
             return
-        if errand[0] == "give_back":
+        if job[0] == "give_back":
             pages.give_back()
             answer = _Answer()
         else:
             try:
-                answer = _Answer(work(errand))
+                answer = _Answer(work(job))
             except BaseException as error:  # the parent judges it
                 answer = _Answer(error=_portable(error))
-            if errand[0] == "learn":
+            if job[0] == "learn":
                 pages.after_step()
-        pipe.send_bytes(pickle.dumps(_Answer(answer.found, answer.error, memory.own_bytes())))
+        pipe.send_bytes(pickle.dumps(_Answer(answer.result, answer.error, memory.own_bytes())))
 
 
 class _Memory:
@@ -366,8 +366,8 @@ class _Memory:
         """In bytes."""
         # What is shared shrinks a little as pages are written to; counting it walks all pages.
         if self._answers & (self._answers - 1) == 0:
-            held = psutil.Process().memory_full_info()
-            self._shared = held.rss - held.uss
+            memory = psutil.Process().memory_full_info()
+            self._shared = memory.rss - memory.uss
         self._answers += 1
         return max(0, hardware.high_water() - self._shared)
 

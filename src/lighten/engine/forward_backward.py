@@ -53,8 +53,8 @@ def measure(batch: MicroBatch, objective: Objective) -> list[float]:
     with objective.at(batch, shares):
         weights = torch.ones(len(batch.labels), device=batch.labels.device)
         _, nll = objective(batch, shares, weights)
-    before = batch.supervised_before
-    return [_total(nll[start:stop]) for start, stop in pairwise(before)]
+    starts = batch.supervised_before
+    return [_total(nll[start:stop]) for start, stop in pairwise(starts)]
 
 
 def _total(losses: Tensor) -> float:

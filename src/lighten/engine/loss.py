@@ -76,21 +76,21 @@ class Workspace(threading.local):
     """A thread's memory for one chunk of logits: fresh blocks of this size cost page faults."""
 
     def __init__(self) -> None:
-        self._held: dict[str, Tensor] = {}
+        self._buffers: dict[str, Tensor] = {}
 
     def take(self, name: str, rows: int, like: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
         """[rows, columns] of what is in it; the values are whatever they were."""
-        held = self._held.get(name)
-        wanted = rows * columns
+        buffer = self._buffers.get(name)
+        size = rows * columns
         if (
-            held is None
-            or held.numel() < wanted
-            or held.dtype != dtype
-            or (held.device != like.device)
+            buffer is None
+            or buffer.numel() < size
+            or buffer.dtype != dtype
+            or (buffer.device != like.device)
         ):
-            held = torch.empty(wanted, dtype=dtype, device=like.device)
-            self._held[name] = held
-        return held[:wanted].view(rows, columns)
+            buffer = torch.empty(size, dtype=dtype, device=like.device)
+            self._buffers[name] = buffer
+        return buffer[:size].view(rows, columns)
 
     def chunks(self, positions: int, weight: Tensor, kernel: str | None) -> Iterable[slice]:
         """Positions whose logits are formed together, as `_chunks` has them; a plan needs few."""
@@ -170,7 +170,7 @@ def _add_product(total: Tensor, gradients: Tensor, hidden: Tensor) -> None:
 
 
 def _gradients_for_logits(
-    raw: Tensor, labels: Tensor, rule: HeadRule, space: Workspace, wanted: bool
+    raw: Tensor, labels: Tensor, rule: HeadRule, space: Workspace, needs_gradient: bool
 ) -> Tensor:
     """As `fused_loss.cross_entropy_`, in a processor's operations; losses alone if not wanted."""
     columns = labels[:, None]
@@ -180,7 +180,7 @@ def _gradients_for_logits(
     # log Σ exp from the largest: exact in float32 without another pass over exponentials.
     normaliser = logits.amax(1).float() - gradient.amax(1).log()
     nll = normaliser - logits.gather(1, columns)[:, 0].float()
-    if not wanted:
+    if not needs_gradient:
         return nll
     gradient.scatter_add_(1, columns, gradient.new_full(columns.shape, -1.0))
     if rule.softcap is not None:
@@ -336,7 +336,7 @@ class Objective:
             with self.at(batch, shares):
                 return float(self(batch, shares, weights)[0])
 
-        reference = self._models_own(batch, shares)
+        reference = self._reference_loss(batch, shares)
 
         def difference(value: float) -> float:
             return abs(value - reference) / max(abs(reference), 1e-6)
@@ -382,23 +382,23 @@ class Objective:
             )
         self.fast, self.packs, self._verified = fast, packs, True
 
-    def _models_own(self, batch: MicroBatch, shares: tuple[Share, ...]) -> float:
+    def _reference_loss(self, batch: MicroBatch, shares: tuple[Share, ...]) -> float:
         """The mean loss by the model's own forward, one row after another.
 
         It keeps the logits of the asked positions alone, where the model can: all of a row's would
         be the peak of a run whose vocabulary is large.
         """
         keeps = "logits_to_keep" in inspect.signature(self.model.forward).parameters
-        lost = []
+        losses = []
         for share in shares:
             for row in range(share.start, share.stop):
-                one = batch.alone(row)
-                if not len(one.labels):
+                single = batch.alone(row)
+                if not len(single.labels):
                     continue
-                inputs: dict[str, Any] = {"logits_to_keep": one.positions} if keeps else {}
-                with self.at(one, (Share(share.adapter, 0, 1),)):
-                    inputs |= {"input_ids": one.input_ids, "use_cache": False}
+                inputs: dict[str, Any] = {"logits_to_keep": single.positions} if keeps else {}
+                with self.at(single, (Share(share.adapter, 0, 1),)):
+                    inputs |= {"input_ids": single.input_ids, "use_cache": False}
                     out = self._within(functools.partial(self.model, **inputs))
-                logits = out.logits[0] if keeps else out.logits[0, one.positions]
-                lost.append(F.cross_entropy(logits.float(), one.labels, reduction="none"))
-        return float(torch.cat(lost).mean())
+                logits = out.logits[0] if keeps else out.logits[0, single.positions]
+                losses.append(F.cross_entropy(logits.float(), single.labels, reduction="none"))
+        return float(torch.cat(losses).mean())

@@ -34,7 +34,7 @@ class Store(Protocol):
     def put(self, flat: Tensor) -> Any:
         """Keep the bytes, given as one uint8 tensor, for as long as the answer lives."""
 
-    def get(self, kept: Any) -> Tensor:
+    def get(self, stored: Any) -> Tensor:
         """The bytes again, on their own device."""
 
 
@@ -49,16 +49,16 @@ class PinnedMemory:
         """Start the copy; the allocator keeps the source until it is done."""
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
-            kept = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
-            kept.copy_(flat, non_blocking=True)
+            pinned = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
+            pinned.copy_(flat, non_blocking=True)
         flat.record_stream(self.stream)
-        return kept
+        return pinned
 
-    def get(self, kept: Tensor) -> Tensor:
+    def get(self, stored: Tensor) -> Tensor:
         """Copy back; the computation waits for the copy, the processor does not."""
         current = torch.cuda.current_stream(self.device)
         with torch.cuda.stream(self.stream):
-            flat = kept.to(self.device, non_blocking=True)
+            flat = stored.to(self.device, non_blocking=True)
         current.wait_stream(self.stream)
         flat.record_stream(current)
         return flat
@@ -99,34 +99,34 @@ class ScratchFile:
         Raises:
             UserError: The disk is full.
         """
-        kept = _Stretch(self.end, flat.numel())
+        stretch = _Stretch(self.end, flat.numel())
         view = flat.numpy().data
-        self.file.seek(kept.start)
+        self.file.seek(stretch.start)
         try:
             while view:
                 view = view[self.file.write(view) :]
         except OSError as error:
             raise UserError(
-                f"activation_offload: cannot write {kept.bytes} bytes: {error.strerror}; free some "
-                "space or set it to false"
+                f"activation_offload: cannot write {stretch.bytes} bytes: {error.strerror}; "
+                "free some space or set it to false"
             ) from error
-        self.end += kept.bytes
+        self.end += stretch.bytes
         self.waiting += 1
-        weakref.finalize(kept, self._gone).atexit = False
-        return kept
+        weakref.finalize(stretch, self._release).atexit = False
+        return stretch
 
-    def get(self, kept: _Stretch) -> Tensor:
+    def get(self, stored: _Stretch) -> Tensor:
         """Read the bytes into fresh memory."""
-        flat = torch.empty(kept.bytes, dtype=torch.uint8)
+        flat = torch.empty(stored.bytes, dtype=torch.uint8)
         view = flat.numpy().data
-        self.file.seek(kept.start)
+        self.file.seek(stored.start)
         while view:
-            got = self.file.readinto(view)  # type: ignore[attr-defined]
-            assert got, "the scratch file is shorter than what was written"
-            view = view[got:]
+            count = self.file.readinto(view)  # type: ignore[attr-defined]
+            assert count, "the scratch file is shorter than what was written"
+            view = view[count:]
         return flat
 
-    def _gone(self) -> None:
+    def _release(self) -> None:
         self.waiting -= 1
         if not self.waiting:  # after each backward pass
             self.end = 0
@@ -136,7 +136,7 @@ class ScratchFile:
 class _Waiting:
     """A storage in its store; all tensors saved from it share this."""
 
-    kept: Any
+    stored: Any
 
 
 @dataclass(frozen=True)
@@ -169,12 +169,12 @@ class Offload:
         self.moved_bytes = 0
         self._staying: set[int] = set()
         # A weak reference keeps a storage's address from being used again, not its memory.
-        self._seen: dict[tuple[int, int], tuple[StorageWeakRef, weakref.ref[_Waiting]]] = {}
+        self._stored: dict[tuple[int, int], tuple[StorageWeakRef, weakref.ref[_Waiting]]] = {}
         self._last: tuple[weakref.ref[_Waiting], Tensor] | None = None
 
     def forward(self) -> contextlib.AbstractContextManager[Any]:
         """What is saved inside goes to the store and comes back in its backward pass."""
-        self._seen.clear()
+        self._stored.clear()
         self._last = None
         # Looked up anew: gathered or streamed weights lie elsewhere each time.
         self._staying = {
@@ -192,13 +192,13 @@ class Offload:
             return tensor
         key = storage._cdata, tensor._version
         waiting = None
-        if key in self._seen:
-            waiting = self._seen[key][1]()
+        if key in self._stored:
+            waiting = self._stored[key][1]()
         if waiting is None:
             flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
             waiting = _Waiting(self.store.put(flat))
             self.moved_bytes += storage.nbytes()
-            self._seen[key] = StorageWeakRef(storage), weakref.ref(waiting)
+            self._stored[key] = StorageWeakRef(storage), weakref.ref(waiting)
         return _Saved(
             waiting,
             tensor.dtype,
@@ -213,10 +213,10 @@ class Offload:
         # Layers that read one tensor (queries, keys, values) ask for it one after the other.
         if self._last is None or self._last[0]() is not saved.waiting:
             self._last = None
-            self._last = weakref.ref(saved.waiting), self.store.get(saved.waiting.kept)
+            self._last = weakref.ref(saved.waiting), self.store.get(saved.waiting.stored)
         flat = self._last[1]
-        whole = torch.empty(0, dtype=saved.dtype, device=flat.device)
-        return whole.set_(flat.untyped_storage(), saved.offset, saved.shape, saved.strides)
+        tensor = torch.empty(0, dtype=saved.dtype, device=flat.device)
+        return tensor.set_(flat.untyped_storage(), saved.offset, saved.shape, saved.strides)
 
 
 def offload_activations(

@@ -157,8 +157,8 @@ def restore_state(
     if hasattr(optimizer, "init_state") and not state:
         # bitsandbytes: paged buffers and quantisation maps can only be had from itself.
         for place, group in enumerate(optimizer.param_groups):
-            for index, one in enumerate(group["params"]):
-                if one is parameter:
+            for index, candidate in enumerate(group["params"]):
+                if candidate is parameter:
                     optimizer.init_state(group, parameter, place, index)
     for name, value in saved.items():
         part = name.removeprefix(NUMBER)
@@ -171,5 +171,5 @@ def restore_state(
             dtensors.copy_rows(state[part], value)
         else:
             # A count of steps stays on the processor unless the kernel reads it.
-            here = value.dim() > 0 or optimizer.defaults.get("fused")
-            state[part] = value.to(parameter.device if here else "cpu", copy=True)
+            on_device = value.dim() > 0 or optimizer.defaults.get("fused")
+            state[part] = value.to(parameter.device if on_device else "cpu", copy=True)

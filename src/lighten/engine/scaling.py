@@ -53,7 +53,7 @@ class LossScaler:
 
     def factor(self, name: str) -> float:
         """What the named adapter's loss is multiplied by in the next step."""
-        return self._of(name).scale if self.enabled else 1.0
+        return self._scale_of(name).scale if self.enabled else 1.0
 
     def unscale(self, adapter: AdapterOptimizer) -> None:
         """Divide the adapter's gradients by its factor, in place."""
@@ -62,13 +62,13 @@ class LossScaler:
 
     def hopeless(self, name: str) -> bool:
         """Whether a gradient that is not finite can no longer be the factor's fault."""
-        return not self.enabled or self._of(name).scale <= LOWEST
+        return not self.enabled or self._scale_of(name).scale <= LOWEST
 
     def update(self, name: str, *, finite: bool) -> None:
         """Take in whether the adapter's gradients were finite in the step that has just ended."""
         if not self.enabled:
             return
-        scale = self._of(name)
+        scale = self._scale_of(name)
         if not finite:
             scale.scale, scale.good_steps = scale.scale * BACKOFF, 0
             return
@@ -92,5 +92,5 @@ class LossScaler:
         else:
             self._scales = {name: LossScale(**values) for name, values in state.items()}
 
-    def _of(self, name: str) -> LossScale:
+    def _scale_of(self, name: str) -> LossScale:
         return self._scales.setdefault(name, LossScale(self.initial))

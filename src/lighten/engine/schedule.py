@@ -12,7 +12,7 @@ def warmup_length(total_steps: int, warmup_ratio: float, warmup_steps: int | Non
     return math.ceil(total_steps * warmup_ratio)
 
 
-def learning_rate_factor(step: int, total_steps: int, warmup: int, kind: str) -> float:
+def learning_rate_factor(step: int, total_steps: int, warmup: int, schedule: str) -> float:
     """What the learning rate is multiplied with at a step.
 
     Args:
@@ -20,15 +20,15 @@ def learning_rate_factor(step: int, total_steps: int, warmup: int, kind: str) ->
             step that changes nothing is a step wasted.
         total_steps: Steps of the whole run.
         warmup: Steps of warm-up.
-        kind: `linear`, `cosine`, `constant` or `constant_with_warmup`, as in transformers.
+        schedule: `linear`, `cosine`, `constant` or `constant_with_warmup`, as in transformers.
     """
-    if kind != "constant" and step < warmup:
+    if schedule != "constant" and step < warmup:
         return (step + 1) / warmup
-    if kind in ("constant", "constant_with_warmup"):
+    if schedule in ("constant", "constant_with_warmup"):
         return 1.0
     progress = (step - warmup) / max(1, total_steps - warmup)
-    if kind == "linear":
+    if schedule == "linear":
         return max(0.0, 1.0 - progress)
-    if kind == "cosine":
+    if schedule == "cosine":
         return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
-    raise ValueError(f"lr_scheduler_type {kind!r} is not known")
+    raise ValueError(f"lr_scheduler_type {schedule!r} is not known")

@@ -184,8 +184,8 @@ def _losses_of_all_ranks(
         ShortOfMemory: It ran out on one rank: all raise this, so that all make the step again.
     """
     sums = {name: math.fsum(loss.get(name, 0.0) for loss in losses) for name in names}
-    sent = torch.tensor([*sums.values(), out_of_memory is not None], dtype=torch.float64)
-    *totals, failed = _over_ranks(sent, accelerator).tolist()
+    local = torch.tensor([*sums.values(), out_of_memory is not None], dtype=torch.float64)
+    *totals, failed = _over_ranks(local, accelerator).tolist()
     # One process has raised by now, and a plan's tensors have no values.
     if accelerator.num_processes > 1 and failed:
         raise ShortOfMemory(

@@ -94,29 +94,29 @@ def held_out(
         objective.verify(batches[0], undropped(batches[0]))
 
     if workers is None or not batches:
-        lost, done = [], 0
+        losses, measured = [], 0
         for batch in batches:
             if progress is not None:
-                progress(done, len(items))
-            lost.append(measure(batch, objective))
-            done += len(batch.items)
+                progress(measured, len(items))
+            losses.append(measure(batch, objective))
+            measured += len(batch.items)
         if progress is not None:
             progress(len(items), len(items))
     else:
-        lost = workers.measure(objective, batches)
+        losses = workers.measure(objective, batches)
     idle = passes(len(batches)) - len(batches) if passes is not None else 0
     if idle:
         assert spare is not None
-        alone = collate([Item(adapter, 0, 0)], [spare], [adapter], pad_id=pad_id,
+        spare_batch = collate([Item(adapter, 0, 0)], [spare], [adapter], pad_id=pad_id,
                         packed=objective.packs, device=device)  # fmt: skip
         for _ in range(idle):
-            measure(alone, objective)
-    for batch, losses in zip(batches, lost, strict=True):
+            measure(spare_batch, objective)
+    for batch, row_losses in zip(batches, losses, strict=True):
         for place, item in enumerate(batch.items):
-            nll[item.row] = losses[place]
+            nll[item.row] = row_losses[place]
             tokens[item.row] = batch.supervised_in(place, place + 1)
-    kept = [item.row for item in items]
-    return ValidationLoss(tuple(nll[i] for i in kept), tuple(tokens[i] for i in kept))
+    counted = [item.row for item in items]
+    return ValidationLoss(tuple(nll[i] for i in counted), tuple(tokens[i] for i in counted))
 
 
 def held_out_over(
@@ -146,6 +146,6 @@ def held_out_over(
     part = held_out(objective, share, adapter, spare=spare, **options)
     shares = ranks.gather(accelerator, part)
     nll, tokens = [0.0] * len(supervised), [0] * len(supervised)
-    for rank, each in enumerate(shares):
-        nll[rank :: len(shares)], tokens[rank :: len(shares)] = each.nll, each.tokens
+    for rank, result in enumerate(shares):
+        nll[rank :: len(shares)], tokens[rank :: len(shares)] = result.nll, result.tokens
     return ValidationLoss(tuple(nll), tuple(tokens))

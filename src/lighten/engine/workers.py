@@ -152,18 +152,18 @@ class Threads(Workers):
         scales: Mapping[str, float],
     ) -> list[dict[str, float]]:
         """See `Workers`."""
-        lost: list[dict[str, float]] = []
-        for gradients, losses in self._each(
+        losses: list[dict[str, float]] = []
+        for gradients, worker_losses in self._run_workers(
             lambda share: GradientSums(parameters).learn(share, objective, per_token, scales),
             batches,
         ):
             gradients.give()
-            lost += losses
-        return lost
+            losses += worker_losses
+        return losses
 
     def measure(self, objective: Objective, batches: Sequence[MicroBatch]) -> list[list[float]]:
         """See `Workers`."""
-        by_worker = self._each(
+        by_worker = self._run_workers(
             lambda share: [measure(batch, objective) for batch in share], batches
         )
         return in_order(batches, by_worker, self.count)
@@ -175,7 +175,7 @@ class Threads(Workers):
         """End the threads."""
         self._pool.close()
 
-    def _each(
+    def _run_workers(
         self, work: Callable[[list[MicroBatch]], Result], batches: Sequence[MicroBatch]
     ) -> list[Result]:
         """What the work makes of each worker's micro-batches, by worker."""
@@ -198,7 +198,9 @@ def in_order(
     places = {id(batch): place for place, batch in enumerate(batches)}
     results_of: dict[int, Result] = {}
     for share, results in zip(shared_out(batches, count), by_worker, strict=True):
-        results_of |= {places[id(batch)]: one for batch, one in zip(share, results, strict=True)}
+        results_of |= {
+            places[id(batch)]: result for batch, result in zip(share, results, strict=True)
+        }
     return [results_of[place] for place in range(len(batches))]
 
 
@@ -234,16 +236,16 @@ class GradientSums:
     def backward(self, loss: Tensor) -> None:
         """Add the loss's gradients; parameters that it does not depend on are left out."""
         gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-        for place, (total, more) in enumerate(zip(self.sums, gradients, strict=True)):
-            if total is not None and more is not None:
-                total += more
-            elif more is not None:
+        for place, (total, gradient) in enumerate(zip(self.sums, gradients, strict=True)):
+            if total is not None and gradient is not None:
+                total += gradient
+            elif gradient is not None:
                 # A fused optimiser reads gradients in the order of their memory, which has to be
                 # the parameter's; a product's may be transposed.
                 total = (
                     self._into[place] if self._into else torch.empty_like(self.parameters[place])
                 )
-                self.sums[place] = total.copy_(more)
+                self.sums[place] = total.copy_(gradient)
 
     def give(self) -> None:
         """Add the sums to the parameters' own gradients, and let go of them."""
