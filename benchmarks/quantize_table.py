@@ -62,7 +62,7 @@ def sizes(run: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="lighten-table-") as scratch:
         result = quantize(
             run, TO, output_dir=scratch, tokens=arguments.tokens, questions=arguments.questions,
-            tell=lambda line: print(f"  {line}", flush=True),
+            log=lambda line: print(f"  {line}", flush=True),
         )  # fmt: skip
     return {"seconds": time.perf_counter() - began, "formats": result.formats,
             "settings": result.settings, "notes": result.notes}  # fmt: skip

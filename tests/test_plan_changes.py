@@ -136,7 +136,9 @@ def test_a_plan_is_told_before_its_changes_and_none_is_made_twice(
 
     monkeypatch.setattr(predict, "plan_recipe", counted)
     heard: list[tuple[Plan, int]] = []
-    made = predict.plan(recipe, Card(2**20), told=lambda plan: heard.append((plan, len(planned()))))
+    made = predict.plan(
+        recipe, Card(2**20), on_plan=lambda plan: heard.append((plan, len(planned())))
+    )
     assert made.fits() is False
     assert [(plan.changes, plans) for plan, plans in heard] == [((), 1)]
     assert made.changes

@@ -144,12 +144,12 @@ def test_perplexity_is_that_of_the_rows(done: Quantized, run: Run) -> None:
 
 def test_int4_is_calibrated_on_rendered_training_data(run: Run, tmp_path: Path) -> None:
     with opened(run, tmp_path) as source:
-        rows, told = calibration_of(source)
+        rows, recorded = calibration_of(source)
         text = source.tokenizer.decode(rows[0])
     assert "<|im_start|>user" in text  # the template that training rendered with
     assert "What is" in text
     ids = np.asarray(rows, dtype="<i4")
-    assert told["sha256"] == hashlib.sha256(ids.tobytes()).hexdigest()
+    assert recorded["sha256"] == hashlib.sha256(ids.tobytes()).hexdigest()
 
 
 def test_kl_and_agreement_of_distributions_known_by_hand(tmp_path: Path) -> None:

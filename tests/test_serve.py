@@ -649,7 +649,7 @@ def test_what_cannot_be_served_is_said_before_anything_starts(
 
     def refused(said: str, **options: Any) -> None:
         with pytest.raises(UserError, match=said):
-            lighten.api.serve(str(tiny_folder), told=lambda _: None, **options)
+            lighten.api.serve(str(tiny_folder), log=lambda _: None, **options)
 
     refused("dora.*merge", adapters=[str(folder / "inside" / "dora")])
     refused("does not exist", adapters=["nowhere"])

@@ -137,7 +137,7 @@ def plan(
     *,
     device: str | None = None,
     changes: bool = True,
-    told: Callable[[Plan], None] | None = None,
+    on_plan: Callable[[Plan], None] | None = None,
     **overrides: Any,
 ) -> Plan:
     """Predict memory and time: `plan("recipe.yaml")` or `plan(model=…, device="t4")`.
@@ -147,7 +147,7 @@ def plan(
             no `dataset` then.
         device: By name (`t4`, `a100-80`, `cpu`, …); default this machine.
         changes: Where it does not surely fit, look for what would.
-        told: Hears of the plan before changes are looked for.
+        on_plan: Given the plan before changes are looked for.
         overrides: Settings by name.
 
     Raises:
@@ -160,7 +160,7 @@ def plan(
         from lighten.machine import devices
         from lighten.planning.predict import plan as predict
 
-    return predict(chosen, devices.named(device), changes=changes, told=told)
+    return predict(chosen, devices.named(device), changes=changes, on_plan=on_plan)
 
 
 def plan_probe(
@@ -186,7 +186,7 @@ def plan_search(
     recipe: RecipeLike | None = None,
     *,
     device: str | None = None,
-    told: Callable[[str], None] | None = None,
+    log: Callable[[str], None] | None = None,
     **overrides: Any,
 ) -> tuple[Found, Recipe | None]:
     """The fastest configuration that fits a device, and its recipe.
@@ -196,7 +196,7 @@ def plan_search(
     Args:
         recipe: As for `plan`.
         device: As for `plan`.
-        told: Told what is being looked at.
+        log: Given a line about what is being looked at.
         overrides: Settings by name.
 
     Raises:
@@ -208,7 +208,7 @@ def plan_search(
 
     rows = predict.read_rows(chosen, [])
     planner = predict.planner_for(devices.named(device), rows)
-    result = search.fastest(chosen, planner, fixed=fixed_by(overrides), told=told)
+    result = search.fastest(chosen, planner, fixed=fixed_by(overrides), log=log)
     best = result.best
     return result, None if best is None else chosen.changed(best.settings)
 
@@ -217,7 +217,7 @@ def plan_largest(
     models: Sequence[str],
     *,
     device: str | None = None,
-    told: Callable[[str], None] | None = None,
+    log: Callable[[str], None] | None = None,
     **overrides: Any,
 ) -> list[Sized]:
     """Which of several models is the largest that a device can train.
@@ -225,7 +225,7 @@ def plan_largest(
     Args:
         models: By name; of hub models only the configuration is read.
         device: As for `plan`.
-        told: Told what is being looked at.
+        log: Given a line about what is being looked at.
         overrides: Settings by name, for all of them.
 
     Raises:
@@ -239,7 +239,7 @@ def plan_largest(
         lambda name: plannable(model_name_or_path=name, **overrides),
         predict.planner_for(devices.named(device)),
         fixed=fixed_by(overrides),
-        told=told,
+        log=log,
     )
 
 
@@ -276,7 +276,7 @@ def evaluate(
         run: The run.
         against: Another run, evaluated already: its models are compared with those of this one,
             paired over the examples (`comparisons`).
-        progress: Told what is being done, how far it is, and of how much.
+        progress: Log what is being done, how far it is, and of how much.
         options: Settings of the recipe's `evaluate` section.
 
     Raises:
@@ -309,7 +309,7 @@ def sweep(
         recipe: A recipe, its file, or None to take settings from the overrides alone.
         resume: Take up an ended sweep again; an unfinished one goes on by itself.
         progress: Show what happens on standard error.
-        measuring_progress: Told what is being measured, how far it is, and of how much.
+        measuring_progress: Log what is being measured, how far it is, and of how much.
         overrides: Settings by name. A list is swept, as is a range (a mapping with `min` and
             `max`); names of the `sweep` section (`scaling`, `tune`, `reference`, `metric`,
             `budget`) go there.

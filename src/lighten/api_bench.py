@@ -26,7 +26,7 @@ def bench(
     new_tokens: int | None = None,
     lengths: Sequence[int] | None = None,
     seconds: float | None = None,
-    told: Callable[[str], None] | None = None,
+    log: Callable[[str], None] | None = None,
     **overrides: Any,
 ) -> dict[str, Any]:
     """Measure a model or a run on this machine: `bench("smollm2-135m", ["size", "train"])`.
@@ -42,7 +42,7 @@ def bench(
         new_tokens: Tokens of an answer.
         lengths: Row lengths of `attention`.
         seconds: For the repeats of each figure.
-        told: Hears what is being done.
+        log: Given a line about what is being done.
         overrides: Settings of the recipe for `train` and `max-batch`.
 
     Returns:
@@ -72,7 +72,7 @@ def bench(
 
     return running.bench(
         target if run is None else str(run.folder), parts, recipe=recipe, adapter=adapter,
-        output=None if output is None else Path(output), settings=settings, log=told,
+        output=None if output is None else Path(output), settings=settings, log=log,
     )  # fmt: skip
 
 
@@ -88,7 +88,7 @@ def audit(
     prompt_tokens: int = 64,
     new_tokens: int = 32,
     long_tokens: int | None = None,
-    told: Callable[[str], None] = lambda _: None,
+    log: Callable[[str], None] = lambda _: None,
     **overrides: Any,
 ) -> Audit:
     """Measure the plain way beside every technique: `audit("smollm2-135m", data="train.jsonl")`.
@@ -107,7 +107,7 @@ def audit(
         prompt_tokens: Of a prompt whose answer is timed.
         new_tokens: Of that answer.
         long_tokens: Of a long row; None: as many as the budget has room for; 0: none.
-        told: Hears what is being done.
+        log: Given a line about what is being done.
         overrides: Settings of the recipe that all rows share.
 
     Raises:
@@ -137,7 +137,7 @@ def audit(
         shared = {"model_name_or_path": model, "dataset": os.fspath(data)}
         return recipe_of(None, **{**shared, **overrides, **changes})
 
-    result = measure(model, recipe=recipe, folder=folder.expanduser(), settings=settings, log=told)
+    result = measure(model, recipe=recipe, folder=folder.expanduser(), settings=settings, log=log)
     write_audit_page(result.folder)
     return result
 

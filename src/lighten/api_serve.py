@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def serve(
     base: str,
     *,
-    told: Callable[[str], None] | None = None,
+    log: Callable[[str], None] | None = None,
     adapter_dir: str | os.PathLike[str] | None = None,
     api_keys: Sequence[str] = (),
     admin_keys: Sequence[str] = (),
@@ -31,7 +31,7 @@ def serve(
 
     Args:
         base: A model, or a run of full fine-tuning.
-        told: Hears what is served and where; default: printed to standard error.
+        log: Given a line about what is served and where; default: printed to standard error.
         adapter_dir: Folder that adapters may be loaded from at run time.
         api_keys: Of clients, beside those in `LIGHTEN_API_KEY`.
         admin_keys: For loading adapters, beside those in `LIGHTEN_ADMIN_KEY`.
@@ -44,7 +44,7 @@ def serve(
 
     running.serve(
         base, _options(adapter_dir, api_keys, admin_keys, options),
-        told or (lambda line: print(line, file=sys.stderr)),  # noqa: T201
+        log or (lambda line: print(line, file=sys.stderr)),  # noqa: T201
     )  # fmt: skip
 
 
@@ -97,7 +97,7 @@ def bench_serve(
     key: str | None = None,
     output_dir: str | os.PathLike[str] | None = None,
     identity_requests: int = 64,
-    told: Callable[[str], None] | None = None,
+    log: Callable[[str], None] | None = None,
     **load: Any,
 ) -> dict[str, Any]:
     """Load a server from many clients, and check that its answers are right.
@@ -107,7 +107,7 @@ def bench_serve(
         key: Of the server.
         output_dir: Where `bench-serve.json` and `bench-serve.svg` go; None: nowhere.
         identity_requests: Answers that are compared with those of the same model asked alone.
-        told: Hears of each part when it is measured.
+        log: Given a line about each part when it is measured.
         load: See `lighten.serving.load.Load`.
 
     Returns:
@@ -121,5 +121,5 @@ def bench_serve(
     target = None if output_dir is None else Path(output_dir)
     return benching.bench(
         url, key=key, output=target, identity_requests=identity_requests,
-        report=told or (lambda _: None), **load,
+        report=log or (lambda _: None), **load,
     )  # fmt: skip

@@ -134,7 +134,7 @@ def audit(
         recipe: The user's recipe under some settings.
         folder: Where `audit.json` goes.
         settings: How much.
-        log: Hears what is being done.
+        log: Given a line about what is being done.
 
     Raises:
         UserError: Something the user can mend.
@@ -216,7 +216,7 @@ class _AuditRunner:
         recipe: The user's, under some settings.
         settings: How much.
         began: When the budget began to run, on the monotonic clock.
-        log: Hears what is being done.
+        log: Given a line about what is being done.
     """
 
     def __init__(

@@ -95,7 +95,7 @@ def largest(
         device: Of this machine.
         memory_bytes: What the whole process may hold; on a GPU, what it may reserve.
         timeout_s: A try that takes longer counts as one that does not fit, and says so.
-        log: Hears of each try.
+        log: Given a line about each try.
     """
     recipe = recipe.changed({"gradient_accumulation_steps": 1, "tokens_per_microbatch": None})
     room = memory_bytes

@@ -88,7 +88,7 @@ class Bench:
         target: What is measured.
         recipe: The user's settings for training.
         settings: How much.
-        log: Hears what is being done.
+        log: Given a line about what is being done.
     """
 
     def __init__(
@@ -273,7 +273,7 @@ def bench(
         adapter: Of a run with several, which.
         output: Where the file goes; None: `bench.json` in a run's folder.
         settings: How much is measured.
-        log: Hears what is being done.
+        log: Given a line about what is being done.
 
     Raises:
         UserError: Something the user can mend.

@@ -40,7 +40,7 @@ def audit(
     result = api.audit(
         model, data=data, budget=budget, output_dir=output_dir, memory=memory, examples=examples,
         steps=steps, new_tokens=new_tokens, long_tokens=long_tokens,
-        told=lambda line: typer.echo(line, err=True), **overrides(ctx.args),
+        log=lambda line: typer.echo(line, err=True), **overrides(ctx.args),
     )  # fmt: skip
     if as_json:
         print_json(result.to_dict())

@@ -101,7 +101,7 @@ def bench(
         prompt_tokens=_numbers(prompt_tokens, "prompt-tokens"),
         batch_sizes=_numbers(batch_sizes, "batch-sizes"), new_tokens=new_tokens,
         lengths=_numbers(lengths, "lengths"), seconds=seconds,
-        told=lambda line: typer.echo(line, err=True), **overrides(remaining),
+        log=lambda line: typer.echo(line, err=True), **overrides(remaining),
     )  # fmt: skip
     if as_json:
         print_json(result)

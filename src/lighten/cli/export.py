@@ -64,7 +64,7 @@ def export(
 ) -> None:
     """Write what was trained in a form that other software loads, with a receipt."""
 
-    def tell(line: str) -> None:
+    def log(line: str) -> None:
         if not as_json:
             console().print(line, highlight=False)
 
@@ -79,7 +79,7 @@ def export(
         onto=onto,
         context_tokens=context_tokens,
         verify=verify,
-        tell=tell,
+        log=log,
     )
     if as_json:
         typer.echo(

@@ -193,7 +193,7 @@ def _plan(
     else:
         # What a plan says is printed while changes are looked for, each of them a plan of its own.
         prediction = api.plan(
-            recipe, device=device, told=None if as_json else print_first, **settings
+            recipe, device=device, on_plan=None if as_json else print_first, **settings
         )
     if as_json:
         probe_result = {} if probed is None else {"probe": probed.to_dict()}
@@ -252,7 +252,7 @@ def _search(
     from lighten.planning.search import recipe_text
 
     with _planning_status() as show_status:
-        result, best = api.plan_search(recipe, device=device, told=show_status, **settings)
+        result, best = api.plan_search(recipe, device=device, log=show_status, **settings)
     if write is not None and best is not None and result.best is not None:
         why = f"{text.best_of(result.best)}: {result.best.what}, on {device or 'this machine'}"
         runs.write_text(write, recipe_text(best, f"lighten plan --search found {why}"))
@@ -284,7 +284,7 @@ def _largest(words: list[str], device: str | None, as_json: bool) -> bool:
     if not models:
         raise UserError("name the models: lighten plan --largest MODEL MODEL … --device t4")
     with _planning_status() as show_status:
-        candidates = api.plan_largest(models, device=device, told=show_status, **overrides(words))
+        candidates = api.plan_largest(models, device=device, log=show_status, **overrides(words))
     if as_json:
         typer.echo(json.dumps([candidate.to_dict() for candidate in candidates]))
     else:

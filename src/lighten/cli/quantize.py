@@ -45,12 +45,12 @@ def quantize(
     """Write smaller copies of a model, and one table of what each costs and keeps."""
     from lighten import api
 
-    def tell(line: str) -> None:
+    def log(line: str) -> None:
         typer.echo(line, err=True)
 
     result = api.quantize(
         source, to, adapter=adapter, dataset=dataset, output_dir=output_dir, tokens=tokens,
-        questions=questions, tell=tell,
+        questions=questions, log=log,
     )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(result.to_dict()))

@@ -78,7 +78,7 @@ def serve(
     if plan:
         _plan(base, options)
         return
-    api.serve(base, told=lambda line: typer.echo(line, err=True), **options)
+    api.serve(base, log=lambda line: typer.echo(line, err=True), **options)
 
 
 def bench_serve(
@@ -107,7 +107,7 @@ def bench_serve(
 
     result = api.bench_serve(
         url, key=api_key or os.environ.get("LIGHTEN_API_KEY"), output_dir=output_dir,
-        identity_requests=identity_requests, told=lambda line: typer.echo(line, err=as_json),
+        identity_requests=identity_requests, log=lambda line: typer.echo(line, err=as_json),
         requests=requests, clients=clients, rate=rate, prompt_words=prompt_words,
         max_tokens=max_tokens, popularity=popularity, seed=seed,
     )  # fmt: skip

@@ -109,7 +109,7 @@ def encode(
             them to it.
         skip_bad_rows: Go on without rows that the template refuses.
         limit: What sets `max_length`, in words; None: the setting of that name.
-        progress: Told how many examples are encoded, and of how many.
+        progress: Log how many examples are encoded, and of how many.
 
     Raises:
         NothingSupervised: Nothing at all is supervised.
@@ -238,7 +238,7 @@ class _Job:
         Args:
             some: Their places.
             result: Receives what comes of them.
-            progress: Told how many of them are encoded.
+            progress: Log how many of them are encoded.
         """
         examples = self.examples if len(some) == len(self.examples) else (
             self.examples[some.start : some.stop]

@@ -75,7 +75,7 @@ def held_out(
         pad_id: Padding.
         device: Where the model is.
         workers: Take batches side by side; None: one after another.
-        progress: Told how many rows are measured, and of how many, where they are not side by side.
+        progress: Log how many rows are measured, and of how many, where they are not side by side.
         passes: How many are made where there are so many batches: other ranks may have more.
         spare: A row for those that count nothing.
     """

@@ -43,7 +43,7 @@ def evaluate_run(run: Run, *, progress: Progress | None = None, **options: Any) 
 
     Args:
         run: The run.
-        progress: Told what is being done, how far it is, and of how much.
+        progress: Log what is being done, how far it is, and of how much.
         options: Settings of the recipe's `evaluate` section.
 
     Raises:
@@ -263,7 +263,7 @@ def measure(
         recipe: Of the run.
         settings: Of answers.
         memory: Restarted for this model.
-        progress: Told what is being done, how far it is, and of how much.
+        progress: Log what is being done, how far it is, and of how much.
         partial: What an earlier session measured before it was ended; new parts are added.
         general: Text beside the task.
     """

@@ -126,7 +126,7 @@ def generate(
         learnt: What the answers that the model was trained on end with and hold.
         limits: Of the model; where its positions end an answer ends too, and a prompt that fills
             them has an empty one.
-        progress: Told how many are done, and of how many.
+        progress: Log how many are done, and of how many.
         partial: Answers of an earlier session that was ended in the middle; new ones are added.
     """
     stops = stop_tokens(model, tokenizer, learnt)

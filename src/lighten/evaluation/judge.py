@@ -112,7 +112,7 @@ def judged(
         base: Answers of the other.
         samples: Resamples behind the interval.
         seed: Of the resampling.
-        progress: Told how many are judged, and of how many.
+        progress: Log how many are judged, and of how many.
 
     Returns:
         `wins`, `losses`, `ties`; of the ties, `swapped` (another answer was preferred when their

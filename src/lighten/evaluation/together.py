@@ -98,7 +98,7 @@ class Pass:
         max_rows: Read at once at most.
         max_tokens: Read at once at most.
         at_once: Rows that answer at the same time at least, where there are so many.
-        progress: Told how many prompts are answered, and of how many.
+        progress: Log how many prompts are answered, and of how many.
         partial: What an earlier session measured before it was ended; new parts are added.
     """
 

@@ -118,7 +118,7 @@ def truncated_curve(
         run: A finished run.
         ranks: Ranks below the trained one; others are passed over, the trained one is always there.
         adapter: Which adapter; None takes the one of the largest rank.
-        progress: Told what is being done, how far it is, and of how much.
+        progress: Log what is being done, how far it is, and of how much.
 
     Raises:
         UserError: No LoRA adapter, no held-out rows, or no rank below the trained one.

@@ -55,7 +55,7 @@ def plan(
     read_data: bool = True,
     calibrate: bool = True,
     changes: bool = True,
-    told: Callable[[Plan], None] | None = None,
+    on_plan: Callable[[Plan], None] | None = None,
 ) -> Plan:
     """Predict memory and time of a recipe on a device.
 
@@ -66,7 +66,7 @@ def plan(
         read_data: Read and encode the recipe's data where that is quick.
         calibrate: Correct by what earlier runs on this machine measured.
         changes: Where it does not surely fit, look for what would.
-        told: Hears of the plan before changes are looked for, each of which is a plan of its own.
+        on_plan: Given the plan before changes are looked for, each of which is a plan of its own.
 
     Raises:
         UserError: The model cannot be described, or the recipe does not fit it; or no run would
@@ -92,8 +92,8 @@ def plan(
         steps, run_s, note = _within_time(recipe, steps, run_s, predicted.time, lengths)
         notes.append(note)
     predicted = replace(predicted, steps=steps, run_seconds=run_s, notes=(*predicted.notes, *notes))
-    if told is not None:
-        told(predicted)
+    if on_plan is not None:
+        on_plan(predicted)
     if changes and predicted.capacity is not None and predicted.fits() is not True:
         changes_found, complete = _changes(recipe, predicted, planner)
         predicted = replace(predicted, changes=changes_found)
@@ -330,7 +330,7 @@ def read_rows(
         recipe: Which data, and how.
         notes: Receives sentences about them.
         all_rows: All of them however large they are, because they are to be trained on.
-        progress: Told how many examples are encoded, and of how many.
+        progress: Log how many examples are encoded, and of how many.
 
     Raises:
         UserError: No run would come of these data: a row is broken, refused by the template, or has

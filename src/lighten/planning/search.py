@@ -29,7 +29,7 @@ FULL_LEARNING_RATE, LORA_LEARNING_RATE = 2e-5, 2e-4
 # Longest context that is looked for: models state less, and those that do not are old.
 LONGEST = 2**20
 MOST_ROWS = 4096
-Told = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Found:
 
 
 def fastest(
-    recipe: Recipe, planner: Planner, *, fixed: Sequence[str] = (), told: Told | None = None
+    recipe: Recipe, planner: Planner, *, fixed: Sequence[str] = (), log: Log | None = None
 ) -> Found:
     """The configuration with the most tokens per second among those that fit.
 
@@ -101,7 +101,7 @@ def fastest(
         recipe: What is wanted; its settings stand wherever the search does not set them.
         planner: Plans recipes for one device.
         fixed: Settings that must stay as they are.
-        told: Told what is being looked at.
+        log: Given a line about what is being looked at.
     """
     tried: list[Candidate] = []
     length = recipe.max_length
@@ -109,7 +109,7 @@ def fastest(
         shortened = (
             recipe if length == recipe.max_length else recipe.changed({"max_length": length})
         )
-        tried += _at_one_length(shortened, planner, fixed, told, len(recipe.cohort()))
+        tried += _at_one_length(shortened, planner, fixed, log, len(recipe.cohort()))
         fitting = [c for c in tried if c.plan is not None and c.plan.fits()]
         if fitting or length // 2 < SHORTEST or "max_length" in fixed:
             break
@@ -125,7 +125,7 @@ def fastest(
 
 
 def _at_one_length(
-    recipe: Recipe, planner: Planner, fixed: Sequence[str], told: Told | None, cohort: int
+    recipe: Recipe, planner: Planner, fixed: Sequence[str], log: Log | None, cohort: int
 ) -> list[Candidate]:
     """Every method with and without memory savers, until each fits or cannot."""
     tried: list[Candidate] = []
@@ -138,8 +138,8 @@ def _at_one_length(
             continue
         for saver, saver_settings in _savers(fixed):
             what = ", ".join([name, *saver, f"{recipe.max_length} tokens"])
-            if told is not None:
-                told(what)
+            if log is not None:
+                log(what)
             candidate_settings = {**as_method(recipe, name), **saver_settings}
             candidate = largest_micro_batch(recipe, candidate_settings, planner, what)
             tried.append(candidate)
@@ -335,7 +335,7 @@ def largest(
     planner: Planner,
     *,
     fixed: Sequence[str] = (),
-    told: Told | None = None,
+    log: Log | None = None,
 ) -> list[Sized]:
     """Which of the models is the largest that can be trained, from the largest down.
 
@@ -344,7 +344,7 @@ def largest(
         recipe: The recipe of a model.
         planner: Plans recipes for one device.
         fixed: Settings that must stay as they are.
-        told: Told what is being looked at.
+        log: Given a line about what is being looked at.
     """
     sized: list[Sized] = []
     fits = False
@@ -355,14 +355,14 @@ def largest(
         if fits:
             sized.append(Sized(name, parameters, None, "smaller than one that fits"))
             continue
-        if told is not None:
-            told(name)
+        if log is not None:
+            log(name)
         model_recipe = recipe(name)
         least = _least(model_recipe, planner, fixed)
         if isinstance(least, str):
             sized.append(Sized(name, parameters, None, least))
             continue
-        best = fastest(model_recipe, planner, fixed=fixed, told=told).best
+        best = fastest(model_recipe, planner, fixed=fixed, log=log).best
         fits = best is not None
         sized.append(
             Sized(name, parameters, best, "the largest that fits" if fits else "too large")

@@ -139,7 +139,7 @@ def export(
     onto: str | None = None,
     context_tokens: int | None = None,
     receipt: bool = True,
-    tell: Callable[[str], None] = lambda _: None,
+    log: Callable[[str], None] = lambda _: None,
 ) -> Exported:
     """Write what was trained in a form that other software loads.
 
@@ -152,7 +152,7 @@ def export(
             those `dequantized` ones that it learnt on.
         context_tokens: Of a program for ExecuTorch: prompt and answer together; None: 1024.
         receipt: Compare its answers with those of what it was made from.
-        tell: Given a line about each part of the work.
+        log: Given a line about each part of the work.
 
     Raises:
         UserError: The form is none, the adapter is of another base, a file is torn, a package is
@@ -168,14 +168,14 @@ def export(
     require_replaceable(target)
     if form in MERGED:
         require_export_room(artefact, form, kind or dtype, target)
-    tell(f"writing {target}")
+    log(f"writing {target}")
     exported = _WRITERS[form](artefact, target, kind or dtype, onto == DEQUANTIZED)
     if artefact.stored is not None and form in MERGED and receipt:
-        tell("measuring the held-out loss on either base")
+        log("measuring the held-out loss on either base")
         exported = _with_losses(exported, artefact)
     if not receipt:
         return exported
-    tell("comparing its answers with those before")
+    log("comparing its answers with those before")
     comparison = receipt_of(artefact, target, form, kind or dtype, onto == DEQUANTIZED)
     verify.write_receipt(comparison, target)
     return Exported(

@@ -31,7 +31,7 @@ MODE = (
     "one row at a time, without padding, activations in bfloat16; LLM.int8 in eval mode; GGUF "
     "through llama.cpp with keys and values in float16"
 )
-Tell = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @dataclass
@@ -71,7 +71,7 @@ def quantize(
     output_dir: Path | None = None,
     tokens: int = TOKENS,
     questions: int = QUESTIONS,
-    tell: Tell = lambda _: None,
+    log: Log = lambda _: None,
 ) -> Quantized:
     """Write a model in each format, measure all on the same tokens, and write `quantize.json`.
 
@@ -83,7 +83,7 @@ def quantize(
         output_dir: Each format is a folder in this; None: `exports` of the run, or of here.
         tokens: Held-out tokens at most.
         questions: Held-out questions at most that are answered for the metric.
-        tell: Given a line about each part of the work.
+        log: Given a line about each part of the work.
 
     Raises:
         UserError: Something the user can mend; what was written before it is whole.
@@ -108,14 +108,14 @@ def quantize(
             )  # fmt: skip
             held_out = evaluation_of(model, tokens, questions)
             measuring = _Measuring(held_out, model, scratch)
-            tell(f"measuring {model.name} in {REFERENCE}")
+            log(f"measuring {model.name} in {REFERENCE}")
             rows = [{"name": REFERENCE, "file_bytes": weight_bytes(model.folder),
                      **measuring.of("reference", model.folder, REFERENCE)}]  # fmt: skip
             for target in targets:
-                tell(f"making {target.name}")
+                log(f"making {target.name}")
                 folder = root / target.folder
                 costs = _make(target, model, folder, calibration, record)
-                tell(f"measuring {target.name}")
+                log(f"measuring {target.name}")
                 rows.append({"name": target.name, "folder": str(folder),
                              "file_bytes": weight_bytes(folder), **costs,
                              **measuring.of(target.kind, folder, target.name)})  # fmt: skip

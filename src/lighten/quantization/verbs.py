@@ -24,7 +24,7 @@ def export(
     onto: str | None = None,
     context_tokens: int | None = None,
     verify: bool = True,
-    tell: Callable[[str], None] = lambda _: None,
+    log: Callable[[str], None] = lambda _: None,
 ) -> Exported:
     """Write what was trained in a form that other software loads, with a receipt.
 
@@ -39,7 +39,7 @@ def export(
             None), or those `dequantized` ones.
         context_tokens: Of a program for ExecuTorch: prompt and answer together; 1024 when None.
         verify: Compare its answers with those of what it was made from.
-        tell: Given a line about each part of the work.
+        log: Given a line about each part of the work.
 
     Raises:
         UserError: Something the user can mend.
@@ -53,7 +53,7 @@ def export(
     with library_bars():
         return exports.export(
             opened, form, target, dtype=dtype, onto=onto, context_tokens=context_tokens,
-            receipt=verify, tell=tell,
+            receipt=verify, log=log,
         )  # fmt: skip
 
 
@@ -110,7 +110,7 @@ def quantize(
     adapter: str | None = None,
     dataset: str | None = None,
     output_dir: str | os.PathLike[str] | None = None,
-    tell: Callable[[str], None] = lambda _: None,
+    log: Callable[[str], None] = lambda _: None,
     **options: Any,
 ) -> Quantized:
     """Write smaller copies of a model, and measure all on the same held-out tokens.
@@ -121,7 +121,7 @@ def quantize(
         adapter: Which adapter of the run, where it has several.
         dataset: Data to choose rounding by and to measure on; default the run's.
         output_dir: Each format is a folder in this; default `exports` of the run.
-        tell: Given a line about each part of the work.
+        log: Given a line about each part of the work.
         options: `tokens` and `questions`, the bounds of measuring.
 
     Returns:
@@ -144,6 +144,6 @@ def quantize(
         adapter=adapter,
         dataset=dataset,
         output_dir=target,
-        tell=tell,
+        log=log,
         **options,
     )

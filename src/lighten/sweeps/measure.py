@@ -110,7 +110,7 @@ def measure_run(
         names: Name of each arm, and of the adapter inside the run (None: the untouched base).
         folder: The sweep's folder.
         recipe: The sweep's recipe: its metric and `evaluate` section.
-        progress: Told what is being done.
+        progress: Log what is being done.
         answers: Let the models answer, if the metric needs it.
         time_for_answers: Asked before each model: without time, its losses alone are measured.
 

@@ -57,11 +57,11 @@ def sweep(
         recipe: What the arms share, and in its `sweep` section what differs.
         resume: Take up an ended sweep again; an unfinished one is taken up anyway.
         progress: Show what happens on standard error.
-        measuring: Told how far measuring is.
+        measuring: Log how far measuring is.
 
     Raises:
         UserError: Something the user can mend.
-        Interrupted: Told to stop; the state is saved.
+        Interrupted: Log to stop; the state is saved.
     """
     if not recipe.sweep.grid and len(recipe.cohort()) < 2:
         raise UserError(
@@ -89,7 +89,7 @@ class Sweep:
         recipe: What all arms share and how they differ.
         resume: Take up an ended sweep again.
         progress: Show what happens on standard error.
-        measuring: Told how far measuring is.
+        measuring: Log how far measuring is.
 
     Raises:
         UserError: The folder holds another sweep that has not ended.

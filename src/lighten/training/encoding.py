@@ -29,7 +29,7 @@ def encode_as(
         examples: What.
         tokenizer: With its chat template chosen.
         limits: Of the model that will see the rows.
-        progress: Told how many examples are encoded, and of how many.
+        progress: Log how many examples are encoded, and of how many.
 
     Raises:
         UserError: As for `data.encode`; or a row has an id that the model does not have.

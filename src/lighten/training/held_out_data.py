@@ -194,7 +194,7 @@ def encoded(
         tokenizer: With its chat template chosen.
         limits: Of the model that will see them.
         most: Examples at most.
-        progress: Told how many examples are encoded, and of how many.
+        progress: Log how many examples are encoded, and of how many.
 
     Raises:
         NoHeldOut: None is left.

@@ -56,7 +56,7 @@ def load_rows(
     Args:
         recipe: Which data, and how.
         tokenizer: With its chat template chosen.
-        progress: Told how many examples are encoded, and of how many.
+        progress: Log how many examples are encoded, and of how many.
 
     Raises:
         UserError: The data is broken, holds nothing to learn from, or has ids that the model does
