@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from lighten.evaluation.result import Evaluation
     from lighten.planning.probe import Probed
     from lighten.planning.result import Plan
-    from lighten.planning.search import Found, Limits, Sized
+    from lighten.planning.search import SearchResult, Limits, Sized
     from lighten.sweeps.result import SweepResult
 
 Progress = Callable[[str, int, int], None]
@@ -188,7 +188,7 @@ def plan_search(
     device: str | None = None,
     log: Callable[[str], None] | None = None,
     **overrides: Any,
-) -> tuple[Found, Recipe | None]:
+) -> tuple[SearchResult, Recipe | None]:
     """The fastest configuration that fits a device, and its recipe.
 
     Settings that are given as overrides stay as they are given.

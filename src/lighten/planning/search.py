@@ -66,7 +66,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """What a search found.
 
     Attributes:
@@ -87,7 +87,7 @@ class Found:
 
 def fastest(
     recipe: Recipe, planner: Planner, *, fixed: Sequence[str] = (), log: Log | None = None
-) -> Found:
+) -> SearchResult:
     """The configuration with the most tokens per second among those that fit.
 
     Where no time is predicted it is the first that fits: they are tried in an order in which what
@@ -115,13 +115,13 @@ def fastest(
             break
         length //= 2
     if not fitting:
-        return Found(None, tuple(tried))
+        return SearchResult(None, tuple(tried))
     best = max(fitting, key=lambda candidate: candidate.tokens_per_s or 0.0)
     why = "the fastest" if best.tokens_per_s else "the first that fits; no time is predicted"
     explained = [
         candidate if candidate is not best else replace(candidate, why=why) for candidate in tried
     ]
-    return Found(explained[tried.index(best)], tuple(explained))
+    return SearchResult(explained[tried.index(best)], tuple(explained))
 
 
 def _at_one_length(
