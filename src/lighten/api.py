@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from lighten.evaluation.result import Evaluation
     from lighten.planning.probe import Probed
     from lighten.planning.result import Plan
-    from lighten.planning.search import SearchResult, Limits, Sized
+    from lighten.planning.search import Limits, SearchResult, Sized
     from lighten.sweeps.result import SweepResult
 
 Progress = Callable[[str, int, int], None]
