@@ -24,15 +24,15 @@ IDS = torch.randint(3, VOCAB, (4, 11), generator=torch.Generator().manual_seed(0
 CLOSE = 1e-5
 
 
-def apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+def relative_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """Largest difference relative to the largest value."""
     ours, theirs = ours.detach(), theirs.detach()
     return float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-12))
 
 
-def spec(name: str = "default", r: int = 4, **own: object) -> AdapterSpec:
+def spec(name: str = "default", r: int = 4, **options: object) -> AdapterSpec:
     """An adapter whose update is not zero."""
-    return AdapterSpec(name, r=r, alpha=2 * r, init_lora_weights=False, **own)  # type: ignore[arg-type]
+    return AdapterSpec(name, r=r, alpha=2 * r, init_lora_weights=False, **options)  # type: ignore[arg-type]
 
 
 def in_peft(arch: str, cohort: Cohort, name: str) -> PreTrainedModel:
@@ -48,10 +48,10 @@ def in_peft(arch: str, cohort: Cohort, name: str) -> PreTrainedModel:
             }
         ),
     )  # fmt: skip
-    own = dict(peft_model.named_parameters())
+    peft_parameters = dict(peft_model.named_parameters())
     with torch.no_grad():
         for key, value in cohort.parameters(name).items():
-            own[key.replace(".weight", ".default.weight")].copy_(value)
+            peft_parameters[key.replace(".weight", ".default.weight")].copy_(value)
     peft_model.eval()
     return peft_model  # type: ignore[return-value]
 
@@ -72,19 +72,19 @@ def test_loss_and_gradients_equal_peft_alone_and_in_a_cohort(arch: str) -> None:
         ours = F.cross_entropy(logits[rows].flatten(0, 1), IDS[rows, 1:].flatten())
         theirs_model = in_peft(arch, cohort, str(share.adapter))
         theirs = loss_of(theirs_model, IDS[rows])
-        assert apart(ours, theirs) < CLOSE
+        assert relative_difference(ours, theirs) < CLOSE
         ours.backward(retain_graph=True)
         theirs.backward()
-        wanted = {
+        expected_gradients = {
             key.replace(".default", ""): p.grad
             for key, p in theirs_model.named_parameters()
             if p.grad is not None
         }
-        found = cohort.parameters(str(share.adapter))
-        assert set(found) == set(wanted)
-        for key, parameter in found.items():
+        parameters = cohort.parameters(str(share.adapter))
+        assert set(parameters) == set(expected_gradients)
+        for key, parameter in parameters.items():
             assert parameter.grad is not None
-            assert apart(parameter.grad, wanted[key]) < CLOSE, key
+            assert relative_difference(parameter.grad, expected_gradients[key]) < CLOSE, key
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -97,7 +97,7 @@ def test_a_saved_adapter_gives_the_same_logits_in_plain_peft(arch: str, tmp_path
     again = load(tiny_model(arch), {"default": tmp_path})
     with torch.no_grad(), cohort.using("default"), again.using("default"):
         ours = cohort.model(input_ids=IDS).logits
-        assert apart(ours, theirs(input_ids=IDS).logits) < CLOSE
+        assert relative_difference(ours, theirs(input_ids=IDS).logits) < CLOSE
         assert torch.equal(ours, again.model(input_ids=IDS).logits)
 
 
@@ -109,8 +109,8 @@ def test_fused_at_the_start_is_the_base_and_later_equals_the_adapter(arch: str) 
     cohort = attach(tiny_model(arch), [spec()])
     with torch.no_grad(), cohort.using("default"):
         tuned = cohort.model(input_ids=IDS).logits
-    assert apart(tuned, base) > 1e-2
-    assert apart(cohort.fuse("default")(input_ids=IDS).logits, tuned) < 1e-4
+    assert relative_difference(tuned, base) > 1e-2
+    assert relative_difference(cohort.fuse("default")(input_ids=IDS).logits, tuned) < 1e-4
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -123,7 +123,7 @@ def test_trap33_a_mixed_batch_leaks_nothing(arch: str) -> None:
     for row, member in enumerate(members):
         with torch.no_grad(), cohort.using(member):
             alone = cohort.model(input_ids=IDS[row : row + 1]).logits
-        assert apart(mixed[row : row + 1], alone) < CLOSE
+        assert relative_difference(mixed[row : row + 1], alone) < CLOSE
 
 
 def test_trap28_without_an_adapter_the_base_answers_bitwise() -> None:
@@ -139,22 +139,26 @@ def test_trap24_the_merged_delta_is_scale_times_B_A(rslora: bool) -> None:
     cohort = attach(tiny_model("llama"), [spec(r=4, use_rslora=rslora)])
     path, layer = next(iter(cohort.linears.items()))
     scale = 8 / 4**0.5 if rslora else 8 / 4
-    wanted = scale * layer.lora_B["default"] @ layer.lora_A["default"]
+    expected = scale * layer.lora_B["default"] @ layer.lora_A["default"]
     before = layer.base.weight.clone()  # type: ignore[operator]
     merged = cohort.fuse("default").get_submodule(path).weight
-    assert apart(merged - before, wanted) < 1e-5
+    assert relative_difference(merged - before, expected) < 1e-5
 
 
 def test_rank_and_alpha_patterns_reach_their_modules_and_peft_agrees() -> None:
-    own = spec(rank_pattern={"q_proj": 2, "layers.1.mlp.down_proj": 6}, alpha_pattern={"q_proj": 3})
-    cohort = attach(tiny_model("llama"), [own])
+    adapter_spec = spec(
+        rank_pattern={"q_proj": 2, "layers.1.mlp.down_proj": 6}, alpha_pattern={"q_proj": 3}
+    )
+    cohort = attach(tiny_model("llama"), [adapter_spec])
     sizes = {path: layer.lora_A["default"].shape[0] for path, layer in cohort.linears.items()}
     assert sizes["model.layers.0.self_attn.q_proj"] == 2
     assert sizes["model.layers.1.mlp.down_proj"] == 6
     assert sizes["model.layers.0.mlp.down_proj"] == 4
     with torch.no_grad(), cohort.using("default"):
         ours = cohort.model(input_ids=IDS).logits
-    assert apart(ours, in_peft("llama", cohort, "default")(input_ids=IDS).logits) < CLOSE
+    assert (
+        relative_difference(ours, in_peft("llama", cohort, "default")(input_ids=IDS).logits) < CLOSE
+    )
 
 
 def test_trap27_targets_that_match_nothing_are_an_error_that_names_the_layers() -> None:
@@ -171,13 +175,13 @@ def test_trap27_a_reloaded_adapter_is_not_inert(tmp_path: Path) -> None:
         tuned = again.model(input_ids=IDS).logits
     with torch.no_grad(), again.using(None):
         base = again.model(input_ids=IDS).logits
-    assert apart(tuned, base) > 1e-2
+    assert relative_difference(tuned, base) > 1e-2
 
 
 def test_targets_by_name_by_regex_and_by_default_are_what_peft_takes() -> None:
     for targets in (("q_proj", "v_proj"), r".*layers\.1\..*_proj", "all-linear"):
         cohort = attach(tiny_model("llama"), [spec(target_modules=targets)])
-        wanted = get_peft_model(
+        peft_model = get_peft_model(
             tiny_model("llama"),
             LoraConfig(
                 target_modules=targets if isinstance(targets, str) else list(targets),
@@ -186,7 +190,7 @@ def test_targets_by_name_by_regex_and_by_default_are_what_peft_takes() -> None:
         )
         paths = {
             key.removeprefix("base_model.model.").partition(".lora_A")[0]
-            for key, _ in wanted.named_parameters()
+            for key, _ in peft_model.named_parameters()
             if ".lora_A." in key
         }
         assert set(cohort.linears) == paths
@@ -232,7 +236,7 @@ def test_trap29_a_trained_head_or_embedding_survives_merging_and_reloading(
     cohort.fuse("default").save_pretrained(tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert merged.config.tie_word_embeddings is False
-    assert apart(merged(input_ids=IDS).logits, tuned) < 1e-4
+    assert relative_difference(merged(input_ids=IDS).logits, tuned) < 1e-4
 
 
 def test_saved_modules_load_in_plain_peft(tmp_path: Path) -> None:
@@ -246,20 +250,20 @@ def test_saved_modules_load_in_plain_peft(tmp_path: Path) -> None:
     theirs = PeftModel.from_pretrained(tiny_model("llama"), str(tmp_path)).eval()
     with torch.no_grad(), cohort.using("default"):
         ours = cohort.model(input_ids=IDS).logits
-    assert apart(ours, theirs(input_ids=IDS).logits) < CLOSE
+    assert relative_difference(ours, theirs(input_ids=IDS).logits) < CLOSE
 
 
 def test_verify_notices_every_kind_of_damage(tmp_path: Path) -> None:
     cohort = attach(tiny_model("llama"), [spec()])
     expected = cohort.shapes("default")
-    whole = files.contents(cohort, "default")[files.WEIGHTS]
+    data = files.contents(cohort, "default")[files.WEIGHTS]
     path = tmp_path / files.WEIGHTS
     with pytest.raises(UserError, match="does not exist"):
         files.verify(tmp_path, expected)
-    path.write_bytes(whole[: len(whole) // 2])
+    path.write_bytes(data[: len(data) // 2])
     with pytest.raises(UserError, match="not a whole safetensors file"):
         files.verify(tmp_path, expected)
-    path.write_bytes(whole)
+    path.write_bytes(data)
     with pytest.raises(UserError, match="is missing"):
         files.verify(tmp_path, {**expected, "another": (1,)})
     with torch.no_grad():
@@ -286,16 +290,17 @@ def test_an_adapter_of_another_model_is_refused_with_the_shape(tmp_path: Path) -
 
 @pytest.mark.parametrize("merge", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+@pytest.mark.parametrize("layer_type", ["linear", "conv1d"])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_the_fused_form_equals_the_plain_reference(
-    kind: str, bias: bool, dropout: float, merge: bool, monkeypatch: pytest.MonkeyPatch
+    layer_type: str, bias: bool, dropout: float, merge: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     blocks = ops._blocks  # a GPU merges; here both ways are taken
     monkeypatch.setattr(ops, "_blocks", lambda parts, ranks, **_: blocks(parts, ranks, merge=merge))
     torch.manual_seed(0)
     bases: list[nn.Module] = [
-        nn.Linear(6, out, bias=bias) if kind == "linear" else Conv1D(out, 6) for out in (5, 4, 3)
+        nn.Linear(6, out, bias=bias) if layer_type == "linear" else Conv1D(out, 6)
+        for out in (5, 4, 3)
     ]
     bases = [base.double().requires_grad_(False) for base in bases]
     x = torch.randn(7, 6, dtype=torch.double, requires_grad=True)
@@ -311,7 +316,7 @@ def test_the_fused_form_equals_the_plain_reference(
         outs = form(x, bases, parts, factors)
         results.append((*outs, *torch.autograd.grad(outs, [x, *factors], upstream)))
     for ours, plain in zip(results[1], results[0], strict=True):
-        assert apart(ours, plain) < 1e-12
+        assert relative_difference(ours, plain) < 1e-12
     assert torch.autograd.gradcheck(
         lambda x, *f: low_rank_linears(x, bases, parts, f), (x, *factors)
     )
@@ -326,7 +331,7 @@ def test_an_output_that_nobody_uses_leaves_its_adapter_without_gradient() -> Non
     plain = reference(x, bases, parts, factors)[1]
     ours = torch.autograd.grad(used.sum(), [x, *factors[2:]], retain_graph=True)
     for a, b in zip(ours, torch.autograd.grad(plain.sum(), [x, *factors[2:]]), strict=True):
-        assert apart(a, b) < 1e-6
+        assert relative_difference(a, b) < 1e-6
     assert torch.autograd.grad(used.sum(), factors[0], allow_unused=True) == (None,)
 
 
@@ -336,34 +341,34 @@ def test_layers_that_read_the_same_tensor_are_computed_together_and_others_are_n
     calls: list[int] = []
     joint = layers.joint_outputs
 
-    def counting(own: Any, x: torch.Tensor) -> Any:
-        calls.append(len(own))
-        return joint(own, x)
+    def counting(linears: Any, x: torch.Tensor) -> Any:
+        calls.append(len(linears))
+        return joint(linears, x)
 
-    x, other = torch.randn(1, 3, 32), torch.randn(1, 3, 32)
+    x, other_x = torch.randn(1, 3, 32), torch.randn(1, 3, 32)
     with pytest.MonkeyPatch.context() as patch, cohort.using("default"), torch.no_grad():
         patch.setattr(layers, "joint_outputs", counting)
-        wanted = [joint([attention.get_submodule(n)], x)[0] for n in ("q_proj", "k_proj")]
+        expected = [joint([attention.get_submodule(n)], x)[0] for n in ("q_proj", "k_proj")]
         together = [attention.q_proj(x), attention.k_proj(x)]
         attention.v_proj(x)
         assert calls == [3]
-        assert all(torch.equal(a, b) for a, b in zip(together, wanted, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(together, expected, strict=True))
         # A cross attention reads two tensors: from the second such pass on each goes alone.
         attention.q_proj(x)
-        assert torch.equal(attention.k_proj(other), joint([attention.k_proj], other)[0])
+        assert torch.equal(attention.k_proj(other_x), joint([attention.k_proj], other_x)[0])
         calls.clear()
-        attention.q_proj(x), attention.k_proj(other), attention.v_proj(other)
+        attention.q_proj(x), attention.k_proj(other_x), attention.v_proj(other_x)
         assert calls == [1, 1, 1]
 
 
 def test_dropout_drops_its_share_keeps_the_mean_and_does_not_depend_on_neighbours() -> None:
-    whole = Dropout(0.25, row_hashes((1, 2), (50, 30)), 5).factors(201, torch.ones(1))
-    assert whole.shape == (80, 201)
-    assert abs(float((whole == 0).float().mean()) - 0.25) < 0.01
-    assert abs(float(whole.mean()) - 1.0) < 0.01
-    assert whole.unique().tolist() == [0.0, pytest.approx(1 / 0.75)]
+    batch_factors = Dropout(0.25, row_hashes((1, 2), (50, 30)), 5).factors(201, torch.ones(1))
+    assert batch_factors.shape == (80, 201)
+    assert abs(float((batch_factors == 0).float().mean()) - 0.25) < 0.01
+    assert abs(float(batch_factors.mean()) - 1.0) < 0.01
+    assert batch_factors.unique().tolist() == [0.0, pytest.approx(1 / 0.75)]
     alone = Dropout(0.25, row_hashes((2,), (30,)), 5).factors(201, torch.ones(1))
-    assert torch.equal(alone, whole[50:])
+    assert torch.equal(alone, batch_factors[50:])
     padded = Dropout(0.25, row_hashes((1, 2), (50, 60)), 5).factors(201, torch.ones(1))
     assert torch.equal(padded[50:80], alone)
 
@@ -377,17 +382,17 @@ def test_dropout_masks_are_independent_over_rows_columns_layers_and_examples(
         (Dropout(probability, row_hashes(seeds, (256,) * 4), salt).factors(256, torch.ones(1)) == 0)
         for salt in (0, 1)
     ]
-    one, other = (mask.double() - probability for mask in dropped)
+    first_mask, second_mask = (mask.double() - probability for mask in dropped)
     variance = probability * (1 - probability)
     # Counts of n draws stay within five standard deviations of what independent draws give.
-    assert float(one.mean(0).abs().max()) < 5 * (variance / 1024) ** 0.5
-    assert float(one.mean(1).abs().max()) < 5 * (variance / 256) ** 0.5
+    assert float(first_mask.mean(0).abs().max()) < 5 * (variance / 1024) ** 0.5
+    assert float(first_mask.mean(1).abs().max()) < 5 * (variance / 256) ** 0.5
     pairs = {
-        "layers": (one, other),
-        "columns": (one[:, :-1], one[:, 1:]),
-        "rows": (one[:-1], one[1:]),
-        "examples": (one[:256], one[256:512]),
-        "halves of the seed": (one[:256], one[512:768]),
+        "layers": (first_mask, second_mask),
+        "columns": (first_mask[:, :-1], first_mask[:, 1:]),
+        "rows": (first_mask[:-1], first_mask[1:]),
+        "examples": (first_mask[:256], first_mask[256:512]),
+        "halves of the seed": (first_mask[:256], first_mask[512:768]),
     }
     for name, (left, right) in pairs.items():
         product = left * right
@@ -402,7 +407,7 @@ def test_a_bfloat16_base_computes_its_products_in_bfloat16() -> None:
     assert out.dtype == torch.bfloat16
     exact = attach(tiny_model("llama"), [spec()])
     with torch.no_grad(), exact.using("default"):
-        assert apart(out.float(), exact.model(input_ids=IDS).logits) < 0.05
+        assert relative_difference(out.float(), exact.model(input_ids=IDS).logits) < 0.05
 
 
 def test_adapters_keep_apart_from_the_base_on_disk(tmp_path: Path) -> None:

@@ -42,28 +42,28 @@ PROMPTS = ("CARTRIDGE", "P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING")
 UNMERGED = ("BEFT", "LILY")
 
 
-def apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+def relative_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     ours, theirs = ours.detach(), theirs.detach()
     return float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-12))
 
 
-def peft_spec(method: str, **own: Any) -> AdapterSpec:
-    return AdapterSpec("a", peft={"peft_type": method, **METHODS[method], **own})
+def peft_spec(method: str, **overrides: Any) -> AdapterSpec:
+    return AdapterSpec("a", peft={"peft_type": method, **METHODS[method], **overrides})
 
 
-def lora_spec(**own: Any) -> AdapterSpec:
-    return AdapterSpec("a", r=4, alpha=6.0, **own)
+def lora_spec(**options: Any) -> AdapterSpec:
+    return AdapterSpec("a", r=4, alpha=6.0, **options)
 
 
-def prompt_model(arch: str, **own: Any) -> PreTrainedModel:
+def prompt_model(arch: str, **changes: Any) -> PreTrainedModel:
     """PEFT reads the number of key-value heads that every tiny config has, and OPT ignores."""
-    return tiny_model(arch, **own, **({"num_key_value_heads": 4} if arch == "opt" else {}))
+    return tiny_model(arch, **changes, **({"num_key_value_heads": 4} if arch == "opt" else {}))
 
 
 def logits_of(cohort: Cohort, name: str | None, ids: torch.Tensor = IDS) -> torch.Tensor:
     with torch.no_grad(), cohort.using(name):
-        found: torch.Tensor = cohort.model(input_ids=ids).logits
-    return found
+        logits: torch.Tensor = cohort.model(input_ids=ids).logits
+    return logits
 
 
 def stir(cohort: Cohort, scale: float = 0.05) -> None:
@@ -87,7 +87,7 @@ def in_peft(folder: Path, model: PreTrainedModel) -> nn.Module:
 
 
 def test_every_method_that_peft_lists_is_tried_here_or_refused_with_a_reason() -> None:
-    listed = {str(kind.value) for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
+    listed = {str(peft_type.value) for peft_type in PEFT_TYPE_TO_CONFIG_MAPPING}
     assert set(METHODS) | set(REFUSED) == listed
     for method, reason in REFUSED.items():
         with pytest.raises(UserError, match=f"{method} does not train here: "):
@@ -112,9 +112,9 @@ def test_every_method_learns_saves_loads_in_plain_peft_and_leaves_the_base(
     tuned = logits_of(cohort, "a")
     folder = save(cohort, tmp_path / "a")
     theirs = in_peft(folder, tiny_model("llama"))(input_ids=IDS).logits[:, -IDS.shape[1] :]
-    assert apart(tuned, theirs) < CLOSE
+    assert relative_difference(tuned, theirs) < CLOSE
     again = load(tiny_model("llama"), {"b": folder})
-    assert apart(logits_of(again, "b"), tuned) < 1e-6
+    assert relative_difference(logits_of(again, "b"), tuned) < 1e-6
     assert torch.equal(logits_of(again, None), plain)
     assert not any(p.requires_grad for p in again.model.parameters())
     assert torch.equal(logits_of(cohort, None), plain)
@@ -139,8 +139,8 @@ def test_trap26_every_method_trains_in_float32_on_a_half_precision_base(
     scaler = LossScaler(enabled=dtype == torch.float16, initial=64.0)
     report, members = one_step(cohort, UNEVEN, 3, scaler=scaler)
     exact = attach(tiny_model("llama"), [peft_spec(method)])
-    wanted, _ = one_step(exact, UNEVEN, 3)
-    assert report["a"].loss == pytest.approx(wanted["a"].loss, rel=0.05)
+    exact_report, _ = one_step(exact, UNEVEN, 3)
+    assert report["a"].loss == pytest.approx(exact_report["a"].loss, rel=0.05)
     assert {p.dtype for p in members["a"].parameters.values()} == {torch.float32}
     assert logits_of(cohort, "a").dtype == dtype
 
@@ -155,7 +155,7 @@ def test_trap31_what_can_be_merged_equals_the_unmerged_and_the_rest_says_so(meth
             cohort.fuse("a")
         return
     merged = cohort.fuse("a")
-    assert apart(merged(input_ids=IDS).logits, tuned) < 1e-4
+    assert relative_difference(merged(input_ids=IDS).logits, tuned) < 1e-4
     assert set(merged.state_dict()) == set(tiny_model("llama").state_dict())
 
 
@@ -171,10 +171,10 @@ def test_trap31_what_can_be_merged_equals_the_unmerged_and_the_rest_says_so(meth
 def test_a_step_equals_the_models_own_loss_by_autograd(arch: str, method: str) -> None:
     cohort = attach(prompt_model(arch), [peft_spec(method)])
     stir(cohort)
-    loss, wanted = full_batch(cohort, "a", UNEVEN)
+    loss, expected = full_batch(cohort, "a", UNEVEN)
     report, members = one_step(cohort, UNEVEN, 2)
     assert report["a"].loss == pytest.approx(loss, rel=CLOSE)
-    assert_close(gradients(members["a"]), wanted, 2 * CLOSE)
+    assert_close(gradients(members["a"]), expected, 2 * CLOSE)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_trap17_answers_behind_a_learnt_prompt_do_not_depend_on_padding(
     with cohort.using("a"):
         together = generate(model, tokenizer, prompts, max_new_tokens=6, batch_size=3)
         alone = generate(model, tokenizer, prompts, max_new_tokens=6, batch_size=1)
-        wanted = []
+        expected = []
         for prompt in prompts:
             ids = list(prompt)
             while len(ids) < len(prompt) + 6:
@@ -209,8 +209,8 @@ def test_trap17_answers_behind_a_learnt_prompt_do_not_depend_on_padding(
                     break
             # Special tokens are shown, but for the end, the start and padding.
             hidden = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id}
-            wanted.append(tokenizer.decode([i for i in ids[len(prompt) :] if i not in hidden]))
-    assert together.texts == alone.texts == wanted
+            expected.append(tokenizer.decode([i for i in ids[len(prompt) :] if i not in hidden]))
+    assert together.texts == alone.texts == expected
 
 
 def test_learnt_prompts_say_what_they_cannot() -> None:

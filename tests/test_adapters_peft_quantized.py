@@ -19,10 +19,10 @@ from tests.test_adapters_peft import (
     METHODS,
     PROMPTS,
     UNMERGED,
-    apart,
     logits_of,
     lora_spec,
     peft_spec,
+    relative_difference,
     save,
     stir,
 )
@@ -37,8 +37,8 @@ NF4 = Storage("nf4", double=True)
 PLAIN_ONLY = "GLORA"  # it asks for nn.Linear itself and takes nothing that is like it
 CASES = [
     *(("llama", NF4, peft_spec(method)) for method in sorted(METHODS) if method != PLAIN_ONLY),
-    *((arch, kind, lora_spec(**start)) for arch in ("llama", "gpt2")
-      for kind in (NF4, Storage("int8")) for start in STARTS),
+    *((arch, storage, lora_spec(**start)) for arch in ("llama", "gpt2")
+      for storage in (NF4, Storage("int8")) for start in STARTS),
     ("gpt2", Storage("int8"), peft_spec("IA3")),
     ("llama", NF4, peft_spec("VERA", target_modules="all-linear")),
 ]  # fmt: skip
@@ -58,19 +58,21 @@ def test_trap30_and_trap31_a_method_on_a_quantised_base_is_the_one_on_its_dense_
     twin = attach(dense_twin(base, arch), [spec])
     cohort = attach(base, [spec])
     assert torch.equal(logits_of(cohort, None), plain)
-    for one in (cohort, twin):
-        stir(one)
-    assert apart(logits_of(cohort, "a"), logits_of(twin, "a")) < CLOSE
+    for side in (cohort, twin):
+        stir(side)
+    assert relative_difference(logits_of(cohort, "a"), logits_of(twin, "a")) < CLOSE
 
-    (ours, own), (theirs, wanted) = (one_step(one, UNEVEN, 3) for one in (cohort, twin))
+    (ours, our_members), (theirs, their_members) = (
+        one_step(side, UNEVEN, 3) for side in (cohort, twin)
+    )
     assert ours["a"].loss == pytest.approx(theirs["a"].loss, rel=1e-5)
     assert ours["a"].grad_norm > 0
-    assert_close(gradients(own["a"]), gradients(wanted["a"]), 1e-3)
+    assert_close(gradients(our_members["a"]), gradients(their_members["a"]), 1e-3)
 
     tuned = logits_of(cohort, "a")
     folder = save(cohort, tmp_path / "a")
     again = load(quantised(arch, storage), {"a": folder})
-    assert apart(logits_of(again, "a"), tuned) < CLOSE
+    assert relative_difference(logits_of(again, "a"), tuned) < CLOSE
     assert torch.equal(logits_of(cohort, None), plain)
     method = spec.peft["peft_type"] if spec.peft else None
     if method in (*PROMPTS, *UNMERGED):
@@ -92,7 +94,7 @@ def test_the_method_that_takes_plain_layers_alone_says_so() -> None:
 def merged_equals(cohort: Cohort, arch: str, storage: Storage, tuned: torch.Tensor) -> None:
     """Merged into the dequantised weights, not one layer left in few bits, and it is said."""
     merged = cohort.fuse("a")
-    assert apart(merged(input_ids=IDS).logits, tuned) < 1e-4
+    assert relative_difference(merged(input_ids=IDS).logits, tuned) < 1e-4
     assert not quantised_modules(merged)
     assert merged.config.merged_base == f"{storage} weights dequantised to float32"
     like = tiny_model(arch)
@@ -118,20 +120,22 @@ def test_trap26_a_quantised_base_of_half_precision_gets_float32_weights(
     assert tuned.dtype == torch.bfloat16
     merged = cohort.fuse("a")
     assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
-    assert apart(merged(input_ids=IDS).logits.float(), tuned.float()) < 0.05
+    assert relative_difference(merged(input_ids=IDS).logits.float(), tuned.float()) < 0.05
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
 def test_modules_to_save_beside_dora_are_dense_copies_of_the_quantised(arch: str) -> None:
-    whole = "c_fc" if arch == "gpt2" else "up_proj"
+    saved_module = "c_fc" if arch == "gpt2" else "up_proj"
     spec = lora_spec(
-        use_dora=True, modules_to_save=(whole,), target_modules=("q_proj", "c_attn")
+        use_dora=True, modules_to_save=(saved_module,), target_modules=("q_proj", "c_attn")
     )  # fmt: skip
     cohort = attach(quantised(arch, NF4), [spec])
-    shown = {k: v for k, v in cohort.parameters("a").items() if whole in k and "weight" in k}
+    saved_parameters = {
+        k: v for k, v in cohort.parameters("a").items() if saved_module in k and "weight" in k
+    }
     like = dict(tiny_model(arch).named_parameters())
-    assert len(shown) == 2
-    for key, value in shown.items():
+    assert len(saved_parameters) == 2
+    for key, value in saved_parameters.items():
         assert value.shape == like[key.removeprefix("base_model.model.")].shape
     stir(cohort)
     tuned = logits_of(cohort, "a")
@@ -146,8 +150,8 @@ def test_a_run_of_dora_in_four_bits_is_evaluated_on_the_base_that_it_saw(
         use_dora=True, load_in_4bit=True, dtype="float32", max_steps=3, learning_rate=1e-2,
         val_size=0.2, progress=False,
     )  # fmt: skip
-    last = [m["loss"] for m in run.metrics() if m["kind"] == "eval"][-1]
-    found = lighten.evaluate(run, max_new_tokens=2)
-    assert found.metric("default", "loss")["value"] == pytest.approx(last, rel=1e-4)
-    (own,) = run.info()["adapters"]
-    assert (own["method"], own["serving"]) == ("DoRA", "merge it for vLLM")
+    last_loss = [m["loss"] for m in run.metrics() if m["kind"] == "eval"][-1]
+    evaluation = lighten.evaluate(run, max_new_tokens=2)
+    assert evaluation.metric("default", "loss")["value"] == pytest.approx(last_loss, rel=1e-4)
+    (adapter,) = run.info()["adapters"]
+    assert (adapter["method"], adapter["serving"]) == ("DoRA", "merge it for vLLM")

@@ -15,7 +15,7 @@ import lighten
 from lighten.adapters import files, load
 from lighten.errors import UserError
 from lighten.evaluation.chat import chat
-from tests.test_adapters_peft import CLOSE, IDS, apart, in_peft, logits_of
+from tests.test_adapters_peft import CLOSE, IDS, in_peft, logits_of, relative_difference
 from tests.tiny import tiny_model
 
 
@@ -50,26 +50,29 @@ def test_a_run_trains_resumes_bitwise_evaluates_chats_and_loads_in_peft(
     losses = [m["loss"] for m in run.metrics() if m["kind"] == "train"]
     assert losses[-1] < losses[0]
     info = run.info()
-    (own,) = info["adapters"]
-    assert own["trainable_parameters"] > 0
-    assert own["serving"]
+    (adapter,) = info["adapters"]
+    assert adapter["trainable_parameters"] > 0
+    assert adapter["serving"]
     assert info["base"]["parameters"] == sum(p.numel() for p in tiny_model("llama").parameters())
     packing = next(c for c in info["choices"] if c["what"] == "packing")
     assert (packing["value"] == "off") == (method in ("prefix", "p-tuning")), packing
 
-    found = lighten.evaluate(run, max_examples=3, max_new_tokens=3)
+    evaluation = lighten.evaluate(run, max_examples=3, max_new_tokens=3)
     if method not in ("prefix", "p-tuning"):  # they begin far above the base
-        assert found.metric("default", "loss")["value"] < found.metric("base", "loss")["value"]
-    assert own["method"] in lighten.report(run).read_text(encoding="utf-8")
-    said = io.StringIO()
-    chat(str(run.folder), max_new_tokens=3, lines=io.StringIO("hello\n/exit\n"), out=said)
-    assert said.getvalue()
+        assert (
+            evaluation.metric("default", "loss")["value"]
+            < evaluation.metric("base", "loss")["value"]
+        )
+    assert adapter["method"] in lighten.report(run).read_text(encoding="utf-8")
+    output = io.StringIO()
+    chat(str(run.folder), max_new_tokens=3, lines=io.StringIO("hello\n/exit\n"), out=output)
+    assert output.getvalue()
 
     folder = run.adapters()["default"]
     theirs = in_peft(folder, tiny_model("llama"))(input_ids=IDS).logits[:, -IDS.shape[1] :]
     ours = logits_of(load(tiny_model("llama"), {"a": folder}), "a")
-    assert apart(ours, theirs) < CLOSE
-    assert apart(ours, tiny_model("llama")(input_ids=IDS).logits) > 1e-3
+    assert relative_difference(ours, theirs) < CLOSE
+    assert relative_difference(ours, tiny_model("llama")(input_ids=IDS).logits) > 1e-3
 
     before = load_file(folder / files.WEIGHTS)
     shutil.rmtree(folder)
@@ -91,7 +94,7 @@ def test_packing_and_recomputing_that_a_method_cannot_do_are_refused(
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"peft": {"peft_type": "IA4"}}, "did you mean IA3?"),
         ({"peft": {"peft_type": "VERA", "vera_dropot": 0.1}}, "did you mean vera_dropout?"),
@@ -113,10 +116,10 @@ def test_packing_and_recomputing_that_a_method_cannot_do_are_refused(
     ],
 )  # fmt: skip
 def test_what_does_not_hold_together_is_told_before_anything_is_loaded(
-    change: dict[str, Any], told: str, settings: dict[str, Any], tmp_path: Path
+    change: dict[str, Any], message: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     # A model without weights: a path that leads nowhere is told of before all else.
     shutil.copyfile(Path(settings["model"]) / "config.json", tmp_path / "config.json")
     settings = {**settings, "model": str(tmp_path)}
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         lighten.train(**{**settings, **change})

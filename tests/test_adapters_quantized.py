@@ -18,7 +18,7 @@ from lighten.adapters import AdapterSpec, Cohort, Share, attach, files
 from lighten.adapters.frozen import dense_copy, is_quantized, out_in_features, product, weight_of
 from lighten.engine.checkpointing import checkpoint_layers
 from lighten.models.quantized import Storage, finish
-from tests.test_adapters import CLOSE, IDS, apart, loss_of, spec
+from tests.test_adapters import CLOSE, IDS, loss_of, relative_difference, spec
 from tests.test_train_step import UNEVEN, one_step
 from tests.tiny import ARCHITECTURES, save_tiny, tiny_model
 
@@ -51,20 +51,20 @@ def dense_twin(model: PreTrainedModel, arch: str) -> PreTrainedModel:
     for path, layer in model.named_modules():
         if is_quantized(layer):
             plain: Any = twin.get_submodule(path)
-            found = by_hand(layer.weight)
-            plain.weight.data = found.T if isinstance(plain, Conv1D) else found
+            weight = by_hand(layer.weight)
+            plain.weight.data = weight.T if isinstance(plain, Conv1D) else weight
     return twin
 
 
 def in_peft(model: PreTrainedModel, cohort: Cohort, name: str) -> nn.Module:
     config = files.peft_config(cohort, name)
     keys = ("r", "lora_alpha", "target_modules", "fan_in_fan_out", "task_type")
-    made = get_peft_model(model, LoraConfig(**{key: config[key] for key in keys}))
-    own = dict(made.named_parameters())
+    peft_model = get_peft_model(model, LoraConfig(**{key: config[key] for key in keys}))
+    peft_parameters = dict(peft_model.named_parameters())
     with torch.no_grad():
         for key, value in cohort.parameters(name).items():
-            own[key.replace(".weight", ".default.weight")].copy_(value)
-    return made.eval()
+            peft_parameters[key.replace(".weight", ".default.weight")].copy_(value)
+    return peft_model.eval()
 
 
 def assert_like_peft(cohort: Cohort, theirs: dict[str, nn.Module]) -> None:
@@ -80,16 +80,16 @@ def assert_like_peft(cohort: Cohort, theirs: dict[str, nn.Module]) -> None:
         torch.stack(losses).sum().backward()
     for share, ours in zip(shares, losses, strict=True):
         model = theirs[str(share.adapter)]
-        wanted_loss = loss_of(model, IDS[share.start : share.stop])
-        wanted_loss.backward()
-        assert apart(ours, wanted_loss) < CLOSE
-        wanted = {k.replace(".default", ""): p.grad for k, p in model.named_parameters()
+        peft_loss = loss_of(model, IDS[share.start : share.stop])
+        peft_loss.backward()
+        assert relative_difference(ours, peft_loss) < CLOSE
+        expected_gradients = {k.replace(".default", ""): p.grad for k, p in model.named_parameters()
                   if "lora_" in k}  # fmt: skip
-        found = cohort.parameters(str(share.adapter))
-        assert set(found) == set(wanted)
-        for key, parameter in found.items():
+        parameters = cohort.parameters(str(share.adapter))
+        assert set(parameters) == set(expected_gradients)
+        for key, parameter in parameters.items():
             assert parameter.grad is not None
-            assert apart(parameter.grad, wanted[key]) < CLOSE, key
+            assert relative_difference(parameter.grad, expected_gradients[key]) < CLOSE, key
 
 
 @pytest.mark.parametrize("storage", [Storage("nf4", double=True), Storage("int8")], ids=str)
@@ -115,13 +115,15 @@ def test_every_architecture_learns_on_quantised_layers_as_on_their_dense_twin(
     assert all(torch.equal(cohort.linears[p].weight, packed[p]) for p in packed)
 
 
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_four_bits_equal_peft_on_the_same_bitsandbytes_layers(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_four_bits_equal_peft_on_the_same_bitsandbytes_layers(
+    quant_type: str, tmp_path: Path
+) -> None:
     # Rows of whole blocks: elsewhere bitsandbytes itself is wrong on a processor.
     sizes = {"hidden_size": 64, "intermediate_size": 128}
     tiny_model("llama", **sizes).save_pretrained(tmp_path)
     config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=torch.float32
+        load_in_4bit=True, bnb_4bit_quant_type=quant_type, bnb_4bit_compute_dtype=torch.float32
     )
 
     def load() -> PreTrainedModel:
@@ -155,7 +157,7 @@ def test_odd_sizes_are_dequantised_right(shape: tuple[int, int], storage: Storag
     layer = model.get_submodule("model.odd")
     assert out_in_features(layer) == out_in_features(plain) == shape
     weight = weight_of(layer)
-    assert apart(weight, by_hand(layer.weight)) < 1e-6
+    assert relative_difference(weight, by_hand(layer.weight)) < 1e-6
     # Half a step of the widest gap between two values, times the largest value of a block.
     widest = {"nf4": 0.16, "fp4": 0.18, "int8": 0.5 / 127 + 1e-3}[storage.kind]
     allowed = widest + (0.02 if storage.double else 0.0)
@@ -176,17 +178,17 @@ def test_no_dense_weight_waits_for_the_backward_pass(storage: Storage) -> None:
     model = quantised("llama", storage)
     cohort = attach(model, [spec(target_modules=("q_proj",))])
     head = model.get_output_embeddings().weight.untyped_storage().data_ptr()
-    kept: list[torch.Size] = []
+    saved_shapes: list[torch.Size] = []
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.untyped_storage().data_ptr() != head:
-            kept.append(tensor.shape)
+            saved_shapes.append(tensor.shape)
         return tensor
 
     with cohort.using("default"), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
         loss_of(model, IDS)
     shapes = {torch.Size(out_in_features(m)) for m in model.modules() if is_quantized(m)}
-    assert not {s for shape in shapes for s in (shape, shape[::-1])} & set(kept)
+    assert not {s for shape in shapes for s in (shape, shape[::-1])} & set(saved_shapes)
 
 
 def base_only_is_the_base(cohort: Cohort) -> torch.Tensor:
@@ -202,7 +204,7 @@ def test_the_base_alone_and_its_rows_in_a_cohort_see_the_same_numbers(storage: S
     assert torch.equal(base_only_is_the_base(cohort), plain)
     with torch.no_grad(), cohort.sharing([Share("a", 0, 2), Share(None, 2, 4)]):
         mixed = cohort.model(input_ids=IDS).logits
-    assert apart(mixed[2:], plain[2:]) < CLOSE
+    assert relative_difference(mixed[2:], plain[2:]) < CLOSE
     assert torch.equal(cohort.detach()(input_ids=IDS).logits, plain)
 
 
@@ -224,25 +226,27 @@ def test_trap30_merging_gives_a_dense_model_of_the_dequantised_weights(
     with torch.no_grad(), cohort.using("default"):
         tuned = cohort.model(input_ids=IDS).logits
         on_the_twin = theirs(input_ids=IDS).logits
-    assert apart(tuned, on_the_twin) < CLOSE
+    assert relative_difference(tuned, on_the_twin) < CLOSE
     merged = cohort.fuse("default")
     # Not one layer stays in 4 bits unsaid, adapted or not, and what was done is written down.
     assert not any(is_quantized(module) for module in merged.modules())
     assert {p.dtype for p in merged.parameters()} == {torch.float32}
-    said = f"{storage} weights dequantised to float32"
-    assert merged.config.merged_base == said
-    assert said in caplog.text
+    merged_base = f"{storage} weights dequantised to float32"
+    assert merged.config.merged_base == merged_base
+    assert merged_base in caplog.text
     with torch.no_grad():
-        assert apart(merged(input_ids=IDS).logits, tuned) < 1e-4
+        assert relative_difference(merged(input_ids=IDS).logits, tuned) < 1e-4
     merged.save_pretrained(tmp_path / "merged")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     assert not hasattr(again.config, "quantization_config")
-    assert again.config.merged_base == said
+    assert again.config.merged_base == merged_base
     with torch.no_grad():
         assert torch.equal(again(input_ids=IDS).logits, merged(input_ids=IDS).logits)
         # The dense original is not what the adapter learned on: the difference is seen.
-        apart_from_original = apart(tiny_model(arch)(input_ids=IDS).logits, tuned)
-    assert apart_from_original > 1e-2
+        difference_from_original = relative_difference(
+            tiny_model(arch)(input_ids=IDS).logits, tuned
+        )
+    assert difference_from_original > 1e-2
 
 
 def test_merging_in_bfloat16_rounds_once_to_the_format_of_the_products() -> None:
@@ -261,31 +265,35 @@ def test_merging_in_bfloat16_rounds_once_to_the_format_of_the_products() -> None
 def test_modules_to_save_in_a_quantised_base_are_trained_dense(arch: str, storage: Storage) -> None:
     model = quantised(arch, storage)
     before = model(input_ids=IDS).logits.detach()
-    whole = "c_fc" if arch == "gpt2" else "up_proj"
-    cohort = attach(model, [spec(modules_to_save=(whole,), target_modules=("c_attn", "q_proj"))])
-    shown = {k: v for k, v in cohort.parameters("default").items() if whole in k}
-    assert {v.dtype for v in shown.values()} == {torch.float32}
+    saved_module = "c_fc" if arch == "gpt2" else "up_proj"
+    cohort = attach(
+        model, [spec(modules_to_save=(saved_module,), target_modules=("c_attn", "q_proj"))]
+    )
+    saved_parameters = {k: v for k, v in cohort.parameters("default").items() if saved_module in k}
+    assert {v.dtype for v in saved_parameters.values()} == {torch.float32}
     like = dict(tiny_model(arch).named_parameters())
-    for key, value in shown.items():  # the shape that the dense architecture has
+    for key, value in saved_parameters.items():  # the shape that the dense architecture has
         assert value.shape == like[key.removeprefix("base_model.model.")].shape
     with cohort.using("default"):
         loss_of(model, IDS).backward()
         tuned = model(input_ids=IDS).logits.detach()
-    assert all(v.grad is not None and float(v.grad.abs().sum()) > 0 for v in shown.values())
-    assert apart(base_only_is_the_base(cohort), before) == 0
+    assert all(
+        v.grad is not None and float(v.grad.abs().sum()) > 0 for v in saved_parameters.values()
+    )
+    assert relative_difference(base_only_is_the_base(cohort), before) == 0
     with torch.no_grad():
-        assert apart(cohort.fuse("default")(input_ids=IDS).logits, tuned) < 1e-4
+        assert relative_difference(cohort.fuse("default")(input_ids=IDS).logits, tuned) < 1e-4
 
 
 def test_a_dense_copy_leaves_the_quantised_layer_alone() -> None:
     model = quantised("llama", Storage("nf4"))
     block: Any = model.get_submodule("model.layers.0.mlp")
-    made: Any = dense_copy(block)
-    assert type(made.up_proj) is nn.Linear
+    dense: Any = dense_copy(block)
+    assert type(dense.up_proj) is nn.Linear
     assert is_quantized(block.up_proj)
-    assert torch.equal(made.up_proj.weight, weight_of(block.up_proj))
+    assert torch.equal(dense.up_proj.weight, weight_of(block.up_proj))
     x = torch.randn(3, 32)
-    assert torch.allclose(made(x), block(x), atol=1e-6)
+    assert torch.allclose(dense(x), block(x), atol=1e-6)
 
 
 def test_a_saved_adapter_of_a_quantised_gpt2_names_its_orientation() -> None:

@@ -26,9 +26,9 @@ from tests.tiny import VOCAB, tiny_model
 IDS = torch.randint(3, VOCAB, (4, 11), generator=torch.Generator().manual_seed(0))
 
 
-def save(folder: Path, arch: str = "llama", **own: Any) -> Path:
+def save(folder: Path, arch: str = "llama", **options: Any) -> Path:
     """A saved adapter whose update is not zero, its singular values far apart."""
-    settings = {"r": 8, "alpha": 12.0, "init_lora_weights": False, **own}
+    settings = {"r": 8, "alpha": 12.0, "init_lora_weights": False, **options}
     cohort = attach(tiny_model(arch), [AdapterSpec("default", **settings)])
     folder.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
@@ -68,24 +68,26 @@ def test_the_decomposition_is_that_of_the_whole_product(
     B = torch.randn(outputs, rank, generator=generator, dtype=dtype)
     A = torch.randn(rank, inputs, generator=generator, dtype=dtype)
     product = B.double() @ A.double()
-    found = spectrum.svd_of_product(B, A)
-    wanted = torch.linalg.svdvals(product)[: len(found.values)]
-    torch.testing.assert_close(found.values, wanted, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(found.U * found.values @ found.Vh, product, rtol=1e-12, atol=1e-11)
-    eye = torch.eye(len(found.values), dtype=torch.float64)
-    torch.testing.assert_close(found.U.T @ found.U, eye, rtol=0, atol=1e-12)
-    torch.testing.assert_close(found.Vh @ found.Vh.T, eye, rtol=0, atol=1e-12)
+    svd = spectrum.svd_of_product(B, A)
+    singular_values = torch.linalg.svdvals(product)[: len(svd.values)]
+    torch.testing.assert_close(svd.values, singular_values, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(svd.U * svd.values @ svd.Vh, product, rtol=1e-12, atol=1e-11)
+    eye = torch.eye(len(svd.values), dtype=torch.float64)
+    torch.testing.assert_close(svd.U.T @ svd.U, eye, rtol=0, atol=1e-12)
+    torch.testing.assert_close(svd.Vh @ svd.Vh.T, eye, rtol=0, atol=1e-12)
 
 
 def test_no_large_matrix_is_formed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A product of 20 000 x 20 000 would take 3.2 GB; the factors take 0.6 MB."""
     sizes = []
-    own = torch.linalg.svd
+    real_svd = torch.linalg.svd
     monkeypatch.setattr(
-        torch.linalg, "svd", lambda core, **how: sizes.append(core.shape) or own(core, **how)
+        torch.linalg,
+        "svd",
+        lambda core, **options: sizes.append(core.shape) or real_svd(core, **options),
     )
-    found = spectrum.svd_of_product(torch.randn(20_000, 4), torch.randn(4, 20_000))
-    assert found.U.shape == (20_000, 4)
+    svd = spectrum.svd_of_product(torch.randn(20_000, 4), torch.randn(4, 20_000))
+    assert svd.U.shape == (20_000, 4)
     assert sizes == [(4, 4)]
 
 
@@ -96,10 +98,10 @@ def test_a_lower_rank_is_the_best_one_in_peft(arch: str, rslora: bool, tmp_path:
     adapter = spectrum.read(source)
     cut = resize.at_rank(adapter, 3)
     before, after = deltas(source, arch), deltas(write(adapter, 3, tmp_path / "cut"), arch)
-    assert before.keys() == after.keys() == {own.path for own in cut.cuts}
+    assert before.keys() == after.keys() == {layer.path for layer in cut.cuts}
     lost = energy = 0.0
-    for path, whole in before.items():
-        U, values, Vh = torch.linalg.svd(whole.double(), full_matrices=False)
+    for path, delta in before.items():
+        U, values, Vh = torch.linalg.svd(delta.double(), full_matrices=False)
         best = U[:, :3] * values[:3] @ Vh[:3]
         torch.testing.assert_close(after[path].double(), best, rtol=1e-4, atol=1e-6)
         lost += float(values[3:].square().sum())
@@ -112,11 +114,13 @@ def test_a_lower_rank_is_the_best_one_in_peft(arch: str, rslora: bool, tmp_path:
 def test_a_rank_that_cuts_nothing_changes_nothing(tmp_path: Path) -> None:
     source = save(tmp_path / "full", modules_to_save=("lm_head",))
     adapter = spectrum.read(source)
-    same = resize.at_rank(adapter, 8)
-    assert (same.error, same.energy_kept, same.facts()["layers_cut"]) == (0.0, 1.0, 0)
+    cut = resize.at_rank(adapter, 8)
+    assert (cut.error, cut.energy_kept, cut.facts()["layers_cut"]) == (0.0, 1.0, 0)
     again = write(adapter, 64, tmp_path / "again")
     weights = files.read_weights(again)
-    assert all(torch.equal(weights[key], own) for key, own in files.read_weights(source).items())
+    assert all(
+        torch.equal(weights[key], value) for key, value in files.read_weights(source).items()
+    )
     models = [PeftModel.from_pretrained(tiny_model("llama"), str(f)) for f in (source, again)]
     with torch.no_grad():
         assert torch.equal(*(model.eval()(input_ids=IDS).logits for model in models))
@@ -137,11 +141,11 @@ def test_all_the_energy_costs_only_rounding(tmp_path: Path) -> None:
     cut = resize.at_rank(adapter, 2)
     assert 0.0 < cut.error < 1e-6
     folder = write(adapter, 2, tmp_path / "cut")
-    wanted, found = (
+    expected, logits = (
         PeftModel.from_pretrained(tiny_model("llama"), str(f)).eval()(input_ids=IDS).logits
         for f in (source, folder)
     )
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -163,16 +167,16 @@ def test_patterns_and_whole_modules_are_kept(rslora: bool, tmp_path: Path) -> No
         assert torch.equal(cut.others[key], value)
     assert adapter.others
     before, after = deltas(source), deltas(folder)
-    for path, whole in before.items():
-        values = torch.linalg.svdvals(whole.double())
-        gone = float((whole - after[path]).double().norm())
-        assert gone == pytest.approx(float(values[4:].norm()), rel=1e-3, abs=1e-5), path
+    for path, delta in before.items():
+        values = torch.linalg.svdvals(delta.double())
+        lost = float((delta - after[path]).double().norm())
+        assert lost == pytest.approx(float(values[4:].norm()), rel=1e-3, abs=1e-5), path
     # lighten's own layers read the patterns as PEFT does.
     ours = load_adapters(tiny_model("llama"), {"default": folder})
     theirs = PeftModel.from_pretrained(tiny_model("llama"), str(folder)).eval()
     with torch.no_grad(), ours.using("default"):
-        found = ours.model(input_ids=IDS).logits
-    torch.testing.assert_close(found, theirs(input_ids=IDS).logits, rtol=1e-4, atol=1e-5)
+        logits = ours.model(input_ids=IDS).logits
+    torch.testing.assert_close(logits, theirs(input_ids=IDS).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_an_adapter_that_peft_saved_with_an_embedding_is_cut_too(tmp_path: Path) -> None:
@@ -182,10 +186,10 @@ def test_an_adapter_that_peft_saved_with_an_embedding_is_cut_too(tmp_path: Path)
     adapter = spectrum.read(tmp_path / "full")
     assert any("embed_tokens" in layer.path for layer in adapter.layers)
     before, after = deltas(tmp_path / "full"), deltas(write(adapter, 2, tmp_path / "cut"))
-    for path, whole in before.items():
-        values = torch.linalg.svdvals(whole.double())
-        gone = float((whole - after[path]).double().norm())
-        assert gone == pytest.approx(float(values[2:].norm()), rel=1e-4), path
+    for path, delta in before.items():
+        values = torch.linalg.svdvals(delta.double())
+        lost = float((delta - after[path]).double().norm())
+        assert lost == pytest.approx(float(values[2:].norm()), rel=1e-4), path
 
 
 def test_rank_used_is_the_literature_s(tmp_path: Path) -> None:
@@ -236,25 +240,25 @@ def test_the_verbs_on_a_run_and_on_a_folder(
     tmp_path: Path, tiny_folder: Path, chat_file: Path
 ) -> None:
     run = a_run(tmp_path / "one", tiny_folder, chat_file, ("default",))
-    folder, done = api.resize_adapter(run, 2)
+    folder, resized = api.resize_adapter(run, 2)
     assert folder == run.folder / "exports" / "default-r2"
     assert "# The card\n\nResized by lighten from rank 8 to 2" in (folder / "README.md").read_text()
-    assert done.facts()["r"] == 2
+    assert resized.facts()["r"] == 2
     assert list(Run(run.folder).adapters()) == ["default"]
     by_folder, _ = api.resize_adapter(run.folder / "adapters" / "default", 2)
     assert by_folder == run.folder / "adapters" / "default-r2"
     assert (by_folder / files.CONFIG).read_bytes() == (folder / files.CONFIG).read_bytes()
 
-    said = call("adapter", "resize", "one", "--rank", "2", "--output_dir", "mine", cwd=tmp_path)
-    assert said.returncode == 0, said.stderr
-    assert "of the update's squared norm" in said.stdout
+    result = call("adapter", "resize", "one", "--rank", "2", "--output_dir", "mine", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "of the update's squared norm" in result.stdout
     # Headers differ in the mark that says whose the folder is, and in the order of its entries.
-    mine, theirs = (load_file(own / files.WEIGHTS) for own in (tmp_path / "mine", folder))
+    mine, theirs = (load_file(path / files.WEIGHTS) for path in (tmp_path / "mine", folder))
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[key], theirs[key]) for key in mine)
-    shown = json.loads(call("adapter", "info", "mine", "--json", cwd=tmp_path).stdout)
-    assert (shown["r"], shown["largest_rank"], len(shown["layers"])) == (2, 2, 14)
-    assert shown["parameters"] == done.parameters
+    info = json.loads(call("adapter", "info", "mine", "--json", cwd=tmp_path).stdout)
+    assert (info["r"], info["largest_rank"], len(info["layers"])) == (2, 2, 14)
+    assert info["parameters"] == resized.parameters
     table = call("adapter", "info", "one", "--layers", cwd=tmp_path).stdout
     assert "for 90 %" in table
     assert "layers.1.mlp.down_proj" in table
@@ -267,12 +271,12 @@ def test_mistakes_with_runs_are_said(tmp_path: Path, tiny_folder: Path, chat_fil
     with pytest.raises(UserError, match="has no adapter 'c'; it has a, b"):
         api.adapter_info(run, adapter="c")
     assert api.adapter_info(run, adapter="b")["r"] == 8
-    own = run.folder / "adapters" / "a"
+    adapter_folder = run.folder / "adapters" / "a"
     with pytest.raises(UserError, match="is the adapter itself"):
-        api.resize_adapter(own, 2, output_dir=own)
+        api.resize_adapter(adapter_folder, 2, output_dir=adapter_folder)
     with pytest.raises(UserError, match="did not write"):
-        api.resize_adapter(own, 2, output_dir=tmp_path)
-    assert (own / files.WEIGHTS).is_file()
+        api.resize_adapter(adapter_folder, 2, output_dir=tmp_path)
+    assert (adapter_folder / files.WEIGHTS).is_file()
 
 
 def test_a_folder_is_written_whole_or_not_at_all(

@@ -20,7 +20,16 @@ from lighten.engine.loss import Objective
 from lighten.errors import UserError
 from lighten.models import attention
 from lighten.recipe import Recipe, RecipeError
-from tests.test_adapters_peft import CLOSE, IDS, apart, in_peft, logits_of, lora_spec, save, stir
+from tests.test_adapters_peft import (
+    CLOSE,
+    IDS,
+    in_peft,
+    logits_of,
+    lora_spec,
+    relative_difference,
+    save,
+    stir,
+)
 from tests.test_train_step import UNEVEN, assert_close, full_batch, gradients, one_step
 from tests.tiny import ARCHITECTURES, VOCAB, tiny_model
 
@@ -36,18 +45,20 @@ def test_dora_pissa_and_olora_on_every_architecture(
 ) -> None:
     plain = tiny_model(arch)(input_ids=IDS).logits
     cohort = attach(tiny_model(arch), [lora_spec(**start)])
-    assert apart(logits_of(cohort, "a"), plain) < CLOSE
+    assert relative_difference(logits_of(cohort, "a"), plain) < CLOSE
     assert torch.equal(logits_of(cohort, None), plain)
     stir(cohort)
     tuned = logits_of(cohort, "a")
-    assert apart(tuned, plain) > 1e-3
+    assert relative_difference(tuned, plain) > 1e-3
 
     # On the untouched base, in PEFT and here.
     folder = save(cohort, tmp_path / "a")
-    assert apart(in_peft(folder, tiny_model(arch))(input_ids=IDS).logits, tuned) < CLOSE
+    assert (
+        relative_difference(in_peft(folder, tiny_model(arch))(input_ids=IDS).logits, tuned) < CLOSE
+    )
     again = load(tiny_model(arch), {"a": folder})
     assert isinstance(again, PeftBacked) == ("use_dora" in start)
-    assert apart(logits_of(again, "a"), tuned) < CLOSE
+    assert relative_difference(logits_of(again, "a"), tuned) < CLOSE
 
     # A live adapter takes the saved state back whole.
     fresh = attach(tiny_model(arch), [lora_spec(**start, seed=9)])
@@ -57,7 +68,7 @@ def test_dora_pissa_and_olora_on_every_architecture(
         assert torch.equal(parameter, fresh.parameters("a")[key]), key
 
     # Trap 31: merged equals unmerged.
-    assert apart(cohort.fuse("a")(input_ids=IDS).logits, tuned) < 1e-4
+    assert relative_difference(cohort.fuse("a")(input_ids=IDS).logits, tuned) < 1e-4
     assert set(cohort.model.state_dict()) == set(tiny_model(arch).state_dict())
 
 
@@ -73,7 +84,7 @@ def test_loss_and_gradients_equal_plain_peft(arch: str, start: dict[str, Any]) -
         if "use_dora" not in start:
             config.init_lora_weights = start["init_lora_weights"]  # type: ignore[attr-defined]
         theirs = get_peft_model(tiny_model(arch), config).eval()
-    own = {k: p for k, p in theirs.named_parameters() if p.requires_grad}
+    peft_parameters = {k: p for k, p in theirs.named_parameters() if p.requires_grad}
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for key, parameter in cohort.parameters("a").items():
@@ -81,34 +92,34 @@ def test_loss_and_gradients_equal_plain_peft(arch: str, start: dict[str, Any]) -
             if place == key:
                 place = key.replace(".weight", ".default.weight")
             if "use_dora" not in start:
-                assert apart(parameter, own[place]) < CLOSE
+                assert relative_difference(parameter, peft_parameters[place]) < CLOSE
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-            own[place].copy_(parameter)
+            peft_parameters[place].copy_(parameter)
     with cohort.using("a"):
         ours_logits = cohort.model(input_ids=IDS).logits
     losses = [
-        F.cross_entropy(found[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
-        for found in (ours_logits, theirs(input_ids=IDS).logits)
+        F.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
+        for logits in (ours_logits, theirs(input_ids=IDS).logits)
     ]
-    assert apart(*losses) < CLOSE
+    assert relative_difference(*losses) < CLOSE
     for loss in losses:
         loss.backward()
-    found = {key: p.grad for key, p in cohort.parameters("a").items()}
-    for (key, ours), theirs_p in zip(found.items(), own.values(), strict=True):
+    our_gradients = {key: p.grad for key, p in cohort.parameters("a").items()}
+    for (key, ours), theirs_p in zip(our_gradients.items(), peft_parameters.values(), strict=True):
         assert ours is not None
         assert theirs_p.grad is not None
-        assert apart(ours, theirs_p.grad) < 2 * CLOSE, key
+        assert relative_difference(ours, theirs_p.grad) < 2 * CLOSE, key
 
 
 @pytest.mark.parametrize(("rslora", "scale"), [(False, 1.5), (True, 3.0)])
 def test_trap24_a_converted_start_keeps_its_scale_and_patterns(
     rslora: bool, scale: float, tmp_path: Path
 ) -> None:
-    own = lora_spec(
+    adapter_spec = lora_spec(
         init_lora_weights="pissa", use_rslora=rslora,
         rank_pattern={"q_proj": 2}, alpha_pattern={"k_proj": 3.0},
     )  # fmt: skip
-    cohort = attach(tiny_model("llama"), [own])
+    cohort = attach(tiny_model("llama"), [adapter_spec])
     stir(cohort)
     saved = json.loads((save(cohort, tmp_path / "a") / "adapter_config.json").read_text())
     assert (saved["r"], saved["rank_pattern"]) == (8, {"q_proj": 4})
@@ -117,7 +128,7 @@ def test_trap24_a_converted_start_keeps_its_scale_and_patterns(
     )
     assert layer.scaling["default"] == pytest.approx(scale)  # type: ignore[index]
     again = load(tiny_model("llama"), {"a": tmp_path / "a"})
-    assert apart(logits_of(again, "a"), logits_of(cohort, "a")) < CLOSE
+    assert relative_difference(logits_of(again, "a"), logits_of(cohort, "a")) < CLOSE
 
 
 def test_trap27_a_converted_adapter_does_not_fit_another_model(tmp_path: Path) -> None:
@@ -163,13 +174,15 @@ def test_packed_rows_and_recomputed_layers_learn_as_padded_ones(start: dict[str,
 
 
 def test_dropout_is_drawn_from_the_rows_and_off_when_measured() -> None:
-    own = lora_spec(use_dora=True, dropout=0.5)
-    first, second = (one_step(attach(tiny_model("llama"), [own]), UNEVEN, 3)[1] for _ in range(2))
+    adapter_spec = lora_spec(use_dora=True, dropout=0.5)
+    first, second = (
+        one_step(attach(tiny_model("llama"), [adapter_spec]), UNEVEN, 3)[1] for _ in range(2)
+    )
     assert_close(gradients(first["a"]), gradients(second["a"]), 1e-9)
     without = one_step(attach(tiny_model("llama"), [lora_spec(use_dora=True)]), UNEVEN, 3)[1]
     key = next(key for key in gradients(without["a"]) if "lora_B" in key)
-    assert apart(gradients(first["a"])[key], gradients(without["a"])[key]) > 0.01
-    cohort = attach(tiny_model("llama"), [own])
+    assert relative_difference(gradients(first["a"])[key], gradients(without["a"])[key]) > 0.01
+    cohort = attach(tiny_model("llama"), [adapter_spec])
     stir(cohort)
     before = torch.random.get_rng_state()
     assert torch.equal(logits_of(cohort, "a"), logits_of(cohort, "a"))
@@ -178,23 +191,25 @@ def test_dropout_is_drawn_from_the_rows_and_off_when_measured() -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("whole", [True, False])
-def test_trap8_and_trap29_a_head_inside_peft_learns_and_merges(tied: bool, whole: bool) -> None:
-    own = (
+@pytest.mark.parametrize("saved_whole", [True, False])
+def test_trap8_and_trap29_a_head_inside_peft_learns_and_merges(
+    tied: bool, saved_whole: bool
+) -> None:
+    adapter_spec = (
         lora_spec(use_dora=True, modules_to_save=("lm_head",))
-        if whole
+        if saved_whole
         else lora_spec(use_dora=True, target_modules=("q_proj", "lm_head"))
     )
-    cohort = attach(tiny_model("llama", tie_word_embeddings=tied), [own])
+    cohort = attach(tiny_model("llama", tie_word_embeddings=tied), [adapter_spec])
     stir(cohort)
     assert not cohort.supports_fast_loss
-    _, wanted = full_batch(cohort, "a", UNEVEN)
+    _, expected = full_batch(cohort, "a", UNEVEN)
     objective = Objective(cohort.model, cohort, fast=cohort.supports_fast_loss)
     members = one_step(cohort, UNEVEN, 2, objective=objective)[1]
-    assert any("lm_head" in key for key in wanted)
-    assert_close(gradients(members["a"]), wanted, 2 * CLOSE)
+    assert any("lm_head" in key for key in expected)
+    assert_close(gradients(members["a"]), expected, 2 * CLOSE)
     tuned = logits_of(cohort, "a")
-    assert apart(cohort.fuse("a")(input_ids=IDS).logits, tuned) < 1e-4
+    assert relative_difference(cohort.fuse("a")(input_ids=IDS).logits, tuned) < 1e-4
     assert cohort.model.config.tie_word_embeddings is False or not tied
 
 
@@ -206,10 +221,10 @@ def test_two_saved_adapters_of_which_one_is_pefts_are_refused(tmp_path: Path) ->
 
 def test_the_recipe_takes_the_inits_that_it_names() -> None:
     for start in ("pissa_niter_16", "olora", "orthogonal", False):
-        made = Recipe.from_values(
+        specs = Recipe.from_values(
             {"model": "x", "dataset": __file__, "init_lora_weights": start}
         ).cohort()
-        assert made[0].init_lora_weights == start
+        assert specs[0].init_lora_weights == start
     with pytest.raises(RecipeError, match="pissa_niter_0"):
         Recipe.from_values(
             {"model": "x", "dataset": __file__, "init_lora_weights": "pissa_niter_0"}
@@ -221,7 +236,9 @@ def test_orthogonal_factors_start_at_nothing_and_are_not_nothing(arch: str) -> N
     spec = AdapterSpec("a", r=4, init_lora_weights="orthogonal")
     cohort = attach(tiny_model(arch), [spec])
     assert not isinstance(cohort, PeftBacked)
-    assert apart(logits_of(cohort, "a"), tiny_model(arch)(input_ids=IDS).logits) < CLOSE
+    assert (
+        relative_difference(logits_of(cohort, "a"), tiny_model(arch)(input_ids=IDS).logits) < CLOSE
+    )
     for layer in cohort.linears.values():
         A, B = layer.lora_A["a"], layer.lora_B["a"]
         assert float((B @ A).abs().max()) < 1e-7 < float(A.abs().max())
@@ -237,8 +254,8 @@ def test_saving_keeps_whole_modules_and_new_tokens(tmp_path: Path) -> None:
         model.resize_token_embeddings(VOCAB + 2, mean_resizing=False)
         return model
 
-    own = lora_spec(use_dora=True, modules_to_save=("embed_tokens", "lm_head"))
-    cohort = attach(grown(), [own])
+    adapter_spec = lora_spec(use_dora=True, modules_to_save=("embed_tokens", "lm_head"))
+    cohort = attach(grown(), [adapter_spec])
     stir(cohort)
     folder = save(cohort, tmp_path / "a")
     again = load(tiny_model("llama"), {"a": folder})

@@ -20,7 +20,7 @@ from lighten.adapters import AdapterSpec, WholeBase, attach, files
 from lighten.adapters.decoder import decoder_layers
 from lighten.engine.checkpointing import checkpoint_layers
 from lighten.errors import UserError
-from tests.test_adapters_peft import CLOSE, IDS, apart, in_peft, logits_of, save
+from tests.test_adapters_peft import CLOSE, IDS, in_peft, logits_of, relative_difference, save
 from tests.tiny import ARCHITECTURES, tiny_model
 
 ATTENTION = {
@@ -66,7 +66,7 @@ def test_layers_that_nobody_can_name_are_told() -> None:
 def test_groups_of_targets_are_the_linear_layers_of_their_blocks(arch: str, tmp_path: Path) -> None:
     usual = {f"self_attn.{n}" for n in ("q_proj", "k_proj", "v_proj", "o_proj")}
     gated = {f"mlp.{n}" for n in ("gate_proj", "up_proj", "down_proj")}
-    for group, wanted in (
+    for group, expected in (
         ("attention", ATTENTION.get(arch, usual)), ("mlp", MLP.get(arch, gated)),
     ):  # fmt: skip
         if (arch, group) == ("mixtral", "mlp"):
@@ -77,15 +77,15 @@ def test_groups_of_targets_are_the_linear_layers_of_their_blocks(arch: str, tmp_
             spec = AdapterSpec("a", target_modules=targets, init_lora_weights=False)
             cohort = attach(tiny_model(arch), [spec])
             ends = {
-                next((w for w in sorted(wanted) if path.endswith(f".{w}")), path)
+                next((w for w in sorted(expected) if path.endswith(f".{w}")), path)
                 for path in cohort.linears
             }
-            assert ends == wanted | ({"lm_head"} if "lm_head" in targets else set())
-            assert len([p for p in cohort.linears if p != "lm_head"]) == 2 * len(wanted)
+            assert ends == expected | ({"lm_head"} if "lm_head" in targets else set())
+            assert len([p for p in cohort.linears if p != "lm_head"]) == 2 * len(expected)
         folder = save(cohort, tmp_path / group)
         saved = json.loads((folder / files.CONFIG).read_text())["target_modules"]
         assert not {"attention", "mlp"} & set(saved)
-        assert apart(in_peft(folder, tiny_model(arch))(input_ids=IDS).logits,
+        assert relative_difference(in_peft(folder, tiny_model(arch))(input_ids=IDS).logits,
                      logits_of(cohort, "a")) < CLOSE  # fmt: skip
 
 

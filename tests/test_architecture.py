@@ -241,23 +241,25 @@ def room(module: str) -> str:
 
 def imports(path: Path) -> set[str]:
     """Rooms of the project that a file imports, inside functions too."""
-    found: set[str] = set()
+    imported_rooms: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {room(alias.name) for alias in node.names if alias.name.startswith("lighten.")}
+            imported_rooms |= {
+                room(alias.name) for alias in node.names if alias.name.startswith("lighten.")
+            }
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "lighten":
             module = str(node.module)
             if module == "lighten":
-                found |= {alias.name for alias in node.names}
+                imported_rooms |= {alias.name for alias in node.names}
             else:
-                found.add(room(module))
-    return found
+                imported_rooms.add(room(module))
+    return imported_rooms
 
 
 @pytest.mark.parametrize("module", sorted(set(MODULES) - {"lighten"}))
 def test_a_room_imports_only_what_it_may(module: str) -> None:
-    own = room(module)
-    allowed = ALLOWED[own] | {own, "errors", "wording"}
+    own_room = room(module)
+    allowed = ALLOWED[own_room] | {own_room, "errors", "wording"}
     assert imports(MODULES[module]) <= allowed
 
 

@@ -35,7 +35,7 @@ SOME = {
 
 
 def chosen(rows: list[techniques.Technique]) -> list[techniques.Technique]:
-    return [own for own in rows if own.name in SOME[own.group]]
+    return [technique for technique in rows if technique.name in SOME[technique.group]]
 
 
 @pytest.fixture(scope="module")
@@ -50,35 +50,35 @@ def forks() -> Any:
 
 
 @pytest.fixture(scope="module")
-def done(
+def finished_audit(
     forks: Any, tiny_folder: Path, chat_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Audit:
     """A small audit: of every kind of row there are some."""
     every = techniques.techniques
     forks.setattr(techniques, "techniques", lambda *how: chosen(every(*how)))
     folder = tmp_path_factory.mktemp("audit") / "whole"
-    found = lighten.audit(
+    finished = lighten.audit(
         str(tiny_folder), data=str(chat_file), budget="2h", output_dir=folder, **SMALL
     )
     forks.setattr(techniques, "techniques", every)
-    return found
+    return finished
 
 
-def test_every_row_is_measured_or_explained(done: Audit) -> None:
-    rows = done.to_dict()["rows"]
+def test_every_row_is_measured_or_explained(finished_audit: Audit) -> None:
+    rows = finished_audit.to_dict()["rows"]
     for row in rows:
         assert row["status"] == "measured", (row["name"], row.get("why"))
     assert {row["group"]: 0 for row in rows} == dict.fromkeys(SOME, 0)
     assert [(row["group"], row["name"]) for row in rows] == [
         (group, name) for group, names in SOME.items() for name in names
     ]  # in the order of the page, whatever was measured first
-    stored = json.loads((done.folder / "audit.json").read_text())
+    stored = json.loads((finished_audit.folder / "audit.json").read_text())
     assert stored["status"] == "finished"
     assert stored["rows"] == json.loads(json.dumps(rows))
 
 
-def test_trainings_take_the_same_tokens_and_learn(done: Audit) -> None:
-    trained = [row for row in done.rows if row["group"] == "training" if row["processes"]]
+def test_trainings_take_the_same_tokens_and_learn(finished_audit: Audit) -> None:
+    trained = [row for row in finished_audit.rows if row["group"] == "training" if row["processes"]]
     first = trained[0]["processes"][0]
     for row in trained:
         (process,) = row["processes"]
@@ -89,39 +89,43 @@ def test_trainings_take_the_same_tokens_and_learn(done: Audit) -> None:
     assert shipped["LoRA"] < shipped["plain"] / 2
 
 
-def test_what_a_row_lost_is_paired_over_the_examples(done: Audit) -> None:
+def test_what_a_row_lost_is_paired_over_the_examples(finished_audit: Audit) -> None:
     """The merged adapter predicts what the one beside the weights does, in the same format."""
-    beside, merged = (done.row("answers", f"LoRA {how}") for how in ("beside", "merged"))
-    ours, theirs = (np.asarray(own["processes"][0]["losses"]) for own in (beside, merged))
+    beside, merged = (finished_audit.row("answers", f"LoRA {how}") for how in ("beside", "merged"))
+    ours, theirs = (np.asarray(row["processes"][0]["losses"]) for row in (beside, merged))
     np.testing.assert_array_equal(ours[:, 1], theirs[:, 1])
     np.testing.assert_allclose(ours[:, 0], theirs[:, 0], rtol=2e-2)
-    plain = np.asarray(done.row("answers", "plain")["processes"][0]["losses"])
+    plain = np.asarray(finished_audit.row("answers", "plain")["processes"][0]["losses"])
     expected = ours[:, 0].sum() / ours[:, 1].sum() - plain[:, 0].sum() / plain[:, 1].sum()
     assert beside["quality"]["difference"] == pytest.approx(expected)
     assert beside["quality"]["low"] <= beside["quality"]["difference"]
 
 
-def test_the_page_and_the_table_show_every_row(done: Audit) -> None:
-    page = (done.folder / "report.html").read_text(encoding="utf-8")
-    for row in done.rows:
+def test_the_page_and_the_table_show_every_row(finished_audit: Audit) -> None:
+    page = (finished_audit.folder / "report.html").read_text(encoding="utf-8")
+    for row in finished_audit.rows:
         assert row["name"] in page
     assert "http" not in page.replace("http-equiv", "").replace("http://www.w3.org", "")
-    tables = audit_table.tables(done.to_dict())
+    tables = audit_table.tables(finished_audit.to_dict())
     assert [columns[0] for columns, _ in tables] == ["training", "long context", "answers"]
-    assert sum(len(rows) for _, rows in tables) == len(done.rows)
+    assert sum(len(rows) for _, rows in tables) == len(finished_audit.rows)
 
 
 def test_a_finished_audit_is_shown_again(
-    done: Audit, tiny_folder: Path, chat_file: Path, monkeypatch: pytest.MonkeyPatch
+    finished_audit: Audit, tiny_folder: Path, chat_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(measuring, "in_child", None)  # nothing is measured
     again = lighten.audit(
-        str(tiny_folder), data=str(chat_file), budget="2h", output_dir=done.folder, **SMALL
+        str(tiny_folder),
+        data=str(chat_file),
+        budget="2h",
+        output_dir=finished_audit.folder,
+        **SMALL,
     )
-    assert again.to_dict()["rows"] == json.loads(json.dumps(done.to_dict()["rows"]))
+    assert again.to_dict()["rows"] == json.loads(json.dumps(finished_audit.to_dict()["rows"]))
     with pytest.raises(UserError, match="was measured with other recipe"):
-        lighten.audit(str(tiny_folder), data=str(chat_file), budget="2h", output_dir=done.folder,
-                      **{**SMALL, "max_length": 32})  # fmt: skip
+        lighten.audit(str(tiny_folder), data=str(chat_file), budget="2h",
+                      output_dir=finished_audit.folder, **{**SMALL, "max_length": 32})  # fmt: skip
 
 
 def _audit(model: str, data: str, folder: str) -> None:
@@ -176,21 +180,25 @@ def test_what_the_budget_leaves_out_is_measured_with_a_larger_one(
     forks: Any, tiny_folder: Path, chat_file: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    few = [own for own in techniques.techniques("cpu", None) if own.name in ("plain", "LoRA")]
+    few = [
+        technique
+        for technique in techniques.techniques("cpu", None)
+        if technique.name in ("plain", "LoRA")
+    ]
     monkeypatch.setattr(techniques, "techniques", lambda *_: few)
     how: dict[str, Any] = {
         "data": str(chat_file), "output_dir": tmp_path / "small", **SMALL, "steps": None,
     }  # fmt: skip
-    found = lighten.audit(str(tiny_folder), budget="1s", **how)
-    assert [row["status"] for row in found.rows] == ["not measured"] * len(few)
-    assert all("budget" in row["why"] for row in found.rows)
-    page = (found.folder / "report.html").read_text(encoding="utf-8")
+    audit = lighten.audit(str(tiny_folder), budget="1s", **how)
+    assert [row["status"] for row in audit.rows] == ["not measured"] * len(few)
+    assert all("budget" in row["why"] for row in audit.rows)
+    page = (audit.folder / "report.html").read_text(encoding="utf-8")
     assert "a larger --budget measures it" in page
     # This time it looks for itself how many steps there is room for: as many as may be.
     monkeypatch.setattr(auditing, "MOST_STEPS", 5)
-    found = lighten.audit(str(tiny_folder), budget="2h", **how)
-    assert found.steps == 5
-    assert [row["status"] for row in found.rows] == ["measured"] * len(few)
+    audit = lighten.audit(str(tiny_folder), budget="2h", **how)
+    assert audit.steps == 5
+    assert [row["status"] for row in audit.rows] == ["measured"] * len(few)
 
 
 def test_what_runs_out_of_memory_stays_in_the_table() -> None:
@@ -216,13 +224,13 @@ def test_ratios_have_intervals_that_hold() -> None:
                          "status": "measured", "processes": processes})  # fmt: skip
         return ratios.summarised(rows)
 
-    held = []
+    covered = []
     for _ in range(200):
         first, second = audit(), audit()
         for ours, theirs in zip(first[1:], second[1:], strict=True):
-            own, other = ours["brought"]["speed"], theirs["brought"]["speed"]
-            held.append(own["low"] <= other["value"] <= own["high"])
-    assert 0.93 <= float(np.mean(held)) <= 0.97
+            speed, other_speed = ours["brought"]["speed"], theirs["brought"]["speed"]
+            covered.append(speed["low"] <= other_speed["value"] <= speed["high"])
+    assert 0.93 <= float(np.mean(covered)) <= 0.97
 
 
 def test_student_is_right() -> None:
@@ -242,6 +250,6 @@ def test_mistakes_are_told(tiny_folder: Path, chat_file: Path, tmp_path: Path) -
     (tmp_path / "full" / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="holds other files"):
         lighten.audit(str(tiny_folder), data=str(chat_file), output_dir=tmp_path / "full")
-    done = call("audit", str(tmp_path / "none"), "--data", str(chat_file))
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
+    result = call("audit", str(tmp_path / "none"), "--data", str(chat_file))
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr

@@ -58,10 +58,10 @@ def test_the_interval_of_a_median_covers_as_often_as_it_says() -> None:
     for count in range(6, 60):
         values = tuple(float(i) for i in range(count))
         low, high = Timing(values, 0, 0.05).interval
-        left = int(low)
-        assert high == count - 1 - left
-        tail = sum(math.comb(count, i) for i in range(left + 1)) / 2**count
-        longer = tail + math.comb(count, left + 1) / 2**count
+        below = int(low)
+        assert high == count - 1 - below
+        tail = sum(math.comb(count, i) for i in range(below + 1)) / 2**count
+        longer = tail + math.comb(count, below + 1) / 2**count
         assert 2 * tail <= 0.05 < 2 * longer
 
 
@@ -69,12 +69,12 @@ def test_trap50_a_known_allocation_is_measured_in_a_child(monkeypatch: pytest.Mo
     """A child's peak is its own, whatever its parent holds; a limit ends it and nothing else."""
     monkeypatch.chdir(Path(__file__).parents[1])
     block = torch.ones(300 * MIB, dtype=torch.uint8)
-    found = in_child("tests.bench_known", {"mib": 400})
+    outcome = in_child("tests.bench_known", {"mib": 400})
     del block
-    assert found.error is None
-    assert found.records[0]["peak_bytes"] == pytest.approx(400 * MIB, rel=0.01)
-    held = found.process_peak_bytes
-    ended = in_child("tests.bench_known", {"mib": 4000}, memory_bytes=held + 200 * MIB)
+    assert outcome.error is None
+    assert outcome.records[0]["peak_bytes"] == pytest.approx(400 * MIB, rel=0.01)
+    process_bytes = outcome.process_peak_bytes
+    ended = in_child("tests.bench_known", {"mib": 4000}, memory_bytes=process_bytes + 200 * MIB)
     assert ended.out_of_memory
     assert "holds more than" in str(ended.error)
 
@@ -85,18 +85,18 @@ def test_attention_grows_as_its_kind_does() -> None:
     assert attention.growth([10, 20], [7, 14]) is None
 
 
-@pytest.mark.parametrize("kind", ["sdpa", "lighten"])
-def test_each_attention_computes_the_same(kind: str) -> None:
+@pytest.mark.parametrize("name", ["sdpa", "lighten"])
+def test_each_attention_computes_the_same(name: str) -> None:
     """Forward and gradients against plain attention, written out, in float64."""
     torch.manual_seed(0)
     shapes = [(1, 4, 70, 8), (1, 2, 70, 8), (1, 2, 70, 8)]
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    out = attention.implementation(kind, 70, "cpu")(*inputs)
+    out = attention.implementation(name, 70, "cpu")(*inputs)
     expected = attention.implementation("eager", 70, "cpu")(*inputs)
     torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
-    first = torch.autograd.grad(out.square().sum(), inputs)
-    second = torch.autograd.grad(expected.square().sum(), inputs)
-    torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)
+    gradients = torch.autograd.grad(out.square().sum(), inputs)
+    expected_gradients = torch.autograd.grad(expected.square().sum(), inputs)
+    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-5, atol=1e-5)
 
 
 def test_what_cannot_be_measured_says_why() -> None:
@@ -108,27 +108,27 @@ def test_what_cannot_be_measured_says_why() -> None:
 
 def test_where_memory_ends_stays_in_the_table() -> None:
     timing = Timing((1.0,) * 6, 1, 0.05).to_dict()
-    found = [
+    measurements = [
         {"tokens": 64, "seconds": timing, "peak_bytes": 10},
         {"why": "it holds more than 1.00 GiB", "out_of_memory": True},
     ]
-    records = list(running.attention_records("eager", "forward", [64, 128, 256], found))
-    assert [own.get("why") for own in records] == [
+    records = list(running.attention_records("eager", "forward", [64, 128, 256], measurements))
+    assert [record.get("why") for record in records] == [
         None, "it holds more than 1.00 GiB", "not tried: a shorter one did not end", None,
     ]  # fmt: skip
     assert records[-1]["runs_out_at"] == 128
 
 
 def test_answers_are_timed_token_by_token(tiny_folder: Path) -> None:
-    (found,) = generation.run(
+    (record,) = generation.run(
         str(tiny_folder), variant="base", adapter=None, revision=None, device="cpu",
         dtype="float32", prompt_tokens=[8], batch_sizes=[2], new_tokens=4, budget_s=0.05,
     )  # fmt: skip
-    assert found["first_token_s"]["median"] < found["seconds"]["median"]
-    rate = 2 * 3 / found["decode_s"]["median"]
-    assert found["decode_tokens_per_s"] == pytest.approx(rate)
-    assert found["prefill_tokens_per_s"] == pytest.approx(16 / found["first_token_s"]["median"])
-    assert found["between_tokens_s"]["p50"] <= found["between_tokens_s"]["p99"]
+    assert record["first_token_s"]["median"] < record["seconds"]["median"]
+    rate = 2 * 3 / record["decode_s"]["median"]
+    assert record["decode_tokens_per_s"] == pytest.approx(rate)
+    assert record["prefill_tokens_per_s"] == pytest.approx(16 / record["first_token_s"]["median"])
+    assert record["between_tokens_s"]["p50"] <= record["between_tokens_s"]["p99"]
 
 
 def test_trap51_a_model_that_does_not_train_is_no_result(
@@ -143,9 +143,9 @@ def test_trap51_a_model_that_does_not_train_is_no_result(
         "kind": "cpu", "lengths": [20] * 8, "supervised": 0.5,
         "least": 2, "most": 2, "budget_s": 0.0,
     }  # fmt: skip
-    (found,) = training.run(recipe.completed(), **how)
-    assert found["tokens"] == 160
-    assert found["tokens_per_s"] == pytest.approx(160 / found["seconds"]["median"])
+    (record,) = training.run(recipe.completed(), **how)
+    assert record["tokens"] == 160
+    assert record["tokens_per_s"] == pytest.approx(160 / record["seconds"]["median"])
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_, **__: None)
     with pytest.raises(UserError, match="nothing was trained"):
         list(training.run(recipe.completed(), **how))
@@ -156,7 +156,7 @@ def test_the_largest_is_found_from_either_side(limit: int, planned: int) -> None
     largest, tries = search_from(planned, lambda size: Try(size, size <= limit, size, None))
     assert largest is not None
     assert largest <= limit
-    misfits = [own.size for own in tries if not own.fits]
+    misfits = [attempt.size for attempt in tries if not attempt.fits]
     assert misfits == [] or min(misfits) > largest
     if planned in (30, 37):  # near enough for the tries there are
         assert largest >= 0.95 * limit
@@ -166,7 +166,7 @@ def test_nothing_that_fits_is_said() -> None:
     assert search_from(8, lambda size: Try(size, False, size, "x"))[0] is None
     capped, tries = search_from(100, lambda size: Try(size, True, size, None), most=128, step=4)
     assert capped == 128
-    assert max(own.size for own in tries) == 128
+    assert max(attempt.size for attempt in tries) == 128
 
 
 @pytest.mark.parametrize(
@@ -184,10 +184,10 @@ def test_no_amount_of_memory(text: str) -> None:
         running.bytes_of(text)
 
 
-def _result(seconds: list[float], **more: Any) -> dict[str, Any]:
+def _result(seconds: list[float], **fields: Any) -> dict[str, Any]:
     record = {"part": "train", "name": "LoRA", "peak_bytes": 100,
               "seconds": Timing(tuple(seconds), 1, 0.05).to_dict()}  # fmt: skip
-    return {"records": [{**record, **more}], "device": "d"}
+    return {"records": [{**record, **fields}], "device": "d"}
 
 
 def test_two_results_are_compared_with_significance() -> None:
@@ -201,18 +201,18 @@ def test_two_results_are_compared_with_significance() -> None:
     assert same["verdict"] == "no difference found"
     few = comparing.compare(_result(slow[:3]), _result(fast))["rows"][0]
     assert few["verdict"] == "fewer than 5 repeats"
-    other = {**_result(fast), "device": "another"}
-    assert "the device differ" in comparing.compare(_result(slow), other)["notes"][0]
+    other_device = {**_result(fast), "device": "another"}
+    assert "the device differ" in comparing.compare(_result(slow), other_device)["notes"][0]
 
 
 def test_the_command_measures_stores_and_compares(tiny_folder: Path, tmp_path: Path) -> None:
     stored = tmp_path / "a.json"
-    done = call("bench", str(tiny_folder), "size", "--output", str(stored), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(stored.read_text())
-    assert found["machine"]["cores"] >= 1
-    assert found["versions"]["torch"] == torch.__version__
-    (record,) = found["records"]
+    result = call("bench", str(tiny_folder), "size", "--output", str(stored), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(stored.read_text())
+    assert report["machine"]["cores"] >= 1
+    assert report["versions"]["torch"] == torch.__version__
+    (record,) = report["records"]
     assert record["file_bytes"] == (tiny_folder / "model.safetensors").stat().st_size
     again = call("bench", "--compare", str(stored), str(stored), "--json", cwd=tmp_path)
     assert json.loads(again.stdout)["rows"][0]["ratio"] == 1.0

@@ -56,8 +56,8 @@ def ours(
     lessons: dict[str, Steps], folder: Path, *, learns: bool = True, **settings: Any
 ) -> dict[str, Any]:
     steps = len(next(iter(lessons.values())))
-    own = {"per_device_train_batch_size": 64, "dtype": "float32", **settings}
-    recipe = engine.recipe_of("tiny", list(lessons), steps, settings=own)
+    recipe_settings = {"per_device_train_batch_size": 64, "dtype": "float32", **settings}
+    recipe = engine.recipe_of("tiny", list(lessons), steps, settings=recipe_settings)
     base = engine.base_in_memory(tiny_model("llama"), "float32")
     setup = engine.set_up(recipe, lessons, "cpu", base)
     return engine.train(setup, lessons, folder, PeakMemory(), learns=learns)
@@ -71,9 +71,9 @@ def peft(lessons: dict[str, Steps], **options: Any) -> dict[str, Any]:
     cohort = attach(tiny_model("llama"), specs)
     config = LoraConfig(r=engine.RANK, lora_alpha=2 * engine.RANK, target_modules="all-linear",
                         task_type="CAUSAL_LM")  # fmt: skip
-    first, *more = lessons
-    model = get_peft_model(tiny_model("llama"), config, adapter_name=first)
-    for name in more:
+    first_name, *other_names = lessons
+    model = get_peft_model(tiny_model("llama"), config, adapter_name=first_name)
+    for name in other_names:
         model.add_adapter(name, config)
     for name in lessons:
         set_peft_model_state_dict(model, cohort.parameters(name), adapter_name=name)
@@ -88,13 +88,13 @@ def alone(run: dict[str, Any], name: str = "a") -> dict[str, Any]:
 
 def test_given_steps_are_trained_as_given_by_both_engines(tmp_path: Path) -> None:
     lessons = {"one": lesson(), "two": lesson(seed=1)}
-    own, theirs = ours(lessons, tmp_path), peft(lessons, micro_rows=2)
-    assert cohort_worker.largest_difference(own["losses"], theirs["losses"]) < 1e-5
+    our_run, theirs = ours(lessons, tmp_path), peft(lessons, micro_rows=2)
+    assert cohort_worker.largest_difference(our_run["losses"], theirs["losses"]) < 1e-5
     for name in lessons:
-        assert own["grad_norms"][name] == pytest.approx(theirs["grad_norms"][name], rel=1e-4)
-        assert own["moved"][name] == pytest.approx(theirs["moved"][name], rel=1e-3)
-    assert len(own["step_seconds"]) == 3
-    assert own["choices"]["micro-batch"] == "1024 tokens"  # the training loop's own choice
+        assert our_run["grad_norms"][name] == pytest.approx(theirs["grad_norms"][name], rel=1e-4)
+        assert our_run["moved"][name] == pytest.approx(theirs["moved"][name], rel=1e-3)
+    assert len(our_run["step_seconds"]) == 3
+    assert our_run["choices"]["micro-batch"] == "1024 tokens"  # the training loop's own choice
 
 
 def test_the_worker_packs_where_the_recipe_does(tmp_path: Path) -> None:
@@ -106,10 +106,10 @@ def test_the_worker_packs_where_the_recipe_does(tmp_path: Path) -> None:
     model = tiny_model("llama")
     model.set_attn_implementation(attention.NAME)
     setup = engine.set_up(recipe, lessons, "cpu", engine.base_in_memory(model, "float32"))
-    found = engine.train(setup, lessons, tmp_path, PeakMemory())
-    assert found["packing"].startswith("rows packed without padding")
+    our_run = engine.train(setup, lessons, tmp_path, PeakMemory())
+    assert our_run["packing"].startswith("rows packed without padding")
     theirs = peft(lessons)
-    assert cohort_worker.largest_difference(found["losses"], theirs["losses"]) < 1e-5
+    assert cohort_worker.largest_difference(our_run["losses"], theirs["losses"]) < 1e-5
 
 
 def test_trap51_a_row_that_does_not_learn_does_not_count(tmp_path: Path) -> None:
@@ -133,11 +133,11 @@ def test_trap51_peft_without_a_gradient_is_noticed(monkeypatch: pytest.MonkeyPat
     assert cohort_worker.idle(peft({"one": lesson()}))
 
 
-def run(speed: float, losses: list[float], peak: float = 8.0, **own: Any) -> dict[str, Any]:
+def run(speed: float, losses: list[float], peak: float = 8.0, **fields: Any) -> dict[str, Any]:
     """A run over steps of 10 tokens each."""
     return {"losses": losses, "grad_norms": [1.0] * len(losses), "moved": 1e-4,
             "step_seconds": [10.0 / speed] * len(losses), "peak_bytes": peak, "dtype": "bfloat16",
-            "first_step_s": 1.0, "wall_s": 100.0 / speed, **own}  # fmt: skip
+            "first_step_s": 1.0, "wall_s": 100.0 / speed, **fields}  # fmt: skip
 
 
 STEPS = {data: [[([1] * 10, [True] * 10)]] * 3 for data in (who.GROUPED, who.SHUFFLED)}
@@ -170,8 +170,8 @@ def test_ratios_are_ours_over_theirs_on_the_same_steps() -> None:
         "d": {"accumulate": 4, "why_not": "an error", "tokens_per_s": None, "peak_bytes": None},
     }
     walls = {who.OURS: [run(9.0, [3.0, 2.0])], who.BEST: [run(3.0, [3.0, 2.0])]}
-    found = comparison.ratios(table_of(), walls, 60, tried)
-    assert found == pytest.approx(
+    ratios = comparison.ratios(table_of(), walls, 60, tried)
+    assert ratios == pytest.approx(
         {
             "speed_vs_best": 3.0, "speed_vs_defaults": 4.0, "speed_vs_float32_defaults": 8.0,
             "memory_vs_best": 0.25, "memory_vs_checkpointed": 0.2, "memory_vs_defaults": 0.25,
@@ -206,34 +206,37 @@ def test_ratios_are_ours_over_theirs_on_the_same_steps() -> None:
 )  # fmt: skip
 def test_a_row_that_does_not_count_has_no_ratio(changes: dict[str, Any], null: set[str]) -> None:
     table = table_of(**changes)
-    found = comparison.ratios(table, {}, 0, {})
-    always = {key for key in found if key.startswith(("wall", "memory_vs_fastest"))}
-    assert {key for key, value in found.items() if value is None} == null | always
+    ratios = comparison.ratios(table, {}, 0, {})
+    always = {key for key in ratios if key.startswith(("wall", "memory_vs_fastest"))}
+    assert {key for key, value in ratios.items() if value is None} == null | always
     assert not all(row["valid"] for row in table.values())
 
 
 def test_a_row_follows_exact_arithmetic_on_its_own_weights() -> None:
-    rounded, whole = run(1.0, [3.0, 2.0, 1.0]), run(1.0, [3.1, 2.1, 1.1], dtype="float32")
-    results = {who.REFERENCE_SHUFFLED: [rounded], who.FLOAT32: [whole]}
-    own = who.CONTENDERS[who.OURS_SHUFFLED]
-    assert comparison.exact(own, run(8.0, []), results) is rounded
-    assert comparison.exact(own, run(8.0, [], dtype="float32"), results) is whole
+    rounded, float32_run = run(1.0, [3.0, 2.0, 1.0]), run(1.0, [3.1, 2.1, 1.1], dtype="float32")
+    results = {who.REFERENCE_SHUFFLED: [rounded], who.FLOAT32: [float32_run]}
+    contender = who.CONTENDERS[who.OURS_SHUFFLED]
+    assert comparison.exact(contender, run(8.0, []), results) is rounded
+    assert comparison.exact(contender, run(8.0, [], dtype="float32"), results) is float32_run
     exact = who.CONTENDERS[who.REFERENCE_SHUFFLED]
     assert comparison.exact(exact, run(8.0, [], dtype="float32"), results) is rounded
-    assert comparison.exact(own, run(8.0, [], dtype="float16"), results) is None
+    assert comparison.exact(contender, run(8.0, [], dtype="float16"), results) is None
 
 
 def test_rounded_products_follow_those_of_trl_and_these_float32() -> None:
-    whole, trl = run(1.0, [3.0, 2.0], dtype="float32"), run(2.0, [3.0, 2.02])
-    results = {who.REFERENCE: [whole], who.BEST: [trl]}
+    float32_run, trl = run(1.0, [3.0, 2.0], dtype="float32"), run(2.0, [3.0, 2.02])
+    results = {who.REFERENCE: [float32_run], who.BEST: [trl]}
     controls = {who.GROUPED: run(9.0, [3.0, 2.1], moved=0.0)}
     ours, best = who.CONTENDERS[who.OURS], who.CANDIDATES["eager, autocast"]
-    found = comparison.reference_of(who.OURS, ours, run(9.0, []), results, controls)
-    assert found == (trl, 2.0**-9)
-    found = comparison.reference_of(who.BEST, best, trl, results, controls)
-    assert found == (whole, pytest.approx(0.05 / 2))
+    reference = comparison.reference_of(who.OURS, ours, run(9.0, []), results, controls)
+    assert reference == (trl, 2.0**-9)
+    reference = comparison.reference_of(who.BEST, best, trl, results, controls)
+    assert reference == (float32_run, pytest.approx(0.05 / 2))
     exact = who.CONTENDERS[who.REFERENCE]
-    assert comparison.reference_of(who.REFERENCE, exact, whole, results, controls) == (whole, 1e-4)
+    assert comparison.reference_of(who.REFERENCE, exact, float32_run, results, controls) == (
+        float32_run,
+        1e-4,
+    )
     assert comparison.unlearned(controls, results) == pytest.approx(0.08 / 2.02)
     assert comparison.unlearned({}, results) is None
 
@@ -260,11 +263,11 @@ def test_step_flops_are_those_that_pytorch_counts(changes: dict[str, Any]) -> No
     with FlopCounterMode(display=False) as counter:
         logits = adapted(inputs_embeds=embedded, use_cache=False).logits[:, :-1]
         nn.functional.cross_entropy(logits[0].float(), ids[0, 1:]).backward()
-    wanted = arithmetic.step_flops(description, count, [[(ids[0].tolist(), [True] * 32)]])
+    step_flops = arithmetic.step_flops(description, count, [[(ids[0].tolist(), [True] * 32)]])
     # Plain attention computes the other half too, and transformers the last position's logits.
     square = 6.0 * 32**2 * description.hidden_size * description.layers
-    last = 4.0 * VOCAB * 32
-    assert counter.get_total_flops() == pytest.approx(wanted + square + last, rel=1e-6)
+    last_logits = 4.0 * VOCAB * 32
+    assert counter.get_total_flops() == pytest.approx(step_flops + square + last_logits, rel=1e-6)
 
 
 def test_the_work_of_parts_sums_to_that_of_the_step(tmp_path: Path) -> None:
@@ -287,10 +290,10 @@ def test_the_work_of_parts_sums_to_that_of_the_step(tmp_path: Path) -> None:
         assert work.bytes > 0.0
         total += work
     count = sum(p.numel() for p in setup.adapters[0].parameters.values())
-    whole = arithmetic.step_flops(description, count, lessons["a"])
+    step_flops = arithmetic.step_flops(description, count, lessons["a"])
     # The step's formula knows no filler behind packed rows, and takes a first layer's gradient in.
     filler = batch.input_ids.numel() / batch.tokens
-    assert 0.8 * whole < total.flops < 1.05 * filler * whole
+    assert 0.8 * step_flops < total.flops < 1.05 * filler * step_flops
     seconds = limit.whole_step(setup, lessons, 1, tmp_path)
     assert len(seconds) == 1
     assert seconds[0] > 0.0
@@ -303,41 +306,42 @@ def test_a_limit_is_the_longer_of_arithmetic_and_memory() -> None:
 
 def test_both_sets_of_steps_hold_whole_steps_of_the_same_rows() -> None:
     rows = [([7] * (10 + place), [True] * (10 + place)) for place in range(37)]
-    grouped, shuffled = (steps_of(rows, 6, grouped=own) for own in (True, False))
+    grouped, shuffled = (steps_of(rows, 6, grouped=is_grouped) for is_grouped in (True, False))
     for steps in (grouped, shuffled):
         assert [len(step) for step in steps] == [8] * 6
     assert facts(grouped)["padded_tokens_per_step"] < facts(shuffled)["padded_tokens_per_step"]
-    first = largest_first(shuffled)
-    assert max(len(ids) for ids, _ in first[0]) == max(
+    by_size = largest_first(shuffled)
+    assert max(len(ids) for ids, _ in by_size[0]) == max(
         len(ids) for step in shuffled for ids, _ in step
     )
-    assert sorted(map(str, first)) == sorted(map(str, shuffled))
+    assert sorted(map(str, by_size)) == sorted(map(str, shuffled))
     assert all(len(ids) == 6 and sum(mask) == 5 for ids, mask in slices(rows, 6, 50))
 
 
 def test_a_cohort_counts_only_with_the_losses_of_its_adapters_alone(tmp_path: Path) -> None:
-    def ran(apart: float, loss: float = 2.002) -> dict[str, Any]:
+    def cohort_run(difference: float, loss: float = 2.002) -> dict[str, Any]:
         return {"alone_s": [1.0, 1.0], "cohort_s": {"2": 1.0}, "idle": False,
-                "losses": {"a0": [2.0, loss]}, "largest_loss_difference": {"2": apart}}  # fmt: skip
+                "losses": {"a0": [2.0, loss]},
+                "largest_loss_difference": {"2": difference}}  # fmt: skip
 
-    theirs, exact = {"alone_s": [2.0, 2.0], "idle": False}, ran(1e-6, loss=2.0)
+    theirs, exact = {"alone_s": [2.0, 2.0], "idle": False}, cohort_run(1e-6, loss=2.0)
 
     def table(*ours: dict[str, Any], exact: dict[str, Any] = exact, peft: Any = theirs) -> Any:
         return cohort.tabulate("nf4", 64, (1, 2), ours, [peft] * len(ours), exact)
 
-    good = table(*[ran(1e-3)] * 3)
+    good = table(*[cohort_run(1e-3)] * 3)
     assert [row["time"] for row in good] == [1.0, 0.5]
     assert [row["time_vs_peft"] for row in good] == [0.5, 0.25]
     # Alone, rounding takes the adapter 1e-3 from float32: its cohort may be twice as far from it.
-    assert table(ran(1.9e-3))[1]["time"] == 0.5
-    assert "2.1e-03" in table(ran(2.1e-3))[1]["why_not"]
-    assert "2.1e-03" in table(ran(1e-3), ran(2.1e-3))[1]["why_not"]
-    assert table(ran(float("nan")))[1]["time"] is None
-    assert "in float32" in table(ran(1e-3), exact=ran(1e-3, loss=2.0))[1]["why_not"]
-    assert table(ran(1e-3), exact={"error": "no memory"})[1]["why_not"] == "no memory"
-    assert table({**ran(0.0), "idle": True})[1]["time"] is None
-    assert table(ran(1e-3), exact={**exact, "idle": True})[1]["time"] is None
-    failed = table(ran(0.0), peft={"error": "no NF4 here"})[1]
+    assert table(cohort_run(1.9e-3))[1]["time"] == 0.5
+    assert "2.1e-03" in table(cohort_run(2.1e-3))[1]["why_not"]
+    assert "2.1e-03" in table(cohort_run(1e-3), cohort_run(2.1e-3))[1]["why_not"]
+    assert table(cohort_run(float("nan")))[1]["time"] is None
+    assert "in float32" in table(cohort_run(1e-3), exact=cohort_run(1e-3, loss=2.0))[1]["why_not"]
+    assert table(cohort_run(1e-3), exact={"error": "no memory"})[1]["why_not"] == "no memory"
+    assert table({**cohort_run(0.0), "idle": True})[1]["time"] is None
+    assert table(cohort_run(1e-3), exact={**exact, "idle": True})[1]["time"] is None
+    failed = table(cohort_run(0.0), peft={"error": "no NF4 here"})[1]
     assert (failed["time"], failed["time_vs_peft"]) == (0.5, None)
 
     names = ["a0", "a1"]
@@ -345,11 +349,11 @@ def test_a_cohort_counts_only_with_the_losses_of_its_adapters_alone(tmp_path: Pa
     lessons = cohort.lessons([row for step in rows for row in step], names, 64, 2)
     job = {"model": "tiny", "device": "cpu", "settings": {"dtype": "float32"}, "lessons": lessons,
            "start": start(tmp_path, names), "sizes": (1, 2), "scratch": str(tmp_path)}  # fmt: skip
-    found = cohort_worker.ours(job, engine.base_in_memory(tiny_model("llama"), "float32"))
-    assert found["largest_loss_difference"][2] < 1e-5
-    assert {name: len(own) for name, own in found["losses"].items()} == {"a0": 2, "a1": 2}
-    assert not found["idle"]
-    assert len(found["alone_s"]) == 2
+    our_run = cohort_worker.ours(job, engine.base_in_memory(tiny_model("llama"), "float32"))
+    assert our_run["largest_loss_difference"][2] < 1e-5
+    assert {name: len(losses) for name, losses in our_run["losses"].items()} == {"a0": 2, "a1": 2}
+    assert not our_run["idle"]
+    assert len(our_run["alone_s"]) == 2
     base = tiny_model("llama")
     assert not cohort_worker.peft(job, lambda: base)["idle"]
 
@@ -359,43 +363,46 @@ def start(folder: Path, names: list[str]) -> dict[str, str]:
     from lighten.adapters import AdapterSpec
 
     specs = [AdapterSpec(name, r=engine.RANK, seed=place) for place, name in enumerate(names)]
-    made = adapters.attach(tiny_model("llama"), specs)
+    attached = adapters.attach(tiny_model("llama"), specs)
     for name in names:
         (folder / name).mkdir()
-        for file, content in adapters.files.contents(made, name).items():
+        for file, content in adapters.files.contents(attached, name).items():
             (folder / name / file).write_bytes(content)
     return {name: str(folder / name) for name in names}
 
 
 def test_memory_of_a_cohort_is_a_ratio_of_runs_that_trained() -> None:
-    def ran(peak: float, *, idle: bool = False) -> dict[str, Any]:
+    def cohort_run(peak: float, *, idle: bool = False) -> dict[str, Any]:
         return {"peak_bytes": peak, "idle": idle}
 
-    found = cohort.ratios([], {1: [ran(4.0)], 4: [ran(4.4)]})
-    assert found["memory_4"] == pytest.approx(1.1)
-    assert {"time_8_at_64", "time_8_at_512", "nf4_time_8_at_64", "nf4_time_8_at_512"} <= set(found)
-    assert cohort.ratios([], {1: [ran(4.0)], 4: [ran(4.4, idle=True)]})["memory_4"] is None
-    assert cohort.ratios([], {1: [ran(4.0)], 4: [{"error": "killed"}]})["memory_4"] is None
+    ratios = cohort.ratios([], {1: [cohort_run(4.0)], 4: [cohort_run(4.4)]})
+    assert ratios["memory_4"] == pytest.approx(1.1)
+    assert {"time_8_at_64", "time_8_at_512", "nf4_time_8_at_64", "nf4_time_8_at_512"} <= set(ratios)
+    assert (
+        cohort.ratios([], {1: [cohort_run(4.0)], 4: [cohort_run(4.4, idle=True)]})["memory_4"]
+        is None
+    )
+    assert cohort.ratios([], {1: [cohort_run(4.0)], 4: [{"error": "killed"}]})["memory_4"] is None
 
 
 def arms(scale: float = 1.0, **changes: Any) -> dict[str, list[dict[str, Any]]]:
     """Runs over two ranks: TRL takes four times as long as the cohort; its losses times `scale`."""
 
-    def ran(names: list[str], wall: float, peak: float, factor: float = 1.0) -> dict[str, Any]:
+    def arm(names: list[str], wall: float, peak: float, factor: float = 1.0) -> dict[str, Any]:
         losses = [3.0, 2.0 * factor, 1.0 * factor]
         return {"losses": dict.fromkeys(names, losses), "moved": dict.fromkeys(names, 0.1),
                 "grad_norms": dict.fromkeys(names, [1.0] * 3), "wall_s": wall, "peak_bytes": peak,
                 "step_seconds": [wall / 2, wall / 4, wall / 4]}  # fmt: skip
 
-    rows = {"cohort": ran(["r2", "r4"], 10.0, 6.0), "alone, r2": ran(["r2"], 6.0, 4.0),
-            "alone, r4": ran(["r4"], 9.0, 5.0), "trl, r2": ran(["r2"], 15.0, 7.0, scale),
-            "trl, r4": ran(["r4"], 25.0, 7.0, scale)}  # fmt: skip
-    return {label: [{**own, **changes.get(label, {})}] for label, own in rows.items()}
+    rows = {"cohort": arm(["r2", "r4"], 10.0, 6.0), "alone, r2": arm(["r2"], 6.0, 4.0),
+            "alone, r4": arm(["r4"], 9.0, 5.0), "trl, r2": arm(["r2"], 15.0, 7.0, scale),
+            "trl, r4": arm(["r4"], 25.0, 7.0, scale)}  # fmt: skip
+    return {label: [{**row, **changes.get(label, {})}] for label, row in rows.items()}
 
 
 def test_a_sweep_is_compared_with_its_runs_one_after_another() -> None:
-    found = sweep_vs_peers.ratios(arms(), ["r2", "r4"])
-    assert found == pytest.approx(
+    ratios = sweep_vs_peers.ratios(arms(), ["r2", "r4"])
+    assert ratios == pytest.approx(
         {"peak_vs_largest_single": 6 / 5, "wall_vs_three_own_runs": 10 / 15,
          "wall_vs_three_trl_runs": 0.25, "steps_vs_three_trl_runs": 0.25,
          "largest_loss_difference_alone": 0.0, "largest_loss_difference_trl": 0.0}
@@ -419,8 +426,8 @@ def test_a_sweep_is_compared_with_its_runs_one_after_another() -> None:
 def test_a_sweep_with_an_arm_that_does_not_count_has_no_ratio(
     runs: dict[str, list[dict[str, Any]]], null: set[str]
 ) -> None:
-    found = sweep_vs_peers.ratios(runs, ["r2", "r4"])
-    assert {k for k, v in found.items() if v is None and not k.startswith("largest")} == null
+    ratios = sweep_vs_peers.ratios(runs, ["r2", "r4"])
+    assert {k for k, v in ratios.items() if v is None and not k.startswith("largest")} == null
 
 
 @pytest.mark.slow
@@ -435,10 +442,10 @@ def test_the_sweep_s_benchmark_runs_on_a_tiny_model(
     words = ["--model", str(tiny_folder), "--ranks", "2", "4", "--steps", "2", *theirs]
     sweep_vs_peers.main(words, lesson(steps=2, rows=8))
     printed = capsys.readouterr().out
-    found = json.loads(printed.splitlines()[-1])
-    assert set(found) == set(sweep_vs_peers.KEYS)
-    assert found["peak_vs_largest_single"] is not None, printed
-    assert (found["wall_vs_three_trl_runs"] is not None) == trl, printed
+    ratios = json.loads(printed.splitlines()[-1])
+    assert set(ratios) == set(sweep_vs_peers.KEYS)
+    assert ratios["peak_vs_largest_single"] is not None, printed
+    assert (ratios["wall_vs_three_trl_runs"] is not None) == trl, printed
     (path,) = (tmp_path / "trial").glob("sweep_vs_peers-*.json")
     stored = json.loads(path.read_text(encoding="utf-8"))
     assert set(stored["table"]) >= {"cohort", "alone, r2", "alone, r4"}
@@ -461,14 +468,14 @@ def test_the_gpu_suite_runs_on_a_tiny_model(
     monkeypatch.setattr(sys, "argv", command)
     gpu_suite.main()
     stored = json.loads((tmp_path / "gpu_suite.json").read_text(encoding="utf-8"))
-    own = stored["models"]["tiny"]
-    assert not [row["error"] for row in own["rows"].values() if "error" in row]
-    assert not any(row["idle"] for row in own["rows"].values())
+    results = stored["models"]["tiny"]
+    assert not [row["error"] for row in results["rows"].values() if "error" in row]
+    assert not any(row["idle"] for row in results["rows"].values())
     assert stored["left_out"] == []
     # Same start, same rows: PEFT's losses are ours, or there would be no ratio.
-    assert own["ratios"]["speed_vs_peft_float32"] is not None
-    assert own["ratios"]["time_8, 16 tokens each"] is not None
-    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"tiny": own["ratios"]}
+    assert results["ratios"]["speed_vs_peft_float32"] is not None
+    assert results["ratios"]["time_8, 16 tokens each"] is not None
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"tiny": results["ratios"]}
 
 
 def test_the_gpu_suite_keeps_rows_that_failed() -> None:
@@ -492,9 +499,9 @@ def test_the_gpu_suite_needs_no_installed_package() -> None:
 
 def test_gguf_files_are_compared_on_the_same_tokens(tmp_path: Path) -> None:
     model = save_tiny(tmp_path / "model")
-    found = quantize_gguf.greedy(model, tmp_path, ("the question",))
-    assert (found["tokens"], found["unexplained"]) == (quantize_gguf.ANSWER_TOKENS, 0)
-    assert found["largest_logit_difference"] < 1e-3
+    greedy = quantize_gguf.greedy(model, tmp_path, ("the question",))
+    assert (greedy["tokens"], greedy["unexplained"]) == (quantize_gguf.ANSWER_TOKENS, 0)
+    assert greedy["largest_logit_difference"] < 1e-3
     for name in ("ours", "theirs"):
         shutil.copy(tmp_path / "f32.gguf", tmp_path / f"{name}-q8_0.gguf")
     quality = quantize_gguf.perplexities(tmp_path, model, "q8_0", 2)
@@ -509,8 +516,8 @@ def test_an_audit_is_checked() -> None:
         {"group": "answers", "name": "NF4", "status": "not measured", "why": "budget"},
     ]
     audit = {"rows": rows, "spent_s": 10.0, "status": "finished", "settings": {"budget_s": 11.0}}
-    found = audit_check.check(audit)
-    assert (found["rows_explained"], found["plan_max_error"]) == (1.0, 0.04)
+    checked = audit_check.check(audit)
+    assert (checked["rows_explained"], checked["plan_max_error"]) == (1.0, 0.04)
     assert audit_check.check({**audit, "spent_s": 12.0})["rows_explained"] == 0.0
     silent = {**audit, "rows": [*rows, {**rows[2], "why": None}]}
     assert audit_check.check(silent)["rows_explained"] == 0.75
@@ -544,13 +551,13 @@ def test_the_peer_of_evaluation_measures_what_we_do(tmp_path: Path) -> None:
     """Losses row by row, and answers, against the same model without any padding."""
     model = tiny_model("llama")
     rows = lesson(steps=1, rows=4)[0]
-    found = peers_generate.losses(model, rows, 3, 0)
-    for (ids, mask), loss in zip(rows, found, strict=True):
+    losses = peers_generate.losses(model, rows, 3, 0)
+    for (ids, mask), loss in zip(rows, losses, strict=True):
         labels = torch.tensor([[i if on else -100 for i, on in zip(ids, mask, strict=True)]])
-        own = model(input_ids=torch.tensor([ids]), labels=labels).loss.detach()
-        assert loss == pytest.approx(float(own) * sum(mask[1:]), rel=1e-4)
+        mean_loss = model(input_ids=torch.tensor([ids]), labels=labels).loss.detach()
+        assert loss == pytest.approx(float(mean_loss) * sum(mask[1:]), rel=1e-4)
     job = {"stops": [2], "pad": 0, "new_tokens": 5, "batch_size": 3}
     prompts = [ids[:9] for ids, _ in rows]
     together = peers_generate.answers(model, prompts, job)
-    alone = [peers_generate.answers(model, [own], job)[0] for own in prompts]
+    alone = [peers_generate.answers(model, [prompt], job)[0] for prompt in prompts]
     assert together == alone

@@ -50,8 +50,8 @@ def peft_adapter(folder: Path, **settings: Any) -> Path:
 
 def change(folder: Path, drop: tuple[str, ...] = (), **settings: Any) -> Path:
     config = {**json.loads((folder / files.CONFIG).read_text()), **settings}
-    kept = {key: value for key, value in config.items() if key not in drop}
-    (folder / files.CONFIG).write_text(json.dumps(kept))
+    remaining = {key: value for key, value in config.items() if key not in drop}
+    (folder / files.CONFIG).write_text(json.dumps(remaining))
     return folder
 
 
@@ -69,18 +69,18 @@ def logits_in_lighten(folder: Path) -> torch.Tensor:
     return result
 
 
-@pytest.mark.parametrize("kind", PLAIN)
-def test_plain_lora_is_read_loaded_and_resized_as_peft_does(kind: str, tmp_path: Path) -> None:
-    folder = peft_adapter(tmp_path / "a", **PLAIN[kind])
-    wanted = {
+@pytest.mark.parametrize("case", PLAIN)
+def test_plain_lora_is_read_loaded_and_resized_as_peft_does(case: str, tmp_path: Path) -> None:
+    folder = peft_adapter(tmp_path / "a", **PLAIN[case])
+    peft_scales = {
         path.removeprefix("base_model.model."): module.scaling["default"]
         for path, module in PeftModel.from_pretrained(
             tiny_model("llama"), str(folder)
         ).named_modules()
         if hasattr(module, "get_delta_weight")
     }
-    read = {layer.path: layer.scale for layer in spectrum.read(folder).layers}
-    assert read == pytest.approx(wanted)
+    scales = {layer.path: layer.scale for layer in spectrum.read(folder).layers}
+    assert scales == pytest.approx(peft_scales)
     torch.testing.assert_close(
         logits_in_lighten(folder), logits_in_peft(folder), rtol=1e-4, atol=1e-5
     )
@@ -113,9 +113,9 @@ def test_half_formats_are_read_and_kept(dtype: torch.dtype, tmp_path: Path) -> N
     folder = peft_adapter(tmp_path / "a")
     weights = {key: v.to(dtype) for key, v in load_file(folder / files.WEIGHTS).items()}
     save_file(weights, folder / files.WEIGHTS)
-    cut, done = api.resize_adapter(folder, 2)
+    cut, resized = api.resize_adapter(folder, 2)
     assert {value.dtype for value in files.read_weights(cut).values()} == {dtype}
-    assert 0.3 < done.energy_kept < 1
+    assert 0.3 < resized.energy_kept < 1
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
@@ -126,18 +126,18 @@ def test_a_byte_order_mark_is_no_part_of_the_text(encoding: str, tmp_path: Path)
     assert api.adapter_info(folder)["r"] == 4
 
 
-@pytest.mark.parametrize("kept", [0, 7, 40, 0.5, 0.99])
-def test_a_torn_file_is_said_in_one_sentence(kept: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("portion", [0, 7, 40, 0.5, 0.99])
+def test_a_torn_file_is_said_in_one_sentence(portion: float, tmp_path: Path) -> None:
     folder = peft_adapter(tmp_path / "a")
     data = (folder / files.WEIGHTS).read_bytes()
-    size = kept if isinstance(kept, int) else int(kept * len(data))
+    size = portion if isinstance(portion, int) else int(portion * len(data))
     (folder / files.WEIGHTS).write_bytes(data[:size])
     with pytest.raises(UserError, match="is not a whole safetensors file"):
         api.adapter_info(folder)
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         (b"", "is not valid JSON"),
         (b'{"peft_type": "LORA"', "is not valid JSON"),
@@ -146,15 +146,15 @@ def test_a_torn_file_is_said_in_one_sentence(kept: float, tmp_path: Path) -> Non
         (b'{"peft_type": ["LORA"]}', "names no peft_type"),
     ],
 )
-def test_a_torn_configuration_is_said(text: bytes, said: str, tmp_path: Path) -> None:
+def test_a_torn_configuration_is_said(text: bytes, message: str, tmp_path: Path) -> None:
     folder = peft_adapter(tmp_path / "a")
     (folder / files.CONFIG).write_bytes(text)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         api.adapter_info(folder)
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"r": "4"}, "r in adapter_config.json is '4'"),
         ({"r": 0}, "is no rank"),
@@ -172,10 +172,10 @@ def test_a_torn_configuration_is_said(text: bytes, said: str, tmp_path: Path) ->
     ],
 )
 def test_what_is_not_plain_lora_is_refused_with_its_reason(
-    settings: dict[str, Any], said: str, tmp_path: Path
+    settings: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     folder = change(peft_adapter(tmp_path / "a"), **settings)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         api.adapter_info(folder)
 
 
@@ -203,10 +203,10 @@ def test_biases_beside_the_adapter_are_kept(bias: str, tmp_path: Path) -> None:
         r=4, bias=bias, target_modules=["c_attn"], init_lora_weights=False, task_type="CAUSAL_LM"
     )
     get_peft_model(tiny_model("gpt2"), config).save_pretrained(tmp_path / "a")
-    read = spectrum.read(tmp_path / "a")
-    assert any(key.endswith("bias") for key in read.others)
+    adapter = spectrum.read(tmp_path / "a")
+    assert any(key.endswith("bias") for key in adapter.others)
     cut, _ = api.resize_adapter(tmp_path / "a", 2)
-    assert spectrum.read(cut).others.keys() == read.others.keys()
+    assert spectrum.read(cut).others.keys() == adapter.others.keys()
     PeftModel.from_pretrained(tiny_model("gpt2"), str(cut))
 
 
@@ -216,18 +216,18 @@ def test_a_trainer_s_checkpoint_gives_its_adapter_alone(tmp_path: Path) -> None:
              "training_args.bin")  # fmt: skip
     for name in (*state, "tokenizer.json", "chat_template.jinja", "README.md"):
         (folder / name).write_bytes(b"mine")
-    cut, done = api.resize_adapter(folder, 2)
+    cut, resized = api.resize_adapter(folder, 2)
     assert {path.name for path in cut.iterdir()} == {
         files.CONFIG, files.WEIGHTS, "README.md", "tokenizer.json", "chat_template.jinja",
     }  # fmt: skip
-    assert set(done.left_behind) == set(state)
+    assert set(resized.left_behind) == set(state)
 
 
 def test_the_name_says_the_rank_there_is_and_rows_come_when_wanted(tmp_path: Path) -> None:
     peft_adapter(tmp_path / "a", target_modules="all-linear")
-    said = call("adapter", "resize", "a", "--rank", "16", cwd=tmp_path)
-    assert said.returncode == 0, said.stderr
-    assert "nothing cut: no layer is over rank 16" in said.stdout
+    result = call("adapter", "resize", "a", "--rank", "16", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "nothing cut: no layer is over rank 16" in result.stdout
     assert (tmp_path / "a-r4").is_dir()
     assert not (tmp_path / "a-r16").exists()
     short = call("adapter", "info", "a", cwd=tmp_path).stdout
@@ -256,11 +256,15 @@ def merged_folder(tmp_path: Path, tiny_folder: Path) -> Path:
 def test_weights_beside_an_adapter_are_the_merged_model(merged_folder: Path) -> None:
     alone = merged_folder.with_name("alone")
     shutil.copytree(merged_folder, alone, ignore=shutil.ignore_patterns("adapter_*"))
-    both, wanted = (models.load(str(f), dtype="float32") for f in (merged_folder, alone))
-    assert both.checksum == wanted.checksum
-    assert not any("lora" in key for key in both.model.state_dict())
+    with_adapter, without_adapter = (
+        models.load(str(f), dtype="float32") for f in (merged_folder, alone)
+    )
+    assert with_adapter.checksum == without_adapter.checksum
+    assert not any("lora" in key for key in with_adapter.model.state_dict())
     with torch.no_grad():
-        assert torch.equal(both.model(input_ids=IDS).logits, wanted.model(input_ids=IDS).logits)
+        assert torch.equal(
+            with_adapter.model(input_ids=IDS).logits, without_adapter.model(input_ids=IDS).logits
+        )
 
 
 @pytest.mark.parametrize("saved", [None, ["embed_tokens", "lm_head"], ["lm_head"]])
@@ -282,9 +286,9 @@ def test_the_card_s_code_opens_an_adapter_with_new_tokens(
     exec(code.replace("path/to/this/folder", str(folder)), scope)
     opened = Models(run, "cpu", keep=False).open("default")
     with torch.no_grad(), opened.trained.using("default") as ours:
-        wanted = ours(input_ids=IDS).logits
-        found = scope["model"].eval()(input_ids=IDS).logits
-    torch.testing.assert_close(found.float(), wanted.float(), rtol=1e-2, atol=1e-2)
+        expected = ours(input_ids=IDS).logits
+        logits = scope["model"].eval()(input_ids=IDS).logits
+    torch.testing.assert_close(logits.float(), expected.float(), rtol=1e-2, atol=1e-2)
 
 
 def test_a_packaged_model_has_a_name_that_others_can_open() -> None:

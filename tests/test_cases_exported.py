@@ -18,12 +18,12 @@ def test_a_folder_with_a_persons_files_is_neither_written_nor_emptied(
     target = tmp_path / "int8"
     (target / name).parent.mkdir(parents=True)
     (target / name).write_text("mine")
-    held = sorted(target.rglob("*"))
+    before = sorted(target.rglob("*"))
     with pytest.raises(UserError, match=r"are not an export's .*; nothing was changed"):
         api.export(str(tiny_folder), "merged", output_dir=target, verify=False)
     with pytest.raises(UserError, match=r"are not an export's .*; nothing was changed"):
         api.quantize(str(tiny_folder), "int8", output_dir=tmp_path)
-    assert sorted(target.rglob("*")) == held
+    assert sorted(target.rglob("*")) == before
     assert (target / name).read_text() == "mine"
 
 

@@ -24,7 +24,7 @@ from lighten.training import checkpoints
 
 
 def samplers() -> set[threading.Thread]:
-    return {own for own in threading.enumerate() if "_sample" in own.name}
+    return {thread for thread in threading.enumerate() if "_sample" in thread.name}
 
 
 def test_a_measurements_thread_ends_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,19 +90,19 @@ def test_intervals_over_many_examples_hold_little_memory() -> None:
     assert peak < 1.5 * 2**26  # 160 MB were held before: two numbers of eight bytes each
     # The draws are those of one call, as intervals of earlier versions were made.
     draws = np.random.default_rng(5).integers(0, examples, (3, examples))
-    for row, own in zip(draws, summed, strict=False):
-        assert own == pytest.approx(statistics[row].sum(0), rel=1e-9)
+    for row, sums in zip(draws, summed, strict=False):
+        assert sums == pytest.approx(statistics[row].sum(0), rel=1e-9)
 
 
 @pytest.mark.parametrize("examples", [1, 2, 300])
 def test_intervals_over_few_examples_are_as_they_were(examples: int) -> None:
     statistics = np.random.default_rng(2).integers(1, 9, (examples, 2)).astype(float)
     draws = np.random.default_rng(0).integers(0, examples, (50, examples))
-    wanted = np.stack([statistics[row].sum(0) for row in draws])
+    expected = np.stack([statistics[row].sum(0) for row in draws])
     resamples = Resamples(examples, 50)
-    assert resamples.sums(statistics) == pytest.approx(wanted)
-    found = resamples.estimate(statistics, metrics.mean_loss)
-    assert found.low is None if examples == 1 else found.low is not None
+    assert resamples.sums(statistics) == pytest.approx(expected)
+    estimate = resamples.estimate(statistics, metrics.mean_loss)
+    assert estimate.low is None if examples == 1 else estimate.low is not None
 
 
 def test_what_a_killed_run_left_half_written_goes_with_the_next_save(
@@ -115,13 +115,16 @@ def test_what_a_killed_run_left_half_written_goes_with_the_next_save(
         "output_dir": str(tmp_path / "run"), "max_steps": 2, "save_steps": 1, "val_size": 0,
     }  # fmt: skip
     run = lighten.train(progress=False, **settings)
-    kept = run.folder / "checkpoints"
+    checkpoint_folder = run.folder / "checkpoints"
     for step in (1, 7):
-        (kept / f".checkpoint-{step}.partial" / "adapters").mkdir(parents=True)
-    (kept / "checkpoint-2" / checkpoints.STATE).unlink()  # killed before it was whole
+        (checkpoint_folder / f".checkpoint-{step}.partial" / "adapters").mkdir(parents=True)
+    (checkpoint_folder / "checkpoint-2" / checkpoints.STATE).unlink()  # killed before it was whole
     run.update(status="running")
     lighten.train(progress=False, resume=True, **settings)
-    assert sorted(path.name for path in kept.iterdir()) == ["checkpoint-1", "checkpoint-2"]
+    assert sorted(path.name for path in checkpoint_folder.iterdir()) == [
+        "checkpoint-1",
+        "checkpoint-2",
+    ]
 
 
 @pytest.mark.parametrize("second_names", [True, False])

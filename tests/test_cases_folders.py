@@ -18,7 +18,7 @@ from lighten.planning import calibration
 from lighten.recipe import Recipe
 
 
-def put(path: Path, *texts: str) -> Path:
+def write_texts(path: Path, *texts: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [{"text": text} for text in texts]
     if path.suffix == ".parquet":
@@ -65,22 +65,27 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_all_shards_of_a_split_are_read_in_order(name: str, tmp_path: Path) -> None:
-    files = [put(tmp_path / file, f"{i} a", f"{i} b") for i, file in enumerate(LAYOUTS[name])]
+    files = [
+        write_texts(tmp_path / file, f"{i} a", f"{i} b") for i, file in enumerate(LAYOUTS[name])
+    ]
     (tmp_path / "README.md").write_text("# a data set")
-    put(tmp_path / "dataset_infos.json", "no data")
-    put(tmp_path / "train" / "state.json", "no data")
-    put(tmp_path / ".cache" / "train.jsonl", "no data")
-    found = data.read(str(tmp_path))
-    assert [e.text for e in found.examples] == ["0 a", "0 b", "1 a", "1 b"]
-    assert [(e.file, e.line) for e in found.examples][2] == (str(files[1]), found.examples[0].line)
-    assert found.sha256 == hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
+    write_texts(tmp_path / "dataset_infos.json", "no data")
+    write_texts(tmp_path / "train" / "state.json", "no data")
+    write_texts(tmp_path / ".cache" / "train.jsonl", "no data")
+    dataset = data.read(str(tmp_path))
+    assert [e.text for e in dataset.examples] == ["0 a", "0 b", "1 a", "1 b"]
+    assert [(e.file, e.line) for e in dataset.examples][2] == (
+        str(files[1]),
+        dataset.examples[0].line,
+    )
+    assert dataset.sha256 == hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
     assert texts(f"{tmp_path}#3") == ["0 a", "0 b", "1 a"]
 
 
 @pytest.mark.parametrize("word", ["valid", "validation", "val", "dev", "eval"])
 def test_held_out_data_goes_by_any_of_its_names(word: str, tmp_path: Path) -> None:
-    put(tmp_path / "data" / "train-00000-of-00001.parquet", "a")
-    put(tmp_path / "data" / f"{word}-00000-of-00001.parquet", "b")
+    write_texts(tmp_path / "data" / "train-00000-of-00001.parquet", "a")
+    write_texts(tmp_path / "data" / f"{word}-00000-of-00001.parquet", "b")
     assert data.has_split(str(tmp_path), "valid")
     assert not data.has_split(str(tmp_path), "test")
     assert (texts(tmp_path), texts(tmp_path, "valid")) == (["a"], ["b"])
@@ -98,7 +103,7 @@ def test_two_files_that_could_both_be_meant_are_refused(
     names: tuple[str, str], tmp_path: Path
 ) -> None:
     split = "valid" if "valid" in names[0] else "train"
-    paths = [put(tmp_path / name, name) for name in names]
+    paths = [write_texts(tmp_path / name, name) for name in names]
     why = refused(tmp_path, split)
     assert f"could each be the {split} data" in why
     assert all(str(path) in why for path in paths)
@@ -114,20 +119,20 @@ def test_a_missing_shard_is_said(
     numbers: tuple[int, ...], total: int, missing: str, tmp_path: Path
 ) -> None:
     for number in numbers:
-        put(tmp_path / "data" / f"train-{number:05}-of-{total:05}.jsonl", "a")
+        write_texts(tmp_path / "data" / f"train-{number:05}-of-{total:05}.jsonl", "a")
     assert missing in refused(tmp_path)
 
 
 def test_an_exact_name_goes_before_a_longer_one(tmp_path: Path) -> None:
-    put(tmp_path / "train.jsonl", "a")
-    put(tmp_path / "train_notes.jsonl", "no")
-    put(tmp_path / "old-train.jsonl", "no")
+    write_texts(tmp_path / "train.jsonl", "a")
+    write_texts(tmp_path / "train_notes.jsonl", "no")
+    write_texts(tmp_path / "old-train.jsonl", "no")
     assert texts(tmp_path) == ["a"]
 
 
 @pytest.mark.parametrize("name", ["C#/train.jsonl", "q&a #2.jsonl", "#5/data.jsonl"])
 def test_an_existing_path_wins_over_a_number_of_rows(name: str, tmp_path: Path) -> None:
-    path = put(tmp_path / name, "a", "b", "c")
+    path = write_texts(tmp_path / name, "a", "b", "c")
     assert texts(path) == ["a", "b", "c"]
     assert texts(f"{path}#2") == ["a", "b"]
     recipe = Recipe.from_values({"model_name_or_path": "m", "dataset": f"{path}#2"})
@@ -140,20 +145,20 @@ def test_an_existing_path_wins_over_a_number_of_rows(name: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("count", ["0", "-1", "x", "", "1.5", "²"])
 def test_what_follows_the_mark_must_be_a_number(count: str, tmp_path: Path) -> None:
-    path = put(tmp_path / "d.jsonl", "a")
+    path = write_texts(tmp_path / "d.jsonl", "a")
     assert "number of rows" in refused(f"{path}#{count}")
 
 
 def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    put(tmp_path / "sets" / "d.jsonl", "a", "b")
+    write_texts(tmp_path / "sets" / "d.jsonl", "a", "b")
     assert texts("~/sets/d.jsonl") == ["a", "b"]
     assert texts("~/sets/d.jsonl#1") == ["a"]
     for where in ("~/sets/d.jsonl", "~/sets/d.jsonl#1"):
         settings = {"model_name_or_path": "m", "dataset": where, "eval_dataset": where}
         assert Recipe.from_values(settings).dataset == where
-    put(tmp_path / "both" / "train.jsonl", "a")
-    put(tmp_path / "both" / "valid.jsonl", "b")
+    write_texts(tmp_path / "both" / "train.jsonl", "a")
+    write_texts(tmp_path / "both" / "valid.jsonl", "b")
     assert data.has_split("~/both", "valid")
     with pytest.raises(UserError, match="does not exist"):
         data.read("~nobody-here/d.jsonl")

@@ -111,20 +111,22 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
-        found: torch.Tensor = model(IDS).logits
-    return found
+        logits: torch.Tensor = model(IDS).logits
+    return logits
 
 
 @pytest.mark.parametrize("case", sorted(EXACT))
 def test_a_gguf_file_is_the_model_that_was_written(case: str, tmp_path: Path) -> None:
-    arch, changes, settings, more = EXACT[case]
+    arch, changes, settings, extra_tensors = EXACT[case]
     model = tiny_model(arch, **changes)
-    path = write_gguf(tmp_path / "m.gguf", model, settings=settings, tensors=more(model.config))
+    path = write_gguf(
+        tmp_path / "m.gguf", model, settings=settings, tensors=extra_tensors(model.config)
+    )
     base = models.load(str(path), dtype="float32", attn_implementation="eager")
     model.set_attn_implementation("eager")
     torch.testing.assert_close(_logits(base.model), _logits(model), rtol=0, atol=1e-4)
     assert models.describe(str(path)).total_parameters == sum(
-        own.numel() for own in model.parameters()
+        parameter.numel() for parameter in model.parameters()
     )
 
 
@@ -195,7 +197,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], st
 def test_what_a_header_does_not_say_is_refused_and_nothing_is_kept(
     case: str, tmp_path: Path
 ) -> None:
-    arch, changes, settings, options, said = REFUSED[case]
+    arch, changes, settings, options, message = REFUSED[case]
     if arch == "opt":
         import gguf as library
 
@@ -209,9 +211,9 @@ def test_what_a_header_does_not_say_is_refused_and_nothing_is_kept(
         path = write_gguf(
             tmp_path / "m.gguf", tiny_model(arch, **changes), settings=settings, **options
         )
-    with pytest.raises(UserError, match=said) as told:
+    with pytest.raises(UserError, match=message) as error:
         models.load(str(path))
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
     assert not list((tmp_path / "cache").rglob("model*.safetensors"))
 
 
@@ -219,15 +221,15 @@ def test_a_copy_is_kept_for_the_file_and_made_anew_when_it_changes(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = write_gguf(tmp_path / "m.gguf", tiny_model("llama"), quantized=True)
-    first = gguf.converted(path)
+    first_copy = gguf.converted(path)
     assert len(caplog.records) == 1
     assert "converting" in caplog.text
-    before = (first / "model.safetensors").stat().st_mtime_ns
-    assert gguf.converted(path) == first
+    before = (first_copy / "model.safetensors").stat().st_mtime_ns
+    assert gguf.converted(path) == first_copy
     assert len(caplog.records) == 1
-    assert (first / "model.safetensors").stat().st_mtime_ns == before
+    assert (first_copy / "model.safetensors").stat().st_mtime_ns == before
     write_gguf(path, tiny_model("llama", seed=1), quantized=True)
-    assert gguf.converted(path) != first
+    assert gguf.converted(path) != first_copy
     assert not list((tmp_path / "cache" / "gguf").rglob(".convert-*"))
 
 
@@ -252,9 +254,9 @@ def test_a_quantised_file_is_its_dequantised_weights(tmp_path: Path) -> None:
 def test_a_torn_file_is_one_sentence(cut: int, tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "m.gguf", tiny_model("llama"))
     path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(UserError, match="torn") as told:
+    with pytest.raises(UserError, match="torn") as error:
         models.describe(str(path))
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -286,10 +288,10 @@ def test_the_tokenizer_is_that_of_transformers_and_the_header_skips_its_words(
     header = read_header(path)
     assert header.settings["tokenizer.ggml.tokens"] == 6000
     tokenizer = gguf.read_tokenizer(path)
-    kept = gguf.read_tokenizer(path)
+    cached = gguf.read_tokenizer(path)
     theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
     text = "the answer <|im_start|>user\nis 42 </s>"
     ids = theirs(text).input_ids
-    assert tokenizer(text).input_ids == kept(text).input_ids == ids
-    assert kept.chat_template == tiny_tokenizer().chat_template
-    assert kept.eos_token == "<|im_end|>"
+    assert tokenizer(text).input_ids == cached(text).input_ids == ids
+    assert cached.chat_template == tiny_tokenizer().chat_template
+    assert cached.eos_token == "<|im_end|>"

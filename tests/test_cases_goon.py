@@ -78,11 +78,11 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "sgd"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("adapter_kind", KINDS)
 def test_the_first_step_is_that_of_pefts_loaded_model(
-    kind: str, optim: str, base: Path, rows: Path, tmp_path: Path
+    adapter_kind: str, optim: str, base: Path, rows: Path, tmp_path: Path
 ) -> None:
-    start = peft_adapter(base, tmp_path / "start", **KINDS[kind])
+    start = peft_adapter(base, tmp_path / "start", **KINDS[adapter_kind])
     run = trained(
         rows, tmp_path / "run", model=str(base), adapter_name_or_path=str(start), optim=optim
     )
@@ -97,8 +97,8 @@ def test_the_first_step_is_that_of_pefts_loaded_model(
     optimizer.step()
     model.save_pretrained(tmp_path / "theirs")
 
-    first = next(line for line in run.metrics() if line["kind"] == "train")
-    assert first["loss"] == pytest.approx(loss.item(), abs=1e-5)
+    first_step = next(line for line in run.metrics() if line["kind"] == "train")
+    assert first_step["loss"] == pytest.approx(loss.item(), abs=1e-5)
     ours, theirs = weights(run.adapters()["default"]), weights(tmp_path / "theirs")
     assert ours.keys() == theirs.keys()
     before = weights(start)
@@ -110,11 +110,11 @@ def test_the_first_step_is_that_of_pefts_loaded_model(
         assert mine[key] == its[key]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("adapter_kind", KINDS)
 def test_a_rate_of_almost_nothing_gives_the_adapter_back_bit_for_bit(
-    kind: str, base: Path, rows: Path, tmp_path: Path
+    adapter_kind: str, base: Path, rows: Path, tmp_path: Path
 ) -> None:
-    start = peft_adapter(base, tmp_path / "start", **KINDS[kind])
+    start = peft_adapter(base, tmp_path / "start", **KINDS[adapter_kind])
     run = trained(
         rows, tmp_path / "run", model=str(base), adapter_name_or_path=str(start),
         learning_rate=1e-30,
@@ -127,18 +127,21 @@ def test_a_rate_of_almost_nothing_gives_the_adapter_back_bit_for_bit(
 def test_our_own_run_checkpoint_and_folder_are_starts_alike(
     base: Path, rows: Path, tmp_path: Path
 ) -> None:
-    first = trained(rows, tmp_path / "first", model=str(base), lora_r=3, lora_dropout=0.1)
-    adapter = first.adapters()["default"]
-    made = {}
+    first_run = trained(rows, tmp_path / "first", model=str(base), lora_r=3, lora_dropout=0.1)
+    adapter = first_run.adapters()["default"]
+    trained_weights = {}
     for name, start in (
-        ("folder", adapter), ("run", first.folder),
-        ("checkpoint", first.folder / "checkpoints" / "checkpoint-1"),
+        ("folder", adapter), ("run", first_run.folder),
+        ("checkpoint", first_run.folder / "checkpoints" / "checkpoint-1"),
     ):  # fmt: skip
         run = trained(rows, tmp_path / name, model=str(base), adapter_name_or_path=str(start))
         assert run.recipe().lora_r == 3
-        made[name] = weights(run.adapters()["default"])
-    for other in (made["run"], made["checkpoint"]):
-        assert all(torch.equal(value, other[key]) for key, value in made["folder"].items())
+        trained_weights[name] = weights(run.adapters()["default"])
+    for other_weights in (trained_weights["run"], trained_weights["checkpoint"]):
+        assert all(
+            torch.equal(value, other_weights[key])
+            for key, value in trained_weights["folder"].items()
+        )
 
 
 def test_an_adapter_of_the_hub_is_a_start(
@@ -161,12 +164,12 @@ def test_an_adapter_of_the_hub_is_a_start(
     )  # fmt: skip
     before, after = weights(snapshots["whole"]), weights(run.adapters()["default"])
     assert all(torch.equal(before[key], after[key]) for key in before)
-    for name, told in (
+    for name, message in (
         ("someone/pickled", f"is not an adapter in safetensors: it has no {WEIGHTS}"),
         ("someone/nothing", "the adapter someone/nothing does not exist"),
         ("./someone/whole", "does not exist; give the folder of an adapter"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             Recipe.from_values(
                 {"model": str(base), "dataset": str(rows), "adapter_name_or_path": name}
             )
@@ -183,26 +186,31 @@ def test_an_adapter_as_the_model_is_its_base_and_a_start(
     assert (recipe.lora_r, recipe.lora_alpha) == (4, 6)
     assert any("is an adapter of" in notice for notice in recipe.notices)
     run = trained(rows, tmp_path / "run", model=str(start))
-    same = trained(rows, tmp_path / "same", model=str(base), adapter_name_or_path=str(start))
-    ours, theirs = (weights(own.adapters()["default"]) for own in (run, same))
+    explicit_run = trained(
+        rows, tmp_path / "same", model=str(base), adapter_name_or_path=str(start)
+    )
+    ours, theirs = (
+        weights(trained_run.adapters()["default"]) for trained_run in (run, explicit_run)
+    )
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     assert lighten.plan(model=str(start), device="cpu", changes=False).memory.expected > 0
 
 
 def test_evaluation_resume_and_a_moved_adapter(base: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"  # enough of them to hold some out
-    given = [[*IDS[number % 2][:6], number] for number in range(4, 20)]
-    rows.write_text("\n".join(json.dumps({"input_ids": ids, "labels": ids}) for ids in given))
+    token_rows = [[*IDS[number % 2][:6], number] for number in range(4, 20)]
+    rows.write_text("\n".join(json.dumps({"input_ids": ids, "labels": ids}) for ids in token_rows))
     start = peft_adapter(base, tmp_path / "start")
     chosen = {
         "model": str(base), "adapter_name_or_path": str(start), "val_size": 0.5,
     }  # fmt: skip
     run = trained(rows, tmp_path / "run", max_steps=3, save_steps=1, **chosen)
-    plain = trained(rows, tmp_path / "plain", model=str(base), val_size=0.5)
-    measured, other = (
-        lighten.evaluate(own, max_examples=1, max_new_tokens=1) for own in (run, plain)
+    plain_run = trained(rows, tmp_path / "plain", model=str(base), val_size=0.5)
+    measured, plain_evaluation = (
+        lighten.evaluate(trained_run, max_examples=1, max_new_tokens=1)
+        for trained_run in (run, plain_run)
     )
-    assert measured.metric("base", "loss") == other.metric("base", "loss")
+    assert measured.metric("base", "loss") == plain_evaluation.metric("base", "loss")
 
     final = weights(run.adapters()["default"])
     shutil.rmtree(run.folder / "checkpoints" / "checkpoint-3")
@@ -224,7 +232,7 @@ def test_evaluation_resume_and_a_moved_adapter(base: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"lora_r": 8}, r"lora_r is 8, but the adapter .* has 4"),
         ({"lora_alpha": 16}, r"lora_alpha is 16, but .* has 6"),
@@ -242,13 +250,13 @@ def test_evaluation_resume_and_a_moved_adapter(base: Path, tmp_path: Path) -> No
     ],
 )
 def test_what_contradicts_the_adapter_is_one_sentence(
-    changes: dict[str, Any], said: str, base: Path, rows: Path, tmp_path: Path
+    changes: dict[str, Any], message: str, base: Path, rows: Path, tmp_path: Path
 ) -> None:
     start = peft_adapter(base, tmp_path / "start")
     for model in ({"adapter_name_or_path": str(start), "model": str(base)}, {"model": str(start)}):
-        with pytest.raises(UserError, match=said) as told:
+        with pytest.raises(UserError, match=message) as error:
             Recipe.from_values({**model, "dataset": str(rows), **changes})
-        assert "\n" not in str(told.value)
+        assert "\n" not in str(error.value)
 
 
 def test_several_adapters_start_from_one(base: Path, rows: Path, tmp_path: Path) -> None:
@@ -274,11 +282,11 @@ def test_another_base_is_one_sentence_before_training(
     model.save_pretrained(tmp_path / "other")
     tiny_tokenizer().save_pretrained(tmp_path / "other")
     start = peft_adapter(base, tmp_path / "start")
-    with pytest.raises(UserError, match=f"adapter_name_or_path: {start}") as told:
+    with pytest.raises(UserError, match=f"adapter_name_or_path: {start}") as error:
         trained(
             rows, tmp_path / "run", model=str(tmp_path / "other"), adapter_name_or_path=str(start)
         )
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
     with pytest.raises(UserError, match=f"adapter_name_or_path: {start}"):
         lighten.plan(
@@ -295,13 +303,13 @@ def test_what_is_no_start_is_one_sentence(base: Path, rows: Path, tmp_path: Path
     orphan = peft_adapter(base, tmp_path / "orphan")
     config = json.loads((orphan / CONFIG).read_text())
     (orphan / CONFIG).write_text(json.dumps({**config, "base_model_name_or_path": None}))
-    for start, said in (
+    for start, message in (
         (two, "holds several adapters"), (dora, "use_dora"), (cut, "not a whole safetensors"),
         (base, "is not an adapter"), (tmp_path / "nothing", "does not exist"),
     ):  # fmt: skip
-        given = {"model": str(base), "adapter_name_or_path": str(start), "dataset": str(rows)}
-        with pytest.raises(UserError, match=said) as told:
-            Recipe.from_values(given)
-        assert "\n" not in str(told.value)
+        values = {"model": str(base), "adapter_name_or_path": str(start), "dataset": str(rows)}
+        with pytest.raises(UserError, match=message) as error:
+            Recipe.from_values(values)
+        assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="names no base model"):
         Recipe.from_values({"model": str(orphan), "dataset": str(rows)})

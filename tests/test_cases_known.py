@@ -36,12 +36,12 @@ def test_a_shape_has_the_published_parameters(shape: known.Shape) -> None:
      ("phi-4-mini-instruct", "microsoft/Phi-4-mini-instruct")],
 )  # fmt: skip
 def test_names_in_any_case_and_short(name: str, hub_id: str) -> None:
-    found = known.shape_of(name)
-    assert found is not None
-    assert found[1] == hub_id
+    match = known.shape_of(name)
+    assert match is not None
+    assert match[1] == hub_id
     source, folder = locate(name, weights=False)
     assert source == "known"
-    assert json.loads((folder / "config.json").read_text()) == found[0].config
+    assert json.loads((folder / "config.json").read_text()) == match[0].config
     if "/" not in name:
         assert public_name(name) == hub_id
 

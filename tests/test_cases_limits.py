@@ -124,10 +124,10 @@ def test_ids_of_a_larger_vocabulary_are_refused_before_anything_is_loaded(
         output_dir=str(tmp_path / "run"),
     )  # fmt: skip
     line, highest = len(rows), max(rows[-1]["input_ids"])
-    said = rf"ids\.jsonl:{line} has the id {highest}, the model has 320"
-    with pytest.raises(UserError, match=said):
+    message = rf"ids\.jsonl:{line} has the id {highest}, the model has 320"
+    with pytest.raises(UserError, match=message):
         train(recipe, progress=False)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         predict.plan(recipe, named("cpu"), calibrate=False)
 
 
@@ -141,18 +141,18 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused_unless_tokens_are_adde
     tokenizer.save_pretrained(folder)
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "a", "completion": "b<new>"}\n' * 4, encoding="utf-8")
-    given = {
+    settings = {
         "model_name_or_path": str(folder), "dataset": str(path), "val_size": 0, "max_steps": 1,
     }  # fmt: skip
     with pytest.raises(UserError, match=r"knows the token '<new>' .* list it in added_tokens"):
-        train(recipe_of(**given, output_dir=str(tmp_path / "a")), progress=False)
+        train(recipe_of(**settings, output_dir=str(tmp_path / "a")), progress=False)
     train(
-        recipe_of(**given, added_tokens=["<new>"], output_dir=str(tmp_path / "b")),
+        recipe_of(**settings, added_tokens=["<new>"], output_dir=str(tmp_path / "b")),
         progress=False,
     )
     # A token that no row uses is no reason to stop, and padding takes one that the model has.
     path.write_text('{"prompt": "a", "completion": "b"}\n{"text": "a long one"}\n')
-    train(recipe_of(**given, output_dir=str(tmp_path / "c")), progress=False)
+    train(recipe_of(**settings, output_dir=str(tmp_path / "c")), progress=False)
 
 
 def _set(**values: Any) -> Callable[[Path], None]:
@@ -189,8 +189,8 @@ def _lose_the_index(folder: Path) -> None:
 
 def _without_the_last_layer(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
-    kept = {name: own for name, own in weights.items() if ".layers.1." not in name}
-    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    remaining = {name: tensor for name, tensor in weights.items() if ".layers.1." not in name}
+    save_file(remaining, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -239,24 +239,24 @@ def test_a_fault_of_a_model_folder_is_one_sentence(
 ) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny_folder, folder)
-    break_it, said = FAULTS[fault]
+    break_it, message = FAULTS[fault]
     break_it(folder)
-    with pytest.raises(UserError, match=said) as told:
+    with pytest.raises(UserError, match=message) as error:
         models.load(str(folder), dtype="float32")
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_check_and_a_guarded_run_refuse_ids_too(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model")
     path = tmp_path / "ids.jsonl"
     path.write_text('{"input_ids": [5, 6, 7]}\n{"input_ids": [5, 999, 7]}\n', encoding="utf-8")
-    said = r"ids\.jsonl:2 has the id 999, the model has 320"
+    message = r"ids\.jsonl:2 has the id 999, the model has 320"
     tokenizer = models.load_tokenizer(str(folder))
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         data.check(
             data.read(str(path)), tokenizer, max_length=64, template="",
             verify=models.limits(str(folder)).check_ids,
         )  # fmt: skip
     recipe = recipe_of(model_name_or_path=str(folder), dataset=str(path), val_size=0)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         preflight.plan_first(recipe)

@@ -91,5 +91,5 @@ def test_a_mapping_of_columns_that_means_nothing_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=why):
         recipe(rows, dataset_columns=columns)
-    given = ", ".join(f"{ours}: {theirs}" for ours, theirs in columns.items())
-    assert overrides(["--dataset_columns", f"{{{given}}}"]) == {"dataset_columns": columns}
+    mapping = ", ".join(f"{ours}: {theirs}" for ours, theirs in columns.items())
+    assert overrides(["--dataset_columns", f"{{{mapping}}}"]) == {"dataset_columns": columns}

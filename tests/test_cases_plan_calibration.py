@@ -57,7 +57,7 @@ def test_what_went_on_from_a_checkpoint_is_not_remembered(
         "output_dir": str(tmp_path / "run"), "save_steps": 1, "val_size": 0.2,
     }  # fmt: skip
     api.train(None, progress=False, **recipe)
-    (first,) = calibration.pairs()
-    assert first["weights_bytes"] > 0
+    (first_pair,) = calibration.pairs()
+    assert first_pair["weights_bytes"] > 0
     api.train(None, progress=False, resume=True, **recipe)
-    assert calibration.pairs() == [first]
+    assert calibration.pairs() == [first_pair]

@@ -31,16 +31,16 @@ MIB = 2**20
      ["smollm2-135m", "--zero", "7"], ["serve"], []],
 )  # fmt: skip
 def test_an_error_is_no_answer(arguments: list[str]) -> None:
-    done = call("plan", *arguments)
-    assert done.returncode == 3, done.stderr
-    assert "Traceback" not in done.stderr
-    assert "rror" in done.stderr
+    result = call("plan", *arguments)
+    assert result.returncode == 3, result.stderr
+    assert "Traceback" not in result.stderr
+    assert "rror" in result.stderr
 
 
 def test_the_exit_codes_are_in_the_help() -> None:
-    done = call("plan", "--help")
-    assert done.returncode == 0
-    assert "3 an error" in " ".join(done.stdout.split())
+    result = call("plan", "--help")
+    assert result.returncode == 0
+    assert "3 an error" in " ".join(result.stdout.split())
 
 
 @pytest.mark.parametrize(
@@ -69,9 +69,9 @@ def test_one_change_that_is_enough_stands_in_the_headline(tiny_folder: Path) -> 
     recipe = recipe_for(tiny_folder)
     plan = planner(recipe)
     plan = dataclasses.replace(plan, changes=cheapest(recipe, plan, planner))
-    said = "does not fit as it is; with gradient checkpointing it does (0.89 GiB)"
-    assert text.with_change(plan) == said
-    assert said in text.verdict(plan)
+    headline = "does not fit as it is; with gradient checkpointing it does (0.89 GiB)"
+    assert text.with_change(plan) == headline
+    assert headline in text.verdict(plan)
     tight = dataclasses.replace(plan, changes=())
     assert text.with_change(tight) is None
     assert text.verdict(tight).endswith("which does not fit")
@@ -92,26 +92,33 @@ def test_flags_are_those_that_differ(tiny_folder: Path) -> None:
 
 
 def test_changes_stop_when_time_is_over(tiny_folder: Path) -> None:
-    seen: list[Recipe] = []
-    planner = formula(300, seen)
+    planned_recipes: list[Recipe] = []
+    planner = formula(300, planned_recipes)
     recipe = recipe_for(tiny_folder)
     plan = planner(recipe)
     looks = iter([False, False])
-    found = cheapest(recipe, plan, planner, over=lambda: next(looks, True))
-    assert len(seen) == 3, "the plan and two changes"
-    assert {own.what for own in found} == {"gradient checkpointing", "the base in 4 bits (QLoRA)"}
+    changes = cheapest(recipe, plan, planner, over=lambda: next(looks, True))
+    assert len(planned_recipes) == 3, "the plan and two changes"
+    assert {change.what for change in changes} == {
+        "gradient checkpointing",
+        "the base in 4 bits (QLoRA)",
+    }
 
 
 def test_changes_that_are_planned_already_are_told_though_time_is_over(tiny_folder: Path) -> None:
     """On a busy machine those planned side by side used up all of it, and none was told."""
-    seen: list[Recipe] = []
-    planner = formula(300, seen)
+    planned_recipes: list[Recipe] = []
+    planner = formula(300, planned_recipes)
     recipe = recipe_for(tiny_folder)
     plan = planner(recipe)
-    found = cheapest(
-        recipe, plan, planner, over=lambda: True, is_planned=lambda own: bool(own.load_in_4bit)
+    changes = cheapest(
+        recipe,
+        plan,
+        planner,
+        over=lambda: True,
+        is_planned=lambda changed: bool(changed.load_in_4bit),
     )
-    assert {own.what for own in found} == {"the base in 4 bits (QLoRA)"}
+    assert {change.what for change in changes} == {"the base in 4 bits (QLoRA)"}
 
 
 def test_a_plan_says_that_it_looked_no_further(
@@ -126,8 +133,8 @@ def test_a_plan_says_that_it_looked_no_further(
 
 def test_no_word_of_grouped_keys_without_them_and_one_line_of_the_method(tmp_path: Path) -> None:
     tiny_config("llama", num_key_value_heads=4).save_pretrained(tmp_path)
-    done = call("plan", str(tmp_path), "--device", "t4", "--max_length", "64", "--max_steps", "1")
-    assert done.returncode == 0, done.stderr
-    assert "grouped keys" not in done.stdout
-    assert sum(line.strip().startswith("method") for line in done.stdout.splitlines()) == 1
-    assert "1 steps" not in done.stdout
+    result = call("plan", str(tmp_path), "--device", "t4", "--max_length", "64", "--max_steps", "1")
+    assert result.returncode == 0, result.stderr
+    assert "grouped keys" not in result.stdout
+    assert sum(line.strip().startswith("method") for line in result.stdout.splitlines()) == 1
+    assert "1 steps" not in result.stdout

@@ -62,8 +62,8 @@ def test_every_method_has_a_plan(method: str, tmp_path: Path) -> None:
     assert plan.memory.expected > 0
     assert plan.states is not None
     assert plan.states.trained > 0
-    told = any("PEFT's own modules" in own for own in plan.outside)
-    assert told == (method != "a saved head")
+    mentions_peft = any("PEFT's own modules" in note for note in plan.outside)
+    assert mentions_peft == (method != "a saved head")
 
 
 def test_a_plan_says_which_method_it_is_of(tmp_path: Path) -> None:

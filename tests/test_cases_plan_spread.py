@@ -53,14 +53,14 @@ def spread(plan: Plan, strategy: Strategy, offload: tuple[str, ...] = ()) -> Dis
 def numbers(arch: str, method: str) -> tuple[int, int]:
     """How many numbers learn, and how many weights there are, tied ones once."""
     model = tiny_model(arch, num_hidden_layers=LAYERS)
-    every = sum(p.numel() for p in model.parameters())
+    total = sum(p.numel() for p in model.parameters())
     if method == "full":
-        return every, every
+        return total, total
     if method == "last layers":
-        own = decoder_layers(model)[-2:]
-        return sum(p.numel() for layer in own for p in layer.parameters()), every
+        last_layers = decoder_layers(model)[-2:]
+        return sum(p.numel() for layer in last_layers for p in layer.parameters()), total
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
-    return sum(p.numel() for p in adapted.parameters() if p.requires_grad), every
+    return sum(p.numel() for p in adapted.parameters() if p.requires_grad), total
 
 
 def linears(arch: str) -> int:
@@ -73,7 +73,7 @@ def linears(arch: str) -> int:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("arch", MODELS.values(), ids=MODELS.keys())
 def test_what_is_sent_is_by_the_papers_formulas(tmp_path: Path, arch: str, method: str) -> None:
-    learning, every = numbers(arch, method)
+    learning, total = numbers(arch, method)
     gradients = 4 * learning
     plan = alone(tmp_path, arch, **METHODS[method])
     states = spread(plan, "ddp").states
@@ -82,9 +82,9 @@ def test_what_is_sent_is_by_the_papers_formulas(tmp_path: Path, arch: str, metho
     if method == "QLoRA":
         packed = linears(arch)
         scaled = 4 * packed / 64
-        assert states.frozen == pytest.approx(2 * (every - packed) + packed / 2 + scaled, rel=0.01)
+        assert states.frozen == pytest.approx(2 * (total - packed) + packed / 2 + scaled, rel=0.01)
     else:
-        frozen = {"full": 0, "LoRA": every, "last layers": every - learning}[method]
+        frozen = {"full": 0, "LoRA": total, "last layers": total - learning}[method]
         assert states.frozen == 2 * frozen  # bfloat16
     weights, share = states.frozen + gradients, (RANKS - 1) / RANKS
     inside = (GPUS - 1) / GPUS
@@ -106,23 +106,23 @@ def test_what_is_sent_is_by_the_papers_formulas(tmp_path: Path, arch: str, metho
 def test_micro_batches_links_and_offload_follow(tmp_path: Path, method: str) -> None:
     gradients = 4 * numbers("llama", method)[0]
     plan = alone(tmp_path, "llama", gradient_accumulation_steps=3, **METHODS[method])
-    found = spread(plan, "zero2", ("optimizer",))
+    sharded = spread(plan, "zero2", ("optimizer",))
     share = (RANKS - 1) / RANKS
-    assert found.volume.reduce == pytest.approx(3 * gradients * share)
-    assert found.volume.gather == pytest.approx(gradients * share)
-    assert found.volume.host == pytest.approx(gradients / RANKS + gradients)
-    assert found.host_bytes == pytest.approx((found.states.optimiser + gradients) / RANKS)
+    assert sharded.volume.reduce == pytest.approx(3 * gradients * share)
+    assert sharded.volume.gather == pytest.approx(gradients * share)
+    assert sharded.volume.host == pytest.approx(gradients / RANKS + gradients)
+    assert sharded.host_bytes == pytest.approx((sharded.states.optimiser + gradients) / RANKS)
     node_link, host_link = 200e9 / 8, 32e9
-    assert found.communication_s == pytest.approx(
-        4 * gradients * share / node_link + found.volume.host / host_link
+    assert sharded.communication_s == pytest.approx(
+        4 * gradients * share / node_link + sharded.volume.host / host_link
     )
 
 
 def test_a_cohort_reduces_the_gradients_of_all_its_adapters(tmp_path: Path) -> None:
-    one = spread(alone(tmp_path, "llama", lora_r=4), "ddp").states
-    both = spread(alone(tmp_path, "llama", lora_r=[4, 8]), "ddp").states
-    assert both.gradients == 3 * one.gradients
-    assert both.frozen == one.frozen
+    one_adapter = spread(alone(tmp_path, "llama", lora_r=4), "ddp").states
+    two_adapters = spread(alone(tmp_path, "llama", lora_r=[4, 8]), "ddp").states
+    assert two_adapters.gradients == 3 * one_adapter.gradients
+    assert two_adapters.frozen == one_adapter.frozen
 
 
 def test_no_rank_is_planned_below_its_share_of_all_states(tmp_path: Path) -> None:
@@ -136,28 +136,28 @@ def test_no_rank_is_planned_below_its_share_of_all_states(tmp_path: Path) -> Non
         plan = alone(tmp_path, "llama", method="full", per_device_train_batch_size=8,
                      max_length=length)  # fmt: skip
         for stage, shares in spreads.items():
-            found = spread(plan, stage)
-            states = found.states
+            sharded = spread(plan, stage)
+            states = sharded.states
             least = sum(
                 size / share
                 for size, share in zip((states.trained, states.gradients, states.optimiser), shares,
                                        strict=True)
             )  # fmt: skip
-            assert found.device_bytes > least
-            assert before is None or found.device_bytes <= before, stage
-            before = found.device_bytes
+            assert sharded.device_bytes > least
+            assert before is None or sharded.device_bytes <= before, stage
+            before = sharded.device_bytes
 
 
 def test_the_command_of_the_docs() -> None:
     """134.5 million weights in float32, over 32 ranks: 521.2 MB; LoRA on four T4: 9.77, 14.65."""
-    done = call("plan", "smollm2-135m", "--method", "full", "--device", "h100", "--gpus", "8",
+    result = call("plan", "smollm2-135m", "--method", "full", "--device", "h100", "--gpus", "8",
                 "--nodes", "4", "--zero", "3")  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "521.2 MB" in done.stdout
-    done = call("plan", "smollm2-135m", "--device", "t4", "--gpus", "4")
-    assert "14.7 MB" in done.stdout
-    assert "9.8 MB" in done.stdout
-    assert "on 1 node:" in done.stdout
+    assert result.returncode == 0, result.stderr
+    assert "521.2 MB" in result.stdout
+    result = call("plan", "smollm2-135m", "--device", "t4", "--gpus", "4")
+    assert "14.7 MB" in result.stdout
+    assert "9.8 MB" in result.stdout
+    assert "on 1 node:" in result.stdout
 
 
 def test_gradients_are_float32_in_the_engine_itself() -> None:
