@@ -121,5 +121,5 @@ def bench_serve(
     target = None if output_dir is None else Path(output_dir)
     return benching.bench(
         url, key=key, output=target, identity_requests=identity_requests,
-        report=log or (lambda _: None), **load,
+        log=log or (lambda _: None), **load,
     )  # fmt: skip

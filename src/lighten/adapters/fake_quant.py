@@ -241,13 +241,13 @@ def really_quantised(layer: FakeQuantLinear, weight: Tensor | None = None) -> nn
 
 
 @contextmanager
-def standing_in(model: nn.Module, others: Mapping[str, nn.Module]) -> Iterator[None]:
+def standing_in(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
     """Other modules at these paths until the end of the block."""
-    before = {path: model.get_submodule(path) for path in others}
+    originals = {path: model.get_submodule(path) for path in modules}
     try:
-        for path, module in others.items():
+        for path, module in modules.items():
             model.set_submodule(path, module)
         yield
     finally:
-        for path, module in before.items():
+        for path, module in originals.items():
             model.set_submodule(path, module)

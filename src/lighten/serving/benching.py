@@ -30,7 +30,7 @@ def bench(
     key: str | None,
     output: Path | None,
     identity_requests: int,
-    report: Callable[[str], None],
+    log: Callable[[str], None],
     **load: Any,
 ) -> dict[str, Any]:
     """Measure and check a server; see `lighten.bench_serve`.
@@ -45,14 +45,14 @@ def bench(
     try:
         field_checks = checks.fields(remote, models[0])
         for check in field_checks:
-            report(f"{'ok   ' if check.passed else 'FAILS'} {check.name}: {check.detail}")
+            log(f"{'ok   ' if check.passed else 'FAILS'} {check.name}: {check.detail}")
         same = checks.identity(remote, models, requests=identity_requests) if models else None
     except ServerError as error:
         raise UserError(f"{remote.url}: {error}") from error
     if same is not None:
-        report(f"identity: {same.same} of {same.requests} answers as alone, {same.rounding} with "
+        log(f"identity: {same.same} of {same.requests} answers as alone, {same.rounding} with "
              f"rounding, {same.wrong} of another model")  # fmt: skip
-    outcomes = series(remote, settings, lambda outcome: report(_line(outcome)))
+    outcomes = series(remote, settings, lambda outcome: log(_line(outcome)))
     result = {
         "url": remote.url, "machine": machine().to_dict(), "load": asdict(settings),
         "models": models, "checks": [asdict(check) for check in field_checks],

@@ -91,7 +91,7 @@ def choose_here(options: Options, registry: Registry) -> Choice:
 
 
 def engine_of(
-    engine: str, registry: Registry, options: Options, context: int, report: Callable[[str], None]
+    engine: str, registry: Registry, options: Options, context: int, log: Callable[[str], None]
 ) -> Engine:
     """An engine over what is served; it tells what it does to the base.
 
@@ -100,20 +100,20 @@ def engine_of(
         registry: What is served.
         options: How.
         context: Tokens of a prompt with its answer.
-        report: Hears of it.
+        log: Hears of it.
 
     Raises:
         UserError: It cannot serve this.
     """
-    return _BUILDERS[engine](registry, options, context, report)
+    return _BUILDERS[engine](registry, options, context, log)
 
 
 def _cohort(
-    registry: Registry, options: Options, context: int, report: Callable[[str], None]
+    registry: Registry, options: Options, context: int, log: Callable[[str], None]
 ) -> Engine:
     from lighten.serving.cohort import CohortEngine
 
-    report("base: transformers' model in this process")
+    log("base: transformers' model in this process")
     return CohortEngine(
         registry.base.name, context=context, slots=options.slots, revision=options.revision,
         dtype=STORED[options.storage] if options.storage != STORAGE else "auto",
@@ -122,13 +122,13 @@ def _cohort(
 
 
 def _llamacpp(
-    registry: Registry, options: Options, context: int, report: Callable[[str], None]
+    registry: Registry, options: Options, context: int, log: Callable[[str], None]
 ) -> Engine:
     from lighten.serving.llamacpp import LlamaCpp
 
     base = registry.base
     model, origin = base_as_gguf(base, options.storage)
-    report(f"base: {model.stat().st_size / 1e6:,.0f} MB, {origin}")
+    log(f"base: {model.stat().st_size / 1e6:,.0f} MB, {origin}")
     for adapter in registry.adapters:  # refused here, with the reason, and not while it serves
         adapters.adapter_as_gguf(adapter, base)
     return LlamaCpp(
@@ -139,15 +139,13 @@ def _llamacpp(
     )  # fmt: skip
 
 
-def _vllm(
-    registry: Registry, options: Options, context: int, report: Callable[[str], None]
-) -> Engine:
+def _vllm(registry: Registry, options: Options, context: int, log: Callable[[str], None]) -> Engine:
     base = registry.base
     if base.gguf is not None:
         raise UserError(f"--engine vllm does not serve the GGUF file {base.gguf}; give its folder")
     for adapter in registry.adapters:
         vllm.require_servable(adapter.folder)
-    report(f"base: as it is, in {vllm.program()}")
+    log(f"base: as it is, in {vllm.program()}")
     return vllm.Vllm(
         base.folder, base.asking.tokenizer, context=context, slots=options.slots,
         most_adapters=options.most_adapters, flags=dict(options.engine_flags),

@@ -138,7 +138,7 @@ def run(remote: Remote, what: str, models: Sequence[str], load: Load) -> Outcome
 
 
 def series(
-    remote: Remote, load: Load, report: Callable[[Outcome], None] | None = None
+    remote: Remote, load: Load, log: Callable[[Outcome], None] | None = None
 ) -> list[Outcome]:
     """The base, one adapter, and twice as many adapters each time up to all of them, mixed.
 
@@ -161,8 +161,8 @@ def series(
     _ask(remote, base, "Hello", 2)  # warm
     for what, models in planned:
         outcomes.append(run(remote, what, models, load))
-        if report is not None:
-            report(outcomes[-1])
+        if log is not None:
+            log(outcomes[-1])
     return outcomes
 
 

@@ -24,13 +24,13 @@ log = logging.getLogger(__name__)
 _GRACE_S = 25  # running answers have so long after SIGTERM; the process ends within 30 s
 
 
-def serve(base: str, options: Options, report: Callable[[str], None]) -> None:
+def serve(base: str, options: Options, log: Callable[[str], None]) -> None:
     """Serve until SIGTERM or SIGINT; running answers are finished first.
 
     Args:
         base: The base; see `adapters.open_base`.
         options: How.
-        report: Hears what is served, with which choices and why.
+        log: Hears what is served, with which choices and why.
 
     Raises:
         UserError: Something the user can mend.
@@ -39,7 +39,7 @@ def serve(base: str, options: Options, report: Callable[[str], None]) -> None:
     import uvicorn
 
     require_valid(options)
-    registry, engine = prepare(base, options, report)
+    registry, engine = prepare(base, options, log)
     front = Front(
         registry, engine, options.api_keys, options.admin_keys,
         _hosts(options), Limits(waiting=options.waiting),
@@ -58,7 +58,7 @@ def serve(base: str, options: Options, report: Callable[[str], None]) -> None:
                 server.should_exit = True
                 return
             names = ", ".join(registry.models)
-            report(f"ready after {time.perf_counter() - began:.1f} s: {names}")
+            log(f"ready after {time.perf_counter() - began:.1f} s: {names}")
 
         starting = asyncio.create_task(start())
         try:
@@ -73,7 +73,7 @@ def serve(base: str, options: Options, report: Callable[[str], None]) -> None:
         app, host=options.host, port=options.port, log_config=None, access_log=False,
         timeout_graceful_shutdown=_GRACE_S, server_header=False, lifespan="on",
     )  # fmt: skip
-    server = _listening(config, front, report)
+    server = _listening(config, front, log)
     # uvicorn raises the signal once more when it has ended: that is no way to end a server.
     previous = {number: signal.signal(number, lambda *_: None)
               for number in (signal.SIGTERM, signal.SIGINT)}  # fmt: skip
@@ -91,7 +91,7 @@ def serve(base: str, options: Options, report: Callable[[str], None]) -> None:
         raise failed[0]
 
 
-def _listening(config: Any, front: Front, report: Callable[[str], None]) -> Any:
+def _listening(config: Any, front: Front, log: Callable[[str], None]) -> Any:
     """A server that tells its address, and refuses new requests from the first signal on."""
     import uvicorn
 
@@ -100,18 +100,18 @@ def _listening(config: Any, front: Front, report: Callable[[str], None]) -> Any:
             await super().startup(sockets)
             if not self.should_exit:
                 host, port = self.servers[0].sockets[0].getsockname()[:2]
-                report(f"listening at http://{f'[{host}]' if ':' in host else host}:{port}")
+                log(f"listening at http://{f'[{host}]' if ':' in host else host}:{port}")
 
         async def shutdown(self, sockets: Any = None) -> None:
             front.stopping = True
             if front.answering:
-                report(f"stopping, after {counted(front.answering, 'answer')} under way")
+                log(f"stopping, after {counted(front.answering, 'answer')} under way")
             await super().shutdown(sockets)
 
     return Server(config)
 
 
-def prepare(name: str, options: Options, report: Callable[[str], None]) -> tuple[Registry, Engine]:
+def prepare(name: str, options: Options, log: Callable[[str], None]) -> tuple[Registry, Engine]:
     """The models that are served, and an engine for them that is not started yet.
 
     Raises:
@@ -119,8 +119,8 @@ def prepare(name: str, options: Options, report: Callable[[str], None]) -> tuple
     """
     registry, context = open_served(name, options)
     chosen = choose_here(options, registry)
-    engine = engine_of(chosen.value, registry, options, context, report)
-    report(
+    engine = engine_of(chosen.value, registry, options, context, log)
+    log(
         f"engine: {chosen.value}, {chosen.reason}; {counted(options.slots, 'answer')} at once, "
         f"each of {context} tokens with its prompt"
     )

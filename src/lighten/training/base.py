@@ -29,13 +29,13 @@ def load_base(recipe: Recipe, device: str, *, learns: bool = False) -> models.Ba
     Raises:
         UserError: The base cannot be had.
     """
-    whole = learns and recipe.method == "full" and recipe.last_layers is None
+    full = learns and recipe.method == "full" and recipe.last_layers is None
     if learns:
         require_trainable(recipe)
     base = models.load(
         recipe.model_name_or_path,
         revision=recipe.revision,
-        dtype="float32" if whole else recipe.compute_dtype,
+        dtype="float32" if full else recipe.compute_dtype,
         attn_implementation=recipe.attn_implementation,
         trust_remote_code=recipe.trust_remote_code,
         device=device,
@@ -47,7 +47,7 @@ def load_base(recipe: Recipe, device: str, *, learns: bool = False) -> models.Ba
     )
     if learns:
         require_gradients(base.name, base.model)
-    if whole:
+    if full:
         base = replace(base, dtype=choose_dtype(recipe.dtype, device))
     add_tokens(base.model, base.tokenizer, recipe.added_tokens)
     return base

@@ -77,8 +77,8 @@ def save(
     """
     final = folder / f"checkpoint-{state.step}"
     partial = folder / f".checkpoint-{state.step}.partial"
-    for left in folder.glob(".checkpoint-*.partial"):  # of runs that were killed while they wrote
-        shutil.rmtree(left, ignore_errors=True)
+    for stale in folder.glob(".checkpoint-*.partial"):  # of runs that were killed while they wrote
+        shutil.rmtree(stale, ignore_errors=True)
     tensors = _optimizer_tensors(adapters)
     state.global_step, state.files = state.step, {}
     try:
@@ -207,9 +207,9 @@ def read_state(checkpoint: Path) -> TrainerState:
 def prune(folder: Path, limit: int, keep: Sequence[int | None]) -> None:
     """Delete the oldest checkpoints beyond the limit, never one of the steps to keep (trap 40)."""
     checkpoints = listing(folder)
-    kept = {f"checkpoint-{step}" for step in keep if step is not None}
+    protected = {f"checkpoint-{step}" for step in keep if step is not None}
     for checkpoint in checkpoints[: max(0, len(checkpoints) - limit)]:
-        if checkpoint.name not in kept:
+        if checkpoint.name not in protected:
             shutil.rmtree(checkpoint)
 
 

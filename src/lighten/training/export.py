@@ -109,27 +109,27 @@ def _adapter_card(setup: Setup, name: str) -> str:
     return (
         f"---\nbase_model: {public}\nlibrary_name: peft\ntags: [lora, lighten]\n---\n\n"
         f"# {name}\n\nA {method} adapter ({setup.trained.describe(name)}) for `{public}`, "
-        f"{_how(setup)}.{_learned_on(base)}{_new_tokens(setup)}\n\n{serving}"
+        f"{_training_summary(setup)}.{_learned_on(base)}{_new_tokens(setup)}\n\n{serving}"
         f"```python\n{snippet(setup)}```\n"
     )
 
 
 def snippet(setup: Setup) -> str:
     """Code that opens the adapter in PEFT, with new tokens as its training began with them."""
-    base, grown = setup.base, bool(setup.recipe.added_tokens)
-    where = f'"{public_name(base.name)}"'
+    base, adds_tokens = setup.base, bool(setup.recipe.added_tokens)
+    source = f'"{public_name(base.name)}"'
     if base.source == "gguf":
         file = Path(base.name)
-        where = f'"{file.parent}", gguf_file="{file.name}"'
+        source = f'"{file.parent}", gguf_file="{file.name}"'
     elif base.source == "hub" and base.revision:
-        where += f', revision="{base.revision}"'
+        source += f', revision="{base.revision}"'
     lines = [
         "from peft import PeftModel",
-        f"from transformers import AutoModelForCausalLM{', AutoTokenizer' if grown else ''}",
+        f"from transformers import AutoModelForCausalLM{', AutoTokenizer' if adds_tokens else ''}",
         "",
-        f"base = AutoModelForCausalLM.from_pretrained({where})",
+        f"base = AutoModelForCausalLM.from_pretrained({source})",
     ]
-    if grown:
+    if adds_tokens:
         lines += [
             'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
             "rows = base.get_input_embeddings().weight.shape[0]",
@@ -174,13 +174,13 @@ def _model_card(setup: Setup, learnt: str) -> str:
     base = setup.base
     return (
         f"---\nbase_model: {base.name}\nlibrary_name: transformers\ntags: [lighten]\n---\n\n"
-        f"# {setup.recipe.name}\n\n`{base.name}` with {learnt} {_how(setup)}.\n\n"
+        f"# {setup.recipe.name}\n\n`{base.name}` with {learnt} {_training_summary(setup)}.\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM\n\n"
         'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n```\n'
     )
 
 
-def _how(setup: Setup) -> str:
+def _training_summary(setup: Setup) -> str:
     return (
         f"trained with lighten {hardware.versions().get('lighten', '')} on "
         f"`{Path(setup.recipe.dataset).name}` with the chat template `{setup.rows.template.name}`"

@@ -219,14 +219,14 @@ def encoded(
                 break
         looked_at = min(2 * looked_at, count)  # those left out make room for others
     left_out = looked_at - len(rows.rows)
-    kept = chosen(part, rows.places[:most])
-    if len(rows.rows) > len(kept):
-        rows = encode_as(recipe, kept, tokenizer, limits)
+    examples = chosen(part, rows.places[:most])
+    if len(rows.rows) > len(examples):
+        rows = encode_as(recipe, examples, tokenizer, limits)
     problems = [sentence for sentence in rows.problems if sentence not in rows.findings.sentences()]
     problems += lost_sentences(rows, limits, limits.longest(recipe.max_length)[1])
     return replace(
         held_out,
-        examples=kept,
+        examples=examples,
         rows=rows,
         left_out=left_out,
         notes=[*held_out.notes, *(f"held out: {sentence}" for sentence in problems)],

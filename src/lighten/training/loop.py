@@ -108,12 +108,12 @@ class Loop:
                     if setup.rows.held_out and (last or self._due(recipe.eval_steps)):
                         best = self._evaluate(adapters) and recipe.load_best_model_at_end
                     self._prune()
-                    done = last or not self._active()
+                    finished = last or not self._active()
                     stop = ranks.agreed_stop(setup.accelerator, signals.received)
-                    due = done or best or stop or self._due(recipe.save_steps)
-                    if (due or self._due_by_time()) and self._saves:
+                    save_due = finished or best or stop or self._due(recipe.save_steps)
+                    if (save_due or self._due_by_time()) and self._saves:
                         self._save()
-                    if stop is not None and not done:
+                    if stop is not None and not finished:
                         raise Interrupted(
                             f"stopped by {stop.name} after step {state.step}; the state is "
                             f"saved, go on with: {resume_command(self.folder)}",
@@ -162,8 +162,8 @@ class Loop:
             except TrainingDiverged as error:
                 if not self._dropped_diverged(group, error):
                     raise
-                left = [adapter for adapter in group if not adapter.progress.stopped]
-                groups[:1] = [left] if left else []
+                remaining = [adapter for adapter in group if not adapter.progress.stopped]
+                groups[:1] = [remaining] if remaining else []
                 continue
             except (MemoryError, RuntimeError) as error:
                 if not (self._retries and ran_out(error)):
@@ -232,15 +232,15 @@ class Loop:
         """Halve the micro-batches from now on, and say why; raises where that is no way on."""
         setup, step = self.setup, self.state.step + 1
         tokens, fewer = out_of_memory.smaller(setup, batches, self._watch, error, step)
-        why = out_of_memory.blame(self.prediction, setup, self.memory.read()["peak_bytes"], error)
+        cause = out_of_memory.blame(self.prediction, setup, self.memory.read()["peak_bytes"], error)
         setup.tokens_per_microbatch = fewer
         if self.main:
             run = runs.Run(self.folder)
-            retry = out_of_memory.Retry(step, tokens, fewer, why)
+            retry = out_of_memory.Retry(step, tokens, fewer, cause)
             run.update(retries=[*run.info().get("retries", []), asdict(retry)])
         self.progress.note(
-            f"memory ran out in step {step} ({why}); again with micro-batches of {fewer} tokens at "
-            f"most in place of {tokens}, which gives the same result"
+            f"memory ran out in step {step} ({cause}); again with micro-batches of {fewer} tokens "
+            f"at most in place of {tokens}, which gives the same result"
         )
 
     def _active(self) -> list[AdapterOptimizer]:
@@ -282,8 +282,8 @@ class Loop:
             return False
         # Where a checkpoint is large and the disk slow, it may cost a twentieth of the time.
         wait_s = max(seconds(every), 20 * self._saving_s)
-        due = time.monotonic() - self._saved_at >= wait_s
-        return ranks.of_main(self.setup.accelerator, due)
+        is_due = time.monotonic() - self._saved_at >= wait_s
+        return ranks.of_main(self.setup.accelerator, is_due)
 
     def _record(self, report: dict[str, AdapterStep], seconds: float) -> None:
         """Append a line per adapter to metrics.jsonl and move the bar."""

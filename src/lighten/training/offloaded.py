@@ -24,9 +24,9 @@ def require_possible(recipe: Recipe, device: str) -> None:
         UserError: It cannot be done on this device.
     """
     for setting in SETTINGS:
-        where = getattr(recipe, setting)
-        if where != "none" and device not in ("cpu", "cuda"):
-            raise UserError(f"{setting}: {where} knows processors and CUDA GPUs, not {device}")
+        target = getattr(recipe, setting)
+        if target != "none" and device not in ("cpu", "cuda"):
+            raise UserError(f"{setting}: {target} knows processors and CUDA GPUs, not {device}")
 
 
 class Stores:
@@ -46,14 +46,14 @@ class Stores:
         return self._store("offload_optimizer")
 
     def _store(self, setting: str) -> Callable[[], Store] | None:
-        where = getattr(self._recipe, setting)
-        if where == "none":
+        target = getattr(self._recipe, setting)
+        if target == "none":
             return None
-        if where == "nvme":
+        if target == "nvme":
             folder = Path(self._recipe.nvme_path or self._recipe.run_folder).expanduser()
             self.choices[setting] = Choice(f"a file in {folder}", f"{setting}: nvme")
-            named = "nvme_path" if self._recipe.nvme_path else setting
-            return lambda: Scratch(folder, named)
+            setting_name = "nvme_path" if self._recipe.nvme_path else setting
+            return lambda: Scratch(folder, setting_name)
         reason = f"{setting}: cpu"
         if self._device == "cpu":
             reason += "; this run computes there, so nothing moves (nvme would need less of it)"

@@ -144,16 +144,16 @@ def blame(
         return "without a plan there is nothing to compare with"
     memory = prediction.record["memory"]
     predicted = _grouped(memory)
-    held = _held(setup)
-    held[REST] = max(0, peak_bytes + wanted_bytes(error) - sum(held.values()))
-    over = {name: held[name] - predicted.get(name, 0) for name in held}
+    actual = _measure_parts(setup)
+    actual[REST] = max(0, peak_bytes + wanted_bytes(error) - sum(actual.values()))
+    over = {name: actual[name] - predicted.get(name, 0) for name in actual}
     worst = max(over, key=lambda name: over[name])
     if over[worst] <= 0.02 * memory["expected"]:
         capacity = prediction.record.get("capacity")
         free = f" ({capacity / GIB:.2f} GiB)" if capacity else ""
         return f"no part took more than predicted: less memory was free than at the start{free}"
     return (
-        f"{worst}: {held[worst] / GIB:.2f} GiB, {predicted.get(worst, 0) / GIB:.2f} GiB predicted"
+        f"{worst}: {actual[worst] / GIB:.2f} GiB, {predicted.get(worst, 0) / GIB:.2f} GiB predicted"
     )
 
 
@@ -173,7 +173,7 @@ def _grouped(memory: Mapping[str, Any]) -> dict[str, int]:
     return {**grouped, REST: sum(sizes.values())}
 
 
-def _held(setup: Setup) -> dict[str, int]:
+def _measure_parts(setup: Setup) -> dict[str, int]:
     """Bytes of what stays between steps; gradients as large as they become in a step."""
     learning = [p for adapter in setup.adapters for p in adapter.parameters.values()]
     learning_bytes = sum(p.numel() * p.element_size() for p in learning)
@@ -185,10 +185,10 @@ def _held(setup: Setup) -> dict[str, int]:
         for adapter in setup.adapters
         for tensor in adapter.optimizer_tensors().values()
     )
-    whole = setup.recipe.method == "full"
+    full = setup.recipe.method == "full"
     return {
-        "base weights": weights + (learning_bytes if whole else 0),
-        "adapters": 0 if whole else learning_bytes,
+        "base weights": weights + (learning_bytes if full else 0),
+        "adapters": 0 if full else learning_bytes,
         "gradients": learning_bytes,
         "optimiser": state,
     }

@@ -31,7 +31,7 @@ class Prediction:
     advice: Callable[[], Sequence[str]] = list
 
 
-def beside(
+def compare(
     record: Mapping[str, Any], memory: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Predicted beside measured, in the plan's sense.
@@ -50,21 +50,21 @@ def beside(
     peak = memory["peak_bytes"]
     if "reserved_bytes" in memory:
         peak = memory["reserved_bytes"] + parts.get("device context", 0)
-    pair: dict[str, Any] = {
+    comparison: dict[str, Any] = {
         "memory": {"predicted": record["memory"]["expected"], "measured": peak},
         "step_seconds": None,
     }
     if "reserved_bytes" in memory and record["memory"].get("allocated"):
-        pair["allocated"] = {
+        comparison["allocated"] = {
             "predicted": record["memory"]["allocated"], "measured": memory["peak_bytes"],
         }  # fmt: skip
     per_token = _seconds_per_token(metrics)
     if record.get("time") and record.get("step_tokens") and per_token is not None:
-        pair["step_seconds"] = {
+        comparison["step_seconds"] = {
             "predicted": record["time"]["seconds"],
             "measured": per_token * record["step_tokens"],
         }
-    return pair
+    return comparison
 
 
 def _seconds_per_token(metrics: Sequence[Mapping[str, Any]]) -> float | None:

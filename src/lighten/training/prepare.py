@@ -193,8 +193,8 @@ def _change_layers(
             part=part,
             options=recipe.gradient_checkpointing_kwargs,
         )
-        what = "layers" if part == "layer" else f"layers' {part}"
-        choices["checkpointing"] = Choice(f"{count} {what}", "gradient_checkpointing")
+        unit = "layers" if part == "layer" else f"layers' {part}"
+        choices["checkpointing"] = Choice(f"{count} {unit}", "gradient_checkpointing")
     if recipe.activation_offload:
         _, choices["activations"] = offload_activations(
             model, accelerator.device, recipe.run_folder
@@ -209,13 +209,13 @@ def _micro_batches(
     """How a step is cut, and why."""
     reasons = {}
     most_rows = recipe.per_device_train_batch_size
-    most_tokens, why = choose_tokens(
+    most_tokens, reason = choose_tokens(
         recipe.tokens_per_microbatch, accelerator.device.type, base.dtype.value
     )
     if base.feed is not None:
         reasons["offload_base"] = streaming.describe(recipe.offload_base, base.feed)
-        most_tokens, most_rows, why = streaming.micro_batch(recipe, len(trained.names))
-    reasons["micro-batch"] = Choice(f"{most_tokens} tokens" if most_tokens else "rows", why)
+        most_tokens, most_rows, reason = streaming.micro_batch(recipe, len(trained.names))
+    reasons["micro-batch"] = Choice(f"{most_tokens} tokens" if most_tokens else "rows", reason)
     reasons["workers"] = count = _choose_workers(recipe, trained, strategy, accelerator, lengths)
     tokens = lengths.tokens_of(lengths.examples_per_step // accelerator.num_processes)
     passes = choose_passes(base, tokens, most_tokens, int(count.value))

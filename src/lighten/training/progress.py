@@ -89,38 +89,38 @@ class TrainingProgress:
         # The held-out examples are counted anew behind those of the training.
         if self._encoding is None or done < self._encoding.done:
             self._encoding = _Encoding(began_s=now, line_s=now - LOG_EVERY_S + NEWS_S)
-        shown = self._encoding
-        shown.done = done
+        state = self._encoding
+        state.done = done
         if not self._live:
-            lines_due = now - shown.line_s >= LOG_EVERY_S or (done == total and shown.lines)
-            if lines_due and shown.line_at != done:
-                shown.line_s, shown.line_at, shown.lines = now, done, shown.lines + 1
-                left_s = (now - shown.began_s) / max(1, done) * (total - done)
-                left = f", {left_s:.0f} s left" if done < total else ""
+            lines_due = now - state.line_s >= LOG_EVERY_S or (done == total and state.lines)
+            if lines_due and state.line_at != done:
+                state.line_s, state.line_at, state.lines = now, done, state.lines + 1
+                left_s = (now - state.began_s) / max(1, done) * (total - done)
+                remaining = f", {left_s:.0f} s left" if done < total else ""
                 self._console.print(
-                    f"encoding: {done:,} of {total:,} examples{left}", highlight=False
+                    f"encoding: {done:,} of {total:,} examples{remaining}", highlight=False
                 )
-        elif shown.task is not None:
-            if now - shown.line_s > REDRAWN_S:
-                self._bar.update(shown.task, completed=done)
-                shown.line_s = now
-        elif now - shown.began_s > NEWS_S / 4 and done < total:
-            shown.task = self._bar.add_task("encoding", total=total, completed=done, facts="")
-        if done == total and shown.task is not None:
-            self._bar.remove_task(shown.task)
-            shown.task = None
+        elif state.task is not None:
+            if now - state.line_s > REDRAWN_S:
+                self._bar.update(state.task, completed=done)
+                state.line_s = now
+        elif now - state.began_s > NEWS_S / 4 and done < total:
+            state.task = self._bar.add_task("encoding", total=total, completed=done, facts="")
+        if done == total and state.task is not None:
+            self._bar.remove_task(state.task)
+            state.task = None
 
-    def loading(self, what: str, done: int, total: int) -> None:
+    def loading(self, name: str, done: int, total: int) -> None:
         """Show how far a library is, in a terminal: how many weights of the base are loaded."""
         now = time.monotonic()
-        began_s, task = self._loading.setdefault(what, (now, None))
+        began_s, task = self._loading.setdefault(name, (now, None))
         if task is None and self._live and now - began_s > NEWS_S / 4 and done < total:
-            task = self._bar.add_task(what, total=total, facts="")
-            self._loading[what] = (began_s, task)
+            task = self._bar.add_task(name, total=total, facts="")
+            self._loading[name] = (began_s, task)
         if task is not None:
             self._bar.update(task, completed=done, total=total)
         if done >= total:
-            del self._loading[what]
+            del self._loading[name]
             if task is not None:
                 self._bar.remove_task(task)
 

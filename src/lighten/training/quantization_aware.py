@@ -107,21 +107,21 @@ def agreement(trained: Trained, name: str, rows: Sequence[Sequence[int]]) -> dic
     began = time.perf_counter()
     with trained.using(name) as model:
         fake = [_log_probabilities(model, row) for row in rows]
-        others = _converted(trained, name)
-        with standing_in(model, others):
+        converted = _converted(trained, name)
+        with standing_in(model, converted):
             real = [_log_probabilities(model, row) for row in rows]
-    largest, total, same, tokens = 0.0, 0.0, 0, 0
-    for one, other in zip(fake, real, strict=True):
-        largest = max(largest, float((one - other).abs().max()))
-        total += float((one - other).abs().mean(-1).sum())
-        same += int((one.argmax(-1) == other.argmax(-1)).sum())
-        tokens += len(one)
+    largest, total, matches, tokens = 0.0, 0.0, 0, 0
+    for fake_row, real_row in zip(fake, real, strict=True):
+        largest = max(largest, float((fake_row - real_row).abs().max()))
+        total += float((fake_row - real_row).abs().mean(-1).sum())
+        matches += int((fake_row.argmax(-1) == real_row.argmax(-1)).sum())
+        tokens += len(fake_row)
     return {
         "largest_difference": largest,
         "mean_difference": total / tokens,
-        "top1_agreement": same / tokens,
+        "top1_agreement": matches / tokens,
         "tokens": tokens,
-        "layers": len(others),
+        "layers": len(converted),
         "seconds": time.perf_counter() - began,
     }
 

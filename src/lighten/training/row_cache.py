@@ -54,7 +54,7 @@ _SETTINGS = (
 )  # fmt: skip
 _DTYPES = {"ids": np.int32, "supervised": np.uint8, "starts": np.int64, "lines": np.int64,
            "files": np.int32, "ready": np.bool_}  # fmt: skip
-PARTS, BESIDE = ("train", "held_out"), ("facts", "notes")
+PARTS, EXTRAS = ("train", "held_out"), ("facts", "notes")
 Parts = dict[str, Encoded | None]
 
 
@@ -85,23 +85,23 @@ class RowCache:
         if os.environ.get("LIGHTEN_DATA_CACHE") == "off":
             return
         if (
-            sum(file.stat().st_size for of_split in files.values() for file in of_split)
+            sum(file.stat().st_size for split_files in files.values() for file in split_files)
             < LEAST_BYTES
         ):
             return
-        self.contents = {split: Content.of(of_split) for split, of_split in files.items()}
+        self.contents = {split: Content.of(split_files) for split, split_files in files.items()}
         template = str(tokenizer.chat_template)
-        described = {
+        identity = {
             "code": _code(),
             "versions": {name: _version(name) for name in PACKAGES},
             "files": [
                 (
                     split,
-                    [str(file) for file in held.files],
-                    [size for size, _, _ in held.stamps],
-                    held.sha256,
+                    [str(file) for file in content.files],
+                    [size for size, _, _ in content.stamps],
+                    content.sha256,
                 )
-                for split, held in sorted(self.contents.items())
+                for split, content in sorted(self.contents.items())
             ],
             "settings": {name: getattr(recipe, name) for name in _SETTINGS},
             "limits": asdict(limits),
@@ -113,7 +113,7 @@ class RowCache:
                 + repr((type(tokenizer).__name__, tokenizer.special_tokens_map)).encode()
             ).hexdigest(),
         }
-        text = json.dumps(described, sort_keys=True, default=str)
+        text = json.dumps(identity, sort_keys=True, default=str)
         self.folder = _root() / hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def load(self) -> tuple[Parts, dict[str, Any]] | None:
@@ -122,20 +122,20 @@ class RowCache:
             return None
         try:
             entry = json.loads((self.folder / "entry.json").read_text(encoding="utf-8"))
-            kept = entry["kept"]
-            if entry["sha256"] != _checksum(kept):
+            stored = entry["kept"]
+            if entry["sha256"] != _checksum(stored):
                 return None
-            parts = {name: self._part(name, kept["parts"][name]) for name in PARTS}
-            beside = {name: kept["beside"][name] for name in BESIDE}
+            parts = {name: self._part(name, stored["parts"][name]) for name in PARTS}
+            extras = {name: stored["beside"][name] for name in EXTRAS}
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             return None  # torn: as if it were not there
         if parts["train"] is None:
             return None
         with contextlib.suppress(OSError):  # a cache that may only be read is used all the same
             os.utime(self.folder)
-        return parts, beside
+        return parts, extras
 
-    def save(self, parts: Parts, beside: dict[str, Any]) -> Parts:
+    def save(self, parts: Parts, extras: dict[str, Any]) -> Parts:
         """Keep encoded parts, and hand them over as mapped from there.
 
         Where nothing can be kept (a full disk), the parts are those given.
@@ -147,43 +147,45 @@ class RowCache:
             root.mkdir(parents=True, exist_ok=True)
             _prune(root, self.folder, room=sum(map(_bytes, parts.values())))
             with _scratch(root) as scratch:
-                new = scratch / "entry"
-                new.mkdir()
-                written = {name: _write(new, name, part) for name, part in parts.items()}
-                kept = {"parts": written, "beside": beside}
-                entry = json.dumps({"sha256": _checksum(kept), "kept": kept})
-                (new / "entry.json").write_text(entry, encoding="utf-8")
+                entry_folder = scratch / "entry"
+                entry_folder.mkdir()
+                stored_parts = {
+                    name: _write(entry_folder, name, part) for name, part in parts.items()
+                }
+                stored = {"parts": stored_parts, "beside": extras}
+                entry = json.dumps({"sha256": _checksum(stored), "kept": stored})
+                (entry_folder / "entry.json").write_text(entry, encoding="utf-8")
                 shutil.rmtree(self.folder, ignore_errors=True)  # a torn entry
                 with contextlib.suppress(OSError):  # another process has just kept the same
-                    os.rename(new, self.folder)
+                    os.rename(entry_folder, self.folder)
         except OSError:
             return parts
         loaded = self.load()
         return parts if loaded is None else loaded[0]
 
-    def _part(self, name: str, kept: dict[str, Any] | None) -> Encoded | None:
-        if kept is None:
+    def _part(self, name: str, stored: dict[str, Any] | None) -> Encoded | None:
+        if stored is None:
             return None
         assert self.folder is not None
         arrays = {}
         for key, dtype in _DTYPES.items():
             file = self.folder / f"{name}.{key}"
-            if file.stat().st_size != kept["bytes"][key] or _crc(file) != kept["crc"][key]:
+            if file.stat().st_size != stored["bytes"][key] or _crc(file) != stored["crc"][key]:
                 raise ValueError(f"{file} is torn")
             arrays[key] = np.memmap(file, dtype=dtype, mode="r") if file.stat().st_size else (
                 np.zeros(0, dtype)
             )  # fmt: skip
-        kept_findings = kept["findings"]
+        stored_findings = stored["findings"]
         findings = Findings(
-            counts=Counter(kept_findings["counts"]),
-            first=kept_findings["first"],
-            ends=Counter({int(token): count for token, count in kept_findings["ends"]}),
-            inside=set(kept_findings["inside"]),
-            refused=kept_findings["refused"],
-            dates=set(kept_findings["dates"]),
+            counts=Counter(stored_findings["counts"]),
+            first=stored_findings["first"],
+            ends=Counter({int(token): count for token, count in stored_findings["ends"]}),
+            inside=set(stored_findings["inside"]),
+            refused=stored_findings["refused"],
+            dates=set(stored_findings["dates"]),
         )
-        rows = EncodedRows(arrays, kept["names"])
-        return Encoded(rows, EncodingCounts(**kept["counts"]), kept["problems"], findings)
+        rows = EncodedRows(arrays, stored["names"])
+        return Encoded(rows, EncodingCounts(**stored["counts"]), stored["problems"], findings)
 
 
 def _write(folder: Path, name: str, part: Encoded | None) -> dict[str, Any] | None:
@@ -230,8 +232,8 @@ def _crc(file: Path) -> int:
     return total
 
 
-def _checksum(kept: Any) -> str:
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+def _checksum(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _version(package: str) -> str | None:
@@ -244,10 +246,10 @@ def _version(package: str) -> str | None:
 @functools.cache
 def _code() -> str:
     """Checksum of the code that makes rows; empty where it is not there as text."""
-    room = sorted(Path(str(data.__file__)).parent.glob("*.py"))
+    data_files = sorted(Path(str(data.__file__)).parent.glob("*.py"))
     names = ("rows.py", "encoding.py", "held_out_data.py")
-    beside = [Path(__file__).with_name(name) for name in names]
-    return checksum([*room, *beside]) if room else ""
+    training_files = [Path(__file__).with_name(name) for name in names]
+    return checksum([*data_files, *training_files]) if data_files else ""
 
 
 def _bytes(part: Encoded | None) -> int:
@@ -295,12 +297,12 @@ def _left_behind(folder: Path) -> bool:
         return True
 
 
-def _prune(root: Path, new: Path, room: int) -> None:
+def _prune(root: Path, new_entry: Path, room: int) -> None:
     """Take away what was not used for longest, until there is room for a new entry.
 
     Args:
         root: Where the entries are.
-        new: The one that is to be written.
+        new_entry: The one that is to be written.
         room: What it will take, in bytes.
     """
     entries = []
@@ -311,7 +313,7 @@ def _prune(root: Path, new: Path, room: int) -> None:
                     shutil.rmtree(folder, ignore_errors=True)
                 continue
             size = sum(file.stat().st_size for file in folder.iterdir())
-            if folder != new:
+            if folder != new_entry:
                 entries.append((folder.stat().st_mtime, size, folder))
     total = room + sum(size for _, size, _ in entries)
     for _, size, folder in sorted(entries):

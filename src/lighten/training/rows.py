@@ -65,13 +65,13 @@ def load_rows(
     limits = _limits(recipe, tokenizer)
     template = data.choose_template(tokenizer, recipe.chat_template)
     cache = RowCache(recipe, _files(recipe), tokenizer, limits)
-    kept = cache.load()
-    if kept is not None:
-        return _rows(recipe, limits, template, *kept, cached=True)
+    entry = cache.load()
+    if entry is not None:
+        return _rows(recipe, limits, template, *entry, cached=True)
     train, held_out, facts, notes = _read_rows(recipe, tokenizer, limits, cache.contents, progress)
-    beside = {"facts": facts, "notes": notes}
-    parts = cache.save({"train": train, "held_out": held_out}, beside)
-    return _rows(recipe, limits, template, parts, beside, cached=False)
+    extras = {"facts": facts, "notes": notes}
+    parts = cache.save({"train": train, "held_out": held_out}, extras)
+    return _rows(recipe, limits, template, parts, extras, cached=False)
 
 
 def cached_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows | None:
@@ -82,8 +82,8 @@ def cached_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows | No
     """
     limits = _limits(recipe, tokenizer)
     template = data.choose_template(tokenizer, recipe.chat_template)
-    kept = RowCache(recipe, _files(recipe), tokenizer, limits).load()
-    return None if kept is None else _rows(recipe, limits, template, *kept, cached=True)
+    entry = RowCache(recipe, _files(recipe), tokenizer, limits).load()
+    return None if entry is None else _rows(recipe, limits, template, *entry, cached=True)
 
 
 def sample_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, count: int) -> Rows:
@@ -104,12 +104,12 @@ def sample_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, count: int) 
     train = dataset.examples
     if held_out_source(recipe) is None:
         train, _ = held_out_data.split_off(recipe, dataset)
-    some = train[:: max(1, len(train) // count)]
-    encoded = encode_as(recipe, some, tokenizer, limits)
-    beside = {"facts": {}, "notes": data.left_out("training", dataset)}
+    sample = train[:: max(1, len(train) // count)]
+    encoded = encode_as(recipe, sample, tokenizer, limits)
+    extras = {"facts": {}, "notes": data.left_out("training", dataset)}
     parts = {"train": encoded, "held_out": None}
-    of_rows = round(len(train) * len(encoded.rows) / len(some))
-    return _rows(recipe, limits, template, parts, beside, cached=False, of_rows=of_rows)
+    of_rows = round(len(train) * len(encoded.rows) / len(sample))
+    return _rows(recipe, limits, template, parts, extras, cached=False, of_rows=of_rows)
 
 
 def _limits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Limits:
@@ -126,16 +126,16 @@ def _rows(
     limits: Limits,
     template: TemplateChoice,
     parts: Mapping[str, Encoded | None],
-    beside: Mapping[str, Any],
+    extras: Mapping[str, Any],
     *,
     cached: bool,
     of_rows: int | None = None,
 ) -> Rows:
-    encoded, facts = parts["train"], beside["facts"]
+    encoded, facts = parts["train"], extras["facts"]
     assert encoded is not None
     facts["template"] = {"name": template.name, "reason": template.reason}
     longest = limits.longest(recipe.max_length)[1]
-    notes = [*beside["notes"], *lost_sentences(encoded, limits, longest)]
+    notes = [*extras["notes"], *lost_sentences(encoded, limits, longest)]
     if parts["held_out"] is None and of_rows is None:
         notes += [
             f"{key} has no effect: nothing is held out"

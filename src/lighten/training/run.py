@@ -31,7 +31,7 @@ from lighten.training.export import export
 from lighten.training.loop import Loop
 from lighten.training.method import go_on_from_adapter
 from lighten.training.out_of_memory import OutOfMemory, let_go
-from lighten.training.prediction import Prediction, beside
+from lighten.training.prediction import Prediction, compare
 from lighten.training.prepare import prepare
 from lighten.training.progress import TrainingProgress
 from lighten.training.pruner import Pruner
@@ -85,23 +85,23 @@ def train(
     streaming.require_possible(recipe, *place_of)
     offloaded.require_possible(recipe, accelerator.device.type)
     run = _open(recipe, accelerator, resume=resume)
-    with TrainingProgress(enabled=progress and accelerator.is_main_process) as shown:
+    with TrainingProgress(enabled=progress and accelerator.is_main_process) as display:
         for notice in recipe.notices:
-            shown.note(notice)
+            display.note(notice)
         if prediction is None:  # else it was said before the plan was made
-            _warn_of_slow_format(recipe, device.value, shown)
+            _warn_of_slow_format(recipe, device.value, display)
         try:
-            with heard_by(shown.loading):
-                _train(run, recipe, accelerator, shown, prediction, pruner, resume=resume)
+            with heard_by(display.loading):
+                _train(run, recipe, accelerator, display, prediction, pruner, resume=resume)
         except BaseException as caught:
             error = _explained(caught, run, prediction)
             # Whatever ended the run is told truthfully in run.json, and then goes its way.
             cut_short = isinstance(error, KeyboardInterrupt | ranks.PeerLost)
-            ended = "interrupted" if cut_short else "failed"
+            status = "interrupted" if cut_short else "failed"
             if accelerator.is_main_process:
                 with suppress(OSError, ValueError):
                     if not _came_to_nothing(run, error):
-                        run.update(status=ended, error=str(error) or type(error).__name__,
+                        run.update(status=status, error=str(error) or type(error).__name__,
                                    ended=_now())  # fmt: skip
             if error is not caught:
                 raise error from caught
@@ -114,14 +114,14 @@ def train(
     return run
 
 
-def _warn_of_slow_format(recipe: Recipe, device: str, shown: TrainingProgress) -> None:
-    kind = device.partition(":")[0]
-    if kind not in ("cpu", "cuda"):
+def _warn_of_slow_format(recipe: Recipe, device: str, progress: TrainingProgress) -> None:
+    device_type = device.partition(":")[0]
+    if device_type not in ("cpu", "cuda"):
         return
-    name = "this processor" if kind == "cpu" else "this GPU"
-    known = hardware.formats(device)
-    if (slow := hardware.slow_format(recipe.compute_dtype, known, name, kind)) is not None:
-        shown.note(f"warning: {slow}")
+    name = "this processor" if device_type == "cpu" else "this GPU"
+    formats = hardware.formats(device)
+    if (slow := hardware.slow_format(recipe.compute_dtype, formats, name, device_type)) is not None:
+        progress.note(f"warning: {slow}")
 
 
 def _came_to_nothing(run: Run, error: BaseException) -> bool:
@@ -167,20 +167,20 @@ def _open(recipe: Recipe, accelerator: Accelerator, *, resume: bool) -> Run:
 
 
 def _train(
-    run: Run, recipe: Recipe, accelerator: Accelerator, shown: TrainingProgress,
+    run: Run, recipe: Recipe, accelerator: Accelerator, progress: TrainingProgress,
     prediction: Prediction | None, pruner: Pruner | None, *, resume: bool,
 ) -> None:  # fmt: skip
     transformers_logging.disable_progress_bar()
     planned = prediction is not None and prediction.record is not None
     if planned:
-        _plan_said(run, accelerator, shown, prediction)
+        _report_plan(run, accelerator, progress, prediction)
     set_seed(0)  # nothing below draws from the global generators; a model's own code might
     pages = allocator.keep_pages(accelerator.device.type)
     memory = hardware.PeakMemory(accelerator.device.type)
     rows = prediction.rows if prediction is not None else None
     if rows is None:  # what is wrong with them is told before a base is loaded
-        rows = load_rows(recipe, tokenizer_of(recipe), shown.encoding)
-    newest, before = _newest(run, accelerator, shown) if resume else (None, TrainerState())
+        rows = load_rows(recipe, tokenizer_of(recipe), progress.encoding)
+    newest, saved_state = _newest(run, accelerator, progress) if resume else (None, TrainerState())
     base = load_base(recipe, str(accelerator.device), learns=True)
     # The rows may have been encoded with a tokenizer of their own; this one is saved.
     base.tokenizer.chat_template = rows.template.text
@@ -188,17 +188,17 @@ def _train(
     # What a step is belongs to the run: another number of ranks shares the same steps.
     setup = prepare(
         recipe, accelerator, base, rows,
-        before.examples_per_step or None, before.total_steps or None,
+        saved_state.examples_per_step or None, saved_state.total_steps or None,
     )  # fmt: skip
     setup.choices["memory"] = pages
     if recipe.qat is not None:
-        tried = quantization_aware.try_conversion(base.model)
+        tried_difference = quantization_aware.try_conversion(base.model)
     if not planned:  # what kept the plan from being made may have been told as an error by now
-        _plan_said(run, accelerator, shown, prediction)
-    _tell(setup, shown)
+        _report_plan(run, accelerator, progress, prediction)
+    _report_setup(setup, progress)
     if resume:
         _require_same_inputs(run, base, rows)
-    state = _resume(newest, setup, shown) if newest is not None else TrainerState()
+    state = _resume(newest, setup, progress) if newest is not None else TrainerState()
     state.examples_per_step = setup.examples_per_step
     if state.step == 0:
         go_on_from_adapter(recipe, setup.trained)
@@ -208,25 +208,25 @@ def _train(
             base=facts,
             data=rows.facts,
             choices=[
-                {"what": what, "value": choice.value, "reason": choice.reason}
-                for what, choice in setup.choices.items()
+                {"what": name, "value": choice.value, "reason": choice.reason}
+                for name, choice in setup.choices.items()
             ],
-            **({} if recipe.qat is None else {"qat": _qat_facts(recipe, tried)}),
+            **({} if recipe.qat is None else {"qat": _qat_facts(recipe, tried_difference)}),
         )
     ranks.wait(accelerator)
     trackers.start(accelerator, run.folder, recipe.completed())
-    Loop(setup, run.folder, state, shown, memory, prediction, pruner=pruner, retries=True).run()
+    Loop(setup, run.folder, state, progress, memory, prediction, pruner=pruner, retries=True).run()
     if recipe.load_best_model_at_end:
         _put_best_back(run, setup)
     setup.strategy.make_whole(base.model)
     if accelerator.is_main_process:
-        _finish(run, setup, state, memory.read(), shown)
-        _beside_the_plan(run, shown)
+        _finish(run, setup, state, memory.read(), progress)
+        _compare_with_plan(run, progress)
     ranks.wait(accelerator)
 
 
-def _plan_said(
-    run: Run, accelerator: Accelerator, shown: TrainingProgress, prediction: Prediction | None
+def _report_plan(
+    run: Run, accelerator: Accelerator, progress: TrainingProgress, prediction: Prediction | None
 ) -> None:
     """Tell the plan and write it into the run folder; a plan of an earlier run goes."""
     if not accelerator.is_main_process:
@@ -236,26 +236,30 @@ def _plan_said(
     else:
         write_json(run.folder / PLAN, prediction.record)
     for line in prediction.lines if prediction is not None else ():
-        shown.note(line)
+        progress.note(line)
 
 
-def _beside_the_plan(run: Run, shown: TrainingProgress) -> None:
+def _compare_with_plan(run: Run, progress: TrainingProgress) -> None:
     """Put what was measured beside what was predicted."""
     plan, info = run.plan(), run.info()
     if plan is None:
         return
-    pair = beside(plan, info["training"], run.metrics())
-    run.update(prediction=pair)
+    comparison = compare(plan, info["training"], run.metrics())
+    run.update(prediction=comparison)
     comparisons = [
-        f"{what} {show(figures['measured'])}, {show(figures['predicted'])} predicted "
+        f"{label} {show(figures['measured'])}, {show(figures['predicted'])} predicted "
         f"({100 * (figures['predicted'] / figures['measured'] - 1):+.0f} %)"
-        for what, figures, show in (
-            ("peak memory", pair["memory"], lambda value: f"{value / 2**30:.2f} GiB"),
-            ("a step of the planned size", pair["step_seconds"], lambda value: f"{value:.2f} s"),
+        for label, figures, show in (
+            ("peak memory", comparison["memory"], lambda value: f"{value / 2**30:.2f} GiB"),
+            (
+                "a step of the planned size",
+                comparison["step_seconds"],
+                lambda value: f"{value:.2f} s",
+            ),
         )
         if figures is not None and figures["measured"]
     ]
-    shown.note("; ".join(comparisons))
+    progress.note("; ".join(comparisons))
 
 
 def _require_same_inputs(run: Run, base: models.Base, rows: Rows) -> None:
@@ -265,20 +269,20 @@ def _require_same_inputs(run: Run, base: models.Base, rows: Rows) -> None:
         UserError: A file has changed since.
     """
     info = run.info()
-    before = (info.get("base", {}).get("checksum"), info.get("data", {}).get("sha256"))
-    for what, old, new in zip(
+    checksums = (info.get("base", {}).get("checksum"), info.get("data", {}).get("sha256"))
+    for label, recorded, current in zip(
         (f"the model {base.name}", f"the dataset {rows.facts['path']}"),
-        before, (base.checksum, rows.facts["sha256"]), strict=True,
+        checksums, (base.checksum, rows.facts["sha256"]), strict=True,
     ):  # fmt: skip
-        if old is not None and old != new:
+        if recorded is not None and recorded != current:
             raise UserError(
-                f"cannot resume {run.folder}: {what} has changed since the run began; put it back, "
-                "or choose another --output_dir"
+                f"cannot resume {run.folder}: {label} has changed since the run began; "
+                "put it back, or choose another --output_dir"
             )
 
 
 def _newest(
-    run: Run, accelerator: Accelerator, shown: TrainingProgress
+    run: Run, accelerator: Accelerator, progress: TrainingProgress
 ) -> tuple[Path | None, TrainerState]:
     """The newest whole checkpoint, which one rank looks for, and what its state says."""
     newest_and_broken: tuple[Path | None, list[str]] = (None, [])
@@ -286,62 +290,62 @@ def _newest(
         newest_and_broken = checkpoints.newest_complete(run.folder / "checkpoints")
     newest, broken = ranks.of_main(accelerator, newest_and_broken)
     for sentence in broken:
-        shown.note(sentence)
+        progress.note(sentence)
     if newest is None:
-        shown.note(f"{run.folder} has no whole checkpoint; starting from the first step")
+        progress.note(f"{run.folder} has no whole checkpoint; starting from the first step")
         return None, TrainerState()
     return newest, checkpoints.read_state(newest)
 
 
-def _resume(newest: Path, setup: Setup, shown: TrainingProgress) -> TrainerState:
+def _resume(newest: Path, setup: Setup, progress: TrainingProgress) -> TrainerState:
     """Put a checkpoint back."""
     state = checkpoints.restore(newest, setup.trained, setup.adapters)
     if state.scaler:
         setup.scaler.load_state_dict(state.scaler)
-    shown.note(f"going on after step {state.step} ({newest.name})")
+    progress.note(f"going on after step {state.step} ({newest.name})")
     return state
 
 
-def _tell(setup: Setup, shown: TrainingProgress) -> None:
+def _report_setup(setup: Setup, progress: TrainingProgress) -> None:
     """What a user wants to know before the first step."""
     base, rows = setup.base, setup.rows
-    shown.note(f"{base.name}: {base.dtype.value}, because {base.dtype.reason}")
+    progress.note(f"{base.name}: {base.dtype.value}, because {base.dtype.reason}")
     if base.quantization is not None:
-        shown.note(f"linear layers: {base.quantization.value}, {base.quantization.reason}")
-    shown.note(f"chat template: {rows.template.name}, {rows.template.reason}")
+        progress.note(f"linear layers: {base.quantization.value}, {base.quantization.reason}")
+    progress.note(f"chat template: {rows.template.name}, {rows.template.reason}")
     counts = rows.train.counts
     held_out = rows.facts["eval_rows"]
-    shown.note(
+    progress.note(
         f"{counted(counts.rows, 'example')}, {counted(counts.tokens, 'token')}, "
         f"{counts.supervised_tokens:,} of them supervised; {counted(held_out, 'example')} held out"
     )
     for problem in (*rows.train.problems, *rows.notes):
-        shown.note(f"note: {problem}")
+        progress.note(f"note: {problem}")
     if (tokens := setup.choices.get("added_tokens")) is not None:
-        shown.note(f"note: the new tokens are not trained: {tokens.reason}")
+        progress.note(f"note: the new tokens are not trained: {tokens.reason}")
     for adapter in setup.adapters:
         size = sum(parameter.numel() for parameter in adapter.parameters.values())
-        shown.note(f"{setup.trained.describe(adapter.name)}, {size:,} parameters")
+        progress.note(f"{setup.trained.describe(adapter.name)}, {size:,} parameters")
 
 
 def _finish(
-    run: Run, setup: Setup, state: TrainerState, memory: dict[str, Any], shown: TrainingProgress
+    run: Run, setup: Setup, state: TrainerState, memory: dict[str, Any], progress: TrainingProgress
 ) -> None:
     """Write what was trained and what was measured."""
     if setup.recipe.qat is not None:
-        _compare_with_converted(run, setup, shown)
+        _compare_with_converted(run, setup, progress)
     adapters = []
     for adapter in setup.adapters:
         # One whose weights became infinite is nothing to ship, unless its best state was put back.
         best = setup.recipe.load_best_model_at_end and adapter.progress.best_step is not None
-        whole = best or not adapter.progress.infinite
+        exported = best or not adapter.progress.infinite
         adapters.append(
             {
                 "name": adapter.name,
                 **setup.trained.facts(adapter.name),
                 "trainable_parameters": sum(p.numel() for p in adapter.parameters.values()),
-                "file_bytes": export(setup, adapter.name, run) if whole else 0,
-                "diverged": not whole,
+                "file_bytes": export(setup, adapter.name, run) if exported else 0,
+                "diverged": not exported,
                 "steps": adapter.progress.steps,
                 "best_step": adapter.progress.best_step,
                 "eval_loss": _last_held_out(run, adapter.name, setup, adapter.progress.best_step),
@@ -376,11 +380,15 @@ def _finish(
     )
 
 
-def _qat_facts(recipe: Recipe, tried: float) -> dict[str, Any]:
-    return {"scheme": recipe.qat, "group_size": recipe.qat_group_size, "tried_difference": tried}
+def _qat_facts(recipe: Recipe, tried_difference: float) -> dict[str, Any]:
+    return {
+        "scheme": recipe.qat,
+        "group_size": recipe.qat_group_size,
+        "tried_difference": tried_difference,
+    }
 
 
-def _compare_with_converted(run: Run, setup: Setup, shown: TrainingProgress) -> None:
+def _compare_with_converted(run: Run, setup: Setup, progress: TrainingProgress) -> None:
     """Convert what was trained for real, and note how far its answers are from those in training.
 
     It is put beside the rest of `run.json`'s `qat`, by name.
@@ -391,7 +399,7 @@ def _compare_with_converted(run: Run, setup: Setup, shown: TrainingProgress) -> 
              for name in setup.trained.names}  # fmt: skip
     run.update(qat={**run.info()["qat"], "converted": agreements})
     for name, agreement in agreements.items():
-        shown.note(
+        progress.note(
             f"{name}: converted by torchao, log-probabilities differ by at most "
             f"{agreement['largest_difference']:.2g} from those in training "
             f"({agreement['tokens']} tokens)"

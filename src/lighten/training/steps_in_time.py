@@ -50,11 +50,11 @@ class StepsInTime:
         """
         mean = sum(tokens) / len(tokens)
         # The first one is checked as the first step is; then those that are of the usual size.
-        usual = min(range(len(tokens)), key=lambda place: abs(tokens[place] - mean))
+        typical = min(range(len(tokens)), key=lambda place: abs(tokens[place] - mean))
         places = iter((0,))
 
         def timed() -> float:
-            place, began = next(places, usual), time.perf_counter()
+            place, began = next(places, typical), time.perf_counter()
             attempt(place)
             return (time.perf_counter() - began) * mean / max(1, tokens[place])
 
@@ -64,7 +64,7 @@ class StepsInTime:
         most = self.setup.total_steps
         pace = self.budget.measure(timed, lambda: self._evaluation_s(held_out_loss), agree)
         total = ranks.of_main(self.setup.accelerator, self.budget.steps(pace, most))
-        self._set(total, self.budget.described(pace, total, most, self.setup.steps_per_epoch))
+        self._set(total, self.budget.describe(pace, total, most, self.setup.steps_per_epoch))
 
     def after_step(self, took_s: float) -> None:
         """End earlier where steps take much longer than those that were tried."""
@@ -82,12 +82,12 @@ class StepsInTime:
         setup, held_out = self.setup, self.setup.rows.held_out
         if held_out is None:
             return 0.0
-        together = setup.workers * setup.accelerator.num_processes
-        few = setup.recipe.per_device_eval_batch_size * together
+        side_by_side = setup.workers * setup.accelerator.num_processes
+        count = setup.recipe.per_device_eval_batch_size * side_by_side
         rows = [row for row in held_out.rows if any(row.supervised[1:])]
         lengths, began = lengths_of(rows), time.perf_counter()
-        held_out_loss(setup.adapters[0], rows[:few])
-        share = sum(lengths) / max(1, sum(lengths[:few]))
+        held_out_loss(setup.adapters[0], rows[:count])
+        share = sum(lengths) / max(1, sum(lengths[:count]))
         return (time.perf_counter() - began) * share * len(setup.adapters)
 
     def _set(self, total: int, sentence: str) -> None:
@@ -97,5 +97,9 @@ class StepsInTime:
         self.progress.note(sentence)
         if self.setup.accelerator.is_main_process:
             run = runs.Run(self.folder)
-            kept = [choice for choice in run.info().get("choices", []) if choice["what"] != "steps"]
-            run.update(choices=[*kept, {"what": "steps", "value": str(total), "reason": sentence}])
+            other_choices = [
+                choice for choice in run.info().get("choices", []) if choice["what"] != "steps"
+            ]
+            run.update(
+                choices=[*other_choices, {"what": "steps", "value": str(total), "reason": sentence}]
+            )

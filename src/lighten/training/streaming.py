@@ -36,20 +36,20 @@ def require_possible(recipe: Recipe, device: str, ranks: int) -> None:
     Raises:
         UserError: The layers have nowhere to wait, or several ranks would each stream them.
     """
-    where = recipe.offload_base
-    if where == "none":
+    target = recipe.offload_base
+    if target == "none":
         return
     if device not in ("cpu", "cuda"):
-        raise UserError(f"offload_base: {where} knows processors and CUDA GPUs, not {device}")
-    if where == "cpu" and device == "cpu":
+        raise UserError(f"offload_base: {target} knows processors and CUDA GPUs, not {device}")
+    if target == "cpu" and device == "cpu":
         raise UserError(
             "offload_base: cpu keeps the layers in main memory for a GPU, but this run computes on "
             "the processor; use offload_base: disk"
         )
     if ranks > 1:
         raise UserError(
-            f"offload_base: {where} trains in one process, and {ranks} ranks were started, each of "
-            "which would read the whole base; start one, or set offload_base to none"
+            f"offload_base: {target} trains in one process, and {ranks} ranks were started, each "
+            "of which would read the whole base; start one, or set offload_base to none"
         )
 
 
@@ -103,16 +103,16 @@ def _require_outside(specs: Sequence[AdapterSpec], model: PreTrainedModel) -> No
                 )
 
 
-def describe(where: str, feed: Any) -> Choice:
+def describe(target: str, feed: Any) -> Choice:
     """What is in memory, and where the rest waits.
 
     Args:
-        where: `cpu` or `disk`.
+        target: `cpu` or `disk`.
         feed: What brings the layers.
     """
-    waits = {"disk": "in the model's files", "cpu": "in pinned main memory"}[where]
+    waits = {"disk": "in the model's files", "cpu": "in pinned main memory"}[target]
     return Choice(
-        where,
+        target,
         f"{feed.base_bytes / 2**30:.2f} GiB of {len(feed.layers)} layers wait {waits}, "
         f"{feed.slot_bytes / 2**30:.2f} GiB for two of them are in memory",
     )

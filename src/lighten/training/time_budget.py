@@ -94,30 +94,30 @@ class TimeBudget:
         """
         began = time.monotonic()
         rehearse()  # checks the loss, forks workers, fills caches: no step after it does
-        tried: list[float] = []
+        step_times: list[float] = []
         enough = False
         while not enough:
-            tried.append(rehearse())
+            step_times.append(rehearse())
             over = time.monotonic() - began > TRIED_SHARE * self.budget_s
-            enough = agree(over or len(tried) == TRIES)
-        self._pace = Pace(sum(tried) / len(tried), evaluation_s())
+            enough = agree(over or len(step_times) == TRIES)
+        self._pace = Pace(sum(step_times) / len(step_times), evaluation_s())
         return self._pace
 
     def steps(self, pace: Pace, most: int) -> int:
         """Of the whole run."""
         return steps_within(self.budget_s - self.spent_s(), pace, most, self.every)
 
-    def described(self, pace: Pace, steps: int, most: int, per_epoch: int) -> str:
+    def describe(self, pace: Pace, steps: int, most: int, per_epoch: int) -> str:
         """What will be done, before it starts."""
         share = f"{steps / per_epoch:.2g} of an epoch"
         speed = f"a step takes about {pace.step_s:.2g} s"
         if pace.evaluation_s:
             speed += f", an evaluation {pace.evaluation_s:.2g} s"
         if steps == most:
-            whole = pace.of_steps(steps, self.every) / 60
+            minutes = pace.of_steps(steps, self.every) / 60
             return (
                 f"max_time {self.max_time} is enough for all {counted(steps, 'step')}, {share}: "
-                f"{speed}, {whole:.1f} min in all"
+                f"{speed}, {minutes:.1f} min in all"
             )
         return f"max_time {self.max_time}: {counted(steps, 'step')} of {most:,}, {share}; {speed}"
 

@@ -41,13 +41,13 @@ def start(accelerator: Accelerator, run_folder: Path, settings: Mapping[str, Any
     if "WANDB_API_KEY" not in os.environ:
         os.environ.setdefault("WANDB_MODE", "offline")
     os.environ.setdefault("WANDB_SILENT", "true")
-    shown = {
+    config = {
         key: value if isinstance(value, int | float | str | bool) else str(value)
         for key, value in settings.items()
         if value is not None
     }
     accelerator.init_trackers(
         os.environ.get("WANDB_PROJECT", "lighten"),
-        config=shown,
+        config=config,
         init_kwargs={"wandb": {"name": run_folder.name, "dir": str(run_folder)}},
     )
