@@ -28,7 +28,7 @@ def lines(path: Path, rows: list[Any]) -> str:
     return str(path)
 
 
-def written(path: Path, rows: list[dict[str, Any]]) -> str:
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
     """The rows as the file's suffix says, by the library that people use for it."""
     if path.suffix == ".jsonl":
         return lines(path, rows)
@@ -60,8 +60,8 @@ def refused(path: Path | str, **how: Any) -> str:
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
 def test_no_value_is_no_text_and_zero_is_zero(suffix: str, tmp_path: Path) -> None:
     rows = [{"instruction": "q", "input": value, "output": "a"} for value in (NAN, 0, 3, None)]
-    found = data.read(written(tmp_path / f"d.{suffix}", rows))
-    assert [turns(e)[0] for e in found.examples] == ["q", "q\n0", "q\n3", "q"]
+    dataset = data.read(write_rows(tmp_path / f"d.{suffix}", rows))
+    assert [turns(e)[0] for e in dataset.examples] == ["q", "q\n0", "q\n3", "q"]
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
@@ -72,10 +72,10 @@ def test_an_answer_or_question_without_a_value_is_a_broken_row(
     rows = [{"instruction": "q", "output": "a"}, {"instruction": "q", "output": "a", key: NAN}]
     if suffix == "parquet":
         rows[1][key] = None
-    why = refused(written(tmp_path / f"d.{suffix}", rows))
+    why = refused(write_rows(tmp_path / f"d.{suffix}", rows))
     assert f"{key} must be text, not nothing" in why
-    found = data.read(written(tmp_path / f"d.{suffix}", rows), skip_bad_rows=True)
-    assert (len(found.examples), len(found.bad_rows)) == (1, 1)
+    dataset = data.read(write_rows(tmp_path / f"d.{suffix}", rows), skip_bad_rows=True)
+    assert (len(dataset.examples), len(dataset.bad_rows)) == (1, 1)
 
 
 def test_pandas_missing_values_are_missing_in_every_format_it_writes(tmp_path: Path) -> None:
@@ -90,8 +90,8 @@ def test_pandas_missing_values_are_missing_in_every_format_it_writes(tmp_path: P
     del frame["history"]
     frame.to_json(tmp_path / "d.jsonl", orient="records", lines=True)
     for suffix in ("parquet", "csv", "json", "jsonl"):
-        found = data.read(str(tmp_path / f"d.{suffix}"))
-        assert [turns(e) for e in found.examples] == [["a", "c"], ["b\nx", "d"]], suffix
+        dataset = data.read(str(tmp_path / f"d.{suffix}"))
+        assert [turns(e) for e in dataset.examples] == [["a", "c"], ["b\nx", "d"]], suffix
 
 
 @pytest.mark.parametrize(
@@ -155,16 +155,16 @@ def test_arguments_are_decoded_once_however_they_are_written(
 
 
 @pytest.mark.parametrize(
-    ("tools", "wanted"),
+    ("tools", "expected"),
     [(json.dumps([TOOL]), [TOOL]), ([json.dumps(TOOL)], [TOOL]), (json.dumps(TOOL), [TOOL]),
      ("[]", None), ("", None), ("null", None), ([], None), (NAN, None), (None, None),
      (TOOL, [TOOL])],
 )  # fmt: skip
 def test_tools_are_decoded_however_they_are_written(
-    tools: Any, wanted: Any, tmp_path: Path
+    tools: Any, expected: Any, tmp_path: Path
 ) -> None:
     path = lines(tmp_path / "d.jsonl", [{"messages": a_call()[2:], "tools": tools}])
-    assert data.read(path).examples[0].tools == wanted
+    assert data.read(path).examples[0].tools == expected
 
 
 @pytest.mark.parametrize(
@@ -186,27 +186,27 @@ def test_tools_that_mean_nothing_are_broken_rows(
 
 
 def test_keys_that_arrow_filled_in_are_gone_and_others_stay(tmp_path: Path) -> None:
-    def called(name: str, **arguments: Any) -> dict[str, Any]:
+    def row_with_call(name: str, **arguments: Any) -> dict[str, Any]:
         function = {"name": name, "arguments": arguments}
         return {"messages": a_call(tool_calls=[{"type": "function", "function": function}])}
 
-    rows = [called("w", city="Seoul", days=[1, None]), called("t", zone="KST")]
-    found = data.read(written(tmp_path / "d.parquet", rows))
+    rows = [row_with_call("w", city="Seoul", days=[1, None]), row_with_call("t", zone="KST")]
+    dataset = data.read(write_rows(tmp_path / "d.parquet", rows))
     arguments = [
         dict(example.messages[1].extra)["tool_calls"][0]["function"]["arguments"]
-        for example in found.examples
+        for example in dataset.examples
     ]
     assert arguments == [{"city": "Seoul", "days": [1, None]}, {"zone": "KST"}]
     # JSON keeps a null that its writer wrote.
-    found = data.read(lines(tmp_path / "d.jsonl", [called("w", city=None)]))
-    calls = dict(found.examples[0].messages[1].extra)["tool_calls"]
+    dataset = data.read(lines(tmp_path / "d.jsonl", [row_with_call("w", city=None)]))
+    calls = dict(dataset.examples[0].messages[1].extra)["tool_calls"]
     assert calls[0]["function"]["arguments"] == {"city": None}
 
 
 def test_messages_in_a_table_cell_may_be_json_text(tmp_path: Path) -> None:
     messages = json.dumps([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}])
     for suffix in ("csv", "parquet"):
-        path = written(tmp_path / f"d.{suffix}", [{"messages": messages}])
+        path = write_rows(tmp_path / f"d.{suffix}", [{"messages": messages}])
         assert turns(data.read(path).examples[0]) == ["q", "a"]
 
 
@@ -215,7 +215,7 @@ def test_messages_in_a_table_cell_may_be_json_text(tmp_path: Path) -> None:
 
 def test_unusual_separators_inside_cells_are_kept(tmp_path: Path) -> None:
     texts = [f"a{mark}b" for mark in "\u2028\u2029\x0c\x0b\x85\x1c\x1d\x1e\r\n\t;|"] + ["a\r\nb"]
-    path = written(tmp_path / "d.csv", [{"text": text} for text in texts])
+    path = write_rows(tmp_path / "d.csv", [{"text": text} for text in texts])
     assert [e.text for e in data.read(path).examples] == texts
     pandas.DataFrame({"text": texts}).to_csv(tmp_path / "p.csv", index=False)
     assert [e.text for e in data.read(str(tmp_path / "p.csv")).examples] == texts
@@ -227,15 +227,15 @@ def test_the_separator_is_taken_from_the_header(mark: str, bom: str, tmp_path: P
     frame = pandas.DataFrame({"instruction": ["a, b; c", 'd "e"\nf'], "output": ["1,5", "2;5"]})
     for name in ("d.csv", "d.tsv", "D.CSV"):
         (tmp_path / name).write_text(bom + frame.to_csv(sep=mark, index=False), "utf-8")
-        found = data.read(str(tmp_path / name))
-        assert [turns(e) for e in found.examples] == [["a, b; c", "1,5"], ['d "e"\nf', "2;5"]]
+        dataset = data.read(str(tmp_path / name))
+        assert [turns(e) for e in dataset.examples] == [["a, b; c", "1,5"], ['d "e"\nf', "2;5"]]
 
 
 def test_a_csv_s_index_column_and_blank_lines_are_no_rows(tmp_path: Path) -> None:
     frame = pandas.DataFrame({"prompt": ["a", "b"], "completion": ["c", "d"]})
     (tmp_path / "d.csv").write_text(frame.to_csv() + "\n\n")
-    found = data.read(str(tmp_path / "d.csv"))
-    assert [turns(e) for e in found.examples] == [["a", "c"], ["b", "d"]]
+    dataset = data.read(str(tmp_path / "d.csv"))
+    assert [turns(e) for e in dataset.examples] == [["a", "c"], ["b", "d"]]
 
 
 def test_a_header_that_names_a_column_twice_is_refused(tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ def test_a_header_that_names_a_column_twice_is_refused(tmp_path: Path) -> None:
 # JSON that is no JSON lines.
 
 ROWS = [{"instruction": f"say {i}", "output": f"the sea {i}"} for i in range(4)]
-WANTED = [[row["instruction"], row["output"]] for row in ROWS]
+EXPECTED = [[row["instruction"], row["output"]] for row in ROWS]
 FRAME = pandas.DataFrame(ROWS)
 DOCUMENTS = {
     "a list": (json.dumps(ROWS), [1, 2, 3, 4]),
@@ -283,9 +283,9 @@ def test_a_json_file_s_rows_are_read_whatever_its_form(
 ) -> None:
     text, places = DOCUMENTS[name]
     (tmp_path / f"d.{suffix}").write_text("\ufeff" + text, encoding="utf-8")
-    found = data.read(str(tmp_path / f"d.{suffix}"))
-    assert [turns(e) for e in found.examples] == WANTED
-    assert [e.line for e in found.examples] == places
+    dataset = data.read(str(tmp_path / f"d.{suffix}"))
+    assert [turns(e) for e in dataset.examples] == EXPECTED
+    assert [e.line for e in dataset.examples] == places
 
 
 @pytest.mark.parametrize(
@@ -303,9 +303,9 @@ def test_a_broken_json_document_is_refused_as_one_and_never_read_in_part(
     text: str, why: str, skip: bool, tmp_path: Path
 ) -> None:
     (tmp_path / "d.jsonl").write_text(text)
-    said = refused(tmp_path / "d.jsonl", skip_bad_rows=skip)
-    assert why in said
-    assert len(said.splitlines()) <= 2
+    message = refused(tmp_path / "d.jsonl", skip_bad_rows=skip)
+    assert why in message
+    assert len(message.splitlines()) <= 2
 
 
 def test_a_torn_line_is_a_broken_row_wherever_it_stands(tmp_path: Path) -> None:
@@ -314,8 +314,8 @@ def test_a_torn_line_is_a_broken_row_wherever_it_stands(tmp_path: Path) -> None:
         torn = [line if i != place else line[:-5] for i, line in enumerate(good)]
         (tmp_path / "d.jsonl").write_text("\n".join(torn))
         assert f"d.jsonl:{place + 1}: not valid JSON" in refused(tmp_path / "d.jsonl")
-        found = data.read(str(tmp_path / "d.jsonl"), skip_bad_rows=True)
-        assert [turns(e) for e in found.examples] == WANTED[:place] + WANTED[place + 1 :]
+        dataset = data.read(str(tmp_path / "d.jsonl"), skip_bad_rows=True)
+        assert [turns(e) for e in dataset.examples] == EXPECTED[:place] + EXPECTED[place + 1 :]
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "cp949", "latin-1"])
@@ -345,7 +345,7 @@ def test_rows_broken_alike_are_told_once_with_their_lines(tmp_path: Path) -> Non
 def test_columns_are_mapped_and_suggested(tmp_path: Path) -> None:
     rows = [{"question": "q", "response": "a", "text": "no"}]
     for suffix in ("jsonl", "csv", "parquet", "json"):
-        path = written(tmp_path / f"d.{suffix}", rows)
+        path = write_rows(tmp_path / f"d.{suffix}", rows)
         mapped = data.read(path, columns={"instruction": "question", "output": "response"})
         assert turns(mapped.examples[0]) == ["q", "a"]
         why = refused(path, columns={"instruction": "question", "output": "answer"})
@@ -376,7 +376,7 @@ def test_columns_are_mapped_and_suggested(tmp_path: Path) -> None:
 def test_padding_is_cut_away(
     row: dict[str, Any], ids: Any, labels: Any, suffix: str, tmp_path: Path
 ) -> None:
-    path = written(tmp_path / f"d.{suffix}", [{"input_ids": [5, 6, 2, 0, 0], **row}])
+    path = write_rows(tmp_path / f"d.{suffix}", [{"input_ids": [5, 6, 2, 0, 0], **row}])
     (example,) = data.read(path).examples
     assert (example.input_ids, example.labels) == (ids, labels)
 
@@ -402,10 +402,10 @@ def test_ready_tokens_that_mean_nothing_are_broken_rows(
 def test_rows_left_out_are_told_and_kept_with_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    broken = {"prompt": "q", "completion": None}
-    whole = [{"prompt": f"say {i}", "completion": f"sea {i}"} for i in range(6)]
-    lines(tmp_path / "d" / "train.jsonl", [*whole, broken, broken])
-    lines(tmp_path / "d" / "valid.jsonl", [*whole[:2], broken, "x", broken])
+    broken_row = {"prompt": "q", "completion": None}
+    good_rows = [{"prompt": f"say {i}", "completion": f"sea {i}"} for i in range(6)]
+    lines(tmp_path / "d" / "train.jsonl", [*good_rows, broken_row, broken_row])
+    lines(tmp_path / "d" / "valid.jsonl", [*good_rows[:2], broken_row, "x", broken_row])
     settings = {
         "model_name_or_path": str(save_tiny(tmp_path / "m")), "dataset": str(tmp_path / "d"),
         "output_dir": str(tmp_path / "run"), "max_steps": 1, "dtype": "float32",
@@ -413,16 +413,16 @@ def test_rows_left_out_are_told_and_kept_with_the_run(
     with pytest.raises(UserError, match=r"train\.jsonl:7: completion must be text"):
         api.train(progress=False, **settings)
     run = api.train(skip_bad_rows=True, **settings)
-    kept = run.info()["data"]
-    assert (kept["bad_rows"], kept["eval_bad_rows"]) == (2, 3)
+    data_info = run.info()["data"]
+    assert (data_info["bad_rows"], data_info["eval_bad_rows"]) == (2, 3)
     # Long paths are broken anywhere: white space is left out of the comparison.
-    said = "".join("".join(capsys.readouterr()).split())
+    output = "".join("".join(capsys.readouterr()).split())
     for sentence in (
         "2 of 8 training rows are broken and left out",
         "3 of 5 held-out rows are broken and left out",
         "train.jsonl:7: completion must be text",
     ):
-        assert sentence.replace(" ", "") in said
+        assert sentence.replace(" ", "") in output
     assert api.evaluate(run, max_examples=2).to_dict()["dataset"]["rows"] == 2
 
 

@@ -38,28 +38,31 @@ from tests.test_sweep_table import arm
 ROOT = Path(__file__).parents[1]
 
 
-def told(*words: str, code: int = 0, **environment: str) -> str:
+def cli_output(*words: str, code: int = 0, **environment: str) -> str:
     """What the command prints, in a wide terminal."""
-    done = typer.testing.CliRunner().invoke(
+    result = typer.testing.CliRunner().invoke(
         cli.app, list(words), env={"COLUMNS": "120", **environment}, prog_name="lighten"
     )
-    assert done.exit_code == code, done.output
-    return done.output
+    assert result.exit_code == code, result.output
+    return result.output
 
 
 def test_every_setting_is_listed_with_type_default_and_help() -> None:
-    known = {own.name: own for own in settings()}
+    by_name = {setting.name: setting for setting in settings()}
     sections = ("evaluate", "quantize", "sweep")
     declared = {name for name in RecipeFields.model_fields if name not in sections}
     declared |= {f"quantize.{name}" for name in QuantizeOptions.model_fields}
     declared |= {f"evaluate.{name}" for name in EvaluateOptions.model_fields}
     declared |= {f"sweep.{name}" for name in SweepOptions.model_fields}
-    assert set(known) == declared
-    assert all(own.type not in ("", "any") and own.help and own.default for own in known.values())
-    assert known["lora_r"].type == "whole number from 1 or a list of these"
-    assert known["dtype"].type == "auto | float32 | bfloat16 | float16"
-    assert known["dataset"].default == "required"
-    assert "cutoff_len" in known["max_length"].aliases
+    assert set(by_name) == declared
+    assert all(
+        setting.type not in ("", "any") and setting.help and setting.default
+        for setting in by_name.values()
+    )
+    assert by_name["lora_r"].type == "whole number from 1 or a list of these"
+    assert by_name["dtype"].type == "auto | float32 | bfloat16 | float16"
+    assert by_name["dataset"].default == "required"
+    assert "cutoff_len" in by_name["max_length"].aliases
 
 
 @pytest.mark.parametrize(
@@ -73,7 +76,7 @@ def test_every_setting_is_listed_with_type_default_and_help() -> None:
     ],
 )
 def test_settings_are_searched_by_name_alias_and_meaning(words: list[str], name: str) -> None:
-    assert name in [own.name for own in matching(words, settings())]
+    assert name in [setting.name for setting in matching(words, settings())]
 
 
 @pytest.mark.parametrize(
@@ -92,42 +95,44 @@ def test_a_word_about_nothing_points_at_the_list() -> None:
 
 
 def test_settings_print_in_groups_and_as_json() -> None:
-    shown = told("settings", "early")
-    assert "early_stopping_patience  (whole number from 1; default none)" in shown
-    assert [own["name"] for own in json.loads(told("settings", "lora_r", "--json"))] == ["lora_r"]
-    groups = {own["group"] for own in json.loads(told("settings", "--json"))}
+    output = cli_output("settings", "early")
+    assert "early_stopping_patience  (whole number from 1; default none)" in output
+    assert [
+        setting["name"] for setting in json.loads(cli_output("settings", "lora_r", "--json"))
+    ] == ["lora_r"]
+    groups = {setting["group"] for setting in json.loads(cli_output("settings", "--json"))}
     assert groups == {"model", "data", "training", "run", "lora", "evaluate", "quantize",
                       "sweep"}  # fmt: skip
 
 
 def test_help_names_the_settings_and_the_flags_of_a_sweep() -> None:
     for verb in ("train", "run"):
-        shown = told(verb, "-h")
-        assert "lighten settings" in shown
-        assert all(own.name in shown for own in settings() if own.group == "lora")
-    shown = told("sweep", "-h")
+        output = cli_output(verb, "-h")
+        assert "lighten settings" in output
+        assert all(setting.name in output for setting in settings() if setting.group == "lora")
+    output = cli_output("sweep", "-h")
     for name in SweepOptions.model_fields.keys() - {"grid"}:
-        assert f"--{name}" in shown
+        assert f"--{name}" in output
 
 
 @pytest.mark.parametrize(
     "words", [(), ("plan",), ("runs",), ("runs", "compare"), ("data", "check"), ("adapter",)]
 )
 def test_the_short_form_of_help_is_known_everywhere(words: tuple[str, ...]) -> None:
-    assert told(*words, "-h") == told(*words, "--help")
+    assert cli_output(*words, "-h") == cli_output(*words, "--help")
 
 
 def test_the_version_is_printed() -> None:
-    assert told("--version") == f"lighten {lighten.__version__}\n"
+    assert cli_output("--version") == f"lighten {lighten.__version__}\n"
 
 
 @pytest.mark.parametrize(("typed", "full"), [("sett", "settings"), ("tra", "train"),
                                              ("runs comp", "compare")])  # fmt: skip
 def test_the_tab_key_completes(typed: str, full: str) -> None:
     words = ["lighten", *typed.split()]
-    shown = told(_LIGHTEN_COMPLETE="complete_bash", COMP_WORDS=" ".join(words),
+    output = cli_output(_LIGHTEN_COMPLETE="complete_bash", COMP_WORDS=" ".join(words),
                  COMP_CWORD=str(len(words) - 1))  # fmt: skip
-    assert full in shown.split()
+    assert full in output.split()
 
 
 def test_only_extras_that_something_uses_are_offered() -> None:
@@ -141,7 +146,9 @@ def test_only_extras_that_something_uses_are_offered() -> None:
         if path.name != "hardware.py"
     )
     for module, extra in hardware.EXTRAS.items():
-        packages = [re.split(r"[\[>=<]", own)[0].replace("-", "_") for own in extras[extra]]
+        packages = [
+            re.split(r"[\[>=<]", requirement)[0].replace("-", "_") for requirement in extras[extra]
+        ]
         assert module in packages
         assert re.search(rf"import {module}\b|from {module}\b|\"{module}\"", sources), module
 
@@ -150,12 +157,12 @@ def compared_runs(
     root: Path, shifts: list[float], *, rows: int = 160, recorded: bool = True, **settings: object
 ) -> list[Run]:
     """Runs whose held-out losses differ by the shifts, example by example, but for a little."""
-    made = []
+    runs = []
     for place, shift in enumerate(shifts):
         run = write_run(root / f"run-{place}", **{"learning_rate": 1e-4 * (place + 1), **settings})
-        found = json.loads((run.folder / "evaluation.json").read_text())
+        evaluation = json.loads((run.folder / "evaluation.json").read_text())
         common, single = random.Random(0), random.Random(100 + place)
-        for model in found["models"]:
+        for model in evaluation["models"]:
             mean = 3.6 if model["name"] == "base" else 2.4 + shift
             losses = [
                 [8 * (mean + common.gauss(0, 0.5) + single.gauss(0, 0.05)), 8] for _ in range(rows)
@@ -165,10 +172,10 @@ def compared_runs(
             if recorded:
                 model["losses"] = losses
             common = random.Random(0)
-        found["dataset"]["rows"] = rows
-        (run.folder / "evaluation.json").write_text(json.dumps(found))
-        made.append(run)
-    return made
+        evaluation["dataset"]["rows"] = rows
+        (run.folder / "evaluation.json").write_text(json.dumps(evaluation))
+        runs.append(run)
+    return runs
 
 
 @pytest.mark.parametrize(
@@ -186,34 +193,39 @@ def test_runs_that_differ_in_a_mapping_are_compared(
     tmp_path: Path, setting: dict[str, object]
 ) -> None:
     first, second = write_run(tmp_path / "a"), write_run(tmp_path / "b", **setting)
-    shown = told("runs", "compare", str(first.folder), str(second.folder))
+    output = cli_output("runs", "compare", str(first.folder), str(second.folder))
     name = next(reversed(setting))
-    assert f"{name} " in shown
+    assert f"{name} " in output
     page = lighten.report(first, second, output=tmp_path / "page.html").read_text(encoding="utf-8")
     assert name in page
 
 
 def test_a_comparison_tells_best_worse_and_what_cannot_be_told_apart(tmp_path: Path) -> None:
     runs = compared_runs(tmp_path, [0.0, 0.006, 0.2])
-    found = comparison.compare(runs)
-    assert [own.verdict for own in found.entries] == ["lowest", "cannot be told apart", "worse", ""]
-    assert found.sentences[0].startswith("run-0 has the lowest held-out loss (2.4")
-    assert "run-1 cannot be told apart from it; run-2 is worse" in found.sentences[0]
-    assert found.best["loss"] == {0}
-    assert found.best["chrf"] == set(), "all are equal"
-    for own, shift in zip(found.entries[1:3], (0.006, 0.2), strict=True):
-        assert own.difference is not None
-        assert own.difference[1] < shift < own.difference[2] + 0.01
-    shown = told("runs", "compare", *(str(run.folder) for run in runs))
-    assert re.search(r"run-0 +2\.4\d\*", shown)
-    assert "cannot be told apart" in shown
+    compared = comparison.compare(runs)
+    assert [entry.verdict for entry in compared.entries] == [
+        "lowest",
+        "cannot be told apart",
+        "worse",
+        "",
+    ]
+    assert compared.sentences[0].startswith("run-0 has the lowest held-out loss (2.4")
+    assert "run-1 cannot be told apart from it; run-2 is worse" in compared.sentences[0]
+    assert compared.best["loss"] == {0}
+    assert compared.best["chrf"] == set(), "all are equal"
+    for entry, shift in zip(compared.entries[1:3], (0.006, 0.2), strict=True):
+        assert entry.difference is not None
+        assert entry.difference[1] < shift < entry.difference[2] + 0.01
+    output = cli_output("runs", "compare", *(str(run.folder) for run in runs))
+    assert re.search(r"run-0 +2\.4\d\*", output)
+    assert "cannot be told apart" in output
 
 
 def test_pairing_finds_what_single_intervals_cannot(tmp_path: Path) -> None:
     """An evaluation without each example's loss is compared too, with wider bounds."""
     wide = comparison.compare(compared_runs(tmp_path / "w", [0.0, 0.05], recorded=False))
     narrow = comparison.compare(compared_runs(tmp_path / "n", [0.0, 0.05]))
-    assert [found.entries[1].verdict for found in (wide, narrow)] == [
+    assert [compared.entries[1].verdict for compared in (wide, narrow)] == [
         "cannot be told apart", "worse",
     ]  # fmt: skip
 
@@ -221,8 +233,8 @@ def test_pairing_finds_what_single_intervals_cannot(tmp_path: Path) -> None:
 def test_bounds_widen_with_the_number_of_runs(tmp_path: Path) -> None:
     reach = []
     for count in (2, 8):
-        found = comparison.compare(compared_runs(tmp_path / str(count), [0.0] + [0.1] * count))
-        difference = found.entries[1].difference
+        compared = comparison.compare(compared_runs(tmp_path / str(count), [0.0] + [0.1] * count))
+        difference = compared.entries[1].difference
         assert difference is not None
         reach.append(difference[2] - difference[1])
     assert reach[1] > 1.15 * reach[0]
@@ -231,14 +243,14 @@ def test_bounds_widen_with_the_number_of_runs(tmp_path: Path) -> None:
 def test_what_cannot_be_compared_gets_no_verdict(tmp_path: Path) -> None:
     few = comparison.compare(compared_runs(tmp_path / "few", [0.0, 0.3], rows=8))
     assert few.entries[1].verdict == "too few examples"
-    other = compared_runs(tmp_path / "o", [0.0]) + compared_runs(tmp_path / "p", [0.0], rows=90)
-    found = comparison.compare(other)
-    assert "different held-out examples" in found.sentences[0]
-    assert found.best["loss"] == set()
-    assert [own.run for own in found.entries][:2] == [str(run.folder) for run in other]
-    bare = write_run(tmp_path / "bare", evaluated=False)
-    found = comparison.compare([*compared_runs(tmp_path / "q", [0.0]), bare])
-    assert "Not evaluated: bare" in found.sentences[-1]
+    runs = compared_runs(tmp_path / "o", [0.0]) + compared_runs(tmp_path / "p", [0.0], rows=90)
+    compared = comparison.compare(runs)
+    assert "different held-out examples" in compared.sentences[0]
+    assert compared.best["loss"] == set()
+    assert [entry.run for entry in compared.entries][:2] == [str(run.folder) for run in runs]
+    unevaluated = write_run(tmp_path / "bare", evaluated=False)
+    compared = comparison.compare([*compared_runs(tmp_path / "q", [0.0]), unevaluated])
+    assert "Not evaluated: bare" in compared.sentences[-1]
 
 
 def test_twelve_runs_have_twelve_colours(tmp_path: Path) -> None:
@@ -306,8 +318,8 @@ def test_answers_stand_under_the_headline_and_then_what_to_do_next(tmp_path: Pat
     assert heads[:3] == ["Answers", "What next", "Loss"]
     for command in ("chat", "adapter resize", "runs compare"):
         assert re.search(rf"lighten {command} &#39;[^<]*my run&#39;", page), command
-    bare = write_run(tmp_path / "bare", evaluated=False)
-    assert "lighten evaluate" in lighten.report(bare).read_text(encoding="utf-8")
+    unevaluated = write_run(tmp_path / "bare", evaluated=False)
+    assert "lighten evaluate" in lighten.report(unevaluated).read_text(encoding="utf-8")
     stopped = write_run(tmp_path / "stopped", status="interrupted", evaluated=False)
     assert "lighten train --resume" in lighten.report(stopped).read_text(encoding="utf-8")
 
@@ -339,34 +351,34 @@ def test_steps_are_whole_numbers_and_amounts_start_at_zero(steps: list[int]) -> 
     assert float(axis(free, "end")[0]) > 0
 
 
-@pytest.mark.parametrize("same", [True, False])
-def test_watched_losses_of_other_examples_have_no_best(same: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("same_rows", [True, False])
+def test_watched_losses_of_other_examples_have_no_best(same_rows: bool, tmp_path: Path) -> None:
     runs = [write_run(tmp_path / name, steps=2, evaluated=False) for name in ("a", "b")]
     for run, loss in zip(runs, (2.0, 1.0), strict=True):
         info = run.info()
-        rows = 60 if same else int(60 * loss)
+        rows = 60 if same_rows else int(60 * loss)
         run.update(
-            adapters=[{**own, "eval_loss": loss} for own in info["adapters"]],
+            adapters=[{**adapter, "eval_loss": loss} for adapter in info["adapters"]],
             data={**info["data"], "eval_rows": rows, "eval_supervised_tokens": 10 * rows},
         )
     best = comparison.compare(runs).best["watched"]
-    assert best == ({1} if same else set())
+    assert best == ({1} if same_rows else set())
 
 
-@pytest.mark.parametrize(("count", "said"), [(0, "0 rows"), (1, "1 row"), (2, "2 rows"),
+@pytest.mark.parametrize(("count", "text"), [(0, "0 rows"), (1, "1 row"), (2, "2 rows"),
                                              (1200, "1,200 rows")])  # fmt: skip
-def test_one_thing_is_not_called_several(count: int, said: str) -> None:
-    assert counted(count, "row") == said
+def test_one_thing_is_not_called_several(count: int, text: str) -> None:
+    assert counted(count, "row") == text
 
 
 @pytest.mark.parametrize(
-    "said",
+    "phrase",
     ["an IA3", "an Embedding", "a LoRA", "a DoRA", "an NF4", "a BOFT", "an OFT", "a VERA", "a LOHA",
      "an LN_TUNING", "a FOURIERFT", "an ADALORA", "an X-LoRA", "a str", "an int", "a Unigram",
      "a Linear", "an RMSNorm", "a QLoRA adapter", "a Conv1D", "an L2 norm"],
 )  # fmt: skip
-def test_an_article_is_that_of_the_spoken_noun(said: str) -> None:
-    assert with_article(said.partition(" ")[2]) == said
+def test_an_article_is_that_of_the_spoken_noun(phrase: str) -> None:
+    assert with_article(phrase.partition(" ")[2]) == phrase
 
 
 def test_an_ia3_adapter_is_refused_in_english(tmp_path: Path) -> None:
@@ -379,15 +391,15 @@ def test_a_page_calls_one_step_one_step_and_each_line_its_own_name(tmp_path: Pat
     run = write_run(tmp_path / "r", steps=1)
     info = run.info()
     info["data"] |= {"truncated": 1}
-    more = [
+    choices = [
         {"what": what, "value": "x", "reason": "y"} for what in ("method", "template", "memory")
     ]
-    run.update(data=info["data"], choices=[*info["choices"], *more])
+    run.update(data=info["data"], choices=[*info["choices"], *choices])
     page = lighten.report(run).read_text(encoding="utf-8")
     assert not re.search(r"\b1 (rows|steps|examples|tokens)\b", page)
-    made = page.partition("How it was made")[2].partition("</article>")[0]
-    shown = re.findall(r"<dt>([^<]+)</dt>", made)
-    assert len(shown) == len(set(shown)), shown
+    section = page.partition("How it was made")[2].partition("</article>")[0]
+    labels = re.findall(r"<dt>([^<]+)</dt>", section)
+    assert len(labels) == len(set(labels)), labels
 
 
 def test_dir_lists_the_verbs_and_help_knows_their_parameters() -> None:
@@ -399,7 +411,7 @@ def test_dir_lists_the_verbs_and_help_knows_their_parameters() -> None:
     assert "device" in inspect.signature(lighten.plan).parameters
 
 
-def drawn(value: Any) -> str:
+def notebook_html(value: Any) -> str:
     """How a notebook shows it, after what must hold of every drawing."""
     html: str = value._repr_html_()
     assert html.startswith('<div class="lighten-card"')
@@ -418,7 +430,7 @@ def test_a_run_draws_itself(tmp_path: Path, status: str, evaluated: bool, steps:
     run = write_run(tmp_path / "<script>", status=status, evaluated=evaluated, steps=steps)
     if status == "running":
         locks.acquire(run.folder)
-    html = drawn(run)
+    html = notebook_html(run)
     assert status in html
     assert "&lt;script&gt;" in html
     assert ("39.3 → 12.2" in html) == evaluated
@@ -429,7 +441,7 @@ def test_an_evaluation_draws_itself(tmp_path: Path) -> None:
     run = write_run(tmp_path / "r", adapters=("small", "큰"))
     evaluation = Evaluation(**(run.evaluation() or {}))
     evaluation.models[1]["name"] = "<script>"
-    html = drawn(evaluation)
+    html = notebook_html(evaluation)
     assert "&lt;script&gt;" in html
     assert html.count("<tr>") == 6
     assert "큰" in html
@@ -442,7 +454,7 @@ def test_a_sweep_draws_itself(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("sweep: {metric: chrf}\n")
     data = {"arms": arms, "settings": [], "recommendation": {"arm": "r8", "reasons": ["Take <r8>"]}}
     result = SweepResult(tmp_path, data)
-    html = drawn(result)
+    html = notebook_html(result)
     assert "Take &lt;r8&gt;" in html
     assert html.count("<tr>") == 3
     assert "2 arms, recommended='r8'" in repr(result)
@@ -462,15 +474,15 @@ def test_the_command_that_a_stopped_run_shows_goes_on(
     """Killed after its checkpoint: as the page says, `train --resume FOLDER` ends it."""
     common = ("train", str(tiny_folder), str(chat_file), "--output_dir", where, "--max_steps", "4",
               "--save_steps", "2", "--no-plan", "--val_size", "0")  # fmt: skip
-    whole = call(*common, cwd=tmp_path)
-    assert whole.returncode == 0, whole.stderr
+    trained = call(*common, cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
     run = Run(tmp_path / where)
     run.update(status="interrupted")
     run.truncate_metrics(2)
     shutil.rmtree(sorted((run.folder / "checkpoints").iterdir())[-1])
     shutil.rmtree(run.folder / "adapters")
     ((command, _),) = next_commands(run, run.info(), evaluated=False)
-    done = call(*shlex.split(command)[1:], "--no-plan", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    resumed = call(*shlex.split(command)[1:], "--no-plan", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
     assert Run(tmp_path / where).info()["status"] == "finished"
     assert [line["step"] for line in run.metrics() if line["kind"] == "train"] == [1, 2, 3, 4]

@@ -84,11 +84,11 @@ def as_rows(example: data.Example, keys: tuple[str, ...]) -> tuple[str, ...]:
     deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_rows_of_text_read_back_equal_from_every_format(
-    tmp_path: Path, drawn: tuple[tuple[str, ...], Rows]
+    tmp_path: Path, keys_and_rows: tuple[tuple[str, ...], Rows]
 ) -> None:
-    keys, rows = drawn
-    wanted = [tuple(row[key] for key in keys) for row in rows]
+    keys, rows = keys_and_rows
+    expected = [tuple(row[key] for key in keys) for row in rows]
     for name, write in WRITERS.items():
         write(rows, tmp_path / name)
-        found = data.read(str(tmp_path / name))
-        assert [as_rows(example, keys) for example in found.examples] == wanted, name
+        dataset = data.read(str(tmp_path / name))
+        assert [as_rows(example, keys) for example in dataset.examples] == expected, name

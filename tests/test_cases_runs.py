@@ -166,8 +166,8 @@ def test_of_processes_that_take_a_dead_lock_at_once_one_gets_it(tmp_path: Path) 
         "os.write(back, b'........')\n"
         "for _ in range(8): os.wait()\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True)
-    assert done.stdout == b"got ", done.stderr
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True)
+    assert result.stdout == b"got ", result.stderr
     assert [path.name for path in tmp_path.iterdir()] == [locks.LOCK]
 
 
@@ -227,15 +227,15 @@ def test_a_run_that_another_process_writes_is_refused_and_a_killed_one_shows_as_
 
 
 @pytest.mark.parametrize(
-    "held",
+    "lock_text",
     ["", "[]", "not json", '{"pid": "x"}',
      json.dumps({"pid": os.getpid(), "began": time.time() - 1e6, "host": os.uname().nodename})],
     ids=["empty", "list", "no-json", "no-number", "given-again"],
 )  # fmt: skip
 def test_a_torn_lock_and_one_whose_process_id_was_given_again_hold_nothing(
-    held: str, tmp_path: Path
+    lock_text: str, tmp_path: Path
 ) -> None:
-    (tmp_path / locks.LOCK).write_text(held)
+    (tmp_path / locks.LOCK).write_text(lock_text)
     locks.acquire(tmp_path)
     assert locks.is_held(tmp_path)
     locks.release(tmp_path)
@@ -263,8 +263,8 @@ def test_a_finished_run_says_so_and_is_not_trained_again(
     ended = run.info()
     capfd.readouterr()
     assert api.train(resume=True, **settings).folder == run.folder
-    told = " ".join(capfd.readouterr().err.split())
-    assert told.startswith(f"{run.folder} is finished: nothing is left to train")
+    output = " ".join(capfd.readouterr().err.split())
+    assert output.startswith(f"{run.folder} is finished: nothing is left to train")
     assert run.info() == ended
     with pytest.raises(UserError, match="max_steps was 2 and is now 3"):
         api.train(resume=True, **{**settings, "max_steps": 3})
@@ -289,12 +289,12 @@ def test_what_goes_on_is_a_command_that_can_be_typed(name: str, tmp_path: Path) 
 def test_a_mistake_that_the_plan_meets_too_is_told_once(
     chat_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as error:
         api.train(
             model=str(broken_model(tmp_path)), dataset=str(chat_file),
             output_dir=str(tmp_path / "r"),
         )  # fmt: skip
-    assert "broken" in str(told.value)
+    assert "broken" in str(error.value)
     assert "no plan" not in capfd.readouterr().err
 
 
@@ -319,11 +319,12 @@ def test_paths_are_looked_at_before_anything_heavy_is_loaded(tmp_path: Path) -> 
         code += f"try:\n    {call}\nexcept UserError as error:\n    print(error)\n"
     code += "cli.models()\nheavy = {'torch', 'transformers', 'peft', 'sacrebleu'}\n"
     code += "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False
     )
-    assert done.returncode == 0, done.stderr
-    told = done.stdout.splitlines()[: len(calls)]
+    assert result.returncode == 0, result.stderr
+    messages = result.stdout.splitlines()[: len(calls)]
     assert all(
-        re.search("is not a run|does not exist|not a folder of its own", own) for own in told
+        re.search("is not a run|does not exist|not a folder of its own", message)
+        for message in messages
     )

@@ -46,26 +46,26 @@ WORDS = ["gradient", "한국어", "문장", "emoji 🙂🙃", "\u2028", "  space
 
 def examples(count: int, seed: int = 0) -> list[Example]:
     random.seed(seed)
-    found = []
+    generated = []
     for line in range(1, count + 1):
 
         def text() -> str:
             return " ".join(random.choices(WORDS, k=random.randint(1, 12)))
 
-        kind = line % 5
-        if kind == 0:
-            found.append(Example("t.jsonl", line, text=text()))
-        elif kind == 1:
+        variant = line % 5
+        if variant == 0:
+            generated.append(Example("t.jsonl", line, text=text()))
+        elif variant == 1:
             ids = tuple(random.choices(range(5, 200), k=9))
-            found.append(Example("i.jsonl", line, input_ids=ids, labels=(-100, -100, *ids[2:])))
+            generated.append(Example("i.jsonl", line, input_ids=ids, labels=(-100, -100, *ids[2:])))
         else:
-            turns: list[Message] = [Message("system", text())] if kind == 2 else []
-            for turn in range(kind - 1):
+            turns: list[Message] = [Message("system", text())] if variant == 2 else []
+            for turn in range(variant - 1):
                 turns.append(Message("user", text()))
-                train = False if turn == 0 and kind == 4 else None
+                train = False if turn == 0 and variant == 4 else None
                 turns.append(Message("assistant", text(), train, (("name", "a"),)))
-            found.append(Example("c.jsonl", line, tuple(turns), tools=[{"a": 1}]))
-    return found
+            generated.append(Example("c.jsonl", line, tuple(turns), tools=[{"a": 1}]))
+    return generated
 
 
 def by_all_offsets(example: Example, tokenizer: Any) -> tuple[list[int], list[bool]]:
@@ -85,11 +85,11 @@ def by_all_offsets(example: Example, tokenizer: Any) -> tuple[list[int], list[bo
 def test_marks_are_those_that_all_offsets_give(name: str) -> None:
     tokenizer = tiny_tokenizer() if name == "tiny" else load_tokenizer(name)
     choose_template(tokenizer, "chatml" if name == "tiny" else None)
-    given = [example for example in examples(200) if example.messages]
-    encoded = encode(given, tokenizer, max_length=2**31)
+    conversations = [example for example in examples(200) if example.messages]
+    encoded = encode(conversations, tokenizer, max_length=2**31)
     rows = {row.example.line: row for row in encoded.rows}
     compared = 0
-    for example in given:
+    for example in conversations:
         ids, marks = by_all_offsets(example, tokenizer)
         if any(marks):
             assert rows[example.line].input_ids == ids
@@ -101,47 +101,49 @@ def test_marks_are_those_that_all_offsets_give(name: str) -> None:
 def test_parts_and_disk_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = tiny_tokenizer()
     choose_template(tokenizer, "chatml")
-    given = examples(2 * PART_EXAMPLES + 3)
-    whole = encode(given, tokenizer, max_length=48)
-    one_by_one = [row for example in given for row in _rows_of(example, tokenizer)]
-    assert [row.input_ids for row in whole.rows] == [row.input_ids for row in one_by_one]
+    dataset = examples(2 * PART_EXAMPLES + 3)
+    in_memory = encode(dataset, tokenizer, max_length=48)
+    one_by_one = [row for example in dataset for row in _rows_of(example, tokenizer)]
+    assert [row.input_ids for row in in_memory.rows] == [row.input_ids for row in one_by_one]
     monkeypatch.setattr(storage, "IN_MEMORY_BYTES", 0)
     monkeypatch.setattr(Spool.__init__, "__defaults__", (0,))
-    stored = encode(_store(given), tokenizer, max_length=48)
+    stored = encode(_store(dataset), tokenizer, max_length=48)
     assert isinstance(stored.rows, data.EncodedRows)
     assert isinstance(stored.rows.ids, np.memmap)
-    assert stored.sha256 == whole.sha256
-    assert stored.counts == whole.counts
-    assert stored.problems == whole.problems
-    assert stored.findings == whole.findings
-    assert [row.example.where for row in stored.rows] == [row.example.where for row in whole.rows]
-    assert stored.rows[-1] == whole.rows[-1]
-    assert stored.rows[3:5] == whole.rows[3:5]
+    assert stored.sha256 == in_memory.sha256
+    assert stored.counts == in_memory.counts
+    assert stored.problems == in_memory.problems
+    assert stored.findings == in_memory.findings
+    assert [row.example.where for row in stored.rows] == [
+        row.example.where for row in in_memory.rows
+    ]
+    assert stored.rows[-1] == in_memory.rows[-1]
+    assert stored.rows[3:5] == in_memory.rows[3:5]
 
 
 needs_fork = pytest.mark.skipif(not forks.possible(), reason="this system does not fork")
 
 
 @needs_fork
-@pytest.mark.parametrize("kind", ["list", "store", "some of a store"])
+@pytest.mark.parametrize("container", ["list", "store", "some of a store"])
 @pytest.mark.parametrize("template", ["chatml", "alpaca", "no systems"])
 def test_processes_encode_what_one_encodes(
-    kind: str, template: str, monkeypatch: pytest.MonkeyPatch
+    container: str, template: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = tiny_tokenizer()
     choose_template(tokenizer, template if template != "no systems" else "chatml")
     if template == "no systems":
         refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('none') }}{% endif %}"
         tokenizer.chat_template = refusing + tokenizer.chat_template
-    given: Sequence[Example] = examples(120)
-    if kind != "list":
-        given = _store(list(given))
-    if kind == "some of a store":
-        given = storage.chosen(given, [place for place in range(120) if place % 7])
+    dataset: Sequence[Example] = examples(120)
+    if container != "list":
+        dataset = _store(list(dataset))
+    if container == "some of a store":
+        dataset = storage.chosen(dataset, [place for place in range(120) if place % 7])
 
     def encoded() -> data.Encoded:
         return encode(
-            given, tokenizer, max_length=48, system_role="keep", skip_bad_rows=True,
+            dataset, tokenizer, max_length=48, system_role="keep", skip_bad_rows=True,
             progress=lambda done, total: heard.append((done, total)),
         )  # fmt: skip
 
@@ -165,16 +167,16 @@ def test_processes_encode_what_one_encodes(
     assert together.problems == alone.problems
     assert together.findings == alone.findings
     assert together.rows[:] == alone.rows[:]
-    assert heard[-1] == (len(given), len(given))
+    assert heard[-1] == (len(dataset), len(dataset))
     assert heard == sorted(heard)
 
 
 @needs_fork
 def test_a_process_that_the_system_ends_costs_no_row() -> None:
-    here = os.getpid()
+    parent_pid = os.getpid()
 
     def work(piece: int) -> int:
-        if piece in (3, 4) and os.getpid() != here:
+        if piece in (3, 4) and os.getpid() != parent_pid:
             os.kill(os.getpid(), signal.SIGKILL)
         return piece * piece
 
@@ -183,10 +185,10 @@ def test_a_process_that_the_system_ends_costs_no_row() -> None:
 
 @needs_fork
 def test_a_process_that_stands_still_is_given_up() -> None:
-    here = os.getpid()
+    parent_pid = os.getpid()
 
     def work(piece: int) -> int:
-        while piece == 2 and os.getpid() != here:
+        while piece == 2 and os.getpid() != parent_pid:
             time.sleep(1)
         return piece
 
@@ -195,7 +197,7 @@ def test_a_process_that_stands_still_is_given_up() -> None:
 
 def children() -> list[int]:
     """Process ids of this process's children; other tests may have left helpers of libraries."""
-    return sorted(own.pid for own in psutil.Process().children())
+    return sorted(child.pid for child in psutil.Process().children())
 
 
 @needs_fork
@@ -229,22 +231,22 @@ def _rows_of(example: Example, tokenizer: Any) -> Sequence[data.Row]:
         return []
 
 
-def _store(given: list[Example], in_memory_bytes: int = 0) -> ExampleStore:
+def _store(dataset: list[Example], in_memory_bytes: int = 0) -> ExampleStore:
     store = ExampleStore(in_memory_bytes)
-    for example in given:
+    for example in dataset:
         store.append(example)
     return store
 
 
 @pytest.mark.parametrize("limit", [0, 2000, 10**9])
 def test_a_store_gives_back_what_it_took(limit: int) -> None:
-    given = examples(100)
-    store = _store(given, limit)
+    dataset = examples(100)
+    store = _store(dataset, limit)
     assert len(store) == 100
-    assert list(store) == given
-    assert store[-1] == given[-1]
-    assert list(store[10:20:3]) == given[10:20:3]
-    assert list(store[50:][5:9]) == given[55:59]
+    assert list(store) == dataset
+    assert store[-1] == dataset[-1]
+    assert list(store[10:20:3]) == dataset[10:20:3]
+    assert list(store[50:][5:9]) == dataset[55:59]
     with pytest.raises(IndexError):
         store[100]
 
@@ -253,14 +255,14 @@ def test_a_store_keeps_values_that_json_has_not() -> None:
     import datetime
 
     odd = Example("p.parquet", 2, (Message("user", "a"),), tools=[datetime.date(2026, 1, 2)])
-    given = [*examples(3), odd, *examples(2)]
-    assert list(_store(given)) == given
+    dataset = [*examples(3), odd, *examples(2)]
+    assert list(_store(dataset)) == dataset
 
 
 @pytest.mark.parametrize("size", [0.2, 7])
 def test_a_split_of_a_store_is_that_of_a_list(size: float) -> None:
-    given = examples(60)
-    lists, stores = data.split(given, size), data.split(_store(given), size)
+    dataset = examples(60)
+    lists, stores = data.split(dataset, size), data.split(_store(dataset), size)
     assert [list(side) for side in stores[:2]] == [list(side) for side in lists[:2]]
     assert stores.held_out
 
@@ -278,12 +280,12 @@ def test_large_files_are_read_without_being_held(
         path.write_text(json.dumps(rows), encoding="utf-8")
     else:
         path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
-    held = data.read(str(path)).examples
+    in_memory = data.read(str(path)).examples
     monkeypatch.setattr(ExampleStore.__init__, "__defaults__", (0,))
     stored = data.read(str(path)).examples
     assert isinstance(stored, ExampleStore)
     assert not stored._objects
-    assert list(stored) == list(held)
+    assert list(stored) == list(in_memory)
 
 
 def recipe_for(folder: Path, model: Path, **settings: Any) -> Recipe:
@@ -317,14 +319,14 @@ def entries(folder: Path) -> list[Path]:
     return sorted((folder / "cache" / "data").iterdir())
 
 
-def same(one: Any, other: Any) -> None:
-    for left, right in ((one.train, other.train), (one.held_out, other.held_out)):
+def assert_same(first: Any, second: Any) -> None:
+    for left, right in ((first.train, second.train), (first.held_out, second.held_out)):
         assert left.sha256 == right.sha256
         assert (left.counts, left.problems, left.findings) == (
             right.counts, right.problems, right.findings,
         )  # fmt: skip
         assert [row.example.where for row in left.rows] == [row.example.where for row in right.rows]
-    assert (one.facts, one.notes, one.longest) == (other.facts, other.notes, other.longest)
+    assert (first.facts, first.notes, first.longest) == (second.facts, second.notes, second.longest)
 
 
 def test_a_second_start_reads_no_row_and_gives_the_same(
@@ -332,7 +334,7 @@ def test_a_second_start_reads_no_row_and_gives_the_same(
 ) -> None:
     recipe = recipe_for(cached, tiny_folder)
     monkeypatch.setenv("LIGHTEN_DATA_CACHE", "off")
-    plain = loaded(recipe, tiny_folder)
+    uncached = loaded(recipe, tiny_folder)
     assert not (cached / "cache" / "data").exists()
     monkeypatch.delenv("LIGHTEN_DATA_CACHE")
     first = loaded(recipe, tiny_folder)
@@ -342,8 +344,8 @@ def test_a_second_start_reads_no_row_and_gives_the_same(
         patch.setattr(data, "read", None)
         second = loaded(recipe, tiny_folder)
     assert isinstance(second.train.rows.ids, np.memmap)
-    same(plain, first)
-    same(first, second)
+    assert_same(uncached, first)
+    assert_same(first, second)
 
 
 @pytest.mark.parametrize(
@@ -354,22 +356,22 @@ def test_a_second_start_reads_no_row_and_gives_the_same(
 def test_other_settings_have_another_entry(
     changed: dict[str, Any], cached: Path, tiny_folder: Path
 ) -> None:
-    one = loaded(recipe_for(cached, tiny_folder), tiny_folder)
+    original = loaded(recipe_for(cached, tiny_folder), tiny_folder)
     recipe = recipe_for(cached, tiny_folder, **changed)
     tokenizer = tokenizer_of(recipe)
-    other = load_rows(recipe, tokenizer)
+    changed_rows = load_rows(recipe, tokenizer)
     assert len(entries(cached)) == 2
     if "added_tokens" not in changed:
-        assert one.train.sha256 != other.train.sha256
+        assert original.train.sha256 != changed_rows.train.sha256
 
 
 def test_changed_data_are_read_again(cached: Path, tiny_folder: Path) -> None:
     recipe = recipe_for(cached, tiny_folder)
-    one = loaded(recipe, tiny_folder)
+    original = loaded(recipe, tiny_folder)
     file = cached / "rows.jsonl"
     file.write_text(file.read_text(encoding="utf-8").replace("Say 7", "Say 8"), encoding="utf-8")
-    other = loaded(recipe, tiny_folder)
-    assert one.facts["sha256"] != other.facts["sha256"]
+    changed_rows = loaded(recipe, tiny_folder)
+    assert original.facts["sha256"] != changed_rows.facts["sha256"]
     assert len(entries(cached)) == 2
 
 
@@ -386,8 +388,8 @@ def test_torn_entries_are_made_again(name: str, how: str, cached: Path, tiny_fol
     elif how == "flipped":
         content[0] ^= 0xFF
         file.write_bytes(content)
-    same(first, loaded(recipe, tiny_folder))
-    same(first, loaded(recipe, tiny_folder))
+    assert_same(first, loaded(recipe, tiny_folder))
+    assert_same(first, loaded(recipe, tiny_folder))
     assert len(entries(cached)) == 1
 
 
@@ -402,7 +404,7 @@ def test_an_entry_of_another_shape_is_made_again(
     recipe = recipe_for(cached, tiny_folder)
     first = loaded(recipe, tiny_folder)
     (entries(cached)[0] / "entry.json").write_text(entry, encoding="utf-8")
-    same(first, loaded(recipe, tiny_folder))
+    assert_same(first, loaded(recipe, tiny_folder))
     assert len(entries(cached)) == 1
 
 
@@ -429,7 +431,7 @@ def test_a_flipped_digit_is_not_believed(number: str, cached: Path, tiny_folder:
     flipped = re.sub(rf'("{number}": )(\d)', lambda m: m[1] + str((int(m[2]) + 1) % 10), text)
     assert flipped != text
     file.write_text(flipped, encoding="utf-8")
-    same(first, loaded(recipe, tiny_folder))
+    assert_same(first, loaded(recipe, tiny_folder))
     assert file.read_text(encoding="utf-8") == text
 
 
@@ -438,9 +440,9 @@ def test_other_packages_have_another_entry(
     package: str, cached: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded(recipe_for(cached, tiny_folder), tiny_folder)
-    known = row_cache.version
+    real_version = row_cache.version
     monkeypatch.setattr(
-        row_cache, "version", lambda name: "0.0.1" if name == package else known(name)
+        row_cache, "version", lambda name: "0.0.1" if name == package else real_version(name)
     )
     loaded(recipe_for(cached, tiny_folder), tiny_folder)
     assert len(entries(cached)) == 2
@@ -509,7 +511,9 @@ def test_a_first_start_hashes_each_file_once(
     hashed: list[str] = []
     checksum = files.checksum
     monkeypatch.setattr(
-        files, "checksum", lambda some: (hashed.extend(one.name for one in some), checksum(some))[1]
+        files,
+        "checksum",
+        lambda paths: (hashed.extend(path.name for path in paths), checksum(paths))[1],
     )
     (cached / "eval.jsonl").write_bytes((cached / "rows.jsonl").read_bytes())
     recipe = recipe_for(cached, tiny_folder, eval_dataset=str(cached / "eval.jsonl"), val_size=None)
@@ -554,17 +558,17 @@ def test_a_file_that_changes_while_it_is_read_is_told(
 def test_cut_rows_are_those_that_encoding_cuts() -> None:
     tokenizer = tiny_tokenizer()
     choose_template(tokenizer, "chatml")
-    given = examples(150)
-    whole = encode(given, tokenizer, max_length=2**31)
+    dataset = examples(150)
+    uncut = encode(dataset, tokenizer, max_length=2**31)
     for length in (3, 20, 48, 2**31):
-        direct = encode(given, tokenizer, max_length=length)
-        later = encoding.cut(whole, length)
+        direct = encode(dataset, tokenizer, max_length=length)
+        later = encoding.cut(uncut, length)
         assert later.rows[:] == direct.rows[:]
         assert later.counts == direct.counts
         assert sorted(later.problems) == sorted(direct.problems)
         assert later.findings == direct.findings
     with pytest.raises(UserError, match="max_length 1: "):
-        encoding.cut(whole, 1)
+        encoding.cut(uncut, 1)
 
 
 def test_a_check_encodes_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -576,7 +580,9 @@ def test_a_check_encodes_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     calls: list[int] = []
     check_module = sys.modules["lighten.data.check"]
     monkeypatch.setattr(
-        check_module, "encode", lambda *own, **more: (calls.append(1), encode(*own, **more))[1]
+        check_module,
+        "encode",
+        lambda *args, **kwargs: (calls.append(1), encode(*args, **kwargs))[1],
     )
     report = data.check(
         data.read(str(path)), tokenizer, max_length=24, template="", limit="the end"
@@ -584,17 +590,19 @@ def test_a_check_encodes_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert calls == [1]
     assert report.counts["truncated"] > 0
     assert report.lengths["max"] > 24
-    assert any("tokens, over the end: " in said for said in report.problems)
+    assert any("tokens, over the end: " in problem for problem in report.problems)
 
 
-def shown(given: list[tuple[int, int, float]], monkeypatch: pytest.MonkeyPatch, **kind: Any) -> str:
+def printed(
+    steps: list[tuple[int, int, float]], monkeypatch: pytest.MonkeyPatch, **console_options: Any
+) -> str:
     """What is printed of an encoding that has done so many examples at such times."""
     clock = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
-    screen = Console(file=io.StringIO(), width=100, **kind)
-    with progress.TrainingProgress(console=screen) as told:
-        for done, total, clock[0] in given:
-            told.encoding(done, total)
+    screen = Console(file=io.StringIO(), width=100, **console_options)
+    with progress.TrainingProgress(console=screen) as training_progress:
+        for done, total, clock[0] in steps:
+            training_progress.encoding(done, total)
     assert isinstance(screen.file, io.StringIO)
     return screen.file.getvalue()
 
@@ -602,20 +610,20 @@ def shown(given: list[tuple[int, int, float]], monkeypatch: pytest.MonkeyPatch, 
 def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = [(1, 5000, 0.0), (500, 5000, 1.0), (1000, 5000, 3.0), (1500, 5000, 5.0),
             (4000, 5000, 19.0), (5000, 5000, 25.0), (1, 40, 26.0), (40, 40, 26.1)]  # fmt: skip
-    assert shown(slow, monkeypatch).splitlines() == [
+    assert printed(slow, monkeypatch).splitlines() == [
         "encoding: 1,000 of 5,000 examples, 12 s left",
         "encoding: 4,000 of 5,000 examples, 5 s left",
         "encoding: 5,000 of 5,000 examples",
     ]
-    assert shown([(1, 60, 0.0), (60, 60, 1.0)], monkeypatch) == ""
+    assert printed([(1, 60, 0.0), (60, 60, 1.0)], monkeypatch) == ""
 
 
 def test_a_terminal_gets_a_bar_that_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = [(1, 5000, 0.0), (1000, 5000, 3.0), (1500, 5000, 5.0), (5000, 5000, 25.0)]
-    drawn = shown(slow, monkeypatch, force_terminal=True)
-    assert "encoding" in drawn
-    assert "1000/5000" in drawn
-    assert drawn.endswith("\x1b[2K\x1b[?25h")  # the line is empty at the end
+    output = printed(slow, monkeypatch, force_terminal=True)
+    assert "encoding" in output
+    assert "1000/5000" in output
+    assert output.endswith("\x1b[2K\x1b[?25h")  # the line is empty at the end
 
 
 def test_training_passes_its_progress_on(
@@ -650,13 +658,13 @@ def test_a_plan_takes_large_data_from_the_cache_and_else_a_sample(
     assert lengths is not None
     assert len(lengths) == 48
     assert set(lengths) == {len(row.input_ids) for row in sample.train.rows}
-    whole = loaded(recipe, tiny_folder)
+    full = loaded(recipe, tiny_folder)
     notes.clear()
-    for kept in (read_rows(recipe, notes), read_rows(recipe, notes, all_rows=True)):
-        assert kept is not None
-        assert kept.cached
-        same(whole, kept)
-    assert evenly == [row.example.where for row in whole.train.rows[::4]]
+    for from_cache in (read_rows(recipe, notes), read_rows(recipe, notes, all_rows=True)):
+        assert from_cache is not None
+        assert from_cache.cached
+        assert_same(full, from_cache)
+    assert evenly == [row.example.where for row in full.train.rows[::4]]
     assert not any("for this plan" in note for note in notes)
     monkeypatch.setattr(predict, "LARGEST_SAMPLED_BYTES", 0)
     assert read_rows(recipe, notes) is None
@@ -667,34 +675,34 @@ def test_a_plan_counts_what_the_data_take(cached: Path, tiny_folder: Path) -> No
     recipe, cpu = recipe_for(cached, tiny_folder), devices.named("cpu")
     rows = loaded(recipe, tiny_folder)
     cost, without = cost_of(rows), predict.planner_for(cpu, None, calibrate=False)(recipe)
-    held = sum(
+    resident_bytes = sum(
         array.nbytes
         for part in (rows.train.rows, rows.held_out.rows)
         for array in part.arrays().values()
     )
-    assert (cost.rows, cost.resident_bytes) == (60, held)
+    assert (cost.rows, cost.resident_bytes) == (60, resident_bytes)
     assert cost.tokens == rows.train.counts.tokens + rows.held_out.counts.tokens
-    assert cost.encoding_bytes > held
+    assert cost.encoding_bytes > resident_bytes
     large = replace(cost, encoding_bytes=10 * without.host_bytes)
     assert with_data(without, large, on_processor=True).host_bytes == large.encoding_bytes
-    second = cost_of(loaded(recipe, tiny_folder))
-    assert second == replace(cost, encoding_bytes=0)
-    made = with_data(without, second, on_processor=True)
-    assert made.memory.expected == without.memory.expected + held
-    assert sum(part.bytes for part in made.memory.parts) == made.memory.expected
-    assert made.memory.parts[-1] == MemoryPart("encoded rows", held)
+    cached_cost = cost_of(loaded(recipe, tiny_folder))
+    assert cached_cost == replace(cost, encoding_bytes=0)
+    plan = with_data(without, cached_cost, on_processor=True)
+    assert plan.memory.expected == without.memory.expected + resident_bytes
+    assert sum(part.bytes for part in plan.memory.parts) == plan.memory.expected
+    assert plan.memory.parts[-1] == MemoryPart("encoded rows", resident_bytes)
     on_gpu = with_data(without, cost, on_processor=False)
     assert on_gpu.memory == without.memory
     assert on_gpu.host_bytes >= cost.encoding_bytes
-    assert on_gpu.disk_bytes == without.disk_bytes + held
+    assert on_gpu.disk_bytes == without.disk_bytes + resident_bytes
 
 
 def test_a_plan_of_data_says_what_they_take(cached: Path, tiny_folder: Path) -> None:
     recipe = recipe_for(cached, tiny_folder)
-    made = predict.plan(recipe, devices.named("t4"), changes=False)
-    told = dict(text.fact_rows(made))["data"]
-    assert told.startswith("60 rows, ")
-    assert "while they are encoded" in told
+    plan = predict.plan(recipe, devices.named("t4"), changes=False)
+    data_line = dict(text.fact_rows(plan))["data"]
+    assert data_line.startswith("60 rows, ")
+    assert "while they are encoded" in data_line
     again = predict.plan(recipe, devices.named("t4"), changes=False)
     assert again.data is not None
     assert again.data.encoding_bytes == 0
@@ -709,7 +717,7 @@ def test_arrays_are_gone_through_in_pieces(tmp_path: Path, monkeypatch: pytest.M
     for array in (numbers, mapped, numbers[:16], numbers[:0]):
         parts = list(storage.pieces(array))
         assert all(len(part) <= 16 for part in parts)
-        assert [int(one) for part in parts for one in part] == array.tolist()
+        assert [int(number) for part in parts for number in part] == array.tolist()
     tokenizer = tiny_tokenizer()
     choose_template(tokenizer, "chatml")
     rows = encode(examples(20), tokenizer, max_length=2**31).rows
@@ -724,8 +732,8 @@ def test_a_row_takes_little_more_than_four_bytes_a_token() -> None:
             for n in range(40)]  # fmt: skip
     rows = encode(long, tokenizer, max_length=2**31).rows
     assert isinstance(rows, data.EncodedRows)
-    held = sum(array.nbytes for array in rows.arrays().values())
-    assert held <= 4.5 * len(rows.ids)
+    array_bytes = sum(array.nbytes for array in rows.arrays().values())
+    assert array_bytes <= 4.5 * len(rows.ids)
 
 
 def test_a_cache_that_cannot_be_written_changes_nothing(cached: Path, tiny_folder: Path) -> None:

@@ -39,7 +39,7 @@ class Screen:
         self._text = io.TextIOWrapper(self._bytes, encoding=encoding, newline="\n")
         monkeypatch.setattr(sys, "stdout", self._text)
 
-    def shown(self) -> str:
+    def output(self) -> str:
         self._text.flush()
         return self._bytes.getvalue().decode(self._encoding)
 
@@ -63,11 +63,11 @@ def test_every_mark_is_written_in_every_encoding(
     streams.prepare()
     print(MARKS)  # noqa: T201
     Console().print(MARKS)
-    assert screen.shown().count("\n") == 2
-    shown = streams.encodable(MARKS, sys.stdout)
-    assert ("한국어" in shown) == (encoding in ("cp949", "euc-kr", "utf-8"))
+    assert screen.output().count("\n") == 2
+    encoded = streams.encodable(MARKS, sys.stdout)
+    assert ("한국어" in encoded) == (encoding in ("cp949", "euc-kr", "utf-8"))
     if encoding == "ascii":
-        assert shown == "# - > x + . [??????] ?? e ? *"
+        assert encoded == "# - > x + . [??????] ?? e ? *"
 
 
 @pytest.mark.parametrize("buffered", [True, False])
@@ -124,11 +124,11 @@ def test_tables_bars_and_json_of_commands_in_every_encoding(
     command("runs", "compare", str(run_folder), str(run_folder))
     check = ["data", "check", str(rows), "--model", str(tiny_folder)]
     command(*check)
-    before = len(screen.shown())
+    before = len(screen.output())
     assert before > 500
     command(*check, "--json")
-    told = json.loads(screen.shown()[before:])  # nothing of JSON is lost
-    assert "질문 1 😀" in "".join(token for token, _ in told["sample"])
+    report = json.loads(screen.output()[before:])  # nothing of JSON is lost
+    assert "질문 1 😀" in "".join(token for token, _ in report["sample"])
 
 
 @pytest.mark.parametrize("encoding", ["cp949", "ascii", "latin-1"])
@@ -147,7 +147,7 @@ class Refusing(io.StringIO):
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("stdin", "message"),
     [
         (io.TextIOWrapper(io.BytesIO(b"\xff\xfe\n"), encoding="utf-8"), "not text in .*utf-8"),
         (io.TextIOWrapper(io.BytesIO("안녕\n".encode()), encoding="ascii"), "not text in .*ascii"),
@@ -158,12 +158,12 @@ class Refusing(io.StringIO):
     ],
 )  # fmt: skip
 def test_questions_that_cannot_be_read_are_one_sentence(
-    given: Any, said: str, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+    stdin: Any, message: str, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", given)
-    with pytest.raises(UserError, match=said) as told:
+    monkeypatch.setattr(sys, "stdin", stdin)
+    with pytest.raises(UserError, match=message) as error:
         chat(str(tiny_folder), out=io.StringIO(), max_new_tokens=2)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 def test_loading_is_heard_and_no_bar_is_drawn(
@@ -172,13 +172,13 @@ def test_loading_is_heard_and_no_bar_is_drawn(
     heard: list[tuple[str, int, int]] = []
     transformers_logging.enable_progress_bar()
     try:
-        with streams.heard_by(lambda *told: heard.append(told)):
+        with streams.heard_by(lambda *event: heard.append(event)):
             models.load(str(tiny_folder), device="cpu")
         models.load(str(tiny_folder), device="cpu")
-        drawn = transformers_logging.tqdm(range(2), desc="theirs")
+        bar = transformers_logging.tqdm(range(2), desc="theirs")
     finally:
         transformers_logging.disable_progress_bar()
-    assert not isinstance(drawn, streams.LibraryBar)  # the hook is gone
+    assert not isinstance(bar, streams.LibraryBar)  # the hook is gone
     name, done, total = heard[-1]
     assert name == "loading weights"
     assert done == total > 10
@@ -194,11 +194,11 @@ def walk(bar: streams.LibraryBar) -> Iterator[Any]:
 @pytest.mark.parametrize("total", [0, 1, 7, 100, 2500])
 def test_a_librarys_bar_is_told_to_its_end_and_seldom(total: int) -> None:
     heard: list[tuple[str, int, int]] = []
-    bar = streams.LibraryBar(lambda *told: heard.append(told), range(total), desc="Converting: ")
+    bar = streams.LibraryBar(lambda *event: heard.append(event), range(total), desc="Converting: ")
     assert list(walk(bar)) == list(range(total))
     assert len(heard) <= min(total, 101)
     assert heard[-1:] == ([("converting", total, total)] if total else [])
-    early = streams.LibraryBar(lambda *told: heard.append(told), desc="x", total=10)
+    early = streams.LibraryBar(lambda *event: heard.append(event), desc="x", total=10)
     early.update(3)
     early.close()
     assert heard[-1] == ("x", 10, 10)
@@ -216,12 +216,12 @@ def test_a_log_has_lines_and_nothing_that_moves(
     out = io.StringIO()
     screen = Console(file=out, force_terminal=terminal, width=80)
     long = "a line " * 30
-    with TrainingProgress(console=screen) as shown:
-        shown.note(long)
-        shown.begin(2)
+    with TrainingProgress(console=screen) as progress:
+        progress.note(long)
+        progress.begin(2)
         for step in (1, 2):
-            shown.loading("loading weights", step, 2)
-            shown.step(step, 1.0, 10.0, 2**30)
+            progress.loading("loading weights", step, 2)
+            progress.step(step, 1.0, 10.0, 2**30)
     text = out.getvalue()
     assert not set(text) & {"\r", "\x1b", "\x08"}
     assert long.rstrip() in [line.rstrip() for line in text.splitlines()]
@@ -232,9 +232,9 @@ def test_colours_are_left_out_where_nobody_wants_them(monkeypatch: pytest.Monkey
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
     out = io.StringIO()
-    with TrainingProgress(console=Console(file=out, force_terminal=True, width=80)) as shown:
-        shown.begin(1)
-        shown.step(1, 1.0, 10.0, 2**30)
+    with TrainingProgress(console=Console(file=out, force_terminal=True, width=80)) as progress:
+        progress.begin(1)
+        progress.step(1, 1.0, 10.0, 2**30)
     assert "\x1b[3" not in out.getvalue()
 
 
@@ -250,12 +250,12 @@ def test_the_list_of_runs_shows_names_and_dates_at_80_columns(
     for name in names:
         write_run(tmp_path / "runs" / name, steps=1)
     command("runs", "list")
-    shown = capsys.readouterr().out
-    lines = shown.splitlines()
+    output = capsys.readouterr().out
+    lines = output.splitlines()
     assert max(map(streams_width, lines)) <= 80
-    assert shown.count("2026-01-01 10:00") == len(names)
+    assert output.count("2026-01-01 10:00") == len(names)
     for heading in ("run", "started (UTC)", "status", "base", "steps", "held-out"):
-        assert heading in shown
+        assert heading in output
     column = "".join(line.split("  ")[0].strip() for line in lines)
     for name in names:
         assert name in column
@@ -275,7 +275,7 @@ def test_the_conversion_of_a_gguf_file_is_heard(
     monkeypatch.setenv("LIGHTEN_CACHE", str(tmp_path / "cache"))
     path = write_gguf(tmp_path / "m.gguf", tiny_model("llama"))
     heard: list[tuple[str, int, int]] = []
-    with streams.heard_by(lambda *told: heard.append(told)):
+    with streams.heard_by(lambda *event: heard.append(event)):
         gguf.converted(path)
     assert {name for name, *_ in heard} == {"converting m.gguf"}
     assert heard[-1][1] == heard[-1][2] > 10
@@ -289,7 +289,7 @@ def test_a_download_is_heard_in_bytes_and_no_bar_is_drawn(
 ) -> None:
     assert streams.download_bar("downloading m") is None  # the hub's own then
     heard: list[tuple[str, int, int]] = []
-    with streams.heard_by(lambda *told: heard.append(told)):
+    with streams.heard_by(lambda *event: heard.append(event)):
         bar = streams.download_bar("downloading m")
     # As `snapshot_download` uses it: a bar of bytes whose total grows, beside one of files.
     bytes_bar = _create_progress_bar(

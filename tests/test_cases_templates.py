@@ -94,17 +94,17 @@ def test_a_turns_end_that_only_added_tokens_declare_is_an_end(end: str, special:
     assert number in data.stop_tokens(tokenizer, None)  # of a model that was not trained here too
 
 
-@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("whole_text", [False, True])
 @pytest.mark.parametrize(
     ("template", "end"), [(CHATML, "<|im_end|>"), (data.template.NAMED["alpaca"], "</s>"),
                           (CHATML.replace("im_end", "done"), "<|done|>")],
 )  # fmt: skip
-def test_what_ends_an_answer_comes_from_the_rows(template: str, end: str, whole: bool) -> None:
+def test_what_ends_an_answer_comes_from_the_rows(template: str, end: str, whole_text: bool) -> None:
     tokenizer = tokenizer_for(template)
     tokenizer.eos_token = "</s>"
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|done|>"]})
     rows = [talk("q", "the answer", "r", "the question")] * 3
-    encoded = encode(rows, tokenizer, max_length=99, assistant_only_loss=not whole)
+    encoded = encode(rows, tokenizer, max_length=99, assistant_only_loss=not whole_text)
     answers = data.learnt_answers(encoded.findings)
     number = tokenizer.convert_tokens_to_ids(end)
     assert answers.ends == (number,)
@@ -116,8 +116,8 @@ def test_tokens_and_texts_have_ends_too() -> None:
     tokenizer = tokenizer_for(CHATML)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     ready = Example("f", 1, input_ids=(9, 8, 7, end, 9), labels=(-100, 8, 7, end, -100))
-    found = encode([ready], tokenizer, max_length=99).findings
-    assert (found.ends, found.inside) == ({end: 1}, set())
+    findings = encode([ready], tokenizer, max_length=99).findings
+    assert (findings.ends, findings.inside) == ({end: 1}, set())
     cut = Example("f", 1, input_ids=(9, 8, 7), labels=(-100, 8, 7))
     assert not encode([cut], tokenizer, max_length=99).findings.ends
     assert encode([Example("f", 1, text="some")], tokenizer, max_length=99).findings.ends == {
@@ -129,8 +129,8 @@ def test_a_special_token_inside_answers_stops_nothing() -> None:
     tokenizer = tokenizer_for(CHATML)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot_id|>", "<|call|>"]})
     inner = tokenizer.convert_tokens_to_ids("<|eot_id|>")
-    found = encode([talk("q", "one<|eot_id|>two")], tokenizer, max_length=99).findings
-    answers = data.learnt_answers(found)
+    findings = encode([talk("q", "one<|eot_id|>two")], tokenizer, max_length=99).findings
+    answers = data.learnt_answers(findings)
     assert answers.inside == (inner,)
     assert inner not in data.stop_tokens(tokenizer, [inner], answers)
     assert inner in data.stop_tokens(tokenizer, [inner])
@@ -140,7 +140,7 @@ def test_a_special_token_inside_answers_stops_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "answer", "left"),
+    ("template", "answer", "remaining"),
     [
         (SPLITTING, THOUGHT + "yes", "\n\nyes"),
         (REASONING, "<reasoning>I reckon so</reasoning> yes", "yes"),
@@ -149,10 +149,10 @@ def test_a_special_token_inside_answers_stops_nothing() -> None:
     ],
 )
 def test_thoughts_that_a_template_cuts_out_are_told_kept_or_dropped(
-    template: str, answer: str, left: str
+    template: str, answer: str, remaining: str
 ) -> None:
     text, encoded = learnt(talk("q", answer), template)
-    assert text == f"{left}<|im_end|>"
+    assert text == f"{remaining}<|im_end|>"
     assert "removes 1 of 1 thoughts" in encoded.problems[0]
     assert "set thinking to keep" in encoded.problems[0]
     assert not data.learnt_answers(encoded.findings).thinks
@@ -167,12 +167,12 @@ def test_thoughts_that_a_template_cuts_out_are_told_kept_or_dropped(
 
 
 def test_only_thoughts_are_dropped() -> None:
-    for answer, left in (
+    for answer, remaining in (
         (f"{THOUGHT}one<think>more</think>two", "one\n\ntwo"),
         ("close <think> with </think> it", "close <think> with </think> it"),
         ("<b>bold</b> words", "<b>bold</b> words"),
     ):
-        assert learnt(talk("q", answer), CHATML, thinking="drop")[0] == f"{left}<|im_end|>"
+        assert learnt(talk("q", answer), CHATML, thinking="drop")[0] == f"{remaining}<|im_end|>"
 
 
 @pytest.mark.parametrize(
@@ -235,8 +235,8 @@ def test_a_system_message_that_a_template_takes_not_is_folded_and_said_once(temp
     text = tokenizer.decode(encoded.rows[0].input_ids)
     assert "user\nbe kind\n\nq" in text
     assert text.count("be kind") == 1
-    [said] = encoded.problems
-    assert "5 of 5 are put at the beginning of the next user turn" in said
+    [problem] = encoded.problems
+    assert "5 of 5 are put at the beginning of the next user turn" in problem
     dropped = encode(rows, tokenizer, max_length=999, system_role="drop")
     assert "be kind" not in tokenizer.decode(dropped.rows[0].input_ids)
     assert dropped.problems == ["5 system messages are left out (system_role: drop)"]
@@ -262,9 +262,9 @@ def test_rows_that_a_template_refuses_are_told_together_or_left_out_and_counted(
         Example("f.jsonl", 9, (Message("tool", "x"), *bad)),
     ]
     tokenizer = tokenizer_for(ALTERNATING)
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as error:
         encode(rows, tokenizer, max_length=99)
-    assert str(told.value).splitlines() == [
+    assert str(error.value).splitlines() == [
         "f.jsonl:5: the chat template refuses this conversation: turns must alternate; "
         "and 2 more rows: 8, 9",
         "fix these rows, or go on without them: --skip-bad-rows",
@@ -294,8 +294,10 @@ def test_answers_whose_prompt_the_template_moves_are_counted_and_the_others_lear
     encoded = encode([example], tokenizer, max_length=999)
     assert supervised_text(encoded.rows[0], tokenizer).strip() == "third<|im_end|>"
     lost = sum(len(tokenizer(f"{word}<|im_end|>")["input_ids"]) for word in ("first", "second"))
-    assert any("2 of 3 answers" in said and f"{lost} tokens" in said for said in encoded.problems)
-    assert not any("cannot be found" in said for said in encoded.problems)
+    assert any(
+        "2 of 3 answers" in problem and f"{lost} tokens" in problem for problem in encoded.problems
+    )
+    assert not any("cannot be found" in problem for problem in encoded.problems)
     assert encoded.counts.unaligned == 0
 
 
@@ -310,25 +312,27 @@ def test_messages_and_tools_that_a_template_leaves_out_are_told() -> None:
     assert "leaves out the tool descriptions of 1 of 1" in encoded.problems[0]
     assert "leaves out 1 tool message, first in f.jsonl:4" in encoded.problems[1]
     escaped = "{% for m in messages %}<|im_start|>{{ m.content | tojson }}<|im_end|>{% endfor %}"
-    shown = tokenizer_for(escaped)
-    found = encode([Example("f", 1, (Message("user", 'say "하"\n'), Message("assistant", "a")))],
-                   shown, max_length=99)  # fmt: skip
-    assert not any("leaves out" in said for said in found.problems)
+    tokenizer = tokenizer_for(escaped)
+    escaped_encoding = encode(
+        [Example("f", 1, (Message("user", 'say "하"\n'), Message("assistant", "a")))],
+        tokenizer, max_length=99,
+    )  # fmt: skip
+    assert not any("leaves out" in problem for problem in escaped_encoding.problems)
 
 
-@pytest.mark.parametrize("wanted", ["%d %b %Y", "%Y-%m-%d", "%B %d, %Y"])
-def test_todays_date_in_training_text_is_told(wanted: str) -> None:
-    dated = "Today is {{ strftime_now('" + wanted + "') }}\n" + CHATML
+@pytest.mark.parametrize("date_format", ["%d %b %Y", "%Y-%m-%d", "%B %d, %Y"])
+def test_todays_date_in_training_text_is_told(date_format: str) -> None:
+    dated = "Today is {{ strftime_now('" + date_format + "') }}\n" + CHATML
     _, encoded = learnt(talk("q", "a"), dated)
-    today = datetime.now(UTC).astimezone().strftime(wanted)
+    today = datetime.now(UTC).astimezone().strftime(date_format)
     assert f"today's date ({today}) into 1 of 1" in encoded.problems[0]
     assert learnt(talk("q", "a"), CHATML)[1].problems == []
 
 
 @pytest.mark.parametrize("name", ["alpaca", "plain", "llama"])
 def test_a_tokenizer_without_an_end_is_named(name: str) -> None:
-    own = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
-    tokenizer = tiny_tokenizer(template=data.template.NAMED.get(name, own))
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    tokenizer = tiny_tokenizer(template=data.template.NAMED.get(name, template))
     tokenizer.eos_token = None
     tokenizer.name_or_path = "somebody/endless"
     with pytest.raises(UserError, match="the tokenizer somebody/endless has no eos_token"):
@@ -346,17 +350,17 @@ def test_a_tokenizer_without_an_end_is_named(name: str) -> None:
 def test_tokens_are_joined_until_they_are_characters(text: str) -> None:
     tokenizer = tokenizer_for(CHATML)
     file = Path("f.jsonl")
-    found = data.Dataset([talk(text, text)], [], "messages", file, "")
-    report = data.check(found, tokenizer, max_length=999, template="")
+    dataset = data.Dataset([talk(text, text)], [], "messages", file, "")
+    report = data.check(dataset, tokenizer, max_length=999, template="")
     assert "".join(piece for piece, _ in report.sample) == tokenizer.decode(
-        encode(found.examples, tokenizer, max_length=999).rows[0].input_ids
+        encode(dataset.examples, tokenizer, max_length=999).rows[0].input_ids
     )
     assert not any("\ufffd" in piece for piece, _ in report.sample)
     inside = "".join(piece for piece, supervised in report.sample if supervised)
     assert inside == f"{text}<|im_end|>"
     broken = data.Dataset([talk("\ufffd a \ufffd", "\ufffd")], [], "messages", file, "")
-    shown = data.check(broken, tokenizer, max_length=999, template="").sample
-    assert "".join(piece for piece, _ in shown).count("\ufffd") == 3
+    sample = data.check(broken, tokenizer, max_length=999, template="").sample
+    assert "".join(piece for piece, _ in sample).count("\ufffd") == 3
 
 
 # Whole runs
@@ -366,8 +370,8 @@ def test_tokens_are_joined_until_they_are_characters(text: str) -> None:
 def labels(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A model that answers with special tokens, and ends with one that its files do not name."""
     folder = tmp_path_factory.mktemp("labels")
-    done = CHATML.replace("<|im_end|>", "<|done|>")
-    (folder / "done.jinja").write_text(done)
+    template = CHATML.replace("<|im_end|>", "<|done|>")
+    (folder / "done.jinja").write_text(template)
     rows = [
         {"instruction": f"{word} {number}", "output": f"{label} so"}
         for number in range(24)
@@ -383,9 +387,9 @@ def labels(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def test_special_tokens_in_answers_are_compared_and_shown_as_text(labels: Run) -> None:
-    found = lighten.evaluate(labels)
-    assert found.metric("default", "exact_match")["value"] == 100
-    assert {example["answers"]["default"] for example in found.examples} == {
+    evaluation = lighten.evaluate(labels)
+    assert evaluation.metric("default", "exact_match")["value"] == 100
+    assert {example["answers"]["default"] for example in evaluation.examples} == {
         "<good> so",
         "<bad> so",
     }
@@ -397,12 +401,12 @@ def test_special_tokens_in_answers_are_compared_and_shown_as_text(labels: Run) -
 def test_saved_files_say_what_ends_an_answer(labels: Run) -> None:
     folder = labels.folder / "model"
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    done = tokenizer.convert_tokens_to_ids("<|done|>")
-    assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|done|>", done)
+    done_id = tokenizer.convert_tokens_to_ids("<|done|>")
+    assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|done|>", done_id)
     ends = GenerationConfig.from_pretrained(folder).eos_token_id
-    assert (ends if isinstance(ends, list) else [ends])[0] == done
-    assert json.loads((folder / "config.json").read_text())["eos_token_id"] == done
-    assert labels.info()["data"]["answers"]["ends"] == [done]
+    assert (ends if isinstance(ends, list) else [ends])[0] == done_id
+    assert json.loads((folder / "config.json").read_text())["eos_token_id"] == done_id
+    assert labels.info()["data"]["answers"]["ends"] == [done_id]
 
 
 def test_an_adapter_is_saved_with_its_end_where_the_template_allows_it(
@@ -417,10 +421,14 @@ def test_an_adapter_is_saved_with_its_end_where_the_template_allows_it(
         )  # fmt: skip
         return run.folder / "adapters" / "default"
 
-    done = CHATML.replace("<|im_end|>", "<|done|>")
+    done_template = CHATML.replace("<|im_end|>", "<|done|>")
     for name, template, end in (
-        ("done", done, "<|done|>"),
-        ("both", done.replace("{{ '<|im_start|>' +", "{{ eos_token + '<|im_start|>' +", 1), "</s>"),
+        ("done", done_template, "<|done|>"),
+        (
+            "both",
+            done_template.replace("{{ '<|im_start|>' +", "{{ eos_token + '<|im_start|>' +", 1),
+            "</s>",
+        ),
         ("same", data.template.NAMED["alpaca"], "</s>"),
     ):
         folder = trained(name, template)
@@ -448,12 +456,12 @@ def thinker(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def test_chat_thinks_as_trained_and_as_told(thinker: Run) -> None:
     assert thinker.info()["data"]["answers"]["thoughts"] == 8
-    shown = {}
+    prompts = {}
     for thinking in (None, True, False):
         talking = Conversation(str(thinker.folder), thinking=thinking)
-        shown[thinking] = talking.base.tokenizer.decode(talking.prompt("q 1")[0])
-    assert shown[None] == shown[True]
-    assert all(text.endswith("q 1<|im_end|>\n<|im_start|>assistant\n") for text in shown.values())
+        prompts[thinking] = talking.base.tokenizer.decode(talking.prompt("q 1")[0])
+    assert prompts[None] == prompts[True]
+    assert all(text.endswith("q 1<|im_end|>\n<|im_start|>assistant\n") for text in prompts.values())
     base = Conversation(thinker.recipe().model_name_or_path)
     assert base.thinking is False
 

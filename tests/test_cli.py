@@ -25,11 +25,13 @@ def test_help_loads_nothing_heavy() -> None:
         "heavy = {'torch', 'transformers', 'numpy', 'pydantic', 'peft', 'matplotlib', 'jinja2'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
     for verb in ("run", "train", "plan", "evaluate", "report", "chat", "doctor", "models", "runs",
                  "data"):  # fmt: skip
-        assert f"\n  {verb}" in done.stdout
+        assert f"\n  {verb}" in result.stdout
 
 
 def test_settings_come_in_every_usual_form() -> None:
@@ -56,11 +58,11 @@ def test_the_whole_way_from_a_recipe_to_a_report(
         f"base_model: {tiny_folder}\ndataset: {chat_file}\nmax_steps: 3\nval_size: 0.2\n"
         "evaluate:\n  max_new_tokens: 4\n"
     )
-    done = call("run", str(recipe), "--lora_r", "2,4", "output_dir=out", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "base_model is called model_name_or_path here" in done.stderr
-    assert "step 3/3" in done.stderr
-    assert "perplexity" in done.stdout
+    result = call("run", str(recipe), "--lora_r", "2,4", "output_dir=out", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "base_model is called model_name_or_path here" in result.stderr
+    assert "step 3/3" in result.stderr
+    assert "perplexity" in result.stdout
     run = Run(tmp_path / "out")
     assert run.info()["status"] == "finished"
     assert list(run.adapters()) == ["r2", "r4"]
@@ -82,10 +84,10 @@ def test_the_whole_way_from_a_recipe_to_a_report(
 def test_training_needs_no_recipe(tiny_folder: Path, chat_file: Path, tmp_path: Path) -> None:
     """In a Python that nothing prepared."""
     words = ["-m", "lighten", "train", str(tiny_folder), str(chat_file), "--max_steps", "1"]
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, *words], capture_output=True, text=True, cwd=tmp_path, check=False
     )
-    assert done.returncode == 0, done.stderr
+    assert result.returncode == 0, result.stderr
     assert Run(tmp_path / "runs" / "llama-chat").info()["status"] == "finished"
 
 
@@ -105,10 +107,10 @@ def test_training_needs_no_recipe(tiny_folder: Path, chat_file: Path, tmp_path: 
 def test_a_mistake_is_one_clean_line_and_exit_code_2(
     words: tuple[str, ...], says: str, tmp_path: Path
 ) -> None:
-    done = call(*words, cwd=tmp_path)
-    assert done.returncode == 2
-    assert says in done.stderr
-    assert "Traceback" not in done.stderr
+    result = call(*words, cwd=tmp_path)
+    assert result.returncode == 2
+    assert says in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_doctor_models_and_schema_print_json() -> None:
@@ -119,22 +121,24 @@ def test_doctor_models_and_schema_print_json() -> None:
 
 
 def test_data_check_shows_the_mask(tiny_folder: Path, chat_file: Path) -> None:
-    done = call("data", "check", str(chat_file), "--model", str(tiny_folder), "--max-length", "60")
-    assert done.returncode == 0, done.stderr
-    assert "⟦The answer is 0.<|im_end|>⟧" in done.stdout
-    assert "rows cut" in done.stdout
-    found = json.loads(
+    result = call(
+        "data", "check", str(chat_file), "--model", str(tiny_folder), "--max-length", "60"
+    )
+    assert result.returncode == 0, result.stderr
+    assert "⟦The answer is 0.<|im_end|>⟧" in result.stdout
+    assert "rows cut" in result.stdout
+    report = json.loads(
         call("data", "check", str(chat_file), "--model", str(tiny_folder), "--json").stdout
     )
-    assert found["counts"]["supervised_tokens"] > 0
+    assert report["counts"]["supervised_tokens"] > 0
 
 
 def test_a_broken_data_file_names_its_line(tiny_folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n')
-    done = call("train", str(tiny_folder), str(path), cwd=tmp_path)
-    assert done.returncode == 2
-    assert f"{path}:2: not valid JSON" in done.stderr.replace("\n", " ")
+    result = call("train", str(tiny_folder), str(path), cwd=tmp_path)
+    assert result.returncode == 2
+    assert f"{path}:2: not valid JSON" in result.stderr.replace("\n", " ")
     fine = call("train", str(tiny_folder), str(path), "--skip-bad-rows", "max_steps=1",
                 "val_size=0", "output_dir=out", cwd=tmp_path)  # fmt: skip
     assert fine.returncode == 0, fine.stderr
@@ -152,6 +156,6 @@ def test_the_verbs_are_functions_whatever_is_imported_first() -> None:
         "except UserError as error: assert 'does not exist' in str(error)\n"
         "else: raise AssertionError\n"
     )
-    done = python(code)
-    assert done.returncode == 0, done.stderr
+    result = python(code)
+    assert result.returncode == 0, result.stderr
     assert set(lighten.__all__) >= {"train", "evaluate", "report", "run"}

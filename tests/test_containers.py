@@ -35,7 +35,7 @@ def member_of(root: Path, *lines: str) -> None:
     (root.parent / "membership").write_text("\n".join(lines) + "\n")
 
 
-def put(folder: Path, **files: object) -> None:
+def write_files(folder: Path, **files: object) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, value in files.items():
         (folder / name.replace("__", ".")).write_text(f"{value}\n")
@@ -55,16 +55,16 @@ def test_without_control_groups_the_machine_counts(group: Path) -> None:
 )  # fmt: skip
 def test_a_quota_of_version_2_limits_cores(group: Path, quota: str, cores: int) -> None:
     member_of(group, "0::/")
-    put(group, cpu__max=quota)
+    write_files(group, cpu__max=quota)
     assert containers.cores() == cores
 
 
 def test_the_tightest_group_on_the_way_up_counts(group: Path) -> None:
     member_of(group, "0::/kubepods/pod1/main")
-    put(group / "kubepods", cpu__max="max 100000", memory__max="max")
-    put(group / "kubepods" / "pod1", cpu__max="400000 100000", memory__max=3 * GIB,
+    write_files(group / "kubepods", cpu__max="max 100000", memory__max="max")
+    write_files(group / "kubepods" / "pod1", cpu__max="400000 100000", memory__max=3 * GIB,
         memory__current=GIB)  # fmt: skip
-    put(group / "kubepods" / "pod1" / "main", cpu__max="800000 100000", memory__max=8 * GIB,
+    write_files(group / "kubepods" / "pod1" / "main", cpu__max="800000 100000", memory__max=8 * GIB,
         memory__current=GIB // 2)  # fmt: skip
     assert containers.cores() == 4
     assert containers.memory_limit() == 3 * GIB
@@ -73,21 +73,21 @@ def test_the_tightest_group_on_the_way_up_counts(group: Path) -> None:
 
 def test_a_cpuset_limits_cores_in_both_versions(group: Path) -> None:
     member_of(group, "0::/a")
-    put(group / "a", cpuset__cpus__effective="0-2,8,10-11")
+    write_files(group / "a", cpuset__cpus__effective="0-2,8,10-11")
     assert containers.cores() == 6
-    put(group / "a", cpu__max="200000 100000")
+    write_files(group / "a", cpu__max="200000 100000")
     assert containers.cores() == 2
     member_of(group, "3:cpuset:/b")
-    put(group / "cpuset" / "b", cpuset__cpus="4-6")
+    write_files(group / "cpuset" / "b", cpuset__cpus="4-6")
     assert containers.cores() == 3
 
 
 def test_version_1_with_joint_controllers(group: Path) -> None:
     member_of(group, "4:memory:/docker/abc", "2:cpu,cpuacct:/docker/abc", "0::/")
-    put(group / "cpu,cpuacct" / "docker" / "abc", cpu__cfs_quota_us=300000,
+    write_files(group / "cpu,cpuacct" / "docker" / "abc", cpu__cfs_quota_us=300000,
         cpu__cfs_period_us=100000)  # fmt: skip
-    put(group / "memory", memory__limit_in_bytes=9223372036854771712)
-    put(group / "memory" / "docker" / "abc", memory__limit_in_bytes=2 * GIB,
+    write_files(group / "memory", memory__limit_in_bytes=9223372036854771712)
+    write_files(group / "memory" / "docker" / "abc", memory__limit_in_bytes=2 * GIB,
         memory__usage_in_bytes=GIB)  # fmt: skip
     assert containers.cores() == 3
     assert containers.memory_limit() == 2 * GIB
@@ -96,8 +96,8 @@ def test_version_1_with_joint_controllers(group: Path) -> None:
 
 def test_version_1_whose_membership_names_the_hosts_path(group: Path) -> None:
     member_of(group, "4:memory:/docker/abc", "2:cpu:/docker/abc")
-    put(group / "cpu", cpu__cfs_quota_us=-1, cpu__cfs_period_us=100000)
-    put(group / "memory", memory__limit_in_bytes=GIB, memory__usage_in_bytes=GIB // 4)
+    write_files(group / "cpu", cpu__cfs_quota_us=-1, cpu__cfs_period_us=100000)
+    write_files(group / "memory", memory__limit_in_bytes=GIB, memory__usage_in_bytes=GIB // 4)
     assert containers.cores() == 16
     assert containers.memory_bytes() == GIB
     assert containers.free_memory_bytes() <= 3 * GIB // 4
@@ -105,7 +105,7 @@ def test_version_1_whose_membership_names_the_hosts_path(group: Path) -> None:
 
 def test_files_read_and_not_in_use_are_room(group: Path) -> None:
     member_of(group, "0::/")
-    put(group, memory__max=GIB, memory__current=GIB,
+    write_files(group, memory__max=GIB, memory__current=GIB,
         memory__stat=f"anon 5\ninactive_file {GIB // 2}\nactive_file 7")  # fmt: skip
     assert containers.free_memory_bytes() == GIB // 2
 
@@ -114,13 +114,13 @@ def test_everything_that_counts_cores_or_memory_goes_by_them(
     group: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     member_of(group, "0::/")
-    put(group, cpu__max="300000 100000", memory__max=GIB, memory__current=GIB // 4)
+    write_files(group, cpu__max="300000 100000", memory__max=GIB, memory__current=GIB // 4)
     assert forks.processors() == llamacpp.available_threads() == 3
     machine = hardware.machine()
     assert (machine.cores, machine.memory_bytes) == (3, GIB)
-    found = hardware.doctor()
-    assert found["machine"]["cores"] == 3
-    assert found["free_memory_bytes"] <= 3 * GIB // 4
+    report = hardware.doctor()
+    assert report["machine"]["cores"] == 3
+    assert report["free_memory_bytes"] <= 3 * GIB // 4
     # With what this process holds, which the group's fake count does not know of.
     assert devices.usable_memory_bytes() <= GIB
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
@@ -131,7 +131,7 @@ def test_products_use_no_more_threads_than_the_quota_feeds(
     group: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     member_of(group, "0::/")
-    put(group, cpu__max="200000 100000")
+    write_files(group, cpu__max="200000 100000")
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(5)

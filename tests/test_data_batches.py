@@ -82,19 +82,19 @@ def test_a_row_by_itself_and_a_thinned_batch_point_at_the_same_tokens(packed: bo
     rows[3] = Row(rows[3].input_ids, [False] * len(rows[3].input_ids))
     batch = collate([Item("a", i, 0) for i in range(5)], rows, ["a"], packed=packed)
     for i, row in enumerate(rows):
-        one = batch.alone(i)
-        assert one.input_ids.tolist() == [row.input_ids]
-        assert [row.input_ids[p + 1] for p in one.positions.tolist()] == one.labels.tolist()
-        assert len(one.labels) == sum(row.supervised[1:]) == one.supervised_in(0, 1)
-    few = batch.thinned(2, 3)
-    counts = [few.supervised_in(i, i + 1) for i in range(5)]
+        single = batch.alone(i)
+        assert single.input_ids.tolist() == [row.input_ids]
+        assert [row.input_ids[p + 1] for p in single.positions.tolist()] == single.labels.tolist()
+        assert len(single.labels) == sum(row.supervised[1:]) == single.supervised_in(0, 1)
+    thinned = batch.thinned(2, 3)
+    counts = [thinned.supervised_in(i, i + 1) for i in range(5)]
     assert counts == [2, 0, 3, 0, 0], "of the four rows with an answer every second keeps three"
     following = dict(zip(batch.positions.tolist(), batch.labels.tolist(), strict=True))
     assert all(following[p] == label for p, label in
-               zip(few.positions.tolist(), few.labels.tolist(), strict=True))  # fmt: skip
-    whole = batch.thinned(99, 99)
-    assert whole.positions.tolist() == batch.positions.tolist()
-    assert whole.supervised_before == batch.supervised_before
+               zip(thinned.positions.tolist(), thinned.labels.tolist(), strict=True))  # fmt: skip
+    unthinned = batch.thinned(99, 99)
+    assert unthinned.positions.tolist() == batch.positions.tolist()
+    assert unthinned.supervised_before == batch.supervised_before
 
 
 def test_trap11_a_pad_token_equal_to_eos_is_supervised_where_it_ends_the_answer() -> None:
@@ -149,10 +149,10 @@ def test_packed_layouts_are_those_of_the_rule(
     lengths: list[int], max_rows: int, room: int, workers: int
 ) -> None:
     items = [Item("a", row, row) for row in range(len(lengths))]
-    found = layout(
+    batches = layout(
         items, lengths, max_rows=max_rows, max_tokens=room, packed=True, workers=workers
     )  # fmt: skip
-    assert [[item.row for item in part] for part in found] == _even_by_definition(
+    assert [[item.row for item in part] for part in batches] == _even_by_definition(
         lengths, max_rows, room, workers
     )
 
@@ -161,7 +161,7 @@ def test_very_many_rows_are_laid_out_in_seconds() -> None:
     lengths = [1024 - row % 700 for row in range(40_000)]
     items = [Item("a", row, row) for row in range(len(lengths))]
     began = time.perf_counter()
-    found = layout(items, lengths, max_rows=40_000, max_tokens=1024, packed=True)
-    assert sum(map(len, found)) == len(items)
-    assert all(sum(lengths[item.row] for item in part) <= 1024 for part in found)
+    batches = layout(items, lengths, max_rows=40_000, max_tokens=1024, packed=True)
+    assert sum(map(len, batches)) == len(items)
+    assert all(sum(lengths[item.row] for item in part) <= 1024 for part in batches)
     assert time.perf_counter() - began < 60  # it was an hour

@@ -62,17 +62,17 @@ def tokenizer_for(template: str, **options: Any) -> PreTrainedTokenizerFast:
 def chat(*turns: str, system: str | None = None) -> Example:
     start = [Message("system", system)] if system else []
     roles = ("user", "assistant")
-    said = [Message(roles[i % 2], text) for i, text in enumerate(turns)]
-    return Example("f.jsonl", 1, (*start, *said))
+    messages = [Message(roles[i % 2], text) for i, text in enumerate(turns)]
+    return Example("f.jsonl", 1, (*start, *messages))
 
 
-def one(example: Example, tokenizer: Any, **options: Any) -> Row:
+def encode_one(example: Example, tokenizer: Any, **options: Any) -> Row:
     return encode([example], tokenizer, **{"max_length": 10_000, **options}).rows[0]
 
 
 def supervised_text(row: Row, tokenizer: Any) -> str:
-    kept = [i for i, s in zip(row.input_ids, row.supervised, strict=True) if s]
-    return str(tokenizer.decode(kept))
+    supervised_ids = [i for i, s in zip(row.input_ids, row.supervised, strict=True) if s]
+    return str(tokenizer.decode(supervised_ids))
 
 
 words = st.text(
@@ -82,23 +82,23 @@ words = st.text(
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-@given(question=words, answer=words, more=words, last=words)
+@given(question=words, answer=words, followup=words, last_answer=words)
 @settings(deadline=None, max_examples=25)
 def test_the_supervised_text_is_each_answer_and_its_end(
-    name: str, question: str, answer: str, more: str, last: str
+    name: str, question: str, answer: str, followup: str, last_answer: str
 ) -> None:
     tokenizer = tokenizer_for(TEMPLATES[name])
-    row = one(chat(question, answer, more, last), tokenizer)
+    row = encode_one(chat(question, answer, followup, last_answer), tokenizer)
     end = "<|im_end|>"
-    found = supervised_text(row, tokenizer)
-    assert "".join(found.split()) == "".join(f"{answer}{end}{last}{end}".split())
+    text = supervised_text(row, tokenizer)
+    assert "".join(text.split()) == "".join(f"{answer}{end}{last_answer}{end}".split())
     assert not row.supervised[0]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_trap10_the_last_target_of_each_turn_is_the_terminator(name: str) -> None:
     tokenizer = tokenizer_for(TEMPLATES[name])
-    row = one(chat("What?", "That.", "And?", "Done 안녕 🎉"), tokenizer)
+    row = encode_one(chat("What?", "That.", "And?", "Done 안녕 🎉"), tokenizer)
     ends = [
         row.input_ids[i]
         for i, on in enumerate(row.supervised)
@@ -111,7 +111,7 @@ def test_trap10_the_last_target_of_each_turn_is_the_terminator(name: str) -> Non
 @pytest.mark.parametrize("add_bos", [True, False])
 def test_trap9_there_is_exactly_one_bos(name: str, add_bos: bool) -> None:
     tokenizer = tokenizer_for(TEMPLATES[name], add_bos=add_bos)
-    row = one(chat("hi", "hello"), tokenizer)
+    row = encode_one(chat("hi", "hello"), tokenizer)
     prompt, _ = prompt_of(chat("hi", "hello"), tokenizer)
     for ids in (row.input_ids, prompt):
         assert ids.count(tokenizer.bos_token_id) == 1
@@ -120,7 +120,7 @@ def test_trap9_there_is_exactly_one_bos(name: str, add_bos: bool) -> None:
 
 def test_trap9_plain_text_has_the_tokenizers_own_bos_and_one_eos() -> None:
     tokenizer = tokenizer_for(CHATML, add_bos=True)
-    row = one(Example("f", 1, text="some text"), tokenizer)
+    row = encode_one(Example("f", 1, text="some text"), tokenizer)
     assert row.input_ids.count(tokenizer.bos_token_id) == 1
     assert row.input_ids[-1] == tokenizer.eos_token_id
     assert row.supervised == [False] + [True] * (len(row.input_ids) - 1)
@@ -129,23 +129,23 @@ def test_trap9_plain_text_has_the_tokenizers_own_bos_and_one_eos() -> None:
 def test_trap11_a_pad_token_that_is_eos_leaves_the_end_supervised() -> None:
     tokenizer = tokenizer_for(CHATML, pad_is_eos=True)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
-    row = one(chat("hi", "hello"), tokenizer)
-    last = max(i for i, on in enumerate(row.supervised) if on)
-    assert row.input_ids[last] == tokenizer.eos_token_id
+    row = encode_one(chat("hi", "hello"), tokenizer)
+    last_place = max(i for i, on in enumerate(row.supervised) if on)
+    assert row.input_ids[last_place] == tokenizer.eos_token_id
 
 
 def test_trap12_a_template_without_generation_tags_masks_by_prefix() -> None:
     tagged, plain = tokenizer_for(TAGGED), tokenizer_for(CHATML)
     example = chat("one", "two", "three", "four", system="be brief")
-    assert one(example, tagged).supervised == one(example, plain).supervised
-    assert one(example, tagged).input_ids == one(example, plain).input_ids
+    assert encode_one(example, tagged).supervised == encode_one(example, plain).supervised
+    assert encode_one(example, tagged).input_ids == encode_one(example, plain).input_ids
 
 
 def test_trap13_a_template_that_rewrites_history_still_finds_each_answer() -> None:
     tokenizer = tokenizer_for(THINKING)
-    row = one(chat("a", "first", "b", "<think>\nhm\n</think>\n\nsecond"), tokenizer)
-    found = supervised_text(row, tokenizer)
-    assert found == "first<|im_end|><think>\nhm\n</think>\n\nsecond<|im_end|>"
+    row = encode_one(chat("a", "first", "b", "<think>\nhm\n</think>\n\nsecond"), tokenizer)
+    text = supervised_text(row, tokenizer)
+    assert text == "first<|im_end|><think>\nhm\n</think>\n\nsecond<|im_end|>"
 
 
 def test_trap13_an_answer_that_cannot_be_found_is_reported_with_its_row() -> None:
@@ -163,7 +163,7 @@ def test_trap13_every_row_that_cannot_be_aligned_counts_as_such() -> None:
 
 def test_trap14_an_empty_thought_of_the_template_is_not_learnt() -> None:
     tokenizer = tokenizer_for(THINKING)
-    row = one(chat("q", "plain answer"), tokenizer)
+    row = encode_one(chat("q", "plain answer"), tokenizer)
     assert "<think>" in tokenizer.decode(row.input_ids)
     assert supervised_text(row, tokenizer) == "plain answer<|im_end|>"
 
@@ -175,7 +175,7 @@ def test_trap15_merges_across_the_border_follow_the_offsets(question: str, answe
         "{% if m['role'] == 'assistant' %}<|im_end|>{% endif %}{% endfor %}"
     )
     tokenizer = tokenizer_for(border)
-    row = one(chat(question, answer), tokenizer)
+    row = encode_one(chat(question, answer), tokenizer)
     offsets = tokenizer(question + answer + "<|im_end|>", add_special_tokens=False,
                         return_offsets_mapping=True)["offset_mapping"]  # fmt: skip
     start = len(question)
@@ -187,17 +187,17 @@ def test_trap15_merges_across_the_border_follow_the_offsets(question: str, answe
 def test_trap16_what_truncation_costs_is_counted_and_the_choice_is_honoured() -> None:
     tokenizer = tokenizer_for(CHATML)
     rows = [chat("q " * 40, "an answer that is cut"), chat("hi", "short")]
-    whole = encode(rows, tokenizer, max_length=10_000)
-    full = [row.supervised_tokens for row in whole.rows]
-    length = len(whole.rows[0].input_ids)
+    uncut = encode(rows, tokenizer, max_length=10_000)
+    full = [row.supervised_tokens for row in uncut.rows]
+    length = len(uncut.rows[0].input_ids)
 
     cut = encode(rows, tokenizer, max_length=length - 4)
     assert cut.counts.truncated == 1
     assert cut.counts.lost_supervised_tokens == full[0] - cut.rows[0].supervised_tokens > 0
     assert "supervised tokens are lost" in cut.problems[0]
 
-    gone = encode(rows, tokenizer, max_length=40)
-    assert (gone.counts.dropped, gone.counts.lost_supervised_tokens) == (1, full[0])
+    answerless = encode(rows, tokenizer, max_length=40)
+    assert (answerless.counts.dropped, answerless.counts.lost_supervised_tokens) == (1, full[0])
 
     dropped = encode(rows, tokenizer, max_length=length - 4, truncation_strategy="drop")
     assert (dropped.counts.rows, dropped.counts.lost_supervised_tokens) == (1, full[0])
@@ -210,7 +210,7 @@ def test_trap16_what_truncation_costs_is_counted_and_the_choice_is_honoured() ->
 def test_trap18_the_prompt_of_an_answer_is_what_training_saw(name: str) -> None:
     tokenizer = tokenizer_for(TEMPLATES[name])
     example = chat("one", "two", "three", "four")
-    row = one(example, tokenizer)
+    row = encode_one(example, tokenizer)
     prompt, reference = prompt_of(example, tokenizer)
     assert reference == "four"
     assert row.input_ids[: len(prompt)] == prompt
@@ -221,10 +221,10 @@ def test_trap18_the_prompt_of_an_answer_is_what_training_saw(name: str) -> None:
 def test_trap18_chat_asks_as_training_did(name: str) -> None:
     tokenizer = tokenizer_for(TEMPLATES[name])
     prompt, _ = prompt_of(chat("one", "two"), tokenizer)
-    asked = tokenizer.apply_chat_template(
+    chat_text = tokenizer.apply_chat_template(
         [{"role": "user", "content": "one"}], tokenize=False, add_generation_prompt=True
     )
-    assert tokenizer(asked, add_special_tokens=False)["input_ids"] == prompt
+    assert tokenizer(chat_text, add_special_tokens=False)["input_ids"] == prompt
 
 
 @pytest.mark.parametrize(
@@ -257,28 +257,30 @@ def test_trap6_the_reason_is_what_befell_most_rows() -> None:
 def test_a_conversation_that_the_assistant_begins_supervises_no_header(name: str) -> None:
     tokenizer = tokenizer_for(TEMPLATES[name])
     turns = (Message("assistant", "Welcome!"), Message("user", "hi"), Message("assistant", "ho"))
-    row = one(Example("f", 1, turns), tokenizer)
-    found = supervised_text(row, tokenizer)
-    assert "".join(found.split()) == "Welcome!<|im_end|>ho<|im_end|>"
+    row = encode_one(Example("f", 1, turns), tokenizer)
+    text = supervised_text(row, tokenizer)
+    assert "".join(text.split()) == "Welcome!<|im_end|>ho<|im_end|>"
 
 
 def test_a_template_that_ignores_the_generation_prompt_supervises_no_header() -> None:
     tokenizer = tokenizer_for(CHATML.partition("{% if add_generation_prompt")[0])
-    assert supervised_text(one(chat("hi", "ho"), tokenizer), tokenizer) == "ho<|im_end|>"
+    assert supervised_text(encode_one(chat("hi", "ho"), tokenizer), tokenizer) == "ho<|im_end|>"
 
 
 def test_trap14_tags_round_an_empty_thought_or_answer_do_not_teach_it() -> None:
-    said = "{{ m['content'] }}<|im_end|>{% endgen"
-    thinking = TAGGED.replace(said, "<think>\n\n</think>\n\n" + said)
+    answer_part = "{{ m['content'] }}<|im_end|>{% endgen"
+    thinking = TAGGED.replace(answer_part, "<think>\n\n</think>\n\n" + answer_part)
     tokenizer = tokenizer_for(thinking)
-    assert supervised_text(one(chat("q", "plain"), tokenizer), tokenizer) == "plain<|im_end|>"
+    assert (
+        supervised_text(encode_one(chat("q", "plain"), tokenizer), tokenizer) == "plain<|im_end|>"
+    )
     with pytest.raises(UserError, match="no answer to learn from"):
         encode([chat("q", "")], tokenizer_for(TAGGED), max_length=99)
 
 
 def test_trap9_a_text_that_brings_its_bos_does_not_get_another() -> None:
     tokenizer = tokenizer_for(CHATML, add_bos=True)
-    row = one(Example("f", 1, text="<s>some text"), tokenizer)
+    row = encode_one(Example("f", 1, text="<s>some text"), tokenizer)
     assert row.input_ids.count(tokenizer.bos_token_id) == 1
 
 
@@ -287,7 +289,7 @@ def test_a_base_model_without_chatml_tokens_gets_a_template_that_ends_with_eos()
     tokenizer.eos_token = "</s>"
     assert "<|im_end|>" not in tokenizer.all_special_tokens
     assert choose_template(tokenizer, None).name == "alpaca"
-    row = one(chat("hi", "ho"), tokenizer)
+    row = encode_one(chat("hi", "ho"), tokenizer)
     assert supervised_text(row, tokenizer) == "ho</s>"
 
 
@@ -305,17 +307,19 @@ def test_a_turn_marked_not_to_train_is_not_and_the_loss_options_widen_it() -> No
     tokenizer = tokenizer_for(CHATML)
     turns = (Message("user", "a"), Message("assistant", "wrong", train=False),
              Message("user", "b"), Message("assistant", "right"))  # fmt: skip
-    row = one(Example("f", 1, turns), tokenizer)
+    row = encode_one(Example("f", 1, turns), tokenizer)
     assert supervised_text(row, tokenizer) == "right<|im_end|>"
-    wide = one(chat("a", "b"), tokenizer, assistant_only_loss=False)
+    wide = encode_one(chat("a", "b"), tokenizer, assistant_only_loss=False)
     assert wide.supervised == [False] + [True] * (len(wide.input_ids) - 1)
     pair = Example("f", 1, (Message("user", "a"), Message("assistant", "b")), single_turn=True)
-    assert one(pair, tokenizer, assistant_only_loss=False).supervised != wide.supervised
-    assert one(pair, tokenizer, completion_only_loss=False).supervised == wide.supervised
+    assert encode_one(pair, tokenizer, assistant_only_loss=False).supervised != wide.supervised
+    assert encode_one(pair, tokenizer, completion_only_loss=False).supervised == wide.supervised
 
 
 def test_ready_tokens_keep_their_labels() -> None:
-    row = one(Example("f", 1, input_ids=(5, 6, 7), labels=(-100, 6, -100)), tokenizer_for(CHATML))
+    row = encode_one(
+        Example("f", 1, input_ids=(5, 6, 7), labels=(-100, 6, -100)), tokenizer_for(CHATML)
+    )
     assert row.supervised == [False, True, False]
 
 
@@ -324,17 +328,17 @@ def test_trap20_a_tokenizer_that_gives_a_plain_dict_is_masked_alike() -> None:
         """The same tokenizer, whose calls give a dict in place of a BatchEncoding."""
 
         def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-            self._own = tokenizer
+            self._wrapped = tokenizer
 
         def __getattr__(self, name: str) -> Any:
-            return getattr(self._own, name)
+            return getattr(self._wrapped, name)
 
         def __call__(self, *args: Any, **options: Any) -> dict[str, Any]:
-            return dict(self._own(*args, **options))
+            return dict(self._wrapped(*args, **options))
 
     tokenizer = tokenizer_for(CHATML)
     example = chat("one", "two", "three", "four")
-    assert one(example, Plain(tokenizer)) == one(example, tokenizer)
+    assert encode_one(example, Plain(tokenizer)) == encode_one(example, tokenizer)
 
 
 def test_encoding_is_deterministic_and_fingerprinted() -> None:
@@ -346,18 +350,18 @@ def test_encoding_is_deterministic_and_fingerprinted() -> None:
 
 
 def test_the_choice_of_template_is_said() -> None:
-    own = tiny_tokenizer()
-    assert choose_template(own, None).name == "model"
-    bare = tiny_tokenizer(template=None)
-    bare.eos_token = "<|im_end|>"
-    choice = choose_template(bare, None)
-    assert (choice.name, bare.chat_template) == ("chatml", NAMED["chatml"])
+    with_template = tiny_tokenizer()
+    assert choose_template(with_template, None).name == "model"
+    without_template = tiny_tokenizer(template=None)
+    without_template.eos_token = "<|im_end|>"
+    choice = choose_template(without_template, None)
+    assert (choice.name, without_template.chat_template) == ("chatml", NAMED["chatml"])
     assert "no chat template" in choice.reason
-    assert "in place of the model's own" in choose_template(own, "plain").reason
+    assert "in place of the model's own" in choose_template(with_template, "plain").reason
     with pytest.raises(UserError, match="neither one of chatml"):
-        choose_template(own, "chatlm")
+        choose_template(with_template, "chatlm")
 
 
 def test_the_real_model_learns_answers_only(smollm2: Base) -> None:
-    row = one(chat("Wie geht's?", "Gut. 좋아요!"), smollm2.tokenizer)
+    row = encode_one(chat("Wie geht's?", "Gut. 좋아요!"), smollm2.tokenizer)
     assert supervised_text(row, smollm2.tokenizer) == "Gut. 좋아요!<|im_end|>"

@@ -21,7 +21,7 @@ def write(path: Path, rows: list[Any]) -> str:
     return str(path)
 
 
-def said(example: Example) -> list[tuple[str, str]]:
+def roles_and_texts(example: Example) -> list[tuple[str, str]]:
     return [(m.role, m.content) for m in example.messages]
 
 
@@ -61,10 +61,10 @@ SHAPES: dict[str, tuple[dict[str, Any], list[tuple[str, str]]]] = {
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_shape_is_recognised(name: str, tmp_path: Path) -> None:
-    row, wanted = SHAPES[name]
-    found = data.read(write(tmp_path / "d.jsonl", [row]))
-    assert said(found.examples[0]) == wanted
-    assert found.format == name.split(" ")[0].replace("parts", "messages")
+    row, expected = SHAPES[name]
+    dataset = data.read(write(tmp_path / "d.jsonl", [row]))
+    assert roles_and_texts(dataset.examples[0]) == expected
+    assert dataset.format == name.split(" ")[0].replace("parts", "messages")
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
@@ -87,9 +87,11 @@ def test_every_file_type_gives_the_same_examples(suffix: str, tmp_path: Path) ->
         import pyarrow.parquet
 
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    found = data.read(str(path))
-    assert [said(e)[0][1] for e in found.examples] == [row["instruction"] for row in rows]
-    assert [e.reference for e in found.examples] == [row["output"] for row in rows]
+    dataset = data.read(str(path))
+    assert [roles_and_texts(e)[0][1] for e in dataset.examples] == [
+        row["instruction"] for row in rows
+    ]
+    assert [e.reference for e in dataset.examples] == [row["output"] for row in rows]
 
 
 def test_a_folder_holds_its_splits_and_a_limit_follows_the_name(tmp_path: Path) -> None:
@@ -115,16 +117,16 @@ def test_broken_lines_are_told_together_with_their_places(tmp_path: Path) -> Non
     )
     with pytest.raises(UserError) as error:
         data.read(str(path))
-    told = str(error.value)
+    message = str(error.value)
     for line, why in (
         (2, "not valid JSON"), (4, "a row must be an object"), (5, "its columns are foo, bar"),
         (6, "at least one message"), (7, "the role 'robot'"), (8, "output is missing"),
         (9, "completion must be text, not nothing"), (10, "only text can be trained"),
     ):  # fmt: skip
-        assert any(f"{path}:{line}: " in row and why in row for row in told.splitlines()), why
-    assert "--skip-bad-rows" in told
-    found = data.read(str(path), skip_bad_rows=True)
-    assert (len(found.examples), len(found.bad_rows)) == (1, 8)
+        assert any(f"{path}:{line}: " in row and why in row for row in message.splitlines()), why
+    assert "--skip-bad-rows" in message
+    dataset = data.read(str(path), skip_bad_rows=True)
+    assert (len(dataset.examples), len(dataset.bad_rows)) == (1, 8)
 
 
 def test_a_csv_record_with_stray_cells_or_long_ones_says_so(tmp_path: Path) -> None:
@@ -132,9 +134,9 @@ def test_a_csv_record_with_stray_cells_or_long_ones_says_so(tmp_path: Path) -> N
     path.write_text('prompt,completion\n"a\nb",c\nhi,hello, world\nx,' + "y" * 200_000 + "\n")
     with pytest.raises(UserError, match=r"d\.csv:4: has more cells than the header"):
         data.read(str(path))
-    found = data.read(str(path), skip_bad_rows=True)
-    assert [len(str(e.reference)) for e in found.examples] == [1, 200_000]
-    assert [e.line for e in found.examples] == [2, 5]
+    dataset = data.read(str(path), skip_bad_rows=True)
+    assert [len(str(e.reference)) for e in dataset.examples] == [1, 200_000]
+    assert [e.line for e in dataset.examples] == [2, 5]
 
 
 @pytest.mark.parametrize(
@@ -176,8 +178,8 @@ def test_a_file_that_is_not_there_not_text_or_empty_says_so(tmp_path: Path) -> N
 
 
 def test_unusual_line_separators_inside_strings_do_not_split_rows(tmp_path: Path) -> None:
-    found = data.read(write(tmp_path / "d.jsonl", [{"text": "a\u2028b\u0085c"}]))
-    assert found.examples[0].text == "a\u2028b\u0085c"
+    dataset = data.read(write(tmp_path / "d.jsonl", [{"text": "a\u2028b\u0085c"}]))
+    assert dataset.examples[0].text == "a\u2028b\u0085c"
 
 
 prompts = st.lists(st.text("ab ", max_size=4), min_size=2, max_size=40)
@@ -206,13 +208,13 @@ def test_trap47_a_split_never_puts_a_prompt_on_both_sides(
 def test_trap47_overlap_and_duplicates_are_reported(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", [{"prompt": p, "completion": "x"} for p in "aabc"])
     write(tmp_path / "valid.jsonl", [{"prompt": p, "completion": "y"} for p in ("A ", "z")])
-    found = data.check(
+    report = data.check(
         data.read(str(tmp_path)), tiny_tokenizer(), max_length=25, template="t",
         evaluation=data.read(str(tmp_path), split="valid").examples,
     )  # fmt: skip
-    assert (found.duplicates, found.overlap) == (1, 2)
-    assert found.counts["supervised_tokens"] > 0
-    assert sum(rows for _, rows in found.histogram) == 4
-    shown = "".join(token for token, supervised in found.sample if supervised)
-    assert shown == "x<|im_end|>"
-    assert json.loads(json.dumps(found.to_dict()))["rows"] == 4
+    assert (report.duplicates, report.overlap) == (1, 2)
+    assert report.counts["supervised_tokens"] > 0
+    assert sum(rows for _, rows in report.histogram) == 4
+    learnt_text = "".join(token for token, supervised in report.sample if supervised)
+    assert learnt_text == "x<|im_end|>"
+    assert json.loads(json.dumps(report.to_dict()))["rows"] == 4

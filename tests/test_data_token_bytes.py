@@ -31,23 +31,23 @@ def by_offsets(backend: Tokenizer, text: str, begin: int, end: int) -> list[int]
     return [place for place, (a, b) in enumerate(offsets) if b > begin and a < end]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend_name", KINDS)
 @settings(max_examples=150, deadline=None)
 @given(text=TEXTS, ends=st.tuples(st.integers(0, 40), st.integers(0, 40)))
 def test_spans_are_those_of_offsets_or_nothing_is_said(
-    kind: str, text: str, ends: tuple[int, int]
+    backend_name: str, text: str, ends: tuple[int, int]
 ) -> None:
-    backend = KINDS[kind]
+    backend = KINDS[backend_name]
     token_bytes = TokenBytes._read(backend)
     assert token_bytes is not None
     text = text.encode("utf-8", "replace").decode()
     begin, end = sorted(min(place, len(text)) for place in ends)
     ids = tokenise.np.asarray(backend.encode(text, add_special_tokens=False).ids, dtype="int32")
-    found = token_bytes.ends(ids, text)
-    if found is None:
-        assert kind != "plain"
+    token_ends = token_bytes.ends(ids, text)
+    if token_ends is None:
+        assert backend_name != "plain"
         return
-    span = tokenise._ByBytes(text, found).of(begin, end)
+    span = tokenise._ByBytes(text, token_ends).of(begin, end)
     assert list(range(*span.indices(len(ids)))) == (
         by_offsets(backend, text, begin, end) if begin < end else []
     )
@@ -56,9 +56,9 @@ def test_spans_are_those_of_offsets_or_nothing_is_said(
 def test_a_token_that_takes_spaces_with_it_is_left_to_offsets() -> None:
     token_bytes = TokenBytes._read(STRIPPING)
     assert token_bytes is not None
-    for text, known in (("the <cut> answer", False), ("the<cut>answer", True), ("질문", True)):
+    for text, is_known in (("the <cut> answer", False), ("the<cut>answer", True), ("질문", True)):
         ids = tokenise.np.asarray(STRIPPING.encode(text, add_special_tokens=False).ids)
-        assert (token_bytes.ends(ids, text) is not None) is known
+        assert (token_bytes.ends(ids, text) is not None) is is_known
 
 
 def test_tokenizers_whose_tokens_are_no_plain_bytes_are_left_to_offsets() -> None:
@@ -102,13 +102,13 @@ def test_marks_are_those_of_offsets(backend: Tokenizer, monkeypatch: pytest.Monk
 
 def test_a_vocabulary_is_read_once_and_again_when_tokens_were_added() -> None:
     tokenizer = tiny_tokenizer()
-    known = TokenBytes.of(tokenizer)
-    assert known is TokenBytes.of(tokenizer)
+    cached = TokenBytes.of(tokenizer)
+    assert cached is TokenBytes.of(tokenizer)
     tokenizer.add_tokens([AddedToken("<new>")])
     text = "a<new>b"
     ids = tokenise.np.asarray(tokenizer.backend_tokenizer.encode(text).ids)
-    found = TokenBytes.of(tokenizer)
-    assert found is not None
-    ends = found.ends(ids, text)
+    token_bytes = TokenBytes.of(tokenizer)
+    assert token_bytes is not None
+    ends = token_bytes.ends(ids, text)
     assert ends is not None
     assert ends.tolist() == [1, 6, 7]

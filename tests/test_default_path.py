@@ -34,25 +34,25 @@ def test_train_evaluate_and_report_with_every_default(
         "--per_device_train_batch_size", "16", "--evaluate.max_examples", "4",
         "--evaluate.max_new_tokens", "3", "--val_size", "0.2",
     ]  # fmt: skip
-    done = subprocess.run(
+    result = subprocess.run(
         words, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "Traceback" not in done.stderr
-    assert done.stderr.count("plan: ") == 1
-    assert "predicted" in done.stderr
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "Traceback" not in result.stderr
+    assert result.stderr.count("plan: ") == 1
+    assert "predicted" in result.stderr
     run = Run(tmp_path / "out")
     info, plan = run.info(), run.plan()
     assert info["status"] == "finished"
     assert plan is not None
     assert plan["run_seconds"] > 0
     assert info["prediction"]["memory"]["measured"] == info["training"]["peak_bytes"]
-    chosen = {own["what"]: own["value"] for own in info["choices"]}
+    chosen = {choice["what"]: choice["value"] for choice in info["choices"]}
     # As many workers as the machine's cores and the step's tokens make, whatever these are here.
     assert int(chosen["workers"]) >= 1
     evaluation = run.evaluation()
     assert evaluation is not None
-    losses = {own["name"]: own["metrics"]["loss"]["value"] for own in evaluation["models"]}
+    losses = {model["name"]: model["metrics"]["loss"]["value"] for model in evaluation["models"]}
     assert max(losses["r2"], losses["r4"]) < losses["base"]
     assert (run.folder / "report.html").stat().st_size > 10_000
     (pair,) = json.loads((tmp_path / "calibration.json").read_text())["pairs"]

@@ -38,7 +38,9 @@ LAYERS = 2  # of the real model: the pages show what commands take and print
 
 
 def can_run(command: str) -> bool:
-    return all(importlib.util.find_spec(own) for word, own in NEEDS.items() if word in command)
+    return all(
+        importlib.util.find_spec(module) for word, module in NEEDS.items() if word in command
+    )
 
 
 def commands(page: Path) -> list[str]:
@@ -62,8 +64,8 @@ def small_cache(tmp_path_factory: pytest.TempPathFactory, smollm2_folder: Path) 
     )
     model.save_pretrained(folder)
     # save_pretrained leaves out what is the default, and writes what transformers reads.
-    written = json.loads((folder / "config.json").read_text())
-    assert written["num_hidden_layers"] == LAYERS
+    config = json.loads((folder / "config.json").read_text())
+    assert config["num_hidden_layers"] == LAYERS
     return cache
 
 
@@ -82,8 +84,8 @@ def test_every_command_of_a_page_runs(page: Path, tmp_path: Path, small_cache: P
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     elsewhere = set(commands(README))
     with ExitStack() as servers:
-        others = [command for command in commands(page) if command not in elsewhere]
-        run_all(others, tmp_path, servers, small_cache)
+        page_commands = [command for command in commands(page) if command not in elsewhere]
+        run_all(page_commands, tmp_path, servers, small_cache)
 
 
 def run_all(commands: list[str], tmp_path: Path, servers: ExitStack, cache: Path) -> None:
@@ -99,17 +101,19 @@ def run_all(commands: list[str], tmp_path: Path, servers: ExitStack, cache: Path
             continue
         short = SHORT if words[0] in ("run", "train", "sweep") else []
         stdin = "hello\n/exit\n" if words[0] == "chat" else ""
-        done = call(
+        result = call(
             *words, *short, cwd=tmp_path, stdin=stdin, environment={"LIGHTEN_CACHE": str(cache)}
         )
-        assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
+        assert result.returncode == 0, f"{command}\n{result.stderr[-2000:]}"
 
 
 def examples(page: Path) -> list[tuple[str, list[str]]]:
     """Commands that a page shows with what they print: `$ command`, then its lines."""
     blocks = re.findall(r"```console\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S)
     split = [re.split(r"^\$ ", block, flags=re.M)[1:] for block in blocks]
-    return [(own.splitlines()[0], own.splitlines()[1:]) for block in split for own in block]
+    return [
+        (example.splitlines()[0], example.splitlines()[1:]) for block in split for example in block
+    ]
 
 
 def pattern(lines: list[str]) -> str:
@@ -117,22 +121,22 @@ def pattern(lines: list[str]) -> str:
 
     Widths of columns do not count, and an ellipsis leaves out words of a line.
     """
-    shown = (re.escape(" ".join(own.split())) for own in lines if own.strip(" …─"))
-    return ".*?".join(line.replace("…", ".*?").replace(r"\ ", r"\s+") for line in shown)
+    patterns = (re.escape(" ".join(line.split())) for line in lines if line.strip(" …─"))
+    return ".*?".join(line.replace("…", ".*?").replace(r"\ ", r"\s+") for line in patterns)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("command", "shown"), [own for page in PAGES for own in examples(page)],
-    ids=lambda own: own if isinstance(own, str) else "",
+    ("command", "output"), [example for page in PAGES for example in examples(page)],
+    ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
 def test_what_a_page_shows_of_a_command_is_what_it_prints(
-    command: str, shown: list[str], tmp_path: Path
+    command: str, output: list[str], tmp_path: Path
 ) -> None:
-    assert shown, f"{command}: what it prints is not shown"
-    done = call(*shlex.split(command)[1:], cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert re.search(pattern(shown), done.stdout, flags=re.S), done.stdout
+    assert output, f"{command}: what it prints is not shown"
+    result = call(*shlex.split(command)[1:], cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert re.search(pattern(output), result.stdout, flags=re.S), result.stdout
 
 
 def test_the_python_of_the_readme_runs_and_its_run_is_shipped(
@@ -147,12 +151,12 @@ def test_the_python_of_the_readme_runs_and_its_run_is_shipped(
         "**{'evaluate.max_examples': 2, 'evaluate.max_new_tokens': 2}",
     )  # fmt: skip
     assert short != code
-    done = python(short, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    result = python(short, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
     assert (tmp_path / "runs" / "docstrings" / "report.html").is_file()
     if importlib.util.find_spec("xllamacpp"):
-        done = call("export", "runs/docstrings", "--as", "gguf:q8_0", cwd=tmp_path)
-        assert done.returncode == 0, done.stderr[-2000:]
+        result = call("export", "runs/docstrings", "--as", "gguf:q8_0", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr[-2000:]
 
 
 def test_make_targets_that_the_readme_promises_exist() -> None:

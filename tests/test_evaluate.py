@@ -45,13 +45,13 @@ def run(tiny_folder: Path, chat_file: Path, tmp_path_factory: pytest.TempPathFac
 
 
 def test_bleu_and_chrf_from_summed_counts_are_sacrebleus_own() -> None:
-    for ours, own in (
+    for ours, theirs in (
         (metrics.bleu(), sacrebleu.corpus_bleu), (metrics.chrf(), sacrebleu.corpus_chrf),
     ):  # fmt: skip
         counts = ours.statistics(ANSWERS, REFERENCES)
-        whole, part = float(ours(counts.sum(0))), float(ours(counts[:2].sum(0)))
-        assert whole == pytest.approx(own(ANSWERS, [REFERENCES]).score, rel=1e-9)
-        assert part == pytest.approx(own(ANSWERS[:2], [REFERENCES[:2]]).score, rel=1e-9)
+        total, part = float(ours(counts.sum(0))), float(ours(counts[:2].sum(0)))
+        assert total == pytest.approx(theirs(ANSWERS, [REFERENCES]).score, rel=1e-9)
+        assert part == pytest.approx(theirs(ANSWERS[:2], [REFERENCES[:2]]).score, rel=1e-9)
         assert "nrefs:1" in ours.signature
 
 
@@ -68,26 +68,26 @@ def test_trap44_perplexity_is_of_all_tokens_not_of_rows() -> None:
 def test_the_interval_of_a_mean_is_the_textbook_one() -> None:
     values = np.random.default_rng(1).normal(5, 2, 400)
     counts = np.stack([values, np.ones(400)], axis=1)
-    found = Resamples(400, 4000, seed=3).estimate(counts, lambda s: s[..., 0] / s[..., 1])
+    estimate = Resamples(400, 4000, seed=3).estimate(counts, lambda s: s[..., 0] / s[..., 1])
     error = values.std() / 20
-    assert found.value == pytest.approx(values.mean())
-    assert found.se == pytest.approx(error, rel=0.05)
-    assert found.low == pytest.approx(values.mean() - 1.96 * error, abs=0.1 * error)
-    assert found.high == pytest.approx(values.mean() + 1.96 * error, abs=0.1 * error)
+    assert estimate.value == pytest.approx(values.mean())
+    assert estimate.se == pytest.approx(error, rel=0.05)
+    assert estimate.low == pytest.approx(values.mean() - 1.96 * error, abs=0.1 * error)
+    assert estimate.high == pytest.approx(values.mean() + 1.96 * error, abs=0.1 * error)
 
 
 def test_a_paired_difference_is_narrower_than_two_separate_intervals() -> None:
     rng = np.random.default_rng(0)
     base = rng.normal(10, 5, 200)
     ours = base - 0.3 + rng.normal(0, 0.1, 200)
-    one = np.ones(200)
+    ones = np.ones(200)
     draws = Resamples(200, 2000)
-    found = draws.difference(
-        np.stack([ours, one], 1), np.stack([base, one], 1), lambda s: s[..., 0] / s[..., 1]
+    difference = draws.difference(
+        np.stack([ours, ones], 1), np.stack([base, ones], 1), lambda s: s[..., 0] / s[..., 1]
     )
-    assert (found.low, found.high) == pytest.approx((-0.3, -0.3), abs=0.05)
-    assert verdict(found, 200, lower_is_better=True) == "better"
-    assert verdict(found, 200, lower_is_better=False) == "worse"
+    assert (difference.low, difference.high) == pytest.approx((-0.3, -0.3), abs=0.05)
+    assert verdict(difference, 200, lower_is_better=True) == "better"
+    assert verdict(difference, 200, lower_is_better=False) == "worse"
 
 
 def test_trap45_a_verdict_knows_its_direction_and_its_doubt() -> None:
@@ -147,8 +147,8 @@ def test_an_evaluation_falls_back_to_the_models_own_logits_too() -> None:
     ids = torch.tensor([rows[0].input_ids])
     labels = torch.where(torch.tensor([rows[0].supervised]), ids, -100)
     with torch.no_grad():
-        wanted = float(model(ids, labels=labels).loss)
-    assert held_out(objective, rows, None, max_rows=1).loss == pytest.approx(wanted, rel=1e-5)
+        expected = float(model(ids, labels=labels).loss)
+    assert held_out(objective, rows, None, max_rows=1).loss == pytest.approx(expected, rel=1e-5)
     assert not objective.fast
 
 
@@ -179,10 +179,10 @@ def test_an_answer_ends_at_any_stop_token_and_counts_it() -> None:
     free = model.generate(torch.tensor([prompt]), max_new_tokens=5, do_sample=False)[0, 3:].tolist()
     model.generation_config.eos_token_id = [free[2]]
     assert free[2] in stop_tokens(model, tokenizer)
-    found = generate(model, tokenizer, [prompt], max_new_tokens=5, batch_size=1)
-    first = min(i for i, token in enumerate(free) if token in stop_tokens(model, tokenizer))
-    assert found.tokens == first + 1
-    assert found.texts == [tokenizer.decode(free[:first], skip_special_tokens=True)]
+    answers = generate(model, tokenizer, [prompt], max_new_tokens=5, batch_size=1)
+    first_stop = min(i for i, token in enumerate(free) if token in stop_tokens(model, tokenizer))
+    assert answers.tokens == first_stop + 1
+    assert answers.texts == [tokenizer.decode(free[:first_stop], skip_special_tokens=True)]
 
 
 def test_trap43_memory_does_not_grow_with_the_evaluation_set() -> None:
@@ -199,11 +199,11 @@ def test_trap43_memory_does_not_grow_with_the_evaluation_set() -> None:
 
 
 def test_an_evaluation_measures_base_and_every_adapter_on_the_same_examples(run: Run) -> None:
-    found = lighten.evaluate(run, max_new_tokens=8)
+    evaluation = lighten.evaluate(run, max_new_tokens=8)
     stored = run.evaluation()
     assert stored is not None
     assert [model["name"] for model in stored["models"]] == ["base", "r2", "r8"]
-    assert found.metric("r8", "loss")["value"] < found.metric("base", "loss")["value"] - 1
+    assert evaluation.metric("r8", "loss")["value"] < evaluation.metric("base", "loss")["value"] - 1
     verdicts = {(d["adapter"], d["metric"]): d["verdict"] for d in stored["differences"]}
     assert verdicts["r8", "perplexity"] == "better"
     for model in stored["models"]:
@@ -214,8 +214,8 @@ def test_an_evaluation_measures_base_and_every_adapter_on_the_same_examples(run:
     )
     assert set(stored["examples"][0]["answers"]) == {"base", "r2", "r8"}
     # What training said of its last held-out loss, evaluation finds again.
-    last = run.info()["adapters"][1]["eval_loss"]
-    assert found.metric("r8", "loss")["value"] == pytest.approx(last, rel=1e-5)
+    last_loss = run.info()["adapters"][1]["eval_loss"]
+    assert evaluation.metric("r8", "loss")["value"] == pytest.approx(last_loss, rel=1e-5)
 
 
 def test_evaluating_twice_gives_the_same_figures(run: Run) -> None:
@@ -249,20 +249,20 @@ def test_a_test_file_is_taken_before_the_held_out_one(tiny_folder: Path, tmp_pat
         output_dir=str(tmp_path / "r"),
     )  # fmt: skip
     assert run.info()["data"]["eval_rows"] == 3
-    found = lighten.evaluate(run, max_new_tokens=2)
-    assert found.dataset["rows"] == 5
-    assert found.dataset["path"].endswith("test.jsonl")
+    evaluation = lighten.evaluate(run, max_new_tokens=2)
+    assert evaluation.dataset["rows"] == 5
+    assert evaluation.dataset["path"].endswith("test.jsonl")
 
 
 def test_chat_answers_through_a_pipe_and_compares(run: Run) -> None:
     out = io.StringIO()
-    asked = "What is 1 plus 1?\n\n/adapter r2\nAnd?\n/reset\n/help\n/exit\nno\n"
-    chat(str(run.folder), compare=True, max_new_tokens=5, out=out, lines=io.StringIO(asked))
-    said = out.getvalue()
-    assert said.count("[base]") == 2
-    assert said.count("[r8]") == 0  # the run's first adapter is r2
-    assert said.count("[r2]") == 2
-    assert "/adapter NAME" in said
+    typed = "What is 1 plus 1?\n\n/adapter r2\nAnd?\n/reset\n/help\n/exit\nno\n"
+    chat(str(run.folder), compare=True, max_new_tokens=5, out=out, lines=io.StringIO(typed))
+    output = out.getvalue()
+    assert output.count("[base]") == 2
+    assert output.count("[r8]") == 0  # the run's first adapter is r2
+    assert output.count("[r2]") == 2
+    assert "/adapter NAME" in output
     with pytest.raises(UserError, match="no adapter is called 'r9'; there are: r2, r8"):
         chat(str(run.folder), adapter="r9", lines=io.StringIO(), out=out)
 
@@ -283,13 +283,13 @@ def test_trap9_and_18_chat_asks_with_the_ids_that_training_saw(run: Run, tmp_pat
 
 def test_chat_greedily_says_what_generate_says(run: Run) -> None:
     talk = Conversation(str(run.folder), max_new_tokens=6)
-    said = "".join(talk.answer("hello", "r8"))
+    answer = "".join(talk.answer("hello", "r8"))
     with talk.cohort.using("r8"):
         answers = generate(
             talk.base.model, talk.base.tokenizer, talk.prompt("hello").tolist(),
             max_new_tokens=6, batch_size=1,
         )  # fmt: skip
-    assert said == answers.texts[0]
+    assert answer == answers.texts[0]
 
 
 def test_the_real_model_answers_and_is_scored_as_transformers_scores_it(smollm2: Base) -> None:
@@ -302,12 +302,12 @@ def test_the_real_model_answers_and_is_scored_as_transformers_scores_it(smollm2:
     )  # fmt: skip
     encoded = data.encode([example], tokenizer, max_length=200).rows[0]
     cohort = attach(model, [AdapterSpec("a")])
-    found = held_out(Objective(model, cohort), [encoded], None, max_rows=1)
+    measured = held_out(Objective(model, cohort), [encoded], None, max_rows=1)
     ids = torch.tensor([encoded.input_ids])
     labels = torch.where(torch.tensor([encoded.supervised]), ids, -100)
     with torch.no_grad():
         # float32 logits of about 20 carry some 2e-6 of rounding each.
-        assert found.loss == pytest.approx(float(model(ids, labels=labels).loss), abs=1e-5)
+        assert measured.loss == pytest.approx(float(model(ids, labels=labels).loss), abs=1e-5)
     prompt, _ = data.prompt_of(example, tokenizer)
     answers = generate(model, tokenizer, [prompt], max_new_tokens=12, batch_size=1)
     assert "Paris" in answers.texts[0]

@@ -28,7 +28,7 @@ def run(tiny_folder: Path, chat_file: Path, tmp_path_factory: pytest.TempPathFac
 
 
 def test_the_builtin_text_is_of_both_languages() -> None:
-    texts = [own.text or "" for own in forgetting.read("builtin")]
+    texts = [example.text or "" for example in forgetting.read("builtin")]
     korean = [text for text in texts if any("가" <= sign <= "힣" for sign in text)]
     assert len(texts) >= 20  # fewer tell nothing apart
     assert 8 <= len(korean) <= len(texts) - 8
@@ -38,7 +38,7 @@ def test_forgetting_is_the_loss_on_general_text(run: Run, tiny_folder: Path) -> 
     """The base's against transformers' own loss on the same ids; the change is paired."""
     from transformers import AutoModelForCausalLM
 
-    found = lighten.evaluate(run, forgetting="builtin", **FEW)
+    evaluation = lighten.evaluate(run, forgetting="builtin", **FEW)
     model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
     tokenizer = tiny_tokenizer()
     nll, tokens = 0.0, 0
@@ -47,29 +47,35 @@ def test_forgetting_is_the_loss_on_general_text(run: Run, tiny_folder: Path) -> 
         with torch.no_grad():
             loss = model(input_ids=torch.tensor([ids]), labels=torch.tensor([ids])).loss
         nll, tokens = nll + float(loss) * (len(ids) - 1), tokens + len(ids) - 1
-    assert found.metric("base", "general_loss")["value"] == pytest.approx(nll / tokens, rel=1e-2)
-    (change,) = [own for own in found.differences if own["metric"] == "general_loss"]
-    expected = found.metric("default", "general_loss")["value"]
-    assert change["difference"] == pytest.approx(
-        float(expected or 0) - float(found.metric("base", "general_loss")["value"] or 0)
+    assert evaluation.metric("base", "general_loss")["value"] == pytest.approx(
+        nll / tokens, rel=1e-2
     )
-    ours, base = (np.asarray(own["general_losses"]) for own in reversed(found.models))
+    (change,) = [
+        difference
+        for difference in evaluation.differences
+        if difference["metric"] == "general_loss"
+    ]
+    expected = evaluation.metric("default", "general_loss")["value"]
+    assert change["difference"] == pytest.approx(
+        float(expected or 0) - float(evaluation.metric("base", "general_loss")["value"] or 0)
+    )
+    ours, base = (np.asarray(entry["general_losses"]) for entry in reversed(evaluation.models))
     assert ours[:, 1].tolist() == base[:, 1].tolist()  # paired over the same tokens
     spread = Resamples(len(ours), 1000, 0).difference(ours, base, metrics.mean_loss)
     assert (change["low"], change["high"]) == pytest.approx((spread.low, spread.high))
-    assert found.settings["general_text"]["path"] == "builtin"
+    assert evaluation.settings["general_text"]["path"] == "builtin"
 
 
 def test_a_users_text_file_and_what_is_compared(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "general.txt"
     file.write_text("A first paragraph\nof two lines.\n\n  \nAnother one.\n", encoding="utf-8")
-    assert [own.text for own in forgetting.read(str(file))] == [
+    assert [example.text for example in forgetting.read(str(file))] == [
         "A first paragraph\nof two lines.", "Another one.",
     ]  # fmt: skip
     ours = lighten.evaluate(run, forgetting=str(file), **FEW).to_dict()
     assert ours["settings"]["general_text"]["rows"] == 2
     rows = against.compare(ours, ours)
-    assert {"loss", "general_loss"} <= {own["metric"] for own in rows}
+    assert {"loss", "general_loss"} <= {row["metric"] for row in rows}
     file.write_text("Something else.\n\nAnd more.\n", encoding="utf-8")
     theirs = lighten.evaluate(run, forgetting=str(file), **FEW).to_dict()
     with pytest.raises(UserError, match="general_text is"):

@@ -23,21 +23,21 @@ class _Server:
 
     def __init__(self) -> None:
         self.opinion: Opinion = lambda first, second: "tie"
-        self.asked: list[dict[str, Any]] = []
+        self.requests: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         server = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                server.asked.append(body)
+                server.requests.append(body)
                 server.keys.append(self.headers["Authorization"])
                 text = body["messages"][0]["content"]
                 first = text.split("[Answer A]\n")[1].split("\n\n[Answer B]")[0]
                 second = text.split("[Answer B]\n")[1].split("\n\nReply")[0]
-                said = server.opinion(first, second)
-                ok = said != "refuse"
-                answer = {"choices": [{"message": {"content": said}}]}
+                verdict = server.opinion(first, second)
+                ok = verdict != "refuse"
+                answer = {"choices": [{"message": {"content": verdict}}]}
                 data = json.dumps(answer if ok else {"error": "no such model"}).encode()
                 self.send_response(200 if ok else 404)
                 self.send_header("Content-Length", str(len(data)))
@@ -54,10 +54,10 @@ class _Server:
 
 @pytest.fixture
 def server() -> Iterator[_Server]:
-    made = _Server()
-    yield made
-    made.http.shutdown()
-    made.http.server_close()
+    judge_server = _Server()
+    yield judge_server
+    judge_server.http.shutdown()
+    judge_server.http.server_close()
 
 
 def ask(server: _Server, ours: list[str], base: list[str]) -> dict[str, Any]:
@@ -69,20 +69,27 @@ def test_a_better_answer_wins_in_either_order(server: _Server) -> None:
     server.opinion = lambda first, second: "A" if len(first) > len(second) else "B"
     ours = ["long answer"] * 15 + ["x"] * 5 + ["same"] * 4
     base = ["short"] * 15 + ["longer"] * 5 + ["same"] * 4
-    found = ask(server, ours, base)
-    assert (found["wins"], found["losses"], found["ties"]) == (15, 5, 4)
-    assert (found["swapped"], found["unclear"]) == (0, 0)
-    assert found["rate"]["value"] == pytest.approx(100 * (15 + 2) / 24)
-    assert found["rate"]["low"] < found["rate"]["value"] < found["rate"]["high"]
-    assert len(server.asked) == 2 * 20  # answers that are the same are not sent
-    assert all(own["temperature"] == 0 and own["model"] == "judge" for own in server.asked)
+    judgement = ask(server, ours, base)
+    assert (judgement["wins"], judgement["losses"], judgement["ties"]) == (15, 5, 4)
+    assert (judgement["swapped"], judgement["unclear"]) == (0, 0)
+    assert judgement["rate"]["value"] == pytest.approx(100 * (15 + 2) / 24)
+    assert judgement["rate"]["low"] < judgement["rate"]["value"] < judgement["rate"]["high"]
+    assert len(server.requests) == 2 * 20  # answers that are the same are not sent
+    assert all(
+        request["temperature"] == 0 and request["model"] == "judge" for request in server.requests
+    )
 
 
 def test_a_judge_that_follows_the_order_has_no_opinion(server: _Server) -> None:
     server.opinion = lambda *_: "A"
-    found = ask(server, ["x"] * 24, ["y"] * 24)
-    assert (found["wins"], found["losses"], found["ties"], found["swapped"]) == (0, 0, 24, 24)
-    assert found["verdict"] == "no difference found"
+    judgement = ask(server, ["x"] * 24, ["y"] * 24)
+    assert (judgement["wins"], judgement["losses"], judgement["ties"], judgement["swapped"]) == (
+        0,
+        0,
+        24,
+        24,
+    )
+    assert judgement["verdict"] == "no difference found"
     server.opinion = lambda *_: "I cannot say"
     assert ask(server, ["x"] * 3, ["y"] * 3)["unclear"] == 3
 
@@ -112,12 +119,12 @@ def test_an_evaluation_is_judged(
     )  # fmt: skip
     with pytest.raises(UserError, match="give both"):
         lighten.evaluate(run, judge=server.url)
-    found = lighten.evaluate(
+    evaluation = lighten.evaluate(
         run, judge=server.url, judge_model="judge", max_examples=4, max_new_tokens=3
     )
-    (own,) = found.judged
-    assert own["adapter"] == "default"
-    assert own["ties"] == 4
+    (judgement,) = evaluation.judged
+    assert judgement["adapter"] == "default"
+    assert judgement["ties"] == 4
     stored = json.loads((run.folder / "evaluation.json").read_text())
-    assert stored["judged"][0]["swapped"] == len(server.asked) // 2
+    assert stored["judged"][0]["swapped"] == len(server.requests) // 2
     assert stored["settings"]["judge_model"] == "judge"

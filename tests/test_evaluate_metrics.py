@@ -32,10 +32,10 @@ PAIRS = [
 
 def test_rouge_is_rouge_scores_own_in_ascii() -> None:
     expected = json.loads((Path(__file__).parent / "rouge_score.json").read_text())
-    for (answer, reference), own in zip(PAIRS, expected, strict=True):
-        assert registry.rouge_n(answer, reference, 1) == pytest.approx(own["rouge1"], abs=1e-12)
-        assert registry.rouge_n(answer, reference, 2) == pytest.approx(own["rouge2"], abs=1e-12)
-        assert registry.rouge_l(answer, reference) == pytest.approx(own["rougeL"], abs=1e-12)
+    for (answer, reference), theirs in zip(PAIRS, expected, strict=True):
+        assert registry.rouge_n(answer, reference, 1) == pytest.approx(theirs["rouge1"], abs=1e-12)
+        assert registry.rouge_n(answer, reference, 2) == pytest.approx(theirs["rouge2"], abs=1e-12)
+        assert registry.rouge_l(answer, reference) == pytest.approx(theirs["rougeL"], abs=1e-12)
 
 
 def test_rouge_knows_korean_and_mixed_text() -> None:
@@ -49,10 +49,10 @@ def test_rouge_knows_korean_and_mixed_text() -> None:
 def test_chrf_with_spaces_is_sacrebleus_own() -> None:
     spaced = registry.extra("chrf_spaces")
     counts = spaced.statistics(ANSWERS, REFERENCES).sum(0)
-    own = sacrebleu.corpus_chrf(ANSWERS, [REFERENCES], remove_whitespace=False)
-    assert float(spaced.formula(counts)) == pytest.approx(own.score, rel=1e-9)
+    theirs = sacrebleu.corpus_chrf(ANSWERS, [REFERENCES], remove_whitespace=False)
+    assert float(spaced.formula(counts)) == pytest.approx(theirs.score, rel=1e-9)
     without = chrf()
-    assert float(without(without.statistics(ANSWERS, REFERENCES).sum(0))) != own.score
+    assert float(without(without.statistics(ANSWERS, REFERENCES).sum(0))) != theirs.score
     assert "space:yes" in spaced.signature
 
 
@@ -73,9 +73,9 @@ def test_json_is_the_whole_answer(answer: str, valid: int) -> None:
 
 
 def test_the_same_text_in_nfd_is_the_same_text() -> None:
-    apart = [unicodedata.normalize("NFD", text) for text in REFERENCES]
-    assert apart != REFERENCES
-    assert registry.nfc(apart) == REFERENCES
+    decomposed = [unicodedata.normalize("NFD", text) for text in REFERENCES]
+    assert decomposed != REFERENCES
+    assert registry.nfc(decomposed) == REFERENCES
 
 
 def test_counts_of_answers_and_references_must_agree() -> None:
@@ -90,20 +90,20 @@ def test_a_function_of_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "def endless(answer, reference): return float('inf')\nlimit = 3\n"
     )
     monkeypatch.chdir(tmp_path)
-    own = registry.extra("my_scores:longer")
-    counts = own.statistics(["abc", "a"], ["a", "abcd"]).sum(0)
-    assert float(own.formula(counts)) == pytest.approx(-0.5)
-    for name, said in (
+    metric = registry.extra("my_scores:longer")
+    counts = metric.statistics(["abc", "a"], ["a", "abcd"]).sum(0)
+    assert float(metric.formula(counts)) == pytest.approx(-0.5)
+    for name, message in (
         ("my_scores:word", "returned 'good': return a number"),
         ("my_scores:endless", "return a finite number"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             registry.extra(name).statistics(["a"], ["b"])
-    for name, said in (
+    for name, message in (
         ("my_scores:nothing", "has no function nothing"), ("no_such:f", "cannot be imported"),
         ("my_scores:limit", "is no function"), ("rogue1", "known are rouge1, rouge2"),
     ):  # fmt: skip
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             registry.extra(name)
 
 
@@ -123,21 +123,21 @@ def test_an_evaluation_has_the_metrics_that_were_wanted(run: Run) -> None:
     assert set(extras) <= set(first.models[0]["metrics"])
     assert first.settings["normalisation"] == "NFC"
     again = api.evaluate(run, against=run, **how)
-    rows = {(own["model"], own["against"], own["metric"]): own for own in again.comparisons}
+    rows = {(row["model"], row["against"], row["metric"]): row for row in again.comparisons}
     adapter = first.models[1]["name"]
     for metric in ("loss", "perplexity", "chrf", "bleu", "exact_match", *extras):
         assert rows["base", "base", metric]["difference"] == 0.0
         differs = rows[adapter, "base", metric]["difference"]
         between = next(
-            own for own in first.differences
-            if (own["adapter"], own["metric"]) == (adapter, metric)
+            difference for difference in first.differences
+            if (difference["adapter"], difference["metric"]) == (adapter, metric)
         )  # fmt: skip
         assert differs == pytest.approx(between["difference"], abs=1e-9)
     assert "ROUGE-L" in api.report(run).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
-    ("where", "value", "said"),
+    ("where", "value", "message"),
     [(("settings", "chat_template"), "other", "chat_template is"),
      (("settings", "max_new_tokens"), 99, "max_new_tokens is 4 and 99"),
      (("settings", "normalisation"), None, "normalisation is 'NFC' and None"),
@@ -146,7 +146,7 @@ def test_an_evaluation_has_the_metrics_that_were_wanted(run: Run) -> None:
      (("models", 0, "losses", 0, 1), 1000.0, "other tokens")],
 )  # fmt: skip
 def test_trap46_what_was_measured_differently_is_not_compared(
-    run: Run, where: tuple[Any, ...], value: Any, said: str
+    run: Run, where: tuple[Any, ...], value: Any, message: str
 ) -> None:
     ours = against.read(run)
     theirs: Any = copy.deepcopy(ours)
@@ -154,7 +154,7 @@ def test_trap46_what_was_measured_differently_is_not_compared(
     for key in where[:-1]:
         place = place[key]
     place[where[-1]] = value
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         against.compare(ours, theirs)
 
 
