@@ -163,9 +163,9 @@ def test_patterns_and_whole_modules_are_kept(rslora: bool, tmp_path: Path) -> No
         assert new.rank == min(old.rank, 4)
         assert new.scale == pytest.approx(old.scale, rel=1e-12)
     assert {layer.rank for layer in cut.layers} == {2, 4}
-    for key, value in adapter.others.items():
-        assert torch.equal(cut.others[key], value)
-    assert adapter.others
+    for key, value in adapter.other_tensors.items():
+        assert torch.equal(cut.other_tensors[key], value)
+    assert adapter.other_tensors
     before, after = deltas(source), deltas(folder)
     for path, delta in before.items():
         values = torch.linalg.svdvals(delta.double())

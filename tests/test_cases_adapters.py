@@ -204,9 +204,9 @@ def test_biases_beside_the_adapter_are_kept(bias: str, tmp_path: Path) -> None:
     )
     get_peft_model(tiny_model("gpt2"), config).save_pretrained(tmp_path / "a")
     adapter = spectrum.read(tmp_path / "a")
-    assert any(key.endswith("bias") for key in adapter.others)
+    assert any(key.endswith("bias") for key in adapter.other_tensors)
     cut, _ = api.resize_adapter(tmp_path / "a", 2)
-    assert spectrum.read(cut).others.keys() == adapter.others.keys()
+    assert spectrum.read(cut).other_tensors.keys() == adapter.other_tensors.keys()
     PeftModel.from_pretrained(tiny_model("gpt2"), str(cut))
 
 

@@ -55,7 +55,7 @@ class Cohort(Trained):
         if spec.name in self.specs:
             raise UserError(f"two adapters are called {spec.name!r}; give each its own name")
         with self._detached():
-            paths, whole = low_rank_paths(self.model, spec), saved_paths(self.model, spec)
+            paths, copy_paths = low_rank_paths(self.model, spec), saved_paths(self.model, spec)
         # Experts gather tokens by themselves: only a lone adapter can follow them there.
         hidden = [path for path in paths if ".experts." in path]
         if hidden and self.specs:
@@ -64,7 +64,7 @@ class Cohort(Trained):
                 "rows of several adapters cannot be told apart; train it alone or drop the target"
             )
         if self.group_size is not None:
-            self._require_fakes(spec, whole)
+            self._require_fakes(spec, copy_paths)
         generator = torch.Generator().manual_seed(spec.seed)
         for path in paths:
             if path not in self.linears:
@@ -75,7 +75,7 @@ class Cohort(Trained):
             self.linears[path].add(spec, generator)
         for group in sibling_paths(self.linears):
             Siblings([self.linears[path] for path in group])
-        for path in whole:
+        for path in copy_paths:
             if path not in self.copies:
                 self.copies[path] = CohortCopies(self.model.get_submodule(path), path, self.routing)
                 self.model.set_submodule(path, self.copies[path])
@@ -99,14 +99,14 @@ class Cohort(Trained):
         fake_quant.fake_quantise(self.model, group_size, plain=untouched)
         self.group_size = group_size
 
-    def _require_fakes(self, spec: AdapterSpec, whole: Sequence[str]) -> None:
+    def _require_fakes(self, spec: AdapterSpec, copy_paths: Sequence[str]) -> None:
         """What an adapter changes can be rounded together with the weight."""
         if spec.dropout:
             raise UserError(
                 f"adapter {spec.name!r}: lora_dropout cannot be used with qat, which adds the "
                 "update to the weight before it is rounded; set lora_dropout to 0"
             )
-        inside = [p for p in whole for m in self.model.get_submodule(p).modules()
+        inside = [p for p in copy_paths for m in self.model.get_submodule(p).modules()
                   if isinstance(m, fake_quant.FakeQuantLinear)]  # fmt: skip
         if inside:
             raise UserError(
@@ -195,10 +195,10 @@ class Cohort(Trained):
         finally:
             self._place(lambda layer: layer)
 
-    def _place(self, chosen: object) -> None:
-        assert callable(chosen)
+    def _place(self, choose: object) -> None:
+        assert callable(choose)
         for path, layer in (*self.linears.items(), *self.copies.items()):
-            self.model.set_submodule(path, chosen(layer))
+            self.model.set_submodule(path, choose(layer))
 
     def detach(self) -> PreTrainedModel:
         """Take the cohort off and give the untouched base back."""

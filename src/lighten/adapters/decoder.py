@@ -12,9 +12,9 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     They are the list of as many modules as the configuration says there are layers. transformers
     knows which part of a model that also sees or hears is the decoder.
     """
-    wanted = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    layer_count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     decoder = model.get_decoder() or model.base_model
     for module in decoder.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == wanted:
+        if isinstance(module, nn.ModuleList) and len(module) == layer_count:
             return list(module)
     return []

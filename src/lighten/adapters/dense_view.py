@@ -33,36 +33,36 @@ class DenseView(nn.Linear):
     the quantised layer's own, and a deep copy is a dense layer, which can learn.
 
     Attributes:
-        held: The quantised layer, no part of the model meanwhile: PEFT adapts whatever linear
+        quantized: The quantised layer, no part of the model meanwhile: PEFT adapts whatever linear
             layers it finds there.
     """
 
-    held: nn.Module
+    quantized: nn.Module
 
-    def __init__(self, held: nn.Module) -> None:
+    def __init__(self, quantized: nn.Module) -> None:
         nn.Module.__init__(self)  # a linear layer's own would make a weight
-        object.__setattr__(self, "held", held)
-        self.out_features, self.in_features = out_in_features(held)
+        object.__setattr__(self, "quantized", quantized)
+        self.out_features, self.in_features = out_in_features(quantized)
 
     @property
     def weight(self) -> nn.Parameter:  # type: ignore[override]
         """The dequantised weight, [O, I], made for the asker."""
-        return nn.Parameter(weight_of(self.held), requires_grad=False)
+        return nn.Parameter(weight_of(self.quantized), requires_grad=False)
 
     @property
     def bias(self) -> Tensor | None:  # type: ignore[override]
         """The layer's bias, [O]."""
-        bias: Tensor | None = self.held.bias  # type: ignore[assignment]
+        bias: Tensor | None = self.quantized.bias  # type: ignore[assignment]
         return bias
 
     def forward(self, x: Tensor) -> Tensor:
         """The quantised layer's own product."""
-        out: Tensor = self.held(x)
+        out: Tensor = self.quantized(x)
         return out
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         """A dense layer."""
-        return dense_copy(self.held)
+        return dense_copy(self.quantized)
 
 
 def put_on(model: PreTrainedModel) -> None:
@@ -76,7 +76,7 @@ def take_off(model: PreTrainedModel) -> None:
     """Put the quantised layers back."""
     for path, view in list(model.named_modules()):
         if isinstance(view, DenseView):
-            model.set_submodule(path, view.held)
+            model.set_submodule(path, view.quantized)
 
 
 def settle(model: PreTrainedModel) -> str | None:
@@ -88,13 +88,13 @@ def settle(model: PreTrainedModel) -> str | None:
     sentence = None
     for path, view in list(model.named_modules()):
         if isinstance(view, DenseView):
-            sentence = said_of(view.held)
+            sentence = said_of(view.quantized)
             with torch.device("meta"):
                 plain = nn.Linear(view.in_features, view.out_features, view.bias is not None)
             plain.weight = view.weight
             if view.bias is not None:
                 plain.bias = nn.Parameter(view.bias.detach().clone(), requires_grad=False)
-            plain.turns = is_conv1d(view.held)  # type: ignore[assignment]
+            plain.turns = is_conv1d(view.quantized)  # type: ignore[assignment]
             model.set_submodule(path, plain.eval())
     if sentence is not None:
         forget_quantization(model)

@@ -35,7 +35,7 @@ def spread(local: Tensor, like: Tensor, mesh: DeviceMesh) -> DTensor:
     )  # fmt: skip
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All rows; every rank has to call it at the same time where each holds some of them."""
     if not isinstance(tensor, DTensor):
         return tensor

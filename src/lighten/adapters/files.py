@@ -55,7 +55,7 @@ def peft_config(
     linears = {p: layer for p, layer in cohort.linears.items() if name in layer.specs}
     with cohort._detached():
         targets = shortest_names(cohort.model, linears)
-        whole = _saved_names(cohort, name)
+        saved_modules = _saved_names(cohort, name)
     config = LoraConfig(
         r=spec.r,
         lora_alpha=spec.alpha,  # type: ignore[arg-type]  # PEFT computes with floats too
@@ -63,7 +63,7 @@ def peft_config(
         target_modules=targets,
         use_rslora=spec.use_rslora,
         init_lora_weights=spec.init_lora_weights,  # type: ignore[arg-type]  # checked by the recipe
-        modules_to_save=whole or None,
+        modules_to_save=saved_modules or None,
         rank_pattern=dict(spec.rank_pattern),
         alpha_pattern=dict(spec.alpha_pattern),
         fan_in_fan_out=any(is_conv1d(layer.base) for layer in linears.values()),
@@ -144,24 +144,24 @@ def restore(
 
 
 def check_fit(
-    saved: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], where: str
+    saved: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str
 ) -> None:
     """Every key must be there with its shape, and no other (trap 27).
 
     Args:
         saved: Shape by key, from the files.
-        wanted: Shape by key, from the live ones.
+        expected: Shape by key, from the live ones.
         where: What an error calls the source.
 
     Raises:
         UserError: One is missing, left over, or has another shape.
     """
-    if wrong := sorted(set(wanted) ^ set(saved)):
-        side = "lacks" if wrong[0] in wanted else "has an unknown"
+    if wrong := sorted(set(expected) ^ set(saved)):
+        side = "lacks" if wrong[0] in expected else "has an unknown"
         raise UserError(
             f"{where} {side} {wrong[0]} ({len(wrong)} keys differ); it does not fit this base model"
         )
-    for key, shape in wanted.items():
+    for key, shape in expected.items():
         if saved[key] != shape:
             raise UserError(
                 f"{where}: {key} has shape {saved[key]}, the base wants {shape}; "
@@ -197,11 +197,11 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """
     path = folder / WEIGHTS
     if not path.is_file() and not shards.listing(folder, shards.STEM):
-        beside = path.with_name("adapter_model.bin")
+        pickle_file = path.with_name("adapter_model.bin")
         hint = (
             "; only safetensors are read, never pickle, which can run code: where you trust "
-            f"{beside.name}, load it with PEFT and save_pretrained(...) writes safetensors"
-            if beside.exists()
+            f"{pickle_file.name}, load it with PEFT and save_pretrained(...) writes safetensors"
+            if pickle_file.exists()
             else ""
         )
         raise UserError(f"{path} does not exist{hint}")

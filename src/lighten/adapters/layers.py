@@ -112,7 +112,7 @@ class Routing(threading.local):
 
     def __init__(self, everywhere: _Everywhere) -> None:
         self._everywhere = everywhere
-        self._own: Route | None = None
+        self._thread_route: Route | None = None
 
     @classmethod
     def new(cls) -> Routing:
@@ -122,32 +122,32 @@ class Routing(threading.local):
     @property
     def now(self) -> Route:
         """The route; another object whenever it has changed."""
-        return self._everywhere.route if self._own is None else self._own
+        return self._everywhere.route if self._thread_route is None else self._thread_route
 
     @contextmanager
     def following(self, route: Route) -> Iterator[None]:
         """Layers follow this route until the end of the block."""
-        if route.shares or self._own is not None:
-            with self._here(route):
+        if route.shares or self._thread_route is not None:
+            with self._in_this_thread(route):
                 yield
         else:
-            before, self._everywhere.route = self._everywhere.route, route
+            previous, self._everywhere.route = self._everywhere.route, route
             try:
                 yield
             finally:
-                self._everywhere.route = before
+                self._everywhere.route = previous
 
     def as_now(self) -> Callable[[], AbstractContextManager[None]]:
         """Makes blocks, in any thread, in which layers follow what they follow here now."""
-        return partial(self._here, self._own)
+        return partial(self._in_this_thread, self._thread_route)
 
     @contextmanager
-    def _here(self, route: Route | None) -> Iterator[None]:
-        before, self._own = self._own, route
+    def _in_this_thread(self, route: Route | None) -> Iterator[None]:
+        previous, self._thread_route = self._thread_route, route
         try:
             yield
         finally:
-            self._own = before
+            self._thread_route = previous
 
 
 def routings(model: nn.Module) -> set[Routing]:
@@ -345,24 +345,24 @@ class Siblings:
 
     def output(self, layer: CohortLinear, x: Tensor) -> Tensor:
         """The output of the layer on x."""
-        pass_state = self._traced if torch.compiler.is_compiling() else self._passes.own
+        pass_state = self._traced if torch.compiler.is_compiling() else self._passes.current
         if pass_state.waiting:
             if (
-                x is pass_state.read
+                x is pass_state.input
                 and layer.place in pass_state.waiting
                 and pass_state.holds_for(layer)
             ):
-                return pass_state.taken(layer.place)
-            self._together = self._together and x is pass_state.read
+                return pass_state.take(layer.place)
+            self._together = self._together and x is pass_state.input
             pass_state.waiting = {}
         if not self._together or layer.drops:
             return joint_outputs([layer], x)[0]
         outputs = joint_outputs(self.layers, x)
         pass_state.waiting = dict(enumerate(outputs))
-        pass_state.read = x
+        pass_state.input = x
         if not torch.compiler.is_compiling():
             pass_state.route = layer.route
-        return pass_state.taken(layer.place)
+        return pass_state.take(layer.place)
 
 
 class _Pass:
@@ -370,18 +370,18 @@ class _Pass:
 
     def __init__(self) -> None:
         self.waiting: dict[int, Tensor] = {}
-        self.read: Tensor | None = None
+        self.input: Tensor | None = None
         self.route: Route | None = None
 
     def holds_for(self, layer: CohortLinear) -> bool:
         """Whether the rows still are whose they were; a compiled layer runs within one route."""
         return torch.compiler.is_compiling() or self.route is layer.route
 
-    def taken(self, place: int) -> Tensor:
+    def take(self, place: int) -> Tensor:
         """The output that waits at this place, for good."""
         output = self.waiting.pop(place)
         if not self.waiting:
-            self.read = None  # or x would live until the next pass
+            self.input = None  # or x would live until the next pass
         return output
 
 
@@ -389,7 +389,7 @@ class _Passes(threading.local):
     """A `_Pass` per thread."""
 
     def __init__(self) -> None:
-        self.own = _Pass()
+        self.current = _Pass()
 
 
 class CohortCopies(nn.Module):
@@ -421,18 +421,20 @@ class CohortCopies(nn.Module):
         """The base's module, or each adapter's copy on its own rows."""
         route = self.routing.now
         if not route.shares:
-            return self._one(route.everyone, x, args, kwargs)
+            return self._apply_copy(route.everyone, x, args, kwargs)
         # Token ids come as [B, T]; hidden vectors as [B, T, ·] or [B·T, ·].
         leading = x.shape if not x.is_floating_point() else x.shape[:-1]
         starts = (0, *accumulate(route.widths(leading, self.path)))
         spans = [(s.adapter, starts[s.start], starts[s.stop]) for s in route.shares]
         if len(spans) == 1:
-            return self._one(spans[0][0], x, args, kwargs)
+            return self._apply_copy(spans[0][0], x, args, kwargs)
         flat = x.flatten(0, len(leading) - 1)
-        parts = [self._one(name, flat[start:stop], args, kwargs) for name, start, stop in spans]
+        parts = [
+            self._apply_copy(name, flat[start:stop], args, kwargs) for name, start, stop in spans
+        ]
         return torch.cat(parts).unflatten(0, leading)
 
-    def _one(self, name: str | None, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+    def _apply_copy(self, name: str | None, x: Tensor, args: Any, kwargs: Any) -> Tensor:
         if name is None or name not in self.copies:
             return self.base(x, *args, **kwargs)
         weights = self.copies[name]

@@ -169,11 +169,11 @@ class _Block:
             factors_of_layer = [
                 factors[2 * i + 1] for i, part in self._counted() if part.layer == layer
             ]
-            whole = (
+            stacked = (
                 torch.cat(factors_of_layer, 1) if len(factors_of_layer) > 1 else factors_of_layer[0]
             )
-            products.append((layer, slice(rank, rank + whole.shape[1]), whole.to(like.dtype)))
-            rank += whole.shape[1]
+            products.append((layer, slice(rank, rank + stacked.shape[1]), stacked.to(like.dtype)))
+            rank += stacked.shape[1]
         return products
 
     def scaled(self, low: Tensor, factors: Sequence[Tensor]) -> Tensor:
@@ -314,8 +314,8 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor, B: Tensor) ->
 @torch.library.impl(_LIBRARY, "sum_of_products", "CompositeExplicitAutograd")
 def _sum_of_products(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     total = left[0] @ right[0]
-    for one, other in zip(left[1:], right[1:], strict=True):
-        total.addmm_(one, other)
+    for left_factor, right_factor in zip(left[1:], right[1:], strict=True):
+        total.addmm_(left_factor, right_factor)
     return total
 
 

@@ -61,7 +61,7 @@ class PeftBacked(Cohort):
         self._format = model.dtype
         self._formats = formats(model)
         self._on, self._learns = True, True
-        self._wants: dict[str, bool] = {}
+        self._requires_grad: dict[str, bool] = {}
         self._config = configured(spec, model) if config is None else config
         self.method = str(self._config.peft_type.value)  # type: ignore[union-attr]
         base = {id(parameter) for parameter in model.parameters()}
@@ -73,8 +73,8 @@ class PeftBacked(Cohort):
                 raise UserError(f"peft: {self.method} cannot train this base: {error}") from error
             self._parts = self._outermost()
             self._starts = Starts(self._parts, spec, KEY)
-        self._own = {n: p for n, p in self._peft.named_parameters() if id(p) not in base}
-        for parameter in self._own.values():
+        self._added = {n: p for n, p in self._peft.named_parameters() if id(p) not in base}
+        for parameter in self._added.values():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.float()
         self._prompted: nn.Module | None = None
@@ -137,7 +137,7 @@ class PeftBacked(Cohort):
         """The trainable parameters by their key in PEFT's files, where they have one there."""
         assert name in self.specs
         places = {_place(value): key for key, value in self._state().items()}
-        return {places.get(_place(p), key): p for key, p in self._own.items() if p.requires_grad}
+        return {places.get(_place(p), key): p for key, p in self._added.items() if p.requires_grad}
 
     def _modules(self, name: str) -> Iterator[nn.Module]:
         """The base with PEFT's modules in it, and the learnt prompt."""
@@ -202,12 +202,12 @@ class PeftBacked(Cohort):
             UserError: No adapter has that name.
         """
         with super().using(name):
-            before = self._on
+            was_on = self._on
             self._switch(name is not None)
             try:
                 yield self.model
             finally:
-                self._switch(before)
+                self._switch(was_on)
 
     @contextmanager
     def sharing(
@@ -224,7 +224,7 @@ class PeftBacked(Cohort):
         keys = [key for share in shares for key in share.dropout_keys or ()]
         learns = name is not None and bool(keys)
         with super().sharing(shares, starts), self.using(name):
-            before = self._learns
+            was_learning = self._learns
             self._drop(learns)
             try:
                 if not learns:
@@ -233,7 +233,7 @@ class PeftBacked(Cohort):
                     with _seeded(self.model, _mix(self.specs[str(name)].seed, *keys)):
                         yield self.model
             finally:
-                self._drop(before)
+                self._drop(was_learning)
 
     def detach(self) -> PreTrainedModel:
         """Take the adapter off and give the untouched base back."""
@@ -294,18 +294,18 @@ class PeftBacked(Cohort):
 
     def _in_format(self, path: str, part: nn.Module) -> Any:
         """The part's forward in the base's format, what the start took from the base taken off."""
-        forward, wanted = part.forward, self._format
+        forward, dtype = part.forward, self._format
         device = self.model.device.type
-        takes = path in self._starts
+        subtracts_start = path in self._starts
 
         def run(x: Tensor, *args: Any, **options: Any) -> Any:
             if not self._on:
                 return forward(x, *args, **options)
-            with torch.autocast(device, dtype=wanted, enabled=wanted != torch.float32):
+            with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
                 out = forward(x, *args, **options)
-            if takes:
+            if subtracts_start:
                 out = out - self._starts.product(path, x)
-            return out.to(wanted) if isinstance(out, Tensor) else out
+            return out.to(dtype) if isinstance(out, Tensor) else out
 
         return run
 
@@ -320,10 +320,10 @@ class PeftBacked(Cohort):
         if on:
             tuner.enable_adapter_layers()
         else:
-            self._wants = {key: p.requires_grad for key, p in self._own.items()}
+            self._requires_grad = {key: p.requires_grad for key, p in self._added.items()}
             tuner.disable_adapter_layers()
-        for key, parameter in self._own.items():
-            parameter.requires_grad_(self._wants[key])
+        for key, parameter in self._added.items():
+            parameter.requires_grad_(self._requires_grad[key])
 
     def _drop(self, on: bool) -> None:
         """PEFT's modules in train mode, for their dropout; the base never is."""
@@ -350,8 +350,10 @@ class PeftBacked(Cohort):
         if not self._config.is_prompt_learning or self._config.inference_mode:
             return {}
         saved = {tuple(value.shape) for value in self._state().values()}
-        whole = len(self._own) == 1 and {tuple(p.shape) for p in self._own.values()} == saved
-        return {} if whole else {key: p.detach() for key, p in self._own.items()}
+        saved_as_is = (
+            len(self._added) == 1 and {tuple(p.shape) for p in self._added.values()} == saved
+        )
+        return {} if saved_as_is else {key: p.detach() for key, p in self._added.items()}
 
     def _untie(self) -> None:
         """A tied head or embedding that learnt gets a weight of its own before it is merged."""

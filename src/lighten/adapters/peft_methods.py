@@ -45,15 +45,17 @@ def method_of(settings: Mapping[str, Any]) -> str:
     Raises:
         UserError: No such method, one that does not train here, or a key that it does not have.
     """
-    known = {str(kind.value): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    config_classes = {
+        str(peft_type.value): config for peft_type, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()
+    }
     method = str(settings.get("peft_type", "")).upper().replace("-", "_")
-    offered = [name for name in known if name not in REFUSED]
+    offered = [name for name in config_classes if name not in REFUSED]
     if method in REFUSED:
         raise UserError(f"peft: {method} does not train here: {REFUSED[method]}")
-    if method not in known:
+    if method not in config_classes:
         mend = _mend(method, offered, "there are")
         raise UserError(f"peft: peft_type {settings.get('peft_type')!r} does not exist; {mend}")
-    keys = [setting.name for setting in dataclasses.fields(known[method]) if setting.init]
+    keys = [setting.name for setting in dataclasses.fields(config_classes[method]) if setting.init]
     for key in settings:
         if key in _OURS:
             raise UserError(f"peft: {key} is set by lighten itself; leave it out")
@@ -131,8 +133,10 @@ def _verbatim(settings: Mapping[str, Any], model: PreTrainedModel) -> PeftConfig
     if method in ("PROMPT_TUNING", "P_TUNING"):
         # PEFT takes the hidden size, which OPT's small embeddings do not have.
         verbatim.setdefault("token_dim", int(model.get_input_embeddings().weight.shape[1]))  # type: ignore[index]
-    makers = {str(kind.value): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    config_classes = {
+        str(peft_type.value): config for peft_type, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()
+    }
     try:
-        return makers[method](**verbatim)
+        return config_classes[method](**verbatim)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"peft: {method}: {error}") from error

@@ -39,7 +39,7 @@ class Starts:
         for path, layer in parts.items():
             if isinstance(layer, LoraLayer):
                 self._layers[path] = layer
-                self._factors[path] = self._taken(layer)
+                self._factors[path] = self._initial_factors(layer)
 
     def __bool__(self) -> bool:
         return bool(self._factors)
@@ -48,17 +48,17 @@ class Starts:
         return path in self._factors
 
     @torch.no_grad()
-    def _taken(self, layer: Any) -> tuple[Tensor, Tensor]:
+    def _initial_factors(self, layer: Any) -> tuple[Tensor, Tensor]:
         """A₀ and B₀ as PEFT makes them; it changes the base's weight, which is put back."""
         weight = layer.get_base_layer().weight
-        before, start = weight.data, str(self.spec.init_lora_weights)
+        base_weight, start = weight.data, str(self.spec.init_lora_weights)
         if start == "olora":
             # It reckons in place, and does not know how a Conv1D lies.
-            weight.data = _lying(layer, before).clone()
+            weight.data = _lying(layer, base_weight).clone()
             layer.olora_init(self._key)
         else:
             layer.pissa_init(self._key, start)
-        weight.data = before
+        weight.data = base_weight
         A, B = layer.lora_A[self._key].weight, layer.lora_B[self._key].weight
         return A.detach().clone(), B.detach().clone()
 

@@ -127,7 +127,7 @@ def at_rank(adapter: SavedAdapter, rank: int) -> Resized:
     """
     if rank < 1:
         raise UserError(f"--rank {rank}: an adapter has a rank of 1 at least")
-    weights, cuts = dict(adapter.others), []
+    weights, cuts = dict(adapter.other_tensors), []
     for layer in adapter.layers:
         B, A = (layer.B, layer.A) if layer.rank <= rank else factors(layer, rank)
         weights[layer.keys[0]], weights[layer.keys[1]] = A.contiguous(), B.contiguous()
@@ -196,10 +196,10 @@ def require_free(folder: Path) -> None:
         return
     foreign = [name for name in names if name not in (CONFIG, WEIGHTS) and not _belongs(name)]
     if foreign or not _was_written_here(folder / WEIGHTS):
-        held = ", ".join((foreign or names)[:3])
+        examples = ", ".join((foreign or names)[:3])
         raise UserError(
-            f"--output_dir {folder} holds what adapter resize did not write ({held}); nothing was "
-            "changed, choose another folder"
+            f"--output_dir {folder} holds what adapter resize did not write ({examples}); "
+            "nothing was changed, choose another folder"
         )
 
 
@@ -234,12 +234,12 @@ def _config(adapter: SavedAdapter, rank: int, ranks: Mapping[str, int]) -> dict[
     alpha = _alpha(spec.alpha / (math.sqrt(spec.r) if spec.use_rslora else spec.r), r, spec)
     rank_pattern, alpha_pattern = {}, {}
     for layer in adapter.layers:
-        kept = ranks[layer.path]
+        layer_rank = ranks[layer.path]
         # Anchored, for a pattern matches the end of a path.
-        if kept != r:
-            rank_pattern[f"^{layer.path}"] = kept
-        if (wanted := _alpha(layer.scale, kept, spec)) != alpha:
-            alpha_pattern[f"^{layer.path}"] = wanted
+        if layer_rank != r:
+            rank_pattern[f"^{layer.path}"] = layer_rank
+        if (layer_alpha := _alpha(layer.scale, layer_rank, spec)) != alpha:
+            alpha_pattern[f"^{layer.path}"] = layer_alpha
     return {
         **adapter.config, "r": r, "lora_alpha": alpha,
         "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern,

@@ -41,7 +41,7 @@ class Shard:
             OSError: It cannot be written.
         """
         shard = {
-            key: dtensors.whole(value.detach()).cpu().contiguous()
+            key: dtensors.full_tensor(value.detach()).cpu().contiguous()
             for key, value in self._tensors.items()
         }
         try:
@@ -55,7 +55,7 @@ class Shard:
     def take_part(self) -> None:
         """What the other ranks do while one writes the file: hand over the rows that they hold."""
         for value in self._tensors.values():
-            dtensors.whole(value.detach())
+            dtensors.full_tensor(value.detach())
 
 
 class Shards(Mapping[str, Shard]):
@@ -100,8 +100,8 @@ class Shards(Mapping[str, Shard]):
 def listing(folder: Path, stem: str) -> list[Path]:
     """The files that `Shards` of this stem left in a folder."""
     numbered = sorted(folder.glob(f"{stem}-[0-9]*-of-[0-9]*.safetensors"))
-    whole = folder / f"{stem}.safetensors"
-    return [whole] if whole.is_file() else numbered
+    single = folder / f"{stem}.safetensors"
+    return [single] if single.is_file() else numbered
 
 
 def load(folder: Path, stem: str) -> dict[str, Tensor]:

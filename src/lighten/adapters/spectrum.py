@@ -80,8 +80,8 @@ def rank_for_energy(values: Tensor, share: float) -> int:
     if not values.any():
         return 0
     # What rounding alone leaves in the tail is no rank.
-    enough = energy >= share * energy[-1] * (1 - 1e-12)
-    return int(enough.int().argmax()) + 1
+    reaches_share = energy >= share * energy[-1] * (1 - 1e-12)
+    return int(reaches_share.int().argmax()) + 1
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class SavedAdapter:
         config: Its `adapter_config.json`.
         spec: The same as lighten's own layers take it.
         layers: Its low-rank updates.
-        others: Further tensors by key: what `modules_to_save` trained whole.
+        other_tensors: Further tensors by key: what `modules_to_save` trained whole.
         file_bytes: Of its weights.
     """
 
@@ -151,7 +151,7 @@ class SavedAdapter:
     config: dict[str, Any]
     spec: AdapterSpec
     layers: tuple[Layer, ...]
-    others: dict[str, Tensor]
+    other_tensors: dict[str, Tensor]
     file_bytes: int
 
     @property
@@ -163,7 +163,7 @@ class SavedAdapter:
     def parameters(self) -> int:
         """Trained numbers, those of whole modules among them."""
         factors = sum(layer.A.numel() + layer.B.numel() for layer in self.layers)
-        return factors + sum(value.numel() for value in self.others.values())
+        return factors + sum(value.numel() for value in self.other_tensors.values())
 
     def info(self) -> dict[str, Any]:
         """What `lighten adapter info` shows."""
@@ -195,29 +195,29 @@ def read(folder: Path) -> SavedAdapter:
         UserError: The folder holds none, or a kind whose update is not scale·B·A alone.
     """
     config = read_config(folder)
-    if what := more_than_low_rank(config):
+    if extra := more_than_low_rank(config):
         raise UserError(
-            f"{folder / CONFIG}: {with_article(what)} is more than scale·B·A, which singular "
+            f"{folder / CONFIG}: {with_article(extra)} is more than scale·B·A, which singular "
             "values do not tell; only plain LoRA adapters can be taken apart"
         )
     weights = read_weights(folder)
     spec = spec_from_peft(folder.name, config, folder, weights)
-    layers, others = _apart(weights, spec, folder)
+    layers, other_tensors = _split_tensors(weights, spec, folder)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    return SavedAdapter(folder, config, spec, layers, others, size)
+    return SavedAdapter(folder, config, spec, layers, other_tensors, size)
 
 
-def _apart(
+def _split_tensors(
     weights: Mapping[str, Tensor], spec: AdapterSpec, folder: Path
 ) -> tuple[tuple[Layer, ...], dict[str, Tensor]]:
     """The low-rank updates in the order of the file, and every other tensor."""
     keys: dict[str, dict[str, str]] = {}
-    others: dict[str, Tensor] = {}
+    other_tensors: dict[str, Tensor] = {}
     for key, value in weights.items():
         if match := FACTOR.match(key):
             keys.setdefault(match["path"], {})[match["factor"]] = key
         else:
-            others[key] = value
+            other_tensors[key] = value
     layers = []
     for path, factors in keys.items():
         if set(factors) != {"A", "B"}:
@@ -235,4 +235,4 @@ def _apart(
         layers.append(Layer(path, (factors["A"], factors["B"]), A, B, spec.scale_at(path)))
     if not layers:
         raise UserError(f"{folder}: there is no lora_A among its weights")
-    return tuple(layers), others
+    return tuple(layers), other_tensors

@@ -38,11 +38,11 @@ def low_rank_paths(model: PreTrainedModel, spec: AdapterSpec) -> list[str]:
     else:
         targets = without_groups(model, spec.target_modules)
         paths = [path for path, _ in model.named_modules() if _matches(path, targets)]
-    whole = saved_paths(model, spec)
-    paths = [p for p in paths if not any(p == w or p.startswith(f"{w}.") for w in whole)]
+    copy_paths = saved_paths(model, spec)
+    paths = [p for p in paths if not any(p == w or p.startswith(f"{w}.") for w in copy_paths)]
     if not paths:
         raise UserError(
-            f"adapter {spec.name!r}: lora_target_modules {_shown(spec.target_modules)} matches no "
+            f"adapter {spec.name!r}: lora_target_modules {_format(spec.target_modules)} matches no "
             f"module of {type(model).__name__}; its linear layers are "
             f"{', '.join(sorted({path.rpartition('.')[2] for path in linear}))}"
         )
@@ -133,10 +133,10 @@ def saved_paths(model: PreTrainedModel, spec: AdapterSpec) -> list[str]:
         UserError: A name in `modules_to_save` matches nothing.
     """
     paths = [path for path, _ in model.named_modules() if path]
-    for wanted in spec.modules_to_save:
-        if not any(_ends_with_any(path, (wanted,)) for path in paths):
+    for name in spec.modules_to_save:
+        if not any(_ends_with_any(path, (name,)) for path in paths):
             raise UserError(
-                f"adapter {spec.name!r}: modules_to_save names {wanted!r}, but "
+                f"adapter {spec.name!r}: modules_to_save names {name!r}, but "
                 f"{type(model).__name__} has no such module"
             )
     return [path for path in paths if _ends_with_any(path, spec.modules_to_save)]
@@ -144,10 +144,10 @@ def saved_paths(model: PreTrainedModel, spec: AdapterSpec) -> list[str]:
 
 def shortest_names(model: PreTrainedModel, paths: Iterable[str]) -> list[str]:
     """The paths as PEFT's `target_modules`: last components if they say exactly the same."""
-    wanted = set(paths)
-    suffixes = sorted({path.rpartition(".")[2] for path in wanted})
+    targets = set(paths)
+    suffixes = sorted({path.rpartition(".")[2] for path in targets})
     matched = {path for path, _ in model.named_modules() if _ends_with_any(path, suffixes)}
-    return suffixes if matched == wanted else sorted(wanted)
+    return suffixes if matched == targets else sorted(targets)
 
 
 def _matches(path: str, targets: str | tuple[str, ...]) -> bool:
@@ -160,5 +160,5 @@ def _ends_with_any(path: str, names: Iterable[str]) -> bool:
     return any(path == name or path.endswith(f".{name}") for name in names)
 
 
-def _shown(targets: str | tuple[str, ...]) -> str:
+def _format(targets: str | tuple[str, ...]) -> str:
     return repr(targets) if isinstance(targets, str) else repr(list(targets))

@@ -39,7 +39,7 @@ def install(owner: PeftModel, model: PreTrainedModel, on: Callable[[], bool]) ->
     # Some heads call this module past the one that `base_model` names (OPT's decoder).
     place = model.get_submodule(path.rpartition(".")[0])
     plain = place.forward
-    kept = "cache" if "cache" in inspect.signature(plain).parameters else "past_key_values"
+    cache_key = "cache" if "cache" in inspect.signature(plain).parameters else "past_key_values"
     virtual = int(owner.active_peft_config.num_virtual_tokens)
     prefix = owner.active_peft_config.peft_type in PREFIXES
 
@@ -54,7 +54,7 @@ def install(owner: PeftModel, model: PreTrainedModel, on: Callable[[], bool]) ->
         positions, mask = options.get("position_ids"), options.get("attention_mask")
         if positions is not None:
             options["position_ids"] = positions + virtual
-        begun = options.get(kept) is not None and options[kept].get_seq_length() > 0
+        begun = options.get(cache_key) is not None and options[cache_key].get_seq_length() > 0
         if mask is not None:
             options["attention_mask"] = torch.cat([mask.new_ones(rows, virtual), mask], 1)
             if not prefix:
@@ -63,7 +63,7 @@ def install(owner: PeftModel, model: PreTrainedModel, on: Callable[[], bool]) ->
                 options["attention_mask"] = options["attention_mask"].gather(1, order)
         if begun or prefix:
             if not begun:
-                options[kept] = owner.get_prompt(rows)
+                options[cache_key] = owner.get_prompt(rows)
             return plain(input_ids=input_ids, inputs_embeds=embedded, **options)
         prompts = owner.get_prompt(rows).to(embedded.dtype)
         embedded = torch.cat([prompts, embedded], 1)

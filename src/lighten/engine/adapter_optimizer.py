@@ -125,7 +125,7 @@ class AdapterOptimizer:
         norm = nn.utils.clip_grad_norm_(
             list(self.learning.values()), math.inf if limit is None else limit
         )
-        return float(dtensors.whole(norm))
+        return float(dtensors.full_tensor(norm))
 
     def note_evaluation(self, loss: float, step: int) -> bool:
         """Remember a held-out loss; say whether it is the best so far, and stop if patience is out.

@@ -125,7 +125,7 @@ class Sharded(Strategy):
                 if not isinstance(parameter, DTensor):
                     continue
                 if parameter not in gathered:  # a tied one is gathered once
-                    full = dtensors.whole(parameter.detach()).cpu()
+                    full = dtensors.full_tensor(parameter.detach()).cpu()
                     weight = full if self._accelerator.is_main_process else full.new_empty(0)
                     gathered[parameter] = nn.Parameter(
                         weight, requires_grad=parameter.requires_grad
