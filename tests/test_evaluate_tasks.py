@@ -71,14 +71,14 @@ def test_choices_and_answers_are_scored_and_paired(
     pytest.importorskip("lm_eval")
     from transformers import AutoModelForCausalLM
 
-    how = {"include_path": str(tasks), "tasks": ["tiny_choice", "tiny_answer"], **FEW}
-    found = lighten.evaluate(run, tasks_chat_template=False, **how)
-    choice, answer = found.tasks
+    options = {"include_path": str(tasks), "tasks": ["tiny_choice", "tiny_answer"], **FEW}
+    evaluation = lighten.evaluate(run, tasks_chat_template=False, **options)
+    choice, answer = evaluation.tasks
     assert (choice["task"], choice["metric"], choice["documents"]) == ("tiny_choice", "acc", 24)
     assert (answer["task"], answer["metric"]) == ("tiny_answer", "exact_match")
     model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
     tokenizer = tiny_tokenizer()
-    right = []
+    correct = []
     for line in (tasks / "data.jsonl").read_text().splitlines():
         row = json.loads(line)
         start = tokenizer(row["question"], add_special_tokens=False)["input_ids"]
@@ -87,20 +87,20 @@ def test_choices_and_answers_are_scored_and_paired(
             ids = start + tokenizer(text, add_special_tokens=False)["input_ids"]
             with torch.no_grad():
                 logits = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
-            after = range(len(start), len(ids))
-            totals.append(sum(float(logits[at - 1, ids[at]]) for at in after))
-        right.append(float(int(np.argmax(totals)) == row["answer"]))
-    assert choice["values"]["base"] == right
+            positions = range(len(start), len(ids))
+            totals.append(sum(float(logits[position - 1, ids[position]]) for position in positions))
+        correct.append(float(int(np.argmax(totals)) == row["answer"]))
+    assert choice["values"]["base"] == correct
     change = choice["differences"]["default"]
     ours = choice["models"]["default"]["value"]
-    assert change["value"] == pytest.approx(ours - np.mean(right))
-    assert found.settings["lm_eval"]["chat_template"] is False
-    rows = against.compare(found.to_dict(), found.to_dict())
-    assert {"tiny_choice, acc"} <= {own["metric"] for own in rows}
-    with_template = lighten.evaluate(run, **{**how, "tasks": ["tiny_choice"], "tasks_limit": 4})
+    assert change["value"] == pytest.approx(ours - np.mean(correct))
+    assert evaluation.settings["lm_eval"]["chat_template"] is False
+    rows = against.compare(evaluation.to_dict(), evaluation.to_dict())
+    assert {"tiny_choice, acc"} <= {comparison["metric"] for comparison in rows}
+    with_template = lighten.evaluate(run, **{**options, "tasks": ["tiny_choice"], "tasks_limit": 4})
     assert with_template.settings["lm_eval"]["chat_template"] is True
     with pytest.raises(UserError, match="of the tasks, chat_template is"):
-        against.compare(with_template.to_dict(), found.to_dict())
+        against.compare(with_template.to_dict(), evaluation.to_dict())
 
 
 def test_mistakes_are_told(

@@ -51,26 +51,31 @@ def examples(system: int = 0) -> tuple[list[Any], list[list[int]]]:
         system: Tokens that all of them begin with.
     """
     rows = [row(length, length - 4, seed=length) for length in (9, 30, 14, 6, 22)]
-    prompts = [list(own.input_ids[:4]) for own in rows[:4]] + [[7, 8, 9, 10, 11]]
-    same = row(system, 0).input_ids
-    rows = [Row([*same, *own.input_ids], [*[False] * system, *own.supervised]) for own in rows]
-    prompts = [[*same, *prompts[at]] for at in (3, 0, 4, 1, 2)]
+    prompts = [list(example.input_ids[:4]) for example in rows[:4]] + [[7, 8, 9, 10, 11]]
+    system_tokens = row(system, 0).input_ids
+    rows = [
+        Row([*system_tokens, *example.input_ids], [*[False] * system, *example.supervised])
+        for example in rows
+    ]
+    prompts = [[*system_tokens, *prompts[index]] for index in (3, 0, 4, 1, 2)]
     return rows, prompts
 
 
-def plain_loss(model: PreTrainedModel, own: Any) -> float:
-    logits = model(torch.tensor([own.input_ids])).logits[0, :-1].double()
-    wanted = torch.tensor(own.supervised[1:])
-    targets = torch.tensor(own.input_ids[1:])
-    return float(F.cross_entropy(logits[wanted], targets[wanted], reduction="sum"))
+def plain_loss(model: PreTrainedModel, example: Any) -> float:
+    logits = model(torch.tensor([example.input_ids])).logits[0, :-1].double()
+    supervised = torch.tensor(example.supervised[1:])
+    targets = torch.tensor(example.input_ids[1:])
+    return float(F.cross_entropy(logits[supervised], targets[supervised], reduction="sum"))
 
 
 def plain_answer(model: PreTrainedModel, prompt: list[int], stops: list[int]) -> list[int]:
     settings = GenerationConfig(do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=stops,
                                 pad_token_id=0)  # fmt: skip
     ids = torch.tensor([prompt])
-    out: Any = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
-    return [token for token in out[0, len(prompt) :].tolist() if token not in stops]
+    generated: Any = model.generate(
+        ids, attention_mask=torch.ones_like(ids), generation_config=settings
+    )
+    return [token for token in generated[0, len(prompt) :].tolist() if token not in stops]
 
 
 @needs_kernels
@@ -81,43 +86,43 @@ def test_one_pass_measures_what_transformers_does(arch: str, system: int) -> Non
     model, tokenizer = trained.model, tiny_tokenizer()
     assert slotted.obstacle(model) is None
     rows, prompts = examples(system)
-    before = model.config._attn_implementation
-    passes = {own: one_pass(trained, own) for own in (None, "a")}
-    found = {own: subject.run(rows, prompts) for own, subject in passes.items()}
+    attention_before = model.config._attn_implementation
+    passes = {adapter: one_pass(trained, adapter) for adapter in (None, "a")}
+    results = {adapter: subject.run(rows, prompts) for adapter, subject in passes.items()}
     assert {subject._shared for subject in passes.values()} == {system}
-    assert model.config._attn_implementation == before
-    for adapter, (losses, answers) in found.items():
+    assert model.config._attn_implementation == attention_before
+    for adapter, (losses, answers) in results.items():
         with torch.no_grad(), trained.using(adapter):
-            wanted = [plain_loss(model, own) for own in rows]
+            expected_losses = [plain_loss(model, example) for example in rows]
             stops = stop_tokens(model, tokenizer)
-            said = [
+            expected_texts = [
                 visible(plain_answer(model, prompt, stops), tokenizer, hidden={0, 1})
                 for prompt in prompts
             ]
-        assert losses.nll == pytest.approx(wanted, rel=1e-4)
-        assert losses.tokens == tuple(sum(own.supervised) for own in rows)
-        assert answers.texts == said
+        assert losses.nll == pytest.approx(expected_losses, rel=1e-4)
+        assert losses.tokens == tuple(sum(example.supervised) for example in rows)
+        assert answers.texts == expected_texts
         assert len(prompts) < answers.tokens <= NEW_TOKENS * len(prompts)
-    assert found[None][1].texts != found["a"][1].texts
-    assert found[None][0].nll != found["a"][0].nll
+    assert results[None][1].texts != results["a"][1].texts
+    assert results[None][0].nll != results["a"][0].nll
 
 
 @needs_kernels
 def test_prompts_that_rows_begin_with_are_read_once() -> None:
     trained = adapted("llama")
     rows, prompts = examples()
-    seen = []
+    tokens_read = []
     handle = trained.model.get_input_embeddings().register_forward_hook(
-        lambda _, arguments, __: seen.append(arguments[0].numel())
+        lambda _, arguments, __: tokens_read.append(arguments[0].numel())
     )
     subject = one_pass(trained, max_rows=64, max_tokens=None, at_once=64)
     subject._compared = True  # of what is read for the comparison nothing is counted
     subject._objective._verified = True
     subject.run(rows, prompts)
     handle.remove()
-    in_slots = sum(len(own.input_ids) for own in rows[:4]) + len(prompts[2])
-    assert in_slots in seen
-    assert sum(seen) - in_slots - len(rows[4].input_ids) <= NEW_TOKENS * len(prompts)
+    in_slots = sum(len(example.input_ids) for example in rows[:4]) + len(prompts[2])
+    assert in_slots in tokens_read
+    assert sum(tokens_read) - in_slots - len(rows[4].input_ids) <= NEW_TOKENS * len(prompts)
 
 
 @needs_kernels
@@ -130,42 +135,48 @@ def test_an_answer_that_the_row_holds_is_not_computed_again(
     prompts = [[5, 6, 7], [8, 9, 10, 11]]
     stops = stop_tokens(trained.model, tiny_tokenizer())
     with torch.no_grad(), trained.using("a"):
-        said = [plain_answer(trained.model, prompt, stops) for prompt in prompts]
-    other = (said[1][2] + 1) % 300 + 3
-    follows = [said[0], [*said[1][:2], other, other]]  # the second row answers otherwise
+        expected_answers = [plain_answer(trained.model, prompt, stops) for prompt in prompts]
+    other_token = (expected_answers[1][2] + 1) % 300 + 3
+    # The second row answers otherwise.
+    continuations = [
+        expected_answers[0],
+        [*expected_answers[1][:2], other_token, other_token],
+    ]
     rows = [
-        Row([*prompt, *more], [False] * len(prompt) + [True] * len(more))
-        for prompt, more in zip(prompts, follows, strict=True)
+        Row([*prompt, *continuation], [False] * len(prompt) + [True] * len(continuation))
+        for prompt, continuation in zip(prompts, continuations, strict=True)
     ]
     steps: list[int] = []
     step = slotted.Slotted.step
 
-    def counted(self: Any, tokens: Any, *others: Any) -> Any:
+    def count_step(self: Any, tokens: Any, *arguments: Any) -> Any:
         steps.append(len(tokens))
-        return step(self, tokens, *others)
+        return step(self, tokens, *arguments)
 
-    monkeypatch.setattr(slotted.Slotted, "step", counted)
+    monkeypatch.setattr(slotted.Slotted, "step", count_step)
     subject = one_pass(trained)
     subject._compared = True
-    found = subject.run(rows, prompts)[1]
-    assert found.texts == [visible(own, tiny_tokenizer(), hidden={0, 1}) for own in said]
-    assert len(said[0]) == len(said[1]) == NEW_TOKENS
+    answers = subject.run(rows, prompts)[1]
+    assert answers.texts == [
+        visible(expected, tiny_tokenizer(), hidden={0, 1}) for expected in expected_answers
+    ]
+    assert len(expected_answers[0]) == len(expected_answers[1]) == NEW_TOKENS
     assert steps == [1] * (NEW_TOKENS - 2)
 
 
 @needs_kernels
 def test_a_model_that_slots_get_wrong_is_measured_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     trained = adapted("llama")
-    right = attention._attend_decode_rows
+    attend = attention._attend_decode_rows
 
-    def wrong(batch: Any, query: Any, *others: Any) -> None:
-        right(batch, query * 1.5, *others)
+    def attend_wrongly(batch: Any, query: Any, *arguments: Any) -> None:
+        attend(batch, query * 1.5, *arguments)
 
-    monkeypatch.setattr(attention, "_attend_decode_rows", wrong)
-    before = trained.model.config._attn_implementation
+    monkeypatch.setattr(attention, "_attend_decode_rows", attend_wrongly)
+    attention_before = trained.model.config._attn_implementation
     with pytest.raises(Disagrees, match="from the model's"):
         one_pass(trained).run(*examples())
-    assert trained.model.config._attn_implementation == before
+    assert trained.model.config._attn_implementation == attention_before
 
 
 def test_what_has_no_slots_says_why() -> None:
@@ -189,5 +200,5 @@ def test_waves_hold_what_memory_allows_and_the_longest_first(
     monkeypatch.setattr(together, "CACHE_BYTES", 45 * token)
     waves = list(subject._waves(jobs))
     assert [[job.tokens for job in wave] for wave in waves] == [[30, 14], [11, 10, 10]]
-    whole = one_pass(adapted("llama")).run(rows, prompts)
-    assert subject.run(rows, prompts)[1].texts == whole[1].texts
+    one_wave = one_pass(adapted("llama")).run(rows, prompts)
+    assert subject.run(rows, prompts)[1].texts == one_wave[1].texts

@@ -37,11 +37,11 @@ def test_each_point_is_the_loss_that_peft_has_at_that_rank(run: Run, tmp_path: P
     held_out = load_rows(recipe, load_tokenizer(recipe.model_name_or_path)).held_out
     assert held_out is not None
     for point in curve.points:
-        folder, done = api.resize_adapter(
+        folder, resized = api.resize_adapter(
             run, point.rank, adapter="large", output_dir=tmp_path / str(point.rank)
         )
-        assert point.parameters == done.parameters
-        assert point.energy_kept == done.energy_kept
+        assert point.parameters == resized.parameters
+        assert point.energy_kept == resized.energy_kept
         base = AutoModelForCausalLM.from_pretrained(recipe.model_name_or_path)
         model = PeftModel.from_pretrained(base, str(folder)).eval()
         nll = tokens = 0.0
@@ -50,14 +50,16 @@ def test_each_point_is_the_loss_that_peft_has_at_that_rank(run: Run, tmp_path: P
             mask = torch.tensor(row.supervised[1:])
             with torch.no_grad():
                 logits = model(input_ids=ids).logits[0, :-1]
-            each = F.cross_entropy(logits.float(), ids[0, 1:], reduction="none")
-            nll, tokens = nll + float(each[mask].sum()), tokens + int(mask.sum())
+            token_losses = F.cross_entropy(logits.float(), ids[0, 1:], reduction="none")
+            nll, tokens = nll + float(token_losses[mask].sum()), tokens + int(mask.sum())
         assert point.losses.loss == pytest.approx(nll / tokens, rel=1e-5)
-        wanted = point.losses.loss - curve.points[0].losses.loss
-        assert point.difference.value == pytest.approx(wanted, abs=1e-9)
+        expected_difference = point.losses.loss - curve.points[0].losses.loss
+        assert point.difference.value == pytest.approx(expected_difference, abs=1e-9)
     # The first point is the trained adapter itself, whose loss the run kept.
-    (kept,) = [own["eval_loss"] for own in run.info()["adapters"] if own["name"] == "large"]
-    assert curve.points[0].losses.loss == pytest.approx(kept, rel=1e-5)
+    (eval_loss,) = [
+        adapter["eval_loss"] for adapter in run.info()["adapters"] if adapter["name"] == "large"
+    ]
+    assert curve.points[0].losses.loss == pytest.approx(eval_loss, rel=1e-5)
     energies = [point.energy_kept for point in curve.points]
     assert energies == sorted(energies, reverse=True)
     assert curve.points[-1].losses.loss != curve.points[0].losses.loss

@@ -33,8 +33,8 @@ def rows(split: str) -> list[dict[str, str]]:
 
 
 def test_the_frozen_files_are_as_they_were_made() -> None:
-    done = subprocess.run([sys.executable, str(FOLDER / "make.py"), "--check"], check=False)
-    assert done.returncode == 0
+    completed = subprocess.run([sys.executable, str(FOLDER / "make.py"), "--check"], check=False)
+    assert completed.returncode == 0
 
 
 def test_it_is_small_licensed_and_large_enough() -> None:
@@ -76,8 +76,8 @@ class Box:
     async def open(self): """open(self) -> Box Open the box and look inside. Then more."""
     def same(self): "Join a and b into one string."
 '''
-    found = list(make.examples_of(source, "m"))
-    assert [(e["prompt"].split("\n\n")[1], e["completion"]) for e in found] == [
+    examples = list(make.examples_of(source, "m"))
+    assert [(e["prompt"].split("\n\n")[1], e["completion"]) for e in examples] == [
         ("# m\ndef good(a: int, b=2) -> str:", "Join a and b into one string."),
         ("# m\nclass Box:\n    async def open(self):", "Open the box and look inside."),
         ("# m\nclass Box:\n    def same(self):", "Join a and b into one string."),
@@ -90,6 +90,6 @@ def test_a_library_gives_no_prompt_and_no_answer_twice(make: ModuleType, tmp_pat
     )
     (tmp_path / "b.py").write_text('def h(x): "return the thing, of X"\n')
     (tmp_path / "_c.py").write_text('def f(x): "Return something else of x."')
-    found = make.collect(tmp_path)
-    assert [e["completion"] for e in found] == ["Return the thing of x.", "Add x to it all."]
-    assert make.collect(tmp_path) == found
+    examples = make.collect(tmp_path)
+    assert [e["completion"] for e in examples] == ["Return the thing of x.", "Add x to it all."]
+    assert make.collect(tmp_path) == examples

@@ -29,27 +29,27 @@ def rows() -> dict[str, list[dict[str, str]]]:
 
 
 def test_the_frozen_files_are_what_the_script_makes() -> None:
-    done = subprocess.run([sys.executable, str(FOLDER / "make.py"), "--check"], check=False)
-    assert done.returncode == 0
+    completed = subprocess.run([sys.executable, str(FOLDER / "make.py"), "--check"], check=False)
+    assert completed.returncode == 0
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (lambda lines: [*lines[:-1], lines[-1].replace("『", "「")], "is not what this makes"),
         (lambda lines: [*lines, lines[0]], "input twice"),
     ],
 )
-def test_the_check_finds_a_changed_and_a_repeated_row(tmp_path: Path, damage, said: str) -> None:
+def test_the_check_finds_a_changed_and_a_repeated_row(tmp_path: Path, damage, message: str) -> None:
     (tmp_path / "data").mkdir()
     for name in ("make.py", "catalogue.tsv", "moments.tsv", *(f"data/{s}.jsonl" for s in SPLITS)):
         (tmp_path / name).write_bytes((FOLDER / name).read_bytes())
     file = tmp_path / "data" / "valid.jsonl"
     file.write_text("\n".join(damage(file.read_text("utf-8").splitlines())) + "\n", "utf-8")
     command = [sys.executable, str(tmp_path / "make.py"), "--check"]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert said in done.stderr
+    completed = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert completed.returncode == 1
+    assert message in completed.stderr
 
 
 def test_there_are_enough_rows_and_wordings(rows: dict[str, list[dict[str, str]]]) -> None:
@@ -86,7 +86,7 @@ def test_no_row_is_cut(smollm2_folder: Path) -> None:
     recipe = Recipe.from_file(FOLDER / "recipe.yaml")
     tokenizer = models.load_tokenizer("smollm2-135m")
     for split in SPLITS:
-        found = data.read(recipe.dataset, split=split)
-        encoded = data.encode(found.examples, tokenizer, max_length=recipe.max_length)
+        dataset = data.read(recipe.dataset, split=split)
+        encoded = data.encode(dataset.examples, tokenizer, max_length=recipe.max_length)
         assert encoded.counts.truncated == encoded.counts.dropped == 0
         assert encoded.problems == []

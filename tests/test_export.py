@@ -32,12 +32,14 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, chat_file: 
     )  # fmt: skip
 
 
-def called(*words: object, code: int = 0) -> Any:
-    found = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=True)
-    if isinstance(found.exception, UserError):
-        raise found.exception
-    assert found.exit_code == code, found.output
-    return found
+def call_command(*arguments: object, code: int = 0) -> Any:
+    result = CliRunner().invoke(
+        app, [str(argument) for argument in arguments], catch_exceptions=True
+    )
+    if isinstance(result.exception, UserError):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result
 
 
 @pytest.mark.parametrize(
@@ -51,20 +53,20 @@ def test_an_export_answers_as_its_adapter(
     form: str, options: dict[str, Any], run: Run, tmp_path: Path
 ) -> None:
     """Held-out prompts are the same tokens, and every next token's probability is as near."""
-    made = lighten.export(run, form, adapter="b", output_dir=tmp_path / "out", **options)
-    receipt = made.receipt
+    export = lighten.export(run, form, adapter="b", output_dir=tmp_path / "out", **options)
+    receipt = export.receipt
     assert receipt is not None
     assert receipt.passed, receipt.sentence()
     assert (receipt.prompts, receipt.other_tokens, receipt.answers) == (8, 0, 8)
-    kept = json.loads((tmp_path / "out" / RECEIPT).read_text())
-    assert kept["mean_kl"] == receipt.mean_kl
-    assert made.size_bytes == sum(file.stat().st_size for file in made.files) > 0
+    saved_receipt = json.loads((tmp_path / "out" / RECEIPT).read_text())
+    assert saved_receipt["mean_kl"] == receipt.mean_kl
+    assert export.size_bytes == sum(file.stat().st_size for file in export.files) > 0
     if form in ("gguf:f32", "adapter") or options:
         assert receipt.same_answers + receipt.ties == receipt.answers
     # The receipt is no matter of course: another adapter's answers do not pass.
-    other = lighten.verify(tmp_path / "out", run, adapter="a")
-    assert other.mean_kl > 10 * max(receipt.mean_kl, 1e-7)
-    assert form == "gguf:q8_0" or not other.passed
+    other_receipt = lighten.verify(tmp_path / "out", run, adapter="a")
+    assert other_receipt.mean_kl > 10 * max(receipt.mean_kl, 1e-7)
+    assert form == "gguf:q8_0" or not other_receipt.passed
 
 
 def test_a_receipt_has_the_metrics_of_the_recipe(run: Run, tmp_path: Path) -> None:
@@ -78,9 +80,11 @@ def test_a_receipt_has_the_metrics_of_the_recipe(run: Run, tmp_path: Path) -> No
     assert receipt.metrics["chrf"]["before"] > 0
     if receipt.same_answers == receipt.answers:
         assert receipt.metrics["chrf"]["after"] == receipt.metrics["chrf"]["before"]
-    other = lighten.verify(tmp_path / "out", run, adapter="a")
-    assert other.metrics["chrf"]["after"] == receipt.metrics["chrf"]["after"]
-    assert other.metrics["chrf"]["before"] == pytest.approx(measured.metric("a", "chrf")["value"])
+    other_receipt = lighten.verify(tmp_path / "out", run, adapter="a")
+    assert other_receipt.metrics["chrf"]["after"] == receipt.metrics["chrf"]["after"]
+    assert other_receipt.metrics["chrf"]["before"] == pytest.approx(
+        measured.metric("a", "chrf")["value"]
+    )
     before = receipt.metrics["rougeL"]["before"]
     assert f"ROUGE-L {receipt.metrics['rougeL']['after']:.1f} ({before:.1f} before)" in (
         receipt.sentence()
@@ -88,12 +92,12 @@ def test_a_receipt_has_the_metrics_of_the_recipe(run: Run, tmp_path: Path) -> No
 
 
 def test_an_export_brings_all_that_speaks_to_it(run: Run) -> None:
-    made = lighten.export(run, "gguf:q8_0", adapter="a", verify=False)
-    assert made.folder == run.folder / "exports" / "gguf-q8_0"
-    assert {path.name for path in made.folder.iterdir()} == {
+    export = lighten.export(run, "gguf:q8_0", adapter="a", verify=False)
+    assert export.folder == run.folder / "exports" / "gguf-q8_0"
+    assert {path.name for path in export.folder.iterdir()} == {
         "run-a.q8_0.gguf", "Modelfile", "README.md", "generation_config.json", "export.json"
     }  # fmt: skip
-    text = (made.folder / "Modelfile").read_text()
+    text = (export.folder / "Modelfile").read_text()
     assert "FROM ./run-a.q8_0.gguf" in text
     assert 'PARAMETER stop "<|im_end|>"' in text
     merged = lighten.export(run, "merged", adapter="a", verify=False)
@@ -111,12 +115,16 @@ def test_an_export_brings_all_that_speaks_to_it(run: Run) -> None:
 
 
 def test_the_command_prints_files_and_the_receipt(run: Run, tmp_path: Path) -> None:
-    said = called("export", run.folder, "--adapter", "a", "--output_dir", tmp_path / "m").output
-    assert "model.safetensors" in said
-    assert "greedy answers the same" in said
-    told = called("verify", tmp_path / "m", "--against", run.folder, "--adapter", "a", "--json")
-    assert json.loads(told.output)["passed"] is True
-    called("verify", tmp_path / "m", "--against", run.folder, "--adapter", "b", code=1)
+    output = call_command(
+        "export", run.folder, "--adapter", "a", "--output_dir", tmp_path / "m"
+    ).output
+    assert "model.safetensors" in output
+    assert "greedy answers the same" in output
+    verified = call_command(
+        "verify", tmp_path / "m", "--against", run.folder, "--adapter", "a", "--json"
+    )
+    assert json.loads(verified.output)["passed"] is True
+    call_command("verify", tmp_path / "m", "--against", run.folder, "--adapter", "b", code=1)
 
 
 def test_other_people_s_adapters_and_bases_are_exported(tmp_path: Path) -> None:
@@ -148,14 +156,14 @@ def test_what_only_peft_can_merge_is_merged_by_it(tmp_path: Path) -> None:
     path.write_text(
         json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(base)})
     )
-    made = lighten.export(tmp_path / "ia3", "merged", output_dir=tmp_path / "m", dtype="float32")
-    assert "merged in memory by PEFT" in made.notes[0]
-    assert made.receipt is not None
-    assert made.receipt.passed
+    export = lighten.export(tmp_path / "ia3", "merged", output_dir=tmp_path / "m", dtype="float32")
+    assert "merged in memory by PEFT" in export.notes[0]
+    assert export.receipt is not None
+    assert export.receipt.passed
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("options", "message"),
     [
         (("--as", "onnx"), "'onnx' is not one of adapter, merged, gguf, gguf-adapter"),
         (("--as", "gguf:q9"), "q9"),
@@ -166,12 +174,12 @@ def test_what_only_peft_can_merge_is_merged_by_it(tmp_path: Path) -> None:
     ],
 )
 def test_a_mistake_is_one_sentence_and_nothing_is_written(
-    words: tuple[str, ...], said: str, run: Run, tmp_path: Path
+    options: tuple[str, ...], message: str, run: Run, tmp_path: Path
 ) -> None:
-    given = words if "--adapter" in words or not words else (*words, "--adapter", "a")
-    with pytest.raises(UserError) as told:
-        called("export", run.folder, "--output_dir", tmp_path / "out", *given)
-    assert said in str(told.value)
+    arguments = options if "--adapter" in options or not options else (*options, "--adapter", "a")
+    with pytest.raises(UserError) as error:
+        call_command("export", run.folder, "--output_dir", tmp_path / "out", *arguments)
+    assert message in str(error.value)
     assert not list(tmp_path.iterdir())
 
 

@@ -41,26 +41,28 @@ def test_trap_30_an_adapter_of_an_nf4_base_is_merged_onto_either_weights(
     qlora: Run, onto: str, tmp_path: Path
 ) -> None:
     """Never 4 bits again; the choice and both losses written down; equal to the adapter there."""
-    made = lighten.export(qlora, "merged", output_dir=tmp_path / "out", dtype="float32", onto=onto)
-    said = json.loads((tmp_path / "out" / "export.json").read_text())
-    assert said["onto"] == onto
-    assert said["data_sha256"] == qlora.info()["data"]["sha256"]
-    losses = said["held_out_loss"]
+    export = lighten.export(
+        qlora, "merged", output_dir=tmp_path / "out", dtype="float32", onto=onto
+    )
+    manifest = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert manifest["onto"] == onto
+    assert manifest["data_sha256"] == qlora.info()["data"]["sha256"]
+    losses = manifest["held_out_loss"]
     (trained,) = qlora.info()["adapters"]
     assert losses["dequantized"]["loss"] == pytest.approx(trained["eval_loss"], abs=1e-5)
     assert losses["original"]["loss"] != losses["dequantized"]["loss"]
-    assert "nf4" in made.notes[0]
+    assert "nf4" in export.notes[0]
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     # The receipt is against the weights that it was merged onto: the manifest says which.
-    assert made.receipt is not None
-    assert made.receipt.mean_kl < 1e-6
-    assert ("dequantized" in made.receipt.against) is (onto == "dequantized")
-    again = lighten.verify(tmp_path / "out", qlora)
-    assert again == made.receipt
+    assert export.receipt is not None
+    assert export.receipt.mean_kl < 1e-6
+    assert ("dequantized" in export.receipt.against) is (onto == "dequantized")
+    receipt_again = lighten.verify(tmp_path / "out", qlora)
+    assert receipt_again == export.receipt
     (tmp_path / "out" / "export.json").write_text(
-        json.dumps(said | {"onto": {"original": "dequantized"}.get(onto, "original")})
+        json.dumps(manifest | {"onto": {"original": "dequantized"}.get(onto, "original")})
     )
-    assert lighten.verify(tmp_path / "out", qlora).mean_kl > 100 * made.receipt.mean_kl
+    assert lighten.verify(tmp_path / "out", qlora).mean_kl > 100 * export.receipt.mean_kl
     settings = {"load_in_4bit": True, "bnb_4bit_use_double_quant": True}
     base = models.load(
         qlora.recipe().model_name_or_path, dtype="float32",
@@ -82,32 +84,34 @@ def test_added_tokens_make_the_vocabulary_taller(
         added_tokens=["<call>", "</call>"], modules_to_save=["embed_tokens"], progress=False,
     )  # fmt: skip
     base = load_base(run.recipe(), "cpu")
-    words = base.model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
-    made = lighten.export(run, "merged", output_dir=tmp_path / "m", dtype="float32", verify=False)
-    assert json.loads((tmp_path / "m" / "config.json").read_text())["vocab_size"] == words
+    vocabulary_size = base.model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
+    export = lighten.export(run, "merged", output_dir=tmp_path / "m", dtype="float32", verify=False)
+    assert json.loads((tmp_path / "m" / "config.json").read_text())["vocab_size"] == vocabulary_size
     cohort = adapters.load(base.model, {"own": run.adapters()["default"]})
-    ids = torch.cat([IDS, torch.tensor([[words - 2], [words - 1]])], dim=1)
+    ids = torch.cat([IDS, torch.tensor([[vocabulary_size - 2], [vocabulary_size - 1]])], dim=1)
     with cohort.using("own"):
         expected = base.model(ids).logits.detach()
     torch.testing.assert_close(merged_logits(tmp_path / "m", ids), expected, atol=1e-4, rtol=0)
-    assert made.files
+    assert export.files
 
 
 def test_another_base_or_a_changed_one_is_refused(qlora: Run, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(qlora.folder, run)
-    other = save_tiny(tmp_path / "other", seed=5)
+    other_base = save_tiny(tmp_path / "other", seed=5)
     recipe = run / "recipe.yaml"
-    recipe.write_text(recipe.read_text().replace(qlora.recipe().model_name_or_path, str(other)))
+    recipe.write_text(
+        recipe.read_text().replace(qlora.recipe().model_name_or_path, str(other_base))
+    )
     with pytest.raises(UserError, match="belongs to the base"):
         lighten.export(run, "merged")
     config = run / "adapters" / "default" / "adapter_config.json"
-    said = json.loads(config.read_text())
-    config.write_text(json.dumps({**said, "base_model_name_or_path": str(other)}))
+    adapter_config = json.loads(config.read_text())
+    config.write_text(json.dumps({**adapter_config, "base_model_name_or_path": str(other_base)}))
     with pytest.raises(UserError, match="checksums differ"):
         lighten.export(run, "merged")
     with pytest.raises(UserError, match="did not learn on a quantised base"):
-        lighten.export(other, "merged", onto="dequantized")
+        lighten.export(other_base, "merged", onto="dequantized")
     with pytest.raises(UserError, match="not one of original, dequantized"):
         lighten.export(qlora, "merged", onto="4bit")
     assert not (run / "exports").exists()

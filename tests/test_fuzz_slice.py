@@ -25,9 +25,9 @@ def test_fuzz_damaged_inputs_are_read_or_refused_in_words(
 
 
 def test_fuzz_tells_a_traceback_a_hang_and_a_changed_file(tmp_path: Path) -> None:
-    beside = tmp_path / "work" / "beside"
-    beside.parent.mkdir()
-    beside.write_text("a user's own")
+    user_file = tmp_path / "work" / "beside"
+    user_file.parent.mkdir()
+    user_file.write_text("a user's own")
 
     def read(folder: Path) -> None:
         content = (folder / "x").read_bytes()
@@ -38,14 +38,16 @@ def test_fuzz_tells_a_traceback_a_hang_and_a_changed_file(tmp_path: Path) -> Non
         if len(content) == 6:
             while True:
                 pass
-        beside.write_text("a user's own, overwritten")
+        user_file.write_text("a user's own, overwritten")
 
     target = fuzz.Target("none", [{"x": b"whole"}], read)
-    before, fuzz.LIMIT_S = fuzz.LIMIT_S, 0.01
+    limit_before, fuzz.LIMIT_S = fuzz.LIMIT_S, 0.01
     try:
         outcome = fuzz.fuzz(target, 100, 0, tmp_path / "work", tmp_path / "kept")
     finally:
-        fuzz.LIMIT_S = before
-    said = " ".join(outcome.failures)
-    assert all(word in said for word in ("KeyError", "TooLongError", "changed files"))
-    assert all(Path(kept).is_dir() for inputs in outcome.failures.values() for kept in inputs)
+        fuzz.LIMIT_S = limit_before
+    failures = " ".join(outcome.failures)
+    assert all(failure in failures for failure in ("KeyError", "TooLongError", "changed files"))
+    assert all(
+        Path(saved_input).is_dir() for inputs in outcome.failures.values() for saved_input in inputs
+    )

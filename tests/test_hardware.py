@@ -15,7 +15,7 @@ from lighten.machine import devices, hardware
 MIB = 2**20
 
 
-def measured(mib: int) -> dict[str, float]:
+def peak_memory_of(mib: int) -> dict[str, float]:
     """Peak memory of a fresh process that takes and frees so much."""
     code = (
         "import json, numpy\n"
@@ -25,15 +25,17 @@ def measured(mib: int) -> dict[str, float]:
         "del block\n"
         "print(json.dumps(peak.read()))\n"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    found: dict[str, float] = json.loads(out.stdout)
-    return found
+    completed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    peaks: dict[str, float] = json.loads(completed.stdout)
+    return peaks
 
 
 def test_trap50_a_known_allocation_is_reported_within_one_percent() -> None:
     for mib in (200, 800):
-        assert measured(mib)["peak_bytes"] == pytest.approx(mib * MIB, rel=0.01)
-    assert measured(0)["peak_bytes"] < 2 * MIB
+        assert peak_memory_of(mib)["peak_bytes"] == pytest.approx(mib * MIB, rel=0.01)
+    assert peak_memory_of(0)["peak_bytes"] < 2 * MIB
 
 
 def test_trap50_the_measure_starts_anew() -> None:
@@ -46,11 +48,11 @@ def test_trap50_the_measure_starts_anew() -> None:
 
 
 def test_doctor_is_json_and_names_what_is_missing() -> None:
-    found = json.loads(json.dumps(hardware.doctor()))
-    assert found["machine"]["cores"] >= 1
-    assert found["machine"]["memory_bytes"] > 2**30
-    assert found["versions"]["torch"]
-    for name, extra in found["extras"].items():
+    report = json.loads(json.dumps(hardware.doctor()))
+    assert report["machine"]["cores"] >= 1
+    assert report["machine"]["memory_bytes"] > 2**30
+    assert report["versions"]["torch"]
+    for name, extra in report["extras"].items():
         assert extra["install"] == f"pip install 'lighten[{name}]'"
         assert extra["missing"] or extra["installed"]
 
@@ -67,24 +69,24 @@ def test_the_device_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert hardware.choose_device().reason == "LIGHTEN_DEVICE says so"
 
 
-@pytest.mark.parametrize("named", [" CPU", "cpu:0", "cpu"])
+@pytest.mark.parametrize("device_name", [" CPU", "cpu:0", "cpu"])
 def test_a_devices_name_is_read_as_pytorch_writes_it(
-    named: str, monkeypatch: pytest.MonkeyPatch
+    device_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("LIGHTEN_DEVICE", named)
+    monkeypatch.setenv("LIGHTEN_DEVICE", device_name)
     assert hardware.choose_device().value == "cpu"
 
 
 @pytest.mark.parametrize(
-    ("named", "says"),
+    ("device_name", "message"),
     [("gpu", "'gpu' is no device; write cpu, cuda"), ("cuda:x", "is no device"),
      ("cuda:99", "cuda:99 is not there; this machine has"), ("cuda:-1", "is no device")],
 )  # fmt: skip
 def test_a_device_that_is_not_there_is_told(
-    named: str, says: str, monkeypatch: pytest.MonkeyPatch
+    device_name: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("LIGHTEN_DEVICE", named)
-    with pytest.raises(UserError, match=f"LIGHTEN_DEVICE: .*{says}"):
+    monkeypatch.setenv("LIGHTEN_DEVICE", device_name)
+    with pytest.raises(UserError, match=f"LIGHTEN_DEVICE: .*{message}"):
         hardware.choose_device()
 
 
@@ -95,17 +97,17 @@ def test_the_named_gpu_is_trained_on_and_measured(monkeypatch: pytest.MonkeyPatc
 
     from lighten.machine import devices
 
-    last = torch.cuda.device_count() - 1
-    monkeypatch.setenv("LIGHTEN_DEVICE", f"cuda:{last}")
+    last_index = torch.cuda.device_count() - 1
+    monkeypatch.setenv("LIGHTEN_DEVICE", f"cuda:{last_index}")
     try:
-        assert hardware.choose_device().value == f"cuda:{last}"
-        assert torch.cuda.current_device() == last
+        assert hardware.choose_device().value == f"cuda:{last_index}"
+        assert torch.cuda.current_device() == last_index
         peak = hardware.PeakMemory("cuda")
         block = torch.ones(256 * MIB, dtype=torch.uint8, device=Accelerator().device)
-        assert block.device.index == last
+        assert block.device.index == last_index
         assert peak.read()["peak_bytes"] == pytest.approx(256 * MIB, rel=0.01)
-        assert devices.here("cuda").label == torch.cuda.get_device_name(last)
-        assert hardware.formats(f"cuda:{last}") == devices.here("cuda").formats
+        assert devices.here("cuda").label == torch.cuda.get_device_name(last_index)
+        assert hardware.formats(f"cuda:{last_index}") == devices.here("cuda").formats
     finally:
         torch.cuda.set_device(0)
 
@@ -122,7 +124,7 @@ def test_trap50_gpu_memory_is_the_allocators() -> None:
 
 
 @pytest.mark.parametrize(
-    ("limit", "gone", "kept"),
+    ("limit", "removed", "remaining"),
     [
         (
             "AVX2",
@@ -137,28 +139,28 @@ def test_trap50_gpu_memory_is_the_allocators() -> None:
     ],
 )
 def test_instruction_sets_that_onednn_is_kept_from_are_left_out(
-    limit: str, gone: set[str], kept: set[str], monkeypatch: pytest.MonkeyPatch
+    limit: str, removed: set[str], remaining: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    every = "fma avx avx2 avx_vnni avx512f avx512_vnni avx512_bf16 amx_bf16"
-    monkeypatch.setattr(Path, "read_text", lambda *_, **__: f"flags : {every}\n")
+    all_flags = "fma avx avx2 avx_vnni avx512f avx512_vnni avx512_bf16 amx_bf16"
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: f"flags : {all_flags}\n")
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
-    found = hardware.processor_flags()
-    assert kept <= found
-    assert not gone & found
+    flags = hardware.processor_flags()
+    assert remaining <= flags
+    assert not removed & flags
     dtype = hardware.choose_dtype("auto", "cpu").value
-    assert dtype == ("bfloat16" if {"avx512_bf16", "amx_bf16"} & found else "float32")
+    assert dtype == ("bfloat16" if {"avx512_bf16", "amx_bf16"} & flags else "float32")
 
 
 def test_a_format_that_is_emulated_is_warned_of_with_the_better_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(hardware, "processor_flags", lambda: frozenset({"avx2"}))
-    known = hardware.formats("cpu")
-    told = hardware.slow_format("bfloat16", known, "this processor", "cpu")
-    assert told is not None
-    assert "--dtype float32" in told
-    for fine in ("auto", "float32"):
-        assert hardware.slow_format(fine, known, "this processor", "cpu") is None
+    formats = hardware.formats("cpu")
+    warning = hardware.slow_format("bfloat16", formats, "this processor", "cpu")
+    assert warning is not None
+    assert "--dtype float32" in warning
+    for dtype in ("auto", "float32"):
+        assert hardware.slow_format(dtype, formats, "this processor", "cpu") is None
     old, new = (devices.named(name).formats for name in ("t4", "l4"))
     assert "--dtype float16" in str(hardware.slow_format("bfloat16", old, "T4", "cuda"))
     assert hardware.slow_format("bfloat16", new, "L4", "cuda") is None

@@ -40,8 +40,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def trained(model: Any, folder: Path, **settings: Any) -> Any:
     """An adapter that PEFT wrote, every part of which changes the answers; and its model."""
     torch.manual_seed(5)
-    given = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | settings
-    peft = get_peft_model(copy.deepcopy(model), LoraConfig(**given))
+    lora_settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | settings
+    peft = get_peft_model(copy.deepcopy(model), LoraConfig(**lora_settings))
     for name, parameter in peft.named_parameters():
         if parameter.requires_grad:
             with torch.no_grad():
@@ -58,25 +58,25 @@ def logits(model: Any) -> torch.Tensor:
         return model(input_ids=ids).logits  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("kind", SETTINGS)
+@pytest.mark.parametrize("variant", SETTINGS)
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "gpt2", "phi3"])
 def test_traps_29_31_the_merged_model_answers_as_the_adapter(
-    arch: str, kind: str, tmp_path: Path
+    arch: str, variant: str, tmp_path: Path
 ) -> None:
     """Tied heads (Qwen 2, GPT-2), biases, transposed layers; float32 to 1e-4."""
     model = tiny_model(arch)
     model.save_pretrained(tmp_path / "base", max_shard_size="20KB")
-    peft = trained(model, tmp_path / "adapter", **SETTINGS[kind])
+    peft = trained(model, tmp_path / "adapter", **SETTINGS[variant])
     merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", dtype="float32")
     merged, info = AutoModelForCausalLM.from_pretrained(
         tmp_path / "merged", dtype=torch.float32, output_loading_info=True
     )
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    wanted = logits(PeftModel.from_pretrained(model, tmp_path / "adapter").eval())
-    assert (wanted - logits(tiny_model(arch))).abs().max() > 0.1
-    torch.testing.assert_close(logits(merged.eval()), wanted, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(logits(peft), wanted, atol=1e-5, rtol=1e-5)
+    expected = logits(PeftModel.from_pretrained(model, tmp_path / "adapter").eval())
+    assert (expected - logits(tiny_model(arch))).abs().max() > 0.1
+    torch.testing.assert_close(logits(merged.eval()), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(peft), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
@@ -90,9 +90,9 @@ def test_a_merged_model_has_sixteen_bits_and_what_was_not_trained_is_as_it_was(
     half = torch.bfloat16 if stored == torch.float32 else stored
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
     assert merged.dtype == half
-    before = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=half).state_dict()
+    base_weights = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=half).state_dict()
     for name, value in merged.state_dict().items():
-        assert torch.equal(value, before[name]) != ("q_proj" in name), name
+        assert torch.equal(value, base_weights[name]) != ("q_proj" in name), name
     reference = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32),
         tmp_path / "adapter",
@@ -115,15 +115,15 @@ def test_a_torn_base_or_adapter_is_told_and_an_older_folder_stays(tmp_path: Path
     model.save_pretrained(tmp_path / "base")
     trained(model, tmp_path / "adapter")
     merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
-    before = json.loads((tmp_path / "merged" / "config.json").read_text())
+    config_before = json.loads((tmp_path / "merged" / "config.json").read_text())
     for file in (tmp_path / "adapter" / "adapter_model.safetensors",
                  tmp_path / "base" / "model.safetensors"):  # fmt: skip
-        whole = file.read_bytes()
-        file.write_bytes(whole[:-40])
+        content = file.read_bytes()
+        file.write_bytes(content[:-40])
         with pytest.raises(UserError, match=r"safetensors"):
             merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
-        file.write_bytes(whole)
-    assert json.loads((tmp_path / "merged" / "config.json").read_text()) == before
+        file.write_bytes(content)
+    assert json.loads((tmp_path / "merged" / "config.json").read_text()) == config_before
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
 
 

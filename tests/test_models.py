@@ -29,13 +29,13 @@ def test_every_architecture_loads_frozen_and_describes_itself(arch: str, tmp_pat
     assert not any(p.requires_grad for p in base.model.parameters())
     ids = torch.tensor([[5, 6, 7, 8]])
     assert torch.allclose(base.model(ids).logits, tiny_model(arch)(ids).logits, atol=1e-5)
-    said = models.describe(str(folder))
+    description = models.describe(str(folder))
     real = sum(p.numel() for p in base.model.parameters())
-    assert said.total_parameters == real
-    assert said.parameters["other"] == 0
-    assert said.layers == 2
-    assert said.heads == 4
-    assert json.loads(json.dumps(said.to_dict()))["total_parameters"] == real
+    assert description.total_parameters == real
+    assert description.parameters["other"] == 0
+    assert description.layers == 2
+    assert description.heads == 4
+    assert json.loads(json.dumps(description.to_dict()))["total_parameters"] == real
 
 
 def test_gemma2_caps_its_scores_and_falls_back_from_sdpa_with_the_reason(tmp_path: Path) -> None:
@@ -63,8 +63,8 @@ def test_the_packaged_model_is_the_published_one(smollm2: models.Base) -> None:
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     # In bfloat16 the first token is a tie that each kind of processor breaks in its own way.
     model = models.load("smollm2-135m", dtype="float32").model
-    out = model.generate(ids, max_new_tokens=12, do_sample=False)
-    assert "Paris" in tokenizer.decode(out[0, ids.shape[1] :])
+    generated = model.generate(ids, max_new_tokens=12, do_sample=False)
+    assert "Paris" in tokenizer.decode(generated[0, ids.shape[1] :])
     assert tokenizer("a  12").input_ids == [*tokenizer("a  ").input_ids, 33, 34]
 
 
@@ -144,7 +144,7 @@ def test_a_missing_or_torn_weight_is_an_error_not_a_random_number(
 
 
 @pytest.mark.parametrize(
-    ("name", "says"),
+    ("name", "message"),
     [
         ("smollm-135m", "did you mean smollm2-135m"),
         ("./nowhere", "does not exist"),
@@ -153,8 +153,8 @@ def test_a_missing_or_torn_weight_is_an_error_not_a_random_number(
         ("missing.gguf", "does not exist"),
     ],
 )
-def test_an_unknown_name_says_what_to_do(name: str, says: str) -> None:
-    with pytest.raises(UserError, match=says):
+def test_an_unknown_name_says_what_to_do(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         models.load(name)
 
 
@@ -169,9 +169,9 @@ def test_flash_attention_that_is_not_installed_is_named(tiny_folder: Path) -> No
 
 
 def test_the_catalogue_knows_packaged_models(smollm2_folder: Path) -> None:
-    found = {entry.name: entry for entry in models.available()}
-    assert found["smollm2-135m"].cached
-    assert found["smollm2-135m"].path == smollm2_folder
+    entries = {entry.name: entry for entry in models.available()}
+    assert entries["smollm2-135m"].cached
+    assert entries["smollm2-135m"].path == smollm2_folder
 
 
 def test_parts_are_told_apart_by_name() -> None:

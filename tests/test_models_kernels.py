@@ -20,7 +20,7 @@ from lighten.cpu.kernels import attention as kernel
 from lighten.engine.fused_loss import cross_entropy_
 from lighten.models import attention as blocks
 
-here = pytest.mark.skipif(kernels.obstacle() is not None, reason=str(kernels.obstacle()))
+needs_kernels = pytest.mark.skipif(kernels.obstacle() is not None, reason=str(kernels.obstacle()))
 
 
 def inputs(heads: int, keys: int, tokens: int, features: int, rows: int = 1) -> list[Tensor]:
@@ -43,11 +43,11 @@ def exact(q: Tensor, k: Tensor, v: Tensor, scale: float, starts: list[int]) -> T
     return torch.cat(outs, 2)
 
 
-def error(found: Tensor, wanted: Tensor) -> float:
-    return float((found.detach().double() - wanted).norm() / wanted.norm())
+def error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual.detach().double() - expected).norm() / expected.norm())
 
 
-@here
+@needs_kernels
 @pytest.mark.parametrize(
     ("heads", "keys", "features", "lengths"),
     [
@@ -68,33 +68,33 @@ def test_packed_rows_are_attended_to_as_in_float64(
     scale = features**-0.5
     out = kernel.Attention.apply(q, k, v, scale, starts)
     doubles = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    wanted = exact(*doubles, scale, starts)
+    expected = exact(*doubles, scale, starts)
     upstream = torch.randn_like(out)
-    found = torch.autograd.grad(out, (q, k, v), upstream)
-    truth = torch.autograd.grad(wanted, doubles, upstream.double())
+    gradients = torch.autograd.grad(out, (q, k, v), upstream)
+    expected_gradients = torch.autograd.grad(expected, doubles, upstream.double())
     # What rounding each product's factors to bfloat16 leaves: half of 2⁻⁸ on average.
-    assert error(out, wanted.detach()) < 0.004
-    for own, other in zip(found, truth, strict=True):
-        assert error(own, other) < 0.004
+    assert error(out, expected.detach()) < 0.004
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        assert error(gradient, expected_gradient) < 0.004
 
 
-@here
+@needs_kernels
 @pytest.mark.parametrize("tokens", [1, 32, 77])
 def test_rows_under_each_other_and_any_layout_give_the_same(tokens: int) -> None:
     q, k, v = inputs(4, 2, tokens, 24, rows=3)
     out = kernel.Attention.apply(q, k, v, 0.2, [])
     assert error(out, exact(*(x.detach().double() for x in (q, k, v)), 0.2, [])) < 0.004
     upstream = torch.randn_like(out)
-    found = torch.autograd.grad(out, (q, k, v), upstream)
-    others = [x.detach().contiguous().requires_grad_() for x in (q, k, v)]
-    again = kernel.Attention.apply(*others, 0.2, [])
-    assert torch.equal(out, again)
+    gradients = torch.autograd.grad(out, (q, k, v), upstream)
+    contiguous = [x.detach().contiguous().requires_grad_() for x in (q, k, v)]
+    out_again = kernel.Attention.apply(*contiguous, 0.2, [])
+    assert torch.equal(out, out_again)
     turned = upstream.mT.contiguous().mT  # features apart from each other
-    for a, b in zip(found, torch.autograd.grad(again, others, turned), strict=True):
+    for a, b in zip(gradients, torch.autograd.grad(out_again, contiguous, turned), strict=True):
         assert torch.equal(a, b)
 
 
-@here
+@needs_kernels
 def test_large_scores_do_no_harm() -> None:
     """Far beyond e^88, where exponentials end in float32."""
     q, k, v = inputs(2, 2, 70, 16)
@@ -103,7 +103,7 @@ def test_large_scores_do_no_harm() -> None:
     assert error(out, exact(*(x.double() for x in large), 1.0, [])) < 0.004
 
 
-@here
+@needs_kernels
 def test_no_number_is_made_of_what_is_none() -> None:
     """A run that diverges has to show it: NaN in a query, a logit or a gate reaches the result."""
     q, k, v = (x.detach() for x in inputs(2, 2, 40, 16))
@@ -124,22 +124,22 @@ def test_no_number_is_made_of_what_is_none() -> None:
     assert bool(torch.ops.lighten.gated(gate, torch.ones_like(gate), False).isnan().all())
 
 
-@here
+@needs_kernels
 def test_threads_change_nothing() -> None:
     q, k, v = inputs(6, 3, 200, 32)
-    found = []
+    results = []
     for threads in (1, 3):
-        before = torch.get_num_threads()
+        threads_before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
             out = kernel.Attention.apply(q, k, v, 0.1, [0, 120, 200])
-            found.append((out, *torch.autograd.grad(out.sum(), (q, k, v))))
+            results.append((out, *torch.autograd.grad(out.sum(), (q, k, v))))
         finally:
-            torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+            torch.set_num_threads(threads_before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@here
+@needs_kernels
 def test_the_operations_say_what_they_return_and_what_they_cost() -> None:
     q, k, v = (x.detach() for x in inputs(4, 2, 60, 16))
     out, sums = torch.ops.lighten.attention(q, k, v, 0.25, [0, 20, 60])
@@ -149,19 +149,19 @@ def test_the_operations_say_what_they_return_and_what_they_cost() -> None:
     with FlopCounterMode(display=False) as counter:
         torch.ops.lighten.attention(q, k, v, 0.25, [0, 20, 60])
         torch.ops.lighten.attention_backward(*args)
-    seen = 20 * 21 // 2 + 40 * 41 // 2  # pairs of a query and a key
-    assert counter.get_total_flops() == (2 + 5) * 2 * 4 * 16 * seen
+    pairs = 20 * 21 // 2 + 40 * 41 // 2  # pairs of a query and a key
+    assert counter.get_total_flops() == (2 + 5) * 2 * 4 * 16 * pairs
 
 
-@here
+@needs_kernels
 def test_the_kernel_is_as_close_as_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = inputs(4, 2, 150, 32)
-    wanted = exact(*(x.detach().double() for x in (q, k, v)), 0.2, [0, 100, 150])
+    expected = exact(*(x.detach().double() for x in (q, k, v)), 0.2, [0, 100, 150])
     ours = blocks.block_attention(q, k, v, 0.2, (0, 100, 150))
     monkeypatch.setattr(kernel, "takes", lambda *_: False)
     plain = blocks.block_attention(q, k, v, 0.2, (0, 100, 150))
     assert not torch.equal(ours, plain)
-    assert error(ours, wanted) < 1.1 * error(plain, wanted)
+    assert error(ours, expected) < 1.1 * error(plain, expected)
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc")
@@ -178,15 +178,15 @@ def test_a_compiler_of_c_links_the_library_of_cpp_too(
     monkeypatch.setenv("CXX", "gcc")
     monkeypatch.setenv("LIGHTEN_CACHE", str(tmp_path / "cache"))
     path = native.compiled(tmp_path / "code", ["-O3", "-march=native", "-ffast-math"])
-    done = subprocess.run(  # in this process others have loaded the library of C++
+    completed = subprocess.run(  # in this process others have loaded the library of C++
         [sys.executable, "-c", f"import ctypes; print(ctypes.CDLL({str(path)!r}).answer())"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert done.stdout == "7\n", done.stderr
+    assert completed.stdout == "7\n", completed.stderr
 
 
 @pytest.mark.parametrize(
-    ("environment", "told"),
+    ("environment", "message"),
     [
         ({kernels.SWITCH: "0"}, f"{kernels.SWITCH} is 0"),
         ({"CXX": "no-such-compiler", "PATH": "/nowhere"}, "there is no C++ compiler"),
@@ -194,13 +194,13 @@ def test_a_compiler_of_c_links_the_library_of_cpp_too(
     ],
 )
 def test_without_kernels_it_is_said_why(
-    environment: dict[str, str], told: str, tmp_path: Path
+    environment: dict[str, str], message: str, tmp_path: Path
 ) -> None:
     code = "from lighten.cpu import kernels; print(kernels.library(), kernels.obstacle())"
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True,
         env={**os.environ, "LIGHTEN_CACHE": str(tmp_path), **environment},
     )  # fmt: skip
-    assert done.stdout.startswith("None ")
-    assert told in done.stdout or "the processor has no" in done.stdout
+    assert completed.stdout.startswith("None ")
+    assert message in completed.stdout or "the processor has no" in completed.stdout
     assert not list(tmp_path.rglob("*.so"))

@@ -33,109 +33,113 @@ def linear_paths(model: torch.nn.Module) -> set[str]:
     return {path for path, module in model.named_modules() if hasattr(module, "dense_weight")}
 
 
-@pytest.mark.parametrize("said", ["nf4, scales quantised too", "int8"])
+@pytest.mark.parametrize("storage", ["nf4, scales quantised too", "int8"])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_trap32_the_census_is_what_we_say(arch: str, said: str, tmp_path: Path) -> None:
+def test_trap32_the_census_is_what_we_say(arch: str, storage: str, tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / arch, arch)
-    base = models.load(str(folder), dtype="bfloat16", **FORMATS[said])
+    base = models.load(str(folder), dtype="bfloat16", **FORMATS[storage])
     plain = models.load(str(folder), dtype="bfloat16")
     assert base.quantization is not None
-    assert base.quantization.value == said
+    assert base.quantization.value == storage
     assert plain.quantization is None
-    packed = torch.int8 if said == "int8" else torch.uint8
-    found = linear_paths(base.model)
+    packed = torch.int8 if storage == "int8" else torch.uint8
+    quantized_paths = linear_paths(base.model)
     head = base.model.get_output_embeddings()
-    like = dict(plain.model.named_parameters())
+    plain_weights = dict(plain.model.named_parameters())
     for name, parameter in base.model.named_parameters():
-        if name.removesuffix(".weight") in found:
+        if name.removesuffix(".weight") in quantized_paths:
             assert parameter.dtype == packed
         else:  # norms, embeddings, biases and head: not one of them in float32
             assert parameter.dtype == torch.bfloat16
-            assert torch.equal(parameter, like[name]), name
+            assert torch.equal(parameter, plain_weights[name]), name
         assert not parameter.requires_grad
     # Every linear layer but the head is quantised.
-    wanted = {
+    expected_paths = {
         path
         for path, module in plain.model.named_modules()
         if type(module).__name__ in ("Linear", "Conv1D")
         and module is not plain.model.get_output_embeddings()
     }
-    assert found == wanted
+    assert quantized_paths == expected_paths
     assert not hasattr(head, "dense_weight")
     census = models.census(base.model)
-    assert census.parameters == sum(p.numel() for p in like.values())
-    assert census.quantized == sum(like[f"{path}.weight"].numel() for path in found)
+    assert census.parameters == sum(p.numel() for p in plain_weights.values())
+    assert census.quantized == sum(
+        plain_weights[f"{path}.weight"].numel() for path in quantized_paths
+    )
     reason = base.quantization.reason
     assert f"{census.quantized / census.parameters:.0%}" in reason
-    stacked = sum(p.numel() for name, p in like.items() if ".experts." in name)
+    stacked = sum(p.numel() for name, p in plain_weights.items() if ".experts." in name)
     assert (stacked > 0) == (arch == "mixtral")
     assert census.stacked == stacked
-    told = f", {stacked:,} of fused experts, which bitsandbytes has no layer for" if stacked else ""
-    assert reason.endswith(f"the rest is dense{told}")
+    experts_note = (
+        f", {stacked:,} of fused experts, which bitsandbytes has no layer for" if stacked else ""
+    )
+    assert reason.endswith(f"the rest is dense{experts_note}")
     assert not base.model.training
 
 
-@pytest.mark.parametrize("said", FORMATS)
-def test_bytes_are_those_of_the_tensors(said: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("storage", FORMATS)
+def test_bytes_are_those_of_the_tensors(storage: str, tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "m", "llama")
-    base = models.load(str(folder), dtype="float32", **FORMATS[said])
-    held: dict[int, int] = {}
+    base = models.load(str(folder), dtype="float32", **FORMATS[storage])
+    storage_bytes: dict[int, int] = {}
     for key, value in base.model.state_dict().items():
         if not key.endswith((".weight_format", "quant_state.bitsandbytes__nf4",
                              "quant_state.bitsandbytes__fp4")):  # fmt: skip
-            held[value.data_ptr()] = value.numel() * value.element_size()
-    offsets = 4 * len(linear_paths(base.model)) if "scales" in said else 0
-    assert models.census(base.model).weight_bytes == sum(held.values()) + offsets
+            storage_bytes[value.data_ptr()] = value.numel() * value.element_size()
+    offsets = 4 * len(linear_paths(base.model)) if "scales" in storage else 0
+    assert models.census(base.model).weight_bytes == sum(storage_bytes.values()) + offsets
     numbers = models.census(base.model).quantized
-    small = numbers if said == "int8" else numbers // 2
+    packed_bytes = numbers if storage == "int8" else numbers // 2
     dense = 4 * (models.census(base.model).parameters - numbers)
-    assert models.census(base.model).weight_bytes > dense + small
+    assert models.census(base.model).weight_bytes > dense + packed_bytes
 
 
-@pytest.mark.parametrize("said", FORMATS)
+@pytest.mark.parametrize("storage", FORMATS)
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "opt"])
 def test_reading_layer_by_layer_equals_quantising_what_is_loaded(
-    arch: str, said: str, tmp_path: Path
+    arch: str, storage: str, tmp_path: Path
 ) -> None:
     folder = save_tiny(tmp_path / arch, arch)
-    read = models.load(str(folder), dtype="float32", **FORMATS[said]).model
-    made = models.load(str(folder), dtype="float32").model
-    kind, _, double = said.partition(",")
-    finish(made, Storage(kind, bool(double)), torch.float32, "cpu")
-    assert linear_paths(read) == linear_paths(made)
-    state = read.state_dict()
-    for key, value in made.state_dict().items():
+    streamed = models.load(str(folder), dtype="float32", **FORMATS[storage]).model
+    loaded = models.load(str(folder), dtype="float32").model
+    storage_type, _, double = storage.partition(",")
+    finish(loaded, Storage(storage_type, bool(double)), torch.float32, "cpu")
+    assert linear_paths(streamed) == linear_paths(loaded)
+    state = streamed.state_dict()
+    for key, value in loaded.state_dict().items():
         assert torch.equal(value, state[key]), key
-    assert torch.equal(read(IDS).logits, made(IDS).logits)
+    assert torch.equal(streamed(IDS).logits, loaded(IDS).logits)
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="reads Linux's /proc")
-@pytest.mark.parametrize("said", ["nf4", "int8"])
-def test_no_file_stays_mapped_once_a_base_is_quantised(said: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("storage", ["nf4", "int8"])
+def test_no_file_stays_mapped_once_a_base_is_quantised(storage: str, tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "llama", "llama")
     plain = models.load(str(folder), dtype="float32").model
     assert str(folder) in Path("/proc/self/smaps").read_text(encoding="utf-8"), "what is compared"
-    wanted = {key: value.clone() for key, value in plain.state_dict().items()}
+    expected = {key: value.clone() for key, value in plain.state_dict().items()}
     del plain
     gc.collect()
-    model = models.load(str(folder), dtype="float32", **FORMATS[said]).model
+    model = models.load(str(folder), dtype="float32", **FORMATS[storage]).model
     assert str(folder) not in Path("/proc/self/smaps").read_text(encoding="utf-8")
     for key in ("model.embed_tokens.weight", "model.norm.weight"):
-        assert torch.equal(model.state_dict()[key], wanted[key]), key
+        assert torch.equal(model.state_dict()[key], expected[key]), key
     tied = model.config.tie_word_embeddings
     assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied
 
 
-@pytest.mark.parametrize("said", ["nf4", "int8"])
+@pytest.mark.parametrize("storage", ["nf4", "int8"])
 def test_a_gguf_file_is_quantised_too(
-    said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LIGHTEN_CACHE", str(tmp_path / "cache"))
     path = write_gguf(tmp_path / "some.gguf", tiny_model("llama"))
-    base = models.load(str(path), dtype="float32", **FORMATS[said])
+    base = models.load(str(path), dtype="float32", **FORMATS[storage])
     assert base.source == "gguf"
     assert base.quantization is not None
-    assert base.quantization.value == said
+    assert base.quantization.value == storage
     assert len(linear_paths(base.model)) == 14
 
 
@@ -188,7 +192,7 @@ def test_a_missing_bitsandbytes_names_the_extra(
     plain = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec",
-        lambda name, *rest: None if name == "bitsandbytes" else plain(name, *rest),
+        lambda name, *arguments: None if name == "bitsandbytes" else plain(name, *arguments),
     )  # fmt: skip
     folder = stored if setting is None else tiny_folder  # stored files ask for it themselves
     options: dict[str, Any] = {} if setting is None else {setting: True}
@@ -198,9 +202,9 @@ def test_a_missing_bitsandbytes_names_the_extra(
 
 def anonymous_bytes() -> int:
     """Memory of this process that no file backs."""
-    found = re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text(encoding="ascii"))
-    assert found is not None
-    return int(found[1]) * 1024
+    match = re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text(encoding="ascii"))
+    assert match is not None
+    return int(match[1]) * 1024
 
 
 @pytest.mark.slow
@@ -219,27 +223,29 @@ def test_the_real_model_in_nf4_is_small_while_it_loads_and_reads_as_well(
             return float(base.model(input_ids=ids, labels=ids).loss)
 
     dense = models.load("smollm2-135m", dtype="bfloat16")
-    wanted = loss(dense)
+    dense_loss = loss(dense)
     del dense
     models.load_tokenizer("smollm2-135m")
-    highest, before = 0, anonymous_bytes()
+    highest, bytes_before = 0, anonymous_bytes()
     plain = bnb.nn.Params4bit.to
 
-    def noting(self: Any, *args: Any, **options: Any) -> Any:
+    def record_memory(self: Any, *args: Any, **options: Any) -> Any:
         nonlocal highest
-        made = plain(self, *args, **options)
-        highest = max(highest, anonymous_bytes() - before)
-        return made
+        moved = plain(self, *args, **options)
+        highest = max(highest, anonymous_bytes() - bytes_before)
+        return moved
 
-    monkeypatch.setattr(bnb.nn.Params4bit, "to", noting)
+    monkeypatch.setattr(bnb.nn.Params4bit, "to", record_memory)
     base = models.load("smollm2-135m", dtype="bfloat16", load_in_4bit=True)
     census = models.census(base.model)
     assert (census.parameters, census.quantized) == (134_515_008, 106_168_320)
     # Half a byte a number, a float32 per 64 of them, a table of 16 in each of 210 layers; the rest
     # in bfloat16.
-    four = census.quantized // 2 + census.quantized // 64 * 4
-    rest = 2 * (census.parameters - census.quantized)
-    assert four + rest <= census.weight_bytes <= four + rest + 210 * 64
+    packed_bytes = census.quantized // 2 + census.quantized // 64 * 4
+    dense_bytes = 2 * (census.parameters - census.quantized)
+    assert (
+        packed_bytes + dense_bytes <= census.weight_bytes <= packed_bytes + dense_bytes + 210 * 64
+    )
     # Dense it would be 269 MB in bfloat16 and 538 MB in the file's float32.
     assert highest < census.weight_bytes + 40e6
-    assert abs(loss(base) - wanted) < 0.3
+    assert abs(loss(base) - dense_loss) < 0.3

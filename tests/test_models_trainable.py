@@ -27,7 +27,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(folder, intermediate_size=64, num_hidden_layers=1)
 
 
-def saved(plain: Path, folder: Path, config: Any) -> Path:
+def save_quantized(plain: Path, folder: Path, config: Any) -> Path:
     """A folder as transformers and torchao write it."""
     shutil.copytree(plain, folder)
     loaded = AutoModelForCausalLM.from_pretrained(
@@ -46,11 +46,11 @@ def dynamic() -> dict[str, Any]:
     return {"8da8w": eight, "8da4w": four, "by name": by_name}
 
 
-@pytest.mark.parametrize("kind", dynamic())
+@pytest.mark.parametrize("config_name", dynamic())
 def test_rounded_activations_are_refused_before_anything_is_loaded(
-    kind: str, plain: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config_name: str, plain: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = saved(plain, tmp_path / "model", dynamic()[kind])
+    folder = save_quantized(plain, tmp_path / "model", dynamic()[config_name])
 
     def too_late(*_: Any, **__: Any) -> None:
         raise AssertionError("rows were read before the base was refused")
@@ -59,16 +59,16 @@ def test_rounded_activations_are_refused_before_anything_is_loaded(
     settings = {"model_name_or_path": str(folder), "dataset": str(chat_file), "max_steps": 1,
                 "output_dir": str(tmp_path / "run")}  # fmt: skip
     for verb in (lighten.train, lighten.plan):
-        with pytest.raises(UserError, match=r"passes no gradient on.*unquantised") as told:
+        with pytest.raises(UserError, match=r"passes no gradient on.*unquantised") as error:
             verb(**settings)
-        assert str(folder) in str(told.value)
+        assert str(folder) in str(error.value)
     assert not (tmp_path / "run").exists()
 
 
 def test_it_is_seen_from_the_layers_too_where_the_files_do_not_say(
     plain: Path, tmp_path: Path
 ) -> None:
-    folder = saved(plain, tmp_path / "model", dynamic()["8da4w"])
+    folder = save_quantized(plain, tmp_path / "model", dynamic()["8da4w"])
     loaded = models.load(str(folder), dtype="float32").model
     with pytest.raises(UserError, match=r"q_proj \(IntxUnpackedToInt8Tensor\) passes no gradient"):
         require_gradients("it", loaded)
@@ -77,7 +77,7 @@ def test_it_is_seen_from_the_layers_too_where_the_files_do_not_say(
 def test_weights_alone_in_eight_bits_still_train(
     plain: Path, chat_file: Path, tmp_path: Path
 ) -> None:
-    folder = saved(plain, tmp_path / "model", quantization.Int8WeightOnlyConfig(version=2))
+    folder = save_quantized(plain, tmp_path / "model", quantization.Int8WeightOnlyConfig(version=2))
     assert "Int8WeightOnly" in json.dumps(models.quantized.stored_as(folder))
     run = lighten.train(
         model_name_or_path=str(folder), dataset=str(chat_file), max_steps=2, dtype="float32",

@@ -39,9 +39,9 @@ def test_a_library_is_kept_for_its_user_alone(source: Path, tmp_path: Path) -> N
     path = native.compiled(source, [])
     assert answer(path) == 42
     assert path.stat().st_mode & 0o777 == path.parent.stat().st_mode & 0o777 == 0o700
-    before = path.stat().st_mtime_ns
+    modified_ns = path.stat().st_mtime_ns
     assert native.compiled(source, []) == path
-    assert path.stat().st_mtime_ns == before
+    assert path.stat().st_mtime_ns == modified_ns
 
 
 @pytest.mark.parametrize("mode", [0o720, 0o702, 0o777])
@@ -63,11 +63,11 @@ def test_a_link_to_a_library_elsewhere_is_not_followed(source: Path, tmp_path: P
 
 
 def test_an_open_folder_of_an_earlier_version_is_closed(source: Path, tmp_path: Path) -> None:
-    kept = tmp_path / "cache" / "kernels"
-    kept.mkdir(parents=True)
-    kept.chmod(0o777)
+    folder = tmp_path / "cache" / "kernels"
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
     native.compiled(source, [])
-    assert kept.stat().st_mode & 0o777 == 0o700
+    assert folder.stat().st_mode & 0o777 == 0o700
 
 
 @pytest.mark.skipif(os.name == "posix" and os.geteuid() != 0, reason="only root gives files away")
@@ -77,26 +77,26 @@ def test_a_folder_or_library_of_another_user_is_left_alone(
     theirs = native.compiled(source, [])
     os.chown(theirs.parent, 4321, -1)
     os.chown(theirs, 4321, -1)
-    other = 4322
-    monkeypatch.setattr(os, "getuid", lambda: other)
+    other_user = 4322
+    monkeypatch.setattr(os, "getuid", lambda: other_user)
     with pytest.raises(native.NotCompiled, match="belongs to another user"):
         native.compiled(source, [])
-    own = theirs.parent.with_name(f"kernels-{other}")
-    os.chown(own, other, -1)
-    (own / theirs.name).write_bytes(b"planted")
-    os.chown(own / theirs.name, 4321, -1)
+    other_folder = theirs.parent.with_name(f"kernels-{other_user}")
+    os.chown(other_folder, other_user, -1)
+    (other_folder / theirs.name).write_bytes(b"planted")
+    os.chown(other_folder / theirs.name, 4321, -1)
     path = native.compiled(source, [])
-    assert path.parent == own
+    assert path.parent == other_folder
     assert answer(path) == 42
 
 
 @pytest.mark.skipif(os.name == "posix" and os.geteuid() != 0, reason="only root gives files away")
 def test_a_library_of_the_system_is_taken(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = native.compiled(source, [])
-    before = path.stat().st_mtime_ns
+    modified_ns = path.stat().st_mtime_ns
     monkeypatch.setattr(os, "getuid", lambda: 4322)
     assert native.compiled(source, []) == path
-    assert path.stat().st_mtime_ns == before
+    assert path.stat().st_mtime_ns == modified_ns
 
 
 def test_loading_the_kernels_leaves_subnormal_numbers_alone() -> None:
@@ -106,7 +106,7 @@ def test_loading_the_kernels_leaves_subnormal_numbers_alone() -> None:
         "import sys; kernels.library(); shared.library(); tiny = sys.float_info.min; "
         "print(tiny / 4 > 0)"
     )
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=False
     )
-    assert done.stdout == "True\n", done.stderr
+    assert completed.stdout == "True\n", completed.stderr

@@ -32,15 +32,15 @@ PAGE = 4096
 
 def resident_bytes(tensor: torch.Tensor) -> int:
     """How much of a mapped tensor this process holds, by the system's own account."""
-    address, held = tensor.data_ptr(), 0
+    address, rss_bytes = tensor.data_ptr(), 0
     inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
-            start, end = (int(word, 16) for word in match.groups())
+            start, end = (int(number, 16) for number in match.groups())
             inside = start <= address < end
         elif inside and line.startswith("Rss:"):
-            held = int(line.split()[1]) * 1024
-    return held
+            rss_bytes = int(line.split()[1]) * 1024
+    return rss_bytes
 
 
 needs_proc = pytest.mark.skipif(
@@ -95,11 +95,11 @@ def test_steps_are_those_of_pytorch(
         parameters = [nn.Parameter(value.clone()) for value in values]
         groups = [{"params": parameters[:2], "weight_decay": 0.1}, {"params": parameters[2:]}]
         options: dict[str, Any] = {"lr": 0.01, "betas": (0.8, 0.95), "weight_decay": 0.0}
-        made = (
+        optimizer = (
             torch.optim.AdamW(groups, fused=True, **options) if store is None
             else OffloadedAdamW(groups, store, **options)
         )  # fmt: skip
-        runs.append((made, parameters))
+        runs.append((optimizer, parameters))
     for step in range(4):
         gradients = [torch.empty_like(value).normal_(generator=draw) for value in values]
         for optimizer, parameters in runs:
@@ -108,14 +108,14 @@ def test_steps_are_those_of_pytorch(
                 parameter.grad = None if (step, place) == (1, 1) else gradient
             optimizer.param_groups[0]["lr"] = 0.01 / (step + 1)
             optimizer.step()
-    (theirs, expected), *others = runs
+    (theirs, expected), *offloaded_runs = runs
     # The last numbers of a piece are not computed in vectors, which rounds otherwise.
-    close = functools.partial(torch.testing.assert_close, rtol=1e-6, atol=1e-9)
-    for ours, moved in others:
-        for one, other in zip(moved, expected, strict=True):
-            close(one, other)
-            for part, value in theirs.state[other].items():
-                close(ours.state[one][part], value)
+    assert_close = functools.partial(torch.testing.assert_close, rtol=1e-6, atol=1e-9)
+    for ours, moved in offloaded_runs:
+        for parameter, expected_parameter in zip(moved, expected, strict=True):
+            assert_close(parameter, expected_parameter)
+            for state_name, value in theirs.state[expected_parameter].items():
+                assert_close(ours.state[parameter][state_name], value)
 
 
 @needs_proc
@@ -126,20 +126,20 @@ def test_a_step_holds_a_few_pieces_of_the_state(
     parameter = nn.Parameter(torch.zeros(2**20))
     optimizer = OffloadedAdamW([{"params": [parameter]}], Scratch(tmp_path, "nvme_path"), lr=0.1)
     moment = optimizer.state[parameter]["exp_avg"]
-    held: list[int] = []
+    resident: list[int] = []
     move = OffloadedAdamW._move
 
-    def noted(*args: Any) -> None:
+    def move_and_record(*args: Any) -> None:
         move(*args)
-        held.append(resident_bytes(moment))
+        resident.append(resident_bytes(moment))
 
-    monkeypatch.setattr(OffloadedAdamW, "_move", noted)
+    monkeypatch.setattr(OffloadedAdamW, "_move", move_and_record)
     for _ in range(2):
         parameter.grad = torch.ones_like(parameter)
         optimizer.step()
-    assert len(held) == 2 * 16
+    assert len(resident) == 2 * 16
     # The system maps a few pages around one that it reads.
-    assert max(held) <= 2 * 2**18 + 2**17
+    assert max(resident) <= 2 * 2**18 + 2**17
     assert resident_bytes(moment) <= 2**17
     assert torch.equal(moment, torch.full_like(moment, 0.19))
 
@@ -168,8 +168,8 @@ def weights(run: Run) -> dict[str, torch.Tensor]:
 
 
 def assert_bitwise(ours: Run, theirs: Run) -> None:
-    for one, other in zip(ours.metrics(), theirs.metrics(), strict=True):
-        assert (one["loss"], one["grad_norm"]) == (other["loss"], other["grad_norm"])
+    for row, expected_row in zip(ours.metrics(), theirs.metrics(), strict=True):
+        assert (row["loss"], row["grad_norm"]) == (expected_row["loss"], expected_row["grad_norm"])
     expected = weights(theirs)
     assert expected
     for key, value in weights(ours).items():
@@ -188,12 +188,12 @@ def test_training_is_bitwise_that_without_offload(
         **settings(root, chat_file, output_dir=str(tmp_path / "run"), **offload)
     )  # fmt: skip
     assert_bitwise(run, Run(root / "plain"))
-    choices = {own["what"]: own for own in run.info()["choices"]}
+    choices = {choice["what"]: choice for choice in run.info()["choices"]}
     for setting, where in offload.items():
         if setting != "nvme_path":
-            said = choices[setting]
-            assert said["value"].endswith("disk" if where == "nvme" else "main memory")
-            assert ("nothing moves" in said["reason"]) == (where == "cpu")
+            choice = choices[setting]
+            assert choice["value"].endswith("disk" if where == "nvme" else "main memory")
+            assert ("nothing moves" in choice["reason"]) == (where == "cpu")
 
 
 def test_a_run_goes_on_with_its_state_elsewhere(
@@ -217,14 +217,14 @@ def test_a_plan_knows_where_the_state_is(root: Path, chat_file: Path) -> None:
     changes = {key: value for key, value in settings(root, chat_file).items() if key != "progress"}
     plans = {where: lighten.plan(**{**changes, "offload_optimizer": where})
              for where in ("none", "cpu", "nvme")}  # fmt: skip
-    held = {where: {part.name: part.bytes for part in own.memory.parts}
-            for where, own in plans.items()}  # fmt: skip
+    part_bytes = {where: {part.name: part.bytes for part in plan.memory.parts}
+            for where, plan in plans.items()}  # fmt: skip
     assert plans["cpu"].memory.expected == plans["none"].memory.expected  # a processor's
     states = plans["none"].states
     assert states is not None
     assert plans["nvme"].states == states
     assert plans["nvme"].disk_bytes == plans["none"].disk_bytes + states.optimiser
-    assert held["nvme"]["base weights"] == held["none"]["base weights"]
+    assert part_bytes["nvme"]["base weights"] == part_bytes["none"]["base weights"]
     assert "waits on a disk" in plans["nvme"].choices["offload_optimizer"]
     shared = {"device": "h100", "gpus": 2, "strategy": "zero1", **changes}
     alone = lighten.api.plan_spread(**shared)
@@ -251,12 +251,12 @@ def test_a_planned_step_holds_two_pieces_of_the_state() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("given", "why"), [
+@pytest.mark.parametrize(("changes", "message"), [
     ({"offload_optimizer": "nvme", "optim": "sgd"}, "moves AdamW's state, and optim: sgd"),
     ({"offload_optimizer": "cpu", "optim": "adamw_8bit"}, "optim: adamw_8bit"),
     ({"nvme_path": "/data"}, "nvme_path is the folder of"),
     ({"nvme_path": "/data", "offload_optimizer": "cpu"}, "nvme_path is the folder of"),
 ])  # fmt: skip
-def test_what_does_not_go_together_is_refused(given: dict[str, Any], why: str) -> None:
-    with pytest.raises(RecipeError, match=why):
-        Recipe.from_values({"model_name_or_path": "m", "dataset": "d", **given})
+def test_what_does_not_go_together_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Recipe.from_values({"model_name_or_path": "m", "dataset": "d", **changes})
