@@ -50,18 +50,18 @@ def test_a_run_without_a_step_makes_a_page(tmp_path: Path) -> None:
 
 def test_figures_that_are_missing_leave_a_note_not_a_crash(tmp_path: Path) -> None:
     run = write_run(tmp_path / "r", adapters=("small", "large"))
-    found = json.loads((run.folder / "evaluation.json").read_text())
-    found["models"][1]["metrics"]["perplexity"] = dict.fromkeys(("value", "se", "low", "high"))
-    found["models"][2]["metrics"]["loss"]["value"] = 1.0
-    found["differences"] = found["differences"][3:]
-    found["examples"][0]["answers"]["small"] = None
-    (run.folder / "evaluation.json").write_text(json.dumps(found))
+    evaluation = json.loads((run.folder / "evaluation.json").read_text())
+    evaluation["models"][1]["metrics"]["perplexity"] = dict.fromkeys(("value", "se", "low", "high"))
+    evaluation["models"][2]["metrics"]["loss"]["value"] = 1.0
+    evaluation["differences"] = evaluation["differences"][3:]
+    evaluation["examples"][0]["answers"]["small"] = None
+    (run.folder / "evaluation.json").write_text(json.dumps(evaluation))
     text = page([run])
     assert "not compared" in text
     assert "Perplexity, large" in text
     assert "(no answer)" in text
-    del found["differences"], found["models"][0]
-    (run.folder / "evaluation.json").write_text(json.dumps(found))
+    del evaluation["differences"], evaluation["models"][0]
+    (run.folder / "evaluation.json").write_text(json.dumps(evaluation))
     assert "without a base to compare with" in page([run])
 
 
@@ -75,19 +75,19 @@ def test_ticks_of_a_narrow_range_read_differently() -> None:
 
 def test_no_difference_is_said_as_such() -> None:
     metrics = {"perplexity": {"value": 10.0}, "chrf": {"value": 20.0}}
-    found = {
+    evaluation = {
         "models": [{"name": "base", "metrics": metrics}, {"name": "r8", "metrics": metrics}],
         "differences": [{"adapter": "r8", "metric": m, "verdict": "no difference found"}
                         for m in ("perplexity", "chrf")],
     }  # fmt: skip
-    (said,) = text.headline({}, found)
-    assert said.count("no difference found") == 2
-    assert said.startswith("r8: held-out perplexity 10.0 → 10.0 (no difference")
+    (line,) = text.headline({}, evaluation)
+    assert line.count("no difference found") == 2
+    assert line.startswith("r8: held-out perplexity 10.0 → 10.0 (no difference")
 
 
 def test_shared_words_are_marked_and_the_rest_is_escaped() -> None:
-    found = str(text.marked("Compare <b> two files!", "compare two files"))
-    assert found == "<mark>Compare</mark> &lt;b&gt;<mark> two files</mark>!"
+    html = str(text.marked("Compare <b> two files!", "compare two files"))
+    assert html == "<mark>Compare</mark> &lt;b&gt;<mark> two files</mark>!"
 
 
 @pytest.mark.parametrize(
@@ -95,11 +95,11 @@ def test_shared_words_are_marked_and_the_rest_is_escaped() -> None:
     [(0, 1), (2.13, 3.97), (-5, 12345), (3, 3), (0, 0), (1e-5, 3e-5), (341.0, 341.0 + 1e-10)],
 )
 def test_ticks_are_round_and_enclose_the_values(low: float, high: float) -> None:
-    found = charts.ticks(low, high)
-    assert found[0] <= low
-    assert found[-1] >= high
-    assert 2 <= len(found) <= 12
-    steps = {round(b - a, 9) for a, b in pairwise(found)}
+    ticks = charts.ticks(low, high)
+    assert ticks[0] <= low
+    assert ticks[-1] >= high
+    assert 2 <= len(ticks) <= 12
+    steps = {round(b - a, 9) for a, b in pairwise(ticks)}
     assert len(steps) == 1
 
 
@@ -128,11 +128,11 @@ def test_a_long_curve_is_thinned_to_its_means() -> None:
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("report")
-    one = write_run(folder / "one")
-    two = write_run(folder / "two", adapters=("small", "중간", "large"), learning_rate=1e-4)
+    first_run = write_run(folder / "one")
+    second_run = write_run(folder / "two", adapters=("small", "중간", "large"), learning_rate=1e-4)
     return {
-        "one": lighten.report(one),
-        "many": lighten.report(one, two, output=folder / "many.html"),
+        "one": lighten.report(first_run),
+        "many": lighten.report(first_run, second_run, output=folder / "many.html"),
     }
 
 

@@ -51,9 +51,9 @@ def test_tensors_are_written_as_any_other_file(tmp_path: Path) -> None:
     tensors = {"a": torch.arange(600.0), "b": torch.ones(2, 3, dtype=torch.bfloat16)}
     runs.write_bytes(tmp_path / "plain", b"x")
     runs.write_bytes(tmp_path / "w.safetensors", Shard(tensors))
-    found = load_file(tmp_path / "w.safetensors")
-    assert found.keys() == tensors.keys()
-    assert all(torch.equal(found[key], value) for key, value in tensors.items())
+    loaded = load_file(tmp_path / "w.safetensors")
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[key], value) for key, value in tensors.items())
     modes = {path.stat().st_mode for path in tmp_path.iterdir()}
     assert len(modes) == 1, "safetensors lets nobody else read what it writes"
     with runs.whole_folder(tmp_path / "folder") as partial:
@@ -97,22 +97,22 @@ def test_a_file_system_that_is_really_full(tmp_path: Path) -> None:
 def test_a_torn_last_line_is_passed_over_and_cut_off_on_resume(tmp_path: Path) -> None:
     run = write_run(tmp_path / "r")
     path = run.folder / "metrics.jsonl"
-    whole = run.metrics()
+    intact_metrics = run.metrics()
     with path.open("a") as file:
         file.write('{"kind": "train", "step": 99')
-    assert run.metrics() == whole
+    assert run.metrics() == intact_metrics
     run.truncate_metrics(10)
-    assert run.metrics() == [line for line in whole if line["step"] <= 10]
+    assert run.metrics() == [line for line in intact_metrics if line["step"] <= 10]
     runs.append_line(path, {"kind": "train", "step": 11})
     assert run.metrics()[-1] == {"kind": "train", "step": 11}
 
 
 def test_runs_are_found_and_compared(tmp_path: Path) -> None:
-    first = write_run(tmp_path / "a", learning_rate=1e-4, started="2026-01-02")
-    second = write_run(tmp_path / "b", learning_rate=2e-4, started="2026-01-01")
+    run_a = write_run(tmp_path / "a", learning_rate=1e-4, started="2026-01-02")
+    run_b = write_run(tmp_path / "b", learning_rate=2e-4, started="2026-01-01")
     (tmp_path / "no-run").mkdir()
     assert [run.name for run in runs.find(tmp_path)] == ["b", "a"]
-    rows = {row["what"]: row for row in runs.compare([first, second])}
+    rows = {row["what"]: row for row in runs.compare([run_a, run_b])}
     assert rows["learning_rate"] == {
         "what": "learning_rate", "kind": "setting", "values": [1e-4, 2e-4],
     }  # fmt: skip
@@ -156,12 +156,12 @@ def test_folders_that_a_killed_process_left_unfinished_go_and_others_stay(tmp_pa
     killed = subprocess.run([sys.executable, "-c", code, str(tmp_path / "q4")], check=False)
     assert killed.returncode == -9
     assert (tmp_path / ".q4.partial" / "weights").is_file()
-    with runs.whole_folder(tmp_path / "q8") as mine:
-        (mine / "a").write_text("a")
+    with runs.whole_folder(tmp_path / "q8") as partial_q8:
+        (partial_q8 / "a").write_text("a")
         assert not (tmp_path / ".q4.partial").exists()
-        with runs.whole_folder(tmp_path / "other") as theirs:  # at work at the same time
-            (theirs / "b").write_text("b")
-            assert (mine / "a").is_file()
+        with runs.whole_folder(tmp_path / "other") as partial_other:  # at work at the same time
+            (partial_other / "b").write_text("b")
+            assert (partial_q8 / "a").is_file()
     assert (tmp_path / "q8" / "a").read_text() == "a"
     assert (tmp_path / "other" / "b").read_text() == "b"
     assert not list(tmp_path.glob(".*"))

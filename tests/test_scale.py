@@ -44,15 +44,15 @@ def test_the_page_s_sky_file_has_the_shape_of_one() -> None:
 def test_the_cheapest_strategy_that_fits_sends_least() -> None:
     alone = a_plan()
     device = DEVICES["h100"]
-    found = cheapest(alone, device, gpus=8, layers=32)
-    tried = [spread(alone, device, own, gpus=8, layers=32)
-             for own in ("ddp", "zero1", "zero2", "zero3")]  # fmt: skip
-    fitting = [own for own in tried if own.fits()]
+    best = cheapest(alone, device, gpus=8, layers=32)
+    candidates = [spread(alone, device, strategy, gpus=8, layers=32)
+                  for strategy in ("ddp", "zero1", "zero2", "zero3")]  # fmt: skip
+    fitting = [candidate for candidate in candidates if candidate.fits()]
     if not fitting:
-        assert found is None
+        assert best is None
     else:
-        assert found is not None
-        assert found.volume.network == min(own.volume.network for own in fitting)
+        assert best is not None
+        assert best.volume.network == min(candidate.volume.network for candidate in fitting)
     none = cheapest(replace(alone, capacity=1), device, gpus=8, layers=32)
     assert none is None
 
@@ -60,13 +60,13 @@ def test_the_cheapest_strategy_that_fits_sends_least() -> None:
 def test_ranks_of_one_machine_s_processor_share_its_memory() -> None:
     processor = replace(DEVICES["h100"], kind="cpu")
     alone = replace(a_plan(), capacity=100 * 2**30)
-    whole = on_ranks(alone, processor, "ddp", ranks=4, local=4, layers=32)
-    assert whole.capacity == int((100 * 2**30 + 3 * whole.states.frozen) / 4)
-    parts = on_ranks(alone, processor, "zero3", ranks=4, local=4, layers=32)
-    assert parts.capacity == 25 * 2**30
+    replicated = on_ranks(alone, processor, "ddp", ranks=4, local=4, layers=32)
+    assert replicated.capacity == int((100 * 2**30 + 3 * replicated.states.frozen) / 4)
+    sharded = on_ranks(alone, processor, "zero3", ranks=4, local=4, layers=32)
+    assert sharded.capacity == 25 * 2**30
 
 
-@pytest.mark.parametrize(("given", "settings"), [
+@pytest.mark.parametrize(("config", "settings"), [
     ("zero2", {"strategy": "zero2"}),
     ({"zero_optimization": {"stage": 3, "overlap_comm": True}, "bf16": {"enabled": "auto"},
       "gradient_clipping": "auto", "train_batch_size": "auto"}, {"strategy": "zero3"}),
@@ -82,17 +82,17 @@ def test_ranks_of_one_machine_s_processor_share_its_memory() -> None:
       "gradient_accumulation_steps": 4}, {"strategy": "ddp", "per_device_train_batch_size": 2}),
 ])  # fmt: skip
 def test_a_deepspeed_configuration_is_read(
-    given: Any, settings: dict[str, Any], chat_file: Path, tmp_path: Path
+    config: Any, settings: dict[str, Any], chat_file: Path, tmp_path: Path
 ) -> None:
-    if isinstance(given, dict):
-        (tmp_path / "ds.json").write_text(json.dumps(given))
-        given = str(tmp_path / "ds.json")
-    made = recipe(chat_file, deepspeed=given)
-    assert {name: getattr(made, name) for name in settings} == settings
-    assert any("deepspeed is called strategy here" in notice for notice in made.notices)
+    if isinstance(config, dict):
+        (tmp_path / "ds.json").write_text(json.dumps(config))
+        config = str(tmp_path / "ds.json")
+    parsed = recipe(chat_file, deepspeed=config)
+    assert {name: getattr(parsed, name) for name in settings} == settings
+    assert any("deepspeed is called strategy here" in notice for notice in parsed.notices)
 
 
-@pytest.mark.parametrize(("given", "says"), [
+@pytest.mark.parametrize(("settings", "message"), [
     ({"deepspeed": {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}},
      "offload_param to cpu is not built"),
     ({"deepspeed": {"zero_optimization": {"offload_optimizer": {"device": "tape"}}}},
@@ -107,9 +107,11 @@ def test_a_deepspeed_configuration_is_read(
     ({"deepspeed": {"gradient_clipping": 0.5}, "max_grad_norm": 2.0}, "both set the same thing"),
     ({"fsdp": "full_shard offload"}, "'offload' is not built"),
 ])  # fmt: skip
-def test_what_has_no_equal_here_is_told(given: dict[str, Any], says: str, chat_file: Path) -> None:
-    with pytest.raises(RecipeError, match=says):
-        recipe(chat_file, **given)
+def test_what_has_no_equal_here_is_told(
+    settings: dict[str, Any], message: str, chat_file: Path
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        recipe(chat_file, **settings)
 
 
 def test_transformers_words_for_fsdp_are_read(chat_file: Path) -> None:
@@ -132,7 +134,7 @@ def test_accelerate_s_configuration_is_a_strategy(
     assert launch.recognise({**RANK, **variables}).strategy == strategy
 
 
-@pytest.mark.parametrize(("variables", "says"), [
+@pytest.mark.parametrize(("variables", "message"), [
     ({"ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true"}, "in main memory"),
     ({"ACCELERATE_USE_FSDP": "true", "FSDP_SHARDING_STRATEGY": "HYBRID_SHARD"}, "HYBRID_SHARD"),
     ({"ACCELERATE_USE_FSDP": "true", "FSDP_ACTIVATION_CHECKPOINTING": "true"},
@@ -143,7 +145,7 @@ def test_accelerate_s_configuration_is_a_strategy(
      "offload_optimizer"),
 ])  # fmt: skip
 def test_what_accelerate_asks_for_and_is_not_the_same_is_refused(
-    variables: dict[str, str], says: str
+    variables: dict[str, str], message: str
 ) -> None:
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         launch.recognise({**RANK, **variables})

@@ -88,7 +88,7 @@ def text(server: Server, model: str, question: str, **options: Any) -> str:
 
 
 def test_models_are_listed_with_their_parents(server: Server) -> None:
-    listed = {own.id: getattr(own, "parent", None) for own in server.client().models.list()}
+    listed = {model.id: getattr(model, "parent", None) for model in server.client().models.list()}
     assert {"base": None, "one": "base", "two": "base"}.items() <= listed.items()
     assert server.client().models.retrieve("one").id == "one"
 
@@ -103,17 +103,17 @@ def test_log_probabilities_are_those_of_peft_alone(
         reference = PeftModel.from_pretrained(reference, str(folder / "inside" / model))
     compared = 0
     for question in (f"{question} {number}" for question in QUESTIONS for number in range(3)):
-        got = ask(server, model, question, max_completion_tokens=1, logprobs=True, top_logprobs=5)
-        if not got.choices[0].logprobs.content:
+        reply = ask(server, model, question, max_completion_tokens=1, logprobs=True, top_logprobs=5)
+        if not reply.choices[0].logprobs.content:
             continue  # half a character, whose probability llama.cpp does not tell
         messages = [{"role": "user", "content": question}]
         ids = base.tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )["input_ids"]
-        assert got.usage.prompt_tokens == ids.shape[1]
+        assert reply.usage.prompt_tokens == ids.shape[1]
         with torch.inference_mode():
             expected = reference(ids).logits[0, -1].float().log_softmax(-1).topk(5).values
-        top = [own.logprob for own in got.choices[0].logprobs.content[0].top_logprobs]
+        top = [entry.logprob for entry in reply.choices[0].logprobs.content[0].top_logprobs]
         # All is float32, keys and values too: what is left is the order of sums, and our engine's
         # factors of adapters, which have the 11 bits of float16.
         close = 1e-3 if model == "base" or engine_of(server) == "llama.cpp" else 5e-3
@@ -151,23 +151,23 @@ def test_answers_under_load_are_those_alone_with_caches_off(
         engine="lighten" if ours else "llamacpp", served_name=BASE, storage="f32", slots=1,
         threads=1, adapter_dir=inside, prefix_caching=False,
     )  # fmt: skip
-    kept = {BASE: [BASE], "one": ["one"], "two": ["two"]}
+    fixed_contents = {BASE: [BASE], "one": ["one"], "two": ["two"]}
     contents = {BASE: None, **{name: name for name in ("one", "two", "first", "second")}}
-    asked = serve_identity.questions(6, 2)
+    questions = serve_identity.questions(6, 2)
     with in_process(str(tiny_folder), options) as url:
-        alone = serve_identity.references(Remote(url), Remote(url, ADMIN), contents, asked)
+        alone = serve_identity.references(Remote(url), Remote(url, ADMIN), contents, questions)
     assert len({answer.text for answer in alone.values()}) > len(alone) / 3
     admin = Remote(server.url, ADMIN)
     serve_identity.load(admin, "moving", "moving")
-    found = serve_identity.under_load(
-        Remote(server.url), admin, inside, {**kept, "moving": ["first", "second"]}, alone, asked,
-        requests=60, clients=6, tie=0.0 if ours else 1e-3,
+    report = serve_identity.under_load(
+        Remote(server.url), admin, inside, {**fixed_contents, "moving": ["first", "second"]}, alone,
+        questions, requests=60, clients=6, tie=0.0 if ours else 1e-3,
     )  # fmt: skip
     serve_identity.unload(admin, "moving")
-    assert found.wrong == []
-    assert found.equal + found.ties == 60
-    assert found.ties <= 3
-    assert found.reloads >= 1
+    assert report.wrong == []
+    assert report.equal + report.ties == 60
+    assert report.ties <= 3
+    assert report.reloads >= 1
     for name in ("first", "second", "moving"):
         shutil.rmtree(inside / name)
 
@@ -196,8 +196,8 @@ def test_trap_18_a_served_run_is_asked_as_it_was_trained(chat_file: Path, tmp_pa
     trained = data.encode(examples, tokenizer, max_length=1000, system_role="fold").rows
     assert run.recipe().system_role == "fold"
     for example, row in zip(examples, trained, strict=True):
-        first = list(row.supervised).index(True)
-        assert served.conversation(example.messages[:-1]) == list(row.input_ids)[:first]
+        prompt_length = list(row.supervised).index(True)
+        assert served.conversation(example.messages[:-1]) == list(row.input_ids)[:prompt_length]
 
 
 def test_adapters_come_and_go_while_others_answer(server: Server, folder: Path) -> None:
@@ -216,28 +216,28 @@ def test_adapters_come_and_go_while_others_answer(server: Server, folder: Path) 
     admin = server.http(ADMIN)
     with ThreadPoolExecutor(2) as pool:
         clients = [pool.submit(load) for _ in range(2)]
-        seen = []
+        changing_texts = []
         for source in ("one", "two", "spare"):  # trained anew in its place each time
             shutil.rmtree(changing, ignore_errors=True)
             shutil.copytree(folder / "inside" / source, changing)
             body = {"lora_name": "changing", "lora_path": "changing"}
             answer = admin.post("/v1/load_lora_adapter", json=body)
             assert answer.status_code == 200, answer.text
-            seen.append(text(server, "changing", QUESTIONS[0]))
-        gone = admin.post("/v1/unload_lora_adapter", json={"lora_name": "changing"})
-        assert gone.status_code == 200
+            changing_texts.append(text(server, "changing", QUESTIONS[0]))
+        unload_answer = admin.post("/v1/unload_lora_adapter", json={"lora_name": "changing"})
+        assert unload_answer.status_code == 200
         done.set()
         for client in clients:
             client.result()
     assert wrong == []
-    assert seen[:2] == [before["one"], before["two"]]
-    assert seen[2] not in before.values()
+    assert changing_texts[:2] == [before["one"], before["two"]]
+    assert changing_texts[2] not in before.values()
     with pytest.raises(openai.NotFoundError, match="changing"):
         text(server, "changing", QUESTIONS[0])
 
 
 def test_streams_say_the_same_as_whole_answers(server: Server) -> None:
-    whole = ask(server, "one", QUESTIONS[1], n=2, max_completion_tokens=12)
+    full_answer = ask(server, "one", QUESTIONS[1], n=2, max_completion_tokens=12)
     parts: list[str] = ["", ""]
     ends: list[str | None] = [None, None]
     usage = None
@@ -249,33 +249,33 @@ def test_streams_say_the_same_as_whole_answers(server: Server) -> None:
         for choice in event.choices:
             parts[choice.index] += choice.delta.content or ""
             ends[choice.index] = choice.finish_reason or ends[choice.index]
-    assert parts == [choice.message.content for choice in whole.choices]
-    assert ends == [choice.finish_reason for choice in whole.choices]
+    assert parts == [choice.message.content for choice in full_answer.choices]
+    assert ends == [choice.finish_reason for choice in full_answer.choices]
     assert usage is not None
-    assert usage.completion_tokens == whole.usage.completion_tokens
+    assert usage.completion_tokens == full_answer.usage.completion_tokens
 
 
 def test_a_stop_text_ends_an_answer_and_is_not_shown(server: Server) -> None:
-    whole = text(server, "two", QUESTIONS[0], max_completion_tokens=20)
-    stop = whole[len(whole) // 2 :][:2]
+    full_text = text(server, "two", QUESTIONS[0], max_completion_tokens=20)
+    stop = full_text[len(full_text) // 2 :][:2]
     answer = ask(server, "two", QUESTIONS[0], max_completion_tokens=20, stop=[stop, "never"])
-    assert answer.choices[0].message.content == whole[: whole.index(stop)]
+    assert answer.choices[0].message.content == full_text[: full_text.index(stop)]
     assert answer.choices[0].finish_reason == "stop"
 
 
 def test_sampling_takes_effect(server: Server) -> None:
-    def several(**options: Any) -> list[str]:
-        made = ask(server, "one", QUESTIONS[0], n=4, **options)
-        return [choice.message.content for choice in made.choices]
+    def sample_texts(**options: Any) -> list[str]:
+        answer = ask(server, "one", QUESTIONS[0], n=4, **options)
+        return [choice.message.content for choice in answer.choices]
 
-    assert len(set(several(temperature=0))) == 1
-    assert len(set(several(temperature=1.5, seed=7))) > 1
-    assert several(temperature=1.5, seed=7) == several(temperature=1.5, seed=7)
-    assert several(temperature=1.5, seed=7) != several(temperature=1.5, seed=8)
-    made = server.client().completions.create(
+    assert len(set(sample_texts(temperature=0))) == 1
+    assert len(set(sample_texts(temperature=1.5, seed=7))) > 1
+    assert sample_texts(temperature=1.5, seed=7) == sample_texts(temperature=1.5, seed=7)
+    assert sample_texts(temperature=1.5, seed=7) != sample_texts(temperature=1.5, seed=8)
+    completion = server.client().completions.create(
         model="one", prompt="the", max_tokens=4, temperature=0, logit_bias={"40": 100}
     )
-    assert len(set(made.choices[0].text)) == 1
+    assert len(set(completion.choices[0].text)) == 1
 
 
 def likely(folder: Path, prompt: list[int], *tokens: int) -> list[float]:
@@ -293,31 +293,31 @@ def test_settings_mean_the_same_in_both_engines(server: Server, tiny_folder: Pat
     of_x, of_y = likely(tiny_folder, prompt, x, y)
     client = server.client()
 
-    def several(more: float, **options: Any) -> set[str]:
+    def first_letters(margin: float, **options: Any) -> set[str]:
         """First letters of answers where X has so much more than Y, and both all the rest."""
-        bias = {str(x): 90.0, str(y): 90.0 + of_x - of_y - more}
-        made = client.completions.create(
+        bias = {str(x): 90.0, str(y): 90.0 + of_x - of_y - margin}
+        completion = client.completions.create(
             model="base", prompt=prompt, max_tokens=1, logit_bias=bias, **options
         )
-        return {choice.text for choice in made.choices}
+        return {choice.text for choice in completion.choices}
 
     # At temperature 1 X has 0.88 of both, at temperature 2 it has 0.73.
-    assert several(2, n=16, seed=-1, temperature=1, top_p=0.8) == {"X"}
-    assert several(2, n=16, seed=2**32 - 1, temperature=2, top_p=0.8) == {"X", "Y"}
+    assert first_letters(2, n=16, seed=-1, temperature=1, top_p=0.8) == {"X"}
+    assert first_letters(2, n=16, seed=2**32 - 1, temperature=2, top_p=0.8) == {"X", "Y"}
     for only in ({"top_k": 1}, {"min_p": 0.5}):
-        assert several(2, n=8, seed=3, temperature=2, extra_body=only) == {"X"}
+        assert first_letters(2, n=8, seed=3, temperature=2, extra_body=only) == {"X"}
     for _ in range(2):  # with a cold cache and a warm one
-        assert several(1, temperature=0, frequency_penalty=2) == {"X"}
+        assert first_letters(1, temperature=0, frequency_penalty=2) == {"X"}
     if engine_of(server) == "llama.cpp":
-        for name, more in (
+        for name, extra in (
             ("presence_penalty", {}),
             ("frequency_penalty", {"extra_body": {"repetition_penalty": 2}}),
         ):
             with pytest.raises(openai.BadRequestError, match=name) as refused:
-                several(1, temperature=0, **{name: 1}, **more)
+                first_letters(1, temperature=0, **{name: 1}, **extra)
             assert refused.value.param == name
     else:
-        assert several(1, temperature=0, presence_penalty=2) == {"X"}
+        assert first_letters(1, temperature=0, presence_penalty=2) == {"X"}
 
 
 def schema_wanted(schema: dict[str, Any]) -> dict[str, Any]:
@@ -343,12 +343,12 @@ PERSON = {
 def test_json_follows_its_schema(server: Server, model: str, temperature: float) -> None:
     jsonschema = pytest.importorskip("jsonschema")
     pytest.importorskip("llguidance")
-    made = ask(
+    answer = ask(
         server, model, "json", response_format=schema_wanted(PERSON), n=4, seed=3,
         temperature=temperature, max_completion_tokens=150, logprobs=True,
     )  # fmt: skip
-    assert {choice.finish_reason for choice in made.choices} == {"stop"}
-    for choice in made.choices:
+    assert {choice.finish_reason for choice in answer.choices} == {"stop"}
+    for choice in answer.choices:
         jsonschema.validate(json.loads(choice.message.content), PERSON)
     plain = text(server, model, "json", response_format={"type": "json_object"}, seed=5,
                  max_completion_tokens=1)  # fmt: skip
@@ -383,9 +383,9 @@ def test_completions_take_texts_and_ids(server: Server, tiny_folder: Path) -> No
     of_ids = client.completions.create(model="two", prompt=[ids, ids], **settings)
     assert of_text.usage is not None
     assert of_text.usage.prompt_tokens == len(ids)
-    assert {own.text for own in of_ids.choices} == {of_text.choices[0].text}
+    assert {choice.text for choice in of_ids.choices} == {of_text.choices[0].text}
     assert of_text.choices[0].logprobs is not None
-    assert all(len(own) == 2 for own in of_text.choices[0].logprobs.top_logprobs or ())
+    assert all(len(top) == 2 for top in of_text.choices[0].logprobs.top_logprobs or ())
 
 
 def _chat(**changes: Any) -> dict[str, Any]:
@@ -394,7 +394,7 @@ def _chat(**changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("body", "status", "said"),
+    ("body", "status", "message"),
     [
         (_chat(model="nobody"), 404, "nobody"),
         (_chat(model=None), 400, "model"),
@@ -420,12 +420,12 @@ def _chat(**changes: Any) -> dict[str, Any]:
     ],
 )
 def test_what_is_not_applied_is_refused_by_name(
-    server: Server, body: Any, status: int, said: str
+    server: Server, body: Any, status: int, message: str
 ) -> None:
     answer = server.http().post("/v1/chat/completions", json=body)
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]
-    assert said in error["message"]
+    assert message in error["message"]
     assert "Traceback" not in answer.text
 
 
@@ -470,23 +470,23 @@ def test_adapters_are_loaded_with_the_key_and_from_the_folder_alone(
     assert answer.status_code == status, answer.text
     if path == "dora":
         assert "merge" in answer.json()["error"]["message"]
-    assert "more" not in [own.id for own in server.client().models.list()]
+    assert "more" not in [model.id for model in server.client().models.list()]
 
 
 def test_bench_serve_measures_and_checks(server: Server, tmp_path: Path) -> None:
-    found = lighten.api.bench_serve(
+    report = lighten.api.bench_serve(
         server.url, output_dir=tmp_path, requests=12, clients=4, prompt_words=3, max_tokens=4,
         identity_requests=24, popularity="zipf",
     )  # fmt: skip
-    assert [own["name"] for own in found["checks"] if not own["passed"]] == []
-    assert found["identity"]["wrong"] == 0
-    assert found["identity"]["same"] + found["identity"]["rounding"] == 24
-    loads = {own["what"]: own for own in found["loads"]}
+    assert [check["name"] for check in report["checks"] if not check["passed"]] == []
+    assert report["identity"]["wrong"] == 0
+    assert report["identity"]["same"] + report["identity"]["rounding"] == 24
+    loads = {load["what"]: load for load in report["loads"]}
     assert {"base", "1 adapter", "2 adapters", "base and adapters"} <= loads.keys()
-    for own in loads.values():
-        assert own["answered"] == 12
-        assert own["errors"] == {}
-        assert 0 < own["first_token_s"]["p50"] <= own["first_token_s"]["p99"]
+    for load in loads.values():
+        assert load["answered"] == 12
+        assert load["errors"] == {}
+        assert 0 < load["first_token_s"]["p50"] <= load["first_token_s"]["p99"]
     assert set(loads["base"]["by_model"]) == {"base"}
     assert json.loads((tmp_path / "bench-serve.json").read_text())["identity"]["wrong"] == 0
     ElementTree.parse(tmp_path / "bench-serve.svg")
@@ -504,19 +504,19 @@ def test_checks_find_a_server_that_answers_with_another_adapter(
         return chat("one" if wrong else model, messages, **options)
 
     monkeypatch.setattr(remote, "chat", mixed_up)
-    found = checks.identity(remote, ["one", "two"], requests=16, clients=2)
-    assert found.wrong == 8
-    assert found.same == 8
+    report = checks.identity(remote, ["one", "two"], requests=16, clients=2)
+    assert report.wrong == 8
+    assert report.same == 8
 
 
 def test_chat_talks_to_a_server(server: Server) -> None:
     out = io.StringIO()
     question = f"{QUESTIONS[0]}\n/adapter nobody\n/adapter two\n/reset\n{QUESTIONS[0]}\n/exit\n"
     talk(server.url, lines=io.StringIO(question), out=out, max_new_tokens=8)
-    said = out.getvalue()
-    assert said.startswith(text(server, "one", QUESTIONS[0]))
-    assert "no model is called 'nobody'" in said
-    assert said.rstrip("\n").endswith(text(server, "two", QUESTIONS[0]).rstrip("\n"))
+    output = out.getvalue()
+    assert output.startswith(text(server, "one", QUESTIONS[0]))
+    assert "no model is called 'nobody'" in output
+    assert output.rstrip("\n").endswith(text(server, "two", QUESTIONS[0]).rstrip("\n"))
 
 
 def test_the_page_asks_two_models(server: Server, browser: Any) -> None:
@@ -529,7 +529,7 @@ def test_the_page_asks_two_models(server: Server, browser: Any) -> None:
     page.fill("textarea", QUESTIONS[0])
     page.click("text=Ask")
     page.wait_for_selector(".told >> nth=1", state="attached")
-    shown = [own.text_content() for own in page.query_selector_all(".answer")]
+    shown = [element.text_content() for element in page.query_selector_all(".answer")]
     assert shown == [text(server, "one", QUESTIONS[0]), text(server, "two", QUESTIONS[0])]
     page.close()
 
@@ -549,7 +549,7 @@ def test_a_client_that_hangs_up_frees_its_slot(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sent", "said"),
+    ("sent", "expected"),
     [
         (b"GARBAGE\r\n\r\n", b"400"),
         (b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 200_000, b"400"),
@@ -559,7 +559,7 @@ def test_a_client_that_hangs_up_frees_its_slot(server: Server) -> None:
     ids=["no HTTP", "endless header", "half a request"],
 )  # fmt: skip
 def test_what_is_no_request_is_ended_and_others_are_answered(
-    server: Server, sent: bytes, said: bytes
+    server: Server, sent: bytes, expected: bytes
 ) -> None:
     address = httpx.URL(server.url)
     with socket.create_connection((address.host, address.port or 80), timeout=60) as connection:
@@ -567,11 +567,11 @@ def test_what_is_no_request_is_ended_and_others_are_answered(
         with contextlib.suppress(OSError):
             connection.sendall(sent)
             connection.shutdown(socket.SHUT_WR)
-        got = b""
+        reply = b""
         with contextlib.suppress(OSError):
-            got = connection.recv(100)
+            reply = connection.recv(100)
     # Who hangs up while more is being sent takes its answer along.
-    assert said in got or (not got and len(sent) > 100_000)
+    assert expected in reply or (not reply and len(sent) > 100_000)
     assert text(server, "one", QUESTIONS[0])
 
 
@@ -594,8 +594,8 @@ def test_a_crashed_engine_is_started_again(server: Server) -> None:
         pytest.skip("it lives in the server's process")
     before = text(server, "two", QUESTIONS[2])
     (child,) = (
-        own for own in psutil.Process(server.process.pid).children(recursive=True)
-        if "lighten.serving.child" in own.cmdline()
+        process for process in psutil.Process(server.process.pid).children(recursive=True)
+        if "lighten.serving.child" in process.cmdline()
     )  # fmt: skip
     child.suspend()  # so that the request is under way for as long as it takes
     with ThreadPoolExecutor(1) as pool:
@@ -627,9 +627,9 @@ def test_sigterm_lets_running_answers_finish(server: Server) -> None:
             json=_chat(max_tokens=220, stream=True, logit_bias={"4": -100, "2": -100}),
         ) as events:  # fmt: skip
             lines = events.iter_lines()
-            first = next(lines)
+            first_line = next(lines)
             began.wait()
-            return [first, *lines]
+            return [first_line, *lines]
 
     with ThreadPoolExecutor(3) as pool:
         running = [pool.submit(stream) for _ in range(3)]
@@ -647,8 +647,8 @@ def test_what_cannot_be_served_is_said_before_anything_starts(
 ) -> None:
     monkeypatch.setenv("LIGHTEN_CACHE", str(tmp_path))
 
-    def refused(said: str, **options: Any) -> None:
-        with pytest.raises(UserError, match=said):
+    def refused(message: str, **options: Any) -> None:
+        with pytest.raises(UserError, match=message):
             lighten.api.serve(str(tiny_folder), log=lambda _: None, **options)
 
     refused("dora.*merge", adapters=[str(folder / "inside" / "dora")])
@@ -659,8 +659,8 @@ def test_what_cannot_be_served_is_said_before_anything_starts(
     refused("positions", context=10_000)
     refused("storage", storage="q3")
     refused("engine", engine="nothing")
-    other = save_tiny(tmp_path / "other", "phi3")
-    alien = save_adapter(other, tmp_path / "alien", seed=1)
+    other_base = save_tiny(tmp_path / "other", "phi3")
+    alien = save_adapter(other_base, tmp_path / "alien", seed=1)
     refused("alien.*(base|model)", adapters=[str(alien)])
 
 

@@ -33,8 +33,8 @@ GREEDY = Sampling(temperature=0.0)
 def adapter(model: PreTrainedModel, folder: Path, seed: int, **settings: Any) -> Path:
     """An adapter that PEFT wrote, whose update moves every answer."""
     torch.manual_seed(seed)
-    given = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | settings
-    peft = get_peft_model(copy.deepcopy(model), LoraConfig(**given))
+    config = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | settings
+    peft = get_peft_model(copy.deepcopy(model), LoraConfig(**config))
     for name, parameter in peft.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)
@@ -117,8 +117,8 @@ def test_trap_33_a_mixed_batch_answers_as_each_adapter_alone(
         monkeypatch.setattr(kernels, "library", lambda: None)
     # PEFT's own choice of layers is the model's plain attention; eager is exact about windows.
     model = tiny_model(arch, attn_implementation="eager")
-    last = "c_attn" if arch == "gpt2" else "qkv_proj" if arch == "phi3" else "v_proj"
-    settings = {**SETTINGS, "c": {"target_modules": [last]}}
+    target = "c_attn" if arch == "gpt2" else "qkv_proj" if arch == "phi3" else "v_proj"
+    settings = {**SETTINGS, "c": {"target_modules": [target]}}
     folders = {
         name: adapter(model, tmp_path / name, seed, **settings[name])
         for seed, name in enumerate(settings)
@@ -135,12 +135,12 @@ def test_trap_33_a_mixed_batch_answers_as_each_adapter_alone(
         assert (answer.how, len(answer.tokens)) == ("length", 6)
         if name is None:
             with reference.disable_adapter():
-                wanted = expected(reference, prompt, answer)
+                reference_rows = expected(reference, prompt, answer)
         else:
             reference.set_adapter(name)
-            wanted = expected(reference, prompt, answer)
+            reference_rows = expected(reference, prompt, answer)
         close = 1e-4 if name is None else CLOSE
-        torch.testing.assert_close(as_rows(answer), wanted, atol=close, rtol=1e-4)
+        torch.testing.assert_close(as_rows(answer), reference_rows, atol=close, rtol=1e-4)
         assert answer.tokens == as_rows(answer).argmax(-1).tolist()
     engine.close(10)
 
@@ -163,37 +163,37 @@ def test_the_kernel_adds_what_the_products_say(dtype: torch.dtype, inputs: int) 
         return torch.randn(*shape, generator=generator)
 
     columns = (slice(0, 19), slice(19, 43))
-    given = {
+    adapters = {
         "a": {0: Factors(random(5, inputs), random(19, 5), 0.5)},
         "b": {0: Factors(random(3, inputs) * 1e-6, random(19, 3) * 1e6, 2.0),
               1: Factors(random(9, inputs), random(24, 9), 0.1)},
         "c": {},
     }  # fmt: skip
-    updates = {k: Update(v, columns, inputs, torch.device("cpu")) for k, v in given.items()}
+    updates = {k: Update(v, columns, inputs, torch.device("cpu")) for k, v in adapters.items()}
     segments = Segments(("a", "b", "c", "a"), (1, 4, 14, 15), (4, 14, 15, 17))
     x, y = random(18, inputs).to(dtype), random(18, 43).to(dtype)
-    wanted = y.double()
+    expected_y = y.double()
     for name, start, stop in zip(segments.names, segments.starts, segments.stops, strict=True):
-        for place, one in given[name].items():
-            low = x[start:stop].double() @ rounded(one.A).T
-            wanted[start:stop, columns[place]] += low @ rounded(one.B).T * one.scale
+        for place, factors in adapters[name].items():
+            low = x[start:stop].double() @ rounded(factors.A).T
+            expected_y[start:stop, columns[place]] += low @ rounded(factors.B).T * factors.scale
     segments.add(y, x, updates)
     relative = 1e-5 if dtype == torch.float32 else 2**-8
-    torch.testing.assert_close(y.double(), wanted, atol=relative, rtol=relative)
-    assert torch.equal(y[0].double(), wanted[0])
-    assert torch.equal(y[14].double(), wanted[14])
-    assert torch.equal(y[17].double(), wanted[17])
+    torch.testing.assert_close(y.double(), expected_y, atol=relative, rtol=relative)
+    assert torch.equal(y[0].double(), expected_y[0])
+    assert torch.equal(y[14].double(), expected_y[14])
+    assert torch.equal(y[17].double(), expected_y[17])
 
 
 @pytest.fixture
 def engine(tmp_path: Path) -> Iterator[Engine]:
     model = tiny_model("llama")
     folders = [adapter(model, tmp_path / name, seed) for seed, name in enumerate("ab")]
-    made = Engine(model, max_sequences=3, max_tokens=48, prefill_tokens=16)
+    tiny_engine = Engine(model, max_sequences=3, max_tokens=48, prefill_tokens=16)
     for folder in folders:
-        made.load_adapter(folder.name, folder)
-    yield made
-    made.close(10)
+        tiny_engine.load_adapter(folder.name, folder)
+    yield tiny_engine
+    tiny_engine.close(10)
 
 
 def test_a_kept_prefix_is_that_of_the_same_adapter_alone(engine: Engine, tmp_path: Path) -> None:
@@ -205,13 +205,13 @@ def test_a_kept_prefix_is_that_of_the_same_adapter_alone(engine: Engine, tmp_pat
         for name in (None, "b", "a"):
             longer = [*prompt, *cold[name]]
             assert finished(ask(engine, prompt, name)).tokens == cold[name]
-            again = finished(ask(engine, longer[:-2], name, count=2)).tokens
-            assert again == cold[name][-2:]
-    other = adapter(tiny_model("llama"), tmp_path / "other", 17)
-    engine.load_adapter("a", other)
+            continued = finished(ask(engine, longer[:-2], name, count=2)).tokens
+            assert continued == cold[name][-2:]
+    replacement = adapter(tiny_model("llama"), tmp_path / "other", 17)
+    engine.load_adapter("a", replacement)
     anew = finished(ask(engine, prompt, "a")).tokens
     assert anew != cold["a"]
-    engine.load_adapter("c", other)
+    engine.load_adapter("c", replacement)
     assert finished(ask(engine, prompt, "c")).tokens == anew
 
 
@@ -248,8 +248,8 @@ def test_an_answer_is_bit_for_bit_the_adapters_alone(
         if name is not None:
             lone.load_adapter(name, folders[name])
         for place, prompt in enumerate(prompts):
-            one = finished(ask(lone, prompt, name))
-            alone[name, place] = one.tokens, one.logprobs
+            answer = finished(ask(lone, prompt, name))
+            alone[name, place] = answer.tokens, answer.logprobs
         if name is not None:
             lone.unload_adapter(name)
     lone.close(10)
@@ -257,7 +257,7 @@ def test_an_answer_is_bit_for_bit_the_adapters_alone(
     now = {"a": "a", "b": "b"}
     for name in now:
         many.load_adapter(name, folders[name])
-    asked = []
+    submitted = []
     for number in range(60):
         if number % 9 == 8:  # another content under the name, in its place or after unloading
             name, content = random.choice("ab"), random.choice("abcd")
@@ -266,13 +266,13 @@ def test_an_answer_is_bit_for_bit_the_adapters_alone(
             many.load_adapter(name, folders[content])
             now[name] = content
         name, place = random.choice((None, "a", "b")), random.randrange(len(prompts))
-        asked.append((name and now[name], place, ask(many, prompts[place], name)))
-    got = [(content, place, finished(answer)) for content, place, answer in asked]
+        submitted.append((name and now[name], place, ask(many, prompts[place], name)))
+    results = [(content, place, finished(answer)) for content, place, answer in submitted]
     assert [
-        (content, place) for content, place, one in got
-        if (one.tokens, one.logprobs) != alone[content, place]
+        (content, place) for content, place, answer in results
+        if (answer.tokens, answer.logprobs) != alone[content, place]
     ] == []  # fmt: skip
-    assert any(one.cached for *_, one in got)
+    assert any(answer.cached for *_, answer in results)
     many.close(10)
 
 
@@ -280,9 +280,9 @@ def test_answers_under_way_end_with_the_adapter_they_began_with(
     engine: Engine, tmp_path: Path
 ) -> None:
     alone = finished(ask(engine, PROMPTS[0], "a", count=30)).tokens
-    other = adapter(tiny_model("llama"), tmp_path / "other", 17)
+    replacement = adapter(tiny_model("llama"), tmp_path / "other", 17)
     answers = [ask(engine, PROMPTS[0], "a", count=30) for _ in range(6)]
-    engine.load_adapter("a", other)
+    engine.load_adapter("a", replacement)
     engine.unload_adapter("b")
     assert [finished(answer).tokens for answer in answers] == [alone] * 6
     with pytest.raises(UserError, match="no adapter is called 'b'"):
@@ -303,11 +303,11 @@ def test_memory_of_replaced_adapters_is_given_back(engine: Engine, tmp_path: Pat
 
 
 def test_an_answer_ends_where_it_must(engine: Engine) -> None:
-    whole = finished(ask(engine, PROMPTS[3], "a", count=100))
-    assert (whole.how, len(whole.tokens)) == ("length", 48 - len(PROMPTS[3]))
-    place = next(i for i, token in enumerate(whole.tokens) if token not in whole.tokens[:i])
-    stopped = finished(ask(engine, PROMPTS[3], "a", stops=frozenset({whole.tokens[place]})))
-    assert (stopped.how, stopped.tokens) == ("stop", whole.tokens[:place])
+    answer = finished(ask(engine, PROMPTS[3], "a", count=100))
+    assert (answer.how, len(answer.tokens)) == ("length", 48 - len(PROMPTS[3]))
+    place = next(i for i, token in enumerate(answer.tokens) if token not in answer.tokens[:i])
+    stopped = finished(ask(engine, PROMPTS[3], "a", stops=frozenset({answer.tokens[place]})))
+    assert (stopped.how, stopped.tokens) == ("stop", answer.tokens[:place])
     with pytest.raises(UserError, match=r"48 tokens; with its answer at most 48"):
         ask(engine, [5] * 48, "a")
     with pytest.raises(UserError, match="no tokens"):
@@ -339,7 +339,7 @@ def test_closing_answers_what_was_taken_and_refuses_more(engine: Engine) -> None
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"use_dora": True}, "use_dora"),
         ({"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]}, "lm_head"),
@@ -348,12 +348,12 @@ def test_closing_answers_what_was_taken_and_refuses_more(engine: Engine) -> None
     ],
 )
 def test_what_cannot_be_served_unmerged_is_refused(
-    settings: dict[str, Any], said: str, engine: Engine, tmp_path: Path
+    settings: dict[str, Any], message: str, engine: Engine, tmp_path: Path
 ) -> None:
     folder = adapter(tiny_model("llama"), tmp_path / "more", 5, **settings)
-    with pytest.raises(UserError, match=said) as told:
+    with pytest.raises(UserError, match=message) as refused:
         engine.load_adapter("more", folder)
-    assert "--as merged" in str(told.value)
+    assert "--as merged" in str(refused.value)
     assert engine.adapters == ("a", "b")
 
 
@@ -367,7 +367,7 @@ def test_an_adapter_of_another_base_is_refused(engine: Engine, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("arch", "changes", "said"),
+    ("arch", "changes", "message"),
     [
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0,
                                        "rope_theta": 10000.0}}, "rotary"),
@@ -375,9 +375,9 @@ def test_an_adapter_of_another_base_is_refused(engine: Engine, tmp_path: Path) -
     ],
 )  # fmt: skip
 def test_bases_that_slots_would_get_wrong_are_refused(
-    arch: str, changes: dict[str, Any], said: str
+    arch: str, changes: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         Engine(tiny_model(arch, **changes))
 
 
@@ -390,13 +390,13 @@ def chosen(written: Sequence[int] = (), top: int | None = None, **how: Any) -> C
 
 def test_draws_follow_their_settings() -> None:
     drawn = [chosen(seed=n) for n in range(400)]
-    share = sum(one.token == 1 for one in drawn) / 400
+    share = sum(choice.token == 1 for choice in drawn) / 400
     assert abs(share - float(LOGITS.softmax(-1)[1])) < 0.08
     assert {chosen(top_k=2, seed=n).token for n in range(60)} == {1, 2}
     assert {chosen(top_p=0.3, seed=n).token for n in range(60)} == {1}
     assert {chosen(min_p=0.5, seed=n).token for n in range(60)} == {1, 2}
-    again = [Sampler(Sampling(temperature=2.0, seed=9)) for _ in range(2)]
-    runs = [[sampler.choose(LOGITS, [], []).token for _ in range(20)] for sampler in again]
+    samplers = [Sampler(Sampling(temperature=2.0, seed=9)) for _ in range(2)]
+    runs = [[sampler.choose(LOGITS, [], []).token for _ in range(20)] for sampler in samplers]
     assert runs[0] == runs[1]
     assert len(set(runs[0])) > 1
 
@@ -408,7 +408,7 @@ def test_penalties_and_biases_move_the_choice_and_not_what_is_told_of_it() -> No
     assert chosen([1], temperature=0.0, frequency_penalty=0.04).token == 1
     assert chosen([1], temperature=0.0, presence_penalty=0.2).token == 2
     assert chosen([1, 2], temperature=0.0, repetition_penalty=4.0).token == 4
-    told = chosen([1], top=2, temperature=0.0, presence_penalty=9.0)
-    assert told.token == 2
-    assert told.logprob == pytest.approx(float(LOGITS.log_softmax(-1)[2]))
-    assert [token for token, _ in told.top] == [1, 2]
+    choice = chosen([1], top=2, temperature=0.0, presence_penalty=9.0)
+    assert choice.token == 2
+    assert choice.logprob == pytest.approx(float(LOGITS.log_softmax(-1)[2]))
+    assert [token for token, _ in choice.top] == [1, 2]

@@ -51,16 +51,16 @@ def test_ratios_are_taken_round_by_round() -> None:
     rounds = {"base": [round_of(100, 1.0), round_of(100, 2.0)],
               "mixed": [round_of(90, 1.0), round_of(80, 2.0)]}  # fmt: skip
     compared = Compared("decode", rounds)
-    found = compared.ratio("mixed", "base", "cpu")
-    assert found is not None
-    assert (found["min"], found["max"]) == (0.8, 0.9)
+    ratio = compared.ratio("mixed", "base", "cpu")
+    assert ratio is not None
+    assert (ratio["min"], ratio["max"]) == (0.8, 0.9)
     assert compared.rates("mixed", "wall") == [45.0, 20.0]
     decode = {
-        "lighten": {**compared.to_dict(), "mixed_vs_base_cpu": found},
+        "lighten": {**compared.to_dict(), "mixed_vs_base_cpu": ratio},
         "peft": {"mixed_per_cpu_s": [30.0, 40.0]}, "vllm": {"missing": "make vllm"},
     }  # fmt: skip
     line = headline({"decode": decode, "identity": {"a": {"wrong": 1}, "b": {"wrong": 2}}})
-    assert line["mixed_vs_base"] == found["median"]
+    assert line["mixed_vs_base"] == ratio["median"]
     assert line["mixed_vs_best_engine"] == 90.0 / 40.0
     assert line["prefill_vs_base"] is None
     assert line["identity_wrong"] == 3

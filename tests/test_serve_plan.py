@@ -100,9 +100,9 @@ def test_our_engine_holds_as_much_as_was_planned(
 def test_the_engine_is_the_one_that_would_be_taken(
     tiny_folder: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one, _ = lighten.api.plan_server(str(tiny_folder), adapters=[str(folder / "one")])
-    several, _ = lighten.api.plan_server(str(tiny_folder), adapters=[str(folder)])
-    assert (one.engine.value, several.engine.value) == ("llamacpp", "lighten")
+    single_plan, _ = lighten.api.plan_server(str(tiny_folder), adapters=[str(folder / "one")])
+    folder_plan, _ = lighten.api.plan_server(str(tiny_folder), adapters=[str(folder)])
+    assert (single_plan.engine.value, folder_plan.engine.value) == ("llamacpp", "lighten")
     monkeypatch.setattr(hardware, "chosen_gpu", lambda: Gpu("NVIDIA T4", 16 * 10**9, "7.5"))
     monkeypatch.setattr("lighten.serving.vllm.installed", lambda: "/somewhere/bin/vllm")
     on_gpu, memory = lighten.api.plan_server(str(tiny_folder), adapters=[str(folder)])

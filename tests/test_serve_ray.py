@@ -71,17 +71,17 @@ def test_an_adapters_requests_stay_together_and_are_answered_by_it(client: httpx
             assert answer.status_code == 200, answer.text
             texts.setdefault(model, set()).add(answer.json()["choices"][0]["text"])
             places.setdefault(model, set()).add(answer.headers["X-Replica"])
-    assert {model: len(said) for model, said in texts.items()} == dict.fromkeys(texts, 1)
+    assert {model: len(answers) for model, answers in texts.items()} == dict.fromkeys(texts, 1)
     assert len(set.union(*texts.values())) == 4
     assert {name: len(places[name]) for name in NAMES} == dict.fromkeys(NAMES, 1)
 
 
 def test_streams_and_errors_come_through(client: httpx.Client) -> None:
-    whole = ask(client, "two").json()["choices"][0]["text"]
+    full_text = ask(client, "two").json()["choices"][0]["text"]
     streamed = ask(client, "two", stream=True)
     assert streamed.headers["content-type"].startswith("text/event-stream")
     lines = [line[6:] for line in streamed.text.splitlines() if line.startswith("data: {")]
-    assert "".join(json.loads(line)["choices"][0]["text"] for line in lines) == whole
+    assert "".join(json.loads(line)["choices"][0]["text"] for line in lines) == full_text
     assert "data: [DONE]" in streamed.text
     assert ask(client, "nobody").status_code == 404
     assert ask(client, "../adapters").status_code == 403

@@ -58,12 +58,12 @@ def test_without_a_clients_key_nothing_below_v1_is_answered(served: Served) -> N
     _, client = served(api_keys=("first", "second"), admin_keys=("admin",))
     missing, wrong, basic, model, page, health = answered(
         client,
-        lambda it: it.get("/v1/models"),
-        lambda it: it.post("/v1/chat/completions", json=CHAT, headers=bearer("nobody's")),
-        lambda it: it.get("/v1/models", headers={"Authorization": "Basic first"}),
-        lambda it: it.get("/v1/models", headers=bearer("second")),
-        lambda it: it.get("/"),
-        lambda it: it.get("/health"),
+        lambda http: http.get("/v1/models"),
+        lambda http: http.post("/v1/chat/completions", json=CHAT, headers=bearer("nobody's")),
+        lambda http: http.get("/v1/models", headers={"Authorization": "Basic first"}),
+        lambda http: http.get("/v1/models", headers=bearer("second")),
+        lambda http: http.get("/"),
+        lambda http: http.get("/health"),
     )
     for refused, code in ((missing, "missing_api_key"), (wrong, "invalid_api_key"),
                           (basic, "missing_api_key")):  # fmt: skip
@@ -78,9 +78,9 @@ def test_a_clients_key_loads_no_adapters_and_the_other_way_round(served: Served)
     _, client = served(api_keys=("client",), admin_keys=("admin",))
     by_client, nowhere, models = answered(
         client,
-        lambda it: it.post("/v1/load_lora_adapter", json=LOAD, headers=bearer("client")),
-        lambda it: it.post("/v1/load_lora_adapter", json=LOAD, headers=bearer("admin")),
-        lambda it: it.get("/v1/models", headers=bearer("admin")),
+        lambda http: http.post("/v1/load_lora_adapter", json=LOAD, headers=bearer("client")),
+        lambda http: http.post("/v1/load_lora_adapter", json=LOAD, headers=bearer("admin")),
+        lambda http: http.get("/v1/models", headers=bearer("admin")),
     )
     assert by_client.status_code == 401
     assert (nowhere.status_code, "--adapter-dir" in nowhere.text) == (403, True)
@@ -90,7 +90,7 @@ def test_a_clients_key_loads_no_adapters_and_the_other_way_round(served: Served)
 @pytest.mark.parametrize("path", ["/v1/load_lora_adapter", "/v1/unload_lora_adapter"])
 def test_loading_is_off_unless_a_key_turns_it_on(served: Served, path: str) -> None:
     _, client = served(api_keys=("client",))
-    (answer,) = answered(client, lambda it: it.post(path, json=LOAD, headers=bearer("client")))
+    (answer,) = answered(client, lambda http: http.post(path, json=LOAD, headers=bearer("client")))
     assert (answer.status_code, "--admin-key" in answer.text) == (403, True)
 
 
@@ -98,29 +98,29 @@ def test_more_than_a_body_or_a_request_may_hold_is_refused(served: Served) -> No
     front, client = served(limits=Limits(body_bytes=2000, waiting=3))
     front.ready = True
     many = {"model": "base", "prompt": ["a"] * 4, "max_tokens": 1}
-    large, several = answered(
+    large, too_many = answered(
         client,
-        lambda it: it.post("/v1/completions", json={**many, "prompt": "a" * 2000}),
-        lambda it: it.post("/v1/completions", json=many),
+        lambda http: http.post("/v1/completions", json={**many, "prompt": "a" * 2000}),
+        lambda http: http.post("/v1/completions", json=many),
     )
     assert (large.status_code, "2,000 bytes" in large.text) == (413, True)
-    assert (several.status_code, several.json()["error"]["param"]) == (400, "prompt")
-    assert "4 answers" in several.text
+    assert (too_many.status_code, too_many.json()["error"]["param"]) == (400, "prompt")
+    assert "4 answers" in too_many.text
 
 
 def test_one_that_is_not_there_yet_or_is_being_stopped_says_so(served: Served) -> None:
     front, client = served()
 
-    async def stop(it: httpx.AsyncClient) -> httpx.Response:
+    async def stop(http: httpx.AsyncClient) -> httpx.Response:
         front.stopping = True
-        return await it.post("/v1/chat/completions", json=CHAT)
+        return await http.post("/v1/chat/completions", json=CHAT)
 
     early, not_ready, late, not_ready_either = answered(
         client,
-        lambda it: it.post("/v1/chat/completions", json=CHAT),
-        lambda it: it.get("/ready"),
+        lambda http: http.post("/v1/chat/completions", json=CHAT),
+        lambda http: http.get("/ready"),
         stop,
-        lambda it: it.get("/ready"),
+        lambda http: http.get("/ready"),
     )
     assert (early.status_code, late.status_code) == (503, 503)
     assert early.headers["Retry-After"]
@@ -135,6 +135,6 @@ def test_one_that_is_not_there_yet_or_is_being_stopped_says_so(served: Served) -
 def test_a_prompt_that_is_none_is_refused_by_name(served: Served, prompt: Any) -> None:
     _, client = served()
     body = {"model": "base", "prompt": prompt}
-    (answer,) = answered(client, lambda it: it.post("/v1/completions", json=body))
+    (answer,) = answered(client, lambda http: http.post("/v1/completions", json=body))
     assert answer.status_code == 400
     assert answer.json()["error"]["param"].startswith("prompt")

@@ -65,8 +65,8 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def children(word: str) -> list[psutil.Process]:
-    there = psutil.Process().children()
-    return [process for process in there if word in " ".join(process.cmdline())]
+    processes = psutil.Process().children()
+    return [process for process in processes if word in " ".join(process.cmdline())]
 
 
 def test_what_a_process_said_last_is_told_when_it_does_not_start() -> None:
@@ -101,7 +101,7 @@ def test_one_that_crashes_again_and_again_is_left_down_until_it_is_exchanged() -
             await supervisor.exchange()
         for restarts in (1, 2):
             children("socketserver")[0].kill()
-            await until(lambda wanted=restarts: supervisor.restarts == wanted)  # type: ignore[misc]
+            await until(lambda count=restarts: supervisor.restarts == count)  # type: ignore[misc]
             assert supervisor.obstacle() is None
         how[0] = "fails"
         children("socketserver")[0].kill()
@@ -126,14 +126,14 @@ def test_a_process_that_is_exchanged_ends_after_its_last_answer() -> None:
         supervisor = Supervisor("it", lambda: started("ready"))
         async with supervisor.exchanging:
             await supervisor.exchange()
-            first = supervisor.running()
-            with first.answering():
+            old_process = supervisor.running()
+            with old_process.answering():
                 await supervisor.exchange()
                 await asyncio.sleep(0.05)
-                assert supervisor.running() is not first
-                assert first.alive
+                assert supervisor.running() is not old_process
+                assert old_process.alive
                 assert supervisor.processes == 2
-            assert await first.ended() == 0
+            assert await old_process.ended() == 0
         await until(lambda: supervisor.processes == 1)
         assert supervisor.restarts == 0
         await supervisor.stop()

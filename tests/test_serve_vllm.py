@@ -58,8 +58,8 @@ def test_what_it_does_not_serve_is_refused_before_it_starts(
 
 
 def test_nothing_of_a_request_is_left_to_its_defaults() -> None:
-    wanted = Generation([5, 6], "key", 7, Sampling(0.5, seed=-1), frozenset({2}), logprobs=0)
-    body = vllm.request_body(wanted)
+    generation = Generation([5, 6], "key", 7, Sampling(0.5, seed=-1), frozenset({2}), logprobs=0)
+    body = vllm.request_body(generation)
     assert (body["model"], body["prompt"], body["max_tokens"]) == ("key", [5, 6], 7)
     assert (body["stop_token_ids"], body["logprobs"], body["seed"]) == ([2], 1, 2**63 - 1)
     assert vllm.request_body(Generation([5], None, 1))["model"] == "base"
@@ -120,13 +120,13 @@ def test_a_server_that_dies_gets_all_its_adapters_again(
     run_async(run())
     lines = [line.split() for line in calls.read_text().splitlines()]
     before, after = (
-        [(what, name) for pid, what, name in lines if (pid == lines[0][0]) == first]
-        for first in (True, False)
+        [(action, name) for pid, action, name in lines if (pid == lines[0][0]) == is_first]
+        for is_first in (True, False)
     )
-    first, second, third = (adapter.key for adapter in held)
+    first_key, second_key, third_key = (adapter.key for adapter in held)
     load, unload = "load_lora_adapter", "unload_lora_adapter"
-    assert before == [(load, first), (load, second), (load, third), (unload, first)]
-    assert after == [(load, second), (load, third)]
+    assert before == [(load, first_key), (load, second_key), (load, third_key), (unload, first_key)]
+    assert after == [(load, second_key), (load, third_key)]
 
 
 def wide(source: Path, folder: Path) -> Path:
@@ -164,7 +164,7 @@ def test_it_answers_as_each_adapter_alone_even_trained_anew(
         values: list[float] = row.topk(3).values.tolist()
         return values
 
-    def told(url: str, model: str) -> list[float]:
+    def top_log_probs(url: str, model: str) -> list[float]:
         body = {"model": model, "prompt": prompt, "max_tokens": 2, "logprobs": 3, "temperature": 0}
         answer = Remote(url).request("POST", "/v1/completions", body)
         return sorted(answer["choices"][0]["logprobs"]["top_logprobs"][0].values(), reverse=True)
@@ -176,7 +176,7 @@ def test_it_answers_as_each_adapter_alone_even_trained_anew(
     ) as server:  # fmt: skip
         for _ in range(2):
             for name in ("one", "two"):
-                assert told(server.url, name) == pytest.approx(expected(name), abs=2e-3)
+                assert top_log_probs(server.url, name) == pytest.approx(expected(name), abs=2e-3)
         admin = Remote(server.url, ADMIN)
         for source in ("one", "two", "one"):
             shutil.rmtree(tmp_path / "moving")
@@ -184,7 +184,7 @@ def test_it_answers_as_each_adapter_alone_even_trained_anew(
             admin.request(
                 "POST", "/v1/load_lora_adapter", {"lora_name": "moving", "lora_path": "moving"}
             )
-            assert told(server.url, "moving") == pytest.approx(expected(source), abs=2e-3)
+            assert top_log_probs(server.url, "moving") == pytest.approx(expected(source), abs=2e-3)
         schema = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"],
                   "additionalProperties": False}  # fmt: skip
         answer = Remote(server.url).chat(

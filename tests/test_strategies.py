@@ -42,7 +42,7 @@ COHORT = {
     ],
     "lora_dropout": 0.1,
 }
-WHAT: dict[str, dict[str, Any]] = {
+SETUPS: dict[str, dict[str, Any]] = {
     "cohort": COHORT,
     "full": {"method": "full", "learning_rate": 1e-3},
     "nvme": {"method": "full", "learning_rate": 1e-3, "offload_optimizer": "nvme"},
@@ -60,17 +60,17 @@ RUNS = [
 
 
 def settings(
-    root: Path, data: Path, what: str, strategy: str, accumulation: int, ranks: int
+    root: Path, data: Path, setup: str, strategy: str, accumulation: int, ranks: int
 ) -> dict[str, Any]:
     """Thirteen rows with a tied head: in the last step of an epoch one rank has no row."""
     return {
         "model_name_or_path": str(root / "base"), "dataset": str(data), "dtype": "float32",
-        "output_dir": str(root / f"{what}-{strategy}-{accumulation}"), "strategy": strategy,
+        "output_dir": str(root / f"{setup}-{strategy}-{accumulation}"), "strategy": strategy,
         "per_device_train_batch_size": 2, "max_train_samples": 13, "max_steps": 4,
         # A step has as many examples with fewer ranks.
         "gradient_accumulation_steps": accumulation * 2 // ranks, "save_steps": 2,
         "eval_dataset": str(data), "max_eval_samples": 5, "eval_steps": 3, "save_total_limit": 10,
-        "load_best_model_at_end": what == "full", **WHAT[what],
+        "load_best_model_at_end": setup == "full", **SETUPS[setup],
     }  # fmt: skip
 
 
@@ -109,12 +109,14 @@ def train_all(ports: str, file: str) -> None:
             setattr(distributed, name, counted(getattr(distributed, name)))
             break
     # A port each: the last run's may still be there.
-    for port, own in zip(ports.split(","), json.loads(Path(file).read_text()), strict=True):
+    for port, run_settings in zip(
+        ports.split(","), json.loads(Path(file).read_text()), strict=True
+    ):
         os.environ["MASTER_PORT"] = port
         notes.append({})
-        if own["output_dir"].endswith("short-ddp-1") and os.environ["RANK"] == "1":
+        if run_settings["output_dir"].endswith("short-ddp-1") and os.environ["RANK"] == "1":
             memory_runs_out_once()
-        lighten.train(progress=False, **own)
+        lighten.train(progress=False, **run_settings)
         AcceleratorState._reset_state(True)
     Path(f"{file}.{os.environ['RANK']}").write_text(json.dumps(notes))
 
@@ -123,11 +125,11 @@ def memory_runs_out_once() -> None:
     """On this rank, in the midst of its first step."""
     learn = train_step_module.learn
 
-    def once(*args: Any, **options: Any) -> Any:
+    def fail_once(*args: Any, **options: Any) -> Any:
         train_step_module.learn = learn
         raise MemoryError
 
-    train_step_module.learn = once
+    train_step_module.learn = fail_once
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +141,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, chat_file: Path) -> Path:
     while len(ports) < len(RUNS):
         ports[free_port()] = None
     file = root / "runs.json"
-    file.write_text(json.dumps([settings(root, chat_file, *own, ranks=2) for own in RUNS]))
+    file.write_text(json.dumps([settings(root, chat_file, *run, ranks=2) for run in RUNS]))
     started = [
         Forked(
             train_all, (",".join(map(str, ports)), str(file)),
@@ -150,12 +152,12 @@ def root(tmp_path_factory: pytest.TempPathFactory, chat_file: Path) -> Path:
         )
         for rank in ("0", "1")
     ]  # fmt: skip
-    for what, count in sorted({(what, count) for what, _, count in RUNS if what != "four"}):
+    for setup, count in sorted({(setup, count) for setup, _, count in RUNS if setup != "four"}):
         lighten.train(
-            progress=False, **settings(root, chat_file, what, "single", count, ranks=1)
+            progress=False, **settings(root, chat_file, setup, "single", count, ranks=1)
         )  # fmt: skip
-    for own in started:
-        assert own.wait() == 0, own.communicate()
+    for process in started:
+        assert process.wait() == 0, process.communicate()
     return root
 
 
@@ -172,27 +174,27 @@ def weights(run: Run) -> dict[str, torch.Tensor]:
             for file in files for key, value in load_file(file).items()}  # fmt: skip
 
 
-def assert_equal(ours: Run, theirs: Run) -> None:
+def assert_equal(run: Run, reference: Run) -> None:
     """Losses, norms before clipping, and what is shipped."""
-    for one, other in zip(ours.metrics(), theirs.metrics(), strict=True):
-        keys = ("loss", "grad_norm") if one["kind"] == "train" else ("loss",)
+    for record, reference_record in zip(run.metrics(), reference.metrics(), strict=True):
+        keys = ("loss", "grad_norm") if record["kind"] == "train" else ("loss",)
         for key in keys:
-            assert one[key] == pytest.approx(other[key], rel=1e-5)
-        assert one["supervised_tokens"] == other["supervised_tokens"]
-    expected, found = weights(theirs), weights(ours)
-    assert found.keys() == expected.keys()
+            assert record[key] == pytest.approx(reference_record[key], rel=1e-5)
+        assert record["supervised_tokens"] == reference_record["supervised_tokens"]
+    expected, trained = weights(reference), weights(run)
+    assert trained.keys() == expected.keys()
     assert expected
-    for key, value in found.items():
+    for key, value in trained.items():
         assert float((value - expected[key]).abs().max()) < 1e-5, key
 
 
-@pytest.mark.parametrize(("what", "strategy", "count"), [run for run in RUNS if run[0] != "four"])
+@pytest.mark.parametrize(("setup", "strategy", "count"), [run for run in RUNS if run[0] != "four"])
 def test_trap_3_two_ranks_of_any_strategy_are_one_process(
-    root: Path, what: str, strategy: str, count: int
+    root: Path, setup: str, strategy: str, count: int
 ) -> None:
-    ours = Run(root / f"{what}-{strategy}-{count}")
-    assert_equal(ours, Run(root / f"{what}-single-{count}"))
-    choices = {own["what"]: own for own in ours.info()["choices"]}
+    run = Run(root / f"{setup}-{strategy}-{count}")
+    assert_equal(run, Run(root / f"{setup}-single-{count}"))
+    choices = {choice["what"]: choice for choice in run.info()["choices"]}
     assert choices["strategy"]["value"] == strategy
     assert "2 ranks" in choices["strategy"]["reason"]
 
@@ -213,32 +215,32 @@ def test_a_layer_is_gathered_once_per_pass_for_a_whole_cohort(root: Path) -> Non
 
 def test_ranks_hold_what_the_strategy_says(root: Path) -> None:
     layers = decoder_layers(AutoModelForCausalLM.from_pretrained(root / "base"))
-    whole = sum(p.numel() * p.element_size() for own in layers for p in own.parameters())
+    layer_bytes = sum(p.numel() * p.element_size() for layer in layers for p in layer.parameters())
     for run in RUNS:
         held = notes(root, *run)
         if run[1] in ("fsdp", "zero3"):
-            assert all(rank["layer_bytes"] < 0.55 * whole for rank in held), run
+            assert all(rank["layer_bytes"] < 0.55 * layer_bytes for rank in held), run
         state = [rank["state"] / rank["learns"] for rank in held]
         spread = run[1] in ("zero1", "zero2") or run[0] in ("full", "nvme", "last")
         # AdamW has two numbers for each that learns.
         assert sum(state) == pytest.approx(2.0 if spread else 4.0, rel=0.02), run
 
 
-@pytest.mark.parametrize(("what", "strategy", "count"), [
+@pytest.mark.parametrize(("setup", "strategy", "count"), [
     ("full", "fsdp", 3), ("cohort", "zero1", 1),
 ])  # fmt: skip
 def test_a_checkpoint_of_two_ranks_goes_on_as_one_process(
-    root: Path, tmp_path: Path, chat_file: Path, what: str, strategy: str, count: int
+    root: Path, tmp_path: Path, chat_file: Path, setup: str, strategy: str, count: int
 ) -> None:
-    ours = Run(root / f"{what}-{strategy}-{count}")
+    run = Run(root / f"{setup}-{strategy}-{count}")
     folder = tmp_path / "alone"
-    shutil.copytree(ours.folder, folder)
+    shutil.copytree(run.folder, folder)
     for checkpoint in checkpoints.listing(folder / "checkpoints")[1:]:
         shutil.rmtree(checkpoint)
-    (folder / "run.json").write_text(json.dumps({**ours.info(), "status": "interrupted"}))
-    own = settings(root, chat_file, what, strategy, count, ranks=2)
-    lighten.train(progress=False, resume=True, **{**own, "output_dir": str(folder)})
-    assert_equal(Run(folder), ours)
+    (folder / "run.json").write_text(json.dumps({**run.info(), "status": "interrupted"}))
+    run_settings = settings(root, chat_file, setup, strategy, count, ranks=2)
+    lighten.train(progress=False, resume=True, **{**run_settings, "output_dir": str(folder)})
+    assert_equal(Run(folder), run)
 
 
 def test_trap_36_saved_adapters_are_whole_and_load_in_peft(root: Path) -> None:
@@ -254,13 +256,13 @@ def test_trap_36_saved_adapters_are_whole_and_load_in_peft(root: Path) -> None:
 
 
 def test_a_rank_that_holds_too_much_is_told() -> None:
-    whole = torch.zeros(5, 3)
-    strategies.require_share("fsdp", "weights", [dtensors.rows_of(whole, 0, 2)], 1)
+    full_tensor = torch.zeros(5, 3)
+    strategies.require_share("fsdp", "weights", [dtensors.rows_of(full_tensor, 0, 2)], 1)
     with pytest.raises(UserError, match="strategy: fsdp should leave 36 bytes of weights"):
-        strategies.require_share("fsdp", "weights", [whole], 2)
+        strategies.require_share("fsdp", "weights", [full_tensor], 2)
 
 
-@pytest.mark.parametrize(("given", "says"), [
+@pytest.mark.parametrize(("values", "message"), [
     ({"strategy": "fsdp", "load_in_4bit": True}, "load_in_4bit: a weight in so few bits is whole"),
     ({"strategy": "fsdp", "activation_offload": True}, "use gradient_checkpointing"),
     ({"strategy": "zero1", "optim": "adafactor"}, "optim: adafactor needs whole parameters"),
@@ -270,14 +272,14 @@ def test_a_rank_that_holds_too_much_is_told() -> None:
     ({"strategy": "deepspeed"}, "strategy: 'deepspeed' does not do"),
 ])  # fmt: skip
 def test_what_does_not_combine_is_refused_before_anything_loads(
-    given: dict[str, Any], says: str, chat_file: Path
+    values: dict[str, Any], message: str, chat_file: Path
 ) -> None:
-    with pytest.raises(RecipeError, match=says):
-        Recipe.from_values({"model_name_or_path": "x", "dataset": str(chat_file), **given})
+    with pytest.raises(RecipeError, match=message):
+        Recipe.from_values({"model_name_or_path": "x", "dataset": str(chat_file), **values})
 
 
 def test_rows_of_ranks_are_the_whole() -> None:
-    whole = torch.arange(10.0).reshape(5, 2)
+    tensor = torch.arange(10.0).reshape(5, 2)
     for count in (1, 2, 3, 7):
-        parts = [dtensors.rows_of(whole, rank, count) for rank in range(count)]
-        assert torch.equal(torch.cat(parts), whole)
+        parts = [dtensors.rows_of(tensor, rank, count) for rank in range(count)]
+        assert torch.equal(torch.cat(parts), tensor)

@@ -60,10 +60,10 @@ def settings(deep: Path, chat_file: Path, tmp_path: Path) -> dict[str, Any]:
 
 
 def train(settings: dict[str, Any], where: Path | str | None = None, **changes: Any) -> Run:
-    own = {**settings, **changes}
+    run_settings = {**settings, **changes}
     if where is not None:
-        own["output_dir"] = str(where)
-    return lighten.train(**own, progress=False)
+        run_settings["output_dir"] = str(where)
+    return lighten.train(**run_settings, progress=False)
 
 
 def losses(run: Run) -> dict[tuple[Any, ...], float]:
@@ -78,12 +78,12 @@ def weights(run: Run) -> dict[str, Tensor]:
     }
 
 
-def assert_same(one: Run, other: Run, *, within: float) -> None:
-    assert losses(one) == pytest.approx(losses(other), rel=within)
-    ours, theirs = weights(one), weights(other)
-    assert ours.keys() == theirs.keys()
-    for key in ours:
-        torch.testing.assert_close(ours[key], theirs[key], rtol=within, atol=within)
+def assert_same(run: Run, reference: Run, *, within: float) -> None:
+    assert losses(run) == pytest.approx(losses(reference), rel=within)
+    trained, expected = weights(run), weights(reference)
+    assert trained.keys() == expected.keys()
+    for key in trained:
+        torch.testing.assert_close(trained[key], expected[key], rtol=within, atol=within)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -95,7 +95,7 @@ def test_one_adapter_learns_the_same(
     streamed = train(settings, offload_base="disk")
     # The same products of the same numbers: nothing is rounded otherwise.
     assert_same(streamed, resident, within=1e-6)
-    (choice,) = (own for own in streamed.info()["choices"] if own["what"] == "offload_base")
+    (choice,) = (entry for entry in streamed.info()["choices"] if entry["what"] == "offload_base")
     assert "5 layers wait in the model's files" in choice["reason"]
     before, after = resident.info()["base"], streamed.info()["base"]
     assert before == after, "the base is described as it is, wherever it waits"
@@ -107,18 +107,18 @@ def test_every_kind_of_layer_learns_the_same(
 ) -> None:
     """Transposed weights, biases, tied heads, projections beside the layers; some not adapted."""
     targets = {"gpt2": ["c_attn"], "phi3": ["o_proj"]}.get(arch, ["q_proj", "v_proj"])
-    own = {**settings, "model_name_or_path": str(save_deep(tmp_path / "base", arch)),
-           "lora_target_modules": targets, "max_steps": 2}  # fmt: skip
-    resident = train(own, tmp_path / "resident")
-    assert_same(train(own, offload_base="disk"), resident, within=1e-6)
+    run_settings = {**settings, "model_name_or_path": str(save_deep(tmp_path / "base", arch)),
+                    "lora_target_modules": targets, "max_steps": 2}  # fmt: skip
+    resident = train(run_settings, tmp_path / "resident")
+    assert_same(train(run_settings, offload_base="disk"), resident, within=1e-6)
 
 
 def test_a_cohort_reads_each_layer_once_per_pass(settings: dict[str, Any], tmp_path: Path) -> None:
-    own = {**settings, "lora_r": [2, 4, 8], "val_size": 0, "eval_steps": None,
-           "max_eval_samples": None, "offload_base": "disk"}  # fmt: skip
+    run_settings = {**settings, "lora_r": [2, 4, 8], "val_size": 0, "eval_steps": None,
+                    "max_eval_samples": None, "offload_base": "disk"}  # fmt: skip
 
     def reads(steps: int) -> int:
-        run = train(own, tmp_path / str(steps), max_steps=steps)
+        run = train(run_settings, tmp_path / str(steps), max_steps=steps)
         return run.info()["training"]["offload_base"]["reads"]
 
     # Up and down, and at each turn two layers are there already.
@@ -130,9 +130,9 @@ def test_a_cohort_learns_as_each_adapter_alone(settings: dict[str, Any], tmp_pat
     together = train(settings, lora_r=ranks, offload_base="disk", gradient_checkpointing=True)
     for rank in ranks:
         alone = train(settings, tmp_path / str(rank), lora_r=rank)
-        theirs = {key[:2]: value for key, value in losses(alone).items()}
-        ours = {k[:2]: v for k, v in losses(together).items() if k[2] == f"r{rank}"}
-        assert ours == pytest.approx(theirs, rel=1e-5)
+        alone_losses = {key[:2]: value for key, value in losses(alone).items()}
+        cohort_losses = {k[:2]: v for k, v in losses(together).items() if k[2] == f"r{rank}"}
+        assert cohort_losses == pytest.approx(alone_losses, rel=1e-5)
 
 
 def packed_settings(settings: dict[str, Any]) -> dict[str, Any]:
@@ -142,18 +142,18 @@ def packed_settings(settings: dict[str, Any]) -> dict[str, Any]:
 def test_four_bits_are_quantised_once_and_learn_the_same(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    own = packed_settings(settings)
-    resident = train(own, tmp_path / "resident")
-    streamed = train(own, offload_base="disk")
+    run_settings = packed_settings(settings)
+    resident = train(run_settings, tmp_path / "resident")
+    streamed = train(run_settings, offload_base="disk")
     assert_same(streamed, resident, within=1e-6)
     before, after = resident.info()["base"], streamed.info()["base"]
     assert after | {"weights_bytes": 0} == before | {"weights_bytes": 0}
     assert after["weights_bytes"] < before["weights_bytes"], "tables of constants are not streamed"
-    (kept,) = (cache_folder() / "streamed").glob("*/*/layer-00000.safetensors")
-    written = kept.stat().st_mtime_ns
-    again = train(own, tmp_path / "again", offload_base="disk")
-    assert kept.stat().st_mtime_ns == written, "quantised once"
-    assert losses(again) == losses(streamed)
+    (cached_file,) = (cache_folder() / "streamed").glob("*/*/layer-00000.safetensors")
+    written = cached_file.stat().st_mtime_ns
+    repeated = train(run_settings, tmp_path / "again", offload_base="disk")
+    assert cached_file.stat().st_mtime_ns == written, "quantised once"
+    assert losses(repeated) == losses(streamed)
 
 
 def test_a_checkpoint_in_four_bits_is_streamed_as_it_is(
@@ -167,32 +167,34 @@ def test_a_checkpoint_in_four_bits_is_streamed_as_it_is(
         settings["model_name_or_path"], quantization_config=config, dtype=torch.float32
     ).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    own = {**settings, "model_name_or_path": str(folder)}
-    resident = train(own, tmp_path / "resident")
-    streamed = train(own, offload_base="disk")
+    run_settings = {**settings, "model_name_or_path": str(folder)}
+    resident = train(run_settings, tmp_path / "resident")
+    streamed = train(run_settings, offload_base="disk")
     assert_same(streamed, resident, within=1e-6)
     assert streamed.info()["base"]["quantization"] == "nf4"
 
 
 def test_a_run_goes_on_bitwise_and_is_evaluated(settings: dict[str, Any], tmp_path: Path) -> None:
-    own = {**settings, "save_steps": 2, "save_total_limit": 5, "offload_base": "disk"}
-    run = train(own)
+    run_settings = {**settings, "save_steps": 2, "save_total_limit": 5, "offload_base": "disk"}
+    run = train(run_settings)
     folder = tmp_path / "cut"
     shutil.copytree(run.folder, folder)
     for checkpoint in checkpoints.listing(folder / "checkpoints"):
         if checkpoint.name != "checkpoint-2":
             shutil.rmtree(checkpoint)
     shutil.rmtree(folder / "adapters")
-    again = lighten.train(**{**own, "output_dir": str(folder)}, resume=True, progress=False)
-    assert losses(again) == losses(run)
-    assert all(torch.equal(weights(again)[key], value) for key, value in weights(run).items())
-    found = lighten.evaluate(run, max_new_tokens=1, max_examples=4)
-    last = losses(run)["eval", 4, "default"]
-    assert found.metric("default", "loss")["value"] == pytest.approx(last, rel=1e-4)
+    resumed = lighten.train(
+        **{**run_settings, "output_dir": str(folder)}, resume=True, progress=False
+    )
+    assert losses(resumed) == losses(run)
+    assert all(torch.equal(weights(resumed)[key], value) for key, value in weights(run).items())
+    evaluation = lighten.evaluate(run, max_new_tokens=1, max_examples=4)
+    last_loss = losses(run)["eval", 4, "default"]
+    assert evaluation.metric("default", "loss")["value"] == pytest.approx(last_loss, rel=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"method": "full", "lora_r": 8}, "method: full trains them"),
         ({"use_dora": True}, "goes with plain LoRA"),
@@ -203,9 +205,9 @@ def test_a_run_goes_on_bitwise_and_is_evaluated(settings: dict[str, Any], tmp_pa
     ],
 )
 def test_what_does_not_go_together_is_told_by_the_recipe(
-    changes: dict[str, Any], said: str, settings: dict[str, Any]
+    changes: dict[str, Any], message: str, settings: dict[str, Any]
 ) -> None:
-    with pytest.raises(RecipeError, match=said):
+    with pytest.raises(RecipeError, match=message):
         train(settings, offload_base="disk", **changes)
 
 
@@ -232,12 +234,12 @@ def test_a_torn_or_renamed_file_is_one_sentence(settings: dict[str, Any], tmp_pa
     renamed = Path(shutil.copytree(settings["model_name_or_path"], tmp_path / "renamed"))
     for index in renamed.glob("*.index.json"):
         index.unlink()
-    whole: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for file in renamed.glob("*.safetensors"):
-        whole |= load_file(file)
+        tensors |= load_file(file)
         file.unlink()
-    whole["elsewhere"] = whole.pop("model.layers.2.mlp.up_proj.weight")
-    save_file(whole, renamed / "model.safetensors")
+    tensors["elsewhere"] = tensors.pop("model.layers.2.mlp.up_proj.weight")
+    save_file(tensors, renamed / "model.safetensors")
     with pytest.raises(UserError, match=r"have no model\.layers\.2\.mlp"):
         train({**settings, "model_name_or_path": str(renamed)}, offload_base="disk")
 
@@ -256,9 +258,9 @@ def test_most_of_the_base_is_not_in_memory(settings: dict[str, Any], tmp_path: P
     folder = save_deep(tmp_path / "wide", num_hidden_layers=16, hidden_size=256,
                        intermediate_size=1024, shard="30MB")  # fmt: skip
     base_bytes = 4 * 16 * (3 * 256 * 1024 + 2 * 256 * 256 + 2 * 256 * 128)
-    own = {**settings, "max_steps": 1, "val_size": 0, "eval_steps": None, "max_eval_samples": None,
-           "gradient_checkpointing": True}  # fmt: skip
-    del own["output_dir"], own["model_name_or_path"]
+    common_settings = {**settings, "max_steps": 1, "val_size": 0, "eval_steps": None,
+                       "max_eval_samples": None, "gradient_checkpointing": True}  # fmt: skip
+    del common_settings["output_dir"], common_settings["model_name_or_path"]
     # A first run loads what every run needs. The streamed one comes next: what it leaves free would
     # be there for the last one, which then needs less than it does alone.
     tried = {"first": (settings["model_name_or_path"], "disk"),
@@ -267,11 +269,11 @@ def test_most_of_the_base_is_not_in_memory(settings: dict[str, Any], tmp_path: P
         {"model_name_or_path": str(base), "offload_base": how, "output_dir": str(tmp_path / name)}
         for name, (base, how) in tried.items()
     ]
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, json.dumps([own, *runs])],
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD, json.dumps([common_settings, *runs])],
         capture_output=True, text=True, check=True, env={**os.environ, "LIGHTEN_PLAN": "off"},
     )  # fmt: skip
-    _, streamed, resident = map(int, done.stdout.split())
+    _, streamed, resident = map(int, child.stdout.split())
     # All but two of 16 layers, and the files that are mapped while they are converted.
     assert resident - streamed > 0.6 * base_bytes
 
@@ -302,7 +304,7 @@ class Noted:
 
 def feed_of(count: int) -> tuple[LayerFeed, Noted, Any]:
     layers = [LayerPieces() for _ in range(count)]
-    pieces = [own.add("w", torch.uint8, (8,)) for own in layers]
+    pieces = [layer_pieces.add("w", torch.uint8, (8,)) for layer_pieces in layers]
     noted = Noted(layers)
     feed = LayerFeed(layers, noted)
     return feed, noted, lambda layer: feed.get(layer, pieces[layer])
@@ -348,16 +350,16 @@ def test_tensors_are_read_in_any_format_in_stretches(
 ) -> None:
     monkeypatch.setattr(reading, "STRETCH_BYTES", 4096)
     generator = torch.Generator().manual_seed(0)
-    there = {
+    tensors = {
         str(dtype): torch.randn(300, 77, generator=generator).to(dtype)
         for dtype in (torch.float32, torch.bfloat16, torch.float16)
     }
-    save_file(there, tmp_path / "model.safetensors")
-    found = Shards.of(tmp_path)
-    for name, value in there.items():
+    save_file(tensors, tmp_path / "model.safetensors")
+    shards = Shards.of(tmp_path)
+    for name, value in tensors.items():
         for dtype in (torch.float32, torch.bfloat16):
             into = torch.empty(300, 77, dtype=dtype)
-            found.read(name, into)
+            shards.read(name, into)
             assert torch.equal(into, value.to(dtype)), (name, dtype)
 
 
@@ -383,10 +385,10 @@ def test_a_rate_is_kept_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_plan_counts_two_layers_and_the_time_of_reading(
     deep: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = {**settings, "gradient_accumulation_steps": 2}
+    run_settings = {**settings, "gradient_accumulation_steps": 2}
 
     def planned(**changes: Any) -> Any:
-        return lighten.plan(**own, **changes)
+        return lighten.plan(**run_settings, **changes)
 
     def base_bytes(plan: Any) -> int:
         return sum(part.bytes for part in plan.memory.parts if part.name == "base weights")
@@ -417,26 +419,26 @@ def test_what_does_not_fit_is_told_that_its_base_can_wait(settings: dict[str, An
     recipe = Recipe.from_values(settings)
     plan = lighten.plan(**settings)
     assert {"offload_base": "disk"} in [idea.settings for idea in ideas(recipe, plan)]
-    there = recipe.changed({"offload_base": "disk"})
-    assert not any("offload_base" in idea.settings for idea in ideas(there, plan))
+    streamed_recipe = recipe.changed({"offload_base": "disk"})
+    assert not any("offload_base" in idea.settings for idea in ideas(streamed_recipe, plan))
 
 
 def test_an_embedding_in_its_files_format_stays_there(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(building, "LEFT_IN_FILE_BYTES", 1024)
-    own = {**settings, "dtype": "bfloat16", "max_steps": 2}
+    run_settings = {**settings, "dtype": "bfloat16", "max_steps": 2}
     mapped = []
-    one = Shards.mapped
+    original_mapped = Shards.mapped
 
     def noted(self: Shards, name: str) -> Tensor:
         mapped.append(name)
-        return one(self, name)
+        return original_mapped(self, name)
 
     monkeypatch.setattr(Shards, "mapped", noted)
-    streamed = train(own, offload_base="disk")
+    streamed = train(run_settings, offload_base="disk")
     assert sorted(mapped) == ["lm_head.weight", "model.embed_tokens.weight"]
-    assert_same(streamed, train(own, tmp_path / "resident"), within=1e-6)
+    assert_same(streamed, train(run_settings, tmp_path / "resident"), within=1e-6)
 
 
 @pytest.mark.gpu
@@ -445,9 +447,9 @@ def test_an_embedding_in_its_files_format_stays_there(
 def test_a_gpu_learns_the_same_from_layers_in_main_memory_or_on_disk(
     where: str, four: bool, settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    own = {**settings, "lora_r": [2, 4], "load_in_4bit": four}
-    resident = train(own, tmp_path / "resident")
-    streamed = train(own, offload_base=where)
+    run_settings = {**settings, "lora_r": [2, 4], "load_in_4bit": four}
+    resident = train(run_settings, tmp_path / "resident")
+    streamed = train(run_settings, offload_base=where)
     assert losses(streamed) == pytest.approx(losses(resident), rel=1e-5)
     assert streamed.info()["training"]["offload_base"]["reads"] > 2 * 4 * (LAYERS - 2)
 
@@ -456,7 +458,9 @@ def test_a_gpu_learns_the_same_from_layers_in_main_memory_or_on_disk(
 def test_a_slot_is_not_overwritten_while_a_gpu_computes_from_it() -> None:
     device = torch.device("cuda")
     layers = [LayerPieces() for _ in range(6)]
-    pieces = [own.add(str(n), torch.float32, (2**20,)) for n, own in enumerate(layers)]
+    pieces = [
+        layer_pieces.add(str(n), torch.float32, (2**20,)) for n, layer_pieces in enumerate(layers)
+    ]
     slots = CudaSlots(layers, lambda name, into: into.fill_(int(name)), device, all_pinned=True)
     feed = LayerFeed(layers, slots)
     sums = []
@@ -466,4 +470,4 @@ def test_a_slot_is_not_overwritten_while_a_gpu_computes_from_it() -> None:
             torch.cuda._sleep(1_000_000)  # the copy of the next layer but one is waiting meanwhile
             sums.append((feed.get(layer, piece).mean(), layer))
     torch.cuda.synchronize()
-    assert [float(found) for found, _ in sums] == [float(layer) for _, layer in sums]
+    assert [float(mean) for mean, _ in sums] == [float(layer) for _, layer in sums]

@@ -60,13 +60,14 @@ def test_arms_train_as_they_would_alone(settings: dict[str, Any], tmp_path: Path
         alone = lighten.train(
             arm.recipe.changed({"output_dir": str(tmp_path / arm.name)}), progress=False
         )
-        ours = {(m["kind"], m["step"]): m["loss"] for m in Run(result.folder / "cohort-1").metrics()
-                if m["adapter"] == arm.name}  # fmt: skip
-        theirs = {(m["kind"], m["step"]): m["loss"] for m in alone.metrics()}
-        assert ours.keys() == theirs.keys()
-        for place, loss in theirs.items():
+        cohort_losses = {(m["kind"], m["step"]): m["loss"]
+                         for m in Run(result.folder / "cohort-1").metrics()
+                         if m["adapter"] == arm.name}  # fmt: skip
+        alone_losses = {(m["kind"], m["step"]): m["loss"] for m in alone.metrics()}
+        assert cohort_losses.keys() == alone_losses.keys()
+        for place, loss in alone_losses.items():
             # Sums in another order; six steps of AdamW at a high rate let it grow a little.
-            assert ours[place] == pytest.approx(loss, rel=2e-5), (arm.name, place)
+            assert cohort_losses[place] == pytest.approx(loss, rel=2e-5), (arm.name, place)
 
 
 def test_the_result_holds_what_each_arm_is_worth(settings: dict[str, Any]) -> None:
@@ -76,16 +77,16 @@ def test_the_result_holds_what_each_arm_is_worth(settings: dict[str, Any]) -> No
     arms = {arm["name"]: arm for arm in data["arms"]}
     assert list(arms) == ["r2", "r8", "full", "base"]
     for name in ("r2", "r8", "full"):
-        own = arms[name]
-        assert own["steps"] == 6
-        assert own["status"] == "finished"
-        assert own["loss"]["se"] > 0
-        assert {"chrf", "bleu", "exact_match"} <= set(own["metrics"])
-        assert own["tokens"] > 0
-        assert own["peak_bytes"] > 0
-        assert own["tokens_per_second"] > 0
-        assert [step for step, _, _ in own["curve"]] == [2, 4, 6]
-        assert own["against"]["base"]["verdict"]
+        arm = arms[name]
+        assert arm["steps"] == 6
+        assert arm["status"] == "finished"
+        assert arm["loss"]["se"] > 0
+        assert {"chrf", "bleu", "exact_match"} <= set(arm["metrics"])
+        assert arm["tokens"] > 0
+        assert arm["peak_bytes"] > 0
+        assert arm["tokens_per_second"] > 0
+        assert [step for step, _, _ in arm["curve"]] == [2, 4, 6]
+        assert arm["against"]["base"]["verdict"]
     assert arms["r8"]["trainable_parameters"] == 4 * arms["r2"]["trainable_parameters"]
     assert arms["r8"]["file_bytes"] > arms["r2"]["file_bytes"]
     assert arms["r8"]["served"]["flops_per_token"] == 2 * arms["r8"]["trainable_parameters"]
@@ -111,8 +112,8 @@ def test_the_page_shows_all_of_it(settings: dict[str, Any]) -> None:
         assert part in text, part
     assert text.count("<svg") >= 4
     assert not re.findall(r"""(?:src|href)\s*=|@import|url\(|https?://(?!www\.w3\.org)""", text)
-    again = lighten.report(result.folder, output=result.folder / "again.html")
-    assert again.read_text() == text
+    rewritten = lighten.report(result.folder, output=result.folder / "again.html")
+    assert rewritten.read_text() == text
 
 
 @pytest.mark.slow
@@ -132,16 +133,16 @@ def test_the_page_fits_a_phone_and_a_desktop(
 def test_an_ended_sweep_is_moved_aside_and_a_resumed_one_is_measured_once(
     settings: dict[str, Any],
 ) -> None:
-    first = sweep(settings, lora_r=[2], metric="loss")
-    path = first.folder / "arms" / "r2.json"
+    ended = sweep(settings, lora_r=[2], metric="loss")
+    path = ended.folder / "arms" / "r2.json"
     before = path.stat().st_mtime_ns
-    again = sweep(settings, lora_r=[2], metric="loss", resume=True)
+    resumed = sweep(settings, lora_r=[2], metric="loss", resume=True)
     assert path.stat().st_mtime_ns == before
-    assert losses(again) == losses(first)
+    assert losses(resumed) == losses(ended)
     with pytest.raises(UserError, match="holds another sweep"):
         sweep(settings, lora_r=[4], metric="loss", resume=True)
     sweep(settings, lora_r=[4], metric="loss")
-    assert (first.folder.with_name("sweep-1") / "sweep.json").is_file()
+    assert (ended.folder.with_name("sweep-1") / "sweep.json").is_file()
 
 
 def test_what_is_missing_is_said_before_anything_runs(settings: dict[str, Any]) -> None:
@@ -171,8 +172,8 @@ def test_an_arm_that_diverges_leaves_and_the_others_go_on(
         {**settings, "output_dir": settings["output_dir"] + "-alone"}, lora_r=[2], metric="loss",
         max_grad_norm=None,
     )  # fmt: skip
-    ours, theirs = good["train_curve"], alone.arms[0]["train_curve"]
-    assert [loss for _, loss in ours] == pytest.approx([loss for _, loss in theirs], rel=2e-5)
+    curve, alone_curve = good["train_curve"], alone.arms[0]["train_curve"]
+    assert [loss for _, loss in curve] == pytest.approx([loss for _, loss in alone_curve], rel=2e-5)
     assert f"{bad['name']} did not train to the end" in " ".join(
         result.data["recommendation"]["reasons"]
     )
@@ -183,11 +184,11 @@ def test_each_rank_gets_its_own_rate_first(settings: dict[str, Any]) -> None:
         {**settings, "max_steps": 16}, lora_r=[2, 8], learning_rate=[1e-6, 1e-2], seed=[0, 1],
         tune="learning_rate", metric="loss",
     )  # fmt: skip
-    assert [own["best"] for own in result.data["tuned"].values()] == [1e-2, 1e-2]
+    assert [tuned["best"] for tuned in result.data["tuned"].values()] == [1e-2, 1e-2]
     assert {arm["sets"]["learning_rate"] for arm in result.arms if not arm["reference"]} == {1e-2}
     assert len([arm for arm in result.arms if not arm["reference"]]) == 4
     assert Run(result.folder / "tune" / "cohort-1").recipe().max_steps == 4
-    assert {own["name"]: len(own["arms"]) for own in result.data["settings"]} == {"r2": 2, "r8": 2}
+    assert {row["name"]: len(row["arms"]) for row in result.data["settings"]} == {"r2": 2, "r8": 2}
     assert "Learning rates tried first" in (result.folder / "report.html").read_text()
 
 
@@ -200,9 +201,9 @@ def test_halving_keeps_all_that_fit_and_drops_no_more_than_it_must() -> None:
     assert keep(8, 8 * 115 - 1, 100, 10, SPEED) == 8  # halved at the next rung
     assert keep(8, 120, 100, 10, SPEED) == 1
     assert keep(8, 0, 100, 10, SPEED) == 1
-    kept = [keep(8, float(left), 100, 10, SPEED) for left in range(0, 1000, 20)]
-    assert kept == sorted(kept)
-    assert set(kept) >= {1, 2, 4, 8}
+    arm_counts = [keep(8, float(budget), 100, 10, SPEED) for budget in range(0, 1000, 20)]
+    assert arm_counts == sorted(arm_counts)
+    assert set(arm_counts) >= {1, 2, 4, 8}
     # Eight arms for a rung, four for one, two for one, one for the rest, and all are measured.
     assert keep(8, 14 * 11 + 70 + 7 + 8 * 5, 100, 10, SPEED) == 8
 
@@ -213,7 +214,7 @@ def test_the_longest_run_that_fits_is_planned() -> None:
 
     assert longest(3, 1e9, 100, rung, SPEED) == 100
     assert longest(3, 0.0, 100, rung, SPEED) == 1
-    planned = [longest(3, float(left), 100, rung, SPEED) for left in range(0, 400, 20)]
+    planned = [longest(3, float(budget), 100, rung, SPEED) for budget in range(0, 400, 20)]
     assert planned == sorted(planned)
     assert 1 < planned[8] < 100
 
@@ -235,8 +236,8 @@ def test_a_budget_is_kept_and_leaves_a_valid_result(settings: dict[str, Any]) ->
     assert all("loss" in arm for arm in arms)
     assert max(arm["steps"] for arm in arms) > 0
     assert result.data["recommendation"]["reasons"]
-    left = [arm for arm in arms if arm["status"] == "left"]
-    assert all(arm["why"] for arm in left)
+    unfinished = [arm for arm in arms if arm["status"] == "left"]
+    assert all(arm["why"] for arm in unfinished)
 
 
 def start(settings: dict[str, Any], *words: str) -> Forked:
@@ -250,8 +251,8 @@ def test_a_sweep_killed_in_the_middle_goes_on_and_ends_the_same(
 ) -> None:
     swept = {"lora_r": [2, 4], "gradient_accumulation_steps": [1, 2], "metric": "loss"}
     settings |= {"max_steps": 30, "save_steps": 1, "eval_steps": 10}
-    whole = sweep(settings, **swept, output_dir=str(tmp_path / "whole"))
-    assert len(whole.data["groups"]) == 2
+    uninterrupted = sweep(settings, **swept, output_dir=str(tmp_path / "whole"))
+    assert len(uninterrupted.data["groups"]) == 2
     folder = Path(settings["output_dir"])
     # In the first group, then in the second.
     for name, checkpoint in (("cohort-1", "checkpoint-7"), ("cohort-2", "checkpoint-11")):
@@ -264,17 +265,17 @@ def test_a_sweep_killed_in_the_middle_goes_on_and_ends_the_same(
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
         assert SweepResult.read(folder).data["status"] == "running"
-    first = (folder / "cohort-1" / "metrics.jsonl").stat().st_mtime_ns
+    written_ns = (folder / "cohort-1" / "metrics.jsonl").stat().st_mtime_ns
     process = start({**settings, **swept})
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, said[-3000:]
-    assert "going on after step" in said
-    assert (folder / "cohort-1" / "metrics.jsonl").stat().st_mtime_ns == first
-    again = SweepResult.read(folder)
-    assert again.data["status"] == "finished"
-    assert curves(again) == curves(whole)
-    assert losses(again) == losses(whole)
-    assert again.data["recommendation"] == whole.data["recommendation"]
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output[-3000:]
+    assert "going on after step" in output
+    assert (folder / "cohort-1" / "metrics.jsonl").stat().st_mtime_ns == written_ns
+    resumed = SweepResult.read(folder)
+    assert resumed.data["status"] == "finished"
+    assert curves(resumed) == curves(uninterrupted)
+    assert losses(resumed) == losses(uninterrupted)
+    assert resumed.data["recommendation"] == uninterrupted.data["recommendation"]
 
 
 @pytest.mark.slow
@@ -286,9 +287,9 @@ def test_a_stopped_sweep_says_how_to_go_on(settings: dict[str, Any]) -> None:
         assert time.monotonic() < until
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert f"go on with: lighten sweep --resume {folder}" in said.replace("\n", " ")
+    assert f"go on with: lighten sweep --resume {folder}" in output.replace("\n", " ")
     assert SweepResult.read(folder).data["status"] == "interrupted"
 
 
@@ -306,42 +307,42 @@ def test_a_sweep_killed_while_it_measures_loses_no_batch(
 
     monkeypatch.setattr(PartialResults, "put", noting)
     monkeypatch.setattr(together, "ENOUGH_ROWS", 4)
-    whole = sweep(settings, output_dir=str(tmp_path / "whole"))
+    uninterrupted = sweep(settings, output_dir=str(tmp_path / "whole"))
     every, parts[:] = list(parts), []
     # The base and two arms: three batches of losses and answers, or losses and three of answers.
     in_one_pass = kernels.obstacle() is None
     assert len(every) == 3 * (3 if in_one_pass else 4)
 
-    def until_the_second_batch(what: str, done: int, total: int) -> None:
-        if what == ("r2: loss and answers" if in_one_pass else "r2: answers") and done == 8:
+    def until_the_second_batch(stage: str, done: int, total: int) -> None:
+        if stage == ("r2: loss and answers" if in_one_pass else "r2: answers") and done == 8:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         sweep(settings, measuring_progress=until_the_second_batch)
-    told: list[str] = []
-    again = sweep(settings, measuring_progress=lambda what, *_: told.append(what))
+    stages: list[str] = []
+    resumed = sweep(settings, measuring_progress=lambda stage, *_: stages.append(stage))
     assert parts == every  # nothing twice, nothing left out
-    assert "r2: loss" not in told
-    assert not list((again.folder / "arms").glob("*.partial.jsonl"))
-    assert losses(again) == losses(whole)
-    for ours, theirs in zip(again.arms, whole.arms, strict=True):
-        assert ours["metrics"]["chrf"] == theirs["metrics"]["chrf"]
+    assert "r2: loss" not in stages
+    assert not list((resumed.folder / "arms").glob("*.partial.jsonl"))
+    assert losses(resumed) == losses(uninterrupted)
+    for resumed_arm, arm in zip(resumed.arms, uninterrupted.arms, strict=True):
+        assert resumed_arm["metrics"]["chrf"] == arm["metrics"]["chrf"]
 
 
 def test_the_command_line_prints_the_table_and_the_reasons(settings: dict[str, Any]) -> None:
     process = start(settings, "--lora_r", "2,4", "--metric", "loss", "--reference", "none")
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, said[-2000:]
-    assert "held-out loss" in said
-    assert "report.html" in said.replace("\n", "")
-    flat = " ".join(said.split())
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output[-2000:]
+    assert "held-out loss" in output
+    assert "report.html" in output.replace("\n", "")
+    flat = " ".join(output.split())
     assert "No difference found" in flat or "Take r" in flat
 
 
 def test_the_frontier_holds_what_nothing_beats_in_both() -> None:
     points = [charts.Point(n, x, y) for n, x, y in
               (("a", 1, 3), ("b", 2, 4), ("c", 3, 2), ("d", 9, 1), ("e", 9, 5))]  # fmt: skip
-    assert [own.label for own in charts.frontier(points)] == ["a", "c", "d"]
+    assert [point.label for point in charts.frontier(points)] == ["a", "c", "d"]
     text = charts.scatter_chart(points, title="t", x_label="x", y_label="y")
     assert text.count("<circle") == 5
     assert 'class="frontier"' in text
@@ -387,9 +388,9 @@ def test_where_the_truth_is_rank_four_the_recommendation_is_four(tmp_path: Path)
         learning_rate=2e-2, lr_scheduler_type="cosine", max_steps=250, eval_steps=50,
         per_device_train_batch_size=32, val_size=160, metric="loss",
     )  # fmt: skip
-    found = result.data["recommendation"]
-    assert result.recommended == "r4", found
-    worse = {own["name"]: own["worse"] for own in result.data["settings"]}
+    recommendation = result.data["recommendation"]
+    assert result.recommended == "r4", recommendation
+    worse = {setting["name"]: setting["worse"] for setting in result.data["settings"]}
     assert worse == {"r1": True, "r2": True, "r4": False, "r8": worse["r8"], "r16": worse["r16"]}
 
 
@@ -397,4 +398,4 @@ def test_groups_of_the_recipe_are_what_the_result_names(settings: dict[str, Any]
     recipe = lighten.Recipe.from_values(
         {k: v for k, v in settings.items() if "." not in k} | {"sweep": {"lora_r": [2, 4]}}
     )
-    assert [own.name for own in group_arms(expand(recipe))] == ["cohort-1"]
+    assert [group.name for group in group_arms(expand(recipe))] == ["cohort-1"]

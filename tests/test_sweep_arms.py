@@ -23,21 +23,23 @@ def arms(values: dict[str, Any], **sweep: Any) -> list[Arm]:
 
 
 def test_every_combination_is_an_arm_named_for_what_differs(values: dict[str, Any]) -> None:
-    found = arms(values, lora_r=[8, 32], learning_rate=["1e-4", 3e-4], seed=[0])
-    assert [arm.name for arm in found] == ["r8-lr0.0001", "r8-lr0.0003", "r32-lr0.0001",
-                                           "r32-lr0.0003"]  # fmt: skip
-    assert [(a.options.lora_r, a.options.learning_rate, a.options.seed) for a in found] == [
+    expanded = arms(values, lora_r=[8, 32], learning_rate=["1e-4", 3e-4], seed=[0])
+    assert [arm.name for arm in expanded] == ["r8-lr0.0001", "r8-lr0.0003", "r32-lr0.0001",
+                                              "r32-lr0.0003"]  # fmt: skip
+    assert [(a.options.lora_r, a.options.learning_rate, a.options.seed) for a in expanded] == [
         (8, 1e-4, 0), (8, 3e-4, 0), (32, 1e-4, 0), (32, 3e-4, 0),
     ]  # fmt: skip
-    for arm in found:
-        again = Recipe.from_values(arm.recipe.completed())
-        assert again.completed() == arm.recipe.completed()
+    for arm in expanded:
+        reread = Recipe.from_values(arm.recipe.completed())
+        assert reread.completed() == arm.recipe.completed()
         assert len(arm.recipe.cohort()) == 1
 
 
 def scale(arm: Arm) -> float:
-    own = arm.options
-    return own.lora_alpha / (math.sqrt(own.lora_r) if own.use_rslora else own.lora_r)
+    options = arm.options
+    return options.lora_alpha / (
+        math.sqrt(options.lora_r) if options.use_rslora else options.lora_r
+    )
 
 
 def test_trap25_rank_is_not_confounded_with_the_scale(values: dict[str, Any]) -> None:
@@ -68,10 +70,10 @@ def test_ranges_become_values(values: dict[str, Any]) -> None:
 
 
 def test_target_modules_may_be_names_or_lists_of_them(values: dict[str, Any]) -> None:
-    found = arms(values, lora_target_modules=["attention", ["q_proj", "v_proj"]])
-    assert [arm.name for arm in found] == ["attention", "q_proj.v_proj"]
-    assert found[1].options.lora_target_modules == ["q_proj", "v_proj"]
-    assert len(group_arms(found)) == 1
+    expanded = arms(values, lora_target_modules=["attention", ["q_proj", "v_proj"]])
+    assert [arm.name for arm in expanded] == ["attention", "q_proj.v_proj"]
+    assert expanded[1].options.lora_target_modules == ["q_proj", "v_proj"]
+    assert len(group_arms(expanded)) == 1
 
 
 def test_a_cohort_of_the_recipe_is_crossed_with_the_grid(values: dict[str, Any]) -> None:
@@ -87,41 +89,41 @@ def test_a_cohort_of_the_recipe_is_crossed_with_the_grid(values: dict[str, Any])
 
 
 def test_arms_that_can_share_a_run_share_one(values: dict[str, Any], tmp_path: Path) -> None:
-    found = arms(
+    expanded = arms(
         values, lora_r=[4, 8], learning_rate=[1e-4], seed=[0, 1], lora_dropout=[0.0, 0.1],
         init_lora_weights=[True, "gaussian"],
     )  # fmt: skip
-    (one,) = group_arms(found)
-    cohort = one.recipe(tmp_path).cohort()
-    for arm, own in zip(found, cohort, strict=True):
-        assert own.model_dump(exclude={"name"}) == arm.options.model_dump(exclude={"name"})
-        assert own.name == one.adapter(arm) == arm.name
-    assert one.recipe(tmp_path).run_folder == tmp_path / one.name
+    (group,) = group_arms(expanded)
+    cohort = group.recipe(tmp_path).cohort()
+    for arm, member in zip(expanded, cohort, strict=True):
+        assert member.model_dump(exclude={"name"}) == arm.options.model_dump(exclude={"name"})
+        assert member.name == group.adapter(arm) == arm.name
+    assert group.recipe(tmp_path).run_folder == tmp_path / group.name
 
 
 def test_what_one_arm_sets_and_another_does_not_stays_apart(
     values: dict[str, Any], tmp_path: Path
 ) -> None:
-    found = arms(
+    expanded = arms(
         values, loraplus_lr_ratio=[16, None], modules_to_save=[["lm_head"], None], lora_r=[4]
     )
-    (one,) = group_arms(found)
-    cohort = one.recipe(tmp_path).cohort()
-    assert [(own.loraplus_lr_ratio, own.modules_to_save) for own in cohort] == [
+    (group,) = group_arms(expanded)
+    cohort = group.recipe(tmp_path).cohort()
+    assert [(member.loraplus_lr_ratio, member.modules_to_save) for member in cohort] == [
         (16, ["lm_head"]), (16, None), (None, ["lm_head"]), (None, None),
     ]  # fmt: skip
 
 
 def test_what_cannot_share_runs_apart(values: dict[str, Any], tmp_path: Path) -> None:
-    found = arms(values, lora_r=[4, 8], dtype=["float32", "bfloat16"])
-    assert [[arm.name for arm in own.arms] for own in group_arms(found)] == [
+    expanded = arms(values, lora_r=[4, 8], dtype=["float32", "bfloat16"])
+    assert [[arm.name for arm in group.arms] for group in group_arms(expanded)] == [
         ["r4-float32", "r8-float32"], ["r4-bfloat16", "r8-bfloat16"],
     ]  # fmt: skip
     alone = arms(values, lora_r=[4, 8], use_dora=[True, False])
-    assert [len(own.arms) for own in group_arms(alone)] == [1, 2, 1]
+    assert [len(group.arms) for group in group_arms(alone)] == [1, 2, 1]
     batch = arms(values, per_device_train_batch_size=[4, 8])
     assert len(group_arms(batch)) == 2
-    assert len({own.name for own in group_arms([*found, *batch])}) == 4
+    assert len({group.name for group in group_arms([*expanded, *batch])}) == 4
 
 
 def test_the_full_reference_is_a_recipe_of_its_own(values: dict[str, Any], tmp_path: Path) -> None:
@@ -133,13 +135,13 @@ def test_the_full_reference_is_a_recipe_of_its_own(values: dict[str, Any], tmp_p
     assert (arm.recipe.method, arm.recipe.learning_rate, arm.recipe.max_steps) == ("full", 3e-5, 7)
     assert not arm.recipe.load_in_4bit
     assert arm.alone
-    (own,) = group_arms([arm])
-    assert own.recipe(tmp_path).run_folder == tmp_path / "full"
-    assert own.recipe(tmp_path).cohort()[0].name == own.adapter(arm)
+    (group,) = group_arms([arm])
+    assert group.recipe(tmp_path).run_folder == tmp_path / "full"
+    assert group.recipe(tmp_path).cohort()[0].name == group.adapter(arm)
 
 
 @pytest.mark.parametrize(
-    ("sweep", "says"),
+    ("sweep", "message"),
     [
         ({"lora_rr": [1]}, r"sweep\.lora_rr is not a setting; did you mean lora_r\?"),
         ({"lora_r": [0]}, r"sweep\.lora_r: 0 does not do; input should be greater than"),
@@ -161,9 +163,9 @@ def test_the_full_reference_is_a_recipe_of_its_own(values: dict[str, Any], tmp_p
     ],
 )
 def test_mistakes_are_told_with_the_keys_path(
-    values: dict[str, Any], sweep: dict[str, Any], says: str
+    values: dict[str, Any], sweep: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(RecipeError, match=says):
+    with pytest.raises(RecipeError, match=message):
         Recipe.from_values({**values, "sweep": sweep})
 
 
@@ -183,12 +185,12 @@ def test_aliases_and_times_are_understood(values: dict[str, Any]) -> None:
 
 
 def test_lists_of_the_verb_are_swept_and_its_own_options_are_found(values: dict[str, Any]) -> None:
-    given = {
+    arguments = {
         "lora_r": [8, 32], "lr": {"min": 1e-4, "max": 1e-3, "factor": 10}, "seed": 3,
         "lora_target_modules": ["q_proj", "v_proj"], "budget": "30m", "tune": "learning_rate",
         "sweep.lora_dropout": [0.0, 0.1], "report_to": ["none"],
     }  # fmt: skip
-    recipe = Recipe.from_values(values, gathered(given))
+    recipe = Recipe.from_values(values, gathered(arguments))
     assert set(recipe.sweep.grid) == {"lora_r", "learning_rate", "lora_dropout"}
     assert (recipe.sweep.budget, recipe.sweep.tune) == ("30m", "learning_rate")
     assert (recipe.seed, recipe.lora_r) == (3, 16)

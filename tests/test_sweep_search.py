@@ -25,17 +25,17 @@ def recipe(chat_file: Path, *, trials: int = 20, search: str = "tpe", **grid: An
 
 
 def arms_of(groups: Sequence[Group]) -> list[Arm]:
-    return [arm for own in groups for arm in own.arms]
+    return [arm for group in groups for arm in group.arms]
 
 
 def valley(groups: Sequence[Group]) -> dict[str, float | None]:
     """Lowest, 1, at rank 8 and a rate of 1e-3."""
-    found: dict[str, float | None] = {}
+    losses: dict[str, float | None] = {}
     for arm in arms_of(groups):
-        own = arm.options
-        away = math.log10(own.learning_rate / 1e-3) ** 2 + abs(math.log2(own.lora_r / 8))
-        found[arm.name] = 1.0 + away
-    return found
+        options = arm.options
+        away = math.log10(options.learning_rate / 1e-3) ** 2 + abs(math.log2(options.lora_r / 8))
+        losses[arm.name] = 1.0 + away
+    return losses
 
 
 def test_without_optuna_the_command_is_named(
@@ -60,31 +60,31 @@ def test_a_search_draws_what_the_recipe_allows(
     chat_file: Path, tmp_path: Path, method: str
 ) -> None:
     pytest.importorskip("optuna", reason="the extra search is not installed")
-    found = run_search(Search(recipe(chat_file, search=method), tmp_path), valley)
+    trials = run_search(Search(recipe(chat_file, search=method), tmp_path), valley)
     assert (tmp_path / JOURNAL).is_file()
-    assert 10 <= len(found) <= 20
-    losses = [own.loss for own in found if own.loss is not None]
+    assert 10 <= len(trials) <= 20
+    losses = [trial.loss for trial in trials if trial.loss is not None]
     assert losses == sorted(losses)
-    for own in found:
-        options = own.arm.options
+    for trial in trials:
+        options = trial.arm.options
         assert options.lora_r in SPACE["lora_r"]
         assert 1e-5 <= options.learning_rate <= 1e-1
         # The scale stays the recipe's, 3, whatever the rank (trap 25).
         assert options.lora_alpha == pytest.approx(3 * options.lora_r)
-        assert own.loss == valley([Group("alone", (own.arm,))])[own.arm.name]
+        assert trial.loss == valley([Group("alone", (trial.arm,))])[trial.arm.name]
 
 
 def test_tpe_learns_from_what_it_is_told(chat_file: Path, tmp_path: Path) -> None:
     """After 40 trials it is nearer than chance: of 40 random draws the best is a seed's luck."""
     pytest.importorskip("optuna", reason="the extra search is not installed")
     search = Search(recipe(chat_file, trials=40), tmp_path)
-    found = run_search(search, valley)
-    best = found[0].arm.options
+    trials = run_search(search, valley)
+    best = trials[0].arm.options
     assert best.lora_r == 8
     assert 3e-4 < best.learning_rate < 3e-3
-    late = [own for own in found if int(own.arm.name.rpartition("-")[2]) >= 20]
-    early = [own for own in found if int(own.arm.name.rpartition("-")[2]) < 10]
-    mean = lambda trials: sum(own.loss or 0.0 for own in trials) / len(trials)  # noqa: E731
+    late = [trial for trial in trials if int(trial.arm.name.rpartition("-")[2]) >= 20]
+    early = [trial for trial in trials if int(trial.arm.name.rpartition("-")[2]) < 10]
+    mean = lambda trials: sum(trial.loss or 0.0 for trial in trials) / len(trials)  # noqa: E731
     assert mean(late) < 0.7 * mean(early)
 
 
@@ -92,30 +92,31 @@ def test_a_search_that_was_killed_goes_on_with_the_same_trials(
     chat_file: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("optuna", reason="the extra search is not installed")
-    asked: list[list[str]] = []
+    rounds: list[list[str]] = []
 
     def killed(groups: Sequence[Group]) -> Mapping[str, float | None]:
-        asked.append([own.name for own in groups] + [arm.name for arm in arms_of(groups)])
-        if len(asked) == 3:
+        rounds.append([group.name for group in groups] + [arm.name for arm in arms_of(groups)])
+        if len(rounds) == 3:
             raise KeyboardInterrupt
         return valley(groups)
 
     with pytest.raises(KeyboardInterrupt):
         run_search(Search(recipe(chat_file), tmp_path), killed)
     before = {
-        own.arm.name: own.loss for own in Search(recipe(chat_file), tmp_path).completed_trials()
+        trial.arm.name: trial.loss
+        for trial in Search(recipe(chat_file), tmp_path).completed_trials()
     }
     assert 0 < len(before) <= 2 * TOGETHER
-    again = Search(recipe(chat_file), tmp_path)
-    waiting = again.ask()
+    resumed = Search(recipe(chat_file), tmp_path)
+    waiting = resumed.ask()
     # The names of run folders among them, which hold the checkpoints to go on from.
-    assert [own.name for own in waiting] + [arm.name for arm in arms_of(waiting)] == asked[2]
-    found = run_search(again, valley)
-    after = {own.arm.name: own.loss for own in found}
+    assert [group.name for group in waiting] + [arm.name for arm in arms_of(waiting)] == rounds[2]
+    trials = run_search(resumed, valley)
+    after = {trial.arm.name: trial.loss for trial in trials}
     assert before.items() <= after.items()
     assert {arm.name for arm in arms_of(waiting)} <= set(after)
-    assert set(after) <= {arm.name for arm in arms_of(again.groups())}
-    rates = [own.arm.options.learning_rate for own in found]
+    assert set(after) <= {arm.name for arm in arms_of(resumed.groups())}
+    rates = [trial.arm.options.learning_rate for trial in trials]
     assert len(set(rates)) == len(rates)  # a sampler begun anew would draw the first ones again
     assert Search(recipe(chat_file), tmp_path).ask() == []
 
@@ -124,17 +125,17 @@ def test_a_setting_that_diverges_is_one_bad_trial(chat_file: Path, tmp_path: Pat
     pytest.importorskip("optuna", reason="the extra search is not installed")
 
     def diverging(groups: Sequence[Group]) -> Mapping[str, float | None]:
-        found = valley(groups)
+        losses = valley(groups)
         return {
             arm.name: (None if arm.options.lora_r == 2 else math.nan)
             if arm.options.learning_rate > 1e-2
-            else found[arm.name]
+            else losses[arm.name]
             for arm in arms_of(groups)
         }
 
-    found = run_search(Search(recipe(chat_file), tmp_path), diverging)
-    assert found
-    assert all(own.arm.options.learning_rate <= 1e-2 for own in found)
+    trials = run_search(Search(recipe(chat_file), tmp_path), diverging)
+    assert trials
+    assert all(trial.arm.options.learning_rate <= 1e-2 for trial in trials)
 
 
 def test_a_small_space_is_not_trained_twice(chat_file: Path, tmp_path: Path) -> None:
@@ -146,10 +147,10 @@ def test_a_small_space_is_not_trained_twice(chat_file: Path, tmp_path: Path) -> 
         return valley(groups)
 
     small = {"lora_r": [2, 8], "lora_target_modules": [["q_proj"], "all-linear"]}
-    found = run_search(Search(recipe(chat_file, **small), tmp_path), count)
+    trials = run_search(Search(recipe(chat_file, **small), tmp_path), count)
     assert len(set(trained)) == len(trained) <= 4
-    assert found[0].arm.options.lora_r == 8
-    assert found[0].arm.options.lora_target_modules in (["q_proj"], "all-linear")
+    assert trials[0].arm.options.lora_r == 8
+    assert trials[0].arm.options.lora_target_modules in (["q_proj"], "all-linear")
 
 
 def test_another_space_is_another_search(chat_file: Path, tmp_path: Path) -> None:

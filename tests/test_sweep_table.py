@@ -10,7 +10,7 @@ from lighten.reporting import sweep_table
 
 
 def arm(name: str, parameters: int, loss: float | None, **changes: Any) -> dict[str, Any]:
-    own: dict[str, Any] = {
+    record: dict[str, Any] = {
         "name": name, "reference": None, "status": "finished", "steps": 100, "seconds": 60.0,
         "tokens_per_second": 400.0, "peak_bytes": 4 * 2**30, "trainable_parameters": parameters,
         "file_bytes": 4 * parameters, "together": 2, "sets": {"lora_r": 8},
@@ -19,8 +19,8 @@ def arm(name: str, parameters: int, loss: float | None, **changes: Any) -> dict[
         "against": {"full": {"value": -0.4, "verdict": "no difference found"}},
     }  # fmt: skip
     if loss is not None:
-        own["loss"] = {"value": loss, "se": 0.05}
-    return {**own, **changes}
+        record["loss"] = {"value": loss, "se": 0.05}
+    return {**record, **changes}
 
 
 @pytest.fixture
@@ -51,12 +51,12 @@ def test_the_table_has_a_row_per_arm_by_size_references_last(data: dict[str, Any
 
 
 def test_full_fine_tuning_is_compared_with_in_one_sentence(data: dict[str, Any]) -> None:
-    said = sweep_table.against_full(data, "chrf")
-    assert said is not None
+    sentence = sweep_table.against_full(data, "chrf")
+    assert sentence is not None
     for part in ("peak memory 15.00 GiB → 4.00 GiB (shared with 1 more)", "2x faster per token",
                  "held-out loss +0.020", "chrF -0.40 (no difference found)",
                  "400.0 MB → 4.0 MB to ship", "learning rate 2e-05, not tuned"):  # fmt: skip
-        assert part in said, part
+        assert part in sentence, part
     assert sweep_table.against_full({**data, "arms": data["arms"][1:]}, "chrf") is None
     assert sweep_table.against_full({**data, "recommendation": {"arm": None}}, "chrf") is None
 

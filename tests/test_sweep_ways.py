@@ -17,17 +17,17 @@ from lighten.sweeps.measure import Measurement
 from lighten.sweeps.running import sweep
 
 
-def recipe(tiny_folder: Path, chat_file: Path, folder: Path, **own: Any) -> Recipe:
+def recipe(tiny_folder: Path, chat_file: Path, folder: Path, **settings: Any) -> Recipe:
     return Recipe.from_values(
         {"model_name_or_path": str(tiny_folder), "dataset": str(chat_file), "val_size": 0.6,
          "max_steps": 4, "learning_rate": 1e-2, "dtype": "float32", "lora_r": 4, "lora_alpha": 8,
          "output_dir": str(folder), "evaluate": {"max_new_tokens": 2, "bootstrap_samples": 100},
-         **own}
+         **settings}
     )  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         ({"trials": 5}, "sweep.trials has no effect without sweep.search"),
         ({"search": "tpe", "budget": "5m"}, "sweep.budget has no effect with sweep.search"),
@@ -38,10 +38,10 @@ def recipe(tiny_folder: Path, chat_file: Path, folder: Path, **own: Any) -> Reci
     ],
 )
 def test_ways_that_cannot_be_joined_are_told(
-    options: dict[str, Any], says: str, tiny_folder: Path, chat_file: Path, tmp_path: Path
+    options: dict[str, Any], message: str, tiny_folder: Path, chat_file: Path, tmp_path: Path
 ) -> None:
     section = {"lora_r": [2, 4], **options}
-    with pytest.raises(RecipeError, match=says):
+    with pytest.raises(RecipeError, match=message):
         recipe(tiny_folder, chat_file, tmp_path, sweep=section)
 
 
@@ -49,20 +49,22 @@ def test_truncate_trains_the_largest_rank_alone(
     tiny_folder: Path, chat_file: Path, tmp_path: Path
 ) -> None:
     section = {"lora_r": [1, 2, 8], "truncate": True, "metric": "loss"}
-    found = sweep(recipe(tiny_folder, chat_file, tmp_path / "s", sweep=section), progress=False)
-    (name,) = found.data["truncated"]
-    curve = found.data["truncated"][name]
+    result = sweep(recipe(tiny_folder, chat_file, tmp_path / "s", sweep=section), progress=False)
+    (name,) = result.data["truncated"]
+    curve = result.data["truncated"][name]
     assert [point["rank"] for point in curve["points"]] == [8, 2, 1]
-    trained = [row for row in found.arms if row["reference"] is None]
+    trained = [row for row in result.arms if row["reference"] is None]
     assert [row["sets"]["lora_r"] for row in trained] == [8]
     # Both stand on the same examples: the uncut adapter has the arm's own loss.
     assert curve["points"][0]["loss"] == pytest.approx(trained[0]["loss"]["value"], rel=1e-6)
-    base = next(row for row in found.arms if row["reference"] == "base")
+    base = next(row for row in result.arms if row["reference"] == "base")
     assert curve["base_loss"] == pytest.approx(base["loss"]["value"], rel=1e-6)
     page = sweep_page(tmp_path / "s")
     assert f"{name}, trained at rank 8: " in page
     assert f"{curve['points'][2]['loss']:.4f}" in page
-    assert {own["r"] for own in Run(tmp_path / "s" / trained[0]["group"]).info()["adapters"]} == {8}
+    assert {
+        adapter["r"] for adapter in Run(tmp_path / "s" / trained[0]["group"]).info()["adapters"]
+    } == {8}
 
 
 @pytest.mark.slow
@@ -72,19 +74,19 @@ def test_a_search_trains_cohorts_and_tells_their_losses(
     pytest.importorskip("optuna", reason="the extra search is not installed")
     section = {"lora_r": [1, 2, 4], "search": "tpe", "trials": 6, "metric": "loss",
                "learning_rate": {"min": 1e-4, "max": 1e-1, "log": True}}  # fmt: skip
-    given = recipe(tiny_folder, chat_file, tmp_path / "s", sweep=section)
-    found = sweep(given, progress=False)
-    trained = [row for row in found.arms if row["reference"] is None]
+    search_recipe = recipe(tiny_folder, chat_file, tmp_path / "s", sweep=section)
+    result = sweep(search_recipe, progress=False)
+    trained = [row for row in result.arms if row["reference"] is None]
     assert len(trained) == 6
-    assert len(found.data["groups"]) == 2  # four together, then the two that are left
+    assert len(result.data["groups"]) == 2  # four together, then the two that are left
     for row in trained:
-        kept = Measurement.read(tmp_path / "s", row["name"])
-        assert kept is not None
-        assert row["loss"]["value"] == pytest.approx(sum(kept.nll) / sum(kept.tokens))
+        measurement = Measurement.read(tmp_path / "s", row["name"])
+        assert measurement is not None
+        assert row["loss"]["value"] == pytest.approx(sum(measurement.nll) / sum(measurement.tokens))
         assert row["sets"]["lora_alpha"] == pytest.approx(2 * row["sets"]["lora_r"])
-    assert found.data["recommendation"]["arm"] in {row["name"] for row in trained}
-    again = sweep(given, resume=True, progress=False)
-    assert again.data["groups"] == found.data["groups"]
+    assert result.data["recommendation"]["arm"] in {row["name"] for row in trained}
+    resumed = sweep(search_recipe, resume=True, progress=False)
+    assert resumed.data["groups"] == result.data["groups"]
 
 
 def test_groups_are_spread_over_what_there_is(
@@ -95,11 +97,14 @@ def test_groups_are_spread_over_what_there_is(
     assert len(groups) == 1
     assert ray_tune.spread(groups, 1) == groups
     two = ray_tune.spread(groups, 2)
-    assert [[arm.name for arm in own.arms] for own in two] == [["r1", "r2", "r4"], ["r8", "r16"]]
-    assert len({own.name for own in two}) == 2
+    assert [[arm.name for arm in group.arms] for group in two] == [
+        ["r1", "r2", "r4"],
+        ["r8", "r16"],
+    ]
+    assert len({group.name for group in two}) == 2
     alone = ray_tune.spread(groups, 64)
-    assert [len(own.arms) for own in alone] == [1] * 5
-    assert len({own.name for own in alone}) == 5
+    assert [len(group.arms) for group in alone] == [1] * 5
+    assert len({group.name for group in alone}) == 5
 
 
 def test_without_ray_the_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,22 +121,22 @@ def test_ray_trains_what_one_process_trains(
     ray = pytest.importorskip("ray", reason="the extra ray is not installed")
     pytest.importorskip("ray.tune", reason="the extra ray is not installed")
     monkeypatch.chdir(tmp_path)  # and a relative folder, which workers have to find
-    own = {"lora_r": [1, 2, 4], "metric": "loss"}
+    section = {"lora_r": [1, 2, 4], "metric": "loss"}
     alone = sweep(
-        recipe(tiny_folder, chat_file, Path("alone"), sweep=own), progress=False
+        recipe(tiny_folder, chat_file, Path("alone"), sweep=section), progress=False
     )  # fmt: skip
     ray.init(num_cpus=1, log_to_driver=False)
     try:
         monkeypatch.setattr(ray_tune, "slots", lambda: 2)  # as on two machines
         spread = recipe(
-            tiny_folder, chat_file, Path("spread"), sweep={**own, "executor": "ray"}
+            tiny_folder, chat_file, Path("spread"), sweep={**section, "executor": "ray"}
         )  # fmt: skip
-        found = sweep(spread, progress=False)
+        result = sweep(spread, progress=False)
     finally:
         ray.shutdown()
-    assert len(found.data["groups"]) == 2
+    assert len(result.data["groups"]) == 2
     losses = {row["name"]: row["loss"]["value"] for row in alone.arms}
-    assert {row["name"]: row["loss"]["value"] for row in found.arms} == pytest.approx(
+    assert {row["name"]: row["loss"]["value"] for row in result.arms} == pytest.approx(
         losses, rel=1e-5
     )
     for name in ("cohort-1.a", "cohort-1.b"):

@@ -55,17 +55,19 @@ def test_batches_of_other_rows_meet_the_same_compiled_kernels() -> None:
         assert gates.quicken(cohort.model) == 2
         if quick:
             compiled.compile_layers(cohort.model)
-        found = []
-        with profile(activities=[ProfilerActivity.CPU]) as seen:
+        grads = []
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
             for rows in (UNEVEN, UNEVEN[::-1], UNEVEN[1:]):
                 _, members = one_step(cohort, rows, 3, packed=True)
-                found.append(torch.cat([own.flatten() for own in gradients(members["a"]).values()]))
-        called = {event.key for event in seen.key_averages()}
+                grads.append(
+                    torch.cat([grad.flatten() for grad in gradients(members["a"]).values()])
+                )
+        called = {event.key for event in profiler.key_averages()}
         kernels_of_layers = {"lighten::attention_backward", "lighten::gated_backward"}
         assert called & kernels_of_layers == (
             kernels_of_layers if dtype == torch.bfloat16 else set()
         )
-        return found
+        return grads
 
     exact, plain = run(torch.float32), run(torch.bfloat16)
     for truth, eager, quick in zip(exact, plain, run(torch.bfloat16, quick=True), strict=True):
@@ -84,29 +86,31 @@ def test_what_compiled_layers_keep_can_wait_elsewhere(checkpointing: bool, tmp_p
         compiled.compile_layers(cohort.model)
         if checkpointing:
             checkpoint_layers(cohort.model)
-        made = Offload(cohort.model, ScratchFile(tmp_path), smallest_bytes=1)
+        offload = Offload(cohort.model, ScratchFile(tmp_path), smallest_bytes=1)
         if moved:
-            wrap(cohort.model, made)
+            wrap(cohort.model, offload)
         report, members = one_step(cohort, UNEVEN, 3, packed=True)
-        assert (made.moved_bytes > 0) == moved
+        assert (offload.moved_bytes > 0) == moved
         return report["a"].loss, gradients(members["a"])
 
-    (loss, wanted), (moved_loss, found) = run(False), run(True)
+    (loss, expected), (moved_loss, actual) = run(False), run(True)
     assert moved_loss == loss
-    assert all(torch.equal(found[key], value) for key, value in wanted.items())
+    assert all(torch.equal(actual[key], value) for key, value in expected.items())
 
 
 def test_short_runs_cohorts_and_dropout_are_not_compiled_and_the_reason_is_said() -> None:
-    def choice(*specs: AdapterSpec, wanted: bool | str = "auto", tokens: int = 10**12) -> str:
+    def choice(
+        *specs: AdapterSpec, torch_compile: bool | str = "auto", tokens: int = 10**12
+    ) -> str:
         cohort = attach(tiny_model("llama"), list(specs))
-        found = compiled.choose(wanted, cohort, tokens=tokens, device="cpu", cores=2)
-        return f"{found.value}: {found.reason}"
+        decision = compiled.choose(torch_compile, cohort, tokens=tokens, device="cpu", cores=2)
+        return f"{decision.value}: {decision.reason}"
 
     if shutil.which("g++"):
         assert choice(spec()).startswith("on: a run of about")
-        assert choice(spec(), wanted=True) == "on: torch_compile of the recipe"
+        assert choice(spec(), torch_compile=True) == "on: torch_compile of the recipe"
     assert "would not pay it back" in choice(spec(), tokens=1000) or not shutil.which("g++")
-    assert choice(spec(), wanted=False) == "off: torch_compile of the recipe"
-    assert "the cohort has several" in choice(spec("a"), spec("b"), wanted=True)
-    assert "lora_dropout" in choice(spec(dropout=0.1), wanted=True)
-    assert "low-rank adapters alone" in choice(spec(modules_to_save=("norm",)), wanted=True)
+    assert choice(spec(), torch_compile=False) == "off: torch_compile of the recipe"
+    assert "the cohort has several" in choice(spec("a"), spec("b"), torch_compile=True)
+    assert "lora_dropout" in choice(spec(dropout=0.1), torch_compile=True)
+    assert "low-rank adapters alone" in choice(spec(modules_to_save=("norm",)), torch_compile=True)

@@ -81,32 +81,32 @@ def trained(make: Make, steps: int = 3) -> tuple[list[dict[str, AdapterStep]], d
 @pytest.mark.parametrize("count", [2, 3])
 def test_processes_give_the_bits_of_threads(count: int) -> None:
     """Over several steps: a child that kept old weights would give the first step's gradients."""
-    wanted, weights = trained(threads(count))
-    found, own = trained(processes(count))
-    assert wanted[0] != wanted[-1]
-    assert found == wanted
-    assert own.keys() == weights.keys()
-    assert all(torch.equal(own[key], weights[key]) for key in weights)
+    expected, expected_weights = trained(threads(count))
+    actual, weights = trained(processes(count))
+    assert expected[0] != expected[-1]
+    assert actual == expected
+    assert weights.keys() == expected_weights.keys()
+    assert all(torch.equal(weights[key], expected_weights[key]) for key in expected_weights)
 
 
 def test_held_out_losses_come_back_in_the_order_of_their_batches() -> None:
     cohort = in_blocks(cohort_of(random_spec("a"), arch="llama"))
     batches = micro_batches(UNEVEN, ["a"], 2, packed=True)
     with at_work(threads(2), cohort) as (workers, objective, _):
-        wanted = workers.measure(objective, batches)
+        expected = workers.measure(objective, batches)
     with at_work(processes(3), cohort) as (workers, objective, _):
-        assert workers.measure(objective, batches) == wanted
+        assert workers.measure(objective, batches) == expected
         assert workers.measure(objective, []) == []
         workers.give_back()
-    assert [len(own) for own in wanted] == [len(batch.items) for batch in batches]
+    assert [len(losses) for losses in expected] == [len(batch.items) for batch in batches]
 
 
 def test_an_error_of_a_child_is_raised_here_and_the_next_step_goes_well() -> None:
     cohort = in_blocks(cohort_of(random_spec("a"), arch="llama"))
-    here, fails = os.getpid(), torch.zeros(1).share_memory_()
+    parent_pid, fails = os.getpid(), torch.zeros(1).share_memory_()
 
     def broken(*_: object) -> None:
-        if fails[0] and os.getpid() != here:
+        if fails[0] and os.getpid() != parent_pid:
             raise ValueError("in the middle of a layer")
 
     cohort.model.base_model.register_forward_pre_hook(broken)
@@ -124,8 +124,8 @@ def test_an_error_of_a_child_is_raised_here_and_the_next_step_goes_well() -> Non
 
 def test_an_error_that_cannot_travel_says_what_it_was() -> None:
     class Stubborn(Exception):
-        def __init__(self, one: str, two: str) -> None:
-            super().__init__(one + two)
+        def __init__(self, prefix: str, suffix: str) -> None:
+            super().__init__(prefix + suffix)
 
     error = forked._portable(Stubborn("no ", "way"))
     assert isinstance(error, RuntimeError)
@@ -160,38 +160,38 @@ def test_a_run_whose_lane_is_killed_makes_the_step_again(
     tmp_path: Path, tiny_folder: Path, chat_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = set(psutil.Process().children())
-    whole = run(tmp_path / "whole", tiny_folder, chat_file)
+    undisturbed = run(tmp_path / "whole", tiny_folder, chat_file)
     assert set(psutil.Process().children()) <= before
-    made = Forked.learn
+    original_learn = Forked.learn
     calls = []
 
     def deadly(self: Forked, *args: Any) -> Any:
         calls.append(len(self._children))
         if len(calls) == 2:
             os.kill(self._children[0]._pid, signal.SIGKILL)
-        return made(self, *args)
+        return original_learn(self, *args)
 
     monkeypatch.setattr(Forked, "learn", deadly)
     hurt = run(tmp_path / "hurt", tiny_folder, chat_file)
     assert calls == [1] * 5
     assert [retry["step"] for retry in hurt.info()["retries"]] == [2]
     losses = [line["loss"] for line in hurt.metrics() if line["kind"] == "train"]
-    wanted = [line["loss"] for line in whole.metrics() if line["kind"] == "train"]
-    assert losses == pytest.approx(wanted, rel=1e-5)
+    expected = [line["loss"] for line in undisturbed.metrics() if line["kind"] == "train"]
+    assert losses == pytest.approx(expected, rel=1e-5)
     assert set(psutil.Process().children()) <= before
 
 
 def test_where_no_process_can_be_made_lanes_are_threads(
     tmp_path: Path, tiny_folder: Path, chat_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = run(tmp_path / "whole", tiny_folder, chat_file).metrics()
+    expected = run(tmp_path / "whole", tiny_folder, chat_file).metrics()
 
     def refused() -> int:
         raise OSError("Cannot allocate memory")
 
     monkeypatch.setattr(os, "fork", refused)
-    found = run(tmp_path / "threads", tiny_folder, chat_file).metrics()
-    assert [line["loss"] for line in found] == [line["loss"] for line in wanted]
+    threaded = run(tmp_path / "threads", tiny_folder, chat_file).metrics()
+    assert [line["loss"] for line in threaded] == [line["loss"] for line in expected]
 
 
 def test_a_child_that_cannot_compute_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,11 +210,11 @@ def test_a_child_that_cannot_compute_is_ended(monkeypatch: pytest.MonkeyPatch) -
 def test_what_a_child_holds_alone_is_counted() -> None:
     cohort = in_blocks(cohort_of(random_spec("a"), arch="llama"))
     held: list[torch.Tensor] = []
-    here = os.getpid()
+    parent_pid = os.getpid()
     size = 256 * 2**20
 
     def holds(*_: object) -> None:
-        if os.getpid() != here:
+        if os.getpid() != parent_pid:
             held.append(torch.ones(size // 4))
 
     shared = torch.ones(size // 4)  # which both have, and is counted in this process alone
@@ -239,10 +239,10 @@ def test_what_a_child_holds_alone_is_counted() -> None:
 def test_peak_memory_adds_what_is_held_beside_only_while_it_is() -> None:
     def touched(size: int) -> mmap.mmap:
         """Fresh memory: the heap may hold pages that are free and resident."""
-        made = mmap.mmap(-1, size)
+        pages = mmap.mmap(-1, size)
         for start in range(0, size, mmap.PAGESIZE):
-            made[start] = 1
-        return made
+            pages[start] = 1
+        return pages
 
     memory = PeakMemory()
     if memory.method != "kernel high-water mark":

@@ -37,8 +37,8 @@ def problem(vocabulary: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def test_slopes_are_those_of_autograd(scale: float, softcap: float) -> None:
     logits, labels = problem(300, torch.float32)
     nll, gradients = autograd(logits, labels, scale, softcap)
-    found = cross_entropy_(logits, labels, scale, softcap)
-    torch.testing.assert_close(found.double(), nll, rtol=1e-5, atol=1e-5)
+    kernel_nll = cross_entropy_(logits, labels, scale, softcap)
+    torch.testing.assert_close(kernel_nll.double(), nll, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(logits.double(), gradients, rtol=1e-4, atol=1e-6)
 
 
@@ -48,8 +48,8 @@ def test_slopes_are_those_of_autograd(scale: float, softcap: float) -> None:
 def test_the_processors_kernel_rounds_once(scale: float, softcap: float, vocabulary: int) -> None:
     logits, labels = problem(vocabulary, torch.bfloat16)
     nll, gradients = autograd(logits, labels, scale, softcap)
-    found = cross_entropy_(logits, labels, scale, softcap)
-    torch.testing.assert_close(found.double(), nll, rtol=1e-5, atol=1e-5)
+    kernel_nll = cross_entropy_(logits, labels, scale, softcap)
+    torch.testing.assert_close(kernel_nll.double(), nll, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(logits.double(), gradients, rtol=2**-8, atol=1e-6)
 
 
@@ -60,21 +60,21 @@ def test_the_processors_kernel_rounds_once(scale: float, softcap: float, vocabul
 def test_the_kernel_computes_what_the_plain_operations_do(
     scale: float, softcap: float, vocabulary: int, dtype: torch.dtype
 ) -> None:
-    logits, labels = (made.cuda() for made in problem(vocabulary, dtype))
-    wanted = logits.clone()
-    nll = plain(wanted, labels, scale, softcap)
-    found = cross_entropy_(logits, labels, scale, softcap)
-    torch.testing.assert_close(found, nll, rtol=1e-4, atol=1e-4)
+    logits, labels = (tensor.cuda() for tensor in problem(vocabulary, dtype))
+    plain_logits = logits.clone()
+    nll = plain(plain_logits, labels, scale, softcap)
+    kernel_nll = cross_entropy_(logits, labels, scale, softcap)
+    torch.testing.assert_close(kernel_nll, nll, rtol=1e-4, atol=1e-4)
     rounding = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
-    torch.testing.assert_close(logits, wanted, rtol=rounding, atol=1e-6)
+    torch.testing.assert_close(logits, plain_logits, rtol=rounding, atol=1e-6)
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma2", "gpt2"])
 def test_a_run_for_a_gpu_learns_what_one_for_a_processor_learns(arch: str) -> None:
-    wanted, plain_members = one_step(cohort_of(spec(), arch=arch), UNEVEN, 3)
+    plain_report, plain_members = one_step(cohort_of(spec(), arch=arch), UNEVEN, 3)
     cohort = cohort_of(spec(), arch=arch)
     objective = Objective(cohort.model, cohort, device="cuda")
     report, members = one_step(cohort, UNEVEN, 3, objective=objective)
     assert objective.fast, objective.reason
-    assert report["a"].loss == pytest.approx(wanted["a"].loss, rel=1e-5)
+    assert report["a"].loss == pytest.approx(plain_report["a"].loss, rel=1e-5)
     assert_close(gradients(members["a"]), gradients(plain_members["a"]))

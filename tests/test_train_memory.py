@@ -75,13 +75,13 @@ def test_pages_of_freed_activations_are_kept_and_given_back_when_asked(in_arena:
             env={**os.environ, SWITCH: in_arena},
         ).stdout.split("\n")
 
-    plain, kept = run("plain"), run("kept")
+    plain_lines, kept_lines = run("plain"), run("kept")
     used = "arena" if in_arena == "1" and allocator.has_arena() else "glibc"
-    assert kept[0] == f"{used}, pages kept"
+    assert kept_lines[0] == f"{used}, pages kept"
     # The least of a few rounds: on some machines the heap grows once more by one block.
-    assert int(plain[0]) > 10 * max(1, int(kept[1]))
-    assert int(kept[2]) > 100 * 2**20
-    assert int(plain[1]) < 20 * 2**20
+    assert int(plain_lines[0]) > 10 * max(1, int(kept_lines[1]))
+    assert int(kept_lines[2]) > 100 * 2**20
+    assert int(plain_lines[1]) < 20 * 2**20
 
 
 @pytest.mark.parametrize(
@@ -110,9 +110,9 @@ def test_other_systems_and_gpus_are_left_alone(monkeypatch: pytest.MonkeyPatch) 
 
 
 def offloaded(cohort: Cohort, folder: Path) -> Offload:
-    made = Offload(cohort.model, ScratchFile(folder), smallest_bytes=1)
-    wrap(cohort.model, made)
-    return made
+    offload = Offload(cohort.model, ScratchFile(folder), smallest_bytes=1)
+    wrap(cohort.model, offload)
+    return offload
 
 
 Saver = Callable[[Cohort, Path], Any]
@@ -149,26 +149,26 @@ def step_with(
 
 
 def assert_bitwise(
-    found: dict[str, dict[str, Tensor]], wanted: dict[str, dict[str, Tensor]], name: str
+    actual: dict[str, dict[str, Tensor]], expected: dict[str, dict[str, Tensor]], name: str
 ) -> None:
     for member in ("a", "b"):
-        for key, value in wanted[member].items():
-            assert torch.equal(found[member][key], value), (name, key)
+        for key, value in expected[member].items():
+            assert torch.equal(actual[member][key], value), (name, key)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_saver_is_bitwise_the_run_without_it(arch: str, packed: bool, tmp_path: Path) -> None:
-    report, wanted = step_with(None, arch, packed, tmp_path)
+    report, expected = step_with(None, arch, packed, tmp_path)
     for name, saver in SAVERS.items():
         if arch == "opt" and name == "mlp":  # its layers hold the two products themselves
             with pytest.raises(UserError, match="have no mlp of their own; use layer"):
                 step_with(saver, arch, packed, tmp_path)
             continue
-        own, found = step_with(saver, arch, packed, tmp_path)
+        saver_report, actual = step_with(saver, arch, packed, tmp_path)
         for member in ("a", "b"):
-            assert own[member].loss == report[member].loss, name
-        assert_bitwise(found, wanted, name)
+            assert saver_report[member].loss == report[member].loss, name
+        assert_bitwise(actual, expected, name)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
@@ -176,7 +176,7 @@ def test_savers_work_where_autograd_has_a_thread_of_its_own(
     packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU: what layers follow while they are recomputed must not be this thread's alone."""
-    _, wanted = step_with(None, "llama", packed, tmp_path)
+    _, expected = step_with(None, "llama", packed, tmp_path)
     real, threads = torch.autograd.backward, []
 
     def elsewhere(*args: Any, **kwargs: Any) -> None:
@@ -187,9 +187,9 @@ def test_savers_work_where_autograd_has_a_thread_of_its_own(
     monkeypatch.setattr(torch.autograd, "backward", elsewhere)
     for name, saver in SAVERS.items():
         threads.clear()
-        _, found = step_with(saver, "llama", packed, tmp_path)
+        _, actual = step_with(saver, "llama", packed, tmp_path)
         assert threads, "nothing went backward elsewhere"
-        assert_bitwise(found, wanted, name)
+        assert_bitwise(actual, expected, name)
 
 
 def kept_bytes(saver: Saver | None, folder: Path) -> int:
@@ -212,25 +212,25 @@ def kept_bytes(saver: Saver | None, folder: Path) -> int:
     shares = shares_of(batch)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), objective.at(batch, shares):
         loss, _ = objective(batch, shares, weights)
-    found = sum(size for ref, size in held.values() if not ref.expired())
+    total_bytes = sum(size for ref, size in held.values() if not ref.expired())
     assert loss.requires_grad
-    return found
+    return total_bytes
 
 
 def test_recomputed_layers_keep_less() -> None:
-    whole = kept_bytes(None, Path())
-    kept = {name: kept_bytes(SAVERS[name], Path())
-            for name in ("each layer", "every second layer", "attention", "mlp")}  # fmt: skip
-    assert kept["each layer"] < 0.35 * whole
-    assert kept["each layer"] < kept["every second layer"] < 0.75 * whole
-    assert kept["attention"] < 0.9 * whole
-    assert kept["mlp"] < 0.9 * whole
+    baseline = kept_bytes(None, Path())
+    bytes_kept = {name: kept_bytes(SAVERS[name], Path())
+                  for name in ("each layer", "every second layer", "attention", "mlp")}  # fmt: skip
+    assert bytes_kept["each layer"] < 0.35 * baseline
+    assert bytes_kept["each layer"] < bytes_kept["every second layer"] < 0.75 * baseline
+    assert bytes_kept["attention"] < 0.9 * baseline
+    assert bytes_kept["mlp"] < 0.9 * baseline
 
 
 def test_offloaded_activations_leave_memory_and_weights_stay(tmp_path: Path) -> None:
     cohort = cohort_of(random_spec(), num_hidden_layers=4)
-    made = offloaded(cohort, tmp_path)
-    store = made.store
+    offload = offloaded(cohort, tmp_path)
+    store = offload.store
     assert isinstance(store, ScratchFile)
     refs: list[tuple[StorageWeakRef, int]] = []
     plain = store.put
@@ -248,10 +248,10 @@ def test_offloaded_activations_leave_memory_and_weights_stay(tmp_path: Path) -> 
     objective, shares = Objective(cohort.model, cohort), shares_of(batch)
     with objective.at(batch, shares):
         loss, _ = objective(batch, shares, torch.ones(len(batch.labels)))
-        gone = sum(size for ref, size in refs if ref.expired())
-        assert made.moved_bytes == sum(size for _, size in refs) > 0
-        assert gone > 0.95 * made.moved_bytes
-        assert made.moved_bytes > 0.8 * kept_bytes(None, tmp_path)
+        freed_bytes = sum(size for ref, size in refs if ref.expired())
+        assert offload.moved_bytes == sum(size for _, size in refs) > 0
+        assert freed_bytes > 0.95 * offload.moved_bytes
+        assert offload.moved_bytes > 0.8 * kept_bytes(None, tmp_path)
         loss.backward()
     del loss
     gc.collect()
@@ -262,10 +262,10 @@ def test_offloaded_activations_leave_memory_and_weights_stay(tmp_path: Path) -> 
 
 def test_small_activations_stay(tmp_path: Path) -> None:
     cohort = cohort_of(random_spec())
-    made = Offload(cohort.model, ScratchFile(tmp_path), smallest_bytes=2**20)
-    wrap(cohort.model, made)
+    offload = Offload(cohort.model, ScratchFile(tmp_path), smallest_bytes=2**20)
+    wrap(cohort.model, offload)
     one_step(cohort, UNEVEN, 3)
-    assert made.moved_bytes == 0
+    assert offload.moved_bytes == 0
 
 
 def test_a_full_disk_and_a_folder_in_memory_are_told(
@@ -307,34 +307,34 @@ def test_trap37_no_cache_while_training_and_the_setting_is_untouched(
     assert cohort.model.config.to_dict() == before
     with cohort.using("a"), torch.no_grad():
         ids = torch.tensor([[5, 9, 14]])
-        made = cohort.model.generate(input_ids=ids, max_new_tokens=4, do_sample=False)
+        tokens = cohort.model.generate(input_ids=ids, max_new_tokens=4, do_sample=False)
         plain = cohort.model.generate(
             input_ids=ids, max_new_tokens=4, do_sample=False, use_cache=False
         )
-    assert torch.equal(made, plain)
+    assert torch.equal(tokens, plain)
 
 
 def test_trap34_the_reentrant_form_is_refused_and_other_arguments_are_handed_on(
     chat_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = {"model": "m", "dataset": str(chat_file), "gradient_checkpointing": True}
+    values = {"model": "m", "dataset": str(chat_file), "gradient_checkpointing": True}
     with pytest.raises(RecipeError, match="adapters on a frozen base no gradient"):
-        Recipe.from_values({**own, "gradient_checkpointing_kwargs": {"use_reentrant": True}})
+        Recipe.from_values({**values, "gradient_checkpointing_kwargs": {"use_reentrant": True}})
     with pytest.raises(RecipeError, match="debug is not one of use_reentrant"):
-        Recipe.from_values({**own, "gradient_checkpointing_kwargs": {"debug": True}})
+        Recipe.from_values({**values, "gradient_checkpointing_kwargs": {"debug": True}})
     options = {"use_reentrant": False, "determinism_check": "none"}
-    recipe = Recipe.from_values({**own, "gradient_checkpointing_kwargs": options})
-    seen: list[dict[str, Any]] = []
+    recipe = Recipe.from_values({**values, "gradient_checkpointing_kwargs": options})
+    seen_options: list[dict[str, Any]] = []
 
     def noting(forward: Any, *args: Any, **kwargs: Any) -> Any:
-        seen.append({key: kwargs.pop(key) for key in options})
+        seen_options.append({key: kwargs.pop(key) for key in options})
         return forward(*args, **kwargs)
 
     monkeypatch.setattr("lighten.engine.checkpointing.checkpoint", noting)
     cohort = cohort_of(random_spec())
     checkpoint_layers(cohort.model, options=recipe.gradient_checkpointing_kwargs)
     one_step(cohort, UNEVEN, 6)
-    assert seen == [options] * 2
+    assert seen_options == [options] * 2
 
 
 @pytest.mark.parametrize(
@@ -358,7 +358,7 @@ def test_a_run_says_what_it_recomputes_and_where_activations_wait(
         gradient_checkpointing_layers=2, gradient_checkpointing_part="mlp",
         activation_offload=True,
     )  # fmt: skip
-    choices = {own["what"]: own["value"] for own in run.info()["choices"]}
+    choices = {choice["what"]: choice["value"] for choice in run.info()["choices"]}
     assert choices["checkpointing"] == "1 layers' mlp"
     assert choices["activations"] == "scratch file"
 
@@ -368,11 +368,11 @@ def test_gpu_offload_is_bitwise_and_frees_memory() -> None:
     def run(moved: bool) -> tuple[list[Tensor], int]:
         cohort = cohort_of(random_spec(), num_hidden_layers=8, hidden_size=256)
         cohort.model.cuda()
-        for own in cohort.parameters("a").values():
-            own.data = own.data.cuda()
+        for parameter in cohort.parameters("a").values():
+            parameter.data = parameter.data.cuda()
         if moved:
-            made = Offload(cohort.model, PinnedMemory(torch.device("cuda")), smallest_bytes=1)
-            wrap(cohort.model, made)
+            offload = Offload(cohort.model, PinnedMemory(torch.device("cuda")), smallest_bytes=1)
+            wrap(cohort.model, offload)
         ids = torch.randint(3, 300, (8, 200), generator=torch.Generator().manual_seed(0)).cuda()
         peak = hardware.PeakMemory("cuda")
         with cohort.using("a"):
@@ -382,7 +382,7 @@ def test_gpu_offload_is_bitwise_and_frees_memory() -> None:
         grads = [p.grad for p in cohort.parameters("a").values() if p.grad is not None]
         return grads, int(peak.read()["peak_bytes"])
 
-    (plain, high), (ours, low) = run(False), run(True)
+    (plain, high), (moved_grads, low) = run(False), run(True)
     assert len(plain) > 10
-    assert all(torch.equal(a, b) for a, b in zip(plain, ours, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(plain, moved_grads, strict=True))
     assert low < 0.7 * high

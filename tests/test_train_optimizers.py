@@ -44,60 +44,62 @@ def member_of(
     generator = torch.Generator().manual_seed(0)
     shapes = {A: (8, 650), B: (40, 8)}
     values = {k: torch.randn(shape, generator=generator) * 0.1 for k, shape in shapes.items()}
-    made = start or {key: nn.Parameter(value) for key, value in values.items()}
-    return AdapterOptimizer("a", made, settings(optim=optim, weight_decay=0.01, **changes))
+    parameters = start or {key: nn.Parameter(value) for key, value in values.items()}
+    return AdapterOptimizer("a", parameters, settings(optim=optim, weight_decay=0.01, **changes))
 
 
 def move(
     member: AdapterOptimizer, steps: range, device: str = "cpu"
 ) -> list[dict[str, torch.Tensor]]:
     """Steps under gradients of fixed seeds, and those gradients."""
-    seen = []
+    grads = []
     for step in steps:
         generator = torch.Generator().manual_seed(step)
         for p in member.parameters.values():
             p.grad = torch.randn(p.shape, generator=generator).to(device)
-        seen.append({k: p.grad.clone() for k, p in member.parameters.items() if p.grad is not None})
+        grads.append(
+            {k: p.grad.clone() for k, p in member.parameters.items() if p.grad is not None}
+        )
         member.optimizer.step()
-    return seen
+    return grads
 
 
 @pytest.mark.parametrize("optim", CPU)
 def test_trap38_every_optimiser_resumes_bitwise(optim: str) -> None:
-    whole = member_of(optim)
-    move(whole, range(3))
-    parameters = {k: nn.Parameter(v.detach().clone()) for k, v in whole.parameters.items()}
-    saved = save({k: v.contiguous() for k, v in whole.optimizer_tensors().items()})
-    move(whole, range(3, 6))
+    uninterrupted = member_of(optim)
+    move(uninterrupted, range(3))
+    parameters = {k: nn.Parameter(v.detach().clone()) for k, v in uninterrupted.parameters.items()}
+    saved = save({k: v.contiguous() for k, v in uninterrupted.optimizer_tensors().items()})
+    move(uninterrupted, range(3, 6))
 
-    again = member_of(optim, parameters)
-    again.restore_optimizer(load(saved))
-    move(again, range(3, 6))
-    for key, value in whole.parameters.items():
-        assert torch.equal(again.parameters[key], value)
+    resumed = member_of(optim, parameters)
+    resumed.restore_optimizer(load(saved))
+    move(resumed, range(3, 6))
+    for key, value in uninterrupted.parameters.items():
+        assert torch.equal(resumed.parameters[key], value)
 
     if optim != "sgd":  # it remembers nothing
         forgetful = member_of(optim, {k: nn.Parameter(load(save({"p": v.detach()}))["p"])
                                       for k, v in parameters.items()})  # fmt: skip
         move(forgetful, range(3, 6))
-        move(again, range(6, 7))
-        assert not torch.equal(forgetful.parameters[A], whole.parameters[A])
+        move(resumed, range(6, 7))
+        assert not torch.equal(forgetful.parameters[A], uninterrupted.parameters[A])
 
 
 def adamw(p: torch.Tensor, grads: list[torch.Tensor]) -> torch.Tensor:
-    first, second = torch.zeros_like(p), torch.zeros_like(p)
+    exp_avg, exp_avg_sq = torch.zeros_like(p), torch.zeros_like(p)
     for step, grad in enumerate(grads, 1):
-        first, second = 0.9 * first + 0.1 * grad, 0.999 * second + 0.001 * grad**2
-        unbiased = first / (1 - 0.9**step), second / (1 - 0.999**step)
+        exp_avg, exp_avg_sq = 0.9 * exp_avg + 0.1 * grad, 0.999 * exp_avg_sq + 0.001 * grad**2
+        unbiased = exp_avg / (1 - 0.9**step), exp_avg_sq / (1 - 0.999**step)
         p = p * (1 - 1e-2 * 0.01) - 1e-2 * unbiased[0] / (unbiased[1].sqrt() + 1e-8)
     return p
 
 
 def lion(p: torch.Tensor, grads: list[torch.Tensor]) -> torch.Tensor:
-    first = torch.zeros_like(p)
+    exp_avg = torch.zeros_like(p)
     for grad in grads:
-        p = p * (1 - 1e-2 * 0.01) - 1e-2 * (0.9 * first + 0.1 * grad).sign()
-        first = 0.999 * first + 0.001 * grad
+        p = p * (1 - 1e-2 * 0.01) - 1e-2 * (0.9 * exp_avg + 0.1 * grad).sign()
+        exp_avg = 0.999 * exp_avg + 0.001 * grad
     return p
 
 
@@ -121,23 +123,23 @@ def adafactor(p: torch.Tensor, grads: list[torch.Tensor]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("optim", "formula", "apart"),
+    ("optim", "formula", "tolerance"),
     [("adamw_torch", adamw, 1e-6), ("lion_32bit", lion, 1e-6), ("sgd", sgd, 1e-6),
      ("adafactor", adafactor, 1e-6),
      # Moments of 256 levels per block move each number a little differently, by far less than
      # the three steps of 0.01 themselves. Lion's sign may turn where the sum is nearly zero.
      ("adamw_8bit", adamw, 2e-3), ("lion_8bit", lion, 2.1e-2)],
 )  # fmt: skip
-def test_every_optimiser_is_its_formula(optim: str, formula: Any, apart: float) -> None:
+def test_every_optimiser_is_its_formula(optim: str, formula: Any, tolerance: float) -> None:
     member = member_of(optim)
     starts = {key: value.detach().clone() for key, value in member.parameters.items()}
     grads = move(member, range(3))
     for key, start in starts.items():
-        wanted = formula(start, [one[key] for one in grads])
-        off = (member.parameters[key].detach() - wanted).abs()
-        assert float((wanted - start).abs().max()) > 1e-2
-        assert float(off.max()) < apart
-        assert float(off.mean()) < 5e-4
+        expected = formula(start, [step_grads[key] for step_grads in grads])
+        difference = (member.parameters[key].detach() - expected).abs()
+        assert float((expected - start).abs().max()) > 1e-2
+        assert float(difference.max()) < tolerance
+        assert float(difference.mean()) < 5e-4
 
 
 def test_an_8bit_state_is_a_quarter_of_the_32bit_one() -> None:
@@ -167,8 +169,8 @@ def test_a_missing_package_is_named_with_its_extra(
 ) -> None:
     plain = importlib.util.find_spec
 
-    def without(name: str, *rest: Any) -> Any:
-        return None if name == "bitsandbytes" else plain(name, *rest)
+    def without(name: str, *args: Any) -> Any:
+        return None if name == "bitsandbytes" else plain(name, *args)
 
     monkeypatch.setattr(importlib.util, "find_spec", without)
     with pytest.raises(MissingExtra, match=r"bitsandbytes.*lighten\[quant\]"):
@@ -187,32 +189,32 @@ def test_a_missing_package_is_named_with_its_extra(
 def test_settings_that_an_optimiser_does_not_read_are_refused(
     optim: str, unread: str, chat_file: Path
 ) -> None:
-    own = {"model": "m", "dataset": str(chat_file), "optim": optim}
+    values = {"model": "m", "dataset": str(chat_file), "optim": optim}
     with pytest.raises(RecipeError, match=f"{unread} has no effect with optim: {optim}"):
-        Recipe.from_values({**own, unread: 0.5})
-    Recipe.from_values({**own, "weight_decay": 0.1})
+        Recipe.from_values({**values, unread: 0.5})
+    Recipe.from_values({**values, "weight_decay": 0.1})
 
 
 def test_a_whole_run_with_8bit_states_resumes_bitwise(
     tiny_folder: Path, chat_file: Path, tmp_path: Path
 ) -> None:
-    def train(folder: Path, **more: Any) -> dict[str, torch.Tensor]:
+    def train(folder: Path, **changes: Any) -> dict[str, torch.Tensor]:
         run = lighten.train(
             model=str(tiny_folder), dataset=str(chat_file), output_dir=str(folder), max_steps=4,
             save_steps=2, lora_r=[2, 96], optim="adamw_8bit", loraplus_lr_ratio=4.0, val_size=0,
-            progress=False, **more,
+            progress=False, **changes,
         )  # fmt: skip
-        choices = {own["what"]: own["value"] for own in run.info()["choices"]}
+        choices = {choice["what"]: choice["value"] for choice in run.info()["choices"]}
         assert choices["optimizer"] == "adamw_8bit"
         return load_file(run.adapters()["r96"] / "adapter_model.safetensors")
 
-    whole = train(tmp_path / "whole")
+    uninterrupted = train(tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     (newest := checkpoints.listing(tmp_path / "cut" / "checkpoints")[-1]).rename(tmp_path / "off")
     assert newest.name == "checkpoint-4"
     shutil.rmtree(tmp_path / "cut" / "adapters")
-    again = train(tmp_path / "cut", resume=True)
-    assert all(torch.equal(again[key], whole[key]) for key in whole)
+    resumed = train(tmp_path / "cut", resume=True)
+    assert all(torch.equal(resumed[key], uninterrupted[key]) for key in uninterrupted)
 
 
 def steps_of(cohort: Cohort, count: int, **changes: Any) -> AdapterOptimizer:
@@ -228,7 +230,7 @@ def steps_of(cohort: Cohort, count: int, **changes: Any) -> AdapterOptimizer:
 def test_loraplus_is_plain_adamw_over_two_groups_with_the_schedule_on_both() -> None:
     course: dict[str, Any] = {"lr_scheduler_type": "linear", "warmup": 1, "total_steps": 4}
     course["learning_rate"] = 1e-3
-    own = steps_of(cohort_of(random_spec()), 3, loraplus_lr_ratio=16.0, **course)
+    member = steps_of(cohort_of(random_spec()), 3, loraplus_lr_ratio=16.0, **course)
 
     cohort = cohort_of(random_spec())
     parameters = cohort.parameters("a")
@@ -246,25 +248,25 @@ def test_loraplus_is_plain_adamw_over_two_groups_with_the_schedule_on_both() -> 
         plain.step()
         plain.zero_grad()
         schedule.step()
-    for key, value in own.parameters.items():
+    for key, value in member.parameters.items():
         assert torch.allclose(value, parameters[key], atol=5e-5), key
 
 
 def test_loraplus_groups_are_pefts() -> None:
     config = LoraConfig(r=4, target_modules="all-linear")
-    theirs = get_peft_model(tiny_model("llama"), config)
-    made = create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=8.0)  # type: ignore[arg-type]
-    names = {id(p): n.replace(".default", "") for n, p in theirs.named_parameters()}
-    wanted = {names[id(p)]: g["lr"] for g in made.param_groups for p in g["params"]}
+    peft = get_peft_model(tiny_model("llama"), config)
+    optimizer = create_loraplus_optimizer(peft, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=8.0)  # type: ignore[arg-type]
+    names = {id(p): n.replace(".default", "") for n, p in peft.named_parameters()}
+    expected = {names[id(p)]: g["lr"] for g in optimizer.param_groups for p in g["params"]}
 
     member = AdapterOptimizer(
         "a", cohort_of(random_spec()).parameters("a"),
         settings(learning_rate=1e-3, loraplus_lr_ratio=8.0),
     )  # fmt: skip
-    ours = {id(p): key for key, p in member.parameters.items()}
-    found = {ours[id(p)]: g["lr"] for g in member.optimizer.param_groups for p in g["params"]}
-    assert found == pytest.approx(wanted)
-    assert set(found.values()) == {1e-3, 8e-3}
+    keys = {id(p): key for key, p in member.parameters.items()}
+    rates = {keys[id(p)]: g["lr"] for g in member.optimizer.param_groups for p in g["params"]}
+    assert rates == pytest.approx(expected)
+    assert set(rates.values()) == {1e-3, 8e-3}
 
 
 def test_loraplus_differs_per_adapter_and_has_its_other_name(chat_file: Path) -> None:
@@ -272,10 +274,10 @@ def test_loraplus_differs_per_adapter_and_has_its_other_name(chat_file: Path) ->
         {"model": "m", "dataset": str(chat_file), "lorap_lr_ratio": 4.0,
          "adapters": [{"name": "a"}, {"name": "b", "loraplus_lr_ratio": 16.0}]}
     )  # fmt: skip
-    assert [own.loraplus_lr_ratio for own in recipe.cohort()] == [4.0, 16.0]
+    assert [adapter.loraplus_lr_ratio for adapter in recipe.cohort()] == [4.0, 16.0]
 
 
-def trainers_own(model: nn.Module) -> set[int]:
+def decayed_by_trainer(model: nn.Module) -> set[int]:
     """Which parameters transformers' Trainer lets decay, by id: it may name a tied one twice."""
     names = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
     return {id(p) for n, p in model.named_parameters(remove_duplicate=False) if n in names}
@@ -284,36 +286,38 @@ def trainers_own(model: nn.Module) -> set[int]:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_norms_and_biases_of_the_whole_base_do_not_decay_as_transformers_has_it(arch: str) -> None:
     base = WholeBase(tiny_model(arch), dtype=torch.float32)
-    decay = trainers_own(base.model)
+    decay = decayed_by_trainer(base.model)
     parameters = base.parameters("default")
-    found = base.undecayed("default")
-    assert found == {key for key, p in parameters.items() if id(p) not in decay}
-    assert 0 < len(found) < len(parameters)
+    undecayed = base.undecayed("default")
+    assert undecayed == {key for key, p in parameters.items() if id(p) not in decay}
+    assert 0 < len(undecayed) < len(parameters)
 
 
 @pytest.mark.parametrize(
-    ("arch", "whole", "undecayed"),
+    ("arch", "saved_modules", "undecayed"),
     [("llama", ("model.norm", "lm_head"), 1), ("gpt2", ("ln_f", "c_proj"), 6),
      ("opt", ("final_layer_norm", "embed_tokens"), 6), ("qwen3", ("q_norm",), 2)],
 )  # fmt: skip
 def test_weight_decay_of_an_adapter_falls_where_trainer_lets_it_fall_in_peft(
-    arch: str, whole: tuple[str, ...], undecayed: int
+    arch: str, saved_modules: tuple[str, ...], undecayed: int
 ) -> None:
     targets = ("c_attn",) if arch == "gpt2" else ("q_proj", "v_proj")
-    theirs = get_peft_model(
+    peft_model = get_peft_model(
         tiny_model(arch),
-        LoraConfig(target_modules=list(targets), modules_to_save=list(whole), r=4),
+        LoraConfig(target_modules=list(targets), modules_to_save=list(saved_modules), r=4),
     )
-    decay = trainers_own(theirs)
-    wanted = {
+    decay = decayed_by_trainer(peft_model)
+    expected = {
         name.replace(".modules_to_save", "").replace(".default", "")
-        for name, p in theirs.named_parameters()
+        for name, p in peft_model.named_parameters()
         if p.requires_grad and id(p) not in decay
     }
-    cohort = cohort_of(random_spec(target_modules=targets, modules_to_save=whole), arch=arch)
-    assert cohort.undecayed("a") == wanted
-    assert len(wanted) == undecayed
-    assert not any("lora_" in key for key in wanted)
+    cohort = cohort_of(
+        random_spec(target_modules=targets, modules_to_save=saved_modules), arch=arch
+    )
+    assert cohort.undecayed("a") == expected
+    assert len(expected) == undecayed
+    assert not any("lora_" in key for key in expected)
 
 
 @pytest.mark.parametrize("method", [*sorted(METHODS), None])
@@ -321,12 +325,12 @@ def test_weight_decay_of_pefts_methods_falls_where_trainer_lets_it_fall(method: 
     dora = lora_spec(use_dora=True, modules_to_save=("norm",))
     cohort = attach(tiny_model("llama"), [dora if method is None else peft_spec(method)])
     assert isinstance(cohort, PeftBacked)
-    decay = trainers_own(cohort._peft)
+    decay = decayed_by_trainer(cohort._peft)
     parameters = cohort.parameters("a")
-    wanted = {key for key, p in parameters.items() if id(p) not in decay}
-    assert cohort.undecayed("a") == wanted
+    expected = {key for key, p in parameters.items() if id(p) not in decay}
+    assert cohort.undecayed("a") == expected
     if method in (None, "LN_TUNING", "P_TUNING"):
-        assert wanted
+        assert expected
 
 
 @pytest.mark.parametrize("optim", CPU)
@@ -363,7 +367,7 @@ def test_a_run_of_the_whole_base_decays_its_matrices_alone(
 def test_only_adapters_have_gradients_and_optimiser_state() -> None:
     cohort = cohort_of(random_spec("a"), random_spec("b", modules_to_save=("lm_head",)))
     members = [AdapterOptimizer(name, cohort.parameters(name), settings()) for name in cohort.names]
-    own = {id(p) for member in members for p in member.parameters.values()}
+    adapter_ids = {id(p) for member in members for p in member.parameters.values()}
     at_step: set[int] = set()
 
     def note(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -377,29 +381,29 @@ def test_only_adapters_have_gradients_and_optimiser_state() -> None:
         micro_batches(UNEVEN, list(cohort.names), 3), members, Objective(cohort.model, cohort),
         Accelerator(cpu=True), LossScaler(enabled=False),
     )  # fmt: skip
-    assert at_step == own
-    assert {id(p) for member in members for p in member.optimizer.state} == own
+    assert at_step == adapter_ids
+    assert {id(p) for member in members for p in member.optimizer.state} == adapter_ids
     frozen = list(cohort.model.named_parameters())
     assert len(frozen) > 10
-    assert not any(p.requires_grad or id(p) in own for _, p in frozen)
+    assert not any(p.requires_grad or id(p) in adapter_ids for _, p in frozen)
     assert all(p.grad is None for member in members for p in member.parameters.values())
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("optim", NAMES)
 def test_gpu_every_optimiser_resumes_bitwise(optim: str) -> None:
-    def there(values: dict[str, Any]) -> dict[str, nn.Parameter]:
+    def on_gpu(values: dict[str, Any]) -> dict[str, nn.Parameter]:
         # Large enough to be paged.
         return {k: nn.Parameter(v.detach().clone().cuda()) for k, v in values.items()}
 
     start = {A: torch.randn(64, 4000), B: torch.randn(40, 8)}
     name = optimizers.choose(optim, "cuda").value
-    whole = member_of(name, there(start))
-    move(whole, range(3), "cuda")
-    again = member_of(name, there(whole.parameters))
-    saved = save({k: v.cpu().contiguous() for k, v in whole.optimizer_tensors().items()})
-    again.restore_optimizer({k: v.cuda() for k, v in load(saved).items()})
-    for member in (whole, again):
+    uninterrupted = member_of(name, on_gpu(start))
+    move(uninterrupted, range(3), "cuda")
+    resumed = member_of(name, on_gpu(uninterrupted.parameters))
+    saved = save({k: v.cpu().contiguous() for k, v in uninterrupted.optimizer_tensors().items()})
+    resumed.restore_optimizer({k: v.cuda() for k, v in load(saved).items()})
+    for member in (uninterrupted, resumed):
         move(member, range(3, 6), "cuda")
-    for key, value in whole.parameters.items():
-        assert torch.equal(again.parameters[key], value)
+    for key, value in uninterrupted.parameters.items():
+        assert torch.equal(resumed.parameters[key], value)

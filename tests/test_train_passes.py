@@ -36,7 +36,9 @@ def weights(run: Run, name: str) -> dict[str, torch.Tensor]:
 
 
 def passes(run: Run) -> str | None:
-    return next((own["value"] for own in run.info()["choices"] if own["what"] == "passes"), None)
+    return next(
+        (choice["value"] for choice in run.info()["choices"] if choice["what"] == "passes"), None
+    )
 
 
 def losses(run: Run, name: str) -> list[float]:
@@ -54,31 +56,35 @@ def test_apart_each_adapter_has_the_bits_that_it_has_alone(
     for rank in (2, 4):
         alone = trained(model, chat_file, tmp_path / f"alone{rank}", ranks=[rank])
         assert passes(alone) is None
-        name, (own,) = f"r{rank}", alone.adapters()
-        assert losses(apart, name) == losses(alone, own)
+        name, (only_name,) = f"r{rank}", alone.adapters()
+        assert losses(apart, name) == losses(alone, only_name)
         assert losses(apart, name) == pytest.approx(losses(together, name), rel=1e-4)
-        other = weights(alone, own)
-        assert all(torch.equal(value, other[key]) for key, value in weights(apart, name).items())
+        alone_weights = weights(alone, only_name)
+        assert all(
+            torch.equal(value, alone_weights[key]) for key, value in weights(apart, name).items()
+        )
 
 
 def test_apart_one_adapters_gradients_are_kept_at_a_time(
     model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(workers, "FULL_TOKENS", 16)
-    seen: list[tuple[list[str], bool]] = []
+    steps: list[tuple[list[str], bool]] = []
     plain = loop.train_step
     everyone: list[Any] = []
 
-    def watched(batches: Any, members: Any, *rest: Any, **options: Any) -> Any:
-        everyone.extend(own for own in members if own not in everyone)
-        report = plain(batches, members, *rest, **options)
-        left = any(p.grad is not None for own in everyone for p in own.parameters.values())
-        seen.append(([own.name for own in members], left))
+    def watched(batches: Any, members: Any, *args: Any, **options: Any) -> Any:
+        everyone.extend(member for member in members if member not in everyone)
+        report = plain(batches, members, *args, **options)
+        has_gradients = any(
+            p.grad is not None for member in everyone for p in member.parameters.values()
+        )
+        steps.append(([member.name for member in members], has_gradients))
         return report
 
     monkeypatch.setattr(loop, "train_step", watched)
     trained(model, chat_file, tmp_path / "run", max_steps=2)
-    assert seen == [(["r2"], False), (["r4"], False)] * 2
+    assert steps == [(["r2"], False), (["r4"], False)] * 2
 
 
 def test_a_quantised_base_is_dequantised_once_for_all(

@@ -19,8 +19,8 @@ def test_trap21_attention_that_looks_across_rows_is_never_packed(name: str) -> N
     model = tiny_model("llama")
     model.set_attn_implementation(name)
     assert name not in attention.PACKS
-    for wanted in ("auto", False):
-        assert choose_packing(wanted, model).value == "off"
+    for packing in ("auto", False):
+        assert choose_packing(packing, model).value == "off"
     with pytest.raises(UserError, match=f"packing: {name} attention would let rows look"):
         choose_packing(True, model)
 
@@ -45,7 +45,7 @@ def test_trap23_a_packed_run_has_the_same_steps_of_the_same_tokens(
             packing=packing, per_device_train_batch_size=3, gradient_accumulation_steps=2,
             val_size=0, dtype="float32", progress=False,
         )  # fmt: skip
-        choices = {own["what"]: own["value"] for own in run.info()["choices"]}
+        choices = {choice["what"]: choice["value"] for choice in run.info()["choices"]}
         assert choices["packing"] == ("on" if packing else "off")
         return [(m["step"], m["tokens"], m["supervised_tokens"]) for m in run.metrics()]
 

@@ -41,30 +41,30 @@ def losses(run: Run) -> list[tuple[Any, ...]]:
     return [(m["kind"], m["step"], m["adapter"], m["loss"]) for m in run.metrics()]
 
 
-@pytest.mark.parametrize("said", HOW)
+@pytest.mark.parametrize("quantization", HOW)
 def test_a_quantised_base_trains_resumes_evaluates_and_talks(
-    said: str, settings: dict[str, Any], tmp_path: Path
+    quantization: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    run = lighten.train(**settings, **HOW[said], progress=False)
+    run = lighten.train(**settings, **HOW[quantization], progress=False)
     trained = [m["loss"] for m in run.metrics() if m["kind"] == "train" and m["adapter"] == "r4"]
     assert trained[-1] < trained[0]
 
     facts = run.info()["base"]
-    assert facts["quantization"] == said
+    assert facts["quantization"] == quantization
     census = models.census(models.load(settings["model_name_or_path"], dtype="float32",
-                                       **HOW[said]).model)  # fmt: skip
+                                       **HOW[quantization]).model)  # fmt: skip
     plain = models.load(settings["model_name_or_path"], dtype="float32").model
     assert facts["parameters"] == sum(p.numel() for p in plain.parameters())
     assert facts["weights_bytes"] == census.weight_bytes < 4 * facts["parameters"]
     assert facts["quantized_parameters"] == census.quantized == 15_360
-    (choice,) = (own for own in run.info()["choices"] if own["what"] == "quantization")
-    assert choice["value"] == said
+    (choice,) = (entry for entry in run.info()["choices"] if entry["what"] == "quantization")
+    assert choice["value"] == quantization
     assert "of the recipe" in choice["reason"]
-    (loss,) = (own for own in run.info()["choices"] if own["what"] == "loss")
+    (loss,) = (entry for entry in run.info()["choices"] if entry["what"] == "loss")
     assert loss["value"] == "supervised positions"
 
     card = (run.adapters()["r4"] / "README.md").read_text(encoding="utf-8")
-    assert f"stored as {said}" in card
+    assert f"stored as {quantization}" in card
 
     folder = tmp_path / "cut"
     shutil.copytree(run.folder, folder)
@@ -72,40 +72,40 @@ def test_a_quantised_base_trains_resumes_evaluates_and_talks(
         if int(checkpoint.name.partition("-")[2]) > 2:
             shutil.rmtree(checkpoint)
     shutil.rmtree(folder / "adapters")
-    again = lighten.train(
-        **{**settings, "output_dir": str(folder)}, **HOW[said], resume=True, progress=False
+    resumed = lighten.train(
+        **{**settings, "output_dir": str(folder)}, **HOW[quantization], resume=True, progress=False
     )
-    assert losses(again) == losses(run)
-    for name, there in run.adapters().items():
-        ours = load_file(again.adapters()[name] / "adapter_model.safetensors")
-        for key, value in load_file(there / "adapter_model.safetensors").items():
-            assert torch.equal(ours[key], value), key
+    assert losses(resumed) == losses(run)
+    for name, adapter_folder in run.adapters().items():
+        resumed_tensors = load_file(resumed.adapters()[name] / "adapter_model.safetensors")
+        for key, value in load_file(adapter_folder / "adapter_model.safetensors").items():
+            assert torch.equal(resumed_tensors[key], value), key
 
-    found = lighten.evaluate(run, max_new_tokens=2)
-    last = [m["loss"] for m in run.metrics() if m["kind"] == "eval" and m["adapter"] == "r4"][-1]
+    evaluation = lighten.evaluate(run, max_new_tokens=2)
+    final = [m["loss"] for m in run.metrics() if m["kind"] == "eval" and m["adapter"] == "r4"][-1]
     # Evaluation sees the base that training saw: the dense one gives another loss.
-    assert found.metric("r4", "loss")["value"] == pytest.approx(last, rel=1e-4)
+    assert evaluation.metric("r4", "loss")["value"] == pytest.approx(final, rel=1e-4)
     talk = Conversation(str(run.folder), max_new_tokens=3)
     assert talk.base.quantization is not None
-    assert talk.base.quantization.value == said
+    assert talk.base.quantization.value == quantization
     assert isinstance("".join(talk.answer("hi", "r4")), str)
     assert lighten.report(run).stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("said", HOW)
+@pytest.mark.parametrize("quantization", HOW)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_architecture_trains_on_a_quantised_base(
-    arch: str, said: str, settings: dict[str, Any], tmp_path: Path
+    arch: str, quantization: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     folder = save_tiny(tmp_path / "base", arch)
     changed = {**settings, "model_name_or_path": str(folder), "max_steps": 4}
-    run = lighten.train(**changed, **HOW[said], progress=False)
-    found = lighten.evaluate(run, max_examples=8, max_new_tokens=1)
-    last = [m["loss"] for m in run.metrics() if m["kind"] == "eval" and m["adapter"] == "r4"][-1]
-    loss = found.metric("r4", "loss")["value"]
-    assert loss == pytest.approx(last, rel=1e-4)
-    assert loss < found.metric("base", "loss")["value"]
-    (choice,) = (own for own in run.info()["choices"] if own["what"] == "quantization")
+    run = lighten.train(**changed, **HOW[quantization], progress=False)
+    evaluation = lighten.evaluate(run, max_examples=8, max_new_tokens=1)
+    final = [m["loss"] for m in run.metrics() if m["kind"] == "eval" and m["adapter"] == "r4"][-1]
+    loss = evaluation.metric("r4", "loss")["value"]
+    assert loss == pytest.approx(final, rel=1e-4)
+    assert loss < evaluation.metric("base", "loss")["value"]
+    (choice,) = (entry for entry in run.info()["choices"] if entry["what"] == "quantization")
     assert ("of fused experts, which bitsandbytes" in choice["reason"]) == (arch == "mixtral")
 
 
@@ -132,7 +132,7 @@ def test_a_run_on_a_dense_base_says_so(settings: dict[str, Any]) -> None:
     assert info["base"]["quantized_parameters"] == 0
     assert info["base"]["weights_bytes"] == 4 * info["base"]["parameters"]
     assert "stored as" not in (run.adapters()["r2"] / "README.md").read_text(encoding="utf-8")
-    assert "quantization" not in {own["what"] for own in info["choices"]}
+    assert "quantization" not in {entry["what"] for entry in info["choices"]}
 
 
 def test_new_tokens_fit_a_quantised_base(settings: dict[str, Any]) -> None:
@@ -147,7 +147,7 @@ def test_the_format_of_the_products_goes_by_both_names(settings: dict[str, Any])
     del settings["dtype"]
     changed = {**settings, "max_steps": 1, "load_in_4bit": True}
     run = lighten.train(**changed, bnb_4bit_compute_dtype="float32", progress=False)
-    (choice,) = (own for own in run.info()["choices"] if own["what"] == "dtype")
+    (choice,) = (entry for entry in run.info()["choices"] if entry["what"] == "dtype")
     assert choice["value"] == "float32"
     with pytest.raises(UserError, match="computes in one format"):
         lighten.train(**changed, bnb_4bit_compute_dtype="float32", dtype="bfloat16")

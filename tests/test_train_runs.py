@@ -56,8 +56,10 @@ def losses(run: Run) -> list[tuple[Any, ...]]:
     return [(m["kind"], m["step"], m["adapter"], m["loss"]) for m in run.metrics()]
 
 
-def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
-    return set(ours) == set(theirs) and all(torch.equal(ours[k], theirs[k]) for k in theirs)
+def same_tensors(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    return set(tensors) == set(expected) and all(
+        torch.equal(tensors[k], expected[k]) for k in expected
+    )
 
 
 def start(settings: dict[str, Any], *words: str, **environment: str) -> Forked:
@@ -78,33 +80,33 @@ def test_a_run_leaves_what_the_design_promises(settings: dict[str, Any]) -> None
     info = run.info()
     assert info["status"] == "finished"
     assert info["data"]["supervised_tokens"] > 0
-    assert [own["name"] for own in info["adapters"]] == ["r2", "r4"]
+    assert [adapter["name"] for adapter in info["adapters"]] == ["r2", "r4"]
     assert {line["kind"] for line in run.metrics()} == {"train", "eval"}
     assert len([m for m in run.metrics() if m["kind"] == "train"]) == 16
     assert info["training"]["tokens"] == sum(m.get("tokens", 0) for m in run.metrics())
     first, last = run.metrics()[0]["loss"], [m for m in run.metrics() if m["kind"] == "train"][-1]
     assert last["loss"] < first - 0.3
     for folder in run.adapters().values():
-        there = {path.name for path in folder.iterdir()}
+        names = {path.name for path in folder.iterdir()}
         assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "README.md",
-                "chat_template.jinja", "generation_config.json"} <= there  # fmt: skip
+                "chat_template.jinja", "generation_config.json"} <= names  # fmt: skip
     assert run.recipe().completed() == Recipe.from_values(settings).completed()
 
 
 def test_trap38_a_resumed_run_ends_bitwise_as_an_uninterrupted_one(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    whole = train(settings)
+    uninterrupted = train(settings)
     for step in (2, 4, 6):  # 4 is in the middle of the second epoch's window of batches
         folder = tmp_path / f"cut-{step}"
-        shutil.copytree(whole.folder, folder)
+        shutil.copytree(uninterrupted.folder, folder)
         for checkpoint in checkpoints.listing(folder / "checkpoints"):
             if int(checkpoint.name.partition("-")[2]) > step:
                 shutil.rmtree(checkpoint)
         shutil.rmtree(folder / "adapters")
-        again = train(settings, resume=True, output_dir=str(folder))
-        assert losses(again) == losses(whole)
-        assert same(weights(again), weights(whole))
+        resumed = train(settings, resume=True, output_dir=str(folder))
+        assert losses(resumed) == losses(uninterrupted)
+        assert same_tensors(weights(resumed), weights(uninterrupted))
 
 
 @pytest.mark.slow
@@ -112,7 +114,7 @@ def test_a_run_killed_at_any_moment_resumes_and_ends_bitwise_the_same(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
     settings |= {"max_steps": 40, "save_steps": 1, "eval_steps": 10}
-    whole = train(settings, output_dir=str(tmp_path / "whole"))
+    uninterrupted = train(settings, output_dir=str(tmp_path / "whole"))
     folder = Path(settings["output_dir"])
     for kill_at in ("checkpoint-1", "checkpoint-9", "checkpoint-23"):
         process = start(settings, "--resume")
@@ -120,9 +122,9 @@ def test_a_run_killed_at_any_moment_resumes_and_ends_bitwise_the_same(
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
         assert Run(folder).info()["status"] == "interrupted"
-    again = train(settings, resume=True)
-    assert losses(again) == losses(whole)
-    assert same(weights(again), weights(whole))
+    resumed = train(settings, resume=True)
+    assert losses(resumed) == losses(uninterrupted)
+    assert same_tensors(weights(resumed), weights(uninterrupted))
 
 
 @pytest.mark.slow
@@ -135,12 +137,12 @@ def test_a_stopped_run_saves_says_so_and_resumes(
     folder = Path(settings["output_dir"])
     wait_for(folder / "metrics.jsonl")
     process.send_signal(number)
-    said, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + number
-    assert f"the state is saved, go on with: lighten train --resume {folder}" in said.replace(
+    assert f"the state is saved, go on with: lighten train --resume {folder}" in output.replace(
         "\n", " "
     )
-    assert "Traceback" not in said
+    assert "Traceback" not in output
     run = Run(folder)
     assert run.info()["status"] == "interrupted"
     newest, broken = checkpoints.newest_complete(folder / "checkpoints")
@@ -175,9 +177,9 @@ def test_an_interrupt_in_the_same_process_raises_interrupted(
 def test_trap39_a_torn_checkpoint_is_passed_over_and_said(
     settings: dict[str, Any], damage: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    whole = train(settings)
-    wanted = (losses(whole), weights(whole))
-    newest = checkpoints.listing(whole.folder / "checkpoints")[-1]
+    run = train(settings)
+    expected = (losses(run), weights(run))
+    newest = checkpoints.listing(run.folder / "checkpoints")[-1]
     if damage == "truncate weights":
         path = newest / "adapters" / "r4" / "adapter_model.safetensors"
         path.write_bytes(path.read_bytes()[:-100])
@@ -186,13 +188,13 @@ def test_trap39_a_torn_checkpoint_is_passed_over_and_said(
         path.write_bytes(path.read_bytes()[:-30])
     else:
         (newest / "optimizer.safetensors").unlink()
-    whole.update(status="interrupted")
-    again = lighten.train(resume=True, **settings)
-    told = " ".join(capfd.readouterr().err.split())
-    assert "checkpoint-8 is not whole" in told
-    assert "going on after step 6" in told
-    assert losses(again) == wanted[0]
-    assert same(weights(again), wanted[1])
+    run.update(status="interrupted")
+    resumed = lighten.train(resume=True, **settings)
+    output = " ".join(capfd.readouterr().err.split())
+    assert "checkpoint-8 is not whole" in output
+    assert "going on after step 6" in output
+    assert losses(resumed) == expected[0]
+    assert same_tensors(weights(resumed), expected[1])
 
 
 def test_trap39_a_full_disk_leaves_the_older_checkpoint_and_names_the_file(
@@ -213,20 +215,20 @@ def test_trap39_a_full_disk_leaves_the_older_checkpoint_and_names_the_file(
     )
     # The limit on a file's size ends a write in the middle, as a full disk does.
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
-    other = Path(settings["output_dir"]).with_name("full")
-    shutil.copytree(run.folder / "checkpoints", other / "checkpoints")
-    shutil.copy(run.folder / "run.json", other)  # a run's folder, without what it has measured
-    done = python(code, json.dumps({**settings, "output_dir": str(other)}))
-    assert done.returncode == 1
-    assert "the disk is full" in done.stderr
-    assert "optimizer.safetensors could not be written" in done.stderr
-    assert "bytes were missing" in done.stderr
+    folder = Path(settings["output_dir"]).with_name("full")
+    shutil.copytree(run.folder / "checkpoints", folder / "checkpoints")
+    shutil.copy(run.folder / "run.json", folder)  # a run's folder, without what it has measured
+    child = python(code, json.dumps({**settings, "output_dir": str(folder)}))
+    assert child.returncode == 1
+    assert "the disk is full" in child.stderr
+    assert "optimizer.safetensors could not be written" in child.stderr
+    assert "bytes were missing" in child.stderr
     assert before is not None
-    newest, broken = checkpoints.newest_complete(other / "checkpoints")
+    newest, broken = checkpoints.newest_complete(folder / "checkpoints")
     assert newest is not None
     assert newest.name == before.name
     assert not broken
-    assert not list((other / "checkpoints").glob(".*"))
+    assert not list((folder / "checkpoints").glob(".*"))
 
 
 def test_trap40_the_limit_deletes_the_oldest_but_never_the_best(settings: dict[str, Any]) -> None:
@@ -234,18 +236,18 @@ def test_trap40_the_limit_deletes_the_oldest_but_never_the_best(settings: dict[s
         settings, save_steps=1, eval_steps=1, save_total_limit=2, load_best_model_at_end=True,
         learning_rate=3.0, lr_scheduler_type="constant",
     )  # fmt: skip
-    best = {own["name"]: own["best_step"] for own in run.info()["adapters"]}
-    kept = {int(p.name.partition("-")[2]) for p in checkpoints.listing(run.folder / "checkpoints")}
-    assert {7, 8} <= kept
-    assert set(best.values()) <= kept
-    assert len(kept) <= 4
+    best = {adapter["name"]: adapter["best_step"] for adapter in run.info()["adapters"]}
+    steps = {int(p.name.partition("-")[2]) for p in checkpoints.listing(run.folder / "checkpoints")}
+    assert {7, 8} <= steps
+    assert set(best.values()) <= steps
+    assert len(steps) <= 4
     for name, step in best.items():
         evals = {m["step"]: m["loss"] for m in run.metrics()
                  if m["kind"] == "eval" and m["adapter"] == name}  # fmt: skip
         assert evals[step] == min(evals.values())
         saved = run.folder / "checkpoints" / f"checkpoint-{step}" / "adapters" / name
-        ours = load_file(run.adapters()[name] / "adapter_model.safetensors")
-        assert same(ours, load_file(saved / "adapter_model.safetensors"))
+        shipped = load_file(run.adapters()[name] / "adapter_model.safetensors")
+        assert same_tensors(shipped, load_file(saved / "adapter_model.safetensors"))
 
 
 def test_trap45_early_stopping_takes_an_adapter_out_when_its_loss_stops_falling(
@@ -255,8 +257,8 @@ def test_trap45_early_stopping_takes_an_adapter_out_when_its_loss_stops_falling(
         settings, eval_steps=1, early_stopping_patience=2, learning_rate=[3e-3, 1e-12],
         lr_scheduler_type="constant", max_steps=8,
     )  # fmt: skip
-    names = [own["name"] for own in run.info()["adapters"]]
-    steps = {own["name"]: own["steps"] for own in run.info()["adapters"]}
+    names = [adapter["name"] for adapter in run.info()["adapters"]]
+    steps = {adapter["name"]: adapter["steps"] for adapter in run.info()["adapters"]}
     assert steps[names[0]] == 8
     assert steps[names[1]] == 3  # one evaluation to compare with, two without gain
     evals = [m["loss"] for m in run.metrics() if m["kind"] == "eval" and m["adapter"] == names[0]]
@@ -283,12 +285,12 @@ def test_gradient_checkpointing_and_token_budgets_change_no_result(
          {"packing": False}, {"packing": False, "tokens_per_microbatch": None},
          {"attn_implementation": "eager"}]
     ):  # fmt: skip
-        other = train(
+        changed_run = train(
             settings, max_steps=3, max_grad_norm=None, output_dir=str(tmp_path / f"{number}"),
             **change,
         )  # fmt: skip
-        for ours, theirs in zip(other.metrics(), plain.metrics(), strict=True):
-            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        for record, plain_record in zip(changed_run.metrics(), plain.metrics(), strict=True):
+            assert record["loss"] == pytest.approx(plain_record["loss"], rel=1e-4)
 
 
 @pytest.mark.slow
@@ -300,25 +302,25 @@ def test_trap3_two_ranks_train_as_one_process_and_trap41_an_odd_last_batch_ends(
                  "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1,
                  "gradient_checkpointing": checkpointing}  # fmt: skip
     # Thirteen rows in steps of four: the last step of an epoch has one row, none for rank 1.
-    one = train(settings, gradient_accumulation_steps=2, output_dir=str(tmp_path / "one"))
+    one_rank = train(settings, gradient_accumulation_steps=2, output_dir=str(tmp_path / "one"))
     flags = [f"{k}={json.dumps(v)}" for k, v in settings.items()]
-    done = subprocess.run(
+    child = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
          "-m", "lighten", "train", *flags],
         capture_output=True, text=True, timeout=180, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1", "LIGHTEN_DEVICE": "cpu"},
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    two = Run(settings["output_dir"])
-    assert two.info()["status"] == "finished"
-    assert len(two.metrics()) == len(one.metrics())
-    for ours, theirs in zip(two.metrics(), one.metrics(), strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
-        assert ours["supervised_tokens"] == theirs["supervised_tokens"]
-    theirs_weights = weights(one)
-    for key, value in weights(two).items():
-        assert float((value - theirs_weights[key]).abs().max()) < 2e-5
+    assert child.returncode == 0, child.stderr[-3000:]
+    two_ranks = Run(settings["output_dir"])
+    assert two_ranks.info()["status"] == "finished"
+    assert len(two_ranks.metrics()) == len(one_rank.metrics())
+    for record, reference in zip(two_ranks.metrics(), one_rank.metrics(), strict=True):
+        assert record["loss"] == pytest.approx(reference["loss"], rel=1e-5)
+        assert record["grad_norm"] == pytest.approx(reference["grad_norm"], rel=1e-4)
+        assert record["supervised_tokens"] == reference["supervised_tokens"]
+    expected_weights = weights(one_rank)
+    for key, value in weights(two_ranks).items():
+        assert float((value - expected_weights[key]).abs().max()) < 2e-5
 
 
 def test_trap19_a_new_token_is_trained_saved_and_reloaded(
@@ -355,8 +357,8 @@ def test_trap19_a_new_token_is_trained_saved_and_reloaded(
 
 def test_trap19_a_new_token_that_cannot_learn_is_said(settings: dict[str, Any]) -> None:
     run = train(settings, added_tokens=["<|new|>"], max_steps=1)
-    said = {choice["what"]: choice for choice in run.info()["choices"]}
-    assert said["added_tokens"]["value"] == "untrained"
+    choices = {choice["what"]: choice for choice in run.info()["choices"]}
+    assert choices["added_tokens"]["value"] == "untrained"
 
 
 def test_a_diverging_run_fails_truthfully(settings: dict[str, Any]) -> None:
@@ -398,13 +400,14 @@ def test_trackers_get_every_adapter_and_wandb_stays_offline(
 
     scalars: dict[str, list[float]] = {}
     for events in {path.parent for path in run.folder.rglob("events.out*")}:
-        found = EventAccumulator(str(events))
-        found.Reload()
+        accumulator = EventAccumulator(str(events))
+        accumulator.Reload()
         scalars |= {
-            tag: [event.value for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]
+            tag: [event.value for event in accumulator.Scalars(tag)]
+            for tag in accumulator.Tags()["scalars"]
         }
-    wanted = [m["loss"] for m in run.metrics() if m["adapter"] == "r4" and m["kind"] == "train"]
-    assert scalars["train/r4/loss"] == pytest.approx(wanted)
+    expected = [m["loss"] for m in run.metrics() if m["adapter"] == "r4" and m["kind"] == "train"]
+    assert scalars["train/r4/loss"] == pytest.approx(expected)
     assert "eval/r2/loss" in scalars
 
 
@@ -425,13 +428,13 @@ class Onlooker:
     """A pruner that lets everybody train on and notes who diverged."""
 
     def __init__(self) -> None:
-        self.gone: list[str] = []
+        self.diverged_names: list[str] = []
 
     def leaving(self, step: int, losses: Any, active: Any) -> list[str]:
         return []
 
     def diverged(self, step: int, name: str) -> None:
-        self.gone.append(name)
+        self.diverged_names.append(name)
 
 
 def test_in_float16_an_adapter_that_diverges_leaves_and_the_others_finish(
@@ -443,13 +446,13 @@ def test_in_float16_an_adapter_that_diverges_leaves_and_the_others_finish(
     run = train_verb(Recipe.from_values(settings), progress=False, pruner=pruner)
     info = run.info()
     assert info["status"] == "finished"
-    (gone,) = pruner.gone
-    steps = {own["name"]: own["steps"] for own in info["adapters"]}
-    assert [own["name"] for own in info["adapters"]].index(gone) == 1
-    assert steps.pop(gone) < 5
+    (diverged,) = pruner.diverged_names
+    steps = {adapter["name"]: adapter["steps"] for adapter in info["adapters"]}
+    assert [adapter["name"] for adapter in info["adapters"]].index(diverged) == 1
+    assert steps.pop(diverged) < 5
     assert set(steps.values()) == {5}
     state = checkpoints.read_state(checkpoints.listing(run.folder / "checkpoints")[-1])
-    assert {own["scale"] for name, own in state.scaler.items() if name != gone} == {2.0**16}
+    assert {saved["scale"] for name, saved in state.scaler.items() if name != diverged} == {2.0**16}
 
 
 def test_weights_that_are_infinite_at_a_checkpoint_take_out_their_adapter_alone(
@@ -463,13 +466,13 @@ def test_weights_that_are_infinite_at_a_checkpoint_take_out_their_adapter_alone(
     assert list(cohort.adapters()) == [good["name"]]
     assert cohort.is_finished()
     alone = train(settings, lora_r=2, output_dir=str(tmp_path / "alone"))
-    ours = [m["loss"] for m in cohort.metrics() if m["adapter"] == good["name"]]
-    assert ours == pytest.approx([m["loss"] for m in alone.metrics()], rel=2e-5)
+    cohort_losses = [m["loss"] for m in cohort.metrics() if m["adapter"] == good["name"]]
+    assert cohort_losses == pytest.approx([m["loss"] for m in alone.metrics()], rel=2e-5)
     shutil.rmtree(cohort.folder / "checkpoints" / "checkpoint-4")
     shutil.rmtree(cohort.folder / "adapters")
     cohort.update(status="interrupted")
-    again = train(settings, lora_r=[2, 2], learning_rate=[1e-2, 1e39], resume=True)
-    assert list(again.adapters()) == [good["name"]]
+    resumed = train(settings, lora_r=[2, 2], learning_rate=[1e-2, 1e39], resume=True)
+    assert list(resumed.adapters()) == [good["name"]]
     with pytest.raises(UserError, match="weights that are not finite after step 1"):
         train(settings, lora_r=2, learning_rate=1e39, output_dir=str(tmp_path / "lost"))
 
@@ -504,8 +507,8 @@ def test_a_default_run_of_one_epoch_is_saved_by_time_before_its_end(
     monkeypatch.setattr("lighten.training.loop.time", Clock(160.0))
     assert saved(save_every=None) == ["checkpoint-8"]
     monkeypatch.setattr("lighten.training.loop.time", Clock(160.0))
-    first, *_, last = saved()
-    assert (first, last) == ("checkpoint-3", "checkpoint-8")
+    first_saved, *_, last_saved = saved()
+    assert (first_saved, last_saved) == ("checkpoint-3", "checkpoint-8")
 
 
 def test_a_slow_disk_is_not_written_to_all_the_time(

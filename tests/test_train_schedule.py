@@ -9,16 +9,16 @@ from transformers import get_scheduler
 from lighten.engine.schedule import learning_rate_factor, warmup_length
 
 
-@pytest.mark.parametrize("kind", ["linear", "cosine", "constant", "constant_with_warmup"])
-def test_after_the_warm_up_it_is_transformers_own(kind: str) -> None:
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant", "constant_with_warmup"])
+def test_after_the_warm_up_it_is_transformers_own(schedule: str) -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    theirs = get_scheduler(kind, optimizer, num_warmup_steps=5, num_training_steps=40)
+    scheduler = get_scheduler(schedule, optimizer, num_warmup_steps=5, num_training_steps=40)
     for step in range(40):
-        if step >= 5 or kind == "constant":
-            ours = learning_rate_factor(step, 40, 5, kind)
-            assert ours == pytest.approx(theirs.get_last_lr()[0], abs=1e-12)
+        if step >= 5 or schedule == "constant":
+            ours = learning_rate_factor(step, 40, 5, schedule)
+            assert ours == pytest.approx(scheduler.get_last_lr()[0], abs=1e-12)
         optimizer.step()
-        theirs.step()
+        scheduler.step()
 
 
 def test_a_warm_up_rises_evenly_and_never_wastes_its_first_step() -> None:

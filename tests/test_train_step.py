@@ -52,8 +52,8 @@ def cohort_of(*specs: AdapterSpec, arch: str = "llama", **changes: object) -> Co
     return attach(tiny_model(arch, **changes), list(specs))  # type: ignore[arg-type]
 
 
-def random_spec(name: str = "a", r: int = 4, **own: object) -> AdapterSpec:
-    return AdapterSpec(name, r=r, init_lora_weights=False, **own)  # type: ignore[arg-type]
+def random_spec(name: str = "a", r: int = 4, **options: object) -> AdapterSpec:
+    return AdapterSpec(name, r=r, init_lora_weights=False, **options)  # type: ignore[arg-type]
 
 
 def micro_batches(
@@ -109,17 +109,17 @@ def full_batch(cohort: Cohort, name: str, rows: list[Row]) -> tuple[float, dict[
             total = total + F.cross_entropy(logits, labels[0, 1:], reduction="sum")
             count += int((labels[0, 1:] != -100).sum())
         loss = total / count
-        found = torch.autograd.grad(loss, list(parameters.values()))
-    return float(loss.detach()), dict(zip(parameters, found, strict=True))
+        grads = torch.autograd.grad(loss, list(parameters.values()))
+    return float(loss.detach()), dict(zip(parameters, grads, strict=True))
 
 
 def assert_close(
-    ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float = 1e-5
+    actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 1e-5
 ) -> None:
-    assert set(ours) == set(theirs)
-    for key, value in theirs.items():
-        apart = float((ours[key] - value).abs().max() / value.abs().max().clamp_min(1e-9))
-        assert apart < tolerance, (key, apart)
+    assert set(actual) == set(expected)
+    for key, value in expected.items():
+        error = float((actual[key] - value).abs().max() / value.abs().max().clamp_min(1e-9))
+        assert error < tolerance, (key, error)
 
 
 @pytest.mark.parametrize("max_rows", [1, 2, 6])
@@ -128,10 +128,10 @@ def test_trap1_splitting_a_step_changes_neither_loss_nor_gradients(
     arch: str, max_rows: int
 ) -> None:
     cohort = cohort_of(random_spec(), arch=arch)
-    wanted_loss, wanted = full_batch(cohort, "a", UNEVEN)
+    expected_loss, expected = full_batch(cohort, "a", UNEVEN)
     report, members = one_step(cohort, UNEVEN, max_rows)
-    assert report["a"].loss == pytest.approx(wanted_loss, rel=1e-5)
-    assert_close(gradients(members["a"]), wanted)
+    assert report["a"].loss == pytest.approx(expected_loss, rel=1e-5)
+    assert_close(gradients(members["a"]), expected)
 
 
 def in_blocks(cohort: Cohort) -> Cohort:
@@ -151,9 +151,9 @@ def test_trap21_a_packed_row_learns_as_it_does_alone(arch: str, max_rows: int) -
     rows = [*UNEVEN, row(70, 20), row(33, 9)]
     report, members = one_step(cohort, rows, max_rows, packed=True)
     for name in cohort.names:
-        wanted_loss, wanted = full_batch(cohort_at_start(cohort, arch), name, rows)
-        assert report[name].loss == pytest.approx(wanted_loss, rel=1e-5)
-        assert_close(gradients(members[name]), wanted, 3e-5)
+        expected_loss, expected = full_batch(cohort_at_start(cohort, arch), name, rows)
+        assert report[name].loss == pytest.approx(expected_loss, rel=1e-5)
+        assert_close(gradients(members[name]), expected, 3e-5)
 
 
 def cohort_at_start(cohort: Cohort, arch: str) -> Cohort:
@@ -182,14 +182,14 @@ def test_trap21_logits_of_a_packed_row_are_its_own(arch: str) -> None:
 def test_trap22_and_trap23_no_label_crosses_a_boundary_and_none_is_lost() -> None:
     rows = [Row(r.input_ids, [True] * len(r.input_ids)) for r in UNEVEN]
     (batch,) = micro_batches(rows, ["a"], 9, packed=True)
-    apart = micro_batches(rows, ["a"], 1)
+    single_rows = micro_batches(rows, ["a"], 1)
     assert batch.starts is not None
     # The token that predicts stands in the row of the one predicted.
     row_of = torch.bucketize(batch.positions, torch.tensor(batch.starts), right=True)
     label_row = torch.bucketize(batch.positions + 1, torch.tensor(batch.starts), right=True)
     assert torch.equal(row_of, label_row)
-    assert len(batch.labels) == sum(len(one.labels) for one in apart)
-    assert batch.tokens == sum(one.tokens for one in apart)
+    assert len(batch.labels) == sum(len(row_batch.labels) for row_batch in single_rows)
+    assert batch.tokens == sum(row_batch.tokens for row_batch in single_rows)
 
 
 def test_packing_is_left_where_attention_looks_across_rows_and_that_is_said() -> None:
@@ -208,28 +208,28 @@ def test_packing_is_left_where_attention_looks_across_rows_and_that_is_said() ->
 
 def test_trap2_a_last_partial_window_is_divided_by_its_own_count() -> None:
     cohort = cohort_of(random_spec())
-    wanted_loss, wanted = full_batch(cohort, "a", UNEVEN[4:])
+    expected_loss, expected = full_batch(cohort, "a", UNEVEN[4:])
     report, members = one_step(cohort, UNEVEN[4:], 4)
-    assert report["a"].loss == pytest.approx(wanted_loss, rel=1e-5)
-    assert_close(gradients(members["a"]), wanted)
+    assert report["a"].loss == pytest.approx(expected_loss, rel=1e-5)
+    assert_close(gradients(members["a"]), expected)
 
 
 @pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("arch", ["llama", "gemma2"])
 def test_trap4_every_kind_of_loss_is_normalised_alike(arch: str, fast: bool) -> None:
     cohort = cohort_of(random_spec(), arch=arch)
-    _, wanted = full_batch(cohort, "a", UNEVEN)
+    _, expected = full_batch(cohort, "a", UNEVEN)
     objective = Objective(cohort.model, cohort, fast=fast)
     _, members = one_step(cohort, UNEVEN, 2, objective=objective)
-    assert_close(gradients(members["a"]), wanted)
+    assert_close(gradients(members["a"]), expected)
 
 
 @pytest.mark.parametrize("max_rows", [6, 3, 2])
 def test_trap5_the_logged_loss_is_the_token_mean(max_rows: int) -> None:
     cohort = cohort_of(random_spec())
-    wanted, _ = full_batch(cohort, "a", UNEVEN)
+    expected_loss, _ = full_batch(cohort, "a", UNEVEN)
     report, _ = one_step(cohort, UNEVEN, max_rows)
-    assert report["a"].loss == pytest.approx(wanted, rel=1e-5)
+    assert report["a"].loss == pytest.approx(expected_loss, rel=1e-5)
     assert report["a"].supervised_tokens == sum(sum(r.supervised[1:]) for r in UNEVEN)
     assert report["a"].tokens == sum(len(r.input_ids) for r in UNEVEN)
 
@@ -253,24 +253,24 @@ def test_trap7_labels_are_shifted_once() -> None:
         model.get_output_embeddings().weight.zero_()
         model.get_output_embeddings().weight[1:32] = eye[:31] * 10
     ids = list(range(4, 30))
-    found = held_out(Objective(model, cohort), [Row(ids, [True] * len(ids))], None, max_rows=1)
-    assert found.loss < 1e-3
+    evaluation = held_out(Objective(model, cohort), [Row(ids, [True] * len(ids))], None, max_rows=1)
+    assert evaluation.loss < 1e-3
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("how", ["lora", "copy"])
 def test_trap8_an_adapted_head_learns_through_the_chunked_loss(tied: bool, how: str) -> None:
-    own = (
+    spec = (
         random_spec(target_modules=("q_proj", "lm_head"))
         if how == "lora"
         else random_spec(modules_to_save=("lm_head",))
     )
-    cohort = cohort_of(own, tie_word_embeddings=tied)
-    _, wanted = full_batch(cohort, "a", UNEVEN)
+    cohort = cohort_of(spec, tie_word_embeddings=tied)
+    _, expected = full_batch(cohort, "a", UNEVEN)
     _, members = one_step(cohort, UNEVEN, 2)
-    found = gradients(members["a"])
-    assert any("lm_head" in key and bool(value.any()) for key, value in found.items())
-    assert_close(found, wanted, 2e-5)
+    actual = gradients(members["a"])
+    assert any("lm_head" in key and bool(value.any()) for key, value in actual.items())
+    assert_close(actual, expected, 2e-5)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -278,19 +278,19 @@ def test_an_adapter_in_a_cohort_learns_as_it_does_alone(arch: str) -> None:
     specs = [random_spec("a", 4, seed=1), random_spec("b", 8, seed=2)]
     together = cohort_of(*specs, arch=arch)
     report, _ = one_step(together, UNEVEN, 4)
-    for own in specs:
-        alone = cohort_of(own, arch=arch)
+    for spec in specs:
+        alone = cohort_of(spec, arch=arch)
         single, _ = one_step(alone, UNEVEN, 4)
-        assert report[own.name].loss == pytest.approx(single[own.name].loss, rel=1e-5)
-        assert report[own.name].grad_norm == pytest.approx(single[own.name].grad_norm, rel=1e-4)
+        assert report[spec.name].loss == pytest.approx(single[spec.name].loss, rel=1e-5)
+        assert report[spec.name].grad_norm == pytest.approx(single[spec.name].grad_norm, rel=1e-4)
 
 
 def test_dropout_in_a_cohort_is_the_dropout_alone() -> None:
     specs = [random_spec("a", 4, seed=1, dropout=0.3), random_spec("b", 8, seed=2, dropout=0.1)]
     report, _ = one_step(cohort_of(*specs), UNEVEN, 5)
-    for own in specs:
-        single, _ = one_step(cohort_of(own), UNEVEN, 2)
-        assert report[own.name].loss == pytest.approx(single[own.name].loss, rel=1e-5)
+    for spec in specs:
+        single, _ = one_step(cohort_of(spec), UNEVEN, 2)
+        assert report[spec.name].loss == pytest.approx(single[spec.name].loss, rel=1e-5)
     without, _ = one_step(cohort_of(random_spec("a", 4, seed=1)), UNEVEN, 2)
     assert abs(without["a"].loss - report["a"].loss) > 1e-3
 
@@ -305,8 +305,8 @@ def test_trap35_recomputed_layers_give_the_same_gradients_and_none_is_zero(arch:
     for name in ("a", "b"):
         assert saved[name].loss == plain[name].loss
         assert saved[name].grad_norm > 0
-        ours, theirs = gradients(members[name]), gradients(plain_members[name])
-        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+        actual, expected = gradients(members[name]), gradients(plain_members[name])
+        assert all(torch.equal(actual[key], expected[key]) for key in expected)
 
 
 def test_trap35_an_adapter_without_a_gradient_stops_the_run() -> None:
@@ -375,10 +375,10 @@ def test_one_adapters_overflow_in_float16_leaves_the_other_as_it_learns_alone() 
     assert all(torch.equal(before[k], v) for k, v in cohort.parameters("a").items())
     assert (scaler.factor("a"), scaler.factor("b")) == (2.0**39, 2.0**8)
     alone = cohort_of(random_spec("b", 8, seed=2), dtype=torch.float16)
-    wanted, wanted_members = one_step(alone, UNEVEN, 3, scaler=LossScaler(initial=2.0**8))
+    expected, expected_members = one_step(alone, UNEVEN, 3, scaler=LossScaler(initial=2.0**8))
     # Batches of twelve rows against six: what half precision rounds differs by some of its 2^-11.
-    assert report["b"].loss == pytest.approx(wanted["b"].loss, rel=2e-3)
-    assert_close(gradients(members["b"]), gradients(wanted_members["b"]), 1e-2)
+    assert report["b"].loss == pytest.approx(expected["b"].loss, rel=2e-3)
+    assert_close(gradients(members["b"]), gradients(expected_members["b"]), 1e-2)
 
 
 def test_adapters_of_unlike_factors_have_their_true_gradients() -> None:
@@ -386,9 +386,9 @@ def test_adapters_of_unlike_factors_have_their_true_gradients() -> None:
     report, members = one_step(cohort, UNEVEN, 6, scaler=scaler)
     exact = cohort_of(*cohort.specs.values())
     for name in cohort.names:
-        wanted_loss, wanted = full_batch(exact, name, UNEVEN)
-        assert report[name].loss == pytest.approx(wanted_loss, rel=5e-3)
-        norm = torch.stack([value.norm() for value in wanted.values()]).norm()
+        expected_loss, expected = full_batch(exact, name, UNEVEN)
+        assert report[name].loss == pytest.approx(expected_loss, rel=5e-3)
+        norm = torch.stack([value.norm() for value in expected.values()]).norm()
         assert report[name].grad_norm == pytest.approx(float(norm), rel=2e-2)
     assert {name: members[name].progress.steps for name in "ab"} == {"a": 1, "b": 1}
 
@@ -411,11 +411,11 @@ def test_a_diverged_adapter_in_float16_is_named_before_any_has_moved(order: str)
     # The step is made again without it, which a GradScaler that has unscaled once refuses.
     for member in members:
         member.optimizer.zero_grad(set_to_none=True)
-    left = [member for member in members if member.name == "a"]
-    report = train_step(micro_batches(UNEVEN, ["a"], 3), left, objective, Accelerator(cpu=True),
-                        scaler)  # fmt: skip
+    remaining = [member for member in members if member.name == "a"]
+    report = train_step(micro_batches(UNEVEN, ["a"], 3), remaining, objective,
+                        Accelerator(cpu=True), scaler)  # fmt: skip
     assert not report["a"].skipped
-    assert left[0].progress.steps == 1
+    assert remaining[0].progress.steps == 1
 
 
 def test_a_gradient_that_no_float16_factor_mends_is_a_divergence() -> None:
@@ -433,13 +433,13 @@ def test_factors_come_back_from_checkpoints_of_this_and_of_earlier_versions() ->
     scaler = LossScaler(initial=4.0)
     scaler.update("a", finite=False)
     scaler.update("b", finite=True)
-    again = LossScaler()
-    again.load_state_dict(scaler.state_dict())
-    assert (again.factor("a"), again.factor("b")) == (2.0, 4.0)
-    assert again.state_dict() == scaler.state_dict()
+    restored = LossScaler()
+    restored.load_state_dict(scaler.state_dict())
+    assert (restored.factor("a"), restored.factor("b")) == (2.0, 4.0)
+    assert restored.state_dict() == scaler.state_dict()
     earlier = torch.amp.GradScaler("cpu", init_scale=2.0**7).state_dict()
-    again.load_state_dict(earlier)
-    assert again.factor("a") == again.factor("b") == 2.0**7
+    restored.load_state_dict(earlier)
+    assert restored.factor("a") == restored.factor("b") == 2.0**7
     growing = LossScaler(initial=4.0)
     for _ in range(2000):
         growing.update("a", finite=True)
@@ -454,8 +454,8 @@ def test_clipping_is_per_adapter() -> None:
         assert clipped[name].grad_norm == pytest.approx(free[name].grad_norm)
         scale = 0.5 / free[name].grad_norm
         assert scale < 1
-        wanted = {key: value * scale for key, value in gradients(members[name]).items()}
-        assert_close(gradients(clipped_members[name]), wanted, 1e-4)
+        expected = {key: value * scale for key, value in gradients(members[name]).items()}
+        assert_close(gradients(clipped_members[name]), expected, 1e-4)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -476,40 +476,40 @@ def test_an_unknown_treatment_of_logits_falls_back_to_the_models_own_and_says_so
     objective.verify(batch, shares_of(batch))
     assert not objective.fast
     assert "does something to its logits" in objective.reason
-    _, wanted = full_batch(cohort, "a", UNEVEN)
+    _, expected = full_batch(cohort, "a", UNEVEN)
     _, members = one_step(cohort, UNEVEN, 6, objective=objective)
-    assert_close(gradients(members["a"]), wanted)
+    assert_close(gradients(members["a"]), expected)
 
 
 def test_trap44_held_out_loss_is_total_over_total_with_its_standard_error() -> None:
     cohort = cohort_of(random_spec())
-    wanted, _ = full_batch(cohort, "a", UNEVEN)
-    found = held_out(Objective(cohort.model, cohort), UNEVEN, "a", max_rows=2)
-    assert found.loss == pytest.approx(wanted, rel=1e-5)
-    assert found.tokens == tuple(sum(r.supervised[1:]) for r in UNEVEN)
+    expected_loss, _ = full_batch(cohort, "a", UNEVEN)
+    evaluation = held_out(Objective(cohort.model, cohort), UNEVEN, "a", max_rows=2)
+    assert evaluation.loss == pytest.approx(expected_loss, rel=1e-5)
+    assert evaluation.tokens == tuple(sum(r.supervised[1:]) for r in UNEVEN)
     # The spread of the ratio over many resamples of whole rows is what the error estimates.
     generator = torch.Generator().manual_seed(0)
     draws = torch.randint(0, 6, (20000, 6), generator=generator)
-    nll, tokens = torch.tensor(found.nll), torch.tensor(found.tokens)
+    nll, tokens = torch.tensor(evaluation.nll), torch.tensor(evaluation.tokens)
     spread = float((nll[draws].sum(1) / tokens[draws].sum(1)).std())
-    assert found.standard_error == pytest.approx(spread, rel=0.35)
+    assert evaluation.standard_error == pytest.approx(spread, rel=0.35)
 
 
 def test_trap28_two_evaluations_are_identical_with_dropout_set() -> None:
     cohort = cohort_of(random_spec(dropout=0.5))
     objective = Objective(cohort.model, cohort)
-    first = held_out(objective, UNEVEN, "a", max_rows=2)
-    assert first == held_out(objective, UNEVEN, "a", max_rows=2)
-    assert first.loss != held_out(objective, UNEVEN, None, max_rows=2).loss
+    evaluation = held_out(objective, UNEVEN, "a", max_rows=2)
+    assert evaluation == held_out(objective, UNEVEN, "a", max_rows=2)
+    assert evaluation.loss != held_out(objective, UNEVEN, None, max_rows=2).loss
 
 
 def test_trap37_no_key_value_cache_is_kept_while_training() -> None:
     cohort = cohort_of(random_spec())
-    seen = []
+    caches = []
     cohort.model.base_model.register_forward_hook(
-        lambda module, args, out: seen.append(out.past_key_values)
+        lambda module, args, out: caches.append(out.past_key_values)
     )
     used_before = cohort.model.config.use_cache
     one_step(cohort, UNEVEN, 6)
-    assert seen == [None]
+    assert caches == [None]
     assert cohort.model.config.use_cache == used_before

@@ -17,7 +17,7 @@ from lighten.recipe import Recipe, RecipeError
 from lighten.runs import Run
 from lighten.training import checkpoints, time_budget
 from lighten.training.time_budget import Pace, TimeBudget, steps_within
-from tests.test_train_runs import losses, same, weights
+from tests.test_train_runs import losses, same_tensors, weights
 
 
 @pytest.fixture
@@ -65,12 +65,12 @@ def test_a_run_with_a_time_is_the_run_with_its_number_of_steps(
     if method == "full":
         settings |= {"method": "full", "lora_r": 8, "lora_dropout": 0.0}
     timed = lighten.train(**settings)
-    said = capfd.readouterr().err
+    output = capfd.readouterr().err
     steps = timed.info()["training"]["steps"]
     assert re.search(
-        rf"max_time 0.8s: {steps} steps? of 8,000, [\d.]+ of an epoch; a step takes", said
+        rf"max_time 0.8s: {steps} steps? of 8,000, [\d.]+ of an epoch; a step takes", output
     )
-    (choice,) = [own for own in timed.info()["choices"] if own["what"] == "steps"]
+    (choice,) = [entry for entry in timed.info()["choices"] if entry["what"] == "steps"]
     assert choice["value"] == str(steps)
     assert 1 <= steps < 8000
     counted = train(settings, max_time=None, max_steps=steps, output_dir=str(tmp_path / "counted"))
@@ -79,7 +79,7 @@ def test_a_run_with_a_time_is_the_run_with_its_number_of_steps(
              for run in (timed, counted)]  # fmt: skip
     assert rates[0] == rates[1]
     if method == "lora":
-        assert same(weights(timed), weights(counted))
+        assert same_tensors(weights(timed), weights(counted))
 
 
 def test_a_run_that_goes_on_keeps_its_number_of_steps(
@@ -87,10 +87,10 @@ def test_a_run_that_goes_on_keeps_its_number_of_steps(
 ) -> None:
     never_late(monkeypatch)
     monkeypatch.setattr(TimeBudget, "steps", lambda *_: 12)
-    whole = train(settings)
-    assert whole.info()["training"]["steps"] == 12
+    uninterrupted = train(settings)
+    assert uninterrupted.info()["training"]["steps"] == 12
     folder = tmp_path / "cut"
-    shutil.copytree(whole.folder, folder)
+    shutil.copytree(uninterrupted.folder, folder)
     for checkpoint in checkpoints.listing(folder / "checkpoints"):
         if checkpoint.name != "checkpoint-5":
             shutil.rmtree(checkpoint)
@@ -100,9 +100,9 @@ def test_a_run_that_goes_on_keeps_its_number_of_steps(
         raise AssertionError("the speed was tried again")
 
     monkeypatch.setattr(TimeBudget, "measure", measured_again)
-    again = train(settings, resume=True, output_dir=str(folder))
-    assert losses(again) == losses(whole)
-    assert same(weights(again), weights(whole))
+    resumed = train(settings, resume=True, output_dir=str(folder))
+    assert losses(resumed) == losses(uninterrupted)
+    assert same_tensors(weights(resumed), weights(uninterrupted))
 
 
 def test_steps_that_take_much_longer_than_those_tried_become_fewer(
@@ -133,8 +133,8 @@ def test_the_clock_counts_what_was_spent_before_and_bears_a_little(
         clock = TimeBudget("100s", spent_s, every=1000)
         for step in range(1, 6):
             now[0] += step_s
-            found = clock.fewer_steps(step, 50, step_s)
-        return found
+            fewer = clock.fewer_steps(step, 50, step_s)
+        return fewer
 
     assert after_five(2.0) is None  # as tried
     assert after_five(2.2) is None  # 110 s in all: near enough
@@ -162,30 +162,30 @@ def test_two_ends_of_training_are_refused(settings: dict[str, Any]) -> None:
 
 def test_a_plan_says_what_share_of_the_data_the_time_allows(settings: dict[str, Any]) -> None:
     recipe = Recipe.from_values({**settings, "num_train_epochs": 1000, "max_time": "30s"})
-    made = predict.plan(recipe, named("cpu"))
-    assert made.time is not None
-    assert made.steps is not None
-    assert made.run_seconds is not None
-    if made.steps < 8000:
-        assert made.run_seconds == pytest.approx(30, abs=2 * made.time.seconds)
-        told = f"max_time 30s: about {made.steps} steps of 8,000, .* of an epoch"
-        assert any(re.match(told, note) for note in made.notes)
+    plan = predict.plan(recipe, named("cpu"))
+    assert plan.time is not None
+    assert plan.steps is not None
+    assert plan.run_seconds is not None
+    if plan.steps < 8000:
+        assert plan.run_seconds == pytest.approx(30, abs=2 * plan.time.seconds)
+        pattern = f"max_time 30s: about {plan.steps} steps of 8,000, .* of an epoch"
+        assert any(re.match(pattern, note) for note in plan.notes)
     short = Recipe.from_values({**settings, "num_train_epochs": 1, "max_time": "10h"})
-    made = predict.plan(short, named("cpu"))
-    assert made.steps == 8
-    assert any("is enough for all 8 steps" in note for note in made.notes)
+    plan = predict.plan(short, named("cpu"))
+    assert plan.steps == 8
+    assert any("is enough for all 8 steps" in note for note in plan.notes)
 
 
 def test_the_time_of_a_run_counts_its_first_step_twice(settings: dict[str, Any]) -> None:
     """It checks the loss both ways and touches memory for the first time."""
     del settings["max_time"]
-    one, nine = (
+    one_step, nine_steps = (
         predict.plan(Recipe.from_values({**settings, "max_steps": n}), named("t4"))
         for n in (1, 9)
     )  # fmt: skip
-    assert one.run_seconds is not None
-    assert nine.run_seconds is not None
-    assert nine.run_seconds / one.run_seconds == pytest.approx(10 / 2)
+    assert one_step.run_seconds is not None
+    assert nine_steps.run_seconds is not None
+    assert nine_steps.run_seconds / one_step.run_seconds == pytest.approx(10 / 2)
 
 
 def test_every_arm_of_a_sweep_gets_the_steps_that_fit_its_time(settings: dict[str, Any]) -> None:
@@ -193,10 +193,10 @@ def test_every_arm_of_a_sweep_gets_the_steps_that_fit_its_time(settings: dict[st
     changes = {"lora_r": 4, "lora_dropout": 0.0, "max_time": "0.3s", "eval_steps": 4,
                "gradient_accumulation_steps": [1, 2], "metric": "loss",
                "reference": []}  # fmt: skip
-    found = lighten.sweep(progress=False, **{**settings, **changes})
-    plan = found.data["plan"]
-    arms = [arm for arm in found.arms if not arm["reference"]]
-    assert len(found.data["groups"]) == 2
+    result = lighten.sweep(progress=False, **{**settings, **changes})
+    plan = result.data["plan"]
+    arms = [arm for arm in result.arms if not arm["reference"]]
+    assert len(result.data["groups"]) == 2
     assert {arm["steps"] for arm in arms} == {plan["steps"]}
     assert plan["steps"] < plan["wanted_steps"]
     assert "per arm, 0.3s" in plan["note"]

@@ -46,7 +46,7 @@ from tests.tiny import ARCHITECTURES, save_tiny, tiny_model
 IDS = torch.tensor([[5, 9, 14, 200, 31, 77, 8]])
 
 
-def whole(
+def whole_base(
     arch: str, *, last: int | None = None, dtype: torch.dtype = torch.float32, **changes: Any
 ) -> WholeBase:
     """As a run makes it: frozen weights in the base's format, those that learn in float32."""
@@ -76,14 +76,14 @@ def plain(arch: str, rows: list[Row]) -> tuple[float, dict[str, torch.Tensor]]:
 
 
 def close(
-    ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float = 1e-5
+    actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 1e-5
 ) -> None:
     """Each gradient by its own size; one that is zero but for rounding by the largest's."""
-    assert set(ours) == set(theirs)
-    largest = max(float(value.abs().max()) for value in theirs.values())
-    for key, value in theirs.items():
-        apart = float((ours[key] - value).abs().max())
-        assert apart < tolerance * max(float(value.abs().max()), 1e-2 * largest), (key, apart)
+    assert set(actual) == set(expected)
+    largest = max(float(value.abs().max()) for value in expected.values())
+    for key, value in expected.items():
+        error = float((actual[key] - value).abs().max())
+        assert error < tolerance * max(float(value.abs().max()), 1e-2 * largest), (key, error)
 
 
 def step(trained: WholeBase, **options: Any) -> tuple[AdapterStep, AdapterOptimizer]:
@@ -93,44 +93,44 @@ def step(trained: WholeBase, **options: Any) -> tuple[AdapterStep, AdapterOptimi
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_a_step_of_the_whole_base_is_that_of_plain_autograd(arch: str) -> None:
-    wanted_loss, wanted = plain(arch, UNEVEN)
-    report, member = step(whole(arch))
-    assert report.loss == pytest.approx(wanted_loss, rel=1e-5)
-    close(gradients(member), wanted)
+    expected_loss, expected = plain(arch, UNEVEN)
+    report, member = step(whole_base(arch))
+    assert report.loss == pytest.approx(expected_loss, rel=1e-5)
+    close(gradients(member), expected)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_last_layers_learn_as_in_plain_autograd_and_nothing_else_moves(arch: str) -> None:
     before = {k: v.clone() for k, v in tiny_model(arch).named_parameters()}
-    own = of_the_last_layer(arch)
-    assert 0 < len(own) < len(before)
-    trained = whole(arch, last=1)
-    _, wanted = plain(arch, UNEVEN)
+    last_layer_keys = of_the_last_layer(arch)
+    assert 0 < len(last_layer_keys) < len(before)
+    trained = whole_base(arch, last=1)
+    _, expected = plain(arch, UNEVEN)
     _, member = step(trained)
-    close(gradients(member), {key: wanted[key] for key in own})
+    close(gradients(member), {key: expected[key] for key in last_layer_keys})
     for key, value in trained.model.named_parameters():
-        assert torch.equal(value, before[key]) == (key not in own), key
-        assert key in own or value.grad is None
+        assert torch.equal(value, before[key]) == (key not in last_layer_keys), key
+        assert key in last_layer_keys or value.grad is None
 
 
 def test_nothing_is_kept_for_the_backward_pass_below_the_first_layer_that_learns() -> None:
-    trained = whole("llama", last=1)
+    trained = whole_base("llama", last=1)
     (batch,) = micro_batches(UNEVEN, ["default"], 6)
-    kept: list[int] = []
+    saved: list[int] = []
     below: list[int] = []
     layers = trained.model.base_model.layers
-    layers[0].register_forward_hook(lambda *call: below.append(len(kept)))
+    layers[0].register_forward_hook(lambda *call: below.append(len(saved)))
     objective = Objective(trained.model, trained)
     weights = torch.ones(len(batch.labels))
     with (
         torch.autograd.graph.saved_tensors_hooks(
-            lambda value: kept.append(1) or value, lambda value: value
+            lambda value: saved.append(1) or value, lambda value: value
         ),
         objective.at(batch, shares_of(batch)),
     ):
         objective(batch, shares_of(batch), weights)
     assert below == [0]
-    assert kept
+    assert saved
 
 
 @pytest.mark.parametrize("last", [None, 1])
@@ -138,18 +138,18 @@ def test_nothing_is_kept_for_the_backward_pass_below_the_first_layer_that_learns
 def test_mixed_precision_keeps_float32_weights_and_comes_near_float32(
     arch: str, last: int | None
 ) -> None:
-    exact, exact_member = step(whole(arch, last=last))
-    trained = whole(arch, last=last, dtype=torch.bfloat16)
+    exact, exact_member = step(whole_base(arch, last=last))
+    trained = whole_base(arch, last=last, dtype=torch.bfloat16)
     if arch != "gemma2":  # attention whose queries, keys and values must be of one format
         attention.register()
         trained.model.set_attn_implementation(attention.NAME)
-    seen: set[torch.dtype] = set()
+    output_dtypes: set[torch.dtype] = set()
     for module in trained.model.modules():
         if isinstance(module, torch.nn.Linear | Conv1D):
-            module.register_forward_hook(lambda *call: seen.add(call[-1].dtype))
+            module.register_forward_hook(lambda *call: output_dtypes.add(call[-1].dtype))
     objective = Objective(trained.model, trained)
     report, member = step(trained, objective=objective)
-    assert seen == {torch.bfloat16}
+    assert output_dtypes == {torch.bfloat16}
     for key, value in trained.model.named_parameters():
         frozen = last is not None and key not in of_the_last_layer(arch)
         assert value.dtype == (torch.bfloat16 if frozen else torch.float32), key
@@ -157,15 +157,15 @@ def test_mixed_precision_keeps_float32_weights_and_comes_near_float32(
         assert value.dtype == torch.float32
     assert report.loss == pytest.approx(exact.loss, rel=2e-2)
     if arch != "mixtral":  # rounding sends some tokens to another expert
-        ours, theirs = gradients(member), gradients(exact_member)
-        flat = [torch.cat([g[key].flatten() for key in theirs]) for g in (ours, theirs)]
+        actual, expected = gradients(member), gradients(exact_member)
+        flat = [torch.cat([g[key].flatten() for key in expected]) for g in (actual, expected)]
         assert float(F.cosine_similarity(*flat, dim=0)) > 0.99
 
 
 def test_float16_products_go_with_a_scaler_that_leaves_true_gradients() -> None:
-    exact, exact_member = step(whole("llama"))
+    exact, exact_member = step(whole_base("llama"))
     scaler = LossScaler(initial=2.0**10)
-    report, member = step(whole("llama", dtype=torch.float16), scaler=scaler)
+    report, member = step(whole_base("llama", dtype=torch.float16), scaler=scaler)
     assert report.loss == pytest.approx(exact.loss, rel=1e-2)
     assert report.grad_norm == pytest.approx(exact.grad_norm, rel=2e-2)
     close(gradients(member), gradients(exact_member), 3e-2)
@@ -177,18 +177,18 @@ def test_float16_products_go_with_a_scaler_that_leaves_true_gradients() -> None:
 def test_recomputed_layers_give_the_same_gradients(
     arch: str, last: int | None, dtype: torch.dtype
 ) -> None:
-    report, member = step(whole(arch, last=last, dtype=dtype))
-    saving = whole(arch, last=last, dtype=dtype)
+    report, member = step(whole_base(arch, last=last, dtype=dtype))
+    saving = whole_base(arch, last=last, dtype=dtype)
     assert checkpoint_layers(saving.model) == (last or 2)  # a frozen layer has nothing to recompute
     saved, saved_member = step(saving)
     assert saved.loss == report.loss
-    ours, theirs = gradients(saved_member), gradients(member)
-    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    actual, expected = gradients(saved_member), gradients(member)
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
 
 
 @pytest.mark.parametrize("arch", ["qwen2", "gemma3_text", "gpt2"])
 def test_trap29_a_tied_head_stays_tied_while_it_learns(arch: str) -> None:
-    trained = whole(arch, dtype=torch.bfloat16, tie_word_embeddings=True)
+    trained = whole_base(arch, dtype=torch.bfloat16, tie_word_embeddings=True)
     step(trained)
     model = trained.fuse("default")
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -199,7 +199,7 @@ def test_trap29_a_tied_head_stays_tied_while_it_learns(arch: str) -> None:
 
 def test_more_layers_than_there_are_is_said() -> None:
     with pytest.raises(UserError, match="last_3 is more than the 2 decoder layers of Llama"):
-        whole("llama", last=3)
+        whole_base("llama", last=3)
 
 
 def test_quantised_weights_are_refused() -> None:
@@ -211,7 +211,7 @@ def test_quantised_weights_are_refused() -> None:
 
 
 def test_the_untouched_base_is_not_to_be_had_from_weights_that_learnt() -> None:
-    with pytest.raises(UserError, match="has to be loaded anew"), whole("llama").using(None):
+    with pytest.raises(UserError, match="has to be loaded anew"), whole_base("llama").using(None):
         pass
 
 
@@ -252,8 +252,8 @@ def test_every_architecture_trains_whole_and_reloads_with_transformers(
         for key, value in learnt.items():
             assert not torch.equal(parameters[key], value)
             parameters[key].copy_(value)
-        wanted = model(input_ids=IDS).logits
-    assert torch.equal(logits(run.folder / "model"), wanted)
+        expected = model(input_ids=IDS).logits
+    assert torch.equal(logits(run.folder / "model"), expected)
     lighten.report(run)
 
 
@@ -262,37 +262,39 @@ def test_trap29_the_saved_model_holds_a_tied_head_once_and_reads_as_tied(
 ) -> None:
     folder = save_tiny(tmp_path / "base", "qwen2")
     run = train(settings, model_name_or_path=str(folder), max_steps=2)
-    there = run.folder / "model"
-    assert "lm_head.weight" not in load_file(there / "model.safetensors")
-    assert json.loads((there / "config.json").read_text())["tie_word_embeddings"]
-    model = AutoModelForCausalLM.from_pretrained(there)
+    model_folder = run.folder / "model"
+    assert "lm_head.weight" not in load_file(model_folder / "model.safetensors")
+    assert json.loads((model_folder / "config.json").read_text())["tie_word_embeddings"]
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    assert not torch.equal(logits(there), logits(folder))
+    assert not torch.equal(logits(model_folder), logits(folder))
 
 
 def test_the_model_folder_is_whole_in_the_bases_format(
     settings: dict[str, Any], tiny_folder: Path
 ) -> None:
     run = train(settings, dtype="bfloat16", trainable_layers="last_1")
-    there = run.folder / "model"
+    model_folder = run.folder / "model"
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
-            "chat_template.jinja", "README.md"} == {p.name for p in there.iterdir()} - {
+            "chat_template.jinja", "README.md"} == {p.name for p in model_folder.iterdir()} - {
                 "tokenizer_config.json", "special_tokens_map.json"}  # fmt: skip
-    saved, base = (load_file(folder / "model.safetensors") for folder in (there, tiny_folder))
+    saved, base = (
+        load_file(folder / "model.safetensors") for folder in (model_folder, tiny_folder)
+    )
     assert {value.dtype for value in saved.values()} == {torch.bfloat16}
-    own = of_the_last_layer("llama")
+    last_layer_keys = of_the_last_layer("llama")
     for key, value in saved.items():
-        assert torch.equal(value, base[key].bfloat16()) == (key not in own), key
-    assert json.loads((there / "config.json").read_text())["dtype"] == "bfloat16"
-    tokenizer = AutoTokenizer.from_pretrained(there)
+        assert torch.equal(value, base[key].bfloat16()) == (key not in last_layer_keys), key
+    assert json.loads((model_folder / "config.json").read_text())["dtype"] == "bfloat16"
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
     assert tokenizer.chat_template == AutoTokenizer.from_pretrained(tiny_folder).chat_template
-    own_lines = {choice["what"]: choice for choice in run.info()["choices"]}
-    assert own_lines["method"]["reason"] == "the base's last 1 of 2 decoder layers"
-    assert own_lines["precision"]["value"] == "mixed: float32 and bfloat16"
+    choices = {choice["what"]: choice for choice in run.info()["choices"]}
+    assert choices["method"]["reason"] == "the base's last 1 of 2 decoder layers"
+    assert choices["precision"]["value"] == "mixed: float32 and bfloat16"
     (entry,) = run.info()["adapters"]
     assert entry["kind"] == "model"
-    assert entry["trainable_parameters"] == sum(base[key].numel() for key in own)
-    assert entry["file_bytes"] == (there / "model.safetensors").stat().st_size
+    assert entry["trainable_parameters"] == sum(base[key].numel() for key in last_layer_keys)
+    assert entry["file_bytes"] == (model_folder / "model.safetensors").stat().st_size
     assert not run.adapters()
 
 
@@ -309,12 +311,14 @@ def test_trap38_a_resumed_run_ends_bitwise_as_an_uninterrupted_one(
     shutil.copytree(run.folder, folder)
     shutil.rmtree(folder / "checkpoints" / "checkpoint-4")
     shutil.rmtree(folder / "model")
-    kept = list((folder / "checkpoints" / "checkpoint-2" / "weights" / "default").iterdir())
-    assert len(kept) > 1 or "trainable_layers" in change
-    again = train(settings, resume=True, output_dir=str(folder), **change)
-    ours, theirs = (load_file(r.folder / "model" / "model.safetensors") for r in (again, run))
-    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-    assert [m["loss"] for m in again.metrics()] == [m["loss"] for m in run.metrics()]
+    weight_files = list((folder / "checkpoints" / "checkpoint-2" / "weights" / "default").iterdir())
+    assert len(weight_files) > 1 or "trainable_layers" in change
+    resumed = train(settings, resume=True, output_dir=str(folder), **change)
+    resumed_weights, expected = (
+        load_file(r.folder / "model" / "model.safetensors") for r in (resumed, run)
+    )
+    assert all(torch.equal(resumed_weights[key], expected[key]) for key in expected)
+    assert [m["loss"] for m in resumed.metrics()] == [m["loss"] for m in run.metrics()]
 
 
 @pytest.mark.slow
@@ -323,28 +327,30 @@ def test_trap3_two_ranks_train_the_whole_base_as_one_process(
 ) -> None:
     settings |= {"max_train_samples": 13, "val_size": 0, "per_device_train_batch_size": 2}
     del settings["eval_steps"]
-    one = train(settings, gradient_accumulation_steps=2, output_dir=str(tmp_path / "one"))
-    done = subprocess.run(
+    one_rank = train(settings, gradient_accumulation_steps=2, output_dir=str(tmp_path / "one"))
+    child = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
          "-m", "lighten", "train", *(f"{key}={value}" for key, value in settings.items())],
         capture_output=True, text=True, timeout=180, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1", "LIGHTEN_DEVICE": "cpu"},
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    two = Run(settings["output_dir"])
-    for ours, theirs in zip(two.metrics(), one.metrics(), strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-    ours, theirs = (load_file(r.folder / "model" / "model.safetensors") for r in (two, one))
-    for key, value in theirs.items():
-        assert float((ours[key] - value).abs().max()) < 2e-5, key
+    assert child.returncode == 0, child.stderr[-3000:]
+    two_ranks = Run(settings["output_dir"])
+    for actual, expected in zip(two_ranks.metrics(), one_rank.metrics(), strict=True):
+        assert actual["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    actual, expected = (
+        load_file(r.folder / "model" / "model.safetensors") for r in (two_ranks, one_rank)
+    )
+    for key, value in expected.items():
+        assert float((actual[key] - value).abs().max()) < 2e-5, key
 
 
 def test_trap40_the_best_state_is_what_is_saved(settings: dict[str, Any]) -> None:
     run = train(settings, load_best_model_at_end=True, learning_rate=0.3, eval_steps=1,
                 lr_scheduler_type="constant")  # fmt: skip
-    (own,) = run.info()["adapters"]
-    assert own["best_step"] < 4
-    best = run.folder / "checkpoints" / f"checkpoint-{own['best_step']}"
+    (entry,) = run.info()["adapters"]
+    assert entry["best_step"] < 4
+    best = run.folder / "checkpoints" / f"checkpoint-{entry['best_step']}"
     learnt = load_file(best / "weights" / "default" / "trained.safetensors")
     saved = load_file(run.folder / "model" / "model.safetensors")
     assert all(torch.equal(saved[key], value) for key, value in learnt.items())
@@ -355,26 +361,29 @@ def test_evaluate_and_chat_set_the_trained_model_against_the_untouched_base(
     change: dict[str, Any], settings: dict[str, Any], tmp_path: Path
 ) -> None:
     run = train(settings, **change)
-    found = lighten.evaluate(run, max_new_tokens=4)
-    assert [model["name"] for model in found.models] == ["base", "default"]
-    last = run.info()["adapters"][0]["eval_loss"]
-    assert found.metric("default", "loss")["value"] == pytest.approx(last, rel=1e-5)
+    evaluation = lighten.evaluate(run, max_new_tokens=4)
+    assert [model["name"] for model in evaluation.models] == ["base", "default"]
+    eval_loss = run.info()["adapters"][0]["eval_loss"]
+    assert evaluation.metric("default", "loss")["value"] == pytest.approx(eval_loss, rel=1e-5)
     adapter = train({k: v for k, v in settings.items() if k != "method"}, max_steps=1,
                     output_dir=str(tmp_path / "lora"))  # fmt: skip
-    other = lighten.evaluate(adapter, max_new_tokens=4)
-    assert found.metric("base", "loss") == other.metric("base", "loss")
-    assert found.examples[0]["answers"]["base"] == other.examples[0]["answers"]["base"]
-    assert last < found.metric("base", "loss")["value"]
+    adapter_evaluation = lighten.evaluate(adapter, max_new_tokens=4)
+    assert evaluation.metric("base", "loss") == adapter_evaluation.metric("base", "loss")
+    assert (
+        evaluation.examples[0]["answers"]["base"]
+        == adapter_evaluation.examples[0]["answers"]["base"]
+    )
+    assert eval_loss < evaluation.metric("base", "loss")["value"]
 
     out = io.StringIO()
     chat(str(run.folder), compare=True, max_new_tokens=5, out=out, lines=io.StringIO("hello\n"))
     alone: dict[str, str] = {}
     for name, folder in (("base", settings["model_name_or_path"]), ("default", run.model())):
-        said = io.StringIO()
+        output = io.StringIO()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(models, "load", _in_float32(models.load))
-            chat(str(folder), max_new_tokens=5, out=said, lines=io.StringIO("hello\n"))
-        alone[name] = said.getvalue()
+            chat(str(folder), max_new_tokens=5, out=output, lines=io.StringIO("hello\n"))
+        alone[name] = output.getvalue()
     assert out.getvalue() == f"[base] {alone['base']}[default] {alone['default']}"
 
 
@@ -392,12 +401,12 @@ def test_nothing_trained_yet_is_one_clear_sentence(settings: dict[str, Any]) -> 
 def test_new_tokens_learn_with_the_whole_base_and_not_with_its_last_layers(
     settings: dict[str, Any],
 ) -> None:
-    told = []
+    reasons = []
     for place, change in enumerate(({}, {"trainable_layers": "last_1"})):
         run = train(settings, added_tokens=["<|new|>"], max_steps=1,
                     output_dir=f"{settings['output_dir']}{place}", **change)  # fmt: skip
-        told.append({c["what"]: c["reason"] for c in run.info()["choices"]}.get("added_tokens"))
-    assert told == [None, "the embedding is below the layers that learn"]
+        reasons.append({c["what"]: c["reason"] for c in run.info()["choices"]}.get("added_tokens"))
+    assert reasons == [None, "the embedding is below the layers that learn"]
 
 
 def test_a_folder_that_cannot_be_written_leaves_the_older_one(tmp_path: Path) -> None:
@@ -416,8 +425,8 @@ def test_a_folder_that_cannot_be_written_leaves_the_older_one(tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def recipe(chat_file: Path, **given: Any) -> Recipe:
-    return Recipe.from_values({"model": "m", "dataset": str(chat_file), **given})
+def recipe(chat_file: Path, **values: Any) -> Recipe:
+    return Recipe.from_values({"model": "m", "dataset": str(chat_file), **values})
 
 
 def test_layers_imply_the_method_and_the_method_its_learning_rate(chat_file: Path) -> None:
@@ -426,11 +435,11 @@ def test_layers_imply_the_method_and_the_method_its_learning_rate(chat_file: Pat
     layers = recipe(chat_file, trainable_layers="last_2")
     assert (layers.method, layers.last_layers, layers.learning_rate) == ("full", 2, 2e-5)
     assert recipe(chat_file, method="full", lr=1e-3).learning_rate == 1e-3
-    again = Recipe.from_values(layers.completed())
-    assert again.completed() == layers.completed()
+    reread = Recipe.from_values(layers.completed())
+    assert reread.completed() == layers.completed()
 
 
-@pytest.mark.parametrize(("given", "wanted"), [
+@pytest.mark.parametrize(("values", "expected"), [
     ({"finetuning_type": "full"}, ("full", None)),
     ({"fine_tune_type": "full"}, ("full", None)),
     ({"fine_tune_type": "lora"}, ("lora", None)),
@@ -438,14 +447,14 @@ def test_layers_imply_the_method_and_the_method_its_learning_rate(chat_file: Pat
     ({"finetuning_type": "freeze", "freeze_trainable_layers": 5}, ("full", "last_5")),
 ])  # fmt: skip
 def test_other_tools_names_are_read(
-    given: dict[str, Any], wanted: tuple[str, str | None], chat_file: Path
+    values: dict[str, Any], expected: tuple[str, str | None], chat_file: Path
 ) -> None:
-    made = recipe(chat_file, **given)
-    assert (made.method, made.trainable_layers) == wanted
-    assert made.notices
+    parsed = recipe(chat_file, **values)
+    assert (parsed.method, parsed.trainable_layers) == expected
+    assert parsed.notices
 
 
-@pytest.mark.parametrize(("given", "told"), [
+@pytest.mark.parametrize(("values", "message"), [
     ({"method": "full", "lora_r": 4}, "lora_r has no effect with method: full"),
     ({"method": "full", "modules_to_save": ["norm"]}, "modules_to_save has no effect"),
     ({"method": "full", "adapters": [{"name": "a"}]}, "adapters has no effect"),
@@ -458,7 +467,7 @@ def test_other_tools_names_are_read(
     ({"finetuning_type": "freeze", "freeze_trainable_layers": -2}, "use trainable_layers: last_N"),
 ])  # fmt: skip
 def test_what_contradicts_the_method_is_told(
-    given: dict[str, Any], told: str, chat_file: Path
+    values: dict[str, Any], message: str, chat_file: Path
 ) -> None:
-    with pytest.raises(UserError, match=told):
-        recipe(chat_file, **given)
+    with pytest.raises(UserError, match=message):
+        recipe(chat_file, **values)

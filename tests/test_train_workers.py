@@ -52,48 +52,48 @@ def step_in(
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_lanes_change_neither_loss_nor_gradients(arch: str, count: int) -> None:
     spec = AdapterSpec("a", r=4, dropout=0.2, init_lora_weights=False, seed=3)
-    wanted, alone = step_in(None, cohort_of(spec, arch=arch))
+    alone_report, alone = step_in(None, cohort_of(spec, arch=arch))
     report, members = step_in(Threads(count, 2), cohort_of(spec, arch=arch))
-    assert report["a"].loss == pytest.approx(wanted["a"].loss, rel=1e-6)
-    assert report["a"].grad_norm == pytest.approx(wanted["a"].grad_norm, rel=1e-5)
+    assert report["a"].loss == pytest.approx(alone_report["a"].loss, rel=1e-6)
+    assert report["a"].grad_norm == pytest.approx(alone_report["a"].grad_norm, rel=1e-5)
     assert_close(gradients(members[0]), gradients(alone[0]))
 
 
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_lanes_of_packed_rows_of_several_adapters(recomputed: bool) -> None:
     def cohort() -> Cohort:
-        made = in_blocks(cohort_of(random_spec("a"), random_spec("b", r=8), arch="llama"))
+        new_cohort = in_blocks(cohort_of(random_spec("a"), random_spec("b", r=8), arch="llama"))
         if recomputed:
-            checkpoint_layers(made.model)
-        return made
+            checkpoint_layers(new_cohort.model)
+        return new_cohort
 
-    wanted, alone = step_in(None, cohort(), packed=True, max_rows=3)
+    alone_report, alone = step_in(None, cohort(), packed=True, max_rows=3)
     report, members = step_in(Threads(2, 2), cohort(), packed=True, max_rows=3)
-    for name, own, other in zip("ab", members, alone, strict=True):
-        assert report[name].loss == pytest.approx(wanted[name].loss, rel=1e-6)
-        assert_close(gradients(own), gradients(other))
+    for name, member, lone_member in zip("ab", members, alone, strict=True):
+        assert report[name].loss == pytest.approx(alone_report[name].loss, rel=1e-6)
+        assert_close(gradients(member), gradients(lone_member))
 
 
 def test_lanes_give_the_same_bits_however_fast_each_thread_is() -> None:
-    found = []
+    runs = []
     for _ in range(4):
         _, members = step_in(Threads(3, 3), cohort_of(random_spec(), arch="qwen2"), max_rows=1)
-        found.append(gradients(members[0]))
-    for other in found[1:]:
-        assert all(torch.equal(found[0][key], other[key]) for key in found[0])
+        runs.append(gradients(members[0]))
+    for repeated in runs[1:]:
+        assert all(torch.equal(runs[0][key], repeated[key]) for key in runs[0])
 
 
 def test_gradients_lie_in_memory_as_their_parameters_do() -> None:
     """A fused optimiser reads both in the order of memory; a product's may be transposed."""
     cohort = cohort_of(random_spec())
-    seen: list[bool] = []
+    same_strides: list[bool] = []
     members = [AdapterOptimizer("a", cohort.parameters("a"), settings())]
     step = members[0].optimizer.step
 
     def watched(*args: object) -> object:
         for parameter in members[0].parameters.values():
             assert parameter.grad is not None
-            seen.append(parameter.grad.stride() == parameter.stride())
+            same_strides.append(parameter.grad.stride() == parameter.stride())
         return step()
 
     members[0].optimizer.step = watched  # type: ignore[method-assign,assignment]
@@ -101,8 +101,8 @@ def test_gradients_lie_in_memory_as_their_parameters_do() -> None:
         micro_batches(UNEVEN, ["a"], 2), members, Objective(cohort.model, cohort),
         Accelerator(cpu=True), LossScaler(enabled=False), Threads(2, 2),
     )  # fmt: skip
-    assert seen
-    assert all(seen)
+    assert same_strides
+    assert all(same_strides)
 
 
 def test_an_error_in_a_lane_is_raised_where_the_step_was_called() -> None:
@@ -149,7 +149,8 @@ def test_a_step_is_cut_for_its_lanes(packed: bool) -> None:
 def _slowest(tokens: Sequence[int], workers: int) -> int:
     """What the fullest worker does, a micro-batch's own cost included, in tokens."""
     return max(
-        sum(tokens[place] + START_TOKENS for place in own) for own in even_shares(tokens, workers)
+        sum(tokens[place] + START_TOKENS for place in share)
+        for share in even_shares(tokens, workers)
     )
 
 
@@ -182,9 +183,9 @@ def test_eight_rows_of_like_length_are_four_for_each_of_two_lanes() -> None:
 def test_auto_gives_a_lane_enough_tokens_to_fill_its_products() -> None:
     cohort = cohort_of(random_spec())
 
-    def chosen(wanted: int | str = "auto", **changes: object) -> tuple[str, str]:
-        given: dict[str, object] = {"rows": 8, "tokens": 2300, "device": "cpu", "threads": 2}
-        choice = choose(wanted, cohort, **{**given, **changes})  # type: ignore[arg-type]
+    def chosen(workers: int | str = "auto", **changes: object) -> tuple[str, str]:
+        arguments: dict[str, object] = {"rows": 8, "tokens": 2300, "device": "cpu", "threads": 2}
+        choice = choose(workers, cohort, **{**arguments, **changes})  # type: ignore[arg-type]
         return choice.value, choice.reason
 
     assert chosen()[0] == "2"

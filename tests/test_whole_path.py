@@ -33,19 +33,19 @@ def test_every_architecture_trains_evaluates_reports_and_loads_in_peft(
     )  # fmt: skip
     losses = [m["loss"] for m in run.metrics() if m["kind"] == "train" and m["adapter"] == "r4"]
     assert losses[-1] < losses[0]
-    found = lighten.evaluate(run, max_examples=4, max_new_tokens=3)
-    assert found.metric("r4", "loss")["value"] < found.metric("base", "loss")["value"]
+    evaluation = lighten.evaluate(run, max_examples=4, max_new_tokens=3)
+    assert evaluation.metric("r4", "loss")["value"] < evaluation.metric("base", "loss")["value"]
     assert lighten.report(run).stat().st_size > 10_000
 
     ids = torch.tensor([[5, 9, 14, 200, 31]])
     base = models.load(str(folder), dtype="float32")
     cohort = adapters.load(base.model, run.adapters())
     with torch.no_grad(), cohort.using("r4"):
-        ours = cohort.model(input_ids=ids).logits
+        logits = cohort.model(input_ids=ids).logits
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    theirs = PeftModel.from_pretrained(plain, str(run.adapters()["r4"])).eval()
+    peft_model = PeftModel.from_pretrained(plain, str(run.adapters()["r4"])).eval()
     with torch.no_grad():
-        assert torch.allclose(ours, theirs(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
+        assert torch.allclose(logits, peft_model(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -196,20 +196,20 @@ def before(world: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def known(world: dict[str, Any], before: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def fingerprints(world: dict[str, Any], before: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Fingerprints by their settings: several fields need the same company."""
     return {json.dumps(world["settings"], sort_keys=True): before}
 
 
 @pytest.mark.parametrize("field", sorted(MUTATIONS))
 def test_trap52_every_setting_is_felt(
-    field: str, world: dict[str, Any], known: dict[str, dict[str, Any]], tmp_path: Path
+    field: str, world: dict[str, Any], fingerprints: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
     def of(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
         key = json.dumps(settings, sort_keys=True)
-        if key not in known:
-            known[key] = fingerprint(settings, folder)
-        return known[key]
+        if key not in fingerprints:
+            fingerprints[key] = fingerprint(settings, folder)
+        return fingerprints[key]
 
     change = MUTATIONS[field]
     alone = not (isinstance(change, dict) and field in change)
@@ -223,19 +223,22 @@ def test_trap52_every_setting_is_felt(
         settings["eval_dataset"] = str(world["folder"] / settings["eval_dataset"])
     if field == "truncation_strategy":
         settings["max_length"] = 60
-    others = world["settings"]
+    reference_settings = world["settings"]
     if not alone or field == "truncation_strategy":
-        others = {key: value for key, value in settings.items() if key != field}
-    reference, found = of(others, tmp_path / "others"), of(settings, tmp_path / "changed")
-    parts = [key for key in found if key != "folder" and found[key] != reference[key]]
+        reference_settings = {key: value for key, value in settings.items() if key != field}
+    reference, changed = (
+        of(reference_settings, tmp_path / "others"),
+        of(settings, tmp_path / "changed"),
+    )
+    parts = [key for key in changed if key != "folder" and changed[key] != reference[key]]
     assert parts, f"{field} changed nothing"
 
 
 def test_the_same_recipe_leaves_the_same(
     world: dict[str, Any], before: dict[str, Any], tmp_path: Path
 ) -> None:
-    again = fingerprint(world["settings"], tmp_path / "again")
-    assert {**again, "folder": ""} == {**before, "folder": ""}
+    repeated = fingerprint(world["settings"], tmp_path / "again")
+    assert {**repeated, "folder": ""} == {**before, "folder": ""}
 
 
 def test_layout_settings_change_batches_but_no_result(
@@ -248,32 +251,34 @@ def test_layout_settings_change_batches_but_no_result(
     for module in (step_batches, validation):
         plain = module.collate
 
-        def noting(items: Any, *rest: Any, _plain: Any = plain, **options: Any) -> Any:
-            made = _plain(items, *rest, **options)
-            sizes.append((len(items), made.starts is None))
-            return made
+        def noting(items: Any, *args: Any, _plain: Any = plain, **options: Any) -> Any:
+            batch = _plain(items, *args, **options)
+            sizes.append((len(items), batch.starts is None))
+            return batch
 
         monkeypatch.setattr(module, "collate", noting)
-    seen = {}
+    batches = {}
     for name, change in (
         ("plain", {}), ("tokens_per_microbatch", {"tokens_per_microbatch": 130}),
         ("per_device_eval_batch_size", {"per_device_eval_batch_size": 2}),
         ("packing", {"packing": False}), ("workers", {"workers": 3}),
     ):  # fmt: skip
         sizes.clear()
-        found = fingerprint({**world["settings"], **change}, tmp_path / name)
-        seen[name] = list(sizes)
-        for ours, theirs in zip(found["metrics"], before["metrics"], strict=True):
-            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
-    unfelt = [name for name in seen if name != "plain" and seen[name] == seen["plain"]]
+        changed = fingerprint({**world["settings"], **change}, tmp_path / name)
+        batches[name] = list(sizes)
+        for record, reference in zip(changed["metrics"], before["metrics"], strict=True):
+            assert record["loss"] == pytest.approx(reference["loss"], rel=1e-4)
+    unfelt = [name for name in batches if name != "plain" and batches[name] == batches["plain"]]
     assert not unfelt, "these settings changed no batch"
 
 
 def test_other_files_of_data_are_felt(world: dict[str, Any], tmp_path: Path) -> None:
     folder, settings = world["folder"], dict(world["settings"])
     del settings["val_size"]
-    found = fingerprint({**settings, "eval_dataset": str(folder / "eval.jsonl")}, tmp_path / "e")
-    assert found["data"]["eval_rows"] == 1
+    evaluated = fingerprint(
+        {**settings, "eval_dataset": str(folder / "eval.jsonl")}, tmp_path / "e"
+    )
+    assert evaluated["data"]["eval_rows"] == 1
     broken = {**settings, "dataset": str(folder / "broken.jsonl")}
     with pytest.raises(lighten.UserError, match="not valid JSON"):
         lighten.train(**broken, output_dir=str(tmp_path / "x"), progress=False)
@@ -283,8 +288,10 @@ def test_other_files_of_data_are_felt(world: dict[str, Any], tmp_path: Path) -> 
     assert run.info()["data"]["bad_rows"] == 1
     jinja = fingerprint({**settings, "chat_template": str(folder / "plain.jinja")}, tmp_path / "j")
     assert jinja["data"]["template"]["name"] == "plain.jinja"
-    other = fingerprint({**settings, "model_name_or_path": str(folder / "other")}, tmp_path / "o")
-    assert other["base"]["checksum"] != found["base"]["checksum"]
+    other_base = fingerprint(
+        {**settings, "model_name_or_path": str(folder / "other")}, tmp_path / "o"
+    )
+    assert other_base["base"]["checksum"] != evaluated["base"]["checksum"]
 
 
 def test_trackers_hear_every_so_many_steps(world: dict[str, Any], tmp_path: Path) -> None:
