@@ -32,12 +32,12 @@ Result = TypeVar("Result")
 
 
 def choose(
-    wanted: int | str, trained: Trained, *, rows: int, tokens: int, device: str, threads: int
+    setting: int | str, trained: Trained, *, rows: int, tokens: int, device: str, threads: int
 ) -> Choice:
     """How many workers, and why.
 
     Args:
-        wanted: `auto`, or what the recipe says.
+        setting: `auto`, or what the recipe says.
         trained: What learns.
         rows: Of one step on this rank, over all adapters.
         tokens: Of one step on this rank, on average.
@@ -48,8 +48,8 @@ def choose(
         return Choice("1", "a GPU is filled by one micro-batch")
     if (obstacle := trained.no_workers) is not None:
         return Choice("1", obstacle)
-    if isinstance(wanted, int):
-        return Choice(str(min(wanted, rows)), "workers of the recipe")
+    if isinstance(setting, int):
+        return Choice(str(min(setting, rows)), "workers of the recipe")
     most = max(1, min(threads, rows, tokens // FULL_TOKENS))
     count = max(n for n in range(1, most + 1) if threads % n == 0)
     if count == 1:

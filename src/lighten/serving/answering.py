@@ -134,7 +134,7 @@ class Answering:
         completion = sum(choice.tokens for choice in choices)
         return Usage(self._prompt_tokens, completion, min(self._prompt_tokens, choices[0].cached))
 
-    async def whole(self) -> list[Choice]:
+    async def collect(self) -> list[Choice]:
         """All answers, when all are made."""
         choices = [Choice() for _ in self._generations]
         async with self._counted(), asyncio.TaskGroup() as group:

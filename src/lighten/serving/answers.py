@@ -44,7 +44,7 @@ class Usage:
 class Form(Protocol):
     """How one of the two routes writes its answers."""
 
-    def whole(self, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]:
+    def full_body(self, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
 
     def first(self, number: int) -> str | None:
@@ -60,8 +60,10 @@ class Form(Protocol):
 
 
 class _BaseForm:
-    def __init__(self, kind: str, chunk: str, prefix: str, model: str, logprobs: bool) -> None:
-        self._kind, self._chunk, self._logprobs = kind, chunk, logprobs
+    def __init__(
+        self, object_type: str, chunk: str, prefix: str, model: str, logprobs: bool
+    ) -> None:
+        self._object_type, self._chunk, self._logprobs = object_type, chunk, logprobs
         self._head = {"id": f"{prefix}-{secrets.token_hex(12)}", "created": int(time.time()),
                       "model": model}  # fmt: skip
 
@@ -80,10 +82,10 @@ class ChatForm(_BaseForm):
     def __init__(self, model: str, logprobs: bool) -> None:
         super().__init__("chat.completion", "chat.completion.chunk", "chatcmpl", model, logprobs)
 
-    def whole(self, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]:
+    def full_body(self, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]:
         """See `Form`."""
         return {
-            **self._head, "object": self._kind,
+            **self._head, "object": self._object_type,
             "choices": [
                 {"index": number, "finish_reason": choice.finish,
                  "message": {"role": "assistant", "content": choice.text, "refusal": None},
@@ -128,10 +130,10 @@ class CompletionForm(_BaseForm):
         super().__init__("text_completion", "text_completion", "cmpl", model, logprobs)
         self._offsets: dict[int, int] = {}
 
-    def whole(self, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]:
+    def full_body(self, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]:
         """See `Form`."""
         return {
-            **self._head, "object": self._kind,
+            **self._head, "object": self._object_type,
             "choices": [
                 {"index": number, "text": choice.text, "finish_reason": choice.finish,
                  "logprobs": self._probabilities(number, choice.logprobs)}

@@ -46,17 +46,19 @@ def bench(
         field_checks = checks.fields(remote, models[0])
         for check in field_checks:
             log(f"{'ok   ' if check.passed else 'FAILS'} {check.name}: {check.detail}")
-        same = checks.identity(remote, models, requests=identity_requests) if models else None
+        identity = checks.identity(remote, models, requests=identity_requests) if models else None
     except ServerError as error:
         raise UserError(f"{remote.url}: {error}") from error
-    if same is not None:
-        log(f"identity: {same.same} of {same.requests} answers as alone, {same.rounding} with "
-             f"rounding, {same.wrong} of another model")  # fmt: skip
+    if identity is not None:
+        log(
+            f"identity: {identity.same} of {identity.requests} answers as alone, "
+            f"{identity.rounding} with rounding, {identity.wrong} of another model"
+        )
     outcomes = series(remote, settings, lambda outcome: log(_line(outcome)))
     result = {
         "url": remote.url, "machine": machine().to_dict(), "load": asdict(settings),
         "models": models, "checks": [asdict(check) for check in field_checks],
-        "identity": None if same is None else asdict(same),
+        "identity": None if identity is None else asdict(identity),
         "loads": [outcome.to_dict() for outcome in outcomes],
     }  # fmt: skip
     if output is not None:

@@ -282,8 +282,8 @@ async def _answer(
         first = await unless_disconnected(request, anext(events))
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         return Reply(chained(first, events), 200, "text/event-stream", headers)
-    choices = await unless_disconnected(request, run.whole())
-    return Reply(form.whole(choices, run.usage(choices)))
+    choices = await unless_disconnected(request, run.collect())
+    return Reply(form.full_body(choices, run.usage(choices)))
 
 
 def _generation(
