@@ -68,7 +68,7 @@ class Piece:
         finish: Why the answer ends here, None where it goes on.
         tokens: Tokens generated so far, the one that ended the answer included.
         cached: Prompt tokens whose state was there already; known with the last piece.
-        untold: Tokens whose log-probabilities were asked for and are not known.
+        missing_logprobs: Tokens whose log-probabilities were asked for and are not known.
     """
 
     text: str
