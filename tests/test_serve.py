@@ -146,9 +146,9 @@ def test_answers_under_load_are_those_alone_with_caches_off(
     for name, source in (("first", "one"), ("second", "spare"), ("moving", "one")):
         shutil.copytree(inside / source, inside / name)
     monkeypatch.setenv("LIGHTEN_CACHE", str(tmp_path))
-    ours = engine_of(server) == "lighten"
+    own_engine = engine_of(server) == "lighten"
     options = Options(
-        engine="lighten" if ours else "llamacpp", served_name=BASE, storage="f32", slots=1,
+        engine="lighten" if own_engine else "llamacpp", served_name=BASE, storage="f32", slots=1,
         threads=1, adapter_dir=inside, prefix_caching=False,
     )  # fmt: skip
     fixed_contents = {BASE: [BASE], "one": ["one"], "two": ["two"]}
@@ -161,7 +161,7 @@ def test_answers_under_load_are_those_alone_with_caches_off(
     serve_identity.load(admin, "moving", "moving")
     report = serve_identity.under_load(
         Remote(server.url), admin, inside, {**fixed_contents, "moving": ["first", "second"]}, alone,
-        questions, requests=60, clients=6, tie=0.0 if ours else 1e-3,
+        questions, requests=60, clients=6, tie=0.0 if own_engine else 1e-3,
     )  # fmt: skip
     serve_identity.unload(admin, "moving")
     assert report.wrong == []

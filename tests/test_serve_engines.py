@@ -34,10 +34,10 @@ def adapters(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
 def test_a_processor_has_llama_cpp_or_ours(adapters: list[Adapter]) -> None:
     assert choose_engine(Options(), []).value == "llamacpp"
     assert choose_engine(Options(), adapters[:1]).value == "llamacpp"
-    ours = choose_engine(Options(), adapters, program=VLLM)
-    assert ours.value == "lighten"
-    assert "all 2 adapters" in ours.reason
-    assert "vLLM" not in ours.reason
+    choice = choose_engine(Options(), adapters, program=VLLM)
+    assert choice.value == "lighten"
+    assert "all 2 adapters" in choice.reason
+    assert "vLLM" not in choice.reason
 
 
 def test_a_gpu_has_vllm_where_it_is_installed_and_the_reason_is_said(

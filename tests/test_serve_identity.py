@@ -14,9 +14,9 @@ def answer(*tokens: str, gap: float = 3.0, move: float = 0.0) -> Answer:
     return Answer("".join(tokens), tokens, logprobs, top, 1.0, 2.0)
 
 
-def judged(got: Answer, *alone: Answer, tie: float = 0.01) -> Report:
+def judged(served_answer: Answer, *alone: Answer, tie: float = 0.01) -> Report:
     report = Report(tie)
-    judge(report, got, alone, "it")
+    judge(report, served_answer, alone, "it")
     return report
 
 
@@ -35,13 +35,13 @@ def test_only_the_adapters_answer_counts_as_equal() -> None:
 
 
 def test_an_answer_may_be_of_the_contents_while_it_was_under_way() -> None:
-    held = Contents({"it": "old"})
-    held.change("it", "new", 3.0, 4.0)
+    contents = Contents({"it": "old"})
+    contents.change("it", "new", 3.0, 4.0)
     early, during, late = (Answer("", (), (), (), *when) for when in ((1, 2), (3.5, 5), (4.5, 6)))
-    assert held.possible("it", early) == {"old"}
-    assert held.possible("it", during) == {"old", "new"}
-    assert held.possible("it", late) == {"new"}
-    assert held.now("it") == "new"
+    assert contents.possible("it", early) == {"old"}
+    assert contents.possible("it", during) == {"old", "new"}
+    assert contents.possible("it", late) == {"new"}
+    assert contents.now("it") == "new"
 
 
 def test_ratios_are_taken_round_by_round() -> None:

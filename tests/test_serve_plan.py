@@ -123,12 +123,12 @@ def test_what_cannot_be_served_is_not_planned(tiny_folder: Path, tmp_path: Path)
 
 
 def test_the_command_says_what_is_held(tiny_folder: Path, folder: Path) -> None:
-    done = call(
+    result = call(
         "serve", str(tiny_folder), "--plan", "--adapters", str(folder / "one"), str(folder / "two"),
         "--engine", "llamacpp", "--storage", "f16", "--max-num-seqs", "3",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "llamacpp, as wanted; the base as f16; 2 adapters of rank 4" in done.stdout
-    assert "3 answers at once, each of 256 tokens" in done.stdout
+    assert result.returncode == 0, result.stderr
+    assert "llamacpp, as wanted; the base as f16; 2 adapters of rank 4" in result.stdout
+    assert "3 answers at once, each of 256 tokens" in result.stdout
     for part in ("base weights", "KV cache", "adapters"):
-        assert part in done.stdout
+        assert part in result.stdout

@@ -99,7 +99,7 @@ def test_a_server_that_dies_gets_all_its_adapters_again(
     python.with_name("vllm").touch()
     monkeypatch.setenv(vllm.PROGRAM, str(python.with_name("vllm")))
     monkeypatch.setenv("LIGHTEN_CACHE", str(tmp_path / "cache"))
-    held = [
+    adapters = [
         Adapter(fingerprint(folder), folder)
         for folder in (save_adapter(tiny_folder, tmp_path / str(n), seed=n) for n in range(3))
     ]
@@ -108,9 +108,9 @@ def test_a_server_that_dies_gets_all_its_adapters_again(
         engine = vllm.Vllm(
             tiny_folder, models.load_tokenizer(str(tiny_folder)), context=64, slots=2
         )
-        await engine.start(held[:2])
-        await engine.set_adapters(held[1:])
-        shutil.rmtree(held[2].folder)
+        await engine.start(adapters[:2])
+        await engine.set_adapters(adapters[1:])
+        shutil.rmtree(adapters[2].folder)
         os.kill(int(calls.read_text().split()[0]), signal.SIGKILL)
         while not engine.facts()["restarts"]:
             await asyncio.sleep(0.02)
@@ -123,7 +123,7 @@ def test_a_server_that_dies_gets_all_its_adapters_again(
         [(action, name) for pid, action, name in lines if (pid == lines[0][0]) == is_first]
         for is_first in (True, False)
     )
-    first_key, second_key, third_key = (adapter.key for adapter in held)
+    first_key, second_key, third_key = (adapter.key for adapter in adapters)
     load, unload = "load_lora_adapter", "unload_lora_adapter"
     assert before == [(load, first_key), (load, second_key), (load, third_key), (unload, first_key)]
     assert after == [(load, second_key), (load, third_key)]

@@ -79,15 +79,15 @@ def train_all(ports: str, file: str) -> None:
     from accelerate.state import AcceleratorState
 
     notes: list[dict[str, int]] = []
-    step, gathered = loop.train_step, [0]
+    step, gather_count = loop.train_step, [0]
 
-    def noted(*args: Any, **options: Any) -> Any:
+    def noted_step(*args: Any, **options: Any) -> Any:
         batches, _, objective, *_, idle = args
-        before = gathered[0]
+        before = gather_count[0]
         report = step(*args, **options)
         layers = decoder_layers(objective.model)
         notes[-1] = {
-            "passes": len(batches) + len(idle), "gathers": gathered[0] - before,
+            "passes": len(batches) + len(idle), "gathers": gather_count[0] - before,
             "layer_bytes": sum(dtensors.local_part(p).untyped_storage().nbytes()
                                for layer in layers for p in layer.parameters()),
             "state": sum(dtensors.local_part(value).numel() for member in args[1]
@@ -96,17 +96,17 @@ def train_all(ports: str, file: str) -> None:
         }  # fmt: skip
         return report
 
-    def counted(gather: Callable[..., Any]) -> Callable[..., Any]:
+    def count_gathers(gather: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **options: Any) -> Any:
-            gathered[0] += 1
+            gather_count[0] += 1
             return gather(*args, **options)
 
         return run
 
-    loop.train_step = noted
+    loop.train_step = noted_step
     for name in ("all_gather_single", "all_gather_into_tensor"):  # before and since PyTorch 2.13
         if hasattr(distributed, name):
-            setattr(distributed, name, counted(getattr(distributed, name)))
+            setattr(distributed, name, count_gathers(getattr(distributed, name)))
             break
     # A port each: the last run's may still be there.
     for port, run_settings in zip(
@@ -217,10 +217,10 @@ def test_ranks_hold_what_the_strategy_says(root: Path) -> None:
     layers = decoder_layers(AutoModelForCausalLM.from_pretrained(root / "base"))
     layer_bytes = sum(p.numel() * p.element_size() for layer in layers for p in layer.parameters())
     for run in RUNS:
-        held = notes(root, *run)
+        rank_notes = notes(root, *run)
         if run[1] in ("fsdp", "zero3"):
-            assert all(rank["layer_bytes"] < 0.55 * layer_bytes for rank in held), run
-        state = [rank["state"] / rank["learns"] for rank in held]
+            assert all(rank["layer_bytes"] < 0.55 * layer_bytes for rank in rank_notes), run
+        state = [rank["state"] / rank["learns"] for rank in rank_notes]
         spread = run[1] in ("zero1", "zero2") or run[0] in ("full", "nvme", "last")
         # AdamW has two numbers for each that learns.
         assert sum(state) == pytest.approx(2.0 if spread else 4.0, rel=0.02), run

@@ -263,11 +263,11 @@ def test_most_of_the_base_is_not_in_memory(settings: dict[str, Any], tmp_path: P
     del common_settings["output_dir"], common_settings["model_name_or_path"]
     # A first run loads what every run needs. The streamed one comes next: what it leaves free would
     # be there for the last one, which then needs less than it does alone.
-    tried = {"first": (settings["model_name_or_path"], "disk"),
-             "streamed": (folder, "disk"), "resident": (folder, "none")}  # fmt: skip
+    run_bases = {"first": (settings["model_name_or_path"], "disk"),
+                 "streamed": (folder, "disk"), "resident": (folder, "none")}  # fmt: skip
     runs = [
         {"model_name_or_path": str(base), "offload_base": how, "output_dir": str(tmp_path / name)}
-        for name, (base, how) in tried.items()
+        for name, (base, how) in run_bases.items()
     ]
     child = subprocess.run(
         [sys.executable, "-c", CHILD, json.dumps([common_settings, *runs])],
@@ -278,7 +278,7 @@ def test_most_of_the_base_is_not_in_memory(settings: dict[str, Any], tmp_path: P
     assert resident - streamed > 0.6 * base_bytes
 
 
-class Noted:
+class NotingSlots:
     """Slots that write down what is read, in a thread that can be held up."""
 
     def __init__(self, layers: Sequence[LayerPieces]) -> None:
@@ -302,16 +302,16 @@ class Noted:
         pass
 
 
-def feed_of(count: int) -> tuple[LayerFeed, Noted, Any]:
+def feed_of(count: int) -> tuple[LayerFeed, NotingSlots, Any]:
     layers = [LayerPieces() for _ in range(count)]
     pieces = [layer_pieces.add("w", torch.uint8, (8,)) for layer_pieces in layers]
-    noted = Noted(layers)
-    feed = LayerFeed(layers, noted)
-    return feed, noted, lambda layer: feed.get(layer, pieces[layer])
+    slots = NotingSlots(layers)
+    feed = LayerFeed(layers, slots)
+    return feed, slots, lambda layer: feed.get(layer, pieces[layer])
 
 
 def test_the_next_layer_is_read_while_one_computes() -> None:
-    feed, noted, get = feed_of(6)
+    feed, slots, get = feed_of(6)
     feed.begin(learns=True)
     for layer in (*range(6), *reversed(range(6))):
         assert get(layer).tolist() == [layer] * 8
@@ -321,7 +321,7 @@ def test_the_next_layer_is_read_while_one_computes() -> None:
         for layer in range(6):
             assert get(layer).tolist() == [layer] * 8
     feed._settle()
-    assert noted.read == [*range(6), 3, 2, 1, 0, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5, 0]
+    assert slots.read == [*range(6), 3, 2, 1, 0, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5, 0]
 
 
 def test_layers_may_be_asked_for_in_any_order() -> None:
@@ -334,13 +334,13 @@ def test_layers_may_be_asked_for_in_any_order() -> None:
 
 
 def test_what_went_wrong_while_reading_is_told_to_whoever_asks() -> None:
-    noted, get = feed_of(3)[1:]
+    slots, get = feed_of(3)[1:]
 
     def broken(place: int, layer: int) -> None:
         raise OSError("the disk is gone")
 
-    noted.gate.clear()  # layer 1 is not read yet when the disk goes
-    noted.fill = broken  # type: ignore[method-assign]
+    slots.gate.clear()  # layer 1 is not read yet when the disk goes
+    slots.fill = broken  # type: ignore[method-assign]
     with pytest.raises(OSError, match="the disk is gone"):
         get(0)
 
@@ -431,11 +431,11 @@ def test_an_embedding_in_its_files_format_stays_there(
     mapped = []
     original_mapped = Shards.mapped
 
-    def noted(self: Shards, name: str) -> Tensor:
+    def note_mapped(self: Shards, name: str) -> Tensor:
         mapped.append(name)
         return original_mapped(self, name)
 
-    monkeypatch.setattr(Shards, "mapped", noted)
+    monkeypatch.setattr(Shards, "mapped", note_mapped)
     streamed = train(run_settings, offload_base="disk")
     assert sorted(mapped) == ["lm_head.weight", "model.embed_tokens.weight"]
     assert_same(streamed, train(run_settings, tmp_path / "resident"), within=1e-6)

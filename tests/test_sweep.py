@@ -95,9 +95,9 @@ def test_the_result_holds_what_each_arm_is_worth(settings: dict[str, Any]) -> No
     assert arms["r2"]["time_share"] + arms["r8"]["time_share"] == pytest.approx(1)
     assert arms["r2"]["seconds"] < arms["r8"]["seconds"]
     # Losses are those of the run's own last evaluation: the same rows, the same weights.
-    watched = {m["adapter"]: m["loss"] for m in Run(result.folder / "cohort-1").metrics()
-               if m["kind"] == "eval"}  # fmt: skip
-    assert arms["r2"]["loss"]["value"] == pytest.approx(watched["r2"], rel=1e-5)
+    eval_losses = {m["adapter"]: m["loss"] for m in Run(result.folder / "cohort-1").metrics()
+                   if m["kind"] == "eval"}  # fmt: skip
+    assert arms["r2"]["loss"]["value"] == pytest.approx(eval_losses["r2"], rel=1e-5)
     assert data["recommendation"]["arm"] in ("r2", "r8", None)
     assert data["recommendation"]["reasons"]
     assert result.recommended == data["recommendation"]["arm"]
@@ -301,11 +301,11 @@ def test_a_sweep_killed_while_it_measures_loses_no_batch(
     parts: list[str] = []
     put = PartialResults.put
 
-    def noting(self: PartialResults, key: str, values: Any) -> None:
+    def note_put(self: PartialResults, key: str, values: Any) -> None:
         parts.append(f"{self.path.name} {key}")
         put(self, key, values)
 
-    monkeypatch.setattr(PartialResults, "put", noting)
+    monkeypatch.setattr(PartialResults, "put", note_put)
     monkeypatch.setattr(together, "ENOUGH_ROWS", 4)
     uninterrupted = sweep(settings, output_dir=str(tmp_path / "whole"))
     every, parts[:] = list(parts), []

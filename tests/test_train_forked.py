@@ -209,13 +209,13 @@ def test_a_child_that_cannot_compute_is_ended(monkeypatch: pytest.MonkeyPatch) -
 
 def test_what_a_child_holds_alone_is_counted() -> None:
     cohort = in_blocks(cohort_of(random_spec("a"), arch="llama"))
-    held: list[torch.Tensor] = []
+    child_tensors: list[torch.Tensor] = []
     parent_pid = os.getpid()
     size = 256 * 2**20
 
     def holds(*_: object) -> None:
         if os.getpid() != parent_pid:
-            held.append(torch.ones(size // 4))
+            child_tensors.append(torch.ones(size // 4))
 
     shared = torch.ones(size // 4)  # which both have, and is counted in this process alone
     batches = micro_batches(UNEVEN, ["a"], 2, packed=True)
@@ -233,7 +233,7 @@ def test_what_a_child_holds_alone_is_counted() -> None:
         assert size < workers.own_bytes < 2.5 * size
     handle.remove()
     assert float(shared[0]) == 1.0
-    assert not held
+    assert not child_tensors
 
 
 def test_peak_memory_adds_what_is_held_beside_only_while_it_is() -> None:

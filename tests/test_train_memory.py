@@ -198,12 +198,12 @@ def kept_bytes(saver: Saver | None, folder: Path) -> int:
     if saver is not None:
         saver(cohort, folder)
     staying = {p.untyped_storage()._cdata for p in cohort.model.parameters()}
-    held: dict[int, tuple[StorageWeakRef, int]] = {}
+    storages: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in staying:
-            held[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+            storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         return tensor
 
     (batch,) = micro_batches(UNEVEN, ["a"], 6)
@@ -212,7 +212,7 @@ def kept_bytes(saver: Saver | None, folder: Path) -> int:
     shares = shares_of(batch)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), objective.at(batch, shares):
         loss, _ = objective(batch, shares, weights)
-    total_bytes = sum(size for ref, size in held.values() if not ref.expired())
+    total_bytes = sum(size for ref, size in storages.values() if not ref.expired())
     assert loss.requires_grad
     return total_bytes
 
@@ -326,11 +326,11 @@ def test_trap34_the_reentrant_form_is_refused_and_other_arguments_are_handed_on(
     recipe = Recipe.from_values({**values, "gradient_checkpointing_kwargs": options})
     seen_options: list[dict[str, Any]] = []
 
-    def noting(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    def note_options(forward: Any, *args: Any, **kwargs: Any) -> Any:
         seen_options.append({key: kwargs.pop(key) for key in options})
         return forward(*args, **kwargs)
 
-    monkeypatch.setattr("lighten.engine.checkpointing.checkpoint", noting)
+    monkeypatch.setattr("lighten.engine.checkpointing.checkpoint", note_options)
     cohort = cohort_of(random_spec())
     checkpoint_layers(cohort.model, options=recipe.gradient_checkpointing_kwargs)
     one_step(cohort, UNEVEN, 6)

@@ -143,15 +143,15 @@ def test_every_optimiser_is_its_formula(optim: str, formula: Any, tolerance: flo
 
 
 def test_an_8bit_state_is_a_quarter_of_the_32bit_one() -> None:
-    def held(optim: str) -> int:
+    def state_bytes(optim: str) -> int:
         member = member_of(optim)
         move(member, range(1))
         state = optimizers.state_tensors(member.optimizer, member.parameters[A])
         return sum(v.nbytes for v in state.values() if v.dim() > 0)
 
-    assert held("adamw_8bit") < 0.27 * held("adamw_torch")
-    assert held("lion_8bit") < 0.14 * held("adamw_torch")
-    assert held("adafactor") < 0.08 * held("adamw_torch")
+    assert state_bytes("adamw_8bit") < 0.27 * state_bytes("adamw_torch")
+    assert state_bytes("lion_8bit") < 0.14 * state_bytes("adamw_torch")
+    assert state_bytes("adafactor") < 0.08 * state_bytes("adamw_torch")
 
 
 def test_names_that_mean_the_same_and_paging_without_a_gpu_are_said() -> None:

@@ -73,7 +73,7 @@ def test_apart_one_adapters_gradients_are_kept_at_a_time(
     plain = loop.train_step
     everyone: list[Any] = []
 
-    def watched(batches: Any, members: Any, *args: Any, **options: Any) -> Any:
+    def watched_step(batches: Any, members: Any, *args: Any, **options: Any) -> Any:
         everyone.extend(member for member in members if member not in everyone)
         report = plain(batches, members, *args, **options)
         has_gradients = any(
@@ -82,7 +82,7 @@ def test_apart_one_adapters_gradients_are_kept_at_a_time(
         steps.append(([member.name for member in members], has_gradients))
         return report
 
-    monkeypatch.setattr(loop, "train_step", watched)
+    monkeypatch.setattr(loop, "train_step", watched_step)
     trained(model, chat_file, tmp_path / "run", max_steps=2)
     assert steps == [(["r2"], False), (["r4"], False)] * 2
 

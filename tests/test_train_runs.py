@@ -272,8 +272,8 @@ def test_a_cohort_ends_with_the_weights_that_each_adapter_gets_alone(
     for r, seed in ((2, 1), (4, 2)):
         alone = train(settings, lora_r=r, seed=seed, output_dir=str(tmp_path / f"alone{r}"))
         for key, value in weights(alone).items():
-            ours = together[key.replace("default", f"r{r}-seed{seed}")]
-            assert float((ours - value).abs().max()) < 2e-5, key
+            cohort_value = together[key.replace("default", f"r{r}-seed{seed}")]
+            assert float((cohort_value - value).abs().max()) < 2e-5, key
 
 
 def test_gradient_checkpointing_and_token_budgets_change_no_result(

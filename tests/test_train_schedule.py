@@ -15,8 +15,8 @@ def test_after_the_warm_up_it_is_transformers_own(schedule: str) -> None:
     scheduler = get_scheduler(schedule, optimizer, num_warmup_steps=5, num_training_steps=40)
     for step in range(40):
         if step >= 5 or schedule == "constant":
-            ours = learning_rate_factor(step, 40, 5, schedule)
-            assert ours == pytest.approx(scheduler.get_last_lr()[0], abs=1e-12)
+            factor = learning_rate_factor(step, 40, 5, schedule)
+            assert factor == pytest.approx(scheduler.get_last_lr()[0], abs=1e-12)
         optimizer.step()
         scheduler.step()
 

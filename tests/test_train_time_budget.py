@@ -73,13 +73,13 @@ def test_a_run_with_a_time_is_the_run_with_its_number_of_steps(
     (choice,) = [entry for entry in timed.info()["choices"] if entry["what"] == "steps"]
     assert choice["value"] == str(steps)
     assert 1 <= steps < 8000
-    counted = train(settings, max_time=None, max_steps=steps, output_dir=str(tmp_path / "counted"))
-    assert losses(timed) == losses(counted)
+    by_steps = train(settings, max_time=None, max_steps=steps, output_dir=str(tmp_path / "counted"))
+    assert losses(timed) == losses(by_steps)
     rates = [[m["learning_rate"] for m in run.metrics() if m["kind"] == "train"]
-             for run in (timed, counted)]  # fmt: skip
+             for run in (timed, by_steps)]  # fmt: skip
     assert rates[0] == rates[1]
     if method == "lora":
-        assert same_tensors(weights(timed), weights(counted))
+        assert same_tensors(weights(timed), weights(by_steps))
 
 
 def test_a_run_that_goes_on_keeps_its_number_of_steps(

@@ -90,13 +90,13 @@ def test_gradients_lie_in_memory_as_their_parameters_do() -> None:
     members = [AdapterOptimizer("a", cohort.parameters("a"), settings())]
     step = members[0].optimizer.step
 
-    def watched(*args: object) -> object:
+    def watched_step(*args: object) -> object:
         for parameter in members[0].parameters.values():
             assert parameter.grad is not None
             same_strides.append(parameter.grad.stride() == parameter.stride())
         return step()
 
-    members[0].optimizer.step = watched  # type: ignore[method-assign,assignment]
+    members[0].optimizer.step = watched_step  # type: ignore[method-assign,assignment]
     train_step(
         micro_batches(UNEVEN, ["a"], 2), members, Objective(cohort.model, cohort),
         Accelerator(cpu=True), LossScaler(enabled=False), Threads(2, 2),

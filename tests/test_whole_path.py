@@ -251,12 +251,12 @@ def test_layout_settings_change_batches_but_no_result(
     for module in (step_batches, validation):
         plain = module.collate
 
-        def noting(items: Any, *args: Any, _plain: Any = plain, **options: Any) -> Any:
+        def note_batch(items: Any, *args: Any, _plain: Any = plain, **options: Any) -> Any:
             batch = _plain(items, *args, **options)
             sizes.append((len(items), batch.starts is None))
             return batch
 
-        monkeypatch.setattr(module, "collate", noting)
+        monkeypatch.setattr(module, "collate", note_batch)
     batches = {}
     for name, change in (
         ("plain", {}), ("tokens_per_microbatch", {"tokens_per_microbatch": 130}),
