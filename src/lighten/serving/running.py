@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import signal
 import time
 from collections.abc import AsyncIterator, Callable
@@ -20,7 +19,6 @@ from lighten.serving.options import Options, context_of, is_loopback, require_va
 from lighten.serving.registry import Registry
 from lighten.wording import counted
 
-log = logging.getLogger(__name__)
 _GRACE_S = 25  # running answers have so long after SIGTERM; the process ends within 30 s
 
 

@@ -120,7 +120,7 @@ class Search:
             for group in spread(group_arms(arms), self._slots)
         ]
 
-    def log(self, losses: Mapping[str, float | None]) -> None:
+    def tell(self, losses: Mapping[str, float | None]) -> None:
         """Give the study the losses by arm; None, or no number: the setting came to nothing."""
         for trial in self._drawn_trials():
             if trial.arm.name in losses and trial.state == "running":
