@@ -17,8 +17,7 @@ from lighten.planning.changes import cheapest, differing
 from lighten.planning.result import Change
 from lighten.recipe import Recipe
 from tests.processes import call
-from tests.test_plan_changes import asked as recipe_for
-from tests.test_plan_changes import formula
+from tests.test_plan_changes import formula, recipe_for
 from tests.test_plan_trace import Card
 from tests.tiny import tiny_config
 

@@ -218,7 +218,7 @@ def test_a_plan_knows_where_the_state_is(root: Path, chat_file: Path) -> None:
     plans = {where: lighten.plan(**{**changes, "offload_optimizer": where})
              for where in ("none", "cpu", "nvme")}  # fmt: skip
     part_bytes = {where: {part.name: part.bytes for part in plan.memory.parts}
-            for where, plan in plans.items()}  # fmt: skip
+                  for where, plan in plans.items()}  # fmt: skip
     assert plans["cpu"].memory.expected == plans["none"].memory.expected  # a processor's
     states = plans["none"].states
     assert states is not None

@@ -48,9 +48,9 @@ def test_sizes_are_rounded_to_512_bytes(size: int, block: int) -> None:
 )  # fmt: skip
 def test_segments_follow_the_size(block: int, segment: int) -> None:
     assert segment_size(block) == segment
-    own = CachingAllocator()
-    own.take(block)
-    assert own.held == segment
+    caching = CachingAllocator()
+    caching.take(block)
+    assert caching.held == segment
 
 
 def test_a_small_rest_is_split_off_and_a_large_one_only_beyond_one_mib() -> None:
@@ -67,23 +67,23 @@ def test_a_small_rest_is_split_off_and_a_large_one_only_beyond_one_mib() -> None
 
 
 def test_free_neighbours_are_joined_and_small_and_large_never_share() -> None:
-    own = CachingAllocator()
-    blocks = [own.take(4 * MIB) for _ in range(5)]
-    assert own.held == 20 * MIB
+    caching = CachingAllocator()
+    blocks = [caching.take(4 * MIB) for _ in range(5)]
+    assert caching.held == 20 * MIB
     for block in (blocks[0], blocks[2], blocks[1]):
-        own.give(block)
-    own.take(12 * MIB - 512)
-    assert own.held == 20 * MIB, "three neighbours became one"
-    own.take(1024)
-    assert own.held == 22 * MIB
+        caching.give(block)
+    caching.take(12 * MIB - 512)
+    assert caching.held == 20 * MIB, "three neighbours became one"
+    caching.take(1024)
+    assert caching.held == 22 * MIB
 
 
 def test_the_best_fit_is_taken() -> None:
-    own = CachingAllocator()
-    large, small = own.take(40 * MIB), own.take(14 * MIB)
-    own.give(large)
-    own.give(small)
-    assert own.take(13 * MIB) is small
+    caching = CachingAllocator()
+    large, small = caching.take(40 * MIB), caching.take(14 * MIB)
+    caching.give(large)
+    caching.give(small)
+    assert caching.take(13 * MIB) is small
 
 
 def test_replay_tells_the_peak_and_where_it_was() -> None:
@@ -99,9 +99,9 @@ def test_replay_tells_the_peak_and_where_it_was() -> None:
 
 def test_a_heap_is_trimmed_where_it_is_said() -> None:
     events = [(1, True, 30 * MIB), (2, True, MIB), (1, False, 30 * MIB), (2, False, MIB)]
-    kept, given = (replay(Heap(), events, trimmed) for trimmed in ((), (3,)))
-    assert kept.held[:3] == given.held[:3]
-    assert given.held[3] == pytest.approx(kept.held[3] - 30 * MIB, abs=MIB)
+    untrimmed, trimmed = (replay(Heap(), events, trims) for trims in ((), (3,)))
+    assert untrimmed.held[:3] == trimmed.held[:3]
+    assert trimmed.held[3] == pytest.approx(untrimmed.held[3] - 30 * MIB, abs=MIB)
 
 
 BLOCKS = st.lists(st.tuples(st.integers(1, 40 * MIB), st.integers(0, 6)), min_size=1, max_size=60)
@@ -112,7 +112,7 @@ BLOCKS = st.lists(st.tuples(st.integers(1, 40 * MIB), st.integers(0, 6)), min_si
 def test_allocators_hold_at_least_what_is_in_use_and_lose_nothing(
     plan: list[tuple[int, int]],
 ) -> None:
-    for own in (
+    for simulated in (
         CachingAllocator(),
         Arena(),
         Heap(),
@@ -120,29 +120,29 @@ def test_allocators_hold_at_least_what_is_in_use_and_lose_nothing(
     ):
         live: list[tuple[object, int]] = []
         for size, keep in plan:
-            live.append((own.take(size), size))
+            live.append((simulated.take(size), size))
             while len(live) > keep + 1:
-                own.give(live.pop(0)[0])
-            assert own.held >= own.allocated >= sum(size for _, size in live)
-            assert own.highest >= own.held
+                simulated.give(live.pop(0)[0])
+            assert simulated.held >= simulated.allocated >= sum(size for _, size in live)
+            assert simulated.highest >= simulated.held
         for block, _ in live:
-            own.give(block)
-        assert own.allocated == 0
-        before = own.highest
-        own.take(plan[-1][0])
-        if isinstance(own, CachingAllocator | Arena):
-            assert own.highest == before, "what was given back is used again"
+            simulated.give(block)
+        assert simulated.allocated == 0
+        highest_before = simulated.highest
+        simulated.take(plan[-1][0])
+        if isinstance(simulated, CachingAllocator | Arena):
+            assert simulated.highest == highest_before, "what was given back is used again"
 
 
 def test_blocks_of_the_heap_never_overlap() -> None:
-    own, chance = Heap(), random.Random(0)
+    heap, chance = Heap(), random.Random(0)
     live: dict[int, tuple[int, int, int, Any]] = {}
     for number in range(3000):
-        block = own.take(int(2 ** chance.uniform(3, 22)))
+        block = heap.take(int(2 ** chance.uniform(3, 22)))
         assert (block[0] + 16) % 64 == 0, "PyTorch's alignment"
         live[number] = block
         while len(live) > 80 or (live and chance.random() < 0.4):
-            own.give(live.pop(chance.choice(list(live))))
+            heap.give(live.pop(chance.choice(list(live))))
         spans = sorted((start, start + chunk) for start, chunk, *_ in live.values())
         assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
 
@@ -174,20 +174,20 @@ def step_like(seed: int, layers: int = 24) -> list[tuple[int, bool, int]]:
     for _ in range(3):
         waiting: list[list[tuple[int, int]]] = []
         for _ in range(layers):
-            kept = []
+            saved = []
             for size, waits in kinds:
                 events.append((number, True, size))
                 if waits:
-                    kept.append((number, size))
+                    saved.append((number, size))
                 else:
                     events.append((number, False, size))
                 number += 1
-            waiting.append(kept)
-        for kept in reversed(waiting):
+            waiting.append(saved)
+        for saved in reversed(waiting):
             for size, _ in kinds[:4]:
                 events += [(number, True, size), (number, False, size)]
                 number += 1
-            events += [(own, False, size) for own, size in kept]
+            events += [(block, False, size) for block, size in saved]
     return events
 
 
@@ -205,11 +205,11 @@ def test_the_heap_takes_what_glibc_takes() -> None:
 
 
 def _real_peak(events: list[Any]) -> int:
-    found = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", REAL], input=json.dumps(events), capture_output=True, text=True,
         check=True, env={**os.environ, arena.SWITCH: "0"},
     )  # fmt: skip
-    return int(found.stdout)
+    return int(completed.stdout)
 
 
 # What is resident of the arena after each event; a fork and a thread in between must not matter.
@@ -259,65 +259,67 @@ def test_the_arena_holds_what_its_model_says(seed: int) -> None:
         live[number] = int(2 ** chance.uniform(16, 22))
         events.append((number, True, live[number]))
         while len(live) > 30 or (live and chance.random() < 0.4):
-            gone = chance.choice(list(live))
-            events.append((gone, False, live.pop(gone)))
+            freed = chance.choice(list(live))
+            events.append((freed, False, live.pop(freed)))
         if number % 100 == 99:
             events.append((0, False, 0))
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", IN_ARENA], input=json.dumps(events), capture_output=True, text=True,
         check=True,
     )  # fmt: skip
-    used, found = done.stdout.splitlines()
-    assert used == "arena, pages kept"
+    description, resident_json = completed.stdout.splitlines()
+    assert description == "arena, pages kept"
     course = replay(Arena(), events, [i for i, event in enumerate(events) if not event[2]])
     # A block's last line is never written: its page may be missing, in a few of the blocks.
-    apart = [held - real for held, real in zip(course.held, json.loads(found), strict=True)]
-    assert max(map(abs, apart)) <= 10 * 4096
+    differences = [
+        held - real for held, real in zip(course.held, json.loads(resident_json), strict=True)
+    ]
+    assert max(map(abs, differences)) <= 10 * 4096
     assert max(course.held) > 2 * 10**7
 
 
 @pytest.mark.skipif(not allocator.has_arena(), reason="no arena here")
 @pytest.mark.parametrize(
-    ("how", "said"),
+    ("prefix", "message"),
     [("LIGHTEN_ARENA=0", "LIGHTEN_ARENA is 0"), ("CXX=/bin/false", "made nothing of allocator"),
      ("ulimit -v 40000000;", "a limit on address space")],
 )  # fmt: skip
-def test_without_an_arena_the_reason_is_said(how: str, said: str, tmp_path: Path) -> None:
+def test_without_an_arena_the_reason_is_said(prefix: str, message: str, tmp_path: Path) -> None:
     code = "from lighten.cpu import allocator; print(allocator.keep_pages('cpu'))"
     command = f'LIGHTEN_CACHE={tmp_path} {sys.executable} -c "{code}"'
-    done = subprocess.run(
-        f"{how} {command}", shell=True, capture_output=True, text=True, check=True
+    completed = subprocess.run(
+        f"{prefix} {command}", shell=True, capture_output=True, text=True, check=True
     )
-    assert "glibc, pages kept" in done.stdout
-    assert said in done.stdout
+    assert "glibc, pages kept" in completed.stdout
+    assert message in completed.stdout
 
 
 def test_pages_that_were_given_back_count_again_once_they_are_written() -> None:
-    own = Heap(objects=())
-    blocks = [own.take(4 * MIB) for _ in range(4)]
+    heap = Heap(objects=())
+    blocks = [heap.take(4 * MIB) for _ in range(4)]
     for place in (0, 2):
-        own.give(blocks[place])
-    assert own.held >= 16 * MIB
-    own.trim()
-    assert own.held == pytest.approx(8 * MIB, abs=64 * 1024), "two of four blocks are left"
-    own.take(2 * MIB)
-    assert own.held == pytest.approx(10 * MIB, abs=64 * 1024), "half a hole is written again"
-    own.take(8 * MIB)
-    assert own.held == pytest.approx(18 * MIB, abs=64 * 1024), "no hole is that large"
-    own.give(blocks[1])
-    own.trim()
-    assert own.held == pytest.approx(14 * MIB, abs=64 * 1024)
+        heap.give(blocks[place])
+    assert heap.held >= 16 * MIB
+    heap.trim()
+    assert heap.held == pytest.approx(8 * MIB, abs=64 * 1024), "two of four blocks are left"
+    heap.take(2 * MIB)
+    assert heap.held == pytest.approx(10 * MIB, abs=64 * 1024), "half a hole is written again"
+    heap.take(8 * MIB)
+    assert heap.held == pytest.approx(18 * MIB, abs=64 * 1024), "no hole is that large"
+    heap.give(blocks[1])
+    heap.trim()
+    assert heap.held == pytest.approx(14 * MIB, abs=64 * 1024)
 
 
 def test_the_context_is_measured_once_for_a_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[list[str]] = []
-    found = '{"bytes": 90000000, "worker_bytes": 50000000}'
+    context_json = '{"bytes": 90000000, "worker_bytes": 50000000}'
 
     def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         calls.append(command)
-        return subprocess.CompletedProcess(command, 0, f"a warning\n{found}\n", "")
+        return subprocess.CompletedProcess(command, 0, f"a warning\n{context_json}\n", "")
 
     monkeypatch.setattr(process_overhead.subprocess, "run", run)
     path = tmp_path / "new" / "context.json"

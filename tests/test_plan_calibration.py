@@ -15,7 +15,7 @@ GIB = 2**30
 
 
 @pytest.fixture(autouse=True)
-def own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def calibration_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "calibration.json"
     monkeypatch.setenv("LIGHTEN_CALIBRATION", str(path))
     return path
@@ -40,15 +40,15 @@ def pair(memory: float, seconds: float, **changes: Any) -> dict[str, Any]:
 def test_a_few_runs_correct_a_plan_and_it_says_so() -> None:
     for memory in (1.08, 1.10, 1.30):
         calibration.add(pair(memory, 1.5))
-    found = calibration.corrected(a_plan(), "here")
-    assert found.memory.expected == pytest.approx(4.4 * GIB, rel=1e-9)
-    assert sum(part.bytes for part in found.memory.parts) == found.memory.expected
-    assert found.memory.low <= found.memory.expected <= found.memory.high
-    assert found.memory.low == a_plan().memory.low
-    assert found.time is not None
-    assert found.time.seconds == pytest.approx(2.0 * calibration.MOST_CORRECTION)
-    assert any("+10.0 %" in note and "3 runs" in note for note in found.notes)
-    assert found.traced == {"expected": 4 * GIB, "seconds": 2.0}
+    corrected = calibration.corrected(a_plan(), "here")
+    assert corrected.memory.expected == pytest.approx(4.4 * GIB, rel=1e-9)
+    assert sum(part.bytes for part in corrected.memory.parts) == corrected.memory.expected
+    assert corrected.memory.low <= corrected.memory.expected <= corrected.memory.high
+    assert corrected.memory.low == a_plan().memory.low
+    assert corrected.time is not None
+    assert corrected.time.seconds == pytest.approx(2.0 * calibration.MOST_CORRECTION)
+    assert any("+10.0 %" in note and "3 runs" in note for note in corrected.notes)
+    assert corrected.traced == {"expected": 4 * GIB, "seconds": 2.0}
 
 
 def test_too_few_runs_or_those_of_others_correct_nothing() -> None:
@@ -62,24 +62,24 @@ def test_too_few_runs_or_those_of_others_correct_nothing() -> None:
 def test_a_correction_downwards_keeps_the_parts_summing_up() -> None:
     for _ in range(3):
         calibration.add(pair(0.85, 1.0))
-    found = calibration.corrected(a_plan(), "here")
-    assert found.memory.expected == pytest.approx(3.4 * GIB, rel=1e-9)
-    assert sum(part.bytes for part in found.memory.parts) == found.memory.expected
-    assert min(part.bytes for part in found.memory.parts) >= 0
-    assert found.memory.low <= found.memory.expected
-    assert found.memory.high >= found.memory.expected
+    corrected = calibration.corrected(a_plan(), "here")
+    assert corrected.memory.expected == pytest.approx(3.4 * GIB, rel=1e-9)
+    assert sum(part.bytes for part in corrected.memory.parts) == corrected.memory.expected
+    assert min(part.bytes for part in corrected.memory.parts) >= 0
+    assert corrected.memory.low <= corrected.memory.expected
+    assert corrected.memory.high >= corrected.memory.expected
 
 
-def test_the_file_is_bounded_and_survives_damage(own_file: Path) -> None:
-    known = [pair(1.0, 1.0, model=str(i)) for i in range(calibration.MOST_PAIRS)]
-    own_file.write_text(json.dumps({"version": 1, "pairs": known}))
+def test_the_file_is_bounded_and_survives_damage(calibration_file: Path) -> None:
+    old_pairs = [pair(1.0, 1.0, model=str(i)) for i in range(calibration.MOST_PAIRS)]
+    calibration_file.write_text(json.dumps({"version": 1, "pairs": old_pairs}))
     calibration.add(pair(1.0, 1.0, model="new"))
-    kept = calibration.pairs()
-    assert len(kept) == calibration.MOST_PAIRS
-    assert kept[-1]["model"] == "new"
-    assert kept[0]["model"] == "1"
+    stored_pairs = calibration.pairs()
+    assert len(stored_pairs) == calibration.MOST_PAIRS
+    assert stored_pairs[-1]["model"] == "new"
+    assert stored_pairs[0]["model"] == "1"
     for broken in ("{", "[]", '{"pairs": 3}', '{"pairs": [1, {"device": "here"}]}'):
-        own_file.write_text(broken)
+        calibration_file.write_text(broken)
         calibration.corrected(a_plan(), "here")
         calibration.add(pair(1.0, 1.0))
         assert calibration.pairs()[-1]["model"] == "m"
@@ -88,6 +88,6 @@ def test_the_file_is_bounded_and_survives_damage(own_file: Path) -> None:
 def test_pairs_without_a_figure_do_not_count() -> None:
     for _ in range(3):
         calibration.add(pair(1.1, 1.0, step_seconds=None))
-    found = calibration.corrected(a_plan(), "here")
-    assert found.time == a_plan().time
-    assert found.memory.expected > a_plan().memory.expected
+    corrected = calibration.corrected(a_plan(), "here")
+    assert corrected.time == a_plan().time
+    assert corrected.memory.expected > a_plan().memory.expected

@@ -18,7 +18,7 @@ from tests.test_plan_trace import Card, folder_of, recipe_of
 MIB = 2**20
 
 
-def formula(capacity_mib: int, seen: list[Recipe]) -> Callable[[Recipe], Plan]:
+def formula(capacity_mib: int, planned: list[Recipe]) -> Callable[[Recipe], Plan]:
     """A planner whose memory and time one can work out by hand.
 
     MiB: 800 of weights or 200 in four bits, 100 of AdamW or 25, and a fortieth for each token of
@@ -27,7 +27,7 @@ def formula(capacity_mib: int, seen: list[Recipe]) -> Callable[[Recipe], Plan]:
     """
 
     def planner(recipe: Recipe) -> Plan:
-        seen.append(recipe)
+        planned.append(recipe)
         rows, length = recipe.per_device_train_batch_size, recipe.max_length
         weights = 200 if recipe.load_in_4bit else 800
         optimiser = 25 if recipe.optim == "adamw_8bit" else 100
@@ -47,44 +47,44 @@ def formula(capacity_mib: int, seen: list[Recipe]) -> Callable[[Recipe], Plan]:
     return planner
 
 
-def asked(folder: Path) -> Recipe:
+def recipe_for(folder: Path) -> Recipe:
     return api.plannable(
         None, model_name_or_path=str(folder), max_length=512, per_device_train_batch_size=8,
         tokens_per_microbatch=None,
     )  # fmt: skip
 
 
-def found(folder: Path, capacity_mib: int) -> tuple[list[Change], list[Recipe]]:
-    seen: list[Recipe] = []
-    planner = formula(capacity_mib, seen)
-    recipe = asked(folder)
-    made = planner(recipe)
-    assert made.memory.expected == pytest.approx((800 + 100 + 102.4) * MIB, rel=1e-6)
-    assert made.fits() is False
-    return list(cheapest(recipe, made, planner)), seen
+def changes_for(folder: Path, capacity_mib: int) -> tuple[list[Change], list[Recipe]]:
+    planned: list[Recipe] = []
+    planner = formula(capacity_mib, planned)
+    recipe = recipe_for(folder)
+    plan = planner(recipe)
+    assert plan.memory.expected == pytest.approx((800 + 100 + 102.4) * MIB, rel=1e-6)
+    assert plan.fits() is False
+    return list(cheapest(recipe, plan, planner)), planned
 
 
 def test_what_fits_comes_first_then_what_costs_least(tiny_folder: Path) -> None:
-    changes, seen = found(tiny_folder, 920)
-    assert [(own.settings, own.fits) for own in changes] == [
+    changes, planned = changes_for(tiny_folder, 920)
+    assert [(change.settings, change.fits) for change in changes] == [
         ({"gradient_checkpointing": True}, True),  # 1.25 times the time
         ({"load_in_4bit": True, "load_in_8bit": False}, True),  # 1.5 times
         ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}, False),
         ({"optim": "adamw_8bit"}, False),
         ({"max_length": 256}, False),
     ]
-    assert [own.slowdown for own in changes] == pytest.approx([1.25, 1.5, 1, 1, 1])
-    saved = [own.saves_bytes / MIB for own in changes]
-    assert saved == pytest.approx([92.16, 600, 51.2, 75, 51.2], rel=1e-5)
-    assert len(seen) == 7, "the recipe and each change, planned once"
+    assert [change.slowdown for change in changes] == pytest.approx([1.25, 1.5, 1, 1, 1])
+    saved_mib = [change.saves_bytes / MIB for change in changes]
+    assert saved_mib == pytest.approx([92.16, 600, 51.2, 75, 51.2], rel=1e-5)
+    assert len(planned) == 7, "the recipe and each change, planned once"
 
 
 def test_where_none_is_enough_they_are_joined_as_far_as_it_takes(tiny_folder: Path) -> None:
     """300 MiB: a base in 4 bits, and neither its optimiser nor its activations as they were."""
-    changes, _ = found(tiny_folder, 300)
+    changes, _ = changes_for(tiny_folder, 300)
     together, *alone = changes
     assert len(alone) == 5
-    assert not any(own.fits for own in alone)
+    assert not any(change.fits for change in alone)
     assert together.fits is True
     assert together.settings["load_in_4bit"] is True
     assert together.settings["per_device_train_batch_size"] == 1
@@ -92,7 +92,7 @@ def test_where_none_is_enough_they_are_joined_as_far_as_it_takes(tiny_folder: Pa
     assert together.what.count("micro-batches") == 1
     assert "max_length" not in together.settings, "a shorter context is the last resort"
     assert "micro-batches of one row" in together.what, "halved until there is one"
-    joined = formula(300, [])(asked(tiny_folder).changed(together.settings))
+    joined = formula(300, [])(recipe_for(tiny_folder).changed(together.settings))
     assert joined.fits() is True
     assert together.saves_bytes / MIB == pytest.approx(
         1002.4 - joined.memory.expected / MIB, rel=1e-5
@@ -101,18 +101,18 @@ def test_where_none_is_enough_they_are_joined_as_far_as_it_takes(tiny_folder: Pa
 
 def test_rows_become_shorter_where_nothing_else_is_left(tiny_folder: Path) -> None:
     """226.28 MiB is the least with rows of 512 tokens, 225.64 with 256."""
-    together = found(tiny_folder, 226)[0][0]
+    together = changes_for(tiny_folder, 226)[0][0]
     assert together.fits is True
     assert together.settings["max_length"] == 256
     assert together.what.count("tokens at most") == 1, "halved until it fits, told once"
 
 
 def test_where_all_of_it_is_not_enough_nothing_is_joined(tiny_folder: Path) -> None:
-    changes, seen = found(tiny_folder, 100)
+    changes, planned = changes_for(tiny_folder, 100)
     assert len(changes) == 5
-    assert not any(own.fits for own in changes)
-    least = seen[-1]
-    assert len(seen) == 8, "one plan in place of a dozen"
+    assert not any(change.fits for change in changes)
+    least = planned[-1]
+    assert len(planned) == 8, "one plan in place of a dozen"
     assert (least.per_device_train_batch_size, least.max_length) == (1, SHORTEST)
     assert least.load_in_4bit
     assert least.gradient_checkpointing
@@ -124,22 +124,22 @@ def test_a_plan_is_told_before_its_changes_and_none_is_made_twice(
     folder = folder_of(tmp_path)
     recipe = recipe_of(folder, max_length=256, gradient_accumulation_steps=1)
     counts = tmp_path / "planned.txt"  # forked processes plan too
-    one = predict.plan_recipe
+    plan_recipe = predict.plan_recipe
 
-    def counted(recipe: Recipe, *args: Any, **kwargs: Any) -> Plan:
+    def plan_and_count(recipe: Recipe, *args: Any, **kwargs: Any) -> Plan:
         with counts.open("a") as file:
             file.write(recipe.model_dump_json() + "\n")
-        return one(recipe, *args, **kwargs)
+        return plan_recipe(recipe, *args, **kwargs)
 
     def planned() -> list[str]:
         return counts.read_text().splitlines()
 
-    monkeypatch.setattr(predict, "plan_recipe", counted)
-    heard: list[tuple[Plan, int]] = []
-    made = predict.plan(
-        recipe, Card(2**20), on_plan=lambda plan: heard.append((plan, len(planned())))
+    monkeypatch.setattr(predict, "plan_recipe", plan_and_count)
+    announced: list[tuple[Plan, int]] = []
+    final_plan = predict.plan(
+        recipe, Card(2**20), on_plan=lambda plan: announced.append((plan, len(planned())))
     )
-    assert made.fits() is False
-    assert [(plan.changes, plans) for plan, plans in heard] == [((), 1)]
-    assert made.changes
+    assert final_plan.fits() is False
+    assert [(plan.changes, plans) for plan, plans in announced] == [((), 1)]
+    assert final_plan.changes
     assert len(planned()) == len(set(planned())) > 3

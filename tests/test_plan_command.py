@@ -27,12 +27,12 @@ def configured(folder: Path, layers: int) -> Path:
 
 
 def test_a_model_that_fits(tiny_folder: Path) -> None:
-    done = call("plan", str(tiny_folder), "--device", "t4", "--max_length", "256")
-    assert done.returncode == 0, done.stderr
-    for said in ("on t4", "which fits", "base weights", "peak (", "low ", "high ", "micro-batch",
-                 "time of the largest step", "download", "no data set is given"):  # fmt: skip
-        assert said in done.stdout, said
-    assert "what would need less" not in done.stdout
+    completed = call("plan", str(tiny_folder), "--device", "t4", "--max_length", "256")
+    assert completed.returncode == 0, completed.stderr
+    for phrase in ("on t4", "which fits", "base weights", "peak (", "low ", "high ", "micro-batch",
+                   "time of the largest step", "download", "no data set is given"):  # fmt: skip
+        assert phrase in completed.stdout, phrase
+    assert "what would need less" not in completed.stdout
 
 
 def test_a_model_that_does_not_fit_says_what_would(tmp_path: Path) -> None:
@@ -43,41 +43,43 @@ def test_a_model_that_does_not_fit_says_what_would(tmp_path: Path) -> None:
                 architectures=["LlamaForCausalLM"]).save_pretrained(folder)  # fmt: skip
     assert models.describe(folder).total_parameters == pytest.approx(8.2e9, rel=0.02)
     # One short row: what could be changed beside the format is little, and each change is a plan.
-    done = call("plan", folder, "--device", "t4", "--max_length", "128", "--json",
-                "per_device_train_batch_size=1")  # fmt: skip
-    assert done.returncode == 1
-    found = json.loads(done.stdout)
-    assert found["fits"] is False
-    assert found["memory"]["low"] > found["capacity"]
-    assert found["changes"]
-    assert all(change["saves_bytes"] > 0 for change in found["changes"])
-    best = found["changes"][0]
+    completed = call("plan", folder, "--device", "t4", "--max_length", "128", "--json",
+                     "per_device_train_batch_size=1")  # fmt: skip
+    assert completed.returncode == 1
+    report = json.loads(completed.stdout)
+    assert report["fits"] is False
+    assert report["memory"]["low"] > report["capacity"]
+    assert report["changes"]
+    assert all(change["saves_bytes"] > 0 for change in report["changes"])
+    best = report["changes"][0]
     assert best["fits"] is True
     assert best["settings"]["load_in_4bit"] is True
 
 
 def test_qlora_of_a_large_model_fits_where_its_paper_says(tmp_path: Path) -> None:
     """70 billion parameters on one device of 80 GB (arXiv 2305.14314)."""
-    done = call(
+    completed = call(
         "plan", str(configured(tmp_path / "model", layers=80)), "--device", "a100-80", "--json",
         "--max_length", "2048", "per_device_train_batch_size=1", "gradient_checkpointing=true",
         "load_in_4bit=true",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    parts = {part["name"]: part["bytes"] for part in json.loads(done.stdout)["memory"]["parts"]}
+    assert completed.returncode == 0, completed.stderr
+    parts = {
+        part["name"]: part["bytes"] for part in json.loads(completed.stdout)["memory"]["parts"]
+    }
     weights = parts["base weights"] + parts["quantisation constants"]
     assert 35e9 < weights < 50e9, "four bits of a number, its scale, and the vocabulary in 16"
 
 
 def test_json_holds_every_part_and_they_sum_up(tiny_folder: Path) -> None:
-    done = call("plan", str(tiny_folder), "--device", "l4", "--json", "lora_r=16")
-    found = json.loads(done.stdout)
-    assert [part["name"] for part in found["memory"]["parts"]] == [
-        name for name in PARTS if name in {part["name"] for part in found["memory"]["parts"]}
+    completed = call("plan", str(tiny_folder), "--device", "l4", "--json", "lora_r=16")
+    report = json.loads(completed.stdout)
+    assert [part["name"] for part in report["memory"]["parts"]] == [
+        name for name in PARTS if name in {part["name"] for part in report["memory"]["parts"]}
     ]
-    assert sum(part["bytes"] for part in found["memory"]["parts"]) == found["memory"]["expected"]
-    assert found["memory"]["low"] <= found["memory"]["expected"] <= found["memory"]["high"]
-    assert found["device"] == "l4"
+    assert sum(part["bytes"] for part in report["memory"]["parts"]) == report["memory"]["expected"]
+    assert report["memory"]["low"] <= report["memory"]["expected"] <= report["memory"]["high"]
+    assert report["device"] == "l4"
 
 
 def test_a_recipe_is_planned_with_its_data(
@@ -86,19 +88,19 @@ def test_a_recipe_is_planned_with_its_data(
     recipe = tmp_path / "r.yaml"
     recipe.write_text(f"base_model: {tiny_folder}\ndataset: {chat_file}\nnum_train_epochs: 2\n"
                       "val_size: 0\nbatch_size: 4\n")  # fmt: skip
-    done = call("plan", str(recipe), "--json")
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["steps"] == 20  # 40 rows by 4, twice
-    assert found["shape"]["tokens_per_row"] < 1024  # the data's rows, not max_length
-    assert found["device"] == "cpu"
+    completed = call("plan", str(recipe), "--json")
+    assert completed.returncode == 0, completed.stderr
+    report = json.loads(completed.stdout)
+    assert report["steps"] == 20  # 40 rows by 4, twice
+    assert report["shape"]["tokens_per_row"] < 1024  # the data's rows, not max_length
+    assert report["device"] == "cpu"
     from_python = lighten.plan(str(recipe))
     assert isinstance(from_python, Plan)
     assert from_python.memory.parts == lighten.plan(recipe).memory.parts
 
 
 def test_mistakes_are_one_sentence_and_exit_with_3(tiny_folder: Path) -> None:
-    for words, said in (
+    for arguments, message in (
         (["plan"], "give a recipe"),
         (["plan", "no-such-model-anywhere.gguf"], "does not exist"),
         (["plan", str(tiny_folder), "--device", "t5"], "did you mean t4"),
@@ -109,10 +111,10 @@ def test_mistakes_are_one_sentence_and_exit_with_3(tiny_folder: Path) -> None:
         (["plan", "serve"], "give one base"),
         (["plan", "serve", str(tiny_folder), "--ranks", "3"], "no --ranks"),
     ):
-        done = call(*words)
-        assert done.returncode == 3, words
-        assert said in done.stderr, (words, done.stderr)
-        assert "Traceback" not in done.stderr
+        completed = call(*arguments)
+        assert completed.returncode == 3, arguments
+        assert message in completed.stderr, (arguments, completed.stderr)
+        assert "Traceback" not in completed.stderr
 
 
 def test_many_gpus(tmp_path: Path) -> None:
@@ -120,58 +122,58 @@ def test_many_gpus(tmp_path: Path) -> None:
                 num_attention_heads=32, num_key_value_heads=8, vocab_size=128256,
                 architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)  # fmt: skip
     numbers = models.describe(str(tmp_path)).total_parameters
-    words = ["plan", str(tmp_path), "--device", "h100", "--method", "full", "--gpus", "8",
-             "--nodes", "4", "--max_length", "1024", "--gradient_checkpointing",
-             "per_device_train_batch_size=1", "--json"]  # fmt: skip
-    found = json.loads(call(*words, "--zero", "3").stdout)
-    ddp = json.loads(call(*words).stdout)
-    assert (found["strategy"], found["ranks"]) == ("zero3", 32)
+    arguments = ["plan", str(tmp_path), "--device", "h100", "--method", "full", "--gpus", "8",
+                 "--nodes", "4", "--max_length", "1024", "--gradient_checkpointing",
+                 "per_device_train_batch_size=1", "--json"]  # fmt: skip
+    zero3 = json.loads(call(*arguments, "--zero", "3").stdout)
+    ddp = json.loads(call(*arguments).stdout)
+    assert (zero3["strategy"], zero3["ranks"]) == ("zero3", 32)
     # All but a 32nd of weights, gradients and moments is elsewhere; at most the two largest
     # weights, embedding and head, are gathered at the peak.
     states, largest = numbers * 16, 128256 * 4096 * 4
-    saved = ddp["device_bytes"] - found["device_bytes"]
-    assert states * 31 / 32 - 2 * largest <= saved <= states * 31 / 32 * 1.001
-    assert found["communication_s"] > 0
-    moved = json.loads(call(*words, "--zero", "3", "--offload", "optimizer:cpu").stdout)
+    saved_bytes = ddp["device_bytes"] - zero3["device_bytes"]
+    assert states * 31 / 32 - 2 * largest <= saved_bytes <= states * 31 / 32 * 1.001
+    assert zero3["communication_s"] > 0
+    offloaded = json.loads(call(*arguments, "--zero", "3", "--offload", "optimizer:cpu").stdout)
     # AdamW's two float32 moments of every weight, over 32 ranks, and the gradients.
-    assert moved["host_bytes"] == pytest.approx(numbers * 12 / 32, rel=0.02)
-    assert found["device_bytes"] - moved["device_bytes"] == pytest.approx(
+    assert offloaded["host_bytes"] == pytest.approx(numbers * 12 / 32, rel=0.02)
+    assert zero3["device_bytes"] - offloaded["device_bytes"] == pytest.approx(
         numbers * 8 / 32, rel=0.02
     )
-    table = call(*words[:-1], "--fsdp", "full")
+    table = call(*arguments[:-1], "--fsdp", "full")
     assert "links busy per step" in table.stdout
 
 
 def test_serving_and_quantising(tiny_folder: Path, tmp_path: Path) -> None:
     large = str(configured(tmp_path / "model", layers=80))
-    done = call("plan", "serve", large, "--adapters", "8", "--rank", "16", "--context",
-                "4096", "--concurrency", "32", "--device", "h200", "--json")  # fmt: skip
-    found = json.loads(done.stdout)
-    assert done.returncode == 1  # 141 GB of weights alone
+    completed = call("plan", "serve", large, "--adapters", "8", "--rank", "16", "--context",
+                     "4096", "--concurrency", "32", "--device", "h200", "--json")  # fmt: skip
+    report = json.loads(completed.stdout)
+    assert completed.returncode == 1  # 141 GB of weights alone
     # 80 layers, 8 heads of 128, keys and values in 16 bits, 32 sequences of 4096 tokens.
-    assert found["parts"]["KV cache"] == 80 * 2 * 8 * 128 * 2 * 4096 * 32
-    four = call("plan", "serve", large, "--storage", "nf4", "--context", "4096",
-                "--concurrency", "32", "--device", "h200")  # fmt: skip
-    assert four.returncode == 0, four.stdout
-    assert "KV cache" in four.stdout
+    assert report["parts"]["KV cache"] == 80 * 2 * 8 * 128 * 2 * 4096 * 32
+    in_nf4 = call("plan", "serve", large, "--storage", "nf4", "--context", "4096",
+                  "--concurrency", "32", "--device", "h200")  # fmt: skip
+    assert in_nf4.returncode == 0, in_nf4.stdout
+    assert "KV cache" in in_nf4.stdout
     pytest.importorskip("bitsandbytes")
-    done = call("plan", "quantize", str(tiny_folder))
-    assert done.returncode == 0, done.stderr
-    assert "main memory at the peak" in done.stdout
+    completed = call("plan", "quantize", str(tiny_folder))
+    assert completed.returncode == 0, completed.stderr
+    assert "main memory at the peak" in completed.stdout
 
 
 def test_search_writes_a_recipe(tiny_folder: Path, chat_file: Path, tmp_path: Path) -> None:
-    done = call("plan", str(tiny_folder), str(chat_file), "--device", "t4", "--search", "--write",
-                "found.yaml", "--max_length", "128", cwd=tmp_path)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "the fastest that fits" in done.stdout
+    completed = call("plan", str(tiny_folder), str(chat_file), "--device", "t4", "--search",
+                     "--write", "found.yaml", "--max_length", "128", cwd=tmp_path)  # fmt: skip
+    assert completed.returncode == 0, completed.stderr
+    assert "the fastest that fits" in completed.stdout
     trained = call("train", "found.yaml", "--max_steps", "1", "output_dir=out", cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
 
 
 def test_a_plan_draws_itself_in_a_notebook(tiny_folder: Path) -> None:
-    made = lighten.plan(model_name_or_path=str(tiny_folder), device="t4", max_length=64)
-    html = made._repr_html_()
+    plan = lighten.plan(model_name_or_path=str(tiny_folder), device="t4", max_length=64)
+    html = plan._repr_html_()
     assert html.count("<svg") >= 2  # the bar, and the legend's squares
     assert "base weights" in html
     assert "which fits" in html
@@ -179,11 +181,11 @@ def test_a_plan_draws_itself_in_a_notebook(tiny_folder: Path) -> None:
 
 
 def test_probe_compares_a_true_step_with_the_plan(tiny_folder: Path) -> None:
-    done = call("plan", str(tiny_folder), "--max_length", "64", "--probe", "--json",
-                "per_device_train_batch_size=2")  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    probe = json.loads(done.stdout)["probe"]
+    completed = call("plan", str(tiny_folder), "--max_length", "64", "--probe", "--json",
+                     "per_device_train_batch_size=2")  # fmt: skip
+    assert completed.returncode == 0, completed.stderr
+    probe = json.loads(completed.stdout)["probe"]
     assert probe["error"] is None
     assert probe["peak_bytes"] > 0
     assert probe["step_seconds"] > 0
-    assert probe["predicted_bytes"] == json.loads(done.stdout)["memory"]["expected"]
+    assert probe["predicted_bytes"] == json.loads(completed.stdout)["memory"]["expected"]

@@ -33,8 +33,8 @@ MEMORY_ALONE = [device for device in DEVICES.values() if device.memory_alone]
 
 def label_gib(device: devices.Device) -> int:
     """Of the box: what is listed above, or what the name says."""
-    said = re.search(r"-(\d+)gb$", device.name)
-    return LABELS_GIB[device.name] if said is None else int(said[1])
+    match = re.search(r"-(\d+)gb$", device.name)
+    return LABELS_GIB[device.name] if match is None else int(match[1])
 
 
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
@@ -46,7 +46,7 @@ def test_every_listed_device_has_less_memory_than_its_label(device: devices.Devi
     assert device.source
 
 
-@pytest.mark.parametrize("device", TIMED, ids=lambda own: own.name)
+@pytest.mark.parametrize("device", TIMED, ids=lambda device: device.name)
 def test_a_device_with_rates_has_all_of_them(device: devices.Device) -> None:
     assert device.bandwidth is not None
     assert 200e9 < device.bandwidth < 1e13
@@ -65,20 +65,20 @@ def test_rates_by_multiprocessor_are_those_that_datasheets_print() -> None:
                "rtx5090": (104.8, 209.5, 419.0), "rtx5070ti": (43.9, 87.9, 175.8)}  # fmt: skip
     for name, expected in printed.items():
         flops = DEVICES[name].flops
-        found = [flops[what] / 1e12 for what in ("float32", "float16", "float8")]
-        assert found == pytest.approx(expected, rel=5e-3), name
+        teraflops = [flops[dtype] / 1e12 for dtype in ("float32", "float16", "float8")]
+        assert teraflops == pytest.approx(expected, rel=5e-3), name
 
 
-@pytest.mark.parametrize("device", MEMORY_ALONE, ids=lambda own: own.name)
+@pytest.mark.parametrize("device", MEMORY_ALONE, ids=lambda device: device.name)
 def test_of_a_device_known_for_memory_alone_nothing_is_measured_here(
     device: devices.Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hardware, "processor_flags", lambda: frozenset({"amx_bf16"}))
     assert not device.is_here
     assert device.flops == {}
-    chosen = device.dtype()
-    assert chosen.value == ("float32" if device.kind == "cpu" else "bfloat16")
-    assert "assumed" in chosen.reason or "compute capability" in chosen.reason
+    dtype = device.dtype()
+    assert dtype.value == ("float32" if device.kind == "cpu" else "bfloat16")
+    assert "assumed" in dtype.reason or "compute capability" in dtype.reason
     assert device.dtype("float16").value == "float16"
     assert predict.machine_name(device) is None
 
@@ -89,24 +89,24 @@ def test_a_plan_for_memory_alone_says_so_and_predicts_no_time(
 ) -> None:
     monkeypatch.setattr(rates.Measured, "cached", lambda *_: pytest.fail("this machine was timed"))
     recipe = recipe_of(model_name_or_path=str(tiny_folder), dataset="", max_steps=2)
-    made = predict.plan(recipe, named(name), changes=False)
-    assert made.time is None
-    assert made.run_seconds is None
-    assert made.capacity == DEVICES[name].memory_bytes
-    assert made.fits() is True
-    assert any("only the memory is known" in note for note in made.notes)
-    assert dict(text.fact_rows(made)[:8])["time"].startswith("not predicted")
-    assert ("assumed" in made.choices["dtype"]) == (name == "apple-16gb")
+    plan = predict.plan(recipe, named(name), changes=False)
+    assert plan.time is None
+    assert plan.run_seconds is None
+    assert plan.capacity == DEVICES[name].memory_bytes
+    assert plan.fits() is True
+    assert any("only the memory is known" in note for note in plan.notes)
+    assert dict(text.fact_rows(plan)[:8])["time"].startswith("not predicted")
+    assert ("assumed" in plan.choices["dtype"]) == (name == "apple-16gb")
 
 
 def test_a_search_without_times_does_not_speak_of_the_fastest(tiny_folder: Path) -> None:
-    found, _ = plan_search(model_name_or_path=str(tiny_folder), device="rtx4070-laptop",
-                           max_length=32, batch_size=1, gradient_accumulation_steps=1,
-                           method="lora")  # fmt: skip
-    assert found.best is not None
-    assert text.best_of(found.best) == "the first that fits, as no time is predicted"
-    assert [own.why for own in found.tried].count(found.best.why) == 1
-    assert "fastest" not in found.best.why
+    outcome, _ = plan_search(model_name_or_path=str(tiny_folder), device="rtx4070-laptop",
+                             max_length=32, batch_size=1, gradient_accumulation_steps=1,
+                             method="lora")  # fmt: skip
+    assert outcome.best is not None
+    assert text.best_of(outcome.best) == "the first that fits, as no time is predicted"
+    assert [candidate.why for candidate in outcome.tried].count(outcome.best.why) == 1
+    assert "fastest" not in outcome.best.why
 
 
 def test_the_help_lists_every_device() -> None:
@@ -135,12 +135,12 @@ def test_names_are_taken_as_people_write_them() -> None:
         "m1-16gb": "apple-16gb", "M4 Pro 24GB": "apple-24gb", "m3-max-64gb": "apple-64gb",
         "apple-32": "apple-32gb", "t4-16gb": "t4", "h200-141gb": "h200", "rtx3060-12gb": "rtx3060",
     }  # fmt: skip
-    assert {said: named(said).name for said in names} == names
+    assert {spelling: named(spelling).name for spelling in names} == names
     assert {name: named(name).name for name in DEVICES} == {name: name for name in DEVICES}
 
 
 @pytest.mark.parametrize(
-    ("said", "answer"),
+    ("name", "message"),
     [
         ("rtx4091", "did you mean rtx4090"),
         ("apple-20gb", "did you mean apple-"),
@@ -152,9 +152,9 @@ def test_names_are_taken_as_people_write_them() -> None:
         ("4060 (x", "not known"),
     ],
 )
-def test_a_name_that_leaves_anything_open_is_refused(said: str, answer: str) -> None:
-    with pytest.raises(UserError, match=answer):
-        named(said)
+def test_a_name_that_leaves_anything_open_is_refused(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        named(name)
 
 
 def test_the_driver_s_names_lead_to_the_listed_cards() -> None:
@@ -170,25 +170,25 @@ def test_the_driver_s_names_lead_to_the_listed_cards() -> None:
         "NVIDIA GeForce RTX 5070 Ti Laptop GPU": "rtx5070ti-laptop",
         "NVIDIA GeForce RTX 4090 D": None, "AMD Instinct MI300X": "mi300x",
     }  # fmt: skip
-    found = {said: devices._listed_by_driver(said, 0) for said in names}
-    assert {said: device and device.name for said, device in found.items()} == names
+    listed = {driver_name: devices._listed_by_driver(driver_name, 0) for driver_name in names}
+    assert {driver_name: device and device.name for driver_name, device in listed.items()} == names
 
 
 def test_of_two_cards_with_one_name_the_memory_tells() -> None:
-    said = "NVIDIA GeForce RTX 4060 Ti"
+    driver_name = "NVIDIA GeForce RTX 4060 Ti"
     for label, name in ((8, "rtx4060ti-8gb"), (16, "rtx4060ti-16gb")):
-        found = devices._listed_by_driver(said, int(0.97 * label * GIB))
-        assert found is not None
-        assert found.name == name
+        device = devices._listed_by_driver(driver_name, int(0.97 * label * GIB))
+        assert device is not None
+        assert device.name == name
 
 
 def test_this_machine_offers_what_is_free() -> None:
-    found = named("cpu")
-    assert found.kind == "cpu"
-    assert found.memory_bytes is not None
-    assert GIB / 4 < found.memory_bytes < 2**45
-    assert found.flops == {}
-    assert found.dtype().value in ("bfloat16", "float32")
+    device = named("cpu")
+    assert device.kind == "cpu"
+    assert device.memory_bytes is not None
+    assert GIB / 4 < device.memory_bytes < 2**45
+    assert device.flops == {}
+    assert device.dtype().value in ("bfloat16", "float32")
 
 
 def test_a_limit_on_address_space_counts() -> None:

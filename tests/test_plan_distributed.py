@@ -32,8 +32,8 @@ def mixed(parameters: float) -> States:
 )
 def test_figure_1_of_the_zero_paper(strategy: str, gb: float) -> None:
     """7.5 billion parameters over 64 ranks: 120, 31.4, 16.6 and 1.9 GB."""
-    own = states_per_rank(mixed(7.5e9), strategy, 64)  # type: ignore[arg-type]
-    assert own.total / GB == pytest.approx(gb, abs=0.06)
+    per_rank = states_per_rank(mixed(7.5e9), strategy, 64)  # type: ignore[arg-type]
+    assert per_rank.total / GB == pytest.approx(gb, abs=0.06)
 
 
 @pytest.mark.parametrize(
@@ -48,8 +48,8 @@ def test_table_1_of_the_zero_paper(
 ) -> None:
     """Model states per rank in GB for ZeRO 1, 2 and 3, as the paper rounds them."""
     for strategy, gb in zip(("zero1", "zero2", "zero3"), expected, strict=True):
-        own = states_per_rank(mixed(parameters), strategy, ranks)  # type: ignore[arg-type]
-        assert own.total / GB == pytest.approx(gb, rel=0.025), strategy
+        per_rank = states_per_rank(mixed(parameters), strategy, ranks)  # type: ignore[arg-type]
+        assert per_rank.total / GB == pytest.approx(gb, rel=0.025), strategy
 
 
 def test_ring_collectives_by_hand() -> None:
@@ -81,23 +81,23 @@ def test_frozen_weights_are_gathered_but_never_reduced() -> None:
 
 def test_hybrid_sharding_stays_inside_a_node() -> None:
     states = mixed(8e9)
-    own = states_per_rank(states, "fsdp_hybrid", 32, ranks_per_node=8)
-    assert own.total == pytest.approx(16 * 8e9 / 8)
+    per_rank = states_per_rank(states, "fsdp_hybrid", 32, ranks_per_node=8)
+    assert per_rank.total == pytest.approx(16 * 8e9 / 8)
     volume = volume_per_rank(states, "fsdp_hybrid", 32, ranks_per_node=8)
     assert volume.gather == pytest.approx(2 * 16e9 * 7 / 8)
     assert volume.across == pytest.approx(2 * (16e9 / 8) * 3 / 4)  # 4 nodes, a shard of 1/8
 
 
 def test_offload_moves_what_it_says() -> None:
-    own = states_per_rank(mixed(8e9), "zero2", 8)
-    left, host, link = offloaded(own, ("optimizer",))
-    assert left.optimiser == 0
-    assert left.trained == 16e9
+    per_rank = states_per_rank(mixed(8e9), "zero2", 8)
+    remaining, host, link = offloaded(per_rank, ("optimizer",))
+    assert remaining.optimiser == 0
+    assert remaining.trained == 16e9
     assert host == pytest.approx(12e9 + 2e9)  # 96 GB of moments and 16 GB of gradients, over 8
     assert link == pytest.approx(2e9 + 16e9)
-    left, host, link = offloaded(states_per_rank(mixed(8e9), "zero3", 8), ("optimizer", "param"),
-                                 micro_batches=2)  # fmt: skip
-    assert left.total == left.gradients
+    remaining, host, link = offloaded(states_per_rank(mixed(8e9), "zero3", 8),
+                                      ("optimizer", "param"), micro_batches=2)  # fmt: skip
+    assert remaining.total == remaining.gradients
     assert host == pytest.approx((96e9 + 16e9 + 16e9) / 8)
     assert link == pytest.approx((16e9 + 16e9 + 2 * 2 * 16e9) / 8)
 
@@ -125,12 +125,12 @@ def a_plan(method: str = "full") -> Plan:
 def test_a_plan_spreads_over_ranks() -> None:
     alone = a_plan()
     assert alone.fits() is False
-    found = spread(alone, DEVICES["h100"], "zero3", gpus=8, nodes=4, layers=32)
+    sharded = spread(alone, DEVICES["h100"], "zero3", gpus=8, nodes=4, layers=32)
     # An eighth of a quarter of the states, two gathered layers of 32, and the activations.
-    assert found.device_bytes == pytest.approx(128e9 / 32 + 16e9 * 2 / 32 + 10e9, rel=1e-6)
-    assert found.fits() is True
-    assert found.step_s is not None
-    assert found.step_s[0] < found.step_s[1]
+    assert sharded.device_bytes == pytest.approx(128e9 / 32 + 16e9 * 2 / 32 + 10e9, rel=1e-6)
+    assert sharded.fits() is True
+    assert sharded.step_s is not None
+    assert sharded.step_s[0] < sharded.step_s[1]
     assert spread(alone, DEVICES["h100"], "ddp", gpus=8, layers=32).fits() is False
     thousands = spread(alone, DEVICES["h100"], "zero3", gpus=8, nodes=1000, layers=32)
     assert thousands.device_bytes == pytest.approx(11e9, rel=0.01)
@@ -140,6 +140,6 @@ def test_a_plan_spreads_over_ranks() -> None:
 
 
 def test_one_rank_needs_nothing_of_the_others() -> None:
-    found = spread(a_plan(), DEVICES["h100"], "ddp", gpus=1, layers=32)
-    assert found.volume.network == 0
-    assert found.device_bytes == pytest.approx(138e9)
+    plan = spread(a_plan(), DEVICES["h100"], "ddp", gpus=1, layers=32)
+    assert plan.volume.network == 0
+    assert plan.device_bytes == pytest.approx(138e9)

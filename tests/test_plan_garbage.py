@@ -17,14 +17,14 @@ class Ring:
 
 def test_what_is_made_meanwhile_is_still_found() -> None:
     gc.collect()  # so that none comes by itself
-    before = gc.get_freeze_count()
+    frozen_before = gc.get_freeze_count()
     old = weakref.ref(Ring())
     with spared():
         new = weakref.ref(Ring())
         gc.collect()
         assert old() is not None, "it was there before, and waits"
         assert new() is None
-    assert gc.get_freeze_count() == before
+    assert gc.get_freeze_count() == frozen_before
     gc.collect()
     assert old() is None
 

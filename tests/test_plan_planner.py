@@ -20,27 +20,27 @@ linux = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked
 
 
 def recipes(folder: Path) -> list[Recipe]:
-    own = api.plannable(None, model_name_or_path=str(folder), max_length=512)
-    return [own.changed({"per_device_train_batch_size": rows}) for rows in (1, 2, 4)]
+    recipe = api.plannable(None, model_name_or_path=str(folder), max_length=512)
+    return [recipe.changed({"per_device_train_batch_size": rows}) for rows in (1, 2, 4)]
 
 
 def test_no_recipe_is_planned_twice(tiny_folder: Path) -> None:
-    seen: list[Recipe] = []
-    planner = Planner(formula(900, seen), in_processes=False)
-    for own in (*recipes(tiny_folder), *recipes(tiny_folder)):
-        planner(own)
-    assert [own.per_device_train_batch_size for own in seen] == [1, 2, 4]
+    planned: list[Recipe] = []
+    planner = Planner(formula(900, planned), in_processes=False)
+    for recipe in (*recipes(tiny_folder), *recipes(tiny_folder)):
+        planner(recipe)
+    assert [recipe.per_device_train_batch_size for recipe in planned] == [1, 2, 4]
 
 
 @linux
 def test_what_is_planned_ahead_is_planned_in_other_processes(tiny_folder: Path) -> None:
-    seen: list[Recipe] = []
-    planner = Planner(formula(900, seen), in_processes=True)
+    planned: list[Recipe] = []
+    planner = Planner(formula(900, planned), in_processes=True)
     planner.plan_ahead(recipes(tiny_folder))
-    made = [planner(own) for own in recipes(tiny_folder)]
+    plans = [planner(recipe) for recipe in recipes(tiny_folder)]
     if len(os.sched_getaffinity(0)) > 1:
-        assert seen == [], "not in this one"
-    assert made == [formula(900, [])(own) for own in recipes(tiny_folder)]
+        assert planned == [], "not in this one"
+    assert plans == [formula(900, [])(recipe) for recipe in recipes(tiny_folder)]
 
 
 @linux
@@ -50,25 +50,25 @@ def test_an_error_of_another_process_comes_when_the_plan_is_asked_for(tiny_folde
 
     planner = Planner(refuse, in_processes=True)
     planner.plan_ahead(recipes(tiny_folder))
-    for own in recipes(tiny_folder):
-        with pytest.raises(UserError, match=f"not {own.per_device_train_batch_size} rows"):
-            planner(own)
+    for recipe in recipes(tiny_folder):
+        with pytest.raises(UserError, match=f"not {recipe.per_device_train_batch_size} rows"):
+            planner(recipe)
 
 
 @linux
 def test_where_a_process_is_killed_this_one_plans(tiny_folder: Path) -> None:
-    seen: list[Recipe] = []
-    parent, here = os.getpid(), formula(900, seen)
+    planned: list[Recipe] = []
+    parent, plan_here = os.getpid(), formula(900, planned)
 
     def deadly(recipe: Recipe) -> Plan:
         if os.getpid() != parent:
             os._exit(9)  # as where memory runs out
-        return here(recipe)
+        return plan_here(recipe)
 
     planner = Planner(deadly, in_processes=True)
     planner.plan_ahead(recipes(tiny_folder))
-    assert [planner(own).shape.rows for own in recipes(tiny_folder)] == [1, 2, 4]
-    assert len(seen) == 3
+    assert [planner(recipe).shape.rows for recipe in recipes(tiny_folder)] == [1, 2, 4]
+    assert len(planned) == 3
 
 
 @linux
@@ -76,5 +76,5 @@ def test_a_traced_plan_is_the_same_from_another_process(tiny_folder: Path) -> No
     ahead = predict.planner_for(named("t4"), calibrate=False)
     ahead.plan_ahead(recipes(tiny_folder))
     alone = predict.planner_for(named("t4"), calibrate=False)
-    for own in recipes(tiny_folder):
-        assert ahead(own) == alone(own)
+    for recipe in recipes(tiny_folder):
+        assert ahead(recipe) == alone(recipe)

@@ -36,32 +36,32 @@ class Clock:
         self.seconds: Callable[[], float] = lambda: 1e-4
         self.samples = 0
 
-    def timed(self, own: Work) -> float:
-        del own
+    def timed(self, operation: Work) -> float:
+        del operation
         self.samples += 1
         return self.seconds()
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    made = Clock()
-    monkeypatch.setattr(rates, "timed", made.timed)
+    fake_clock = Clock()
+    monkeypatch.setattr(rates, "timed", fake_clock.timed)
     monkeypatch.setattr(rates, "interpreted", lambda: CALL_S)
-    return made
+    return fake_clock
 
 
-def step(own: Measured) -> float:
-    return own.seconds([sum_of(1000)]) - rates.CALLS_PER_OPERATION * CALL_S
+def step(measured: Measured) -> float:
+    return measured.seconds([sum_of(1000)]) - rates.CALLS_PER_OPERATION * CALL_S
 
 
 def test_what_is_known_well_is_not_timed_again(clock: Clock, tmp_path: Path) -> None:
     path = tmp_path / "rates.json"
     assert step(Measured(path)) == pytest.approx(1e-4)
-    taken = clock.samples
-    assert 1 < taken < rates.MOST_SAMPLES
+    samples = clock.samples
+    assert 1 < samples < rates.MOST_SAMPLES
     clock.seconds = lambda: 5e-4
     assert step(Measured(path)) == pytest.approx(1e-4)
-    assert clock.samples == taken
+    assert clock.samples == samples
 
 
 def test_where_samples_differ_more_are_taken_and_their_mean_counts(clock: Clock) -> None:
@@ -79,8 +79,8 @@ def test_a_plan_has_no_more_patience_than_it_says(
     monkeypatch.setattr(rates, "PATIENCE_S", 0.0)
     times = itertools.cycle([1e-4, 9e-4])
     clock.seconds = lambda: next(times)
-    own = Measured()
-    own.seconds([sum_of(1000), sum_of(10**6)])
+    measured = Measured()
+    measured.seconds([sum_of(1000), sum_of(10**6)])
     assert clock.samples == 2
 
 
@@ -98,12 +98,12 @@ def test_what_was_never_timed_has_a_limit_and_the_rest_takes_the_rate_of_what_is
 
     clock.seconds = slow
     sizes = [1000 * 4**i for i in range(8)]
-    taken = Measured().seconds([sum_of(n) for n in sizes])
+    seconds = Measured().seconds([sum_of(n) for n in sizes])
     assert clock.samples == 2  # after 8 s there are no more first ones
     largest, next_one = 12 * sizes[-1], 12 * sizes[-2]
     interpreter = len(sizes) * rates.CALLS_PER_OPERATION * CALL_S
-    rest = sum(12 * n for n in sizes[:-2])
-    assert taken == pytest.approx(2e-3 + rest * 1e-3 / next_one + interpreter)
+    untimed_bytes = sum(12 * n for n in sizes[:-2])
+    assert seconds == pytest.approx(2e-3 + untimed_bytes * 1e-3 / next_one + interpreter)
     assert largest > next_one
 
 
@@ -112,17 +112,17 @@ def test_products_of_a_slow_format_are_timed_with_fewer_rows(
 ) -> None:
     timed: list[Work] = []
 
-    def at_a_gigaflop(own: Work) -> float:
-        timed.append(own)
-        return own.flops / 1e9
+    def at_a_gigaflop(operation: Work) -> float:
+        timed.append(operation)
+        return operation.flops / 1e9
 
     monkeypatch.setattr(rates, "timed", at_a_gigaflop)
     a, b = (Shaped((1024, 1024), (1024, 1), torch.bfloat16) for _ in range(2))
     product = Work("aten::mm", 2 * 1024**3, 6 * 2**20, torch.bfloat16, ATEN.mm.default, (a, b), {})
-    taken = Measured().seconds([product])
-    assert taken == pytest.approx(product.flops / 1e9, rel=0.01)
-    assert all(own.flops <= 3e8 for own in timed)
-    assert sum(own.flops for own in timed) / 1e9 < 2 + rates.PATIENCE_S
+    seconds = Measured().seconds([product])
+    assert seconds == pytest.approx(product.flops / 1e9, rel=0.01)
+    assert all(operation.flops <= 3e8 for operation in timed)
+    assert sum(operation.flops for operation in timed) / 1e9 < 2 + rates.PATIENCE_S
 
 
 def test_what_is_old_is_timed_again_and_counts_less(
@@ -172,9 +172,9 @@ def test_real_operations_take_a_time_that_grows_with_their_size() -> None:
 
 def work(func: Any, *args: Any, **kwargs: Any) -> Work:
     outs = func(*args, **kwargs)
-    found = work_of(func, args, kwargs, list(outs) if isinstance(outs, tuple) else [outs])
-    assert found is not None
-    return found
+    operation = work_of(func, args, kwargs, list(outs) if isinstance(outs, tuple) else [outs])
+    assert operation is not None
+    return operation
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -199,9 +199,9 @@ def adam(shapes: list[tuple[int, ...]]) -> Work:
     options = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.0, "eps": 1e-8,
                "amsgrad": False, "maximize": False}  # fmt: skip
     args = (*lists, [], steps)
-    found = work_of(ATEN._fused_adamw_.default, args, options, [])
-    assert found is not None
-    return found
+    operation = work_of(ATEN._fused_adamw_.default, args, options, [])
+    assert operation is not None
+    return operation
 
 
 LARGE = {
@@ -225,18 +225,20 @@ LARGE = {
 def test_what_is_large_is_timed_with_fewer_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rates, "MOST_FLOPS", 2e7)
     monkeypatch.setattr(rates, "MOST_BYTES", 2**20)
-    own = LARGE[name]()
-    smaller = rates._smaller(own)
-    assert rates.key_of(own).startswith("lighten") is rates.key_of(smaller).startswith("lighten")
-    amount, most = (smaller.flops, 2e7) if own.flops else (smaller.bytes, 2**20)
+    operation = LARGE[name]()
+    smaller = rates._smaller(operation)
+    assert rates.key_of(operation).startswith("lighten") is rates.key_of(smaller).startswith(
+        "lighten"
+    )
+    amount, most = (smaller.flops, 2e7) if operation.flops else (smaller.bytes, 2**20)
     assert 0.1 * most < amount <= most
-    if kernels.library() is not None or not own.name.startswith("lighten"):
+    if kernels.library() is not None or not operation.name.startswith("lighten"):
         assert rates.timed(smaller) > 0.0
 
 
 def test_packed_rows_become_one_and_are_counted_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rates, "MOST_FLOPS", 1e6)
-    own = attended(1024, list(range(0, 1025, 128)), backward=False)
-    smaller = rates._smaller(own)
+    operation = attended(1024, list(range(0, 1025, 128)), backward=False)
+    smaller = rates._smaller(operation)
     tokens = smaller.operands[0].shape[2]
     assert smaller.flops == 2 * 2 * 4 * 32 * tokens * (tokens + 1) // 2

@@ -49,10 +49,10 @@ def test_pieces_are_to_scale() -> None:
 
 
 def test_the_limit_is_drawn_where_it_helps_and_names_are_escaped() -> None:
-    near = figure(a_plan().to_dict())
-    assert "8.00 GiB" in near
-    assert "m&lt;b&gt;" in near
-    assert "m<b>" not in near
+    svg = figure(a_plan().to_dict())
+    assert "8.00 GiB" in svg
+    assert "m&lt;b&gt;" in svg
+    assert "m<b>" not in svg
     assert "stroke-dasharray" not in figure(a_plan(1000 * GIB).to_dict())
     assert "not known" in verdict(a_plan(None).to_dict())
     assert "which does not fit" in verdict(a_plan(GIB).to_dict())
@@ -98,13 +98,13 @@ def test_a_plan_in_words(
         "QLoRA", {"load_in_4bit": True}, GIB, 1.25, True, differing={"load_in_4bit": True}
     )
     assert text.change(change) == "QLoRA: saves 1.00 GiB, 25 % slower; it fits then"
-    made = replace(a_plan(GIB), changes=(change,))
-    print_plan(made)
-    print_changes(made)
+    too_large = replace(a_plan(GIB), changes=(change,))
+    print_plan(too_large)
+    print_changes(too_large)
     printed = capsys.readouterr().out
-    for said in ("which does not fit", "what would need less", "QLoRA", "1.00 GiB", "25 % slower",
-                 "--load_in_4bit true"):  # fmt: skip
-        assert said in printed, said
+    for phrase in ("which does not fit", "what would need less", "QLoRA", "1.00 GiB", "25 % slower",
+                   "--load_in_4bit true"):  # fmt: skip
+        assert phrase in printed, phrase
     assert text.flags({"a": True, "b": None, "c": 3, "d": "x", "e": [1]}) == (
         "--a true --b null --c 3 --d x --e [1]"
     )

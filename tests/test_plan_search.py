@@ -53,7 +53,7 @@ def small(memory_bytes: int | None, name: str = "t4") -> Device:
     return replace(DEVICES[name], memory_bytes=memory_bytes)
 
 
-def recipe(folder: Path, **changes: Any) -> Recipe:
+def make_recipe(folder: Path, **changes: Any) -> Recipe:
     return api.plannable(
         None,
         **{"model_name_or_path": str(folder), "max_length": 128, "per_device_train_batch_size": 8,
@@ -61,36 +61,40 @@ def recipe(folder: Path, **changes: Any) -> Recipe:
     )  # fmt: skip
 
 
-def peak(device: Device, own: Recipe) -> Plan:
-    return predict.planner_for(device, calibrate=False)(own)
+def peak(device: Device, recipe: Recipe) -> Plan:
+    return predict.planner_for(device, calibrate=False)(recipe)
 
 
 def test_the_fastest_fits_and_says_why_the_others_lose(tiny_folder: Path) -> None:
-    own = recipe(tiny_folder)
-    whole = peak(small(80 * GIB), own)
-    found = search.fastest(own, predict.planner_for(small(80 * GIB), calibrate=False))
-    assert found.best is not None
-    assert found.best.plan is not None
-    assert found.best.plan.fits() is True
-    assert found.best.plan.shape.rows == 8
-    assert found.best.settings["gradient_checkpointing"] is False
-    assert all(own.why for own in found.tried)
-    assert any("LoRA fits whole" in own.why for own in found.tried)
-    rates = [own.tokens_per_s or 0.0 for own in found.tried if own.plan and own.plan.fits()]
-    assert found.best.tokens_per_s == max(rates)
-    assert whole.shape.rows == 8
+    recipe = make_recipe(tiny_folder)
+    unlimited = peak(small(80 * GIB), recipe)
+    outcome = search.fastest(recipe, predict.planner_for(small(80 * GIB), calibrate=False))
+    assert outcome.best is not None
+    assert outcome.best.plan is not None
+    assert outcome.best.plan.fits() is True
+    assert outcome.best.plan.shape.rows == 8
+    assert outcome.best.settings["gradient_checkpointing"] is False
+    assert all(candidate.why for candidate in outcome.tried)
+    assert any("LoRA fits whole" in candidate.why for candidate in outcome.tried)
+    rates = [
+        candidate.tokens_per_s or 0.0
+        for candidate in outcome.tried
+        if candidate.plan and candidate.plan.fits()
+    ]
+    assert outcome.best.tokens_per_s == max(rates)
+    assert unlimited.shape.rows == 8
 
 
 def test_less_memory_means_smaller_micro_batches_and_as_many_rows_per_step(
     tiny_folder: Path,
 ) -> None:
-    own = recipe(tiny_folder, max_length=256, tokens_per_microbatch=None)
-    one = peak(small(80 * GIB), own.changed({"per_device_train_batch_size": 1}))
-    eight = peak(small(80 * GIB), own)
-    assert eight.memory.high > one.memory.high
-    between = (one.memory.high + eight.memory.high) // 2
+    recipe = make_recipe(tiny_folder, max_length=256, tokens_per_microbatch=None)
+    one_row = peak(small(80 * GIB), recipe.changed({"per_device_train_batch_size": 1}))
+    eight_rows = peak(small(80 * GIB), recipe)
+    assert eight_rows.memory.high > one_row.memory.high
+    between = (one_row.memory.high + eight_rows.memory.high) // 2
     candidate = search.largest_micro_batch(
-        own, {}, predict.planner_for(small(between), calibrate=False), "x"
+        recipe, {}, predict.planner_for(small(between), calibrate=False), "x"
     )
     assert candidate.plan is not None
     assert candidate.plan.fits() is True
@@ -101,42 +105,44 @@ def test_less_memory_means_smaller_micro_batches_and_as_many_rows_per_step(
 
 def test_where_nothing_fits_shorter_rows_are_tried_too(tiny_folder: Path) -> None:
     """By figures that are worked out by hand: twelve plans of real steps say no more."""
-    seen: list[Recipe] = []
-    nothing = search.fastest(recipe(tiny_folder, max_length=256), formula(1, seen))
+    planned: list[Recipe] = []
+    nothing = search.fastest(make_recipe(tiny_folder, max_length=256), formula(1, planned))
     assert nothing.best is None
-    assert all("GiB" in own.why for own in nothing.tried if own.plan is not None)
-    assert {own.max_length for own in seen} == {256, 128}
-    assert {(own.method, own.load_in_4bit) for own in seen} == {
+    assert all("GiB" in candidate.why for candidate in nothing.tried if candidate.plan is not None)
+    assert {recipe.max_length for recipe in planned} == {256, 128}
+    assert {(recipe.method, recipe.load_in_4bit) for recipe in planned} == {
         ("lora", False), ("lora", True), ("full", False)
     }  # fmt: skip
-    assert len(nothing.tried) == len(seen) == 2 * 3 * 2, "lengths, methods, with checkpoints or not"
+    assert len(nothing.tried) == len(planned) == 2 * 3 * 2, (
+        "lengths, methods, with checkpoints or not"
+    )
 
 
 def test_the_written_recipe_is_one_that_train_takes(
     tiny_folder: Path, chat_file: Path, tmp_path: Path
 ) -> None:
-    found, best = api.plan_search(
+    outcome, best = api.plan_search(
         model_name_or_path=str(tiny_folder), dataset=str(chat_file), device="t4",
         per_device_train_batch_size=4, lora_r=4, method="lora",
     )  # fmt: skip
     assert best is not None
-    assert found.best is not None
+    assert outcome.best is not None
     path = tmp_path / "found.yaml"
     path.write_text(search.recipe_text(best, "why"))
-    read = Recipe.from_file(path)
-    assert read.completed() == best.completed()
-    assert read.lora_r == 4
+    read_back = Recipe.from_file(path)
+    assert read_back.completed() == best.completed()
+    assert read_back.lora_r == 4
     bare = api.plannable(None, model_name_or_path=str(tiny_folder))
     path.write_text(search.recipe_text(bare, "why"))
     assert Recipe.from_file(path, {"dataset": str(chat_file)}).max_length == 1024
 
 
 def test_full_fine_tuning_unsets_what_only_adapters_have(tiny_folder: Path) -> None:
-    own = recipe(tiny_folder, lora_r=64, lora_dropout=0.1, learning_rate=1e-3)
-    full = own.changed(search.as_method(own, "full"))
+    recipe = make_recipe(tiny_folder, lora_r=64, lora_dropout=0.1, learning_rate=1e-3)
+    full = recipe.changed(search.as_method(recipe, "full"))
     assert (full.method, full.lora_r, full.learning_rate) == ("full", 8, 2e-5)
-    back = full.changed(search.as_method(full, "QLoRA"))
-    assert (back.method, back.load_in_4bit, back.learning_rate) == ("lora", True, 2e-4)
+    qlora = full.changed(search.as_method(full, "QLoRA"))
+    assert (qlora.method, qlora.load_in_4bit, qlora.learning_rate) == ("lora", True, 2e-4)
 
 
 def test_the_largest_of_several_models(tiny_folder: Path, tmp_path: Path) -> None:
@@ -146,11 +152,11 @@ def test_the_largest_of_several_models(tiny_folder: Path, tmp_path: Path) -> Non
     tiny_config("llama", hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
                 num_attention_heads=64, num_key_value_heads=8, vocab_size=128256,
                 architectures=["LlamaForCausalLM"]).save_pretrained(big)  # fmt: skip
-    found = api.plan_largest(
+    choices = api.plan_largest(
         [str(tiny_folder), str(big), str(tmp_path / "nowhere")], device="t4", max_length=128,
         per_device_train_batch_size=1,
     )  # fmt: skip
-    by_name = {own.model: own for own in found}
+    by_name = {choice.model: choice for choice in choices}
     assert by_name[str(big)].best is None
     assert "too many" in by_name[str(big)].why
     assert by_name[str(big)].parameters == pytest.approx(70e9, rel=0.02)
@@ -159,42 +165,46 @@ def test_the_largest_of_several_models(tiny_folder: Path, tmp_path: Path) -> Non
 
 
 def test_the_limits_are_limits(tiny_folder: Path) -> None:
-    own = recipe(tiny_folder, max_length=64)
+    recipe = make_recipe(tiny_folder, max_length=64)
     device = small(80 * GIB)
-    four = own.changed({"per_device_train_batch_size": 64, "tokens_per_microbatch": None})
-    room = peak(device, four).memory.high
-    found = search.limits(own, predict.planner_for(small(room), calibrate=False), longest=2048)
-    assert found.rows is not None
-    assert found.context is not None
-    assert found.rows >= 64
-    fits = peak(small(room), own.changed({"per_device_train_batch_size": found.rows,
-                                          "tokens_per_microbatch": None}))  # fmt: skip
-    over = peak(small(room), own.changed({"per_device_train_batch_size": found.rows + 1,
-                                          "tokens_per_microbatch": None}))  # fmt: skip
+    large_batch = recipe.changed({"per_device_train_batch_size": 64, "tokens_per_microbatch": None})
+    room = peak(device, large_batch).memory.high
+    limits = search.limits(recipe, predict.planner_for(small(room), calibrate=False), longest=2048)
+    assert limits.rows is not None
+    assert limits.context is not None
+    assert limits.rows >= 64
+    fits = peak(small(room), recipe.changed({"per_device_train_batch_size": limits.rows,
+                                             "tokens_per_microbatch": None}))  # fmt: skip
+    too_many = peak(small(room), recipe.changed({"per_device_train_batch_size": limits.rows + 1,
+                                                 "tokens_per_microbatch": None}))  # fmt: skip
     assert fits.fits() is True
-    assert over.fits() is not True
-    assert found.rows_limited_by == "memory"
-    assert found.context_limited_by in ("memory", "the model's positions")
-    nothing = search.limits(own, predict.planner_for(small(2**20), calibrate=False), longest=2048)
+    assert too_many.fits() is not True
+    assert limits.rows_limited_by == "memory"
+    assert limits.context_limited_by in ("memory", "the model's positions")
+    nothing = search.limits(
+        recipe, predict.planner_for(small(2**20), calibrate=False), longest=2048
+    )
     assert nothing.context is None
     assert nothing.rows is None
 
 
 def test_settings_that_are_given_stay(tiny_folder: Path) -> None:
-    found, best = api.plan_search(
+    outcome, best = api.plan_search(
         model_name_or_path=str(tiny_folder), device="a100-80", max_length=64,
         gradient_checkpointing=True, method="lora",
     )  # fmt: skip
     assert best is not None
     assert best.gradient_checkpointing is True
-    assert {own.settings.get("method") for own in found.tried} == {"lora"}
-    assert math.isfinite(found.best.tokens_per_s or 0) if found.best else False
+    assert {candidate.settings.get("method") for candidate in outcome.tried} == {"lora"}
+    assert math.isfinite(outcome.best.tokens_per_s or 0) if outcome.best else False
 
 
 def test_what_cannot_be_planned_is_a_reason_not_a_crash(tiny_folder: Path) -> None:
-    def broken(own: Recipe) -> Plan:
+    def broken(recipe: Recipe) -> Plan:
         raise UserError("no such thing\nand more")
 
-    found = search.fastest(recipe(tiny_folder), broken)
-    assert found.best is None
-    assert {own.why for own in found.tried if own.plan is None} >= {"no such thing"}
+    outcome = search.fastest(make_recipe(tiny_folder), broken)
+    assert outcome.best is None
+    assert {candidate.why for candidate in outcome.tried if candidate.plan is None} >= {
+        "no such thing"
+    }

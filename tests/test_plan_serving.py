@@ -29,15 +29,15 @@ def test_the_cache_is_as_large_as_the_one_the_model_fills(arch: str) -> None:
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     with torch.no_grad():
         model(input_ids=torch.arange(10, 42)[None], **{name: cache}, use_cache=True)
-    found = layer_caches(tiny_config(arch).to_dict())
-    assert len(found) == len(cache.layers)
-    for layer, own in zip(cache.layers, found, strict=True):
+    caches = layer_caches(tiny_config(arch).to_dict())
+    assert len(caches) == len(cache.layers)
+    for layer, layer_cache in zip(cache.layers, caches, strict=True):
         assert layer.keys is not None
         per_token = (layer.keys.numel() + layer.values.numel()) // layer.keys.shape[-2]
-        assert per_token == own.numbers
+        assert per_token == layer_cache.numbers
         # transformers keeps one token less than the window, which the next one completes.
-        kept = 32 if own.window is None else own.window - 1
-        assert layer.keys.shape[-2] == kept
+        tokens = 32 if layer_cache.window is None else layer_cache.window - 1
+        assert layer.keys.shape[-2] == tokens
 
 
 def test_published_caches_by_hand() -> None:
@@ -69,10 +69,10 @@ def test_an_adapter_is_as_large_as_the_one_that_is_attached(tiny_folder: Path) -
 
     model = tiny_model("llama")
     trained = attach(model, [AdapterSpec(name="a", r=4)])
-    wanted = sum(parameter.numel() for parameter in trained.parameters("a").values())
-    found = serve(str(tiny_folder), named("cpu"), adapters=3, rank=4)
+    parameters = sum(parameter.numel() for parameter in trained.parameters("a").values())
+    plan = serve(str(tiny_folder), named("cpu"), adapters=3, rank=4)
     number = serving.BYTES_PER_WEIGHT[named("cpu").dtype().value]
-    assert found.parts["adapters"] == 3 * wanted * number
+    assert plan.parts["adapters"] == 3 * parameters * number
     assert adapter_bytes([(10, 20)], 2, number_bytes=4) == 240
 
 
@@ -85,15 +85,15 @@ def test_the_weights_are_as_large_as_the_loaded_ones(tiny_folder: Path) -> None:
 
 def test_more_of_anything_needs_more(tiny_folder: Path) -> None:
     usual = serve(str(tiny_folder), DEVICES["t4"], adapters=2, context=128, concurrency=4)
-    for more in ({"adapters": 3}, {"context": 256}, {"concurrency": 8}, {"rank": 32}):
-        asked: dict[str, Any] = {"adapters": 2, "context": 128, "concurrency": 4, **more}
-        assert serve(str(tiny_folder), DEVICES["t4"], **asked).total > usual.total
+    for change in ({"adapters": 3}, {"context": 256}, {"concurrency": 8}, {"rank": 32}):
+        settings: dict[str, Any] = {"adapters": 2, "context": 128, "concurrency": 4, **change}
+        assert serve(str(tiny_folder), DEVICES["t4"], **settings).total > usual.total
     assert usual.fits() is True
     assert usual.most_sequences is not None
     assert usual.most_sequences > 4
-    full = serve(str(tiny_folder), DEVICES["t4"], adapters=2, context=128,
-                 concurrency=usual.most_sequences + 20_000)  # fmt: skip
-    assert full.fits() is False
+    overfull = serve(str(tiny_folder), DEVICES["t4"], adapters=2, context=128,
+                     concurrency=usual.most_sequences + 20_000)  # fmt: skip
+    assert overfull.fits() is False
 
 
 @pytest.mark.parametrize(("storage", "double"), [("nf4", False), ("nf4", True), ("int8", False)])
@@ -102,10 +102,10 @@ def test_quantising_needs_what_was_said(tmp_path: Path, storage: str, double: bo
     folder = str(save_tiny(tmp_path / "m"))
     # Wide enough that each layer's table of 256 constants is little beside its weights.
     tiny_model("llama", hidden_size=384, intermediate_size=768).save_pretrained(folder)
-    found = quantize(folder, storage=storage, double=double, capacity=GIB)
+    plan = quantize(folder, storage=storage, double=double, capacity=GIB)
     base = models.load(folder, load_in_4bit=storage == "nf4", load_in_8bit=storage == "int8",
                        bnb_4bit_use_double_quant=double)  # fmt: skip
-    assert found.result_bytes == pytest.approx(models.census(base.model).weight_bytes, rel=0.02)
-    assert found.peak_bytes > found.result_bytes
-    assert found.seconds > 0
-    assert found.fits() is True
+    assert plan.result_bytes == pytest.approx(models.census(base.model).weight_bytes, rel=0.02)
+    assert plan.peak_bytes > plan.result_bytes
+    assert plan.seconds > 0
+    assert plan.fits() is True

@@ -51,14 +51,14 @@ def test_adapters_one_after_another_wait_for_each_other(tmp_path: Path) -> None:
 
 def test_seconds_of_a_device_are_those_of_its_datasheet(tmp_path: Path) -> None:
     step = traced(folder_of(tmp_path), 3)
-    found = time_of(step, Card())
-    assert found is not None
+    step_time = time_of(step, Card())
+    assert step_time is not None
     sheet = Datasheet("card", Card.flops, Card.bandwidth)
-    assert found.seconds == pytest.approx(
+    assert step_time.seconds == pytest.approx(
         sum(part.times * sheet.seconds(part.work) for part in parts_of(step))
     )
     products = sum(work.flops for part in parts_of(step) for work in part.work)
-    assert 0 < products <= found.flops
+    assert 0 < products <= step_time.flops
 
 
 def test_a_device_without_rates_has_no_seconds(tmp_path: Path) -> None:

@@ -91,11 +91,11 @@ def folder_of(tmp_path: Path, arch: str = "llama", layers: int = 2, **changes: A
     return tmp_path
 
 
-def follow(recipe: Recipe, given: tuple[int, int], **options: Any) -> Traced:
-    return follow_recipe(recipe, config_of(recipe)[0], FLOAT32, "cpu", rows_tokens=given, **options)
+def follow(recipe: Recipe, shape: tuple[int, int], **options: Any) -> Traced:
+    return follow_recipe(recipe, config_of(recipe)[0], FLOAT32, "cpu", rows_tokens=shape, **options)
 
 
-def really(recipe: Recipe, given: tuple[int, int], arch: str, layers: int) -> Timeline:
+def really(recipe: Recipe, shape: tuple[int, int], arch: str, layers: int) -> Timeline:
     """The same steps on real tensors, followed in the same way."""
     model = tiny_model(arch, num_hidden_layers=layers)
     four, eight = recipe.load_in_4bit, recipe.load_in_8bit
@@ -107,17 +107,17 @@ def really(recipe: Recipe, given: tuple[int, int], arch: str, layers: int) -> Ti
         revision=None, file_bytes=None, dtype=FLOAT32,
         attention=set_attention(model, "sdpa", "cpu"),
     )  # fmt: skip
-    own = StorageTracker()
-    with own:
+    tracker = StorageTracker()
+    with tracker:
         for tensor in (*model.parameters(), *model.buffers()):
-            own.mark(tensor, "base weights")
+            tracker.mark(tensor, "base weights")
         rows = Rows(Encoded([], EncodingCounts()), None, TemplateChoice("", "", ""), {})
         setup = prepare(recipe, OneRank(), base, rows)
-    cut, lengths = largest_step(setup, given)
+    cut, lengths = largest_step(setup, shape)
     batches = collated(setup, [cut[i] for i in traced_places(setup, cut)], lengths, 1.0)
-    with own:
-        run_steps(setup, batches, own, {id(x): i for i, x in enumerate(decoder_layers(model))})
-    return own.timeline
+    with tracker:
+        run_steps(setup, batches, tracker, {id(x): i for i, x in enumerate(decoder_layers(model))})
+    return tracker.timeline
 
 
 def steps_of(timeline: Timeline) -> list[tuple[str, bool, int]]:
@@ -154,25 +154,25 @@ def test_of_many_chunks_of_the_loss_a_few_are_traced_and_all_are_counted(
     recipe = recipe_of(folder_of(tmp_path))
     vocabulary_bytes = 4 * 320
     monkeypatch.setattr(loss, "CHUNKS", dict.fromkeys(loss.CHUNKS, (16 * vocabulary_bytes, 16)))
-    few = follow(recipe, (3, 48)).timeline
+    few_traced = follow(recipe, (3, 48)).timeline
     monkeypatch.setattr(few_chunks, "TRACED", 10**6)
-    every = follow(recipe, (3, 48)).timeline
-    assert len(few.events) < len(every.events)
-    assert max(few.live()) == max(every.live())
-    assert few.live()[-1] == every.live()[-1]
+    all_traced = follow(recipe, (3, 48)).timeline
+    assert len(few_traced.events) < len(all_traced.events)
+    assert max(few_traced.live()) == max(all_traced.live())
+    assert few_traced.live()[-1] == all_traced.live()[-1]
 
     def amounts(timeline: Timeline) -> Counter[tuple[str, int, int]]:
         return Counter((work.name, work.flops, work.bytes) for _, _, work in timeline.work)
 
-    assert amounts(few) == amounts(every)
+    assert amounts(few_traced) == amounts(all_traced)
 
 
-def same_course(short: Traced, whole: Traced) -> None:
+def same_course(short: Traced, full: Traced) -> None:
     """Bytes alive after every event, but for the vector of norms: one number per parameter."""
-    live, other = short.timeline.live(), whole.timeline.live()
-    parameters = sum(len(member.parameters) for member in whole.setup.adapters)
-    assert len(live) == len(other)
-    assert max(abs(a - b) for a, b in zip(live, other, strict=True)) <= 4 * parameters
+    live, full_live = short.timeline.live(), full.timeline.live()
+    parameters = sum(len(member.parameters) for member in full.setup.adapters)
+    assert len(live) == len(full_live)
+    assert max(abs(a - b) for a, b in zip(live, full_live, strict=True)) <= 4 * parameters
 
 
 @pytest.mark.parametrize(
@@ -184,11 +184,11 @@ def test_repeated_layers_are_the_whole_model(
     arch: str, layers: int, way: str, tmp_path: Path
 ) -> None:
     recipe = recipe_of(folder_of(tmp_path, arch, layers), **WAYS[way])
-    short, whole = follow(recipe, (3, 32)), follow(recipe, (3, 32), all_layers=True)
-    same_course(short, whole)
+    short, full = follow(recipe, (3, 32)), follow(recipe, (3, 32), all_layers=True)
+    same_course(short, full)
     peak = short.timeline.live().index(max(short.timeline.live()))
-    assert short.timeline.alive_at(peak) == pytest.approx(whole.timeline.alive_at(peak), abs=4096)
-    flops = [sum(work.flops for _, _, work in t.timeline.work) for t in (short, whole)]
+    assert short.timeline.alive_at(peak) == pytest.approx(full.timeline.alive_at(peak), abs=4096)
+    flops = [sum(work.flops for _, _, work in t.timeline.work) for t in (short, full)]
     assert flops[0] == flops[1] > 0
 
 
@@ -215,32 +215,32 @@ def expected(plan: Plan) -> int:
 
 @given(
     batch=st.integers(1, 6), length=st.integers(8, 60), rank=st.integers(1, 16),
-    layers=st.integers(1, 9), more=st.sampled_from(["batch", "length", "rank", "layers"]),
+    layers=st.integers(1, 9), doubled=st.sampled_from(["batch", "length", "rank", "layers"]),
 )  # fmt: skip
 @settings(
     max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_more_never_takes_less_and_what_must_be_held_is_held(
     tmp_path_factory: pytest.TempPathFactory, batch: int, length: int, rank: int, layers: int,
-    more: str,
+    doubled: str,
 ) -> None:  # fmt: skip
-    def plan(**own: int) -> Plan:
-        folder = folder_of(tmp_path_factory.mktemp("base"), layers=own["layers"])
-        recipe = recipe_of(folder, lora_r=own["rank"], tokens_per_microbatch=None,
-                           per_device_train_batch_size=own["batch"])  # fmt: skip
-        return plan_recipe(recipe, Card(), rows_tokens=(own["batch"], own["length"]))
+    def plan(**options: int) -> Plan:
+        folder = folder_of(tmp_path_factory.mktemp("base"), layers=options["layers"])
+        recipe = recipe_of(folder, lora_r=options["rank"], tokens_per_microbatch=None,
+                           per_device_train_batch_size=options["batch"])  # fmt: skip
+        return plan_recipe(recipe, Card(), rows_tokens=(options["batch"], options["length"]))
 
-    asked = {"batch": batch, "length": length, "rank": rank, "layers": layers}
-    less, greater = plan(**asked), plan(**{**asked, more: 2 * asked[more]})
+    sizes = {"batch": batch, "length": length, "rank": rank, "layers": layers}
+    less, greater = plan(**sizes), plan(**{**sizes, doubled: 2 * sizes[doubled]})
     assert expected(greater) > expected(less)
     assert greater.time is not None
     assert less.time is not None
     assert greater.time.seconds >= less.time.seconds
-    whole = tiny_model("llama", num_hidden_layers=layers)
-    weights = sum(p.numel() * 4 for p in whole.parameters())
+    model = tiny_model("llama", num_hidden_layers=layers)
+    weights = sum(p.numel() * 4 for p in model.parameters())
     adapters = layers * rank * 4 * sum(
         layer.in_features + layer.out_features
-        for layer in decoder_layers(whole)[0].modules() if isinstance(layer, torch.nn.Linear)
+        for layer in decoder_layers(model)[0].modules() if isinstance(layer, torch.nn.Linear)
     )  # fmt: skip
     assert less.memory.low >= weights + 3 * adapters, "weights, adapters, two moments"
 
@@ -279,10 +279,10 @@ def test_a_7b_model_is_planned_in_seconds(tmp_path: Path) -> None:
     began = time.process_time()
     plan = plan_recipe(recipe, Card(16 * 2**30), rows_tokens=(4, 2048))
     assert time.process_time() - began < 10.0
-    held = {part.name: part.bytes for part in plan.memory.parts}
+    parts = {part.name: part.bytes for part in plan.memory.parts}
     linear = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
-    assert held["base weights"] == pytest.approx(linear / 2 + 2 * 2 * 32000 * 4096, rel=0.01)
-    assert held["quantisation constants"] == pytest.approx(linear / 64 * 4, rel=0.01)
+    assert parts["base weights"] == pytest.approx(linear / 2 + 2 * 2 * 32000 * 4096, rel=0.01)
+    assert parts["quantisation constants"] == pytest.approx(linear / 64 * 4, rel=0.01)
 
 
 @pytest.mark.parametrize("part", ["layer", "attention"])
@@ -290,16 +290,16 @@ def test_recomputed_layers_can_be_planned_for_a_gpu(part: str, tmp_path: Path) -
     folder = folder_of(tmp_path, num_hidden_layers=4)
     peaks = []
     for saving in (False, True):
-        own = {"gradient_checkpointing_part": part} if saving else {}
-        recipe = recipe_of(folder, gradient_checkpointing=saving, **own)
+        options = {"gradient_checkpointing_part": part} if saving else {}
+        recipe = recipe_of(folder, gradient_checkpointing=saving, **options)
         # What is reserved comes in segments of 20 MiB, all of so small a model in few of them.
         peaks.append(plan_recipe(recipe, Card(), rows_tokens=(8, 64)).memory.allocated or 0)
     assert 0 < peaks[1] < peaks[0]
 
 
-def half_steps_on_cuda(folder: Path, given: tuple[int, int], **options: Any) -> Traced:
+def half_steps_on_cuda(folder: Path, shape: tuple[int, int], **options: Any) -> Traced:
     recipe, half = recipe_of(folder), Choice("bfloat16", "the test's")
-    return follow_recipe(recipe, config_of(recipe)[0], half, "cuda", rows_tokens=given, **options)
+    return follow_recipe(recipe, config_of(recipe)[0], half, "cuda", rows_tokens=shape, **options)
 
 
 def grouped_folder(tmp_path: Path, heads: int, groups: int, features: int) -> Path:
@@ -325,8 +325,8 @@ def test_a_gpus_attention_keeps_what_its_kernels_keep(
     # Query, keys, result and its normaliser of two layers, and the values where they are repeated:
     # else they are what a linear layer gave.
     values = keys if capability < (8, 0) else 0
-    wanted = 2 * (2 * query + keys + values + normaliser)
-    assert parts["activations: attention"] == pytest.approx(wanted, rel=0.02)
+    expected_bytes = 2 * (2 * query + keys + values + normaliser)
+    assert parts["activations: attention"] == pytest.approx(expected_bytes, rel=0.02)
 
 
 @pytest.mark.parametrize(("capability", "pieces"), [((9, 0), 1), ((8, 0), 4)])
@@ -336,14 +336,14 @@ def test_a_gpus_attention_has_room_of_its_own_in_the_backward_pass(
     """Of float32 sums for the queries, and of keys' gradients before a group's are added."""
     tokens, rows, heads, groups, features = 96, 2, 8, 4, 16
     folder = grouped_folder(tmp_path, heads, groups, features)
-    found = half_steps_on_cuda(folder, (rows, tokens), capability=capability).timeline
+    timeline = half_steps_on_cuda(folder, (rows, tokens), capability=capability).timeline
     sums, normaliser = rows * tokens * heads * features * 4, rows * heads * tokens * 4
     keys = rows * tokens * heads * features * 2  # of every query head
-    wanted = [normaliser, sums, keys, keys] if pieces == 4 else [normaliser + sums + 2 * keys]
-    runs = [run for run, own in enumerate(found.runs) if own == Pass("backward", 0, 1)]
-    sizes = [event.block.bytes for event in found.events if event.born and event.run in runs]
-    each = [sizes[i : i + pieces] for i in range(len(sizes))]
-    assert each.count(wanted) == 2, "once in each layer"
+    expected = [normaliser, sums, keys, keys] if pieces == 4 else [normaliser + sums + 2 * keys]
+    runs = [run for run, phase in enumerate(timeline.runs) if phase == Pass("backward", 0, 1)]
+    sizes = [event.block.bytes for event in timeline.events if event.born and event.run in runs]
+    windows = [sizes[i : i + pieces] for i in range(len(sizes))]
+    assert windows.count(expected) == 2, "once in each layer"
 
 
 def test_grouped_keys_are_counted_where_pytorchs_formula_refuses_them(
@@ -353,44 +353,44 @@ def test_grouped_keys_are_counted_where_pytorchs_formula_refuses_them(
     folder = grouped_folder(tmp_path, 8, 4, 16)
 
     def flops() -> dict[str, int]:
-        found: dict[str, int] = {}
+        by_kernel: dict[str, int] = {}
         for _, _, work in half_steps_on_cuda(folder, (2, 64)).timeline.work:
             if "flash" in work.name:
-                found[work.name] = found.get(work.name, 0) + work.flops
-        return found
+                by_kernel[work.name] = by_kernel.get(work.name, 0) + work.flops
+        return by_kernel
 
-    wanted, asked = flops(), 0
+    expected_flops, calls = flops(), 0
     aten = torch.ops.aten
     for packet in (aten._scaled_dot_product_flash_attention,
                    aten._scaled_dot_product_flash_attention_backward):  # fmt: skip
 
         def strict(*args: Any, real: Any = flop_registry[packet], **options: Any) -> Any:
-            nonlocal asked
-            asked += 1
+            nonlocal calls
+            calls += 1
             assert (
                 len({x.shape[1] for x in args if isinstance(x, torch.Tensor) and x.dim() == 4}) == 1
             )
             return real(*args, **options)
 
         monkeypatch.setitem(flop_registry, packet, strict)
-    assert flops() == wanted
-    assert asked
-    assert min(wanted.values()) > 0
-    assert len(wanted) == 2
+    assert flops() == expected_flops
+    assert calls
+    assert min(expected_flops.values()) > 0
+    assert len(expected_flops) == 2
 
 
 def test_a_plan_for_a_gpu_is_the_same_whatever_kernels_this_processor_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, peaks = folder_of(tmp_path), []
-    for here in (object(), None):
-        monkeypatch.setattr(kernels, "library", lambda here=here: here)
+    for library in (object(), None):
+        monkeypatch.setattr(kernels, "library", lambda library=library: library)
         peaks.append(steps_of(half_steps_on_cuda(folder, (2, 64)).timeline))
     assert peaks[0] == peaks[1]
 
 
-def part(found: memory.Memory, name: str) -> int:
-    return next(own.bytes for own in found.parts if own.name == name)
+def part(planned: memory.Memory, name: str) -> int:
+    return next(p.bytes for p in planned.parts if p.name == name)
 
 
 def test_every_further_lane_is_a_process_with_activations_of_its_own(tmp_path: Path) -> None:
@@ -404,7 +404,7 @@ def test_every_further_lane_is_a_process_with_activations_of_its_own(tmp_path: P
     )
     for name in ("base weights", "adapters"):
         assert part(two, name) == part(three, name) == part(one, name) > 0
-    assert [part(found, "device context") for found in (one, two, three)] == [7, 12, 17]
+    assert [part(planned, "device context") for planned in (one, two, three)] == [7, 12, 17]
     for name in ("activations: linear", "activations: attention"):
         assert part(three, name) - part(two, name) == part(two, name) - part(one, name) > 0
     assert three.expected - two.expected == pytest.approx(two.expected - one.expected, rel=0.01)
@@ -417,12 +417,12 @@ def test_every_adapter_learns_in_a_traced_step_and_lanes_sum_what_is_theirs(
     four = recipe_of(folder, lora_r=[8] * 4, seed=[0, 1, 2, 3], tokens_per_microbatch=64, workers=2)
     traced = follow(four, (1, 64))
     assert len(traced.batches) == 4, "one for each adapter"
-    each = [sum(p.numel() for p in own.parameters.values()) for own in traced.setup.adapters]
-    held = traced.timeline.alive_at(len(traced.timeline.events) - 1)
-    assert held["optimiser"] == pytest.approx(2 * 4 * sum(each), rel=0.02)
+    sizes = [sum(p.numel() for p in member.parameters.values()) for member in traced.setup.adapters]
+    parts = traced.timeline.alive_at(len(traced.timeline.events) - 1)
+    assert parts["optimiser"] == pytest.approx(2 * 4 * sum(sizes), rel=0.02)
     assert traced.further_sums(2) == 0, "each adapter's gradients are summed in one worker"
-    one = recipe_of(folder, tokens_per_microbatch=64, workers=2)
-    assert follow(one, (4, 64)).further_sums(2) == 4 * each[0]
+    alone = recipe_of(folder, tokens_per_microbatch=64, workers=2)
+    assert follow(alone, (4, 64)).further_sums(2) == 4 * sizes[0]
 
 
 def test_what_comes_before_lanes_is_there_once(tmp_path: Path) -> None:
@@ -457,7 +457,7 @@ def test_each_product_of_a_format_that_onednn_multiplies_makes_a_kernel(
         ).timeline
         for layers in (4, 8)
     )
-    shallow, deep = (own.alive_at(len(own.events) - 1) for own in (shallow, deep))
+    shallow, deep = (timeline.alive_at(len(timeline.events) - 1) for timeline in (shallow, deep))
     assert (shallow.get("device context", 0) > 0) is kernels
     assert shallow.get("device context") == deep.get("device context"), "layers share them"
 
@@ -467,35 +467,35 @@ def test_two_gradients_of_a_tied_head_are_added_in_place_as_autograd_does(
     tied: bool, tmp_path: Path
 ) -> None:
     """Of fake tensors it makes a third one; real ones never are three at a time."""
-    words, width = 50_000, 32
-    config = {"vocab_size": words, "tie_word_embeddings": tied, "hidden_size": width}
+    vocabulary_size, width = 50_000, 32
+    config = {"vocab_size": vocabulary_size, "tie_word_embeddings": tied, "hidden_size": width}
     folder = folder_of(tmp_path, **config)
     traced = follow(recipe_of(folder, method="full"), (2, 32))
-    size, most = 4 * words * width, 0
-    there: set[int] = set()
+    size, most = 4 * vocabulary_size * width, 0
+    alive: set[int] = set()
     for event in traced.timeline.events:
         if event.block.bytes == size and event.block.part != "base weights":
-            there ^= {id(event.block)}
+            alive ^= {id(event.block)}
         if traced.timeline.runs[event.run] == Pass("backward", 0, 0):
-            most = max(most, len(there))
+            most = max(most, len(alive))
     assert most == 2, "the head's gradient and the embedding's"
 
 
-@pytest.mark.parametrize(("stored", "read"), [("float32", True), ("bfloat16", False)])
+@pytest.mark.parametrize(("stored", "converted"), [("float32", True), ("bfloat16", False)])
 def test_weights_of_another_format_are_mapped_while_they_are_converted(
-    stored: str, read: bool, tmp_path: Path
+    stored: str, converted: bool, tmp_path: Path
 ) -> None:
     """The model that is made for the trace has the wanted format: it must not be asked."""
     tiny_model("llama", dtype=getattr(torch, stored)).save_pretrained(tmp_path)
     plan = plan_recipe(recipe_of(tmp_path, dtype="bfloat16"), Card())
-    assert ("loading" in plan.choices) is read
+    assert ("loading" in plan.choices) is converted
 
 
-@pytest.mark.parametrize(("device", "said"), [("h100", False), ("t4", True)])
+@pytest.mark.parametrize(("device", "warned"), [("h100", False), ("t4", True)])
 def test_a_plan_says_which_gpus_were_never_compared(
-    device: str, said: bool, tmp_path: Path
+    device: str, warned: bool, tmp_path: Path
 ) -> None:
     from lighten.machine.devices import named
 
     plan = plan_recipe(recipe_of(folder_of(tmp_path)), named(device))
-    assert any("of GPUs h100 has been compared" in line for line in plan.outside) is said
+    assert any("of GPUs h100 has been compared" in line for line in plan.outside) is warned

@@ -37,7 +37,7 @@ def settings(tiny_folder: Path, chat_file: Path, tmp_path: Path) -> dict[str, An
 
 
 @pytest.fixture(autouse=True)
-def own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def calibration_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIGHTEN_CALIBRATION", str(tmp_path / "calibration.json"))
     monkeypatch.delenv("LIGHTEN_PLAN")
 
@@ -46,9 +46,9 @@ def test_every_training_is_planned_and_compared(
     settings: dict[str, Any], capfd: pytest.CaptureFixture[str]
 ) -> None:
     run = lighten.train(**settings)
-    said = capfd.readouterr().err
-    assert said.count("plan: ") == 1
-    assert "predicted" in said
+    output = capfd.readouterr().err
+    assert output.count("plan: ") == 1
+    assert "predicted" in output
     plan, info = run.plan(), run.info()
     assert plan is not None
     assert plan["steps"] == 3
@@ -56,9 +56,9 @@ def test_every_training_is_planned_and_compared(
     assert pair["memory"]["predicted"] == plan["memory"]["expected"]
     assert pair["memory"]["measured"] == info["training"]["peak_bytes"]
     assert pair["step_seconds"]["measured"] > 0
-    (kept,) = calibration.pairs()
-    assert kept["memory"] == pair["memory"]
-    assert kept["device"].startswith("cpu: ")
+    (stored_pair,) = calibration.pairs()
+    assert stored_pair["memory"] == pair["memory"]
+    assert stored_pair["device"].startswith("cpu: ")
     assert "Planned and measured" in page([run])
 
 
@@ -132,11 +132,11 @@ def test_corrections_do_not_feed_on_themselves(settings: dict[str, Any]) -> None
 def test_errors_that_mean_too_little_memory_are_known() -> None:
     assert memory_errors.ran_out(MemoryError())
     assert memory_errors.ran_out(torch.OutOfMemoryError("CUDA out of memory."))
-    said = ("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate "
-            "memory: you tried to allocate 4096000 bytes. Error code 12 (Cannot allocate "
-            "memory)")  # fmt: skip
-    assert memory_errors.ran_out(RuntimeError(said))
-    assert out_of_memory.wanted_bytes(RuntimeError(said)) == 4096000
+    message = ("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate "
+               "memory: you tried to allocate 4096000 bytes. Error code 12 (Cannot allocate "
+               "memory)")  # fmt: skip
+    assert memory_errors.ran_out(RuntimeError(message))
+    assert out_of_memory.wanted_bytes(RuntimeError(message)) == 4096000
     cuda = RuntimeError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has …")
     assert out_of_memory.wanted_bytes(cuda) == int(2.5 * GIB)
     assert not memory_errors.ran_out(RuntimeError("shape mismatch"))
@@ -144,16 +144,16 @@ def test_errors_that_mean_too_little_memory_are_known() -> None:
 
 
 def test_what_a_failed_run_held_is_free_when_its_advice_is_planned() -> None:
-    seen: list[weakref.ref[torch.Tensor]] = []
+    references: list[weakref.ref[torch.Tensor]] = []
 
     def step() -> None:
-        held = torch.zeros(4)
-        seen.append(weakref.ref(held))
+        tensor = torch.zeros(4)
+        references.append(weakref.ref(tensor))
         raise MemoryError("no room")
 
     def run() -> None:
-        held = torch.zeros(4)
-        seen.append(weakref.ref(held))
+        tensor = torch.zeros(4)
+        references.append(weakref.ref(tensor))
         try:
             step()
         except MemoryError as error:
@@ -161,9 +161,9 @@ def test_what_a_failed_run_held_is_free_when_its_advice_is_planned() -> None:
 
     with pytest.raises(out_of_memory.OutOfMemory) as caught:
         run()
-    assert [own() is None for own in seen] == [False, False]
+    assert [reference() is None for reference in references] == [False, False]
     out_of_memory.let_go(caught.value)
-    assert [own() is None for own in seen] == [True, True]
+    assert [reference() is None for reference in references] == [True, True]
 
 
 # A run under a limit of address space that is set once everything is loaded.
@@ -197,15 +197,15 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder, data
 
 
-def under(
-    more: int | None, wide: tuple[Path, Path], out: Path, **changes: Any
+def train_under_limit(
+    extra_mib: int | None, wide: tuple[Path, Path], out: Path, **changes: Any
 ) -> subprocess.CompletedProcess[str]:
-    given = {"model_name_or_path": str(wide[0]), "dataset": str(wide[1]), "output_dir": str(out),
-             "max_steps": 2, "per_device_train_batch_size": 8, "tokens_per_microbatch": None,
-             "max_length": 4096, "dtype": "float32", "val_size": 0, "learning_rate": 1e-2,
-             "torch_compile": False, "more": more, **changes}  # fmt: skip
+    options = {"model_name_or_path": str(wide[0]), "dataset": str(wide[1]), "output_dir": str(out),
+               "max_steps": 2, "per_device_train_batch_size": 8, "tokens_per_microbatch": None,
+               "max_length": 4096, "dtype": "float32", "val_size": 0, "learning_rate": 1e-2,
+               "torch_compile": False, "more": extra_mib, **changes}  # fmt: skip
     return subprocess.run(
-        [sys.executable, "-c", LIMITED, json.dumps(given)], capture_output=True, text=True,
+        [sys.executable, "-c", LIMITED, json.dumps(options)], capture_output=True, text=True,
         # Under such a limit from the start, as `ulimit -v` sets it, there is no arena.
         check=False, env={**os.environ, "OMP_NUM_THREADS": "1", "LIGHTEN_ARENA": "0"},
     )  # fmt: skip
@@ -214,15 +214,15 @@ def under(
 def test_where_memory_runs_out_the_step_is_made_again_with_the_same_result(
     wide: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    free = under(None, wide, tmp_path / "free")
+    free = train_under_limit(None, wide, tmp_path / "free")
     assert free.returncode == 0, free.stderr
-    short = under(700, wide, tmp_path / "short")
-    assert short.returncode == 0, short.stderr
+    limited = train_under_limit(700, wide, tmp_path / "short")
+    assert limited.returncode == 0, limited.stderr
     retries = Run(tmp_path / "short").info()["retries"]
     assert retries
     assert retries[0]["step"] == 1
     assert retries[0]["new_tokens"] == retries[0]["tokens"] // 2
-    assert "again with micro-batches of" in short.stderr
+    assert "again with micro-batches of" in limited.stderr
     losses = [[m["loss"] for m in Run(tmp_path / name).metrics()] for name in ("free", "short")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     examples = [m["examples"] for m in Run(tmp_path / "short").metrics()]
@@ -232,10 +232,12 @@ def test_where_memory_runs_out_the_step_is_made_again_with_the_same_result(
 def test_where_even_one_row_is_too_much_the_run_says_what_to_change(
     wide: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    done = under(1, wide, tmp_path / "none")
-    assert done.returncode != 0
+    completed = train_under_limit(1, wide, tmp_path / "none")
+    assert completed.returncode != 0
     info = Run(tmp_path / "none").info()
     assert info["status"] == "failed"
     assert "memory ran out" in info["error"]
     assert "cheapest ways to need less:\n  - " in info["error"]
-    assert "OutOfMemory" in done.stderr.splitlines()[-1] or "memory ran out" in done.stderr
+    assert (
+        "OutOfMemory" in completed.stderr.splitlines()[-1] or "memory ran out" in completed.stderr
+    )
