@@ -114,14 +114,14 @@ def handler_of(hub: Hub) -> type[http.server.BaseHTTPRequestHandler]:
             if self.path.endswith("/info/lfs/objects/batch"):
                 assert sent["hash_algo"] == "sha256"
                 self.answer({"transfer": "multipart", "objects": [
-                    {**own, **hub.actions(own["oid"], own["size"])} for own in sent["objects"]
+                    {**item, **hub.actions(item["oid"], item["size"])} for item in sent["objects"]
                 ]})  # fmt: skip
             elif self.path == "/verify":
                 assert len(hub.objects[sent["oid"]]) == sent["size"]
                 hub.verified.add(sent["oid"])
                 self.answer({})
             else:
-                hub.complete(sent["oid"], [own["partNumber"] for own in sent["parts"]])
+                hub.complete(sent["oid"], [part["partNumber"] for part in sent["parts"]])
                 self.answer({})
 
         def do_POST(self) -> None:
@@ -138,9 +138,9 @@ def handler_of(hub: Hub) -> type[http.server.BaseHTTPRequestHandler]:
             elif "/preupload/" in self.path:
                 files = json.loads(data)["files"]
                 self.answer({"files": [
-                    {"path": own["path"], "shouldIgnore": False, "oid": None,
-                     "uploadMode": "lfs" if own["path"].endswith(hub.large) else "regular"}
-                    for own in files
+                    {"path": file["path"], "shouldIgnore": False, "oid": None,
+                     "uploadMode": "lfs" if file["path"].endswith(hub.large) else "regular"}
+                    for file in files
                 ]})  # fmt: skip
             elif "/commit/" in self.path:
                 for line in map(json.loads, data.splitlines()):
@@ -160,18 +160,18 @@ def handler_of(hub: Hub) -> type[http.server.BaseHTTPRequestHandler]:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    found = Hub()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler_of(found))
-    found.address = f"http://127.0.0.1:{server.server_address[1]}"
+    fake_hub = Hub()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler_of(fake_hub))
+    fake_hub.address = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    monkeypatch.setenv("HF_ENDPOINT", found.address)
+    monkeypatch.setenv("HF_ENDPOINT", fake_hub.address)
     monkeypatch.setenv("HF_TOKEN", "hf_test")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     # The server speaks git LFS for large files, and not the hub's newer storage of chunks.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", found.address)
-    yield found
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", fake_hub.address)
+    yield fake_hub
     server.shutdown()
     server.server_close()
     thread.join()
@@ -193,9 +193,9 @@ def test_an_artefact_arrives_whole_and_private(artefact: Path, hub: Hub) -> None
     (created,) = hub.created
     assert created["name"] == "tiny"
     assert created.get("private") is True or created.get("visibility") == "private"
-    wanted = {path.name: path.read_bytes() for path in artefact.iterdir() if path.is_file()}
-    assert {"README.md", "model.safetensors", "tokenizer.json", "export.json"} <= set(wanted)
-    assert hub.files == wanted
+    files = {path.name: path.read_bytes() for path in artefact.iterdir() if path.is_file()}
+    assert {"README.md", "model.safetensors", "tokenizer.json", "export.json"} <= set(files)
+    assert hub.files == files
 
 
 # huggingface_hub 2.4 sends them in a way that httpx calls old.
@@ -207,10 +207,10 @@ def test_large_files_go_in_parts_before_the_commit(artefact: Path, hub: Hub) -> 
     """Weights in parts and the tokenizer at once, through the storage; the rest in the commit."""
     hub.large = (".safetensors", "tokenizer.json")
     lighten.push(artefact, "me/tiny")
-    wanted = {path.name: path.read_bytes() for path in artefact.iterdir() if path.is_file()}
-    assert hub.files == wanted
+    files = {path.name: path.read_bytes() for path in artefact.iterdir() if path.is_file()}
+    assert hub.files == files
     checksums = {
-        name: hashlib.sha256(wanted[name]).hexdigest()
+        name: hashlib.sha256(files[name]).hexdigest()
         for name in ("model.safetensors", "tokenizer.json")
     }
     assert set(hub.objects) == hub.verified == set(checksums.values())
@@ -220,7 +220,7 @@ def test_large_files_go_in_parts_before_the_commit(artefact: Path, hub: Hub) -> 
     hub.files.clear()
     lighten.push(artefact, "me/tiny")
     assert not hub.parts
-    assert hub.files == wanted
+    assert hub.files == files
 
 
 @LARGE
@@ -235,27 +235,27 @@ def test_a_storage_that_refuses_is_told_and_nothing_is_committed(artefact: Path,
 
 
 def test_what_should_not_leave_the_machine_does_not(artefact: Path, hub: Hub) -> None:
-    def refused(words: str, repo: str = "me/tiny") -> None:
-        with pytest.raises(UserError, match=words) as error:
+    def assert_refused(message: str, repo: str = "me/tiny") -> None:
+        with pytest.raises(UserError, match=message) as error:
             lighten.push(artefact, repo)
         assert "\n" not in str(error.value)
         assert not hub.created
 
-    refused("no repository's name", "a/b/c")
+    assert_refused("no repository's name", "a/b/c")
     (artefact / "optimizer.pt").write_bytes(b"x")
-    refused("pickle")
+    assert_refused("pickle")
     (artefact / "optimizer.pt").unlink()
     (artefact / "receipt.json").write_text('{"passed": false}')
-    refused("does not answer as")
+    assert_refused("does not answer as")
     (artefact / "receipt.json").unlink()
     weights = (artefact / "model.safetensors").read_bytes()
     (artefact / "model.safetensors").write_bytes(weights[:-10])
-    refused("torn")
+    assert_refused("torn")
     (artefact / "model.safetensors").unlink()
-    refused("no weights")
+    assert_refused("no weights")
     (artefact / "model.safetensors").write_bytes(weights)
     (artefact / "README.md").unlink()
-    refused("no model card")
+    assert_refused("no model card")
 
 
 def test_a_hub_that_refuses_is_told_in_a_sentence(

@@ -64,8 +64,8 @@ def by_hand(weight: torch.Tensor, x: torch.Tensor, group: int) -> torch.Tensor:
     low, high = x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
     step = ((high - low) / 255).clamp(min=torch.finfo().eps)[:, None]
     zero = (-128 - (low[:, None] / step).round()).clamp(-128, 127)
-    given = (((x / step).round() + zero).clamp(-128, 127) - zero) * step
-    return given @ dense.T
+    rounded = (((x / step).round() + zero).clamp(-128, 127) - zero) * step
+    return rounded @ dense.T
 
 
 def test_a_layer_computes_what_the_format_says_and_what_torchao_makes_of_it() -> None:
@@ -79,8 +79,8 @@ def test_a_layer_computes_what_the_format_says_and_what_torchao_makes_of_it() ->
         out = model.layer(x)
         assert torch.equal(out, really_quantised(model.layer)(x))
         if dtype == torch.float32:
-            wanted = by_hand(model.layer.weight, x, 32) + model.layer.bias
-            torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
+            expected = by_hand(model.layer.weight, x, 32) + model.layer.bias
+            torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
         make_plain(model)
         assert type(model.layer) is nn.Linear
         assert "group_size" not in vars(model.layer)
@@ -90,10 +90,10 @@ def test_base_and_update_are_rounded_together_and_convert_exactly() -> None:
     """Where PEFT's A and B are rounded apart, merged and converted is a fifth off (FACTS)."""
     model = tiny_model("llama", **SHAPE)
     cohort = attach(model, [adapter()], qat_group_size=32)
-    found = quantization_aware.agreement(cohort, "a", [list(range(5, 40)), [7, 8, 9]])
-    assert found["layers"] == 14
-    assert found["tokens"] == 38
-    assert found["largest_difference"] == 0
+    agreement = quantization_aware.agreement(cohort, "a", [list(range(5, 40)), [7, 8, 9]])
+    assert agreement["layers"] == 14
+    assert agreement["tokens"] == 38
+    assert agreement["largest_difference"] == 0
     ids = torch.arange(5, 40)[None]
     with torch.no_grad(), cohort.using("a") as fake:
         trained = fake(ids).logits
@@ -121,13 +121,13 @@ def test_gradients_go_straight_through_to_both_factors_and_the_input() -> None:
     out.backward(gradient)
     A, B = layer.lora_A["a"], layer.lora_B["a"]
     with torch.no_grad():
-        whole = layer.base.weight + 2 * B @ A
+        merged_weight = layer.base.weight + 2 * B @ A
         from lighten.adapters.fake_quant import fake_activations, fake_weight
 
         of_weight = gradient.T @ fake_activations(x)
         torch.testing.assert_close(B.grad, 2 * of_weight @ A.T)
         torch.testing.assert_close(A.grad, 2 * B.T @ of_weight)
-        torch.testing.assert_close(x.grad, gradient @ fake_weight(whole, 32))
+        torch.testing.assert_close(x.grad, gradient @ fake_weight(merged_weight, 32))
 
 
 def test_each_adapter_of_a_cohort_trains_as_it_would_alone() -> None:
@@ -139,15 +139,15 @@ def test_each_adapter_of_a_cohort_trains_as_it_would_alone() -> None:
             loss = model(ids[seed - 1 : seed]).logits.pow(2).sum()
         loss.backward()
         alone.append((loss.detach(), cohort.parameters("a")))
-    both = attach(tiny_model("llama", **SHAPE), [adapter("x", seed=1), adapter("y", seed=2)],
-                  qat_group_size=32)  # fmt: skip
-    with both.sharing([Share("x", 0, 1), Share("y", 1, 2)]) as model:
+    together = attach(tiny_model("llama", **SHAPE), [adapter("x", seed=1), adapter("y", seed=2)],
+                      qat_group_size=32)  # fmt: skip
+    with together.sharing([Share("x", 0, 1), Share("y", 1, 2)]) as model:
         logits = model(ids).logits
         logits.pow(2).sum().backward()
     for place, name in enumerate(("x", "y")):
         loss, parameters = alone[place]
         torch.testing.assert_close(logits[place].pow(2).sum(), loss, rtol=1e-5, atol=0)
-        for key, value in both.parameters(name).items():
+        for key, value in together.parameters(name).items():
             assert value.grad is not None
             assert value.grad.abs().sum() > 0
             torch.testing.assert_close(value.grad, parameters[key].grad, rtol=2e-3, atol=2e-3)
@@ -157,51 +157,51 @@ def test_the_untouched_base_stays_as_it_was() -> None:
     model = tiny_model("llama", **SHAPE)
     ids = torch.arange(5, 40)[None]
     with torch.no_grad():
-        before = model(ids).logits
+        expected = model(ids).logits
         cohort = attach(model, [adapter()], qat_group_size=32)
-        with cohort.using(None) as same:
-            assert torch.equal(same(ids).logits, before)
-        with cohort.sharing([Share(None, 0, 1)]) as same:
-            assert torch.equal(same(ids).logits, before)
-        assert torch.equal(cohort.detach()(ids).logits, before)
+        with cohort.using(None) as unchanged:
+            assert torch.equal(unchanged(ids).logits, expected)
+        with cohort.sharing([Share(None, 0, 1)]) as unchanged:
+            assert torch.equal(unchanged(ids).logits, expected)
+        assert torch.equal(cohort.detach()(ids).logits, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_base_that_learns_whole_agrees_with_its_conversion(dtype: torch.dtype) -> None:
     model = tiny_model("llama", dtype=dtype, **SHAPE)
-    whole = WholeBase(model, dtype=dtype, qat_group_size=32)
-    (name,) = whole.names
-    assert {p.dtype for p in whole.parameters(name).values()} == {torch.float32}
-    with whole.using(name) as learning:
+    base = WholeBase(model, dtype=dtype, qat_group_size=32)
+    (name,) = base.names
+    assert {p.dtype for p in base.parameters(name).values()} == {torch.float32}
+    with base.using(name) as learning:
         learning(torch.arange(5, 40)[None]).logits.float().pow(2).mean().backward()
-    assert all(p.grad is not None for p in whole.parameters(name).values())
-    found = quantization_aware.agreement(whole, name, [list(range(5, 40))])
+    assert all(p.grad is not None for p in base.parameters(name).values())
+    agreement = quantization_aware.agreement(base, name, [list(range(5, 40))])
     # Linear layers agree bit for bit; in bfloat16 nothing else is in between.
-    assert found["largest_difference"] == 0
-    assert found["layers"] == 14
-    plain = whole.fuse(name)
+    assert agreement["largest_difference"] == 0
+    assert agreement["layers"] == 14
+    plain = base.fuse(name)
     assert not fake_layers(plain)
     assert plain.dtype == dtype
 
 
 def facts(run: Run) -> dict[str, Any]:
-    told: dict[str, Any] = run.info()["qat"]
-    assert told["scheme"] == QAT
-    assert told["group_size"] == 32
-    assert told["tried_difference"] == 0
-    for own in told["converted"].values():
-        assert own["largest_difference"] == 0
-        assert own["layers"] == 14
-    return told
+    qat_info: dict[str, Any] = run.info()["qat"]
+    assert qat_info["scheme"] == QAT
+    assert qat_info["group_size"] == 32
+    assert qat_info["tried_difference"] == 0
+    for conversion in qat_info["converted"].values():
+        assert conversion["largest_difference"] == 0
+        assert conversion["layers"] == 14
+    return qat_info
 
 
 def test_a_cohort_trains_resumes_bitwise_and_is_evaluated_rounded(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    given = {**settings, "lora_r": [2, 4], "save_steps": 2}
-    run = lighten.train(**given, progress=False)
+    options = {**settings, "lora_r": [2, 4], "save_steps": 2}
+    run = lighten.train(**options, progress=False)
     assert set(facts(run)["converted"]) == {"r2", "r4"}
-    (choice,) = (own for own in run.info()["choices"] if own["what"] == "qat")
+    (choice,) = (choice for choice in run.info()["choices"] if choice["what"] == "qat")
     assert "groups of 32" in choice["value"]
     card = (run.adapters()["r4"] / "README.md").read_text(encoding="utf-8")
     assert "quantisation-aware" in card
@@ -210,17 +210,17 @@ def test_a_cohort_trains_resumes_bitwise_and_is_evaluated_rounded(
     shutil.copytree(run.folder, folder)
     shutil.rmtree(folder / "checkpoints" / "checkpoint-4")
     shutil.rmtree(folder / "adapters")
-    again = lighten.train(**{**given, "output_dir": str(folder)}, resume=True, progress=False)
-    for name, there in run.adapters().items():
-        ours = load_file(again.adapters()[name] / "adapter_model.safetensors")
-        for key, value in load_file(there / "adapter_model.safetensors").items():
+    resumed = lighten.train(**{**options, "output_dir": str(folder)}, resume=True, progress=False)
+    for name, adapter_folder in run.adapters().items():
+        ours = load_file(resumed.adapters()[name] / "adapter_model.safetensors")
+        for key, value in load_file(adapter_folder / "adapter_model.safetensors").items():
             assert torch.equal(ours[key], value), key
 
-    found = lighten.evaluate(run, max_examples=4, max_new_tokens=2)
-    assert any("as it will be once quantised" in note for note in found.dataset["notes"])
-    last = [m["loss"] for m in run.metrics() if m["kind"] == "eval" and m["adapter"] == "r4"][-1]
+    evaluation = lighten.evaluate(run, max_examples=4, max_new_tokens=2)
+    assert any("as it will be once quantised" in note for note in evaluation.dataset["notes"])
+    loss = [m["loss"] for m in run.metrics() if m["kind"] == "eval" and m["adapter"] == "r4"][-1]
     # The model that training saw: unrounded it has another loss.
-    assert found.metric("r4", "loss")["value"] == pytest.approx(last, rel=1e-5)
+    assert evaluation.metric("r4", "loss")["value"] == pytest.approx(loss, rel=1e-5)
 
 
 def test_a_full_run_ships_a_plain_model_and_is_evaluated_rounded(settings: dict[str, Any]) -> None:
@@ -232,18 +232,18 @@ def test_a_full_run_ships_a_plain_model_and_is_evaluated_rounded(settings: dict[
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     assert "quantization_config" not in config
     assert "quantisation-aware" in (model / "README.md").read_text(encoding="utf-8")
-    found = lighten.evaluate(run, max_examples=4, max_new_tokens=2)
-    last = [m["loss"] for m in run.metrics() if m["kind"] == "eval"][-1]
-    assert found.metric("default", "loss")["value"] == pytest.approx(last, rel=1e-5)
+    evaluation = lighten.evaluate(run, max_examples=4, max_new_tokens=2)
+    loss = [m["loss"] for m in run.metrics() if m["kind"] == "eval"][-1]
+    assert evaluation.metric("default", "loss")["value"] == pytest.approx(loss, rel=1e-5)
 
 
 def test_what_does_not_combine_is_refused_together(settings: dict[str, Any]) -> None:
     wrong = {"load_in_4bit": True, "torch_compile": True, "workers": 2, "lora_dropout": 0.1,
              "use_dora": True, "offload_base": "disk", "strategy": "zero1"}  # fmt: skip
-    with pytest.raises(RecipeError) as told:
+    with pytest.raises(RecipeError) as error:
         lighten.train(**settings, **wrong, progress=False)
     for key in wrong:
-        assert key in str(told.value)
+        assert key in str(error.value)
     with pytest.raises(RecipeError, match="qat_group_size has no effect without qat"):
         lighten.train(**{**settings, "qat": None}, qat_group_size=64, progress=False)
 
@@ -263,9 +263,9 @@ def test_what_does_not_suit_is_refused_before_anything_is_read(
     config = Path(settings["model_name_or_path"]) / "config.json"
     rounded = tmp_path / "rounded"
     rounded.mkdir()
-    said = json.loads(config.read_text(encoding="utf-8"))
-    said["quantization_config"] = {"quant_method": "gptq", "bits": 4}
-    (rounded / "config.json").write_text(json.dumps(said), encoding="utf-8")
+    config_values = json.loads(config.read_text(encoding="utf-8"))
+    config_values["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (rounded / "config.json").write_text(json.dumps(config_values), encoding="utf-8")
     with pytest.raises(UserError, match=r"quantised already \(gptq\)"):
         lighten.train(**{**settings, "model_name_or_path": str(rounded)}, progress=False)
     monkeypatch.setattr(quantization_aware.importlib.util, "find_spec", lambda name: None)
@@ -294,27 +294,27 @@ def test_modules_saved_whole_and_dropout_are_refused_by_the_cohort() -> None:
 
 def test_a_plan_traces_it(settings: dict[str, Any]) -> None:
     del settings["planned"]
-    told = lighten.plan(**settings, device="t4", changes=False)
-    assert "groups of 32" in told.choices["qat"]
-    assert told.memory.expected > 0
+    plan = lighten.plan(**settings, device="t4", changes=False)
+    assert "groups of 32" in plan.choices["qat"]
+    assert plan.memory.expected > 0
 
 
 def test_what_is_written_for_it_answers_as_it_was_trained(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model", dtype=torch.bfloat16, hidden_size=64,
                        intermediate_size=128)  # fmt: skip
-    made = tmp_path / "made"
-    made.mkdir()
-    make(QAT, folder, made, [], group_size=64)
+    quantized_folder = tmp_path / "made"
+    quantized_folder.mkdir()
+    make(QAT, folder, quantized_folder, [], group_size=64)
     plain, loaded = (
-        AutoModelForCausalLM.from_pretrained(own, dtype=torch.bfloat16).eval()
-        for own in (folder, made)
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
+        for path in (folder, quantized_folder)
     )
     fake_quantise(plain, 64)
     ids = torch.arange(5, 40)[None]
     with torch.no_grad():
         assert torch.equal(plain(ids).logits, loaded(ids).logits)
     with pytest.raises(UserError, match="groups of 96"):
-        make(QAT, folder, made, [], group_size=96)
+        make(QAT, folder, quantized_folder, [], group_size=96)
 
 
 def test_a_run_is_quantised_in_the_groups_it_was_trained_for(
@@ -325,5 +325,5 @@ def test_a_run_is_quantised_in_the_groups_it_was_trained_for(
                                  "qat_group_size": 64}, {})  # fmt: skip
     folder.mkdir()
     (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    for own, wanted in ((Run(folder), 64), (None, 32)):
-        assert ModelSource("m", tmp_path, None, own, "m", None).group_size == wanted
+    for run, group_size in ((Run(folder), 64), (None, 32)):
+        assert ModelSource("m", tmp_path, None, run, "m", None).group_size == group_size

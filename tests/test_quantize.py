@@ -48,16 +48,16 @@ def run(model_folder: Path, chat_file: Path, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture(scope="module")
-def done(run: Run) -> Quantized:
+def quantized(run: Run) -> Quantized:
     """All of a run's formats but for the slow ones."""
     return lighten.quantize(run, ["nf4", "int8,gguf:q8_0,8da4w"], tokens=300, questions=2)
 
 
-def test_each_row_is_of_a_whole_artefact(done: Quantized, run: Run) -> None:
-    names = [row["name"] for row in done.formats]
+def test_each_row_is_of_a_whole_artefact(quantized: Quantized, run: Run) -> None:
+    names = [row["name"] for row in quantized.formats]
     assert names == ["bfloat16", "nf4", "int8", "gguf:q8_0", DYNAMIC]
-    assert any("a byte on a processor" in note for note in done.notes)
-    for row in done.formats[1:]:
+    assert any("a byte on a processor" in note for note in quantized.notes)
+    for row in quantized.formats[1:]:
         folder = Path(row["folder"])
         assert (folder / "README.md").is_file()
         assert row["file_bytes"] == table.weight_bytes(folder)
@@ -67,56 +67,56 @@ def test_each_row_is_of_a_whole_artefact(done: Quantized, run: Run) -> None:
         assert row["resident_bytes"] > 0
         assert row["prefill_tokens_per_second"] > 0
         assert list(row["metrics"]) == ["token_f1", "chrf", "exact_match"]
-    assert run.quantized() == json.loads(json.dumps(done.to_dict()))
-    assert done.settings["mode"] == table.MODE
+    assert run.quantized() == json.loads(json.dumps(quantized.to_dict()))
+    assert quantized.settings["mode"] == table.MODE
 
 
-def test_quality_is_ordered_and_on_the_same_tokens(done: Quantized) -> None:
-    base, nf4, int8, q8, _ = done.formats
+def test_quality_is_ordered_and_on_the_same_tokens(quantized: Quantized) -> None:
+    base, nf4, int8, q8, _ = quantized.formats
     assert base["kl"] == 0
     assert base["top1_agreement"] == 1
     assert 0 < int8["kl"] < nf4["kl"]
     assert 0 < q8["kl"] < nf4["kl"]
-    assert {row["tokens"] for row in done.formats} == {base["tokens"]}
-    smaller = [row for row in done.formats[1:] if row["file_bytes"] <= base["file_bytes"]]
+    assert {row["tokens"] for row in quantized.formats} == {base["tokens"]}
+    smaller = [row for row in quantized.formats[1:] if row["file_bytes"] <= base["file_bytes"]]
     assert base["frontier"] == all(row["loss"] > base["loss"] for row in smaller)
     assert base["ratio"] == 1
     assert int8["ratio"] < 0.75  # the tied embedding is in it
 
 
-def test_answers_are_scored_as_transformers_writes_them(done: Quantized, run: Run) -> None:
+def test_answers_are_scored_as_transformers_writes_them(quantized: Quantized, run: Run) -> None:
     """The recipe's metric, of a folder's answers by transformers' own generation."""
     from sacrebleu.metrics.chrf import CHRF
 
-    with opened(run, Path(done.folder)) as source:
+    with opened(run, Path(quantized.folder)) as source:
         held_out = table.evaluation_of(source, 300, 2)
     assert held_out is not None
-    folder = done.format(DYNAMIC)["folder"]
+    folder = quantized.format(DYNAMIC)["folder"]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     answers = []
     for ids in held_out.prompts:
-        whole = model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)),
-                               max_new_tokens=20, do_sample=False)  # fmt: skip
-        answer = held_out.task.until_stop(whole[0, len(ids) :].tolist())
+        generated = model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)),
+                                   max_new_tokens=20, do_sample=False)  # fmt: skip
+        answer = held_out.task.until_stop(generated[0, len(ids) :].tolist())
         answers.append(held_out.task.text(answer))
-    metrics = done.format(DYNAMIC)["metrics"]
+    metrics = quantized.format(DYNAMIC)["metrics"]
     expected = CHRF().corpus_score(answers, [held_out.references]).score
     assert metrics["chrf"]["value"] == pytest.approx(expected, abs=0.01)
     assert metrics["chrf"]["se"] >= 0
-    assert done.settings["answer_tokens"] == 20
-    assert done.settings["metrics"]["token_f1"] == "token F1, %"
+    assert quantized.settings["answer_tokens"] == 20
+    assert quantized.settings["metrics"]["token_f1"] == "token F1, %"
 
 
-def test_folders_load_in_transformers_and_say_the_same(done: Quantized, run: Run) -> None:
+def test_folders_load_in_transformers_and_say_the_same(quantized: Quantized, run: Run) -> None:
     ids = torch.arange(5, 60)[None]
-    with opened(run, Path(done.folder)) as source, torch.no_grad():
+    with opened(run, Path(quantized.folder)) as source, torch.no_grad():
         merged = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
         expected = torch.log_softmax(merged(ids).logits, -1)
         for name, most in (("int8", 0.02), ("nf4", 0.5), (DYNAMIC, 0.5)):
-            folder = done.format(name)["folder"]
+            folder = quantized.format(name)["folder"]
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-            found = torch.log_softmax(model(ids).logits.float(), -1)
-            assert (expected.exp() * (expected - found)).sum(-1).mean() < most
+            log_probs = torch.log_softmax(model(ids).logits.float(), -1)
+            assert (expected.exp() * (expected - log_probs)).sum(-1).mean() < most
             theirs = AutoTokenizer.from_pretrained(folder)
             messages = [{"role": "user", "content": "Why?"}]
             assert theirs.apply_chat_template(messages, tokenize=False) == (
@@ -126,9 +126,9 @@ def test_folders_load_in_transformers_and_say_the_same(done: Quantized, run: Run
             assert ends == GenerationConfig.from_pretrained(source.folder).eos_token_id
 
 
-def test_perplexity_is_that_of_the_rows(done: Quantized, run: Run) -> None:
+def test_perplexity_is_that_of_the_rows(quantized: Quantized, run: Run) -> None:
     """Against a plain loop over the same rows, with transformers' own loss."""
-    with opened(run, Path(done.folder)) as source, torch.no_grad():
+    with opened(run, Path(quantized.folder)) as source, torch.no_grad():
         held_out = table.evaluation_of(source, 300, 0)
         assert held_out is not None
         model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
@@ -138,8 +138,8 @@ def test_perplexity_is_that_of_the_rows(done: Quantized, run: Run) -> None:
             places = sum(label != -100 for label in labels[1:])
             loss = model(torch.tensor([row.ids]), labels=torch.tensor([labels])).loss
             total, count = total + float(loss) * places, count + places
-    assert count == done.formats[0]["tokens"]
-    assert done.formats[0]["loss"] == pytest.approx(total / count, rel=0.01)  # bfloat16
+    assert count == quantized.formats[0]["tokens"]
+    assert quantized.formats[0]["loss"] == pytest.approx(total / count, rel=0.01)  # bfloat16
 
 
 def test_int4_is_calibrated_on_rendered_training_data(run: Run, tmp_path: Path) -> None:
@@ -159,17 +159,19 @@ def test_kl_and_agreement_of_distributions_known_by_hand(tmp_path: Path) -> None
         return lambda ids: np.log(np.asarray([p] * len(ids), dtype=np.float32))
 
     summary(score(rows, telling(0.5, 0.5), tmp_path, reference=True))
-    found = summary(score(rows, telling(0.25, 0.75), tmp_path, reference=False))
-    assert found["kl"] == pytest.approx(0.5 * np.log(2) + 0.5 * np.log(2 / 3), rel=1e-5)
-    assert found["perplexity"] == pytest.approx(1 / 0.75, rel=1e-5)
-    assert found["perplexity_standard_error"] is None  # one row has no spread
-    assert found["top1_agreement"] == 0
+    measured = summary(score(rows, telling(0.25, 0.75), tmp_path, reference=False))
+    assert measured["kl"] == pytest.approx(0.5 * np.log(2) + 0.5 * np.log(2 / 3), rel=1e-5)
+    assert measured["perplexity"] == pytest.approx(1 / 0.75, rel=1e-5)
+    assert measured["perplexity_standard_error"] is None  # one row has no spread
+    assert measured["top1_agreement"] == 0
 
 
-@pytest.mark.parametrize("word", ["int5", "gguf:q9_9", "", "int8,fp3"])
-def test_an_unknown_format_is_named_before_anything_is_loaded(word: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("format_name", ["int5", "gguf:q9_9", "", "int8,fp3"])
+def test_an_unknown_format_is_named_before_anything_is_loaded(
+    format_name: str, tmp_path: Path
+) -> None:
     with pytest.raises(UserError):
-        lighten.quantize("smollm2-135m", word, output_dir=tmp_path)
+        lighten.quantize("smollm2-135m", format_name, output_dir=tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -179,9 +181,9 @@ def test_missing_tools_are_told_first(monkeypatch: pytest.MonkeyPatch) -> None:
         require_tools(parse("int4"))
 
 
-def test_what_is_quantised_is_not_quantised_again(done: Quantized, tmp_path: Path) -> None:
+def test_what_is_quantised_is_not_quantised_again(quantized: Quantized, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="quantised already"):
-        lighten.quantize(done.format("nf4")["folder"], "int8", output_dir=tmp_path)
+        lighten.quantize(quantized.format("nf4")["folder"], "int8", output_dir=tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -195,9 +197,9 @@ def test_rows_that_no_group_divides_are_refused() -> None:
         group_size(tiny_model("llama", hidden_size=24, intermediate_size=40))
 
 
-@pytest.mark.parametrize("kind", ["nf4", "gguf:q8_0"])
+@pytest.mark.parametrize("format_name", ["nf4", "gguf:q8_0"])
 def test_a_full_disk_leaves_nothing_half_written(
-    kind: str, model_folder: Path, tmp_path: Path
+    format_name: str, model_folder: Path, tmp_path: Path
 ) -> None:
     """A limit on a file's size ends a write in the middle, as a full disk does."""
     code = (
@@ -218,27 +220,27 @@ def test_a_full_disk_leaves_nothing_half_written(
         "    print(error)\n"
         "    sys.exit(7)\n"
     )
-    done = python(code, str(model_folder), kind, str(tmp_path / "out"))
-    assert done.returncode == 7, done.stderr
-    assert "the disk is full" in done.stdout
-    assert len(done.stdout.splitlines()) == 1
+    completed = python(code, str(model_folder), format_name, str(tmp_path / "out"))
+    assert completed.returncode == 7, completed.stderr
+    assert "the disk is full" in completed.stdout
+    assert len(completed.stdout.splitlines()) == 1
     assert not list((tmp_path / "out").rglob("*"))
 
 
 def test_a_recipe_quantises_and_its_page_marks_the_frontier(
     model_folder: Path, chat_file: Path, tmp_path: Path
 ) -> None:
-    told = lighten.run(
+    finished_run = lighten.run(
         model_name_or_path=str(model_folder), dataset=str(chat_file), max_steps=1, lora_r=2,
         output_dir=str(tmp_path / "run"), val_size=0.5, progress=False, planned=False,
         evaluate={"max_examples": 2, "max_new_tokens": 2},
         quantize={"to": "gguf:q4_0", "tokens": 60, "questions": 0},
     )  # fmt: skip
-    found = told.quantized()
-    assert found is not None
-    assert [row["name"] for row in found["formats"]] == ["bfloat16", "gguf:q4_0"]
-    assert found["settings"]["questions"] == 0
-    page = (told.folder / "report.html").read_text(encoding="utf-8")
+    saved_table = finished_run.quantized()
+    assert saved_table is not None
+    assert [row["name"] for row in saved_table["formats"]] == ["bfloat16", "gguf:q4_0"]
+    assert saved_table["settings"]["questions"] == 0
+    page = (finished_run.folder / "report.html").read_text(encoding="utf-8")
     assert "Size against quality" in page
     assert "gguf:q4_0" in page
     assert "on the frontier" in page

@@ -28,7 +28,7 @@ KINDS = ("int8", "int8:bitsandbytes", "nf4", "int4:rounded",
 TYPES = ("q4_k_m", "q8_0", "f16")
 
 
-def saved(folder: Path, arch: str, **changes: Any) -> Path:
+def save_model(folder: Path, arch: str, **changes: Any) -> Path:
     tiny_model(arch, dtype=torch.bfloat16, **changes).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
@@ -40,8 +40,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
     wide = {"hidden_size": 256, "intermediate_size": 512}
     return {
-        "tied": saved(root / "tied", "llama", tie_word_embeddings=True, **wide),
-        "biased": saved(root / "biased", "qwen2", tie_word_embeddings=False, **wide),
+        "tied": save_model(root / "tied", "llama", tie_word_embeddings=True, **wide),
+        "biased": save_model(root / "biased", "qwen2", tie_word_embeddings=False, **wide),
     }
 
 
@@ -51,19 +51,19 @@ def test_folders_are_as_large_as_was_said(
 ) -> None:
     """Against the files that the libraries write, with their headers."""
     pytest.importorskip("bitsandbytes")
-    told = api.plan_formats(models[name], ",".join(KINDS), output_dir=tmp_path)
-    for own in told.formats:
-        folder = tmp_path / own.name.replace(":", "-")
+    forecast = api.plan_formats(models[name], ",".join(KINDS), output_dir=tmp_path)
+    for entry in forecast.formats:
+        folder = tmp_path / entry.name.replace(":", "-")
         folder.mkdir()
-        make(own.name, models[name], folder, [[0] * 32] * 2)
-        assert own.file_bytes == pytest.approx(weight_bytes(folder), rel=0.01), own.name
-        assert own.missing is None
-        calibrated = "int4" in own.name
-        assert (own.seconds is None) is (own.peak_bytes is None) is calibrated
-    assert told.disk_bytes == sum(own.file_bytes or 0 for own in told.formats)
-    assert told.weight_bytes == pytest.approx(weight_bytes(models[name]), rel=0.01)
-    assert told.temporary_bytes == 0
-    assert told.fits() is None  # int4's memory is not known
+        make(entry.name, models[name], folder, [[0] * 32] * 2)
+        assert entry.file_bytes == pytest.approx(weight_bytes(folder), rel=0.01), entry.name
+        assert entry.missing is None
+        calibrated = "int4" in entry.name
+        assert (entry.seconds is None) is (entry.peak_bytes is None) is calibrated
+    assert forecast.disk_bytes == sum(entry.file_bytes or 0 for entry in forecast.formats)
+    assert forecast.weight_bytes == pytest.approx(weight_bytes(models[name]), rel=0.01)
+    assert forecast.temporary_bytes == 0
+    assert forecast.fits() is None  # int4's memory is not known
 
 
 @pytest.mark.parametrize("type_name", TYPES)
@@ -72,11 +72,11 @@ def test_gguf_files_are_as_large_as_was_said_to_the_byte(
 ) -> None:
     pytest.importorskip("gguf")
     for name, model in models.items():
-        (own,) = api.plan_formats(model, f"gguf:{type_name}").formats
+        (entry,) = api.plan_formats(model, f"gguf:{type_name}").formats
         write_gguf(model, tmp_path / f"{name}.gguf", type_name, name=name)
-        assert own.file_bytes == (tmp_path / f"{name}.gguf").stat().st_size
-        assert own.seconds is not None
-        assert own.seconds > 0
+        assert entry.file_bytes == (tmp_path / f"{name}.gguf").stat().st_size
+        assert entry.seconds is not None
+        assert entry.seconds > 0
 
 
 def test_a_run_s_adapter_is_planned_as_it_will_be_merged(
@@ -87,15 +87,15 @@ def test_a_run_s_adapter_is_planned_as_it_will_be_merged(
     trained(tiny_model("llama", tie_word_embeddings=True, hidden_size=256, intermediate_size=512),
             tmp_path / "adapter", target_modules=["lm_head", "q_proj"])  # fmt: skip
     config = tmp_path / "adapter" / "adapter_config.json"
-    said = json.loads(config.read_text())
-    config.write_text(json.dumps(said | {"base_model_name_or_path": str(models["tied"])}))
-    told = api.plan_formats(tmp_path / "adapter", "gguf:q8_0", output_dir=tmp_path)
-    made = lighten.export(
+    adapter_config = json.loads(config.read_text())
+    config.write_text(json.dumps(adapter_config | {"base_model_name_or_path": str(models["tied"])}))
+    forecast = api.plan_formats(tmp_path / "adapter", "gguf:q8_0", output_dir=tmp_path)
+    export = lighten.export(
         tmp_path / "adapter", "gguf:q8_0", output_dir=tmp_path / "out", verify=False
     )
-    assert told.formats[0].file_bytes == made.size_bytes
+    assert forecast.formats[0].file_bytes == export.size_bytes
     merged = lighten.export(tmp_path / "adapter", output_dir=tmp_path / "m", verify=False)
-    assert told.temporary_bytes == pytest.approx(merged.size_bytes, rel=0.01)
+    assert forecast.temporary_bytes == pytest.approx(merged.size_bytes, rel=0.01)
 
 
 def test_groups_are_those_that_the_run_was_trained_for(
@@ -107,11 +107,11 @@ def test_groups_are_those_that_the_run_was_trained_for(
         qat=DYNAMIC, qat_group_size=128, val_size=0, output_dir=str(tmp_path / "run"),
         progress=False, planned=False,
     )  # fmt: skip
-    (own,) = api.plan_formats(run, DYNAMIC).formats
+    (grouped,) = api.plan_formats(run, DYNAMIC).formats
     (usual,) = api.plan_formats(models["tied"], DYNAMIC).formats
     make(DYNAMIC, models["tied"], tmp_path, [], group_size=128)
-    assert own.file_bytes == pytest.approx(weight_bytes(tmp_path), rel=0.01)
-    assert own.file_bytes < 0.97 * (usual.file_bytes or 0)
+    assert grouped.file_bytes == pytest.approx(weight_bytes(tmp_path), rel=0.01)
+    assert grouped.file_bytes < 0.97 * (usual.file_bytes or 0)
 
 
 def test_what_is_missing_is_said_and_stops_before_anything_is_written(
@@ -119,8 +119,8 @@ def test_what_is_missing_is_said_and_stops_before_anything_is_written(
 ) -> None:
     free = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(room.shutil, "disk_usage", lambda _: free._replace(free=1000))
-    told = api.plan_formats(models["tied"], "int8", output_dir=tmp_path / "out")
-    assert told.fits() is False
+    forecast = api.plan_formats(models["tied"], "int8", output_dir=tmp_path / "out")
+    assert forecast.fits() is False
     with pytest.raises(DiskFull, match=r"needs 1\.\d MB .* has 0\.0 MB left; free some"):
         lighten.quantize(models["tied"], "int8", output_dir=tmp_path / "out")
     for form in ("merged", "gguf:q8_0"):
@@ -129,21 +129,21 @@ def test_what_is_missing_is_said_and_stops_before_anything_is_written(
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()
     monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
-    (own,) = api.plan_formats(models["tied"], "nf4").formats
-    assert own.missing is not None
-    assert "pip install 'lighten[quant]'" in own.missing
-    assert own.file_bytes is not None
-    assert own.seconds is None
+    (entry,) = api.plan_formats(models["tied"], "nf4").formats
+    assert entry.missing is not None
+    assert "pip install 'lighten[quant]'" in entry.missing
+    assert entry.file_bytes is not None
+    assert entry.seconds is None
 
 
 def test_the_command_tells_sizes_and_what_does_not_go_together(models: dict[str, Path]) -> None:
-    words = ["plan", "quantize", str(models["tied"]), "--to", "int8,gguf:q4_k_m"]
-    shown = CliRunner().invoke(app, words)
-    assert shown.exit_code == 0, shown.output
-    assert "gguf:q4_k_m" in shown.output
-    told = json.loads(CliRunner().invoke(app, [*words, "--json"]).output)
-    assert [own["name"] for own in told["formats"]] == ["int8", "gguf:q4_k_m"]
-    for more in (["--storage", "nf4"], ["--tokens", "3"]):
-        wrong = CliRunner().invoke(app, [*words, *more])
-        assert wrong.exit_code not in (0, 1)
-        assert more[0] in wrong.output
+    arguments = ["plan", "quantize", str(models["tied"]), "--to", "int8,gguf:q4_k_m"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "gguf:q4_k_m" in result.output
+    report = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).output)
+    assert [entry["name"] for entry in report["formats"]] == ["int8", "gguf:q4_k_m"]
+    for flags in (["--storage", "nf4"], ["--tokens", "3"]):
+        refused = CliRunner().invoke(app, [*arguments, *flags])
+        assert refused.exit_code not in (0, 1)
+        assert flags[0] in refused.output

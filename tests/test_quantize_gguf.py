@@ -89,7 +89,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 PROMPTS = [[5, 77, 130, 9, 201], [64, 12, 300, 41, 180, 7, 99, 33, 250, 18, 6, 111]]
 
 
-def saved(folder: Path, arch: str, changes: dict[str, Any] | None = None) -> PreTrainedModel:
+def save_model(folder: Path, arch: str, changes: dict[str, Any] | None = None) -> PreTrainedModel:
     """A tiny model in a folder, with norms and biases that matter."""
     model = tiny_model(arch, **(changes or {}))
     torch.manual_seed(1)
@@ -105,7 +105,7 @@ def saved(folder: Path, arch: str, changes: dict[str, Any] | None = None) -> Pre
 @pytest.mark.parametrize("name", MODELS)
 def test_llama_cpp_computes_what_transformers_computes(name: str, tmp_path: Path) -> None:
     """Traps 18 and 49: order of queries and keys, rows of the vocabulary, 64 greedy tokens."""
-    model = saved(tmp_path / "model", *MODELS[name])
+    model = save_model(tmp_path / "model", *MODELS[name])
     write_gguf(tmp_path / "model", tmp_path / "model.gguf", "f32")
     # GELU is a table of float16 in llama.cpp; sums are taken in another order.
     tolerance = 1e-2 if MODELS[name][0].startswith("g") else 1e-4
@@ -115,41 +115,43 @@ def test_llama_cpp_computes_what_transformers_computes(name: str, tmp_path: Path
             tokens = prompt + answer
             scores = runtime.logits(tokens)
             with torch.no_grad():
-                wanted = model(torch.tensor([tokens])).logits[0].numpy()
-            assert np.abs(scores - wanted).max() < tolerance
+                expected = model(torch.tensor([tokens])).logits[0].numpy()
+            assert np.abs(scores - expected).max() < tolerance
             # Greedy answers are the same, or two tokens were nearly as likely as each other.
             for place, token in enumerate(answer, len(prompt) - 1):
-                best = wanted[place].max()
-                assert best - wanted[place, token] <= 2 * tolerance
+                best = expected[place].max()
+                assert best - expected[place, token] <= 2 * tolerance
 
 
 def test_the_window_is_the_context_where_llama_cpp_has_none(tmp_path: Path) -> None:
-    model = saved(tmp_path / "model", "mistral", {"sliding_window": 16})
+    model = save_model(tmp_path / "model", "mistral", {"sliding_window": 16})
     plan = write_gguf(tmp_path / "model", tmp_path / "model.gguf", "f32")
     assert "16 tokens" in plan.notes[0]
     with torch.no_grad():
-        wanted = model(torch.tensor([PROMPTS[1]])).logits[0].numpy()
+        expected = model(torch.tensor([PROMPTS[1]])).logits[0].numpy()
     with Runtime(tmp_path / "model.gguf", context_tokens=16, threads=1) as runtime:
-        assert np.abs(runtime.logits(PROMPTS[1]) - wanted).max() < 1e-4
+        assert np.abs(runtime.logits(PROMPTS[1]) - expected).max() < 1e-4
 
 
-def _same_as(model: PreTrainedModel, folder: Path, target: Path, tolerance: float = 1e-4) -> None:
+def _check_same_logits(
+    model: PreTrainedModel, folder: Path, target: Path, tolerance: float = 1e-4
+) -> None:
     write_gguf(folder, target, "f32")
     with torch.no_grad():
-        wanted = model(torch.tensor([PROMPTS[1]])).logits[0].numpy()
+        expected = model(torch.tensor([PROMPTS[1]])).logits[0].numpy()
     with Runtime(target, context_tokens=16, threads=1) as runtime:
-        assert np.abs(runtime.logits(PROMPTS[1]) - wanted).max() < tolerance
+        assert np.abs(runtime.logits(PROMPTS[1]) - expected).max() < tolerance
 
 
-def _renamed(folder: Path, rename: Any, **more: torch.Tensor) -> None:
+def _rename_weights(folder: Path, rename: Any, **extra: torch.Tensor) -> None:
     weights = load_file(folder / "model.safetensors")
-    save_file({rename(key): value for key, value in weights.items()} | more,
+    save_file({rename(key): value for key, value in weights.items()} | extra,
               folder / "model.safetensors")  # fmt: skip
 
 
 def test_a_sharded_model_with_settings_of_before_transformers_5(tmp_path: Path) -> None:
     folder = tmp_path / "model"
-    model = saved(folder, "llama", {"rope_parameters": LLAMA3})
+    model = save_model(folder, "llama", {"rope_parameters": LLAMA3})
     (folder / "model.safetensors").unlink()
     model.save_pretrained(folder, max_shard_size="20KB")
     assert len(list(folder.glob("*.safetensors"))) > 2
@@ -158,7 +160,7 @@ def test_a_sharded_model_with_settings_of_before_transformers_5(tmp_path: Path) 
     config["rope_theta"] = scaling.pop("rope_theta")
     config["rope_scaling"] = scaling
     (folder / "config.json").write_text(json.dumps(config))
-    _same_as(model, folder, tmp_path / "model.gguf")
+    _check_same_logits(model, folder, tmp_path / "model.gguf")
     next(folder.glob("*-00002-of-*.safetensors")).unlink()
     with pytest.raises(UserError, match="00002"):
         plan_gguf(folder, "f32")
@@ -166,26 +168,26 @@ def test_a_sharded_model_with_settings_of_before_transformers_5(tmp_path: Path) 
 
 def test_a_gpt2_as_the_hub_has_it(tmp_path: Path) -> None:
     folder = tmp_path / "model"
-    model = saved(folder, "gpt2")
+    model = save_model(folder, "gpt2")
     buffers = {f"h.{layer}.attn.bias": torch.ones(1, 1, 8, 8) for layer in range(2)}
-    _renamed(folder, lambda key: key.removeprefix("transformer."), **buffers)
-    _same_as(model, folder, tmp_path / "model.gguf", 1e-2)
+    _rename_weights(folder, lambda key: key.removeprefix("transformer."), **buffers)
+    _check_same_logits(model, folder, tmp_path / "model.gguf", 1e-2)
 
 
 def test_a_gemma_whose_settings_rely_on_defaults_beside_a_picture_tower(tmp_path: Path) -> None:
     folder = tmp_path / "model"
-    model = saved(folder, "gemma3_text", {"query_pre_attn_scalar": 256})
+    model = save_model(folder, "gemma3_text", {"query_pre_attn_scalar": 256})
     text = json.loads((folder / "config.json").read_text())
     for key in ("query_pre_attn_scalar", "rms_norm_eps", "layer_types", "architectures"):
         text.pop(key, None)
-    whole = {"model_type": "gemma3", "text_config": text, "vision_config": {}}
-    (folder / "config.json").write_text(json.dumps(whole))
-    _renamed(
+    config = {"model_type": "gemma3", "text_config": text, "vision_config": {}}
+    (folder / "config.json").write_text(json.dumps(config))
+    _rename_weights(
         folder,
         lambda key: key.replace("model.", "language_model.model.", 1),
         **{"vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.weight": torch.ones(4, 4)},
     )
-    _same_as(model, folder, tmp_path / "model.gguf", 1e-2)
+    _check_same_logits(model, folder, tmp_path / "model.gguf", 1e-2)
     assert "picture tower" in plan_gguf(folder, "f16").notes[0]
 
 
@@ -195,7 +197,7 @@ def test_our_own_reader_gets_the_model_back(arch: str, tmp_path: Path) -> None:
 
     # 256 is what every Gemma but the largest divides scores by; files do not say it.
     changes = {"phi3": {"sliding_window": None}, "gemma3_text": {"head_dim": 256}}.get(arch)
-    model = saved(tmp_path / "model", arch, changes)
+    model = save_model(tmp_path / "model", arch, changes)
     write_gguf(tmp_path / "model", tmp_path / "model.gguf", "f32")
     convert(tmp_path / "model.gguf", tmp_path / "back")
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "back").state_dict()
@@ -219,7 +221,7 @@ def test_our_own_reader_gets_the_model_back(arch: str, tmp_path: Path) -> None:
 )
 def test_types_are_as_near_as_their_bits(type: str, tolerance: float, tmp_path: Path) -> None:
     size = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "num_hidden_layers": 3}
-    model = saved(tmp_path / "model", "llama", size)
+    model = save_model(tmp_path / "model", "llama", size)
     plan = plan_gguf(tmp_path / "model", type)
     written = write_gguf(tmp_path / "model", tmp_path / "model.gguf", type)
     assert written == plan
@@ -227,28 +229,28 @@ def test_types_are_as_near_as_their_bits(type: str, tolerance: float, tmp_path: 
     header = (tmp_path / "model.gguf").stat().st_size - plan.bytes
     assert 0 < header < 20_000
     with torch.no_grad():
-        wanted = model(torch.tensor([PROMPTS[1]])).logits[0].numpy()
+        expected = model(torch.tensor([PROMPTS[1]])).logits[0].numpy()
     with Runtime(tmp_path / "model.gguf", context_tokens=64, threads=1) as runtime:
-        difference = runtime.logits(PROMPTS[1]) - wanted
+        difference = runtime.logits(PROMPTS[1]) - expected
     if type in ("f16", "bf16", "q8_0"):
         # Three layers, each of which adds its own rounding.
-        assert np.sqrt(np.mean(difference**2) / np.mean(wanted**2)) < 10 * tolerance
+        assert np.sqrt(np.mean(difference**2) / np.mean(expected**2)) < 10 * tolerance
     reader = GGUFReader(tmp_path / "model.gguf")
     errors = []
     for tensor in reader.tensors:
         if len(tensor.shape) == 2 and "attn_q" not in tensor.name and "attn_k" not in tensor.name:
             values = dequantize(tensor.data, tensor.tensor_type)
-            part = next(
-                own for path, own in model.state_dict().items()
+            original = next(
+                weight for path, weight in model.state_dict().items()
                 if f"{stored_name('llama', path.rpartition('.')[0])}.weight" == tensor.name
             ).numpy()  # fmt: skip
-            errors.append(np.sqrt(np.mean((values - part) ** 2) / np.mean(part**2)))
+            errors.append(np.sqrt(np.mean((values - original) ** 2) / np.mean(original**2)))
     assert len(errors) == 5 * 3 + 2
     assert max(errors) < tolerance
 
 
 def test_rows_that_do_not_fit_the_block_fall_back_and_say_so(tmp_path: Path) -> None:
-    saved(tmp_path / "model", "llama", {"hidden_size": 64, "num_hidden_layers": 8})
+    save_model(tmp_path / "model", "llama", {"hidden_size": 64, "num_hidden_layers": 8})
     plan = write_gguf(tmp_path / "model", tmp_path / "model.gguf", "q4_k_m")
     assert set(plan.fallbacks) == {("Q4_K", "Q5_0"), ("Q4_K", "F16"), ("Q6_K", "Q8_0"),
                                    ("Q6_K", "F16")}  # fmt: skip
@@ -265,7 +267,7 @@ TEXTS = [
 
 
 def test_the_template_and_the_tokens_are_the_same(tmp_path: Path) -> None:
-    saved(tmp_path / "model", "llama")
+    save_model(tmp_path / "model", "llama")
     tokenizer = tiny_tokenizer()
     write_gguf(tmp_path / "model", tmp_path / "model.gguf", "f16")
     chat = tokenizer.apply_chat_template(
@@ -282,7 +284,7 @@ def test_the_template_and_the_tokens_are_the_same(tmp_path: Path) -> None:
 
 
 def test_all_that_ends_an_answer_is_named(tmp_path: Path) -> None:
-    saved(tmp_path / "model", "llama")
+    save_model(tmp_path / "model", "llama")
     (tmp_path / "model" / "generation_config.json").write_text(
         json.dumps({"eos_token_id": [4, 2, 1]})
     )
@@ -292,19 +294,19 @@ def test_all_that_ends_an_answer_is_named(tmp_path: Path) -> None:
 
 
 def test_padding_rows_of_the_vocabulary_are_tokens_of_no_use(tmp_path: Path) -> None:
-    model = saved(tmp_path / "model", "llama")
+    model = save_model(tmp_path / "model", "llama")
     model.resize_token_embeddings(384)
     model.save_pretrained(tmp_path / "model")
     write_gguf(tmp_path / "model", tmp_path / "model.gguf", "f32")
     with torch.no_grad():
-        wanted = model(torch.tensor([PROMPTS[0]])).logits[0].numpy()
+        expected = model(torch.tensor([PROMPTS[0]])).logits[0].numpy()
     with Runtime(tmp_path / "model.gguf", context_tokens=64, threads=1) as runtime:
         assert runtime.vocabulary_size == 384
-        assert np.abs(runtime.logits(PROMPTS[0]) - wanted).max() < 1e-4
+        assert np.abs(runtime.logits(PROMPTS[0]) - expected).max() < 1e-4
 
 
 @pytest.mark.parametrize(
-    ("arch", "changes", "words"),
+    ("arch", "changes", "message"),
     [
         ("opt", {}, "'opt'"),
         ("mixtral", {}, "'mixtral'"),
@@ -322,15 +324,15 @@ def test_padding_rows_of_the_vocabulary_are_tokens_of_no_use(tmp_path: Path) -> 
     ],
 )  # fmt: skip
 def test_what_llama_cpp_does_not_compute_is_refused(
-    arch: str, changes: dict[str, Any], words: str, tmp_path: Path
+    arch: str, changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     # Some of these no class of transformers builds: they stand in the file alone.
     folder = tmp_path / "model"
-    saved(folder, arch, {} if arch == "qwen2" else changes)
+    save_model(folder, arch, {} if arch == "qwen2" else changes)
     if arch == "qwen2":
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, **changes}))
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=message):
         write_gguf(tmp_path / "model", tmp_path / "model.gguf", "f16")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
@@ -339,23 +341,23 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, target = tmp_path / "model", tmp_path / "model.gguf"
-    saved(folder, "llama")
+    save_model(folder, "llama")
     weights = (folder / "model.safetensors").read_bytes()
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
 
-    def refused(words: str, type: str = "f16") -> None:
-        with pytest.raises(UserError, match=words) as error:
+    def assert_refused(message: str, type: str = "f16") -> None:
+        with pytest.raises(UserError, match=message) as error:
             write_gguf(folder, target, type)
         assert "\n" not in str(error.value)
         assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
-    refused("q4_k_x.*q4_k_m", "q4_k_x")
+    assert_refused("q4_k_x.*q4_k_m", "q4_k_x")
     (folder / "model.safetensors").write_bytes(weights[:-64])
-    refused("torn")
+    assert_refused("torn")
     (folder / "model.safetensors").write_bytes(weights[:20])
-    refused("safetensors file")
+    assert_refused("safetensors file")
     (folder / "model.safetensors").write_bytes(weights)
-    for change, words in [
+    for change, message in [
         ({"model": {**tokenizer["model"], "type": "Unigram"}}, "Unigram"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "Whitespace.*other tokens"),
         ({"model": {"type": "BPE"}}, "tokenizer.json is no tokenizer"),
@@ -363,12 +365,12 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(
         ({"added_tokens": [{"id": 900, "content": "<more>"}]}, "token 900 .* 320 rows"),
     ]:
         (folder / "tokenizer.json").write_text(json.dumps({**tokenizer, **change}))
-        refused(words)
+        assert_refused(message)
     (folder / "tokenizer.json").unlink()
-    refused("no tokenizer.json")
+    assert_refused("no tokenizer.json")
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     config = json.loads((folder / "config.json").read_text())
-    for values, words in [
+    for values, message in [
         ({"num_hidden_layers": 3}, "lacks the weight"),
         ({"num_hidden_layers": "many"}, "config.json holds settings.*many"),
         ({"num_attention_heads": 0}, "0 heads"),
@@ -379,7 +381,7 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantised already"),
     ]:
         (folder / "config.json").write_text(json.dumps({**config, **values}))
-        refused(words)
+        assert_refused(message)
     (folder / "config.json").write_text(json.dumps(config))
 
     def full(*_: Any, **__: Any) -> None:
@@ -387,22 +389,22 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr("gguf.GGUFWriter.write_tensor_data", full)
-        refused("disk is full")
+        assert_refused("disk is full")
     model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
         model.model.norm.weight[3] = float("nan")
     model.save_pretrained(folder)
-    refused("not finite")
+    assert_refused("not finite")
 
 
 def test_a_torn_file_is_refused_by_the_runtime(tmp_path: Path) -> None:
-    saved(tmp_path / "model", "llama")
+    save_model(tmp_path / "model", "llama")
     target = tmp_path / "model.gguf"
     write_gguf(tmp_path / "model", target, "f16")
-    whole = target.read_bytes()
-    for size, words in [(100, "torn"), (len(whole) - 64, "torn"), (3, "not a GGUF file")]:
-        target.write_bytes(whole[:size])
-        with pytest.raises(UserError, match=words):
+    content = target.read_bytes()
+    for size, message in [(100, "torn"), (len(content) - 64, "torn"), (3, "not a GGUF file")]:
+        target.write_bytes(content[:size])
+        with pytest.raises(UserError, match=message):
             Runtime(target, context_tokens=16)
 
 
@@ -421,8 +423,8 @@ def test_the_runtime_says_why_llama_cpp_refuses(tmp_path: Path) -> None:
 
 def test_memory_is_that_of_a_few_tensors(tmp_path: Path) -> None:
     size = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 12}
-    model = saved(tmp_path / "model", "llama", size)
-    whole = sum(weight.nbytes for weight in model.state_dict().values())
+    model = save_model(tmp_path / "model", "llama", size)
+    model_bytes = sum(weight.nbytes for weight in model.state_dict().values())
     largest = max(weight.nbytes for weight in model.state_dict().values())
     write_gguf(tmp_path / "model", tmp_path / "warm.gguf", "q4_k_m")  # packages are loaded
     tracemalloc.start()
@@ -432,4 +434,4 @@ def test_memory_is_that_of_a_few_tensors(tmp_path: Path) -> None:
     finally:
         tracemalloc.stop()
     # As read, reordered, checked for numbers that are not finite, packed; and the header.
-    assert peak < 5 * largest + 2**20 < whole / 4
+    assert peak < 5 * largest + 2**20 < model_bytes / 4

@@ -79,7 +79,7 @@ def test_llama_cpp_answers_as_peft(arch: str, settings: dict[str, Any], tmp_path
     file = tmp_path / "adapter.gguf"
     write_gguf_adapter(tmp_path / "adapter", model.config, file)
     with torch.no_grad():
-        wanted = model(torch.tensor([IDS])).logits[0].log_softmax(-1).numpy()
+        expected = model(torch.tensor([IDS])).logits[0].log_softmax(-1).numpy()
         with model.disable_adapter():
             plain = model(torch.tensor([IDS])).logits[0].log_softmax(-1).numpy()
     with Runtime(base, {file: 1.0}, context_tokens=64, threads=1) as runtime:
@@ -88,10 +88,10 @@ def test_llama_cpp_answers_as_peft(arch: str, settings: dict[str, Any], tmp_path
         alone = runtime.log_probabilities(IDS)
     # float32 on both sides; GELU is a table of float16 in llama.cpp.
     tolerance = 1e-2 if arch.startswith("g") else 2e-4
-    assert np.abs(adapted - wanted).max() < tolerance
+    assert np.abs(adapted - expected).max() < tolerance
     assert np.abs(alone - plain).max() < tolerance
     if settings.get("lora_alpha") != 0:
-        assert np.abs(wanted - plain).max() > 0.5
+        assert np.abs(expected - plain).max() > 0.5
 
 
 def test_two_adapters_are_summed_by_their_scales(tmp_path: Path) -> None:
@@ -107,13 +107,13 @@ def test_two_adapters_are_summed_by_their_scales(tmp_path: Path) -> None:
     )
     model.set_adapter("both")
     with torch.no_grad():
-        wanted = model(torch.tensor([IDS])).logits[0].log_softmax(-1).numpy()
+        expected = model(torch.tensor([IDS])).logits[0].log_softmax(-1).numpy()
     with Runtime(base, dict.fromkeys(files, 0.5), context_tokens=64, threads=1) as runtime:
-        assert np.abs(runtime.log_probabilities(IDS) - wanted).max() < 2e-4
+        assert np.abs(runtime.log_probabilities(IDS) - expected).max() < 2e-4
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("settings", "message"),
     [
         ({"use_dora": True}, "use_dora"),
         ({"modules_to_save": ["lm_head"]}, "lm_head"),
@@ -124,13 +124,13 @@ def test_two_adapters_are_summed_by_their_scales(tmp_path: Path) -> None:
     ],
 )
 def test_what_llama_cpp_would_drop_is_refused(
-    settings: dict[str, Any], words: str, tmp_path: Path
+    settings: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     changes = {"attention_bias": True} if "bias" in settings else {}
     model = tiny_model("llama", **changes)
     values = {"r": 4, "target_modules": COMMON, **settings}
     get_peft_model(model, LoraConfig(**values)).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(UserError, match=words) as error:
+    with pytest.raises(UserError, match=message) as error:
         write_gguf_adapter(tmp_path / "adapter", tiny_config("llama"), tmp_path / "a.gguf")
     assert "--as merged" in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
@@ -144,7 +144,7 @@ def test_an_adapter_of_a_shared_head_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arch", "changes", "words"),
+    ("arch", "changes", "message"),
     [
         ("llama", {"hidden_size": 64}, "another model"),
         ("llama", {"num_hidden_layers": 1}, "another model"),
@@ -153,10 +153,10 @@ def test_an_adapter_of_a_shared_head_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_an_adapter_of_another_base_is_refused(
-    arch: str, changes: dict[str, Any], words: str, tmp_path: Path
+    arch: str, changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     adapter(tmp_path / "adapter", "llama")
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=message):
         write_gguf_adapter(tmp_path / "adapter", tiny_config(arch, **changes), tmp_path / "a.gguf")
 
 

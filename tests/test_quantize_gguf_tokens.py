@@ -42,10 +42,10 @@ TEXTS = [
 SPECIAL = ["<pad>", "<s>", "</s>", "<|im_end|>"]
 
 
-def trained(core: Tokenizer, **more: Any) -> PreTrainedTokenizerFast:
+def trained(core: Tokenizer, **trainer_options: Any) -> PreTrainedTokenizerFast:
     """A tokenizer with merges learnt from the corpus."""
     trainer = trainers.BpeTrainer(vocab_size=ROWS - 20, special_tokens=SPECIAL, show_progress=False,
-                                  **more)  # fmt: skip
+                                  **trainer_options)  # fmt: skip
     core.train_from_iterator(CORPUS * 3, trainer)
     core.add_tokens([AddedToken("<tool>", normalized=False, special=False)])
     return PreTrainedTokenizerFast(
@@ -86,13 +86,18 @@ def sentencepiece(prefix: bool, bos: bool) -> PreTrainedTokenizerFast:
     vocabulary = state["model"]["vocab"]
     free = ROWS - 10
     # Learnt words make room for the bytes, and the merges into them go.
-    kept = {word: token for word, token in vocabulary.items() if token < free - 256}
+    kept_words = {word: token for word, token in vocabulary.items() if token < free - 256}
     state["model"]["merges"] = [
-        merge for merge in state["model"]["merges"] if "".join(merge) in kept
+        merge for merge in state["model"]["merges"] if "".join(merge) in kept_words
     ]
-    taken = max(kept.values()) + 1
-    state["model"]["vocab"] = {**kept, **{byte: taken + at for at, byte in enumerate(byte_tokens)}}
-    state["added_tokens"] = [own for own in state["added_tokens"] if own["content"] in kept]
+    next_id = max(kept_words.values()) + 1
+    state["model"]["vocab"] = {
+        **kept_words,
+        **{byte: next_id + index for index, byte in enumerate(byte_tokens)},
+    }
+    state["added_tokens"] = [
+        token for token in state["added_tokens"] if token["content"] in kept_words
+    ]
     core = Tokenizer.from_str(json.dumps(state))
     if bos:
         core.post_processor = processors.TemplateProcessing(

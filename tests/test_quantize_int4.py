@@ -23,9 +23,9 @@ pytest.importorskip("auto_round")
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "tied"
-    made = tiny_model("llama", dtype=torch.bfloat16, hidden_size=64, intermediate_size=128,
-                      num_hidden_layers=1, tie_word_embeddings=True)  # fmt: skip
-    made.save_pretrained(folder)
+    llama = tiny_model("llama", dtype=torch.bfloat16, hidden_size=64, intermediate_size=128,
+                       num_hidden_layers=1, tie_word_embeddings=True)  # fmt: skip
+    llama.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 
@@ -52,24 +52,24 @@ def one_by_one(weight: Tensor, moments: Tensor, scales: Tensor, size: int) -> Te
     H = moments.double().clone()
     H.diagonal().add_(gptq.DAMPING * H.diagonal().mean())
     order = torch.argsort(moments.diagonal(), descending=True, stable=True).tolist()
-    left, integers = weight.double().clone(), torch.zeros_like(weight, dtype=torch.float64)
+    remaining, integers = weight.double().clone(), torch.zeros_like(weight, dtype=torch.float64)
     for place, column in enumerate(order):
-        rest = order[place + 1 :]
+        later = order[place + 1 :]
         scale = scales[:, column // size].double()
-        integers[:, column] = (left[:, column] / scale).round().clamp(-8, 7)
-        wrong = left[:, column] - integers[:, column] * scale
-        if rest:  # least squares over the columns that are still free
-            taken = torch.linalg.solve(H[rest][:, rest], H[rest][:, [column]])
-            left[:, rest] += wrong[:, None] * taken.T
+        integers[:, column] = (remaining[:, column] / scale).round().clamp(-8, 7)
+        errors = remaining[:, column] - integers[:, column] * scale
+        if later:  # least squares over the columns that are still free
+            coefficients = torch.linalg.solve(H[later][:, later], H[later][:, [column]])
+            remaining[:, later] += errors[:, None] * coefficients.T
     return integers
 
 
 def test_each_column_is_made_up_for_by_the_rest() -> None:
     weight, x = layer()
     integers, scales = gptq.rounded(weight, x.T @ x, 32)
-    wanted = one_by_one(weight, x.T @ x, scales, 32)
+    expected = one_by_one(weight, x.T @ x, scales, 32)
     # Ties in float32 may fall the other way, and what follows them with it.
-    assert (integers != wanted).float().mean() < 0.01
+    assert (integers != expected).float().mean() < 0.01
     plain = dense(*gptq.rounded_plainly(weight, 32))
     assert error(dense(integers, scales), weight, x) < 0.3 * error(plain, weight, x)
 
@@ -81,8 +81,8 @@ def test_searched_scales_are_never_worse_than_the_plain_ones() -> None:
     for scales in (gptq.searched_scales(weight, 32, importance), gptq.plain_scales(weight, 32)):
         groups = weight.unflatten(1, (-1, 32))
         integers = (groups / scales[..., None]).round().clamp(-8, 7)
-        off = ((integers * scales[..., None] - groups).flatten(1).pow(2) * importance).sum(1)
-        weighted.append(off)
+        errors = ((integers * scales[..., None] - groups).flatten(1).pow(2) * importance).sum(1)
+        weighted.append(errors)
     assert (weighted[0] <= weighted[1]).all()
     assert weighted[0].sum() < weighted[1].sum()
 
@@ -109,9 +109,9 @@ def test_plain_rounding_is_auto_rounds_own_file(model: Path, tmp_path: Path) -> 
     )  # fmt: skip
     theirs.quantize_and_save(str(tmp_path / "theirs"), format="auto_round")
     file = next((tmp_path / "theirs").rglob("*.safetensors"))
-    ours, wanted = load_file(tmp_path / "model.safetensors"), load_file(file)
-    assert set(ours) == set(wanted)
-    for name, value in wanted.items():
+    ours, expected = load_file(tmp_path / "model.safetensors"), load_file(file)
+    assert set(ours) == set(expected)
+    for name, value in expected.items():
         if name.endswith(".qzeros"):
             assert torch.equal(ours[name], value), name
         elif name.endswith((".qweight", ".scales")):
@@ -119,10 +119,10 @@ def test_plain_rounding_is_auto_rounds_own_file(model: Path, tmp_path: Path) -> 
             assert (ours[name] != value).float().mean() < 0.05, name
         else:
             torch.testing.assert_close(ours[name].float(), value.float(), rtol=1e-2, atol=0)
-    said = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
-    own = json.loads((file.parent / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    reference = json.loads((file.parent / "config.json").read_text(encoding="utf-8"))
     for key in ("bits", "group_size", "sym", "packing_format", "quant_method", "data_type"):
-        assert said["quantization_config"][key] == own["quantization_config"][key], key
+        assert config["quantization_config"][key] == reference["quantization_config"][key], key
 
 
 def test_a_calibrated_folder_loads_and_is_nearer_than_plain_rounding(
@@ -135,15 +135,17 @@ def test_a_calibrated_folder_loads_and_is_nearer_than_plain_rounding(
     divergence: dict[str, float] = {}
     sizes: dict[str, int] = {}
     with torch.no_grad():
-        near = torch.log_softmax(original(ids).logits, -1)
-        for kind in ("int4:rounded", "int4"):
-            folder = tmp_path / kind.replace(":", "-")
+        original_log_probs = torch.log_softmax(original(ids).logits, -1)
+        for format_name in ("int4:rounded", "int4"):
+            folder = tmp_path / format_name.replace(":", "-")
             folder.mkdir()
-            make(kind, model, folder, rows)
-            sizes[kind] = (folder / "model.safetensors").stat().st_size
+            make(format_name, model, folder, rows)
+            sizes[format_name] = (folder / "model.safetensors").stat().st_size
             loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-            far = torch.log_softmax(loaded(ids).logits.float(), -1)
-            divergence[kind] = float((near.exp() * (near - far)).sum(-1).mean())
+            loaded_log_probs = torch.log_softmax(loaded(ids).logits.float(), -1)
+            divergence[format_name] = float(
+                (original_log_probs.exp() * (original_log_probs - loaded_log_probs)).sum(-1).mean()
+            )
     assert divergence["int4"] < 0.8 * divergence["int4:rounded"]
     assert sizes["int4"] == sizes["int4:rounded"]
 
@@ -155,7 +157,7 @@ def test_layers_of_several_kinds_get_their_own_masks() -> None:
     states, calls = int4._inputs(model, layers, [list(range(5, 40))])
     with torch.no_grad():
         out = states[0]
-        for number, own in enumerate(layers):
-            out = int4._first(own(out, **calls[0][number]))
-        wanted = model.model(torch.arange(5, 40)[None]).last_hidden_state
-        torch.testing.assert_close(model.model.norm(out), wanted)
+        for number, decoder_layer in enumerate(layers):
+            out = int4._first(decoder_layer(out, **calls[0][number]))
+        expected = model.model(torch.arange(5, 40)[None]).last_hidden_state
+        torch.testing.assert_close(model.model.norm(out), expected)

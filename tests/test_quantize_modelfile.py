@@ -63,17 +63,17 @@ def go(template: str, messages: list[dict[str, str]]) -> str:
                 place += 1
             elif action == "range .Messages":
                 start, end = place + 1, place
-                for own in messages:
-                    part, end = block(start, own, live)
-                    text += part
+                for chat_message in messages:
+                    piece, end = block(start, chat_message, live)
+                    text += piece
                 place = end + 1
             elif action.startswith("if "):
-                done = False
+                matched = False
                 while True:
-                    taken = live and not done and holds(tokens[place][2:-2].strip(), message)
-                    part, place = block(place + 1, message, taken)
-                    text += part
-                    done = done or taken
+                    active = live and not matched and holds(tokens[place][2:-2].strip(), message)
+                    piece, place = block(place + 1, message, active)
+                    text += piece
+                    matched = matched or active
                     if tokens[place] == "{{ end }}":
                         break
                 place += 1
@@ -98,11 +98,11 @@ def go(template: str, messages: list[dict[str, str]]) -> str:
 def test_the_go_template_renders_the_same(template: str, system: bool) -> None:
     tokenizer = tiny_tokenizer(template=template)
     text = modelfile(tokenizer, source="model.gguf", stops=["<|im_end|>"])
-    found = re.search(r'TEMPLATE """(.*?)"""', text, re.S)
-    assert found is not None
+    match = re.search(r'TEMPLATE """(.*?)"""', text, re.S)
+    assert match is not None
     for chat in [*CHATS, *([WITH_SYSTEM] if system else [])]:
-        wanted = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        assert go(found[1], chat) == wanted
+        expected = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        assert go(match[1], chat) == expected
 
 
 @pytest.mark.parametrize("template", [SHOUTS, COUNTS])

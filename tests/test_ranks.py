@@ -38,14 +38,14 @@ def settings(tiny_folder: Path, chat_file: Path, tmp_path: Path) -> dict[str, An
     }  # fmt: skip
 
 
-def ranks(settings: dict[str, Any], *words: str, count: int = 2, **changes: Any) -> list[Forked]:
+def ranks(settings: dict[str, Any], *options: str, count: int = 2, **changes: Any) -> list[Forked]:
     """`lighten train` as so many ranks, as torchrun starts them."""
     flags = [f"{key}={json.dumps(value) if isinstance(value, list) else value}"
              for key, value in {**settings, **changes}.items()]  # fmt: skip
     port = str(free_port())
     return [
         processes.start(
-            "train", *flags, *words, LIGHTEN_DEVICE="cpu", WORLD_SIZE=str(count), RANK=str(rank),
+            "train", *flags, *options, LIGHTEN_DEVICE="cpu", WORLD_SIZE=str(count), RANK=str(rank),
             LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1",
             MASTER_PORT=port,
         )
@@ -53,8 +53,8 @@ def ranks(settings: dict[str, Any], *words: str, count: int = 2, **changes: Any)
     ]  # fmt: skip
 
 
-def ended(started: list[Forked]) -> list[int]:
-    return [own.wait(120) for own in started]
+def wait_for_exit(started: list[Forked]) -> list[int]:
+    return [process.wait(120) for process in started]
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
@@ -70,9 +70,9 @@ def assert_equal_runs(ours: Run, theirs: Run) -> None:
     assert [(m["kind"], m["step"], m["adapter"]) for m in ours.metrics()] == [
         (m["kind"], m["step"], m["adapter"]) for m in theirs.metrics()
     ]
-    for one, other in zip(ours.metrics(), theirs.metrics(), strict=True):
-        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
-        assert one["supervised_tokens"] == other["supervised_tokens"]
+    for row, expected_row in zip(ours.metrics(), theirs.metrics(), strict=True):
+        assert row["loss"] == pytest.approx(expected_row["loss"], rel=1e-5)
+        assert row["supervised_tokens"] == expected_row["supervised_tokens"]
     expected = weights(theirs)
     for key, value in weights(ours).items():
         assert float((value - expected[key]).abs().max()) < 2e-5
@@ -89,32 +89,32 @@ def wait_for_step(run: Path, step: int) -> None:
 def test_traps_3_38_41_two_ranks_end_and_go_on_as_one_process(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    whole = {**settings, "gradient_accumulation_steps": 2, "output_dir": str(tmp_path / "one")}
-    one = lighten.train(progress=False, **whole)
-    assert ended(ranks(settings)) == [0, 0]
-    two = Run(settings["output_dir"])
-    assert_equal_runs(two, one)
+    single = {**settings, "gradient_accumulation_steps": 2, "output_dir": str(tmp_path / "one")}
+    one_run = lighten.train(progress=False, **single)
+    assert wait_for_exit(ranks(settings)) == [0, 0]
+    two_ranks = Run(settings["output_dir"])
+    assert_equal_runs(two_ranks, one_run)
 
     # Its beginning goes on as one process: the steps are those it began with.
     folder = tmp_path / "alone"
-    shutil.copytree(two.folder, folder)
+    shutil.copytree(two_ranks.folder, folder)
     for checkpoint in checkpoints.listing(folder / "checkpoints")[1:]:
         shutil.rmtree(checkpoint)
     shutil.rmtree(folder / "adapters")
-    (folder / "run.json").write_text(json.dumps({**two.info(), "status": "interrupted"}))
+    (folder / "run.json").write_text(json.dumps({**two_ranks.info(), "status": "interrupted"}))
     lighten.train(progress=False, resume=True, **{**settings, "output_dir": str(folder)})
-    assert_equal_runs(Run(folder), one)
+    assert_equal_runs(Run(folder), one_run)
 
 
-@pytest.mark.parametrize("asks", list(foreign.UNBUILT))
+@pytest.mark.parametrize("variable", list(foreign.UNBUILT))
 def test_what_accelerate_would_ignore_is_refused(
-    asks: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    variable: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(asks, "true")
-    with pytest.raises(UserError, match=f"asks for {foreign.UNBUILT[asks]}"):
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(UserError, match=f"asks for {foreign.UNBUILT[variable]}"):
         lighten.train(progress=False, **settings)
     assert not Path(settings["output_dir"]).exists()
-    monkeypatch.setenv(asks, "false")
+    monkeypatch.setenv(variable, "false")
     assert launch.recognise() == Launch()
 
 
@@ -138,7 +138,7 @@ def test_a_launcher_is_recognised_by_its_environment() -> None:
     assert launch.recognise({"SLURM_PROCID": "0", "SLURM_NTASKS": "7"}) == Launch()
 
 
-@pytest.mark.parametrize(("variables", "says"), [
+@pytest.mark.parametrize(("variables", "message"), [
     ({"WORLD_SIZE": "2"}, "RANK is not set"),
     ({"WORLD_SIZE": "2", "RANK": "1"}, "LOCAL_RANK is not set"),
     ({"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0"}, "RANK is 2, but WORLD_SIZE is 2"),
@@ -146,9 +146,9 @@ def test_a_launcher_is_recognised_by_its_environment() -> None:
     ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, "MASTER_ADDR is not set"),
 ])  # fmt: skip
 def test_a_launcher_that_contradicts_itself_is_told_so(
-    variables: dict[str, str], says: str
+    variables: dict[str, str], message: str
 ) -> None:
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         launch.recognise(variables)
 
 
@@ -190,7 +190,7 @@ def test_a_signal_to_any_rank_saves_and_ends_all_and_a_lost_one_is_told(
     wait_for_step(Path(settings["output_dir"]), 3)
     run = Run(settings["output_dir"])
     started[1].send_signal(signal.SIGTERM)
-    assert ended(started) == [128 + signal.SIGTERM] * 2
+    assert wait_for_exit(started) == [128 + signal.SIGTERM] * 2
     step = checkpoints.read_state(checkpoints.listing(run.folder / "checkpoints")[-1]).step
     assert step == max(line["step"] for line in run.metrics())
     assert run.info()["status"] == "interrupted"
@@ -199,7 +199,7 @@ def test_a_signal_to_any_rank_saves_and_ends_all_and_a_lost_one_is_told(
     wait_for_step(run.folder, step + 2)
     started[1].send_signal(signal.SIGKILL)
     began = time.monotonic()
-    assert ended(started) == [2, -signal.SIGKILL]
+    assert wait_for_exit(started) == [2, -signal.SIGKILL]
     assert time.monotonic() - began < 30
     assert run.info()["status"] == "interrupted"
     assert "rank 0 of 2 stopped because another rank has ended" in run.info()["error"]
@@ -220,12 +220,17 @@ def test_ranks_on_one_machine_keep_one_copy_of_a_frozen_base(
     started = ranks(settings)
     try:
         wait_for_step(Path(settings["output_dir"]), 3)
-        maps = [psutil.Process(own._process.pid).memory_maps() for own in started]
+        maps = [psutil.Process(process._process.pid).memory_maps() for process in started]
     finally:
-        for own in started:
-            own.send_signal(signal.SIGKILL)
-        ended(started)
-    mapped = [part for each in maps for part in each if part.path.endswith("model.safetensors")]
-    assert len(mapped) == len(started), [part.path for part in maps[0] if part.rss > 2**20]
-    assert 0.5 * size < sum(part.pss for part in mapped) <= 1.1 * size
-    assert all(part.anonymous == 0 for part in mapped)  # nobody wrote to a page of it
+        for process in started:
+            process.send_signal(signal.SIGKILL)
+        wait_for_exit(started)
+    mapped = [
+        mapping
+        for rank_maps in maps
+        for mapping in rank_maps
+        if mapping.path.endswith("model.safetensors")
+    ]
+    assert len(mapped) == len(started), [mapping.path for mapping in maps[0] if mapping.rss > 2**20]
+    assert 0.5 * size < sum(mapping.pss for mapping in mapped) <= 1.1 * size
+    assert all(mapping.anonymous == 0 for mapping in mapped)  # nobody wrote to a page of it

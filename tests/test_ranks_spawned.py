@@ -30,9 +30,9 @@ def settings(tiny_folder: Path, chat_file: Path, tmp_path: Path) -> dict[str, An
     }  # fmt: skip
 
 
-def start(settings: dict[str, Any], *words: str) -> Forked:
+def start(settings: dict[str, Any], *options: str) -> Forked:
     flags = [f"{key}={value}" for key, value in settings.items()]
-    return processes.start("train", *flags, "--processes", "2", *words)
+    return processes.start("train", *flags, "--processes", "2", *options)
 
 
 def ranks_of(launcher: Forked, metrics: Path, step: int) -> dict[int, psutil.Process]:
@@ -42,11 +42,11 @@ def ranks_of(launcher: Forked, metrics: Path, step: int) -> dict[int, psutil.Pro
         assert launcher.poll() is None, launcher.communicate()
         assert time.monotonic() < until, f"step {step} never came"
         time.sleep(0.05)
-    found = psutil.Process(launcher._process.pid).children()
-    return {int(own.environ()["RANK"]): own for own in found if "RANK" in own.environ()}
+    children = psutil.Process(launcher._process.pid).children()
+    return {int(child.environ()["RANK"]): child for child in children if "RANK" in child.environ()}
 
 
-def all_gone(ranks: dict[int, psutil.Process], seconds: float) -> bool:
+def all_ended(ranks: dict[int, psutil.Process], seconds: float) -> bool:
     return not psutil.wait_procs(list(ranks.values()), timeout=seconds)[1]
 
 
@@ -63,16 +63,16 @@ def test_a_mistake_is_told_once_in_the_rank_s_own_words(capfd: pytest.CaptureFix
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize(("how", "says"), [
+@pytest.mark.parametrize(("options", "message"), [
     ({"processes": 2, "gpus": 2}, "not both"),
     ({"processes": 0}, "--processes is 0; give 1 or more"),
     ({"gpus": -1}, "--gpus is -1"),
 ])  # fmt: skip
 def test_numbers_of_ranks_that_make_no_sense(
-    how: dict[str, int], says: str, settings: dict[str, Any]
+    options: dict[str, int], message: str, settings: dict[str, Any]
 ) -> None:
-    with pytest.raises(UserError, match=says):
-        lighten.train(progress=False, **how, **settings)
+    with pytest.raises(UserError, match=message):
+        lighten.train(progress=False, **options, **settings)
 
 
 def test_a_rank_starts_no_ranks(monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]) -> None:
@@ -93,14 +93,14 @@ def test_a_killed_rank_ends_the_others_with_its_name(settings: dict[str, Any]) -
     assert sorted(ranks) == [0, 1]
     ranks[1].kill()
     began = time.monotonic()
-    said = launcher.communicate(60)[0]
+    output = launcher.communicate(60)[0]
     assert time.monotonic() - began < 30
     assert launcher.returncode == 2
-    assert f"error: rank 1 of 2 (process {ranks[1].pid}) was killed by SIGKILL" in said
-    assert f"go on with: lighten train --resume {settings['output_dir']} --processes 2" in said
-    assert "Traceback" not in said
-    assert said.count("chat template:") == 1  # of rank 0 alone
-    assert all_gone(ranks, 0)
+    assert f"error: rank 1 of 2 (process {ranks[1].pid}) was killed by SIGKILL" in output
+    assert f"go on with: lighten train --resume {settings['output_dir']} --processes 2" in output
+    assert "Traceback" not in output
+    assert output.count("chat template:") == 1  # of rank 0 alone
+    assert all_ended(ranks, 0)
     assert Run(settings["output_dir"]).info()["status"] == "interrupted"
 
 
@@ -112,17 +112,17 @@ def test_a_stop_is_passed_on_and_a_killed_launcher_leaves_no_orphan(
     launcher = start(settings)
     ranks = ranks_of(launcher, folder / "metrics.jsonl", 1)
     launcher.send_signal(signal.SIGTERM)
-    said = launcher.communicate(60)[0]
+    output = launcher.communicate(60)[0]
     assert launcher.returncode == 128 + signal.SIGTERM
-    assert said.count("stopped by SIGTERM after step") == 1
-    assert all_gone(ranks, 0)
+    assert output.count("stopped by SIGTERM after step") == 1
+    assert all_ended(ranks, 0)
     step = checkpoints.read_state(checkpoints.listing(folder / "checkpoints")[-1]).step
     assert step == max(line["step"] for line in Run(folder).metrics())
 
     launcher = start(settings, "--resume")
     ranks = ranks_of(launcher, folder / "metrics.jsonl", step + 2)
     launcher.send_signal(signal.SIGKILL)
-    assert all_gone(ranks, 10)
+    assert all_ended(ranks, 10)
 
 
 @pytest.mark.slow

@@ -22,14 +22,14 @@ def values(chat_file: Path) -> dict[str, Any]:
     return {"model_name_or_path": "m", "dataset": str(chat_file)}
 
 
-def written(tmp_path: Path, text: str) -> Path:
+def write_recipe(tmp_path: Path, text: str) -> Path:
     path = tmp_path / "recipe.yaml"
     path.write_text(text, encoding="utf-8")
     return path
 
 
 def test_a_recipe_file_reads_numbers_as_people_write_them(tmp_path: Path, chat_file: Path) -> None:
-    path = written(
+    path = write_recipe(
         tmp_path,
         f"model_name_or_path: m\ndataset: {chat_file}\nlearning_rate: 1e-4\nlora_alpha: 32\n"
         "adam_epsilon: 1E-8\nlora_dropout: .1\n",
@@ -42,7 +42,7 @@ def test_a_recipe_file_reads_numbers_as_people_write_them(tmp_path: Path, chat_f
 
 def test_paths_mean_the_recipes_folder_if_they_are_there(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
-    path = written(tmp_path, "model_name_or_path: smollm2-135m\ndataset: data\n")
+    path = write_recipe(tmp_path, "model_name_or_path: smollm2-135m\ndataset: data\n")
     recipe = Recipe.from_file(path)
     assert recipe.dataset == str(tmp_path / "data")
     assert recipe.model_name_or_path == "smollm2-135m"
@@ -51,26 +51,26 @@ def test_paths_mean_the_recipes_folder_if_they_are_there(tmp_path: Path) -> None
 
 
 def test_every_problem_is_told_at_once_with_key_value_line_and_mend(tmp_path: Path) -> None:
-    path = written(
+    path = write_recipe(
         tmp_path,
         "model_name_or_path: m\ndataset: nowhere.jsonl\nlora_rr: 3\nmax_length: long\ndtype: int3\n"
         "evaluate:\n  max_exampels: 3\nlora_r: 0\n",
     )
     with pytest.raises(RecipeError) as error:
         Recipe.from_file(path, {"learning_rate": -1})
-    told = str(error.value).splitlines()
-    assert f"{path}:3: lora_rr is not a setting; did you mean lora_r?" in told
-    assert any(row.startswith(f"{path}:4: max_length: 'long' does not do") for row in told)
+    messages = str(error.value).splitlines()
+    assert f"{path}:3: lora_rr is not a setting; did you mean lora_r?" in messages
+    assert any(row.startswith(f"{path}:4: max_length: 'long' does not do") for row in messages)
     assert f"{path}:5: dtype: 'int3' does not do; use 'auto', 'float32', 'bfloat16' or 'float16'" \
-        in told  # fmt: skip
+        in messages  # fmt: skip
     assert any("evaluate.max_exampels is not a setting; did you mean max_examples" in r
-               for r in told)  # fmt: skip
-    assert any(row.startswith(f"{path}:8: lora_r: 0") for row in told)
-    assert any(row.startswith("command line: learning_rate: -1") for row in told)
+               for r in messages)  # fmt: skip
+    assert any(row.startswith(f"{path}:8: lora_r: 0") for row in messages)
+    assert any(row.startswith("command line: learning_rate: -1") for row in messages)
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("lora_r: 8\nlora_r: 9\n", r":2: lora_r stands twice, first on line 1"),
         (
@@ -81,13 +81,13 @@ def test_every_problem_is_told_at_once_with_key_value_line_and_mend(tmp_path: Pa
         ("- 1\n", "it must hold settings"),
     ],
 )
-def test_a_file_that_is_no_recipe_says_why(tmp_path: Path, text: str, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        Recipe.from_file(written(tmp_path, text))
+def test_a_file_that_is_no_recipe_says_why(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Recipe.from_file(write_recipe(tmp_path, text))
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         (
             {"warmup_ratio": 0.1, "warmup_steps": 3},
@@ -127,9 +127,9 @@ def test_a_file_that_is_no_recipe_says_why(tmp_path: Path, text: str, says: str)
     ],
 )
 def test_settings_that_contradict_each_other_are_errors(
-    values: dict[str, Any], changes: dict[str, Any], says: str
+    values: dict[str, Any], changes: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(RecipeError, match=says):
+    with pytest.raises(RecipeError, match=message):
         Recipe.from_values({**values, **changes})
 
 
@@ -166,20 +166,20 @@ ALIASES: list[tuple[dict[str, Any], str, Any]] = [
 
 
 @pytest.mark.parametrize(
-    "given",
+    "changes",
     [{"adapter": "lora"}, {"quantization": "none"}, {"adapter": "lora", "load_in_8bit": True},
      {"adapter": "qlora", "load_in_4bit": True}],
 )  # fmt: skip
 def test_what_says_nothing_new_changes_nothing(
-    values: dict[str, Any], given: dict[str, Any]
+    values: dict[str, Any], changes: dict[str, Any]
 ) -> None:
-    own = {key: value for key, value in given.items() if key.startswith("load_in")}
-    changed = Recipe.from_values({**values, **given}).completed()
-    assert changed == Recipe.from_values({**values, **own}).completed()
+    load_settings = {key: value for key, value in changes.items() if key.startswith("load_in")}
+    changed = Recipe.from_values({**values, **changes}).completed()
+    assert changed == Recipe.from_values({**values, **load_settings}).completed()
 
 
 @pytest.mark.parametrize(
-    ("given", "wanted"),
+    ("changes", "expected"),
     [
         ({}, "auto"),
         ({"load_in_4bit": True, "bnb_4bit_compute_dtype": "float16"}, "float16"),
@@ -189,9 +189,9 @@ def test_what_says_nothing_new_changes_nothing(
     ],
 )  # fmt: skip
 def test_the_base_computes_in_one_format(
-    values: dict[str, Any], given: dict[str, Any], wanted: str
+    values: dict[str, Any], changes: dict[str, Any], expected: str
 ) -> None:
-    assert Recipe.from_values({**values, **given}).compute_dtype == wanted
+    assert Recipe.from_values({**values, **changes}).compute_dtype == expected
 
 
 def test_a_completed_quantised_recipe_reads_again(values: dict[str, Any]) -> None:
@@ -201,13 +201,13 @@ def test_a_completed_quantised_recipe_reads_again(values: dict[str, Any]) -> Non
     assert not plain.load_in_4bit
 
 
-@pytest.mark.parametrize(("given", "name", "wanted"), ALIASES)
+@pytest.mark.parametrize(("changes", "name", "expected"), ALIASES)
 def test_aliases_are_translated_with_a_notice(
-    values: dict[str, Any], given: dict[str, Any], name: str, wanted: Any
+    values: dict[str, Any], changes: dict[str, Any], name: str, expected: Any
 ) -> None:
-    recipe = Recipe.from_values({**values, **given})
-    assert getattr(recipe, name) == wanted
-    assert any(next(iter(given)) in notice and name in notice for notice in recipe.notices)
+    recipe = Recipe.from_values({**values, **changes})
+    assert getattr(recipe, name) == expected
+    assert any(next(iter(changes)) in notice and name in notice for notice in recipe.notices)
 
 
 def test_model_and_data_have_aliases_too(chat_file: Path) -> None:
@@ -224,7 +224,7 @@ def test_model_and_data_have_aliases_too(chat_file: Path) -> None:
 )  # fmt: skip
 def test_data_beside_a_recipe_are_seen_from_its_folder(line: str, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
-    recipe = Recipe.from_file(written(tmp_path, f"model: m\n{line}\n"))
+    recipe = Recipe.from_file(write_recipe(tmp_path, f"model: m\n{line}\n"))
     assert recipe.dataset in (str(tmp_path / "rows.jsonl"), str(tmp_path / "rows.jsonl#3"))
 
 
@@ -235,14 +235,14 @@ def test_an_alias_beside_its_canonical_name_is_an_error(values: dict[str, Any]) 
 
 def test_trap25_a_rank_sweep_keeps_alpha_over_rank(values: dict[str, Any]) -> None:
     cohort = Recipe.from_values({**values, "lora_r": [4, 8, 64]}).cohort()
-    assert [own.name for own in cohort] == ["r4", "r8", "r64"]
-    assert {own.lora_alpha / own.lora_r for own in cohort} == {2.0}
-    told = Recipe.from_values({**values, "lora_r": [4, 8], "lora_alpha": 16}).cohort()
-    assert [own.lora_alpha for own in told] == [16, 16]
+    assert [adapter.name for adapter in cohort] == ["r4", "r8", "r64"]
+    assert {adapter.lora_alpha / adapter.lora_r for adapter in cohort} == {2.0}
+    same_alpha = Recipe.from_values({**values, "lora_r": [4, 8], "lora_alpha": 16}).cohort()
+    assert [adapter.lora_alpha for adapter in same_alpha] == [16, 16]
 
 
 def test_a_changed_recipe_keeps_its_name(tmp_path: Path, chat_file: Path) -> None:
-    path = written(tmp_path, f"model: m\ndataset: {chat_file}\n")
+    path = write_recipe(tmp_path, f"model: m\ndataset: {chat_file}\n")
     recipe = Recipe.from_file(path)
     changed = recipe.changed({"learning_rate": 1e-3})
     assert (changed.name, changed.learning_rate) == (recipe.name, 1e-3)
@@ -251,7 +251,7 @@ def test_a_changed_recipe_keeps_its_name(tmp_path: Path, chat_file: Path) -> Non
 
 def test_a_cohort_is_named_for_what_differs(values: dict[str, Any]) -> None:
     def names(**changes: Any) -> list[str]:
-        return [own.name for own in Recipe.from_values({**values, **changes}).cohort()]
+        return [adapter.name for adapter in Recipe.from_values({**values, **changes}).cohort()]
 
     assert names() == ["default"]
     assert names(lora_r=[8, 8], seed=[1, 2]) == ["seed1", "seed2"]
@@ -259,15 +259,15 @@ def test_a_cohort_is_named_for_what_differs(values: dict[str, Any]) -> None:
     assert names(lora_r=[8, 8]) == ["adapter-1", "adapter-2"]
     spelled = [{"name": "small", "lora_r": 2}, {"name": "big", "learning_rate": 1e-3}]
     cohort = Recipe.from_values({**values, "adapters": spelled}).cohort()
-    assert [(own.name, own.lora_r, own.learning_rate) for own in cohort] == [
+    assert [(adapter.name, adapter.lora_r, adapter.learning_rate) for adapter in cohort] == [
         ("small", 2, 2e-4), ("big", 8, 1e-3),
     ]  # fmt: skip
 
 
 def test_the_completed_recipe_reads_back_the_same(values: dict[str, Any], tmp_path: Path) -> None:
     recipe = Recipe.from_values({**values, "lora_r": [4, 8], "report_to": "none"})
-    again = Recipe.from_file(written(tmp_path, recipe.to_yaml()))
-    assert again.completed() == recipe.completed()
+    read_back = Recipe.from_file(write_recipe(tmp_path, recipe.to_yaml()))
+    assert read_back.completed() == recipe.completed()
 
 
 def test_the_schema_has_every_field_with_its_help() -> None:
@@ -286,14 +286,14 @@ def test_reading_a_recipe_does_not_load_torch(values: dict[str, Any]) -> None:
 
 
 def test_trap52_every_setting_is_read_by_something() -> None:
-    read: set[str] = set()
+    attributes_read: set[str] = set()
     for path in SOURCE.rglob("*.py"):
         if path.parent.name == "recipe":
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute):
-                read.add(node.attr)
-    unread = (set(RecipeFields.model_fields) | set(EvaluateOptions.model_fields)) - read
+                attributes_read.add(node.attr)
+    unread = (set(RecipeFields.model_fields) | set(EvaluateOptions.model_fields)) - attributes_read
     # `adapters` is read through Recipe.cohort(), output_dir through Recipe.run_folder,
     # trainable_layers through Recipe.last_layers, the last through Recipe.compute_dtype.
     assert unread <= {"output_dir", "trainable_layers", "bnb_4bit_compute_dtype"}, unread
