@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import lighten
 from lighten.errors import UserError
 from lighten.machine import devices, hardware
 
@@ -164,3 +165,14 @@ def test_a_format_that_is_emulated_is_warned_of_with_the_better_one(
     old, new = (devices.named(name).formats for name in ("t4", "l4"))
     assert "--dtype float16" in str(hardware.slow_format("bfloat16", old, "T4", "cuda"))
     assert hardware.slow_format("bfloat16", new, "L4", "cuda") is None
+
+
+def test_a_checkout_says_its_commit() -> None:
+    """Runs and results record it: of the package's checkout, wherever in it the code lies."""
+    root = Path(lighten.__file__).parents[2]
+    if not (root / ".git").exists():
+        pytest.skip("not a checkout")
+    head = subprocess.run(
+        ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    assert hardware.commit()[0] == head
