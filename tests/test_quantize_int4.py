@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lighten.quantization import gptq, int4
+from lighten.quantization import calibrated, gptq, int4
 from lighten.quantization.weights import make
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -154,10 +154,10 @@ def test_layers_of_several_kinds_get_their_own_masks() -> None:
     """Gemma's layers are called with one of two masks; the first layer's would be wrong."""
     model = tiny_model("gemma3_text", hidden_size=64, intermediate_size=128)
     layers = model.model.layers
-    states, calls = int4._inputs(model, layers, [list(range(5, 40))])
+    states, calls = calibrated._inputs(model, layers, [list(range(5, 40))])
     with torch.no_grad():
         out = states[0]
         for number, decoder_layer in enumerate(layers):
-            out = int4._first(decoder_layer(out, **calls[0][number]))
+            out = calibrated._first(decoder_layer(out, **calls[0][number]))
         expected = model.model(torch.arange(5, 40)[None]).last_hidden_state
         torch.testing.assert_close(model.model.norm(out), expected)

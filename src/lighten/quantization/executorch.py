@@ -22,7 +22,6 @@ import numpy as np
 from lighten import data
 from lighten.artifacts import Artefact
 from lighten.errors import UserError, missing_extra
-from lighten.models.load import load_tokenizer
 from lighten.quantization import child
 from lighten.quantization.calibration import calibration_rows
 from lighten.quantization.executorch_rounding import ProgramRounding
@@ -54,6 +53,8 @@ def program_rounding(artefact: Artefact) -> tuple[ProgramRounding, dict[str, Any
     Returns:
         The rounding, what is recorded of it, and what a user should know, a sentence each.
     """
+    from transformers import AutoTokenizer
+
     run, groups = artefact.run, dynamic_group_size(artefact.run)
     nearest = ProgramRounding(groups), {"group_size": groups, "calibration": None}
     if run is None:
@@ -62,7 +63,7 @@ def program_rounding(artefact: Artefact) -> tuple[ProgramRounding, dict[str, Any
     if recipe.qat_groups is not None:
         return *nearest, []
     try:
-        tokenizer = load_tokenizer(str(artefact.companions))
+        tokenizer = AutoTokenizer.from_pretrained(artefact.companions, local_files_only=True)
         data.choose_template(tokenizer, recipe.chat_template)
         rows, record = calibration_rows(recipe, tokenizer)
     except UserError as error:
