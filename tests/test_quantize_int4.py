@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lighten.quantization import calibrated, gptq, int4
+from lighten.quantization import calibrated, gptq
 from lighten.quantization.weights import make
 from tests.tiny import tiny_model, tiny_tokenizer
 
