@@ -50,13 +50,10 @@ def run(
     from lighten.cpu import allocator
     from lighten.evaluation.generate import head_reads_whole_rows
     from lighten.machine.hardware import PeakMemory
-    from lighten.models.load import locate
-    from lighten.quantization.resident import load_code
     from lighten.recipe import Recipe
 
     settings = Recipe.model_validate(recipe)
     allocator.keep_pages(device)
-    load_code(str(locate(settings.model_name_or_path, revision=settings.revision)[1]))
     memory = PeakMemory(device)
     with tempfile.TemporaryDirectory(prefix="lighten-audit-") as scratch:
         name, revision = settings.model_name_or_path, settings.revision

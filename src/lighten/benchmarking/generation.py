@@ -50,12 +50,9 @@ def run(
     from lighten.cpu import allocator
     from lighten.evaluation.generate import head_reads_whole_rows
     from lighten.machine.hardware import PeakMemory
-    from lighten.models.load import locate
     from lighten.quantization.merge import merge
-    from lighten.quantization.resident import load_code
 
     allocator.keep_pages(device)
-    load_code(str(locate(model, revision=revision)[1]))
     memory = PeakMemory(device)
     with tempfile.TemporaryDirectory(prefix="lighten-bench-") as scratch:
         if variant == "merged":
