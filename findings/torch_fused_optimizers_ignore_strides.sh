@@ -6,7 +6,8 @@
 # Seen: both walk parameter and gradient by their storage. Where the two are laid out differently (a
 # weight that is the transpose of another, as after converting from a layer that holds it the other
 # way round, with a gradient that came out row by row), each number is moved by another number's
-# gradient, without an error. Parameters and gradients laid out alike are right.
+# gradient, without an error. Parameters and gradients laid out alike are right, and autograd lays a
+# gradient out as its parameter: this is met by code that sets `.grad` itself (ranks, workers, offload).
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
