@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import shutil
@@ -61,6 +62,15 @@ def test_the_program_has_all_that_a_chat_needs_and_a_receipt(made: Exported) -> 
         "generation_config.json", "README.md", "export.json", "receipt.json",
     }  # fmt: skip
     assert json.loads((made.folder / "receipt.json").read_text())["passed"] is True
+
+
+def test_a_program_may_lose_a_quarter_more_than_its_rounding(made: Exported) -> None:
+    assert made.receipt is not None
+    receipt = dataclasses.replace(made.receipt, rounding_kl=0.12, runtime_kl=0.1)
+    assert dataclasses.replace(receipt, mean_kl=0.14).passed
+    assert not dataclasses.replace(receipt, mean_kl=0.16).passed
+    assert not dataclasses.replace(receipt, mean_kl=0.3, rounding_kl=0.3).passed
+    assert "may lose 25 % more" in receipt.sentence()
 
 
 def adapter_base(made: Exported) -> Path:

@@ -102,7 +102,10 @@ class Receipt:
         close_enough = not self.other_tokens and self.mean_kl <= self.allowed_kl
         if self.rounding_kl is None or self.runtime_kl is None:
             return close_enough
-        return close_enough and self.runtime_kl <= RUNTIME_SHARE * self.rounding_kl + ALLOWED["f32"]
+        # How far the two are from each other says less: where activations are rounded to 8 bits,
+        # noise of a millionth in the input takes the same rounding 0.04 nats from itself.
+        lost = (1 + RUNTIME_SHARE) * self.rounding_kl + ALLOWED["f32"]
+        return close_enough and self.mean_kl <= lost
 
     def to_dict(self) -> dict[str, Any]:
         """For `receipt.json`."""
@@ -128,8 +131,8 @@ class Receipt:
         if self.rounding_kl is None or self.runtime_kl is None:
             return ""
         return (
-            f"; the same rounding in PyTorch is {self.rounding_kl:.2g} away, and its runtime "
-            f"{self.runtime_kl:.2g} from that (allowed {100 * RUNTIME_SHARE:.0f} % of it)"
+            f"; the same rounding in PyTorch loses {self.rounding_kl:.2g} (the program may lose "
+            f"{100 * RUNTIME_SHARE:.0f} % more) and is {self.runtime_kl:.2g} from the program"
         )
 
     def _task(self) -> str:
