@@ -141,32 +141,32 @@ def print_table(
     from rich.table import Table
 
     screen = console()
-    width = [max(map(cell_len, cells)) for cells in zip(columns, *rows, strict=True)]
-    # Cells are folded between words where there is room for the longest word of each column.
-    word = [
+    natural = [max(map(cell_len, cells)) for cells in zip(columns, *rows, strict=True)]
+    longest_word = [
         max((cell_len(word) for text in cells for word in text.split()), default=1)
         for cells in zip(columns, *rows, strict=True)
     ]
     room = screen.width - _BETWEEN * len(columns)
-    whole_words = sum(word) <= room
-    short = bool(fold_last) and sum(width) > room
-    if short:
-        narrowest = [min(cell_width, _NARROWEST) for cell_width in width]
-        least = word if whole_words else narrowest
-        width = [
-            cell_width if place in fold_last and not whole_words else least[place]
-            for place, cell_width in enumerate(width)
-        ]
+    # Cells are folded between words where there is room for the longest word of each column.
+    whole_words = sum(longest_word) <= room
+    width: list[int | None] = [None] * len(columns)
+    if fold_last and sum(natural) > room:
         first = fold_last[0]
-        natural = max(cell_len(cells[first]) for cells in (columns, *rows))
-        others = sum(width) - width[first]
-        width[first] = max(min(natural, least[first]), min(natural, room - others))
+        if whole_words:
+            least = longest_word
+            fixed = list(least)
+        else:
+            least = [min(cells, _NARROWEST) for cells in natural]
+            fixed = [natural[i] if i in fold_last else cells for i, cells in enumerate(least)]
+        others = sum(fixed) - fixed[first]
+        fixed[first] = max(least[first], min(natural[first], room - others))
+        width = [*fixed]
     table = Table(box=SIMPLE, pad_edge=False)
     for place, column in enumerate(columns):
         # A name that is cut names nothing: it goes on in the next line.
         table.add_column(
-            column, overflow="fold", width=width[place] if short else None,
-            min_width=word[place] if whole_words else None,
+            column, overflow="fold", width=width[place],
+            min_width=longest_word[place] if whole_words else None,
         )  # fmt: skip
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
