@@ -135,7 +135,10 @@ def kills(folder: Path, base: dict[str, Any], count: int) -> list[dict[str, Any]
         run, other_ranks = Path(settings["output_dir"]), number % 4 == 3
         process = start(folder, settings, 2)
         time.sleep(draw.uniform(0.1, 1.0) * usual_s)
-        ranks = psutil.Process(process.pid).children() if process.poll() is None else []
+        ranks: list[psutil.Process] = []
+        while process.poll() is None and len(ranks) < 2:  # a busy machine has not started them yet
+            time.sleep(0.05)
+            ranks = psutil.Process(process.pid).children()
         victims = draw.sample(ranks, draw.choice([1, len(ranks)])) if ranks else []
         for victim in victims:
             victim.send_signal(signal.SIGKILL)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,25 @@ def test_a_killed_rank_ends_the_others_with_its_name(settings: dict[str, Any]) -
     assert output.count("chat template:") == 1  # of rank 0 alone
     assert all_ended(ranks, 0)
     assert Run(settings["output_dir"]).info()["status"] == "interrupted"
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_rank_killed_before_they_meet_ends_one_that_waits_for_it(
+    killed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited = tmp_path / "waited"
+    program = tmp_path / "rank"
+    program.write_text(
+        f'#!/bin/sh\n[ "$RANK" = {killed} ] && kill -KILL $$\nsleep 25\ntouch {waited}\n'
+    )
+    program.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setattr(spawn, "SETTLE_S", 0.1)
+    ended = spawn.run(["train"], 2, device="cpu", shown=False)
+    assert ended is not None
+    assert f"rank {killed} of 2" in ended.message
+    assert "was killed by SIGKILL" in ended.message
+    assert not waited.exists()
 
 
 @pytest.mark.slow

@@ -139,18 +139,20 @@ class _Ranks:
 
     def wait(self) -> Ended | None:
         """Wait until all have finished, or one has failed and the others have ended too."""
-        while any(process.poll() is None for process in self._processes):
-            if any(process.returncode for process in self._processes):
-                break
+        # Each is looked at each time: one that was killed must not wait for one that waits for it.
+        while None in (codes := self._codes()) and not any(codes):
             time.sleep(POLL_S)
-        codes = [process.returncode for process in self._processes]
         if not any(codes):
             return None
         self._wait_for(SETTLE_S)
         # What a rank ended by itself counts; what is ended from here on was not its fault.
-        codes = [process.poll() for process in self._processes]
+        codes = self._codes()
         self.end()
         return self._first_failure(codes)
+
+    def _codes(self) -> list[int | None]:
+        """The exit codes by rank, None of those that still run."""
+        return [process.poll() for process in self._processes]
 
     def _wait_for(self, seconds: float) -> None:
         until = time.monotonic() + seconds
