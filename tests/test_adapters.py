@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lighten.adapters import AdapterSpec, Cohort, Share, attach, files, layers, load, ops
 from lighten.adapters.ops import Dropout, Part, low_rank_linears, reference, row_hashes
+from lighten.cpu import dropout as cpu_dropout
 from lighten.errors import UserError
 from tests.tiny import ARCHITECTURES, VOCAB, save_tiny, tiny_model
 
@@ -371,6 +373,33 @@ def test_dropout_drops_its_share_keeps_the_mean_and_does_not_depend_on_neighbour
     assert torch.equal(alone, batch_factors[50:])
     padded = Dropout(0.25, row_hashes((1, 2), (50, 60)), 5).factors(201, torch.ones(1))
     assert torch.equal(padded[50:80], alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("features", [1, 2, 31, 64, 201])
+def test_the_kernel_of_dropout_draws_the_same_masks(features: int, dtype: torch.dtype) -> None:
+    if cpu_dropout.library() is None:
+        pytest.skip("no C++ compiler here")
+    drop = Dropout(0.1, row_hashes((1, 2**40 + 7), (700, 300)), 0xFFFFFFF0)
+    x, total = torch.randn(2, 1000, features).to(dtype)
+    x[0, 0], x[1, 0], x[2, 0] = math.nan, math.inf, -0.0
+    factors = drop.factors(features, x)
+    dropped, added = drop.of(x), total.clone()
+    drop.add_to_(added, x)
+    assert torch.equal(dropped.nan_to_num(7.0), (x * factors).nan_to_num(7.0))
+    expected = total.double().addcmul(x.double(), factors.double())
+    torch.testing.assert_close(added.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-6,
+                               equal_nan=True)  # fmt: skip
+    # Rows and columns of a larger tensor, which do not lie one after the other.
+    strided = torch.randn(features, 1000).to(dtype).T
+    assert torch.equal(drop.of(strided), strided * factors)
+
+
+@pytest.mark.parametrize("probability", [1e-6, 0.999999])
+def test_dropout_of_next_to_nothing_and_next_to_all(probability: float) -> None:
+    drop = Dropout(probability, row_hashes((1,), (64,)), 3)
+    x = torch.ones(64, 32)
+    assert torch.equal(drop.of(x), x * drop.factors(32, x))
 
 
 @pytest.mark.parametrize("probability", [0.05, 0.5, 0.9])

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lighten.adapters.frozen import product, weight_of
+from lighten.cpu import dropout
 
 # On a GPU a product costs its launch: up to this many ranks side by side, the parts of several
 # adapters become one product over all rows in which a row's foreign ranks are zeroed.
@@ -88,14 +89,34 @@ class Dropout:
     rows: Tensor
     salt: int
 
+    def of(self, x: Tensor) -> Tensor:
+        """X [n, I] with its features dropped and the rest over 1 − p, in its format."""
+        if dropout.takes(x):
+            out: Tensor = torch.ops.lighten.dropped(x, self.rows, *self._drawing())
+            return out
+        return x * self.factors(x.shape[-1], x)
+
+    def add_to_(self, total: Tensor, x: Tensor) -> None:
+        """Add `of(x)` to a total of x's shape, in place."""
+        if dropout.takes(x) and total.is_contiguous():
+            torch.ops.lighten.add_dropped_(total, x, self.rows, *self._drawing())
+        else:
+            total.addcmul_(x, self.factors(x.shape[-1], x))
+
     def factors(self, features: int, like: Tensor) -> Tensor:
         """What x is multiplied with, [n, features] in the format of `like`: 0 or 1 / (1 − p)."""
-        keep = 1.0 - self.probability
+        salt, threshold, scale = self._drawing()
         pairs = torch.arange(-(-features // 2), dtype=torch.int32, device=self.rows.device)
-        columns = _mix32_(pairs + (self.salt & 0x7FFFFFFF))
+        columns = _mix32_(pairs + salt)
         # Each 32-bit number decides on two features.
         drawn = _mix32_(self.rows[:, None] ^ columns).view(torch.int16)[:, :features]
-        return (drawn < round(keep * 2**16) - 2**15).to(like.dtype).mul_(1 / keep)
+        # 16 bits do not hold a threshold that keeps all.
+        return (drawn <= threshold - 1).to(like.dtype).mul_(scale)
+
+    def _drawing(self) -> tuple[int, int, float]:
+        """The layer's salt; below which number of 16 bits a feature is kept; 1 / (1 − p)."""
+        keep = 1.0 - self.probability
+        return self.salt & 0x7FFFFFFF, max(1, round(keep * 2**16)) - 2**15, 1 / keep
 
 
 @dataclass(frozen=True)
@@ -134,7 +155,9 @@ def reference(
     flat = x.reshape(-1, x.shape[-1])
     outs = [product(base, flat) for base in bases]
     for part, A, B in zip(parts, factors[::2], factors[1::2], strict=True):
-        rows = _dropped(flat[part.start : part.stop], part)
+        rows = flat[part.start : part.stop]
+        if part.dropout is not None:
+            rows = rows * part.dropout.factors(rows.shape[-1], rows)
         update = F.linear(F.linear(rows, A.to(x.dtype)), B.to(x.dtype)) * part.scale
         above, below = part.start, len(flat) - part.stop
         outs[part.layer] = outs[part.layer] + F.pad(update, (0, 0, above, below))
@@ -277,16 +300,15 @@ class _LowRankLinears(torch.autograd.Function):
                     grads_B[layer] = low[:, columns].T @ gradients_out[layer][span]
             gradients = block.scaled(gradients, factors)
             A = block.inner(factors, x)
-            dropout = block.parts[0].dropout
-            mask = None if dropout is None else dropout.factors(flat.shape[-1], flat)
-            grad_A = gradients.T @ (flat[span] if mask is None else flat[span] * mask)
+            drop = block.parts[0].dropout
+            grad_A = gradients.T @ _dropped(flat[span], block.parts[0])
             _hand_out(block, grad_A, grads_B, factors, factor_gradients)
             if grad_x is None:
                 continue
-            if mask is None:
+            if drop is None:
                 grad_x[span].addmm_(gradients, A)
             else:
-                grad_x[span].addcmul_(gradients @ A, mask)
+                drop.add_to_(grad_x[span], gradients @ A)
         grad_x = None if grad_x is None else grad_x.view(x.shape)
         return (grad_x, None, None, *factor_gradients)
 
@@ -406,7 +428,7 @@ def _hand_out(
 def _dropped(rows: Tensor, part: Part) -> Tensor:
     if part.dropout is None:
         return rows
-    return rows * part.dropout.factors(rows.shape[-1], rows)
+    return part.dropout.of(rows)
 
 
 def low_rank_linears(
