@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -210,6 +211,16 @@ def _real_peak(events: list[Any]) -> int:
         check=True, env={**os.environ, arena.SWITCH: "0"},
     )  # fmt: skip
     return int(completed.stdout)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None or not GLIBC, reason="no g++, or no glibc")
+def test_where_there_is_a_compiler_there_is_an_arena() -> None:
+    """Without it every other test of the arena is skipped."""
+    code = "from lighten.cpu import allocator; print(allocator.keep_pages('cpu'))"
+    completed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert "arena, pages kept" in completed.stdout, completed.stdout
 
 
 # What is resident of the arena after each event; a fork and a thread in between must not matter.

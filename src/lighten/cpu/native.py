@@ -32,13 +32,19 @@ class NotCompiled(Exception):
     """There is no library, for the reason that this says."""
 
 
-def compiled(folder: Path, options: Sequence[str], of: Sequence[str] = ()) -> Path:
+def compiled(
+    folder: Path,
+    options: Sequence[str],
+    of: Sequence[str] = (),
+    libraries: Sequence[str] = (),
+) -> Path:
     """The library of a folder's sources, made now unless it was before.
 
     Args:
         folder: Has the sources (`*.cpp`) and what they include (`*.h`).
         options: Of the compiler, beside those of every library.
         of: What else decides what comes out.
+        libraries: Of the linker, beside those of every library.
 
     Raises:
         NotCompiled: There is no compiler, or it made nothing.
@@ -47,20 +53,26 @@ def compiled(folder: Path, options: Sequence[str], of: Sequence[str] = ()) -> Pa
     if compiler is None:
         raise NotCompiled("there is no C++ compiler")
     try:
-        return _compile(compiler, folder, (*OPTIONS, *options), of)
+        return _compile(compiler, folder, (*OPTIONS, *options), of, (*LINKING, *libraries))
     except (OSError, subprocess.SubprocessError) as error:
         output = getattr(error, "stderr", None) or str(error)
         line = output.strip().splitlines()[0]
         raise NotCompiled(f"{compiler} made nothing of {folder.name}: {line}") from error
 
 
-def _compile(compiler: str, folder: Path, options: Sequence[str], of: Sequence[str]) -> Path:
+def _compile(
+    compiler: str,
+    folder: Path,
+    options: Sequence[str],
+    of: Sequence[str],
+    linking: Sequence[str],
+) -> Path:
     version = subprocess.run(
         [compiler, "--version"], capture_output=True, text=True, check=True, timeout=LONGEST_S
     ).stdout
     sources = sorted(folder.glob("*.cpp"))
     texts = [path.read_text(encoding="utf-8") for path in (*sources, *sorted(folder.glob("*.h")))]
-    key = "\n".join([version, *options, *LINKING, *of, *texts])
+    key = "\n".join([version, *options, *linking, *of, *texts])
     name = f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     ready = cache_folder() / "kernels" / name  # the system's, if an image brings one
     if _trusted(ready.parent, stat.S_ISDIR) and _trusted(ready):
@@ -73,7 +85,7 @@ def _compile(compiler: str, folder: Path, options: Sequence[str], of: Sequence[s
             objects = [f"{source.stem}.o" for source in sources]
             for command in (
                 [compiler, "-c", *(str(source.resolve()) for source in sources), *options],
-                [compiler, *objects, "-o", str(library), *LINKING],
+                [compiler, *objects, "-o", str(library), *linking],
             ):
                 subprocess.run(
                     command, cwd=scratch,

@@ -66,10 +66,12 @@ def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
     root = Path(torch.__file__).parent
     options = (
         "-O2", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-        f"-I{root / 'include'}", f"-L{root / 'lib'}", "-lc10",
+        f"-I{root / 'include'}",
     )  # fmt: skip
+    libraries = (f"-L{root / 'lib'}", "-lc10")
     try:
-        library = ctypes.CDLL(str(native.compiled(FOLDER, options, [torch.__version__])))
+        path = native.compiled(FOLDER, options, [torch.__version__], libraries)
+        library = ctypes.CDLL(str(path))
     except (native.NotCompiled, OSError) as error:
         return None, str(error)
     library.lighten_arena_open.restype = ctypes.c_uint64
