@@ -34,6 +34,10 @@ class _Compiled:
         # transformers' own sandbox and filters; not among its public names.
         compiler = getattr(chat_template_utils, "_compile_jinja_template", None)
         self.template: Any = compiler(text) if compiler is not None else None
+        if self.template is not None:
+            # Jinja copies them for each conversation; a chain of dictionaries, as it keeps them,
+            # takes it a third of the whole rendering.
+            self.template.globals = dict(self.template.globals)
         self.compared = 0
 
 
