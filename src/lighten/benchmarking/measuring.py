@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from lighten.artifacts.source import open_source
 from lighten.benchmarking.learning import select_rows
+from lighten.benchmarking.size import file_bytes
 from lighten.benchmarking.techniques import CHOSEN, LONG, TOGETHER, TRAINING, Technique, storage_of
 from lighten.jobs import Outcome, in_child
 from lighten.machine.devices import Device
 from lighten.planning import predict
-from lighten.planning.serve import answer_peak
+from lighten.planning.answers import answer_peak, resident_after
 from lighten.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -216,15 +217,22 @@ class Measuring:
         }  # fmt: skip
 
     def _answer_predicted(self, technique: Technique) -> dict[str, Any]:
-        storage, compute = storage_of(technique)
-        if storage is None:
-            return {}
         recipe = self._base_recipe()
+        name, revision = recipe.model_name_or_path, recipe.revision
+        if technique.target is not None:
+            stored = storage_of(technique.target)
+            if stored is None:
+                return {}
+            resident = resident_after(name, storage=stored[0], rest=stored[1], revision=revision)
+            return {"predicted_bytes": resident}
+        settings = technique.settings
+        beside = technique.needs is not None and not settings["merged"]
         return {
             "predicted_bytes": answer_peak(
-                recipe.model_name_or_path, storage=storage, compute=compute,
+                name, dtype=str(settings["dtype"]), attention=str(settings["attention"]),
                 prompt_tokens=self.settings.prompt_tokens, new_tokens=self.settings.new_tokens,
-                revision=recipe.revision,
+                adapter_bytes=file_bytes(self.adapter) if beside else 0,
+                device=self.device.kind, revision=revision,
             )
         }  # fmt: skip
 

@@ -166,13 +166,12 @@ def _answers(device: str) -> list[Technique]:
     return rows
 
 
-def storage_of(technique: Technique) -> tuple[str | None, str]:
-    """How an answering row's linear layers are stored, and its other weights; None: not planned."""
-    if technique.target is None:
-        dtype = str(technique.settings["dtype"])
-        return dtype, dtype
-    storages = {"int8": "int8", "nf4": "nf4"}
-    return storages.get(technique.target), "bfloat16"
+def storage_of(target: str) -> tuple[str, str] | None:
+    """How `lighten quantize` stores linear layers and other weights; None: it is not planned.
+
+    The scales of NF4 are quantised too; INT8 is for embedding and head, too.
+    """
+    return {"int8": ("int8", "int8"), "nf4": ("nf4 double", "bfloat16")}.get(target)
 
 
 def _missing_for(target: str) -> str | None:

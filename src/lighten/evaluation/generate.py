@@ -86,16 +86,19 @@ def settings_alone(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def head_reads_whole_rows(model: PreTrainedModel) -> Iterator[None]:
-    """The head's input lies in one piece.
+    """The head's input lies in one piece, by its strides too.
 
     `generate` cuts each prompt's last position out of the batch, and of such a view PyTorch copies
-    the head's weight once per prompt: 1.8 GB and 2.7 s for 32 prompts of a 135M model.
+    the head's weight once per prompt: 1.8 GB and 2.7 s for 32 prompts of a 135M model. Of one
+    prompt, too: the view of a single row is contiguous, but its strides are those of the prompt.
     """
     head = model.get_output_embeddings()
     if head is None:
         yield
         return
-    handle = head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
+    handle = head.register_forward_pre_hook(
+        lambda _, args: (args[0].reshape(-1).view(args[0].shape), *args[1:])
+    )
     try:
         yield
     finally:

@@ -13,18 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lighten.models.catalogue import ModelEntry, available
-    from lighten.models.describe import Description, describe, limits, skeleton
+    from lighten.models.describe import Description, cache_argument, describe, limits, skeleton
     from lighten.models.limits import Limits, limits_of
     from lighten.models.load import Base, load, load_tokenizer
     from lighten.models.quantized import Census, census
 
 __all__ = [
-    "Base", "Census", "Description", "Limits", "ModelEntry", "available", "census",
-    "describe", "limits", "limits_of", "load", "load_tokenizer", "skeleton",
+    "Base", "Census", "Description", "Limits", "ModelEntry", "available", "cache_argument",
+    "census", "describe", "limits", "limits_of", "load", "load_tokenizer", "skeleton",
 ]  # fmt: skip
 _WHERE = {
     **dict.fromkeys(("ModelEntry", "available"), "catalogue"),
-    **dict.fromkeys(("Description", "describe", "limits", "skeleton"), "describe"),
+    **dict.fromkeys(
+        ("Description", "cache_argument", "describe", "limits", "skeleton"), "describe"
+    ),
     **dict.fromkeys(("Limits", "limits_of"), "limits"),
     **dict.fromkeys(("Base", "load", "load_tokenizer"), "load"),
     **dict.fromkeys(("Census", "census"), "quantized"),

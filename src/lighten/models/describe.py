@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -76,6 +77,14 @@ def skeleton(
     else:
         config = read_config(path, trust_remote_code=trust_remote_code)
     return build_empty(name, config, trust_remote_code=trust_remote_code)
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """The name that a model's forward takes keys and values of earlier tokens by.
+
+    transformers 5.24 calls it `cache`, and warns of the older name.
+    """
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def limits(

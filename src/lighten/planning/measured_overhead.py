@@ -1,11 +1,12 @@
-"""A tiny training in a process of its own, for what a process takes beside its tensors.
+"""A tiny model in a process of its own, for what a process takes beside its tensors.
 
-python -m lighten.planning.measured_overhead
+python -m lighten.planning.measured_overhead training|answering
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -18,22 +19,54 @@ from lighten.recipe import Recipe
 MODEL = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64,
          "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "vocab_size": 512}  # fmt: skip
-ROWS, TOKENS = 4, 256
+ROWS, TOKENS, NEW_TOKENS = 4, 256, 4
 
 
-def measure() -> Context:
+def training() -> Context:
     """Train here and now, and see what stays when every free page is given back."""
     with tempfile.TemporaryDirectory(prefix="lighten-context-") as folder:
-        config = Path(folder) / "config.json"
-        config.write_text(json.dumps(MODEL), encoding="utf-8")
-        recipe = Recipe.from_values({
-            "model_name_or_path": folder, "dataset": str(config), "output_dir": folder,
-            "per_device_train_batch_size": ROWS, "max_length": TOKENS, "workers": 2,
-            "torch_compile": False,
-        })  # fmt: skip
-        measured = probe.measure(recipe, "cpu", [TOKENS] * ROWS)
+        measured = probe.measure(_recipe(folder), "cpu", [TOKENS] * ROWS)
     return Context(measured["settled_bytes"], measured.get("worker_bytes", UNMEASURED.worker_bytes))
 
 
+def answering() -> dict[str, int]:
+    """Answer here and now, and see what stays when every free page is given back."""
+    import psutil
+    import torch
+    from transformers import DynamicCache
+
+    from lighten import models
+    from lighten.cpu import allocator
+    from lighten.planning import build
+    from lighten.training import run
+
+    assert build is not None  # imported before anything is measured
+    assert run is not None
+    allocator.keep_pages("cpu")
+    before = psutil.Process().memory_info().rss
+    with tempfile.TemporaryDirectory(prefix="lighten-context-") as folder, torch.inference_mode():
+        model = probe.random_base(_recipe(folder), "cpu").model
+        cache = {models.cache_argument(model): DynamicCache(config=model.config)}
+        ids = torch.ones(1, TOKENS, dtype=torch.int64)
+        for _ in range(NEW_TOKENS):
+            logits = model(input_ids=ids, use_cache=True, logits_to_keep=1, **cache).logits
+            ids = logits[:, -1:].argmax(-1)
+        del cache, ids, logits
+        allocator.trim()
+        return {"bytes": psutil.Process().memory_info().rss - before}
+
+
+def _recipe(folder: str) -> Recipe:
+    """Of a tiny base that this writes into a folder."""
+    config = Path(folder) / "config.json"
+    config.write_text(json.dumps(MODEL), encoding="utf-8")
+    return Recipe.from_values({
+        "model_name_or_path": folder, "dataset": str(config), "output_dir": folder,
+        "per_device_train_batch_size": ROWS, "max_length": TOKENS, "workers": 2,
+        "torch_compile": False,
+    })  # fmt: skip
+
+
 if __name__ == "__main__":
-    print(json.dumps(asdict(measure())))  # noqa: T201
+    figures = answering() if sys.argv[1:] == ["answering"] else asdict(training())
+    print(json.dumps(figures))  # noqa: T201

@@ -54,14 +54,20 @@ class Quantizing:
 
 
 @dataclass(frozen=True)
-class _Sizes:
-    """Weights of a base: (in, out) of its linear layers without the head, and all others."""
+class Sizes:
+    """Weights of a base.
+
+    Attributes:
+        linear: (in, out) of its linear layers without the head.
+        rest: How many all others have.
+    """
 
     linear: list[tuple[int, int]]
     rest: int
 
     @property
     def linear_numbers(self) -> int:
+        """How many the linear layers have."""
         return sum(inside * outside for inside, outside in self.linear)
 
 
@@ -107,7 +113,7 @@ def serve(
         )
     shape = skeleton(model, revision=revision)
     config = shape.config.get_text_config()
-    sizes = _sizes(shape)
+    sizes = sizes_of(shape)
     caches = serving.layer_caches(config.to_dict())
     if not windows:
         caches = [serving.LayerCache(layer.numbers) for layer in caches]
@@ -144,41 +150,6 @@ def serve(
     )
 
 
-def answer_peak(
-    model: str,
-    *,
-    storage: str,
-    compute: str,
-    prompt_tokens: int,
-    new_tokens: int,
-    revision: str | None = None,
-) -> int:
-    """Bytes at the peak of one answer: weights, KV cache, and the prompt's widest layer.
-
-    Args:
-        model: As for `models.load`; only its configuration is read.
-        storage: Of the linear layers, one of `serving.BYTES_PER_WEIGHT`.
-        compute: Of the other weights, the cache and the products.
-        prompt_tokens: Read at once.
-        new_tokens: Written after them.
-        revision: Of a hub model.
-
-    Raises:
-        UserError: No such model.
-    """
-    shape = skeleton(model, revision=revision)
-    config = shape.config.get_text_config()
-    sizes = _sizes(shape)
-    number = serving.BYTES_PER_WEIGHT[compute]
-    weights = serving.weight_bytes(sizes.linear_numbers, sizes.rest, storage, compute)
-    cache = serving.kv_cache_bytes(
-        serving.layer_caches(config.to_dict()), prompt_tokens + new_tokens, 1, number_bytes=number
-    )
-    wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    widest = prompt_tokens * (2 * config.hidden_size + 3 * wide) * number
-    return round(weights + cache + widest + 2 * 4 * config.vocab_size)
-
-
 def quantize(
     model: str,
     *,
@@ -206,7 +177,7 @@ def quantize(
     """
     kind = quantized.Storage(storage, double)
     shape = skeleton(model, revision=revision)
-    sizes = _sizes(shape)
+    sizes = sizes_of(shape)
     name = "int8" if storage == "int8" else "nf4 double" if double else "nf4"
     # The layers that stay dense are in the format that this machine computes in.
     compute = Device("cpu", "", "cpu", None).dtype().value
@@ -225,7 +196,8 @@ def quantize(
     )
 
 
-def _sizes(shape: PreTrainedModel) -> _Sizes:
+def sizes_of(shape: PreTrainedModel) -> Sizes:
+    """Weights of a base whose own may be on the meta device."""
     head = shape.get_output_embeddings()
     linear: list[tuple[int, int]] = []
     for module in shape.modules():
@@ -234,7 +206,7 @@ def _sizes(shape: PreTrainedModel) -> _Sizes:
             in_out = (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
             linear.append((int(in_out[0]), int(in_out[1])))
     total = sum(parameter.numel() for parameter in shape.parameters())
-    return _Sizes(linear, total - sum(inside * outside for inside, outside in linear))
+    return Sizes(linear, total - sum(inside * outside for inside, outside in linear))
 
 
 def _file_bytes(shape: PreTrainedModel, model: str, revision: str | None) -> int:

@@ -1,0 +1,106 @@
+"""Memory of a model that answers in this process: weights, cache, the widest moment, the process.
+
+Dimensions: B prompts side by side, T tokens of each.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lighten.models import skeleton
+from lighten.models.load import locate
+from lighten.planning import serving
+from lighten.planning.memory import TOKENIZER_FACTOR
+from lighten.planning.process_overhead import answer_bytes
+from lighten.planning.serve import sizes_of
+
+SCORES_BYTES = 4  # of one score of attention in float32, which softmax computes in
+
+
+def answer_peak(
+    model: str,
+    *,
+    dtype: str,
+    prompt_tokens: int,
+    new_tokens: int,
+    rows: int = 1,
+    attention: str = "sdpa",
+    adapter_bytes: int = 0,
+    device: str = "cpu",
+    revision: str | None = None,
+) -> int:
+    """Bytes at the peak of greedy answers in transformers, as `PeakMemory` measures it.
+
+    Args:
+        model: As for `models.load`; only its configuration is read.
+        dtype: Of weights, cache and products.
+        prompt_tokens: T, read at once.
+        new_tokens: Written after them.
+        rows: B.
+        attention: transformers' name of the kernel.
+        adapter_bytes: Of an adapter beside the weights.
+        device: `cpu` or `cuda`, where the process's own memory is not measured.
+        revision: Of a hub model.
+
+    Raises:
+        UserError: No such model.
+    """
+    shape = skeleton(model, revision=revision)
+    config = shape.config.get_text_config()
+    sizes = sizes_of(shape)
+    number = serving.BYTES_PER_WEIGHT[dtype]
+    weights = serving.weight_bytes(sizes.linear_numbers, sizes.rest, dtype, dtype)
+    cache = serving.kv_cache_bytes(
+        serving.layer_caches(config.to_dict()), prompt_tokens + new_tokens, rows,
+        number_bytes=number,
+    )  # fmt: skip
+    widest = max(moments(config, rows, prompt_tokens, number, attention).values())
+    process = _process_bytes(model, revision) if device == "cpu" else 0
+    return round(weights + adapter_bytes + cache + widest + process)
+
+
+def _process_bytes(model: str, revision: str | None) -> int:
+    """What a process takes that answers, and its tokenizer."""
+    file = locate(model, revision=revision, weights=False)[1] / "tokenizer.json"
+    tokenizer = TOKENIZER_FACTOR * file.stat().st_size if file.is_file() else 0
+    return answer_bytes() + int(tokenizer)
+
+
+def resident_after(model: str, *, storage: str, rest: str, revision: str | None = None) -> int:
+    """Bytes that stay once a quantised model has answered, its tokenizer not counted.
+
+    Args:
+        model: The base before it was quantised, as for `models.load`.
+        storage: Of its linear layers, one of `serving.BYTES_PER_WEIGHT`.
+        rest: The same, of its other weights.
+        revision: Of a hub model.
+
+    Raises:
+        UserError: No such model.
+    """
+    sizes = sizes_of(skeleton(model, revision=revision))
+    weights = serving.weight_bytes(sizes.linear_numbers, sizes.rest, storage, rest)
+    return weights + answer_bytes()
+
+
+def moments(config: Any, rows: int, tokens: int, number: float, attention: str) -> dict[str, float]:
+    """Bytes beside weights and cache at the moments of a prompt that hold most.
+
+    Args:
+        config: Of the text model.
+        rows: B.
+        tokens: T.
+        number: Bytes of one number.
+        attention: transformers' name of the kernel: `eager` keeps all scores.
+    """
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    wide = getattr(config, "intermediate_size", None) or 4 * hidden
+    read = rows * tokens
+    # A gated MLP: what goes around it, its input, gate, up and their product.
+    layer = read * (2 * hidden + 3 * wide) * number
+    # What goes around attention, its input, query and output; scores and their softmax.
+    attended = 4 * read * hidden * number
+    if attention == "eager":
+        attended += rows * heads * tokens**2 * (number + SCORES_BYTES)
+    logits = 2 * rows * config.vocab_size * number  # a token's beside those of the one before
+    return {"layer": layer, "attention": attended, "logits": logits}

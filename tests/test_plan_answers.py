@@ -1,0 +1,112 @@
+"""The plan of a model that answers, against what a tiny one really holds."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from lighten import models
+from lighten.planning import answers, process_overhead
+from lighten.planning.answers import answer_peak, resident_after
+from lighten.planning.memory import TOKENIZER_FACTOR
+from lighten.planning.storage_tracker import StorageTracker
+from tests.tiny import save_tiny, tiny_config
+
+PROCESS_BYTES = 1_000
+
+
+@pytest.fixture(autouse=True)
+def process_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers, "answer_bytes", lambda: PROCESS_BYTES)
+
+
+def held(folder: Path, attention: str, dtype: str, rows: int, tokens: int) -> tuple[int, int]:
+    """Bytes of weights, and the most that a prompt and two tokens hold beside them."""
+    base = models.load(str(folder), attn_implementation=attention, dtype=dtype)
+    weights = sum({p.data_ptr(): p.nbytes for p in base.model.parameters()}.values())
+    cache = {models.cache_argument(base.model): DynamicCache(config=base.model.config)}
+    ids = torch.ones(rows, tokens, dtype=torch.int64)
+    with torch.inference_mode(), StorageTracker() as tracker:
+        for _ in range(3):
+            model: Any = base.model
+            logits = model(input_ids=ids, use_cache=True, logits_to_keep=1, **cache).logits
+            ids = logits[:, -1:].argmax(-1)
+    return weights, max(tracker.timeline.live())
+
+
+@pytest.mark.parametrize(
+    ("moment", "attention", "dtype", "rows", "tokens", "changes"),
+    [
+        ("layer", "sdpa", "float32", 3, 40, {"intermediate_size": 1024}),
+        ("layer", "eager", "bfloat16", 1, 64, {"intermediate_size": 1024}),
+        ("attention", "eager", "float32", 2, 200, {}),
+        ("logits", "sdpa", "bfloat16", 16, 1, {"vocab_size": 20_000}),
+    ],
+)
+def test_the_widest_moment_of_a_prompt(
+    moment: str, attention: str, dtype: str, rows: int, tokens: int, changes: dict[str, Any],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """By the tensors that are alive, of a model in which one of the moments outweighs the rest."""
+    folder = save_tiny(tmp_path / "model", **changes)
+    config = tiny_config("llama", **changes)
+    number = 4 if dtype == "float32" else 2
+    sizes = answers.moments(config, rows, tokens, number, attention)
+    assert max(sizes, key=sizes.__getitem__) == moment
+    weights, beside = held(folder, attention, dtype, rows, tokens)
+    planned = answer_peak(
+        str(folder), dtype=dtype, attention=attention, prompt_tokens=tokens, new_tokens=2, rows=rows
+    )
+    tokenizer = int(TOKENIZER_FACTOR * (folder / "tokenizer.json").stat().st_size)
+    assert planned - PROCESS_BYTES - tokenizer - weights == pytest.approx(beside, rel=0.25)
+
+
+def test_on_a_gpu_the_process_is_not_counted(tiny_folder: Path) -> None:
+    here, there = (
+        answer_peak(str(tiny_folder), dtype="float32", prompt_tokens=8, new_tokens=2, device=device,
+                    adapter_bytes=7)
+        for device in ("cpu", "cuda")
+    )  # fmt: skip
+    tokenizer = int(TOKENIZER_FACTOR * (tiny_folder / "tokenizer.json").stat().st_size)
+    assert here - there == PROCESS_BYTES + tokenizer
+
+
+def test_what_stays_of_a_quantised_model(tiny_folder: Path) -> None:
+    """INT8 is for embeddings too; NF4 for linear layers, its scales quantised."""
+    model = models.skeleton(str(tiny_folder))
+    every = sum(parameter.numel() for parameter in model.parameters())
+    linear = sum(
+        parameter.numel() for name, parameter in model.named_parameters() if "proj" in name
+    )
+    assert resident_after(str(tiny_folder), storage="int8", rest="int8") == every + PROCESS_BYTES
+    expected = linear * (0.5 + 1 / 64 + 4 / (64 * 256)) + 2 * (every - linear) + PROCESS_BYTES
+    planned = resident_after(str(tiny_folder), storage="nf4 double", rest="bfloat16")
+    assert planned == pytest.approx(expected, abs=1)
+
+
+def test_what_a_process_takes_that_answers_is_measured_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0, 'a warning\n{"bytes": 20000000}\n', "")
+
+    monkeypatch.setattr(process_overhead.subprocess, "run", run)
+    path = tmp_path / "answers.json"
+    assert process_overhead.answer_bytes(path) == process_overhead.answer_bytes(path) == 20_000_000
+    ((*_, what),) = commands
+    assert what == "answering"
+
+    def fails(command: list[str], **_: Any) -> None:
+        raise subprocess.CalledProcessError(1, command)
+
+    monkeypatch.setattr(process_overhead.subprocess, "run", fails)
+    unmeasured = process_overhead.answer_bytes(tmp_path / "other.json")
+    assert unmeasured == process_overhead.UNMEASURED_ANSWER
