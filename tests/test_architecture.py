@@ -141,6 +141,7 @@ ALLOWED: dict[str, set[str]] = {
         "cpu",
         "engine",
         "evaluation",
+        "generation",
         "jobs",
         "machine",
         "models",

@@ -17,6 +17,7 @@ from lighten.errors import UserError
 from lighten.jobs import in_child
 from lighten.machine.timing import Timing, measure_step
 from tests.processes import call
+from tests.tiny import save_tiny
 
 MIB = 2**20
 
@@ -119,16 +120,30 @@ def test_where_memory_ends_stays_in_the_table() -> None:
     assert records[-1]["runs_out_at"] == 128
 
 
-def test_answers_are_timed_token_by_token(tiny_folder: Path) -> None:
+@pytest.mark.parametrize("engine", ["transformers", "lighten"])
+def test_answers_are_timed_token_by_token(engine: str, tiny_folder: Path) -> None:
     (record,) = generation.run(
         str(tiny_folder), variant="base", adapter=None, revision=None, device="cpu",
         dtype="float32", prompt_tokens=[8], batch_sizes=[2], new_tokens=4, budget_s=0.05,
+        engine=engine,
     )  # fmt: skip
+    assert record["engine"] == engine
     assert record["first_token_s"]["median"] < record["seconds"]["median"]
     rate = 2 * 3 / record["decode_s"]["median"]
     assert record["decode_tokens_per_s"] == pytest.approx(rate)
     assert record["prefill_tokens_per_s"] == pytest.approx(16 / record["first_token_s"]["median"])
     assert record["between_tokens_s"]["p50"] <= record["between_tokens_s"]["p99"]
+
+
+def test_a_model_that_our_engine_does_not_take_says_why(tmp_path: Path) -> None:
+    (record,) = generation.run(
+        str(save_tiny(tmp_path / "falcon", "falcon")), variant="base", adapter=None, revision=None,
+        device="cpu", dtype="float32", prompt_tokens=[8], batch_sizes=[2], new_tokens=4,
+        budget_s=0.05, engine="lighten",
+    )  # fmt: skip
+    assert "attention cannot be replaced" in record["why"]
+    rows = text.tables({"records": [{"part": "generate", "name": "base, our engine", **record}]})
+    assert rows[0][1] == [["base, our engine", *["–"] * 7]]
 
 
 def test_trap51_a_model_that_does_not_train_is_no_result(

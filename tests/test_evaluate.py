@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import sacrebleu
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lighten
 from lighten import data, models
@@ -19,16 +20,16 @@ from lighten.adapters import AdapterSpec, attach
 from lighten.engine.loss import Objective
 from lighten.engine.validation import held_out
 from lighten.errors import UserError
-from lighten.evaluation import metrics
+from lighten.evaluation import metrics, run_models
 from lighten.evaluation.bootstrap import Estimate, Resamples
 from lighten.evaluation.chat import Conversation, chat
-from lighten.evaluation.generate import generate, stop_tokens
+from lighten.evaluation.generate import generate, head_reads_whole_rows, stop_tokens
 from lighten.evaluation.verdicts import verdict
 from lighten.machine import hardware
 from lighten.models import Base
 from lighten.runs import Run
 from tests.test_train_step import row
-from tests.tiny import ARCHITECTURES, save_tiny, tiny_model, tiny_tokenizer
+from tests.tiny import ARCHITECTURES, VOCAB, save_tiny, tiny_model, tiny_tokenizer
 
 ANSWERS = ["the cat sat on the mat", "a dog", "나는 학교에 간다", "one two three four five", ""]
 REFERENCES = ["the cat sat on a mat", "the dog ran", "나는 학교에 갔다", "one two three four five",
@@ -281,15 +282,94 @@ def test_trap9_and_18_chat_asks_with_the_ids_that_training_saw(run: Run, tmp_pat
     assert ids.count(bos.bos_token_id) == 1
 
 
-def test_chat_greedily_says_what_generate_says(run: Run) -> None:
-    talk = Conversation(str(run.folder), max_new_tokens=6)
-    answer = "".join(talk.answer("hello", "r8"))
-    with talk.cohort.using("r8"):
-        answers = generate(
-            talk.base.model, talk.base.tokenizer, talk.prompt("hello").tolist(),
-            max_new_tokens=6, batch_size=1,
-        )  # fmt: skip
-    assert answer == answers.texts[0]
+def test_chat_greedily_says_what_generate_says(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our engine streams what transformers does, piece by piece."""
+    talk = Conversation(str(run.folder), max_new_tokens=24)
+    assert talk.why_no_engine is None
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise UserError("not today")
+
+    monkeypatch.setattr(run_models, "open_engine", refuse)
+    other = Conversation(str(run.folder), max_new_tokens=24)
+    assert other.why_no_engine == "not today"
+    opened = run_models.Models(run, "cpu", keep=False).open(None)
+    texts = []
+    for name in ("r8", None):
+        pieces = list(talk.answer("hello", name))
+        assert pieces == list(other.answer("hello", name))
+        with opened.trained.using(name):
+            texts += generate(
+                opened.base.model, talk.base.tokenizer, talk.prompt("hello").tolist(),
+                max_new_tokens=24, batch_size=1,
+            ).texts  # fmt: skip
+        assert "".join(pieces) == texts[-1]
+    assert texts[0] != texts[1]
+    talk.close()
+
+
+def test_chat_ends_where_the_model_does(tmp_path: Path) -> None:
+    """A token that ends an answer is not shown, in our engine as in transformers."""
+    folder = save_tiny(tmp_path / "model")
+    base = models.load(str(folder))
+    talk = Conversation(str(folder), max_new_tokens=8)
+    prompt = talk.prompt("hello")[0].tolist()
+    talk.close()
+    ids = list(prompt)
+    for _ in range(8):
+        ids.append(int(base.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    answer = ids[len(prompt) :]
+    stop = next(place for place in range(1, 8) if answer[place] not in answer[:place])
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": answer[stop]}))
+    talk, base = Conversation(str(folder), max_new_tokens=8), models.load(str(folder))
+    shown = generate(base.model, base.tokenizer, [prompt], max_new_tokens=8, batch_size=1)
+    assert "".join(talk.answer("hello", None)) == shown.texts[0]
+    assert shown.tokens == stop + 1
+    talk.close()
+
+
+def test_a_model_that_our_engine_does_not_take_chats_in_transformers(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "falcon", "falcon")
+    out, logged = io.StringIO(), []
+    chat(str(folder), lines=io.StringIO("hello\n"), out=out, max_new_tokens=4, log=logged.append)
+    assert len(out.getvalue()) > 1
+    (line,) = logged
+    assert line.startswith("transformers answers")
+    assert "falcon's attention cannot be replaced" in line
+
+
+def test_an_adapter_that_our_engine_does_not_take_chats_in_transformers(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model")
+    base = models.load(str(folder))
+    trained = attach(base.model, [AdapterSpec("d", use_dora=True, r=2)])
+    for name, content in trained.contents("d").items():
+        (tmp_path / "d").mkdir(exist_ok=True)
+        (tmp_path / "d" / name).write_bytes(content)
+    opened = run_models.open_model(models.load(str(folder)), {"d": tmp_path / "d"}, "chatml")
+    assert opened.engine is None
+    assert "use_dora" in str(opened.why_no_engine)
+    with opened.trained.using("d"):
+        assert opened.base.model(input_ids=torch.tensor([[5, 6]])).logits.isfinite().all()
+
+
+def test_the_head_reads_the_last_position_of_one_prompt_in_one_product() -> None:
+    """A view whose strides are those of the prompt makes PyTorch copy the head's weight."""
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    products: list[tuple[int, ...]] = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func is torch.ops.aten.bmm.default:
+                products.append(tuple(args[1].shape))
+            return func(*args, **(kwargs or {}))
+
+    ids = torch.arange(5, 15)[None]
+    with torch.inference_mode(), head_reads_whole_rows(model), Products():
+        model(input_ids=ids, logits_to_keep=1)
+    assert not [shape for shape in products if VOCAB in shape]
 
 
 def test_the_real_model_answers_and_is_scored_as_transformers_scores_it(smollm2: Base) -> None:

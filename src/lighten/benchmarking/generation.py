@@ -5,15 +5,13 @@ Dimensions: B prompts side by side, T tokens of each, N tokens answered.
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-PERCENTILES = (50, 90, 99)
 
 
 def run(
@@ -28,8 +26,9 @@ def run(
     batch_sizes: Sequence[int],
     new_tokens: int,
     budget_s: float,
+    engine: str = "transformers",
 ) -> Iterator[dict[str, Any]]:
-    """Records of one variant, one for each prompt length and batch size.
+    """Records of one variant in one engine, one for each prompt length and batch size.
 
     Args:
         model: As `lighten.models.load` takes it.
@@ -42,12 +41,17 @@ def run(
         batch_sizes: B.
         new_tokens: N, at least 2.
         budget_s: Seconds for the repeats of each record.
+        engine: `transformers`, or `lighten` for `lighten.generation`, whose one record says why
+            where it does not take the model or the adapter.
     """
     import torch
 
     from lighten import adapters, models
     from lighten.artifacts.source import copy_companions, open_source
+    from lighten.benchmarking.engine import answer_together
     from lighten.cpu import allocator
+    from lighten.errors import UserError
+    from lighten.evaluation.engine import open_engine
     from lighten.evaluation.generate import head_reads_whole_rows
     from lighten.machine.hardware import PeakMemory
     from lighten.quantization.merge import merge
@@ -63,22 +67,31 @@ def run(
             model, revision = str(merged), None
         base = models.load(model, revision=revision, dtype=dtype, device=device)
         context: Any = nullcontext()
-        if variant == "adapter":
-            assert adapter is not None
-            context = adapters.load(base.model, {"adapter": Path(adapter)}).using("adapter")
+        folders = {"adapter": Path(adapter)} if variant == "adapter" and adapter else {}
+        answers: Callable[..., dict[str, Any]] = answer
+        if engine == "lighten":
+            try:
+                opened = open_engine(base, folders, slots=max(batch_sizes))
+            except UserError as error:
+                yield {"variant": variant, "engine": engine, "why": str(error)}
+                return
+            answers = partial(answer_together, opened, next(iter(folders), None))
+        elif folders:
+            context = adapters.load(base.model, folders).using("adapter")
         limits = models.limits_of(base.model)
         shapes = [
             (rows, tokens) for tokens in sorted(prompt_tokens) for rows in sorted(batch_sizes)
         ]
         with context, head_reads_whole_rows(base.model), torch.inference_mode():
             for rows, tokens in shapes:
-                cell = {"variant": variant, "prompt_tokens": tokens, "batch_size": rows,
-                        "new_tokens": new_tokens}  # fmt: skip
+                cell = {"variant": variant, "engine": engine, "prompt_tokens": tokens,
+                        "batch_size": rows, "new_tokens": new_tokens}  # fmt: skip
                 if limits.room(tokens, new_tokens) < new_tokens:
                     yield {**cell, "why": f"the model has no {tokens + new_tokens} positions"}
                     continue
+                allocator.trim()
                 memory.restart()
-                timings = answer(base.model, rows, tokens, new_tokens, device, budget_s)
+                timings = answers(base.model, rows, tokens, new_tokens, device, budget_s)
                 peak = memory.read()
                 yield {**cell, **timings, "dtype": base.dtype.value,
                        "peak_bytes": peak["peak_bytes"], "memory_by": peak["method"],
@@ -104,20 +117,14 @@ def answer(
         device: Where it is.
         budget_s: Seconds for the repeats.
     """
-    import inspect
-
-    import torch
     from transformers import DynamicCache
 
-    from lighten.machine.timing import Timing, measure_step, synchronize
+    from lighten import models
+    from lighten.benchmarking.rates import figures, random_prompts
+    from lighten.machine.timing import measure_step, synchronize
 
-    # transformers 5.24 calls it `cache`, and warns of the older name.
-    parameters = inspect.signature(model.forward).parameters
-    cache_argument = "cache" if "cache" in parameters else "past_key_values"
-
-    generator = torch.Generator().manual_seed(0)
-    vocab_size = int(model.get_input_embeddings().weight.shape[0])
-    prompt = torch.randint(0, vocab_size, (rows, tokens), generator=generator).to(model.device)
+    cache_argument = models.cache_argument(model)
+    prompt = random_prompts(model, rows, tokens).to(model.device)
     firsts: list[float] = []
     laps: list[list[float]] = []
 
@@ -145,21 +152,4 @@ def answer(
         laps.append(times)
 
     timing = measure_step(generate, device=device, budget_s=budget_s, least=3)
-    repeats = len(timing.samples)  # those that warmed up came first
-    first = Timing(tuple(firsts[-repeats:]), timing.warmup, timing.bound)
-    decode = Timing(tuple(sum(times) for times in laps[-repeats:]), timing.warmup, timing.bound)
-    between = [lap for times in laps[-repeats:] for lap in times]
-    return {
-        "seconds": timing.to_dict(), "first_token_s": first.to_dict(),
-        "decode_s": decode.to_dict(),
-        "prefill_tokens_per_s": rows * tokens / first.median,
-        "decode_tokens_per_s": rows * (new_tokens - 1) / decode.median,
-        "between_tokens_s": {f"p{p}": percentile(between, p) for p in PERCENTILES},
-    }  # fmt: skip
-
-
-def percentile(values: Sequence[float], percent: int) -> float:
-    """A percentile of values, interpolated between neighbours."""
-    if len(values) == 1:
-        return values[0]
-    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
+    return figures(timing, firsts, laps, rows, tokens)

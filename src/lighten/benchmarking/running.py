@@ -20,11 +20,17 @@ from lighten.jobs import in_child
 from lighten.machine import devices, hardware
 from lighten.models.load import checksum, weight_files
 from lighten.planning import predict
+from lighten.planning.answers import answer_peak
 from lighten.planning.build import config_of
 from lighten.recipe import Recipe
 
 VERSION = 1
 FILE = "bench.json"
+# What `generate` measures and in which engine; merged weights are a base to ours.
+GENERATED = (
+    ("base", "transformers"), ("base", "lighten"), ("adapter", "transformers"),
+    ("adapter", "lighten"), ("merged", "transformers"),
+)  # fmt: skip
 _UNITS = {"": 1, "k": 1, "m": 2, "g": 3, "t": 4}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b)?\s*", re.IGNORECASE)
 
@@ -122,22 +128,32 @@ class Bench:
                        "weight_file_bytes": file_bytes(folder)}  # fmt: skip
 
     def generate(self) -> Iterator[dict[str, Any]]:
-        """Answers of the base, of the adapter, and of the two merged."""
+        """Answers of the base, of the adapter, and of the two merged; in transformers, in ours."""
         settings = self.settings
-        for variant in ("base", "adapter", "merged") if self._adapter else ("base",):
-            self.log(f"generate: {variant}")
+        dtype = self.device.dtype(self.recipe.compute_dtype).value
+        for variant, engine in GENERATED if self._adapter else GENERATED[:2]:
+            label = variant if engine == "transformers" else f"{variant}, our engine"
+            self.log(f"generate: {label}")
             records = self._child("generation", {
                 "model": self.target.base, "variant": variant, "adapter": self._adapter,
                 "revision": self.target.revision, "device": self.device.kind,
                 "dtype": self.recipe.compute_dtype, "prompt_tokens": settings.prompt_tokens,
                 "batch_sizes": settings.batch_sizes, "new_tokens": settings.new_tokens,
-                "budget_s": settings.seconds,
+                "budget_s": settings.seconds, "engine": engine,
             })  # fmt: skip
             for record in records:
-                name = variant
+                name = label
                 if "prompt_tokens" in record:
                     name += f", {record['prompt_tokens']} tokens, {record['batch_size']} at once"
-                yield {"part": "generate", "name": name, "variant": variant, **record}
+                if "peak_bytes" in record and engine == "transformers":
+                    record["predicted_bytes"] = answer_peak(
+                        self.target.base, dtype=dtype, prompt_tokens=record["prompt_tokens"],
+                        new_tokens=record["new_tokens"], rows=record["batch_size"],
+                        adapter_bytes=self._adapter_bytes if variant == "adapter" else 0,
+                        device=self.device.kind, revision=self.target.revision,
+                    )  # fmt: skip
+                yield {"part": "generate", "name": name, "variant": variant, "engine": engine,
+                       **record}  # fmt: skip
 
     def attention(self) -> Iterator[dict[str, Any]]:
         """Attention of one layer of the model's shape."""
@@ -196,6 +212,10 @@ class Bench:
     @property
     def _adapter(self) -> str | None:
         return None if self.target.adapter is None else str(self.target.adapter)
+
+    @property
+    def _adapter_bytes(self) -> int:
+        return 0 if self.target.adapter is None else file_bytes(self.target.adapter)
 
     def _child(self, job: str, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The records of a job; the last one says why it ended early, if it did."""

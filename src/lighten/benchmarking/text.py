@@ -13,7 +13,7 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
     parts = {
         "size": (["size", "parameters", "files", "in memory", "of checkpoint"], _size),
         "generate": (["generate", "prefill tokens/s", "decode tokens/s", "first token",
-                      "between p50 / p99", "peak", "spread"], _generate),
+                      "between p50 / p99", "peak", "planned", "spread"], _generate),
         "attention": (["attention", "time", "peak", "spread"], _attention),
         "train": (["train", "step", "real tokens/s", "peak", "planned", "spread"], _train),
         "max-batch": (["max-batch", "largest", "planned", "too much from"], _largest),
@@ -60,7 +60,7 @@ def _generate(record: Mapping[str, Any]) -> list[str]:
         f"{record['prefill_tokens_per_s']:,.0f}", f"{record['decode_tokens_per_s']:,.1f}",
         time(record["first_token_s"]["median"]),
         f"{time(between['p50'])} / {time(between['p99'])}", size(record["peak_bytes"]),
-        spread(record["seconds"]),
+        size(record.get("predicted_bytes")), spread(record["seconds"]),
     ]  # fmt: skip
 
 

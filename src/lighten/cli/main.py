@@ -291,6 +291,7 @@ def chat(
             target, adapter=adapter, compare=compare, system=system,
             thinking=None if thinking is None else thinking is OnOff.ON,
             max_new_tokens=max_new_tokens, temperature=temperature,
+            log=lambda line: typer.echo(line, err=True),
         )  # fmt: skip
 
 

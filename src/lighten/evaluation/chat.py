@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
 from typing import Any, TextIO
@@ -12,15 +12,19 @@ import torch
 from transformers import GenerationConfig, TextIteratorStreamer
 from transformers.utils import logging as transformers_logging
 
-from lighten import adapters, data, models
+from lighten import data, models
 from lighten.data import Message
 from lighten.data.asking import OPENED
 from lighten.dialogue import converse
 from lighten.errors import UserError
 from lighten.evaluation.generate import hidden_tokens, settings_alone, stop_tokens
-from lighten.evaluation.run_models import Models, Opened
+from lighten.evaluation.run_models import Models, Opened, open_model
+from lighten.generation.engine import Request
+from lighten.generation.settings import Sampling
 from lighten.machine import hardware
 from lighten.runs import Run
+
+TOP_K = 50  # transformers' default where tokens are drawn
 
 
 class _Visible(TextIteratorStreamer):
@@ -55,6 +59,9 @@ class Conversation:
         max_new_tokens: Longest answer.
         temperature: 0 answers greedily.
 
+    Attributes:
+        why_no_engine: Why transformers answers in place of our engine; None: it does not.
+
     Raises:
         UserError: No such run or model.
     """
@@ -75,15 +82,16 @@ class Conversation:
         self.learnt, self.handling = data.LearntAnswers(), data.Handling()
         if run is None:
             base = models.load(target, device=device)
-            template = data.choose_template(base.tokenizer, None).name
-            first = Opened(base, adapters.attach(base.model, []), template)
+            first = open_model(base, {}, data.choose_template(base.tokenizer, None).name)
             self._open: Callable[[str | None], Opened] = lambda _: first
+            self._close = first.close
         else:
-            run_models = Models(run, device, keep=True)
+            run_models = Models(run, device, keep=True, talks=True)
             self.names, self._open = run_models.names, run_models.open
+            self._close = run_models.close
             self.learnt, self.handling = run_models.learnt, run_models.handling
             first = run_models.open(run_models.names[0] if run_models.names else None)
-        self.base, self.cohort = first.base, first.trained
+        self.base, self.why_no_engine = first.base, first.why_no_engine
         self.system = system
         self.thinking = self.learnt.thinks if thinking is None else thinking
         self.messages: list[Message] = []
@@ -140,19 +148,60 @@ class Conversation:
             )
         stops = stop_tokens(model, tokenizer, self.learnt)
         streamer = _Visible(tokenizer, {*stops, *hidden_tokens(tokenizer, self.learnt)})
+        decode = self._in_transformers if opened.engine is None else self._in_engine
+        with decode(opened, ids, room, stops, streamer) as errors:
+            if opened_thought is not None:
+                yield opened_thought[0].lstrip()
+            yield from streamer
+        if errors:
+            raise errors[0]
+
+    @contextmanager
+    def _in_engine(
+        self, opened: Opened, ids: torch.Tensor, room: int, stops: Sequence[int],
+        streamer: _Visible,
+    ) -> Iterator[list[BaseException]]:  # fmt: skip
+        """Stream an answer of our engine's; what it fails with is in the list at the end."""
+        errors: list[BaseException] = []
+        assert opened.engine is not None
+
+        def end(reason: str | BaseException, cached: int) -> None:
+            del cached
+            if isinstance(reason, BaseException):
+                errors.append(reason)
+            streamer.end()
+
+        streamer.put(ids)
+        cancel = opened.engine.submit(Request(
+            ids[0].tolist(), opened.adapter, room, frozenset(stops),
+            Sampling(temperature=self._temperature, top_k=TOP_K), None,
+            lambda chosen: streamer.put(torch.tensor([chosen.token])), end,
+        ))  # fmt: skip
+        try:
+            yield errors
+        finally:
+            cancel()
+
+    @contextmanager
+    def _in_transformers(
+        self, opened: Opened, ids: torch.Tensor, room: int, stops: Sequence[int],
+        streamer: _Visible,
+    ) -> Iterator[list[BaseException]]:  # fmt: skip
+        """The same by transformers' `generate`."""
+        model: Any = opened.base.model
         warm = self._temperature > 0
         sampling = {"do_sample": True, "temperature": self._temperature} if warm else {}
         settings = GenerationConfig(
             max_new_tokens=room,
-            eos_token_id=stops or None,
-            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=list(stops) or None,
+            pad_token_id=opened.base.tokenizer.pad_token_id,
             **{"do_sample": False, **sampling},
         )
         errors: list[BaseException] = []
 
         def work() -> None:
             try:
-                model.generate(  # type: ignore[operator]
+                model.generate(
                     input_ids=ids, attention_mask=ids.new_ones(ids.shape),
                     generation_config=settings, streamer=streamer,
                 )  # fmt: skip
@@ -160,17 +209,11 @@ class Conversation:
                 errors.append(error)
                 streamer.end()
 
-        with ExitStack() as stack:
-            stack.enter_context(opened.trained.using(opened.adapter))
-            stack.enter_context(settings_alone(model))
+        with opened.trained.using(opened.adapter), settings_alone(model):
             thread = Thread(target=work, daemon=True)
             thread.start()
-            if opened_thought is not None:
-                yield opened_thought[0].lstrip()
-            yield from streamer
+            yield errors
             thread.join()
-        if errors:
-            raise errors[0]
 
     def remember(self, question: str, answer: str) -> None:
         """Make a question and its answer part of the conversation."""
@@ -179,6 +222,10 @@ class Conversation:
     def reset(self) -> None:
         """Forget the conversation."""
         self.messages.clear()
+
+    def close(self) -> None:
+        """End what answers; nothing can be asked any more."""
+        self._close()
 
 
 def chat(
@@ -192,6 +239,7 @@ def chat(
     temperature: float = 0.0,
     lines: TextIO | None = None,
     out: TextIO | None = None,
+    log: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Converse until `/exit` or the end of the input.
 
@@ -205,6 +253,7 @@ def chat(
         temperature: 0 answers greedily.
         lines: Where questions come from, standard input by default.
         out: Where answers go, standard output by default.
+        log: Given a line where our engine does not take the model.
 
     Raises:
         UserError: No such run, model or adapter.
@@ -213,7 +262,12 @@ def chat(
         target, system=system, thinking=thinking, max_new_tokens=max_new_tokens,
         temperature=temperature,
     )  # fmt: skip
-    converse(talk, model=adapter, compare=compare, lines=lines, out=out)
+    if talk.why_no_engine is not None:
+        log(f"transformers answers, not lighten's own engine: {talk.why_no_engine}")
+    try:
+        converse(talk, model=adapter, compare=compare, lines=lines, out=out)
+    finally:
+        talk.close()
 
 
 def _run_of(target: str) -> Run | None:

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lighten import adapters, data, models
 from lighten.adapters import Trained
 from lighten.adapters.fake_quant import fake_quantise
+from lighten.errors import UserError
+from lighten.evaluation.engine import open_engine
 from lighten.recipe import Recipe
 from lighten.runs import Run
 from lighten.training.base import load_base
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from lighten.generation.engine import Engine
 
 
 @dataclass
@@ -22,12 +30,49 @@ class Opened:
         trained: The adapters.
         template: Name of its chat template.
         adapter: Which adapter answers; None: the base alone.
+        engine: That answers in transformers' place, with the adapters that `trained` lacks.
+        why_no_engine: Why there is none, where one was to be.
     """
 
     base: models.Base
     trained: Trained
     template: str
     adapter: str | None = None
+    engine: Engine | None = None
+    why_no_engine: str | None = None
+
+    def close(self) -> None:
+        """End the engine, if there is one."""
+        if self.engine is not None:
+            self.engine.close()
+
+
+def open_model(
+    base: models.Base,
+    folders: Mapping[str, Path],
+    template: str,
+    *,
+    qat_group_size: int | None = None,
+) -> Opened:
+    """A base that answers token by token, in our engine where that takes it and its adapters.
+
+    Args:
+        base: Without adapters.
+        folders: Of adapters, by name.
+        template: Name of its chat template.
+        qat_group_size: As `adapters.load` takes it.
+
+    Raises:
+        UserError: An adapter does not fit the base.
+    """
+    try:
+        if qat_group_size is not None:
+            raise UserError("weights and activations are rounded as they were in its training")
+        engine = open_engine(base, folders, prefix_caching=True)
+    except UserError as error:
+        trained = adapters.load(base.model, folders, qat_group_size=qat_group_size)
+        return Opened(base, trained, template, why_no_engine=str(error))
+    return Opened(base, adapters.attach(base.model, []), template, engine=engine)
 
 
 class Models:
@@ -42,6 +87,7 @@ class Models:
         run: The run.
         device: Where the models go.
         keep: Hold every model that was opened.
+        talks: Answers are wanted, one at a time, and nothing else: in our engine where it can.
 
     Attributes:
         names: What the run trained; empty before that.
@@ -49,8 +95,9 @@ class Models:
         handling: What it does with system messages and thoughts.
     """
 
-    def __init__(self, run: Run, device: str, *, keep: bool) -> None:
+    def __init__(self, run: Run, device: str, *, keep: bool, talks: bool = False) -> None:
         self._recipe, self._device, self._keep = run.recipe(), device, keep
+        self._talks = talks
         self._adapters, self._model_folder = run.adapters(), run.model()
         if self._model_folder is None:
             self.names = tuple(self._adapters)
@@ -66,6 +113,11 @@ class Models:
             return replace(self._get(None), adapter=name)
         return self._get(None if name is None else self._model_folder)
 
+    def close(self) -> None:
+        """End what answers."""
+        for opened in self._opened.values():
+            opened.close()
+
     def _get(self, folder: Path | None) -> Opened:
         """The base, or the model of a folder."""
         if folder not in self._opened:
@@ -73,14 +125,17 @@ class Models:
                 self._opened.clear()
             recipe, device = self._recipe, self._device
             base = load_base(recipe, device) if folder is None else _load(recipe, folder, device)
-            if folder is not None and recipe.qat is not None:
-                fake_quantise(base.model, recipe.qat_group_size)
-            cohort = adapters.load(
-                base.model, self._adapters,
-                qat_group_size=recipe.qat_groups if self._adapters else None,
-            )  # fmt: skip
             template = data.choose_template(base.tokenizer, recipe.chat_template).name
-            self._opened[folder] = Opened(base, cohort, template)
+            rounded = folder is not None and recipe.qat is not None
+            if rounded:
+                fake_quantise(base.model, recipe.qat_group_size)
+            groups = recipe.qat_groups if self._adapters else None
+            if self._talks and not rounded:
+                opened = open_model(base, self._adapters, template, qat_group_size=groups)
+            else:
+                trained = adapters.load(base.model, self._adapters, qat_group_size=groups)
+                opened = Opened(base, trained, template)
+            self._opened[folder] = opened
         return self._opened[folder]
 
 

@@ -1,0 +1,56 @@
+"""Our engine over a base that was loaded, where it takes the base and all its adapters."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+
+from lighten import models
+from lighten.adapters.frozen import is_linear, out_in_features
+from lighten.errors import UserError
+from lighten.generation import attention
+from lighten.generation.adapter import read_factors
+from lighten.generation.engine import Engine
+
+# Of a prompt with its answer where the model says nothing: room is made as it is used.
+MOST_TOKENS = 2**24
+
+
+def open_engine(
+    base: models.Base, adapters: Mapping[str, Path], *, slots: int = 1, prefix_caching: bool = False
+) -> Engine:
+    """An engine that answers with a base and its adapters.
+
+    Args:
+        base: Without adapters; its linear layers are replaced once it is taken, not before.
+        adapters: Folders in PEFT's format by name.
+        slots: Answers under way at once.
+        prefix_caching: Whether a prompt that goes on from an earlier one reads the rest alone.
+
+    Raises:
+        UserError: It does not take the base or an adapter, for the reason that this says.
+    """
+    model = base.model
+    if base.feed is not None:
+        raise UserError("the base's layers are read from disk as they are needed")
+    taken = inspect.signature(model.forward).parameters
+    if missing := [name for name in ("position_ids", "logits_to_keep") if name not in taken]:
+        raise UserError(f"{type(model).__name__} takes no {missing[0]}")
+    attention.require_plain(model)
+    paths = [
+        path for path, module in model.named_modules()
+        if is_linear(module) and ".experts." not in path
+    ]  # fmt: skip
+    for folder in adapters.values():
+        for path, pair in read_factors(folder, paths).items():
+            if (len(pair.B), pair.A.shape[1]) != out_in_features(model.get_submodule(path)):
+                raise UserError(f"{folder} does not fit this base; it was trained on another model")
+    positions = models.limits_of(model).positions
+    engine = Engine(
+        model, max_sequences=slots, max_tokens=positions or MOST_TOKENS,
+        prefix_caching=prefix_caching,
+    )  # fmt: skip
+    for name, folder in adapters.items():
+        engine.load_adapter(name, folder)
+    return engine
