@@ -1,15 +1,16 @@
-"""Several ranks: every strategy against one process, and runs that are killed and go on.
+"""Several ranks: every strategy against one process, the largest model, and runs that are killed.
 
     python benchmarks/scale_table.py                    # all parts; the last line is JSON
-    python benchmarks/scale_table.py --only strategies  # or kills, or streamed
+    python benchmarks/scale_table.py --only strategies  # or kills, largest, streamed
     python benchmarks/scale_table.py --only kills --kills 3
 
 A tiny Llama shape with random weights, float32, two ranks over gloo. The loss trajectory and what
 is shipped are compared with those of one process that has as many examples in a step: ragged
 counts of supervised tokens, 1 and 3 micro-batches a step, two adapters with their own rates.
 A kill is SIGKILL at a random moment after the start, of one rank or of all; the run is resumed,
-every fourth time with another number of ranks. The streamed parts are those of
-`streamed_base.py`, which is run for them. What was not measured is null.
+every fourth time with another number of ranks. The largest model within a limit of memory is
+`largest.py`'s, the streamed parts are those of `streamed_base.py`, which is run for them. What was
+not measured is null.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import machine
+from benchmarks import largest, machine
 
-PARTS = ("strategies", "kills", "streamed")
+PARTS = ("strategies", "kills", "largest", "streamed")
 STRATEGIES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
 COHORT = [{"name": "quick", "lora_r": 4, "learning_rate": 3e-3},
           {"name": "slow", "lora_r": 8, "learning_rate": 1e-3}]  # fmt: skip
@@ -43,6 +44,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 STEPS, KILLED_STEPS = 6, 60
 LONGEST_S = 600.0
+VOCABULARY = 2048  # of the largest models: their layers are what counts
 MODEL = """
 import sys
 from tests.tiny import save_tiny
@@ -178,6 +180,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=PARTS, action="append")
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--gib", type=float, default=3.0, help="limit of each process")
+    parser.add_argument("--hidden", type=int, default=1024, help="width of the largest models")
     arguments = parser.parse_args()
     requested = arguments.only or PARTS
     before = machine.before_start()
@@ -198,15 +202,23 @@ def main() -> None:
             results["strategies"] = strategies(folder, base)
         if "kills" in requested:
             results["kills"] = kills(folder, base, arguments.kills)
+        if "largest" in requested:
+            results["largest"] = largest.largest(
+                folder / "models", limit_bytes=int(arguments.gib * largest.GIB),
+                hidden=arguments.hidden, vocabulary=VOCABULARY,
+            )  # fmt: skip
     if "streamed" in requested:
         results["streamed"] = streamed()
-    machine.store("scale_table", results, before, {"few kills": arguments.kills < 20})
+    machine.store("scale_table", results, before, {
+        "few kills": "kills" in requested and arguments.kills < 20,
+        "small models": "largest" in requested and (arguments.gib, arguments.hidden) != (3.0, 1024),
+    })  # fmt: skip
     rows, ended = results.get("strategies"), results.get("kills")
-    of_streamed = results.get("streamed", {})
+    of_largest, of_streamed = results.get("largest", {}), results.get("streamed", {})
     print(json.dumps({
         "strategies_max_difference":
             max(max(row["loss"], row["weights"]) for row in rows) if rows else None,
-        "largest_vs_plain": of_streamed.get("largest_vs_plain"),
+        **{name: of_largest.get(name) for name in largest.FIGURES},
         "streamed_8_vs_8_runs": of_streamed.get("streamed_8_vs_8_runs"),
         "streamed_vs_zero3_nvme": of_streamed.get("streamed_vs_zero3_nvme"),
         "kills_resumed": sum(row["equal"] for row in ended) if ended else None,

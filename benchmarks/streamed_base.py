@@ -1,7 +1,7 @@
-"""A base streamed from disk: its memory, its losses, a cohort against runs, the largest model.
+"""A base streamed from disk: its memory, its losses, a cohort against runs.
 
     python benchmarks/streamed_base.py               # the tables; the last line is JSON
-    python benchmarks/streamed_base.py --layers 4 --hidden 256 --gib 0.9   # small, to see it run
+    python benchmarks/streamed_base.py --layers 4 --hidden 256   # small, to see it run
 
 A Llama shape with random weights is written once, in bfloat16, one file per layer. Every training
 is a process of its own, in which `lighten.train` runs a recipe; its memory is the kernel's
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import subprocess
 import sys
@@ -35,7 +34,6 @@ TOKENS = 64  # of each adapter in a step
 RANK = 4  # on all linear layers
 VOCABULARY = 32_000
 ADAPTERS = 8
-AT_LEAST = 4.2  # how much larger than the largest plain model the streamed one is tried
 GIB = 2**30
 
 CHILD = """
@@ -108,7 +106,7 @@ def write_llama(folder: Path, shape: Shape) -> Path:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     shape.config.save_pretrained(folder)
-    _tokenizer(folder)
+    write_tokenizer(folder)
     files: dict[str, dict[str, Any]] = {}
     for name, value in build_empty("a Llama", shape.config).named_parameters():
         place = name.split(".")[2] if name.startswith("model.layers.") else "rest"
@@ -129,7 +127,7 @@ def write_llama(folder: Path, shape: Shape) -> Path:
     return folder
 
 
-def _tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path) -> None:
     """A tokenizer that nothing is encoded with: the rows are ids."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -246,42 +244,6 @@ def cohort_against_runs(
     }  # fmt: skip
 
 
-def largest(scratch: Path, limit_bytes: int, hidden: int, vocabulary: int) -> dict[str, Any]:
-    """The most parameters that train within a limit on the process, plain and streamed.
-
-    A plain base is tried at the size that two smaller ones predict, and smaller until it fits. A
-    streamed one hardly grows with its layers: it is tried at `AT_LEAST` times the plain one, and
-    what fits there is a lower bound.
-    """
-
-    def peak(layers: int, how: str) -> int:
-        shape = Shape(layers, hidden, vocabulary)
-        with tempfile.TemporaryDirectory(dir=scratch) as folder:
-            write_llama(Path(folder), shape)
-            result = train(Path(folder), scratch, steps=1, offload_base=how)
-        print(f"{how:>6} {layers:4} layers {shape.parameters / 1e9:6.2f} B parameters: "
-              f"{result['peak_bytes'] / GIB:.2f} GiB", flush=True)  # fmt: skip
-        return int(result["peak_bytes"])
-
-    few, many = 2, 6
-    low, high = peak(few, "none"), peak(many, "none")
-    layers = few + math.floor((limit_bytes - low) * (many - few) / (high - low))
-    while (plain := peak(layers, "none")) > limit_bytes:
-        layers -= max(1, layers // 20)
-    parameters = Shape(layers, hidden, vocabulary).parameters
-    per_layer = (parameters - Shape(few, hidden, vocabulary).parameters) / (layers - few)
-    deep = layers + math.ceil((AT_LEAST - 1) * parameters / per_layer)
-    while (streamed := peak(deep, "disk")) > limit_bytes:
-        deep -= max(1, deep // 10)
-    return {
-        "limit_bytes": limit_bytes,
-        "plain_parameters": parameters, "plain_peak_bytes": plain,
-        "streamed_parameters": Shape(deep, hidden, vocabulary).parameters,
-        "streamed_peak_bytes": streamed,
-        "largest_vs_plain": Shape(deep, hidden, vocabulary).parameters / parameters,
-    }  # fmt: skip
-
-
 def measure(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """All tables."""
     shape = Shape(arguments.layers, arguments.hidden, arguments.vocabulary)
@@ -294,11 +256,6 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         results[name] = cohort_against_runs(folder, scratch, arguments.steps, rate,
                                           arguments.adapters)  # fmt: skip
         show(f"{arguments.adapters} adapters against as many runs, reading {name}", results[name])
-    results["largest"] = None
-    if arguments.gib:
-        limit = int(arguments.gib * GIB)
-        results["largest"] = largest(scratch, limit, arguments.hidden, arguments.vocabulary)
-        show("the largest model", results["largest"])
     return results
 
 
@@ -316,7 +273,6 @@ def summary(results: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "streamed_8_vs_8_runs": results["limited"]["ratio"],
         "streamed_8_vs_8_runs_unlimited": results["unlimited"]["ratio"],
-        "largest_vs_plain": (results["largest"] or {}).get("largest_vs_plain"),
         "resident_share": results["memory"]["resident_share"],
         "loss_difference": results["memory"]["loss_difference"],
         "streamed_vs_zero3_nvme": None,
@@ -332,7 +288,6 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=ADAPTERS)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--rate", type=float, default=500.0, help="MB/s that are read at most")
-    parser.add_argument("--gib", type=float, default=3.0, help="limit of the largest; 0: left out")
     parser.add_argument("--cache", help="folder that keeps the written model")
     arguments = parser.parse_args()
     before = machine.before_start()

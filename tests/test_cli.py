@@ -113,11 +113,9 @@ def test_a_mistake_is_one_clean_line_and_exit_code_2(
     assert "Traceback" not in result.stderr
 
 
-def test_doctor_models_and_schema_print_json() -> None:
-    assert json.loads(call("doctor", "--json").stdout)["machine"]["cores"] >= 1
+def test_models_and_schema_print_json() -> None:
     assert json.loads(call("models", "--json").stdout)[0]["name"] == "smollm2-135m"
     assert "lora_r" in json.loads(call("schema").stdout)["properties"]
-    assert "base format" in call("doctor").stdout
 
 
 def test_data_check_shows_the_mask(tiny_folder: Path, chat_file: Path) -> None:

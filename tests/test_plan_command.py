@@ -108,6 +108,11 @@ def test_mistakes_are_one_sentence_and_exit_with_3(tiny_folder: Path) -> None:
         (["plan", str(tiny_folder), "--device", "t4", "--probe"], "is elsewhere"),
         (["plan", str(tiny_folder), "--zero", "4", "--gpus", "2"], "no stage"),
         (["plan", str(tiny_folder), "--gpus", "2", "--offload", "disk"], "--offload"),
+        (["plan", str(tiny_folder), "--processes", "0"], "--processes is 0; give 1 or more"),
+        (["plan", str(tiny_folder), "--processes", "2", "--gpus", "2"], "not both"),
+        (["plan", str(tiny_folder), "--processes", "2", "--device", "t4"], "leave --device t4 out"),
+        (["plan", str(tiny_folder), "--processes", "2", "--fsdp", "hybrid"], "use full"),
+        (["plan", str(tiny_folder), "--processes", "2", "--offload", "param"], "is of GPUs"),
         (["plan", "serve"], "give one base"),
         (["plan", "serve", str(tiny_folder), "--ranks", "3"], "no --ranks"),
     ):
@@ -142,6 +147,31 @@ def test_many_gpus(tmp_path: Path) -> None:
     )
     table = call(*arguments[:-1], "--fsdp", "full")
     assert "links busy per step" in table.stdout
+
+
+def test_processes_of_this_machine(tiny_folder: Path) -> None:
+    arguments = ["plan", str(tiny_folder), "--method", "full", "--processes", "2",
+                 "--gradient_accumulation_steps", "1"]  # fmt: skip
+    # The strategies that send least are as good as each other: the plainest is said.
+    plain = json.loads(call(*arguments, "--json").stdout)
+    assert (plain["strategy"], plain["ranks"], plain["nodes"]) == ("ddp", 2, 1)
+    assert plain["fits"] is True
+    sharded = json.loads(call(*arguments, "--zero", "3", "--json").stdout)
+    states = sharded["states"]
+    assert sharded["volume"]["gather"] == states["trained"]  # half of it, twice
+    assert sharded["volume"]["reduce"] == states["gradients"] / 2
+    assert sharded["communication_s"] is None
+    completed = call(*arguments, "--strategy", "zero2", "--offload_optimizer", "nvme")
+    assert completed.returncode == 0, completed.stderr
+    assert "zero2 over 2 ranks: " in completed.stdout
+    assert "node" not in completed.stdout
+    assert "GPU" not in completed.stdout
+    offloaded = lighten.api.plan_spread(
+        model=str(tiny_folder), method="full", processes=2, strategy="zero2",
+        offload_optimizer="nvme", gradient_accumulation_steps=1,
+    )  # fmt: skip
+    assert offloaded.host_bytes == states["optimiser"] / 2
+    assert "optimiser's state on a disk" in completed.stdout
 
 
 def test_serving_and_quantising(tiny_folder: Path, tmp_path: Path) -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
-from benchmarks import scale_page
+from benchmarks import largest, scale_page
 from lighten.errors import UserError
 from lighten.machine.devices import DEVICES
+from lighten.models import describe, load
 from lighten.parallel import launch
 from lighten.planning.distributed import cheapest, on_ranks, spread
 from lighten.recipe import Recipe, RecipeError
@@ -44,17 +47,16 @@ def test_the_page_s_sky_file_has_the_shape_of_one() -> None:
 def test_the_cheapest_strategy_that_fits_sends_least() -> None:
     alone = a_plan()
     device = DEVICES["h100"]
-    best = cheapest(alone, device, gpus=8, layers=32)
     candidates = [spread(alone, device, strategy, gpus=8, layers=32)
                   for strategy in ("ddp", "zero1", "zero2", "zero3")]  # fmt: skip
+    best = cheapest(candidates)
     fitting = [candidate for candidate in candidates if candidate.fits()]
     if not fitting:
         assert best is None
     else:
         assert best is not None
         assert best.volume.network == min(candidate.volume.network for candidate in fitting)
-    none = cheapest(replace(alone, capacity=1), device, gpus=8, layers=32)
-    assert none is None
+    assert cheapest([replace(candidate, capacity=1) for candidate in candidates]) is None
 
 
 def test_ranks_of_one_machine_s_processor_share_its_memory() -> None:
@@ -64,6 +66,45 @@ def test_ranks_of_one_machine_s_processor_share_its_memory() -> None:
     assert replicated.capacity == int((100 * 2**30 + 3 * replicated.states.frozen) / 4)
     sharded = on_ranks(alone, processor, "zero3", ranks=4, local=4, layers=32)
     assert sharded.capacity == 25 * 2**30
+
+
+@pytest.mark.parametrize("most", [1, 2, 13, 14, 15, 40, 97])
+def test_the_largest_model_is_bracketed_within_a_tenth(most: int) -> None:
+    trials = largest.search(lambda layers: largest.Trial(layers, layers <= most, 0, 0.0), 14)
+    fitting = max((trial.layers for trial in trials if trial.fits), default=0)
+    failing = min(trial.layers for trial in trials if not trial.fits)
+    assert fitting <= most < failing <= fitting + max(1, fitting // 10)
+    assert len({trial.layers for trial in trials}) == len(trials) < 12
+    none = largest.search(lambda layers: largest.Trial(layers, False, 0, 0.0), 3)
+    assert [trial.layers for trial in none] == [3, 2, 1]
+
+
+def test_a_process_over_the_limit_is_ended_with_all_it_started() -> None:
+    small = [sys.executable, "-c", "pass"]
+    assert largest.watched(small, 1, 2**30).fits
+    large = "import time; block = b'1' * 2**29; time.sleep(600)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {large!r}])"
+    trial = largest.watched([sys.executable, "-c", parent], 1, 2**28)
+    assert not trial.fits
+    assert trial.peak_bytes > 2**28
+    assert trial.error == "over 0.25 GiB"
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        largest.watched([sys.executable, "-c", "1 / 0"], 1, 2**30)
+
+
+def test_models_of_the_table_share_their_layers_files(tmp_path: Path) -> None:
+    models = largest.Models(tmp_path, 128, 512)
+    row = largest.ROWS[0]
+    with models.of(1):
+        pass
+    with models.of(2) as folder:
+        assert describe(str(folder)).total_parameters == models.shape(2).parameters
+        weights = load(str(folder), dtype="float32").model.state_dict()
+        first, second = (weights[f"model.layers.{layer}.mlp.up_proj.weight"] for layer in (0, 1))
+        assert torch.equal(first, second)
+        assert float(first.std()) == pytest.approx(0.02, rel=0.1)
+        assert Recipe.from_values(largest._recipe(models, row, folder)).method == "full"
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize(("config", "settings"), [

@@ -17,6 +17,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import distributed
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 import lighten
@@ -25,6 +26,7 @@ from lighten.adapters.decoder import decoder_layers
 from lighten.engine import step as train_step_module
 from lighten.errors import UserError
 from lighten.parallel import strategies
+from lighten.parallel.sharded import Sharded
 from lighten.parallel.spawn import free_port
 from lighten.recipe import Recipe, RecipeError
 from lighten.runs import Run
@@ -49,6 +51,8 @@ SETUPS: dict[str, dict[str, Any]] = {
     "last": {"trainable_layers": "last_1", "learning_rate": 1e-3},
     "short": {"lora_r": 2, "learning_rate": 1e-3},
     "four": {"lora_r": [1, 2, 3, 4], "max_steps": 1},
+    "nf4": {"load_in_4bit": True, "lora_r": [2, 3], "learning_rate": 1e-3},
+    "int8": {"load_in_8bit": True, "lora_r": 2, "learning_rate": 1e-3},
 }
 # What learns, the strategy and the accumulation; `zero3` is `fsdp` by another name.
 RUNS = [
@@ -56,6 +60,8 @@ RUNS = [
     ("full", "zero3", 1), ("full", "fsdp", 3), ("full", "zero2", 1), ("full", "zero1", 3),
     ("nvme", "zero1", 1), ("nvme", "zero2", 1), ("last", "fsdp", 1), ("last", "zero2", 1),
     ("four", "fsdp", 1), ("short", "ddp", 1),
+    ("nf4", "ddp", 1), ("nf4", "zero1", 3), ("nf4", "zero2", 1),
+    ("int8", "ddp", 1), ("int8", "zero1", 1), ("int8", "zero2", 3),
 ]  # fmt: skip
 
 
@@ -79,10 +85,11 @@ def train_all(ports: str, file: str) -> None:
     from accelerate.state import AcceleratorState
 
     notes: list[dict[str, int]] = []
+    members: list[Any] = []
     step, gather_count = loop.train_step, [0]
 
     def noted_step(*args: Any, **options: Any) -> Any:
-        batches, _, objective, *_, idle = args
+        batches, members[:], objective, *_, idle = args
         before = gather_count[0]
         report = step(*args, **options)
         layers = decoder_layers(objective.model)
@@ -90,9 +97,9 @@ def train_all(ports: str, file: str) -> None:
             "passes": len(batches) + len(idle), "gathers": gather_count[0] - before,
             "layer_bytes": sum(dtensors.local_part(p).untyped_storage().nbytes()
                                for layer in layers for p in layer.parameters()),
-            "state": sum(dtensors.local_part(value).numel() for member in args[1]
+            "state": sum(dtensors.local_part(value).numel() for member in members
                          for value in member.optimizer_tensors().values()),
-            "learns": sum(p.numel() for member in args[1] for p in member.parameters.values()),
+            "learns": sum(p.numel() for member in members for p in member.parameters.values()),
         }  # fmt: skip
         return report
 
@@ -103,7 +110,14 @@ def train_all(ports: str, file: str) -> None:
 
         return run
 
+    def noted_end(strategy: Sharded, model: Any) -> None:
+        rows = [dtensors.local_part(p.detach()) for p in model.parameters()
+                if isinstance(p, DTensor)]  # fmt: skip
+        make_whole(strategy, model)
+        notes[-1]["rows_bytes_at_end"] = sum(part.untyped_storage().nbytes() for part in rows)
+
     loop.train_step = noted_step
+    make_whole, Sharded.make_whole = Sharded.make_whole, noted_end  # type: ignore[method-assign]
     for name in ("all_gather_single", "all_gather_into_tensor"):  # before and since PyTorch 2.13
         if hasattr(distributed, name):
             setattr(distributed, name, count_gathers(getattr(distributed, name)))
@@ -117,6 +131,7 @@ def train_all(ports: str, file: str) -> None:
         if run_settings["output_dir"].endswith("short-ddp-1") and os.environ["RANK"] == "1":
             memory_runs_out_once()
         lighten.train(progress=False, **run_settings)
+        notes[-1]["state_at_end"] = sum(len(member.optimizer.state) for member in members)
         AcceleratorState._reset_state(True)
     Path(f"{file}.{os.environ['RANK']}").write_text(json.dumps(notes))
 
@@ -222,6 +237,8 @@ def test_ranks_hold_what_the_strategy_says(root: Path) -> None:
             assert all(rank["layer_bytes"] < 0.55 * layer_bytes for rank in rank_notes), run
         state = [rank["state"] / rank["learns"] for rank in rank_notes]
         spread = run[1] in ("zero1", "zero2") or run[0] in ("full", "nvme", "last")
+        assert all(rank["state_at_end"] == 0 for rank in rank_notes), run
+        assert all(rank.get("rows_bytes_at_end", 0) == 0 for rank in rank_notes), run
         # AdamW has two numbers for each that learns.
         assert sum(state) == pytest.approx(2.0 if spread else 4.0, rel=0.02), run
 
@@ -264,6 +281,7 @@ def test_a_rank_that_holds_too_much_is_told() -> None:
 
 @pytest.mark.parametrize(("values", "message"), [
     ({"strategy": "fsdp", "load_in_4bit": True}, "load_in_4bit: a weight in so few bits is whole"),
+    ({"strategy": "zero3", "load_in_8bit": True}, "load_in_8bit: a weight in so few bits is whole"),
     ({"strategy": "fsdp", "activation_offload": True}, "use gradient_checkpointing"),
     ({"strategy": "zero1", "optim": "adafactor"}, "optim: adafactor needs whole parameters"),
     ({"strategy": "zero2", "method": "full", "torch_compile": True}, "torch_compile: layers are"),

@@ -2,4 +2,5 @@
 
 from lighten.cli.main import main
 
-main()
+if __name__ == "__main__":  # a process that is not forked imports it anew
+    main()

@@ -25,10 +25,13 @@ def plan_spread(
     strategy: Strategy | None = None,
     gpus: int = 1,
     nodes: int = 1,
+    processes: int | None = None,
     offload: Sequence[str] = (),
     **overrides: Any,
 ) -> Distributed:
     """Memory, communication and time per rank on many GPUs, from published formulas.
+
+    Or of as many processes on this machine's processor, which share its memory.
 
     Args:
         recipe: As for `plan`; its micro-batch is that of each rank.
@@ -37,6 +40,7 @@ def plan_spread(
             or the one that fits and sends least (`ddp` where none fits).
         gpus: Per node.
         nodes: Machines.
+        processes: On this machine's processor; GPUs and nodes are then left out.
         offload: `optimizer`, `param`, or both, to main memory; none: what the recipe says.
         overrides: Settings by name.
 
@@ -46,28 +50,52 @@ def plan_spread(
     from lighten.api_recipe import plannable
 
     chosen = plannable(recipe, **overrides)
+    if processes is not None:
+        _require_processes(processes, device, strategy, gpus * nodes, offload)
     from lighten.machine import devices
     from lighten.planning import offloaded, predict
-    from lighten.planning.distributed import cheapest, of_recipe, spread
+    from lighten.planning.distributed import TRAINED, cheapest, of_recipe, on_ranks, spread
 
-    where = devices.named(device)
+    where = devices.named(device if processes is None else "cpu")
     alone = predict.plan(chosen, where, changes=False)
     if not offload and offloaded.leaves_device(chosen, where.kind):
         offload = ("optimizer",)
     layers = predict.layers_of(chosen)
-    if strategy is None and chosen.strategy == "auto":
-        best = cheapest(alone, where, gpus=gpus, nodes=nodes, layers=layers)
-        if best is not None and not offload:
+
+    def spread_by(name: Strategy) -> Distributed:
+        if processes is not None:
+            return on_ranks(alone, where, name, ranks=processes, local=processes, layers=layers,
+                            offload=tuple(offload))  # fmt: skip
+        return spread(alone, where, name, gpus=gpus, nodes=nodes, layers=layers,
+                      offload=tuple(offload))  # fmt: skip
+
+    if strategy is None and chosen.strategy == "auto" and (processes is not None or not offload):
+        best = cheapest(map(spread_by, TRAINED))
+        if best is not None:
             return best
-    return spread(
-        alone,
-        where,
-        strategy or of_recipe(chosen.strategy),
-        gpus=gpus,
-        nodes=nodes,
-        layers=layers,
-        offload=tuple(offload),
-    )
+    return spread_by(strategy or of_recipe(chosen.strategy))
+
+
+def _require_processes(
+    processes: int, device: str | None, strategy: str | None, gpus: int, offload: Sequence[str]
+) -> None:
+    """What goes with processes on this machine's processor.
+
+    Raises:
+        UserError: The first that does not.
+    """
+    from lighten.errors import UserError
+
+    if processes < 1:
+        raise UserError(f"--processes is {processes}; give 1 or more")
+    if gpus > 1:
+        raise UserError("give --processes (on the processor), or --gpus and --nodes, not both")
+    if device not in (None, "cpu", "this"):
+        raise UserError(f"--processes is of this machine's processor; leave --device {device} out")
+    if strategy == "fsdp_hybrid":
+        raise UserError("--fsdp hybrid is of several machines; with --processes use full")
+    if offload:
+        raise UserError("--offload is of GPUs; with --processes set offload_optimizer: nvme")
 
 
 def plan_serve(model: str, *, device: str | None = None, **options: Any) -> Serving:

@@ -315,12 +315,16 @@ def models(as_json: Json = False) -> None:
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """What this machine has, what it computes in, and which extras are installed."""
+    from lighten.machine.hardware import cache_folder
     from lighten.machine.hardware import doctor as examine
     from lighten.parallel.available import strategies
+    from lighten.parallel.tried import operations
 
     facts = {**examine(), "strategies": strategies()}
+    tried = operations(Path.cwd(), cache_folder())
     if as_json:
-        typer.echo(json.dumps(facts))
+        outcomes = {name: vars(outcome) for name, outcome in tried.items()}
+        typer.echo(json.dumps({**facts, "operations": outcomes}))
         return
     machine = facts["machine"]
     gpus = [f"{g['name']}, {g['memory_bytes'] / 2**30:.0f} GiB" for g in machine["gpus"]]
@@ -337,6 +341,7 @@ def doctor(as_json: Json = False) -> None:
     ]  # fmt: skip
     print_table(["this machine", ""], rows)
     print_table(["several ranks", ""], [list(item) for item in facts["strategies"].items()])
+    print_table(["tried here", ""], [[name, what.sentence()] for name, what in tried.items()])
     extras = [
         [name, ", ".join(f"{k} {v}" for k, v in extra["installed"].items()) or "–",
          extra["install"] if extra["missing"] else "complete"]

@@ -41,6 +41,9 @@ _Largest = Annotated[
 _Limits = Annotated[bool, typer.Option("--limits", help="The longest context, the most rows.")]
 _Write = Annotated[Path | None, typer.Option(help="Write what --search found as a recipe.")]
 _Gpus = Annotated[int | None, typer.Option(help="GPUs per node.")]
+_Processes = Annotated[
+    int | None, typer.Option(help="Ranks on this machine's processor, which share its memory.")
+]
 _Nodes = Annotated[int, typer.Option(help="Nodes.")]
 _Zero = Annotated[
     int | None,
@@ -64,6 +67,7 @@ def plan(
     limits: _Limits = False,
     write: _Write = None,
     gpus: _Gpus = None,
+    processes: _Processes = None,
     nodes: _Nodes = 1,
     zero: _Zero = None,
     fsdp: _Fsdp = None,
@@ -78,7 +82,7 @@ def plan(
     with _error_exit_code():
         fits = _answer(
             arguments, device, as_json, probe=probe, search=search, largest=largest, limits=limits,
-            write=write, spread=(gpus, nodes, zero, fsdp, offload),
+            write=write, spread=(gpus, processes, nodes, zero, fsdp, offload),
         )  # fmt: skip
     raise typer.Exit(exit_code(fits))
 
@@ -93,7 +97,7 @@ def _answer(
     largest: bool,
     limits: bool,
     write: Path | None,
-    spread: tuple[int | None, int, int | None, str | None, str | None],
+    spread: tuple[int | None, int | None, int, int | None, str | None, str | None],
 ) -> bool | None:
     """Print the answer to whichever question was asked, and say whether it fits."""
     if arguments[:1] in (["serve"], ["quantize"]):
@@ -105,10 +109,10 @@ def _answer(
         return _search(recipe, settings, device, write, as_json)
     if limits:
         return _limits(recipe, settings, device, as_json)
-    gpus, nodes, zero, fsdp, offload = spread
-    if gpus is not None or nodes > 1 or zero is not None or fsdp is not None:
+    gpus, processes, nodes, zero, fsdp, offload = spread
+    if nodes > 1 or any(part is not None for part in (gpus, processes, zero, fsdp)):
         how = {"strategy": _strategy(zero, fsdp), "gpus": gpus or 1, "nodes": nodes,
-               "offload": _places(offload)}  # fmt: skip
+               "processes": processes, "offload": _places(offload)}  # fmt: skip
         return _spread(recipe, settings, device, how, as_json)
     return _plan(recipe, settings, device, as_json, probe=probe)
 

@@ -152,6 +152,10 @@ class AdapterOptimizer:
             for part, value in optimizers.state_tensors(self.optimizer, parameter).items()
         }
 
+    def end(self) -> None:
+        """Let go of the optimiser's state: there is no further step."""
+        self.optimizer.state.clear()
+
     def restore_optimizer(self, tensors: dict[str, Tensor]) -> None:
         """Put back what `optimizer_tensors` gave."""
         for key, parameter in self.learning.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def strategies() -> dict[str, str]:
-    """For each strategy and offload `yes`, or what is missing."""
+    """For each strategy `yes`, or what is missing."""
     import torch
     from torch import distributed
 
@@ -24,8 +24,4 @@ def strategies() -> dict[str, str]:
         "ddp": f"yes, over {engine}", "zero1": f"yes, over {engine}",
         "zero2": f"of adapters yes; of the base's weights: {sharded}",
         "zero3": sharded, "fsdp": sharded,
-        "offload_base: disk": "yes, in one process",
-        "offload_base: cpu": "yes, in one process" if gpu else "no: there is no GPU",
-        "offload_optimizer: nvme": "yes, in a file on a disk",
-        "offload_optimizer: cpu": "yes" if gpu else "yes, but there is no GPU: nothing moves",
     }  # fmt: skip

@@ -126,6 +126,8 @@ class Sharded(Strategy):
                     continue
                 if parameter not in gathered:  # a tied one is gathered once
                     full = dtensors.full_tensor(parameter.detach()).cpu()
+                    # FSDP refers to this rank's rows for as long as there is a model.
+                    dtensors.local_part(parameter.detach()).untyped_storage().resize_(0)
                     weight = full if self._accelerator.is_main_process else full.new_empty(0)
                     gathered[parameter] = nn.Parameter(
                         weight, requires_grad=parameter.requires_grad

@@ -14,7 +14,7 @@ fragmentation of the gathered layers, and padding of shards to equal size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -65,18 +65,19 @@ class Distributed:
 
     Attributes:
         strategy: How states are spread.
-        ranks: GPUs in all.
+        ranks: GPUs or processes in all.
         nodes: Machines.
-        offload: What waits in main memory.
-        device_bytes: Expected peak of each rank's GPU.
+        offload: What waits elsewhere: in main memory, and where ranks are processes on a disk.
+        device_bytes: Expected peak of each rank's GPU, or process.
         low: It surely reaches.
         high: It surely stays below.
-        host_bytes: Main memory per rank for what is offloaded.
+        host_bytes: Per rank for what is offloaded.
         volume: What it sends per optimiser step.
         communication_s: Time of that, were nothing hidden behind computing.
         step_s: Seconds per step with all of it hidden as far as it can be, and with none.
-        capacity: What the GPU offers.
+        capacity: What the GPU offers, or a process's part of this machine's memory.
         states: What is spread, on one device that holds all of it.
+        kind: Of the device: `cuda`, or `cpu`.
     """
 
     strategy: str
@@ -92,9 +93,10 @@ class Distributed:
     step_s: tuple[float, float] | None
     capacity: int | None
     states: States
+    kind: str = "cuda"
 
     def fits(self) -> bool | None:
-        """Whether a rank's GPU is large enough; None where the prediction cannot tell."""
+        """Whether what a rank has is large enough; None where the prediction cannot tell."""
         if self.capacity is None or self.low <= self.capacity < self.high:
             return None
         return self.high <= self.capacity
@@ -261,12 +263,17 @@ def spread(
     micro = plan.shape.micro_batches
     volume = volume_per_rank(states, strategy, ranks, ranks_per_node=gpus, micro_batches=micro)
     device_states, host, link = offloaded(of_rank, offload, micro_batches=micro)
+    if device.kind == "cpu" and offload:
+        # A process computes in main memory: the moments alone are elsewhere, read and written back.
+        host, link = of_rank.optimiser, 2 * of_rank.optimiser
     volume = Volume(volume.gather, volume.reduce, volume.across, link)
     gathered = 0.0
     if ("weights" in _SHARDED[strategy] and ranks > 1) or "param" in offload:
         gathered = min(1.0, GATHERED_LAYERS / max(1, layers)) * (states.frozen + states.trained)
     if strategy == "ddp" and ranks > 1:
         gathered = states.gradients  # the flat copy that is reduced
+    if strategy == "zero2" and ranks > 1 and plan.method in ("full", "last_layers"):
+        gathered = states.trained / ranks  # the rows that whole layers are gathered from
     peak = _peak(plan, parts, states, device_states) + gathered
     moved = plan.memory.expected - peak
     busy = link_seconds(volume, device, nodes)
@@ -275,7 +282,7 @@ def spread(
         step = (max(plan.time.seconds, busy), plan.time.seconds + busy)
     return Distributed(
         strategy, ranks, nodes, offload, peak, plan.memory.low - moved, plan.memory.high - moved,
-        host, volume, busy, step, plan.capacity, states,
+        host, volume, busy, step, plan.capacity, states, device.kind,
     )  # fmt: skip
 
 
@@ -317,18 +324,9 @@ def on_ranks(
     )
 
 
-def cheapest(
-    plan: Plan, device: Device, *, gpus: int, nodes: int = 1, layers: int
-) -> Distributed | None:
-    """The strategy that surely fits and sends least over the network; None: none of them fits.
-
-    Args, as of `spread`.
-    """
-    spreads = [
-        spread(plan, device, strategy, gpus=gpus, nodes=nodes, layers=layers)
-        for strategy in TRAINED
-    ]
-    fitting = [candidate for candidate in spreads if candidate.fits()]
+def cheapest(candidates: Iterable[Distributed]) -> Distributed | None:
+    """The one that surely fits and sends least over the network; None: none of them fits."""
+    fitting = [candidate for candidate in candidates if candidate.fits()]
     return min(fitting, key=lambda candidate: candidate.volume.network, default=None)
 
 

@@ -212,26 +212,35 @@ def sized_row(sized: Sized) -> list[str]:
 def spread_verdict(spread: Distributed) -> str:
     """Whether each of many ranks fits, in a sentence."""
     end = {True: "fits", False: "does not fit", None: "might not fit"}[spread.fits()]
+    where = f" on {counted(spread.nodes, 'node')}" if spread.kind != "cpu" else ""
     return (
-        f"{spread.strategy} over {counted(spread.ranks, 'rank')} "
-        f"on {counted(spread.nodes, 'node')}: {gib(spread.device_bytes)} "
-        f"per rank of {gib(spread.capacity)}, which {end}"
+        f"{spread.strategy} over {counted(spread.ranks, 'rank')}{where}: "
+        f"{gib(spread.device_bytes)} per rank of {gib(spread.capacity)}, which {end}"
     )
 
 
 def spread_rows(spread: Distributed) -> list[list[str]]:
     """What one rank needs."""
     volume, states = spread.volume, spread.states
-    rows = [
-        ["GPU memory",
-         f"{gib(spread.device_bytes)} (low {gib(spread.low)}, high {gib(spread.high)})"],
-        ["main memory", gib(spread.host_bytes)],
+    memory = f"{gib(spread.device_bytes)} (low {gib(spread.low)}, high {gib(spread.high)})"
+    sent = [
         ["weights gathered per step", f"{size(volume.gather)} sent by each rank"],
         ["gradients reduced per step", f"{size(volume.reduce)} sent by each rank, of "
                                        f"{size(states.gradients)} of gradients"],
+    ]  # fmt: skip
+    if spread.kind == "cpu":
+        rows = [["memory", memory], *sent]
+        if spread.offload:
+            rows.append(["optimiser's state on a disk", f"{gib(spread.host_bytes)}, of which each "
+                         "step reads and writes all"])  # fmt: skip
+        return rows
+    rows = [
+        ["GPU memory", memory],
+        ["main memory", gib(spread.host_bytes)],
+        *sent,
         ["of it between nodes alone", size(volume.across)],
         ["to main memory and back", size(volume.host)],
-    ]  # fmt: skip
+    ]
     if spread.communication_s is not None:
         rows.append(["links busy per step", seconds(spread.communication_s)])
     if spread.step_s is not None:

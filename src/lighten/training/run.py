@@ -218,6 +218,8 @@ def _train(
     Loop(setup, run.folder, state, progress, memory, prediction, pruner=pruner, retries=True).run()
     if recipe.load_best_model_at_end:
         _put_best_back(run, setup)
+    for adapter in setup.adapters:
+        adapter.end()  # what is gathered below takes its place
     setup.strategy.make_whole(base.model)
     if accelerator.is_main_process:
         _finish(run, setup, state, memory.read(), progress)
