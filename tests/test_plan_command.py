@@ -151,7 +151,8 @@ def test_many_gpus(tmp_path: Path) -> None:
 
 def test_processes_of_this_machine(tiny_folder: Path) -> None:
     arguments = ["plan", str(tiny_folder), "--method", "full", "--processes", "2",
-                 "--gradient_accumulation_steps", "1"]  # fmt: skip
+                 "--gradient_accumulation_steps", "1",
+                 "--per_device_train_batch_size", "1"]  # fmt: skip
     # The strategies that send least are as good as each other: the plainest is said.
     plain = json.loads(call(*arguments, "--json").stdout)
     assert (plain["strategy"], plain["ranks"], plain["nodes"]) == ("ddp", 2, 1)
@@ -168,7 +169,7 @@ def test_processes_of_this_machine(tiny_folder: Path) -> None:
     assert "GPU" not in completed.stdout
     offloaded = lighten.api.plan_spread(
         model=str(tiny_folder), method="full", processes=2, strategy="zero2",
-        offload_optimizer="nvme", gradient_accumulation_steps=1,
+        offload_optimizer="nvme", gradient_accumulation_steps=1, per_device_train_batch_size=1,
     )  # fmt: skip
     assert offloaded.host_bytes == states["optimiser"] / 2
     assert "optimiser's state on a disk" in completed.stdout

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import pytest
 
 from lighten.machine.devices import DEVICES
@@ -138,6 +141,20 @@ def test_a_plan_spreads_over_ranks() -> None:
     # Weights, and this rank's rows that they are gathered from; gradients; activations.
     assert with_host.device_bytes == pytest.approx(16e9 + 2e9 + 2e9 + 10e9, rel=1e-6)
     assert with_host.host_bytes == pytest.approx(14e9, rel=1e-6)
+
+
+def test_a_process_reads_the_model_whole_before_it_is_spread() -> None:
+    """Where its states wait in a file, that is its peak; a GPU's plan is of the training."""
+    settings: dict[str, Any] = {"gpus": 8, "layers": 32, "offload": ("optimizer",)}
+    gpu = spread(a_plan(), DEVICES["h100"], "zero3", **settings)
+    processor = spread(
+        a_plan(), dataclasses.replace(DEVICES["h100"], kind="cpu"), "zero3", **settings
+    )
+    assert gpu.device_bytes == pytest.approx(16e9 / 4 + 16e9 * 2 / 32 + 10e9, rel=1e-6)
+    assert processor.device_bytes == pytest.approx(16e9, rel=1e-6)
+    # The moments alone are elsewhere, and each step reads and writes them.
+    assert processor.host_bytes == pytest.approx(96e9 / 8)
+    assert processor.volume.host == pytest.approx(2 * 96e9 / 8)
 
 
 def test_one_rank_needs_nothing_of_the_others() -> None:

@@ -28,7 +28,7 @@ from lighten.errors import UserError
 from lighten.parallel import strategies
 from lighten.parallel.sharded import Sharded
 from lighten.parallel.spawn import free_port
-from lighten.recipe import Recipe, RecipeError
+from lighten.recipe import Recipe, RecipeError, spread
 from lighten.runs import Run
 from lighten.training import checkpoints, loop
 from tests.processes import Forked
@@ -212,6 +212,8 @@ def test_trap_3_two_ranks_of_any_strategy_are_one_process(
     choices = {choice["what"]: choice for choice in run.info()["choices"]}
     assert choices["strategy"]["value"] == strategy
     assert "2 ranks" in choices["strategy"]["reason"]
+    gathers = spread.gathers(strategy, full=setup in ("full", "nvme", "last"))
+    assert (choices["memory"]["value"] == "given back") == gathers
 
 
 def test_memory_that_runs_out_on_one_rank_makes_all_of_them_try_again(root: Path) -> None:

@@ -275,6 +275,9 @@ def spread(
     if strategy == "zero2" and ranks > 1 and plan.method in ("full", "last_layers"):
         gathered = states.trained / ranks  # the rows that whole layers are gathered from
     peak = _peak(plan, parts, states, device_states) + gathered
+    if device.kind == "cpu":
+        # Each rank reads the model whole before it is spread.
+        peak = max(peak, states.frozen + states.trained + _always(parts))
     moved = plan.memory.expected - peak
     busy = link_seconds(volume, device, nodes)
     step = None
@@ -336,7 +339,7 @@ def _peak(plan: Plan, parts: Mapping[str, float], states: States, device_states:
     With fewer states on the device another moment can be the fullest: the one that was on a single
     GPU, the one with the most activations, and the optimiser's step, where all states are there.
     """
-    always = sum(parts.get(name, 0.0) for name in ("allocator overhead", "device context"))
+    always = _always(parts)
     gradients, optimiser = parts.get("gradients", 0.0), parts.get("optimiser", 0.0)
     weights = states.frozen + states.trained
     beside = plan.memory.expected - weights - gradients - optimiser - always
@@ -353,6 +356,11 @@ def _peak(plan: Plan, parts: Mapping[str, float], states: States, device_states:
         for moment in moments
     ]
     return always + max(*alive, device_states.total)
+
+
+def _always(parts: Mapping[str, float]) -> float:
+    """What is there at every moment beside tensors."""
+    return sum(parts.get(name, 0.0) for name in ("allocator overhead", "device context"))
 
 
 def _share(alive: float, total: float) -> float:

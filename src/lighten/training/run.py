@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import datetime
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from lighten.errors import DiskFull, UserError
 from lighten.folders import resume_command
 from lighten.machine import hardware
 from lighten.parallel import launch, ranks
-from lighten.recipe import Recipe
+from lighten.recipe import Recipe, spread
 from lighten.runs import PLAN, Run, write_json
 from lighten.streams import heard_by
 from lighten.training import checkpoints, offloaded, quantization_aware, streaming, trackers
@@ -91,8 +92,8 @@ def train(
         if prediction is None:  # else it was said before the plan was made
             _warn_of_slow_format(recipe, device.value, display)
         try:
-            with heard_by(display.loading):
-                _train(run, recipe, accelerator, display, prediction, pruner, resume=resume)
+            with heard_by(display.loading), _pages(recipe, accelerator) as pages:
+                _train(run, recipe, accelerator, display, prediction, pruner, pages, resume=resume)
         except BaseException as caught:
             error = _explained(caught, run, prediction)
             # Whatever ended the run is told truthfully in run.json, and then goes its way.
@@ -112,6 +113,23 @@ def train(
             if accelerator.is_main_process:
                 locks.release(run.folder)
     return run
+
+
+@contextmanager
+def _pages(recipe: Recipe, accelerator: Accelerator) -> Iterator[hardware.Choice]:
+    """What becomes of memory that is free again: ranks that gather layers have it for that alone.
+
+    Layers come and go between what stays; kept in its place, their memory was twice what was used.
+    """
+    device, full = accelerator.device.type, recipe.method == "full"
+    gathers = accelerator.num_processes > 1 and spread.gathers(recipe.strategy, full=full)
+    if device != "cpu" or not gathers:
+        yield allocator.keep_pages(device)
+        return
+    with allocator.temporaries_given_back():
+        yield hardware.Choice(
+            "given back", f"strategy: {recipe.strategy} gathers layers between what stays"
+        )
 
 
 def _warn_of_slow_format(recipe: Recipe, device: str, progress: TrainingProgress) -> None:
@@ -168,14 +186,13 @@ def _open(recipe: Recipe, accelerator: Accelerator, *, resume: bool) -> Run:
 
 def _train(
     run: Run, recipe: Recipe, accelerator: Accelerator, progress: TrainingProgress,
-    prediction: Prediction | None, pruner: Pruner | None, *, resume: bool,
+    prediction: Prediction | None, pruner: Pruner | None, pages: hardware.Choice, *, resume: bool,
 ) -> None:  # fmt: skip
     transformers_logging.disable_progress_bar()
     planned = prediction is not None and prediction.record is not None
     if planned:
         _report_plan(run, accelerator, progress, prediction)
     set_seed(0)  # nothing below draws from the global generators; a model's own code might
-    pages = allocator.keep_pages(accelerator.device.type)
     memory = hardware.PeakMemory(accelerator.device.type)
     rows = prediction.rows if prediction is not None else None
     if rows is None:  # what is wrong with them is told before a base is loaded
