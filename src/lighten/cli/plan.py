@@ -326,7 +326,8 @@ def _spread(
     from lighten import api
     from lighten.planning import text
 
-    spread_plan = api.plan_spread(recipe, device=device, **how, **settings)
+    # A strategy among the settings is the recipe's; `how` has that of --zero and --fsdp.
+    spread_plan = api.plan_spread(api.plannable(recipe, **settings), device=device, **how)
     if as_json:
         typer.echo(json.dumps(spread_plan.to_dict()))
     else:
