@@ -32,6 +32,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import largest, machine
+from benchmarks.streamed_base import GIB
 
 PARTS = ("strategies", "kills", "largest", "streamed")
 STRATEGIES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
@@ -204,7 +205,7 @@ def main() -> None:
             results["kills"] = kills(folder, base, arguments.kills)
         if "largest" in requested:
             results["largest"] = largest.largest(
-                folder / "models", limit_bytes=int(arguments.gib * largest.GIB),
+                folder / "models", limit_bytes=int(arguments.gib * GIB),
                 hidden=arguments.hidden, vocabulary=VOCABULARY,
             )  # fmt: skip
     if "streamed" in requested:

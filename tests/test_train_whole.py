@@ -34,6 +34,7 @@ from lighten.models import attention
 from lighten.recipe import Recipe
 from lighten.runs import Run
 from lighten.training import checkpoints
+from tests.processes import python
 from tests.test_train_step import (
     UNEVEN,
     Row,
@@ -208,6 +209,29 @@ def test_quantised_weights_are_refused() -> None:
     layer.weight = torch.nn.Parameter(torch.zeros(4, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(UserError, match=r"quantised weights \(torch.uint8\)"):
         WholeBase(model, dtype=torch.float32, last=1)
+
+
+VERIFY = """
+import sys
+from pathlib import Path
+import torch
+from lighten.adapters import files, shards
+from lighten.machine.hardware import PeakMemory
+shards.SHARD_BYTES = 32 * 2**20
+folder, tensors = Path(sys.argv[1]), {f"layer{n}": torch.ones(8 * 2**20) for n in range(16)}
+for name, shard in shards.Shards(tensors, shards.STEM).items():
+    shard.write(folder / name)
+peak = PeakMemory()
+files.verify(folder, {name: (8 * 2**20,) for name in tensors})
+print(peak.read()["peak_bytes"])
+"""
+
+
+def test_saved_weights_are_verified_a_file_at_a_time(tmp_path: Path) -> None:
+    """16 files of 32 MiB: one of them is in memory, and what looking at its numbers takes."""
+    completed = python(VERIFY, str(tmp_path))
+    assert completed.returncode == 0, completed.stderr
+    assert int(completed.stdout) < 256 * 2**20
 
 
 def test_the_untouched_base_is_not_to_be_had_from_weights_that_learnt() -> None:
