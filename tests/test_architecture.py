@@ -175,6 +175,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli": {
         "api",
         "benchmarking",
+        "cpu",
         "data",
         "evaluation",
         "machine",

@@ -173,6 +173,8 @@ import lighten
 from lighten.training import loop
 given = json.loads(sys.argv[1])
 more = given.pop("more")
+# Under a limit from the start, as `ulimit -v` sets it, there is no arena.
+resource.setrlimit(resource.RLIMIT_AS, (2**46, resource.RLIM_INFINITY))
 real = loop.Loop.run
 def limited(self):
     if more is not None:
@@ -206,8 +208,7 @@ def train_under_limit(
                "torch_compile": False, "more": extra_mib, **changes}  # fmt: skip
     return subprocess.run(
         [sys.executable, "-c", LIMITED, json.dumps(options)], capture_output=True, text=True,
-        # Under such a limit from the start, as `ulimit -v` sets it, there is no arena.
-        check=False, env={**os.environ, "OMP_NUM_THREADS": "1", "LIGHTEN_ARENA": "0"},
+        check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
 

@@ -315,12 +315,14 @@ def models(as_json: Json = False) -> None:
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """What this machine has, what it computes in, and which extras are installed."""
+    from lighten import cpu
     from lighten.machine.hardware import cache_folder
     from lighten.machine.hardware import doctor as examine
     from lighten.parallel.available import strategies
     from lighten.parallel.tried import operations
 
-    facts = {**examine(), "strategies": strategies()}
+    switched_off = None if cpu.enabled() else cpu.OFF
+    facts = {**examine(), "strategies": strategies(), "switched_off": switched_off}
     tried = operations(Path.cwd(), cache_folder())
     if as_json:
         outcomes = {name: vars(outcome) for name, outcome in tried.items()}
@@ -337,6 +339,7 @@ def doctor(as_json: Json = False) -> None:
         ["device", f"{facts['device']['value']}: {facts['device']['reason']}"],
         ["base format", f"{facts['dtype']['value']}: {facts['dtype']['reason']}"],
         ["computes in", ", ".join(f"{k}: {v}" for k, v in facts["formats"].items())],
+        *([["kernels", f"none: {switched_off}"]] if switched_off else []),
         ["versions", ", ".join(f"{k} {v}" for k, v in facts["versions"].items())],
     ]  # fmt: skip
     print_table(["this machine", ""], rows)

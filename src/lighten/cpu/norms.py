@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from lighten import cpu
 from lighten.cpu.forwards import Forward, replace_forwards, same_code
 from lighten.cpu.kernels import pointwise
 
@@ -27,9 +28,9 @@ def quicken(model: nn.Module) -> int:
     Known are those whose code is that of Llama's or of Gemma's, whatever their class is called.
 
     Returns:
-        How many there are.
+        How many there are; 0 where `LIGHTEN_CPU` turns it off.
     """
-    return replace_forwards(model, _forward_for)
+    return replace_forwards(model, _forward_for) if cpu.enabled() else 0
 
 
 def _forward_for(module: nn.Module) -> Forward | None:

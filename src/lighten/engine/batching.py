@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from lighten import models
+from lighten import cpu, models
 from lighten.engine import workers
 from lighten.errors import UserError
 from lighten.machine import hardware
@@ -40,6 +40,11 @@ def choose_packing(
         return Choice("off", hindered)
     if name in attention.PACKS:
         return Choice("on", f"{name} attention keeps packed rows apart")
+    if setting is True and name == "sdpa" and not cpu.enabled():
+        raise UserError(
+            f"packing: {cpu.OFF}, and PyTorch's own attention would let rows look at each other; "
+            f"set packing to auto, or unset {cpu.SWITCH}"
+        )
     if setting is True:
         raise UserError(
             f"packing: {name} attention would let rows look at each other; set packing to false, "

@@ -38,6 +38,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from lighten.cpu import kernels
 from lighten.cpu.kernels import attention as kernel
+from lighten.machine.hardware import Choice
 
 NAME, REPEATS = "lighten_blocks", "lighten_repeats"
 GROUPED_SINCE = (8, 0)  # compute capability from which half precision's kernels read grouped keys
@@ -430,6 +431,14 @@ def register() -> None:
     forward = _forward_in_kernel if kernels.available() else _forward_uncompiled
     AttentionInterface.register(NAME, forward)
     AttentionMaskInterface.register(NAME, _mask)
+
+
+def choice(dtype: torch.dtype) -> Choice:
+    """How a base of this format attends under `NAME`, and why."""
+    why_not = "bfloat16 alone has a kernel" if dtype != torch.bfloat16 else kernels.obstacle()
+    if why_not is None:
+        return Choice("sdpa in a kernel", "compiled for this processor; it keeps no probabilities")
+    return Choice("sdpa in blocks", f"plain products beat PyTorch's flash kernel here; {why_not}")
 
 
 def register_repeated(capability: tuple[int, int]) -> None:

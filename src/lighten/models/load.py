@@ -26,7 +26,8 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from lighten.cpu import allocator, kernels
+from lighten import cpu
+from lighten.cpu import allocator
 from lighten.errors import UserError
 from lighten.machine.hardware import Choice, choose_dtype
 from lighten.models import attention as blocks
@@ -298,10 +299,12 @@ def set_attention(
             raise UserError(f"attn_implementation: {name}: {_first_line(error)}") from error
         model.set_attn_implementation("eager")
     in_use = str(model.config._attn_implementation)
+    if in_use == name == "sdpa" and device == "cpu" and not cpu.enabled():
+        return Choice(name, f"PyTorch's own: {cpu.OFF}")
     if in_use == name == "sdpa" and device == "cpu":
         blocks.register()
         model.set_attn_implementation(blocks.NAME)
-        return _on_processor(model.dtype)
+        return blocks.choice(model.dtype)
     if in_use == name == "sdpa" and device.startswith("cuda"):
         if capability is None and torch.cuda.is_available():
             capability = torch.cuda.get_device_capability()
@@ -318,13 +321,6 @@ def set_attention(
     if in_use == name:
         return Choice(name, "attn_implementation of the recipe")
     return Choice(in_use, f"{type(model).__name__} has no {name} attention")
-
-
-def _on_processor(dtype: torch.dtype) -> Choice:
-    why_not = "bfloat16 alone has a kernel" if dtype != torch.bfloat16 else kernels.obstacle()
-    if why_not is None:
-        return Choice("sdpa in a kernel", "compiled for this processor; it keeps no probabilities")
-    return Choice("sdpa in blocks", f"plain products beat PyTorch's flash kernel here; {why_not}")
 
 
 def load_tokenizer(

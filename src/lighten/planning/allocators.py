@@ -1,12 +1,12 @@
 """What an allocator takes from the system for a timeline of blocks.
 
 `CachingAllocator` is PyTorch's for CUDA devices. On a processor tensors are in an `Arena`
-(`allocator/arena.cpp`) and the rest in the `Heap`, glibc's malloc as training sets it up; without a
-compiler all of it is there. Each is fed births and deaths in order; what they hold at most is what
-the device must offer, and what of it no block uses is the allocator's overhead.
+(`allocator/arena.cpp`) and the rest in the C library's heap; without a compiler all of it is there.
+The first two are fed births and deaths in order; what they hold at most is what the device must
+offer, and what of it no block uses is the allocator's overhead. Of the heap blocks are counted:
+where its free pieces lie depends on small objects that no timeline has (docs/lab-notes.md).
 
-Sources: pytorch/c10/cuda/CUDACachingAllocator.cpp and c10/core/AllocatorConfig.h;
-glibc/malloc/malloc.c (2.36), `_int_memalign`, `_int_malloc`, `sysmalloc`, `systrim`.
+Sources: pytorch/c10/cuda/CUDACachingAllocator.cpp and c10/core/AllocatorConfig.h.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Protocol
 
 from lighten.cpu.allocator.arena import LINE_BYTES
@@ -146,27 +147,14 @@ def segment_size(size: int) -> int:
 
 
 PAGE = 4096
-ALIGNMENT, HEADER, LEAST = 64, 16, 32  # PyTorch's alignment; malloc's granule; its least chunk
-# Free chunks up to this size are set aside and not joined with their neighbours, seven of each:
-# TCACHE_MAX_BYTES and TCACHE_FILL_COUNT of glibc's malloc.c. A block then has no room where one of
-# its size was, for want of the few bytes that its alignment asks for.
-SET_ASIDE, OF_EACH = 1040, 7
-# What the alignment of a block leaves before it is of the size of small objects, and one that takes
-# it mostly outlives the block: a later block of the same size finds its place too small by that.
-# For very large blocks that decides how much is held (benchmarks/plan_accuracy.py, full
-# fine-tuning), so such a rest counts as taken.
-LARGE = 32 * MIB
-# Chunks of PyTorch's own objects beside a tensor's numbers: its storage (96 bytes), the tensor
-# (176) and two handles (24, 32). They are the small blocks that most often outlive an operation,
-# each about half as often as there are tensors, in a trace of malloc over a LoRA step (torch 2.13).
-OBJECTS = (112, 192, 32, 48)
 
 
 @dataclass
-class _Space:
-    """Address space whose blocks lie side by side: best fit, free neighbours joined at once.
+class Arena:
+    """The arena of tensors' large blocks: best fit, free neighbours joined at once.
 
-    A page counts from the first block that covers it, until it is given back.
+    A block takes whole lines of a cache and one more. A page counts from the first block that
+    covers it, until it is given back.
 
     Attributes:
         allocated: Bytes of blocks in use.
@@ -184,6 +172,26 @@ class _Space:
     _ends: dict[int, int] = field(default_factory=dict)
     _dry: list[tuple[int, int]] = field(default_factory=list)  # (start, end) without pages, sorted
     _dry_bytes: int = 0
+
+    def take(self, size: int) -> tuple[int, int, int]:
+        """(start, its own bytes, size) of a block."""
+        needed = -(-size // LINE_BYTES) * LINE_BYTES + LINE_BYTES
+        start, free_size = self._find_chunk(needed)
+        if free_size > needed:
+            self._put(start + needed, free_size - needed)
+        if self._dry:
+            self._write(start, start + needed)
+        self.allocated += size
+        self._count()
+        return start, needed, size
+
+    def give(self, block: object) -> None:
+        """Free a block."""
+        assert isinstance(block, tuple)
+        start, needed, size = block
+        self.allocated -= size
+        self._put(start, needed)
+        self._count()
 
     def trim(self) -> None:
         """Give the pages of all free chunks back."""
@@ -246,138 +254,6 @@ class _Space:
         del self._sizes[bisect.bisect_left(self._sizes, (size, start))]
 
 
-@dataclass
-class Arena(_Space):
-    """The arena of tensors' large blocks: whole lines of a cache, and one more."""
-
-    def take(self, size: int) -> tuple[int, int, int]:
-        """(start, its own bytes, size) of a block."""
-        needed = -(-size // LINE_BYTES) * LINE_BYTES + LINE_BYTES
-        start, free_size = self._find_chunk(needed)
-        if free_size > needed:
-            self._put(start + needed, free_size - needed)
-        if self._dry:
-            self._write(start, start + needed)
-        self.allocated += size
-        self._count()
-        return start, needed, size
-
-    def give(self, block: object) -> None:
-        """Free a block."""
-        assert isinstance(block, tuple)
-        start, needed, size = block
-        self.allocated -= size
-        self._put(start, needed)
-        self._count()
-
-
-@dataclass
-class Heap(_Space):
-    """glibc's main heap.
-
-    The growth of its top beyond its blocks is address space, not memory.
-
-    Attributes:
-        mmap_bytes: Blocks of this size get a mapping of their own, given back with the block.
-        trim_bytes: A free top larger than this is given back, all but `pad_bytes` of it.
-        pad_bytes: What the heap grows by beyond a request.
-    """
-
-    mmap_bytes: int = 2**30
-    trim_bytes: int = 2**31 - 1
-    pad_bytes: int = 64 * MIB
-    objects: tuple[int, ...] = OBJECTS
-    _mapped: int = 0
-    _end: int = 0  # of the heap's address space
-    _aside: dict[int, list[int]] = field(default_factory=dict)
-
-    def take(self, size: int) -> tuple[int, int, int, tuple[tuple[int, int], ...]]:
-        """(start, chunk, size, its objects) of a block; a mapped one starts at -1."""
-        self.allocated += size
-        start, chunk = self._aligned(size)
-        if self._dry and start >= 0:
-            self._write(start, start + chunk)
-        objects = tuple(self._plain(size) for size in self.objects)
-        self._count()
-        return start, chunk, size, objects
-
-    def give(self, block: object) -> None:
-        """Free a block."""
-        assert isinstance(block, tuple)
-        start, chunk, size, objects = block
-        self.allocated -= size
-        if start < 0:
-            self._mapped -= chunk
-        else:
-            self._free(start, chunk)
-        for object_chunk in objects:
-            self._free(*object_chunk)
-        if self._end - self._top > self.trim_bytes:
-            self._end = -(-(self._top + self.pad_bytes) // PAGE) * PAGE
-            self._touched = min(self._touched, self._end)
-        self._count()
-
-    def trim(self) -> None:
-        """As `malloc_trim` does."""
-        super().trim()
-        self._end = self._touched
-
-    def _aligned(self, size: int) -> tuple[int, int]:
-        """As `posix_memalign` takes it."""
-        chunk = _chunk(size)
-        # Room for the alignment is asked for as well; what it does not need is free again.
-        padded = _chunk(chunk + ALIGNMENT + LEAST)
-        if padded >= self.mmap_bytes:
-            chunk = -(-(size + HEADER + ALIGNMENT) // PAGE) * PAGE
-            self._mapped += chunk
-            return -1, chunk
-        start, free_size = self._find_chunk(padded)
-        aligned = -(-(start + HEADER) // ALIGNMENT) * ALIGNMENT - HEADER
-        if aligned != start and aligned - start < LEAST:
-            aligned += ALIGNMENT
-        if aligned > start and not (size >= LARGE and aligned - start <= ALIGNMENT + LEAST):
-            self._free(start, aligned - start)
-        rest = start + free_size - aligned - chunk
-        if rest >= LEAST:
-            self._free(aligned + chunk, rest)
-        else:
-            chunk += rest
-        return aligned, chunk
-
-    def _plain(self, chunk: int) -> tuple[int, int]:
-        """As `malloc` takes a small chunk."""
-        if chunks := self._aside.get(chunk):
-            return chunks.pop(), chunk
-        start, free_size = self._find_chunk(chunk)
-        if free_size - chunk >= LEAST:
-            self._put(start + chunk, free_size - chunk)
-            free_size = chunk
-        return start, free_size
-
-    def _find_chunk(self, needed: int) -> tuple[int, int]:
-        chunk = super()._find_chunk(needed)
-        if self._top > self._end:
-            self._end = self._top + self.pad_bytes
-        return chunk
-
-    def _count(self) -> None:
-        self.held = self._touched - self._dry_bytes + self._mapped
-        self.highest = max(self.highest, self.held)
-
-    def _free(self, start: int, size: int) -> None:
-        if size <= SET_ASIDE:
-            aside = self._aside.setdefault(size, [])
-            if len(aside) < OF_EACH:
-                aside.append(start)
-                return
-        self._put(start, size)
-
-
-def _chunk(size: int) -> int:
-    """Bytes of malloc's chunk for a request."""
-    return max(LEAST, -(-(size + 8) // HEADER) * HEADER)
-
-
 @dataclass(frozen=True)
 class Held:
     """What an allocator held at most in a stretch of a timeline.
@@ -432,12 +308,12 @@ def replay(
         allocator: New, or after what came before.
         events: (number of the block, whether it is born, bytes), in order; of no bytes: another
             allocator's.
-        trimmed: Indices of events before which a processor's free pages are given back.
+        trimmed: Indices of events before which an arena's free pages are given back.
     """
     blocks: dict[int, object] = {}
     course = Course([], [])
     for place, (number, born, size) in enumerate(events):
-        if place in trimmed and isinstance(allocator, _Space):
+        if place in trimmed and isinstance(allocator, Arena):
             allocator.trim()
         if not size:
             pass
@@ -448,3 +324,14 @@ def replay(
         course.held.append(allocator.held)
         course.allocated.append(allocator.allocated)
     return course
+
+
+def counted(events: Iterable[tuple[int, bool, int]], share: float = 0.0) -> Course:
+    """What a heap holds whose free pieces nobody follows.
+
+    Args:
+        events: As of `replay`.
+        share: What it holds beside its blocks, as a share of them.
+    """
+    allocated = list(accumulate(size if born else -size for _, born, size in events))
+    return Course([int(size * (1 + share)) for size in allocated], allocated)

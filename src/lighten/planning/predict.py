@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from lighten import cpu
 from lighten.data import lengths_of as token_lengths
 from lighten.errors import UserError
 from lighten.machine.devices import Device
@@ -313,7 +314,8 @@ def machine_name(device: Device) -> str | None:
     if not device.is_here:
         return None
     if device.kind == "cpu":
-        return f"cpu: {processor_name()}, {torch.get_num_threads()} threads"
+        plain = "" if cpu.enabled() else f", {cpu.PLAIN}"
+        return f"cpu: {processor_name()}, {torch.get_num_threads()} threads{plain}"
     return f"cuda: {device.label}"
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lighten import runs
+from lighten import cpu, runs
 from lighten.errors import UserError
 from lighten.machine.hardware import cache_folder, processor_name, versions
 
@@ -76,7 +76,10 @@ def _measured(what: str, path: Path) -> dict[str, Any]:
         what: As `lighten.planning.measured_overhead` takes it.
         path: Where they are kept.
     """
-    stamp = [processor_name(), os.cpu_count(), versions().get("torch"), versions()["transformers"]]
+    stamp = [
+        processor_name(), os.cpu_count(), versions().get("torch"), versions()["transformers"],
+        cpu.enabled(),
+    ]  # fmt: skip
     try:
         record: Any = json.loads(path.read_text(encoding="utf-8"))
         if record["of"] == stamp:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from lighten import runs
+from lighten import cpu, runs
 from lighten.cpu import allocator
 from lighten.machine.hardware import cache_folder, processor_name, versions
 from lighten.planning.operation_cost import Shaped, Work, flops_of
@@ -156,7 +156,9 @@ class Measured:
             for _ in range(workers)
         ]
         self.source = f"measured on this processor with {self.threads} thread(s)"
-        self._stamp = [FORMAT, processor_name(), self.threads, workers, versions().get("torch")]
+        self._stamp = [
+            FORMAT, processor_name(), self.threads, workers, versions().get("torch"), cpu.enabled(),
+        ]  # fmt: skip
         self._patience_s, self._first_s = PATIENCE_S, MOST_FIRST_S
         self._stand_ins: dict[str, Work] = {}
         self._flops: dict[torch.dtype, float] = {}

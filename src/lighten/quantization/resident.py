@@ -8,6 +8,8 @@ import gc
 import sys
 from pathlib import Path
 
+from lighten.machine import heap
+
 _PAGEOUT = 21  # MADV_PAGEOUT of Linux 5.4: clean pages of a file are dropped, nothing is lost
 
 
@@ -16,9 +18,7 @@ def resident_bytes() -> int:
     import psutil
 
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:  # what loading gave back would count otherwise (glibc)
-        trim(0)
+    heap.trim()  # what loading gave back would count otherwise
     return int(psutil.Process().memory_info().rss)
 
 

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from lighten import models
+from lighten import cpu, models
 from lighten.adapters import Trained
 from lighten.cpu import gates, norms
 from lighten.engine import compiled, optimizers, workers
@@ -185,6 +185,8 @@ def _change_layers(
         compiled.compile_layers(model)
     norms.quicken(model)
     gates.quicken(model)
+    if not cpu.enabled():
+        choices["cpu"] = Choice(cpu.PLAIN, f"{cpu.OFF}: PyTorch's own operations alone")
     if recipe.gradient_checkpointing:
         part = recipe.gradient_checkpointing_part
         count = checkpoint_layers(

@@ -8,16 +8,15 @@ one: among small objects their blocks leave holes.
 
 from __future__ import annotations
 
-import ctypes
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import psutil
 
+from lighten import cpu
 from lighten.cpu.allocator import arena
+from lighten.machine import heap
 from lighten.machine.hardware import Choice
 
 # mallopt's parameters, from glibc's malloc.h.
@@ -60,9 +59,11 @@ def keep_pages(device: str) -> Choice:
     """
     if device != "cpu":
         return Choice("as it is", "activations are on the GPU")
+    if not cpu.enabled():
+        return Choice("as it is", cpu.OFF)
     for name, capacity in CACHES.items():
         os.environ.setdefault(name, capacity)  # read at the first product
-    libc = _glibc()
+    libc = heap.glibc()
     if libc is None:
         return Choice("as it is", "the C library is not glibc")
     if (named := _chosen_by_user()) is not None:
@@ -84,17 +85,16 @@ def keep_pages(device: str) -> Choice:
 
 def has_arena() -> bool:
     """Whether tensors of a training here would be in the arena."""
-    return _glibc() is not None and _chosen_by_user() is None and arena.obstacle() is None
+    return heap.glibc() is not None and _chosen_by_user() is None and arena.obstacle() is None
 
 
 def trim() -> bool:
-    """Give free memory back to the system; say whether there was any (glibc only).
+    """Give free memory back to the system; say whether the heap had any (glibc only).
 
     What is written next pays for its pages again: for use between phases, not after each step.
     """
-    libc = _glibc()
     arena.trim()
-    return bool(libc is not None and libc.malloc_trim(0))
+    return heap.trim()
 
 
 class KeptPages:
@@ -139,8 +139,8 @@ def temporaries_given_back() -> Iterator[None]:
     so that memory would grow to several times the model. Afterwards the thresholds are what
     `keep_pages` made them, or as high as glibc's own adaptation lets them become.
     """
-    libc = _glibc()
-    if libc is None or _chosen_by_user() is not None:
+    libc = heap.glibc()
+    if libc is None or _chosen_by_user() is not None or not cpu.enabled():
         yield
         return
     libc.mallopt(M_MMAP_THRESHOLD, QUANTISING_BYTES)
@@ -151,17 +151,6 @@ def temporaries_given_back() -> Iterator[None]:
         arena.use(True)
         for parameter, size in _thresholds or ADAPTED:
             libc.mallopt(parameter, size)
-
-
-def _glibc() -> Any:
-    """The C library if it is glibc, else None."""
-    if not sys.platform.startswith("linux"):
-        return None
-    try:
-        libc = ctypes.CDLL(None)
-    except OSError:
-        return None
-    return libc if hasattr(libc, "gnu_get_libc_version") else None
 
 
 def _chosen_by_user() -> str | None:

@@ -14,18 +14,18 @@ from pathlib import Path
 import psutil
 import torch
 
+from lighten import cpu
 from lighten.cpu import native
 
 FOLDER = Path(__file__).parent
-SWITCH = "LIGHTEN_ARENA"  # set to 0: glibc's heap in its place
 # As in arena.cpp: a block is so much at least, and takes whole lines and one more.
 LEAST_BYTES, LINE_BYTES = 64 * 2**10, 64
 
 
 def obstacle() -> str | None:
     """Why there is no arena here; None where there is one."""
-    if os.environ.get(SWITCH) == "0":
-        return f"{SWITCH} is 0"
+    if not cpu.enabled():
+        return cpu.OFF
     if os.name != "posix":
         return "the system is not POSIX"
     import resource

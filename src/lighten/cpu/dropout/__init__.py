@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from lighten import cpu
 from lighten.cpu import native
-from lighten.cpu.kernels import FLAGS, SWITCH
+from lighten.cpu.kernels import FLAGS
 from lighten.cpu.kernels import FOLDER as SHARED
 from lighten.machine.hardware import processor_flags
 
@@ -32,7 +32,7 @@ def takes(x: Tensor) -> bool:
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernel; None where there is none."""
-    if os.environ.get(SWITCH) == "0":
+    if not cpu.enabled():
         return None
     # A product and a sum are rounded one after the other, as PyTorch's operations round.
     flags = (*FLAGS, "-ffp-contract=off", f"-I{SHARED}")

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lighten import cpu
 from lighten.cpu import native
 from lighten.machine.hardware import processor_flags
 
@@ -24,7 +24,6 @@ FOLDER = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-Wall", "-Wextra",
          "-Wno-uninitialized", "-Wno-maybe-uninitialized")  # fmt: skip
 NEEDED = "avx512_bf16"
-SWITCH = "LIGHTEN_KERNELS"  # set to 0: PyTorch's operations in their place
 
 
 def library() -> ctypes.CDLL | None:
@@ -64,8 +63,8 @@ def _plain(arg: Any) -> Any:
 
 @functools.cache
 def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
-    if os.environ.get(SWITCH) == "0":
-        return None, f"{SWITCH} is 0"
+    if not cpu.enabled():
+        return None, cpu.OFF
     flags = processor_flags()
     if NEEDED not in flags:
         return None, f"the processor has no {NEEDED}"

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 from pathlib import Path
 
 import torch
 
+from lighten import cpu
 from lighten.cpu import native
-from lighten.cpu.kernels import FLAGS, SWITCH
+from lighten.cpu.kernels import FLAGS
 from lighten.cpu.kernels import FOLDER as SHARED
 from lighten.machine.hardware import processor_flags
 
@@ -39,8 +39,8 @@ def obstacle() -> str | None:
 
 @functools.cache
 def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
-    if os.environ.get(SWITCH) == "0":
-        return None, f"{SWITCH} is 0"
+    if not cpu.enabled():
+        return None, cpu.OFF
     # -ffast-math lets the compiler take the exponentials of several scores at a time.
     flags = (*FLAGS, "-ffast-math", f"-I{SHARED}")
     try:
