@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import lighten
@@ -18,7 +18,7 @@ from lighten.adapters import files, spectrum
 from lighten.adapters import load as load_adapters
 from lighten.errors import UserError
 from lighten.evaluation.run_models import Models
-from lighten.models.names import packaged_as, public_name
+from lighten.models.names import card_line, card_name, packaged_as, public_name
 from tests.processes import call
 from tests.tiny import VOCAB, tiny_model
 
@@ -291,9 +291,73 @@ def test_the_card_s_code_opens_an_adapter_with_new_tokens(
     torch.testing.assert_close(logits.float(), expected.float(), rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_what_was_trained_on_a_folder_names_it_by_a_path_that_opens_anywhere(
+    method: str, tmp_path: Path, tiny_folder: Path, chat_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """`models/tiny` is a hub id to PEFT in any folder but the one where the training began."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "tiny").symlink_to(tiny_folder)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    run = lighten.train(
+        model_name_or_path="models/tiny", dataset=str(chat_file), max_steps=1, method=method,
+        output_dir=str(tmp_path / "run"), progress=False, planned=False,
+    )  # fmt: skip
+    folder = run.model() or run.adapters()["default"]
+    card = (folder / "README.md").read_text()
+    assert "base_model:" not in card  # on the hub it would name somebody else's model
+    assert "`tiny`" in card
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    if method == "lora":
+        AutoPeftModelForCausalLM.from_pretrained(str(folder))
+        code = card.split("```python\n")[1].split("```")[0]
+        exec(code.replace("path/to/this/folder", str(folder)), {})
+
+
+def test_a_project_that_was_moved_is_exported(
+    tmp_path: Path, tiny_folder: Path, chat_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_folder, tmp_path / "before" / "tiny")
+    monkeypatch.chdir(tmp_path / "before")
+    lighten.train(
+        model_name_or_path="./tiny", dataset=str(chat_file), max_steps=1, output_dir="run",
+        progress=False, planned=False,
+    )  # fmt: skip
+    (tmp_path / "before").rename(tmp_path / "after")
+    monkeypatch.chdir(tmp_path / "after")
+    assert lighten.export("run", "merged", receipt=False).folder.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "shown"),
+    [
+        ("smollm2-135m", "base_model: HuggingFaceTB/SmolLM2-135M-Instruct\n",
+         "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        ("Qwen/Qwen3-0.6B", "base_model: Qwen/Qwen3-0.6B\n", "Qwen/Qwen3-0.6B"),
+        ("qwen3-0.6b", "base_model: Qwen/Qwen3-0.6B\n", "Qwen/Qwen3-0.6B"),
+        ("gpt2", "base_model: gpt2\n", "gpt2"),
+        ("models/tiny", "", "tiny"),
+        ("models/tiny.gguf", "", "tiny.gguf"),
+        ("~/models/tiny", "", "tiny"),
+    ],
+)  # fmt: skip
+def test_a_card_links_to_the_hub_alone(
+    name: str, line: str, shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    (tmp_path / "models" / "tiny.gguf").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert (card_line(name), card_name(name)) == (line, shown)
+    local = Path(public_name(name))
+    assert local.exists() if not line else line == f"base_model: {local}\n"
+
+
 def test_a_packaged_model_has_a_name_that_others_can_open() -> None:
     assert public_name("smollm2-135m") == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert public_name("SmolLM2-135M") == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    assert public_name("some/folder") == "some/folder"
+    assert public_name("some/model") == "some/model"
     assert packaged_as("huggingfacetb/smollm2-135m-instruct") == "smollm2-135m"
     assert packaged_as("smollm2-135m") is None

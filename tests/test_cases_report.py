@@ -221,6 +221,43 @@ def test_a_comparison_tells_best_worse_and_what_cannot_be_told_apart(tmp_path: P
     assert "cannot be told apart" in output
 
 
+def test_a_comparison_names_only_the_settings_that_count(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / "r8"),
+        write_run(tmp_path / "r16", lora_r=16),
+        write_run(tmp_path / "ia3", peft={"peft_type": "IA3"}),
+        write_run(tmp_path / "full", method="full", learning_rate=2e-4),
+        write_run(tmp_path / "last", method="full", trainable_layers="last_1", learning_rate=2e-4),
+    ]
+    ia3 = 'peft {"peft_type": "IA3"}'
+    compared = comparison.compare(runs)
+    assert [entry.differs for entry in compared.entries if not entry.is_base] == [
+        "method lora; lora_r 8", "method lora; lora_r 16", f"method lora; {ia3}", "method full",
+        "method full; trainable_layers last_1",
+    ]  # fmt: skip
+    pair = comparison.compare([runs[0], runs[2]])
+    assert [entry.differs for entry in pair.entries[:2]] == ["peft not set", ia3]
+
+
+def test_what_reads_alike_is_not_called_best(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name) for name in ("a", "b", "c")]
+    for run, seconds, file_bytes in zip(
+        runs, (0.2501, 0.2549, 700.0), (632, 36_200, 60_000), strict=True
+    ):
+        info = run.info()
+        info["training"] |= {"seconds": seconds}
+        info["adapters"][0] |= {"file_bytes": file_bytes}
+        run.update(**info)
+    compared = comparison.compare(runs)
+    assert compared.best["seconds"] == {0, 1}
+    assert compared.best["file_bytes"] == {0}
+    columns = {column.name: column for column in compared.columns}
+    assert columns["seconds"].text(0.2501) == columns["seconds"].text(0.2549) == "0.25 s"
+    assert [columns["file_bytes"].text(size) for size in (632, 36_200, 1.2e6)] == [
+        "0.6 kB", "36.2 kB", "1.2 MB",
+    ]  # fmt: skip
+
+
 def test_pairing_finds_what_single_intervals_cannot(tmp_path: Path) -> None:
     """An evaluation without each example's loss is compared too, with wider bounds."""
     wide = comparison.compare(compared_runs(tmp_path / "w", [0.0, 0.05], recorded=False))

@@ -198,7 +198,7 @@ def test_a_link_to_an_ended_run_is_not_moved(tmp_path: Path, chat_file: Path) ->
     assert Run(tmp_path / "real").metrics() == [{"step": 1}]
 
 
-def test_a_run_that_another_process_writes_is_refused_and_a_killed_one_shows_as_interrupted(
+def test_a_run_that_another_process_writes_is_refused_and_a_killed_one_is_called_so(
     tmp_path: Path, chat_file: Path
 ) -> None:
     folder = tmp_path / "r"
@@ -221,7 +221,7 @@ def test_a_run_that_another_process_writes_is_refused_and_a_killed_one_shows_as_
             assert Run(folder).info()["status"] == "running"
         finally:
             writer.kill()
-    assert Run(folder).info()["status"] == "interrupted"
+    assert Run(folder).info()["status"] == "killed"
     Run.create(recipe_for(folder, chat_file), resume=True)
     assert locks.is_held(folder)
 

@@ -97,6 +97,8 @@ def test_training_needs_no_recipe(tiny_folder: Path, chat_file: Path, tmp_path: 
         (("train", "m", "nowhere.jsonl"), "error: recipe: dataset: 'nowhere.jsonl' does not exist"),
         (("train", "missing.yaml"), "error: cannot read the recipe missing.yaml"),
         (("train", "a", "b", "c"), "error: give a recipe"),
+        (("train", "--resume", "runs/nothing"), "error: runs/nothing is neither a run's folder"),
+        (("run", "some/model"), "data set beside it: lighten train some/model DATA"),
         (("evaluate", "nothing"), "error: nothing is not a run"),
         (("report", "nothing"), "error: nothing is not a run"),
         (("chat", "./nothing"), "error: the model ./nothing does not exist"),

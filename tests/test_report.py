@@ -33,11 +33,12 @@ def test_the_page_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
     assert not re.findall(r"""(?:src|href)\s*=|@import|url\(|https?://(?!www\.w3\.org)""", text)
 
 
-@pytest.mark.parametrize("status", ["running", "interrupted", "failed"])
+@pytest.mark.parametrize("status", ["running", "interrupted", "killed", "failed"])
 def test_a_run_that_did_not_end_well_says_so(tmp_path: Path, status: str) -> None:
     text = page([write_run(tmp_path / "r", status=status, evaluated=False, steps=1)])
     assert 'role="alert"' in text
     assert "not been evaluated yet" in text
+    assert "This run is trained" not in text
 
 
 def test_a_run_without_a_step_makes_a_page(tmp_path: Path) -> None:
@@ -158,6 +159,17 @@ def test_nothing_overflows_on_a_phone_or_a_desktop(
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
     assert tab.locator("svg[role=img]").count() >= 3
     assert tab.locator("mark").count() > 10
+
+
+def test_seven_runs_are_readable_without_scrolling_sideways(browser: Any, tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"run {place}", learning_rate=1e-4 * (place + 1))
+            for place in range(7)]  # fmt: skip
+    page = lighten.report(*runs, output=tmp_path / "page.html")
+    tab = opened(browser, page, viewport={"width": 1280, "height": 800})
+    table = "document.querySelector('#comparison .scroll')"
+    assert tab.evaluate(f"{table}.scrollWidth <= {table}.clientWidth")
+    heads = tab.locator("#comparison thead th")
+    assert max(heads.nth(place).bounding_box()["height"] for place in range(heads.count())) < 120
 
 
 CONTRAST = """() => {

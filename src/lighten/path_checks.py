@@ -89,10 +89,13 @@ def run_of(run: RunLike) -> Run:
     Raises:
         UserError: There is no such run.
     """
-    if isinstance(run, Run):
-        return run
-    path, named = expanded(os.fspath(run)), Path("runs") / os.fspath(run)
-    return Run(named if not exists(path) and exists(named) else path)
+    return run if isinstance(run, Run) else Run(run_folder(os.fspath(run)))
+
+
+def run_folder(name: str) -> Path:
+    """The folder that a run's path or its name under `runs/` means; it need not be there."""
+    path, named = expanded(name), Path("runs") / name
+    return named if not exists(path) and exists(named) else path
 
 
 def adapter_folder(target: RunLike, name: str | None = None) -> Path:

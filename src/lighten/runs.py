@@ -29,6 +29,9 @@ from lighten.whole_files import write_bytes as write_bytes
 from lighten.whole_files import write_json as write_json
 from lighten.whole_files import write_text as write_text
 
+# How it stands with a run that can go on.
+UNFINISHED = ("running", "interrupted", "killed")
+
 
 class Run:
     """A run folder.
@@ -114,7 +117,7 @@ class Run:
 
     def is_unfinished(self) -> bool:
         """Whether it can go on: it was stopped, killed, or is at work."""
-        return self.info().get("status") in ("running", "interrupted")
+        return self.info().get("status") in UNFINISHED
 
     def _require_same(self, recipe: Recipe) -> None:
         free = {"output_dir", "report_to", "logging_steps", "save_every", "save_total_limit",
@@ -161,7 +164,7 @@ class Run:
         """`run.json`: machine, base, data, how it ended. Empty before the run began."""
         info = self._json(INFO) or {}
         if info.get("status") == "running" and not locks.is_held(self.folder):
-            info["status"] = "interrupted"  # killed: it could not say so itself
+            info["status"] = "killed"  # it could not say so itself
         return info
 
     def update(self, **parts: Any) -> dict[str, Any]:
@@ -234,15 +237,27 @@ def compare(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Runs side by side: a row per setting that differs, then a row per measurement.
 
     Returns:
-        Rows with `what` and `values`, one value per run (None where it is not known).
+        Rows with `what` and `values`, one value per run (None where it is not known, or has no
+        effect).
     """
-    recipes = [run.recipe().completed() for run in runs]
-    rows = [
-        {"what": key, "kind": "setting", "values": [recipe.get(key) for recipe in recipes]}
-        for key in recipes[0]
-        if key not in ("output_dir", "evaluate", "quantize", "sweep")
-        and any(recipe.get(key) != recipes[0].get(key) for recipe in recipes)
-    ]
+    recipes = [run.recipe() for run in runs]
+    settings = [recipe.completed() for recipe in recipes]
+    without_effect = [recipe.without_effect() for recipe in recipes]
+    rows = []
+    for key in settings[0]:
+        values = [values.get(key) for values in settings]
+        counting = [
+            value
+            for value, unused in zip(values, without_effect, strict=True)
+            if key not in unused
+        ]
+        if key in ("output_dir", "evaluate", "quantize", "sweep") or not any(
+            value != counting[0] for value in counting
+        ):
+            continue
+        row = [None if key in unused else value
+               for value, unused in zip(values, without_effect, strict=True)]  # fmt: skip
+        rows.append({"what": key, "kind": "setting", "values": row})
     measured = [_measured(run) for run in runs]
     names = dict.fromkeys(name for figures in measured for name in figures)
     return rows + [

@@ -113,6 +113,7 @@ def main() -> None:
 
 def _recipe_arguments(words: list[str]) -> tuple[str | None, dict[str, Any]]:
     """A recipe file, a run's folder, or MODEL DATA, and the settings after them."""
+    from lighten import path_checks
     from lighten.errors import UserError
 
     positionals: list[str] = []
@@ -121,11 +122,14 @@ def _recipe_arguments(words: list[str]) -> tuple[str | None, dict[str, Any]]:
     settings = overrides(words)
     if len(positionals) == 1 and positionals[0].endswith((".yaml", ".yml")):
         return positionals[0], settings
-    if (
-        len(positionals) == 1
-        and (recipe := Path(positionals[0]).expanduser() / "recipe.yaml").is_file()
-    ):
-        return str(recipe), {"output_dir": str(recipe.parent), **settings}
+    if len(positionals) == 1:
+        recipe = path_checks.run_folder(positionals[0]) / "recipe.yaml"
+        if recipe.is_file():
+            return str(recipe), {"output_dir": str(recipe.parent), **settings}
+        raise UserError(
+            f"{positionals[0]} is neither a run's folder nor a recipe (recipe.yaml); a model needs "
+            f"a data set beside it: lighten train {positionals[0]} DATA"
+        )
     if len(positionals) == 2:
         return None, {"model_name_or_path": positionals[0], "dataset": positionals[1], **settings}
     if not positionals and settings:

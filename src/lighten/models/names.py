@@ -58,12 +58,35 @@ def packaged_as(name: str) -> str | None:
 
 
 def public_name(name: str) -> str:
-    """What PEFT and transformers can open a model by; a packaged one's id on the hub."""
+    """What PEFT and transformers can open a model by, from wherever they are started.
+
+    A packaged model's id on the hub; the whole path of a folder or file, since a part of one
+    (`models/llama`) is a hub id to them in any other folder.
+    """
+    return hub_id(name) or str(Path(name).expanduser().absolute())
+
+
+def hub_id(name: str) -> str | None:
+    """A model's id on the hub; None of a folder or file."""
     package = PACKAGED.get(name.lower())
     if package is not None:
         return package.hub_id
+    path = Path(name).expanduser()
+    if path.is_dir() or path.suffix == ".gguf" or not _HUB_ID.match(name):
+        return None
     shape = None if "/" in name else known.shape_of(name)
     return shape[1] if shape else name
+
+
+def card_name(name: str) -> str:
+    """What a card calls a model: its id on the hub, or the name of its folder or file."""
+    return hub_id(name) or Path(name).name
+
+
+def card_line(name: str) -> str:
+    """The line of a card's head that names the base on the hub; nothing of a local one."""
+    base = hub_id(name)
+    return "" if base is None else f"base_model: {base}\n"
 
 
 def resolve(name: str) -> tuple[Source, Path | None]:

@@ -115,7 +115,7 @@ def require_same_base(artefact: Artefact) -> None:
     if (
         base_name
         and base_name not in base_names
-        and Path(base_name).resolve() != Path(artefact.base).resolve()
+        and not _one_place(Path(base_name), Path(artefact.base))
     ):
         raise UserError(
             f"{artefact.adapter} belongs to the base {base_name}, not to {artefact.base}; name the "
@@ -128,6 +128,13 @@ def require_same_base(artefact: Artefact) -> None:
             f"the weights of {artefact.base} are not those that {artefact.run.folder} was trained "
             "on (their checksums differ); put those back, or train again"
         )
+
+
+def _one_place(recorded: Path, base: Path) -> bool:
+    """Whether an adapter's path of its base leads there, or did before the folder was moved."""
+    if recorded.is_absolute() and not recorded.exists():
+        return recorded.name == base.name
+    return recorded.resolve() == base.resolve()
 
 
 def export(

@@ -10,6 +10,7 @@ from typing import Any
 from lighten.artifacts import Artefact
 from lighten.errors import UserError
 from lighten.machine import hardware
+from lighten.models.names import card_line, card_name
 
 MANIFEST = "export.json"
 # In it, of an adapter that learnt on a quantised base: the weights that it was merged onto.
@@ -53,7 +54,7 @@ def write_manifest(artefact: Artefact, folder: Path, form: str, **facts: Any) ->
     base = (run.info().get("base") or {}) if run else {}
     manifest = {
         "form": form,
-        "base": artefact.base if not Path(artefact.base).exists() else Path(artefact.base).name,
+        "base": card_name(artefact.base),
         "base_revision": artefact.revision,
         "base_sha256": base.get("checksum"),
         "license": artefact.facts.get("license"),
@@ -78,13 +79,9 @@ def card(artefact: Artefact, notes: list[str]) -> str:
         )
     bullets = "".join(f"\n- {note}" for note in notes)
     licence = artefact.facts.get("license")
-    head = [f"license: {licence.lower()}"] if licence else []
-    if not Path(artefact.base).exists() and "/" in artefact.base:
-        head.append(f"base_model: {artefact.base}")
-    base = Path(artefact.base).name if Path(artefact.base).exists() else artefact.base
-    front = "\n".join(["---", *head, "tags: [lighten]", "---"])
+    head = f"license: {licence.lower()}\n" if licence else ""
     return (
-        f"{front}\n\n# {artefact.name}\n\n"
-        f"Made with lighten from `{base}` (licence: {licence or 'look at the base'}).\n"
+        f"---\n{head}{card_line(artefact.base)}tags: [lighten]\n---\n\n# {artefact.name}\n\n"
+        f"Made with lighten from `{card_name(artefact.base)}` (licence: {licence or 'look at the base'}).\n"
         f"{trained}{bullets}\n"
     )

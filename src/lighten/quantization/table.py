@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lighten.models.names import card_line, card_name
 from lighten.quantization import child
 from lighten.quantization.export_card import require_replaceable
 from lighten.quantization.forecast import forecast
@@ -190,8 +191,8 @@ def _card(target: Target, model: ModelSource, record: dict[str, Any] | None) -> 
         'dtype="bfloat16")\n```\n'
     )
     return (
-        f"---\nbase_model: {model.base}\nlibrary_name: {library}\ntags: [lighten, quantized]\n"
-        f"---\n\n# {model.name}, {target.name}\n\n`{model.base}` "
+        f"---\n{card_line(model.base)}library_name: {library}\ntags: [lighten, quantized]\n"
+        f"---\n\n# {model.name}, {target.name}\n\n`{card_name(model.base)}` "
         f"{'as it came' if model.run is None else f'as trained in `{model.run.name}`'}, quantised "
         f"to {target.name}.{how}\n\n{use}"
     )

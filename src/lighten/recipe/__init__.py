@@ -20,6 +20,7 @@ from lighten.recipe.fields import (
     EvaluateOptions,
     QuantizeOptions,
     RecipeFields,
+    lora_settings,
 )
 from lighten.recipe.sweeping import Range, SweepOptions
 
@@ -225,6 +226,14 @@ class Recipe(RecipeFields):
         """Every setting with its value, defaults written out."""
         return self.model_dump(mode="json")
 
+    def without_effect(self) -> frozenset[str]:
+        """The settings that its method does not read."""
+        if self.method == "full":
+            return frozenset(lora_settings())
+        if self.peft is None:
+            return frozenset()
+        return frozenset(lora_settings()) - {"peft", "adapters"}
+
     def to_yaml(self) -> str:
         """The completed recipe as YAML."""
         text: str = yaml.safe_dump(self.completed(), sort_keys=False, allow_unicode=True)
@@ -347,13 +356,7 @@ def _method_problems(recipe: Recipe, settings: Mapping[str, Any]) -> list[str]:
             "trainable_layers trains layers of the base, which method: lora keeps frozen; remove "
             "one of the two"
         ] * (recipe.trainable_layers is not None)
-    adapters_only = [
-        key
-        for key, field in RecipeFields.model_fields.items()
-        if isinstance(field.json_schema_extra, dict)
-        and field.json_schema_extra["section"] == "lora"
-        and key in settings
-    ]
+    adapters_only = [key for key in lora_settings() if key in settings]
     quantised = [
         f"{key}: weights in so few bits cannot learn; with method: full leave it out, or use lora"
         for key in ("load_in_4bit", "load_in_8bit")
@@ -404,9 +407,8 @@ def _peft_problems(recipe: Recipe, settings: Mapping[str, Any]) -> list[str]:
         problems.append("peft names no peft_type; add one (IA3, PREFIX_TUNING, VERA, ...)")
     set_too = [
         key
-        for key, field in RecipeFields.model_fields.items()
-        if dict(field.json_schema_extra or {}).get("section") == "lora"  # type: ignore[arg-type]
-        and key not in ("peft", "adapters")
+        for key in lora_settings()
+        if key not in ("peft", "adapters")
         and (key in settings or any(getattr(e, key, None) for e in recipe.adapters or ()))
     ]
     problems += [

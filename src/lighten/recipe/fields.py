@@ -433,3 +433,13 @@ class RecipeFields(Section):
     @classmethod
     def _all(cls, value: Any) -> Any:
         return "all-linear" if value == "all" else value
+
+
+def lora_settings() -> tuple[str, ...]:
+    """The settings of adapters alone, which the base's own weights have no use for."""
+    return tuple(
+        name
+        for name, field in RecipeFields.model_fields.items()
+        if isinstance(field.json_schema_extra, dict)
+        and field.json_schema_extra["section"] == "lora"
+    )

@@ -93,6 +93,11 @@ class Comparison:
     sentences: list[str]
 
 
+def _peak(count: float) -> str:
+    """Memory as closely as the other figures: models of one size differ little."""
+    return f"{number(count / 2**30)} GiB"
+
+
 _COLUMNS = (
     *(
         Column(metric.name, metric.label, metric.name, metric.lower_is_better)
@@ -102,7 +107,7 @@ _COLUMNS = (
     Column("watched", "held-out loss while training", "watched loss", True),
     Column("seconds", "training time", "time", True, text.duration),
     Column("tokens_per_second", "real tokens/s", "tok/s", False),
-    Column("peak_bytes", "peak memory", "GiB", True, text.gib),
+    Column("peak_bytes", "peak memory", "GiB", True, _peak),
     Column("file_bytes", "to ship", "MB", True, text.size),
 )  # fmt: skip
 
@@ -164,12 +169,14 @@ def _names(runs: Sequence[Run]) -> list[str]:
 
 
 def _differences(runs: Sequence[Run]) -> list[str]:
-    """The settings in which each run differs, in a line."""
+    """The settings in which each run differs, in a line: those that it sets, if any."""
     rows = [row for row in run_files.compare(runs) if row["kind"] == "setting"]
-    return [
-        "; ".join(f"{row['what']} {setting(row['values'][place])}" for row in rows)
-        for place in range(len(runs))
-    ]
+    lines = []
+    for place in range(len(runs)):
+        values = {row["what"]: row["values"][place] for row in rows}
+        chosen = {key: value for key, value in values.items() if value is not None} or values
+        lines.append("; ".join(f"{key} {setting(value)}" for key, value in chosen.items()))
+    return lines
 
 
 def setting(value: Any) -> str:
@@ -237,18 +244,23 @@ def _add_measured(
 
 
 def _best(column: Column, entries: Sequence[Entry]) -> set[int]:
-    """Places of the best values of a column, where some are better than others."""
+    """Places of the best values of a column, where some are better than others.
+
+    A cost is one of those that read alike: 0.251 s and 0.252 s are no difference.
+    """
     values = {place: entry.figures[column.name] for place, entry in enumerate(entries)
               if column.name in entry.figures}  # fmt: skip
-    if column.lower_is_better is None or len(set(values.values())) < 2:
-        return set()
     held_out = column.name in {metric.name for metric in METRICS}
+    read = {place: value if held_out or column.name == "watched" else column.text(value)
+            for place, value in values.items()}  # fmt: skip
+    if column.lower_is_better is None or len(set(read.values())) < 2:
+        return set()
     if held_out and len({entries[place].measured_on for place in values}) > 1:
         return set()
     if column.name == "watched" and len({entries[place].watched_on for place in values}) > 1:
         return set()
-    best = (min if column.lower_is_better else max)(values.values())
-    return {place for place, value in values.items() if value == best}
+    best = (min if column.lower_is_better else max)(values, key=values.__getitem__)
+    return {place for place, value in read.items() if value == read[best]}
 
 
 def _conclusions(entries: Sequence[Entry]) -> list[str]:

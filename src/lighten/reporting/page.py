@@ -323,7 +323,7 @@ def _cell(entry: comparison.Entry, column: comparison.Column, best: bool) -> dic
 def next_commands(run: Run, info: Mapping[str, Any], *, evaluated: bool) -> list[tuple[str, str]]:
     """What people do next with a run: commands, and what each is for."""
     folder = shlex.quote(str(run.folder))
-    if info.get("status") in ("running", "interrupted", "failed"):
+    if info.get("status") in (*run_files.UNFINISHED, "failed"):
         return [(resume_command(run.folder), "go on from the newest checkpoint")]
     recipe = run.recipe()
     commands = []

@@ -20,7 +20,8 @@ def headline(info: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> l
         nothing = (info.get("data") or {}).get("nothing_held_out")
         if nothing and info.get("status") == "finished":
             return [f"This run is trained, and not measured: {nothing}."]
-        ended = {"failed": "This run failed", "interrupted": "This run was interrupted"}
+        ended = {"failed": "This run failed", "interrupted": "This run was interrupted",
+                 "killed": "This run was killed", "running": "This run has not ended"}  # fmt: skip
         start = ended.get(str(info.get("status")), "This run is trained")
         return [f"{start}; it has not been evaluated yet (lighten evaluate)."]
     values = {model["name"]: model["metrics"] for model in evaluation["models"]}
@@ -102,9 +103,11 @@ def marked(answer: str, reference: str) -> Markup:
 
 
 def size(count: float | None) -> str:
-    """Bytes as MB of files (10^6)."""
+    """Bytes as MB of files (10^6), in kB or GB where that reads better."""
     if count is None:
         return "not known"
+    if 0 < count < 1e6:
+        return f"{count / 1e3:,.1f} kB"
     return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.2f} GB"
 
 
@@ -118,7 +121,8 @@ def duration(seconds: float | None) -> str:
     if seconds is None:
         return "not known"
     if seconds < 90:
-        return f"{seconds:.0f} s"
+        digits = 0 if seconds >= 10 or seconds == 0 else 1 if seconds >= 1 else 2
+        return f"{seconds:.{digits}f} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

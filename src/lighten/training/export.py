@@ -14,7 +14,7 @@ from lighten.adapters import WholeBase
 from lighten.errors import DiskFull
 from lighten.machine import hardware
 from lighten.models import Base
-from lighten.models.names import public_name
+from lighten.models.names import card_line, card_name, public_name
 from lighten.training.setup import Setup
 
 # What other tools and the hub's web pages can fetch without trouble.
@@ -104,11 +104,12 @@ def with_learnt_ends(setup: Setup) -> tuple[PreTrainedTokenizerBase, GenerationC
 
 def _adapter_card(setup: Setup, name: str) -> str:
     facts, base = setup.trained.facts(name), setup.base
-    method, public = facts.get("method", "LoRA"), public_name(base.name)
+    method = facts.get("method", "LoRA")
     serving = f"Serving: {facts['serving']}.\n\n" if "serving" in facts else ""
     return (
-        f"---\nbase_model: {public}\nlibrary_name: peft\ntags: [lora, lighten]\n---\n\n"
-        f"# {name}\n\nA {method} adapter ({setup.trained.describe(name)}) for `{public}`, "
+        f"---\n{card_line(base.name)}library_name: peft\ntags: [lora, lighten]\n---\n\n"
+        f"# {name}\n\nA {method} adapter ({setup.trained.describe(name)}) for "
+        f"`{card_name(base.name)}`, "
         f"{_training_summary(setup)}.{_learned_on(base)}{_new_tokens(setup)}\n\n{serving}"
         f"```python\n{snippet(setup)}```\n"
     )
@@ -119,7 +120,7 @@ def snippet(setup: Setup) -> str:
     base, adds_tokens = setup.base, bool(setup.recipe.added_tokens)
     source = f'"{public_name(base.name)}"'
     if base.source == "gguf":
-        file = Path(base.name)
+        file = Path(public_name(base.name))
         source = f'"{file.parent}", gguf_file="{file.name}"'
     elif base.source == "hub" and base.revision:
         source += f', revision="{base.revision}"'
@@ -171,10 +172,10 @@ def _learned_on(base: Base) -> str:
 
 
 def _model_card(setup: Setup, learnt: str) -> str:
-    base = setup.base
+    base = setup.base.name
     return (
-        f"---\nbase_model: {base.name}\nlibrary_name: transformers\ntags: [lighten]\n---\n\n"
-        f"# {setup.recipe.name}\n\n`{base.name}` with {learnt} {_training_summary(setup)}.\n\n"
+        f"---\n{card_line(base)}library_name: transformers\ntags: [lighten]\n---\n\n"
+        f"# {setup.recipe.name}\n\n`{card_name(base)}` with {learnt} {_training_summary(setup)}.\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM\n\n"
         'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n```\n'
     )
