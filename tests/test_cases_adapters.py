@@ -327,7 +327,7 @@ def test_a_project_that_was_moved_is_exported(
     )  # fmt: skip
     (tmp_path / "before").rename(tmp_path / "after")
     monkeypatch.chdir(tmp_path / "after")
-    assert lighten.export("run", "merged", receipt=False).folder.is_dir()
+    assert lighten.export("run", "merged").folder.is_dir()
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,11 @@ def test_near_names_weights_and_folders(
 ) -> None:
     with pytest.raises(UserError, match=r"did you mean llama-3\.1-8b"):
         resolve("lama-3.1-8b")
+    with pytest.raises(UserError, match=r"did you mean exaone-4\.0"):
+        resolve("EXAONE")
+    with pytest.raises(UserError, match=r"did you mean gemma-3-4b"):
+        resolve("gemma-3-4b")
+    assert resolve("gpt2") == ("hub", None)
     with pytest.raises(UserError, match="not on this machine"):
         locate("llama-3.1-8b")  # a plan needs no weights, training does
     monkeypatch.chdir(tmp_path)

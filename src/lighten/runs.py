@@ -247,9 +247,7 @@ def compare(runs: Sequence[Run]) -> list[dict[str, Any]]:
     for key in settings[0]:
         values = [values.get(key) for values in settings]
         counting = [
-            value
-            for value, unused in zip(values, without_effect, strict=True)
-            if key not in unused
+            value for value, unused in zip(values, without_effect, strict=True) if key not in unused
         ]
         if key in ("output_dir", "evaluate", "quantize", "sweep") or not any(
             value != counting[0] for value in counting

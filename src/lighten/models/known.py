@@ -219,6 +219,8 @@ def _names() -> dict[str, tuple[Shape, str]]:
 
 
 _BY_NAME = _names()
+# Fewer letters are the beginning of too many names.
+SHORTEST_START = 4
 
 
 def shape_of(name: str) -> tuple[Shape, str] | None:
@@ -227,8 +229,11 @@ def shape_of(name: str) -> tuple[Shape, str] | None:
 
 
 def near(name: str) -> str | None:
-    """The known name that resembles this one most, if any does."""
-    matches = difflib.get_close_matches(name.lower(), _BY_NAME, n=1, cutoff=0.75)
+    """The known name that resembles this one most, or begins with it, if any does."""
+    typed = name.lower()
+    matches = difflib.get_close_matches(typed, _BY_NAME, n=1, cutoff=0.75)
+    if not matches and len(typed) >= SHORTEST_START:
+        matches = [known for known in _BY_NAME if known.startswith(typed)]
     return matches[0] if matches else None
 
 
