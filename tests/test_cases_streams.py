@@ -15,11 +15,12 @@ from huggingface_hub.utils.tqdm import _create_progress_bar, hf_thread_map
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
+import lighten
 from lighten import UserError, models, streams
 from lighten.cli import console
 from lighten.cli import main as cli
 from lighten.evaluation.chat import chat
-from lighten.models import gguf
+from lighten.models import gguf, packaged
 from lighten.runs import Run
 from lighten.training.progress import TrainingProgress
 from tests.gguf_files import write_gguf
@@ -282,6 +283,28 @@ def test_the_conversion_of_a_gguf_file_is_heard(
     assert [done for _, done, _ in heard] == sorted({done for _, done, _ in heard})
     gguf.converted(tmp_path / "m.gguf")  # nobody listens, and the copy is there
     assert len(list(streams.counted(range(3), "x", 3))) == 3
+
+
+@pytest.mark.parametrize("planned", [True, False])
+def test_a_training_that_fetches_its_model_says_how_far_it_is(
+    planned: bool, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[tuple[str, int, int]] = []
+
+    def fetch(_name: str) -> Path:
+        list(streams.counted(range(3), "converting it", 3))
+        raise UserError("that is enough")
+
+    monkeypatch.setattr(packaged, "fetch", fetch)
+    monkeypatch.setattr(TrainingProgress, "loading", lambda _, *event: heard.append(event))
+    with pytest.raises(UserError, match="that is enough"):
+        lighten.train(
+            model_name_or_path="smollm2-135m", dataset=str(chat_file), planned=planned,
+            output_dir=str(tmp_path / "run"),
+        )  # fmt: skip
+    assert heard[-1] == ("converting it", 3, 3)
+    assert len(list(streams.counted(range(2), "later", 2))) == 2
+    assert heard[-1] == ("converting it", 3, 3)
 
 
 def test_a_download_is_heard_in_bytes_and_no_bar_is_drawn(

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from lighten.cli.console import print_table
 from lighten.reporting import sweep_table
 
 
@@ -72,3 +73,16 @@ def test_the_terminals_table_says_the_same_in_eighty_columns(data: dict[str, Any
                        "+1%", "← take"]  # fmt: skip
     widths = [max(len(row[i]) for row in [columns, *rows[:2]]) for i in range(len(columns))]
     assert sum(widths) + 2 * len(widths) <= 80
+
+
+def test_no_word_of_the_terminals_table_is_cut(
+    data: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    columns, rows = sweep_table.narrow(data, "chrf")
+    # As of a small model: so many digits, and a remark of a word.
+    rows = [[*row[:6], "0.00205M", "0.0116", "+7.1%", "reference"] for row in rows]
+    print_table(columns, rows)
+    output = capsys.readouterr().out
+    assert max(map(len, output.splitlines())) <= 80
+    assert set(" ".join([*columns, *sum(rows, [])]).split()) <= set(output.split())

@@ -15,8 +15,9 @@ from lighten.streams import heard_by, takes_any_text
 if TYPE_CHECKING:
     from rich.console import Console
 
-# Cells between two columns, and the least that a column is folded to.
-_BETWEEN, _NARROWEST = 3, 12
+# Characters between two columns, and fewer where words would be cut otherwise; the least that a
+# column is folded to.
+_BETWEEN, _NARROWEST = (3, 2), 12
 # A log that is no terminal gets a line this often while something is measured.
 LOG_EVERY_S = 15.0
 OPEN = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -146,22 +147,29 @@ def print_table(
         max((cell_len(word) for text in cells for word in text.split()), default=1)
         for cells in zip(columns, *rows, strict=True)
     ]
-    room = screen.width - _BETWEEN * len(columns)
     # Cells are folded between words where there is room for the longest word of each column.
+    between = next(
+        (gap for gap in _BETWEEN if sum(longest_word) + gap * len(columns) <= screen.width),
+        _BETWEEN[0],
+    )
+    room = screen.width - between * len(columns)
     whole_words = sum(longest_word) <= room
     width: list[int | None] = [None] * len(columns)
-    if fold_last and sum(natural) > room:
+    if whole_words and sum(natural) > room:
+        fixed, spare = list(longest_word), room - sum(longest_word)
+        for place in dict.fromkeys([*fold_last, *range(len(columns))]):
+            more = min(spare, natural[place] - fixed[place])
+            fixed[place], spare = fixed[place] + more, spare - more
+        width = [*fixed]
+    elif fold_last and sum(natural) > room:
         first = fold_last[0]
-        if whole_words:
-            least = longest_word
-            fixed = list(least)
-        else:
-            least = [min(cells, _NARROWEST) for cells in natural]
-            fixed = [natural[i] if i in fold_last else cells for i, cells in enumerate(least)]
+        least = [min(cells, _NARROWEST) for cells in natural]
+        fixed = [natural[i] if i in fold_last else cells for i, cells in enumerate(least)]
         others = sum(fixed) - fixed[first]
         fixed[first] = max(least[first], min(natural[first], room - others))
         width = [*fixed]
-    table = Table(box=SIMPLE, pad_edge=False)
+    left = 1 if between == _BETWEEN[0] else 0
+    table = Table(box=SIMPLE, pad_edge=False, padding=(0, 1, 0, left))
     for place, column in enumerate(columns):
         # A name that is cut names nothing: it goes on in the next line.
         table.add_column(

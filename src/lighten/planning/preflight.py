@@ -44,18 +44,20 @@ def plan_first(recipe: Recipe, *, force: bool = False, progress: bool = False) -
     """
     if int(os.environ.get("RANK", "0")) > 0:
         return None
-    require_trainable(recipe)
-    try:
-        device = devices.named()
-        rows = _rows(recipe, device, progress=progress)
-    except UserError:
-        raise  # the run would end with it, too
-    except Exception as error:
-        return _none(error)
-    try:
-        plan = predict.plan(recipe, device, rows=rows, read_data=False, changes=False)
-    except Exception as error:
-        return _none(error)
+    # A model that is here for the first time is fetched and converted now.
+    with TrainingProgress(enabled=progress) as shown:
+        require_trainable(recipe)
+        try:
+            device = devices.named()
+            rows = _rows(recipe, device, shown)
+        except UserError:
+            raise  # the run would end with it, too
+        except Exception as error:
+            return _none(error)
+        try:
+            plan = predict.plan(recipe, device, rows=rows, read_data=False, changes=False)
+        except Exception as error:
+            return _none(error)
     lines, fits = text.lines(plan), plan.fits()
     if (spread := _over_ranks(recipe, device, plan)) is not None:
         lines.append(text.spread_verdict(spread))
@@ -67,12 +69,11 @@ def plan_first(recipe: Recipe, *, force: bool = False, progress: bool = False) -
     return Prediction(lines, plan.to_dict(), rows, _advice(recipe, device, plan, rows))
 
 
-def _rows(recipe: Recipe, device: Device, *, progress: bool) -> Rows | None:
+def _rows(recipe: Recipe, device: Device, shown: TrainingProgress) -> Rows | None:
     """All rows of the data, encoded; on the way what is slow on the device is said."""
-    with TrainingProgress(enabled=progress) as shown:
-        if (slow := predict.slow_format_of(recipe, device)) is not None:
-            shown.note(f"warning: {slow}")
-        return predict.read_rows(recipe, [], shown.encoding, all_rows=True)
+    if (slow := predict.slow_format_of(recipe, device)) is not None:
+        shown.note(f"warning: {slow}")
+    return predict.read_rows(recipe, [], shown.encoding, all_rows=True)
 
 
 def _none(error: Exception) -> Prediction:

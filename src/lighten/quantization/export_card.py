@@ -82,6 +82,6 @@ def card(artefact: Artefact, notes: list[str]) -> str:
     head = f"license: {licence.lower()}\n" if licence else ""
     return (
         f"---\n{head}{card_line(artefact.base)}tags: [lighten]\n---\n\n# {artefact.name}\n\n"
-        f"Made with lighten from `{card_name(artefact.base)}` (licence: {licence or 'look at the base'}).\n"
-        f"{trained}{bullets}\n"
+        f"Made with lighten from `{card_name(artefact.base)}` "
+        f"(licence: {licence or 'look at the base'}).\n{trained}{bullets}\n"
     )

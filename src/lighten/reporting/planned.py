@@ -93,7 +93,8 @@ def section(plan: Mapping[str, Any] | None, info: Mapping[str, Any]) -> dict[str
         ("peak memory", "memory", gib), ("seconds per step", "step_seconds", _seconds),
     ):  # fmt: skip
         pair = beside.get(key)
-        if pair:
+        # A process that trained before has memory to spare: it may need no more.
+        if pair and pair["measured"]:
             rows.append(
                 {
                     "label": label,

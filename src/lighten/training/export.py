@@ -175,7 +175,8 @@ def _model_card(setup: Setup, learnt: str) -> str:
     base = setup.base.name
     return (
         f"---\n{card_line(base)}library_name: transformers\ntags: [lighten]\n---\n\n"
-        f"# {setup.recipe.name}\n\n`{card_name(base)}` with {learnt} {_training_summary(setup)}.\n\n"
+        f"# {setup.recipe.name}\n\n`{card_name(base)}` with {learnt} "
+        f"{_training_summary(setup)}.\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM\n\n"
         'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n```\n'
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Self
 
@@ -16,6 +17,8 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+
+from lighten.streams import heard_by
 
 # A log that is not a terminal gets a line this often.
 LOG_EVERY_S = 15.0
@@ -48,6 +51,8 @@ class _Encoding:
 class TrainingProgress:
     """Step, loss, real tokens per second, memory and time left.
 
+    While it is open it hears of libraries: what is fetched, converted and loaded.
+
     Args:
         enabled: False prints nothing at all.
         console: Where to print; standard error by default, so that output can be piped.
@@ -68,14 +73,17 @@ class TrainingProgress:
         )
         self._task: TaskID | None = None
         self._encoding: _Encoding | None = None
+        self._hears = ExitStack()
         self._loading: dict[str, tuple[float, TaskID | None]] = {}
         self._total, self._last_line_s, self._began_s, self._began_at = 0, 0.0, 0.0, 0
 
     def __enter__(self) -> Self:
         self._bar.start()
+        self._hears.enter_context(heard_by(self.loading))
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._hears.close()
         self._bar.stop()
 
     def note(self, text: str) -> None:

@@ -24,7 +24,6 @@ from lighten.machine import hardware
 from lighten.parallel import launch, ranks
 from lighten.recipe import Recipe, spread
 from lighten.runs import PLAN, Run, write_json
-from lighten.streams import heard_by
 from lighten.training import checkpoints, offloaded, quantization_aware, streaming, trackers
 from lighten.training.base import load_base, require_trainable, tokenizer_of
 from lighten.training.checkpoints import TrainerState, weights_of
@@ -74,7 +73,8 @@ def train(
         method_of(recipe.peft)  # says what is wrong with it before anything is loaded
     device = hardware.choose_device()
     optimizers.choose(recipe.optim, device.value)  # a missing package is told before anything loads
-    require_trainable(recipe)
+    with TrainingProgress(enabled=progress and place.main):
+        require_trainable(recipe)  # fetches a model that is not on this machine
     accelerator = ranks.connect(
         place,
         device.value,
@@ -92,7 +92,7 @@ def train(
         if prediction is None:  # else it was said before the plan was made
             _warn_of_slow_format(recipe, device.value, display)
         try:
-            with heard_by(display.loading), _pages(recipe, accelerator) as pages:
+            with _pages(recipe, accelerator) as pages:
                 _train(run, recipe, accelerator, display, prediction, pruner, pages, resume=resume)
         except BaseException as caught:
             error = _explained(caught, run, prediction)
