@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lighten.errors import UserError
+from lighten.safetensors_header import read_header
 
 # Settings of a LoRA adapter whose update is more than scale·B·A on a linear layer.
 NOT_PLAIN = (
@@ -23,7 +24,6 @@ PEFT_ONLY = (*NOT_PLAIN, "trainable_token_indices")
 NARROWED = ("exclude_modules", "layers_pattern", "layers_to_transform")
 # Initial weights that PEFT takes out of the base's own.
 CHANGED_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
-LARGEST_HEADER = 100_000_000  # bytes, the bound of safetensors itself
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What `peft.LoraConfig` takes for what a file leaves out.
 DEFAULTS = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0}
@@ -190,11 +190,4 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist; an adapter's weights are read from safetensors")
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        text = file.read(size) if size <= LARGEST_HEADER else b""
-    try:
-        header = json.loads(text)
-        return {key: tuple(header[key]["shape"]) for key in header if key != "__metadata__"}
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UserError(f"{path} is not a whole safetensors file; fetch it again") from error
+    return {name: tensor.shape for name, tensor in read_header(path).items()}

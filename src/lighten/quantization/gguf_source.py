@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from lighten.errors import UserError
+from lighten.safetensors_header import read_header
 
 Array = np.ndarray[Any, Any]
 _TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
@@ -129,41 +130,16 @@ def read_weights(folder: Path) -> dict[str, Weight]:
         )
     weights: dict[str, Weight] = {}
     for file in files:
-        weights |= _header(file)
+        weights |= {
+            name: Weight(file, tensor.kind, tensor.shape, tensor.start)
+            for name, tensor in read_header(file).items()
+        }
     if missing := sorted(set(places) - set(weights)):
         raise UserError(
             f"{index} names {missing[0]}, which {places[missing[0]]} does not hold; fetch or copy "
             "the model anew"
         )
     return weights
-
-
-def _header(file: Path) -> dict[str, Weight]:
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            header: Any = json.loads(opened.read(length)) if length < size else None
-        weights = {}
-        for name, facts in header.items():
-            if name == "__metadata__":
-                continue
-            start, end = facts["data_offsets"]
-            shape = tuple(int(dimension) for dimension in facts["shape"])
-            weights[name] = Weight(file, facts["dtype"], shape, 8 + length + int(start))
-            if 8 + length + int(end) > size:
-                raise UserError(
-                    f"{file} is torn: it ends before {name}; fetch or copy the model anew"
-                )
-        return weights
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"{file} is not a whole safetensors file; fetch or copy the model anew"
-        ) from error
 
 
 def read_json(file: Path) -> dict[str, Any]:

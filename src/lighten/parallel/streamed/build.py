@@ -28,7 +28,8 @@ from lighten.parallel.streamed.layers import (
     StreamedLinear4bit,
 )
 from lighten.parallel.streamed.packed import Linear, quantised, state_of
-from lighten.parallel.streamed.shards import DTYPES, Shards, Stored
+from lighten.parallel.streamed.shards import DTYPES, Shards
+from lighten.safetensors_header import Stored
 
 # Formats of weights as they are; others belong to a quantiser.
 DENSE = ("F32", "F16", "BF16")

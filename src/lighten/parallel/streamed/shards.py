@@ -12,7 +12,6 @@ import mmap
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lighten.errors import UserError
+from lighten.safetensors_header import Stored, read_header
 
 INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
 # Of a tensor so much is in memory twice at any time.
@@ -27,7 +27,6 @@ STRETCH_BYTES = 4 * 2**20
 DTYPES = {
     "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8,
 }  # fmt: skip
-_HEADER = 8  # bytes in front of the header, which say how long it is
 
 
 class RateLimit:
@@ -49,25 +48,6 @@ class RateLimit:
 
 # What benchmarks set; None: as fast as the disk is.
 limit: RateLimit | None = None
-
-
-@dataclass(frozen=True)
-class Stored:
-    """Where a tensor is.
-
-    Attributes:
-        path: Its file.
-        kind: Its format in the file, such as `BF16`.
-        shape: Its shape.
-        start: Its first byte in the file.
-        bytes: How many it has.
-    """
-
-    path: Path
-    kind: str
-    shape: tuple[int, ...]
-    start: int
-    bytes: int
 
 
 class _Mapped:
@@ -113,7 +93,7 @@ class Shards(Mapping[str, Stored]):
     def __init__(self, files: list[Path]) -> None:
         self._stored: dict[str, Stored] = {}
         for path in files:
-            self._stored |= _header(path)
+            self._stored |= read_header(path)
         self._mapped: dict[Path, _Mapped] = {}
         self._lock = threading.Lock()
 
@@ -170,32 +150,3 @@ class Shards(Mapping[str, Stored]):
             if stored.path not in self._mapped:
                 self._mapped[stored.path] = _Mapped(stored.path)
             return self._mapped[stored.path]
-
-
-def _header(path: Path) -> dict[str, Stored]:
-    """Where each tensor of a file is.
-
-    Raises:
-        UserError: The file is torn.
-    """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(_HEADER), "little")
-            text = file.read(length) if length <= size else b""
-        header = json.loads(text)
-        tensors = {
-            name: Stored(
-                path, entry["dtype"], tuple(entry["shape"]),
-                _HEADER + length + entry["data_offsets"][0],
-                entry["data_offsets"][1] - entry["data_offsets"][0],
-            )
-            for name, entry in header.items()
-            if name != "__metadata__"
-        }  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no safetensors file ({error}); fetch it anew") from error
-    # Memory that is mapped beyond a file's end cannot be read, and the process would be ended.
-    if any(tensor.start + tensor.bytes > size for tensor in tensors.values()):
-        raise UserError(f"{path} is torn: it ends before its last tensor does; fetch it anew")
-    return tensors

@@ -1,0 +1,76 @@
+"""What a safetensors file holds, read from its header alone; it needs no PyTorch.
+
+Source: github.com/huggingface/safetensors#format.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lighten.errors import UserError
+
+LENGTH_BYTES = 8  # in front of the header, which say how long it is
+LARGEST_HEADER = 100_000_000  # bytes, the bound of safetensors itself
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor is.
+
+    Attributes:
+        path: Its file.
+        kind: Its format in the file, such as `BF16`.
+        shape: Its shape.
+        start: Its first byte in the file.
+        bytes: How many it has.
+    """
+
+    path: Path
+    kind: str
+    shape: tuple[int, ...]
+    start: int
+    bytes: int
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """Where each tensor of a file is, by its name.
+
+    Raises:
+        UserError: It cannot be read, or is not a whole safetensors file.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(LENGTH_BYTES), "little")
+            text = file.read(length) if length <= LARGEST_HEADER else b""
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    try:
+        header: Any = json.loads(text)
+        tensors = {
+            name: _stored(path, entry, LENGTH_BYTES + length)
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{path} is not a whole safetensors file: its header is torn; fetch or copy it anew"
+        ) from error
+    # Memory that is mapped beyond a file's end cannot be read, and the process would be ended.
+    for name, tensor in tensors.items():
+        if tensor.start + tensor.bytes > size:
+            raise UserError(
+                f"{path} is not a whole safetensors file: it ends before {name}; fetch or copy it "
+                "anew"
+            )
+    return tensors
+
+
+def _stored(path: Path, entry: Any, data: int) -> Stored:
+    """A header's entry, whose numbers begin behind the header at `data`."""
+    start, end = entry["data_offsets"]
+    shape = tuple(int(dimension) for dimension in entry["shape"])
+    return Stored(path, str(entry["dtype"]), shape, data + int(start), int(end) - int(start))
