@@ -143,7 +143,7 @@ ALLOWED: dict[str, set[str]] = {
         "whole_files",
     },
     "api_plan": {"api_recipe", "machine", "path_checks", "planning", "quantization", "runs"},
-    "api_serve": {"machine", "planning", "serving"},
+    "api_serve": {"machine", "path_checks", "planning", "serving"},
     "benchmarking": {
         "adapters",
         "artifacts",

@@ -121,6 +121,7 @@ def test_a_file_that_is_no_recipe_says_why(tmp_path: Path, text: str, message: s
         ),
         ({"quantization_bit": 5}, "quantization_bit: 5 does not do; use 4 or 8"),
         ({"adapter": "ia3"}, "adapter: 'ia3' does not do; use lora or qlora"),
+        ({"adapter": "prefix"}, "or another method of PEFT's as peft"),
         ({"adapter": "qlora", "load_in_4bit": False}, "adapter and load_in_4bit both set"),
         ({"quant_method": "hqq", "quantization_bit": 4}, "only bitsandbytes is there"),
         ({"quant_method": "bnb"}, "set load_in_4bit or load_in_8bit"),

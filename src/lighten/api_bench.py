@@ -51,6 +51,7 @@ def bench(
     Raises:
         UserError: Something the user can mend.
     """
+    path_checks.require_answerable(target)
     from lighten.api_recipe import plannable
     from lighten.benchmarking import running
 

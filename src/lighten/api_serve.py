@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lighten import path_checks
 from lighten.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def serve(
     Raises:
         UserError: Something the user can mend; an adapter cannot be served unmerged.
     """
+    path_checks.require_answerable(base)
     from lighten.serving import running
 
     running.serve(

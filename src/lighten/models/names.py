@@ -106,6 +106,8 @@ def resolve(name: str) -> tuple[Source, Path | None]:
         if path.is_file():
             return "gguf", path
         raise UserError(f"the GGUF file {path} does not exist")
+    if path.parts[:1] == ("runs",):  # no owner on the hub, but where runs lie
+        raise UserError(f"{name} is not a run and not a model: nothing of that name is there")
     looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
     if looks_local or not _HUB_ID.match(name):
         raise UserError(f"the model {name} does not exist: no folder or GGUF file is there")

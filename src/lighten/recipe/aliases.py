@@ -148,7 +148,10 @@ def translate(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], lis
             if value == "qlora" and values.get("load_in_4bit") is not True:
                 put(key, "load_in_4bit", True)
             elif value not in ("lora", "qlora", None):
-                problems.append(f"adapter: {value!r} does not do; use lora or qlora")
+                problems.append(
+                    f"adapter: {value!r} does not do; use lora or qlora, use_dora: true, or "
+                    "another method of PEFT's as peft: {peft_type: IA3}"
+                )
         elif key in _BACKENDS:
             if value not in ("bnb", "bitsandbytes"):
                 problems.append(f"{key}: {value!r} does not do; only bitsandbytes is there")
