@@ -264,6 +264,20 @@ def test_the_list_of_runs_shows_names_and_dates_at_80_columns(
     assert capsys.readouterr().out == "no runs in nowhere\n"
 
 
+def test_a_long_name_cuts_no_other_word_of_the_list(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    write_run(tmp_path / "runs" / "chatml-07-one-refused-row", steps=1, adapters=("r4", "r16"))
+    write_run(tmp_path / "runs" / "b", steps=1, status="interrupted")
+    command("runs", "list")
+    output = capsys.readouterr().out
+    for word in ("interrupted", "2026-01-01", "smollm2-135m", "held-out", "started"):
+        assert word in output
+    assert max(map(streams_width, output.splitlines())) <= 80
+
+
 def streams_width(line: str) -> int:
     from rich.cells import cell_len
 

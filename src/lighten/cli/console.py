@@ -150,7 +150,7 @@ def print_table(
     # Cells are folded between words where there is room for the longest word of each column.
     between = next(
         (gap for gap in _BETWEEN if sum(longest_word) + gap * len(columns) <= screen.width),
-        _BETWEEN[0],
+        _BETWEEN[-1],
     )
     room = screen.width - between * len(columns)
     whole_words = sum(longest_word) <= room
