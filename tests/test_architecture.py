@@ -119,6 +119,7 @@ ALLOWED: dict[str, set[str]] = {
         "cpu",
         "data",
         "engine",
+        "generation",
         "machine",
         "models",
         "parallel",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,15 @@ import torch
 from transformers import DynamicCache
 
 from lighten import models
+from lighten.evaluation.engine import open_engine
+from lighten.generation.engine import Request
+from lighten.generation.linears import packs
+from lighten.generation.settings import Sampling
 from lighten.planning import answers, process_overhead
 from lighten.planning.answers import answer_peak, resident_after
 from lighten.planning.memory import TOKENIZER_FACTOR
 from lighten.planning.storage_tracker import StorageTracker
-from tests.tiny import save_tiny, tiny_config
+from tests.tiny import VOCAB, save_tiny, tiny_config
 
 PROCESS_BYTES = 1_000
 
@@ -74,6 +79,35 @@ def test_on_a_gpu_the_process_is_not_counted(tiny_folder: Path) -> None:
     )  # fmt: skip
     tokenizer = int(TOKENIZER_FACTOR * (tiny_folder / "tokenizer.json").stat().st_size)
     assert here - there == PROCESS_BYTES + tokenizer
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_our_engine_holds_slots_and_a_packed_head(tied: bool, tmp_path: Path) -> None:
+    """As large as its cache is after an answer, and the head beside the embedding that it is."""
+    folder = save_tiny(tmp_path / "model", tie_word_embeddings=tied, max_position_embeddings=2048)
+    dtype = "bfloat16"  # the file has float32: weights are no mapped file's
+    base = models.load(str(folder), dtype=dtype)
+    config = base.model.config
+    number = 2
+    engine = open_engine(base, {}, slots=3)
+    ended = threading.Event()
+    engine.submit(Request([5] * 600, None, 8, frozenset(), Sampling(temperature=0.0), None,
+                          lambda _: None, lambda *_: ended.set()))  # fmt: skip
+    assert ended.wait(60)
+    cache = engine.memory_bytes["cache"] * (768 + 512) // 768  # it grew to 768 tokens from 512
+    engine.close()
+    planned, in_transformers = (
+        answer_peak(str(folder), dtype=dtype, prompt_tokens=600, new_tokens=8, slots=slots)
+        for slots in (3, None)
+    )
+    numbers = 2 * config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
+    plain_cache = config.num_hidden_layers * 608 * numbers * number
+    packed = tied and packs(torch.empty(0, dtype=torch.bfloat16))
+    head = VOCAB * config.hidden_size * number if packed else 0
+    # Of prompts 512 tokens are read at a time.
+    layer = (2 * config.hidden_size + 3 * config.intermediate_size) * number
+    expected = cache - plain_cache + head - layer * (600 - 512)
+    assert planned - in_transformers == pytest.approx(expected, abs=1)
 
 
 def test_what_stays_of_a_quantised_model(tiny_folder: Path) -> None:

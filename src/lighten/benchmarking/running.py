@@ -131,6 +131,7 @@ class Bench:
         """Answers of the base, of the adapter, and of the two merged; in transformers, in ours."""
         settings = self.settings
         dtype = self.device.dtype(self.recipe.compute_dtype).value
+        most_rows = max(settings.batch_sizes)
         for variant, engine in GENERATED if self._adapter else GENERATED[:2]:
             label = variant if engine == "transformers" else f"{variant}, our engine"
             self.log(f"generate: {label}")
@@ -145,11 +146,12 @@ class Bench:
                 name = label
                 if "prompt_tokens" in record:
                     name += f", {record['prompt_tokens']} tokens, {record['batch_size']} at once"
-                if "peak_bytes" in record and engine == "transformers":
+                if "peak_bytes" in record:
                     record["predicted_bytes"] = answer_peak(
                         self.target.base, dtype=dtype, prompt_tokens=record["prompt_tokens"],
                         new_tokens=record["new_tokens"], rows=record["batch_size"],
                         adapter_bytes=self._adapter_bytes if variant == "adapter" else 0,
+                        slots=most_rows if engine == "lighten" else None,
                         device=self.device.kind, revision=self.target.revision,
                     )  # fmt: skip
                 yield {"part": "generate", "name": name, "variant": variant, "engine": engine,

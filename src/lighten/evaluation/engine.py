@@ -12,6 +12,7 @@ from lighten.errors import UserError
 from lighten.generation import attention
 from lighten.generation.adapter import read_factors
 from lighten.generation.engine import Engine
+from lighten.machine.mapped import drop_mapped_weights
 
 # Of a prompt with its answer where the model says nothing: room is made as it is used.
 MOST_TOKENS = 2**24
@@ -51,6 +52,7 @@ def open_engine(
         model, max_sequences=slots, max_tokens=positions or MOST_TOKENS,
         prefix_caching=prefix_caching,
     )  # fmt: skip
+    drop_mapped_weights()  # linear layers have another layout now
     for name, folder in adapters.items():
         engine.load_adapter(name, folder)
     return engine

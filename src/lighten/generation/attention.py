@@ -35,6 +35,13 @@ GRANULE = 256
 BLOCK = 64
 
 
+def grown(capacity: int, tokens: int) -> int:
+    """Tokens that a slot has room for once so many are needed."""
+    if tokens <= capacity:
+        return capacity
+    return max(-(-tokens // GRANULE) * GRANULE, capacity * 3 // 2)
+
+
 class SlotCache:
     """Keys and values of every layer, [S, K, capacity, D] each; room grows as sequences do.
 
@@ -58,8 +65,7 @@ class SlotCache:
         """Make room for sequences of this many tokens."""
         if tokens <= self._capacity:
             return
-        capacity = max(-(-tokens // GRANULE) * GRANULE, self._capacity * 3 // 2)
-        self._capacity = max(tokens, min(capacity, self.most_tokens))
+        self._capacity = max(tokens, min(grown(self._capacity, tokens), self.most_tokens))
         for tensors in (self._keys, self._values):
             for layer, x in tensors.items():
                 tensors[layer] = self._room(x)

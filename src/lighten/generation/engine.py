@@ -29,6 +29,9 @@ from lighten.generation.sampling import Chosen, Grammar, Sampler
 from lighten.generation.segments import Segments
 from lighten.generation.settings import Sampling
 
+# Of prompts, read in one step.
+PREFILL_TOKENS = 512
+
 
 @dataclass
 class Request:
@@ -113,7 +116,7 @@ class Engine:
         *,
         max_sequences: int = 16,
         max_tokens: int = 4096,
-        prefill_tokens: int = 512,
+        prefill_tokens: int = PREFILL_TOKENS,
         prefix_caching: bool = True,
     ) -> None:
         attention.require_plain(model)

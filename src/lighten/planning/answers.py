@@ -7,6 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from transformers import PreTrainedModel
+
+from lighten.generation.attention import grown
+from lighten.generation.engine import PREFILL_TOKENS
+from lighten.generation.linears import packs
 from lighten.models import skeleton
 from lighten.models.load import locate
 from lighten.planning import serving
@@ -27,9 +33,10 @@ def answer_peak(
     attention: str = "sdpa",
     adapter_bytes: int = 0,
     device: str = "cpu",
+    slots: int | None = None,
     revision: str | None = None,
 ) -> int:
-    """Bytes at the peak of greedy answers in transformers, as `PeakMemory` measures it.
+    """Bytes at the peak of greedy answers, as `PeakMemory` measures it.
 
     Args:
         model: As for `models.load`; only its configuration is read.
@@ -40,6 +47,7 @@ def answer_peak(
         attention: transformers' name of the kernel.
         adapter_bytes: Of an adapter beside the weights.
         device: `cpu` or `cuda`, where the process's own memory is not measured.
+        slots: Answers that our engine has room for; None: transformers answers.
         revision: Of a hub model.
 
     Raises:
@@ -49,14 +57,50 @@ def answer_peak(
     config = shape.config.get_text_config()
     sizes = sizes_of(shape)
     number = serving.BYTES_PER_WEIGHT[dtype]
-    weights = serving.weight_bytes(sizes.linear_numbers, sizes.rest, dtype, dtype)
-    cache = serving.kv_cache_bytes(
-        serving.layer_caches(config.to_dict()), prompt_tokens + new_tokens, rows,
-        number_bytes=number,
-    )  # fmt: skip
-    widest = max(moments(config, rows, prompt_tokens, number, attention).values())
+    weights: float = serving.weight_bytes(sizes.linear_numbers, sizes.rest, dtype, dtype)
+    caches, cached = serving.layer_caches(config.to_dict()), prompt_tokens + new_tokens
+    cached_rows, read = rows, rows * prompt_tokens
+    if slots is not None:
+        # All slots have as much room, whatever a layer's window. Where it grew, what was there
+        # before has left holes that nothing so large fits. Prompts are read in pieces.
+        caches = [serving.LayerCache(layer.numbers) for layer in caches]
+        cached, cached_rows = _slot_tokens(prompt_tokens, cached), slots
+        read = min(read, PREFILL_TOKENS)
+        if device == "cpu":
+            weights += _packed_head_bytes(shape, model, dtype, number, revision)
+    cache = serving.kv_cache_bytes(caches, cached, cached_rows, number_bytes=number)
+    widest = max(moments(config, rows, read / rows, number, attention).values())
     process = _process_bytes(model, revision) if device == "cpu" else 0
     return round(weights + adapter_bytes + cache + widest + process)
+
+
+def _slot_tokens(prompt_tokens: int, tokens: int) -> int:
+    """Tokens that a slot has room for in the end, and that it had room for before it last grew."""
+    room = before = 0
+    for needed in (*range(PREFILL_TOKENS, prompt_tokens, PREFILL_TOKENS), prompt_tokens, tokens):
+        if (larger := grown(room, needed)) > room:
+            room, before = larger, room
+    return room + before
+
+
+def _packed_head_bytes(
+    shape: PreTrainedModel, model: str, dtype: str, number: float, revision: str | None
+) -> float:
+    """A head that is the embedding too is packed beside it.
+
+    Not counted where weights are a mapped file's: then few rows of the embedding are read again.
+    """
+    head, embedding = shape.get_output_embeddings(), shape.get_input_embeddings()
+    source, _ = locate(model, revision=revision, weights=False)
+    stored = str(getattr(shape.config, "dtype", None)).removeprefix("torch.")
+    if source == "packaged":  # made dense on this machine, in float32
+        stored = "float32"
+    mapped = source != "gguf" and stored == dtype
+    if head is None or head.weight is not embedding.weight or mapped:
+        return 0.0
+    packed = packs(torch.empty(0, dtype=getattr(torch, dtype)))
+    rows, columns = head.weight.shape  # type: ignore[misc]  # typed as a module by nn.Module
+    return rows * columns * number if packed else 0.0
 
 
 def _process_bytes(model: str, revision: str | None) -> int:
@@ -83,7 +127,9 @@ def resident_after(model: str, *, storage: str, rest: str, revision: str | None 
     return weights + answer_bytes()
 
 
-def moments(config: Any, rows: int, tokens: int, number: float, attention: str) -> dict[str, float]:
+def moments(
+    config: Any, rows: int, tokens: float, number: float, attention: str
+) -> dict[str, float]:
     """Bytes beside weights and cache at the moments of a prompt that hold most.
 
     Args:

@@ -11,7 +11,8 @@ from typing import Any
 
 from lighten.errors import UserError
 from lighten.jobs import in_child
-from lighten.quantization.resident import drop_mapped_weights, load_code, resident_bytes
+from lighten.machine.mapped import drop_mapped_weights
+from lighten.quantization.resident import load_code, resident_bytes
 from lighten.quantization.scores import EvaluationRow, score, speeds, summary
 from lighten.quantization.targets import DYNAMIC, GROUP_SIZE
 
