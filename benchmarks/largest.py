@@ -39,7 +39,7 @@ from benchmarks.streamed_base import GIB, Shape, write_rows, write_tokenizer
 TOKENS = 16  # of each rank in a step
 STEPS = 2
 RANK = 4  # of adapters, on all linear layers
-FEW = 4  # layers of the smallest model that is tried and planned
+FEW = 8  # layers of the smallest model that is tried and planned
 NEARER = 0.1  # what trains and what does not are at most so far from each other
 AT_LEAST = 4.2  # how much larger than the largest plain model the streamed one is tried
 LOOK_S = 0.05

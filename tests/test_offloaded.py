@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import lighten
+from lighten.adapters import shards
+from lighten.engine.adapter_optimizer import AdapterOptimizer
 from lighten.errors import DiskFull, UserError
 from lighten.machine import filesystems
 from lighten.parallel.offloaded import adamw, stores
@@ -25,6 +27,7 @@ from lighten.planning.storage_tracker import Block, Event, Pass, Timeline
 from lighten.recipe import Recipe, RecipeError
 from lighten.runs import Run
 from lighten.training import checkpoints
+from tests.test_train_step import settings as optimizer_settings
 from tests.tiny import save_tiny
 
 PAGE = 4096
@@ -232,6 +235,20 @@ def test_a_plan_knows_where_the_state_is(root: Path, chat_file: Path) -> None:
     assert moved.offload == ("optimizer",)
     assert moved.device_bytes <= alone.device_bytes + 2**21  # a block of PyTorch's allocator
     assert moved.host_bytes == states.optimiser / 2 + states.gradients
+
+
+def test_a_rank_lets_go_of_what_it_reads_for_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank that does not write: its rows of the moments are read from its file, file by file."""
+    weight = nn.Parameter(torch.ones(3000))
+    store = Scratch(tmp_path, "nvme_path")
+    adapter = AdapterOptimizer("all", {"weight": weight}, optimizer_settings(), store=store)
+    given_back: list[int] = []
+    monkeypatch.setattr(stores, "let_all_go", lambda: given_back.append(1))
+    monkeypatch.setattr(shards, "SHARD_BYTES", 4 * 3000)
+    checkpoints.take_part(cast(Any, None), [adapter])
+    assert len(given_back) == len(shards.Shards(adapter.optimizer_tensors(), "any")) >= 2
 
 
 def test_a_planned_step_holds_two_pieces_of_the_state() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+import lighten
 from benchmarks import largest, scale_page
 from lighten.errors import UserError
 from lighten.machine.devices import DEVICES
@@ -105,6 +106,48 @@ def test_models_of_the_table_share_their_layers_files(tmp_path: Path) -> None:
         assert float(first.std()) == pytest.approx(0.02, rel=0.1)
         assert Recipe.from_values(largest._recipe(models, row, folder)).method == "full"
     assert not folder.exists()
+
+
+def test_a_whole_model_is_planned_to_be_verified_a_file_at_a_time(tmp_path: Path) -> None:
+    """Weights, gradients and moments at the backward pass are more than one of its files more."""
+    models = largest.Models(tmp_path, 1024, 512)
+    with models.of(12, weights=False) as folder:
+        recipe = largest._recipe(models, largest.ROWS[0], folder)
+        memory = lighten.plan(device="cpu", changes=False, **recipe).memory
+    parts = {part.name: part.bytes for part in memory.parts}
+    numbers = models.shape(12).parameters
+    assert parts["gradients"] == pytest.approx(4 * numbers, rel=0.01)
+    assert parts["optimiser"] == pytest.approx(8 * numbers, rel=0.01)
+    assert parts["temporary buffers"] < 4 * numbers
+
+
+def test_the_table_of_the_largest_models_ends_with_its_ratios(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As if so many bytes were held for each parameter, beside 2 MiB of a process."""
+    bytes_per_parameter = dict(zip([row.name for row in largest.ROWS], (16, 12, 8, 5, 2, 0.1),
+                                   strict=True))  # fmt: skip
+
+    def held(models: largest.Models, row: largest.Row, layers: int) -> int:
+        return int(bytes_per_parameter[row.name] * models.shape(layers).parameters)
+
+    def trained(
+        models: largest.Models, row: largest.Row, limit_bytes: int, layers: int
+    ) -> largest.Trial:
+        peak = held(models, row, layers) + 2 * 2**20
+        return largest.Trial(layers, peak <= limit_bytes, peak, 1.0)
+
+    monkeypatch.setattr(largest, "_planned", held)
+    monkeypatch.setattr(largest, "_train", trained)
+    table = largest.largest(tmp_path / "models", limit_bytes=50 * 2**20, hidden=128, vocabulary=64)
+    assert table["each_as_large_as_before"] is True
+    assert table["largest_vs_plain"] > table["largest_vs_plain_lora"] >= largest.AT_LEAST
+    assert table["largest_all_weights_vs_plain"] == pytest.approx(16 / 5, rel=0.1)
+    assert set(largest.FIGURES) <= set(table)
+    for row in table["rows"]:
+        assert row["planned_bytes"] == pytest.approx(row["peak_bytes"], rel=0.01)
+        assert len(row["trials"]) <= 2  # the plan was right
+    assert "| plain, LoRA | 1 | " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("config", "settings"), [

@@ -91,11 +91,6 @@ class Shards(Mapping[str, Shard]):
     def __getitem__(self, name: str) -> Shard:
         return Shard(self._parts[name])
 
-    def take_part(self) -> None:
-        """`Shard.take_part` for every file, in the order in which they are written."""
-        for part in self._parts.values():
-            Shard(part).take_part()
-
 
 def listing(folder: Path, stem: str) -> list[Path]:
     """The files that `Shards` of this stem left in a folder."""

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from lighten.adapters.shards import SHARD_BYTES
 from lighten.adapters.spec import OWN_INITS
 from lighten.cpu import allocator
 from lighten.errors import UserError
@@ -101,7 +102,7 @@ def plan_recipe(
     if offloaded_bytes:
         notes += ("what it takes to bring the optimiser's state is not in the time of a step",)
     if device.kind == "cpu":
-        verified = _numbers(traced) * 4
+        verified = _verified(traced, whole_base=recipe.method == "full")
         peak = memory.processor_memory(
             timeline, loading, context=context_of(), verified=verified, workers=workers,
             sums=traced.further_sums(workers), arena=arena, margin=margin,
@@ -185,6 +186,15 @@ def _written(traced: Traced, recipe: Recipe) -> int:
 def _numbers(traced: Traced) -> int:
     """How many numbers learn."""
     return sum(p.numel() for m in traced.setup.adapters for p in m.parameters.values())
+
+
+def _verified(traced: Traced, *, whole_base: bool) -> int:
+    """Bytes of saved files that are mapped at once to be verified: of a base one file's."""
+    size = _numbers(traced) * 4
+    if not whole_base:
+        return size
+    numbers = [p.numel() for m in traced.setup.adapters for p in m.parameters.values()]
+    return min(size, max(SHARD_BYTES, 4 * max(numbers)))
 
 
 def _states(traced: Traced) -> int:

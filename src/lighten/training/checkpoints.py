@@ -106,7 +106,9 @@ def take_part(trained: Trained, adapters: Sequence[AdapterOptimizer]) -> None:
     Raises:
         PeerLost: A rank has ended.
     """
-    shards.Shards(_optimizer_tensors(adapters), OPTIMIZER).take_part()
+    for content in shards.Shards(_optimizer_tensors(adapters), OPTIMIZER).values():
+        content.take_part()
+        stores.let_all_go()  # of what was read for it
     for adapter in adapters:
         if dtensors.any_spread(adapter.parameters.values()):
             for content in trained.contents(adapter.name).values():
