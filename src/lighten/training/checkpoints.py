@@ -106,8 +106,8 @@ def take_part(trained: Trained, adapters: Sequence[AdapterOptimizer]) -> None:
     Raises:
         PeerLost: A rank has ended.
     """
-    for content in shards.Shards(_optimizer_tensors(adapters), OPTIMIZER).values():
-        content.take_part()
+    for shard in shards.Shards(_optimizer_tensors(adapters), OPTIMIZER).values():
+        shard.take_part()
         stores.let_all_go()  # of what was read for it
     for adapter in adapters:
         if dtensors.any_spread(adapter.parameters.values()):
