@@ -121,7 +121,7 @@ def test_a_run_killed_at_any_moment_resumes_and_ends_bitwise_the_same(
         wait_for(folder / "checkpoints" / kill_at)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
-        assert Run(folder).info()["status"] == "interrupted"
+        assert Run(folder).info()["status"] == "killed"
     resumed = train(settings, resume=True)
     assert losses(resumed) == losses(uninterrupted)
     assert same_tensors(weights(resumed), weights(uninterrupted))
