@@ -148,6 +148,8 @@ def kills(folder: Path, base: dict[str, Any], count: int) -> list[dict[str, Any]
         ended = time.monotonic()
         process.communicate(timeout=60)
         ended = time.monotonic() - ended
+        # What was killed before there was a run begins anew: a step of one rank is another one.
+        other_ranks = other_ranks and run.exists()
         resumed = start(
             folder, settings, 1 if other_ranks else 2, *(["--resume"] if run.exists() else [])
         )
