@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lighten.safetensors_header import LENGTH_BYTES
+
 KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-_HEADER = 8  # bytes in front of the header, which say how long it is
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def write(path: Path, entries: Sequence[Entry]) -> None:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(_HEADER, "little"))
+        file.write(len(text).to_bytes(LENGTH_BYTES, "little"))
         file.write(text)
         for tensor in entries:
             written = sum(file.write(block) for block in tensor.blocks())
