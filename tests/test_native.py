@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from lighten.cpu import native
+from lighten.cpu import dropout, kernels, native
+from lighten.generation import kernels as generation_kernels
+from lighten.machine.hardware import processor_flags
 
 pytestmark = pytest.mark.skipif(
     not hasattr(os, "getuid") or shutil.which("g++") is None, reason="needs POSIX and g++"
@@ -26,6 +28,14 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     (folder / "answer.cpp").write_text('extern "C" int answer() { return 42; }\n')
     return folder
+
+
+def test_where_there_is_a_compiler_there_are_kernels() -> None:
+    """Without one of them, the tests that need it are skipped."""
+    assert dropout.library() is not None
+    assert generation_kernels.obstacle() is None
+    if kernels.NEEDED in processor_flags():
+        assert kernels.obstacle() in (None, kernels.TILES_REFUSED)
 
 
 def answer(path: Path) -> int:

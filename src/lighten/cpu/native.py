@@ -6,6 +6,7 @@ loaded again only where nobody else can have put it there.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import shutil
@@ -30,6 +31,16 @@ LONGEST_S = 120.0  # of a compilation
 
 class NotCompiled(Exception):
     """There is no library, for the reason that this says."""
+
+
+def loaded(
+    folder: Path, options: Sequence[str], of: Sequence[str] = ()
+) -> tuple[ctypes.CDLL | None, str | None]:
+    """The library of a folder's sources, or why there is none; arguments as of `compiled`."""
+    try:
+        return ctypes.CDLL(str(compiled(folder, options, of))), None
+    except (NotCompiled, OSError) as error:
+        return None, str(error)
 
 
 def compiled(

@@ -36,10 +36,7 @@ def library() -> ctypes.CDLL | None:
         return None
     # A product and a sum are rounded one after the other, as PyTorch's operations round.
     flags = (*FLAGS, "-ffp-contract=off", f"-I{SHARED}")
-    try:
-        return ctypes.CDLL(str(native.compiled(FOLDER, flags, sorted(processor_flags()))))
-    except (native.NotCompiled, OSError):
-        return None
+    return native.loaded(FOLDER, flags, sorted(processor_flags()))[0]
 
 
 @torch.library.custom_op("lighten::dropped", mutates_args=())

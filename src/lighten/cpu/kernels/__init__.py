@@ -24,6 +24,7 @@ FOLDER = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-Wall", "-Wextra",
          "-Wno-uninitialized", "-Wno-maybe-uninitialized")  # fmt: skip
 NEEDED = "avx512_bf16"
+TILES_REFUSED = "the system does not let processes use the processor's tiles"
 
 
 def library() -> ctypes.CDLL | None:
@@ -68,10 +69,7 @@ def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
     flags = processor_flags()
     if NEEDED not in flags:
         return None, f"the processor has no {NEEDED}"
-    try:
-        dll = ctypes.CDLL(str(native.compiled(FOLDER, FLAGS, sorted(flags))))
-    except (native.NotCompiled, OSError) as error:
-        return None, str(error)
-    if not dll.lighten_allowed():
-        return None, "the system does not let processes use the processor's tiles"
-    return dll, None
+    dll, obstacle = native.loaded(FOLDER, FLAGS, sorted(flags))
+    if dll is not None and not dll.lighten_allowed():
+        return None, TILES_REFUSED
+    return dll, obstacle

@@ -43,8 +43,4 @@ def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
         return None, cpu.OFF
     # -ffast-math lets the compiler take the exponentials of several scores at a time.
     flags = (*FLAGS, "-ffast-math", f"-I{SHARED}")
-    try:
-        path = native.compiled(FOLDER, flags, sorted(processor_flags()))
-        return ctypes.CDLL(str(path)), None
-    except (native.NotCompiled, OSError) as error:
-        return None, str(error)
+    return native.loaded(FOLDER, flags, sorted(processor_flags()))
