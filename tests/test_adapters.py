@@ -306,9 +306,11 @@ def test_the_fused_form_equals_the_plain_reference(
     ]
     bases = [base.double().requires_grad_(False) for base in bases]
     x = torch.randn(7, 6, dtype=torch.double, requires_grad=True)
-    drop = Dropout(dropout, row_hashes((11, 12), (2, 2)), 7) if dropout else None
+    hashes = row_hashes((11, 12), (2, 2))
+    # The first two layers drop the same features, the third others.
+    drops = [Dropout(dropout, hashes, salt) if dropout else None for salt in (7, 7, 8)]
     # Two adapters on three layers: the first changes all, the second two of them; row 6 is bare.
-    parts = [Part(0, 4, 0.7, drop, layer) for layer in range(3)]
+    parts = [Part(0, 4, 0.7, drop, layer) for layer, drop in enumerate(drops)]
     parts += [Part(4, 6, 1.3, None, layer) for layer in (2, 0)]
     shapes = [(2, 6), (5, 2), (1, 6), (4, 1), (2, 6), (3, 2), (3, 6), (3, 3), (2, 6), (5, 2)]
     factors = [torch.randn(s, dtype=torch.double, requires_grad=True) for s in shapes]

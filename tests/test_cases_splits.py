@@ -82,6 +82,7 @@ def test_a_share_has_a_floor_and_a_number_is_taken_as_it_is(
         assert re.search(rf"nothing is held out: {rows} rows? (is|are) too few", note)
     elif size < 1 and held_out > round(size * rows):
         assert f"{held_out} of {rows} rows are held out instead of the {round(size * rows)}" in note
+        assert ("fewer than 20 tell nothing" in note) == (held_out >= 20)
     elif held_out > rows - held_out:
         assert "more rows are held out" in note
     else:

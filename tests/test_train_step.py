@@ -285,8 +285,11 @@ def test_an_adapter_in_a_cohort_learns_as_it_does_alone(arch: str) -> None:
         assert report[spec.name].grad_norm == pytest.approx(single[spec.name].grad_norm, rel=1e-4)
 
 
-def test_dropout_in_a_cohort_is_the_dropout_alone() -> None:
-    specs = [random_spec("a", 4, seed=1, dropout=0.3), random_spec("b", 8, seed=2, dropout=0.1)]
+@pytest.mark.parametrize("targets", ["all-linear", ("v_proj", "up_proj", "down_proj")])
+def test_dropout_in_a_cohort_is_the_dropout_alone(targets: str | tuple[str, ...]) -> None:
+    """Layers that read one tensor share a mask, whichever of them an adapter changes."""
+    specs = [random_spec("a", 4, seed=1, dropout=0.3),
+             random_spec("b", 8, seed=2, dropout=0.1, target_modules=targets)]  # fmt: skip
     report, _ = one_step(cohort_of(*specs), UNEVEN, 5)
     for spec in specs:
         single, _ = one_step(cohort_of(spec), UNEVEN, 2)

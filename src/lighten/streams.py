@@ -164,6 +164,15 @@ def counted(items: Iterable[T], what: str, total: int) -> Iterator[T]:
             bar.update()
 
 
+@contextmanager
+def under_way(what: str) -> Iterator[None]:
+    """Whoever hears of libraries is told what begins and ends; nothing says how far it is."""
+    with LibraryBar(_listener.get(), total=1) as bar:
+        bar.desc = what
+        bar.begin()
+        yield
+
+
 def download_bar(what: str) -> Any:
     """A bar's class for `snapshot_download` that tells the listener of the bytes and draws nothing.
 
@@ -217,6 +226,11 @@ class LibraryBar:
 
     def __exit__(self, *_error: object) -> None:
         self.close()
+
+    def begin(self) -> None:
+        """Tell of it before anything is done."""
+        if self._listener is not None:
+            self._listener(self.desc, self.n, self.total)
 
     def update(self, count: float = 1) -> None:
         """So much more is done."""

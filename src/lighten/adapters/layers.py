@@ -26,6 +26,7 @@ from lighten.adapters.fake_quant import FakeQuantLinear
 from lighten.adapters.frozen import dense_copy, formats, out_in_features
 from lighten.adapters.ops import Dropout, Part, lone_linears, low_rank_linears, row_hashes
 from lighten.adapters.spec import AdapterSpec
+from lighten.adapters.targets import input_name
 from lighten.errors import UserError
 
 
@@ -176,7 +177,8 @@ class CohortLinear(nn.Module):
         self.place = 0  # among them
         self.routing = routing
         # Stable over processes and library versions, unlike hash(): dropout must repeat on resume.
-        self._salt = zlib.crc32(path.encode())
+        # One mask for an input, so that all its products with A are one.
+        self._salt = zlib.crc32(input_name(path).encode())
 
     @property
     def weight(self) -> Tensor:
@@ -236,11 +238,6 @@ class CohortLinear(nn.Module):
             for share in route.shares
             if share.adapter in self.specs
         ]
-
-    @property
-    def drops(self) -> bool:
-        """Whether inputs of the batch may be dropped, which each layer does by itself."""
-        return any(spec.dropout for spec in self.specs.values())
 
     @property
     def route(self) -> Route:
@@ -355,7 +352,7 @@ class Siblings:
                 return pass_state.take(layer.place)
             self._together = self._together and x is pass_state.input
             pass_state.waiting = {}
-        if not self._together or layer.drops:
+        if not self._together:
             return joint_outputs([layer], x)[0]
         outputs = joint_outputs(self.layers, x)
         pass_state.waiting = dict(enumerate(outputs))

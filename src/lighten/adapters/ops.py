@@ -75,14 +75,14 @@ def row_hashes(
 class Dropout:
     """Which features of a segment's rows are dropped: a function of counters, never stored.
 
-    Whether a feature is kept follows from a number of its row, one of its column and of the layer
+    Whether a feature is kept follows from a number of its row, one of its column and of the input
     alone (a counter-based generator), formed on the device that needs it: the same when a layer is
     recomputed, when a batch is split otherwise, and in every cohort.
 
     Attributes:
         probability: Share of the features dropped, in steps of 2^-16.
         rows: `row_hashes` of the segment, [n].
-        salt: Of the layer.
+        salt: Of the layers that read the input: they drop the same features of it.
     """
 
     probability: float
@@ -114,7 +114,7 @@ class Dropout:
         return (drawn <= threshold - 1).to(like.dtype).mul_(scale)
 
     def _drawing(self) -> tuple[int, int, float]:
-        """The layer's salt; below which number of 16 bits a feature is kept; 1 / (1 − p)."""
+        """The salt; below which number of 16 bits a feature is kept; 1 / (1 − p)."""
         keep = 1.0 - self.probability
         return self.salt & 0x7FFFFFFF, max(1, round(keep * 2**16)) - 2**15, 1 / keep
 
@@ -233,8 +233,11 @@ def _blocks(parts: Sequence[Part], ranks: Sequence[int], *, merge: bool) -> list
     groups: dict[Any, list[int]] = {}
     merge = merge and sum(ranks) <= MERGED_RANKS
     for i, part in enumerate(parts):
-        # A dropped input is a layer's own, so its product is too.
-        key = i if part.dropout else ("all" if merge else (part.start, part.stop))
+        rows = (part.start, part.stop)
+        if part.dropout is not None:  # what is dropped is some rows' and some layers' alone
+            key: Any = (*rows, part.dropout.salt)
+        else:
+            key = "all" if merge else rows
         groups.setdefault(key, []).append(i)
     blocks = []
     for group in groups.values():

@@ -59,13 +59,19 @@ def low_rank_paths(model: PreTrainedModel, spec: AdapterSpec) -> list[str]:
 
 def sibling_paths(paths: Iterable[str]) -> list[list[str]]:
     """Of the given modules, those that read the same tensor, together; lone ones are left out."""
-    groups: dict[tuple[str, int], list[str]] = {}
+    groups: dict[str, list[str]] = {}
     for path in paths:
-        parent, _, name = path.rpartition(".")
-        for number, names in enumerate(TOGETHER):
-            if name in names:
-                groups.setdefault((parent, number), []).append(path)
+        groups.setdefault(input_name(path), []).append(path)
     return [group for group in groups.values() if len(group) > 1]
+
+
+def input_name(path: str) -> str:
+    """What modules that read the same tensor have in common; whichever of them have adapters."""
+    parent, _, name = path.rpartition(".")
+    for names in TOGETHER:
+        if name in names:
+            return f"{parent}.{min(names)}"
+    return path
 
 
 def without_groups(model: PreTrainedModel, targets: str | Iterable[str]) -> str | tuple[str, ...]:

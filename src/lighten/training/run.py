@@ -203,10 +203,10 @@ def _train(
     base.tokenizer.chat_template = rows.template.text
     facts = _base_facts(base)  # of the base alone: PEFT puts its parameters into the model
     # What a step is belongs to the run: another number of ranks shares the same steps.
-    setup = prepare(
-        recipe, accelerator, base, rows,
-        saved_state.examples_per_step or None, saved_state.total_steps or None,
-    )  # fmt: skip
+    per_step = saved_state.examples_per_step or (
+        run.info().get("examples_per_step") if resume else None
+    )
+    setup = prepare(recipe, accelerator, base, rows, per_step, saved_state.total_steps or None)
     setup.choices["memory"] = pages
     if recipe.qat is not None:
         tried_difference = quantization_aware.try_conversion(base.model)
@@ -224,6 +224,7 @@ def _train(
         run.update(
             base=facts,
             data=rows.facts,
+            examples_per_step=setup.examples_per_step,
             choices=[
                 {"what": name, "value": choice.value, "reason": choice.reason}
                 for name, choice in setup.choices.items()
