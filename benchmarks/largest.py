@@ -78,6 +78,8 @@ ROWS = (
     Row("zero3, all weights", {**FULL, "strategy": "zero3"}, 2),
     Row("zero3 + nvme, all weights",
         {**FULL, "strategy": "zero3", "offload_optimizer": "nvme"}, 2),
+    Row("zero3 + nvme, weights too, all weights",
+        {**FULL, "strategy": "zero3", "offload_optimizer": "nvme", "offload_params": "nvme"}, 2),
     Row("plain, LoRA", LORA),
     Row("streamed base, LoRA", {**LORA, "offload_base": "disk"}, streamed=True),
 )  # fmt: skip

@@ -273,6 +273,10 @@ def test_a_planned_step_holds_two_pieces_of_the_state() -> None:
     ({"offload_optimizer": "cpu", "optim": "adamw_8bit"}, "optim: adamw_8bit"),
     ({"nvme_path": "/data"}, "nvme_path is the folder of"),
     ({"nvme_path": "/data", "offload_optimizer": "cpu"}, "nvme_path is the folder of"),
+    ({"offload_params": "cpu"}, "method: lora leaves the base frozen"),
+    ({"offload_params": "cpu", "method": "full"}, "strategy: auto leaves them whole"),
+    ({"offload_params": "nvme", "method": "full", "strategy": "zero3"},
+     "without offload_optimizer: nvme leaves twice as much"),
 ])  # fmt: skip
 def test_what_does_not_go_together_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):

@@ -26,6 +26,7 @@ from lighten.adapters.decoder import decoder_layers
 from lighten.engine import step as train_step_module
 from lighten.errors import UserError
 from lighten.parallel import strategies
+from lighten.parallel.offloaded import stores
 from lighten.parallel.sharded import Sharded
 from lighten.parallel.spawn import free_port
 from lighten.recipe import Recipe, RecipeError, spread
@@ -48,18 +49,25 @@ SETUPS: dict[str, dict[str, Any]] = {
     "cohort": COHORT,
     "full": {"method": "full", "learning_rate": 1e-3},
     "nvme": {"method": "full", "learning_rate": 1e-3, "offload_optimizer": "nvme"},
+    "params": {
+        "method": "full",
+        "learning_rate": 1e-3,
+        "offload_optimizer": "nvme",
+        "offload_params": "nvme",
+    },
     "last": {"trainable_layers": "last_1", "learning_rate": 1e-3},
     "short": {"lora_r": 2, "learning_rate": 1e-3},
     "four": {"lora_r": [1, 2, 3, 4], "max_steps": 1},
     "nf4": {"load_in_4bit": True, "lora_r": [2, 3], "learning_rate": 1e-3},
     "int8": {"load_in_8bit": True, "lora_r": 2, "learning_rate": 1e-3},
 }
+LEARN_BASE = ("full", "nvme", "params", "last")
 # What learns, the strategy and the accumulation; `zero3` is `fsdp` by another name.
 RUNS = [
     *(("cohort", strategy, count) for strategy in ("fsdp", "zero1", "zero2") for count in (1, 3)),
     ("full", "zero3", 1), ("full", "fsdp", 3), ("full", "zero2", 1), ("full", "zero1", 3),
     ("nvme", "zero1", 1), ("nvme", "zero2", 1), ("last", "fsdp", 1), ("last", "zero2", 1),
-    ("four", "fsdp", 1), ("short", "ddp", 1),
+    ("params", "zero3", 1), ("params", "fsdp", 3), ("four", "fsdp", 1), ("short", "ddp", 1),
     ("nf4", "ddp", 1), ("nf4", "zero1", 3), ("nf4", "zero2", 1),
     ("int8", "ddp", 1), ("int8", "zero1", 1), ("int8", "zero2", 3),
 ]  # fmt: skip
@@ -69,6 +77,7 @@ def settings(
     root: Path, data: Path, setup: str, strategy: str, accumulation: int, ranks: int
 ) -> dict[str, Any]:
     """Thirteen rows with a tied head: in the last step of an epoch one rank has no row."""
+    alone = {"offload_params": "none"} if setup == "params" and strategy == "single" else {}
     return {
         "model_name_or_path": str(root / "base"), "dataset": str(data), "dtype": "float32",
         "output_dir": str(root / f"{setup}-{strategy}-{accumulation}"), "strategy": strategy,
@@ -76,7 +85,7 @@ def settings(
         # A step has as many examples with fewer ranks.
         "gradient_accumulation_steps": accumulation * 2 // ranks, "save_steps": 2,
         "eval_dataset": str(data), "max_eval_samples": 5, "eval_steps": 3, "save_total_limit": 10,
-        "load_best_model_at_end": setup == "full", **SETUPS[setup],
+        "load_best_model_at_end": setup == "full", **SETUPS[setup], **alone,
     }  # fmt: skip
 
 
@@ -97,6 +106,10 @@ def train_all(ports: str, file: str) -> None:
             "passes": len(batches) + len(idle), "gathers": gather_count[0] - before,
             "layer_bytes": sum(dtensors.local_part(p).untyped_storage().nbytes()
                                for layer in layers for p in layer.parameters()),
+            "layer_bytes_in_files": sum(
+                local.nbytes for layer in layers for p in layer.parameters()
+                if in_file(local := dtensors.local_part(p.detach()))
+            ),
             "state": sum(dtensors.local_part(value).numel() for member in members
                          for value in member.optimizer_tensors().values()),
             "learns": sum(p.numel() for member in members for p in member.parameters.values()),
@@ -134,6 +147,10 @@ def train_all(ports: str, file: str) -> None:
         notes[-1]["state_at_end"] = sum(len(member.optimizer.state) for member in members)
         AcceleratorState._reset_state(True)
     Path(f"{file}.{os.environ['RANK']}").write_text(json.dumps(notes))
+
+
+def in_file(local: torch.Tensor) -> bool:
+    return any(local.untyped_storage().data_ptr() in scratch._places for scratch in stores._LIVING)
 
 
 def memory_runs_out_once() -> None:
@@ -212,7 +229,7 @@ def test_trap_3_two_ranks_of_any_strategy_are_one_process(
     choices = {choice["what"]: choice for choice in run.info()["choices"]}
     assert choices["strategy"]["value"] == strategy
     assert "2 ranks" in choices["strategy"]["reason"]
-    gathers = spread.gathers(strategy, full=setup in ("full", "nvme", "last"))
+    gathers = spread.gathers(strategy, full=setup in LEARN_BASE)
     assert (choices["memory"]["value"] == "given back") == gathers
 
 
@@ -238,15 +255,20 @@ def test_ranks_hold_what_the_strategy_says(root: Path) -> None:
         if run[1] in ("fsdp", "zero3"):
             assert all(rank["layer_bytes"] < 0.55 * layer_bytes for rank in rank_notes), run
         state = [rank["state"] / rank["learns"] for rank in rank_notes]
-        spread = run[1] in ("zero1", "zero2") or run[0] in ("full", "nvme", "last")
+        spread = run[1] in ("zero1", "zero2") or run[0] in LEARN_BASE
         assert all(rank["state_at_end"] == 0 for rank in rank_notes), run
-        assert all(rank.get("rows_bytes_at_end", 0) == 0 for rank in rank_notes), run
+        in_files = [rank["layer_bytes_in_files"] for rank in rank_notes]
+        if run[0] == "params":
+            assert in_files == [layer_bytes // 2] * 2, run
+        else:
+            assert in_files == [0, 0], run
+            assert all(rank.get("rows_bytes_at_end", 0) == 0 for rank in rank_notes), run
         # AdamW has two numbers for each that learns.
         assert sum(state) == pytest.approx(2.0 if spread else 4.0, rel=0.02), run
 
 
 @pytest.mark.parametrize(("setup", "strategy", "count"), [
-    ("full", "fsdp", 3), ("cohort", "zero1", 1),
+    ("full", "fsdp", 3), ("params", "zero3", 1), ("cohort", "zero1", 1),
 ])  # fmt: skip
 def test_a_checkpoint_of_two_ranks_goes_on_as_one_process(
     root: Path, tmp_path: Path, chat_file: Path, setup: str, strategy: str, count: int
@@ -258,7 +280,12 @@ def test_a_checkpoint_of_two_ranks_goes_on_as_one_process(
         shutil.rmtree(checkpoint)
     (folder / "run.json").write_text(json.dumps({**run.info(), "status": "interrupted"}))
     run_settings = settings(root, chat_file, setup, strategy, count, ranks=2)
-    lighten.train(progress=False, resume=True, **{**run_settings, "output_dir": str(folder)})
+    run_settings |= {"output_dir": str(folder)}
+    if setup == "params":
+        with pytest.raises(UserError, match=r"offload_params .* this is one process"):
+            lighten.train(progress=False, resume=True, **run_settings)
+        run_settings["offload_params"] = "none"
+    lighten.train(progress=False, resume=True, **run_settings)
     assert_equal(Run(folder), run)
 
 

@@ -123,7 +123,7 @@ class Run:
         free = {"output_dir", "report_to", "logging_steps", "save_every", "save_total_limit",
                 "evaluate", "quantize", "sweep",
                 # Which change where things lie, and no result.
-                "strategy", "offload_optimizer", "nvme_path"}  # fmt: skip
+                "strategy", "offload_optimizer", "offload_params", "nvme_path"}  # fmt: skip
         before, now = self.recipe().completed(), recipe.completed()
         changed = [key for key in now if key not in free and now[key] != before.get(key)]
         if changed:

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from accelerate import Accelerator
 
 from lighten.adapters import Trained
 from lighten.errors import UserError
+from lighten.parallel.offloaded.stores import Store
 from lighten.parallel.sharded import Sharded
 from lighten.parallel.strategies import SpreadState, Strategy
 
 
-def choose(strategy: str, accelerator: Accelerator, trained: Trained) -> Strategy:
+def choose(
+    strategy: str,
+    accelerator: Accelerator,
+    trained: Trained,
+    weights_store: Callable[[], Store] | None = None,
+) -> Strategy:
     """The strategy of a run.
 
     Args:
         strategy: `auto`, or a strategy by name.
         accelerator: The ranks.
         trained: What learns.
+        weights_store: Makes what a rank's part of the weights waits in; None: memory.
 
     Raises:
-        UserError: One process is wanted and there are more.
+        UserError: One process is wanted and there are more, or the other way about.
     """
     count = accelerator.num_processes
     if strategy == "single" and count > 1:
@@ -28,9 +37,14 @@ def choose(strategy: str, accelerator: Accelerator, trained: Trained) -> Strateg
             "out, or start one"
         )
     if count == 1:
+        if weights_store is not None:
+            raise UserError(
+                "offload_params moves what a rank has of weights that are spread, and this is one "
+                "process; start several (--processes 2), or remove it"
+            )
         return Strategy("single", accelerator)
     if strategy in ("auto", "ddp"):
         return Strategy("ddp", accelerator)
     if strategy == "zero1" or (strategy == "zero2" and not trained.learns_base):
         return SpreadState(strategy, accelerator)
-    return Sharded(strategy, accelerator)
+    return Sharded(strategy, accelerator, weights_store)

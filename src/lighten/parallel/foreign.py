@@ -60,10 +60,9 @@ def _of_deepspeed(variables: Mapping[str, str]) -> str:
         device = variables.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part}_DEVICE", "none")
         if device in _NONE:
             continue
-        if part == "OPTIMIZER":
-            raise ValueError("DeepSpeed with offload_optimizer: set "
-                             f"offload_optimizer: {device} in the recipe")  # fmt: skip
-        raise ValueError("DeepSpeed with offload_param, which is not built")
+        setting = {"OPTIMIZER": "offload_optimizer", "PARAM": "offload_params"}[part]
+        raise ValueError(f"DeepSpeed with {setting.rstrip('s')}: set {setting}: {device} in the "
+                         "recipe")  # fmt: skip
     stage = variables.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
     if stage not in ("0", "1", "2", "3"):
         raise ValueError(f"DeepSpeed's stage {stage}, which is none of 0, 1, 2, 3")

@@ -9,7 +9,7 @@ be gathered for the whole pass, and save nothing at its peak.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -22,6 +22,7 @@ from lighten.adapters import Trained, dtensors
 from lighten.adapters.decoder import decoder_layers
 from lighten.errors import UserError
 from lighten.parallel import ranks
+from lighten.parallel.offloaded.stores import Store
 from lighten.parallel.strategies import Strategy, mesh_of, require_share
 
 Result = TypeVar("Result")
@@ -34,14 +35,22 @@ class Sharded(Strategy):
         name: `fsdp`, `zero3` or `zero2`; with the last, layers stay whole from their forward to
             their backward pass.
         accelerator: The ranks.
+        weights_store: Makes what this rank's part of weights that learn waits in; None: memory.
     """
 
     in_step = True
 
-    def __init__(self, name: str, accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        name: str,
+        accelerator: Accelerator,
+        weights_store: Callable[[], Store] | None = None,
+    ) -> None:
         super().__init__(name, accelerator)
+        self._store = None if weights_store is None else weights_store()
         self._root: _Root | None = None
         self._layers = 0
+        self._away: set[nn.Parameter] = set()
 
     def spread(self, trained: Trained) -> None:
         """Give each rank its rows of the base's weights; others are freed layer by layer."""
@@ -66,11 +75,15 @@ class Sharded(Strategy):
                 layer, mesh=mesh, reshard_after_forward=self.name != "zero2",
                 ignored_params=adapters,
             )  # fmt: skip
+            self._put_away(layer)
+            if self._store is not None:
+                layer.register_forward_hook(self._let_go)
         inside = {id(p) for layer in layers for p in layer.parameters()}
         outside = {p for p in model.parameters() if id(p) not in inside}
         beside = adapters | {p for p in outside if not p.requires_grad}
         self._root = _Root(model)
         fully_shard(self._root, mesh=mesh, ignored_params=beside)
+        self._put_away(self._root)
         for module in self._root.modules():
             if isinstance(module, FSDPModule):
                 # The loss is weighted by all ranks' tokens already: gradients are summed. A factor
@@ -89,6 +102,34 @@ class Sharded(Strategy):
                 f"strategy: {self.name} should spread every weight of the decoder layers, but "
                 f"{len(missing)} of them are whole on this rank; use strategy: ddp"
             )
+
+    @torch.no_grad()
+    def _put_away(self, module: nn.Module) -> None:
+        """Move this rank's part of a module's weights to the store, unless they are there.
+
+        A rank that has fewer rows than others keeps those in memory: FSDP fills them up, in memory
+        of its own, when the first pass begins.
+        """
+        if self._store is None:
+            return
+        spread = [p for p in module.parameters() if isinstance(p, DTensor) and p not in self._away]
+        even = [p for p in spread if p.shape[0] % self._accelerator.num_processes == 0]
+        held = [dtensors.local_part(parameter.detach()) for parameter in even]
+        for parameter, local, room in zip(even, held, self._store.zeros_like(held), strict=True):
+            room.copy_(local)
+            parameter._local_tensor = room  # FSDP takes it for its own in its first pass
+            local.untyped_storage().resize_(0)
+            self._away.add(parameter)
+        self._store.let_go([p._local_tensor for p in even])
+
+    def _let_go(self, _layer: nn.Module, _args: Any, output: Any) -> None:
+        """A layer was gathered for its forward pass; another one will be before its backward."""
+        assert self._store is not None
+        store = self._store
+        store.let_all_go()
+        hidden = output[0] if isinstance(output, tuple) else output
+        if hidden.requires_grad:
+            hidden.register_hook(lambda _gradient: store.let_all_go())
 
     def within(self, work: Callable[[], Result]) -> Result:
         """Run the model under the root, which gathers what learns outside of the layers."""
@@ -127,7 +168,8 @@ class Sharded(Strategy):
                 if parameter not in gathered:  # a tied one is gathered once
                     full = dtensors.full_tensor(parameter.detach()).cpu()
                     # FSDP refers to this rank's rows for as long as there is a model.
-                    dtensors.local_part(parameter.detach()).untyped_storage().resize_(0)
+                    if parameter not in self._away:
+                        dtensors.local_part(parameter.detach()).untyped_storage().resize_(0)
                     weight = full if self._accelerator.is_main_process else full.new_empty(0)
                     gathered[parameter] = nn.Parameter(
                         weight, requires_grad=parameter.requires_grad
@@ -142,7 +184,8 @@ class Sharded(Strategy):
                 f"gradients and optimiser state spread over {count} ranks; layers are gathered "
                 "once per micro-batch"
             )
-        return f"{self._layers} layers spread over {count} ranks, gathered once per pass"
+        gathered = f"{self._layers} layers spread over {count} ranks, gathered once per pass"
+        return f"{gathered} from a file on each" if self._away else gathered
 
 
 class _Root(nn.Module):

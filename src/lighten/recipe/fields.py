@@ -302,6 +302,12 @@ class RecipeFields(Section):
         "where AdamW's state waits: cpu in main memory beside a GPU, nvme in a file on a disk; it "
         "is brought and moved piece by piece",
     )
+    offload_params: Literal["none", "cpu", "nvme"] = _field(
+        "none",
+        "training",
+        "where a rank's part of the weights waits, where all of them learn with zero3 or fsdp: "
+        "nvme in a file on a disk, from which a layer is gathered",
+    )
     nvme_path: str | None = _field(
         None, "training", "folder on the disk for what is offloaded; null: the run's own folder"
     )

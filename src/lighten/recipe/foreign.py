@@ -29,6 +29,7 @@ _EQUIVALENT = {
     "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
 }
 _STEP = {"gradient_accumulation_steps", "per_device_train_batch_size"}
+_OFFLOAD = {"offload_optimizer": "offload_optimizer", "offload_param": "offload_params"}
 _OPTIMIZER = {"lr": "learning_rate", "eps": "adam_epsilon", "weight_decay": "weight_decay"}
 
 
@@ -88,22 +89,23 @@ def _offload(zero: Mapping[str, Any]) -> dict[str, Any]:
     """Where states wait. How many buffers they pass through changes no result.
 
     Raises:
-        ValueError: A device is not known, or parameters are to wait that are not spread.
+        ValueError: A device is not known, or two folders are named.
     """
     settings: dict[str, Any] = {}
-    section = zero.get("offload_optimizer") or {}
-    device = section.get("device") or "none"
-    if device not in ("none", "cpu", "nvme"):
-        raise ValueError(f"offload_optimizer: device {device!r} is none of none, cpu, nvme")
-    if device != "none":
-        settings["offload_optimizer"] = device
-    if device == "nvme" and section.get("nvme_path") is not None:
-        settings["nvme_path"] = section["nvme_path"]
-    if (device := (zero.get("offload_param") or {}).get("device", "none")) not in ("none", None):
-        raise ValueError(
-            f"offload_param to {device} is not built; remove it (for a frozen base that is larger "
-            "than memory: offload_base: cpu or disk, in one process)"
-        )
+    for key, setting in _OFFLOAD.items():
+        section = zero.get(key) or {}
+        device = section.get("device") or "none"
+        if device not in ("none", "cpu", "nvme"):
+            raise ValueError(f"{key}: device {device!r} is none of none, cpu, nvme")
+        if device != "none":
+            settings[setting] = device
+        if device == "nvme" and section.get("nvme_path") is not None:
+            folder = section["nvme_path"]
+            if settings.setdefault("nvme_path", folder) != folder:
+                raise ValueError(
+                    f"{key}: nvme_path {folder} is another folder than the optimiser's, and there "
+                    "is one here; name the same in both"
+                )
     return settings
 
 

@@ -9,13 +9,15 @@ if TYPE_CHECKING:
 
 # As `adapters.spec.OWN_INITS`: the others read the base's weights, and train in PEFT's modules.
 OWN_INITS = (True, False, "gaussian", "orthogonal")
+# Strategies that leave each rank its part of the base's weights.
+SPREADING = ("fsdp", "zero3")
 # Optimisers whose state can wait elsewhere.
 OFFLOADED = ("adamw_torch", "adamw_torch_fused")
 
 
 def problems(recipe: Recipe) -> list[str]:
     """What a recipe that offloads something asks for and cannot have, a sentence each."""
-    return _base_problems(recipe) + _state_problems(recipe)
+    return _base_problems(recipe) + _state_problems(recipe) + _weight_problems(recipe)
 
 
 def _state_problems(recipe: Recipe) -> list[str]:
@@ -26,9 +28,33 @@ def _state_problems(recipe: Recipe) -> list[str]:
             f"offload_optimizer: {device} moves AdamW's state, and optim: {recipe.optim} has "
             f"another or none; use optim: {OFFLOADED[0]}, or remove it"
         )
-    if recipe.nvme_path is not None and device != "nvme":
+    if recipe.nvme_path is not None and "nvme" not in (device, recipe.offload_params):
         problems.append("nvme_path is the folder of offload_optimizer: nvme; set that, or remove "
                         "nvme_path")  # fmt: skip
+    return problems
+
+
+def _weight_problems(recipe: Recipe) -> list[str]:
+    device = recipe.offload_params
+    if device == "none":
+        return []
+    label = f"offload_params: {device}"
+    if recipe.method != "full":
+        return [
+            f"{label} moves weights that learn, and method: {recipe.method} leaves the base "
+            "frozen; use offload_base, or remove it"
+        ]
+    problems = []
+    if recipe.strategy not in SPREADING:
+        problems.append(
+            f"{label} moves a rank's part of the weights, and strategy: {recipe.strategy} leaves "
+            "them whole; use strategy: zero3, or remove it"
+        )
+    if device == "nvme" and recipe.offload_optimizer != "nvme":
+        problems.append(
+            f"{label} without offload_optimizer: nvme leaves twice as much in memory as it takes "
+            "out; set that, too"
+        )
     return problems
 
 

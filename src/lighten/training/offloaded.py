@@ -10,7 +10,7 @@ from lighten.machine.hardware import Choice
 from lighten.parallel.offloaded.stores import MainMemory, Scratch, Store
 from lighten.recipe import Recipe
 
-SETTINGS = ("offload_optimizer",)
+SETTINGS = ("offload_optimizer", "offload_params")
 
 
 def require_possible(recipe: Recipe, device: str) -> None:
@@ -27,6 +27,11 @@ def require_possible(recipe: Recipe, device: str) -> None:
         target = getattr(recipe, setting)
         if target != "none" and device not in ("cpu", "cuda"):
             raise UserError(f"{setting}: {target} knows processors and CUDA GPUs, not {device}")
+    if recipe.offload_params != "none" and device != "cpu":
+        raise UserError(
+            f"offload_params: {recipe.offload_params} is of ranks that compute on processors; on "
+            "GPUs use offload_optimizer, or offload_base: cpu with adapters"
+        )
 
 
 class Stores:
@@ -40,10 +45,15 @@ class Stores:
     def __init__(self, recipe: Recipe, device: str) -> None:
         self._recipe, self._device = recipe, device
         self.choices: dict[str, Choice] = {}
+        self._scratch: Scratch | None = None
 
     def optimizer(self) -> Callable[[], Store] | None:
         """Makes the store of an optimiser's state; None: it stays on the device."""
         return self._store("offload_optimizer")
+
+    def weights(self) -> Callable[[], Store] | None:
+        """Makes the store of a rank's part of the weights that learn; None: memory."""
+        return self._store("offload_params")
 
     def _store(self, setting: str) -> Callable[[], Store] | None:
         target = getattr(self._recipe, setting)
@@ -53,9 +63,15 @@ class Stores:
             folder = Path(self._recipe.nvme_path or self._recipe.run_folder).expanduser()
             self.choices[setting] = Choice(f"a file in {folder}", f"{setting}: nvme")
             setting_name = "nvme_path" if self._recipe.nvme_path else setting
-            return lambda: Scratch(folder, setting_name)
+            return lambda: self._in_files(folder, setting_name)
         reason = f"{setting}: cpu"
         if self._device == "cpu":
             reason += "; this run computes there, so nothing moves (nvme would need less of it)"
         self.choices[setting] = Choice("main memory", reason)
         return None if self._device == "cpu" else MainMemory
+
+    def _in_files(self, folder: Path, setting_name: str) -> Scratch:
+        """One for all: who moves a weight lets go of it with the state beside it."""
+        if self._scratch is None:
+            self._scratch = Scratch(folder, setting_name)
+        return self._scratch

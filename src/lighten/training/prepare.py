@@ -102,14 +102,14 @@ def prepare(
         raise UserError(f"gradient_checkpointing: {trained.no_checkpointing}; set it to false")
     lengths = _lengths(recipe, rows, accelerator.num_processes, examples_per_step, total_steps)
     device = accelerator.device.type
-    strategy = choose(recipe.strategy, accelerator, trained)
+    stores = Stores(recipe, device)
+    strategy = choose(recipe.strategy, accelerator, trained, stores.weights())
     template = Choice(rows.template.name, rows.template.reason)
     choices = choices_of(recipe, base, template, trained)
     choices |= _change_layers(recipe, base.model, trained, strategy, accelerator, lengths)
     choices["optimizer"] = optimizer = optimizers.choose(recipe.optim, device)
     strategy.spread(trained)
     choices["strategy"] = Choice(strategy.name, strategy.describe())
-    stores = Stores(recipe, device)
     state_store = stores.optimizer()
     choices |= stores.choices
     adapters = [

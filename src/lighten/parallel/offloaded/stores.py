@@ -41,6 +41,9 @@ class Store(Protocol):
     def let_go(self, tensors: Iterable[Tensor]) -> None:
         """They are not needed for a while."""
 
+    def let_all_go(self) -> None:
+        """None of them is needed at once."""
+
 
 class MainMemory:
     """Main memory, beside a device that has its own."""
@@ -53,6 +56,9 @@ class MainMemory:
         """They are there."""
 
     def let_go(self, tensors: Iterable[Tensor]) -> None:
+        """They stay."""
+
+    def let_all_go(self) -> None:
         """They stay."""
 
 
