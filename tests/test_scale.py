@@ -67,6 +67,16 @@ def test_ranks_of_one_machine_s_processor_share_its_memory() -> None:
     assert replicated.capacity == int((100 * 2**30 + 3 * replicated.states.frozen) / 4)
     sharded = on_ranks(alone, processor, "zero3", ranks=4, local=4, layers=32)
     assert sharded.capacity == 25 * 2**30
+    on_disk = on_ranks(alone, processor, "zero3", ranks=4, local=4, layers=32,
+                       offload=("optimizer", "param"))  # fmt: skip
+    states = on_disk.states
+    weights = (states.frozen + states.trained) / 4
+    assert on_disk.host_bytes == states.optimiser / 4 + weights
+    # Moments are read and written once; weights too, and read for both passes of the micro-batch.
+    assert on_disk.volume.host == 2 * states.optimiser / 4 + 4 * weights
+    state_alone = on_ranks(alone, processor, "zero3", ranks=4, local=4, layers=32,
+                           offload=("optimizer",))  # fmt: skip
+    assert state_alone.device_bytes - on_disk.device_bytes <= weights
 
 
 @pytest.mark.parametrize("most", [1, 2, 13, 14, 15, 40, 97])

@@ -32,6 +32,8 @@ from lighten.parallel.spawn import free_port
 from lighten.recipe import Recipe, RecipeError, spread
 from lighten.runs import Run
 from lighten.training import checkpoints, loop
+from lighten.training.base import load_base
+from lighten.training.method import what_learns
 from tests.processes import Forked
 from tests.tiny import save_tiny
 
@@ -55,19 +57,21 @@ SETUPS: dict[str, dict[str, Any]] = {
         "offload_optimizer": "nvme",
         "offload_params": "nvme",
     },
+    "half": {"method": "full", "learning_rate": 1e-3},  # bfloat16 in its files
     "last": {"trainable_layers": "last_1", "learning_rate": 1e-3},
     "short": {"lora_r": 2, "learning_rate": 1e-3},
     "four": {"lora_r": [1, 2, 3, 4], "max_steps": 1},
     "nf4": {"load_in_4bit": True, "lora_r": [2, 3], "learning_rate": 1e-3},
     "int8": {"load_in_8bit": True, "lora_r": 2, "learning_rate": 1e-3},
 }
-LEARN_BASE = ("full", "nvme", "params", "last")
+LEARN_BASE = ("full", "nvme", "params", "half", "last")
 # What learns, the strategy and the accumulation; `zero3` is `fsdp` by another name.
 RUNS = [
     *(("cohort", strategy, count) for strategy in ("fsdp", "zero1", "zero2") for count in (1, 3)),
     ("full", "zero3", 1), ("full", "fsdp", 3), ("full", "zero2", 1), ("full", "zero1", 3),
     ("nvme", "zero1", 1), ("nvme", "zero2", 1), ("last", "fsdp", 1), ("last", "zero2", 1),
-    ("params", "zero3", 1), ("params", "fsdp", 3), ("four", "fsdp", 1), ("short", "ddp", 1),
+    ("half", "zero3", 1), ("half", "zero2", 1), ("params", "zero3", 1), ("params", "fsdp", 3),
+    ("four", "fsdp", 1), ("short", "ddp", 1),
     ("nf4", "ddp", 1), ("nf4", "zero1", 3), ("nf4", "zero2", 1),
     ("int8", "ddp", 1), ("int8", "zero1", 1), ("int8", "zero2", 3),
 ]  # fmt: skip
@@ -79,7 +83,8 @@ def settings(
     """Thirteen rows with a tied head: in the last step of an epoch one rank has no row."""
     alone = {"offload_params": "none"} if setup == "params" and strategy == "single" else {}
     return {
-        "model_name_or_path": str(root / "base"), "dataset": str(data), "dtype": "float32",
+        "model_name_or_path": str(root / ("half" if setup == "half" else "base")),
+        "dataset": str(data), "dtype": "float32",
         "output_dir": str(root / f"{setup}-{strategy}-{accumulation}"), "strategy": strategy,
         "per_device_train_batch_size": 2, "max_train_samples": 13, "max_steps": 4,
         # A step has as many examples with fewer ranks.
@@ -169,6 +174,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, chat_file: Path) -> Path:
     """The runs of two ranks and of one process, and what the ranks noted."""
     root = tmp_path_factory.mktemp("strategies")
     save_tiny(root / "base", "qwen2")
+    save_tiny(root / "half", "qwen2", dtype=torch.bfloat16)
     ports: dict[int, None] = {}
     while len(ports) < len(RUNS):
         ports[free_port()] = None
@@ -299,6 +305,21 @@ def test_trap_36_saved_adapters_are_whole_and_load_in_peft(root: Path) -> None:
         for key, value in saved.items():
             name = key.replace(".weight", ".default.weight")
             assert torch.equal(live[name], value)
+
+
+def test_layers_are_mapped_in_their_format_until_they_are_spread(
+    root: Path, chat_file: Path
+) -> None:
+    recipe = Recipe.from_values(settings(root, chat_file, "half", "zero3", 1, ranks=2))
+    base = load_base(recipe, "cpu", learns=True, layers_later=True)
+    trained = what_learns(recipe, base, layers_later=True)
+    in_layers = {id(p) for layer in decoder_layers(base.model) for p in layer.parameters()
+                 if p.dim() > 1}  # fmt: skip
+    for parameter in trained.parameters("default").values():
+        later = id(parameter) in in_layers
+        assert parameter.dtype == (torch.bfloat16 if later else torch.float32)
+    assert base.attention == load_base(recipe, "cpu", learns=True).attention
+    assert base.model.dtype == torch.float32
 
 
 def test_a_rank_that_holds_too_much_is_told() -> None:

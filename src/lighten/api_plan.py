@@ -58,8 +58,7 @@ def plan_spread(
 
     where = devices.named(device if processes is None else "cpu")
     alone = predict.plan(chosen, where, changes=False)
-    if not offload and offloaded.leaves_device(chosen, where.kind):
-        offload = ("optimizer",)
+    offload = offload or offloaded.places(chosen, where.kind)
     layers = predict.layers_of(chosen)
 
     def spread_by(name: Strategy) -> Distributed:

@@ -35,6 +35,8 @@ class WholeBase(Trained):
         name: What the base is called where adapters have names.
         qat_group_size: Compute as once quantised to int8 activations and int4 weights in groups of
             so many; None: as the weights are.
+        layers_later: Decoder layers' matrices are not float32 yet: whoever spreads them over ranks
+            makes them so, a layer at a time (`make_float32`).
 
     Raises:
         UserError: The base has fewer layers, does not say which they are, or is quantised.
@@ -51,6 +53,7 @@ class WholeBase(Trained):
         last: int | None = None,
         name: str = "default",
         qat_group_size: int | None = None,
+        layers_later: bool = False,
     ) -> None:
         self.model, self.last = model, last
         self._name, self._dtype = name, dtype
@@ -74,9 +77,9 @@ class WholeBase(Trained):
                     f"method: full cannot train {type(model).__name__}'s quantised weights "
                     f"({parameter.dtype}); load the base unquantised, or train adapters"
                 )
-            # The same object in another format: a tied head stays tied (trap 29).
-            parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
+        for module in learning:
+            make_float32(module, layers_later=layers_later)
         if qat_group_size is not None:
             fake_quant.fake_quantise(model, qat_group_size, computes=dtype)
         self._hooks: list[RemovableHandle] = []
@@ -181,6 +184,24 @@ class WholeBase(Trained):
         out = call[-1]
         floating = isinstance(out, Tensor) and out.is_floating_point()
         return out.to(self._dtype) if floating else out
+
+
+@torch.no_grad()
+def make_float32(module: nn.Module, *, layers_later: bool = False) -> None:
+    """Give a module's weights the format in which weights learn.
+
+    Args:
+        module: A model, or a part of it.
+        layers_later: Leave the matrices of a model's decoder layers as they are.
+    """
+    later: set[nn.Parameter] = set()
+    if layers_later and isinstance(module, PreTrainedModel):
+        layers = decoder_layers(module)
+        later = {p for layer in layers for p in layer.parameters() if p.dim() > 1}
+    for parameter in module.parameters():
+        if parameter not in later:
+            # The same object in another format: a tied head stays tied (trap 29).
+            parameter.data = parameter.data.float()
 
 
 def _autocast(forward: Any, device: str, dtype: torch.dtype) -> Any:

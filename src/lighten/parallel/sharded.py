@@ -20,7 +20,9 @@ from transformers import PreTrainedModel
 
 from lighten.adapters import Trained, dtensors
 from lighten.adapters.decoder import decoder_layers
+from lighten.adapters.whole import make_float32
 from lighten.errors import UserError
+from lighten.machine.mapped import drop_mapped_weights
 from lighten.parallel import ranks
 from lighten.parallel.offloaded.stores import Store
 from lighten.parallel.strategies import Strategy, mesh_of, require_share
@@ -71,11 +73,14 @@ class Sharded(Strategy):
         if self.name == "zero2":  # frozen weights stay as they are
             layers = [layer for layer in layers if any(p.requires_grad for p in layer.parameters())]
         for layer in layers:
+            if trained.learns_base and all(p.requires_grad for p in layer.parameters()):
+                make_float32(layer)
             fully_shard(
                 layer, mesh=mesh, reshard_after_forward=self.name != "zero2",
                 ignored_params=adapters,
             )  # fmt: skip
             self._put_away(layer)
+            drop_mapped_weights()  # read for this rank's rows
             if self._store is not None:
                 layer.register_forward_hook(self._let_go)
         inside = {id(p) for layer in layers for p in layer.parameters()}

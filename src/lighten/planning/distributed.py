@@ -264,8 +264,12 @@ def spread(
     volume = volume_per_rank(states, strategy, ranks, ranks_per_node=gpus, micro_batches=micro)
     device_states, host, link = offloaded(of_rank, offload, micro_batches=micro)
     if device.kind == "cpu" and offload:
-        # A process computes in main memory: the moments alone are elsewhere, read and written back.
+        # A process computes in main memory: what is in a file is read and written back. Weights
+        # are read for both passes of a micro-batch too.
         host, link = of_rank.optimiser, 2 * of_rank.optimiser
+        if "param" in offload:
+            weights = of_rank.frozen + of_rank.trained
+            host, link = host + weights, link + 2 * (micro + 1) * weights
     volume = Volume(volume.gather, volume.reduce, volume.across, link)
     gathered = 0.0
     if ("weights" in _SHARDED[strategy] and ranks > 1) or "param" in offload:
@@ -276,8 +280,11 @@ def spread(
         gathered = states.trained / ranks  # the rows that whole layers are gathered from
     peak = _peak(plan, parts, states, device_states) + gathered
     if device.kind == "cpu":
-        # Each rank reads the model whole before it is spread.
-        peak = max(peak, states.frozen + states.trained + _always(parts))
+        # Each rank reads the model whole before it is spread; a base that learns whole is read and
+        # spread layer by layer.
+        by_layer = plan.method == "full" and strategy in ("zero2", "zero3", "fsdp")
+        read = states.frozen + (0 if by_layer else states.trained)
+        peak = max(peak, read + _always(parts))
     moved = plan.memory.expected - peak
     busy = link_seconds(volume, device, nodes)
     step = None

@@ -10,7 +10,8 @@ from lighten.recipe import Recipe
 
 STEP = "optimiser step"
 # What is left out of the trace, or comes into its result afterwards.
-UNTRACED = {"torch_compile": False, "activation_offload": False, "offload_optimizer": "none"}
+UNTRACED = {"torch_compile": False, "activation_offload": False, "offload_optimizer": "none",
+            "offload_params": "none"}  # fmt: skip
 
 
 def leaves_device(recipe: Recipe, kind: str) -> bool:
@@ -24,13 +25,29 @@ def leaves_device(recipe: Recipe, kind: str) -> bool:
     return where == "nvme" or (where == "cpu" and kind != "cpu")
 
 
+def places(recipe: Recipe, kind: str) -> tuple[str, ...]:
+    """What of a rank's states is elsewhere, by the formulas' names: `optimizer`, `param`."""
+    moved = ["optimizer"] if leaves_device(recipe, kind) else []
+    if recipe.offload_params == "nvme":
+        moved.append("param")
+    return tuple(moved)
+
+
 def choices(recipe: Recipe, kind: str) -> dict[str, str]:
     """What a plan says of it."""
-    if recipe.offload_optimizer == "none":
-        return {}
-    where = "on a disk" if recipe.offload_optimizer == "nvme" else "in main memory"
-    moved = "" if leaves_device(recipe, kind) else ", where the run computes: nothing moves"
-    return {"offload_optimizer": f"{recipe.offload_optimizer}: AdamW's state waits {where}{moved}"}
+    told = {}
+    moved = places(recipe, kind)
+    for setting, name, what in (
+        ("offload_optimizer", "optimizer", "AdamW's state"),
+        ("offload_params", "param", "a rank's part of the weights"),
+    ):
+        device = getattr(recipe, setting)
+        if device == "none":
+            continue
+        where = "on a disk" if device == "nvme" else "in main memory"
+        unmoved = "" if name in moved else ", where the run computes: nothing moves"
+        told[setting] = f"{device}: {what} waits {where}{unmoved}"
+    return told
 
 
 def without_state(timeline: Timeline) -> Timeline:

@@ -149,7 +149,7 @@ def _over_ranks(recipe: Recipe, device: Device, plan: Plan) -> Distributed | Non
     return on_ranks(
         plan, device, of_recipe(recipe.strategy), ranks=ranks, local=local,
         layers=predict.layers_of(recipe),
-        offload=("optimizer",) if offloaded.leaves_device(recipe, device.kind) else (),
+        offload=offloaded.places(recipe, device.kind),
     )  # fmt: skip
 
 

@@ -231,8 +231,9 @@ def spread_rows(spread: Distributed) -> list[list[str]]:
     if spread.kind == "cpu":
         rows = [["memory", memory], *sent]
         if spread.offload:
-            rows.append(["optimiser's state on a disk", f"{gib(spread.host_bytes)}, of which each "
-                         "step reads and writes all"])  # fmt: skip
+            what = "weights and state" if "param" in spread.offload else "optimiser's state"
+            rows.append([f"{what} on a disk", f"{gib(spread.host_bytes)}, of which each step reads "
+                         f"and writes {gib(spread.volume.host)}"])  # fmt: skip
         return rows
     rows = [
         ["GPU memory", memory],

@@ -9,15 +9,19 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lighten import models
+from lighten.adapters.whole import make_float32
 from lighten.machine.hardware import choose_dtype
-from lighten.models.load import locate
+from lighten.models.load import locate, set_attention, weight_files
 from lighten.models.trainable import refuse_rounded_activations, require_gradients
 from lighten.recipe import Recipe
+from lighten.safetensors_header import read_header
 from lighten.training import quantization_aware, streaming
 from lighten.training.method import adapter_specs
 
 
-def load_base(recipe: Recipe, device: str, *, learns: bool = False) -> models.Base:
+def load_base(
+    recipe: Recipe, device: str, *, learns: bool = False, layers_later: bool = False
+) -> models.Base:
     """The recipe's base with its new tokens, as training, evaluation and chat all see it.
 
     Args:
@@ -25,6 +29,8 @@ def load_base(recipe: Recipe, device: str, *, learns: bool = False) -> models.Ba
         device: Where it goes.
         learns: It is about to be trained: a base that learns whole comes in float32 from its
             files, and `dtype` of the result is still the format of the products.
+        layers_later: Of such a base leave the decoder layers' matrices in their files' format,
+            mapped: whoever spreads them over ranks makes them float32 (`adapters.whole`).
 
     Raises:
         UserError: The base cannot be had.
@@ -35,7 +41,7 @@ def load_base(recipe: Recipe, device: str, *, learns: bool = False) -> models.Ba
     base = models.load(
         recipe.model_name_or_path,
         revision=recipe.revision,
-        dtype="float32" if full else recipe.compute_dtype,
+        dtype=_first_format(recipe, layers_later) if full else recipe.compute_dtype,
         attn_implementation=recipe.attn_implementation,
         trust_remote_code=recipe.trust_remote_code,
         device=device,
@@ -48,9 +54,27 @@ def load_base(recipe: Recipe, device: str, *, learns: bool = False) -> models.Ba
     if learns:
         require_gradients(base.name, base.model)
     if full:
-        base = replace(base, dtype=choose_dtype(recipe.dtype, device))
+        if layers_later:
+            make_float32(base.model, layers_later=True)
+        # Which depends on the format: it was chosen for that of the files.
+        attention = set_attention(base.model, recipe.attn_implementation, device)
+        base = replace(base, dtype=choose_dtype(recipe.dtype, device), attention=attention)
     add_tokens(base.model, base.tokenizer, recipe.added_tokens)
     return base
+
+
+def _first_format(recipe: Recipe, layers_later: bool) -> str:
+    """The format in which a base that learns whole comes from its files."""
+    if not layers_later:
+        return "float32"
+    source, path = locate(
+        recipe.model_name_or_path, revision=recipe.revision, code=recipe.trust_remote_code
+    )
+    if source == "gguf":
+        return "float32"
+    kinds = {stored.kind for file in weight_files(path) for stored in read_header(file).values()}
+    formats = {"BF16": "bfloat16", "F16": "float16"}
+    return formats.get(kinds.pop(), "float32") if len(kinds) == 1 else "float32"
 
 
 def require_trainable(recipe: Recipe) -> None:

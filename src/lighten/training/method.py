@@ -15,8 +15,8 @@ from lighten.peft_config import WEIGHTS, tensor_shapes
 from lighten.recipe import AdapterOptions, Recipe
 
 
-def what_learns(recipe: Recipe, base: models.Base) -> Trained:
-    """What the recipe's method trains on this base.
+def what_learns(recipe: Recipe, base: models.Base, *, layers_later: bool = False) -> Trained:
+    """What the recipe's method trains on this base (layers_later: see `WholeBase`).
 
     Raises:
         UserError: The recipe does not fit the model.
@@ -24,7 +24,7 @@ def what_learns(recipe: Recipe, base: models.Base) -> Trained:
     if recipe.method == "full":
         return WholeBase(
             base.model, dtype=getattr(torch, base.dtype.value), last=recipe.last_layers,
-            qat_group_size=recipe.qat_groups,
+            qat_group_size=recipe.qat_groups, layers_later=layers_later,
         )  # fmt: skip
     start = recipe.adapter_name_or_path
     try:

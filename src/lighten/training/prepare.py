@@ -31,6 +31,7 @@ from lighten.parallel.offloaded.stores import Store
 from lighten.parallel.strategies import Strategy
 from lighten.recipe import AdapterOptions, Recipe
 from lighten.recipe.section import seconds
+from lighten.recipe.spread import gathers
 from lighten.training import streaming
 from lighten.training.method import choices_of, what_learns
 from lighten.training.offloaded import Stores
@@ -58,6 +59,12 @@ class _Lengths(NamedTuple):
     def tokens_of(self, rows: int) -> int:
         """Tokens that so many rows have on average."""
         return rows * self.tokens // max(1, self.rows)
+
+
+def layers_later(recipe: Recipe, accelerator: Accelerator) -> bool:
+    """Whether a base that learns is made float32 a layer at a time, as its layers are spread."""
+    whole = recipe.method == "full" and recipe.last_layers is None
+    return whole and accelerator.num_processes > 1 and gathers(recipe.strategy, full=True)
 
 
 class _MicroBatches(NamedTuple):
@@ -97,7 +104,7 @@ def prepare(
     Raises:
         UserError: The recipe does not fit the model.
     """
-    trained = what_learns(recipe, base)
+    trained = what_learns(recipe, base, layers_later=layers_later(recipe, accelerator))
     if recipe.gradient_checkpointing and trained.no_checkpointing is not None:
         raise UserError(f"gradient_checkpointing: {trained.no_checkpointing}; set it to false")
     lengths = _lengths(recipe, rows, accelerator.num_processes, examples_per_step, total_steps)

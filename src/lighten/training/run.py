@@ -32,7 +32,7 @@ from lighten.training.loop import Loop
 from lighten.training.method import go_on_from_adapter
 from lighten.training.out_of_memory import OutOfMemory, let_go
 from lighten.training.prediction import Prediction, compare
-from lighten.training.prepare import prepare
+from lighten.training.prepare import layers_later, prepare
 from lighten.training.progress import TrainingProgress
 from lighten.training.pruner import Pruner
 from lighten.training.rows import Rows, load_rows
@@ -198,7 +198,10 @@ def _train(
     if rows is None:  # what is wrong with them is told before a base is loaded
         rows = load_rows(recipe, tokenizer_of(recipe), progress.encoding)
     newest, saved_state = _newest(run, accelerator, progress) if resume else (None, TrainerState())
-    base = load_base(recipe, str(accelerator.device), learns=True)
+    base = load_base(
+        recipe, str(accelerator.device), learns=True,
+        layers_later=layers_later(recipe, accelerator),
+    )  # fmt: skip
     # The rows may have been encoded with a tokenizer of their own; this one is saved.
     base.tokenizer.chat_template = rows.template.text
     facts = _base_facts(base)  # of the base alone: PEFT puts its parameters into the model
