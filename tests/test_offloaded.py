@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import lighten
+from lighten import api
 from lighten.adapters import shards
 from lighten.engine.adapter_optimizer import AdapterOptimizer
 from lighten.errors import DiskFull, UserError
@@ -230,8 +231,8 @@ def test_a_plan_knows_where_the_state_is(root: Path, chat_file: Path) -> None:
     assert part_bytes["nvme"]["base weights"] == part_bytes["none"]["base weights"]
     assert "waits on a disk" in plans["nvme"].choices["offload_optimizer"]
     shared = {"device": "h100", "gpus": 2, "strategy": "zero1", **changes}
-    alone = lighten.api.plan_spread(**shared)
-    moved = lighten.api.plan_spread(**shared, offload_optimizer="cpu")
+    alone = api.plan_spread(**shared)
+    moved = api.plan_spread(**shared, offload_optimizer="cpu")
     assert moved.offload == ("optimizer",)
     assert moved.device_bytes <= alone.device_bytes + 2**21  # a block of PyTorch's allocator
     assert moved.host_bytes == states.optimiser / 2 + states.gradients

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import lighten
-from lighten import models
+from lighten import api, models
 from lighten.planning import PARTS
 from lighten.planning.result import Plan
 from tests.processes import call
@@ -149,6 +149,15 @@ def test_many_gpus(tmp_path: Path) -> None:
     assert "links busy per step" in table.stdout
 
 
+def test_weights_that_wait_on_a_disk_are_planned(tiny_folder: Path) -> None:
+    arguments = ["plan", str(tiny_folder), "--method", "full", "--processes", "2",
+                 "--strategy", "zero3", "--offload_optimizer", "nvme"]  # fmt: skip
+    moved = call(*arguments, "--offload_params", "nvme")
+    assert moved.returncode == 0, moved.stderr
+    assert "weights and state on a disk" in moved.stdout
+    assert "optimiser's state on a disk" in call(*arguments).stdout
+
+
 def test_processes_of_this_machine(tiny_folder: Path) -> None:
     arguments = ["plan", str(tiny_folder), "--method", "full", "--processes", "2",
                  "--gradient_accumulation_steps", "1",
@@ -167,7 +176,7 @@ def test_processes_of_this_machine(tiny_folder: Path) -> None:
     assert "zero2 over 2 ranks: " in completed.stdout
     assert "node" not in completed.stdout
     assert "GPU" not in completed.stdout
-    offloaded = lighten.api.plan_spread(
+    offloaded = api.plan_spread(
         model=str(tiny_folder), method="full", processes=2, strategy="zero2",
         offload_optimizer="nvme", gradient_accumulation_steps=1, per_device_train_batch_size=1,
     )  # fmt: skip

@@ -49,6 +49,8 @@ def plan_spread(
     """
     from lighten.api_recipe import plannable
 
+    if strategy is not None and overrides.get("offload_params", "none") != "none":
+        overrides["strategy"] = strategy  # one goes with the other
     chosen = plannable(recipe, **overrides)
     if processes is not None:
         _require_processes(processes, device, strategy, gpus * nodes, offload)
