@@ -132,12 +132,18 @@ def kills(folder: Path, base: dict[str, Any], count: int) -> list[dict[str, Any]
     began = time.monotonic()
     reference = train(folder, {**shared, "output_dir": str(folder / "whole")}, 2)
     usual_s = time.monotonic() - began
+    steps_s = json.loads((reference / "run.json").read_text())["training"]["seconds"]
     rows: list[dict[str, Any]] = []
     for number in range(count):
         settings = {**shared, "output_dir": str(folder / f"killed-{number}")}
         run, other_ranks = Path(settings["output_dir"]), number % 4 == 3
         process = start(folder, settings, 2)
-        time.sleep(draw.uniform(0.1, 1.0) * usual_s)
+        if other_ranks:  # what never began would not go on with another number, but begin with it
+            while process.poll() is None and not (run / "metrics.jsonl").exists():
+                time.sleep(0.01)
+            time.sleep(draw.uniform(0.0, 1.0) * steps_s)
+        else:
+            time.sleep(draw.uniform(0.1, 1.0) * usual_s)
         ranks: list[psutil.Process] = []
         while process.poll() is None and len(ranks) < 2:  # a busy machine has not started them yet
             time.sleep(0.05)
