@@ -173,7 +173,9 @@ class Sharded(Strategy):
                 if parameter not in gathered:  # a tied one is gathered once
                     full = dtensors.full_tensor(parameter.detach()).cpu()
                     # FSDP refers to this rank's rows for as long as there is a model.
-                    if parameter not in self._away:
+                    if self._store is not None and parameter in self._away:
+                        self._store.let_go([parameter])
+                    else:
                         dtensors.local_part(parameter.detach()).untyped_storage().resize_(0)
                     weight = full if self._accelerator.is_main_process else full.new_empty(0)
                     gathered[parameter] = nn.Parameter(
