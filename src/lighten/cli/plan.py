@@ -327,12 +327,20 @@ def _spread(
     from lighten.planning import text
 
     # A strategy among the settings is the recipe's; `how` has that of --zero and --fsdp.
-    spread_plan = api.plan_spread(api.plannable(recipe, **settings), device=device, **how)
+    chosen = api.plannable(recipe, **settings)
+    spread_plan = api.plan_spread(chosen, device=device, **how)
     if as_json:
         typer.echo(json.dumps(spread_plan.to_dict()))
     else:
         _headline(text.spread_verdict(spread_plan), spread_plan.fits())
         print_table(["", "per rank"], text.spread_rows(spread_plan))
+        if chosen.strategy == "auto" and spread_plan.strategy in (
+            "zero1",
+            "zero2",
+            "zero3",
+            "fsdp",
+        ):
+            typer.echo(f"to train so: --strategy {spread_plan.strategy} (without it: ddp)")
     return spread_plan.fits()
 
 
