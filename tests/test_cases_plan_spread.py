@@ -97,9 +97,31 @@ def test_what_is_sent_is_by_the_papers_formulas(tmp_path: Path, arch: str, metho
         "fsdp_hybrid": (2 * weights * inside, gradients * inside,
                         2 * gradients / GPUS * (NODES - 1) / NODES),
     }  # fmt: skip
+    if method == "QLoRA":  # whole adapters on packed layers
+        assert states.packed == pytest.approx(packed / 2 + scaled, rel=0.01)
+        sent |= dict.fromkeys(
+            ("zero3", "fsdp"), (2 * states.packed * share, 2 * gradients * share, 0)
+        )
     for stage in STAGES:
         volume = spread(plan, stage).volume
         assert (volume.gather, volume.reduce, volume.across) == pytest.approx(sent[stage]), stage
+
+
+@pytest.mark.parametrize("settings", [{"load_in_4bit": True}, {"load_in_8bit": True}])
+@pytest.mark.parametrize("strategy", ["zero3", "fsdp"])
+def test_a_rank_holds_its_part_of_packed_layers_and_all_else_whole(
+    tmp_path: Path, strategy: Strategy, settings: dict[str, Any]
+) -> None:
+    plan = alone(tmp_path, "llama", lora_r=4, **settings)
+    whole, sharded = spread(plan, "ddp"), spread(plan, strategy)
+    packed = whole.states.packed
+    scales = {"load_in_4bit": 4 * linears("llama") / 64, "load_in_8bit": 0}
+    (setting,) = settings
+    numbers_bytes = linears("llama") * {"load_in_4bit": 0.5, "load_in_8bit": 1}[setting]
+    assert packed == pytest.approx(numbers_bytes + scales[setting], rel=0.15)
+    expected = whole.device_bytes - packed * (RANKS - 1) / RANKS + 2 * packed / LAYERS
+    assert sharded.device_bytes == pytest.approx(expected)
+    assert packed < whole.states.frozen, "embedding, head and norms are no part of it"
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -222,14 +222,17 @@ class Objective:
         packs: Try to pack rows.
         device: `cpu` or `cuda`, where that is not where the model's tensors are (a plan).
         within: Does work that runs the model, where its weights have to be gathered for that.
+        end_pass: Called when a micro-batch is through the model, its backward pass too.
     """
 
     def __init__(
         self, model: PreTrainedModel, cohort: Trained, *, fast: bool = True, packs: bool = False,
         device: str | None = None, within: Callable[[Callable[[], Any]], Any] | None = None,
+        end_pass: Callable[[], None] | None = None,
     ) -> None:  # fmt: skip
         self.model, self.cohort = model, cohort
         self._within = within or (lambda work: work())
+        self._end_pass = end_pass or (lambda: None)
         self._device = device or model.device.type
         self.packs, self.packing_reason = packs, "rows under each other, right-padded"
         self.rule = HeadRule.of(model)
@@ -286,6 +289,7 @@ class Objective:
         """The model knows which of the batch's rows are whose, and where packed ones begin."""
         with self.cohort.sharing(shares, batch.starts), attention.packed(batch.starts):
             yield
+            self._end_pass()
 
     def _positions(self, batch: MicroBatch) -> Tensor:
         """Hidden states [S, H] (fast) or logits [S, V] at the supervised positions."""

@@ -92,6 +92,8 @@ def held_out(
     ]
     if batches:
         objective.verify(batches[0], undropped(batches[0]))
+    # Before the first of them: ranks that gather layers together say nothing else meanwhile.
+    idle = passes(len(batches)) - len(batches) if passes is not None else 0
 
     if workers is None or not batches:
         losses, measured = [], 0
@@ -104,7 +106,6 @@ def held_out(
             progress(len(items), len(items))
     else:
         losses = workers.measure(objective, batches)
-    idle = passes(len(batches)) - len(batches) if passes is not None else 0
     if idle:
         assert spare is not None
         spare_batch = collate([Item(adapter, 0, 0)], [spare], [adapter], pad_id=pad_id,

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from accelerate import Accelerator
 
 from lighten.adapters import Trained
 from lighten.errors import UserError
+from lighten.parallel.gathered import Gathered
 from lighten.parallel.offloaded.stores import Store
 from lighten.parallel.sharded import Sharded
 from lighten.parallel.strategies import SpreadState, Strategy
+from lighten.parallel.streamed.over_ranks import RankFeed
 
 
 def choose(
@@ -18,6 +21,7 @@ def choose(
     accelerator: Accelerator,
     trained: Trained,
     weights_store: Callable[[], Store] | None = None,
+    feed: Any = None,
 ) -> Strategy:
     """The strategy of a run.
 
@@ -26,6 +30,7 @@ def choose(
         accelerator: The ranks.
         trained: What learns.
         weights_store: Makes what a rank's part of the weights waits in; None: memory.
+        feed: What brings the base's layers, where they are not in memory.
 
     Raises:
         UserError: One process is wanted and there are more, or the other way about.
@@ -47,4 +52,6 @@ def choose(
         return Strategy("ddp", accelerator)
     if strategy == "zero1" or (strategy == "zero2" and not trained.learns_base):
         return SpreadState(strategy, accelerator)
+    if isinstance(feed, RankFeed):
+        return Gathered(strategy, accelerator, feed)
     return Sharded(strategy, accelerator, weights_store)

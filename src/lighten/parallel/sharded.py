@@ -20,17 +20,18 @@ from transformers import PreTrainedModel
 
 from lighten.adapters import Trained, dtensors
 from lighten.adapters.decoder import decoder_layers
+from lighten.adapters.frozen import is_quantized
 from lighten.adapters.whole import make_float32
 from lighten.errors import UserError
 from lighten.machine.mapped import drop_mapped_weights
 from lighten.parallel import ranks
 from lighten.parallel.offloaded.stores import Store
-from lighten.parallel.strategies import Strategy, mesh_of, require_share
+from lighten.parallel.strategies import InStep, mesh_of, require_share
 
 Result = TypeVar("Result")
 
 
-class Sharded(Strategy):
+class Sharded(InStep):
     """FSDP2: `fsdp` and `zero3`, and `zero2` of a base that learns.
 
     Args:
@@ -39,8 +40,6 @@ class Sharded(Strategy):
         accelerator: The ranks.
         weights_store: Makes what this rank's part of weights that learn waits in; None: memory.
     """
-
-    in_step = True
 
     def __init__(
         self,
@@ -67,6 +66,11 @@ class Sharded(Strategy):
             raise UserError(
                 f"strategy: {self.name} spreads decoder layers, and {type(model).__name__} does "
                 "not say which they are; use strategy: ddp"
+            )
+        if packed := [m for layer in layers for m in layer.modules() if is_quantized(m)]:
+            raise UserError(
+                f"strategy: {self.name} spreads dense weights and bitsandbytes' packed ones, and "
+                f"{type(packed[0]).__name__} of this base is neither; use strategy: ddp"
             )
         # Adapters of PEFT's are parameters of the base's modules: they stay whole, as ours do.
         adapters = set() if trained.learns_base else _learning(trained)
@@ -147,14 +151,6 @@ class Sharded(Strategy):
                 # by which the next one would gather ahead.
                 cast(FSDPModule, self._root).reset_iter_state()
         return result
-
-    def passes(self, count: int) -> int:
-        """The most that any rank has to make."""
-        largest = torch.tensor(count, device=self._accelerator.device)
-        place = self._accelerator.process_index, self._accelerator.num_processes
-        with ranks.lost_peers(*place):
-            torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
-        return int(largest)
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Those of spread weights were summed in the backward pass."""

@@ -68,6 +68,9 @@ class Strategy:
         """How many passes every rank makes where this one has so many micro-batches."""
         return count
 
+    def end_pass(self) -> None:
+        """A micro-batch is through the model, its backward pass too."""
+
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Make the gradients of what learns those of all ranks together.
 
@@ -98,6 +101,20 @@ class Strategy:
         """In words for the user."""
         count = self._accelerator.num_processes
         return "one process" if count == 1 else f"every one of {count} ranks holds everything"
+
+
+class InStep(Strategy):
+    """Strategies whose ranks gather layers together, so that all make as many passes."""
+
+    in_step = True
+
+    def passes(self, count: int) -> int:
+        """The most that any rank has to make."""
+        largest = torch.tensor(count, device=self._accelerator.device)
+        place = self._accelerator.process_index, self._accelerator.num_processes
+        with ranks.lost_peers(*place):
+            torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+        return int(largest)
 
 
 class SpreadState(Strategy):
@@ -201,6 +218,21 @@ def require_share(name: str, what: str, tensors: Sequence[Tensor], count: int) -
     """
     held = sum(dtensors.local_part(tensor).numel() * tensor.element_size() for tensor in tensors)
     share = sum(_rows_size(tensor, count) * tensor.element_size() for tensor in tensors)
+    refuse_more(name, what, held=held, share=share)
+
+
+def refuse_more(name: str, what: str, *, held: int, share: int) -> None:
+    """See to it that a rank holds no more bytes than its share.
+
+    Args:
+        name: The strategy.
+        what: Is spread, for the error.
+        held: By this rank, in bytes.
+        share: Of it, in bytes.
+
+    Raises:
+        UserError: It holds more: the engine has not done what the strategy says.
+    """
     if held > share:
         raise UserError(
             f"strategy: {name} should leave {share:,} bytes of {what} on a rank, but this one "

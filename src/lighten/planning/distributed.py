@@ -126,7 +126,8 @@ def states_per_rank(
 ) -> States:
     """The states that stay on one rank (arXiv 1910.02054, figure 1).
 
-    A frozen weight has neither gradient nor moments, so only ZeRO 3 and FSDP make it smaller.
+    A frozen weight has neither gradient nor moments, so only ZeRO 3 and FSDP make it smaller. Of a
+    base in few bits its packed layers alone are spread, as `parallel/gathered.py` does it.
 
     Args:
         states: On one device alone.
@@ -135,6 +136,9 @@ def states_per_rank(
         ranks_per_node: Needed for hybrid sharding, which shards inside a node.
     """
     group = ranks_per_node if strategy == "fsdp_hybrid" and ranks_per_node else ranks
+    if _gathers_packed(states, strategy):
+        left = states.packed / ranks
+        return replace(states, frozen=states.frozen - states.packed + left, packed=left)
     sharded = _SHARDED[strategy]
     weights = group if "weights" in sharded else 1
     return States(
@@ -143,6 +147,10 @@ def states_per_rank(
         states.gradients / (group if "gradients" in sharded else 1),
         states.optimiser / (group if "optimiser" in sharded else 1),
     )
+
+
+def _gathers_packed(states: States, strategy: Strategy) -> bool:
+    return states.packed > 0 and strategy in ("zero3", "fsdp")
 
 
 def volume_per_rank(
@@ -158,7 +166,7 @@ def volume_per_rank(
     Per micro-batch ZeRO 3 gathers all weights for the forward pass and again for the backward
     pass; a layer that is recomputed there stays gathered until its backward is done, so that costs
     no third time. ZeRO 2 and 3 scatter the gradients of each micro-batch, since no rank keeps them
-    whole. DDP and ZeRO 1 reduce once per step.
+    whole. DDP and ZeRO 1 reduce once per step, and so does what learns on packed layers.
 
     Args:
         states: On one device alone.
@@ -178,6 +186,11 @@ def volume_per_rank(
         return Volume(
             all_gather(states.trained, ranks),
             micro_batches * reduce_scatter(states.gradients, ranks),
+        )
+    if _gathers_packed(states, strategy):
+        return Volume(
+            2 * micro_batches * all_gather(states.packed, ranks),
+            all_reduce(states.gradients, ranks),
         )
     group = ranks_per_node if strategy == "fsdp_hybrid" and ranks_per_node else ranks
     across = 0.0
@@ -274,12 +287,15 @@ def spread(
     gathered = 0.0
     if ("weights" in _SHARDED[strategy] and ranks > 1) or "param" in offload:
         gathered = min(1.0, GATHERED_LAYERS / max(1, layers)) * (states.frozen + states.trained)
-    if strategy == "ddp" and ranks > 1:
-        gathered = states.gradients  # the flat copy that is reduced
+    packed = _gathers_packed(states, strategy)
+    if packed and ranks > 1:
+        gathered = min(1.0, GATHERED_LAYERS / max(1, layers)) * states.packed
+    if (packed or strategy == "ddp") and ranks > 1:
+        gathered += states.gradients  # the flat copy that is reduced
     if strategy == "zero2" and ranks > 1 and plan.method in ("full", "last_layers"):
         gathered = states.trained / ranks  # the rows that whole layers are gathered from
     peak = _peak(plan, parts, states, device_states) + gathered
-    if device.kind == "cpu":
+    if device.kind == "cpu" and not packed:
         # Each rank reads the model whole before it is spread; a base that learns whole is read and
         # spread layer by layer.
         by_layer = plan.method == "full" and strategy in ("zero2", "zero3", "fsdp")

@@ -98,12 +98,15 @@ class States:
         trained: Weights that learn, as the forward pass reads them.
         gradients: Their gradients.
         optimiser: Moments, and float32 copies of the weights where there are any.
+        packed: Of the frozen ones those of decoder layers in few bits, which alone are spread of a
+            base that has any.
     """
 
     frozen: float
     trained: float
     gradients: float
     optimiser: float
+    packed: float = 0.0
 
     @property
     def total(self) -> float:

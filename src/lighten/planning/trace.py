@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from transformers import PreTrainedModel
 
+from lighten.adapters.decoder import decoder_layers
 from lighten.adapters.shards import SHARD_BYTES
 from lighten.adapters.spec import OWN_INITS
 from lighten.cpu import allocator
@@ -150,7 +152,20 @@ def _states_of(traced: Traced) -> States:
         trained=sum(p.numel() * p.element_size() for p in learning),
         gradients=sum(4 * p.numel() for p in learning),  # float32, as the weights that learn
         optimiser=alive.get("optimiser", 0),
+        packed=_packed(traced.setup.base.model),
     )
+
+
+def _packed(model: PreTrainedModel) -> int:
+    """Bytes of decoder layers in few bits that ranks can share: the numbers and their scales."""
+    total = 0
+    for layer in decoder_layers(model):
+        for module in layer.modules():
+            if hasattr(module, "dense_weight") and not hasattr(module, "streamed_bytes"):
+                weight: Any = module.weight
+                eight = weight.dtype == torch.int8
+                total += weight.nbytes + (weight.SCB if eight else weight.quant_state.absmax).nbytes
+    return total
 
 
 def _method(recipe: Recipe) -> str:
@@ -227,6 +242,10 @@ def _outside(recipe: Recipe, config: Any, device: Device) -> Iterator[str]:
         yield "tensors lie in glibc's heap here, without an arena, and that has not been compared"
     if (kind := getattr(config, "model_type", "")) not in TESTED:
         yield f"architecture {kind} has not been compared; {', '.join(TESTED)} have"
+    if getattr(config, "quantization_config", None) and not (
+        recipe.load_in_4bit or recipe.load_in_8bit
+    ):
+        yield "its files are quantised, and its weights are counted as if they were dense"
     if recipe.torch_compile is True:
         yield "layers are traced as they are, but torch_compile fuses what they do"
     if recipe.activation_offload:

@@ -43,12 +43,6 @@ def problems(recipe: Recipe) -> list[str]:
             f"activation_offload would keep gathered weights with strategy: {name}; use "
             "gradient_checkpointing"
         )
-    faults += [
-        f"{key}: a weight in so few bits is whole on every rank, so strategy: {name} would save "
-        "nothing; use strategy: ddp, or an unquantised base"
-        for key in ("load_in_4bit", "load_in_8bit")
-        if getattr(recipe, key)
-    ]
     if recipe.torch_compile is True:
         faults.append(
             f"torch_compile: layers are gathered as they are needed with strategy: {name}; set it "

@@ -20,7 +20,12 @@ from lighten.training.method import adapter_specs
 
 
 def load_base(
-    recipe: Recipe, device: str, *, learns: bool = False, layers_later: bool = False
+    recipe: Recipe,
+    device: str,
+    *,
+    learns: bool = False,
+    layers_later: bool = False,
+    ranks: int = 1,
 ) -> models.Base:
     """The recipe's base with its new tokens, as training, evaluation and chat all see it.
 
@@ -31,6 +36,7 @@ def load_base(
             files, and `dtype` of the result is still the format of the products.
         layers_later: Of such a base leave the decoder layers' matrices in their files' format,
             mapped: whoever spreads them over ranks makes them float32 (`adapters.whole`).
+        ranks: How many processes train it together.
 
     Raises:
         UserError: The base cannot be had.
@@ -49,7 +55,7 @@ def load_base(
         load_in_8bit=recipe.load_in_8bit,
         bnb_4bit_quant_type=recipe.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=recipe.bnb_4bit_use_double_quant,
-        build=streaming.builder(recipe, device, adapter_specs(recipe), learns),
+        build=streaming.builder(recipe, device, adapter_specs(recipe), learns, ranks),
     )
     if learns:
         require_gradients(base.name, base.model)

@@ -110,7 +110,7 @@ def prepare(
     lengths = _lengths(recipe, rows, accelerator.num_processes, examples_per_step, total_steps)
     device = accelerator.device.type
     stores = Stores(recipe, device)
-    strategy = choose(recipe.strategy, accelerator, trained, stores.weights())
+    strategy = choose(recipe.strategy, accelerator, trained, stores.weights(), base.feed)
     template = Choice(rows.template.name, rows.template.reason)
     choices = choices_of(recipe, base, template, trained)
     choices |= _change_layers(recipe, base.model, trained, strategy, accelerator, lengths)
@@ -131,7 +131,7 @@ def prepare(
     objective = Objective(
         base.model, trained,
         fast=trained.supports_fast_loss, packs=packing.value == "on", device=device,
-        within=strategy.within,
+        within=strategy.within, end_pass=strategy.end_pass,
     )  # fmt: skip
     if not trained.supports_fast_loss:
         objective.reason = "the head learns inside PEFT's own module"
@@ -221,7 +221,7 @@ def _micro_batches(
     most_tokens, reason = choose_tokens(
         recipe.tokens_per_microbatch, accelerator.device.type, base.dtype.value
     )
-    if base.feed is not None:
+    if recipe.offload_base != "none" and base.feed is not None:
         reasons["offload_base"] = streaming.describe(recipe.offload_base, base.feed)
         most_tokens, most_rows, reason = streaming.micro_batch(recipe, len(trained.names))
     reasons["micro-batch"] = Choice(f"{most_tokens} tokens" if most_tokens else "rows", reason)

@@ -200,7 +200,7 @@ def _train(
     newest, saved_state = _newest(run, accelerator, progress) if resume else (None, TrainerState())
     base = load_base(
         recipe, str(accelerator.device), learns=True,
-        layers_later=layers_later(recipe, accelerator),
+        layers_later=layers_later(recipe, accelerator), ranks=accelerator.num_processes,
     )  # fmt: skip
     # The rows may have been encoded with a tokenizer of their own; this one is saved.
     base.tokenizer.chat_template = rows.template.text
@@ -398,7 +398,7 @@ def _finish(
             "supervised_tokens": state.supervised_tokens,
             "tokens_per_second": state.tokens / state.seconds if state.seconds else None,
             **memory,
-            **({} if setup.base.feed is None else {"offload_base": setup.base.feed.facts()}),
+            **streaming.facts(setup.recipe, setup.base.feed),
         },
     )
 

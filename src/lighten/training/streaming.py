@@ -16,11 +16,11 @@ from lighten.adapters.decoder import decoder_layers
 from lighten.adapters.targets import saved_paths
 from lighten.errors import UserError
 from lighten.machine.hardware import Choice
-from lighten.models.load import Build
-from lighten.models.quantized import Storage
-from lighten.parallel.streamed.build import build
-from lighten.parallel.streamed.feed import LayerFeed
+from lighten.models.load import Build, locate
+from lighten.models.quantized import Storage, stored_as
+from lighten.parallel.streamed.build import Setting, build
 from lighten.recipe import Recipe
+from lighten.recipe.spread import gathers
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def require_possible(recipe: Recipe, device: str, ranks: int) -> None:
 
 
 def builder(
-    recipe: Recipe, device: str, specs: Sequence[AdapterSpec], learns: bool
+    recipe: Recipe, device: str, specs: Sequence[AdapterSpec], learns: bool, ranks: int = 1
 ) -> Build | None:
     """What makes the recipe's base for `models.load`; None: it is loaded whole.
 
@@ -63,8 +63,13 @@ def builder(
         device: Where it computes.
         specs: The adapters that will be attached.
         learns: It is about to be trained.
+        ranks: How many processes train it together.
     """
-    if recipe.offload_base == "none":
+    setting, keeps = Setting(), recipe.offload_base
+    if learns and ranks > 1 and spreads_packed(recipe):
+        setting = Setting(f"strategy: {recipe.strategy}", "use strategy: ddp")
+        keeps = "ranks"
+    elif recipe.offload_base == "none":
         return None
     if not learns:
         log.warning(
@@ -75,18 +80,55 @@ def builder(
 
     def build_streamed(
         folder: Path, dtype: torch.dtype, storage: Storage | None
-    ) -> tuple[PreTrainedModel, LayerFeed]:
+    ) -> tuple[PreTrainedModel, Any]:
         streamed = build(
             recipe.model_name_or_path, folder, dtype, device=device, storage=storage,
-            keeps=recipe.offload_base, trust_remote_code=recipe.trust_remote_code,
-            check=functools.partial(_require_outside, specs),
+            keeps=keeps, trust_remote_code=recipe.trust_remote_code,
+            check=functools.partial(_require_outside, specs, setting), setting=setting,
         )  # fmt: skip
         return streamed.model, streamed.feed
 
     return build_streamed
 
 
-def _require_outside(specs: Sequence[AdapterSpec], model: PreTrainedModel) -> None:
+def spreads_packed(recipe: Recipe) -> bool:
+    """Whether several ranks would each hold a part of a base in few bits.
+
+    It is in few bits if the recipe says so, or its files.
+
+    Args:
+        recipe: What is wanted.
+
+    Raises:
+        UserError: There is no such model.
+    """
+    if recipe.method != "lora" or not gathers(recipe.strategy, full=False):
+        return False
+    if recipe.load_in_4bit or recipe.load_in_8bit:
+        return True
+    _, folder = locate(
+        recipe.model_name_or_path, revision=recipe.revision, weights=False,
+        code=recipe.trust_remote_code,
+    )  # fmt: skip
+    stored = stored_as(folder)
+    return stored is not None and stored.get("quant_method") == "bitsandbytes"
+
+
+def facts(recipe: Recipe, feed: Any) -> dict[str, Any]:
+    """What `run.json` keeps of layers that came when they were asked for.
+
+    Args:
+        recipe: What was trained.
+        feed: What brought them; None: they were in memory.
+    """
+    if feed is None:
+        return {}
+    return {"offload_base" if recipe.offload_base != "none" else "spread_base": feed.facts()}
+
+
+def _require_outside(
+    specs: Sequence[AdapterSpec], setting: Setting, model: PreTrainedModel
+) -> None:
     """No whole copy is made of what is streamed.
 
     Raises:
@@ -97,9 +139,9 @@ def _require_outside(specs: Sequence[AdapterSpec], model: PreTrainedModel) -> No
         for path in saved_paths(model, spec):
             if any(id(module) in inside for module in model.get_submodule(path).modules()):
                 raise UserError(
-                    f"offload_base: modules_to_save of adapter {spec.name!r} names {path}, whose "
+                    f"{setting.name}: modules_to_save of adapter {spec.name!r} names {path}, whose "
                     "weights are streamed and would have to stay for a copy that learns; name the "
-                    "embedding or the head alone, or set offload_base to none"
+                    f"embedding or the head alone, or {setting.instead}"
                 )
 
 

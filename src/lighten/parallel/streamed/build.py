@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
@@ -26,15 +26,37 @@ from lighten.parallel.streamed.layers import (
     Replaced,
     StreamedLinear,
     StreamedLinear4bit,
+    StreamedLinear8bit,
 )
-from lighten.parallel.streamed.packed import Linear, quantised, state_of
-from lighten.parallel.streamed.shards import DTYPES, Shards
+from lighten.parallel.streamed.over_ranks import RankFeed, part_of
+from lighten.parallel.streamed.packed import (
+    INT8_SCALES,
+    Linear,
+    packed_layer,
+    quantised,
+    state_of,
+)
+from lighten.parallel.streamed.shards import DTYPES, Loaded, Shards
 from lighten.safetensors_header import Stored
 
 # Formats of weights as they are; others belong to a quantiser.
 DENSE = ("F32", "F16", "BF16")
+PACKED = ("U8", "I8")
 LEFT_IN_FILE_BYTES = 2**20
 Check = Callable[[PreTrainedModel], None]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What asks for layers that are not in memory, for errors.
+
+    Attributes:
+        name: Of the recipe's setting.
+        instead: What to do where it cannot be.
+    """
+
+    name: str = "offload_base"
+    instead: str = "set offload_base to none"
 
 
 @dataclass
@@ -47,12 +69,13 @@ class Streamed:
     """
 
     model: PreTrainedModel
-    feed: LayerFeed
+    feed: LayerFeed | RankFeed
 
 
 def build(
     name: str, folder: Path, dtype: torch.dtype, *, device: str, keeps: str = "disk",
     storage: Storage | None = None, trust_remote_code: bool = False, check: Check | None = None,
+    setting: Setting | None = None,
 ) -> Streamed:  # fmt: skip
     """Build a model from a folder, its decoder layers' linear weights streamed.
 
@@ -61,37 +84,35 @@ def build(
         folder: Of the model, with safetensors.
         dtype: The format of the products.
         device: `cpu` or a CUDA device.
-        keeps: Where the layers wait: `disk`, or `cpu` for pinned main memory.
+        keeps: Where the layers wait: `disk`, `cpu` for pinned main memory, or `ranks`: each of
+            torch.distributed's holds a part of every layer.
         storage: What the linear layers are quantised to, once; None: they are as in their files.
         trust_remote_code: Run Python code that comes with the model.
         check: Looks at the model while none of its weights is there.
+        setting: What asks for it; None: `offload_base`.
 
     Raises:
         UserError: The model's layers cannot be streamed, or its files lack a weight.
     """
-    shards = Shards.of(folder)
+    shards, setting = Shards.of(folder), setting or Setting()
     model = _without_weights(name, folder, dtype, trust_remote_code)
     if check is not None:
         check(model)
     where = torch.device(device)
-    names = Names(name, shards, model)
-    linears = _linears(name, model, names)
-    packed = None
-    if storage is not None:
-        packed = quantised(folder, shards, linears, storage, dtype)
-    layers = [
-        _replaced(place, model, layer, packed or shards, dtype, where)
-        for place, layer in enumerate(linears)
-    ]
+    names = Names(name, shards, model, setting)
+    linears = _linears(name, model, names, setting)
+    feed: LayerFeed | RankFeed
+    if keeps == "ranks":
+        feed = _over_ranks(model, linears, shards, storage, dtype, where)
+    else:
+        if storage is not None:
+            packed = quantised(folder, shards, linears, storage, dtype)
+        feed = _from_files(model, linears, packed if storage else shards, dtype, where, keeps)
     _fill(name, model, names, where)
     finish(model, storage, dtype, device)  # linear layers outside of the decoder's
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.config._name_or_path = str(folder)
-    pieces = [layer_pieces for layer_pieces, _ in layers]
-    feed = LayerFeed(pieces, _slots(pieces, packed or shards, where, keeps))
-    for _, absent in layers:
-        absent.feed = feed
     _follow_passes(model, feed)
     return Streamed(model.requires_grad_(False).eval(), feed)
 
@@ -103,10 +124,11 @@ class Names:
         name: Of the model, for errors.
         shards: The files' tensors.
         model: Whose own names need not have the prefix of its backbone.
+        setting: What asks for them.
     """
 
-    def __init__(self, name: str, shards: Shards, model: PreTrainedModel) -> None:
-        self._name, self.shards = name, shards
+    def __init__(self, name: str, shards: Shards, model: PreTrainedModel, setting: Setting) -> None:
+        self._name, self.shards, self._setting = name, shards, setting
         self._prefix = f"{model.base_model_prefix}."
 
     def get(self, weight: str) -> str | None:
@@ -123,7 +145,7 @@ class Names:
             UserError: It is not there as the model has it.
         """
         named = self.get(weight)
-        if named is not None and self.shards[named].kind == "U8":
+        if named is not None and self.shards[named].kind in PACKED:
             return named
         return self.dense(weight, tuple(module.weight.shape))[0]  # type: ignore[arg-type]
 
@@ -136,15 +158,16 @@ class Names:
         named = self.get(weight)
         if named is None:
             raise UserError(
-                f"offload_base: the files of {self._name} have no {weight} under that name, so it "
-                "cannot be read from where it lies; set offload_base to none"
+                f"{self._setting.name}: the files of {self._name} have no {weight} under that "
+                f"name, so it cannot be read from where it lies; {self._setting.instead}"
             )
         stored = self.shards[named]
         if stored.shape != shape or stored.kind not in DENSE:
             raise UserError(
-                f"offload_base: {weight} of {self._name} is {stored.kind} {list(stored.shape)} in "
-                f"its file, and {list(shape)} in the model; only {', '.join(DENSE)} of the same "
-                "shape can be read from where they lie; set offload_base to none"
+                f"{self._setting.name}: {weight} of {self._name} is {stored.kind} "
+                f"{list(stored.shape)} in its file, and {list(shape)} in the model; only "
+                f"{', '.join(DENSE)} of the same shape can be read from where they lie; "
+                f"{self._setting.instead}"
             )
         return named, stored
 
@@ -164,13 +187,15 @@ def _without_weights(
     return model
 
 
-def _linears(name: str, model: PreTrainedModel, names: Names) -> list[list[Linear]]:
+def _linears(
+    name: str, model: PreTrainedModel, names: Names, setting: Setting
+) -> list[list[Linear]]:
     """The linear layers of each decoder layer."""
     layers = decoder_layers(model)
     if not layers:
         raise UserError(
-            f"offload_base: {type(model).__name__} does not say which of its layers are alike, so "
-            "none can be streamed; set it to none"
+            f"{setting.name}: {type(model).__name__} does not say which of its layers are alike, "
+            f"so none can be streamed; {setting.instead}"
         )
     paths = {id(module): path for path, module in model.named_modules()}
     linears: list[list[Linear]] = []
@@ -178,8 +203,8 @@ def _linears(name: str, model: PreTrainedModel, names: Names) -> list[list[Linea
         stacked = [key for key, value in layer.named_parameters() if value.dim() == 3]
         if stacked:
             raise UserError(
-                f"offload_base: the experts of {name} are stacked ({stacked[0]}) and would stay in "
-                "memory; set it to none"
+                f"{setting.name}: the experts of {name} are stacked ({stacked[0]}) and would stay "
+                f"in memory; {setting.instead}"
             )
         linears.append([])
         for module in layer.modules():
@@ -190,7 +215,7 @@ def _linears(name: str, model: PreTrainedModel, names: Names) -> list[list[Linea
 
 
 def _replaced(
-    place: int, model: PreTrainedModel, linears: Sequence[Linear], shards: Shards,
+    place: int, model: PreTrainedModel, linears: Sequence[Linear], shards: Shards | Loaded,
     dtype: torch.dtype, device: torch.device,
 ) -> tuple[LayerPieces, Absent]:  # fmt: skip
     """Put streamed layers in the place of a decoder layer's linear ones."""
@@ -201,7 +226,12 @@ def _replaced(
         state, features = state_of(weight, shards, device), out_in_features(module)
         was = Replaced(type(module), features, module.bias, dtype, device)  # type: ignore[arg-type]
         layer: StreamedLinear
-        if state is None:
+        if shards[weight].kind == "I8":
+            piece = pieces.add(weight, torch.int8, shards[weight].shape)
+            scales = f"{weight.removesuffix('weight')}{INT8_SCALES}"
+            blocks = pieces.add(scales, torch.float32, shards[scales].shape)
+            layer = StreamedLinear8bit(was, absent, piece, blocks)
+        elif state is None:
             piece = pieces.add(weight, dtype, module.weight.shape)  # type: ignore[arg-type]
             layer = StreamedLinear(was, absent, piece)
         else:
@@ -211,11 +241,44 @@ def _replaced(
                     "back the config.json that belongs to it"
                 )
             piece = pieces.add(weight, torch.uint8, shards[weight].shape)
-            scales = shards[f"{weight}.absmax"]
-            blocks = pieces.add(f"{weight}.absmax", DTYPES[scales.kind], scales.shape)
+            scales = f"{weight}.absmax"
+            blocks = pieces.add(scales, DTYPES[shards[scales].kind], shards[scales].shape)
             layer = StreamedLinear4bit(was, absent, piece, blocks, state)
         model.set_submodule(path, layer)
     return pieces, absent
+
+
+def _from_files(
+    model: PreTrainedModel, linears: Sequence[Sequence[Linear]], shards: Shards,
+    dtype: torch.dtype, device: torch.device, keeps: str,
+) -> LayerFeed:  # fmt: skip
+    layers = [
+        _replaced(place, model, layer, shards, dtype, device) for place, layer in enumerate(linears)
+    ]
+    pieces = [layer_pieces for layer_pieces, _ in layers]
+    feed = LayerFeed(pieces, _slots(pieces, shards, device, keeps))
+    for _, absent in layers:
+        absent.feed = feed
+    return feed
+
+
+def _over_ranks(
+    model: PreTrainedModel, linears: Sequence[Sequence[Linear]], shards: Shards,
+    storage: Storage | None, dtype: torch.dtype, device: torch.device,
+) -> RankFeed:  # fmt: skip
+    """Read and pack a layer, keep this rank's part, and let go of the others' before the next."""
+    rank, count = distributed.get_rank(), distributed.get_world_size()
+    layers, parts = [], []
+    for place, layer in enumerate(linears):
+        source: Shards | Loaded = shards
+        if storage is not None:
+            source = Loaded(packed_layer(layer, shards, storage, dtype))
+        layers.append(_replaced(place, model, layer, source, dtype, device))
+        parts.append(part_of(layers[-1][0], source.read, rank, count).to(device))
+    feed = RankFeed([pieces for pieces, _ in layers], parts, count)
+    for _, absent in layers:
+        absent.feed = feed
+    return feed
 
 
 def _slots(

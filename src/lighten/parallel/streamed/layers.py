@@ -101,6 +101,34 @@ class StreamedLinear(nn.Linear):
         return product
 
 
+class StreamedLinear8bit(StreamedLinear):
+    """A frozen linear layer in 8 bits: whole numbers and one scale per output are streamed.
+
+    Args:
+        was: The layer that it stands for.
+        absent: Where its pieces come from.
+        piece: The numbers, int8 [O, I].
+        scales: The largest number of each output, float32 [O].
+    """
+
+    storage = Storage("int8")
+
+    def __init__(self, was: Replaced, absent: Absent, piece: Piece, scales: Piece) -> None:
+        super().__init__(was, absent, piece)
+        self._scales = scales
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Of the numbers and their scales."""
+        return self._piece.bytes + self._scales.bytes
+
+    def dense_weight(self) -> Tensor:
+        """The weight [O, I] in the format of the products."""
+        numbers, scales = self._absent.get(self._piece), self._absent.get(self._scales)
+        dense = torch.empty_like(numbers, dtype=self.compute_dtype)
+        return torch.mul(numbers, scales[:, None] / 127, out=dense)
+
+
 class StreamedLinear4bit(StreamedLinear):
     """A frozen linear layer in 4 bits: packed numbers and their scales are streamed.
 

@@ -21,12 +21,13 @@ from lighten.errors import UserError
 from lighten.machine.hardware import cache_folder
 from lighten.models import quantized
 from lighten.models.quantized import Storage
-from lighten.parallel.streamed.shards import DTYPES, Shards
+from lighten.parallel.streamed.shards import DTYPES, Loaded, Shards
 from lighten.whole_files import whole_folder
 
 log = logging.getLogger(__name__)
 # Raised when what is written changes, so that an old copy is not taken for it.
 LAYOUT = 1
+INT8_SCALES = "SCB"  # bitsandbytes' name beside `weight`
 _SPARE_BYTES = 2**30  # left on the disk beside a kept copy
 _DONE = "complete"
 
@@ -68,12 +69,27 @@ def quantised(
         )  # fmt: skip
         with whole_folder(copy) as partial:
             for place, layer in enumerate(layers):
-                tensors: dict[str, Tensor] = {}
-                for path, module, name in layer:
-                    tensors |= _packed(path, module, name, shards, storage, compute)
+                tensors = packed_layer(layer, shards, storage, compute)
                 save_file(tensors, partial / f"layer-{place:05d}.safetensors")
             (partial / _DONE).touch()
     return Shards(sorted(copy.glob("*.safetensors")))
+
+
+def packed_layer(
+    linears: Sequence[Linear], shards: Shards, storage: Storage, compute: torch.dtype
+) -> dict[str, Tensor]:
+    """A decoder layer's linear layers in few bits, under bitsandbytes' names.
+
+    Args:
+        linears: Which.
+        shards: The model's tensors.
+        storage: What they become.
+        compute: The format that weights are rounded from.
+    """
+    tensors: dict[str, Tensor] = {}
+    for path, module, name in linears:
+        tensors |= _packed(path, module, name, shards, storage, compute)
+    return tensors
 
 
 def _packed(
@@ -85,6 +101,8 @@ def _packed(
         plain: Any = type(module)(1, 1)  # Linear or Conv1D, of which the weight alone is read
     plain.weight, plain.bias = nn.Parameter(weight, requires_grad=False), None
     packed: Any = quantized.quantised(plain, storage, compute, "cpu")
+    if storage.kind == "int8":
+        return {f"{path}.weight": packed.weight.data, f"{path}.{INT8_SCALES}": packed.weight.SCB}
     state = packed.weight.quant_state.as_dict(packed=True)
     tensors = {f"{path}.weight": packed.weight.data}
     return tensors | {f"{path}.weight.{key}": value.clone() for key, value in state.items()}
@@ -97,7 +115,7 @@ def _fingerprint(shards: Shards, storage: Storage, compute: torch.dtype) -> str:
     return hashlib.sha256("\n".join([*lines, str(storage), str(compute)]).encode()).hexdigest()[:24]
 
 
-def state_of(weight: str, shards: Shards, device: torch.device) -> Any | None:
+def state_of(weight: str, shards: Shards | Loaded, device: torch.device) -> Any | None:
     """The `QuantState` of a packed weight without its scales; None: it is not packed.
 
     Args:

@@ -26,6 +26,7 @@ INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
 STRETCH_BYTES = 4 * 2**20
 DTYPES = {
     "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8,
+    "I8": torch.int8,
 }  # fmt: skip
 
 
@@ -150,3 +151,29 @@ class Shards(Mapping[str, Stored]):
             if stored.path not in self._mapped:
                 self._mapped[stored.path] = _Mapped(stored.path)
             return self._mapped[stored.path]
+
+
+class Loaded(Mapping[str, Stored]):
+    """Tensors in memory, as `Shards` has those of files.
+
+    Args:
+        tensors: By name.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+        self._kinds = {dtype: kind for kind, dtype in DTYPES.items()}
+
+    def __getitem__(self, name: str) -> Stored:
+        tensor = self._tensors[name]
+        return Stored(Path(), self._kinds[tensor.dtype], tuple(tensor.shape), 0, tensor.nbytes)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def read(self, name: str, into: Tensor) -> None:
+        """See `Shards.read`."""
+        into.copy_(self._tensors[name].reshape(into.shape))
