@@ -288,10 +288,11 @@ def spread(
     if ("weights" in _SHARDED[strategy] and ranks > 1) or "param" in offload:
         gathered = min(1.0, GATHERED_LAYERS / max(1, layers)) * (states.frozen + states.trained)
     packed = _gathers_packed(states, strategy)
+    if strategy == "ddp" and ranks > 1:
+        gathered = states.gradients  # the flat copy that is reduced
     if packed and ranks > 1:
-        gathered = min(1.0, GATHERED_LAYERS / max(1, layers)) * states.packed
-    if (packed or strategy == "ddp") and ranks > 1:
-        gathered += states.gradients  # the flat copy that is reduced
+        slots = min(1.0, GATHERED_LAYERS / max(1, layers)) * states.packed
+        gathered = slots + states.gradients
     if strategy == "zero2" and ranks > 1 and plan.method in ("full", "last_layers"):
         gathered = states.trained / ranks  # the rows that whole layers are gathered from
     peak = _peak(plan, parts, states, device_states) + gathered
