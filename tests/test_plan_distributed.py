@@ -143,15 +143,18 @@ def test_a_plan_spreads_over_ranks() -> None:
     assert with_host.host_bytes == pytest.approx(14e9, rel=1e-6)
 
 
-def test_a_process_reads_the_model_whole_before_it_is_spread() -> None:
-    """Where its states wait in a file, that is its peak; a GPU's plan is of the training."""
+def test_a_process_reads_a_frozen_base_whole_before_it_is_spread() -> None:
+    """Where its states wait in a file, that is its peak; one that learns is read layer by layer."""
     settings: dict[str, Any] = {"gpus": 8, "layers": 32, "offload": ("optimizer",)}
     gpu = spread(a_plan(), DEVICES["h100"], "zero3", **settings)
-    processor = spread(
-        a_plan(), dataclasses.replace(DEVICES["h100"], kind="cpu"), "zero3", **settings
-    )
+    cpu = dataclasses.replace(DEVICES["h100"], kind="cpu")
+    processor = spread(a_plan(), cpu, "zero3", **settings)
     assert gpu.device_bytes == pytest.approx(16e9 / 4 + 16e9 * 2 / 32 + 10e9, rel=1e-6)
-    assert processor.device_bytes == pytest.approx(16e9, rel=1e-6)
+    assert processor.device_bytes == gpu.device_bytes
+    last_layers = spread(
+        dataclasses.replace(a_plan(), method="last_layers"), cpu, "zero3", **settings
+    )
+    assert last_layers.device_bytes == pytest.approx(16e9, rel=1e-6)
     # The moments alone are elsewhere, and each step reads and writes them.
     assert processor.host_bytes == pytest.approx(96e9 / 8)
     assert processor.volume.host == pytest.approx(2 * 96e9 / 8)

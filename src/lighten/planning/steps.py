@@ -83,6 +83,7 @@ class Traced:
         weights: Bytes of the base's weights and constants.
         largest: Bytes of its largest weight.
         frozen: Bytes of its weights and constants that do not learn.
+        packed: Of these what ranks can share of its decoder layers in few bits.
     """
 
     timeline: Timeline
@@ -94,6 +95,7 @@ class Traced:
     weights: int
     largest: int
     frozen: int
+    packed: int
 
     def tokens(self, place: int) -> int:
         """Tokens of a micro-batch, padding included."""
@@ -236,7 +238,7 @@ def follow_recipe(
         rank.device = torch.device("cpu")  # where fake tensors are, whatever is planned
         layers, repetition = _layers(base.model, all_layers)
         _mark_learning(setup, layers, repetition, tracker)
-        frozen = _frozen(setup)
+        frozen, packed = _frozen(setup), _packed(layers)
         units = _shrink(base.model, layers, repetition)
     setup.objective.workspace = lambda: FewChunks(tracker.timeline)
     cut, lengths = largest_step(setup, rows_tokens)
@@ -260,7 +262,8 @@ def follow_recipe(
                 capability=capability,
             )  # fmt: skip
     return Traced(
-        timeline, setup, cut, places, lengths, first_run, sum(sizes), max(sizes), frozen
+        timeline, setup, cut, places, lengths, first_run, sum(sizes), max(sizes), frozen,
+        packed,
     )  # fmt: skip
 
 
@@ -407,6 +410,17 @@ def _mark_learning(
 def _sizes(base: models.Base) -> list[int]:
     """Bytes of each storage of the base's weights, buffers and constants."""
     return [*_storages([*_weights(base.model), *base.model.buffers()]).values()]
+
+
+def _packed(layers: Sequence[nn.Module]) -> int:
+    """Bytes of layers in few bits that ranks can share: the numbers and their scales."""
+    total = 0
+    for module in (module for layer in layers for module in layer.modules()):
+        if hasattr(module, "dense_weight") and not hasattr(module, "streamed_bytes"):
+            weight: Any = module.weight
+            eight = weight.dtype == torch.int8
+            total += weight.nbytes + (weight.SCB if eight else weight.quant_state.absmax).nbytes
+    return total
 
 
 def _frozen(setup: Setup) -> int:

@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import PreTrainedModel
 
-from lighten.adapters.decoder import decoder_layers
 from lighten.adapters.shards import SHARD_BYTES
 from lighten.adapters.spec import OWN_INITS
 from lighten.cpu import allocator
@@ -152,20 +150,8 @@ def _states_of(traced: Traced) -> States:
         trained=sum(p.numel() * p.element_size() for p in learning),
         gradients=sum(4 * p.numel() for p in learning),  # float32, as the weights that learn
         optimiser=alive.get("optimiser", 0),
-        packed=_packed(traced.setup.base.model),
+        packed=traced.packed,
     )
-
-
-def _packed(model: PreTrainedModel) -> int:
-    """Bytes of decoder layers in few bits that ranks can share: the numbers and their scales."""
-    total = 0
-    for layer in decoder_layers(model):
-        for module in layer.modules():
-            if hasattr(module, "dense_weight") and not hasattr(module, "streamed_bytes"):
-                weight: Any = module.weight
-                eight = weight.dtype == torch.int8
-                total += weight.nbytes + (weight.SCB if eight else weight.quant_state.absmax).nbytes
-    return total
 
 
 def _method(recipe: Recipe) -> str:
