@@ -93,7 +93,7 @@ def test_a_receipt_has_the_metrics_of_the_recipe(run: Run, tmp_path: Path) -> No
 
 def test_an_export_brings_all_that_speaks_to_it(run: Run) -> None:
     export = lighten.export(run, "gguf:q8_0", adapter="a", verify=False)
-    assert export.folder == run.folder / "exports" / "gguf-q8_0"
+    assert export.folder == run.folder / "exports" / "a" / "gguf-q8_0"
     assert {path.name for path in export.folder.iterdir()} == {
         "run-a.q8_0.gguf", "Modelfile", "README.md", "generation_config.json", "export.json"
     }  # fmt: skip
@@ -111,7 +111,7 @@ def test_an_export_brings_all_that_speaks_to_it(run: Run) -> None:
     )
     card = (merged.folder / "README.md").read_text()
     assert run.info()["data"]["sha256"] in card
-    assert not list(run.folder.glob("exports/.*"))
+    assert not list(run.folder.glob("exports/**/.*"))
 
 
 def test_the_command_prints_files_and_the_receipt(run: Run, tmp_path: Path) -> None:

@@ -326,4 +326,4 @@ def test_a_run_is_quantised_in_the_groups_it_was_trained_for(
     folder.mkdir()
     (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     for run, group_size in ((Run(folder), 64), (None, 32)):
-        assert ModelSource("m", tmp_path, None, run, "m", None).group_size == group_size
+        assert ModelSource("m", tmp_path, None, run, "m", None, tmp_path).group_size == group_size

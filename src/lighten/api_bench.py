@@ -73,7 +73,7 @@ def bench(
 
     return running.bench(
         target if run is None else str(run.folder), parts, recipe=recipe, adapter=adapter,
-        output=None if output is None else Path(output), settings=settings, log=log,
+        output=None if output is None else Path(output).expanduser(), settings=settings, log=log,
     )  # fmt: skip
 
 

@@ -120,7 +120,7 @@ def bench_serve(
     """
     from lighten.serving import benching
 
-    target = None if output_dir is None else Path(output_dir)
+    target = None if output_dir is None else Path(output_dir).expanduser()
     return benching.bench(
         url, key=key, output=target, identity_requests=identity_requests,
         log=log or (lambda _: None), **load,

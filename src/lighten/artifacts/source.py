@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -19,6 +20,8 @@ COMPANIONS = (
     "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja",
     "generation_config.json",
 )  # fmt: skip
+
+_TEMPLATE = "chat_template.jinja"
 
 # Settings of a base that is quantised while it is loaded for training.
 QUANTIZED = (
@@ -62,6 +65,15 @@ class Artefact:
         if self.quantization.get("load_in_4bit"):
             return str(self.quantization["bnb_4bit_quant_type"])
         return "int8" if self.quantization else None
+
+    @property
+    def exports(self) -> Path:
+        """Where its exports go unless a folder is named: each adapter of several has its own."""
+        if self.run is None:
+            return Path.cwd() / "exports"
+        folder = self.run.folder / "exports"
+        several = self.adapter is not None and len(self.run.adapters()) > 1
+        return folder / self.adapter.name if several and self.adapter is not None else folder
 
 
 def open_source(
@@ -179,6 +191,17 @@ def copy_companions(artefact: Artefact, folder: Path) -> None:
         for name in COMPANIONS:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
+    if not (artefact.companions / _TEMPLATE).is_file() and _holds_template(artefact.companions):
+        (folder / _TEMPLATE).unlink(missing_ok=True)  # the base's would be read in its place
+
+
+def _holds_template(folder: Path) -> bool:
+    """Whether a tokenizer keeps its chat template in its settings, as older trainers write it."""
+    try:
+        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(settings, dict) and bool(settings.get("chat_template"))
 
 
 def added_words(artefact: Artefact) -> int:

@@ -14,6 +14,8 @@ from lighten.errors import UserError
 LEVEL, DRAWS = 0.95, 4000
 # Fewer repeats than this say nothing about what another run of them would give.
 FEWEST = 5
+# What of a record says how much work it is of; a name does not tell all of it.
+WORK = ("new_tokens", "dtype", "rows", "tokens", "longest", "parameters", "max_length")
 # What is a timing, and what one number (the larger it is, the more it takes).
 TIMES = ("seconds", "first_token_s", "decode_s")
 NUMBERS = ("peak_bytes", "resident_bytes", "weights_bytes", "file_bytes", "largest")
@@ -56,6 +58,7 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, An
     rows = []
     for key in first:
         if key in second:
+            notes += _other_work(key, first[key], second[key])
             rows += list(_figures(key, first[key], second[key]))
     return {"rows": rows, "notes": notes}
 
@@ -69,6 +72,20 @@ def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterato
         if before.get(key) != after.get(key):
             subject = "the model's weights" if key == "base_sha256" else f"the {key}"
             yield f"{subject} differ: the ratios are not of the code alone"
+
+
+def _other_work(
+    key: tuple[str, str], first: Mapping[str, Any], second: Mapping[str, Any]
+) -> list[str]:
+    """What was measured of other work under one name: longer answers, larger batches."""
+    changes = [
+        f"{name} is {first[name]} and {second[name]}"
+        for name in WORK
+        if name in first and name in second and first[name] != second[name]
+    ]
+    if not changes:
+        return []
+    return [f"{key[0]}: {key[1]}: {', '.join(changes)}: the ratios are of other work"]
 
 
 def _figures(

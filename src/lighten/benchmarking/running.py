@@ -306,6 +306,9 @@ def bench(
         if part not in PARTS:
             raise UserError(f"bench: {part!r} is no part; parts are {', '.join(PARTS)}")
     source = open_source(target, adapter=adapter)
+    path = output or (None if source.run is None else source.run.folder / FILE)
+    if path is not None and path.is_dir():
+        raise UserError(f"--output {path} is a folder; name a file in it, such as {path / FILE}")
     base = source.base
     benchmark = Bench(source, recipe(base), effective, log or (lambda _: None))
     records: list[dict[str, Any]] = []
@@ -320,7 +323,6 @@ def bench(
         "commit": commit, "tree_clean": clean, "device": benchmark.device.label,
         "settings": {**asdict(effective), "memory_bytes": benchmark.limit}, "records": records,
     }  # fmt: skip
-    path = output or (None if source.run is None else source.run.folder / FILE)
     if path is not None:
         whole_files.write_json(path, result)
         result["path"] = str(path)

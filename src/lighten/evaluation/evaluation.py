@@ -52,6 +52,8 @@ def evaluate_run(run: Run, *, progress: Progress | None = None, **options: Any) 
     recipe = run.recipe()
     settings = recipe.with_evaluate(options)
     require(settings)
+    if settings.judge is not None and settings.judge_model is not None:
+        Judge(settings.judge, settings.judge_model).check()
     transformers_logging.disable_progress_bar()
     device = hardware.choose_device().value
     memory = hardware.PeakMemory(device)
@@ -88,8 +90,6 @@ def evaluate_run(run: Run, *, progress: Progress | None = None, **options: Any) 
     if tasks is not None:
         evaluation.settings["lm_eval"] = tasks.settings
         evaluation.tasks = harness.summary(tasks, settings)
-    if settings.judge is not None:
-        evaluation.judged = _judge_answers(evaluation.examples, results, settings, progress)
     evaluation.settings["chat_template"] = template
     if general is not None:
         evaluation.settings["general_text"] = general.facts
@@ -111,7 +111,14 @@ def evaluate_run(run: Run, *, progress: Progress | None = None, **options: Any) 
             *_qat_sentence(recipe),
         ],
     }
-    runs.write_json(run.folder / runs.EVALUATION, evaluation.to_dict())
+    path = run.folder / runs.EVALUATION
+    runs.write_json(path, evaluation.to_dict())
+    if settings.judge is not None:
+        try:
+            evaluation.judged = _judge_answers(evaluation.examples, results, settings, progress)
+        except UserError as error:
+            raise UserError(f"{error}; all else that was measured is in {path}") from error
+        runs.write_json(path, evaluation.to_dict())
     return evaluation
 
 

@@ -34,9 +34,11 @@ class Tasks:
         settings: What has to be the same for two scores to be comparable.
         scores: By task, metric and filter, then model: a score for each document, by its number.
         better: By the same: whether more is better.
+        manager: lm-eval's, which knows the tasks.
     """
 
     settings: dict[str, Any]
+    manager: Any
     scores: dict[tuple[str, str, str], dict[str, dict[int, float]]] = field(default_factory=dict)
     better: dict[tuple[str, str, str], bool] = field(default_factory=dict)
 
@@ -60,14 +62,27 @@ def begin(options: EvaluateOptions, tokenizer: Any) -> Tasks:
     Args:
         options: Which tasks, and how.
         tokenizer: Of the model; without a chat template none is applied.
+
+    Raises:
+        UserError: There is no such task.
     """
     from importlib.metadata import version
 
+    from lm_eval.tasks import TaskManager
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    manager = TaskManager(
+        include_path=options.include_path, include_defaults=options.include_path is None
+    )
+    unknown = [task for task in options.tasks if task not in manager.all_tasks]
+    if unknown:
+        source = options.include_path or "lm-eval"
+        raise UserError(f"tasks: {source} has no task {', '.join(map(repr, unknown))}")
     applied = options.tasks_chat_template and tokenizer.chat_template is not None
     return Tasks({
         "lm_eval": version("lm_eval"), "tasks": list(options.tasks),
         "chat_template": applied, "limit": options.tasks_limit,
-    })  # fmt: skip
+    }, manager)  # fmt: skip
 
 
 def score(
@@ -85,25 +100,16 @@ def score(
         using: Within it the adapter answers that is meant.
 
     Raises:
-        UserError: There is no such task, or lm-eval refuses it.
+        UserError: lm-eval refuses a task.
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = TaskManager(
-        include_path=options.include_path, include_defaults=options.include_path is None
-    )
-    unknown = [task for task in options.tasks if task not in manager.all_tasks]
-    if unknown:
-        source = options.include_path or "lm-eval"
-        raise UserError(f"tasks: {source} has no task {', '.join(map(repr, unknown))}")
     with using:
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size)
         try:
             results = lm_eval.simple_evaluate(
-                model=lm, tasks=list(options.tasks), task_manager=manager,
+                model=lm, tasks=list(options.tasks), task_manager=tasks.manager,
                 limit=options.tasks_limit, bootstrap_iters=0, log_samples=True,
                 apply_chat_template=tasks.settings["chat_template"],
                 random_seed=SEED, numpy_random_seed=SEED, torch_random_seed=SEED,

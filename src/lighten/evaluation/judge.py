@@ -33,7 +33,8 @@ PROMPT = (
 )
 KEY = "OPENAI_API_KEY"
 TIMEOUT_S, TOGETHER, REPLY_TOKENS = 120.0, 4, 8
-_CHOICE = re.compile(r"\b(A|B|tie)\b", re.IGNORECASE)
+# Capitals alone: "a tie" is no choice of A, and neither is an article.
+_CHOICE = re.compile(r"\b(?:a\s+)?(tie)\b|\b((?-i:[AB]))\b|^\W*([ab])\W*$", re.IGNORECASE)
 # An answer that is sent may be long; a judge needs no more of it.
 MOST_SIGNS = 8000
 
@@ -63,7 +64,16 @@ class Judge:
         choice = _CHOICE.search(reply)
         if choice is None:
             return None
-        return "tie" if choice[1].lower() == "tie" else choice[1].upper()
+        word = choice[choice.lastindex or 0].lower()
+        return word if word == "tie" else word.upper()
+
+    def check(self) -> None:
+        """Ask it something, before anything is measured that it is to judge.
+
+        Raises:
+            UserError: The server cannot be reached, or refuses.
+        """
+        self.ask("Which number is larger, 1 or 2?", "2", "2", "1")
 
     def _reply(self, text: str) -> str:
         body = {
@@ -117,7 +127,8 @@ def judged(
     Returns:
         `wins`, `losses`, `ties`; of the ties, `swapped` (another answer was preferred when their
         order was) and `unclear` (a reply was no choice); `rate`, wins and half of the ties in
-        per cent, with its interval, and a `verdict` against 50.
+        per cent, with its interval, and a `verdict` against 50; `not judged` where no reply was
+        a choice.
 
     Raises:
         UserError: The server cannot be reached, or refuses.
@@ -143,11 +154,13 @@ def judged(
     losses = sum(outcome == ("B", "A") for outcome in outcomes)
     unclear = sum(None in outcome for outcome in outcomes)
     swapped = sum(outcome in (("A", "A"), ("B", "B")) for outcome in outcomes)
+    sent = sum(first.strip() != second.strip() for _, _, first, second in pairs)
     estimate = Resamples(count, samples, seed).estimate(_statistics(outcomes), percent)
     return {
         "wins": wins, "losses": losses, "ties": count - wins - losses,
         "swapped": swapped, "unclear": unclear, "rate": estimate.to_dict(),
-        "verdict": _verdict(estimate.low, estimate.high, count),
+        "verdict": "not judged" if 0 < sent == unclear else
+                   _verdict(estimate.low, estimate.high, count),
     }  # fmt: skip
 
 

@@ -71,6 +71,13 @@ def check(
         raise UserError(f"--as: {form!r} is not one of {', '.join(FORMS)} (gguf:TYPE too)")
     if dtype not in DTYPES:
         raise UserError(f"--dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
+    if dtype != "auto" and form != "merged":
+        raise UserError(f"--dtype {dtype} is of --as merged; {form} has no use for it")
+    if dtype != "auto" and artefact.adapter is None:
+        raise UserError(
+            f"--dtype {dtype} is of a merged adapter; {artefact.name} has none, and its weights are "
+            "copied as they are: leave --dtype out"
+        )
     if kind and form != "gguf":
         raise UserError(f"--as: {form} has no types; {form}:{kind} is not valid")
     if onto is not None and onto not in ONTO:
@@ -153,7 +160,8 @@ def export(
     Args:
         artefact: What.
         form: `adapter`, `merged`, `gguf` (f16), `gguf:TYPE`, `gguf-adapter` or `executorch`.
-        target: Folder to write; None: under `exports` of the run, or of the current folder.
+        target: Folder to write; None: under `exports` of the run (of several adapters, under
+            `exports/ADAPTER`), or of the current folder.
         dtype: Of a merged model.
         onto: For an adapter that learnt on a quantised base: `original` weights (when None) or
             those `dequantized` ones that it learnt on.
@@ -168,11 +176,11 @@ def export(
     form, kind = check(artefact, form, dtype, onto, context_tokens)
     label = f"{form}-{kind}" if kind and form == "gguf" else form
     if target is None:
-        root = artefact.run.folder if artefact.run is not None else Path.cwd()
         name = label if artefact.run is not None else f"{artefact.name}-{label}"
-        target = root / "exports" / name
+        target = artefact.exports / name
     target = target.expanduser()
     require_replaceable(target)
+    _require_other_folder(artefact, target)
     if form in MERGED:
         require_export_room(artefact, form, kind or dtype, target)
     log(f"writing {target}")
@@ -188,6 +196,20 @@ def export(
     return Exported(
         exported.folder, exported.files, exported.size_bytes, exported.notes, comparison
     )
+
+
+def _require_other_folder(artefact: Artefact, target: Path) -> None:
+    """An export takes the place of an older one, but not of what it is made of.
+
+    Raises:
+        UserError: It would.
+    """
+    sources = (artefact.base_folder, artefact.adapter, artefact.companions)
+    if target.resolve() in {path.resolve() for path in sources if path is not None}:
+        raise UserError(
+            f"--output_dir {target} is what is exported, and would be replaced; choose another "
+            "folder"
+        )
 
 
 def _exported(folder: Path, pattern: str, notes: tuple[str, ...] = ()) -> Exported:

@@ -155,7 +155,7 @@ def forecast(
         formats = [_format(target, model, timed) for target in targets]
         vocabulary_size = _vocabulary_size(folder)
     merged = sum(weight.numbers * 2 for weight in weights.values()) if artefact.adapter else 0
-    root = output_dir or (artefact.run.folder if artefact.run else Path.cwd()) / "exports"
+    root = output_dir or artefact.exports
     return Forecast(
         artefact.name,
         sum(tensor_bytes(weight) for weight in weights.values()),

@@ -38,6 +38,7 @@ class ModelSource:
         run: The run.
         base: The base's name.
         tokenizer: With its chat template chosen.
+        exports: Where its copies go unless a folder is named.
     """
 
     name: str
@@ -46,6 +47,7 @@ class ModelSource:
     run: Run | None
     base: str
     tokenizer: Any
+    exports: Path
 
     @property
     def group_size(self) -> int:
@@ -80,7 +82,9 @@ def opened(
                                         {})  # fmt: skip
         if recipe is not None:
             data.choose_template(tokenizer, recipe.chat_template)
-        yield ModelSource(artefact.name, folder, recipe, artefact.run, artefact.base, tokenizer)
+        yield ModelSource(
+            artefact.name, folder, recipe, artefact.run, artefact.base, tokenizer, artefact.exports
+        )
 
 
 def refuse_quantized(name: str, folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from glob import escape
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
@@ -105,7 +106,8 @@ def push(folder: Path, repo_id: str, *, private: bool = True, force: bool = Fals
         commit = hub.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
-            allow_patterns=[path.relative_to(folder).as_posix() for path in files],
+            # Patterns: of a name with brackets nothing would be uploaded.
+            allow_patterns=[escape(path.relative_to(folder).as_posix()) for path in files],
             commit_message="Upload by lighten",
         )
     except OfflineModeIsEnabled as error:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lighten.artifacts import Artefact
 from lighten.errors import UserError
@@ -12,6 +15,7 @@ from lighten.peft_config import CONFIG
 from lighten.quantization import executorch, verify
 from lighten.quantization.export_card import DEQUANTIZED, MANIFEST, ONTO_KEY
 from lighten.quantization.gguf_source import read_json
+from lighten.quantization.gguf_types import FILE_TYPES
 from lighten.quantization.questions import Questions, questions_of
 from lighten.quantization.rounding import rounding_of
 from lighten.quantization.verify import Receipt
@@ -118,7 +122,7 @@ def verify_artefact(path: Path, against: Artefact) -> Receipt:
         if facts.get("general.type") == "adapter":
             receipt = receipt_of(against, folder, "gguf-adapter", "f16")
         else:
-            kind = files[0].stem.rpartition(".")[2].lower()
+            kind = _gguf_type(facts, files[0])
             source, questions = _source_of(against, dequantized)
             with verify.in_llamacpp(files[0]) as opened:
                 receipt = verify.compare(
@@ -162,6 +166,19 @@ def _against(artefact: Artefact, dequantized: bool) -> str:
     return f"{artefact.name} on its dequantized base" if dequantized else artefact.name
 
 
+def _gguf_type(facts: Mapping[str, Any], file: Path) -> str:
+    """A GGUF file's type as its header says, whatever it is called."""
+    number = facts.get("general.file_type")
+    names = (entry.name for entry in FILE_TYPES.values() if entry.number == number)
+    return next(names, file.stem.rpartition(".")[2].lower())
+
+
 def _dtype_of(folder: Path) -> str:
+    """How a model folder's weights are stored: what `verify.ALLOWED` names."""
     config = read_json(folder / "config.json")
+    stored = config.get("quantization_config")
+    if isinstance(stored, dict):
+        if stored.get("load_in_4bit"):
+            return str(stored.get("bnb_4bit_quant_type") or "nf4")
+        return "int4" if stored.get("bits") == 4 or "int4" in json.dumps(stored) else "int8"
     return str(config.get("dtype") or config.get("torch_dtype") or "float32")

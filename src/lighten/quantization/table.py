@@ -101,7 +101,7 @@ def quantize(
     with tempfile.TemporaryDirectory(prefix="lighten-quantize-") as place:
         scratch = Path(place)
         with opened(source, scratch, adapter=adapter, dataset=dataset) as model:
-            root = output_dir or _exports(model)
+            root = output_dir or model.exports
             for target in targets:
                 require_replaceable(root / target.folder)
             calibration, record = ([], None) if not any(t.calibrated for t in targets) else (
@@ -140,10 +140,6 @@ def _about_bytes(targets: Sequence[Target], model: ModelSource) -> list[str]:
         f"{'which the run was trained for' if learnt else 'after training'}; torchao gives each "
         "4-bit weight a byte on a processor, in the file too: the ExecuTorch export packs them"
     ]
-
-
-def _exports(model: ModelSource) -> Path:
-    return (model.run.folder if model.run else Path.cwd()) / "exports"
 
 
 def weight_bytes(folder: Path) -> int:

@@ -17,7 +17,9 @@ from lighten.machine.hardware import cache_folder
 from lighten.models import configuration, gguf
 from lighten.models.load import checksum, locate, tokenizer_in, weight_files
 from lighten.peft_config import CONFIG, WEIGHTS, read_config
+from lighten.quantization.export_card import MANIFEST
 from lighten.quantization.gguf_adapter import write_gguf_adapter
+from lighten.quantization.gguf_source import read_json
 from lighten.runs import INFO, RECIPE, Run, whole_folder
 from lighten.serving.engine import Adapter
 from lighten.serving.prompts import Asking, asking
@@ -124,6 +126,10 @@ def open_adapter(name: str, folder: Path, base: Base) -> Model:
         _require_same_base(folder, info, base)
         handling = data.Handling(recipe.system_role, recipe.thinking)
         learnt, template = data.LearntAnswers.of(info), recipe.chat_template
+    elif (folder / MANIFEST).is_file():  # it was exported
+        manifest = read_json(folder / MANIFEST)
+        of_export = {"checksum": manifest.get("base_sha256"), "name": manifest.get("base")}
+        _require_same_base(folder, {"base": of_export}, base)
     has_tokenizer = any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model"))
     tokenizer = (
         tokenizer_in(folder, str(folder)) if has_tokenizer else models.load_tokenizer(base.name)

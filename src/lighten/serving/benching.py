@@ -40,6 +40,8 @@ def bench(
     """
     settings = Load(**load)
     settings.check()
+    if output is not None and output.exists() and not output.is_dir():
+        raise UserError(f"--output-dir {output} is a file; name a folder")
     remote = Remote(url, key)
     models = list(remote.models())
     try:

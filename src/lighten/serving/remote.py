@@ -78,7 +78,7 @@ class Remote:
         try:
             listed = self.request("GET", "/v1/models")["data"]
             return {model["id"]: model.get("parent") for model in listed}
-        except (ServerError, KeyError, TypeError) as error:
+        except (ServerError, LookupError, TypeError, ValueError) as error:
             raise UserError(f"{self.url} does not list its models: {error}") from error
 
     def request(self, method: str, path: str, body: Any = None) -> Any:

@@ -1,0 +1,100 @@
+"""What a user does after training: several adapters, one folder, options without effect."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+import lighten
+from lighten.errors import UserError
+from lighten.quantization.forecast import forecast
+from lighten.quantization.gguf_model import write_gguf
+from lighten.quantization.model_source import opened
+from lighten.quantization.verify import ALLOWED
+from lighten.quantization.weights import make
+from lighten.runs import Run
+from tests.test_merge import trained
+from tests.tiny import save_tiny, tiny_model
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, chat_file: Path) -> Run:
+    """A run with two adapters."""
+    folder = tmp_path_factory.mktemp("after") / "run"
+    return lighten.train(
+        model_name_or_path=str(tiny_folder), dataset=str(chat_file), output_dir=str(folder),
+        max_steps=2, learning_rate=0.05, val_size=8, dtype="float32", progress=False,
+        adapters=[{"name": "a", "lora_r": 4}, {"name": "b", "lora_r": 8}],
+    )  # fmt: skip
+
+
+def test_the_exports_of_two_adapters_of_a_run_lie_beside_each_other(
+    run: Run, tmp_path: Path
+) -> None:
+    first = lighten.export(run, "merged", adapter="a", verify=False)
+    weights = (first.folder / "model.safetensors").read_bytes()
+    second = lighten.export(run, "merged", adapter="b", verify=False)
+    assert (first.folder / "model.safetensors").read_bytes() == weights
+    assert first.folder != second.folder
+    planned = [forecast(run, "gguf:q8_0", adapter=name, timed=False).folder for name in "ab"]
+    assert planned == [str(run.folder / "exports" / name) for name in "ab"]
+    with opened(run, tmp_path, adapter="b") as source:
+        assert str(source.exports) == planned[1]
+
+
+def test_an_export_never_replaces_what_it_is_made_of(run: Run, tmp_path: Path) -> None:
+    merged = lighten.export(run, "merged", adapter="a", output_dir=tmp_path / "m", verify=False)
+    with pytest.raises(UserError, match="is what is exported"):
+        lighten.export(str(merged.folder), "gguf:q8_0", output_dir=merged.folder, verify=False)
+    assert (merged.folder / "model.safetensors").is_file()
+    adapter = lighten.export(run, "adapter", adapter="a", output_dir=tmp_path / "a", verify=False)
+    with pytest.raises(UserError, match="is what is exported"):
+        lighten.export(str(adapter.folder), "merged", output_dir=adapter.folder, verify=False)
+    assert (adapter.folder / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("form", ["merged", "gguf", "adapter"])
+def test_a_dtype_without_effect_is_refused(form: str, run: Run, tmp_path: Path) -> None:
+    base = run.recipe().model_name_or_path
+    source: Any = run if form == "adapter" else base
+    options = {"adapter": "a"} if form == "adapter" else {}
+    with pytest.raises(UserError, match="--dtype"):
+        lighten.export(source, form, output_dir=tmp_path / "o", dtype="float16", verify=False,
+                       **options)  # fmt: skip
+
+
+def test_an_adapters_chat_template_is_not_lost_to_its_bases(tmp_path: Path) -> None:
+    """Other trainers keep the template in `tokenizer_config.json`; a base has a file for it."""
+    base = save_tiny(tmp_path / "base")
+    model = tiny_model("llama")
+    trained(model, tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(base)
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "chat_template.jinja").unlink()
+    settings = tmp_path / "adapter" / "tokenizer_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "chat_template": template}))
+    export = lighten.export(str(tmp_path / "adapter"), "merged", output_dir=tmp_path / "m",
+                            verify=False)  # fmt: skip
+    assert AutoTokenizer.from_pretrained(export.folder).chat_template == template
+
+
+def test_a_quantised_copys_receipt_is_of_its_own_format(tmp_path: Path) -> None:
+    """Four bits may be farther away than sixteen; and a GGUF file's name says nothing."""
+    base = save_tiny(tmp_path / "base", hidden_size=64, intermediate_size=64)
+    receipts = {}
+    for kind in ("nf4", "int8"):
+        make(kind, base, tmp_path / kind, [])
+        receipts[kind] = lighten.verify(tmp_path / kind, str(base))
+    write_gguf(base, tmp_path / "gguf" / "model.f32.gguf", "q8_0")
+    receipts["q8_0"] = lighten.verify(tmp_path / "gguf", str(base))
+    for kind, receipt in receipts.items():
+        assert (receipt.kind, receipt.allowed_kl) == (kind, ALLOWED[kind])
