@@ -126,6 +126,14 @@ def test_a_finished_audit_is_shown_again(
     with pytest.raises(UserError, match="was measured with other recipe"):
         lighten.audit(str(tiny_folder), data=str(chat_file), budget="2h",
                       output_dir=finished_audit.folder, **{**SMALL, "max_length": 32})  # fmt: skip
+    before = chat_file.read_bytes()
+    try:
+        chat_file.write_bytes(b"".join(reversed(before.splitlines(keepends=True))))
+        with pytest.raises(UserError, match="was measured with other data"):
+            lighten.audit(str(tiny_folder), data=str(chat_file), budget="2h",
+                          output_dir=finished_audit.folder, **SMALL)  # fmt: skip
+    finally:
+        chat_file.write_bytes(before)
 
 
 def _audit(model: str, data: str, folder: str) -> None:

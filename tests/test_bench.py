@@ -218,6 +218,8 @@ def test_two_results_are_compared_with_significance() -> None:
     assert few["verdict"] == "fewer than 5 repeats"
     other_device = {**_result(fast), "device": "another"}
     assert "the device differ" in comparing.compare(_result(slow), other_device)["notes"][0]
+    longer = comparing.compare(_result(slow, new_tokens=32), _result(fast, new_tokens=16))
+    assert longer["notes"] == ["train: LoRA: new_tokens is 32 and 16: the ratios are of other work"]
 
 
 def test_the_command_measures_stores_and_compares(tiny_folder: Path, tmp_path: Path) -> None:
@@ -238,6 +240,8 @@ def test_mistakes_are_told(tiny_folder: Path, tmp_path: Path) -> None:
         api.bench(str(tiny_folder), ["speed"])
     with pytest.raises(UserError, match="2 tokens or more"):
         api.bench(str(tiny_folder), ["size"], new_tokens=1)
+    with pytest.raises(UserError, match=r"is a folder; name a file in it"):
+        api.bench(str(tiny_folder), ["size"], output=tmp_path, log=pytest.fail)
     with pytest.raises(UserError, match="cannot be read"):
         api.bench_compare(tmp_path / "none.json", tmp_path / "none.json")
     (tmp_path / "other.json").write_text("{}")

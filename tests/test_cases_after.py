@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
+from typer.testing import CliRunner
 
 import lighten
+from lighten import folders
+from lighten.cli.console import print_json
+from lighten.cli.main import app
 from lighten.errors import UserError
+from lighten.models.load import weight_files
 from lighten.quantization.forecast import forecast
 from lighten.quantization.gguf_model import write_gguf
 from lighten.quantization.model_source import opened
+from lighten.quantization.table import weight_bytes
 from lighten.quantization.verify import ALLOWED
 from lighten.quantization.weights import make
 from lighten.runs import Run
+from lighten.serving import adapters, checks
+from lighten.serving.options import Options, require_valid
+from lighten.serving.remote import Remote
 from tests.test_merge import trained
 from tests.tiny import save_tiny, tiny_model
 
@@ -98,3 +109,90 @@ def test_a_quantised_copys_receipt_is_of_its_own_format(tmp_path: Path) -> None:
     receipts["q8_0"] = lighten.verify(tmp_path / "gguf", str(base))
     for kind, receipt in receipts.items():
         assert (receipt.kind, receipt.allowed_kl) == (kind, ALLOWED[kind])
+
+
+def test_an_exported_adapter_is_not_served_over_another_base(run: Run, tmp_path: Path) -> None:
+    """One of the same shapes loads without a word, and answers nonsense."""
+    adapter = lighten.export(run, "adapter", adapter="a", output_dir=tmp_path / "a", verify=False)
+    own = adapters.open_base(run.recipe().model_name_or_path)
+    assert adapters.open_adapter("a", adapter.folder, own).adapter is not None
+    other = adapters.open_base(str(save_tiny(tmp_path / "other", seed=7)))
+    with pytest.raises(UserError, match="was trained on another base"):
+        adapters.open_adapter("a", adapter.folder, other)
+
+
+def test_a_web_page_is_no_server() -> None:
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html></html>")
+
+        def log_message(self, *_: Any) -> None:
+            """Nothing."""
+
+    server = HTTPServer(("127.0.0.1", 0), Page)
+    threading.Thread(target=server.handle_request, daemon=True).start()
+    with pytest.raises(UserError, match="does not list its models"):
+        Remote(f"http://127.0.0.1:{server.server_address[1]}").models()
+    server.server_close()
+
+
+def test_a_run_that_was_quantised_and_benchmarked_may_be_trained_anew(run: Run) -> None:
+    """Its folder holds what other verbs wrote there, and nothing of anybody else's."""
+    for name in (folders.QUANTIZE, folders.BENCH):
+        (run.folder / name).write_text("{}")
+        folders.require_ours(run.folder)
+        (run.folder / name).unlink()
+
+
+def test_every_model_is_asked_among_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where there are more models than the requests have room for all questions of each."""
+    asked: list[str] = []
+
+    def chat(_: Remote, model: str, *__: Any, **___: Any) -> dict[str, Any]:
+        asked.append(model)
+        return {"choices": [{"message": {"content": model}, "logprobs": {"content": []}}]}
+
+    monkeypatch.setattr(Remote, "chat", chat)
+    models = [f"m{number}" for number in range(20)]
+    found = checks.identity(Remote("http://127.0.0.1:1"), models, requests=20, clients=1)
+    assert (found.same, found.wrong) == (20, 0)
+    assert set(asked[-20:]) == set(models)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"port": 70000}, "--port 70000"), ({"port": -1}, "--port -1"),
+     ({"waiting": 0}, "--max-waiting"), ({"threads": 0}, "--threads")],
+)  # fmt: skip
+def test_a_server_that_could_not_answer_is_not_started(
+    changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        require_valid(Options(**changes))
+
+
+def test_a_second_copy_of_all_weights_counts_for_nothing(tmp_path: Path) -> None:
+    """Mistral's folders hold one for another program, `consolidated.safetensors`."""
+    base = save_tiny(tmp_path / "base")
+    weights = base / "model.safetensors"
+    (base / "consolidated.safetensors").write_bytes(weights.read_bytes())
+    assert weight_files(base) == [weights]
+    assert weight_bytes(base) == weights.stat().st_size
+    export = lighten.export(str(base), "merged", output_dir=tmp_path / "m", verify=False)
+    assert [file.name for file in export.files] == ["model.safetensors"]
+
+
+def test_json_has_no_numbers_that_json_does_not_have(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"mean_kl": float("nan"), "ratios": [float("inf"), 1.5]})
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {
+        "mean_kl": None, "ratios": [None, 1.5],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("option", [("--temperature", "-1"), ("--max-new-tokens", "0")])
+def test_an_answer_that_cannot_be_is_refused(option: tuple[str, str]) -> None:
+    result = CliRunner().invoke(app, ["chat", "runs/none", *option])
+    assert result.exit_code == 2
+    assert "is not in the range" in result.output

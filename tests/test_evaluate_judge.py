@@ -91,7 +91,20 @@ def test_a_judge_that_follows_the_order_has_no_opinion(server: _Server) -> None:
     )
     assert judgement["verdict"] == "no difference found"
     server.opinion = lambda *_: "I cannot say"
-    assert ask(server, ["x"] * 3, ["y"] * 3)["unclear"] == 3
+    undecided = ask(server, ["x"] * 24, ["y"] * 24)
+    assert (undecided["unclear"], undecided["verdict"]) == (24, "not judged")
+
+
+@pytest.mark.parametrize(
+    ("reply", "choice"),
+    [("It is a tie.", "tie"), ("A tie", "tie"), ("b", "B"), ("**A**", "A"), ("Answer B.", "B"),
+     ("As a judge, I prefer B", "B"), ("I cannot say", None), ("Neither is a good one", None)],
+)  # fmt: skip
+def test_a_reply_in_words_is_read_as_it_is_meant(
+    reply: str, choice: str | None, server: _Server
+) -> None:
+    server.opinion = lambda *_: reply
+    assert Judge(server.url, "judge").ask("?", "", "x", "y") == choice
 
 
 def test_a_key_is_sent_and_what_is_wrong_is_told(
@@ -119,6 +132,20 @@ def test_an_evaluation_is_judged(
     )  # fmt: skip
     with pytest.raises(UserError, match="give both"):
         lighten.evaluate(run, judge=server.url)
+    # A judge that is not there is told before anything is measured; one that fails later takes
+    # nothing of what was measured along.
+    how: Any = {"judge": server.url, "judge_model": "judge", "max_examples": 4, "max_new_tokens": 3}
+    server.opinion = lambda *_: "refuse"
+    with pytest.raises(UserError, match="answered 404"):
+        lighten.evaluate(run, **how)
+    assert not (run.folder / "evaluation.json").exists()
+    replies = iter(["A"])
+    server.opinion = lambda *_: next(replies, "refuse")
+    with pytest.raises(UserError, match=r"answered 404: .*; all else that was measured is in"):
+        lighten.evaluate(run, **how)
+    assert json.loads((run.folder / "evaluation.json").read_text())["judged"] == []
+    server.requests.clear()
+    server.opinion = lambda *_: "B"
     evaluation = lighten.evaluate(
         run, judge=server.url, judge_model="judge", max_examples=4, max_new_tokens=3
     )

@@ -185,6 +185,7 @@ def artefact(tmp_path: Path) -> Path:
 
 
 def test_an_artefact_arrives_whole_and_private(artefact: Path, hub: Hub) -> None:
+    (artefact / "model[q8].json").write_text("{}")
     (artefact / ".cache").mkdir()
     (artefact / ".cache" / "left").write_text("not for the hub")
     address = lighten.push(artefact, "me/tiny")

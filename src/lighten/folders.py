@@ -24,8 +24,8 @@ RECIPE, INFO, METRICS, EVALUATION = "recipe.yaml", "run.json", "metrics.jsonl", 
 PLAN, MODEL, REPORT, SWEEP, LOGS = "plan.json", "model", "report.html", "sweep.json", "logs"
 # What runs, sweeps, their reports and their trackers put into a folder; `lighten` was TensorBoard's
 # before `logs`.
-FILES = (RECIPE, INFO, METRICS, EVALUATION, PLAN, REPORT, SWEEP, "left.jsonl", "search.journal",
-         "search.journal.lock")  # fmt: skip
+FILES = (RECIPE, INFO, METRICS, EVALUATION, PLAN, REPORT, SWEEP, QUANTIZE, BENCH, "left.jsonl",
+         "search.journal", "search.journal.lock")  # fmt: skip
 FOLDERS = ("adapters", "checkpoints", MODEL, "exports", LOGS, "wandb", "lighten", "arms", "tune",
            "look", "ray")  # fmt: skip
 # What file managers leave wherever somebody looks.

@@ -23,6 +23,7 @@ from lighten.errors import UserError
 from lighten.machine import devices, hardware
 from lighten.models.load import checksum, weight_files
 from lighten.recipe import Recipe
+from lighten.training.rows import data_sha256
 from lighten.wording import counted
 
 VERSION = 1
@@ -164,6 +165,7 @@ def _facts(model: str, recipe: Recipe, settings: Settings) -> dict[str, Any]:
     return {
         "created": now(), "model": model,
         "base_sha256": checksum(weight_files(source.base_folder)), "data": data,
+        "data_sha256": data_sha256(recipe),
         "machine": hardware.machine().to_dict(), "versions": hardware.versions(),
         "commit": commit, "tree_clean": clean, "device": devices.named(None).label,
         "recipe": recipe.completed(), "settings": asdict(settings),
@@ -187,6 +189,9 @@ def _load_or_start(
         before = json.loads(path.read_text(encoding="utf-8"))
         compared_keys = ("base_sha256", "recipe", "device", "versions")
         changed = [name for name in compared_keys if before[name] != facts[name]]
+        # Rows are paired by place: those of other data would be taken for the same examples.
+        if before.get("data_sha256", facts["data_sha256"]) != facts["data_sha256"]:
+            changed.append("data")
         changed += [
             name for name, value in facts["settings"].items()
             if name != "budget_s" and before["settings"].get(name) != value
@@ -204,7 +209,10 @@ def _load_or_start(
     kept_rows = [row for row in before["rows"] if not (row.get("budget") and status == "running")]
     if status == "running":
         log(f"going on: {counted(len(kept_rows), 'row')} measured or explained already")
-    merged_facts = {**{key: before[key] for key in facts}, "settings": facts["settings"]}
+    merged_facts = {
+        **{key: before.get(key, value) for key, value in facts.items()},
+        "settings": facts["settings"],
+    }
     return Audit(folder, merged_facts, kept_rows, before["steps"], before["spent_s"], status)
 
 

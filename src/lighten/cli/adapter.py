@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from lighten.cli.console import Json, console, print_table
+from lighten.cli.console import Json, console, print_json, print_table
 from lighten.wording import counted
 
 adapter_app = typer.Typer(
@@ -30,7 +29,7 @@ def info(
 
     details = api.adapter_info(target, adapter=adapter)
     if as_json:
-        typer.echo(json.dumps(details))
+        print_json(details)
         return
     facts = _facts(details)
     print_table(["adapter", ""], facts)
@@ -88,7 +87,7 @@ def resize(
     folder, resized = api.resize_adapter(target, rank, adapter=adapter, output_dir=output_dir)
     facts = resized.facts()
     if as_json:
-        typer.echo(json.dumps({"folder": str(folder), **facts}))
+        print_json({"folder": str(folder), **facts})
         return
     worst = facts["worst_layer"]
     print_table(

@@ -120,10 +120,15 @@ def console() -> Console:
 
 
 def print_json(value: Any) -> None:
-    """Print JSON; in an encoding that lacks some of its text, that text is escaped, not lost."""
+    """Print JSON; in an encoding that lacks some of its text, that text is escaped, not lost.
+
+    Numbers that are not finite become null, which every reader of JSON takes.
+    """
     import json
 
-    typer.echo(json.dumps(value, ensure_ascii=not takes_any_text(sys.stdout)))
+    from lighten.whole_files import finite
+
+    typer.echo(json.dumps(finite(value), ensure_ascii=not takes_any_text(sys.stdout)))
 
 
 def print_table(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lighten.cli.console import Json, console
+from lighten.cli.console import Json, console, print_json
 
 if TYPE_CHECKING:
     from lighten.quantization.verify import Receipt
@@ -82,16 +81,14 @@ def export(
         log=log,
     )
     if as_json:
-        typer.echo(
-            json.dumps(
-                {
-                    "folder": str(artefact.folder),
-                    "files": [str(file) for file in artefact.files],
-                    "size_bytes": artefact.size_bytes,
-                    "notes": list(artefact.notes),
-                    "receipt": artefact.receipt.to_dict() if artefact.receipt else None,
-                }
-            )
+        print_json(
+            {
+                "folder": str(artefact.folder),
+                "files": [str(file) for file in artefact.files],
+                "size_bytes": artefact.size_bytes,
+                "notes": list(artefact.notes),
+                "receipt": artefact.receipt.to_dict() if artefact.receipt else None,
+            }
         )
     else:
         for file in artefact.files:
@@ -115,7 +112,7 @@ def verify(
 
     receipt = api.verify(artefact, against, adapter=adapter)
     if as_json:
-        typer.echo(json.dumps(receipt.to_dict()))
+        print_json(receipt.to_dict())
     _tell_receipt(receipt, quiet=as_json)
 
 

@@ -277,9 +277,9 @@ def chat(
         OnOff | None, typer.Option(help="Answers begin with a thought; default: as trained.")
     ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "--max_new_tokens", help="Longest answer.")
+        int, typer.Option("--max-new-tokens", "--max_new_tokens", min=1, help="Longest answer.")
     ] = 256,
-    temperature: Annotated[float, typer.Option(help="0 answers greedily.")] = 0.0,
+    temperature: Annotated[float, typer.Option(min=0, help="0 answers greedily.")] = 0.0,
 ) -> None:
     """Talk to a base or an adapter in the terminal."""
     from lighten import path_checks

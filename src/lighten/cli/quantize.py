@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from lighten.cli.console import Json, console, print_table
+from lighten.cli.console import Json, console, print_json, print_table
 
 _Source = Annotated[str, typer.Argument(metavar="RUN | MODEL", help="What is made smaller.")]
 _To = Annotated[
@@ -53,7 +52,7 @@ def quantize(
         questions=questions, log=log,
     )  # fmt: skip
     if as_json:
-        typer.echo(json.dumps(result.to_dict()))
+        print_json(result.to_dict())
         return
     rows = result.formats
     columns = [*COLUMNS, *((label, _metric(name)) for name, label in

@@ -428,8 +428,9 @@ def weight_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     return sorted(
-        file for file in path.glob("*.safetensors") if not file.name.startswith("adapter_")
-    )
+        file for file in path.glob("*.safetensors")
+        if not file.name.startswith(("adapter_", "consolidated"))  # as of `_IGNORED`
+    )  # fmt: skip
 
 
 def _require_safetensors(folder: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from lighten.artifacts import Artefact, added_words, copy_companions
 from lighten.errors import UserError
+from lighten.models.load import weight_files
 from lighten.peft_config import CONFIG, WEIGHTS, read_config
 from lighten.quantization import executorch, verify
 from lighten.quantization.export_card import (
@@ -75,8 +76,8 @@ def check(
         raise UserError(f"--dtype {dtype} is of --as merged; {form} has no use for it")
     if dtype != "auto" and artefact.adapter is None:
         raise UserError(
-            f"--dtype {dtype} is of a merged adapter; {artefact.name} has none, and its weights are "
-            "copied as they are: leave --dtype out"
+            f"--dtype {dtype} is of a merged adapter; {artefact.name} has none, and its weights "
+            "are copied as they are: leave --dtype out"
         )
     if kind and form != "gguf":
         raise UserError(f"--as: {form} has no types; {form}:{kind} is not valid")
@@ -114,7 +115,7 @@ def require_same_base(artefact: Artefact) -> None:
     """
     if artefact.adapter is None or artefact.run is None:
         return
-    from lighten.models.load import checksum, locate, weight_files
+    from lighten.models.load import checksum, locate
     from lighten.models.names import public_name
 
     base_name = read_config(artefact.adapter).get("base_model_name_or_path")
@@ -261,9 +262,9 @@ def _merged(artefact: Artefact, target: Path, dtype: str, dequantized: bool) -> 
         )
     if artefact.adapter is None:
         with whole_folder(target) as partial:
-            for path in artefact.base_folder.iterdir():
-                if path.suffix == ".safetensors" or path.name.endswith(".index.json"):
-                    shutil.copyfile(path, partial / path.name)
+            index = artefact.base_folder.glob("*.safetensors.index.json")
+            for path in (*weight_files(artefact.base_folder), *index):
+                shutil.copyfile(path, partial / path.name)
             shutil.copyfile(artefact.base_folder / "config.json", partial / "config.json")
             add_companions(partial)
         return _exported(target, "*.safetensors")

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lighten.models.load import weight_files
 from lighten.models.names import card_line, card_name
 from lighten.quantization import child
 from lighten.quantization.export_card import require_replaceable
@@ -144,8 +145,7 @@ def _about_bytes(targets: Sequence[Target], model: ModelSource) -> list[str]:
 
 def weight_bytes(folder: Path) -> int:
     """Bytes of a folder's weight files."""
-    return sum(file.stat().st_size for pattern in ("*.safetensors", "*.gguf")
-               for file in folder.glob(pattern))  # fmt: skip
+    return sum(file.stat().st_size for file in (*weight_files(folder), *folder.glob("*.gguf")))
 
 
 def _make(

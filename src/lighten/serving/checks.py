@@ -138,7 +138,8 @@ def identity(
     Raises:
         ServerError: A request failed.
     """
-    pairs = list(itertools.product(models, _QUESTIONS))
+    # Every model is asked before any is asked again, also where the requests are few.
+    pairs = [(model, question) for question, model in itertools.product(_QUESTIONS, models)]
     alone = {pair: _answer(remote, *pair) for pair in pairs}
     order = (pairs * (requests // len(pairs) + 1))[:requests]
     random.Random(seed).shuffle(order)

@@ -16,6 +16,7 @@ STORAGES = ("q8_0", "f16", "bf16", "f32")
 STORAGE = STORAGES[0]  # unless another is asked for; ours has the processor's own format then
 STORED = {"f32": "float32", "bf16": "bfloat16"}  # what our engine holds a base as
 _CONTEXT = 4096  # of a server whose user names none, where the base has so many positions
+_LAST_PORT = 65535
 STORED_BY_VLLM = {**STORED, "f16": "float16"}
 
 
@@ -93,6 +94,10 @@ def require_valid(options: Options) -> None:
         )
     if options.slots < 1 or (options.context is not None and options.context < 16):
         raise UserError("--max-num-seqs is at least 1 and --max-model-len at least 16")
+    if options.waiting < 1 or (options.threads is not None and options.threads < 1):
+        raise UserError("--max-waiting and --threads are at least 1")
+    if not 0 <= options.port <= _LAST_PORT:
+        raise UserError(f"--port {options.port} is none; ports go from 0, any free one, to 65535")
     if options.adapter_dir is not None and not options.adapter_dir.is_dir():
         raise UserError(f"--adapter-dir {options.adapter_dir} is no folder")
 

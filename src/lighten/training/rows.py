@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lighten import data, models
 from lighten.data import Encoded, TemplateChoice
-from lighten.data.files import Content, files_of
+from lighten.data.files import Content, checksum, files_of
 from lighten.errors import NoHeldOut
 from lighten.models import Limits
 from lighten.paths import split_limit
@@ -196,6 +197,16 @@ def _read_rows(
         "answers": data.learnt_answers(encoded.findings).to_dict(),
     }
     return encoded, held_out, facts, [*data.left_out("training", dataset), *notes]
+
+
+def data_sha256(recipe: Recipe) -> str:
+    """Over the files that the rows come from, or are compared with; none of them is read as rows.
+
+    Raises:
+        UserError: A file is not there.
+    """
+    sums = {split: checksum(files) for split, files in _files(recipe).items()}
+    return hashlib.sha256(repr(sorted(sums.items())).encode()).hexdigest()
 
 
 def _files(recipe: Recipe) -> dict[str, list[Path]]:
