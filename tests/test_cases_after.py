@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -28,6 +29,7 @@ from lighten.runs import Run
 from lighten.serving import adapters, checks
 from lighten.serving.options import Options, require_valid
 from lighten.serving.remote import Remote
+from lighten.whole_files import remove_unfinished, scratch_folder
 from tests.test_merge import trained
 from tests.tiny import save_tiny, tiny_model
 
@@ -114,8 +116,8 @@ def test_a_quantised_copys_receipt_is_of_its_own_format(tmp_path: Path) -> None:
 def test_an_exported_adapter_is_not_served_over_another_base(run: Run, tmp_path: Path) -> None:
     """One of the same shapes loads without a word, and answers nonsense."""
     adapter = lighten.export(run, "adapter", adapter="a", output_dir=tmp_path / "a", verify=False)
-    own = adapters.open_base(run.recipe().model_name_or_path)
-    assert adapters.open_adapter("a", adapter.folder, own).adapter is not None
+    base = adapters.open_base(run.recipe().model_name_or_path)
+    assert adapters.open_adapter("a", adapter.folder, base).adapter is not None
     other = adapters.open_base(str(save_tiny(tmp_path / "other", seed=7)))
     with pytest.raises(UserError, match="was trained on another base"):
         adapters.open_adapter("a", adapter.folder, other)
@@ -148,17 +150,17 @@ def test_a_run_that_was_quantised_and_benchmarked_may_be_trained_anew(run: Run) 
 
 def test_every_model_is_asked_among_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where there are more models than the requests have room for all questions of each."""
-    asked: list[str] = []
+    requested: list[str] = []
 
     def chat(_: Remote, model: str, *__: Any, **___: Any) -> dict[str, Any]:
-        asked.append(model)
+        requested.append(model)
         return {"choices": [{"message": {"content": model}, "logprobs": {"content": []}}]}
 
     monkeypatch.setattr(Remote, "chat", chat)
     models = [f"m{number}" for number in range(20)]
-    found = checks.identity(Remote("http://127.0.0.1:1"), models, requests=20, clients=1)
-    assert (found.same, found.wrong) == (20, 0)
-    assert set(asked[-20:]) == set(models)
+    identity = checks.identity(Remote("http://127.0.0.1:1"), models, requests=20, clients=1)
+    assert (identity.same, identity.wrong) == (20, 0)
+    assert set(requested[-20:]) == set(models)
 
 
 @pytest.mark.parametrize(
@@ -196,3 +198,14 @@ def test_an_answer_that_cannot_be_is_refused(option: tuple[str, str]) -> None:
     result = CliRunner().invoke(app, ["chat", "runs/none", *option])
     assert result.exit_code == 2
     assert "is not in the range" in result.output
+
+
+def test_a_killed_exports_merged_model_goes_with_the_next_one(run: Run, tmp_path: Path) -> None:
+    with scratch_folder(tmp_path, "merged") as scratch:
+        (scratch / "model.safetensors").touch()
+        remove_unfinished(tmp_path)
+        assert (scratch / "model.safetensors").is_file()  # of a process that is at work
+        left = tmp_path / f"{scratch.name.removesuffix('.partial')}x.partial"
+        shutil.copytree(scratch, left)  # of one that was killed: nobody holds it
+    lighten.export(run, "gguf:f16", adapter="a", output_dir=tmp_path / "g", verify=False)
+    assert {path.name for path in tmp_path.iterdir()} == {"g"}

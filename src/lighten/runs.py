@@ -22,6 +22,7 @@ from lighten.folders import RECIPE as RECIPE
 from lighten.recipe import Recipe, aliases, yaml_lines
 from lighten.whole_files import FileContent as FileContent
 from lighten.whole_files import append_line as append_line
+from lighten.whole_files import finite as finite
 from lighten.whole_files import read_lines as read_lines
 from lighten.whole_files import remove_unfinished as remove_unfinished
 from lighten.whole_files import whole_folder as whole_folder

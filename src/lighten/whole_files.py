@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -98,8 +99,28 @@ def whole_folder(final: Path) -> Iterator[Path]:
             os.close(held)
 
 
+@contextmanager
+def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
+    """A folder for what is needed meanwhile, beside what is written.
+
+    It goes at the end. Of a process that was killed, it goes with the next one that writes there.
+
+    Args:
+        parent: Where; it is there.
+        name: What is in it.
+    """
+    remove_unfinished(parent)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=f".{name}-", suffix=".partial") as place:
+        held = _hold(Path(place))
+        try:
+            yield Path(place)
+        finally:
+            if held is not None:
+                os.close(held)
+
+
 def remove_unfinished(parent: Path) -> None:
-    """Remove the folders under one that `whole_folder` began and nobody fills any more.
+    """Remove the folders under one that were begun here and nobody fills any more.
 
     Who fills one holds a lock of the system's on it, which ends with the process.
     """

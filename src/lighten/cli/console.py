@@ -126,7 +126,7 @@ def print_json(value: Any) -> None:
     """
     import json
 
-    from lighten.whole_files import finite
+    from lighten.runs import finite
 
     typer.echo(json.dumps(finite(value), ensure_ascii=not takes_any_text(sys.stdout)))
 

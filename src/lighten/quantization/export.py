@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -31,6 +30,7 @@ from lighten.quantization.room import require_export_room
 from lighten.quantization.rounding import rounding_of
 from lighten.quantization.verify import Receipt
 from lighten.runs import whole_folder, write_json
+from lighten.whole_files import scratch_folder
 
 FORMS = ("adapter", "merged", "gguf", "gguf-adapter", "executorch")
 MERGED = ("merged", "gguf", "executorch")  # the forms that an adapter is merged for
@@ -334,8 +334,8 @@ def model_folder(
         yield artefact.base_folder
         return
     sibling.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=sibling.parent, prefix=".merged-") as scratch:
-        folder = Path(scratch) / "model"
+    with scratch_folder(sibling.parent, "merged") as scratch:
+        folder = scratch / "model"
         _merged(artefact, folder, dtype, dequantized)
         yield folder
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from lighten.quantization.gguf_types import FILE_TYPES
 from lighten.quantization.questions import Questions, questions_of
 from lighten.quantization.rounding import rounding_of
 from lighten.quantization.verify import Receipt
+from lighten.whole_files import scratch_folder
 
 
 def receipt_of(
@@ -57,8 +57,8 @@ def receipt_of(
             )
     from lighten.quantization.gguf_model import write_gguf
 
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".base-") as scratch:
-        base = Path(scratch) / "base.gguf"
+    with scratch_folder(target.parent, "base") as scratch:
+        base = scratch / "base.gguf"
         write_gguf(artefact.base_folder, base, "f32")
         with verify.in_llamacpp(base, file) as opened:
             return verify.compare(
