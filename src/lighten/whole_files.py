@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import math
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from lighten.errors import DiskFull, UserError
+
+log = logging.getLogger(__name__)
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -68,13 +72,15 @@ def write_bytes(path: Path, data: bytes | FileContent) -> None:
 def whole_folder(final: Path) -> Iterator[Path]:
     """A folder to fill, put in the place of an older one when all of it is on disk.
 
-    What processes that were killed left unfinished beside it goes first.
+    What processes that were killed left unfinished beside it goes first. One that is filling the
+    same folder now is waited for.
 
     Raises:
         UserError: The disk is full; an older folder stays.
     """
     partial = final.with_name(f".{final.name}.partial")
     remove_unfinished(final.parent)
+    _wait_for(partial, final)
     shutil.rmtree(partial, ignore_errors=True)
     held: int | None = None
     try:
@@ -129,6 +135,35 @@ def remove_unfinished(parent: Path) -> None:
             if partial.is_dir() and (held := _hold(partial)) is not None:
                 shutil.rmtree(partial, ignore_errors=True)
                 os.close(held)
+
+
+def _wait_for(partial: Path, final: Path) -> None:
+    """Wait until no other process fills a folder: two at once would make one torn folder of it."""
+    waiting = False
+    while _is_held(partial):
+        if not waiting:
+            log.warning("another process writes %s; waiting for its end", final)
+            waiting = True
+        time.sleep(0.1)
+
+
+def _is_held(folder: Path) -> bool:
+    """Whether somebody holds a folder's lock; False where the system has no locks."""
+    try:
+        import fcntl
+
+        descriptor = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):  # Windows; it is not there
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _hold(folder: Path) -> int | None:
