@@ -218,6 +218,14 @@ def test_two_results_are_compared_with_significance() -> None:
     assert few["verdict"] == "fewer than 5 repeats"
     other_device = {**_result(fast), "device": "another"}
     assert "the device differ" in comparing.compare(_result(slow), other_device)["notes"][0]
+    batches = [
+        {"records": [{"part": "max-batch", "name": f"micro-batch within {size} GiB",
+                      "what": "micro-batch", "memory_bytes": size, "largest": size}]}
+        for size in (4, 6)
+    ]  # fmt: skip
+    compared = comparing.compare(*batches)
+    assert compared["rows"][0]["ratio"] == 1.5
+    assert "memory_bytes is 4 and 6" in compared["notes"][0]
     longer = comparing.compare(_result(slow, new_tokens=32), _result(fast, new_tokens=16))
     assert longer["notes"] == ["train: LoRA: new_tokens is 32 and 16: the ratios are of other work"]
 

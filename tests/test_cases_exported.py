@@ -33,10 +33,16 @@ def test_an_older_export_is_replaced_until_a_file_is_put_beside_it(
     target = tmp_path / "e"
     for _ in range(2):
         api.export(str(tiny_folder), "merged", output_dir=target, verify=False)
-    (target / "mine.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"mine\.txt"):
-        api.export(str(tiny_folder), "merged", output_dir=target, verify=False)
+    for name in ("mine.txt", "results.json", "weights.safetensors"):
+        (target / name).write_text("mine")
+        with pytest.raises(UserError, match=name):
+            api.export(str(tiny_folder), "merged", output_dir=target, verify=False)
+        (target / name).unlink()
     assert (target / "model.safetensors").is_file()
+    for name in ("run.f16.gguf", "run.q4_0.gguf"):  # llama-quantize puts one beside the other
+        (target / name).touch()
+    with pytest.raises(UserError, match=r"q4_0\.gguf"):
+        require_replaceable(target)
 
 
 def test_links_and_files_are_no_folders(tmp_path: Path) -> None:

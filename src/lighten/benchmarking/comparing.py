@@ -15,7 +15,8 @@ LEVEL, DRAWS = 0.95, 4000
 # Fewer repeats than this say nothing about what another run of them would give.
 FEWEST = 5
 # What of a record says how much work it is of; a name does not tell all of it.
-WORK = ("new_tokens", "dtype", "rows", "tokens", "longest", "parameters", "max_length")
+WORK = ("new_tokens", "dtype", "rows", "tokens", "longest", "parameters", "max_length",
+        "memory_bytes")  # fmt: skip
 # What is a timing, and what one number (the larger it is, the more it takes).
 TIMES = ("seconds", "first_token_s", "decode_s")
 NUMBERS = ("peak_bytes", "resident_bytes", "weights_bytes", "file_bytes", "largest")
@@ -64,7 +65,11 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, An
 
 
 def _by_name(result: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
-    return {(record["part"], record["name"]): record for record in result["records"]}
+    # A largest batch is called after the memory that it was within, which is never quite the same.
+    return {
+        (record["part"], record["what" if record["part"] == "max-batch" else "name"]): record
+        for record in result["records"]
+    }
 
 
 def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:

@@ -17,10 +17,12 @@ MANIFEST = "export.json"
 ONTO_KEY, ORIGINAL, DEQUANTIZED = "onto", "original", "dequantized"
 # What an artefact's folder may hold; anything else beside it is a person's.
 _BELONGS = (
-    "README.md", "*.json", "*.jinja", "*.safetensors", "*.gguf", "*.bin", "*.pte",
-    "Modelfile", "*.model",
-    "merges.txt", "vocab.txt", "LICENSE*", "NOTICE*",
+    "README.md", "*config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "*.index.json", MANIFEST, "receipt.json", "calibration.json", "*.jinja",
+    "model*.safetensors", "adapter_model.safetensors", "pytorch_model*.bin", "*.gguf", "*.pte",
+    "Modelfile", "*.model", "merges.txt", "vocab.txt", "LICENSE*", "NOTICE*",
 )  # fmt: skip
+_ONE = ("*.gguf", "*.pte")  # an export has one such file: of several some are a person's
 
 
 def require_replaceable(folder: Path) -> None:
@@ -33,6 +35,9 @@ def require_replaceable(folder: Path) -> None:
         raise UserError(f"--output_dir {folder} is a link or a file; choose another name")
     names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     foreign = [name for name in names if not any(fnmatch(name, p) for p in _BELONGS)]
+    for pattern in _ONE:
+        several = [name for name in names if fnmatch(name, pattern)]
+        foreign += several if len(several) > 1 else []
     if names and (foreign or not _is_artefact(folder)):
         listing = ", ".join((foreign or names)[:3])
         raise UserError(
