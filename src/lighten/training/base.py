@@ -11,10 +11,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lighten import models
 from lighten.adapters.whole import make_float32
 from lighten.machine.hardware import choose_dtype
-from lighten.models.load import locate, set_attention, weight_files
+from lighten.models.load import locate, set_attention
 from lighten.models.trainable import refuse_rounded_activations, require_gradients
+from lighten.parallel.streamed.shards import Shards
 from lighten.recipe import Recipe
-from lighten.safetensors_header import read_header
 from lighten.training import quantization_aware, streaming
 from lighten.training.method import adapter_specs
 
@@ -78,7 +78,7 @@ def _first_format(recipe: Recipe, layers_later: bool) -> str:
     )
     if source == "gguf":
         return "float32"
-    kinds = {stored.kind for file in weight_files(path) for stored in read_header(file).values()}
+    kinds = {stored.kind for stored in Shards.of(path).values()}
     formats = {"BF16": "bfloat16", "F16": "float16"}
     return formats.get(kinds.pop(), "float32") if len(kinds) == 1 else "float32"
 
