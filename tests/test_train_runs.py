@@ -300,7 +300,9 @@ def test_trap3_two_ranks_train_as_one_process_and_trap41_an_odd_last_batch_ends(
 ) -> None:
     settings |= {"max_train_samples": 13, "val_size": 0, "max_steps": 6, "eval_steps": None,
                  "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1,
-                 "gradient_checkpointing": checkpointing}  # fmt: skip
+                 "gradient_checkpointing": checkpointing,
+                 # AdamW moves what has next to no gradient by its rounding alone.
+                 "adam_epsilon": 1e-6}  # fmt: skip
     # Thirteen rows in steps of four: the last step of an epoch has one row, none for rank 1.
     one_rank = train(settings, gradient_accumulation_steps=2, output_dir=str(tmp_path / "one"))
     flags = [f"{k}={json.dumps(v)}" for k, v in settings.items()]

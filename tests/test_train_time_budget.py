@@ -168,7 +168,7 @@ def test_a_plan_says_what_share_of_the_data_the_time_allows(settings: dict[str, 
     assert plan.run_seconds is not None
     if plan.steps < 8000:
         assert plan.run_seconds == pytest.approx(30, abs=2 * plan.time.seconds)
-        pattern = f"max_time 30s: about {plan.steps} steps of 8,000, .* of an epoch"
+        pattern = f"max_time 30s: about {plan.steps:,} steps of 8,000, .* of an epoch"
         assert any(re.match(pattern, note) for note in plan.notes)
     short = Recipe.from_values({**settings, "num_train_epochs": 1, "max_time": "10h"})
     plan = predict.plan(short, named("cpu"))

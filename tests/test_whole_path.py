@@ -171,6 +171,7 @@ ELSEWHERE = {
     "strategy": "test_strategies: where the state lies changes, the result must not",
     "offload_base": "test_streamed_base: memory changes, the result must not",
     "offload_optimizer": "test_offloaded: memory changes, the result must not",
+    "offload_params": "test_strategies: where weights lie, the result must not change",
     "nvme_path": "test_offloaded: where the state lies",
     "torch_compile": "test_train_compiled: code changes, the result must not",
     "evaluate.extra_metrics": "test_evaluate_metrics",
