@@ -60,11 +60,11 @@ def load_base(
     if learns:
         require_gradients(base.name, base.model)
     if full:
+        base = replace(base, dtype=choose_dtype(recipe.dtype, device))
         if layers_later:
             make_float32(base.model, layers_later=True)
-        # Which depends on the format: it was chosen for that of the files.
-        attention = set_attention(base.model, recipe.attn_implementation, device)
-        base = replace(base, dtype=choose_dtype(recipe.dtype, device), attention=attention)
+            # Which depends on the format: it was chosen for that of the files.
+            base.attention = set_attention(base.model, recipe.attn_implementation, device)
     add_tokens(base.model, base.tokenizer, recipe.added_tokens)
     return base
 

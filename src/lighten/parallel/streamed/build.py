@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import init_empty_weights
@@ -44,6 +44,7 @@ DENSE = ("F32", "F16", "BF16")
 PACKED = ("U8", "I8")
 LEFT_IN_FILE_BYTES = 2**20
 Check = Callable[[PreTrainedModel], None]
+AnyFeed = TypeVar("AnyFeed", LayerFeed, RankFeed)
 
 
 @dataclass(frozen=True)
@@ -256,10 +257,7 @@ def _from_files(
         _replaced(place, model, layer, shards, dtype, device) for place, layer in enumerate(linears)
     ]
     pieces = [layer_pieces for layer_pieces, _ in layers]
-    feed = LayerFeed(pieces, _slots(pieces, shards, device, keeps))
-    for _, absent in layers:
-        absent.feed = feed
-    return feed
+    return _fed(layers, LayerFeed(pieces, _slots(pieces, shards, device, keeps)))
 
 
 def _over_ranks(
@@ -275,7 +273,10 @@ def _over_ranks(
             source = Loaded(packed_layer(layer, shards, storage, dtype))
         layers.append(_replaced(place, model, layer, source, dtype, device))
         parts.append(part_of(layers[-1][0], source.read, rank, count).to(device))
-    feed = RankFeed([pieces for pieces, _ in layers], parts, count)
+    return _fed(layers, RankFeed([pieces for pieces, _ in layers], parts, count))
+
+
+def _fed(layers: Sequence[tuple[LayerPieces, Absent]], feed: AnyFeed) -> AnyFeed:
     for _, absent in layers:
         absent.feed = feed
     return feed
