@@ -65,7 +65,8 @@ def builder(
         learns: It is about to be trained.
         ranks: How many processes train it together.
     """
-    setting, keeps = Setting(), recipe.offload_base
+    setting = Setting()
+    keeps: str = recipe.offload_base
     if learns and ranks > 1 and spreads_packed(recipe):
         setting = Setting(f"strategy: {recipe.strategy}", "use strategy: ddp")
         keeps = "ranks"

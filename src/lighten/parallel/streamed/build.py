@@ -331,7 +331,7 @@ def _resident(names: Names, weight: str, like: Tensor) -> Tensor:
     return weight_in_memory
 
 
-def _follow_passes(model: PreTrainedModel, feed: LayerFeed) -> None:
+def _follow_passes(model: PreTrainedModel, feed: LayerFeed | RankFeed) -> None:
     def begin(_module: nn.Module, _args: Any) -> None:
         feed.begin(learns=torch.is_grad_enabled())
 
