@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -177,3 +178,23 @@ def test_a_run_of_another_version_is_read_or_refused_in_words(tmp_path: Path) ->
     path.write_text(text + "of_next_year: 3\n")
     with pytest.raises(UserError, match=r"recipe.yaml: this version .* of_next_year"):
         run.recipe()
+
+
+def test_a_run_finds_its_relative_data_from_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = tmp_path / "project"
+    (project / "data").mkdir(parents=True)
+    (project / "data" / "rows.jsonl").write_text("{}")
+    run = write_run(project / "runs" / "demo")
+    path = run.folder / "recipe.yaml"
+    said = re.sub(r"(?m)^dataset: .*$", "dataset: data/rows.jsonl#1", path.read_text())
+    path.write_text(re.sub(r"(?m)^chat_template: .*$", "chat_template: '{# all #}'", said))
+    monkeypatch.chdir(project)
+    assert run.recipe().dataset == "data/rows.jsonl#1"
+    monkeypatch.chdir(tmp_path)
+    assert run.recipe().dataset == f"{project.resolve()}/data/rows.jsonl#1"
+    assert run.recipe().chat_template == "{# all #}"
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "rows.jsonl").write_text("{}")
+    assert run.recipe().dataset == "data/rows.jsonl#1"  # what is here comes first

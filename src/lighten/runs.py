@@ -19,7 +19,7 @@ from lighten.folders import MODEL as MODEL
 from lighten.folders import PLAN as PLAN
 from lighten.folders import QUANTIZE as QUANTIZE
 from lighten.folders import RECIPE as RECIPE
-from lighten.recipe import Recipe, aliases, yaml_lines
+from lighten.recipe import Recipe, aliases, places, yaml_lines
 from lighten.whole_files import FileContent as FileContent
 from lighten.whole_files import append_line as append_line
 from lighten.whole_files import finite as finite
@@ -147,6 +147,7 @@ class Run:
         """
         values, _ = yaml_lines.read(self.folder / RECIPE)
         settings, _, problems = aliases.translate(values)
+        settings = places.above(settings, self.folder)
         # A completed recipe holds every default, also those that contradict each other only when
         # somebody asks for them.
         try:

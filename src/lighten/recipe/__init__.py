@@ -12,7 +12,7 @@ from pydantic import PrivateAttr, ValidationError
 
 from lighten.errors import UserError
 from lighten.paths import exists, expanded, split_limit
-from lighten.recipe import aliases, bits, offloading, spread, start, swept, yaml_lines
+from lighten.recipe import aliases, bits, offloading, places, spread, start, swept, yaml_lines
 from lighten.recipe.fields import (
     AdapterEntry,
     AdapterFields,
@@ -40,9 +40,6 @@ __all__ = [
 COHORT_LISTS = ("lora_r", "lora_alpha", "lora_dropout", "learning_rate", "seed")
 # What a full fine-tuning learns at where nothing is said; the default suits adapters.
 FULL_LEARNING_RATE = 2e-5
-_PATHS = (
-    "dataset", "eval_dataset", "model_name_or_path", "adapter_name_or_path", "chat_template",
-)  # fmt: skip
 
 
 class RecipeError(UserError):
@@ -121,9 +118,8 @@ class Recipe(RecipeFields):
         folder: Path | None = None,
     ) -> Recipe:
         settings, notices, problems = aliases.translate(values)
-        for name in _PATHS:
-            if folder is not None and isinstance(settings.get(name), str):
-                settings[name] = _beside(folder, settings[name])
+        if folder is not None:
+            settings = places.beside(settings, folder)
         over, override_notices, override_problems = aliases.translate(overrides or {})
         for key, value in over.items():
             section, _, name = key.partition(".")
@@ -243,15 +239,6 @@ class Recipe(RecipeFields):
     def json_schema(cls) -> dict[str, Any]:
         """JSON schema of a recipe file."""
         return cls.model_json_schema()
-
-
-def _beside(folder: Path, value: str) -> str:
-    """The path as seen from the recipe's folder if something is there."""
-    if Path(value).expanduser().is_absolute():
-        return value
-    path, limit = split_limit(str(folder / value))
-    candidate = f"{path}#{limit}" if limit is not None else str(path)
-    return candidate if exists(path) else value
 
 
 def _names(adapters: list[dict[str, Any]]) -> list[str]:
