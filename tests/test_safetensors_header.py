@@ -72,3 +72,27 @@ def test_a_torn_file_is_one_sentence_wherever_it_is_read(file: Path, reader: str
             start = re.escape(f"{file} is not a whole safetensors file: ")
             expected = f"{start}{problem}; fetch or copy it anew"
             assert re.fullmatch(expected, str(caught.value)), str(caught.value)
+
+
+@pytest.mark.parametrize("reader", [Shards.of, read_weights])
+def test_an_index_of_an_earlier_save_is_passed_over_as_transformers_does(
+    tmp_path: Path, reader: Callable[[Path], Any]
+) -> None:
+    """`save_pretrained` leaves it where a model of several files was, and writes one file."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from tests.tiny import VOCAB
+
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    index = tmp_path / "model.safetensors.index.json"
+    kept = index.read_bytes()
+    assert reader(tmp_path).keys() == model.state_dict().keys()
+    model.save_pretrained(tmp_path)
+    index.write_bytes(kept)
+    AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert reader(tmp_path).keys() == model.state_dict().keys()

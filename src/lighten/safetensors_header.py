@@ -12,8 +12,22 @@ from typing import Any
 
 from lighten.errors import UserError
 
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 LENGTH_BYTES = 8  # in front of the header, which say how long it is
 LARGEST_HEADER = 100_000_000  # bytes, the bound of safetensors itself
+
+
+def index_of(folder: Path) -> Path | None:
+    """The index that says which files hold a model's weights.
+
+    None: there is none, or one file holds all: transformers takes that first, and an index beside
+    it is of a model that was saved there before.
+
+    Args:
+        folder: The model's.
+    """
+    index = folder / INDEX
+    return index if index.is_file() and not (folder / WHOLE).is_file() else None
 
 
 @dataclass(frozen=True)

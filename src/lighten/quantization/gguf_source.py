@@ -17,11 +17,10 @@ from typing import Any
 import numpy as np
 
 from lighten.errors import UserError
-from lighten.safetensors_header import read_header
+from lighten.safetensors_header import WHOLE, index_of, read_header
 
 Array = np.ndarray[Any, Any]
 _TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
-_INDEX = "model.safetensors.index.json"
 _BLOCK_NUMBERS = 2**21  # read and converted at a time
 # Settings of every model; a config.json without them relies on defaults of its class.
 _NEEDED = ("num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size",
@@ -117,13 +116,13 @@ def read_weights(folder: Path) -> dict[str, Weight]:
     Raises:
         UserError: There are none, a file is missing or torn, or a format is none of a plain model.
     """
-    index = folder / _INDEX
-    if index.is_file():
-        places: dict[str, str] = read_json(index).get("weight_map", {})
+    index, whole = index_of(folder), folder / WHOLE
+    places: dict[str, str] = {}
+    if index is not None:
+        places = read_json(index).get("weight_map", {})
         files = [folder / name for name in sorted(set(places.values()))]
     else:
-        files = sorted(folder.glob("*.safetensors"))
-        places = {}
+        files = [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
     if not files:
         raise UserError(
             f"{folder} holds no safetensors files; a model's weights are read from them"

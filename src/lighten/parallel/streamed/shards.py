@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from lighten.errors import UserError
-from lighten.safetensors_header import Stored, read_header
+from lighten.safetensors_header import INDEX, WHOLE, Stored, index_of, read_header
 
-INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
 # Of a tensor so much is in memory twice at any time.
 STRETCH_BYTES = 4 * 2**20
 DTYPES = {
@@ -105,8 +104,8 @@ class Shards(Mapping[str, Stored]):
         Raises:
             UserError: It has none, or one is torn.
         """
-        index = folder / INDEX
-        if index.is_file():
+        index = index_of(folder)
+        if index is not None:
             places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             return cls([folder / name for name in sorted(set(places.values()))])
         if not (folder / WHOLE).is_file():
