@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -37,12 +39,55 @@ def test_the_page_s_tables_are_those_of_plan_s_functions() -> None:
     assert sizes == [6.7, 70.6, 405.9]
 
 
+def sky_file() -> str:
+    return PAGE.partition("```yaml\n")[2].partition("```")[0]
+
+
 def test_the_page_s_sky_file_has_the_shape_of_one() -> None:
-    task = yaml.safe_load(PAGE.partition("```yaml\n")[2].partition("```")[0])
+    task = yaml.safe_load(sky_file())
     assert set(task) == {"name", "resources", "num_nodes", "workdir", "setup", "run", "file_mounts"}
     assert task["resources"]["accelerators"].partition(":")[0].lower() in DEVICES
-    assert task["file_mounts"]["/checkpoints"]["mode"] == "MOUNT"
-    assert "--output_dir /checkpoints/" in task["run"]
+    # A mounted bucket takes appended lines in this mode alone, and a run's metrics are such lines.
+    assert task["file_mounts"]["/checkpoints"]["mode"] == "MOUNT_CACHED"
+
+
+def test_the_page_s_sky_file_is_taken_by_skypilot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sky = pytest.importorskip("sky", reason="SkyPilot is not installed: pip install skypilot")
+    monkeypatch.chdir(tmp_path)  # its `workdir` is the folder that it is started in
+    file = tmp_path / "task.yaml"
+    file.write_text(sky_file(), encoding="utf-8")
+    task = sky.Task.from_yaml(str(file))
+    (resources,) = task.resources
+    assert (task.num_nodes, resources.use_spot, resources.accelerators) == (2, True, {"H100": 8})
+    assert [mount.mode.value for mount in task.storage_mounts.values()] == ["MOUNT_CACHED"]
+
+
+def test_the_page_s_sky_commands_begin_a_run_and_go_on_with_it(tmp_path: Path) -> None:
+    # The words that `torchrun` is given, once without and once with a run in the bucket.
+    (tmp_path / "torchrun").write_text('#!/bin/sh\necho "$@"\n', encoding="ascii")
+    (tmp_path / "torchrun").chmod(0o755)
+    bucket = tmp_path / "checkpoints"
+    commands = yaml.safe_load(sky_file())["run"].replace("/checkpoints/", f"{bucket}/")
+    names = {"NODE_IPS": "10.0.0.1\n10.0.0.2", "NUM_NODES": "2", "NODE_RANK": "1",
+             "NUM_GPUS_PER_NODE": "8"}  # fmt: skip
+    environment = {f"SKYPILOT_{name}": value for name, value in names.items()}
+    environment["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
+
+    def started() -> str:
+        return subprocess.run(
+            ["bash", "-euc", commands], env=environment, check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    first = started()
+    assert first == (
+        "--nnodes 2 --node-rank 1 --nproc-per-node 8 --master-addr 10.0.0.1 --master-port 29500 "
+        f"-m lighten train recipe.yaml --output_dir {bucket}/run"
+    )
+    (bucket / "run").mkdir(parents=True)
+    (bucket / "run" / "recipe.yaml").touch()
+    assert started() == f"{first} --resume"
 
 
 def test_the_cheapest_strategy_that_fits_sends_least() -> None:
