@@ -28,7 +28,8 @@ from lighten.machine import forks
 from lighten.parallel.offloaded.adamw import OffloadedAdamW
 from lighten.parallel.offloaded.stores import Scratch
 from lighten.parallel.spawn import free_port
-from lighten.parallel.streamed.shards import WHOLE, Shards
+from lighten.parallel.streamed.shards import Shards
+from lighten.safetensors_header import WHOLE
 
 LIMIT_S = 20.0
 NUMBERS = 2**20  # of the weight that AdamW moves
