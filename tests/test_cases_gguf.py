@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lighten import models
 from lighten.errors import UserError
@@ -128,6 +128,23 @@ def test_a_gguf_file_is_the_model_that_was_written(case: str, tmp_path: Path) ->
     assert models.describe(str(path)).total_parameters == sum(
         parameter.numel() for parameter in model.parameters()
     )
+
+
+def test_a_large_copy_is_several_files_by_their_usual_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama")
+    path = write_gguf(tmp_path / "m.gguf", model)
+    monkeypatch.setattr(gguf, "_SHARD_BYTES", 2**16)
+    folder = gguf.converted(path)
+    names = sorted(file.name for file in folder.glob("*.safetensors"))
+    assert len(names) > 1
+    assert names == [
+        f"model-{number:05d}-of-{len(names):05d}.safetensors"
+        for number in range(1, len(names) + 1)
+    ]  # fmt: skip
+    read = AutoModelForCausalLM.from_pretrained(folder)
+    torch.testing.assert_close(_logits(read), _logits(model), rtol=0, atol=1e-4)
 
 
 def test_the_cases_differ_from_what_was_lost(tmp_path: Path) -> None:

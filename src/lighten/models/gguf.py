@@ -36,7 +36,7 @@ from lighten.models.gguf_header import Header, read_header
 log = logging.getLogger(__name__)
 # Raised when what a conversion writes changes, so that an old copy is not taken for it.
 LAYOUT = 1
-_SHARD_BYTES = 512 * 2**20
+_SHARD_BYTES = 2**30  # a model that is small enough for tests is one file, as on the hub
 # Room that is left on the disk beside a kept copy.
 _SPARE_BYTES = 2**30
 
@@ -229,10 +229,16 @@ def _write(header: Header, folder: Path) -> None:
 
 def _index(folder: Path, places: dict[str, str], total_bytes: int) -> None:
     """Name the shards as `save_pretrained` does: one is the whole, several have an index."""
-    if len(set(places.values())) == 1:
-        (folder / next(iter(places.values()))).rename(folder / "model.safetensors")
+    shards = list(dict.fromkeys(places.values()))
+    if len(shards) == 1:
+        (folder / shards[0]).rename(folder / "model.safetensors")
         return
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": places}
+    names = {}
+    for number, shard in enumerate(shards, 1):
+        names[shard] = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        (folder / shard).rename(folder / names[shard])
+    weight_map = {weight: names[shard] for weight, shard in places.items()}
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
     file = folder / "model.safetensors.index.json"
     file.write_text(json.dumps(index, indent=2), encoding="utf-8")
 
