@@ -79,6 +79,10 @@ def test_the_whole_way_from_a_recipe_to_a_report(
     assert {row["what"] for row in json.loads(compared.stdout)} >= {"tokens/s", "r2: chrf"}
     assert call("report", "out", "out", "--output", "two.html", cwd=tmp_path).returncode == 0
     assert (tmp_path / "two.html").exists()
+    alone = (run.folder / "report.html").read_bytes()
+    assert call("report", "out", "out", cwd=tmp_path).returncode == 0
+    assert (run.folder / "report.html").read_bytes() == alone
+    assert "<svg" in (run.folder / "comparison.html").read_text()
 
 
 def test_training_needs_no_recipe(tiny_folder: Path, chat_file: Path, tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ from lighten.serving.options import Options
 from lighten.serving.remote import Remote
 from lighten.serving.stopping import StopTexts
 from lighten.serving.talk import talk
+from tests.processes import call
 from tests.serving import ADMIN, Server, in_process, save_adapter, serving
 from tests.tiny import CHATML, save_tiny
 
@@ -490,6 +491,15 @@ def test_bench_serve_measures_and_checks(server: Server, tmp_path: Path) -> None
     assert set(loads["base"]["by_model"]) == {"base"}
     assert json.loads((tmp_path / "bench-serve.json").read_text())["identity"]["wrong"] == 0
     ElementTree.parse(tmp_path / "bench-serve.svg")
+
+
+def test_bench_serve_fails_where_no_request_of_a_load_is_answered(server: Server) -> None:
+    bench = call(
+        "bench", "serve", server.url, "--requests", "2", "--clients", "1", "--prompt-words",
+        "4000", "--max-tokens", "4", "--identity-requests", "4",
+    )  # fmt: skip
+    assert bench.returncode == 1, bench.stderr
+    assert "0 answered, 2 errors, most often: " in bench.stdout
 
 
 def test_checks_find_a_server_that_answers_with_another_adapter(

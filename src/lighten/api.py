@@ -338,7 +338,8 @@ def report(*runs: RunLike, output: str | os.PathLike[str] | None = None) -> Path
 
     Args:
         runs: One or more.
-        output: Where; default `report.html` in the (first) run's folder.
+        output: Where; default `report.html` in the run's folder, of several `comparison.html` in
+            the first one's.
 
     Raises:
         UserError: No run, or one that does not exist.

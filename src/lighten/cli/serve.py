@@ -101,7 +101,8 @@ def bench_serve(
 ) -> None:
     """Load a server from many clients, and check that its answers are right.
 
-    Exit code 1: another adapter answered than was named, or a field was dropped without a word.
+    Exit code 1: another adapter answered than was named, a field was dropped without a word, or
+    a load got no answer at all.
     """
     from lighten import api
 
@@ -113,8 +114,10 @@ def bench_serve(
     )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(result))
-    wrong = (result["identity"] or {}).get("wrong", 0)
-    raise typer.Exit(int(bool(wrong) or not all(check["passed"] for check in result["checks"])))
+    wrong = bool((result["identity"] or {}).get("wrong", 0))
+    refused = not all(check["passed"] for check in result["checks"])
+    unanswered = not all(load["answered"] for load in result["loads"])
+    raise typer.Exit(int(wrong or refused or unanswered))
 
 
 def chat(

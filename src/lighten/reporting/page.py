@@ -12,7 +12,7 @@ import jinja2
 from lighten import runs as run_files
 from lighten.evaluation.metrics import METRICS
 from lighten.evaluation.registry import described
-from lighten.folders import resume_command
+from lighten.folders import COMPARISON, REPORT, resume_command
 from lighten.reporting import attention, comparison, planned, quantized, text
 from lighten.reporting.charts import Series, line_chart, number, smoothed
 from lighten.runs import Run
@@ -29,12 +29,13 @@ def write_page(runs: Sequence[Run], output: Path | None = None) -> Path:
 
     Args:
         runs: At least one.
-        output: Where; default `report.html` in the first run's folder.
+        output: Where; default `report.html` in the run's folder, of several `comparison.html` in
+            the first one's.
 
     Returns:
         Where it was written.
     """
-    target = output or runs[0].folder / "report.html"
+    target = output or runs[0].folder / (REPORT if len(runs) == 1 else COMPARISON)
     run_files.write_text(target, page(runs))
     return target
 

@@ -89,11 +89,13 @@ def picture(outcomes: Sequence[Outcome]) -> str:
 
 def _line(outcome: Outcome) -> str:
     first, between = outcome.first_token_s, outcome.between_tokens_s
-    errors = sum(outcome.errors.values())
+    errors = f"{sum(outcome.errors.values())} errors"
+    if outcome.errors:
+        errors += f", most often: {max(outcome.errors, key=outcome.errors.__getitem__)}"
     return (
         f"{outcome.what}: {outcome.tokens_per_s:.1f} tokens/s, first text {_ms(first['p50'])} (p99 "
         f"{_ms(first['p99'])}), between {_ms(between['p50'])} (p99 {_ms(between['p99'])}), "
-        f"{outcome.answered} answered, {errors} errors"
+        f"{outcome.answered} answered, {errors}"
     )
 
 
