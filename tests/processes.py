@@ -17,12 +17,13 @@ import runpy
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lighten.jobs import Outcome
+from lighten.parallel.spawn import free_port
 
 LIBRARIES = [
     "torch", "torch._dynamo", "torch.utils.flop_counter", "transformers", "peft", "accelerate",
@@ -133,6 +134,58 @@ def in_fork(
     if process.wait():
         outcome.error, outcome.is_user_error = (err.strip().splitlines() or ["?"])[-1], True
     return outcome
+
+
+def start_ranks(
+    body: Callable[[str, str], None], runs: Sequence[Mapping[str, Any]], file: Path
+) -> list[Forked]:
+    """Two ranks on processors, which make runs together.
+
+    Args:
+        body: What each does: it goes through `runs_of_rank` of its arguments.
+        runs: Settings of each run.
+        file: They are written there, and what rank N notes beside it.
+    """
+    ports: dict[int, None] = {}
+    while len(ports) < len(runs):
+        ports[free_port()] = None
+    file.write_text(json.dumps(runs))
+    return [
+        Forked(
+            body, (",".join(map(str, ports)), str(file)),
+            environment={
+                "LIGHTEN_DEVICE": "cpu", "WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank,
+                "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+            },
+        )
+        for rank in ("0", "1")
+    ]  # fmt: skip
+
+
+def wait_for(started: Sequence[Forked]) -> None:
+    """Until all of them have ended, well."""
+    for process in started:
+        assert process.wait() == 0, process.communicate()
+
+
+def runs_of_rank(ports: str, file: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """In a rank: each run's settings, and where it notes what it sees of it."""
+    from accelerate.state import AcceleratorState
+
+    runs = json.loads(Path(file).read_text())
+    notes: list[dict[str, Any]] = []
+    # A port each: the last run's may still be there.
+    for port, settings in zip(ports.split(","), runs, strict=True):
+        os.environ["MASTER_PORT"] = port
+        notes.append({})
+        yield settings, notes[-1]
+        AcceleratorState._reset_state(True)
+    Path(f"{file}.{os.environ['RANK']}").write_text(json.dumps(notes))
+
+
+def notes_of(file: Path, run: int) -> list[dict[str, Any]]:
+    """What each rank has noted of a run."""
+    return [json.loads(Path(f"{file}.{rank}").read_text())[run] for rank in (0, 1)]
 
 
 def _completed(process: Forked, words: tuple[str, ...]) -> subprocess.CompletedProcess[str]:

@@ -6,7 +6,6 @@ One pair of ranks makes all the runs, and each rank notes what it held in them.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,13 @@ from torch import Tensor
 
 import lighten
 from lighten.errors import UserError
-from lighten.parallel.spawn import free_port
 from lighten.parallel.streamed import over_ranks
 from lighten.parallel.streamed.build import Setting, build
 from lighten.parallel.streamed.feed import LayerPieces
 from lighten.parallel.streamed.over_ranks import RankFeed, part_of
 from lighten.runs import Run
 from lighten.training import checkpoints, loop
-from tests.processes import Forked
+from tests.processes import notes_of, runs_of_rank, start_ranks, wait_for
 from tests.tiny import save_tiny, tiny_tokenizer
 
 LAYERS = 5
@@ -51,7 +49,13 @@ RUNS: dict[str, dict[str, Any]] = {
         "gradient_checkpointing": True, "gradient_accumulation_steps": 2,
     },
     "int8": {"load_in_8bit": True, "strategy": "zero3", **COHORT},
+    "four": {"load_in_4bit": True, "strategy": "fsdp", "lora_r": [1, 2, 3, 4], "max_steps": 2},
     "stored": {"strategy": "fsdp", "lora_r": 2, "learning_rate": 1e-3},
+    # A micro-batch has room for one long row or several short ones.
+    "idle": {
+        "load_in_4bit": True, "strategy": "zero3", "lora_r": [2, 3], "learning_rate": 1e-3,
+        "packing": False, "tokens_per_microbatch": 80, "per_device_train_batch_size": 4,
+    },
     "uneven": {"load_in_4bit": True, "strategy": "fsdp", **UNEVEN},
 }  # fmt: skip
 
@@ -75,8 +79,6 @@ def settings(root: Path, data: Path, name: str, ranks: int) -> dict[str, Any]:
 
 def train_all(ports: str, file: str) -> None:
     """In a rank: one run after another, and what was gathered and held in their steps."""
-    from accelerate.state import AcceleratorState
-
     notes: list[dict[str, Any]] = []
     step = loop.train_step
 
@@ -86,9 +88,12 @@ def train_all(ports: str, file: str) -> None:
         feed = next(m._absent.feed for m in model.modules() if hasattr(m, "_absent"))
         before = feed.gathers
         report = step(*args, **options)
-        adapters = [len({item.adapter for item in batch.items}) for batch in batches]
-        steps = notes[-1].setdefault("steps", [])
-        steps.append([adapters, len(batches) + len(idle), feed.gathers - before])
+        notes[-1].setdefault("steps", []).append({
+            "adapters": [len({item.adapter for item in batch.items}) for batch in batches],
+            "idle": len(idle), "passes": len(batches) + len(idle),
+            "gathers": feed.gathers - before, "collectives": len(gathered),
+        })  # fmt: skip
+        gathered.clear()
         notes[-1] |= {
             "held": sum(part.untyped_storage().nbytes() for part in feed.parts),
             "packed": feed.base_bytes, "slots": feed.slot_bytes,
@@ -97,16 +102,16 @@ def train_all(ports: str, file: str) -> None:
         }  # fmt: skip
         return report
 
+    def noted_gather(slot: Tensor, part: Tensor, *, async_op: bool) -> Any:
+        gathered.append(part.nbytes)
+        return gather(slot, part, async_op=async_op)
+
     loop.train_step = noted_step
-    # A port each: the last run's may still be there.
-    for port, run_settings in zip(
-        ports.split(","), json.loads(Path(file).read_text()), strict=True
-    ):
-        os.environ["MASTER_PORT"] = port
-        notes.append({})
+    gathered: list[int] = []
+    gather, over_ranks._gather = over_ranks._gather, noted_gather
+    for run_settings, noted in runs_of_rank(ports, file):
+        notes.append(noted)
         lighten.train(progress=False, **run_settings)
-        AcceleratorState._reset_state(True)
-    Path(f"{file}.{os.environ['RANK']}").write_text(json.dumps(notes))
 
 
 def save_stored(root: Path) -> None:
@@ -126,32 +131,17 @@ def root(tmp_path_factory: pytest.TempPathFactory, chat_file: Path) -> Path:
     root = tmp_path_factory.mktemp("packed")
     save_tiny(root / "base", "qwen2", num_hidden_layers=LAYERS)
     save_stored(root)
-    ports: dict[int, None] = {}
-    while len(ports) < len(RUNS):
-        ports[free_port()] = None
-    file = root / "runs.json"
-    file.write_text(json.dumps([settings(root, chat_file, name, 2) for name in RUNS]))
-    started = [
-        Forked(
-            train_all, (",".join(map(str, ports)), str(file)),
-            environment={
-                "LIGHTEN_DEVICE": "cpu", "WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank,
-                "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-            },
-        )
-        for rank in ("0", "1")
-    ]  # fmt: skip
+    runs = [settings(root, chat_file, name, 2) for name in RUNS]
+    started = start_ranks(train_all, runs, root / "runs.json")
     for name in RUNS:
         lighten.train(progress=False, **settings(root, chat_file, name, 1))
-    for process in started:
-        assert process.wait() == 0, process.communicate()
+    wait_for(started)
     return root
 
 
 def notes(root: Path, name: str) -> list[dict[str, Any]]:
     """Of each rank."""
-    return [json.loads((root / f"runs.json.{rank}").read_text())[list(RUNS).index(name)]
-            for rank in (0, 1)]  # fmt: skip
+    return notes_of(root / "runs.json", list(RUNS).index(name))
 
 
 def weights(run: Run) -> dict[str, Tensor]:
@@ -193,19 +183,37 @@ def test_a_rank_holds_half_of_the_packed_base(root: Path) -> None:
             assert rank["in_layers"] <= 4 * 7 * LAYERS  # a number in the place of each weight
 
 
-def test_a_layer_is_gathered_once_per_pass(root: Path) -> None:
-    for rank in notes(root, "nf4"):
-        _, passes, gathers = rank["steps"][1]
-        assert passes >= 1
+@pytest.mark.parametrize(("name", "adapters"), [("stored", 1), ("nf4", 2), ("four", 4)])
+def test_a_layer_is_gathered_once_per_pass_for_a_whole_cohort(
+    root: Path, name: str, adapters: int
+) -> None:
+    for rank in notes(root, name):
+        step = rank["steps"][1]
+        assert step["passes"] >= 1
+        assert max(step["adapters"]) == adapters  # they share a pass
         # Up and down, and at each turn two layers are there already.
-        assert gathers == passes * 2 * (LAYERS - 2)
+        assert step["gathers"] == step["passes"] * 2 * (LAYERS - 2)
+        assert step["collectives"] == step["gathers"]
 
 
 def test_ranks_that_need_other_layers_gather_the_same(root: Path) -> None:
     one, other = notes(root, "uneven")
     assert one["steps"]
     for mine, others in zip(one["steps"], other["steps"], strict=True):
-        assert mine[1:] == others[1:]
+        for key in ("passes", "gathers", "collectives"):
+            assert mine[key] == others[key]
+
+
+def test_a_rank_without_a_micro_batch_gathers_for_the_others(root: Path) -> None:
+    """Both have some in that step, and one has more; the result is that of one process, above."""
+    steps = list(zip(*(rank["steps"] for rank in notes(root, "idle")), strict=True))
+    uneven = [pair for pair in steps if any(step["idle"] for step in pair)]
+    assert any(all(step["adapters"] for step in pair) for pair in uneven)
+    for pair in uneven:
+        assert min(step["idle"] for step in pair) == 0
+        for step in pair:
+            assert step["gathers"] >= step["passes"] * 2 * (LAYERS - 2) > 0
+            assert step["gathers"] == pair[0]["gathers"]
 
 
 def test_a_checkpoint_of_two_ranks_goes_on_as_one_process(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,20 +22,18 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 import lighten
-from lighten.adapters import dtensors
+from lighten.adapters import dtensors, shards
 from lighten.adapters.decoder import decoder_layers
 from lighten.engine import step as train_step_module
 from lighten.errors import UserError
 from lighten.parallel import strategies
 from lighten.parallel.offloaded import stores
-from lighten.parallel.sharded import Sharded
-from lighten.parallel.spawn import free_port
 from lighten.recipe import Recipe, RecipeError, spread
 from lighten.runs import Run
 from lighten.training import checkpoints, loop
 from lighten.training.base import load_base
 from lighten.training.method import what_learns
-from tests.processes import Forked
+from tests.processes import notes_of, runs_of_rank, start_ranks, wait_for
 from tests.tiny import save_tiny
 
 LAYERS = 2
@@ -104,9 +103,7 @@ def settings(
 
 def train_all(ports: str, file: str) -> None:
     """In a rank: one run after another, and what was gathered and held in their steps."""
-    from accelerate.state import AcceleratorState
-
-    notes: list[dict[str, int]] = []
+    notes: list[dict[str, Any]] = []
     members: list[Any] = []
     step, gather_count = loop.train_step, [0]
 
@@ -115,7 +112,7 @@ def train_all(ports: str, file: str) -> None:
         before = gather_count[0]
         report = step(*args, **options)
         layers = decoder_layers(objective.model)
-        notes[-1] = {
+        notes[-1] |= {
             "passes": len(batches) + len(idle), "gathers": gather_count[0] - before,
             "layer_bytes": sum(dtensors.local_part(p).untyped_storage().nbytes()
                                for layer in layers for p in layer.parameters()),
@@ -136,30 +133,30 @@ def train_all(ports: str, file: str) -> None:
 
         return run
 
-    def noted_end(strategy: Sharded, model: Any) -> None:
-        rows = [dtensors.local_part(p.detach()) for p in model.parameters()
-                if isinstance(p, DTensor)]  # fmt: skip
-        make_whole(strategy, model)
-        notes[-1]["rows_bytes_at_end"] = sum(part.untyped_storage().nbytes() for part in rows)
+    def noted_gather(tensor: torch.Tensor) -> torch.Tensor:
+        result = full_tensor(tensor)
+        if isinstance(tensor, DTensor):
+            whole[:] = [reference for reference in whole if reference() is not None]
+            whole.append(weakref.ref(result))
+            alive = [value for reference in whole if (value := reference()) is not None]
+            size = sum(value.nbytes for value in alive)
+            notes[-1]["whole_bytes"] = max(size, notes[-1].get("whole_bytes", 0))
+        return result
 
     loop.train_step = noted_step
-    make_whole, Sharded.make_whole = Sharded.make_whole, noted_end  # type: ignore[method-assign]
+    whole: list[weakref.ref[torch.Tensor]] = []
+    full_tensor, dtensors.full_tensor = dtensors.full_tensor, noted_gather
+    shards.SHARD_BYTES = 1  # a weight in each file
     for name in ("all_gather_single", "all_gather_into_tensor"):  # before and since PyTorch 2.13
         if hasattr(distributed, name):
             setattr(distributed, name, count_gathers(getattr(distributed, name)))
             break
-    # A port each: the last run's may still be there.
-    for port, run_settings in zip(
-        ports.split(","), json.loads(Path(file).read_text()), strict=True
-    ):
-        os.environ["MASTER_PORT"] = port
-        notes.append({})
+    for run_settings, noted in runs_of_rank(ports, file):
+        notes.append(noted)
         if run_settings["output_dir"].endswith("short-ddp-1") and os.environ["RANK"] == "1":
             memory_runs_out_once()
         lighten.train(progress=False, **run_settings)
         notes[-1]["state_at_end"] = sum(len(member.optimizer.state) for member in members)
-        AcceleratorState._reset_state(True)
-    Path(f"{file}.{os.environ['RANK']}").write_text(json.dumps(notes))
 
 
 def in_file(local: torch.Tensor) -> bool:
@@ -183,34 +180,19 @@ def root(tmp_path_factory: pytest.TempPathFactory, chat_file: Path) -> Path:
     root = tmp_path_factory.mktemp("strategies")
     save_tiny(root / "base", "qwen2")
     save_tiny(root / "half", "qwen2", dtype=torch.bfloat16)
-    ports: dict[int, None] = {}
-    while len(ports) < len(RUNS):
-        ports[free_port()] = None
-    file = root / "runs.json"
-    file.write_text(json.dumps([settings(root, chat_file, *run, ranks=2) for run in RUNS]))
-    started = [
-        Forked(
-            train_all, (",".join(map(str, ports)), str(file)),
-            environment={
-                "LIGHTEN_DEVICE": "cpu", "WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank,
-                "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-            },
-        )
-        for rank in ("0", "1")
-    ]  # fmt: skip
+    runs = [settings(root, chat_file, *run, ranks=2) for run in RUNS]
+    started = start_ranks(train_all, runs, root / "runs.json")
     for setup, count in sorted({(setup, count) for setup, _, count in RUNS if setup != "four"}):
         lighten.train(
             progress=False, **settings(root, chat_file, setup, "single", count, ranks=1)
         )  # fmt: skip
-    for process in started:
-        assert process.wait() == 0, process.communicate()
+    wait_for(started)
     return root
 
 
 def notes(root: Path, *run: Any) -> list[dict[str, int]]:
     """Of each rank."""
-    return [json.loads((root / f"runs.json.{rank}").read_text())[RUNS.index(run)]
-            for rank in (0, 1)]  # fmt: skip
+    return notes_of(root / "runs.json", RUNS.index(run))
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
@@ -276,9 +258,32 @@ def test_ranks_hold_what_the_strategy_says(root: Path) -> None:
             assert in_files == [layer_bytes // 2] * 2, run
         else:
             assert in_files == [0, 0], run
-            assert all(rank.get("rows_bytes_at_end", 0) == 0 for rank in rank_notes), run
         # AdamW has two numbers for each that learns.
         assert sum(state) == pytest.approx(2.0 if spread else 4.0, rel=0.02), run
+
+
+@pytest.mark.parametrize(("setup", "strategy", "count"), [
+    run for run in RUNS if run[0] in LEARN_BASE and spread.gathers(run[1], full=True)
+])  # fmt: skip
+def test_a_finished_model_is_written_a_weight_at_a_time(
+    root: Path, setup: str, strategy: str, count: int
+) -> None:
+    run = Run(root / f"{setup}-{strategy}-{count}")
+    (adapter,) = run.info()["adapters"]
+    step = adapter["best_step"] if setup == "full" else adapter["steps"]
+    files = (run.folder / "checkpoints" / f"checkpoint-{step}" / "weights").rglob("*.safetensors")
+    saved = {key: value for file in files for key, value in load_file(file).items()}
+    written = weights(run)
+    largest = max(value.nbytes for value in written.values())
+    for rank in notes(root, setup, strategy, count):
+        assert 0 < rank["whole_bytes"] <= largest
+    assert saved
+    for key, value in saved.items():
+        assert torch.equal(written[f"model/{key}"], value), key
+    model = AutoModelForCausalLM.from_pretrained(run.folder / "model")
+    for key, value in model.state_dict().items():
+        name = "model.embed_tokens.weight" if key == "lm_head.weight" else key  # it is tied
+        assert torch.equal(value, written[f"model/{name}"]), key
 
 
 @pytest.mark.parametrize(("setup", "strategy", "count"), [

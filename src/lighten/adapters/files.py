@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,26 +124,31 @@ def restore(
     source: str | os.PathLike[str] | Mapping[str, Tensor],
     *,
     where: str | None = None,
+    after_each: Callable[[], None] | None = None,
 ) -> None:
-    """Copy saved weights into the live ones.
+    """Copy saved weights into the live ones; files are mapped one after another.
 
     Args:
         trained: Where they live.
         name: Whose.
         source: The weights by key, or the folder that holds them.
         where: What an error calls the source.
+        after_each: Is called when a weight was copied.
 
     Raises:
         UserError: A key is missing, left over, or has another shape (trap 27).
     """
     if isinstance(source, Mapping):
-        weights, where = source, where or "what is to be restored"
+        weights, where = dict(source), where or "what is to be restored"
     else:
         weights, where = read_weights(Path(source)), str(source)
     shapes = {key: tuple(value.shape) for key, value in weights.items()}
     check_fit(shapes, trained.shapes(name), where)
     for key, parameter in trained.parameters(name).items():
-        dtensors.copy_rows(parameter, weights[key])
+        # A file is mapped until its last tensor is gone, and what was read of it stays in memory.
+        dtensors.copy_rows(parameter, weights.pop(key))
+        if after_each is not None:
+            after_each()
 
 
 def check_fit(

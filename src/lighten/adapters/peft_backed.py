@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -169,14 +169,23 @@ class PeftBacked(Cohort):
         return {key: tuple(value.shape) for key, value in self._saved().items()}
 
     @torch.no_grad()
-    def restore(self, name: str, source: str | os.PathLike[str] | Mapping[str, Tensor]) -> None:
+    def restore(
+        self, name: str, source: str | os.PathLike[str] | Mapping[str, Tensor],
+        after_each: Callable[[], None] | None = None,
+    ) -> None:  # fmt: skip
         """Copy saved weights, or those of a folder, into the live ones.
+
+        Args:
+            name: Whose.
+            source: The weights by key, or the folder that holds them.
+            after_each: Is called when a weight was copied.
 
         Raises:
             UserError: They are not whole or do not fit.
         """
         from lighten.adapters import files  # which knows this
 
+        del after_each  # all are copied at once
         assert name in self.specs
         folder = None if isinstance(source, Mapping) else Path(source)
         weights = dict(source) if isinstance(source, Mapping) else files.read_weights(Path(source))

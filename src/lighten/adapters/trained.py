@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
@@ -129,15 +129,23 @@ class Trained(ABC):
         """Shape by key of the live weights, what `verify` compares with."""
         return {key: tuple(value.shape) for key, value in self.parameters(name).items()}
 
-    def restore(self, name: str, source: str | os.PathLike[str] | Mapping[str, Tensor]) -> None:
+    def restore(
+        self, name: str, source: str | os.PathLike[str] | Mapping[str, Tensor],
+        after_each: Callable[[], None] | None = None,
+    ) -> None:  # fmt: skip
         """Copy saved weights, or those of a folder, into the live ones.
+
+        Args:
+            name: Whose.
+            source: The weights by key, or the folder that holds them.
+            after_each: Is called when a weight was copied.
 
         Raises:
             UserError: They are not whole or do not fit.
         """
         from lighten.adapters import files  # which knows the cohort, and that knows this
 
-        files.restore(self, name, source)
+        files.restore(self, name, source, after_each=after_each)
 
     def verify(self, name: str, folder: str | os.PathLike[str]) -> None:
         """Reopen saved files: every key there with its shape, nothing empty or not finite.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -156,13 +157,19 @@ class AdapterOptimizer:
         """Let go of the optimiser's state: there is no further step."""
         self.optimizer.state.clear()
 
-    def restore_optimizer(self, tensors: dict[str, Tensor]) -> None:
-        """Put back what `optimizer_tensors` gave."""
+    def restore_optimizer(
+        self, tensors: dict[str, Tensor], after_each: Callable[[], None] | None = None
+    ) -> None:
+        """Put back what `optimizer_tensors` gave.
+
+        Args:
+            tensors: Those; each is taken out, so that files that are mapped can go.
+            after_each: Is called when a parameter's state was copied.
+        """
         for key, parameter in self.learning.items():
-            saved = {
-                name.rpartition(":")[2]: value
-                for name, value in tensors.items()
-                if name.rpartition(":")[0] == key
-            }
-            if saved:
+            names = [name for name in tensors if name.rpartition(":")[0] == key]
+            if saved := {name.rpartition(":")[2]: tensors.pop(name) for name in names}:
                 optimizers.restore_state(self.optimizer, parameter, saved)
+            del saved
+            if after_each is not None:
+                after_each()

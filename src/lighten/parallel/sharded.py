@@ -158,27 +158,6 @@ class Sharded(InStep):
         if plain:
             super().sum_gradients(plain)
 
-    @torch.no_grad()
-    def make_whole(self, model: PreTrainedModel) -> None:
-        """Gather weight by weight into the main rank's memory; the others let go of theirs."""
-        gathered: dict[nn.Parameter, nn.Parameter] = {}
-        for module in model.modules():
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                if not isinstance(parameter, DTensor):
-                    continue
-                if parameter not in gathered:  # a tied one is gathered once
-                    full = dtensors.full_tensor(parameter.detach()).cpu()
-                    # FSDP refers to this rank's rows for as long as there is a model.
-                    if self._store is not None and parameter in self._away:
-                        self._store.let_go([parameter])
-                    else:
-                        dtensors.local_part(parameter.detach()).untyped_storage().resize_(0)
-                    weight = full if self._accelerator.is_main_process else full.new_empty(0)
-                    gathered[parameter] = nn.Parameter(
-                        weight, requires_grad=parameter.requires_grad
-                    )
-                setattr(module, name, gathered[parameter])
-
     def describe(self) -> str:
         """In words for the user."""
         count = self._accelerator.num_processes

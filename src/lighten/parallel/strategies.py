@@ -22,7 +22,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from transformers import PreTrainedModel
 
 from lighten.adapters import Trained, dtensors
 from lighten.errors import UserError
@@ -93,9 +92,6 @@ class Strategy:
         Raises:
             PeerLost: A rank has ended.
         """
-
-    def make_whole(self, model: PreTrainedModel) -> None:
-        """The training is over: the main rank gets the whole model, to be written."""
 
     def describe(self) -> str:
         """In words for the user."""

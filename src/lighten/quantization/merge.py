@@ -28,12 +28,12 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lighten import safetensors_stream
 from lighten.errors import DiskFull, UserError
 from lighten.models import quantized
 from lighten.models.configuration import build_empty, read_config
 from lighten.peft_config import more_than_low_rank
 from lighten.peft_config import read_config as read_adapter_config
-from lighten.quantization import safetensors_stream
 from lighten.quantization.gguf_source import Weight, read_weights
 from lighten.quantization.merge_update import (
     Changes,

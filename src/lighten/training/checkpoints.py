@@ -183,18 +183,23 @@ def restore(
         )
     optimizer = shards.load(checkpoint, OPTIMIZER)
     for adapter in adapters:
-        trained.restore(adapter.name, weights_of(checkpoint, trained, adapter.name))
+        restore_weights(checkpoint, trained, adapter.name)
         prefix = f"{adapter.name}/"
+        own = [key for key in optimizer if key.startswith(prefix)]
         adapter.restore_optimizer(
-            {
-                key.removeprefix(prefix): value
-                for key, value in optimizer.items()
-                if key.startswith(prefix)
-            }
+            {key.removeprefix(prefix): optimizer.pop(key) for key in own}, stores.let_all_go
         )
         adapter.progress = state.members[adapter.name]
-    stores.let_all_go()
     return state
+
+
+def restore_weights(checkpoint: Path, trained: Trained, name: str) -> None:
+    """Put back what was trained under a name; a file of it is in memory at a time.
+
+    Raises:
+        UserError: It does not fit.
+    """
+    trained.restore(name, weights_of(checkpoint, trained, name), stores.let_all_go)
 
 
 def read_state(checkpoint: Path) -> TrainerState:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -10,12 +11,15 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lighten import data, runs
-from lighten.adapters import WholeBase
+from lighten.adapters import WholeBase, dtensors
 from lighten.errors import DiskFull
 from lighten.machine import hardware
 from lighten.models import Base
 from lighten.models.names import card_line, card_name, public_name
+from lighten.parallel import ranks
+from lighten.parallel.offloaded import stores
 from lighten.training.setup import Setup
+from lighten.training.spread_model import SpreadModel
 
 # What other tools and the hub's web pages can fetch without trouble.
 SHARD_SIZE = "5GB"
@@ -37,6 +41,18 @@ def export(setup: Setup, name: str, run: runs.Run) -> int:
         folder = run.folder / "adapters" / name
         export_adapter(setup, name, folder)
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def take_part(setup: Setup) -> None:
+    """What every other rank does while the main one exports: hand over the rows that it holds.
+
+    Raises:
+        PeerLost: A rank has ended.
+    """
+    trained = setup.trained
+    if isinstance(trained, WholeBase) and _is_spread(trained):
+        with _ranks_of(setup):
+            _spread_model(trained).take_part()
 
 
 def export_adapter(setup: Setup, name: str, folder: Path) -> None:
@@ -65,13 +81,19 @@ def export_model(setup: Setup, trained: WholeBase, folder: Path) -> None:
     """Write the base that learnt as transformers writes a model, in the base's format."""
     learnt = trained.describe(trained.names[0])
     tokenizer, generation = with_learnt_ends(setup)
-    model = trained.fuse(trained.names[0])
+    model, is_spread = trained.model, _is_spread(trained)
+    if not is_spread:
+        trained.fuse(trained.names[0])
     model.generation_config = generation
     if setup.rows.train.findings.ends:
         model.config.eos_token_id = data.learnt_answers(setup.rows.train.findings).ends[0]
     with runs.whole_folder(folder) as partial:
         try:
-            model.save_pretrained(partial, max_shard_size=SHARD_SIZE)
+            if is_spread:
+                with _ranks_of(setup):
+                    _spread_model(trained).write(partial)
+            else:
+                model.save_pretrained(partial, max_shard_size=SHARD_SIZE)
         except SafetensorError as error:  # how its files tell of a full disk
             raise DiskFull(
                 f"{folder} could not be written ({error}); the checkpoints are intact, free some "
@@ -79,6 +101,20 @@ def export_model(setup: Setup, trained: WholeBase, folder: Path) -> None:
             ) from error
         tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(_model_card(setup, learnt), encoding="utf-8")
+
+
+def _is_spread(trained: WholeBase) -> bool:
+    return dtensors.any_spread(trained.model.parameters())
+
+
+def _spread_model(trained: WholeBase) -> SpreadModel:
+    return SpreadModel(trained.model, trained.dtype, SHARD_SIZE, stores.let_all_go)
+
+
+def _ranks_of(setup: Setup) -> AbstractContextManager[None]:
+    """Weights are gathered within."""
+    accelerator = setup.accelerator
+    return ranks.lost_within(accelerator.process_index, accelerator.num_processes)
 
 
 def with_learnt_ends(setup: Setup) -> tuple[PreTrainedTokenizerBase, GenerationConfig]:

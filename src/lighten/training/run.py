@@ -17,6 +17,7 @@ from lighten.adapters import dtensors
 from lighten.adapters.peft_methods import method_of
 from lighten.cpu import allocator
 from lighten.engine import optimizers
+from lighten.engine.adapter_optimizer import AdapterOptimizer
 from lighten.engine.memory_errors import ran_out
 from lighten.errors import DiskFull, UserError
 from lighten.folders import resume_command
@@ -26,8 +27,8 @@ from lighten.recipe import Recipe, spread
 from lighten.runs import PLAN, Run, write_json
 from lighten.training import checkpoints, offloaded, quantization_aware, streaming, trackers
 from lighten.training.base import load_base, require_trainable, tokenizer_of
-from lighten.training.checkpoints import TrainerState, weights_of
-from lighten.training.export import export
+from lighten.training.checkpoints import TrainerState
+from lighten.training.export import export, take_part
 from lighten.training.loop import Loop
 from lighten.training.method import go_on_from_adapter
 from lighten.training.out_of_memory import OutOfMemory, let_go
@@ -241,10 +242,11 @@ def _train(
         _put_best_back(run, setup)
     for adapter in setup.adapters:
         adapter.end()  # what is gathered below takes its place
-    setup.strategy.make_whole(base.model)
     if accelerator.is_main_process:
         _finish(run, setup, state, memory.read(), progress)
         _compare_with_plan(run, progress)
+    elif all(_ships(setup, adapter) for adapter in setup.adapters):
+        take_part(setup)
     ranks.wait(accelerator)
 
 
@@ -359,9 +361,7 @@ def _finish(
         _compare_with_converted(run, setup, progress)
     adapters = []
     for adapter in setup.adapters:
-        # One whose weights became infinite is nothing to ship, unless its best state was put back.
-        best = setup.recipe.load_best_model_at_end and adapter.progress.best_step is not None
-        exported = best or not adapter.progress.infinite
+        exported = _ships(setup, adapter)
         adapters.append(
             {
                 "name": adapter.name,
@@ -403,6 +403,15 @@ def _finish(
     )
 
 
+def _ships(setup: Setup, adapter: AdapterOptimizer) -> bool:
+    """Whether there is something to export; the same on every rank.
+
+    One whose weights became infinite is nothing to ship, unless its best state was put back.
+    """
+    best = setup.recipe.load_best_model_at_end and adapter.progress.best_step is not None
+    return best or not adapter.progress.infinite
+
+
 def _qat_facts(recipe: Recipe, tried_difference: float) -> dict[str, Any]:
     return {
         "scheme": recipe.qat,
@@ -439,7 +448,7 @@ def _put_best_back(run: Run, setup: Setup) -> None:
         if not (setup.accelerator.is_main_process or spread):
             continue  # the main rank writes what it holds itself
         checkpoint = run.folder / "checkpoints" / f"checkpoint-{step}"
-        setup.trained.restore(adapter.name, weights_of(checkpoint, setup.trained, adapter.name))
+        checkpoints.restore_weights(checkpoint, setup.trained, adapter.name)
 
 
 def _last_held_out(run: Run, name: str, setup: Setup, best: int | None) -> float | None:

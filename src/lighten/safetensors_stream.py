@@ -13,7 +13,12 @@ from torch import Tensor
 
 from lighten.safetensors_header import LENGTH_BYTES
 
-KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+# In the order in which safetensors puts tensors of several formats into a file, from the last.
+KINDS = {
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16",
+    torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32", torch.float32: "F32",
+    torch.float64: "F64", torch.int64: "I64",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,8 @@ def entry(
 
     def data() -> Iterable[memoryview]:
         for block in blocks():
-            rounded = block.to(dtype).contiguous()
-            yield rounded.view(torch.uint8).reshape(-1).numpy().data
+            rounded = block.to(dtype).contiguous().reshape(-1)
+            yield rounded.view(torch.uint8).numpy().data
 
     return Entry(name, KINDS[dtype], shape, math.prod(shape) * dtype.itemsize, data)
 

@@ -1,0 +1,56 @@
+"""The finished model written weight by weight: the files that `save_pretrained` writes of it whole.
+
+Between ranks it is tested in `test_strategies.py`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lighten.adapters import WholeBase
+from lighten.training.spread_model import SpreadModel
+from tests.tiny import save_tiny
+
+
+def written(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def trained(folder: Path, dtype: torch.dtype, last: int | None = None) -> WholeBase:
+    """A base in the middle of its training: float32, and no longer what the files hold."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    whole = WholeBase(model, dtype=dtype, last=last)
+    draw = torch.Generator().manual_seed(0)
+    for parameter in whole.parameters("default").values():
+        parameter.data.add_(torch.empty_like(parameter).normal_(std=0.01, generator=draw))
+    return whole
+
+
+@pytest.mark.parametrize(("architecture", "dtype", "shard_size", "last"), [
+    ("qwen2", torch.float32, "5GB", None),  # with a tied head
+    ("qwen2", torch.bfloat16, "20KB", None),
+    ("llama", torch.bfloat16, "5GB", 1),
+    ("mixtral", torch.bfloat16, "30KB", None),  # its experts are one tensor in memory
+])  # fmt: skip
+def test_the_files_are_those_of_a_model_written_whole(
+    tmp_path: Path, architecture: str, dtype: torch.dtype, shard_size: str, last: int | None
+) -> None:
+    base = save_tiny(tmp_path / "base", architecture, num_hidden_layers=3)
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    calls: list[int] = []
+    model = SpreadModel(
+        trained(base, dtype, last).model, dtype, shard_size, lambda: calls.append(1)
+    )  # fmt: skip
+    model.write(ours)
+    trained(base, dtype, last).fuse("default").save_pretrained(theirs, max_shard_size=shard_size)
+    expected = written(theirs)
+    assert written(ours) == expected
+    assert ("model.safetensors.index.json" in expected) == (shard_size != "5GB")
+    assert len(calls) < 2 * len(model._weights)
+    loaded, reference = map(AutoModelForCausalLM.from_pretrained, (ours, theirs))
+    ids = torch.arange(6)[None]
+    assert torch.equal(loaded(ids).logits, reference(ids).logits)
