@@ -143,18 +143,24 @@ def test_a_plan_spreads_over_ranks() -> None:
     assert with_host.host_bytes == pytest.approx(14e9, rel=1e-6)
 
 
-def test_a_process_reads_a_frozen_base_whole_before_it_is_spread() -> None:
-    """Where its states wait in a file, that is its peak; one that learns is read layer by layer."""
+def test_a_process_reads_and_spreads_a_base_layer_by_layer() -> None:
+    """One that is rounded as it is read is whole first: where its states wait, that is its peak."""
     settings: dict[str, Any] = {"gpus": 8, "layers": 32, "offload": ("optimizer",)}
     gpu = spread(a_plan(), DEVICES["h100"], "zero3", **settings)
     cpu = dataclasses.replace(DEVICES["h100"], kind="cpu")
     processor = spread(a_plan(), cpu, "zero3", **settings)
     assert gpu.device_bytes == pytest.approx(16e9 / 4 + 16e9 * 2 / 32 + 10e9, rel=1e-6)
     assert processor.device_bytes == gpu.device_bytes
-    last_layers = spread(
-        dataclasses.replace(a_plan(), method="last_layers"), cpu, "zero3", **settings
+    choices = {"dtype": "bfloat16: wanted", "loading": "files are mapped while they are converted"}
+    frozen = dataclasses.replace(
+        a_plan(), method="lora", states=States(14e9, 2e9, 16e9, 96e9), choices=choices
     )
-    assert last_layers.device_bytes == pytest.approx(16e9, rel=1e-6)
+    rounded = spread(frozen, cpu, "zero3", **settings)
+    assert rounded.device_bytes == pytest.approx(16e9, rel=1e-6)
+    for changed in ({"dtype": "float32: wanted"}, {"loading": None}):
+        kept = {key: value for key, value in {**choices, **changed}.items() if value}
+        by_layer = spread(dataclasses.replace(frozen, choices=kept), cpu, "zero3", **settings)
+        assert by_layer.device_bytes < rounded.device_bytes
     # The moments alone are elsewhere, and each step reads and writes them.
     assert processor.host_bytes == pytest.approx(96e9 / 8)
     assert processor.volume.host == pytest.approx(2 * 96e9 / 8)

@@ -171,9 +171,8 @@ class WholeBase(Trained):
         Modules that multiply by a float32 weight outside autocast's list (norms, embeddings) would
         hand float32 on: twice the activations, and formats that attention kernels cannot mix.
         """
-        device = self.model.device.type
         for module in outer:
-            module.forward = _autocast(module.forward, device, self._dtype)
+            module.forward = _autocast(module.forward, self.model, self._dtype)
             self._wrapped.append(module)
         for module in self.model.modules():
             if any(p.requires_grad for p in module.parameters(recurse=False)):
@@ -199,15 +198,17 @@ def make_float32(module: nn.Module, *, layers_later: bool = False) -> None:
         layers = decoder_layers(module)
         later = {p for layer in layers for p in layer.parameters() if p.dim() > 1}
     for parameter in module.parameters():
-        if parameter not in later:
+        # One of eight bits has a scale somewhere, and is no number by itself.
+        if parameter not in later and parameter.is_floating_point() and parameter.itemsize > 1:
             # The same object in another format: a tied head stays tied (trap 29).
             parameter.data = parameter.data.float()
 
 
-def _autocast(forward: Any, device: str, dtype: torch.dtype) -> Any:
+def _autocast(forward: Any, model: PreTrainedModel, dtype: torch.dtype) -> Any:
     @functools.wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(device, dtype=dtype):
+        # Where the model is now: one that is spread over ranks is moved as it is.
+        with torch.autocast(model.device.type, dtype=dtype):
             return forward(*args, **kwargs)
 
     return run

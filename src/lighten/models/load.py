@@ -108,6 +108,7 @@ def load(
     bnb_4bit_quant_type: str = "nf4",
     bnb_4bit_use_double_quant: bool = False,
     build: Build | None = None,
+    spread_later: bool = False,
 ) -> Base:
     """Find a base by name and load it.
 
@@ -125,6 +126,7 @@ def load(
         bnb_4bit_use_double_quant: Quantise the scales of the 4 bits too.
         build: Makes the model, frozen and in its final form, and its feed; None: all of it is
             loaded.
+        spread_later: It stays in main memory, mapped: whoever spreads it over ranks moves it.
 
     Raises:
         UserError: No such model, no safetensors in it, an attention that is not installed, or both
@@ -162,7 +164,7 @@ def load(
     weights = weight_files(path)
     published = sorted((path / "original").glob("*.gguf")) if source == "packaged" else weights
     return Base(
-        model=model.to(device).eval(),  # type: ignore[arg-type]  # transformers wraps Module.to
+        model=(model if spread_later else model.to(device)).eval(),  # type: ignore[arg-type]
         tokenizer=tokenizer,
         name=name,
         source=source,

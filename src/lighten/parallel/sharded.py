@@ -76,8 +76,10 @@ class Sharded(InStep):
         adapters = set() if trained.learns_base else _learning(trained)
         if self.name == "zero2":  # frozen weights stay as they are
             layers = [layer for layer in layers if any(p.requires_grad for p in layer.parameters())]
+        in_float32 = trained.dtype == torch.float32
         for layer in layers:
-            if trained.learns_base and all(p.requires_grad for p in layer.parameters()):
+            learns = trained.learns_base and all(p.requires_grad for p in layer.parameters())
+            if learns or in_float32:
                 make_float32(layer)
             fully_shard(
                 layer, mesh=mesh, reshard_after_forward=self.name != "zero2",

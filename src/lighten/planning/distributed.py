@@ -297,11 +297,7 @@ def spread(
         gathered = states.trained / ranks  # the rows that whole layers are gathered from
     peak = _peak(plan, parts, states, device_states) + gathered
     if device.kind == "cpu" and not packed:
-        # Each rank reads the model whole before it is spread; a base that learns whole is read and
-        # spread layer by layer.
-        by_layer = plan.method == "full" and strategy in ("zero2", "zero3", "fsdp")
-        read = states.frozen + (0 if by_layer else states.trained)
-        peak = max(peak, read + _always(parts))
+        peak = max(peak, _read_whole(plan, states, strategy) + _always(parts))
     moved = plan.memory.expected - peak
     busy = link_seconds(volume, device, nodes)
     step = None
@@ -311,6 +307,19 @@ def spread(
         strategy, ranks, nodes, offload, peak, plan.memory.low - moved, plan.memory.high - moved,
         host, volume, busy, step, plan.capacity, states, device.kind,
     )  # fmt: skip
+
+
+def _read_whole(plan: Plan, states: States, strategy: Strategy) -> float:
+    """Bytes that each rank holds of a model before it is spread.
+
+    What is spread is read and spread layer by layer, unless it is rounded as it is read.
+    """
+    if plan.method == "full" and strategy in ("zero2", "zero3", "fsdp"):
+        return states.frozen
+    in_float32 = plan.choices.get("dtype", "float32").startswith("float32")
+    if strategy in ("zero3", "fsdp") and (in_float32 or "loading" not in plan.choices):
+        return states.trained
+    return states.frozen + states.trained
 
 
 def of_recipe(strategy: str) -> Strategy:

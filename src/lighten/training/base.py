@@ -13,6 +13,7 @@ from lighten.adapters.whole import make_float32
 from lighten.machine.hardware import choose_dtype
 from lighten.models.load import locate, set_attention
 from lighten.models.trainable import refuse_rounded_activations, require_gradients
+from lighten.parallel.streamed.build import without_weights
 from lighten.parallel.streamed.shards import Shards
 from lighten.recipe import Recipe
 from lighten.training import quantization_aware, streaming
@@ -34,8 +35,9 @@ def load_base(
         device: Where it goes.
         learns: It is about to be trained: a base that learns whole comes in float32 from its
             files, and `dtype` of the result is still the format of the products.
-        layers_later: Of such a base leave the decoder layers' matrices in their files' format,
-            mapped: whoever spreads them over ranks makes them float32 (`adapters.whole`).
+        layers_later: Leave the decoder layers' matrices in their files' format, mapped, in main
+            memory: whoever spreads them over ranks makes them float32 (`adapters.whole`) and moves
+            them to its device, and the rest too.
         ranks: How many processes train it together.
 
     Raises:
@@ -44,10 +46,16 @@ def load_base(
     full = learns and recipe.method == "full" and recipe.last_layers is None
     if learns:
         require_trainable(recipe)
+    target = "float32" if full else recipe.compute_dtype
+    chosen = choose_dtype(recipe.dtype if full else target, device)
+    first = target
+    if layers_later:
+        target = choose_dtype(target, device).value
+        first = _first_format(recipe, target)
     base = models.load(
         recipe.model_name_or_path,
         revision=recipe.revision,
-        dtype=_first_format(recipe, layers_later) if full else recipe.compute_dtype,
+        dtype=first,
         attn_implementation=recipe.attn_implementation,
         trust_remote_code=recipe.trust_remote_code,
         device=device,
@@ -56,31 +64,49 @@ def load_base(
         bnb_4bit_quant_type=recipe.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=recipe.bnb_4bit_use_double_quant,
         build=streaming.builder(recipe, device, adapter_specs(recipe), learns, ranks),
+        spread_later=layers_later,
     )
     if learns:
         require_gradients(base.name, base.model)
-    if full:
-        base = replace(base, dtype=choose_dtype(recipe.dtype, device))
-        if layers_later:
-            make_float32(base.model, layers_later=True)
-            # Which depends on the format: it was chosen for that of the files.
-            base.attention = set_attention(base.model, recipe.attn_implementation, device)
+    base = replace(base, dtype=chosen)
+    if first != target:
+        _make_float32(recipe, base)
+        # Which depends on the format: it was chosen for that of the files.
+        base.attention = set_attention(base.model, recipe.attn_implementation, device)
     add_tokens(base.model, base.tokenizer, recipe.added_tokens)
     return base
 
 
-def _first_format(recipe: Recipe, layers_later: bool) -> str:
-    """The format in which a base that learns whole comes from its files."""
-    if not layers_later:
-        return "float32"
+def _first_format(recipe: Recipe, target: str) -> str:
+    """The format in which a base whose layers are spread later comes from its files.
+
+    What is rounded is rounded as it is read: some weights of a model may not be.
+    """
+    if target != "float32":
+        return target
     source, path = locate(
         recipe.model_name_or_path, revision=recipe.revision, code=recipe.trust_remote_code
     )
     if source == "gguf":
-        return "float32"
+        return target
     kinds = {stored.kind for stored in Shards.of(path).values()}
     formats = {"BF16": "bfloat16", "F16": "float16"}
-    return formats.get(kinds.pop(), "float32") if len(kinds) == 1 else "float32"
+    return formats.get(kinds.pop(), target) if len(kinds) == 1 else target
+
+
+def _make_float32(recipe: Recipe, base: models.Base) -> None:
+    """What a base has outside of its layers' matrices becomes as if all were read in float32."""
+    make_float32(base.model, layers_later=True)
+    # Constants of the code were rounded to the files' format.
+    computed = without_weights(
+        base.name, base.path, torch.float32, recipe.trust_remote_code
+    )  # fmt: skip
+    for path, module in base.model.named_modules():
+        for key, buffer in list(module.named_buffers(recurse=False)):
+            if key in module._non_persistent_buffers_set:
+                module._buffers[key] = computed.get_submodule(path).get_buffer(key)
+            elif buffer.is_floating_point():
+                module._buffers[key] = buffer.float()
 
 
 def require_trainable(recipe: Recipe) -> None:

@@ -62,9 +62,10 @@ class _Lengths(NamedTuple):
 
 
 def layers_later(recipe: Recipe, accelerator: Accelerator) -> bool:
-    """Whether a base that learns is made float32 a layer at a time, as its layers are spread."""
+    """Whether a dense base is read, made float32 and moved a layer at a time, as it is spread."""
     whole = recipe.method == "full" and recipe.last_layers is None
-    return whole and accelerator.num_processes > 1 and gathers(recipe.strategy, full=True)
+    by_layer = accelerator.num_processes > 1 and gathers(recipe.strategy, full=whole)
+    return by_layer and not streaming.spreads_packed(recipe)
 
 
 class _MicroBatches(NamedTuple):

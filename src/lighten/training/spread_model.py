@@ -174,8 +174,8 @@ def _sources(
         shapes |= {name: value.shape for name, value in made.items()}
         alone = {id(kept[key]): key for key in keys}
         for name, value in made.items():
-            key = alone.get(id(value))
-            sources[name] = _Source((key,), True) if key == name else _Source(keys, False)
+            as_it_is = alone.get(id(value)) == name
+            sources[name] = _Source((name,), True) if as_it_is else _Source(keys, False)
     if shapes == {name: value.shape for name, value in tensors.items()}:
         return sources
     return dict.fromkeys(tensors, _Source(tuple(kept), False))  # it takes several layers

@@ -96,7 +96,7 @@ def build(
         UserError: The model's layers cannot be streamed, or its files lack a weight.
     """
     shards, setting = Shards.of(folder), setting or Setting()
-    model = _without_weights(name, folder, dtype, trust_remote_code)
+    model = without_weights(name, folder, dtype, trust_remote_code)
     if check is not None:
         check(model)
     where = torch.device(device)
@@ -173,10 +173,20 @@ class Names:
         return named, stored
 
 
-def _without_weights(
+def without_weights(
     name: str, folder: Path, dtype: torch.dtype, trust_remote_code: bool
 ) -> PreTrainedModel:
-    """The model with shapes in place of weights, and with the buffers that it computes."""
+    """The model with shapes in place of weights, and with the buffers that it computes.
+
+    Args:
+        name: As the user gave it.
+        folder: Of the model; its configuration alone is read.
+        dtype: The format of its products.
+        trust_remote_code: Run Python code that comes with the model.
+
+    Raises:
+        UserError: The configuration describes no language model.
+    """
     config = read_config(folder, trust_remote_code=trust_remote_code)
     try:
         with init_empty_weights(include_buffers=False), no_init_weights():
