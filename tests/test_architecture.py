@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "wording": set(),
     "cpu": {"machine"},
     "peft_config": {"safetensors_header"},
-    "adapters": {"cpu", "peft_config"},
+    "adapters": {"cpu", "peft_config", "safetensors_stream"},
     "data": {"machine", "paths"},
     "dialogue": {"streams"},
     "folders": {"locks", "whole_files"},

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 import lighten
-from lighten.adapters import dtensors, shards
+from lighten.adapters import dtensors
 from lighten.adapters.decoder import decoder_layers
 from lighten.engine import step as train_step_module
 from lighten.errors import UserError
@@ -171,7 +171,6 @@ def train_all(ports: str, file: str) -> None:
     loop.train_step = noted_step
     whole: list[weakref.ref[torch.Tensor]] = []
     full_tensor, dtensors.full_tensor = dtensors.full_tensor, noted_gather
-    shards.SHARD_BYTES = 1  # a weight in each file
     for name in ("all_gather_single", "all_gather_into_tensor"):  # before and since PyTorch 2.13
         if hasattr(distributed, name):
             setattr(distributed, name, count_gathers(getattr(distributed, name)))

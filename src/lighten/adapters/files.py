@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from lighten.adapters.cohort import Cohort
     from lighten.adapters.trained import Trained
 
+PIECE_NUMBERS = 2**22  # are looked at at once
+
 
 def contents(
     cohort: Cohort, name: str, *, base_model: str | None = None, revision: str | None = None
@@ -111,9 +113,9 @@ def verify(folder: str | os.PathLike[str], expected: Mapping[str, tuple[int, ...
     if factors and not any(bool(value.any()) for value in factors):
         raise UserError(f"{path}: every lora_A is zero; the adapter would do nothing")
     del factors
-    # A file is mapped until its last tensor is gone, and what was read of it stays in memory.
-    while saved:
-        if not bool(saved.popitem()[1].isfinite().all()):
+    while saved:  # what was read of a mapped tensor stays in memory until it is gone
+        pieces = saved.popitem()[1].flatten().split(PIECE_NUMBERS)
+        if not all(bool(piece.isfinite().all()) for piece in pieces):
             raise UserError(f"{path}: holds values that are not finite")
 
 
@@ -126,7 +128,7 @@ def restore(
     where: str | None = None,
     after_each: Callable[[], None] | None = None,
 ) -> None:
-    """Copy saved weights into the live ones; files are mapped one after another.
+    """Copy saved weights into the live ones; of a base one of them is in memory at a time.
 
     Args:
         trained: Where they live.
@@ -145,7 +147,7 @@ def restore(
     shapes = {key: tuple(value.shape) for key, value in weights.items()}
     check_fit(shapes, trained.shapes(name), where)
     for key, parameter in trained.parameters(name).items():
-        # A file is mapped until its last tensor is gone, and what was read of it stays in memory.
+        # What was read of a mapped tensor stays in memory until it is gone.
         dtensors.copy_rows(parameter, weights.pop(key))
         if after_each is not None:
             after_each()

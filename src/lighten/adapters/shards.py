@@ -1,20 +1,16 @@
-"""Many tensors as safetensors files of bounded size, none of which is ever in memory."""
+"""Many tensors as safetensors files of bounded size, one tensor in memory at a time."""
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
 from torch import Tensor
 
+from lighten import safetensors_stream
 from lighten.adapters import dtensors
 
-# What a file holds of a GPU is copied to main memory while it is written, and a file is mapped
-# while it is verified.
 SHARD_BYTES = 2**28
 # Files of weights in checkpoints: trained.safetensors, or trained-00001-of-00002.safetensors, ...
 STEM = "trained"
@@ -40,17 +36,11 @@ class Shard:
         Raises:
             OSError: It cannot be written.
         """
-        shard = {
-            key: dtensors.full_tensor(value.detach()).cpu().contiguous()
-            for key, value in self._tensors.items()
-        }
-        try:
-            save_file(shard, path, metadata={"format": "pt"})
-        except SafetensorError as error:  # its only word of what the system said
-            number = re.search(r"os error (\d+)", str(error))
-            if number is None:
-                raise
-            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+        safetensors_stream.write(
+            path,
+            [safetensors_stream.entry(key, tuple(value.shape), value.dtype, _blocks(value))
+             for key, value in self._tensors.items()],
+        )  # fmt: skip
 
     def take_part(self) -> None:
         """What the other ranks do while one writes the file: hand over the rows that they hold."""
@@ -102,13 +92,24 @@ def listing(folder: Path, stem: str) -> list[Path]:
 def load(folder: Path, stem: str) -> dict[str, Tensor]:
     """The tensors of all files of a stem; they are mapped, so that what is not read costs nothing.
 
+    Each is mapped by itself: what was read of it stays in memory for as long as it is there, and no
+    longer for the sake of others in its file.
+
     Raises:
         SafetensorError: A file is broken.
     """
     tensors: dict[str, Tensor] = {}
     for path in listing(folder, stem):
-        tensors |= load_file(path)
+        with safe_open(path, "pt") as file:
+            keys = list(file.keys())
+        for key in keys:
+            with safe_open(path, "pt") as file:
+                tensors[key] = file.get_tensor(key)
     return tensors
+
+
+def _blocks(value: Tensor) -> Callable[[], list[Tensor]]:
+    return lambda: [dtensors.full_tensor(value.detach()).cpu()]
 
 
 def _numbered(stem: str, number: int, count: int) -> str:

@@ -163,7 +163,7 @@ class AdapterOptimizer:
         """Put back what `optimizer_tensors` gave.
 
         Args:
-            tensors: Those; each is taken out, so that files that are mapped can go.
+            tensors: Those; each is taken out, so that what is mapped can go.
             after_each: Is called when a parameter's state was copied.
         """
         for key, parameter in self.learning.items():

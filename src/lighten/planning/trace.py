@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 import torch
 
-from lighten.adapters.shards import SHARD_BYTES
 from lighten.adapters.spec import OWN_INITS
 from lighten.cpu import allocator
 from lighten.errors import UserError
@@ -190,12 +189,12 @@ def _numbers(traced: Traced) -> int:
 
 
 def _verified(traced: Traced, *, whole_base: bool) -> int:
-    """Bytes of saved files that are mapped at once to be verified: of a base one file's."""
+    """Bytes of saved files that are in memory at once to be verified: of a base one weight's."""
     size = _numbers(traced) * 4
     if not whole_base:
         return size
     numbers = [p.numel() for m in traced.setup.adapters for p in m.parameters.values()]
-    return min(size, max(SHARD_BYTES, 4 * max(numbers)))
+    return min(size, 4 * max(numbers))
 
 
 def _states(traced: Traced) -> int:

@@ -194,7 +194,7 @@ def restore(
 
 
 def restore_weights(checkpoint: Path, trained: Trained, name: str) -> None:
-    """Put back what was trained under a name; a file of it is in memory at a time.
+    """Put back what was trained under a name; of a base a weight is in memory at a time.
 
     Raises:
         UserError: It does not fit.
