@@ -44,7 +44,8 @@ def exported(run: Path, form: str, folder: Path, context: int) -> dict[str, Any]
         process.returncode = os.waitstatus_to_exitcode(status)
         output.seek(0)
         text = output.read()
-    if process.returncode not in (0, 1):  # 1: the receipt did not pass, which is a figure too
+    # 1: the receipt did not pass, 2: it cannot tell; both are figures too.
+    if process.returncode not in (0, 1, 2):
         raise SystemExit(f"lighten {' '.join(words)} failed with exit code {process.returncode}")
     export = json.loads(text)
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import shutil
 from pathlib import Path
@@ -14,7 +15,12 @@ from torch import Tensor, nn
 import lighten
 from lighten.artifacts import open_source
 from lighten.quantization.executorch import program_rounding
-from lighten.quantization.executorch_rounding import ProgramRounding
+from lighten.quantization.executorch_rounding import (
+    ProgramRounding,
+    _round_layer,
+    compute_as_xnnpack,
+    write_rounded,
+)
 from tests.tiny import save_tiny, tiny_model
 
 pytestmark = pytest.mark.skipif(
@@ -68,6 +74,89 @@ def test_rounding_by_data_loses_less_than_to_the_nearest() -> None:
     assert ProgramRounding(32).apply(nearest) == []
     assert ProgramRounding(32, ROWS[:4]).apply(calibrated) == []
     assert divergence(plain, calibrated) < 0.7 * divergence(plain, nearest)
+
+
+def test_scales_are_xnnpack_s_where_no_data_choose_them_and_integers_stay() -> None:
+    """Those of torchao are float32: the program computed with others than its receipt."""
+    from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize_
+    from torchao.quantization.granularity import PerGroup
+
+    plain = model(hidden_size=64, intermediate_size=96)
+    layer = copy.deepcopy(plain.model.layers[0].mlp.down_proj)
+    quantize_(layer, Int8DynamicActivationIntxWeightConfig(
+        weight_dtype=torch.int4, weight_granularity=PerGroup(32)
+    ))  # fmt: skip
+    ProgramRounding(32).apply(plain)
+    weight, learnt = plain.model.layers[0].mlp.down_proj.weight, layer.weight
+    assert torch.equal(weight.qdata, learnt.qdata)
+    assert not torch.equal(weight.scale, learnt.scale)
+    assert torch.equal(weight.scale, learnt.scale.bfloat16().float())
+
+
+@pytest.mark.parametrize("rows", [None, ROWS[:2]])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_weights_handed_on_are_those_that_were_chosen(
+    kind: str, rows: list[list[int]] | None, tmp_path: Path
+) -> None:
+    """Bit for bit, onto a model of another training: nothing is chosen by what it computes."""
+    wide: dict[str, Any] = {"n_embd": 64} if kind == "gpt2" else {"hidden_size": 64}
+    chosen, given = model(kind, **wide), model(kind, **wide)
+    with torch.no_grad():
+        for name, parameter in given.named_parameters():
+            if parameter.ndim == 2 and "wpe" not in name:  # GPT-2's positions are not rounded
+                parameter.mul_(1 + 0.1 * torch.rand_like(parameter))
+    rounding = ProgramRounding(32, rows)
+    notes = rounding.apply(chosen)
+    write_rounded(chosen, tmp_path / "rounded.safetensors")
+    assert rounding.apply(given, tmp_path / "rounded.safetensors") == notes
+    for row in ROWS[:2]:
+        assert torch.equal(scores(chosen, row), scores(given, row))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("executorch") is None, reason="the extra phone is not installed"
+)
+@pytest.mark.filterwarnings("ignore")  # ExecuTorch calls what others call outdated
+@pytest.mark.parametrize("groups", [32, None])
+def test_a_layer_computes_as_in_xnnpack(groups: int | None, tmp_path: Path) -> None:
+    """The real runtime, on inputs of every size: not one is rounded to another step.
+
+    A step of one input moves an output by a share of 1/255 and more of that input's part;
+    sums of float32 in another order, by less than a millionth.
+    """
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import (
+        XnnpackDynamicallyQuantizedPartitioner,
+    )
+    from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+    from executorch.runtime import Runtime
+
+    torch.manual_seed(0)
+    layer = nn.Linear(576, 64)
+    rounded = nn.Sequential(layer).eval()
+    _round_layer(layer, groups)
+    x = torch.randn(256, 576) * torch.rand(256, 1) * 3 + torch.randn(256, 1)
+    x[5] = x[5].abs()
+    x[6] = -x[6].abs()
+    x[7] = 0.0
+    with torch.no_grad():
+        traced = torch.export.export(rounded, (x,), strict=False)
+    lowered = to_edge_transform_and_lower(
+        traced, partitioner=[XnnpackDynamicallyQuantizedPartitioner()],
+        compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
+    ).to_executorch()  # fmt: skip
+    file = tmp_path / "layer.pte"
+    file.write_bytes(bytes(lowered.buffer))
+    program = Runtime.get().load_program(file)
+    (told,) = program.load_method("forward").execute([x])
+    with torch.no_grad():
+        theirs = rounded(x)
+        compute_as_xnnpack(rounded)
+        ours = rounded(x)
+    assert ours.shape == told.shape
+    near = 2e-6 * float(told.abs().max())
+    assert float((ours - told).abs().max()) < near
+    assert float((theirs - told).abs().max()) > 10 * near  # what torchao rounds otherwise
 
 
 def test_rows_that_no_group_divides_have_8_bits_and_are_told() -> None:

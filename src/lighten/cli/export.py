@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lighten.cli.console import Json, console, print_json
+from lighten.cli.plan import CANNOT_TELL
 
 if TYPE_CHECKING:
     from lighten.quantization.verify import Receipt
@@ -132,10 +133,13 @@ def push(
 
 
 def _tell_receipt(receipt: Receipt | None, *, quiet: bool) -> None:
-    """Print a receipt; one that did not pass ends the command with an exit code of its own."""
+    """Print a receipt; one that did not pass ends the command with an exit code of its own.
+
+    Where it cannot tell, that is `plan`'s of the same name.
+    """
     if receipt is None:
         return
     if not quiet:
         console().print(receipt.sentence(), highlight=False)
     if not receipt.passed:
-        raise typer.Exit(DIFFERS)
+        raise typer.Exit(CANNOT_TELL if receipt.passed is None else DIFFERS)

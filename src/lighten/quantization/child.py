@@ -75,7 +75,15 @@ def _make(job: dict[str, Any]) -> dict[str, Any]:
         notes = write_program(
             model, Path(job["file"]), context_tokens=job["context"], ends=job["ends"],
             rounding=ProgramRounding(job["group_size"], job["calibration"]),
+            keep=Path(job["keep"]) if job["keep"] else None,
         )  # fmt: skip
+    elif job["kind"] == "rounding":
+        from lighten.quantization.executorch_program import keep_rounded
+        from lighten.quantization.executorch_rounding import ProgramRounding
+
+        began = time.perf_counter()
+        rounding = ProgramRounding(job["group_size"], job["calibration"])
+        keep_rounded(model, rounding, Path(job["keep"]))
     else:
         from lighten.quantization.weights import make
 

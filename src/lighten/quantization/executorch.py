@@ -72,8 +72,9 @@ def program_rounding(artefact: Artefact) -> tuple[ProgramRounding, dict[str, Any
 
 
 def write_program(
-    folder: Path, target: Path, rounding: ProgramRounding, *, context_tokens: int = CONTEXT
-) -> list[str]:
+    folder: Path, target: Path, rounding: ProgramRounding, *, context_tokens: int = CONTEXT,
+    keep: Path | None = None,
+) -> list[str]:  # fmt: skip
     """Lower a model folder to an ExecuTorch program, in a process of its own.
 
     Args:
@@ -81,6 +82,7 @@ def write_program(
         target: The `.pte` file, written whole or not at all.
         rounding: How weights are rounded.
         context_tokens: Prompt and answer together; fewer where the model knows fewer positions.
+        keep: File for the rounded weights, so that the receipt need not round again.
 
     Returns:
         What a user should know, a sentence each.
@@ -98,13 +100,31 @@ def write_program(
         "do": "make", "name": "executorch", "kind": "executorch", "model": str(folder),
         "folder": str(target.parent), "file": str(target), "context": longest,
         "ends": _ends(folder), "group_size": rounding.group_size,
-        "calibration": rounding.calibration,
+        "calibration": rounding.calibration, "keep": None if keep is None else str(keep),
     }  # fmt: skip
     notes: list[str] = child.call(job)["notes"]
     return [
         *notes,
         f"prompt and answer together take {longest} tokens at most (--context_tokens)",
     ]
+
+
+def write_rounding(folder: Path, rounding: ProgramRounding, keep: Path) -> None:
+    """Round a model folder as `write_program` does, in a process like its own.
+
+    Args:
+        folder: A transformers model in safetensors.
+        rounding: How weights are rounded.
+        keep: File for the rounded weights.
+
+    Raises:
+        UserError: The model cannot be loaded, or the disk or the memory is full.
+    """
+    child.call({
+        "do": "make", "name": "rounding", "kind": "rounding", "model": str(folder),
+        "folder": str(keep.parent), "keep": str(keep), "group_size": rounding.group_size,
+        "calibration": rounding.calibration,
+    })  # fmt: skip
 
 
 def _ends(folder: Path) -> list[int]:

@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache, StaticLayer
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from lighten.errors import UserError
-from lighten.quantization.executorch_rounding import ProgramRounding
+from lighten.quantization.executorch_rounding import ProgramRounding, write_rounded
 
 PREFILL_TOKENS = 128  # of one call at most; ExecuTorch's runner cuts longer prompts
 ATTENTION = "lighten_grouped"
@@ -35,6 +35,7 @@ def write_program(
     context_tokens: int,
     ends: list[int],
     rounding: ProgramRounding,
+    keep: Path | None = None,
 ) -> list[str]:
     """Lower a model folder to an ExecuTorch program.
 
@@ -44,6 +45,7 @@ def write_program(
         context_tokens: Positions of the cache: prompt and answer together.
         ends: Ids of the tokens that end an answer.
         rounding: How weights are rounded.
+        keep: File for the rounded weights, as `write_rounded` writes it.
 
     Returns:
         What a user should know, a sentence each.
@@ -53,10 +55,7 @@ def write_program(
     """
     from lighten import whole_files
 
-    AttentionInterface.register(ATTENTION, grouped_attention)
-    AttentionMaskInterface.register(ATTENTION, eager_mask)
-    model = load(folder, ATTENTION)
-    notes = rounding.apply(model)
+    model, notes = _rounded(folder, rounding, keep)
     words = int(model.get_output_embeddings().weight.shape[0])
     bos = model.config.bos_token_id
     facts = {
@@ -75,6 +74,31 @@ def write_program(
         ) from error
     whole_files.write_bytes(target, data)
     return notes
+
+
+def keep_rounded(folder: Path, rounding: ProgramRounding, keep: Path) -> None:
+    """Write the weights that a program of a model folder has, and no program.
+
+    Args:
+        folder: A transformers model in safetensors.
+        rounding: How weights are rounded.
+        keep: The file.
+
+    Raises:
+        UserError: The model cannot be loaded.
+    """
+    _rounded(folder, rounding, keep)
+
+
+def _rounded(folder: Path, rounding: ProgramRounding, keep: Path | None) -> tuple[Any, list[str]]:
+    # Rounding by data goes by what layers compute, to the last bit: with the program's attention.
+    AttentionInterface.register(ATTENTION, grouped_attention)
+    AttentionMaskInterface.register(ATTENTION, eager_mask)
+    model = load(folder, ATTENTION)
+    notes = rounding.apply(model)
+    if keep is not None:
+        write_rounded(model, keep)
+    return model, notes
 
 
 def load(folder: Path, attention: str = "eager") -> Any:

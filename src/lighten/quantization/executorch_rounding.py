@@ -4,16 +4,18 @@ Linear layers but the head have 4-bit weights, symmetric, a scale per group alon
 row, and 8-bit activations, rounded anew for each token (8da4w): what `qat` trains for. The head has
 8-bit weights, and words are looked up in 8 bits.
 
-Dimensions: O outputs, I inputs, G groups of a row.
+Dimensions: O outputs, I inputs, G groups of a row, T tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lighten.quantization import gptq
@@ -22,6 +24,7 @@ from lighten.quantization.targets import GROUP_SIZE
 
 # XNNPACK computes with scales in bfloat16: weights are rounded for those.
 SCALES = gptq.Scales(torch.bfloat16, signed=False)
+ROUNDED = "rounded.safetensors"  # the weights, for as long as an export and its receipt take
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,13 @@ class ProgramRounding:
     group_size: int = GROUP_SIZE
     calibration: Sequence[Sequence[int]] | None = None
 
-    def apply(self, model: Any) -> list[str]:
+    def apply(self, model: Any, written: Path | None = None) -> list[str]:
         """Round a model's weights, in place; activations from then on, too.
 
         Args:
             model: A transformers model in float32.
+            written: What `write_rounded` kept of this model when it was rounded before: nothing is
+                chosen again, and the weights are those of then.
 
         Returns:
             What is not in 4 bits, or not calibrated, a sentence each.
@@ -51,9 +56,10 @@ class ProgramRounding:
             # Words are looked up in another granularity than they are scored: two tensors from now.
             head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
         _with_linear_layers(model)
-        rounded = {} if self.calibration is None else rounded_layers(
-            model, self.calibration, self._groups_of, SCALES
-        )  # fmt: skip
+        calibrated = self.calibration is not None and written is None
+        rounded = rounded_layers(
+            model, self.calibration or (), self._groups_of, SCALES
+        ) if calibrated else {}  # fmt: skip
         layers = {p: m for p, m in model.named_modules() if isinstance(m, nn.Linear)}
         odd = 0
         for path, layer in layers.items():
@@ -63,13 +69,15 @@ class ProgramRounding:
             if path in rounded:
                 _replace(layer, *rounded[path])
         _round_words(model, embedding)
+        if written is not None:
+            _read_rounded(model, written)
         notes = []
         if odd:
             notes.append(
                 f"{odd} of {len(layers)} linear layers have 8-bit weights: their rows are no "
                 f"multiple of {GROUP_SIZE}"
             )
-        if self.calibration is not None and not rounded and odd < len(layers):
+        if calibrated and not rounded and odd < len(layers):
             notes.append("weights are rounded to their nearest: its decoder layers are not known")
         return notes
 
@@ -89,6 +97,10 @@ def _round_layer(layer: nn.Linear, group_size: int | None) -> None:
         weight_granularity=PerGroup(group_size) if group_size else PerAxis(0),
     )
     quantize_(layer, config)
+    if group_size:
+        # As XNNPACK will have them. Integers stay: a run with `qat` learnt those.
+        weight: Any = layer.weight
+        weight.scale.copy_(SCALES.stored(weight.scale))
 
 
 def _replace(layer: nn.Linear, integers: Tensor, scales: Tensor) -> None:
@@ -96,6 +108,75 @@ def _replace(layer: nn.Linear, integers: Tensor, scales: Tensor) -> None:
     weight: Any = layer.weight
     weight.qdata.copy_(integers)
     weight.scale.copy_(scales)
+
+
+def _rounded_weights(model: nn.Module) -> dict[str, Any]:
+    """The weights that are integers and scales, by path."""
+    weights = {path: getattr(module, "weight", None) for path, module in model.named_modules()}
+    return {path: weight for path, weight in weights.items() if hasattr(weight, "qdata")}
+
+
+def write_rounded(model: nn.Module, file: Path) -> None:
+    """Keep a rounded model's integers and scales, for the same model to be given them.
+
+    Args:
+        model: That `ProgramRounding.apply` rounded.
+        file: In safetensors.
+    """
+    from safetensors.torch import save_file
+
+    parts = {}
+    for path, weight in _rounded_weights(model).items():
+        parts[f"{path}.integers"], parts[f"{path}.scales"] = weight.qdata, weight.scale
+    save_file(parts, file)
+
+
+def _read_rounded(model: nn.Module, file: Path) -> None:
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as parts:
+        for path, weight in _rounded_weights(model).items():
+            weight.qdata.copy_(parts.get_tensor(f"{path}.integers"))
+            weight.scale.copy_(parts.get_tensor(f"{path}.scales"))
+
+
+class XnnpackLinear(nn.Module):
+    """A rounded linear layer as XNNPACK computes it: its input is rounded by XNNPACK's own formula.
+
+    torchao's differs by a unit in the last place of a scale, which takes some inputs to the other
+    side of a step. Products are exact in both but for the order of their sums.
+
+    Source: `xnn_f32_qd8_asymmetric_quantization_params` in XNNPACK's `src/xnnpack/quantization.h`.
+
+    Args:
+        layer: Rounded by `ProgramRounding`.
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        weight: Any = layer.weight
+        self.weight = nn.Parameter(weight.dequantize(), requires_grad=False)
+        self.bias = layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs [..., T, O] of inputs [..., T, I]."""
+        low = x.amin(-1, keepdim=True).clamp(max=0)
+        high = x.amax(-1, keepdim=True).clamp(min=0)
+        steps = torch.where(low == high, 1.0, 255.0 / (high - low))  # in one, [..., T, 1]
+        low, high = low * steps, high * steps
+        zero = torch.where((low - 128) + (high + 127) > 0, -128 - low, 127 - high)
+        zero = zero.clamp(-128, 127).round()
+        integers = ((x * steps).round() + zero).clamp(-128, 127) - zero
+        out = F.linear(integers, self.weight) * (1.0 / steps)
+        return out if self.bias is None else out + self.bias
+
+
+def compute_as_xnnpack(model: nn.Module) -> None:
+    """Have a rounded model compute its linear layers as the program will, in place."""
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, nn.Linear) and hasattr(layer.weight, "qdata"):
+                setattr(parent, name, XnnpackLinear(layer))
 
 
 def _round_words(model: nn.Module, embedding: Any) -> None:

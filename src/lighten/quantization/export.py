@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from lighten.errors import UserError
 from lighten.models.load import weight_files
 from lighten.peft_config import CONFIG, WEIGHTS, read_config
 from lighten.quantization import executorch, verify
+from lighten.quantization.executorch_rounding import ROUNDED
 from lighten.quantization.export_card import (
     DEQUANTIZED,
     MANIFEST,
@@ -183,20 +185,35 @@ def export(
     require_replaceable(target)
     _require_other_folder(artefact, target)
     if form in MERGED:
-        require_export_room(artefact, form, kind or dtype, target)
+        require_export_room(artefact, form, kind or dtype, target, receipt)
     log(f"writing {target}")
-    exported = _WRITERS[form](artefact, target, kind or dtype, onto == DEQUANTIZED)
-    if artefact.stored is not None and form in MERGED and receipt:
-        log("measuring the held-out loss on either base")
-        exported = _with_losses(exported, artefact)
-    if not receipt:
-        return exported
-    log("comparing its answers with those before")
-    comparison = receipt_of(artefact, target, form, kind or dtype, onto == DEQUANTIZED)
+    write = _WRITERS[form]
+    with _room_for_rounded(target, kept=form == "executorch" and receipt) as rounded:
+        if rounded is not None:
+            write = functools.partial(_executorch, keep=rounded)
+        exported = write(artefact, target, kind or dtype, onto == DEQUANTIZED)
+        if artefact.stored is not None and form in MERGED and receipt:
+            log("measuring the held-out loss on either base")
+            exported = _with_losses(exported, artefact)
+        if not receipt:
+            return exported
+        log("comparing its answers with those before")
+        comparison = receipt_of(artefact, target, form, kind or dtype, onto == DEQUANTIZED, rounded)
     verify.write_receipt(comparison, target)
     return Exported(
         exported.folder, exported.files, exported.size_bytes, exported.notes, comparison
     )
+
+
+@contextmanager
+def _room_for_rounded(target: Path, *, kept: bool) -> Iterator[Path | None]:
+    """Where a program's making hands its rounded weights on to its receipt; None: it does not."""
+    if not kept:
+        yield None
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with scratch_folder(target.parent, "rounded") as scratch:
+        yield scratch / ROUNDED
 
 
 def _require_other_folder(artefact: Artefact, target: Path) -> None:
@@ -374,14 +391,16 @@ def _gguf_adapter(artefact: Artefact, target: Path, _: str, __: bool) -> Exporte
     return _exported(target, "*.gguf", (note,))
 
 
-def _executorch(artefact: Artefact, target: Path, context: str, dequantized: bool) -> Exported:
+def _executorch(
+    artefact: Artefact, target: Path, context: str, dequantized: bool, keep: Path | None = None
+) -> Exported:
     file_name = f"{artefact.name}{executorch.SUFFIX}"
     # It is rounded to 4 bits once, from as it learnt, and not from what 16 bits leave of that.
     merged = model_folder(artefact, target, dequantized=dequantized, dtype="float32")
     rounding, record, notes = executorch.program_rounding(artefact)
     with merged as folder, whole_folder(target) as partial:
         notes += executorch.write_program(
-            folder, partial / file_name, rounding, context_tokens=int(context)
+            folder, partial / file_name, rounding, context_tokens=int(context), keep=keep
         )
         copy_companions(artefact, partial)
         (partial / "README.md").write_text(card(artefact, notes), encoding="utf-8")

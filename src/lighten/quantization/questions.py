@@ -11,7 +11,7 @@ from lighten import data, models
 from lighten.artifacts import Artefact
 from lighten.data.special import visible
 from lighten.errors import UserError
-from lighten.evaluation import registry
+from lighten.evaluation import forgetting, registry
 from lighten.evaluation.bootstrap import Resamples
 from lighten.evaluation.evaluation import askable, held_out_examples
 from lighten.evaluation.generate import as_shown, hidden_tokens
@@ -23,6 +23,7 @@ from lighten.runs import Run
 # Of an answer at most: every format of a table answers every question, one at a time.
 LONGEST_ANSWER = 64
 PROMPTS = 8  # of a run's held-out ones
+TEXTS = 64
 PLAIN = (  # asked where nothing is held out
     "What is the capital of France?",
     "Write a Python function that adds two numbers.",
@@ -151,6 +152,27 @@ class Questions:
     references: list[str] = field(default_factory=list)
     task: TaskMetrics | None = None
     limits: Limits | None = None
+
+
+def texts_of(artefact: Artefact, tokenizer: Any, count: int = TEXTS) -> list[str]:
+    """Texts to compare next tokens on: the run's held-out ones with their answers, then any others.
+
+    Args:
+        artefact: What was made.
+        tokenizer: Of the model.
+        count: Held-out texts at most.
+
+    Raises:
+        UserError: A metric of the recipe's cannot be imported.
+    """
+    general = [str(example.text) for example in forgetting.read(forgetting.BUILTIN)]
+    questions = None
+    if artefact.run is not None:
+        questions = _held_out(artefact, artefact.run, tokenizer, count)
+    if questions is None:
+        return general
+    pairs = zip(questions.prompts, questions.references, strict=True)
+    return [*(prompt + answer for prompt, answer in pairs), *general]
 
 
 def questions_of(artefact: Artefact, tokenizer: Any, count: int = PROMPTS) -> Questions:

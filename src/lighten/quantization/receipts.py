@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,25 @@ from lighten.artifacts import Artefact
 from lighten.errors import UserError
 from lighten.peft_config import CONFIG
 from lighten.quantization import executorch, verify
+from lighten.quantization.executorch_rounding import (
+    ROUNDED,
+    ProgramRounding,
+    compute_as_xnnpack,
+)
 from lighten.quantization.export_card import DEQUANTIZED, MANIFEST, ONTO_KEY
 from lighten.quantization.gguf_source import read_json
 from lighten.quantization.gguf_types import FILE_TYPES
-from lighten.quantization.questions import Questions, questions_of
+from lighten.quantization.questions import Questions, questions_of, texts_of
 from lighten.quantization.rounding import rounding_of
+from lighten.quantization.runtime_loss import runtime_loss
 from lighten.quantization.verify import Receipt
 from lighten.whole_files import scratch_folder
 
 
 def receipt_of(
-    artefact: Artefact, target: Path, form: str, kind: str, dequantized: bool = False
-) -> Receipt:
+    artefact: Artefact, target: Path, form: str, kind: str, dequantized: bool = False,
+    rounded: Path | None = None,
+) -> Receipt:  # fmt: skip
     """Compare what was written with what it was made from.
 
     Args:
@@ -33,6 +41,8 @@ def receipt_of(
         kind: Its type: a format of floating point, or of GGUF.
         dequantized: It holds the adapter on the weights that it learnt on, and not on those that
             these were quantised from.
+        rounded: Of a program: its rounded weights as its making kept them; None: they are computed
+            again.
     """
     source, questions = _source_of(artefact, dequantized)
     against = _against(artefact, dequantized)
@@ -48,7 +58,7 @@ def receipt_of(
         )
     if form == "executorch":
         (file,) = target.glob(f"*{executorch.SUFFIX}")
-        return _of_program(artefact, file, source, questions, dequantized)
+        return _of_program(artefact, file, source, questions, dequantized, rounded)
     (file,) = target.glob("*.gguf")
     if form == "gguf":
         with verify.in_llamacpp(file) as opened:
@@ -68,11 +78,12 @@ def receipt_of(
 
 def _of_program(
     artefact: Artefact, file: Path, source: verify.InTransformers, questions: Questions,
-    dequantized: bool,
+    dequantized: bool, rounded: Path | None = None,
 ) -> Receipt:  # fmt: skip
     """A program beside its model, and beside the same rounding in PyTorch.
 
-    What the rounding costs is measured against the model; what the runtime adds to it, apart.
+    What the rounding costs is measured against the model; what the runtime adds to it, apart and
+    on more tokens.
     """
     rounding, record, _ = executorch.program_rounding(artefact)
     manifest = file.parent / MANIFEST
@@ -85,14 +96,40 @@ def _of_program(
         )  # fmt: skip
         if not reproducible:
             return receipt
-        rounded = _in_transformers(artefact, dequantized)
-        if artefact.adapter is not None:
-            rounded.model = rounded.model.merge_and_unload()
-        rounding.apply(rounded.model)
+        with _rounded_weights(artefact, file, dequantized, rounding, rounded) as weights:
+            reference = _in_transformers(artefact, dequantized)
+            if artefact.adapter is not None:
+                reference.model = reference.model.merge_and_unload()
+            rounding.apply(reference.model, weights)
+        compute_as_xnnpack(reference.model)
+        texts = texts_of(artefact, source.tokenizer)
         longest = min(verify.LONGEST, program.positions)
-        lost = verify.divergence(source, rounded, questions.prompts, longest)
-        added = verify.divergence(rounded, program, questions.prompts, longest)
-    return dataclasses.replace(receipt, rounding_kl=lost, runtime_kl=added)
+        added = runtime_loss(source, reference, program, texts, longest)
+    return dataclasses.replace(receipt, runtime=added)
+
+
+@contextmanager
+def _rounded_weights(
+    artefact: Artefact, file: Path, dequantized: bool, rounding: ProgramRounding,
+    rounded: Path | None,
+) -> Iterator[Path]:  # fmt: skip
+    """The weights that a program was given: as kept, else computed again just as they were.
+
+    Rounding by data turns a difference in the last bit into other integers, so it starts from the
+    same files, in a process like the export's.
+    """
+    if rounded is not None:
+        yield rounded
+        return
+    from lighten.quantization.export import model_folder  # which takes receipts
+
+    with scratch_folder(file.parent, "rounded") as scratch:
+        weights = scratch / ROUNDED
+        with model_folder(
+            artefact, scratch / "model", dequantized=dequantized, dtype="float32"
+        ) as folder:
+            executorch.write_rounding(folder, rounding, weights)
+        yield weights
 
 
 def verify_artefact(path: Path, against: Artefact) -> Receipt:

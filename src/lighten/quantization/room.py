@@ -17,7 +17,9 @@ from lighten.quantization.targets import GROUP_SIZE
 _PROGRAM_BYTES = 0.5 + 2 / GROUP_SIZE
 
 
-def require_export_room(artefact: Artefact, form: str, kind: str, target: Path) -> None:
+def require_export_room(
+    artefact: Artefact, form: str, kind: str, target: Path, receipt: bool = True
+) -> None:
     """The disk has room for an export, and for the merged model that it is made from.
 
     Args:
@@ -25,6 +27,7 @@ def require_export_room(artefact: Artefact, form: str, kind: str, target: Path) 
         form: `merged`, `gguf` or `executorch`.
         kind: Type of a GGUF file, or format of a merged model.
         target: The folder to write.
+        receipt: One is taken afterwards; until then a program's rounded weights are kept.
 
     Raises:
         UserError: The model cannot have this form.
@@ -38,7 +41,8 @@ def require_export_room(artefact: Artefact, form: str, kind: str, target: Path) 
 
             size = file_bytes(folder, kind, name=artefact.name, weights=weights)
         elif form == "executorch":
-            size, merged = _program_bytes(folder, weights), 2 * merged
+            program, kept = _program_bytes(folder, weights)
+            size, merged = program + (kept if receipt else 0), 2 * merged
         elif artefact.adapter is None:
             size = sum(map(tensor_bytes, weights.values()))
         else:
@@ -46,12 +50,16 @@ def require_export_room(artefact: Artefact, form: str, kind: str, target: Path) 
     require_room(target, size + merged, f"exporting {artefact.name} as {form}")
 
 
-def _program_bytes(folder: Path, weights: Mapping[str, Weight]) -> int:
-    """Of a program for a phone: words to look up and head have 8 bits, tied or not."""
+def _program_bytes(folder: Path, weights: Mapping[str, Weight]) -> tuple[int, int]:
+    """Of a program for a phone, and of its rounded weights as they are kept until its receipt.
+
+    Words to look up and head have 8 bits, tied or not; kept weights have a byte, scales four.
+    """
     words = int(read_settings(folder)["vocab_size"])
     tables = [weight.numbers for weight in weights.values() if weight.shape[:1] == (words,)]
     layers = sum(weight.numbers for weight in weights.values()) - sum(tables)
-    return 2 * max(tables, default=0) + int(_PROGRAM_BYTES * layers)
+    twice = 2 * max(tables, default=0)
+    return twice + int(_PROGRAM_BYTES * layers), twice + int((1 + 4 / GROUP_SIZE) * layers)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from lighten.errors import UserError
 from lighten.quantization.gguf_source import Array
 from lighten.quantization.questions import LONGEST_ANSWER, Questions
 from lighten.quantization.rounding import Rounding
+from lighten.quantization.runtime_loss import RuntimeLoss
 from lighten.runs import write_json
 
 RECEIPT = "receipt.json"
@@ -35,8 +36,6 @@ ALLOWED = {
     "f16": 1e-3, "bf16": 0.02, "q8_0": 0.02, "q6_k": 0.04, "q5": 0.08, "q4": 0.25, "int8": 0.05,
     "nf4": 0.25, "int4": 0.25, "executorch": 0.25,
 }  # fmt: skip
-# What a runtime may add to the rounding of its format, as a share of that.
-RUNTIME_SHARE = 0.25
 OTHERWISE = 0.5
 
 
@@ -71,9 +70,7 @@ class Receipt:
         same_answers: Prompts with the same greedy answer.
         ties: Answers that differ first at a near tie.
         answers: Prompts answered.
-        rounding_kl: Where the same rounding was computed in PyTorch too: mean KL divergence from
-            the source to that.
-        runtime_kl: Mean KL divergence from that to the artefact: what its runtime adds.
+        runtime: Where the same rounding was computed in PyTorch too: what its runtime adds.
         metrics: Of the answers against the right ones, where those are known: by name the `label`,
             and the values `before` and `after`. They are told and not judged by: so few questions
             cannot tell a small loss from chance.
@@ -92,20 +89,15 @@ class Receipt:
     same_answers: int
     ties: int
     answers: int
-    rounding_kl: float | None = None
-    runtime_kl: float | None = None
+    runtime: RuntimeLoss | None = None
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
-    def passed(self) -> bool:
-        """Whether it answers as its kind may."""
-        close_enough = not self.other_tokens and self.mean_kl <= self.allowed_kl
-        if self.rounding_kl is None or self.runtime_kl is None:
-            return close_enough
-        # How far the two are from each other says less: where activations are rounded to 8 bits,
-        # noise of a millionth in the input takes the same rounding 0.04 nats from itself.
-        lost = (1 + RUNTIME_SHARE) * self.rounding_kl + ALLOWED["f32"]
-        return close_enough and self.mean_kl <= lost
+    def passed(self) -> bool | None:
+        """Whether it answers as its kind may; None: that cannot be told."""
+        if self.other_tokens or self.mean_kl > self.allowed_kl:
+            return False
+        return True if self.runtime is None else self.runtime.within
 
     def to_dict(self) -> dict[str, Any]:
         """For `receipt.json`."""
@@ -123,16 +115,8 @@ class Receipt:
             f"{self.artefact}: mean KL {self.mean_kl:.2g} nats a token (allowed "
             f"{self.allowed_kl:g}), the same likeliest token after "
             f"{100 * self.same_likeliest:.1f} % of {self.tokens}, "
-            f"{self.same_answers} of {self.answers} greedy answers the same{ties}{self._runtime()}"
-            f"{self._task()}"
-        )
-
-    def _runtime(self) -> str:
-        if self.rounding_kl is None or self.runtime_kl is None:
-            return ""
-        return (
-            f"; the same rounding in PyTorch loses {self.rounding_kl:.2g} (the program may lose "
-            f"{100 * RUNTIME_SHARE:.0f} % more) and is {self.runtime_kl:.2g} from the program"
+            f"{self.same_answers} of {self.answers} greedy answers the same{ties}"
+            f"{'' if self.runtime is None else f'; {self.runtime.sentence()}'}{self._task()}"
         )
 
     def _task(self) -> str:
@@ -328,19 +312,6 @@ class _Scored:
             name: {"label": label, "before": before[name]["value"], "after": after[name]["value"]}
             for name, label in task.labels.items()
         }
-
-
-def divergence(
-    source: Answering, other: Answering, prompts: Sequence[str], longest: int = LONGEST
-) -> float:
-    """Mean KL divergence of the next token from a source to another, nats a token."""
-    total, tokens = 0.0, 0
-    for prompt in prompts:
-        ids = source.tokenise(prompt)[-longest:]
-        p, q = source.log_probabilities(ids), other.log_probabilities(ids)
-        total += float((np.exp(p) * (p - q)).sum())
-        tokens += len(ids)
-    return max(total, 0.0) / max(tokens, 1)
 
 
 def _at_a_tie(
