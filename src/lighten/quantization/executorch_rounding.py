@@ -4,7 +4,7 @@ Linear layers but the head have 4-bit weights, symmetric, a scale per group alon
 row, and 8-bit activations, rounded anew for each token (8da4w): what `qat` trains for. The head has
 8-bit weights, and words are looked up in 8 bits.
 
-Dimensions: O outputs, I inputs, G groups of a row, T tokens.
+Dimensions: O outputs, I inputs, G groups of a row.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lighten.quantization import gptq
@@ -138,45 +137,6 @@ def _read_rounded(model: nn.Module, file: Path) -> None:
         for path, weight in _rounded_weights(model).items():
             weight.qdata.copy_(parts.get_tensor(f"{path}.integers"))
             weight.scale.copy_(parts.get_tensor(f"{path}.scales"))
-
-
-class XnnpackLinear(nn.Module):
-    """A rounded linear layer as XNNPACK computes it: its input is rounded by XNNPACK's own formula.
-
-    torchao's differs by a unit in the last place of a scale, which takes some inputs to the other
-    side of a step. Products are exact in both but for the order of their sums.
-
-    Source: `xnn_f32_qd8_asymmetric_quantization_params` in XNNPACK's `src/xnnpack/quantization.h`.
-
-    Args:
-        layer: Rounded by `ProgramRounding`.
-    """
-
-    def __init__(self, layer: nn.Linear) -> None:
-        super().__init__()
-        weight: Any = layer.weight
-        self.weight = nn.Parameter(weight.dequantize(), requires_grad=False)
-        self.bias = layer.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Outputs [..., T, O] of inputs [..., T, I]."""
-        low = x.amin(-1, keepdim=True).clamp(max=0)
-        high = x.amax(-1, keepdim=True).clamp(min=0)
-        steps = torch.where(low == high, 1.0, 255.0 / (high - low))  # in one, [..., T, 1]
-        low, high = low * steps, high * steps
-        zero = torch.where((low - 128) + (high + 127) > 0, -128 - low, 127 - high)
-        zero = zero.clamp(-128, 127).round()
-        integers = ((x * steps).round() + zero).clamp(-128, 127) - zero
-        out = F.linear(integers, self.weight) * (1.0 / steps)
-        return out if self.bias is None else out + self.bias
-
-
-def compute_as_xnnpack(model: nn.Module) -> None:
-    """Have a rounded model compute its linear layers as the program will, in place."""
-    for parent in list(model.modules()):
-        for name, layer in list(parent.named_children()):
-            if isinstance(layer, nn.Linear) and hasattr(layer.weight, "qdata"):
-                setattr(parent, name, XnnpackLinear(layer))
 
 
 def _round_words(model: nn.Module, embedding: Any) -> None:

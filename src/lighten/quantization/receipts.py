@@ -13,11 +13,7 @@ from lighten.artifacts import Artefact
 from lighten.errors import UserError
 from lighten.peft_config import CONFIG
 from lighten.quantization import executorch, verify
-from lighten.quantization.executorch_rounding import (
-    ROUNDED,
-    ProgramRounding,
-    compute_as_xnnpack,
-)
+from lighten.quantization.executorch_rounding import ROUNDED, ProgramRounding
 from lighten.quantization.export_card import DEQUANTIZED, MANIFEST, ONTO_KEY
 from lighten.quantization.gguf_source import read_json
 from lighten.quantization.gguf_types import FILE_TYPES
@@ -101,7 +97,6 @@ def _of_program(
             if artefact.adapter is not None:
                 reference.model = reference.model.merge_and_unload()
             rounding.apply(reference.model, weights)
-        compute_as_xnnpack(reference.model)
         texts = texts_of(artefact, source.tokenizer)
         longest = min(verify.LONGEST, program.positions)
         added = runtime_loss(source, reference, program, texts, longest)

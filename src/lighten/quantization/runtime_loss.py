@@ -121,7 +121,7 @@ def runtime_loss(
         if narrow or time.monotonic() - began > most_seconds:
             break
     sums = np.array(rows)
-    share, (lost, of_rounding, between, tokens) = _share(sums), sums.sum(0)
+    share, (lost, of_rounding, between, tokens) = _share(sums), sums.sum(0).tolist()
     return RuntimeLoss(
         len(rows), int(tokens), lost / tokens, of_rounding / tokens, between / tokens,
         share.value, share.low, share.high,
