@@ -15,7 +15,7 @@ import lighten
 from lighten.errors import UserError
 from lighten.quantization import executorch
 from lighten.quantization.executorch_rounding import ProgramRounding
-from lighten.quantization.export import Exported
+from lighten.quantization.merged_model import Exported
 from tests.test_merge import trained
 from tests.tiny import save_tiny, tiny_model
 

@@ -6,11 +6,10 @@ import functools
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from lighten.artifacts import Artefact, added_words, copy_companions
+from lighten.artifacts import Artefact, copy_companions
 from lighten.errors import UserError
 from lighten.models.load import weight_files
 from lighten.peft_config import CONFIG, WEIGHTS, read_config
@@ -19,18 +18,21 @@ from lighten.quantization.executorch_rounding import ROUNDED
 from lighten.quantization.export_card import (
     DEQUANTIZED,
     MANIFEST,
-    ONTO_KEY,
-    ORIGINAL,
     card,
     require_replaceable,
     write_manifest,
 )
 from lighten.quantization.gguf_source import read_json
-from lighten.quantization.merge import Unmergeable, merge
+from lighten.quantization.merged_model import (
+    ONTO,
+    Exported,
+    merged,
+    model_folder,
+    onto_fact,
+    written,
+)
 from lighten.quantization.receipts import receipt_of
 from lighten.quantization.room import require_export_room
-from lighten.quantization.rounding import rounding_of
-from lighten.quantization.verify import Receipt
 from lighten.runs import whole_folder, write_json
 from lighten.whole_files import scratch_folder
 
@@ -38,27 +40,7 @@ FORMS = ("adapter", "merged", "gguf", "gguf-adapter", "executorch")
 MERGED = ("merged", "gguf", "executorch")  # the forms that an adapter is merged for
 FEWEST = 16  # positions of a program
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-ONTO = (ORIGINAL, DEQUANTIZED)
 MODELFILE = "Modelfile"
-
-
-@dataclass(frozen=True)
-class Exported:
-    """What an export wrote.
-
-    Attributes:
-        folder: Where.
-        files: Its weights.
-        size_bytes: Of those.
-        notes: What is to be known of it.
-        receipt: Whether it answers as before; None where that was not asked for.
-    """
-
-    folder: Path
-    files: tuple[Path, ...]
-    size_bytes: int
-    notes: tuple[str, ...] = ()
-    receipt: Receipt | None = None
 
 
 def check(
@@ -230,11 +212,6 @@ def _require_other_folder(artefact: Artefact, target: Path) -> None:
         )
 
 
-def _exported(folder: Path, pattern: str, notes: tuple[str, ...] = ()) -> Exported:
-    files = tuple(sorted(folder.glob(pattern)))
-    return Exported(folder, files, sum(file.stat().st_size for file in files), notes)
-
-
 def _with_losses(exported: Exported, artefact: Artefact) -> Exported:
     """Write down what the adapter loses on each of the weights that it can be merged onto."""
     from lighten.quantization.merge_losses import held_out_losses
@@ -257,104 +234,7 @@ def _adapter(artefact: Artefact, target: Path, _: str, __: bool) -> Exported:
             if (artefact.adapter / name).is_file():
                 shutil.copyfile(artefact.adapter / name, partial / name)
         write_manifest(artefact, partial, "adapter")
-    return _exported(target, "*.safetensors")
-
-
-def _merged(artefact: Artefact, target: Path, dtype: str, dequantized: bool) -> Exported:
-    notes: list[str] = []
-    onto = DEQUANTIZED if dequantized else ORIGINAL
-
-    def add_companions(folder: Path) -> None:
-        copy_companions(artefact, folder)
-        if artefact.added_tokens and not (artefact.companions / "tokenizer.json").is_file():
-            raise UserError(f"{artefact.companions} lacks its tokenizer; train or save it again")
-        (folder / "README.md").write_text(card(artefact, notes), encoding="utf-8")
-        write_manifest(artefact, folder, "merged", **_onto(artefact, dequantized))
-
-    if artefact.stored is not None:
-        alternative = next(choice for choice in ONTO if choice != onto)
-        notes.append(
-            f"the adapter learnt on {artefact.stored} weights and is merged onto the {onto} ones "
-            f"(the other choice is --onto {alternative})"
-        )
-    if artefact.adapter is None:
-        with whole_folder(target) as partial:
-            index = artefact.base_folder.glob("*.safetensors.index.json")
-            for path in (*weight_files(artefact.base_folder), *index):
-                shutil.copyfile(path, partial / path.name)
-            shutil.copyfile(artefact.base_folder / "config.json", partial / "config.json")
-            add_companions(partial)
-        return _exported(target, "*.safetensors")
-    try:
-        notes += merge(
-            artefact.base_folder, artefact.adapter, target, dtype=dtype, beside=add_companions,
-            words=added_words(artefact), rounding=rounding_of(artefact) if dequantized else None,
-        )  # fmt: skip
-    except Unmergeable as why:
-        if dequantized:
-            raise UserError(
-                f"{artefact.adapter} cannot be merged onto dequantized weights ({why}); use --onto "
-                "original"
-            ) from None
-        notes.append(f"merged in memory by PEFT: {why}")
-        _merge_in_memory(artefact, target, dtype, add_companions)
-    return _exported(target, "*.safetensors", tuple(notes))
-
-
-def _onto(artefact: Artefact, dequantized: bool) -> dict[str, str]:
-    """For the manifest: what an adapter of a quantised base was merged onto."""
-    if artefact.stored is None:
-        return {}
-    return {ONTO_KEY: DEQUANTIZED if dequantized else ORIGINAL}
-
-
-def _merge_in_memory(
-    artefact: Artefact, target: Path, dtype: str, add_companions: Callable[[Path], None]
-) -> None:
-    """Through PEFT, for what only its own modules can merge; the whole model is in memory."""
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    assert artefact.adapter is not None
-    stored = str(read_json(artefact.base_folder / "config.json").get("dtype") or "bfloat16")
-    dtype_name = stored if dtype == "auto" else dtype
-    if dtype == "auto" and dtype_name == "float32":
-        dtype_name = "bfloat16"
-    try:
-        base = AutoModelForCausalLM.from_pretrained(
-            artefact.base_folder, dtype=torch.float32, local_files_only=True
-        )
-        model: Any = PeftModel.from_pretrained(base, artefact.adapter)
-        merged = model.merge_and_unload(safe_merge=True)
-    except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{artefact.adapter} cannot be merged: {first_line}") from error
-    with whole_folder(target) as partial:
-        merged.to(getattr(torch, dtype_name)).save_pretrained(partial)
-        add_companions(partial)
-
-
-@contextmanager
-def model_folder(
-    artefact: Artefact, sibling: Path, *, dequantized: bool = False, dtype: str = "auto"
-) -> Iterator[Path]:
-    """A folder with the artefact as one model: its own, or a merged one for as long as it is used.
-
-    Args:
-        artefact: What.
-        sibling: A merged one is made beside this.
-        dequantized: Merge onto the dequantised weights that the adapter learnt on.
-        dtype: Of a merged one.
-    """
-    if artefact.adapter is None:
-        yield artefact.base_folder
-        return
-    sibling.parent.mkdir(parents=True, exist_ok=True)
-    with scratch_folder(sibling.parent, "merged") as scratch:
-        folder = scratch / "model"
-        _merged(artefact, folder, dtype, dequantized)
-        yield folder
+    return written(target, "*.safetensors")
 
 
 def _gguf(artefact: Artefact, target: Path, kind: str, dequantized: bool) -> Exported:
@@ -371,8 +251,8 @@ def _gguf(artefact: Artefact, target: Path, kind: str, dequantized: bool) -> Exp
         (partial / "README.md").write_text(text, encoding="utf-8")
         if (folder / "generation_config.json").is_file():
             shutil.copyfile(folder / "generation_config.json", partial / "generation_config.json")
-        write_manifest(artefact, partial, f"gguf:{kind}", **_onto(artefact, dequantized))
-    return _exported(target, "*.gguf", tuple(plan.sentences()))
+        write_manifest(artefact, partial, f"gguf:{kind}", **onto_fact(artefact, dequantized))
+    return written(target, "*.gguf", tuple(plan.sentences()))
 
 
 def _gguf_adapter(artefact: Artefact, target: Path, _: str, __: bool) -> Exported:
@@ -388,7 +268,7 @@ def _gguf_adapter(artefact: Artefact, target: Path, _: str, __: bool) -> Exporte
         (partial / "README.md").write_text(card(artefact, []), encoding="utf-8")
         write_manifest(artefact, partial, "gguf-adapter")
     note = "it goes on the base as GGUF: lighten export BASE --as gguf"
-    return _exported(target, "*.gguf", (note,))
+    return written(target, "*.gguf", (note,))
 
 
 def _executorch(
@@ -396,18 +276,18 @@ def _executorch(
 ) -> Exported:
     file_name = f"{artefact.name}{executorch.SUFFIX}"
     # It is rounded to 4 bits once, from as it learnt, and not from what 16 bits leave of that.
-    merged = model_folder(artefact, target, dequantized=dequantized, dtype="float32")
+    whole = model_folder(artefact, target, dequantized=dequantized, dtype="float32")
     rounding, record, notes = executorch.program_rounding(artefact)
-    with merged as folder, whole_folder(target) as partial:
+    with whole as folder, whole_folder(target) as partial:
         notes += executorch.write_program(
             folder, partial / file_name, rounding, context_tokens=int(context), keep=keep
         )
         copy_companions(artefact, partial)
         (partial / "README.md").write_text(card(artefact, notes), encoding="utf-8")
         write_manifest(
-            artefact, partial, "executorch", rounding=record, **_onto(artefact, dequantized)
+            artefact, partial, "executorch", rounding=record, **onto_fact(artefact, dequantized)
         )
-    return _exported(target, f"*{executorch.SUFFIX}", tuple(notes))
+    return written(target, f"*{executorch.SUFFIX}", tuple(notes))
 
 
 def _write_modelfile(folder: Path, partial: Path, file_name: str) -> None:
@@ -424,6 +304,6 @@ def _write_modelfile(folder: Path, partial: Path, file_name: str) -> None:
 
 
 _WRITERS: dict[str, Callable[[Artefact, Path, str, bool], Exported]] = {
-    "adapter": _adapter, "merged": _merged, "gguf": _gguf, "gguf-adapter": _gguf_adapter,
+    "adapter": _adapter, "merged": merged, "gguf": _gguf, "gguf-adapter": _gguf_adapter,
     "executorch": _executorch,
 }  # fmt: skip

@@ -17,6 +17,7 @@ from lighten.quantization.executorch_rounding import ROUNDED, ProgramRounding
 from lighten.quantization.export_card import DEQUANTIZED, MANIFEST, ONTO_KEY
 from lighten.quantization.gguf_source import read_json
 from lighten.quantization.gguf_types import FILE_TYPES
+from lighten.quantization.merged_model import model_folder
 from lighten.quantization.questions import Questions, questions_of, texts_of
 from lighten.quantization.rounding import rounding_of
 from lighten.quantization.runtime_loss import runtime_loss
@@ -116,8 +117,6 @@ def _rounded_weights(
     if rounded is not None:
         yield rounded
         return
-    from lighten.quantization.export import model_folder  # which takes receipts
-
     with scratch_folder(file.parent, "rounded") as scratch:
         weights = scratch / ROUNDED
         with model_folder(

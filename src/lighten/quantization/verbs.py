@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lighten.quantization.export import Exported
+    from lighten.quantization.merged_model import Exported
     from lighten.quantization.table import Quantized
     from lighten.quantization.verify import Receipt
     from lighten.runs import Run
