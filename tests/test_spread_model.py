@@ -5,6 +5,8 @@ Between ranks it is tested in `test_strategies.py`.
 
 from __future__ import annotations
 
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lighten.adapters import WholeBase
+from lighten.errors import DiskFull
 from lighten.training.spread_model import SpreadModel
+from lighten.whole_files import whole_folder
 from tests.tiny import save_tiny
 
 
@@ -54,3 +58,23 @@ def test_the_files_are_those_of_a_model_written_whole(
     loaded, reference = map(AutoModelForCausalLM.from_pretrained, (ours, theirs))
     ids = torch.arange(6)[None]
     assert torch.equal(loaded(ids).logits, reference(ids).logits)
+
+
+def test_a_full_disk_leaves_the_older_model(tmp_path: Path) -> None:
+    """A limit on a file's size ends the writing of the weights in the middle."""
+    base = save_tiny(tmp_path / "base", "llama")
+    model = SpreadModel(trained(base, torch.float32).model, torch.float32, "5GB", lambda: None)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "older").touch()
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))
+    try:
+        with pytest.raises(DiskFull, match="the disk is full"), whole_folder(folder) as partial:
+            model.write(partial)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [path.name for path in tmp_path.glob("**/older")] == ["older"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "model"]
