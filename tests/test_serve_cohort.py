@@ -151,38 +151,103 @@ def rounded(x: Tensor) -> Tensor:
     return (x / largest).half().double() * largest
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("inputs", [37, 64])
-def test_the_kernel_adds_what_the_products_say(dtype: torch.dtype, inputs: int) -> None:
-    """Widths that no eight numbers fill, blocks of one to four rows, rows of no adapter."""
-    if kernels.library() is None:
-        pytest.skip(f"no kernels: {kernels.obstacle()}")
+# Widths that fill no tile, and that fill some.
+WIDTHS = pytest.mark.parametrize(("inputs", "outputs"), [(37, (19, 24)), (64, (32, 77))])
+FORMATS = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+def updates_on(inputs: int, outputs: tuple[int, int]) -> tuple[Any, dict[str, Update]]:
+    """Factors of three adapters by place, whose ranks fill no tile, and what keeps them."""
     generator = torch.Generator().manual_seed(3)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    columns = (slice(0, 19), slice(19, 43))
+    first, second = outputs
     adapters = {
-        "a": {0: Factors(random(5, inputs), random(19, 5), 0.5)},
-        "b": {0: Factors(random(3, inputs) * 1e-6, random(19, 3) * 1e6, 2.0),
-              1: Factors(random(9, inputs), random(24, 9), 0.1)},
+        "a": {0: Factors(random(5, inputs), random(first, 5), 0.5)},
+        "b": {0: Factors(random(3, inputs) * 1e-6, random(first, 3) * 1e6, 2.0),
+              1: Factors(random(9, inputs), random(second, 9), 0.1)},
         "c": {},
     }  # fmt: skip
-    updates = {k: Update(v, columns, inputs, torch.device("cpu")) for k, v in adapters.items()}
+    columns = (slice(0, first), slice(first, first + second))
+    device = torch.device("cpu")
+    return adapters, {k: Update(v, columns, inputs, device) for k, v in adapters.items()}
+
+
+@pytest.mark.parametrize("path", ["kernel", "pytorch", "pytorch on the kernel's tiles"])
+@FORMATS
+@WIDTHS
+def test_rows_take_what_the_products_say(
+    dtype: torch.dtype, inputs: int, outputs: tuple[int, int], path: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Blocks of one to four rows, rows of no adapter."""
+    if path != "pytorch" and kernels.library() is None:
+        pytest.skip(f"no kernels: {kernels.obstacle()}")
+    if path == "pytorch":
+        monkeypatch.setattr(kernels, "library", lambda: None)
+    adapters, updates = updates_on(inputs, outputs)
+    if path != "kernel":
+        monkeypatch.setattr(kernels, "takes", lambda x: False)
     segments = Segments(("a", "b", "c", "a"), (1, 4, 14, 15), (4, 14, 15, 17))
-    x, y = random(18, inputs).to(dtype), random(18, 43).to(dtype)
+    torch.manual_seed(4)
+    x, y = torch.randn(18, inputs).to(dtype), torch.randn(18, sum(outputs)).to(dtype)
     expected_y = y.double()
     for name, start, stop in zip(segments.names, segments.starts, segments.stops, strict=True):
         for place, factors in adapters[name].items():
+            columns = slice(0, outputs[0]) if place == 0 else slice(outputs[0], None)
             low = x[start:stop].double() @ rounded(factors.A).T
-            expected_y[start:stop, columns[place]] += low @ rounded(factors.B).T * factors.scale
+            expected_y[start:stop, columns] += low @ rounded(factors.B).T * factors.scale
     segments.add(y, x, updates)
     relative = 1e-5 if dtype == torch.float32 else 2**-8
-    torch.testing.assert_close(y.double(), expected_y, atol=relative, rtol=relative)
-    assert torch.equal(y[0].double(), expected_y[0])
-    assert torch.equal(y[14].double(), expected_y[14])
-    assert torch.equal(y[17].double(), expected_y[17])
+    # PyTorch's products round the factors and what is between the two to bfloat16 as well.
+    atol = relative if path == "kernel" else relative * float(expected_y.abs().max())
+    torch.testing.assert_close(y.double(), expected_y, atol=atol, rtol=relative)
+    for row in (0, 14, 17):
+        assert torch.equal(y[row].double(), expected_y[row])
+
+
+@pytest.fixture(params=[True, False], ids=["this processor", "any processor"])
+def built(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Kernels for all that this processor has, and without its wide instructions."""
+    if not request.param:
+        flags = tuple(flag for flag in kernels.FLAGS if flag != "-march=native")
+        monkeypatch.setattr(kernels, "FLAGS", flags)
+    kernels._loaded.cache_clear()
+    yield
+    kernels._loaded.cache_clear()
+
+
+@FORMATS
+@WIDTHS
+def test_the_kernel_adds_to_a_row_the_same_bits_whatever_is_beside_it(
+    dtype: torch.dtype, inputs: int, outputs: tuple[int, int], built: None
+) -> None:
+    if kernels.library() is None:
+        pytest.skip(f"no kernels: {kernels.obstacle()}")
+    _, updates = updates_on(inputs, outputs)
+    torch.manual_seed(5)
+    x, y = torch.randn(11, inputs).to(dtype), torch.randn(11, sum(outputs)).to(dtype)
+
+    segments: dict[int, Segments] = {}
+
+    def added(starts: Sequence[int]) -> Tensor:
+        """By segments that end where the next begins, all of one adapter."""
+        stops = (*starts[1:], len(x))
+        result = y.clone()
+        count = len(starts)
+        if count in segments:
+            segments[count].move(starts, stops)
+        else:
+            segments[count] = Segments(("b",) * count, tuple(starts), stops)
+        segments[count].add(result, x, updates)
+        return result
+
+    alone = added(range(11))
+    assert not torch.equal(alone, y)
+    for starts in ((0,), (0, 3, 5), (0, 1, 8)):  # blocks of four, three, two and one
+        assert torch.equal(added(starts), alone)
 
 
 @pytest.fixture

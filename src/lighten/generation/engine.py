@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -135,7 +134,7 @@ class Engine:
         self._waiting: deque[_Sequence] = deque()
         self._running: list[_Sequence] = []
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._plans: dict[Any, Segments] = {}
+        self._plans: dict[tuple[LoadedAdapter, ...], Segments] = {}
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="lighten-engine", daemon=True)
         self._thread.start()
@@ -393,11 +392,15 @@ class Engine:
                 starts.append(row)
                 stops.append(row + count)
             row += count
-        key = (*names, *starts, *stops)
-        if key not in self._plans:
-            if len(self._plans) > 64:
-                self._plans.clear()
-            self._plans[key] = Segments(tuple(names), tuple(starts), tuple(stops))
+        # Sequences come and go in every few steps; which adapters they take changes seldom.
+        key = tuple(names)
+        segments = self._plans.get(key)
+        if segments is not None:
+            segments.move(starts, stops)
+            return segments
+        if len(self._plans) > 64:
+            self._plans.clear()
+        self._plans[key] = Segments(key, tuple(starts), tuple(stops))
         return self._plans[key]
 
     def _choose(self, sequences: Sequence[_Sequence], logits: torch.Tensor) -> None:

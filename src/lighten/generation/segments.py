@@ -7,14 +7,20 @@ side by side, r ranks and O output features of one of them.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lighten.generation import kernels
+
+# Of A's and of B's tiles: `RANKS` and `OUTS` in `low_rank.cpp`.
+TILE_RANKS = 4
+TILE_OUTPUTS = 32
 
 
 class _Layer(ctypes.Structure):
@@ -38,6 +44,23 @@ class _Adapter(ctypes.Structure):
     ]
 
 
+class _Segments(ctypes.Structure):
+    """`Segments` in `low_rank.cpp`."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("adapters", "starts", "stops")),
+        *((name, ctypes.c_int64) for name in ("count", "inputs")),
+    ]
+
+
+# Of `lighten_low_rank`: segments, x and its stride, y and its stride, whether they are bfloat16,
+# threads.
+_ARGUMENTS = (
+    ctypes.POINTER(_Segments), ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64,
+    ctypes.c_int, ctypes.c_int64,
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Factors:
     """What an adapter adds to one linear layer: scale · x Aᵀ Bᵀ.
@@ -55,7 +78,7 @@ class Factors:
 
 @dataclass(frozen=True)
 class _Part:
-    B: Tensor  # [r, O]
+    B: Tensor  # [r, O], or tiles of it
     ranks: slice
     columns: slice
     scale: float
@@ -66,6 +89,8 @@ class Update:
 
     Factors are kept as float16, each over its largest number, so that nothing overflows or
     vanishes; half the bytes of float32 are read in every step, and 11 bits of each number stay.
+    For the kernel they lie in the order in which it reads them: few rows wait for memory, which
+    comes twice as fast from one end to the other as from many places in turn.
 
     Args:
         factors: By the place of the layer among those that read the input.
@@ -81,30 +106,35 @@ class Update:
         inputs: int,
         device: torch.device,
     ) -> None:
-        self._parts: list[_Part] = []
-        inner: list[Tensor] = []
-        rank = 0
+        self._inputs, self._ranks = inputs, 0
+        self._tiled = device.type == "cpu" and kernels.library() is not None
+        matrices = [torch.empty(0, inputs, dtype=torch.float16)]
+        places: list[tuple[slice, slice, float]] = []
         for place, pair in sorted(factors.items()):
             A, scale_A = _normalise(pair.A)
             B, scale_B = _normalise(pair.B.T)
-            inner.append(A)
-            ranks = slice(rank, rank + len(A))
-            scale = pair.scale * scale_A * scale_B
-            self._parts.append(_Part(B.to(device), ranks, columns[place], scale))
-            rank += len(A)
-        stacked = torch.cat(inner) if inner else torch.empty(0, inputs, dtype=torch.float16)
-        self._A = stacked.to(device)
+            matrices[0] = torch.cat([matrices[0], A])
+            matrices.append(B)
+            ranks = slice(self._ranks, self._ranks + len(A))
+            self._ranks = ranks.stop
+            places.append((ranks, columns[place], pair.scale * scale_A * scale_B))
+        if self._tiled:
+            tiles = [_tiles(matrices[0], TILE_RANKS, 8)]
+            tiles += [_tiles(B, len(B), TILE_OUTPUTS) for B in matrices[1:]]
+            matrices = _behind_each_other(tiles)
+        self._A, *outer = (matrix.to(device) for matrix in matrices)
+        self._parts = [_Part(B, *place) for B, place in zip(outer, places, strict=True)]
         self._layers = (_Layer * len(self._parts))(
             *(
                 _Layer(
-                    part.B.data_ptr(), part.ranks.start, len(part.B), part.columns.start,
-                    part.columns.stop - part.columns.start, part.scale,
+                    part.B.data_ptr(), part.ranks.start, part.ranks.stop - part.ranks.start,
+                    part.columns.start, part.columns.stop - part.columns.start, part.scale,
                 )
                 for part in self._parts
             )
         )  # fmt: skip
         self._struct = _Adapter(
-            self._A.data_ptr(), rank, ctypes.addressof(self._layers), len(self._parts)
+            self._A.data_ptr(), self._ranks, ctypes.addressof(self._layers), len(self._parts)
         )
 
     @property
@@ -121,9 +151,31 @@ class Update:
         """Y += the update of x, in place, by PyTorch's operations: [n, O of all] and [n, I]."""
         if not self._parts:
             return
-        low = x @ self._A.to(x.dtype).T
+        low = x @ self._matrix(self._A, self._ranks, self._inputs).to(x.dtype).T
         for part in self._parts:
-            y[:, part.columns].addmm_(low[:, part.ranks], part.B.to(x.dtype), alpha=part.scale)
+            outputs = part.columns.stop - part.columns.start
+            B = self._matrix(part.B, part.ranks.stop - part.ranks.start, outputs).to(x.dtype)
+            y[:, part.columns].addmm_(low[:, part.ranks], B, alpha=part.scale)
+
+    def _matrix(self, kept: Tensor, rows: int, columns: int) -> Tensor:
+        if not self._tiled:
+            return kept
+        ordered = kept.transpose(1, 2)  # [rows / tile's, tile's, columns / tile's, tile's]
+        return ordered.flatten(0, 1).flatten(1)[:rows, :columns]
+
+
+def _tiles(x: Tensor, rows: int, columns: int) -> Tensor:
+    """A matrix [r, c] in tiles: [r / rows, c / columns, rows, columns], zeros where it ends."""
+    padded = F.pad(x, (0, -x.shape[1] % columns, 0, -x.shape[0] % rows))
+    down, across = padded.shape[0] // rows, padded.shape[1] // columns
+    return padded.view(down, rows, across, columns).transpose(1, 2)
+
+
+def _behind_each_other(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same tensors in one piece of memory."""
+    memory = torch.cat([x.flatten() for x in tensors])
+    parts = memory.split([x.numel() for x in tensors])
+    return [part.view(x.shape) for part, x in zip(parts, tensors, strict=True)]
 
 
 def _normalise(x: Tensor) -> tuple[Tensor, float]:
@@ -147,11 +199,17 @@ class Segments:
     names: tuple[Any, ...] = ()
     starts: tuple[int, ...] = ()
     stops: tuple[int, ...] = ()
-    _tables: dict[int, Any] = field(default_factory=dict, repr=False)
+    _prepared: dict[int, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         numbers = ctypes.c_int64 * len(self.names)
-        self._starts, self._stops = numbers(*self.starts), numbers(*self.stops)
+        self._rows = numbers(*self.starts), numbers(*self.stops)
+
+    def move(self, starts: Sequence[int], stops: Sequence[int]) -> None:
+        """Let the same adapters' segments lie elsewhere in the next step."""
+        self.starts, self.stops = tuple(starts), tuple(stops)
+        self._rows[0][:] = list(starts)
+        self._rows[1][:] = list(stops)
 
     def add(self, y: Tensor, x: Tensor, updates: Mapping[Any, Update]) -> None:
         """Add each segment's update to the outputs, in place.
@@ -167,20 +225,25 @@ class Segments:
             for name, start, stop in zip(self.names, self.starts, self.stops, strict=True):
                 updates[name].add_to(y[start:stop], x[start:stop])
             return
-        table = self._tables.get(id(updates))
-        if table is None:
-            table = (ctypes.c_void_p * len(self.names))(
-                *(updates[name].address for name in self.names)
-            )
-            self._tables[id(updates)] = table
-        library = kernels.library()
-        assert library is not None
-        failed = library.lighten_low_rank(
-            ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(x.stride(0)),
-            ctypes.c_void_p(y.data_ptr()), ctypes.c_int64(y.stride(0)),
-            ctypes.c_int64(x.shape[1]), table, self._starts, self._stops,
-            ctypes.c_int64(len(self.names)), ctypes.c_int(x.dtype == torch.bfloat16),
-            ctypes.c_int64(torch.get_num_threads()),
+        # Made once for each group of layers: a step calls as many as it has groups.
+        call = self._prepared.get(id(updates))
+        if call is None:
+            call = self._prepared[id(updates)] = self._prepare(updates, x.shape[1])
+        failed = call(
+            x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), x.dtype == torch.bfloat16,
+            torch.get_num_threads(),
         )  # fmt: skip
         if failed:
             raise MemoryError("the low-rank kernel found no memory for its products")
+
+    def _prepare(self, updates: Mapping[Any, Update], inputs: int) -> Callable[..., int]:
+        """The kernel for one group of layers."""
+        count = len(self.names)
+        adapters = (ctypes.c_void_p * count)(*(updates[name].address for name in self.names))
+        addresses = (ctypes.addressof(array) for array in (adapters, *self._rows))
+        segments = _Segments(*addresses, count, inputs)
+        segments.adapters_array = adapters  # lives as long
+        library = kernels.library()
+        assert library is not None
+        library.lighten_low_rank.argtypes = _ARGUMENTS
+        return functools.partial(library.lighten_low_rank, segments)

@@ -113,3 +113,20 @@ inline float sum(Eight x) {
     return found;
 }
 #endif
+
+// The first `count` of eight numbers, the others zero; all of them where there are as many.
+template <class T>
+inline Eight eight(const T* from, int64_t count) {
+    if (count >= 8) return eight(from);
+    T numbers[8] = {};
+    std::memcpy(numbers, from, count * sizeof(T));
+    return eight(numbers);
+}
+
+template <class T>
+inline void put8(T* to, Eight x, int64_t count) {
+    if (count >= 8) return put8(to, x);
+    T numbers[8];
+    put8(numbers, x);
+    std::memcpy(to, numbers, count * sizeof(T));
+}
