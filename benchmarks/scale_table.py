@@ -1,7 +1,7 @@
 """Several ranks: every strategy against one process, the largest model, and runs that are killed.
 
     python benchmarks/scale_table.py                    # all parts; the last line is JSON
-    python benchmarks/scale_table.py --only strategies  # or kills, largest, streamed
+    python benchmarks/scale_table.py --only strategies  # or kills, largest, streamed, nvme
     python benchmarks/scale_table.py --only kills --kills 3
 
 A tiny Llama shape with random weights, float32, two ranks over gloo. The loss trajectory and what
@@ -9,8 +9,9 @@ is shipped are compared with those of one process that has as many examples in a
 counts of supervised tokens, 1 and 3 micro-batches a step, two adapters with their own rates.
 A kill is SIGKILL at a random moment after the start, of one rank or of all; the run is resumed,
 every fourth time with another number of ranks. The largest model within a limit of memory is
-`largest.py`'s, the streamed parts are those of `streamed_base.py`, which is run for them. What was
-not measured is null.
+`largest.py`'s, the streamed parts are those of `streamed_base.py`, which is run for them, and the
+comparison with DeepSpeed's ZeRO-3 over NVMe is `zero3_nvme.py`'s, where `make deepspeed` has made
+its environment. What was not measured is null.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import largest, machine
+from benchmarks import largest, machine, zero3_nvme
 from benchmarks.streamed_base import GIB
 
-PARTS = ("strategies", "kills", "largest", "streamed")
+PARTS = ("strategies", "kills", "largest", "streamed", "nvme")
 STRATEGIES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
 COHORT = [{"name": "quick", "lora_r": 4, "learning_rate": 3e-3},
           {"name": "slow", "lora_r": 8, "learning_rate": 1e-3}]  # fmt: skip
@@ -174,10 +175,10 @@ def kills(folder: Path, base: dict[str, Any], count: int) -> list[dict[str, Any]
     return rows
 
 
-def streamed() -> dict[str, Any]:
-    """The figures of `streamed_base.py`, by its last line."""
+def figures_of(script: str) -> dict[str, Any]:
+    """The figures of another benchmark of this folder, by its last line."""
     process = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("streamed_base.py"))],
+        [sys.executable, str(Path(__file__).with_name(script))],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     figures: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
@@ -217,19 +218,22 @@ def main() -> None:
                 hidden=arguments.hidden, vocabulary=VOCABULARY,
             )  # fmt: skip
     if "streamed" in requested:
-        results["streamed"] = streamed()
+        results["streamed"] = figures_of("streamed_base.py")
+    if "nvme" in requested and zero3_nvme.python_of(zero3_nvme.ENVIRONMENT).exists():
+        results["nvme"] = figures_of("zero3_nvme.py")
     machine.store("scale_table", results, before, {
         "few kills": "kills" in requested and arguments.kills < 20,
         "small models": "largest" in requested and (arguments.gib, arguments.hidden) != (3.0, 1024),
     })  # fmt: skip
     rows, ended = results.get("strategies"), results.get("kills")
     of_largest, of_streamed = results.get("largest", {}), results.get("streamed", {})
+    of_nvme = results.get("nvme", {})
     print(json.dumps({
         "strategies_max_difference":
             max(max(row["loss"], row["weights"]) for row in rows) if rows else None,
         **{name: of_largest.get(name) for name in largest.FIGURES},
         "streamed_8_vs_8_runs": of_streamed.get("streamed_8_vs_8_runs"),
-        "streamed_vs_zero3_nvme": of_streamed.get("streamed_vs_zero3_nvme"),
+        **{name: of_nvme.get(name) for name in zero3_nvme.RATIOS},
         "kills_resumed": sum(row["equal"] for row in ended) if ended else None,
     }))  # fmt: skip
 

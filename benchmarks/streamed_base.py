@@ -9,8 +9,7 @@ high-water mark of the whole process (`VmHWM`), interpreter and libraries includ
 by the run's own `metrics.jsonl`, the first left out: in it the loss is checked and memory is taken.
 
 `--rate` holds reading down inside of lighten's reader, as a disk of that rate would; the page cache
-of this machine is then no help. Nothing is compared with DeepSpeed's ZeRO-3 over NVMe: its
-asynchronous IO takes most of an hour to compile on two cores, so that figure is null here.
+of this machine is then no help. `zero3_nvme.py` compares with DeepSpeed's ZeRO-3 over NVMe.
 """
 
 from __future__ import annotations
@@ -155,8 +154,9 @@ def write_rows(path: Path, vocabulary: int, rows: int = 16, tokens: int = TOKENS
 
 
 def train(
-    folder: Path, scratch: Path, *, steps: int, rate: float | None = None, **settings: Any
-) -> dict[str, Any]:
+    folder: Path, scratch: Path, *, steps: int, rate: float | None = None, rows: int = 16,
+    **settings: Any,
+) -> dict[str, Any]:  # fmt: skip
     """Train in a process of its own.
 
     Args:
@@ -164,6 +164,7 @@ def train(
         scratch: For rows and run folders.
         steps: Optimiser steps.
         rate: Bytes per second that are read at most.
+        rows: Of the data; one is taken in each step.
         settings: More of the recipe.
 
     Returns:
@@ -173,8 +174,8 @@ def train(
     """
     vocabulary = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     recipe = {
-        "model_name_or_path": str(folder), "dataset": str(write_rows(scratch / "rows.jsonl",
-                                                                     vocabulary)),
+        "model_name_or_path": str(folder), "dataset": str(
+            write_rows(scratch / "rows.jsonl", vocabulary, rows)),
         "output_dir": tempfile.mkdtemp(dir=scratch), "per_device_train_batch_size": 1,
         "max_steps": steps, "val_size": 0, "save_steps": 10**6, "save_every": None,
         "gradient_checkpointing": True, "max_length": TOKENS, "lora_r": RANK,
@@ -275,7 +276,6 @@ def summary(results: Mapping[str, Any]) -> dict[str, Any]:
         "streamed_8_vs_8_runs_unlimited": results["unlimited"]["ratio"],
         "resident_share": results["memory"]["resident_share"],
         "loss_difference": results["memory"]["loss_difference"],
-        "streamed_vs_zero3_nvme": None,
     }
 
 
