@@ -225,17 +225,22 @@ def main() -> None:
         "few kills": "kills" in requested and arguments.kills < 20,
         "small models": "largest" in requested and (arguments.gib, arguments.hidden) != (3.0, 1024),
     })  # fmt: skip
+    print(json.dumps(last_line(results)))
+
+
+def last_line(results: dict[str, Any]) -> dict[str, Any]:
+    """The figures of all parts; those of parts that were left out are null."""
     rows, ended = results.get("strategies"), results.get("kills")
     of_largest, of_streamed = results.get("largest", {}), results.get("streamed", {})
     of_nvme = results.get("nvme", {})
-    print(json.dumps({
+    return {
         "strategies_max_difference":
             max(max(row["loss"], row["weights"]) for row in rows) if rows else None,
         **{name: of_largest.get(name) for name in largest.FIGURES},
         "streamed_8_vs_8_runs": of_streamed.get("streamed_8_vs_8_runs"),
         **{name: of_nvme.get(name) for name in zero3_nvme.RATIOS},
         "kills_resumed": sum(row["equal"] for row in ended) if ended else None,
-    }))  # fmt: skip
+    }  # fmt: skip
 
 
 def lesson(number: int) -> str:

@@ -13,12 +13,13 @@ weight.
 DeepSpeed reads past the page cache (`O_DIRECT`), lighten through it, and the machine may have more
 memory than the limit leaves a process. So lighten runs twice: as it is, and with its reading held
 down to what this disk gives past its page cache, measured before each repeat. Losses have to agree
-within `SAME_LOSS`, for products are in bfloat16: parameters in float32 on a disk fail in DeepSpeed.
+within `SAME_LOSS`: products are in bfloat16, as the base is.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import mmap
 import os
@@ -26,7 +27,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,15 +160,14 @@ def compare(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for repeat in range(arguments.repeats):
         rate = disk_rate(sorted(folder.glob("*.safetensors"))[:8])
-        runs = {
-            "lighten": lambda: ours(folder, adapter, scratch, arguments.steps, None),
-            "deepspeed": lambda: theirs(
-                folder, adapter, scratch, arguments.steps, shape, python
+        with_rate = functools.partial(ours, folder, adapter, scratch, arguments.steps)
+        runs: dict[str, Callable[[], dict[str, Any]]] = {
+            "lighten": functools.partial(with_rate, None),
+            "deepspeed": functools.partial(
+                theirs, folder, adapter, scratch, arguments.steps, shape, python
             ),
-            "lighten, past the page cache": lambda rate=rate: ours(
-                folder, adapter, scratch, arguments.steps, rate
-            ),
-        }  # fmt: skip
+            "lighten, past the page cache": functools.partial(with_rate, rate),
+        }
         names = list(runs) if repeat % 2 == 0 else list(reversed(runs))
         for name in names:
             result = runs[name]()
