@@ -1,4 +1,4 @@
-"""The benchmark against DeepSpeed's ZeRO-3 over NVMe: what makes it count, and the adapter that both begin with."""
+"""The benchmark against DeepSpeed over NVMe: what makes it count, and the adapter of both."""
 
 from __future__ import annotations
 
