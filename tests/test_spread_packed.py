@@ -52,7 +52,7 @@ RUNS: dict[str, dict[str, Any]] = {
     # A rank's rows of all adapters are one micro-batch.
     "four": {
         "load_in_4bit": True, "strategy": "fsdp", "lora_r": [1, 2, 3, 4], "learning_rate": 1e-3,
-        "per_device_train_batch_size": 8, "max_train_samples": 4,
+        "max_train_samples": 4,
     },
     "stored": {"strategy": "fsdp", "lora_r": 2, "learning_rate": 1e-3},
     # A micro-batch has room for one long row or several short ones.

@@ -73,7 +73,6 @@ SETUPS: dict[str, dict[str, Any]] = {
     "four": {
         "lora_r": [1, 2, 3, 4],
         "max_steps": 1,
-        "per_device_train_batch_size": 8,
         "max_train_samples": 4,
     },
     "nf4": {"load_in_4bit": True, "lora_r": [2, 3], "learning_rate": 1e-3},
