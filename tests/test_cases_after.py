@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -229,3 +230,23 @@ def test_two_commands_into_one_folder_write_it_one_after_another(tmp_path: Path)
     assert not thread.is_alive()
     assert [path.name for path in final.iterdir()] == ["second"]
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+
+
+def test_many_commands_into_one_folder_take_turns(tmp_path: Path) -> None:
+    """The end of one removed what the next had begun."""
+    final, written = tmp_path / "merged", []
+
+    def write(number: int) -> None:
+        for _ in range(20):
+            with whole_folder(final) as partial:
+                (partial / str(number)).touch()
+                assert [path.name for path in partial.iterdir()] == [str(number)]
+            with scratch_folder(tmp_path, "base") as scratch:
+                (scratch / "weights").touch()
+        written.append(number)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(write, range(4)))
+    assert sorted(written) == [0, 1, 2, 3]
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+    assert len(list(final.iterdir())) == 1

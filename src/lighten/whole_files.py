@@ -79,13 +79,11 @@ def whole_folder(final: Path) -> Iterator[Path]:
         UserError: The disk is full; an older folder stays.
     """
     partial = final.with_name(f".{final.name}.partial")
-    remove_unfinished(final.parent)
-    _wait_for(partial, final)
-    shutil.rmtree(partial, ignore_errors=True)
     held: int | None = None
+    begun = False  # from here to its move into place the partial folder is this process's
     try:
-        partial.mkdir(parents=True)
-        held = _hold(partial)
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        held, begun = _begin(partial, final), True
         probe = partial / ".mode"
         probe.touch()
         mode = probe.stat().st_mode
@@ -96,11 +94,13 @@ def whole_folder(final: Path) -> Iterator[Path]:
                 _settle(path, mode)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
+        begun = False  # who waited may begin its own now
         _sync_folder(final.parent)
     except OSError as error:
         raise cannot_write(error, final, 1) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if begun:
+            shutil.rmtree(partial, ignore_errors=True)
         if held is not None:
             os.close(held)
 
@@ -115,14 +115,16 @@ def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
         parent: Where; it is there.
         name: What is in it.
     """
-    remove_unfinished(parent)
-    with tempfile.TemporaryDirectory(dir=parent, prefix=f".{name}-", suffix=".partial") as place:
-        held = _hold(Path(place))
-        try:
-            yield Path(place)
-        finally:
-            if held is not None:
-                os.close(held)
+    with _alone_in(parent):
+        _remove_unfinished(parent)
+        place = tempfile.TemporaryDirectory(dir=parent, prefix=f".{name}-", suffix=".partial")
+        held = _hold(Path(place.name))
+    try:
+        with place:
+            yield Path(place.name)
+    finally:
+        if held is not None:
+            os.close(held)
 
 
 def remove_unfinished(parent: Path) -> None:
@@ -130,21 +132,55 @@ def remove_unfinished(parent: Path) -> None:
 
     Who fills one holds a lock of the system's on it, which ends with the process.
     """
-    for partial in parent.glob(".*.partial") if parent.is_dir() else ():
+    if parent.is_dir():
+        with _alone_in(parent):
+            _remove_unfinished(parent)
+
+
+def _remove_unfinished(parent: Path) -> None:
+    for partial in parent.glob(".*.partial"):
         with suppress(OSError):
             if partial.is_dir() and (held := _hold(partial)) is not None:
                 shutil.rmtree(partial, ignore_errors=True)
                 os.close(held)
 
 
-def _wait_for(partial: Path, final: Path) -> None:
-    """Wait until no other process fills a folder: two at once would make one torn folder of it."""
+def _begin(partial: Path, final: Path) -> int | None:
+    """Make a folder to fill and lock it, as soon as no other process fills it.
+
+    Two at once would make one torn folder of it.
+    """
     waiting = False
-    while _is_held(partial):
+    while True:
+        with _alone_in(partial.parent):
+            _remove_unfinished(partial.parent)
+            if not _is_held(partial):
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+                return _hold(partial)
         if not waiting:
             log.warning("another process writes %s; waiting for its end", final)
             waiting = True
         time.sleep(0.1)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Nobody else begins or removes unfinished folders under this one meanwhile.
+
+    Between making a folder and locking it another process would take it for abandoned.
+    """
+    descriptor: int | None = None
+    with suppress(ImportError, OSError):  # Windows; a file system without locks
+        import fcntl
+
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def _is_held(folder: Path) -> bool:
