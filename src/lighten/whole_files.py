@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import logging
 import math
@@ -174,7 +175,10 @@ def _alone_in(folder: Path) -> Iterator[None]:
     with suppress(ImportError, OSError):  # Windows; a file system without locks
         import fcntl
 
-        descriptor = os.open(folder, os.O_RDONLY)
+        # The folder itself may be one that its process holds already.
+        name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+        file = Path(tempfile.gettempdir()) / f"lighten-{os.getuid()}-{name}.lock"
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
     try:
         yield
