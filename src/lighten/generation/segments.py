@@ -20,6 +20,7 @@ from lighten.generation import kernels
 
 # Of A's and of B's tiles: `RANKS` and `OUTS` in `low_rank.cpp`.
 TILE_RANKS = 4
+TILE_INPUTS = 8
 TILE_OUTPUTS = 32
 
 
@@ -119,7 +120,7 @@ class Update:
             self._ranks = ranks.stop
             places.append((ranks, columns[place], pair.scale * scale_A * scale_B))
         if self._tiled:
-            tiles = [_tiles(matrices[0], TILE_RANKS, 8)]
+            tiles = [_tiles(matrices[0], TILE_RANKS, TILE_INPUTS)]
             tiles += [_tiles(B, len(B), TILE_OUTPUTS) for B in matrices[1:]]
             matrices = _behind_each_other(tiles)
         self._A, *outer = (matrix.to(device) for matrix in matrices)
@@ -162,6 +163,21 @@ class Update:
             return kept
         ordered = kept.transpose(1, 2)  # [rows / tile's, tile's, columns / tile's, tile's]
         return ordered.flatten(0, 1).flatten(1)[:rows, :columns]
+
+
+def numbers_of(factor: str, ranks: int, columns: int) -> int:
+    """How many numbers a layer's factor takes on a processor, the zeros that fill tiles among them.
+
+    Where layers read one input and a rank is no multiple of a tile's, it may be a few less.
+
+    Args:
+        factor: `A`, [r, I], or `B`, [r, O].
+        ranks: Its r.
+        columns: Its I or O.
+    """
+    across = TILE_INPUTS if factor == "A" else TILE_OUTPUTS
+    down = TILE_RANKS if factor == "A" else 1
+    return (ranks + -ranks % down) * (columns + -columns % across)
 
 
 def _tiles(x: Tensor, rows: int, columns: int) -> Tensor:

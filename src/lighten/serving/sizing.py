@@ -9,6 +9,7 @@ from typing import Any
 
 from lighten import models
 from lighten.errors import UserError
+from lighten.generation.segments import numbers_of
 from lighten.machine import hardware
 from lighten.machine.hardware import Choice, choose_device, choose_dtype
 from lighten.models.load import locate
@@ -95,8 +96,8 @@ def sizes(name: str, options: Options) -> Sizes:
         program=None if gpu is None else vllm.installed(),
     )  # fmt: skip
     factors = [factor for adapter in served for factor in _factors(adapter.folder)]
-    rank = max((rows for rows, _ in factors), default=0)
-    numbers = sum(rows * columns for rows, columns in factors)
+    rank = max((ranks for _, ranks, _ in factors), default=0)
+    numbers = sum(ranks * columns for _, ranks, columns in factors)
     common: dict[str, Any] = {
         "model": name, "engine": engine, "adapters": len(served), "rank": rank,
         "context": context_of(options, shape.config, name), "slots": options.slots,
@@ -118,14 +119,16 @@ def sizes(name: str, options: Options) -> Sizes:
             cache_number_bytes=_BYTES[storage], cache_has_windows=True, device="this",
         )  # fmt: skip
     storage = STORED[options.storage] if options.storage != STORAGE else compute
+    if choose_device().value == "cpu":
+        numbers = sum(numbers_of(*factor) for factor in factors)
     return Sizes(
         **common, storage=storage, base_bytes=weights * _BYTES[storage], adapter_bytes=2 * numbers,
         cache_number_bytes=_BYTES[storage], cache_has_windows=False, device="this",
     )  # fmt: skip
 
 
-def _factors(folder: Path) -> list[tuple[int, int]]:
-    """Shapes of an adapter's factors, [r, in] and [r, out]."""
+def _factors(folder: Path) -> list[tuple[str, int, int]]:
+    """An adapter's factors: `A` or `B`, and its shape as [r, in] or [r, out]."""
     from safetensors import SafetensorError, safe_open
 
     shapes = []
@@ -134,7 +137,8 @@ def _factors(folder: Path) -> list[tuple[int, int]]:
             for key in file.keys():  # noqa: SIM118  # it is no dictionary
                 if (match := FACTOR.match(key)) is not None:
                     rows, columns = file.get_slice(key).get_shape()
-                    shapes.append((rows, columns) if match["factor"] == "A" else (columns, rows))
+                    ranks, others = (rows, columns) if match["factor"] == "A" else (columns, rows)
+                    shapes.append((match["factor"], ranks, others))
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder / WEIGHTS} cannot be read: {error}; fetch it again") from error
     return shapes
