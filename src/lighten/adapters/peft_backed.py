@@ -173,19 +173,13 @@ class PeftBacked(Cohort):
         self, name: str, source: str | os.PathLike[str] | Mapping[str, Tensor],
         after_each: Callable[[], None] | None = None,
     ) -> None:  # fmt: skip
-        """Copy saved weights, or those of a folder, into the live ones.
-
-        Args:
-            name: Whose.
-            source: The weights by key, or the folder that holds them.
-            after_each: Is called when a weight was copied.
+        """As of any method; PEFT copies all weights at once, and `after_each` is called after that.
 
         Raises:
             UserError: They are not whole or do not fit.
         """
         from lighten.adapters import files  # which knows this
 
-        del after_each  # all are copied at once
         assert name in self.specs
         folder = None if isinstance(source, Mapping) else Path(source)
         weights = dict(source) if isinstance(source, Mapping) else files.read_weights(Path(source))
@@ -202,6 +196,8 @@ class PeftBacked(Cohort):
                 )
             for key, value in load_file(folder / ENCODER).items():
                 encoder[key].copy_(value)
+        if after_each is not None:
+            after_each()
 
     @contextmanager
     def using(self, name: str | None) -> Iterator[PreTrainedModel]:

@@ -120,9 +120,8 @@ class Update:
             self._ranks = ranks.stop
             places.append((ranks, columns[place], pair.scale * scale_A * scale_B))
         if self._tiled:
-            tiles = [_tiles(matrices[0], TILE_RANKS, TILE_INPUTS)]
-            tiles += [_tiles(B, len(B), TILE_OUTPUTS) for B in matrices[1:]]
-            matrices = _behind_each_other(tiles)
+            A, *others = matrices
+            matrices = _behind_each_other([_tiles("A", A), *(_tiles("B", B) for B in others)])
         self._A, *outer = (matrix.to(device) for matrix in matrices)
         self._parts = [_Part(B, *place) for B, place in zip(outer, places, strict=True)]
         self._layers = (_Layer * len(self._parts))(
@@ -175,13 +174,15 @@ def numbers_of(factor: str, ranks: int, columns: int) -> int:
         ranks: Its r.
         columns: Its I or O.
     """
-    across = TILE_INPUTS if factor == "A" else TILE_OUTPUTS
-    down = TILE_RANKS if factor == "A" else 1
-    return (ranks + -ranks % down) * (columns + -columns % across)
+    return _tiles(factor, torch.empty(ranks, columns, device="meta")).numel()
 
 
-def _tiles(x: Tensor, rows: int, columns: int) -> Tensor:
-    """A matrix [r, c] in tiles: [r / rows, c / columns, rows, columns], zeros where it ends."""
+def _tiles(factor: str, x: Tensor) -> Tensor:
+    """A factor `A` or `B`, [r, c], in tiles of rows and columns, zeros where it ends.
+
+    Its shape is [r / rows, c / columns, rows, columns]; of B a tile has all rows.
+    """
+    rows, columns = (TILE_RANKS, TILE_INPUTS) if factor == "A" else (len(x), TILE_OUTPUTS)
     padded = F.pad(x, (0, -x.shape[1] % columns, 0, -x.shape[0] % rows))
     down, across = padded.shape[0] // rows, padded.shape[1] // columns
     return padded.view(down, rows, across, columns).transpose(1, 2)

@@ -78,12 +78,12 @@ def _make(job: dict[str, Any]) -> dict[str, Any]:
             keep=Path(job["keep"]) if job["keep"] else None,
         )  # fmt: skip
     elif job["kind"] == "rounding":
-        from lighten.quantization.executorch_program import keep_rounded
+        from lighten.quantization.executorch_program import rounded_model
         from lighten.quantization.executorch_rounding import ProgramRounding
 
         began = time.perf_counter()
         rounding = ProgramRounding(job["group_size"], job["calibration"])
-        keep_rounded(model, rounding, Path(job["keep"]))
+        rounded_model(model, rounding, Path(job["keep"]))
     else:
         from lighten.quantization.weights import make
 

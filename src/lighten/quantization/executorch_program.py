@@ -55,7 +55,7 @@ def write_program(
     """
     from lighten import whole_files
 
-    model, notes = _rounded(folder, rounding, keep)
+    model, notes = rounded_model(folder, rounding, keep)
     words = int(model.get_output_embeddings().weight.shape[0])
     bos = model.config.bos_token_id
     facts = {
@@ -76,21 +76,22 @@ def write_program(
     return notes
 
 
-def keep_rounded(folder: Path, rounding: ProgramRounding, keep: Path) -> None:
-    """Write the weights that a program of a model folder has, and no program.
+def rounded_model(
+    folder: Path, rounding: ProgramRounding, keep: Path | None
+) -> tuple[Any, list[str]]:
+    """The model as a program has it.
 
     Args:
         folder: A transformers model in safetensors.
         rounding: How weights are rounded.
-        keep: The file.
+        keep: File for the rounded weights, as `write_rounded` writes it.
+
+    Returns:
+        The model, and what a user should know, a sentence each.
 
     Raises:
         UserError: The model cannot be loaded.
     """
-    _rounded(folder, rounding, keep)
-
-
-def _rounded(folder: Path, rounding: ProgramRounding, keep: Path | None) -> tuple[Any, list[str]]:
     # Rounding by data goes by what layers compute, to the last bit: with the program's attention.
     AttentionInterface.register(ATTENTION, grouped_attention)
     AttentionMaskInterface.register(ATTENTION, eager_mask)

@@ -117,12 +117,12 @@ def _merge_in_memory(
             artefact.base_folder, dtype=torch.float32, local_files_only=True
         )
         model: Any = PeftModel.from_pretrained(base, artefact.adapter)
-        merged = model.merge_and_unload(safe_merge=True)
+        whole = model.merge_and_unload(safe_merge=True)
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{artefact.adapter} cannot be merged: {first_line}") from error
     with whole_folder(target) as partial:
-        merged.to(getattr(torch, dtype_name)).save_pretrained(partial)
+        whole.to(getattr(torch, dtype_name)).save_pretrained(partial)
         add_companions(partial)
 
 

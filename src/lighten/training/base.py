@@ -98,9 +98,7 @@ def _make_float32(recipe: Recipe, base: models.Base) -> None:
     """What a base has outside of its layers' matrices becomes as if all were read in float32."""
     make_float32(base.model, layers_later=True)
     # Constants of the code were rounded to the files' format.
-    computed = without_weights(
-        base.name, base.path, torch.float32, recipe.trust_remote_code
-    )  # fmt: skip
+    computed = without_weights(base.name, base.path, torch.float32, recipe.trust_remote_code)
     for path, module in base.model.named_modules():
         for key, buffer in list(module.named_buffers(recurse=False)):
             if key in module._non_persistent_buffers_set:

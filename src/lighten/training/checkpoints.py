@@ -185,9 +185,9 @@ def restore(
     for adapter in adapters:
         restore_weights(checkpoint, trained, adapter.name)
         prefix = f"{adapter.name}/"
-        own = [key for key in optimizer if key.startswith(prefix)]
+        keys = [key for key in optimizer if key.startswith(prefix)]
         adapter.restore_optimizer(
-            {key.removeprefix(prefix): optimizer.pop(key) for key in own}, stores.let_all_go
+            {key.removeprefix(prefix): optimizer.pop(key) for key in keys}, stores.let_all_go
         )
         adapter.progress = state.members[adapter.name]
     return state

@@ -81,12 +81,12 @@ void inner(const T* x, int64_t stride, const f16* A, int64_t inputs, float* low,
 
 // y[m, 0:outs] += low[m, r] B, of outputs of a tile: 8 V of them, or fewer where V is 1
 template <int M, int V, class T>
-void outputs_of(const float* low, int64_t ranks, const f16* B, int64_t own, T* y, int64_t stride,
-                int64_t outs) {
+void outputs_of(const float* low, int64_t ranks, const f16* B, int64_t layer_ranks, T* y,
+                int64_t stride, int64_t outs) {
     Eight sums[V][M];
     for (int v = 0; v < V; ++v)
         for (int m = 0; m < M; ++m) sums[v][m] = eight(y + m * stride + 8 * v, outs - 8 * v);
-    for (int64_t r = 0; r < own; ++r, B += OUTS) {
+    for (int64_t r = 0; r < layer_ranks; ++r, B += OUTS) {
         Eight factors[M];
         for (int m = 0; m < M; ++m) factors[m] = all(low[m * ranks + r]);
         for (int v = 0; v < V; ++v) {
@@ -105,13 +105,13 @@ void outer(const float* low, int64_t ranks, const Layer& layer, T* y, int64_t st
     low += layer.first;
     for (int64_t tile = 0; tile < layer.outs; tile += OUTS) {
         const f16* B = layer.B + tile * layer.ranks;
-        T* own = y + layer.column + tile;
+        T* to = y + layer.column + tile;
         const int64_t outs = std::min<int64_t>(OUTS, layer.outs - tile);
         int64_t o = 0;
         for (; o + 8 * V <= outs; o += 8 * V)
-            outputs_of<M, V>(low, ranks, B + o, layer.ranks, own + o, stride, 8 * V);
+            outputs_of<M, V>(low, ranks, B + o, layer.ranks, to + o, stride, 8 * V);
         for (; o < outs; o += 8)
-            outputs_of<M, 1>(low, ranks, B + o, layer.ranks, own + o, stride, outs - o);
+            outputs_of<M, 1>(low, ranks, B + o, layer.ranks, to + o, stride, outs - o);
     }
 }
 
