@@ -168,6 +168,30 @@ def test_folders_that_a_killed_process_left_unfinished_go_and_others_stay(tmp_pa
     assert not list(tmp_path.glob(".*"))
 
 
+def test_processes_that_fill_one_folder_take_turns_and_leave_no_lock_behind(tmp_path: Path) -> None:
+    code = (
+        "import pathlib, sys\n"
+        "from lighten.whole_files import whole_folder\n"
+        "for _ in range(30):\n"
+        "    with whole_folder(pathlib.Path(sys.argv[1])) as partial:\n"
+        "        (partial / sys.argv[2]).touch()\n"
+        "        assert len(list(partial.iterdir())) == 1\n"
+    )
+    locks, folder = tmp_path / "tmp", tmp_path / "written" / "q4"
+    locks.mkdir()
+    writers = [
+        subprocess.Popen([sys.executable, "-c", code, str(folder), name], text=True,
+                         stderr=subprocess.PIPE, env={**os.environ, "TMPDIR": str(locks)})
+        for name in "abc"
+    ]  # fmt: skip
+    for writer in writers:
+        _, said = writer.communicate(timeout=120)
+        assert writer.returncode == 0, said
+    assert len(list(folder.iterdir())) == 1
+    assert list(folder.parent.iterdir()) == [folder]
+    assert not list(locks.iterdir())
+
+
 def test_a_run_of_another_version_is_read_or_refused_in_words(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     path = run.folder / "recipe.yaml"

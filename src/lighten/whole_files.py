@@ -172,19 +172,47 @@ def _alone_in(folder: Path) -> Iterator[None]:
     Between making a folder and locking it another process would take it for abandoned.
     """
     descriptor: int | None = None
+    # The folder itself may be one that its process holds already.
+    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    file = Path(tempfile.gettempdir()) / f"lighten-{_user()}-{name}.lock"
     with suppress(ImportError, OSError):  # Windows; a file system without locks
-        import fcntl
-
-        # The folder itself may be one that its process holds already.
-        name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-        file = Path(tempfile.gettempdir()) / f"lighten-{os.getuid()}-{name}.lock"
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        descriptor = _lock(file)
     try:
         yield
     finally:
         if descriptor is not None:
+            with suppress(OSError):
+                file.unlink()  # before it is let go: who waits for it sees that it is another's
             os.close(descriptor)
+
+
+def _user() -> int:
+    """The user's number; 0 where the system has none."""
+    return os.getuid() if hasattr(os, "getuid") else 0
+
+
+def _lock(file: Path) -> int:
+    """Make a lock file and lock it, waiting for whoever has it; its descriptor.
+
+    Who had it removes it, so that none is left behind: a file that is no longer there when its
+    lock was got protects nothing, and the next one is taken.
+
+    Raises:
+        ImportError: The system has no such locks.
+        OSError: The file system has none.
+    """
+    import fcntl
+
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if os.fstat(descriptor).st_nlink:
+                return descriptor
+        except OSError:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
 
 
 def _is_held(folder: Path) -> bool:
