@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import lighten
@@ -225,6 +227,47 @@ def test_a_full_disk_leaves_nothing_half_written(
     assert "the disk is full" in completed.stdout
     assert len(completed.stdout.splitlines()) == 1
     assert not list((tmp_path / "out").rglob("*"))
+
+
+def test_a_second_command_keeps_the_formats_that_are_there(
+    model_folder: Path, chat_file: Path, tmp_path: Path
+) -> None:
+    """Of the same weights, measured on the same tokens, and still there."""
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+
+    def names(to: str, **options: Any) -> list[str]:
+        options = {"dataset": str(chat_file), "tokens": 60, "questions": 0, **options}
+        quantized = lighten.quantize(str(folder), to, output_dir=str(tmp_path / "out"), **options)
+        saved = json.loads((tmp_path / "out" / "quantize.json").read_text())
+        assert saved == json.loads(json.dumps(quantized.to_dict()))
+        assert all("frontier" in row for row in saved["formats"])
+        return [row["name"] for row in saved["formats"]]
+
+    assert names("gguf:q4_0") == ["bfloat16", "gguf:q4_0"]
+    assert names("gguf:q8_0") == ["bfloat16", "gguf:q8_0", "gguf:q4_0"]
+    shutil.rmtree(tmp_path / "out" / "gguf-q8_0")
+    assert names("gguf:q5_0") == ["bfloat16", "gguf:q5_0", "gguf:q4_0"]
+    assert names("gguf:q5_0", tokens=50) == ["bfloat16", "gguf:q5_0"]  # on other tokens
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] *= 1.01
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert names("gguf:q4_0", tokens=50) == ["bfloat16", "gguf:q4_0"]  # of other weights
+
+
+def test_trap_48_formats_calibrated_on_other_data_do_not_stand_together(tmp_path: Path) -> None:
+    path, settings = tmp_path / "quantize.json", {"mode": "m", "calibration": {"sha256": "a"}}
+    rows = [{"name": name, "folder": str(tmp_path / "none"), "file_bytes": 0}
+            for name in ("bfloat16", "int4", "nf4")]  # fmt: skip
+    path.write_text(json.dumps({"settings": settings, "formats": rows}))
+
+    def kept(calibration: dict[str, str] | None) -> tuple[list[str], Any]:
+        earlier, used = table._earlier_rows(path, set(), {**settings, "calibration": calibration})
+        return [row["name"] for row in earlier], used
+
+    assert kept({"sha256": "a"}) == (["int4", "nf4"], {"sha256": "a"})
+    assert kept({"sha256": "b"}) == (["nf4"], {"sha256": "b"})
+    assert kept(None) == (["int4", "nf4"], {"sha256": "a"})
 
 
 def test_a_recipe_quantises_and_its_page_marks_the_frontier(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lighten.models.load import weight_files
+from lighten.errors import UserError
+from lighten.models.load import checksum, weight_files
 from lighten.models.names import card_line, card_name
 from lighten.quantization import child
 from lighten.quantization.export_card import require_replaceable
@@ -23,7 +25,7 @@ from lighten.quantization.model_source import (
 from lighten.quantization.room import require_room
 from lighten.quantization.targets import DYNAMIC, Target, parse, require_tools
 from lighten.runs import QUANTIZE, Run
-from lighten.whole_files import whole_folder, write_json
+from lighten.whole_files import finite, whole_folder, write_json
 from lighten.wording import counted
 
 REFERENCE = "bfloat16"
@@ -77,6 +79,9 @@ def quantize(
 ) -> Quantized:
     """Write a model in each format, measure all on the same tokens, and write `quantize.json`.
 
+    Formats that an earlier command wrote stay in the table if they are of the same weights, are
+    still there, and were measured on the same tokens in the same way.
+
     Args:
         source: Run, its folder, or a model's name.
         to: Formats.
@@ -121,14 +126,58 @@ def quantize(
                 rows.append({"name": target.name, "folder": str(folder),
                              "file_bytes": weight_bytes(folder), **costs,
                              **measuring.of(target.kind, folder, target.name)})  # fmt: skip
-            notes = [*measuring.notes(), *_about_bytes(targets, model)]
+            settings = measuring.settings(record, model.folder)
+            earlier, settings["calibration"] = _earlier_rows(
+                root / QUANTIZE, {row["name"] for row in rows}, settings
+            )
+            names = [row["name"] for row in earlier]
+            notes = [*measuring.notes(), *_about_bytes([*targets, *parse(names)], model)]
+            if names:
+                notes.append(f"{', '.join(names)}: of an earlier command, their speeds too")
             result = Quantized(
-                model.name, _with_frontier(rows), measuring.settings(record), notes, str(root)
+                model.name, _with_frontier([*rows, *earlier]), settings, notes, str(root)
             )
             if model.run is not None:
                 write_json(model.run.folder / QUANTIZE, result.to_dict())
             write_json(root / QUANTIZE, result.to_dict())
     return result
+
+
+def _earlier_rows(
+    path: Path, written: set[str], settings: dict[str, Any]
+) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """Rows of the table that is there which may stand beside those of now.
+
+    Args:
+        path: The table; it may not be there.
+        written: Names of the formats of now.
+        settings: How those were measured. Formats calibrated on other data than they cannot stay.
+
+    Returns:
+        The rows, and what the calibrated rows of now and before were calibrated on.
+    """
+    calibration = settings["calibration"]
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        before, rows = stored["settings"], stored["formats"][1:]
+        if {**before, "calibration": None} != {**_as_json(settings), "calibration": None}:
+            return [], calibration
+        same_data = calibration is None or before["calibration"] == _as_json(calibration)
+        kept = [
+            (row, calibrated) for row in rows
+            if row["name"] not in written
+            and weight_bytes(Path(row["folder"])) == row["file_bytes"]
+            and (not (calibrated := parse(row["name"])[0].calibrated) or same_data)
+        ]  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError, UserError):
+        return [], calibration  # there is none, or another version's
+    if any(calibrated for _, calibrated in kept):
+        calibration = before["calibration"]
+    return [row for row, _ in kept], calibration
+
+
+def _as_json(value: Any) -> Any:
+    return json.loads(json.dumps(finite(value)))
 
 
 def _about_bytes(targets: Sequence[Target], model: ModelSource) -> list[str]:
@@ -145,7 +194,11 @@ def _about_bytes(targets: Sequence[Target], model: ModelSource) -> list[str]:
 
 def weight_bytes(folder: Path) -> int:
     """Bytes of a folder's weight files."""
-    return sum(file.stat().st_size for file in (*weight_files(folder), *folder.glob("*.gguf")))
+    return sum(file.stat().st_size for file in _weights(folder))
+
+
+def _weights(folder: Path) -> list[Path]:
+    return [*weight_files(folder), *sorted(folder.glob("*.gguf"))]
 
 
 def _make(
@@ -222,11 +275,12 @@ class _Measuring:
             measurement["metrics"] = held_out.task.values(answers, held_out.references)
         return measurement
 
-    def settings(self, calibration: dict[str, Any] | None) -> dict[str, Any]:
-        """How all was measured."""
+    def settings(self, calibration: dict[str, Any] | None, folder: Path) -> dict[str, Any]:
+        """What was measured, and how."""
         held_out = self._held_out
         return {
             "mode": MODE,
+            "weights_sha256": checksum(_weights(folder)),
             "dataset": None if held_out is None else held_out.name,
             "tokens_sha256": None if held_out is None else held_out.sha256,
             "questions": 0 if held_out is None else len(held_out.prompts),
