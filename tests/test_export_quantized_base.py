@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import lighten
 from lighten import adapters, models
+from lighten.artifacts import open_source
 from lighten.errors import UserError
 from lighten.runs import Run
 from lighten.training.base import load_base
@@ -108,10 +110,23 @@ def test_another_base_or_a_changed_one_is_refused(qlora: Run, tmp_path: Path) ->
     config = run / "adapters" / "default" / "adapter_config.json"
     adapter_config = json.loads(config.read_text())
     config.write_text(json.dumps({**adapter_config, "base_model_name_or_path": str(other_base)}))
-    with pytest.raises(UserError, match="checksums differ"):
-        lighten.export(run, "merged")
+    for source in (run, run / "adapters" / "default"):
+        with pytest.raises(UserError, match="checksums differ"):
+            lighten.export(source, "merged")
     with pytest.raises(UserError, match="did not learn on a quantised base"):
         lighten.export(other_base, "merged", onto="dequantized")
     with pytest.raises(UserError, match="not one of original, dequantized"):
         lighten.export(qlora, "merged", onto="4bit")
     assert not (run / "exports").exists()
+
+
+def test_an_adapter_s_folder_is_opened_as_its_run_s(qlora: Run, tmp_path: Path) -> None:
+    """So that how its base was quantised and which base it was are known."""
+    folder = qlora.adapters()["default"]
+    opened = open_source(folder)
+    assert opened.run is not None
+    assert opened.run.folder == qlora.folder
+    assert replace(opened, run=None) == replace(open_source(qlora), run=None)
+    elsewhere = tmp_path / "adapters" / "default"
+    shutil.copytree(folder, elsewhere)
+    assert open_source(elsewhere).run is None

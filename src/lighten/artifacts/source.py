@@ -81,6 +81,8 @@ def open_source(
 ) -> Artefact:
     """What a run, an adapter's folder, a model's folder or a base's name ships.
 
+    An adapter's folder in a run is that run's adapter, with all that the run knows of its base.
+
     Args:
         source: Which.
         adapter: Of a run with several, whose.
@@ -97,6 +99,11 @@ def open_source(
     if adapter is not None:
         raise UserError(f"{source} is no run, so it holds no adapter called {adapter!r}")
     if (path / CONFIG).is_file():
+        trained_in = path.resolve().parents[1]
+        if (trained_in / runs.RECIPE).is_file():
+            run = runs.Run(trained_in)
+            if run.adapters().get(path.name, Path()).resolve() == path.resolve():
+                return _of_run(run, path.name)
         config = read_config(path)
         base = config.get("base_model_name_or_path")
         if not base:
