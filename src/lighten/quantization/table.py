@@ -130,13 +130,12 @@ def quantize(
             earlier, settings["calibration"] = _earlier_rows(
                 root / QUANTIZE, {row["name"] for row in rows}, settings
             )
-            names = [row["name"] for row in earlier]
-            notes = [*measuring.notes(), *_about_bytes([*targets, *parse(names)], model)]
-            if names:
-                notes.append(f"{', '.join(names)}: of an earlier command, their speeds too")
-            result = Quantized(
-                model.name, _with_frontier([*rows, *earlier]), settings, notes, str(root)
-            )
+            rows += earlier
+            notes = [*measuring.notes(), *_about_bytes([row["name"] for row in rows[1:]], model)]
+            if earlier:
+                names = ", ".join(row["name"] for row in earlier)
+                notes.append(f"{names}: of an earlier command, their speeds too")
+            result = Quantized(model.name, _with_frontier(rows), settings, notes, str(root))
             if model.run is not None:
                 write_json(model.run.folder / QUANTIZE, result.to_dict())
             write_json(root / QUANTIZE, result.to_dict())
@@ -180,9 +179,9 @@ def _as_json(value: Any) -> Any:
     return json.loads(json.dumps(finite(value)))
 
 
-def _about_bytes(targets: Sequence[Target], model: ModelSource) -> list[str]:
+def _about_bytes(formats: Sequence[str], model: ModelSource) -> list[str]:
     """What has to be said of torchao's 4-bit weights."""
-    if all(target.kind != DYNAMIC for target in targets):
+    if all(target.kind != DYNAMIC for target in parse(formats)):
         return []
     learnt = model.recipe is not None and model.recipe.qat is not None and model.run is not None
     return [
