@@ -96,12 +96,29 @@ def test_changes_stop_when_time_is_over(tiny_folder: Path) -> None:
     recipe = recipe_for(tiny_folder)
     plan = planner(recipe)
     looks = iter([False, False])
-    changes = cheapest(recipe, plan, planner, over=lambda: next(looks, True))
+    changes = cheapest(recipe, plan, planner, over=lambda _: next(looks, True))
     assert len(planned_recipes) == 3, "the plan and two changes"
     assert {change.what for change in changes} == {
         "gradient checkpointing",
         "the base in 4 bits (QLoRA)",
     }
+
+
+def test_time_is_left_for_changes_together_where_none_alone_is_enough(tiny_folder: Path) -> None:
+    """What makes it fit is the answer; the list of what does not is cut for it."""
+    planned_recipes: list[Recipe] = []
+    planner = formula(340, planned_recipes)
+    recipe = recipe_for(tiny_folder)
+    plan = planner(recipe)
+
+    def over(share: float) -> bool:
+        return share < 1 and len(planned_recipes) >= 3  # half of the time is over
+
+    together, *alone = cheapest(recipe, plan, planner, over=over)
+    assert together.fits is True
+    assert together.what == "gradient checkpointing; the base in 4 bits (QLoRA)"
+    assert not any(change.fits for change in alone)
+    assert len(alone) == 2
 
 
 def test_changes_that_are_planned_already_are_told_though_time_is_over(tiny_folder: Path) -> None:
@@ -114,7 +131,7 @@ def test_changes_that_are_planned_already_are_told_though_time_is_over(tiny_fold
         recipe,
         plan,
         planner,
-        over=lambda: True,
+        over=lambda _: True,
         is_planned=lambda changed: bool(changed.load_in_4bit),
     )
     assert {change.what for change in changes} == {"the base in 4 bits (QLoRA)"}

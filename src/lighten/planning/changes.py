@@ -13,6 +13,9 @@ from lighten.recipe import Recipe
 # A recipe in, its plan out: the device and the data are the caller's.
 Planner = Callable[[Recipe], Plan]
 SHORTEST = 128  # tokens; less is no context to train on
+# Whether this share of the time for looking is over.
+Over = Callable[[float], bool]
+ALONE = 0.5  # of that time, while no change alone is enough: the rest is for several together
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ def cheapest(
     plan: Plan,
     planner: Planner,
     *,
-    over: Callable[[], bool] = lambda: False,
+    over: Over = lambda _: False,
     is_planned: Callable[[Recipe], bool] = lambda _: False,
 ) -> tuple[Change, ...]:
     """Changes that need less memory, the best first; combined where none is enough alone.
@@ -52,7 +55,8 @@ def cheapest(
     """
     changes: list[tuple[Idea, Change]] = []
     for idea in ideas(recipe, plan):
-        if over() and not _is_planned(recipe, idea, is_planned):
+        enough = any(change.fits for _, change in changes)
+        if over(1.0 if enough else ALONE) and not _is_planned(recipe, idea, is_planned):
             continue
         change = _planned(recipe, plan, idea, planner)
         if change is not None and change.saves_bytes > 0:
@@ -205,13 +209,13 @@ def _rank(idea: Idea, change: Change) -> tuple[int, float, int, int]:
 
 
 def _together(
-    recipe: Recipe, plan: Plan, saving_ideas: list[Idea], planner: Planner, over: Callable[[], bool]
+    recipe: Recipe, plan: Plan, saving_ideas: list[Idea], planner: Planner, over: Over
 ) -> Change | None:
     """The first ideas that fit when taken together, each halved or repeated as far as it goes."""
     combined: dict[str, Any] = {}
     sentences: dict[frozenset[str], str] = {}  # by what it sets: a repeated idea is told once
     current_plan = plan
-    if over() or _least(recipe, saving_ideas, planner) is False:
+    if over(1.0) or _least(recipe, saving_ideas, planner) is False:
         return None  # one plan in place of a dozen
     # What leaves the result as it is first; a shorter context, which a user notices most, last.
     for idea in sorted(
@@ -220,7 +224,7 @@ def _together(
         if "adapters" in idea.settings:
             continue  # another run is no part of this one
         for repeated in _repeated(idea, recipe, combined, current_plan):
-            if over():
+            if over(1.0):
                 return None
             try:
                 changed = planner(recipe.changed({**combined, **repeated.settings}))

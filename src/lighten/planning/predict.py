@@ -24,7 +24,7 @@ from lighten.models import Limits, describe, known, limits
 from lighten.models.load import TOKENIZER_FILES, locate
 from lighten.paths import split_limit
 from lighten.planning import calibration
-from lighten.planning.changes import cheapest, ideas
+from lighten.planning.changes import ALONE, cheapest, ideas
 from lighten.planning.data_cost import cost_of, with_data
 from lighten.planning.planner import Planner
 from lighten.planning.result import Change, Plan, StepTime
@@ -99,9 +99,9 @@ def plan(
         changes_found, complete = _changes(recipe, predicted, planner)
         predicted = replace(predicted, changes=changes_found)
         if not complete:
-            time_limit = f"{MOST_CHANGES_S:.0f} s"
             cut = (
-                f"after {time_limit} no further changes were looked for; lighten plan --search does"
+                f"no further changes were looked for within {MOST_CHANGES_S:.0f} s; "
+                "lighten plan --search does"
             )
             predicted = replace(predicted, notes=(*predicted.notes, cut))
     return predicted
@@ -170,17 +170,17 @@ def changes_of(
 
 def _changes(recipe: Recipe, predicted: Plan, planner: Planner) -> tuple[tuple[Change, ...], bool]:
     """Changes, and whether there was time for all that was to be looked at."""
-    end = time.monotonic() + MOST_CHANGES_S
-    cut = False
+    begun, cut = time.monotonic(), False
 
-    def over() -> bool:
+    def over(share: float) -> bool:
         nonlocal cut
-        cut = cut or time.monotonic() > end
-        return cut
+        late = time.monotonic() - begun > share * MOST_CHANGES_S
+        cut = cut or late
+        return late
 
     settings = [idea.settings for idea in ideas(recipe, predicted)]
     for place in range(0, len(settings), AT_ONCE):
-        if not over():
+        if not over(ALONE):
             planner.plan_ahead(_valid(recipe, settings[place : place + AT_ONCE]))
     return cheapest(recipe, predicted, planner, over=over, is_planned=planner.knows), not cut
 
