@@ -99,13 +99,33 @@ def evaluation(adapters: tuple[str, ...], answer: str) -> dict[str, Any]:
     return {
         "version": 1, "created": "2026-01-01T10:05:00+00:00",
         "settings": {"max_new_tokens": 40, "interval": "95 % percentile bootstrap over examples",
-                     "chat_template": "model"},
+                     "chat_template": "model", "judge_model": "a-judge-of-70b",
+                     "lm_eval": {"chat_template": True}},
         "dataset": {"path": "data/test.jsonl", "rows": 160, "answered": 160},
         "models": [model("base", 3.67, 21.8), *(model(name, 2.5, 29.1) for name in adapters)],
         "differences": [
             {"adapter": name, "metric": metric, "difference": -1.2, "low": -1.4, "high": -1.0,
              "verdict": "no difference found" if metric == "exact_match" else "better"}
             for name in adapters for metric in names
+        ],
+        "comparisons": [
+            {"run": "다른실행_with_a_very_long_name_that_goes_on_and_on_and_on", "model": model,
+             "against": against, "metric": metric, "difference": 0.4321, "low": 0.1, "high": 0.9,
+             "verdict": "worse"}
+            for model in ("base", *adapters) for against in ("base", "theirs")
+            for metric in (*names, "a_task, acc")
+        ],
+        "judged": [
+            {"adapter": name, "against": "base", "wins": 77, "losses": 31, "ties": 52,
+             "swapped": 41, "unclear": 3, "verdict": "better", "rate": estimate(64.375)}
+            for name in adapters
+        ],
+        "tasks": [
+            {"task": "a_task", "metric": "acc", "filter": "none", "documents": 24,
+             "higher_is_better": True,
+             "models": {name: estimate(0.4567) for name in ("base", *adapters)},
+             "differences": {name: {"value": 0.0, "low": -0.1, "high": 0.1,
+                                    "verdict": "no difference found"} for name in adapters}},
         ],
         "examples": [
             {"file": "test.jsonl", "line": i, "prompt": f"# filecmp\ndef cmp_{i}(f1, f2):",

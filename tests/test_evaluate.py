@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import sacrebleu
 import torch
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lighten
@@ -27,6 +29,7 @@ from lighten.evaluation.generate import generate, head_reads_whole_rows, stop_to
 from lighten.evaluation.verdicts import verdict
 from lighten.machine import hardware
 from lighten.models import Base
+from lighten.reporting import comparison
 from lighten.runs import Run
 from tests.test_train_step import row
 from tests.tiny import ARCHITECTURES, VOCAB, save_tiny, tiny_model, tiny_tokenizer
@@ -223,6 +226,22 @@ def test_evaluating_twice_gives_the_same_figures(run: Run) -> None:
     first = lighten.evaluate(run, max_new_tokens=4).models
     again = lighten.evaluate(run, max_new_tokens=4).models
     assert [m["metrics"] for m in first] == [m["metrics"] for m in again]
+
+
+def test_a_loss_that_is_no_number_is_no_equal(run: Run, tmp_path: Path) -> None:
+    broken = Run(shutil.copytree(run.folder, tmp_path / "broken"))
+    path = broken.folder / "adapters" / "r8" / "adapter_model.safetensors"
+    weights = load_file(path)
+    save_file({name: weight * float("nan") for name, weight in weights.items()}, path)
+    evaluation = lighten.evaluate(broken, max_new_tokens=2)
+    verdicts = {(d["adapter"], d["metric"]): d["verdict"] for d in evaluation.differences}
+    assert verdicts["r8", "loss"] == verdicts["r8", "perplexity"] == "not a number"
+    assert verdicts["r2", "loss"] == "better"
+    (note,) = [note for note in evaluation.dataset["notes"] if "not a number" in note]
+    assert note.startswith("the loss of r8 is not a number")
+    sentences = comparison.compare([broken, run]).sentences
+    assert not any("Not evaluated: broken" in sentence for sentence in sentences)
+    assert f"broken: {note}" in sentences
 
 
 def test_nothing_to_evaluate_on_is_one_clear_sentence(

@@ -74,12 +74,12 @@ def test_a_users_text_file_and_what_is_compared(run: Run, tmp_path: Path) -> Non
     ]  # fmt: skip
     ours = lighten.evaluate(run, forgetting=str(file), **FEW).to_dict()
     assert ours["settings"]["general_text"]["rows"] == 2
-    rows = against.compare(ours, ours)
+    rows = against.compare(ours, ours, "other")
     assert {"loss", "general_loss"} <= {row["metric"] for row in rows}
     file.write_text("Something else.\n\nAnd more.\n", encoding="utf-8")
     theirs = lighten.evaluate(run, forgetting=str(file), **FEW).to_dict()
     with pytest.raises(UserError, match="general_text is"):
-        against.compare(ours, theirs)
+        against.compare(ours, theirs, "other")
 
 
 def test_mistakes_are_told(run: Run, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 import lighten
 from lighten.errors import UserError
+from lighten.evaluation import judge
 from lighten.evaluation.judge import Judge, judged
 
 Opinion = Callable[[str, str], str]  # of the answers A and B, in their order
@@ -25,6 +26,7 @@ class _Server:
         self.opinion: Opinion = lambda first, second: "tie"
         self.requests: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
+        self.retry_after: str | None = "0"
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -36,11 +38,16 @@ class _Server:
                 first = text.split("[Answer A]\n")[1].split("\n\n[Answer B]")[0]
                 second = text.split("[Answer B]\n")[1].split("\n\nReply")[0]
                 verdict = server.opinion(first, second)
-                ok = verdict != "refuse"
+                ok = verdict not in ("refuse", "busy")
                 answer = {"choices": [{"message": {"content": verdict}}]}
                 data = json.dumps(answer if ok else {"error": "no such model"}).encode()
-                self.send_response(200 if ok else 404)
-                self.send_header("Content-Length", str(len(data)))
+                if verdict.startswith("{"):
+                    data = verdict.encode()
+                self.send_response(200 if ok else 404 if verdict == "refuse" else 429)
+                if verdict == "busy" and server.retry_after is not None:
+                    self.send_header("Retry-After", server.retry_after)
+                more = 9 if verdict == "cut off" else 0
+                self.send_header("Content-Length", str(len(data) + more))
                 self.end_headers()
                 self.wfile.write(data)
 
@@ -98,7 +105,8 @@ def test_a_judge_that_follows_the_order_has_no_opinion(server: _Server) -> None:
 @pytest.mark.parametrize(
     ("reply", "choice"),
     [("It is a tie.", "tie"), ("A tie", "tie"), ("b", "B"), ("**A**", "A"), ("Answer B.", "B"),
-     ("As a judge, I prefer B", "B"), ("I cannot say", None), ("Neither is a good one", None)],
+     ("As a judge, I prefer B", "B"), ("I cannot say", None), ("Neither is a good one", None),
+     ("<think>\nIs Answer A right?", None), ("<think>A?</think>\n\nB", "B")],
 )  # fmt: skip
 def test_a_reply_in_words_is_read_as_it_is_meant(
     reply: str, choice: str | None, server: _Server
@@ -120,6 +128,39 @@ def test_a_key_is_sent_and_what_is_wrong_is_told(
         Judge("http://127.0.0.1:9/v1", "judge").ask("", "", "", "")
     with pytest.raises(UserError, match="is no address"):
         Judge("somewhere", "judge").ask("", "", "", "")
+
+
+def test_a_judge_that_counts_requests_is_waited_for(
+    server: _Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replies = iter(["busy", "busy", "A"])
+    server.opinion = lambda *_: next(replies)
+    waits: list[float] = []
+    monkeypatch.setattr(judge.time, "sleep", waits.append)
+    assert Judge(server.url, "judge").ask("?", "", "x", "y") == "A"
+    assert waits == [0.0, 0.0]
+    # Without a word of when, later and later; in the end it is told.
+    server.opinion, server.retry_after = lambda *_: "busy", None
+    waits.clear()
+    with pytest.raises(UserError, match="answered 429"):
+        Judge(server.url, "judge").ask("?", "", "x", "y")
+    assert waits == [1.0, 2.0, 4.0, 8.0, 16.0]
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [("cut off", "cannot be reached: IncompleteRead"), ("{}", "gave no chat completion"),
+     ('{"choices": [', "gave no chat completion")],
+)  # fmt: skip
+def test_rubbish_from_a_server_is_one_sentence(reply: str, message: str, server: _Server) -> None:
+    server.opinion = lambda *_: reply
+    with pytest.raises(UserError, match=message):
+        Judge(server.url, "judge").ask("?", "", "x", "y")
+
+
+def test_a_broken_address_is_one_sentence() -> None:
+    with pytest.raises(UserError, match="is no address"):
+        Judge("http://127.0.0.1:port/v1", "judge").ask("?", "", "x", "y")
 
 
 def test_an_evaluation_is_judged(

@@ -41,6 +41,8 @@ def test_rouge_is_rouge_scores_own_in_ascii() -> None:
 def test_rouge_knows_korean_and_mixed_text() -> None:
     assert registry.tokens_of("LoRA는 학교에 2번") == ["lora", "는", "학", "교", "에", "2", "번"]
     assert registry.tokens_of("日本語 text") == ["日", "本", "語", "text"]
+    # Vowel signs are marks on their consonants, and part of the word; an emoji's are no word.
+    assert registry.tokens_of("की ❤️ का") == ["की", "का"]
     assert registry.rouge_n("나는 학교에 간다", "나는 학교에 갔다", 1) == pytest.approx(6 / 7)
     assert registry.rouge_l("나는 학교에", "나는 학교를") == pytest.approx(4 / 5)
     assert registry.rouge_n("전혀", "다른", 1) == 0.0
@@ -133,7 +135,41 @@ def test_an_evaluation_has_the_metrics_that_were_wanted(run: Run) -> None:
             if (difference["adapter"], difference["metric"]) == (adapter, metric)
         )  # fmt: skip
         assert differs == pytest.approx(between["difference"], abs=1e-9)
-    assert "ROUGE-L" in api.report(run).read_text(encoding="utf-8")
+    page = api.report(run).read_text(encoding="utf-8")
+    assert "ROUGE-L" in page
+    # What was compared is kept with the other run's name, and is on the page.
+    stored = json.loads((run.folder / "evaluation.json").read_text(encoding="utf-8"))
+    assert stored["comparisons"] == again.comparisons
+    assert {row["run"] for row in stored["comparisons"]} == {run.name}
+    assert f"<h2>Against {run.name}</h2>" in page
+
+
+def test_a_comparison_that_cannot_be_is_refused_before_anything_is_measured(
+    run: Run, tmp_path: Path
+) -> None:
+    api.evaluate(run, max_new_tokens=4, max_examples=20)
+    before = (run.folder / "evaluation.json").read_bytes()
+    other = Run(shutil.copytree(run.folder, tmp_path / run.name))
+    asked: list[str] = []
+
+    def progress(what: str, *_: int) -> None:
+        asked.append(what)
+
+    for how, message in (
+        ({"max_new_tokens": 5, "max_examples": 20}, "max_new_tokens is 5 and 4"),
+        ({"max_new_tokens": 4, "max_examples": 20, "forgetting": "builtin"}, "general text is and"),
+    ):
+        with pytest.raises(UserError, match=message):
+            api.evaluate(run, against=other, progress=progress, **how)
+    assert asked == []
+    assert (run.folder / "evaluation.json").read_bytes() == before
+    (other.folder / "evaluation.json").write_text('{"models": [')
+    with pytest.raises(UserError, match=r"evaluation.json is not valid JSON"):
+        api.evaluate(run, against=other, max_new_tokens=4, max_examples=20)
+    (other.folder / "evaluation.json").write_bytes(before)
+    again = api.evaluate(run, against=other, max_new_tokens=4, max_examples=20)
+    # Two runs of one name are told apart by their folders.
+    assert {row["run"] for row in again.comparisons} == {str(other.folder)}
 
 
 @pytest.mark.parametrize(
@@ -155,7 +191,7 @@ def test_trap46_what_was_measured_differently_is_not_compared(
         place = place[key]
     place[where[-1]] = value
     with pytest.raises(UserError, match=message):
-        against.compare(ours, theirs)
+        against.compare(ours, theirs, "other")
 
 
 def test_a_run_that_was_not_evaluated_is_nothing_to_compare_with(tmp_path: Path, run: Run) -> None:

@@ -95,12 +95,12 @@ def test_choices_and_answers_are_scored_and_paired(
     ours = choice["models"]["default"]["value"]
     assert change["value"] == pytest.approx(ours - np.mean(correct))
     assert evaluation.settings["lm_eval"]["chat_template"] is False
-    rows = against.compare(evaluation.to_dict(), evaluation.to_dict())
+    rows = against.compare(evaluation.to_dict(), evaluation.to_dict(), "other")
     assert {"tiny_choice, acc"} <= {comparison["metric"] for comparison in rows}
     with_template = lighten.evaluate(run, **{**options, "tasks": ["tiny_choice"], "tasks_limit": 4})
     assert with_template.settings["lm_eval"]["chat_template"] is True
     with pytest.raises(UserError, match="of the tasks, chat_template is"):
-        against.compare(with_template.to_dict(), evaluation.to_dict())
+        against.compare(with_template.to_dict(), evaluation.to_dict(), "other")
 
 
 def test_mistakes_are_told(

@@ -28,6 +28,23 @@ def test_the_page_says_what_changed_and_escapes_what_came_from_data(tmp_path: Pa
     assert len(text.encode()) < 1_000_000
 
 
+def test_another_run_a_judge_and_tasks_are_on_the_page(tmp_path: Path) -> None:
+    page = lighten.report(write_run(tmp_path / "run")).read_text(encoding="utf-8")
+    run, judge, tasks = (
+        page.split(f'<section id="{name}">')[1].split("</section>")[0]
+        for name in ("against", "judged", "tasks")
+    )
+    assert "Against 다른실행_with_a_very_long_name" in run
+    assert run.count("<b>+0.432</b> <small>[0.100, 0.900]</small>") == 6  # without the bases
+    assert "a_task, acc" in run
+    for figure in (">77<", ">31<", ">52<", ">41<", ">3<", "<b>64.4</b>", "a-judge-of-70b judges"):
+        assert figure in judge
+    assert tasks.count("<b>0.457</b>") == 2
+    assert "24 documents" in tasks
+    assert "no difference found" in tasks
+    assert "The chat template stood" in tasks
+
+
 def test_the_page_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
     text = page([write_run(tmp_path / "r")])
     assert not re.findall(r"""(?:src|href)\s*=|@import|url\(|https?://(?!www\.w3\.org)""", text)

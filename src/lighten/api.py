@@ -285,14 +285,9 @@ def evaluate(
     """
     chosen = run_of(run)
     other = None if against is None else run_of(against)
-    from lighten.evaluation import against as comparing
     from lighten.evaluation.evaluation import evaluate_run
 
-    reference = None if other is None else comparing.read(other)
-    evaluation = evaluate_run(chosen, progress=progress, **options)
-    if reference is not None:
-        evaluation.comparisons = comparing.compare(evaluation.to_dict(), reference)
-    return evaluation
+    return evaluate_run(chosen, against=other, progress=progress, **options)
 
 
 def sweep(

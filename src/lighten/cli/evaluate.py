@@ -22,7 +22,8 @@ def print_evaluation(evaluation: dict[str, Any]) -> None:
     print_table(["metric", *names], rows)
     if evaluation["comparisons"]:
         compared = [
-            [comparison["model"], comparison["against"], comparison["metric"],
+            [comparison["model"], f"{comparison['run']}: {comparison['against']}",
+             comparison["metric"],
              cell({**comparison, "value": comparison["difference"]}), comparison["verdict"]]
             for comparison in evaluation["comparisons"]
         ]  # fmt: skip

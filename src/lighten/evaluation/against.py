@@ -3,50 +3,75 @@
 from __future__ import annotations
 
 import itertools
-import json
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from lighten import runs
 from lighten.errors import UserError
 from lighten.evaluation import forgetting, harness, metrics, registry
 from lighten.evaluation.bootstrap import Array, FromSums, Resamples
 from lighten.evaluation.verdicts import verdict
+from lighten.recipe import EvaluateOptions
 from lighten.runs import Run
 
 # Settings that a figure depends on; `batch_size` changes the time alone.
 _SAME = ("max_examples", "max_new_tokens", "chat_template", "normalisation", "signatures",
          "extra_metrics", "general_text")  # fmt: skip
+# Those of them that are known before anything is measured.
+_CHOSEN = ("max_examples", "max_new_tokens", "extra_metrics")
 
 
 def read(run: Run) -> dict[str, Any]:
     """A run's evaluation.
 
     Raises:
-        UserError: It was not evaluated yet.
+        UserError: It was not evaluated yet, or its file is broken.
     """
-    path = run.folder / runs.EVALUATION
-    try:
-        evaluation: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
+    evaluation = run.evaluation()
+    if evaluation is None:
         raise UserError(
-            f"{run.folder} was not evaluated yet; first: lighten evaluate {run.folder}"
-        ) from error
+            f"{run.folder} was not evaluated yet; first: "
+            f"lighten evaluate {shlex.quote(str(run.folder))}"
+        )
     return evaluation
 
 
-def compare(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[dict[str, Any]]:
+def name_of(other: Run, run: Run) -> str:
+    """What to call the other run beside this one: its folder, where both have one name."""
+    same = other.name == run.name and other.folder.resolve() != run.folder.resolve()
+    return str(other.folder) if same else other.name
+
+
+def require_same_settings(settings: EvaluateOptions, theirs: Mapping[str, Any]) -> None:
+    """What is about to be measured can be compared, as far as its settings say.
+
+    Raises:
+        UserError: It cannot.
+    """
+    chosen = settings.model_dump()
+    different = _different(_CHOSEN, chosen, theirs["settings"])
+    general = theirs["settings"].get("general_text")
+    if (settings.forgetting is None) != (general is None):
+        measured = ("is", "is not") if general is None else ("is not", "is")
+        different.append("the loss on general text {} and {} measured".format(*measured))
+    _refuse(different)
+
+
+def compare(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], their_run: str
+) -> list[dict[str, Any]]:
     """What each model of ours has over each of theirs, paired over the examples.
 
     Args:
         ours: As `evaluation.json` has it.
         theirs: The same.
+        their_run: The name of the run that theirs is of.
 
     Returns:
-        `model`, `against`, `metric`, `difference` (ours minus theirs), its 95 % interval and a
-        verdict.
+        `model`, `run` (theirs), `against` (its model), `metric`, `difference` (ours minus theirs),
+        its 95 % interval and a verdict.
 
     Raises:
         UserError: They were measured differently: with other settings, another chat template, or
@@ -68,7 +93,7 @@ def compare(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[dict[str
                     "difference": difference.value, "low": difference.low, "high": difference.high,
                     "verdict": verdict(difference, len(statistics), lower_is_better=lower),
                 })  # fmt: skip
-    return [*rows, *_tasks(ours, theirs)]
+    return [{"run": their_run, **row} for row in (*rows, *_tasks(ours, theirs))]
 
 
 def _tasks(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -104,11 +129,7 @@ def _metric(name: str) -> metrics.Metric:
 
 def _require_same(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
     """Trap 46: figures of another template, length or data are no comparison."""
-    different = [
-        f"{name} is {ours['settings'].get(name)!r} and {theirs['settings'].get(name)!r}"
-        for name in _SAME
-        if ours["settings"].get(name) != theirs["settings"].get(name)
-    ]
+    different = _different(_SAME, ours["settings"], theirs["settings"])
     if "lm_eval" in ours["settings"] and "lm_eval" in theirs["settings"]:
         first, second = (evaluation["settings"]["lm_eval"] for evaluation in (ours, theirs))
         different += [
@@ -124,6 +145,20 @@ def _require_same(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
         different.append("the held-out examples are not the same")
     elif _supervised(ours) != _supervised(theirs):
         different.append("the same examples have other tokens: the losses are per token")
+    _refuse(different)
+
+
+def _different(
+    names: Sequence[str], ours: Mapping[str, Any], theirs: Mapping[str, Any]
+) -> list[str]:
+    return [
+        f"{name} is {ours.get(name)!r} and {theirs.get(name)!r}"
+        for name in names
+        if ours.get(name) != theirs.get(name)
+    ]
+
+
+def _refuse(different: Sequence[str]) -> None:
     if different:
         raise UserError(
             f"the two were measured differently, so they are not compared: {'; '.join(different)}; "

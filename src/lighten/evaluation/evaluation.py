@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -16,6 +17,7 @@ from lighten.engine.batching import choose_tokens
 from lighten.engine.loss import Objective
 from lighten.engine.validation import held_out
 from lighten.errors import NoHeldOut, UserError
+from lighten.evaluation import against as comparing
 from lighten.evaluation import forgetting, harness, metrics, registry
 from lighten.evaluation.bootstrap import Array
 from lighten.evaluation.forgetting import GeneralText
@@ -38,20 +40,27 @@ from lighten.wording import counted
 Progress = Callable[[str, int, int], None]
 
 
-def evaluate_run(run: Run, *, progress: Progress | None = None, **options: Any) -> Evaluation:
+def evaluate_run(
+    run: Run, *, against: Run | None = None, progress: Progress | None = None, **options: Any
+) -> Evaluation:
     """Measure the base and what a run trained, and write `evaluation.json`.
 
     Args:
         run: The run.
+        against: Another one, evaluated already, whose models these are compared with.
         progress: Log what is being done, how far it is, and of how much.
         options: Settings of the recipe's `evaluate` section.
 
     Raises:
-        UserError: Nothing trained in the run, or no held-out example.
+        UserError: Nothing trained in the run, no held-out example, or `against` was measured
+            differently.
     """
     recipe = run.recipe()
     settings = recipe.with_evaluate(options)
     require(settings)
+    theirs = None if against is None else comparing.read(against)
+    if theirs is not None:
+        comparing.require_same_settings(settings, theirs)
     if settings.judge is not None and settings.judge_model is not None:
         Judge(settings.judge, settings.judge_model).check()
     transformers_logging.disable_progress_bar()
@@ -108,17 +117,22 @@ def evaluate_run(run: Run, *, progress: Progress | None = None, **options: Any) 
             *encoded_data.sentences(),
             *unasked,
             *shortened_sentence(shortened, results),
+            *broken_sentences(results),
             *_qat_sentence(recipe),
         ],
     }
     path = run.folder / runs.EVALUATION
     runs.write_json(path, evaluation.to_dict())
-    if settings.judge is not None:
-        try:
+    try:
+        if theirs is not None and against is not None:
+            name = comparing.name_of(against, run)
+            evaluation.comparisons = comparing.compare(evaluation.to_dict(), theirs, name)
+            runs.write_json(path, evaluation.to_dict())
+        if settings.judge is not None:
             evaluation.judged = _judge_answers(evaluation.examples, results, settings, progress)
-        except UserError as error:
-            raise UserError(f"{error}; all else that was measured is in {path}") from error
-        runs.write_json(path, evaluation.to_dict())
+            runs.write_json(path, evaluation.to_dict())
+    except UserError as error:
+        raise UserError(f"{error}; all else that was measured is in {path}") from error
     return evaluation
 
 
@@ -201,6 +215,16 @@ def askable(
         f"{counted(len(rows), 'held-out example')} {'is' if len(rows) == 1 else 'are'} not asked "
         f"and count for the loss alone: {rows[0]} {reason}"
         for reason, rows in reasons.items()
+    ]
+
+
+def broken_sentences(results: Sequence[Measured]) -> list[str]:
+    """What it means that a model's loss is no number."""
+    return [
+        f"the loss of {result.name} is not a number: its weights or what it computes are broken, "
+        "and its answers say nothing"
+        for result in results
+        if not np.isfinite(result.statistics["loss"]).all()
     ]
 
 

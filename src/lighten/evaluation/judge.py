@@ -7,9 +7,11 @@ Source: Zheng et al., Judging LLM-as-a-Judge (arXiv 2306.05685), section 3.4 on 
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -33,6 +35,9 @@ PROMPT = (
 )
 KEY = "OPENAI_API_KEY"
 TIMEOUT_S, TOGETHER, REPLY_TOKENS = 120.0, 4, 8
+# A server that is busy or counts requests is asked again, later and later unless it says when.
+BUSY, TRIES, WAIT_S, LONGEST_WAIT_S = (408, 429, 502, 503, 504), 6, 1.0, 60.0
+_THOUGHTS = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
 # Capitals alone: "a tie" is no choice of A, and neither is an article.
 _CHOICE = re.compile(r"\b(?:a\s+)?(tie)\b|\b((?-i:[AB]))\b|^\W*([ab])\W*$", re.IGNORECASE)
 # An answer that is sent may be long; a judge needs no more of it.
@@ -61,7 +66,7 @@ class Judge:
         names = ("question", "reference", "first", "second")
         text = PROMPT.format(**{k: v[:MOST_SIGNS] for k, v in zip(names, parts, strict=True)})
         reply = self._reply(text)
-        choice = _CHOICE.search(reply)
+        choice = _CHOICE.search(_THOUGHTS.sub("", reply))
         if choice is None:
             return None
         word = choice[choice.lastindex or 0].lower()
@@ -86,19 +91,52 @@ class Judge:
         address = f"{self.url.rstrip('/')}/chat/completions"
         if not address.startswith(("http://", "https://")):
             raise UserError(f"judge: {self.url} is no address; write http://127.0.0.1:8000/v1")
-        request = urllib.request.Request(address, json.dumps(body).encode(), headers)
         try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
-                completion = json.load(answer)
+            request = urllib.request.Request(address, json.dumps(body).encode(), headers)
+            completion = json.loads(_sent(request))
             return str(completion["choices"][0]["message"]["content"] or "")
         except urllib.error.HTTPError as error:
-            lines = error.read().decode(errors="replace").strip().splitlines()
-            why = f": {lines[0][:200]}" if lines else ""
-            raise UserError(f"judge: {address} answered {error.code}{why}") from error
-        except OSError as error:
+            raise UserError(f"judge: {address} answered {error.code}{_why(error)}") from error
+        except http.client.InvalidURL as error:
+            raise UserError(f"judge: {self.url} is no address: {error}") from error
+        except (OSError, http.client.HTTPException) as error:
             raise UserError(f"judge: {address} cannot be reached: {error}") from error
         except (ValueError, LookupError, TypeError) as error:
             raise UserError(f"judge: {address} gave no chat completion") from error
+
+
+def _sent(request: urllib.request.Request) -> bytes:
+    """The body of an answer; a busy server is waited for.
+
+    Raises:
+        OSError: There is no answer, or (`HTTPError`) a refusal.
+        HTTPException: What comes is no HTTP, or is cut off.
+    """
+    for trial in range(1, TRIES + 1):
+        try:
+            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
+                content: bytes = answer.read()
+                return content
+        except urllib.error.HTTPError as error:
+            if error.code not in BUSY or trial == TRIES:
+                raise
+            time.sleep(_wait_s(error.headers.get("Retry-After"), trial))
+    raise AssertionError("the last trial returns or raises")
+
+
+def _wait_s(asked: str | None, trial: int) -> float:
+    """Seconds until the next trial: as the server asks, where it says so in seconds."""
+    wait = float(asked) if asked and asked.strip().isdecimal() else WAIT_S * 2 ** (trial - 1)
+    return min(wait, LONGEST_WAIT_S)
+
+
+def _why(error: urllib.error.HTTPError) -> str:
+    """The first line of what a server says of its refusal."""
+    try:
+        lines = error.read().decode(errors="replace").strip().splitlines()
+    except (OSError, http.client.HTTPException):
+        return ""
+    return f": {lines[0][:200]}" if lines else ""
 
 
 def judged(

@@ -36,7 +36,7 @@ from lighten.evaluation.metrics import (
 # Letters and digits in a row, or one sign of scripts that glue particles to words or have no
 # spaces: Hangul, kana, Han.
 _SIGN = r"[\u1100-\u11ff\u3040-\u30ff\u3130-\u318f\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7a3]"
-_TOKEN = re.compile(rf"{_SIGN}|(?:(?!{_SIGN})[^\W_])+")
+_TOKEN = re.compile(rf"{_SIGN}|(?!{_SIGN})[^\W_](?:(?!{_SIGN})\S)*")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 Score = Callable[[str, str], float]
@@ -52,7 +52,12 @@ def tokens_of(text: str) -> list[str]:
 
     rouge-score's tokenizer drops all that is not ASCII, so that Korean scores 0.
     """
-    return _TOKEN.findall(text.lower())
+    # Marks belong to the letters before them: without vowel signs two words of Hindi are one.
+    words = (
+        sign if sign.isalnum() or unicodedata.category(sign)[0] == "M" else " "
+        for sign in text.lower()
+    )
+    return _TOKEN.findall("".join(words))
 
 
 def rouge_n(answer: str, reference: str, n: int) -> float:

@@ -42,7 +42,7 @@ class Evaluation:
         examples: Prompt, reference and every model's answer.
         judged: How often a judge preferred each adapter's answers to the base's.
         tasks: Scores on tasks of lm-eval.
-        comparisons: Each model minus each of another run, where one was named; not in the file.
+        comparisons: Each model minus each of another run, where one was named.
     """
 
     settings: dict[str, Any]

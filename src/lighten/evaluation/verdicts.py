@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from lighten.data import FEWEST
 from lighten.evaluation.bootstrap import Estimate
 
@@ -12,6 +14,8 @@ def verdict(difference: Estimate, examples: int, *, lower_is_better: bool) -> st
     A percentile interval of few examples is too narrow: without any true difference it excludes
     zero for half of all pairs of examples and for 15 % of fives; from twenty on it is near its 5 %.
     """
+    if math.isnan(difference.value):
+        return "not a number"
     if examples < FEWEST or difference.low is None or difference.high is None:
         return "too few examples"
     if difference.low > 0:

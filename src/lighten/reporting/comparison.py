@@ -266,7 +266,7 @@ def _best(column: Column, entries: Sequence[Entry]) -> set[int]:
 def _conclusions(entries: Sequence[Entry]) -> list[str]:
     """Set each entry's difference and verdict, and say it in sentences."""
     measured = [entry for entry in entries if "loss" in entry.figures]
-    missing = [entry.run for entry in entries if "loss" not in entry.figures]
+    missing = [entry.run for entry in entries if entry.measured_on is None]
     sentences = []
     if missing:
         names = list(dict.fromkeys(missing))

@@ -13,7 +13,7 @@ from lighten import runs as run_files
 from lighten.evaluation.metrics import METRICS
 from lighten.evaluation.registry import described
 from lighten.folders import COMPARISON, REPORT, resume_command
-from lighten.reporting import attention, comparison, planned, quantized, text
+from lighten.reporting import attention, comparison, evaluated, planned, quantized, text
 from lighten.reporting.charts import Series, line_chart, number, smoothed
 from lighten.runs import Run
 from lighten.wording import counted
@@ -90,6 +90,7 @@ def _run(run: Run) -> dict[str, Any]:
         "memory": _memory_chart(lines),
         "plan": planned.section(run.plan(), info),
         "table": _table(evaluation),
+        "evaluated": evaluated.section(evaluation),
         "quantized": quantized.section(run.quantized()),
         "attention": attention.section(run.benched()),
         "differences": {

@@ -1,0 +1,47 @@
+"""What an evaluation says beside its metrics: another run, a judge, tasks of lm-eval."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lighten.evaluation.metrics import METRICS
+from lighten.evaluation.registry import described
+
+_LABELS = {metric.name: metric.label for metric in METRICS}
+
+
+def section(evaluation: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What the template shows of it.
+
+    Args:
+        evaluation: As `evaluation.json` has it, or None.
+
+    Returns:
+        `against`, the name of the other run and rows of differences from it, None where there are
+        none; `judged` with the `judge`; `tasks`, with whether the chat template (`template`) stood
+        around them.
+    """
+    evaluation = evaluation or {}
+    settings = evaluation.get("settings", {})
+    return {
+        "against": _against(evaluation),
+        "judged": evaluation.get("judged", []),
+        "tasks": evaluation.get("tasks", []),
+        "judge": settings.get("judge_model"),
+        "template": settings.get("lm_eval", {}).get("chat_template"),
+    }
+
+
+def _against(evaluation: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What was trained beside what the other run trained; the bases are in the file."""
+    compared = evaluation.get("comparisons", [])
+    rows = [row for row in compared if "base" not in (row["model"], row["against"])]
+    if not rows:
+        return None
+    metrics = {row["metric"] for row in rows}
+    labels = {name: _LABELS.get(name) or described(name).label for name in metrics}
+    return {
+        "run": rows[0]["run"],
+        "rows": [{**row, "label": labels[row["metric"]]} for row in rows],
+    }
