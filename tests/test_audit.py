@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 
 import lighten
+from lighten import whole_files
 from lighten.benchmarking import audit as auditing
 from lighten.benchmarking import measuring, ratios, techniques
 from lighten.benchmarking.audit import Audit
 from lighten.errors import UserError
 from lighten.reporting import audit_table
+from lighten.reporting.audit_page import write_audit_page
 from tests.processes import Forked, call, in_fork
 
 # Fewer steps than any budget would ask for, and a long row that is none.
@@ -207,6 +209,24 @@ def test_what_the_budget_leaves_out_is_measured_with_a_larger_one(
     audit = lighten.audit(str(tiny_folder), budget="2h", **how)
     assert audit.steps == 5
     assert [row["status"] for row in audit.rows] == ["measured"] * len(few)
+
+
+def test_a_loss_that_is_no_number_does_not_end_the_page(tmp_path: Path) -> None:
+    """Half an hour was measured; JSON has null where a loss diverged."""
+    data = json.loads(Path("docs/audit-smollm2-cpu.json").read_text(encoding="utf-8"))
+    for row in data["rows"]:
+        if row["name"] == "all together" and row["group"] == "training":
+            for process in row["processes"]:
+                for pair in process.get("losses", []):
+                    pair[0] = None
+    data["rows"] = ratios.summarised(data["rows"])
+    whole_files.write_json(tmp_path / "audit.json", data)
+    page = write_audit_page(tmp_path).read_text(encoding="utf-8")
+    assert page.count('<td data-label="held-out loss">not a number</td>') == 1
+    assert "All together train" in page
+    assert "held-out loss nan" not in page
+    tables = {head[0]: rows for head, rows in audit_table.tables(data)}
+    assert ["all together", "not a number"] in [[row[0], row[-1]] for row in tables["training"]]
 
 
 def test_what_runs_out_of_memory_stays_in_the_table() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import lighten
 from lighten import api
 from lighten.benchmarking import attention, comparing, generation, running, text, training
 from lighten.benchmarking.limits import Try, search_from
@@ -217,7 +218,7 @@ def test_two_results_are_compared_with_significance() -> None:
     few = comparing.compare(_result(slow[:3]), _result(fast))["rows"][0]
     assert few["verdict"] == "fewer than 5 repeats"
     other_device = {**_result(fast), "device": "another"}
-    assert "the device differ" in comparing.compare(_result(slow), other_device)["notes"][0]
+    assert "the device differs:" in comparing.compare(_result(slow), other_device)["notes"][0]
     batches = [
         {"records": [{"part": "max-batch", "name": f"micro-batch within {size} GiB",
                       "what": "micro-batch", "memory_bytes": size, "largest": size}]}
@@ -241,6 +242,28 @@ def test_the_command_measures_stores_and_compares(tiny_folder: Path, tmp_path: P
     assert record["file_bytes"] == (tiny_folder / "model.safetensors").stat().st_size
     again = call("bench", "--compare", str(stored), str(stored), "--json", cwd=tmp_path)
     assert json.loads(again.stdout)["rows"][0]["ratio"] == 1.0
+
+
+def test_a_second_command_keeps_the_other_parts_of_a_run(
+    tiny_folder: Path, chat_file: Path, tmp_path: Path
+) -> None:
+    """Part by part, as people bench; what is of other weights goes."""
+    run = lighten.train(
+        model=str(tiny_folder), dataset=str(chat_file), dtype="float32", max_steps=1,
+        output_dir=str(tmp_path / "run"), progress=False,
+    )  # fmt: skip
+    path = run.folder / "bench.json"
+    first = api.bench(str(run.folder), ["size"])
+    assert first["earlier_parts"] == []
+    stored = json.loads(path.read_text())
+    stored["records"].append({"part": "attention", "name": "eager, forward, 64 tokens"})
+    path.write_text(json.dumps(stored))
+    second = api.bench(str(run.folder), ["size"])
+    assert second["earlier_parts"] == ["attention"]
+    parts = [record["part"] for record in json.loads(path.read_text())["records"]]
+    assert parts == ["size", "size", "attention"]
+    path.write_text(json.dumps({**second, "adapter_sha256": "of others"}))
+    assert running._earlier_records(path, second, {"size"}) == []
 
 
 def test_mistakes_are_told(tiny_folder: Path, tmp_path: Path) -> None:

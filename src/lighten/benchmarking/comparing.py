@@ -75,8 +75,9 @@ def _by_name(result: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, Any]]
 def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
     for key in ("base_sha256", "device", "machine", "versions"):
         if before.get(key) != after.get(key):
-            subject = "the model's weights" if key == "base_sha256" else f"the {key}"
-            yield f"{subject} differ: the ratios are not of the code alone"
+            words = {"base_sha256": "the model's weights differ", "versions": "the versions differ"}
+            subject = words.get(key, f"the {key} differs")
+            yield f"{subject}: the ratios are not of the code alone"
 
 
 def _other_work(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ GENERATED = (
     ("base", "transformers"), ("base", "lighten"), ("adapter", "transformers"),
     ("adapter", "lighten"), ("merged", "transformers"),
 )  # fmt: skip
+# What has to be the same for the parts of an earlier command to stay in a run's file.
+_ALIKE = ("version", "base_sha256", "adapter", "adapter_sha256", "machine", "versions", "commit",
+          "tree_clean", "device")  # fmt: skip
 _UNITS = {"": 1, "k": 1, "m": 2, "g": 3, "t": 4}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b)?\s*", re.IGNORECASE)
 
@@ -288,6 +292,9 @@ def bench(
 ) -> dict[str, Any]:
     """Measure a model or a run here; see `lighten.benchmarking`.
 
+    In a run's `bench.json` the other parts of earlier commands stay, if they are of the same
+    weights, machine and versions.
+
     Args:
         target: A model, or a run.
         parts: Of `PARTS`; none: all.
@@ -319,14 +326,36 @@ def bench(
     result = {
         "version": VERSION, "created": now(), "target": target, "base": base,
         "base_sha256": checksum(weight_files(source.base_folder)), "adapter": benchmark._adapter,
+        "adapter_sha256": _adapter_checksum(source.adapter),
         "machine": hardware.machine().to_dict(), "versions": hardware.versions(),
         "commit": commit, "tree_clean": clean, "device": benchmark.device.label,
         "settings": {**asdict(effective), "memory_bytes": benchmark.limit}, "records": records,
     }  # fmt: skip
+    if output is None and path is not None:
+        kept = _earlier_records(path, result, {record["part"] for record in records})
+        result["earlier_parts"] = list(dict.fromkeys(record["part"] for record in kept))
+        result["records"] = [*records, *kept]
     if path is not None:
         whole_files.write_json(path, result)
         result["path"] = str(path)
     return result
+
+
+def _adapter_checksum(adapter: Path | None) -> str | None:
+    return None if adapter is None else checksum(sorted(adapter.glob("adapter_*.safetensors")))
+
+
+def _earlier_records(
+    path: Path, result: Mapping[str, Any], measured: set[str]
+) -> list[dict[str, Any]]:
+    """Records of the file that is there which may stand beside those of now: of other parts."""
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        now_as_stored = json.loads(json.dumps({key: result[key] for key in _ALIKE}))
+        alike = all(before[key] == value for key, value in now_as_stored.items())
+        return [r for r in before["records"] if alike and r["part"] not in measured]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # there is none, or another version's
 
 
 def now() -> str:

@@ -111,10 +111,11 @@ def bench(
     for columns, rows in text.tables(result):
         print_table(columns, rows, fold_last=(0,))
     loose = text.unsettled(result["records"])
-    stored = result.get("path")
+    stored, earlier = result.get("path"), result.get("earlier_parts")
     for line in (
         *text.reasons(result["records"]),
         loose,
+        f"{', '.join(earlier)}: of an earlier command" if earlier else None,
         f"written to {stored}" if stored else "not stored; --output FILE does",
     ):
         if line:

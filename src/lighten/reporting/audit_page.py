@@ -62,7 +62,7 @@ def headline(rows: Sequence[Mapping[str, Any]]) -> str:
         f"{1 / brought['memory']['value']:.2f} of its memory"
     )
     quality = together.get("quality") or {}
-    if "difference" in quality:
+    if "difference" in quality and audit_table.known(quality):
         sentence += f"; held-out loss {quality['difference']:+.3f} ({quality['verdict']})"
     return f"{sentence}."
 
@@ -145,8 +145,8 @@ def cost(row: Mapping[str, Any]) -> str:
 def _scatter(rows: Sequence[Mapping[str, Any]], group: str) -> str:
     points = []
     for place, row in enumerate(row for row in rows if row["group"] == group):
-        quality = row.get("quality")
-        if row["status"] == "measured" and quality and row.get("peak_bytes"):
+        quality = row.get("quality") or {}
+        if row["status"] == "measured" and audit_table.known(quality) and row.get("peak_bytes"):
             points.append(Point(row["name"], row["peak_bytes"] / 2**30, quality["loss"],
                                 colour=place))  # fmt: skip
     if len(points) < 2:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,12 +60,22 @@ def ships(row: Mapping[str, Any]) -> str:
 
 def loss(quality: Mapping[str, Any]) -> str:
     """The held-out loss, or its difference from the plain row's with its interval."""
+    if not known(quality):
+        return "not a number" if quality else "–"
     if "difference" not in quality:
-        return f"{quality['loss']:.3f}" if quality else "–"
+        return f"{quality['loss']:.3f}"
     interval = ""
     if quality["low"] is not None:
         interval = f" [{quality['low']:+.3f}, {quality['high']:+.3f}]"
     return f"{quality['difference']:+.3f}{interval}"
+
+
+def known(quality: Mapping[str, Any]) -> bool:
+    """Whether loss and difference, if there is one, are numbers: in a file null is none."""
+    if not quality:
+        return False
+    figures = [quality["loss"], quality.get("difference", 0.0)]
+    return all(figure is not None and math.isfinite(figure) for figure in figures)
 
 
 def reasons(audit: Mapping[str, Any]) -> list[str]:
