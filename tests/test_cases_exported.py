@@ -9,6 +9,8 @@ import pytest
 from lighten import api
 from lighten.errors import UserError
 from lighten.quantization.export_card import require_replaceable
+from lighten.quantization.table import weight_bytes
+from tests.tiny import save_tiny, tiny_model
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "config.json", "README.md", "sub/x", ".hidden"])
@@ -51,3 +53,21 @@ def test_links_and_files_are_no_folders(tmp_path: Path) -> None:
     for name in ("file", "link"):
         with pytest.raises(UserError, match="link or a file"):
             require_replaceable(tmp_path / name)
+
+
+def test_what_an_earlier_save_left_beside_a_whole_file_is_not_copied(tmp_path: Path) -> None:
+    """transformers reads the whole file; shards and index beside it are of another model."""
+    base = tmp_path / "base"
+    save_tiny(base)
+    tiny_model("llama", seed=7).save_pretrained(tmp_path / "older", max_shard_size="20KB")
+    for path in (tmp_path / "older").glob("model*"):
+        path.rename(base / path.name)
+    assert len(shards := sorted(base.glob("model-*.safetensors"))) > 1
+    assert weight_bytes(base) == (base / "model.safetensors").stat().st_size
+    export = api.export(str(base), "merged", output_dir=tmp_path / "m", verify=False)
+    assert [file.name for file in export.files] == ["model.safetensors"]
+    assert not list(export.folder.glob("*.index.json"))
+    (base / "model.safetensors").unlink()  # then the shards are the model
+    export = api.export(str(base), "merged", output_dir=tmp_path / "m", verify=False)
+    assert [file.name for file in export.files] == [file.name for file in shards]
+    assert (export.folder / "model.safetensors.index.json").is_file()

@@ -20,7 +20,7 @@ from lighten.errors import UserError
 from lighten.gguf_names import stored_name
 from lighten.quantization.gguf_model import plan_gguf, write_gguf
 from lighten.quantization.llamacpp import Runtime
-from tests.tiny import CHATML, tiny_model, tiny_tokenizer
+from tests.tiny import CHATML, save_tiny, tiny_model, tiny_tokenizer
 
 ROPE = {"rope_theta": 10000.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -435,3 +435,12 @@ def test_memory_is_that_of_a_few_tensors(tmp_path: Path) -> None:
         tracemalloc.stop()
     # As read, reordered, checked for numbers that are not finite, packed; and the header.
     assert peak < 5 * largest + 2**20 < model_bytes / 4
+
+
+def test_a_fall_back_names_the_block_that_rows_are_no_multiple_of(tmp_path: Path) -> None:
+    """Q8_0 has blocks of 32: rows of 256 were asked for where 64 would have done."""
+    base = save_tiny(tmp_path / "base", hidden_size=32, intermediate_size=48)
+    sentences = plan_gguf(base, "q8_0").sentences()
+    assert any("Q8_0: their rows are no multiple of 32" in text for text in sentences)
+    sentences = plan_gguf(base, "q4_k_m").sentences()
+    assert any("Q4_K: their rows are no multiple of 256" in text for text in sentences)

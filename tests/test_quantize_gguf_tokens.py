@@ -141,3 +141,45 @@ def test_ids_are_the_same(kind: str, tmp_path: Path) -> None:
                 continue  # transformers puts no second space in front after a special token
             assert runtime.tokenise(text) == ids, text
             assert runtime.tokenise(text, bos=True) == tokenizer(text)["input_ids"], text
+
+
+def phi3(*, extra: str | None = None) -> PreTrainedTokenizerFast:
+    """As Phi-3 has it: its special tokens swallow the white space behind them, but for three."""
+    tokenizer = sentencepiece(prefix=True, bos=False)
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = state["model"]["vocab"]
+    spare = max(vocabulary.values()) + 1
+    vocabulary["<unk>"] = spare
+    for token in state["added_tokens"]:
+        token["rstrip"] = token["content"] != "<s>"
+    state["added_tokens"].append({**state["added_tokens"][0], "id": spare, "content": "<unk>",
+                                  "rstrip": False})  # fmt: skip
+    core = Tokenizer.from_str(json.dumps(state))
+    core.add_special_tokens([AddedToken("<|endoftext|>")])
+    core.add_special_tokens([AddedToken(text, rstrip=True) for text in ("<|user|>", "<|end|>")])
+    if extra is not None:
+        core.add_special_tokens([AddedToken(extra)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="<|endoftext|>", pad_token="<pad>"
+    )
+
+
+@pytest.mark.parametrize("name", ["demo", "Phi3 mini", "my-phi-3"])
+def test_a_models_name_decides_nothing_about_its_tokens(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """llama.cpp goes by it: of `phi-3` special tokens swallow the white space behind them."""
+    prompt = "<|user|>\nthe question<|end|>\n the answer</s>  word <s> word"
+    for kind in ("phi-3", "llama 2", "gpt-2", "phi-3 and a token"):
+        folder = tmp_path / kind
+        tokenizer = (
+            KINDS[kind]() if kind in KINDS else phi3(extra="<|x|>" if "and" in kind else None)
+        )
+        tokenizer.save_pretrained(folder)
+        tiny_model("llama", vocab_size=ROWS, num_hidden_layers=1).save_pretrained(folder)
+        caplog.clear()
+        write_gguf(folder, tmp_path / "model.gguf", "f16", name=name)
+        expected = AutoTokenizer.from_pretrained(folder)(prompt, add_special_tokens=False)
+        with Runtime(tmp_path / "model.gguf", context_tokens=16, threads=1) as runtime:
+            assert runtime.tokenise(prompt) == expected["input_ids"], kind
+        assert ("<|x|>" in caplog.text) == ("and" in kind)

@@ -65,7 +65,7 @@ class GgufPlan:
         total = sum(self.formats.values())
         lines = [
             f"{count} of {total} tensors are {actual} and not {preferred}: their rows are no "
-            "multiple of 256"
+            f"multiple of {types.BLOCK_OF_NAME[preferred]}"
             for (preferred, actual), count in self.fallbacks.items()
         ]
         return [*lines, *self.notes]
@@ -163,7 +163,7 @@ def write_gguf(
         model_folder, model, name, about or {}, threads or available_threads()
     )
     write(target, content)
-    _tell_ends(vocabulary, target)
+    _tell_tokens(vocabulary, target)
     for sentence in plan.sentences():
         log.info("%s: %s", target, sentence)
     return plan
@@ -178,7 +178,7 @@ def _content(
 
     def header(writer: Any) -> None:
         writer.add_type(gguf.GGUFType.MODEL)
-        writer.add_name(name or folder.resolve().name)
+        writer.add_name(vocabulary.name_for(name or folder.resolve().name))
         for key, text in about.items():
             writer.add_string(f"general.{key}", text)
         writer.add_file_type(model.type.number)
@@ -194,7 +194,12 @@ def _content(
     return content, vocabulary
 
 
-def _tell_ends(vocabulary: Vocabulary, target: Path) -> None:
+def _tell_tokens(vocabulary: Vocabulary, target: Path) -> None:
+    if vocabulary.otherwise:
+        log.warning(
+            "%s: llama.cpp reads white space behind %s otherwise than the model's tokenizer",
+            target, ", ".join(vocabulary.otherwise[:5]),
+        )  # fmt: skip
     unsaid = [vocabulary.tokens[token] for token in vocabulary.ends[3:]]
     if unsaid:
         log.warning(

@@ -6,6 +6,7 @@ merges is chosen by a name, and SentencePiece, whose merges are ordered by score
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,12 @@ _PATTERNS = {
 # Names under which llama.cpp takes a word of the vocabulary whole before it merges.
 _WHOLE_WORDS = {"llama-bpe": True, "tekken": True}
 _WITHOUT_WHOLE_WORDS = {"llama-bpe": "dbrx"}
+# A file does not say which special tokens swallow the white space behind them. llama.cpp goes by
+# the model's name (`src/llama-vocab.cpp`): of one with `phi-3` in it all do but these, and a
+# vocabulary without these and `</s>` is not loaded.
+_PHI3 = "phi-3"
+_KEEPS_SPACE = frozenset({"<unk>", "<s>", "<|endoftext|>"})
+_TELLING_NAME = re.compile(r"(phi)-?(3)|(modern)-(bert)", re.IGNORECASE)
 # How `PreTrainedTokenizer` calls what llama.cpp calls so.
 _SPECIAL = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 
@@ -55,6 +62,9 @@ class Vocabulary:
         space_prefix: Whether a space is put before a text; None says nothing.
         template: The chat template.
         ends: Ids that end an answer.
+        by_name: Whether the model's name has to tell llama.cpp which special tokens swallow the
+            white space behind them.
+        otherwise: Special tokens that treat it otherwise in llama.cpp all the same.
     """
 
     model: str
@@ -68,6 +78,18 @@ class Vocabulary:
     space_prefix: bool | None = None
     template: str | None = None
     ends: tuple[int, ...] = ()
+    by_name: bool = False
+    otherwise: tuple[str, ...] = ()
+
+    def name_for(self, name: str) -> str:
+        """What a file has to call a model of this tokenizer, for llama.cpp to read its texts right.
+
+        Args:
+            name: As it is called otherwise.
+        """
+        if self.by_name:
+            return name if re.search("phi-?3", name, re.IGNORECASE) else f"{name} ({_PHI3})"
+        return _TELLING_NAME.sub(lambda match: " ".join(filter(None, match.groups())), name)
 
     def write(self, writer: Any) -> None:
         """Write it into the header of a `gguf.GGUFWriter`."""
@@ -140,7 +162,23 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
     )
     _special(folder, config, tokenizer, ids, vocabulary)
     vocabulary.template = _template(folder, config)
+    _look_at_space(vocabulary, added, ids)
     return vocabulary
+
+
+def _look_at_space(
+    vocabulary: Vocabulary, added: Mapping[int, Mapping[str, Any]], ids: Mapping[str, int]
+) -> None:
+    """Which special tokens swallow the white space behind them, and whether a name can say so."""
+    swallow = {str(entry["content"]) for entry in added.values() if entry.get("rstrip")}
+    of_phi3 = {
+        text
+        for text, token in ids.items()
+        if vocabulary.kinds[token] in (_CONTROL, _USER, _UNKNOWN) or text == "</s>"
+    } - _KEEPS_SPACE
+    loaded = ids.keys() >= {*_KEEPS_SPACE, "</s>"}
+    vocabulary.by_name = loaded and len(swallow ^ of_phi3) < len(swallow)
+    vocabulary.otherwise = tuple(sorted(swallow ^ of_phi3 if vocabulary.by_name else swallow))
 
 
 def _looks_special(text: str) -> bool:

@@ -23,6 +23,7 @@ FORMAT_NAMES = {
 _BLOCK = {F32: 1, F16: 1, BF16: 1, Q4_0: 32, Q4_1: 32, Q5_0: 32, Q5_1: 32, Q8_0: 32, IQ4_NL: 32,
           Q2_K: 256, Q3_K: 256, Q4_K: 256, Q5_K: 256, Q6_K: 256, IQ4_XS: 256}  # fmt: skip
 _FALLBACK = {Q2_K: Q4_0, Q3_K: Q4_0, Q4_K: Q5_0, Q5_K: Q5_1, Q6_K: Q8_0, IQ4_XS: IQ4_NL}
+BLOCK_OF_NAME = {FORMAT_NAMES[kind]: block for kind, block in _BLOCK.items()}
 PLAIN = (F32, F16, BF16)
 K_QUANTS = (Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS)
 _GROUPED = 4  # query heads per key head from which llama.cpp gives values more bits

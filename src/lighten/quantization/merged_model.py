@@ -17,6 +17,7 @@ from lighten.quantization.gguf_source import read_json
 from lighten.quantization.merge import Unmergeable, merge
 from lighten.quantization.rounding import rounding_of
 from lighten.runs import whole_folder
+from lighten.safetensors_header import index_of
 from lighten.whole_files import scratch_folder
 
 if TYPE_CHECKING:
@@ -70,8 +71,8 @@ def merged(artefact: Artefact, target: Path, dtype: str, dequantized: bool) -> E
         )
     if artefact.adapter is None:
         with whole_folder(target) as partial:
-            index = artefact.base_folder.glob("*.safetensors.index.json")
-            for path in (*weight_files(artefact.base_folder), *index):
+            index = index_of(artefact.base_folder)
+            for path in (*weight_files(artefact.base_folder), *([index] if index else [])):
                 shutil.copyfile(path, partial / path.name)
             shutil.copyfile(artefact.base_folder / "config.json", partial / "config.json")
             add_companions(partial)
