@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from lighten import api
-from lighten.errors import UserError
+from lighten.errors import DiskFull, UserError
+from lighten.quantization import gguf_model, room
 from lighten.quantization.export_card import require_replaceable
 from lighten.quantization.table import weight_bytes
+from tests.test_merge import trained
 from tests.tiny import save_tiny, tiny_model
 
 
@@ -71,3 +75,27 @@ def test_what_an_earlier_save_left_beside_a_whole_file_is_not_copied(tmp_path: P
     export = api.export(str(base), "merged", output_dir=tmp_path / "m", verify=False)
     assert [file.name for file in export.files] == [file.name for file in shards]
     assert (export.folder / "model.safetensors.index.json").is_file()
+
+
+def test_a_receipts_own_files_are_looked_at_for_room_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter's is taken on its base as GGUF in float32, which is written meanwhile."""
+    base = save_tiny(tmp_path / "base")
+    trained(tiny_model("llama"), tmp_path / "adapter")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    said = json.loads(config.read_text()) | {"base_model_name_or_path": str(base)}
+    config.write_text(json.dumps(said))
+    folder = tmp_path / "g"
+    api.export(str(tmp_path / "adapter"), "gguf-adapter", output_dir=folder, verify=False)
+    monkeypatch.setattr(
+        gguf_model, "write", lambda *_: pytest.fail("the base was written without a look")
+    )
+    free = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda _: free._replace(free=60_000))
+    with pytest.raises(DiskFull, match="comparing adapter as gguf-adapter needs"):
+        api.verify(folder, str(tmp_path / "adapter"))
+    with pytest.raises(DiskFull, match="comparing adapter as gguf-adapter needs"):
+        api.export(str(tmp_path / "adapter"), "gguf-adapter", output_dir=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    assert not list(tmp_path.glob(".*"))

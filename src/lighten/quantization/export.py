@@ -32,7 +32,7 @@ from lighten.quantization.merged_model import (
     written,
 )
 from lighten.quantization.receipts import receipt_of
-from lighten.quantization.room import require_export_room
+from lighten.quantization.room import require_export_room, require_receipt_room
 from lighten.runs import whole_folder, write_json
 from lighten.whole_files import scratch_folder
 
@@ -168,6 +168,8 @@ def export(
     _require_other_folder(artefact, target)
     if form in MERGED:
         require_export_room(artefact, form, kind or dtype, target, receipt)
+    if form == "gguf-adapter" and receipt:
+        require_receipt_room(artefact, form, target)
     log(f"writing {target}")
     write = _WRITERS[form]
     with _room_for_rounded(target, kept=form == "executorch" and receipt) as rounded:

@@ -19,6 +19,7 @@ from lighten.quantization.gguf_source import read_json
 from lighten.quantization.gguf_types import FILE_TYPES
 from lighten.quantization.merged_model import model_folder
 from lighten.quantization.questions import Questions, questions_of, texts_of
+from lighten.quantization.room import require_receipt_room
 from lighten.quantization.rounding import rounding_of
 from lighten.quantization.runtime_loss import runtime_loss
 from lighten.quantization.verify import Receipt
@@ -64,6 +65,7 @@ def receipt_of(
             )
     from lighten.quantization.gguf_model import write_gguf
 
+    require_receipt_room(artefact, form, target.parent)
     with scratch_folder(target.parent, "base") as scratch:
         base = scratch / "base.gguf"
         write_gguf(artefact.base_folder, base, "f32")
@@ -86,6 +88,8 @@ def _of_program(
     manifest = file.parent / MANIFEST
     # Of other data than there are now the rounding cannot be computed again.
     reproducible = manifest.is_file() and read_json(manifest).get("rounding") == record
+    if reproducible and rounded is None:
+        require_receipt_room(artefact, "executorch", file.parent)
     with executorch.running(file, source.tokenizer) as program:
         receipt = verify.compare(
             source, program, questions, artefact=file.name, kind="executorch",

@@ -50,6 +50,33 @@ def require_export_room(
     require_room(target, size + merged, f"exporting {artefact.name} as {form}")
 
 
+def require_receipt_room(artefact: Artefact, form: str, folder: Path) -> None:
+    """The disk has room for what a receipt is computed with, until it is there.
+
+    Args:
+        artefact: What the receipt's artefact was made from.
+        form: `gguf-adapter`: the base in float32; or `executorch`: the rounded weights, computed
+            again from a merged model.
+        folder: Beside the files or of them: where that is written.
+
+    Raises:
+        UserError: The model cannot have this form.
+        DiskFull: The disk has not.
+    """
+    if form == "gguf-adapter":
+        from lighten.quantization.gguf_model import file_bytes
+
+        size = file_bytes(artefact.base_folder, "f32")
+    else:
+        with described(artefact) as (description, weights):
+            size = _program_bytes(description, weights)[1]
+            if artefact.adapter is not None:
+                size += 4 * sum(weight.numbers for weight in weights.values())
+    require_room(
+        folder, size, f"comparing {artefact.name} as {form}", way_out="free some space there"
+    )
+
+
 def _program_bytes(folder: Path, weights: Mapping[str, Weight]) -> tuple[int, int]:
     """Of a program for a phone, and of its rounded weights as they are kept until its receipt.
 
@@ -83,7 +110,10 @@ def described(artefact: Artefact) -> Iterator[tuple[Path, dict[str, Weight]]]:
         yield folder, weights
 
 
-def require_room(folder: Path, nbytes: int, what: str, *, temporary_bytes: int = 0) -> None:
+def require_room(
+    folder: Path, nbytes: int, what: str, *, temporary_bytes: int = 0,
+    way_out: str = "free some space or choose another --output_dir",
+) -> None:  # fmt: skip
     """A disk has room for what will be written.
 
     Args:
@@ -91,6 +121,7 @@ def require_room(folder: Path, nbytes: int, what: str, *, temporary_bytes: int =
         nbytes: How much.
         what: Its name in the error.
         temporary_bytes: That are needed meanwhile in the folder of temporary files.
+        way_out: What the error says to do.
 
     Raises:
         DiskFull: It has not.
@@ -105,7 +136,7 @@ def require_room(folder: Path, nbytes: int, what: str, *, temporary_bytes: int =
         if free < needed:
             raise DiskFull(
                 f"{what} needs {size_text(needed)} in {where} and the disk has {size_text(free)} "
-                "left; free some space or choose another --output_dir"
+                f"left; {way_out}"
             )
 
 
