@@ -9,12 +9,21 @@ from pathlib import Path
 import pytest
 
 from lighten import api
+from lighten.artifacts import open_source
 from lighten.errors import DiskFull, UserError
 from lighten.quantization import gguf_model, room
 from lighten.quantization.export_card import require_replaceable
 from lighten.quantization.table import weight_bytes
 from tests.test_merge import trained
 from tests.tiny import save_tiny, tiny_model
+
+
+def adapter_on(base: Path, folder: Path) -> None:
+    """An adapter that others trained on a tiny Llama."""
+    trained(tiny_model("llama"), folder)
+    config = folder / "adapter_config.json"
+    said = json.loads(config.read_text()) | {"base_model_name_or_path": str(base)}
+    config.write_text(json.dumps(said))
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "config.json", "README.md", "sub/x", ".hidden"])
@@ -82,10 +91,7 @@ def test_a_receipts_own_files_are_looked_at_for_room_first(
 ) -> None:
     """An adapter's is taken on its base as GGUF in float32, which is written meanwhile."""
     base = save_tiny(tmp_path / "base")
-    trained(tiny_model("llama"), tmp_path / "adapter")
-    config = tmp_path / "adapter" / "adapter_config.json"
-    said = json.loads(config.read_text()) | {"base_model_name_or_path": str(base)}
-    config.write_text(json.dumps(said))
+    adapter_on(base, tmp_path / "adapter")
     folder = tmp_path / "g"
     api.export(str(tmp_path / "adapter"), "gguf-adapter", output_dir=folder, verify=False)
     monkeypatch.setattr(
@@ -99,3 +105,26 @@ def test_a_receipts_own_files_are_looked_at_for_room_first(
         api.export(str(tmp_path / "adapter"), "gguf-adapter", output_dir=tmp_path / "new")
     assert not (tmp_path / "new").exists()
     assert not list(tmp_path.glob(".*"))
+
+
+def test_the_current_folder_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files were called `.f16.gguf`, which are hidden, and which `push` leaves out."""
+    base = save_tiny(tmp_path / "base")
+    adapter_on(base, tmp_path / "adapter")
+    for source in (base, tmp_path / "adapter"):
+        (source / "sub").mkdir()
+        for folder, name in ((source, "."), (source / "sub", "..")):
+            monkeypatch.chdir(folder)
+            assert open_source(name).name == source.name
+            export = api.export(name, "gguf:f16", output_dir=tmp_path / "g", verify=False)
+            assert [file.name for file in export.files] == [f"{source.name}.f16.gguf"]
+
+
+def test_an_adapter_may_lie_at_the_top_of_a_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `/adapter` of a container does: it has no folder above its parent."""
+    base = save_tiny(tmp_path / "base")
+    adapter_on(base, tmp_path / "adapter")
+    monkeypatch.setattr(Path, "resolve", lambda *_, **__: Path("/adapter"))
+    assert open_source(tmp_path / "adapter").name == "adapter"

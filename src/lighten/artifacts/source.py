@@ -94,12 +94,14 @@ def open_source(
     if isinstance(source, runs.Run):
         return _of_run(source, adapter)
     path = Path(source).expanduser()
+    if path.name in ("", ".."):  # `.` has no name of its own, and files are named by it
+        source = path = path.resolve()
     if (path / runs.RECIPE).is_file():
         return _of_run(runs.Run(path), adapter)
     if adapter is not None:
         raise UserError(f"{source} is no run, so it holds no adapter called {adapter!r}")
     if (path / CONFIG).is_file():
-        trained_in = path.resolve().parents[1]
+        trained_in = path.resolve().parent.parent
         if (trained_in / runs.RECIPE).is_file():
             run = runs.Run(trained_in)
             if run.adapters().get(path.name, Path()).resolve() == path.resolve():
