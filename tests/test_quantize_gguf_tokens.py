@@ -20,6 +20,7 @@ from tokenizers import (
 )
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from lighten.models.gguf import converted, read_tokenizer
 from lighten.quantization.gguf_model import write_gguf
 from lighten.quantization.gguf_tokenizer import _PATTERNS
 from lighten.quantization.llamacpp import Runtime
@@ -183,3 +184,44 @@ def test_a_models_name_decides_nothing_about_its_tokens(
         with Runtime(tmp_path / "model.gguf", context_tokens=16, threads=1) as runtime:
             assert runtime.tokenise(prompt) == expected["input_ids"], kind
         assert ("<|x|>" in caplog.text) == ("and" in kind)
+
+
+@pytest.mark.parametrize("kind", ["smollm", "llama-bpe", "tekken"])
+def test_a_file_that_was_read_is_written_again_with_the_same_tokens(
+    kind: str, tmp_path: Path
+) -> None:
+    """transformers gave Llama 3's files an `<|endoftext|>` more than the model has rows."""
+    folder = tmp_path / "model"
+    KINDS[kind]().save_pretrained(folder)
+    tiny_model("llama", vocab_size=ROWS, num_hidden_layers=1).save_pretrained(folder)
+    write_gguf(folder, tmp_path / "model.gguf", "f16")
+    tokenizer = read_tokenizer(tmp_path / "model.gguf")
+    assert len(tokenizer) == ROWS
+    text = "the question<|endoftext|> and the <|im_end|>"
+    expected = AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer(text, add_special_tokens=False)["input_ids"] == expected
+    write_gguf(converted(tmp_path / "model.gguf"), tmp_path / "again.gguf", "f16")
+    with Runtime(tmp_path / "again.gguf", context_tokens=16, threads=1) as runtime:
+        assert runtime.tokenise(text) == expected
+
+
+@pytest.mark.parametrize("kind", ["llama-bpe", "tekken", "dbrx"])
+def test_words_that_no_merges_lead_to_are_read_as_llamacpp_reads_them(
+    kind: str, tmp_path: Path
+) -> None:
+    """Llama 3 and Mistral's Tekken look for a word in the vocabulary first."""
+    folder = tmp_path / "model"
+    tokenizer = KINDS[kind]()
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["model"]["merges"] = [
+        merge for merge in state["model"]["merges"] if "".join(merge) != "\u0120question"
+    ]
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)), bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
+    tiny_model("llama", vocab_size=ROWS, num_hidden_layers=1).save_pretrained(folder)
+    write_gguf(folder, tmp_path / "model.gguf", "f16")
+    ids = read_tokenizer(tmp_path / "model.gguf")("the question", add_special_tokens=False)
+    assert (state["model"]["vocab"]["\u0120question"] in ids["input_ids"]) == (kind != "dbrx")
+    with Runtime(tmp_path / "model.gguf", context_tokens=16, threads=1) as runtime:
+        assert runtime.tokenise("the question") == ids["input_ids"]

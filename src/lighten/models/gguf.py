@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from tokenizers import pre_tokenizers
+from tokenizers import Tokenizer, pre_tokenizers
 from torch import Tensor
 from transformers import GenerationConfig
 from transformers.models.auto.tokenization_auto import (
@@ -35,10 +35,15 @@ from lighten.models.gguf_header import Header, read_header
 
 log = logging.getLogger(__name__)
 # Raised when what a conversion writes changes, so that an old copy is not taken for it.
-LAYOUT = 1
+LAYOUT = 2
 _SHARD_BYTES = 2**30  # a model that is small enough for tests is one file, as on the hub
 # Room that is left on the disk beside a kept copy.
 _SPARE_BYTES = 2**30
+
+# Names of splittings under which llama.cpp looks for a word in the vocabulary before it merges
+# (`ignore_merges` in its `src/llama-vocab.cpp`).
+_WHOLE_WORDS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0",
+                "lfm2", "jina-v5-nano", "tekken")  # fmt: skip
 
 # They became part of the configuration.
 _IN_CONFIG = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
@@ -85,6 +90,9 @@ def converted(path: Path) -> Path:
         _write(header, output)
         tokenizer.save_pretrained(output)
         _move_into_place(output, folder)
+    for older in folder.parent.parent.glob(f"{_cache_name(header)}-*"):
+        if older != folder.parent:
+            shutil.rmtree(older, ignore_errors=True)  # of an earlier layout
     return folder
 
 
@@ -131,7 +139,11 @@ def convert(path: Path, folder: Path) -> None:
 
 
 def _cache_path(header: Header, name: str) -> Path:
-    return cache_folder() / "gguf" / f"{header.fingerprint[:24]}-{LAYOUT}" / name
+    return cache_folder() / "gguf" / f"{_cache_name(header)}-{LAYOUT}" / name
+
+
+def _cache_name(header: Header) -> str:
+    return str(header.fingerprint[:24])
 
 
 def _move_into_place(output: Path, folder: Path) -> None:
@@ -164,7 +176,26 @@ def _build_tokenizer(header: Header, tokenizer_class: Any) -> Any:
         except FAULTS as error:
             raise UserError(f"{path} has no usable tokenizer: {reason(error)}") from error
     _restore_digits(header, tokenizer)
+    _mend_words(header, tokenizer)
     return tokenizer
+
+
+def _mend_words(header: Header, tokenizer: Any) -> None:
+    """Leave out tokens that the file does not have, and take words whole where llama.cpp does.
+
+    transformers adds an `<|endoftext|>` to every byte-level vocabulary, Llama 3's and Mistral's
+    too, for which the model has no row. And it merges all words, those too that a vocabulary has
+    and no merges lead to.
+    """
+    count = int(header.settings["tokenizer.ggml.tokens"])
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    tokens = [token for token in state["added_tokens"] if token["id"] < count]
+    whole = header.settings.get("tokenizer.ggml.pre") in _WHOLE_WORDS
+    if whole or len(tokens) < len(state["added_tokens"]):
+        state["added_tokens"] = tokens
+        if whole:
+            state["model"]["ignore_merges"] = True
+        tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
 
 
 def _restore_digits(header: Header, tokenizer: Any) -> None:
