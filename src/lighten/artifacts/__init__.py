@@ -1,5 +1,11 @@
 """What a run ships, opened without a training set-up: the door of export, receipts and serving."""
 
-from lighten.artifacts.source import Artefact, added_words, copy_companions, open_source
+from lighten.artifacts.source import (
+    Artefact,
+    added_words,
+    copy_companions,
+    new_tokens,
+    open_source,
+)
 
-__all__ = ["Artefact", "added_words", "copy_companions", "open_source"]
+__all__ = ["Artefact", "added_words", "copy_companions", "new_tokens", "open_source"]

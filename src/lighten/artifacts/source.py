@@ -21,7 +21,7 @@ COMPANIONS = (
     "generation_config.json",
 )  # fmt: skip
 
-_TEMPLATE = "chat_template.jinja"
+_TEMPLATE, _TOKENIZER = "chat_template.jinja", "tokenizer.json"
 
 # Settings of a base that is quantised while it is loaded for training.
 QUANTIZED = (
@@ -214,9 +214,26 @@ def _holds_template(folder: Path) -> bool:
 
 
 def added_words(artefact: Artefact) -> int:
-    """Rows that the vocabulary needs for the run's added tokens; 0 where there are none."""
-    if not artefact.added_tokens:
-        return 0
-    from transformers import AutoTokenizer
+    """Rows that the vocabulary needs for added tokens; 0 where there are none.
 
-    return len(AutoTokenizer.from_pretrained(artefact.companions, local_files_only=True))
+    Of an adapter without its run they are those that its tokenizer has and its base's has not.
+    """
+    if artefact.adapter is None or not (artefact.added_tokens or new_tokens(artefact)):
+        return 0
+    from lighten.models.load import tokenizer_in
+
+    return len(tokenizer_in(artefact.companions, artefact.name))
+
+
+def new_tokens(artefact: Artefact) -> list[str]:
+    """Tokens that an adapter brings and its base's tokenizer does not have."""
+    folders = (artefact.companions, artefact.base_folder)
+    alone = artefact.run is not None and not artefact.added_tokens
+    if alone or artefact.adapter is None or folders[0] == folders[1]:
+        return []
+    if not all((folder / _TOKENIZER).is_file() for folder in folders):
+        return []
+    from lighten.models.load import tokenizer_in
+
+    ids, known = (tokenizer_in(folder, artefact.name).get_vocab() for folder in folders)
+    return sorted(ids.keys() - known.keys(), key=lambda token: int(ids[token]))

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from lighten.artifacts import Artefact, copy_companions
+from lighten.artifacts import Artefact, copy_companions, new_tokens
 from lighten.errors import UserError
 from lighten.models.load import weight_files
 from lighten.peft_config import CONFIG, WEIGHTS, read_config
@@ -73,6 +73,11 @@ def check(
         )
     if form in ("adapter", "gguf-adapter") and artefact.adapter is None:
         raise UserError(f"{artefact.name} has no adapter; export it --as merged or --as gguf")
+    if form == "gguf-adapter" and (tokens := new_tokens(artefact)):
+        raise UserError(
+            f"{artefact.name} brings new tokens ({', '.join(tokens[:3])}), which the base as GGUF "
+            "would read as pieces; merge it into the model instead: --as merged (or --as gguf)"
+        )
     if form.startswith("gguf"):
         from lighten.quantization.gguf_file import require_gguf
         from lighten.quantization.gguf_types import file_type

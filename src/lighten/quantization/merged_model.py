@@ -108,6 +108,8 @@ def _merge_in_memory(
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
+    from lighten.models.vocabulary import grow
+
     assert artefact.adapter is not None
     stored = str(read_json(artefact.base_folder / "config.json").get("dtype") or "bfloat16")
     dtype_name = stored if dtype == "auto" else dtype
@@ -117,6 +119,7 @@ def _merge_in_memory(
         base = AutoModelForCausalLM.from_pretrained(
             artefact.base_folder, dtype=torch.float32, local_files_only=True
         )
+        grow(base, added_words(artefact))
         model: Any = PeftModel.from_pretrained(base, artefact.adapter)
         whole = model.merge_and_unload(safe_merge=True)
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:

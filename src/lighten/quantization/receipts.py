@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lighten.artifacts import Artefact
+from lighten.artifacts import Artefact, added_words
 from lighten.errors import UserError
 from lighten.peft_config import CONFIG
 from lighten.quantization import executorch, verify
@@ -50,7 +50,9 @@ def receipt_of(
             exported = verify.InTransformers(target)
         else:
             kind = "adapter"
-            exported = verify.InTransformers(artefact.base_folder, target, target)
+            exported = verify.InTransformers(
+                artefact.base_folder, target, target, words=added_words(artefact)
+            )
         return verify.compare(
             source, exported, questions, artefact=target.name, kind=kind, against=against
         )
@@ -185,7 +187,7 @@ def _source_of(against: Artefact, dequantized: bool) -> tuple[verify.InTransform
 def _in_transformers(artefact: Artefact, dequantized: bool) -> verify.InTransformers:
     return verify.InTransformers(
         artefact.base_folder, artefact.adapter, artefact.companions,
-        rounding_of(artefact) if dequantized else None,
+        rounding_of(artefact) if dequantized else None, added_words(artefact),
     )  # fmt: skip
 
 

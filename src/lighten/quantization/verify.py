@@ -135,20 +135,24 @@ class InTransformers:
         adapter: Folder of an adapter on it.
         tokenizer: Folder of the tokenizer; the model's when None.
         rounding: What its weights became in training; None: they stay as they are.
+        words: Rows that its vocabulary has at least, where tokens were added.
     """
 
     def __init__(
         self, folder: Path, adapter: Path | None = None, tokenizer: Path | None = None,
-        rounding: Rounding | None = None,
+        rounding: Rounding | None = None, words: int = 0,
     ) -> None:  # fmt: skip
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from lighten.models.vocabulary import grow
 
         self._torch = torch
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.float32, local_files_only=True
             )
+            grow(model, words)
             if rounding is not None:
                 rounding.apply(model)
             if adapter is not None:

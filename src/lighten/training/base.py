@@ -13,6 +13,7 @@ from lighten.adapters.whole import make_float32
 from lighten.machine.hardware import choose_dtype
 from lighten.models.load import locate, set_attention
 from lighten.models.trainable import refuse_rounded_activations, require_gradients
+from lighten.models.vocabulary import grow
 from lighten.parallel.streamed.build import without_weights
 from lighten.parallel.streamed.shards import Shards
 from lighten.recipe import Recipe
@@ -149,14 +150,7 @@ def add_tokens(
     if not tokens:
         return
     new_tokens(tokenizer, tokens)
-    size = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
-    if len(tokenizer) > size:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        with torch.no_grad():
-            for layer in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:
-                weight: torch.Tensor = layer.weight
-                weight[size:] = weight[:size].float().mean(0).to(weight.dtype)
-        model.requires_grad_(False)
+    grow(model, len(tokenizer))
 
 
 def new_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> None:
