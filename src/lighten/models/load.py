@@ -34,7 +34,6 @@ from lighten.models import attention as blocks
 from lighten.models import gguf, known, links, packaged, quantized
 from lighten.models.configuration import FAULTS, check_json, read_config, reason
 from lighten.models.names import PACKAGED, Source, packaged_as, resolve
-from lighten.safetensors_header import WHOLE
 from lighten.streams import download_bar, library_bars
 from lighten.wording import counted
 
@@ -427,14 +426,10 @@ def _cached(hub_id: str) -> Path | None:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The files that hold a model's weights.
-
-    Beside one that holds all, others are of a model that was saved there before.
-    """
-    if path.is_file():
-        return [path]
-    if (path / WHOLE).is_file():
-        return [path / WHOLE]
+    """The files that hold a model's weights; beside a whole one, others are of an earlier save."""
+    for whole in (path, path / "model.safetensors"):
+        if whole.is_file():
+            return [whole]
     return sorted(
         file for file in path.glob("*.safetensors")
         if not file.name.startswith(("adapter_", "consolidated"))  # as of `_IGNORED`
