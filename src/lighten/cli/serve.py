@@ -164,7 +164,12 @@ def _flags(words: list[str]) -> dict[str, Any]:
         name, equals, value = word.partition("=")
         if not equals:
             raise UserError(f"--engine-flag {word!r}: write NAME=VALUE")
-        flags[name.replace("-", "_")] = yaml.safe_load(value)
+        try:
+            flags[name.replace("-", "_")] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(
+                f"--engine-flag {word!r}: the value is not valid YAML; put it in quotes"
+            ) from error
     return flags
 
 

@@ -44,23 +44,26 @@ def bench(
         raise UserError(f"--output-dir {output} is a file; name a folder")
     remote = Remote(url, key)
     models = list(remote.models())
+    if not models:
+        raise UserError(f"{remote.url} lists no models")
     try:
         field_checks = checks.fields(remote, models[0])
         for check in field_checks:
             log(f"{'ok   ' if check.passed else 'FAILS'} {check.name}: {check.detail}")
-        identity = checks.identity(remote, models, requests=identity_requests) if models else None
+        identity = checks.identity(remote, models, requests=identity_requests)
     except ServerError as error:
         raise UserError(f"{remote.url}: {error}") from error
-    if identity is not None:
-        log(
-            f"identity: {identity.same} of {identity.requests} answers as alone, "
-            f"{identity.rounding} with rounding, {identity.wrong} of another model"
-        )
+    except (LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{remote.url} does not answer as OpenAI's server: {error!r}") from error
+    log(
+        f"identity: {identity.same} of {identity.requests} answers as alone, "
+        f"{identity.rounding} with rounding, {identity.wrong} of another model"
+    )
     outcomes = series(remote, settings, lambda outcome: log(_line(outcome)))
     result = {
         "url": remote.url, "machine": machine().to_dict(), "load": asdict(settings),
         "models": models, "checks": [asdict(check) for check in field_checks],
-        "identity": None if identity is None else asdict(identity),
+        "identity": asdict(identity),
         "loads": [outcome.to_dict() for outcome in outcomes],
     }  # fmt: skip
     if output is not None:

@@ -96,7 +96,7 @@ def _check_max_tokens(remote: Remote, model: str) -> tuple[bool, str]:
 
 
 def _check_stop(remote: Remote, model: str) -> tuple[bool, str]:
-    answer = _ask(remote, model)["choices"][0]["message"]["content"]
+    answer = _ask(remote, model)["choices"][0]["message"]["content"] or ""
     if len(answer) < 2:
         return True, "the answer is too short to stop inside"
     stop = answer[len(answer) // 2 :][:2]
@@ -160,9 +160,9 @@ def identity(
 
 def _answer(remote: Remote, model: str, question: str) -> tuple[str, dict[str, float]]:
     choice = _ask(remote, model, question, logprobs=True, top_logprobs=5)["choices"][0]
-    tokens = choice["logprobs"]["content"]
+    tokens = (choice.get("logprobs") or {}).get("content") or []
     first = {top["token"]: top["logprob"] for top in tokens[0]["top_logprobs"]} if tokens else {}
-    return choice["message"]["content"], first
+    return choice["message"]["content"] or "", first
 
 
 def _largest_difference(first: dict[str, float], second: dict[str, float]) -> float:

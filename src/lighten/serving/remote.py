@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import time
@@ -87,7 +88,7 @@ class Remote:
         Raises:
             ServerError: It is an error.
         """
-        with self._open(method, path, body) as response:
+        with self._open(method, path, body) as response, self._telling():
             return json.loads(response.read())
 
     def chat(self, model: str, messages: Sequence[dict[str, str]], **options: Any) -> Any:
@@ -116,7 +117,7 @@ class Remote:
         body = {"model": model, "messages": list(messages), "stream": True,
                 "stream_options": {"include_usage": True}, **options}  # fmt: skip
         answer.began = time.perf_counter()
-        with self._open("POST", "/v1/chat/completions", body) as response:
+        with self._open("POST", "/v1/chat/completions", body) as response, self._telling():
             ended = False
             while line := response.readline():
                 if not line.startswith(b"data: "):
@@ -138,6 +139,18 @@ class Remote:
                         yield text
             if not ended:
                 raise ServerError(0, "the stream broke off")
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Tell a connection that breaks, and an answer that is not as OpenAI's, as an error."""
+        try:
+            yield
+        except (OSError, http.client.HTTPException) as error:
+            raise ServerError(0, f"{self.url} broke off its answer: {error!r}") from error
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ServerError(
+                0, f"{self.url} does not answer as OpenAI's server: {error!r}"
+            ) from error
 
     def _open(self, method: str, path: str, body: Any) -> http.client.HTTPResponse:
         connection_class = (

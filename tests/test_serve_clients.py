@@ -1,0 +1,130 @@
+"""`chat --url` and `bench serve` at servers that break off, or do not answer as OpenAI's."""
+
+from __future__ import annotations
+
+import io
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lighten.api
+from lighten.cli.serve import _flags
+from lighten.errors import UserError
+from lighten.serving.load import Load, run
+from lighten.serving.remote import Remote, ServerError, Streamed
+from lighten.serving.talk import talk
+
+EVENT = b'data: {"choices": [{"index": 0, "delta": {"content": "begun"}}]}\n\n'
+MODELS = {"data": [{"id": "it"}]}
+
+
+@contextmanager
+def answering(answer: Callable[[bytes, Any], bytes]) -> Iterator[str]:
+    """A server that writes what it is told for each request, and hangs up."""
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        while True:
+            try:
+                connection, _ = listening.accept()
+            except OSError:
+                return
+            with connection, connection.makefile("rb") as reader:
+                path, size = reader.readline().split()[1], 0
+                while (line := reader.readline().strip()) != b"":
+                    if line.lower().startswith(b"content-length:"):
+                        size = int(line.split()[1])
+                connection.sendall(answer(path, json.loads(reader.read(size) or b"null")))
+
+    threading.Thread(target=serve, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    finally:
+        listening.shutdown(socket.SHUT_RDWR)
+        listening.close()
+
+
+def whole(body: Any) -> bytes:
+    text = json.dumps(body).encode()
+    return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(text), text)
+
+
+def broken_off(path: bytes, _: Any) -> bytes:
+    """Its models; and of a stream the first event and the beginning of another."""
+    if path == b"/v1/models":
+        return whole(MODELS)
+    head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    return head + b"%x\r\n%b\r\n40\r\ndata: " % (len(EVENT), EVENT)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        broken_off,
+        lambda path, _: whole(MODELS) if path == b"/v1/models" else whole({})[:-2] + b"x",
+        lambda path, _: whole(MODELS) if path == b"/v1/models"
+        else b"HTTP/1.1 200 OK\r\nContent-Length: 12\r\n\r\ndata: [1,2]\n",
+    ],
+    ids=["broken off", "no end", "another form"],
+)  # fmt: skip
+def test_a_stream_that_breaks_is_told(answer: Callable[[bytes, Any], bytes]) -> None:
+    with answering(answer) as url:
+        with pytest.raises(ServerError):
+            for _ in Remote(url).stream("it", [], Streamed()):
+                pass
+        out = io.StringIO()
+        talk(url, lines=io.StringIO("hello\n/exit\n"), out=out)
+    assert url in out.getvalue() or "broke off" in out.getvalue()
+
+
+def test_a_load_ends_though_every_stream_breaks() -> None:
+    with answering(broken_off) as url:
+        outcomes: list[Any] = []
+        load = Load(requests=4, clients=2, prompt_words=1, max_tokens=1)
+        thread = threading.Thread(
+            target=lambda: outcomes.append(run(Remote(url), "base", ["it"], load)), daemon=True
+        )
+        thread.start()
+        thread.join(20)
+    (outcome,) = outcomes
+    assert (outcome.answered, sum(outcome.errors.values())) == (0, 4)
+
+
+def test_a_server_that_drops_log_probabilities_fails_that_check(tmp_path: Path) -> None:
+    """As many do: the answer is 200 and says nothing of what was asked for."""
+
+    def careless(path: bytes, body: Any) -> bytes:
+        if path == b"/v1/models":
+            return whole(MODELS)
+        if body.get("stream"):
+            end = b'data: {"choices": [], "usage": {"completion_tokens": 1, "prompt_tokens": 1}}'
+            text = EVENT + end + b"\n\ndata: [DONE]\n\n"
+            return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(text), text)
+        message = {"role": "assistant", "content": "the same"}
+        return whole({"choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+                      "usage": {"prompt_tokens": 1, "completion_tokens": 2}})  # fmt: skip
+
+    with answering(careless) as url:
+        result = lighten.api.bench_serve(
+            url, requests=2, clients=1, prompt_words=1, max_tokens=1, identity_requests=2
+        )
+    passed = {check["name"]: check["passed"] for check in result["checks"]}
+    assert not passed["logprobs"]
+    assert result["identity"]["same"] == 2
+
+
+def test_a_server_without_models_is_told() -> None:
+    with answering(lambda *_: whole({"data": []})) as url, pytest.raises(UserError, match="models"):
+        lighten.api.bench_serve(url)
+
+
+def test_an_engine_flag_that_is_no_yaml_is_told() -> None:
+    assert _flags(["n-batch=5"]) == {"n_batch": 5}
+    with pytest.raises(UserError, match="YAML"):
+        _flags(["n_batch=["])
