@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
+
+from lighten.errors import UserError
 
 # Initial weights that the cohort's own layers know; PEFT makes the others.
 OWN_INITS = (True, False, "gaussian", "orthogonal")
@@ -61,6 +64,18 @@ class AdapterSpec:
     def rank_at(self, path: str) -> int:
         """Rank at the module path, `rank_pattern` honoured."""
         return self.rank_pattern.get(_pattern_key(self.rank_pattern, path), self.r)
+
+    def require_rank(self, path: str, rank: int, where: str | os.PathLike[str]) -> None:
+        """Refuse factors of another rank than the settings say: their scale would be wrong.
+
+        Raises:
+            UserError: Names the layer and both ranks.
+        """
+        if rank != self.rank_at(path):
+            raise UserError(
+                f"{where}: the factors of {path} have rank {rank} and adapter_config.json says "
+                f"{self.rank_at(path)}; save the adapter again"
+            )
 
     def scale_at(self, path: str) -> float:
         """Factor before `B @ A` at the module path."""

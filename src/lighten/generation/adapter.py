@@ -46,6 +46,8 @@ def read_factors(folder: Path, served: Iterable[str]) -> dict[str, Factors]:
     if spec.modules_to_save:
         raise _unserved(folder, f"modules trained whole ({', '.join(spec.modules_to_save)})")
     layers = set(served)
+    if not weights:
+        raise UserError(f"{folder} holds no weights; save the adapter again")
     halves: dict[str, dict[str, str]] = {}
     for key in weights:
         match = FACTOR.match(key)
@@ -58,7 +60,14 @@ def read_factors(folder: Path, served: Iterable[str]) -> dict[str, Factors]:
     for path, keys in halves.items():
         if set(keys) != {"A", "B"}:
             raise UserError(f"{folder}: one of the two factors of {path} is missing")
-        factors[path] = Factors(weights[keys["A"]], weights[keys["B"]], spec.scale_at(path))
+        A, B = (weights[keys[factor]] for factor in "AB")
+        if not all(bool(half.float().isfinite().all()) for half in (A, B)):
+            raise UserError(
+                f"{folder} holds numbers that are not finite for {path}; the training diverged, "
+                "take an earlier checkpoint"
+            )
+        spec.require_rank(path, len(A), folder)
+        factors[path] = Factors(A, B, spec.scale_at(path))
     return factors
 
 

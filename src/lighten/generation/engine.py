@@ -46,8 +46,8 @@ class Request:
         on_token: Called with each token, in the engine's thread; the token that ends an answer is
             not among them.
         on_end: Called at the end with "stop" (a token ended it), "complete" (its grammar did),
-            "length", "cancelled" or the error, and with the tokens of the prompt that were in the
-            cache.
+            "length", "cancelled" or the error (a `UserError` where the request or its adapter is at
+            fault), and with the tokens of the prompt that were in the cache.
         grammar: That the answer has to follow; of this request alone.
     """
 
@@ -404,8 +404,16 @@ class Engine:
         return self._plans[key]
 
     def _choose(self, sequences: Sequence[_Sequence], logits: torch.Tensor) -> None:
-        greedy = logits.argmax(-1).tolist()
+        likeliest = logits.argmax(-1)  # a number that is none counts as the largest
+        finite = logits.gather(-1, likeliest[:, None])[:, 0].isfinite().tolist()
+        greedy = likeliest.tolist()
         for row, sequence in enumerate(sequences):
+            if not finite[row]:
+                self._end(sequence, UserError(
+                    "model: this model computes numbers that are not finite; its training "
+                    "diverged, take an earlier checkpoint"
+                ))  # fmt: skip
+                continue
             try:
                 chosen = (
                     Chosen(greedy[row]) if sequence.sampler.plain

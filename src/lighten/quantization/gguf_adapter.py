@@ -158,6 +158,7 @@ def _layers(folder: Path, config: Any) -> list[_Layer]:
                 f"{factor_shapes['A']} where the base has {(rows, columns)}; it was trained on "
                 "another model"
             )
+        spec.require_rank(path, factor_shapes["A"][0], folder)
         layers.append(_Layer(stored, keys, factor_shapes, spec.scale_at(path)))
     return layers
 

@@ -106,17 +106,26 @@ def open_base(name: str, *, revision: str | None = None) -> Base:
     )
 
 
+def require_name(name: str) -> None:
+    """Refuse what cannot stand in addresses, logs and metrics.
+
+    Raises:
+        UserError: Says which letters can.
+    """
+    if not _NAME.fullmatch(name):
+        raise UserError(
+            f"{name[:200]!r} cannot be the name of a model; use letters from a to z, digits, '.', "
+            "'_', '-' and '/', beginning with a letter or a digit, 128 at most: NAME=PATH"
+        )
+
+
 def open_adapter(name: str, folder: Path, base: Base) -> Model:
     """Read an adapter: how it is asked, and a fingerprint of what it is.
 
     Raises:
         UserError: It is no adapter, or one of another base.
     """
-    if not _NAME.fullmatch(name):
-        raise UserError(
-            f"{name!r} cannot be the name of a model; use letters, digits, '.', '_', '-' and '/', "
-            "beginning with a letter or a digit, 128 at most"
-        )
+    require_name(name)
     read_config(folder)
     key = fingerprint(folder)
     run = run_of_adapter(folder)
@@ -280,6 +289,12 @@ def _declared(folder: Path, config: Any) -> Any:
             token_ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
         except (ValueError, AttributeError) as error:
             raise UserError(f"{file} is not valid JSON: {error}; fetch it again") from error
+        several = token_ids if isinstance(token_ids, list) else [token_ids]
+        if token_ids is not None and not all(type(token) is int for token in several):
+            raise UserError(
+                f"{file}: eos_token_id is {token_ids!r}, which is neither a token's id nor a list "
+                "of ids; fetch or save it again"
+            )
         if token_ids is not None:
             return token_ids
     return None if config is None else config.get_text_config().eos_token_id

@@ -146,6 +146,8 @@ class CohortEngine:
                     continue
                 end, cached = event
                 ended = True
+                if isinstance(end, UserError):
+                    raise EngineRefused(str(end)) from end
                 if isinstance(end, BaseException):
                     raise EngineFailed(str(end) or type(end).__name__) from end
                 if end == "cancelled":

@@ -49,7 +49,12 @@ class Grammar:
 
     def _require_no_error(self) -> None:
         if self._matcher.is_error():
-            raise RuntimeError(f"the JSON schema's grammar failed: {self._matcher.get_error()}")
+            # Its first line; what follows is the state of llguidance's parser.
+            reason = self._matcher.get_error().partition("\n")[0][:300]
+            raise UserError(
+                f"response_format: this JSON schema cannot be followed any further ({reason}); "
+                "make it simpler"
+            )
 
 
 class Grammars:

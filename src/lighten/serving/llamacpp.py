@@ -11,6 +11,8 @@ What is guarded here, since its server takes it without a word (measured, b11549
   prompt's tokens for their frequency is given back as a bias; for their presence there is no such
   way, and the field is refused.
 - It takes likely tokens before it looks at the temperature; the order is told, as OpenAI's is.
+- An adapter under which numbers overflow answers with nothing and may spoil the cache of later
+  answers: each is tried before it serves.
 - Tokens that are no whole character are missing from its stream (a Korean syllable of three
   tokens is told as one); their number is known, their log-probabilities are not.
 """
@@ -90,6 +92,7 @@ class LlamaCpp:
         self._supervisor = Supervisor(self.name, self._spawn)
         self._letter: int | None = None
         self._obeyed: dict[str, bool] = {}
+        self._finite: set[str] = set()  # keys of adapters
 
     async def start(self, adapters: Sequence[Adapter]) -> None:
         """Load base and adapters; see `Engine`."""
@@ -152,8 +155,7 @@ class LlamaCpp:
         """Refuse a schema that llama.cpp cannot follow: it would answer as if there were none.
 
         llguidance says what is wrong with it. Once for each other schema one token is generated
-        with a letter that begins no JSON favoured over all others: only a schema that is followed
-        keeps it out.
+        with a letter favoured that only a schema that is followed keeps out.
         """
         try:
             await asyncio.to_thread(compiled, schema)
@@ -161,17 +163,11 @@ class LlamaCpp:
             raise EngineRefused(f"response_format: {error}") from error
         text = json.dumps(schema, sort_keys=True)
         if text not in self._obeyed:
-            if self._letter is None:
-                (self._letter, *_) = await wire.post(process.socket, "/tokenize", {"content": "Z"})
-            probe = Generation((self._letter,), None, 1, Sampling(0.0), schema=schema)
-            body = request_body(probe, process.adapters)
-            body["logit_bias"] = [[self._letter, 1e4]]
-            chosen: list[int] = []
-            async with contextlib.aclosing(
-                wire.post_stream(process.socket, "/completion", body)
-            ) as events:
-                async for event in events:
-                    chosen += event["tokens"]
+            chosen = [
+                token
+                for event in await self._tried(process, None, schema=schema)
+                for token in event["tokens"]
+            ]
             if len(self._obeyed) >= _MOST_SCHEMAS:
                 self._obeyed.clear()
             self._obeyed[text] = self._letter not in chosen
@@ -179,6 +175,40 @@ class LlamaCpp:
             raise EngineRefused(
                 "response_format: llama.cpp cannot follow this JSON schema; make it simpler"
             )
+
+    async def _require_finite(self, process: ServerProcess, adapters: Sequence[Adapter]) -> None:
+        """Refuse adapters under which numbers overflow: llama.cpp answers with nothing then.
+
+        Without flash attention, which a cache in float32 does without, what such an answer leaves
+        in the cache makes nothing of later answers under other adapters, too.
+
+        Raises:
+            UserError: Names the adapter.
+        """
+        for adapter in adapters:
+            if adapter.key in self._finite:
+                continue
+            for event in await self._tried(process, adapter.key, logprobs=1):
+                if any(entry["logprob"] is None
+                       for entry in event.get("completion_probabilities", ())):  # fmt: skip
+                    raise UserError(
+                        f"{adapter.folder} makes the model compute numbers that are not finite; "
+                        "its training diverged, take an earlier checkpoint"
+                    )
+            self._finite.add(adapter.key)
+
+    async def _tried(
+        self, process: ServerProcess, adapter: str | None, **options: Any
+    ) -> list[dict[str, Any]]:
+        """The events of one token, with a letter that begins no JSON favoured over all others."""
+        if self._letter is None:
+            (self._letter, *_) = await wire.post(process.socket, "/tokenize", {"content": "Z"})
+        probe = Generation((self._letter,), adapter, 1, Sampling(0.0), **options)
+        body = request_body(probe, process.adapters)
+        body["logit_bias"] = [[self._letter, 1e4]]
+        events = wire.post_stream(process.socket, "/completion", body)
+        async with contextlib.aclosing(events):
+            return [event async for event in events]
 
     async def _spawn(self) -> ServerProcess:
         """A process, ready, with the adapters that are to be served."""
@@ -197,6 +227,11 @@ class LlamaCpp:
             environment={**_ENVIRONMENT, **os.environ},
             first_line=json.dumps(settings) + "\n", within_s=_START_S,
         )  # fmt: skip
+        try:
+            await self._require_finite(process, adapters)
+        except BaseException:
+            await process.end()
+            raise
         return process
 
 

@@ -37,7 +37,9 @@ def compiled(schema: Mapping[str, Any]) -> str:
     except RecursionError:
         raise UserError("this JSON schema is nested too deeply") from None
     grammar: str = llguidance.LLMatcher.grammar_from_json_schema(text)
-    problems: list[str] = str(llguidance.LLMatcher.validate_grammar(grammar)).strip().splitlines()
-    if problems:
-        raise UserError(f"this JSON schema cannot be followed: {problems[0][:300]}")
+    problem = str(llguidance.LLMatcher.validate_grammar(grammar))
+    # That of a regular expression has a line that points at the place in the line before it.
+    lines = [line.strip() for line in problem.splitlines() if line.strip(" ^")]
+    if lines:
+        raise UserError(f"this JSON schema cannot be followed: {' '.join(lines)[:300]}")
     return grammar
