@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import pytest
 pytest.importorskip("xllamacpp")
 pytest.importorskip("uvicorn")
 
+from lighten.errors import UserError
 from lighten.serving.answering import Front, Limits
 from lighten.serving.front import application
-from lighten.serving.options import Options
+from lighten.serving.metrics import Metrics
+from lighten.serving.options import Options, keys
 from lighten.serving.running import prepare
 from tests.processes import run_async
 
@@ -87,6 +90,23 @@ def test_a_clients_key_loads_no_adapters_and_the_other_way_round(served: Served)
     assert models.status_code == 401
 
 
+def test_a_key_of_any_letters_opens(served: Served) -> None:
+    _, client = served(api_keys=("비밀",))
+    right, wrong = answered(
+        client,
+        lambda http: http.get("/v1/models", headers={"Authorization": "Bearer 비밀".encode()}),
+        lambda http: http.get("/v1/models", headers={"Authorization": "Bearer 비".encode()}),
+    )
+    assert (right.status_code, wrong.status_code) == (200, 401)
+
+
+def test_an_empty_key_is_no_way_to_ask_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTEN_API_KEY", "of-environment,")
+    assert keys([], "LIGHTEN_API_KEY") == ("of-environment",)
+    with pytest.raises(UserError, match="empty"):
+        keys([""], "LIGHTEN_API_KEY")
+
+
 @pytest.mark.parametrize("path", ["/v1/load_lora_adapter", "/v1/unload_lora_adapter"])
 def test_loading_is_off_unless_a_key_turns_it_on(served: Served, path: str) -> None:
     _, client = served(api_keys=("client",))
@@ -138,3 +158,81 @@ def test_a_prompt_that_is_none_is_refused_by_name(served: Served, prompt: Any) -
     (answer,) = answered(client, lambda http: http.post("/v1/completions", json=body))
     assert answer.status_code == 400
     assert answer.json()["error"]["param"].startswith("prompt")
+
+
+HALF = "a\ud83d"  # the first half of an emoji
+
+
+@pytest.mark.parametrize(
+    ("path", "changes", "field"),
+    [
+        ("chat/completions", {"messages": [{"role": "user", "content": HALF}]}, "messages"),
+        ("chat/completions", {"stop": HALF}, "stop"),
+        ("chat/completions", {HALF: 1}, "a?"),
+        ("completions", {"prompt": HALF}, "prompt"),
+        ("completions", {"prompt": ["a", HALF]}, "prompt"),
+    ],
+    ids=str,
+)
+def test_half_of_a_character_is_refused_by_name(
+    served: Served, path: str, changes: dict[str, Any], field: str
+) -> None:
+    _, client = served()
+    text = json.dumps({**(CHAT if path.startswith("chat") else {"model": "base"}), **changes})
+    headers = {"Content-Type": "application/json"}
+    (answer,) = answered(
+        client, lambda http: http.post(f"/v1/{path}", content=text, headers=headers)
+    )
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == field
+    assert "half of a character" in answer.json()["error"]["message"]
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "field", "message"),
+    [
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, IMAGE]}]}, 400,
+         "messages.0.content.1.type", "should be 'text'"),
+        ({"messages": ["a"]}, 400, "messages.0", "should be an object"),
+        ({"stop": ["a", None]}, 400, "stop.1", "valid string"),
+        ({"stop": ""}, 400, "stop", "stop: an empty text"),
+        ({"adapter_id": "nobody"}, 404, "adapter_id", "'nobody'"),
+        ({"n": 4}, 400, "n", "4 answers"),
+        ({"max_completion_tokens": 1000}, 400, "max_completion_tokens", "1000"),
+        ({"repetition_penalty": 1e-300}, 400, "repetition_penalty", "0.01"),
+    ],
+)  # fmt: skip
+def test_the_field_that_is_wrong_is_the_one_that_is_named(
+    served: Served, changes: dict[str, Any], status: int, field: str, message: str
+) -> None:
+    _, client = served(limits=Limits(waiting=3))
+    (answer,) = answered(
+        client, lambda http: http.post("/v1/chat/completions", json={**CHAT, **changes})
+    )
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert error["param"] == field
+    assert message in error["message"]
+    assert "_Turn" not in error["message"]
+
+
+@pytest.mark.parametrize("name", ["한글", "a b", "base"])
+def test_a_name_that_cannot_be_is_blamed_on_the_name(served: Served, name: str) -> None:
+    _, client = served(admin_keys=("admin",))
+    body = {"lora_name": name, "lora_path": "more"}
+    (answer,) = answered(
+        client, lambda http: http.post("/v1/load_lora_adapter", json=body, headers=bearer("admin"))
+    )
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "lora_name")
+
+
+def test_metrics_count_beyond_a_million() -> None:
+    metrics = Metrics()
+    for _ in range(3):
+        metrics.observe("request", 0.2, model="a")
+    (row,) = metrics._histograms["request"].values()
+    row[4] += 2_345_678
+    assert 'lighten_request_seconds_count{model="a"} 2345681\n' in metrics.text({})

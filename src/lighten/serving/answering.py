@@ -137,10 +137,10 @@ class Answering:
     async def collect(self) -> list[Choice]:
         """All answers, when all are made."""
         choices = [Choice() for _ in self._generations]
-        async with self._counted(), asyncio.TaskGroup() as group:
+        async with self._counted(choices), asyncio.TaskGroup() as group:
             for generation, choice in zip(self._generations, choices, strict=True):
                 group.create_task(self._fill(generation, choice))
-        self._note(choices)
+        self._tell_end()
         return choices
 
     async def events(self, form: Form, *, usage: bool) -> AsyncIterator[str]:
@@ -156,7 +156,7 @@ class Answering:
             except Exception as error:
                 parts.put_nowait(error)
 
-        async with self._counted():
+        async with self._counted(choices):
             tasks = [
                 asyncio.create_task(make(*numbered)) for numbered in enumerate(self._generations)
             ]
@@ -185,7 +185,7 @@ class Answering:
                 if usage:
                     yield form.usage(self.usage(choices))
                 yield "data: [DONE]\n\n"
-                self._note(choices)
+                self._tell_end()
             finally:
                 for task in tasks:
                     task.cancel()
@@ -221,17 +221,16 @@ class Answering:
             took = time.perf_counter() - self._began
             self._front.metrics.observe("time_to_first_token", took, model=self._model.name)
 
-    def _note(self, choices: Sequence[Choice]) -> None:
-        metrics, took = self._front.metrics, time.perf_counter() - self._began
-        metrics.observe("request", took, model=self._model.name)
-        metrics.count("prompt_tokens", self._prompt_tokens, model=self._model.name)
-        metrics.count(
-            "generated_tokens", sum(choice.tokens for choice in choices), model=self._model.name
-        )
+    def _tell_end(self) -> None:
+        took = time.perf_counter() - self._began
+        self._front.metrics.observe("request", took, model=self._model.name)
 
     @contextlib.asynccontextmanager
-    async def _counted(self) -> AsyncIterator[None]:
-        """Count answers under way, and tell an engine's errors as a client's or the server's."""
+    async def _counted(self, choices: Sequence[Choice]) -> AsyncIterator[None]:
+        """Count answers under way and their tokens, those of clients that hang up among them.
+
+        An engine's errors are told as the client's or the server's.
+        """
         self._front.answering += len(self._generations)
         try:
             yield
@@ -241,6 +240,10 @@ class Answering:
             raise refused from (None if refused is cause else error)
         finally:
             self._front.answering -= len(self._generations)
+            if generated := sum(choice.tokens for choice in choices):
+                metrics, name = self._front.metrics, self._model.name
+                metrics.count("prompt_tokens", self._prompt_tokens, model=name)
+                metrics.count("generated_tokens", generated, model=name)
 
     def _refused(self, error: BaseException) -> BaseException:
         """An engine's error as a client hears of it; others as they are."""
@@ -260,7 +263,7 @@ def _cause(error: BaseException) -> BaseException:
 
 
 # Fields that an engine may refuse.
-_BLAMED = {"response_format", "presence_penalty", "frequency_penalty"}
+_BLAMED = {"response_format", "presence_penalty", "frequency_penalty", "model"}
 
 
 def _refused_field(message: str) -> str | None:

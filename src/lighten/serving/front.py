@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import json
 import logging
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from starlette.responses import Response
 
 log = logging.getLogger(__name__)
+# In a body's bytes; most are halves of whole pairs, as emoji are written.
+_HALF_CHARACTER = re.compile(rb"\\u[dD][89abAB]|\\u[dD][c-fC-F]")
 _LONG_TEXT = 16_384  # bytes of a body above which it is read in a thread
 
 
@@ -84,9 +87,11 @@ def _guarded(call: _Call) -> Callable[[Request], Awaitable[Response]]:
 
     async def route(request: Request) -> Response:
         front: Front = request.app.state.front
+        response = None
         try:
             _check(request, front, call)
             reply = await call(request, front)
+            response = reply.response()
         except Refused as refused:
             headers = {429: {"Retry-After": "1"}, 503: {"Retry-After": "1"},
                        401: {"WWW-Authenticate": "Bearer"}}.get(refused.status, {})  # fmt: skip
@@ -99,7 +104,7 @@ def _guarded(call: _Call) -> Callable[[Request], Awaitable[Response]]:
             log.exception("a request failed")
             reply = Reply(Refused(500, "the server failed; see its log").body(), 500)
         front.metrics.count("http_responses", status=str(reply.status), path=_path_of(request))
-        return reply.response()
+        return reply.response() if response is None else response
 
     return route
 
@@ -129,7 +134,9 @@ def _check(request: Request, front: Front, call: _Call) -> None:
         if scheme.lower() != "bearer" or not key_sent:
             raise Refused(401, "a key is missing: send it as 'Authorization: Bearer KEY'",
                           None, "missing_api_key")  # fmt: skip
-        if not any(hmac.compare_digest(key_sent.strip().encode(), key.encode()) for key in keys):
+        # A header's bytes are read as Latin-1, whatever a client wrote.
+        sent = key_sent.strip().encode("latin-1")
+        if not any(hmac.compare_digest(sent, key.encode()) for key in keys):
             raise Refused(401, "the key is not known here", None, "invalid_api_key")
     if request.method == "POST":
         content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -155,9 +162,26 @@ async def _body(request: Request, front: Front) -> Any:
         parts.append(part)
     text = b"".join(parts)
     try:
-        return json.loads(text)
+        body = json.loads(text.decode("utf-8-sig"))
+        if _HALF_CHARACTER.search(text):
+            _require_whole_characters(body)
     except (ValueError, RecursionError) as error:
         raise Refused(400, f"the body is not valid JSON: {error}") from error
+    return body
+
+
+def _require_whole_characters(body: Any) -> None:
+    """Refuse half of a character: JSON can write one, and no text can hold it."""
+    for name, value in body.items() if isinstance(body, dict) else [("", body)]:
+        try:
+            json.dumps([name, value], ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            field = name.encode(errors="replace").decode()
+            message = (
+                f"{field or 'the body'} holds half of a character, an escape from \\ud800 to "
+                "\\udfff without the other one of its pair"
+            )
+            raise Refused(400, message, field or None) from error
 
 
 async def _page(_: Request, front: Front) -> Reply:
@@ -266,9 +290,10 @@ async def _answer(
         for number in range(parsed.answers)
     ]
     if len(generations) > (most := front.limits.waiting):
-        raise Refused(400, f"prompt: {len(generations)} answers in one request are more than "
+        field = "n" if len(prompts) == 1 else "prompt"
+        raise Refused(400, f"{field}: {len(generations)} answers in one request are more than "
                       f"the {most} that this server makes at a time (--max-waiting)",
-                      "prompt")  # fmt: skip
+                      field)  # fmt: skip
     if (obstacle := front.obstacle()) is not None:
         raise Refused(503, f"{obstacle}; try again in a few seconds")
     if front.answering + len(generations) > front.limits.waiting:
@@ -300,8 +325,9 @@ def _generation(
     if parsed.max_tokens is None and isinstance(parsed, CompletionRequest):
         most = min(16, room)
     if most is not None and most > room:
-        raise Refused(400, f"max_tokens: {most} are more than the {room} that the prompt's "
-                      f"{len(prompt)} tokens leave of a context of {context}", "max_tokens",
+        field = "max_completion_tokens" if parsed.max_tokens is None else "max_tokens"
+        raise Refused(400, f"{field}: {most} are more than the {room} that the prompt's "
+                      f"{len(prompt)} tokens leave of a context of {context}", field,
                       "context_length_exceeded")  # fmt: skip
     response_format = parsed.response_format
     return Generation(

@@ -48,9 +48,9 @@ class Metrics:
                 for bound, number in zip([*map(str, _SECONDS), "+Inf"], row, strict=False):
                     total += number
                     bounded = (*labels, ("le", bound))
-                    yield f"lighten_{name}_seconds_bucket{_format_labels(bounded)} {total:g}"
+                    yield f"lighten_{name}_seconds_bucket{_format_labels(bounded)} {total:.15g}"
                 yield f"lighten_{name}_seconds_sum{_format_labels(labels)} {row[-1]:.15g}"
-                yield f"lighten_{name}_seconds_count{_format_labels(labels)} {total:g}"
+                yield f"lighten_{name}_seconds_count{_format_labels(labels)} {total:.15g}"
 
 
 def _format_labels(labels: _Labels) -> str:

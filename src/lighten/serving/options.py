@@ -133,6 +133,15 @@ def is_loopback(host: str) -> bool:
 
 
 def keys(flags: Iterable[str], variable: str) -> tuple[str, ...]:
-    """Keys from flags and from an environment variable, which no list of processes shows."""
+    """Keys from flags and from an environment variable, which no list of processes shows.
+
+    Raises:
+        UserError: One is empty, as where a shell's variable was not set: none would be asked for.
+    """
+    flags = list(flags)
+    if not all(word.strip() for word in flags):
+        raise UserError(
+            f"a key on the command line is empty; give one, set {variable}, or leave the flag out"
+        )
     words = [*flags, *os.environ.get(variable, "").split(",")]
     return tuple(dict.fromkeys(word.strip() for word in words if word.strip()))

@@ -42,9 +42,13 @@ class Registry:
             self.models[name] = self._read(name, folder)
             self._in_use.add(self.models[name])
 
-    def _read(self, name: str, folder: Path) -> Model:
+    def _require_free(self, name: str) -> None:
         if name == self.name:
             raise UserError(f"{name!r} is the base's name; give the adapter another one")
+        adapters.require_name(name)
+
+    def _read(self, name: str, folder: Path) -> Model:
+        self._require_free(name)
         return adapters.open_adapter(name, folder, self.base)
 
     @property
@@ -74,7 +78,8 @@ class Registry:
         if model_name not in self.models:
             served = ", ".join(list(self.models)[:20]) + ", …" * (len(self.models) > 20)
             raise Refused(404, f"the model {model_name[:200]!r} is not served here; "
-                          f"there are: {served}", "model", "model_not_found")  # fmt: skip
+                          f"there are: {served}", "adapter_id" if adapter else "model",
+                          "model_not_found")  # fmt: skip
         return self.models[model_name]
 
     async def load(self, name: str, path: str, engine: Engine) -> str:
@@ -83,6 +88,10 @@ class Registry:
         Raises:
             Refused: Its path lies elsewhere, or it cannot be served.
         """
+        try:
+            self._require_free(name)
+        except UserError as error:
+            raise Refused(400, str(error), "lora_name") from error
         folder = self._inside(path)
         async with self._changing:
             previous = self.models.get(name)

@@ -22,6 +22,8 @@ from lighten.generation.settings import Sampling
 MOST_ANSWERS = 16  # `n`
 MOST_STOPS = 16
 MOST_LOGPROBS = 20
+# Below it the likeliest token is taken: logits over much less are no float32 any more.
+_LEAST_TEMPERATURE = 1e-5
 
 # Fields that change no answer, and values at which others change none: many clients send them.
 _LABELS = {"user", "metadata", "safety_identifier", "prompt_cache_key"}
@@ -101,7 +103,7 @@ class _Common(BaseModel):
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     top_k: Annotated[StrictInt, Field(ge=-1)] | None = None
     min_p: _Fraction | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10, allow_inf_nan=False)] | None = None
     presence_penalty: _Penalty | None = None
     frequency_penalty: _Penalty | None = None
     seed: StrictInt | None = None
@@ -155,8 +157,11 @@ class _Common(BaseModel):
                 raise Refused(400, f"logit_bias: {token!r} is no token of this model, which has "
                               f"ids from 0 to {vocabulary - 1}", "logit_bias")  # fmt: skip
             bias[int(token)] = value
+        temperature = self.temperature
+        if temperature is not None and temperature < _LEAST_TEMPERATURE:
+            temperature = 0.0
         settings = {
-            "temperature": self.temperature, "top_p": self.top_p, "min_p": self.min_p,
+            "temperature": temperature, "top_p": self.top_p, "min_p": self.min_p,
             "presence_penalty": self.presence_penalty,
             "frequency_penalty": self.frequency_penalty,
             "repetition_penalty": self.repetition_penalty,
@@ -282,10 +287,7 @@ def parse(request_type: type[Body], body: Any) -> Body:
     try:
         request = request_type.model_validate(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        place = [str(part) for part in first["loc"] if not _is_variant(part)]
-        field = ".".join(place)
-        raise Refused(400, f"{field}: {first['msg']}", field) from error
+        raise _first(error) from error
     for name, value in (request.model_extra or {}).items():
         if value is None or name in _LABELS or value in _WITHOUT_EFFECT.get(name, ()):
             continue
@@ -294,6 +296,22 @@ def parse(request_type: type[Body], body: Any) -> Body:
     if request.stream_options is not None and not request.stream:
         raise Refused(400, "stream_options needs stream: true", "stream_options")
     return request
+
+
+def _first(error: ValidationError) -> Refused:
+    """The first thing that is wrong.
+
+    Of a value that may be a text or a list, pydantic tells first why it is no text; what is wrong
+    inside the list lies deeper.
+    """
+    errors = error.errors(include_url=False, include_context=False)
+    same = [other for other in errors if other["loc"][:1] == errors[0]["loc"][:1]]
+    first = max(same, key=lambda other: len(other["loc"]))
+    field = ".".join(str(part) for part in first["loc"] if not _is_variant(part))
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "model_type":  # it would name our class
+        message = "Input should be an object"
+    return Refused(400, f"{field}: {message}", field)
 
 
 def _is_variant(part: int | str) -> bool:
