@@ -12,10 +12,11 @@ import torch
 
 import lighten
 from lighten import api
+from lighten.artifacts import open_source
 from lighten.benchmarking import attention, comparing, generation, running, text, training
 from lighten.benchmarking.limits import Try, search_from
 from lighten.errors import UserError
-from lighten.jobs import in_child
+from lighten.jobs import Outcome, in_child
 from lighten.machine.timing import Timing, measure_step
 from tests.processes import call
 from tests.tiny import save_tiny
@@ -85,6 +86,30 @@ def test_attention_grows_as_its_kind_does() -> None:
     assert attention.growth([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx(2.0)
     assert attention.growth([10, 20, 40], [7, 14, 28]) == pytest.approx(1.0)
     assert attention.growth([10, 20], [7, 14]) is None
+
+
+def test_what_cannot_run_here_needs_no_process_to_say_so(
+    tiny_folder: Path, chat_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began: list[tuple[str, bool]] = []
+
+    def child(module: str, settings: dict[str, Any], **limits: Any) -> Outcome:
+        began.append((settings["kind"], settings["training"]))
+        return Outcome()
+
+    monkeypatch.setattr(running, "in_child", child)
+    source = open_source(str(tiny_folder))
+    recipe = lighten.Recipe.from_values(
+        {"model_name_or_path": str(tiny_folder), "dataset": str(chat_file)}, {}
+    )
+    settings = running.Settings(lengths=(8, 16))
+    records = list(running.Bench(source, recipe, settings, lambda _: None).attention())
+    forward = [("eager", False), ("sdpa", False), ("flex", False), ("lighten", False)]
+    if running.devices.named(None).kind == "cpu":
+        assert began == [*forward, *((kind, True) for kind, _ in forward if kind != "flex")]
+    reasons = {(r["name"], r["why"]) for r in records if r["kind"] == "flash_attention_3"}
+    assert len(reasons) == 4
+    assert all("CUDA" in why or "not installed" in why for _, why in reasons)
 
 
 @pytest.mark.parametrize("name", ["sdpa", "lighten"])

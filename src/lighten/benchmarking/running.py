@@ -170,13 +170,18 @@ class Bench:
             for kind in attention.KINDS:
                 phase = "training step" if training else "forward"
                 self.log(f"attention: {kind}, {phase}")
-                records = list(self._child("attention", {
+                job: dict[str, Any] = {
                     "kind": kind, "heads": heads, "features": int(features),
                     "key_heads": int(getattr(text, "num_key_value_heads", None) or heads),
                     "lengths": self.settings.lengths, "device": self.device.kind,
                     "dtype": hardware.choose_dtype("auto", self.device.kind).value,
                     "training": training, "budget_s": self.settings.seconds,
-                }))  # fmt: skip
+                }  # fmt: skip
+                # What cannot run here needs no process to say so.
+                if attention.obstacle(kind, self.device.kind, training) is None:
+                    records = list(self._child("attention", job))
+                else:
+                    records = list(attention.run(**job))
                 yield from attention_records(kind, phase, self.settings.lengths, records)
 
     def train(self) -> Iterator[dict[str, Any]]:
