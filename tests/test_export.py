@@ -14,7 +14,7 @@ import lighten
 from lighten.cli.main import app
 from lighten.errors import UserError
 from lighten.peft_config import CONFIG
-from lighten.quantization.verify import RECEIPT
+from lighten.quantization.verify import RECEIPT, InTransformers, beside
 from lighten.runs import Run
 from tests.test_merge import trained
 from tests.tiny import save_tiny, tiny_model
@@ -67,6 +67,22 @@ def test_an_export_answers_as_its_adapter(
     other_receipt = lighten.verify(tmp_path / "out", run, adapter="a")
     assert other_receipt.mean_kl > 10 * max(receipt.mean_kl, 1e-7)
     assert form == "gguf:q8_0" or not other_receipt.passed
+
+
+def test_an_answer_read_beside_a_likely_one_is_the_greedy_one(tiny_folder: Path) -> None:
+    """Whatever is taken to be likely; of a right one nothing is written token by token."""
+    model = InTransformers(tiny_folder)
+    ids = model.tokenise("What is the capital of France?")
+    answer = model.greedy(ids, 12)
+    for wrong in range(12):
+        likely = [*answer]
+        likely[wrong] += 1
+        assert beside(model, ids, 12, likely) == answer
+    for likely in ([], answer[:5], answer, [*answer, 7]):
+        assert beside(model, ids, 12, likely) == answer
+    assert beside(model, ids, 0, answer) == []
+    model.greedy = None  # type: ignore[assignment, method-assign]  # not needed
+    assert beside(model, ids, 12, answer) == answer
 
 
 def test_a_receipt_has_the_metrics_of_the_recipe(run: Run, tmp_path: Path) -> None:

@@ -186,9 +186,10 @@ class Program:
         self._require_room(len(tokens))
         file = Path(self._scratch.name) / "scores.npy"
         self._ask({"do": "every", "ids": list(tokens), "file": str(file)})
-        scores = np.load(file).astype(np.float64)
+        scores = np.load(file).astype(np.float32, copy=False)
         scores -= scores.max(-1, keepdims=True)
-        log_probs: Array = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
+        totals = np.exp(scores).sum(-1, keepdims=True, dtype=np.float64)
+        log_probs: Array = scores - np.log(totals).astype(np.float32)
         return log_probs
 
     def greedy(self, tokens: Sequence[int], most: int) -> list[int]:

@@ -142,8 +142,9 @@ def _share(rows: Array) -> Estimate:
 def _divergence(p: Array, q: Array) -> float:
     """KL divergence from one to another, both [T, V], summed over tokens."""
     words = min(p.shape[1], q.shape[1])  # one of them may be padded
-    p, q = p[:, :words].astype(np.float64), q[:, :words].astype(np.float64)
-    return max(0.0, float((np.exp(p) * (p - q)).sum()))
+    p, q = p[:, :words], q[:, :words]
+    # Summed in float64; in float32 an exponential takes a tenth of the time.
+    return max(0.0, float((np.exp(p) * (p - q)).sum(dtype=np.float64)))
 
 
 def _percent(share: float) -> str:

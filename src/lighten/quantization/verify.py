@@ -261,7 +261,8 @@ def compare(
         divergence += float((np.exp(p) * (p - q)).sum())
         same_likeliest += int((p.argmax(1) == q.argmax(1)).sum())
         tokens += len(ids)
-        source_answer, other_answer = source.greedy(ids, most), other.greedy(ids, most)
+        other_answer = other.greedy(ids, most)
+        source_answer = beside(source, ids, most, other_answer)
         scored.add(number, ids, (source, source_answer), (other, other_answer))
         answers += 1
         if source_answer == other_answer:
@@ -273,6 +274,28 @@ def compare(
         max(divergence, 0.0) / max(tokens, 1), allowed(kind), same_likeliest / max(tokens, 1),
         same_answers, ties, answers, metrics=scored.metrics(),
     )  # fmt: skip
+
+
+def beside(source: Answering, ids: Sequence[int], most: int, likely: Sequence[int]) -> list[int]:
+    """A greedy answer that is likely another's: read at once, and written on where it is not.
+
+    Args:
+        source: What answers.
+        ids: Of the prompt.
+        most: Tokens of the answer.
+        likely: The other's answer.
+    """
+    if not likely or not most:
+        return source.greedy(ids, most) if most else []
+    likely = likely[:most]
+    log_probs = source.log_probabilities([*ids, *likely[:-1]])[len(ids) - 1 :]
+    answer: list[int] = []
+    for token, here in zip(log_probs.argmax(-1).tolist(), likely, strict=True):
+        answer.append(token)
+        if token != here:
+            break
+    left = most - len(answer)
+    return [*answer, *source.greedy([*ids, *answer], left)] if left else answer
 
 
 class _Scored:
@@ -297,11 +320,14 @@ class _Scored:
             room = self._questions.limits.room(len(ids), room)
         if self._context is not None:
             room = min(room, self._context - len(ids))
-        for answers, (model, begun) in ((self._before, before), (self._after, after)):
+        continuations: list[list[int]] = []
+        for answers, (model, begun) in ((self._after, after), (self._before, before)):
             answer = task.until_stop(begun)
             if len(answer) == len(begun) < room:  # it had not ended
-                continuation = model.greedy([*ids, *begun], room - len(begun))
-                answer = task.until_stop([*begun, *continuation])
+                likely = continuations[0] if continuations and begun == after[1] else []
+                more = beside(model, [*ids, *begun], room - len(begun), likely)
+                continuations.append(more)
+                answer = task.until_stop([*begun, *more])
             answers.append(answer[:room])
         self._references.append(self._questions.references[number])
 
