@@ -235,8 +235,10 @@ LIGHT = (
     "lighten.peft_config",
     "lighten.planning",
     "lighten.planning.text",
+    "lighten.quantization.child",
     "lighten.quantization.gguf_model",
     "lighten.quantization.llamacpp",
+    "lighten.quantization.scores",
     "lighten.recipe",
     "lighten.reporting",
     "lighten.reporting.charts",
@@ -250,6 +252,11 @@ LIGHT = (
     "lighten.training",
 )
 HEAVY = {"torch", "transformers", "peft", "accelerate"}
+
+
+# What runs PEFT's own modules. Importing PEFT takes a second and more: the rest does without until
+# a file of PEFT's is written.
+OF_PEFT = {"lighten.adapters." + name for name in ("peft_backed", "peft_starts", "virtual_tokens")}
 
 
 def room(module: str) -> str:
@@ -288,6 +295,25 @@ def test_no_room_needs_one_that_needs_it() -> None:
         for needed in allowed
         if rooms.index(needed) >= rooms.index(name)
     ] == []
+
+
+def test_training_begins_without_peft() -> None:
+    """No file but those that run PEFT's modules loads PEFT, or one of them, as it is imported."""
+    for name, path in MODULES.items():
+        loaded = {module for module in _loaded(path) if module.split(".")[0] == "peft"}
+        loaded |= OF_PEFT & _loaded(path)
+        assert name in OF_PEFT or not loaded, f"{name} imports {loaded}"
+
+
+def _loaded(path: Path) -> set[str]:
+    """Modules that a file's statements outside of functions import, and names taken from them."""
+    modules: set[str] = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            modules |= {str(node.module), *(f"{node.module}.{a.name}" for a in node.names)}
+    return modules
 
 
 def test_no_circle_between_files() -> None:

@@ -17,7 +17,7 @@ from lighten import data
 from lighten.api import recipe_of
 from lighten.cli.main import app
 from lighten.data import Example, Message, encode
-from lighten.engine.validation import ValidationLoss
+from lighten.engine.validation_loss import ValidationLoss
 from lighten.errors import NoHeldOut, UserError
 from lighten.evaluation import metrics
 from lighten.evaluation.bootstrap import Resamples

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 
 from transformers import PreTrainedModel
 
-from lighten.adapters import files, peft_backed
+from lighten.adapters import files
 from lighten.adapters.cohort import Cohort
-from lighten.adapters.peft_backed import PeftBacked
 from lighten.adapters.spec import AdapterSpec
 from lighten.errors import UserError
 from lighten.peft_config import needs_peft, read_config
@@ -43,7 +43,7 @@ def attach(
                 f"adapter {needy[0].name!r} is trained by PEFT's own modules, which cannot tell "
                 f"the rows of {len(specs)} adapters in one batch apart; train it alone"
             )
-        return PeftBacked(model, needy[0])
+        return _peft_backed().PeftBacked(model, needy[0])
     cohort = Cohort(model)
     if qat_group_size is not None:
         cohort.fake_quantise(qat_group_size)
@@ -84,9 +84,16 @@ def load(
                     f"{folder} is run by PEFT's own modules, which cannot tell the rows of "
                     f"{len(folders)} adapters in one batch apart; load it alone"
                 )
-            return peft_backed.load(model, name, folder)
+            return _peft_backed().load(model, name, folder)
         cohort.add(files.spec_from_peft(name, config, folder, weights))
         files.restore(cohort, name, weights, where=str(folder))
         for parameter in cohort.parameters(name).values():
             parameter.requires_grad_(False)
     return cohort
+
+
+def _peft_backed() -> ModuleType:
+    """What runs PEFT's own modules: it takes a second and more to import, and most do without."""
+    from lighten.adapters import peft_backed
+
+    return peft_backed

@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peft import LoraConfig, PeftConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -22,6 +20,9 @@ from lighten.adapters.targets import (
     without_groups,
 )
 from lighten.errors import UserError
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 # Methods that PEFT lists and that do not train here, with the reason.
 REFUSED = {
@@ -45,9 +46,7 @@ def method_of(settings: Mapping[str, Any]) -> str:
     Raises:
         UserError: No such method, one that does not train here, or a key that it does not have.
     """
-    config_classes = {
-        str(peft_type.value): config for peft_type, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()
-    }
+    config_classes = _config_classes()
     method = str(settings.get("peft_type", "")).upper().replace("-", "_")
     offered = [name for name in config_classes if name not in REFUSED]
     if method in REFUSED:
@@ -63,6 +62,15 @@ def method_of(settings: Mapping[str, Any]) -> str:
             raise UserError(f"peft: {method} has no setting {key}; {_mend(key, keys, 'it has')}")
     _check_values(method, settings)
     return method
+
+
+def _config_classes() -> dict[str, type[PeftConfig]]:
+    """PEFT's configuration of each of its methods, by name."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING  # a second and more, which most do without
+
+    return {
+        str(peft_type.value): config for peft_type, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()
+    }
 
 
 def _mend(wrong: str, names: list[str], otherwise: str) -> str:
@@ -96,6 +104,8 @@ def configured(spec: AdapterSpec, model: PreTrainedModel) -> PeftConfig:
     """
     if spec.peft is not None:
         return _verbatim(spec.peft, model)
+    from peft import LoraConfig
+
     paths, _ = low_rank_paths(model, spec), saved_paths(model, spec)
     smallest = {path: min(out_in_features(model.get_submodule(path))) for path in paths}
     for path, features in smallest.items():
@@ -133,10 +143,7 @@ def _verbatim(settings: Mapping[str, Any], model: PreTrainedModel) -> PeftConfig
     if method in ("PROMPT_TUNING", "P_TUNING"):
         # PEFT takes the hidden size, which OPT's small embeddings do not have.
         verbatim.setdefault("token_dim", int(model.get_input_embeddings().weight.shape[1]))  # type: ignore[index]
-    config_classes = {
-        str(peft_type.value): config for peft_type, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()
-    }
     try:
-        return config_classes[method](**verbatim)
+        return _config_classes()[method](**verbatim)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"peft: {method}: {error}") from error

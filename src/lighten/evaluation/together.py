@@ -24,7 +24,8 @@ from lighten.data.batches import Item, MicroBatch, TokenRow, collate, layout
 from lighten.data.special import visible
 from lighten.engine.forward_backward import undropped
 from lighten.engine.loss import Objective
-from lighten.engine.validation import ValidationLoss, held_out
+from lighten.engine.validation import held_out
+from lighten.engine.validation_loss import ValidationLoss
 from lighten.evaluation.generate import Answers, hidden_tokens, stop_tokens
 from lighten.evaluation.partial_results import PartialResults, key_of
 from lighten.generation import slotted

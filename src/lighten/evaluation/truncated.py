@@ -19,7 +19,8 @@ from lighten.adapters.resize import Resized
 from lighten.adapters.spectrum import SavedAdapter
 from lighten.engine.batching import choose_packing, choose_tokens
 from lighten.engine.loss import Objective
-from lighten.engine.validation import ValidationLoss, held_out
+from lighten.engine.validation import held_out
+from lighten.engine.validation_loss import ValidationLoss
 from lighten.errors import UserError
 from lighten.evaluation import metrics
 from lighten.evaluation.bootstrap import Estimate, Resamples

@@ -11,6 +11,7 @@ from typing import Any
 
 from lighten.errors import UserError
 from lighten.jobs import in_child
+from lighten.machine.containers import cores
 from lighten.machine.mapped import drop_mapped_weights
 from lighten.quantization.resident import load_code, resident_bytes
 from lighten.quantization.scores import EvaluationRow, score, speeds, summary
@@ -190,7 +191,9 @@ def _measure_gguf(job: dict[str, Any], rows: Sequence[EvaluationRow]) -> dict[st
     resident_before = resident_bytes()
     file = next(Path(job["folder"]).glob("*.gguf"))
     room = max([64, *job["rooms"]])
-    runtime = Runtime(file, context_tokens=longest + room, threads=os.cpu_count(), cache="f16")
+    # More threads than are free for them wait for each other at every product.
+    threads = int(os.environ.get("OMP_NUM_THREADS", "0").partition(",")[0]) or cores()
+    runtime = Runtime(file, context_tokens=longest + room, threads=threads, cache="f16")
     runtime.logits(job["prompt"][:8])
     resident = resident_bytes() - resident_before
     statistics = score(rows, runtime.log_probabilities, _store(job), reference=job["reference"])

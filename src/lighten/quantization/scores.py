@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from lighten.engine.validation_loss import ValidationLoss
+
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 DECODED = 32  # tokens whose time is taken
 
@@ -88,8 +90,6 @@ def score(
 
 def summary(by_row: dict[str, list[float]]) -> dict[str, Any]:
     """Perplexity with its standard error, mean KL and agreement over all tokens."""
-    from lighten.engine.validation import ValidationLoss
-
     rows = ValidationLoss(tuple(by_row["nll"]), tuple(int(n) for n in by_row["tokens"]))
     perplexity, error = math.exp(min(rows.loss, 700)), rows.standard_error
     values: dict[str, Any] = {

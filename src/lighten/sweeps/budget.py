@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lighten import runs
-from lighten.engine.validation import ValidationLoss
+from lighten.engine.validation_loss import ValidationLoss
 from lighten.runs import Run
 
 EVENTS = "left.jsonl"

@@ -19,7 +19,8 @@ from lighten.engine.forked import Forked
 from lighten.engine.forward_backward import undropped
 from lighten.engine.memory_errors import ran_out
 from lighten.engine.step import AdapterStep, TrainingDiverged, train_step
-from lighten.engine.validation import ValidationLoss, held_out_over
+from lighten.engine.validation import held_out_over
+from lighten.engine.validation_loss import ValidationLoss
 from lighten.engine.workers import Threads, Workers
 from lighten.folders import resume_command
 from lighten.machine.hardware import PeakMemory

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
-from lighten.engine.validation import ValidationLoss
+from lighten.engine.validation_loss import ValidationLoss
 
 
 class Pruner(Protocol):

@@ -10,7 +10,7 @@ from lighten import runs
 from lighten.data import lengths_of
 from lighten.data.batches import TokenRow
 from lighten.engine.adapter_optimizer import AdapterOptimizer
-from lighten.engine.validation import ValidationLoss
+from lighten.engine.validation_loss import ValidationLoss
 from lighten.parallel import ranks
 from lighten.training.checkpoints import TrainerState
 from lighten.training.progress import TrainingProgress
