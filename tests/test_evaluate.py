@@ -177,6 +177,12 @@ def test_a_wrong_setting_of_an_evaluation_is_told_like_any_other(run: Run) -> No
         lighten.evaluate(run, **{"evaluate.max_examples": 0})
 
 
+def test_one_metric_or_task_needs_no_brackets(run: Run) -> None:
+    """`--tasks my_task`, as the documentation has it."""
+    chosen = run.recipe().with_evaluate({"tasks": "my_task", "extra_metrics": "rougeL"})
+    assert (chosen.tasks, chosen.extra_metrics) == (["my_task"], ["rougeL"])
+
+
 def test_an_answer_ends_at_any_stop_token_and_counts_it() -> None:
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     prompt = [5, 6, 7]

@@ -329,7 +329,7 @@ def sweep(
 
 
 def report(*runs: RunLike, output: str | os.PathLike[str] | None = None) -> Path:
-    """Write the HTML page of a run, of several side by side, or of a sweep; return its path.
+    """Write the HTML page of a run, of several side by side, of a sweep or an audit; its path.
 
     Args:
         runs: One or more.
@@ -341,8 +341,12 @@ def report(*runs: RunLike, output: str | os.PathLike[str] | None = None) -> Path
     """
     if not runs:
         raise UserError("report needs at least one run (see: lighten runs list)")
-    chosen = [run_of(run) for run in runs]
     target = None if output is None else Path(output).expanduser()
+    from lighten.reporting.audit_page import is_audit, write_audit_page
+
+    if len(runs) == 1 and not isinstance(runs[0], Run) and is_audit(Path(runs[0]).expanduser()):
+        return write_audit_page(Path(runs[0]).expanduser(), target)
+    chosen = [run_of(run) for run in runs]
     from lighten.reporting.page import write_page
     from lighten.reporting.sweep_page import is_sweep, write_sweep_page
 

@@ -260,7 +260,7 @@ def report(
     runs: list[str],
     output: Annotated[Path | None, typer.Option(help="Where to write the page.")] = None,
 ) -> None:
-    """Write the HTML page of one run, or of several side by side."""
+    """Write the HTML page of a run, of several side by side, of a sweep or of an audit."""
     from lighten import api
 
     console().print(f"report: {api.report(*runs, output=output)}", soft_wrap=True, highlight=False)

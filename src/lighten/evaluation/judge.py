@@ -100,7 +100,8 @@ class Judge:
         except http.client.InvalidURL as error:
             raise UserError(f"judge: {self.url} is no address: {error}") from error
         except (OSError, http.client.HTTPException) as error:
-            raise UserError(f"judge: {address} cannot be reached: {error}") from error
+            why = getattr(error, "reason", error)
+            raise UserError(f"judge: {address} cannot be reached: {why}") from error
         except (ValueError, LookupError, TypeError) as error:
             raise UserError(f"judge: {address} gave no chat completion") from error
 

@@ -40,6 +40,13 @@ Optimizer = Literal[
 ]  # fmt: skip
 
 
+def listed(value: Any) -> Any:
+    """Words with commas, or one alone, are as good as a list."""
+    if not isinstance(value, str):
+        return value
+    return [word.strip() for word in value.split(",") if word.strip()]
+
+
 class EvaluateOptions(Section):
     """What `lighten evaluate` measures."""
 
@@ -73,6 +80,11 @@ class EvaluateOptions(Section):
     bootstrap_samples: Positive = Field(1000, description="resamples behind each interval")
     seed: Seed = Field(0, description="seed of the resampling")
 
+    @field_validator("extra_metrics", "tasks", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return listed(value)
+
 
 class QuantizeOptions(Section):
     """Which smaller copies `lighten run` writes after training; `lighten quantize` has its own."""
@@ -92,10 +104,7 @@ class QuantizeOptions(Section):
     @field_validator("to", mode="before")
     @classmethod
     def _listed(cls, value: Any) -> Any:
-        """Words with commas are as good as a list."""
-        if not isinstance(value, str):
-            return value
-        return [word.strip() for word in value.split(",") if word.strip()]
+        return listed(value)
 
 
 class AdapterFields(Section):

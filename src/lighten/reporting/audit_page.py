@@ -21,6 +21,11 @@ TITLES = {
 TOGETHER = "all together"
 
 
+def is_audit(folder: Path) -> bool:
+    """Whether an audit lies in the folder, finished or not."""
+    return (folder / FILE).is_file()
+
+
 def write_audit_page(folder: Path, output: Path | None = None) -> Path:
     """Write the page of an audit and return where.
 
