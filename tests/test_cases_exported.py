@@ -11,7 +11,7 @@ import pytest
 from lighten import api
 from lighten.artifacts import open_source
 from lighten.errors import DiskFull, UserError
-from lighten.quantization import gguf_model, room
+from lighten.quantization import child, gguf_model, room
 from lighten.quantization.export_card import require_replaceable
 from lighten.quantization.table import weight_bytes
 from tests.test_merge import trained
@@ -128,3 +128,23 @@ def test_an_adapter_may_lie_at_the_top_of_a_disk(
     adapter_on(base, tmp_path / "adapter")
     monkeypatch.setattr(Path, "resolve", lambda *_, **__: Path("/adapter"))
     assert open_source(tmp_path / "adapter").name == "adapter"
+
+
+def test_a_killed_quantize_leaves_nothing_that_the_next_one_does_not_remove(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its merged model lay in the folder of temporary files, which may be memory, for ever."""
+    adapter_on(save_tiny(tmp_path / "base"), tmp_path / "adapter")
+    left = tmp_path / "out" / ".quantize-killed.partial"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").touch()
+    models, call = [], child.call
+    monkeypatch.setattr(child, "call", lambda job: (models.append(job.get("model")), call(job))[1])
+    result = api.quantize(tmp_path / "adapter", "gguf:q8_0", output_dir=tmp_path / "out")
+    assert result.format("gguf:q8_0")["file_bytes"] > 0
+    assert all(model.startswith(str(tmp_path / "out")) for model in models if model)
+    assert any(models)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"gguf-q8_0", "quantize.json"}
+    with pytest.raises(UserError, match="int4 chooses its rounding on data"):
+        api.quantize(tmp_path / "adapter", "int4", output_dir=tmp_path / "none")
+    assert not (tmp_path / "none").exists()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -61,8 +60,8 @@ class Forecast:
         formats: One for each of `--to`.
         folder: Where they will be.
         disk_bytes: That all formats need there.
-        temporary_bytes: That are needed meanwhile: a merged model, and the reference's scores.
-        temporary: Where.
+        temporary_bytes: That are needed there meanwhile: a merged model, and the reference's
+            scores.
         free_bytes: Of `folder`'s disk.
         memory_bytes: Free main memory.
     """
@@ -73,14 +72,14 @@ class Forecast:
     folder: str
     disk_bytes: int
     temporary_bytes: int
-    temporary: str
     free_bytes: int
     memory_bytes: int | None = None
 
     def fits(self) -> bool | None:
         """Whether disk and memory are enough and nothing is missing; None where one is unknown."""
         peaks = [entry.peak_bytes for entry in self.formats]
-        if self.disk_bytes > self.free_bytes or any(entry.missing for entry in self.formats):
+        needed = self.disk_bytes + self.temporary_bytes
+        if needed > self.free_bytes or any(entry.missing for entry in self.formats):
             return False
         if self.memory_bytes is None or None in peaks:
             return None
@@ -88,7 +87,7 @@ class Forecast:
 
     def sentence(self) -> str:
         """What it needs of disks, in a line."""
-        meanwhile = f", and meanwhile {size_text(self.temporary_bytes)} in {self.temporary}"
+        meanwhile = f"; meanwhile {size_text(self.temporary_bytes)} more"
         return (
             f"{self.model}: {size_text(self.disk_bytes)} in {self.folder}, where "
             f"{size_text(self.free_bytes)} are free{meanwhile if self.temporary_bytes else ''}"
@@ -164,7 +163,6 @@ def forecast(
         # A format that is there already is replaced when the new one is whole.
         sum(entry.file_bytes or 0 for entry in formats),
         merged + (tokens * vocabulary_size * PREDICTION_BYTES if artefact.run else 0),
-        tempfile.gettempdir(),
         free_bytes(root),
         memory_bytes,
     )

@@ -111,7 +111,7 @@ def described(artefact: Artefact) -> Iterator[tuple[Path, dict[str, Weight]]]:
 
 
 def require_room(
-    folder: Path, nbytes: int, what: str, *, temporary_bytes: int = 0,
+    folder: Path, nbytes: int, what: str, *,
     way_out: str = "free some space or choose another --output_dir",
 ) -> None:  # fmt: skip
     """A disk has room for what will be written.
@@ -120,24 +120,17 @@ def require_room(
         folder: Where.
         nbytes: How much.
         what: Its name in the error.
-        temporary_bytes: That are needed meanwhile in the folder of temporary files.
         way_out: What the error says to do.
 
     Raises:
         DiskFull: It has not.
     """
-    temporary = Path(tempfile.gettempdir())
-    needs = {_existing_parent(folder): nbytes}
-    one_disk = _existing_parent(folder).stat().st_dev == temporary.stat().st_dev
-    place = _existing_parent(folder) if one_disk else temporary
-    needs[place] = needs.get(place, 0) + temporary_bytes
-    for where, needed in needs.items():
-        free = shutil.disk_usage(where).free
-        if free < needed:
-            raise DiskFull(
-                f"{what} needs {size_text(needed)} in {where} and the disk has {size_text(free)} "
-                f"left; {way_out}"
-            )
+    where, free = _existing_parent(folder), free_bytes(folder)
+    if free < nbytes:
+        raise DiskFull(
+            f"{what} needs {size_text(nbytes)} in {where} and the disk has {size_text(free)} left; "
+            f"{way_out}"
+        )
 
 
 def free_bytes(folder: Path) -> int:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from lighten.quantization.model_source import (
 from lighten.quantization.room import require_room
 from lighten.quantization.targets import DYNAMIC, Target, parse, require_tools
 from lighten.runs import QUANTIZE, Run
-from lighten.whole_files import finite, whole_folder, write_json
+from lighten.whole_files import cannot_write, finite, scratch_folder, whole_folder, write_json
 from lighten.wording import counted
 
 REFERENCE = "bfloat16"
@@ -100,46 +100,61 @@ def quantize(
     expected = forecast(
         source, to, adapter=adapter, output_dir=output_dir, tokens=tokens, timed=False
     )
+    root = Path(expected.folder)
     require_room(
-        Path(expected.folder), expected.disk_bytes, f"quantising {expected.model}",
-        temporary_bytes=expected.temporary_bytes,
-    )  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="lighten-quantize-") as place:
-        scratch = Path(place)
-        with opened(source, scratch, adapter=adapter, dataset=dataset) as model:
-            root = output_dir or model.exports
-            for target in targets:
-                require_replaceable(root / target.folder)
-            calibration, record = ([], None) if not any(t.calibrated for t in targets) else (
-                calibration_of(model)
-            )  # fmt: skip
-            held_out = evaluation_of(model, tokens, questions)
-            measuring = _Measuring(held_out, model, scratch)
-            log(f"measuring {model.name} in {REFERENCE}")
-            rows = [{"name": REFERENCE, "file_bytes": weight_bytes(model.folder),
-                     **measuring.of("reference", model.folder, REFERENCE)}]  # fmt: skip
-            for target in targets:
-                log(f"making {target.name}")
-                folder = root / target.folder
-                costs = _make(target, model, folder, calibration, record)
-                log(f"measuring {target.name}")
-                rows.append({"name": target.name, "folder": str(folder),
-                             "file_bytes": weight_bytes(folder), **costs,
-                             **measuring.of(target.kind, folder, target.name)})  # fmt: skip
-            settings = measuring.settings(record, model.folder)
-            earlier, settings["calibration"] = _earlier_rows(
-                root / QUANTIZE, {row["name"] for row in rows}, settings
-            )
-            rows += earlier
-            notes = [*measuring.notes(), *_about_bytes([row["name"] for row in rows[1:]], model)]
-            if earlier:
-                names = ", ".join(row["name"] for row in earlier)
-                notes.append(f"{names}: of an earlier command, their speeds too")
-            result = Quantized(model.name, _with_frontier(rows), settings, notes, str(root))
-            if model.run is not None:
-                write_json(model.run.folder / QUANTIZE, result.to_dict())
-            write_json(root / QUANTIZE, result.to_dict())
+        root, expected.disk_bytes + expected.temporary_bytes, f"quantising {expected.model}"
+    )
+    with (
+        _scratch(root) as scratch,
+        opened(source, scratch, adapter=adapter, dataset=dataset) as model,
+    ):
+        for target in targets:
+            require_replaceable(root / target.folder)
+        calibration, record = ([], None) if not any(t.calibrated for t in targets) else (
+            calibration_of(model)
+        )  # fmt: skip
+        held_out = evaluation_of(model, tokens, questions)
+        measuring = _Measuring(held_out, model, scratch)
+        log(f"measuring {model.name} in {REFERENCE}")
+        rows = [{"name": REFERENCE, "file_bytes": weight_bytes(model.folder),
+                 **measuring.of("reference", model.folder, REFERENCE)}]  # fmt: skip
+        for target in targets:
+            log(f"making {target.name}")
+            folder = root / target.folder
+            costs = _make(target, model, folder, calibration, record)
+            log(f"measuring {target.name}")
+            rows.append({"name": target.name, "folder": str(folder),
+                         "file_bytes": weight_bytes(folder), **costs,
+                         **measuring.of(target.kind, folder, target.name)})  # fmt: skip
+        settings = measuring.settings(record, model.folder)
+        earlier, settings["calibration"] = _earlier_rows(
+            root / QUANTIZE, {row["name"] for row in rows}, settings
+        )
+        rows += earlier
+        notes = [*measuring.notes(), *_about_bytes([row["name"] for row in rows[1:]], model)]
+        if earlier:
+            names = ", ".join(row["name"] for row in earlier)
+            notes.append(f"{names}: of an earlier command, their speeds too")
+        result = Quantized(model.name, _with_frontier(rows), settings, notes, str(root))
+        if model.run is not None:
+            write_json(model.run.folder / QUANTIZE, result.to_dict())
+        write_json(root / QUANTIZE, result.to_dict())
     return result
+
+
+@contextmanager
+def _scratch(root: Path) -> Iterator[Path]:
+    """A folder beside the formats: what a killed command leaves there goes with the next one."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(error, root) from error
+    try:
+        with scratch_folder(root, "quantize") as scratch:
+            yield scratch
+    finally:
+        with suppress(OSError):
+            root.rmdir()  # where nothing was made
 
 
 def _earlier_rows(
