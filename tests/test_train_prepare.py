@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import lighten
+from lighten.data.batches import MicroBatch
 from lighten.engine.batching import choose_packing, choose_tokens
 from lighten.errors import UserError
 from lighten.machine import hardware
 from lighten.models import attention
+from lighten.training import loop
 from tests.tiny import tiny_model
 
 
@@ -67,3 +71,27 @@ def test_a_micro_batch_fills_the_products_of_its_format(
     assert choose_tokens(77, "cpu", dtype)[0] == 77
     assert choose_tokens(None, "cpu", dtype)[0] is None
     assert choose_tokens("auto", "cuda", dtype)[0] is None
+
+
+def test_one_process_fills_micro_batches_as_one_process_whatever_its_strategy(
+    tiny_folder: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More rows in a micro-batch save gathering a layer, and here none is gathered."""
+    sizes: list[int] = []
+    train_step = loop.train_step
+
+    def noted(batches: Sequence[MicroBatch], *args: Any, **options: Any) -> Any:
+        sizes.extend(len(batch.items) for batch in batches)
+        return train_step(batches, *args, **options)
+
+    monkeypatch.setattr(loop, "train_step", noted)
+    filled = {}
+    for strategy in ("single", "zero3", "fsdp"):
+        lighten.train(
+            model=str(tiny_folder), dataset=str(chat_file), output_dir=str(tmp_path / strategy),
+            strategy=strategy, lora_r=[1, 2, 3], max_steps=1, per_device_train_batch_size=2,
+            packing=False, val_size=0, dtype="float32", progress=False,
+        )  # fmt: skip
+        filled[strategy] = sizes.copy()
+        sizes.clear()
+    assert filled["zero3"] == filled["fsdp"] == filled["single"] == [2, 2, 2]

@@ -225,7 +225,7 @@ def _micro_batches(
     if recipe.offload_base != "none" and base.feed is not None:
         reasons["offload_base"] = streaming.describe(recipe.offload_base, base.feed)
         most_tokens, most_rows, reason = streaming.micro_batch(recipe, len(trained.names))
-    elif gathers(recipe.strategy, full=recipe.method == "full"):
+    elif strategy.in_step:
         most_rows *= len(trained.names)  # each micro-batch gathers every layer again
     reasons["micro-batch"] = Choice(f"{most_tokens} tokens" if most_tokens else "rows", reason)
     reasons["workers"] = count = _choose_workers(recipe, trained, strategy, accelerator, lengths)
