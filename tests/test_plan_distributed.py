@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from lighten.planning.distributed import (
     volume_per_rank,
 )
 from lighten.planning.result import Memory, MemoryPart, Plan, Shape, StepTime
+from tests.test_plan_trace import folder_of, follow, recipe_of
 
 GB = 1e9
 
@@ -138,9 +140,19 @@ def test_a_plan_spreads_over_ranks() -> None:
     thousands = spread(alone, DEVICES["h100"], "zero3", gpus=8, nodes=1000, layers=32)
     assert thousands.device_bytes == pytest.approx(11e9, rel=0.01)
     with_host = spread(alone, DEVICES["h100"], "zero2", gpus=8, layers=32, offload=("optimizer",))
-    # Weights, and this rank's rows that they are gathered from; gradients; activations.
-    assert with_host.device_bytes == pytest.approx(16e9 + 2e9 + 2e9 + 10e9, rel=1e-6)
+    # Weights, and this rank's rows that they are gathered from; activations. A layer's gradients
+    # come as its weights go.
+    assert with_host.device_bytes == pytest.approx(16e9 + 2e9 + 10e9, rel=1e-6)
     assert with_host.host_bytes == pytest.approx(14e9, rel=1e-6)
+
+
+def test_gradients_of_an_earlier_micro_batch_are_there_beside_whole_weights() -> None:
+    """Of eight ranks under zero2: 16 GB of weights, 2 of rows of them, and 12 of moments."""
+    twice = dataclasses.replace(a_plan(), shape=Shape(4, 2048, 2))
+    settings: dict[str, Any] = {"gpus": 8, "layers": 32}
+    one, two = (spread(p, DEVICES["h100"], "zero2", **settings) for p in (a_plan(), twice))
+    assert one.device_bytes == pytest.approx(16e9 + 2e9 + 12e9 + 10e9, rel=1e-6)
+    assert two.device_bytes == pytest.approx(one.device_bytes + 2e9, rel=1e-6)
 
 
 def test_a_process_reads_and_spreads_a_base_layer_by_layer() -> None:
@@ -170,3 +182,15 @@ def test_one_rank_needs_nothing_of_the_others() -> None:
     plan = spread(a_plan(), DEVICES["h100"], "ddp", gpus=1, layers=32)
     assert plan.volume.network == 0
     assert plan.device_bytes == pytest.approx(138e9)
+
+
+@pytest.mark.parametrize(("strategy", "ranks", "rows"), [("zero3", 1, 2), ("zero3", 2, 6),
+                                                         ("zero2", 2, 2)])  # fmt: skip
+def test_a_rank_that_gathers_layers_is_planned_with_rows_of_all_adapters(
+    tmp_path: Path, strategy: str, ranks: int, rows: int
+) -> None:
+    recipe = recipe_of(
+        folder_of(tmp_path), strategy=strategy, lora_r=[1, 2, 3], per_device_train_batch_size=2
+    )
+    traced = follow(recipe, (2, 32), ranks=ranks)
+    assert max(map(len, traced.batches)) == rows

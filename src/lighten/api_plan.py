@@ -59,7 +59,8 @@ def plan_spread(
     from lighten.planning.distributed import TRAINED, cheapest, of_recipe, on_ranks, spread
 
     where = devices.named(device if processes is None else "cpu")
-    alone = predict.plan(chosen, where, changes=False)
+    ranks = gpus * nodes if processes is None else processes
+    alone = predict.plan(chosen, where, changes=False, ranks=ranks)
     offload = offload or offloaded.places(chosen, where.kind)
     layers = predict.layers_of(chosen)
 

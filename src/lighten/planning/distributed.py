@@ -295,6 +295,10 @@ def spread(
         gathered = slots + states.gradients
     if strategy == "zero2" and ranks > 1 and plan.method in ("full", "last_layers"):
         gathered = states.trained / ranks  # the rows that whole layers are gathered from
+        if micro == 1:
+            # A layer's gradients come as its whole weights go, and are as many or fewer: the most
+            # is there before the first of them.
+            device_states = replace(device_states, gradients=0.0)
     peak = _peak(plan, parts, states, device_states) + gathered
     if device.kind == "cpu" and not packed:
         peak = max(peak, _read_whole(plan, states, strategy) + _always(parts))

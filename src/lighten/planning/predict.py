@@ -57,6 +57,7 @@ def plan(
     calibrate: bool = True,
     changes: bool = True,
     on_plan: Callable[[Plan], None] | None = None,
+    ranks: int = 1,
 ) -> Plan:
     """Predict memory and time of a recipe on a device.
 
@@ -68,6 +69,7 @@ def plan(
         calibrate: Correct by what earlier runs on this machine measured.
         changes: Where it does not surely fit, look for what would.
         on_plan: Given the plan before changes are looked for, each of which is a plan of its own.
+        ranks: That would train it, of which this is the plan of one, all states on it.
 
     Raises:
         UserError: The model cannot be described, or the recipe does not fit it; or no run would
@@ -85,7 +87,7 @@ def plan(
     if rows is None and read_data:
         rows = read_rows(recipe, notes)
     lengths = lengths_of(rows)
-    planner = planner_for(device, rows, calibrate=calibrate)
+    planner = planner_for(device, rows, calibrate=calibrate, ranks=ranks)
     predicted = planner(recipe)
     steps = steps_of(recipe, lengths)
     run_s = run_seconds(recipe, predicted, steps, lengths)
@@ -113,7 +115,9 @@ def slow_format_of(recipe: Recipe, device: Device) -> str | None:
     return slow_format(recipe.compute_dtype, device.formats, name, device.kind)
 
 
-def planner_for(device: Device, rows: Rows | None = None, *, calibrate: bool = True) -> Planner:
+def planner_for(
+    device: Device, rows: Rows | None = None, *, calibrate: bool = True, ranks: int = 1
+) -> Planner:
     """What plans recipes for one device and data.
 
     Args:
@@ -121,6 +125,7 @@ def planner_for(device: Device, rows: Rows | None = None, *, calibrate: bool = T
         rows: The encoded data; a recipe's own `max_length` cuts its rows further. Without it rows
             have `max_length` tokens, all of them supervised, which is the most.
         calibrate: Correct by what earlier runs on this machine measured.
+        ranks: As `plan` takes it.
     """
     lengths = lengths_of(rows)
     supervised = supervised_share(rows)
@@ -135,7 +140,9 @@ def planner_for(device: Device, rows: Rows | None = None, *, calibrate: bool = T
         with warnings.catch_warnings():
             # What is prepared for a GPU that is not here warns that it is not here.
             warnings.simplefilter("ignore", UserWarning)
-            predicted = plan_recipe(recipe, device, rows_tokens=cut, supervised=supervised)
+            predicted = plan_recipe(
+                recipe, device, rows_tokens=cut, supervised=supervised, ranks=ranks
+            )
         if cost is not None:
             predicted = with_data(predicted, cost, on_processor=device.kind == "cpu")
         return calibration.corrected(predicted, machine, pairs) if machine else predicted

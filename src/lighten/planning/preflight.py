@@ -55,7 +55,9 @@ def plan_first(recipe: Recipe, *, force: bool = False, progress: bool = False) -
         except Exception as error:
             return _none(error)
         try:
-            plan = predict.plan(recipe, device, rows=rows, read_data=False, changes=False)
+            plan = predict.plan(
+                recipe, device, rows=rows, read_data=False, changes=False, ranks=_ranks()
+            )  # fmt: skip
         except Exception as error:
             return _none(error)
     lines, fits = text.lines(plan), plan.fits()
@@ -142,7 +144,7 @@ def _advice(
 
 def _over_ranks(recipe: Recipe, device: Device, plan: Plan) -> Distributed | None:
     """What each rank of this launch needs; None for one process."""
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = _ranks()
     if ranks == 1:
         return None
     local = int(os.environ.get("LOCAL_WORLD_SIZE", str(ranks)))
@@ -151,6 +153,11 @@ def _over_ranks(recipe: Recipe, device: Device, plan: Plan) -> Distributed | Non
         layers=predict.layers_of(recipe),
         offload=offloaded.places(recipe, device.kind),
     )  # fmt: skip
+
+
+def _ranks() -> int:
+    """Of the launch that this process belongs to."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _refusal(plan: Plan, spread: Distributed | None, advice: Sequence[str]) -> str:

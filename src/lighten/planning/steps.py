@@ -37,7 +37,8 @@ from lighten.planning.on_cuda import as_on_cuda, as_unpacked
 from lighten.planning.result import MOST_TOKENS, Shape
 from lighten.planning.storage_tracker import StepMarker, StorageTracker, Timeline
 from lighten.recipe import Recipe
-from lighten.training.prepare import prepare
+from lighten.recipe.spread import gathers
+from lighten.training.prepare import prepare, together
 from lighten.training.rows import Rows
 from lighten.training.setup import Setup
 
@@ -208,6 +209,7 @@ def follow_recipe(
     supervised: float = 1.0,
     all_layers: bool = False,
     capability: tuple[int, int] | None = None,
+    ranks: int = 1,
 ) -> Traced:
     """Trace a recipe's steps on fake tensors.
 
@@ -220,6 +222,7 @@ def follow_recipe(
         supervised: Share of each row's tokens that are supervised, at its end.
         all_layers: Trace every layer, alike or not.
         capability: Compute capability of a CUDA device, if known.
+        ranks: Of the run; where they gather layers, micro-batches are filled for that.
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     tracker = StorageTracker(kernels=kind == "cpu")
@@ -235,6 +238,8 @@ def follow_recipe(
         rank = OneRank(kind)
         with converted_in_place():
             setup = prepare(quiet, rank, base, rows)
+        if ranks > 1 and gathers(recipe.strategy, full=recipe.method == "full"):
+            together(setup)
         rank.device = torch.device("cpu")  # where fake tensors are, whatever is planned
         layers, repetition = _layers(base.model, all_layers)
         _mark_learning(setup, layers, repetition, tracker)
@@ -259,7 +264,7 @@ def follow_recipe(
             return follow_recipe(
                 recipe, config, dtype, kind,
                 rows_tokens=rows_tokens, supervised=supervised, all_layers=True,
-                capability=capability,
+                capability=capability, ranks=ranks,
             )  # fmt: skip
     return Traced(
         timeline, setup, cut, places, lengths, first_run, sum(sizes), max(sizes), frozen,

@@ -30,6 +30,7 @@ HOST_OF_CUDA_BYTES = 3 * 2**30
 # Architectures, and what of them, benchmarks/plan_accuracy.py has compared with measurements.
 TESTED, TESTED_GPUS = ("llama", "gemma3_text"), ("h100",)
 TESTED_TOKENS = 2048
+FILE_COPIES = 3  # of an adapter, while safetensors makes the bytes of its file (0.8)
 STATE_TENSORS = {"sgd": 0, "adafactor": 1, "lion_8bit": 1, "lion_32bit": 1}
 
 
@@ -50,6 +51,7 @@ def plan_recipe(
     *,
     rows_tokens: tuple[int, int] | Sequence[int] | None = None,
     supervised: float = 1.0,
+    ranks: int = 1,
 ) -> Plan:
     """Predict the peak memory and the time of a step, from the base's configuration alone.
 
@@ -59,6 +61,7 @@ def plan_recipe(
         rows_tokens: (examples of each adapter in a step, tokens of each), or the lengths of the
             data's rows in a list; None: batch size and `max_length` of the recipe.
         supervised: Share of the rows' tokens that are supervised; all of them is the worst case.
+        ranks: That would train it, of which this is the plan of one, all states on it.
 
     Raises:
         UserError: No such model, or it cannot be traced.
@@ -70,7 +73,7 @@ def plan_recipe(
     try:
         traced = follow_recipe(
             recipe, config, dtype, device.kind, rows_tokens=rows_tokens, supervised=supervised,
-            capability=getattr(device, "capability", None),
+            capability=getattr(device, "capability", None), ranks=ranks,
         )  # fmt: skip
     except UserError:
         raise
@@ -189,10 +192,15 @@ def _numbers(traced: Traced) -> int:
 
 
 def _verified(traced: Traced, *, whole_base: bool) -> int:
-    """Bytes of saved files that are in memory at once to be verified: of a base one weight's."""
+    """Bytes of saved files that are in memory at once: of a base one weight's, to be verified.
+
+    An adapter's file is made there: safetensors has its numbers as bytes, the file that it puts
+    together of them, and that file as Python's bytes.
+    """
     size = _numbers(traced) * 4
     if not whole_base:
-        return size
+        adapters = [m.parameters.values() for m in traced.setup.adapters]
+        return max(size, FILE_COPIES * 4 * max(sum(p.numel() for p in a) for a in adapters))
     numbers = [p.numel() for m in traced.setup.adapters for p in m.parameters.values()]
     return min(size, 4 * max(numbers))
 

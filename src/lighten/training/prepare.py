@@ -68,6 +68,16 @@ def layers_later(recipe: Recipe, accelerator: Accelerator) -> bool:
     return by_layer and not streaming.spreads_packed(recipe)
 
 
+def together(setup: Setup) -> None:
+    """Cut steps as a rank that gathers layers does: each micro-batch gathers all of them again.
+
+    Args:
+        setup: Of one process; a plan makes it a rank's.
+    """
+    setup.rows_per_microbatch = setup.recipe.per_device_train_batch_size * len(setup.adapters)
+    setup.one_adapter_at_a_time, setup.workers = False, 1
+
+
 class _MicroBatches(NamedTuple):
     """How a step is cut on each rank.
 
@@ -226,7 +236,7 @@ def _micro_batches(
         reasons["offload_base"] = streaming.describe(recipe.offload_base, base.feed)
         most_tokens, most_rows, reason = streaming.micro_batch(recipe, len(trained.names))
     elif strategy.in_step:
-        most_rows *= len(trained.names)  # each micro-batch gathers every layer again
+        most_rows *= len(trained.names)  # as `together` has it
     reasons["micro-batch"] = Choice(f"{most_tokens} tokens" if most_tokens else "rows", reason)
     reasons["workers"] = count = _choose_workers(recipe, trained, strategy, accelerator, lengths)
     tokens = lengths.tokens_of(lengths.examples_per_step // accelerator.num_processes)

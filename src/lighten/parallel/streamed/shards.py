@@ -23,6 +23,9 @@ from lighten.safetensors_header import INDEX, WHOLE, Stored, index_of, read_head
 
 # Of a tensor so much is in memory twice at any time.
 STRETCH_BYTES = 4 * 2**20
+# Linux maps so much around a page that is looked at, where it lies in the page cache
+# (`fault_around_bytes`): of many small tensors that is more than the tensors.
+AROUND_BYTES = 64 * 1024
 DTYPES = {
     "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8,
     "I8": torch.int8,
@@ -70,8 +73,10 @@ class _Mapped:
         self._advise("MADV_WILLNEED", start, size)
 
     def let_go(self, start: int, size: int) -> None:
-        """Give the pages back."""
-        self._advise("MADV_DONTNEED", start, size)
+        """Give the pages back, and those around them that came with them."""
+        place = self._address + start  # the system counts from addresses, not in the file
+        before, after = min(start, place % AROUND_BYTES), -(place + size) % AROUND_BYTES
+        self._advise("MADV_DONTNEED", start - before, before + size + after)
 
     def _advise(self, what: str, start: int, size: int) -> None:
         if not hasattr(mmap, what):  # Windows
