@@ -23,7 +23,6 @@ import torch
 from filelock import FileLock
 
 from lighten.machine.hardware import cache_folder
-from tests import shares
 
 if TYPE_CHECKING:
     from lighten.models import Base
@@ -62,11 +61,10 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """GPU tests say why they did not run; the longest tests are begun first, apart."""
+    """GPU tests say why they did not run."""
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
-    items[:] = shares.in_shares(items, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 
 
 @pytest.fixture(scope="session")
