@@ -22,6 +22,7 @@ from lighten.api_serve import bench_serve as bench_serve
 from lighten.api_serve import plan_server as plan_server
 from lighten.api_serve import serve as serve
 from lighten.errors import NoHeldOut, UserError
+from lighten.folders import AUDIT
 from lighten.parallel import launch
 from lighten.path_checks import RunLike, adapter_folder, run_of
 from lighten.quantization.verbs import export as export
@@ -342,10 +343,12 @@ def report(*runs: RunLike, output: str | os.PathLike[str] | None = None) -> Path
     if not runs:
         raise UserError("report needs at least one run (see: lighten runs list)")
     target = None if output is None else Path(output).expanduser()
-    from lighten.reporting.audit_page import is_audit, write_audit_page
+    if len(runs) == 1 and not isinstance(runs[0], Run):
+        folder = Path(runs[0]).expanduser()
+        if (folder / AUDIT).is_file():
+            from lighten.reporting.audit_page import write_audit_page
 
-    if len(runs) == 1 and not isinstance(runs[0], Run) and is_audit(Path(runs[0]).expanduser()):
-        return write_audit_page(Path(runs[0]).expanduser(), target)
+            return write_audit_page(folder, target)
     chosen = [run_of(run) for run in runs]
     from lighten.reporting.page import write_page
     from lighten.reporting.sweep_page import is_sweep, write_sweep_page

@@ -19,7 +19,7 @@ from lighten.errors import UserError
 from lighten.whole_files import cannot_write, write_json, write_text
 
 QUANTIZE = "quantize.json"
-BENCH = "bench.json"
+BENCH, AUDIT = "bench.json", "audit.json"
 RECIPE, INFO, METRICS, EVALUATION = "recipe.yaml", "run.json", "metrics.jsonl", "evaluation.json"
 PLAN, MODEL, SWEEP, LOGS = "plan.json", "model", "sweep.json", "logs"
 REPORT, COMPARISON = "report.html", "comparison.html"

@@ -11,6 +11,7 @@ from typing import Any
 
 from lighten import folders, locks
 from lighten.errors import UserError
+from lighten.folders import AUDIT as AUDIT
 from lighten.folders import BENCH as BENCH
 from lighten.folders import EVALUATION as EVALUATION
 from lighten.folders import INFO as INFO

@@ -23,11 +23,11 @@ from lighten.errors import UserError
 from lighten.machine import devices, hardware
 from lighten.models.load import checksum, weight_files
 from lighten.recipe import Recipe
+from lighten.runs import AUDIT
 from lighten.training.rows import data_sha256
 from lighten.wording import counted
 
 VERSION = 1
-FILE = "audit.json"
 # Of the time that is left after a first look: the first measurement of all rows. The rest is for
 # second processes, without which no ratio has an interval.
 FIRST_ROUND = 0.6
@@ -149,7 +149,7 @@ def audit(
     facts = _facts(model, base_recipe, settings)
     result = _load_or_start(folder, facts, settings, log)
     if result.status == "finished":
-        log(f"{folder / FILE} is complete; choose another --output_dir to measure anew")
+        log(f"{folder / AUDIT} is complete; choose another --output_dir to measure anew")
         return result
     work = _AuditRunner(result, recipe, settings, began - result.spent_s, log)
     work.all_rows()
@@ -180,7 +180,7 @@ def _load_or_start(
     Raises:
         UserError: The folder holds something else.
     """
-    path = folder / FILE
+    path = folder / AUDIT
     if not path.is_file():
         if folder.is_dir() and any(folder.iterdir()):
             raise UserError(f"{folder} holds other files; choose another --output_dir")
@@ -247,7 +247,7 @@ class _AuditRunner:
         order = {technique.key: place for place, technique in enumerate(self.techniques)}
         self.result.rows.sort(key=lambda row: order.get(f"{row['group']}: {row['name']}", 0))
         self.result.rows = ratios.summarised(self.result.rows)
-        whole_files.write_json(self.result.folder / FILE, self.result.to_dict())
+        whole_files.write_json(self.result.folder / AUDIT, self.result.to_dict())
 
     def all_rows(self) -> None:
         """Each row once, then again while there is time."""

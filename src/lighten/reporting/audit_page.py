@@ -12,18 +12,13 @@ from lighten.reporting import audit_table, text
 from lighten.reporting.charts import Point, number, scatter_chart
 from lighten.reporting.page import environment
 
-FILE, PAGE = "audit.json", "report.html"
+PAGE = "report.html"
 TITLES = {
     "training": "Training on your data",
     "long context": "One long row",
     "answers": "Answering, one token after another",
 }
 TOGETHER = "all together"
-
-
-def is_audit(folder: Path) -> bool:
-    """Whether an audit lies in the folder, finished or not."""
-    return (folder / FILE).is_file()
 
 
 def write_audit_page(folder: Path, output: Path | None = None) -> Path:
@@ -34,7 +29,7 @@ def write_audit_page(folder: Path, output: Path | None = None) -> Path:
         output: Where; default `report.html` in the folder.
     """
     target = output or folder / PAGE
-    data = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    data = json.loads((folder / runs.AUDIT).read_text(encoding="utf-8"))
     runs.write_text(target, audit_page(data))
     return target
 
