@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,7 @@ from typing import Any
 
 import psutil
 
+ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
 # A machine busier than this before the start gives no figures worth keeping.
 BUSY_PERCENT = 10.0
@@ -62,11 +64,23 @@ def store(
         path,
         {
             "benchmark": name, "started": dict(before), "trial": trial,
-            "machine": asdict(hardware.machine()), "versions": hardware.versions(), **result,
+            "machine": asdict(hardware.machine()), "versions": hardware.versions(),
+            **portable(result),
         },
     )  # fmt: skip
     print(f"written to {path}" + (f", a trial: {'; '.join(trial)}" if trial else ""))
     return path
+
+
+def portable(result: Any) -> Any:
+    """The same with paths that begin at this project, or at the folder for temporary files."""
+    if isinstance(result, str):
+        for place in (str(ROOT), tempfile.gettempdir()):
+            result = result.replace(place + os.sep, "")
+        return result
+    if isinstance(result, Mapping):
+        return {name: portable(value) for name, value in result.items()}
+    return [portable(value) for value in result] if isinstance(result, list | tuple) else result
 
 
 def in_fresh_process(

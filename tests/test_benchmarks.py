@@ -7,6 +7,7 @@ import runpy
 import shutil
 import sys
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import pytest
@@ -452,6 +453,13 @@ def test_the_sweep_s_benchmark_runs_on_a_tiny_model(
     assert stored["machine"]["cores"] >= 1
     assert stored["control_loss_difference"] is not None
     assert stored["runs"]["cohort"][0]["losses"].keys() == {"r2", "r4"}
+
+
+def test_a_result_tells_no_folder_of_this_machine(tmp_path: Path) -> None:
+    told = {"data": str(machine.ROOT / "examples" / "a.jsonl"), "rows": (1, [str(tmp_path)])}
+    assert machine.portable(told) == {
+        "data": "examples/a.jsonl", "rows": [1, [str(tmp_path.relative_to(gettempdir()))]],
+    }  # fmt: skip
 
 
 def test_nf4_of_a_version_that_has_none_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,8 +25,20 @@ def test_trap21_attention_that_looks_across_rows_is_never_packed(name: str) -> N
     assert name not in attention.PACKS
     for packing in ("auto", False):
         assert choose_packing(packing, model).value == "off"
-    with pytest.raises(UserError, match=f"packing: {name} attention would let rows look"):
+    with pytest.raises(UserError, match=f"packing: {name} attention would let rows look") as said:
         choose_packing(True, model)
+    assert ("one of flash_attention_2, flash_attention_3, sdpa" in str(said.value)) == (
+        name == "eager"
+    )
+
+
+def test_attention_is_called_by_its_setting_s_name() -> None:
+    model = tiny_model("llama")
+    for name, on in ((attention.NAME, "on"), (attention.REPEATS, "off")):
+        model.config._attn_implementation = name
+        choice = choose_packing("auto", model)
+        assert choice.value == on
+        assert choice.reason.startswith("sdpa attention ")
 
 
 def test_trap21_our_own_attention_is_packed_unless_something_hinders_it() -> None:

@@ -31,14 +31,15 @@ def choose_packing(
     Raises:
         UserError: It is wanted and the attention would look across rows.
     """
-    name = str(model.config._attn_implementation)
+    implementation = str(model.config._attn_implementation)
+    name = attention.setting_of(implementation)
     if setting is False:
         return Choice("off", "packing of the recipe")
     if hindered is not None:
         if setting is True:
             raise UserError(f"packing: {hindered}; set it to false or auto")
         return Choice("off", hindered)
-    if name in attention.PACKS:
+    if implementation in attention.PACKS:
         return Choice("on", f"{name} attention keeps packed rows apart")
     if setting is True and name == "sdpa" and not cpu.enabled():
         raise UserError(
@@ -46,9 +47,12 @@ def choose_packing(
             f"set packing to auto, or unset {cpu.SWITCH}"
         )
     if setting is True:
+        offered = {attention.setting_of(packs) for packs in attention.PACKS} - {name}
+        if model.device.type != "cpu":
+            offered.discard("sdpa")  # on a processor alone it is ours
         raise UserError(
             f"packing: {name} attention would let rows look at each other; set packing to false, "
-            f"or attn_implementation to one of {', '.join(sorted(attention.PACKS))}"
+            f"or attn_implementation to one of {', '.join(sorted(offered))}"
         )
     return Choice("off", f"{name} attention does not keep packed rows apart")
 

@@ -44,10 +44,17 @@ NAME, REPEATS = "lighten_blocks", "lighten_repeats"
 GROUPED_SINCE = (8, 0)  # compute capability from which half precision's kernels read grouped keys
 # Attention implementations that keep rows apart which stand behind each other in one.
 PACKS = frozenset({NAME, "flash_attention_2", "flash_attention_3"})
+# What the setting `attn_implementation` calls ours.
+_SETTING = {NAME: "sdpa", REPEATS: "sdpa"}
 # Queries per block: large enough to fill a matrix product, small enough to skip the upper half.
 BLOCK = 128
 # A packed row this much shorter than the longest of its group starts another group.
 ALIKE = 0.8
+
+
+def setting_of(name: str) -> str:
+    """What the setting `attn_implementation` calls an attention that transformers has by a name."""
+    return _SETTING.get(name, name)
 
 
 @dataclass(frozen=True)
