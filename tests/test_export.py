@@ -204,6 +204,8 @@ def test_no_run_no_adapter_no_model(tmp_path: Path, run: Run) -> None:
         lighten.export(tmp_path, "merged")
     with pytest.raises(UserError, match="is no GGUF file, no program and no folder"):
         lighten.verify(tmp_path, run, adapter="a")
+    with pytest.raises(UserError, match=r"none\.gguf does not exist; name an export's folder"):
+        lighten.verify(tmp_path / "none.gguf", run, adapter="a")
     shutil.copytree(run.folder, tmp_path / "copy")
     shutil.rmtree(tmp_path / "copy" / "adapters")
     with pytest.raises(UserError, match="nothing trained yet"):

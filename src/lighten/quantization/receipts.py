@@ -143,6 +143,8 @@ def verify_artefact(path: Path, against: Artefact) -> Receipt:
         UserError: It is nothing that can be compared.
     """
     path = path.expanduser()
+    if not path.exists():
+        raise UserError(f"{path} does not exist; name an export's folder or its file")
     folder = path if path.is_dir() else path.parent
     pattern, dequantized = f"*{executorch.SUFFIX}", _is_dequantized(against, folder)
     programs = [path] if path.suffix == executorch.SUFFIX else sorted(path.glob(pattern))
