@@ -7,7 +7,6 @@ zeros where none of its tokens went: here one rank's rows reach experts that the
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import lighten
 from lighten.runs import Run
-from lighten.training import checkpoints
+from tests.cut_runs import cut_short
 from tests.processes import runs_of_rank, start_ranks, wait_for
 from tests.test_strategies import assert_equal
 from tests.tiny import save_tiny
@@ -91,10 +90,7 @@ def test_a_checkpoint_of_two_ranks_goes_on_as_one_process(
 ) -> None:
     run = Run(root / f"{setup}-{strategy}")
     folder = tmp_path / "alone"
-    shutil.copytree(run.folder, folder)
-    for checkpoint in checkpoints.listing(folder / "checkpoints")[1:]:
-        shutil.rmtree(checkpoint)
-    (folder / "run.json").write_text(json.dumps({**run.info(), "status": "interrupted"}))
+    cut_short(run, folder)
     run_settings = {**settings(root, setup, strategy, 2), "output_dir": str(folder)}
     lighten.train(progress=False, resume=True, **run_settings)
     assert_equal(Run(folder), run)

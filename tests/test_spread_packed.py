@@ -5,8 +5,6 @@ One pair of ranks makes all the runs, and each rank notes what it held in them.
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,8 @@ from lighten.parallel.streamed.build import Setting, build
 from lighten.parallel.streamed.feed import LayerPieces
 from lighten.parallel.streamed.over_ranks import RankFeed, part_of
 from lighten.runs import Run
-from lighten.training import checkpoints, loop
+from lighten.training import loop
+from tests.cut_runs import cut_short
 from tests.processes import notes_of, runs_of_rank, start_ranks, wait_for
 from tests.tiny import save_tiny, tiny_tokenizer
 
@@ -222,10 +221,7 @@ def test_a_checkpoint_of_two_ranks_goes_on_as_one_process(
     root: Path, tmp_path: Path, chat_file: Path
 ) -> None:
     run, folder = Run(root / "nf4 2"), tmp_path / "alone"
-    shutil.copytree(run.folder, folder)
-    for checkpoint in checkpoints.listing(folder / "checkpoints")[1:]:
-        shutil.rmtree(checkpoint)
-    (folder / "run.json").write_text(json.dumps({**run.info(), "status": "interrupted"}))
+    cut_short(run, folder)
     run_settings = {**settings(root, chat_file, "nf4", 2), "output_dir": str(folder)}
     lighten.train(progress=False, resume=True, **run_settings)
     assert_equal(Run(folder), run)

@@ -5,9 +5,7 @@ One pair of ranks makes all the runs, and each rank notes what it held and gathe
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -30,9 +28,10 @@ from lighten.parallel import sharded, strategies
 from lighten.parallel.offloaded import stores
 from lighten.recipe import Recipe, RecipeError, spread
 from lighten.runs import Run
-from lighten.training import checkpoints, loop
+from lighten.training import loop
 from lighten.training.base import load_base
 from lighten.training.method import what_learns
+from tests.cut_runs import cut_short
 from tests.processes import notes_of, runs_of_rank, start_ranks, wait_for
 from tests.tiny import save_tiny
 
@@ -317,10 +316,7 @@ def test_a_checkpoint_of_two_ranks_goes_on_as_one_process(
 ) -> None:
     run = Run(root / f"{setup}-{strategy}-{count}")
     folder = tmp_path / "alone"
-    shutil.copytree(run.folder, folder)
-    for checkpoint in checkpoints.listing(folder / "checkpoints")[1:]:
-        shutil.rmtree(checkpoint)
-    (folder / "run.json").write_text(json.dumps({**run.info(), "status": "interrupted"}))
+    cut_short(run, folder)
     run_settings = settings(root, chat_file, setup, strategy, count, ranks=2)
     run_settings |= {"output_dir": str(folder)}
     if setup == "params":

@@ -1,13 +1,17 @@
-"""Names of tensors in GGUF files beside those of transformers, by llama.cpp's architecture.
+"""Names in GGUF files: of tensors beside those of transformers, and of ways to split a text.
 
-They are llama.cpp's (`gguf-py/gguf/tensor_mapping.py`), for the architectures that are read and
-written here.
+Those of tensors are llama.cpp's (`gguf-py/gguf/tensor_mapping.py`), by its architecture, for the
+architectures that are read and written here.
 """
 
 from __future__ import annotations
 
 import re
 
+# Ways to split a text under which llama.cpp looks for a word in the vocabulary before it merges
+# (`ignore_merges` in its `src/llama-vocab.cpp`).
+WHOLE_WORDS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0",
+               "lfm2", "jina-v5-nano", "tekken")  # fmt: skip
 STEM, STEM_OF_GPT2 = "model.layers", "transformer.h"
 # llama.cpp's architecture by transformers' `model_type`.
 ARCHITECTURE_OF = {

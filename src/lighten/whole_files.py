@@ -269,6 +269,11 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n")
 
 
+def as_written(value: Any) -> Any:
+    """What `write_json` leaves of a value for who reads it, to compare with what was read."""
+    return json.loads(json.dumps(finite(value)))
+
+
 def append_line(path: Path, value: Mapping[str, Any]) -> None:
     """Add one JSON line to a file in one write.
 

@@ -356,8 +356,7 @@ def _earlier_records(
     """Records of the file that is there which may stand beside those of now: of other parts."""
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
-        now_as_stored = json.loads(json.dumps({key: result[key] for key in _ALIKE}))
-        alike = all(before[key] == value for key, value in now_as_stored.items())
+        alike = all(before[key] == whole_files.as_written(result[key]) for key in _ALIKE)
         return [r for r in before["records"] if alike and r["part"] not in measured]
     except (OSError, ValueError, KeyError, TypeError):
         return []  # there is none, or another version's

@@ -26,7 +26,7 @@ from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from lighten import streams
 from lighten.errors import UserError
-from lighten.gguf_names import LAYER, STEM, STEM_OF_GPT2, outer_names
+from lighten.gguf_names import LAYER, STEM, STEM_OF_GPT2, WHOLE_WORDS, outer_names
 from lighten.machine.hardware import cache_folder
 from lighten.models import links
 from lighten.models.configuration import FAULTS, build_empty, reason
@@ -39,11 +39,6 @@ LAYOUT = 2
 _SHARD_BYTES = 2**30  # a model that is small enough for tests is one file, as on the hub
 # Room that is left on the disk beside a kept copy.
 _SPARE_BYTES = 2**30
-
-# Names of splittings under which llama.cpp looks for a word in the vocabulary before it merges
-# (`ignore_merges` in its `src/llama-vocab.cpp`).
-_WHOLE_WORDS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0",
-                "lfm2", "jina-v5-nano", "tekken")  # fmt: skip
 
 # They became part of the configuration.
 _IN_CONFIG = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
@@ -190,7 +185,7 @@ def _mend_words(header: Header, tokenizer: Any) -> None:
     count = int(header.settings["tokenizer.ggml.tokens"])
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     tokens = [token for token in state["added_tokens"] if token["id"] < count]
-    whole = header.settings.get("tokenizer.ggml.pre") in _WHOLE_WORDS
+    whole = header.settings.get("tokenizer.ggml.pre") in WHOLE_WORDS
     if whole or len(tokens) < len(state["added_tokens"]):
         state["added_tokens"] = tokens
         if whole:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lighten.errors import UserError
+from lighten.gguf_names import WHOLE_WORDS
 from lighten.quantization.gguf_source import read_json
 from lighten.wording import with_article
 
@@ -33,8 +34,7 @@ _PATTERNS = {
     f"|\\p{{N}}{{1,3}}|{_REST_WITH_SLASH}": "gpt-4o",
     f"{_WORD}{_UPPER}*{_LOWER}+|{_WORD}{_UPPER}+{_LOWER}*|\\p{{N}}|{_REST_WITH_SLASH}": "tekken",
 }
-# Names under which llama.cpp takes a word of the vocabulary whole before it merges.
-_WHOLE_WORDS = {"llama-bpe": True, "tekken": True}
+# The same splitting without taking words of the vocabulary whole.
 _WITHOUT_WHOLE_WORDS = {"llama-bpe": "dbrx"}
 # A file does not say which special tokens swallow the white space behind them. llama.cpp goes by
 # the model's name (`src/llama-vocab.cpp`): of one with `phi-3` in it all do but these, and a
@@ -267,7 +267,7 @@ def _splitting(file: Path, tokenizer: Mapping[str, Any]) -> str:
         name = "smollm" if plain else None
     elif kinds == ["Split", "ByteLevel"] and not splitters[1].get("use_regex", True):
         name = _PATTERNS.get(str((splitters[0].get("pattern") or {}).get("Regex")))
-    if name is not None and whole_words != _WHOLE_WORDS.get(name, False):
+    if name is not None and whole_words != (name in WHOLE_WORDS):
         name = None if whole_words else _WITHOUT_WHOLE_WORDS.get(name)
     if name is None:
         raise UserError(

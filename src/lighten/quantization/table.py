@@ -25,7 +25,7 @@ from lighten.quantization.model_source import (
 from lighten.quantization.room import require_room
 from lighten.quantization.targets import DYNAMIC, Target, parse, require_tools
 from lighten.runs import QUANTIZE, Run
-from lighten.whole_files import cannot_write, finite, scratch_folder, whole_folder, write_json
+from lighten.whole_files import as_written, cannot_write, scratch_folder, whole_folder, write_json
 from lighten.wording import counted
 
 REFERENCE = "bfloat16"
@@ -174,9 +174,9 @@ def _earlier_rows(
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         before, rows = stored["settings"], stored["formats"][1:]
-        if {**before, "calibration": None} != {**_as_json(settings), "calibration": None}:
+        if {**before, "calibration": None} != {**as_written(settings), "calibration": None}:
             return [], calibration
-        same_data = calibration is None or before["calibration"] == _as_json(calibration)
+        same_data = calibration is None or before["calibration"] == as_written(calibration)
         kept = [
             (row, calibrated) for row in rows
             if row["name"] not in written
@@ -188,10 +188,6 @@ def _earlier_rows(
     if any(calibrated for _, calibrated in kept):
         calibration = before["calibration"]
     return [row for row, _ in kept], calibration
-
-
-def _as_json(value: Any) -> Any:
-    return json.loads(json.dumps(finite(value)))
 
 
 def _about_bytes(formats: Sequence[str], model: ModelSource) -> list[str]:
