@@ -39,7 +39,7 @@ def test_where_it_is_missing_the_way_to_install_it_is_said(
 ) -> None:
     monkeypatch.setenv(vllm.PROGRAM, "/nowhere/vllm")
     with pytest.raises(UserError, match=r"/nowhere/vllm.*pip install vllm"):
-        lighten.api.serve(str(tiny_folder), engine="vllm", log=lambda _: None)
+        lighten.api.serve(str(tiny_folder), engine="vllm", port=0, log=lambda _: None)
 
 
 def test_what_it_does_not_serve_is_refused_before_it_starts(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from lighten.errors import UserError, missing_extra
-from lighten.serving import adapters
+from lighten.errors import missing_extra
+from lighten.serving import adapters, address
 from lighten.serving.answering import Front, Limits
 from lighten.serving.engine import Engine
 from lighten.serving.engines import choose_here, engine_of
@@ -25,6 +26,8 @@ _GRACE_S = 25  # running answers have so long after SIGTERM; the process ends wi
 def serve(base: str, options: Options, log: Callable[[str], None]) -> None:
     """Serve until SIGTERM or SIGINT; running answers are finished first.
 
+    The port is taken before the base is read, which may take minutes.
+
     Args:
         base: The base; see `adapters.open_base`.
         options: How.
@@ -34,9 +37,16 @@ def serve(base: str, options: Options, log: Callable[[str], None]) -> None:
         UserError: Something the user can mend.
     """
     require_extra()
+    require_valid(options)
+    with address.bound(options.host, options.port) as sockets:
+        _serve_at(sockets, base, options, log)
+
+
+def _serve_at(
+    sockets: list[socket.socket], base: str, options: Options, log: Callable[[str], None]
+) -> None:
     import uvicorn
 
-    require_valid(options)
     registry, engine = prepare(base, options, log)
     front = Front(
         registry, engine, options.api_keys, options.admin_keys,
@@ -68,20 +78,16 @@ def serve(base: str, options: Options, log: Callable[[str], None]) -> None:
 
     app = application(front, lifespan)
     config = uvicorn.Config(
-        app, host=options.host, port=options.port, log_config=None, access_log=False,
-        timeout_graceful_shutdown=_GRACE_S, server_header=False, lifespan="on",
+        app, log_config=None, access_log=False, timeout_graceful_shutdown=_GRACE_S,
+        server_header=False, lifespan="on",
     )  # fmt: skip
     server = _listening(config, front, log)
+    address.listen(sockets, options.host, options.port)
     # uvicorn raises the signal once more when it has ended: that is no way to end a server.
     previous = {number: signal.signal(number, lambda *_: None)
               for number in (signal.SIGTERM, signal.SIGINT)}  # fmt: skip
     try:
-        server.run()
-    except SystemExit as error:  # the port is taken
-        raise UserError(
-            f"{options.host}:{options.port} cannot be listened at: another program has the port, "
-            "or the address is not this machine's; choose another --port"
-        ) from error
+        server.run(sockets)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
