@@ -117,7 +117,8 @@ def evaluation(adapters: tuple[str, ...], answer: str) -> dict[str, Any]:
         ],
         "judged": [
             {"adapter": name, "against": "base", "wins": 77, "losses": 31, "ties": 52,
-             "swapped": 41, "unclear": 3, "verdict": "better", "rate": estimate(64.375)}
+             "swapped": 41, "unclear": 3, "cut_off": 2, "verdict": "better",
+             "rate": estimate(64.375)}
             for name in adapters
         ],
         "tasks": [

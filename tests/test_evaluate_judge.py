@@ -17,6 +17,7 @@ from lighten.evaluation import judge
 from lighten.evaluation.judge import Judge, judged
 
 Opinion = Callable[[str, str], str]  # of the answers A and B, in their order
+Refusing = Callable[[dict[str, Any]], str | None]  # of a request's body: the message, or None
 
 
 class _Server:
@@ -27,6 +28,8 @@ class _Server:
         self.requests: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self.retry_after: str | None = "0"
+        self.refusing: Refusing = lambda body: None
+        self.context = 1000  # words of a reply, where no fewer are asked for
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -37,9 +40,19 @@ class _Server:
                 text = body["messages"][0]["content"]
                 first = text.split("[Answer A]\n")[1].split("\n\n[Answer B]")[0]
                 second = text.split("[Answer B]\n")[1].split("\n\nReply")[0]
+                message = server.refusing(body)
+                if message is not None:
+                    self.send_error_of(message)
+                    return
                 verdict = server.opinion(first, second)
                 ok = verdict not in ("refuse", "busy")
-                answer = {"choices": [{"message": {"content": verdict}}]}
+                room = body.get("max_completion_tokens", body.get("max_tokens", server.context))
+                words = verdict.split(" ")
+                choice = {
+                    "message": {"content": " ".join(words[:room])},
+                    "finish_reason": "length" if len(words) > room else "stop",
+                }
+                answer = {"choices": [choice]}
                 data = json.dumps(answer if ok else {"error": "no such model"}).encode()
                 if verdict.startswith("{"):
                     data = verdict.encode()
@@ -48,6 +61,13 @@ class _Server:
                     self.send_header("Retry-After", server.retry_after)
                 more = 9 if verdict == "cut off" else 0
                 self.send_header("Content-Length", str(len(data) + more))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def send_error_of(self, message: str) -> None:
+                data = json.dumps({"error": {"message": message, "code": 400}}, indent=2).encode()
+                self.send_response(400)
+                self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
                 self.wfile.write(data)
 
@@ -106,13 +126,90 @@ def test_a_judge_that_follows_the_order_has_no_opinion(server: _Server) -> None:
     ("reply", "choice"),
     [("It is a tie.", "tie"), ("A tie", "tie"), ("b", "B"), ("**A**", "A"), ("Answer B.", "B"),
      ("As a judge, I prefer B", "B"), ("I cannot say", None), ("Neither is a good one", None),
-     ("<think>\nIs Answer A right?", None), ("<think>A?</think>\n\nB", "B")],
+     ("<think>\nIs Answer A right?", None), ("<think>A?</think>\n\nB", "B"),
+     ("Is Answer A right? No.\n</think>\n\nB", "B")],
 )  # fmt: skip
 def test_a_reply_in_words_is_read_as_it_is_meant(
     reply: str, choice: str | None, server: _Server
 ) -> None:
     server.opinion = lambda *_: reply
     assert Judge(server.url, "judge").ask("?", "", "x", "y") == choice
+
+
+THOUGHTS = "<think>\nAnswer A says one thing. " + "Is it right? " * 60 + "\n</think>\n\n"
+
+
+def test_a_model_that_thinks_first_has_room_for_its_choice(server: _Server) -> None:
+    def longer(first: str, second: str) -> str:
+        return THOUGHTS + ("A" if len(first) > len(second) else "B")
+
+    server.opinion = longer
+    judgement = ask(server, ["long answer"] * 20, ["short"] * 20)
+    assert (judgement["wins"], judgement["unclear"], judgement["verdict"]) == (20, 0, "better")
+    # With less than it thinks of there is no choice: the A that it thinks of is none.
+    texts = ["?"] * 20
+    for thoughts in (THOUGHTS, THOUGHTS.removeprefix("<think>\n")):
+        server.opinion = lambda *_, begun=thoughts: begun + "B"  # type: ignore[misc]
+        judgement = judged(
+            Judge(server.url, "judge", 8), texts, texts, ["x"] * 20, ["y"] * 20, samples=9, seed=0
+        )
+        assert (judgement["unclear"], judgement["cut_off"]) == (20, 20)
+        assert judgement["verdict"] == "not judged"
+    with pytest.raises(UserError, match=r"no choice within its 8 tokens.*--judge_max_tokens"):
+        Judge(server.url, "judge", 8).check()
+    # One that never ends says its choice first.
+    server.opinion = lambda *_: "B\n\n[Request] " + "and so on " * 400
+    assert Judge(server.url, "judge", 8).ask("?", "", "x", "y") == "B"
+
+
+def test_a_judge_whose_thoughts_are_blocks_is_read(server: _Server) -> None:
+    blocks = [{"type": "thinking", "thinking": [{"type": "text", "text": "A?"}]},
+              {"type": "text", "text": "B"}]  # fmt: skip
+    server.opinion = lambda *_: json.dumps({"choices": [{"message": {"content": blocks}}]})
+    assert Judge(server.url, "judge").ask("?", "", "x", "y") == "B"
+
+
+def reasoning_of_openai(body: dict[str, Any]) -> str | None:
+    if "max_tokens" in body:
+        return "Unsupported parameter: 'max_tokens' is not supported with this model."
+    if body.get("temperature", 1) != 1:
+        return "Unsupported value: 'temperature' does not support 0 with this model."
+    return None
+
+
+def of_little_context(body: dict[str, Any]) -> str | None:
+    asked = body.get("max_tokens", body.get("max_completion_tokens", 0))
+    return f"max_tokens: {asked} are more than the context leaves" if asked > 1000 else None
+
+
+@pytest.mark.parametrize(
+    ("refusing", "wanted"),
+    [
+        (lambda body: None, {"temperature": 0, "max_tokens": 4096}),
+        (lambda body: "extra_forbidden" if "max_completion_tokens" in body else None,
+         {"temperature": 0, "max_tokens": 4096}),
+        (reasoning_of_openai, {"max_completion_tokens": 4096}),
+        (of_little_context, {"temperature": 0}),
+    ],
+    ids=["most", "Mistral's", "OpenAI's that reason", "little context"],
+)  # fmt: skip
+def test_each_server_is_asked_as_it_wants(
+    refusing: Refusing, wanted: dict[str, Any], server: _Server
+) -> None:
+    server.refusing, server.opinion = refusing, lambda *_: "A"
+    asking = Judge(server.url, "judge")
+    asking.check()
+    server.requests.clear()
+    assert asking.ask("?", "", "x", "y") == "A"
+    (request,) = server.requests  # what was learnt at first is kept
+    assert {name: request[name] for name in set(request) - {"model", "messages"}} == wanted
+
+
+def test_what_no_manner_helps_is_told_as_the_server_says_it(server: _Server) -> None:
+    server.refusing = lambda _: "The prompt does not fit the context."
+    with pytest.raises(UserError, match=r"answered 400: The prompt does not fit the context\.$"):
+        Judge(server.url, "judge").ask("?", "", "x", "y")
+    assert len(server.requests) == 3
 
 
 def test_a_key_is_sent_and_what_is_wrong_is_told(

@@ -177,6 +177,7 @@ ELSEWHERE = {
     "evaluate.extra_metrics": "test_evaluate_metrics",
     "evaluate.forgetting": "test_evaluate_general",
     "evaluate.judge": "test_evaluate_judge", "evaluate.judge_model": "test_evaluate_judge",
+    "evaluate.judge_max_tokens": "test_evaluate_judge",
     "evaluate.tasks": "test_evaluate_tasks", "evaluate.include_path": "test_evaluate_tasks",
     "evaluate.tasks_limit": "test_evaluate_tasks",
     "evaluate.tasks_chat_template": "test_evaluate_tasks",

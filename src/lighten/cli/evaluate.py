@@ -30,11 +30,13 @@ def print_evaluation(evaluation: dict[str, Any]) -> None:
         print_table(["model", "against", "metric", "difference", ""], compared)
     for judgement in evaluation["judged"]:
         rate = cell({**judgement["rate"]})
+        cut_off = judgement["cut_off"]
+        room = f", {cut_off} without room for a choice: raise --judge_max_tokens" if cut_off else ""
         console().print(
             f"judge: {judgement['adapter']} against {judgement['against']}: "
             f"{judgement['wins']} better, {judgement['losses']} worse, {judgement['ties']} ties "
-            f"({judgement['swapped']} swapped with the order, {judgement['unclear']} unclear); "
-            f"{rate} % ({judgement['verdict']})",
+            f"({judgement['swapped']} swapped with the order, {judgement['unclear']} unclear{room})"
+            f"; {rate} % ({judgement['verdict']})",
             highlight=False, markup=False,
         )  # fmt: skip
     if evaluation["tasks"]:

@@ -61,8 +61,9 @@ def evaluate_run(
     theirs = None if against is None else comparing.read(against)
     if theirs is not None:
         comparing.require_same_settings(settings, theirs)
-    if settings.judge is not None and settings.judge_model is not None:
-        Judge(settings.judge, settings.judge_model).check()
+    judge = _judge_of(settings)
+    if judge is not None:
+        judge.check()
     transformers_logging.disable_progress_bar()
     device = hardware.choose_device().value
     memory = hardware.PeakMemory(device)
@@ -128,8 +129,10 @@ def evaluate_run(
             name = comparing.name_of(against, run)
             evaluation.comparisons = comparing.compare(evaluation.to_dict(), theirs, name)
             runs.write_json(path, evaluation.to_dict())
-        if settings.judge is not None:
-            evaluation.judged = _judge_answers(evaluation.examples, results, settings, progress)
+        if judge is not None:
+            evaluation.judged = _judge_answers(
+                judge, evaluation.examples, results, settings, progress
+            )
             runs.write_json(path, evaluation.to_dict())
     except UserError as error:
         raise UserError(f"{error}; all else that was measured is in {path}") from error
@@ -155,14 +158,18 @@ def require(settings: EvaluateOptions) -> None:
         )
 
 
+def _judge_of(settings: EvaluateOptions) -> Judge | None:
+    """The judge that is asked for, if one is."""
+    if settings.judge is None or settings.judge_model is None:
+        return None
+    return Judge(settings.judge, settings.judge_model, settings.judge_max_tokens)
+
+
 def _judge_answers(
-    examples: Sequence[Mapping[str, Any]], results: Sequence[Measured],
+    judge: Judge, examples: Sequence[Mapping[str, Any]], results: Sequence[Measured],
     settings: EvaluateOptions, progress: Progress | None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """What a judge says of each adapter's answers beside the base's."""
-    assert settings.judge is not None
-    assert settings.judge_model is not None
-    judge = Judge(settings.judge, settings.judge_model)
     texts = (
         [example["prompt"] for example in examples],
         [example["reference"] for example in examples],

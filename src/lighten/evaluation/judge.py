@@ -3,6 +3,8 @@
 Any server that speaks OpenAI's chat completions can judge. A judge that changes its mind with the
 order of the answers has no opinion: that counts as a tie, and is counted.
 Source: Zheng et al., Judging LLM-as-a-Judge (arXiv 2306.05685), section 3.4 on position bias.
+
+A model that reasons thinks before it replies, so a reply has room; what it thinks is left out.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -34,30 +36,70 @@ PROMPT = (
     "[Answer B]\n{second}\n\nReply with one word alone: A, B or tie."
 )
 KEY = "OPENAI_API_KEY"
-TIMEOUT_S, TOGETHER, REPLY_TOKENS = 120.0, 4, 8
+TIMEOUT_S, TOGETHER = 600.0, 4  # a reply comes whole, when all is thought
+# Who does not reason needs a few of them; some hundreds up to some thousands are thought.
+REPLY_TOKENS = 4096
 # A server that is busy or counts requests is asked again, later and later unless it says when.
 BUSY, TRIES, WAIT_S, LONGEST_WAIT_S = (408, 429, 502, 503, 504), 6, 1.0, 60.0
-_THOUGHTS = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
+# Where the template begins the thoughts, only their end is in the reply.
+_THOUGHTS = re.compile(r"\A.*</think>|<think>.*\Z", re.DOTALL)
 # Capitals alone: "a tie" is no choice of A, and neither is an article.
 _CHOICE = re.compile(r"\b(?:a\s+)?(tie)\b|\b((?-i:[AB]))\b|^\W*([ab])\W*$", re.IGNORECASE)
+# At the beginning of a reply that never ends it was meant; "A better one" may be a thought.
+_BEGINNING = re.compile(r"\W*(?:(tie)|((?-i:[AB])))\b(?![ \t]+\w)", re.IGNORECASE)
+CUT_OFF = "cut off"
+_ROOM = re.compile(r"max_\w*tokens|context")  # what refusals of a budget name
 # An answer that is sent may be long; a judge needs no more of it.
 MOST_SIGNS = 8000
 
 
 @dataclass(frozen=True)
+class _Manner:
+    """How a server wants to be asked, which differs among those that speak OpenAI's API.
+
+    OpenAI's reasoning models refuse `max_tokens` and any temperature but their own; Mistral refuses
+    `max_completion_tokens`; vLLM and ours refuse more tokens than the context has room for, and
+    take what there is where none are named.
+    """
+
+    budget: str | None = "max_tokens"
+    greedy: bool = True
+
+    def fields(self, tokens: int) -> dict[str, Any]:
+        """Of a request's body."""
+        fields: dict[str, Any] = {"temperature": 0} if self.greedy else {}
+        return fields if self.budget is None else {**fields, self.budget: tokens}
+
+    def after(self, refusal: str) -> _Manner | None:
+        """Another one, where a refusal blames this one; None: it blames something else."""
+        if self.greedy and "temperature" in refusal:
+            return replace(self, greedy=False)
+        if self.budget is not None and _ROOM.search(refusal):
+            first = self.budget == "max_tokens"
+            return replace(self, budget="max_completion_tokens" if first else None)
+        return None
+
+
+_MANNER = _Manner()
+
+
+@dataclass
 class Judge:
     """Who judges.
 
     Attributes:
         url: Of the API, such as `http://127.0.0.1:8000/v1`.
         model: Its name there.
+        reply_tokens: Of a reply at most, with what is thought before it.
     """
 
     url: str
     model: str
+    reply_tokens: int = REPLY_TOKENS
+    _manner: _Manner = field(default=_MANNER, repr=False)
 
     def ask(self, question: str, reference: str, first: str, second: str) -> str | None:
-        """`A`, `B` or `tie`; None for a reply that is none of them.
+        """`A`, `B` or `tie`; `CUT_OFF` where a reply had no room for one; None where it is none.
 
         Raises:
             UserError: The server cannot be reached, or refuses.
@@ -65,10 +107,14 @@ class Judge:
         parts = (question, reference, first, second)
         names = ("question", "reference", "first", "second")
         text = PROMPT.format(**{k: v[:MOST_SIGNS] for k, v in zip(names, parts, strict=True)})
-        reply = self._reply(text)
-        choice = _CHOICE.search(_THOUGHTS.sub("", reply))
+        reply, ended = self._reply(text)
+        thought = _THOUGHTS.sub("", reply)
+        if not ended and "</think>" not in reply:
+            choice = _BEGINNING.match(thought)
+        else:
+            choice = _CHOICE.search(thought)
         if choice is None:
-            return None
+            return None if ended else CUT_OFF
         word = choice[choice.lastindex or 0].lower()
         return word if word == "tie" else word.upper()
 
@@ -76,34 +122,73 @@ class Judge:
         """Ask it something, before anything is measured that it is to judge.
 
         Raises:
-            UserError: The server cannot be reached, or refuses.
+            UserError: The server cannot be reached or refuses, or its reply found no room.
         """
-        self.ask("Which number is larger, 1 or 2?", "2", "2", "1")
+        if self.ask("Which number is larger, 1 or 2?", "2", "2", "1") == CUT_OFF:
+            raise UserError(
+                f"judge: {self.model} came to no choice within its {self.reply_tokens} tokens, or "
+                "within its context; raise --judge_max_tokens"
+            )
 
-    def _reply(self, text: str) -> str:
+    def _reply(self, text: str) -> tuple[str, bool]:
+        """What it says, and whether it had said all."""
+        manner = self._manner
+        while True:
+            try:
+                completion = self._completion(text, manner)
+                break
+            except _Refusal as refusal:
+                another = manner.after(refusal.said) if refusal.code in (400, 422) else None
+                if another is None:
+                    raise
+                manner = another
+        self._manner = manner  # of all later requests
+        try:
+            choice = completion["choices"][0]
+            content = choice["message"]["content"] or ""
+            if isinstance(content, list):  # Mistral's: blocks of thoughts and of text
+                content = "".join(part["text"] for part in content if part["type"] == "text")
+            return str(content), choice.get("finish_reason") != "length"
+        except (LookupError, TypeError, AttributeError) as error:
+            raise UserError(f"judge: {self._address} gave no chat completion") from error
+
+    @property
+    def _address(self) -> str:
+        return f"{self.url.rstrip('/')}/chat/completions"
+
+    def _completion(self, text: str, manner: _Manner) -> Any:
+        """The answer to one request, as JSON."""
         body = {
             "model": self.model, "messages": [{"role": "user", "content": text}],
-            "temperature": 0, "max_tokens": REPLY_TOKENS,
+            **manner.fields(self.reply_tokens),
         }  # fmt: skip
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get(KEY):
             headers["Authorization"] = f"Bearer {key}"
-        address = f"{self.url.rstrip('/')}/chat/completions"
+        address = self._address
         if not address.startswith(("http://", "https://")):
             raise UserError(f"judge: {self.url} is no address; write http://127.0.0.1:8000/v1")
         try:
             request = urllib.request.Request(address, json.dumps(body).encode(), headers)
-            completion = json.loads(_sent(request))
-            return str(completion["choices"][0]["message"]["content"] or "")
+            return json.loads(_sent(request))
         except urllib.error.HTTPError as error:
-            raise UserError(f"judge: {address} answered {error.code}{_why(error)}") from error
+            raise _Refusal(address, error.code, _said(error)) from error
         except http.client.InvalidURL as error:
             raise UserError(f"judge: {self.url} is no address: {error}") from error
         except (OSError, http.client.HTTPException) as error:
             why = getattr(error, "reason", error)
             raise UserError(f"judge: {address} cannot be reached: {why}") from error
-        except (ValueError, LookupError, TypeError) as error:
+        except ValueError as error:
             raise UserError(f"judge: {address} gave no chat completion") from error
+
+
+class _Refusal(UserError):
+    """A server refuses a request."""
+
+    def __init__(self, address: str, code: int, said: str) -> None:
+        why = f": {said[:200]}" if said else ""
+        super().__init__(f"judge: {address} answered {code}{why}")
+        self.code, self.said = code, said
 
 
 def _sent(request: urllib.request.Request) -> bytes:
@@ -131,13 +216,18 @@ def _wait_s(asked: str | None, trial: int) -> float:
     return min(wait, LONGEST_WAIT_S)
 
 
-def _why(error: urllib.error.HTTPError) -> str:
-    """The first line of what a server says of its refusal."""
+def _said(error: urllib.error.HTTPError) -> str:
+    """What a server says of its refusal: the message of its JSON, or all of it, in one line."""
     try:
-        lines = error.read().decode(errors="replace").strip().splitlines()
+        text = error.read().decode(errors="replace")
     except (OSError, http.client.HTTPException):
         return ""
-    return f": {lines[0][:200]}" if lines else ""
+    try:
+        body = json.loads(text)
+        text = str(body["error"]["message"])
+    except (ValueError, LookupError, TypeError):
+        pass
+    return " ".join(text.split())
 
 
 def judged(
@@ -165,9 +255,9 @@ def judged(
 
     Returns:
         `wins`, `losses`, `ties`; of the ties, `swapped` (another answer was preferred when their
-        order was) and `unclear` (a reply was no choice); `rate`, wins and half of the ties in
-        per cent, with its interval, and a `verdict` against 50; `not judged` where no reply was
-        a choice.
+        order was) and `unclear` (a reply was no choice), of which `cut_off` (it had no room for
+        one); `rate`, wins and half of the ties in per cent, with its interval, and a `verdict`
+        against 50; `not judged` where no reply was a choice.
 
     Raises:
         UserError: The server cannot be reached, or refuses.
@@ -191,13 +281,14 @@ def judged(
                 progress(done, count)
     wins = sum(outcome == ("A", "B") for outcome in outcomes)
     losses = sum(outcome == ("B", "A") for outcome in outcomes)
-    unclear = sum(None in outcome for outcome in outcomes)
+    cut_off = sum(CUT_OFF in outcome for outcome in outcomes)
+    unclear = sum(None in outcome or CUT_OFF in outcome for outcome in outcomes)
     swapped = sum(outcome in (("A", "A"), ("B", "B")) for outcome in outcomes)
     sent = sum(first.strip() != second.strip() for _, _, first, second in pairs)
     estimate = Resamples(count, samples, seed).estimate(_statistics(outcomes), percent)
     return {
         "wins": wins, "losses": losses, "ties": count - wins - losses,
-        "swapped": swapped, "unclear": unclear, "rate": estimate.to_dict(),
+        "swapped": swapped, "unclear": unclear, "cut_off": cut_off, "rate": estimate.to_dict(),
         "verdict": "not judged" if 0 < sent == unclear else
                    _verdict(estimate.low, estimate.high, count),
     }  # fmt: skip

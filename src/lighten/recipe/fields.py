@@ -69,6 +69,9 @@ class EvaluateOptions(Section):
         "base's: http://127.0.0.1:8000/v1 (its key: OPENAI_API_KEY)",
     )
     judge_model: str | None = Field(None, description="the judge's name there")
+    judge_max_tokens: Positive = Field(
+        4096, description="tokens of a judge's reply at most, with what it thinks before it"
+    )
     tasks: list[str] = Field(
         [], description="tasks of lm-eval: names, or those of include_path (extra: lm-eval)"
     )
