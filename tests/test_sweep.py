@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import signal
 import time
@@ -14,6 +15,7 @@ import torch
 
 import lighten
 from lighten.engine import workers
+from lighten.engine.validation_loss import ValidationLoss
 from lighten.errors import UserError
 from lighten.evaluation import together
 from lighten.evaluation.partial_results import PartialResults
@@ -21,7 +23,7 @@ from lighten.generation import kernels
 from lighten.reporting import charts
 from lighten.runs import Run
 from lighten.sweeps.arms import expand, group_arms
-from lighten.sweeps.budget import Speed, keep, longest
+from lighten.sweeps.budget import Halving, Speed, keep, longest
 from lighten.sweeps.result import SweepResult
 from tests import processes
 from tests.processes import Forked
@@ -179,6 +181,30 @@ def test_an_arm_that_diverges_leaves_and_the_others_go_on(
     )
 
 
+def test_an_arm_that_overflows_in_its_last_step_has_no_loss_and_the_page_stands(
+    settings: dict[str, Any],
+) -> None:
+    result = sweep(
+        {**settings, "max_steps": 1, "eval_steps": 1, "save_steps": 1}, learning_rate=[1e-2, 1e30],
+        lora_r=2, metric="loss", max_grad_norm=None, reference=["base"],
+    )  # fmt: skip
+    good, bad = result.arms[:2]
+    assert (good["status"], bad["status"]) == ("finished", "finished")
+    assert result.recommended != bad["name"]
+    (sentence,) = [text for text in result.data["recommendation"]["reasons"] if bad["name"] in text]
+    assert sentence.startswith(f"The held-out loss of {bad['name']} is not a number")
+    read = SweepResult.read(result.folder)
+    assert next(arm for arm in read.arms if arm["name"] == bad["name"])["loss"]["value"] is None
+    page = (result.folder / "report.html").read_text(encoding="utf-8")
+    assert ">loss is not a number<" in page
+    # Taken up again, it is read as it was written.
+    resumed = sweep(
+        {**settings, "max_steps": 1, "eval_steps": 1, "save_steps": 1}, learning_rate=[1e-2, 1e30],
+        lora_r=2, metric="loss", max_grad_norm=None, reference=["base"], resume=True,
+    )  # fmt: skip
+    assert resumed.data["recommendation"] == result.data["recommendation"]
+
+
 def test_each_rank_gets_its_own_rate_first(settings: dict[str, Any]) -> None:
     result = sweep(
         {**settings, "max_steps": 16}, lora_r=[2, 8], learning_rate=[1e-6, 1e-2], seed=[0, 1],
@@ -206,6 +232,13 @@ def test_halving_keeps_all_that_fit_and_drops_no_more_than_it_must() -> None:
     assert set(arm_counts) >= {1, 2, 4, 8}
     # Eight arms for a rung, four for one, two for one, one for the rest, and all are measured.
     assert keep(8, 14 * 11 + 70 + 7 + 8 * 5, 100, 10, SPEED) == 8
+
+
+def test_an_arm_whose_loss_is_not_a_number_leaves_first(tmp_path: Path) -> None:
+    losses = {name: ValidationLoss((value,), (1,))
+              for name, value in (("broken", math.nan), ("worse", 2.0), ("good", 1.0))}  # fmt: skip
+    pruner = Halving(tmp_path, 100, 10, lambda: 60.0, SPEED)  # for one arm of the three
+    assert set(pruner.leaving(50, losses, list(losses))) == {"broken", "worse"}
 
 
 def test_the_longest_run_that_fits_is_planned() -> None:

@@ -80,16 +80,15 @@ def _tiles(data: Mapping[str, Any], metric: str) -> list[dict[str, str]]:
     name = str((data.get("recommendation") or {}).get("arm"))
     tiles = [{"label": "Arms", "value": str(len([a for a in arms.values() if not a["reference"]])),
               "note": f"in {text.duration(data.get('spent_s'))}"}]  # fmt: skip
-    if name not in arms:
+    if name not in arms or not sweep_table.has_loss(arms[name]):
         return tiles
     arm, base = arms[name], arms.get("base", {})
-    before = base.get("loss")
     tiles = [
         {"label": "Take", "value": name,
          "note": f"learning rate {arm['sets']['learning_rate']:g}"
          if "learning_rate" in arm["sets"] else ""},
         {"label": "Held-out loss", "value": f"{arm['loss']['value']:.3f}",
-         "note": f"base {before['value']:.3f}" if before else ""},
+         "note": f"base {base['loss']['value']:.3f}" if sweep_table.has_loss(base) else ""},
         *tiles,
     ]  # fmt: skip
     estimate = arm.get("metrics", {}).get(metric)
@@ -144,7 +143,7 @@ def _scatter(
     points = [
         Point(arm["name"], arm[key] / unit, arm["loss"]["value"], arm["loss"]["se"], place)
         for place, arm in enumerate(arms)
-        if arm.get(key) and "loss" in arm
+        if arm.get(key) and sweep_table.has_loss(arm)
     ]
     return scatter_chart(
         points, title=title, x_label=x_label, y_label="held-out loss, nats per token"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -136,12 +137,24 @@ def remark(arm: Mapping[str, Any], data: Mapping[str, Any]) -> str:
         return "reference"
     if arm["status"] == "left":
         return f"left after step {arm['steps']}"
+    if "loss" in arm and not has_loss(arm):
+        return "loss is not a number"
     return "" if arm["status"] == "finished" else str(arm["status"])
+
+
+def has_loss(arm: Mapping[str, Any]) -> bool:
+    """Whether an arm has a held-out loss that is a number."""
+    return _is_number(arm.get("loss"))
+
+
+def _is_number(estimate: Mapping[str, Any] | None) -> bool:
+    value = None if estimate is None else estimate.get("value")
+    return value is not None and math.isfinite(value)
 
 
 def with_error(estimate: Mapping[str, Any] | None, decimals: int) -> str:
     """A value with its standard error."""
-    if estimate is None or estimate.get("value") is None:
+    if estimate is None or not _is_number(estimate):
         return "–"
     error = estimate.get("se")
     text = f"{estimate['value']:.{decimals}f}"
@@ -164,7 +177,7 @@ def against_full(data: Mapping[str, Any], metric: str) -> str | None:
     arms = {arm["name"]: arm for arm in data.get("arms", [])}
     full = arms.get("full")
     name = data.get("recommendation", {}).get("arm")
-    if full is None or name not in arms or "loss" not in full:
+    if full is None or name not in arms or not (has_loss(full) and has_loss(arms[name])):
         return None
     arm = arms[name]
     parts = []

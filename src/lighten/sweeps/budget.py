@@ -7,6 +7,7 @@ all of them can be trained to the end, and no more of them than that.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -137,7 +138,8 @@ class Halving:
         if not losses or step < FIRST_RUNG * self._total:
             return ()
         kept_count = keep(len(active), left_s, self._total - step, self._rung, speed)
-        ranked = sorted(active, key=lambda name: losses[name].loss)
+        # What is not a number is in no order with others.
+        ranked = sorted(active, key=lambda name: (math.isnan(losses[name].loss), losses[name].loss))
         for name in ranked[kept_count:]:
             self._say(
                 step, name,

@@ -7,6 +7,7 @@ examples where the data has some, so that what is reported did not choose.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -69,7 +70,15 @@ class Measurement:
         path = _path(folder, name)
         if not path.is_file():
             return None
-        return cls(**json.loads(path.read_text(encoding="utf-8")))
+        measurement = cls(**json.loads(path.read_text(encoding="utf-8")))
+        # JSON has null for what is not a number.
+        measurement.nll = [math.nan if value is None else value for value in measurement.nll]
+        return measurement
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether its loss is a number: weights that overflow have none."""
+        return all(map(math.isfinite, self.nll))
 
     def loss(self, draws: Resamples) -> Estimate:
         """Nats per token on the choosing examples."""

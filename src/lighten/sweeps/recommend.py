@@ -155,6 +155,7 @@ def recommend(
     *,
     base: Array | None = None,
     left_out: Sequence[str] = (),
+    broken: Sequence[str] = (),
     samples: int = 1000,
     seed: int = 0,
 ) -> Recommendation:
@@ -165,11 +166,13 @@ def recommend(
         tokens: [E] supervised tokens of each example, the same for all.
         base: [E] the untouched base's, like `Candidate.nll`.
         left_out: What was tried and not trained to the end.
+        broken: What was trained to the end and has a loss that is not a number.
         samples: Resamples.
         seed: Of the resampling.
     """
     if not candidates:
-        return Recommendation(None, None, "too few examples", ["Nothing was trained to the end."])
+        reasons = _broken(broken) or ["Nothing was trained to the end."]
+        return Recommendation(None, None, "too few examples", reasons)
     ordered = sorted(
         candidates, key=lambda candidate: (candidate.size_bytes, candidate.nll.mean(0).sum())
     )
@@ -203,9 +206,20 @@ def recommend(
             f"{_listed(left_out)} did not train to the end, so nothing is said about "
             f"{'it' if len(left_out) == 1 else 'them'}."
         )
+    reasons += _broken(broken)
     none = few or verdict == "no better than the base"
     name = None if none else ordered[chosen].name
     return Recommendation(name, ordered[best].name, verdict, reasons, comparisons, resolution)
+
+
+def _broken(names: Sequence[str]) -> list[str]:
+    """A sentence about arms whose numbers overflow."""
+    if not names:
+        return []
+    return [
+        f"The held-out loss of {_listed(names)} is not a number: what was trained there is of no "
+        "use; lower the learning rate."
+    ]
 
 
 def after_training(recommendation: Recommendation, share: float, steps: int) -> Recommendation:

@@ -94,7 +94,7 @@ def collect(folder: Path, recipe: Recipe, groups: Sequence[Group]) -> dict[str, 
             _add_measured(row, measurement, recipe.sweep.metric, settings.bootstrap_samples)
     _add_differences(rows, measured, recipe)
     notes = dict.fromkeys(note for measurement in measured.values() for note in measurement.notes)
-    finished = _comparable(rows)
+    finished = _comparable(rows, measured)
     recommendation, arms_of = _recommended(rows, finished, measured, recipe)
     return {
         "arms": rows,
@@ -238,9 +238,14 @@ def _add_differences(
             }  # fmt: skip
 
 
-def _comparable(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _comparable(
+    rows: Sequence[dict[str, Any]], measured: Mapping[str, Measurement]
+) -> list[dict[str, Any]]:
     """Arms that trained to their end; where none did, those that were cut short together."""
-    arms = [row for row in rows if row["reference"] is None and "loss" in row]
+    arms = [
+        row for row in rows
+        if row["reference"] is None and row["name"] in measured and measured[row["name"]].has_loss
+    ]  # fmt: skip
     ended = [row for row in arms if row["status"] != "left"]
     if ended:
         return ended
@@ -284,11 +289,14 @@ def _recommended(
         for name, seed_rows in complete.items()
     ]
     tried = [row["name"] for row in rows if row["reference"] is None]
+    broken = [name for name in tried if name in measured and not measured[name].has_loss]
+    base = measured.get(BASE)
     recommendation = recommend(
         candidates,
         np.asarray(counts[0] if counts else [], float),
-        base=np.asarray(measured[BASE].nll) if BASE in measured else None,
-        left_out=[name for name in tried if name not in used],
+        base=np.asarray(base.nll) if base is not None and base.has_loss else None,
+        left_out=[name for name in tried if name not in {*used, *broken}],
+        broken=broken,
         samples=recipe.evaluate.bootstrap_samples,
         seed=recipe.evaluate.seed,
     )

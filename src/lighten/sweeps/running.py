@@ -258,7 +258,8 @@ class Sweep:
             ).to_dict()
             for group in groups
             for arm in group.arms
-            if Measurement.read(self.folder, arm.name) is not None and arm.name != FULL
+            if (measurement := Measurement.read(self.folder, arm.name)) is not None
+            and measurement.has_loss and arm.name != FULL
         }  # fmt: skip
 
     def _collect(self, groups: Sequence[Group]) -> None:
