@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -105,6 +108,50 @@ def test_a_receipts_own_files_are_looked_at_for_room_first(
         api.export(str(tmp_path / "adapter"), "gguf-adapter", output_dir=tmp_path / "new")
     assert not (tmp_path / "new").exists()
     assert not list(tmp_path.glob(".*"))
+
+
+@contextmanager
+def only_read(folder: Path) -> Iterator[None]:
+    """A folder that this thread cannot write to, root's neither.
+
+    What lets root write everywhere is taken from the thread for as long (capabilities(7)).
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, this thread
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; twice
+    assert libc.capget(header, sets) == 0
+    effective, mode = sets[0], folder.stat().st_mode
+    sets[0] = effective & ~(1 << 1)  # CAP_DAC_OVERRIDE
+    assert libc.capset(header, sets) == 0
+    folder.chmod(0o555)
+    try:
+        yield
+    finally:
+        folder.chmod(mode)
+        sets[0] = effective
+        assert libc.capset(header, sets) == 0
+
+
+@pytest.mark.parametrize("form", ["merged", "gguf-adapter"])
+def test_what_can_only_be_read_is_compared_and_its_receipt_not_stored(
+    form: str, tmp_path: Path
+) -> None:
+    base = save_tiny(tmp_path / "base")
+    adapter_on(base, tmp_path / "adapter")
+    mounted = tmp_path / "mounted"
+    export = api.export(tmp_path / "adapter", form, output_dir=mounted / "out", verify=False)
+    before = sorted(tmp_path.rglob("*"))
+    lines: list[str] = []
+    with only_read(mounted), only_read(export.folder):
+        with pytest.raises(PermissionError):  # so it is for anything written here
+            (export.folder / "probe").touch()
+        receipt = api.verify(export.folder, tmp_path / "adapter", log=lines.append)
+    assert receipt.passed
+    assert lines == [f"{export.folder} cannot be written to: the receipt is shown and not stored"]
+    assert sorted(tmp_path.rglob("*")) == before
+    assert api.verify(export.folder, tmp_path / "adapter", log=lines.append) == receipt
+    assert (export.folder / "receipt.json").is_file()
+    assert len(lines) == 1
 
 
 def test_the_current_folder_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

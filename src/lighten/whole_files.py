@@ -113,19 +113,38 @@ def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
     It goes at the end. Of a process that was killed, it goes with the next one that writes there.
 
     Args:
-        parent: Where; it is there.
+        parent: Where; made if it is not there.
         name: What is in it.
+
+    Raises:
+        UserError: Nothing can be written there.
     """
-    with _alone_in(parent):
-        _remove_unfinished(parent)
-        place = tempfile.TemporaryDirectory(dir=parent, prefix=f".{name}-", suffix=".partial")
-        held = _hold(Path(place.name))
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        with _alone_in(parent):
+            _remove_unfinished(parent)
+            place = tempfile.TemporaryDirectory(dir=parent, prefix=f".{name}-", suffix=".partial")
+            held = _hold(Path(place.name))
+    except OSError as error:
+        raise cannot_write(error, parent) from error
     try:
         with place:
             yield Path(place.name)
     finally:
         if held is not None:
             os.close(held)
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether files can be written in a folder.
+
+    It is tried: rights alone do not say it of a disk that is mounted to be read.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def remove_unfinished(parent: Path) -> None:

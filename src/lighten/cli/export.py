@@ -111,7 +111,9 @@ def verify(
     """Compare an artefact's answers with those of what it was made from: the receipt."""
     from lighten import api
 
-    receipt = api.verify(artefact, against, adapter=adapter)
+    receipt = api.verify(
+        artefact, against, adapter=adapter, log=lambda line: typer.echo(line, err=True)
+    )
     if as_json:
         print_json(receipt.to_dict())
     _tell_receipt(receipt, quiet=as_json)

@@ -200,7 +200,6 @@ def _room_for_rounded(target: Path, *, kept: bool) -> Iterator[Path | None]:
     if not kept:
         yield None
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
     with scratch_folder(target.parent, "rounded") as scratch:
         yield scratch / ROUNDED
 

@@ -145,7 +145,6 @@ def model_folder(
     if artefact.adapter is None:
         yield artefact.base_folder
         return
-    sibling.parent.mkdir(parents=True, exist_ok=True)
     with scratch_folder(sibling.parent, "merged") as scratch:
         folder = scratch / "model"
         merged(artefact, folder, dtype, dequantized)

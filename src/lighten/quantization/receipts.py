@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from lighten.quantization.room import require_receipt_room
 from lighten.quantization.rounding import rounding_of
 from lighten.quantization.runtime_loss import runtime_loss
 from lighten.quantization.verify import Receipt
-from lighten.whole_files import scratch_folder
+from lighten.whole_files import is_writable, scratch_folder
 
 
 def receipt_of(
@@ -67,8 +68,7 @@ def receipt_of(
             )
     from lighten.quantization.gguf_model import write_gguf
 
-    require_receipt_room(artefact, form, target.parent)
-    with scratch_folder(target.parent, "base") as scratch:
+    with _scratch(target.parent, "base") as scratch:
         base = scratch / "base.gguf"
         write_gguf(artefact.base_folder, base, "f32")
         with verify.in_llamacpp(base, file) as opened:
@@ -91,7 +91,7 @@ def _of_program(
     # Of other data than there are now the rounding cannot be computed again.
     reproducible = manifest.is_file() and read_json(manifest).get("rounding") == record
     if reproducible and rounded is None:
-        require_receipt_room(artefact, "executorch", file.parent)
+        require_receipt_room(artefact, "executorch", _place(file.parent))
     with executorch.running(file, source.tokenizer) as program:
         receipt = verify.compare(
             source, program, questions, artefact=file.name, kind="executorch",
@@ -123,7 +123,7 @@ def _rounded_weights(
     if rounded is not None:
         yield rounded
         return
-    with scratch_folder(file.parent, "rounded") as scratch:
+    with _scratch(file.parent, "rounded") as scratch:
         weights = scratch / ROUNDED
         with model_folder(
             artefact, scratch / "model", dequantized=dequantized, dtype="float32"
@@ -132,12 +132,31 @@ def _rounded_weights(
         yield weights
 
 
-def verify_artefact(path: Path, against: Artefact) -> Receipt:
+def _place(folder: Path) -> Path:
+    """Where a receipt's own files are written: there, or among the system's temporary ones."""
+    return folder if is_writable(folder) else Path(tempfile.gettempdir())
+
+
+@contextmanager
+def _scratch(folder: Path, name: str) -> Iterator[Path]:
+    """A folder for a receipt's own files, see `_place`."""
+    if is_writable(folder):
+        with scratch_folder(folder, name) as scratch:
+            yield scratch
+    else:
+        with tempfile.TemporaryDirectory(prefix="lighten-") as temporary:
+            yield Path(temporary)
+
+
+def verify_artefact(
+    path: Path, against: Artefact, log: Callable[[str], None] = lambda _: None
+) -> Receipt:
     """The receipt of files that are there already; it is stored beside them.
 
     Args:
         path: An export's folder, a GGUF file, or an ExecuTorch program.
         against: What it was made from.
+        log: Told at first where the receipt cannot be stored, as on a disk that is only read.
 
     Raises:
         UserError: It is nothing that can be compared.
@@ -146,6 +165,9 @@ def verify_artefact(path: Path, against: Artefact) -> Receipt:
     if not path.exists():
         raise UserError(f"{path} does not exist; name an export's folder or its file")
     folder = path if path.is_dir() else path.parent
+    is_stored = is_writable(folder)
+    if not is_stored:
+        log(f"{folder} cannot be written to: the receipt is shown and not stored")
     pattern, dequantized = f"*{executorch.SUFFIX}", _is_dequantized(against, folder)
     programs = [path] if path.suffix == executorch.SUFFIX else sorted(path.glob(pattern))
     files = [path] if path.is_file() else sorted(path.glob("*.gguf"))
@@ -159,6 +181,7 @@ def verify_artefact(path: Path, against: Artefact) -> Receipt:
 
         facts = read_header(files[0]).settings
         if facts.get("general.type") == "adapter":
+            require_receipt_room(against, "gguf-adapter", _place(folder.parent))
             receipt = receipt_of(against, folder, "gguf-adapter", "f16")
         else:
             kind = _gguf_type(facts, files[0])
@@ -176,7 +199,8 @@ def verify_artefact(path: Path, against: Artefact) -> Receipt:
         raise UserError(
             f"{path} is no GGUF file, no program and no folder with a model or an adapter"
         )
-    verify.write_receipt(receipt, folder)
+    if is_stored:
+        verify.write_receipt(receipt, folder)
     return receipt
 
 

@@ -25,7 +25,7 @@ from lighten.quantization.model_source import (
 from lighten.quantization.room import require_room
 from lighten.quantization.targets import DYNAMIC, Target, parse, require_tools
 from lighten.runs import QUANTIZE, Run
-from lighten.whole_files import as_written, cannot_write, scratch_folder, whole_folder, write_json
+from lighten.whole_files import as_written, scratch_folder, whole_folder, write_json
 from lighten.wording import counted
 
 REFERENCE = "bfloat16"
@@ -145,10 +145,6 @@ def quantize(
 @contextmanager
 def _scratch(root: Path) -> Iterator[Path]:
     """A folder beside the formats: what a killed command leaves there goes with the next one."""
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(error, root) from error
     try:
         with scratch_folder(root, "quantize") as scratch:
             yield scratch

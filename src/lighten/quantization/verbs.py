@@ -62,6 +62,7 @@ def verify(
     against: Run | str | os.PathLike[str],
     *,
     adapter: str | None = None,
+    log: Callable[[str], None] = lambda _: None,
 ) -> Receipt:
     """Compare an artefact's answers with those of what it was made from, and store the receipt.
 
@@ -69,6 +70,7 @@ def verify(
         artefact: An export's folder, a GGUF file, or an ExecuTorch program.
         against: A run, an adapter's folder, a model's folder or a base's name.
         adapter: Of a run with several, whose.
+        log: Told at first where the receipt cannot be stored.
 
     Raises:
         UserError: Something the user can mend.
@@ -78,7 +80,7 @@ def verify(
     from lighten.streams import library_bars
 
     with library_bars():
-        return verify_artefact(Path(artefact), open_source(against, adapter=adapter))
+        return verify_artefact(Path(artefact), open_source(against, adapter=adapter), log)
 
 
 def push(
