@@ -122,10 +122,14 @@ def require_name(name: str) -> None:
 def open_adapter(name: str, folder: Path, base: Base) -> Model:
     """Read an adapter: how it is asked, and a fingerprint of what it is.
 
+    Args:
+        name: What clients call it; see `require_name`.
+        folder: Where it is.
+        base: What it is an adapter of.
+
     Raises:
         UserError: It is no adapter, or one of another base.
     """
-    require_name(name)
     read_config(folder)
     key = fingerprint(folder)
     run = run_of_adapter(folder)

@@ -39,17 +39,14 @@ class Registry:
         if len(folders) > self._most:
             raise UserError(f"{len(folders)} adapters are more than --max-cpu-loras {self._most}")
         for name, folder in folders.items():
-            self.models[name] = self._read(name, folder)
+            self._require_free(name)
+            self.models[name] = adapters.open_adapter(name, folder, self.base)
             self._in_use.add(self.models[name])
 
     def _require_free(self, name: str) -> None:
         if name == self.name:
             raise UserError(f"{name!r} is the base's name; give the adapter another one")
         adapters.require_name(name)
-
-    def _read(self, name: str, folder: Path) -> Model:
-        self._require_free(name)
-        return adapters.open_adapter(name, folder, self.base)
 
     @property
     def vocabulary(self) -> int:
@@ -99,7 +96,7 @@ class Registry:
                 raise Refused(409, f"there are {self._most} adapters already, which is the limit "
                               "(--max-cpu-loras); unload one first", "lora_name")  # fmt: skip
             try:
-                model = await asyncio.to_thread(self._read, name, folder)
+                model = await asyncio.to_thread(adapters.open_adapter, name, folder, self.base)
             except UserError as error:
                 raise Refused(400, str(error), "lora_path") from error
             if previous is not None and previous.adapter == model.adapter:
