@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "dialogue": {"streams"},
     "folders": {"locks", "whole_files"},
     "recipe": {"paths", "peft_config"},
-    "models": {"cpu", "gguf_names", "machine", "streams"},
+    "models": {"cpu", "gguf_names", "machine", "safetensors_header", "streams"},
     "runs": {"folders", "locks", "recipe", "whole_files"},
     "artifacts": {"models", "peft_config", "runs"},
     "parallel": {

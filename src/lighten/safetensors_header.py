@@ -6,6 +6,7 @@ Source: github.com/huggingface/safetensors#format.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,19 @@ def index_of(folder: Path) -> Path | None:
     """
     index = folder / INDEX
     return index if index.is_file() and not (folder / WHOLE).is_file() else None
+
+
+def write_index(folder: Path, files: Mapping[str, str], metadata: Mapping[str, Any]) -> None:
+    """Write the index of a model that several files hold, as transformers does.
+
+    Args:
+        folder: The model's.
+        files: The file of each weight.
+        metadata: `total_size`, the bytes of all weights, and what else is known of them.
+    """
+    index = {"metadata": dict(metadata), "weight_map": dict(files)}
+    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+    (folder / INDEX).write_text(text, encoding="utf-8")
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from lighten.models import links
 from lighten.models.configuration import FAULTS, build_empty, reason
 from lighten.models.gguf_config import config_of, refused
 from lighten.models.gguf_header import Header, read_header
+from lighten.safetensors_header import WHOLE, write_index
 
 log = logging.getLogger(__name__)
 # Raised when what a conversion writes changes, so that an old copy is not taken for it.
@@ -257,16 +258,14 @@ def _index(folder: Path, places: dict[str, str], total_bytes: int) -> None:
     """Name the shards as `save_pretrained` does: one is the whole, several have an index."""
     shards = list(dict.fromkeys(places.values()))
     if len(shards) == 1:
-        (folder / shards[0]).rename(folder / "model.safetensors")
+        (folder / shards[0]).rename(folder / WHOLE)
         return
     names = {}
     for number, shard in enumerate(shards, 1):
         names[shard] = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         (folder / shard).rename(folder / names[shard])
     weight_map = {weight: names[shard] for weight, shard in places.items()}
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    file = folder / "model.safetensors.index.json"
-    file.write_text(json.dumps(index, indent=2), encoding="utf-8")
+    write_index(folder, weight_map, {"total_size": total_bytes})
 
 
 def _weights(header: Header, config: Any) -> Iterator[tuple[str, Tensor]]:

@@ -44,6 +44,7 @@ from lighten.quantization.merge_update import (
 )
 from lighten.quantization.rounding import Rounding
 from lighten.runs import whole_folder
+from lighten.safetensors_header import WHOLE, write_index
 from lighten.wording import with_article
 
 _FLOATS = ("F32", "F16", "BF16", "F64")
@@ -181,9 +182,7 @@ class _Plan:
             places = {
                 entry.name: name for name, entries in self._files.items() for entry in entries
             }
-            index = {"metadata": {"total_size": self.nbytes}, "weight_map": places}
-            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-            (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+            write_index(folder, places, {"total_size": self.nbytes})
         self.write_config(folder)
 
     def shapes(self) -> dict[str, Weight]:
@@ -361,7 +360,7 @@ def _file_names(weights: dict[str, Weight]) -> dict[Path, str]:
     """Names of the merged model's files, one for each of the base's."""
     files = sorted({weight.file for weight in weights.values()})
     if len(files) == 1:
-        return {files[0]: "model.safetensors"}
+        return {files[0]: WHOLE}
     return {
         file: f"model-{number:05d}-of-{len(files):05d}.safetensors"
         for number, file in enumerate(files, 1)

@@ -8,7 +8,6 @@ weight whole at a time, or those of a layer where they are made of each other.
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,12 +19,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from lighten import safetensors_stream
 from lighten.adapters import dtensors
 from lighten.errors import UserError
-from lighten.safetensors_header import read_header
+from lighten.safetensors_header import read_header, write_index
 from lighten.safetensors_stream import KINDS
 
 _PATTERN = "model{suffix}.safetensors"
@@ -94,12 +92,8 @@ class SpreadModel:
         for file, names in self._files():
             safetensors_stream.write(folder / file, [self._entry(name) for name in names])
         if self._split.is_sharded:
-            index = {
-                "metadata": {"total_parameters": model.num_parameters(), **self._split.metadata},
-                "weight_map": self._split.tensor_to_filename,
-            }
-            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-            (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(text, encoding="utf-8")
+            facts = {"total_parameters": model.num_parameters(), **self._split.metadata}
+            write_index(folder, self._split.tensor_to_filename, facts)
         self._verify(folder)
 
     def take_part(self) -> None:
