@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ from lighten.parallel.spawn import free_port
 from lighten.runs import Run
 from lighten.training import checkpoints
 from tests import processes
+from tests.cut_runs import cut_short
 from tests.processes import Forked
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -101,14 +101,9 @@ def test_traps_3_38_41_two_ranks_end_and_go_on_as_one_process(
     # Its beginning goes on as one process: the steps are those it began with, also where it was
     # killed before its first checkpoint.
     for count in (1, 0):
-        folder = tmp_path / f"alone-{count}"
-        shutil.copytree(two_ranks.folder, folder)
-        for checkpoint in checkpoints.listing(folder / "checkpoints")[count:]:
-            shutil.rmtree(checkpoint)
-        shutil.rmtree(folder / "adapters")
-        (folder / "run.json").write_text(json.dumps({**two_ranks.info(), "status": "interrupted"}))
-        lighten.train(progress=False, resume=True, **{**settings, "output_dir": str(folder)})
-        assert_equal_runs(Run(folder), one_run)
+        cut = cut_short(two_ranks, tmp_path / f"alone-{count}", keep=slice(count))
+        lighten.train(progress=False, resume=True, **{**settings, "output_dir": str(cut.folder)})
+        assert_equal_runs(cut, one_run)
 
 
 @pytest.mark.parametrize("variable", list(foreign.UNBUILT))

@@ -27,7 +27,7 @@ from lighten.parallel.streamed.feed import LayerFeed, LayerPieces
 from lighten.parallel.streamed.shards import RateLimit, Shards
 from lighten.recipe import RecipeError
 from lighten.runs import Run
-from lighten.training import checkpoints
+from tests.cut_runs import cut_short
 from tests.tiny import tiny_model, tiny_tokenizer
 
 LAYERS = 5
@@ -177,14 +177,9 @@ def test_a_checkpoint_in_four_bits_is_streamed_as_it_is(
 def test_a_run_goes_on_bitwise_and_is_evaluated(settings: dict[str, Any], tmp_path: Path) -> None:
     run_settings = {**settings, "save_steps": 2, "save_total_limit": 5, "offload_base": "disk"}
     run = train(run_settings)
-    folder = tmp_path / "cut"
-    shutil.copytree(run.folder, folder)
-    for checkpoint in checkpoints.listing(folder / "checkpoints"):
-        if checkpoint.name != "checkpoint-2":
-            shutil.rmtree(checkpoint)
-    shutil.rmtree(folder / "adapters")
+    cut = cut_short(run, tmp_path / "cut")
     resumed = lighten.train(
-        **{**run_settings, "output_dir": str(folder)}, resume=True, progress=False
+        **{**run_settings, "output_dir": str(cut.folder)}, resume=True, progress=False
     )
     assert losses(resumed) == losses(run)
     assert all(torch.equal(weights(resumed)[key], value) for key, value in weights(run).items())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from lighten.engine.checkpointing import checkpoint_layers
 from lighten.errors import UserError
 from lighten.evaluation.chat import Conversation
 from lighten.runs import Run
-from lighten.training import checkpoints
+from tests.cut_runs import cut_short
 from tests.test_train_step import UNEVEN, one_step, random_spec
 from tests.tiny import ARCHITECTURES, save_tiny
 
@@ -66,14 +65,12 @@ def test_a_quantised_base_trains_resumes_evaluates_and_talks(
     card = (run.adapters()["r4"] / "README.md").read_text(encoding="utf-8")
     assert f"stored as {quantization}" in card
 
-    folder = tmp_path / "cut"
-    shutil.copytree(run.folder, folder)
-    for checkpoint in checkpoints.listing(folder / "checkpoints"):
-        if int(checkpoint.name.partition("-")[2]) > 2:
-            shutil.rmtree(checkpoint)
-    shutil.rmtree(folder / "adapters")
+    cut = cut_short(run, tmp_path / "cut")
     resumed = lighten.train(
-        **{**settings, "output_dir": str(folder)}, **HOW[quantization], resume=True, progress=False
+        **{**settings, "output_dir": str(cut.folder)},
+        **HOW[quantization],
+        resume=True,
+        progress=False,
     )
     assert losses(resumed) == losses(run)
     for name, adapter_folder in run.adapters().items():

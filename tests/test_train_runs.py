@@ -26,6 +26,7 @@ from lighten.training import checkpoints
 from lighten.training.interrupt import Interrupted
 from lighten.training.run import train as train_verb
 from tests import processes
+from tests.cut_runs import cut_short
 from tests.processes import Forked, python
 
 
@@ -97,14 +98,9 @@ def test_trap38_a_resumed_run_ends_bitwise_as_an_uninterrupted_one(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
     uninterrupted = train(settings)
-    for step in (2, 4, 6):  # 4 is in the middle of the second epoch's window of batches
-        folder = tmp_path / f"cut-{step}"
-        shutil.copytree(uninterrupted.folder, folder)
-        for checkpoint in checkpoints.listing(folder / "checkpoints"):
-            if int(checkpoint.name.partition("-")[2]) > step:
-                shutil.rmtree(checkpoint)
-        shutil.rmtree(folder / "adapters")
-        resumed = train(settings, resume=True, output_dir=str(folder))
+    for count in (1, 2, 3):  # the second is in the middle of the second epoch's window of batches
+        cut = cut_short(uninterrupted, tmp_path / f"cut-{count}", keep=slice(count))
+        resumed = train(settings, resume=True, output_dir=str(cut.folder))
         assert losses(resumed) == losses(uninterrupted)
         assert same_tensors(weights(resumed), weights(uninterrupted))
 
