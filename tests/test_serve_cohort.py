@@ -145,6 +145,65 @@ def test_trap_33_a_mixed_batch_answers_as_each_adapter_alone(
     engine.close(10)
 
 
+@pytest.mark.parametrize("compiled", [True, False], ids=["kernels", "pytorch"])
+@pytest.mark.parametrize(
+    ("arch", "changes"),
+    [("llama", {}), ("llama", {"tie_word_embeddings": True}), ("gemma2", {}), ("gpt2", {})],
+    ids=["own head", "tied head", "bent logits", "gpt2"],
+)
+def test_an_adapted_head_answers_as_in_peft(
+    arch: str, changes: dict[str, Any], compiled: bool, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Prompts that wait beside answers under way: the head reads fewer rows than other layers."""
+    if compiled and kernels.library() is None:
+        pytest.skip(f"no kernels: {kernels.obstacle()}")
+    if not compiled:
+        monkeypatch.setattr(kernels, "library", lambda: None)
+    model = tiny_model(arch, attn_implementation="eager", **changes)
+    assert (arch == "llama" and not changes) != model.config.tie_word_embeddings
+    target = "c_attn" if arch == "gpt2" else "v_proj"
+    targets = {"a": ["lm_head"], "b": [target, "lm_head"], "c": [target]}
+    folders = {
+        name: adapter(model, tmp_path / name, seed, target_modules=modules)
+        for seed, (name, modules) in enumerate(targets.items())
+    }
+    reference = PeftModel.from_pretrained(copy.deepcopy(model), folders["a"], adapter_name="a")
+    for name in ("b", "c"):
+        reference.load_adapter(folders[name], adapter_name=name)
+    reference.eval()
+    engine = Engine(model, max_sequences=5, max_tokens=64, prefill_tokens=9)
+    for name, folder in folders.items():
+        engine.load_adapter(name, folder)
+    answers = [ask(engine, prompt, name) for prompt, name in zip(PROMPTS, NAMES, strict=True)]
+    for prompt, name, answer in zip(PROMPTS, NAMES, map(finished, answers), strict=True):
+        if name is None:
+            with reference.disable_adapter():
+                reference_rows = expected(reference, prompt, answer)
+        else:
+            reference.set_adapter(name)
+            reference_rows = expected(reference, prompt, answer)
+            with reference.disable_adapter():  # it does something
+                assert (expected(reference, prompt, answer) - reference_rows).abs().max() > 0.05
+        torch.testing.assert_close(as_rows(answer), reference_rows, atol=5e-4, rtol=1e-4)
+    engine.close(10)
+
+
+def test_a_head_saved_with_an_adapter_has_to_be_the_bases(tmp_path: Path) -> None:
+    """PEFT saves it with the factors; where tokens were added in rows to spare, it is another."""
+    folder = adapter(tiny_model("llama"), tmp_path / "a", 1, target_modules=["lm_head"])
+    other = tiny_model("llama")
+    with torch.no_grad():
+        other.lm_head.weight[-1] += 0.5
+    for dtype in (torch.float32, torch.bfloat16):
+        engine = Engine(tiny_model("llama", dtype=dtype), max_tokens=64)
+        engine.load_adapter("a", folder)
+        with pytest.raises(UserError, match=r"lm_head of its own, other than this base's"):
+            engine.load_adapter("b", adapter(other, tmp_path / "b", 1, target_modules=["lm_head"]))
+        assert engine.adapters == ("a",)
+        engine.close(10)
+
+
 def rounded(x: Tensor) -> Tensor:
     """A matrix as float16 keeps it over its largest number."""
     largest = x.abs().max()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("xllamacpp")
 pytest.importorskip("uvicorn")
@@ -13,12 +16,14 @@ pytest.importorskip("uvicorn")
 from lighten.errors import UserError
 from lighten.machine import hardware
 from lighten.machine.hardware import Gpu
+from lighten.peft_config import WEIGHTS
 from lighten.serving import vllm
 from lighten.serving.engine import Adapter
 from lighten.serving.engines import choose_engine, choose_here
 from lighten.serving.options import Options
 from lighten.serving.running import open_served
 from tests.serving import save_adapter
+from tests.tiny import VOCAB
 
 T4 = Gpu("NVIDIA T4", 16 * 10**9, "7.5")
 PASCAL = Gpu("NVIDIA P100", 16 * 10**9, "6.0")
@@ -65,6 +70,21 @@ def test_why_a_gpu_has_another_engine_is_said(adapters: list[Adapter], tmp_path:
     assert (file.value, "GGUF" in file.reason) == ("llamacpp", True)
     refused = choose_engine(Options(), biased, gpu=T4, program=VLLM)
     assert (refused.value, "trained bias" in refused.reason) == ("lighten", True)
+
+
+def test_an_adapted_head_that_is_the_word_embeddings_has_ours(
+    adapters: list[Adapter], tmp_path: Path
+) -> None:
+    """llama.cpp would change both."""
+    folder = shutil.copytree(adapters[0].folder, tmp_path / "head")
+    weights = load_file(folder / WEIGHTS)
+    for factor, shape in (("A", (4, 32)), ("B", (VOCAB, 4))):
+        weights[f"base_model.model.lm_head.lora_{factor}.weight"] = torch.ones(shape)
+    save_file(weights, folder / WEIGHTS)
+    head = [Adapter("first", folder)]
+    assert choose_engine(Options(), head, tied=True).value == "lighten"
+    assert choose_engine(Options(), head).value == "llamacpp"
+    assert choose_engine(Options(), adapters[:1], tied=True).value == "llamacpp"
 
 
 def test_what_is_wanted_is_taken(adapters: list[Adapter]) -> None:

@@ -163,7 +163,7 @@ def test_a_broken_adapter_is_refused_by_both_readers(
     message: str,
 ) -> None:  # fmt: skip
     layers = {m["path"] for key in load_file(folder / "good" / WEIGHTS) if (m := FACTOR.match(key))}
-    assert read_factors(folder / "good", layers)
+    assert read_factors(folder / "good", layers)[0]
     broken = changed(folder / "good", tmp_path / "broken", change, **config)
     with pytest.raises(UserError, match=message):
         read_factors(broken, layers)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
 
+from torch import Tensor, nn
+
 from lighten import models
-from lighten.adapters.frozen import is_linear, out_in_features
+from lighten.adapters.frozen import is_linear, out_in_features, weight_of
 from lighten.errors import UserError
 from lighten.generation import attention
-from lighten.generation.adapter import read_factors
+from lighten.generation.adapter import read_factors, require_same
 from lighten.generation.engine import Engine
 from lighten.machine.mapped import drop_mapped_weights
 
@@ -44,7 +47,11 @@ def open_engine(
         if is_linear(module) and ".experts." not in path
     ]  # fmt: skip
     for folder in adapters.values():
-        for path, pair in read_factors(folder, paths).items():
+        factors, saved = read_factors(folder, paths)
+        for path, weight in saved.items():
+            layer = model.get_submodule(path)
+            require_same(folder, path, weight, functools.partial(_weight_at, layer))
+        for path, pair in factors.items():
             if (len(pair.B), pair.A.shape[1]) != out_in_features(model.get_submodule(path)):
                 raise UserError(f"{folder} does not fit this base; it was trained on another model")
     positions = models.limits_of(model).positions
@@ -56,3 +63,9 @@ def open_engine(
     for name, folder in adapters.items():
         engine.load_adapter(name, folder)
     return engine
+
+
+def _weight_at(layer: nn.Module, places: Tensor) -> Tensor:
+    """A layer's weights of some of its inputs: [n] → [n, O]."""
+    weight = weight_of(layer).detach()
+    return weight.T[places.to(weight.device)].cpu()

@@ -8,6 +8,7 @@ The model is transformers' own. Its linear layers are products of rows sorted by
 
 from __future__ import annotations
 
+import functools
 import itertools
 import queue
 import threading
@@ -21,7 +22,7 @@ from transformers import PreTrainedModel
 
 from lighten.errors import UserError
 from lighten.generation import attention
-from lighten.generation.adapter import LoadedAdapter, read_factors
+from lighten.generation.adapter import LoadedAdapter, read_factors, require_same
 from lighten.generation.attention import Batch, Prefill, SlotCache
 from lighten.generation.linears import install
 from lighten.generation.sampling import Chosen, Grammar, Sampler
@@ -134,7 +135,7 @@ class Engine:
         self._waiting: deque[_Sequence] = deque()
         self._running: list[_Sequence] = []
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._plans: dict[tuple[LoadedAdapter, ...], Segments] = {}
+        self._plans: dict[tuple[bool, tuple[LoadedAdapter, ...]], Segments] = {}
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="lighten-engine", daemon=True)
         self._thread.start()
@@ -193,7 +194,9 @@ class Engine:
         Raises:
             UserError: It cannot be served unmerged, or is of another base.
         """
-        factors = read_factors(folder, self._groups)
+        factors, saved = read_factors(folder, self._groups)
+        for path, weight in saved.items():
+            require_same(folder, path, weight, functools.partial(self._weight_at, path))
         for path, pair in factors.items():
             group = self._groups[path]
             columns = group.columns[group.paths.index(path)]
@@ -207,6 +210,9 @@ class Engine:
         device = self._model.device
         adapter.size_bytes = sum(group.add(adapter, factors, device) for group in self._each_group)
         self._call(lambda: self._adopt(adapter))
+
+    def _weight_at(self, path: str, places: torch.Tensor) -> torch.Tensor:
+        return self._groups[path].weight_at(path, places.to(self._model.device)).cpu()
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter; answers under way end with it.
@@ -356,6 +362,7 @@ class Engine:
             torch.tensor(positions, device=device), decode_rows, prefills, self._block,
         )  # fmt: skip
         self._step.segments = self._segments(parts)
+        self._step.last = self._segments([(sequence, 1) for sequence in complete], head=True)
         with attention.attending(batch):
             logits = self._model(
                 input_ids=torch.tensor([ids], device=device),
@@ -382,7 +389,7 @@ class Engine:
                 parts.append((sequence, count))
         return sorted(parts, key=lambda part: id(part[0].adapter) if part[0].adapter else 0)
 
-    def _segments(self, parts: Sequence[tuple[_Sequence, int]]) -> Segments:
+    def _segments(self, parts: Sequence[tuple[_Sequence, int]], *, head: bool = False) -> Segments:
         names, starts, stops = [], [], []
         row = 0
         for adapter, group in itertools.groupby(parts, key=lambda part: part[0].adapter):
@@ -393,14 +400,14 @@ class Engine:
                 stops.append(row + count)
             row += count
         # Sequences come and go in every few steps; which adapters they take changes seldom.
-        key = tuple(names)
+        key = head, tuple(names)
         segments = self._plans.get(key)
         if segments is not None:
             segments.move(starts, stops)
             return segments
         if len(self._plans) > 64:
             self._plans.clear()
-        self._plans[key] = Segments(key, tuple(starts), tuple(stops))
+        self._plans[key] = Segments(key[1], tuple(starts), tuple(stops))
         return self._plans[key]
 
     def _choose(self, sequences: Sequence[_Sequence], logits: torch.Tensor) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from lighten.adapters.frozen import is_linear, is_quantized, out_in_features, weight_of
+from lighten.adapters.frozen import formats, is_linear, is_quantized, out_in_features, weight_of
 from lighten.adapters.targets import sibling_paths
 from lighten.generation.segments import Factors, Segments, Update
 
@@ -29,10 +29,14 @@ class Weights:
 
     Args:
         layers: Their modules; dense ones give their weights up.
+
+    Attributes:
+        dtype: Of what is multiplied with them.
     """
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         self._layers = list(layers)
+        self.dtype = formats(layers[0])["weight"]
         self._weight: Tensor | None = None
         self._packed: Tensor | None = None
         self._bias: Tensor | None = None
@@ -79,10 +83,16 @@ def packs(weight: Tensor) -> bool:
 
 
 class Step:
-    """Which segments the layers see now; one object shared by all of a model's layers."""
+    """Which segments the layers see now; one object shared by all of a model's layers.
+
+    Attributes:
+        segments: Of all tokens of a step.
+        last: Of those that a next token follows on: what the head reads, in the same order.
+    """
 
     def __init__(self) -> None:
         self.segments = Segments()
+        self.last = Segments()
 
 
 class Group:
@@ -92,12 +102,15 @@ class Group:
         paths: Of the layers in the base.
         layers: Their modules.
         step: Of the model.
+        head: Whether they are the model's head.
     """
 
-    def __init__(self, paths: Sequence[str], layers: Sequence[nn.Module], step: Step) -> None:
+    def __init__(
+        self, paths: Sequence[str], layers: Sequence[nn.Module], step: Step, *, head: bool = False
+    ) -> None:
         self.paths = tuple(paths)
         self.updates: dict[Any, Update] = {}
-        self._step = step
+        self._step, self._head = step, head
         shapes = [out_in_features(layer) for layer in layers]
         self.inputs = shapes[0][1]
         ends = [sum(out for out, _ in shapes[: i + 1]) for i in range(len(shapes))]
@@ -112,7 +125,8 @@ class Group:
         if self._input is not x or place not in self._outputs:
             flat = x.reshape(-1, x.shape[-1])
             y = self._weights.product(flat)
-            self._step.segments.add(y, flat, self.updates)
+            segments = self._step.last if self._head else self._step.segments
+            segments.add(y, flat, self.updates)
             y = y.view(*x.shape[:-1], y.shape[-1])
             self._input = x
             self._outputs = {i: y[..., columns] for i, columns in enumerate(self.columns)}
@@ -120,6 +134,16 @@ class Group:
         if not self._outputs:
             self._input = None
         return output
+
+    @torch.no_grad()
+    def weight_at(self, path: str, places: Tensor) -> Tensor:
+        """A layer's weights of n of its inputs: [n] → [n, O]."""
+        device = places.device
+        x = torch.zeros(len(places), self.inputs, dtype=self._weights.dtype, device=device)
+        plain = self._weights.product(x)
+        x[torch.arange(len(places), device=device), places] = 1
+        columns = self.columns[self.paths.index(path)]
+        return (self._weights.product(x) - plain)[:, columns]
 
     def add(self, adapter: Any, factors: Mapping[str, Factors], device: torch.device) -> int:
         """Take in what an adapter adds to these layers.
@@ -164,7 +188,7 @@ def install(model: PreTrainedModel) -> tuple[Step, dict[str, Group]]:
     Returns:
         What the layers follow, and each layer's group by path.
     """
-    step = Step()
+    step, head = Step(), model.get_output_embeddings()
     paths = [
         path
         for path, module in model.named_modules()
@@ -174,7 +198,8 @@ def install(model: PreTrainedModel) -> tuple[Step, dict[str, Group]]:
     lone = set(paths) - {path for group in siblings for path in group}
     groups: dict[str, Group] = {}
     for members in (*siblings, *([path] for path in paths if path in lone)):
-        group = Group(members, [model.get_submodule(path) for path in members], step)
+        layers = [model.get_submodule(path) for path in members]
+        group = Group(members, layers, step, head=head in layers)
         for place, path in enumerate(members):
             groups[path] = group
             model.set_submodule(path, ServedLinear(group, place))

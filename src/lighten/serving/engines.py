@@ -9,6 +9,7 @@ from pathlib import Path
 from lighten.errors import UserError
 from lighten.machine import hardware
 from lighten.machine.hardware import Choice, Gpu, cache_folder
+from lighten.peft_config import FACTOR, WEIGHTS, tensor_shapes
 from lighten.serving import adapters, vllm
 from lighten.serving.adapters import Base
 from lighten.serving.engine import Adapter, Engine
@@ -24,6 +25,7 @@ def choose_engine(
     adapters: Sequence[Adapter],
     *,
     gguf: bool = False,
+    tied: bool = False,
     gpu: Gpu | None = None,
     program: str | None = None,
 ) -> Choice:
@@ -36,6 +38,7 @@ def choose_engine(
         options: How it is served.
         adapters: Served from the start.
         gguf: Whether the base is a GGUF file.
+        tied: Whether the base shares its head with its word embeddings.
         gpu: The one that is computed on; None: the processor is.
         program: vLLM's command; None: it is not installed.
     """
@@ -49,6 +52,11 @@ def choose_engine(
         if obstacle is None:
             return Choice("vllm", f"which is installed and computes on the {gpu.name}")
         without_vllm = f" (not vLLM, for the {gpu.name}: {obstacle})"
+    if tied and any(_changes_head(adapter.folder) for adapter in adapters):
+        return Choice(
+            "lighten",
+            f"which applies LoRA to the head and not to the word embeddings, too{without_vllm}",
+        )
     if len(adapters) < 2:
         return Choice("llamacpp", f"the embedded one, which takes the least memory{without_vllm}")
     return Choice(
@@ -77,6 +85,12 @@ def _obstacle_of_vllm(
     return None
 
 
+def _changes_head(folder: Path) -> bool:
+    """Whether an adapter has a low-rank update of the head."""
+    matches = map(FACTOR.match, tensor_shapes(folder / WEIGHTS))
+    return any(match is not None and match["path"].endswith("lm_head") for match in matches)
+
+
 def choose_here(options: Options, registry: Registry) -> Choice:
     """Which engine answers on this machine, and why.
 
@@ -85,7 +99,8 @@ def choose_here(options: Options, registry: Registry) -> Choice:
     """
     gpu = hardware.chosen_gpu() if options.engine == "auto" else None
     return choose_engine(
-        options, registry.adapters, gguf=registry.base.gguf is not None, gpu=gpu,
+        options, registry.adapters, gguf=registry.base.gguf is not None,
+        tied=bool(getattr(registry.base.config, "tie_word_embeddings", False)), gpu=gpu,
         program=None if gpu is None else vllm.installed(),
     )  # fmt: skip
 

@@ -92,7 +92,8 @@ def sizes(name: str, options: Options) -> Sizes:
     served = [Adapter(key, folder) for key, folder in adapters.resolve(options.adapters).items()]
     gpu = hardware.chosen_gpu() if options.engine == "auto" else None
     engine = choose_engine(
-        options, served, gguf=source == "gguf", gpu=gpu,
+        options, served, gguf=source == "gguf",
+        tied=bool(getattr(shape.config, "tie_word_embeddings", False)), gpu=gpu,
         program=None if gpu is None else vllm.installed(),
     )  # fmt: skip
     factors = [factor for adapter in served for factor in _factors(adapter.folder)]
