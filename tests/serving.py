@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -40,6 +42,20 @@ def save_adapter(base: Path, folder: Path, *, seed: int, r: int = 4, std: float 
     for name, data in contents(cohort, "own", base_model=str(base)).items():
         runs.write_bytes(folder / name, data)
     return folder
+
+
+def save_adapters(base: Path, root: Path) -> Path:
+    """Adapters `one`, `two` and `spare`; and what cannot be served, and a way out."""
+    for seed, name in enumerate(("one", "two", "spare")):
+        save_adapter(base, root / "inside" / name, seed=seed + 1)
+    # As a run's adapters are: with the tokenizer beside them.
+    models.load_tokenizer(str(base)).save_pretrained(root / "inside" / "two")
+    shutil.copytree(root / "inside" / "spare", root / "outside")
+    (root / "inside" / "link").symlink_to(root / "outside")
+    dora = shutil.copytree(root / "inside" / "spare", root / "inside" / "dora")
+    config = json.loads((dora / "adapter_config.json").read_text())
+    (dora / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
+    return root
 
 
 @dataclass
@@ -127,3 +143,14 @@ def serving(
         if process.poll() is None:
             process.terminate()
             process.wait(timeout=40)
+
+
+def ask(server: Server, model: str, question: str, **options: Any) -> Any:
+    """One greedy answer."""
+    settings: dict[str, Any] = {"max_completion_tokens": 8, "temperature": 0, **options}
+    messages: Any = [{"role": "user", "content": question}]
+    return server.client().chat.completions.create(model=model, messages=messages, **settings)
+
+
+def text(server: Server, model: str, question: str, **options: Any) -> str:
+    return str(ask(server, model, question, **options).choices[0].message.content)

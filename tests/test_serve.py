@@ -30,16 +30,13 @@ pytest.importorskip("uvicorn")
 
 import lighten.api
 from benchmarks import serve_identity
-from lighten import data, models
-from lighten.errors import UserError
-from lighten.serving import adapters, checks
+from lighten import models
+from lighten.serving import checks
 from lighten.serving.options import Options
 from lighten.serving.remote import Remote
-from lighten.serving.stopping import StopTexts
 from lighten.serving.talk import talk
 from tests.processes import call
-from tests.serving import ADMIN, Server, in_process, save_adapter, serving
-from tests.tiny import CHATML, save_tiny
+from tests.serving import ADMIN, Server, ask, in_process, save_adapters, serving, text
 
 BASE = "base"
 QUESTIONS = ["What is the answer?", "Who is the user?", "the question is", "answer the system"]
@@ -47,18 +44,7 @@ QUESTIONS = ["What is the answer?", "Who is the user?", "the question is", "answ
 
 @pytest.fixture(scope="module")
 def folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Adapters `one`, `two` and `spare`; and what cannot be served, and a way out."""
-    root = tmp_path_factory.mktemp("adapters")
-    for seed, name in enumerate(("one", "two", "spare")):
-        save_adapter(tiny_folder, root / "inside" / name, seed=seed + 1)
-    # As a run's adapters are: with the tokenizer beside them.
-    models.load_tokenizer(str(tiny_folder)).save_pretrained(root / "inside" / "two")
-    shutil.copytree(root / "inside" / "spare", root / "outside")
-    (root / "inside" / "link").symlink_to(root / "outside")
-    dora = shutil.copytree(root / "inside" / "spare", root / "inside" / "dora")
-    config = json.loads((dora / "adapter_config.json").read_text())
-    (dora / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
-    return root
+    return save_adapters(tiny_folder, tmp_path_factory.mktemp("adapters"))
 
 
 @pytest.fixture(scope="module", params=["llamacpp", "lighten"])
@@ -75,17 +61,6 @@ def server(
         "--max-num-seqs", "4", "--engine", request.param, cache=tmp_path_factory.mktemp("cache"),
     ) as running:  # fmt: skip
         yield running
-
-
-def ask(server: Server, model: str, question: str, **options: Any) -> Any:
-    """One greedy answer."""
-    settings: dict[str, Any] = {"max_completion_tokens": 8, "temperature": 0, **options}
-    messages: Any = [{"role": "user", "content": question}]
-    return server.client().chat.completions.create(model=model, messages=messages, **settings)
-
-
-def text(server: Server, model: str, question: str, **options: Any) -> str:
-    return str(ask(server, model, question, **options).choices[0].message.content)
 
 
 def test_models_are_listed_with_their_parents(server: Server) -> None:
@@ -171,34 +146,6 @@ def test_answers_under_load_are_those_alone_with_caches_off(
     assert report.reloads >= 1
     for name in ("first", "second", "moving"):
         shutil.rmtree(inside / name)
-
-
-def test_trap_18_a_served_run_is_asked_as_it_was_trained(chat_file: Path, tmp_path: Path) -> None:
-    """Prompt ids of the server are those before the answers that training saw."""
-    base_folder = save_tiny(tmp_path / "base")
-    rows = [
-        {"messages": [{"role": "system", "content": "Be brief."}, *json.loads(line)["messages"]]}
-        for line in chat_file.read_text().splitlines()
-    ]
-    file = tmp_path / "rows.jsonl"
-    file.write_text("\n".join(map(json.dumps, rows)))
-    template = CHATML.replace("<|im_start|>", "<|im_start|>> ")
-    (tmp_path / "other.jinja").write_text(template)
-    run = lighten.train(
-        model=str(base_folder), dataset=str(file), output_dir=str(tmp_path / "run"), max_steps=1,
-        chat_template=str(tmp_path / "other.jinja"), system_role="fold", progress=False,
-    )  # fmt: skip
-    base = adapters.open_base(str(base_folder))
-    ((_, path),) = adapters.resolve([str(tmp_path / "run")]).items()
-    served = adapters.open_adapter("it", path, base).asking
-    tokenizer = models.load_tokenizer(str(base_folder))
-    tokenizer.chat_template = template
-    examples = data.read(str(file)).examples
-    trained = data.encode(examples, tokenizer, max_length=1000, system_role="fold").rows
-    assert run.recipe().system_role == "fold"
-    for example, row in zip(examples, trained, strict=True):
-        prompt_length = list(row.supervised).index(True)
-        assert served.conversation(example.messages[:-1]) == list(row.input_ids)[:prompt_length]
 
 
 def test_adapters_come_and_go_while_others_answer(server: Server, folder: Path) -> None:
@@ -650,35 +597,3 @@ def test_sigterm_lets_running_answers_finish(server: Server) -> None:
     assert server.process.wait(timeout=60) == 0
     with pytest.raises(httpx.ConnectError):
         server.http().get("/health")
-
-
-def test_what_cannot_be_served_is_said_before_anything_starts(
-    folder: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("LIGHTEN_CACHE", str(tmp_path))
-
-    def refused(message: str, **options: Any) -> None:
-        with pytest.raises(UserError, match=message):
-            lighten.api.serve(str(tiny_folder), log=lambda _: None, **options)
-
-    refused("dora.*merge", adapters=[str(folder / "inside" / "dora")])
-    refused("does not exist", adapters=["nowhere"])
-    refused("two adapters are called", adapters=[f"a={folder / 'inside' / 'one'}"] * 2)
-    refused("api-key", host="0.0.0.0")
-    refused("adapter-dir", admin_keys=["key"])
-    refused("positions", context=10_000)
-    refused("storage", storage="q3")
-    refused("engine", engine="nothing")
-    other_base = save_tiny(tmp_path / "other", "phi3")
-    alien = save_adapter(other_base, tmp_path / "alien", seed=1)
-    refused("alien.*(base|model)", adapters=[str(alien)])
-
-
-def test_stop_texts_across_pieces() -> None:
-    stops = StopTexts(["END", "ab"])
-    assert [stops.take(piece) for piece in ("xE", "N", "x", "a")] == ["x", "", "ENx", ""]
-    assert not stops.stopped
-    assert stops.take("b tail") == ""
-    assert stops.stopped
-    open_end = StopTexts(["END"])
-    assert open_end.take("the EN") + open_end.rest() == "the EN"

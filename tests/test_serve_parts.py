@@ -1,0 +1,81 @@
+"""Parts of a server without one: an adapter as it was trained, what is refused, stop texts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("xllamacpp")
+pytest.importorskip("uvicorn")
+
+import lighten.api
+from lighten import data, models
+from lighten.errors import UserError
+from lighten.serving import adapters
+from lighten.serving.stopping import StopTexts
+from tests.serving import save_adapter, save_adapters
+from tests.tiny import CHATML, save_tiny
+
+
+def test_trap_18_a_served_run_is_asked_as_it_was_trained(chat_file: Path, tmp_path: Path) -> None:
+    """Prompt ids of the server are those before the answers that training saw."""
+    base_folder = save_tiny(tmp_path / "base")
+    rows = [
+        {"messages": [{"role": "system", "content": "Be brief."}, *json.loads(line)["messages"]]}
+        for line in chat_file.read_text().splitlines()
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    template = CHATML.replace("<|im_start|>", "<|im_start|>> ")
+    (tmp_path / "other.jinja").write_text(template)
+    run = lighten.train(
+        model=str(base_folder), dataset=str(file), output_dir=str(tmp_path / "run"), max_steps=1,
+        chat_template=str(tmp_path / "other.jinja"), system_role="fold", progress=False,
+    )  # fmt: skip
+    base = adapters.open_base(str(base_folder))
+    ((_, path),) = adapters.resolve([str(tmp_path / "run")]).items()
+    served = adapters.open_adapter("it", path, base).asking
+    tokenizer = models.load_tokenizer(str(base_folder))
+    tokenizer.chat_template = template
+    examples = data.read(str(file)).examples
+    trained = data.encode(examples, tokenizer, max_length=1000, system_role="fold").rows
+    assert run.recipe().system_role == "fold"
+    for example, row in zip(examples, trained, strict=True):
+        prompt_length = list(row.supervised).index(True)
+        assert served.conversation(example.messages[:-1]) == list(row.input_ids)[:prompt_length]
+
+
+def test_what_cannot_be_served_is_said_before_anything_starts(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIGHTEN_CACHE", str(tmp_path))
+    folder = save_adapters(tiny_folder, tmp_path / "adapters")
+
+    def refused(message: str, **options: Any) -> None:
+        with pytest.raises(UserError, match=message):
+            lighten.api.serve(str(tiny_folder), port=0, log=lambda _: None, **options)
+
+    refused("dora.*merge", adapters=[str(folder / "inside" / "dora")])
+    refused("does not exist", adapters=["nowhere"])
+    refused("two adapters are called", adapters=[f"a={folder / 'inside' / 'one'}"] * 2)
+    refused("api-key", host="0.0.0.0")
+    refused("adapter-dir", admin_keys=["key"])
+    refused("positions", context=10_000)
+    refused("storage", storage="q3")
+    refused("engine", engine="nothing")
+    other_base = save_tiny(tmp_path / "other", "phi3")
+    alien = save_adapter(other_base, tmp_path / "alien", seed=1)
+    refused("alien.*(base|model)", adapters=[str(alien)])
+
+
+def test_stop_texts_across_pieces() -> None:
+    stops = StopTexts(["END", "ab"])
+    assert [stops.take(piece) for piece in ("xE", "N", "x", "a")] == ["x", "", "ENx", ""]
+    assert not stops.stopped
+    assert stops.take("b tail") == ""
+    assert stops.stopped
+    open_end = StopTexts(["END"])
+    assert open_end.take("the EN") + open_end.rest() == "the EN"
