@@ -1,4 +1,4 @@
-"""The verbs of serving, as Python functions with the command line's names and meaning."""
+"""The verbs of serving."""
 
 from __future__ import annotations
 

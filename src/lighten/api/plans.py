@@ -1,21 +1,159 @@
-"""Plans beyond one device: many GPUs, a server, quantising; `lighten.api` has the others."""
+"""The verbs of planning: one device or many, a server, quantising."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lighten import path_checks
+from lighten.api.recipes import RecipeLike, plannable
+from lighten.recipe import Recipe
 
 if TYPE_CHECKING:
-    from lighten.api_recipe import RecipeLike
     from lighten.planning.distributed import Distributed, Strategy
+    from lighten.planning.probe import Probed
+    from lighten.planning.result import Plan
+    from lighten.planning.search import Limits, SearchResult, Sized
     from lighten.planning.serve import Quantizing
     from lighten.planning.serving import Serving
     from lighten.quantization.forecast import Forecast
     from lighten.runs import Run
+
+
+def plan(
+    recipe: RecipeLike | None = None,
+    *,
+    device: str | None = None,
+    changes: bool = True,
+    on_plan: Callable[[Plan], None] | None = None,
+    **overrides: Any,
+) -> Plan:
+    """Predict memory and time: `plan("recipe.yaml")` or `plan(model=…, device="t4")`.
+
+    Args:
+        recipe: A recipe, its file, or None to take settings from the overrides alone; they need
+            no `dataset` then.
+        device: By name (`t4`, `a100-80`, `cpu`, …); default this machine.
+        changes: Where it does not surely fit, look for what would.
+        on_plan: Given the plan before changes are looked for.
+        overrides: Settings by name.
+
+    Raises:
+        UserError: Something the user can mend.
+    """
+    from lighten.planning.gc_pause import unsearched
+
+    chosen = plannable(recipe, **overrides)
+    with unsearched():
+        from lighten.machine import devices
+        from lighten.planning.predict import plan as predict
+
+    return predict(chosen, devices.named(device), changes=changes, on_plan=on_plan)
+
+
+def plan_probe(
+    recipe: RecipeLike | None = None, *, device: str | None = None, **overrides: Any
+) -> tuple[Plan, Probed]:
+    """Plan, then make one true step of the planned shape with random weights, and compare.
+
+    Raises:
+        UserError: Something the user can mend; the device is not of this machine.
+    """
+    chosen = plannable(recipe, **overrides)
+    from lighten.machine import devices
+    from lighten.planning import predict
+    from lighten.planning.probe import probe
+
+    where = devices.named(device)
+    rows = predict.read_rows(chosen, [])
+    prediction = predict.plan(chosen, where, rows=rows, read_data=False)
+    return prediction, probe(chosen, prediction, where, rows)
+
+
+def plan_search(
+    recipe: RecipeLike | None = None,
+    *,
+    device: str | None = None,
+    log: Callable[[str], None] | None = None,
+    **overrides: Any,
+) -> tuple[SearchResult, Recipe | None]:
+    """The fastest configuration that fits a device, and its recipe.
+
+    Settings that are given as overrides stay as they are given.
+
+    Args:
+        recipe: As for `plan`.
+        device: As for `plan`.
+        log: Given a line about what is being looked at.
+        overrides: Settings by name.
+
+    Raises:
+        UserError: Something the user can mend.
+    """
+    chosen = plannable(recipe, **overrides)
+    from lighten.machine import devices
+    from lighten.planning import predict, search
+
+    rows = predict.read_rows(chosen, [])
+    planner = predict.planner_for(devices.named(device), rows)
+    result = search.fastest(chosen, planner, fixed=fixed_by(overrides), log=log)
+    best = result.best
+    return result, None if best is None else chosen.changed(best.settings)
+
+
+def plan_largest(
+    models: Sequence[str],
+    *,
+    device: str | None = None,
+    log: Callable[[str], None] | None = None,
+    **overrides: Any,
+) -> list[Sized]:
+    """Which of several models is the largest that a device can train.
+
+    Args:
+        models: By name; of hub models only the configuration is read.
+        device: As for `plan`.
+        log: Given a line about what is being looked at.
+        overrides: Settings by name, for all of them.
+
+    Raises:
+        UserError: Something the user can mend.
+    """
+    from lighten.machine import devices
+    from lighten.planning import predict, search
+
+    return search.largest(
+        [(name, predict.parameters_of(name)) for name in models],
+        lambda name: plannable(model_name_or_path=name, **overrides),
+        predict.planner_for(devices.named(device)),
+        fixed=fixed_by(overrides),
+        log=log,
+    )
+
+
+def plan_limits(
+    recipe: RecipeLike | None = None, *, device: str | None = None, **overrides: Any
+) -> Limits:
+    """The longest context and the most rows that fit a device.
+
+    Raises:
+        UserError: Something the user can mend.
+    """
+    chosen = plannable(recipe, **overrides)
+    from lighten.machine import devices
+    from lighten.planning import predict, search
+
+    planner = predict.planner_for(devices.named(device))
+    return search.limits(chosen, planner, longest=predict.positions_of(chosen))
+
+
+def fixed_by(overrides: Mapping[str, Any]) -> tuple[str, ...]:
+    """The settings that overrides name, by their own names: a search leaves them alone."""
+    from lighten.recipe import aliases
+
+    return tuple(aliases.translate(overrides)[0])
 
 
 def plan_spread(
@@ -47,8 +185,6 @@ def plan_spread(
     Raises:
         UserError: Something the user can mend.
     """
-    from lighten.api_recipe import plannable
-
     if strategy is not None and overrides.get("offload_params", "none") != "none":
         overrides["strategy"] = strategy  # one goes with the other
     chosen = plannable(recipe, **overrides)

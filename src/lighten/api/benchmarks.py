@@ -1,4 +1,4 @@
-"""The verb `bench`, as a Python function with the command line's names and meaning."""
+"""The verbs that measure: `bench` and `audit`."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def bench(
         UserError: Something the user can mend.
     """
     path_checks.require_answerable(target)
-    from lighten.api_recipe import plannable
+    from lighten.api.recipes import plannable
     from lighten.benchmarking import running
 
     options: dict[str, Any] = {
@@ -114,7 +114,7 @@ def audit(
     Raises:
         UserError: Something the user can mend.
     """
-    from lighten.api_recipe import recipe_of
+    from lighten.api.recipes import recipe_of
     from lighten.benchmarking import running
     from lighten.benchmarking.audit import Settings
     from lighten.benchmarking.audit import audit as measure

@@ -1,0 +1,33 @@
+"""The verbs, as Python functions with the command line's names and meaning."""
+
+from lighten.api.adapters import adapter_info as adapter_info
+from lighten.api.adapters import resize_adapter as resize_adapter
+from lighten.api.benchmarks import audit as audit
+from lighten.api.benchmarks import bench as bench
+from lighten.api.benchmarks import bench_compare as bench_compare
+from lighten.api.plans import fixed_by as fixed_by
+from lighten.api.plans import plan as plan
+from lighten.api.plans import plan_formats as plan_formats
+from lighten.api.plans import plan_largest as plan_largest
+from lighten.api.plans import plan_limits as plan_limits
+from lighten.api.plans import plan_probe as plan_probe
+from lighten.api.plans import plan_quantize as plan_quantize
+from lighten.api.plans import plan_search as plan_search
+from lighten.api.plans import plan_serve as plan_serve
+from lighten.api.plans import plan_spread as plan_spread
+from lighten.api.recipes import RecipeLike as RecipeLike
+from lighten.api.recipes import plannable as plannable
+from lighten.api.recipes import recipe_of as recipe_of
+from lighten.api.results import evaluate as evaluate
+from lighten.api.results import report as report
+from lighten.api.servers import bench_serve as bench_serve
+from lighten.api.servers import plan_server as plan_server
+from lighten.api.servers import serve as serve
+from lighten.api.training import run as run
+from lighten.api.training import sweep as sweep
+from lighten.api.training import train as train
+from lighten.path_checks import RunLike as RunLike
+from lighten.quantization.verbs import export as export
+from lighten.quantization.verbs import push as push
+from lighten.quantization.verbs import quantize as quantize
+from lighten.quantization.verbs import verify as verify

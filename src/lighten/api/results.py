@@ -1,0 +1,71 @@
+"""What a run came to: the verbs `evaluate` and `report`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lighten.errors import UserError
+from lighten.folders import AUDIT
+from lighten.path_checks import RunLike, run_of
+from lighten.runs import Run
+
+if TYPE_CHECKING:
+    from lighten.evaluation.result import Evaluation
+
+Progress = Callable[[str, int, int], None]
+
+
+def evaluate(
+    run: RunLike, *, against: RunLike | None = None, progress: Progress | None = None,
+    **options: Any,
+) -> Evaluation:  # fmt: skip
+    """Measure base and adapters on the same held-out examples; writes `evaluation.json`.
+
+    Args:
+        run: The run.
+        against: Another run, evaluated already: its models are compared with those of this one,
+            paired over the examples (`comparisons`).
+        progress: Log what is being done, how far it is, and of how much.
+        options: Settings of the recipe's `evaluate` section.
+
+    Raises:
+        UserError: No held-out examples, no adapter in the run, or `against` was measured
+            differently.
+    """
+    chosen = run_of(run)
+    other = None if against is None else run_of(against)
+    from lighten.evaluation.evaluation import evaluate_run
+
+    return evaluate_run(chosen, against=other, progress=progress, **options)
+
+
+def report(*runs: RunLike, output: str | os.PathLike[str] | None = None) -> Path:
+    """Write the HTML page of a run, of several side by side, of a sweep or an audit; its path.
+
+    Args:
+        runs: One or more.
+        output: Where; default `report.html` in the run's folder, of several `comparison.html` in
+            the first one's.
+
+    Raises:
+        UserError: No run, or one that does not exist.
+    """
+    if not runs:
+        raise UserError("report needs at least one run (see: lighten runs list)")
+    target = None if output is None else Path(output).expanduser()
+    if len(runs) == 1 and not isinstance(runs[0], Run):
+        folder = Path(runs[0]).expanduser()
+        if (folder / AUDIT).is_file():
+            from lighten.reporting.audit_page import write_audit_page
+
+            return write_audit_page(folder, target)
+    chosen = [run_of(run) for run in runs]
+    from lighten.reporting.page import write_page
+    from lighten.reporting.sweep_page import is_sweep, write_sweep_page
+
+    if len(chosen) == 1 and is_sweep(chosen[0].folder):
+        return write_sweep_page(chosen[0].folder, target)
+    return write_page(chosen, target)

@@ -1,0 +1,181 @@
+"""The verbs that train: `train`, `sweep`, and `run` from the recipe to the report."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lighten import path_checks
+from lighten.api.recipes import RecipeLike, recipe_of
+from lighten.api.results import Progress, evaluate, report
+from lighten.errors import NoHeldOut, UserError
+from lighten.parallel import launch
+from lighten.quantization.verbs import quantize
+from lighten.recipe import Recipe
+from lighten.runs import Run
+
+if TYPE_CHECKING:
+    from lighten.sweeps.result import SweepResult
+
+
+def train(
+    recipe: RecipeLike | None = None,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    planned: bool = True,
+    force: bool = False,
+    processes: int | None = None,
+    gpus: int | None = None,
+    **overrides: Any,
+) -> Run:
+    """Train: `train("recipe.yaml", learning_rate=1e-4)` or `train(model=…, dataset=…)`.
+
+    Args:
+        recipe: A recipe, its file, or None to take settings from the overrides alone.
+        resume: Go on from the newest whole checkpoint of the run folder.
+        progress: Show what happens on standard error.
+        planned: Predict memory and time first, and compare at the end; `LIGHTEN_PLAN=off` in the
+            environment turns it off for all runs.
+        force: Train although the plan says that it does not fit.
+        processes: Train as so many ranks on this machine's processor.
+        gpus: Train as one rank on each of so many GPUs of this machine.
+        overrides: Settings by name.
+
+    Raises:
+        UserError: Something the user can mend; the plan says that it surely does not fit; a rank
+            was lost, and the others were ended.
+        Interrupted: SIGINT or SIGTERM; the state is saved and the run is marked interrupted.
+    """
+    place = launch.recognise()  # what it says is needed before anything else looks at the rank
+    count = launch.rank_count(place, processes=processes, gpus=gpus)
+    chosen = recipe_of(recipe, **overrides)
+    if place.strategy is not None and place.strategy != chosen.strategy:
+        if chosen.strategy != "auto":
+            raise UserError(
+                f"{place.launcher} was configured for strategy {place.strategy}, and the recipe "
+                f"says strategy: {chosen.strategy}; change one of the two"
+            )
+        chosen = chosen.changed({"strategy": place.strategy})
+    done = path_checks.finished(chosen, resume=resume, announce=progress)
+    if done is not None:
+        return done
+    if count > 1:
+        return _train_as_ranks(
+            chosen, count, device="cuda" if processes is None else "cpu", shown=progress,
+            flags=[flag for flag, is_set in (("--resume", resume), ("--force", force),
+                                             ("--no-plan", not planned)) if is_set],
+        )  # fmt: skip
+    from lighten.training.run import train as run_training
+
+    if not planned or os.environ.get("LIGHTEN_PLAN") == "off":
+        return run_training(chosen, resume=resume, progress=progress)
+    from lighten.planning.preflight import plan_first, remember
+
+    prediction = plan_first(chosen, force=force, progress=progress)
+    done = run_training(chosen, resume=resume, progress=progress, prediction=prediction)
+    # Ranks share the cores of a machine: their times say nothing of one process's.
+    remember(done, uninterrupted=not resume and place.world_size == 1)
+    return done
+
+
+def _train_as_ranks(
+    recipe: Recipe, count: int, *, device: str, shown: bool, flags: Sequence[str]
+) -> Run:
+    """Train in processes of their own, each a rank, and take their end for this one's."""
+    import tempfile
+
+    from lighten.folders import resume_command
+    from lighten.parallel import spawn
+    from lighten.training.interrupt import Interrupted
+    from lighten.training.progress import TrainingProgress
+
+    with TrainingProgress(enabled=shown) as display:
+        for notice in recipe.notices:
+            display.note(notice)
+    chosen = recipe.changed({"output_dir": str(recipe.run_folder)})
+    with tempfile.TemporaryDirectory(prefix="lighten-") as folder:
+        file = Path(folder) / f"{recipe.name}.yaml"
+        file.write_text(chosen.to_yaml(), encoding="utf-8")
+        ended = spawn.run(["train", str(file), *flags], count, device=device, shown=shown)
+    if ended is None:
+        return Run(chosen.run_folder)
+    if ended.stopped is not None:
+        raise Interrupted(ended.message, ended.stopped)
+    goes_on = ended.resumable and Run.goes_on(chosen.run_folder)
+    flag = f"--{'processes' if device == 'cpu' else 'gpus'} {count}"
+    again = f"; go on with: {resume_command(chosen.run_folder)} {flag}" if goes_on else ""
+    raise UserError(f"{ended.message}{again}")
+
+
+def sweep(
+    recipe: RecipeLike | None = None,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    measuring_progress: Progress | None = None,
+    **overrides: Any,
+) -> SweepResult:
+    """Train and compare many settings: `sweep("recipe.yaml", lora_r=[8, 32, 128], budget="30m")`.
+
+    Args:
+        recipe: A recipe, its file, or None to take settings from the overrides alone.
+        resume: Take up an ended sweep again; an unfinished one goes on by itself.
+        progress: Show what happens on standard error.
+        measuring_progress: Log what is being measured, how far it is, and of how much.
+        overrides: Settings by name. A list is swept, as is a range (a mapping with `min` and
+            `max`); names of the `sweep` section (`scaling`, `tune`, `reference`, `metric`,
+            `budget`) go there.
+
+    Raises:
+        UserError: Something the user can mend.
+    """
+    from lighten.recipe import swept
+
+    if (place := launch.recognise()).world_size > 1:
+        raise UserError(
+            f"a sweep runs in one process, and {place.launcher} started {place.world_size}; start "
+            "it with: lighten sweep RECIPE"
+        )
+    chosen = recipe_of(recipe, **swept.gathered(overrides))
+    path_checks.require_model(chosen.model_name_or_path)
+    from lighten.sweeps.running import sweep as run_sweep
+
+    result = run_sweep(chosen, resume=resume, progress=progress, measuring=measuring_progress)
+    report(result.folder)
+    return result
+
+
+def run(
+    recipe: RecipeLike | None = None,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    evaluation_progress: Progress | None = None,
+    planned: bool = True,
+    force: bool = False,
+    **overrides: Any,
+) -> Run:
+    """Train, evaluate, quantise where the recipe says so, and report, one after another.
+
+    Where nothing is held out (a handful of rows, `val_size: 0`) the report has no held-out figures.
+
+    Raises:
+        UserError: Something the user can mend.
+    """
+    chosen = recipe_of(recipe, **overrides)
+    if chosen.quantize.to:  # what it needs is missed before the training, not after
+        from lighten.quantization.targets import parse, require_tools
+
+        require_tools(parse(chosen.quantize.to))
+    done = train(chosen, resume=resume, progress=progress, planned=planned, force=force)
+    with suppress(NoHeldOut):  # training has said so; `run.json` and the report do too
+        evaluate(done, progress=evaluation_progress)
+    if chosen.quantize.to:
+        options = chosen.quantize
+        quantize(done, options.to, tokens=options.tokens, questions=options.questions)
+    report(done)
+    return done
