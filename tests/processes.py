@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lighten import forked_jobs, job_server
 from lighten.jobs import Outcome
 from lighten.parallel.spawn import free_port
 
@@ -31,8 +33,10 @@ LIBRARIES = [
     "transformers.models.llama.modeling_llama",
 ]  # fmt: skip
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(LIBRARIES)
+_FORKS.set_forkserver_preload([*LIBRARIES, "tests.imported"])
 MOST_SECONDS = 900.0
+# Verbs whose work is done by `lighten.jobs`.
+WITH_JOBS = {"quantize", "bench", "audit", "export", "run"}
 T = TypeVar("T")
 
 
@@ -121,11 +125,11 @@ def python(code: str, *words: str, cwd: Path | None = None) -> subprocess.Comple
 
 
 def in_fork(
-    module: str, settings: Mapping[str, Any], *, memory_bytes: int | None = None,
-    timeout_s: float | None = None, on_record: Any = None,
+    module: str, settings: Mapping[str, Any], *, libraries: tuple[str, ...] = (),
+    memory_bytes: int | None = None, timeout_s: float | None = None, on_record: Any = None,
 ) -> Outcome:  # fmt: skip
     """`lighten.jobs.in_child` from a process that has the libraries already; it watches nothing."""
-    del memory_bytes, timeout_s, on_record
+    del libraries, memory_bytes, timeout_s, on_record
     job = json.dumps({"module": module, "settings": dict(settings)})
     process = Forked(_job, (), stdin=job)
     out, err = process.communicate()
@@ -206,10 +210,32 @@ def _child(
         os.dup2(opened, number)
         os.close(opened)
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 -- open until the end
+    if body is _lighten and words[0] in WITH_JOBS and _is_job():
+        body, words = _job, ()
     try:
         body(*words)
     finally:
         atexit._run_exitfuncs()  # multiprocessing passes over them
+
+
+def _is_job() -> bool:
+    """Fork a server of jobs before anything is done that its jobs should not begin with.
+
+    Returns:
+        Whether this is a job's process.
+    """
+    # The command line sets them for its own process and its jobs.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DATASETS_VERBOSITY", "error")
+    ours, theirs = socket.socketpair()
+    if os.fork() == 0:
+        ours.close()
+        if job_server.serve(theirs):
+            return True
+        os._exit(0)
+    theirs.close()
+    forked_jobs.adopt(ours)
+    return False
 
 
 def _lighten(*words: str) -> None:

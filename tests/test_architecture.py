@@ -23,6 +23,8 @@ MODULES = {
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "gguf_names": set(),
+    "job_server": set(),
+    "forked_jobs": {"job_server"},
     "locks": set(),
     "machine": set(),
     "paths": set(),
@@ -51,7 +53,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "engine": {"adapters", "cpu", "data", "machine", "models", "parallel"},
     "generation": {"adapters", "cpu", "machine", "models", "peft_config"},
-    "jobs": {"engine"},
+    "jobs": {"engine", "forked_jobs"},
     "training": {
         "adapters",
         "cpu",

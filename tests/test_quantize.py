@@ -23,14 +23,13 @@ from lighten.quantization.scores import EvaluationRow, score, summary
 from lighten.quantization.table import Quantized
 from lighten.quantization.targets import DYNAMIC, parse, require_tools
 from lighten.runs import Run
+from tests import once
 from tests.processes import python
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def save_tied(folder: Path) -> Path:
     """A tied model whose rows suit groups of 64, in bfloat16."""
-    folder = tmp_path_factory.mktemp("model") / "tied"
     model = tiny_model("llama", dtype=torch.bfloat16, hidden_size=64, intermediate_size=128,
                        tie_word_embeddings=True)  # fmt: skip
     model.generation_config = GenerationConfig(eos_token_id=[4, 2], pad_token_id=0)
@@ -40,19 +39,36 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(model_folder: Path, chat_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    folder = tmp_path_factory.mktemp("runs") / "chat"
-    return lighten.train(
-        model_name_or_path=str(model_folder), dataset=str(chat_file), output_dir=str(folder),
-        max_steps=2, lora_r=2, val_size=0.5, progress=False, planned=False,
-        evaluate={"max_new_tokens": 20, "extra_metrics": ["token_f1"]},
-    )  # fmt: skip
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tied(tmp_path_factory.mktemp("model") / "tied")
 
 
 @pytest.fixture(scope="module")
-def quantized(run: Run) -> Quantized:
-    """All of a run's formats but for the slow ones."""
-    return lighten.quantize(run, ["nf4", "int8,gguf:q8_0,8da4w"], tokens=300, questions=2)
+def made(chat_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run, and all of its formats but for the slow ones."""
+
+    def make(root: Path) -> None:
+        folder = save_tied(root / "tied")
+        data = shutil.copy(chat_file, root / "chat.jsonl")
+        run = lighten.train(
+            model_name_or_path=str(folder), dataset=str(data), output_dir=str(root / "chat"),
+            max_steps=2, lora_r=2, val_size=0.5, progress=False, planned=False,
+            evaluate={"max_new_tokens": 20, "extra_metrics": ["token_f1"]},
+        )  # fmt: skip
+        quantized = lighten.quantize(run, ["nf4", "int8,gguf:q8_0,8da4w"], tokens=300, questions=2)
+        (root / "quantized.json").write_text(json.dumps(quantized.to_dict()))
+
+    return once.folder(tmp_path_factory, "quantized", make)
+
+
+@pytest.fixture(scope="module")
+def run(made: Path) -> Run:
+    return Run(made / "chat")
+
+
+@pytest.fixture(scope="module")
+def quantized(made: Path) -> Quantized:
+    return Quantized(**json.loads((made / "quantized.json").read_text()))
 
 
 def test_each_row_is_of_a_whole_artefact(quantized: Quantized, run: Run) -> None:
@@ -69,7 +85,7 @@ def test_each_row_is_of_a_whole_artefact(quantized: Quantized, run: Run) -> None
         assert row["resident_bytes"] > 0
         assert row["prefill_tokens_per_second"] > 0
         assert list(row["metrics"]) == ["token_f1", "chrf", "exact_match"]
-    assert run.quantized() == json.loads(json.dumps(quantized.to_dict()))
+    assert run.quantized() == quantized.to_dict()
     assert quantized.settings["mode"] == table.MODE
 
 
@@ -86,11 +102,13 @@ def test_quality_is_ordered_and_on_the_same_tokens(quantized: Quantized) -> None
     assert int8["ratio"] < 0.75  # the tied embedding is in it
 
 
-def test_answers_are_scored_as_transformers_writes_them(quantized: Quantized, run: Run) -> None:
+def test_answers_are_scored_as_transformers_writes_them(
+    quantized: Quantized, run: Run, tmp_path: Path
+) -> None:
     """The recipe's metric, of a folder's answers by transformers' own generation."""
     from sacrebleu.metrics.chrf import CHRF
 
-    with opened(run, Path(quantized.folder)) as source:
+    with opened(run, tmp_path) as source:
         held_out = table.evaluation_of(source, 300, 2)
     assert held_out is not None
     folder = quantized.format(DYNAMIC)["folder"]
@@ -109,9 +127,11 @@ def test_answers_are_scored_as_transformers_writes_them(quantized: Quantized, ru
     assert quantized.settings["metrics"]["token_f1"] == "token F1, %"
 
 
-def test_folders_load_in_transformers_and_say_the_same(quantized: Quantized, run: Run) -> None:
+def test_folders_load_in_transformers_and_say_the_same(
+    quantized: Quantized, run: Run, tmp_path: Path
+) -> None:
     ids = torch.arange(5, 60)[None]
-    with opened(run, Path(quantized.folder)) as source, torch.no_grad():
+    with opened(run, tmp_path) as source, torch.no_grad():
         merged = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
         expected = torch.log_softmax(merged(ids).logits, -1)
         for name, most in (("int8", 0.02), ("nf4", 0.5), (DYNAMIC, 0.5)):
@@ -128,9 +148,9 @@ def test_folders_load_in_transformers_and_say_the_same(quantized: Quantized, run
             assert ends == GenerationConfig.from_pretrained(source.folder).eos_token_id
 
 
-def test_perplexity_is_that_of_the_rows(quantized: Quantized, run: Run) -> None:
+def test_perplexity_is_that_of_the_rows(quantized: Quantized, run: Run, tmp_path: Path) -> None:
     """Against a plain loop over the same rows, with transformers' own loss."""
-    with opened(run, Path(quantized.folder)) as source, torch.no_grad():
+    with opened(run, tmp_path) as source, torch.no_grad():
         held_out = table.evaluation_of(source, 300, 0)
         assert held_out is not None
         model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)

@@ -20,16 +20,22 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
+
+from lighten import forked_jobs
 
 LOOK_S = 0.01
 # Looking takes at most this share of the time: of child processes it reads all pages' marks.
 LOOKING = 0.05
 # The process that the kernel shall end first where the machine's memory is short.
 SACRIFICE = "1000"
+# What every job imports that loads a model.
+MODELS = ("torch", "transformers:AutoModelForCausalLM")
 USER_ERROR = 3  # exit code of a job that a user can mend
+
+Worker = subprocess.Popen[bytes] | forked_jobs.ForkedJob
 
 
 @dataclass
@@ -57,6 +63,7 @@ def in_child(
     module: str,
     settings: Mapping[str, Any],
     *,
+    libraries: tuple[str, ...] = (),
     memory_bytes: int | None = None,
     timeout_s: float | None = None,
     on_record: Callable[[dict[str, Any]], None] | None = None,
@@ -66,25 +73,21 @@ def in_child(
     Args:
         module: Has the job: a function `run` that yields records.
         settings: What it takes, as JSON has it.
+        libraries: What it imports in any case (`MODELS`, say): where that is possible, its process
+            is forked from one that has them, and holds what a fresh one holds that has them.
         memory_bytes: It is ended when it and its own children hold more.
         timeout_s: It is ended when it takes longer.
         on_record: Hears of each record when it is there.
     """
     outcome = Outcome()
-    with tempfile.TemporaryFile() as stderr:
-        worker = subprocess.Popen(
-            [sys.executable, "-m", "lighten.jobs"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr,
-        )  # fmt: skip
+    with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stderr:
+        stdin.write(json.dumps({"module": module, "settings": dict(settings)}).encode())
+        stdin.seek(0)
+        worker = _started(libraries, stdin, stderr)
         reader = threading.Thread(target=_read, args=(worker, outcome, on_record), daemon=True)
         reader.start()
-        assert worker.stdin is not None
         try:
-            worker.stdin.write(json.dumps({"module": module, "settings": dict(settings)}).encode())
-            worker.stdin.close()
             _watch(worker, outcome, memory_bytes, timeout_s)
-        except BrokenPipeError:
-            pass  # it ended at once: its own words say why
         finally:
             if worker.poll() is None:
                 _end(worker)
@@ -103,6 +106,13 @@ def in_child(
     return outcome
 
 
+def _started(libraries: tuple[str, ...], stdin: IO[bytes], stderr: IO[bytes]) -> Worker:
+    forked = forked_jobs.fork(libraries, stdin, stderr) if libraries else None
+    return forked or subprocess.Popen(
+        [sys.executable, "-m", "lighten.jobs"], stdin=stdin, stdout=subprocess.PIPE, stderr=stderr
+    )
+
+
 def _short(message: str) -> bool:
     from lighten.engine.memory_errors import ran_out
 
@@ -110,7 +120,7 @@ def _short(message: str) -> bool:
 
 
 def _read(
-    worker: subprocess.Popen[bytes],
+    worker: Worker,
     outcome: Outcome,
     on_record: Callable[[dict[str, Any]], None] | None,
 ) -> None:
@@ -127,7 +137,7 @@ def _read(
 
 
 def _watch(
-    worker: subprocess.Popen[bytes],
+    worker: Worker,
     outcome: Outcome,
     memory_bytes: int | None,
     timeout_s: float | None,
@@ -149,7 +159,7 @@ def _watch(
         time.sleep(max(LOOK_S, looking_s / LOOKING))
 
 
-def _end(worker: subprocess.Popen[bytes]) -> None:
+def _end(worker: Worker) -> None:
     """End the process and those that it started."""
     try:
         family = psutil.Process(worker.pid).children(recursive=True)

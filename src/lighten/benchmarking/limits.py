@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lighten.jobs import Outcome, in_child
+from lighten.jobs import MODELS, Outcome, in_child
 from lighten.machine.devices import Device
 from lighten.planning import predict, search
 from lighten.planning.changes import SHORTEST
@@ -149,5 +149,6 @@ def _run_steps(recipe: Recipe, device: Device, memory_bytes: int, timeout_s: flo
         "lighten.benchmarking.training",
         {"recipe": recipe.completed(), "kind": device.kind, "lengths": None, "supervised": 1.0,
          "least": 1, "most": 1, "budget_s": 0.0},
-        memory_bytes=memory_bytes if device.kind == "cpu" else None, timeout_s=timeout_s,
+        libraries=MODELS, memory_bytes=memory_bytes if device.kind == "cpu" else None,
+        timeout_s=timeout_s,
     )  # fmt: skip

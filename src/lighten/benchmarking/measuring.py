@@ -13,7 +13,7 @@ from lighten.artifacts.source import open_source
 from lighten.benchmarking.learning import select_rows
 from lighten.benchmarking.size import file_bytes
 from lighten.benchmarking.techniques import CHOSEN, LONG, TOGETHER, TRAINING, Technique, storage_of
-from lighten.jobs import Outcome, in_child
+from lighten.jobs import MODELS, Outcome, in_child
 from lighten.machine.devices import Device
 from lighten.planning import predict
 from lighten.planning.answers import answer_peak, resident_after
@@ -69,10 +69,13 @@ class Measuring:
             outcome = self._child(job, options, timeout_s)
         return outcome, time.monotonic() - began
 
-    def _child(self, job: str, options: Mapping[str, Any], timeout_s: float) -> Outcome:
+    def _child(
+        self, job: str, options: Mapping[str, Any], timeout_s: float,
+        libraries: tuple[str, ...] = MODELS,
+    ) -> Outcome:  # fmt: skip
         on_processor = self.device.kind == "cpu"
         return in_child(
-            job, options, timeout_s=max(1.0, timeout_s),
+            job, options, libraries=libraries, timeout_s=max(1.0, timeout_s),
             memory_bytes=self.memory_bytes if on_processor else None,
         )  # fmt: skip
 
@@ -117,6 +120,7 @@ class Measuring:
 
     def _quantized(self, technique: Technique, timeout_s: float, *, measures_loss: bool) -> Outcome:
         """Write a format and measure it; both are processes of their own."""
+        from lighten.quantization import child as quantizing
         from lighten.quantization.table import weight_bytes
         from lighten.quantization.targets import parse
 
@@ -138,10 +142,12 @@ class Measuring:
                 "name": target.name, "kind": target.kind, "type": target.type, "label": "model",
                 "model": str(model), "folder": str(folder), "calibration": [],
             }  # fmt: skip
+            libraries = quantizing.libraries_of(target.kind)
             outcome = self._child(
                 "lighten.quantization.child",
                 {"job": {**job, "do": "make"}},
                 deadline - time.monotonic(),
+                libraries,
             )
             if outcome.error is not None:
                 return outcome
@@ -151,7 +157,7 @@ class Measuring:
                 {"job": {
                     **job, "do": "measure", **self._measuring_options(measures_loss=measures_loss),
                 }},
-                deadline - time.monotonic(),
+                deadline - time.monotonic(), libraries,
             )  # fmt: skip
             for record in outcome.records:
                 rows = record.pop("rows", None) or {"nll": [], "tokens": []}

@@ -17,7 +17,7 @@ from lighten.benchmarking.limits import largest
 from lighten.benchmarking.size import file_bytes
 from lighten.benchmarking.training import WAYS
 from lighten.errors import UserError
-from lighten.jobs import in_child
+from lighten.jobs import MODELS, in_child
 from lighten.machine import devices, hardware
 from lighten.models.load import checksum, weight_files
 from lighten.planning import predict
@@ -233,6 +233,7 @@ class Bench:
         outcome = in_child(
             f"lighten.benchmarking.{job}",
             settings,
+            libraries=("torch",) if job == "attention" else MODELS,
             memory_bytes=self.limit_of_children,
             timeout_s=self.settings.timeout_s,
         )

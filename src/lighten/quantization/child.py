@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lighten.errors import UserError
-from lighten.jobs import in_child
+from lighten.jobs import MODELS, in_child
 from lighten.machine.containers import cores
 from lighten.machine.mapped import drop_mapped_weights
 from lighten.quantization.resident import load_code, resident_bytes
@@ -24,7 +24,9 @@ def call(job: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: What the job raised, or that the process was killed.
     """
-    outcome = in_child("lighten.quantization.child", {"job": job})
+    outcome = in_child(
+        "lighten.quantization.child", {"job": job}, libraries=libraries_of(job["kind"])
+    )
     if outcome.error is not None and outcome.out_of_memory:
         raise UserError(f"{job['name']} failed: {outcome.error}")
     if outcome.error is not None:
@@ -32,6 +34,11 @@ def call(job: dict[str, Any]) -> dict[str, Any]:
             outcome.error if outcome.is_user_error else f"{job['name']} failed: {outcome.error}"
         )
     return outcome.records[-1]
+
+
+def libraries_of(kind: str) -> tuple[str, ...]:
+    """What every job of a kind imports; GGUF is written and read without PyTorch."""
+    return () if kind == "gguf" else MODELS
 
 
 def run(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
