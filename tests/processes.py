@@ -53,7 +53,7 @@ class Forked:
     """
 
     def __init__(
-        self, body: Callable[..., None], words: tuple[str, ...], *, cwd: Path | None = None,
+        self, body: Callable[..., None], words: tuple[Any, ...], *, cwd: Path | None = None,
         stdin: str = "", environment: Mapping[str, str] | None = None, merged: bool = False,
     ) -> None:  # fmt: skip
         self._folder = tempfile.TemporaryDirectory()
@@ -198,7 +198,7 @@ def _completed(process: Forked, words: tuple[str, ...]) -> subprocess.CompletedP
 
 
 def _child(
-    body: Callable[..., None], words: tuple[str, ...], cwd: str, paths: list[Path],
+    body: Callable[..., None], words: tuple[Any, ...], cwd: str, paths: list[Path],
     environment: Mapping[str, str],
 ) -> None:  # fmt: skip
     multiprocessing.current_process()._config["daemon"] = False  # it may have children
@@ -236,6 +236,20 @@ def _is_job() -> bool:
     theirs.close()
     forked_jobs.adopt(ours)
     return False
+
+
+def fork_jobs() -> Forked:
+    """From now on the jobs of this process are forked from one that has the libraries."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        server = Forked(_serve_jobs, (theirs,))
+    forked_jobs.adopt(ours)
+    return server
+
+
+def _serve_jobs(connection: socket.socket) -> None:
+    if job_server.serve(connection):
+        _job()
 
 
 def _lighten(*words: str) -> None:
