@@ -64,7 +64,11 @@ def main() -> None:
     parser.add_argument("--audit", type=Path, default=Path("runs/audit-smollm2-135m/audit.json"))
     parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas")
     parser.add_argument("--memory-gib", type=float, default=8.0)
+    parser.add_argument("--least-tokens", type=int, default=audit_context.LEAST,
+                        help="of a long row: the first that is tried")  # fmt: skip
     parser.add_argument("--most-tokens", type=int, default=2**17)
+    parser.add_argument("--contender", action="append", choices=audit_context.CONTENDERS,
+                        help="whose long rows are searched; all, unless it is given")  # fmt: skip
     parser.add_argument("--timeout-s", type=float, default=1800.0, help="of a long row's step")
     parser.add_argument("--examples", type=int, default=160)
     parser.add_argument("--new-tokens", type=int, default=40)
@@ -75,7 +79,9 @@ def main() -> None:
     if unknown := set(parts) - set(PARTS):
         parser.error(f"--only knows {', '.join(PARTS)}, not {', '.join(unknown)}")
     peers = arguments.peers_venv / "bin" / "python"
-    if "context" in parts and not peers.exists():
+    contenders = arguments.contender or list(audit_context.CONTENDERS)
+    needs_peers = any(name in audit_context.PEERS for name in contenders)
+    if "context" in parts and needs_peers and not peers.exists():
         parser.error(f"no environment at {arguments.peers_venv}: run train_vs_peers.py --setup")
     before = machine.before_start()
     results: dict[str, Any] = {"audit": None, "context": None, "evaluate": {}}
@@ -88,7 +94,7 @@ def main() -> None:
             results["context"] = audit_context.compare(
                 model, str(scratch / "adapter"), peers, scratch,
                 memory_bytes=int(arguments.memory_gib * 2**30), timeout_s=arguments.timeout_s,
-                most=arguments.most_tokens,
+                least=arguments.least_tokens, most=arguments.most_tokens, contenders=contenders,
             )  # fmt: skip
         for dtype in arguments.dtypes.split(",") if "evaluate" in parts else ():
             results["evaluate"][dtype] = audit_evaluation.compare(
@@ -104,7 +110,7 @@ def main() -> None:
         "evaluate_vs_transformers": max(ratios) if ratios and all(ratios) else None,
     }
     why_not = {
-        "parts were left out": set(parts) != set(PARTS),
+        "parts were left out": set(parts) != set(PARTS) or bool(arguments.contender),
         "examples were left out": arguments.examples < 160,
         "a long row took too long": bool((results["context"] or {}).get("timed_out")),
     }

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,8 @@ class Longest:
         self.model, self.text, self.adapter, self.peers = model, text, adapter, peers
         self.memory_bytes, self.timeout_s, self.scratch = memory_bytes, timeout_s, scratch
 
-    def search(self, name: str, most: int) -> dict[str, Any]:
-        """The longest row of a contender, and every try."""
+    def search(self, name: str, least: int, most: int) -> dict[str, Any]:
+        """The longest row of a contender, from so many tokens to so many, and every try."""
         tries: list[dict[str, Any]] = []
 
         def fits(tokens: int) -> bool:
@@ -69,7 +69,7 @@ class Longest:
                   f"{outcome['seconds']:.0f} s, {status}", flush=True)  # fmt: skip
             return outcome["why_not"] is None
 
-        return {"longest": longest(fits, most), "tries": tries}
+        return {"longest": longest(fits, least, most), "tries": tries}
 
     def attempt(self, contender: Contender, tokens: int) -> dict[str, Any]:
         """One step on one row of so many tokens."""
@@ -107,9 +107,9 @@ class Longest:
                 "loss": losses[0] if losses else None}  # fmt: skip
 
 
-def longest(fits: Callable[[int], bool], most: int) -> int | None:
+def longest(fits: Callable[[int], bool], least: int, most: int) -> int | None:
     """The longest that fits: doubled until one does not, then halved between."""
-    low, high, tokens = 0, most + 1, LEAST
+    low, high, tokens = 0, most + 1, least
     while tokens <= most:
         if not fits(tokens):
             high = tokens
@@ -125,7 +125,7 @@ def longest(fits: Callable[[int], bool], most: int) -> int | None:
 
 def compare(
     model: str, adapter: str, peers: Path, scratch: Path, *, memory_bytes: int, timeout_s: float,
-    most: int,
+    least: int, most: int, contenders: Sequence[str],
 ) -> dict[str, Any]:  # fmt: skip
     """The best of ours over the best of TRL's, on the same text; null where losses differ.
 
@@ -136,13 +136,15 @@ def compare(
         scratch: A folder that is thrown away.
         memory_bytes: What a process may hold.
         timeout_s: For one try.
+        least: Row that is tried first.
         most: Longest row that is tried.
+        contenders: Whose rows are searched, of `CONTENDERS`.
     """
     stretched = with_positions(Path(model), scratch / "model", most)
     search = Longest(
         str(stretched), encoded(model), adapter, peers, memory_bytes, timeout_s, scratch
     )
-    searches = {name: search.search(name, most) for name in CONTENDERS}
+    searches = {name: search.search(name, least, most) for name in contenders}
     ours = [result for name, result in searches.items() if CONTENDERS[name].engine == "lighten"]
     theirs = [result for name, result in searches.items() if CONTENDERS[name].engine != "lighten"]
     difference = loss_difference(ours, theirs)
@@ -150,10 +152,10 @@ def compare(
         max((result["longest"] or 0 for result in group), default=0) for group in (ours, theirs)
     ]
     why = None
-    if difference is None or difference > AGREEMENT:
-        why = f"losses are {difference} apart on rows that both train"
-    elif not all(lengths):
+    if not all(lengths):
         why = "one of the two trains no row"
+    elif difference is None or difference > AGREEMENT:
+        why = f"losses are {difference} apart on rows that both train"
     return {
         "ratio": None if why else lengths[0] / lengths[1], "why_not": why,
         "ours": lengths[0], "theirs": lengths[1], "loss_difference": difference,

@@ -26,6 +26,7 @@ from benchmarks import (
     engine,
     gpu_suite,
     limit,
+    long_rows,
     machine,
     peers_generate,
     quantize_gguf,
@@ -455,6 +456,23 @@ def test_the_sweep_s_benchmark_runs_on_a_tiny_model(
     assert stored["runs"]["cohort"][0]["losses"].keys() == {"r2", "r4"}
 
 
+def test_long_rows_are_timed_beside_pytorch_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(machine, "RESULTS", tmp_path)
+    monkeypatch.setattr(long_rows, "SHAPES", {"tiny": (4, 2, 8, 0), "tiny, window": (4, 2, 8, 5)})
+    long_rows.main(["--lengths", "16,40", "--repeats", "1", "--dtypes", "float32"])
+    ratios = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert len(ratios) == 4
+    assert min(ratios.values()) > 0.0
+    stored = json.loads((tmp_path / "trial" / "long_rows.json").read_text(encoding="utf-8"))
+    assert stored["cells"][0]["seconds"].keys() == {"ours", "grouped", "repeated", "one thread"}
+    q, k, v = (torch.randn(1, heads, 40, 8) for heads in (4, 2, 2))
+    for window in (0, 5):
+        ours, *theirs = (attend(q, k, v) for attend in long_rows.ways(window, 40).values())
+        assert all(torch.allclose(ours, x, atol=1e-5) for x in theirs)
+
+
 def test_a_result_tells_no_folder_of_this_machine(tmp_path: Path) -> None:
     told = {"data": str(machine.ROOT / "examples" / "a.jsonl"), "rows": (1, [str(tmp_path)])}
     assert machine.portable(told) == {
@@ -539,7 +557,7 @@ def test_the_longest_row_is_found(limit: int) -> None:
         tried.append(tokens)
         return tokens <= limit
 
-    longest = audit_context.longest(fits, 2**17)
+    longest = audit_context.longest(fits, audit_context.LEAST, 2**17)
     if limit < audit_context.LEAST:
         assert longest is None
     else:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -11,7 +15,8 @@ from lighten.models import attention
 from tests.tiny import ARCHITECTURES, VOCAB, tiny_model
 
 
-@pytest.mark.parametrize("tokens", [2, 127, 128, 129, 300])
+# The last is no longer the blocks'.
+@pytest.mark.parametrize("tokens", [2, 127, 128, 129, 300, attention.LONGEST_IN_BLOCKS + 7])
 @pytest.mark.parametrize("groups", [1, 3])
 def test_blocks_give_pytorchs_values_and_gradients(tokens: int, groups: int) -> None:
     torch.manual_seed(0)
@@ -25,6 +30,126 @@ def test_blocks_give_pytorchs_values_and_gradients(tokens: int, groups: int) -> 
     upstream = torch.randn_like(ours)
     for a, b in zip(torch.autograd.grad(ours, [q, k, v], upstream),
                     torch.autograd.grad(theirs, [q, k, v], upstream), strict=True):  # fmt: skip
+        assert torch.allclose(a, b, rtol=0, atol=1e-11)
+
+
+def windowed(
+    inputs: list[torch.Tensor], scale: float, window: int, starts: Sequence[int]
+) -> torch.Tensor:
+    """By PyTorch, under a mask."""
+    q, k, v = inputs
+    place = torch.arange(q.shape[2])
+    row = torch.bucketize(place, torch.tensor(starts[1:-1]), right=True)
+    query, key = place[:, None], place[None]
+    seen = (key <= query) & (key > query - window) & (row[:, None] == row[None])
+    return F.scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=True)
+
+
+@pytest.mark.parametrize("emulated", [False, True])
+@pytest.mark.parametrize(
+    ("starts", "window"),
+    [((0, 300), 1), ((0, 300), 8), ((0, 300), 128), ((0, 300), 129), ((0, 300), 299),
+     ((0, 300), 500), ((0, 70, 300, 310), 50),
+     ((0, attention.LONGEST_IN_BLOCKS + 200), 50),
+     ((0, 30, 60 + attention.LONGEST_IN_BLOCKS), attention.LONGEST_IN_BLOCKS + 10)],
+)  # fmt: skip
+def test_a_window_hides_what_is_too_long_ago(
+    monkeypatch: pytest.MonkeyPatch, starts: tuple[int, ...], window: int, emulated: bool
+) -> None:
+    monkeypatch.setattr(attention, "_emulated", lambda _: emulated)
+    torch.manual_seed(0)
+    shapes = [(1, heads, starts[-1], 8) for heads in (4, 2, 2)]
+    inputs = [torch.randn(s, dtype=torch.double, requires_grad=True) for s in shapes]
+    packed = starts if len(starts) > 2 else None
+    ours = attention.block_attention(*inputs, 0.3, packed, window)
+    theirs = windowed(inputs, 0.3, window, starts)
+    assert torch.allclose(ours, theirs, rtol=0, atol=1e-12)
+    upstream = torch.randn_like(ours)
+    for a, b in zip(torch.autograd.grad(ours, inputs, upstream),
+                    torch.autograd.grad(theirs, inputs, upstream), strict=True):  # fmt: skip
+        assert torch.allclose(a, b, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("arch", sorted(attention.WINDOWED))
+def test_models_with_a_window_need_no_mask(monkeypatch: pytest.MonkeyPatch, arch: str) -> None:
+    attention.register()
+    several_kinds = arch not in {"mistral", "mixtral", "phi3", "qwen3_moe", "starcoder2"}
+    changes: dict[str, Any] = {"sliding_window": 8, "use_sliding_window": True, "pad_token_id": 0}
+    if several_kinds:
+        changes["layer_types"] = ["sliding_attention", "full_attention"]
+    if arch == "ministral":
+        changes["head_dim"] = 8
+    if arch == "qwen3_moe":
+        changes |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    ids = torch.randint(3, VOCAB, (2, 150), generator=torch.Generator().manual_seed(0))
+    plain, ours = tiny_model(arch, **changes), tiny_model(arch, **changes)
+    assert plain.config.sliding_window == 8
+    plain.set_attn_implementation("eager")
+    ours.set_attn_implementation(attention.NAME)
+    expected = plain(input_ids=ids, labels=ids, use_cache=False).loss
+    monkeypatch.setattr(attention, "sdpa_mask", None)
+    loss = ours(input_ids=ids, labels=ids, use_cache=False).loss
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    # It does make a difference.
+    longer = tiny_model(arch, **changes | {"sliding_window": 200})
+    longer.set_attn_implementation("eager")
+    other = longer(input_ids=ids, labels=ids, use_cache=False).loss
+    assert float(other.detach()) != pytest.approx(float(expected.detach()), rel=1e-4)
+    loss.backward()
+    expected.backward()
+    for (name, a), b in zip(plain.named_parameters(), ours.parameters(), strict=True):
+        if a.grad is not None and b.grad is not None:
+            assert float((a.grad - b.grad).abs().max()) < 2e-5, name
+
+
+def test_dropout_of_probabilities_keeps_the_window() -> None:
+    model = tiny_model("mistral", sliding_window=8)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 40, 8) for heads in (4, 2, 2))
+    layer = model.model.layers[0].self_attn.train()
+    options = {"scaling": 0.3, "sliding_window": 8}
+    torch.manual_seed(1)
+    out, _ = attention._forward(layer, q, k, v, None, dropout=1e-7, **options)
+    assert torch.allclose(out.transpose(1, 2), windowed([q, k, v], 0.3, 8, (0, 40)), atol=1e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_a_long_row_keeps_grows_with_its_length_and_not_its_square(packed: bool) -> None:
+    def kept_bytes(tokens: int) -> int:
+        q, k, v = (
+            torch.randn(1, heads, tokens, 8, requires_grad=True) for heads in (6, 2, 2)
+        )  # fmt: skip
+        kept: list[int] = []
+
+        def note(x: torch.Tensor) -> torch.Tensor:
+            kept.append(x.nbytes)
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            attention.block_attention(q, k, v, 0.3, (0, tokens) if packed else None)
+        return sum(kept)
+
+    long = 2 * attention.LONGEST_IN_BLOCKS
+    assert kept_bytes(2 * long) == 2 * kept_bytes(long)
+
+
+def test_packed_rows_of_which_one_is_long_are_what_they_are_alone() -> None:
+    torch.manual_seed(0)
+    lengths = (40, attention.LONGEST_IN_BLOCKS + 5, 300)
+    starts = (0, lengths[0], lengths[0] + lengths[1], sum(lengths))
+    shapes = [(1, heads, sum(lengths), 8) for heads in (6, 2, 2)]
+    q, k, v = (torch.randn(s, dtype=torch.double, requires_grad=True) for s in shapes)
+    together = attention.block_attention(q, k, v, 0.3, starts)
+    alone = torch.cat([
+        F.scaled_dot_product_attention(
+            *(x[:, :, a:b] for x in (q, k, v)), is_causal=True, scale=0.3, enable_gqa=True
+        )
+        for a, b in itertools.pairwise(starts)
+    ], 2)  # fmt: skip
+    assert torch.allclose(together, alone, rtol=0, atol=1e-12)
+    upstream = torch.randn_like(alone)
+    for a, b in zip(torch.autograd.grad(together, [q, k, v], upstream),
+                    torch.autograd.grad(alone, [q, k, v], upstream), strict=True):  # fmt: skip
         assert torch.allclose(a, b, rtol=0, atol=1e-11)
 
 

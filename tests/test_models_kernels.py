@@ -32,15 +32,17 @@ def inputs(heads: int, keys: int, tokens: int, features: int, rows: int = 1) -> 
     ]
 
 
-def exact(q: Tensor, k: Tensor, v: Tensor, scale: float, starts: list[int]) -> Tensor:
+def exact(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, starts: list[int], window: int = 0
+) -> Tensor:
     """In float64, a row at a time."""
-    spans = list(pairwise(starts)) or [(0, q.shape[2])]
-    outs = [
-        F.scaled_dot_product_attention(
-            q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], is_causal=True, scale=scale, enable_gqa=True
-        )
-        for a, b in spans
-    ]
+    outs = []
+    for first, last in list(pairwise(starts)) or [(0, q.shape[2])]:
+        seen = torch.ones(last - first, last - first, dtype=torch.bool).tril()
+        if window:
+            seen = seen.triu(1 - window)
+        row = (x[:, :, first:last] for x in (q, k, v))
+        outs.append(F.scaled_dot_product_attention(*row, seen, scale=scale, enable_gqa=True))
     return torch.cat(outs, 2)
 
 
@@ -59,6 +61,7 @@ def error(actual: Tensor, expected: Tensor) -> float:
         (4, 1, 256, [70]),
         (3, 3, 20, [31, 1, 96]),
         (12, 2, 32, [70, 33]),
+        (6, 1, 40, [300, 2500]),  # more keys than are weighed at once; several parts of a row
     ],
 )
 def test_packed_rows_are_attended_to_as_in_float64(
@@ -80,6 +83,25 @@ def test_packed_rows_are_attended_to_as_in_float64(
 
 
 @needs_kernels
+@pytest.mark.parametrize("lengths", [[130, 7, 60], [700], [2300]])
+@pytest.mark.parametrize("window", [1, 8, 31, 32, 33, 64, 100, 257, 640])
+def test_a_window_hides_what_is_too_long_ago(lengths: list[int], window: int) -> None:
+    starts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    q, k, v = inputs(6, 2, starts[-1], 16)
+    out = kernel.Attention.apply(q, k, v, 0.25, starts, window)
+    doubles = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    expected = exact(*doubles, 0.25, starts, window)
+    upstream = torch.randn_like(out)
+    gradients = torch.autograd.grad(out, (q, k, v), upstream)
+    expected_gradients = torch.autograd.grad(expected, doubles, upstream.double())
+    assert error(out, expected.detach()) < 0.004
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        # A query that sees itself alone has no gradient but rounding's.
+        if float(expected_gradient.norm()) > 1e-9:
+            assert error(gradient, expected_gradient) < 0.004
+
+
+@needs_kernels
 @pytest.mark.parametrize("tokens", [1, 32, 77])
 def test_rows_under_each_other_and_any_layout_give_the_same(tokens: int) -> None:
     q, k, v = inputs(4, 2, tokens, 24, rows=3)
@@ -96,12 +118,26 @@ def test_rows_under_each_other_and_any_layout_give_the_same(tokens: int) -> None
 
 
 @needs_kernels
-def test_large_scores_do_no_harm() -> None:
+@pytest.mark.parametrize("tokens", [70, 700])
+def test_large_scores_do_no_harm(tokens: int) -> None:
     """Far beyond e^88, where exponentials end in float32."""
-    q, k, v = inputs(2, 2, 70, 16)
+    q, k, v = inputs(2, 2, tokens, 16)
     large = [x.detach() * factor for x, factor in ((q, 40.0), (k, 40.0), (v, 1.0))]
     out = kernel.Attention.apply(*large, 1.0, [])
     assert error(out, exact(*(x.double() for x in large), 1.0, [])) < 0.004
+
+
+@needs_kernels
+@pytest.mark.parametrize("rising", [True, False])
+def test_keys_that_matter_more_than_all_before_or_after_them(rising: bool) -> None:
+    """Each chunk of keys then makes what was summed before vanish, or vanishes beside it."""
+    q, k, v = (x.detach().float() for x in inputs(2, 1, 900, 16))
+    ramp = torch.linspace(0.0, 60.0, 900)
+    k[..., 0] = ramp if rising else ramp.flip(0)
+    q[..., 0] = 8.0
+    rounded = [x.bfloat16() for x in (q, k, v)]
+    out = kernel.Attention.apply(*rounded, 0.5, [])
+    assert error(out, exact(*(x.double() for x in rounded), 0.5, [])) < 0.004
 
 
 @needs_kernels
@@ -126,14 +162,16 @@ def test_no_number_is_made_of_what_is_none() -> None:
 
 
 @needs_kernels
-def test_threads_change_nothing() -> None:
-    q, k, v = inputs(6, 3, 200, 32)
+@pytest.mark.parametrize("starts", [[0, 120, 200], [0, 2100, 2200], [0, 3100]])
+def test_threads_change_nothing(starts: list[int]) -> None:
+    """Nor where a long row's parts are several threads' work."""
+    q, k, v = inputs(6, 3, starts[-1], 32)
     results = []
     for threads in (1, 3):
         threads_before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
-            out = kernel.Attention.apply(q, k, v, 0.1, [0, 120, 200])
+            out = kernel.Attention.apply(q, k, v, 0.1, starts)
             results.append((out, *torch.autograd.grad(out.sum(), (q, k, v))))
         finally:
             torch.set_num_threads(threads_before)
@@ -152,6 +190,10 @@ def test_the_operations_say_what_they_return_and_what_they_cost() -> None:
         torch.ops.lighten.attention_backward(*args)
     pairs = 20 * 21 // 2 + 40 * 41 // 2  # pairs of a query and a key
     assert counter.get_total_flops() == (2 + 5) * 2 * 4 * 16 * pairs
+    with FlopCounterMode(display=False) as counter:
+        torch.ops.lighten.attention(q, k, v, 0.25, [0, 20, 60], 15)
+    pairs = sum(min(15, place + 1) for length in (20, 40) for place in range(length))
+    assert counter.get_total_flops() == 2 * 2 * 4 * 16 * pairs
 
 
 @needs_kernels

@@ -29,7 +29,7 @@ from lighten.adapters.trained import Trained
 from lighten.data.batches import MicroBatch
 from lighten.engine import fused_loss
 from lighten.engine.fused_loss import cross_entropy_
-from lighten.models import attention
+from lighten.models.packed_rows import packed
 
 # Bytes of one chunk of logits, large enough to fill a matrix product (benchmarks/limit.py), and the
 # rows that it holds a multiple of, by the kind of device that has a kernel. None: PyTorch's
@@ -287,7 +287,7 @@ class Objective:
     @contextmanager
     def at(self, batch: MicroBatch, shares: tuple[Share, ...]) -> Iterator[None]:
         """The model knows which of the batch's rows are whose, and where packed ones begin."""
-        with self.cohort.sharing(shares, batch.starts), attention.packed(batch.starts):
+        with self.cohort.sharing(shares, batch.starts), packed(batch.starts):
             yield
             self._end_pass()
 

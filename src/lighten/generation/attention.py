@@ -122,7 +122,7 @@ class Batch:
         prefills: The other sequences.
         block: Tokens of a prompt that attend in one product.
         packed: All sequences are read from their beginning, as rows that stand behind each other
-            in one (`models.attention.packed`): the attention they train with reads them, and
+            in one (`models.packed_rows.packed`): the attention they train with reads them, and
             slots take their keys and values alone.
     """
 

@@ -6,10 +6,10 @@ for nothing, repeats the keys of grouped queries, and keeps float32 scores. Here
 queries meets only the keys up to its own end, heads that share keys share a product, and the
 backward pass keeps the probabilities alone, in the base's format. Processors that multiply
 bfloat16 do all of it in a kernel (`kernels/attention.cpp`), which keeps no probability either.
+Without it long rows, whose probabilities grow with the square of their length, go to PyTorch's
+flash kernel, and so do all rows in a format whose products the processor emulates.
 
-Rows may stand behind each other in one packed row (`packed`). Only the attention needs them under
-each other: rows of like length are gathered, attended to together and put back, so that no other
-layer computes padding.
+Rows may stand behind each other in one (`packed_rows.py`).
 
 Dimensions: B rows, K key-value heads, G query heads per key-value head, T tokens, D features, N
 tokens of a packed row, Z = B · K.
@@ -23,22 +23,22 @@ the memory-efficient kernel takes them (benchmarks/gpu_suite.py: 96 against 2552
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from lighten.cpu import kernels
 from lighten.cpu.kernels import attention as kernel
+from lighten.machine import hardware
 from lighten.machine.hardware import Choice
+from lighten.models.packed_rows import Group, groups_of, packing, starts_within
 
 NAME, REPEATS = "lighten_blocks", "lighten_repeats"
 GROUPED_SINCE = (8, 0)  # compute capability from which half precision's kernels read grouped keys
@@ -48,8 +48,13 @@ PACKS = frozenset({NAME, "flash_attention_2", "flash_attention_3"})
 _SETTING = {NAME: "sdpa", REPEATS: "sdpa"}
 # Queries per block: large enough to fill a matrix product, small enough to skip the upper half.
 BLOCK = 128
-# A packed row this much shorter than the longest of its group starts another group.
-ALIKE = 0.8
+# Models whose layers pass on which window their mask has: they need no mask.
+WINDOWED = frozenset({
+    "cohere2", "exaone4", "gemma3_text", "ministral", "mistral", "mixtral", "olmo3", "phi3",
+    "qwen2", "qwen3", "qwen3_moe", "smollm3", "starcoder2",
+})  # fmt: skip
+# Longer rows are the flash kernel's: from about here on it is as quick as blocks.
+LONGEST_IN_BLOCKS = 1024
 
 
 def setting_of(name: str) -> str:
@@ -57,132 +62,57 @@ def setting_of(name: str) -> str:
     return _SETTING.get(name, name)
 
 
-@dataclass(frozen=True)
-class Group:
-    """Packed rows of like length, to be laid under each other.
-
-    Attributes:
-        rows: How many.
-        tokens: Of the longest.
-        index: [rows · tokens] where each token stands in the packed row; padding repeats a row's
-            last token.
-        real: [real tokens] which of them are no padding.
-    """
-
-    rows: int
-    tokens: int
-    index: Tensor
-    real: Tensor
-
-    def gathered(self, x: Tensor) -> Tensor:
-        """[1, heads, N, D] → [heads, rows, tokens, D]."""
-        return x[0].index_select(1, self.index).unflatten(1, (self.rows, self.tokens))
-
-    def put_back(self, x: Tensor, out: Tensor) -> None:
-        """[heads, rows, tokens, D] → its places in [1, heads, N, D]."""
-        flat = x.flatten(1, 2)
-        if len(self.real) < len(self.index):
-            flat = flat.index_select(1, self.real)
-        out[0].index_copy_(1, self.index[self.real], flat)
-
-    def without_padding(self, x: Tensor) -> Tensor:
-        """[heads, rows, tokens, D] with zeros where it is padding."""
-        if len(self.real) == len(self.index):
-            return x
-        mask = x.new_zeros(self.rows * self.tokens, 1)
-        mask[self.real] = 1.0
-        return x * mask.view(self.rows, self.tokens, 1)
-
-
-@functools.lru_cache(maxsize=16)
-def groups_of(starts: tuple[int, ...], device: torch.device | str = "cpu") -> tuple[Group, ...]:
-    """Groups of rows of like length.
-
-    Args:
-        starts: Where each packed row begins, and the end of the last.
-        device: Where the indices go.
-    """
-    rows = sorted(pairwise(starts), key=lambda row: row[0] - row[1])
-    groups: list[list[tuple[int, int]]] = []
-    for row in rows:
-        longest = groups[-1][0][1] - groups[-1][0][0] if groups else 0
-        if row[1] - row[0] < ALIKE * longest or not groups:
-            groups.append([])
-        groups[-1].append(row)
-    packed_groups = []
-    for group in groups:
-        tokens = group[0][1] - group[0][0]
-        places = torch.arange(tokens)
-        index = torch.stack([(places + a).clamp_max(b - 1) for a, b in group])
-        real = torch.stack([places < b - a for a, b in group]).flatten().nonzero()[:, 0]
-        index, real = index.flatten().to(device), real.to(device)
-        packed_groups.append(Group(len(group), tokens, index, real))
-    return tuple(packed_groups)
-
-
-@dataclass(frozen=True)
-class _Packed:
-    longest: int
-    starts: tuple[int, ...]
-
-    @property
-    def tokens(self) -> int:
-        return self.starts[-1]
-
-
-_packed: ContextVar[_Packed | None] = ContextVar("packed", default=None)
-
-
-@contextmanager
-def packed(starts: Sequence[int] | None) -> Iterator[None]:
-    """What runs inside attends within rows that stand behind each other in one.
-
-    Args:
-        starts: Where each row begins, and the end of the last; None: rows are not packed.
-    """
-    longest = max((b - a for a, b in pairwise(starts or ())), default=0)
-    before = _packed.set(_Packed(longest, tuple(starts)) if starts else None)
-    try:
-        yield
-    finally:
-        _packed.reset(before)
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, list[Tensor]]:
+def _attend(query: Tensor, key: Tensor, value: Tensor, window: int) -> tuple[Tensor, list[Tensor]]:
     """softmax(Q Kᵀ + causal) V and, by block, the probabilities: the scale is in Q already.
 
     Args:
         query: [Z, G, T, D].
         key: [Z, T, D].
         value: [Z, T, D].
+        window: How many keys a query sees, its own last; 0: all before it.
     """
     out = query.new_empty(*query.shape[:-1], value.shape[-1])
     probabilities = []
     for block in _blocks(query.shape[2]):
-        scores = _stacked(query, block) @ key[:, : block.stop].mT
-        size = block.stop - block.start
-        later = torch.ones(size, size, dtype=torch.bool, device=scores.device).triu_(1)
-        _unstacked(scores, block)[..., block.start :].masked_fill_(later, float("-inf"))
+        seen = _seen(block, window)
+        scores = _stacked(query, block) @ key[:, seen].mT
+        _hide(_unstacked(scores, block), block, seen, window)
         weights = scores.softmax(-1)  # float32 inside, rounded once
-        out[:, :, block] = _unstacked(weights @ value[:, : block.stop], block)
+        out[:, :, block] = _unstacked(weights @ value[:, seen], block)
         probabilities.append(weights)
     return out, probabilities
 
 
 def _attend_backward(
-    query: Tensor, key: Tensor, value: Tensor, probabilities: Sequence[Tensor], grad: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, probabilities: Sequence[Tensor], grad: Tensor,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of the three inputs of `_attend`."""
     grad_query, grad_key = torch.empty_like(query), torch.zeros_like(key)
     grad_value = torch.zeros_like(value)
     for block, weights in zip(_blocks(query.shape[2]), probabilities, strict=True):
-        upstream = _stacked(grad, block)
-        grad_value[:, : block.stop].baddbmm_(weights.mT, upstream)
-        gradient = upstream @ value[:, : block.stop].mT
+        seen, upstream = _seen(block, window), _stacked(grad, block)
+        grad_value[:, seen].baddbmm_(weights.mT, upstream)
+        gradient = upstream @ value[:, seen].mT
         gradient = torch._softmax_backward_data(gradient, weights, -1, weights.dtype)
-        grad_query[:, :, block] = _unstacked(gradient @ key[:, : block.stop], block)
-        grad_key[:, : block.stop].baddbmm_(gradient.mT, _stacked(query, block))
+        grad_query[:, :, block] = _unstacked(gradient @ key[:, seen], block)
+        grad_key[:, seen].baddbmm_(gradient.mT, _stacked(query, block))
     return grad_query, grad_key, grad_value
+
+
+def _seen(block: slice, window: int) -> slice:
+    """The keys of which a block's queries see any."""
+    return slice(max(0, block.start + 1 - window) if window else 0, block.stop)
+
+
+def _hide(scores: Tensor, block: slice, seen: slice, window: int) -> None:
+    """Leave out of [..., block, seen] what comes after each query, or too long before it."""
+    size = block.stop - block.start
+    square = torch.ones(size, size, dtype=torch.bool, device=scores.device)
+    scores[..., -size:].masked_fill_(square.triu(1), float("-inf"))
+    if window and block.stop - window > seen.start:
+        earlier = square.tril_(block.start - window - seen.start)
+        scores[..., :size].masked_fill_(earlier, float("-inf"))
 
 
 def _blocks(tokens: int) -> list[slice]:
@@ -213,8 +143,10 @@ class _BlockAttention(torch.autograd.Function):
         value: Tensor,
         scale: float,
         groups: tuple[Group, ...] | None,
+        window: int,
     ) -> Tensor:
-        ctx.scale, ctx.groups, ctx.shapes = scale, groups, (query.shape, key.shape, value.shape)
+        ctx.scale, ctx.groups, ctx.window = scale, groups, window
+        ctx.shapes = query.shape, key.shape, value.shape
         if groups is None:
             parts = [(_by_key(query, key.shape[1]), key.flatten(0, 1), value.flatten(0, 1))]
         else:
@@ -228,7 +160,7 @@ class _BlockAttention(torch.autograd.Function):
         ctx.block_counts = []
         for number, (q, k, v) in enumerate(parts):
             q = q * scale
-            attended, probabilities = _attend(q, k, v)
+            attended, probabilities = _attend(q, k, v, window)
             saved += [q, k, v, *probabilities]
             ctx.block_counts.append(len(probabilities))
             if groups is None:
@@ -251,7 +183,7 @@ class _BlockAttention(torch.autograd.Function):
                 group = ctx.groups[number]
                 gathered = group.without_padding(group.gathered(grad))
                 upstream = _by_key_packed(gathered, keys)
-            gradients = _attend_backward(q, k, v, weights, upstream)
+            gradients = _attend_backward(q, k, v, weights, upstream, ctx.window)
             gradients[0].mul_(ctx.scale)
             if ctx.groups is None:
                 outs = [
@@ -261,7 +193,7 @@ class _BlockAttention(torch.autograd.Function):
             group.put_back(_by_head(gradients[0], group.rows), outs[0])
             for gradient, out in zip(gradients[1:], outs[1:], strict=True):
                 group.put_back(gradient.unflatten(0, (keys, group.rows)), out)
-        return *outs, None, None
+        return *outs, None, None, None
 
 
 def _by_key(x: Tensor, keys: int) -> Tensor:
@@ -285,6 +217,7 @@ def block_attention(
     value: Tensor,
     scale: float,
     starts: tuple[int, ...] | None = None,
+    window: int = 0,
 ) -> Tensor:
     """Causal attention of rows without padding to their left.
 
@@ -294,21 +227,66 @@ def block_attention(
         value: [B, K, T, D].
         scale: Factor on the scores.
         starts: Where each of the packed rows begins that the T tokens are (B is 1), and T.
+        window: How many keys a query sees, its own last; 0: all before it.
 
     Returns:
         [B, K · G, T, D].
     """
     if kernel.takes(query, key, value):
-        out: Tensor = kernel.Attention.apply(query, key, value, scale, list(starts or ()))
+        out: Tensor = kernel.Attention.apply(query, key, value, scale, list(starts or ()), window)
         return out
+    edges = starts or (0, query.shape[2])
+    longest = max(b - a for a, b in pairwise(edges))
+    if min(longest, window or longest) > LONGEST_IN_BLOCKS or _emulated(query.dtype):
+        return _flash_attention(query, key, value, scale, edges, window)
     groups = None if starts is None else groups_of(starts, query.device)
-    blocks: Tensor = _BlockAttention.apply(query, key, value, scale, groups)
+    blocks: Tensor = _BlockAttention.apply(query, key, value, scale, groups, window)
     return blocks
+
+
+def _flash_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, edges: Sequence[int], window: int
+) -> Tensor:
+    """`block_attention` by PyTorch's kernel, which reads repeated keys faster than grouped ones.
+
+    It knows no window: as many queries at once meet their keys under a mask.
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    outs = []
+    for first, last in pairwise(edges):
+        if not 0 < window < last - first:
+            row = (x[:, :, first:last] for x in (query, key, value))
+            outs.append(F.scaled_dot_product_attention(*row, is_causal=True, scale=scale))
+            continue
+        for start in range(first, last, window):
+            queries = range(start, min(start + window, last))
+            keys = range(max(first, start + 1 - window), queries.stop)
+            outs.append(F.scaled_dot_product_attention(
+                query[:, :, start : queries.stop],
+                *(x[:, :, keys.start : keys.stop] for x in (key, value)),
+                attn_mask=_window_mask(queries, keys, window, query.device), scale=scale,
+            ))  # fmt: skip
+    return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
+
+
+def _window_mask(queries: range, keys: range, window: int, device: torch.device) -> Tensor:
+    """[queries, keys]: whether each sees each."""
+    query = torch.arange(queries.start, queries.stop, device=device)[:, None]
+    key = torch.arange(keys.start, keys.stop, device=device)[None]
+    return (key <= query) & (key > query - window)
+
+
+@functools.cache
+def _emulated(dtype: torch.dtype) -> bool:
+    """Whether this processor multiplies numbers of a format only by way of others."""
+    name = str(dtype).removeprefix("torch.")
+    return hardware.formats("cpu").get(name, "yes").startswith("emulated")
 
 
 @torch.library.custom_op("lighten::attention_here", mutates_args=())
 def attention_here(
-    query: Tensor, key: Tensor, value: Tensor, scale: float
+    query: Tensor, key: Tensor, value: Tensor, scale: float, window: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`kernels.attention.attention` among the rows that `packed` says as it runs.
 
@@ -317,26 +295,26 @@ def attention_here(
     Returns:
         Its two results, and [T + 1] where rows begin, from there on −1.
     """
-    starts = _starts_within(query) or ()
+    starts = starts_within(query) or ()
     padded_starts = torch.full((query.shape[2] + 1,), -1, dtype=torch.int64)
     padded_starts[: len(starts)] = torch.tensor(starts, dtype=torch.int64)
-    return *kernel.attention(query, key, value, scale, list(starts)), padded_starts
+    return *kernel.attention(query, key, value, scale, list(starts), window), padded_starts
 
 
 @attention_here.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    del key, value, scale
+def _(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    del rest
     return *kernel.outputs(query), query.new_empty(query.shape[2] + 1, dtype=torch.int64)
 
 
 @torch.library.custom_op("lighten::attention_here_backward", mutates_args=())
 def attention_here_backward(
     query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor, padded_starts: Tensor,
-    grad: Tensor, scale: float,
+    grad: Tensor, scale: float, window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of the three inputs of `attention_here`, from them and its results."""
     starts = padded_starts[padded_starts >= 0].tolist()
-    return kernel.attention_backward(query, key, value, out, sums, grad, scale, starts)
+    return kernel.attention_backward(query, key, value, out, sums, grad, scale, starts, window)
 
 
 @attention_here_backward.register_fake
@@ -349,23 +327,20 @@ class _AttentionHere(torch.autograd.Function):
     """`attention_here` with its gradients."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        out, sums, padded_starts = torch.ops.lighten.attention_here(query, key, value, scale)
-        ctx.save_for_backward(query, key, value, out, sums, padded_starts)
-        ctx.scale = scale
-        return out
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int
+    ) -> Tensor:
+        results = torch.ops.lighten.attention_here(query, key, value, scale, window)
+        ctx.save_for_backward(query, key, value, *results)
+        ctx.settings = scale, window
+        return results[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = torch.ops.lighten.attention_here_backward(*ctx.saved_tensors, grad, ctx.scale)
-        return *gradients, None
-
-
-def _starts_within(query: Tensor) -> tuple[int, ...] | None:
-    """Where the packed rows begin that these queries are; None where they are not packed."""
-    packing = _packed.get()
-    fits = packing is not None and (query.shape[0], query.shape[2]) == (1, packing.tokens)
-    return packing.starts if packing and fits else None
+        gradients = torch.ops.lighten.attention_here_backward(
+            *ctx.saved_tensors, grad, *ctx.settings
+        )
+        return *gradients, None, None
 
 
 def _forward(
@@ -377,14 +352,18 @@ def _forward(
     causal = getattr(module, "is_causal", True) if causal is None else causal
     plain = attention_mask is None and causal and not options.get("dropout")
     same_shape = query.shape[2] == key.shape[2] > 1 and query.shape[-1] == value.shape[-1]
+    window = _window(module, options)
     if not (plain and same_shape) or options.get("position_bias") is not None:
+        if attention_mask is None and window and query.shape[2] == key.shape[2]:
+            tokens = range(query.shape[2])
+            attention_mask = _window_mask(tokens, tokens, window, query.device)[None, None]
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     scale = options.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if torch.compiler.is_compiling():
-        out = _AttentionHere.apply(query, key, value, scale)
+        out = _AttentionHere.apply(query, key, value, scale, window)
     else:
-        out = block_attention(query, key, value, scale, _starts_within(query))
+        out = block_attention(query, key, value, scale, starts_within(query), window)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -419,16 +398,26 @@ def _forward_repeated(
 _NO_MODULE = nn.Module()
 
 
+def _window(module: nn.Module, options: Mapping[str, Any]) -> int:
+    """How many keys a layer's queries see where it has no mask; 0: all before them."""
+    known = getattr(getattr(module, "config", None), "model_type", None) in WINDOWED
+    return int(options.get("sliding_window") or 0) if known else 0
+
+
 def _mask(*args: Any, **options: Any) -> Tensor | None:
-    """No mask where the blocks know themselves who sees whom, else PyTorch's."""
-    packing, window = _packed.get(), options.get("local_size")
-    if (
-        packing is not None
-        and options.get("q_length") == options.get("kv_length") == packing.tokens
+    """No mask where the attention knows itself who sees whom, else PyTorch's."""
+    rows, window, config = packing(), options.get("local_size"), options.get("config")
+    whole = (
+        options.get("q_length") == options.get("kv_length")
         and options.get("attention_mask") is None
         and not options.get("use_vmap")  # a mask of the model's own making
-        and (window is None or packing.longest <= window)
-    ):
+    )
+    windowed = getattr(config, "model_type", None) in WINDOWED
+    if whole and rows is not None and options.get("q_length") == rows.tokens:
+        if window is None or windowed or rows.longest <= window:
+            return None
+    # transformers allows it for causal and for sliding masks that nothing else is mixed into.
+    elif whole and windowed and options.get("allow_is_causal_skip") and not options["q_offset"]:
         return None
     return sdpa_mask(*args, **options)
 
@@ -445,7 +434,14 @@ def choice(dtype: torch.dtype) -> Choice:
     why_not = "bfloat16 alone has a kernel" if dtype != torch.bfloat16 else kernels.obstacle()
     if why_not is None:
         return Choice("sdpa in a kernel", "compiled for this processor; it keeps no probabilities")
-    return Choice("sdpa in blocks", f"plain products beat PyTorch's flash kernel here; {why_not}")
+    if _emulated(dtype):
+        reason = "PyTorch's flash kernel: products in blocks are slow where they are emulated"
+        return Choice("sdpa", reason)
+    return Choice(
+        "sdpa in blocks",
+        f"plain products beat PyTorch's flash kernel on rows up to {LONGEST_IN_BLOCKS} tokens; "
+        f"{why_not}",
+    )
 
 
 def register_repeated(capability: tuple[int, int]) -> None:

@@ -28,7 +28,8 @@ from lighten.engine.forward_backward import undropped
 from lighten.engine.step import train_step
 from lighten.errors import UserError
 from lighten.machine.hardware import Choice
-from lighten.models import attention, quantized
+from lighten.models import quantized
+from lighten.models.packed_rows import groups_of
 from lighten.planning import offloaded, repeat
 from lighten.planning.build import fake_base
 from lighten.planning.fake_modules import converted_in_place
@@ -350,7 +351,7 @@ def run_steps(
     for batch in batches:
         if batch.starts is not None:  # where rows begin decides shapes: real indices
             with torch._C._DisableTorchDispatch():
-                attention.groups_of(batch.starts, batch.labels.device)
+                groups_of(batch.starts, batch.labels.device)
     try:
         with tracker.modules(model, units):
             tracker.begin("check")

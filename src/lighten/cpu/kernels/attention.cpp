@@ -1,13 +1,11 @@
 // Causal attention of processors with bfloat16 arithmetic, without a score that outlives its tile.
 //
 // Rows of queries and keys are cut into blocks of 32. The forward pass keeps the logarithm of each
-// query's sum of exponentials; the backward pass forms scores again from it. Products run on AMX
-// tiles where the processor has them, else on AVX512-BF16; sums are float32 throughout, what is
-// multiplied is rounded to bfloat16, as PyTorch's products of that format do.
+// query's sum of exponentials; the backward pass forms scores again from it. Long rows are cut into
+// parts for several threads, which may be more than there are key heads. Sums are float32
+// throughout, what is multiplied is rounded to bfloat16, as PyTorch's products of that format do.
 //
-// Dimensions: D features of a head, Dp the same rounded up to 32; L tokens of a row, Lp up to 32.
-// A product's left side lies row by row. Its right side lies in tiles of 32 x 16, in which two
-// rows that follow each other alternate: the layout that both instruction sets read.
+// Dimensions: D features of a head, Dp the same rounded up to 32; L tokens of a row.
 //
 // Source: FlashAttention-2, arXiv 2307.08691, section 3.
 
@@ -18,324 +16,83 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <memory>
+#include <mutex>
 #include <new>
+#include <utility>
+#include <vector>
 
 #include <immintrin.h>
 
+#include "layouts.h"
 #include "numbers.h"
+#include "products.h"
 #include "threads.h"
-
-#if defined(__AMX_BF16__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
 namespace {
 
-constexpr int SIDE = 32;         // of a block of queries or keys
-constexpr int TILE = 16;         // rows or columns of a tile
-constexpr int TILE_SIZE = 512;   // numbers of a tile of a right side
-constexpr int64_t AT_ONCE = 4;   // blocks of keys whose scores the first cache holds
+constexpr int64_t CHUNK = 256;  // keys of the forward pass whose scores the second cache holds
+constexpr int64_t AT_ONCE = 4;  // blocks of keys of the backward pass that the first cache holds
 constexpr int64_t HEADS_AT_ONCE = 4;
-
-int64_t up(int64_t n) { return (n + SIDE - 1) / SIDE * SIDE; }
-
-template <class T>
-struct Buffer {
-    explicit Buffer(int64_t size)
-        : data(static_cast<T*>(std::aligned_alloc(64, (size * sizeof(T) + 63) / 64 * 64))) {
-        if (data == nullptr) throw std::bad_alloc();
-    }
-    Buffer(const Buffer&) = delete;
-    ~Buffer() { std::free(data); }
-    operator T*() const { return data; }
-    T* data;
-};
-
-// Products of blocks
-
-#if defined(__AMX_BF16__)
-
-struct Config {
-    uint8_t palette = 0, start = 0, reserved[14] = {};
-    uint16_t columns[16] = {};
-    uint8_t rows[16] = {};
-};
-
-// The kernel's tiles for as long as this lives; whoever had configured others finds them again.
-struct Tiles {
-    Tiles() {
-        _tile_storeconfig(&before);
-        Config own;
-        own.palette = 1;
-        for (int i = 0; i < 8; ++i) own.columns[i] = 64, own.rows[i] = TILE;
-        _tile_loadconfig(&own);
-    }
-    ~Tiles() {
-        if (before.palette != 0) _tile_loadconfig(&before); else _tile_release();
-    }
-    alignas(64) Config before;
-};
-
-bool allowed() {
-    constexpr int ASK = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-    return syscall(SYS_arch_prctl, ASK, TILE_DATA) == 0;
-}
-
-// out [32 x 32] (+)= the sum over steps of left [32 x 32] by right [32 x 32].
-inline void product(float* out, int64_t out_row, const bf16* left, int64_t left_row,
-                    int64_t left_step, const bf16* right, int64_t right_tile, int64_t right_step,
-                    int64_t steps, bool add) {
-    const int64_t row = out_row * 4, half = TILE * out_row;
-    if (add) {
-        _tile_loadd(0, out, row);
-        _tile_loadd(1, out + TILE, row);
-        _tile_loadd(2, out + half, row);
-        _tile_loadd(3, out + half + TILE, row);
-    } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    }
-    for (int64_t s = 0; s < steps; ++s) {
-        const bf16* a = left + s * left_step;
-        const bf16* b = right + s * right_step;
-        _tile_loadd(4, a, left_row * 2);
-        _tile_loadd(6, b, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, b + right_tile, 64);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, a + TILE * left_row, left_row * 2);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-    }
-    _tile_stored(0, out, row);
-    _tile_stored(1, out + TILE, row);
-    _tile_stored(2, out + half, row);
-    _tile_stored(3, out + half + TILE, row);
-}
-
-#else
-
-struct Tiles {};
-
-bool allowed() { return true; }
-
-inline void product(float* out, int64_t out_row, const bf16* left, int64_t left_row,
-                    int64_t left_step, const bf16* right, int64_t right_tile, int64_t right_step,
-                    int64_t steps, bool add) {
-    constexpr int ROWS = 8;  // with two columns of numbers: 16 sums in registers
-    for (int first = 0; first < SIDE; first += ROWS) {
-        __m512 sums[ROWS][2];
-        for (int i = 0; i < ROWS; ++i) {
-            float* to = out + (first + i) * out_row;
-            sums[i][0] = add ? _mm512_loadu_ps(to) : _mm512_setzero_ps();
-            sums[i][1] = add ? _mm512_loadu_ps(to + TILE) : _mm512_setzero_ps();
-        }
-        for (int64_t s = 0; s < steps; ++s) {
-            const bf16* a = left + s * left_step + first * left_row;
-            const bf16* b = right + s * right_step;
-            for (int pair = 0; pair < TILE; ++pair) {
-                const __m512bh b0 = (__m512bh)_mm512_loadu_si512(b + pair * 32);
-                const __m512bh b1 = (__m512bh)_mm512_loadu_si512(b + right_tile + pair * 32);
-                for (int i = 0; i < ROWS; ++i) {
-                    int32_t two;
-                    std::memcpy(&two, a + i * left_row + 2 * pair, 4);
-                    const __m512bh both = (__m512bh)_mm512_set1_epi32(two);
-                    sums[i][0] = _mm512_dpbf16_ps(sums[i][0], both, b0);
-                    sums[i][1] = _mm512_dpbf16_ps(sums[i][1], both, b1);
-                }
-            }
-        }
-        for (int i = 0; i < ROWS; ++i) {
-            float* to = out + (first + i) * out_row;
-            _mm512_storeu_ps(to, sums[i][0]);
-            _mm512_storeu_ps(to + TILE, sums[i][1]);
-        }
-    }
-}
-
-#endif
-
-// Two rows in turn, as a right side wants them.
-inline __m512i paired(__m256i even, __m256i odd) {
-    return _mm512_or_si512(_mm512_cvtepu16_epi32(even),
-                           _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
-}
-
-// What is read and where it lies
-
-struct View {
-    void* data;
-    int64_t batch, head, token;  // strides, in numbers
-
-    bf16* at(int64_t b, int64_t h, int64_t t) const {
-        return static_cast<bf16*>(data) + b * batch + h * head + t * token;
-    }
-};
-
-struct Row {
-    int64_t batch, start, length, before;  // `before`: tokens of the rows above it
-};
+constexpr int64_t LEAST_PART = 1024;  // queries that are worth another copy of their keys
+constexpr int64_t MOST_PARTS = 16;
 
 struct Job {
     View q, k, v, out, grad, grad_q, grad_k, grad_v;
     float* sums;  // [heads, tokens]: logarithms of each query's sum of exponentials
     const Row* rows;
-    int64_t row_count, tokens, heads, key_heads, D;
+    int64_t row_count, tokens, heads, key_heads, D, window;
     float scale;
     int64_t threads;
 };
 
-// [count x D] of a view, with zeros up to [rows x Dp].
-void copied(bf16* to, const bf16* from, int64_t stride, int64_t count, int64_t rows, int64_t D,
-            int64_t Dp) {
-    for (int64_t i = 0; i < rows; ++i) {
-        bf16* row = to + i * Dp;
-        const int64_t have = i < count ? D : 0;
-        if (have) std::memcpy(row, from + i * stride, have * sizeof(bf16));
-        if (have < Dp) std::memset(row + have, 0, (Dp - have) * sizeof(bf16));
-    }
+// Which of 16 queries see a key: none sees one that comes after it, nor one that is `window` or
+// more tokens before it. The key's place is counted from the block's first query.
+inline __mmask16 seeing(int64_t key, int64_t half, int64_t window) {
+    const int64_t before = std::clamp<int64_t>(key - half * TILE, 0, TILE);
+    const int64_t after = std::clamp<int64_t>(key + window - half * TILE, 0, TILE);
+    return static_cast<__mmask16>((0xFFFFu << before) & ((1u << after) - 1));
 }
 
-// Sixteen registers of sixteen numbers of 32 bits, turned: the first then holds every first one.
-inline void turn(__m512i r[TILE]) {
-    __m512i t[TILE];
-#pragma GCC unroll 16
-    for (int i = 0; i < TILE; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < TILE; i += 4)
-        for (int half = 0; half < 2; ++half) {
-            r[i + 2 * half] = _mm512_unpacklo_epi64(t[i + half], t[i + half + 2]);
-            r[i + 2 * half + 1] = _mm512_unpackhi_epi64(t[i + half], t[i + half + 2]);
-        }
-    // Now every fourth register has numbers of the same four columns, one in each quarter.
-#pragma GCC unroll 16
-    for (int i = 0; i < 4; ++i) {
-        const __m512i even = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
-        const __m512i odd = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xDD);
-        const __m512i even_below = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
-        const __m512i odd_below = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xDD);
-        r[i] = _mm512_shuffle_i32x4(even, even_below, 0x88);
-        r[4 + i] = _mm512_shuffle_i32x4(odd, odd_below, 0x88);
-        r[8 + i] = _mm512_shuffle_i32x4(even, even_below, 0xDD);
-        r[12 + i] = _mm512_shuffle_i32x4(odd, odd_below, 0xDD);
-    }
-}
-
-// Sixteen rows of 64 bytes, turned.
-inline void turned_tile(__m512i r[TILE], const void* from, int64_t row_bytes) {
-#pragma GCC unroll 16
-    for (int i = 0; i < TILE; ++i)
-        r[i] = _mm512_loadu_si512(static_cast<const char*>(from) + i * row_bytes);
-    turn(r);
-}
-
-// [rows x Dp] as a right side of Dp x rows: tile (j, d) holds rows 16 j.. and features 32 d...
-void packed_across(bf16* to, const bf16* from, int64_t stride, int64_t rows, int64_t Dp) {
-    __m512i r[TILE];
-    for (int64_t j = 0; j < rows; j += TILE)
-        for (int64_t d = 0; d < Dp; d += 32, to += TILE_SIZE) {
-            turned_tile(r, from + j * stride + d, stride * 2);
-            for (int i = 0; i < TILE; ++i) _mm512_storeu_si512(to + i * 32, r[i]);
-        }
-}
-
-// [rows x Dp] as a right side of rows x Dp: tile (k, n) holds rows 32 k.. and features 16 n...
-void packed_along(bf16* to, const bf16* from, int64_t stride, int64_t rows, int64_t Dp) {
-    for (int64_t k = 0; k < rows / 32; ++k)
-        for (int64_t n = 0; n < Dp / TILE; ++n)
-            for (int pair = 0; pair < TILE; ++pair, to += 32) {
-                const bf16* even = from + (k * 32 + 2 * pair) * stride + n * TILE;
-                _mm512_storeu_si512(
-                    to, paired(_mm256_loadu_si256((const __m256i*)even),
-                               _mm256_loadu_si256((const __m256i*)(even + stride))));
-            }
-}
-
-// [rows x Dp] turned: [Dp x rows], a left side.
-void turned(bf16* to, const bf16* from, int64_t rows, int64_t Dp) {
-    __m512i r[TILE];
-    for (int64_t i = 0; i < rows; i += TILE)
-        for (int64_t d = 0; d < Dp; d += 32) {
-            turned_tile(r, from + i * Dp + d, Dp * 2);
-            for (int64_t pair = 0; pair < TILE; ++pair) {
-                bf16* row = to + (d + 2 * pair) * rows + i;
-                _mm256_storeu_si256((__m256i*)row, _mm512_cvtepi32_epi16(r[pair]));
-                _mm256_storeu_si256((__m256i*)(row + rows),
-                                    _mm512_cvtepi32_epi16(_mm512_srli_epi32(r[pair], 16)));
-            }
-        }
-}
-
-// Rows of Dp numbers into a view.
-void written(const View& view, const Row& row, int64_t head, const float* from, int64_t D,
-             int64_t Dp) {
-    for (int64_t i = 0; i < row.length; ++i) {
-        bf16* to = view.at(row.batch, head, row.start + i);
-        for (int64_t d = 0; d < D; d += TILE)
-            write(to + d, up_to(D - d), _mm512_loadu_ps(from + i * Dp + d));
-    }
-}
-
-// [Dp x 32] numbers, turned, each row times its factor, into a view.
-void written_turned(const View& view, int64_t batch, int64_t head, int64_t token, int64_t count,
-                    const float* from, const float* factors, int64_t D) {
-    __m512i r[TILE];
-    for (int64_t first = 0; first < count; first += TILE)
-        for (int64_t d = 0; d < D; d += TILE) {
-            turned_tile(r, from + d * SIDE + first, SIDE * 4);
-            for (int64_t i = 0; i < std::min<int64_t>(TILE, count - first); ++i)
-                write(view.at(batch, head, token + first + i) + d, up_to(D - d),
-                      _mm512_mul_ps(_mm512_castsi512_ps(r[i]), _mm512_set1_ps(factors[first + i])));
-        }
-}
-
-// A block's rows: in the view itself, or, where they have to be filled up, in a buffer.
-struct Block {
-    Block(const View& view, int64_t batch, int64_t head, int64_t token, int64_t count, int64_t D,
-          int64_t Dp, bf16* buffer)
-        : data(view.at(batch, head, token)), stride(view.token) {
-        if (count == SIDE && D == Dp) return;
-        copied(buffer, data, stride, count, SIDE, D, Dp);
-        data = buffer;
-        stride = Dp;
-    }
-    const bf16* data;
-    int64_t stride;
-};
-
-// Which of 16 queries see a key of the block on the diagonal.
-inline __mmask16 seeing(int64_t key, int64_t half) {
-    const int64_t hidden = std::min<int64_t>(TILE, std::max<int64_t>(0, key - half * TILE));
-    return static_cast<__mmask16>(0xFFFFu << hidden);
+// Where the first block of keys begins of which a block of queries sees any.
+inline int64_t first_seen(int64_t first, int64_t window) {
+    return std::max<int64_t>(0, first + 1 - window) / SIDE * SIDE;
 }
 
 // Scores stand on their side, keys by queries: sixteen queries share a register, so that sums over
-// keys need no sum within one. What only the block on the diagonal needs, the mask, costs others
-// nothing.
+// keys need no sum within one. What only blocks on an edge need, the mask, costs others nothing.
+
+// Keys whose scores lie one after another.
+struct Keys {
+    int64_t from, count;  // the place of the first, counted from the block's first query
+    int64_t window;
+
+    // All queries see the keys from `whole` on and before `diagonal`; both are even.
+    int64_t whole() const {
+        const int64_t hidden = std::clamp<int64_t>(SIDE - window - from + 1, 0, count) / 2 * 2;
+        return std::min(hidden, diagonal());
+    }
+    int64_t diagonal() const { return std::clamp<int64_t>(-from, 0, count); }
+};
 
 // The largest of each query's scaled scores, over the keys [first, last).
-template <bool DIAGONAL>
-inline void highest(__m512 most[2], const float* scores, int64_t first, int64_t last,
-                    __m512 scale) {
+template <bool EDGE>
+inline void highest(__m512 most[2], const float* scores, const Keys& keys, int64_t first,
+                    int64_t last, __m512 scale) {
     const __m512 none = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
     for (int64_t key = first; key < last; ++key)
         for (int half = 0; half < 2; ++half) {
             const __m512 score = _mm512_loadu_ps(scores + key * SIDE + half * TILE);
-            const __mmask16 real = DIAGONAL ? seeing(key - first, half) : __mmask16(0xFFFF);
+            const __mmask16 real =
+                EDGE ? seeing(keys.from + key, half, keys.window) : __mmask16(0xFFFF);
             most[half] = _mm512_max_ps(most[half], _mm512_mask_mul_ps(none, real, score, scale));
         }
 }
 
 // Exponentials of scores, as a right side; their sums are added to the totals.
-template <bool DIAGONAL>
-inline void weighed(bf16* weights, __m512 totals[2], const float* scores, int64_t first,
-                    int64_t last, __m512 scale, const __m512 most[2]) {
+template <bool EDGE>
+inline void weighed(bf16* weights, __m512 totals[2], const float* scores, const Keys& keys,
+                    int64_t first, int64_t last, __m512 scale, const __m512 most[2]) {
     for (int64_t key = first; key < last; key += 2) {
         bf16* to = weights + key / SIDE * SIDE * SIDE + key % SIDE / 2 * 32;
         for (int half = 0; half < 2; ++half) {
@@ -343,8 +100,9 @@ inline void weighed(bf16* weights, __m512 totals[2], const float* scores, int64_
             for (int odd = 0; odd < 2; ++odd) {
                 const __m512 score = _mm512_loadu_ps(scores + (key + odd) * SIDE + half * TILE);
                 weight[odd] = exponential(_mm512_fmsub_ps(score, scale, most[half]));
-                if (DIAGONAL)
-                    weight[odd] = _mm512_maskz_mov_ps(seeing(key + odd - first, half), weight[odd]);
+                if (EDGE)
+                    weight[odd] = _mm512_maskz_mov_ps(
+                        seeing(keys.from + key + odd, half, keys.window), weight[odd]);
             }
             totals[half] = _mm512_add_ps(totals[half], _mm512_add_ps(weight[0], weight[1]));
             _mm512_storeu_si512(to + half * TILE_SIZE,
@@ -353,112 +111,194 @@ inline void weighed(bf16* weights, __m512 totals[2], const float* scores, int64_
     }
 }
 
-void forward(const Job& job, const Row& row, int64_t key_head) {
-    const int64_t D = job.D, Dp = up(D), L = row.length, Lp = up(L), block = SIDE * Dp;
-    const int64_t group = job.heads / job.key_heads;
+// The queries of a row that one thread takes at once.
+struct Part {
+    int64_t first, last;
+};
+
+// What 32 queries of a head have gathered from the keys so far: the online softmax of the source.
+struct Gathered {
+    explicit Gathered(int64_t Dp) : Dp(Dp), values(Dp * SIDE) {}
+
+    void reset() {
+        std::fill_n(most, SIDE, -std::numeric_limits<float>::infinity());
+        std::fill_n(totals, SIDE, 0.0f);
+        std::memset(values, 0, Dp * SIDE * sizeof(float));
+    }
+
+    // More keys, by their scores.
+    void add(const float* scores, const Keys& keys, __m512 scale, const bf16* values_turned,
+             bf16* weights) {
+        const int64_t whole = keys.whole(), diagonal = keys.diagonal(), count = keys.count;
+        __m512 now[2], total[2];
+        for (int half = 0; half < 2; ++half) now[half] = _mm512_load_ps(most + half * TILE);
+        highest<true>(now, scores, keys, 0, whole, scale);
+        highest<false>(now, scores, keys, whole, diagonal, scale);
+        highest<true>(now, scores, keys, diagonal, count, scale);
+        for (int half = 0; half < 2; ++half) {
+            const __m512 before = _mm512_load_ps(most + half * TILE);
+            total[half] = _mm512_load_ps(totals + half * TILE);
+            if (_mm512_cmp_ps_mask(before, now[half], _CMP_NEQ_UQ))
+                total[half] = lessened(half, total[half], _mm512_sub_ps(before, now[half]));
+        }
+        weighed<true>(weights, total, scores, keys, 0, whole, scale, now);
+        weighed<false>(weights, total, scores, keys, whole, diagonal, scale, now);
+        weighed<true>(weights, total, scores, keys, diagonal, count, scale, now);
+        for (int half = 0; half < 2; ++half) {
+            _mm512_store_ps(most + half * TILE, now[half]);
+            _mm512_store_ps(totals + half * TILE, total[half]);
+        }
+        for (int64_t d = 0; d < Dp; d += SIDE)
+            product(values + d * SIDE, SIDE, values_turned + d * SIDE, SIDE, SIDE * Dp, weights,
+                    TILE_SIZE, 2 * TILE_SIZE, count / SIDE, true);
+    }
+
+    // What there is, times e^by; the total of it.
+    __m512 lessened(int half, __m512 total, __m512 by) {
+        const __m512 factor = exponential(by);
+        for (int64_t d = 0; d < Dp; ++d) {
+            float* to = values + d * SIDE + half * TILE;
+            _mm512_storeu_ps(to, _mm512_mul_ps(_mm512_loadu_ps(to), factor));
+        }
+        return _mm512_mul_ps(total, factor);
+    }
+
+    int64_t Dp;
+    alignas(64) float most[SIDE], totals[SIDE];
+    Buffer<float> values;  // [Dp x 32]
+};
+
+void forward(const Job& job, const Row& row, int64_t key_head, Part part) {
+    const int64_t D = job.D, Dp = up(D), L = row.length, block = SIDE * Dp;
+    const int64_t group = job.heads / job.key_heads, most_heads = std::min(group, HEADS_AT_ONCE);
+    const int64_t seen = up(part.last);
     const __m512 scale = _mm512_set1_ps(job.scale);
-    const __m512 none = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-    Buffer<bf16> keys(Lp * Dp), values(Lp * Dp), values_turned(Lp * Dp);
-    Buffer<bf16> filled(block), queries_across(block), weights(Lp * SIDE);
-    Buffer<float> scores(Lp * SIDE), found(block);
-    copied(keys, job.k.at(row.batch, key_head, row.start), job.k.token, L, Lp, D, Dp);
-    copied(values, job.v.at(row.batch, key_head, row.start), job.v.token, L, Lp, D, Dp);
-    turned(values_turned, values, Lp, Dp);
-    for (int64_t first = 0; first < L; first += SIDE)
-        for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head) {
+    Buffer<bf16> keys(seen * Dp), values_turned(seen * Dp), filled(block);
+    Buffer<bf16> queries_across(most_heads * block), weights(CHUNK * SIDE);
+    Buffer<float> scores(CHUNK * SIDE);
+    Gathered gathered[HEADS_AT_ONCE] = {Gathered(Dp), Gathered(Dp), Gathered(Dp), Gathered(Dp)};
+    for (int64_t key = 0; key < seen; key += SIDE) {
+        const int64_t count = std::min<int64_t>(SIDE, L - key), at = row.start + key;
+        copied(keys + key * Dp, job.k.at(row.batch, key_head, at), job.k.token, count, SIDE, D, Dp);
+        const Block values(job.v, row.batch, key_head, at, count, D, Dp, filled);
+        turned(values_turned + key * Dp, values.data, values.stride, Dp);
+    }
+    for (int64_t first = part.first; first < part.last; first += SIDE)
+        for (int64_t done = 0; done < group; done += most_heads) {
             const int64_t count = std::min<int64_t>(SIDE, L - first), width = first + SIDE;
-            const int64_t at = row.start + first;
-            const Block queries(job.q, row.batch, head, at, count, D, Dp, filled);
-            packed_across(queries_across, queries.data, queries.stride, SIDE, Dp);
-            for (int64_t key = 0; key < width; key += SIDE)
-                product(scores + key * SIDE, SIDE, keys + key * Dp, Dp, 32, queries_across,
-                        TILE * Dp, TILE_SIZE, Dp / 32, false);
-            __m512 most[2] = {none, none}, sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-            highest<false>(most, scores, 0, first, scale);
-            highest<true>(most, scores, first, width, scale);
-            weighed<false>(weights, sums, scores, 0, first, scale, most);
-            weighed<true>(weights, sums, scores, first, width, scale, most);
-            alignas(64) float tops[SIDE], totals[SIDE], factors[SIDE];
-            for (int half = 0; half < 2; ++half) {
-                _mm512_store_ps(tops + half * TILE, most[half]);
-                _mm512_store_ps(totals + half * TILE, sums[half]);
+            const int64_t at = row.start + first, head = key_head * group + done;
+            const int64_t heads = std::min(most_heads, group - done);
+            for (int64_t h = 0; h < heads; ++h) {
+                const Block queries(job.q, row.batch, head + h, at, count, D, Dp, filled);
+                packed_across(queries_across + h * block, queries.data, queries.stride, SIDE, Dp);
+                gathered[h].reset();
             }
-            for (int64_t i = 0; i < count; ++i) {
-                factors[i] = 1.0f / totals[i];
-                job.sums[head * job.tokens + row.before + first + i] = tops[i] + std::log(totals[i]);
+            for (int64_t begin = first_seen(first, job.window); begin < width; begin += CHUNK)
+                for (int64_t h = 0; h < heads; ++h) {
+                    const int64_t end = std::min(width, begin + CHUNK);
+                    for (int64_t key = begin; key < end; key += SIDE)
+                        product(scores + (key - begin) * SIDE, SIDE, keys + key * Dp, Dp, 32,
+                                queries_across + h * block, TILE * Dp, TILE_SIZE, Dp / 32, false);
+                    gathered[h].add(scores, {begin - first, end - begin, job.window}, scale,
+                                    values_turned + begin * Dp, weights);
+                }
+            for (int64_t h = 0; h < heads; ++h) {
+                const Gathered& all = gathered[h];
+                alignas(64) float factors[SIDE];
+                for (int64_t i = 0; i < count; ++i) {
+                    factors[i] = 1.0f / all.totals[i];
+                    job.sums[(head + h) * job.tokens + row.before + first + i] =
+                        all.most[i] + std::log(all.totals[i]);
+                }
+                written_turned(job.out, row.batch, head + h, at, count, all.values, factors, D);
             }
-            for (int64_t d = 0; d < Dp; d += SIDE)
-                product(found + d * SIDE, SIDE, values_turned + d * Lp, Lp, 32, weights, TILE_SIZE,
-                        2 * TILE_SIZE, width / SIDE, false);
-            written_turned(job.out, row.batch, head, at, count, found, factors, D);
         }
 }
 
-// A block's weights, and their slopes: of the scores, row by row and as a right side.
-template <bool DIAGONAL>
-inline void steepened(bf16* weights, bf16* slopes, bf16* slopes_along, const float* scores,
-                      const float* ahead, __m512 scale, const float* sums, const float* along) {
+// A block's weights and the gradients of its scores: both row by row, these as a right side too.
+template <bool EDGE>
+inline void derived(bf16* weights, bf16* score_grads, bf16* score_grads_along, const float* scores,
+                    const float* weight_grads, const Keys& keys, __m512 scale, const float* sums,
+                    const float* along) {
     for (int half = 0; half < 2; ++half) {
-        const __m512 own_sums = _mm512_load_ps(sums + half * TILE);
-        const __m512 own_along = _mm512_load_ps(along + half * TILE);
+        const __m512 sum = _mm512_load_ps(sums + half * TILE);
+        const __m512 mean = _mm512_load_ps(along + half * TILE);
         for (int64_t key = 0; key < SIDE; key += 2) {
-            __m256i slope[2];
+            __m256i grad[2];
             for (int odd = 0; odd < 2; ++odd) {
                 const int64_t place = (key + odd) * SIDE + half * TILE;
-                __m512 weight = exponential(
-                    _mm512_fmsub_ps(_mm512_loadu_ps(scores + place), scale, own_sums));
-                if (DIAGONAL) weight = _mm512_maskz_mov_ps(seeing(key + odd, half), weight);
-                const __m512 steep =
+                __m512 weight =
+                    exponential(_mm512_fmsub_ps(_mm512_loadu_ps(scores + place), scale, sum));
+                if (EDGE)
+                    weight = _mm512_maskz_mov_ps(seeing(keys.from + key + odd, half, keys.window),
+                                                 weight);
+                grad[odd] = rounded(
                     _mm512_mul_ps(_mm512_mul_ps(weight, scale),
-                                  _mm512_sub_ps(_mm512_loadu_ps(ahead + place), own_along));
-                slope[odd] = rounded(steep);
+                                  _mm512_sub_ps(_mm512_loadu_ps(weight_grads + place), mean)));
                 _mm256_storeu_si256((__m256i*)(weights + place), rounded(weight));
-                _mm256_storeu_si256((__m256i*)(slopes + place), slope[odd]);
+                _mm256_storeu_si256((__m256i*)(score_grads + place), grad[odd]);
             }
-            _mm512_storeu_si512(slopes_along + half * TILE_SIZE + key / 2 * 32,
-                                paired(slope[0], slope[1]));
+            _mm512_storeu_si512(score_grads_along + half * TILE_SIZE + key / 2 * 32,
+                                paired(grad[0], grad[1]));
         }
     }
 }
 
-void backward(const Job& job, const Row& row, int64_t key_head) {
-    const int64_t D = job.D, Dp = up(D), L = row.length, Lp = up(L), block = SIDE * Dp;
+// Gradients of the keys and values that a part of the queries sees.
+struct KeyGradients {
+    explicit KeyGradients(int64_t size) : size(size), keys(size), values(size) {
+        std::memset(keys, 0, size * sizeof(float));
+        std::memset(values, 0, size * sizeof(float));
+    }
+    void add(const KeyGradients& fewer) {
+        for (int64_t i = 0; i < fewer.size; ++i) keys[i] += fewer.keys[i];
+        for (int64_t i = 0; i < fewer.size; ++i) values[i] += fewer.values[i];
+    }
+    int64_t size;
+    Buffer<float> keys, values;
+};
+
+void backward(const Job& job, const Row& row, int64_t key_head, Part part, KeyGradients& grads) {
+    const int64_t D = job.D, Dp = up(D), L = row.length, block = SIDE * Dp;
     const int64_t group = job.heads / job.key_heads, square = SIDE * SIDE;
+    const int64_t seen = up(part.last);
     // Heads that share keys share their gradients: several at once read and write those once.
     const int64_t most = std::min(group, HEADS_AT_ONCE), of_head = AT_ONCE * square;
     const __m512 scale = _mm512_set1_ps(job.scale);
-    Buffer<bf16> keys(Lp * Dp), values(Lp * Dp), keys_turned(Lp * Dp);
-    Buffer<float> grad_keys(Lp * Dp), grad_values(Lp * Dp), grad_queries(block);
+    Buffer<bf16> keys(seen * Dp), values(seen * Dp), keys_turned(seen * Dp);
+    Buffer<float> grad_queries(most * block);
     Buffer<bf16> filled(3 * block), queries_across(most * block), grads_across(most * block);
     Buffer<bf16> queries_along(most * block), grads_along(most * block);
-    Buffer<bf16> weights(most * of_head), slopes(most * of_head), slopes_along(most * Lp * SIDE);
-    Buffer<float> scores(of_head), ahead(of_head), sums(most * SIDE), along(most * SIDE);
+    Buffer<bf16> weights(most * of_head), score_grads(most * of_head);
+    Buffer<bf16> score_grads_along(of_head);
+    Buffer<float> scores(of_head), weight_grads(of_head), sums(most * SIDE), along(most * SIDE);
     alignas(64) float ones[SIDE];
     std::fill_n(ones, SIDE, 1.0f);
-    copied(keys, job.k.at(row.batch, key_head, row.start), job.k.token, L, Lp, D, Dp);
-    copied(values, job.v.at(row.batch, key_head, row.start), job.v.token, L, Lp, D, Dp);
-    turned(keys_turned, keys, Lp, Dp);
-    std::memset(grad_keys, 0, Lp * Dp * sizeof(float));
-    std::memset(grad_values, 0, Lp * Dp * sizeof(float));
-    for (int64_t first = 0; first < L; first += SIDE)
+    copied(keys, job.k.at(row.batch, key_head, row.start), job.k.token, L, seen, D, Dp);
+    copied(values, job.v.at(row.batch, key_head, row.start), job.v.token, L, seen, D, Dp);
+    for (int64_t key = 0; key < seen; key += SIDE)
+        turned(keys_turned + key * Dp, keys + key * Dp, Dp, Dp);
+    for (int64_t first = part.first; first < part.last; first += SIDE)
         for (int64_t done = 0; done < group; done += most) {
             const int64_t count = std::min<int64_t>(SIDE, L - first), blocks = first / SIDE + 1;
             const int64_t at = row.start + first, head = key_head * group + done;
             const int64_t heads = std::min(most, group - done);
+            const int64_t first_block = first_seen(first, job.window) / SIDE;
             for (int64_t h = 0; h < heads; ++h) {
                 const Block queries(job.q, row.batch, head + h, at, count, D, Dp, filled);
-                const Block grads(job.grad, row.batch, head + h, at, count, D, Dp, filled + block);
+                const Block upstream(job.grad, row.batch, head + h, at, count, D, Dp,
+                                     filled + block);
                 const Block outs(job.out, row.batch, head + h, at, count, D, Dp,
                                  filled + 2 * block);
                 packed_across(queries_across + h * block, queries.data, queries.stride, SIDE, Dp);
                 packed_along(queries_along + h * block, queries.data, queries.stride, SIDE, Dp);
-                packed_across(grads_across + h * block, grads.data, grads.stride, SIDE, Dp);
-                packed_along(grads_along + h * block, grads.data, grads.stride, SIDE, Dp);
+                packed_across(grads_across + h * block, upstream.data, upstream.stride, SIDE, Dp);
+                packed_along(grads_along + h * block, upstream.data, upstream.stride, SIDE, Dp);
                 const float* known = job.sums + (head + h) * job.tokens + row.before + first;
                 for (int64_t i = 0; i < SIDE; ++i) {
                     __m512 sum = _mm512_setzero_ps();
                     for (int64_t d = 0; d < Dp; d += TILE)
-                        sum = _mm512_fmadd_ps(read(grads.data + i * grads.stride + d, 0xFFFF),
+                        sum = _mm512_fmadd_ps(read(upstream.data + i * upstream.stride + d, 0xFFFF),
                                               read(outs.data + i * outs.stride + d, 0xFFFF), sum);
                     along[h * SIDE + i] = _mm512_reduce_add_ps(sum);
                     // A query that is none weighs nothing.
@@ -466,58 +306,123 @@ void backward(const Job& job, const Row& row, int64_t key_head) {
                         i < count ? known[i] : std::numeric_limits<float>::infinity();
                 }
             }
-            for (int64_t begin = 0; begin < blocks; begin += AT_ONCE) {
+            for (int64_t begin = first_block; begin < blocks; begin += AT_ONCE) {
                 const int64_t end = std::min(blocks, begin + AT_ONCE);
                 for (int64_t h = 0; h < heads; ++h) {
                     for (int64_t b = begin; b < end; ++b) {
                         product(scores + (b - begin) * square, SIDE, keys + b * block, Dp, 32,
                                 queries_across + h * block, TILE * Dp, TILE_SIZE, Dp / 32, false);
-                        product(ahead + (b - begin) * square, SIDE, values + b * block, Dp, 32,
-                                grads_across + h * block, TILE * Dp, TILE_SIZE, Dp / 32, false);
+                        product(weight_grads + (b - begin) * square, SIDE, values + b * block, Dp,
+                                32, grads_across + h * block, TILE * Dp, TILE_SIZE, Dp / 32,
+                                false);
                     }
                     for (int64_t b = begin; b < end; ++b) {
                         const int64_t from = (b - begin) * square, to = h * of_head + from;
-                        (b + 1 == blocks ? steepened<true> : steepened<false>)(
-                            weights + to, slopes + to, slopes_along + h * Lp * SIDE + b * square,
-                            scores + from, ahead + from, scale, sums + h * SIDE, along + h * SIDE);
+                        const Keys of_block{b * SIDE - first, SIDE, job.window};
+                        const bool edge = of_block.whole() || of_block.diagonal() < SIDE;
+                        (edge ? derived<true> : derived<false>)(
+                            weights + to, score_grads + to, score_grads_along + from,
+                            scores + from, weight_grads + from, of_block, scale, sums + h * SIDE,
+                            along + h * SIDE);
                     }
+                    for (int64_t d = 0; d < Dp; d += SIDE)
+                        product(grad_queries + h * block + d * SIDE, SIDE,
+                                keys_turned + begin * block + d * SIDE, SIDE, block,
+                                score_grads_along, TILE_SIZE, 2 * TILE_SIZE, end - begin,
+                                begin > first_block);
                 }
                 for (int64_t b = begin; b < end; ++b)
                     for (int64_t n = 0; n < Dp / TILE; n += 2) {
                         const int64_t to = b * block + n * TILE, from = (b - begin) * square;
-                        product(grad_values + to, Dp, weights + from, SIDE, of_head,
+                        product(grads.values + to, Dp, weights + from, SIDE, of_head,
                                 grads_along + n * TILE_SIZE, TILE_SIZE, block, heads, true);
-                        product(grad_keys + to, Dp, slopes + from, SIDE, of_head,
+                        product(grads.keys + to, Dp, score_grads + from, SIDE, of_head,
                                 queries_along + n * TILE_SIZE, TILE_SIZE, block, heads, true);
                     }
             }
-            for (int64_t h = 0; h < heads; ++h) {
-                for (int64_t d = 0; d < Dp; d += SIDE)
-                    product(grad_queries + d * SIDE, SIDE, keys_turned + d * Lp, Lp, 32,
-                            slopes_along + h * Lp * SIDE, TILE_SIZE, 2 * TILE_SIZE, blocks, false);
-                written_turned(job.grad_q, row.batch, head + h, at, count, grad_queries, ones, D);
-            }
+            for (int64_t h = 0; h < heads; ++h)
+                written_turned(job.grad_q, row.batch, head + h, at, count, grad_queries + h * block,
+                               ones, D);
         }
-    written(job.grad_k, row, key_head, grad_keys, D, Dp);
-    written(job.grad_v, row, key_head, grad_values, D, Dp);
 }
 
-// Every row and key head by itself, the threads taking turns; 0, or 1 where memory ran out.
+// How many parts a row is cut into. The number of threads must not decide it, since gradients of
+// keys are summed part by part.
+int64_t parts_of(const Row& row) {
+    return std::max<int64_t>(1, std::min(MOST_PARTS, row.length / LEAST_PART));
+}
+
+// One of a row's parts, each of about as many scores: later queries have more of them, unless a
+// window keeps them from it.
+Part part_of(const Row& row, int64_t number, int64_t parts, int64_t window) {
+    const auto end = [&](int64_t count) {
+        const double even = static_cast<double>(count) / parts;
+        const double share = window < row.length / 2 ? even : std::sqrt(even);
+        return std::min(row.length, up(static_cast<int64_t>(share * row.length)));
+    };
+    return {end(number), end(number + 1)};
+}
+
+// A row's queries of the heads that share one key head.
+struct Unit {
+    // A part's gradients of keys. They are summed in the order of the parts, whichever ends first.
+    void finished(const Job& job, int64_t number, std::unique_ptr<KeyGradients> grads) {
+        const std::lock_guard<std::mutex> alone(mutex);
+        waiting[number] = std::move(grads);
+        for (; next < parts && waiting[next]; ++next) {
+            if (summed) waiting[next]->add(*summed);  // which is of fewer keys
+            summed = std::move(waiting[next]);
+        }
+        if (next < parts) return;
+        written(job.grad_k, *row, key_head, summed->keys, job.D, up(job.D));
+        written(job.grad_v, *row, key_head, summed->values, job.D, up(job.D));
+        summed.reset();
+    }
+
+    const Row* row = nullptr;
+    int64_t key_head = 0, parts = 1, next = 0;
+    std::unique_ptr<KeyGradients> waiting[MOST_PARTS], summed;
+    std::mutex mutex;
+};
+
+void forward_part(const Job& job, Unit& unit, int64_t number) {
+    forward(job, *unit.row, unit.key_head, part_of(*unit.row, number, unit.parts, job.window));
+}
+
+void backward_part(const Job& job, Unit& unit, int64_t number) {
+    const Part part = part_of(*unit.row, number, unit.parts, job.window);
+    std::unique_ptr<KeyGradients> grads(new KeyGradients(up(part.last) * up(job.D)));
+    backward(job, *unit.row, unit.key_head, part, *grads);
+    unit.finished(job, number, std::move(grads));
+}
+
+// Each part of each row's heads, the threads taking turns; 0, or 1 where memory ran out.
 template <class Each>
-int in_threads(const Job& job, Each each) {
-    const int64_t all = job.row_count * job.key_heads;
-    std::atomic<int64_t> next{0};
+int in_threads(const Job& job, Each each) try {
+    const int64_t count = job.row_count * job.key_heads;
+    const std::unique_ptr<Unit[]> units(new Unit[count]);
+    std::vector<std::pair<Unit*, int64_t>> all;
+    for (int64_t i = 0; i < count; ++i) {
+        Unit& unit = units[i];
+        unit.row = job.rows + i / job.key_heads;
+        unit.key_head = i % job.key_heads;
+        unit.parts = parts_of(*unit.row);
+        for (int64_t part = 0; part < unit.parts; ++part) all.emplace_back(&unit, part);
+    }
+    std::atomic<size_t> next{0};
     std::atomic<int> failed{0};
-    in_parallel(std::min(job.threads, all), [&] {
+    in_parallel(std::min<int64_t>(job.threads, all.size()), [&] {
         [[maybe_unused]] Tiles tiles;
         try {
-            for (int64_t i = next++; i < all; i = next++)
-                each(job, job.rows[i / job.key_heads], i % job.key_heads);
+            for (size_t i = next++; i < all.size() && !failed; i = next++)
+                each(job, *all[i].first, all[i].second);
         } catch (const std::bad_alloc&) {
             failed = 1;
         }
     });
     return failed;
+} catch (const std::bad_alloc&) {
+    return 1;
 }
 
 }  // namespace
@@ -526,8 +431,10 @@ extern "C" {
 
 // Whether this process may use what the kernel was compiled for.
 int lighten_allowed() { return allowed(); }
-int lighten_attention(const void* job) { return in_threads(*static_cast<const Job*>(job), forward); }
+int lighten_attention(const void* job) {
+    return in_threads(*static_cast<const Job*>(job), forward_part);
+}
 int lighten_attention_backward(const void* job) {
-    return in_threads(*static_cast<const Job*>(job), backward);
+    return in_threads(*static_cast<const Job*>(job), backward_part);
 }
 }

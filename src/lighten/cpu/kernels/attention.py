@@ -17,6 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 from lighten.cpu import kernels
 
 MOST_FEATURES = 256
+NO_WINDOW = 2**40  # tokens
 
 
 def takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -55,14 +56,16 @@ class _Job(ctypes.Structure):
     _fields_ = [
         *((name, _View) for name in ("q", "k", "v", "out", "grad", "grad_q", "grad_k", "grad_v")),
         ("sums", ctypes.c_void_p), ("rows", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("row_count", "tokens", "heads", "key_heads", "D")),
+        *((name, ctypes.c_int64)
+          for name in ("row_count", "tokens", "heads", "key_heads", "D", "window")),
         ("scale", ctypes.c_float), ("threads", ctypes.c_int64),
     ]  # fmt: skip
 
 
 def _run(
-    function: str, views: Sequence[Tensor | None], sums: Tensor, scale: float, starts: Sequence[int]
-) -> None:
+    function: str, views: Sequence[Tensor | None], sums: Tensor, scale: float,
+    starts: Sequence[int], window: int,
+) -> None:  # fmt: skip
     query, key = views[0], views[1]
     assert query is not None
     assert key is not None
@@ -75,7 +78,7 @@ def _run(
     job = _Job(
         *(_View() if view is None else _View.of(view) for view in views),
         sums.data_ptr(), ctypes.addressof(array), len(rows), sums.shape[1], query.shape[1],
-        key.shape[1], query.shape[3], scale, torch.get_num_threads(),
+        key.shape[1], query.shape[3], window or NO_WINDOW, scale, torch.get_num_threads(),
     )  # fmt: skip
     if kernels.call(function, ctypes.byref(job)):
         raise MemoryError("the attention's kernel found no memory for its blocks")
@@ -83,7 +86,7 @@ def _run(
 
 @torch.library.custom_op("lighten::attention", mutates_args=())
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, starts: list[int]
+    query: Tensor, key: Tensor, value: Tensor, scale: float, starts: list[int], window: int = 0
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale · Q Kᵀ + causal) V.
 
@@ -94,19 +97,21 @@ def attention(
         scale: Factor on the scores.
         starts: Where each of the packed rows begins that the T tokens are (B is 1), and T; empty:
             rows are not packed.
+        window: How many keys a query sees, its own last; 0: all before it.
 
     Returns:
         [B, H, T, D], whose memory is [B, T, H, D], and [H, B · T] float32: the logarithms of each
         query's sum of exponentials.
     """
     out, sums = outputs(query)
-    _run("lighten_attention", (*_dense(query, key, value), out, *[None] * 4), sums, scale, starts)
+    views = (*_dense(query, key, value), out, *[None] * 4)
+    _run("lighten_attention", views, sums, scale, starts, window)
     return out, sums
 
 
 @attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, scale: float, starts: list[int]) -> Any:
-    del key, value, scale, starts
+def _(query: Tensor, *rest: Any) -> Any:
+    del rest
     return outputs(query)
 
 
@@ -120,6 +125,7 @@ def attention_backward(
     grad: Tensor,
     scale: float,
     starts: list[int],
+    window: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the three inputs of `attention`.
 
@@ -132,10 +138,11 @@ def attention_backward(
         grad: Of `out`.
         scale: As it was given.
         starts: As it was given.
+        window: As it was given.
     """
     grads = gradients(query, key, value)
     views = (*_dense(query, key, value), out, *_dense(grad), *grads)
-    _run("lighten_attention_backward", views, sums, scale, starts)
+    _run("lighten_attention_backward", views, sums, scale, starts, window)
     return grads
 
 
@@ -164,22 +171,30 @@ def _dense(*inputs: Tensor) -> list[Tensor]:
 
 
 @register_flop_formula(torch.ops.lighten.attention)
-def _flops(query: Any, key: Any, value: Any, scale: float, starts: Any, **_: Any) -> int:
-    """Two products over half the square of each row; shapes in place of tensors."""
+def _flops(
+    query: Any, key: Any, value: Any, scale: float, starts: Any, window: int = 0, **_: Any
+) -> int:
+    """Two products over half the square of each row, or its window; shapes in place of tensors."""
     del key, value, scale
     batch, heads, tokens, features = query
     lengths = [b - a for a, b in pairwise(starts)] if starts else [tokens] * batch
-    return sum(2 * 2 * heads * features * length * (length + 1) // 2 for length in lengths)
+    return sum(2 * 2 * heads * features * _pairs(length, window) for length in lengths)
+
+
+def _pairs(length: int, window: int) -> int:
+    """Of a query and a key that it sees."""
+    beyond = max(0, length - window) if window else 0
+    return (length * (length + 1) - beyond * (beyond + 1)) // 2
 
 
 @register_flop_formula(torch.ops.lighten.attention_backward)
 def _backward_flops(
     query: Any, key: Any, value: Any, out: Any, sums: Any, grad: Any, scale: float, starts: Any,
-    **_: Any,
+    window: int = 0, **_: Any,
 ) -> int:  # fmt: skip
     """Five products where the forward pass has two."""
     del out, sums, grad
-    return _flops(query, key, value, scale, starts) * 5 // 2
+    return _flops(query, key, value, scale, starts, window) * 5 // 2
 
 
 class Attention(torch.autograd.Function):
@@ -187,18 +202,17 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, starts: list[int]
-    ) -> Tensor:
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, starts: list[int],
+        window: int = 0,
+    ) -> Tensor:  # fmt: skip
         """Compute, and keep what the backward pass reads."""
-        out, sums = torch.ops.lighten.attention(query, key, value, scale, starts)
+        out, sums = torch.ops.lighten.attention(query, key, value, scale, starts, window)
         ctx.save_for_backward(query, key, value, out, sums)
-        ctx.scale, ctx.starts = scale, starts
+        ctx.settings = scale, starts, window
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the inputs."""
-        grads = torch.ops.lighten.attention_backward(
-            *ctx.saved_tensors, grad, ctx.scale, ctx.starts
-        )
-        return *grads, None, None
+        grads = torch.ops.lighten.attention_backward(*ctx.saved_tensors, grad, *ctx.settings)
+        return *grads, None, None, None
