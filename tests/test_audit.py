@@ -15,10 +15,13 @@ import pytest
 import lighten
 from lighten import whole_files
 from lighten.benchmarking import audit as auditing
-from lighten.benchmarking import measuring, ratios, techniques
+from lighten.benchmarking import learning, measuring, ratios, techniques
 from lighten.benchmarking.audit import Audit
 from lighten.errors import UserError
+from lighten.recipe import Recipe
 from lighten.reporting import audit_table
+from lighten.training.base import tokenizer_of
+from lighten.training.rows import load_rows
 from tests.processes import Forked, call, in_fork
 
 # Fewer steps than any budget would ask for, and a long row that is none.
@@ -281,3 +284,34 @@ def test_mistakes_are_told(tiny_folder: Path, chat_file: Path, tmp_path: Path) -
     result = call("audit", str(tmp_path / "none"), "--data", str(chat_file))
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
+
+
+def test_how_many_steps_there_was_time_for_does_not_decide_the_longest_row(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    """A few rows are very long: the more steps, the likelier one of them would be among these."""
+    draw = np.random.default_rng(0)
+    lengths = [*draw.integers(1, 40, 400).tolist(), 90, 110, 120]
+    draw.shuffle(lengths)
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(
+        json.dumps({"messages": [{"role": "user", "content": "a"},
+                                 {"role": "assistant", "content": f"{number} " + "b " * length}]})
+        + "\n" for number, length in enumerate(lengths)
+    ))  # fmt: skip
+    recipe = Recipe.from_values({
+        "model_name_or_path": str(tiny_folder), "dataset": str(data), "val_size": 0,
+        "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "max_length": 256,
+        "output_dir": str(tmp_path / "run"),
+    })  # fmt: skip
+    rows = load_rows(recipe, tokenizer_of(recipe))
+    every = [tuple(row.input_ids) for row in rows.train.rows]
+    longest = set()
+    for steps in range(2, 20):
+        selected = learning.select_rows(rows, recipe, steps).train.rows
+        places = [every.index(tuple(row.input_ids)) for row in selected]
+        assert places == sorted(set(places))
+        assert len(places) == 8 * steps
+        longest.add(max(len(row.input_ids) for row in selected))
+    assert len(longest) == 1
+    assert longest.pop() < max(len(row.input_ids) for row in rows.train.rows) / 2

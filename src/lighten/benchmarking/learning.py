@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import tempfile
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lighten.recipe import Recipe
     from lighten.training.rows import Rows
+
+# Rows that a short training has at least: one of so many is its longest.
+LONGEST_OF = 32
 
 
 def run(
@@ -105,6 +109,8 @@ def select_rows(rows: Rows, recipe: Recipe, steps: int) -> Rows:
     """As many training rows as some steps take, evenly spread over the data.
 
     All of them are trained on, so that the longest step of the plan is among those that are made.
+    One row of `LONGEST_OF` is as long as the longest that is taken, and that one always is: memory
+    then does not hang on how many steps there was time for.
 
     Args:
         rows: Of the data.
@@ -112,10 +118,18 @@ def select_rows(rows: Rows, recipe: Recipe, steps: int) -> Rows:
         steps: Optimiser steps.
     """
     count = steps * recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
-    available = len(rows.train.rows)
-    if available <= count:
+    if len(rows.train.rows) <= count:
         return rows
-    selected = [rows.train.rows[place * available // count] for place in range(count)]
+    lengths = [len(row.input_ids) for row in rows.train.rows]
+    shorter_share = 1.0 - 1.0 / LONGEST_OF
+    longest = sorted(lengths)[int(shorter_share * (len(lengths) - 1))]
+    candidates = [place for place, length in enumerate(lengths) if length <= longest]
+    count = min(count, len(candidates))
+    places = [candidates[i * len(candidates) // count] for i in range(count)]
+    if all(lengths[place] < longest for place in places):
+        as_long = next(place for place in candidates if lengths[place] == longest)
+        places[bisect_left(places, as_long) - 1] = as_long
+    selected = [rows.train.rows[place] for place in places]
     counts = replace(
         rows.train.counts, examples=count, rows=count,
         tokens=sum(len(row.input_ids) for row in selected),

@@ -256,17 +256,16 @@ def _flash_attention(
     outs = []
     for first, last in pairwise(edges):
         if not 0 < window < last - first:
-            row = (x[:, :, first:last] for x in (query, key, value))
-            outs.append(F.scaled_dot_product_attention(*row, is_causal=True, scale=scale))
+            q, k, v = (x[:, :, first:last] for x in (query, key, value))
+            outs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale))
             continue
         for start in range(first, last, window):
             queries = range(start, min(start + window, last))
             keys = range(max(first, start + 1 - window), queries.stop)
-            outs.append(F.scaled_dot_product_attention(
-                query[:, :, start : queries.stop],
-                *(x[:, :, keys.start : keys.stop] for x in (key, value)),
-                attn_mask=_window_mask(queries, keys, window, query.device), scale=scale,
-            ))  # fmt: skip
+            q = query[:, :, queries.start : queries.stop]
+            k, v = (x[:, :, keys.start : keys.stop] for x in (key, value))
+            mask = _window_mask(queries, keys, window, query.device)
+            outs.append(F.scaled_dot_product_attention(q, k, v, mask, scale=scale))
     return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
 
 

@@ -19,6 +19,7 @@ from lighten.planning import serving
 from lighten.planning.memory import TOKENIZER_FACTOR
 from lighten.planning.process_overhead import answer_bytes
 from lighten.planning.serve import sizes_of
+from lighten.planning.storage_tracker import KERNEL_BYTES
 
 SCORES_BYTES = 4  # of one score of attention in float32, which softmax computes in
 
@@ -71,6 +72,8 @@ def answer_peak(
     cache = serving.kv_cache_bytes(caches, cached, cached_rows, number_bytes=number)
     widest = max(moments(config, rows, read / rows, number, attention).values())
     process = _process_bytes(model, revision) if device == "cpu" else 0
+    if device == "cpu" and slots is None:
+        process += kernel_bytes(dtype, attention, new_tokens)
     return round(weights + adapter_bytes + cache + widest + process)
 
 
@@ -108,6 +111,19 @@ def _process_bytes(model: str, revision: str | None) -> int:
     file = locate(model, revision=revision, weights=False)[1] / "tokenizer.json"
     tokenizer = TOKENIZER_FACTOR * file.stat().st_size if file.is_file() else 0
     return answer_bytes() + int(tokenizer)
+
+
+def kernel_bytes(dtype: str, attention: str, new_tokens: int) -> int:
+    """What oneDNN's kernels take where each token meets one key more than the one before.
+
+    Two products of a new shape, then, of which it keeps the kernels; only eager attention asks it.
+
+    Args:
+        dtype: Of the products.
+        attention: transformers' name of the kernel.
+        new_tokens: Written one by one.
+    """
+    return 2 * new_tokens * KERNEL_BYTES if attention == "eager" and dtype != "float32" else 0
 
 
 def resident_after(model: str, *, storage: str, rest: str, revision: str | None = None) -> int:

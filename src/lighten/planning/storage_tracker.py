@@ -45,6 +45,7 @@ PRODUCTS = (
 )  # fmt: skip
 OF_ONEDNN = (torch.bfloat16, torch.float16)
 BLOCKS_OF_KERNEL, BLOCK_OF_KERNEL_BYTES = 2, 280 * 2**10
+KERNEL_BYTES = BLOCKS_OF_KERNEL * BLOCK_OF_KERNEL_BYTES
 
 
 @dataclass(eq=False)
