@@ -65,8 +65,11 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def children(word: str) -> list[psutil.Process]:
-    processes = psutil.Process().children()
-    return [process for process in processes if word in " ".join(process.cmdline())]
+    """That run: of a process that has ended and was not waited for yet no words are known."""
+    return [
+        process for process in psutil.Process().children()
+        if process.status() != psutil.STATUS_ZOMBIE and word in " ".join(process.cmdline())
+    ]  # fmt: skip
 
 
 def test_what_a_process_said_last_is_told_when_it_does_not_start() -> None:

@@ -74,11 +74,15 @@ def _tell_of(pid: int, connection: socket.socket) -> None:
     connection.sendall(MESSAGE.pack(pid))
 
 
+# What a fresh process does on SIGINT: nothing, where whoever began the client had it ignored.
+_interrupt = signal.getsignal(signal.SIGINT)
+
+
 def _begin(streams: Sequence[int], ranges: Ranges) -> None:
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, _interrupt)
     libc = ctypes.CDLL(None)
     for address, size in ranges:
         libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), MADV_POPULATE_READ)
