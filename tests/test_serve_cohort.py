@@ -105,6 +105,18 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def opened(model: PreTrainedModel, folders: dict[str, Path]) -> tuple[PeftModel, Engine]:
+    """Adapters a, b and c in PEFT and in our engine."""
+    reference = PeftModel.from_pretrained(copy.deepcopy(model), folders["a"], adapter_name="a")
+    for name in ("b", "c"):
+        reference.load_adapter(folders[name], adapter_name=name)
+    reference.eval()
+    engine = Engine(model, max_sequences=5, max_tokens=64, prefill_tokens=9)
+    for name, folder in folders.items():
+        engine.load_adapter(name, folder)
+    return reference, engine
+
+
 @pytest.mark.parametrize("compiled", [True, False], ids=["kernels", "pytorch"])
 @pytest.mark.parametrize("arch", SERVED)
 def test_trap_33_a_mixed_batch_answers_as_each_adapter_alone(
@@ -123,13 +135,7 @@ def test_trap_33_a_mixed_batch_answers_as_each_adapter_alone(
         name: adapter(model, tmp_path / name, seed, **settings[name])
         for seed, name in enumerate(settings)
     }
-    reference = PeftModel.from_pretrained(copy.deepcopy(model), folders["a"], adapter_name="a")
-    for name in ("b", "c"):
-        reference.load_adapter(folders[name], adapter_name=name)
-    reference.eval()
-    engine = Engine(model, max_sequences=5, max_tokens=64, prefill_tokens=9)
-    for name, folder in folders.items():
-        engine.load_adapter(name, folder)
+    reference, engine = opened(model, folders)
     answers = [ask(engine, prompt, name) for prompt, name in zip(PROMPTS, NAMES, strict=True)]
     for prompt, name, answer in zip(PROMPTS, NAMES, map(finished, answers), strict=True):
         assert (answer.how, len(answer.tokens)) == ("length", 6)
@@ -168,13 +174,7 @@ def test_an_adapted_head_answers_as_in_peft(
         name: adapter(model, tmp_path / name, seed, target_modules=modules)
         for seed, (name, modules) in enumerate(targets.items())
     }
-    reference = PeftModel.from_pretrained(copy.deepcopy(model), folders["a"], adapter_name="a")
-    for name in ("b", "c"):
-        reference.load_adapter(folders[name], adapter_name=name)
-    reference.eval()
-    engine = Engine(model, max_sequences=5, max_tokens=64, prefill_tokens=9)
-    for name, folder in folders.items():
-        engine.load_adapter(name, folder)
+    reference, engine = opened(model, folders)
     answers = [ask(engine, prompt, name) for prompt, name in zip(PROMPTS, NAMES, strict=True)]
     for prompt, name, answer in zip(PROMPTS, NAMES, map(finished, answers), strict=True):
         if name is None:

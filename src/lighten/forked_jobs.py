@@ -143,9 +143,8 @@ class Server:
         if self._process is not None:
             try:
                 self._process.wait(PATIENCE_S)
-            except (
-                subprocess.TimeoutExpired
-            ):  # still importing, or a job runs that nobody waits for
+            # It is still importing, or a job runs that nobody waits for.
+            except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
 
