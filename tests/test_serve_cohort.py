@@ -93,8 +93,9 @@ def as_rows(answer: Answer) -> Tensor:
     return torch.tensor([[row[word] for word in range(VOCAB)] for row in answer.logprobs])
 
 
+GENERATOR = torch.Generator().manual_seed(0)
 PROMPTS = [
-    [int(token) for token in torch.randint(5, VOCAB, (length,))]
+    torch.randint(5, VOCAB, (length,), generator=GENERATOR).tolist()
     for length in (3, 23, 1, 40, 7, 12, 30, 2)
 ]
 NAMES = ("a", None, "b", "a", "c", None, "b", "c")
@@ -161,7 +162,11 @@ def test_an_adapted_head_answers_as_in_peft(
     arch: str, changes: dict[str, Any], compiled: bool, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Prompts that wait beside answers under way: the head reads fewer rows than other layers."""
+    """Prompts that wait beside answers under way: the head reads fewer rows than other layers.
+
+    Against factors that float16 rounded as the engine keeps them: a head's update reaches the
+    logits whole, and their rounding is `CLOSE`'s.
+    """
     if compiled and kernels.library() is None:
         pytest.skip(f"no kernels: {kernels.obstacle()}")
     if not compiled:
@@ -175,6 +180,10 @@ def test_an_adapted_head_answers_as_in_peft(
         for seed, (name, modules) in enumerate(targets.items())
     }
     reference, engine = opened(model, folders)
+    with torch.no_grad():
+        for parameter_name, parameter in reference.named_parameters():
+            if "lora_" in parameter_name:
+                parameter.copy_(rounded(parameter))
     answers = [ask(engine, prompt, name) for prompt, name in zip(PROMPTS, NAMES, strict=True)]
     for prompt, name, answer in zip(PROMPTS, NAMES, map(finished, answers), strict=True):
         if name is None:
@@ -185,7 +194,7 @@ def test_an_adapted_head_answers_as_in_peft(
             reference_rows = expected(reference, prompt, answer)
             with reference.disable_adapter():  # it does something
                 assert (expected(reference, prompt, answer) - reference_rows).abs().max() > 0.05
-        torch.testing.assert_close(as_rows(answer), reference_rows, atol=5e-4, rtol=1e-4)
+        torch.testing.assert_close(as_rows(answer), reference_rows, atol=1e-4, rtol=1e-4)
     engine.close(10)
 
 
