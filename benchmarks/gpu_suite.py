@@ -41,7 +41,7 @@ from lighten.errors import UserError
 from lighten.machine import hardware
 from lighten.machine.hardware import PeakMemory
 from lighten.models import quantized
-from lighten.models.load import set_attention
+from lighten.models.attention_setting import set_attention
 
 # Llama 3.2 1B and Llama 2 7B.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -90,7 +90,7 @@ class Suite:
     ) -> None:
         self.name, self.shape, self.scratch = name, shape, scratch
         self.device, self.steps = arguments.device, arguments.steps
-        self.dtype = "float32" if arguments.tiny else "bfloat16"
+        self.dtype = dtype_of(arguments)
 
     def model(self, *, dtype: str | None = None, four_bits: bool = False) -> Any:
         """The random model, the same every time; its making does not count in any peak."""
@@ -271,6 +271,11 @@ class Suite:
         return calls
 
 
+def dtype_of(arguments: argparse.Namespace) -> str:
+    """The format of the bases: what lighten chooses on this GPU, float16 on a T4."""
+    return "float32" if arguments.tiny else hardware.choose_dtype("auto", arguments.device).value
+
+
 def context_bytes(device: str) -> int | None:
     """What the process, if it is alone there, holds of the device beside PyTorch's memory."""
     if device == "cpu":
@@ -343,13 +348,15 @@ def main() -> None:
     began = time.monotonic()
     engine.before_loading()
     shapes = TINY if arguments.tiny else {name: SHAPES[name] for name in arguments.models}
-    dtype = "float32" if arguments.tiny else "bfloat16"
+    dtype = dtype_of(arguments)
     commit, clean = hardware.commit()
     report: dict[str, Any] = {
         "benchmark": "gpu_suite", "commit": commit, "tree_clean": clean, "tiny": arguments.tiny,
         "device": arguments.device, "steps": arguments.steps, "lora_r": engine.RANK,
         "machine": hardware.machine().to_dict(), "versions": hardware.versions(),
-        "matmul_flops_per_s": None if arguments.tiny else machine.matmul_rate(arguments.device),
+        "matmul_flops_per_s": (
+            None if arguments.tiny else machine.matmul_rate(arguments.device, dtype)
+        ),
         "models": {}, "left_out": [],
     }  # fmt: skip
     path = arguments.out / "gpu_suite.json"

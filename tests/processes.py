@@ -23,6 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from lighten import forked_jobs, job_server
 from lighten.jobs import Outcome
 from lighten.parallel.spawn import free_port
@@ -32,7 +34,9 @@ LIBRARIES = [
     "bitsandbytes", "safetensors.torch", "sacrebleu", "jinja2", "psutil", "yaml",
     "transformers.models.llama.modeling_llama",
 ]  # fmt: skip
-_FORKS = multiprocessing.get_context("forkserver")
+# Beside a GPU nothing that computes can be forked: the libraries have asked for it while they were
+# imported. Processes begin afresh there, and slowly.
+_FORKS = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
 _FORKS.set_forkserver_preload([*LIBRARIES, "tests.imported"])
 MOST_SECONDS = 900.0
 # Verbs whose work is done by `lighten.jobs`.

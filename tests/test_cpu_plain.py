@@ -13,7 +13,7 @@ from lighten import cpu
 from lighten.cpu import allocator, norms
 from lighten.engine.batching import choose_packing
 from lighten.errors import UserError
-from lighten.models.load import set_attention
+from lighten.models.attention_setting import set_attention
 from lighten.runs import Run
 from tests.processes import call, python
 from tests.tiny import save_tiny, tiny_model

@@ -17,7 +17,7 @@ from lighten.evaluation import together
 from lighten.evaluation.generate import stop_tokens
 from lighten.evaluation.together import Disagrees, Pass
 from lighten.generation import attention, kernels, slotted
-from lighten.models.load import set_attention
+from lighten.models.attention_setting import set_attention
 from tests.test_train_step import Row, row
 from tests.tiny import tiny_model, tiny_tokenizer
 

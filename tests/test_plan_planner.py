@@ -10,13 +10,14 @@ import pytest
 from lighten import api
 from lighten.errors import UserError
 from lighten.machine.devices import named
+from lighten.machine.forks import computing
 from lighten.planning import predict
 from lighten.planning.planner import Planner
 from lighten.planning.result import Plan
 from lighten.recipe import Recipe
 from tests.test_plan_changes import formula
 
-linux = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked on Linux")
+linux = pytest.mark.skipif(not computing(), reason="processes are forked on Linux without a GPU")
 
 
 def recipes(folder: Path) -> list[Recipe]:

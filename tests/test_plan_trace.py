@@ -20,7 +20,7 @@ from lighten.data.tokenise import EncodingCounts
 from lighten.engine import loss
 from lighten.machine.hardware import Choice
 from lighten.models import quantized
-from lighten.models.load import set_attention
+from lighten.models.attention_setting import set_attention
 from lighten.planning import few_chunks, memory, repeat
 from lighten.planning.build import config_of
 from lighten.planning.process_overhead import Context

@@ -49,10 +49,11 @@ def run(
     from lighten.benchmarking.size import file_bytes
     from lighten.cpu import allocator
     from lighten.evaluation.generate import head_reads_whole_rows
-    from lighten.machine.hardware import PeakMemory
+    from lighten.machine.hardware import PeakMemory, take
     from lighten.recipe import Recipe
 
     settings = Recipe.model_validate(recipe)
+    take(device)
     allocator.keep_pages(device)
     memory = PeakMemory(device)
     with tempfile.TemporaryDirectory(prefix="lighten-audit-") as scratch:

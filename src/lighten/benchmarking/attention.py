@@ -38,9 +38,10 @@ def run(
 
     from lighten.cpu import allocator
     from lighten.engine.memory_errors import ran_out
-    from lighten.machine.hardware import PeakMemory
+    from lighten.machine.hardware import PeakMemory, take
     from lighten.machine.timing import measure_step
 
+    take(device)
     if obstacle(kind, device, training) is None:
         # What libraries take once, at their first call, is no length's.
         with contextlib.suppress(RuntimeError, ValueError, ImportError, NotImplementedError):

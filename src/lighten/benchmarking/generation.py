@@ -53,9 +53,10 @@ def run(
     from lighten.errors import UserError
     from lighten.evaluation.engine import open_engine
     from lighten.evaluation.generate import head_reads_whole_rows
-    from lighten.machine.hardware import PeakMemory
+    from lighten.machine.hardware import PeakMemory, take
     from lighten.quantization.merge import merge
 
+    take(device)
     allocator.keep_pages(device)
     memory = PeakMemory(device)
     with tempfile.TemporaryDirectory(prefix="lighten-bench-") as scratch:

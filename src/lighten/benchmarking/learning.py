@@ -50,7 +50,7 @@ def run(
     from lighten import runs
     from lighten.cpu import allocator
     from lighten.engine.validation import held_out
-    from lighten.machine.hardware import PeakMemory, choose_device
+    from lighten.machine.hardware import PeakMemory, take
     from lighten.recipe import Recipe
     from lighten.training import run as training  # with all that a training imports
     from lighten.training.base import load_base, tokenizer_of
@@ -69,8 +69,7 @@ def run(
         )
         set_seed(0)
         allocator.keep_pages(kind)
-        if kind == "cuda":
-            choose_device()  # in this process, too: the GPU that LIGHTEN_DEVICE names
+        take(kind)
         accelerator = Accelerator(cpu=kind == "cpu")
         memory = PeakMemory(kind)
         rows = select_rows(load_rows(settings, tokenizer_of(settings)), settings, steps)

@@ -24,8 +24,9 @@ def run(model: str, *, adapter: str | None, revision: str | None, device: str) -
 
     from lighten import adapters, models
     from lighten.cpu import allocator
-    from lighten.machine.hardware import PeakMemory
+    from lighten.machine.hardware import PeakMemory, take
 
+    take(device)
     memory, before = PeakMemory(device), psutil.Process().memory_info().rss
     base = models.load(model, revision=revision, device=device)
     gc.collect()

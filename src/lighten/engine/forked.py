@@ -36,9 +36,9 @@ from lighten.engine.forward_backward import measure
 from lighten.engine.loss import Objective
 from lighten.engine.workers import GradientSums, Pool, Workers, in_order, shared_out
 from lighten.machine import hardware
-from lighten.machine.forks import end_with_parent
-from lighten.machine.forks import possible as possible  # whether workers can be processes at all
+from lighten.machine.forks import computing, end_with_parent
 
+possible = computing  # whether workers can be processes at all
 ALIGNED = 64  # bytes: a cache line, and the widest vector
 START_S = 30.0  # a child starts in milliseconds; after this it never will
 

@@ -34,6 +34,18 @@ def possible() -> bool:
     return sys.platform.startswith("linux")
 
 
+def computing() -> bool:
+    """Whether a forked process can compute with PyTorch, too: not on a machine with a GPU.
+
+    PyTorch's autograd has a thread for every GPU that it sees, whatever computes, and its
+    optimisers ask CUDA whether a graph is being captured. Neither is passed on: a forked process
+    would fail at its first backward pass or its first step, on the processor as well.
+    """
+    import torch
+
+    return possible() and not torch.cuda.is_available()
+
+
 def end_with_parent() -> None:
     """Let this forked process end when the one that forked it does, however that ends."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

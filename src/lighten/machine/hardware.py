@@ -19,6 +19,7 @@ import psutil
 
 from lighten.errors import UserError
 from lighten.machine import containers
+from lighten.machine.gpu_support import unused_gpu
 
 # Extra of the package by the module that it brings: those that this version uses, no others.
 EXTRAS = {
@@ -146,9 +147,26 @@ def choose_device() -> Choice:
         torch.set_num_threads(containers.cores())
     if named := os.environ.get("LIGHTEN_DEVICE"):
         return Choice(_use(named), "LIGHTEN_DEVICE says so")
+    if (why := unused_gpu()) is not None:
+        return Choice("cpu", why)
     if torch.cuda.is_available():
         return Choice("cuda", f"{torch.cuda.get_device_name()} is there")
     return Choice("cpu", "no CUDA device")
+
+
+def take(kind: str) -> None:
+    """Compute on a kind of device in this process: of GPUs on the one that `choose_device` names.
+
+    CUDA's current device is not passed on to other processes, nor to threads.
+
+    Args:
+        kind: `cpu`, `cuda`, or a GPU by its number, which says all.
+
+    Raises:
+        UserError: `LIGHTEN_DEVICE` names none of this machine's.
+    """
+    if kind == "cuda":
+        choose_device()
 
 
 def _use(named: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.util
 import logging
 import re
 import tempfile
@@ -26,12 +25,11 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from lighten import cpu
 from lighten.cpu import allocator
 from lighten.errors import UserError
 from lighten.machine.hardware import Choice, choose_dtype
-from lighten.models import attention as blocks
 from lighten.models import gguf, known, links, packaged, quantized
+from lighten.models.attention_setting import require_attention, set_attention
 from lighten.models.configuration import FAULTS, check_json, read_config, reason
 from lighten.models.names import PACKAGED, Source, packaged_as, resolve
 from lighten.streams import download_bar, library_bars
@@ -138,7 +136,7 @@ def load(
     )
     chosen = choose_dtype(dtype, device)
     torch_dtype: torch.dtype = getattr(torch, chosen.value)
-    _check_attention(attn_implementation)
+    require_attention(attn_implementation, device)
     source, path = locate(name, revision=revision, code=trust_remote_code)
     remaining, feed = storage, None
     with allocator.temporaries_given_back() if storage else nullcontext():
@@ -196,7 +194,9 @@ def _pretrained(
     if storage is not None:
         options["quantization_config"] = storage.config(dtype)
     if storage is not None or quantized.stored_as(path):
-        options["device_map"] = {"": device}  # else transformers takes a GPU where there is one
+        # Else transformers takes a GPU where there is one. It reads weights in threads of its own,
+        # to which `cuda` is the first GPU, whichever this one computes on.
+        options["device_map"] = {"": _by_number(device)}
     try:
         # With `output_loading_info` it gives a pair, which its annotation does not know.
         with _without_report(), library_bars(), _without_adapter(path) as files:
@@ -216,6 +216,11 @@ def _pretrained(
     model.config._name_or_path = str(path)  # not where its files were shown from
     _require_complete(name, path, loaded[1])
     return model
+
+
+def _by_number(device: str) -> str:
+    """A device as every thread understands it: CUDA's current one is each thread's own."""
+    return f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
 
 
 @contextmanager
@@ -277,52 +282,6 @@ def _require_complete(name: str, path: Path, loaded: dict[str, Any]) -> None:
             f"{path} holds {layers[0]} ({len(layers)} such weights), which its config.json has no "
             "layer for; put back the config.json that belongs to the weights"
         )
-
-
-def set_attention(
-    model: PreTrainedModel, name: str, device: str, capability: tuple[int, int] | None = None
-) -> Choice:
-    """Set the attention implementation; plain attention where the architecture has no other.
-
-    Args:
-        model: Whose.
-        name: transformers' name.
-        device: `cpu` or `cuda`.
-        capability: Compute capability of a GPU that is only planned for; None: this machine's, or
-            a recent one.
-    """
-    if name == "sdpa" and getattr(model.config, "attn_logit_softcapping", None):
-        model.set_attn_implementation("eager")
-        return Choice("eager", f"{type(model).__name__} caps its scores, which sdpa leaves out")
-    try:
-        model.set_attn_implementation(name)
-    except (ValueError, ImportError) as error:
-        if name != "sdpa":
-            raise UserError(f"attn_implementation: {name}: {_first_line(error)}") from error
-        model.set_attn_implementation("eager")
-    in_use = str(model.config._attn_implementation)
-    if in_use == name == "sdpa" and device == "cpu" and not cpu.enabled():
-        return Choice(name, f"PyTorch's own: {cpu.OFF}")
-    if in_use == name == "sdpa" and device == "cpu":
-        blocks.register()
-        model.set_attn_implementation(blocks.NAME)
-        return blocks.choice(model.dtype)
-    if in_use == name == "sdpa" and device.startswith("cuda"):
-        if capability is None and torch.cuda.is_available():
-            capability = torch.cuda.get_device_capability()
-        capability = capability or blocks.GROUPED_SINCE
-        if capability < blocks.GROUPED_SINCE or model.dtype == torch.float32:
-            blocks.register_repeated(capability)
-            model.set_attn_implementation(blocks.REPEATS)
-            text = model.config.get_text_config()
-            heads = getattr(text, "num_attention_heads", None)
-            if getattr(text, "num_key_value_heads", None) in (None, heads):
-                return Choice("sdpa", "PyTorch's kernels for this GPU and format")
-            why = "grouped keys are repeated: no kernel of this GPU, or of float32, reads them"
-            return Choice("sdpa", why)
-    if in_use == name:
-        return Choice(name, "attn_implementation of the recipe")
-    return Choice(in_use, f"{type(model).__name__} has no {name} attention")
 
 
 def load_tokenizer(
@@ -448,15 +407,6 @@ def _require_safetensors(folder: Path) -> None:
         f"{folder} holds no weights (*.safetensors); a hub model that has only pickle files cannot "
         "be used, and one that was only described is fetched when the hub can be reached"
     )
-
-
-def _check_attention(name: str) -> None:
-    module = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
-    if name in module and importlib.util.find_spec(module[name]) is None:
-        raise UserError(
-            f"attn_implementation: {name} needs the package {module[name]}, which is not "
-            "installed; use sdpa, or install it (it needs a CUDA device)"
-        )
 
 
 def _commit_of(snapshot: Path) -> str | None:

@@ -1,8 +1,8 @@
 """What works here when one device's memory is not enough, each tried in a child process.
 
 A library that crashes, a disk that stands still or two processes that do not meet cost a line of
-`lighten doctor`, and no more than the time limit. On Linux the children are forked from a process
-that has imported PyTorch, so that all of them together take a second or two.
+`lighten doctor`, and no more than the time limit. On Linux without a GPU the children are forked
+from a process that has imported PyTorch, so that all of them together take a second or two.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from lighten.parallel.streamed.shards import Shards
 from lighten.safetensors_header import WHOLE
 
 LIMIT_S = 20.0
+IMPORTING_S = 40.0  # more for a child that has to import PyTorch, and the GPU's libraries, itself
 NUMBERS = 2**20  # of the weight that AdamW moves
 READ_BYTES = 64 * 2**20
 PINNED_BYTES = 64 * 2**20
@@ -82,14 +83,13 @@ def operations(run_folder: Path, models_folder: Path) -> dict[str, Tried]:
         "ranks over gloo": tried("ranks over gloo", _meet, str(free_port())),
     }
     if torch.cuda.is_available():
-        # A process that has opened a GPU cannot pass it on to those it forks.
-        results["offload_base: cpu"] = tried("offload_base: cpu", _pinned, "cuda", forked=False)
+        results["offload_base: cpu"] = tried("offload_base: cpu", _pinned, "cuda")
     return results
 
 
 def tried(
     name: str, work: Callable[[str], Tried], word: str, *, scratch: Path | None = None,
-    limit_s: float | None = None, forked: bool = True,
+    limit_s: float | None = None,
 ) -> Tried:  # fmt: skip
     """What work gives in a child process, or why it gives nothing.
 
@@ -98,8 +98,7 @@ def tried(
         work: A function of a module.
         word: Its argument.
         scratch: Where the child has a folder of its own, which goes with it; None: anywhere.
-        limit_s: It is ended after so long; None: after `LIMIT_S`.
-        forked: Where the system can, the child is forked.
+        limit_s: It is ended after so long; None: after `LIMIT_S`, and what importing takes.
     """
     try:
         # Made here: a child that is ended leaves nothing behind.
@@ -107,16 +106,16 @@ def tried(
     except OSError as error:
         return Tried(False, f"{error}; {ADVICE[name]}")
     with folder as path:
-        result = _in_child(work, word, path, limit_s or LIMIT_S, forked=forked)
+        result = _in_child(work, word, path, limit_s)
     if result.works is False:
         return Tried(False, f"{result.detail}; {ADVICE[name]}")
     return result
 
 
-def _in_child(
-    work: Callable[[str], Tried], word: str, folder: str, limit_s: float, *, forked: bool
-) -> Tried:
-    context = _context(forked=forked)
+def _in_child(work: Callable[[str], Tried], word: str, folder: str, limit_s: float | None) -> Tried:
+    context = _context()
+    if limit_s is None:
+        limit_s = LIMIT_S + (0.0 if forks.computing() else IMPORTING_S)
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_child, args=(work, word, folder, sender))
     with warnings.catch_warnings():
@@ -137,8 +136,8 @@ def _in_child(
     return result
 
 
-def _context(*, forked: bool) -> Any:
-    kind = "fork" if forked and forks.possible() else "spawn"
+def _context() -> Any:
+    kind = "fork" if forks.computing() else "spawn"
     context: BaseContext = multiprocessing.get_context(kind)
     return context
 
@@ -220,7 +219,7 @@ def _meet(port: str) -> Tried:
     """Two processes that sum a tensor over gloo."""
     if not distributed.is_available():
         return Tried(False, "this PyTorch was built without torch.distributed")
-    context = _context(forked=True)
+    context = _context()
     other = context.Process(target=_rank, args=(1, port), daemon=True)
     other.start()
     try:

@@ -20,8 +20,9 @@ from transformers.pytorch_utils import Conv1D
 from lighten import models
 from lighten.machine.hardware import Choice
 from lighten.models import gguf, quantized
+from lighten.models.attention_setting import set_attention
 from lighten.models.configuration import read_config
-from lighten.models.load import locate, set_attention
+from lighten.models.load import locate
 from lighten.planning import streamed
 from lighten.planning.storage_tracker import StorageTracker
 from lighten.recipe import Recipe

@@ -7,7 +7,6 @@ several are wanted at once, processes that are forked from this one make them si
 from __future__ import annotations
 
 import signal
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
@@ -17,7 +16,7 @@ import torch
 
 from lighten.errors import UserError
 from lighten.machine import containers
-from lighten.machine.forks import end_with_parent
+from lighten.machine.forks import computing, end_with_parent
 from lighten.planning.gc_pause import spared
 from lighten.planning.result import Plan
 from lighten.recipe import Recipe
@@ -31,12 +30,12 @@ class Planner:
     Args:
         planned: Plans one recipe.
         in_processes: Whether forked processes may plan: not where rates are measured meanwhile,
-            which others beside it would disturb, nor with a GPU that this process has opened.
+            which others beside it would disturb. On a machine with a GPU none does.
     """
 
     def __init__(self, planned: Callable[[Recipe], Plan], *, in_processes: bool) -> None:
         self._planned = planned
-        self._in_processes = in_processes and sys.platform.startswith("linux")
+        self._in_processes = in_processes and computing()
         self._plans: dict[str, Plan | UserError] = {}
 
     def __call__(self, recipe: Recipe) -> Plan:

@@ -160,7 +160,7 @@ def measure(
 
     from lighten.engine.forward_backward import undropped
     from lighten.engine.step import train_step
-    from lighten.machine.hardware import PeakMemory, choose_device
+    from lighten.machine.hardware import PeakMemory, take
     from lighten.machine.timing import measure_step
     from lighten.training import run
     from lighten.training.base import load_base
@@ -168,8 +168,7 @@ def measure(
 
     assert run is not None  # everything is imported, as when a training begins to measure
     allocator.keep_pages(kind)
-    if kind == "cuda":
-        choose_device()  # in this process, too: the GPU that LIGHTEN_DEVICE names
+    take(kind)
     accelerator = Accelerator(cpu=kind == "cpu")
     memory, before = PeakMemory(kind), psutil.Process().memory_info().rss
     where = str(accelerator.device)
@@ -245,9 +244,8 @@ def _workers(setup: Setup) -> Workers | None:
     """As the training loop opens them."""
     import torch
 
-    from lighten.engine.forked import processes_for
+    from lighten.engine.forked import possible, processes_for
     from lighten.engine.workers import Threads
-    from lighten.machine.forks import possible
 
     if setup.workers == 1:
         return None
@@ -271,7 +269,7 @@ def random_base(recipe: Recipe, device: str) -> Any:
     from lighten import models
     from lighten.machine.hardware import choose_dtype
     from lighten.models import quantized
-    from lighten.models.load import set_attention
+    from lighten.models.attention_setting import set_attention
     from lighten.planning.build import config_of
 
     config = config_of(recipe)[0]

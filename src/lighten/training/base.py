@@ -11,7 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lighten import models
 from lighten.adapters.whole import make_float32
 from lighten.machine.hardware import choose_dtype
-from lighten.models.load import locate, set_attention
+from lighten.models.attention_setting import set_attention
+from lighten.models.load import locate
 from lighten.models.trainable import refuse_rounded_activations, require_gradients
 from lighten.models.vocabulary import grow
 from lighten.parallel.streamed.build import without_weights

@@ -1,0 +1,93 @@
+"""Which attention a model computes with: the setting `attn_implementation` on a device."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from transformers import PreTrainedModel
+
+from lighten import cpu
+from lighten.errors import UserError
+from lighten.machine.hardware import Choice
+from lighten.models import attention as blocks
+
+_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
+FLASH_SINCE = (8, 0)  # compute capability from which its kernels compute
+
+
+def require_attention(name: str, device: str, capability: tuple[int, int] | None = None) -> None:
+    """Say what an attention lacks on a device, before anything is loaded.
+
+    Args:
+        name: transformers' name.
+        device: `cpu` or a CUDA device.
+        capability: Compute capability of a GPU that is only planned for; None: this machine's.
+
+    Raises:
+        UserError: Its package is not installed, or the device has not what its kernels want.
+    """
+    if name not in _PACKAGES:
+        return
+    if importlib.util.find_spec(_PACKAGES[name]) is None:
+        raise UserError(
+            f"attn_implementation: {name} needs the package {_PACKAGES[name]}, which is not "
+            "installed; use sdpa, or install it (it needs a CUDA device)"
+        )
+    if device == "cpu":
+        raise UserError(f"attn_implementation: {name} is for CUDA devices alone; use sdpa")
+    if capability is None and device.startswith("cuda") and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability(torch.device(device))
+    if capability is not None and capability < FLASH_SINCE:
+        raise UserError(
+            f"attn_implementation: {name} needs compute capability {FLASH_SINCE[0]}.0, and this "
+            f"GPU has {capability[0]}.{capability[1]}; use sdpa, which keeps no scores there either"
+        )
+
+
+def set_attention(
+    model: PreTrainedModel, name: str, device: str, capability: tuple[int, int] | None = None
+) -> Choice:
+    """Set the attention implementation; plain attention where the architecture has no other.
+
+    Args:
+        model: Whose.
+        name: transformers' name.
+        device: `cpu` or `cuda`.
+        capability: Compute capability of a GPU that is only planned for; None: this machine's, or
+            a recent one.
+    """
+    require_attention(name, device, capability)
+    if name == "sdpa" and getattr(model.config, "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")
+        return Choice("eager", f"{type(model).__name__} caps its scores, which sdpa leaves out")
+    try:
+        model.set_attn_implementation(name)
+    except (ValueError, ImportError) as error:
+        if name != "sdpa":
+            why = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"attn_implementation: {name}: {why}") from error
+        model.set_attn_implementation("eager")
+    in_use = str(model.config._attn_implementation)
+    if in_use == name == "sdpa" and device == "cpu" and not cpu.enabled():
+        return Choice(name, f"PyTorch's own: {cpu.OFF}")
+    if in_use == name == "sdpa" and device == "cpu":
+        blocks.register()
+        model.set_attn_implementation(blocks.NAME)
+        return blocks.choice(model.dtype)
+    if in_use == name == "sdpa" and device.startswith("cuda"):
+        if capability is None and torch.cuda.is_available():
+            capability = torch.cuda.get_device_capability()
+        capability = capability or blocks.GROUPED_SINCE
+        if capability < blocks.GROUPED_SINCE or model.dtype == torch.float32:
+            blocks.register_repeated(capability)
+            model.set_attn_implementation(blocks.REPEATS)
+            text = model.config.get_text_config()
+            heads = getattr(text, "num_attention_heads", None)
+            if getattr(text, "num_key_value_heads", None) in (None, heads):
+                return Choice("sdpa", "PyTorch's kernels for this GPU and format")
+            why = "grouped keys are repeated: no kernel of this GPU, or of float32, reads them"
+            return Choice("sdpa", why)
+    if in_use == name:
+        return Choice(name, "attn_implementation of the recipe")
+    return Choice(in_use, f"{type(model).__name__} has no {name} attention")
