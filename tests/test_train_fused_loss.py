@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lighten.cpu import kernels
+from lighten.engine import fused_loss
 from lighten.engine.fused_loss import cross_entropy_, plain
 from lighten.engine.loss import Objective
 from tests.test_train_step import UNEVEN, assert_close, cohort_of, gradients, one_step
@@ -61,6 +62,9 @@ def test_the_kernel_computes_what_the_plain_operations_do(
     scale: float, softcap: float, vocabulary: int, dtype: torch.dtype
 ) -> None:
     logits, labels = (tensor.cuda() for tensor in problem(vocabulary, dtype))
+    if (why := fused_loss.obstacle(dtype, logits.device)) is not None:
+        assert dtype == torch.bfloat16, why  # which a T4 does not have
+        pytest.skip(why)
     plain_logits = logits.clone()
     nll = plain(plain_logits, labels, scale, softcap)
     kernel_nll = cross_entropy_(logits, labels, scale, softcap)

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from lighten.adapters import Cohort, Trained
 from lighten.adapters.decoder import decoder_layers
 from lighten.adapters.frozen import is_quantized
+from lighten.engine import fused_loss
 from lighten.machine import devices
 from lighten.machine.hardware import Choice
 
@@ -77,8 +78,12 @@ def choose(
 
 
 def _gpu_rate(dtype: torch.dtype) -> float:
-    """FLOP/s that steps may reach on this machine's first GPU."""
-    if not torch.cuda.is_available():
+    """FLOP/s that steps may reach on the GPU that this process computes on.
+
+    A plan for another machine's opens none here: its changes are planned in forked processes, which
+    cannot.
+    """
+    if not torch.cuda.is_initialized():
         return NOMINAL_FLOPS_OF_GPU
     listed = devices.here("cuda").flops.get(str(dtype).removeprefix("torch."))
     return listed * REACHED if listed else NOMINAL_FLOPS_OF_GPU
@@ -100,6 +105,11 @@ def _obstacle(trained: Trained, device: str) -> str | None:
         return f"{type(model).__name__} does not say which of its layers are alike"
     if device != "cpu" and importlib.util.find_spec("triton") is None:
         return "there is no Triton, which writes a GPU's code"
+    if model.device.type == "cuda":
+        # What keeps it from one kernel keeps it from all of a layer's.
+        why = fused_loss.obstacle(trained.dtype, model.device)
+        if why is not None:
+            return f"Triton writes no code here: {why}"
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None and shutil.which("clang++") is None:
         return f"there is no C++ compiler ({compiler})"

@@ -11,7 +11,9 @@ in place is the idea of Liger's kernel (arXiv 2410.10989).
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import logging
 
 import torch
 from torch import Tensor
@@ -19,17 +21,58 @@ from torch import Tensor
 from lighten.cpu import kernels
 from lighten.cpu.kernels import pointwise
 
+log = logging.getLogger(__name__)
+BFLOAT16_SINCE = (8, 0)  # compute capability from which Triton converts numbers to bfloat16
 
-def available(device: str, dtype: torch.dtype) -> bool:
+
+def available(device: str, hidden: Tensor) -> bool:
     """Whether there is a kernel; of a GPU that is only planned for, what one would say.
 
     Args:
         device: `cpu` or `cuda`.
-        dtype: Of the logits.
+        hidden: What the logits are made of, and in whose format; a plan's is on the processor.
     """
     if device == "cpu":
-        return dtype == torch.bfloat16 and kernels.available()
-    return not torch.cuda.is_available() or importlib.util.find_spec("triton") is not None
+        return hidden.dtype == torch.bfloat16 and kernels.available()
+    if not hidden.is_cuda:
+        return not torch.cuda.is_available() or importlib.util.find_spec("triton") is not None
+    return obstacle(hidden.dtype, hidden.device) is None
+
+
+@functools.cache
+def obstacle(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why Triton makes no kernel here, told once; None: it does.
+
+    It has to compile one to know: that wants a C compiler and Python's headers, which images made
+    for running alone leave out, and a GPU that Triton still knows.
+
+    Args:
+        dtype: Of the logits.
+        device: The GPU.
+    """
+    why = _obstacle(dtype, device)
+    if why is not None:
+        log.warning("losses are formed by PyTorch's operations, without a kernel: %s", why)
+    return why
+
+
+def _obstacle(dtype: torch.dtype, device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "there is no Triton, which writes a GPU's code"
+    capability = torch.cuda.get_device_capability(device)
+    if dtype == torch.bfloat16 and capability < BFLOAT16_SINCE:
+        return f"compute capability {capability[0]}.{capability[1]} has no bfloat16"
+    try:
+        from lighten.cpu import cross_entropy_kernel
+
+        logits = torch.zeros(1, 16, dtype=dtype, device=device)
+        cross_entropy_kernel.run(logits, logits.new_zeros(1, dtype=torch.int64), 1.0, 0.0)
+        torch.cuda.synchronize(device)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of a compiler, a linker or a driver: each has its own kind
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return None
 
 
 @torch.library.custom_op("lighten::cross_entropy_", mutates_args={"logits"})

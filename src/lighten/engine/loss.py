@@ -38,6 +38,9 @@ CHUNKS: dict[str | None, tuple[int, int]] = {
     None: (48 * 2**20, 1), "cpu": (64 * 2**20, 32), "cuda": (128 * 2**20, 128),
 }  # fmt: skip
 PIECE_BYTES = 16 * 2**20  # of the head's gradient, float32
+# Up to what a position's loss counts in the head's gradient while that is formed in float16: a
+# chunk of some hundred positions sums up to no more than some of their hidden states then.
+LARGEST_WEIGHT = 2.0**-5
 # How far the fast path may be from the model's own loss on the first batch, relative.
 AGREEMENT = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
 # Rows of the first batch, and positions of each, whose loss is compared with the model's own.
@@ -122,6 +125,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_W = torch.zeros_like(W, dtype=torch.float32) if ctx.needs_input_grad[3] else None
         grad_bias = nll.new_zeros(W.shape[0]) if ctx.needs_input_grad[4] else None
+        lifted, lift = weights, None
+        if grad_W is not None and W.dtype == torch.float16 and len(weights):
+            lifted, lift = _lifted(weights)
         learns = any(ctx.needs_input_grad)
         for rows in space.chunks(len(labels), W, kernel):
             raw = space.take("logits", rows.stop - rows.start, hidden, W.shape[0], W.dtype)
@@ -137,7 +143,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if grad_bias is not None:
                 grad_bias += (raw * weights[rows, None]).sum(0)
             if grad_W is not None:
-                _add_product(grad_W, raw.mul_(weights[rows, None].to(raw.dtype)), hidden[rows])
+                _add_product(grad_W, raw.mul_(lifted[rows, None].to(raw.dtype)), hidden[rows])
+        if grad_W is not None and lift is not None:
+            grad_W /= lift
         ctx.formats = head_weight.dtype, None if head_bias is None else head_bias.dtype
         ctx.save_for_backward(grad, grad_W, grad_bias, weights)
         ctx.mark_non_differentiable(nll)
@@ -154,6 +162,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if grad_bias is not None:
             grad_bias = (grad_bias * grad_total).to(ctx.formats[1])
         return grad, None, None, grad_W, grad_bias, None, None, None
+
+
+def _lifted(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The weights times a power of two that brings the largest up to `LARGEST_WEIGHT`, and that.
+
+    A token of a step of thousands counts some 1e-4: times it, the probability of any word but the
+    likeliest is less than float16 holds, and its row of the head would learn nothing.
+    """
+    largest = weights.amax().clamp_min(torch.finfo(weights.dtype).tiny)
+    lift = (LARGEST_WEIGHT / largest).log2().floor().clamp_min(0.0).exp2()
+    return weights * lift, lift
 
 
 def _add_product(total: Tensor, gradients: Tensor, hidden: Tensor) -> None:
@@ -281,7 +300,7 @@ class Objective:
             self._head.bias,
             self.rule,
             self._space,
-            self._device if fused_loss.available(self._device, hidden_or_logits.dtype) else None,
+            self._device if fused_loss.available(self._device, hidden_or_logits) else None,
         )
 
     @contextmanager

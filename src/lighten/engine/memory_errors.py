@@ -6,10 +6,12 @@ import re
 
 import torch
 
-# What PyTorch, oneDNN and the C++ library say when a processor's memory is short.
+# What PyTorch, oneDNN and the C++ library say when a processor's memory is short, and cuBLAS, cuDNN
+# and cuSOLVER of a GPU's, beside PyTorch's own error: their handles take memory of their own.
 _SAID = re.compile(
     r"can't allocate memory|not enough memory|std::bad_alloc|out of memory|"
-    r"could not create a (memory|primitive)|cannot allocate memory",
+    r"could not create a (memory|primitive)|cannot allocate memory|"
+    r"CU[A-Z]+_STATUS_ALLOC_FAILED",
     re.IGNORECASE,
 )
 

@@ -210,10 +210,16 @@ def _require_finite(
         step = report[adapter.name]
         finite = math.isfinite(step.grad_norm)
         if not math.isfinite(step.loss) or (not finite and scaler.hopeless(adapter.name)):
+            # Before anything has learnt it is the base that computes no number.
+            overflows = scaler.enabled and not adapter.progress.steps
+            mend = (
+                "float16 ends at 65,504, and some models' activations do not; set dtype to float32"
+                if overflows
+                else f"a lower learning_rate than {adapter.settings.learning_rate:g} may help"
+            )
             diverged[adapter.name] = (
                 f"adapter {adapter.name!r}: loss {step.loss} and gradient norm {step.grad_norm} at "
-                f"its step {adapter.progress.steps + 1}; the weights were not changed (a lower "
-                f"learning_rate than {adapter.settings.learning_rate:g} may help)"
+                f"its step {adapter.progress.steps + 1}; the weights were not changed ({mend})"
             )
         step.skipped = not finite
     if diverged:
