@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import re
 import signal
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, check_cuda_p2p_ib_support
 from torch import Tensor
 
 from lighten.errors import UserError
@@ -18,6 +21,9 @@ from lighten.parallel.launch import Launch
 
 Value = TypeVar("Value")
 STOPS = (signal.SIGINT, signal.SIGTERM)
+# While the first rank plans, encodes or saves, the others wait for it: as long as gloo waits by
+# itself. NCCL would give up after ten minutes, in the midst of a large model's checkpoint.
+PATIENCE = timedelta(minutes=30)
 # What gloo says of a rank that is gone, in a plain RuntimeError.
 _NETWORK = re.compile(r"gloo|connection (closed|reset|refused)|broken pipe", re.IGNORECASE)
 
@@ -40,16 +46,15 @@ def connect(launch: Launch, device: str, recipe: str, **options: Any) -> Acceler
             recipe than the first.
         PeerLost: A rank has ended meanwhile.
     """
-    gpus = torch.cuda.device_count()
-    if device != "cpu" and launch.world_size > 1 and not gpus:
-        raise UserError("PyTorch sees no GPU on this machine; use: lighten train --processes N")
-    if device != "cpu" and launch.world_size > 1 and launch.local_world_size > gpus:
-        raise UserError(
-            f"{launch.local_world_size} ranks were started on a machine with {gpus} GPUs; start "
-            f"{gpus} of them, or train on the processor with LIGHTEN_DEVICE=cpu"
-        )
+    if device != "cpu" and launch.world_size > 1:
+        _require_gpus(launch, torch.cuda.device_count())
+    if device != "cpu" and not check_cuda_p2p_ib_support():
+        # Two RTX 40 under an old driver: accelerate refuses them unless NCCL is told.
+        os.environ.setdefault("NCCL_P2P_DISABLE", "1")
+        os.environ.setdefault("NCCL_IB_DISABLE", "1")
+    meeting = InitProcessGroupKwargs(backend=None, timeout=PATIENCE)
     with lost_peers(launch.rank, launch.world_size):
-        accelerator = Accelerator(cpu=device == "cpu", **options)
+        accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=[meeting], **options)
     if accelerator.device.type == "cpu":
         # accelerate says `cpu:0` to ranks, and whatever is moved there is copied: a base that is
         # mapped from its files would be in memory once for every rank.
@@ -74,6 +79,24 @@ def connect(launch: Launch, device: str, recipe: str, **options: Any) -> Acceler
                     "ranks with the same words"
                 )
     return accelerator
+
+
+def _require_gpus(launch: Launch, gpus: int) -> None:
+    """Every rank of this machine has a GPU of its own.
+
+    SLURM may show each of its tasks no other than its own (`--gpus-per-task`).
+
+    Raises:
+        UserError: There are too few.
+    """
+    if not gpus:
+        raise UserError("PyTorch sees no GPU on this machine; use: lighten train --processes N")
+    shown_one = gpus == 1 and launch.launcher == "srun" and "CUDA_VISIBLE_DEVICES" in os.environ
+    if launch.local_world_size > gpus and not shown_one:
+        raise UserError(
+            f"{launch.local_world_size} ranks were started on a machine with {gpus} GPUs; start "
+            f"{gpus} of them, or train on the processor with LIGHTEN_DEVICE=cpu"
+        )
 
 
 def _digest(recipe: str) -> str:
@@ -158,13 +181,15 @@ def agreed_all(accelerator: Accelerator, *held: bool) -> list[bool]:
 def lost_peers(rank: int, world_size: int) -> Iterator[None]:
     """Say in words what a collective's error means: gloo and NCCL tell of sockets and files.
 
+    That this rank's own memory ran out is no other's end.
+
     Raises:
         PeerLost: A rank has ended.
     """
     try:
         yield
     except RuntimeError as error:
-        if world_size == 1:
+        if world_size == 1 or isinstance(error, torch.OutOfMemoryError):
             raise
         raise _lost(rank, world_size, error) from error
 
