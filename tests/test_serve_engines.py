@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from lighten.errors import UserError
 from lighten.machine import hardware
 from lighten.machine.hardware import Gpu
 from lighten.peft_config import WEIGHTS
-from lighten.serving import vllm
+from lighten.serving import llamacpp, vllm
 from lighten.serving.engine import Adapter
 from lighten.serving.engines import choose_engine, choose_here
 from lighten.serving.options import Options
@@ -119,14 +120,19 @@ def test_it_is_looked_for_where_it_is_installed(
         choose_here(Options(), registry)
 
 
-def test_vllm_computes_on_the_gpu_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("environment", [vllm.environment, llamacpp.environment])
+def test_an_engine_computes_on_the_device_that_is_named(
+    environment: Callable[[], dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("LIGHTEN_DEVICE", "cuda:2")
-    assert vllm.environment()["CUDA_VISIBLE_DEVICES"] == "2"
+    assert environment()["CUDA_VISIBLE_DEVICES"] == "2"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-b,6")
-    assert vllm.environment()["CUDA_VISIBLE_DEVICES"] == "6"
+    assert environment()["CUDA_VISIBLE_DEVICES"] == "6"
     monkeypatch.setenv("LIGHTEN_DEVICE", "cuda")
-    assert vllm.environment()["CUDA_VISIBLE_DEVICES"] == "4,GPU-b,6"
+    assert environment()["CUDA_VISIBLE_DEVICES"] == "4,GPU-b,6"
+    monkeypatch.setenv("LIGHTEN_DEVICE", "cpu")
+    assert environment()["CUDA_VISIBLE_DEVICES"] == ""
     monkeypatch.setenv("LIGHTEN_DEVICE", "cuda:3")
     with pytest.raises(UserError, match="cuda:3"):
-        vllm.environment()
+        environment()

@@ -259,7 +259,8 @@ def _attend_sequence(
     key = keys[prefill.slot : prefill.slot + 1, :, first:length]
     value = values[prefill.slot : prefill.slot + 1, :, first:length]
     mask = None
-    if prefill.cached or (window and length > window):
+    # A lone token sees all that is there: a mask would keep a GPU's quick kernels from it.
+    if count > 1 and (prefill.cached or (window and length > window)):
         query_positions = torch.arange(prefill.cached, length, device=query.device)[:, None]
         key_positions = torch.arange(first, length, device=query.device)[None]
         mask = key_positions <= query_positions
@@ -268,11 +269,23 @@ def _attend_sequence(
     if softcap:
         output = _softcapped(query, key, value, mask, scale, softcap)
     else:
+        if _wants_every_head(query, mask):
+            groups = query.shape[1] // key.shape[1]
+            key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
         output = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None and count > 1,
             scale=scale, enable_gqa=query.shape[1] != key.shape[1],
         )  # fmt: skip
     return output[0].transpose(0, 1)
+
+
+def _wants_every_head(query: Tensor, mask: Tensor | None) -> bool:
+    """Whether none of a GPU's kernels reads grouped keys: all scores would be formed at once."""
+    if not query.is_cuda:
+        return False
+    if mask is not None or query.dtype == torch.float32:
+        return True
+    return torch.cuda.get_device_capability(query.device) < blocks.GROUPED_SINCE
 
 
 def _softcapped(
@@ -282,10 +295,11 @@ def _softcapped(
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
     scores = softcap * torch.tanh(query @ key.mT * (scale / softcap))
-    if mask is None:
+    if mask is None and scores.shape[-2] > 1:
         size = scores.shape[-1]
         mask = torch.ones(size, size, dtype=torch.bool, device=query.device).tril_()
-    scores = scores.masked_fill(~mask, float("-inf"))
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
     return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
 
 

@@ -187,6 +187,16 @@ def stored_as(folder: Path) -> dict[str, Any] | None:
     return quantization
 
 
+def on_processor(folder: Path) -> dict[str, Any]:
+    """What transformers has to be told so that the model of a folder stays on the processor.
+
+    Of bitsandbytes' formats it takes a model to a GPU where there is one and nothing is said.
+    """
+    stored = stored_as(folder)
+    told = stored is not None and stored.get("quant_method") == "bitsandbytes"
+    return {"device_map": {"": "cpu"}} if told else {}
+
+
 def remaining_storage(name: str, folder: Path, storage: Storage | None) -> Storage | None:
     """What is left to quantise of a folder's model: nothing if its files are so already.
 

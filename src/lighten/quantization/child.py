@@ -117,14 +117,17 @@ def _measure_folder(job: dict[str, Any], rows: Sequence[EvaluationRow]) -> dict[
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from lighten.models.quantized import on_processor
+
     if job["kind"] != "reference":
         _import_loader(job["kind"])
     tokenizer = AutoTokenizer.from_pretrained(job["folder"], local_files_only=True)
     load_code(job["folder"])
     resident_before = resident_bytes()
     model: Any = AutoModelForCausalLM.from_pretrained(
-        job["folder"], dtype=torch.bfloat16, local_files_only=True
-    ).eval()
+        job["folder"], dtype=torch.bfloat16, local_files_only=True,
+        **on_processor(Path(job["folder"])),
+    ).eval()  # fmt: skip
 
     @torch.inference_mode()
     def log_probabilities(ids: list[int]) -> Any:

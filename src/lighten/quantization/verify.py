@@ -145,12 +145,13 @@ class InTransformers:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        from lighten.models.quantized import on_processor
         from lighten.models.vocabulary import grow
 
         self._torch = torch
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True
+                folder, dtype=torch.float32, local_files_only=True, **on_processor(folder)
             )
             grow(model, words)
             if rounding is not None:

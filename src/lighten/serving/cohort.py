@@ -13,6 +13,7 @@ from lighten.errors import UserError
 from lighten.generation import kernels
 from lighten.generation.engine import Engine, Request
 from lighten.generation.sampling import Chosen
+from lighten.machine.hardware import choose_device
 from lighten.serving.adapters import require_unchanged
 from lighten.serving.engine import (
     Adapter,
@@ -68,7 +69,7 @@ class CohortEngine:
             torch.set_num_threads(self._threads)
         opened = models.load(
             self._base, revision=self._revision, dtype=self._dtype, attn_implementation="eager",
-            device="cuda" if torch.cuda.is_available() else "cpu",
+            device=choose_device().value,
         )  # fmt: skip
         self._engine = Engine(
             opened.model, max_sequences=self.slots, max_tokens=self.context,

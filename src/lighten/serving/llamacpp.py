@@ -43,7 +43,7 @@ from lighten.serving.engine import (
     TokenLogprob,
 )
 from lighten.serving.schemas import compiled, laid_out
-from lighten.serving.server_process import ServerProcess, Supervisor
+from lighten.serving.server_process import ServerProcess, Supervisor, visible_gpus
 
 _START_S = 600.0  # a large model from a slow disk
 _MOST_SCHEMAS = 1000  # remembered
@@ -51,6 +51,15 @@ _MOST_SCHEMAS = 1000  # remembered
 # the core as soon as anything else runs, the front for one: on two busy cores 4 tokens per second
 # became 74.
 _ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
+
+
+def environment() -> dict[str, str]:
+    """Of its process: a llama.cpp that is built for CUDA would take whatever GPU it sees.
+
+    Raises:
+        UserError: `LIGHTEN_DEVICE` names no GPU of `CUDA_VISIBLE_DEVICES`.
+    """
+    return {**_ENVIRONMENT, **os.environ, **visible_gpus()}
 
 
 class LlamaCpp:
@@ -224,7 +233,7 @@ class LlamaCpp:
         }  # fmt: skip
         await process.start(
             [sys.executable, "-m", "lighten.serving.child"],
-            environment={**_ENVIRONMENT, **os.environ},
+            environment=environment(),
             first_line=json.dumps(settings) + "\n", within_s=_START_S,
         )  # fmt: skip
         try:

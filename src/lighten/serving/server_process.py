@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import shutil
 import tempfile
 from collections import deque
@@ -26,6 +27,29 @@ _POLL_S = 0.05
 _LOG_LINES = 60
 _MOST_CRASHES = 3  # one after another; after one more it is left down
 _STEADY_S = 60.0  # a process that lived so long does not count with those before it
+
+
+def visible_gpus() -> dict[str, str]:
+    """What `LIGHTEN_DEVICE` says, as CUDA is told of it: environment variables of an engine.
+
+    Raises:
+        UserError: It names no GPU of `CUDA_VISIBLE_DEVICES`.
+    """
+    device, _, number = os.environ.get("LIGHTEN_DEVICE", "").strip().lower().partition(":")
+    if device == "cpu":
+        return {"CUDA_VISIBLE_DEVICES": ""}
+    if device != "cuda" or not number.isdecimal():
+        return {}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if not visible:
+        return {"CUDA_VISIBLE_DEVICES": number}
+    names = visible.split(",")
+    if int(number) >= len(names):
+        raise UserError(
+            f"LIGHTEN_DEVICE: cuda:{number} is not there; CUDA_VISIBLE_DEVICES={visible} has "
+            f"{len(names)}"
+        )
+    return {"CUDA_VISIBLE_DEVICES": names[int(number)]}
 
 
 class ServerProcess:

@@ -37,7 +37,7 @@ from lighten.serving.engine import (
     change_adapters,
 )
 from lighten.serving.schemas import compiled, laid_out
-from lighten.serving.server_process import ServerProcess, Supervisor
+from lighten.serving.server_process import ServerProcess, Supervisor, visible_gpus
 from lighten.serving.texts import Texts
 from lighten.whole_files import whole_folder
 from lighten.wording import with_article
@@ -333,22 +333,5 @@ def environment() -> dict[str, str]:
     """
     return {
         "VLLM_CPU_KVCACHE_SPACE": "2", **os.environ, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
-        "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", **_visible(),
+        "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", **visible_gpus(),
     }  # fmt: skip
-
-
-def _visible() -> dict[str, str]:
-    """The GPU that `LIGHTEN_DEVICE` names by its number, as CUDA is told of it."""
-    device, _, number = os.environ.get("LIGHTEN_DEVICE", "").strip().lower().partition(":")
-    if device != "cuda" or not number.isdecimal():
-        return {}
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    if not visible:
-        return {"CUDA_VISIBLE_DEVICES": number}
-    names = visible.split(",")
-    if int(number) >= len(names):
-        raise UserError(
-            f"LIGHTEN_DEVICE: cuda:{number} is not there; CUDA_VISIBLE_DEVICES={visible} has "
-            f"{len(names)}"
-        )
-    return {"CUDA_VISIBLE_DEVICES": names[int(number)]}
