@@ -315,3 +315,25 @@ def test_how_many_steps_there_was_time_for_does_not_decide_the_longest_row(
         longest.add(max(len(row.input_ids) for row in selected))
     assert len(longest) == 1
     assert longest.pop() < max(len(row.input_ids) for row in rows.train.rows) / 2
+
+
+def test_the_peak_of_a_training_is_without_the_reading_of_its_data(
+    tiny_folder: Path, chat_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a run's is, whose data are read for its plan."""
+    from lighten.training import rows as training_rows
+
+    read = training_rows.load_rows
+
+    def reads_much(*arguments: Any) -> Any:
+        np.ones(2**28, dtype=np.uint8)  # freed at once, but it was held
+        return read(*arguments)
+
+    monkeypatch.setattr(training_rows, "load_rows", reads_much)
+    recipe = Recipe.from_values({
+        "model_name_or_path": str(tiny_folder), "dataset": str(chat_file), "val_size": 4,
+        "dtype": "float32", "workers": 1, "per_device_train_batch_size": 2,
+    })  # fmt: skip
+    records = learning.run(recipe.completed(), kind="cpu", steps=2, measures_loss=False)
+    assert 0 < next(records)["peak_bytes"] < 2**27
+    assert list(records) == []

@@ -71,8 +71,8 @@ def run(
         allocator.keep_pages(kind)
         take(kind)
         accelerator = Accelerator(cpu=kind == "cpu")
-        memory = PeakMemory(kind)
         rows = select_rows(load_rows(settings, tokenizer_of(settings)), settings, steps)
+        memory = PeakMemory(kind)  # of the training: a run's data were read for its plan, too
         base = load_base(settings, str(accelerator.device), learns=True)
         # The loss is measured once, after the last step and outside of what is timed.
         setup = prepare(settings, accelerator, base, replace(rows, held_out=None))
