@@ -1,13 +1,30 @@
-"""Runs as a kill leaves them."""
+"""What a run has shipped, and a run as a kill leaves it."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
 
 from lighten.runs import Run
 from lighten.training import checkpoints
+
+
+def weights(run: Run) -> dict[str, Tensor]:
+    """Of its adapters, or of its model, each behind the name of its folder."""
+    files = sorted(run.folder.glob("adapters/*/adapter_model.safetensors"))
+    files += sorted(run.folder.glob("model/*.safetensors"))
+    return {f"{file.parent.name}/{key}": value
+            for file in files for key, value in load_file(file).items()}  # fmt: skip
+
+
+def losses(run: Run) -> list[tuple[Any, ...]]:
+    """Of each line of its metrics, with what it is of."""
+    return [(m["kind"], m["step"], m["adapter"], m["loss"]) for m in run.metrics()]
 
 
 def cut_short(run: Run, folder: Path, keep: slice = slice(1)) -> Run:

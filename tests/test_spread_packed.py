@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 import lighten
@@ -21,7 +20,7 @@ from lighten.parallel.streamed.feed import LayerPieces
 from lighten.parallel.streamed.over_ranks import RankFeed, part_of
 from lighten.runs import Run
 from lighten.training import loop
-from tests.cut_runs import cut_short
+from tests.cut_runs import cut_short, weights
 from tests.processes import notes_of, runs_of_rank, start_ranks, wait_for
 from tests.tiny import save_tiny, tiny_tokenizer
 
@@ -145,12 +144,6 @@ def root(tmp_path_factory: pytest.TempPathFactory, chat_file: Path) -> Path:
 def notes(root: Path, name: str) -> list[dict[str, Any]]:
     """Of each rank."""
     return notes_of(root / "runs.json", list(RUNS).index(name))
-
-
-def weights(run: Run) -> dict[str, Tensor]:
-    return {f"{file.parent.name}/{key}": value
-            for file in run.folder.glob("adapters/*/adapter_model.safetensors")
-            for key, value in load_file(file).items()}  # fmt: skip
 
 
 def assert_equal(run: Run, reference: Run) -> None:

@@ -31,7 +31,7 @@ from lighten.runs import Run
 from lighten.training import loop
 from lighten.training.base import load_base
 from lighten.training.method import what_learns
-from tests.cut_runs import cut_short
+from tests.cut_runs import cut_short, weights
 from tests.processes import notes_of, runs_of_rank, start_ranks, wait_for
 from tests.tiny import save_tiny
 
@@ -215,13 +215,6 @@ def root(tmp_path_factory: pytest.TempPathFactory, chat_file: Path) -> Path:
 def notes(root: Path, *run: Any) -> list[dict[str, int]]:
     """Of each rank."""
     return notes_of(root / "runs.json", RUNS.index(run))
-
-
-def weights(run: Run) -> dict[str, torch.Tensor]:
-    files = sorted(run.folder.glob("adapters/*/adapter_model.safetensors"))
-    files += sorted(run.folder.glob("model/*.safetensors"))
-    return {f"{file.parent.name}/{key}": value
-            for file in files for key, value in load_file(file).items()}  # fmt: skip
 
 
 def assert_equal(run: Run, reference: Run) -> None:

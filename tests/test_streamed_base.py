@@ -27,7 +27,7 @@ from lighten.parallel.streamed.feed import LayerFeed, LayerPieces
 from lighten.parallel.streamed.shards import RateLimit, Shards
 from lighten.recipe import RecipeError
 from lighten.runs import Run
-from tests.cut_runs import cut_short
+from tests.cut_runs import cut_short, weights
 from tests.tiny import tiny_model, tiny_tokenizer
 
 LAYERS = 5
@@ -68,14 +68,6 @@ def train(settings: dict[str, Any], where: Path | str | None = None, **changes: 
 
 def losses(run: Run) -> dict[tuple[Any, ...], float]:
     return {(m["kind"], m["step"], m["adapter"]): m["loss"] for m in run.metrics()}
-
-
-def weights(run: Run) -> dict[str, Tensor]:
-    return {
-        f"{name}/{key}": value
-        for name, folder in run.adapters().items()
-        for key, value in load_file(folder / "adapter_model.safetensors").items()
-    }
 
 
 def assert_same(run: Run, reference: Run, *, within: float) -> None:

@@ -15,8 +15,7 @@ from lighten.adapters import attach
 from lighten.engine.checkpointing import checkpoint_layers
 from lighten.errors import UserError
 from lighten.evaluation.chat import Conversation
-from lighten.runs import Run
-from tests.cut_runs import cut_short
+from tests.cut_runs import cut_short, losses
 from tests.test_train_step import UNEVEN, one_step, random_spec
 from tests.tiny import ARCHITECTURES, save_tiny
 
@@ -34,10 +33,6 @@ def settings(tiny_folder: Path, chat_file: Path, tmp_path: Path) -> dict[str, An
         "per_device_train_batch_size": 6, "max_steps": 6, "save_steps": 2, "val_size": 0.2,
         "save_total_limit": 10, "gradient_checkpointing": True,
     }  # fmt: skip
-
-
-def losses(run: Run) -> list[tuple[Any, ...]]:
-    return [(m["kind"], m["step"], m["adapter"], m["loss"]) for m in run.metrics()]
 
 
 @pytest.mark.parametrize("quantization", HOW)

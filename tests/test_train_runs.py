@@ -26,7 +26,7 @@ from lighten.training import checkpoints
 from lighten.training.interrupt import Interrupted
 from lighten.training.run import train as train_verb
 from tests import processes
-from tests.cut_runs import cut_short
+from tests.cut_runs import cut_short, losses, weights
 from tests.processes import Forked, python
 
 
@@ -43,18 +43,6 @@ def settings(tiny_folder: Path, chat_file: Path, tmp_path: Path) -> dict[str, An
 
 def train(settings: dict[str, Any], *, resume: bool = False, **changes: Any) -> Run:
     return lighten.train(resume=resume, progress=False, **{**settings, **changes})
-
-
-def weights(run: Run) -> dict[str, torch.Tensor]:
-    return {
-        f"{name}/{key}": value
-        for name, folder in run.adapters().items()
-        for key, value in load_file(folder / "adapter_model.safetensors").items()
-    }
-
-
-def losses(run: Run) -> list[tuple[Any, ...]]:
-    return [(m["kind"], m["step"], m["adapter"], m["loss"]) for m in run.metrics()]
 
 
 def same_tensors(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
@@ -191,6 +179,31 @@ def test_trap39_a_torn_checkpoint_is_passed_over_and_said(
     assert "going on after step 6" in output
     assert losses(resumed) == expected[0]
     assert same_tensors(weights(resumed), expected[1])
+
+
+def test_torn_checkpoints_take_no_place_of_whole_ones(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one checkpoint at most, the one just written stays, not a torn one of a later step."""
+    from lighten.training import loop
+
+    run = cut_short(train(settings), tmp_path / "cut", keep=slice(3))
+    folder = run.folder / "checkpoints"
+    for torn in checkpoints.listing(folder)[1:]:
+        (torn / "optimizer.safetensors").unlink()
+    plain = loop.train_step
+
+    def killed_in_step_5(batches: Any, adapters: Any, *args: Any, **options: Any) -> Any:
+        if adapters[0].progress.steps == 4:
+            raise KeyboardInterrupt
+        return plain(batches, adapters, *args, **options)
+
+    monkeypatch.setattr(loop, "train_step", killed_in_step_5)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, resume=True, output_dir=str(run.folder), save_total_limit=1)
+    newest, _ = checkpoints.newest_complete(folder)
+    assert newest == folder / "checkpoint-4"
+    assert checkpoints.listing(folder) == [newest]
 
 
 def test_trap39_a_full_disk_leaves_the_older_checkpoint_and_names_the_file(
@@ -473,6 +486,21 @@ def test_weights_that_are_infinite_at_a_checkpoint_take_out_their_adapter_alone(
     assert list(resumed.adapters()) == [good["name"]]
     with pytest.raises(UserError, match="weights that are not finite after step 1"):
         train(settings, lora_r=2, learning_rate=1e39, output_dir=str(tmp_path / "lost"))
+
+
+def test_an_adapter_that_is_no_number_is_never_the_best_nor_measured_once_it_left(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    settings |= {"save_steps": 10, "eval_steps": 1, "max_steps": 3, "lora_dropout": 0.0,
+                 "warmup_steps": 0, "lora_r": [2, 2], "learning_rate": [1e-2, 1e39]}  # fmt: skip
+    run = train(settings, load_best_model_at_end=True)
+    good, bad = run.info()["adapters"]
+    assert good["best_step"] is not None
+    assert (bad["best_step"], bad["diverged"], bad["file_bytes"]) == (None, True, 0)
+    # Without a checkpoint that would find them, its weights are seen by the next step's loss.
+    run = train(settings, output_dir=str(tmp_path / "again"))
+    evaluations = [m for m in run.metrics() if m["kind"] == "eval"]
+    assert [m["step"] for m in evaluations if m["adapter"] == bad["name"]] == [1]
 
 
 class Clock:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,8 @@ from lighten.recipe import Recipe, RecipeError
 from lighten.runs import Run
 from lighten.training import checkpoints, time_budget
 from lighten.training.time_budget import Pace, TimeBudget, steps_within
-from tests.test_train_runs import losses, same_tensors, weights
+from tests.cut_runs import cut_short, losses, weights
+from tests.test_train_runs import same_tensors
 
 
 @pytest.fixture
@@ -89,11 +89,7 @@ def test_a_run_that_goes_on_keeps_its_number_of_steps(
     monkeypatch.setattr(TimeBudget, "steps", lambda *_: 12)
     uninterrupted = train(settings)
     assert uninterrupted.info()["training"]["steps"] == 12
-    folder = tmp_path / "cut"
-    shutil.copytree(uninterrupted.folder, folder)
-    for checkpoint in checkpoints.listing(folder / "checkpoints"):
-        if checkpoint.name != "checkpoint-5":
-            shutil.rmtree(checkpoint)
+    folder = cut_short(uninterrupted, tmp_path / "cut").folder
     assert checkpoints.read_state(folder / "checkpoints" / "checkpoint-5").elapsed_s > 0
 
     def measured_again(*_: Any) -> None:

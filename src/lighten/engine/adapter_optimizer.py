@@ -131,11 +131,12 @@ class AdapterOptimizer:
     def note_evaluation(self, loss: float, step: int) -> bool:
         """Remember a held-out loss; say whether it is the best so far, and stop if patience is out.
 
-        Lower is better (trap 45).
+        Lower is better (trap 45), and what is no number is never the best.
         """
         state, settings = self.progress, self.settings
         threshold = settings.early_stopping_threshold
-        better = state.best_loss is None or loss < state.best_loss - threshold
+        best = math.inf if state.best_loss is None else state.best_loss
+        better = loss < best - threshold
         if better:
             state.best_loss, state.best_step, state.evaluations_without_gain = loss, step, 0
         else:

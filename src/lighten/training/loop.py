@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -31,10 +31,27 @@ from lighten.training.checkpoints import TrainerState
 from lighten.training.interrupt import Interrupted, StopSignals
 from lighten.training.prediction import Prediction
 from lighten.training.progress import TrainingProgress
-from lighten.training.pruner import Pruner
 from lighten.training.setup import Setup
 from lighten.training.step_batches import StepBatches
-from lighten.training.steps_in_time import StepsInTime
+from lighten.training.time_budget import StepsInTime
+
+
+class Pruner(Protocol):
+    """Asked after every step; what it names leaves the batch and keeps its weights."""
+
+    def leaving(
+        self, step: int, losses: Mapping[str, ValidationLoss], active: Sequence[str]
+    ) -> Collection[str]:
+        """The adapters that train no further.
+
+        Args:
+            step: Optimiser steps made.
+            losses: Held-out losses measured after this step; empty where none were.
+            active: Adapters still training.
+        """
+
+    def diverged(self, step: int, name: str) -> None:
+        """An adapter's loss or gradient is not a number: it leaves, the others go on."""
 
 
 class Loop:
@@ -99,15 +116,14 @@ class Loop:
                 self.progress.begin(setup.total_steps, state.step)
                 while state.step < setup.total_steps and self._active():
                     began = time.perf_counter()
-                    adapters = self._active()
-                    report = self._step(adapters, state.step)
+                    report = self._step(self._active(), state.step)
                     state.step += 1
                     self._after_step(report, time.perf_counter() - began)
 
                     last = state.step == setup.total_steps
                     best = False
                     if setup.rows.held_out and (last or self._due(recipe.eval_steps)):
-                        best = self._evaluate(adapters) and recipe.load_best_model_at_end
+                        best = self._evaluate(self._active()) and recipe.load_best_model_at_end
                     self._prune()
                     finished = last or not self._active()
                     stop = ranks.agreed_stop(setup.accelerator, signals.received)
@@ -382,17 +398,19 @@ class Loop:
     def _drop_infinite(self) -> None:
         """Take out adapters whose weights are no numbers any more: no checkpoint is whole of them.
 
+        One that has left already may be of these: its next loss has told.
+
         Raises:
             TrainingDiverged: No other is left.
         """
         active = self._active()
         finite = ranks.agreed_all(
-            self.setup.accelerator, *(adapter.is_finite() for adapter in active)
+            self.setup.accelerator, *(adapter.is_finite() for adapter in self.setup.adapters)
         )
         sentences = {}
-        for adapter, is_finite in zip(active, finite, strict=True):
-            if not is_finite:
-                adapter.progress.infinite = True
+        for adapter, is_finite in zip(self.setup.adapters, finite, strict=True):
+            adapter.progress.infinite = not is_finite
+            if not is_finite and not adapter.progress.stopped:
                 sentences[adapter.name] = (
                     f"adapter {adapter.name!r}: weights that are not finite after step "
                     f"{self.state.step} (a lower learning_rate than "
@@ -411,7 +429,7 @@ class Loop:
             state.members = {adapter.name: adapter.progress for adapter in setup.adapters}
             state.scaler = setup.scaler.state_dict()
             state.elapsed_s = time.monotonic() - self._began
-            checkpoints.save(
+            newest = checkpoints.save(
                 self.folder / "checkpoints",
                 state,
                 setup.trained,
@@ -421,7 +439,9 @@ class Loop:
             )
             best = [m.progress.best_step for m in setup.adapters]
             keep = best if setup.recipe.load_best_model_at_end else []
-            checkpoints.prune(self.folder / "checkpoints", setup.recipe.save_total_limit, keep)
+            checkpoints.prune(
+                self.folder / "checkpoints", setup.recipe.save_total_limit, keep, newest
+            )
         else:
             checkpoints.take_part(setup.trained, setup.adapters)
         ranks.wait(setup.accelerator)

@@ -29,13 +29,12 @@ from lighten.training import checkpoints, offloaded, quantization_aware, streami
 from lighten.training.base import load_base, require_trainable, tokenizer_of
 from lighten.training.checkpoints import TrainerState
 from lighten.training.export import export, take_part
-from lighten.training.loop import Loop
+from lighten.training.loop import Loop, Pruner
 from lighten.training.method import go_on_from_adapter
 from lighten.training.out_of_memory import OutOfMemory, let_go
 from lighten.training.prediction import Prediction, compare
 from lighten.training.prepare import layers_later, prepare
 from lighten.training.progress import TrainingProgress
-from lighten.training.pruner import Pruner
 from lighten.training.rows import Rows, load_rows
 from lighten.training.setup import Setup
 from lighten.wording import counted
