@@ -10,8 +10,6 @@ from typing import Any
 
 import psutil
 import pytest
-import torch
-from safetensors.torch import load_file
 
 import lighten
 from lighten.errors import UserError
@@ -21,7 +19,7 @@ from lighten.parallel.spawn import free_port
 from lighten.runs import Run
 from lighten.training import checkpoints
 from tests import processes
-from tests.cut_runs import cut_short
+from tests.cut_runs import cut_short, weights
 from tests.processes import Forked
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -41,16 +39,18 @@ def settings(tiny_folder: Path, chat_file: Path, tmp_path: Path) -> dict[str, An
     }  # fmt: skip
 
 
-def ranks(settings: dict[str, Any], *options: str, count: int = 2, **changes: Any) -> list[Forked]:
+def ranks(
+    settings: dict[str, Any], *options: str, count: int = 2, **environment: str
+) -> list[Forked]:
     """`lighten train` as so many ranks, as torchrun starts them."""
     flags = [f"{key}={json.dumps(value) if isinstance(value, list) else value}"
-             for key, value in {**settings, **changes}.items()]  # fmt: skip
+             for key, value in settings.items()]  # fmt: skip
     port = str(free_port())
     return [
         processes.start(
             "train", *flags, *options, LIGHTEN_DEVICE="cpu", WORLD_SIZE=str(count), RANK=str(rank),
             LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=port,
+            MASTER_PORT=port, **environment,
         )
         for rank in range(count)
     ]  # fmt: skip
@@ -58,14 +58,6 @@ def ranks(settings: dict[str, Any], *options: str, count: int = 2, **changes: An
 
 def wait_for_exit(started: list[Forked]) -> list[int]:
     return [process.wait(120) for process in started]
-
-
-def weights(run: Run) -> dict[str, torch.Tensor]:
-    return {
-        f"{name}/{key}": value
-        for name, folder in run.adapters().items()
-        for key, value in load_file(folder / "adapter_model.safetensors").items()
-    }
 
 
 def assert_equal_runs(ours: Run, theirs: Run) -> None:
@@ -118,11 +110,32 @@ def test_what_accelerate_would_ignore_is_refused(
     assert launch.recognise() == Launch()
 
 
+@pytest.mark.parametrize(("engine", "strategy"), [
+    ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, "zero2"),
+    ({"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "fsdp"),
+])  # fmt: skip
+def test_what_accelerate_was_configured_for_is_done_by_our_strategy(
+    engine: dict[str, str], strategy: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """accelerate opens neither engine, and each rank reads the base."""
+    settings |= {"max_steps": 2, "eval_steps": 2}
+    one = {**settings, "gradient_accumulation_steps": 2, "output_dir": str(tmp_path / "one")}
+    one_run = lighten.train(progress=False, **one)
+    started = ranks(settings, ACCELERATE_MIXED_PRECISION="fp16", **engine)
+    assert wait_for_exit(started) == [0, 0], [process.communicate() for process in started]
+    run = Run(settings["output_dir"])
+    assert strategy in [choice["value"] for choice in run.info()["choices"]]
+    assert_equal_runs(run, one_run)
+
+
 def test_a_launcher_is_recognised_by_its_environment() -> None:
     torchrun = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
     assert launch.recognise(dict(torchrun)) == Launch("torchrun", 5, 8, 1, 4)
     accelerate = {**torchrun, "ACCELERATE_MIXED_PRECISION": "no"}
     assert launch.recognise(accelerate).launcher == "accelerate launch"
+    deepspeed = {**torchrun, "LOCAL_SIZE": "4", "CROSS_RANK": "1", "CROSS_SIZE": "2"}
+    del deepspeed["LOCAL_WORLD_SIZE"]
+    assert launch.recognise(deepspeed) == Launch("deepspeed", 5, 8, 1, 4)
     srun = {
         "SLURM_PROCID": "4", "SLURM_STEP_NUM_TASKS": "7", "SLURM_LOCALID": "0",
         "SLURM_NODEID": "2", "SLURM_STEP_TASKS_PER_NODE": "2(x3),1", "SLURM_JOB_ID": "77",
@@ -131,11 +144,26 @@ def test_a_launcher_is_recognised_by_its_environment() -> None:
     assert launch.recognise(srun) == Launch("srun", 4, 7, 0, 2)
     assert (srun["RANK"], srun["WORLD_SIZE"], srun["MASTER_ADDR"]) == ("4", "7", "gpu03.cluster")
     assert launch.recognise(srun) == Launch("torchrun", 4, 7, 0, 2)  # what it wrote is read alike
+    for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        del srun[name]
+    assert launch.recognise(srun) == Launch("srun", 4, 7, 0, 2)  # its script may set WORLD_SIZE
+    one_gpu_each = {"SLURM_LOCALID": "1", "SLURM_GPUS_ON_NODE": "2", "CUDA_VISIBLE_DEVICES": "0"}
+    del srun["RANK"]
+    assert launch.recognise(srun | one_gpu_each) == Launch("srun", 4, 7, 0, 1)
+    shared = one_gpu_each | {"CUDA_VISIBLE_DEVICES": "0,1"}
+    assert launch.recognise(srun | shared) == Launch("srun", 4, 7, 1, 2)
     mpi = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1",
            "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}  # fmt: skip
     assert launch.recognise(mpi) == Launch("mpirun", 1, 2, 1, 2)
     # The script of a batch job that has many tasks is one process.
     assert launch.recognise({"SLURM_PROCID": "0", "SLURM_NTASKS": "7"}) == Launch()
+
+
+def test_a_launcher_may_say_the_local_rank_as_an_option(tmp_path: Path) -> None:
+    """As `deepspeed --module lighten ...` does, before all else."""
+    plain, launched = (processes.call(*words, "runs", "list", cwd=tmp_path)
+                       for words in ((), ("--local_rank=1",)))  # fmt: skip
+    assert (launched.returncode, launched.stdout) == (plain.returncode, plain.stdout)
 
 
 @pytest.mark.parametrize(("variables", "message"), [

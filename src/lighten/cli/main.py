@@ -92,6 +92,9 @@ def _options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True,
                            help="Print the version and exit.")
     ] = False,
+    local_rank: Annotated[  # noqa: ARG001  # DeepSpeed's launcher says it here and in variables
+        int, typer.Option("--local_rank", "--local-rank", hidden=True)
+    ] = 0,
 ) -> None:  # fmt: skip
     """Make a large language model lighter, faster and cheaper, and prove it."""
     streams.prepare()
@@ -322,8 +325,7 @@ def doctor(as_json: Json = False) -> None:
     from lighten import cpu
     from lighten.machine.hardware import cache_folder
     from lighten.machine.hardware import doctor as examine
-    from lighten.parallel.available import strategies
-    from lighten.parallel.tried import operations
+    from lighten.parallel.tried import operations, strategies
 
     switched_off = None if cpu.enabled() else cpu.OFF
     facts = {**examine(), "strategies": strategies(), "switched_off": switched_off}

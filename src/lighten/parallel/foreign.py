@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 
 from lighten.errors import UserError
 
@@ -11,6 +12,9 @@ UNBUILT = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor or context parallelism",
 }
+# What accelerate would do itself: open an engine, and compute in a format, which is the recipe's.
+_ITS_OWN = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_MIXED_PRECISION")
+_FIRST_RANK_READS = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # transformers; FSDP hands out what it read
 _NONE = ("", "none")
 
 
@@ -31,6 +35,18 @@ def strategy_of(variables: Mapping[str, str]) -> str | None:
     except ValueError as error:
         raise _refused(str(error)) from error
     return None
+
+
+@contextmanager
+def set_aside(variables: MutableMapping[str, str]) -> Iterator[None]:
+    """Inside, accelerate opens no engine: what its configuration asks for is a strategy of ours."""
+    held = {name: variables.pop(name) for name in _ITS_OWN if name in variables}
+    if _FIRST_RANK_READS in variables:
+        variables[_FIRST_RANK_READS] = "false"
+    try:
+        yield
+    finally:
+        variables.update(held)
 
 
 def _of_fsdp(variables: Mapping[str, str]) -> str:

@@ -18,7 +18,7 @@ from lighten.errors import UserError
 from lighten.parallel.foreign import strategy_of
 
 ERROR_FILE = "LIGHTEN_ERROR_FILE"
-PORTS = range(20_000, 30_000)
+PORTS = range(20_000, 30_000)  # below those that systems give to connections
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,11 @@ def recognise(environment: MutableMapping[str, str] | None = None) -> Launch:
     """
     variables = os.environ if environment is None else environment
     strategy = strategy_of(variables)
-    if "WORLD_SIZE" in variables or "RANK" in variables:
+    launch = None
+    if "RANK" not in variables:  # scripts of SLURM jobs set WORLD_SIZE for their tasks
+        launch = _from_slurm(variables) or _from_mpi(variables)
+    if launch is None and ("RANK" in variables or "WORLD_SIZE" in variables):
         return replace(_from_torch(variables), strategy=strategy)
-    launch = _from_slurm(variables) or _from_mpi(variables)
     if launch is None:
         return Launch()
     variables.update(
@@ -107,7 +109,9 @@ def leave_word(error: BaseException) -> bool:
     return True
 
 
-def _from_torch(variables: Mapping[str, str]) -> Launch:
+def _from_torch(variables: MutableMapping[str, str]) -> Launch:
+    if "LOCAL_SIZE" in variables:  # DeepSpeed's name for it
+        variables.setdefault("LOCAL_WORLD_SIZE", variables["LOCAL_SIZE"])
     world_size = _number(variables, "WORLD_SIZE", 1)
     if world_size > 1 and "RANK" not in variables:
         raise UserError(
@@ -123,9 +127,9 @@ def _from_torch(variables: Mapping[str, str]) -> Launch:
     if not 0 <= rank < max(1, world_size):
         raise UserError(f"RANK is {rank}, but WORLD_SIZE is {world_size}; unset one or the other")
     local = _number(variables, "LOCAL_WORLD_SIZE", world_size)
-    name = "lighten" if ERROR_FILE in variables else (
-        "accelerate launch" if "ACCELERATE_MIXED_PRECISION" in variables else "torchrun"
-    )  # fmt: skip
+    traces = {ERROR_FILE: "lighten", "ACCELERATE_MIXED_PRECISION": "accelerate launch",
+              "CROSS_SIZE": "deepspeed"}  # fmt: skip
+    name = next((name for trace, name in traces.items() if trace in variables), "torchrun")
     return Launch(name, rank, world_size, _number(variables, "LOCAL_RANK", 0), local)
 
 
@@ -141,16 +145,16 @@ def _from_slurm(variables: MutableMapping[str, str]) -> Launch | None:
                                        variables.get("SLURM_STEP_TASKS_PER_NODE", ""))
         for _ in range(int(times or 1))
     ]  # fmt: skip
-    node = _number(variables, "SLURM_NODEID", 0)
+    node, place = _number(variables, "SLURM_NODEID", 0), _number(variables, "SLURM_LOCALID", 0)
     local = counts[node] if node < len(counts) else world_size
+    visible = [name for name in variables.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    if len(visible) == 1 and _number(variables, "SLURM_GPUS_ON_NODE", 0) >= local:
+        place, local = 0, 1  # --gpus-per-task: each task sees its own GPU alone, as the first one
     nodes = variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_NODELIST", "")
     variables.setdefault("MASTER_ADDR", first_host(nodes))
     job = _number(variables, "SLURM_JOB_ID", 0) + _number(variables, "SLURM_STEP_ID", 0)
     variables.setdefault("MASTER_PORT", str(PORTS[job % len(PORTS)]))
-    return Launch(
-        "srun", _number(variables, "SLURM_PROCID", 0), world_size,
-        _number(variables, "SLURM_LOCALID", 0), local,
-    )  # fmt: skip
+    return Launch("srun", _number(variables, "SLURM_PROCID", 0), world_size, place, local)
 
 
 def _from_mpi(variables: MutableMapping[str, str]) -> Launch | None:

@@ -17,6 +17,7 @@ from accelerate.utils import InitProcessGroupKwargs, check_cuda_p2p_ib_support
 from torch import Tensor
 
 from lighten.errors import UserError
+from lighten.parallel.foreign import set_aside
 from lighten.parallel.launch import Launch
 
 Value = TypeVar("Value")
@@ -53,7 +54,7 @@ def connect(launch: Launch, device: str, recipe: str, **options: Any) -> Acceler
         os.environ.setdefault("NCCL_P2P_DISABLE", "1")
         os.environ.setdefault("NCCL_IB_DISABLE", "1")
     meeting = InitProcessGroupKwargs(backend=None, timeout=PATIENCE)
-    with lost_peers(launch.rank, launch.world_size):
+    with lost_peers(launch.rank, launch.world_size), set_aside(os.environ):
         accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=[meeting], **options)
     if accelerator.device.type == "cpu":
         # accelerate says `cpu:0` to ranks, and whatever is moved there is copied: a base that is

@@ -21,13 +21,12 @@ from typing import Any
 
 from lighten.errors import UserError
 from lighten.machine import forks
-from lighten.parallel.launch import ERROR_FILE
+from lighten.parallel.launch import ERROR_FILE, PORTS
 
 # Ranks that lost one end by themselves, with their state told in the run's folder; what hangs in a
 # collective is told to end, and then ended. Together well below half a minute.
 SETTLE_S, END_S, POLL_S = 5.0, 10.0, 0.05
 LOST = "PeerLost"
-PORTS = range(20000, 32000)
 LAST_LINES = 15
 
 

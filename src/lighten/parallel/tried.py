@@ -1,6 +1,7 @@
-"""What works here when one device's memory is not enough, each tried in a child process.
+"""What works here when one device's memory is not enough.
 
-A library that crashes, a disk that stands still or two processes that do not meet cost a line of
+Strategies are known by what is installed, and the rest is tried in child processes. A library that
+crashes, a disk that stands still or two processes that do not meet cost a line of
 `lighten doctor`, and no more than the time limit. On Linux without a GPU the children are forked
 from a process that has imported PyTorch, so that all of them together take a second or two.
 """
@@ -64,6 +65,27 @@ class Tried:
     def sentence(self) -> str:
         """For a table."""
         return f"{ {True: 'yes', False: 'no', None: 'not tried'}[self.works] }: {self.detail}"
+
+
+def strategies() -> dict[str, str]:
+    """For each strategy `yes`, or what is missing."""
+    if not distributed.is_available():
+        none = "no: this PyTorch was built without torch.distributed"
+        return dict.fromkeys(("ddp", "zero1", "zero2", "zero3", "fsdp"), none)
+    from torch.distributed.fsdp import FSDPModule  # not of every build
+
+    gpu = torch.cuda.is_available()
+    engine = "NCCL" if gpu and distributed.is_nccl_available() else "gloo"
+    sharded = (
+        f"yes, PyTorch's fully_shard over {engine}"
+        if hasattr(FSDPModule, "reset_iter_state")
+        else f"no: it needs PyTorch 2.13 or later, and this is {torch.__version__}"
+    )
+    return {
+        "ddp": f"yes, over {engine}", "zero1": f"yes, over {engine}",
+        "zero2": f"of adapters yes; of the base's weights: {sharded}",
+        "zero3": sharded, "fsdp": sharded,
+    }  # fmt: skip
 
 
 def operations(run_folder: Path, models_folder: Path) -> dict[str, Tried]:

@@ -7,13 +7,14 @@ it surely does not fit is the run refused.
 from __future__ import annotations
 
 import datetime
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lighten.errors import UserError
 from lighten.machine import devices
 from lighten.machine.devices import Device
+from lighten.parallel import launch
+from lighten.parallel.launch import Launch
 from lighten.planning import calibration, offloaded, predict, text
 from lighten.planning.distributed import Distributed, of_recipe, on_ranks
 from lighten.planning.result import Plan
@@ -42,7 +43,8 @@ def plan_first(recipe: Recipe, *, force: bool = False, progress: bool = False) -
         UserError: It surely does not fit, no gradient passes through its base, or no run would
             come of the data.
     """
-    if int(os.environ.get("RANK", "0")) > 0:
+    place = launch.recognise()
+    if not place.main:
         return None
     # A model that is here for the first time is fetched and converted now.
     with TrainingProgress(enabled=progress) as shown:
@@ -56,12 +58,12 @@ def plan_first(recipe: Recipe, *, force: bool = False, progress: bool = False) -
             return _none(error)
         try:
             plan = predict.plan(
-                recipe, device, rows=rows, read_data=False, changes=False, ranks=_ranks()
+                recipe, device, rows=rows, read_data=False, changes=False, ranks=place.world_size
             )  # fmt: skip
         except Exception as error:
             return _none(error)
     lines, fits = text.lines(plan), plan.fits()
-    if (spread := _over_ranks(recipe, device, plan)) is not None:
+    if (spread := _over_ranks(recipe, device, plan, place)) is not None:
         lines.append(text.spread_verdict(spread))
         fits = spread.fits()
     if fits is False:
@@ -142,22 +144,15 @@ def _advice(
     return advice
 
 
-def _over_ranks(recipe: Recipe, device: Device, plan: Plan) -> Distributed | None:
+def _over_ranks(recipe: Recipe, device: Device, plan: Plan, place: Launch) -> Distributed | None:
     """What each rank of this launch needs; None for one process."""
-    ranks = _ranks()
-    if ranks == 1:
+    if place.world_size == 1:
         return None
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", str(ranks)))
     return on_ranks(
-        plan, device, of_recipe(recipe.strategy), ranks=ranks, local=local,
-        layers=predict.layers_of(recipe),
+        plan, device, of_recipe(recipe.strategy), ranks=place.world_size,
+        local=place.local_world_size, layers=predict.layers_of(recipe),
         offload=offloaded.places(recipe, device.kind),
     )  # fmt: skip
-
-
-def _ranks() -> int:
-    """Of the launch that this process belongs to."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _refusal(plan: Plan, spread: Distributed | None, advice: Sequence[str]) -> str:
