@@ -250,6 +250,11 @@ def test_a_deepspeed_configuration_is_read(
     ({"deepspeed": {"scheduler": {"type": "WarmupLR"}}}, "scheduler has no equal here"),
     ({"deepspeed": {"optimizer": {"type": "Lamb"}}}, "optimizer Lamb has no equal"),
     ({"deepspeed": {"train_batch_size": 64}}, "depends on the number of ranks"),
+    ({"deepspeed": {"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}},
+     "zero_quantized_weights has no equal here, and changes the result"),
+    ({"deepspeed": {"bf16": True}}, "bf16 is True, where DeepSpeed has settings in braces"),
+    ({"deepspeed": {"zero_optimization": {"offload_optimizer": "cpu"}}}, "offload_optimizer is"),
+    ({"deepspeed": {"optimizer": "AdamW"}}, "optimizer is 'AdamW', where"),
     ({"deepspeed": "nowhere.json"}, "nowhere.json cannot be read"),
     ({"deepspeed": {"gradient_clipping": 0.5}, "max_grad_norm": 2.0}, "both set the same thing"),
     ({"fsdp": "full_shard offload"}, "'offload' is not built"),
@@ -264,6 +269,18 @@ def test_what_has_no_equal_here_is_told(
 def test_transformers_words_for_fsdp_are_read(chat_file: Path) -> None:
     assert recipe(chat_file, fsdp="full_shard auto_wrap").strategy == "fsdp"
     assert recipe(chat_file, fsdp=["shard_grad_op"]).strategy == "zero2"
+    assert recipe(chat_file, fsdp=True).strategy == "fsdp"  # transformers 5
+    assert recipe(chat_file, fsdp=False).strategy == "auto"
+
+
+def test_a_recipe_may_say_again_what_its_deepspeed_configuration_says(chat_file: Path) -> None:
+    config = {"bf16": {"enabled": True}, "train_micro_batch_size_per_gpu": 2, "optimizer": "auto"}
+    for settings in ({"bf16": True, "micro_batch_size": 2}, {"dtype": "bfloat16"}):
+        for keys in ({"deepspeed": config, **settings}, {**settings, "deepspeed": config}):
+            parsed = recipe(chat_file, **keys)
+            assert (parsed.dtype, parsed.per_device_train_batch_size) == ("bfloat16", 2)
+    with pytest.raises(RecipeError, match="fp16 and deepspeed both set the same thing"):
+        recipe(chat_file, deepspeed=config, fp16=True)
 
 
 @pytest.mark.parametrize(("variables", "strategy"), [

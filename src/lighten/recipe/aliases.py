@@ -71,6 +71,8 @@ def translate(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], lis
 
     def put(alias: str, name: str, value: Any) -> None:
         if name != alias and (name in values or name in out):
+            if values.get(name, out.get(name)) == value:
+                return  # many recipes say it a second time
             problems.append(f"{alias} and {came_from.get(name, name)} both set the same thing; "
                             f"keep one, {name} by its own name")  # fmt: skip
         came_from[name] = alias
@@ -128,8 +130,7 @@ def translate(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], lis
                 problems.append(f"{key}: {error}")
             else:
                 for name, setting in converted.items():
-                    if values.get(name) != setting:  # many recipes say it a second time
-                        put(key, name, setting)
+                    put(key, name, setting)
         elif key == "flash_attn":
             flash = _FLASH.get(str(value).lower())
             if flash is None:
@@ -144,10 +145,9 @@ def translate(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], lis
             elif value not in (None, "none", False):
                 problems.append(f"{key}: {value!r} does not do; use 4 or 8")
         elif key == "adapter":
-            # Axolotl writes load_in_4bit beside it.
-            if value == "qlora" and values.get("load_in_4bit") is not True:
+            if value == "qlora":
                 put(key, "load_in_4bit", True)
-            elif value not in ("lora", "qlora", None):
+            elif value not in ("lora", None):
                 problems.append(
                     f"adapter: {value!r} does not do; use lora or qlora, use_dora: true, or "
                     "another method of PEFT's as peft: {peft_type: IA3}"

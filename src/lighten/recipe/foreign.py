@@ -23,6 +23,9 @@ _QUIET = {
     "zero_force_ds_cpu_optimizer", "communication_data_type", "prescale_gradients",
     "train_batch_size",
 }  # fmt: skip
+# ZeRO++ sends weights and gradients in fewer bits.
+_ROUNDING = ("zero_quantized_weights", "zero_quantized_nontrainable_weights",
+             "zero_quantized_gradients")  # fmt: skip
 _EQUIVALENT = {
     "gradient_clipping": "max_grad_norm",
     "gradient_accumulation_steps": "gradient_accumulation_steps",
@@ -45,10 +48,12 @@ def deepspeed(source: Any) -> dict[str, Any]:
     if isinstance(source, str) and source in STAGES.values():
         return {"strategy": source}
     config = source if isinstance(source, Mapping) else _read(str(source))
-    zero = config.get("zero_optimization") or {}
-    if zero.get("stage", 0) not in STAGES:
-        raise ValueError(f"stage {zero.get('stage')!r} is none of 0, 1, 2, 3")
-    settings: dict[str, Any] = {"strategy": STAGES[zero.get("stage", 0)], **_offload(zero)}
+    zero = _section(config, "zero_optimization")
+    if (stage := zero.get("stage", 0)) not in [*STAGES]:
+        raise ValueError(f"stage {stage!r} is none of 0, 1, 2, 3")
+    if rounding := [key for key in _ROUNDING if zero.get(key)]:
+        raise ValueError(f"{rounding[0]} has no equal here, and changes the result; remove it")
+    settings: dict[str, Any] = {"strategy": STAGES[stage], **_offload(zero)}
     for deepspeed_key, name in _EQUIVALENT.items():
         if config.get(deepspeed_key, "auto") != "auto":
             settings[name] = config[deepspeed_key]
@@ -58,9 +63,9 @@ def deepspeed(source: Any) -> dict[str, Any]:
             "and gradient_accumulation_steps beside it, or set it to auto"
         )
     for section, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
-        if (config.get(section) or {}).get("enabled") is True:
+        if _section(config, section).get("enabled") is True:
             settings["dtype"] = dtype
-    settings |= _optimizer(config.get("optimizer") or {})
+    settings |= _optimizer(_section(config, "optimizer"))
     supported = {*_EQUIVALENT, *_QUIET, "zero_optimization", "bf16", "fp16", "optimizer"}
     if unknown := sorted(key for key in config if key not in supported and config[key] != "auto"):
         raise ValueError(f"{unknown[0]} has no equal here; set it in the recipe, or remove it")
@@ -73,16 +78,32 @@ def fsdp(value: Any) -> dict[str, Any]:
     Raises:
         ValueError: A word asks for what is not the same here.
     """
-    words = value.split() if isinstance(value, str) else list(value or [])
+    if value is True:  # transformers', since its version 5
+        return {"strategy": "fsdp"}
+    words = value if isinstance(value, list) else str(value or "").split()
     settings = {}
     for word in words:
-        if word in SHARDING:
-            settings["strategy"] = SHARDING[word]
+        if str(word) in SHARDING:
+            settings["strategy"] = SHARDING[str(word)]
         elif word != "auto_wrap":  # decoder layers, as here
             raise ValueError(
                 f"{word!r} is not built; use full_shard, shard_grad_op or no_shard, with auto_wrap"
             )
     return settings
+
+
+def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Part of a configuration; empty where it is missing.
+
+    Raises:
+        ValueError: It has no parts.
+    """
+    section = config.get(name)
+    if section in (None, "auto"):
+        return {}
+    if not isinstance(section, Mapping):
+        raise ValueError(f"{name} is {section!r}, where DeepSpeed has settings in braces")
+    return section
 
 
 def _offload(zero: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,7 +114,7 @@ def _offload(zero: Mapping[str, Any]) -> dict[str, Any]:
     """
     settings: dict[str, Any] = {}
     for key, setting in _OFFLOAD.items():
-        section = zero.get(key) or {}
+        section = _section(zero, key)
         device = section.get("device") or "none"
         if device not in ("none", "cpu", "nvme"):
             raise ValueError(f"{key}: device {device!r} is none of none, cpu, nvme")
@@ -114,7 +135,7 @@ def _optimizer(section: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     if str(section.get("type", "AdamW")).lower() not in ("adam", "adamw"):
         raise ValueError(f"optimizer {section['type']} has no equal here; set optim in the recipe")
-    values = {key: value for key, value in (section.get("params") or {}).items() if value != "auto"}
+    values = {key: value for key, value in _section(section, "params").items() if value != "auto"}
     settings: dict[str, Any] = {_OPTIMIZER[key]: values[key] for key in _OPTIMIZER if key in values}
     if isinstance(values.get("betas"), list | tuple):
         settings["adam_beta1"], settings["adam_beta2"] = values["betas"]
