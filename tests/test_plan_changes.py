@@ -10,7 +10,7 @@ import pytest
 
 from lighten import api
 from lighten.planning import predict
-from lighten.planning.changes import SHORTEST, cheapest
+from lighten.planning.changes import SHORTEST, cheapest, ideas
 from lighten.planning.result import Change, Memory, MemoryPart, Plan, Shape, StepTime
 from lighten.recipe import Recipe
 from tests.test_plan_trace import Card, folder_of, recipe_of
@@ -143,3 +143,15 @@ def test_a_plan_is_told_before_its_changes_and_none_is_made_twice(
     assert [(plan.changes, plans) for plan, plans in announced] == [((), 1)]
     assert final_plan.changes
     assert len(planned()) == len(set(planned())) > 3
+
+
+def test_a_cohort_s_runs_apart_are_planned_by_its_largest_adapter(tiny_folder: Path) -> None:
+    entries = [
+        {"name": "a", "lora_r": 4},
+        {"name": "b", "lora_r": 16, "lora_target_modules": ["q_proj"], "use_rslora": True},
+    ]
+    recipe = recipe_of(tiny_folder, adapters=entries)
+    *_, apart = ideas(recipe, formula(1, [])(recipe))
+    assert apart.what == "2 runs, one per adapter"
+    (alone,) = recipe.changed(apart.settings).cohort()
+    assert alone == recipe.cohort()[1].model_copy(update={"name": "default"})

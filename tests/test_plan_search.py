@@ -208,3 +208,21 @@ def test_what_cannot_be_planned_is_a_reason_not_a_crash(tiny_folder: Path) -> No
     assert {candidate.why for candidate in outcome.tried if candidate.plan is None} >= {
         "no such thing"
     }
+
+
+def test_8_bits_are_planned_where_they_are_asked_for(tiny_folder: Path) -> None:
+    eight = {"fixed": ("load_in_8bit",)}
+    recipe = make_recipe(tiny_folder, load_in_8bit=True)
+    outcome = search.fastest(recipe, formula(10**6, []), **eight)
+    assert outcome.best is not None
+    assert {candidate.settings["load_in_8bit"] for candidate in outcome.tried} == {True}
+    (sized,) = search.largest([("m", 1)], lambda _: recipe, formula(10**6, []), **eight)
+    assert sized.why == "the largest that fits"
+
+
+def test_a_search_from_a_recipe_in_4_bits_leaves_them(tiny_folder: Path) -> None:
+    recipe = make_recipe(tiny_folder, load_in_4bit=True, bnb_4bit_use_double_quant=True)
+    best = search.fastest(recipe, formula(10**6, [])).best
+    assert best is not None
+    assert best.what == "LoRA, 128 tokens"
+    assert recipe.changed(best.settings).load_in_4bit is False

@@ -9,6 +9,7 @@ from typing import Any
 from lighten.errors import UserError
 from lighten.planning.result import Change, Plan
 from lighten.recipe import Recipe
+from lighten.recipe.fields import AdapterFields
 
 # A recipe in, its plan out: the device and the data are the caller's.
 Planner = Callable[[Recipe], Plan]
@@ -104,7 +105,7 @@ def ideas(recipe: Recipe, plan: Plan) -> Iterator[Idea]:
         yield Idea(f"rows of {half} tokens at most", {"max_length": half}, False)
     cohort = len(recipe.cohort())
     if cohort > 1:
-        yield Idea(f"{cohort} runs, one per adapter", _first_alone(recipe), True)
+        yield Idea(f"{cohort} runs, one per adapter", _largest_alone(recipe), True)
 
 
 def _offloading(recipe: Recipe, plan: Plan) -> Iterator[Idea]:
@@ -151,14 +152,11 @@ def _as_lora() -> dict[str, Any]:
     return {"method": "lora", "trainable_layers": None, "learning_rate": 2e-4}
 
 
-def _first_alone(recipe: Recipe) -> dict[str, Any]:
-    """The settings of the cohort's first adapter alone."""
-    first = recipe.cohort()[0]
-    return {
-        "adapters": None, "lora_r": first.lora_r, "lora_alpha": first.lora_alpha,
-        "seed": first.seed, "lora_dropout": first.lora_dropout,
-        "learning_rate": first.learning_rate,
-    }  # fmt: skip
+def _largest_alone(recipe: Recipe) -> dict[str, Any]:
+    """The settings of the cohort's adapter of the highest rank, as the only one."""
+    largest = max(recipe.cohort(), key=lambda adapter: adapter.lora_r)
+    settings = {name: getattr(largest, name) for name in AdapterFields.model_fields}
+    return {"adapters": None, **settings}
 
 
 def _planned(recipe: Recipe, plan: Plan, idea: Idea, planner: Planner) -> Change | None:

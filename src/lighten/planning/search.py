@@ -21,6 +21,7 @@ from lighten.recipe.fields import RecipeFields
 # How a base may be trained, by name; what is not named stays as the recipe has it.
 METHODS: dict[str, dict[str, Any]] = {
     "LoRA": {"method": "lora", "load_in_4bit": False, "load_in_8bit": False},
+    "LoRA in 8 bits": {"method": "lora", "load_in_4bit": False, "load_in_8bit": True},
     "QLoRA": {"method": "lora", "load_in_4bit": True, "load_in_8bit": False},
     "full": {"method": "full", "load_in_4bit": False, "load_in_8bit": False},
 }
@@ -133,6 +134,8 @@ def _at_one_length(
     for name, settings in METHODS.items():
         if not _allowed(recipe, settings, fixed) or (name == "full" and cohort > 1):
             continue
+        if settings["load_in_8bit"] and not recipe.load_in_8bit:
+            continue  # of little use between the others: for those alone who ask for it
         if name == "QLoRA" and whole_step:
             tried.append(Candidate("QLoRA", settings, None, "LoRA fits whole and is faster"))
             continue
@@ -153,6 +156,9 @@ def _at_one_length(
 def as_method(recipe: Recipe, name: str) -> dict[str, Any]:
     """Settings that train the recipe by another method, with what that one does not know unset."""
     settings = dict(METHODS[name])
+    if not settings["load_in_4bit"]:
+        of_4_bits = (key for key in RecipeFields.model_fields if key.startswith("bnb_4bit_"))
+        settings |= {key: field_default(key) for key in of_4_bits}
     if settings["method"] == recipe.method:
         return settings
     if name == "full":
@@ -249,7 +255,7 @@ class Limits:
         context: Tokens of the longest row, alone in its micro-batch; None: not one fits.
         context_limited_by: What ends it: memory, or the model.
         rows: Of the largest micro-batch at the recipe's length; None: not one fits.
-        rows_limited_by: What ends it: memory, or the token budget of a micro-batch.
+        rows_limited_by: What ends it: memory, or how far was looked.
     """
 
     context: int | None
@@ -372,8 +378,10 @@ def largest(
 
 def _least(recipe: Recipe, planner: Planner, fixed: Sequence[str]) -> Plan | str:
     """The plan that needs the least, or why not even that one fits: it spares a whole search."""
+    in_4bit = recipe.method == "lora" and not (recipe.load_in_8bit and "load_in_8bit" in fixed)
     settings: dict[str, Any] = {
-        "load_in_4bit": recipe.method == "lora", "gradient_checkpointing": True,
+        "load_in_4bit": in_4bit, "load_in_8bit": recipe.load_in_8bit and not in_4bit,
+        "gradient_checkpointing": True,
         "per_device_train_batch_size": 1, "max_length": min(recipe.max_length, SHORTEST),
     }  # fmt: skip
     unfixed = {name: value for name, value in settings.items() if name not in fixed}
