@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import random
 import threading
+import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -423,6 +425,20 @@ def test_answers_under_way_end_with_the_adapter_they_began_with(
     with pytest.raises(UserError, match="no adapter is called 'b'"):
         engine.unload_adapter("b")
     assert engine.adapters == ("a",)
+
+
+def test_an_adapter_that_two_take_out_at_once_is_missed_by_one_of_them(engine: Engine) -> None:
+    """The engine's thread is not theirs: it answers on."""
+    begin = threading.Event()
+    engine._inbox.put(begin.wait)  # type: ignore[arg-type]
+    with ThreadPoolExecutor(2) as pool:
+        gone = [pool.submit(engine.unload_adapter, "a") for _ in range(2)]
+        while engine._inbox.qsize() < 2:
+            time.sleep(0.001)
+        begin.set()
+        errors = [future.exception() for future in gone]
+    assert {type(error) for error in errors} == {type(None), UserError}
+    assert finished(ask(engine, PROMPTS[0], "b")).how == "length"
 
 
 def test_memory_of_replaced_adapters_is_given_back(engine: Engine, tmp_path: Path) -> None:

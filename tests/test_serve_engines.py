@@ -102,22 +102,26 @@ def test_it_is_looked_for_where_it_is_installed(
     """The whole choice on a machine that has a GPU, by what lies where `make vllm` puts it."""
     registry, context = open_served(str(tiny_folder), Options())
     assert context == 256
+
+    def chosen() -> str:
+        return choose_here(Options(), registry.adapters, registry.base.config, gguf=False).value
+
     monkeypatch.setattr(hardware, "chosen_gpu", lambda: T4)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv(vllm.PROGRAM, raising=False)
     monkeypatch.chdir(tmp_path)
-    assert choose_here(Options(), registry).value == "llamacpp"
+    assert chosen() == "llamacpp"
     program = tmp_path / ".vllm" / "bin" / "vllm"
     program.parent.mkdir(parents=True)
     program.touch()
-    assert choose_here(Options(), registry).value == "vllm"
+    assert chosen() == "vllm"
     assert vllm.program() == str(program)
     monkeypatch.setenv(vllm.PROGRAM, str(program))
     monkeypatch.chdir("/")
-    assert choose_here(Options(), registry).value == "vllm"
+    assert chosen() == "vllm"
     monkeypatch.setenv(vllm.PROGRAM, "/nowhere/vllm")
     with pytest.raises(UserError, match=r"/nowhere/vllm.*pip install vllm"):
-        choose_here(Options(), registry)
+        chosen()
 
 
 @pytest.mark.parametrize("environment", [vllm.environment, llamacpp.environment])

@@ -16,8 +16,9 @@ from lighten import data, models
 from lighten.errors import UserError
 from lighten.serving import adapters
 from lighten.serving.stopping import StopTexts
+from lighten.serving.texts import Texts
 from tests.serving import save_adapter, save_adapters
-from tests.tiny import CHATML, save_tiny
+from tests.tiny import CHATML, save_tiny, tiny_tokenizer
 
 
 def test_trap_18_a_served_run_is_asked_as_it_was_trained(chat_file: Path, tmp_path: Path) -> None:
@@ -79,3 +80,22 @@ def test_stop_texts_across_pieces() -> None:
     assert stops.stopped
     open_end = StopTexts(["END"])
     assert open_end.take("the EN") + open_end.rest() == "the EN"
+
+
+def test_a_row_of_the_model_beyond_the_last_token_writes_nothing() -> None:
+    tokenizer = tiny_tokenizer()
+    texts = Texts(tokenizer)
+    beyond = texts.token_logprob(len(tokenizer), -1.0, [(len(tokenizer) + 7, -2.0)])
+    assert [(token.text, token.bytes) for token in (beyond, *beyond.top)] == [("", ())] * 2
+    assert texts.stream(()).text(len(tokenizer)) == ""
+
+
+def test_characters_of_several_tokens_are_shown_whole_and_end_an_answer_as_one() -> None:
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer("가나🙂다", add_special_tokens=False)["input_ids"]
+    assert len(ids) == len("가나🙂다".encode())  # a token each byte
+    stream, stops = Texts(tokenizer).stream(()), StopTexts(["🙂다"])
+    pieces = [stream.text(token) for token in ids]
+    assert [piece for piece in pieces if piece] == ["가", "나", "🙂", "다"]
+    assert "".join(map(stops.take, pieces)) == "가나"
+    assert stops.stopped

@@ -150,6 +150,21 @@ def test_one_that_is_not_there_yet_or_is_being_stopped_says_so(served: Served) -
 
 
 @pytest.mark.parametrize(
+    ("field", "value"), [("logit_bias", {"5": float("nan")}), ("top_k", 10**30)]
+)
+def test_a_number_that_no_engine_takes_is_refused_by_name(
+    served: Served, field: str, value: Any
+) -> None:
+    _, client = served()
+    body, kind = json.dumps({**CHAT, field: value}), {"Content-Type": "application/json"}
+    (answer,) = answered(
+        client, lambda http: http.post("/v1/chat/completions", content=body, headers=kind)
+    )
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"].startswith(field)
+
+
+@pytest.mark.parametrize(
     "prompt", ["", [], [[]], [5, -1], [5, 10**6], ["a", 5], {"a": 1}, None], ids=str
 )
 def test_a_prompt_that_is_none_is_refused_by_name(served: Served, prompt: Any) -> None:

@@ -14,6 +14,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -220,8 +221,6 @@ class Engine:
         Raises:
             UserError: There is none of that name.
         """
-        if name not in self._adapters:
-            raise UserError(f"no adapter is called {name!r}")
         self._call(lambda: self._drop(name))
 
     def close(self, timeout_s: float | None = None) -> None:
@@ -231,17 +230,21 @@ class Engine:
         self._thread.join(timeout_s)
 
     def _call(self, action: Callable[[], None]) -> None:
-        """Run something between two steps, and wait for it."""
-        done = threading.Event()
+        """Run something between two steps, and wait for it; its error is raised here."""
+        done: Future[None] = Future()
 
         def run() -> None:
-            action()
-            done.set()
+            try:
+                action()
+                done.set_result(None)
+            except Exception as error:  # the caller's, not of the answers under way
+                done.set_exception(error)
 
         self._inbox.put(run)
-        while not done.wait(1.0):
+        while not wait([done], 1.0).done:
             if not self._thread.is_alive():
                 raise RuntimeError("the engine's thread has ended")
+        done.result()
 
     def _adopt(self, adapter: LoadedAdapter) -> None:
         previous = self._adapters.get(adapter.name)
@@ -250,6 +253,8 @@ class Engine:
             self._forget(previous)
 
     def _drop(self, name: str) -> None:
+        if name not in self._adapters:
+            raise UserError(f"no adapter is called {name!r}")
         self._forget(self._adapters.pop(name))
 
     def _forget(self, adapter: LoadedAdapter) -> None:

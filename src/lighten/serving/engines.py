@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from lighten.errors import UserError
 from lighten.machine import hardware
@@ -91,17 +92,24 @@ def _changes_head(folder: Path) -> bool:
     return any(match is not None and match["path"].endswith("lm_head") for match in matches)
 
 
-def choose_here(options: Options, registry: Registry) -> Choice:
+def choose_here(
+    options: Options, adapters: Sequence[Adapter], config: Any, *, gguf: bool
+) -> Choice:
     """Which engine answers on this machine, and why.
+
+    Args:
+        options: How it is served.
+        adapters: Served from the start.
+        config: Of the base.
+        gguf: Whether the base is a GGUF file.
 
     Raises:
         UserError: `LIGHTEN_VLLM` or `LIGHTEN_DEVICE` names what is not there.
     """
     gpu = hardware.chosen_gpu() if options.engine == "auto" else None
     return choose_engine(
-        options, registry.adapters, gguf=registry.base.gguf is not None,
-        tied=bool(getattr(registry.base.config, "tie_word_embeddings", False)), gpu=gpu,
-        program=None if gpu is None else vllm.installed(),
+        options, adapters, gguf=gguf, tied=bool(getattr(config, "tie_word_embeddings", False)),
+        gpu=gpu, program=None if gpu is None else vllm.installed(),
     )  # fmt: skip
 
 

@@ -122,7 +122,9 @@ def prepare(name: str, options: Options, log: Callable[[str], None]) -> tuple[Re
         UserError: A model or an adapter that cannot be served.
     """
     registry, context = open_served(name, options)
-    chosen = choose_here(options, registry)
+    chosen = choose_here(
+        options, registry.adapters, registry.base.config, gguf=registry.base.gguf is not None
+    )
     engine = engine_of(chosen.value, registry, options, context, log)
     log(
         f"engine: {chosen.value}, {chosen.reason}; {counted(options.slots, 'answer')} at once, "

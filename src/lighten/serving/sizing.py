@@ -10,16 +10,15 @@ from typing import Any
 from lighten import models
 from lighten.errors import UserError
 from lighten.generation.segments import numbers_of
-from lighten.machine import hardware
 from lighten.machine.hardware import Choice, choose_device, choose_dtype
 from lighten.models.load import locate
 from lighten.peft_config import FACTOR, WEIGHTS
 from lighten.quantization.gguf_model import plan_gguf
 from lighten.quantization.gguf_source import Weight
 from lighten.quantization.gguf_source import read_weights as read_headers
-from lighten.serving import adapters, vllm
+from lighten.serving import adapters
 from lighten.serving.engine import Adapter
-from lighten.serving.engines import choose_engine
+from lighten.serving.engines import choose_here
 from lighten.serving.options import (
     STORAGE,
     STORED,
@@ -90,12 +89,7 @@ def sizes(name: str, options: Options) -> Sizes:
     source, path = locate(name, revision=options.revision, weights=False)
     shape = models.skeleton(name, revision=options.revision)
     served = [Adapter(key, folder) for key, folder in adapters.resolve(options.adapters).items()]
-    gpu = hardware.chosen_gpu() if options.engine == "auto" else None
-    engine = choose_engine(
-        options, served, gguf=source == "gguf",
-        tied=bool(getattr(shape.config, "tie_word_embeddings", False)), gpu=gpu,
-        program=None if gpu is None else vllm.installed(),
-    )  # fmt: skip
+    engine = choose_here(options, served, shape.config, gguf=source == "gguf")
     factors = [factor for adapter in served for factor in _factors(adapter.folder)]
     rank = max((ranks for _, ranks, _ in factors), default=0)
     numbers = sum(ranks * columns for _, ranks, columns in factors)

@@ -51,7 +51,9 @@ class Texts:
 
     def bytes_of(self, token: int) -> bytes:
         """What a token writes; it may be a part of a character."""
-        piece = str(self._tokenizer.convert_ids_to_tokens(token))
+        piece = self._tokenizer.convert_ids_to_tokens(token)
+        if piece is None:  # models have rows beyond the last token, for the sake of their shape
+            return b""
         if token in self._tokenizer.added_tokens_decoder:
             return piece.encode()
         if match := _BYTE.match(piece):
