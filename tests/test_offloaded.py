@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 import lighten
@@ -26,7 +25,8 @@ from lighten.planning.storage_tracker import Block, Event, Pass, Timeline
 from lighten.recipe import Recipe, RecipeError
 from lighten.runs import Run
 from lighten.training import checkpoints
-from tests.cut_runs import cut_short
+from lighten.training import run as training_run
+from tests.cut_runs import cut_short, weights
 from tests.test_train_step import settings as optimizer_settings
 from tests.tiny import save_tiny
 
@@ -165,11 +165,6 @@ def root(tmp_path_factory: pytest.TempPathFactory, chat_file: Path) -> Path:
     return root
 
 
-def weights(run: Run) -> dict[str, torch.Tensor]:
-    return {key: value for file in sorted(run.folder.glob("model/*.safetensors"))
-            for key, value in load_file(file).items()}  # fmt: skip
-
-
 def assert_bitwise(ours: Run, theirs: Run) -> None:
     for row, expected_row in zip(ours.metrics(), theirs.metrics(), strict=True):
         assert (row["loss"], row["grad_norm"]) == (expected_row["loss"], expected_row["grad_norm"])
@@ -197,6 +192,21 @@ def test_training_is_bitwise_that_without_offload(
             choice = choices[setting]
             assert choice["value"].endswith("disk" if where == "nvme" else "main memory")
             assert ("nothing moves" in choice["reason"]) == (where == "cpu")
+
+
+def test_a_folder_that_cannot_be_is_told_before_the_base_is_read(
+    root: Path, tmp_path: Path, chat_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: Any, **__: Any) -> None:
+        raise AssertionError("the base was read")
+
+    monkeypatch.setattr(training_run, "load_base", read)
+    with pytest.raises(UserError, match="cannot write /dev/null/folder"):
+        lighten.train(**settings(
+            root, chat_file, output_dir=str(tmp_path / "run"), offload_optimizer="nvme",
+            nvme_path="/dev/null/folder",
+        ))  # fmt: skip
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_goes_on_with_its_state_elsewhere(

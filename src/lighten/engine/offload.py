@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import PreTrainedModel
 
-from lighten.errors import UserError
+from lighten.errors import DiskFull, UserError
 from lighten.machine import filesystems
 from lighten.machine.hardware import Choice
 
@@ -97,7 +97,7 @@ class ScratchFile:
         """Write the bytes behind the others.
 
         Raises:
-            UserError: The disk is full.
+            DiskFull: The disk is.
         """
         stretch = _Stretch(self.end, flat.numel())
         view = flat.numpy().data
@@ -106,9 +106,9 @@ class ScratchFile:
             while view:
                 view = view[self.file.write(view) :]
         except OSError as error:
-            raise UserError(
-                f"activation_offload: cannot write {stretch.bytes} bytes: {error.strerror}; "
-                "free some space or set it to false"
+            raise DiskFull(
+                f"activation_offload: cannot write {stretch.bytes} bytes: {error.strerror}; the "
+                "checkpoints are intact, free some space"
             ) from error
         self.end += stretch.bytes
         self.waiting += 1

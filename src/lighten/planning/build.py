@@ -48,7 +48,7 @@ def fake_base(
     recipe: Recipe, config: Any, dtype: Choice, device: str, tracker: StorageTracker,
     capability: tuple[int, int] | None = None,
 ) -> models.Base:  # fmt: skip
-    """The base that `train.prepare.load_base` would load, inside fake tensors.
+    """The base that `training.base.load_base` would load, inside fake tensors.
 
     Args:
         recipe: What is wanted.

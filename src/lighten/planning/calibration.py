@@ -2,7 +2,7 @@
 
 One JSON file in the cache folder, a few hundred pairs at most, written whole. Later plans for this
 machine are corrected by the median of the pairs that resemble them, and say so. The trace itself
-knows nothing of it: `plan.trace.plan_recipe`, which the accuracy table measures, is uncorrected.
+knows nothing of it: `trace.plan_recipe`, which the accuracy table measures, is uncorrected.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ class Rate:
 class Measured:
     """This processor, each kind of operation timed when it is first met.
 
-    As in training, freed pages stay with the process (`allocator.py`): without that, half of
+    As in training, freed pages stay with the process (`cpu/allocator`): without that, half of
     an operation's time is page faults. And as in training, workers work at the same time: each has
     its share of the cores, and all of them the same memory.
 

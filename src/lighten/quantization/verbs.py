@@ -119,7 +119,7 @@ def quantize(
 
     Args:
         source: A run, or a model by name.
-        to: Formats: `int8`, `nf4`, `int4`, `gguf:q4_k_m`, … (see `quantize.targets`).
+        to: Formats: `int8`, `nf4`, `int4`, `gguf:q4_k_m`, … (see `targets`).
         adapter: Which adapter of the run, where it has several.
         dataset: Data to choose rounding by and to measure on; default the run's.
         output_dir: Each format is a folder in this; default `exports` of the run.

@@ -21,7 +21,7 @@ def require_possible(recipe: Recipe, device: str) -> None:
         device: `cpu` or `cuda`.
 
     Raises:
-        UserError: It cannot be done on this device.
+        UserError: It cannot be done on this device, or nothing can be written to `nvme_path`.
     """
     for setting in SETTINGS:
         target = getattr(recipe, setting)
@@ -32,6 +32,8 @@ def require_possible(recipe: Recipe, device: str) -> None:
             f"offload_params: {recipe.offload_params} is of ranks that compute on processors; on "
             "GPUs use offload_optimizer, or offload_base: cpu with adapters"
         )
+    if recipe.nvme_path is not None:
+        Scratch(Path(recipe.nvme_path).expanduser(), "nvme_path")
 
 
 class Stores:

@@ -134,7 +134,7 @@ def _(gate: Tensor, up: Tensor, grad: Tensor, gelu: bool) -> tuple[Tensor, Tenso
 
 
 def cross_entropy_(logits: Tensor, labels: Tensor, scale: float, softcap: float) -> Tensor:
-    """As `train.fused_loss.cross_entropy_`, where `takes` says so."""
+    """As `engine.fused_loss.cross_entropy_`, where `takes` says so."""
     assert logits.is_contiguous()
     losses = logits.new_empty(logits.shape[0], dtype=torch.float32)
     kernels.call(

@@ -78,12 +78,13 @@ class Scratch:
         setting: What the user calls the folder, for errors.
 
     Raises:
-        UserError: The folder is in memory, or cannot be made.
+        UserError: The folder is in memory, or nothing can be written there.
     """
 
     def __init__(self, folder: Path, setting: str) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             raise cannot_write(error, folder) from error
         if (filesystem := filesystems.kind_of(folder)) in filesystems.IN_MEMORY:
