@@ -40,6 +40,12 @@ def no_server_is_left() -> Iterator[None]:
     forked_jobs.close()
 
 
+def test_whether_jobs_are_forked_is_known_without_pytorch() -> None:
+    code = "import sys, lighten.forked_jobs as f; print(f.possible(), 'torch' in sys.modules)"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout.split() == [str(forked_jobs.possible()), "False"]
+
+
 def forked(libraries: tuple[str, ...] = ("numpy",), **settings: Any) -> Outcome:
     outcome = in_child(JOB, settings, libraries=libraries)
     assert server_pid() == outcome.records[0]["parent"]

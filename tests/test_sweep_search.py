@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 from lighten.errors import MissingExtra, UserError
 from lighten.recipe import Recipe
 from lighten.sweeps.arms import Arm, Group
-from lighten.sweeps.search import JOURNAL, TOGETHER, Search, run_search
+from lighten.sweeps.search import JOURNAL, TOGETHER, Search, Trial
 
 SPACE = {"lora_r": [2, 4, 8, 16], "learning_rate": {"min": 1e-5, "max": 1e-1, "log": True}}
 
@@ -36,6 +36,15 @@ def valley(groups: Sequence[Group]) -> dict[str, float | None]:
         away = math.log10(options.learning_rate / 1e-3) ** 2 + abs(math.log2(options.lora_r / 8))
         losses[arm.name] = 1.0 + away
     return losses
+
+
+def run_search(
+    search: Search, train: Callable[[Sequence[Group]], Mapping[str, float | None]]
+) -> list[Trial]:
+    """Ask, train and tell, as a sweep does, until every trial has been made; the best first."""
+    while groups := search.ask():
+        search.tell(train(groups))
+    return search.completed_trials()
 
 
 def test_without_optuna_the_command_is_named(

@@ -24,6 +24,7 @@ from lighten.job_server import MESSAGE
 
 PATIENCE_S = 5.0
 PAGES_LOOKED_AT_FOR_A_JOB = (5, 14)  # Linux, with MADV_POPULATE_READ
+_GPUS = ("nvidiactl", "nvmap", "dxg", "kfd")  # NVIDIA's, on its boards and in WSL; AMD's
 # What a job's process gets from the one that starts it, beside its environment.
 _INHERITED = ("/proc/self/limits", "/proc/self/cgroup")
 _STATUS = ("Umask", "Uid", "Gid", "Cpus_allowed", "Mems_allowed", "CapEff", "NoNewPrivs")
@@ -160,6 +161,8 @@ def possible() -> bool:
     version = tuple(int(number) for number in re.findall(r"\d+", os.uname().release)[:2])
     if version < PAGES_LOOKED_AT_FOR_A_JOB:
         return False
+    if not any(Path("/dev", name).exists() for name in _GPUS):
+        return True  # known without PyTorch, which takes two seconds to import
     import torch
 
     return not torch.cuda.is_available()  # what a GPU's libraries hold is not passed on

@@ -343,16 +343,6 @@ def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def template_of(folder: Path) -> str | None:
-    """The chat template of a model folder.
-
-    Raises:
-        UserError: Its tokenizer_config.json is torn.
-    """
-    file = folder / "tokenizer_config.json"
-    return _template(folder, read_json(file) if file.is_file() else {})
-
-
 def stop_texts(folder: Path, rows: int) -> tuple[list[str], bool]:
     """Texts of the tokens that end an answer, and whether texts get a start token in front.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -172,24 +172,6 @@ class Search:
                 f"{folder / JOURNAL} holds a search over other settings; choose another "
                 "--output_dir, or give the same ones to go on with it"
             )
-
-
-def run_search(
-    search: Search, train: Callable[[Sequence[Group]], Mapping[str, float | None]]
-) -> list[Trial]:
-    """Ask, train, tell, until every trial has been made.
-
-    Args:
-        search: The study.
-        train: Trains cohorts to the end and gives each arm its held-out loss; it is called again
-            with those that were being trained when the search was stopped.
-
-    Returns:
-        The settings that were trained to the end, best first.
-    """
-    while groups := search.ask():
-        search.tell(train(groups))
-    return search.completed_trials()
 
 
 def _distribution(key: str, tried: list[Any] | Range) -> Any:
