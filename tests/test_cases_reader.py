@@ -221,6 +221,21 @@ def test_unusual_separators_inside_cells_are_kept(tmp_path: Path) -> None:
     assert [e.text for e in data.read(str(tmp_path / "p.csv")).examples] == texts
 
 
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        # Not closed, a quote took every later row into its cell.
+        ('prompt,completion\nq1,a1\nq2,"a2\nq3,a3\nq4,a4\n', 3),
+        ('prompt,completion\nq1,"a1\nq2,"a2\nq3,a3\n', 2),
+        ('"prompt,completion\nq1,a1\n', 1),
+        ('prompt,completion\nq1,a1\nq2,"say \\"yes\\", please"\n', 3),
+    ],
+)
+def test_a_quote_that_is_not_closed_swallows_no_rows(text: str, line: int, tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_text(text)
+    assert f"d.csv:{line} is not valid CSV" in refused(tmp_path / "d.csv")
+
+
 @pytest.mark.parametrize("bom", ["", "\ufeff"])
 @pytest.mark.parametrize("mark", [",", ";", "\t", "|"])
 def test_the_separator_is_taken_from_the_header(mark: str, bom: str, tmp_path: Path) -> None:

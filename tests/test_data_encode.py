@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -365,3 +366,46 @@ def test_the_choice_of_template_is_said() -> None:
 def test_the_real_model_learns_answers_only(smollm2: Base) -> None:
     row = encode_one(chat("Wie geht's?", "Gut. 좋아요!"), smollm2.tokenizer)
     assert supervised_text(row, smollm2.tokenizer) == "Gut. 좋아요!<|im_end|>"
+
+
+def test_a_template_file_of_windows_begins_no_prompt_with_its_mark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = CHATML.replace("\n", "\r\n")
+    (tmp_path / "틀.jinja").write_bytes(b"\xef\xbb\xbf" + CHATML.encode())
+    tokenizer = tiny_tokenizer(template=None)
+    choice = choose_template(tokenizer, str(tmp_path / "틀.jinja"))
+    assert (choice.name, choice.text) == ("틀.jinja", CHATML)
+    row = encode_one(chat("q", "a"), tokenizer)
+    assert tokenizer.decode(row.input_ids) == (
+        "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
+    )
+    (tmp_path / "crlf.jinja").write_bytes(text.encode())
+    assert choose_template(tokenizer, str(tmp_path / "crlf.jinja")).text == CHATML
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert choose_template(tokenizer, "~/틀.jinja").text == CHATML
+
+
+def test_what_is_no_template_file_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "cp949.jinja").write_bytes("{{ '질문' }}".encode("cp949"))
+    with pytest.raises(UserError, match=r"chat_template: .*cp949\.jinja is not UTF-8 text"):
+        choose_template(tiny_tokenizer(), str(tmp_path / "cp949.jinja"))
+    # The template itself is longer than any name that a file system holds.
+    with pytest.raises(UserError, match="neither one of chatml"):
+        choose_template(tiny_tokenizer(), LLAMA3 * 3)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_named_template_writes_only_answers_as_answers(name: str) -> None:
+    tokenizer = tokenizer_for(NAMED[name])
+    messages = [Message("developer", "be brief"), Message("user", "q"), Message("tool", "42"),
+                Message("assistant", "a")]  # fmt: skip
+    row = encode_one(Example("f", 1, tuple(messages)), tokenizer)
+    text = tokenizer.decode(row.input_ids)
+    for words in ("be brief", "q", "42", "a"):
+        assert words in text
+    end = "<|im_end|>" if name == "chatml" else tokenizer.eos_token
+    assert supervised_text(row, tokenizer) == f"a{end}"
+    if name != "chatml":  # which ends every message with the same token
+        assert text.count(end) == 1
+    assert text.count("### Response:") == (name == "alpaca")

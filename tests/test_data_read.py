@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,10 @@ SHAPES: dict[str, tuple[dict[str, Any], list[tuple[str, str]]]] = {
     ),
     "prompt-completion": (
         {"prompt": "a", "completion": "b"}, [("user", "a"), ("assistant", "b")],
+    ),
+    "prompt-completion with a system message": (
+        {"system": "s", "prompt": "a", "completion": "b"},
+        [("system", "s"), ("user", "a"), ("assistant", "b")],
     ),
     "prompt-completion as messages": (
         {"prompt": [{"role": "user", "content": "a"}],
@@ -218,3 +223,54 @@ def test_trap47_overlap_and_duplicates_are_reported(tmp_path: Path) -> None:
     learnt_text = "".join(token for token, supervised in report.sample if supervised)
     assert learnt_text == "x<|im_end|>"
     assert json.loads(json.dumps(report.to_dict()))["rows"] == 4
+
+
+@pytest.mark.parametrize(
+    ("prompt", "roles"),
+    [
+        ([{"role": "user", "content": "a"}], ["system", "user", "assistant"]),
+        ([{"role": "system", "content": "t"}, {"role": "user", "content": "a"}],
+         ["system", "user", "assistant"]),
+    ],
+)  # fmt: skip
+def test_a_system_column_stands_before_a_prompt_that_has_none(
+    prompt: list[dict[str, str]], roles: list[str], tmp_path: Path
+) -> None:
+    row = {"system": "s", "prompt": prompt, "completion": "b"}
+    (example,) = data.read(write(tmp_path / "d.jsonl", [row])).examples
+    assert [message.role for message in example.messages] == roles
+    assert example.messages[0].content == ("s" if len(prompt) == 1 else "t")
+    assert example.single_turn
+
+
+def test_a_prompt_is_the_same_however_its_hangul_is_composed(tmp_path: Path) -> None:
+    rows = [{"prompt": unicodedata.normalize(form, "한국어 질문"), "completion": "답"}
+            for form in ("NFC", "NFD")]  # fmt: skip
+    texts = [{"text": row["prompt"]} for row in rows]
+    for number, pair in enumerate((rows, texts)):
+        first, second = data.read(write(tmp_path / f"{number}.jsonl", pair)).examples
+        assert first != second
+        assert first.prompt_key == second.prompt_key
+
+
+def test_ready_tokens_with_one_prompt_stay_on_one_side(tmp_path: Path) -> None:
+    def row(prompt: list[int], answer: list[int]) -> dict[str, list[int]]:
+        padding = [0] * (8 - len(prompt) - len(answer))  # some write it without a mask
+        labels = [-100] * len(prompt) + answer + [-100] * len(padding)
+        return {"input_ids": prompt + answer + padding, "labels": labels}
+
+    rows = [row([1, 7, question], [20 + n] * (1 + n % 2)) for question in range(40, 60)
+            for n in range(3)]  # fmt: skip
+    examples = data.read(write(tmp_path / "d.jsonl", rows)).examples
+    train, held_out, _ = data.split(examples, 0.3)
+    assert held_out
+    assert not data.shared_prompts(train, held_out)
+    assert {len({e.line for e in held_out if e.prompt_key == key}) for key in
+            {e.prompt_key for e in held_out}} == {3}  # fmt: skip
+
+
+def test_ready_texts_behind_one_bos_are_not_one_question(tmp_path: Path) -> None:
+    rows = [{"input_ids": [1, n, n], "labels": [-100, n, n]} for n in range(5, 45)]
+    rows += [{"input_ids": [n, n]} for n in range(5, 45)]
+    examples = data.read(write(tmp_path / "d.jsonl", rows)).examples
+    assert len({example.prompt_key for example in examples}) == 80

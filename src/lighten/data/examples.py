@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,16 +61,30 @@ class Example:
 
     @property
     def prompt_key(self) -> str:
-        """A fingerprint of what is asked: two examples with the same one are the same question."""
+        """A fingerprint of what is asked: two examples with the same one are the same question.
+
+        However their characters are composed: some systems write Hangul as its single letters.
+        """
         if self.messages:
             prompt = [
-                (m.role, " ".join(m.content.split()).casefold())
+                (m.role, " ".join(_composed(m.content).split()).casefold())
                 for m in self.messages
                 if m.role != "assistant"
             ]
         else:
-            prompt = [("text", self.text if self.text is not None else str(self.input_ids))]
+            tokens = str(self._asked()) if self.text is None else _composed(self.text)
+            prompt = [("text", tokens)]
         return hashlib.sha256(json.dumps(prompt, ensure_ascii=False).encode()).hexdigest()
+
+    def _asked(self) -> tuple[int, ...]:
+        """Of ready tokens those that are read and not learnt, up to the last that is learnt.
+
+        All of them where that is one at most: a text after its BOS asks nothing.
+        """
+        ids, labels = self.input_ids or (), self.labels or ()
+        learnt = [place for place, label in enumerate(labels) if label != -100]
+        asked = [ids[place] for place in range(max(learnt, default=0)) if labels[place] == -100]
+        return tuple(asked) if len(asked) > 1 else ids
 
     @property
     def reference(self) -> str | None:
@@ -77,3 +92,7 @@ class Example:
         if self.messages and self.messages[-1].role == "assistant":
             return self.messages[-1].content
         return None
+
+
+def _composed(text: str) -> str:
+    return text if text.isascii() else unicodedata.normalize("NFC", text)

@@ -82,7 +82,8 @@ def _csv(stream: io.BufferedReader, file: Path, columns: set[str]) -> Iterator[t
     separator = _separator(header_line, columns, file.suffix.lower() == ".tsv")
     unix = header_line.endswith("\n") and not header_line.endswith("\r\n")
     lines = _without_returns(text) if unix else iter(text)
-    reader = csv.reader(lines, delimiter=separator)
+    # Not strict, a quote that is not closed takes the rows after it into its cell without a word.
+    reader = csv.reader(lines, delimiter=separator, strict=True)
     line = 1
     try:
         header = next((record for record in reader if record), None)
@@ -98,7 +99,10 @@ def _csv(stream: io.BufferedReader, file: Path, columns: set[str]) -> Iterator[t
                 yield line, _record(record, names, separator)
             line = reader.line_num + 1
     except csv.Error as error:
-        raise UserError(f"{file}:{line} is not valid CSV: {error}") from error
+        raise UserError(
+            f"{file}:{line} is not valid CSV: {error}; a cell that begins with a quote ends with "
+            "one, and one inside of it is written twice"
+        ) from error
 
 
 def _record(record: list[str], names: list[str], separator: str) -> Any:

@@ -69,10 +69,7 @@ def example_of(row: Any, file: str, line: int) -> tuple[str, Example]:
         return "tokens", _tokens(values, file, line)
     for shape in ("messages", "conversations"):
         if shape in values:
-            messages = _messages(decoded(values[shape], shape), shape)
-            system = optional_text(values, "system")
-            if system and messages[0].role != "system":
-                messages = (Message("system", system), *messages)
+            messages = _after_system(values, _messages(decoded(values[shape], shape), shape))
             return shape, Example(file, line, messages, tools=tools_of(values))
     if "instruction" in row or "output" in row:
         messages, single = _alpaca(values, row)
@@ -143,7 +140,16 @@ def _prompt_completion(row: Mapping[str, Any], file: str, line: int) -> Example:
     prompt, completion = sides
     if isinstance(row["prompt"], list):
         prompt = tuple(Message(m.role, m.content, False, m.extra) for m in prompt)
-    return Example(file, line, prompt + completion, single_turn=True, tools=tools_of(row))
+    messages = _after_system(row, prompt + completion)
+    return Example(file, line, messages, single_turn=True, tools=tools_of(row))
+
+
+def _after_system(row: Mapping[str, Any], messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The messages after the row's own system message, unless they begin with one."""
+    system = optional_text(row, "system")
+    if not system or messages[0].role == "system":
+        return messages
+    return (Message("system", system), *messages)
 
 
 def _messages(value: Any, name: str) -> tuple[Message, ...]:

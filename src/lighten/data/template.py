@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lighten.errors import UserError
+from lighten.paths import exists, expanded
 
 NAMED = {
     "chatml": (
@@ -16,9 +17,12 @@ NAMED = {
     ),
     "alpaca": (
         "{{ bos_token if bos_token else '' }}{% for message in messages %}"
-        "{% if message['role'] == 'system' %}{{ message['content'] + '\n\n' }}"
+        "{% if message['role'] == 'system' or message['role'] == 'developer' %}"
+        "{{ message['content'] + '\n\n' }}"
         "{% elif message['role'] == 'user' %}"
         "{{ '### Instruction:\n' + message['content'] + '\n\n' }}"
+        "{% elif message['role'] == 'tool' %}"
+        "{{ '### Input:\n' + message['content'] + '\n\n' }}"
         "{% else %}{{ '### Response:\n' + message['content'] + eos_token + '\n\n' }}{% endif %}"
         "{% endfor %}{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
     ),
@@ -70,12 +74,21 @@ def choose_template(tokenizer: Any, requested: str | None) -> TemplateChoice:
     elif requested in NAMED:
         instead = " in place of the model's own" if model_template else ""
         choice = TemplateChoice(requested, NAMED[requested], f"the recipe asks for it{instead}")
-    elif Path(requested).is_file():
-        text = Path(requested).read_text(encoding="utf-8")
-        choice = TemplateChoice(Path(requested).name, text, "the recipe names this file")
+    elif exists(file := expanded(requested)) and file.is_file():
+        choice = TemplateChoice(file.name, _read(file), "the recipe names this file")
     else:
         raise UserError(
             f"chat_template: {requested!r} is neither one of {', '.join(NAMED)} nor a file"
         )
     tokenizer.chat_template = choice.text
     return choice
+
+
+def _read(file: Path) -> str:
+    try:
+        # Editors on Windows put a byte order mark in front, which would begin every prompt.
+        return file.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"chat_template: cannot read {file}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"chat_template: {file} is not UTF-8 text; save it as UTF-8") from error
