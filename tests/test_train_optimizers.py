@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import shutil
 from pathlib import Path
 from typing import Any, get_args
@@ -10,11 +11,19 @@ from typing import Any, get_args
 import pytest
 import torch
 from accelerate import Accelerator
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load, load_file, save
 from torch import nn
-from transformers import Trainer
+from transformers import (
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 import lighten
 from lighten.adapters import Cohort, WholeBase, attach
@@ -407,3 +416,30 @@ def test_gpu_every_optimiser_resumes_bitwise(optim: str) -> None:
         move(member, range(3, 6), "cuda")
     for key, value in uninterrupted.parameters.items():
         assert torch.equal(resumed.parameters[key], value)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.3])
+@given(losses=st.lists(st.floats(0.1, 3.0), min_size=1, max_size=12), patience=st.integers(1, 3))
+def test_patience_and_the_best_are_transformers_own(
+    threshold: float, losses: list[float], patience: int
+) -> None:
+    member = member_of("sgd", early_stopping_patience=patience, early_stopping_threshold=threshold)
+    callback = EarlyStoppingCallback(patience, threshold)
+    arguments = TrainingArguments(metric_for_best_model="loss", greater_is_better=False)
+    state, control = TrainerState(), TrainerControl()
+    for step, loss in enumerate(losses, 1):
+        callback.on_evaluate(arguments, state, control, {"eval_loss": loss})
+        member.note_evaluation(loss, step)
+        state.best_metric = min(losses[:step])  # which its Trainer notes after the callback
+        assert member.progress.stopped == control.should_training_stop
+        assert member.progress.best_loss == state.best_metric
+        assert member.progress.best_step == losses.index(state.best_metric) + 1
+        if member.progress.stopped:
+            break
+
+
+def test_what_is_no_number_is_never_the_best() -> None:
+    member = member_of("sgd", early_stopping_patience=2)
+    for step, loss in enumerate([math.nan, math.inf, 2.0, math.nan, 1.0], 1):
+        member.note_evaluation(loss, step)
+    assert (member.progress.best_loss, member.progress.best_step) == (1.0, 5)

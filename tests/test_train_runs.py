@@ -28,6 +28,7 @@ from lighten.training.run import train as train_verb
 from tests import processes
 from tests.cut_runs import cut_short, losses, weights
 from tests.processes import Forked, python
+from tests.tiny import CHATML
 
 
 @pytest.fixture
@@ -396,6 +397,43 @@ def test_resuming_on_changed_data_is_refused(
     copy.write_bytes(chat_file.read_bytes().replace(b"please", b"kindly"))
     with pytest.raises(UserError, match=r"the dataset .* has changed since the run began"):
         train(settings, max_steps=2, dataset=str(copy), resume=True)
+
+
+def test_resuming_with_other_held_out_data_or_another_template_is_refused(
+    settings: dict[str, Any], chat_file: Path, tmp_path: Path
+) -> None:
+    watched, template = tmp_path / "valid.jsonl", tmp_path / "t.jinja"
+    before = {watched: chat_file.read_bytes(), template: CHATML.encode()}
+    for path, content in before.items():
+        path.write_bytes(content)
+    settings |= {"eval_dataset": str(watched), "chat_template": str(template), "max_steps": 2}
+    del settings["val_size"]
+    run = train(settings)
+    for path, old, new, label in (
+        (watched, b"please", b"kindly", "the set of held-out examples"),
+        (template, b"assistant", b"helper", r"the chat template \(t\.jinja\)"),
+    ):
+        run.update(status="interrupted")
+        path.write_bytes(before[path].replace(old, new))
+        with pytest.raises(UserError, match=f"{label} has changed since the run began"):
+            train(settings, resume=True)
+        path.write_bytes(before[path])
+    run.update(status="interrupted")
+    shutil.rmtree(run.folder / "adapters")
+    assert train(settings, resume=True).info()["status"] == "finished"
+
+
+def test_the_best_is_the_lowest_loss_whatever_counts_as_gain(settings: dict[str, Any]) -> None:
+    run = train(
+        settings, eval_steps=1, save_steps=8, early_stopping_patience=6,
+        early_stopping_threshold=10.0, load_best_model_at_end=True, lr_scheduler_type="constant",
+    )  # fmt: skip
+    for adapter in run.info()["adapters"]:
+        evals = {m["step"]: m["loss"] for m in run.metrics()
+                 if m["kind"] == "eval" and m["adapter"] == adapter["name"]}  # fmt: skip
+        assert len(evals) == 7  # one to compare with, six without such a gain
+        assert adapter["eval_loss"] == min(evals.values())
+        assert evals[adapter["best_step"]] == min(evals.values())
 
 
 def test_trackers_get_every_adapter_and_wandb_stays_offline(

@@ -131,14 +131,18 @@ class AdapterOptimizer:
     def note_evaluation(self, loss: float, step: int) -> bool:
         """Remember a held-out loss; say whether it is the best so far, and stop if patience is out.
 
-        Lower is better (trap 45), and what is no number is never the best.
+        Lower is better (trap 45), and the lowest is the best. How much lower it must be for
+        patience to begin anew, `early_stopping_threshold` says, as in transformers. What is not a
+        number is never the best: nothing would be lower than that.
         """
         state, settings = self.progress, self.settings
-        threshold = settings.early_stopping_threshold
-        best = math.inf if state.best_loss is None else state.best_loss
-        better = loss < best - threshold
+        before = math.inf if state.best_loss is None else state.best_loss
+        better = loss < before and math.isfinite(loss)
+        gain = better and loss < before - settings.early_stopping_threshold
         if better:
-            state.best_loss, state.best_step, state.evaluations_without_gain = loss, step, 0
+            state.best_loss, state.best_step = loss, step
+        if gain:
+            state.evaluations_without_gain = 0
         else:
             state.evaluations_without_gain += 1
             patience = settings.early_stopping_patience

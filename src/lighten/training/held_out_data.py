@@ -36,6 +36,7 @@ class HeldOutData:
             is not known.
         rows: They as the model sees them, once encoded.
         left_out: Examples that training would leave out too; not in `examples` any more.
+        sha256: Of the bytes of their files, where they have files of their own.
     """
 
     examples: Sequence[data.Example]
@@ -46,6 +47,7 @@ class HeldOutData:
     trained_prompts: frozenset[str] | None = frozenset()
     rows: Encoded | None = None
     left_out: int = 0
+    sha256: str | None = None
 
     @property
     def shared(self) -> int | None:
@@ -141,7 +143,7 @@ def separate(
     prompts = None if trained is None else data.shared_prompts(trained, dataset.examples)
     return HeldOutData(
         dataset.examples, str(dataset.path), bad_rows=len(dataset.bad_rows),
-        notes=data.left_out("held-out", dataset), trained_prompts=prompts,
+        notes=data.left_out("held-out", dataset), trained_prompts=prompts, sha256=dataset.sha256,
     )  # fmt: skip
 
 

@@ -134,7 +134,11 @@ def _rows(
 ) -> Rows:
     encoded, facts = parts["train"], extras["facts"]
     assert encoded is not None
-    facts["template"] = {"name": template.name, "reason": template.reason}
+    facts["template"] = {
+        "name": template.name,
+        "reason": template.reason,
+        "sha256": hashlib.sha256(template.text.encode()).hexdigest(),
+    }
     longest = limits.longest(recipe.max_length)[1]
     notes = [*extras["notes"], *lost_sentences(encoded, limits, longest)]
     if parts["held_out"] is None and of_rows is None:
@@ -177,6 +181,7 @@ def _read_rows(
     facts = {
         "path": str(dataset.path),
         "sha256": dataset.sha256,
+        "eval_sha256": watched.sha256,
         "format": dataset.format,
         "train_rows": len(encoded.rows),
         "eval_rows": len(held_out.rows) if held_out else 0,

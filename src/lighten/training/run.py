@@ -35,7 +35,8 @@ from lighten.training.out_of_memory import OutOfMemory, let_go
 from lighten.training.prediction import Prediction, compare
 from lighten.training.prepare import layers_later, prepare
 from lighten.training.progress import TrainingProgress
-from lighten.training.rows import Rows, load_rows
+from lighten.training.resuming import require_same_inputs
+from lighten.training.rows import load_rows
 from lighten.training.setup import Setup
 from lighten.wording import counted
 
@@ -217,7 +218,7 @@ def _train(
         _report_plan(run, accelerator, progress, prediction)
     _report_setup(setup, progress)
     if resume:
-        _require_same_inputs(run, base, rows)
+        require_same_inputs(run, base, rows)
     state = _resume(newest, setup, progress) if newest is not None else TrainerState()
     state.examples_per_step = setup.examples_per_step
     if state.step == 0:
@@ -284,25 +285,6 @@ def _compare_with_plan(run: Run, progress: TrainingProgress) -> None:
         if figures is not None and figures["measured"]
     ]
     progress.note("; ".join(comparisons))
-
-
-def _require_same_inputs(run: Run, base: models.Base, rows: Rows) -> None:
-    """A resumed run must see the model and data that it began with.
-
-    Raises:
-        UserError: A file has changed since.
-    """
-    info = run.info()
-    checksums = (info.get("base", {}).get("checksum"), info.get("data", {}).get("sha256"))
-    for label, recorded, current in zip(
-        (f"the model {base.name}", f"the dataset {rows.facts['path']}"),
-        checksums, (base.checksum, rows.facts["sha256"]), strict=True,
-    ):  # fmt: skip
-        if recorded is not None and recorded != current:
-            raise UserError(
-                f"cannot resume {run.folder}: {label} has changed since the run began; "
-                "put it back, or choose another --output_dir"
-            )
 
 
 def _newest(

@@ -1,0 +1,43 @@
+"""What a run that goes on must find as it was when it began."""
+
+from __future__ import annotations
+
+from lighten import models
+from lighten.errors import UserError
+from lighten.runs import Run
+from lighten.training.rows import Rows
+
+
+def require_same_inputs(run: Run, base: models.Base, rows: Rows) -> None:
+    """The run must see the model, the data and the chat template that it began with.
+
+    Other rows would stand in another order, and held-out losses of other examples say nothing about
+    which state is the best. What runs of older versions did not note is not compared.
+
+    Args:
+        run: Which.
+        base: As it is loaded now.
+        rows: As they are encoded now.
+
+    Raises:
+        UserError: A file has changed since.
+    """
+    info = run.info()
+    noted, facts = info.get("data") or {}, rows.facts
+    compared = [
+        (f"the model {base.name}", info.get("base") or {}, "checksum", base.checksum),
+        (f"the dataset {facts['path']}", noted, "sha256", facts["sha256"]),
+        ("the set of held-out examples", noted, "eval_sha256", facts["eval_sha256"]),
+        (
+            f"the chat template ({rows.template.name})", noted.get("template") or {}, "sha256",
+            facts["template"]["sha256"],
+        ),
+    ]  # fmt: skip
+    for label, before, key, now in compared:
+        # A model without files on disk has no checksum.
+        unknown = key not in before or (key == "checksum" and before[key] is None)
+        if not unknown and before[key] != now:
+            raise UserError(
+                f"cannot resume {run.folder}: {label} has changed since the run began; put it "
+                "back, or choose another --output_dir"
+            )
