@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from lighten import api, folders, locks, runs
 from lighten.errors import UserError
 from lighten.recipe import Recipe
 from lighten.runs import Run
+from tests import processes
 
 
 def recipe_for(folder: Path | str, data: Path) -> Recipe:
@@ -328,3 +330,22 @@ def test_paths_are_looked_at_before_anything_heavy_is_loaded(tmp_path: Path) -> 
         re.search("is not a run|does not exist|not a folder of its own", message)
         for message in messages
     )
+
+
+def test_a_run_goes_on_from_any_folder(tiny_folder: Path, chat_file: Path, tmp_path: Path) -> None:
+    project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    for folder in (project, elsewhere):
+        folder.mkdir()
+    shutil.copy(chat_file, project / "chat.jsonl")
+    words = ["dataset=chat.jsonl", "max_steps=2", "save_steps=1", "dtype=float32", "val_size=0"]
+    done = processes.call("train", f"model={tiny_folder}", *words, "output_dir=runs/a", cwd=project)
+    assert done.returncode == 0, done.stderr
+    run = project / "runs" / "a"
+    info = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**info, "status": "interrupted"}))
+    for part in (run / "adapters", run / "checkpoints" / "checkpoint-2"):
+        shutil.rmtree(part)
+    done = processes.call("train", "--resume", str(run), cwd=elsewhere)
+    assert done.returncode == 0, done.stderr
+    assert "going on after step 1" in done.stderr
+    assert Run(run).info()["status"] == "finished"

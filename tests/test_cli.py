@@ -167,3 +167,19 @@ def test_the_verbs_are_functions_whatever_is_imported_first() -> None:
     result = python(code)
     assert result.returncode == 0, result.stderr
     assert set(lighten.__all__) >= {"train", "evaluate", "report", "run"}
+
+
+def test_a_run_that_goes_on_is_evaluated_as_it_is_told_now(
+    tiny_folder: Path, chat_file: Path, tmp_path: Path
+) -> None:
+    words = ["max_steps=1", "val_size=0.5", "dtype=float32", "evaluate.max_new_tokens=1"]
+    folder = tmp_path / "run"
+    call("run", str(tiny_folder), str(chat_file), f"output_dir={folder}", *words,
+         "evaluate.max_examples=2")  # fmt: skip
+    evaluation = Run(folder).evaluation()
+    assert evaluation is not None
+    assert evaluation["dataset"]["rows"] == 2
+    call("run", "--resume", str(folder), "--evaluate.max_examples", "3")
+    evaluation = Run(folder).evaluation()
+    assert evaluation is not None
+    assert evaluation["dataset"]["rows"] == 3

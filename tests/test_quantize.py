@@ -26,7 +26,7 @@ from lighten.quantization.table import Quantized
 from lighten.quantization.targets import DYNAMIC, parse, require_tools
 from lighten.runs import Run
 from tests import once
-from tests.processes import fork_jobs, python
+from tests.processes import call, fork_jobs, python
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
@@ -326,3 +326,20 @@ def test_a_recipe_refuses_a_format_that_is_none() -> None:
         lighten.Recipe.from_values(
             {"model_name_or_path": "smollm2-135m", "dataset": "d", "quantize": {"to": "int5"}}, {}
         )
+
+
+def test_the_command_run_writes_the_copies_that_its_recipe_names(
+    model_folder: Path, chat_file: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    done = call(
+        "run", str(model_folder), str(chat_file), "max_steps=1", "val_size=0.5", "lora_r=2",
+        f"output_dir={folder}", "evaluate.max_examples=4", "evaluate.max_new_tokens=2",
+        "quantize.to=nf4", "quantize.tokens=64", "quantize.questions=0",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    saved = Run(folder).quantized()
+    assert saved is not None
+    assert "nf4" in [row["name"] for row in saved["formats"]]
+    assert "top-1 agreement" in done.stdout
+    assert "nf4" in (folder / "report.html").read_text()

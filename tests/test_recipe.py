@@ -125,6 +125,8 @@ def test_a_file_that_is_no_recipe_says_why(tmp_path: Path, text: str, message: s
         ({"adapter": "qlora", "load_in_4bit": False}, "adapter and load_in_4bit both set"),
         ({"quant_method": "hqq", "quantization_bit": 4}, "only bitsandbytes is there"),
         ({"quant_method": "bnb"}, "set load_in_4bit or load_in_8bit"),
+        ({"train_on_inputs": "never"}, "train_on_inputs: 'never' does not do; use true or false"),
+        ({"bf16": "float16"}, "bf16: 'float16' does not do; use true or false"),
     ],
 )
 def test_settings_that_contradict_each_other_are_errors(
@@ -153,6 +155,10 @@ ALIASES: list[tuple[dict[str, Any], str, Any]] = [
     ({"flash_attn": "fa2"}, "attn_implementation", "flash_attention_2"),
     ({"val_set_size": 0.2}, "val_size", 0.2),
     ({"train_on_inputs": True}, "completion_only_loss", False),
+    ({"train_on_inputs": "no"}, "completion_only_loss", True),
+    ({"train_on_inputs": "Off"}, "assistant_only_loss", True),
+    ({"train_on_inputs": 0}, "assistant_only_loss", True),
+    ({"bf16": "yes"}, "dtype", "bfloat16"),
     ({"train_on_inputs": True}, "assistant_only_loss", False),
     ({"quantization_bit": 4}, "load_in_4bit", True),
     ({"quantization_bit": "8"}, "load_in_8bit", True),
@@ -168,7 +174,9 @@ ALIASES: list[tuple[dict[str, Any], str, Any]] = [
 
 @pytest.mark.parametrize(
     "changes",
-    [{"adapter": "lora"}, {"quantization": "none"}, {"adapter": "lora", "load_in_8bit": True},
+    [{"adapter": "lora"}, {"quantization": "none"}, {"bf16": "no"}, {"fp16": None},
+     {"lora_target_linear": "off"}, {"train_on_inputs": None},
+     {"adapter": "lora", "load_in_8bit": True},
      {"adapter": "qlora", "load_in_4bit": True}],
 )  # fmt: skip
 def test_what_says_nothing_new_changes_nothing(

@@ -155,6 +155,8 @@ def test_the_full_reference_is_a_recipe_of_its_own(values: dict[str, Any], tmp_p
         ({"lora_r": {"min": 1, "max": 9, "factor": 2, "count": 3}}, "keep one"),
         ({"learning_rate": {"min": -1, "max": 1, "count": 3}}, r"sweep\.learning_rate: -1 does"),
         ({"dataset": ["a", "b"]}, r"sweep\.dataset cannot be swept: it changes what the loss is"),
+        ({"system_role": ["fold", "drop"]}, r"sweep\.system_role cannot be swept: it changes"),
+        ({"thinking": ["keep", "drop"]}, r"sweep\.thinking cannot be swept: it changes what"),
         ({"method": ["full"]}, "use reference: full"),
         ({"tune": "lora_r"}, r"sweep\.tune: 'lora_r' does not do; use 'learning_rate'"),
         ({"scaling": "none"}, r"sweep\.scaling: 'none' does not do; use 'fixed'"),

@@ -15,6 +15,7 @@ from lighten.sweeps import ray_tune
 from lighten.sweeps.arms import expand, group_arms
 from lighten.sweeps.measure import Measurement
 from lighten.sweeps.running import sweep
+from tests.tiny import save_tiny
 
 
 def recipe(tiny_folder: Path, chat_file: Path, folder: Path, **settings: Any) -> Recipe:
@@ -141,3 +142,18 @@ def test_ray_trains_what_one_process_trains(
     )
     for name in ("cohort-1.a", "cohort-1.b"):
         assert Run(Path("spread") / name).info()["status"] == "finished"
+
+
+def test_arms_of_another_model_are_not_compared_with_a_base_that_is_not_theirs(
+    tiny_folder: Path, chat_file: Path, tmp_path: Path
+) -> None:
+    other = save_tiny(tmp_path / "other", seed=5)
+    section = {"model_name_or_path": [str(tiny_folder), str(other)], "metric": "perplexity"}
+    result = sweep(recipe(tiny_folder, chat_file, tmp_path / "s", sweep=section), progress=False)
+    first, second, base = result.arms
+    assert base["reference"] == "base"
+    assert set(first["against"]) == {"base"}
+    assert not second["against"]
+    recommendation = result.data["recommendation"]
+    assert not any("untouched base" in reason for reason in recommendation["reasons"])
+    assert any(f"is that of {tiny_folder}: arms that" in note for note in result.data["notes"])

@@ -9,6 +9,7 @@ from lighten.errors import UserError
 from lighten.paths import exists, expanded
 from lighten.recipe import Recipe
 from lighten.runs import RECIPE, Run
+from lighten.runs import is_run as is_begun
 
 RunLike = Run | str | os.PathLike[str]
 
@@ -96,6 +97,16 @@ def run_folder(name: str) -> Path:
     """The folder that a run's path or its name under `runs/` means; it need not be there."""
     path, named = expanded(name), Path("runs") / name
     return named if not exists(path) and exists(named) else path
+
+
+def recipe_in(folder: Path) -> Recipe | Path | None:
+    """What a folder's recipe says, or its file; None without one.
+
+    Relative paths of a run's own recipe are those of where it was started.
+    """
+    if not exists(folder / RECIPE):
+        return None
+    return Run(folder).recipe() if is_begun(folder) else folder / RECIPE
 
 
 def adapter_folder(target: RunLike, name: str | None = None) -> Path:

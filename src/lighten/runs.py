@@ -20,6 +20,7 @@ from lighten.folders import MODEL as MODEL
 from lighten.folders import PLAN as PLAN
 from lighten.folders import QUANTIZE as QUANTIZE
 from lighten.folders import RECIPE as RECIPE
+from lighten.folders import is_run as is_run
 from lighten.recipe import Recipe, aliases, places, yaml_lines
 from lighten.whole_files import FileContent as FileContent
 from lighten.whole_files import append_line as append_line

@@ -173,7 +173,7 @@ def run(
         require_tools(parse(chosen.quantize.to))
     done = train(chosen, resume=resume, progress=progress, planned=planned, force=force)
     with suppress(NoHeldOut):  # training has said so; `run.json` and the report do too
-        evaluate(done, progress=evaluation_progress)
+        evaluate(done, progress=evaluation_progress, **chosen.evaluate.model_dump())
     if chosen.quantize.to:
         options = chosen.quantize
         quantize(done, options.to, tokens=options.tokens, questions=options.questions)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -38,6 +38,9 @@ from lighten.cli.settings import TakesSettings, TakesSweep, show_settings
 from lighten.errors import NoHeldOut
 from lighten.parallel import launch
 from lighten.wording import counted
+
+if TYPE_CHECKING:
+    from lighten.api import RecipeLike
 
 
 class OnOff(StrEnum):
@@ -114,7 +117,7 @@ def main() -> None:
         sys.exit(2)
 
 
-def _recipe_arguments(words: list[str]) -> tuple[str | None, dict[str, Any]]:
+def _recipe_arguments(words: list[str]) -> tuple[RecipeLike | None, dict[str, Any]]:
     """A recipe file, a run's folder, or MODEL DATA, and the settings after them."""
     from lighten import path_checks
     from lighten.errors import UserError
@@ -126,9 +129,9 @@ def _recipe_arguments(words: list[str]) -> tuple[str | None, dict[str, Any]]:
     if len(positionals) == 1 and positionals[0].endswith((".yaml", ".yml")):
         return positionals[0], settings
     if len(positionals) == 1:
-        recipe = path_checks.run_folder(positionals[0]) / "recipe.yaml"
-        if recipe.is_file():
-            return str(recipe), {"output_dir": str(recipe.parent), **settings}
+        folder = path_checks.run_folder(positionals[0])
+        if (recipe := path_checks.recipe_in(folder)) is not None:
+            return recipe, {"output_dir": str(folder), **settings}
         raise UserError(
             f"{positionals[0]} is neither a run's folder nor a recipe (recipe.yaml); a model needs "
             f"a data set beside it: lighten train {positionals[0]} DATA"
@@ -168,23 +171,32 @@ def run(
     ctx: typer.Context, words: _Words = None, resume: _Resume = False, force: _Force = False,
     no_plan: _NoPlan = False, processes: _Processes = None, gpus: _Gpus = None,
 ) -> None:  # fmt: skip
-    """Train, evaluate and report, one after another."""
+    """Train, evaluate, quantise where the recipe says so, and report, one after another."""
     from lighten import api
+    from lighten.quantization.targets import parse, require_tools
 
     recipe, settings = _recipe_arguments([*(words or []), *ctx.args])
+    chosen = api.recipe_of(recipe, **settings)
+    if chosen.quantize.to:  # what it needs is missed before the training, not after
+        require_tools(parse(chosen.quantize.to))
     with _stopped_cleanly():
         trained_run = api.train(
-            recipe, resume=resume, force=force, planned=not no_plan, processes=processes,
-            gpus=gpus, **settings,
-        )  # fmt: skip
+            chosen, resume=resume, force=force, planned=not no_plan, processes=processes, gpus=gpus
+        )
     if not launch.recognise().main:
         return
     try:
         with progress_bar() as progress:
-            evaluation = api.evaluate(trained_run, progress=progress)
+            options = chosen.evaluate.model_dump()
+            evaluation = api.evaluate(trained_run, progress=progress, **options)
         print_evaluation(evaluation.to_dict())
     except NoHeldOut as error:
         console().print(f"not evaluated: {error}", highlight=False, markup=False)
+    if chosen.quantize.to:
+        quantize(
+            str(trained_run.folder), ",".join(chosen.quantize.to), tokens=chosen.quantize.tokens,
+            questions=chosen.quantize.questions,
+        )  # fmt: skip
     console().print(f"report: {api.report(trained_run)}", soft_wrap=True, highlight=False)
 
 

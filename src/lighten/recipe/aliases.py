@@ -52,6 +52,10 @@ SPECIAL = (
     "deepspeed", "fsdp", "adapter", "finetuning_type", "freeze_trainable_layers", *_BITS,
     *_BACKENDS,
 )  # fmt: skip
+# Of these, what are switches, and how people write one.
+_SWITCHES = ("train_on_inputs", "lora_target_linear", "bf16", "fp16")
+_SWITCHED = {"true": True, "yes": True, "on": True, "1": True,
+             "false": False, "no": False, "off": False, "0": False}  # fmt: skip
 _FLASH = {
     "fa2": "flash_attention_2", "fa3": "flash_attention_3", "sdpa": "sdpa", "disabled": "eager",
     "true": "flash_attention_2", "auto": "sdpa",
@@ -84,7 +88,13 @@ def translate(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], lis
         # Switches of other tools are often quoted.
         quoted = isinstance(raw, str) and key in SPECIAL
         value = {"true": True, "false": False}.get(raw.lower(), raw) if quoted else raw
-        if key in RENAMED and not (key == "data" and isinstance(value, Mapping)):
+        if key in _SWITCHES:
+            value = _SWITCHED.get(str(raw).strip().lower(), raw)
+        half = key in ("bf16", "fp16") and value == "auto"
+        if key in _SWITCHES and not (isinstance(value, bool) or half):
+            if value is not None:  # else nothing would be false, and anything else true
+                problems.append(f"{key}: {raw!r} does not do; use true or false")
+        elif key in RENAMED and not (key == "data" and isinstance(value, Mapping)):
             put(key, RENAMED[key], value)
         elif key == "data":
             unknown = sorted(set(value) - {"train", "valid", "validation", "eval"}, key=str)

@@ -16,7 +16,7 @@ from lighten.recipe.sweeping import Range, SweepOptions
 _MEASURED = (
     "dataset", "eval_dataset", "dataset_columns", "val_size", "max_train_samples",
     "max_eval_samples", "max_length", "truncation_strategy", "assistant_only_loss",
-    "completion_only_loss", "skip_bad_rows",
+    "completion_only_loss", "skip_bad_rows", "system_role", "thinking",
     "chat_template", "added_tokens",
 )  # fmt: skip
 _NEVER = {

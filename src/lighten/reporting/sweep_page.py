@@ -83,6 +83,8 @@ def _tiles(data: Mapping[str, Any], metric: str) -> list[dict[str, str]]:
     if name not in arms or not sweep_table.has_loss(arms[name]):
         return tiles
     arm, base = arms[name], arms.get("base", {})
+    if base.get("model") != arm.get("model"):  # that of another model
+        base = {}
     tiles = [
         {"label": "Take", "value": name,
          "note": f"learning rate {arm['sets']['learning_rate']:g}"

@@ -48,6 +48,7 @@ class Measurement:
         generated_tokens_per_second: How fast it answered, if it did.
         seconds: How long measuring it took.
         notes: What is to be said wherever the figures are shown.
+        model: The base that it is or was trained on.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Measurement:
     generated_tokens_per_second: float | None = None
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
+    model: str = ""
 
     def write(self, folder: Path) -> None:
         """Keep it in the sweep's folder."""
@@ -170,7 +172,7 @@ def measure_run(
                 choosing.name, telling.name,
                 evaluation.answers.tokens / evaluation.answers.seconds
                 if evaluation.answers.tokens else None,
-                time.perf_counter() - began, notes,
+                time.perf_counter() - began, notes, _model_of(run_recipe),
             )  # fmt: skip
             if recipe.sweep.metric == "perplexity":
                 measurement.statistics["loss"] = likelihood.tolist()
@@ -178,6 +180,11 @@ def measure_run(
             parts.forget()
             measurements[name] = measurement
     return [measurement for measurement in measurements.values() if measurement is not None]
+
+
+def _model_of(recipe: Recipe) -> str:
+    name = recipe.model_name_or_path
+    return name if recipe.revision is None else f"{name} ({recipe.revision})"
 
 
 def _named(progress: Progress | None, name: str) -> Progress | None:

@@ -94,6 +94,12 @@ def collect(folder: Path, recipe: Recipe, groups: Sequence[Group]) -> dict[str, 
             _add_measured(row, measurement, recipe.sweep.metric, settings.bootstrap_samples)
     _add_differences(rows, measured, recipe)
     notes = dict.fromkeys(note for measurement in measured.values() for note in measurement.notes)
+    if BASE in measured and len({measurement.model for measurement in measured.values()}) > 1:
+        sentence = (
+            f"The untouched base is that of {measured[BASE].model}: arms that train another model "
+            "are not compared with it."
+        )
+        notes[sentence] = None
     finished = _comparable(rows, measured)
     recommendation, arms_of = _recommended(rows, finished, measured, recipe)
     return {
@@ -202,6 +208,7 @@ def _add_measured(row: dict[str, Any], measurement: Measurement, metric: str, sa
     """Held-out loss and metric with their standard errors."""
     row["loss"] = measurement.loss(Resamples(len(measurement.nll), samples)).to_dict()
     row["chosen_on"], row["told_on"] = measurement.chosen_on, measurement.told_on
+    row["model"] = measurement.model
     row["generated_tokens_per_second"] = measurement.generated_tokens_per_second
     values = {}
     for definition in metrics.METRICS:
@@ -226,6 +233,8 @@ def _add_differences(
         for name in references:
             if name == row["name"] or not {name, row["name"]} <= set(measured):
                 continue
+            if name == BASE and measured[name].model != measured[row["name"]].model:
+                continue  # another model's base says nothing of what training changed
             a = statistics_of(measured[row["name"]], metric)
             b = statistics_of(measured[name], metric)
             if a is None or b is None or len(a) != len(b) or not len(a):
@@ -291,6 +300,8 @@ def _recommended(
     tried = [row["name"] for row in rows if row["reference"] is None]
     broken = [name for name in tried if name in measured and not measured[name].has_loss]
     base = measured.get(BASE)
+    if base is not None and any(measured[name].model != base.model for name in used):
+        base = None
     recommendation = recommend(
         candidates,
         np.asarray(counts[0] if counts else [], float),
