@@ -125,6 +125,8 @@ def test_a_file_that_is_no_recipe_says_why(tmp_path: Path, text: str, message: s
         ({"adapter": "qlora", "load_in_4bit": False}, "adapter and load_in_4bit both set"),
         ({"quant_method": "hqq", "quantization_bit": 4}, "only bitsandbytes is there"),
         ({"quant_method": "bnb"}, "set load_in_4bit or load_in_8bit"),
+        ({"rank_pattern": {"(": 4}}, r"rank_pattern: .*'\(' is no regular expression"),
+        ({"adapters": [{"name": "a", "alpha_pattern": {"*q": 4}}]}, "is no regular expression"),
         ({"train_on_inputs": "never"}, "train_on_inputs: 'never' does not do; use true or false"),
         ({"bf16": "float16"}, "bf16: 'float16' does not do; use true or false"),
     ],

@@ -10,7 +10,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from lighten.recipe.section import Duration, Positive, Rate, Section, Seed, Share
+from lighten.recipe.section import (
+    Duration,
+    ModulePattern,
+    Positive,
+    Rate,
+    Section,
+    Seed,
+    Share,
+)
 from lighten.recipe.sweeping import SweepOptions
 
 AdapterName = Annotated[str, Field(pattern=r"^\w[\w.=-]*$", max_length=80)]
@@ -121,8 +129,12 @@ class AdapterFields(Section):
     use_dora: bool | None = Field(None, description="learn magnitudes too")
     init_lora_weights: Init | None = Field(None, description="start")
     modules_to_save: list[str] | None = Field(None, description="modules trained whole")
-    rank_pattern: dict[str, Positive] | None = Field(None, description="rank by module pattern")
-    alpha_pattern: dict[str, Rate] | None = Field(None, description="alpha by module pattern")
+    rank_pattern: dict[ModulePattern, Positive] | None = Field(
+        None, description="rank by module pattern"
+    )
+    alpha_pattern: dict[ModulePattern, Rate] | None = Field(
+        None, description="alpha by module pattern"
+    )
     learning_rate: Rate | None = Field(None, description="peak learning rate")
     loraplus_lr_ratio: Rate | None = Field(None, description="LoRA+: rate of B over rate of A")
     seed: Seed | None = Field(None, description="seed of order, weights and dropout")
@@ -387,8 +399,8 @@ class RecipeFields(Section):
         "for tests",
     )
     modules_to_save: list[str] | None = _field(None, "lora", "modules trained as whole copies")
-    rank_pattern: dict[str, Positive] = _field({}, "lora", "rank by module-name pattern")
-    alpha_pattern: dict[str, Rate] = _field({}, "lora", "alpha by module-name pattern")
+    rank_pattern: dict[ModulePattern, Positive] = _field({}, "lora", "rank by module-name pattern")
+    alpha_pattern: dict[ModulePattern, Rate] = _field({}, "lora", "alpha by module-name pattern")
     adapters: list[AdapterEntry] | None = _field(
         None, "lora", "a cohort spelled out: a name and what differs, per adapter"
     )

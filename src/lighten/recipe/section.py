@@ -6,6 +6,7 @@ import re
 from typing import Annotated, Any
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -52,6 +53,18 @@ def _duration(value: Any) -> Any:
 
 
 Duration = Annotated[str, BeforeValidator(_duration)]
+
+
+def _expression(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"{text!r} is no regular expression ({error})") from error
+    return text
+
+
+# Names of modules, as PEFT's patterns match them.
+ModulePattern = Annotated[str, AfterValidator(_expression)]
 
 
 class Section(BaseModel):
