@@ -110,6 +110,8 @@ def translate(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], lis
                 put("datasets", "dataset", paths[0])
             else:
                 problems.append("datasets must hold one entry with a path; use dataset: FILE")
+        elif key == "max_steps" and str(value).strip() == "-1":
+            notices.append("max_steps: -1 sets nothing: num_train_epochs says how many")
         elif key == "train_on_inputs":
             put(key, "assistant_only_loss", not value)
             put(key, "completion_only_loss", not value)

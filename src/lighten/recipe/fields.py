@@ -6,6 +6,7 @@ the saved `recipe.yaml` all come from here.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
@@ -461,7 +462,10 @@ class RecipeFields(Section):
 
     @field_validator("lora_target_modules", mode="before")
     @classmethod
-    def _all(cls, value: Any) -> Any:
+    def _targets(cls, value: Any) -> Any:
+        # Other tools list names with commas; a regular expression with one has other signs, too.
+        if isinstance(value, str) and re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)+", value.strip()):
+            return [name.strip() for name in value.split(",")]
         return "all-linear" if value == "all" else value
 
 
