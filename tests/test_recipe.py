@@ -94,6 +94,8 @@ def test_a_file_that_is_no_recipe_says_why(tmp_path: Path, text: str, message: s
             "warmup_ratio has no effect beside warmup_steps",
         ),
         ({"lr_scheduler_type": "constant", "warmup_steps": 3}, "use constant_with_warmup"),
+        ({"val_size": 1.5}, "val_size: .*a share below 1 or a whole number, not 1.5"),
+        ({"val_size": float("inf")}, "val_size: .*inf does not do"),
         ({"val_size": 0, "eval_steps": 3}, "eval_steps needs held-out data"),
         ({"val_size": 0, "load_best_model_at_end": True}, "load_best_model_at_end needs held-out"),
         ({"early_stopping_threshold": 0.1}, "without early_stopping_patience"),

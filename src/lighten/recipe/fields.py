@@ -19,6 +19,7 @@ from lighten.recipe.section import (
     Section,
     Seed,
     Share,
+    ShareOrCount,
 )
 from lighten.recipe.sweeping import SweepOptions
 
@@ -209,7 +210,7 @@ class RecipeFields(Section):
         "our name to the data's name for columns called otherwise: "
         "{instruction: question, output: response}",
     )
-    val_size: Annotated[float, Field(ge=0.0)] = _field(
+    val_size: ShareOrCount = _field(
         0.05,
         "data",
         "share (below 1; at least 20 examples, or a fifth of the data) or number of examples held "

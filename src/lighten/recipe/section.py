@@ -21,6 +21,15 @@ Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 # What every generator here takes (PyTorch: below 2^64, as a signed number below 2^63).
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+def _share_or_count(value: float) -> float:
+    if value >= 1 and value != int(value):
+        raise ValueError(f"write a share below 1 or a whole number, not {value:g}")
+    return value
+
+
+ShareOrCount = Annotated[float, Field(ge=0.0, allow_inf_nan=False), AfterValidator(_share_or_count)]
 Rate = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
